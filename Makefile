@@ -1,0 +1,34 @@
+# Everything sets up .venv by itself; only Python 3.11, git and make are needed.
+PYTHON ?= python3.11
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test check bench clean
+.DEFAULT_GOAL := test
+
+# Again when what is to be installed has changed. trio-typing (which libp2p pulls in) brings stubs of an
+# old trio that would hide trio's own types from mypy.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	rm -rf .venv/lib/python*/site-packages/trio-stubs
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/hypha demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_import_rows.py
+
+bench: $(STAMP)
+	$(BIN)/python -m bench $(ARGS)
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
