@@ -1,0 +1,1 @@
+"""Configuration: what each component can be told, and how files, environment and flags are layered."""

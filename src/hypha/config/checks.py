@@ -1,0 +1,236 @@
+"""Checks between keys, and of text with a form of its own: addresses, networks, filters.
+
+Each check sees a :class:`Partial`, so it runs whatever else is wrong, and says what to do.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from multiaddr import Multiaddr
+from multiaddr.exceptions import BinaryParseError, ProtocolLookupError, StringParseError
+
+from hypha.config.lines import KeyPath
+from hypha.config.log_filter import parse_filter
+from hypha.config.models import (
+    DEFAULT_EXECUTOR,
+    DataConfig,
+    DatasetConfig,
+    GatewayConfig,
+    LeafConfig,
+    NodeConfig,
+    SchedulerConfig,
+    WorkerConfig,
+)
+from hypha.config.partial import Partial
+from hypha.config.tasks import unknown_task
+
+Found = Iterator[tuple[KeyPath, str]]
+
+#: the shortest ``hang_s``
+LEAST_HANG_S = 5.0
+
+_MALFORMED = (ValueError, BinaryParseError, StringParseError, ProtocolLookupError)
+
+
+def cross_checks(partial: Partial) -> Found:
+    """Every problem between valid values, as (key path, message)."""
+    model = partial.model
+    if issubclass(model, NodeConfig):
+        yield from _node(partial)
+    if issubclass(model, LeafConfig | GatewayConfig):
+        yield from _gateways(partial)
+    if issubclass(model, DataConfig):
+        yield from _data(partial)
+    if issubclass(model, WorkerConfig):
+        yield from _worker(partial)
+    if issubclass(model, SchedulerConfig):
+        yield from _job(partial)
+
+
+def _addresses(partial: Partial, key: str) -> Iterator[tuple[int, Multiaddr]]:
+    for index, text in enumerate(partial.get(key) or ()):
+        try:
+            yield index, Multiaddr(text)
+        except _MALFORMED:
+            continue
+
+
+def _node(partial: Partial) -> Found:
+    for key in ("listen_addresses", "external_addresses", "gateway_addresses"):
+        for index, text in enumerate(partial.get(key) or ()):
+            if (wrong := _address_problem(text)) is not None:
+                yield (key, index), wrong
+    for index, text in enumerate(partial.get("exclude_cidr") or ()):
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as exc:
+            yield ("exclude_cidr", index), f"it is no network such as 10.0.0.0/8: {exc}"
+    if (address := partial.get("http_address")) is not None:
+        host, colon, port = address.rpartition(":")
+        if not (colon and host and port.isdigit() and int(port) < 65536):
+            yield ("http_address",), f"it should be host:port, such as 127.0.0.1:9000, not {address!r}"
+    if (text := partial.get("log_level")) is not None:
+        try:
+            parse_filter(text)
+        except ValueError as exc:
+            yield ("log_level",), str(exc)
+
+
+def _address_problem(text: str) -> str | None:
+    example = "such as /ip4/192.0.2.1/tcp/8080 or /dns4/gateway.example.org/tcp/8080"
+    try:
+        names = [protocol.name for protocol in Multiaddr(text).protocols()]
+    except _MALFORMED as exc:
+        return f"{text!r} is no multiaddr ({exc}); it should be one {example}"
+    if len(names) < 2 or names[0] not in ("ip4", "ip6", "dns", "dns4", "dns6") or names[1] != "tcp":
+        return f"{text!r} is no TCP address; it should be one {example}"
+    if names[2:] not in ([], ["p2p"]):
+        return f"{text!r} goes on after the port; only /p2p/<PeerID> may follow"
+    return None
+
+
+def _gateways(partial: Partial) -> Found:
+    networks = []
+    for text in partial.get("exclude_cidr") or ():
+        try:
+            networks.append(ipaddress.ip_network(text))
+        except ValueError:
+            continue
+    for index, address in _addresses(partial, "gateway_addresses"):
+        host = str(address).split("/")[2]
+        try:
+            ip = ipaddress.ip_address(host)
+        except ValueError:
+            continue
+        if (network := next((one for one in networks if ip in one), None)) is not None:
+            yield (
+                ("gateway_addresses", index),
+                f"the gateway {host} is inside {network} of exclude_cidr and would never be dialled; set "
+                "exclude_cidr without that network",
+            )
+
+
+def _data(partial: Partial) -> Found:
+    names: dict[str, KeyPath] = {}
+    datasets = partial.get("datasets") or []
+    short: Path | None = partial.get("dataset_path")
+    if not datasets and short is None and partial.get("datasets") is not None:
+        yield ("datasets",), "there is no dataset to serve; set dataset_path, or add a [[datasets]] table"
+    entries: list[tuple[KeyPath, DatasetConfig]] = [
+        (("datasets", index), entry) for index, entry in enumerate(datasets)
+    ]
+    if short is not None:
+        entries.append((("dataset_path",), DatasetConfig(path=short)))
+    for loc, entry in entries:
+        where = loc if loc == ("dataset_path",) else (*loc, "path")
+        if not entry.path.is_dir():
+            yield where, f"{entry.path} is no directory; make one with `hypha-data prepare`"
+        name = entry.name or entry.path.name
+        if name in names:
+            yield loc, f"two datasets are called {name!r}; give one of them another `name`"
+        names.setdefault(name, loc)
+
+
+def _hang(hang_s: float | None, at: KeyPath) -> Found:
+    """Signs of life come once a second; a machine under load is late with them."""
+    if hang_s and hang_s < LEAST_HANG_S:
+        yield (*at, "hang_s"), f"healthy executors would be taken for hung; give it at least {LEAST_HANG_S:g}"
+
+
+def _worker(partial: Partial) -> Found:
+    seen = set()
+    for index, executor in enumerate(partial.get("executors") or ()):
+        if (executor.kind, executor.name) in seen:
+            yield ("executors", index), f"there are two {executor.kind} executors called {executor.name!r}"
+        seen.add((executor.kind, executor.name))
+        yield from _hang(executor.hang_s, ("executors", index))
+    yield from _hang(partial.get("hang_s"), ())
+    work_dir: Path | None = partial.get("work_dir")
+    if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
+        yield ("work_dir",), f"{work_dir} is a file; a directory is needed"
+
+
+def _job(partial: Partial) -> Found:
+    job = ("scheduler", "job")
+    model = partial.get(*job, "model")
+    if model is not None:
+        given = [name for name in ("path", "repository", "entrypoint") if getattr(model, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(given) or "none"
+            yield (
+                (*job, "model"),
+                f"exactly one of path, repository and entrypoint says where the model is from, not {said}",
+            )
+        elif (model.type == "torch") != (given == ["entrypoint"]):
+            yield (*job, "model", "type"), 'type = "torch" and entrypoint belong together'
+        # somebody else's executor may know tasks of its own
+        ours = partial.get(*job, "resources", "worker_executor") in (None, DEFAULT_EXECUTOR)
+        if ours and (wrong := unknown_task(model.type)) is not None:
+            yield (*job, "model", "type"), wrong
+        if model.path is not None and (wrong := _model_problem(model.path)) is not None:
+            yield (*job, "model", "path"), wrong
+    preprocessor = partial.get(*job, "preprocessor")
+    if preprocessor is not None and (preprocessor.path is None) == (preprocessor.repository is None):
+        yield (*job, "preprocessor"), "exactly one of path and repository says where it is from"
+    if preprocessor is not None and preprocessor.path is not None and not preprocessor.path.is_dir():
+        yield (*job, "preprocessor", "path"), f"{preprocessor.path} is no directory"
+    yield from _rounds(partial, job)
+    resources = (*job, "resources")
+    least, workers = partial.get(*resources, "min_workers"), partial.get(*resources, "num_workers")
+    if least is not None and workers is not None and least > workers:
+        yield (*resources, "min_workers"), f"it is more than num_workers ({workers})"
+    yield from _hang(partial.get(*resources, "hang_s"), resources)
+    checkpoint = partial.get(*job, "checkpoint")
+    if checkpoint is not None and checkpoint.replicas and checkpoint.place != "scheduler":
+        yield (
+            (*job, "checkpoint", "replicas"),
+            'there are copies of what the scheduler keeps only; set place = "scheduler", or replicas = 0',
+        )
+    for name in ("worker_price", "parameter_server_price"):
+        price = partial.get(*resources, name)
+        if price is not None and price.bid > price.max:
+            yield (*resources, name, "bid"), f"it is more than max ({price.max:g})"
+
+
+def _model_problem(path: Path) -> str | None:
+    should = "it should hold config.json, and weights if there are any"
+    if not path.is_dir():
+        return f"{path} is no directory; {should}"
+    try:
+        described = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        return f"{path} has no config.json; {should}"
+    except OSError as exc:
+        return f"{path / 'config.json'} cannot be read ({exc.strerror})"
+    except ValueError as exc:
+        return f"{path / 'config.json'} is not JSON ({exc})"
+    if not isinstance(described, dict):
+        return f"{path / 'config.json'} should be a JSON object"
+    return None
+
+
+def _rounds(partial: Partial, job: KeyPath) -> Found:
+    at = tuple(str(key) for key in job)
+    rounds = partial.get(*at, "rounds")
+    if rounds is None:
+        return
+    if (rounds.avg_samples_between_updates is None) == (rounds.inner_steps is None):
+        yield (
+            (*job, "rounds"),
+            "exactly one of avg_samples_between_updates and inner_steps says how long a round is",
+        )
+    if rounds.batch_size is not None and rounds.batch_size > rounds.max_batch_size:
+        yield (*job, "rounds", "batch_size"), f"it is more than max_batch_size ({rounds.max_batch_size})"
+    needed = partial.get(*at, "resources", "worker")
+    if rounds.batch_size is None and needed is not None and not needed.gpu and not needed.memory:
+        yield (
+            (*job, "resources", "worker"),
+            "gpu or memory says what one sample needs; both are 0 and rounds.batch_size is not set",
+        )
+    schedule = partial.get(*at, "schedule")
+    if schedule is not None and schedule.type != "constant" and not schedule.training_steps:
+        yield (*job, "schedule", "training_steps"), f"a {schedule.type} schedule needs it"

@@ -1,0 +1,410 @@
+"""What each component can be told: one pydantic model a component, the names of operations.md.
+
+Keys may be written with underscores or hyphens. Unknown keys are errors. Sizes are GB unless the name
+says otherwise, durations seconds (``_s``). Loading and layering are in :mod:`hypha.config.loading`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+#: Addresses a node neither dials nor announces unless told otherwise: loopback, private, link-local.
+RESERVED_CIDR = (
+    "127.0.0.0/8",
+    "::1/128",
+    "10.0.0.0/8",
+    "172.16.0.0/12",
+    "192.168.0.0/16",
+    "169.254.0.0/16",
+    "fe80::/10",
+    "fc00::/7",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Marks text that is a path or a URL; as a path it is relative to its file, but for ``words``."""
+
+    words: tuple[str, ...] = ()
+
+
+def _hyphen(name: str) -> str:
+    return name.replace("_", "-")
+
+
+#: the training executor that comes with Hypha
+DEFAULT_EXECUTOR = "diloco-transformer"
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, no unknown keys, ``a_b`` or ``a-b``."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=_hyphen, populate_by_name=True, allow_inf_nan=False
+    )
+
+
+# --- every node -----------------------------------------------------------------------------------
+
+
+class NodeConfig(Section):
+    """What every component has."""
+
+    #: this node's certificate (a chain may follow it), made by `hypha-certutil node`
+    cert_pem: Path
+    #: its Ed25519 private key, readable by its owner only
+    key_pem: Path
+    #: the CAs whose nodes are trusted
+    trust_pem: Path
+    #: revocation lists of those CAs; re-read when the file changes
+    crls_pem: Path | None = None
+    #: refuse peers whose certificate carries no role at all
+    require_roles: bool = False
+    #: where to listen; port 0 takes any free one
+    listen_addresses: list[str] = Field(default=["/ip4/0.0.0.0/tcp/0"], min_length=1)
+    #: where others may dial this node, if that is not where it listens
+    external_addresses: list[str] = []
+    #: networks whose addresses are neither dialled nor announced
+    exclude_cidr: list[str] = list(RESERVED_CIDR)
+    #: local HTTP: /health (and later /metrics); ``host:port``
+    http_address: str | None = None
+    max_connections: int = Field(default=1024, ge=1)
+    #: error, warn, info, debug, trace, or a filter such as "info,hypha_network=debug"
+    log_level: str = "info"
+    log_format: Literal["text", "json"] = "json"
+
+
+class LeafConfig(NodeConfig):
+    """What every component but the gateway has: gateways, and a relay circuit when it needs one."""
+
+    #: gateways, with or without /p2p/<PeerID>; one is used, the others are for when it is lost
+    gateway_addresses: list[str] = Field(min_length=1)
+    #: keep a relay reservation with the active gateway, so that peers behind NAT are reachable
+    relay_circuit: bool = True
+
+
+class GatewayConfig(NodeConfig):
+    """``hypha-gateway``."""
+
+    #: where nodes dial this gateway
+    external_addresses: list[str] = Field(min_length=1)
+    #: other gateways to link with
+    gateway_addresses: list[str] = []
+    #: connections relayed at once
+    max_circuits: int = Field(default=256, ge=1)
+    #: nodes that may be reached through this gateway
+    max_reservations: int = Field(default=1024, ge=1)
+
+
+# --- data node --------------------------------------------------------------------------------------
+
+
+class DatasetConfig(Section):
+    """One served dataset; ``name`` defaults to the manifest's, else to the directory's name."""
+
+    path: Path
+    name: str | None = None
+
+
+class DataConfig(LeafConfig):
+    """``hypha-data``."""
+
+    datasets: list[DatasetConfig] = []
+    #: short for one entry of ``datasets``
+    dataset_path: Path | None = None
+    announce_interval_s: float = Field(default=600.0, gt=0)
+    #: re-hash every slice at start-up, not only when it is first served
+    verify_at_start: bool = False
+
+
+# --- worker -----------------------------------------------------------------------------------------
+
+
+class ResourcesConfig(Section):
+    """What the worker has to offer: cores, and GB of the rest."""
+
+    cpu: float = Field(default=1.0, ge=0)
+    memory: float = Field(default=8.0, ge=0)
+    gpu: float = Field(default=0.0, ge=0)
+    storage: float = Field(default=20.0, ge=0)
+
+
+class OfferConfig(Section):
+    """On what terms. ``price`` is asked for, bids below ``floor`` are not answered."""
+
+    price: float = Field(default=1.0, ge=0)
+    floor: float = Field(default=0.0, ge=0)
+    #: flexible: exactly what was asked for; whole: to training jobs all that is free, for larger batches
+    strategy: Literal["flexible", "whole"] = "flexible"
+    request_window_s: float = Field(default=0.2, ge=0)
+    temporary_lease_s: float = Field(default=5.0, gt=0)
+    lease_s: float = Field(default=30.0, gt=0)
+
+
+class ExecutorConfig(Section):
+    """A program this worker runs for jobs of ``kind`` and ``name``.
+
+    ``args`` may hold ``{SOCKET_PATH} {WORK_DIR} {JOB_JSON} {JOB_FILE}``. Without ``cmd`` it is Hypha's
+    own executor of that kind, run by this very Python.
+    """
+
+    kind: Literal["train", "aggregate"] = Field(alias="class")
+    name: str
+    runtime: Literal["process"] = "process"
+    cmd: str | None = None
+    args: list[str] = []
+    env: dict[str, str] = {}
+    #: as the worker's, for this program alone; a foreign one is then watched from its start, not only from
+    #: the first ``alive`` that it says on its bridge
+    hang_s: float | None = Field(default=None, ge=0)
+
+
+class AllowConfig(Section):
+    """What jobs may make this worker fetch and load. Patterns are shell-style (``fnmatch``)."""
+
+    peers: bool = True
+    #: URL patterns for http(s), such as "https://models.example.org/*"
+    uri: list[str] = []
+    #: repository patterns on the Hugging Face hub
+    huggingface: list[str] = ["*"]
+    #: path and fsspec URL patterns
+    local: list[str] = []
+    #: repositories whose own code may run
+    trust_remote_code: list[str] = []
+    #: ``package.module:callable`` patterns for plain PyTorch models
+    entrypoints: list[str] = []
+    max_file_gb: float = Field(default=100.0, gt=0)
+
+
+class CacheConfig(Section):
+    """The slice cache, least recently used out first; whichever bound is hit first."""
+
+    max_slices: int = Field(default=10, ge=2)
+    max_gb: float = Field(default=20.0, gt=0)
+
+
+class StorageConfig(Section):
+    """What this worker keeps for schedulers that lease it: copies of their jobs' checkpoints."""
+
+    #: 0: none
+    checkpoints_gb: float = Field(default=0.0, ge=0)
+    #: copies that no scheduler has asked about for so many days are deleted
+    keep_days: float = Field(default=30.0, gt=0)
+
+
+class WorkerConfig(LeafConfig):
+    """``hypha-worker``."""
+
+    #: job directories, the slice cache and copies of checkpoints
+    work_dir: Path = Path("work")
+    resources: ResourcesConfig = ResourcesConfig()
+    offer: OfferConfig = OfferConfig()
+    executors: list[ExecutorConfig] = [
+        ExecutorConfig(kind="train", name=DEFAULT_EXECUTOR),
+        ExecutorConfig(kind="aggregate", name="parameter-server"),
+    ]
+    allow: AllowConfig = AllowConfig()
+    cache: CacheConfig = CacheConfig()
+    storage: StorageConfig = StorageConfig()
+    #: keep the job directory of an executor that failed
+    keep_failed_jobs: bool = True
+    #: seconds between SIGTERM and SIGKILL for an executor's process group
+    stop_grace_s: float = Field(default=5.0, ge=0)
+    #: an executor that gave no sign of life for so long is killed, and reported; longer than the longest
+    #: batch and outer step. 0: never. Jobs may ask for less
+    hang_s: float = Field(default=600.0, ge=0)
+    #: how a job's resource limits are enforced; ``auto`` takes the strongest that works here
+    limits: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
+
+
+# --- scheduler ----------------------------------------------------------------------------------------
+
+
+class ModelConfig(Section):
+    """Exactly one of ``path`` (a local directory, served to the workers by the scheduler),
+    ``repository`` (Hugging Face) and ``entrypoint`` (plain PyTorch, with ``type = "torch"``).
+    """
+
+    type: str
+    path: Path | None = None
+    repository: str | None = None
+    revision: str = "main"
+    filenames: list[str] = []
+    token: str | None = None
+    entrypoint: str | None = None
+    #: of the entrypoint; else changes of the model's config.json, such as num_labels for a fresh head
+    arguments: dict[str, str | int | float | bool | None] = {}
+    #: model argument -> dataset column; a list means columns of the same names
+    input_names: dict[str, str] | list[str] = {}
+    loss: Literal["cross-entropy", "mse", "l1", "bce-with-logits"] | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+class PreprocessorConfig(Section):
+    """A Hugging Face preprocessor; ``path`` or ``repository`` as for the model."""
+
+    type: Literal["auto", "feature", "image", "tokenizer", "video"]
+    path: Path | None = None
+    repository: str | None = None
+    revision: str = "main"
+    filenames: list[str] = []
+    token: str | None = None
+    input_names: dict[str, str] | list[str] = {}
+
+
+class DatasetRef(Section):
+    """The dataset by the name it is announced under."""
+
+    dataset: str
+    shuffle: bool = True
+    #: how long to wait for somebody to serve it; ``None``: for ever, saying so
+    wait_s: float | None = Field(default=60.0, gt=0)
+
+
+class RoundsConfig(Section):
+    """How many rounds, and how long each is: ``avg_samples_between_updates`` samples over all workers,
+    or, with ``inner_steps`` (DiLoCo's fixed H), that many batches a worker.
+    """
+
+    update_rounds: int = Field(default=100, ge=1)
+    avg_samples_between_updates: int | None = Field(default=None, ge=1)
+    inner_steps: int | None = Field(default=None, ge=1)
+    max_batch_size: int = Field(default=64, ge=1)
+    #: fixed batch size; ``None``: offered over required memory, at most ``max_batch_size``, which is 1 with
+    #: workers that offer just what they are asked for (offer.strategy = "flexible", their default)
+    batch_size: int | None = Field(default=None, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    #: share of the members' updates with which a round may be closed after ``grace_s``
+    quorum: float = Field(default=1.0, gt=0, le=1)
+    grace_s: float = Field(default=10.0, ge=0)
+    #: a round is closed at the latest this long after its projected end
+    deadline_s: float = Field(default=60.0, gt=0)
+
+
+class InnerOptimizerConfig(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
+
+
+class OuterOptimizerConfig(Section):
+    """Nesterov momentum."""
+
+    learning_rate: float = Field(default=0.7, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weighting: Literal["samples", "uniform"] = "samples"
+    max_update_norm: float | None = Field(default=None, gt=0)
+
+
+class ScheduleConfig(Section):
+    """Learning rate over inner steps."""
+
+    type: Literal["constant", "cosine-with-warmup", "linear-with-warmup", "wsd"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    training_steps: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
+
+
+class PriceConfig(Section):
+    """``bid`` is published, ``max`` is private: dearer offers are not taken."""
+
+    bid: float = Field(default=1.0, ge=0)
+    max: float = Field(default=1.0, ge=0)
+
+
+class NeedsConfig(ResourcesConfig):
+    """What a job needs of a worker: cores, and GB of the rest."""
+
+    memory: float = Field(default=1.0, ge=0)
+    storage: float = Field(default=0.0, ge=0)
+
+
+class JobResourcesConfig(Section):
+    """Whom to ask for. ``worker.gpu`` (else ``worker.memory``) is what a batch of one sample needs."""
+
+    num_workers: int = Field(default=2, ge=1)
+    #: start and go on with at least this many; ``None``: ``num_workers``
+    min_workers: int | None = Field(default=None, ge=1)
+    #: with ``min_workers`` ready the start waits so long for the rest of ``num_workers``; who is later joins
+    start_grace_s: float = Field(default=5.0, ge=0)
+    #: a failed training executor is started again so often, with growing pauses, before its worker is
+    #: replaced; counted anew with each applied round that holds its update
+    executor_restarts: int = Field(default=2, ge=0)
+    #: a training executor without a sign of life for so long is taken for hung, where that is less than its
+    #: worker's own ``hang_s``; longer than the longest batch
+    hang_s: float | None = Field(default=None, gt=0)
+    worker: NeedsConfig = NeedsConfig()
+    parameter_server: NeedsConfig = NeedsConfig()
+    worker_price: PriceConfig = PriceConfig()
+    parameter_server_price: PriceConfig = PriceConfig()
+    worker_executor: str = DEFAULT_EXECUTOR
+    parameter_server_executor: str = "parameter-server"
+    #: how long one request collects offers
+    offer_deadline_s: float = Field(default=0.5, gt=0)
+    #: give up when the pool is not full after this long; ``None``: wait, and say so
+    wait_s: float | None = Field(default=None, gt=0)
+
+
+class CheckpointConfig(Section):
+    """``place`` is ``scheduler`` (the scheduler's state directory), a path or an fsspec URL."""
+
+    every_rounds: int = Field(default=10, ge=1)
+    keep: int = Field(default=3, ge=1)
+    place: Annotated[str, Place(("scheduler",))] = "scheduler"
+    #: copies of each on workers that offer storage (``storage.checkpoints_gb``), with place = "scheduler"
+    replicas: int = Field(default=0, ge=0)
+
+
+class JobConfig(Section):
+    """The job: which model, on which data, for how long, on how many workers."""
+
+    type: Literal["diloco"] = "diloco"
+    name: str = "job"
+    model: ModelConfig
+    preprocessor: PreprocessorConfig | None = None
+    dataset: DatasetRef
+    rounds: RoundsConfig = RoundsConfig()
+    inner_optimizer: InnerOptimizerConfig = InnerOptimizerConfig()
+    outer_optimizer: OuterOptimizerConfig = OuterOptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    resources: JobResourcesConfig = JobResourcesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    update_encoding: Literal["none", "bf16", "int8"] = "none"
+    seed: int = 0
+    #: a directory, an fsspec URL or ``hf://<repository>``
+    output: Annotated[str, Place()]
+    #: token for an ``hf://`` output
+    output_token: str | None = None
+
+
+class SchedulerSection(Section):
+    """What the scheduler is to do."""
+
+    job: JobConfig
+
+
+class SchedulerConfig(LeafConfig):
+    """``hypha-scheduler``."""
+
+    #: the job's state, checkpoints and ledger
+    state_dir: Path = Path("state")
+    scheduler: SchedulerSection
+
+
+#: Of all four components, by program.
+COMPONENTS: dict[str, type[NodeConfig]] = {
+    "gateway": GatewayConfig,
+    "scheduler": SchedulerConfig,
+    "worker": WorkerConfig,
+    "data": DataConfig,
+}

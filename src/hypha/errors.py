@@ -1,0 +1,195 @@
+"""Every error Hypha raises on purpose, one tree, drawn here.
+
+HyphaError                      exit code 1
+├── ConfigError                 exit code 2   a file, key or value the operator must change
+│   └── IdentityError                         a certificate, key, trust bundle or CRL
+├── NetworkError
+│   ├── PeerUnreachable                       no address, direct or relayed, answered
+│   ├── RequestTimeout                        connected, but no answer in time
+│   ├── Refused                               the peer said no, and why (code, reason)
+│   └── TransferFailed                        a bulk transfer was cut; it may be resumed
+│       └── TransferCorrupt                   it arrived whole, with another hash
+├── DataError
+│   ├── DatasetNotFound         exit code 3   nobody announces or serves the dataset
+│   ├── DatasetMismatch                       two replicas of one name differ
+│   ├── SliceCorrupt                          a slice file fails its hash or its format
+│   └── CheckpointUnusable                    a checkpoint is not there, or not what was saved
+├── AllocationFailed            exit code 4   nobody offered what the job asked for
+└── JobFailed                   exit code 5   the job cannot go on
+    ├── ModelError                            the model cannot be loaded or built
+    ├── NotFinite                             the loss or the weights are NaN or infinite
+    ├── OutputError             exit code 6   the output place cannot be written
+    └── ExecutorFailed                        a child process died; its exit code and last lines
+
+Third-party exceptions are translated into these in the room that imports the third party, with
+``from exc``. A message says what happened, to which peer, file or key, and what to do next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class HyphaError(Exception):
+    """Root of the tree."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a configuration.
+
+    ``key`` is the dotted path (``resources.memory``), ``source`` the file, variable or flag it came
+    from, ``line`` its 1-based line in a file where known.
+    """
+
+    key: str
+    message: str
+    source: str = ""
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.source}:{self.line}" if self.line is not None else self.source
+        return ": ".join(part for part in (place, self.key, self.message) if part)
+
+
+class ConfigError(HyphaError):
+    """All problems of a configuration at once; ``problems`` holds at least one."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[Problem] | str) -> None:
+        if isinstance(problems, str):
+            problems = [Problem(key="", message=problems)]
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class IdentityError(ConfigError):
+    """A certificate, private key, trust bundle or CRL cannot be used."""
+
+
+class NetworkError(HyphaError):
+    """Something between two nodes failed."""
+
+
+class PeerUnreachable(NetworkError):
+    """No known address of ``peer``, direct or relayed, could be reached. ``gone``: its machine itself says
+    that nobody listens there any more, which a network failure never does.
+    """
+
+    def __init__(self, peer: str, reason: str, gone: bool = False) -> None:
+        self.peer = peer
+        self.reason = reason
+        self.gone = gone
+        super().__init__(f"peer {peer} is unreachable: {reason}")
+
+
+class RequestTimeout(NetworkError):
+    """``peer`` is connected but did not answer ``what`` within ``timeout_s`` seconds."""
+
+    def __init__(self, peer: str, what: str, timeout_s: float) -> None:
+        self.peer = peer
+        super().__init__(f"peer {peer} did not answer {what} within {timeout_s:g} s")
+
+
+class Refused(NetworkError):
+    """``peer`` answered no. ``code`` is one of :data:`REFUSALS`, ``reason`` a sentence."""
+
+    def __init__(self, code: str, reason: str, peer: str = "") -> None:
+        self.code = code
+        self.reason = reason
+        self.peer = peer
+        super().__init__(f"{peer or 'this node'} refused ({code}): {reason}")
+
+
+#: Refusal codes on the wire, with what the caller should make of them.
+REFUSALS = {
+    "busy": "over a concurrency limit; try again later",
+    "malformed": "the message does not decode; a version difference or a bug",
+    "unsupported": "this component does not answer such requests",
+    "role": "the caller's certificate does not carry the role this needs",
+    "lease": "no such lease, or it belongs to somebody else, or it has expired",
+    "stale": "an older generation or round; the sender must resynchronise",
+    "duplicate": "already received; nothing to do",
+    "uninvited": "the sender takes no part in this job",
+    "not-found": "no such job, dataset, slice or file here",
+    "too-large": "over a size limit",
+    "invalid": "the content is wrong: shape, dtype, a value that is not finite",
+    "not-allowed": "an allow-list of this node's owner forbids it",
+    "no-space": "its disk is full",
+    "unreachable": "it could not connect to the caller",
+    "internal": "the peer failed; its log says more",
+}
+
+
+class TransferFailed(NetworkError):
+    """A bulk transfer ended before its end; what arrived is kept for a resume, never used."""
+
+    def __init__(self, peer: str, name: str, reason: str) -> None:
+        self.peer = peer
+        self.name = name
+        self.reason = reason
+        super().__init__(f"transfer of {name} with {peer} failed: {reason}")
+
+
+class TransferCorrupt(TransferFailed):
+    """All bytes arrived, but their BLAKE3 hash is not the promised one; they were deleted."""
+
+
+class DataError(HyphaError):
+    """A dataset, manifest or slice is wrong."""
+
+
+class DatasetNotFound(DataError):
+    """Nobody serves the dataset."""
+
+    exit_code = 3
+
+
+class DatasetMismatch(DataError):
+    """Two nodes serve different data under one name."""
+
+
+class SliceCorrupt(DataError):
+    """A slice file fails its hash, or is no safetensors file, or differs from the manifest."""
+
+
+class CheckpointUnusable(DataError):
+    """The checkpoint to restore from is not there, not whole, or not what was saved."""
+
+
+class AllocationFailed(HyphaError):
+    """Nobody offered what the job asked for within the time it was willing to wait."""
+
+    exit_code = 4
+
+
+class JobFailed(HyphaError):
+    """The job cannot go on; everything up to the last checkpoint is kept."""
+
+    exit_code = 5
+
+
+class ModelError(JobFailed):
+    """The model cannot be fetched, built or loaded."""
+
+
+class NotFinite(JobFailed):
+    """Training has diverged: the loss or the weights hold NaN or infinity."""
+
+
+class OutputError(JobFailed):
+    """The place for the trained model cannot be written."""
+
+    exit_code = 6
+
+
+class ExecutorFailed(JobFailed):
+    """An executor process ended on its own; ``exit_code_of_child`` and its last lines are kept."""
+
+    def __init__(self, message: str, exit_code_of_child: int | None = None, tail: str = "") -> None:
+        self.exit_code_of_child = exit_code_of_child
+        self.tail = tail
+        super().__init__(message + (f"\n{tail}" if tail else ""))

@@ -1,0 +1,1020 @@
+"""The words every room shares: what travels between nodes, and between a worker and its executor.
+
+All are msgspec Structs: MessagePack on the wire, JSON over an executor's bridge, the same shapes in
+both. Tags are kebab-case in the field ``type``. Durations cross the wire, never wall-clock times.
+Reports and directives are *level-triggered*: each states the whole of what it is about (counts so far
+in the round, the plan for the round), so that a lost, repeated or reordered one does no harm.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+#: Version of every envelope; a node refuses another one as ``malformed``.
+WIRE_VERSION = 1
+#: Gossip topic on which schedulers ask for workers.
+WORKER_TOPIC = "hypha/worker"
+
+MAX_REQUEST_BYTES = 1 << 20
+MAX_RESPONSE_BYTES = 10 << 20
+
+
+def _kebab(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
+
+
+class Message(Struct, frozen=True, tag=_kebab, tag_field="type", kw_only=True, omit_defaults=True):
+    """A frozen, tagged struct."""
+
+
+class Value(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A frozen struct that is part of messages."""
+
+
+# --- who and what -----------------------------------------------------------------------------
+
+
+class PeerRef(Value):
+    """A peer and where it may be reached; ``addresses`` are multiaddrs, circuit addresses included."""
+
+    peer: str
+    addresses: tuple[str, ...] = ()
+
+
+class Resources(Value):
+    """Amounts a worker has, a request needs or a lease reserves; GB for all but ``cpu`` (cores)."""
+
+    cpu: float = 0.0
+    memory: float = 0.0
+    gpu: float = 0.0
+    storage: float = 0.0
+
+
+ExecutorClass = Literal["train", "aggregate"]
+
+
+class ExecutorDescriptor(Value):
+    """What kind of executor is wanted or offered, and its name (``diloco-transformer``)."""
+
+    kind: ExecutorClass
+    name: str
+
+
+class JobStamp(Value):
+    """Which job, which life of it, which round: what fences off late and foreign messages.
+
+    ``attempt``, of theta and of what depends on it: how often its receiver has begun the round anew
+    (see :class:`SendModel`).
+    """
+
+    job_id: str
+    generation: int = 0
+    round: int = 0
+    attempt: int = 0
+
+
+# --- references: where an executor's input comes from, where its output goes ---------------------
+
+
+class Uri(Message, tag="uri"):
+    """An http(s) address."""
+
+    value: str
+
+
+class HuggingFace(Message, tag="huggingface"):
+    """Files of a repository on the Hugging Face hub; all files when ``filenames`` is empty."""
+
+    repository: str
+    revision: str = "main"
+    filenames: tuple[str, ...] = ()
+    token: str | None = None
+
+
+class Peers(Message, tag="peers"):
+    """Named things at peers: ``resource`` is ``model`` (the model directory that a scheduler serves),
+    ``checkpoint/<round>``, ``update``, ``theta``, ``export``.
+    """
+
+    peers: tuple[PeerRef, ...]
+    strategy: Literal["all", "random", "one"] = "one"
+    resource: str | None = None
+
+
+class SchedulerData(Message, tag="scheduler"):
+    """The next slice of ``dataset`` that the scheduler ``peer`` assigns."""
+
+    peer: str
+    dataset: str
+
+
+class Local(Message, tag="local"):
+    """A path on the worker, or any fsspec URL the worker can open."""
+
+    url: str
+
+
+Reference = Uri | HuggingFace | Peers | SchedulerData | Local
+
+
+# --- job descriptions -----------------------------------------------------------------------------
+
+Scalar = str | int | float | bool | None
+
+
+class ModelSpec(Value):
+    """The model of a job.
+
+    ``task`` is one of the Hugging Face tasks in ``hypha.config.tasks`` (``image-classification``,
+    ``causal-lm`` ...) with files from ``source`` (weights optional: without them the model is built
+    from ``config.json`` with ``seed``), or ``torch``: then ``entrypoint`` is ``package.module:callable``,
+    importable where the executor runs and allowed by the worker's owner, called with ``arguments``, which
+    for the other tasks change ``config.json`` (another ``num_labels`` gives a fresh head). ``inputs`` maps
+    model argument -> dataset column (empty: same names). ``loss`` is needed by models whose forward returns
+    no ``loss``.
+    """
+
+    task: str
+    source: Reference | None = None
+    entrypoint: str | None = None
+    arguments: dict[str, Scalar] = {}
+    inputs: dict[str, str] = {}
+    loss: Literal["cross-entropy", "mse", "l1", "bce-with-logits"] | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+class PreprocessorSpec(Value):
+    """A Hugging Face preprocessor run over each slice before training."""
+
+    kind: Literal["auto", "feature", "image", "tokenizer", "video"]
+    source: Reference
+    #: preprocessor argument -> dataset column it consumes
+    inputs: dict[str, str] = {}
+
+
+class InnerOptimizer(Value):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = None
+
+
+class OuterOptimizer(Value):
+    """Nesterov momentum over pseudo-gradients (DiLoCo, Douillard et al. 2023)."""
+
+    learning_rate: float = 0.7
+    momentum: float = 0.9
+
+
+class LrSchedule(Value):
+    """Learning-rate schedule over *inner* steps; WSD is warmup-stable-decay (Hu et al. 2024)."""
+
+    kind: Literal["constant", "cosine-with-warmup", "linear-with-warmup", "wsd"] = "constant"
+    warmup_steps: int = 0
+    training_steps: int = 0
+    decay_steps: int = 0
+
+
+class TrainJob(Message, tag="train"):
+    """What a training executor is to do. ``me`` is its own worker's PeerID.
+
+    ``steps`` is the number of inner steps taken by earlier lives, for the learning-rate schedule. An executor
+    that gives no sign of life for ``hang_s`` may be taken for hung (see :class:`Alive`), but only sooner than
+    by its worker's own rule.
+    """
+
+    job_id: str
+    generation: int
+    executor: ExecutorDescriptor
+    me: str
+    scheduler: PeerRef
+    parameter_server: PeerRef
+    model: ModelSpec
+    dataset: str
+    batch_size: int
+    preprocessor: PreprocessorSpec | None = None
+    optimizer: InnerOptimizer = InnerOptimizer()
+    schedule: LrSchedule = LrSchedule()
+    gradient_accumulation: int = 1
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    shuffle: bool = True
+    seed: int = 0
+    steps: int = 0
+    update_encoding: Literal["none", "bf16", "int8"] = "none"
+    hang_s: float | None = None
+
+
+class CheckpointPolicy(Value):
+    """``place`` is ``scheduler`` (kept in the scheduler's state directory), a path or an fsspec URL."""
+
+    every_rounds: int = 10
+    keep: int = 3
+    place: str = "scheduler"
+
+
+class AggregateJob(Message, tag="aggregate"):
+    """What a parameter server is to do. It starts at ``round`` from the model, or from ``restore``."""
+
+    job_id: str
+    generation: int
+    executor: ExecutorDescriptor
+    me: str
+    scheduler: PeerRef
+    model: ModelSpec
+    preprocessor: PreprocessorSpec | None = None
+    optimizer: OuterOptimizer = OuterOptimizer()
+    weighting: Literal["samples", "uniform"] = "samples"
+    max_update_norm: float | None = None
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    round: int = 0
+    restore: Reference | None = None
+
+
+Job = TrainJob | AggregateJob
+
+
+# --- directives: scheduler -> executor, through its worker ------------------------------------------
+
+
+class Plan(Message):
+    """For a training executor: in ``round``, synchronise after ``batches`` batches counted from the
+    round's start (already passed: at once). ``None``: go on, the sync point is not known yet.
+    """
+
+    round: int
+    batches: int | None = None
+
+
+class Rejoin(Message):
+    """The job goes on in another life, ``generation``, after its parameter server or its scheduler was lost.
+    Everybody says again what it holds: a training executor ``Loaded``, the last ``UpdateSent`` and
+    ``RoundStarted``; a parameter server ``RoundApplied``, ``ModelReady`` and each ``UpdateReceived``.
+
+    For a training executor, ``parameter_server`` is where it is now; with ``resend`` it is a new one, which
+    needs the open round's update. With ``start_over`` rounds were lost: what is held of them (theta, slices,
+    the optimizer's state) is dropped, and theta of ``round`` comes; ``steps`` inner steps were taken before.
+    """
+
+    generation: int
+    round: int
+    steps: int = 0
+    parameter_server: PeerRef | None = None
+    resend: bool = False
+    start_over: bool = False
+
+
+class Members(Message):
+    """For a parameter server: the workers whose updates count, complete each time."""
+
+    peers: tuple[PeerRef, ...]
+
+
+class SendModel(Message):
+    """For a parameter server: send theta of the current round to ``to`` (a joiner, or one left out).
+
+    ``attempt`` counts how often ``to`` has to begin this round anew, because its update was refused: theta of
+    a higher attempt is no repetition, even though it is the same.
+    """
+
+    to: PeerRef
+    attempt: int = 0
+
+
+class CloseRound(Message):
+    """For a parameter server: apply the outer step of ``round`` to what was received (from anybody
+    else it is refused as stale from now on), then send the new theta to all members.
+    """
+
+    round: int
+    final: bool = False
+    checkpoint: bool = False
+
+
+class SaveCheckpoint(Message):
+    """For a parameter server: save a checkpoint of the open round as it began (``round``, or a later one that
+    it is in by now), unless that is done or under way.
+    """
+
+    round: int
+
+
+class Export(Message):
+    """For a parameter server: write the model as users load it and send its files to ``to``."""
+
+    to: PeerRef
+
+
+class Finish(Message):
+    """The job is over (or stops): end cleanly with exit code 0."""
+
+    reason: str = "done"
+
+
+Directive = Plan | Rejoin | Members | SendModel | CloseRound | SaveCheckpoint | Export | Finish
+
+
+# --- events: executor (or its worker) -> scheduler ----------------------------------------------------
+
+
+class SliceRange(Value):
+    """Rows ``start:stop`` of a slice in this epoch's order (shuffled by seed, epoch and slice)."""
+
+    epoch: int
+    slice: int
+    start: int
+    stop: int
+
+
+class Contribution(Value):
+    """What one update stands for: enough to compute it again (``hypha.executor.replay``).
+
+    ``incarnation`` names the executor process (its optimizer state lives and dies with it);
+    ``steps`` is its inner step count before this round's first step, ``finished`` the
+    (epoch, slice) pairs whose last row is in here. ``restarts`` counts how often the process has begun
+    a fresh optimizer, because a round went on without steps that it had taken. ``threads`` is what
+    torch computed with: sums come out otherwise with another number, and Adam makes much of that.
+    """
+
+    round: int
+    worker: str
+    incarnation: str
+    samples: int
+    batches: int
+    batch_size: int
+    steps: int
+    ranges: tuple[SliceRange, ...]
+    finished: tuple[tuple[int, int], ...] = ()
+    loss: float = 0.0
+    restarts: int = 0
+    threads: int = 1
+    #: of the round, as in :class:`SendModel`
+    attempt: int = 0
+
+
+class Alive(Message):
+    """Said by the executor to its worker, which keeps it to itself: the thread that does the work goes on,
+    or has nothing to do (it waits for theta, a plan, data, updates). Every other event says so too. Who has
+    said it once is to give a sign of life every second or so; silent for ``hang_s``, it is killed.
+    """
+
+
+class Loaded(Message):
+    """A training executor has built its model and waits for theta."""
+
+    incarnation: str
+
+
+class RoundStarted(Message):
+    """A training executor runs on theta of ``round``, whose hash is ``theta``."""
+
+    round: int
+    theta: str
+    attempt: int = 0
+
+
+class Progress(Message):
+    """Counts since the round's start. ``busy_s`` is time spent in batches, ``loss`` the latest mean
+    over the batches since the previous report.
+    """
+
+    round: int
+    batches: int
+    samples: int
+    busy_s: float
+    loss: float
+    learning_rate: float = 0.0
+    attempt: int = 0
+
+
+class UpdateSent(Message):
+    """The update of a round is with the parameter server (acknowledged)."""
+
+    contribution: Contribution
+
+
+class ModelReady(Message):
+    """A parameter server holds theta of ``round``; it takes updates from now on."""
+
+    round: int
+    theta: str
+    parameters: int
+    size_bytes: int
+
+
+class UpdateReceived(Message):
+    """A parameter server accepted the update of ``worker`` for ``round``. ``contribution`` is what the file
+    itself says that it stands for, so that an update that counts is known even if its worker is gone.
+    """
+
+    round: int
+    worker: str
+    samples: int
+    contribution: Contribution | None = None
+
+
+class UpdateRefused(Message):
+    """A parameter server refused an update; ``code`` as in ``errors.REFUSALS``."""
+
+    round: int
+    worker: str
+    code: str
+    reason: str
+
+
+class RoundApplied(Message):
+    """The outer step of ``round`` is done; ``theta`` is the hash of theta of ``round + 1``.
+    ``contributors`` in the order in which their updates were added, ``contributions`` as far as their files
+    say what they stand for.
+    """
+
+    round: int
+    theta: str
+    contributors: tuple[str, ...]
+    contributions: tuple[Contribution, ...] = ()
+    update_norm: float = 0.0
+    checkpoint: bool = False
+
+
+class CheckpointSaved(Message):
+    """A checkpoint from which ``round`` can be started is durable at ``place``."""
+
+    round: int
+    place: str
+
+
+class Exported(Message):
+    """All files of the trained model are with the scheduler, which acknowledged them."""
+
+    round: int
+    files: tuple[str, ...]
+
+
+class ExecutorError(Message):
+    """An executor cannot go on, and says why before it exits. ``kind``: ``model``, ``data``, ``oom``,
+    ``not-finite``, ``checkpoint`` (the one it was to restore is not there, or damaged), ``disk`` (it is
+    full), ``internal``.
+    """
+
+    kind: str
+    message: str
+
+
+class ExecutorExited(Message):
+    """Said by the worker, never the executor: the process ended. ``tail`` is its last output."""
+
+    exit_code: int
+    tail: str
+    incarnation: str = ""
+
+
+Event = (
+    Alive
+    | Loaded
+    | RoundStarted
+    | Progress
+    | UpdateSent
+    | ModelReady
+    | UpdateReceived
+    | UpdateRefused
+    | RoundApplied
+    | CheckpointSaved
+    | Exported
+    | ExecutorError
+    | ExecutorExited
+)
+
+
+# --- gossip -----------------------------------------------------------------------------------------
+
+
+class WorkerRequest(Message):
+    """A scheduler wants ``count`` more workers with ``resources`` each. Offers are to reach it within
+    ``offer_within_s`` of hearing this. ``dataset`` lets a worker prefer what it has cached.
+    """
+
+    request_id: str
+    scheduler: PeerRef
+    resources: Resources
+    executor: ExecutorDescriptor
+    count: int
+    bid: float
+    offer_within_s: float
+    dataset: str | None = None
+
+
+# --- requests and responses (RPC) ---------------------------------------------------------------------
+
+
+class Health(Message):
+    """Are you well? Answered by every component."""
+
+
+class WorkerOffer(Message):
+    """A worker holds ``resources`` for the scheduler under a temporary lease of ``expires_in_s``."""
+
+    lease_id: str
+    request_id: str
+    worker: PeerRef
+    resources: Resources
+    price: float
+    expires_in_s: float
+
+
+class RenewLease(Message):
+    """First renewal = acceptance."""
+
+    lease_id: str
+
+
+class ReleaseLease(Message):
+    """A courtesy: the resources may go to somebody else before the lease expires."""
+
+    lease_id: str
+
+
+class DispatchJob(Message):
+    """Start this job's executor under that lease. Idempotent by lease and job id; with ``instead_of`` it
+    replaces the executor of that incarnation, however far that one has got with its end.
+    """
+
+    lease_id: str
+    job: Job
+    instead_of: str = ""
+
+
+class CancelJob(Message):
+    """Stop the executor of this job of this class; the lease stays."""
+
+    job_id: str
+    kind: ExecutorClass
+
+
+class Steer(Message):
+    """A directive for the executor of ``kind`` of a job; ``seq`` grows, an older one is ignored."""
+
+    stamp: JobStamp
+    kind: ExecutorClass
+    seq: int
+    directive: Directive
+
+
+class ReportEvent(Message):
+    """An event that must arrive (everything but ``Progress``), repeated until acknowledged.
+    ``seq`` counts per job, kind and incarnation: the scheduler handles each once.
+    """
+
+    stamp: JobStamp
+    kind: ExecutorClass
+    incarnation: str
+    seq: int
+    event: Event
+
+
+class NextSlice(Message):
+    """A worker asks for its next slice; the same ``seq`` gets the same answer again. ``cached`` lists
+    slices of the dataset it holds. What it got for a ``seq`` before ``held_from`` it has dropped, unused
+    rows and all, because it started over.
+    """
+
+    stamp: JobStamp
+    incarnation: str
+    seq: int
+    cached: tuple[int, ...] = ()
+    held_from: int = 0
+
+
+class DescribeDataset(Message):
+    """Do you serve this dataset? Send its manifest."""
+
+    dataset: str
+
+
+class PullFile(Message):
+    """A bulk transfer the other way round: please offer me that file. ``kind`` and ``name``:
+    ``slice`` ``<dataset>/<index>``, ``model`` ``<file>``, ``checkpoint`` ``<round>/<file>``. Answered by
+    the offer that is about to come under ``token`` (set by the bulk plane); the same token asks again how
+    that goes.
+    """
+
+    kind: str
+    name: str
+    job_id: str | None = None
+    token: str = ""
+
+
+class ListFiles(Message):
+    """Which files has a directory-like resource (``model``, ``checkpoint/<round>``)?"""
+
+    kind: str
+    name: str = ""
+    job_id: str | None = None
+
+
+class CheckpointFile(Value):
+    """A file of a checkpoint; ``name`` is relative to the checkpoint, ``blake3`` hex."""
+
+    name: str
+    size: int
+    blake3: str
+
+
+class CheckpointIndex(Value):
+    """``index.json``: all files of the checkpoint from which ``round`` is started, and the life of the job
+    that saved it.
+    """
+
+    job_id: str
+    round: int
+    files: tuple[CheckpointFile, ...]
+    generation: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def replica_name(scheduler: str, job: str) -> str:
+    """Under which name workers that keep copies of the scheduler's job are found, as a dataset is."""
+    return f"checkpoints/{scheduler}/{job}"
+
+
+class HoldCheckpoint(Message):
+    """A scheduler asks a worker to keep a copy of a checkpoint of its job called ``job``. Of the job's other
+    rounds only those of ``keep`` are to stay. Said again when the files that the answer misses were sent, in
+    bulk (kind ``checkpoint``, name ``<round>/<file>``): with none missing the copy is complete.
+    """
+
+    stamp: JobStamp
+    job: str
+    index: CheckpointIndex
+    keep: tuple[int, ...] = ()
+
+
+class DropCheckpoints(Message):
+    """No copy of that job's checkpoints is needed any more."""
+
+    job_id: str
+
+
+class FindCheckpoints(Message):
+    """Which copies of checkpoints of the caller's job called ``job`` are there?"""
+
+    job: str
+
+
+class TransferMeta(Value):
+    """What a bulk transfer carries. ``blake3`` is hex, over the plain bytes."""
+
+    kind: str
+    name: str
+    size: int
+    blake3: str
+    stamp: JobStamp | None = None
+    samples: int = 0
+    #: with theta: the workers whose updates are in it
+    contributors: tuple[str, ...] = ()
+    encoding: Literal["none", "zstd"] = "none"
+
+
+class BulkOffer(Message):
+    """I will send this. ``addresses``: where you may dial me for it."""
+
+    token: str
+    meta: TransferMeta
+    addresses: tuple[str, ...]
+
+
+class BulkDial(Message):
+    """My dial failed: please dial me for the transfer with this token."""
+
+    token: str
+    addresses: tuple[str, ...]
+
+
+class Acknowledged(Message):
+    """Done, or already done."""
+
+
+class HealthReport(Message):
+    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words."""
+
+    healthy: bool
+    component: str
+    version: str
+    peer: str
+    uptime_s: float
+    details: dict[str, str] = {}
+
+
+class LeaseRenewed(Message):
+    """The lease now lives ``expires_in_s`` from when the answer was sent."""
+
+    lease_id: str
+    expires_in_s: float
+
+
+class SliceAssigned(Message):
+    """Slice ``index`` of the dataset, in ``epoch``, from any of ``providers``."""
+
+    dataset: str
+    index: int
+    epoch: int
+    samples: int
+    size: int
+    blake3: str
+    providers: tuple[PeerRef, ...]
+
+
+class NoSlice(Message):
+    """Nothing to train on right now; ask again. ``reason`` says why."""
+
+    retry_in_s: float
+    reason: str
+
+
+class SliceInfo(Value):
+    """One slice of a manifest."""
+
+    file: str
+    samples: int
+    size: int
+    blake3: str
+
+
+class Column(Value):
+    """A column: dtype as safetensors spells it (``F32``, ``I64``), shape without the sample axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Manifest(Value):
+    """``manifest.json`` of a prepared dataset."""
+
+    name: str
+    columns: tuple[Column, ...]
+    slices: tuple[SliceInfo, ...]
+    version: int = 1
+
+    @property
+    def samples(self) -> int:
+        """Samples in all slices."""
+        return sum(part.samples for part in self.slices)
+
+
+class DatasetDescription(Message):
+    """The manifest, and its hash: replicas are interchangeable when that is the same."""
+
+    manifest: Manifest
+    manifest_hash: str
+
+
+class FileList(Message):
+    """Name, size and hash of each file of a resource."""
+
+    files: tuple[TransferMeta, ...]
+
+
+class CheckpointHeld(Message):
+    """Names of the files that are still ``missing``; the copy is complete and durable when none is."""
+
+    missing: tuple[str, ...] = ()
+
+
+class CheckpointList(Message):
+    """Complete copies, the newest round of each job first."""
+
+    found: tuple[CheckpointIndex, ...] = ()
+
+
+class BulkAnswer(Message):
+    """Send from ``offset`` on; ``done`` when it is all here already. ``addresses``: dial me there."""
+
+    offset: int
+    addresses: tuple[str, ...]
+    done: bool = False
+    #: not 0: others are served first; offer again, with the same token, after this long
+    wait_s: float = 0.0
+
+
+class RefusedReply(Message):
+    """The typed no."""
+
+    code: str
+    reason: str
+
+
+Request = (
+    Health
+    | WorkerOffer
+    | RenewLease
+    | ReleaseLease
+    | DispatchJob
+    | CancelJob
+    | Steer
+    | ReportEvent
+    | NextSlice
+    | DescribeDataset
+    | PullFile
+    | ListFiles
+    | HoldCheckpoint
+    | DropCheckpoints
+    | FindCheckpoints
+    | BulkOffer
+    | BulkDial
+)
+
+Response = (
+    Acknowledged
+    | HealthReport
+    | LeaseRenewed
+    | SliceAssigned
+    | NoSlice
+    | DatasetDescription
+    | FileList
+    | CheckpointHeld
+    | CheckpointList
+    | BulkOffer
+    | BulkAnswer
+    | RefusedReply
+)
+
+
+class RequestEnvelope(Value):
+    """One request on a fresh stream of ``/hypha/rpc/1``."""
+
+    body: Request
+    v: int = WIRE_VERSION
+    traceparent: str | None = None
+
+
+class ResponseEnvelope(Value):
+    """Its one response."""
+
+    body: Response
+    v: int = WIRE_VERSION
+
+
+class GossipEnvelope(Value):
+    """One gossip message."""
+
+    body: WorkerRequest
+    v: int = WIRE_VERSION
+    traceparent: str | None = None
+
+
+class Report(Value):
+    """One entry of the long-lived report stream ``/hypha/report/1`` (worker -> scheduler)."""
+
+    stamp: JobStamp
+    incarnation: str
+    progress: Progress
+    v: int = WIRE_VERSION
+
+
+# --- the bridge between an executor and its worker (JSON over a Unix socket) ----------------------------
+
+
+class FetchCall(Value):
+    """POST /resources/fetch -> list of :class:`FetchedFile`."""
+
+    resource: Reference
+
+
+class FetchedFile(Value):
+    """A file in the job directory; ``path`` is relative to it. ``slice``: set for dataset slices, and
+    ``generation``, ``round`` and ``attempt`` then are those under which the slice was asked for: who starts
+    over with theta of a generation, round and attempt drops its slices of earlier ones, no others.
+    """
+
+    path: str
+    size: int
+    slice: SliceAssigned | None = None
+    round: int = 0
+    attempt: int = 0
+    generation: int = 0
+
+
+class SendCall(Value):
+    """POST /resources/send -> :class:`Sent`, once it is decided for every receiver; an error only when
+    nobody acknowledged.
+
+    A directory goes to a ``Local`` place only, where it is complete with its file ``marker``; with ``keep``
+    so many complete ones of its siblings whose names are numbers stay, and older ones are deleted.
+    ``blake3`` (hex) spares the worker the hashing, where the executor knows it; receivers verify it.
+    ``generation`` is that of the job's life in which the file was made; ``None``: the present one.
+    """
+
+    resource: Reference
+    path: str
+    round: int
+    samples: int = 0
+    contributors: tuple[str, ...] = ()
+    marker: str = ""
+    keep: int | None = None
+    blake3: str = ""
+    attempt: int = 0
+    generation: int | None = None
+
+
+class Delivery(Value):
+    """What became of a file at one receiver. ``error``: a refusal code, or ``unreachable``."""
+
+    peer: str
+    acknowledged: bool
+    error: str = ""
+    detail: str = ""
+
+
+class Sent(Value):
+    """One entry a receiver; at least one acknowledged."""
+
+    deliveries: tuple[Delivery, ...]
+
+
+class ReceiveCall(Value):
+    """POST /resources/receive -> SSE of :class:`ReceivedFile`; only ``peers`` may send (never empty,
+    ``members`` means those the scheduler named).
+    """
+
+    kinds: tuple[str, ...]
+
+
+class ReceivedFile(Value):
+    """A file that arrived whole and verified. The executor deletes it when it is done with it."""
+
+    path: str
+    size: int
+    from_peer: str
+    meta: TransferMeta
+
+
+class StatusCall(Value):
+    """POST /status/send: one event; ``Progress`` may be dropped for a newer one, others never are."""
+
+    event: Event
+
+
+class BridgeError(Value):
+    """Body of every 4xx and 5xx answer of the bridge."""
+
+    error: str
+    detail: str
+
+
+# --- the ledger: what a job did, enough to do it again (``ledger.json``, JSON) --------------------------
+
+
+class LedgerRound(Value):
+    """One outer step. ``theta`` is the hash of theta of ``round + 1``, that is, after this step (as in
+    :class:`RoundApplied`). ``contributors`` are in the mean; ``left_out`` trained (so their optimizers
+    moved on) but are not in the mean. ``generation`` is the job's life; after a restore from a checkpoint
+    rounds occur again under a higher one, and the earlier ones are ``discarded``.
+    """
+
+    round: int
+    theta: str
+    contributors: tuple[Contribution, ...]
+    left_out: tuple[Contribution, ...] = ()
+    generation: int = 0
+    discarded: bool = False
+    samples: int = 0
+    loss: float = 0.0
+    update_norm: float = 0.0
+    #: from theta_r at the parameter server to its being applied
+    duration_s: float = 0.0
+
+
+class LedgerFile(Value):
+    """``ledger.json``. ``job`` and ``aggregate`` are the descriptions as dispatched, without tokens;
+    their ``me`` is empty and ``job.batch_size`` 0, as these differ by worker (see each Contribution).
+    ``theta`` is the hash of theta of round 0; ``rounds`` are in the order in which they happened.
+    """
+
+    job: TrainJob
+    aggregate: AggregateJob
+    manifest: Manifest
+    manifest_hash: str
+    theta: str
+    rounds: tuple[LedgerRound, ...]
+    version: int = 1
+
+
+def encode(value: Struct) -> bytes:
+    """MessagePack of ``value``."""
+    return msgspec.msgpack.encode(value)
+
+
+def encode_json(value: Struct) -> bytes:
+    """JSON of ``value``."""
+    return msgspec.json.encode(value)

@@ -1,0 +1,102 @@
+"""Arithmetic on :class:`~hypha.messages.Resources`: what fits into what, what is left, what it is worth.
+
+Amounts compare component by component, so two of them may be incomparable (more memory, fewer cores);
+what is incomparable does **not** fit. Amounts that are not finite or are negative never fit anything
+and are refused by every function that computes with them. Sums of decimal fractions are not exact in
+floating point, so comparisons forgive :data:`TOLERANCE`, a billionth (one byte of a GB).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from hypha.messages import Resources
+
+#: Forgiven in comparisons: 0.3 - 0.1 - 0.1 must still have room for 0.1.
+TOLERANCE = 1e-9
+
+#: What a unit of each amount weighs when capacities are compared with a price.
+WEIGHTS = Resources(gpu=25.0, cpu=1.0, memory=0.1, storage=0.01)
+
+NOTHING = Resources()
+
+
+def _amounts(resources: Resources) -> tuple[float, float, float, float]:
+    return (resources.cpu, resources.memory, resources.gpu, resources.storage)
+
+
+def is_valid(resources: Resources) -> bool:
+    """True when every amount is finite and not negative."""
+    return all(math.isfinite(amount) and amount >= 0 for amount in _amounts(resources))
+
+
+def check(resources: Resources, what: str) -> None:
+    """Raise ValueError, naming ``what`` and the amount, unless :func:`is_valid`."""
+    for name in ("cpu", "memory", "gpu", "storage"):
+        amount = getattr(resources, name)
+        if not (math.isfinite(amount) and amount >= 0):
+            raise ValueError(f"{what}: {name} = {amount} is not a finite amount >= 0")
+
+
+def fits(needed: Resources, available: Resources) -> bool:
+    """True when every amount of ``needed`` is there; False for incomparable and for invalid ones."""
+    return (
+        is_valid(needed)
+        and is_valid(available)
+        and all(
+            need <= have + TOLERANCE for need, have in zip(_amounts(needed), _amounts(available), strict=True)
+        )
+    )
+
+
+def add_up(parts: Iterable[Resources]) -> Resources:
+    """The sum, each amount rounded once (so it does not depend on the order). ValueError if invalid."""
+    listed = list(parts)
+    for part in listed:
+        check(part, "summand")
+    return Resources(
+        cpu=math.fsum(part.cpu for part in listed),
+        memory=math.fsum(part.memory for part in listed),
+        gpu=math.fsum(part.gpu for part in listed),
+        storage=math.fsum(part.storage for part in listed),
+    )
+
+
+def left_of(total: Resources, used: Resources) -> Resources:
+    """``total`` without ``used``. ValueError when ``used`` does not fit into ``total``."""
+    if not fits(used, total):
+        raise ValueError(f"{used} is more than {total}")
+    return Resources(
+        cpu=max(0.0, total.cpu - used.cpu),
+        memory=max(0.0, total.memory - used.memory),
+        gpu=max(0.0, total.gpu - used.gpu),
+        storage=max(0.0, total.storage - used.storage),
+    )
+
+
+def weighted_capacity(resources: Resources) -> float:
+    """25 gpu + 1 cpu + 0.1 memory + 0.01 storage: one number to hold against a price."""
+    check(resources, "capacity")
+    # plain sum: absurd amounts give infinity, where fsum would raise
+    return sum(amount * weight for amount, weight in zip(_amounts(resources), _amounts(WEIGHTS), strict=True))
+
+
+def batch_size(offered: Resources, required: Resources, maximum: int) -> int:
+    """How many samples a batch has on a worker that offered ``offered``.
+
+    ``required.gpu``, or without any ``required.memory``, is what a batch of one sample needs; a batch
+    takes as many samples as fit into what was offered, at least 1 and at most ``maximum``. When
+    neither is required, memory does not limit the batch: it is ``maximum``.
+    """
+    if maximum < 1:
+        raise ValueError(f"the largest batch size is {maximum}; it must be at least 1")
+    check(offered, "offered")
+    check(required, "required")
+    need, have = (required.gpu, offered.gpu) if required.gpu > 0 else (required.memory, offered.memory)
+    if need <= 0:
+        return maximum
+    # compared before dividing: a tiny requirement would overflow to infinity
+    if have >= need * maximum:
+        return maximum
+    return max(1, min(maximum, math.floor(have / need + TOLERANCE)))

@@ -1,0 +1,61 @@
+"""What the code imports is what pyproject.toml declares, no less and no more."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+#: declared for what another library does with them
+UNIMPORTED = set[str]()
+
+
+def declared(requirements: list[str]) -> set[str]:
+    return {_plain(re.split(r"[\[=<>~! ;]", requirement)[0]) for requirement in requirements}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported() -> dict[str, str]:
+    """Distribution -> one of the files that import it."""
+    distributions = packages_distributions()
+    found = {}
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                # of a package that several distributions share
+                names = [node.module if node.module.partition(".")[0] != "google" else "google.protobuf"]
+            for name in names:
+                top = name.partition(".")[0]
+                if top in sys.stdlib_module_names or top == "hypha":
+                    continue
+                found[_owner(name, distributions.get(top, []))] = str(path.relative_to(ROOT))
+    return found
+
+
+def _owner(name: str, candidates: list[str]) -> str:
+    if name.startswith("google."):
+        return "protobuf"
+    if name.startswith("opentelemetry"):
+        return "opentelemetry-api"
+    return _plain(candidates[0]) if candidates else f"nobody ({name})"
+
+
+def test_every_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core, train = declared(project["dependencies"]), declared(project["optional-dependencies"]["train"])
+    uses = imported()
+    assert {name: path for name, path in uses.items() if name not in core | train} == {}
+    assert core | train == set(uses) | UNIMPORTED, "declared, but nothing imports it"
+    # without the extra there is no training and no preparing of data, but everything else
+    allowed = ("src/hypha/executor/", "src/hypha/data/", "src/hypha/cli/demo/", "src/hypha/cli/chaos/")
+    assert {name for name in train if not uses[name].startswith(allowed)} == set()

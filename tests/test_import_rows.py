@@ -1,0 +1,83 @@
+"""The rows of ARCHITECTURE.md: imports point down only, and some libraries belong to one room."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "hypha"
+ROWS = (
+    {"cli"},
+    {"gateway", "scheduler", "worker", "data"},
+    {"net", "telemetry", "pki", "leases", "resources", "places", "durable"},
+    {"messages", "config", "errors"},
+)
+#: Within a row, who may use whom.
+SIDEWAYS = {
+    ("net", "pki"),
+    ("net", "telemetry"),
+    ("leases", "resources"),
+    ("config", "errors"),
+    ("messages", "errors"),
+    ("config", "messages"),
+}
+#: Libraries that one room alone imports.
+OWNERS = {"libp2p": "net", "torch": "executor", "transformers": "executor", "accelerate": "executor"}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def row_of(room: str) -> int:
+    return 3 if room == "executor" else next(number for number, rooms in enumerate(ROWS) if room in rooms)
+
+
+def allowed(room: str, other: str) -> bool:
+    if other in (room, "__version__") or (room, other) in SIDEWAYS:
+        return True
+    if other == "executor":  # a child process: nobody imports it
+        return False
+    return row_of(other) > row_of(room) or (room == "executor" and other in ROWS[3])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    room = room_of(path)
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "hypha" and room != "__init__":
+            assert allowed(room, parts[1]), f"{path}: {room} imports {name}"
+        owner = OWNERS.get(parts[0], room)
+        assert owner == room, f"{path}: only {owner}/ imports {parts[0]}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_only_config_reads_the_environment(path: Path) -> None:
+    reads = {
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))
+        or (isinstance(node, ast.ImportFrom) and node.module == "os" and "environ" in str(ast.dump(node)))
+    }
+    assert not reads or room_of(path) == "config", (
+        f"{path}:{min(reads, default=0)}: use hypha.config.environment"
+    )
+
+
+def test_every_room_is_on_the_map() -> None:
+    rooms = {room_of(path) for path in FILES} - {"__init__"}
+    assert rooms <= {"executor"}.union(*ROWS)
