@@ -1,0 +1,355 @@
+"""Making certificates: a root, organisations under it, nodes under those, and revocation lists.
+
+All Ed25519, PKCS#8 and plain X.509 v3, strict enough for ``openssl verify -x509_strict``. Private keys
+are 0600 from their first byte, certificates 0644. Nothing existing is ever overwritten (but a CRL, and
+a certificate that is renewed), and a set of files appears whole or not at all.
+
+Names: a root writes ``<slug>-ca-cert.pem`` and ``-ca-key.pem``, an organisation these and
+``-ca-trust.pem``, a node ``<slug>-cert.pem``, ``-key.pem`` and ``-trust.pem``. A trust file holds the
+organisation's CA and everything above it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import unicodedata
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from hypha.errors import IdentityError
+from hypha.pki.certificates import (
+    ROLE_PREFIX,
+    ROLES,
+    ed25519_key_of,
+    is_ca,
+    issued_by,
+    name_of,
+    path_length,
+)
+from hypha.pki.facts import describe
+from hypha.pki.files import check_absent, replace_file, write_new
+from hypha.pki.issuers import (
+    Authority,
+    CaFiles,
+    digest_for,
+    key_identifier_of,
+    load_authority,
+    load_certificate,
+    sign,
+)
+
+__all__ = ["CaFiles", "MadeFiles", "describe", "make_node", "make_org", "make_root", "renew_node", "revoke"]
+
+ROOT_DAYS = 3650
+ORG_DAYS = 1825
+NODE_DAYS = 365
+CRL_DAYS = 30
+
+
+@dataclass(frozen=True)
+class MadeFiles:
+    """What was written. ``trust`` is ``None`` for a root."""
+
+    cert: Path
+    key: Path
+    trust: Path | None = None
+
+
+def make_root(
+    organization: str,
+    directory: Path,
+    *,
+    name: str | None = None,
+    country: str | None = None,
+    days: int = ROOT_DAYS,
+) -> MadeFiles:
+    """A self-signed root CA called ``name`` (default ``<organization> Root CA``)."""
+    stem = _ca_stem(name or organization)
+    made = MadeFiles(cert=directory / f"{stem}-cert.pem", key=directory / f"{stem}-key.pem")
+    check_absent([made.cert, made.key], _clash(stem))
+    key = Ed25519PrivateKey.generate()
+    subject = _subject(name or f"{organization} Root CA", organization, country)
+    builder = _builder(subject, subject, key.public_key(), days, None)
+    certificate = _ca(builder, None).sign(key, None)
+    write_new([(made.key, _key_pem(key), 0o600), (made.cert, _pem(certificate), 0o644)])
+    return made
+
+
+def make_org(
+    organization: str,
+    ca: CaFiles,
+    directory: Path,
+    *,
+    name: str | None = None,
+    days: int = ORG_DAYS,
+) -> MadeFiles:
+    """An organisation's CA (default name ``<organization> CA``), which may issue nodes but no CAs."""
+    authority = load_authority(ca)
+    if path_length(authority.certificate) == 0:
+        raise IdentityError(
+            f"{ca.cert}: this CA may only issue nodes, no organisation (path length 0); use the root"
+        )
+    stem = _ca_stem(name or organization)
+    made = MadeFiles(
+        cert=directory / f"{stem}-cert.pem",
+        key=directory / f"{stem}-key.pem",
+        trust=directory / f"{stem}-trust.pem",
+    )
+    check_absent([made.cert, made.key, directory / f"{stem}-trust.pem"], _clash(stem))
+    country = _attribute(authority.certificate.subject, NameOID.COUNTRY_NAME)
+    subject = _subject(name or f"{organization} CA", organization, country)
+    if subject == authority.certificate.subject:
+        raise IdentityError(
+            f"{ca.cert}: the organisation would have the very name of its root, {subject.rfc4514_string()}, "
+            "and chains could not tell them apart; give it another name"
+        )
+    key = Ed25519PrivateKey.generate()
+    builder = _builder(subject, authority.certificate.subject, key.public_key(), days, authority)
+    certificate = sign(_ca(builder, 0), authority.key)
+    _write_with_trust(made, key, certificate, (certificate, *authority.bundle))
+    return made
+
+
+def make_node(
+    name: str,
+    ca: CaFiles,
+    directory: Path,
+    *,
+    roles: Collection[str] = (),
+    san: Sequence[str] = (),
+    days: int = NODE_DAYS,
+) -> MadeFiles:
+    """A node's certificate: ``roles`` it may play (none: any), ``san`` DNS names, IP addresses or URIs
+    (none are needed).
+    """
+    authority = load_authority(ca)
+    if unknown := sorted(set(roles) - set(ROLES)):
+        raise IdentityError(f"there is no role {', '.join(unknown)}; roles are {', '.join(ROLES)}")
+    stem = _slug(name)
+    made = MadeFiles(
+        cert=directory / f"{stem}-cert.pem",
+        key=directory / f"{stem}-key.pem",
+        trust=directory / f"{stem}-trust.pem",
+    )
+    check_absent([made.cert, made.key, directory / f"{stem}-trust.pem"], "give the node another name")
+    above = authority.certificate.subject
+    subject = _subject(
+        name, _attribute(above, NameOID.ORGANIZATION_NAME), _attribute(above, NameOID.COUNTRY_NAME)
+    )
+    key = Ed25519PrivateKey.generate()
+    names = [x509.UniformResourceIdentifier(f"{ROLE_PREFIX}{role}") for role in ROLES if role in roles]
+    certificate = _issue_node(
+        authority, subject, key.public_key(), [*names, *(_general_name(entry) for entry in san)], days
+    )
+    _write_with_trust(made, key, certificate, authority.bundle)
+    return made
+
+
+def renew_node(cert: Path, ca: CaFiles, *, days: int = NODE_DAYS) -> x509.Certificate:
+    """Replace ``cert`` by one of the same key, subject and names with new dates: the PeerID stays."""
+    authority = load_authority(ca)
+    old = load_certificate(cert)
+    try:
+        names = list(old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound:
+        names = []
+    if is_ca(old):
+        raise IdentityError(f"{cert}: this is a CA; only node certificates are renewed")
+    if old.issuer != authority.certificate.subject or not issued_by(old, authority.certificate):
+        raise IdentityError(f"{cert}: {name_of(authority.certificate)} did not issue it; use the CA that did")
+    certificate = _issue_node(authority, old.subject, ed25519_key_of(old), names, days)
+    replace_file(cert, _pem(certificate), 0o644)
+    return certificate
+
+
+def revoke(ca: CaFiles, certificates: Sequence[Path], crl: Path, *, days: int = CRL_DAYS) -> int:
+    """Add ``certificates`` of ``ca`` to the revocation list ``crl`` (made when missing), signed anew and
+    valid for ``days``. Returns how many it lists now.
+    """
+    authority = load_authority(ca)
+    now = datetime.now(UTC).replace(microsecond=0)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(authority.certificate.subject)
+    entries: dict[int, x509.RevokedCertificate] = {}
+    number = 1
+    if crl.exists():
+        try:
+            old = x509.load_pem_x509_crl(crl.read_bytes())
+        except ValueError as exc:
+            raise IdentityError(f"{crl}: this is no revocation list in PEM form: {exc}") from exc
+        if old.issuer != authority.certificate.subject:
+            raise IdentityError(
+                f"{crl}: it belongs to {old.issuer.rfc4514_string()}; give each CA its own list"
+            )
+        entries = {entry.serial_number: entry for entry in old}
+        try:
+            number = old.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number + 1
+        except x509.ExtensionNotFound:
+            number = 2
+    for path in certificates:
+        certificate = load_certificate(path)
+        if not issued_by(certificate, authority.certificate):
+            raise IdentityError(
+                f"{path}: {name_of(authority.certificate)} did not issue it and cannot revoke it"
+            )
+        entries.setdefault(
+            certificate.serial_number,
+            x509.RevokedCertificateBuilder()
+            .serial_number(certificate.serial_number)
+            .revocation_date(now)
+            .build(),
+        )
+    for entry in entries.values():
+        builder = builder.add_revoked_certificate(entry)
+    builder = (
+        builder.last_update(now)
+        .next_update(now + timedelta(days=days))
+        .add_extension(x509.CRLNumber(number), critical=False)
+        .add_extension(key_identifier_of(authority.certificate), critical=False)
+    )
+    signed = builder.sign(authority.key, digest_for(authority.key))
+    replace_file(crl, signed.public_bytes(Encoding.PEM), 0o644)
+    return len(entries)
+
+
+def _issue_node(
+    authority: Authority,
+    subject: x509.Name,
+    key: Ed25519PublicKey,
+    names: Sequence[x509.GeneralName],
+    days: int,
+) -> x509.Certificate:
+    builder = (
+        _builder(subject, authority.certificate.subject, key, days, authority)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(ca=False), critical=True)
+        .add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
+            critical=False,
+        )
+    )
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return sign(builder, authority.key)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: Ed25519PublicKey, days: int, authority: Authority | None
+) -> x509.CertificateBuilder:
+    """Dates, serial number and key identifiers, which all certificates have."""
+    if days < 1:
+        raise IdentityError(f"a certificate must be valid for at least one day, not {days}")
+    now = datetime.now(UTC).replace(microsecond=0)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        # a day back: machines whose clock is slow shall not refuse a new certificate
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+    if authority is not None:
+        builder = builder.add_extension(key_identifier_of(authority.certificate), critical=False)
+    return builder
+
+
+def _ca(builder: x509.CertificateBuilder, limit: int | None) -> x509.CertificateBuilder:
+    return builder.add_extension(
+        x509.BasicConstraints(ca=True, path_length=limit), critical=True
+    ).add_extension(_key_usage(ca=True), critical=True)
+
+
+def _key_usage(*, ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        # RFC 8410: an Ed25519 key signs, it agrees on nothing
+        key_agreement=False,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _write_with_trust(
+    made: MadeFiles,
+    key: Ed25519PrivateKey,
+    certificate: x509.Certificate,
+    trust: tuple[x509.Certificate, ...],
+) -> None:
+    files = [(made.key, _key_pem(key), 0o600), (made.cert, _pem(certificate), 0o644)]
+    if made.trust is not None:
+        files.append((made.trust, b"".join(_pem(one) for one in trust), 0o644))
+    write_new(files)
+
+
+def _key_pem(key: Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(Encoding.PEM)
+
+
+def _subject(common_name: str, organization: str | None, country: str | None) -> x509.Name:
+    try:
+        attributes = [x509.NameAttribute(NameOID.COUNTRY_NAME, country)] if country else []
+        if organization:
+            attributes.append(x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization))
+        return x509.Name([*attributes, x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    except ValueError as exc:
+        raise IdentityError(f"this cannot be the name of a certificate: {exc}") from exc
+
+
+def _attribute(name: x509.Name, oid: x509.ObjectIdentifier) -> str | None:
+    values = name.get_attributes_for_oid(oid)
+    return str(values[0].value) if values else None
+
+
+def _general_name(entry: str) -> x509.GeneralName:
+    try:
+        if "://" in entry or entry.startswith("urn:"):
+            return x509.UniformResourceIdentifier(entry)
+        try:
+            return x509.IPAddress(ipaddress.ip_address(entry))
+        except ValueError:
+            return x509.DNSName(entry)
+    except ValueError as exc:
+        raise IdentityError(f"{entry!r} is neither a DNS name nor an IP address nor a URI: {exc}") from exc
+
+
+def _slug(name: str) -> str:
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
+    slug = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+    if not slug:
+        raise IdentityError(f"no file name can be made of {name!r}; use some letters or digits")
+    return slug
+
+
+def _ca_stem(name: str) -> str:
+    slug = _slug(name)
+    return slug if slug.endswith("-ca") else f"{slug}-ca"
+
+
+def _clash(stem: str) -> str:
+    return (
+        f"a root and an organisation of one name would share the file names {stem}-*.pem; "
+        "give one of them another name or directory"
+    )

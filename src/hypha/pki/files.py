@@ -1,0 +1,67 @@
+"""Putting key material on disk: never readable by others for a moment, never over something, never half."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from hypha.errors import IdentityError
+
+
+def check_absent(paths: Sequence[Path], advice: str) -> None:
+    """IdentityError when any of ``paths`` exists."""
+    if there := [str(path) for path in paths if os.path.lexists(path)]:
+        raise IdentityError(f"{', '.join(there)}: already there, and nothing is overwritten; {advice}")
+
+
+def write_new(files: Sequence[tuple[Path, bytes, int]]) -> None:
+    """Write ``(path, content, mode)`` each under its final name, or none of them."""
+    made: list[Path] = []
+    try:
+        for path, content, mode in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _place(path, content, mode, overwrite=False)
+            made.append(path)
+    except OSError as exc:
+        for path in made:
+            path.unlink(missing_ok=True)
+        what = (
+            "already there" if isinstance(exc, FileExistsError) else f"it cannot be written ({exc.strerror})"
+        )
+        raise IdentityError(f"{exc.filename2 or exc.filename or files[0][0]}: {what}") from exc
+
+
+def replace_file(path: Path, content: bytes, mode: int) -> None:
+    """Atomically replace (or make) ``path``."""
+    try:
+        _place(path, content, mode, overwrite=True)
+    except OSError as exc:
+        raise IdentityError(f"{path}: it cannot be written ({exc.strerror})") from exc
+
+
+def _place(path: Path, content: bytes, mode: int, *, overwrite: bool) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            # explicitly, because a umask may take away what others need to read a certificate
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            try:
+                # unlike rename, this fails when somebody made the file in the meantime
+                os.link(temporary, path)
+            except FileExistsError:
+                raise
+            except OSError:  # no hard links on this file system
+                if os.path.lexists(path):
+                    raise
+                os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
