@@ -1,0 +1,7 @@
+"""How a node shows itself: structured logs (``logs``) and local HTTP (``http``, ``health``)."""
+
+from hypha.telemetry.health import health_of
+from hypha.telemetry.http import serve_http
+from hypha.telemetry.logs import configure_logging
+
+__all__ = ["configure_logging", "health_of", "serve_http"]

@@ -1,0 +1,85 @@
+"""Local HTTP of a node, on the address the operator gave as ``http_address``.
+
+``GET /health`` answers 200 or 503 with the node's health report, ``GET /status`` (where a component has
+one) a JSON snapshot. Nothing can be changed through it, and it answers from memory, so that a slow
+reader cannot hold up the node.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import trio
+from hypercorn.config import Config
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from hypha.errors import ConfigError, Problem
+from hypha.messages import HealthReport
+from hypha.telemetry.serving import serve
+
+logger = logging.getLogger("hypha.telemetry")
+
+
+async def serve_http(
+    address: str,
+    health: Callable[[], HealthReport],
+    status: Callable[[], object] | None = None,
+    *,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve ``host:port`` (port 0: any free one) until cancelled; started with the actual ``host:port``.
+
+    ``health`` and ``status`` are called for each request, in the trio thread; ``status`` returns anything
+    msgspec can write as JSON. Raises ConfigError when the address cannot be bound.
+    """
+
+    async def get_health(_: Request) -> Response:
+        report = health()
+        return _json(report, 200 if report.healthy else 503)
+
+    routes = [Route("/health", get_health)]
+    if status is not None:
+        snapshot = status
+
+        async def get_status(_: Request) -> Response:
+            return _json(snapshot(), 200)
+
+        routes.append(Route("/status", get_status))
+    config = Config()
+    # bound here: hypercorn would leave the socket open when it cannot be
+    config.bind = [f"fd://{_listen(address).detach()}"]
+    config.accesslog = None
+    # its "Running on ... (CTRL + C to quit)" is below the level third parties log at
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.include_server_header = False
+    config.graceful_timeout = 0.5
+    config.shutdown_timeout = 0.5
+    app: Any = Starlette(routes=routes)
+    async with trio.open_nursery() as nursery:
+        binds: list[str] = await nursery.start(serve, app, config)
+        actual = binds[0].split("//", 1)[-1]
+        logger.info("Local HTTP listens on http://%s.", actual, extra={"http_address": actual})
+        task_status.started(actual)
+
+
+def _listen(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        return socket.create_server(
+            (host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
+    except (OSError, ValueError, OverflowError) as exc:
+        message = f"cannot listen on {address} ({exc}); choose another host:port, or port 0 for any"
+        raise ConfigError([Problem(key="http_address", message=message)]) from exc
+
+
+def _json(value: object, status_code: int) -> Response:
+    return Response(msgspec.json.encode(value), status_code, media_type="application/json")
