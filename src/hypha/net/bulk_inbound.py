@@ -1,0 +1,62 @@
+"""What the receiving end knows of one transfer, and of those who take files."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from hypha.errors import Refused
+from hypha.messages import TransferMeta
+from hypha.net.bulk_files import DiskFailed, WrongHash
+from hypha.net.bulk_links import Link
+from hypha.net.bulk_meeting import Expected
+
+Gate = Callable[[str, TransferMeta], Awaitable[Path]]
+Arrived = Callable[[str, TransferMeta, Path], Awaitable[None]]
+
+
+@dataclass(eq=False)
+class Acceptor:
+    """Takes files of one kind (of one job); ``limit`` in bytes."""
+
+    gate: Gate
+    arrived: Arrived
+    limit: int
+    inbound: set[Inbound] = field(default_factory=set)
+
+    def failed(self, reason: Refused | WrongHash | DiskFailed) -> None:
+        """An attempt came to an end that another one cannot mend."""
+
+
+@dataclass(eq=False)
+class Inbound:
+    """One transfer on its way in."""
+
+    token: str
+    caller: str
+    meta: TransferMeta
+    acceptor: Acceptor
+    destination: Path
+    expected: Expected
+    offered_at: float
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    #: the connection in use; cancelled when the sender offers anew, as it then has given that one up
+    link_scope: trio.CancelScope | None = None
+    #: its connection was cut, and the sender has not offered again
+    cut: bool = False
+    #: waiting for a connection ends at its deadline
+    waiting: trio.CancelScope | None = None
+    turn: trio.Event = field(default_factory=trio.Event)
+    ended: trio.Event = field(default_factory=trio.Event)
+    started_afresh: bool = False
+    #: the connection in use, or the last one
+    link: Link | None = None
+    #: all bytes are here; it is being verified and taken, and must not be disturbed
+    settling: bool = False
+
+    def heard(self) -> tuple[int, int]:
+        """What changes while something comes: the connection, and the bytes that came over it."""
+        return (id(self.link), self.link.heard) if self.link is not None else (0, 0)

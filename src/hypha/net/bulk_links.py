@@ -1,0 +1,88 @@
+"""One connection of the bulk plane, whichever way it was made: what its users see of it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import outcome
+import trio
+
+from hypha.messages import TransferMeta
+from hypha.net.bulk_files import PartFile, SourceFile
+from hypha.net.bulk_wire import WORKING_INTERVAL_S, Frame, LinkBroken, Verdict, Working
+
+T = TypeVar("T")
+
+
+class Tally:
+    """Bytes of files sent and received, counted from many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.sent = 0
+        self.received = 0
+
+    def add(self, sent: int = 0, received: int = 0) -> None:
+        """Count."""
+        with self._lock:
+            self.sent += sent
+            self.received += received
+
+
+class Link(ABC):
+    """A connection whose other end is proven to be ``peer``."""
+
+    def __init__(self, peer: str, tally: Tally) -> None:
+        self.peer = peer
+        #: bytes that came so far, whatever they were, and bytes of files that went
+        self.heard = 0
+        self.sent = 0
+        self._tally = tally
+
+    @abstractmethod
+    async def say(self, frame: Frame) -> None:
+        """Send a frame. LinkBroken."""
+
+    @abstractmethod
+    async def hear(self) -> Frame:
+        """The next frame. LinkBroken, also when nothing comes within the stall time-out."""
+
+    @abstractmethod
+    async def deliver(self, source: SourceFile, meta: TransferMeta, offset: int) -> Verdict:
+        """Send the file from ``offset`` on; the receiver's verdict. LinkBroken, FileChanged."""
+
+    @abstractmethod
+    async def collect(self, part: PartFile, meta: TransferMeta) -> None:
+        """Receive the file into ``part``, which knows how much is there. LinkBroken, DiskFailed."""
+
+    @abstractmethod
+    async def drain(self) -> None:
+        """Read and forget what comes, for a moment; never raises."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End it, also while being cancelled; never raises."""
+
+    def _count_sent(self, count: int) -> None:
+        self.sent += count
+        self._tally.add(sent=count)
+
+    async def while_working(self, work: Callable[[], Awaitable[T]]) -> T:
+        """The result of ``work``; the other end hears ``Working`` now and then meanwhile."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._say_working)
+            # captured, so that its error comes out as itself and not in a group
+            result = await outcome.acapture(work)
+            nursery.cancel_scope.cancel()
+        return result.unwrap()
+
+    async def _say_working(self) -> None:
+        while True:
+            await trio.sleep(WORKING_INTERVAL_S)
+            # shielded: a frame sent by half would be the end of the connection
+            with trio.CancelScope(shield=True), contextlib.suppress(LinkBroken):
+                await self.say(Working())

@@ -1,0 +1,336 @@
+"""The sending end of transfers: offer, connect by whatever way leads there, send, hear the verdict.
+
+Ways are tried in this order: dial the receiver, ask it to dial us (first, where it has dialled us
+already), a libp2p stream (through a relay when need be); the one that worked is tried first next time. A
+cut transfer is offered again and goes on where it was cut. Only so many are sent at once; the others
+queue, first come first served, and one that needs another attempt queues anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from hypha.errors import (
+    NetworkError,
+    PeerUnreachable,
+    Refused,
+    RequestTimeout,
+    TransferCorrupt,
+    TransferFailed,
+)
+from hypha.messages import BulkAnswer, BulkDial, BulkOffer, PeerRef, PullFile, TransferMeta
+from hypha.net.bulk_files import FileChanged, SourceFile
+from hypha.net.bulk_links import Link
+from hypha.net.bulk_meeting import Expected, Meeting
+from hypha.net.bulk_places import Places
+from hypha.net.bulk_wire import BulkLinks, Go, LinkBroken, Verdict, Working
+
+logger = logging.getLogger("hypha.net")
+
+Provider = Callable[[str, PullFile], Awaitable[tuple[Path, TransferMeta]]]
+Way = Literal["direct", "dial-back", "stream"]
+
+#: Sent at once, where bytes move.
+MAX_AT_ONCE = 2
+#: Attempts without progress before a transfer fails.
+MAX_ATTEMPTS = 3
+#: A peer that is busy is asked again for so long, and after pauses no longer than that: it may be a parameter
+#: server that is being restored, and whoever comes late to it is left out of its first round.
+BUSY_FOR_S = 40.0
+BUSY_PAUSE_S = 1.0
+#: Pulls being served, in all and to one peer.
+MAX_SERVED = 1024
+MAX_SERVED_PER_PEER = 64
+#: A way that worked is preferred for this long; one that did not, or not soon enough for whoever waited for
+#: it, is tried last.
+WAY_LIFE_S = 600.0
+FAILED_WAY_LIFE_S = 60.0
+SLOW_WAY_S = 1.0
+DIAL_BACK_TIMEOUT_S = 15.0
+#: From the greeting to the receiver's first word.
+FIRST_WORD_S = 10.0
+#: How long the end of a served pull is remembered for a puller that asks.
+REMEMBER_S = 60.0
+_WAYS: tuple[Way, ...] = ("direct", "dial-back", "stream")
+
+
+@dataclass(eq=False)
+class _Served:
+    """A pull being answered."""
+
+    meta: TransferMeta | None = None
+    ready: trio.Event = field(default_factory=trio.Event)
+    error: NetworkError | None = None
+
+
+class Sending:
+    """Sends files, also those that others pull."""
+
+    def __init__(self, links: BulkLinks, meeting: Meeting) -> None:
+        self._links = links
+        self._meeting = meeting
+        self.places = Places(MAX_AT_ONCE)
+        self._limiter = trio.CapacityLimiter(2 * MAX_AT_ONCE)
+        self._ways: dict[str, tuple[Way, float]] = {}
+        #: until when, and what was wrong
+        self._failed_ways: dict[tuple[str, Way], tuple[float, str]] = {}
+        self._providers: dict[str, Provider] = {}
+        self._served: dict[tuple[str, str], _Served] = {}
+        self.nursery: trio.Nursery | None = None
+        links.answer(PullFile, self._pulled)
+
+    def serve(self, kind: str, provider: Provider) -> None:
+        """As ``Transfers.serve``."""
+        self._providers[kind] = provider
+
+    # --- sending ------------------------------------------------------------------------------------
+
+    async def send(self, peer: PeerRef | str, path: Path, meta: TransferMeta, token: str) -> None:
+        """As ``Transfers.send``."""
+        peer_id = peer.peer if isinstance(peer, PeerRef) else peer
+        failures, best, reason = 0, 0, ""
+        busy_s, give_up_at = 0.1, math.inf
+        while failures < MAX_ATTEMPTS:
+            if failures:
+                await trio.sleep(0.2 * 2**failures * random.uniform(0.5, 1.0))
+            attempt = _Attempt(peer, peer_id, path, meta, token)
+            try:
+                async with self.places.hold(attempt.moved):
+                    verdict = await self._attempt(attempt)
+            except FileChanged as exc:
+                raise TransferFailed(peer_id, meta.name, str(exc)) from exc
+            except Refused as exc:
+                now = trio.current_time()
+                give_up_at = min(give_up_at, now + BUSY_FOR_S)
+                if exc.code != "busy" or now >= give_up_at:
+                    raise
+                # without a place of ours: others are not busy
+                busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
+                await trio.sleep(busy_s * random.uniform(0.5, 1.0))
+                continue
+            except (LinkBroken, PeerUnreachable, RequestTimeout) as exc:
+                reason = str(exc)
+                logger.info("Sending %s was interrupted: %s.", meta.name, reason, extra={"peer_id": peer_id})
+                busy_s, give_up_at = 0.1, math.inf
+                failures = 1 if attempt.offset > best else failures + 1
+                best = max(best, attempt.offset)
+                continue
+            if verdict.outcome == "ok":
+                return
+            if verdict.outcome == "refused":
+                raise Refused(verdict.code, verdict.reason, peer_id)
+            if not verdict.again:
+                raise TransferCorrupt(peer_id, meta.name, verdict.reason or "it arrived with another hash")
+            failures += 1
+            reason = verdict.reason
+        raise TransferFailed(peer_id, meta.name, reason)
+
+    async def _attempt(self, attempt: _Attempt) -> Verdict:
+        meta = attempt.meta
+        # an offer is repeated while it waits; what is offered must be there first
+        source = await trio.to_thread.run_sync(SourceFile, attempt.path, meta.size, limiter=self._limiter)
+        try:
+            with self._meeting.expect(attempt.token, Expected(attempt.peer_id)) as expected:
+                answer = await self._offer(attempt)
+                if answer.done:
+                    return Verdict("ok")
+                started = trio.current_time()
+                link, go, way = await self._connect(attempt, answer, expected)
+                try:
+                    if isinstance(go, Verdict):
+                        return go
+                    before = go.offset
+                    if not 0 <= before <= meta.size:
+                        raise LinkBroken(f"the peer wants to start at byte {before} of {meta.size}")
+                    attempt.offset = before
+                    attempt.link = link
+                    verdict = await link.deliver(source, meta, before)
+                finally:
+                    await link.close()
+            if verdict.outcome == "ok":
+                logger.info(
+                    "Sent %s, %d bytes in %.2f s (%s).",
+                    meta.name,
+                    meta.size - before,
+                    trio.current_time() - started,
+                    way,
+                    extra={"peer_id": attempt.peer_id},
+                )
+            return verdict
+        finally:
+            source.close()
+
+    async def _offer(self, attempt: _Attempt) -> BulkAnswer:
+        """The answer when it is our turn there."""
+        offer = BulkOffer(
+            token=attempt.token, meta=attempt.meta, addresses=tuple(self._links.bulk_addresses())
+        )
+        while True:
+            answer = await self._links.request(attempt.peer, offer)
+            if not isinstance(answer, BulkAnswer):
+                raise Refused(
+                    "malformed", f"it answered an offer with {type(answer).__name__}", attempt.peer_id
+                )
+            if not answer.wait_s > 0:
+                return answer
+            await trio.sleep(min(answer.wait_s, 10.0))
+
+    # --- ways ---------------------------------------------------------------------------------------
+
+    async def _connect(
+        self, attempt: _Attempt, answer: BulkAnswer, expected: Expected
+    ) -> tuple[Link, Go | Verdict, Way]:
+        peer = attempt.peer_id
+        problems = []
+        for way in self._ways_to(peer):
+            link = None
+            began = trio.current_time()
+            try:
+                link = await self._try_way(way, attempt, answer, expected)
+                with trio.move_on_after(FIRST_WORD_S) as scope:
+                    word = await link.hear()
+                if scope.cancelled_caught:
+                    raise LinkBroken(f"no word within {FIRST_WORD_S:g} s")
+                while isinstance(word, Working):
+                    # hashing what it has already may take the receiver minutes
+                    word = await link.hear()
+                if not isinstance(word, Go | Verdict):
+                    raise LinkBroken(f"the peer said {type(word).__name__} where Go was due")
+            except LinkBroken as exc:
+                problems.append(f"{way}: {exc}")
+                self._way_failed(peer, way, str(exc))
+                if link is not None:
+                    await link.close()
+            except BaseException:
+                # given up, such as theta for the next one: that would fare no better
+                if trio.current_time() - began >= SLOW_WAY_S:
+                    self._way_failed(peer, way, "it took too long")
+                if link is not None:
+                    await link.close()
+                raise
+            else:
+                self._failed_ways.pop((peer, way), None)
+                if self._ways.get(peer, (None,))[0] != way and (failed := self._failed(peer)):
+                    reasons = "; ".join(f"{other}: {reason}" for other, reason in failed.items())
+                    logger.info("%s reached by way of %s (%s).", peer, way, reasons)
+                self._ways[peer] = (way, trio.current_time() + WAY_LIFE_S)
+                return link, word, way
+        self._ways.pop(peer, None)
+        raise LinkBroken("; ".join(problems))
+
+    def _ways_to(self, peer: str) -> list[Way]:
+        now = trio.current_time()
+        best, until = self._ways.get(peer, (_WAYS[0], 0.0))
+        if now >= until:
+            # a peer that has dialled us can do it again; dialling one behind a NAT takes seconds to fail
+            best = "dial-back" if self._links.reached_by(peer) else _WAYS[0]
+        failed = self._failed(peer)
+        return sorted(_WAYS, key=lambda way: (way in failed, way != best))
+
+    def _failed(self, peer: str) -> dict[Way, str]:
+        """The ways to ``peer`` that failed lately, and why."""
+        now = trio.current_time()
+        self._failed_ways = {key: told for key, told in self._failed_ways.items() if told[0] > now}
+        return {way: why for (other, way), (_, why) in self._failed_ways.items() if other == peer}
+
+    def _way_failed(self, peer: str, way: Way, why: str) -> None:
+        self._failed_ways[peer, way] = (trio.current_time() + FAILED_WAY_LIFE_S, why)
+
+    async def _try_way(self, way: Way, attempt: _Attempt, answer: BulkAnswer, expected: Expected) -> Link:
+        if way == "direct":
+            return await self._meeting.dial(attempt.peer_id, answer.addresses, attempt.token)
+        if way == "stream":
+            return await self._meeting.open_stream(attempt.peer_id, attempt.token)
+        addresses = tuple(self._links.bulk_addresses())
+        request = BulkDial(token=attempt.token, addresses=addresses)
+        try:
+            await self._links.request(attempt.peer, request, DIAL_BACK_TIMEOUT_S)
+        except NetworkError as exc:
+            raise LinkBroken(str(exc)) from exc
+        with trio.move_on_after(FIRST_WORD_S):
+            return await expected.take()
+        raise LinkBroken("the peer says that it connected, but nothing came")
+
+    async def provide(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
+        """The file that a pull names. Refused."""
+        provider = self._providers.get(request.kind)
+        if provider is None:
+            raise Refused("not-found", f"no files of kind {request.kind!r} are served here")
+        return await provider(caller, request)
+
+    # --- pulls --------------------------------------------------------------------------------------
+
+    async def _pulled(self, caller: str, request: PullFile) -> BulkOffer:
+        """Somebody wants a file: say what it is, and start sending. The same token asks how it goes."""
+        if self.nursery is None:
+            raise Refused("busy", "this node is closing")
+        if not 16 <= len(request.token) <= 64:
+            raise Refused("malformed", "the token of a pull has 16 to 64 characters")
+        key = (caller, request.token)
+        served = self._served.get(key)
+        if served is None:
+            if len(self._served) >= MAX_SERVED or sum(one == caller for one, _ in self._served) >= (
+                MAX_SERVED_PER_PEER
+            ):
+                raise Refused("busy", "too many files are being sent from here; try again later")
+            served = self._served[key] = _Served()
+            try:
+                path, served.meta = await self.provide(caller, request)
+            except BaseException:
+                del self._served[key]
+                raise
+            finally:
+                served.ready.set()
+            self.nursery.start_soon(self._serve, key, served, path, served.meta)
+        await served.ready.wait()
+        if served.error is not None:
+            if isinstance(served.error, Refused):
+                raise Refused(served.error.code, served.error.reason)
+            raise Refused("unreachable", str(served.error))
+        if served.meta is None:
+            raise Refused("internal", f"{request.name} could not be provided")
+        return BulkOffer(token=request.token, meta=served.meta, addresses=())
+
+    async def _serve(self, key: tuple[str, str], served: _Served, path: Path, meta: TransferMeta) -> None:
+        caller, token = key
+        try:
+            await self.send(caller, path, meta, token)
+        except NetworkError as exc:
+            served.error = exc
+            logger.warning(
+                "Sending %s, which a peer asked for, failed: %s", meta.name, exc, extra={"peer_id": caller}
+            )
+            await trio.sleep(REMEMBER_S)
+        finally:
+            self._served.pop(key, None)
+
+
+@dataclass(eq=False)
+class _Attempt:
+    """One attempt to send; ``offset`` is what was there already, ``link`` where it goes."""
+
+    peer: PeerRef | str
+    peer_id: str
+    path: Path
+    meta: TransferMeta
+    token: str
+    offset: int = 0
+    link: Link | None = None
+
+    def moved(self) -> object:
+        """Changes while something moves."""
+        return None if self.link is None else (self.link.sent, self.link.heard)
+
+
+def new_token() -> str:
+    """Unguessable, though knowing it is not enough."""
+    return secrets.token_urlsafe(24)

@@ -1,0 +1,186 @@
+"""A relayed connection of the bulk plane: a libp2p stream, used from the event loop.
+
+Slower than a socket, and the only way when neither side can dial the other. It is as safe: the relay
+carries a connection that the two ends have encrypted between themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import outcome
+import trio
+
+from hypha.messages import TransferMeta
+from hypha.net.bulk_files import PartFile, SourceFile
+from hypha.net.bulk_links import Link, Tally
+from hypha.net.bulk_wire import (
+    BLOCK_BYTES,
+    LENGTH_BYTES,
+    MAX_BLOCK_BYTES,
+    MAX_FRAME_BYTES,
+    STALL_TIMEOUT_S,
+    BlockPacker,
+    BlockUnpacker,
+    Frame,
+    LinkBroken,
+    Verdict,
+    Working,
+    decode_frame,
+    decode_length,
+    encode_frame,
+)
+from hypha.net.streams import STREAM_ERRORS, discard
+
+T = TypeVar("T")
+
+#: Written at a time: what a slow link must take within the stall time-out.
+_WRITE_BYTES = 128 << 10
+#: A receiver that gives up reads on for this long, so that its verdict is not lost in a reset.
+_DRAIN_S = 3.0
+
+
+class StreamLink(Link):
+    """Over a libp2p stream."""
+
+    def __init__(self, stream: Any, peer: str, tally: Tally, limiter: trio.CapacityLimiter) -> None:
+        super().__init__(peer, tally)
+        self._stream = stream
+        self._limiter = limiter
+        self._buffer = bytearray()
+        self._closing = False
+        #: set when whoever took it has closed it, or nobody wants it
+        self.closed = trio.Event()
+
+    async def say(self, frame: Frame) -> None:
+        await self._write(encode_frame(frame))
+
+    async def hear(self) -> Frame:
+        return decode_frame(await self._read_block(MAX_FRAME_BYTES))
+
+    async def deliver(self, source: SourceFile, meta: TransferMeta, offset: int) -> Verdict:
+        await self._call(source.seek, offset)
+        heard: outcome.Outcome[Verdict] | None = None
+        writing = trio.CancelScope()
+        written = trio.Event()
+
+        async def listen() -> None:
+            # beside the writing, or an early refusal would be seen only after all bytes were sent
+            nonlocal heard
+            heard = await outcome.acapture(self._hear_verdict, written)
+            writing.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listen)
+            sent: outcome.Outcome[None] = outcome.Value(None)
+            with writing:
+                sent = await outcome.acapture(self._send_blocks, source, meta, offset)
+            written.set()
+            if isinstance(sent, outcome.Error) and not writing.cancel_called:
+                # it may have failed because the receiver gave up: what it said last may still arrive
+                nursery.cancel_scope.deadline = trio.current_time() + 1.0
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if isinstance(sent, outcome.Error) and isinstance(sent.error, trio.Cancelled):
+            sent = outcome.Value(None)  # by ``writing``: there is a verdict, or there was an error
+        if not isinstance(heard, outcome.Value):
+            sent.unwrap()
+        if heard is None:
+            raise LinkBroken("the stream broke")
+        return heard.unwrap()
+
+    async def _hear_verdict(self, written: trio.Event) -> Verdict:
+        while True:
+            # while we are writing the receiver has every right to be silent
+            head = await self._read_exactly(LENGTH_BYTES, written)
+            frame = decode_frame(await self._read_exactly(decode_length(head, MAX_FRAME_BYTES), None))
+            if isinstance(frame, Verdict):
+                return frame
+            if not isinstance(frame, Working):
+                raise LinkBroken(f"the peer said {type(frame).__name__} where its verdict was due")
+
+    async def _send_blocks(self, source: SourceFile, meta: TransferMeta, offset: int) -> None:
+        packer = BlockPacker() if meta.encoding == "zstd" else None
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        left = meta.size - offset
+
+        def next_block() -> tuple[int, memoryview]:
+            block = buffer[: source.read_into(buffer[: min(left, BLOCK_BYTES)])]
+            return len(block), memoryview(packer.pack(block)) if packer is not None else block
+
+        while left:
+            count, data = await self._call(next_block)
+            for start in range(0, len(data), _WRITE_BYTES):
+                await self._write(bytes(data[start : start + _WRITE_BYTES]))
+            left -= count
+            self._count_sent(count)
+
+    async def collect(self, part: PartFile, meta: TransferMeta) -> None:
+        unpacker = BlockUnpacker() if meta.encoding == "zstd" else None
+        while left := meta.size - part.received:
+            if unpacker is not None:
+                data = unpacker.unpack(await self._read_block(MAX_BLOCK_BYTES))
+                if len(data) > left:
+                    raise LinkBroken("the peer sent more than it promised")
+            else:
+                try:
+                    data = await self._read_exactly(min(left, BLOCK_BYTES), None)
+                except LinkBroken:
+                    await self._call(part.write, bytes(self._buffer[:left]))
+                    raise
+            await self._call(part.write, data)
+            self._tally.add(received=len(data))
+
+    async def drain(self) -> None:
+        with trio.move_on_after(_DRAIN_S), contextlib.suppress(*STREAM_ERRORS):
+            while await self._stream.read(BLOCK_BYTES):
+                pass
+
+    async def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        # a clean close first: a reset may overtake the verdict
+        with trio.move_on_after(1.0, shield=True) as scope:
+            try:
+                await self._stream.close()
+            except STREAM_ERRORS:
+                scope.cancel()
+                await trio.lowlevel.checkpoint_if_cancelled()
+        if scope.cancelled_caught:
+            await discard(self._stream)
+        self.closed.set()
+
+    async def _write(self, data: bytes) -> None:
+        with trio.move_on_after(STALL_TIMEOUT_S) as scope:
+            try:
+                await self._stream.write(data)
+            except STREAM_ERRORS as exc:
+                raise LinkBroken(f"the stream broke: {exc!r}") from exc
+        if scope.cancelled_caught:
+            raise LinkBroken(f"no byte moved for {STALL_TIMEOUT_S:g} s")
+
+    async def _read_block(self, limit: int) -> bytes:
+        head = await self._read_exactly(LENGTH_BYTES, None)
+        return await self._read_exactly(decode_length(head, limit), None)
+
+    async def _read_exactly(self, count: int, quiet_from: trio.Event | None) -> bytes:
+        while len(self._buffer) < count:
+            with trio.move_on_after(STALL_TIMEOUT_S) as scope:
+                try:
+                    data = await self._stream.read(max(count - len(self._buffer), 1))
+                except STREAM_ERRORS as exc:
+                    raise LinkBroken(f"the stream broke: {exc!r}") from exc
+                if not data:
+                    raise LinkBroken("the peer closed the stream")
+                self._buffer += data
+                self.heard += len(data)
+            if scope.cancelled_caught and (quiet_from is None or quiet_from.is_set()):
+                raise LinkBroken(f"no byte moved for {STALL_TIMEOUT_S:g} s")
+        data = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return data
+
+    async def _call(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await trio.to_thread.run_sync(work, *arguments, limiter=self._limiter)

@@ -1,0 +1,228 @@
+"""Who serves a dataset: provider records in the gateways' Kademlia DHT.
+
+Gateways run the library's DHT server. Leaves are clients with a look-up of their own, over the same
+wire: the library's asks everybody it ever heard of (most of them no servers, many gone: seconds of
+time-outs), returns its own stale records without asking, and counts duplicates. Here only gateways are
+asked, each within a bound, and a provider comes back once, with the addresses of its newest record.
+Records are renewed whenever the gateway or the own addresses change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import trio
+from google.protobuf.message import DecodeError
+from libp2p.kad_dht.common import PROTOCOL_ID
+from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from libp2p.tools.anyio_service import background_trio_service
+from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
+from multiaddr import Multiaddr
+from multiaddr.exceptions import BinaryParseError
+
+from hypha.errors import NetworkError, PeerUnreachable
+from hypha.messages import PeerRef
+from hypha.net.dialing import Dialer
+from hypha.net.gateways import Gateways
+from hypha.net.peers import Peers
+from hypha.net.streams import STREAM_ERRORS, Streams, discard
+
+logger = logging.getLogger("hypha.net")
+
+MAX_MESSAGE_BYTES = 1 << 20
+#: At most this many servers are asked in one look-up.
+MAX_SERVERS = 8
+#: Records of one key that a server keeps; beyond it the oldest goes (the library would refuse the new).
+MAX_PROVIDERS = 20
+#: A data node announces all its datasets at once after a failover.
+ANNOUNCEMENTS_PER_10_S = 500
+IDENTIFY_WAIT_S = 10.0
+
+
+def key_of(dataset: str) -> bytes:
+    """The SHA-256 multihash under which providers of ``dataset`` are kept."""
+    return b"\x12\x20" + hashlib.sha256(f"hypha/dataset/{dataset}".encode()).digest()
+
+
+class DhtServer:
+    """The gateway's side: the library's server, whose routing table holds servers only."""
+
+    def __init__(self, host: Any, peers: Peers, nursery: trio.Nursery) -> None:
+        self._host = host
+        self._nursery = nursery
+        self._dht = KadDHT(host, DHTMode.SERVER)
+        self._dht._provider_rate_max = ANNOUNCEMENTS_PER_10_S
+        self._dht.add_peer = self._ignore  # it would add every client that asks
+        self._dht.peer_routing.find_closest_peers_network = self._closest
+        self._store = self._dht.provider_store
+        self._library_add_provider = self._store.add_provider
+        self._store.add_provider = self._add_provider
+        peers.on_connected.append(lambda peer: nursery.start_soon(self._add_if_server, peer))
+        peers.on_lost.append(lambda peer: self._dht.routing_table.remove_peer(ID.from_string(peer)))
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Run until ``stack`` is unwound."""
+        await stack.enter_async_context(background_trio_service(self._dht))
+
+    async def _ignore(self, peer_id: ID, *, skip_server_mode_check: bool = False) -> bool:
+        return False
+
+    async def _closest(self, target_key: bytes, count: int = 20) -> list[ID]:
+        closest: list[ID] = self._dht.routing_table.find_local_closest_peers(target_key, count)
+        return closest
+
+    def _add_provider(self, key: bytes, provider: PeerInfo) -> None:
+        known = self._store.providers.get(key, {})
+        if len(known) >= MAX_PROVIDERS and str(provider.peer_id) not in known:
+            del known[min(known, key=lambda peer: known[peer].timestamp)]
+        self._library_add_provider(key, provider)
+
+    async def _add_if_server(self, peer: str) -> None:
+        """Add a peer when identify has said that it speaks Kademlia, so is a gateway too."""
+        store = self._host.get_peerstore()
+        peer_id = ID.from_string(peer)
+        with trio.move_on_after(IDENTIFY_WAIT_S):
+            # the library has no event for the end of identify
+            while not (protocols := _protocols(store, peer_id)):  # noqa: ASYNC110
+                await trio.sleep(0.05)
+            if str(PROTOCOL_ID) in protocols:
+                await self._dht.routing_table.add_peer(PeerInfo(peer_id, store.addrs(peer_id)))
+
+
+def _protocols(store: Any, peer_id: ID) -> list[str]:
+    if not store.has_peer(peer_id):
+        return []
+    protocols: list[str] = store.get_protocols(peer_id)
+    return protocols
+
+
+class DhtClient:
+    """Announces and looks up datasets at the gateways."""
+
+    def __init__(
+        self,
+        streams: Streams,
+        dialer: Dialer,
+        gateways: Gateways,
+        own_ref: Callable[[], PeerRef],
+        learn: Callable[[PeerRef], None],
+        timeout_s: float,
+    ) -> None:
+        self._streams = streams
+        self._dialer = dialer
+        self._gateways = gateways
+        self._own_ref = own_ref
+        self._learn = learn
+        self._timeout_s = timeout_s
+        self._provided: set[str] = set()
+
+    async def provide(self, dataset: str) -> int:
+        """Announce this node as a provider; returns how many gateways took it. Goes on renewing."""
+        self._provided.add(dataset)
+        return await self._announce(dataset)
+
+    def withdraw(self, dataset: str) -> None:
+        """Stop renewing; the record fades."""
+        self._provided.discard(dataset)
+
+    async def find(self, dataset: str) -> list[PeerRef]:
+        """Who says it serves ``dataset``: hints, to be probed."""
+        request = Message(type=Message.GET_PROVIDERS, key=key_of(dataset))
+        found: dict[str, PeerRef] = {}
+        for answer in await self._ask_all(request):
+            for entry in answer.providerPeers:
+                ref = _ref(entry)
+                if ref.peer not in found or len(ref.addresses) > len(found[ref.peer].addresses):
+                    found[ref.peer] = ref
+        own = self._own_ref()
+        if dataset in self._provided:
+            found[own.peer] = own
+        elif own.peer in found:
+            del found[own.peer]  # from an earlier life of this node
+        for ref in found.values():
+            self._learn(ref)
+        return list(found.values())
+
+    async def renew(self) -> None:
+        """Announce everything again whenever the gateway or the own addresses change."""
+        seen = self._gateways.changed.count
+        while True:
+            seen = await self._gateways.changed.wait(seen)
+            if not self._gateways.connected():
+                continue
+            for dataset in sorted(self._provided):
+                if not await self._announce(dataset):
+                    logger.warning("No gateway took the announcement of dataset %s; it is repeated.", dataset)
+
+    async def _announce(self, dataset: str) -> int:
+        ref = self._own_ref()
+        request = Message(type=Message.ADD_PROVIDER, key=key_of(dataset))
+        own = request.providerPeers.add()
+        own.id = ID.from_string(ref.peer).to_bytes()
+        own.addrs.extend(Multiaddr(text).to_bytes() for text in ref.addresses)
+        return len(await self._ask_all(request))
+
+    async def _ask_all(self, request: Message) -> list[Message]:
+        """Answers of all gateways, those that other gateways name included."""
+        answers: list[Message] = []
+        asked: set[str] = set()
+
+        async def ask(peer: str, nursery: trio.Nursery) -> None:
+            if peer in asked or len(asked) >= MAX_SERVERS:
+                return
+            asked.add(peer)
+            try:
+                answer = await self._ask(peer, request)
+                answers.append(answer)
+                if request.type == Message.ADD_PROVIDER:  # its answer does not name others
+                    answer = await self._ask(peer, Message(type=Message.GET_PROVIDERS, key=request.key))
+            except NetworkError as exc:
+                logger.info("A DHT request failed: %s.", exc, extra={"peer_id": peer})
+                return
+            for entry in answer.closerPeers:
+                ref = _ref(entry)
+                self._learn(ref)
+                nursery.start_soon(ask, ref.peer, nursery)
+
+        with trio.move_on_after(self._timeout_s):
+            async with trio.open_nursery() as nursery:
+                for peer in self._gateways.connected():
+                    nursery.start_soon(ask, peer, nursery)
+        return answers
+
+    async def _ask(self, peer: str, request: Message) -> Message:
+        await self._dialer.connect(peer, relays=False)
+        stream = await self._streams.open(peer, str(PROTOCOL_ID))
+        try:
+            await stream.write(encode_varint_prefixed(request.SerializeToString()))
+            data = await read_varint_prefixed_bytes_limited(stream, MAX_MESSAGE_BYTES)
+            await stream.close()
+        except (*STREAM_ERRORS, EOFError, ValueError) as exc:
+            await discard(stream)
+            raise PeerUnreachable(peer, f"its DHT broke off ({exc!r})") from exc
+        except trio.Cancelled:
+            await discard(stream)
+            raise
+        answer = Message()
+        try:
+            answer.ParseFromString(data)
+        except DecodeError as exc:
+            raise PeerUnreachable(peer, f"its DHT's answer does not decode: {exc}") from exc
+        return answer
+
+
+def _ref(entry: Any) -> PeerRef:
+    addresses = []
+    for data in entry.addrs:
+        try:
+            addresses.append(str(Multiaddr(data)))
+        except (ValueError, BinaryParseError) as exc:
+            logger.debug("An address from the DHT does not decode: %s", exc)
+    return PeerRef(peer=str(ID(entry.id)), addresses=tuple(addresses))

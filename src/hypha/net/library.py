@@ -1,0 +1,70 @@
+"""The libp2p host, made as Hypha needs it: one security transport, one muxer, no life of its own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import trio
+from libp2p import new_host
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.peer.id import ID
+
+from hypha.net import yamux_flow
+from hypha.net.shared_port import SharedPortTcp
+from hypha.net.transport import PROTOCOL_ID, MutualTls
+
+
+class _NoAutoConnector:
+    """Stands where the library keeps a task that dials peers by itself."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None: ...
+
+    async def maybe_connect(self) -> None: ...
+
+    def record_disconnect(self, peer_id: ID) -> None: ...
+
+
+def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, identify: bool = False) -> Any:
+    """A host that listens nowhere yet, with ``security`` as the only way in.
+
+    With ``identify`` it asks every peer what it is and speaks, which only a DHT server needs to know;
+    all of them answer.
+    """
+    yamux_flow.install()
+    host = new_host(
+        key_pair=security.key_pair,
+        sec_opt={PROTOCOL_ID: security},
+        muxer_preference="YAMUX",
+        transports=[port],
+        disable_identify_address_discovery=True,
+        connection_config=ConnectionConfig(
+            max_connections=max_connections,
+            min_connections=0,
+            low_watermark=0,
+            high_watermark=max_connections,
+            # two sides that dial each other at once may have one each; trimming could cut the used one
+            max_connections_per_peer=8,
+        ),
+    )
+    swarm = host.get_network()
+    # our own limits apply; the library's would reset what it does not like instead of saying so
+    swarm.set_resource_manager(None)
+    swarm.retry_config = RetryConfig(max_retries=0)
+    if not identify:
+        host._should_identify_peer = lambda peer_id: False
+    # it would dial whomever identify ever told of, hundreds at a time
+    swarm.auto_connector = _NoAutoConnector()
+    return host
+
+
+def quiet_library() -> None:
+    """What the library logs is said by us in one line, or is no news."""
+    logging.getLogger("libp2p").setLevel(logging.ERROR)
+    logging.getLogger("libp2p.security").setLevel(logging.INFO)
+    for name in ("host", "network", "network.auto_connector", "protocol_muxer", "stream_muxer", "transport"):
+        logging.getLogger(f"libp2p.{name}").setLevel(logging.CRITICAL)

@@ -1,0 +1,356 @@
+"""``Node``: one libp2p host with mutual TLS, and everything Hypha's components say to each other.
+
+Any public call may be cancelled at any time without harm to the connection it uses. How a node comes to
+life and ends is in :mod:`hypha.net.life`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any, TypeVar
+
+import trio
+from libp2p.utils.address_validation import get_available_interfaces
+from multiaddr import Multiaddr
+
+from hypha import __version__
+from hypha.errors import ConfigError, Problem
+from hypha.messages import Health, HealthReport, PeerRef, Report, Request, Response, WorkerRequest
+from hypha.net.addresses import Address, AddressBook, host_and_port, ip_of, parse
+from hypha.net.dht import DhtClient, DhtServer
+from hypha.net.dialing import Dialer
+from hypha.net.gateways import Gateways
+from hypha.net.gossip import Gossip, Heard
+from hypha.net.library import make_host
+from hypha.net.options import NodeOptions
+from hypha.net.peers import ConnectionInfo, PeerLost, Peers, is_relayed
+from hypha.net.relay import RelayClient, RelayHop
+from hypha.net.reports import ReportHandler, Reports
+from hypha.net.rpc import Rpc
+from hypha.net.shared_port import SharedPortTcp
+from hypha.net.signals import Changes
+from hypha.net.streams import StreamHandler, Streams
+from hypha.net.transfers import Transfers
+from hypha.net.transport import MutualTls
+from hypha.pki.identity import Identity
+from hypha.telemetry import health_of
+
+logger = logging.getLogger("hypha.net")
+
+RequestT = TypeVar("RequestT", bound=Request)
+#: Bulk connections served at once; transfers queue for their own, smaller limit behind it.
+MAX_BULK_CONNECTIONS = 64
+#: Shutting down may take this long before what is left is cut.
+CLOSE_S = 1.0
+
+
+class Node:
+    """A running node. Made by :func:`open_node`; all its methods are for one trio thread."""
+
+    def __init__(self, options: NodeOptions, nursery: trio.Nursery) -> None:
+        timings = options.timings
+        self.options = options
+        self.peer_id = options.identity.peer_id
+        self._nursery = nursery
+        self._started = trio.current_time()
+        self._running = False
+        self.ended = trio.Event()
+        self._security = MutualTls(options.identity, options.require_roles)
+        self._port = SharedPortTcp(options.max_connections, MAX_BULK_CONNECTIONS)
+        self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
+        self._swarm = self._host.get_network()
+        self._book = AddressBook(self.peer_id, options.exclude_cidr)
+        self._peers = Peers(self._swarm, options.identity, timings, nursery)
+        self._streams = Streams(self._host, nursery)
+        self._dialer = Dialer(self._swarm, self._security, self._book, self._peers, timings, nursery)
+        self._relay = RelayClient(self._host, self._streams)
+        self._dialer.relay_client = self._relay
+        self._gateways = Gateways(
+            options.gateways, self._book, self._dialer, self._peers, self._relay, timings
+        )
+        self._dialer.own_relays = self._gateways.connected
+        self.hop: RelayHop | None = None
+        if options.hop:
+            self.hop = RelayHop(
+                self._host, self._streams, options.relay_limits, lambda stream: is_relayed(stream.swarm_conn)
+            )
+            self._peers.on_lost.append(self.hop.forget)
+        self._rpc = Rpc(self._streams, self._dialer.connect, nursery)
+        self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
+        self._gossip = Gossip(self._host, self._gateways.connected, self._gossips_with)
+        self._dht = DhtClient(
+            self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
+        )
+        self._dht_server = DhtServer(self._host, self._peers, nursery) if options.hop else None
+        self.transfers = Transfers(self)
+        self._port.serve_bulk = self.transfers.serve_socket
+        self.health_details: list[Callable[[], dict[str, str]]] = []
+        if (hop := self.hop) is not None:
+            self.health_details.append(
+                lambda: {"circuits": str(hop.circuits), "reservations": str(hop.reservations)}
+            )
+        self.answer(Health, self._health)
+
+    # --- who and where ------------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> Identity:
+        """This node's identity."""
+        return self.options.identity
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Roles of this node's own certificate; empty: any."""
+        return self.options.identity.roles
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the node was opened."""
+        return trio.current_time() - self._started
+
+    def listen_addresses(self) -> list[str]:
+        """Where this node really listens (ports resolved), without ``/p2p``; both planes."""
+        return [str(address) for address in self._host.get_transport_addrs()]
+
+    def _announced(self) -> list[str]:
+        """External addresses, then those it listens on, an unspecified one as each interface's."""
+        found = [str(parse(text).transport) for text in self.options.external]
+        for text in self.listen_addresses():
+            address = parse(text)
+            ip = ip_of(address)
+            places = [address]
+            if ip is not None and ip.is_unspecified:
+                port = int(address.transport.rpartition("/")[2])
+                interfaces = [parse(str(one)) for one in get_available_interfaces(port)]
+                places = [one for one in interfaces if (other := ip_of(one)) and other.version == ip.version]
+            found += [str(one) for one in places if not self._book.excluded(one) and str(one) not in found]
+        return found
+
+    def bulk_addresses(self) -> list[str]:
+        """Where peers may dial this node for a bulk transfer: the same port as libp2p's."""
+        return self._announced()
+
+    def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
+        """Host and port to dial ``peer`` for bulk, best first: where a connection of ours leads already,
+        then what it offered and what the address book knows. Empty when only a relay leads there.
+        """
+        self._book.learn(PeerRef(peer=peer, addresses=offered))
+        live = [
+            one.address
+            for one in self.connections()
+            if one.peer == peer and one.kind == "direct" and one.direction == "outbound"
+        ]
+        known = [address.transport for address in self._book.direct(peer)]
+        return list(dict.fromkeys(host_and_port(text) for text in (*live, *known)))
+
+    def reached_by(self, peer: str) -> bool:
+        """Whether ``peer`` has dialled this node directly, and this node not ``peer``."""
+        direct = {one.direction for one in self.connections() if one.peer == peer and one.kind == "direct"}
+        return direct == {"inbound"}
+
+    def ref(self) -> PeerRef:
+        """This node and its current addresses: direct ones, then through its gateway."""
+        direct = [str(Address(text, self.peer_id)) for text in self._announced()]
+        circuits = self._gateways.circuit_addresses(self.peer_id)
+        return PeerRef(peer=self.peer_id, addresses=(*direct, *circuits))
+
+    def ref_of(self, peer: str) -> PeerRef:
+        """What the address book knows of ``peer``."""
+        return self._book.ref(peer)
+
+    def learn(self, ref: PeerRef) -> None:
+        """Remember the addresses of a peer."""
+        self._book.learn(ref)
+
+    def direct_addresses(self, peer: str) -> list[str]:
+        """Where ``peer`` might be dialled directly, as far as known, without ``/p2p``."""
+        return [address.transport for address in self._book.direct(peer)]
+
+    # --- connections --------------------------------------------------------------------------------
+
+    async def wait_connected(self) -> None:
+        """Return when a gateway is connected; at once when none is configured."""
+        await self._gateways.wait_connected()
+
+    @property
+    def gateway(self) -> str | None:
+        """PeerID of the active gateway."""
+        return self._gateways.active
+
+    @property
+    def gateway_changed(self) -> Changes:
+        """Notes every change of the active gateway or of the relay reservation."""
+        return self._gateways.changed
+
+    async def connect(self, peer: PeerRef | str) -> None:
+        """Be connected to ``peer``; PeerUnreachable when that cannot be."""
+        await self._dialer.connect(self._known(peer))
+
+    async def disconnect(self, peer: str) -> None:
+        """Close all connections to ``peer``."""
+        await self._peers.close(peer)
+
+    def is_connected(self, peer: str) -> bool:
+        """Whether a connection to ``peer`` is live."""
+        return self._peers.is_connected(peer)
+
+    def connections(self) -> list[ConnectionInfo]:
+        """All live connections."""
+        return self._peers.connections()
+
+    def roles_of(self, peer: str) -> frozenset[str]:
+        """Roles in the certificate of a peer that is or was connected; empty: any role.
+
+        PeerUnreachable when it never was.
+        """
+        return self._peers.roles_of(peer)
+
+    def watch_peers(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PeerLost]]:
+        """A channel that says when the last connection to a peer ended."""
+        return self._peers.watch()
+
+    async def reload_identity(self) -> bool:
+        """Re-read certificate, trust and revocations now (they are polled anyway); True if changed."""
+        return await self._peers.reload_identity()
+
+    # --- requests -----------------------------------------------------------------------------------
+
+    async def request(self, peer: PeerRef | str, request: Request, timeout_s: float = 10.0) -> Response:
+        """Ask ``peer``. Raises Refused, PeerUnreachable, RequestTimeout."""
+        return await self._rpc.request(self._known(peer), request, timeout_s)
+
+    def answer(
+        self,
+        kind: type[Any],
+        handler: Callable[[str, Any], Awaitable[Response]],
+        roles: Collection[str] | None = None,
+    ) -> None:
+        """Answer requests of ``kind`` by ``await handler(caller, request)``; raise Refused to say no.
+
+        With ``roles`` only callers whose certificate has one of them (or none at all) are heard.
+        """
+        self._rpc.answer(kind, handler, roles)
+
+    async def _health(self, caller: str, request: Health) -> HealthReport:
+        return health_of(self)
+
+    def report(self, peer: str, report: Report) -> None:
+        """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
+        self._reports.report(peer, report)
+
+    def answer_reports(self, handler: ReportHandler, roles: Collection[str] | None = None) -> None:
+        """Call ``handler(caller, reports)`` for reports that arrive; it must not block."""
+        self._reports.answer(handler, roles)
+
+    # --- gossip and datasets ------------------------------------------------------------------------
+
+    async def publish(self, message: WorkerRequest) -> None:
+        """Ask everybody for workers; waits a moment for a gateway to pass it on."""
+        await self._gossip.publish(message)
+
+    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Heard]]:
+        """A channel of (publisher, WorkerRequest); the publisher is the request's scheduler, verified."""
+        return self._gossip.subscribe()
+
+    async def provide(self, dataset: str) -> int:
+        """Announce that this node serves ``dataset``, now and whenever its gateway or addresses change.
+
+        Returns how many gateways took the announcement.
+        """
+        return await self._dht.provide(dataset)
+
+    def withdraw(self, dataset: str) -> None:
+        """Stop announcing ``dataset``."""
+        self._dht.withdraw(dataset)
+
+    async def find_providers(self, dataset: str) -> list[PeerRef]:
+        """Who says it serves ``dataset``, each once, with addresses. Hints: probe them."""
+        return await self._dht.find(dataset)
+
+    # --- streams ------------------------------------------------------------------------------------
+
+    async def open_stream(self, peer: PeerRef | str, protocol: str) -> Any:
+        """A libp2p stream (``read``, ``write``, ``close``, ``reset``); PeerUnreachable when not."""
+        known = self._known(peer)
+        await self._dialer.connect(known)
+        return await self._streams.open(known, protocol)
+
+    def set_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
+        """``await handler(stream, caller)`` for each stream of ``protocol`` that a peer opens."""
+        self._streams.handle(protocol, handler)
+
+    def _gossips_with(self, peer: str) -> bool:
+        return self.options.hop or not self.options.gateways or peer in self._gateways.known
+
+    def _known(self, peer: PeerRef | str) -> str:
+        if isinstance(peer, PeerRef):
+            self._book.learn(peer)
+            return peer.peer
+        return peer
+
+    # --- life ---------------------------------------------------------------------------------------
+
+    async def listen(self, stack: AsyncExitStack) -> None:
+        """Start the services, into ``stack``, and listen; ConfigError when that cannot be."""
+        await self._nursery.start(self.transfers.run)
+        addresses = [Multiaddr(text) for text in self.options.listen]
+        await stack.enter_async_context(self._host.run(listen_addrs=[]))
+        self._running = True
+        for address in addresses:
+            with trio.CancelScope(shield=True):  # cancelled here, the library would leave a socket open
+                listening = await self._swarm.listen(address)
+            if not listening:
+                raise ConfigError(
+                    [
+                        Problem(
+                            key="listen_addresses",
+                            message=f"cannot listen on {address}; is its port in use, or not this machine's?",
+                        )
+                    ]
+                )
+        # circuit addresses included, which the library would cut short
+        self._host.get_addrs = lambda: [Multiaddr(text) for text in self.ref().addresses]
+        await self._gossip.start(stack, self._nursery)
+        if self._dht_server is not None:
+            await self._dht_server.start(stack)
+        logger.info(
+            "%s %s is %s, listening on %s.",
+            self.options.component,
+            __version__,
+            self.peer_id,
+            ", ".join(self.listen_addresses()),
+            extra={"peer_id": self.peer_id},
+        )
+
+    def start(self) -> None:
+        """Start what goes on in the background."""
+        self._nursery.start_soon(self._peers.keep_alive)
+        self._nursery.start_soon(self._peers.watch_identity)
+        self._nursery.start_soon(self._dht.renew)
+        if self.options.hop:
+            self._nursery.start_soon(self._gateways.link_all)
+        else:
+            self._nursery.start_soon(self._gateways.use_one, self.options.reserve)
+
+    async def note_leaving(self) -> None:
+        """Until cancelled; then it is known that the node is about to end."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._gateways.leaving = True
+
+    async def close(self) -> None:
+        """Close every connection and socket, cancelled or not; the background tasks are ending."""
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(CLOSE_S):
+                # a nursery tells nobody when its last task has ended
+                while self._nursery.child_tasks:  # noqa: ASYNC110
+                    await trio.sleep(0.005)
+                await self._peers.close_all()
+            await self._port.sever()
+            if self._running:
+                await self._host.close()
+            await self._port.sever()
+        self._gossip.close()

@@ -1,0 +1,90 @@
+"""What a node can be told, and how it is read from a component's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
+from hypha.net.relay import RelayLimits
+from hypha.pki.identity import Identity, IdentityFiles, load_identity
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds. The defaults are for production; tests shorten them."""
+
+    #: a connection over which nothing came for this long is cut (it is probed before)
+    liveness_s: float = 10.0
+    #: one address is given this long
+    dial_s: float = 5.0
+    #: the next address of a peer is tried after this long, while the first one still hangs
+    stagger_s: float = 0.25
+    #: the relay is tried after this long, while direct addresses still hang
+    relay_after_s: float = 1.0
+    #: first and longest pause between attempts to reach a gateway; doubled each time, with jitter
+    reconnect_min_s: float = 0.5
+    reconnect_max_s: float = 30.0
+    #: how often certificate, trust and revocation files are looked at
+    identity_poll_s: float = 5.0
+    #: how often live connections' certificates are checked again (for expiry)
+    identity_check_s: float = 60.0
+    #: a relay reservation is refreshed at least this often
+    reservation_refresh_s: float = 300.0
+    #: reports are flushed this often
+    report_flush_s: float = 0.05
+    #: one look-up of a dataset's providers
+    lookup_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """Everything :func:`hypha.net.open_node` needs.
+
+    ``gateways`` are multiaddrs, with or without ``/p2p/<PeerID>`` (without: whichever certified node
+    answers there). ``hop`` makes the node a gateway: relay, DHT server, linked with all ``gateways``.
+    ``exclude_cidr``: addresses that are neither dialled nor learnt nor announced; configured gateways and
+    ``external`` addresses are exempt.
+    """
+
+    identity: Identity
+    component: str
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    external: tuple[str, ...] = ()
+    gateways: tuple[str, ...] = ()
+    hop: bool = False
+    reserve: bool = True
+    exclude_cidr: tuple[str, ...] = ()
+    require_roles: bool = False
+    max_connections: int = 1024
+    relay_limits: RelayLimits = field(default_factory=RelayLimits)
+    timings: Timings = field(default_factory=Timings)
+
+
+def options_from(config: NodeConfig, component: str, identity: Identity | None = None) -> NodeOptions:
+    """The options of ``component`` as ``config`` says. Loads the identity unless it is given.
+
+    Raises IdentityError.
+    """
+    if identity is None:
+        identity = load_identity(
+            IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
+        )
+    gateways: tuple[str, ...] = ()
+    limits = RelayLimits()
+    if isinstance(config, (LeafConfig, GatewayConfig)):
+        gateways = tuple(config.gateway_addresses)
+    if isinstance(config, GatewayConfig):
+        limits = RelayLimits(reservations=config.max_reservations, circuits=config.max_circuits)
+    return NodeOptions(
+        identity=identity,
+        component=component,
+        listen=tuple(config.listen_addresses),
+        external=tuple(config.external_addresses),
+        gateways=gateways,
+        hop=isinstance(config, GatewayConfig),
+        reserve=isinstance(config, LeafConfig) and config.relay_circuit,
+        exclude_cidr=tuple(config.exclude_cidr),
+        require_roles=config.require_roles,
+        max_connections=config.max_connections,
+        relay_limits=limits,
+    )

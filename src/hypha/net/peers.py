@@ -1,0 +1,274 @@
+"""The table of live connections: who is connected, how, since when somebody was last heard, and when the
+last connection to a peer ended. It cuts connections that fell silent and those whose certificate is no
+longer accepted.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import trio
+from libp2p.abc import ConnectionType, INotifee
+from libp2p.peer.id import ID
+from libp2p.rcmgr import Direction
+from libp2p.stream_muxer.yamux.yamux import FLAG_SYN, TYPE_PING, YAMUX_HEADER_FORMAT
+
+from hypha.errors import IdentityError, PeerUnreachable
+from hypha.net.options import Timings
+from hypha.net.streams import STREAM_ERRORS
+from hypha.net.transport import TlsConnection
+from hypha.pki.identity import Identity
+
+logger = logging.getLogger("hypha.net")
+
+#: What a watcher may leave unread; the oldest losses go first (who is connected can be asked).
+WATCH_BACKLOG = 4096
+REMEMBERED_ROLES = 20_000
+
+
+@dataclass(frozen=True)
+class ConnectionInfo:
+    """One live connection; ``address`` is the socket's other end, or the circuit."""
+
+    peer: str
+    address: str
+    kind: Literal["direct", "relayed"]
+    direction: Literal["inbound", "outbound"]
+    roles: frozenset[str]
+
+
+@dataclass(frozen=True)
+class PeerLost:
+    """The last connection to ``peer`` ended."""
+
+    peer: str
+
+
+def secured(connection: Any) -> TlsConnection:
+    """The TLS connection below a swarm connection (there is no other kind)."""
+    tls = connection.muxed_conn.secured_conn
+    if not isinstance(tls, TlsConnection):
+        raise TypeError(f"a connection of unknown kind: {tls!r}")
+    return tls
+
+
+def is_relayed(connection: Any) -> bool:
+    """Whether a swarm connection runs through a relay."""
+    return bool(secured(connection).get_connection_type() == ConnectionType.RELAYED)
+
+
+class Peers(INotifee):  # type: ignore[misc]
+    """Who is connected. Listens to the swarm; ``on_lost`` are called when a peer is gone altogether."""
+
+    def __init__(self, swarm: Any, identity: Identity, timings: Timings, nursery: trio.Nursery) -> None:
+        self._swarm = swarm
+        self._identity = identity
+        self._timings = timings
+        self._nursery = nursery
+        self._watchers: set[trio.MemorySendChannel[PeerLost]] = set()
+        self._arrivals: dict[str, trio.Event] = {}
+        #: connections that are waited for to end, all of them
+        self._ends: list[tuple[set[Any], trio.Event]] = []
+        self._roles: dict[str, frozenset[str]] = {}
+        self.on_connected: list[Callable[[str], None]] = []
+        self.on_lost: list[Callable[[str], None]] = []
+        swarm.register_notifee(self)
+
+    # --- asking -------------------------------------------------------------------------------------
+
+    def _connections_of(self, peer: str) -> list[Any]:
+        try:
+            peer_id = ID.from_string(peer)
+        except ValueError:
+            return []
+        return [one for one in self._swarm.get_connections(peer_id) if not one.is_closed]
+
+    def is_connected(self, peer: str) -> bool:
+        """Whether there is a live connection."""
+        return bool(self._connections_of(peer))
+
+    def all(self) -> list[str]:
+        """PeerIDs of all connected peers."""
+        return [str(peer) for peer in self._swarm.get_connections_map()]
+
+    def connections(self) -> list[ConnectionInfo]:
+        """All live connections."""
+        found = []
+        for connection in self._swarm.get_connections():
+            tls = secured(connection)
+            addresses = tls.get_transport_addresses()
+            found.append(
+                ConnectionInfo(
+                    peer=str(connection.muxed_conn.peer_id),
+                    address=str(addresses[0]) if addresses else "",
+                    kind="relayed" if is_relayed(connection) else "direct",
+                    direction="inbound" if connection.direction == Direction.INBOUND else "outbound",
+                    roles=tls.roles,
+                )
+            )
+        return found
+
+    def roles_of(self, peer: str) -> frozenset[str]:
+        """Roles in the certificate of a peer, as of its last connection; empty: any role.
+
+        PeerUnreachable for a peer that never was connected, rather than a guess.
+        """
+        try:
+            return self._roles[peer]
+        except KeyError:
+            raise PeerUnreachable(peer, "it never was connected, so its roles are unknown") from None
+
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[trio.MemoryReceiveChannel[PeerLost]]:
+        """A channel of :class:`PeerLost`, from now on."""
+        send, receive = trio.open_memory_channel[PeerLost](WATCH_BACKLOG)
+        self._watchers.add(send)
+        try:
+            async with receive:
+                yield receive
+        finally:
+            self._watchers.discard(send)
+            send.close()
+
+    async def wait_connected(self, peer: str) -> None:
+        """Return when ``peer`` is connected."""
+        while not self.is_connected(peer):
+            await self._arrivals.setdefault(peer, trio.Event()).wait()
+
+    def loss_of(self, peer: str) -> trio.Event:
+        """Set once every connection to ``peer`` that there is now has ended, even if somebody else has
+        connected again by then: what the peer kept for those connections is gone.
+        """
+        lost = trio.Event()
+        left = set(self._connections_of(peer))
+        if left:
+            self._ends.append((left, lost))
+        else:
+            lost.set()
+        return lost
+
+    # --- what the swarm tells -----------------------------------------------------------------------
+
+    async def connected(self, network: Any, conn: Any) -> None:
+        peer = str(conn.muxed_conn.peer_id)
+        self._roles.pop(peer, None)
+        self._roles[peer] = secured(conn).roles
+        while len(self._roles) > REMEMBERED_ROLES:
+            del self._roles[next(iter(self._roles))]
+        if (waiting := self._arrivals.pop(peer, None)) is not None:
+            waiting.set()
+        for call in self.on_connected:
+            call(peer)
+
+    async def disconnected(self, network: Any, conn: Any) -> None:
+        for left, lost in self._ends:
+            left.discard(conn)
+            if not left:
+                lost.set()
+        self._ends = [(left, lost) for left, lost in self._ends if left]
+        peer = str(conn.muxed_conn.peer_id)
+        if self.is_connected(peer):
+            return
+        for call in self.on_lost:
+            call(peer)
+        for watcher in self._watchers:
+            try:
+                watcher.send_nowait(PeerLost(peer))
+            except (trio.WouldBlock, trio.BrokenResourceError):
+                logger.warning(
+                    "A watcher of lost peers is far behind; it misses one.", extra={"peer_id": peer}
+                )
+
+    async def opened_stream(self, network: Any, stream: Any) -> None: ...
+
+    async def closed_stream(self, network: Any, stream: Any) -> None: ...
+
+    async def listen(self, network: Any, multiaddr: Any) -> None: ...
+
+    async def listen_close(self, network: Any, multiaddr: Any) -> None: ...
+
+    # --- ending connections -------------------------------------------------------------------------
+
+    async def close(self, peer: str) -> None:
+        """Close all connections to ``peer``."""
+        for connection in self._connections_of(peer):
+            await connection.close()
+
+    async def close_all(self) -> None:
+        """Close everything at once; the library would take 0.2 s for each in turn."""
+        async with trio.open_nursery() as nursery:
+            for connection in self._swarm.get_connections():
+                nursery.start_soon(connection.close)
+
+    async def _cut(self, connection: Any, why: str) -> None:
+        peer = str(connection.muxed_conn.peer_id)
+        logger.warning("Cut the connection with %s: %s.", peer, why, extra={"peer_id": peer})
+        await secured(connection).abort()
+        await connection.close()
+
+    async def keep_alive(self) -> None:
+        """Cut connections over which nothing comes; probe those that are quiet.
+
+        The library's monitor opens a stream for each ping, one connection after the other, so one
+        stopped peer delays finding the next. Here a quiet connection gets a 12-byte ping frame, and
+        only when its last byte came in counts.
+        """
+        limit = self._timings.liveness_s
+        tick = limit / 4
+        due = trio.current_time() + tick
+        while True:
+            await trio.sleep_until(due)
+            now = trio.current_time()
+            late = now - due > tick
+            due = now + tick
+            if late:
+                continue  # this process was stopped or busy: what came in meanwhile is still unread
+            for connection in self._swarm.get_connections():
+                silence = now - secured(connection).last_received
+                if silence > limit:
+                    why = f"nothing was heard for {silence:.1f} s"
+                    self._nursery.start_soon(self._cut, connection, why)
+                elif silence > tick:
+                    self._nursery.start_soon(self._probe, connection.muxed_conn)
+
+    async def _probe(self, muxed: Any) -> None:
+        if muxed._write_lock.locked():
+            return  # somebody is sending: the probe would wait behind, and is not needed
+        # the library takes the answer for one to its own ping and computes a round trip from this
+        muxed._ping_sent_time = trio.current_time()
+        try:
+            await muxed._write_frame(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, 0))
+        except STREAM_ERRORS as exc:
+            logger.debug("A probe could not be sent: %r", exc)
+
+    async def watch_identity(self) -> None:
+        """Re-read changed identity files; close connections whose certificate is no longer accepted."""
+        next_check = trio.current_time() + self._timings.identity_check_s
+        while True:
+            await trio.sleep(self._timings.identity_poll_s)
+            await self.reload_identity(check=trio.current_time() >= next_check)
+            if trio.current_time() >= next_check:
+                next_check = trio.current_time() + self._timings.identity_check_s
+
+    async def reload_identity(self, check: bool = True) -> bool:
+        """Re-read the files if they changed; True if they did. Errors are logged, the old ones stay."""
+        changed = False
+        try:
+            changed = await trio.to_thread.run_sync(self._identity.reload)
+        except IdentityError as exc:
+            logger.error("The changed identity files cannot be used, the old ones stay in force: %s", exc)
+        if changed:
+            logger.info("The identity files were read again.")
+        if changed or check:
+            for connection in self._swarm.get_connections():
+                try:
+                    self._identity.check(secured(connection).certificate)
+                except IdentityError as exc:
+                    self._nursery.start_soon(self._cut, connection, f"its certificate is refused now ({exc})")
+                await trio.lowlevel.checkpoint()
+        return changed

@@ -1,0 +1,296 @@
+"""Circuit relay v2: a gateway splices streams for peers that nobody can dial; both ends speak TLS
+through it, so the relay sees ciphertext only.
+
+The wire is the library's (its protobufs), the behaviour is ours: as shipped, circuits are kept by PeerID,
+so closing one circuit to a peer cuts the peer's other circuits, and a killed source's circuit lingers.
+Here each circuit owns its two streams and nothing else. Reservations live on the monotonic clock and end
+with their peer's connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+from libp2p.abc import ConnectionType, IRawConnection
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.stream.exceptions import StreamEOF
+from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Reservation, StopMessage
+from libp2p.relay.circuit_v2.pb.circuit_pb2 import PeerId as CircuitPeer
+from libp2p.relay.circuit_v2.protocol_buffer import StatusCode, to_proto_status
+from libp2p.relay.circuit_v2.utils import read_delimited_msg, write_delimited_msg
+from multiaddr import Multiaddr
+
+from hypha.errors import NetworkError, PeerUnreachable
+from hypha.net.streams import STREAM_ERRORS, Streams, discard
+
+logger = logging.getLogger("hypha.net")
+
+HOP = "/libp2p/circuit/relay/0.2.0/hop"
+STOP = "/libp2p/circuit/relay/0.2.0/stop"
+ANSWER_TIMEOUT_S = 10.0
+SPLICE_BYTES = 256 * 1024
+#: After one direction of a circuit ended, how long the other may go on.
+LINGER_S = 2.0
+
+
+class RelayRefused(NetworkError):
+    """The relay said no; ``status`` is its code."""
+
+    def __init__(self, relay: str, status: int) -> None:
+        self.status = status
+        try:
+            name = StatusCode(status).name.lower().replace("_", " ")
+        except ValueError:
+            name = str(status)
+        super().__init__(f"relay {relay} refused: {name}")
+
+
+class _Circuit(RawConnection):  # type: ignore[misc]
+    """One end of a circuit. Closing it resets its stream: a half-closed circuit is of no use."""
+
+    def __init__(self, stream: Any, initiator: bool, relay: str, remote: str) -> None:
+        address = Multiaddr(f"/p2p/{relay}/p2p-circuit/p2p/{remote}")
+        super().__init__(stream, initiator, ConnectionType.RELAYED, [address])
+
+    def get_remote_address(self) -> None:
+        """None: what the library would say is the relay's address, not the peer's."""
+        return
+
+    async def close(self) -> None:
+        # an end, not a reset, which would overtake the last bytes
+        with trio.move_on_after(2.0, shield=True):
+            try:
+                await self.stream.close()
+            except STREAM_ERRORS as exc:
+                logger.debug("A circuit could not be closed: %r", exc)
+
+
+class RelayClient:
+    """Reservations at relays, circuits through them, and circuits that arrive here."""
+
+    def __init__(self, host: Any, streams: Streams) -> None:
+        self._host = host
+        self._streams = streams
+        streams.handle(STOP, self._on_stop)
+
+    async def reserve(self, relay: str) -> float:
+        """Reserve (or refresh) a slot at a connected relay; returns for how many seconds.
+
+        Raises RelayRefused, or PeerUnreachable when it does not answer.
+        """
+        stream = await self._streams.open(relay, HOP)
+        try:
+            request = HopMessage(type=HopMessage.RESERVE, peer=CircuitPeer(id=self._host.get_id().to_bytes()))
+            answer = await self._ask(stream, request, relay)
+        finally:
+            await discard(stream)
+        # the expiry is wall-clock on the wire, set by the relay; a skewed clock must not end us early
+        return max(30.0, answer.reservation.expire - time.time())
+
+    async def dial(self, relay: str, peer: str) -> None:
+        """Connect to ``peer`` through a connected relay. RelayRefused or PeerUnreachable when not."""
+        stream = await self._streams.open(relay, HOP)
+        try:
+            request = HopMessage(
+                type=HopMessage.CONNECT, peer=CircuitPeer(id=ID.from_string(peer).to_bytes())
+            )
+            await self._ask(stream, request, relay)
+            await self._host.upgrade_outbound_connection(
+                _Circuit(stream, True, relay, peer), ID.from_string(peer)
+            )
+        except SwarmException as exc:
+            await discard(stream)
+            raise PeerUnreachable(peer, f"no TLS through relay {relay}: {exc}") from exc
+        except BaseException:
+            await discard(stream)
+            raise
+
+    async def _ask(self, stream: Any, request: HopMessage, relay: str) -> HopMessage:
+        answer: HopMessage
+        try:
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                await write_delimited_msg(stream, request)
+                answer = await read_delimited_msg(stream, HopMessage)
+        except trio.TooSlowError as exc:
+            raise PeerUnreachable(relay, f"the relay did not answer within {ANSWER_TIMEOUT_S:g} s") from exc
+        except (*STREAM_ERRORS, ValueError) as exc:
+            raise PeerUnreachable(relay, f"the relay broke off: {exc!r}") from exc
+        if answer.status != StatusCode.OK:
+            raise RelayRefused(relay, int(answer.status))
+        return answer
+
+    async def _on_stop(self, stream: Any, relay: str) -> None:
+        """A circuit arrives: accept it and let it become a connection like any other."""
+        handed_over = False
+        try:
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                message = await read_delimited_msg(stream, StopMessage)
+                remote = ID(message.peer.id)
+                good = message.type == StopMessage.CONNECT
+                status = StatusCode.OK if good else StatusCode.MALFORMED_MESSAGE
+                await write_delimited_msg(
+                    stream, StopMessage(type=StopMessage.STATUS, status=to_proto_status(status))
+                )
+            if good:
+                raw: IRawConnection = _Circuit(stream, False, relay, str(remote))
+                await self._host.upgrade_inbound_connection(raw, raw.get_transport_addresses()[0])
+                handed_over = True
+        except (*STREAM_ERRORS, SwarmException, trio.TooSlowError, ValueError) as exc:
+            logger.info("A relayed connection did not come about: %s.", exc, extra={"peer_id": relay})
+        finally:
+            if not handed_over:
+                await discard(stream)
+
+
+@dataclass
+class _Reservation:
+    expires_at: float
+    circuits: int = 0
+
+
+@dataclass(frozen=True)
+class RelayLimits:
+    """What a gateway gives away; ``per_peer`` bounds the circuits to one reserved peer."""
+
+    reservations: int = 1024
+    circuits: int = 256
+    per_peer: int = 64
+    reservation_s: float = 3600.0
+
+
+class RelayHop:
+    """The gateway's side. Streams carry no byte or time limit: leases end jobs, not relays."""
+
+    def __init__(
+        self, host: Any, streams: Streams, limits: RelayLimits, is_relayed: Callable[[Any], bool]
+    ) -> None:
+        self._host = host
+        self._streams = streams
+        self._limits = limits
+        self._is_relayed = is_relayed
+        self._reservations: dict[str, _Reservation] = {}
+        self.circuits = 0
+        streams.handle(HOP, self._on_hop)
+
+    @property
+    def reservations(self) -> int:
+        """How many are in force."""
+        now = trio.current_time()
+        return sum(one.expires_at > now for one in self._reservations.values())
+
+    def forget(self, peer: str) -> None:
+        """``peer`` is gone, and its reservation with it."""
+        self._reservations.pop(peer, None)
+
+    async def _on_hop(self, stream: Any, caller: str) -> None:
+        try:
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                message = await read_delimited_msg(stream, HopMessage)
+            if self._is_relayed(stream):  # a relay behind a relay would loop
+                await self._answer(stream, StatusCode.PERMISSION_DENIED)
+            elif message.type == HopMessage.RESERVE:
+                await self._reserve(stream, caller)
+            elif message.type == HopMessage.CONNECT:
+                await self._connect(stream, caller, str(ID(message.peer.id)))
+            else:
+                await self._answer(stream, StatusCode.UNEXPECTED_MESSAGE)
+        except (*STREAM_ERRORS, trio.TooSlowError, ValueError) as exc:
+            logger.debug("A relay request broke off: %r", exc, extra={"peer_id": caller})
+        finally:
+            await discard(stream)
+
+    async def _reserve(self, stream: Any, caller: str) -> None:
+        now = trio.current_time()
+        for peer in [peer for peer, one in self._reservations.items() if one.expires_at <= now]:
+            if not self._reservations[peer].circuits:
+                del self._reservations[peer]
+        mine = self._reservations.get(caller)
+        if mine is None:
+            if len(self._reservations) >= self._limits.reservations:
+                await self._answer(stream, StatusCode.RESERVATION_REFUSED)
+                return
+            mine = self._reservations[caller] = _Reservation(now)
+        mine.expires_at = now + self._limits.reservation_s
+        reservation = Reservation(expire=int(time.time() + self._limits.reservation_s))
+        await self._answer(stream, StatusCode.OK, reservation)
+        await self._until_read(stream)
+
+    async def _connect(self, stream: Any, caller: str, target: str) -> None:
+        reservation = self._reservations.get(target)
+        if reservation is None or reservation.expires_at <= trio.current_time():
+            await self._answer(stream, StatusCode.NO_RESERVATION)
+            await self._until_read(stream)
+            return
+        if self.circuits >= self._limits.circuits or reservation.circuits >= self._limits.per_peer:
+            await self._answer(stream, StatusCode.RESOURCE_LIMIT_EXCEEDED)
+            await self._until_read(stream)
+            return
+        self.circuits += 1
+        reservation.circuits += 1
+        onward = None
+        try:
+            onward = await self._reach(target, caller)
+            if onward is None:
+                await self._answer(stream, StatusCode.CONNECTION_FAILED)
+                await self._until_read(stream)
+                return
+            await self._answer(stream, StatusCode.OK)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_pump, stream, onward, nursery.cancel_scope)
+                nursery.start_soon(_pump, onward, stream, nursery.cancel_scope)
+        finally:
+            self.circuits -= 1
+            reservation.circuits -= 1
+            if onward is not None:
+                await discard(onward)
+
+    async def _reach(self, target: str, caller: str) -> Any | None:
+        stream = None
+        try:
+            stream = await self._streams.open(target, STOP)
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                request = StopMessage(
+                    type=StopMessage.CONNECT, peer=CircuitPeer(id=ID.from_string(caller).to_bytes())
+                )
+                await write_delimited_msg(stream, request)
+                answer = await read_delimited_msg(stream, StopMessage)
+            if answer.status == StatusCode.OK:
+                return stream
+        except (*STREAM_ERRORS, PeerUnreachable, trio.TooSlowError, ValueError) as exc:
+            logger.info("Could not reach %s for a circuit: %s.", target, exc, extra={"peer_id": target})
+        if stream is not None:
+            await discard(stream)
+        return None
+
+    @staticmethod
+    async def _answer(stream: Any, status: StatusCode, reservation: Reservation | None = None) -> None:
+        message = HopMessage(type=HopMessage.STATUS, status=to_proto_status(status), reservation=reservation)
+        await write_delimited_msg(stream, message)
+
+    @staticmethod
+    async def _until_read(stream: Any) -> None:
+        """A reset would overtake the answer: let the caller read it and close."""
+        with trio.move_on_after(ANSWER_TIMEOUT_S):
+            with suppress(*STREAM_ERRORS):  # what we wait for
+                await stream.read(1)
+
+
+async def _pump(source: Any, sink: Any, scope: trio.CancelScope) -> None:
+    """Copy until ``source`` ends; then pass the end on, and give the other direction a moment."""
+    try:
+        while data := await source.read(SPLICE_BYTES):
+            await sink.write(data)
+        await sink.close_write()
+    except StreamEOF:
+        await sink.close_write()
+    except STREAM_ERRORS:
+        scope.cancel()
+    scope.deadline = min(scope.deadline, trio.current_time() + LINGER_S)

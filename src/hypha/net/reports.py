@@ -1,0 +1,134 @@
+"""Frequent reports: ``/hypha/report/1``, one long-lived stream a peer, flushed every 50 ms.
+
+A report states the whole of what it is about, so only the newest per job and round is worth sending:
+what the caller hands over between two flushes replaces what waited. A stream that breaks is opened
+again; reports never wait for it, and never make the caller wait.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+import msgspec
+import trio
+
+from hypha.errors import PeerUnreachable
+from hypha.messages import WIRE_VERSION, Report
+from hypha.net.rpc import Oversized, frame, may_act_as, read_frame
+from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
+
+logger = logging.getLogger("hypha.net")
+
+PROTOCOL = "/hypha/report/1"
+MAX_BATCH_BYTES = 1 << 20
+#: A peer whose reports nobody refreshed for this long costs no stream.
+IDLE_S = 60.0
+RETRY_MIN_S = 0.2
+RETRY_MAX_S = 5.0
+#: A flush that takes longer than this has a stream that is stuck.
+WRITE_TIMEOUT_S = 15.0
+
+ReportHandler = Callable[[str, list[Report]], None]
+_Key = tuple[str, int, int, str]
+_decoder = msgspec.msgpack.Decoder(list[Report])
+
+
+class Reports:
+    """Sends reports in the background, and gives those that arrive to one handler."""
+
+    def __init__(
+        self,
+        streams: Streams,
+        connect: Callable[[str], Awaitable[None]],
+        nursery: trio.Nursery,
+        flush_s: float,
+    ) -> None:
+        self._streams = streams
+        self._connect = connect
+        self._nursery = nursery
+        self._flush_s = flush_s
+        self._waiting: dict[str, dict[_Key, Report]] = {}
+        self._wakers: dict[str, trio.Event] = {}
+        self._handler: ReportHandler | None = None
+        self._roles: frozenset[str] | None = None
+        streams.handle(PROTOCOL, self._serve)
+
+    def report(self, peer: str, report: Report) -> None:
+        """Hand over a report for ``peer``; the newest per job, generation, round and incarnation stays."""
+        stamp = report.stamp
+        key = (stamp.job_id, stamp.generation, stamp.round, report.incarnation)
+        waiting = self._waiting.setdefault(peer, {})
+        waiting.pop(key, None)
+        waiting[key] = report
+        if len(waiting) > 256:  # rounds long over
+            del waiting[next(iter(waiting))]
+        if peer in self._wakers:
+            self._wakers[peer].set()
+        else:
+            self._wakers[peer] = trio.Event()
+            self._wakers[peer].set()
+            self._nursery.start_soon(self._send_all, peer)
+
+    def answer(self, handler: ReportHandler, roles: Collection[str] | None) -> None:
+        """Give arriving reports to ``handler(caller, reports)``."""
+        self._handler = handler
+        self._roles = frozenset(roles) if roles is not None else None
+
+    async def _send_all(self, peer: str) -> None:
+        stream: Any = None
+        pause_s = RETRY_MIN_S
+        try:
+            while True:
+                with trio.move_on_after(IDLE_S) as idle:
+                    await self._wakers[peer].wait()
+                if idle.cancelled_caught and not self._waiting.get(peer):
+                    return
+                self._wakers[peer] = trio.Event()
+                await trio.sleep(self._flush_s)
+                batch = self._waiting.pop(peer, {})
+                try:
+                    if stream is None:
+                        await self._connect(peer)
+                        stream = await self._streams.open(peer, PROTOCOL)
+                    with trio.fail_after(WRITE_TIMEOUT_S):
+                        await stream.write(frame(msgspec.msgpack.encode(list(batch.values()))))
+                    pause_s = RETRY_MIN_S
+                except (*STREAM_ERRORS, PeerUnreachable, trio.TooSlowError) as exc:
+                    logger.info("Reports to %s wait: %s.", peer, exc, extra={"peer_id": peer})
+                    if stream is not None:
+                        await discard(stream)
+                        stream = None
+                    # what was handed over meanwhile is newer
+                    self._waiting[peer] = {**batch, **self._waiting.get(peer, {})}
+                    self._wakers[peer].set()
+                    await trio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, RETRY_MAX_S)
+        finally:
+            self._wakers.pop(peer, None)
+            if stream is not None:
+                await discard(stream)
+
+    async def _serve(self, stream: Any, caller: str) -> None:
+        try:
+            if self._roles is not None and not may_act_as(roles_behind(stream), self._roles):
+                logger.warning(
+                    "Refused reports: the certificate of %s does not carry the role for them.",
+                    caller,
+                    extra={"peer_id": caller},
+                )
+                return
+            while True:
+                reports = _decoder.decode(await read_frame(stream, MAX_BATCH_BYTES))
+                if any(one.v != WIRE_VERSION for one in reports):
+                    logger.warning("Refused reports of another version.", extra={"peer_id": caller})
+                    return
+                if self._handler is not None:
+                    self._handler(caller, reports)
+        except (msgspec.MsgspecError, Oversized) as exc:
+            logger.warning("Reports do not decode: %s", exc, extra={"peer_id": caller})
+        except EOFError:
+            pass  # the sender has no more
+        finally:
+            await discard(stream)

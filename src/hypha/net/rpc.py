@@ -1,0 +1,278 @@
+"""Requests and answers: ``/hypha/rpc/1``, one fresh stream a request.
+
+A frame is four bytes of big-endian length and a MessagePack envelope. Every request gets an answer, a
+refusal included; over the concurrency limit the answer is ``busy``. A caller that is cancelled or runs
+out of time leaves at once: the stream is ended by a task of the node, the connection is not touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+import trio
+from libp2p.network.stream.exceptions import StreamEOF
+from opentelemetry import context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout
+from hypha.messages import (
+    MAX_REQUEST_BYTES,
+    MAX_RESPONSE_BYTES,
+    WIRE_VERSION,
+    RefusedReply,
+    Request,
+    RequestEnvelope,
+    Response,
+    ResponseEnvelope,
+)
+from hypha.net.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
+
+logger = logging.getLogger("hypha.net")
+
+PROTOCOL = "/hypha/rpc/1"
+#: At once, from everybody and from one peer; what is more is answered ``busy``.
+MAX_INBOUND = 64
+MAX_INBOUND_PER_PEER = 16
+#: A caller must have sent its request within this.
+READ_TIMEOUT_S = 30.0
+
+RequestT = TypeVar("RequestT", bound=msgspec.Struct)
+Handler = Callable[[str, Any], Awaitable[Response]]
+
+_LENGTH = struct.Struct(">I")
+_propagator = TraceContextTextMapPropagator()
+_requests = msgspec.msgpack.Decoder(RequestEnvelope)
+_responses = msgspec.msgpack.Decoder(ResponseEnvelope)
+
+
+def traceparent() -> str | None:
+    """The W3C traceparent of the current span, if there is one."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    return carrier.get("traceparent")
+
+
+class TraceContext:
+    """Makes the span that a ``traceparent`` names the current one inside a ``with``."""
+
+    def __init__(self, parent: str | None) -> None:
+        self._context = _propagator.extract({"traceparent": parent}) if parent else None
+
+    def __enter__(self) -> None:
+        self._token = context.attach(self._context) if self._context is not None else None
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._token is not None:
+            context.detach(self._token)
+
+
+class Oversized(Exception):
+    """A frame over its limit."""
+
+
+async def read_frame(stream: Any, limit: int) -> bytes:
+    """One frame; Oversized when it says that it is over ``limit``, EOFError when the stream ends."""
+    (size,) = _LENGTH.unpack(await read_exactly(stream, _LENGTH.size))
+    if size > limit:
+        raise Oversized(f"{size} bytes, over the limit of {limit}")
+    return await read_exactly(stream, size)
+
+
+def frame(payload: bytes) -> bytes:
+    """``payload`` with its length before it."""
+    return _LENGTH.pack(len(payload)) + payload
+
+
+@dataclass
+class _Call:
+    """A request under way; ``scope`` ends it when the caller left."""
+
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    done: trio.Event = field(default_factory=trio.Event)
+    response: Response | None = None
+    error: NetworkError | None = None
+
+
+class Rpc:
+    """Asks, and answers with the handlers given to :meth:`answer`."""
+
+    def __init__(
+        self,
+        streams: Streams,
+        connect: Callable[[str], Awaitable[None]],
+        nursery: trio.Nursery,
+    ) -> None:
+        self._streams = streams
+        self._connect = connect
+        self._nursery = nursery
+        self._handlers: dict[type, tuple[Handler, frozenset[str] | None]] = {}
+        self._inbound: Counter[str] = Counter()
+        streams.handle(PROTOCOL, self._serve)
+
+    # --- asking -------------------------------------------------------------------------------------
+
+    async def request(self, peer: str, request: Request, timeout_s: float) -> Response:
+        """The answer of ``peer``. Raises Refused, PeerUnreachable or RequestTimeout."""
+        payload = msgspec.msgpack.encode(RequestEnvelope(body=request, traceparent=traceparent()))
+        if len(payload) > MAX_REQUEST_BYTES:
+            raise Refused(
+                "too-large", f"the request has {len(payload)} bytes, over the limit of {MAX_REQUEST_BYTES}"
+            )
+        call = _Call()
+        self._nursery.start_soon(self._ask, peer, payload, call)
+        try:
+            with trio.move_on_after(timeout_s):
+                await call.done.wait()
+        finally:
+            call.scope.cancel()
+        if call.error is not None:
+            raise call.error
+        if call.response is None:
+            raise RequestTimeout(peer, type(request).__name__, timeout_s)
+        if isinstance(call.response, RefusedReply):
+            raise Refused(call.response.code, call.response.reason, peer)
+        return call.response
+
+    async def _ask(self, peer: str, payload: bytes, call: _Call) -> None:
+        with call.scope:
+            try:
+                call.response = await self._exchange(peer, payload)
+            except NetworkError as exc:
+                call.error = exc
+        call.done.set()
+
+    async def _exchange(self, peer: str, payload: bytes) -> Response:
+        stream = await self._open(peer)
+        closed = False
+        try:
+            await stream.write(frame(payload))
+            answer = await read_frame(stream, MAX_RESPONSE_BYTES)
+            await stream.close()
+            closed = True
+        except Oversized as exc:
+            raise Refused("too-large", f"its answer has {exc}", peer) from exc
+        except (*STREAM_ERRORS, EOFError) as exc:
+            raise PeerUnreachable(peer, f"the connection broke before the answer ({exc!r})") from exc
+        finally:
+            if not closed:
+                await discard(stream)
+        try:
+            envelope = _responses.decode(answer)
+        except msgspec.MsgspecError as exc:
+            raise Refused("malformed", f"its answer does not decode: {exc}", peer) from exc
+        if envelope.v != WIRE_VERSION:
+            raise Refused("malformed", f"its answer has version {envelope.v}", peer)
+        return envelope.body
+
+    async def _open(self, peer: str) -> Any:
+        await self._connect(peer)
+        try:
+            return await self._streams.open(peer, PROTOCOL)
+        except PeerUnreachable:
+            # the connection may have been a dead one; nothing was sent yet, so once more
+            await self._connect(peer)
+            return await self._streams.open(peer, PROTOCOL)
+
+    # --- answering ----------------------------------------------------------------------------------
+
+    def answer(self, kind: type[Any], handler: Handler, roles: Collection[str] | None = None) -> None:
+        """Answer requests of ``kind`` with ``handler``, from callers with one of ``roles`` only."""
+        self._handlers[kind] = (handler, frozenset(roles) if roles is not None else None)
+
+    async def _serve(self, stream: Any, caller: str) -> None:
+        busy = self._inbound.total() >= MAX_INBOUND or self._inbound[caller] >= MAX_INBOUND_PER_PEER
+        if not busy:
+            self._inbound[caller] += 1
+        try:
+            with trio.move_on_after(READ_TIMEOUT_S) as reading:
+                payload, refusal = b"", None
+                try:
+                    payload = await read_frame(stream, MAX_REQUEST_BYTES)
+                except Oversized as exc:
+                    refusal = RefusedReply(code="too-large", reason=f"the request has {exc}")
+            if reading.cancelled_caught:
+                await discard(stream)
+                return
+            reply: Response
+            if refusal is not None:
+                reply = refusal
+            elif busy:
+                reply = RefusedReply(code="busy", reason="too many requests at once; try again later")
+            else:
+                answer: Response | None = None
+                async with trio.open_nursery() as nursery:
+                    # whoever gave up has reset the stream: nobody waits for the answer, and its place
+                    # among the requests being served is needed by others
+                    nursery.start_soon(_until_reset, stream, nursery.cancel_scope)
+                    answer = await self._answer(caller, roles_behind(stream), payload)
+                    nursery.cancel_scope.cancel()
+                if answer is None:
+                    await discard(stream)
+                    return
+                reply = answer
+            await self._reply(stream, reply)
+        except (*STREAM_ERRORS, EOFError) as exc:
+            logger.debug("A request broke off: %r", exc, extra={"peer_id": caller})
+            await discard(stream)
+        finally:
+            if not busy:
+                self._inbound[caller] -= 1
+                if not self._inbound[caller]:
+                    del self._inbound[caller]
+
+    async def _reply(self, stream: Any, reply: Response) -> None:
+        encoded = msgspec.msgpack.encode(ResponseEnvelope(body=reply))
+        if len(encoded) > MAX_RESPONSE_BYTES:
+            too_large = RefusedReply(code="too-large", reason=f"the answer would have {len(encoded)} bytes")
+            encoded = msgspec.msgpack.encode(ResponseEnvelope(body=too_large))
+        await stream.write(frame(encoded))
+        await stream.close()
+
+    async def _answer(self, caller: str, has: frozenset[str], payload: bytes) -> Response:
+        try:
+            envelope = _requests.decode(payload)
+        except msgspec.MsgspecError as exc:
+            return RefusedReply(code="malformed", reason=f"the request does not decode: {exc}")
+        if envelope.v != WIRE_VERSION:
+            reason = f"the request has version {envelope.v}, this node speaks {WIRE_VERSION}"
+            return RefusedReply(code="malformed", reason=reason)
+        name = type(envelope.body).__name__
+        handler, roles = self._handlers.get(type(envelope.body), (None, None))
+        if handler is None:
+            return RefusedReply(code="unsupported", reason=f"this component does not answer {name}")
+        if roles is not None and not may_act_as(has, roles):
+            wanted = " or ".join(sorted(roles))
+            return RefusedReply(code="role", reason=f"{name} needs a certificate with the role {wanted}")
+        try:
+            with TraceContext(envelope.traceparent):
+                return await handler(caller, envelope.body)
+        except Refused as exc:
+            return RefusedReply(code=exc.code, reason=exc.reason)
+        except Exception:  # the edge of the service: one bad request must not end the node
+            logger.exception("The handler of %s failed.", name, extra={"peer_id": caller})
+            return RefusedReply(code="internal", reason=f"{name} failed there; its log says more")
+
+
+async def _until_reset(stream: Any, scope: trio.CancelScope) -> None:
+    """Cancel ``scope`` when the caller resets ``stream`` (or the connection ends), not when it has only
+    no more to say.
+    """
+    try:
+        await stream.read(1)
+    except StreamEOF:
+        # the library says this of a reset too, when that came while the reader waited
+        if stream.muxed_stream.reset_received:
+            scope.cancel()
+    except STREAM_ERRORS:
+        scope.cancel()
+
+
+def may_act_as(has: frozenset[str], wanted: frozenset[str]) -> bool:
+    """Whether a certificate with roles ``has`` may do what needs one of ``wanted``; none means any."""
+    return not has or bool(has & wanted)

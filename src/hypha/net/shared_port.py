@@ -1,0 +1,155 @@
+"""One listening port for both planes, so that a firewall needs one rule.
+
+The first byte of a connection says what it is: 0x13 opens multistream (libp2p), 0x16 a TLS ClientHello
+(the bulk plane, handed on as a blocking socket in a thread). Anything else, and silence, is closed. The
+number of connections being looked at or served is bounded, because the bulk plane passes by libp2p's
+own limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.transport.exceptions import OpenConnectionError
+from libp2p.transport.tcp.tcp import TCP, TCPListener
+from multiaddr import Multiaddr
+
+from hypha.net.addresses import host_and_port, parse
+
+logger = logging.getLogger("hypha.net")
+
+FIRST_BYTE_TIMEOUT_S = 5.0
+MULTISTREAM = b"\x13"
+TLS_CLIENT_HELLO = b"\x16"
+
+#: Serves one bulk connection; owns the (blocking) socket from then on. Runs in a thread.
+ServeSocket = Callable[[socket.socket], None]
+
+
+class _WatchedStream(TrioTCPStream):  # type: ignore[misc]
+    """A TCP stream that tells when it was closed, and is among ``registry`` until then."""
+
+    def __init__(self, stream: trio.SocketStream, registry: set[_WatchedStream]) -> None:
+        super().__init__(stream)
+        self.closed = trio.Event()
+        self._registry = registry
+        registry.add(self)
+
+    async def close(self) -> None:
+        self.closed.set()
+        self._registry.discard(self)
+        await super().close()
+
+
+class _OwnPortListener(TCPListener):  # type: ignore[misc]
+    """A listener that has its port for itself. The library's own sets SO_REUSEPORT, for hole punching, with
+    which a second node on the same port starts happily and takes half of the connections.
+    """
+
+    async def listen(self, maddr: Multiaddr) -> None:
+        async def handle(stream: trio.SocketStream) -> None:
+            await self.handler(TrioTCPStream(stream))
+
+        address = parse(str(maddr))
+        host, port = host_and_port(address.transport)
+        try:
+            opened = await trio.open_tcp_listeners(port, host=host)
+        except OSError as exc:
+            raise OpenConnectionError(f"cannot listen on {maddr}: {exc}") from exc
+        async with self._lifecycle_lock:
+            if self._nursery is None:
+                await self._spawn_background_task()
+            await self._nursery.start(trio.serve_listeners, handle, opened)
+            self.listeners.extend(opened)
+
+
+class SharedPortTcp(TCP):  # type: ignore[misc]
+    """The TCP transport of both planes. ``serve_bulk`` may be set later; until then bulk is refused."""
+
+    def __init__(self, max_connections: int, max_bulk: int) -> None:
+        super().__init__()
+        self.serve_bulk: ServeSocket | None = None
+        self._slots = trio.CapacityLimiter(max_connections)
+        self._threads = trio.CapacityLimiter(max_bulk)
+        self._streams: set[_WatchedStream] = set()
+
+    async def dial(self, maddr: Multiaddr) -> RawConnection:
+        raw = await super().dial(maddr)
+        raw.stream = _WatchedStream(raw.stream.stream, self._streams)
+        return raw
+
+    async def sever(self) -> None:
+        """Close every connection that is still open: the library forgets some when it is cancelled."""
+        for stream in list(self._streams):
+            await trio.aclose_forcefully(stream.stream)
+
+    def create_listener(self, handler_function: Callable[[Any], Awaitable[None]]) -> TCPListener:
+        async def accept(stream: TrioTCPStream) -> None:
+            try:
+                # a borrower of its own: trio would not lend one task two slots
+                self._slots.acquire_on_behalf_of_nowait(stream)
+            except trio.WouldBlock:
+                logger.warning(
+                    "Closed an incoming connection: %d are open already.", int(self._slots.total_tokens)
+                )
+                return  # the listener closes what its handler leaves
+            try:
+                await self._dispatch(stream, handler_function)
+            finally:
+                self._slots.release_on_behalf_of(stream)
+
+        return _OwnPortListener(accept)
+
+    async def _dispatch(
+        self, stream: TrioTCPStream, libp2p_handler: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        connection = stream.stream.socket
+        first = b""
+        with trio.move_on_after(FIRST_BYTE_TIMEOUT_S):
+            try:
+                first = await connection.recv(1, socket.MSG_PEEK)
+            except OSError:
+                return
+        if first == MULTISTREAM:
+            await self._serve_libp2p(stream, libp2p_handler)
+        elif first == TLS_CLIENT_HELLO and self.serve_bulk is not None:
+            await self._serve_bulk(connection, self.serve_bulk)
+        else:
+            logger.info("Closed an incoming connection that spoke neither protocol.")
+
+    async def _serve_libp2p(
+        self, stream: TrioTCPStream, libp2p_handler: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        # The library's handler waits for the end of the whole swarm and keeps one of its inbound slots
+        # until then: a long-lived gateway would run out of them. It is ended with its connection.
+        watched = _WatchedStream(stream.stream, self._streams)
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                await libp2p_handler(watched)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(serve)
+            try:
+                await watched.closed.wait()
+            finally:
+                self._streams.discard(watched)  # the listener closes it
+            nursery.cancel_scope.cancel()
+
+    async def _serve_bulk(self, connection: trio.socket.SocketType, serve: ServeSocket) -> None:
+        async with self._threads:
+            blocking = socket.socket(fileno=connection.detach())
+            blocking.setblocking(True)
+            started = trio.CapacityLimiter(1)  # taken from the moment when the thread is on its way
+            try:
+                # the thread owns the socket; ``Transfers`` shuts it to end the thread at shutdown
+                await trio.to_thread.run_sync(serve, blocking, limiter=started, abandon_on_cancel=True)
+            finally:
+                if not started.borrowed_tokens:
+                    blocking.close()

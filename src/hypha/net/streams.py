@@ -1,0 +1,112 @@
+"""libp2p streams, opened and accepted without harm to the connection they run on.
+
+Opening is done by a task of the node: a caller that is cancelled or runs out of time walks away, the task
+finishes and throws the stream away. (Cancelling the library half-way leaks streams.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.peer.id import ID
+
+from hypha.errors import PeerUnreachable
+
+logger = logging.getLogger("hypha.net")
+
+#: What a broken stream or connection may raise, from any layer of the library.
+STREAM_ERRORS = (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+#: ``handler(stream, caller)``; the handler closes the stream.
+StreamHandler = Callable[[Any, str], Awaitable[None]]
+
+
+async def discard(stream: Any) -> None:
+    """Reset ``stream``, even while being cancelled; never raises."""
+    with trio.move_on_after(2.0, shield=True):
+        try:
+            await stream.reset()
+        except STREAM_ERRORS as exc:
+            logger.debug("A stream could not be reset: %r", exc)
+
+
+async def read_exactly(stream: Any, count: int) -> bytes:
+    """``count`` bytes; EOFError when the stream ends before."""
+    parts = bytearray()
+    while len(parts) < count:
+        data = await stream.read(count - len(parts))
+        if not data:
+            raise EOFError(f"the stream ended after {len(parts)} of {count} bytes")
+        parts += data
+    return bytes(parts)
+
+
+def roles_behind(stream: Any) -> frozenset[str]:
+    """Roles in the certificate with which the peer opened the connection that ``stream`` runs on."""
+    roles: frozenset[str] = stream.muxed_conn.secured_conn.roles
+    return roles
+
+
+@dataclass
+class _Opening:
+    done: trio.Event = field(default_factory=trio.Event)
+    stream: Any = None
+    error: BaseException | None = None
+    abandoned: bool = False
+
+
+class Streams:
+    """Opens streams to *connected* peers and serves those that arrive."""
+
+    def __init__(self, host: Any, nursery: trio.Nursery) -> None:
+        self._host = host
+        self._nursery = nursery
+
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        """Call ``handler`` for each stream that a peer opens with ``protocol``."""
+
+        async def serve(stream: Any) -> None:
+            caller = str(stream.muxed_conn.peer_id)
+            try:
+                await handler(stream, caller)
+            except STREAM_ERRORS as exc:
+                logger.debug("A stream of %s broke: %r", protocol, exc, extra={"peer_id": caller})
+                await discard(stream)
+            except Exception:  # the edge of a service loop: it must not end the connection
+                logger.exception("The handler of %s failed.", protocol, extra={"peer_id": caller})
+                await discard(stream)
+
+        self._host.set_stream_handler(TProtocol(protocol), serve)
+
+    async def open(self, peer: str, protocol: str) -> Any:
+        """A stream to a connected peer; PeerUnreachable when it cannot be opened."""
+        opening = _Opening()
+        self._nursery.start_soon(self._open, peer, protocol, opening)
+        try:
+            await opening.done.wait()
+        except trio.Cancelled:
+            opening.abandoned = True
+            if opening.stream is not None:
+                await discard(opening.stream)
+            raise
+        if opening.error is not None:
+            raise PeerUnreachable(peer, f"no stream for {protocol}: {opening.error}") from opening.error
+        return opening.stream
+
+    async def _open(self, peer: str, protocol: str, opening: _Opening) -> None:
+        try:
+            stream = await self._host.new_stream(ID.from_string(peer), [TProtocol(protocol)])
+        except STREAM_ERRORS as exc:
+            opening.error = exc
+        else:
+            if opening.abandoned:
+                await discard(stream)
+            opening.stream = stream
+        finally:
+            opening.done.set()

@@ -1,0 +1,174 @@
+"""Staying connected: failover, starting order, links, names without PeerIDs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import pytest
+import trio
+from tests.support.network import Network, address_of, until
+
+from hypha.errors import PeerUnreachable
+from hypha.messages import Health, HealthReport, PeerRef
+from hypha.net.addresses import host_and_port
+from hypha.net.gateways import Backoff
+
+
+def test_backoff_doubles_up_to_its_limit_with_jitter() -> None:
+    most = Backoff(1.0, 10.0, jitter=lambda: 1.0)
+    assert [most.next() for _ in range(6)] == [1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
+    most.reset()
+    assert most.next() == 1.0
+    least = Backoff(1.0, 10.0, jitter=lambda: 0.0)
+    assert [least.next() for _ in range(3)] == [0.5, 1.0, 2.0]
+    for _ in range(2000):  # a day of failures
+        assert most.next() <= 10.0
+
+
+@pytest.mark.loopback
+async def test_a_lost_gateway_is_replaced_at_once_and_the_reservation_with_it(network: Network) -> None:
+    async with network.gateway() as second, network.leaf("scheduler", [second]) as scheduler:
+        async with network.gateway([second]) as first:
+            async with network.leaf("worker", [first, second]) as worker:
+                await until(lambda: worker.gateway == first.peer_id)
+                await until(lambda: first.peer_id in str(worker.ref()))
+                assert not worker.is_connected(second.peer_id)  # one active gateway, not all
+                seen = worker.gateway_changed.count
+                started = trio.current_time()
+                await first.disconnect(worker.peer_id)
+                seen = await worker.gateway_changed.wait(seen)
+                await until(lambda: worker.gateway == second.peer_id)
+                assert trio.current_time() - started < 2
+                await until(lambda: f"{second.peer_id}/p2p-circuit" in str(worker.ref()))
+                assert f"{first.peer_id}/p2p-circuit" not in str(worker.ref())
+                assert worker.gateway_changed.count > seen
+                circuits = tuple(one for one in worker.ref().addresses if "p2p-circuit" in one)
+                report = await scheduler.request(PeerRef(peer=worker.peer_id, addresses=circuits), Health())
+                assert isinstance(report, HealthReport)
+                assert report.details["gateway"] == second.peer_id
+
+
+@pytest.mark.loopback
+async def test_a_loss_is_noticed_though_somebody_connects_again_at_once(network: Network) -> None:
+    """What the gateway kept for the old connection is gone: the mesh and the reservation."""
+    async with network.gateway() as gateway, network.leaf("worker", [gateway]) as worker:
+
+        async def insist() -> None:
+            while True:
+                with contextlib.suppress(PeerUnreachable):
+                    await worker.connect(gateway.peer_id)
+                await trio.sleep(0.001)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(insist)
+            for _ in range(8):
+                await until(
+                    lambda: (
+                        worker.gateway == gateway.peer_id
+                        and f"{gateway.peer_id}/p2p-circuit" in str(worker.ref())
+                    )
+                )
+                before = worker.gateway_changed.count
+                nursery.start_soon(gateway.disconnect, worker.peer_id)
+                with trio.fail_after(5):
+                    await worker.gateway_changed.wait(before)
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.loopback
+async def test_a_leaf_may_start_before_its_gateway(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity = network.pki.identity("gateway", ("gateway",))
+    async with network.gateway(identity=identity) as gateway:
+        address = address_of(gateway)
+    port = host_and_port(address)[1]
+    with caplog.at_level(logging.WARNING, "hypha.net"):
+        async with network.leaf("worker", [address], connected=False) as worker:
+            with trio.move_on_after(0.5) as waiting:
+                await worker.wait_connected()
+            assert waiting.cancelled_caught
+            said = [one for one in caplog.messages if "No gateway can be reached" in one]
+            assert len(said) == 1  # one clear line, however often it tried
+            assert "refused" in said[0]
+            report = await worker._health("", Health())
+            assert not report.healthy
+            async with network.gateway(identity=identity, listen=(f"/ip4/127.0.0.1/tcp/{port}",)):
+                with trio.fail_after(5):
+                    await worker.wait_connected()
+
+
+@pytest.mark.loopback
+async def test_a_gateway_address_may_lack_the_peer_id_and_may_be_a_name(network: Network) -> None:
+    async with network.gateway() as gateway:
+        port = host_and_port(address_of(gateway))[1]
+        async with network.leaf("worker", [f"/dns4/localhost/tcp/{port}"]) as worker:
+            assert worker.gateway == gateway.peer_id
+            await until(lambda: f"{gateway.peer_id}/p2p-circuit" in str(worker.ref()))
+
+
+@pytest.mark.loopback
+async def test_a_node_without_gateways_needs_none(network: Network) -> None:
+    async with network.leaf("worker") as worker:
+        with trio.fail_after(1):
+            await worker.wait_connected()
+        assert worker.gateway is None
+
+
+@pytest.mark.loopback
+async def test_without_reserve_no_circuit_address_is_announced(network: Network) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("worker", [gateway], reserve=False) as worker,
+        network.leaf("scheduler", [gateway]) as scheduler,
+    ):
+        unknown = PeerRef(peer=worker.peer_id)
+        with pytest.raises(PeerUnreachable, match="no reservation"):
+            await scheduler.request(unknown, Health())
+        assert "p2p-circuit" not in str(worker.ref())
+
+
+@pytest.mark.loopback
+async def test_a_peer_with_no_known_address_is_tried_through_the_own_gateway(network: Network) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("worker", [gateway]) as worker,
+        network.leaf("scheduler", [gateway]) as scheduler,
+    ):
+        await until(lambda: "p2p-circuit" in str(worker.ref()))
+        assert isinstance(await scheduler.request(worker.peer_id, Health()), HealthReport)
+
+
+@pytest.mark.loopback
+async def test_a_circuit_through_a_gateway_that_only_the_other_side_uses(network: Network) -> None:
+    async with (
+        network.gateway() as theirs,
+        network.gateway() as ours,
+        network.leaf("worker", [theirs]) as worker,
+        network.leaf("scheduler", [ours]) as scheduler,
+    ):
+        await until(lambda: "p2p-circuit" in str(worker.ref()))
+        circuits = tuple(one for one in worker.ref().addresses if "p2p-circuit" in one)
+        assert await scheduler.request(PeerRef(peer=worker.peer_id, addresses=circuits), Health())
+
+
+@pytest.mark.loopback
+async def test_a_relay_gives_no_more_than_its_limits(network: Network) -> None:
+    from hypha.net import RelayLimits
+
+    async with (
+        network.gateway(relay_limits=RelayLimits(reservations=1, circuits=1)) as gateway,
+        network.leaf("worker", [gateway]) as worker,
+        network.leaf("a", [gateway], reserve=False) as first,
+        network.leaf("b", [gateway], reserve=False) as second,
+        network.leaf("c", [gateway]) as late,
+    ):
+        await until(lambda: "p2p-circuit" in str(worker.ref()))
+        await first.request(worker.peer_id, Health())
+        with pytest.raises(PeerUnreachable, match="resource limit"):
+            await second.request(worker.peer_id, Health())
+        await first.disconnect(worker.peer_id)
+        await until(lambda: gateway.hop is not None and gateway.hop.circuits == 0)
+        await second.request(worker.peer_id, Health())
+        assert "p2p-circuit" not in str(late.ref())

@@ -1,0 +1,79 @@
+"""The long-lived report stream."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from tests.support.network import Network, address_of, until
+
+from hypha.messages import JobStamp, PeerRef, Progress, Report
+
+pytestmark = pytest.mark.loopback
+
+
+def report(batches: int, round_: int = 0, job: str = "job") -> Report:
+    progress = Progress(round=round_, batches=batches, samples=0, busy_s=0.0, loss=0.0)
+    return Report(stamp=JobStamp(job_id=job, round=round_), incarnation="i", progress=progress)
+
+
+async def test_only_the_newest_of_a_round_is_sent_over_one_stream(network: Network) -> None:
+    batches: list[list[Report]] = []
+    callers: set[str] = set()
+
+    def arrived(caller: str, reports: list[Report]) -> None:
+        callers.add(caller)
+        batches.append(reports)
+
+    async with network.leaf("worker") as worker, network.leaf("scheduler") as scheduler:
+        scheduler.answer_reports(arrived)
+        worker.learn(PeerRef(peer=scheduler.peer_id, addresses=(address_of(scheduler),)))
+        for number in range(1000):
+            worker.report(scheduler.peer_id, report(number))
+            worker.report(scheduler.peer_id, report(number, round_=1))
+        await until(lambda: batches)
+        assert [one.progress.batches for one in batches[0]] == [999, 999]
+        worker.report(scheduler.peer_id, report(1000))
+        await until(lambda: len(batches) == 2)
+        assert [one.progress.batches for one in batches[1]] == [1000]
+        assert callers == {worker.peer_id}
+
+
+async def test_reports_survive_a_broken_connection(network: Network) -> None:
+    newest = -1
+
+    def arrived(caller: str, reports: list[Report]) -> None:
+        nonlocal newest
+        newest = max(newest, *(one.progress.batches for one in reports))
+
+    async with network.leaf("worker") as worker, network.leaf("scheduler") as scheduler:
+        scheduler.answer_reports(arrived)
+        worker.learn(PeerRef(peer=scheduler.peer_id, addresses=(address_of(scheduler),)))
+        worker.report(scheduler.peer_id, report(1))
+        await until(lambda: newest == 1)
+        await scheduler.disconnect(worker.peer_id)
+        await until(lambda: not worker.is_connected(scheduler.peer_id))
+        worker.report(scheduler.peer_id, report(2))
+        await until(lambda: newest == 2)
+
+
+async def test_reports_to_nobody_block_nobody(network: Network) -> None:
+    async with network.leaf("worker") as worker:
+        started = trio.current_time()
+        for number in range(10_000):
+            worker.report(network.pki.identity("x").peer_id if number == 0 else "nobody", report(number))
+        assert trio.current_time() - started < 1
+
+
+async def test_reports_need_their_role(network: Network, caplog: pytest.LogCaptureFixture) -> None:
+    arrived: list[str] = []
+    async with (
+        network.leaf("data", roles=("data",)) as data,
+        network.leaf("worker", roles=("worker",)) as worker,
+        network.leaf("scheduler") as scheduler,
+    ):
+        scheduler.answer_reports(lambda caller, reports: arrived.append(caller), roles={"worker"})
+        for node in (data, worker):
+            node.learn(PeerRef(peer=scheduler.peer_id, addresses=(address_of(scheduler),)))
+            node.report(scheduler.peer_id, report(1))
+        await until(lambda: arrived and "Refused reports" in caplog.text)
+        assert set(arrived) == {worker.peer_id}
