@@ -1,0 +1,260 @@
+"""The executor's end of the bridge: HTTP over the worker's Unix socket, from threads, never in a step's way.
+
+Calls block their own thread; streams (directives, received files) and the reporting of events run in daemon
+threads. Events are delivered in order and repeated until the worker has them; only a ``Progress`` that a
+newer one follows is skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import msgspec
+
+from hypha.errors import HyphaError, PeerUnreachable, Refused
+from hypha.messages import (
+    Alive,
+    BridgeError,
+    Directive,
+    Event,
+    FetchCall,
+    FetchedFile,
+    Job,
+    Progress,
+    ReceiveCall,
+    ReceivedFile,
+    Reference,
+    SendCall,
+    Sent,
+    StatusCall,
+    encode_json,
+)
+
+logger = logging.getLogger("hypha.executor")
+
+#: At most this often a ``Progress`` crosses the bridge: each costs about a millisecond of the trainer's GIL.
+PROGRESS_INTERVAL_S = 0.05
+#: So often whoever waits says that it is well.
+ALIVE_S = 1.0
+#: The worker is the executor's parent, on the same machine: silent for so long, it is gone.
+BRIDGE_LOST_S = 30.0
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.05, 2.0
+
+T = TypeVar("T")
+
+_DIRECTIVE: msgspec.json.Decoder[Directive] = msgspec.json.Decoder(Directive)
+_RECEIVED = msgspec.json.Decoder(ReceivedFile)
+
+
+class BridgeLost(HyphaError):
+    """The worker does not answer any more."""
+
+
+class BridgeClient:
+    """One executor's connection to its worker. ``directory`` is the job directory: paths are relative to it.
+
+    ``failed`` is called once, from any thread, when the bridge is lost or a stream handler raised.
+    """
+
+    def __init__(self, socket: Path, directory: Path, failed: Callable[[Exception], None]) -> None:
+        self.directory = directory
+        self._failed = failed
+        # no read time-out: a fetch waits for data, a send for slow peers, a stream for news
+        self._client = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=None)),
+            base_url="http://bridge",
+            timeout=httpx.Timeout(None, connect=5.0),
+        )
+        self._events: deque[Event] = deque()
+        self._lock = threading.Condition()
+        self._reporting = False
+        self._start("status", self._report_events)
+
+    def _start(self, name: str, target: Callable[[], None]) -> None:
+        threading.Thread(target=target, name=name, daemon=True).start()
+
+    # --- calls --------------------------------------------------------------------------------------
+
+    def job(self) -> Job:
+        """What this executor is to do."""
+        return msgspec.json.decode(self._call("GET", "/job"), type=Job)  # type: ignore[no-any-return]
+
+    def fetch(self, reference: Reference) -> list[tuple[Path, FetchedFile]]:
+        """Have the worker fetch ``reference``; the files' absolute paths, and what was said about each.
+
+        Blocks until they are there. Raises :class:`Refused` and :class:`PeerUnreachable`.
+        """
+        answer = self._call("POST", "/resources/fetch", FetchCall(resource=reference))
+        files = msgspec.json.decode(answer, type=list[FetchedFile])
+        return [(self.directory / file.path, file) for file in files]
+
+    def send(self, call: SendCall) -> Sent:
+        """Returns when it is decided for every receiver. Raises :class:`Refused` or, after the worker's own
+        retries, :class:`PeerUnreachable` when nobody acknowledged.
+        """
+        return msgspec.json.decode(self._call("POST", "/resources/send", call), type=Sent)
+
+    def relative(self, path: Path) -> str:
+        """``path`` as the bridge wants it."""
+        return path.relative_to(self.directory).as_posix()
+
+    def _call(self, method: str, path: str, body: msgspec.Struct | None = None) -> bytes:
+        content = None if body is None else encode_json(body)
+        response = self._client.request(
+            method, path, content=content, headers={"content-type": "application/json"}
+        )
+        if response.is_success:
+            return response.content
+        raise _error(path, response.status_code, response.content)
+
+    # --- streams ------------------------------------------------------------------------------------
+
+    def directives(self, handler: Callable[[Directive], None]) -> None:
+        """Call ``handler`` for each directive from now on, in a thread. The newest of each kind comes again
+        after a reconnection.
+        """
+        self._start(
+            "directives",
+            lambda: self._follow("GET", "/directives", None, lambda data: handler(_DIRECTIVE.decode(data))),
+        )
+
+    def receive(self, kinds: tuple[str, ...], handler: Callable[[ReceivedFile], None]) -> None:
+        """Call ``handler`` for each file of ``kinds`` that arrives, in a thread."""
+        call = ReceiveCall(kinds=kinds)
+        self._start(
+            "receive",
+            lambda: self._follow(
+                "POST", "/resources/receive", call, lambda data: handler(_RECEIVED.decode(data))
+            ),
+        )
+
+    def _follow(
+        self, method: str, path: str, body: msgspec.Struct | None, handler: Callable[[str], None]
+    ) -> None:
+        retry = _Retry()
+        while True:
+            try:
+                content = None if body is None else encode_json(body)
+                with self._client.stream(
+                    method, path, content=content, headers={"content-type": "application/json"}
+                ) as response:
+                    if not response.is_success:
+                        raise _error(path, response.status_code, response.read())
+                    retry = _Retry()
+                    for data in server_sent_data(response.iter_lines()):
+                        handler(data)
+            except httpx.TransportError as exc:
+                logger.warning("The bridge's stream %s broke (%s); it is opened again.", path, exc)
+            except Exception as exc:  # noqa: BLE001 - the thread's edge
+                self._failed(exc)
+                return
+            if not retry.wait():
+                self._failed(BridgeLost(f"the worker has not answered {path} for {BRIDGE_LOST_S:g} s"))
+                return
+
+    # --- events -------------------------------------------------------------------------------------
+
+    def report(self, event: Event) -> None:
+        """Have ``event`` delivered to the scheduler. Never blocks."""
+        with self._lock:
+            if isinstance(event, Progress) and self._events and isinstance(self._events[-1], Progress):
+                self._events.pop()
+            if isinstance(event, Alive) and self._events:
+                return  # what waits to be said says so too
+            self._events.append(event)
+            self._lock.notify()
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """Do ``call`` in another thread, and have the worker know meanwhile that this one waits for it."""
+        pool = ThreadPoolExecutor(1)
+        pending = pool.submit(call)
+        pool.shutdown(wait=False)
+        while not wait([pending], ALIVE_S).done:
+            self.report(Alive())
+        return pending.result()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the worker has all events; False when it took longer."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._events and not self._reporting, timeout_s)
+
+    def _report_events(self) -> None:
+        quiet_until = 0.0
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: bool(self._events))
+                pause = quiet_until - time.monotonic()
+                if pause > 0 and len(self._events) == 1 and isinstance(self._events[0], Progress):
+                    # anything but another Progress is reported at once
+                    self._lock.wait_for(lambda: not isinstance(self._events[-1], Progress), pause)
+                event = self._events.popleft()
+                self._reporting = True
+            delivered = self._deliver(event)
+            if isinstance(event, Progress):
+                quiet_until = time.monotonic() + PROGRESS_INTERVAL_S
+            with self._lock:
+                self._reporting = False
+                self._lock.notify_all()
+            if not delivered:
+                return
+
+    def _deliver(self, event: Event) -> bool:
+        retry = _Retry()
+        while True:
+            try:
+                self._call("POST", "/status/send", StatusCall(event=event))
+                return True
+            except (httpx.TransportError, PeerUnreachable) as exc:
+                if isinstance(event, Progress | Alive):
+                    return True
+                logger.warning("The worker did not take a %s (%s); trying again.", type(event).__name__, exc)
+                if not retry.wait():
+                    self._failed(BridgeLost(f"the worker has taken no event for {BRIDGE_LOST_S:g} s"))
+                    return False
+            except Refused as exc:
+                logger.error("The worker refused a %s: %s", type(event).__name__, exc)
+                return True
+
+
+class _Retry:
+    """Exponential backoff that gives up after :data:`BRIDGE_LOST_S`."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._pause_s = _FIRST_RETRY_S
+
+    def wait(self) -> bool:
+        if time.monotonic() - self._started > BRIDGE_LOST_S:
+            return False
+        time.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, _LAST_RETRY_S)
+        return True
+
+
+def _error(path: str, status: int, content: bytes) -> HyphaError:
+    try:
+        body = msgspec.json.decode(content, type=BridgeError)
+    except msgspec.MsgspecError:
+        body = BridgeError(error="internal", detail=content.decode(errors="replace")[:500])
+    if status >= 500:
+        return PeerUnreachable("behind the bridge", f"{path}: {body.detail} ({body.error})")
+    return Refused(body.error, body.detail)
+
+
+def server_sent_data(lines: Iterator[str]) -> Iterator[str]:
+    """The data of each server-sent event (WHATWG HTML, section 9.2), other fields skipped."""
+    data: list[str] = []
+    for line in lines:
+        if line.startswith("data:"):
+            data.append(line[5:].removeprefix(" "))
+        elif not line and data:
+            yield "\n".join(data)
+            data = []

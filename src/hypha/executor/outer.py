@@ -1,0 +1,186 @@
+"""The outer step: a weighted mean of pseudo-gradients, then Nesterov momentum (DiLoCo).
+
+After Douillard et al. 2023. With Delta_i = theta_i - theta_r and weights w_i (samples, or 1):
+g = sum(w_i Delta_i) / sum(w_i), m <- mu m + g (so m_0 = g), theta <- theta + lr (mu m + g), which is what
+``torch.optim.SGD(nesterov=True)`` does with the gradient -g. Updates are added as they come into one fp32
+accumulator, so memory is theta, momentum and accumulator, however many workers there are.
+
+Buffers are no parameters and take no momentum: floating ones (BatchNorm's statistics) become the weighted
+mean of the workers' values, integer and boolean ones (``num_batches_tracked``) their maximum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hypha.errors import DataError, Refused
+from hypha.executor.tensors import CHUNK, TensorFile, Theta, one_thread
+from hypha.executor.updates import UpdateFile
+from hypha.messages import AggregateJob
+
+#: A parameter and the first element of a chunk of it.
+Span = tuple[str, int]
+
+
+class OuterStep:
+    """Holds theta (by reference), momentum and the sum of the round's updates."""
+
+    def __init__(self, theta: Theta, job: AggregateJob, threads: int = 1) -> None:
+        """``threads`` work on chunks of their own: the results are the same bits with any number of them."""
+        for name, tensor in theta.all().items():
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous")
+        self.theta = theta
+        #: worker -> samples, of the updates in the sum
+        self.contributors: dict[str, int] = {}
+        #: all zeros, thus absent, before the first step
+        self.momentum: dict[str, Tensor] = {}
+        self._optimizer = job.optimizer
+        self._uniform = job.weighting == "uniform"
+        self._max_norm = job.max_update_norm
+        self._sum: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._weight = 0.0
+        self._spans = [
+            (name, at) for name, value in theta.parameters.items() for at in range(0, value.numel(), CHUNK)
+        ]
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        if threads > 1:
+            # what torch computes with is every thread's own affair
+            self._pool = ThreadPoolExecutor(threads, "outer", torch.set_num_threads, (1,))
+
+    def _over_chunks(self, work: Callable[[Sequence[Span]], list[float]]) -> list[float]:
+        """What ``work`` gives for the chunks of all parameters, in their order."""
+        if self._pool is None:
+            return work(self._spans)
+        share = math.ceil(len(self._spans) / self._threads) or 1
+        parts = [self._spans[at : at + share] for at in range(0, len(self._spans), share)]
+        return [value for values in self._pool.map(torch.no_grad()(work), parts) for value in values]
+
+    @one_thread()
+    @torch.no_grad()
+    def add(self, worker: str, samples: int, path: Path) -> float:
+        """Add a worker's update file to the sum; return its norm.
+
+        Raises :class:`Refused` (``duplicate``, ``invalid``) before anything was added.
+        """
+        if worker in self.contributors:
+            raise Refused("duplicate", "this round already has an update of this worker", worker)
+        if samples <= 0:
+            raise Refused("invalid", f"an update of {samples} samples cannot be weighted", worker)
+        try:
+            with TensorFile(path) as file:
+                update = UpdateFile(file, self.theta)
+                # the whole file is judged before its first tensor is added: a sum cannot be taken back
+                norm = self._norm(update)
+                buffers = {name: update.buffer(name) for name in self.theta.buffers}
+                for name, value in buffers.items():
+                    if not torch.isfinite(value).all():
+                        raise DataError(f"the buffer {name} holds values that are not finite")
+                weight = 1.0 if self._uniform else float(samples)
+                clip = 1.0 if self._max_norm is None else min(1.0, self._max_norm / max(norm, 1e-30))
+                self._accumulate(update, weight * clip)
+        except DataError as exc:
+            raise Refused("invalid", str(exc), worker) from exc
+        self._accumulate_buffers(buffers, weight)
+        self._weight += weight
+        self.contributors[worker] = samples
+        return norm
+
+    def _norm(self, update: UpdateFile) -> float:
+        def norms(spans: Sequence[Span]) -> list[float]:
+            reader = update.reader()
+            found = []
+            for name, at in spans:
+                piece = reader.chunk(name, at)
+                found.append(float(torch.dot(piece, piece)))
+            return found
+
+        squares = 0.0
+        for (name, _), square in zip(self._spans, self._over_chunks(norms), strict=True):
+            # NaN and infinity survive squaring and summing, so one fast pass finds them all
+            squares += square
+            if not math.isfinite(squares):
+                raise DataError(f"the update of {name} holds values that are not finite")
+        return math.sqrt(squares)
+
+    def _accumulate(self, update: UpdateFile, weight: float) -> None:
+        for name, value in self.theta.parameters.items():
+            if name not in self._sum:
+                self._sum[name] = torch.empty(value.numel())
+
+        def accumulate(spans: Sequence[Span]) -> list[float]:
+            reader = update.reader()
+            for name, at in spans:
+                part = self._sum[name][at : at + CHUNK]
+                if self.contributors:
+                    part.add_(reader.chunk(name, at), alpha=weight)
+                else:
+                    torch.mul(reader.chunk(name, at), weight, out=part)
+            return []
+
+        self._over_chunks(accumulate)
+
+    def _accumulate_buffers(self, values: dict[str, Tensor], weight: float) -> None:
+        for name, value in values.items():
+            weighted = value * weight if value.is_floating_point() else value
+            total = self._buffers.get(name)
+            if total is None:
+                self._buffers[name] = weighted
+            elif value.is_floating_point():
+                total.add_(weighted)
+            else:
+                self._buffers[name] = torch.maximum(total, weighted)
+
+    @one_thread()
+    @torch.no_grad()
+    def apply(self) -> float:
+        """Take the outer step in place and start a new sum; return the norm of the mean update.
+
+        Without any update theta and momentum stay as they are.
+        """
+        if not self.contributors:
+            return 0.0
+        rate, mu = self._optimizer.learning_rate, self._optimizer.momentum
+        for name, total in self._sum.items():
+            if name not in self.momentum:
+                self.momentum[name] = torch.zeros_like(total)
+
+        def step(spans: Sequence[Span]) -> list[float]:
+            found = []
+            for name, at in spans:
+                mean = self._sum[name][at : at + CHUNK].div_(self._weight)
+                found.append(float(torch.dot(mean, mean)))
+                part = self.momentum[name][at : at + CHUNK].mul_(mu).add_(mean)
+                flat = self.theta.parameters[name].view(-1)
+                flat[at : at + CHUNK].add_(mean.add_(part, alpha=mu), alpha=rate)
+            return found
+
+        squares = 0.0
+        for square in self._over_chunks(step):
+            squares += square
+        for name, buffer in self.theta.buffers.items():
+            total = self._buffers[name]
+            buffer.copy_(total / self._weight if buffer.is_floating_point() else total)
+        self._buffers.clear()
+        self.contributors.clear()
+        self._weight = 0.0
+        return math.sqrt(squares)
+
+    def momentum_or_zeros(self) -> dict[str, Tensor]:
+        """Momentum in the parameters' shapes, as a checkpoint holds it."""
+        return {
+            name: self.momentum[name].view(value.shape) if name in self.momentum else torch.zeros_like(value)
+            for name, value in self.theta.parameters.items()
+        }
+
+    def restore_momentum(self, momentum: dict[str, Tensor]) -> None:
+        """Take momentum from a checkpoint (shares its memory)."""
+        self.momentum = {name: momentum[name].view(-1) for name in self.theta.parameters}

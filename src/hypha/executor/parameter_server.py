@@ -1,0 +1,504 @@
+"""The parameter server: ``python -m hypha.executor.parameter_server SOCKET``, run in the job directory.
+
+It holds theta and momentum, adds the workers' updates up as they arrive, and applies the outer step when
+the scheduler closes the round. One thread handles everything in the order in which it came; sending theta,
+checkpoints and the finished model happens in others, from files that do not change any more.
+
+A round that is closed without any update leaves theta and momentum as they are; the next round begins.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import queue
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import msgspec
+import torch
+
+from hypha.errors import CheckpointUnusable, DataError, ModelError, PeerUnreachable, Refused
+from hypha.executor import models, tensors
+from hypha.executor.bridge_client import ALIVE_S, BridgeClient
+from hypha.executor.outer import OuterStep
+from hypha.executor.running import leave, run_executor
+from hypha.executor.spares import Spares
+from hypha.executor.updates import contribution_in
+from hypha.messages import (
+    AggregateJob,
+    Alive,
+    CheckpointSaved,
+    CloseRound,
+    Contribution,
+    Directive,
+    Export,
+    Exported,
+    Finish,
+    Local,
+    Members,
+    ModelReady,
+    PeerRef,
+    Peers,
+    ReceivedFile,
+    Reference,
+    Rejoin,
+    RoundApplied,
+    SaveCheckpoint,
+    SendCall,
+    SendModel,
+    UpdateReceived,
+    UpdateRefused,
+)
+
+logger = logging.getLogger("hypha.executor.parameter_server")
+
+#: how long the last checkpoint may hold up the end
+_FINISH_GRACE_S = 30.0
+_EXPORT_RETRY_S = 2.0
+#: refusals of a scheduler that has begun another life of the job, which is not known here yet, or whose disk
+#: is full: a finished model is worth waiting for
+_PASSING = ("uninvited", "stale", "no-space")
+THETA, MOMENTUM, STATE = "theta.safetensors", "momentum.safetensors", "state.json"
+
+
+class CheckpointState(msgspec.Struct, frozen=True):
+    """``state.json``, sent last: with it a checkpoint is complete."""
+
+    job_id: str
+    generation: int
+    round: int
+    theta: str
+    momentum: str
+    contributors: tuple[str, ...] = ()
+    version: int = 1
+
+
+class ParameterServer:
+    """One aggregation job, from its model to ``Finish``."""
+
+    def __init__(self, bridge: BridgeClient, job: AggregateJob) -> None:
+        self._bridge = bridge
+        self._job = job
+        self._inputs: queue.SimpleQueue[Directive | ReceivedFile | Exception] = queue.SimpleQueue()
+        self._members: dict[str, PeerRef] | None = None
+        #: updates that came before it was said who takes part
+        self._early: list[ReceivedFile] = []
+        self._broadcasts = ThreadPoolExecutor(8, thread_name_prefix="theta")
+        #: one thread: checkpoints become durable in the order of their rounds
+        self._archive = ThreadPoolExecutor(1, thread_name_prefix="archive")
+        self._sources: list[Path] = []
+        self._applied: RoundApplied | None = None
+        self._exporting = -1
+        self._finishing = threading.Event()
+        self._exported: Exported | None = None
+        #: the newest checkpoint: the round that it is of, and what was said of it when it was saved
+        self._saving = -1
+        self._saved: CheckpointSaved | None = None
+        self.round = job.round
+        self._contributors: tuple[str, ...] = ()
+        #: what the updates of the open round stand for
+        self._contributions: dict[str, Contribution] = {}
+        self._links = 0
+        #: done with, to be written over
+        self._updates = Spares(bridge.directory / "incoming" / ".spare")
+        self._thetas = Spares(bridge.directory / "outgoing" / ".spare", limit=1)
+
+    def put(self, item: Directive | ReceivedFile | Exception) -> None:
+        """Something to handle, from any thread."""
+        self._inputs.put(item)
+
+    def run(self) -> None:
+        """Serve until ``Finish``. Raises what makes going on impossible."""
+        self._bridge.directives(self.put)
+        self._load()
+        self._bridge.receive(("update",), self.put)
+        count = sum(value.numel() for value in self._theta.parameters.values())
+        logger.info("Holding theta of round %d: %d parameters.", self.round, count)
+        self._ready()
+        while not isinstance(item := self._next(), Finish):
+            if isinstance(item, Exception):
+                raise item
+            self._handle(item)
+        self._finishing.set()
+        # the archive has one thread: when this is done, so is everything before it
+        last = self._archive.submit(lambda: None)
+        self._bridge.patiently(lambda: wait([last], timeout=_FINISH_GRACE_S))
+
+    def _next(self) -> Directive | ReceivedFile | Exception:
+        while True:
+            try:
+                return self._inputs.get(timeout=ALIVE_S)
+            except queue.Empty:
+                self._bridge.report(Alive())
+
+    def _ready(self) -> None:
+        count = sum(value.numel() for value in self._theta.parameters.values())
+        size = self._theta.size_bytes()
+        self._bridge.report(ModelReady(round=self.round, theta=self._hash, parameters=count, size_bytes=size))
+
+    def _rejoin(self, rejoin: Rejoin) -> None:
+        """Another scheduler steers: say what is here. Updates of the life before are as good as ever, but
+        what was exported is not there any more.
+        """
+        logger.info("The job goes on as generation %d; round %d is open.", rejoin.generation, self.round)
+        if self._exported is not None:
+            self._exporting = -1
+        if self._applied is not None:
+            self._bridge.report(self._applied)
+        if self._saved is not None:
+            self._bridge.report(self._saved)
+        # that scheduler may not have it: asked again, it is saved again
+        self._saving = -1
+        self._ready()
+        for worker, samples in self._outer.contributors.items():
+            self._received(worker, samples)
+
+    def _handle(self, item: Directive | ReceivedFile) -> None:
+        match item:
+            case ReceivedFile():
+                self._update_arrived(item)
+            case Members():
+                self._members = {ref.peer: ref for ref in item.peers}
+                early, self._early = self._early, []
+                for file in early:
+                    self._update_arrived(file)
+            case SendModel():
+                self._send_theta((item.to,), item.attempt)
+            case CloseRound():
+                self._close(item)
+            case SaveCheckpoint():
+                self._checkpoint()
+            case Export():
+                self._export(item.to)
+            case Rejoin():
+                self._rejoin(item)
+            case _:
+                logger.warning("A parameter server does not handle %s.", type(item).__name__)
+
+    # --- the model ----------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        job = self._job
+        source = None if job.model.source is None else self._fetched(job.model.source)
+        if job.preprocessor is not None:
+            self._sources.append(self._fetched(job.preprocessor.source))
+        if source is not None:
+            self._sources.append(source)
+        self._model = models.build(job.model, source).requires_grad_(False)
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.contiguous()
+        self._theta = tensors.theta_of(self._model)
+        # one set of threads, ours: chunks are handed to them without barriers
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._beside = threads > 1
+        self._outer = OuterStep(self._theta, job, threads)
+        if job.restore is not None:
+            self._restore(job.restore)
+        self._hash = tensors.write(self._theta_path(), self._theta.all(), beside=self._beside)
+        _give_memory_back()
+
+    def _fetched(self, reference: Reference) -> Path:
+        try:
+            files = self._bridge.patiently(lambda: self._bridge.fetch(reference))
+            return models.directory_of(path for path, _ in files)
+        except (Refused, PeerUnreachable) as exc:
+            if isinstance(exc, Refused) and exc.code == "no-space":
+                # no fault of the model
+                raise
+            raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
+
+    def _restore(self, reference: Reference) -> None:
+        """Go on from a checkpoint, if all of it is there and is what was saved."""
+        try:
+            fetched = self._bridge.patiently(lambda: self._bridge.fetch(reference))
+            files = {path.name: path for path, _ in fetched}
+        except Refused as exc:
+            if exc.code != "not-found":
+                raise
+            raise CheckpointUnusable(f"the checkpoint is not there: {exc.reason}") from exc
+        if missing := {THETA, MOMENTUM, STATE} - files.keys():
+            raise CheckpointUnusable(f"the checkpoint lacks {', '.join(sorted(missing))}")
+        try:
+            state = msgspec.json.decode(files[STATE].read_bytes(), type=CheckpointState)
+        except msgspec.MsgspecError as exc:
+            raise CheckpointUnusable(f"{STATE} of the checkpoint cannot be read: {exc}") from exc
+        if (state.job_id, state.round) != (self._job.job_id, self._job.round):
+            raise CheckpointUnusable(f"the checkpoint is of round {state.round} of job {state.job_id}")
+        momentum = {name: torch.empty_like(value) for name, value in self._theta.parameters.items()}
+        for name, into, expected in (
+            (THETA, self._theta.all(), state.theta),
+            (MOMENTUM, momentum, state.momentum),
+        ):
+            try:
+                found = tensors.read(files[name], into)
+            except (DataError, Refused) as exc:
+                raise CheckpointUnusable(f"{name} of the checkpoint cannot be read: {exc}") from exc
+            if found != expected:
+                raise CheckpointUnusable(f"{name} of the checkpoint is not the file that was saved")
+            files[name].unlink()
+        self._outer.restore_momentum(momentum)
+        self.round = state.round
+        self._contributors = state.contributors
+
+    def _theta_path(self) -> Path:
+        return self._bridge.directory / "outgoing" / f"theta-{self.round}.safetensors"
+
+    # --- updates ------------------------------------------------------------------------------------
+
+    def _update_arrived(self, file: ReceivedFile) -> None:
+        if self._members is None:
+            self._early.append(file)
+            return
+        path = self._bridge.directory / file.path
+        round = file.meta.stamp.round if file.meta.stamp is not None else -1
+        try:
+            self._check(file)
+            norm = self._outer.add(file.from_peer, file.meta.samples, path)
+        except Refused as exc:
+            logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, exc.reason)
+            self._bridge.report(
+                UpdateRefused(round=round, worker=file.from_peer, code=exc.code, reason=exc.reason)
+            )
+        else:
+            logger.info(
+                "Added the update of %s (%d samples, norm %g).", file.from_peer, file.meta.samples, norm
+            )
+            contribution = contribution_in(path, file.from_peer, round, file.meta.samples)
+            if contribution is not None:
+                self._contributions[file.from_peer] = contribution
+            self._received(file.from_peer, file.meta.samples)
+        finally:
+            self._updates.give(path)
+
+    def _received(self, worker: str, samples: int) -> None:
+        self._bridge.report(
+            UpdateReceived(
+                round=self.round,
+                worker=worker,
+                samples=samples,
+                contribution=self._contributions.get(worker),
+            )
+        )
+
+    def _check(self, file: ReceivedFile) -> None:
+        """Raises :class:`Refused` for what is of another job, life or round, or from a stranger."""
+        stamp, worker = file.meta.stamp, file.from_peer
+        if stamp is None or stamp.job_id != self._job.job_id:
+            raise Refused("uninvited", "the update is of another job", worker)
+        if stamp.generation < self._job.generation:
+            raise Refused("stale", f"the update is of generation {stamp.generation} of the job", worker)
+        if stamp.round != self.round:
+            raise Refused("stale", f"round {self.round} is open, not {stamp.round}", worker)
+        if worker not in (self._members or {}):
+            raise Refused("uninvited", "the worker takes no part in the job", worker)
+
+    # --- rounds -------------------------------------------------------------------------------------
+
+    def _close(self, directive: CloseRound) -> None:
+        if directive.round == self.round - 1 and self._applied is not None:
+            # said again: then somebody did not hear of it
+            self._bridge.report(self._applied)
+            self._send_theta((self._members or {}).values())
+            return
+        if directive.round != self.round:
+            logger.warning("Round %d cannot be closed in round %d.", directive.round, self.round)
+            return
+        contributors = tuple(self._outer.contributors)
+        if not contributors:
+            logger.warning("Round %d is closed without any update; theta stays.", self.round)
+        norm = self._outer.apply()
+        old = self._theta_path()
+        self.round += 1
+        self._contributors = contributors
+        self._hash = tensors.write(
+            self._theta_path(), self._theta.all(), spares=self._thetas, beside=self._beside
+        )
+        due = self.round % self._job.checkpoint.every_rounds == 0
+        checkpoint = directive.checkpoint or directive.final or due
+        self._applied = RoundApplied(
+            round=directive.round,
+            theta=self._hash,
+            contributors=contributors,
+            contributions=tuple(self._contributions.values()),
+            update_norm=norm,
+            checkpoint=checkpoint,
+        )
+        self._contributions = {}
+        self._bridge.report(self._applied)
+        if not directive.final:
+            self._send_theta((self._members or {}).values())
+        # a broadcast that still runs keeps its own link
+        self._thetas.give(old)
+        if checkpoint:
+            self._checkpoint()
+
+    def _send_theta(self, receivers: Iterable[PeerRef], attempt: int = 0) -> None:
+        peers = tuple(receivers)
+        if not peers:
+            return
+        path = self._linked(self._theta_path())
+        call = SendCall(
+            resource=Peers(peers=peers, strategy="all", resource="theta"),
+            path=self._bridge.relative(path),
+            round=self.round,
+            contributors=self._contributors,
+            blake3=self._hash,
+            attempt=attempt,
+        )
+        self._background(self._broadcasts, lambda: self._broadcast(call, path))
+
+    def _linked(self, path: Path) -> Path:
+        """The file under a name of its own, which whoever sends it removes afterwards."""
+        self._links += 1
+        link = path.parent / f"{self._links}" / path.name
+        link.parent.mkdir(parents=True)
+        os.link(path, link)
+        return link
+
+    def _broadcast(self, call: SendCall, path: Path) -> None:
+        """The worker has tried long enough when it reports a failure: whoever still takes part is missed by
+        the scheduler, which says ``SendModel``, or gives it up.
+        """
+        try:
+            for delivery in self._bridge.send(call).deliveries:
+                if not delivery.acknowledged:
+                    text = f"{delivery.detail} ({delivery.error})"
+                    logger.warning("Theta of round %d did not reach %s: %s", call.round, delivery.peer, text)
+        except (Refused, PeerUnreachable) as exc:
+            logger.warning("Theta of round %d reached nobody: %s", call.round, exc)
+        finally:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _background(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+        def ended(future: Future[None]) -> None:
+            if (error := future.exception()) is not None:
+                self.put(error if isinstance(error, Exception) else RuntimeError(str(error)))
+
+        pool.submit(work).add_done_callback(ended)
+
+    # --- what stays -----------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        """Write a snapshot now; make it durable in the background. Once a round is enough."""
+        if self._saving == self.round:
+            if self._saved is not None and self._saved.round == self.round:
+                self._bridge.report(self._saved)
+            return
+        self._saving = self.round
+        directory = self._bridge.directory / "outgoing" / f"checkpoint-{self.round}"
+        directory.mkdir(parents=True, exist_ok=True)
+        theta = directory / THETA
+        theta.unlink(missing_ok=True)
+        os.link(self._theta_path(), theta)
+        momentum = tensors.write(directory / MOMENTUM, self._outer.momentum_or_zeros())
+        state = CheckpointState(
+            job_id=self._job.job_id,
+            generation=self._job.generation,
+            round=self.round,
+            theta=self._hash,
+            momentum=momentum,
+            contributors=self._contributors,
+        )
+        (directory / STATE).write_bytes(msgspec.json.encode(state))
+        round = self.round
+        self._background(self._archive, lambda: self._save_checkpoint(directory, round))
+
+    def _save_checkpoint(self, directory: Path, round: int) -> None:
+        policy = self._job.checkpoint
+        place, relative = policy.place, self._bridge.relative(directory)
+        try:
+            if place == "scheduler":
+                resource: Reference = Peers(peers=(self._job.scheduler,), resource="checkpoint")
+                for name in (THETA, MOMENTUM, STATE):
+                    self._bridge.send(SendCall(resource=resource, path=f"{relative}/{name}", round=round))
+            else:
+                place = f"{place.rstrip('/')}/{self._job.job_id}/{round}"
+                resource = Local(url=place)
+                self._bridge.send(
+                    SendCall(resource=resource, path=relative, round=round, marker=STATE, keep=policy.keep)
+                )
+        except (Refused, PeerUnreachable) as exc:
+            # the next one may get through; the scheduler goes on from the last one that it knows of
+            logger.error("The checkpoint of round %d is not saved: %s", round, exc)
+            if self._saving == round:
+                self._saving = -1
+        else:
+            self._saved = CheckpointSaved(round=round, place=place)
+            self._bridge.report(self._saved)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _export(self, to: PeerRef) -> None:
+        if self._exporting == self.round:
+            # said again: then it is under way, or somebody did not hear of it
+            if self._exported is not None:
+                self._bridge.report(self._exported)
+            return
+        self._exporting, self._exported = self.round, None
+        directory = self._bridge.directory / "outgoing" / "export"
+        shutil.rmtree(directory, ignore_errors=True)
+        names = models.export(self._model, self._job.model, self._sources, directory)
+        # the model is not trained any further, so its files may go while updates are still refused
+        self._background(self._archive, lambda: self._send_export(directory, names, to))
+
+    def _send_export(self, directory: Path, names: list[str], to: PeerRef) -> None:
+        left = list(names)
+        while left and not self._finishing.is_set():
+            call = SendCall(
+                resource=Peers(peers=(to,), resource="export"),
+                path=self._bridge.relative(directory / left[0]),
+                round=self.round,
+            )
+            try:
+                self._bridge.send(call)
+                left.pop(0)
+            except (Refused, PeerUnreachable) as exc:
+                if isinstance(exc, Refused) and exc.code not in _PASSING:
+                    raise
+                # the scheduler is away; the one that comes back may have none of the files
+                logger.warning("The trained model is not delivered yet: %s", exc)
+                left = list(names)
+                self._finishing.wait(_EXPORT_RETRY_S)
+        if left:
+            return
+        self._exported = Exported(round=self.round, files=tuple(names))
+        self._bridge.report(self._exported)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _give_memory_back() -> None:
+    """Building a model leaves much of the heap free; glibc keeps it unless asked."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point."""
+    server: ParameterServer | None = None
+
+    def failed(exc: Exception) -> None:
+        if server is not None:
+            server.put(exc)
+
+    def work(bridge: BridgeClient) -> None:
+        nonlocal server
+        job = bridge.job()
+        if not isinstance(job, AggregateJob):
+            raise ModelError(f"a parameter server cannot do a job of type {type(job).__name__}")
+        server = ParameterServer(bridge, job)
+        server.run()
+
+    return run_executor(Path(arguments[0]), failed, work)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,180 @@
+"""Run a job again from its ledger, in one process: ``python -m hypha.executor.replay LEDGER DATA MODEL``.
+
+Every contribution is trained again, on the recorded ranges of samples and from the same seeds, with one
+AdamW for each optimizer that ever lived (a process's incarnation and its restarts), and every outer step is
+taken with the code of the parameter server. On like machines the result is the job's model to within
+floating-point noise. Contributions that were left out of a round need no replay: their optimizers died.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hypha.errors import DataError, HyphaError
+from hypha.executor import models, tensors, updates
+from hypha.executor.inner import Inner, accelerator_for, round_seed
+from hypha.executor.models import Forward, Preprocessor
+from hypha.executor.outer import OuterStep
+from hypha.executor.slices_reader import RowStream, Slice, read_columns, slice_order
+from hypha.messages import Contribution, LedgerFile
+
+#: slices kept in memory; a worker's ranges mostly follow one another
+_CACHED_SLICES = 8
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """theta after the last round, and its hash before the first round and after each."""
+
+    theta: dict[str, Tensor]
+    hashes: list[str]
+
+
+class Replay:
+    """A job being run again. ``scratch`` takes files that are of no use afterwards."""
+
+    def __init__(self, ledger: LedgerFile, data_dir: Path, model_dir: Path | None, scratch: Path) -> None:
+        self._ledger = ledger
+        self._data_dir = data_dir
+        self._scratch = scratch
+        job = ledger.job
+        self._job = job
+        self._preprocess = (
+            None
+            if job.preprocessor is None or model_dir is None
+            else Preprocessor(job.preprocessor, model_dir)
+        )
+        server = models.build(ledger.aggregate.model, model_dir).requires_grad_(False)
+        self._theta = tensors.theta_of(server)
+        self._outer = OuterStep(self._theta, ledger.aggregate)
+        self._accelerator = accelerator_for(job)
+        model = models.build(job.model, model_dir, weights=False)
+        self._forward = Forward(model, job.model)
+        self._model = self._accelerator.prepare(model)
+        self._local = tensors.theta_of(self._accelerator.unwrap_model(self._model))
+        self._optimizers: dict[tuple[str, int], Inner] = {}
+        self._columns: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+
+    def run(self) -> Iterator[str]:
+        """The hash of theta before the first round, then after each."""
+        yield self._hash()
+        for entry in self._ledger.rounds:
+            if entry.discarded:
+                continue
+            for part in entry.contributors:
+                self._contribute(part)
+            self._outer.apply()
+            yield self._hash()
+
+    def theta(self) -> dict[str, Tensor]:
+        return self._theta.copy().all()
+
+    def _hash(self) -> str:
+        return tensors.write(self._scratch / "theta.safetensors", self._theta.all())
+
+    def _contribute(self, part: Contribution) -> None:
+        """Train one worker's share of a round and add its update."""
+        self._local.assign(self._theta)
+        inner = self._optimizers.get((part.incarnation, part.restarts))
+        if inner is None:
+            inner = Inner(self._model, self._forward, self._job, self._accelerator, part.steps)
+            self._optimizers[part.incarnation, part.restarts] = inner
+        inner.steps = part.steps
+        torch.set_num_threads(part.threads)
+        torch.manual_seed(round_seed(self._job.seed, part.worker, part.round))
+        stream = RowStream()
+        for piece in part.ranges:
+            stream.push(self._slice(piece.epoch, piece.slice, piece.start, piece.stop))
+        if stream.rows != part.samples:
+            raise DataError(f"round {part.round} of {part.worker} has {stream.rows} rows, not {part.samples}")
+        batches = 0
+        while stream.rows:
+            columns = stream.take(min(part.batch_size, stream.rows))
+            if columns is not None:
+                inner.batch(columns)
+                batches += 1
+        if batches != part.batches:
+            raise DataError(f"round {part.round} of {part.worker} has {batches} batches, not {part.batches}")
+        inner.flush()
+        path = self._scratch / "update.safetensors"
+        updates.write_update(path, self._local, self._theta, self._job.update_encoding)
+        self._outer.add(part.worker, part.samples, path)
+
+    def _slice(self, epoch: int, index: int, start: int, stop: int) -> Slice:
+        """Positions ``start:stop`` of a slice in its order, as a slice of its own."""
+        columns = self._columns.pop(index, None)
+        if columns is None:
+            columns = read_columns(self._data_dir / self._ledger.manifest.slices[index].file)
+            if self._preprocess is not None:
+                columns = self._preprocess(columns)
+        self._columns[index] = columns
+        while len(self._columns) > _CACHED_SLICES:
+            self._columns.popitem(last=False)
+        samples = self._ledger.manifest.slices[index].samples
+        order = slice_order(self._job.seed, epoch, index, samples, self._job.shuffle)
+        return Slice(epoch, index, columns, order[start:stop])
+
+
+def replay(ledger: LedgerFile | Path, data_dir: Path, model_dir: Path | None = None) -> Replayed:
+    """Run the job of ``ledger`` again. ``data_dir`` holds the dataset's slices, ``model_dir`` the model's
+    files (none for a model built by an entrypoint without weights).
+
+    Raises :class:`DataError` when the ledger contradicts itself, and what training raises.
+    """
+    if isinstance(ledger, Path):
+        ledger = read_ledger(ledger)
+    with tempfile.TemporaryDirectory(prefix="hypha-replay-") as scratch:
+        again = Replay(ledger, data_dir, model_dir, Path(scratch))
+        hashes = list(again.run())
+        return Replayed(again.theta(), hashes)
+
+
+def read_ledger(path: Path) -> LedgerFile:
+    """Raises :class:`DataError` when it is none."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=LedgerFile)
+    except msgspec.MsgspecError as exc:
+        raise DataError(f"{path} is no ledger: {exc}") from exc
+
+
+def largest_difference(theta: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """max |theta - other| over the tensors that both have. Raises :class:`DataError` when that is none."""
+    shared = theta.keys() & other.keys()
+    if not shared:
+        raise DataError("the two models have no tensor in common")
+    return max(float((theta[name].double() - other[name].double()).abs().max()) for name in shared)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m hypha.executor.replay", description=__doc__)
+    parser.add_argument("ledger", type=Path, help="ledger.json")
+    parser.add_argument("data", type=Path, help="directory of the dataset's slices")
+    parser.add_argument("model", type=Path, nargs="?", help="directory with the model's files")
+    parser.add_argument("--compare", type=Path, help="model.safetensors to compare the result with")
+    options = parser.parse_args(arguments)
+    try:
+        ledger = read_ledger(options.ledger)
+        replayed = replay(ledger, options.data, options.model)
+        recorded = [ledger.theta, *(entry.theta for entry in ledger.rounds if not entry.discarded)]
+        equal = sum(ours == theirs for ours, theirs in zip(replayed.hashes, recorded, strict=True))
+        print(f"{len(recorded) - 1} rounds replayed; {equal} of {len(recorded)} thetas equal bit by bit")
+        if options.compare is not None:
+            print(f"max |delta theta| {largest_difference(replayed.theta, load_file(options.compare)):.3g}")
+    except HyphaError as exc:
+        parser.exit(exc.exit_code, f"{exc}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,75 @@
+"""How an executor process starts and ends: its bridge, its log, its exit code, its last words."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from hypha.errors import CheckpointUnusable, DataError, HyphaError, ModelError, NotFinite, Refused
+from hypha.executor.bridge_client import BridgeClient
+from hypha.messages import ExecutorError
+
+logger = logging.getLogger("hypha.executor")
+
+#: how long the last words may take; a worker that stops an executor is patient for about as long
+_FLUSH_S = 3.0
+
+
+def run_executor(
+    socket: Path, failed: Callable[[Exception], None], work: Callable[[BridgeClient], None]
+) -> int:
+    """Run ``work`` in the current directory, the job's; the exit code.
+
+    ``failed`` hears of a lost bridge. What ``work`` raises is logged, and reported to the scheduler.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    bridge = BridgeClient(socket.absolute(), Path.cwd(), failed)
+    code = 0
+    try:
+        work(bridge)
+    except Exception as exc:
+        logger.exception("The executor cannot go on.")
+        text = str(exc) if isinstance(exc, HyphaError) else f"{type(exc).__name__}: {exc}"
+        kind = kind_of(exc)
+        if kind == "oom":
+            text += "; the job should ask for more memory (resources.worker.memory) or take smaller batches"
+        bridge.report(ExecutorError(kind=kind, message=text))
+        code = exc.exit_code if isinstance(exc, HyphaError) else 1
+    bridge.flush(_FLUSH_S)
+    return code
+
+
+def kind_of(exc: BaseException) -> str:
+    """The ``kind`` of an :class:`ExecutorError`."""
+    if isinstance(exc, NotFinite):
+        return "not-finite"
+    if isinstance(exc, ModelError):
+        return "model"
+    if isinstance(exc, CheckpointUnusable):
+        return "checkpoint"
+    if isinstance(exc, DataError):
+        return "data"
+    full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (isinstance(exc, Refused) and exc.code == "no-space"):
+        return "disk"
+    # on a CPU torch has no type of its own for this
+    if isinstance(exc, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(exc):
+        return "oom"
+    return "internal"
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now: its daemon threads may sit in calls that take for ever, and tearing an
+    interpreter down around them is how a clean end becomes a crash.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

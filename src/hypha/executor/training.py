@@ -1,0 +1,471 @@
+"""The training executor: ``python -m hypha.executor.training SOCKET``, run in the job directory.
+
+It trains on theta of the open round, never waiting for the network between batches: directives, theta and
+the next slice arrive in threads and are looked up. At the planned batch it sends its pseudo-gradient and
+waits for theta of the next round. A theta that came about without its update means that it was left out:
+it drops its slices and starts over from there with a fresh optimizer, so that every contribution can be
+computed again from the ledger.
+
+With ``HYPHA_STEP_S`` in its environment (``env`` of the worker's ``[[executors]]``) a batch takes at least so
+many seconds: a machine plays a slower one, or several on the same machine do not compete for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hypha.config.environment import variable
+from hypha.errors import DataError, ModelError, NotFinite, PeerUnreachable, Refused
+from hypha.executor import models, tensors, updates
+from hypha.executor.bridge_client import PROGRESS_INTERVAL_S, BridgeClient
+from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
+from hypha.executor.inner import Inner, accelerator_for, round_seed
+from hypha.executor.models import Forward, Preprocessor
+from hypha.executor.running import leave, run_executor
+from hypha.executor.slices_reader import RowStream, Slice, SlicePrefetcher, read_columns, slice_order
+from hypha.executor.spares import Spares
+from hypha.messages import (
+    Alive,
+    Contribution,
+    Loaded,
+    Progress,
+    ReceivedFile,
+    Reference,
+    RoundStarted,
+    SchedulerData,
+    TrainJob,
+    UpdateSent,
+)
+
+logger = logging.getLogger("hypha.executor.training")
+
+
+def least_step_s(text: str | None) -> float:
+    """Of ``HYPHA_STEP_S``, in seconds; 0 without. Raises :class:`ModelError` for what is no time."""
+    try:
+        value = float(text or 0.0)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise ModelError(
+            f"HYPHA_STEP_S is the least seconds of a batch, not {text!r}; mend the executor's env"
+        )
+    return value
+
+
+class Trainer:
+    """One training job, from its model to ``Finish``."""
+
+    def __init__(self, bridge: BridgeClient, job: TrainJob, inbox: Inbox, incarnation: str) -> None:
+        self._bridge = bridge
+        self._job = job
+        self._inbox = inbox
+        self._incarnation = incarnation
+        #: the open round, which attempt at it, and the life of the job in which its theta came
+        self._round, self._attempt, self._generation = -1, 0, job.generation
+        self._hash = ""
+        self._restarts = 0
+        #: the open round was lost: nothing of it counts
+        self._lost = False
+        #: inner steps before the round from which another life of the job began
+        self._steps_there = job.steps
+        #: the last update that is in a theta
+        self._last: Contribution | None = None
+        self._sender: UpdateSender | None = None
+        self._stream = RowStream()
+        self._fetching = False
+        self._spares = Spares(bridge.directory / "incoming" / ".spare")
+        self._step_s = least_step_s(variable("HYPHA_STEP_S"))
+        bridge.receive(("theta",), self._theta_arrived)
+
+        source = None if job.model.source is None else self._fetched(job.model.source)
+        self._preprocess: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+        if job.preprocessor is not None:
+            self._preprocess = Preprocessor(job.preprocessor, self._fetched(job.preprocessor.source))
+        # theta comes from the parameter server, so that a fresh head is the same everywhere
+        model = models.build(job.model, source, weights=False)
+        self._forward = Forward(model, job.model)
+        self._accelerator = accelerator_for(job)
+        self._model = self._accelerator.prepare(model)
+        self._local = tensors.theta_of(self._accelerator.unwrap_model(self._model))
+        self._base = self._local.copy()
+        self._inner = self._fresh_inner(job.steps)
+        self._slices = SlicePrefetcher(self._next_slice, inbox.touch)
+
+    def _fetched(self, reference: Reference) -> Path:
+        try:
+            files = self._bridge.patiently(lambda: self._bridge.fetch(reference))
+            return models.directory_of(path for path, _ in files)
+        except (Refused, PeerUnreachable) as exc:
+            if isinstance(exc, Refused) and exc.code == "no-space":
+                # no fault of the model
+                raise
+            raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
+
+    def _fresh_inner(self, steps: int) -> Inner:
+        return Inner(self._model, self._forward, self._job, self._accelerator, steps)
+
+    def run(self) -> None:
+        """Train until ``Finish``. Raises what makes going on impossible."""
+        self._bridge.report(Loaded(incarnation=self._incarnation))
+        self._slices.start()
+        try:
+            while (theta := self._wait_for_theta()) is not None:
+                self._adopt(theta)
+                self._train_round()
+        finally:
+            if self._sender is not None:
+                self._sender.stop()
+
+    # --- theta --------------------------------------------------------------------------------------
+
+    def _theta_arrived(self, file: ReceivedFile) -> None:
+        """Keep the newest; what is older is a late repetition."""
+        stamp = file.meta.stamp
+        with self._inbox.changed:
+            waiting = self._inbox.theta
+            seen = (self._generation, self._round, self._attempt)
+            if waiting is not None and waiting.meta.stamp is not None:
+                told = waiting.meta.stamp
+                seen = (told.generation, told.round, told.attempt)
+            at = (stamp.generation, stamp.round, stamp.attempt) if stamp is not None else (-1, -1, -1)
+            if at < max(seen, (self._inbox.lost_before, -1, -1)):
+                logger.warning("A theta that is out of date arrived; it is dropped.")
+                superseded: ReceivedFile | None = file
+            elif waiting is not None and _same_theta(waiting, file):
+                # what was asked for since the first one came may be kept
+                superseded = file
+            else:
+                superseded, self._inbox.theta = waiting, file
+                self._inbox.changed.notify_all()
+        if superseded is not None and (superseded is file or superseded.path != file.path):
+            (self._bridge.directory / superseded.path).unlink(missing_ok=True)
+
+    def _wait_for_theta(self) -> ReceivedFile | None:
+        """The next theta to train on; None when the job is finished."""
+        inbox = self._inbox
+        while True:
+            with inbox.changed:
+                inbox.wait_for(lambda: self._interrupted() or inbox.rejoin is not None, self._alive)
+                if inbox.failure is not None:
+                    raise inbox.failure
+                if inbox.finished:
+                    return None
+                self._rejoin()
+                theta, inbox.theta = inbox.theta, None
+            if theta is not None and not self._repeated(theta):
+                return theta
+
+    def _interrupted(self) -> bool:
+        inbox = self._inbox
+        return inbox.finished or inbox.theta is not None or inbox.failure is not None
+
+    def _rejoin(self) -> None:
+        """Do what the scheduler has said about another life of the job, if it has (the inbox is locked)."""
+        inbox = self._inbox
+        rejoin, inbox.rejoin = inbox.rejoin, None
+        if rejoin is None:
+            return
+        logger.info("The job goes on as generation %d from round %d.", rejoin.generation, rejoin.round)
+        self._steps_there = rejoin.steps
+        theta = inbox.theta
+        if rejoin.start_over:
+            self._lost = self._round >= 0
+            self._last = None
+            if self._sender is not None:
+                self._sender.stop()
+            stamp = theta.meta.stamp if theta is not None else None
+            if theta is not None and (stamp is None or stamp.generation < rejoin.generation):
+                inbox.theta = None
+                (self._bridge.directory / theta.path).unlink(missing_ok=True)
+        self._bridge.report(Loaded(incarnation=self._incarnation))
+        if self._last is not None:
+            self._bridge.report(UpdateSent(contribution=self._last))
+        if self._round >= 0 and not self._lost:
+            self._started()
+
+    def _repeated(self, file: ReceivedFile) -> bool:
+        """Is it theta of the round that is open here? Then say again that the round has started. With a
+        higher attempt it is none: our update was refused, and the round begins anew.
+        """
+        stamp = file.meta.stamp
+        if self._lost or stamp is None or (stamp.round, file.meta.blake3) != (self._round, self._hash):
+            return False
+        if stamp.attempt > self._attempt:
+            return False
+        (self._bridge.directory / file.path).unlink(missing_ok=True)
+        self._started()
+        return True
+
+    def _overtaken(self) -> bool:
+        """Is there something newer to do than this round?"""
+        with self._inbox.changed:
+            self._rejoin()
+            theta = self._inbox.theta
+            if theta is not None and self._repeated(theta):
+                self._inbox.theta = None
+            return self._lost or self._interrupted()
+
+    def _adopt(self, file: ReceivedFile) -> None:
+        """Start the round of ``file``."""
+        path = self._bridge.directory / file.path
+        found = tensors.read(path, self._base.all(), self._local.all())
+        if found != file.meta.blake3:
+            raise DataError(f"theta in {path.name} is not what was sent; the worker's disk may be failing")
+        self._spares.give(path)
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.stop()
+        stamp = file.meta.stamp
+        generation, round, attempt = 0, 0, 0
+        if stamp is not None:
+            generation, round, attempt = stamp.generation, stamp.round, stamp.attempt
+        continued = round == self._round + 1 and not self._lost
+        in_it = sender is not None and continued and self._me in file.meta.contributors
+        if sender is not None and in_it:
+            self._last = sender.contribution
+        elif self._round >= 0:
+            self._start_over((generation, round, attempt))
+        self._round, self._attempt, self._generation = round, attempt, generation
+        self._hash, self._lost = found, False
+        self._first_steps = self._inner.steps
+        self._batches = self._samples = 0
+        self._busy_s = 0.0
+        self._stream.start_round()
+        self._losses = _Losses()
+        torch.manual_seed(round_seed(self._job.seed, self._me, round))
+        self._started()
+
+    def _started(self) -> None:
+        self._bridge.report(RoundStarted(round=self._round, theta=self._hash, attempt=self._attempt))
+
+    @property
+    def _me(self) -> str:
+        return self._job.me
+
+    def _start_over(self, at: tuple[int, int, int]) -> None:
+        """Drop what was asked for before theta of that generation, round and attempt came."""
+        _, round, _ = at
+        if round == self._round and not self._lost:
+            logger.warning("The update of round %d was refused; the round begins anew.", round)
+        else:
+            logger.warning(
+                "Round %d went on without this worker; it starts over from round %d.", self._round, round
+            )
+        self._last = None
+        self._stream.drop_before(at)
+        self._slices.drop_before(at)
+        if self._lost or round < self._round:
+            self._forget_steps(self._steps_there)
+        elif self._batches:
+            self._forget_steps(self._first_steps)
+
+    def _forget_steps(self, steps: int) -> None:
+        """They are in no theta: no ledger has them, so neither may the optimizer."""
+        self._restarts += 1
+        self._inner = self._fresh_inner(steps)
+
+    # --- a round ------------------------------------------------------------------------------------
+
+    def _train_round(self) -> None:
+        """Train to the sync point and hand the update over; returns early when the round is overtaken."""
+        while not self._at_sync_point():
+            if self._overtaken():
+                return
+            columns = self._next_batch()
+            if columns is not None:
+                self._train(columns)
+        self._synchronise()
+
+    def _at_sync_point(self) -> bool:
+        plan = self._inbox.plan
+        if plan is None or plan.round != self._round or plan.batches is None:
+            return False
+        # a plan for nothing still needs a batch: an update of no samples has no weight
+        return self._batches >= max(1, plan.batches)
+
+    def _next_batch(self) -> dict[str, torch.Tensor] | None:
+        """None when something happened while the trainer waited for data: it has to look around first."""
+        while (columns := self._stream.take(self._job.batch_size)) is None:
+            part = self._slices.take()
+            if part is not None:
+                self._stream.push(part)
+                continue
+            self._tell_all()
+            with self._inbox.changed:
+                self._inbox.wait_for(
+                    lambda: (
+                        self._slices.ready
+                        or self._interrupted()
+                        or self._inbox.rejoin is not None
+                        or self._at_sync_point()
+                    ),
+                    self._alive_without_data,
+                )
+            if not self._slices.ready:
+                return None
+        return columns
+
+    def _alive(self) -> None:
+        self._bridge.report(Alive())
+
+    def _alive_without_data(self) -> None:
+        """It is the worker's turn only while a slice is fetched: a preprocessor may hang as a batch may."""
+        if self._fetching:
+            self._alive()
+
+    def _next_slice(self) -> Slice:
+        """Fetch, read, preprocess (in the slices' thread)."""
+        dataset = SchedulerData(peer=self._job.scheduler.peer, dataset=self._job.dataset)
+        self._fetching = True
+        path, file = self._bridge.fetch(dataset)[0]
+        self._fetching = False
+        assigned = file.slice
+        if assigned is None:
+            raise DataError(f"the worker did not say which slice {path.name} is")
+        columns = read_columns(path)
+        samples = len(next(iter(columns.values())))
+        if samples != assigned.samples:
+            raise DataError(f"slice {assigned.index} has {samples} rows, not the {assigned.samples} promised")
+        if self._preprocess is not None:
+            columns = self._preprocess(columns)
+        # the rows are mapped or in memory: the name is not needed any more, and disks are to stay flat
+        path.unlink(missing_ok=True)
+        order = slice_order(self._job.seed, assigned.epoch, assigned.index, samples, self._job.shuffle)
+        return Slice(
+            assigned.epoch, assigned.index, columns, order, (file.generation, file.round, file.attempt)
+        )
+
+    def _train(self, columns: dict[str, torch.Tensor]) -> None:
+        started = time.perf_counter()
+        loss = self._inner.batch(columns)
+        time.sleep(max(0.0, started + self._step_s - time.perf_counter()))
+        self._losses.add(loss)
+        self._batches += 1
+        self._samples += len(next(iter(columns.values())))
+        if self._losses.due():
+            mean = self._losses.latest()
+            self._busy_s += time.perf_counter() - started
+            self._progress(mean)
+        else:
+            self._busy_s += time.perf_counter() - started
+
+    def _tell_all(self) -> None:
+        """Report the batches that were not due to be reported: there may be no next one for a while."""
+        if self._losses.waiting:
+            self._progress(self._losses.latest())
+
+    def _progress(self, loss: float) -> None:
+        self._bridge.report(
+            Progress(
+                round=self._round,
+                batches=self._batches,
+                samples=self._samples,
+                busy_s=self._busy_s,
+                loss=loss,
+                learning_rate=self._inner.learning_rate,
+                attempt=self._attempt,
+            )
+        )
+
+    def _synchronise(self) -> None:
+        """Write the update and have it sent."""
+        self._tell_all()
+        self._inner.flush()
+        path = self._bridge.directory / "outgoing" / f"update-{self._round}-{self._restarts}.safetensors"
+        contribution = Contribution(
+            round=self._round,
+            worker=self._me,
+            incarnation=self._incarnation,
+            restarts=self._restarts,
+            attempt=self._attempt,
+            samples=self._samples,
+            batches=self._batches,
+            batch_size=self._job.batch_size,
+            steps=self._first_steps,
+            ranges=tuple(self._stream.ranges),
+            finished=tuple(self._stream.finished),
+            loss=self._losses.mean(),
+            threads=torch.get_num_threads(),
+        )
+        written = updates.write_update(
+            path, self._local, self._base, self._job.update_encoding, self._spares, contribution
+        )
+        self._sender = UpdateSender(
+            self._bridge, self._inbox, UpdateToSend(path, written.blake3, contribution), self._spares
+        )
+        self._sender.start()
+
+
+def _same_theta(one: ReceivedFile, other: ReceivedFile) -> bool:
+    """The same bytes for the same attempt at the same round?"""
+    left, right = one.meta.stamp, other.meta.stamp
+    if left is None or right is None or one.meta.blake3 != other.meta.blake3:
+        return False
+    return (left.round, left.attempt) == (right.round, right.attempt)
+
+
+class _Losses:
+    """Losses of a round. They stay on their device until somebody wants to know."""
+
+    def __init__(self) -> None:
+        self._fresh: list[torch.Tensor] = []
+        self._sum = 0.0
+        self._count = 0
+        self._told_at = time.monotonic() - PROGRESS_INTERVAL_S
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._fresh)
+
+    def add(self, loss: torch.Tensor) -> None:
+        self._fresh.append(loss)
+
+    def due(self) -> bool:
+        return time.monotonic() - self._told_at >= PROGRESS_INTERVAL_S
+
+    def latest(self) -> float:
+        """The mean since the last call. Raises :class:`NotFinite`."""
+        count = len(self._fresh)
+        total = float(torch.stack(self._fresh).double().sum())
+        self._fresh.clear()
+        self._told_at = time.monotonic()
+        if total != total or total in (float("inf"), float("-inf")):
+            raise NotFinite("the loss is not finite; the learning rate may be too high, or a sample broken")
+        self._sum += total
+        self._count += count
+        return total / count
+
+    def mean(self) -> float:
+        return self._sum / max(1, self._count)
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point."""
+    inbox: Inbox | None = None
+
+    def failed(exc: Exception) -> None:
+        if inbox is not None:
+            inbox.fail(exc)
+
+    def work(bridge: BridgeClient) -> None:
+        nonlocal inbox
+        job = bridge.job()
+        if not isinstance(job, TrainJob):
+            raise ModelError(f"a training executor cannot do a job of type {type(job).__name__}")
+        inbox = Inbox(job.parameter_server, job.generation)
+        bridge.directives(inbox.direct)
+        Trainer(bridge, job, inbox, bridge.directory.name).run()
+
+    return run_executor(Path(arguments[0]), failed, work)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,264 @@
+"""The outer step: the numbers of torch's SGD, the right weights, and no poisoned sum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hypha.errors import Refused
+from hypha.executor import tensors, updates
+from hypha.executor.outer import OuterStep
+from hypha.executor.tensors import Theta
+from hypha.messages import AggregateJob, ExecutorDescriptor, ModelSpec, OuterOptimizer, PeerRef
+
+NUMERICS = Path(__file__).with_name("nesterov.json")
+
+
+def job(**changes: object) -> AggregateJob:
+    values: dict[str, object] = {
+        "job_id": "job",
+        "generation": 0,
+        "executor": ExecutorDescriptor(kind="aggregate", name="parameter-server"),
+        "me": "server",
+        "scheduler": PeerRef(peer="scheduler"),
+        "model": ModelSpec(task="torch"),
+    }
+    return AggregateJob(**(values | changes))  # type: ignore[arg-type]
+
+
+def theta_with(values: list[float], **buffers: torch.Tensor) -> Theta:
+    return Theta({"w": torch.tensor(values)}, buffers)
+
+
+@pytest.fixture
+def update(tmp_path: Path) -> object:
+    count = 0
+
+    def write(base: Theta, delta: list[float], **buffers: torch.Tensor) -> Path:
+        nonlocal count
+        count += 1
+        path = tmp_path / f"update-{count}"
+        local = Theta({"w": base.parameters["w"] + torch.tensor(delta)}, buffers)
+        tensors.write(path, {"w": local.parameters["w"] - base.parameters["w"]} | local.buffers)
+        return path
+
+    return write
+
+
+def test_three_steps_are_those_of_the_fixture_and_of_torch(update: object) -> None:
+    pinned = json.loads(NUMERICS.read_text())
+    theta = theta_with(pinned["theta"])
+    outer = OuterStep(theta, job(optimizer=OuterOptimizer(learning_rate=pinned["lr"], momentum=pinned["mu"])))
+    parameter = torch.nn.Parameter(torch.tensor(pinned["theta"]))
+    sgd = torch.optim.SGD([parameter], lr=pinned["lr"], momentum=pinned["mu"], nesterov=True)
+    for step in pinned["steps"]:
+        for worker, (samples, delta) in step["updates"].items():
+            outer.add(worker, samples, update(theta, delta))  # type: ignore[operator]
+        total = sum(samples for samples, _ in step["updates"].values())
+        mean = sum(torch.tensor(delta) * samples / total for samples, delta in step["updates"].values())
+        norm = outer.apply()
+        parameter.grad = -torch.as_tensor(mean)
+        sgd.step()
+        assert norm == pytest.approx(float(torch.as_tensor(mean).norm()), rel=1e-5)
+        torch.testing.assert_close(theta.parameters["w"], parameter.detach(), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(theta.parameters["w"], torch.tensor(step["theta"]), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(outer.momentum["w"], torch.tensor(step["momentum"]), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_the_mean_is_weighted_by_samples_whatever_the_order(update: object, workers: int) -> None:
+    generator = torch.Generator().manual_seed(workers)
+    deltas = [torch.randn(4, generator=generator).tolist() for _ in range(workers)]
+    samples = [7 * (index + 1) for index in range(workers)]
+    wanted = sum(w * torch.tensor(d) for w, d in zip(samples, deltas, strict=True)) / sum(samples)
+    for order in (range(workers), reversed(range(workers))):
+        theta = theta_with([0.0] * 4)
+        outer = OuterStep(theta, job(optimizer=OuterOptimizer(learning_rate=1.0, momentum=0.0)))
+        for index in order:
+            outer.add(str(index), samples[index], update(theta, deltas[index]))  # type: ignore[operator]
+        outer.apply()
+        torch.testing.assert_close(theta.parameters["w"], wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_uniform_weighting_counts_workers(update: object) -> None:
+    theta = theta_with([0.0])
+    plain = OuterOptimizer(learning_rate=1.0, momentum=0.0)
+    outer = OuterStep(theta, job(optimizer=plain, weighting="uniform"))
+    outer.add("a", 1, update(theta, [1.0]))  # type: ignore[operator]
+    outer.add("b", 99, update(theta, [3.0]))  # type: ignore[operator]
+    outer.apply()
+    assert theta.parameters["w"].tolist() == [2.0]
+
+
+def test_buffers_are_averaged_and_counters_take_the_maximum(update: object) -> None:
+    theta = theta_with([0.0], var=torch.ones(2), count=torch.tensor(5), seen=torch.tensor([False, False]))
+    outer = OuterStep(theta, job(optimizer=OuterOptimizer(learning_rate=0.7, momentum=0.9)))
+    for step in range(3):
+        one = update(  # type: ignore[operator]
+            theta,
+            [1.0],
+            var=torch.tensor([0.1, 2.0]),
+            count=torch.tensor(9 + step),
+            seen=torch.tensor([True, False]),
+        )
+        two = update(  # type: ignore[operator]
+            theta,
+            [1.0],
+            var=torch.tensor([0.4, 8.0]),
+            count=torch.tensor(7 + step),
+            seen=torch.tensor([False, False]),
+        )
+        outer.add("a", 1, one)
+        outer.add("b", 2, two)
+        outer.apply()
+        # a mean of positive variances, without momentum, can never turn negative
+        torch.testing.assert_close(theta.buffers["var"], torch.tensor([0.3, 6.0]))
+        assert theta.buffers["count"] == 9 + step
+        assert theta.buffers["seen"].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_poisoned_update_is_refused_before_anything_is_added(update: object, bad: float) -> None:
+    theta = theta_with([0.0, 0.0, 0.0])
+    outer = OuterStep(theta, job(optimizer=OuterOptimizer(learning_rate=1.0, momentum=0.0)))
+    outer.add("good", 1, update(theta, [1.0, 2.0, 3.0]))  # type: ignore[operator]
+    with pytest.raises(Refused, match="not finite") as refused:
+        outer.add("bad", 1, update(theta, [1.0, bad, 1.0]))  # type: ignore[operator]
+    assert refused.value.code == "invalid"
+    outer.apply()
+    assert theta.parameters["w"].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_poisoned_buffer_is_refused(update: object) -> None:
+    theta = theta_with([0.0], var=torch.ones(1))
+    outer = OuterStep(theta, job())
+    with pytest.raises(Refused, match="buffer var"):
+        outer.add("bad", 1, update(theta, [1.0], var=torch.tensor([float("nan")])))  # type: ignore[operator]
+    assert outer.contributors == {}
+
+
+def test_duplicates_and_updates_of_nothing_are_refused(update: object) -> None:
+    theta = theta_with([0.0])
+    outer = OuterStep(theta, job(optimizer=OuterOptimizer(learning_rate=1.0, momentum=0.0)))
+    outer.add("a", 1, update(theta, [1.0]))  # type: ignore[operator]
+    with pytest.raises(Refused) as refused:
+        outer.add("a", 1, update(theta, [5.0]))  # type: ignore[operator]
+    assert refused.value.code == "duplicate"
+    for samples in (0, -3):
+        with pytest.raises(Refused) as refused:
+            outer.add("b", samples, update(theta, [5.0]))  # type: ignore[operator]
+        assert refused.value.code == "invalid"
+    outer.apply()
+    assert theta.parameters["w"].tolist() == [1.0]
+    outer.add("a", 1, update(theta, [1.0]))  # type: ignore[operator]  # a new round, not a duplicate
+
+
+def test_shapes_names_and_dtypes_must_be_those_of_theta(tmp_path: Path) -> None:
+    outer = OuterStep(theta_with([0.0, 0.0]), job())
+    for values in (
+        {"w": torch.zeros(3)},
+        {"v": torch.zeros(2)},
+        {"w": torch.zeros(2, dtype=torch.float64)},
+        {"w": torch.zeros(2), "more": torch.zeros(1)},
+    ):
+        tensors.write(tmp_path / "u", values)
+        with pytest.raises(Refused) as refused:
+            outer.add("a", 1, tmp_path / "u")
+        assert refused.value.code == "invalid"
+    (tmp_path / "u").write_bytes(b"nonsense")
+    with pytest.raises(Refused, match="no valid safetensors"):
+        outer.add("a", 1, tmp_path / "u")
+
+
+def test_large_updates_are_clipped_to_the_norm(update: object) -> None:
+    theta = theta_with([0.0, 0.0])
+    plain = OuterOptimizer(learning_rate=1.0, momentum=0.0)
+    outer = OuterStep(theta, job(optimizer=plain, max_update_norm=1.0))
+    outer.add("huge", 1, update(theta, [300.0, 400.0]))  # type: ignore[operator]
+    outer.add("small", 1, update(theta, [0.3, 0.4]))  # type: ignore[operator]
+    outer.apply()
+    torch.testing.assert_close(theta.parameters["w"], torch.tensor([0.45, 0.6]))
+
+
+def test_a_round_without_updates_changes_nothing(update: object) -> None:
+    theta = theta_with([0.0])
+    outer = OuterStep(theta, job())
+    outer.add("a", 1, update(theta, [1.0]))  # type: ignore[operator]
+    outer.apply()
+    before, momentum = theta.copy().parameters["w"], outer.momentum["w"].clone()
+    assert outer.apply() == 0.0
+    assert torch.equal(theta.parameters["w"], before)
+    assert torch.equal(outer.momentum["w"], momentum)
+
+
+def test_momentum_survives_a_checkpoint(update: object, tmp_path: Path) -> None:
+    theta = theta_with([0.0, 1.0])
+    outer = OuterStep(theta, job())
+    outer.add("a", 1, update(theta, [1.0, 2.0]))  # type: ignore[operator]
+    outer.apply()
+    tensors.write(tmp_path / "m", outer.momentum_or_zeros())
+    copy = theta.copy()
+    momentum = {"w": torch.empty(2)}
+    tensors.read(tmp_path / "m", momentum)
+    restored = OuterStep(copy, job())
+    restored.restore_momentum(momentum)
+    for each in (outer, restored):
+        each.add("a", 1, update(each.theta, [0.5, -1.0]))  # type: ignore[operator]
+        each.apply()
+    assert torch.equal(theta.parameters["w"], copy.parameters["w"])
+
+
+def test_label_skewed_shards_are_weighted_by_their_samples(tmp_path: Path) -> None:
+    """One step of plain gradient descent on two shards of one class each, of 10 and 90 samples: the weighted
+    mean of their updates is the step on all samples; the unweighted one is not.
+    """
+    torch.manual_seed(0)
+    shards = [
+        (torch.randn(10, 3) + 2, torch.zeros(10).long()),
+        (torch.randn(90, 3) - 2, torch.ones(90).long()),
+    ]
+
+    def step(weights: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        leaf = weights.clone().requires_grad_()
+        torch.nn.functional.cross_entropy(x @ leaf, y).backward()
+        assert leaf.grad is not None
+        return weights - leaf.grad
+
+    start = torch.zeros(3, 2)
+    together = step(start, torch.cat([x for x, _ in shards]), torch.cat([y for _, y in shards]))
+    distances = {}
+    for weighting in ("samples", "uniform"):
+        theta = Theta({"w": start.clone()}, {})
+        plain = OuterOptimizer(learning_rate=1.0, momentum=0.0)
+        outer = OuterStep(theta, job(optimizer=plain, weighting=weighting))
+        for index, (x, y) in enumerate(shards):
+            local = Theta({"w": step(start, x, y)}, {})
+            updates.write_update(tmp_path / "u", local, Theta({"w": start}, {}))
+            outer.add(str(index), len(y), tmp_path / "u")
+        outer.apply()
+        distances[weighting] = float((theta.parameters["w"] - together).abs().max())
+    assert distances["samples"] < 1e-6 < 0.01 < distances["uniform"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_the_number_of_workers(tmp_path: Path) -> None:
+    theta = Theta({"large": torch.zeros(10_000_000), "small": torch.zeros(3)}, {})
+    local = Theta({"large": torch.ones(10_000_000), "small": torch.ones(3)}, {})
+    updates.write_update(tmp_path / "u", local, theta)
+    del local
+    outer = OuterStep(theta, job())
+    outer.add("first", 1, tmp_path / "u")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = memory_kb("VmRSS")
+    for worker in range(8):
+        outer.add(str(worker), 1, tmp_path / "u")
+    # one more update in memory would be 39,000
+    assert memory_kb("VmHWM") - before < 12_000
+
+
+def memory_kb(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(name)))

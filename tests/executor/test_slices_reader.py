@@ -1,0 +1,163 @@
+"""The order of samples, batches across slices, the books of a round, and prefetching."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from hypha.errors import SliceCorrupt
+from hypha.executor.slices_reader import (
+    RowStream,
+    Slice,
+    SlicePrefetcher,
+    joined,
+    read_columns,
+    slice_order,
+)
+from hypha.messages import SliceRange
+
+
+def part(index: int, rows: int, epoch: int = 0, round: int = 0) -> Slice:
+    columns = {"id": torch.arange(rows) + 1000 * index}
+    return Slice(epoch, index, columns, slice_order(7, epoch, index, rows), (0, round, 0))
+
+
+def test_the_order_is_numpys_philox_keyed_by_seed_epoch_and_slice() -> None:
+    wanted = np.random.Generator(np.random.Philox(key=[42, 3 << 32 | 5])).permutation(17)
+    assert slice_order(42, 3, 5, 17).tolist() == wanted.tolist()
+    assert slice_order(42, 3, 5, 17, shuffle=False).tolist() == list(range(17))
+    orders = {
+        tuple(slice_order(*key, 17).tolist()) for key in ((42, 3, 5), (42, 3, 6), (42, 4, 5), (43, 3, 5))
+    }
+    assert len(orders) == 4
+    assert sorted(slice_order(-1, 0, 0, 9).tolist()) == list(range(9))
+
+
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6), count=st.integers(1, 15))
+def test_every_row_comes_once_in_order_whatever_the_batch_size(sizes: list[int], count: int) -> None:
+    stream = RowStream()
+    parts = [part(index, rows) for index, rows in enumerate(sizes)]
+    for each in parts:
+        stream.push(each)
+    wanted = torch.cat([each.columns["id"][each.order] for each in parts]).tolist()
+    seen: list[int] = []
+    while (batch := stream.take(count)) is not None:
+        assert len(batch["id"]) == count
+        seen += batch["id"].tolist()
+    assert seen == wanted[: len(wanted) // count * count]
+    assert stream.rows == len(wanted) % count
+    told = [
+        int(parts[piece.slice].columns["id"][parts[piece.slice].order[at]])
+        for piece in stream.ranges
+        for at in range(piece.start, piece.stop)
+    ]
+    assert told == seen
+    assert len({(piece.slice) for piece in stream.ranges}) == len(stream.ranges)
+
+
+def test_the_books_of_a_round_begin_where_the_last_ended() -> None:
+    stream = RowStream()
+    stream.push(part(0, 5))
+    stream.push(part(1, 5))
+    stream.take(3)
+    stream.start_round()
+    stream.take(4)
+    assert stream.ranges == [
+        SliceRange(epoch=0, slice=0, start=3, stop=5),
+        SliceRange(epoch=0, slice=1, start=0, stop=2),
+    ]
+    assert stream.finished == [(0, 0)]
+
+
+def test_dropping_forgets_old_slices_and_starts_newer_ones_from_their_first_row() -> None:
+    stream = RowStream()
+    for each in (part(0, 5, round=3), part(1, 5, round=4)):
+        stream.push(each)
+    stream.take(7)
+    stream.drop_before((0, 4, 0))
+    stream.start_round()
+    assert stream.rows == 5
+    stream.take(5)
+    assert stream.ranges == [SliceRange(epoch=0, slice=1, start=0, stop=5)]
+
+
+def test_slices_that_do_not_fit_together_are_named() -> None:
+    with pytest.raises(SliceCorrupt, match="columns"):
+        joined([{"a": torch.zeros(1)}, {"b": torch.zeros(1)}])
+    with pytest.raises(SliceCorrupt, match="do not fit"):
+        joined([{"a": torch.zeros(1, 2)}, {"a": torch.zeros(1, 3)}])
+
+
+def test_broken_slice_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "slice-1").write_bytes(b"nonsense")
+    save_file({"x": torch.zeros(3), "y": torch.zeros(4)}, tmp_path / "slice-2")
+    save_file({"x": torch.zeros(())}, tmp_path / "slice-3")
+    for name in ("slice-1", "slice-2", "slice-3", "slice-4"):
+        with pytest.raises(SliceCorrupt, match=name):
+            read_columns(tmp_path / name)
+
+
+class Source:
+    """Gives slices when told to, and says how often it was asked."""
+
+    def __init__(self) -> None:
+        self.items: queue.SimpleQueue[Slice | Exception] = queue.SimpleQueue()
+        self.asked = threading.Semaphore(0)
+
+    def fetch(self) -> Slice:
+        self.asked.release()
+        item = self.items.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+def test_one_slice_is_kept_ready_and_no_more() -> None:
+    source, changed = Source(), threading.Semaphore(0)
+    prefetcher = SlicePrefetcher(source.fetch, changed.release)
+    prefetcher.start()
+    assert source.asked.acquire(timeout=5)
+    assert prefetcher.take() is None
+    source.items.put(part(0, 3))
+    assert changed.acquire(timeout=5)
+    assert not source.asked.acquire(timeout=0.05)
+    found = prefetcher.take()
+    assert found is not None
+    assert found.index == 0
+    assert source.asked.acquire(timeout=5)
+    # what is being fetched for a round that is over is dropped as well
+    prefetcher.drop_before((0, 5, 0))
+    source.items.put(part(1, 3, round=4))
+    assert source.asked.acquire(timeout=5)
+    source.items.put(part(2, 3, round=5))
+    assert changed.acquire(timeout=5)
+    found = prefetcher.take()
+    assert found is not None
+    assert found.index == 2
+    source.items.put(SliceCorrupt("slice 9 is broken"))
+    assert changed.acquire(timeout=5)
+    assert prefetcher.ready
+    with pytest.raises(SliceCorrupt, match="slice 9"):
+        prefetcher.take()
+
+
+def test_a_ready_slice_of_an_old_round_is_dropped() -> None:
+    source, changed = Source(), threading.Semaphore(0)
+    prefetcher = SlicePrefetcher(source.fetch, changed.release)
+    prefetcher.start()
+    source.items.put(part(0, 3, round=2))
+    assert changed.acquire(timeout=5)
+    prefetcher.drop_before((0, 2, 0))
+    assert prefetcher.ready
+    prefetcher.drop_before((0, 3, 0))
+    assert not prefetcher.ready
+    source.items.put(SliceCorrupt("the end"))
+    assert changed.acquire(timeout=5)
