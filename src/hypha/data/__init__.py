@@ -1,0 +1,19 @@
+"""The data room: prepare datasets, verify them, and :func:`run_data`, a data node's life."""
+
+from hypha.data.manifest import Dataset, load_dataset_directory, manifest_hash, read_manifest
+from hypha.data.options import PrepareOptions
+from hypha.data.prepare import Prepared, prepare
+from hypha.data.serve import run_data
+from hypha.data.verify import verify
+
+__all__ = [
+    "Dataset",
+    "PrepareOptions",
+    "Prepared",
+    "load_dataset_directory",
+    "manifest_hash",
+    "prepare",
+    "read_manifest",
+    "run_data",
+    "verify",
+]

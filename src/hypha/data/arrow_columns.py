@@ -1,0 +1,77 @@
+"""From Arrow columns to arrays: numbers, booleans, and lists of one length (nested ones too)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hypha.data.slices import Array
+from hypha.errors import DataError
+
+#: says where row ``i`` of the column is
+RowName = Callable[[int], str]
+
+
+def plain(column: Any) -> Any:
+    """A column as one array, without dictionary encoding or extension types."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column
+
+
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type is text, dictionary-encoded text included."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def refuse_missing(column: Any, name: str, row: RowName) -> None:
+    """Raise DataError at the first missing value."""
+    if column.null_count:
+        first = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+        raise DataError(
+            f"{row(first)}: column {name!r} has no value; fill it in, or leave the row or column out"
+        )
+
+
+def to_array(column: Any, name: str, row: RowName) -> Array:
+    """A column as an array of shape (rows, ...). Raises DataError naming row and column."""
+    column = plain(column)
+    refuse_missing(column, name, row)
+    kind = column.type
+    if pa.types.is_decimal(kind):
+        column, kind = column.cast(pa.float64()), pa.float64()
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        numbers: Array = column.to_numpy(zero_copy_only=False)
+        return numbers
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _lists(column, name, row)
+    raise DataError(
+        f"column {name!r} is of type {kind}, which makes no tensor; leave it out by naming the columns to "
+        "keep"
+    )
+
+
+def _lists(column: Any, name: str, row: RowName) -> Array:
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    length = int(lengths[0])
+    if (odd := np.flatnonzero(lengths != length)).size:
+        first = int(odd[0])
+        raise DataError(
+            f"{row(first)}: column {name!r} has a list of {int(lengths[first])} values, {row(0)} one of "
+            f"{length}; "
+            "all must be equally long: pad or cut them first"
+        )
+    if not length:
+        raise DataError(f"{row(0)}: column {name!r} has an empty list; leave the column out")
+    inner = to_array(column.flatten(), name, lambda index: row(index // length))
+    return inner.reshape(len(column), length, *inner.shape[1:])

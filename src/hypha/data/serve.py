@@ -1,0 +1,268 @@
+"""A data node's life: load its datasets, announce them for as long as it runs, hand out slices.
+
+Nothing that a peer asks can end it: an unknown dataset or slice is refused. A slice whose content is not
+what the manifest says is never sent; it is read through before it is first served, and again whenever the
+file has changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from hypha.config.models import DataConfig, DatasetConfig
+from hypha.data.manifest import Dataset, load_dataset_directory
+from hypha.data.verify import slice_problem
+from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
+from hypha.messages import (
+    DatasetDescription,
+    DescribeDataset,
+    FileList,
+    ListFiles,
+    PeerRef,
+    PullFile,
+    TransferMeta,
+)
+from hypha.net import Node, open_node, options_from
+from hypha.telemetry import health_of, serve_http
+
+logger = logging.getLogger("hypha.data")
+
+#: Who may ask for data.
+ASKERS = frozenset({"worker", "scheduler"})
+KIND = "slice"
+#: Pauses between attempts to announce that failed.
+ANNOUNCE_RETRY_MIN_S = 0.5
+ANNOUNCE_RETRY_MAX_S = 30.0
+#: Slices read through at once; more would only make the disk seek.
+MAX_CHECKS = 2
+
+
+async def run_data(
+    config: DataConfig, *, task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Run until cancelled; started with the node's PeerID and addresses, once it answers requests.
+
+    Raises ConfigError with all problems of all datasets, or of the identity and addresses.
+    """
+    node_options = options_from(config, "hypha-data")
+    datasets = await load_datasets(config)
+    async with open_node(node_options) as node, trio.open_nursery() as nursery:
+        shelf = Shelf(datasets, node.roles_of)
+        node.answer(DescribeDataset, shelf.describe, roles=ASKERS)
+        node.answer(ListFiles, shelf.list_files, roles=ASKERS)
+        node.transfers.serve(KIND, shelf.provide)
+        node.health_details.append(shelf.health_details)
+        if config.http_address is not None:
+            await nursery.start(serve_http, config.http_address, lambda: health_of(node))
+        task_status.started(node.ref())
+        await node.wait_connected()
+        for dataset in datasets:
+            nursery.start_soon(announce, node, dataset, config.announce_interval_s)
+
+
+async def load_datasets(config: DataConfig) -> list[Dataset]:
+    """All datasets of ``config``, by its order. Raises ConfigError with all their problems."""
+    entries = [(f"datasets[{index}]", entry) for index, entry in enumerate(config.datasets)]
+    if config.dataset_path is not None:
+        entries.append(("dataset_path", DatasetConfig(path=config.dataset_path)))
+    if not entries:
+        raise ConfigError(
+            [Problem("datasets", "there is no dataset to serve; set dataset_path or add [[datasets]]")]
+        )
+    found: list[Dataset] = []
+    problems: list[Problem] = []
+    for key, entry in entries:
+        try:
+            # abandoned when cancelled: reading 100 GB must not hold up a stop; nothing is half-written
+            dataset = await trio.to_thread.run_sync(
+                load_dataset_directory, entry.path, entry.name, logger.info, abandon_on_cancel=True
+            )
+            if any(dataset.name == other.name for other in found):
+                problems.append(
+                    Problem(key, f"two datasets are called {dataset.name!r}; give one of them another `name`")
+                )
+            found.append(dataset)
+            if config.verify_at_start:
+                problems += await _verified(key, dataset)
+        except DataError as exc:
+            problems += [Problem(key, line) for line in str(exc).splitlines()]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+async def _verified(key: str, dataset: Dataset) -> list[Problem]:
+    problems = []
+    for path, part in zip(dataset.paths, dataset.manifest.slices, strict=True):
+        logger.info("Verifying %s.", path)
+        wrong = await trio.to_thread.run_sync(
+            slice_problem, path, part, dataset.manifest, abandon_on_cancel=True
+        )
+        if wrong is not None:
+            problems.append(Problem(key, f"{path}: {wrong}"))
+    return problems
+
+
+async def announce(node: Node, dataset: Dataset, interval_s: float) -> None:
+    """Announce for ever: at once, again after ``interval_s`` or a change of gateway, sooner on failure."""
+    pause_s = ANNOUNCE_RETRY_MIN_S
+    told = False
+    while True:
+        seen = node.gateway_changed.count
+        try:
+            gateways = await node.provide(dataset.name)
+        except NetworkError as exc:
+            logger.warning("Announcing %s failed: %s.", dataset.name, exc, extra={"dataset": dataset.name})
+            gateways = 0
+        if gateways:
+            level = logging.DEBUG if told else logging.INFO
+            logger.log(
+                level,
+                "Serving %s: %d samples in %d slices, announced at %d gateways.",
+                dataset.name,
+                dataset.manifest.samples,
+                len(dataset.manifest.slices),
+                gateways,
+                extra={"dataset": dataset.name, "manifest_hash": dataset.manifest_hash},
+            )
+            wait_s, pause_s, told = interval_s, ANNOUNCE_RETRY_MIN_S, True
+        else:
+            logger.warning(
+                "No gateway took the announcement of %s; trying again in about %.1f s.", dataset.name, pause_s
+            )
+            wait_s, pause_s = pause_s, min(2 * pause_s, ANNOUNCE_RETRY_MAX_S)
+        with trio.move_on_after(wait_s * random.uniform(0.75, 1.0)):
+            await node.gateway_changed.wait(seen)
+
+
+class Shelf:
+    """The datasets, and what peers may ask of them. ``roles_of`` are those of a connected peer."""
+
+    def __init__(self, datasets: list[Dataset], roles_of: Callable[[str], frozenset[str]]) -> None:
+        self._datasets = {dataset.name: dataset for dataset in datasets}
+        self._roles_of = roles_of
+        self._checked = {dataset.name: SliceChecks(dataset) for dataset in datasets}
+        self._limit = trio.CapacityLimiter(MAX_CHECKS)
+
+    def health_details(self) -> dict[str, str]:
+        """What the node's health says of the datasets."""
+        return {
+            f"dataset {name}": f"{len(dataset.manifest.slices)} slices, {dataset.manifest.samples} samples, "
+            f"{self._checked[name].corrupt} found corrupt"
+            for name, dataset in self._datasets.items()
+        }
+
+    async def describe(self, caller: str, request: DescribeDataset) -> DatasetDescription:
+        """The manifest of a dataset. Refused when it is not here."""
+        dataset = self._named(request.dataset)
+        return DatasetDescription(manifest=dataset.manifest, manifest_hash=dataset.manifest_hash)
+
+    async def list_files(self, caller: str, request: ListFiles) -> FileList:
+        """The slices of the dataset ``name``, as :meth:`provide` would give them."""
+        if request.kind != KIND:
+            raise Refused("not-found", f"a data node has files of kind {KIND!r} only, not {request.kind!r}")
+        dataset = self._named(request.name)
+        return FileList(
+            files=tuple(slice_meta(dataset, index) for index in range(len(dataset.manifest.slices)))
+        )
+
+    async def provide(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
+        """The file of slice ``<dataset>/<index>``, known to be whole. Raises Refused."""
+        roles = self._roles_of(caller)
+        if roles and not roles & ASKERS:
+            raise Refused("role", "slices are for workers and schedulers")
+        name, _, number = request.name.rpartition("/")
+        dataset = self._named(name)
+        count = len(dataset.manifest.slices)
+        # int() would take "-1", "1_0" and digits of other scripts
+        if not (number.isascii() and number.isdigit() and len(number) <= 9) or int(number) >= count:
+            raise Refused("not-found", f"dataset {name} has no slice {number!r}; they are 0 to {count - 1}")
+        index = int(number)
+        await self._checked[name].require_whole(index, self._limit)
+        return dataset.paths[index], slice_meta(dataset, index)
+
+    def _named(self, name: str) -> Dataset:
+        dataset = self._datasets.get(name)
+        if dataset is None:
+            raise Refused("not-found", f"dataset {name!r} is not served here")
+        return dataset
+
+
+def slice_meta(dataset: Dataset, index: int) -> TransferMeta:
+    """What a transfer of that slice says."""
+    part = dataset.manifest.slices[index]
+    return TransferMeta(
+        kind=KIND, name=f"{dataset.name}/{index}", size=part.size, blake3=part.blake3, samples=part.samples
+    )
+
+
+#: what tells that a file was not touched: inode, size, time of change
+Signature = tuple[int, int, int]
+
+
+class SliceChecks:
+    """Which slices of a dataset have been read through, and what was found.
+
+    A verdict holds for as long as the file is not touched, a bad one too: asking for a corrupt slice again
+    and again costs no reading.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._paths = dataset.paths
+        self._verdicts: dict[int, tuple[Signature, str | None]] = {}
+        self._locks: dict[int, trio.Lock] = {}
+
+    @property
+    def corrupt(self) -> int:
+        """How many slices were found to be wrong."""
+        return sum(problem is not None for _, problem in self._verdicts.values())
+
+    async def require_whole(self, index: int, limit: trio.CapacityLimiter) -> None:
+        """Return when the slice is known to be whole. Raises Refused, ``invalid`` or ``not-found``."""
+        # many workers may want one slice at once; it is read through for the first of them
+        async with self._locks.setdefault(index, trio.Lock()):
+            problem = await self._problem(index, limit)
+        if problem is not None:
+            name = f"{self._dataset.name}/{index}"
+            raise Refused(
+                "invalid", f"slice {name} is corrupt here ({problem}); another provider may have it"
+            )
+
+    async def _problem(self, index: int, limit: trio.CapacityLimiter) -> str | None:
+        path, part = self._paths[index], self._dataset.manifest.slices[index]
+        before = signature(path)
+        known = self._verdicts.get(index)
+        if known is not None and known[0] == before:
+            return known[1]
+        problem = await trio.to_thread.run_sync(
+            slice_problem, path, part, self._dataset.manifest, limiter=limit, abandon_on_cancel=True
+        )
+        if problem is not None:
+            logger.error(
+                "Slice %s is not served: %s: %s.",
+                f"{self._dataset.name}/{index}",
+                path,
+                problem,
+                extra={"dataset": self._dataset.name, "slice": index},
+            )
+        elif known is not None:
+            logger.warning(
+                "Slice file %s was touched; it is whole.", path, extra={"dataset": self._dataset.name}
+            )
+        self._verdicts[index] = (before, problem)
+        return problem
+
+
+def signature(path: Path) -> Signature:
+    """Of a file as it is now; all zero when it cannot be seen."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (found.st_ino, found.st_size, found.st_mtime_ns)
