@@ -1,0 +1,34 @@
+"""A gateway's life: a node that relays circuits, forwards gossip, serves the DHT and links with others.
+
+All of that is the node's own (``hop=True``); what is left here is to say where it may be dialled.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from hypha.config.models import GatewayConfig
+from hypha.messages import PeerRef
+from hypha.net import open_node, options_from
+from hypha.telemetry import health_of, serve_http
+
+logger = logging.getLogger("hypha.gateway")
+
+
+async def run_gateway(
+    config: GatewayConfig, *, task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Run until cancelled; started with the gateway's PeerID and addresses. Raises ConfigError."""
+    async with open_node(options_from(config, "hypha-gateway")) as node, trio.open_nursery() as nursery:
+        if config.http_address is not None:
+            await nursery.start(serve_http, config.http_address, lambda: health_of(node))
+        ref = node.ref()
+        logger.info(
+            "Gateway is ready; nodes reach it at %s.",
+            " ".join(ref.addresses) or "no address: external_addresses and exclude_cidr leave none",
+            extra={"peer_id": node.peer_id, "addresses": list(ref.addresses)},
+        )
+        task_status.started(ref)
+        await trio.sleep_forever()
