@@ -1,0 +1,25 @@
+"""The worker: offers what its machine has, runs executors for schedulers that hold a lease, and stands
+between each executor and the network: bridge, connectors, slice cache.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from hypha.config.models import WorkerConfig
+from hypha.messages import PeerRef
+
+__all__ = ["run_worker"]
+
+
+async def run_worker(
+    config: WorkerConfig, *, task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Work until cancelled; ``task_status`` gives this node once it listens and hears requests.
+
+    Cancelled, it kills its executors and is gone within 5 s. Raises ConfigError (IdentityError).
+    """
+    # The network takes a second to import; the keeper's and the bridge's parts do without.
+    from hypha.worker.node import work
+
+    await work(config, task_status=task_status)

@@ -1,0 +1,257 @@
+"""The worker's arbiter, a pure machine: which scheduler gets an offer of what, and at what price.
+
+Requests heard within a short window compete: those this worker can and wants to serve are ordered by
+bid per weighted unit of what they ask for, and as long as something is free each gets an offer with a
+temporary lease behind it, so nothing is promised twice. A request heard again (schedulers repeat them)
+gets no second offer while a lease for it lives. What a strategy offers:
+
+- ``flexible``: exactly what was asked for.
+- ``whole``: to a training job everything that is free at that moment, since a larger batch is what it
+  can use it for; to a parameter server, which has no use for more, exactly what was asked for. So a
+  worker hosts both under two leases when the parameter server comes first, and never when it does not:
+  an owner who wants both in any order takes ``flexible``.
+
+The price offered is the owner's, or the bid where that is higher: a scheduler pays what it bids, else
+outbidding others would cost nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from uuid import uuid4
+
+from hypha.config.models import OfferConfig
+from hypha.leases import (
+    Bind,
+    Denied,
+    Drained,
+    Ended,
+    Freed,
+    Granted,
+    Hold,
+    Lease,
+    LeaseBook,
+    Release,
+    Renew,
+    Reserve,
+    Revoke,
+    Tick,
+)
+from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
+from hypha.resources import fits, is_valid, weighted_capacity
+
+#: Requests that may wait in one window; more are not considered, so a flood cannot grow without bound.
+MAX_WAITING = 1024
+
+
+# --- in -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heard:
+    """``request`` was published by the authenticated ``publisher``."""
+
+    publisher: str
+    request: WorkerRequest
+
+
+@dataclass(frozen=True)
+class OfferFailed:
+    """The offer was refused or could not be delivered in time."""
+
+    lease_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RenewAsked:
+    """The authenticated ``caller`` renews, or by its first renewal accepts."""
+
+    lease_id: str
+    caller: str
+
+
+@dataclass(frozen=True)
+class Close:
+    """Offer nothing any more; leases go on (a worker that is about to stop)."""
+
+
+ArbiterEvent = Heard | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close
+
+
+# --- out ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SendOffer:
+    """Bring ``offer`` to ``scheduler`` before ``before``, or say :class:`OfferFailed`."""
+
+    scheduler: PeerRef
+    offer: WorkerOffer
+    before: float
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """No offer for this request, and why."""
+
+    request_id: str
+    scheduler: str
+    reason: str
+
+
+ArbiterAction = SendOffer | Ignored | Granted | Denied | Ended | Freed
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    request: WorkerRequest
+    before: float
+    order: int
+
+    @property
+    def key(self) -> tuple[float, int]:
+        """Best first: bid per weighted unit asked for; a request for nothing comes last."""
+        weight = weighted_capacity(self.request.resources)
+        return (-(self.request.bid / weight) if weight > 0 else 0.0, self.order)
+
+
+class Arbiter:
+    """Decides for one worker with ``total`` resources that runs ``executors``, on the terms ``terms``.
+
+    ``worker`` gives its own reference at the moment of an offer (addresses change), ``new_id`` lease ids.
+    """
+
+    def __init__(
+        self,
+        total: Resources,
+        executors: Iterable[ExecutorDescriptor],
+        terms: OfferConfig,
+        worker: Callable[[], PeerRef],
+        new_id: Callable[[], str] = lambda: uuid4().hex,
+    ) -> None:
+        self.book = LeaseBook(total)
+        self._executors = frozenset((executor.kind, executor.name) for executor in executors)
+        self._terms = terms
+        self._worker = worker
+        self._new_id = new_id
+        self._waiting: dict[tuple[str, str], _Waiting] = {}
+        self._heard = 0
+        self._window_ends: float | None = None
+        self._closed = False
+
+    @property
+    def next_wake(self) -> float | None:
+        """When the next :class:`Tick` is due: the window's end or an expiry; None when nothing is."""
+        moments = [moment for moment in (self._window_ends, self.book.next_wake) if moment is not None]
+        return min(moments, default=None)
+
+    def handle(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
+        """Apply ``event`` at ``now``."""
+        actions: list[ArbiterAction] = []
+        match event:
+            case Heard(publisher, request):
+                actions.extend(self.book.handle(Tick(), now))
+                reason = self._unfit(publisher, request) or self._enter(request, now)
+                if reason is not None:
+                    actions.append(Ignored(request.request_id, publisher, reason))
+            case OfferFailed(lease_id, _):
+                actions.extend(self.book.handle(Revoke(lease_id), now))
+            case RenewAsked(lease_id, caller):
+                actions.extend(self.book.handle(Renew(lease_id, caller, self._terms.lease_s), now))
+            case Close():
+                self._closed = True
+                self._waiting.clear()
+                self._window_ends = None
+                actions.extend(self.book.handle(Tick(), now))
+            case _:
+                actions.extend(self.book.handle(event, now))
+        if self._window_ends is not None and now >= self._window_ends:
+            actions.extend(self._decide(now))
+        return actions
+
+    def _unfit(self, publisher: str, request: WorkerRequest) -> str | None:
+        """Why this worker will never serve ``request``, whatever is free."""
+        if self._closed:
+            return "this worker is stopping"
+        if request.scheduler.peer != publisher:
+            return "it names another scheduler than the one that published it"
+        if (request.executor.kind, request.executor.name) not in self._executors:
+            return f"no executor {request.executor.name!r} for {request.executor.kind} jobs here"
+        if not is_valid(request.resources) or request.count < 1:
+            return "it asks for amounts that make no sense"
+        # a comparison with NaN is always False, so each bound is stated as what must hold
+        if not (math.isfinite(request.bid) and request.bid >= 0):
+            return "its bid makes no sense"
+        if not (math.isfinite(request.offer_within_s) and request.offer_within_s > 0):
+            return "it leaves no time for an offer"
+        if not request.bid >= self._terms.floor:
+            return f"its bid is below this worker's floor of {self._terms.floor:g}"
+        if not fits(request.resources, self.book.total):
+            return "it asks for more than this worker has"
+        return None
+
+    def _enter(self, request: WorkerRequest, now: float) -> str | None:
+        """Put ``request`` into the window, or say why not."""
+        key = (request.scheduler.peer, request.request_id)
+        if self.book.live_for(*key) is not None:
+            return "a lease for it lives"
+        known = self._waiting.get(key)
+        if known is None and len(self._waiting) >= MAX_WAITING:
+            return "too many requests are waiting"
+        self._heard += 1
+        order = self._heard if known is None else known.order
+        self._waiting[key] = _Waiting(request, now + request.offer_within_s, order)
+        # half of the time it allows is kept for the way: a short deadline shortens the window
+        ends = now + min(self._terms.request_window_s, request.offer_within_s / 2)
+        self._window_ends = ends if self._window_ends is None else min(self._window_ends, ends)
+        return None
+
+    def _decide(self, now: float) -> list[ArbiterAction]:
+        contenders = sorted(self._waiting.values(), key=lambda waiting: waiting.key)
+        self._waiting.clear()
+        self._window_ends = None
+        actions: list[ArbiterAction] = []
+        for contender in contenders:
+            actions.extend(self._offer(contender, now))
+        return actions
+
+    def _offer(self, contender: _Waiting, now: float) -> list[ArbiterAction]:
+        request = contender.request
+        scheduler = request.scheduler
+        if now >= contender.before:
+            return [Ignored(request.request_id, scheduler.peer, "an offer would come too late")]
+        free = self.book.free
+        if not fits(request.resources, free):
+            return [Ignored(request.request_id, scheduler.peer, "what it asks for is not free now")]
+        whole = self._terms.strategy == "whole" and request.executor.kind == "train"
+        lease = Lease(
+            lease_id=self._new_id(),
+            request_id=request.request_id,
+            scheduler=scheduler.peer,
+            executor=request.executor,
+            resources=free if whole else request.resources,
+            price=max(self._terms.price, request.bid),
+            expires_at=now,
+        )
+        life_s = self._terms.temporary_lease_s
+        actions: list[ArbiterAction] = []
+        for answer in self.book.handle(Reserve(lease, life_s), now):
+            if isinstance(answer, Granted):
+                offer = WorkerOffer(
+                    lease_id=lease.lease_id,
+                    request_id=request.request_id,
+                    worker=self._worker(),
+                    resources=lease.resources,
+                    price=lease.price,
+                    expires_in_s=life_s,
+                )
+                # an offer whose lease has ended by then is no offer
+                actions.append(SendOffer(scheduler, offer, min(contender.before, now + life_s)))
+            elif isinstance(answer, Denied):
+                actions.append(Ignored(request.request_id, scheduler.peer, answer.reason))
+            else:
+                actions.append(answer)
+        return actions

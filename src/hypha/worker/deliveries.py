@@ -1,0 +1,159 @@
+"""Sending an executor's files to peers: hashed once, to all receivers at a time, each with its own luck.
+
+A receiver that cannot be reached is tried again with pauses, up to a limit. A delivery that nobody needs
+any more (a newer round goes to the same receiver, the receiver left the job) is given up at once, so one
+dead worker does not hold up a round.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from hypha.errors import NetworkError, Refused
+from hypha.messages import Delivery, PeerRef, TransferMeta
+from hypha.worker.backoff import Backoff
+
+logger = logging.getLogger("hypha.worker.send")
+
+#: A receiver that fails is tried again for this long after its first failure.
+GIVE_UP_AFTER_S = 60.0
+#: ``not-found`` may mean that the receiver's job is just starting.
+NOT_FOUND_PATIENCE_S = 10.0
+
+Transfer = Callable[[PeerRef, Path, TransferMeta], Awaitable[None]]
+
+
+class Deliveries:
+    """All deliveries of one executor; ``transfer`` is ``Transfers.send``."""
+
+    def __init__(self, transfer: Transfer, give_up_after_s: float = GIVE_UP_AFTER_S) -> None:
+        self._transfer = transfer
+        self._give_up_after_s = give_up_after_s
+        self._running: set[_Delivering] = set()
+
+    async def deliver(
+        self,
+        path: Path,
+        meta: TransferMeta,
+        receivers: Sequence[PeerRef],
+        strategy: Literal["all", "random", "one"],
+    ) -> tuple[Delivery, ...]:
+        """``all``: to every receiver, concurrently. ``one`` and ``random``: to one after the other, in
+        order or at random, until one acknowledged.
+        """
+        if strategy == "all":
+            outcomes: dict[str, Delivery] = {}
+
+            async def one(receiver: PeerRef) -> None:
+                outcomes[receiver.peer] = await self._deliver(path, meta, receiver)
+
+            async with trio.open_nursery() as nursery:
+                for receiver in receivers:
+                    nursery.start_soon(one, receiver)
+            return tuple(outcomes[receiver.peer] for receiver in receivers)
+        order = list(receivers)
+        if strategy == "random":
+            random.shuffle(order)
+        tried = []
+        for receiver in order:
+            tried.append(await self._deliver(path, meta, receiver))
+            if tried[-1].acknowledged:
+                break
+        return tuple(tried)
+
+    def keep_only(self, kind: str, peers: Collection[str]) -> None:
+        """Give up deliveries of ``kind`` to anybody else."""
+        for delivering in list(self._running):
+            if delivering.kind == kind and delivering.peer not in peers:
+                delivering.give_up("uninvited", "it takes no part in the job any more")
+
+    async def _deliver(self, path: Path, meta: TransferMeta, receiver: PeerRef) -> Delivery:
+        turn = (meta.stamp.round, meta.stamp.attempt) if meta.stamp is not None else (0, 0)
+        for other in list(self._running):
+            if (other.kind, other.peer) != (meta.kind, receiver.peer):
+                continue
+            if other.meta == meta:
+                # asked for again because it takes long: a second one would only be in its way
+                await other.ended.wait()
+                return other.outcome
+            if other.turn < turn:
+                other.give_up("stale", f"overtaken by round {turn[0]}")
+        delivering = _Delivering(meta, receiver.peer, turn)
+        self._running.add(delivering)
+        try:
+            delivering.outcome = await self._outcome(delivering, path, meta, receiver)
+        finally:
+            self._running.discard(delivering)
+            delivering.ended.set()
+        return delivering.outcome
+
+    async def _outcome(
+        self, delivering: _Delivering, path: Path, meta: TransferMeta, receiver: PeerRef
+    ) -> Delivery:
+        try:
+            with delivering.scope:
+                await self._attempt(path, meta, receiver)
+                return Delivery(peer=receiver.peer, acknowledged=True)
+            return delivering.outcome
+        except Refused as exc:
+            logger.warning("%s was refused: %s", meta.name, exc, extra={"peer_id": receiver.peer})
+            return Delivery(peer=receiver.peer, acknowledged=False, error=exc.code, detail=exc.reason)
+        except NetworkError as exc:
+            logger.error("%s was not delivered: %s", meta.name, exc, extra={"peer_id": receiver.peer})
+            return Delivery(peer=receiver.peer, acknowledged=False, error="unreachable", detail=str(exc))
+
+    async def _attempt(self, path: Path, meta: TransferMeta, receiver: PeerRef) -> None:
+        backoff = Backoff()
+        first_failure: float | None = None
+        while True:
+            patience_s = self._give_up_after_s
+            try:
+                return await self._transfer(receiver, path, meta)
+            except Refused as exc:
+                if exc.code == "duplicate":
+                    return  # it has it
+                if exc.code not in ("busy", "not-found"):
+                    raise
+                if exc.code == "not-found":
+                    patience_s = min(patience_s, NOT_FOUND_PATIENCE_S)
+                failure: NetworkError = exc
+            except NetworkError as exc:
+                failure = exc
+            first_failure = trio.current_time() if first_failure is None else first_failure
+            pause_s = backoff.next_s()
+            if trio.current_time() + pause_s - first_failure > patience_s:
+                raise failure
+            logger.info(
+                "Sending %s failed, again in %.1f s: %s",
+                meta.name,
+                pause_s,
+                failure,
+                extra={"peer_id": receiver.peer},
+            )
+            await trio.sleep(pause_s)
+
+
+class _Delivering:
+    """One file on its way to one receiver."""
+
+    def __init__(self, meta: TransferMeta, peer: str, turn: tuple[int, int]) -> None:
+        self.meta = meta
+        self.kind = meta.kind
+        self.peer = peer
+        self.turn = turn
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+        #: valid when ended
+        self.outcome = Delivery(
+            peer=peer, acknowledged=False, error="unreachable", detail="nobody waited for it any more"
+        )
+
+    def give_up(self, error: str, detail: str) -> None:
+        self.outcome = Delivery(peer=self.peer, acknowledged=False, error=error, detail=detail)
+        self.scope.cancel()

@@ -1,0 +1,438 @@
+"""One life of one executor: its directory, process, bridge and everything that goes in and out.
+
+It begins with a job that was dispatched and ends when the process has ended, the scheduler knows, and
+nothing is left of it. Whoever wants it to stop sets :meth:`Execution.stop` and need not wait.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import trio
+
+from hypha.config.models import ExecutorConfig, WorkerConfig
+from hypha.errors import HyphaError, Refused
+from hypha.leases import Lease
+from hypha.messages import (
+    Alive,
+    Delivery,
+    Directive,
+    Event,
+    ExecutorClass,
+    ExecutorError,
+    ExecutorExited,
+    FetchedFile,
+    Job,
+    JobStamp,
+    Local,
+    Members,
+    PeerRef,
+    Peers,
+    Progress,
+    ReceivedFile,
+    Reference,
+    Rejoin,
+    Report,
+    Request,
+    Response,
+    RoundStarted,
+    SchedulerData,
+    SendCall,
+    SendModel,
+    Sent,
+    TrainJob,
+    TransferMeta,
+)
+from hypha.net import Node
+from hypha.net.transfers import meta_of
+from hypha.worker.allowance import Allowance
+from hypha.worker.bridge import bind_bridge, serve_bridge
+from hypha.worker.cache import SliceCache
+from hypha.worker.connectors import Connectors
+from hypha.worker.deliveries import Deliveries
+from hypha.worker.devices import GpuPins
+from hypha.worker.directory import JobDirectory
+from hypha.worker.feeds import Arrivals, Directives, Feed
+from hypha.worker.inbox import Inbox
+from hypha.worker.limits import CgroupPlaces, Limits, apply_limits
+from hypha.worker.outbox import Outbox
+from hypha.worker.process import Exit, Launch, prepare_launch, run_executor
+from hypha.worker.room import lack_of_room
+from hypha.worker.slices import SlicePrefetcher
+from hypha.worker.storing import Keeping, store_local
+from hypha.worker.watch import Patience, Watch, keep_watch
+
+logger = logging.getLogger("hypha.worker")
+
+#: How long the end of an executor is reported for: with its lease, and without.
+FAREWELL_S, FAREWELL_WITHOUT_LEASE_S = 120.0, 10.0
+#: The exit code reported for an executor that could not even be started.
+NOT_STARTED = 126
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all executors of a worker share."""
+
+    node: Node
+    config: WorkerConfig
+    cache: SliceCache
+    allowance: Allowance
+    connectors: Connectors
+    cgroups: CgroupPlaces
+    gpus: GpuPins
+    environment: Mapping[str, str]
+
+
+class Execution:
+    """``job`` under ``lease``, run by ``executor``. :meth:`run` is its life."""
+
+    def __init__(self, workshop: Workshop, lease: Lease, job: Job, executor: ExecutorConfig) -> None:
+        self.lease = lease
+        self._job = job
+        self._shop = workshop
+        self._executor = executor
+        #: of the job's present life; the executor was started in an earlier one, if the job has rejoined
+        self.generation = job.generation
+        self._round = self._attempt = 0
+        self._stop = trio.Event()
+        self._watch = Watch(Patience.of(workshop.config, executor, job), trio.current_time())
+        self._lease_over = trio.Event()
+        self.ended = trio.Event()
+        self.reported = trio.Event()
+        self._directory = JobDirectory.create(workshop.config.work_dir)
+        self.incarnation = self._directory.path.name
+        self._directives = Directives()
+        self._arrivals = Arrivals(self._directory.path)
+        self._outbox = Outbox(self._ask_scheduler, self.kind, self.incarnation)
+        self._deliveries = Deliveries(workshop.node.transfers.send)
+        # Who takes part; for an aggregate job unknown until the scheduler says so.
+        self._partners: frozenset[str] | None = None
+        self._joiners: frozenset[str] = frozenset()
+        if isinstance(job, TrainJob):
+            self._partners = frozenset({job.parameter_server.peer})
+        self._inbox = Inbox(
+            JobStamp(job_id=job.job_id, generation=job.generation),
+            self._directory,
+            self._arrivals,
+            lambda: self._partners,
+            workshop.allowance.max_file_bytes,
+        )
+        self._theta: tuple[int, int, str] | None = None
+        self._slices: SlicePrefetcher | None = None
+        if isinstance(job, TrainJob):
+            self._slices = SlicePrefetcher(
+                self._ask_scheduler,
+                workshop.node.transfers.pull,
+                workshop.cache,
+                self._directory.part("slices"),
+                self.stamp,
+                job.dataset,
+                self.incarnation,
+            )
+        self._fetches = 0
+
+    @property
+    def job(self) -> Job:
+        """As dispatched, with its secrets."""
+        return self._job
+
+    @property
+    def kind(self) -> ExecutorClass:
+        """Its class."""
+        return "train" if isinstance(self._job, TrainJob) else "aggregate"
+
+    @property
+    def key(self) -> tuple[str, ExecutorClass]:
+        """How the job's traffic is routed to it."""
+        return (self._job.job_id, self.kind)
+
+    def stamp(self) -> JobStamp:
+        """Of what it says now."""
+        return JobStamp(
+            job_id=self._job.job_id,
+            generation=self.generation,
+            round=self._round,
+            attempt=self._attempt,
+        )
+
+    @property
+    def _fields(self) -> dict[str, str]:
+        return {"job_id": self._job.job_id, "lease_id": self.lease.lease_id, "executor": self._executor.name}
+
+    # --- told by the job manager ----------------------------------------------------------------------
+
+    def stop(self, reason: str) -> None:
+        """End the executor; returns at once."""
+        if not self._stop.is_set() and not self.ended.is_set():
+            logger.info("The executor is being stopped: %s.", reason, extra=self._fields)
+        self._stop.set()
+
+    def lease_ended(self) -> None:
+        """Its lease is over, so the executor is stopped, and nobody waits long for a report."""
+        self._lease_over.set()
+        self.stop("its lease ended")
+
+    def steer(self, seq: int, directive: Directive) -> None:
+        """Pass on a directive of the scheduler; an old one is ignored."""
+        if isinstance(directive, Rejoin):
+            # before the executor hears of it: it answers in the new life
+            self._rejoin(directive)
+        if not self._directives.put(seq, directive):
+            return
+        match directive:
+            case Members(peers=peers):
+                self._partners = frozenset(peer.peer for peer in peers)
+                self._deliveries.keep_only("theta", self._partners | self._joiners)
+                self._learn(*peers)
+            case SendModel(to=to):
+                self._joiners |= {to.peer}
+                self._learn(to)
+            case _:
+                pass
+
+    def _rejoin(self, rejoin: Rejoin) -> None:
+        if rejoin.generation <= self.generation:
+            return
+        logger.info("The job goes on in its life %d.", rejoin.generation, extra=self._fields)
+        self.generation = rejoin.generation
+        self._inbox.begin_life(rejoin.generation)
+        if self._slices is None:
+            return
+        if rejoin.parameter_server is not None:
+            self._partners = frozenset({rejoin.parameter_server.peer})
+            self._deliveries.keep_only("update", self._partners)
+            self._learn(rejoin.parameter_server)
+        if rejoin.start_over:
+            self._round, self._attempt, self._theta = rejoin.round, 0, None
+            self._slices.start_over()
+        else:
+            self._slices.begin_life()
+
+    def _learn(self, *peers: PeerRef) -> None:
+        for peer in peers:
+            self._shop.node.learn(peer)
+
+    async def _ask_scheduler(self, request: Request) -> Response:
+        return await self._shop.node.request(self._job.scheduler, request)
+
+    # --- its life -------------------------------------------------------------------------------------
+
+    async def run(self, after: trio.Event | None = None) -> None:
+        """Start when ``after`` is set; return when it is over. Cancelled, it leaves no process and no
+        directory either.
+        """
+        kept = False
+        try:
+            if after is not None:
+                await after.wait()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._outbox.run)
+                ended = await self._run_process()
+                self.ended.set()
+                failed = ended.code != 0 and not ended.stopped
+                logger.log(
+                    logging.ERROR if failed else logging.INFO,
+                    "The executor ended with exit code %d.%s",
+                    ended.code,
+                    f" Its last output:\n{ended.tail}" if failed else "",
+                    extra=self._fields,
+                )
+                if failed and self._shop.config.keep_failed_jobs:
+                    path = self._directory.keep(ended.tail)
+                    kept = True
+                    logger.info("The failed executor's files are in %s.", path, extra=self._fields)
+                self._outbox.put(
+                    self.stamp(),
+                    ExecutorExited(exit_code=ended.code, tail=ended.tail, incarnation=self.incarnation),
+                )
+                await self._farewell()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.ended.set()
+            if not kept:
+                self._directory.remove()
+
+    async def _farewell(self) -> None:
+        async def shorten(scope: trio.CancelScope) -> None:
+            await self._lease_over.wait()
+            scope.deadline = min(scope.deadline, trio.current_time() + FAREWELL_WITHOUT_LEASE_S)
+
+        with trio.move_on_after(FAREWELL_S) as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(shorten, scope)
+                await self._outbox.wait_empty()
+                self.reported.set()
+                nursery.cancel_scope.cancel()
+        if not self.reported.is_set():
+            logger.warning("The scheduler was not told of the executor's end.", extra=self._fields)
+
+    async def _run_process(self) -> Exit:
+        config = self._shop.config
+        pinned = self._shop.gpus.pin(self.lease.resources.gpu)
+        limits: Limits | None = None
+        try:
+            limits = apply_limits(config.limits, self._shop.cgroups, self.incarnation, self.lease.resources)
+            logger.info("Starting the executor under %s.", limits.description, extra=self._fields)
+            environment = {**self._shop.environment, **limits.environment, **pinned}
+            launch = prepare_launch(self._executor, self._job, self._directory, environment)
+            ended = await self._serve_process(launch, limits)
+            why = self._watch.verdict
+            if not why and ended.code != 0 and not ended.stopped:
+                why = limits.verdict()
+            return replace(ended, tail=f"{why}\n{ended.tail}".rstrip()) if why else ended
+        except (HyphaError, OSError) as exc:
+            return Exit(
+                code=NOT_STARTED, tail=f"the worker could not start the executor: {exc}", stopped=False
+            )
+        finally:
+            self._shop.gpus.release(pinned)
+            if limits is not None:
+                with trio.CancelScope(shield=True):
+                    await limits.remove()
+
+    async def _serve_process(self, launch: Launch, limits: Limits) -> Exit:
+        kind = "theta" if self.kind == "train" else "update"
+        hung = trio.Event()
+        listener = bind_bridge(self._directory.socket_path)
+        stop_accepting = self._shop.node.transfers.accept(kind, self._job.job_id, self._gate, self._arrived)
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(serve_bridge, self, listener)
+                if self._slices is not None:
+                    nursery.start_soon(self._slices.run)
+                nursery.start_soon(keep_watch, self._watch, hung)
+                ended = await run_executor(
+                    replace(launch, keeper_options=limits.launch_options()),
+                    self._stop,
+                    self._shop.config.stop_grace_s,
+                    kill=hung,
+                )
+                nursery.cancel_scope.cancel()
+                return ended
+        finally:
+            stop_accepting()
+
+    async def _gate(self, caller: str, meta: TransferMeta) -> Path:
+        """As the inbox has it; what there is no room for ends the executor, so that the job goes on
+        elsewhere: nobody else could say why nothing arrives here.
+        """
+        path = await self._inbox.gate(caller, meta)
+        if (lack := lack_of_room(self._directory.path, meta.size)) is not None:
+            if not self._stop.is_set():
+                logger.error("%s of round %d: %s.", meta.kind, self._round, lack, extra=self._fields)
+                self._outbox.put(self.stamp(), ExecutorError(kind="disk", message=lack))
+                self.stop("its disk is full")
+            raise Refused("no-space", lack)
+        return path
+
+    async def _arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
+        await self._inbox.arrived(caller, meta, path)
+        if self._slices is None or meta.stamp is None:
+            return
+        before, self._theta = self._theta, (meta.stamp.round, meta.stamp.attempt, meta.blake3)
+        self._round, self._attempt = meta.stamp.round, meta.stamp.attempt
+        continued = meta.stamp.round == (before[0] + 1 if before else 0) and self._job.me in meta.contributors
+        if before is not None and before != self._theta and not continued:
+            self._slices.start_over()
+
+    # --- the bridge's desk ----------------------------------------------------------------------------
+
+    async def fetch(self, resource: Reference) -> list[FetchedFile]:
+        """Files of ``resource``, in a directory of their own; or the next slice."""
+        if isinstance(resource, SchedulerData):
+            return [await self._next_slice(resource)]
+        self._fetches += 1
+        directory = self._directory.part("artifacts") / str(self._fetches)
+        directory.mkdir(mode=0o700)
+        paths = await self._shop.connectors.fetch(resource, directory, self._job.job_id)
+        return [FetchedFile(path=self._directory.relative(path), size=path.stat().st_size) for path in paths]
+
+    async def _next_slice(self, resource: SchedulerData) -> FetchedFile:
+        if self._slices is None or not isinstance(self._job, TrainJob):
+            raise Refused("invalid", "only a training job has slices")
+        if (resource.peer, resource.dataset) != (self._job.scheduler.peer, self._job.dataset):
+            raise Refused("invalid", f"this job trains on {self._job.dataset!r} of its own scheduler")
+        found = await self._slices.next()
+        return FetchedFile(
+            path=self._directory.relative(found.path),
+            size=found.assigned.size,
+            slice=found.assigned,
+            round=found.stamp.round,
+            attempt=found.stamp.attempt,
+            generation=found.stamp.generation,
+        )
+
+    async def send(self, call: SendCall) -> Sent:
+        """Send a file of the job directory to peers, or store it at a place that the owner allows."""
+        resource = call.resource
+        path = self._directory.inside(call.path, directory=isinstance(resource, Local))
+        if isinstance(resource, Local):
+            keeping = Keeping(call.marker, call.keep)
+            await store_local(path, resource.url, self._shop.allowance, keeping)
+            return Sent(deliveries=(Delivery(peer=self._job.me, acknowledged=True),))
+        if not isinstance(resource, Peers) or not resource.resource or not resource.peers:
+            raise Refused("invalid", "files are sent to peers, under a resource's name, or to a local place")
+        kind, _, prefix = resource.resource.partition("/")
+        self._check_receivers(kind, resource.peers)
+        if call.generation is not None and call.generation != self.generation:
+            raise Refused("stale", f"generation {self.generation} of the job runs here now")
+        try:
+            meta = await meta_of(
+                path,
+                kind,
+                f"{prefix}/{path.name}" if prefix else path.name,
+                stamp=JobStamp(
+                    job_id=self._job.job_id,
+                    generation=self.generation,
+                    round=call.round,
+                    attempt=call.attempt,
+                ),
+                samples=call.samples,
+                contributors=call.contributors,
+                blake3=call.blake3,
+            )
+        except OSError as exc:
+            raise Refused("not-found", f"{call.path} cannot be read: {exc}") from exc
+        return Sent(deliveries=await self._deliveries.deliver(path, meta, resource.peers, resource.strategy))
+
+    def _check_receivers(self, kind: str, receivers: tuple[PeerRef, ...]) -> None:
+        """An executor is somebody else's program: it sends nothing to those outside its job."""
+        if kind in ("update", "theta"):
+            allowed = (self._partners or frozenset()) | self._joiners
+        elif kind in ("export", "checkpoint"):
+            allowed = frozenset({self._job.scheduler.peer})
+        else:
+            raise Refused("invalid", f"there is no resource {kind!r} to send")
+        for receiver in receivers:
+            if receiver.peer not in allowed:
+                raise Refused("uninvited", f"{receiver.peer} is not to receive {kind} of this job")
+
+    def open_arrivals(self, kinds: frozenset[str]) -> AbstractContextManager[Feed[ReceivedFile]]:
+        """For ``/resources/receive``."""
+        return self._arrivals.open(kinds)
+
+    def open_directives(self) -> AbstractContextManager[Feed[Directive]]:
+        """For ``/directives``."""
+        return self._directives.open()
+
+    def say(self, event: Event) -> None:
+        """Forward an event of the executor."""
+        self._watch.sign(event, trio.current_time())
+        if isinstance(event, Alive):
+            return
+        round_ = getattr(event, "round", None)
+        stamp = self.stamp()
+        if isinstance(round_, int):
+            stamp = JobStamp(job_id=stamp.job_id, generation=stamp.generation, round=round_)
+        if isinstance(event, Progress):
+            report = Report(stamp=stamp, incarnation=self.incarnation, progress=event)
+            self._shop.node.report(self._job.scheduler.peer, report)
+            return
+        if isinstance(event, RoundStarted) and self._slices is not None:
+            self._slices.resume()
+        self._outbox.put(stamp, event)

@@ -1,0 +1,251 @@
+"""The arbiter's loop: hears requests, delivers offers, answers renewals and releases, ends leases on time.
+
+:class:`LeaseDesk` is what the rest of the worker sees of leases; :func:`serve_offers` wires it to the
+network. Whoever must stop when a lease ends is told by a plain call that must not block, so however
+long an executor takes to stop, other leases expire on time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import trio
+
+from hypha.errors import NetworkError, PeerUnreachable, Refused
+from hypha.leases import Bind, Denied, Drained, Ended, Freed, Granted, Hold, Lease, Release, Tick
+from hypha.messages import (
+    Acknowledged,
+    ExecutorClass,
+    LeaseRenewed,
+    PeerRef,
+    ReleaseLease,
+    RenewLease,
+    Resources,
+)
+from hypha.net import Node
+from hypha.worker.arbiter import (
+    Arbiter,
+    ArbiterAction,
+    ArbiterEvent,
+    Close,
+    Heard,
+    Ignored,
+    OfferFailed,
+    RenewAsked,
+    SendOffer,
+)
+
+logger = logging.getLogger("hypha.worker")
+
+#: A scheduler that is busy is asked again after this long, while there is time.
+BUSY_PAUSE_S = 0.05
+
+
+class LeaseDesk:
+    """The leases of one worker, under trio's monotonic clock.
+
+    ``on_expired`` is called, once and from within the loop, with every lease that ended while it was
+    accepted, whether it expired or was released; it must not block.
+    """
+
+    def __init__(self, arbiter: Arbiter, on_expired: Callable[[Lease], None]) -> None:
+        self._arbiter = arbiter
+        self._on_expired = on_expired
+        self._wake = trio.Event()
+        self._outbox: list[SendOffer] = []
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        """All leases, temporary ones included."""
+        return tuple(self._arbiter.book)
+
+    @property
+    def free(self) -> Resources:
+        """What could be offered now."""
+        return self._arbiter.book.free
+
+    @property
+    def total(self) -> Resources:
+        """What the worker has."""
+        return self._arbiter.book.total
+
+    def lease_for_dispatch(
+        self, lease_id: str, caller: str, kind: ExecutorClass, job_id: str | None = None
+    ) -> Lease:
+        """The accepted lease under which ``caller`` may start a ``kind`` executor.
+
+        ``job_id`` binds the lease to that job; another job is refused from then on. Raises
+        ``Refused("lease", ...)``.
+        """
+        return self._granted(Bind(lease_id, caller, kind, job_id))
+
+    def hold(self, lease_id: str, hold_s: float) -> Lease:
+        """An executor runs under this lease: when it ends, keep its resources until :meth:`drained`,
+        at most ``hold_s``. Raises ``Refused("lease", ...)``.
+        """
+        return self._granted(Hold(lease_id, hold_s))
+
+    def drained(self, lease_id: str) -> None:
+        """No executor runs under this lease any more, so it holds nothing beyond its end."""
+        self.handle(Drained(lease_id))
+
+    def close(self) -> None:
+        """Offer nothing any more; leases go on."""
+        self.handle(Close())
+
+    def handle(self, event: ArbiterEvent) -> list[ArbiterAction]:
+        """Tell the arbiter; say and do what follows, but for offers, which the loop delivers."""
+        actions = self._arbiter.handle(event, trio.current_time())
+        for action in actions:
+            match action:
+                case SendOffer():
+                    self._outbox.append(action)
+                case Ended(lease, reason):
+                    self._ended(lease, reason)
+                case Freed(lease):
+                    logger.info(
+                        "The resources of an ended lease are free.", extra={"lease_id": lease.lease_id}
+                    )
+                case Ignored(request_id, scheduler, reason):
+                    logger.debug(
+                        "No offer: %s.", reason, extra={"request_id": request_id, "peer_id": scheduler}
+                    )
+                case _:
+                    pass
+        self._wake.set()
+        return actions
+
+    async def run(self, deliver: Callable[[SendOffer], None]) -> None:
+        """Let time pass for the arbiter; hand each offer to ``deliver``, which must not block."""
+        while True:
+            self.handle(Tick())
+            # nothing is awaited up to the wait below, so no event can slip in between
+            self._wake = wake = trio.Event()
+            outbox, self._outbox = self._outbox, []
+            for offer in outbox:
+                deliver(offer)
+            next_wake = self._arbiter.next_wake
+            with trio.move_on_at(math.inf if next_wake is None else next_wake):
+                await wake.wait()
+
+    def _granted(self, event: Bind | Hold) -> Lease:
+        return granted(self.handle(event), event.lease_id)
+
+    def _ended(self, lease: Lease, reason: str) -> None:
+        fields = {"lease_id": lease.lease_id, "peer_id": lease.scheduler, "job_id": lease.job_id}
+        if not lease.accepted:
+            logger.debug("A temporary lease was not taken (%s).", reason, extra=fields)
+            return
+        logger.info("A lease ended: it was %s.", reason, extra=fields)
+        try:
+            self._on_expired(lease)
+        except Exception:  # the other leases must end on time, whatever goes wrong with this one
+            logger.exception("What ran under an ended lease could not be stopped.", extra=fields)
+
+
+def granted(actions: list[ArbiterAction], lease_id: str) -> Lease:
+    """The lease among ``actions`` that was granted. Raises Refused when it was denied."""
+    for action in actions:
+        if isinstance(action, Granted) and action.lease.lease_id == lease_id:
+            return action.lease
+        if isinstance(action, Denied) and action.lease_id == lease_id:
+            raise Refused(action.code, action.reason)
+    raise Refused("internal", f"nothing was decided about lease {lease_id}")
+
+
+async def serve_offers(
+    node: Node,
+    desk: LeaseDesk,
+    unfit: Callable[[], str | None] = lambda: None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Take part in the market through ``node`` until cancelled; ``started`` once requests are heard.
+
+    While ``unfit`` has a reason, nothing is offered.
+    """
+
+    async def renew(caller: str, request: RenewLease) -> LeaseRenewed:
+        lease = granted(desk.handle(RenewAsked(request.lease_id, caller)), request.lease_id)
+        logger.debug("Lease renewed successfully", extra={"lease_id": lease.lease_id, "peer_id": caller})
+        return LeaseRenewed(
+            lease_id=lease.lease_id, expires_in_s=max(0.0, lease.expires_at - trio.current_time())
+        )
+
+    async def release(caller: str, request: ReleaseLease) -> Acknowledged:
+        # a courtesy that comes twice or late has its effect already
+        desk.handle(Release(request.lease_id, caller))
+        return Acknowledged()
+
+    node.answer(RenewLease, renew, roles=frozenset({"scheduler"}))
+    node.answer(ReleaseLease, release, roles=frozenset({"scheduler"}))
+    greeting: set[str] = set()
+
+    async def greet(scheduler: PeerRef) -> None:
+        # connecting takes as long as the window of requests, so it need not come after it
+        try:
+            await node.connect(scheduler)
+        except NetworkError as exc:
+            logger.debug("A scheduler cannot be reached yet: %s", exc, extra={"peer_id": scheduler.peer})
+        finally:
+            greeting.discard(scheduler.peer)
+
+    async with node.subscribe() as requests, trio.open_nursery() as nursery:
+        nursery.start_soon(desk.run, lambda action: nursery.start_soon(_deliver, node, desk, action))
+        task_status.started()
+        said = False
+        async for publisher, request in requests:
+            if (reason := unfit()) is not None:
+                if not said:
+                    logger.error("Nothing is offered: %s.", reason)
+                said = True
+                continue
+            if said:
+                logger.info("There is room again; offers are made.")
+                said = False
+            ignored = any(isinstance(action, Ignored) for action in desk.handle(Heard(publisher, request)))
+            if not (ignored or publisher in greeting or node.is_connected(publisher)):
+                greeting.add(publisher)
+                nursery.start_soon(greet, request.scheduler)
+
+
+async def _deliver(node: Node, desk: LeaseDesk, action: SendOffer) -> None:
+    """Bring one offer to its scheduler, or have its lease taken back at once."""
+    offer, peer = action.offer, action.scheduler.peer
+    lease_ends = trio.current_time() + offer.expires_in_s
+    node.learn(action.scheduler)
+    reason = "there was no time left to send it"
+    while (now := trio.current_time()) < action.before:
+        try:
+            await _check_role(node, peer, action.before - now)
+            # sent in time; for the answer there is as long as the lease behind the offer lives
+            await node.request(peer, offer, timeout_s=lease_ends - trio.current_time())
+        except Refused as exc:
+            reason = str(exc)
+            if exc.code == "busy":
+                await trio.sleep(BUSY_PAUSE_S)
+                continue
+            break
+        except NetworkError as exc:
+            reason = str(exc)
+            break
+        return
+    logger.info(
+        "An offer was not taken: %s.",
+        reason,
+        extra={"lease_id": offer.lease_id, "request_id": offer.request_id, "peer_id": peer},
+    )
+    desk.handle(OfferFailed(offer.lease_id, reason))
+
+
+async def _check_role(node: Node, peer: str, timeout_s: float) -> None:
+    """Raise Refused unless the certificate of ``peer`` allows it to be a scheduler. May connect."""
+    try:
+        roles = node.roles_of(peer)
+    except PeerUnreachable:
+        with trio.move_on_after(timeout_s):
+            await node.connect(peer)
+        roles = node.roles_of(peer)
+    if roles and "scheduler" not in roles:
+        raise Refused("role", f"{peer} asks for workers, but its certificate does not make it a scheduler")

@@ -1,0 +1,91 @@
+"""Events of one executor on their way to its scheduler: each arrives once, in order, or the job is over.
+
+``Progress`` does not come through here: it may be lost, and goes by the report stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from hypha.errors import NetworkError, Refused
+from hypha.messages import Event, ExecutorClass, JobStamp, ReportEvent, Request, Response
+from hypha.worker.backoff import Backoff
+
+logger = logging.getLogger("hypha.worker.events")
+
+MAX_PAUSE_S = 5.0
+#: Refusals after which repeating an event makes no sense: it came already, or the job has moved on.
+_SETTLED = frozenset({"duplicate", "stale", "invalid", "malformed", "unsupported"})
+
+
+class Outbox:
+    """``ask`` puts a request to the scheduler. ``seq`` counts from 1 for each incarnation."""
+
+    def __init__(
+        self, ask: Callable[[Request], Awaitable[Response]], kind: ExecutorClass, incarnation: str
+    ) -> None:
+        self._ask = ask
+        self._kind: ExecutorClass = kind
+        self._incarnation = incarnation
+        self._seq = 0
+        self._waiting: deque[ReportEvent] = deque()
+        self._some = trio.Event()
+        self._empty = trio.Event()
+        self._empty.set()
+
+    def put(self, stamp: JobStamp, event: Event) -> None:
+        """Take charge of ``event``; never blocks."""
+        self._seq += 1
+        self._waiting.append(
+            ReportEvent(
+                stamp=stamp, kind=self._kind, incarnation=self._incarnation, seq=self._seq, event=event
+            )
+        )
+        if self._empty.is_set():
+            self._empty = trio.Event()
+        self._some.set()
+
+    @property
+    def waiting(self) -> int:
+        """Events not acknowledged yet."""
+        return len(self._waiting)
+
+    async def wait_empty(self) -> None:
+        """Return once every event was acknowledged."""
+        await self._empty.wait()
+
+    async def run(self) -> None:
+        """Deliver until cancelled."""
+        backoff = Backoff(longest_s=MAX_PAUSE_S)
+        while True:
+            while not self._waiting:
+                self._some = trio.Event()
+                await self._some.wait()
+            report = self._waiting[0]
+            fields = {"job_id": report.stamp.job_id, "event": type(report.event).__name__}
+            try:
+                await self._ask(report)
+            except Refused as exc:
+                if exc.code not in _SETTLED:
+                    await self._pause(backoff, exc, fields)
+                    continue
+                logger.warning("The scheduler wants no %s: %s", fields["event"], exc, extra=fields)
+            except NetworkError as exc:
+                await self._pause(backoff, exc, fields)
+                continue
+            backoff.reset()
+            self._waiting.popleft()
+            if not self._waiting:
+                self._empty.set()
+
+    @staticmethod
+    async def _pause(backoff: Backoff, exc: NetworkError, fields: dict[str, str]) -> None:
+        pause_s = backoff.next_s()
+        logger.warning(
+            "Event %s not delivered, again in %.1f s: %s", fields["event"], pause_s, exc, extra=fields
+        )
+        await trio.sleep(pause_s)

@@ -1,0 +1,264 @@
+"""Running one executor: its command, its environment, its output, its end.
+
+Between worker and executor stands a keeper (``launch.py``) that makes sure that nothing of the executor
+survives: not the executor's end, not a stop, not even ``kill -9`` of the worker. Secrets of a job are in
+none of argv, environment, files and log: an executor asks for them over its bridge (``GET /job``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypha.config.models import ExecutorConfig
+from hypha.errors import ExecutorFailed
+from hypha.messages import AggregateJob, HuggingFace, Job, Reference
+from hypha.worker.directory import JobDirectory
+
+logger = logging.getLogger("hypha.worker.executor")
+
+KEEPER = Path(__file__).with_name("launch.py")
+#: Hypha's own executors, for a configuration without ``cmd``.
+OWN_EXECUTORS = {"train": "hypha.executor.training", "aggregate": "hypha.executor.parameter_server"}
+
+TAIL_LINES = 50
+MAX_LINE_BYTES = 4096
+#: The kernel takes 128 KiB for one argument.
+MAX_JOB_JSON_BYTES = 100 * 1024
+#: After SIGKILL a process is gone at once, but for one stuck in the kernel.
+KILLED_WITHIN_S = 2.0
+
+
+def references_of(job: Job) -> list[Reference]:
+    """Every reference in ``job`` that its executor is going to fetch."""
+    found = [job.model.source, job.preprocessor.source if job.preprocessor is not None else None]
+    if isinstance(job, AggregateJob):
+        found.append(job.restore)
+    return [reference for reference in found if reference is not None]
+
+
+def secrets_of(job: Job) -> tuple[str, ...]:
+    """Every token in ``job``."""
+    hubs = (reference for reference in references_of(job) if isinstance(reference, HuggingFace))
+    return tuple(dict.fromkeys(hub.token for hub in hubs if hub.token))
+
+
+def without_secrets(job: Job) -> Job:
+    """``job`` with every token gone: what may be written down."""
+    model = msgspec.structs.replace(job.model, source=_without_token(job.model.source))
+    preprocessor = job.preprocessor
+    if preprocessor is not None:
+        source = _without_token(preprocessor.source) or preprocessor.source
+        preprocessor = msgspec.structs.replace(preprocessor, source=source)
+    if isinstance(job, AggregateJob):
+        job = msgspec.structs.replace(job, restore=_without_token(job.restore))
+    return msgspec.structs.replace(job, model=model, preprocessor=preprocessor)
+
+
+def _without_token(reference: Reference | None) -> Reference | None:
+    return msgspec.structs.replace(reference, token=None) if isinstance(reference, HuggingFace) else reference
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything to start an executor with. ``secrets`` are blotted out of its output."""
+
+    job_id: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    work_dir: Path
+    keeper_options: Sequence[str] = ()
+    secrets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How an executor ended: its exit code (negative: the signal that killed it), its last lines, and
+    whether that was because it was told to stop.
+    """
+
+    code: int
+    tail: str
+    stopped: bool
+
+
+def prepare_launch(
+    config: ExecutorConfig, job: Job, directory: JobDirectory, environment: Mapping[str, str]
+) -> Launch:
+    """Fill in the placeholders and write ``job.json``. ``environment`` is the base and the limits'.
+
+    Raises :class:`ExecutorFailed` when ``{JOB_JSON}`` would not fit into an argument.
+    """
+    text = msgspec.json.encode(without_secrets(job)).decode()
+    job_file = directory.path / "job.json"
+    job_file.write_text(text)
+    job_file.chmod(0o600)
+    values = {
+        "{SOCKET_PATH}": str(directory.socket_path),
+        "{WORK_DIR}": str(directory.path),
+        "{JOB_JSON}": text,
+        "{JOB_FILE}": str(job_file),
+    }
+    if config.cmd is None:
+        command = [sys.executable, "-m", OWN_EXECUTORS[config.kind], *(config.args or ["{SOCKET_PATH}"])]
+    else:
+        command = [config.cmd, *config.args]
+    if any("{JOB_JSON}" in part for part in command) and len(text.encode()) > MAX_JOB_JSON_BYTES:
+        raise ExecutorFailed(
+            f"the job's description has {len(text.encode())} bytes, too many for an argument; "
+            f"use {{JOB_FILE}} instead of {{JOB_JSON}} in the args of executor {config.name!r}"
+        )
+    return Launch(
+        job_id=job.job_id,
+        argv=tuple(_substitute(part, values) for part in command),
+        environment={
+            **environment,
+            **{name: _substitute(value, values) for name, value in config.env.items()},
+            "SOCKET_PATH": values["{SOCKET_PATH}"],
+            "WORK_DIR": values["{WORK_DIR}"],
+        },
+        work_dir=directory.path,
+        secrets=secrets_of(job),
+    )
+
+
+def _substitute(text: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace(name, value)
+    return text
+
+
+@dataclass
+class _Output:
+    """Cuts output into lines, logs each, keeps the last ones."""
+
+    job_id: str
+    secrets: tuple[str, ...]
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
+    _rest: bytes = b""
+
+    def feed(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._say(line)
+        while len(self._rest) > MAX_LINE_BYTES:
+            self._say(self._rest[:MAX_LINE_BYTES])
+            self._rest = self._rest[MAX_LINE_BYTES:]
+
+    def end(self) -> str:
+        if self._rest:
+            self._say(self._rest)
+            self._rest = b""
+        return "\n".join(self.lines)
+
+    def _say(self, line: bytes) -> None:
+        text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        self.lines.append(text)
+        logger.log(_level_of(text), "%s", text, extra={"job_id": self.job_id})
+
+
+def _level_of(line: str) -> int:
+    """Our own executors begin a line with its level; what goes wrong there is the operator's business."""
+    return {"WARNING": logging.WARNING, "ERROR": logging.ERROR}.get(line.partition(" ")[0], logging.DEBUG)
+
+
+async def run_executor(
+    launch: Launch,
+    stop: trio.Event,
+    grace_s: float,
+    *,
+    kill: trio.Event | None = None,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> Exit:
+    """Run it until it ends; ``task_status`` gives the process group.
+
+    Once ``stop`` is set its group gets SIGTERM, and all that is left after ``grace_s`` SIGKILL. When ``kill``
+    is set, or this is cancelled, it is killed at once, and gone when this returns.
+    """
+    keeper = [sys.executable, "-I", "-S", str(KEEPER), *launch.keeper_options, "--", *launch.argv]
+    process = await trio.lowlevel.open_process(
+        keeper,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=launch.work_dir,
+        env=dict(launch.environment),
+        start_new_session=True,
+    )
+    output = _Output(launch.job_id, launch.secrets)
+    drained = trio.Event()
+    stopped = False
+
+    async def stop_when_told() -> None:
+        nonlocal stopped
+        await stop.wait()
+        stopped = True
+        _signal_group(process.pid, signal.SIGTERM)
+        await trio.sleep(grace_s)
+        await _kill(process)
+
+    async def kill_when_told(told: trio.Event) -> None:
+        await told.wait()
+        await _kill(process)
+
+    async def read() -> None:
+        if process.stdout is not None:
+            async for data in process.stdout:
+                output.feed(bytes(data))
+        drained.set()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop_when_told)
+            if kill is not None:
+                nursery.start_soon(kill_when_told, kill)
+            nursery.start_soon(read)
+            task_status.started(process.pid)
+            await process.wait()
+            # Everybody who had the pipe is dead, so this only empties it.
+            with trio.move_on_after(KILLED_WITHIN_S):
+                await drained.wait()
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await _kill(process)
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    await stream.aclose()
+    code = process.returncode
+    return Exit(code=code if code is not None else -signal.SIGKILL, tail=output.end(), stopped=stopped)
+
+
+async def _kill(process: trio.Process) -> None:
+    """Cut the lifeline: the keeper kills everything below it. If it does not, kill its group."""
+    if process.poll() is not None:
+        return
+    if process.stdin is not None:
+        await process.stdin.aclose()
+    # a keeper that somebody stopped could not keep its promise
+    process.send_signal(signal.SIGCONT)
+    with trio.move_on_after(KILLED_WITHIN_S):
+        await process.wait()
+        return
+    _signal_group(process.pid, signal.SIGKILL)
+    with trio.move_on_after(KILLED_WITHIN_S):
+        await process.wait()
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,239 @@
+"""The next slice is here before the current one ends: one prefetcher a training job.
+
+It asks the scheduler for a slice, takes it from the cache or from one of its providers in turn, and holds
+it until the executor asks; then it goes for the one after. It never gives up by itself: a scheduler or
+provider that is away is asked again, with pauses, until the job ends.
+
+When the job goes on from a theta that this worker's work is not in, the scheduler has taken back the slices
+it had assigned until then. What was asked for before is then dropped here too, and nothing is handed out
+until the executor has said that it started over (:meth:`SlicePrefetcher.start_over`, ``resume``), so that
+it cannot mistake a new slice for one to drop. Each slice says under which round, and which attempt at it, it
+was asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from hypha.errors import NetworkError, Refused, TransferCorrupt
+from hypha.messages import (
+    JobStamp,
+    NextSlice,
+    NoSlice,
+    PullFile,
+    Request,
+    Response,
+    SliceAssigned,
+    TransferMeta,
+)
+from hypha.net.bulk_files import hash_file
+from hypha.worker.backoff import Backoff
+from hypha.worker.cache import SliceCache
+from hypha.worker.connectors import Pull
+
+logger = logging.getLogger("hypha.worker.slices")
+
+#: Slices whose files stay in the job directory; the executor has long read older ones.
+KEPT_LINKS = 16
+MAX_RETRY_S = 30.0
+#: While no provider can be pulled from: training stands still, and one may be back at any moment.
+MAX_PULL_RETRY_S = 5.0
+MAX_HOLD_S = 10.0
+
+
+@dataclass(frozen=True)
+class PrefetchedSlice:
+    """A slice in the job directory, asked for while the newest theta was that of ``stamp``."""
+
+    path: Path
+    assigned: SliceAssigned
+    stamp: JobStamp
+
+
+class SlicePrefetcher:
+    """``ask`` puts a request to the job's scheduler, ``stamp`` gives the job's current one, ``directory``
+    is the job's for slices.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[Request], Awaitable[Response]],
+        pull: Pull,
+        cache: SliceCache,
+        directory: Path,
+        stamp: Callable[[], JobStamp],
+        dataset: str,
+        incarnation: str,
+    ) -> None:
+        self._ask = ask
+        self._pull = pull
+        self._cache = cache
+        self._directory = directory
+        self._stamp = stamp
+        self._dataset = dataset
+        self._incarnation = incarnation
+        self._seq = 0
+        #: what was got for an earlier one is dropped
+        self._held_from = 0
+        self._another_life = trio.Event()
+        self._ready: PrefetchedSlice | None = None
+        self._changed = trio.Event()
+        self._handed_out: list[Path] = []
+        self._asking: trio.CancelScope | None = None
+        self._held: trio.Event | None = None
+        self._pending = stamp()
+
+    async def run(self) -> None:
+        """Prefetch until cancelled."""
+        while True:
+            while self._ready is not None:
+                await self._changed.wait()
+            found = await self._fetch_next()
+            self._asking = None
+            if found is not None:
+                self._ready = found
+                self._notify()
+
+    async def next(self) -> PrefetchedSlice:
+        """The next slice; waits while there is none. A cancelled call takes none."""
+        while self._ready is None or self._held is not None:
+            if self._held is None:
+                await self._changed.wait()
+            else:
+                # An executor that cannot listen while it waits here must not wait for ever.
+                with trio.move_on_after(MAX_HOLD_S):
+                    await self._held.wait()
+                self._held = None
+        found, self._ready = self._ready, None
+        self._notify()
+        self._handed_out.append(found.path)
+        while len(self._handed_out) > KEPT_LINKS:
+            self._handed_out.pop(0).unlink(missing_ok=True)
+        return found
+
+    def start_over(self) -> None:
+        """Drop what was asked for so far, and hand out nothing until :meth:`resume`."""
+        self._held = self._held or trio.Event()
+        self._held_from = self._seq + 1
+        if self._ready is not None:
+            self._ready.path.unlink(missing_ok=True)
+            self._ready = None
+        if self._asking is not None:
+            self._asking.cancel()
+        self._notify()
+
+    def begin_life(self) -> None:
+        """The job goes on in another life: what is asked for is asked for in that one."""
+        self._pending = self._stamp()
+        self._another_life.set()
+        self._another_life = trio.Event()
+
+    def resume(self) -> None:
+        """The executor has started the round it goes on from."""
+        if self._held is not None:
+            self._held.set()
+            self._held = None
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _fetch_next(self) -> PrefetchedSlice | None:
+        """None when it was dropped meanwhile."""
+        self._seq += 1
+        self._pending = self._stamp()
+        with trio.CancelScope() as scope:
+            self._asking = scope
+            backoff = Backoff(longest_s=MAX_PULL_RETRY_S)
+            told = ""
+            while True:
+                assigned = await self._ask_until_assigned()
+                path = self._directory / f"{self._seq:06}-{assigned.epoch}-{assigned.index}.safetensors"
+                try:
+                    if await self._take_cached(assigned, path) or await self._pull_from_any(assigned, path):
+                        if scope.cancel_called:
+                            # dropped after the last moment at which trio could have said so
+                            path.unlink(missing_ok=True)
+                            return None
+                        return PrefetchedSlice(path, assigned, self._pending)
+                except (OSError, ValueError) as exc:  # the disk, or a hash that is none
+                    if str(exc) != told:
+                        told = str(exc)
+                        fields = {"job_id": self._stamp().job_id, "dataset": assigned.dataset}
+                        logger.error("Slice %d cannot be stored: %s", assigned.index, exc, extra=fields)
+                # Providers may come and go, so ask again; the same seq gets the same slice.
+                await trio.sleep(backoff.next_s())
+        return None
+
+    async def _ask_until_assigned(self) -> SliceAssigned:
+        backoff = Backoff(longest_s=MAX_RETRY_S)
+        while True:
+            stamp = self._pending
+            request = NextSlice(
+                stamp=stamp,
+                incarnation=self._incarnation,
+                seq=self._seq,
+                cached=self._cache.cached(self._dataset),
+                held_from=self._held_from,
+            )
+            try:
+                answer = await self._ask(request)
+            except NetworkError as exc:
+                pause_s = backoff.next_s()
+                logger.warning(
+                    "The scheduler gave no slice: %s. Asking again in %.1f s.",
+                    exc,
+                    pause_s,
+                    extra={"job_id": stamp.job_id},
+                )
+                # a scheduler that comes back says so
+                with trio.move_on_after(pause_s):
+                    await self._another_life.wait()
+                continue
+            if isinstance(answer, SliceAssigned):
+                return answer
+            backoff.reset()
+            wait_s = answer.retry_in_s if isinstance(answer, NoSlice) else MAX_RETRY_S
+            # The round may move on while there is nothing: then this is no longer a request of the old one.
+            self._pending = self._stamp()
+            await trio.sleep(min(max(wait_s, 0.05), MAX_RETRY_S))
+
+    async def _take_cached(self, assigned: SliceAssigned, path: Path) -> bool:
+        """Put the slice at ``path`` if it is here, and still what was pulled."""
+        if not self._cache.link(assigned, path):
+            return False
+        # to its end, so that a link is never forgotten
+        with trio.CancelScope(shield=True):
+            found = await trio.to_thread.run_sync(hash_file, path)
+        if found == (assigned.size, assigned.blake3):
+            return True
+        self._cache.drop(assigned, path)
+        return False
+
+    async def _pull_from_any(self, assigned: SliceAssigned, path: Path) -> bool:
+        name = f"{assigned.dataset}/{assigned.index}"
+        expect = TransferMeta(kind="slice", name=name, size=assigned.size, blake3=assigned.blake3)
+        incoming = self._cache.incoming(assigned)
+        self._cache.require_room(assigned.size)
+        what = PullFile(kind="slice", name=name, job_id=self._stamp().job_id)
+        for provider in assigned.providers:
+            fields = {"job_id": self._stamp().job_id, "peer_id": provider.peer, "dataset": assigned.dataset}
+            try:
+                await self._pull(provider, what, incoming, expect, assigned.size)
+            except TransferCorrupt as exc:
+                logger.error(
+                    "Data node %s sent a corrupt slice %s: %s", provider.peer, name, exc, extra=fields
+                )
+            except Refused as exc:
+                logger.warning("Data node %s: no slice %s: %s", provider.peer, name, exc, extra=fields)
+            except NetworkError as exc:
+                logger.warning("Slice %s could not be pulled: %s", name, exc, extra=fields)
+            else:
+                self._cache.insert(assigned, incoming)
+                return self._cache.link(assigned, path)
+        return False

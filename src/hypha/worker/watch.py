@@ -1,0 +1,102 @@
+"""When an executor is taken for hung: alive as a process, but without a sign of life for too long.
+
+A sign is any event on its bridge. An executor that has nothing to do (it waits for theta, a plan, data or
+updates) says :class:`Alive` while it waits, from the very thread that works otherwise; so a stopped process
+and an endless batch look the same, and a long wait does not. Held to that are Hypha's own executors and those
+whose owner gave them a ``hang_s``, from their start; any other from its first ``Alive`` on. Who never says
+it is not watched: what it owes its job is the business of the scheduler's deadlines. Pure, but for the loop.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import trio
+
+from hypha.config.models import ExecutorConfig, WorkerConfig
+from hypha.messages import Alive, Event, Job, Loaded, ModelReady, TrainJob
+
+#: until its model is there an executor has at least so long: importing torch alone may take a minute
+LOADING_S = 300.0
+#: this worker looks so often, at the least
+_LONGEST_PAUSE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Patience:
+    """``hang_s`` as the worker's owner wants it (0: for ever), ``shorter_s`` as the job does; ``always``:
+    from the start.
+    """
+
+    hang_s: float
+    shorter_s: float | None = None
+    always: bool = True
+
+    @classmethod
+    def of(cls, worker: WorkerConfig, executor: ExecutorConfig, job: Job) -> Patience:
+        """With this executor, for this job."""
+        return cls(
+            hang_s=worker.hang_s if executor.hang_s is None else executor.hang_s,
+            shorter_s=job.hang_s if isinstance(job, TrainJob) else None,
+            always=executor.cmd is None or executor.hang_s is not None,
+        )
+
+    @property
+    def working_s(self) -> float:
+        """Once its model is there; 0: for ever."""
+        return min(self.hang_s, self.shorter_s or self.hang_s)
+
+
+class Watch:
+    """One executor, started at ``now``. :meth:`look` is to be called every :attr:`pause_s`."""
+
+    def __init__(self, patience: Patience, now: float) -> None:
+        self._working_s = patience.working_s
+        self._watched = patience.always
+        self._loading = True
+        self._last_at = self._looked_at = now
+        self._last = ""
+        #: what is to be said of its end, once it was found to hang
+        self.verdict = ""
+
+    @property
+    def pause_s(self) -> float:
+        """Between two looks."""
+        return min(_LONGEST_PAUSE_S, self._working_s / 10.0 or _LONGEST_PAUSE_S)
+
+    def sign(self, event: Event, now: float) -> None:
+        """It said something."""
+        if isinstance(event, Alive):
+            self._watched = True
+        else:
+            self._last = re.sub(r"(?<!^)(?=[A-Z])", " ", type(event).__name__).lower()
+        if isinstance(event, Loaded | ModelReady):
+            self._loading = False
+        self._last_at = now
+
+    def look(self, now: float) -> bool:
+        """Does it hang?"""
+        slept_s = now - self._looked_at
+        self._looked_at = now
+        if slept_s > 3.0 * self.pause_s:
+            # this worker itself stood still: signs may lie unread in its socket
+            self._last_at += slept_s
+        limit_s = max(self._working_s, LOADING_S) if self._loading else self._working_s
+        silent_s = now - self._last_at
+        if not self._watched or not self._working_s or silent_s < limit_s:
+            return False
+        last = f"; the last it said was {self._last!r}" if self._last else ""
+        self.verdict = (
+            f"it hung: no sign of life for {silent_s:.0f} s ({limit_s:g} are allowed), so it was killed{last}"
+        )
+        return True
+
+
+async def keep_watch(watch: Watch, hung: trio.Event) -> None:
+    """Set ``hung`` when it is."""
+    while True:
+        if watch.look(trio.current_time()):
+            hung.set()
+            return
+        await trio.sleep(watch.pause_s)

@@ -1,0 +1,257 @@
+"""The arbiter under numbers for a clock: who gets an offer, of what, for how much, and who does not."""
+
+from __future__ import annotations
+
+import math
+from itertools import count
+
+import pytest
+
+from hypha.config.models import OfferConfig
+from hypha.leases import Bind, Ended, Granted, Release, Tick
+from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerRequest
+from hypha.worker.arbiter import (
+    MAX_WAITING,
+    Arbiter,
+    ArbiterAction,
+    Close,
+    Heard,
+    Ignored,
+    OfferFailed,
+    RenewAsked,
+    SendOffer,
+)
+
+TOTAL = Resources(cpu=8, memory=32, gpu=16, storage=100)
+TRAIN = ExecutorDescriptor(kind="train", name="diloco-transformer")
+AGGREGATE = ExecutorDescriptor(kind="aggregate", name="parameter-server")
+
+
+def arbiter(total: Resources = TOTAL, **terms: object) -> Arbiter:
+    numbers = count(1)
+    return Arbiter(
+        total,
+        [TRAIN, AGGREGATE],
+        OfferConfig(**terms),  # type: ignore[arg-type]
+        lambda: PeerRef(peer="W"),
+        lambda: f"lease-{next(numbers)}",
+    )
+
+
+def request(
+    scheduler: str = "S",
+    request_id: str = "r1",
+    *,
+    bid: float = 1.0,
+    kind: ExecutorClass = "train",
+    offer_within_s: float = 0.5,
+    wanted: int = 1,
+    resources: Resources = Resources(cpu=2, memory=8, gpu=4),  # noqa: B008  frozen
+) -> WorkerRequest:
+    return WorkerRequest(
+        request_id=request_id,
+        scheduler=PeerRef(peer=scheduler),
+        resources=resources,
+        executor=TRAIN if kind == "train" else AGGREGATE,
+        count=wanted,
+        bid=bid,
+        offer_within_s=offer_within_s,
+    )
+
+
+def hear(worker: Arbiter, now: float, *requests: WorkerRequest) -> list[ArbiterAction]:
+    """All in one window; what follows at its end."""
+    actions: list[ArbiterAction] = []
+    for one in requests:
+        actions += worker.handle(Heard(one.scheduler.peer, one), now)
+    if worker.next_wake is not None and worker.next_wake <= now + 0.2:
+        actions += worker.handle(Tick(), worker.next_wake)
+    return actions
+
+
+def offers(actions: list[ArbiterAction]) -> list[SendOffer]:
+    return [action for action in actions if isinstance(action, SendOffer)]
+
+
+def reasons(actions: list[ArbiterAction]) -> list[str]:
+    return [action.reason for action in actions if isinstance(action, Ignored)]
+
+
+def test_a_request_gets_an_offer_at_the_end_of_the_window_with_a_temporary_lease_behind_it() -> None:
+    worker = arbiter()
+    assert worker.handle(Heard("S", request()), 10.0) == []
+    assert worker.next_wake == 10.2
+    assert worker.handle(Tick(), 10.19) == []
+    [sent] = offers(worker.handle(Tick(), 10.2))
+    assert sent.scheduler.peer == "S"
+    assert sent.before == 10.5
+    assert sent.offer.worker.peer == "W"
+    assert (sent.offer.request_id, sent.offer.resources) == ("r1", request().resources)
+    assert (sent.offer.price, sent.offer.expires_in_s) == (1.0, 5.0)
+    assert worker.book.free == Resources(cpu=6, memory=24, gpu=12, storage=100)
+    [ended] = worker.handle(Tick(), 15.2)
+    assert isinstance(ended, Ended)
+    assert worker.book.free == TOTAL
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        (request(resources=Resources(cpu=1, gpu=80)), "more than this worker has"),
+        (request(resources=Resources(cpu=1, gpu=math.nan)), "no sense"),
+        (request(resources=Resources(cpu=-1)), "no sense"),
+        (request(bid=math.nan), "bid makes no sense"),
+        (request(bid=math.inf), "bid makes no sense"),
+        (request(bid=-1.0), "bid makes no sense"),
+        (request(bid=0.4), "floor of 0.5"),
+        (request(offer_within_s=0.0), "no time"),
+        (request(offer_within_s=math.nan), "no time"),
+        (request(wanted=0), "no sense"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["flexible", "whole"])
+def test_what_the_worker_cannot_or_will_not_serve_gets_no_offer(
+    bad: WorkerRequest, why: str, strategy: str
+) -> None:
+    worker = arbiter(floor=0.5, strategy=strategy)
+    actions = hear(worker, 0.0, bad)
+    assert offers(actions) == []
+    assert why in reasons(actions)[0]
+    assert worker.book.free == TOTAL
+
+
+def test_an_executor_is_matched_by_class_and_name() -> None:
+    worker = Arbiter(TOTAL, [TRAIN], OfferConfig(), lambda: PeerRef(peer="W"))
+    assert "no executor 'parameter-server'" in reasons(hear(worker, 0.0, request(kind="aggregate")))[0]
+    assert len(offers(hear(worker, 1.0, request()))) == 1
+
+
+def test_nobody_asks_in_anothers_name() -> None:
+    worker = arbiter()
+    actions = worker.handle(Heard("X", request("S")), 0.0)
+    assert "another scheduler" in reasons(actions)[0]
+    assert worker.next_wake is None
+
+
+def test_the_price_is_the_owners_or_the_bid_where_that_is_higher() -> None:
+    assert offers(hear(arbiter(price=2.0), 0.0, request(bid=1.0)))[0].offer.price == 2.0
+    assert offers(hear(arbiter(price=2.0), 0.0, request(bid=3.0)))[0].offer.price == 3.0
+
+
+def test_the_higher_bid_per_weighted_unit_goes_first_when_there_is_not_enough_for_all() -> None:
+    small = Resources(gpu=4)
+    worker = arbiter(Resources(gpu=16))
+    actions = hear(
+        worker,
+        0.0,
+        request("A", bid=1.0, resources=small),
+        request("B", bid=3.0, resources=Resources(gpu=16)),
+        request("C", bid=2.0, resources=Resources(gpu=12)),
+    )
+    # per weighted unit: A 1/100, B 3/400, C 2/300
+    assert [sent.scheduler.peer for sent in offers(actions)] == ["A", "C"]
+    assert reasons(actions) == ["what it asks for is not free now"]
+
+
+def test_a_later_higher_bid_in_the_same_window_wins_and_equal_bids_go_by_arrival() -> None:
+    worker = arbiter(Resources(cpu=2, memory=8, gpu=4))
+    worker.handle(Heard("A", request("A", bid=1.0)), 0.0)
+    worker.handle(Heard("B", request("B", bid=1.0)), 0.1)
+    worker.handle(Heard("C", request("C", bid=1.5)), 0.15)
+    [sent] = offers(worker.handle(Tick(), 0.2))
+    assert sent.scheduler.peer == "C"
+    worker.handle(OfferFailed(sent.offer.lease_id, "gone"), 0.3)
+    actions = hear(worker, 1.0, request("A"), request("B"))
+    assert [sent.scheduler.peer for sent in offers(actions)] == ["A"]
+
+
+def test_a_request_for_nothing_does_not_outbid_anybody() -> None:
+    worker = arbiter()
+    actions = hear(worker, 0.0, request("Z", resources=Resources()), request("A", bid=0.01))
+    assert [sent.scheduler.peer for sent in offers(actions)] == ["A", "Z"]
+
+
+def test_a_repeated_request_gets_no_second_reservation_while_a_lease_for_it_lives() -> None:
+    worker = arbiter()
+    assert len(offers(hear(worker, 0.0, request(), request()))) == 1
+    assert reasons(hear(worker, 1.0, request())) == ["a lease for it lives"]
+    worker.handle(RenewAsked("lease-1", "S"), 2.0)
+    assert reasons(hear(worker, 10.0, request())) == ["a lease for it lives"]
+    worker.handle(Release("lease-1", "S"), 11.0)
+    assert len(offers(hear(worker, 11.0, request()))) == 1
+    assert len(offers(hear(worker, 11.0, request("T")))) == 1
+
+
+def test_a_repeated_request_gets_another_offer_after_expiry_even_when_nobody_looked_before() -> None:
+    worker = arbiter()
+    hear(worker, 0.0, request())
+    assert len(offers(hear(worker, 5.2, request()))) == 1
+
+
+def test_a_failed_offer_frees_at_once() -> None:
+    worker = arbiter()
+    [sent] = offers(hear(worker, 0.0, request()))
+    worker.handle(OfferFailed(sent.offer.lease_id, "unreachable"), 0.3)
+    assert worker.book.free == TOTAL
+
+
+def test_a_short_deadline_shortens_the_window() -> None:
+    worker = arbiter()
+    worker.handle(Heard("S", request(offer_within_s=0.1)), 0.0)
+    assert worker.next_wake == 0.05
+
+
+def test_an_offer_that_would_come_too_late_is_not_made() -> None:
+    worker = arbiter()
+    worker.handle(Heard("S", request(offer_within_s=0.5)), 0.0)
+    actions = worker.handle(Tick(), 0.5)
+    assert reasons(actions) == ["an offer would come too late"]
+    assert worker.book.free == TOTAL
+
+
+def test_whole_gives_a_training_job_all_that_is_free_and_a_parameter_server_what_it_asked_for() -> None:
+    worker = arbiter(strategy="whole")
+    [server] = offers(hear(worker, 0.0, request(kind="aggregate", resources=Resources(cpu=1, memory=2))))
+    assert server.offer.resources == Resources(cpu=1, memory=2)
+    [train] = offers(hear(worker, 1.0, request(request_id="r2")))
+    assert train.offer.resources == Resources(cpu=7, memory=30, gpu=16, storage=100)
+    assert worker.book.free == Resources()
+    assert reasons(hear(worker, 2.0, request("T"))) == ["what it asks for is not free now"]
+
+
+def test_a_training_job_and_a_parameter_server_fit_side_by_side() -> None:
+    worker = arbiter()
+    actions = hear(worker, 0.0, request(), request(request_id="r2", kind="aggregate"))
+    assert [sent.offer.request_id for sent in offers(actions)] == ["r1", "r2"]
+    for lease_id in ("lease-1", "lease-2"):
+        worker.handle(RenewAsked(lease_id, "S"), 1.0)
+    assert isinstance(worker.handle(Bind("lease-1", "S", "train", "job"), 2.0)[-1], Granted)
+    assert isinstance(worker.handle(Bind("lease-2", "S", "aggregate", "job"), 2.0)[-1], Granted)
+
+
+def test_the_first_renewal_accepts_for_the_length_of_a_lease() -> None:
+    worker = arbiter(lease_s=30.0)
+    hear(worker, 0.0, request())
+    [granted] = worker.handle(RenewAsked("lease-1", "S"), 1.0)
+    assert isinstance(granted, Granted)
+    assert granted.lease.expires_at == 31.0
+
+
+def test_a_flood_of_requests_does_not_grow_without_bound() -> None:
+    worker = arbiter()
+    refused = 0
+    for index in range(MAX_WAITING + 10):
+        refused += len(reasons(worker.handle(Heard("S", request(request_id=f"r{index}")), 0.0)))
+    assert refused == 10
+    assert len(offers(worker.handle(Tick(), 0.2))) == 4
+
+
+def test_a_stopping_worker_offers_nothing_but_keeps_its_leases() -> None:
+    worker = arbiter()
+    hear(worker, 0.0, request())
+    worker.handle(RenewAsked("lease-1", "S"), 1.0)
+    worker.handle(Heard("T", request("T")), 2.0)
+    worker.handle(Close(), 2.1)
+    assert worker.handle(Tick(), 2.2) == []
+    assert reasons(hear(worker, 3.0, request("U"))) == ["this worker is stopping"]
+    assert isinstance(worker.handle(RenewAsked("lease-1", "S"), 4.0)[-1], Granted)

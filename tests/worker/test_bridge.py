@@ -1,0 +1,369 @@
+"""The bridge over a real socket, by httpx, by the standard library and by curl."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import stat
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+import trio
+import trio.testing
+from openapi_spec_validator import validate
+from tests.support.polling import until
+from tests.worker.test_process import TOKEN, train_job
+
+from hypha.errors import PeerUnreachable, Refused
+from hypha.messages import (
+    Delivery,
+    Directive,
+    Event,
+    ExecutorExited,
+    FetchCall,
+    FetchedFile,
+    HuggingFace,
+    Job,
+    Loaded,
+    Local,
+    Members,
+    PeerRef,
+    Peers,
+    Plan,
+    ReceivedFile,
+    Reference,
+    SchedulerData,
+    SendCall,
+    SendModel,
+    Sent,
+    StatusCall,
+    TransferMeta,
+    Uri,
+)
+from hypha.worker.bridge import MAX_BODY_BYTES, bind_bridge, serve_bridge
+from hypha.worker.directory import JobDirectory
+from hypha.worker.feeds import Arrivals, Directives, Feed
+
+
+class FileDesk:
+    """A desk whose only network is this directory: what the bridge asks comes and goes as told."""
+
+    def __init__(self, directory: JobDirectory) -> None:
+        self.directory = directory
+        self.directives = Directives()
+        self.arrivals = Arrivals(directory.path)
+        self.events: list[Event] = []
+        self.outcomes: tuple[Delivery, ...] = ()
+        self.slices = Feed[FetchedFile]()
+        self.fetching = 0
+
+    @property
+    def job(self) -> Job:
+        return train_job()
+
+    async def fetch(self, resource: Reference) -> list[FetchedFile]:
+        match resource:
+            case SchedulerData():
+                self.fetching += 1
+                try:
+                    return [await self.slices.get()]
+                finally:
+                    self.fetching -= 1
+            case Uri():
+                raise Refused("not-allowed", "no")
+            case HuggingFace():
+                raise PeerUnreachable("hub", "down")
+            case Peers():
+                raise Refused("busy", "later", peer="somebody")
+        raise RuntimeError("a bug")
+
+    async def send(self, call: SendCall) -> Sent:
+        self.directory.inside(call.path)
+        return Sent(deliveries=self.outcomes)
+
+    def open_arrivals(self, kinds: frozenset[str]) -> AbstractContextManager[Feed[ReceivedFile]]:
+        return self.arrivals.open(kinds)
+
+    def open_directives(self) -> AbstractContextManager[Feed[Directive]]:
+        return self.directives.open()
+
+    def say(self, event: Event) -> None:
+        self.events.append(event)
+
+
+@asynccontextmanager
+async def bridge(tmp_path: Path) -> AsyncIterator[tuple[FileDesk, httpx.AsyncClient]]:
+    directory = JobDirectory.create(tmp_path)
+    desk = FileDesk(directory)
+    transport = httpx.AsyncHTTPTransport(uds=str(directory.socket_path))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_bridge, desk, bind_bridge(directory.socket_path))
+        async with httpx.AsyncClient(transport=transport, base_url="http://bridge", timeout=10) as client:
+            yield desk, client
+        nursery.cancel_scope.cancel()
+    directory.remove()
+
+
+async def post(client: httpx.AsyncClient, path: str, call: msgspec.Struct) -> httpx.Response:
+    return await client.post(path, content=msgspec.json.encode(call))
+
+
+async def test_job_comes_with_its_secrets_through_a_private_socket(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (desk, client):
+        mode = desk.directory.socket_path.stat().st_mode
+        assert stat.S_IMODE(mode) == 0o600
+        answer = await client.get("/job")
+        assert TOKEN in answer.text
+        assert msgspec.json.decode(answer.content, type=Job) == desk.job
+
+
+async def test_openapi_is_valid_and_names_every_endpoint(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (_, client):
+        document = (await client.get("/openapi.json")).json()
+        validate(document)
+        assert set(document["paths"]) == {
+            "/job", "/directives", "/resources/fetch", "/resources/send", "/resources/receive", "/status/send"
+        }  # fmt: skip
+        assert {"TrainJob", "SendCall", "BridgeError", "Plan"} <= set(document["components"]["schemas"])
+
+
+@pytest.mark.parametrize(
+    ("resource", "status", "error"),
+    [
+        (Uri(value="http://x"), 403, "not-allowed"),
+        (HuggingFace(repository="a/b"), 502, "unreachable"),
+        (Peers(peers=()), 409, "busy"),
+        (Local(url="/x"), 500, "internal"),
+    ],
+)
+async def test_fetch_errors(
+    tmp_path: Path, resource: Reference, status: int, error: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with bridge(tmp_path) as (_, client):
+        answer = await post(client, "/resources/fetch", FetchCall(resource=resource))
+        assert (answer.status_code, answer.json()["error"]) == (status, error)
+        assert answer.json()["detail"]
+
+
+EXITED = ExecutorExited(exit_code=0, tail="")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/resources/fetch", b"{", 400),
+        ("POST", "/resources/fetch", b'{"resource": {"type": "floppy"}}', 400),
+        ("POST", "/status/send", msgspec.json.encode(StatusCall(event=EXITED)), 400),
+        ("POST", "/status/send", b" " * (MAX_BODY_BYTES + 1), 413),
+        ("GET", "/nothing", b"", 404),
+        ("GET", "/resources/fetch", b"", 405),
+    ],
+)  # fmt: skip
+async def test_wrong_calls(tmp_path: Path, method: str, path: str, body: bytes, status: int) -> None:
+    async with bridge(tmp_path) as (desk, client):
+        answer = await client.request(method, path, content=body)
+        assert answer.status_code == status
+        assert set(answer.json()) == {"error", "detail"}
+        assert desk.events == []
+
+
+async def test_send_tells_what_became_of_each_receiver(tmp_path: Path) -> None:
+    ok = Delivery(peer="a", acknowledged=True)
+    refused = Delivery(peer="b", acknowledged=False, error="stale", detail="too late")
+    away = Delivery(peer="c", acknowledged=False, error="unreachable", detail="gone")
+    async with bridge(tmp_path) as (desk, client):
+        (desk.directory.path / "outgoing/x").write_text("x")
+        call = SendCall(resource=Peers(peers=(PeerRef(peer="a"),)), path="outgoing/x", round=0)
+        for outcomes, status, error in [
+            ((ok, refused, away), 200, None),
+            ((away, refused), 409, "stale"),
+            ((away,), 502, "unreachable"),
+        ]:
+            desk.outcomes = outcomes
+            answer = await post(client, "/resources/send", call)
+            assert answer.status_code == status
+            if error is None:
+                assert msgspec.json.decode(answer.content, type=Sent).deliveries == outcomes
+            else:
+                assert answer.json()["error"] == error
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("../outside", 400), ("/etc/passwd", 400), ("link", 400), ("linked-dir/outside", 400), ("", 400),
+        ("outgoing", 400), ("outgoing/../../outside", 400), ("nothing", 404),
+        ("in\0side", 400), ("loop", 404),
+    ],
+)  # fmt: skip
+async def test_paths_cannot_leave_the_job_directory(tmp_path: Path, path: str, status: int) -> None:
+    async with bridge(tmp_path) as (desk, client):
+        (tmp_path / "outside").write_text("secret")
+        (desk.directory.path / "link").symlink_to(tmp_path / "outside")
+        (desk.directory.path / "linked-dir").symlink_to(tmp_path)
+        (desk.directory.path / "loop").symlink_to(desk.directory.path / "loop")
+        desk.outcomes = (Delivery(peer="a", acknowledged=True),)
+        call = SendCall(resource=Peers(peers=(PeerRef(peer="a"),)), path=path, round=0)
+        answer = await post(client, "/resources/send", call)
+        assert answer.status_code == status
+
+
+class Stream:
+    """An event stream, read off the socket."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._rest = b""
+
+    async def data(self, count: int) -> list[bytes]:
+        found: list[bytes] = []
+        with trio.fail_after(5):
+            while len(found) < count:
+                *lines, self._rest = self._rest.split(b"\n")
+                found += [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")]
+                if len(found) < count:
+                    self._rest += await self._stream.receive_some()
+        assert len(found) == count
+        return found
+
+
+@asynccontextmanager
+async def stream(desk: FileDesk, method: str, path: str, body: bytes = b"") -> AsyncIterator[Stream]:
+    async with await trio.open_unix_socket(desk.directory.socket_path) as connection:
+        head = f"{method} {path} HTTP/1.1\r\nhost: b\r\ncontent-length: {len(body)}\r\n\r\n"
+        await connection.send_all(head.encode() + body)
+        yield Stream(connection)
+
+
+async def test_directives_start_with_the_newest_of_each(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (desk, _):
+        a, b = PeerRef(peer="a"), PeerRef(peer="b")
+        assert desk.directives.put(1, Plan(round=1))
+        assert desk.directives.put(2, SendModel(to=a))
+        assert desk.directives.put(3, SendModel(to=b))
+        assert desk.directives.put(4, Plan(round=1, batches=7))
+        assert not desk.directives.put(4, Plan(round=1, batches=8))
+        assert not desk.directives.put(1, Plan(round=0))
+        newest: list[Directive] = [SendModel(to=a), SendModel(to=b), Plan(round=1, batches=7)]
+        for seq in (5, 6):  # again after a reconnect
+            async with stream(desk, "GET", "/directives") as opened:
+                texts = await opened.data(len(newest))
+                assert [msgspec.json.decode(text, type=Directive) for text in texts] == newest
+                members = Members(peers=(PeerRef(peer=f"peer-{seq}"),))
+                desk.directives.put(seq, members)
+                (text,) = await opened.data(1)
+                assert msgspec.json.decode(text, type=Directive) == members
+            newest = [*newest[:3], members]
+
+
+def received(desk: FileDesk, name: str, kind: str = "theta") -> ReceivedFile:
+    (desk.directory.part("incoming") / name).write_bytes(b"x")
+    meta = TransferMeta(kind=kind, name=name, size=1, blake3="0" * 64)
+    return ReceivedFile(path=f"incoming/{name}", size=1, from_peer="ps", meta=meta)
+
+
+async def test_files_wait_for_their_executor_until_it_deletes_them(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (desk, _):
+        early, other = received(desk, "early"), received(desk, "other", "update")
+        desk.arrivals.put(early)
+        desk.arrivals.put(other)
+        call = b'{"kinds": ["theta"]}'
+        async with stream(desk, "POST", "/resources/receive", call) as opened:
+            assert [msgspec.json.decode(text, type=ReceivedFile) for text in await opened.data(1)] == [early]
+            late = received(desk, "late")
+            desk.arrivals.put(late)
+            assert [msgspec.json.decode(text, type=ReceivedFile) for text in await opened.data(1)] == [late]
+        (desk.directory.path / early.path).unlink()
+        async with stream(desk, "POST", "/resources/receive", call) as opened:
+            assert [msgspec.json.decode(text, type=ReceivedFile) for text in await opened.data(1)] == [late]
+
+
+async def test_client_that_goes_away_takes_no_slice(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (desk, client):
+        call = FetchCall(resource=SchedulerData(peer="scheduler", dataset="digits"))
+        with trio.move_on_after(0.2):
+            await post(client, "/resources/fetch", call)
+        with trio.fail_after(5):
+            while desk.fetching:
+                await trio.sleep(0.01)
+        slice_ = FetchedFile(path="slices/1", size=1)
+        desk.slices.put(slice_)
+        answer = await post(client, "/resources/fetch", call)
+        assert msgspec.json.decode(answer.content, type=list[FetchedFile]) == [slice_]
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("bridge")
+        self._path = str(path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self._path)
+
+
+async def test_plain_standard_library_client(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (desk, _):
+
+        def talk() -> tuple[int, object]:
+            connection = UnixConnection(desk.directory.socket_path)
+            body = json.dumps({"event": {"type": "loaded", "incarnation": "i"}})
+            try:
+                connection.request("POST", "/status/send", body, {"content-type": "application/json"})
+                answer = connection.getresponse()
+                return answer.status, json.loads(answer.read())
+            finally:
+                connection.close()
+
+        assert await trio.to_thread.run_sync(talk) == (200, {})
+        assert desk.events == [Loaded(incarnation="i")]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+async def test_curl(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (desk, _):
+        desk.directives.put(1, Plan(round=3, batches=4))
+        socket_path = str(desk.directory.socket_path)
+        done = await trio.run_process(
+            ["curl", "-sN", "--max-time", "1", "--unix-socket", socket_path, "http://b/directives"],
+            capture_stdout=True,
+            check=False,
+            stderr=subprocess.DEVNULL,
+        )
+        assert b'event: plan\ndata: {"type":"plan","round":3,"batches":4}\n\n' in done.stdout
+
+
+async def test_clients_that_left_leave_nothing(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (desk, client):
+        await client.get("/job")
+        before = trio.lowlevel.current_statistics().tasks_living
+
+        for path, end in ((b"/openapi.json", b"}"), (b"/directives", b": open\n\n\r\n")):
+            for _ in range(3):
+                stream = await trio.open_unix_socket(desk.directory.socket_path)
+                await stream.send_all(b"GET " + path + b" HTTP/1.1\r\nHost: bridge\r\n\r\n")
+                answer = b""
+                while not answer.endswith(end):
+                    answer += await stream.receive_some()
+                await trio.testing.wait_all_tasks_blocked()
+                await stream.aclose()
+        # connections are kept for their clients for a day
+        await until(lambda: trio.lowlevel.current_statistics().tasks_living <= before)
+
+
+async def test_bridge_ends_with_streams_open(tmp_path: Path) -> None:
+    with trio.fail_after(5):
+        async with bridge(tmp_path) as (desk, _):
+            connection = await trio.open_unix_socket(desk.directory.socket_path)
+            await connection.send_all(b"GET /directives HTTP/1.1\r\nhost: b\r\n\r\n")
+            assert await connection.receive_some()
+        while await connection.receive_some():
+            pass
+        await connection.aclose()

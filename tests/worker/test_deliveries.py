@@ -1,0 +1,160 @@
+"""Sending to several peers: nobody's trouble is another's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from hypha.errors import PeerUnreachable, Refused, TransferFailed
+from hypha.messages import Delivery, JobStamp, PeerRef, TransferMeta
+from hypha.worker.deliveries import GIVE_UP_AFTER_S, NOT_FOUND_PATIENCE_S, Deliveries
+
+FILE = Path("theta")
+A, B, C = (PeerRef(peer=name) for name in "abc")
+
+
+def meta(round_: int = 0, kind: str = "theta") -> TransferMeta:
+    stamp = JobStamp(job_id="job", generation=0, round=round_)
+    return TransferMeta(kind=kind, name="theta", size=1, blake3="0", stamp=stamp)
+
+
+class Wire:
+    """``troubles`` by peer: raised one after the other, the last one for ever when ``endless``."""
+
+    def __init__(self, **troubles: list[Exception]) -> None:
+        self.troubles = troubles
+        self.endless = False
+        self.attempts: list[str] = []
+        self.slow: dict[str, float] = {}
+
+    async def transfer(self, peer: PeerRef, path: Path, meta: TransferMeta) -> None:
+        self.attempts.append(peer.peer)
+        await trio.sleep(self.slow.get(peer.peer, 0.1))
+        troubles = self.troubles.get(peer.peer, [])
+        if troubles:
+            raise troubles[0] if self.endless else troubles.pop(0)
+
+
+def ok(peer: str) -> Delivery:
+    return Delivery(peer=peer, acknowledged=True)
+
+
+async def test_all_at_once_each_with_its_own_outcome(autojump_clock: trio.testing.MockClock) -> None:
+    wire = Wire(b=[Refused("stale", "old", "b")], c=[TransferFailed("c", "theta", "cut")] * 2)
+    before = trio.current_time()
+    found = await Deliveries(wire.transfer).deliver(FILE, meta(), [A, B, C], "all")
+    assert found == (ok("a"), Delivery(peer="b", acknowledged=False, error="stale", detail="old"), ok("c"))
+    assert wire.attempts.count("c") == 3
+    assert trio.current_time() - before < 3
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error", "patience_s"),
+    [
+        (PeerUnreachable("a", "down"), "unreachable", GIVE_UP_AFTER_S),
+        (Refused("busy", "full", "a"), "busy", GIVE_UP_AFTER_S),
+        (Refused("not-found", "no such job", "a"), "not-found", NOT_FOUND_PATIENCE_S),
+    ],
+)
+async def test_patience_has_an_end(
+    trouble: Exception, error: str, patience_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    wire = Wire(a=[trouble])
+    wire.endless = True
+    before = trio.current_time()
+    (found,) = await Deliveries(wire.transfer).deliver(FILE, meta(), [A], "all")
+    assert (found.acknowledged, found.error) == (False, error)
+    assert patience_s / 3 < trio.current_time() - before < patience_s + 1
+
+
+async def test_duplicate_means_that_it_is_there(autojump_clock: trio.testing.MockClock) -> None:
+    wire = Wire(a=[Refused("duplicate", "have it", "a")])
+    assert await Deliveries(wire.transfer).deliver(FILE, meta(), [A], "all") == (ok("a"),)
+
+
+async def test_one_is_enough_for_strategy_one(autojump_clock: trio.testing.MockClock) -> None:
+    wire = Wire(a=[Refused("uninvited", "who", "a")])
+    found = await Deliveries(wire.transfer).deliver(FILE, meta(), [A, B, C], "one")
+    assert [delivery.acknowledged for delivery in found] == [False, True]
+    assert wire.attempts == ["a", "b"]
+
+
+async def test_newer_round_overtakes_an_older_one(autojump_clock: trio.testing.MockClock) -> None:
+    wire = Wire()
+    wire.slow["a"] = 1000.0
+    deliveries = Deliveries(wire.transfer)
+    outcomes: dict[int, tuple[Delivery, ...]] = {}
+
+    async def send(round_: int, kind: str = "theta") -> None:
+        outcomes[round_] = await deliveries.deliver(FILE, meta(round_, kind), [A, B], "all")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send, 1)
+        await trio.sleep(10)
+        wire.slow.clear()
+        await send(2)
+        await send(0, "checkpoint")
+    assert outcomes[1][0].error == "stale"
+    assert outcomes[1][1] == ok("b")
+    assert outcomes[2] == (ok("a"), ok("b"))
+    assert trio.current_time() < 20
+
+
+async def test_asked_for_again_it_is_not_sent_twice_at_a_time(autojump_clock: trio.testing.MockClock) -> None:
+    """A second one would only take the way, and a place, of the first."""
+    wire = Wire(a=[PeerUnreachable("a", "down")])
+    wire.slow["a"] = 30.0
+    deliveries = Deliveries(wire.transfer)
+    outcomes: list[tuple[Delivery, ...]] = []
+
+    async def send() -> None:
+        outcomes.append(await deliveries.deliver(FILE, meta(3), [A], "all"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        await trio.sleep(10)
+        nursery.start_soon(send)
+    assert outcomes == [(ok("a"),), (ok("a"),)]
+    # the second attempt is that of the first delivery, after its failure
+    assert wire.attempts == ["a", "a"]
+
+
+async def test_another_attempt_at_the_round_overtakes_the_one_before(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    wire = Wire()
+    wire.slow["a"] = 1000.0
+    deliveries = Deliveries(wire.transfer)
+    outcomes: list[tuple[Delivery, ...]] = []
+
+    async def send(attempt: int) -> None:
+        stamp = JobStamp(job_id="job", generation=0, round=3, attempt=attempt)
+        told = TransferMeta(kind="theta", name="theta", size=1, blake3="0", stamp=stamp)
+        outcomes.append(await deliveries.deliver(FILE, told, [A], "all"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send, 0)
+        await trio.sleep(10)
+        wire.slow.clear()
+        nursery.start_soon(send, 1)
+    assert [one.error for (one,) in outcomes] == ["stale", ""]
+    assert trio.current_time() < 20
+
+
+async def test_receiver_that_left_is_given_up_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    wire = Wire(b=[PeerUnreachable("b", "dead")])
+    wire.endless = True
+    deliveries = Deliveries(wire.transfer)
+    async with trio.open_nursery() as nursery:
+
+        async def left() -> None:
+            await trio.sleep(5)
+            deliveries.keep_only("theta", {"a"})
+
+        nursery.start_soon(left)
+        found = await deliveries.deliver(FILE, meta(), [A, B], "all")
+    assert [delivery.error for delivery in found] == ["", "uninvited"]
+    assert trio.current_time() < 6

@@ -1,0 +1,109 @@
+"""Who may send what to an executor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hypha.errors import Refused
+from hypha.messages import JobStamp, TransferMeta
+from hypha.worker.directory import JobDirectory
+from hypha.worker.feeds import Arrivals
+from hypha.worker.inbox import MAX_WAITING, Inbox
+
+
+class Setting:
+    def __init__(self, tmp_path: Path) -> None:
+        self.directory = JobDirectory.create(tmp_path)
+        self.arrivals = Arrivals(self.directory.path)
+        self.senders: frozenset[str] | None = frozenset({"ps"})
+        stamp = JobStamp(job_id="job", generation=3)
+        self.inbox = Inbox(stamp, self.directory, self.arrivals, lambda: self.senders, max_bytes=100)
+
+    async def send(self, caller: str, meta: TransferMeta) -> Path:
+        path = await self.inbox.gate(caller, meta)
+        path.write_bytes(b"x" * meta.size)
+        await self.inbox.arrived(caller, meta, path)
+        return path
+
+    async def code(self, caller: str, meta: TransferMeta) -> str | None:
+        try:
+            await self.inbox.gate(caller, meta)
+        except Refused as exc:
+            return exc.code
+        return None
+
+
+def theta(
+    round_: int = 0,
+    generation: int = 3,
+    job_id: str = "job",
+    size: int = 1,
+    hash_: str = "",
+    attempt: int = 0,
+) -> TransferMeta:
+    stamp = JobStamp(job_id=job_id, generation=generation, round=round_, attempt=attempt)
+    return TransferMeta(kind="theta", name="theta", size=size, blake3=hash_ or f"{round_:064}", stamp=stamp)
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return Setting(tmp_path)
+
+
+async def test_refusals(setting: Setting) -> None:
+    assert await setting.code("ps", theta()) is None
+    assert await setting.code("stranger", theta()) == "uninvited"
+    assert await setting.code("ps", theta(generation=2)) == "stale"
+    assert await setting.code("ps", theta(generation=4)) == "busy"
+    assert await setting.code("ps", theta(job_id="other")) == "malformed"
+    assert await setting.code("ps", TransferMeta(kind="theta", name="x", size=1, blake3="0")) == "malformed"
+    assert await setting.code("ps", theta(size=101)) == "too-large"
+    assert await setting.code("ps", theta(hash_="../../x")) == "malformed"
+    setting.senders = frozenset()
+    assert await setting.code("ps", theta()) == "uninvited"
+    setting.senders = None
+    assert await setting.code("ps", theta()) == "busy"
+
+
+async def test_one_that_waits_is_not_taken_twice_one_worked_off_is(setting: Setting) -> None:
+    path = await setting.send("ps", theta(1))
+    assert await setting.code("ps", theta(1)) == "duplicate"
+    path.unlink()
+    assert await setting.send("ps", theta(1)) == path
+
+
+async def test_older_rounds_of_the_same_sender_are_stale(setting: Setting) -> None:
+    await setting.send("ps", theta(5))
+    assert await setting.code("ps", theta(4)) == "stale"
+    setting.senders = frozenset({"other"})  # a new parameter server goes on from a checkpoint
+    assert await setting.code("other", theta(2)) is None
+
+
+async def test_the_same_theta_for_another_attempt_is_no_duplicate(setting: Setting) -> None:
+    first = await setting.send("ps", theta(5, attempt=0))
+    second = await setting.send("ps", theta(5, attempt=1))
+    assert first != second
+    assert await setting.code("ps", theta(5, attempt=1)) == "duplicate"
+    assert await setting.code("ps", theta(5, attempt=0)) == "stale"
+    assert await setting.code("ps", theta(6, attempt=0)) is None
+
+
+async def test_names_never_clash(setting: Setting) -> None:
+    setting.senders = frozenset({"a", "b"})
+    paths = {
+        await setting.send("a", theta(1)),
+        await setting.send("b", theta(1)),
+        await setting.send("a", theta(1, hash_="f" * 64)),
+        await setting.send("a", theta(2)),
+    }
+    assert len(paths) == 4
+    assert all(path.parent == setting.directory.part("incoming") for path in paths)
+
+
+async def test_sender_cannot_fill_the_disk(setting: Setting) -> None:
+    paths = [await setting.send("ps", theta(number)) for number in range(MAX_WAITING)]
+    assert await setting.code("ps", theta(MAX_WAITING)) == "busy"
+    paths[0].unlink()
+    assert await setting.code("ps", theta(MAX_WAITING)) is None

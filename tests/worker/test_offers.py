@@ -1,0 +1,109 @@
+"""The desk under trio's test clock: leases end on time, whatever becomes of those told about it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from hypha.config.models import OfferConfig
+from hypha.errors import Refused
+from hypha.leases import Lease
+from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
+from hypha.worker.arbiter import Arbiter, Heard, RenewAsked, SendOffer
+from hypha.worker.offers import LeaseDesk, granted
+
+TRAIN = ExecutorDescriptor(kind="train", name="t")
+
+
+def request(number: int) -> Heard:
+    return Heard(
+        "S",
+        WorkerRequest(
+            request_id=f"r{number}",
+            scheduler=PeerRef(peer="S"),
+            resources=Resources(cpu=1),
+            executor=TRAIN,
+            count=1,
+            bid=1.0,
+            offer_within_s=0.5,
+        ),
+    )
+
+
+def desk_with(ended: list[tuple[float, str]], fail: bool = False) -> LeaseDesk:
+    def on_expired(lease: Lease) -> None:
+        ended.append((trio.current_time(), lease.request_id))
+        if fail:
+            raise RuntimeError("this executor does not stop")
+
+    arbiter = Arbiter(Resources(cpu=3), [TRAIN], OfferConfig(lease_s=30.0), lambda: PeerRef(peer="W"))
+    return LeaseDesk(arbiter, on_expired)
+
+
+@pytest.mark.parametrize("fail", [False, True])
+async def test_leases_end_to_the_moment_even_when_stopping_one_fails(
+    autojump_clock: MockClock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture, fail: bool
+) -> None:
+    ended: list[tuple[float, str]] = []
+    offers: list[SendOffer] = []
+    desk = desk_with(ended, fail)
+    nursery.start_soon(desk.run, offers.append)
+    start = trio.current_time()
+    accepted_at: dict[str, float] = {}
+    for number in range(3):
+        desk.handle(request(number))
+        await trio.sleep(1.0)
+        offer = offers[-1].offer
+        granted(desk.handle(RenewAsked(offer.lease_id, "S")), offer.lease_id)
+        accepted_at[offer.request_id] = trio.current_time()
+    assert desk.free == Resources()
+    with caplog.at_level(logging.CRITICAL if not fail else logging.ERROR, logger="hypha.worker"):
+        await trio.sleep(60.0)
+    assert [name for _, name in ended] == ["r0", "r1", "r2"]
+    for when, name in ended:
+        assert when == pytest.approx(accepted_at[name] + 30.0, abs=1e-3)
+    assert desk.free == desk.total
+    assert start < ended[0][0]
+    assert len([record for record in caplog.records if "could not be stopped" in record.message]) == 3 * fail
+
+
+async def test_a_temporary_lease_that_nobody_took_ends_silently(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    ended: list[tuple[float, str]] = []
+    offers: list[SendOffer] = []
+    desk = desk_with(ended)
+    nursery.start_soon(desk.run, offers.append)
+    desk.handle(request(1))
+    await trio.sleep(0.3)
+    [lease] = desk.leases
+    with pytest.raises(Refused, match="never accepted"):
+        desk.lease_for_dispatch(lease.lease_id, "S", "train", "job")
+    await trio.sleep(5.0)
+    assert desk.leases == ()
+    assert ended == []
+    with pytest.raises(Refused, match="no lease"):
+        desk.lease_for_dispatch(lease.lease_id, "S", "train", "job")
+
+
+async def test_resources_of_an_ended_lease_stay_held_while_its_executor_stops(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    ended: list[tuple[float, str]] = []
+    offers: list[SendOffer] = []
+    desk = desk_with(ended)
+    nursery.start_soon(desk.run, offers.append)
+    desk.handle(request(1))
+    await trio.sleep(0.3)
+    lease_id = offers[0].offer.lease_id
+    desk.handle(RenewAsked(lease_id, "S"))
+    desk.lease_for_dispatch(lease_id, "S", "train", "job")
+    desk.hold(lease_id, 10.0)
+    await trio.sleep(31.0)
+    assert len(ended) == 1
+    assert desk.free == Resources(cpu=2)
+    desk.drained(lease_id)
+    assert desk.free == desk.total

@@ -1,0 +1,277 @@
+"""The prefetcher against a scripted scheduler and scripted data nodes, under a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from tests.worker.test_cache import assigned, content
+
+from hypha.config.models import CacheConfig
+from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
+from hypha.messages import (
+    JobStamp,
+    NextSlice,
+    NoSlice,
+    PeerRef,
+    PullFile,
+    Request,
+    Response,
+    SliceAssigned,
+    TransferMeta,
+)
+from hypha.worker.cache import SliceCache
+from hypha.worker.slices import KEPT_LINKS, MAX_HOLD_S, SlicePrefetcher
+
+
+class World:
+    """A scheduler that hands out slices 0, 1, 2, ... from ``providers`` which fail as told."""
+
+    def __init__(self, tmp_path: Path, providers: tuple[str, ...] = ("a", "b")) -> None:
+        self.cache = SliceCache(tmp_path / "cache", CacheConfig(max_slices=4))
+        self.directory = tmp_path / "slices"
+        self.directory.mkdir()
+        self.providers = tuple(PeerRef(peer=name) for name in providers)
+        self.round = 0
+        self.asked: list[NextSlice] = []
+        self.pulled: list[tuple[str, str]] = []
+        self.troubles: dict[str, Exception] = {}
+        #: called when a pull is complete, after its last checkpoint
+        self.at_the_end: Callable[[], None] | None = None
+        self.answers: list[Response | Exception] = []
+        self.slices = 1000
+        self.prefetcher = SlicePrefetcher(
+            self.ask, self.pull, self.cache, self.directory, self.stamp, "digits", "life"
+        )
+
+    def stamp(self) -> JobStamp:
+        return JobStamp(job_id="job", generation=1, round=self.round)
+
+    async def ask(self, request: Request) -> Response:
+        assert isinstance(request, NextSlice)
+        self.asked.append(request)
+        await trio.sleep(0.01)
+        if self.answers:
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        return self.slice((request.seq - 1) % self.slices)
+
+    def slice(self, index: int) -> SliceAssigned:
+        part = assigned(index)
+        return SliceAssigned(
+            dataset=part.dataset, index=index, epoch=0, samples=1, size=part.size, blake3=part.blake3,
+            providers=self.providers,
+        )  # fmt: skip
+
+    async def pull(
+        self, peer: PeerRef, what: PullFile, destination: Path, expect: TransferMeta | None, max_bytes: int
+    ) -> TransferMeta:
+        self.pulled.append((peer.peer, what.name))
+        await trio.sleep(0.1)
+        if peer.peer in self.troubles:
+            raise self.troubles[peer.peer]
+        assert expect is not None
+        assert what.kind == "slice"
+        assert max_bytes == expect.size
+        # not in a thread: the virtual clock would run on meanwhile
+        destination.write_bytes(content(int(what.name.partition("/")[2])))
+        if self.at_the_end is not None:
+            self.at_the_end()
+        return expect
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[SlicePrefetcher]:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.prefetcher.run)
+            yield self.prefetcher
+            nursery.cancel_scope.cancel()
+
+
+async def test_next_slice_is_here_before_the_current_one_ends(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    async with world.running() as prefetcher:
+        first = await prefetcher.next()
+        assert first.path.read_bytes() == content(0)
+        assert first.path.parent == world.directory
+        await trio.sleep(1)  # the executor trains; one slice is fetched ahead, no more
+        assert [request.seq for request in world.asked] == [1, 2]
+        before = trio.current_time()
+        assert (await prefetcher.next()).assigned.index == 1
+        assert trio.current_time() == before
+    assert world.asked[0] == NextSlice(stamp=world.stamp(), incarnation="life", seq=1)
+    assert world.asked[1].cached == (0,)
+
+
+async def test_a_slice_dropped_as_it_arrives_is_not_handed_out(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The transfer has ended, so cancelling comes too late: it must be dropped all the same."""
+    world = World(tmp_path)
+
+    def drop() -> None:
+        world.at_the_end = None
+        world.prefetcher.start_over()
+        world.prefetcher.resume()
+
+    world.at_the_end = drop
+    async with world.running() as prefetcher:
+        assert (await prefetcher.next()).assigned.index == 1
+    assert [request.seq for request in world.asked][:2] == [1, 2]
+
+
+async def test_cached_slices_are_not_pulled_again(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    world.slices = 2
+    async with world.running() as prefetcher:
+        for _ in range(6):
+            await prefetcher.next()
+    assert len(world.pulled) == 2
+
+
+async def test_other_provider_after_each_kind_of_failure(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    for number, trouble in enumerate(
+        [
+            TransferCorrupt("a", "slice", "other hash"),
+            TransferFailed("a", "slice", "cut"),
+            PeerUnreachable("a", "down"),
+            Refused("not-found", "no such dataset", "a"),
+        ]
+    ):
+        place = tmp_path / str(number)
+        place.mkdir()
+        world = World(place)
+        world.troubles["a"] = trouble
+        async with world.running() as prefetcher:
+            assert (await prefetcher.next()).path.read_bytes() == content(0)
+        assert world.pulled[:2] == [("a", "digits/0"), ("b", "digits/0")]
+
+
+async def test_no_provider_means_patience_and_the_same_question(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    world.troubles = {name: PeerUnreachable(name, "down") for name in "ab"}
+    async with world.running() as prefetcher:
+        await trio.sleep(120)
+        assert {request.seq for request in world.asked} == {1}
+        assert 5 < len(world.asked) < 40
+        world.troubles.clear()
+        assert (await prefetcher.next()).assigned.index == 0
+
+
+async def test_scheduler_that_is_away_or_has_nothing(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    world.answers = [
+        PeerUnreachable("scheduler", "restarting"),
+        Refused("busy", "later"),
+        NoSlice(retry_in_s=7.0, reason="all are with others"),
+    ]
+    async with world.running() as prefetcher:
+        before = trio.current_time()
+        assert (await prefetcher.next()).assigned.index == 0
+        assert trio.current_time() - before > 7.0
+    assert [request.seq for request in world.asked[:4]] == [1, 1, 1, 1]
+
+
+async def test_disk_that_is_full_is_waited_for(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    world.troubles["a"] = OSError(28, "No space left on device")
+    async with world.running() as prefetcher:
+        await trio.sleep(5)
+        assert len(world.asked) > 2
+        world.troubles.clear()
+        assert (await prefetcher.next()).assigned.index == 0
+
+
+async def test_starting_over_drops_what_was_asked_for_before(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    async with world.running() as prefetcher:
+        assert (await prefetcher.next()).stamp.round == 0
+        await trio.sleep(1)  # slice 1 is ready
+        world.round = 1
+        prefetcher.start_over()
+        before = trio.current_time()
+        async with trio.open_nursery() as nursery:
+
+            async def resume() -> None:
+                await trio.sleep(3)
+                prefetcher.resume()
+
+            nursery.start_soon(resume)
+            found = await prefetcher.next()
+        assert trio.current_time() - before >= 3
+        assert (found.assigned.index, found.stamp.round) == (2, 1)
+        # in the middle of a pull, too
+        await trio.sleep(0.05)
+        world.round = 2
+        prefetcher.start_over()
+        prefetcher.resume()
+        found = await prefetcher.next()
+        assert (found.assigned.index, found.stamp.round) == (4, 2)
+        assert world.asked[-1].stamp.round == 2
+    assert len(list(world.directory.iterdir())) == 3
+
+
+async def test_executor_that_cannot_listen_while_it_fetches_is_not_held_for_ever(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    async with world.running() as prefetcher:
+        await trio.sleep(1)
+        prefetcher.start_over()
+        with trio.fail_after(MAX_HOLD_S + 1):
+            assert (await prefetcher.next()).assigned.index == 1
+
+
+async def test_disk_stays_flat(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    world = World(tmp_path)
+    world.slices = 200
+    async with world.running() as prefetcher:
+        for _ in range(50):
+            await prefetcher.next()
+    assert len(list(world.directory.iterdir())) <= KEPT_LINKS + 1
+    assert len(world.cache) == 4
+
+
+async def test_a_cached_slice_that_rotted_is_pulled_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path)
+    world.slices = 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.prefetcher.run)
+        await world.prefetcher.next()
+        await world.prefetcher.next()
+        assert len(world.pulled) == 1, "the cache was of no use"
+        (kept,) = (tmp_path / "cache").glob("*.safetensors")
+        before = len(world.asked)
+        kept.chmod(0o600)
+        data = bytearray(kept.read_bytes())
+        data[len(data) // 2] ^= 1
+        kept.write_bytes(data)
+        # what was linked before is the same file; only what is asked for from now on is checked
+        while len(world.asked) <= before:
+            await world.prefetcher.next()
+        found = await world.prefetcher.next()
+        assert found.path.read_bytes() == content(0)
+        assert len(world.pulled) == 2
+        nursery.cancel_scope.cancel()
+    assert "Look at the disk" in caplog.text
