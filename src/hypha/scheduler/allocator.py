@@ -1,0 +1,394 @@
+"""The scheduler's allocator, a pure machine: which offers to take so that as many workers as wanted are held.
+
+For every executor class it is told whom to ask for (:class:`Ask`) and how many (:class:`Want`). While
+fewer are held it advertises, collects offers until the deadline it gave, checks each against what was
+asked, ranks them by capacity for the price, takes the best and releases the others at once. What is
+still missing is advertised again with growing pauses; a lost worker is replaced without pause.
+A worker that failed lately is taken only when nobody else offers. Every call costs at most
+O(n log n) in the number of open offers, so ten thousand workers can be driven.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hypha.leases import Tick
+from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
+from hypha.resources import check, fits, is_valid, weighted_capacity
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Whom to look for. ``bid`` is published, ``max_price`` is private.
+
+    ``request_id`` stays the same as long as the scheduler looks for these workers, so that one that
+    already holds a lease for it does not offer again.
+    """
+
+    request_id: str
+    executor: ExecutorDescriptor
+    resources: Resources
+    bid: float
+    max_price: float
+    dataset: str | None = None
+
+    @property
+    def kind(self) -> ExecutorClass:
+        """The class of executor asked for."""
+        return self.executor.kind
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a request collects offers (pauses between requests begin with twice that and grow),
+    for how long no further one may come when offers come after that deadline, how long a worker that
+    failed is avoided.
+    """
+
+    offer_deadline_s: float = 0.5
+    lull_s: float = 0.1
+    longest_pause_s: float = 5.0
+    avoid_s: float = 120.0
+
+
+# --- in -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Want:
+    """``count`` workers of ``kind`` shall be held; what is held beyond stays until released."""
+
+    kind: ExecutorClass
+    count: int
+
+
+@dataclass(frozen=True)
+class Offered:
+    """The authenticated ``caller`` offers."""
+
+    caller: str
+    offer: WorkerOffer
+
+
+@dataclass(frozen=True)
+class Gained:
+    """The acceptance of this lease was confirmed."""
+
+    lease_id: str
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """This lease was gained by an earlier scheduler of the job."""
+
+    kind: ExecutorClass
+    lease_id: str
+    worker: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """This lease is over or could not be accepted. ``avoid``: its worker is to blame."""
+
+    lease_id: str
+    avoid: bool = True
+
+
+@dataclass(frozen=True)
+class GatewayChanged:
+    """What was published may not have been heard: advertise again now what is still wanted."""
+
+
+AllocatorEvent = Want | Offered | Gained | Adopted | Lost | GatewayChanged | Tick
+
+
+# --- out --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Advertise:
+    """Publish ``ask`` for ``count`` more workers; offers are collected for ``offer_within_s``."""
+
+    ask: Ask
+    count: int
+    offer_within_s: float
+
+    def request(self, scheduler: PeerRef) -> WorkerRequest:
+        """The message to publish."""
+        return WorkerRequest(
+            request_id=self.ask.request_id,
+            scheduler=scheduler,
+            resources=self.ask.resources,
+            executor=self.ask.executor,
+            count=self.count,
+            bid=self.ask.bid,
+            offer_within_s=self.offer_within_s,
+            dataset=self.ask.dataset,
+        )
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Answer the offer: it is being considered."""
+
+    lease_id: str
+
+
+@dataclass(frozen=True)
+class Decline:
+    """Answer the offer with a refusal (the worker frees its lease at once)."""
+
+    lease_id: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Accept:
+    """Take it: renew the lease now and keep it renewed. It expires at ``expires_at`` unless renewed."""
+
+    kind: ExecutorClass
+    offer: WorkerOffer
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class Dismiss:
+    """Not taken after all: release the lease."""
+
+    lease_id: str
+    worker: PeerRef
+
+
+AllocatorAction = Advertise | Keep | Decline | Accept | Dismiss
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    offer: WorkerOffer
+    expires_at: float
+
+
+class _Search:
+    """One ask: what is wanted, taken and on the table."""
+
+    def __init__(self, ask: Ask, pace: Pace) -> None:
+        self.ask = ask
+        self.wanted = 0
+        self.pause_s = 2 * pace.offer_deadline_s
+        #: lease -> worker, acceptance confirmed or not
+        self.taken: dict[str, str] = {}
+        self.confirmed: set[str] = set()
+        #: worker -> its lease in ``taken``; one lease a worker
+        self.workers: dict[str, str] = {}
+        #: worker -> its newest offer
+        self.candidates: dict[str, _Candidate] = {}
+        self.advertised_at = -math.inf
+        self.decide_at: float | None = None
+        self.decide_by = math.inf
+        #: whether the open collection began with an offer after the deadline
+        self.late = False
+        self.advertise_at: float | None = None
+
+    @property
+    def missing(self) -> int:
+        return max(0, self.wanted - len(self.taken))
+
+    @property
+    def next_wake(self) -> float | None:
+        moments = [moment for moment in (self.decide_at, self.advertise_at) if moment is not None]
+        return min(moments, default=None)
+
+
+class Allocator:
+    """Finds workers for ``asks``, one ask an executor class."""
+
+    def __init__(self, asks: Iterable[Ask], pace: Pace | None = None) -> None:
+        self._pace = pace or Pace()
+        self._searches: dict[ExecutorClass, _Search] = {}
+        self._by_request: dict[str, _Search] = {}
+        self._avoid_until: dict[str, float] = {}
+        #: every lease on the table or taken -> its worker
+        self._known: dict[str, str] = {}
+        for ask in asks:
+            check(ask.resources, f"resources asked for {ask.kind}")
+            if ask.kind in self._searches or ask.request_id in self._by_request:
+                raise ValueError(f"two asks for {ask.kind} executors or with id {ask.request_id}")
+            self._searches[ask.kind] = self._by_request[ask.request_id] = _Search(ask, self._pace)
+
+    @property
+    def next_wake(self) -> float | None:
+        """When the next :class:`Tick` is due; None while nothing is missing."""
+        moments = [search.next_wake for search in self._searches.values()]
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    @property
+    def kinds(self) -> tuple[ExecutorClass, ...]:
+        """The executor classes it can look for."""
+        return tuple(self._searches)
+
+    def missing(self, kind: ExecutorClass) -> int:
+        """How many more workers of ``kind`` are wanted than taken."""
+        return self._searches[kind].missing
+
+    def handle(self, event: AllocatorEvent, now: float) -> list[AllocatorAction]:
+        """Apply ``event`` at ``now``."""
+        actions: list[AllocatorAction] = []
+        match event:
+            case Want(kind, count):
+                search = self._searches.get(kind)
+                if search is None:
+                    raise ValueError(f"nothing is known about whom to ask for {kind} jobs")
+                if count < 0:
+                    raise ValueError(f"{count} workers cannot be wanted")
+                if count != search.wanted:
+                    search.wanted = count
+                    self._hurry(search, now)
+            case Offered(caller, offer):
+                actions.extend(self._consider(caller, offer, now))
+            case Gained(lease_id):
+                for search in self._searches.values():
+                    if lease_id in search.taken:
+                        search.confirmed.add(lease_id)
+                        search.pause_s = 2 * self._pace.offer_deadline_s
+            case Adopted(kind, lease_id, worker):
+                search = self._searches[kind]
+                search.taken[lease_id] = worker
+                search.workers[worker] = lease_id
+                search.confirmed.add(lease_id)
+                self._known[lease_id] = worker
+            case Lost(lease_id, avoid):
+                for search in self._searches.values():
+                    if lease_id in search.taken:
+                        self._lose(search, lease_id, avoid, now)
+            case GatewayChanged():
+                for search in self._searches.values():
+                    self._hurry(search, now)
+            case Tick():
+                pass
+        for search in self._searches.values():
+            actions.extend(self._advance(search, now))
+        return actions
+
+    def _hurry(self, search: _Search, now: float) -> None:
+        """Advertise now if anything is missing, with short pauses again."""
+        search.pause_s = 2 * self._pace.offer_deadline_s
+        search.advertise_at = now if search.missing else None
+
+    def _lose(self, search: _Search, lease_id: str, avoid: bool, now: float) -> None:
+        worker = search.taken.pop(lease_id)
+        del search.workers[worker], self._known[lease_id]
+        if avoid:
+            self._avoid_until = {peer: until for peer, until in self._avoid_until.items() if until > now}
+            self._avoid_until[worker] = now + self._pace.avoid_s
+        if lease_id in search.confirmed:
+            search.confirmed.remove(lease_id)
+            self._hurry(search, now)
+        elif search.missing:
+            # offers that cannot be accepted must not make the network hear a request without end
+            search.advertise_at = max(now, search.advertised_at + search.pause_s / 2)
+
+    def _consider(self, caller: str, offer: WorkerOffer, now: float) -> list[AllocatorAction]:
+        search = self._by_request.get(offer.request_id)
+        if search is None:
+            return [Decline(offer.lease_id, "not-found", f"no request {offer.request_id} of this scheduler")]
+        refusal = _unfit(caller, offer, search.ask)
+        if refusal is not None:
+            return [Decline(offer.lease_id, "invalid", refusal)]
+        owner = self._known.get(offer.lease_id)
+        if owner is not None:
+            # from the same worker it is the same offer again: the answer to the first was lost
+            return [
+                Keep(offer.lease_id)
+                if owner == caller
+                else Decline(offer.lease_id, "invalid", "another worker has a lease with this id")
+            ]
+        if caller in search.workers:
+            return [Decline(offer.lease_id, "duplicate", "this worker is already taken for that job")]
+        if not search.missing:
+            return [Decline(offer.lease_id, "not-found", "no more workers are wanted for this request")]
+        actions: list[AllocatorAction] = [Keep(offer.lease_id)]
+        older = search.candidates.get(caller)
+        if older is not None:
+            # a worker offers again only when it gave up on its first offer
+            actions.append(self._dismiss(older))
+        search.candidates[caller] = _Candidate(offer, now + offer.expires_in_s)
+        self._known[offer.lease_id] = caller
+        self._schedule(search, offer, now)
+        return actions
+
+    def _schedule(self, search: _Search, offer: WorkerOffer, now: float) -> None:
+        """When to decide, now that ``offer`` came."""
+        if search.decide_at is None:
+            # it comes after the deadline, and others with it, so waiting for long is of no use
+            search.late = True
+            search.decide_by = now + self._pace.offer_deadline_s
+        # at least half of its life is left for the way of the acceptance
+        search.decide_by = min(search.decide_by, now + offer.expires_in_s / 2)
+        search.decide_at = min(search.decide_by, now + self._pace.lull_s) if search.late else search.decide_by
+
+    def _dismiss(self, candidate: _Candidate) -> Dismiss:
+        del self._known[candidate.offer.lease_id]
+        return Dismiss(candidate.offer.lease_id, candidate.offer.worker)
+
+    def _advance(self, search: _Search, now: float) -> list[AllocatorAction]:
+        actions: list[AllocatorAction] = []
+        if search.candidates and not search.missing:
+            search.decide_at = now
+        if search.decide_at is not None and now >= search.decide_at:
+            actions.extend(self._decide(search, now))
+        if not search.missing:
+            search.advertise_at = None
+        elif search.advertise_at is not None and now >= search.advertise_at:
+            within_s = self._pace.offer_deadline_s
+            actions.append(Advertise(search.ask, search.missing, within_s))
+            # the answers to this request and what lies on the table compete
+            search.late = False
+            search.decide_by = min(now + within_s, math.inf if search.decide_at is None else search.decide_by)
+            search.decide_at = search.decide_by
+            search.advertised_at = now
+            search.advertise_at = now + search.pause_s
+            search.pause_s = min(self._pace.longest_pause_s, search.pause_s * 2)
+        return actions
+
+    def _decide(self, search: _Search, now: float) -> list[AllocatorAction]:
+        everyone = sorted(search.candidates.values(), key=lambda candidate: self._rank(candidate.offer, now))
+        search.candidates.clear()
+        search.decide_at = None
+        actions: list[AllocatorAction] = []
+        for candidate in everyone:
+            if search.missing and candidate.expires_at > now:
+                lease_id, worker = candidate.offer.lease_id, candidate.offer.worker.peer
+                search.taken[lease_id] = worker
+                search.workers[worker] = lease_id
+                actions.append(Accept(search.ask.kind, candidate.offer, candidate.expires_at))
+            else:
+                actions.append(self._dismiss(candidate))
+        return actions
+
+    def _rank(self, offer: WorkerOffer, now: float) -> tuple[bool, float, float, float, str, str]:
+        """Sorts the best first, in a total order: who failed lately comes last; then capacity for the
+        price, then capacity, then the lower price; equals by PeerID, so that a run can be repeated.
+        """
+        capacity = weighted_capacity(offer.resources)
+        free_of_charge = math.inf if capacity > 0 else 0.0
+        value = capacity / offer.price if offer.price > 0 else free_of_charge
+        avoided = self._avoid_until.get(offer.worker.peer, -math.inf) > now
+        return (avoided, -value, -capacity, offer.price, offer.worker.peer, offer.lease_id)
+
+
+def _unfit(caller: str, offer: WorkerOffer, ask: Ask) -> str | None:
+    """Why ``offer`` cannot answer ``ask``. The private maximum is not told."""
+    if offer.worker.peer != caller:
+        return "it names another worker than the one that sent it"
+    if not is_valid(offer.resources) or not fits(ask.resources, offer.resources):
+        return "it holds less than was asked for"
+    if not (math.isfinite(offer.price) and offer.price >= 0):
+        return f"its price {offer.price} makes no sense"
+    if not offer.price <= ask.max_price:
+        return "it is too dear"
+    if not (math.isfinite(offer.expires_in_s) and offer.expires_in_s > 0):
+        return "it has no time left"
+    return None

@@ -1,0 +1,71 @@
+"""When an open round is closed: with everybody, with a quorum after the grace, or at the deadline.
+
+A worker that theta did not reach in time for two rounds in a row is waited for in the third, until the
+deadline: rounds may be shorter than the way to it.
+
+Pure questions about the books and the members; the round machine acts on the answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from hypha.scheduler.books import Books
+from hypha.scheduler.members import Member
+from hypha.scheduler.rules import Rules
+
+#: a worker left out so often in a row, or refused so often, is replaced; in the last such round it is awaited
+PATIENCE = 3
+#: how long a round that is otherwise complete waits for the ``UpdateSent`` of an accepted update
+_CONTRIBUTION_GRACE_S = 2.0
+#: while no update at all is here, a worker is waited for so many times as long
+_LAST_PATIENCE = 5.0
+
+
+def may_close(
+    books: Books, participants: Sequence[Member], rules: Rules, round_: int, now: float, starved: bool
+) -> bool:
+    """With at least one accepted update: shall ``round_`` be closed now? Notes in ``books`` since when it
+    has been complete, and had its quorum. ``starved``: nobody serves data, so deadlines do not run.
+    """
+    waiting = [member for member in participants if not member.accepted]
+    # who was left out and has not come back yet, or cannot be reached, is not waited for; but rounds shorter
+    # than the way of theta to a worker must not keep it out for ever
+    behind = [member for member in waiting if member.missed and member.started < round_]
+    expected = [member for member in behind if member.missed + 1 >= PATIENCE]
+    awaited = [
+        member for member in waiting if not member.absent and (member not in behind or member in expected)
+    ]
+    coming = [
+        member
+        for member in expected
+        if not (member.absent or starved or _is_due(member, rules.deadline_s, round_, now))
+    ]
+    everybody = len(books.accepted) + len(waiting)
+    quorum = not coming and len(books.accepted) >= math.ceil(rules.quorum * everybody - 1e-9)
+    books.complete_since = _since(books.complete_since, not awaited, now)
+    books.quorum_since = _since(books.quorum_since, quorum, now)
+    if books.complete_since is not None:
+        explained = books.explained(member.peer for member in participants)
+        return explained or now >= books.complete_since + _CONTRIBUTION_GRACE_S
+    if books.quorum_since is not None and now >= books.quorum_since + rules.grace_s:
+        return True
+    return not starved and all(_is_due(member, rules.deadline_s, round_, now) for member in awaited)
+
+
+def given_up(participants: Iterable[Member], rules: Rules, round_: int, now: float) -> list[Member]:
+    """Without any accepted update: those whose update should have been here long ago."""
+    patience_s = _LAST_PATIENCE * rules.deadline_s
+    return [member for member in participants if _is_due(member, patience_s, round_, now)]
+
+
+def _is_due(member: Member, deadline_s: float, round_: int, now: float) -> bool:
+    due = member.due_at(deadline_s, round_)
+    return due is not None and now >= due
+
+
+def _since(since: float | None, holds: bool, now: float) -> float | None:
+    if not holds:
+        return None
+    return now if since is None else since

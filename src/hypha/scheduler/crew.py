@@ -1,0 +1,289 @@
+"""The executors of a job: started under their leases, steered, replaced, and all told to finish.
+
+A crew belongs to one life (generation) of the job. Everything it does for one executor happens in tasks
+of that executor alone, so a slow worker delays nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import trio
+
+from hypha.config.models import RoundsConfig
+from hypha.errors import NetworkError, Refused
+from hypha.messages import (
+    CancelJob,
+    DispatchJob,
+    ExecutorClass,
+    Finish,
+    JobStamp,
+    PeerRef,
+    Rejoin,
+    Steer,
+)
+from hypha.net import Node
+from hypha.scheduler.describe import Descriptions
+from hypha.scheduler.events import Input, Joined, Lost, Send
+from hypha.scheduler.lives import Life
+from hypha.scheduler.pool import LeaseGained
+from hypha.scheduler.steering import Steering
+
+logger = logging.getLogger("hypha.scheduler")
+
+_DISPATCH_TIMEOUT_S = 30.0
+_CANCEL_TIMEOUT_S = 15.0
+_PAUSE_S = 0.5
+#: a first directive number for the farewell that is higher than any before it
+_LAST_SEQ = 1 << 62
+#: the worker may be able to start the job a moment later
+_PASSING = frozenset({"busy", "internal"})
+
+Key = tuple[str, ExecutorClass]
+
+
+@dataclass
+class _Executor:
+    lease: LeaseGained
+    steering: Steering
+    #: runs since an earlier life, as far as is known here
+    rejoins: bool
+    #: the incarnation that it replaces, after a pause
+    instead_of: str = ""
+    pause_s: float = 0.0
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+class Crew:
+    """``handle`` gets what happens here as events of the round machine; ``refused`` is called with a
+    worker's no to a job.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        nursery: trio.Nursery,
+        handle: Callable[[Input], None],
+        refused: Callable[[LeaseGained, str], None],
+    ) -> None:
+        self._node = node
+        self._nursery = nursery
+        self._handle = handle
+        self._refused = refused
+        self._executors: dict[Key, _Executor] = {}
+        self.leases: dict[Key, LeaseGained] = {}
+        self._descriptions: Descriptions | None = None
+        self._steps: Callable[[], int] = lambda: 0
+        #: leases under which an executor of this job may run
+        self._started: set[str] = set()
+        self._life: Life | None = None
+        self._warned = False
+
+    @property
+    def server(self) -> PeerRef | None:
+        """Where the parameter server is to run."""
+        for (_, kind), lease in self.leases.items():
+            if kind == "aggregate":
+                return lease.worker
+        return None
+
+    def adopt(self, leases: Iterable[LeaseGained]) -> None:
+        """Leases of an earlier scheduler: executors may run under them."""
+        for lease in leases:
+            self.leases[lease.worker.peer, lease.kind] = lease
+            self._started.add(lease.lease_id)
+
+    def begin_life(self, descriptions: Descriptions, life: Life, steps: Callable[[], int]) -> None:
+        """From now on executors are as this life needs them: training executors that run go on in it, and so
+        does a parameter server that lives; others are started.
+        """
+        for key in list(self._executors):
+            self._executors.pop(key).scope.cancel()
+        self._descriptions, self._life, self._steps = descriptions, life, steps
+        self._start_waiting()
+
+    def gained(self, lease: LeaseGained) -> None:
+        """A lease to use."""
+        self.leases[lease.worker.peer, lease.kind] = lease
+        self._start_waiting()
+
+    def lost(self, peer: str, kind: ExecutorClass) -> LeaseGained | None:
+        """Nothing more is to be done there."""
+        executor = self._executors.pop((peer, kind), None)
+        if executor is not None:
+            executor.scope.cancel()
+        return self.leases.pop((peer, kind), None)
+
+    def send(self, action: Send) -> None:
+        """Steer; for who is gone it does nothing."""
+        executor = self._executors.get((action.to.peer, action.kind))
+        if executor is not None:
+            executor.steering.put(action.directive)
+
+    def _start_waiting(self) -> None:
+        descriptions, server = self._descriptions, self.server
+        if descriptions is None or self._life is None or server is None:
+            return
+        for key, lease in self.leases.items():
+            if key not in self._executors:
+                steering = self._steering(lease, descriptions)
+                rejoins = lease.lease_id in self._started and (
+                    lease.kind == "train" or self._life.start.taken_over
+                )
+                executor = _Executor(lease, steering, rejoins)
+                self._executors[key] = executor
+                batch = descriptions.batch_size(lease.resources) if lease.kind == "train" else 1
+                if lease.kind == "train":
+                    self._warn_of_small_batches(descriptions.config.rounds, batch, lease)
+                # told before the worker is, as its first event may overtake the answer
+                self._handle(Joined(lease.worker, lease.kind, batch))
+                self._nursery.start_soon(self._run, executor, descriptions, self._life, server, batch)
+
+    def again(self, peer: str, instead_of: str, pause_s: float) -> None:
+        """Start the training executor there once more; nothing when its lease, or the life, is over."""
+        key: Key = (peer, "train")
+        failed, server = self._executors.get(key), self.server
+        descriptions, life = self._descriptions, self._life
+        if failed is None or descriptions is None or life is None or server is None:
+            return
+        failed.scope.cancel()
+        steering = self._steering(failed.lease, descriptions)
+        executor = _Executor(failed.lease, steering, False, instead_of, pause_s)
+        self._executors[key] = executor
+        batch = descriptions.batch_size(failed.lease.resources)
+        self._nursery.start_soon(self._run, executor, descriptions, life, server, batch)
+
+    def _steering(self, lease: LeaseGained, descriptions: Descriptions) -> Steering:
+        before = descriptions.start.generation << 32
+        return Steering(self._node, lease.worker, lease.kind, self._stamp, before)
+
+    def _warn_of_small_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
+        """Once, that a worker offered no more than what one sample needs: hardly ever what was meant."""
+        if batch > 1 or rounds.batch_size is not None or rounds.max_batch_size == 1 or self._warned:
+            return
+        self._warned = True
+        logger.warning(
+            "A worker offered just the memory that resources.worker asks for a batch of one sample, so it "
+            "trains with batch size 1. Set rounds.batch_size, or ask for the memory of one sample and let "
+            'workers offer what they have (offer.strategy = "whole").',
+            extra={"peer_id": lease.worker.peer, "lease_id": lease.lease_id},
+        )
+
+    def _stamp(self) -> JobStamp:
+        assert self._descriptions is not None
+        start = self._descriptions.start
+        return JobStamp(job_id=start.job_id, generation=start.generation)
+
+    async def _run(
+        self, executor: _Executor, descriptions: Descriptions, life: Life, server: PeerRef, batch: int
+    ) -> None:
+        lease, peer = executor.lease, executor.lease.worker.peer
+        with executor.scope:
+            if executor.rejoins and await self._rejoin(executor, life, server):
+                await executor.steering.run()
+                return
+            if executor.rejoins and lease.kind == "aggregate":
+                # what it held is gone; from its own life on it is started anew
+                self._started.discard(lease.lease_id)
+                self._handle(lost(lease, "its executor does not run any more"))
+                return
+            if executor.instead_of:
+                await trio.sleep(executor.pause_s)
+                self._handle(Joined(lease.worker, lease.kind, batch))
+            elif lease.lease_id in self._started:
+                await self._stop(lease, descriptions.start.job_id)
+            self._started.add(lease.lease_id)
+            if lease.kind == "train":
+                job = descriptions.train(peer, server, batch, self._steps())
+                request = DispatchJob(lease_id=lease.lease_id, job=job, instead_of=executor.instead_of)
+                dispatched = await self._dispatch(request, lease)
+            else:
+                restore = life.restore(descriptions.scheduler)
+                aggregate = descriptions.aggregate(peer, restore)
+                dispatched = await self._dispatch(DispatchJob(lease_id=lease.lease_id, job=aggregate), lease)
+            if dispatched:
+                await executor.steering.run()
+
+    async def _rejoin(self, executor: _Executor, life: Life, server: PeerRef) -> bool:
+        """Have the executor that runs there go on in this life; False when there is none."""
+        start, lease = life.start, executor.lease
+        directive = Rejoin(
+            generation=start.generation,
+            round=start.round,
+            steps=start.steps,
+            parameter_server=server if lease.kind == "train" else None,
+            resend=not life.start.taken_over,
+            start_over=life.rounds_lost,
+        )
+        fields = {"peer_id": lease.worker.peer, "job_id": start.job_id, "lease_id": lease.lease_id}
+        while True:
+            try:
+                await executor.steering.say(directive)
+            except Refused as exc:
+                if exc.code not in _PASSING:
+                    logger.info("The %s executor cannot go on: %s", lease.kind, exc, extra=fields)
+                    return False
+            except NetworkError as exc:
+                # the lease decides how long that is worth trying
+                logger.debug("The %s executor is not asked yet: %s", lease.kind, exc, extra=fields)
+            else:
+                logger.info("The %s executor goes on", lease.kind, extra=fields)
+                return True
+            await trio.sleep(_PAUSE_S)
+
+    async def _stop(self, lease: LeaseGained, job_id: str) -> None:
+        """End the executor of an earlier life; if that cannot be delivered, the new job replaces it."""
+        try:
+            cancel = CancelJob(job_id=job_id, kind=lease.kind)
+            await self._node.request(lease.worker.peer, cancel, timeout_s=_CANCEL_TIMEOUT_S)
+        except NetworkError as exc:
+            logger.debug("Stopping an earlier executor: %s", exc, extra={"peer_id": lease.worker.peer})
+
+    async def _dispatch(self, request: DispatchJob, lease: LeaseGained) -> bool:
+        fields = {"peer_id": lease.worker.peer, "job_id": request.job.job_id, "lease_id": lease.lease_id}
+        while True:
+            try:
+                await self._node.request(lease.worker.peer, request, timeout_s=_DISPATCH_TIMEOUT_S)
+            except Refused as exc:
+                if exc.code not in _PASSING:
+                    logger.warning("A worker refused the %s job: %s", lease.kind, exc, extra=fields)
+                    self._refused(lease, f"{exc.reason} ({exc.code})")
+                    return False
+                logger.info("A worker cannot start the %s job yet: %s", lease.kind, exc, extra=fields)
+            except NetworkError as exc:
+                # the lease decides how long that is worth trying
+                logger.warning("The %s job was not delivered: %s", lease.kind, exc, extra=fields)
+            else:
+                logger.info("The %s job was dispatched", lease.kind, extra=fields)
+                return True
+            await trio.sleep(_PAUSE_S)
+
+    async def finish(self, reason: str, timeout_s: float) -> None:
+        """Tell all executors to end, for at most ``timeout_s``."""
+        if self._descriptions is None:
+            return
+        stamp = self._stamp()
+        executors = list(self._executors.values())
+        self._executors.clear()
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                for executor in executors:
+                    executor.scope.cancel()
+                    lease = executor.lease
+                    farewell = Steer(
+                        stamp=stamp, kind=lease.kind, seq=_LAST_SEQ, directive=Finish(reason=reason)
+                    )
+                    nursery.start_soon(self._say, lease.worker.peer, farewell, timeout_s)
+
+    async def _say(self, peer: str, farewell: Steer, timeout_s: float) -> None:
+        try:
+            await self._node.request(peer, farewell, timeout_s=timeout_s)
+        except NetworkError as exc:
+            logger.debug("A farewell was not delivered: %s", exc, extra={"peer_id": peer})
+
+
+def lost(lease: LeaseGained, reason: str) -> Lost:
+    """As the round machine hears it."""
+    return Lost(lease.worker.peer, lease.kind, reason)

@@ -1,0 +1,78 @@
+"""Running a job: :func:`run_job`.
+
+However a job ends, by success, error or cancellation, its workers are told and its leases given back
+while the node still lives, within about four seconds; an open round is saved first, as it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from hypha.config.models import SchedulerConfig
+from hypha.errors import HyphaError, JobFailed
+from hypha.net import Node, open_node, options_from
+from hypha.scheduler.export import output_for
+from hypha.scheduler.running import JobResult, Observer, RunningJob
+from hypha.scheduler.serving import served_directories
+from hypha.scheduler.state import StateDirectory
+
+#: how long the node outlives a cancellation, to say goodbye
+_SHELTER_S = 3.8
+
+
+async def run_job(
+    config: SchedulerConfig,
+    *,
+    observe: Observer | None = None,
+    fresh: bool = False,
+    task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
+) -> JobResult:
+    """Run the job of ``config`` to its end. ``observe`` gets a snapshot a few times a second;
+    ``task_status`` the node as soon as it listens. An unfinished job of the same name and description is
+    resumed, unless ``fresh``. Raises a :class:`HyphaError` whose ``exit_code`` says what went wrong.
+    """
+    job = config.scheduler.job
+    output = output_for(job.output, job.output_token)
+    await trio.to_thread.run_sync(output.check)
+    directories = await trio.to_thread.run_sync(served_directories, job)
+    options = options_from(config, "hypha-scheduler")
+    outcome: JobResult | HyphaError | None = None
+    with StateDirectory(config.state_dir, job.name) as state:
+        async with _farewell() as (work, shelter):
+            with shelter:
+                async with open_node(options) as node:
+                    task_status.started(node)
+                    # raised only outside the nurseries, or it would arrive in an exception group
+                    try:
+                        with work:
+                            running = RunningJob(job, node, state, output, directories, observe)
+                            outcome = await running.run(fresh)
+                    except HyphaError as exc:
+                        outcome = exc
+    await trio.lowlevel.checkpoint_if_cancelled()
+    if isinstance(outcome, JobResult):
+        return outcome
+    raise outcome or JobFailed("the job ended without a result")
+
+
+@asynccontextmanager
+async def _farewell() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]]:
+    """Two scopes: when this is cancelled, the first is too, and the second, shielded, only a little later:
+    the node has to live long enough to say goodbye.
+    """
+    work, shelter = trio.CancelScope(), trio.CancelScope(shield=True)
+
+    async def pass_on() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            work.cancel()
+            shelter.deadline = trio.current_time() + _SHELTER_S
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pass_on)
+        yield work, shelter
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,175 @@
+"""Where a life of a job begins: at round 0, where an earlier scheduler left it, or at the newest checkpoint
+whose bytes are all there.
+
+A job is resumed by a scheduler that finds its unfinished ledger, and by one that lost its parameter
+server; each time under the next generation, so that nothing said in the earlier life is believed. While a
+lease on the parameter server may live, its theta is the newest there is, and the job goes on from that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+from msgspec import Struct
+
+from hypha.config.models import JobConfig
+from hypha.errors import ConfigError, HyphaError, JobFailed, Problem
+from hypha.messages import AggregateJob, Local, PeerRef, Peers, Reference, TrainJob
+from hypha.scheduler.checkpoints import CheckpointStore
+from hypha.scheduler.datasets import Dataset
+from hypha.scheduler.describe import Descriptions, without_secrets
+from hypha.scheduler.ledger import Ledger, Opening, Standing, open_ledger
+from hypha.scheduler.replicas import Copies
+from hypha.scheduler.rules import Start
+from hypha.scheduler.slices import SliceTracker, TrackerState
+from hypha.scheduler.state import StateDirectory
+
+logger = logging.getLogger("hypha.scheduler")
+
+#: of a description: what a resumed job may have otherwise (a new key makes a new PeerID)
+_MAY_DIFFER = frozenset({"job_id", "checkpoint", "scheduler", "peers"})
+
+
+@dataclass(frozen=True)
+class Life:
+    """``place`` holds the checkpoint: ``scheduler``, a path or URL, or nothing at round 0 and where the
+    parameter server lives. ``rounds_lost``: the job was further; what workers hold of those rounds is void.
+    """
+
+    start: Start
+    tracker: TrackerState
+    place: str = ""
+    rounds_lost: bool = False
+
+    def restore(self, scheduler: PeerRef) -> Reference | None:
+        """Where the parameter server finds the checkpoint."""
+        if not self.place:
+            return None
+        if self.place == "scheduler":
+            return Peers(peers=(scheduler,), resource=f"checkpoint/{self.start.round}")
+        return Local(url=self.place)
+
+
+async def first_life(
+    state: StateDirectory,
+    config: JobConfig,
+    scheduler: PeerRef,
+    dataset: Dataset,
+    job_id: str,
+    copies: Copies,
+    fresh: bool,
+) -> tuple[Ledger, Life]:
+    """Resume the unfinished job in ``state``, or begin ``job_id``; the state of an earlier job that is done,
+    and with ``fresh`` of any, is kept aside. ``copies`` take the place of what is lost.
+    :class:`ConfigError` when the unfinished job is another one.
+    """
+    opening = _opening(config, scheduler, dataset, job_id)
+    if fresh:
+        await trio.to_thread.run_sync(state.move_aside, "A fresh start was asked for")
+    if config.checkpoint.replicas:
+        await (copies.forget_all() if fresh else copies.bring_back_ledger(state))
+    ledger = await open_ledger(state.ledger)
+    try:
+        standing = await ledger.run(Ledger.standing)
+        if standing is not None:
+            if standing.state != "done":
+                _check_same(opening, standing, state.path)
+                await trio.to_thread.run_sync(state.prepare)
+                last = Start(standing.job_id, standing.generation)
+                if any(lease.kind == "aggregate" for lease in await ledger.run(Ledger.leases)):
+                    return ledger, await taken_over(ledger, last)
+                store = CheckpointStore(state, standing.job_id, config.checkpoint.keep)
+                return ledger, await next_life(ledger, store, last, copies)
+            ledger.close()
+            await trio.to_thread.run_sync(state.move_aside, "The earlier job of this name is done")
+            ledger = await open_ledger(state.ledger)
+        await trio.to_thread.run_sync(state.prepare)
+        tracker = SliceTracker([part.samples for part in dataset.manifest.slices]).to_state()
+        await ledger.run(Ledger.open_job, opening, tracker)
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger, Life(Start(job_id), tracker)
+
+
+async def taken_over(ledger: Ledger, last: Start) -> Life:
+    """The life after ``last``, whose scheduler was killed: it goes on where it was."""
+    round_, steps, theta = await ledger.run(Ledger.open_round)
+    start = Start(last.job_id, last.generation + 1, round_, steps, theta, taken_over=True)
+    tracker = await ledger.run(Ledger.slices)
+    await ledger.run(Ledger.begin_life, start.generation, start.round, tracker)
+    return Life(start, tracker)
+
+
+async def next_life(ledger: Ledger, store: CheckpointStore, last: Start, copies: Copies) -> Life:
+    """The life after ``last``, from the newest checkpoint that can be used, or of which there is a copy."""
+    open_round, _, _ = await ledger.run(Ledger.open_round)
+    for begin in await ledger.run(Ledger.starts):
+        kept = begin.place != "scheduler" or await trio.to_thread.run_sync(store.verify, begin.round)
+        if not (kept or await copies.bring_back(ledger, store, begin.round)):
+            await ledger.run(Ledger.forget_checkpoint, begin.round)
+            continue
+        theta = await ledger.run(Ledger.theta_of, begin.round)
+        start = Start(last.job_id, last.generation + 1, begin.round, begin.steps, theta)
+        lost = begin.round < open_round
+        # of the open round the workers keep what they have, so their slices stay theirs
+        tracker = begin.tracker.unassigned() if lost else await ledger.run(Ledger.slices)
+        await ledger.run(Ledger.begin_life, start.generation, start.round, tracker)
+        return Life(start, tracker, begin.place, rounds_lost=lost)
+    raise JobFailed(f"the ledger {ledger.path} has no round to begin from; start the job with --fresh")
+
+
+def _opening(config: JobConfig, scheduler: PeerRef, dataset: Dataset, job_id: str) -> Opening:
+    descriptions = Descriptions(config, Start(job_id), scheduler)
+    train = without_secrets(descriptions.train("", PeerRef(peer=""), 0))
+    aggregate = without_secrets(descriptions.aggregate("", None))
+    if not isinstance(train, TrainJob) or not isinstance(aggregate, AggregateJob):
+        raise HyphaError("a job description changed its kind")
+    return Opening(
+        job_id=job_id,
+        train=train,
+        aggregate=aggregate,
+        manifest=dataset.manifest,
+        manifest_hash=dataset.manifest_hash,
+    )
+
+
+def _check_same(opening: Opening, standing: Standing, place: Path) -> None:
+    """Raise :class:`ConfigError` with every difference unless ``opening`` describes the ``standing`` job."""
+    before = (standing.train, standing.aggregate, standing.manifest_hash)
+    now = (opening.train, opening.aggregate, opening.manifest_hash)
+    names = ("train", "aggregate", "the dataset's manifest hash")
+    found = [
+        f"{path} is {new!r} now and was {old!r}"
+        for name, one, other in zip(names, before, now, strict=True)
+        for path, old, new in _differences(name, _plain(one), _plain(other))
+    ]
+    if found:
+        advice = (
+            f"the unfinished job in {place} is another one; undo the change to resume it, give this job "
+            "another name, or start anew with --fresh (what is there is kept aside)"
+        )
+        raise ConfigError([Problem("scheduler.job", text) for text in (advice, *dict.fromkeys(found))])
+
+
+def _plain(value: object) -> object:
+    """Structs as dicts with all their fields: msgspec would leave out those that have their default."""
+    if isinstance(value, Struct):
+        fields = {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+        return fields | {"type": type(value).__name__}
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return value
+
+
+def _differences(path: str, before: object, now: object) -> Iterator[tuple[str, object, object]]:
+    """Where two descriptions differ, and how."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
+            yield from _differences(f"{path}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        yield path, before, now

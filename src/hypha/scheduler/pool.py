@@ -1,0 +1,438 @@
+"""The allocator's loop: a pool of leased workers that is kept full and kept alive.
+
+:class:`Pool` advertises while workers are missing, takes the best offers and renews every lease in a
+task of its own, so a slow worker never delays another's renewal. What becomes of leases is told through
+:attr:`Pool.events`. A connection that breaks makes its leases be renewed at once: a dead worker is
+suspected within moments, long before its lease ends, but it is lost only when the lease expires, the
+worker itself says that it has ended, or its machine says for a while that nobody is there any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from random import Random
+from uuid import uuid4
+
+import trio
+from msgspec import Struct
+
+from hypha.config.models import JobResourcesConfig
+from hypha.errors import NetworkError, PeerUnreachable, Refused
+from hypha.leases import Tick
+from hypha.messages import (
+    Acknowledged,
+    ExecutorClass,
+    ExecutorDescriptor,
+    LeaseRenewed,
+    PeerRef,
+    ReleaseLease,
+    RenewLease,
+    Resources,
+    WorkerOffer,
+)
+from hypha.net import Node
+from hypha.scheduler.allocator import (
+    Accept,
+    Adopted,
+    Advertise,
+    Allocator,
+    AllocatorAction,
+    AllocatorEvent,
+    Ask,
+    Decline,
+    Dismiss,
+    Gained,
+    GatewayChanged,
+    Keep,
+    Lost,
+    Offered,
+    Pace,
+    Want,
+)
+from hypha.scheduler.renewal import (
+    Attempt,
+    ConnectionLost,
+    Lapsed,
+    Recovered,
+    Renewal,
+    RenewalEvent,
+    RenewalFailed,
+    RenewalRefused,
+    Renewed,
+    Suspected,
+)
+
+logger = logging.getLogger("hypha.scheduler")
+
+#: How long a courtesy release may take; the lease expires anyway.
+RELEASE_TIMEOUT_S = 2.0
+#: Releases at once: few, since acceptances are more urgent.
+MAX_RELEASES = 4
+#: While workers are missing, it is said again after this long.
+REMIND_S = 15.0
+
+
+class LeaseGained(Struct, frozen=True):
+    """A worker is held: jobs of ``kind`` may be dispatched under ``lease_id``. The ledger keeps it, so that
+    another scheduler of the job can go on with it.
+    """
+
+    lease_id: str
+    worker: PeerRef
+    resources: Resources
+    price: float
+    kind: ExecutorClass
+
+
+#: How long a lease that an earlier scheduler gained is believed in until its worker confirms it. It may live
+#: for longer, but nobody is known to hold up the job for.
+ADOPT_S = 10.0
+
+
+@dataclass(frozen=True)
+class LeaseSuspect:
+    """The worker cannot be reached, repeatedly; its lease still lives."""
+
+    lease_id: str
+    worker: PeerRef
+    kind: ExecutorClass
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeaseRecovered:
+    """A suspected worker answered again."""
+
+    lease_id: str
+    worker: PeerRef
+    kind: ExecutorClass
+
+
+@dataclass(frozen=True)
+class LeaseLost:
+    """The lease expired, or the worker ended it. Not said of a lease that :meth:`Pool.release` gave back."""
+
+    lease_id: str
+    worker: PeerRef
+    kind: ExecutorClass
+    reason: str
+
+
+PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLost
+
+
+def asks_from(resources: JobResourcesConfig, dataset: str | None = None) -> tuple[Ask, Ask]:
+    """Whom a job looks for: training executors and a parameter server, under new request ids."""
+    return (
+        Ask(
+            request_id=uuid4().hex,
+            executor=ExecutorDescriptor(kind="train", name=resources.worker_executor),
+            resources=Resources(**resources.worker.model_dump()),
+            bid=resources.worker_price.bid,
+            max_price=resources.worker_price.max,
+            dataset=dataset,
+        ),
+        Ask(
+            request_id=uuid4().hex,
+            executor=ExecutorDescriptor(kind="aggregate", name=resources.parameter_server_executor),
+            resources=Resources(**resources.parameter_server.model_dump()),
+            bid=resources.parameter_server_price.bid,
+            max_price=resources.parameter_server_price.max,
+        ),
+    )
+
+
+@dataclass(eq=False)
+class _Held:
+    """A lease that is being accepted, or held."""
+
+    kind: ExecutorClass
+    offer: WorkerOffer
+    expires_at: float
+    gained: bool = False
+    connection_lost: bool = False
+    nudge: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        return {"lease_id": self.offer.lease_id, "peer_id": self.offer.worker.peer}
+
+
+class Pool:
+    """Workers for ``asks``, held through ``node``. :meth:`run` does the work; it runs until cancelled or
+    until :meth:`close`, and then ends :attr:`events`. One pool a node: it answers all offers.
+    """
+
+    def __init__(
+        self, node: Node, asks: Iterable[Ask], pace: Pace | None = None, random: Random | None = None
+    ) -> None:
+        self._node = node
+        self._allocator = Allocator(asks, pace)
+        self._random = random or Random()
+        self._held: dict[str, _Held] = {}
+        self._todo: list[AllocatorAction] = []
+        self._wake = trio.Event()
+        self._running = trio.CancelScope()
+        self._releasing = trio.CapacityLimiter(MAX_RELEASES)
+        #: offers that were not taken and whose workers may not have heard it yet
+        self._unwanted: dict[str, PeerRef] = {}
+        self._reminded: dict[ExecutorClass, float] = {}
+        self._publishing: set[ExecutorClass] = set()
+        #: those that nobody renews yet
+        self._adopted: list[_Held] = []
+        # unbounded, so that renewals never wait for whoever reads; a few events a lease
+        self._send, self._receive = trio.open_memory_channel[PoolEvent](math.inf)
+
+    @property
+    def events(self) -> trio.MemoryReceiveChannel[PoolEvent]:
+        """What becomes of leases, in order; for one reader."""
+        return self._receive
+
+    @property
+    def leases(self) -> tuple[LeaseGained, ...]:
+        """All leases held now."""
+        return tuple(_gained(held) for held in self._held.values() if held.gained)
+
+    def missing(self, kind: ExecutorClass) -> int:
+        """How many more workers of ``kind`` are wanted than taken."""
+        return self._allocator.missing(kind)
+
+    def want(self, kind: ExecutorClass, count: int) -> None:
+        """Hold ``count`` workers of ``kind``. With fewer than are held nothing is released by itself."""
+        self._apply(Want(kind, count))
+
+    def adopt(self, leases: Iterable[LeaseGained]) -> None:
+        """Go on with leases of an earlier scheduler: they count as held, without :class:`LeaseGained`, and
+        are renewed at once; :class:`LeaseLost` is said of those that their workers do not know, or that
+        nobody confirms. Before or while :meth:`run` runs.
+        """
+        now = trio.current_time()
+        for lease in leases:
+            offer = WorkerOffer(
+                lease_id=lease.lease_id,
+                request_id="",
+                worker=lease.worker,
+                resources=lease.resources,
+                price=lease.price,
+                expires_in_s=ADOPT_S,
+            )
+            held = _Held(lease.kind, offer, now + ADOPT_S, gained=True)
+            self._held[lease.lease_id] = held
+            self._node.learn(lease.worker)
+            self._apply(Adopted(lease.kind, lease.lease_id, lease.worker.peer))
+            self._adopted.append(held)
+
+    async def release(self, lease_id: str, avoid: bool = False) -> None:
+        """Give a lease back; where its worker is still wanted another takes its place (the same one
+        only for lack of others when ``avoid`` is set). Returns when the worker knows, or after a short
+        while; an unknown lease is no error.
+        """
+        held = self._held.pop(lease_id, None)
+        if held is None:
+            return
+        held.scope.cancel()
+        self._apply(Lost(lease_id, avoid))
+        await self._release(held.offer.worker, lease_id)
+
+    async def close(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
+        """Give everything back, for at most ``timeout_s``, and end :meth:`run`."""
+        for kind in self._allocator.kinds:
+            self._apply(Want(kind, 0))
+        self._unwanted |= {one.lease_id: one.worker for one in self._todo if isinstance(one, Dismiss)}
+        self._todo.clear()
+        self._running.cancel()  # which cuts off those that are just being told
+        ending = {lease_id: held.offer.worker for lease_id, held in self._held.items()} | self._unwanted
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                for lease_id, worker in ending.items():
+                    nursery.start_soon(self._release, worker, lease_id)
+        self._held.clear()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the pool; ``started`` once offers are answered."""
+        self._node.answer(WorkerOffer, self._answer_offer, roles=frozenset({"worker"}))
+        with self._send, self._running:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._watch_peers)
+                nursery.start_soon(self._watch_gateway)
+                task_status.started()
+                while True:
+                    self._apply(Tick())
+                    # nothing is awaited up to the wait below, so no event can slip in between
+                    self._wake = wake = trio.Event()
+                    todo, self._todo = self._todo, []
+                    for action in todo:
+                        self._carry_out(action, nursery)
+                    adopted, self._adopted = self._adopted, []
+                    for held in adopted:
+                        nursery.start_soon(self._hold, held)
+                    next_wake = self._allocator.next_wake
+                    with trio.move_on_at(math.inf if next_wake is None else next_wake):
+                        await wake.wait()
+
+    # --- deciding -----------------------------------------------------------------------------------
+
+    def _apply(self, event: AllocatorEvent) -> list[AllocatorAction]:
+        actions = self._allocator.handle(event, trio.current_time())
+        self._todo.extend(actions)
+        self._wake.set()
+        return actions
+
+    async def _answer_offer(self, caller: str, offer: WorkerOffer) -> Acknowledged:
+        if self._running.cancel_called:
+            raise Refused("not-found", "this scheduler is stopping")
+        for action in self._apply(Offered(caller, offer)):
+            if isinstance(action, Decline) and action.lease_id == offer.lease_id:
+                fields = {"lease_id": offer.lease_id, "peer_id": caller}
+                logger.debug("An offer was declined: %s.", action.reason, extra=fields)
+                raise Refused(action.code, action.reason)
+        return Acknowledged()
+
+    def _carry_out(self, action: AllocatorAction, nursery: trio.Nursery) -> None:
+        match action:
+            case Advertise():
+                nursery.start_soon(self._advertise, action)
+            case Accept(kind, offer, expires_at):
+                held = _Held(kind, offer, expires_at)
+                self._held[offer.lease_id] = held
+                self._node.learn(offer.worker)
+                nursery.start_soon(self._hold, held)
+            case Dismiss(lease_id, worker):
+                self._unwanted[lease_id] = worker
+                nursery.start_soon(self._release, worker, lease_id)
+            case Keep() | Decline():
+                pass
+
+    async def _advertise(self, action: Advertise) -> None:
+        kind = action.ask.kind
+        if kind in self._publishing:
+            # the one before still waits for a gateway to pass it on; it says the same
+            return
+        now = trio.current_time()
+        if now >= self._reminded.get(kind, -math.inf) + REMIND_S:
+            self._reminded[kind] = now
+            logger.info("Looking for %d more workers for %s jobs.", action.count, kind)
+        self._publishing.add(kind)
+        try:
+            await self._node.publish(action.request(self._node.ref()))
+        except NetworkError as exc:
+            logger.debug("A request for workers was not published: %s", exc)
+        finally:
+            self._publishing.discard(kind)
+
+    # --- holding one lease ----------------------------------------------------------------------------
+
+    async def _hold(self, held: _Held) -> None:
+        with held.scope:
+            now = trio.current_time()
+            renewal = Renewal(held.expires_at - now, now, self._random)
+            event: RenewalEvent = Tick()
+            while True:
+                attempt: Attempt | None = None
+                for action in renewal.handle(event, trio.current_time()):
+                    match action:
+                        case Attempt():
+                            attempt = action
+                        case Suspected(reason):
+                            self._suspect(held, reason)
+                        case Recovered():
+                            self._tell(
+                                held, LeaseRecovered(held.offer.lease_id, held.offer.worker, held.kind)
+                            )
+                        case Lapsed(reason, refused):
+                            self._lose(held, reason, refused)
+                            return
+                if attempt is not None:
+                    event = await self._attempt(held, attempt.timeout_s)
+                    if held.connection_lost:
+                        held.connection_lost = False
+                        renewal.handle(ConnectionLost(), trio.current_time())
+                    if isinstance(event, Renewed) and not held.gained:
+                        self._gain(held)
+                    continue
+                event = Tick()
+                with trio.move_on_at(renewal.next_wake):
+                    await held.nudge.wait()
+                if held.connection_lost:
+                    held.connection_lost = False
+                    event = ConnectionLost()
+                held.nudge = trio.Event()
+
+    async def _attempt(self, held: _Held, timeout_s: float) -> RenewalEvent:
+        lease_id, peer = held.offer.lease_id, held.offer.worker.peer
+        try:
+            answer = await self._node.request(peer, RenewLease(lease_id=lease_id), timeout_s=timeout_s)
+        except Refused as exc:
+            return RenewalRefused(exc.code, exc.reason)
+        except NetworkError as exc:
+            logger.debug("A renewal failed: %s", exc, extra=held.log_fields)
+            unreachable = isinstance(exc, PeerUnreachable)
+            return RenewalFailed(str(exc), unreachable, isinstance(exc, PeerUnreachable) and exc.gone)
+        if not isinstance(answer, LeaseRenewed) or answer.lease_id != lease_id:
+            return RenewalFailed(f"the answer was {type(answer).__name__}")
+        logger.debug("Lease renewed successfully", extra=held.log_fields)
+        return Renewed(answer.expires_in_s)
+
+    def _gain(self, held: _Held) -> None:
+        held.gained = True
+        logger.info("A worker was leased for %s jobs.", held.kind, extra=held.log_fields)
+        self._apply(Gained(held.offer.lease_id))
+        self._tell(held, _gained(held))
+
+    def _suspect(self, held: _Held, reason: str) -> None:
+        if held.gained:
+            logger.warning("A leased worker cannot be reached: %s.", reason, extra=held.log_fields)
+            self._tell(held, LeaseSuspect(held.offer.lease_id, held.offer.worker, held.kind, reason))
+
+    def _lose(self, held: _Held, reason: str, refused: bool) -> None:
+        self._held.pop(held.offer.lease_id, None)
+        # one that says so itself is well, and may be taken again
+        self._apply(Lost(held.offer.lease_id, avoid=not refused))
+        if not refused:
+            # it may have heard the renewals whose answers were lost, and keep its resources for nobody
+            self._todo.append(Dismiss(held.offer.lease_id, held.offer.worker))
+        if held.gained:
+            logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
+            self._tell(held, LeaseLost(held.offer.lease_id, held.offer.worker, held.kind, reason))
+        else:
+            logger.info("An offer could not be accepted: %s.", reason, extra=held.log_fields)
+
+    def _tell(self, held: _Held, event: PoolEvent) -> None:
+        if held.gained:
+            self._send.send_nowait(event)
+
+    async def _release(self, worker: PeerRef, lease_id: str) -> None:
+        async with self._releasing:
+            try:
+                await self._node.request(worker, ReleaseLease(lease_id=lease_id), RELEASE_TIMEOUT_S)
+            except NetworkError as exc:
+                fields = {"lease_id": lease_id, "peer_id": worker.peer}
+                logger.debug("A release was not delivered, so the lease will expire: %s", exc, extra=fields)
+        self._unwanted.pop(lease_id, None)
+
+    # --- hearing about the network ----------------------------------------------------------------------
+
+    async def _watch_peers(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with self._node.watch_peers() as losses:
+            task_status.started()
+            async for lost in losses:
+                for held in self._held.values():
+                    if held.offer.worker.peer == lost.peer:
+                        held.connection_lost = True
+                        held.nudge.set()
+
+    async def _watch_gateway(self) -> None:
+        seen = self._node.gateway_changed.count
+        while True:
+            seen = await self._node.gateway_changed.wait(seen)
+            self._apply(GatewayChanged())
+
+
+def _gained(held: _Held) -> LeaseGained:
+    return LeaseGained(
+        held.offer.lease_id, held.offer.worker, held.offer.resources, held.offer.price, held.kind
+    )

@@ -1,0 +1,198 @@
+"""The lessee's side of one lease, as a pure machine: :class:`Renewal`.
+
+It says when to renew (at 75 % of the lease's life, earlier by some jitter so that leases gained together
+are not renewed together), how to repeat a failed renewal until the lease is over, and when to suspect
+that the other side died. Times are seconds of this node's monotonic clock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from random import Random
+
+from hypha.leases import Tick
+
+#: Refusals after which trying again is useless: the lease is gone, or was never ours.
+FINAL_REFUSALS = frozenset({"lease", "role", "unsupported", "malformed"})
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """The lessor answered the attempt: the lease lives ``expires_in_s`` more."""
+
+    expires_in_s: float
+
+
+@dataclass(frozen=True)
+class RenewalFailed:
+    """No answer. ``unreachable``: no connection could be made at all. ``gone``: the lessor's machine says
+    that nobody listens there any more.
+    """
+
+    reason: str
+    unreachable: bool = False
+    gone: bool = False
+
+
+@dataclass(frozen=True)
+class RenewalRefused:
+    """The lessor said no."""
+
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConnectionLost:
+    """The last connection to the lessor ended: find out at once whether it still lives."""
+
+
+RenewalEvent = Renewed | RenewalFailed | RenewalRefused | ConnectionLost | Tick
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Send a renewal now and give it ``timeout_s``."""
+
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Suspected:
+    """The lessor was unreachable repeatedly; the lease itself still lives."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A suspected lessor answered again."""
+
+
+@dataclass(frozen=True)
+class Lapsed:
+    """The lease is over. Said once; the machine is at its end. ``refused``: the lessor itself said so."""
+
+    reason: str
+    refused: bool = False
+
+
+RenewalAction = Attempt | Suspected | Recovered | Lapsed
+
+
+class Renewal:
+    """Keeps one lease alive. The lessor promised ``expires_in_s`` at ``now``, by its offer.
+
+    The first attempt, which accepts the lease, is due at once. The life granted by an answer is
+    counted from when its attempt was *sent*: the lessor started counting later, so this side never
+    believes in a lease that the other side has ended.
+    """
+
+    RENEW_AT = 0.75
+    JITTER = 0.1
+    FIRST_RETRY_S = 0.2
+    LONGEST_RETRY_S = 2.0
+    LONGEST_ATTEMPT_S = 10.0
+    SHORTEST_ATTEMPT_S = 0.05
+    SUSPECT_AFTER = 2
+    #: a lessor that has been gone for so long is dead: its leases died with it, whatever they promised
+    GONE_FOR_S = 2.0
+
+    def __init__(self, expires_in_s: float, now: float, random: Random) -> None:
+        self.expires_at = now + expires_in_s
+        self.suspected = False
+        self._random = random
+        self._next_at = now
+        self._sent_at: float | None = None
+        self._nudged = False
+        self._failures = 0
+        self._unreachable = 0
+        self._gone_since: float | None = None
+        self._over = False
+        self._why = "never answered"
+
+    @property
+    def next_wake(self) -> float:
+        """When the next :class:`Tick` is due; an answer may come earlier."""
+        if self._over:
+            return math.inf
+        return self.expires_at if self._sent_at is not None else min(self._next_at, self.expires_at)
+
+    def handle(self, event: RenewalEvent, now: float) -> list[RenewalAction]:
+        """Apply ``event`` at ``now``."""
+        if self._over:
+            return []
+        actions: list[RenewalAction] = []
+        match event:
+            case Renewed(expires_in_s):
+                actions.extend(self._renewed(expires_in_s, now))
+            case RenewalFailed(reason, unreachable, gone):
+                self._retry(reason, now)
+                if not gone:
+                    self._gone_since = None
+                elif self._gone_since is None:
+                    self._gone_since = now
+                elif now >= self._gone_since + self.GONE_FOR_S:
+                    return self._lapse(f"nobody is there any more: {reason}")
+                self._unreachable = self._unreachable + 1 if unreachable else 0
+                if self._unreachable >= self.SUSPECT_AFTER and not self.suspected:
+                    self.suspected = True
+                    actions.append(Suspected(reason))
+            case RenewalRefused(code, reason):
+                if code in FINAL_REFUSALS:
+                    return self._lapse(f"refused ({code}): {reason}", refused=True)
+                self._retry(f"refused ({code}): {reason}", now)
+                self._unreachable = 0
+                self._gone_since = None
+            case ConnectionLost():
+                # an attempt under way is what is wanted; if it fails it is repeated without waiting
+                # only after a success: where connections open and break again, the pauses still grow
+                if self._failures == 0:
+                    self._nudged = self._sent_at is not None
+                    self._next_at = now
+            case Tick():
+                pass
+        if now >= self.expires_at:
+            return [*actions, *self._lapse(f"expired; the last renewal: {self._why}")]
+        if self._sent_at is None and now >= self._next_at:
+            self._sent_at = now
+            left = self.expires_at - now
+            # a third of what is left: long enough for a slow peer, and lost requests leave time for others
+            timeout_s = max(self.SHORTEST_ATTEMPT_S, min(self.LONGEST_ATTEMPT_S, left / 3))
+            actions.append(Attempt(timeout_s))
+        return actions
+
+    def _renewed(self, expires_in_s: float, now: float) -> list[RenewalAction]:
+        sent_at = now if self._sent_at is None else self._sent_at
+        self._sent_at = None
+        if not (math.isfinite(expires_in_s) and expires_in_s > 0):
+            self._retry(f"answered with a life of {expires_in_s} s", now)
+            return []
+        self.expires_at = max(self.expires_at, sent_at + expires_in_s)
+        life = self.expires_at - sent_at
+        self._next_at = sent_at + life * self.RENEW_AT * (1 - self.JITTER * self._random.random())
+        self._failures = self._unreachable = 0
+        self._gone_since = None
+        self._nudged = False
+        self._why = "succeeded"
+        if self.suspected:
+            self.suspected = False
+            return [Recovered()]
+        return []
+
+    def _retry(self, reason: str, now: float) -> None:
+        sent_at = now if self._sent_at is None else self._sent_at
+        self._sent_at = None
+        self._why = reason
+        pause = min(self.LONGEST_RETRY_S, self.FIRST_RETRY_S * 2.0 ** min(self._failures, 16))
+        self._failures += 1
+        # the time an attempt took is part of the pause: after one that timed out there is none
+        self._next_at = (
+            now if self._nudged else max(now, sent_at + pause * (0.5 + 0.5 * self._random.random()))
+        )
+        self._nudged = False
+
+    def _lapse(self, reason: str, refused: bool = False) -> list[RenewalAction]:
+        self._over = True
+        return [Lapsed(reason, refused)]

@@ -1,0 +1,122 @@
+"""What the job's configuration says about rounds, and what outlives one life of a job."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hypha.config.models import JobConfig
+from hypha.errors import ExecutorFailed, HyphaError, JobFailed, ModelError, NotFinite
+from hypha.messages import ExecutorClass
+
+#: losses that were not finite, of several workers or of one, after which a job is given up
+_DIVERGED, _DIVERGED_ALONE = 3, 5
+
+
+@dataclass(frozen=True)
+class Rules:
+    """``samples`` is the target of a round over all workers, ``inner_steps`` (if set) each worker's
+    number of batches instead; plans are multiples of ``multiple`` (gradient accumulation).
+    """
+
+    rounds: int
+    samples: int
+    inner_steps: int | None = None
+    multiple: int = 1
+    quorum: float = 1.0
+    grace_s: float = 10.0
+    deadline_s: float = 60.0
+    min_workers: int = 2
+    #: a life begins with ``min_workers``, ``start_grace_s`` after they are here, or with ``workers`` at once
+    workers: int = 1
+    start_grace_s: float = 0.0
+    checkpoint_every: int = 10
+    max_failures: int = 5
+    executor_restarts: int = 2
+
+    @classmethod
+    def from_config(cls, job: JobConfig) -> Rules:
+        """The rules of ``job``; without any target a round is 100 full batches a worker."""
+        rounds, pool = job.rounds, job.resources
+        batch = (rounds.batch_size or rounds.max_batch_size) * rounds.gradient_accumulation
+        return cls(
+            rounds=rounds.update_rounds,
+            samples=rounds.avg_samples_between_updates or 100 * batch * pool.num_workers,
+            inner_steps=rounds.inner_steps,
+            multiple=rounds.gradient_accumulation,
+            quorum=rounds.quorum,
+            grace_s=rounds.grace_s,
+            deadline_s=rounds.deadline_s,
+            min_workers=min(pool.min_workers or pool.num_workers, pool.num_workers),
+            workers=pool.num_workers,
+            start_grace_s=pool.start_grace_s,
+            checkpoint_every=job.checkpoint.every_rounds,
+            # a worker that was good for nothing, and another one, are no reason to end the job
+            max_failures=5 + pool.executor_restarts,
+            executor_restarts=pool.executor_restarts,
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a life of the job begins: ``steps`` inner steps were taken before; ``theta`` is the hash of
+    what is to be restored, empty when nothing is. ``taken_over``: the parameter server is that of the life
+    before, and may have closed ``round`` already.
+    """
+
+    job_id: str
+    generation: int = 0
+    round: int = 0
+    steps: int = 0
+    theta: str = ""
+    taken_over: bool = False
+
+
+@dataclass
+class Failures:
+    """Failures of executors since the last applied round. It outlives a generation."""
+
+    limit: int = 5
+    in_a_row: int = 0
+    model: dict[tuple[str, ExecutorClass], str] = field(default_factory=dict)
+    #: workers whose loss, or update, was not finite, each as often
+    not_finite: Counter[str] = field(default_factory=Counter)
+    #: how often a worker's executor was started again since a round that holds its update
+    restarts: Counter[str] = field(default_factory=Counter)
+
+    def applied(self, contributors: Iterable[str]) -> None:
+        """A round was applied: what failed before was overcome, and those did their part."""
+        self.in_a_row = 0
+        self.model.clear()
+        self.not_finite.clear()
+        for peer in contributors:
+            self.restarts.pop(peer, None)
+
+    def add(self, peer: str, kind: ExecutorClass, message: str, cause: str) -> HyphaError | None:
+        """Count one; the error with which the job ends if that was too much.
+
+        That the model is wrong is believed when two executors say so: a third would as well. That training
+        diverges, after the third time when two workers did, as one may have broken memory; else later.
+        """
+        self.in_a_row += 1
+        if cause == "model":
+            self.model[peer, kind] = message
+            if len(self.model) > 1:
+                return ModelError(
+                    f"the model cannot be used: {message} (said by {len(self.model)} executors)"
+                )
+        if cause == "not-finite":
+            self.not_finite[peer] += 1
+            times = self.not_finite.total()
+            if times >= (_DIVERGED if len(self.not_finite) > 1 else _DIVERGED_ALONE):
+                return NotFinite(
+                    f"training diverges, {times} times on {len(self.not_finite)} worker(s) without an "
+                    f"applied round in between: {message}"
+                )
+        if self.in_a_row >= self.limit:
+            text = (
+                f"{self.in_a_row} executors failed in a row without an applied round; the last one: {message}"
+            )
+            return ExecutorFailed(text) if cause == "exit" else JobFailed(text)
+        return None

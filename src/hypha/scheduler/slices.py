@@ -1,0 +1,256 @@
+"""Who trains on which slice: AVAILABLE -> ASSIGNED -> USED, once per slice and epoch.
+
+The tracker promises that a slice of an epoch is never with two workers at once, that it counts as used
+only when an applied update contained its last row, that what a lost worker held is handed out again,
+and that asking twice with the same number gives the same answer. A new epoch opens as soon as nothing
+is AVAILABLE in the open ones, so slow holders of old slices block nobody. Pure: no clock, no I/O.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from msgspec import Struct
+
+from hypha.errors import DataError
+
+#: answers kept per worker, so that a repeated question gets the same one
+_REMEMBERED_ANSWERS = 256
+#: how many AVAILABLE slices are looked at for one that no other worker has cached
+_LOOK_AHEAD = 64
+
+
+class Assignment(Struct, frozen=True):
+    """Slice ``index`` in ``epoch``; ``samples`` rows."""
+
+    epoch: int
+    index: int
+    samples: int
+
+
+class EpochState(Struct, frozen=True):
+    """An open epoch: what is neither in ``used`` nor in ``assigned`` (index, worker) is AVAILABLE."""
+
+    epoch: int
+    used: tuple[int, ...]
+    assigned: tuple[tuple[int, str], ...] = ()
+
+
+class AnswerState(Struct, frozen=True):
+    """What ``worker`` was told when it asked with ``seq``."""
+
+    worker: str
+    incarnation: str
+    seq: int
+    epoch: int
+    index: int
+
+
+class TrackerState(Struct, frozen=True):
+    """All a tracker knows. Epochs before ``next_epoch`` that are not listed are complete."""
+
+    samples: tuple[int, ...]
+    next_epoch: int
+    epochs: tuple[EpochState, ...] = ()
+    answers: tuple[AnswerState, ...] = ()
+    #: counts the changes; of two states of one life the higher is the newer
+    version: int = 0
+
+    def unassigned(self) -> TrackerState:
+        """The same after everybody was lost: ASSIGNED is AVAILABLE again, nobody was told anything."""
+        epochs = tuple(EpochState(epoch.epoch, epoch.used) for epoch in self.epochs)
+        return TrackerState(self.samples, self.next_epoch, epochs)
+
+
+class _Epoch:
+    def __init__(self, epoch: int, count: int, used: Iterable[int] = ()) -> None:
+        self.epoch = epoch
+        self.used = set(used)
+        self.assigned: dict[int, str] = {}
+        self.available = set(range(count)) - self.used
+        self._order = sorted(self.available)
+
+    def give_back(self, index: int) -> None:
+        del self.assigned[index]
+        self.available.add(index)
+        heapq.heappush(self._order, index)
+
+    def pick(self, cached: Sequence[int], elsewhere: set[int]) -> int:
+        """An AVAILABLE slice: one of ``cached``, else one nobody else has, else the lowest."""
+        for index in cached:
+            if index in self.available:
+                return index
+        looked: list[int] = []
+        choice: int | None = None
+        while self._order and len(looked) < _LOOK_AHEAD:
+            index = heapq.heappop(self._order)
+            if index not in self.available or (looked and looked[-1] == index):
+                continue
+            looked.append(index)
+            if index not in elsewhere:
+                choice = index
+                break
+        for index in looked:
+            heapq.heappush(self._order, index)
+        return looked[0] if choice is None else choice
+
+
+class SliceTracker:
+    """The slices of one dataset; ``samples`` are the rows of each. At least one slice, each of at least
+    one row, else :class:`DataError`.
+    """
+
+    def __init__(self, samples: Sequence[int]) -> None:
+        if not samples or min(samples) < 1:
+            raise DataError("the dataset has no slices, or a slice without samples: prepare it again")
+        self.samples = tuple(samples)
+        self._epochs: dict[int, _Epoch] = {}
+        self._next_epoch = 0
+        self._answers: dict[str, OrderedDict[int, Assignment]] = {}
+        self._incarnation: dict[str, str] = {}
+        self._cached: dict[str, tuple[int, ...]] = {}
+        self.version = 0
+
+    @property
+    def holders(self) -> set[str]:
+        """Workers to whom slices are ASSIGNED."""
+        return {worker for epoch in self._epochs.values() for worker in epoch.assigned.values()}
+
+    @property
+    def epoch(self) -> int:
+        """The oldest epoch that is not complete."""
+        return min(self._epochs, default=self._next_epoch)
+
+    def next(self, worker: str, incarnation: str, seq: int, cached: Sequence[int] = ()) -> Assignment:
+        """The slice for the question ``seq`` of this process of ``worker``.
+
+        A new ``incarnation`` means that the earlier process is gone: what it held returns first.
+        """
+        if self._incarnation.get(worker, incarnation) != incarnation:
+            self.lose(worker)
+        self._incarnation[worker] = incarnation
+        self._cached[worker] = tuple(cached)
+        answers = self._answers.setdefault(worker, OrderedDict())
+        if seq in answers:
+            return answers[seq]
+        epoch = self._open_epoch()
+        elsewhere = {index for other, indices in self._cached.items() if other != worker for index in indices}
+        index = epoch.pick(cached, elsewhere)
+        epoch.available.discard(index)
+        epoch.assigned[index] = worker
+        self.version += 1
+        answers[seq] = Assignment(epoch.epoch, index, self.samples[index])
+        if len(answers) > _REMEMBERED_ANSWERS:
+            answers.popitem(last=False)
+        return answers[seq]
+
+    def dropped(self, worker: str, incarnation: str, held_from: int, keep: Iterable[tuple[int, int]]) -> None:
+        """``worker`` holds nothing any more of what it got for a ``seq`` before ``held_from``: that returns,
+        except ``keep`` (the outcome of its update is still open).
+        """
+        if self._incarnation.get(worker) != incarnation:
+            return
+        answers = self._answers.get(worker, OrderedDict())
+        old = [answers.pop(seq) for seq in list(answers) if seq < held_from]
+        if not old:
+            return
+        again = {(answer.epoch, answer.index) for answer in answers.values()} | set(keep)
+        self.give_back(worker, {(answer.epoch, answer.index) for answer in old} - again)
+
+    def _open_epoch(self) -> _Epoch:
+        for number in sorted(self._epochs):
+            if self._epochs[number].available:
+                return self._epochs[number]
+        epoch = _Epoch(self._next_epoch, len(self.samples))
+        self._epochs[epoch.epoch] = epoch
+        self._next_epoch += 1
+        return epoch
+
+    def finish(self, worker: str, finished: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Mark (epoch, slice) pairs USED; the pairs that ``worker`` did not hold are returned, unchanged."""
+        foreign = []
+        self.version += 1
+        for number, index in finished:
+            epoch = self._epochs.get(number)
+            if epoch is None or epoch.assigned.get(index) != worker:
+                foreign.append((number, index))
+                continue
+            del epoch.assigned[index]
+            epoch.used.add(index)
+            if len(epoch.used) == len(self.samples):
+                del self._epochs[number]
+        return foreign
+
+    def lose(self, worker: str, keep: Iterable[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+        """Return what ``worker`` holds to AVAILABLE, except ``keep`` (the outcome of its update is still
+        open); the returned (epoch, slice) pairs. Its answers are forgotten.
+        """
+        kept = set(keep)
+        returned = []
+        self.version += 1
+        for number, epoch in self._epochs.items():
+            for index in [index for index, holder in epoch.assigned.items() if holder == worker]:
+                if (number, index) not in kept:
+                    epoch.give_back(index)
+                    returned.append((number, index))
+        self._answers.pop(worker, None)
+        return returned
+
+    def forget(self, worker: str, keep: Iterable[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+        """Like :meth:`lose` for a worker that is gone: its cache does not count any more."""
+        self._cached.pop(worker, None)
+        self._incarnation.pop(worker, None)
+        return self.lose(worker, keep)
+
+    def give_back(self, worker: str, pairs: Iterable[tuple[int, int]]) -> None:
+        """Return those of ``pairs`` that ``worker`` still holds to AVAILABLE."""
+        self.version += 1
+        for number, index in pairs:
+            epoch = self._epochs.get(number)
+            if epoch is not None and epoch.assigned.get(index) == worker:
+                epoch.give_back(index)
+
+    def held(self, worker: str) -> list[tuple[int, int]]:
+        """The (epoch, slice) pairs that are with ``worker``."""
+        return [
+            (number, index)
+            for number, epoch in sorted(self._epochs.items())
+            for index, holder in sorted(epoch.assigned.items())
+            if holder == worker
+        ]
+
+    def to_state(self) -> TrackerState:
+        """All of it, to be kept with a checkpoint."""
+        return TrackerState(
+            samples=self.samples,
+            next_epoch=self._next_epoch,
+            epochs=tuple(
+                EpochState(number, tuple(sorted(epoch.used)), tuple(sorted(epoch.assigned.items())))
+                for number, epoch in sorted(self._epochs.items())
+            ),
+            answers=tuple(
+                AnswerState(worker, self._incarnation[worker], seq, answer.epoch, answer.index)
+                for worker, answers in sorted(self._answers.items())
+                for seq, answer in answers.items()
+            ),
+            version=self.version,
+        )
+
+    @classmethod
+    def from_state(cls, state: TrackerState) -> SliceTracker:
+        """A tracker that goes on where ``state`` was taken."""
+        tracker = cls(state.samples)
+        tracker._next_epoch = state.next_epoch
+        tracker.version = state.version
+        for kept in state.epochs:
+            epoch = _Epoch(kept.epoch, len(state.samples), kept.used)
+            epoch.assigned = dict(kept.assigned)
+            epoch.available -= set(epoch.assigned)
+            tracker._epochs[kept.epoch] = epoch
+        for told in state.answers:
+            tracker._incarnation[told.worker] = told.incarnation
+            answers = tracker._answers.setdefault(told.worker, OrderedDict())
+            answers[told.seq] = Assignment(told.epoch, told.index, state.samples[told.index])
+        return tracker

@@ -1,0 +1,95 @@
+"""Directives on their way: the newest of each kind, repeated until the worker acknowledges it.
+
+One task an executor sends one directive at a time, so that what arrives is in the order of ``seq``. A
+newer directive of the same sort supersedes one that is still waiting. What was superseded or refused for
+good is forgotten; what could not be delivered is tried again with growing pauses.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+
+import trio
+
+from hypha.errors import NetworkError, Refused
+from hypha.messages import Directive, ExecutorClass, JobStamp, PeerRef, SendModel, Steer
+from hypha.net import Node
+
+logger = logging.getLogger("hypha.scheduler")
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_TIMEOUT_S = 10.0
+#: refusals that may pass: the executor is only just starting, or the worker is busy
+_PASSING = frozenset({"busy", "not-found", "internal"})
+
+
+class Steering:
+    """The directives for one executor, numbered after ``seq``. :meth:`run` sends them until cancelled."""
+
+    def __init__(
+        self, node: Node, to: PeerRef, kind: ExecutorClass, stamp: Callable[[], JobStamp], seq: int = 0
+    ) -> None:
+        self.to = to
+        self.kind: ExecutorClass = kind
+        self._node = node
+        self._stamp = stamp
+        self._waiting: OrderedDict[tuple[str, str], Directive] = OrderedDict()
+        self._changed = trio.Event()
+        self._seq = seq
+        self._idle = trio.Event()
+
+    def put(self, directive: Directive) -> None:
+        """Send it, and not what it supersedes."""
+        about = directive.to.peer if isinstance(directive, SendModel) else ""
+        slot = (type(directive).__name__, about)
+        self._waiting.pop(slot, None)
+        self._waiting[slot] = directive
+        self._idle = trio.Event()
+        self._changed.set()
+
+    async def delivered(self) -> None:
+        """Wait until nothing is left to send."""
+        while self._waiting:
+            await self._idle.wait()
+
+    async def say(self, directive: Directive) -> None:
+        """Send ``directive`` once, before all others. Raises :class:`NetworkError`."""
+        self._seq += 1
+        steer = Steer(stamp=self._stamp(), kind=self.kind, seq=self._seq, directive=directive)
+        await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)
+
+    async def run(self) -> None:
+        """Send what is put, in order."""
+        while True:
+            while not self._waiting:
+                self._idle.set()
+                self._changed = trio.Event()
+                await self._changed.wait()
+            slot, directive = next(iter(self._waiting.items()))
+            self._seq += 1
+            await self._deliver(slot, directive, self._seq)
+            if self._waiting.get(slot) is directive:
+                del self._waiting[slot]
+
+    async def _deliver(self, slot: tuple[str, str], directive: Directive, seq: int) -> None:
+        """Until it is acknowledged, superseded or refused for good."""
+        pause_s = _FIRST_PAUSE_S
+        while self._waiting.get(slot) is directive:
+            steer = Steer(stamp=self._stamp(), kind=self.kind, seq=seq, directive=directive)
+            fields = {"peer_id": self.to.peer, "job_id": steer.stamp.job_id}
+            try:
+                await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)
+                return
+            except Refused as exc:
+                if exc.code not in _PASSING:
+                    logger.warning("%s was refused: %s", type(directive).__name__, exc, extra=fields)
+                    return
+                logger.debug("%s has to wait: %s", type(directive).__name__, exc, extra=fields)
+            except NetworkError as exc:
+                logger.debug("%s was not delivered: %s", type(directive).__name__, exc, extra=fields)
+            await trio.sleep(pause_s * random.uniform(0.7, 1.3))
+            pause_s = min(_LONGEST_PAUSE_S, pause_s * 2.0)

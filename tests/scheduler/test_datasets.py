@@ -1,0 +1,80 @@
+"""Who serves the dataset, while data nodes come, die and return."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from tests.support.network import Network, until
+
+from hypha.errors import DatasetNotFound
+from hypha.messages import DatasetDescription, DescribeDataset, Manifest, SliceInfo
+from hypha.net import Node
+from hypha.scheduler.datasets import REFRESH_S, find_dataset
+
+pytestmark = pytest.mark.loopback
+
+MANIFEST = Manifest(name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00"),))
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Network:
+    return Network(tmp_path / "pki")
+
+
+@asynccontextmanager
+async def data_node(
+    network: Network, gateway: Node, role: str = "data", manifest_hash: str = "h"
+) -> AsyncIterator[Node]:
+    async with network.leaf("data", [gateway], roles=(role,)) as node:
+
+        async def describe(caller: str, request: DescribeDataset) -> DatasetDescription:
+            return DatasetDescription(manifest=MANIFEST, manifest_hash=manifest_hash)
+
+        node.answer(DescribeDataset, describe)
+        await node.provide("digits")
+        yield node
+
+
+async def test_a_data_node_that_is_gone_is_not_named_any_more_and_one_that_comes_is(
+    network: Network,
+) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        data_node(network, gateway) as stays,
+        trio.open_nursery() as nursery,
+    ):
+        async with AsyncExitStack() as stack:
+            goes = await stack.enter_async_context(data_node(network, gateway))
+            dataset = await find_dataset(scheduler, "digits", 10.0)
+            nursery.start_soon(dataset.watch, scheduler)
+            await until(lambda: set(dataset.providers) == {stays.peer_id, goes.peer_id}, 20.0)
+            began = trio.current_time()
+        await until(lambda: set(dataset.providers) == {stays.peer_id}, 20.0)
+        # long before it would have been asked again by itself
+        assert trio.current_time() - began < REFRESH_S / 2
+        async with data_node(network, gateway) as comes:
+            await until(lambda: comes.peer_id in dataset.providers, 2 * REFRESH_S)
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_worker_cannot_pass_for_a_data_node(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        data_node(network, gateway, "worker", "other") as impostor,
+    ):
+        with pytest.raises(DatasetNotFound):
+            await find_dataset(scheduler, "digits", 2.0)
+        assert caplog.text.count("has the role worker; it is not used") == 1
+        async with data_node(network, gateway) as honest:
+            dataset = await find_dataset(scheduler, "digits", 10.0)
+            await dataset.refresh(scheduler)
+            assert set(dataset.providers) == {honest.peer_id}
+            assert impostor.peer_id != honest.peer_id

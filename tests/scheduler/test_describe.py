@@ -1,0 +1,104 @@
+"""Job descriptions from the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hypha.config.models import JobConfig
+from hypha.errors import ConfigError
+from hypha.messages import HuggingFace, Local, PeerRef, Peers, Resources
+from hypha.scheduler.describe import Descriptions
+from hypha.scheduler.lives import Life
+from hypha.scheduler.rules import Rules, Start
+from hypha.scheduler.slices import SliceTracker
+from hypha.scheduler.view import in_words
+
+SCHEDULER = PeerRef(peer="s", addresses=("/ip4/10.0.0.1/tcp/4",))
+
+
+def config(**changes: object) -> JobConfig:
+    return JobConfig.model_validate(
+        {
+            "model": {"type": "image-classification", "path": "m", "input-names": ["pixel_values", "labels"]},
+            "dataset": {"dataset": "digits"},
+            "output": "out",
+            **changes,
+        }
+    )
+
+
+def descriptions(**changes: object) -> Descriptions:
+    return Descriptions(config(**changes), Start("job", generation=2, round=5, steps=70), SCHEDULER)
+
+
+def test_a_training_job() -> None:
+    job = descriptions(
+        preprocessor={"type": "image", "repository": "org/p", "input-names": {"images": "image"}},
+        rounds={"batch_size": 16, "gradient_accumulation": 2},
+        schedule={"type": "wsd", "warmup_steps": 3},
+        seed=7,
+    ).train("w", PeerRef(peer="p"), 16)
+    assert (job.job_id, job.generation, job.me, job.steps) == ("job", 2, "w", 70)
+    assert job.model.source == Peers(peers=(SCHEDULER,), resource="model")
+    assert job.model.inputs == {"pixel_values": "pixel_values", "labels": "labels"}
+    assert job.preprocessor is not None
+    assert job.preprocessor.source == HuggingFace(repository="org/p")
+    assert job.preprocessor.inputs == {"images": "image"}
+    assert (job.schedule.kind, job.schedule.warmup_steps) == ("wsd", 3)
+    assert (job.gradient_accumulation, job.batch_size, job.seed) == (2, 16, 7)
+    assert job.parameter_server == PeerRef(peer="p")
+
+
+def test_an_aggregate_job_starts_where_the_life_starts() -> None:
+    life = Life(Start("job", round=5), SliceTracker([1]).to_state(), "scheduler")
+    job = descriptions(
+        outer_optimizer={"weighting": "uniform", "learning_rate": 0.5},
+        checkpoint={"every-rounds": 3, "keep": 1, "place": "s3://b/c"},
+    ).aggregate("p", life.restore(SCHEDULER))
+    assert job.restore == Peers(peers=(SCHEDULER,), resource="checkpoint/5")
+    assert (job.round, job.weighting, job.optimizer.learning_rate) == (5, "uniform", 0.5)
+    assert (job.checkpoint.every_rounds, job.checkpoint.keep, job.checkpoint.place) == (3, 1, "s3://b/c")
+
+
+def test_where_a_checkpoint_is_restored_from() -> None:
+    tracker = SliceTracker([1]).to_state()
+    assert Life(Start("j"), tracker).restore(SCHEDULER) is None
+    assert Life(Start("j", round=2), tracker, "/mnt/c/round-2").restore(SCHEDULER) == Local(
+        url="/mnt/c/round-2"
+    )
+
+
+@pytest.mark.parametrize(("offered", "expected"), [(10.0, 5), (2.0, 1), (1.0, 1), (1000.0, 64)], ids=str)
+def test_batch_size_is_offered_over_required(offered: float, expected: int) -> None:
+    got = descriptions(resources={"worker": {"gpu": 2.0}})
+    assert got.batch_size(Resources(gpu=offered)) == expected
+    assert descriptions(rounds={"batch_size": 3}).batch_size(Resources(gpu=offered)) == 3
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{"type": "causal-lm"}, {"type": "causal-lm", "path": Path("a"), "repository": "b"}],
+    ids=["no source", "two sources"],
+)
+def test_a_model_has_one_source(model: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        descriptions(model=model).train("w", PeerRef(peer="p"), 1)
+
+
+def test_rules() -> None:
+    rules = Rules.from_config(
+        config(rounds={"avg_samples_between_updates": 1200}, resources={"num_workers": 3})
+    )
+    assert (rules.samples, rules.inner_steps, rules.min_workers) == (1200, None, 3)
+    rules = Rules.from_config(
+        config(rounds={"inner_steps": 50}, resources={"num_workers": 3, "min_workers": 9})
+    )
+    assert (rules.inner_steps, rules.min_workers) == (50, 3)
+    assert Rules.from_config(config()).samples > 0
+
+
+def test_resources_in_words() -> None:
+    assert in_words(Resources(cpu=2, gpu=10)) == "cpu=2 gpu=10"
+    assert in_words(Resources()) == "anything"

@@ -1,0 +1,715 @@
+"""The whole job loop over real nodes. Scripts at the other end of the wire speak the executors' messages:
+no tensors, no processes, but every message, lease, transfer and file of the scheduler is real.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from tests.support.network import Network, address_of, until
+
+from hypha.config.models import OfferConfig, SchedulerConfig
+from hypha.errors import (
+    AllocationFailed,
+    ConfigError,
+    DatasetMismatch,
+    DatasetNotFound,
+    HyphaError,
+    ModelError,
+    NetworkError,
+    OutputError,
+    Refused,
+)
+from hypha.leases import Lease
+from hypha.messages import (
+    Acknowledged,
+    AggregateJob,
+    CancelJob,
+    CheckpointSaved,
+    CloseRound,
+    Contribution,
+    DatasetDescription,
+    DescribeDataset,
+    DispatchJob,
+    Event,
+    ExecutorClass,
+    ExecutorDescriptor,
+    ExecutorError,
+    ExecutorExited,
+    Export,
+    Exported,
+    FileList,
+    Finish,
+    JobStamp,
+    ListFiles,
+    Loaded,
+    Manifest,
+    Members,
+    ModelReady,
+    NextSlice,
+    Plan,
+    Progress,
+    PullFile,
+    Rejoin,
+    Report,
+    ReportEvent,
+    Resources,
+    RoundApplied,
+    RoundStarted,
+    SaveCheckpoint,
+    SendModel,
+    SliceAssigned,
+    SliceInfo,
+    SliceRange,
+    Steer,
+    TrainJob,
+    UpdateReceived,
+    UpdateSent,
+)
+from hypha.net import Node
+from hypha.net.transfers import meta_of
+from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
+from hypha.scheduler.ledger import Ledger
+from hypha.worker.arbiter import Arbiter
+from hypha.worker.offers import LeaseDesk, serve_offers
+
+pytestmark = pytest.mark.loopback
+
+MANIFEST = Manifest(
+    name="digits",
+    columns=(),
+    slices=tuple(SliceInfo(file=f"{i}", samples=20, size=9, blake3="00") for i in range(8)),
+)
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Network:
+    return Network(tmp_path / "pki")
+
+
+@dataclass
+class Stage:
+    """What the scripts share instead of a bulk plane among themselves: who gets theta, whose update is in."""
+
+    node_dir: Path
+    actors: dict[str, Actor] = field(default_factory=dict)
+    updates: list[Contribution] = field(default_factory=list)
+    restored: list[int] = field(default_factory=list)
+    crash_at: int = -1
+    saves: bool = True
+
+
+@dataclass
+class Actor:
+    """A worker that plays one executor of each kind, honestly but without tensors."""
+
+    stage: Stage
+    node: Node
+    nursery: trio.Nursery
+    model_error: str = ""
+    silent: bool = False
+    #: rounds in which, or in the first after which, its training executor dies
+    mortal: list[int] = field(default_factory=list)
+    died: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    jobs: dict[ExecutorClass, TrainJob | AggregateJob] = field(default_factory=dict)
+    seq: dict[str, int] = field(default_factory=dict)
+    lives: int = 0
+    plan: dict[int, int | None] = field(default_factory=dict)
+    plans: trio.Event = field(default_factory=trio.Event)
+    finished: set[ExecutorClass] = field(default_factory=set)
+    round: int = 0
+    members: list[str] = field(default_factory=list)
+    steps: int = 0
+    generation: dict[ExecutorClass, int] = field(default_factory=dict)
+    leases: dict[ExecutorClass, str] = field(default_factory=dict)
+    rejoined: list[Rejoin] = field(default_factory=list)
+    #: what was said of the last rounds, to be said again
+    sent: Contribution | None = None
+    applied: RoundApplied | None = None
+    started: int = -1
+    desk: LeaseDesk | None = None
+
+    def begin(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Do it until the scheduler is gone."""
+
+        async def until_refused() -> None:
+            with suppress(NetworkError):
+                await work(*arguments)
+
+        self.nursery.start_soon(until_refused)
+
+    def answer(self) -> None:
+        self.node.answer(DispatchJob, self.dispatch, roles={"scheduler"})
+        self.node.answer(Steer, self.steer, roles={"scheduler"})
+        self.node.answer(CancelJob, self.cancel, roles={"scheduler"})
+
+    async def dispatch(self, caller: str, request: DispatchJob) -> Acknowledged:
+        job = request.job
+        kind: ExecutorClass = "train" if isinstance(job, TrainJob) else "aggregate"
+        if (self.jobs.get(kind), self.leases.get(kind)) == (job, request.lease_id):
+            return Acknowledged()
+        self.jobs[kind], self.leases[kind] = job, request.lease_id
+        self.generation[kind] = job.generation
+        self.lives += 1
+        if request.instead_of:
+            self.replaced.append(request.instead_of)
+        self.begin(self.train if kind == "train" else self.aggregate)
+        return Acknowledged()
+
+    async def cancel(self, caller: str, request: CancelJob) -> Acknowledged:
+        self.jobs.pop(request.kind, None)
+        return Acknowledged()
+
+    def incarnation(self, kind: ExecutorClass, job: TrainJob | AggregateJob) -> str:
+        deaths = len(self.died) if kind == "train" else 0
+        return f"{kind}-{job.generation}-{deaths}-{self.node.peer_id}"
+
+    async def say(self, kind: ExecutorClass, event: Event, twice: bool = False) -> None:
+        job = self.jobs.get(kind)
+        if job is None or self.silent:
+            return
+        incarnation = self.incarnation(kind, job)
+        self.seq[incarnation] = self.seq.get(incarnation, 0) + 1
+        stamp = JobStamp(job_id=job.job_id, generation=self.generation[kind], round=self.round)
+        report = ReportEvent(
+            stamp=stamp, kind=kind, incarnation=incarnation, seq=self.seq[incarnation], event=event
+        )
+        for _ in range(2 if twice else 1):
+            try:
+                await self.node.request(job.scheduler, report)
+            except NetworkError:
+                return
+
+    async def steer(self, caller: str, request: Steer) -> Acknowledged:
+        directive = request.directive
+        job = self.jobs.get(request.kind)
+        if job is None:
+            raise Refused("not-found", "it has ended")
+        if isinstance(directive, Rejoin):
+            self.generation[request.kind] = directive.generation
+            self.rejoined.append(directive)
+            self.begin(self.rejoin, request.kind, job, directive)
+            return Acknowledged()
+        if request.stamp.generation != self.generation[request.kind]:
+            return Acknowledged()
+        match directive:
+            case Plan(round=round_, batches=batches):
+                self.plan[round_] = batches
+                self.plans.set()
+            case Members(peers=peers):
+                self.members = [ref.peer for ref in peers]
+            case SendModel(to=ref):
+                self.theta(ref.peer)
+            case CloseRound():
+                self.begin(self.close, directive)
+            case SaveCheckpoint():
+                if self.stage.saves:
+                    self.begin(self.save)
+            case Export():
+                self.begin(self.export, directive)
+            case Finish():
+                self.finished.add(request.kind)
+                self.jobs.pop(request.kind, None)
+        return Acknowledged()
+
+    async def rejoin(self, kind: ExecutorClass, job: TrainJob | AggregateJob, directive: Rejoin) -> None:
+        if isinstance(job, AggregateJob):
+            if self.applied is not None:
+                await self.say(kind, self.applied)
+            await self.say(
+                kind, ModelReady(round=self.round, theta=f"t{self.round}", parameters=1, size_bytes=4)
+            )
+            for part in self.stage.updates:
+                await self.say(
+                    kind, UpdateReceived(round=part.round, worker=part.worker, samples=part.samples)
+                )
+            return
+        assert directive.parameter_server is not None
+        moved = msgspec.structs.replace(job, parameter_server=directive.parameter_server)
+        self.jobs[kind] = moved if directive.start_over or directive.resend else job
+        await self.say(kind, Loaded(incarnation=self.incarnation("train", job)))
+        if directive.start_over:
+            self.plan.clear()
+            return
+        if self.sent is not None:
+            await self.say(kind, UpdateSent(contribution=self.sent))
+        if self.started >= 0:
+            await self.say(kind, RoundStarted(round=self.started, theta=f"t{self.started}"))
+
+    # --- as a parameter server
+
+    def theta(self, peer: str) -> None:
+        actor = self.stage.actors[peer]
+        if "train" in actor.jobs:
+            actor.begin(actor.train_round, self.round)
+
+    async def aggregate(self) -> None:
+        job = self.jobs["aggregate"]
+        assert isinstance(job, AggregateJob)
+        self.stage.updates.clear()
+        if self.model_error:
+            await self.say("aggregate", ExecutorError(kind="model", message=self.model_error))
+            return
+        files = await self.node.request(job.scheduler, ListFiles(kind="model", job_id=job.job_id))
+        assert isinstance(files, FileList)
+        for meta in files.files:
+            path = self.stage.node_dir / f"{self.node.peer_id}-{meta.name}"
+            what = PullFile(kind="model", name=meta.name, job_id=job.job_id)
+            await self.node.transfers.pull(job.scheduler, what, path, meta, 1 << 20)
+            assert path.read_text() == "{}"
+        if job.restore is not None:
+            listing = await self.node.request(
+                job.scheduler, ListFiles(kind="checkpoint", name=str(job.round), job_id=job.job_id)
+            )
+            assert isinstance(listing, FileList)
+            (meta,) = listing.files
+            path = self.stage.node_dir / f"restored-{job.generation}"
+            what = PullFile(kind="checkpoint", name=meta.name, job_id=job.job_id)
+            await self.node.transfers.pull(job.scheduler, what, path, meta, 1 << 20)
+            self.stage.restored.append(json.loads(path.read_text())["round"])
+        self.round = job.round
+        ready = ModelReady(round=self.round, theta=f"t{self.round}", parameters=1, size_bytes=4)
+        await self.say("aggregate", ready, twice=True)
+
+    async def close(self, directive: CloseRound) -> None:
+        if directive.round != self.round or "aggregate" not in self.jobs:
+            return
+        if self.round == self.stage.crash_at:
+            self.stage.crash_at = -1
+            await self.say("aggregate", ExecutorError(kind="internal", message="out of luck"))
+            self.jobs.pop("aggregate", None)
+            return
+        names = tuple(sorted(part.worker for part in self.stage.updates))
+        self.stage.updates.clear()
+        self.round += 1
+        applied = RoundApplied(round=directive.round, theta=f"t{self.round}", contributors=names)
+        self.applied = applied
+        await self.say("aggregate", applied, twice=True)
+        if directive.checkpoint:
+            await self.save()
+        if not directive.final:
+            for peer in self.members:
+                self.theta(peer)
+
+    async def save(self) -> None:
+        job = self.jobs["aggregate"]
+        path = self.stage.node_dir / f"state-{self.round}.json"
+        path.write_text(json.dumps({"round": self.round}))
+        stamp = JobStamp(job_id=job.job_id, generation=self.generation["aggregate"], round=self.round)
+        meta = await meta_of(path, "checkpoint", "state.json", stamp=stamp)
+        await self.node.transfers.send(job.scheduler, path, meta)
+        await self.say("aggregate", CheckpointSaved(round=self.round, place="scheduler"))
+
+    async def export(self, directive: Export) -> None:
+        job = self.jobs["aggregate"]
+        stamp = JobStamp(job_id=job.job_id, generation=self.generation["aggregate"], round=self.round)
+        for name in ("config.json", "model.safetensors"):
+            path = self.stage.node_dir / f"export-{name}"
+            path.write_text(name)
+            meta = await meta_of(path, "export", name, stamp=stamp)
+            await self.node.transfers.send(directive.to, path, meta)
+        exported = Exported(round=self.round, files=("config.json", "model.safetensors"))
+        await self.say("aggregate", exported)
+
+    # --- as a training executor
+
+    async def next_slice(self, job: TrainJob, incarnation: str, number: int) -> SliceAssigned:
+        """Ask until there is an answer, as a worker does; a scheduler may be away."""
+        while True:
+            if self.jobs.get("train") is not job:
+                raise Refused("stale", "this process has ended")
+            stamp = JobStamp(job_id=job.job_id, generation=self.generation["train"], round=self.started)
+            request = NextSlice(stamp=stamp, incarnation=incarnation, seq=number)
+            with suppress(NetworkError):
+                got = await self.node.request(job.scheduler, request, timeout_s=2.0)
+                if isinstance(got, SliceAssigned):
+                    return got
+            await trio.sleep(0.05)
+
+    async def train(self) -> None:
+        if self.model_error:
+            await self.say("train", ExecutorError(kind="model", message=self.model_error))
+            return
+        job = self.jobs["train"]
+        await self.say("train", Loaded(incarnation=self.incarnation("train", job)))
+
+    async def train_round(self, round_: int) -> None:
+        job = self.jobs.get("train")
+        if not isinstance(job, TrainJob):
+            return
+        self.started = round_
+        incarnation = self.incarnation("train", job)
+        await self.say("train", RoundStarted(round=round_, theta=f"t{round_}"), twice=True)
+        number, batches, ranges, finished = self.steps * 1000, 0, [], []
+        while (plan := self.plan.get(round_)) is None or batches < max(1, plan):
+            number += 1
+            got = await self.next_slice(job, incarnation, number)
+            if self.jobs.get("train") is not job:
+                return
+            stamp = JobStamp(job_id=job.job_id, generation=self.generation["train"], round=round_)
+            ranges.append(SliceRange(epoch=got.epoch, slice=got.index, start=0, stop=got.samples))
+            finished.append((got.epoch, got.index))
+            await trio.sleep(0.01)
+            if self.mortal and round_ >= self.mortal[0]:
+                self.mortal.pop(0)
+                await self.say("train", ExecutorExited(exit_code=-9, tail="last words"))
+                self.jobs.pop("train", None)
+                self.died.append(incarnation)
+                return
+            batches += got.samples // job.batch_size
+            progress = Progress(
+                round=round_,
+                batches=batches,
+                samples=batches * job.batch_size,
+                busy_s=batches / 500,
+                loss=1.0,
+            )
+            self.node.report(
+                job.scheduler.peer, Report(stamp=stamp, incarnation=incarnation, progress=progress)
+            )
+            if self.jobs.get("train") is not job:
+                return
+        part = Contribution(
+            round=round_,
+            worker=self.node.peer_id,
+            incarnation=incarnation,
+            samples=batches * job.batch_size,
+            batches=batches,
+            batch_size=job.batch_size,
+            steps=self.steps,
+            ranges=tuple(ranges),
+            finished=tuple(finished),
+            loss=1.0 / (round_ + 1),
+        )
+        self.steps += batches
+        self.sent = part
+        server = self.stage.actors[job.parameter_server.peer]
+        self.stage.updates.append(part)
+        received = UpdateReceived(round=round_, worker=part.worker, samples=part.samples)
+        await server.say("aggregate", received, twice=True)
+        await self.say("train", UpdateSent(contribution=part), twice=True)
+
+
+@asynccontextmanager
+async def data_node(network: Network, gateway: Node, manifest_hash: str = "h") -> AsyncIterator[Node]:
+    async with network.leaf("data", [gateway], roles=("data",)) as node:
+
+        async def describe(caller: str, request: DescribeDataset) -> DatasetDescription:
+            return DatasetDescription(manifest=MANIFEST, manifest_hash=manifest_hash)
+
+        node.answer(DescribeDataset, describe)
+        await node.provide("digits")
+        yield node
+
+
+@asynccontextmanager
+async def actor(network: Network, gateway: Node, stage: Stage, **traits: Any) -> AsyncIterator[Actor]:
+    executors = (
+        ExecutorDescriptor(kind="train", name="diloco-transformer"),
+        ExecutorDescriptor(kind="aggregate", name="parameter-server"),
+    )
+    async with network.leaf("worker", [gateway], roles=("worker",)) as node, trio.open_nursery() as nursery:
+        play = Actor(stage, node, nursery, **traits)
+        stage.actors[node.peer_id] = play
+        play.answer()
+
+        def ended(lease: Lease) -> None:
+            pass
+
+        terms = OfferConfig(lease_s=15.0, temporary_lease_s=5.0)
+        desk = LeaseDesk(Arbiter(Resources(cpu=2, memory=8, storage=1), executors, terms, node.ref), ended)
+        play.desk = desk
+        await nursery.start(serve_offers, node, desk)
+        yield play
+        nursery.cancel_scope.cancel()
+
+
+def config_for(network: Network, gateway: Node, tmp_path: Path, **job: Any) -> SchedulerConfig:
+    files = network.pki.files("scheduler", ("scheduler",))
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    described: dict[str, Any] = {
+        "name": "digits",
+        "model": {"type": "image-classification", "path": str(tmp_path / "model")},
+        "dataset": {"dataset": "digits", "wait_s": 5.0},
+        "rounds": {"update_rounds": 4, "avg_samples_between_updates": 120, "batch_size": 5, "deadline_s": 5},
+        "resources": {"num_workers": 2, "worker": {"cpu": 1, "memory": 1}, "parameter_server": {"cpu": 1}},
+        "checkpoint": {"every_rounds": 2, "keep": 1},
+        "output": str(tmp_path / "out"),
+        **job,
+    }
+    return SchedulerConfig.model_validate(
+        {
+            "cert_pem": files.cert,
+            "key_pem": files.key,
+            "trust_pem": files.trust,
+            "listen_addresses": ["/ip4/127.0.0.1/tcp/0"],
+            "gateway_addresses": [address_of(gateway)],
+            "exclude_cidr": [],
+            "state_dir": tmp_path / "state",
+            "scheduler": {"job": described},
+        }
+    )
+
+
+async def test_a_job_from_its_configuration_to_its_model(network: Network, tmp_path: Path) -> None:
+    stage, seen = Stage(tmp_path), list[JobSnapshot]()
+    async with network.gateway() as gateway, data_node(network, gateway), data_node(network, gateway):
+        async with actor(network, gateway, stage) as one, actor(network, gateway, stage) as two:
+            with trio.fail_after(40):
+                result = await run_job(config_for(network, gateway, tmp_path), observe=seen.append)
+            await until(lambda: one.finished | two.finished == {"train", "aggregate"})
+            await until(lambda: "train" in one.finished and "train" in two.finished)
+    assert isinstance(result, JobResult)
+    assert (result.rounds, result.workers, result.theta) == (4, 2, "t4")
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "hypha.json"}
+    with closing(Ledger(tmp_path / "state" / "digits" / "job.db")) as book:
+        assert book.leases() == []
+    ledger = read_ledger(result.ledger)
+    assert [(entry.round, entry.theta) for entry in ledger.rounds] == [
+        (0, "t1"),
+        (1, "t2"),
+        (2, "t3"),
+        (3, "t4"),
+    ]
+    assert ledger.theta == "t0"
+    assert all(len(entry.contributors) == 2 for entry in ledger.rounds)
+    assert sum(entry.samples for entry in ledger.rounds) == result.samples
+    used = [pair for entry in ledger.rounds for part in entry.contributors for pair in part.finished]
+    assert len(used) == len(set(used))
+    assert read_ledger(tmp_path / "state" / "digits" / "job.db") == ledger
+    kept = [path.name for path in (tmp_path / "state" / "digits" / "checkpoints").iterdir()]
+    assert kept == ["round-4"]
+    states = [snapshot.state for snapshot in seen]
+    assert {"allocating", "training", "done"} <= set(states)
+    assert seen[-1].output == str(out)
+    assert any(len(snapshot.workers) == 2 for snapshot in seen)
+
+
+async def test_a_failed_executor_is_started_again_under_its_lease_and_in_the_end_replaced(
+    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage, seen = Stage(tmp_path), list[JobSnapshot]()
+    resources = {"num_workers": 2, "worker": {"cpu": 1, "memory": 1}, "parameter_server": {"cpu": 1}}
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage) as one, actor(network, gateway, stage) as two:
+            one.mortal, two.mortal = [1], [2, 2]
+            config = config_for(network, gateway, tmp_path, resources=resources | {"executor_restarts": 1})
+            with trio.fail_after(40):
+                result = await run_job(config, observe=seen.append)
+    assert one.replaced == one.died
+    # the second time its worker was replaced, in want of others by itself
+    assert two.replaced == two.died[:1]
+    assert len(two.died) == 2
+    assert caplog.text.count("An executor is started again") == 2
+    assert "ended with exit code -9\nlast words" in caplog.text
+    assert caplog.text.count("A worker is replaced") == 1
+    # both are needed: the round is kept meanwhile
+    assert any(snapshot.state == "paused" and "started again" in snapshot.message for snapshot in seen)
+    leases = {each.lease for snapshot in seen for each in snapshot.workers if each.peer == one.node.peer_id}
+    # none is held any more when the last snapshot is taken
+    assert len(leases - {""}) == 1
+    assert {entry.generation for entry in read_ledger(result.ledger).rounds} == {0}
+
+
+async def test_a_job_that_does_not_wait_begins_with_few_and_the_rest_joins(
+    network: Network, tmp_path: Path
+) -> None:
+    stage, seen = Stage(tmp_path), list[JobSnapshot]()
+    resources = {"num_workers": 2, "min_workers": 1, "start_grace_s": 0.2, "parameter_server": {"cpu": 1}}
+    rounds = {"update_rounds": 30, "avg_samples_between_updates": 120, "batch_size": 5, "deadline_s": 5}
+    config = {"resources": resources, "rounds": rounds}
+    async with network.gateway() as gateway, data_node(network, gateway), trio.open_nursery() as nursery:
+        async with actor(network, gateway, stage) as one:
+            results: list[JobResult] = []
+
+            async def run() -> None:
+                made = config_for(network, gateway, tmp_path, **config)
+                results.append(await run_job(made, observe=seen.append))
+
+            nursery.start_soon(run)
+            await until(lambda: bool(seen) and seen[-1].round >= 2, 20)
+            assert [each.peer for each in seen[-1].workers] == [one.node.peer_id]
+            async with actor(network, gateway, stage):
+                await until(lambda: bool(results), 40)
+    crews = [len(entry.contributors) for entry in read_ledger(results[0].ledger).rounds]
+    assert (crews[0], crews[-1]) == (1, 2)
+
+
+async def test_an_accidental_batch_size_of_one_is_said_once(
+    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(tmp_path)
+    rounds = {"update_rounds": 1, "avg_samples_between_updates": 40, "deadline_s": 5}
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage), actor(network, gateway, stage):
+            with trio.fail_after(40):
+                result = await run_job(config_for(network, gateway, tmp_path, rounds=rounds))
+    (entry,) = read_ledger(result.ledger).rounds
+    assert [part.batch_size for part in entry.contributors] == [1, 1]
+    assert caplog.text.count("Set rounds.batch_size") == 1
+
+
+async def test_a_lost_parameter_server_is_restored_elsewhere(network: Network, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, crash_at=3)
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage), actor(network, gateway, stage):
+            with trio.fail_after(60):
+                result = await run_job(config_for(network, gateway, tmp_path))
+    assert stage.crash_at == -1
+    assert stage.restored == [2]
+    assert result.theta == "t4"
+    ledger = read_ledger(result.ledger)
+    counted = [entry for entry in ledger.rounds if not entry.discarded]
+    assert [entry.round for entry in counted] == [0, 1, 2, 3]
+    assert {entry.generation for entry in counted} == {0, 1}
+    used = [pair for entry in counted for part in entry.contributors for pair in part.finished]
+    assert len(used) == len(set(used))
+
+
+async def test_a_stopped_job_is_resumed_and_leaves_no_lease(network: Network, tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage) as one, actor(network, gateway, stage) as two:
+            config = config_for(network, gateway, tmp_path)
+            with trio.CancelScope() as scope:
+
+                def stop(snapshot: JobSnapshot) -> None:
+                    if snapshot.checkpoint == 2:
+                        scope.cancel()
+
+                began = trio.current_time()
+                with trio.fail_after(40):
+                    await run_job(config, observe=stop)
+            assert scope.cancelled_caught
+            assert trio.current_time() - began < 40
+            assert not one.jobs
+            assert not two.jobs
+            applied = len(read_ledger(tmp_path / "state/digits/job.db").rounds)
+            with trio.fail_after(40):
+                result = await run_job(config)
+    ledger = read_ledger(result.ledger)
+    counted = [entry for entry in ledger.rounds if not entry.discarded]
+    assert [entry.round for entry in counted] == [0, 1, 2, 3]
+    if scope.cancelled_caught:
+        assert stage.restored == [applied]
+        assert counted[-1].generation == 1
+
+
+@pytest.mark.parametrize("saves", [True, False])
+async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
+    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture, saves: bool
+) -> None:
+    caplog.set_level("INFO", "hypha.scheduler")
+    stage = Stage(tmp_path, saves=saves)
+    rounds = {"update_rounds": 6, "avg_samples_between_updates": 960, "batch_size": 5, "deadline_s": 5}
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage), actor(network, gateway, stage):
+            config = config_for(network, gateway, tmp_path, rounds=rounds)
+            with trio.CancelScope() as scope:
+
+                def stop(snapshot: JobSnapshot) -> None:
+                    if snapshot.round == 3 and snapshot.checkpoint == 2:
+                        scope.cancel()
+
+                with trio.fail_after(40):
+                    await run_job(config, observe=stop)
+            assert scope.cancelled_caught
+            # one more may have been applied meanwhile; it is not lost either
+            applied = [entry.round for entry in read_ledger(tmp_path / "state/digits/job.db").rounds]
+            with trio.fail_after(40):
+                result = await run_job(config)
+    ledger = read_ledger(result.ledger)
+    discarded = [entry.round for entry in ledger.rounds if entry.discarded]
+    assert len(applied) >= 3
+    if saves:
+        assert stage.restored == [len(applied)]
+        assert discarded == []
+        assert f"The job will go on from round {len(applied)}" in caplog.text
+    else:
+        assert stage.restored == [2]
+        assert discarded == applied[2:]
+        assert "could not be saved in time; the job will go on from round 2" in caplog.text
+    assert [entry.round for entry in ledger.rounds if not entry.discarded] == list(range(6))
+
+
+async def test_an_unfinished_job_is_not_mistaken_for_another_one(network: Network, tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage), actor(network, gateway, stage):
+            with trio.CancelScope() as scope:
+
+                def stop(snapshot: JobSnapshot) -> None:
+                    if snapshot.round:
+                        scope.cancel()
+
+                with trio.fail_after(40):
+                    await run_job(config_for(network, gateway, tmp_path), observe=stop)
+            assert scope.cancelled_caught
+            optimizer = {"learning_rate": 0.5, "momentum": 0.25}
+            changed = config_for(network, gateway, tmp_path, outer_optimizer=optimizer)
+            with trio.fail_after(20), pytest.raises(ConfigError, match="--fresh") as caught:
+                await run_job(changed)
+            assert "aggregate.optimizer.momentum is 0.25 now and was " in str(caught.value)
+            assert caught.value.exit_code == 2
+            with trio.fail_after(40):
+                result = await run_job(changed, fresh=True)
+    ledger = read_ledger(result.ledger)
+    assert [(entry.round, entry.generation) for entry in ledger.rounds] == [(n, 0) for n in range(4)]
+    assert (tmp_path / "state" / "digits" / "old-1" / "job.db").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "exit_code", "says"),
+    [
+        ({"output": "/proc/nowhere/out"}, OutputError, 6, "/proc/nowhere"),
+        ({"dataset": {"dataset": "nothing", "wait_s": 1.0}}, DatasetNotFound, 3, "nothing"),
+        (
+            {"resources": {"num_workers": 2, "worker": {"gpu": 10, "cpu": 1}, "wait_s": 2.0}},
+            AllocationFailed,
+            4,
+            "gpu=10",
+        ),
+    ],
+)
+async def test_what_cannot_be_had_ends_with_its_own_exit_code(
+    network: Network,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: type[HyphaError],
+    exit_code: int,
+    says: str,
+) -> None:
+    stage = Stage(tmp_path)
+    async with network.gateway() as gateway, data_node(network, gateway), actor(network, gateway, stage):
+        with trio.fail_after(20), pytest.raises(error, match=says) as caught:
+            await run_job(config_for(network, gateway, tmp_path, **changes))
+    assert caught.value.exit_code == exit_code
+
+
+async def test_replicas_that_differ_are_refused(network: Network, tmp_path: Path) -> None:
+    async with network.gateway() as gateway, data_node(network, gateway, "one"):
+        async with data_node(network, gateway, "two"):
+            with trio.fail_after(20), pytest.raises(DatasetMismatch, match="different data"):
+                await run_job(config_for(network, gateway, tmp_path))
+
+
+async def test_a_model_that_cannot_be_loaded_ends_the_job(network: Network, tmp_path: Path) -> None:
+    stage, error = Stage(tmp_path), "config.json is no model"
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage, model_error=error) as one:
+            async with actor(network, gateway, stage, model_error=error) as two:
+                with trio.fail_after(30), pytest.raises(ModelError, match=error) as caught:
+                    await run_job(config_for(network, gateway, tmp_path))
+                await until(lambda: not one.jobs or not two.jobs)
+    assert caught.value.exit_code == 5

@@ -1,0 +1,316 @@
+"""Pools and workers over real nodes: leases gained, kept, lost, given back; rivals; late gateways."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from tests.support.network import Network, until
+
+from hypha.config.models import JobResourcesConfig, NeedsConfig, OfferConfig, PriceConfig
+from hypha.errors import Refused
+from hypha.leases import Lease
+from hypha.messages import ExecutorClass, ExecutorDescriptor, ReleaseLease, RenewLease, Resources
+from hypha.net import Node
+from hypha.scheduler.allocator import Pace
+from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, PoolEvent, asks_from
+from hypha.worker.arbiter import Arbiter
+from hypha.worker.offers import LeaseDesk, serve_offers
+
+pytestmark = pytest.mark.loopback
+
+EXECUTORS = (
+    ExecutorDescriptor(kind="train", name="diloco-transformer"),
+    ExecutorDescriptor(kind="aggregate", name="parameter-server"),
+)
+NEED = JobResourcesConfig(
+    worker=NeedsConfig(cpu=1, memory=1, gpu=0, storage=0),
+    parameter_server=NeedsConfig(cpu=1, memory=1, gpu=0, storage=0),
+    worker_price=PriceConfig(bid=1.0, max=5.0),
+)
+#: Leases short enough to see them renewed and expire, long enough for a busy machine.
+TERMS = OfferConfig(lease_s=2.5, temporary_lease_s=2.0)
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Network:
+    return Network(tmp_path / "pki")
+
+
+class Worker:
+    """A worker's node and its desk; ``ended`` are the leases it was told to stop."""
+
+    def __init__(self, node: Node, terms: OfferConfig, cpu: float) -> None:
+        self.node = node
+        self.ended: list[Lease] = []
+        arbiter = Arbiter(Resources(cpu=cpu, memory=8, storage=1), EXECUTORS, terms, node.ref)
+        self.desk = LeaseDesk(arbiter, self.ended.append)
+
+    @property
+    def is_free(self) -> bool:
+        return self.desk.free == self.desk.total
+
+    def held_for(self, node: Node) -> bool:
+        return any(lease.accepted and lease.scheduler == node.peer_id for lease in self.desk.leases)
+
+
+@asynccontextmanager
+async def opened_worker(
+    network: Network, gateways: Sequence[Node], terms: OfferConfig = TERMS, cpu: float = 1.0
+) -> AsyncIterator[Worker]:
+    async with network.leaf("worker", gateways, roles=("worker",)) as node, trio.open_nursery() as nursery:
+        worker = Worker(node, terms, cpu)
+        await nursery.start(serve_offers, node, worker.desk)
+        yield worker
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def opened_pool(
+    node: Node, need: JobResourcesConfig = NEED, pace: Pace | None = None
+) -> AsyncIterator[tuple[Pool, list[PoolEvent]]]:
+    """A running pool and everything it says."""
+    pool = Pool(node, asks_from(need), pace)
+    seen: list[PoolEvent] = []
+
+    async def listen() -> None:
+        async for event in pool.events:
+            seen.append(event)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listen)
+        await nursery.start(pool.run)
+        yield pool, seen
+        nursery.cancel_scope.cancel()
+
+
+def held(pool: Pool, kind: ExecutorClass = "train") -> set[str]:
+    return {lease.worker.peer for lease in pool.leases if lease.kind == kind}
+
+
+def losses(seen: list[PoolEvent]) -> list[PoolEvent]:
+    return [event for event in seen if isinstance(event, LeaseLost)]
+
+
+async def test_many_workers_are_leased_and_stay_leased(network: Network) -> None:
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(network.gateway())
+        workers = [
+            await stack.enter_async_context(opened_worker(network, [gateway], cpu=2.0)) for _ in range(8)
+        ]
+        scheduler = await stack.enter_async_context(
+            network.leaf("scheduler", [gateway], roles=("scheduler",))
+        )
+        pool, seen = await stack.enter_async_context(opened_pool(scheduler))
+        pool.want("train", 8)
+        pool.want("aggregate", 1)
+        await until(lambda: len(held(pool)) == 8 and len(held(pool, "aggregate")) == 1, 15)
+        assert held(pool) == {worker.node.peer_id for worker in workers}
+        assert len({event.lease_id for event in seen if isinstance(event, LeaseGained)}) == 9
+        first = {lease.lease_id: lease.expires_at for worker in workers for lease in worker.desk.leases}
+        # nothing but renewals lets a lease live that long
+        later = {lease_id: until_s + 2.5 for lease_id, until_s in first.items()}
+        await until(
+            lambda: all(
+                lease.expires_at > later.get(lease.lease_id, 0.0)
+                for worker in workers
+                for lease in worker.desk.leases
+                if lease.accepted
+            ),
+            20,
+        )
+        assert losses(seen) == []
+        assert {lease.lease_id for lease in pool.leases} <= set(first)
+
+
+async def test_a_dead_worker_is_suspected_soon_lost_at_expiry_and_replaced(network: Network) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        opened_pool(scheduler, pace=Pace(longest_pause_s=0.5)) as (pool, seen),
+    ):
+        async with opened_worker(network, [gateway]) as doomed:
+            peer = doomed.node.peer_id
+            pool.want("train", 1)
+            await until(lambda: held(pool) == {peer})
+            expires_at = doomed.desk.leases[0].expires_at
+        await until(lambda: any(isinstance(event, LeaseSuspect) for event in seen))
+        assert trio.current_time() < expires_at
+        assert held(pool) == {peer}
+        await until(lambda: losses(seen))
+        assert trio.current_time() >= expires_at - 0.5
+        assert held(pool) == set()
+        async with opened_worker(network, [gateway]) as other:
+            await until(lambda: held(pool) == {other.node.peer_id})
+
+
+async def test_a_worker_that_forgot_the_lease_is_lost_at_the_next_renewal(network: Network) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        opened_worker(network, [gateway]) as worker,
+        opened_pool(scheduler) as (pool, seen),
+    ):
+        pool.want("train", 1)
+        await until(lambda: held(pool))
+        [lease] = worker.desk.leases
+        # the scheduler's own courtesy, sent behind the pool's back
+        await scheduler.request(worker.node.peer_id, ReleaseLease(lease_id=lease.lease_id))
+        assert [one.lease_id for one in worker.ended] == [lease.lease_id]
+        await until(lambda: losses(seen))
+        [lost] = losses(seen)
+        assert isinstance(lost, LeaseLost)
+        assert "refused (lease)" in lost.reason
+        # it is well, so it is taken again
+        await until(lambda: held(pool) == {worker.node.peer_id})
+
+
+async def test_rivals_the_higher_bid_wins_and_the_other_gets_what_is_left(network: Network) -> None:
+    rich_need = NEED.model_copy(update={"worker_price": PriceConfig(bid=3.0, max=5.0)})
+    terms = TERMS.model_copy(update={"request_window_s": 0.4})
+    pace = Pace(offer_deadline_s=1.0, longest_pause_s=1.0)
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(network.gateway())
+        workers = [
+            await stack.enter_async_context(opened_worker(network, [gateway], terms)) for _ in range(3)
+        ]
+        nodes = [
+            await stack.enter_async_context(network.leaf("scheduler", [gateway], roles=("scheduler",)))
+            for _ in range(2)
+        ]
+        poor, _ = await stack.enter_async_context(opened_pool(nodes[0], NEED, pace))
+        rich, _ = await stack.enter_async_context(opened_pool(nodes[1], rich_need, pace))
+        poor.want("train", 3)
+        rich.want("train", 3)
+        await until(lambda: len(held(rich)) == 3)
+        assert held(poor) == set()
+        assert all(lease.price == 3.0 for lease in rich.leases)
+        await rich.close()
+        await until(lambda: len(held(poor)) == 3)
+        assert all(lease.price == 1.0 for lease in poor.leases)
+        assert all(worker.held_for(nodes[0]) for worker in workers)
+
+
+async def test_losers_are_free_at_once_and_closing_frees_the_others(network: Network) -> None:
+    terms = OfferConfig(lease_s=60.0, temporary_lease_s=60.0)
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(network.gateway())
+        workers = [
+            await stack.enter_async_context(opened_worker(network, [gateway], terms)) for _ in range(3)
+        ]
+        scheduler = await stack.enter_async_context(
+            network.leaf("scheduler", [gateway], roles=("scheduler",))
+        )
+        pool, seen = await stack.enter_async_context(opened_pool(scheduler))
+        pool.want("train", 1)
+        await until(lambda: held(pool) and sum(worker.is_free for worker in workers) == 2)
+        await pool.close()
+        await until(lambda: all(worker.is_free for worker in workers))
+        assert sum(len(worker.ended) for worker in workers) == 1
+        assert losses(seen) == []
+        assert pool.leases == ()
+
+
+async def test_a_released_lease_is_replaced_by_another_worker(network: Network) -> None:
+    terms = OfferConfig(lease_s=60.0, temporary_lease_s=60.0)
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        opened_worker(network, [gateway], terms),
+        opened_worker(network, [gateway], terms),
+        opened_pool(scheduler) as (pool, seen),
+    ):
+        pool.want("train", 1)
+        await until(lambda: held(pool))
+        [before] = pool.leases
+        await pool.release(before.lease_id, avoid=True)
+        await until(lambda: held(pool))
+        [after] = pool.leases
+        assert after.worker.peer != before.worker.peer
+        assert losses(seen) == []
+        await pool.release("no such lease")
+
+
+async def test_a_worker_hosts_training_and_parameter_server_under_two_leases(network: Network) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        opened_worker(network, [gateway], cpu=2.0) as worker,
+        opened_pool(scheduler) as (pool, _),
+    ):
+        pool.want("train", 1)
+        pool.want("aggregate", 1)
+        await until(lambda: len(pool.leases) == 2)
+        for lease in pool.leases:
+            mine = worker.desk.lease_for_dispatch(lease.lease_id, scheduler.peer_id, lease.kind, "job")
+            assert mine.job_id == "job"
+            with pytest.raises(Refused, match="bound to job"):
+                worker.desk.lease_for_dispatch(lease.lease_id, scheduler.peer_id, lease.kind, "other")
+            wrong: ExecutorClass = "aggregate" if lease.kind == "train" else "train"
+            with pytest.raises(Refused, match="it is for"):
+                worker.desk.lease_for_dispatch(lease.lease_id, scheduler.peer_id, wrong, "job")
+            with pytest.raises(Refused, match="no lease"):
+                worker.desk.lease_for_dispatch(lease.lease_id, worker.node.peer_id, lease.kind, "job")
+
+
+async def test_a_scheduler_that_dies_loses_its_leases_without_a_word(network: Network) -> None:
+    async with network.gateway() as gateway, opened_worker(network, [gateway]) as worker:
+        async with (
+            network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+            opened_pool(scheduler) as (pool, _),
+        ):
+            pool.want("train", 1)
+            await until(lambda: held(pool))
+            [lease] = worker.desk.leases
+        assert not worker.is_free
+        await until(lambda: worker.is_free)
+        assert trio.current_time() >= lease.expires_at
+        assert [ended.lease_id for ended in worker.ended] == [lease.lease_id]
+
+
+async def test_only_schedulers_get_offers_and_renew(network: Network) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("impostor", [gateway], roles=("worker",)) as impostor,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        opened_worker(network, [gateway], cpu=2.0) as worker,
+        opened_pool(impostor) as (wrong, _),
+        opened_pool(scheduler) as (right, _),
+    ):
+        wrong.want("train", 1)
+        right.want("train", 1)
+        await until(lambda: held(right))
+        [lease] = right.leases
+        with pytest.raises(Refused, match="role"):
+            await impostor.request(worker.node.ref(), RenewLease(lease_id=lease.lease_id))
+        with pytest.raises(Refused, match="role"):
+            await impostor.request(worker.node.ref(), ReleaseLease(lease_id=lease.lease_id))
+        await until(lambda: all(mine.scheduler == scheduler.peer_id for mine in worker.desk.leases))
+        assert wrong.leases == ()
+        assert held(right) == {worker.node.peer_id}
+
+
+async def test_everything_may_start_before_its_gateway(network: Network) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"/ip4/127.0.0.1/tcp/{port}"
+    async with AsyncExitStack() as stack:
+        node = await stack.enter_async_context(
+            network.leaf("worker", [address], connected=False, roles=("worker",))
+        )
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        worker = Worker(node, TERMS, 1.0)
+        await nursery.start(serve_offers, node, worker.desk)
+        scheduler = await stack.enter_async_context(
+            network.leaf("scheduler", [address], connected=False, roles=("scheduler",))
+        )
+        pool, _ = await stack.enter_async_context(opened_pool(scheduler))
+        pool.want("train", 1)
+        await stack.enter_async_context(network.gateway(listen=(address,)))
+        await until(lambda: held(pool), 20)

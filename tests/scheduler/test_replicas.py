@@ -1,0 +1,186 @@
+"""Copies of checkpoints on workers, over real nodes: made, found again, brought back, dropped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from tests.scheduler.test_job import Stage, actor, config_for, data_node
+from tests.support.network import Network, until
+
+from hypha.config.models import StorageConfig
+from hypha.errors import ConfigError
+from hypha.messages import PeerRef, Resources
+from hypha.net import Node
+from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
+from hypha.scheduler.ledger import Ledger
+from hypha.scheduler.pool import LeaseGained
+from hypha.scheduler.replicas import LIVES_SKIPPED
+from hypha.scheduler.replicating import ranked
+from hypha.worker.replicas import ReplicaStore
+from hypha.worker.storage_desk import StorageDesk
+
+KEPT = {"every_rounds": 2, "keep": 2, "replicas": 1}
+#: long enough to be stopped in
+ROUNDS = {"update_rounds": 6, "avg_samples_between_updates": 960, "batch_size": 5, "deadline_s": 5}
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Network:
+    return Network(tmp_path / "pki")
+
+
+def lease(peer: str, kind: Any = "train") -> LeaseGained:
+    return LeaseGained(f"{peer}-{kind}", PeerRef(peer=peer), Resources(), 1.0, kind)
+
+
+def test_who_is_asked_first() -> None:
+    leases = [lease("a"), lease("a", "aggregate"), lease("b"), lease("c"), lease("d")]
+    # the parameter server's worker last, those who have copies already first, each once
+    assert [one.worker.peer for one in ranked(leases, {"c"})] == ["c", "b", "d", "a"]
+    assert [one.worker.peer for one in ranked(leases, {"a"})] == ["b", "c", "d", "a"]
+    assert ranked([], {"a"}) == []
+
+
+@asynccontextmanager
+async def keeper(
+    network: Network, gateway: Node, stage: Stage, place: Path, gb: float = 1.0
+) -> AsyncIterator[Node]:
+    """An actor whose owner offers storage."""
+    async with actor(network, gateway, stage) as play, trio.open_nursery() as nursery:
+        leases = play.desk
+        assert leases is not None
+        store = ReplicaStore(place, StorageConfig(checkpoints_gb=gb))
+        desk = StorageDesk(play.node, store, lambda: leases.leases)
+        desk.answer()
+        nursery.start_soon(desk.announce)
+        yield play.node
+        nursery.cancel_scope.cancel()
+
+
+def copied(*places: Path) -> set[int]:
+    """Rounds of which there are complete copies."""
+    return {int(path.name.removeprefix("round-")) for place in places for path in place.glob("*/round-*")}
+
+
+async def stopped(config: Any, *places: Path) -> None:
+    """Run the job until its newest checkpoint, and no older one alone, is copied; then stop it."""
+    with trio.CancelScope() as scope:
+
+        def stop(snapshot: JobSnapshot) -> None:
+            newest = snapshot.checkpoint
+            if newest is not None and newest in copied(*places) and snapshot.round == newest + 1:
+                scope.cancel()
+
+        with trio.fail_after(40):
+            await run_job(config, observe=stop)
+    assert scope.cancelled_caught
+
+
+@pytest.mark.loopback
+@pytest.mark.parametrize("loss", ["damaged", "deleted", "everything"])
+async def test_what_the_scheduler_lost_comes_back_from_a_worker(
+    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture, loss: str
+) -> None:
+    stage, places = Stage(tmp_path, saves=False), (tmp_path / "kept-1", tmp_path / "kept-2")
+    state = tmp_path / "state" / "digits"
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with keeper(network, gateway, stage, places[0]), keeper(network, gateway, stage, places[1]):
+            config = config_for(network, gateway, tmp_path, rounds=ROUNDS, checkpoint=KEPT)
+            await stopped(config, *places)
+            with closing(Ledger(state / "job.db")) as book:
+                standing = book.standing()
+                newest = book.newest_start()
+                copies = book.replicas(newest)
+            assert standing is not None
+            assert len(copies) == 1, "one copy was wanted"
+            match loss:
+                case "damaged":
+                    for path in (state / "checkpoints").glob("round-*/state.json"):
+                        path.write_bytes(path.read_bytes()[:-1] + b"!")
+                case "deleted":
+                    shutil.rmtree(state / "checkpoints")
+                case "everything":
+                    shutil.rmtree(tmp_path / "state")
+            with trio.fail_after(40):
+                result = await run_job(config)
+            assert isinstance(result, JobResult)
+            # the job is done: nobody needs them any more
+            await until(lambda: copied(*places) == set())
+    assert stage.restored == [newest]
+    assert f"The checkpoint for round {newest} was lost here" in caplog.text
+    assert ("There is no ledger in" in caplog.text) == (loss == "everything")
+    assert result.job_id == standing.job_id
+    ledger = read_ledger(result.ledger)
+    counted = [entry for entry in ledger.rounds if not entry.discarded]
+    assert [entry.round for entry in counted] == list(range(6))
+    life = 1 + (LIVES_SKIPPED if loss == "everything" else 0)
+    assert {entry.generation for entry in counted if entry.round >= newest} == {life}
+    used = [pair for entry in counted for part in entry.contributors for pair in part.finished]
+    assert len(used) == len(set(used))
+
+
+@pytest.mark.loopback
+async def test_a_damaged_copy_is_not_taken(
+    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage, place = Stage(tmp_path, saves=False), tmp_path / "kept"
+    state = tmp_path / "state" / "digits"
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with keeper(network, gateway, stage, place), actor(network, gateway, stage):
+            config = config_for(network, gateway, tmp_path, rounds=ROUNDS, checkpoint=KEPT)
+            await stopped(config, place)
+            for path in place.glob("*/round-*/state.json"):
+                path.write_bytes(path.read_bytes()[:-1] + b"!")
+            shutil.rmtree(state / "checkpoints")
+            with trio.fail_after(60):
+                result = await run_job(config)
+    assert stage.restored == [], "from theta of round 0"
+    assert "A copy of round" in caplog.text
+    assert {entry.generation for entry in read_ledger(result.ledger).rounds if not entry.discarded} == {1}
+
+
+@pytest.mark.loopback
+async def test_a_fresh_start_drops_the_copies_and_a_changed_job_is_refused(
+    network: Network, tmp_path: Path
+) -> None:
+    stage, place = Stage(tmp_path, saves=False), tmp_path / "kept"
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with keeper(network, gateway, stage, place), actor(network, gateway, stage):
+            config = config_for(network, gateway, tmp_path, rounds=ROUNDS, checkpoint=KEPT)
+            await stopped(config, place)
+            shutil.rmtree(tmp_path / "state")
+            other = config.scheduler.job.model_copy(update={"seed": 7})
+            changed = config.model_copy(
+                update={"scheduler": config.scheduler.model_copy(update={"job": other})}
+            )
+            with trio.fail_after(40), pytest.raises(ConfigError, match="seed is 7 now and was 0"):
+                await run_job(changed)
+            shutil.rmtree(tmp_path / "state")
+            before = {path.name for path in place.iterdir()}
+            with trio.fail_after(40):
+                result = await run_job(config, fresh=True)
+            assert before.isdisjoint({path.name for path in place.iterdir()})
+    assert stage.restored == []
+    assert result.job_id not in before
+
+
+@pytest.mark.loopback
+async def test_nobody_offers_storage(
+    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage, place = Stage(tmp_path), tmp_path / "kept"
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with keeper(network, gateway, stage, place, gb=1e-8), actor(network, gateway, stage):
+            config = config_for(network, gateway, tmp_path, checkpoint=KEPT)
+            with trio.fail_after(40):
+                result = await run_job(config)
+    assert result.theta == "t4"
+    assert copied(place) == set()
+    assert "There are 0 of 1 copies of the checkpoint for round 2: " in caplog.text
+    assert "storage.checkpoints_gb" in caplog.text
