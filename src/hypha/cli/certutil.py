@@ -1,0 +1,181 @@
+"""``hypha-certutil``: certificates of a root, organisations under it and nodes under those, from the first
+to the revoked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hypha.cli.running import run_program
+
+if TYPE_CHECKING:
+    from hypha.pki.authority import MadeFiles
+    from hypha.pki.facts import CertificateFacts
+
+app = typer.Typer(
+    name="hypha-certutil",
+    help="Certificates of a Hypha network: root, then organisations, then nodes.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Directory = Annotated[Path, typer.Option("--dir", "-d", help="Where to write; made when missing.")]
+Organization = Annotated[str, typer.Option("--organization", "-o", help="The organisation.")]
+
+
+@app.command()
+def root(
+    organization: Organization,
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Default: <organization> Root CA.")] = None,
+    country: Annotated[str | None, typer.Option(help="Two letters.")] = None,
+    days: Annotated[int, typer.Option(help="Validity.", min=1)] = 3650,
+    directory: Directory = Path(),
+) -> None:
+    """Make a root CA. Keep its key off the network."""
+    from hypha.pki.authority import make_root
+
+    _made(make_root(organization, directory, name=name, country=country, days=days))
+
+
+@app.command()
+def org(
+    organization: Organization,
+    root_cert: Annotated[Path, typer.Option(help="The root's certificate.")],
+    root_key: Annotated[Path, typer.Option(help="The root's private key.")],
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Default: <organization> CA.")] = None,
+    days: Annotated[int, typer.Option(help="Validity.", min=1)] = 1825,
+    directory: Directory = Path(),
+) -> None:
+    """Make an organisation's CA, which issues certificates to nodes."""
+    from hypha.pki.authority import CaFiles, make_org
+
+    _made(make_org(organization, CaFiles(root_cert, root_key), directory, name=name, days=days))
+
+
+@app.command()
+def node(
+    name: Annotated[str, typer.Option("--name", "-n", help="The node's name.")],
+    ca_cert: Annotated[Path, typer.Option(help="The organisation CA's certificate.")],
+    ca_key: Annotated[Path, typer.Option(help="The organisation CA's private key.")],
+    ca_trust: Annotated[
+        Path | None, typer.Option(help="What is above it; default: the -trust.pem beside its certificate.")
+    ] = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option("--role", "-r", help="gateway, scheduler, worker or data; none: any. May be repeated."),
+    ] = None,
+    san: Annotated[
+        str,
+        typer.Option("--san", "-s", help="DNS names, IP addresses or URIs, comma-separated; none needed."),
+    ] = "",
+    days: Annotated[int, typer.Option(help="Validity.", min=1)] = 365,
+    directory: Directory = Path(),
+) -> None:
+    """Make a node's certificate, key and trust bundle."""
+    from hypha.pki.authority import CaFiles, make_node
+
+    made = make_node(
+        name,
+        CaFiles(ca_cert, ca_key, ca_trust),
+        directory,
+        roles=role or (),
+        san=[part.strip() for part in san.split(",") if part.strip()],
+        days=days,
+    )
+    _made(made)
+
+
+@app.command()
+def renew(
+    cert: Annotated[Path, typer.Argument(help="The node's certificate; it is replaced.")],
+    ca_cert: Annotated[Path, typer.Option(help="The certificate of the organisation CA that issued it.")],
+    ca_key: Annotated[Path, typer.Option(help="That CA's private key.")],
+    days: Annotated[int, typer.Option(help="Validity from now.", min=1)] = 365,
+) -> None:
+    """Give a node's certificate new dates: same key, PeerID, name and roles. Running nodes read it again."""
+    from hypha.pki.authority import CaFiles, renew_node
+
+    renewed = renew_node(cert, CaFiles(ca_cert, ca_key), days=days)
+    typer.echo(f"renewed {cert}, valid until {renewed.not_valid_after_utc:%Y-%m-%d}")
+
+
+@app.command()
+def revoke(
+    ca_cert: Annotated[Path, typer.Option(help="The certificate of the CA that issued them.")],
+    ca_key: Annotated[Path, typer.Option(help="That CA's private key.")],
+    crl: Annotated[Path, typer.Option(help="That CA's revocation list; made when missing.")],
+    certs: Annotated[
+        list[Path] | None, typer.Argument(help="Certificates to revoke; none: only sign the list anew.")
+    ] = None,
+    days: Annotated[
+        int, typer.Option(help="Until when the list is fresh. It revokes after that, too.", min=1)
+    ] = 30,
+) -> None:
+    """Revoke certificates: nodes whose crls_pem is this list refuse them within seconds."""
+    from hypha.pki.authority import CaFiles
+    from hypha.pki.authority import revoke as revoke_certificates
+
+    count = revoke_certificates(CaFiles(ca_cert, ca_key), certs or [], crl, days=days)
+    typer.echo(f"wrote {crl}; it lists {count} certificate{'' if count == 1 else 's'}")
+
+
+@app.command()
+def show(path: Annotated[Path, typer.Argument(help="A PEM file with certificates.")]) -> None:
+    """Print what certificates say; exit 1 when one is not usable."""
+    from hypha.pki.facts import describe
+
+    facts = describe(path)
+    typer.echo(str(facts.path))
+    for certificate in facts.certificates:
+        _show(certificate)
+    if facts.key is not None:
+        typer.echo(
+            f"  key          {facts.key}{'' if facts.key_problems else ', belongs to the certificate'}"
+        )
+    for problem in facts.key_problems:
+        typer.echo(f"  PROBLEM      {problem}")
+    if facts.key_problems or any(certificate.problems for certificate in facts.certificates):
+        raise typer.Exit(1)
+
+
+def _show(facts: CertificateFacts) -> None:
+    kind = "root CA" if facts.is_root else "CA" if facts.is_ca else "node"
+    rows = {
+        "certificate": f"{facts.subject} ({kind})",
+        "issuer": facts.issuer,
+        "valid": f"{facts.not_before:%Y-%m-%d} to {facts.not_after:%Y-%m-%d}",
+        "PeerID": facts.peer_id or "",
+        "roles": "" if facts.is_ca else ", ".join(facts.roles) or "any",
+        "names": ", ".join(facts.names),
+        "serial": facts.serial,
+        "sha256": facts.fingerprint,
+    }
+    for name, value in rows.items():
+        if value:
+            typer.echo(f"  {name:12} {value}")
+    for problem in facts.problems:
+        typer.echo(f"  PROBLEM      {problem}")
+
+
+def _made(made: MadeFiles) -> None:
+    from hypha.pki.facts import describe
+
+    for path in (made.cert, made.key, made.trust):
+        if path is not None:
+            typer.echo(f"wrote {path}")
+    peer_id = describe(made.cert).certificates[0].peer_id
+    if peer_id is not None:
+        typer.echo(f"PeerID {peer_id}")
+
+
+def main() -> None:
+    """The program."""
+    run_program(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""A real local network under a seeded schedule of faults, and what they cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def chaos(
+    minutes: Annotated[float, typer.Option(help="How long faults are injected.", min=0.25)] = 10.0,
+    workers: Annotated[int, typer.Option(help="Training workers; a spare one comes on top.", min=1)] = 4,
+    interval: Annotated[float, typer.Option(help="Seconds between faults, on average.", min=2.0)] = 20.0,
+    seed: Annotated[int, typer.Option(help="Decides which fault comes when.")] = 0,
+    faults: Annotated[
+        str, typer.Option(help="What happens: of kill, stop, cut, slow, corrupt and fill_disk.")
+    ] = "kill,stop,cut",
+    summary: Annotated[Path | None, typer.Option(help="Write a summary as JSON to this file.")] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Work in this directory and keep it, logs and all.")
+    ] = None,
+) -> None:
+    """Train on a real network on this machine, undisturbed and then with faults, and compare."""
+    from hypha.cli.chaos.run import Options, parse_faults, run_chaos
+    from hypha.cli.running import run_until_signal
+    from hypha.errors import JobFailed
+
+    options = Options(minutes * 60, workers, interval, seed, parse_faults(faults), summary, directory)
+
+    async def service() -> None:
+        report = await run_chaos(options)
+        if report.failure:
+            raise JobFailed(report.failure)
+
+    raise typer.Exit(run_until_signal(service, stop_s=None, hangup=True))

@@ -1,0 +1,276 @@
+"""A vocabulary of faults: who fails, when (round and phase), and how.
+
+``await fail_at(network, scheduler, "worker", 2, "training", "kill")`` waits for that moment of the running
+job and strikes a worker that trains but does not host the parameter server; :func:`strike` does not wait.
+:func:`recover` heals: it wakes, joins, repairs, or starts a killed node again with the same configuration.
+
+``kill`` and ``stop`` (a freeze, of the process and all its children) strike nodes and executors, the rest
+nodes only: ``cut`` and ``slow`` need a network in a :class:`~hypha.cli.chaos.lab.Star`, ``fill_disk`` a
+:meth:`~hypha.cli.chaos.network.Network.small_disk`, ``corrupt`` a node that keeps something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+import psutil
+import trio
+
+from hypha.cli.chaos.damage import corrupt, fill_disk
+from hypha.cli.chaos.network import JOB_S, Network, NetworkFailed, base
+from hypha.cli.demo.children import Child
+from hypha.scheduler.snapshot import JobSnapshot
+
+Role = Literal[
+    "worker",
+    "parameter-server",
+    "training-executor",
+    "parameter-server-executor",
+    "scheduler",
+    "data",
+    "gateway",
+]
+Phase = Literal["training", "scheduled", "updating", "broadcasting", "last-round"]
+How = Literal["kill", "stop", "cut", "slow", "corrupt", "fill_disk", "none"]
+
+_PROGRAMS: dict[str, str] = {
+    "worker": "worker",
+    "parameter-server": "worker",
+    "training-executor": "worker",
+    "parameter-server-executor": "worker",
+    "scheduler": "scheduler",
+    "data": "data",
+    "gateway": "gateway",
+}
+#: what is left of a slow node's line, each way: a poor connection of a home
+SLOW_BYTES_PER_S = 100_000
+#: between two looks at a log: theta of a small model is under way for a few milliseconds only
+_LOOK_S = 0.003
+#: members that are not waited for
+_AWAY = ("unreachable", "loading")
+_numbers = count()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What was struck: the node, the processes, and the job as it was seen just before."""
+
+    role: Role
+    node: Child
+    how: How
+    pids: tuple[int, ...]
+    before: JobSnapshot
+    #: its number among the network's wounds; a kill leaves none
+    number: int
+
+
+async def fail_at(
+    network: Network,
+    scheduler: Child,
+    role: Role,
+    round_: int,
+    phase: Phase = "training",
+    how: How = "kill",
+    name: str | None = None,
+) -> Fault:
+    """Strike ``role`` in that phase of round ``round_`` (from 0), or of a later one if it was over too
+    soon to be seen. ``name`` chooses among several nodes of a role. ``none`` does nothing: what happens at
+    that moment is the caller's.
+    """
+    if phase == "updating":
+        before = await _updating(network, scheduler, role, round_)
+    elif phase == "broadcasting":
+        before = await _trained(network, scheduler, round_)
+        # the snapshot is a little old, so it may be the next round that ends first
+        await _written(scheduler, " was applied: ", JOB_S)
+    elif phase == "scheduled":
+        before = await network.reached(
+            scheduler, lambda seen: seen.round >= round_ and seen.phase == "scheduled"
+        )
+    elif phase == "last-round":
+        before = await _trained(network, scheduler, None)
+    else:
+        before = await _trained(network, scheduler, round_)
+    return strike(network, scheduler, role, how, before, name)
+
+
+def strike(
+    network: Network, scheduler: Child, role: Role, how: How, before: JobSnapshot, name: str | None = None
+) -> Fault:
+    """Strike now; ``before`` says who has which part in the job. NetworkFailed when nobody has that one."""
+    node = candidates(network, scheduler, role, before, name)[0]
+    number = next(_numbers)
+    pids: tuple[int, ...] = ()
+    if how in ("kill", "stop"):
+        pids = _processes(node, role, how)
+        _send(pids, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        if how == "stop":
+            network.wounds[number] = lambda: _send(pids, signal.SIGCONT)
+    elif how == "none":
+        pass
+    elif role.endswith("executor"):
+        raise NetworkFailed(f"a {role} is a process: {how} is for nodes")
+    else:
+        network.wounds[number] = _wound(network, role, how, node)
+    return Fault(role, node, how, pids, before, number)
+
+
+async def recover(network: Network, fault: Fault) -> Child:
+    """Heal it, or start a killed node again; the running node. (Executors are their worker's concern.)"""
+    undo = network.wounds.pop(fault.number, None)
+    if undo is not None:
+        undo()
+    if fault.how == "kill" and not fault.role.endswith("executor"):
+        return await again(network, fault.node, _PROGRAMS[fault.role])
+    return fault.node
+
+
+async def again(network: Network, node: Child, program: str) -> Child:
+    """Start a killed node once more, as it was; its log is a new file."""
+    await node.process.wait()
+    name, _, number = node.name.partition("+")
+    return await network.start(f"{name}+{int(number or 0) + 1}", program, network.root / f"{name}.toml")
+
+
+def candidates(
+    network: Network, scheduler: Child, role: Role, seen: JobSnapshot, name: str | None = None
+) -> list[Child]:
+    """The running nodes that have this part in the job; NetworkFailed when there is none."""
+    if role == "scheduler":
+        return [scheduler]
+    running = [child for child in network.group.running if child.process.poll() is None]
+    program = _PROGRAMS[role]
+    if name is not None:
+        found = [child for child in running if base(child.name) == name]
+    elif program != "worker":
+        found = [child for child in running if network.roles.get(base(child.name)) == program]
+    else:
+        trainers = {worker.peer for worker in seen.workers} - {seen.parameter_server}
+        peers = {seen.parameter_server} if role.startswith("parameter-server") else trainers
+        found = [
+            child
+            for child in running
+            if network.roles.get(base(child.name)) == "worker"
+            and network.peer_id(base(child.name), "worker") in peers
+        ]
+    if not found:
+        raise NetworkFailed(f"nobody is a {name or role} in {seen}")
+    return found
+
+
+def executors(node: Child, module: str) -> list[int]:
+    """PIDs of the executors of ``hypha.executor.<module>`` that this worker runs; neither their keepers, nor
+    what they have just forked, which looks like them for a moment.
+    """
+    found: dict[int, int] = {}
+    for process in psutil.Process(node.process.pid).children(recursive=True):
+        try:
+            command, parent = process.cmdline(), process.ppid()
+        except psutil.Error:
+            continue
+        if f"hypha.executor.{module}" in command and not any(word.endswith("launch.py") for word in command):
+            found[process.pid] = parent
+    return [pid for pid, parent in found.items() if parent not in found]
+
+
+@contextmanager
+def asleep(*pids: int) -> Iterator[None]:
+    """These processes do nothing meanwhile."""
+    _send(pids, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        _send(pids, signal.SIGCONT)
+
+
+def _processes(node: Child, role: Role, how: How) -> tuple[int, ...]:
+    """What a signal goes to: an executor, or a node's own process; a freeze takes its children along."""
+    pids = (
+        tuple(executors(node, "parameter_server" if role.startswith("parameter") else "training"))
+        if role.endswith("executor")
+        else (node.process.pid,)
+    )
+    if not pids:
+        raise NetworkFailed(f"{node.name} runs no {role}")
+    return pids if how == "kill" else tuple(pid for top in pids for pid in _tree(top))
+
+
+def _wound(network: Network, role: Role, how: How, node: Child) -> Callable[[], None]:
+    """Strike a node other than by a signal; what undoes it."""
+    name = base(node.name)
+    if how == "corrupt":
+        return corrupt(network, role, name)
+    if how == "fill_disk":
+        return fill_disk(network, name)
+    star = network.star
+    if star is None:
+        raise NetworkFailed(f"{how} needs a network whose nodes are in namespaces of their own")
+    if how == "cut":
+        star.cut(name, True)
+        return lambda: star.cut(name, False)
+    star.slow(name, SLOW_BYTES_PER_S)
+    return lambda: star.slow(name, None)
+
+
+def _send(pids: tuple[int, ...], number: signal.Signals) -> None:
+    for pid in pids:
+        # what froze with its worker may have ended with it
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).send_signal(number)
+
+
+def _tree(pid: int) -> list[int]:
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+
+
+async def _trained(network: Network, scheduler: Child, round_: int | None) -> JobSnapshot:
+    """Every worker of the round has trained a little; ``None`` is the last round."""
+
+    def holds(seen: JobSnapshot) -> bool:
+        wanted = seen.rounds - 1 if round_ is None else round_
+        return (
+            seen.round >= wanted
+            and seen.phase in ("training", "scheduled")
+            and any(worker.batches for worker in seen.workers)
+            and all(worker.batches or worker.state in _AWAY for worker in seen.workers)
+        )
+
+    return await network.reached(scheduler, holds)
+
+
+async def _updating(network: Network, scheduler: Child, role: Role, round_: int) -> JobSnapshot:
+    """One update is in, another held back: a worker that is not the victim sleeps meanwhile."""
+    seen = await _trained(network, scheduler, round_)
+    [victim, *_] = candidates(network, scheduler, role, seen)
+    trainers = {worker.peer for worker in seen.workers}
+    bystander = next(
+        pid
+        for child in network.group.running
+        if child is not victim
+        and child.process.poll() is None
+        and network.roles.get(base(child.name)) == "worker"
+        and network.peer_id(base(child.name), "worker") in trainers
+        for pid in executors(child, "training")
+    )
+    with asleep(bystander):
+        return await network.reached(scheduler, lambda now: now.phase == "updating")
+
+
+async def _written(child: Child, text: str, timeout_s: float) -> None:
+    """Return within milliseconds of ``text`` being added to its log."""
+    at, tail = child.log.stat().st_size, b""
+    """Return within milliseconds of ``text`` appearing in its log."""
+    at, tail = child.log.stat().st_size, b""
+    if text.encode() in child.log.read_bytes():
+        return
+    with trio.fail_after(timeout_s), child.log.open("rb") as log:
+        log.seek(at)
+        while text.encode() not in tail:
+            await trio.sleep(_LOOK_S)
+            tail = tail[-len(text) :] + log.read()

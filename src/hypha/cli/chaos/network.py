@@ -1,0 +1,261 @@
+"""A whole network of real processes in one directory: each node runs ``python -m hypha.cli.<program>``.
+
+With a :class:`~hypha.cli.chaos.lab.Star` each node has a network namespace of its own and can be cut off;
+without one they share this machine's loopback. What was struck is healed, and processes and mounts are
+gone, when :func:`open_network`'s block ends.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import tomllib
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+import tomli_w
+import trio
+
+from hypha.cli.chaos.lab import Star, inside
+from hypha.cli.demo.children import Child, Children, children
+from hypha.errors import HyphaError
+from hypha.pki.authority import CaFiles, make_node, make_org, make_root
+from hypha.pki.identity import IdentityFiles, load_identity
+from hypha.scheduler.snapshot import JobSnapshot
+
+N = TypeVar("N", bound="Network")
+
+START_S = 60.0
+JOB_S = 240.0
+_LOOK_S = 0.02
+
+
+class NetworkFailed(HyphaError):
+    """A node did not do what it should have done by then; the message has the end of its log."""
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of ``host`` that is free right now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def base(name: str) -> str:
+    """The name of a node whose process was started more than once, each time with ``+1`` and so on."""
+    return name.partition("+")[0]
+
+
+class Network:
+    """Starts nodes in ``root``; ``group`` ends them all."""
+
+    def __init__(self, root: Path, group: Children, star: Star | None = None) -> None:
+        self.root = root
+        self.group = group
+        self.star = star
+        self.gateways: list[str] = []
+        #: what each node is: gateway, data, worker, scheduler
+        self.roles: dict[str, str] = {}
+        #: in which network namespace a node runs; those not named run in the caller's own
+        self.places: dict[str, str] = {}
+        #: what a node's command begins with
+        self.prefixes: dict[str, tuple[str, ...]] = {}
+        #: file systems of their own, small enough to be filled
+        self.disks: list[Path] = []
+        #: what undoes the faults that nobody has recovered from yet
+        self.wounds: dict[int, Callable[[], None]] = {}
+        #: where certificates are; those that are not there are made by our own authority
+        self.pki = root / "pki"
+        made = make_root("System Root", self.pki)
+        organisation = make_org("System", CaFiles(made.cert, made.key), self.pki)
+        self.ca = CaFiles(organisation.cert, organisation.key, organisation.trust)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of nodes started later."""
+        return self.group.environment
+
+    def identity(self, name: str, role: str) -> dict[str, str]:
+        """The configuration keys of node ``name``'s identity, made when it is new."""
+        directory = self.pki
+        if not (directory / f"{name}-cert.pem").exists():
+            make_node(name, self.ca, directory, roles=[role])
+        return {f"{kind}_pem": str(directory / f"{name}-{kind}.pem") for kind in ("cert", "key", "trust")}
+
+    def peer_id(self, name: str, role: str) -> str:
+        """The PeerID of node ``name``."""
+        keys = self.identity(name, role)
+        files = IdentityFiles(*(Path(keys[f"{kind}_pem"]) for kind in ("cert", "key", "trust")))
+        return load_identity(files).peer_id
+
+    def host(self, name: str) -> str:
+        """The address of node ``name``; in a star it gets its namespace and cable now."""
+        if self.star is None:
+            return "127.0.0.1"
+        spot = self.star.spot(name)
+        self.places[name] = spot.place
+        return spot.host
+
+    def write(self, name: str, role: str, **keys: Any) -> Path:
+        """``<name>.toml``; ``keys`` override what a node on this machine needs."""
+        self.roles[name] = role
+        config: dict[str, Any] = {**self.identity(name, role), "exclude_cidr": []}
+        if "listen_addresses" not in keys:
+            config["listen_addresses"] = [f"/ip4/{self.host(name)}/tcp/0"]
+        if role != "gateway":
+            config["gateway_addresses"] = list(self.gateways)
+        path = self.root / f"{name}.toml"
+        path.write_text(tomli_w.dumps({**config, **keys}))
+        return path
+
+    def config(self, name: str) -> dict[str, Any]:
+        """What :meth:`write` has written for this node."""
+        return tomllib.loads((self.root / f"{base(name)}.toml").read_text())
+
+    def small_disk(self, directory: Path, size_mb: int) -> None:
+        """``directory`` becomes a file system of that size, until the network ends. Needs root."""
+        directory.mkdir(parents=True, exist_ok=True)
+        options = f"size={size_mb}m,mode=0700"
+        command = ("mount", "-t", "tmpfs", "-o", options, "hypha", str(directory))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NetworkFailed(f"{' '.join(command)}: {done.stderr.strip()}")
+        self.disks.append(directory)
+
+    async def start(self, name: str, program: str, path: Path) -> Child:
+        """Run that configuration."""
+        place = self.places.get(base(name))
+        prefix = (
+            *(("ip", "netns", "exec", place) if place is not None else ()),
+            *self.prefixes.get(base(name), ()),
+        )
+        return await self.group.start(
+            name, f"hypha.cli.{program}", "run", "--config", str(path), prefix=prefix
+        )
+
+    def plan_gateway(self, name: str = "gateway", host: str | None = None) -> dict[str, Any]:
+        """Choose a gateway's address, so that others may be started before it."""
+        address = f"/ip4/{host or self.host(name)}/tcp/{free_port('0.0.0.0')}"
+        self.gateways.append(f"{address}/p2p/{self.peer_id(name, 'gateway')}")
+        return {"listen_addresses": [address], "external_addresses": [address]}
+
+    async def gateway(self, name: str = "gateway", planned: dict[str, Any] | None = None) -> Child:
+        """Start a gateway."""
+        planned = planned or self.plan_gateway(name)
+        child = await self.start(name, "gateway", self.write(name, "gateway", **planned))
+        await self.said(child, "addresses")
+        return child
+
+    async def data(self, name: str, *datasets: Path, **keys: Any) -> Child:
+        """Start a data node that serves ``datasets``."""
+        served = [{"path": str(path)} for path in datasets]
+        return await self.start(name, "data", self.write(name, "data", datasets=served, **keys))
+
+    async def worker(self, name: str, **keys: Any) -> Child:
+        """Start a worker with room for a training job and a parameter server."""
+        offered = {"cpu": 2, "memory": 8, "storage": 2, "gpu": 0}
+        keys = {"work_dir": str(self.root / f"work-{name}"), "resources": offered, **keys}
+        return await self.start(name, "worker", self.write(name, "worker", **keys))
+
+    async def scheduler(self, job: dict[str, Any], name: str = "scheduler", **keys: Any) -> Child:
+        """Start a scheduler with that ``[scheduler.job]``; its model goes to ``<root>/model``."""
+        job = {"output": str(self.root / "model"), **job}
+        keys = {
+            "http_address": "127.0.0.1:0",
+            "state_dir": str(self.root / "state"),
+            "scheduler": {"job": job},
+            **keys,
+        }
+        return await self.start(name, "scheduler", self.write(name, "scheduler", **keys))
+
+    async def said(self, child: Child, key: str, timeout_s: float = START_S) -> Any:
+        """The value of ``key`` in one of its log entries, as soon as there is one."""
+        with trio.move_on_after(timeout_s):
+            while True:
+                if key in child.look() or child.process.poll() is not None:
+                    break
+                await trio.sleep(_LOOK_S)
+        if key not in child.look():
+            ended = "ended" if child.process.poll() is not None else f"ran for {timeout_s:g} s"
+            raise NetworkFailed(f"{child.name} {ended} without saying {key}:\n{child.tail()}")
+        return child.fields[key]
+
+    async def logged(self, child: Child, text: str, timeout_s: float = START_S) -> str:
+        """The first log line of ``child`` that holds ``text``, as soon as there is one."""
+        with trio.move_on_after(timeout_s):
+            while True:
+                lines = child.log.read_text(errors="replace").splitlines()
+                found = next((one for one in lines if text in one), None)
+                if found is not None:
+                    return found
+                await trio.sleep(_LOOK_S)
+        raise NetworkFailed(f"{child.name} has not said {text!r} in {timeout_s:g} s:\n{child.tail()}")
+
+    async def status(self, scheduler: Child) -> JobSnapshot:
+        """What the scheduler's /status says. Raises httpx.HTTPError when it does not answer."""
+        address = await self.said(scheduler, "http_address")
+
+        def get() -> bytes:
+            # without a TLS context, which takes longer to make than all the rest
+            with httpx.Client(timeout=5.0, trust_env=False, verify=False) as client:
+                return client.get(f"http://{address}/status").content
+
+        answer = await inside(self.places.get(base(scheduler.name)), get)
+        return msgspec.json.decode(answer, type=JobSnapshot)
+
+    async def reached(
+        self, scheduler: Child, holds: Callable[[JobSnapshot], bool], timeout_s: float = JOB_S
+    ) -> JobSnapshot:
+        """The first snapshot for which ``holds``; fails when the scheduler ends before."""
+        with trio.move_on_after(timeout_s):
+            while scheduler.process.poll() is None:
+                try:
+                    snapshot = await self.status(scheduler)
+                except httpx.HTTPError:
+                    await trio.sleep(0.05)
+                    continue
+                if holds(snapshot):
+                    return snapshot
+                await trio.sleep(0.05)
+            raise NetworkFailed(f"the scheduler ended too early:\n{scheduler.tail()}")
+        raise NetworkFailed(f"the job did not come that far within {timeout_s:g} s:\n{scheduler.tail()}")
+
+    async def ended(self, child: Child, timeout_s: float = JOB_S) -> int:
+        """Its exit code, once it has ended by itself."""
+        with trio.move_on_after(timeout_s):
+            return await child.process.wait()
+        others = "\n".join(f"{one.name}:\n{one.tail()}" for one in self.group.running)
+        raise NetworkFailed(f"{child.name} did not end within {timeout_s:g} s\n{others}")
+
+    def heal(self) -> None:
+        """Undo every fault that is not recovered from: what sleeps could not even be ended in order."""
+        for number in list(self.wounds):
+            self.wounds.pop(number)()
+
+    def unmount(self) -> None:
+        """Give up the small file systems, busy or not."""
+        while self.disks:
+            subprocess.run(["umount", "--lazy", str(self.disks.pop())], check=False, capture_output=True)
+
+
+@asynccontextmanager
+async def open_network(
+    kind: type[N], root: Path, environment: Mapping[str, str], star: Star | None = None
+) -> AsyncIterator[N]:
+    """A network of that class in ``root``."""
+    network: N | None = None
+    try:
+        async with children(root, environment) as group:
+            network = kind(root, group, star)
+            try:
+                yield network
+            finally:
+                network.heal()
+    finally:
+        if network is not None:
+            network.unmount()

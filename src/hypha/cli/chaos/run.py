@@ -1,0 +1,233 @@
+"""The course of ``hypha chaos``: a network, a job, a calm stretch, the disturbed one, a calm one again.
+
+All three are stretches of one job on one network, so that they differ in the faults alone; the faster of
+the calm ones is what goodput is measured against. Nodes are started again by a supervisor, as systemd
+would; nothing else is done to the job.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import trio
+from rich.console import Console
+
+from hypha.cli.chaos import lab
+from hypha.cli.chaos.book import Book
+from hypha.cli.chaos.faults import How
+from hypha.cli.chaos.goodput import Applied, Stretch
+from hypha.cli.chaos.network import Network, NetworkFailed, open_network
+from hypha.cli.chaos.report import Report, Struck, judge, show
+from hypha.cli.chaos.schedule import Planned, plan
+from hypha.cli.chaos.striking import Striker, Supervisor
+from hypha.cli.demo import files
+from hypha.cli.demo.workplace import clean_environment, open_directory, prepare_digits
+from hypha.errors import ConfigError, OutputError, Problem
+
+JOB = "chaos"
+#: Nobody counts them: the time decides. More than any run has.
+_ROUNDS = 1_000_000
+#: Six seconds of training. A batch takes as long as on machines of their own: one that is started again on
+#: this one must not cost the others their cores.
+_SAMPLES_A_WORKER = 960
+_BATCH = 16
+_STEP_S = 0.1
+#: A calm stretch lasts a share of the disturbed one, within these bounds; one comes before, one after.
+_CALM_SHARE = 0.125
+_CALM_S = (15.0, 75.0)
+#: Rounds that are not measured: executors, caches and the projection of batch times warm up.
+_WARM_ROUNDS = 4
+_START_S = 120.0
+#: A job that applies no round for so long will not recover by itself.
+_STUCK_S = 120.0
+_DISK_MB = 64
+
+_TRAIN = {"class": "train", "name": "diloco-transformer", "env": {"HYPHA_STEP_S": str(_STEP_S)}}
+_AGGREGATE = {"class": "aggregate", "name": "parameter-server"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    seconds: float
+    workers: int
+    interval_s: float
+    seed: int
+    hows: tuple[How, ...]
+    summary: Path | None
+    directory: Path | None
+
+
+def parse_faults(text: str) -> tuple[How, ...]:
+    """``kill,stop`` as a tuple. Raises ConfigError."""
+    known: tuple[How, ...] = get_args(How)
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [word for word in words if word not in known]
+    if unknown or not words:
+        what = f"{unknown[0]!r} is no fault" if unknown else "no fault at all"
+        raise ConfigError([Problem("--faults", f"{what}; there are {', '.join(known)}")])
+    return tuple(how for how in known if how in words)
+
+
+async def run_chaos(options: Options) -> Report:
+    """Run it and tell how it went, well or badly; raises HyphaError when it could not be run at all."""
+    console = Console()
+    hows = options.hows
+    rooted: set[How] = {"cut", "slow", "fill_disk"}
+    if (why := lab.missing()) is not None and rooted & set(hows):
+        out = [how for how in hows if how in rooted]
+        hows = tuple(how for how in hows if how not in rooted)
+        _say(console, f"Left out: {', '.join(out)} ({why}).")
+        if not hows:
+            raise NetworkFailed("no fault is left to inject")
+    async with AsyncExitStack() as stack:
+        root = await stack.enter_async_context(open_directory("chaos", options.directory, False))
+        star = None
+        if {"cut", "slow"} & set(hows):
+            star = lab.Star(stack.enter_context(lab.open_lab()))
+        place = files.Place(root)
+        network = await stack.enter_async_context(open_network(Network, root, clean_environment(place), star))
+        report = await _course(console, place, network, options, hows)
+    show(console, report)
+    if options.summary is not None:
+        try:
+            options.summary.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        except OSError as exc:
+            raise OutputError(f"{options.summary} cannot be written: {exc.strerror}") from exc
+    return report
+
+
+async def _course(
+    console: Console, place: files.Place, network: Network, options: Options, hows: tuple[How, ...]
+) -> Report:
+    _say(console, f"Preparing the data and starting {options.workers + 7} nodes in {place.root}")
+    await _start(place, network, options.workers, "fill_disk" in hows)
+    book = Book(place.root / "state" / JOB / "job.db")
+    supervisor = Supervisor(network)
+    striker = Striker(network, book, supervisor, lambda text: _say(console, text))
+    planned = plan(options.seed, options.seconds, options.interval_s, hows)
+    low, high = _CALM_S
+    calm_s = max(low, min(high, options.seconds * _CALM_SHARE))
+    stretches: list[Stretch] = []
+    failure = ""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(book.follow)
+        nursery.start_soon(supervisor.run)
+        try:
+            await _warm_up(network, book)
+            _say(console, f"Round {book.round}; undisturbed for {calm_s:g} s")
+            stretches.append(await _stretch(book, calm_s))
+            _say(console, f"Round {book.round}; {len(planned)} faults in {options.seconds:g} s")
+            async with _striking(striker, planned):
+                stretches.append(await _stretch(book, options.seconds))
+            _say(console, f"Round {book.round}; undisturbed for {calm_s:g} s again")
+            stretches.append(await _stretch(book, calm_s))
+        except NetworkFailed as exc:
+            failure = str(exc)
+        nursery.cancel_scope.cancel()
+    samples = book.samples()
+    struck: list[Struck] = striker.struck
+    return judge(stretches, book.applied, samples, struck, supervisor.ended, book.generation(), failure)
+
+
+@asynccontextmanager
+async def _striking(striker: Striker, planned: list[Planned]) -> AsyncIterator[None]:
+    """Faults strike while the block runs; at its end all are healed."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(striker.run, planned)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def _warm_up(network: Network, book: Book) -> None:
+    with trio.move_on_after(_START_S):
+        while book.round < _WARM_ROUNDS:
+            if await book.next_round(_START_S) is None:
+                break
+    if book.round < _WARM_ROUNDS:
+        scheduler = next(one for one in network.group.running if one.name.startswith("scheduler"))
+        raise NetworkFailed(f"the job did not start within {_START_S:g} s:\n{scheduler.tail()}")
+
+
+async def _stretch(book: Book, seconds: float) -> Stretch:
+    """From the application of a round to that of the first one after ``seconds``."""
+    began, first = book.applied[-1].at, book.round
+    with trio.move_on_at(began + seconds):
+        while True:
+            await _next(book)
+    last = await _next(book)
+    return Stretch(began, last.at, first, last.round + 1)
+
+
+async def _next(book: Book) -> Applied:
+    applied = await book.next_round(_STUCK_S)
+    if applied is None:
+        raise NetworkFailed(
+            f"no round was applied for {_STUCK_S:g} s: the job is stuck at round {book.round}"
+        )
+    return applied
+
+
+async def _start(place: files.Place, network: Network, workers: int, small_disks: bool) -> None:
+    """Two linked gateways, two data nodes with files of their own, workers, a node for the parameter server
+    and a spare for either part, and the scheduler.
+    """
+    await trio.to_thread.run_sync(files.write_digits, place)
+    await trio.to_thread.run_sync(files.write_model, place)
+    await prepare_digits(place, network.group)
+    if small_disks:
+        names = [files.worker_name(number) for number in range(workers)]
+        for name in ("state", *(f"work-{name}" for name in (*names, "server", "spare"))):
+            network.small_disk(place[name], _DISK_MB)
+    planned = {name: network.plan_gateway(name) for name in ("gateway-1", "gateway-2")}
+    for number, (name, keys) in enumerate(planned.items()):
+        others = [address for at, address in enumerate(network.gateways) if at != number]
+        await network.gateway(name, {**keys, "gateway_addresses": others})
+    for name in ("data-1", "data-2"):
+        copy = place[f"dataset-{name}"]
+        await trio.to_thread.run_sync(shutil.copytree, place["dataset"], copy)
+        await network.data(name, copy)
+    # few slices are kept, so that data nodes matter
+    cache = {"max_slices": 4}
+    for number in range(workers):
+        await network.worker(files.worker_name(number), executors=[_TRAIN], cache=cache)
+    await network.worker("server", executors=[_AGGREGATE])
+    await network.worker("spare", executors=[_TRAIN, _AGGREGATE], cache=cache)
+    await network.scheduler(_job(place, workers))
+
+
+def _job(place: files.Place, workers: int) -> dict[str, Any]:
+    needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
+    return {
+        "name": JOB,
+        "model": {"type": "image-classification", "path": str(place["untrained"])},
+        "dataset": {"dataset": files.DATASET},
+        "rounds": {
+            "update_rounds": _ROUNDS,
+            "avg_samples_between_updates": workers * _SAMPLES_A_WORKER,
+            "batch_size": _BATCH,
+            "quorum": 0.5,
+            "grace_s": 1.0,
+            "deadline_s": 3.0,
+        },
+        "inner_optimizer": {"learning_rate": 1e-3},
+        "resources": {
+            "num_workers": workers,
+            "min_workers": max(1, workers // 2),
+            "worker": needs,
+            "parameter_server": needs,
+        },
+        "checkpoint": {"every_rounds": 1},
+    }
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.file.flush()

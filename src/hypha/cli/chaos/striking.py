@@ -1,0 +1,128 @@
+"""The two hands of ``hypha chaos``: one strikes nodes as planned, the other starts again what has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import httpx
+import trio
+
+from hypha.cli.chaos.book import Book
+from hypha.cli.chaos.faults import Fault, again, candidates, recover, strike
+from hypha.cli.chaos.network import Network, NetworkFailed, base
+from hypha.cli.chaos.report import Ended, Struck
+from hypha.cli.chaos.schedule import RESTART_S, Planned
+from hypha.cli.demo.children import Child
+from hypha.scheduler.snapshot import JobSnapshot
+
+_LOOK_S = 0.1
+#: How long somebody is looked for who has the role; the parameter server's may be vacant for a while.
+_PATIENCE_S = 10.0
+
+
+class Supervisor:
+    """Starts what has ended again after a second, as systemd would with ``Restart=always``."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        #: processes that we have killed
+        self.killed: set[int] = set()
+        #: what ended without having been killed
+        self.ended: list[Ended] = []
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        known: set[str] = set()
+        async with trio.open_nursery() as nursery:
+            while True:
+                for child in self._network.group.running:
+                    if child.process.poll() is not None and child.name not in known:
+                        known.add(child.name)
+                        nursery.start_soon(self._restart, child)
+                await trio.sleep(_LOOK_S)
+
+    async def _restart(self, child: Child) -> None:
+        if child.process.pid not in self.killed:
+            code = child.process.poll()
+            self.ended.append(Ended(child.name, -1 if code is None else code, child.tail()))
+        # what is left of its process group goes first
+        await self._network.group.stop([child])
+        await trio.sleep(RESTART_S)
+        await again(self._network, child, self._network.roles[base(child.name)])
+
+
+@dataclass
+class Striker:
+    """Carries out a plan on a running job."""
+
+    network: Network
+    book: Book
+    supervisor: Supervisor
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.struck: list[Struck] = []
+        self._seen = JobSnapshot(name="")
+
+    async def run(self, planned: Sequence[Planned]) -> None:
+        """Strike and heal, each at its time; what nobody could be found for is noted as skipped."""
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for one in planned:
+                await trio.sleep_until(began + one.at_s)
+                await self._strike(nursery, one, began)
+
+    async def _strike(self, nursery: trio.Nursery, one: Planned, began: float) -> None:
+        why = ""
+        with trio.move_on_after(_PATIENCE_S):
+            while True:
+                try:
+                    fault = await self._try(one)
+                except NetworkFailed as exc:
+                    why = str(exc).partition(" in JobSnapshot")[0]
+                    await trio.sleep(_LOOK_S)
+                    continue
+                at = trio.current_time()
+                row = Struck(at, at - began, one.role, one.how, base(fault.node.name), self.book.round)
+                self.struck.append(row)
+                self.say(f"{row.at_s:6.1f} s  round {row.round}: {one.how} {one.role} {row.node}")
+                nursery.start_soon(self._heal, fault, one.hold_s)
+                nursery.start_soon(self._tell, row)
+                return
+        self.say(f"{trio.current_time() - began:6.1f} s  {one.how} {one.role} is skipped: {why}")
+
+    async def _try(self, one: Planned) -> Fault:
+        scheduler = self._scheduler()
+        if one.role not in ("scheduler", "data", "gateway"):
+            try:
+                self._seen = await self.network.status(scheduler)
+            except httpx.HTTPError as exc:
+                raise NetworkFailed(f"the scheduler does not answer: {exc}") from exc
+        found = candidates(self.network, scheduler, one.role, self._seen)
+        node = found[int(one.pick * len(found))]
+        fault = strike(self.network, scheduler, one.role, one.how, self._seen, base(node.name))
+        if one.how == "kill":
+            self.supervisor.killed.update(fault.pids)
+        return fault
+
+    def _scheduler(self) -> Child:
+        for child in self.network.group.running:
+            if base(child.name) == "scheduler" and child.process.poll() is None:
+                return child
+        raise NetworkFailed("the scheduler is down")
+
+    async def _heal(self, fault: Fault, hold_s: float) -> None:
+        if fault.how == "kill":
+            return  # the supervisor's, or its worker's
+        try:
+            await trio.sleep(hold_s)
+        finally:
+            with trio.CancelScope(shield=True):
+                await recover(self.network, fault)
+
+    async def _tell(self, row: Struck) -> None:
+        applied = await self.book.next_round(float("inf"))
+        if applied is not None:
+            after_s = applied.at - row.struck
+            self.say(f"{row.at_s:6.1f} s    round {applied.round} was applied {after_s:.1f} s later")

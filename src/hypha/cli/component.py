@@ -1,0 +1,303 @@
+"""What the four components' programs share: their flags, ``init``, ``probe`` and ``validate``.
+
+``hypha-<component> --config X --validate`` does the same as ``validate --config X``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from hypha.errors import ConfigError, IdentityError, Problem
+
+if TYPE_CHECKING:
+    from hypha.config.loading import Flag
+    from hypha.config.models import NodeConfig
+    from hypha.config.partial import Partial
+
+M = TypeVar("M", bound="NodeConfig")
+
+DEFAULT_CONFIG = Path("config.toml")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="TOML file; config.toml when there is one.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any key: KEY=VALUE, such as resources.memory=4. May be repeated."),
+]
+GatewayOption = Annotated[
+    list[str] | None, typer.Option("--gateway", help="A gateway's multiaddr. May be repeated.")
+]
+ListenOption = Annotated[
+    list[str] | None, typer.Option("--listen", help="Multiaddr to listen on. May be repeated.")
+]
+ExternalOption = Annotated[
+    list[str] | None, typer.Option("--external", help="Multiaddr where others dial this node.")
+]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option("--exclude-cidr", help="Network never to dial. May be repeated.")
+]
+HttpOption = Annotated[
+    str | None, typer.Option("--http", help="host:port for local HTTP: /health, and /status where there is.")
+]
+LogLevelOption = Annotated[
+    str | None, typer.Option("--log-level", help="A level, or a filter such as info,hypha_network=debug.")
+]
+LogFormatOption = Annotated[str | None, typer.Option("--log-format", help="json or text.")]
+CertOption = Annotated[Path | None, typer.Option("--cert", help="This node's certificate.")]
+KeyOption = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
+TrustOption = Annotated[Path | None, typer.Option("--trust", help="The CAs to trust.")]
+CrlsOption = Annotated[Path | None, typer.Option("--crls", help="Revocation lists.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+NameOption = Annotated[
+    str | None, typer.Option("--name", "-n", help="Node name: certificates are <name>-cert.pem and so on.")
+]
+PkiOption = Annotated[
+    Path, typer.Option("--pki", help="Directory with <name>-cert.pem, <name>-key.pem and <name>-trust.pem.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One component: ``name`` as in ``hypha-<name>``."""
+
+    name: str
+    summary: str
+
+    @property
+    def model(self) -> type[NodeConfig]:
+        """Its configuration."""
+        from hypha.config.models import COMPONENTS
+
+        return COMPONENTS[self.name]
+
+
+def make_app(program: Program) -> typer.Typer:
+    """A Typer app with ``probe``, ``validate`` and ``--validate``; the caller adds the other commands."""
+    app = typer.Typer(
+        name=f"hypha-{program.name}",
+        help=program.summary,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        invoke_without_command=True,
+    )
+
+    @app.callback()
+    def root(
+        context: typer.Context,
+        config: ConfigOption = None,
+        check: Annotated[bool, typer.Option("--validate", help="Check the configuration and exit.")] = False,
+        version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    ) -> None:
+        if version:
+            from hypha import __version__
+
+            typer.echo(f"hypha-{program.name} {__version__}")
+            raise typer.Exit()
+        if context.invoked_subcommand is not None:
+            if config is not None or check:
+                raise typer.BadParameter(f"write the options after {context.invoked_subcommand}")
+        elif check:
+            validate_config(program, config, [])
+        else:
+            typer.echo(context.get_help())
+            raise typer.Exit(2)
+
+    @app.command()
+    def validate(config: ConfigOption = None, set_: SetOption = None) -> None:
+        """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
+        validate_config(program, config, settings(program, set_))
+
+    @app.command()
+    def probe(
+        address: Annotated[str, typer.Argument(help="Multiaddr, such as /ip4/192.0.2.1/tcp/8080.")],
+        config: ConfigOption = None,
+        cert: CertOption = None,
+        key: KeyOption = None,
+        trust: TrustOption = None,
+        crls: CrlsOption = None,
+        timeout_ms: Annotated[int, typer.Option("--timeout", help="Milliseconds.", min=1)] = 5000,
+    ) -> None:
+        """Dial a node, any component's, check its certificate and ask how it is; exit 0 when it is well."""
+        from hypha.cli.probing import probe_node
+
+        identity = _probe_identity(program, config, (cert, key, trust, crls))
+        raise typer.Exit(probe_node(address, identity, timeout_ms / 1000))
+
+    return app
+
+
+def _probe_identity(program: Program, config: Path | None, given: Sequence[Path | None]) -> Any:
+    from hypha.pki.identity import IdentityFiles, load_identity
+
+    cert, key, trust, crls = given
+    if cert is None or key is None or trust is None:
+        if (cert, key, trust) != (None, None, None):
+            raise typer.BadParameter("--cert, --key and --trust go together")
+        loaded = load(program, config, [])
+        return load_identity(
+            IdentityFiles(loaded.cert_pem, loaded.key_pem, loaded.trust_pem, loaded.crls_pem)
+        )
+    return load_identity(IdentityFiles(cert, key, trust, crls))
+
+
+def settings(program: Program, pairs: Iterable[str] | None) -> list[Flag]:
+    """Flags of ``--set``."""
+    from hypha.config.loading import parse_setting
+
+    return [parse_setting(program.model, pair) for pair in pairs or ()]
+
+
+def flags(*given: tuple[str, str, Any]) -> list[Flag]:
+    """Flags (name, key, value) of those that were given."""
+    from hypha.config.loading import Flag
+
+    return [
+        Flag(name, key, str(value) if isinstance(value, Path) else value)
+        for name, key, value in given
+        if value is not None and value != []
+    ]
+
+
+def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
+    """The component's configuration, its identity files checked too. Raises ConfigError."""
+    from hypha.config.loading import load_config
+
+    path = config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    try:
+        return load_config(
+            program.model, path, given, checks=[lambda partial: _identity_problems(program, partial)]
+        )
+    except ConfigError as exc:
+        if path is None:
+            init = f"hypha-{program.name} init"
+            hint = f"there is no such file here; name one with --config, or write it with `{init}`"
+            raise ConfigError([Problem("", hint, str(DEFAULT_CONFIG)), *exc.problems]) from exc
+        raise
+
+
+def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
+    from hypha.pki.identity import IdentityFiles, load_identity
+
+    files = [partial.get(key) for key in ("cert_pem", "key_pem", "trust_pem")]
+    if None in files:
+        return
+    try:
+        identity = load_identity(IdentityFiles(files[0], files[1], files[2], partial.get("crls_pem")))
+    except IdentityError as exc:
+        yield from exc.problems
+        return
+    if identity.roles and program.name not in identity.roles:
+        has = " and ".join(sorted(identity.roles))
+        message = (
+            f"{files[0]}: the certificate is for the role {has}, and other nodes would refuse this "
+            f"{program.name}; make one with `hypha-certutil node --role {program.name}`"
+        )
+        yield Problem("cert_pem", message)
+
+
+def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> None:
+    """Print OK, or raise ConfigError."""
+    load(program, config, given)
+    typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
+
+
+# --- init -------------------------------------------------------------------------------------------
+
+
+def write_config(
+    program: Program,
+    output: Path,
+    force: bool,
+    given: Mapping[str, Any],
+    fill_in: Mapping[str, str],
+) -> None:
+    """Write a commented configuration. Refuses to overwrite unless ``force``."""
+    from hypha.config.template import write_template
+
+    if output.exists() and not force:
+        raise ConfigError(f"{output} exists; add --force to overwrite it, or choose another --output")
+    values = {
+        key: _beside(output, value) if isinstance(value, Path) else value
+        for key, value in given.items()
+        if value is not None and value != []
+    }
+    text = write_template(program.model, values, fill_in)
+    temporary = output.with_name(f".{output.name}.new")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # tokens may be written into it: nobody else's business
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+        temporary.replace(output)
+    except OSError as exc:
+        raise ConfigError(f"{output} cannot be written: {exc.strerror}") from exc
+    typer.echo(f"wrote {output}")
+    for key, what in fill_in.items():
+        typer.echo(f"  fill in {key}: {what}")
+    typer.echo(f"then check it: hypha-{program.name} validate --config {output}")
+
+
+def identity_keys(
+    name: str | None, program: Program, pki: Path, certs: Sequence[Path | None]
+) -> dict[str, Path | None]:
+    """Paths of the identity files: as given, else ``<name>-cert.pem`` and so on in ``pki``."""
+    stem = name or program.name
+    cert, key, trust, crls = certs
+    return {
+        "cert_pem": cert or pki / f"{stem}-cert.pem",
+        "key_pem": key or pki / f"{stem}-key.pem",
+        "trust_pem": trust or pki / f"{stem}-trust.pem",
+        "crls_pem": crls,
+    }
+
+
+def leaf_keys(
+    gateway: list[str] | None,
+    listen: list[str] | None,
+    external: list[str] | None,
+    exclude_cidr: list[str] | None,
+) -> dict[str, Any]:
+    """The network keys of every component but the gateway."""
+    return {
+        "gateway_addresses": gateway or ["/dns4/gateway.example.org/tcp/8080"],
+        "listen_addresses": listen,
+        "external_addresses": external,
+        "exclude_cidr": excluded_for([*(gateway or ()), *(external or ())], exclude_cidr),
+    }
+
+
+def leaf_fill_in(gateway: list[str] | None) -> dict[str, str]:
+    """What the operator of a leaf has to write when no gateway was given."""
+    return {} if gateway else {"gateway_addresses": "the addresses your gateway prints when it starts"}
+
+
+def excluded_for(addresses: Iterable[str], given: list[str] | None) -> list[str] | None:
+    """The default ``exclude_cidr`` without the networks that ``addresses`` lie in; ``None``: as it is."""
+    from hypha.config.models import RESERVED_CIDR
+
+    if given:
+        return given
+    hosts = set()
+    for text in addresses:
+        parts = text.split("/")
+        if len(parts) > 2 and parts[1] in ("ip4", "ip6"):
+            try:
+                hosts.add(ipaddress.ip_address(parts[2]))
+            except ValueError:
+                continue
+    kept = [cidr for cidr in RESERVED_CIDR if not any(host in ipaddress.ip_network(cidr) for host in hosts)]
+    return kept if len(kept) < len(RESERVED_CIDR) else None
+
+
+def _beside(output: Path, path: Path) -> str:
+    """``path``, typed relative to where we are, as it is to be written into ``output``."""
+    return str(path) if path.is_absolute() else os.path.relpath(path, output.parent)

@@ -1,0 +1,238 @@
+"""``hypha-data``: prepares, verifies and serves datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hypha.cli import component as common
+from hypha.cli.running import run_program
+from hypha.errors import ConfigError, Problem
+
+PROGRAM = common.Program("data", "Prepares, verifies and serves datasets.")
+app = common.make_app(PROGRAM)
+
+DatasetPathOption = Annotated[
+    list[Path] | None,
+    typer.Option("--dataset-path", "-d", help="A prepared dataset to serve. May be repeated."),
+]
+
+
+def _datasets(paths: list[Path] | None) -> dict[str, object]:
+    if paths and len(paths) == 1:
+        return {"dataset_path": paths[0]}
+    return {"datasets": [{"path": str(path.absolute())} for path in paths or ()]}
+
+
+@app.command()
+def init(
+    output: common.OutputOption = common.DEFAULT_CONFIG,
+    name: common.NameOption = None,
+    force: common.ForceOption = False,
+    gateway: common.GatewayOption = None,
+    listen: common.ListenOption = None,
+    external: common.ExternalOption = None,
+    exclude_cidr: common.ExcludeOption = None,
+    http: common.HttpOption = None,
+    pki: common.PkiOption = Path(),
+    cert: common.CertOption = None,
+    key: common.KeyOption = None,
+    trust: common.TrustOption = None,
+    crls: common.CrlsOption = None,
+    dataset_path: DatasetPathOption = None,
+) -> None:
+    """Write a configuration file with every key, its default and what it means."""
+    given = {
+        **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
+        **common.leaf_keys(gateway, listen, external, exclude_cidr),
+        "http_address": http,
+        **_datasets(dataset_path or [Path("dataset")]),
+    }
+    fill_in = common.leaf_fill_in(gateway)
+    if not dataset_path:
+        fill_in["dataset_path"] = "a directory made by `hypha-data prepare`"
+    common.write_config(PROGRAM, output, force, given, fill_in)
+
+
+@app.command()
+def run(
+    config: common.ConfigOption = None,
+    gateway: common.GatewayOption = None,
+    listen: common.ListenOption = None,
+    external: common.ExternalOption = None,
+    exclude_cidr: common.ExcludeOption = None,
+    http: common.HttpOption = None,
+    dataset_path: DatasetPathOption = None,
+    log_level: common.LogLevelOption = None,
+    log_format: common.LogFormatOption = None,
+    set_: common.SetOption = None,
+) -> None:
+    """Serve datasets until SIGINT or SIGTERM."""
+    served = next(iter(_datasets(dataset_path).items())) if dataset_path else ("dataset_path", None)
+    loaded = common.load(
+        PROGRAM,
+        config,
+        [
+            *common.flags(
+                ("--gateway", "gateway_addresses", gateway),
+                ("--listen", "listen_addresses", listen),
+                ("--external", "external_addresses", external),
+                ("--exclude-cidr", "exclude_cidr", exclude_cidr),
+                ("--http", "http_address", http),
+                ("--dataset-path", *served),
+                ("--log-level", "log_level", log_level),
+                ("--log-format", "log_format", log_format),
+            ),
+            *common.settings(PROGRAM, set_),
+        ],
+    )
+    from hypha.cli.running import run_service
+    from hypha.data import run_data
+
+    async def service() -> None:
+        await run_data(loaded)
+
+    raise typer.Exit(run_service("hypha-data", loaded, service))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A prepared dataset.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only problems.")] = False,
+) -> None:
+    """Read every slice and compare it with the manifest; exit 1 when something is wrong."""
+    from hypha.data.manifest import silent
+    from hypha.data.verify import verify as verify_dataset
+
+    problems = verify_dataset(directory, silent if quiet else typer.echo)
+    for problem in problems:
+        typer.echo(f"PROBLEM {problem}")
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"OK: {directory} is whole")
+
+
+def _pairs(name: str, texts: list[str] | None) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not (equals and key and value):
+            raise ConfigError([Problem("", f"write COLUMN=VALUE, not {text!r}", name)])
+        pairs[key] = value
+    return pairs
+
+
+def _numbers(name: str, text: str, separators: str = ",x") -> tuple[int, ...]:
+    for separator in separators:
+        text = text.replace(separator, " ")
+    try:
+        return tuple(int(part) for part in text.split())
+    except ValueError as exc:
+        raise ConfigError([Problem("", f"numbers are needed, such as 28,28, not {text!r}", name)]) from exc
+
+
+def _number(name: str, text: str) -> float:
+    """A factor; ``1/255`` is easier to write than 0.00392."""
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / (float(below) if slash else 1.0)
+    except (ValueError, ZeroDivisionError) as exc:
+        raise ConfigError(
+            [Problem("", f"a factor is needed, such as 0.5 or 1/255, not {text!r}", name)]
+        ) from exc
+
+
+Pairs = list[str] | None
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="A Hugging Face dataset directory, image folder, or files of one kind."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for slices and manifest.")],
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Dataset name; default: OUTPUT's.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="huggingface, images, csv, parquet, text, numpy; default: found out.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a Hugging Face dataset or image folder.")] = None,
+    column: Annotated[Pairs, typer.Option(help="Keep only these columns. May be repeated.")] = None,
+    feature: Annotated[
+        Pairs, typer.Option(help="NEW=COLUMN,COLUMN or pattern: join columns into one tensor.")
+    ] = None,
+    rename: Annotated[Pairs, typer.Option(help="OLD=NEW.")] = None,
+    dtype: Annotated[Pairs, typer.Option(help="COLUMN=F32 and so on.")] = None,
+    shape: Annotated[Pairs, typer.Option(help="COLUMN=1,28,28: shape of one sample.")] = None,
+    scale: Annotated[Pairs, typer.Option(help="COLUMN=FACTOR, such as 1/255.")] = None,
+    no_header: Annotated[bool, typer.Option("--no-header", help="CSV columns are called f0, f1 ...")] = False,
+    image_size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH to resize images to.")] = None,
+    image_channels: Annotated[int, typer.Option(help="1, 3 or 4.")] = 3,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json, its directory, or bytes.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 1024,
+    text_column: Annotated[str, typer.Option(help="Where a table's text is.")] = "text",
+    slice_samples: Annotated[int | None, typer.Option(help="Samples a slice.")] = None,
+    slice_mb: Annotated[float | None, typer.Option(help="MB a slice; 64 when nothing is said.")] = None,
+    holdout: Annotated[float, typer.Option(help="Share held out as a second dataset.")] = 0.0,
+    holdout_output: Annotated[Path | None, typer.Option(help="Where to; default OUTPUT/holdout.")] = None,
+    no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Keep the source's order.")] = False,
+    seed: Annotated[int, typer.Option(help="Of shuffle and holdout.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a prepared dataset at OUTPUT.")] = False,
+) -> None:
+    """Turn data into slices and a manifest."""
+    from typing import Literal, cast, get_args
+
+    from hypha.data import prepare as prepare_dataset
+    from hypha.data.options import PrepareOptions, SourceKind
+
+    if kind is not None and kind not in get_args(SourceKind):
+        raise typer.BadParameter(f"--kind is one of {', '.join(get_args(SourceKind))}")
+    if image_channels not in (1, 3, 4):
+        raise typer.BadParameter("--image-channels is 1, 3 or 4")
+    height_width = _numbers("--image-size", image_size) if image_size else None
+    if height_width is not None and len(height_width) != 2:
+        raise typer.BadParameter("--image-size is HEIGHTxWIDTH")
+    options = PrepareOptions(
+        sources=tuple(sources),
+        output=output,
+        name=name,
+        kind=cast(SourceKind | None, kind),
+        split=split,
+        columns=tuple(column or ()),
+        features={key: tuple(value.split(",")) for key, value in _pairs("--feature", feature).items()},
+        rename=_pairs("--rename", rename),
+        dtypes=_pairs("--dtype", dtype),
+        shapes={key: _numbers("--shape", value) for key, value in _pairs("--shape", shape).items()},
+        scales={key: _number("--scale", value) for key, value in _pairs("--scale", scale).items()},
+        csv_header=not no_header,
+        image_size=(height_width[0], height_width[1]) if height_width is not None else None,
+        image_channels=cast(Literal[1, 3, 4], image_channels),
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        text_column=text_column,
+        slice_samples=slice_samples,
+        slice_mb=slice_mb,
+        holdout=holdout,
+        holdout_output=holdout_output,
+        shuffle=not no_shuffle,
+        seed=seed,
+        force=force,
+    )
+    made = prepare_dataset(options, typer.echo)
+    for note in made.notes:
+        typer.echo(f"note: {note}")
+    for manifest, directory in ((made.manifest, made.directory), (made.holdout, made.holdout_directory)):
+        if manifest is not None:
+            size = f"{manifest.samples} samples in {len(manifest.slices)} slices"
+            typer.echo(f"{manifest.name}: {size}, in {directory}")
+
+
+def main() -> None:
+    """The program."""
+    run_program(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The demo's course: certificates, data, processes, progress, evaluation, the model handed over.
+
+Everything is in one directory, which is removed at the end unless it was asked for; only the model and
+the summary are left. Whatever happens, no process is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import msgspec
+import trio
+from rich.console import Console
+
+from hypha.cli.demo import files
+from hypha.cli.demo.children import Child, Children, DemoFailed, children
+from hypha.cli.demo.showing import Show, show_on
+from hypha.cli.demo.workplace import clean_environment, open_directory, prepare_digits
+from hypha.errors import OutputError
+from hypha.scheduler.snapshot import JobSnapshot
+
+POLL_S = 0.2
+#: A gateway that has not said its addresses by then never will.
+START_S = 30.0
+
+SNIPPET = """\
+from sklearn.datasets import load_digits
+from transformers import AutoModelForImageClassification
+import torch
+
+model = AutoModelForImageClassification.from_pretrained({model!r})
+images = torch.tensor(load_digits().images[:10, None] / 16, dtype=torch.float32)
+print(model(pixel_values=images).logits.argmax(dim=-1).tolist())
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    workers: int
+    rounds: int
+    output: Path
+    summary: Path | None
+    directory: Path | None
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it went."""
+
+    accuracy: float
+    held_out: int
+    rounds: int
+    samples: int
+
+
+async def run_demo(options: Options) -> None:
+    """Run it; raises HyphaError (DemoFailed with the end of a log) when something fails."""
+    began = trio.current_time()
+    console = Console()
+    _check_output(options.output)
+    async with open_directory("demo", options.directory, options.keep) as root:
+        place = files.Place(root)
+        async with children(root, clean_environment(place)) as group:
+            with show_on(console) as show:
+                outcome = await _train(place, group, options, show)
+            await trio.to_thread.run_sync(_hand_over, place["model"], options.output)
+    wall_s = trio.current_time() - began
+    _conclude(console, options, outcome, wall_s)
+
+
+async def _train(place: files.Place, group: Children, options: Options, show: Show) -> Outcome:
+    job = files.Job(options.workers, options.rounds)
+    show.stage(f"Making certificates for {options.workers + 3} nodes")
+    await trio.to_thread.run_sync(files.make_certificates, place, options.workers)
+    await trio.to_thread.run_sync(files.write_gateway, place, files.free_port())
+    gateway = await _start(place, group, "gateway", "gateway")
+    show.stage("Preparing scikit-learn's digits with `hypha-data prepare`, a fifth held out")
+    await trio.to_thread.run_sync(files.write_digits, place)
+    await trio.to_thread.run_sync(files.write_model, place)
+    address = await _gateway_address(gateway, group)
+    await trio.to_thread.run_sync(files.write_leaves, place, address, job)
+    # nodes may start in any order: the workers need not wait for the data
+    for number in range(options.workers):
+        await _start(place, group, files.worker_name(number), "worker")
+    await prepare_digits(place, group)
+    show.stage(f"A data node, {options.workers} workers and the scheduler; their logs are in {place['logs']}")
+    await _start(place, group, "data", "data")
+    scheduler = await _start(place, group, "scheduler", "scheduler")
+    await _follow(scheduler, group, show)
+    await group.stop()
+    show.stage("Evaluating the exported model on held-out digits")
+    answer = await group.run(
+        "evaluate", "hypha.executor.evaluate", str(place["model"]), str(place["held-out"])
+    )
+    result = json.loads(answer.strip().splitlines()[-1])
+    about = json.loads((place["model"] / "hypha.json").read_text())
+    return Outcome(result["accuracy"], result["samples"], about["rounds"], about["samples"])
+
+
+async def _start(place: files.Place, group: Children, name: str, program: str) -> Child:
+    return await group.start(name, f"hypha.cli.{program}", "run", "--config", str(place.config(name)))
+
+
+async def _gateway_address(gateway: Child, group: Children) -> str:
+    with trio.move_on_after(START_S):
+        while True:
+            group.check()
+            addresses = gateway.look().get("addresses")
+            if isinstance(addresses, list) and addresses:
+                return str(addresses[0])
+            await trio.sleep(POLL_S / 4)
+    raise DemoFailed(f"the gateway did not start within {START_S:g} s:\n{gateway.tail()}")
+
+
+async def _follow(scheduler: Child, group: Children, show: Show) -> None:
+    """Show the job's progress until the scheduler is done. Raises DemoFailed when it fails."""
+    async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
+        while (code := scheduler.process.poll()) is None:
+            group.check(scheduler)
+            address = scheduler.look().get("http_address")
+            if address is not None:
+                try:
+                    answer = await client.get(f"http://{address}/status")
+                    show.job(msgspec.json.decode(answer.content, type=JobSnapshot))
+                except httpx.HTTPError:
+                    # it is busy, or ending: its exit code tells
+                    pass
+            await trio.sleep(POLL_S)
+    if code:
+        raise DemoFailed(f"the scheduler ended with exit code {code}:\n{scheduler.tail()}", max(code, 1))
+
+
+def _check_output(output: Path) -> None:
+    """An earlier demo's model is replaced, anything else never."""
+    if (
+        output.exists()
+        and not (output / "hypha.json").exists()
+        and (not output.is_dir() or any(output.iterdir()))
+    ):
+        raise OutputError(f"{output} exists and is no model of an earlier demo; choose another --output")
+
+
+def _hand_over(model: Path, output: Path) -> None:
+    _check_output(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        try:
+            shutil.copytree(model, staged, dirs_exist_ok=True)
+            staged.chmod(0o755)
+            if output.exists():
+                shutil.rmtree(output)
+            os.replace(staged, output)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    except OSError as exc:
+        raise OutputError(f"{output} cannot be written: {exc}") from exc
+
+
+def _conclude(console: Console, options: Options, outcome: Outcome, wall_s: float) -> None:
+    result = {
+        "test_accuracy": outcome.accuracy,
+        "rounds": outcome.rounds,
+        "samples": outcome.samples,
+        "wall_s": round(wall_s, 2),
+        "workers": options.workers,
+        "model": str(options.output.absolute()),
+    }
+    if options.summary is not None:
+        try:
+            options.summary.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as exc:
+            raise OutputError(f"{options.summary} cannot be written: {exc.strerror}") from exc
+    lines = [
+        "",
+        f"Accuracy on {outcome.held_out} held-out digits: {outcome.accuracy:.1%}",
+        f"{outcome.rounds} rounds, {outcome.samples} samples, {options.workers} workers, {wall_s:.1f} s",
+        f"The trained model is in {options.output}. To load it:",
+        "",
+        *(f"    {line}".rstrip() for line in SNIPPET.format(model=str(options.output)).splitlines()),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

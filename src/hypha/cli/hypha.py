@@ -1,0 +1,40 @@
+"""``hypha``: what concerns a whole network or a whole job: the demo, faults, a job's status, its replay."""
+
+from __future__ import annotations
+
+import typer
+
+from hypha.cli.chaos.command import chaos
+from hypha.cli.demo.command import demo
+from hypha.cli.replay import replay
+from hypha.cli.running import run_program
+from hypha.cli.status import status
+
+app = typer.Typer(
+    name="hypha",
+    help="Pools ordinary, badly connected machines into one trainer.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(chaos)
+app.command()(status)
+app.command()(replay)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from hypha import __version__
+
+    typer.echo(f"hypha {__version__}")
+
+
+def main() -> None:
+    """The program."""
+    run_program(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""From a command to an exit code: signals, one readable message for an error, a bounded end.
+
+SIGINT and SIGTERM cancel what runs and exit with 130 and 143; a second signal, or an end that takes
+longer than ``STOP_S``, stops at once. Errors of Hypha's own tree are told in one message and give their
+exit code; anything else is a defect and is logged with its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+from hypha.errors import ConfigError, HyphaError
+
+if TYPE_CHECKING:
+    import typer
+
+    from hypha.config.models import NodeConfig
+
+logger = logging.getLogger("hypha.cli")
+
+#: A clean end takes less; what hangs longer than this after a signal is cut.
+STOP_S = 4.5
+
+
+def run_program(app: typer.Typer) -> NoReturn:
+    """Run a Typer app and exit. Usage errors exit with 2, an interrupt between signals with 130."""
+    try:
+        app()
+    except HyphaError as exc:
+        print_error(exc)
+        sys.exit(exc.exit_code)
+    sys.exit(0)
+
+
+def print_error(exc: HyphaError) -> None:
+    """One message on standard error; a ConfigError's problems one a line."""
+    if isinstance(exc, ConfigError) and len(exc.problems) > 1:
+        print(f"error: {len(exc.problems)} problems", file=sys.stderr)
+        for problem in exc.problems:
+            print(f"  {problem}", file=sys.stderr)
+    else:
+        print(f"error: {exc}", file=sys.stderr)
+
+
+def run_service(component: str, config: NodeConfig, service: Callable[[], Awaitable[int | None]]) -> int:
+    """Run a component until it ends or a signal comes; returns the exit code.
+
+    Logs as ``config`` says. Raises the HyphaError that ended it.
+    """
+    from hypha.config.log_filter import parse_filter
+    from hypha.telemetry.logs import configure_logging
+
+    configure_logging(component, parse_filter(config.log_level), config.log_format)
+    return run_until_signal(service)
+
+
+def run_until_signal(
+    service: Callable[[], Awaitable[int | None]], stop_s: float | None = STOP_S, hangup: bool = False
+) -> int:
+    """``trio.run`` with SIGINT and SIGTERM as clean stops; returns the exit code, raises HyphaError.
+
+    ``stop_s`` bounds the end; with ``None`` it takes what it takes, and more signals do not hurry it.
+    ``hangup``: SIGHUP stops too; else it only does so where somebody sits at a terminal (a daemon's
+    SIGHUP means "read your certificates again", which nodes do by themselves every few seconds).
+    """
+    import trio
+
+    before = signal.getsignal(signal.SIGINT)
+    stopping = [0]
+
+    def interrupt(number: int, frame: object) -> None:
+        # in force before and after trio's: an impatient second Ctrl-C must not spoil the exit code
+        if not stopping[0]:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        return trio.run(_until_signal, service, stop_s, hangup or sys.stdin.isatty(), stopping)
+    except BaseExceptionGroup as group:
+        raise _one_of(group) from group
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN if stopping[0] else before)
+
+
+async def _until_signal(
+    service: Callable[[], Awaitable[int | None]], stop_s: float | None, hangup: bool, stopping: list[int]
+) -> int:
+    import trio
+
+    code = 0
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                nonlocal code
+                async for number in signals:
+                    if number == signal.SIGHUP and not hangup:
+                        logger.info(
+                            "SIGHUP: changed certificates and revocation lists are read by themselves."
+                        )
+                        continue
+                    if code:
+                        if stop_s is not None:
+                            os._exit(code)
+                        continue
+                    code = stopping[0] = 128 + number
+                    logger.info("%s: stopping.", signal.Signals(number).name)
+                    if stop_s is not None:
+                        _end_within(stop_s, code)
+                    work.cancel()
+
+            nursery.start_soon(watch)
+            with trio.CancelScope() as work:
+                ended = await service()
+                code = code or ended or 0
+            nursery.cancel_scope.cancel()
+    return code
+
+
+def _end_within(limit_s: float, code: int) -> None:
+    """Blocking work in a thread cannot be cancelled; do not let it hold up the end."""
+
+    def cut() -> None:
+        logger.error("Not stopped within %g s; leaving.", limit_s)
+        os._exit(code)
+
+    timer = threading.Timer(limit_s, cut)
+    timer.daemon = True
+    timer.start()
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for exc in group.exceptions:
+        if isinstance(exc, BaseExceptionGroup):
+            yield from _leaves(exc)
+        else:
+            yield exc
+
+
+def _one_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error worth telling: a defect before an error of ours, the first of its kind."""
+    leaves = list(_leaves(group))
+    defects = [exc for exc in leaves if not isinstance(exc, HyphaError | KeyboardInterrupt)]
+    if defects:
+        return group
+    ours = [exc for exc in leaves if isinstance(exc, HyphaError)]
+    problems = [problem for exc in ours if isinstance(exc, ConfigError) for problem in exc.problems]
+    if len(problems) > 1:
+        return ConfigError(problems)
+    return ours[0] if ours else leaves[0]

@@ -1,0 +1,145 @@
+"""``hypha-scheduler``: finds workers for one job, trains its model with them, and exports it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hypha.cli import component as common
+from hypha.cli.running import run_program
+
+PROGRAM = common.Program("scheduler", "Finds workers for a job, trains its model with them and exports it.")
+app = common.make_app(PROGRAM)
+
+StateDirOption = Annotated[Path | None, typer.Option("--state-dir", help="For state, checkpoints, ledger.")]
+SaveToOption = Annotated[
+    str | None,
+    typer.Option("--save-to", help="For the trained model: a directory, an fsspec URL, hf://<repository>."),
+]
+RoundsOption = Annotated[int | None, typer.Option("--rounds", help="Update rounds.", min=1)]
+BatchOption = Annotated[int | None, typer.Option("--batch-size", help="Samples a batch.", min=1)]
+WorkersOption = Annotated[int | None, typer.Option("--workers", help="Training workers.", min=1)]
+
+
+@app.command()
+def init(
+    output: common.OutputOption = common.DEFAULT_CONFIG,
+    name: common.NameOption = None,
+    force: common.ForceOption = False,
+    gateway: common.GatewayOption = None,
+    listen: common.ListenOption = None,
+    external: common.ExternalOption = None,
+    exclude_cidr: common.ExcludeOption = None,
+    http: common.HttpOption = None,
+    pki: common.PkiOption = Path(),
+    cert: common.CertOption = None,
+    key: common.KeyOption = None,
+    trust: common.TrustOption = None,
+    crls: common.CrlsOption = None,
+    state_dir: StateDirOption = None,
+    save_to: SaveToOption = None,
+    rounds: RoundsOption = None,
+    workers: WorkersOption = None,
+    batch_size: BatchOption = None,
+    dataset: Annotated[str | None, typer.Option(help="The dataset's name.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Directory with the model's config.json (weights optional).")
+    ] = None,
+    repository: Annotated[str | None, typer.Option(help="The model on the Hugging Face hub instead.")] = None,
+    model_type: Annotated[str, typer.Option(help="Its task.")] = "image-classification",
+) -> None:
+    """Write a configuration file with every key, its default and what it means."""
+    job = "scheduler.job"
+    source = {"path": model or Path("model")} if repository is None else {"repository": repository}
+    given = {
+        **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
+        **common.leaf_keys(gateway, listen, external, exclude_cidr),
+        "http_address": http,
+        "state_dir": state_dir,
+        f"{job}.model.type": model_type,
+        **{f"{job}.model.{key}": value for key, value in source.items()},
+        f"{job}.dataset.dataset": dataset or "dataset",
+        f"{job}.rounds.update_rounds": rounds,
+        f"{job}.rounds.avg_samples_between_updates": 1200,
+        f"{job}.rounds.batch_size": batch_size or 16,
+        f"{job}.resources.num_workers": workers,
+        f"{job}.output": _place(save_to) if save_to else "output",
+    }
+    fill_in = common.leaf_fill_in(gateway)
+    if model is None and repository is None:
+        fill_in[f"{job}.model.path"] = "a directory with the model's config.json, or `repository` instead"
+    if dataset is None:
+        fill_in[f"{job}.dataset.dataset"] = "the name your data node serves the dataset under"
+    common.write_config(PROGRAM, output, force, given, fill_in)
+
+
+def _place(text: str) -> str | Path:
+    return text if "://" in text else Path(text)
+
+
+@app.command()
+def run(
+    config: common.ConfigOption = None,
+    gateway: common.GatewayOption = None,
+    listen: common.ListenOption = None,
+    external: common.ExternalOption = None,
+    exclude_cidr: common.ExcludeOption = None,
+    http: common.HttpOption = None,
+    state_dir: StateDirOption = None,
+    save_to: SaveToOption = None,
+    rounds: RoundsOption = None,
+    workers: WorkersOption = None,
+    batch_size: BatchOption = None,
+    log_level: common.LogLevelOption = None,
+    log_format: common.LogFormatOption = None,
+    set_: common.SetOption = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew; the state of an earlier run is kept aside.")
+    ] = False,
+) -> None:
+    """Run the job to its end; SIGINT or SIGTERM stop it, and it resumes when run again."""
+    job = "scheduler.job"
+    loaded = common.load(
+        PROGRAM,
+        config,
+        [
+            *common.flags(
+                ("--gateway", "gateway_addresses", gateway),
+                ("--listen", "listen_addresses", listen),
+                ("--external", "external_addresses", external),
+                ("--exclude-cidr", "exclude_cidr", exclude_cidr),
+                ("--http", "http_address", http),
+                ("--state-dir", "state_dir", state_dir),
+                ("--save-to", f"{job}.output", save_to),
+                ("--rounds", f"{job}.rounds.update_rounds", rounds),
+                ("--batch-size", f"{job}.rounds.batch_size", batch_size),
+                ("--workers", f"{job}.resources.num_workers", workers),
+                ("--log-level", "log_level", log_level),
+                ("--log-format", "log_format", log_format),
+            ),
+            *common.settings(PROGRAM, set_),
+        ],
+    )
+    from hypha.cli.running import run_service
+    from hypha.cli.scheduling import run_scheduler
+
+    if sys.stdout.isatty():
+        # beside the live panel people read it, not machines
+        loaded = loaded.model_copy(update={"log_format": "text"})
+
+    async def service() -> None:
+        await run_scheduler(loaded, live=sys.stdout.isatty(), fresh=fresh)
+
+    raise typer.Exit(run_service("hypha-scheduler", loaded, service))
+
+
+def main() -> None:
+    """The program."""
+    run_program(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""``hypha-worker``: offers this machine to schedulers and runs their executors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hypha.cli import component as common
+from hypha.cli.running import run_program
+
+PROGRAM = common.Program("worker", "Offers this machine's resources and runs executors under leases.")
+app = common.make_app(PROGRAM)
+
+WorkDirOption = Annotated[Path | None, typer.Option("--work-dir", help="For job directories and the cache.")]
+
+
+@app.command()
+def init(
+    output: common.OutputOption = common.DEFAULT_CONFIG,
+    name: common.NameOption = None,
+    force: common.ForceOption = False,
+    gateway: common.GatewayOption = None,
+    listen: common.ListenOption = None,
+    external: common.ExternalOption = None,
+    exclude_cidr: common.ExcludeOption = None,
+    http: common.HttpOption = None,
+    pki: common.PkiOption = Path(),
+    cert: common.CertOption = None,
+    key: common.KeyOption = None,
+    trust: common.TrustOption = None,
+    crls: common.CrlsOption = None,
+    work_dir: WorkDirOption = None,
+    cpu: Annotated[float | None, typer.Option(help="Cores to offer.", min=0)] = None,
+    memory: Annotated[float | None, typer.Option(help="GB of memory to offer.", min=0)] = None,
+    gpu: Annotated[float | None, typer.Option(help="GB of GPU memory to offer.", min=0)] = None,
+    storage: Annotated[float | None, typer.Option(help="GB of storage to offer.", min=0)] = None,
+) -> None:
+    """Write a configuration file with every key, its default and what it means."""
+    given = {
+        **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
+        **common.leaf_keys(gateway, listen, external, exclude_cidr),
+        "http_address": http,
+        "work_dir": work_dir,
+        "resources.cpu": cpu,
+        "resources.memory": memory,
+        "resources.gpu": gpu,
+        "resources.storage": storage,
+    }
+    common.write_config(PROGRAM, output, force, given, common.leaf_fill_in(gateway))
+
+
+@app.command()
+def run(
+    config: common.ConfigOption = None,
+    gateway: common.GatewayOption = None,
+    listen: common.ListenOption = None,
+    external: common.ExternalOption = None,
+    exclude_cidr: common.ExcludeOption = None,
+    http: common.HttpOption = None,
+    work_dir: WorkDirOption = None,
+    log_level: common.LogLevelOption = None,
+    log_format: common.LogFormatOption = None,
+    set_: common.SetOption = None,
+) -> None:
+    """Run until SIGINT or SIGTERM."""
+    loaded = common.load(
+        PROGRAM,
+        config,
+        [
+            *common.flags(
+                ("--gateway", "gateway_addresses", gateway),
+                ("--listen", "listen_addresses", listen),
+                ("--external", "external_addresses", external),
+                ("--exclude-cidr", "exclude_cidr", exclude_cidr),
+                ("--http", "http_address", http),
+                ("--work-dir", "work_dir", work_dir),
+                ("--log-level", "log_level", log_level),
+                ("--log-format", "log_format", log_format),
+            ),
+            *common.settings(PROGRAM, set_),
+        ],
+    )
+    from hypha.cli.running import run_service
+    from hypha.worker import run_worker
+
+    async def service() -> None:
+        await run_worker(loaded)
+
+    raise typer.Exit(run_service("hypha-worker", loaded, service))
+
+
+def main() -> None:
+    """The program."""
+    run_program(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""``init`` and ``validate``: what is written validates, names every key, and is never overwritten."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tomllib
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from typer.testing import CliRunner
+
+from hypha.config.models import COMPONENTS, Section
+from hypha.errors import ConfigError
+
+LOCAL = "/ip4/127.0.0.1/tcp/8080"
+ARGUMENTS = {
+    "gateway": ["--external", LOCAL, "--listen", LOCAL],
+    "worker": ["--gateway", LOCAL, "--work-dir", "w", "--gpu", "3"],
+    "data": ["--gateway", LOCAL, "--dataset-path", "digits"],
+    "scheduler": ["--gateway", LOCAL, "--model", "model", "--dataset", "digits"],
+}
+
+
+def run(program: str, *arguments: str, ok: bool = True) -> str:
+    app = importlib.import_module(f"hypha.cli.{program}").app
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert (result.exit_code == 0) is ok, result.output
+    return result.output
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def keys_of(model: type[Section], prefix: str = "") -> set[str]:
+    keys = set()
+    for name, info in model.model_fields.items():
+        keys.add("class" if info.alias == "class" else name)
+        for part in (info.annotation, *get_args(info.annotation)):
+            if isinstance(part, type) and issubclass(part, Section):
+                keys |= keys_of(part)
+    return keys
+
+
+@pytest.mark.parametrize("program", COMPONENTS)
+def test_what_init_writes_validates_and_names_every_key(program: str, here: Path, pki: Path) -> None:
+    run(program, "init", "-o", "conf/c.toml", "-n", program, "--pki", str(pki), *ARGUMENTS[program])
+    text = (here / "conf" / "c.toml").read_text()
+    assert "FILL IN" not in text
+    assert run(program, "validate", "--config", "conf/c.toml").startswith("OK: ")
+    assert run(program, "--config", "conf/c.toml", "--validate").startswith("OK: ")
+    written = set(re.findall(r"^#?(\w+) =", text, re.MULTILINE))
+    tables = {name.split(".")[-1] for name in re.findall(r"^#?\[+([\w.]+)\]+$", text, re.MULTILINE)}
+    assert keys_of(COMPONENTS[program]) == written | tables
+
+
+@pytest.mark.parametrize("program", COMPONENTS)
+def test_the_commented_defaults_are_the_defaults(program: str, here: Path, pki: Path) -> None:
+    from hypha.config.loading import load_config
+
+    run(program, "init", "-o", "c.toml", "-n", program, "--pki", str(pki), *ARGUMENTS[program])
+    text = (here / "c.toml").read_text()
+    # every commented key with a value becomes active; tables that are commented whole stay so
+    lines, active = [], True
+    for line in text.splitlines():
+        if line.startswith(("[", "#[")):
+            active = line.startswith("[")
+        lines.append(line[1:] if active and re.match(r"#\w+ = ", line) else line)
+    uncommented = here / "u.toml"
+    uncommented.write_text("\n".join(lines))
+    assert uncommented.read_text() != text
+    plain = load_config(COMPONENTS[program], here / "c.toml", environ={}).model_dump()
+    other = load_config(COMPONENTS[program], uncommented, environ={}).model_dump()
+    different = {key for key, value in plain.items() if other[key] != value}
+    # written into a file, a path is relative to it
+    assert different <= {"work_dir", "state_dir"}
+
+
+def test_without_what_only_the_operator_knows_it_says_what_to_fill_in(here: Path) -> None:
+    output = run("worker", "init")
+    assert "fill in gateway_addresses" in output
+    assert "# FILL IN: " in Path("config.toml").read_text()
+    with pytest.raises(ConfigError) as caught:
+        run("worker", "validate")
+    assert {problem.key for problem in caught.value.problems} == {"cert_pem", "key_pem", "trust_pem"}
+    assert all(problem.source == "config.toml" and problem.line for problem in caught.value.problems)
+
+
+def test_it_never_overwrites_without_force(here: Path) -> None:
+    Path("config.toml").write_text("precious")
+    with pytest.raises(ConfigError, match="--force"):
+        run("gateway", "init", "--external", LOCAL)
+    assert Path("config.toml").read_text() == "precious"
+    run("gateway", "init", "--external", LOCAL, "--force")
+    assert tomllib.loads(Path("config.toml").read_text())["external_addresses"] == [LOCAL]
+    assert [path.name for path in here.iterdir() if path.is_file()] == ["config.toml"]
+
+
+def test_a_local_gateway_is_not_excluded(here: Path) -> None:
+    run("worker", "init", "--gateway", "/ip4/10.1.2.3/tcp/1")
+    excluded = tomllib.loads(Path("config.toml").read_text())["exclude_cidr"]
+    assert "10.0.0.0/8" not in excluded
+    assert "127.0.0.0/8" in excluded
+
+
+def test_identity_and_configuration_problems_come_together(here: Path, pki: Path) -> None:
+    run("worker", "init", "-n", "worker", "--pki", str(pki), *ARGUMENTS["worker"])
+    key = here / "open.pem"
+    key.write_bytes((pki / "worker-key.pem").read_bytes())
+    key.chmod(0o644)
+    text = Path("config.toml").read_text()
+    text = re.sub(r"^key_pem = .*$", 'key_pem = "open.pem"', text, flags=re.MULTILINE)
+    Path("config.toml").write_text(text.replace("gpu = 3", "gpu = -3"))
+    with pytest.raises(ConfigError) as caught:
+        run("worker", "validate")
+    told = [(problem.key, problem.message) for problem in caught.value.problems]
+    assert [key for key, _ in told] == ["key_pem", "resources.gpu"]
+    assert "chmod 600" in told[0][1]
+
+
+def test_a_certificate_for_another_role_is_told_before_others_refuse_it(here: Path, pki: Path) -> None:
+    run("scheduler", "init", "-n", "worker", "--pki", str(pki), *ARGUMENTS["scheduler"])
+    with pytest.raises(ConfigError) as caught:
+        run("scheduler", "validate")
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.source) == ("cert_pem", "config.toml")
+    assert "for the role worker" in problem.message
+    assert "--role scheduler" in problem.message
+
+
+def test_without_a_file_it_is_said_where_one_would_come_from(here: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run("worker", "validate")
+    assert "hypha-worker init" in str(caught.value.problems[0])
+
+
+def test_flags_of_run_are_checked_like_the_file(here: Path, pki: Path) -> None:
+    run("worker", "init", "-n", "worker", "--pki", str(pki), *ARGUMENTS["worker"])
+    with pytest.raises(ConfigError) as caught:
+        run("worker", "run", "--listen", "nowhere", "--set", "offer.price=-1", "--set", "ofer.price=1")
+    assert [problem.source for problem in caught.value.problems] == [
+        "--listen",
+        "--set ofer.price",
+        "--set offer.price",
+    ]

@@ -1,0 +1,216 @@
+"""Signals, exit codes and messages of a running component: a real gateway process, probed and stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hypha.cli.running import run_until_signal
+from hypha.errors import AllocationFailed, ConfigError, Problem
+
+START_S = 60.0
+
+
+class Gateway:
+    """A gateway process and what it said."""
+
+    def __init__(self, directory: Path, pki: Path, port: int) -> None:
+        self.log = directory / "gateway.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "hypha.cli.gateway", "run", "--config", "/dev/null"),
+                    *("--listen", f"/ip4/127.0.0.1/tcp/{port}"),
+                    *("--external", f"/ip4/127.0.0.1/tcp/{port}"),
+                    *("--set", "exclude_cidr=[]", "--http", "127.0.0.1:0"),
+                    *(f"--set={kind}_pem={pki}/gateway-{kind}.pem" for kind in ("cert", "key", "trust")),
+                ],
+                stderr=log,
+                stdout=subprocess.PIPE,
+                # a shell starts what runs in the background with SIGINT ignored; this must work there too
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            )
+
+    def entries(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def wait_ready(self) -> str:
+        """Its first address with PeerID."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            for entry in self.entries():
+                if "addresses" in entry:
+                    return str(entry["addresses"][0])  # type: ignore[index]
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+
+StartGateway = Callable[[int], Gateway]
+
+
+@pytest.fixture
+def start_gateway(tmp_path: Path, pki: Path) -> Iterator[StartGateway]:
+    started: list[Gateway] = []
+
+    def start(port: int) -> Gateway:
+        directory = tmp_path / str(len(started))
+        directory.mkdir()
+        started.append(Gateway(directory, pki, port))
+        return started[-1]
+
+    yield start
+    for gateway in started:
+        gateway.process.kill()
+        gateway.process.communicate()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def probe(pki: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    files = [f"--{kind}={pki}/{name}-{kind}.pem" for kind in ("cert", "key", "trust")]
+    return subprocess.run(
+        [sys.executable, "-m", "hypha.cli.worker", "probe", *files, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.loopback
+@pytest.mark.timeout(240)
+def test_probe_and_stop(start_gateway: StartGateway, pki: Path, strangers: Path) -> None:
+    gateway = start_gateway(port := free_port())
+    address = gateway.wait_ready()
+    plain = f"/ip4/127.0.0.1/tcp/{port}"
+    for target in (address, plain):
+        well = probe(pki, "worker", target, "--timeout", "30000")
+        assert well.returncode == 0, well.stderr
+        assert "hypha-gateway" in well.stdout
+        assert "NOT" not in well.stdout
+
+    itself = probe(pki, "gateway", address)
+    assert itself.returncode == 1
+    assert "probe with another node's certificate" in itself.stderr
+
+    stranger = probe(strangers, "worker", address)
+    assert stranger.returncode == 1
+    nobody = probe(pki, "worker", plain.replace(str(port), str(free_port())) + address[len(plain) :])
+    assert nobody.returncode == 1
+    for failed in (itself, stranger, nobody):
+        assert "error: " in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+    began = time.monotonic()
+    gateway.process.send_signal(signal.SIGTERM)
+    gateway.process.communicate(timeout=10)
+    assert time.monotonic() - began < 5
+    assert gateway.process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.loopback
+@pytest.mark.timeout(120)
+def test_interrupt_and_hangup(start_gateway: StartGateway) -> None:
+    gateway = start_gateway(free_port())
+    gateway.wait_ready()
+    gateway.process.send_signal(signal.SIGHUP)
+    deadline = time.monotonic() + 10
+    while not any("SIGHUP" in str(entry["message"]) for entry in gateway.entries()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    began = time.monotonic()
+    gateway.process.send_signal(signal.SIGINT)
+    gateway.process.communicate(timeout=10)
+    assert time.monotonic() - began < 5
+    assert gateway.process.returncode == 128 + signal.SIGINT
+
+
+# --- without a process ------------------------------------------------------------------------------------
+
+
+def test_an_error_in_a_group_of_groups_comes_out_alone() -> None:
+    async def service() -> None:
+        raise ExceptionGroup("a", [ExceptionGroup("b", [AllocationFailed("nobody offered")])])
+
+    with pytest.raises(AllocationFailed, match="nobody offered"):
+        run_until_signal(service)
+
+
+def test_problems_of_two_tasks_are_told_together() -> None:
+    async def service() -> None:
+        raise ExceptionGroup("a", [ConfigError([Problem("x", "bad")]), ConfigError([Problem("y", "bad")])])
+
+    with pytest.raises(ConfigError) as caught:
+        run_until_signal(service)
+    assert [problem.key for problem in caught.value.problems] == ["x", "y"]
+
+
+def test_a_defect_beside_an_error_is_not_hidden() -> None:
+    async def service() -> None:
+        raise ExceptionGroup("a", [AllocationFailed("no"), ZeroDivisionError()])
+
+    with pytest.raises(ExceptionGroup) as caught:
+        run_until_signal(service)
+    assert caught.group_contains(ZeroDivisionError)
+
+
+def run_script(text: str, number: signal.Signals) -> tuple[int, float, str]:
+    """Exit code, seconds from signal to end, and standard error of a script that prints ``ready``."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    began = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    return process.returncode, time.monotonic() - began, errors.decode()
+
+
+HANGING = """
+import time, trio
+from hypha.cli.running import run_until_signal
+async def service():
+    print("ready", flush=True)
+    await trio.to_thread.run_sync(time.sleep, 25)
+raise SystemExit(run_until_signal(service, stop_s=0.5))
+"""
+
+
+def test_what_hangs_in_a_thread_is_cut() -> None:
+    code, took_s, _ = run_script(HANGING, signal.SIGTERM)
+    assert code == 143
+    assert 0.4 < took_s < 10
+
+
+SLOW = """
+import trio
+from hypha.cli.running import run_until_signal
+async def service():
+    print("ready", flush=True)
+    try:
+        await trio.sleep_forever()
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(0.7)
+            print("clean", flush=True)
+raise SystemExit(run_until_signal(service))
+"""
+
+
+def test_a_clean_end_is_waited_for() -> None:
+    code, took_s, _ = run_script(SLOW, signal.SIGINT)
+    assert code == 130
+    assert took_s > 0.6

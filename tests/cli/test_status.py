@@ -1,0 +1,91 @@
+"""``hypha status`` and ``hypha replay`` as programs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from hypha.messages import HealthReport
+from hypha.scheduler.snapshot import JobSnapshot, WorkerSnapshot
+from hypha.telemetry import serve_http
+
+TRAINING = JobSnapshot(
+    name="digits",
+    state="training",
+    round=3,
+    rounds=20,
+    loss=0.4123,
+    message="all is well",
+    workers=(WorkerSnapshot(peer="12D3KooWabcdefgh", state="training", batches=5, batch_size=16),),
+)
+
+
+def health() -> HealthReport:
+    return HealthReport(healthy=True, component="hypha-scheduler", version="1", peer="p", uptime_s=1.0)
+
+
+async def hypha(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    with trio.fail_after(60):
+        return await trio.run_process(
+            [sys.executable, "-m", "hypha.cli.hypha", *arguments],
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+        )
+
+
+async def test_status_once_and_until_the_end() -> None:
+    states: Iterator[JobSnapshot] = iter(())
+    current = TRAINING
+
+    def answer() -> JobSnapshot:
+        nonlocal current
+        current = next(states, current)
+        return current
+
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(partial(serve_http, "127.0.0.1:0", health, answer))
+        shown = await hypha("status", address)
+        assert shown.returncode == 0, shown.stderr
+        for words in ("digits training, round 3/20, loss 0.4123", "all is well", "...abcdefgh"):
+            assert words in shown.stdout.decode()
+
+        states = iter([TRAINING, msgspec.structs.replace(TRAINING, state="done", round=20)])
+        followed = await hypha("status", f"http://{address}/", "--follow")
+        assert followed.returncode == 0, followed.stderr
+        assert "digits done, round 20/20" in followed.stdout.decode()
+
+        current = msgspec.structs.replace(TRAINING, state="failed", message="nobody offers a GPU")
+        failed = await hypha("status", address, "-f")
+        assert failed.returncode == 5
+        assert failed.stderr.decode().strip().endswith("nobody offers a GPU")
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_is_no_scheduler_is_said() -> None:
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(serve_http, "127.0.0.1:0", health)
+        other = await hypha("status", address)
+        assert (other.returncode, "404" in other.stderr.decode()) == (1, True)
+        nursery.cancel_scope.cancel()
+    gone = await hypha("status", address)
+    assert gone.returncode == 1
+    assert gone.stderr.decode().startswith(f"error: http://{address}/status does not answer")
+
+
+@pytest.mark.parametrize(("content", "told"), [(None, "there is no ledger"), (b"{}", "no readable ledger")])
+async def test_what_is_no_ledger_is_said(tmp_path: Path, content: bytes | None, told: str) -> None:
+    if content is not None:
+        (tmp_path / "ledger.json").write_bytes(content)
+    for job in (tmp_path, tmp_path / "ledger.json"):
+        refused = await hypha("replay", str(job), "--data", str(tmp_path))
+        assert refused.returncode == 1
+        assert told in refused.stderr.decode()
+        assert "Traceback" not in refused.stderr.decode()
