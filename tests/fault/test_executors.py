@@ -1,0 +1,109 @@
+"""Executors hang, run out of memory and diverge; and workers come late."""
+
+from __future__ import annotations
+
+import pytest
+from tests.fault.conftest import SERVER_ONLY, TRAINING_ONLY, Job
+from tests.support.faults import check_ledger, counted, durations, executors, fail_at
+from tests.support.system import System
+
+from hypha.worker.limits import usable_cgroups
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
+
+
+async def test_a_stopped_executor_is_found_and_started_again_on_the_same_worker(
+    system: System, job: Job
+) -> None:
+    await system.gateway()
+    await system.data("data", job.dataset)
+    await system.worker("server", **SERVER_ONLY)
+    for number in range(2):
+        await system.worker(f"worker-{number}", **TRAINING_ONLY)
+    made = job(2, 8, hang_s=6.0)
+    # nobody else tells of it: it has to be found long before
+    made["rounds"] |= {"deadline_s": 200.0}
+    scheduler = await system.scheduler(made)
+    fault = await fail_at(system, scheduler, "training-executor", 2, how="stop")
+    struck = {one.peer for one in fault.before.workers}
+    # its round is not over without it: both are needed
+    await system.logged(scheduler, "An executor is started again")
+    assert "it hung: no sign of life for" in await system.logged(scheduler, "no sign of life")
+    assert "exit code -9" in scheduler.log.read_text()
+    await system.reached(scheduler, lambda seen: seen.round > fault.before.round)
+    assert not set(fault.pids) & set(executors(fault.node, "training"))
+    assert await system.ended(scheduler) == 0, scheduler.tail()
+
+    ledger = check_ledger(system, "job", 8)
+    print(durations(ledger))
+    lives = {(part.worker, part.incarnation) for entry in counted(ledger) for part in entry.contributors}
+    assert {worker for worker, _ in lives} == struck
+    assert len(lives) == 3
+    assert "A worker is replaced" not in scheduler.log.read_text()
+    assert await system.replay("job", job.dataset, job.model) <= 1e-5
+
+
+async def test_an_executor_killed_for_want_of_memory_says_so(system: System, job: Job) -> None:
+    if "memory" not in usable_cgroups().v1 and usable_cgroups().v2 is None:
+        pytest.skip("no writable cgroup with the memory controller here")
+    await system.gateway()
+    await system.data("data", job.dataset)
+    await system.worker("server", **SERVER_ONLY)
+    worker = await system.worker("worker", **TRAINING_ONLY)
+    needs = {"cpu": 1, "memory": 0.1, "storage": 0, "gpu": 0}
+    scheduler = await system.scheduler(job(1, 2, worker=needs, executor_restarts=1))
+    assert await system.ended(scheduler) == 5, scheduler.tail()
+
+    text = scheduler.log.read_text()
+    assert text.count("An executor is started again") == 1
+    assert "A worker is replaced" in text
+    for log in (text, worker.log.read_text()):
+        assert "killed it for want of memory" in log
+        assert "resources.worker.memory" in log
+    assert "exit code -9" in scheduler.tail()
+
+
+async def test_training_that_diverges_ends_the_job_after_it_was_tried_again(system: System, job: Job) -> None:
+    await system.gateway()
+    await system.data("data", job.dataset)
+    await system.worker("server", **SERVER_ONLY)
+    for number in range(2):
+        await system.worker(f"worker-{number}", **TRAINING_ONLY)
+    made = job(2, 4)
+    made["inner_optimizer"] = {"learning_rate": 1e30}
+    scheduler = await system.scheduler(made)
+    assert await system.ended(scheduler) == 5, scheduler.tail()
+
+    log = scheduler.log.read_text()
+    assert log.count("An executor is started again") == 2
+    end = next(line for line in log.splitlines() if line.startswith("error:"))
+    for text in (
+        "training diverges, 3 times on 2 worker(s)",
+        "the learning rate may be too high",
+        "exit code 5",
+    ):
+        assert text in end
+    assert "hypha.errors.NotFinite" in scheduler.tail(), "its last lines"
+
+
+async def test_a_job_begins_with_few_workers_and_takes_in_who_comes_late(system: System, job: Job) -> None:
+    await system.gateway()
+    await system.data("data", job.dataset)
+    await system.worker("server", **SERVER_ONLY)
+    await system.worker("worker-0", **TRAINING_ONLY)
+    scheduler = await system.scheduler(job(2, 12, min_workers=1, start_grace_s=1.0))
+    begun = await system.reached(scheduler, lambda seen: seen.round >= 1)
+    assert len(begun.workers) == 1
+    assert "looking for 1 more workers" in begun.message
+    await system.worker("worker-1", **TRAINING_ONLY)
+    await system.reached(
+        scheduler, lambda seen: all(one.batches for one in seen.workers[1:]) and len(seen.workers) == 2
+    )
+    assert await system.ended(scheduler) == 0, scheduler.tail()
+
+    ledger = check_ledger(system, "job", 12)
+    print(durations(ledger))
+    crews = [len(entry.contributors) for entry in counted(ledger)]
+    assert crews[0] == 1
+    assert crews[-1] == 2
+    assert await system.replay("job", job.dataset, job.model) <= 1e-5

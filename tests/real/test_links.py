@@ -1,0 +1,73 @@
+"""Links that are cut and slowed down by the vocabulary of faults, each node in a namespace of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from tests.support.faults import counted, durations, fail_at, recover
+from tests.support.namespaces import Lab, Star
+from tests.support.system import System, digits_dataset, digits_job, digits_model, leftovers, open_system
+
+from hypha.scheduler.snapshot import JobSnapshot
+
+pytestmark = [pytest.mark.real, pytest.mark.fault, pytest.mark.timeout(240)]
+
+TRAIN = {"class": "train", "name": "diloco-transformer"}
+AGGREGATE = {"class": "aggregate", "name": "parameter-server"}
+
+
+@pytest.fixture
+async def system(tmp_path: Path, lab: Lab) -> AsyncIterator[System]:
+    """An empty network whose nodes will all have a cable of their own."""
+    async with open_system(tmp_path, Star(lab)) as opened:
+        yield opened
+    assert leftovers(tmp_path) == []
+
+
+async def prepared(system: System, workers: int) -> Path:
+    await system.gateway()
+    await system.data("data", digits_dataset(system.root))
+    await system.worker("server", executors=[AGGREGATE])
+    for number in range(workers):
+        await system.worker(f"worker-{number}", executors=[TRAIN])
+    return digits_model(system.root)
+
+
+def training(seen: JobSnapshot) -> int:
+    return sum(worker.batches > 0 for worker in seen.workers)
+
+
+async def test_a_worker_is_cut_off_and_joined_again(system: System) -> None:
+    job = digits_job(await prepared(system, 3), 3, 60)
+    job["rounds"] |= {"quorum": 0.6, "grace_s": 1.0, "deadline_s": 5.0}
+    job["resources"] |= {"min_workers": 2}
+    scheduler = await system.scheduler(job)
+    fault = await fail_at(system, scheduler, "worker", 2, how="cut")
+    await system.reached(scheduler, lambda seen: seen.round >= fault.before.round + 3)
+    away = await system.status(scheduler)
+    await recover(system, fault)
+    await system.reached(scheduler, lambda seen: seen.round > away.round and training(seen) == 3)
+    assert await system.ended(scheduler) == 0, scheduler.tail()
+    _, ledger = system.ledger("job")
+    print(durations(ledger))
+    entries = counted(ledger)
+    assert [entry.round for entry in entries] == list(range(60))
+    assert len(entries[fault.before.round + 1].contributors) == 2
+    assert await system.replay("job", system.root / "dataset-digits", system.root / "untrained") <= 1e-5
+
+
+async def test_a_slow_link_stretches_rounds_until_it_is_healed(system: System) -> None:
+    scheduler = await system.scheduler(digits_job(await prepared(system, 2), 2, 12))
+    fault = await fail_at(system, scheduler, "worker", 3, how="slow")
+    seen = await system.reached(scheduler, lambda seen: seen.round >= fault.before.round + 2)
+    await recover(system, fault)
+    assert await system.ended(scheduler) == 0, scheduler.tail()
+    _, ledger = system.ledger("job")
+    print(durations(ledger))
+    entries = counted(ledger)
+    # theta to it and its update back have 0.3 MB each, and 100 kB/s are left of its line
+    assert entries[fault.before.round + 1].duration_s > 3.0
+    assert all(entry.duration_s < 3.0 for entry in entries[seen.round + 1 :])
+    assert all(len(entry.contributors) == 2 for entry in entries)

@@ -1,0 +1,120 @@
+"""A whole Hypha network of real processes for tests: each node runs ``python -m hypha.cli.<program>``.
+
+Use it through the fixture ``system`` of ``tests/system/conftest.py``::
+
+    async def test_something(system):
+        await system.gateway()
+        await system.data("data", dataset)
+        await system.worker("worker-1")
+        scheduler = await system.scheduler(digits_job(...))
+        assert await system.ended(scheduler) == 0
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import trio
+
+from hypha.cli.chaos.lab import Star
+from hypha.cli.chaos.network import Network, open_network
+from hypha.cli.demo.files import MODEL
+from hypha.config.environment import process_environment
+from hypha.data import PrepareOptions, prepare
+from hypha.messages import LedgerFile
+
+
+class System(Network):
+    """Starts nodes in ``root``, as any :class:`~hypha.cli.chaos.network.Network`; reads what a job left."""
+
+    def ledger(self, job: str) -> tuple[Path, LedgerFile]:
+        """The finished job's ledger."""
+        path = self.root / "state" / job / "ledger.json"
+        return path, msgspec.json.decode(path.read_bytes(), type=LedgerFile)
+
+    async def replay(self, job: str, dataset: Path, model: Path) -> float:
+        """max |delta theta| between a one-process replay of the ledger and the exported model."""
+        ledger, _ = self.ledger(job)
+        command = [
+            *(sys.executable, "-m", "hypha.executor.replay", str(ledger), str(dataset), str(model)),
+            *("--compare", str(self.root / "model" / "model.safetensors")),
+        ]
+        done = await trio.run_process(
+            command, capture_stdout=True, capture_stderr=True, check=False, env=self.environment
+        )
+        if done.returncode:
+            raise AssertionError(done.stderr.decode())
+        return float(done.stdout.decode().split("max |delta theta|")[1].split()[0])
+
+
+@asynccontextmanager
+async def open_system(root: Path, star: Star | None = None) -> AsyncIterator[System]:
+    """A system in ``root`` whose processes are all gone when the block ends; in a star its nodes can be cut
+    off and slowed down.
+    """
+    environment = {
+        name: value
+        for name, value in process_environment().items()
+        if not name.startswith(("HYPHA_", "OTEL_")) and name != "RUST_LOG"
+    }
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "hub"), "PYTHONUNBUFFERED": "1"}
+    async with open_network(System, root, environment, star) as system:
+        yield system
+
+
+def digits_dataset(root: Path, name: str = "digits", rows: Sequence[int] | None = None) -> Path:
+    """scikit-learn's digits as a prepared dataset of 60-sample slices; ``rows`` in that order."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    chosen = np.arange(len(digits.images)) if rows is None else np.asarray(rows)
+    raw = root / f"raw-{name}"
+    raw.mkdir()
+    np.save(raw / "pixel_values.npy", (digits.images[chosen, None] / 16.0).astype(np.float32))
+    np.save(raw / "labels.npy", digits.target[chosen].astype(np.int64))
+    output = root / f"dataset-{name}"
+    prepare(PrepareOptions((raw,), output, name=name, slice_samples=60, shuffle=rows is None))
+    return output
+
+
+def digits_model(root: Path, **changes: Any) -> Path:
+    """A directory with the demo's config.json."""
+    directory = root / "untrained"
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({**MODEL, **changes}))
+    return directory
+
+
+def digits_job(model: Path, workers: int, rounds: int, **changes: Any) -> dict[str, Any]:
+    """A ``[scheduler.job]`` that trains ``model`` on ``digits``."""
+    needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
+    return {
+        "name": "job",
+        "model": {"type": "image-classification", "path": str(model)},
+        "dataset": {"dataset": "digits"},
+        "rounds": {"update_rounds": rounds, "avg_samples_between_updates": 480, "batch_size": 16},
+        "inner_optimizer": {"learning_rate": 2e-3},
+        "resources": {"num_workers": workers, "worker": needs, "parameter_server": needs},
+        **changes,
+    }
+
+
+def paced(step_s: float) -> dict[str, Any]:
+    """A training executor whose batches take at least ``step_s``: rounds last as long on a fast and idle
+    machine as a test needs them to, and leave the cores to others.
+    """
+    return {"class": "train", "name": "diloco-transformer", "env": {"HYPHA_STEP_S": str(step_s)}}
+
+
+def leftovers(root: Path) -> list[str]:
+    """Command lines of live processes that mention ``root``: what should be gone."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if str(root) in line and " ps " not in line]
