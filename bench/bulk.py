@@ -1,0 +1,187 @@
+"""The bulk plane against plain blocking TLS sockets, file to file, between two processes.
+
+The reference sends the file over one TLS 1.3 connection with the same certificates, and the receiver
+writes it; no hash, no agreement beforehand. Repeats are interleaved, medians compared.
+The relayed rate, through a gateway's circuit, is reported.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import statistics
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from bench.nodes import NodeFiles, Pki, child, gateway, options
+from bench.report import Bound, Report, Row
+from hypha.messages import PeerRef, TransferMeta
+from hypha.net import Node, open_node
+from hypha.net.transfers import meta_of
+from hypha.pki.identity import load_identity
+
+KIND = "bench"
+SIZE_BYTES = 256 << 20
+RELAYED_BYTES = 32 << 20
+REPEATS = 7
+RELAYED_REPEATS = 3
+BLOCK_BYTES = 1 << 20
+_HEAD = struct.Struct(">Q?")
+
+
+async def receiver(files: NodeFiles, ready: Callable[[Any], None]) -> None:
+    """Takes transfers, and what comes over plain TLS; ready with (its PeerRef, the TLS port)."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    context = load_identity(files.identity).server_context()
+    threading.Thread(target=_receive_plain, args=(listener, context, files.directory), daemon=True).start()
+
+    async def gate(caller: str, meta: TransferMeta) -> Path:
+        return files.directory / "received"
+
+    async def arrived(caller: str, meta: TransferMeta, path: Path) -> None:
+        await trio.to_thread.run_sync(path.unlink)
+
+    async with open_node(options(files, "hypha-worker")) as node:
+        node.transfers.accept(KIND, None, gate, arrived)
+        await node.wait_connected()
+        seen = node.gateway_changed.count
+        while files.gateways and not any("p2p-circuit" in one for one in node.ref().addresses):
+            seen = await node.gateway_changed.wait(seen)
+        ready((node.ref(), listener.getsockname()[1]))
+        await trio.sleep_forever()
+
+
+def _receive_plain(listener: socket.socket, context: ssl.SSLContext, directory: Path) -> None:
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    while True:
+        raw, _ = listener.accept()
+        path = directory / "plain"
+        with context.wrap_socket(raw, server_side=True) as sock, path.open("wb", buffering=0) as file:
+            size, keep = _HEAD.unpack(sock.recv(_HEAD.size))
+            while size:
+                block = buffer[: min(size, BLOCK_BYTES)]
+                filled = 0
+                while filled < len(block):
+                    count = sock.recv_into(block[filled:])
+                    if not count:
+                        raise EOFError("the sender left")
+                    filled += count
+                if keep:
+                    file.write(block)
+                size -= filled
+            sock.sendall(b"k")
+        path.unlink()
+
+
+def send_plain(path: Path, context: ssl.SSLContext, port: int, keep: bool) -> float:
+    """Seconds until the receiver has all of ``path``, and has written it if it is to ``keep`` it."""
+    started = time.perf_counter()
+    raw = socket.create_connection(("127.0.0.1", port))
+    with context.wrap_socket(raw) as sock, path.open("rb") as file:
+        sock.sendall(_HEAD.pack(path.stat().st_size, keep))
+        while block := file.read(BLOCK_BYTES):
+            sock.sendall(block)
+        sock.recv(1)
+    return time.perf_counter() - started
+
+
+async def send_bulk(node: Node, peer: PeerRef, path: Path, meta: TransferMeta) -> float:
+    """Seconds until the receiver has verified and acknowledged it."""
+    started = time.perf_counter()
+    await node.transfers.send(peer, path, meta)
+    return time.perf_counter() - started
+
+
+async def direct(report: Report, pki: Pki, directory: Path) -> None:
+    """Both ways over loopback."""
+    path = _random_file(directory, SIZE_BYTES)
+    files = NodeFiles(pki.files("sender", ("scheduler",)))
+    there = NodeFiles(pki.files("receiver", ("worker",)), directory=directory)
+    with child(receiver, there) as (peer, port):
+        async with open_node(options(files, "hypha-scheduler")) as node:
+            context = load_identity(files.identity).client_context()
+            meta = await meta_of(path, KIND, "payload")
+            bulk, plain, dropped = [], [], []
+            for turn in range(REPEATS + 1):
+                written = await trio.to_thread.run_sync(send_plain, path, context, port, True)
+                sent = await send_bulk(node, peer, path, meta)
+                thrown = await trio.to_thread.run_sync(send_plain, path, context, port, False)
+                if turn:  # the first is to warm up
+                    plain.append(written)
+                    bulk.append(sent)
+                    dropped.append(thrown)
+    megabytes = SIZE_BYTES / 1e6
+    report.add(
+        Row(
+            name=f"direct, {megabytes:.0f} MB",
+            value=megabytes / statistics.median(bulk),
+            unit="MB/s",
+            reference=megabytes / statistics.median(plain),
+            bound=Bound(">=", 0.7),
+            note=f"median of {REPEATS}; with BLAKE3, against plain TLS and a file, neither synced to disk",
+        )
+    )
+    report.add(
+        Row(
+            name="the same, against sockets alone",
+            value=megabytes / statistics.median(bulk),
+            unit="MB/s",
+            reference=megabytes / statistics.median(dropped),
+            note="what arrives over plain TLS is thrown away",
+        )
+    )
+
+
+async def relayed(report: Report, pki: Pki, directory: Path) -> None:
+    """Through a gateway's circuit."""
+    path = _random_file(directory, RELAYED_BYTES)
+    with child(gateway, NodeFiles(pki.files("gateway", ("gateway",)))) as address:
+        files = NodeFiles(pki.files("sender", ("scheduler",)), (address,), relayed=True)
+        there = NodeFiles(pki.files("receiver", ("worker",)), (address,), relayed=True, directory=directory)
+        with child(receiver, there) as (peer, _):
+            async with open_node(options(files, "hypha-scheduler")) as node:
+                await node.wait_connected()
+                meta = await meta_of(path, KIND, "payload")
+                taken = [await send_bulk(node, peer, path, meta) for _ in range(RELAYED_REPEATS)]
+                if any(one.kind != "relayed" for one in node.connections() if one.peer == peer.peer):
+                    raise RuntimeError("the relayed measurement was not relayed")
+    megabytes = RELAYED_BYTES / 1e6
+    report.add(
+        Row(
+            name=f"relayed, {megabytes:.0f} MB",
+            value=megabytes / statistics.median(taken),
+            unit="MB/s",
+            note=f"median of {RELAYED_REPEATS}; TLS end to end inside a circuit",
+        )
+    )
+
+
+def _random_file(directory: Path, size_bytes: int) -> Path:
+    path = directory / "payload"
+    with path.open("wb") as file:
+        for _ in range(size_bytes // BLOCK_BYTES):
+            file.write(os.urandom(BLOCK_BYTES))
+    return path
+
+
+def main() -> int:
+    """Measure; returns the exit code."""
+    report = Report("bulk")
+    with tempfile.TemporaryDirectory(prefix="hypha-bench-") as name:
+        directory = Path(name)
+        pki = Pki(directory / "pki")
+        trio.run(direct, report, pki, directory)
+        trio.run(relayed, report, pki, directory)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
