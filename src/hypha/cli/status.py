@@ -31,7 +31,8 @@ def status(
     with httpx.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
         seen = _ask(client, url)
         if not follow:
-            console.print(job_panel(seen))
+            # what reads a pipe looks for words in a line, however narrow the terminal it was started from
+            console.print(job_panel(seen), soft_wrap=not console.is_terminal)
             return
         with live_view(console) as show:
             asked = time.monotonic()
