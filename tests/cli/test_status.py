@@ -54,7 +54,9 @@ async def test_status_once_and_until_the_end() -> None:
         address = await nursery.start(partial(serve_http, "127.0.0.1:0", health, answer))
         shown = await hypha("status", address)
         assert shown.returncode == 0, shown.stderr
-        headline = "digits training, round 3/20, loss 0.4123, 0 samples/s, 0 samples, 1 workers, 0 leases, 0 s\n"
+        headline = (
+            "digits training, round 3/20, loss 0.4123, 0 samples/s, 0 samples, 1 workers, 0 leases, 0 s\n"
+        )
         for words in (headline, "all is well", "...abcdefgh"):
             assert words in shown.stdout.decode()
 
