@@ -723,7 +723,9 @@ class LeaseRenewed(Message):
 
 
 class SliceAssigned(Message):
-    """Slice ``index`` of the dataset, in ``epoch``, from any of ``providers``."""
+    """Slice ``index`` of the dataset, in ``epoch``, from any of ``providers``. Up to ``ahead`` slices may be
+    fetched before they are needed.
+    """
 
     dataset: str
     index: int
@@ -732,6 +734,7 @@ class SliceAssigned(Message):
     size: int
     blake3: str
     providers: tuple[PeerRef, ...]
+    ahead: int = 1
 
 
 class NoSlice(Message):

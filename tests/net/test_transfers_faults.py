@@ -284,6 +284,36 @@ async def test_a_full_disk_is_told_to_both_ends_and_leaves_nothing(
     assert inbox.names() == {"x"}
 
 
+async def test_a_pull_is_given_up_when_nothing_comes_and_not_when_it_is_slow(
+    network: Network, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source", 4 * MB)
+    destination = tmp_path / "got"
+    async with network.gateway() as provider:
+        served = await meta_of(source, "slice", "set/0")
+        silent = True
+
+        async def provide(caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
+            if silent:
+                await trio.sleep_forever()
+            return source, served
+
+        provider.transfers.serve("slice", provide)
+        request = PullFile(kind="slice", name="set/0")
+        async with network.leaf("worker", [provider]) as worker:
+            async with bulk_proxy(host_and_port(worker.listen_addresses()[0])) as proxy:
+                provider.learn(PeerRef(peer=worker.peer_id, addresses=(proxy.address,)))
+                pull = worker.transfers.pull
+                # well before the request itself would
+                with trio.fail_after(5), pytest.raises(TransferFailed, match="nothing came for"):
+                    await pull(provider.peer_id, request, destination, None, 1 << 30, 0.8)
+                silent = False
+                # much longer in all, but never without a byte for so long
+                proxy.trouble = Trouble(rate=MB, times=9)
+                await pull(provider.peer_id, request, destination, None, 1 << 30, 0.8)
+    assert destination.read_bytes() == source.read_bytes()
+
+
 async def test_a_provider_that_dies_fails_the_pull(network: Network, tmp_path: Path) -> None:
     source = write(tmp_path / "source", 20 * MB)
     async with network.gateway() as worker:

@@ -25,14 +25,20 @@ from hypha.messages import (
     TransferMeta,
 )
 from hypha.worker.cache import SliceCache
-from hypha.worker.slices import KEPT_LINKS, MAX_HOLD_S, SlicePrefetcher
+from hypha.worker.slices import AVOID_S, KEPT_LINKS, MAX_AHEAD, MAX_HOLD_S, STILL_S, SlicePrefetcher
 
 
 class World:
     """A scheduler that hands out slices 0, 1, 2, ... from ``providers`` which fail as told."""
 
-    def __init__(self, tmp_path: Path, providers: tuple[str, ...] = ("a", "b")) -> None:
-        self.cache = SliceCache(tmp_path / "cache", CacheConfig(max_slices=4))
+    def __init__(
+        self,
+        tmp_path: Path,
+        providers: tuple[str, ...] = ("a", "b"),
+        prefetch_s: float = 0.0,
+        max_gb: float = 20.0,
+    ) -> None:
+        self.cache = SliceCache(tmp_path / "cache", CacheConfig(max_slices=4, max_gb=max_gb))
         self.directory = tmp_path / "slices"
         self.directory.mkdir()
         self.providers = tuple(PeerRef(peer=name) for name in providers)
@@ -40,12 +46,14 @@ class World:
         self.asked: list[NextSlice] = []
         self.pulled: list[tuple[str, str]] = []
         self.troubles: dict[str, Exception] = {}
+        self.silent: set[str] = set()
+        self.ahead = 1
         #: called when a pull is complete, after its last checkpoint
         self.at_the_end: Callable[[], None] | None = None
         self.answers: list[Response | Exception] = []
         self.slices = 1000
         self.prefetcher = SlicePrefetcher(
-            self.ask, self.pull, self.cache, self.directory, self.stamp, "digits", "life"
+            self.ask, self.pull, self.cache, self.directory, self.stamp, "digits", "life", prefetch_s
         )
 
     def stamp(self) -> JobStamp:
@@ -66,14 +74,26 @@ class World:
         part = assigned(index)
         return SliceAssigned(
             dataset=part.dataset, index=index, epoch=0, samples=1, size=part.size, blake3=part.blake3,
-            providers=self.providers,
+            providers=self.providers, ahead=self.ahead,
         )  # fmt: skip
 
     async def pull(
-        self, peer: PeerRef, what: PullFile, destination: Path, expect: TransferMeta | None, max_bytes: int
+        self,
+        peer: PeerRef,
+        request: PullFile,
+        destination: Path,
+        expect: TransferMeta | None,
+        max_bytes: int,
+        still_s: float | None = None,
     ) -> TransferMeta:
+        what = request
         self.pulled.append((peer.peer, what.name))
         await trio.sleep(0.1)
+        if peer.peer in self.silent:
+            if still_s is None:
+                await trio.sleep_forever()
+            await trio.sleep(still_s)
+            raise TransferFailed(peer.peer, what.name, "nothing came")
         if peer.peer in self.troubles:
             raise self.troubles[peer.peer]
         assert expect is not None
@@ -108,6 +128,102 @@ async def test_next_slice_is_here_before_the_current_one_ends(
         assert trio.current_time() == before
     assert world.asked[0] == NextSlice(stamp=world.stamp(), incarnation="life", seq=1)
     assert world.asked[1].cached == (0,)
+
+
+async def use(prefetcher: SlicePrefetcher, count: int, pace_s: float) -> None:
+    """As an executor that needs ``pace_s`` for a slice."""
+    for _ in range(count):
+        await prefetcher.next()
+        await trio.sleep(pace_s)
+
+
+@pytest.mark.parametrize(
+    ("pace_s", "prefetch_s", "ahead", "max_gb", "held"),
+    [
+        (0.5, 5.0, 100, 20.0, 10),  # what is used in that time
+        (20.0, 5.0, 100, 20.0, 1),  # the next one, however long a slice lasts
+        (0.5, 0.0, 100, 20.0, 1),
+        (0.5, 5.0, 4, 20.0, 4),  # the scheduler's limit
+        (0.01, 1000.0, 100, 20.0, MAX_AHEAD),
+        (0.5, 5.0, 100, 12 * len(content(0)) / 1e9, 6),  # half of the cache's bytes
+    ],
+)
+async def test_slices_for_some_time_are_fetched_ahead(
+    tmp_path: Path,
+    autojump_clock: trio.testing.MockClock,
+    pace_s: float,
+    prefetch_s: float,
+    ahead: int,
+    max_gb: float,
+    held: int,
+) -> None:
+    world = World(tmp_path, prefetch_s=prefetch_s, max_gb=max_gb)
+    world.ahead = ahead
+    async with world.running() as prefetcher:
+        await use(prefetcher, 20, pace_s)
+        # one that is not asked for slices fetches no more than that
+        await trio.sleep(100.0)
+        assert world.asked[-1].seq - 20 == held
+
+
+async def test_training_goes_on_while_the_scheduler_is_away(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path, prefetch_s=6.0)
+    world.ahead = 100
+    async with world.running() as prefetcher:
+        await use(prefetcher, 20, 0.5)
+        world.answers = [PeerUnreachable("scheduler", "cut off")] * 100
+        before = trio.current_time()
+        await use(prefetcher, 11, 0.5)
+        assert trio.current_time() - before == pytest.approx(5.5)
+
+
+async def test_what_was_fetched_ahead_is_dropped_with_the_rest(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path, prefetch_s=5.0)
+    world.ahead = 100
+    async with world.running() as prefetcher:
+        await use(prefetcher, 20, 0.5)
+        await trio.sleep(10.0)
+        asked = world.asked[-1].seq
+        prefetcher.start_over()
+        assert len(list(world.directory.iterdir())) <= KEPT_LINKS
+        prefetcher.resume()
+        found = await prefetcher.next()
+        assert found.assigned.index == asked
+    assert world.asked[asked].held_from == asked + 1
+
+
+async def test_a_silent_provider_is_left_and_then_tried_last(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    world.silent = {"a"}
+    async with world.running() as prefetcher:
+        before = trio.current_time()
+        for _ in range(3):
+            await prefetcher.next()
+        assert trio.current_time() - before < STILL_S + 1.0
+        assert [peer for peer, _ in world.pulled[:4]] == ["a", "b", "b", "b"]
+        await trio.sleep(AVOID_S)
+        world.silent = {"b"}
+        for _ in range(3):
+            await prefetcher.next()
+        assert [peer for peer, _ in world.pulled[5:]][:2] == ["a", "a"]
+
+
+async def test_the_only_provider_is_waited_for(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Leaving it would begin the same wait anew."""
+    world = World(tmp_path, providers=("a",))
+    world.silent = {"a"}
+    async with world.running() as prefetcher:
+        with trio.move_on_after(60.0):
+            await prefetcher.next()
+        assert world.pulled == [("a", "digits/0")]
 
 
 async def test_a_slice_dropped_as_it_arrives_is_not_handed_out(

@@ -185,6 +185,8 @@ class CacheConfig(Section):
 
     max_slices: int = Field(default=10, ge=2)
     max_gb: float = Field(default=20.0, gt=0)
+    #: slices for so many seconds of training are fetched ahead (half of max_gb at most), and one at least
+    prefetch_s: float = Field(default=10.0, ge=0)
 
 
 class StorageConfig(Section):

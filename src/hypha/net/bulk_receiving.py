@@ -122,6 +122,18 @@ class Receiving:
         inbound = self._inbound.get(token)
         return inbound.heard() if inbound is not None else (0, 0)
 
+    async def wait_still(self, token: str, still_s: float) -> None:
+        """Return when nothing has come for the transfer for ``still_s``. While it waits for a place here, or
+        is being verified, its sender owes nothing.
+        """
+        heard, since = self.heard(token), trio.current_time()
+        while trio.current_time() < since + still_s:
+            await trio.sleep(still_s / 8)
+            inbound = self._inbound.get(token)
+            ours = inbound is not None and (inbound.settling or not inbound.turn.is_set())
+            if ours or self.heard(token) != heard:
+                heard, since = self.heard(token), trio.current_time()
+
     async def take_local(self, path: Path, meta: TransferMeta, token: str) -> None:
         """A node sends to itself: the same gates and checks, and no network."""
         me = self._links.identity.peer_id

@@ -109,10 +109,12 @@ class Transfers:
         destination: Path,
         expect: TransferMeta | None,
         max_bytes: int,
+        still_s: float | None = None,
     ) -> TransferMeta:
         """Have ``peer`` send the file that ``request`` names to ``destination``; what it said of it.
 
-        Resumes ``<destination>.part``. With ``expect``, size and hash must be those. Raises Refused,
+        Resumes ``<destination>.part``. With ``expect``, size and hash must be those; with ``still_s`` it
+        fails when nothing came for so long, unless it is this node that is busy. Raises Refused,
         TransferFailed (try again, or elsewhere), TransferCorrupt (elsewhere).
         """
         token = new_token()
@@ -123,7 +125,7 @@ class Transfers:
         else:
             self._receiving.want(token, pull.peer, pull)
             try:
-                await self._follow(peer, request, pull, token)
+                await self._follow_while_it_moves(peer, request, pull, token, still_s)
             finally:
                 await self._receiving.unwant(token)
         if pull.error is not None:
@@ -147,6 +149,31 @@ class Transfers:
         function stops accepting and cuts what is on its way.
         """
         return self._receiving.accept(kind, job_id, gate, arrived)
+
+    async def _follow_while_it_moves(
+        self, peer: PeerRef | str, request: PullFile, pull: _Pull, token: str, still_s: float | None
+    ) -> None:
+        if still_s is None:
+            return await self._follow(peer, request, pull, token)
+        failure: NetworkError | None = TransferFailed(
+            pull.peer, request.name, f"nothing came for {still_s:g} s"
+        )
+
+        async def follow() -> None:
+            nonlocal failure
+            try:
+                await self._follow(peer, request, pull, token)
+                failure = None
+            except NetworkError as exc:
+                failure = exc
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(follow)
+            await self._receiving.wait_still(token, still_s)
+            nursery.cancel_scope.cancel()
+        if failure is not None and not pull.over.is_set():
+            raise failure
 
     async def _follow(self, peer: PeerRef | str, request: PullFile, pull: _Pull, token: str) -> None:
         """Ask, and ask again how it goes, until the file is here or will not come."""

@@ -43,7 +43,8 @@ class SliceCache:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
         self._max_slices = config.max_slices
-        self._max_bytes = int(config.max_gb * GB)
+        #: all its entries together
+        self.max_bytes = int(config.max_gb * GB)
         self._entries = self._load()
         self._evict()
 
@@ -125,7 +126,7 @@ class SliceCache:
     def _evict(self) -> None:
         # The newest entry stays even when it alone is over the bound: it is about to be used.
         while len(self._entries) > 1 and (
-            len(self._entries) > self._max_slices or self.size_bytes > self._max_bytes
+            len(self._entries) > self._max_slices or self.size_bytes > self.max_bytes
         ):
             blake3, _ = self._entries.popitem(last=False)
             self._path(blake3).unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -28,8 +27,19 @@ from hypha.worker.downloads import fetch_hub, fetch_local, fetch_uri
 
 logger = logging.getLogger("hypha.worker.fetch")
 
-#: pull(peer, what, destination, expected or None, max_bytes): as ``Transfers.pull``
-Pull = Callable[[PeerRef, PullFile, Path, TransferMeta | None, int], Awaitable[TransferMeta]]
+
+class Pull(Protocol):
+    """As ``Transfers.pull``."""
+
+    async def __call__(
+        self,
+        peer: PeerRef,
+        request: PullFile,
+        destination: Path,
+        expect: TransferMeta | None,
+        max_bytes: int,
+        still_s: float | None = None,
+    ) -> TransferMeta: ...
 
 
 class Ask(Protocol):

@@ -133,6 +133,7 @@ class Execution:
                 self.stamp,
                 job.dataset,
                 self.incarnation,
+                workshop.config.cache.prefetch_s,
             )
         self._fetches = 0
 

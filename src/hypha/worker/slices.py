@@ -1,8 +1,11 @@
-"""The next slice is here before the current one ends: one prefetcher a training job.
+"""The next slices are here before the current one ends: one prefetcher a training job.
 
 It asks the scheduler for a slice, takes it from the cache or from one of its providers in turn, and holds
-it until the executor asks; then it goes for the one after. It never gives up by itself: a scheduler or
-provider that is away is asked again, with pauses, until the job ends.
+it until the executor asks. At least one is held; where slices are short, as many as the executor uses in
+``prefetch_s`` seconds, so that it trains on while the scheduler or a data node is away. It never gives up by
+itself: a scheduler or provider that is away is asked again, with pauses, until the job ends. A provider that
+sends nothing for a while is left for another one, which goes on where it stopped, and is tried last from then
+on.
 
 When the job goes on from a theta that this worker's work is not in, the scheduler has taken back the slices
 it had assigned until then. What was asked for before is then dropped here too, and nothing is handed out
@@ -14,8 +17,12 @@ was asked for.
 from __future__ import annotations
 
 import logging
+import math
+import statistics
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import trio
@@ -25,6 +32,7 @@ from hypha.messages import (
     JobStamp,
     NextSlice,
     NoSlice,
+    PeerRef,
     PullFile,
     Request,
     Response,
@@ -44,6 +52,16 @@ MAX_RETRY_S = 30.0
 #: While no provider can be pulled from: training stands still, and one may be back at any moment.
 MAX_PULL_RETRY_S = 5.0
 MAX_HOLD_S = 10.0
+#: Slices held for the executor, however short they are.
+MAX_AHEAD = 32
+#: The pace at which slices are used is the median time between so many, and known from a few on.
+_PACES = 9
+_LEAST_PACES = 3
+#: With another provider at hand, one that sends nothing is left after this; doubled each time, as all may be
+#: busy with others.
+STILL_S = 2.0
+#: It is tried last for so long.
+AVOID_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class PrefetchedSlice:
 
 class SlicePrefetcher:
     """``ask`` puts a request to the job's scheduler, ``stamp`` gives the job's current one, ``directory``
-    is the job's for slices.
+    is the job's for slices. Held are slices for ``prefetch_s`` seconds of training, or one.
     """
 
     def __init__(
@@ -69,6 +87,7 @@ class SlicePrefetcher:
         stamp: Callable[[], JobStamp],
         dataset: str,
         incarnation: str,
+        prefetch_s: float = 0.0,
     ) -> None:
         self._ask = ask
         self._pull = pull
@@ -77,11 +96,17 @@ class SlicePrefetcher:
         self._stamp = stamp
         self._dataset = dataset
         self._incarnation = incarnation
+        self._prefetch_s = prefetch_s
         self._seq = 0
         #: what was got for an earlier one is dropped
         self._held_from = 0
         self._another_life = trio.Event()
-        self._ready: PrefetchedSlice | None = None
+        self._ready: deque[PrefetchedSlice] = deque()
+        #: the scheduler allows so many, lest few workers hold a small dataset
+        self._allowed = 1
+        #: when slices were handed out
+        self._used_at: deque[float] = deque(maxlen=_PACES + 1)
+        self._avoided: dict[str, float] = {}
         self._changed = trio.Event()
         self._handed_out: list[Path] = []
         self._asking: trio.CancelScope | None = None
@@ -91,17 +116,17 @@ class SlicePrefetcher:
     async def run(self) -> None:
         """Prefetch until cancelled."""
         while True:
-            while self._ready is not None:
+            while not self._wants_more():
                 await self._changed.wait()
             found = await self._fetch_next()
             self._asking = None
             if found is not None:
-                self._ready = found
+                self._ready.append(found)
                 self._notify()
 
     async def next(self) -> PrefetchedSlice:
         """The next slice; waits while there is none. A cancelled call takes none."""
-        while self._ready is None or self._held is not None:
+        while not self._ready or self._held is not None:
             if self._held is None:
                 await self._changed.wait()
             else:
@@ -109,7 +134,8 @@ class SlicePrefetcher:
                 with trio.move_on_after(MAX_HOLD_S):
                     await self._held.wait()
                 self._held = None
-        found, self._ready = self._ready, None
+        found = self._ready.popleft()
+        self._used_at.append(trio.current_time())
         self._notify()
         self._handed_out.append(found.path)
         while len(self._handed_out) > KEPT_LINKS:
@@ -120,9 +146,8 @@ class SlicePrefetcher:
         """Drop what was asked for so far, and hand out nothing until :meth:`resume`."""
         self._held = self._held or trio.Event()
         self._held_from = self._seq + 1
-        if self._ready is not None:
-            self._ready.path.unlink(missing_ok=True)
-            self._ready = None
+        while self._ready:
+            self._ready.popleft().path.unlink(missing_ok=True)
         if self._asking is not None:
             self._asking.cancel()
         self._notify()
@@ -143,6 +168,19 @@ class SlicePrefetcher:
         self._changed.set()
         self._changed = trio.Event()
 
+    def _wants_more(self) -> bool:
+        """One is always wanted; more while they are for less than the time to be covered, and fit."""
+        if not self._ready:
+            return True
+        times = list(self._used_at)
+        paces = [later - earlier for earlier, later in pairwise(times)]
+        if len(paces) < _LEAST_PACES:
+            return False
+        wanted = min(math.ceil(self._prefetch_s / max(statistics.median(paces), 1e-3)), MAX_AHEAD)
+        held_bytes = sum(one.assigned.size for one in self._ready)
+        fits = held_bytes + self._ready[-1].assigned.size <= self._cache.max_bytes // 2
+        return fits and len(self._ready) < min(wanted, self._allowed)
+
     async def _fetch_next(self) -> PrefetchedSlice | None:
         """None when it was dropped meanwhile."""
         self._seq += 1
@@ -151,11 +189,15 @@ class SlicePrefetcher:
             self._asking = scope
             backoff = Backoff(longest_s=MAX_PULL_RETRY_S)
             told = ""
+            patience_s = STILL_S
             while True:
                 assigned = await self._ask_until_assigned()
+                self._allowed = assigned.ahead
                 path = self._directory / f"{self._seq:06}-{assigned.epoch}-{assigned.index}.safetensors"
                 try:
-                    if await self._take_cached(assigned, path) or await self._pull_from_any(assigned, path):
+                    if await self._take_cached(assigned, path) or await self._pull_from_any(
+                        assigned, path, patience_s
+                    ):
                         if scope.cancel_called:
                             # dropped after the last moment at which trio could have said so
                             path.unlink(missing_ok=True)
@@ -167,6 +209,7 @@ class SlicePrefetcher:
                         fields = {"job_id": self._stamp().job_id, "dataset": assigned.dataset}
                         logger.error("Slice %d cannot be stored: %s", assigned.index, exc, extra=fields)
                 # Providers may come and go, so ask again; the same seq gets the same slice.
+                patience_s *= 2.0
                 await trio.sleep(backoff.next_s())
         return None
 
@@ -215,16 +258,17 @@ class SlicePrefetcher:
         self._cache.drop(assigned, path)
         return False
 
-    async def _pull_from_any(self, assigned: SliceAssigned, path: Path) -> bool:
+    async def _pull_from_any(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
         name = f"{assigned.dataset}/{assigned.index}"
         expect = TransferMeta(kind="slice", name=name, size=assigned.size, blake3=assigned.blake3)
         incoming = self._cache.incoming(assigned)
         self._cache.require_room(assigned.size)
         what = PullFile(kind="slice", name=name, job_id=self._stamp().job_id)
-        for provider in assigned.providers:
+        still_s = patience_s if len(assigned.providers) > 1 else None
+        for provider in self._in_order(assigned.providers):
             fields = {"job_id": self._stamp().job_id, "peer_id": provider.peer, "dataset": assigned.dataset}
             try:
-                await self._pull(provider, what, incoming, expect, assigned.size)
+                await self._pull(provider, what, incoming, expect, assigned.size, still_s)
             except TransferCorrupt as exc:
                 logger.error(
                     "Data node %s sent a corrupt slice %s: %s", provider.peer, name, exc, extra=fields
@@ -234,6 +278,14 @@ class SlicePrefetcher:
             except NetworkError as exc:
                 logger.warning("Slice %s could not be pulled: %s", name, exc, extra=fields)
             else:
+                self._avoided.pop(provider.peer, None)
                 self._cache.insert(assigned, incoming)
                 return self._cache.link(assigned, path)
+            self._avoided[provider.peer] = trio.current_time() + AVOID_S
         return False
+
+    def _in_order(self, providers: tuple[PeerRef, ...]) -> list[PeerRef]:
+        """As the scheduler named them, those that failed lately last, the longest ago first."""
+        now = trio.current_time()
+        self._avoided = {peer: until for peer, until in self._avoided.items() if until > now}
+        return sorted(providers, key=lambda provider: self._avoided.get(provider.peer, 0.0))

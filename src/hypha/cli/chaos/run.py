@@ -38,6 +38,8 @@ _ROUNDS = 1_000_000
 _SAMPLES_A_WORKER = 960
 _BATCH = 16
 _STEP_S = 0.1
+#: An epoch lasts half a minute, so that what is trained on is not in everybody's cache.
+_COPIES = 10
 #: A calm stretch lasts a share of the disturbed one, within these bounds; one comes before, one after.
 _CALM_SHARE = 0.125
 _CALM_S = (15.0, 75.0)
@@ -179,7 +181,7 @@ async def _start(place: files.Place, network: Network, workers: int, small_disks
     """Two linked gateways, two data nodes with files of their own, workers, a node for the parameter server
     and a spare for either part, and the scheduler.
     """
-    await trio.to_thread.run_sync(files.write_digits, place)
+    await trio.to_thread.run_sync(files.write_digits, place, _COPIES)
     await trio.to_thread.run_sync(files.write_model, place)
     await prepare_digits(place, network.group)
     if small_disks:

@@ -75,8 +75,10 @@ def worker_name(number: int) -> str:
     return f"worker-{number + 1}"
 
 
-def write_digits(place: Place) -> None:
-    """scikit-learn's digits (1797 images of 8 x 8) as the arrays a Hugging Face classifier takes. Blocks."""
+def write_digits(place: Place, copies: int = 1) -> None:
+    """scikit-learn's digits (1797 images of 8 x 8) as the arrays a Hugging Face classifier takes, ``copies``
+    times. Blocks.
+    """
     import numpy as np
     from sklearn.datasets import load_digits
 
@@ -84,8 +86,9 @@ def write_digits(place: Place) -> None:
     raw = place["raw"]
     raw.mkdir()
     # 0..16 -> 0..1, and a channel axis
-    np.save(raw / "pixel_values.npy", (digits.images[:, None] / 16.0).astype(np.float32))
-    np.save(raw / "labels.npy", digits.target.astype(np.int64))
+    pixels = (digits.images[:, None] / 16.0).astype(np.float32)
+    np.save(raw / "pixel_values.npy", np.concatenate([pixels] * copies))
+    np.save(raw / "labels.npy", np.concatenate([digits.target.astype(np.int64)] * copies))
 
 
 def write_model(place: Place) -> None:
