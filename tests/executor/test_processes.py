@@ -386,6 +386,13 @@ def test_a_parameter_server_goes_on_from_a_checkpoint(finished: Finished, networ
     assert blake3((saved / "theta.safetensors").read_bytes()).hexdigest() == ready.theta
     assert (saved / "momentum.safetensors").read_bytes() == (kept / "momentum.safetensors").read_bytes()
     assert json.loads((saved / "state.json").read_bytes())["round"] == 5
+    # only now is a model built, and what is in it is what was restored
+    server.direct(Export(to=SCHEDULER))
+    exported = server.wait(Exported)
+    assert exported.files == ("config.json", "model.safetensors")
+    made = load_file(network.scheduler / "export" / "5" / "model.safetensors")
+    for name, value in load_file(kept / "theta.safetensors").items():
+        assert torch.equal(made[name], value)
     server.direct(Finish())
     assert server.exit_code() == 0
 

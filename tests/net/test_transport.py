@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -26,6 +27,7 @@ from hypha.errors import PeerUnreachable, Refused
 from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, RenewLease
 from hypha.net import Node, open_node
 from hypha.net.addresses import host_and_port
+from hypha.net.shared_port import RESEND_WITHIN_MS, TCP_RTO_MAX_MS, resend_soon
 from hypha.pki.authority import revoke
 from hypha.pki.identity import IdentityFiles, load_identity
 
@@ -55,6 +57,22 @@ async def test_certified_nodes_connect(network: Network) -> None:
         assert isinstance(await one.request(ref_of(two), Health()), HealthReport)
         (connection,) = one.connections()
         assert connection.peer == two.peer_id
+
+
+async def test_a_line_that_was_cut_is_tried_again_once_a_second(network: Network) -> None:
+    with socket.socket() as sock:
+        resend_soon(sock)  # harmless where the kernel does not know it
+        try:
+            assert sock.getsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS) == RESEND_WITHIN_MS
+        except OSError:
+            pytest.skip("this kernel has no TCP_RTO_MAX_MS")
+    async with pair(network) as ends:
+        await ends[0].request(ref_of(ends[1]), Health())
+        for node in ends:
+            open_now = [stream.stream.socket for stream in node._port._streams]
+            assert open_now
+            for one in open_now:
+                assert one.getsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS) == RESEND_WITHIN_MS
 
 
 async def test_an_unknown_ca_is_refused(network: Network, tmp_path: Path) -> None:

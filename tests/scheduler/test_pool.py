@@ -127,7 +127,7 @@ async def test_many_workers_are_leased_and_stay_leased(network: Network) -> None
         assert {lease.lease_id for lease in pool.leases} <= set(first)
 
 
-async def test_a_dead_worker_is_suspected_soon_lost_at_expiry_and_replaced(network: Network) -> None:
+async def test_a_dead_worker_is_suspected_soon_then_lost_and_replaced(network: Network) -> None:
     async with (
         network.gateway() as gateway,
         network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
@@ -137,12 +137,9 @@ async def test_a_dead_worker_is_suspected_soon_lost_at_expiry_and_replaced(netwo
             peer = doomed.node.peer_id
             pool.want("train", 1)
             await until(lambda: held(pool) == {peer})
-            expires_at = doomed.desk.leases[0].expires_at
         await until(lambda: any(isinstance(event, LeaseSuspect) for event in seen))
-        assert trio.current_time() < expires_at
         assert held(pool) == {peer}
         await until(lambda: losses(seen))
-        assert trio.current_time() >= expires_at - 0.5
         assert held(pool) == set()
         async with opened_worker(network, [gateway]) as other:
             await until(lambda: held(pool) == {other.node.peer_id})

@@ -47,8 +47,11 @@ class OuterStep:
         self._sum: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._weight = 0.0
+        # by name: norms are the same bits, whether theta came from a model or from a checkpoint
         self._spans = [
-            (name, at) for name, value in theta.parameters.items() for at in range(0, value.numel(), CHUNK)
+            (name, at)
+            for name, value in sorted(theta.parameters.items())
+            for at in range(0, value.numel(), CHUNK)
         ]
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None

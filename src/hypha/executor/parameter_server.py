@@ -18,14 +18,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor, nn
 
-from hypha.errors import CheckpointUnusable, DataError, ModelError, PeerUnreachable, Refused
+from hypha.errors import CheckpointUnusable, ModelError, PeerUnreachable, Refused
 from hypha.executor import models, tensors
 from hypha.executor.bridge_client import ALIVE_S, BridgeClient
+from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 from hypha.executor.outer import OuterStep
 from hypha.executor.running import leave, run_executor
 from hypha.executor.spares import Spares
@@ -61,22 +65,23 @@ logger = logging.getLogger("hypha.executor.parameter_server")
 #: how long the last checkpoint may hold up the end
 _FINISH_GRACE_S = 30.0
 _EXPORT_RETRY_S = 2.0
+_FETCH_RETRY_S = 2.0
 #: refusals of a scheduler that has begun another life of the job, which is not known here yet, or whose disk
 #: is full: a finished model is worth waiting for
 _PASSING = ("uninvited", "stale", "no-space")
-THETA, MOMENTUM, STATE = "theta.safetensors", "momentum.safetensors", "state.json"
 
 
-class CheckpointState(msgspec.Struct, frozen=True):
-    """``state.json``, sent last: with it a checkpoint is complete."""
+@dataclass(frozen=True)
+class Sources:
+    """Directories of what was fetched: the model's, and others whose files are exported with it."""
 
-    job_id: str
-    generation: int
-    round: int
-    theta: str
-    momentum: str
-    contributors: tuple[str, ...] = ()
-    version: int = 1
+    model: Path | None
+    others: tuple[Path, ...]
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """The model's files last: they stay where names are the same."""
+        return self.others if self.model is None else (*self.others, self.model)
 
 
 class ParameterServer:
@@ -92,7 +97,9 @@ class ParameterServer:
         self._broadcasts = ThreadPoolExecutor(8, thread_name_prefix="theta")
         #: one thread: checkpoints become durable in the order of their rounds
         self._archive = ThreadPoolExecutor(1, thread_name_prefix="archive")
-        self._sources: list[Path] = []
+        #: the model's files; a model that goes on from a checkpoint is built when it is exported
+        self._files = ThreadPoolExecutor(1, thread_name_prefix="files")
+        self._model: nn.Module | None = None
         self._applied: RoundApplied | None = None
         self._exporting = -1
         self._finishing = threading.Event()
@@ -185,67 +192,69 @@ class ParameterServer:
 
     def _load(self) -> None:
         job = self._job
-        source = None if job.model.source is None else self._fetched(job.model.source)
-        if job.preprocessor is not None:
-            self._sources.append(self._fetched(job.preprocessor.source))
-        if source is not None:
-            self._sources.append(source)
-        self._model = models.build(job.model, source).requires_grad_(False)
-        for parameter in self._model.parameters():
-            parameter.data = parameter.data.contiguous()
-        self._theta = tensors.theta_of(self._model)
+        self._fetching = self._files.submit(self._fetch_sources)
+        momentum: dict[str, Tensor] = {}
+        if job.restore is None:
+            self._model = self._built()
+            self._theta = tensors.theta_of(self._model)
+        else:
+            # a checkpoint says what theta looks like; importing and building a model takes longer than all
+            # the rest, and everybody waits
+            self._fetching.add_done_callback(self._ended)
+            self._theta, momentum = self._restored(job.restore)
         # one set of threads, ours: chunks are handed to them without barriers
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         self._beside = threads > 1
         self._outer = OuterStep(self._theta, job, threads)
-        if job.restore is not None:
-            self._restore(job.restore)
+        if momentum:
+            self._outer.restore_momentum(momentum)
         self._hash = tensors.write(self._theta_path(), self._theta.all(), beside=self._beside)
         _give_memory_back()
 
-    def _fetched(self, reference: Reference) -> Path:
-        try:
-            files = self._bridge.patiently(lambda: self._bridge.fetch(reference))
-            return models.directory_of(path for path, _ in files)
-        except (Refused, PeerUnreachable) as exc:
-            if isinstance(exc, Refused) and exc.code == "no-space":
-                # no fault of the model
-                raise
-            raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
+    def _fetch_sources(self) -> Sources:
+        """The files that the model is built from, and those that are exported with it."""
+        job = self._job
+        model = None if job.model.source is None else self._fetched(job.model.source)
+        others = () if job.preprocessor is None else (self._fetched(job.preprocessor.source),)
+        return Sources(model, others)
 
-    def _restore(self, reference: Reference) -> None:
-        """Go on from a checkpoint, if all of it is there and is what was saved."""
+    def _fetched(self, reference: Reference) -> Path:
+        while True:
+            try:
+                return models.directory_of(path for path, _ in self._bridge.fetch(reference))
+            except Refused as exc:
+                if exc.code == "no-space":
+                    # no fault of the model
+                    raise
+                raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
+            except PeerUnreachable as exc:
+                if self._job.restore is None:
+                    raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
+                logger.warning("The model's files, for its export, cannot be fetched yet: %s", exc)
+                self._finishing.wait(_FETCH_RETRY_S)
+
+    def _built(self) -> nn.Module:
+        """The model with its first theta."""
+        source = self._bridge.patiently(self._fetching.result).model
+        model = models.build(self._job.model, source, weights=self._job.restore is None)
+        for parameter in model.requires_grad_(False).parameters():
+            parameter.data = parameter.data.contiguous()
+        return model
+
+    def _restored(self, reference: Reference) -> tuple[tensors.Theta, dict[str, Tensor]]:
+        """Theta and momentum of a checkpoint, if all of it is there and is what was saved."""
         try:
             fetched = self._bridge.patiently(lambda: self._bridge.fetch(reference))
-            files = {path.name: path for path, _ in fetched}
         except Refused as exc:
             if exc.code != "not-found":
                 raise
             raise CheckpointUnusable(f"the checkpoint is not there: {exc.reason}") from exc
-        if missing := {THETA, MOMENTUM, STATE} - files.keys():
-            raise CheckpointUnusable(f"the checkpoint lacks {', '.join(sorted(missing))}")
-        try:
-            state = msgspec.json.decode(files[STATE].read_bytes(), type=CheckpointState)
-        except msgspec.MsgspecError as exc:
-            raise CheckpointUnusable(f"{STATE} of the checkpoint cannot be read: {exc}") from exc
-        if (state.job_id, state.round) != (self._job.job_id, self._job.round):
-            raise CheckpointUnusable(f"the checkpoint is of round {state.round} of job {state.job_id}")
-        momentum = {name: torch.empty_like(value) for name, value in self._theta.parameters.items()}
-        for name, into, expected in (
-            (THETA, self._theta.all(), state.theta),
-            (MOMENTUM, momentum, state.momentum),
-        ):
-            try:
-                found = tensors.read(files[name], into)
-            except (DataError, Refused) as exc:
-                raise CheckpointUnusable(f"{name} of the checkpoint cannot be read: {exc}") from exc
-            if found != expected:
-                raise CheckpointUnusable(f"{name} of the checkpoint is not the file that was saved")
-            files[name].unlink()
-        self._outer.restore_momentum(momentum)
+        files = {path.name: path for path, _ in fetched}
+        theta, momentum, state = read_checkpoint(files, self._job.job_id, self._job.round)
         self.round = state.round
         self._contributors = state.contributors
+        return theta, momentum
 
     def _theta_path(self) -> Path:
         return self._bridge.directory / "outgoing" / f"theta-{self.round}.safetensors"
@@ -377,11 +386,11 @@ class ParameterServer:
             shutil.rmtree(path.parent, ignore_errors=True)
 
     def _background(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
-        def ended(future: Future[None]) -> None:
-            if (error := future.exception()) is not None:
-                self.put(error if isinstance(error, Exception) else RuntimeError(str(error)))
+        pool.submit(work).add_done_callback(self._ended)
 
-        pool.submit(work).add_done_callback(ended)
+    def _ended(self, future: Future[Any]) -> None:
+        if (error := future.exception()) is not None:
+            self.put(error if isinstance(error, Exception) else RuntimeError(str(error)))
 
     # --- what stays -----------------------------------------------------------------------------------
 
@@ -444,9 +453,20 @@ class ParameterServer:
         self._exporting, self._exported = self.round, None
         directory = self._bridge.directory / "outgoing" / "export"
         shutil.rmtree(directory, ignore_errors=True)
-        names = models.export(self._model, self._job.model, self._sources, directory)
+        sources = self._bridge.patiently(self._fetching.result)
+        names = models.export(self._finished_model(), self._job.model, sources.all, directory)
         # the model is not trained any further, so its files may go while updates are still refused
         self._background(self._archive, lambda: self._send_export(directory, names, to))
+
+    def _finished_model(self) -> nn.Module:
+        """The model with theta in it."""
+        if self._model is None:
+            self._model = self._built()
+            place = tensors.theta_of(self._model)
+            if problem := tensors.difference(self._theta.specs(), place.specs()):
+                raise ModelError(f"theta does not fit the model that it is to be exported with: {problem}")
+            place.assign(self._theta)
+        return self._model
 
     def _send_export(self, directory: Path, names: list[str], to: PeerRef) -> None:
         left = list(names)

@@ -36,6 +36,7 @@ from hypha.net.bulk_wire import (
     decode_length,
     encode_frame,
 )
+from hypha.net.shared_port import resend_soon
 from hypha.pki.certificates import peer_id_of, presented_chain
 
 logger = logging.getLogger("hypha.net")
@@ -146,6 +147,7 @@ class Meeting:
         tls: TlsSocket | None = None
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            resend_soon(sock)
             context = self._links.identity.server_context(BULK_ALPN)
             tls = TlsSocket(context, sock, server_side=True)
             with self._tracked(tls.raw) as loop:
@@ -217,6 +219,7 @@ class Meeting:
             raise LinkBroken(f"no answer within {DIAL_TIMEOUT_S:g} s")
         sock = socket.socket(fileno=stream.socket.detach())
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        resend_soon(sock)
         tls = TlsSocket(self._links.identity.client_context(BULK_ALPN), sock, server_side=False)
 
         def greet() -> None:

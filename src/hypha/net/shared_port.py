@@ -8,6 +8,7 @@ own limit.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable
@@ -28,8 +29,20 @@ FIRST_BYTE_TIMEOUT_S = 5.0
 MULTISTREAM = b"\x13"
 TLS_CLIENT_HELLO = b"\x16"
 
+#: Linux 6.15 and later (linux/tcp.h); Python has no name for it. In milliseconds, 1000 is the least.
+TCP_RTO_MAX_MS = 44
+RESEND_WITHIN_MS = 1000
+
 #: Serves one bulk connection; owns the (blocking) socket from then on. Runs in a thread.
 ServeSocket = Callable[[socket.socket], None]
+
+
+def resend_soon(sock: socket.socket | trio.socket.SocketType) -> None:
+    """Try a line that was cut once a second, where the kernel can: by default the pauses double, and a cable
+    that is plugged in again after five seconds is found out after twelve.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, RESEND_WITHIN_MS)
 
 
 class _WatchedStream(TrioTCPStream):  # type: ignore[misc]
@@ -37,6 +50,7 @@ class _WatchedStream(TrioTCPStream):  # type: ignore[misc]
 
     def __init__(self, stream: trio.SocketStream, registry: set[_WatchedStream]) -> None:
         super().__init__(stream)
+        resend_soon(stream.socket)
         self.closed = trio.Event()
         self._registry = registry
         registry.add(self)

@@ -97,7 +97,7 @@ class Renewal:
     SHORTEST_ATTEMPT_S = 0.05
     SUSPECT_AFTER = 2
     #: a lessor that has been gone for so long is dead: its leases died with it, whatever they promised
-    GONE_FOR_S = 2.0
+    GONE_FOR_S = 1.0
 
     def __init__(self, expires_in_s: float, now: float, random: Random) -> None:
         self.expires_at = now + expires_in_s
@@ -131,10 +131,13 @@ class Renewal:
                 self._retry(reason, now)
                 if not gone:
                     self._gone_since = None
-                elif self._gone_since is None:
-                    self._gone_since = now
-                elif now >= self._gone_since + self.GONE_FOR_S:
-                    return self._lapse(f"nobody is there any more: {reason}")
+                else:
+                    self._gone_since = now if self._gone_since is None else self._gone_since
+                    dead_at = self._gone_since + self.GONE_FOR_S
+                    if now >= dead_at:
+                        return self._lapse(f"nobody is there any more: {reason}")
+                    # pauses grow for one that is out of reach; this one is known to be dead by then
+                    self._next_at = min(self._next_at, dead_at)
                 self._unreachable = self._unreachable + 1 if unreachable else 0
                 if self._unreachable >= self.SUSPECT_AFTER and not self.suspected:
                     self.suspected = True
