@@ -71,8 +71,8 @@ async def test_a_job_goes_on_from_the_last_good_checkpoint_in_a_bucket(
         system.environment.update(environment)
         await system.gateway()
         await system.data("data", dataset)
-        for number in range(2):
-            await system.worker(f"worker-{number}", allow={"local": [f"{bucket}/checkpoints*"]})
+        allow = {"local": [f"{bucket}/checkpoints*"]}
+        workers = [await system.worker(f"worker-{number}", allow=allow) for number in range(2)]
         job = digits_job(model, 2, 12, output=f"{bucket}/digits")
         job["checkpoint"] = {"every_rounds": 2, "keep": 2, "place": f"{bucket}/checkpoints"}
         job["rounds"]["avg_samples_between_updates"] = 960
@@ -80,6 +80,9 @@ async def test_a_job_goes_on_from_the_last_good_checkpoint_in_a_bucket(
         await system.reached(scheduler, lambda seen: seen.checkpoint is not None and seen.checkpoint >= 6)
         scheduler.process.kill()
         await scheduler.process.wait()
+        # within its leases it would go on with the executors that run, and restore nothing
+        for worker in workers:
+            await system.logged(worker, "A lease ended")
 
         s3 = boto3.client(
             "s3",
