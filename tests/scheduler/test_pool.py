@@ -140,6 +140,7 @@ async def test_a_dead_worker_is_suspected_soon_then_lost_and_replaced(network: N
         await until(lambda: any(isinstance(event, LeaseSuspect) for event in seen))
         assert held(pool) == {peer}
         await until(lambda: losses(seen))
+        assert "nobody is there any more" in losses(seen)[0].reason
         assert held(pool) == set()
         async with opened_worker(network, [gateway]) as other:
             await until(lambda: held(pool) == {other.node.peer_id})

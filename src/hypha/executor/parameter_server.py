@@ -229,10 +229,10 @@ class ParameterServer:
                     raise
                 raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
             except PeerUnreachable as exc:
-                if self._job.restore is None:
+                # only a model that is to be trained from its beginning is needed now
+                if self._job.restore is None or self._finishing.wait(_FETCH_RETRY_S):
                     raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
                 logger.warning("The model's files, for its export, cannot be fetched yet: %s", exc)
-                self._finishing.wait(_FETCH_RETRY_S)
 
     def _built(self) -> nn.Module:
         """The model with its first theta."""
