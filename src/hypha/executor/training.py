@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 
 from hypha.config.environment import variable
-from hypha.errors import DataError, ModelError, NotFinite, PeerUnreachable, Refused
+from hypha.errors import DataError, ModelError, PeerUnreachable, Refused
 from hypha.executor import models, tensors, updates
-from hypha.executor.bridge_client import PROGRESS_INTERVAL_S, BridgeClient
+from hypha.executor.bridge_client import BridgeClient
 from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
 from hypha.executor.inner import Inner, accelerator_for, round_seed
+from hypha.executor.losses import Losses
 from hypha.executor.models import Forward, Preprocessor
 from hypha.executor.running import leave, run_executor
 from hypha.executor.slices_reader import RowStream, Slice, SlicePrefetcher, read_columns, slice_order
@@ -239,7 +240,7 @@ class Trainer:
         self._batches = self._samples = 0
         self._busy_s = 0.0
         self._stream.start_round()
-        self._losses = _Losses()
+        self._losses = Losses(time.monotonic())
         torch.manual_seed(round_seed(self._job.seed, self._me, round))
         self._started()
 
@@ -350,8 +351,8 @@ class Trainer:
         self._losses.add(loss)
         self._batches += 1
         self._samples += len(next(iter(columns.values())))
-        if self._losses.due():
-            mean = self._losses.latest()
+        if self._losses.due(time.monotonic()):
+            mean = self._losses.latest(time.monotonic())
             self._busy_s += time.perf_counter() - started
             self._progress(mean)
         else:
@@ -360,7 +361,7 @@ class Trainer:
     def _tell_all(self) -> None:
         """Report the batches that were not due to be reported: there may be no next one for a while."""
         if self._losses.waiting:
-            self._progress(self._losses.latest())
+            self._progress(self._losses.latest(time.monotonic()))
 
     def _progress(self, loss: float) -> None:
         self._bridge.report(
@@ -410,41 +411,6 @@ def _same_theta(one: ReceivedFile, other: ReceivedFile) -> bool:
     if left is None or right is None or one.meta.blake3 != other.meta.blake3:
         return False
     return (left.round, left.attempt) == (right.round, right.attempt)
-
-
-class _Losses:
-    """Losses of a round. They stay on their device until somebody wants to know."""
-
-    def __init__(self) -> None:
-        self._fresh: list[torch.Tensor] = []
-        self._sum = 0.0
-        self._count = 0
-        self._told_at = time.monotonic() - PROGRESS_INTERVAL_S
-
-    @property
-    def waiting(self) -> bool:
-        return bool(self._fresh)
-
-    def add(self, loss: torch.Tensor) -> None:
-        self._fresh.append(loss)
-
-    def due(self) -> bool:
-        return time.monotonic() - self._told_at >= PROGRESS_INTERVAL_S
-
-    def latest(self) -> float:
-        """The mean since the last call. Raises :class:`NotFinite`."""
-        count = len(self._fresh)
-        total = float(torch.stack(self._fresh).double().sum())
-        self._fresh.clear()
-        self._told_at = time.monotonic()
-        if total != total or total in (float("inf"), float("-inf")):
-            raise NotFinite("the loss is not finite; the learning rate may be too high, or a sample broken")
-        self._sum += total
-        self._count += count
-        return total / count
-
-    def mean(self) -> float:
-        return self._sum / max(1, self._count)
 
 
 def main(arguments: list[str]) -> int:
