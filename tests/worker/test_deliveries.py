@@ -122,6 +122,56 @@ async def test_asked_for_again_it_is_not_sent_twice_at_a_time(autojump_clock: tr
     assert wire.attempts == ["a", "a"]
 
 
+async def test_who_asked_again_is_served_when_who_asked_first_has_left(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    wire = Wire()
+    wire.slow["a"] = 30.0
+    deliveries = Deliveries(wire.transfer)
+    outcomes: list[tuple[Delivery, ...]] = []
+    first = trio.CancelScope()
+
+    async def leave() -> None:
+        with first:
+            await deliveries.deliver(FILE, meta(3), [A], "all")
+
+    async def stay() -> None:
+        outcomes.append(await deliveries.deliver(FILE, meta(3), [A], "all"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(leave)
+        await trio.sleep(10)
+        nursery.start_soon(stay)
+        nursery.start_soon(stay)
+        await trio.sleep(10)
+        first.cancel()
+    assert outcomes == [(ok("a"),), (ok("a"),)]
+    # the one that was given up, and one for both who stayed
+    assert wire.attempts == ["a", "a"]
+
+
+async def test_another_life_of_the_job_overtakes_a_later_round_of_the_one_before(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    wire = Wire()
+    wire.slow["a"] = 1000.0
+    deliveries = Deliveries(wire.transfer)
+    outcomes: list[tuple[Delivery, ...]] = []
+
+    async def send(generation: int, round_: int) -> None:
+        stamp = JobStamp(job_id="job", generation=generation, round=round_)
+        told = TransferMeta(kind="theta", name="theta", size=1, blake3="0", stamp=stamp)
+        outcomes.append(await deliveries.deliver(FILE, told, [A], "all"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send, 0, 8)
+        await trio.sleep(10)
+        wire.slow.clear()
+        nursery.start_soon(send, 1, 5)
+    assert [one.error for (one,) in outcomes] == ["stale", ""]
+    assert trio.current_time() < 20
+
+
 async def test_another_attempt_at_the_round_overtakes_the_one_before(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

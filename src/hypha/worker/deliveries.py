@@ -74,24 +74,27 @@ class Deliveries:
                 delivering.give_up("uninvited", "it takes no part in the job any more")
 
     async def _deliver(self, path: Path, meta: TransferMeta, receiver: PeerRef) -> Delivery:
-        turn = (meta.stamp.round, meta.stamp.attempt) if meta.stamp is not None else (0, 0)
+        turn = _turn(meta)
+        # asked for again because it takes long: a second one would only be in its way
+        while (same := self._same(meta, receiver.peer)) is not None:
+            await same.ended.wait()
+            if same.outcome is not None:
+                return same.outcome
         for other in list(self._running):
-            if (other.kind, other.peer) != (meta.kind, receiver.peer):
-                continue
-            if other.meta == meta:
-                # asked for again because it takes long: a second one would only be in its way
-                await other.ended.wait()
-                return other.outcome
-            if other.turn < turn:
-                other.give_up("stale", f"overtaken by round {turn[0]}")
+            if (other.kind, other.peer) == (meta.kind, receiver.peer) and other.turn < turn:
+                other.give_up("stale", f"overtaken by round {turn[1]}")
         delivering = _Delivering(meta, receiver.peer, turn)
         self._running.add(delivering)
         try:
             delivering.outcome = await self._outcome(delivering, path, meta, receiver)
+            return delivering.outcome
         finally:
             self._running.discard(delivering)
             delivering.ended.set()
-        return delivering.outcome
+
+    def _same(self, meta: TransferMeta, peer: str) -> _Delivering | None:
+        """That very file on its way to ``peer``."""
+        return next((one for one in self._running if (one.meta, one.peer) == (meta, peer)), None)
 
     async def _outcome(
         self, delivering: _Delivering, path: Path, meta: TransferMeta, receiver: PeerRef
@@ -100,7 +103,7 @@ class Deliveries:
             with delivering.scope:
                 await self._attempt(path, meta, receiver)
                 return Delivery(peer=receiver.peer, acknowledged=True)
-            return delivering.outcome
+            return delivering.given_up
         except Refused as exc:
             logger.warning("%s was refused: %s", meta.name, exc, extra={"peer_id": receiver.peer})
             return Delivery(peer=receiver.peer, acknowledged=False, error=exc.code, detail=exc.reason)
@@ -139,21 +142,28 @@ class Deliveries:
             await trio.sleep(pause_s)
 
 
+def _turn(meta: TransferMeta) -> tuple[int, int, int]:
+    """A later one overtakes: the life of the job, the round in it, the attempt at that."""
+    stamp = meta.stamp
+    return (0, 0, 0) if stamp is None else (stamp.generation, stamp.round, stamp.attempt)
+
+
 class _Delivering:
     """One file on its way to one receiver."""
 
-    def __init__(self, meta: TransferMeta, peer: str, turn: tuple[int, int]) -> None:
+    def __init__(self, meta: TransferMeta, peer: str, turn: tuple[int, int, int]) -> None:
         self.meta = meta
         self.kind = meta.kind
         self.peer = peer
         self.turn = turn
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
-        #: valid when ended
-        self.outcome = Delivery(
-            peer=peer, acknowledged=False, error="unreachable", detail="nobody waited for it any more"
-        )
+        #: None until it has ended, and when whoever asked for it did not wait
+        self.outcome: Delivery | None = None
+        #: valid when ``scope`` was cancelled
+        self.given_up = Delivery(peer=peer, acknowledged=False)
 
     def give_up(self, error: str, detail: str) -> None:
-        self.outcome = Delivery(peer=self.peer, acknowledged=False, error=error, detail=detail)
+        """Nobody needs it any more."""
+        self.given_up = Delivery(peer=self.peer, acknowledged=False, error=error, detail=detail)
         self.scope.cancel()
