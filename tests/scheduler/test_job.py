@@ -5,6 +5,7 @@ no tensors, no processes, but every message, lease, transfer and file of the sch
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
@@ -494,6 +495,28 @@ async def test_a_job_from_its_configuration_to_its_model(network: Network, tmp_p
     assert {"allocating", "training", "done"} <= set(states)
     assert seen[-1].output == str(out)
     assert any(len(snapshot.workers) == 2 for snapshot in seen)
+
+
+async def test_a_snapshot_shows_a_round_with_its_own_numbers(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the disk takes."""
+    record = Ledger.record
+
+    def slow_record(*arguments: Any) -> None:
+        time.sleep(0.5)
+        record(*arguments)
+
+    monkeypatch.setattr(Ledger, "record", slow_record)
+    stage, seen = Stage(tmp_path), list[JobSnapshot]()
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage), actor(network, gateway, stage):
+            with trio.fail_after(40):
+                await run_job(config_for(network, gateway, tmp_path), observe=seen.append)
+    rounds = {snapshot.round for snapshot in seen}
+    numbers = {(snapshot.round, snapshot.samples, snapshot.loss) for snapshot in seen}
+    assert 4 in rounds
+    assert len(numbers) == len(rounds)
 
 
 async def test_a_failed_executor_is_started_again_under_its_lease_and_in_the_end_replaced(

@@ -287,6 +287,9 @@ class RunningJob:
         for action in self.machine.handle(event, trio.current_time()):
             if isinstance(action, Restart):
                 self._restarting = True
+            if isinstance(action, Record):
+                # at once: a snapshot never shows the next round with the last one's numbers
+                self.progressed.add(action.entry)
             self._actions.send_nowait(action)
 
     async def _carry_out_all(self, nursery: trio.Nursery) -> None:
@@ -303,7 +306,6 @@ class RunningJob:
                 self.crew.send(action)
             case Record(entry=entry, tracker=tracker, steps=steps):
                 await self.ledger.run(Ledger.record, entry, tracker, steps)
-                self.progressed.add(entry)
                 logger.info(
                     "Round %d of %d was applied: %d samples of %d workers, loss %.4f",
                     entry.round + 1,
