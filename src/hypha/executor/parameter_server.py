@@ -18,18 +18,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hypha.errors import CheckpointUnusable, ModelError, PeerUnreachable, Refused
-from hypha.executor import models, tensors
+from hypha.executor import tensors
 from hypha.executor.bridge_client import ALIVE_S, BridgeClient
+from hypha.executor.broadcast import Broadcasts
 from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
+from hypha.executor.model_files import ModelFiles
 from hypha.executor.outer import OuterStep
 from hypha.executor.running import leave, run_executor
 from hypha.executor.spares import Spares
@@ -65,23 +66,9 @@ logger = logging.getLogger("hypha.executor.parameter_server")
 #: how long the last checkpoint may hold up the end
 _FINISH_GRACE_S = 30.0
 _EXPORT_RETRY_S = 2.0
-_FETCH_RETRY_S = 2.0
 #: refusals of a scheduler that has begun another life of the job, which is not known here yet, or whose disk
 #: is full: a finished model is worth waiting for
 _PASSING = ("uninvited", "stale", "no-space")
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Directories of what was fetched: the model's, and others whose files are exported with it."""
-
-    model: Path | None
-    others: tuple[Path, ...]
-
-    @property
-    def all(self) -> tuple[Path, ...]:
-        """The model's files last: they stay where names are the same."""
-        return self.others if self.model is None else (*self.others, self.model)
 
 
 class ParameterServer:
@@ -94,12 +81,9 @@ class ParameterServer:
         self._members: dict[str, PeerRef] | None = None
         #: updates that came before it was said who takes part
         self._early: list[ReceivedFile] = []
-        self._broadcasts = ThreadPoolExecutor(8, thread_name_prefix="theta")
+        self._broadcasts = Broadcasts(bridge, self._ended)
         #: one thread: checkpoints become durable in the order of their rounds
         self._archive = ThreadPoolExecutor(1, thread_name_prefix="archive")
-        #: the model's files; a model that goes on from a checkpoint is built when it is exported
-        self._files = ThreadPoolExecutor(1, thread_name_prefix="files")
-        self._model: nn.Module | None = None
         self._applied: RoundApplied | None = None
         self._exporting = -1
         self._finishing = threading.Event()
@@ -111,7 +95,6 @@ class ParameterServer:
         self._contributors: tuple[str, ...] = ()
         #: what the updates of the open round stand for
         self._contributions: dict[str, Contribution] = {}
-        self._links = 0
         #: done with, to be written over
         self._updates = Spares(bridge.directory / "incoming" / ".spare")
         self._thetas = Spares(bridge.directory / "outgoing" / ".spare", limit=1)
@@ -192,15 +175,14 @@ class ParameterServer:
 
     def _load(self) -> None:
         job = self._job
-        self._fetching = self._files.submit(self._fetch_sources)
+        self._files = ModelFiles(self._bridge, job, self._finishing)
         momentum: dict[str, Tensor] = {}
         if job.restore is None:
-            self._model = self._built()
-            self._theta = tensors.theta_of(self._model)
+            self._theta = tensors.theta_of(self._files.build())
         else:
             # a checkpoint says what theta looks like; importing and building a model takes longer than all
             # the rest, and everybody waits
-            self._fetching.add_done_callback(self._ended)
+            self._files.when_fetched(self._ended)
             self._theta, momentum = self._restored(job.restore)
         # one set of threads, ours: chunks are handed to them without barriers
         threads = torch.get_num_threads()
@@ -211,36 +193,6 @@ class ParameterServer:
             self._outer.restore_momentum(momentum)
         self._hash = tensors.write(self._theta_path(), self._theta.all(), beside=self._beside)
         _give_memory_back()
-
-    def _fetch_sources(self) -> Sources:
-        """The files that the model is built from, and those that are exported with it."""
-        job = self._job
-        model = None if job.model.source is None else self._fetched(job.model.source)
-        others = () if job.preprocessor is None else (self._fetched(job.preprocessor.source),)
-        return Sources(model, others)
-
-    def _fetched(self, reference: Reference) -> Path:
-        while True:
-            try:
-                return models.directory_of(path for path, _ in self._bridge.fetch(reference))
-            except Refused as exc:
-                if exc.code == "no-space":
-                    # no fault of the model
-                    raise
-                raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
-            except PeerUnreachable as exc:
-                # only a model that is to be trained from its beginning is needed now
-                if self._job.restore is None or self._finishing.wait(_FETCH_RETRY_S):
-                    raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
-                logger.warning("The model's files, for its export, cannot be fetched yet: %s", exc)
-
-    def _built(self) -> nn.Module:
-        """The model with its first theta."""
-        source = self._bridge.patiently(self._fetching.result).model
-        model = models.build(self._job.model, source, weights=self._job.restore is None)
-        for parameter in model.requires_grad_(False).parameters():
-            parameter.data = parameter.data.contiguous()
-        return model
 
     def _restored(self, reference: Reference) -> tuple[tensors.Theta, dict[str, Tensor]]:
         """Theta and momentum of a checkpoint, if all of it is there and is what was saved."""
@@ -349,41 +301,9 @@ class ParameterServer:
             self._checkpoint()
 
     def _send_theta(self, receivers: Iterable[PeerRef], attempt: int = 0) -> None:
-        peers = tuple(receivers)
-        if not peers:
-            return
-        path = self._linked(self._theta_path())
-        call = SendCall(
-            resource=Peers(peers=peers, strategy="all", resource="theta"),
-            path=self._bridge.relative(path),
-            round=self.round,
-            contributors=self._contributors,
-            blake3=self._hash,
-            attempt=attempt,
+        self._broadcasts.send(
+            self._theta_path(), tuple(receivers), self.round, self._contributors, self._hash, attempt
         )
-        self._background(self._broadcasts, lambda: self._broadcast(call, path))
-
-    def _linked(self, path: Path) -> Path:
-        """The file under a name of its own, which whoever sends it removes afterwards."""
-        self._links += 1
-        link = path.parent / f"{self._links}" / path.name
-        link.parent.mkdir(parents=True)
-        os.link(path, link)
-        return link
-
-    def _broadcast(self, call: SendCall, path: Path) -> None:
-        """The worker has tried long enough when it reports a failure: whoever still takes part is missed by
-        the scheduler, which says ``SendModel``, or gives it up.
-        """
-        try:
-            for delivery in self._bridge.send(call).deliveries:
-                if not delivery.acknowledged:
-                    text = f"{delivery.detail} ({delivery.error})"
-                    logger.warning("Theta of round %d did not reach %s: %s", call.round, delivery.peer, text)
-        except (Refused, PeerUnreachable) as exc:
-            logger.warning("Theta of round %d reached nobody: %s", call.round, exc)
-        finally:
-            shutil.rmtree(path.parent, ignore_errors=True)
 
     def _background(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
         pool.submit(work).add_done_callback(self._ended)
@@ -453,20 +373,9 @@ class ParameterServer:
         self._exporting, self._exported = self.round, None
         directory = self._bridge.directory / "outgoing" / "export"
         shutil.rmtree(directory, ignore_errors=True)
-        sources = self._bridge.patiently(self._fetching.result)
-        names = models.export(self._finished_model(), self._job.model, sources.all, directory)
+        names = self._files.export(self._theta, directory)
         # the model is not trained any further, so its files may go while updates are still refused
         self._background(self._archive, lambda: self._send_export(directory, names, to))
-
-    def _finished_model(self) -> nn.Module:
-        """The model with theta in it."""
-        if self._model is None:
-            self._model = self._built()
-            place = tensors.theta_of(self._model)
-            if problem := tensors.difference(self._theta.specs(), place.specs()):
-                raise ModelError(f"theta does not fit the model that it is to be exported with: {problem}")
-            place.assign(self._theta)
-        return self._model
 
     def _send_export(self, directory: Path, names: list[str], to: PeerRef) -> None:
         left = list(names)
