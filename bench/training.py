@@ -27,7 +27,7 @@ from bench.report import Bound, Report, Row
 
 LENGTH = 64
 SAMPLES = 16384
-BLOCKS = 3
+BLOCKS = 6
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Case:
 
 
 CASES = (
-    Case("long steps", 128, 4, 16, 25, 4, Bound(">=", 0.95)),
-    Case("short steps", 32, 1, 4, 300, 4),
+    Case("long steps", 128, 4, 16, 25, 3, Bound(">=", 0.95)),
+    Case("short steps", 32, 1, 4, 300, 3),
 )
 
 
