@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
-import httpx
 import msgspec
 
 from hypha.errors import HyphaError, PeerUnreachable, Refused
+from hypha.executor.bridge_http import Answer, Connection, Unanswered, lines
 from hypha.messages import (
     Alive,
     BridgeError,
@@ -40,13 +41,14 @@ from hypha.messages import (
 
 logger = logging.getLogger("hypha.executor")
 
-#: At most this often a ``Progress`` crosses the bridge: each costs about a millisecond of the trainer's GIL.
+#: At most this often a ``Progress`` crosses the bridge: each takes time of the trainer's interpreter.
 PROGRESS_INTERVAL_S = 0.05
 #: So often whoever waits says that it is well.
 ALIVE_S = 1.0
 #: The worker is the executor's parent, on the same machine: silent for so long, it is gone.
 BRIDGE_LOST_S = 30.0
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.05, 2.0
+_OK = 200
 
 T = TypeVar("T")
 
@@ -67,12 +69,7 @@ class BridgeClient:
     def __init__(self, socket: Path, directory: Path, failed: Callable[[Exception], None]) -> None:
         self.directory = directory
         self._failed = failed
-        # no read time-out: a fetch waits for data, a send for slow peers, a stream for news
-        self._client = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=None)),
-            base_url="http://bridge",
-            timeout=httpx.Timeout(None, connect=5.0),
-        )
+        self._socket = socket
         self._events: deque[Event] = deque()
         self._lock = threading.Condition()
         self._reporting = False
@@ -107,13 +104,8 @@ class BridgeClient:
         return path.relative_to(self.directory).as_posix()
 
     def _call(self, method: str, path: str, body: msgspec.Struct | None = None) -> bytes:
-        content = None if body is None else encode_json(body)
-        response = self._client.request(
-            method, path, content=content, headers={"content-type": "application/json"}
-        )
-        if response.is_success:
-            return response.content
-        raise _error(path, response.status_code, response.content)
+        with closing(Connection(self._socket)) as connection:
+            return _ask(connection, method, path, body)
 
     # --- streams ------------------------------------------------------------------------------------
 
@@ -143,15 +135,13 @@ class BridgeClient:
         while True:
             try:
                 content = None if body is None else encode_json(body)
-                with self._client.stream(
-                    method, path, content=content, headers={"content-type": "application/json"}
-                ) as response:
-                    if not response.is_success:
-                        raise _error(path, response.status_code, response.read())
+                with lines(self._socket, method, path, content) as answer:
+                    if isinstance(answer, Answer):
+                        raise _error(path, answer)
                     retry = _Retry()
-                    for data in server_sent_data(response.iter_lines()):
+                    for data in server_sent_data(answer):
                         handler(data)
-            except httpx.TransportError as exc:
+            except Unanswered as exc:
                 logger.warning("The bridge's stream %s broke (%s); it is opened again.", path, exc)
             except Exception as exc:  # noqa: BLE001 - the thread's edge
                 self._failed(exc)
@@ -188,6 +178,7 @@ class BridgeClient:
 
     def _report_events(self) -> None:
         quiet_until = 0.0
+        connection = Connection(self._socket)
         while True:
             with self._lock:
                 self._lock.wait_for(lambda: bool(self._events))
@@ -197,7 +188,7 @@ class BridgeClient:
                     self._lock.wait_for(lambda: not isinstance(self._events[-1], Progress), pause)
                 event = self._events.popleft()
                 self._reporting = True
-            delivered = self._deliver(event)
+            delivered = self._deliver(connection, event)
             if isinstance(event, Progress):
                 quiet_until = time.monotonic() + PROGRESS_INTERVAL_S
             with self._lock:
@@ -206,13 +197,13 @@ class BridgeClient:
             if not delivered:
                 return
 
-    def _deliver(self, event: Event) -> bool:
+    def _deliver(self, connection: Connection, event: Event) -> bool:
         retry = _Retry()
         while True:
             try:
-                self._call("POST", "/status/send", StatusCall(event=event))
+                _ask(connection, "POST", "/status/send", StatusCall(event=event))
                 return True
-            except (httpx.TransportError, PeerUnreachable) as exc:
+            except (Unanswered, PeerUnreachable) as exc:
                 if isinstance(event, Progress | Alive):
                     return True
                 logger.warning("The worker did not take a %s (%s); trying again.", type(event).__name__, exc)
@@ -239,12 +230,20 @@ class _Retry:
         return True
 
 
-def _error(path: str, status: int, content: bytes) -> HyphaError:
+def _ask(connection: Connection, method: str, path: str, body: msgspec.Struct | None) -> bytes:
+    """The body of the answer. Raises :class:`Refused`, :class:`PeerUnreachable` and :class:`Unanswered`."""
+    answer = connection.ask(method, path, None if body is None else encode_json(body))
+    if answer.status == _OK:
+        return answer.content
+    raise _error(path, answer)
+
+
+def _error(path: str, answer: Answer) -> HyphaError:
     try:
-        body = msgspec.json.decode(content, type=BridgeError)
+        body = msgspec.json.decode(answer.content, type=BridgeError)
     except msgspec.MsgspecError:
-        body = BridgeError(error="internal", detail=content.decode(errors="replace")[:500])
-    if status >= 500:
+        body = BridgeError(error="internal", detail=answer.content.decode(errors="replace")[:500])
+    if answer.status >= 500:
         return PeerUnreachable("behind the bridge", f"{path}: {body.detail} ({body.error})")
     return Refused(body.error, body.detail)
 

@@ -1,0 +1,153 @@
+"""Requests and streams over a Unix socket, to servers that are as bad as they can be."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from hypha.executor.bridge_http import Answer, Connection, Unanswered, lines
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+
+
+class Server:
+    """Says ``replies`` to one request after the other; ``None`` hangs up."""
+
+    def __init__(self, path: Path) -> None:
+        self.replies: list[bytes | None] = []
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            with sock:
+                while self.replies and (data := sock.recv(65536)):
+                    self.requests.append(data)
+                    reply = self.replies.pop(0)
+                    if reply is None:
+                        break
+                    sock.sendall(reply)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "bridge.sock"
+
+
+@pytest.fixture
+def server(path: Path) -> Iterator[Server]:
+    server = Server(path)
+    yield server
+    server.close()
+
+
+def test_one_connection_for_several_requests(server: Server, path: Path) -> None:
+    server.replies = [OK, OK, b"HTTP/1.1 409 Conflict\r\ncontent-length: 4\r\n\r\noops"]
+    with closing(Connection(path)) as connection:
+        assert connection.ask("POST", "/one", b'{"a":1}') == Answer(200, b"{}")
+        assert connection.ask("GET", "/two", None) == Answer(200, b"{}")
+        assert connection.ask("GET", "/three", None) == Answer(409, b"oops")
+    assert server.connections == 1
+    assert server.requests[0].startswith(b"POST /one HTTP/1.1\r\n")
+    assert server.requests[0].endswith(b'\r\n\r\n{"a":1}')
+
+
+def test_a_connection_that_was_closed_meanwhile_is_made_anew(server: Server, path: Path) -> None:
+    server.replies = [OK, None, OK]
+    with closing(Connection(path)) as connection:
+        connection.ask("GET", "/", None)
+        assert connection.ask("GET", "/", None) == Answer(200, b"{}")
+    assert server.connections == 2
+
+
+def test_a_fresh_connection_is_not_tried_twice(server: Server, path: Path) -> None:
+    server.replies = [None, OK]
+    with closing(Connection(path)) as connection:
+        with pytest.raises(Unanswered, match="the worker does not answer"):
+            connection.ask("GET", "/", None)
+        assert connection.ask("GET", "/", None) == Answer(200, b"{}")
+
+
+@pytest.mark.parametrize(
+    "reply", [b"hello\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf", b"HTTP/1.1"]
+)
+def test_nonsense_and_half_an_answer_are_none(server: Server, path: Path, reply: bytes) -> None:
+    server.replies = [reply]
+    with pytest.raises(Unanswered):
+        Connection(path).ask("GET", "/", None)
+
+
+def test_nobody_is_there(path: Path) -> None:
+    with pytest.raises(Unanswered, match="No such file"):
+        Connection(path).ask("GET", "/", None)
+    with pytest.raises(Unanswered, match="No such file"), lines(path, "GET", "/", None):
+        pass
+
+
+def chunked(*parts: bytes) -> bytes:
+    body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+    return b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + body
+
+
+def test_lines_come_as_they_are_said_and_end_with_the_connection(path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    goes_on = threading.Event()
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            sock.recv(65536)
+            # a line in two chunks, and two in one
+            sock.sendall(chunked(b"data: o", b"ne\r\n\r\ndata: t"))
+            goes_on.wait(10)
+            sock.sendall(b"4\r\nwo\n\n\r\n")
+
+    threading.Thread(target=serve, daemon=True).start()
+    with lines(path, "GET", "/", None) as said:
+        assert not isinstance(said, Answer)
+        assert [next(said), next(said)] == ["data: one", ""]
+        goes_on.set()
+        assert list(said) == ["data: two", ""]
+    listener.close()
+
+
+def test_a_refused_stream_is_an_answer(server: Server, path: Path) -> None:
+    server.replies = [b"HTTP/1.1 404 Not Found\r\ncontent-length: 2\r\n\r\nno"]
+    with lines(path, "POST", "/", b"{}") as said:
+        assert said == Answer(404, b"no")
+
+
+def test_what_the_reader_raises_is_its_own(server: Server, path: Path) -> None:
+    """A full disk of whoever handles a line is no broken stream."""
+    server.replies = [chunked(b"data: one\n")]
+
+    def handle(line: str) -> None:
+        raise OSError(28, f"no space for {line}")
+
+    def read(handler: Callable[[str], None]) -> None:
+        with lines(path, "GET", "/", None) as said:
+            assert not isinstance(said, Answer)
+            for line in said:
+                handler(line)
+
+    with pytest.raises(OSError, match="no space for data: one"):
+        read(handle)
