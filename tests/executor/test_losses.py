@@ -54,16 +54,16 @@ def test_the_first_batch_is_told_at_once() -> None:
 
 
 def test_a_short_round_is_told_every_twentieth_of_a_second() -> None:
-    assert len(told_at(1.0, 0.001)) == pytest.approx(20, abs=1)
+    assert len(told_at(0.5, 0.001)) == pytest.approx(10, abs=1)
 
 
 def test_in_a_long_round_it_becomes_rarer() -> None:
-    """A twentieth of the round's time so far lies between two, at most half a second."""
+    """A tenth of the round's time so far lies between two, at most half a second."""
     times = told_at(60.0, 0.004)
     for earlier, later in pairwise(times):
-        assert later - earlier <= min(max(0.05, 0.05 * later), 0.5) + 0.004 + 1e-9
-    # 20 in the first second, some 46 until ten, two a second then: not 1200
-    assert len(times) == pytest.approx(20 + 46 + 100, rel=0.1)
+        assert later - earlier <= min(max(0.05, 0.1 * later), 0.5) + 0.004 + 1e-9
+    # 10 in the first half second, some 24 until five, two a second then: not 1200
+    assert len(times) == pytest.approx(10 + 24 + 110, rel=0.1)
 
 
 def test_long_batches_are_told_one_by_one() -> None:

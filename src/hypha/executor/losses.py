@@ -10,9 +10,9 @@ from torch import Tensor
 from hypha.errors import NotFinite
 from hypha.executor.bridge_client import PROGRESS_INTERVAL_S
 
-#: Reports become rarer as a round goes on, since what they say of its rest stays as accurate: a twentieth of
-#: its time so far lies between two. Each takes time of the trainer's, of its device's and the scheduler's.
-_SHARE = 0.05
+#: Reports become rarer as a round goes on, since what they say of its rest stays as accurate: a tenth of its
+#: time so far lies between two. Each takes time of the trainer's, of its device's and the scheduler's.
+_SHARE = 0.1
 #: The scheduler believes for a second that a worker goes on at its pace.
 _LONGEST_INTERVAL_S = 0.5
 
