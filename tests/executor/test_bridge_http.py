@@ -106,10 +106,8 @@ def chunked(*parts: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + body
 
 
-def test_lines_come_as_they_are_said_and_end_with_the_connection(path: Path) -> None:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen()
+@pytest.mark.parametrize(("end", "cut_off"), [(b"0\r\n\r\n", False), (b"", True), (b"9\r\nhal", True)])
+def test_lines_come_as_they_are_said_and_a_cut_is_no_end(path: Path, end: bytes, cut_off: bool) -> None:
     goes_on = threading.Event()
 
     def serve() -> None:
@@ -119,15 +117,22 @@ def test_lines_come_as_they_are_said_and_end_with_the_connection(path: Path) -> 
             # a line in two chunks, and two in one
             sock.sendall(chunked(b"data: o", b"ne\r\n\r\ndata: t"))
             goes_on.wait(10)
-            sock.sendall(b"4\r\nwo\n\n\r\n")
+            sock.sendall(b"4\r\nwo\n\n\r\n" + end)
 
-    threading.Thread(target=serve, daemon=True).start()
-    with lines(path, "GET", "/", None) as said:
-        assert not isinstance(said, Answer)
-        assert [next(said), next(said)] == ["data: one", ""]
-        goes_on.set()
-        assert list(said) == ["data: two", ""]
-    listener.close()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        threading.Thread(target=serve, daemon=True).start()
+        with lines(path, "GET", "/", None) as said:
+            assert not isinstance(said, Answer)
+            assert [next(said), next(said)] == ["data: one", ""]
+            goes_on.set()
+            assert [next(said), next(said)] == ["data: two", ""]
+            if cut_off:
+                with pytest.raises(Unanswered):
+                    list(said)
+            else:
+                assert list(said) == []
 
 
 def test_a_refused_stream_is_an_answer(server: Server, path: Path) -> None:

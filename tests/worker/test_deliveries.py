@@ -150,46 +150,28 @@ async def test_who_asked_again_is_served_when_who_asked_first_has_left(
     assert wire.attempts == ["a", "a"]
 
 
-async def test_another_life_of_the_job_overtakes_a_later_round_of_the_one_before(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
+@pytest.mark.parametrize(
+    "later",
+    [
+        pytest.param(JobStamp(job_id="job", generation=0, round=8, attempt=1), id="another attempt"),
+        pytest.param(JobStamp(job_id="job", generation=1, round=5), id="another life of the job"),
+    ],
+)
+async def test_what_is_newer_overtakes(autojump_clock: trio.testing.MockClock, later: JobStamp) -> None:
     wire = Wire()
     wire.slow["a"] = 1000.0
     deliveries = Deliveries(wire.transfer)
     outcomes: list[tuple[Delivery, ...]] = []
 
-    async def send(generation: int, round_: int) -> None:
-        stamp = JobStamp(job_id="job", generation=generation, round=round_)
+    async def send(stamp: JobStamp) -> None:
         told = TransferMeta(kind="theta", name="theta", size=1, blake3="0", stamp=stamp)
         outcomes.append(await deliveries.deliver(FILE, told, [A], "all"))
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(send, 0, 8)
+        nursery.start_soon(send, JobStamp(job_id="job", generation=0, round=8))
         await trio.sleep(10)
         wire.slow.clear()
-        nursery.start_soon(send, 1, 5)
-    assert [one.error for (one,) in outcomes] == ["stale", ""]
-    assert trio.current_time() < 20
-
-
-async def test_another_attempt_at_the_round_overtakes_the_one_before(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    wire = Wire()
-    wire.slow["a"] = 1000.0
-    deliveries = Deliveries(wire.transfer)
-    outcomes: list[tuple[Delivery, ...]] = []
-
-    async def send(attempt: int) -> None:
-        stamp = JobStamp(job_id="job", generation=0, round=3, attempt=attempt)
-        told = TransferMeta(kind="theta", name="theta", size=1, blake3="0", stamp=stamp)
-        outcomes.append(await deliveries.deliver(FILE, told, [A], "all"))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(send, 0)
-        await trio.sleep(10)
-        wire.slow.clear()
-        nursery.start_soon(send, 1)
+        nursery.start_soon(send, later)
     assert [one.error for (one,) in outcomes] == ["stale", ""]
     assert trio.current_time() < 20
 

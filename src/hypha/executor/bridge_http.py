@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,8 +76,7 @@ class Connection(http.client.HTTPConnection):
 @contextlib.contextmanager
 def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Iterator[Answer | Iterator[str]]:
     """The lines of a response that goes on for ever, without their ends, as they come; or, where the status
-    is not 200, the whole answer. The lines end when the connection does. Raises :class:`Unanswered`, reading
-    lines may, too.
+    is not 200, the whole answer. Raises :class:`Unanswered`; reading lines may, too, when they are cut off.
     """
     with contextlib.closing(Connection(socket_path)) as connection:
         try:
@@ -89,15 +89,16 @@ def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Iter
 
 
 def _lines_of(response: http.client.HTTPResponse) -> Iterator[str]:
-    rest = iter(response)
-    while True:
-        try:
-            line = next(rest)
-        except StopIteration:
-            return
-        except _FAILURES as exc:
-            raise _unanswered(exc) from exc
-        yield line.decode().rstrip("\r\n")
+    # the client's own lines end without an error where the connection was cut
+    with io.TextIOWrapper(response, "utf-8", newline="\n") as text:
+        while True:
+            try:
+                line = text.readline()
+            except _FAILURES as exc:
+                raise _unanswered(exc) from exc
+            if not line:
+                return
+            yield line.rstrip("\r\n")
 
 
 def _unanswered(exc: Exception) -> Unanswered:

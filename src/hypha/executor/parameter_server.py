@@ -305,8 +305,8 @@ class ParameterServer:
             self._theta_path(), tuple(receivers), self.round, self._contributors, self._hash, attempt
         )
 
-    def _background(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
-        pool.submit(work).add_done_callback(self._ended)
+    def _in_archive(self, work: Callable[[], None]) -> None:
+        self._archive.submit(work).add_done_callback(self._ended)
 
     def _ended(self, future: Future[Any]) -> None:
         if (error := future.exception()) is not None:
@@ -337,7 +337,7 @@ class ParameterServer:
         )
         (directory / STATE).write_bytes(msgspec.json.encode(state))
         round = self.round
-        self._background(self._archive, lambda: self._save_checkpoint(directory, round))
+        self._in_archive(lambda: self._save_checkpoint(directory, round))
 
     def _save_checkpoint(self, directory: Path, round: int) -> None:
         policy = self._job.checkpoint
@@ -375,7 +375,7 @@ class ParameterServer:
         shutil.rmtree(directory, ignore_errors=True)
         names = self._files.export(self._theta, directory)
         # the model is not trained any further, so its files may go while updates are still refused
-        self._background(self._archive, lambda: self._send_export(directory, names, to))
+        self._in_archive(lambda: self._send_export(directory, names, to))
 
     def _send_export(self, directory: Path, names: list[str], to: PeerRef) -> None:
         left = list(names)
