@@ -89,7 +89,7 @@ def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Iter
 
 
 def _lines_of(response: http.client.HTTPResponse) -> Iterator[str]:
-    # the client's own lines end without an error where the connection was cut
+    # the response's own lines end without an error where it was cut between two chunks
     with io.TextIOWrapper(response, "utf-8", newline="\n") as text:
         while True:
             try:
