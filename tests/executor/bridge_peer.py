@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import blake3
 import msgspec
+import xxhash
 
 from hypha.messages import (
     BridgeError,
@@ -152,6 +153,7 @@ class Bridge:
             name=source.name,
             size=len(data),
             blake3=blake3.blake3(data).hexdigest(),
+            xxh3=xxhash.xxh3_128(data).hexdigest(),
             stamp=stamp,
             **fields,
         )

@@ -36,8 +36,8 @@ def saved(directory: Path, **changes: object) -> dict[str, Path]:
         job_id="job",
         generation=0,
         round=3,
-        theta=tensors.write(directory / THETA, theta.all()),
-        momentum=tensors.write(directory / MOMENTUM, momentum),
+        theta=tensors.write(directory / THETA, theta.all()).blake3,
+        momentum=tensors.write(directory / MOMENTUM, momentum).blake3,
     )
     state = msgspec.structs.replace(state, **changes)
     (directory / STATE).write_bytes(msgspec.json.encode(state))
@@ -54,7 +54,7 @@ def test_what_was_saved_is_read_and_fits_the_model(tmp_path: Path) -> None:
     assert theta.buffers.keys() == place.buffers.keys()
     assert tensors.difference(theta.specs(), place.specs()) is None
     place.assign(theta)
-    assert tensors.write(tmp_path / "again", tensors.theta_of(fresh).all()) == state.theta
+    assert tensors.write(tmp_path / "again", tensors.theta_of(fresh).all()).blake3 == state.theta
     assert fresh.head.weight is fresh.embedding.weight
     # their place on the disk is given back
     assert [path.exists() for path in files.values()] == [False, False, True]
@@ -82,7 +82,7 @@ def test_another_rounds_or_jobs_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_momentum_of_another_model_is_refused(tmp_path: Path) -> None:
     files = saved(tmp_path)
-    digest = tensors.write(files[MOMENTUM], {"stranger": torch.zeros(2)})
+    digest = tensors.write(files[MOMENTUM], {"stranger": torch.zeros(2)}).blake3
     files = saved(tmp_path, momentum=digest)
     tensors.write(files[MOMENTUM], {"stranger": torch.zeros(2)})
     with pytest.raises(CheckpointUnusable, match="stranger"):

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 from tests.support.network import Network, Pki, until
@@ -220,6 +221,12 @@ async def test_a_pull_takes_only_what_it_wants(network: Network, tmp_path: Path)
         with pytest.raises(Refused) as refused:
             await pull(ends.far.peer_id, PullFile(kind="model", name="m"), destination, None, 1 << 30)
         assert refused.value.code == "not-found"
+        # of another kind it would be checked by a hash that is easily matched
+        quick = msgspec.structs.replace(served, kind="update", xxh3="0" * 32)
+        served, honest = quick, served
+        with pytest.raises(TransferCorrupt, match="of the kind 'update'"):
+            await pull(ends.far.peer_id, request, destination, honest, 1 << 30)
+        served = honest
         # a provider whose disk lies: the hash it promises is not that of the bytes it sends
         with source.open("r+b") as file:
             file.write(b"something else")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hypha.errors import Refused
@@ -44,7 +45,7 @@ def theta(
     attempt: int = 0,
 ) -> TransferMeta:
     stamp = JobStamp(job_id=job_id, generation=generation, round=round_, attempt=attempt)
-    return TransferMeta(kind="theta", name="theta", size=size, blake3=hash_ or f"{round_:064}", stamp=stamp)
+    return TransferMeta(kind="theta", name="theta", size=size, xxh3=hash_ or f"{round_:032}", stamp=stamp)
 
 
 @pytest.fixture
@@ -58,9 +59,11 @@ async def test_refusals(setting: Setting) -> None:
     assert await setting.code("ps", theta(generation=2)) == "stale"
     assert await setting.code("ps", theta(generation=4)) == "busy"
     assert await setting.code("ps", theta(job_id="other")) == "malformed"
-    assert await setting.code("ps", TransferMeta(kind="theta", name="x", size=1, blake3="0")) == "malformed"
+    assert await setting.code("ps", TransferMeta(kind="theta", name="x", size=1, xxh3="0")) == "malformed"
     assert await setting.code("ps", theta(size=101)) == "too-large"
     assert await setting.code("ps", theta(hash_="../../x")) == "malformed"
+    unchecked = msgspec.structs.replace(theta(), xxh3="", blake3="0" * 64)
+    assert await setting.code("ps", unchecked) == "malformed"
     setting.senders = frozenset()
     assert await setting.code("ps", theta()) == "uninvited"
     setting.senders = None

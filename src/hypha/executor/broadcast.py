@@ -12,6 +12,7 @@ from typing import Any
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.executor.bridge_client import BridgeClient
+from hypha.executor.hashing import Digests
 from hypha.messages import PeerRef, Peers, SendCall
 
 logger = logging.getLogger("hypha.executor.parameter_server")
@@ -32,7 +33,7 @@ class Broadcasts:
         peers: tuple[PeerRef, ...],
         round_: int,
         contributors: tuple[str, ...],
-        blake3: str,
+        digests: Digests,
         attempt: int = 0,
     ) -> None:
         """Send the file of theta of ``round_`` at ``path``, whose name may be taken away at once."""
@@ -44,8 +45,9 @@ class Broadcasts:
             path=self._bridge.relative(link),
             round=round_,
             contributors=contributors,
-            blake3=blake3,
+            blake3=digests.blake3,
             attempt=attempt,
+            xxh3=digests.xxh3,
         )
         self._threads.submit(self._send, call, link).add_done_callback(self._ended)
 

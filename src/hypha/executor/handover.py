@@ -97,10 +97,10 @@ class Inbox:
 
 @dataclass(frozen=True)
 class UpdateToSend:
-    """A file, its BLAKE3 in hex, and what it stands for."""
+    """A file, its XXH3 in hex, and what it stands for."""
 
     path: Path
-    blake3: str
+    xxh3: str
     contribution: Contribution
 
 
@@ -123,7 +123,7 @@ class UpdateSender(threading.Thread):
         self._bridge = bridge
         self._inbox = inbox
         self._path = update.path
-        self._blake3 = update.blake3
+        self._xxh3 = update.xxh3
         self.contribution = update.contribution
         self._spares = spares
         self._stopped = False
@@ -173,7 +173,7 @@ class UpdateSender(threading.Thread):
                 path=self._bridge.relative(self._path),
                 round=self.contribution.round,
                 samples=self.contribution.samples,
-                blake3=self._blake3,
+                xxh3=self._xxh3,
                 generation=call.generation,
             )
         )

@@ -1,19 +1,30 @@
-"""BLAKE3 of a file while it is being written, by the writing thread or, where there are cores, by another."""
+"""Hashes of a file while it is being written, by the writing thread or, where there are cores, by another."""
 
 from __future__ import annotations
 
 import queue
 import threading
+from dataclasses import dataclass
 from types import TracebackType
 
 import blake3
+import xxhash
+
+
+@dataclass(frozen=True)
+class Digests:
+    """Of a file, in hex: BLAKE3 (empty where nobody needs it) and XXH3 of 128 bits."""
+
+    blake3: str
+    xxh3: str
 
 
 class Hasher:
-    """BLAKE3 of what is given in order."""
+    """Hashes of what is given in order; ``quick``: XXH3 alone."""
 
-    def __init__(self) -> None:
-        self._hasher = blake3.blake3()
+    def __init__(self, quick: bool = False) -> None:
+        self._strong = None if quick else blake3.blake3()
+        self._quick = xxhash.xxh3_128()
 
     def __enter__(self) -> Hasher:
         return self
@@ -24,15 +35,17 @@ class Hasher:
         """Nothing to end here."""
 
     def update(self, data: bytes | memoryview) -> None:
-        self._hasher.update(data)
+        self._quick.update(data)
+        if self._strong is not None:
+            self._strong.update(data)
 
-    def hexdigest(self) -> str:
+    def digests(self) -> Digests:
         """Of all of it; the last call."""
-        return self._hasher.hexdigest()
+        return Digests("" if self._strong is None else self._strong.hexdigest(), self._quick.hexdigest())
 
 
 class HasherBeside(Hasher):
-    """The same in a thread of its own. What is given must stay as it is until ``hexdigest`` returns."""
+    """The same in a thread of its own. What is given must stay as it is until ``digests`` returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,12 +61,12 @@ class HasherBeside(Hasher):
 
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
-            self._hasher.update(data)
+            super().update(data)
 
     def update(self, data: bytes | memoryview) -> None:
         self._queue.put(data)
 
-    def hexdigest(self) -> str:
+    def digests(self) -> Digests:
         self._queue.put(None)
         self._thread.join()
-        return self._hasher.hexdigest()
+        return super().digests()

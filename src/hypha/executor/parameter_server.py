@@ -130,7 +130,9 @@ class ParameterServer:
     def _ready(self) -> None:
         count = sum(value.numel() for value in self._theta.parameters.values())
         size = self._theta.size_bytes()
-        self._bridge.report(ModelReady(round=self.round, theta=self._hash, parameters=count, size_bytes=size))
+        self._bridge.report(
+            ModelReady(round=self.round, theta=self._hashes.blake3, parameters=count, size_bytes=size)
+        )
 
     def _rejoin(self, rejoin: Rejoin) -> None:
         """Another scheduler steers: say what is here. Updates of the life before are as good as ever, but
@@ -191,7 +193,7 @@ class ParameterServer:
         self._outer = OuterStep(self._theta, job, threads)
         if momentum:
             self._outer.restore_momentum(momentum)
-        self._hash = tensors.write(self._theta_path(), self._theta.all(), beside=self._beside)
+        self._hashes = tensors.write(self._theta_path(), self._theta.all(), beside=self._beside)
         _give_memory_back()
 
     def _restored(self, reference: Reference) -> tuple[tensors.Theta, dict[str, Tensor]]:
@@ -278,14 +280,14 @@ class ParameterServer:
         old = self._theta_path()
         self.round += 1
         self._contributors = contributors
-        self._hash = tensors.write(
+        self._hashes = tensors.write(
             self._theta_path(), self._theta.all(), spares=self._thetas, beside=self._beside
         )
         due = self.round % self._job.checkpoint.every_rounds == 0
         checkpoint = directive.checkpoint or directive.final or due
         self._applied = RoundApplied(
             round=directive.round,
-            theta=self._hash,
+            theta=self._hashes.blake3,
             contributors=contributors,
             contributions=tuple(self._contributions.values()),
             update_norm=norm,
@@ -302,7 +304,7 @@ class ParameterServer:
 
     def _send_theta(self, receivers: Iterable[PeerRef], attempt: int = 0) -> None:
         self._broadcasts.send(
-            self._theta_path(), tuple(receivers), self.round, self._contributors, self._hash, attempt
+            self._theta_path(), tuple(receivers), self.round, self._contributors, self._hashes, attempt
         )
 
     def _in_archive(self, work: Callable[[], None]) -> None:
@@ -326,12 +328,12 @@ class ParameterServer:
         theta = directory / THETA
         theta.unlink(missing_ok=True)
         os.link(self._theta_path(), theta)
-        momentum = tensors.write(directory / MOMENTUM, self._outer.momentum_or_zeros())
+        momentum = tensors.write(directory / MOMENTUM, self._outer.momentum_or_zeros()).blake3
         state = CheckpointState(
             job_id=self._job.job_id,
             generation=self._job.generation,
             round=self.round,
-            theta=self._hash,
+            theta=self._hashes.blake3,
             momentum=momentum,
             contributors=self._contributors,
         )

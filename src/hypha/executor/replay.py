@@ -80,7 +80,7 @@ class Replay:
         return self._theta.copy().all()
 
     def _hash(self) -> str:
-        return tensors.write(self._scratch / "theta.safetensors", self._theta.all())
+        return tensors.write(self._scratch / "theta.safetensors", self._theta.all()).blake3
 
     def _contribute(self, part: Contribution) -> None:
         """Train one worker's share of a round and add its update."""

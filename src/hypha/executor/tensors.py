@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import blake3
 import msgspec
 import torch
 from torch import Tensor, nn
 
 from hypha.errors import DataError
-from hypha.executor.hashing import Hasher, HasherBeside
+from hypha.executor.hashing import Digests, Hasher, HasherBeside
 from hypha.executor.spares import Spares
 
 #: Elements handled at a time: 1 MiB of fp32, which stays in the second-level cache.
@@ -128,15 +127,15 @@ def write(
     metadata: Mapping[str, str] | None = None,
     spares: Spares | None = None,
     beside: bool = False,
-) -> str:
-    """Write ``tensors`` (on any device) to ``path`` and return the BLAKE3 of the file, in hex.
+) -> Digests:
+    """Write ``tensors`` (on any device) to ``path`` and return the hashes of the file.
 
     It may be written over one of ``spares``. ``beside``: another thread does the hashing.
     """
     specs = {name: Spec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     with HasherBeside() if beside else Hasher() as hasher:
         write_pieces(path, specs, lambda name: pieces(tensors[name]), metadata or {}, hasher, spares)
-        return hasher.hexdigest()
+        return hasher.digests()
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
@@ -304,7 +303,7 @@ class TensorFile:
         return piece
 
     def read_into(
-        self, name: str, out: Tensor, hasher: blake3.blake3 | None = None, copy: Tensor | None = None
+        self, name: str, out: Tensor, hasher: Hasher | None = None, copy: Tensor | None = None
     ) -> None:
         """Fill the contiguous CPU tensor ``out``; add its bytes to ``hasher``, and copy them to the like
         tensor ``copy``, while they are hot.
@@ -332,9 +331,15 @@ class TensorFile:
 
 @one_thread()
 @torch.no_grad()
-def read(path: Path, into: Mapping[str, Tensor], copies: Mapping[str, Tensor] | None = None) -> str:
+def read(
+    path: Path,
+    into: Mapping[str, Tensor],
+    copies: Mapping[str, Tensor] | None = None,
+    quick: bool = False,
+) -> Digests:
     """Fill ``into`` (contiguous, on the CPU) from the file, which must hold exactly these names, shapes and
-    dtypes, and return the BLAKE3 of the file. After an error ``into`` may hold a mixture.
+    dtypes, and return the hashes of the file, with ``quick`` without BLAKE3. After an error ``into`` may hold
+    a mixture.
 
     ``copies``, of the same names and shapes on any device, are set to the same values.
     """
@@ -342,14 +347,15 @@ def read(path: Path, into: Mapping[str, Tensor], copies: Mapping[str, Tensor] | 
     with TensorFile(path) as file:
         if problem := difference(file.specs(), expected):
             raise DataError(f"{path.name} does not fit the model: {problem}")
-        hasher = blake3.blake3(file.header)
+        hasher = Hasher(quick)
+        hasher.update(file.header)
         for name in file.entries:
             copy = None if copies is None else copies[name]
             at_once = copy is not None and copy.device.type == "cpu" and copy.is_contiguous()
             file.read_into(name, into[name], hasher, copy if at_once else None)
             if copy is not None and not at_once:
                 copy.copy_(into[name])
-        return hasher.hexdigest()
+        return hasher.digests()
 
 
 def difference(found: Mapping[str, Spec], expected: Mapping[str, Spec]) -> str | None:

@@ -217,8 +217,8 @@ class Trainer:
     def _adopt(self, file: ReceivedFile) -> None:
         """Start the round of ``file``."""
         path = self._bridge.directory / file.path
-        found = tensors.read(path, self._base.all(), self._local.all())
-        if found != file.meta.blake3:
+        found = tensors.read(path, self._base.all(), self._local.all(), quick=True)
+        if found.xxh3 != file.meta.xxh3:
             raise DataError(f"theta in {path.name} is not what was sent; the worker's disk may be failing")
         self._spares.give(path)
         sender, self._sender = self._sender, None
@@ -235,7 +235,7 @@ class Trainer:
         elif self._round >= 0:
             self._start_over((generation, round, attempt))
         self._round, self._attempt, self._generation = round, attempt, generation
-        self._hash, self._lost = found, False
+        self._hash, self._lost = file.meta.blake3, False
         self._first_steps = self._inner.steps
         self._batches = self._samples = 0
         self._busy_s = 0.0
@@ -400,7 +400,7 @@ class Trainer:
             path, self._local, self._base, self._job.update_encoding, self._spares, contribution
         )
         self._sender = UpdateSender(
-            self._bridge, self._inbox, UpdateToSend(path, written.blake3, contribution), self._spares
+            self._bridge, self._inbox, UpdateToSend(path, written.xxh3, contribution), self._spares
         )
         self._sender.start()
 

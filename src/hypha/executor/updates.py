@@ -41,7 +41,7 @@ class Written:
     """What is in an update file: its L2 norm, and the file's BLAKE3 in hex."""
 
     norm: float
-    blake3: str
+    xxh3: str
 
 
 @one_thread()
@@ -92,12 +92,12 @@ def write_update(
             else:
                 yield piece.to(torch.bfloat16) if encoding == "bf16" else piece
 
-    hasher = Hasher()
+    hasher = Hasher(quick=True)
     write_pieces(path, specs, encoded, metadata, hasher, spares)
     if not math.isfinite(squares):
         path.unlink()
         raise NotFinite("the local model holds values that are not finite; the learning rate may be too high")
-    return Written(math.sqrt(squares), hasher.hexdigest())
+    return Written(math.sqrt(squares), hasher.digests().xxh3)
 
 
 def _differences(local: Theta, base: Theta, name: str) -> Iterator[Tensor]:

@@ -13,11 +13,12 @@ import os
 import stat
 import threading
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from blake3 import blake3
+from xxhash import xxh3_128
 
-from hypha.messages import TransferMeta
+from hypha.messages import QUICK_KINDS, TransferMeta
 from hypha.net.bulk_wire import BLOCK_BYTES
 
 #: Acknowledged only when on disk. An update, theta or slice lost in a power cut is simply sent again.
@@ -44,10 +45,31 @@ class WrongHash(Exception):
     """All bytes are there and are not the promised ones; they were deleted."""
 
 
-def hash_file(path: Path, stop: threading.Event | None = None) -> tuple[int, str]:
-    """Size and BLAKE3 (hex) of a file."""
-    # one thread: the training next to us needs the cores
-    hasher = blake3(max_threads=1)
+class Hasher(Protocol):
+    """As those of :mod:`hashlib`."""
+
+    def update(self, data: bytes | memoryview, /) -> object:
+        """More bytes."""
+
+    def hexdigest(self) -> str:
+        """Of all of them."""
+
+
+def strong_hasher() -> Hasher:
+    """BLAKE3, in one thread: the training next to us needs the cores."""
+    return blake3(max_threads=1)
+
+
+def quick_hasher() -> Hasher:
+    """XXH3, 128 bits."""
+    return xxh3_128()
+
+
+def hash_file(
+    path: Path, stop: threading.Event | None = None, hasher: Hasher | None = None
+) -> tuple[int, str]:
+    """Size and hash (hex; BLAKE3 unless by another ``hasher``) of a file."""
+    hasher = hasher or strong_hasher()
     buffer = memoryview(bytearray(BLOCK_BYTES))
     size = 0
     with path.open("rb", buffering=0) as file:
@@ -103,7 +125,8 @@ class PartFile:
         self.path = part_path(destination)
         self._meta = meta
         self._file: BinaryIO | None = None
-        self._hasher = blake3(max_threads=1)
+        # which one is for the receiver to say: a sender could claim anything
+        self._hasher = quick_hasher() if meta.kind in QUICK_KINDS else strong_hasher()
         self._lock = threading.Lock()
         self._opened = False
         self._abandoned = False
@@ -164,7 +187,7 @@ class PartFile:
         """Verify, sync where the kind wants it, give it its name. WrongHash, DiskFailed."""
         if self._file is None:
             raise ValueError("the part file is not open")
-        if self.received != self._meta.size or self._hasher.hexdigest() != self._meta.blake3:
+        if self.received != self._meta.size or self._hasher.hexdigest() != self._meta.checked:
             self.discard()
             raise WrongHash(f"{self._meta.name}: the {self._meta.size} bytes do not have the promised hash")
         durable = self._meta.kind in DURABLE_KINDS

@@ -304,11 +304,11 @@ class Receiving:
         meta = inbound.meta
         inbound.link = link
         part = PartFile(inbound.destination, meta)
-        known = self._parts.get(inbound.destination, meta.blake3)
-        fresh = inbound.started_afresh or known != meta.blake3
+        known = self._parts.get(inbound.destination, meta.checked)
+        fresh = inbound.started_afresh or known != meta.checked
         if len(self._parts) >= MAX_WAITING:
             del self._parts[next(iter(self._parts))]
-        self._parts[inbound.destination] = meta.blake3
+        self._parts[inbound.destination] = meta.checked
         offset = 0
 
         async def open_part() -> int:

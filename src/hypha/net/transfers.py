@@ -29,8 +29,15 @@ from hypha.errors import (
     TransferCorrupt,
     TransferFailed,
 )
-from hypha.messages import BulkOffer, JobStamp, PeerRef, PullFile, TransferMeta
-from hypha.net.bulk_files import DiskFailed, WrongHash, hash_file
+from hypha.messages import QUICK_KINDS, BulkOffer, JobStamp, PeerRef, PullFile, TransferMeta
+from hypha.net.bulk_files import (
+    DiskFailed,
+    Hasher,
+    WrongHash,
+    hash_file,
+    quick_hasher,
+    strong_hasher,
+)
 from hypha.net.bulk_inbound import Acceptor, Arrived, Gate
 from hypha.net.bulk_links import Tally
 from hypha.net.bulk_meeting import Meeting
@@ -254,6 +261,9 @@ class _Pull(Acceptor):
                 "too-large", f"{name} has {meta.size} bytes, over the limit of {self.limit}", self.peer
             )
         expect = self._expect
+        if meta.kind != self._request.kind:
+            # the kind decides how what arrives is checked and kept
+            raise TransferCorrupt(self.peer, name, f"it offers a file of the kind {meta.kind!r}")
         if expect is not None and (meta.size, meta.blake3) != (expect.size, expect.blake3):
             raise TransferCorrupt(self.peer, name, "it offers other content than was promised")
         self.meta = meta
@@ -295,25 +305,32 @@ async def meta_of(
     contributors: tuple[str, ...] = (),
     encoding: Literal["none", "zstd"] = "none",
     blake3: str = "",
+    xxh3: str = "",
 ) -> TransferMeta:
-    """What to say of a file before sending it; hashed in a thread, unless ``blake3`` is known. OSError when
-    it cannot be read.
+    """What to say of a file before sending it; hashed in a thread, unless the hashes that it needs are known.
+    OSError when it cannot be read.
     """
-    if blake3:
-        size, digest = (await trio.Path(path).stat()).st_size, blake3
-    else:
-        stop = threading.Event()
-        try:
-            size, digest = await trio.to_thread.run_sync(hash_file, path, stop, abandon_on_cancel=True)
-        finally:
-            stop.set()
+    size = (await trio.Path(path).stat()).st_size
+    if not blake3 and kind != "update":
+        size, blake3 = await _hashed(path, strong_hasher())
+    if not xxh3 and kind in QUICK_KINDS:
+        size, xxh3 = await _hashed(path, quick_hasher())
     return TransferMeta(
         kind=kind,
         name=name,
         size=size,
-        blake3=digest,
+        blake3=blake3,
         stamp=stamp,
         samples=samples,
         contributors=contributors,
         encoding=encoding,
+        xxh3=xxh3,
     )
+
+
+async def _hashed(path: Path, hasher: Hasher) -> tuple[int, str]:
+    stop = threading.Event()
+    try:
+        return await trio.to_thread.run_sync(hash_file, path, stop, hasher, abandon_on_cancel=True)
+    finally:
+        stop.set()

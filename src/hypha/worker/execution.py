@@ -396,6 +396,7 @@ class Execution:
                 samples=call.samples,
                 contributors=call.contributors,
                 blake3=call.blake3,
+                xxh3=call.xxh3,
             )
         except OSError as exc:
             raise Refused("not-found", f"{call.path} cannot be read: {exc}") from exc

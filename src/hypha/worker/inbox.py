@@ -59,10 +59,10 @@ class Inbox:
             raise Refused("uninvited", f"{caller} may not send {meta.kind} to this executor")
         if meta.size > self._max_bytes:
             raise Refused("too-large", f"{meta.size} bytes, allowed are {self._max_bytes}")
-        if not meta.blake3.isalnum() or not meta.kind.isalnum():
+        if not meta.checked.isalnum() or not meta.kind.isalnum():
             raise Refused("malformed", "kind and hash must be plain words")
         # theta of another attempt at the round has the same bytes and another meaning
-        name = f"{meta.kind}-{stamp.generation}-{stamp.round}-{stamp.attempt}-{meta.blake3[:32]}-{caller}"
+        name = f"{meta.kind}-{stamp.generation}-{stamp.round}-{stamp.attempt}-{meta.checked[:32]}-{caller}"
         path = self._directory.part("incoming") / name
         waiting = [file for file in self._arrivals.waiting() if file.from_peer == caller]
         if any(file.path == self._directory.relative(path) for file in waiting):
