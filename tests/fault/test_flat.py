@@ -14,7 +14,7 @@ import psutil
 import pytest
 import trio
 from tests.fault.conftest import SERVER_ONLY, TRAINING_ONLY
-from tests.support.system import System, digits_dataset, digits_job, digits_model
+from tests.support.system import System, digits_dataset, digits_job
 
 from hypha.cli.demo.children import Child
 
@@ -121,14 +121,14 @@ def table(first: Series, second: Series) -> str:
 
 async def test_a_thousand_rounds_leave_everything_flat(system: System, tmp_path: Path) -> None:
     http = {"http_address": "127.0.0.1:0"}
-    dataset, model = digits_dataset(tmp_path), digits_model(tmp_path)
+    dataset = digits_dataset(tmp_path)
     await system.gateway(planned=system.plan_gateway() | http)
     await system.data("data", dataset, **http)
     await system.worker("server", **SERVER_ONLY, **http)
     for number in range(2):
         # fewer slices than there are: they come and go
         await system.worker(f"worker-{number}", **TRAINING_ONLY, **http, cache={"max_slices": 5})
-    job = digits_job(model, 2, ROUNDS, checkpoint={"every_rounds": 10, "keep": 2})
+    job = digits_job(None, 2, ROUNDS, checkpoint={"every_rounds": 10, "keep": 2})
     job["rounds"] = {"update_rounds": ROUNDS, "inner_steps": 1, "batch_size": 8}
     scheduler = await system.scheduler(job)
 

@@ -9,7 +9,7 @@ from tests.real.nat import GATEWAY, Place, behind_nat, sent_by
 from tests.support.faults import again
 from tests.support.namespaces import Lab
 from tests.support.polling import until
-from tests.support.system import System, digits_dataset, digits_job, digits_model, paced
+from tests.support.system import System, digits_dataset, digits_job, paced
 
 from hypha.messages import LedgerFile
 
@@ -35,7 +35,7 @@ async def test_one_of_two_gateways_is_killed(system: System, lab: Lab, tmp_path:
     """All use the first gateway; one worker can even be reached through a gateway only."""
     nat = behind_nat(lab, gateway_only=True)
     place = Place(system, nat)
-    dataset, model = digits_dataset(tmp_path), digits_model(tmp_path)
+    dataset = digits_dataset(tmp_path)
     place.public("gateway-1", "gateway-2")
     planned = {name: system.plan_gateway(name, GATEWAY) for name in ("gateway-1", "gateway-2")}
     gateways = {}
@@ -46,7 +46,7 @@ async def test_one_of_two_gateways_is_killed(system: System, lab: Lab, tmp_path:
     near = await system.worker("near", executors=[TRAIN, AGGREGATE], **place.public("near"))
     spot = place.inside("far") if relayed else place.public("far")
     far = await system.worker("far", executors=[TRAIN], **spot)
-    scheduler = await system.scheduler(digits_job(model, 2, 12), **place.public("scheduler"))
+    scheduler = await system.scheduler(digits_job(None, 2, 12), **place.public("scheduler"))
     first = system.peer_id("gateway-1", "gateway")
     for child in (near, far, scheduler):
         await system.logged(child, f"Connected to gateway {first}")
@@ -61,7 +61,7 @@ async def test_one_of_two_gateways_is_killed(system: System, lab: Lab, tmp_path:
     _, ledger = system.ledger("job")
     assert len(ledger.rounds) == 12
     assert shares(ledger)[-1] == 2, "both are there in the end"
-    assert await system.replay("job", dataset, model) <= 1e-5
+    assert await system.replay("job", dataset, None) <= 1e-5
     if relayed:
         near_id = system.peer_id("near", "worker")
         assert {one.way for one in sent_by(far) if one.to == near_id} == {"stream"}
@@ -72,14 +72,14 @@ async def test_a_worker_is_cut_off_for_a_while(system: System, lab: Lab, tmp_pat
     """Its cable is pulled out, or its packets vanish: the others go on, and it comes back."""
     nat = behind_nat(lab, gateway_only=False)
     place = Place(system, nat)
-    dataset, model = digits_dataset(tmp_path), digits_model(tmp_path)
+    dataset = digits_dataset(tmp_path)
     await place.gateway()
     await system.data("data", dataset, **place.public("data"))
     await system.worker("server", executors=[AGGREGATE], **place.public("server"))
     for name in ("near-1", "near-2"):
         await system.worker(name, executors=[PACED], **place.public(name))
     await system.worker("far", executors=[PACED], **place.inside("far"))
-    job = digits_job(model, 3, ROUNDS)
+    job = digits_job(None, 3, ROUNDS)
     # rounds that go on without it take as long as the grace
     job["rounds"] |= {"quorum": 0.6, "grace_s": 2.0, "deadline_s": 10.0}
     job["resources"] |= {"min_workers": 2}
@@ -110,7 +110,7 @@ async def test_a_worker_is_cut_off_for_a_while(system: System, lab: Lab, tmp_pat
     first = there.index(True)  # its executor may have been ready a little later than the others
     away = there.index(False, first)
     assert any(there[away:]), "it should have come back"
-    assert await system.replay("job", dataset, model) <= 1e-5
+    assert await system.replay("job", dataset, None) <= 1e-5
 
 
 def cut(lab: Lab, place: Place, how: str, off: bool) -> None:
@@ -132,7 +132,7 @@ async def test_all_gateways_die_and_a_relayed_worker_comes_back_through_the_one_
     """Who is connected directly trains on; the relayed worker has its circuits again at once."""
     nat = behind_nat(lab, gateway_only=True)
     place = Place(system, nat)
-    dataset, model = digits_dataset(tmp_path), digits_model(tmp_path)
+    dataset = digits_dataset(tmp_path)
     place.public("gateway-1", "gateway-2")
     planned = {name: system.plan_gateway(name, GATEWAY) for name in ("gateway-1", "gateway-2")}
     gateways = {}
@@ -144,7 +144,7 @@ async def test_all_gateways_die_and_a_relayed_worker_comes_back_through_the_one_
     await system.worker("server", executors=[AGGREGATE], **place.public("server"))
     await system.worker("near", executors=[PACED], **place.public("near"))
     far = await system.worker("far", executors=[PACED], **place.inside("far"))
-    job = digits_job(model, 2, ROUNDS)
+    job = digits_job(None, 2, ROUNDS)
     job["rounds"] |= {"quorum": 0.5, "grace_s": 2.0, "deadline_s": 10.0}
     job["resources"] |= {"min_workers": 1}
     scheduler = await system.scheduler(job, **place.public("scheduler"))
@@ -173,4 +173,4 @@ async def test_all_gateways_die_and_a_relayed_worker_comes_back_through_the_one_
     assert 2 in there[there.index(1) :], "the relayed worker should have come back"
     server_id = system.peer_id("server", "worker")
     assert {one.way for one in sent_by(far) if one.to == server_id} == {"stream"}
-    assert await system.replay("job", dataset, model) <= 1e-5
+    assert await system.replay("job", dataset, None) <= 1e-5

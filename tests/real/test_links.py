@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.support.faults import counted, durations, fail_at, recover
 from tests.support.namespaces import Lab, Star
-from tests.support.system import System, digits_dataset, digits_job, digits_model, leftovers, open_system
+from tests.support.system import System, digits_dataset, digits_job, leftovers, open_system
 
 from hypha.scheduler.snapshot import JobSnapshot
 
@@ -26,13 +26,12 @@ async def system(tmp_path: Path, lab: Lab) -> AsyncIterator[System]:
     assert leftovers(tmp_path) == []
 
 
-async def prepared(system: System, workers: int) -> Path:
+async def prepare(system: System, workers: int) -> None:
     await system.gateway()
     await system.data("data", digits_dataset(system.root))
     await system.worker("server", executors=[AGGREGATE])
     for number in range(workers):
         await system.worker(f"worker-{number}", executors=[TRAIN])
-    return digits_model(system.root)
 
 
 def training(seen: JobSnapshot) -> int:
@@ -40,7 +39,8 @@ def training(seen: JobSnapshot) -> int:
 
 
 async def test_a_worker_is_cut_off_and_joined_again(system: System) -> None:
-    job = digits_job(await prepared(system, 3), 3, 60)
+    await prepare(system, 3)
+    job = digits_job(None, 3, 60)
     job["rounds"] |= {"quorum": 0.6, "grace_s": 1.0, "deadline_s": 5.0}
     job["resources"] |= {"min_workers": 2}
     scheduler = await system.scheduler(job)
@@ -59,7 +59,8 @@ async def test_a_worker_is_cut_off_and_joined_again(system: System) -> None:
 
 
 async def test_a_slow_link_stretches_rounds_until_it_is_healed(system: System) -> None:
-    scheduler = await system.scheduler(digits_job(await prepared(system, 2), 2, 12))
+    await prepare(system, 2)
+    scheduler = await system.scheduler(digits_job(None, 2, 12))
     fault = await fail_at(system, scheduler, "worker", 3, how="slow")
     seen = await system.reached(scheduler, lambda seen: seen.round >= fault.before.round + 2)
     await recover(system, fault)

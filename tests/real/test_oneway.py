@@ -8,7 +8,7 @@ import pytest
 from tests.real.nat import Place, behind_nat
 from tests.support.namespaces import Lab
 from tests.support.polling import until
-from tests.support.system import System, digits_dataset, digits_job, digits_model, paced
+from tests.support.system import System, digits_dataset, digits_job, paced
 
 pytestmark = [pytest.mark.real, pytest.mark.fault, pytest.mark.timeout(280)]
 
@@ -30,14 +30,14 @@ async def test_packets_get_lost_in_one_direction(
     for host in (SCHEDULER, SERVER):
         lab.address(nat.public, nat.router, f"{host}/24")
     place = Place(system, nat)
-    dataset, model = digits_dataset(tmp_path), digits_model(tmp_path)
+    dataset = digits_dataset(tmp_path)
     await place.gateway()
     await system.data("data", dataset, **place.public("data"))
     await system.worker("server", executors=[AGGREGATE], **place.public("server", host=SERVER))
     for name in ("near-1", "near-2"):
         await system.worker(name, executors=[TRAIN], **place.public(name))
     far = await system.worker("far", executors=[TRAIN], **place.inside("far"))
-    job = digits_job(model, 3, ROUNDS)
+    job = digits_job(None, 3, ROUNDS)
     job["rounds"] |= {"quorum": 0.6, "grace_s": 2.0, "deadline_s": 10.0}
     job["resources"] |= {"min_workers": 2}
     scheduler = await system.scheduler(job, **place.public("scheduler", host=SCHEDULER))
@@ -72,4 +72,4 @@ async def test_packets_get_lost_in_one_direction(
     _, ledger = system.ledger("job")
     assert len(ledger.rounds) == ROUNDS
     assert {entry.generation for entry in ledger.rounds} == {0}
-    assert await system.replay("job", dataset, model) <= 1e-5
+    assert await system.replay("job", dataset, None) <= 1e-5

@@ -13,6 +13,7 @@ Use it through the fixture ``system`` of ``tests/system/conftest.py``::
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -26,25 +27,38 @@ import trio
 
 from hypha.cli.chaos.lab import Star
 from hypha.cli.chaos.network import Network, open_network
+from hypha.cli.demo.children import Child
 from hypha.cli.demo.files import MODEL
 from hypha.config.environment import process_environment
 from hypha.data import PrepareOptions, prepare
 from hypha.messages import LedgerFile
 
+ROOT = Path(__file__).parent.parent.parent
+#: a ``[scheduler.job.model]`` that executors build without transformers
+PLAIN: dict[str, Any] = {"type": "torch", "entrypoint": "tests.support.plain:Digits"}
+
 
 class System(Network):
     """Starts nodes in ``root``, as any :class:`~hypha.cli.chaos.network.Network`; reads what a job left."""
+
+    async def worker(self, name: str, **keys: Any) -> Child:
+        """As any network's, and the model ``PLAIN`` is allowed."""
+        allow = {"entrypoints": [PLAIN["entrypoint"]], **keys.pop("allow", {})}
+        return await super().worker(name, allow=allow, **keys)
 
     def ledger(self, job: str) -> tuple[Path, LedgerFile]:
         """The finished job's ledger."""
         path = self.root / "state" / job / "ledger.json"
         return path, msgspec.json.decode(path.read_bytes(), type=LedgerFile)
 
-    async def replay(self, job: str, dataset: Path, model: Path) -> float:
-        """max |delta theta| between a one-process replay of the ledger and the exported model."""
+    async def replay(self, job: str, dataset: Path, model: Path | None) -> float:
+        """max |delta theta| between a one-process replay of the ledger and the exported model; ``model`` are
+        the files of an untrained one.
+        """
         ledger, _ = self.ledger(job)
         command = [
-            *(sys.executable, "-m", "hypha.executor.replay", str(ledger), str(dataset), str(model)),
+            *(sys.executable, "-m", "hypha.executor.replay", str(ledger), str(dataset)),
+            *([] if model is None else [str(model)]),
             *("--compare", str(self.root / "model" / "model.safetensors")),
         ]
         done = await trio.run_process(
@@ -66,6 +80,9 @@ async def open_system(root: Path, star: Star | None = None) -> AsyncIterator[Sys
         if not name.startswith(("HYPHA_", "OTEL_")) and name != "RUST_LOG"
     }
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "hub"), "PYTHONUNBUFFERED": "1"}
+    # executors import tests.support.plain
+    found = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([found] if found else [])])
     async with open_network(System, root, environment, star) as system:
         yield system
 
@@ -93,12 +110,12 @@ def digits_model(root: Path, **changes: Any) -> Path:
     return directory
 
 
-def digits_job(model: Path, workers: int, rounds: int, **changes: Any) -> dict[str, Any]:
-    """A ``[scheduler.job]`` that trains ``model`` on ``digits``."""
+def digits_job(model: Path | None, workers: int, rounds: int, **changes: Any) -> dict[str, Any]:
+    """A ``[scheduler.job]`` that trains on ``digits`` the model in that directory, or ``PLAIN``."""
     needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
     return {
         "name": "job",
-        "model": {"type": "image-classification", "path": str(model)},
+        "model": PLAIN if model is None else {"type": "image-classification", "path": str(model)},
         "dataset": {"dataset": "digits"},
         "rounds": {"update_rounds": rounds, "avg_samples_between_updates": 480, "batch_size": 16},
         "inner_optimizer": {"learning_rate": 2e-3},
