@@ -36,7 +36,7 @@ SILENT_S = dict(zip(get_args(Phase), (7.0, 0.8, 7.0, 0.8, 7.0), strict=True))
 RECOVERY_S = 90.0
 #: a round of 45 batches for each worker takes more than a second and a third, however fast the machine is
 PACE_S = 0.03
-ROUNDS = 22
+ROUNDS = 24
 #: whose loss is none for the training: nobody begins anew
 _REPLACEABLE = ("worker", "data", "gateway")
 

@@ -245,21 +245,41 @@ async def _trained(network: Network, scheduler: Child, round_: int | None) -> Jo
 
 
 async def _updating(network: Network, scheduler: Child, role: Role, round_: int) -> JobSnapshot:
-    """One update is in, another held back: a worker that is not the victim sleeps meanwhile."""
-    seen = await _trained(network, scheduler, round_)
+    """One update is in, another held back: a worker that is not the victim sleeps meanwhile. It is chosen
+    again when rounds go by without it, as its executor may just have been replaced.
+    """
+    while True:
+        seen = await _trained(network, scheduler, round_)
+        bystander = _bystander(network, scheduler, role, seen)
+        if bystander is None:
+            await trio.sleep(_LOOK_S)
+            continue
+
+        def shown(now: JobSnapshot, passed: int = seen.round + 2) -> bool:
+            return now.phase == "updating" or now.round >= passed
+
+        with asleep(bystander):
+            now = await network.reached(scheduler, shown)
+        if now.phase == "updating":
+            return now
+
+
+def _bystander(network: Network, scheduler: Child, role: Role, seen: JobSnapshot) -> int | None:
+    """The executor of somebody who trains and is not the victim, if there is one."""
     [victim, *_] = candidates(network, scheduler, role, seen)
-    trainers = {worker.peer for worker in seen.workers}
-    bystander = next(
-        pid
-        for child in network.group.running
-        if child is not victim
-        and child.process.poll() is None
-        and network.roles.get(base(child.name)) == "worker"
-        and network.peer_id(base(child.name), "worker") in trainers
-        for pid in executors(child, "training")
+    trainers = {worker.peer for worker in seen.workers if worker.batches}
+    return next(
+        (
+            pid
+            for child in network.group.running
+            if child is not victim
+            and child.process.poll() is None
+            and network.roles.get(base(child.name)) == "worker"
+            and network.peer_id(base(child.name), "worker") in trainers
+            for pid in executors(child, "training")
+        ),
+        None,
     )
-    with asleep(bystander):
-        return await network.reached(scheduler, lambda now: now.phase == "updating")
 
 
 async def _written(child: Child, text: str, timeout_s: float) -> None:
