@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
-
-import httpx
 
 from hypha.config.models import AllowConfig
 from hypha.errors import Refused
 from hypha.messages import AggregateJob, HuggingFace, Job, Local, ModelSpec, Peers, Reference, Uri
 from hypha.worker.process import references_of
+
+if TYPE_CHECKING:
+    import httpx
 
 GB = 10**9
 
@@ -56,6 +58,8 @@ class Allowance:
 
     def uri(self, value: str) -> httpx.URL:
         """``value`` in normal form; also to be asked about every redirect."""
+        import httpx
+
         try:
             url = httpx.URL(value)
         except (httpx.InvalidURL, ValueError) as exc:

@@ -17,11 +17,10 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 from urllib.parse import unquote
 
 import fsspec
-import httpx
 import trio
 
 from hypha.errors import Refused, TransferFailed
@@ -29,11 +28,15 @@ from hypha.messages import HuggingFace
 from hypha.worker.allowance import Allowance
 from hypha.worker.storing import CHUNK_BYTES, translated
 
+if TYPE_CHECKING:
+    import httpx
+
 logger = logging.getLogger("hypha.worker.fetch")
 
 MAX_REDIRECTS = 5
 HTTP_ATTEMPTS = 4
-HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+CONNECT_S = 10.0
+HTTP_S = 30.0
 
 
 def safe_name(name: str, fallback: str) -> str:
@@ -71,9 +74,12 @@ async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[P
 
 
 async def _download(value: str, directory: Path, allowance: Allowance) -> Path:
+    import httpx
+
     url = allowance.uri(value)
+    timeout = httpx.Timeout(HTTP_S, connect=CONNECT_S)
     headers = {"accept-encoding": "identity"}  # the limit counts bytes that come, so none may be unpacked
-    async with httpx.AsyncClient(timeout=HTTP_TIMEOUT, follow_redirects=False) as client:
+    async with httpx.AsyncClient(timeout=timeout, follow_redirects=False) as client:
         for _ in range(MAX_REDIRECTS + 1):
             try:
                 async with client.stream("GET", url, headers=headers) as response:
