@@ -145,11 +145,9 @@ class Network:
         return {"listen_addresses": [address], "external_addresses": [address]}
 
     async def gateway(self, name: str = "gateway", planned: dict[str, Any] | None = None) -> Child:
-        """Start a gateway."""
+        """Start a gateway. Its address is known before it listens, so that the others may start meanwhile."""
         planned = planned or self.plan_gateway(name)
-        child = await self.start(name, "gateway", self.write(name, "gateway", **planned))
-        await self.said(child, "addresses")
-        return child
+        return await self.start(name, "gateway", self.write(name, "gateway", **planned))
 
     async def data(self, name: str, *datasets: Path, **keys: Any) -> Child:
         """Start a data node that serves ``datasets``."""
