@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import trio
+from safetensors.torch import load_file
 
 from hypha.cli.chaos.lab import Star
 from hypha.cli.chaos.network import Network, open_network
@@ -31,6 +31,7 @@ from hypha.cli.demo.children import Child
 from hypha.cli.demo.files import MODEL
 from hypha.config.environment import process_environment
 from hypha.data import PrepareOptions, prepare
+from hypha.executor.replay import largest_difference, replay
 from hypha.messages import LedgerFile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,18 +56,12 @@ class System(Network):
         """max |delta theta| between a one-process replay of the ledger and the exported model; ``model`` are
         the files of an untrained one.
         """
-        ledger, _ = self.ledger(job)
-        command = [
-            *(sys.executable, "-m", "hypha.executor.replay", str(ledger), str(dataset)),
-            *([] if model is None else [str(model)]),
-            *("--compare", str(self.root / "model" / "model.safetensors")),
-        ]
-        done = await trio.run_process(
-            command, capture_stdout=True, capture_stderr=True, check=False, env=self.environment
-        )
-        if done.returncode:
-            raise AssertionError(done.stderr.decode())
-        return float(done.stdout.decode().split("max |delta theta|")[1].split()[0])
+
+        def difference() -> float:
+            again = replay(self.ledger(job)[0], dataset, model)
+            return largest_difference(again.theta, load_file(self.root / "model" / "model.safetensors"))
+
+        return await trio.to_thread.run_sync(difference)
 
 
 @asynccontextmanager

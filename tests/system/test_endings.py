@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 async def test_a_dataset_that_nobody_serves(system: System, tmp_path: Path) -> None:
     await system.gateway()
     await system.worker("worker")
-    job = digits_job(digits_model(tmp_path), 1, 1, dataset={"dataset": "nothing", "wait_s": 5.0})
+    job = digits_job(None, 1, 1, dataset={"dataset": "nothing", "wait_s": 5.0})
     scheduler = await system.scheduler(job)
     assert await system.ended(scheduler) == 3
     assert "nothing" in scheduler.tail()
@@ -24,7 +24,7 @@ async def test_resources_that_nobody_offers(system: System, tmp_path: Path) -> N
     await system.gateway()
     await system.data("data", digits_dataset(tmp_path))
     await system.worker("worker")
-    job = digits_job(digits_model(tmp_path), 1, 1)
+    job = digits_job(None, 1, 1)
     job["resources"] |= {"worker": {"gpu": 80, "cpu": 1}, "wait_s": 8.0}
     scheduler = await system.scheduler(job)
     waiting = await system.reached(scheduler, lambda snapshot: "80" in snapshot.message)
@@ -48,7 +48,7 @@ async def test_an_output_that_cannot_be_written(system: System, tmp_path: Path) 
     await system.gateway()
     blocker = tmp_path / "blocker"
     blocker.write_text("a file, not a directory")
-    job = digits_job(digits_model(tmp_path), 1, 1, output=str(blocker / "model"))
+    job = digits_job(None, 1, 1, output=str(blocker / "model"))
     scheduler = await system.scheduler(job)
     assert await system.ended(scheduler) == 6
     assert str(blocker) in scheduler.tail()
@@ -61,7 +61,7 @@ async def test_an_output_that_is_lost_while_training_costs_no_training(
     await system.data("data", digits_dataset(tmp_path))
     await system.worker("worker")
     place = tmp_path / "place"
-    job = digits_job(digits_model(tmp_path), 1, 8, output=str(place / "model"))
+    job = digits_job(None, 1, 8, output=str(place / "model"))
     job["checkpoint"] = {"every_rounds": 100}
     scheduler = await system.scheduler(job)
     await system.reached(scheduler, lambda seen: seen.round >= 1)
@@ -93,7 +93,7 @@ async def test_a_corrupt_slice_is_refused_and_another_replica_serves(system: Sys
     await system.gateway()
     await system.data("data-bad", bad)
     worker = await system.worker("worker")
-    job = digits_job(digits_model(tmp_path), 1, 5)
+    job = digits_job(None, 1, 5)
     scheduler = await system.scheduler(job)
     # with only the damaged replica the job waits for that slice: it neither fails nor trains on it
     await system.logged(worker, "slice digits/0 is corrupt")
