@@ -158,7 +158,9 @@ async def test_a_worker_dies_while_the_only_gateway_is_down(system: System, job:
 async def test_all_gateways_die_and_one_of_them_returns(system: System, job: Job) -> None:
     planned = {name: system.plan_gateway(name) for name in ("gateway-1", "gateway-2")}
     for number, (name, keys) in enumerate(planned.items()):
-        await system.gateway(name, {**keys, "gateway_addresses": [system.gateways[1 - number]]})
+        gateway = await system.gateway(name, {**keys, "gateway_addresses": [system.gateways[1 - number]]})
+        # everybody takes the first one that answers
+        await system.said(gateway, "addresses")
     await system.data("data", job.dataset)
     nodes = [await system.worker("server", **SERVER_ONLY)]
     for number in range(3):

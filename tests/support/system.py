@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import trio
 from safetensors.torch import load_file
@@ -33,6 +33,7 @@ from hypha.config.environment import process_environment
 from hypha.data import PrepareOptions, prepare
 from hypha.executor.replay import largest_difference, replay
 from hypha.messages import LedgerFile
+from hypha.scheduler import read_ledger
 
 ROOT = Path(__file__).parent.parent.parent
 #: a ``[scheduler.job.model]`` that executors build without transformers
@@ -47,19 +48,28 @@ class System(Network):
         allow = {"entrypoints": [PLAIN["entrypoint"]], **keys.pop("allow", {})}
         return await super().worker(name, allow=allow, **keys)
 
-    def ledger(self, job: str) -> tuple[Path, LedgerFile]:
-        """The finished job's ledger."""
-        path = self.root / "state" / job / "ledger.json"
-        return path, msgspec.json.decode(path.read_bytes(), type=LedgerFile)
+    async def stop_job(self, scheduler: Child) -> None:
+        """SIGTERM: what was applied is in a checkpoint, and the job could go on from there."""
+        scheduler.process.terminate()
+        assert await self.ended(scheduler) == 128 + signal.SIGTERM, scheduler.tail()
 
-    async def replay(self, job: str, dataset: Path, model: Path | None) -> float:
-        """max |delta theta| between a one-process replay of the ledger and the exported model; ``model`` are
-        the files of an untrained one.
+    def ledger(self, job: str) -> tuple[Path, LedgerFile]:
+        """The ledger of a job that has finished or was stopped."""
+        path = self.root / "state" / job / "ledger.json"
+        return path, read_ledger(path if path.exists() else path.with_name("job.db"))
+
+    async def replay(self, job: str, dataset: Path, model: Path | None, output: str = "model") -> float:
+        """max |delta theta| between a one-process replay of the ledger and the model in ``<root>/<output>``,
+        or, of a job that was stopped, its last checkpoint; ``model`` are the files of an untrained one.
         """
+        path, ledger = self.ledger(job)
+        result = self.root / output / "model.safetensors"
+        if not path.exists():
+            rounds = sum(not entry.discarded for entry in ledger.rounds)
+            result = path.with_name("checkpoints") / f"round-{rounds}" / "theta.safetensors"
 
         def difference() -> float:
-            again = replay(self.ledger(job)[0], dataset, model)
-            return largest_difference(again.theta, load_file(self.root / "model" / "model.safetensors"))
+            return largest_difference(replay(ledger, dataset, model).theta, load_file(result))
 
         return await trio.to_thread.run_sync(difference)
 
