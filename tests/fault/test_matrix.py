@@ -38,11 +38,11 @@ RECOVERY_S = 90.0
 PACE_S = 0.03
 #: enough for four recoveries, which a new life makes short
 ROUNDS: dict[Role, int] = {
-    "worker": 24,
+    "worker": 26,
     "parameter-server": 12,
     "scheduler": 12,
-    "data": 16,
-    "gateway": 18,
+    "data": 18,
+    "gateway": 20,
 }
 #: whose loss is none for the training: nobody begins anew
 _REPLACEABLE = ("worker", "data", "gateway")
