@@ -214,7 +214,7 @@ def test_leftovers_of_a_dead_run_are_removed_and_those_of_a_live_one_are_not(tmp
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from hypha.data import PrepareOptions, prepare
 from hypha.data import pipeline
@@ -228,6 +228,8 @@ def slow(self):
         time.sleep(60)
 
 pipeline.SliceWriter._cut = slow
+# whoever runs the tests in the background may have had it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 directory = Path(sys.argv[1])
 prepare(PrepareOptions(
     sources=(directory / "in" / "pixel_values.npy", directory / "in" / "labels.npy"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import httpx
 import trio
 
 from hypha.cli.chaos.book import Book
 from hypha.cli.chaos.faults import Fault, again, candidates, recover, strike
-from hypha.cli.chaos.network import Network, NetworkFailed, base
+from hypha.cli.chaos.network import NO_ANSWER, Network, NetworkFailed, base
 from hypha.cli.chaos.report import Ended, Struck
 from hypha.cli.chaos.schedule import RESTART_S, Planned
 from hypha.cli.demo.children import Child
@@ -97,7 +96,7 @@ class Striker:
         if one.role not in ("scheduler", "data", "gateway"):
             try:
                 self._seen = await self.network.status(scheduler)
-            except httpx.HTTPError as exc:
+            except NO_ANSWER as exc:
                 raise NetworkFailed(f"the scheduler does not answer: {exc}") from exc
         found = candidates(self.network, scheduler, one.role, self._seen)
         node = found[int(one.pick * len(found))]
