@@ -1,6 +1,8 @@
 # Everything sets up .venv by itself; only Python 3.11, git and make are needed.
 PYTHON ?= python3.11
 ARGS ?=
+# tests at once: they mostly wait for real clocks
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -19,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/hypha demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -20,7 +20,7 @@ from blake3 import blake3
 from tests.fault.conftest import SERVER_ONLY, Job
 from tests.support.faults import Fault, check_ledger, counted, durations, fail_at, recover
 from tests.support.namespaces import Star, open_lab
-from tests.support.system import System, leftovers, open_system, paced
+from tests.support.system import SMALL, System, leftovers, open_system, paced
 
 from hypha.cli.chaos.faults import How, Phase, Role
 from hypha.cli.demo.children import Child
@@ -73,7 +73,7 @@ async def _network(system: System, job: Job) -> None:
 async def _scheduler(system: System, job: Job, how: How, rounds: int) -> Child:
     """The scheduler of a job that is called ``how``, and so is the model."""
     made = job(WORKERS, rounds, samples=1440, min_workers=1)
-    made |= {"name": how, "output": str(system.root / how)}
+    made |= {"name": how, "output": str(system.root / how), "model": SMALL}
     made["rounds"] |= {"deadline_s": 4.0, "grace_s": 1.0}
     return await system.scheduler(made, name=f"scheduler-{how}")
 

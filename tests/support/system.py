@@ -38,14 +38,16 @@ from hypha.scheduler import read_ledger
 ROOT = Path(__file__).parent.parent.parent
 #: a ``[scheduler.job.model]`` that executors build without transformers
 PLAIN: dict[str, Any] = {"type": "torch", "entrypoint": "tests.support.plain:Digits"}
+#: the same for jobs of :func:`paced` executors: a tenth of the work a step, also of their replays
+SMALL: dict[str, Any] = {"type": "torch", "entrypoint": "tests.support.plain:Small"}
 
 
 class System(Network):
     """Starts nodes in ``root``, as any :class:`~hypha.cli.chaos.network.Network`; reads what a job left."""
 
     async def worker(self, name: str, **keys: Any) -> Child:
-        """As any network's, and the model ``PLAIN`` is allowed."""
-        allow = {"entrypoints": [PLAIN["entrypoint"]], **keys.pop("allow", {})}
+        """As any network's, and the models ``PLAIN`` and ``SMALL`` are allowed."""
+        allow = {"entrypoints": [PLAIN["entrypoint"], SMALL["entrypoint"]], **keys.pop("allow", {})}
         return await super().worker(name, allow=allow, **keys)
 
     async def stop_job(self, scheduler: Child) -> None:
