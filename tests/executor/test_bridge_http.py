@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -35,8 +36,8 @@ class Server:
                 return
             self.connections += 1
             with sock:
-                while self.replies and (data := sock.recv(65536)):
-                    self.requests.append(data)
+                while self.replies and (request := _request(sock)):
+                    self.requests.append(request)
                     reply = self.replies.pop(0)
                     if reply is None:
                         break
@@ -44,6 +45,20 @@ class Server:
 
     def close(self) -> None:
         self._listener.close()
+
+
+def _request(sock: socket.socket) -> bytes:
+    """All of the next one, whose head and body may come one after the other; nothing at the end."""
+    data = b""
+    while True:
+        head, blank, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        if blank and len(body) >= int(length[1] if length else 0):
+            return data
+        more = sock.recv(65536)
+        if not more:
+            return data
+        data += more
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from hypha.errors import ConfigError, DatasetNotFound, PeerUnreachable
 from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, ReleaseLease
 from hypha.net import Node, open_node, options_from
 from hypha.net.addresses import host_and_port
+from hypha.net.shared_port import SharedPortTcp
 
 
 def ref_of(node: Node) -> PeerRef:
@@ -226,6 +227,21 @@ async def test_a_cancelled_node_closes_too_while_it_dials(network: Network, tmp_
                         nursery.start_soon(one.request, ref_of(two), Health())
                     await trio.sleep_forever()
         await until(lambda: not two.connections())
+
+
+@pytest.mark.loopback
+async def test_who_asks_a_closing_node_where_it_listens_hears_of_open_sockets_only() -> None:
+    """A peer that identified it at that moment ended it with a bad file descriptor."""
+
+    async def nobody(stream: object) -> None: ...
+
+    listener = SharedPortTcp(1, 1).create_listener(nobody)
+    opened = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    listener.listeners.extend(opened)
+    [address] = listener.get_addrs()
+    assert str(address).startswith("/ip4/127.0.0.1/tcp/")
+    await opened[0].aclose()
+    assert listener.get_addrs() == ()
 
 
 @pytest.mark.loopback

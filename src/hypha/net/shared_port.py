@@ -19,6 +19,7 @@ from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP, TCPListener
+from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
 from hypha.net.addresses import host_and_port, parse
@@ -81,6 +82,11 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
                 await self._spawn_background_task()
             await self._nursery.start(trio.serve_listeners, handle, opened)
             self.listeners.extend(opened)
+
+    def get_addrs(self) -> tuple[Multiaddr, ...]:
+        """Of the sockets that are open: a peer may still ask while the node is being closed."""
+        sockets = [listener.socket for listener in self.listeners]
+        return tuple(multiaddr_from_socket(sock) for sock in sockets if sock.fileno() >= 0)
 
 
 class SharedPortTcp(TCP):  # type: ignore[misc]
