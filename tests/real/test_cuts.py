@@ -115,7 +115,7 @@ async def test_a_worker_is_cut_off_in_every_way_and_comes_back(
     for name in ("near-1", "near-2"):
         await system.worker(name, executors=[PACED], **place.public(name))
     far = await system.worker("far", executors=[PACED], **place.inside("far"))
-    job = digits_job(None, 3, ENDLESS, model=SMALL)
+    job = digits_job(None, 3, ENDLESS) | {"model": SMALL}
     # rounds that go on without it take as long as the grace
     job["rounds"] |= {"quorum": 0.6, "grace_s": 2.0, "deadline_s": 10.0}
     job["resources"] |= {"min_workers": 2}
@@ -175,7 +175,7 @@ async def test_all_gateways_die_and_a_relayed_worker_comes_back_through_the_one_
     await system.worker("server", executors=[AGGREGATE], **place.public("server"))
     await system.worker("near", executors=[PACED], **place.public("near"))
     far = await system.worker("far", executors=[PACED], **place.inside("far"))
-    job = digits_job(None, 2, ENDLESS, model=SMALL)
+    job = digits_job(None, 2, ENDLESS) | {"model": SMALL}
     job["rounds"] |= {"quorum": 0.5, "grace_s": 2.0, "deadline_s": 10.0}
     job["resources"] |= {"min_workers": 1}
     scheduler = await system.scheduler(job, **place.public("scheduler"))
