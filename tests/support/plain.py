@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class Digits(nn.Module):
+class _Classifier(nn.Module):
+    layers: nn.Sequential
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.layers(pixel_values)
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Digits(_Classifier):
     """Convolutions with batch norm, so that there are buffers; 0.3 MB."""
 
     def __init__(self) -> None:
@@ -21,12 +29,8 @@ class Digits(nn.Module):
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)),
         )
 
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.layers(pixel_values)
-        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
-
-class Small(nn.Module):
+class Small(_Classifier):
     """One hidden layer, with batch norm too: for jobs whose steps are paced anyway, and for their replays."""
 
     def __init__(self) -> None:
@@ -34,10 +38,6 @@ class Small(nn.Module):
         self.layers = nn.Sequential(
             *(nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
         )
-
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.layers(pixel_values)
-        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def _convolution(channels: int, width: int, stride: int) -> tuple[nn.Module, ...]:

@@ -105,7 +105,7 @@ async def test_a_job_goes_on_from_the_last_good_checkpoint_in_a_bucket(
         assert await system.ended(again) == 0, again.tail()
         out = tmp_path / "model"
         out.mkdir()
-        for file in ("model.safetensors", "hypha.json"):
+        for file in ("model.safetensors", "config.json", "hypha.json"):
             (out / file).write_bytes(s3.get_object(Bucket=name, Key=f"digits/{file}")["Body"].read())
         s3.close()
 

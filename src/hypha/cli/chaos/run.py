@@ -191,7 +191,9 @@ async def _start(place: files.Place, network: Network, workers: int, small_disks
     planned = {name: network.plan_gateway(name) for name in ("gateway-1", "gateway-2")}
     for number, (name, keys) in enumerate(planned.items()):
         others = [address for at, address in enumerate(network.gateways) if at != number]
-        await network.gateway(name, {**keys, "gateway_addresses": others})
+        gateway = await network.gateway(name, {**keys, "gateway_addresses": others})
+        # one that cannot listen is told now, with the end of its log
+        await network.said(gateway, "addresses")
     for name in ("data-1", "data-2"):
         copy = place[f"dataset-{name}"]
         await trio.to_thread.run_sync(shutil.copytree, place["dataset"], copy)
