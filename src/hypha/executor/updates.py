@@ -38,7 +38,7 @@ _CONTRIBUTION = "contribution"
 
 @dataclass(frozen=True)
 class Written:
-    """What is in an update file: its L2 norm, and the file's BLAKE3 in hex."""
+    """What is in an update file: its L2 norm, and the file's XXH3 in hex."""
 
     norm: float
     xxh3: str
