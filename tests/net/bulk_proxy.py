@@ -41,6 +41,8 @@ class BulkProxy:
     trouble: Trouble | None = None
     #: bytes passed on from bulk diallers, connection by connection
     passed: list[int] = field(default_factory=list)
+    #: takes what bulk diallers say, as it is seen on the way
+    recorded: bytearray | None = None
 
     @property
     def address(self) -> str:
@@ -90,6 +92,8 @@ class BulkProxy:
                 await far.send_all(data)
                 if index >= 0:
                     self.passed[index] += len(data)
+                    if self.recorded is not None:
+                        self.recorded += data
                 data = await near.receive_some(65536)
         connection.cancel()
 

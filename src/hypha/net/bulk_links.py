@@ -13,7 +13,7 @@ import trio
 
 from hypha.messages import TransferMeta
 from hypha.net.bulk_files import PartFile, SourceFile
-from hypha.net.bulk_wire import WORKING_INTERVAL_S, Frame, LinkBroken, Verdict, Working
+from hypha.net.bulk_wire import WORKING_INTERVAL_S, Frame, Go, LinkBroken, Verdict, Working
 
 T = TypeVar("T")
 
@@ -52,8 +52,12 @@ class Link(ABC):
         """The next frame. LinkBroken, also when nothing comes within the stall time-out."""
 
     @abstractmethod
-    async def deliver(self, source: SourceFile, meta: TransferMeta, offset: int) -> Verdict:
-        """Send the file from ``offset`` on; the receiver's verdict. LinkBroken, FileChanged."""
+    async def deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
+        """Send the file as ``go`` wants it; the receiver's verdict. LinkBroken, FileChanged."""
+
+    @abstractmethod
+    def go(self, offset: int) -> Go:
+        """What to say when the file is wanted from ``offset`` on, before ``collect``."""
 
     @abstractmethod
     async def collect(self, part: PartFile, meta: TransferMeta) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ from hypha.errors import IdentityError, NetworkError
 from hypha.net.bulk_links import Link, Tally
 from hypha.net.bulk_sockets import SocketLink, in_thread
 from hypha.net.bulk_streams import StreamLink
-from hypha.net.bulk_tls import TlsSocket
 from hypha.net.bulk_wire import (
     BULK_ALPN,
     BULK_PROTOCOL,
@@ -144,14 +144,15 @@ class Meeting:
         """Take over an accepted blocking connection (a thread's main function); returns soon: at the
         latest after the handshake time-outs, at once after :meth:`close`. Never raises.
         """
-        tls: TlsSocket | None = None
+        tls: ssl.SSLSocket | None = None
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             resend_soon(sock)
             context = self._links.identity.server_context(BULK_ALPN)
-            tls = TlsSocket(context, sock, server_side=True)
-            with self._tracked(tls.raw) as loop:
-                tls.handshake(HANDSHAKE_TIMEOUT_S)
+            sock.settimeout(HANDSHAKE_TIMEOUT_S)
+            tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            with self._tracked(tls) as loop:
+                tls.do_handshake()
                 peer = self._prove(tls)
                 token = _read_hello(tls)
                 link = SocketLink(tls, peer, self._tally, self._limiter)
@@ -220,10 +221,16 @@ class Meeting:
         sock = socket.socket(fileno=stream.socket.detach())
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         resend_soon(sock)
-        tls = TlsSocket(self._links.identity.client_context(BULK_ALPN), sock, server_side=False)
+        sock.settimeout(HANDSHAKE_TIMEOUT_S)
+        context = self._links.identity.client_context(BULK_ALPN)
+        try:
+            tls = context.wrap_socket(sock, do_handshake_on_connect=False)
+        except BaseException:
+            sock.close()
+            raise
 
         def greet() -> None:
-            tls.handshake(HANDSHAKE_TIMEOUT_S)
+            tls.do_handshake()
             found = self._prove(tls)
             if found != peer:
                 raise LinkBroken(f"another node, {found}, answers there")
@@ -231,7 +238,7 @@ class Meeting:
 
         done = False
         try:
-            await in_thread(tls.raw, greet, self._limiter)
+            await in_thread(tls, greet, self._limiter)
             done = True
         finally:
             if not done:
@@ -276,16 +283,16 @@ class Meeting:
             with self._lock:
                 self._open_sockets.discard(sock)
 
-    def _prove(self, tls: TlsSocket) -> str:
+    def _prove(self, tls: ssl.SSLSocket) -> str:
         """The PeerID behind a finished handshake; IdentityError when it is not (any more) trusted."""
-        certificate = tls.tls.getpeercert(binary_form=True)
+        certificate = tls.getpeercert(binary_form=True)
         if certificate is None:
             raise LinkBroken("the peer showed no certificate")
-        self._links.identity.check(certificate, presented_chain(tls.tls))
+        self._links.identity.check(certificate, presented_chain(tls))
         return peer_id_of(certificate)
 
 
-def _read_hello(tls: TlsSocket) -> str:
+def _read_hello(tls: ssl.SSLSocket) -> str:
     def read(count: int) -> bytes:
         data = b""
         while len(data) < count:

@@ -22,7 +22,7 @@ from hypha.net.bulk_inbound import Acceptor, Arrived, Gate, Inbound
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
-from hypha.net.bulk_wire import BulkLinks, Go, LinkBroken, Verdict
+from hypha.net.bulk_wire import BulkLinks, LinkBroken, Verdict
 
 logger = logging.getLogger("hypha.net")
 
@@ -325,7 +325,7 @@ class Receiving:
 
         try:
             offset = await link.while_working(open_part)
-            await link.say(Go(offset))
+            await link.say(link.go(offset))
             await link.collect(part, meta)
             inbound.settling = True
             await link.while_working(lambda: trio.to_thread.run_sync(part.finish, limiter=self._limiter))

@@ -153,7 +153,7 @@ class Sending:
                         raise LinkBroken(f"the peer wants to start at byte {before} of {meta.size}")
                     attempt.offset = before
                     attempt.link = link
-                    verdict = await link.deliver(source, meta, before)
+                    verdict = await link.deliver(source, meta, go)
                 finally:
                     await link.close()
             if verdict.outcome == "ok":

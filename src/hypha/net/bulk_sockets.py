@@ -1,6 +1,7 @@
 """A direct connection of the bulk plane: a blocking TLS socket, used from one thread at a time.
 
-That is two to three times as fast as going through the event loop, which stays free to renew leases.
+That is two to three times as fast as going through the event loop, which stays free to renew leases. Words
+go through TLS, a file's bytes beside it, sealed (:mod:`hypha.net.bulk_seal`).
 Cancelling a call shuts the socket down, which ends the thread at once; the call returns when it ended.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import ssl
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,7 +20,7 @@ import trio
 from hypha.messages import TransferMeta
 from hypha.net.bulk_files import PartFile, SourceFile
 from hypha.net.bulk_links import Link, Tally
-from hypha.net.bulk_tls import TlsSocket
+from hypha.net.bulk_seal import TAG_BYTES, Opener, Sealer, new_key
 from hypha.net.bulk_wire import (
     BLOCK_BYTES,
     LENGTH_BYTES,
@@ -28,6 +30,7 @@ from hypha.net.bulk_wire import (
     BlockPacker,
     BlockUnpacker,
     Frame,
+    Go,
     LinkBroken,
     Verdict,
     Working,
@@ -38,6 +41,11 @@ from hypha.net.bulk_wire import (
 
 T = TypeVar("T")
 
+#: Sealed at a time, from small blocks to those that stay in the second-level cache: a block that is cut is
+#: lost, and a connection that never lasts long is to bring something each time. What is compressed goes in
+#: blocks of its own size.
+_FIRST_SEALED_BYTES = 16 << 10
+_SEALED_BYTES = 256 << 10
 #: A receiver that gives up reads on for this long, so that its verdict is not lost in a reset.
 _DRAIN_S = 3.0
 
@@ -45,11 +53,12 @@ _DRAIN_S = 3.0
 class SocketLink(Link):
     """Over a blocking TLS socket."""
 
-    def __init__(self, sock: TlsSocket, peer: str, tally: Tally, limiter: trio.CapacityLimiter) -> None:
+    def __init__(self, sock: ssl.SSLSocket, peer: str, tally: Tally, limiter: trio.CapacityLimiter) -> None:
         super().__init__(peer, tally)
         self._sock = sock
         self._limiter = limiter
-        sock.raw.settimeout(STALL_TIMEOUT_S)
+        self._key = b""
+        sock.settimeout(STALL_TIMEOUT_S)
 
     async def say(self, frame: Frame) -> None:
         await self._in_thread(lambda: self._sock.sendall(encode_frame(frame)))
@@ -57,8 +66,12 @@ class SocketLink(Link):
     async def hear(self) -> Frame:
         return await self._in_thread(self._read_frame)
 
-    async def deliver(self, source: SourceFile, meta: TransferMeta, offset: int) -> Verdict:
-        return await self._in_thread(lambda: self._deliver(source, meta, offset))
+    async def deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
+        return await self._in_thread(lambda: self._deliver(source, meta, go))
+
+    def go(self, offset: int) -> Go:
+        self._key = new_key()
+        return Go(offset, self._key)
 
     async def collect(self, part: PartFile, meta: TransferMeta) -> None:
         await self._in_thread(lambda: self._collect(part, meta))
@@ -80,43 +93,53 @@ class SocketLink(Link):
         """Say why, if that goes at once, and end it; from the event loop."""
         with contextlib.suppress(OSError):
             # a frame fits into an empty send buffer, so this does not block
-            self._sock.raw.settimeout(0.0)
+            self._sock.settimeout(0.0)
             self._sock.sendall(encode_frame(verdict))
         self.close_now()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await in_thread(self._sock.raw, work, self._limiter)
+        return await in_thread(self._sock, work, self._limiter)
 
-    def _read_exactly(self, view: memoryview) -> None:
+    def _read_exactly(self, read: Callable[[memoryview], int], view: memoryview) -> None:
         while view:
-            count = self._sock.recv_into(view)
+            count = read(view)
             if not count:
                 raise LinkBroken("the peer closed the connection")
             self.heard += count
             view = view[count:]
 
-    def _read_block(self, limit: int) -> bytes:
-        head = bytearray(LENGTH_BYTES)
-        self._read_exactly(memoryview(head))
-        payload = bytearray(decode_length(bytes(head), limit))
-        self._read_exactly(memoryview(payload))
-        return bytes(payload)
-
     def _read_frame(self) -> Frame:
-        return decode_frame(self._read_block(MAX_FRAME_BYTES))
+        head = bytearray(LENGTH_BYTES)
+        self._read_exactly(self._sock.recv_into, memoryview(head))
+        payload = bytearray(decode_length(bytes(head), MAX_FRAME_BYTES))
+        self._read_exactly(self._sock.recv_into, memoryview(payload))
+        return decode_frame(bytes(payload))
 
-    def _deliver(self, source: SourceFile, meta: TransferMeta, offset: int) -> Verdict:
+    # --- beside TLS ---------------------------------------------------------------------------------
+
+    def _read_raw(self, view: memoryview) -> int:
+        return socket.socket.recv_into(self._sock, view)
+
+    def _write_raw(self, view: memoryview) -> None:
+        while view:
+            # not sendall, for all of which the time-out would count
+            view = view[socket.socket.send(self._sock, view) :]
+
+    def _deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         packer = BlockPacker() if meta.encoding == "zstd" else None
-        buffer = memoryview(bytearray(BLOCK_BYTES))
-        source.seek(offset)
-        left = meta.size - offset
+        sealer = Sealer(go.key)
+        count = BLOCK_BYTES if packer is not None else _FIRST_SEALED_BYTES
+        buffer = memoryview(bytearray(max(count, _SEALED_BYTES)))
+        source.seek(go.offset)
+        left = meta.size - go.offset
         # an early word from the receiver is a refusal: stop and listen
-        while left and not self._sock.waiting() and not poll.poll(0):
-            block = buffer[: source.read_into(buffer[: min(left, BLOCK_BYTES)])]
-            self._sock.sendall(packer.pack(block) if packer is not None else block)
+        while left and not self._sock.pending() and not poll.poll(0):
+            block = buffer[: source.read_into(buffer[: min(left, count)])]
+            self._write_raw(sealer.seal(packer.pack(block) if packer is not None else block))
             left -= len(block)
+            count = min(2 * count, len(buffer))
             self._count_sent(len(block))
         while True:
             frame = self._read_frame()
@@ -126,31 +149,21 @@ class SocketLink(Link):
                 raise LinkBroken(f"the peer said {type(frame).__name__} where its verdict was due")
 
     def _collect(self, part: PartFile, meta: TransferMeta) -> None:
-        if meta.encoding == "zstd":
-            unpacker = BlockUnpacker()
-            while part.received < meta.size:
-                plain = unpacker.unpack(self._read_block(MAX_BLOCK_BYTES))
-                if len(plain) > meta.size - part.received:
-                    raise LinkBroken("the peer sent more than it promised")
-                part.write(plain)
-                self._tally.add(received=len(plain))
-            return
-        buffer = memoryview(bytearray(BLOCK_BYTES))
+        unpacker = BlockUnpacker() if meta.encoding == "zstd" else None
+        opener = Opener(self._key)
+        head = bytearray(LENGTH_BYTES)
+        buffer = memoryview(bytearray(MAX_BLOCK_BYTES + TAG_BYTES))
         while left := meta.size - part.received:
-            # one call gives one TLS record (16 KiB): gather many before touching disk and hash
-            target = buffer[: min(left, BLOCK_BYTES)]
-            filled = 0
-            try:
-                while filled < len(target):
-                    count = self._sock.recv_into(target[filled:])
-                    if not count:
-                        raise LinkBroken("the peer closed the connection")
-                    filled += count
-                    self.heard += count
-            finally:
-                # also what came before a cut is worth keeping
-                part.write(target[:filled])
-                self._tally.add(received=filled)
+            self._read_exactly(self._read_raw, memoryview(head))
+            sealed = buffer[: decode_length(bytes(head), MAX_BLOCK_BYTES) + TAG_BYTES]
+            self._read_exactly(self._read_raw, sealed)
+            block: memoryview | bytes = opener.open(sealed)
+            if unpacker is not None:
+                block = unpacker.unpack(block)
+            if len(block) > left:
+                raise LinkBroken("the peer sent more than it promised")
+            part.write(block)
+            self._tally.add(received=len(block))
 
     def _drain(self) -> None:
         buffer = bytearray(BLOCK_BYTES)
@@ -170,7 +183,8 @@ async def in_thread(sock: socket.socket, work: Callable[[], T], limiter: trio.Ca
         finally:
             if not finished:
                 with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                    # not that of TLS, whose state is the thread's
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(shut_down_when_cancelled)

@@ -25,12 +25,14 @@ from hypha.net.bulk_wire import (
     BlockPacker,
     BlockUnpacker,
     Frame,
+    Go,
     LinkBroken,
     Verdict,
     Working,
     decode_frame,
     decode_length,
     encode_frame,
+    encode_length,
 )
 from hypha.net.streams import STREAM_ERRORS, discard
 
@@ -60,8 +62,11 @@ class StreamLink(Link):
     async def hear(self) -> Frame:
         return decode_frame(await self._read_block(MAX_FRAME_BYTES))
 
-    async def deliver(self, source: SourceFile, meta: TransferMeta, offset: int) -> Verdict:
-        await self._call(source.seek, offset)
+    def go(self, offset: int) -> Go:
+        return Go(offset)
+
+    async def deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
+        await self._call(source.seek, go.offset)
         heard: outcome.Outcome[Verdict] | None = None
         writing = trio.CancelScope()
         written = trio.Event()
@@ -76,7 +81,7 @@ class StreamLink(Link):
             nursery.start_soon(listen)
             sent: outcome.Outcome[None] = outcome.Value(None)
             with writing:
-                sent = await outcome.acapture(self._send_blocks, source, meta, offset)
+                sent = await outcome.acapture(self._send_blocks, source, meta, go.offset)
             written.set()
             if isinstance(sent, outcome.Error) and not writing.cancel_called:
                 # it may have failed because the receiver gave up: what it said last may still arrive
@@ -107,7 +112,10 @@ class StreamLink(Link):
 
         def next_block() -> tuple[int, memoryview]:
             block = buffer[: source.read_into(buffer[: min(left, BLOCK_BYTES)])]
-            return len(block), memoryview(packer.pack(block)) if packer is not None else block
+            if packer is None:
+                return len(block), block
+            packed = packer.pack(block)
+            return len(block), memoryview(encode_length(len(packed)) + packed)
 
         while left:
             count, data = await self._call(next_block)

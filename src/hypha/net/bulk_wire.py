@@ -3,8 +3,9 @@
 The dialler says :class:`Hello`, the receiver of the file :class:`Go` (preceded by any number of
 :class:`Working` while it is busy), the sender sends the bytes from that offset on, and the receiver ends
 with a :class:`Verdict`, at any time. A frame is its length (4 bytes, big-endian) and a MessagePack
-struct. With the encoding ``none`` the file's bytes follow ``Go`` as they are; with ``zstd`` in blocks of
-at most ``BLOCK_BYTES`` plain bytes, each compressed on its own behind its length.
+struct. On a stream the file's bytes follow ``Go`` as they are, with the encoding ``zstd`` in blocks of
+at most ``BLOCK_BYTES`` plain bytes, each compressed on its own behind its length. On a socket they follow
+in blocks that :mod:`hypha.net.bulk_seal` seals, each perhaps compressed before.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hypha.messages import WIRE_VERSION, PeerRef, Request, Response
 from hypha.pki.identity import Identity
 
 BULK_PROTOCOL = "/hypha/bulk/1"
-BULK_ALPN = "hypha-bulk/1"
+BULK_ALPN = "hypha-bulk/2"
 
 #: Read, written and compressed at a time.
 BLOCK_BYTES = 1 << 20
@@ -83,9 +84,10 @@ class Hello(Struct, frozen=True, tag="hello"):
 
 
 class Go(Struct, frozen=True, tag="go"):
-    """The receiver wants the bytes from ``offset`` on."""
+    """The receiver wants the bytes from ``offset`` on, on a socket sealed with ``key``."""
 
     offset: int
+    key: bytes = b""
 
 
 class Working(Struct, frozen=True, tag="working"):
@@ -115,7 +117,7 @@ class LinkBroken(Exception):
 def encode_frame(frame: Frame) -> bytes:
     """Length and struct."""
     payload = msgspec.msgpack.encode(frame)
-    return _LENGTH.pack(len(payload)) + payload
+    return encode_length(len(payload)) + payload
 
 
 def decode_frame(payload: bytes) -> Frame:
@@ -124,6 +126,11 @@ def decode_frame(payload: bytes) -> Frame:
         return _decoder.decode(payload)
     except msgspec.MsgspecError as exc:
         raise LinkBroken(f"the peer sent nonsense: {exc}") from exc
+
+
+def encode_length(length: int) -> bytes:
+    """What goes before a frame or block."""
+    return _LENGTH.pack(length)
 
 
 def decode_length(head: bytes, limit: int) -> int:
@@ -141,9 +148,8 @@ class BlockPacker:
         self._compressor = zstandard.ZstdCompressor(level=3)
 
     def pack(self, block: memoryview) -> bytes:
-        """A block as it goes on the wire."""
-        data = self._compressor.compress(block)
-        return _LENGTH.pack(len(data)) + data
+        """The block, compressed."""
+        return self._compressor.compress(block)
 
 
 class BlockUnpacker:
@@ -152,7 +158,7 @@ class BlockUnpacker:
     def __init__(self) -> None:
         self._decompressor = zstandard.ZstdDecompressor()
 
-    def unpack(self, data: bytes) -> bytes:
+    def unpack(self, data: bytes | memoryview) -> bytes:
         """The plain bytes, at most BLOCK_BYTES; LinkBroken when there would be more, or none."""
         try:
             # what a frame promises is allocated before it is read: look at it first
