@@ -77,8 +77,11 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def inner_of(model: nn.Module, description: TrainJob, steps: int = 0) -> Inner:
+def inner_of(
+    model: nn.Module, description: TrainJob, steps: int = 0, scaler: torch.amp.GradScaler | None = None
+) -> Inner:
     accelerator = accelerator_for(description)
+    accelerator.scaler = scaler
     forward = Forward(model, description.model)
     return Inner(accelerator.prepare(model), forward, description, accelerator, steps)
 
@@ -104,6 +107,23 @@ def test_inner_steps_are_those_of_plain_adamw_with_its_scheduler() -> None:
     assert inner.steps == 6
     assert inner.learning_rate == pytest.approx(rates.get_last_lr()[0])
     torch.testing.assert_close(model.weight, plain.weight, atol=1e-7, rtol=1e-6)
+
+
+def test_a_gradient_scaler_as_fp16_has_it_changes_no_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    scaled = copy.deepcopy(model)
+    description = job(gradient_accumulation=2)
+    scaler = torch.amp.GradScaler("cpu")
+    ones = inner_of(model, description), inner_of(scaled, description, scaler=scaler)
+    for batch in batches(6):
+        for inner in ones:
+            inner.batch(batch)
+    # the scale is a power of two, so nothing is rounded otherwise
+    assert torch.equal(model.weight, scaled.weight)
+    assert scaler.get_scale() == 65536.0
+    # it was used: it counts the steps that it let pass
+    assert scaler.state_dict()["_growth_tracker"] == 3
 
 
 def test_accumulation_is_one_step_on_all_rows_and_so_is_what_is_left_over() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import blake3
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from hypha.errors import ModelError
@@ -78,17 +78,21 @@ class Inner:
         self._parameters = [value for value in model.parameters() if value.requires_grad]
         if not self._parameters:
             raise ModelError("the model has no parameter that is trained")
-        self._optimizer = accelerator.prepare(
-            torch.optim.AdamW(
-                self._parameters,
-                lr=options.learning_rate,
-                betas=options.betas,
-                eps=options.epsilon,
-                weight_decay=options.weight_decay,
-            )
+        adamw = torch.optim.AdamW(
+            self._parameters,
+            lr=options.learning_rate,
+            betas=options.betas,
+            eps=options.epsilon,
+            weight_decay=options.weight_decay,
         )
+        self._optimizer = accelerator.prepare(adamw)
         # it would be kept for good, state and all, though a worker that starts over has a fresh one
         accelerator._optimizers.remove(self._optimizer)
+        #: Nothing is left for accelerate to do in a step: its own looks twice through the disk for a package
+        #: that few have, which takes as long as a step of a small model.
+        self._bare = accelerator.scaler is None and accelerator.distributed_type is DistributedType.NO
+        if self._bare:
+            self._optimizer = adamw
 
     @property
     def learning_rate(self) -> float:
@@ -110,7 +114,11 @@ class Inner:
                 "rounds.batch_size to 2 or more (by default a batch has as many rows as the worker offers "
                 "of what resources.worker asks for one)"
             ) from exc
-        self._accelerator.backward(loss / self._job.gradient_accumulation)
+        scaled = loss if self._job.gradient_accumulation == 1 else loss / self._job.gradient_accumulation
+        if self._bare:
+            torch.autograd.backward(scaled)
+        else:
+            self._accelerator.backward(scaled)
         self._waiting += 1
         if self._waiting == self._job.gradient_accumulation:
             self._step()

@@ -347,7 +347,8 @@ class Trainer:
     def _train(self, columns: dict[str, torch.Tensor]) -> None:
         started = time.perf_counter()
         loss = self._inner.batch(columns)
-        time.sleep(max(0.0, started + self._step_s - time.perf_counter()))
+        if self._step_s:
+            time.sleep(max(0.0, started + self._step_s - time.perf_counter()))
         self._losses.add(loss)
         self._batches += 1
         self._samples += len(next(iter(columns.values())))
