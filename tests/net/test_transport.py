@@ -27,6 +27,7 @@ from hypha.errors import PeerUnreachable, Refused
 from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, RenewLease
 from hypha.net import Node, open_node
 from hypha.net.addresses import host_and_port
+from hypha.net.peers import Peers
 from hypha.net.shared_port import RESEND_WITHIN_MS, TCP_RTO_MAX_MS, resend_soon
 from hypha.pki.authority import revoke
 from hypha.pki.identity import IdentityFiles, load_identity
@@ -215,6 +216,27 @@ async def test_the_wrong_role_is_refused_and_none_is_any(network: Network) -> No
         assert await anything.request(ref_of(worker), RenewLease(lease_id="1")) == Acknowledged()
         assert worker.roles_of(other_worker.peer_id) == {"worker", "data"}
         assert worker.roles_of(anything.peer_id) == frozenset()
+
+
+async def test_roles_are_known_as_soon_as_somebody_counts_as_connected(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = trio.Event()
+    connected = Peers.connected
+
+    async def late(peers: Peers, swarm: object, connection: object) -> None:
+        await told.wait()
+        await connected(peers, swarm, connection)
+
+    async with pair(network) as (one, two):
+        monkeypatch.setattr(Peers, "connected", late)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.connect, ref_of(two))
+            await until(lambda: one.is_connected(two.peer_id))
+            # returns at once, while the swarm has still to tell of the connection
+            await one.connect(ref_of(two))
+            assert one.roles_of(two.peer_id) == frozenset()
+            told.set()
 
 
 async def test_with_require_roles_a_certificate_without_one_is_refused(network: Network) -> None:

@@ -118,6 +118,9 @@ class Peers(INotifee):  # type: ignore[misc]
 
         PeerUnreachable for a peer that never was connected, rather than a guess.
         """
+        # the swarm has a connection for a moment before it says so
+        for connection in reversed(self._connections_of(peer)):
+            return secured(connection).roles
         try:
             return self._roles[peer]
         except KeyError:
