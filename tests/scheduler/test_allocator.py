@@ -332,6 +332,21 @@ def test_a_changed_gateway_hears_the_request_at_once_only_while_something_is_mis
     assert allocator.handle(GatewayChanged(), 2.7) == []
 
 
+def test_a_gateway_that_changes_right_after_a_request_is_told_when_its_answers_are_due() -> None:
+    allocator = wanting()
+    assert advertised(allocator.handle(GatewayChanged(), 0.1)) == []
+    assert allocator.next_wake == 0.5
+    assert advertised(allocator.handle(Tick(), 0.5)) == [1]
+    # whoever was heard meanwhile is enough
+    satisfied = wanting()
+    satisfied.handle(GatewayChanged(), 0.1)
+    give(satisfied, offer("W1"), at=0.2)
+    actions = satisfied.handle(Tick(), 0.5)
+    assert accepted(actions) == ["W1"]
+    assert advertised(actions) == []
+    assert satisfied.next_wake is None
+
+
 def test_wanting_the_same_again_is_not_said_again() -> None:
     allocator = wanting()
     assert allocator.handle(Want("train", 1), 0.1) == []

@@ -98,7 +98,9 @@ class Lost:
 
 @dataclass(frozen=True)
 class GatewayChanged:
-    """What was published may not have been heard: advertise again now what is still wanted."""
+    """What was published may not have been heard: advertise again what is still wanted, now, or once a
+    request of a moment ago has had its time.
+    """
 
 
 AllocatorEvent = Want | Offered | Gained | Adopted | Lost | GatewayChanged | Tick
@@ -265,17 +267,19 @@ class Allocator:
                         self._lose(search, lease_id, avoid, now)
             case GatewayChanged():
                 for search in self._searches.values():
-                    self._hurry(search, now)
+                    # a job's first request coincides with its node's reservation at the relay: all would
+                    # hear it twice while they are busy with the answer
+                    self._hurry(search, max(now, search.advertised_at + self._pace.offer_deadline_s))
             case Tick():
                 pass
         for search in self._searches.values():
             actions.extend(self._advance(search, now))
         return actions
 
-    def _hurry(self, search: _Search, now: float) -> None:
-        """Advertise now if anything is missing, with short pauses again."""
+    def _hurry(self, search: _Search, at: float) -> None:
+        """Advertise at ``at`` if anything is missing then, with short pauses again."""
         search.pause_s = 2 * self._pace.offer_deadline_s
-        search.advertise_at = now if search.missing else None
+        search.advertise_at = at if search.missing else None
 
     def _lose(self, search: _Search, lease_id: str, avoid: bool, now: float) -> None:
         worker = search.taken.pop(lease_id)
