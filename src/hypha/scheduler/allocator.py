@@ -98,8 +98,8 @@ class Lost:
 
 @dataclass(frozen=True)
 class GatewayChanged:
-    """What was published may not have been heard: advertise again what is still wanted, now, or once a
-    request of a moment ago has had its time.
+    """What was published may not have been heard: advertise again what is still wanted, now, or after the
+    usual pause where that is a moment ago.
     """
 
 
@@ -269,7 +269,7 @@ class Allocator:
                 for search in self._searches.values():
                     # a job's first request coincides with its node's reservation at the relay: all would
                     # hear it twice while they are busy with the answer
-                    self._hurry(search, max(now, search.advertised_at + self._pace.offer_deadline_s))
+                    self._hurry(search, max(now, search.advertised_at + 2 * self._pace.offer_deadline_s))
             case Tick():
                 pass
         for search in self._searches.values():
