@@ -12,7 +12,7 @@ def demo(
     workers: Annotated[
         int, typer.Option(help="Training workers; one also hosts the parameter server.", min=1)
     ] = 3,
-    rounds: Annotated[int, typer.Option(help="Update rounds.", min=1)] = 12,
+    rounds: Annotated[int, typer.Option(help="Update rounds.", min=1)] = 10,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the trained model goes.")] = Path(
         "demo/model"
     ),

@@ -147,7 +147,7 @@ def _job(job: Job) -> dict[str, Any]:
             "batch_size": job.batch_size,
         },
         "inner_optimizer": {"learning_rate": 2e-3},
-        # a job of a dozen rounds is over before 0.9 has paid off
+        # a job of ten rounds is over before 0.9 has paid off
         "outer_optimizer": {"learning_rate": 0.7, "momentum": 0.5},
         "resources": {"num_workers": job.workers, "worker": needs, "parameter_server": needs},
         "seed": job.seed,
