@@ -144,6 +144,8 @@ async def test_a_worker_is_cut_off_in_every_way_and_comes_back(
             await until(
                 lambda said=said, cut=cut: far.log.read_text().count(cut.noticed) > said, 60.0, far.tail
             )
+        else:
+            await a_round_of(3)
         noticed = trio.current_time()
         await system.reached(scheduler, lambda now, seen=seen: now.round >= seen.round + 3, timeout_s=60.0)
         part(lab, place, cut, False)

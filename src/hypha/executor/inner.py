@@ -85,14 +85,14 @@ class Inner:
             eps=options.epsilon,
             weight_decay=options.weight_decay,
         )
-        self._optimizer = accelerator.prepare(adamw)
-        # it would be kept for good, state and all, though a worker that starts over has a fresh one
-        accelerator._optimizers.remove(self._optimizer)
         #: Nothing is left for accelerate to do in a step: its own looks twice through the disk for a package
         #: that few have, which takes as long as a step of a small model.
         self._bare = accelerator.scaler is None and accelerator.distributed_type is DistributedType.NO
-        if self._bare:
-            self._optimizer = adamw
+        self._optimizer = adamw
+        if not self._bare:
+            self._optimizer = accelerator.prepare(adamw)
+            # it would be kept for good, state and all, though a worker that starts over has a fresh one
+            accelerator._optimizers.remove(self._optimizer)
 
     @property
     def learning_rate(self) -> float:
@@ -114,11 +114,11 @@ class Inner:
                 "rounds.batch_size to 2 or more (by default a batch has as many rows as the worker offers "
                 "of what resources.worker asks for one)"
             ) from exc
-        scaled = loss if self._job.gradient_accumulation == 1 else loss / self._job.gradient_accumulation
+        share = loss / self._job.gradient_accumulation
         if self._bare:
-            torch.autograd.backward(scaled)
+            torch.autograd.backward(share)
         else:
-            self._accelerator.backward(scaled)
+            self._accelerator.backward(share)
         self._waiting += 1
         if self._waiting == self._job.gradient_accumulation:
             self._step()
