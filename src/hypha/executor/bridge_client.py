@@ -8,12 +8,12 @@ newer one follows is skipped.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,6 +73,8 @@ class BridgeClient:
         self._events: deque[Event] = deque()
         self._lock = threading.Condition()
         self._reporting = False
+        #: on which no call is under way
+        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._start("status", self._report_events)
 
     def _start(self, name: str, target: Callable[[], None]) -> None:
@@ -104,8 +106,15 @@ class BridgeClient:
         return path.relative_to(self.directory).as_posix()
 
     def _call(self, method: str, path: str, body: msgspec.Struct | None = None) -> bytes:
-        with closing(Connection(self._socket)) as connection:
+        try:
+            connection = self._idle.get_nowait()
+        except queue.Empty:
+            connection = Connection(self._socket)
+        try:
             return _ask(connection, method, path, body)
+        finally:
+            # one that failed has closed itself, and connects again
+            self._idle.put(connection)
 
     # --- streams ------------------------------------------------------------------------------------
 

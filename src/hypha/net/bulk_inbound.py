@@ -45,6 +45,8 @@ class Inbound:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: the connection in use; cancelled when the sender offers anew, as it then has given that one up
     link_scope: trio.CancelScope | None = None
+    #: an offer over a connection that was kept, while it waits for its turn
+    offering: trio.CancelScope | None = None
     #: its connection was cut, and the sender has not offered again
     cut: bool = False
     #: waiting for a connection ends at its deadline
@@ -56,6 +58,11 @@ class Inbound:
     link: Link | None = None
     #: all bytes are here; it is being verified and taken, and must not be disturbed
     settling: bool = False
+
+    def come_another_way(self) -> None:
+        """Its sender offers it anew: what it offered over a kept connection before is void."""
+        if self.offering is not None:
+            self.offering.cancel()
 
     def heard(self) -> tuple[int, int]:
         """What changes while something comes: the connection, and the bytes that came over it."""

@@ -56,12 +56,10 @@ class Link(ABC):
         """Send the file as ``go`` wants it; the receiver's verdict. LinkBroken, FileChanged."""
 
     @abstractmethod
-    def go(self, offset: int) -> Go:
-        """What to say when the file is wanted from ``offset`` on, before ``collect``."""
-
-    @abstractmethod
     async def collect(self, part: PartFile, meta: TransferMeta) -> None:
-        """Receive the file into ``part``, which knows how much is there. LinkBroken, DiskFailed."""
+        """Say ``Go`` and receive the file into ``part``, which is open and knows how much is there.
+        LinkBroken, DiskFailed.
+        """
 
     @abstractmethod
     async def drain(self) -> None:

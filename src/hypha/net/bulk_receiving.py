@@ -19,6 +19,7 @@ from hypha.errors import Refused, TransferCorrupt, TransferFailed
 from hypha.messages import Acknowledged, BulkAnswer, BulkDial, BulkOffer, TransferMeta
 from hypha.net.bulk_files import DiskFailed, FileChanged, PartFile, WrongHash, copy_verified, free_bytes
 from hypha.net.bulk_inbound import Acceptor, Arrived, Gate, Inbound
+from hypha.net.bulk_kept import RECEIVER_KEEPS_S, KeptLinks, OfferedOver
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
@@ -66,6 +67,7 @@ class Receiving:
         self._inbound: dict[str, Inbound] = {}
         self._done: dict[tuple[str, str], int] = {}
         self._held = 0
+        self.kept = KeptLinks(RECEIVER_KEEPS_S, OfferedOver(links, self._agree).spoken)
         #: what the .part files of this process are parts of
         self._parts: dict[Path, str] = {}
         self.nursery: trio.Nursery | None = None
@@ -156,11 +158,18 @@ class Receiving:
     # --- requests -----------------------------------------------------------------------------------
 
     async def _offered(self, caller: str, offer: BulkOffer) -> BulkAnswer:
+        inbound = await self._agree(caller, offer)
+        if inbound is None:
+            return BulkAnswer(offset=offer.meta.size, addresses=(), done=True)
+        inbound.come_another_way()
+        return await self._answer(inbound)
+
+    async def _agree(self, caller: str, offer: BulkOffer) -> Inbound | None:
+        """The transfer that ``offer`` begins or goes on with; None when it is done already. Refused."""
         if not 16 <= len(offer.token) <= 64:
             raise Refused("malformed", "the token of an offer has 16 to 64 characters")
-        size = self._done.get((caller, offer.token))
-        if size is not None:
-            return BulkAnswer(offset=size, addresses=(), done=True)
+        if (caller, offer.token) in self._done:
+            return None
         inbound = self._inbound.get(offer.token)
         if inbound is None:
             acceptor, destination = await self._admit(caller, offer)
@@ -176,7 +185,7 @@ class Receiving:
         inbound.cut = False
         if inbound.waiting is not None:
             inbound.waiting.deadline = inbound.offered_at + CONNECT_S
-        return await self._answer(inbound)
+        return inbound
 
     async def _answer(self, inbound: Inbound) -> BulkAnswer:
         awaited = inbound.ended if inbound.settling else inbound.turn
@@ -275,9 +284,9 @@ class Receiving:
                 del self._inbound[inbound.token]
 
     async def _receive(self, inbound: Inbound) -> None:
-        over = False
+        verdict: Verdict | None = None
         patience_s = CONNECT_S
-        while not over:
+        while verdict is None:
             link = None
             with trio.move_on_after(patience_s) as inbound.waiting:
                 link = await inbound.expected.take()
@@ -287,20 +296,21 @@ class Receiving:
             offered_at = inbound.offered_at
             with trio.CancelScope() as inbound.link_scope:
                 try:
-                    over = await self._receive_over(link, inbound)
+                    verdict = await self._receive_over(link, inbound)
                 except LinkBroken as exc:
                     logger.info(
                         "Receiving %s was interrupted: %s.", inbound.meta.name, exc, extra=_fields(inbound)
                     )
                 finally:
-                    await link.close()
+                    if not (verdict is not None and verdict.outcome == "ok" and self.kept.give(link)):
+                        await link.close()
             inbound.link_scope = None
             # a sender that is still there offers again at once; if it did, it is about to connect
             inbound.cut = inbound.offered_at <= offered_at
             patience_s = BROKEN_S if inbound.cut else CONNECT_S
 
-    async def _receive_over(self, link: Link, inbound: Inbound) -> bool:
-        """Receive over one connection; True when there is nothing left to try."""
+    async def _receive_over(self, link: Link, inbound: Inbound) -> Verdict | None:
+        """Receive over one connection; the verdict, or None when there is something left to try."""
         meta = inbound.meta
         inbound.link = link
         part = PartFile(inbound.destination, meta)
@@ -325,7 +335,6 @@ class Receiving:
 
         try:
             offset = await link.while_working(open_part)
-            await link.say(link.go(offset))
             await link.collect(part, meta)
             inbound.settling = True
             await link.while_working(lambda: trio.to_thread.run_sync(part.finish, limiter=self._limiter))
@@ -336,10 +345,11 @@ class Receiving:
             logger.error("%s", exc, extra=_fields(inbound))
             code = "no-space" if exc.full else "internal"
             inbound.acceptor.failed(exc)
+            refusal = Verdict("refused", code, str(exc))
             with contextlib.suppress(LinkBroken):
-                await link.say(Verdict("refused", code, str(exc)))
+                await link.say(refusal)
             await link.drain()
-            return True
+            return refusal
         finally:
             part.abandon()
         verdict = await link.while_working(lambda: self._arrived(inbound))
@@ -348,9 +358,9 @@ class Receiving:
             self._remember(inbound)
         with contextlib.suppress(LinkBroken):  # a sender that misses it asks again
             await link.say(verdict)
-        return True
+        return verdict
 
-    async def _corrupt(self, link: Link, inbound: Inbound, exc: WrongHash, again: bool) -> bool:
+    async def _corrupt(self, link: Link, inbound: Inbound, exc: WrongHash, again: bool) -> Verdict | None:
         # what an earlier process left behind may have been part of something else: once more, from 0
         inbound.started_afresh = True
         inbound.settling = False
@@ -358,9 +368,10 @@ class Receiving:
         logger.warning("What arrived is corrupt and was deleted: %s", exc, extra=_fields(inbound))
         if not again:
             inbound.acceptor.failed(exc)
+        verdict = Verdict("corrupt", reason=str(exc), again=again)
         with contextlib.suppress(LinkBroken):
-            await link.say(Verdict("corrupt", reason=str(exc), again=again))
-        return not again
+            await link.say(verdict)
+        return None if again else verdict
 
     async def _arrived(self, inbound: Inbound) -> Verdict:
         try:

@@ -1,8 +1,8 @@
 """How the bytes of a file cross a direct connection: in blocks sealed with AES-256-GCM, outside of TLS.
 
 TLS proves who the two ends are and carries every word they say. It would cut a file into records of 16 KiB,
-each copied through its own buffers and asked for from Python; sealed in blocks sixteen times as large by the
-same cipher, a file takes half of the processor time (``bench/bulk.py``), and that is the training's.
+each copied through its own buffers and asked for from Python; sealed in blocks of a megabyte by the same
+cipher, a file takes half of the processor time (``bench/bulk.py``), and that is the training's.
 
 The receiver of a file makes a key for it and says it in ``Go``, within TLS: so it is as secret as the
 handshake, and of that connection alone. A block is its length (4 bytes, big-endian) and then its sealed bytes

@@ -1,8 +1,9 @@
 """The sending end of transfers: offer, connect by whatever way leads there, send, hear the verdict.
 
-Ways are tried in this order: dial the receiver, ask it to dial us (first, where it has dialled us
-already), a libp2p stream (through a relay when need be); the one that worked is tried first next time. A
-cut transfer is offered again and goes on where it was cut. Only so many are sent at once; the others
+A file is offered and sent over a connection that was kept from the last one (:mod:`hypha.net.bulk_kept`).
+Where there is none, ways are tried in this order: dial the receiver, ask it to dial us (first, where it has
+dialled us already), a libp2p stream (through a relay when need be); the one that worked is tried first next
+time. A cut transfer is offered again and goes on where it was cut. Only so many are sent at once; the others
 queue, first come first served, and one that needs another attempt queues anew.
 """
 
@@ -29,10 +30,11 @@ from hypha.errors import (
 )
 from hypha.messages import BulkAnswer, BulkDial, BulkOffer, PeerRef, PullFile, TransferMeta
 from hypha.net.bulk_files import FileChanged, SourceFile
+from hypha.net.bulk_kept import SENDER_KEEPS_S, KeptLinks
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
-from hypha.net.bulk_wire import BulkLinks, Go, LinkBroken, Verdict, Working
+from hypha.net.bulk_wire import BulkLinks, Frame, Go, LinkBroken, Verdict, Working, fits
 
 logger = logging.getLogger("hypha.net")
 
@@ -79,6 +81,7 @@ class Sending:
         self._links = links
         self._meeting = meeting
         self.places = Places(MAX_AT_ONCE)
+        self.kept = KeptLinks(SENDER_KEEPS_S)
         self._limiter = trio.CapacityLimiter(2 * MAX_AT_ONCE)
         self._ways: dict[str, tuple[Way, float]] = {}
         #: until when, and what was wrong
@@ -140,11 +143,16 @@ class Sending:
         source = await trio.to_thread.run_sync(SourceFile, attempt.path, meta.size, limiter=self._limiter)
         try:
             with self._meeting.expect(attempt.token, Expected(attempt.peer_id)) as expected:
-                answer = await self._offer(attempt)
-                if answer.done:
-                    return Verdict("ok")
                 started = trio.current_time()
-                link, go, way = await self._connect(attempt, answer, expected)
+                met = await self._offer_over_kept(attempt)
+                if met is None:
+                    answer = await self._offer(attempt)
+                    if answer.done:
+                        return Verdict("ok")
+                    started = trio.current_time()
+                    met = await self._connect(attempt, answer, expected)
+                link, go, way = met
+                verdict = None
                 try:
                     if isinstance(go, Verdict):
                         return go
@@ -155,7 +163,8 @@ class Sending:
                     attempt.link = link
                     verdict = await link.deliver(source, meta, go)
                 finally:
-                    await link.close()
+                    if not (verdict is not None and verdict.outcome == "ok" and self.kept.give(link)):
+                        await link.close()
             if verdict.outcome == "ok":
                 logger.info(
                     "Sent %s, %d bytes in %.2f s (%s).",
@@ -168,6 +177,26 @@ class Sending:
             return verdict
         finally:
             source.close()
+
+    async def _offer_over_kept(self, attempt: _Attempt) -> tuple[Link, Go | Verdict, str] | None:
+        """A link that was kept and the receiver's word for this file; None when it has to be offered by a
+        request. Refused.
+        """
+        offer = BulkOffer(token=attempt.token, meta=attempt.meta, addresses=())
+        link = self.kept.take(attempt.peer_id, self._links.identity) if fits(offer) else None
+        if link is None:
+            return None
+        word = None
+        try:
+            word = await _first_word(link, lambda: link.ask(offer))
+        except LinkBroken as exc:
+            logger.debug("A connection that was kept is of no use: %s", exc, extra={"peer_id": link.peer})
+        finally:
+            if not isinstance(word, Go):
+                await link.close()
+        if isinstance(word, Verdict) and word.outcome == "refused":
+            raise Refused(word.code, word.reason, attempt.peer_id)
+        return None if word is None else (link, word, "kept")
 
     async def _offer(self, attempt: _Attempt) -> BulkAnswer:
         """The answer when it is our turn there."""
@@ -196,15 +225,7 @@ class Sending:
             began = trio.current_time()
             try:
                 link = await self._try_way(way, attempt, answer, expected)
-                with trio.move_on_after(FIRST_WORD_S) as scope:
-                    word = await link.hear()
-                if scope.cancelled_caught:
-                    raise LinkBroken(f"no word within {FIRST_WORD_S:g} s")
-                while isinstance(word, Working):
-                    # hashing what it has already may take the receiver minutes
-                    word = await link.hear()
-                if not isinstance(word, Go | Verdict):
-                    raise LinkBroken(f"the peer said {type(word).__name__} where Go was due")
+                word = await _first_word(link, link.hear)
             except LinkBroken as exc:
                 problems.append(f"{way}: {exc}")
                 self._way_failed(peer, way, str(exc))
@@ -329,6 +350,21 @@ class _Attempt:
     def moved(self) -> object:
         """Changes while something moves."""
         return None if self.link is None else (self.link.sent, self.link.heard)
+
+
+async def _first_word(link: Link, hear: Callable[[], Awaitable[Frame]]) -> Go | Verdict:
+    """What the receiver says to a file. LinkBroken when it says nothing for ``FIRST_WORD_S``, or nonsense."""
+    word: Frame | None = None
+    with trio.move_on_after(FIRST_WORD_S):
+        word = await hear()
+    if word is None:
+        raise LinkBroken(f"no word within {FIRST_WORD_S:g} s")
+    while isinstance(word, Working):
+        # hashing what it has already may take the receiver minutes
+        word = await link.hear()
+    if not isinstance(word, Go | Verdict):
+        raise LinkBroken(f"the peer said {type(word).__name__} where Go was due")
+    return word
 
 
 def new_token() -> str:

@@ -41,11 +41,9 @@ from hypha.net.bulk_wire import (
 
 T = TypeVar("T")
 
-#: Sealed at a time, from small blocks to those that stay in the second-level cache: a block that is cut is
-#: lost, and a connection that never lasts long is to bring something each time. What is compressed goes in
-#: blocks of its own size.
+#: Sealed at first; twice as much each time, up to ``BLOCK_BYTES``: a block that is cut is lost, and a
+#: connection that never lasts long is to bring something each time. What is compressed goes in whole blocks.
 _FIRST_SEALED_BYTES = 16 << 10
-_SEALED_BYTES = 256 << 10
 #: A receiver that gives up reads on for this long, so that its verdict is not lost in a reset.
 _DRAIN_S = 3.0
 
@@ -57,7 +55,6 @@ class SocketLink(Link):
         super().__init__(peer, tally)
         self._sock = sock
         self._limiter = limiter
-        self._key = b""
         sock.settimeout(STALL_TIMEOUT_S)
 
     async def say(self, frame: Frame) -> None:
@@ -66,12 +63,27 @@ class SocketLink(Link):
     async def hear(self) -> Frame:
         return await self._in_thread(self._read_frame)
 
+    async def ask(self, frame: Frame) -> Frame:
+        """Say it and hear the answer, in one thread."""
+
+        def ask() -> Frame:
+            self._sock.sendall(encode_frame(frame))
+            return self._read_frame()
+
+        return await self._in_thread(ask)
+
+    async def wait_word(self) -> None:
+        """Return when there is something to hear, the end of the connection included; holds no thread."""
+        if not self._sock.pending():
+            await trio.lowlevel.wait_readable(self._sock)
+
+    @property
+    def certificate(self) -> bytes:
+        """That of the other end (DER)."""
+        return self._sock.getpeercert(binary_form=True) or b""
+
     async def deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
         return await self._in_thread(lambda: self._deliver(source, meta, go))
-
-    def go(self, offset: int) -> Go:
-        self._key = new_key()
-        return Go(offset, self._key)
 
     async def collect(self, part: PartFile, meta: TransferMeta) -> None:
         await self._in_thread(lambda: self._collect(part, meta))
@@ -131,7 +143,7 @@ class SocketLink(Link):
         packer = BlockPacker() if meta.encoding == "zstd" else None
         sealer = Sealer(go.key)
         count = BLOCK_BYTES if packer is not None else _FIRST_SEALED_BYTES
-        buffer = memoryview(bytearray(max(count, _SEALED_BYTES)))
+        buffer = memoryview(bytearray(BLOCK_BYTES))
         source.seek(go.offset)
         left = meta.size - go.offset
         # an early word from the receiver is a refusal: stop and listen
@@ -139,7 +151,7 @@ class SocketLink(Link):
             block = buffer[: source.read_into(buffer[: min(left, count)])]
             self._write_raw(sealer.seal(packer.pack(block) if packer is not None else block))
             left -= len(block)
-            count = min(2 * count, len(buffer))
+            count = min(2 * count, BLOCK_BYTES)
             self._count_sent(len(block))
         while True:
             frame = self._read_frame()
@@ -150,9 +162,11 @@ class SocketLink(Link):
 
     def _collect(self, part: PartFile, meta: TransferMeta) -> None:
         unpacker = BlockUnpacker() if meta.encoding == "zstd" else None
-        opener = Opener(self._key)
+        key = new_key()
+        opener = Opener(key)
         head = bytearray(LENGTH_BYTES)
         buffer = memoryview(bytearray(MAX_BLOCK_BYTES + TAG_BYTES))
+        self._sock.sendall(encode_frame(Go(part.received, key)))
         while left := meta.size - part.received:
             self._read_exactly(self._read_raw, memoryview(head))
             sealed = buffer[: decode_length(bytes(head), MAX_BLOCK_BYTES) + TAG_BYTES]
@@ -166,8 +180,9 @@ class SocketLink(Link):
             self._tally.add(received=len(block))
 
     def _drain(self) -> None:
-        buffer = bytearray(BLOCK_BYTES)
-        while self._sock.recv_into(memoryview(buffer)):
+        # what is on its way is sealed blocks: to TLS they are nonsense
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        while self._read_raw(buffer):
             pass
 
 

@@ -62,9 +62,6 @@ class StreamLink(Link):
     async def hear(self) -> Frame:
         return decode_frame(await self._read_block(MAX_FRAME_BYTES))
 
-    def go(self, offset: int) -> Go:
-        return Go(offset)
-
     async def deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
         await self._call(source.seek, go.offset)
         heard: outcome.Outcome[Verdict] | None = None
@@ -125,6 +122,7 @@ class StreamLink(Link):
             self._count_sent(count)
 
     async def collect(self, part: PartFile, meta: TransferMeta) -> None:
+        await self.say(Go(part.received))
         unpacker = BlockUnpacker() if meta.encoding == "zstd" else None
         while left := meta.size - part.received:
             if unpacker is not None:

@@ -2,10 +2,12 @@
 
 The dialler says :class:`Hello`, the receiver of the file :class:`Go` (preceded by any number of
 :class:`Working` while it is busy), the sender sends the bytes from that offset on, and the receiver ends
-with a :class:`Verdict`, at any time. A frame is its length (4 bytes, big-endian) and a MessagePack
-struct. On a stream the file's bytes follow ``Go`` as they are, with the encoding ``zstd`` in blocks of
-at most ``BLOCK_BYTES`` plain bytes, each compressed on its own behind its length. On a socket they follow
-in blocks that :mod:`hypha.net.bulk_seal` seals, each perhaps compressed before.
+with a :class:`Verdict`, at any time. After an ``ok`` a socket may be kept; the next words on it are the
+sender's :class:`~hypha.messages.BulkOffer` of another file, answered by ``Go`` or ``Verdict`` as above. A
+frame is its length (4 bytes, big-endian) and a MessagePack struct. On a stream the file's bytes follow
+``Go`` as they are, with the encoding ``zstd`` in blocks of at most ``BLOCK_BYTES`` plain bytes, each
+compressed on its own behind its length. On a socket they follow in blocks that :mod:`hypha.net.bulk_seal`
+seals, each perhaps compressed before.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import msgspec
 import zstandard
 from msgspec import Struct
 
-from hypha.messages import WIRE_VERSION, PeerRef, Request, Response
+from hypha.messages import WIRE_VERSION, BulkOffer, PeerRef, Request, Response
 from hypha.pki.identity import Identity
 
 BULK_PROTOCOL = "/hypha/bulk/1"
@@ -105,7 +107,7 @@ class Verdict(Struct, frozen=True, tag="verdict"):
     again: bool = False
 
 
-Frame = Hello | Go | Working | Verdict
+Frame = Hello | Go | Working | Verdict | BulkOffer
 
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
@@ -118,6 +120,11 @@ def encode_frame(frame: Frame) -> bytes:
     """Length and struct."""
     payload = msgspec.msgpack.encode(frame)
     return encode_length(len(payload)) + payload
+
+
+def fits(frame: Frame) -> bool:
+    """Whether it is short enough to be a frame: an offer that names hundreds of contributors is not."""
+    return len(msgspec.msgpack.encode(frame)) <= MAX_FRAME_BYTES
 
 
 def decode_frame(payload: bytes) -> Frame:

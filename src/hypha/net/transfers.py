@@ -82,12 +82,14 @@ class Transfers:
         try:
             async with trio.open_nursery() as nursery:
                 self._receiving.nursery = self._sending.nursery = nursery
+                self._receiving.kept.nursery = self._sending.kept.nursery = nursery
                 nursery.start_soon(self._receiving.places.run)
                 nursery.start_soon(self._sending.places.run)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
             self._receiving.nursery = self._sending.nursery = None
+            self._receiving.kept.nursery = self._sending.kept.nursery = None
             self._meeting.close()
 
     def serve_socket(self, sock: socket.socket) -> None:

@@ -1,0 +1,338 @@
+"""Connections that carry one file after the other, and what becomes of those that cannot any more."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from tests.net.bulk_proxy import BulkProxy, Trouble, bulk_proxy
+from tests.support.network import Network, until
+
+from hypha.errors import IdentityError, Problem, Refused, TransferFailed
+from hypha.messages import BulkAnswer, PullFile, TransferMeta
+from hypha.net import Node, bulk_kept, bulk_receiving, bulk_sending
+from hypha.net.addresses import host_and_port
+from hypha.net.bulk_kept import KeptLinks
+from hypha.net.bulk_meeting import Meeting
+from hypha.net.bulk_sending import Sending
+from hypha.net.bulk_sockets import SocketLink
+from hypha.net.bulk_wire import LinkBroken, Working
+from hypha.net.transfers import meta_of
+from hypha.pki.authority import revoke
+from hypha.pki.identity import Identity, IdentityFiles, load_identity
+
+pytestmark = pytest.mark.loopback
+
+
+class Rig:
+    """``near`` sends to ``far``, which takes everything, through a proxy. ``offers`` counts requests."""
+
+    def __init__(self, near: Node, far: Node, proxy: BulkProxy, directory: Path) -> None:
+        self.near, self.far, self.proxy = near, far, proxy
+        self.directory = directory
+        self.refusal: Refused | None = None
+        self.broken = False
+        self.asked = 0
+        self.arrived: list[str] = []
+        self.offers: Counter[str] = Counter()
+        far.transfers.accept("update", None, self._gate, self._take)
+
+    async def _gate(self, caller: str, meta: TransferMeta) -> Path:
+        self.asked += 1
+        if self.broken:
+            raise RuntimeError("the gate itself is broken")
+        if self.refusal is not None:
+            raise self.refusal
+        return self.directory / meta.name
+
+    async def _take(self, caller: str, meta: TransferMeta, path: Path) -> None:
+        self.arrived.append(meta.name)
+
+    async def send(self, name: str, size: int = 100_000) -> None:
+        """Send a file of random bytes, and see that it arrives as it is."""
+        source = self.directory / f"{name}.source"
+        source.write_bytes(os.urandom(size))
+        await self.near.transfers.send(self.far.peer_id, source, await meta_of(source, "update", name))
+        assert (self.directory / name).read_bytes() == source.read_bytes()
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Connections that the sender keeps, and the receiver."""
+        return len(self.near.transfers._sending.kept._kept), len(self.far.transfers._receiving.kept._kept)
+
+
+@asynccontextmanager
+async def open_rig(
+    network: Network,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    near_is: Identity | None = None,
+    far_is: Identity | None = None,
+) -> AsyncIterator[Rig]:
+    real = Sending._offer
+    async with network.gateway(identity=far_is) as far:
+        async with bulk_proxy(host_and_port(far.listen_addresses()[0])) as proxy:
+            gateway = f"{proxy.address}/p2p/{far.peer_id}"
+            async with network.leaf("worker", [gateway], identity=near_is) as near:
+                rig = Rig(near, far, proxy, directory)
+
+                async def offer(self: Sending, attempt: bulk_sending._Attempt) -> BulkAnswer:
+                    rig.offers[attempt.meta.name] += 1
+                    return await real(self, attempt)
+
+                monkeypatch.setattr(Sending, "_offer", offer)
+                yield rig
+
+
+async def test_one_connection_carries_them_all(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_rig(network, tmp_path, monkeypatch) as rig:
+        for number in range(6):
+            await rig.send(f"file-{number}", size=number * 700_000)
+        assert rig.arrived == [f"file-{number}" for number in range(6)]
+        # none of the others was offered by a request, or had to connect
+        assert rig.offers == {"file-0": 1}
+        assert len(rig.proxy.passed) == 1
+        await until(lambda: rig.kept == (1, 1))
+    assert rig.kept == (0, 0)
+
+
+async def test_compressed_and_plain_files_may_follow_each_other(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_rig(network, tmp_path, monkeypatch) as rig:
+        source = tmp_path / "source"
+        source.write_bytes(b"again and again " * 200_000)
+        for number in range(4):
+            packed = number % 2
+            meta = await meta_of(source, "update", f"file-{number}", encoding="zstd" if packed else "none")
+            await rig.near.transfers.send(rig.far.peer_id, source, meta)
+            assert (tmp_path / f"file-{number}").read_bytes() == source.read_bytes()
+        assert len(rig.proxy.passed) == 1
+
+
+async def test_slices_come_over_one_connection_to_a_worker_that_cannot_be_dialled(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialled: Counter[str] = Counter()
+    real = Meeting.dial
+
+    async def dial(self: Meeting, peer: str, offered: tuple[str, ...], token: str) -> object:
+        dialled[self._links.identity.peer_id] += 1
+        return await real(self, peer, offered, token)
+
+    monkeypatch.setattr(Meeting, "dial", dial)
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(300_000))
+    served = await meta_of(source, "slice", "set/0")
+
+    async def provide(caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
+        return source, served
+
+    async with (
+        network.gateway() as data,
+        network.leaf("worker", [data], exclude_cidr=("127.0.0.0/8",), reserve=False) as worker,
+    ):
+        data.transfers.serve("slice", provide)
+        for number in range(5):
+            request, got = PullFile(kind="slice", name="set/0"), tmp_path / f"got-{number}"
+            await worker.transfers.pull(data.peer_id, request, got, served, 1 << 30)
+            assert got.read_bytes() == source.read_bytes()
+        # a slice may be asked for before the sender has heard that the last one arrived
+        assert 1 <= dialled[worker.peer_id] <= bulk_kept.MAX_KEPT_PER_PEER
+
+
+async def test_a_connection_that_went_dead_meanwhile_costs_a_pause_and_no_file(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that a firewall has forgotten: it takes what is sent, and nothing comes back."""
+    monkeypatch.setattr(bulk_sending, "FIRST_WORD_S", 1.0)
+    async with open_rig(network, tmp_path, monkeypatch) as rig:
+        rig.proxy.trouble = trouble = Trouble()
+        await rig.send("first")
+        trouble.freeze_after = rig.proxy.passed[0]
+        with trio.fail_after(10):
+            await rig.send("second", 50_000)
+        assert rig.offers == {"first": 1, "second": 1}
+        assert len(rig.proxy.passed) == 2
+        await rig.send("third")
+        assert rig.offers == {"first": 1, "second": 1}
+    assert rig.arrived == ["first", "second", "third"]
+
+
+async def test_a_connection_that_is_cut_is_not_kept(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_rig(network, tmp_path, monkeypatch) as rig:
+        await rig.send("first")
+        await until(lambda: rig.kept == (1, 1))
+        (kept,) = rig.far.transfers._receiving.kept._kept
+        kept.scope.cancel()
+        await until(lambda: rig.kept == (0, 0))
+        await rig.send("second")
+        assert rig.offers == {"first": 1, "second": 1}
+
+
+async def test_a_refusal_is_the_same_whichever_way_the_offer_went(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_rig(network, tmp_path, monkeypatch) as rig:
+        await rig.send("first")
+        rig.refusal = Refused("stale", "round 2 is over")
+        with pytest.raises(Refused, match="round 2 is over") as refused:
+            await rig.send("second")
+        assert (refused.value.code, refused.value.peer) == ("stale", rig.far.peer_id)
+        assert rig.offers == {"first": 1}
+        rig.refusal = None
+        await rig.send("third")
+        rig.broken = True
+        with pytest.raises(Refused, match="its log says more") as refused:
+            await rig.send("fourth")
+        assert refused.value.code == "internal"
+        rig.broken = False
+        await rig.send("fifth")
+    assert rig.arrived == ["first", "third", "fifth"]
+
+
+async def test_who_is_busy_is_asked_again(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_rig(network, tmp_path, monkeypatch) as rig, trio.open_nursery() as nursery:
+        await rig.send("first")
+        rig.refusal, rig.asked = Refused("busy", "not yet"), 0
+        nursery.start_soon(rig.send, "second")
+        await until(lambda: rig.asked >= 3)
+        rig.refusal = None
+        await until(lambda: rig.arrived == ["first", "second"])
+
+
+async def test_an_offer_that_has_to_wait_hears_that_it_does(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk_sending, "FIRST_WORD_S", 1.0)
+    monkeypatch.setattr(bulk_kept, "SOON_S", 0.1)
+    monkeypatch.setattr(bulk_kept, "WORKING_INTERVAL_S", 0.3)
+    async with open_rig(network, tmp_path, monkeypatch) as rig:
+        await rig.send("first")
+        places = rig.far.transfers._receiving.places
+        async with trio.open_nursery() as nursery:
+            # all places are taken by others, who move
+            async with places.hold(trio.current_time), places.hold(trio.current_time):
+                nursery.start_soon(rig.send, "second")
+                await trio.sleep(2.5)
+                assert rig.arrived == ["first"]
+        assert rig.arrived == ["first", "second"]
+        assert rig.offers == {"first": 1}
+
+
+async def test_a_sender_that_was_revoked_cannot_use_what_was_kept(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bystander, victim = network.pki.files("bystander"), network.pki.files("victim")
+    crl = tmp_path / "crls.pem"
+    revoke(network.pki.org, [bystander.cert], crl)
+    good = network.pki.files("good", roles=("gateway",))
+    aware = load_identity(IdentityFiles(good.cert, good.key, good.trust, crl))
+    async with open_rig(network, tmp_path, monkeypatch, load_identity(victim), aware) as rig:
+        await rig.send("first")
+        await until(lambda: rig.kept == (1, 1))
+        revoke(network.pki.org, [victim.cert], crl)
+        await rig.far.reload_identity()
+        with pytest.raises(TransferFailed):
+            await rig.send("second")
+    assert rig.arrived == ["first"]
+
+
+async def test_nothing_is_sent_to_who_is_not_trusted_any_more(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_rig(network, tmp_path, monkeypatch) as rig:
+        await rig.send("first")
+        identity = rig.near.identity
+        kept = rig.near.transfers._sending.kept
+
+        def check(certificate: bytes, chain: object = ()) -> None:
+            raise IdentityError([Problem(key="", source="", message="it was revoked")])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(identity, "check", check)
+            assert kept.take(rig.far.peer_id, identity) is None
+        # it is closed, and not there for a later one either
+        await until(lambda: rig.kept == (0, 0))
+
+
+async def test_nothing_is_kept_for_ever(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk_sending, "SENDER_KEEPS_S", 0.3)
+    async with open_rig(network, tmp_path, monkeypatch) as rig:
+        await rig.send("first")
+        await until(lambda: rig.kept == (1, 1))
+        await until(lambda: rig.kept == (0, 0))
+        await rig.send("second")
+        assert len(rig.proxy.passed) == 2
+
+
+async def test_few_of_a_peer_are_kept(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk_sending, "MAX_AT_ONCE", 6)
+    monkeypatch.setattr(bulk_receiving, "MAX_AT_ONCE", 6)
+    async with open_rig(network, tmp_path, monkeypatch) as rig:
+        async with trio.open_nursery() as nursery:
+            for number in range(6):
+                nursery.start_soon(rig.send, f"file-{number}", 1_000_000)
+        assert len(rig.proxy.passed) > bulk_kept.MAX_KEPT_PER_PEER
+        most = bulk_kept.MAX_KEPT_PER_PEER
+        await until(lambda: rig.kept == (most, most))
+
+
+class IdleLink(SocketLink):
+    """On which nobody ever speaks."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.closed = False
+
+    async def wait_word(self) -> None:
+        await trio.sleep_forever()
+
+    def close_now(self) -> None:
+        self.closed = True
+
+
+async def test_few_are_kept_in_all_and_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk_kept, "MAX_KEPT", 3)
+    kept = KeptLinks(100.0)
+    links = [IdleLink(f"peer-{number}") for number in range(5)]
+    assert not kept.give(links[0])
+    async with trio.open_nursery() as nursery:
+        kept.nursery = nursery
+        for link in links:
+            assert kept.give(link)
+            await trio.testing.wait_all_tasks_blocked()
+        assert [link.closed for link in links] == [True, True, False, False, False]
+        nursery.cancel_scope.cancel()
+    assert all(link.closed for link in links)
+
+
+async def test_nonsense_on_a_kept_connection_is_its_end(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_rig(network, tmp_path, monkeypatch) as rig:
+        await rig.send("first")
+        link = rig.near.transfers._sending.kept.take(rig.far.peer_id, rig.near.identity)
+        assert link is not None
+        await link.say(Working())
+        with pytest.raises(LinkBroken):
+            await link.hear()
+        await link.close()
+        await rig.send("second")
+    assert rig.arrived == ["first", "second"]
