@@ -155,16 +155,21 @@ async def test_a_connection_that_went_dead_meanwhile_costs_a_pause_and_no_file(
     """Such as one that a firewall has forgotten: it takes what is sent, and nothing comes back."""
     monkeypatch.setattr(bulk_sending, "FIRST_WORD_S", 1.0)
     async with open_rig(network, tmp_path, monkeypatch) as rig:
-        rig.proxy.trouble = trouble = Trouble()
-        await rig.send("first")
-        trouble.freeze_after = rig.proxy.passed[0]
-        with trio.fail_after(10):
-            await rig.send("second", 50_000)
-        assert rig.offers == {"first": 1, "second": 1}
+        rig.proxy.trouble = trouble = Trouble(times=2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.send, "first", 1_000_000)
+            nursery.start_soon(rig.send, "beside it", 1_000_000)
         assert len(rig.proxy.passed) == 2
+        trouble.freeze_after = 0
+        with trio.fail_after(10):
+            await rig.send("second")
+        assert rig.offers == {"first": 1, "beside it": 1, "second": 1}
+        # the other one was not tried after that
+        assert len(rig.proxy.passed) == 3
+        await until(lambda: rig.kept[0] == 1)
         await rig.send("third")
-        assert rig.offers == {"first": 1, "second": 1}
-    assert rig.arrived == ["first", "second", "third"]
+        assert len(rig.proxy.passed) == 3
+    assert rig.arrived[2:] == ["second", "third"]
 
 
 async def test_a_connection_that_is_cut_is_not_kept(

@@ -87,6 +87,12 @@ class KeptLinks:
                     return kept.link
         return None
 
+    def drop(self, peer: str) -> None:
+        """Close what is kept of ``peer``: another connection to it has just failed."""
+        for kept in self._kept:
+            if kept.link.peer == peer:
+                kept.scope.cancel()
+
     def _release(self, kept: _Kept) -> None:
         kept.taken = True
         self._kept.remove(kept)

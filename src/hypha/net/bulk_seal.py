@@ -5,10 +5,10 @@ each copied through its own buffers and asked for from Python; sealed in blocks 
 cipher, a file takes half of the processor time (``bench/bulk.py``), and that is the training's.
 
 The receiver of a file makes a key for it and says it in ``Go``, within TLS: so it is as secret as the
-handshake, and of that connection alone. A block is its length (4 bytes, big-endian) and then its sealed bytes
-with their tag of 16; the nonce is its number (NIST SP 800-38D, section 8.2.1: no nonce comes twice under one
-key). Blocks that are altered, repeated, left out or exchanged do not open; one that is missing at the end is
-missed by the file's length.
+handshake, and of that file on that connection alone. A block is its length (4 bytes, big-endian) and then
+its sealed bytes with their tag of 16; the nonce is its number (NIST SP 800-38D, section 8.2.1: no nonce comes
+twice under one key). Blocks that are altered, repeated, left out or exchanged do not open; one that is
+missing at the end is missed by the file's length.
 """
 
 from __future__ import annotations

@@ -122,6 +122,7 @@ class Sending:
                 continue
             except (LinkBroken, PeerUnreachable, RequestTimeout) as exc:
                 reason = str(exc)
+                self.kept.drop(peer_id)
                 logger.info("Sending %s was interrupted: %s.", meta.name, reason, extra={"peer_id": peer_id})
                 busy_s, give_up_at = 0.1, math.inf
                 failures = 1 if attempt.offset > best else failures + 1
@@ -190,6 +191,7 @@ class Sending:
         try:
             word = await _first_word(link, lambda: link.ask(offer))
         except LinkBroken as exc:
+            self.kept.drop(link.peer)
             logger.debug("A connection that was kept is of no use: %s", exc, extra={"peer_id": link.peer})
         finally:
             if not isinstance(word, Go):
