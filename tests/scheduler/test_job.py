@@ -138,6 +138,8 @@ class Actor:
     applied: RoundApplied | None = None
     started: int = -1
     desk: LeaseDesk | None = None
+    #: a parameter server sends a checkpoint whole before what it is asked for after that
+    archive: trio.Lock = field(default_factory=trio.Lock)
 
     def begin(self, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Do it until the scheduler is gone."""
@@ -294,14 +296,19 @@ class Actor:
         self.round += 1
         applied = RoundApplied(round=directive.round, theta=f"t{self.round}", contributors=names)
         self.applied = applied
-        await self.say("aggregate", applied, twice=True)
-        if directive.checkpoint:
-            await self.save()
+        async with self.archive:
+            await self.say("aggregate", applied, twice=True)
+            if directive.checkpoint:
+                await self.send_checkpoint()
         if not directive.final:
             for peer in self.members:
                 self.theta(peer)
 
     async def save(self) -> None:
+        async with self.archive:
+            await self.send_checkpoint()
+
+    async def send_checkpoint(self) -> None:
         job = self.jobs["aggregate"]
         path = self.stage.node_dir / f"state-{self.round}.json"
         path.write_text(json.dumps({"round": self.round}))
@@ -313,11 +320,12 @@ class Actor:
     async def export(self, directive: Export) -> None:
         job = self.jobs["aggregate"]
         stamp = JobStamp(job_id=job.job_id, generation=self.generation["aggregate"], round=self.round)
-        for name in ("config.json", "model.safetensors"):
-            path = self.stage.node_dir / f"export-{name}"
-            path.write_text(name)
-            meta = await meta_of(path, "export", name, stamp=stamp)
-            await self.node.transfers.send(directive.to, path, meta)
+        async with self.archive:
+            for name in ("config.json", "model.safetensors"):
+                path = self.stage.node_dir / f"export-{name}"
+                path.write_text(name)
+                meta = await meta_of(path, "export", name, stamp=stamp)
+                await self.node.transfers.send(directive.to, path, meta)
         exported = Exported(round=self.round, files=("config.json", "model.safetensors"))
         await self.say("aggregate", exported)
 
