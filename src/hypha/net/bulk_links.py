@@ -38,6 +38,8 @@ class Link(ABC):
 
     def __init__(self, peer: str, tally: Tally) -> None:
         self.peer = peer
+        #: how its sender came by it, for the log
+        self.way = ""
         #: bytes that came so far, whatever they were, and bytes of files that went
         self.heard = 0
         self.sent = 0

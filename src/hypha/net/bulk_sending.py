@@ -152,7 +152,7 @@ class Sending:
                         return Verdict("ok")
                     started = trio.current_time()
                     met = await self._connect(attempt, answer, expected)
-                link, go, way = met
+                link, go = met
                 verdict = None
                 try:
                     if isinstance(go, Verdict):
@@ -172,14 +172,14 @@ class Sending:
                     meta.name,
                     meta.size - before,
                     trio.current_time() - started,
-                    way,
+                    link.way,
                     extra={"peer_id": attempt.peer_id},
                 )
             return verdict
         finally:
             source.close()
 
-    async def _offer_over_kept(self, attempt: _Attempt) -> tuple[Link, Go | Verdict, str] | None:
+    async def _offer_over_kept(self, attempt: _Attempt) -> tuple[Link, Go | Verdict] | None:
         """A link that was kept and the receiver's word for this file; None when it has to be offered by a
         request. Refused.
         """
@@ -198,7 +198,7 @@ class Sending:
                 await link.close()
         if isinstance(word, Verdict) and word.outcome == "refused":
             raise Refused(word.code, word.reason, attempt.peer_id)
-        return None if word is None else (link, word, "kept")
+        return None if word is None else (link, word)
 
     async def _offer(self, attempt: _Attempt) -> BulkAnswer:
         """The answer when it is our turn there."""
@@ -219,7 +219,7 @@ class Sending:
 
     async def _connect(
         self, attempt: _Attempt, answer: BulkAnswer, expected: Expected
-    ) -> tuple[Link, Go | Verdict, Way]:
+    ) -> tuple[Link, Go | Verdict]:
         peer = attempt.peer_id
         problems = []
         for way in self._ways_to(peer):
@@ -246,7 +246,8 @@ class Sending:
                     reasons = "; ".join(f"{other}: {reason}" for other, reason in failed.items())
                     logger.info("%s reached by way of %s (%s).", peer, way, reasons)
                 self._ways[peer] = (way, trio.current_time() + WAY_LIFE_S)
-                return link, word, way
+                link.way = way
+                return link, word
         self._ways.pop(peer, None)
         raise LinkBroken("; ".join(problems))
 
