@@ -141,17 +141,20 @@ async def test_a_worker_dies_while_the_only_gateway_is_down(system: System, job:
     await system.worker("server", **SERVER_ONLY)
     for number in range(3):
         await system.worker(f"worker-{number}", **TRAINING_ONLY)
-    scheduler = await system.scheduler(job(2, 12, min_workers=1))
+    # long enough for the spare worker's pauses between its attempts to reach the gateway
+    scheduler = await system.scheduler(job(2, 30, min_workers=1))
     gateway = await fail_at(system, scheduler, "gateway", 1)
     worker = await fail_at(system, scheduler, "worker", 2)
     # those who are connected go on by themselves
     await system.reached(scheduler, lambda seen: seen.round >= worker.before.round + 2)
     await recover(system, gateway)
+    back = trio.current_time()
     known = {one.peer for one in worker.before.workers}
     await system.reached(scheduler, lambda seen: bool({one.peer for one in seen.workers} - known))
+    print(f"The spare worker was taken {trio.current_time() - back:.1f} s after the gateway was back.")
     assert await system.ended(scheduler) == 0, scheduler.tail()
 
-    print(durations(check_ledger(system, "job", 12)))
+    print(durations(check_ledger(system, "job", 30)))
     assert await system.replay("job", job.dataset, job.model) <= 1e-5
 
 
