@@ -510,6 +510,8 @@ def test_a_worker_that_was_left_out_starts_over(network: Network, tmp_path: Path
     worker.deliver("theta", "server", tmp_path / "theta-0", JobStamp(job_id="job", round=0))
     worker.wait(RoundStarted, lambda event: worker.events.count(event) == 2)
     worker.wait(Progress, lambda event: event.batches >= 18)
+    # long before there are rows for more batches than these
+    worker.direct(Plan(round=1, batches=9))
     worker.deliver(
         "theta", "server", tmp_path / "theta-1", JobStamp(job_id="job", round=1), contributors=("other",)
     )
@@ -518,7 +520,6 @@ def test_a_worker_that_was_left_out_starts_over(network: Network, tmp_path: Path
     late = worker.deliver("theta", "server", tmp_path / "theta-0", JobStamp(job_id="job", round=0))
     give_slice(worker, manifest, tmp_path / "data", 3, round_=1)
     worker.refusals["update"] = deque([(502, "unreachable"), (409, "busy"), (409, "not-found")])
-    worker.direct(Plan(round=1, batches=9))
     network.add(server_job())
     sent = worker.wait(UpdateSent).contribution
     assert (sent.round, sent.batches, sent.restarts, sent.steps) == (1, 9, 1, 0)
@@ -548,8 +549,8 @@ def test_a_worker_that_was_left_out_starts_over(network: Network, tmp_path: Path
     stale = worker.deliver("theta", "elsewhere", tmp_path / "theta-1", JobStamp(job_id="job", round=2))
     worker.deliver("theta", "elsewhere", tmp_path / "theta-0", JobStamp(job_id="job", generation=3, round=0))
     worker.wait(RoundStarted, lambda event: event.round == 0 and worker.events.count(event) == 3)
-    give_slice(worker, manifest, tmp_path / "data", 0, generation=3)
     worker.direct(Plan(round=0, batches=2))
+    give_slice(worker, manifest, tmp_path / "data", 0, generation=3)
     again = worker.wait(UpdateSent, lambda event: event.contribution.restarts == 2).contribution
     assert (again.round, again.batches, again.steps) == (0, 2, 0)
     assert [(piece.slice, piece.start, piece.stop) for piece in again.ranges] == [(0, 0, 16)]
@@ -566,8 +567,8 @@ def test_a_worker_whose_update_was_refused_begins_the_round_anew(network: Networ
     theta = {"weight": torch.zeros(CLASSES, FEATURES), "bias": torch.zeros(CLASSES)}
     save_file(theta, tmp_path / "theta")
     worker.deliver("theta", "server", tmp_path / "theta", JobStamp(job_id="job"))
-    give_slice(worker, manifest, tmp_path / "data", 0)
     worker.direct(Plan(round=0, batches=3))
+    give_slice(worker, manifest, tmp_path / "data", 0)
     first = worker.wait(UpdateSent).contribution
     # the same theta again, as after a lost word, changes nothing: the update may be in
     worker.deliver("theta", "server", tmp_path / "theta", JobStamp(job_id="job"))
