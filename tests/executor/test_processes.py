@@ -546,10 +546,10 @@ def test_a_worker_that_was_left_out_starts_over(network: Network, tmp_path: Path
     # from an earlier round everything begins anew: theta of the life before is refused, steps are forgotten
     worker.direct(Rejoin(generation=3, round=0, parameter_server=there, resend=True, start_over=True))
     worker.wait(Loaded, lambda event: worker.events.count(event) == 4)
+    worker.direct(Plan(round=0, batches=2))
     stale = worker.deliver("theta", "elsewhere", tmp_path / "theta-1", JobStamp(job_id="job", round=2))
     worker.deliver("theta", "elsewhere", tmp_path / "theta-0", JobStamp(job_id="job", generation=3, round=0))
     worker.wait(RoundStarted, lambda event: event.round == 0 and worker.events.count(event) == 3)
-    worker.direct(Plan(round=0, batches=2))
     give_slice(worker, manifest, tmp_path / "data", 0, generation=3)
     again = worker.wait(UpdateSent, lambda event: event.contribution.restarts == 2).contribution
     assert (again.round, again.batches, again.steps) == (0, 2, 0)
@@ -566,8 +566,9 @@ def test_a_worker_whose_update_was_refused_begins_the_round_anew(network: Networ
     worker.start()
     theta = {"weight": torch.zeros(CLASSES, FEATURES), "bias": torch.zeros(CLASSES)}
     save_file(theta, tmp_path / "theta")
-    worker.deliver("theta", "server", tmp_path / "theta", JobStamp(job_id="job"))
     worker.direct(Plan(round=0, batches=3))
+    worker.deliver("theta", "server", tmp_path / "theta", JobStamp(job_id="job"))
+    worker.wait(RoundStarted)
     give_slice(worker, manifest, tmp_path / "data", 0)
     first = worker.wait(UpdateSent).contribution
     # the same theta again, as after a lost word, changes nothing: the update may be in

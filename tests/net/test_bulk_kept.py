@@ -295,8 +295,11 @@ async def test_few_of_a_peer_are_kept(
             for number in range(6):
                 nursery.start_soon(rig.send, f"file-{number}", 1_000_000)
         assert len(rig.proxy.passed) > bulk_kept.MAX_KEPT_PER_PEER
-        most = bulk_kept.MAX_KEPT_PER_PEER
-        await until(lambda: rig.kept == (most, most))
+        # each end lets go of its oldest, so they may agree on fewer
+        await until(lambda: max(rig.kept) <= bulk_kept.MAX_KEPT_PER_PEER)
+        before = len(rig.proxy.passed)
+        await rig.send("afterwards")
+        assert len(rig.proxy.passed) - before <= 1
 
 
 class IdleLink(SocketLink):
