@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hypha.executor.bridge_client import BridgeClient
 from hypha.executor.bridge_http import Answer, Connection, Unanswered, lines
+from hypha.messages import Uri
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 
@@ -171,3 +173,20 @@ def test_what_the_reader_raises_is_its_own(server: Server, path: Path) -> None:
 
     with pytest.raises(OSError, match="no space for data: one"):
         read(handle)
+
+
+def test_calls_of_an_executor_share_connections_and_survive_one_that_was_closed(
+    path: Path, server: Server, tmp_path: Path
+) -> None:
+    lost: list[Exception] = []
+    client = BridgeClient(path, tmp_path, lost.append)
+    answer = OK.replace(b"{}", b"[]")
+    server.replies = [answer] * 3
+    for _ in range(3):
+        assert client.fetch(Uri(value="http://somewhere/file")) == []
+    assert server.connections == 1
+    # having nothing more to say, the server has hung up, as after a long silence
+    server.replies = [answer]
+    assert client.fetch(Uri(value="http://somewhere/file")) == []
+    assert (server.connections, len(server.requests)) == (2, 4)
+    assert lost == []

@@ -175,6 +175,7 @@ def is_trusted(link: SocketLink, identity: Identity) -> bool:
     """Whether the certificate at the other end of ``link`` is still good; it was when they shook hands."""
     try:
         identity.check(link.certificate)
-    except IdentityError:
+    except IdentityError as exc:
+        logger.info("A bulk connection is not used any more: %s", exc, extra={"peer_id": link.peer})
         return False
     return True

@@ -144,8 +144,9 @@ class Sending:
         source = await trio.to_thread.run_sync(SourceFile, attempt.path, meta.size, limiter=self._limiter)
         try:
             with self._meeting.expect(attempt.token, Expected(attempt.peer_id)) as expected:
-                started = trio.current_time()
                 met = await self._offer_over_kept(attempt)
+                # without the wait for our turn there
+                started = trio.current_time()
                 if met is None:
                     answer = await self._offer(attempt)
                     if answer.done:
@@ -192,7 +193,8 @@ class Sending:
             word = await _first_word(link, lambda: link.ask(offer))
         except LinkBroken as exc:
             self.kept.drop(link.peer)
-            logger.debug("A connection that was kept is of no use: %s", exc, extra={"peer_id": link.peer})
+            # it may have cost a while
+            logger.info("A connection that was kept is of no use: %s.", exc, extra={"peer_id": link.peer})
         finally:
             if not isinstance(word, Go):
                 await link.close()
