@@ -24,7 +24,8 @@ import trio
 from bench.nodes import NodeFiles, Pki, child, gateway, options
 from bench.report import Bound, Report, Row
 from hypha.messages import PeerRef, TransferMeta
-from hypha.net import Node, open_node
+from hypha.net import Libp2pNode as Node
+from hypha.net import open_node
 from hypha.net.transfers import meta_of
 from hypha.pki.identity import load_identity
 

@@ -13,7 +13,8 @@ from typing import Any
 import trio
 from tests.support.network import LOOPBACK, Pki, address_of
 
-from hypha.net import Node, NodeOptions, open_node
+from hypha.net import Libp2pNode as Node
+from hypha.net import NodeOptions, open_node
 from hypha.pki.identity import IdentityFiles, load_identity
 
 __all__ = ["LOOPBACK", "NodeFiles", "Pki", "child", "gateway", "options"]

@@ -13,7 +13,7 @@ ROWS = (
     {"cli"},
     {"gateway", "scheduler", "worker", "data"},
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable"},
-    {"messages", "config", "errors"},
+    {"messages", "config", "errors", "node", "runtime"},
 )
 #: Within a row, who may use whom.
 SIDEWAYS = {
@@ -23,6 +23,7 @@ SIDEWAYS = {
     ("config", "errors"),
     ("messages", "errors"),
     ("config", "messages"),
+    ("node", "messages"),
 }
 #: Libraries that one room alone imports.
 OWNERS = {"libp2p": "net", "torch": "executor", "transformers": "executor", "accelerate": "executor"}

@@ -24,7 +24,7 @@ from hypha.messages import (
     PullFile,
     TransferMeta,
 )
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 
 ROLES = {"worker": frozenset({"worker"}), "gateway": frozenset({"gateway"}), "any": frozenset[str]()}
 

@@ -16,7 +16,8 @@ from tests.support.network import Network, until
 
 from hypha.errors import IdentityError, Problem, Refused, TransferFailed
 from hypha.messages import BulkAnswer, PullFile, TransferMeta
-from hypha.net import Node, bulk_kept, bulk_receiving, bulk_sending
+from hypha.net import Libp2pNode as Node
+from hypha.net import bulk_kept, bulk_receiving, bulk_sending
 from hypha.net.addresses import host_and_port
 from hypha.net.bulk_kept import KeptLinks
 from hypha.net.bulk_meeting import Meeting

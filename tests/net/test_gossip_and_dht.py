@@ -9,7 +9,7 @@ from libp2p.peer.peer_record import PeerRecord
 from tests.support.network import Network, address_of, until
 
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 
 pytestmark = pytest.mark.loopback
 

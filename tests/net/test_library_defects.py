@@ -12,7 +12,7 @@ from tests.support.proxy import proxy_to
 
 from hypha.errors import PeerUnreachable, RequestTimeout
 from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, RenewLease
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 from hypha.net.addresses import host_and_port
 from hypha.net.streams import STREAM_ERRORS, discard, read_exactly
 

@@ -16,7 +16,8 @@ import hypha.net
 from hypha.config.models import GatewayConfig, WorkerConfig
 from hypha.errors import ConfigError, DatasetNotFound, PeerUnreachable
 from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, ReleaseLease
-from hypha.net import Node, open_node, options_from
+from hypha.net import Libp2pNode as Node
+from hypha.net import open_node, options_from
 from hypha.net.addresses import host_and_port
 from hypha.net.shared_port import SharedPortTcp
 
@@ -27,14 +28,12 @@ def ref_of(node: Node) -> PeerRef:
 
 def test_the_public_names() -> None:
     assert sorted(hypha.net.__all__) == [
-        "Changes",
+        "BulkTransfers",
         "ConnectionInfo",
-        "Node",
+        "Libp2pNode",
         "NodeOptions",
-        "PeerLost",
         "RelayLimits",
         "Timings",
-        "Transfers",
         "meta_of",
         "open_node",
         "options_from",

@@ -29,7 +29,7 @@ from hypha.messages import (
     ResponseEnvelope,
     TransferMeta,
 )
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 from hypha.net.rpc import MAX_INBOUND_PER_PEER, PROTOCOL, frame, may_act_as, read_frame
 
 pytestmark = pytest.mark.loopback

@@ -17,7 +17,7 @@ from tests.support.network import Network, Pki, until
 
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
 from hypha.messages import BulkAnswer, BulkOffer, JobStamp, PeerRef, PullFile, TransferMeta
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 from hypha.net.bulk_wire import BULK_ALPN, Hello, Verdict, decode_frame, encode_frame
 from hypha.net.transfers import meta_of
 from hypha.pki.identity import load_identity

@@ -17,7 +17,8 @@ from tests.support.network import Network, until
 
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import Health, PeerRef, PullFile, TransferMeta
-from hypha.net import Node, bulk_sockets
+from hypha.net import Libp2pNode as Node
+from hypha.net import bulk_sockets
 from hypha.net.addresses import host_and_port
 from hypha.net.transfers import meta_of
 

@@ -25,7 +25,8 @@ from tests.support.network import Network, Pki, address_of, until
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, RenewLease
-from hypha.net import Node, open_node
+from hypha.net import Libp2pNode as Node
+from hypha.net import open_node
 from hypha.net.addresses import host_and_port
 from hypha.net.peers import Peers
 from hypha.net.shared_port import RESEND_WITHIN_MS, TCP_RTO_MAX_MS, resend_soon

@@ -12,7 +12,7 @@ from tests.support.network import Network, until
 
 from hypha.errors import DatasetNotFound
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, SliceInfo
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 from hypha.scheduler.datasets import REFRESH_S, find_dataset
 
 pytestmark = pytest.mark.loopback

@@ -75,7 +75,7 @@ from hypha.messages import (
     UpdateReceived,
     UpdateSent,
 )
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 from hypha.net.transfers import meta_of
 from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
 from hypha.scheduler.ledger import Ledger

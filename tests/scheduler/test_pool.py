@@ -15,7 +15,7 @@ from hypha.config.models import JobResourcesConfig, NeedsConfig, OfferConfig, Pr
 from hypha.errors import Refused
 from hypha.leases import Lease
 from hypha.messages import ExecutorClass, ExecutorDescriptor, ReleaseLease, RenewLease, Resources
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 from hypha.scheduler.allocator import Pace
 from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, PoolEvent, asks_from
 from hypha.worker.arbiter import Arbiter

@@ -16,7 +16,7 @@ from tests.support.network import Network, until
 from hypha.config.models import StorageConfig
 from hypha.errors import ConfigError
 from hypha.messages import PeerRef, Resources
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.pool import LeaseGained

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import trio
 
-from hypha.net import Node, NodeOptions, Timings, open_node
+from hypha.net import Libp2pNode as Node
+from hypha.net import NodeOptions, Timings, open_node
 from hypha.pki.authority import CaFiles, make_node, make_org, make_root
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 

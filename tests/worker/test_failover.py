@@ -23,7 +23,7 @@ from hypha.messages import (
     SliceAssigned,
     TransferMeta,
 )
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 from hypha.net.addresses import host_and_port
 from hypha.net.transfers import meta_of
 from hypha.worker.cache import SliceCache

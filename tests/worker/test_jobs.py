@@ -55,7 +55,7 @@ from hypha.messages import (
     WorkerOffer,
     WorkerRequest,
 )
-from hypha.net import Node
+from hypha.net import Libp2pNode as Node
 from hypha.net.transfers import meta_of
 from hypha.worker import run_worker
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from hypha.cli.live import live_view
 from hypha.config.models import SchedulerConfig
-from hypha.net import Node
+from hypha.node import Node
 from hypha.scheduler import JobResult, JobSnapshot, run_job
 from hypha.telemetry import health_of, serve_http
 

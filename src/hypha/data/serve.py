@@ -8,7 +8,6 @@ file has changed.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +26,9 @@ from hypha.messages import (
     PullFile,
     TransferMeta,
 )
-from hypha.net import Node, open_node, options_from
+from hypha.net import open_node, options_from
+from hypha.node import Node
+from hypha.runtime import chance, in_thread
 from hypha.telemetry import health_of, serve_http
 
 logger = logging.getLogger("hypha.data")
@@ -51,7 +52,19 @@ async def run_data(
     """
     node_options = options_from(config, "hypha-data")
     datasets = await load_datasets(config)
-    async with open_node(node_options) as node, trio.open_nursery() as nursery:
+    async with open_node(node_options) as node:
+        await serve(config, datasets, node, task_status=task_status)
+
+
+async def serve(
+    config: DataConfig,
+    datasets: list[Dataset],
+    node: Node,
+    *,
+    task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Be a data node through ``node``, until cancelled."""
+    async with trio.open_nursery() as nursery:
         shelf = Shelf(datasets, node.roles_of)
         node.answer(DescribeDataset, shelf.describe, roles=ASKERS)
         node.answer(ListFiles, shelf.list_files, roles=ASKERS)
@@ -79,7 +92,7 @@ async def load_datasets(config: DataConfig) -> list[Dataset]:
     for key, entry in entries:
         try:
             # abandoned when cancelled: reading 100 GB must not hold up a stop; nothing is half-written
-            dataset = await trio.to_thread.run_sync(
+            dataset = await in_thread(
                 load_dataset_directory, entry.path, entry.name, logger.info, abandon_on_cancel=True
             )
             if any(dataset.name == other.name for other in found):
@@ -100,9 +113,7 @@ async def _verified(key: str, dataset: Dataset) -> list[Problem]:
     problems = []
     for path, part in zip(dataset.paths, dataset.manifest.slices, strict=True):
         logger.info("Verifying %s.", path)
-        wrong = await trio.to_thread.run_sync(
-            slice_problem, path, part, dataset.manifest, abandon_on_cancel=True
-        )
+        wrong = await in_thread(slice_problem, path, part, dataset.manifest, abandon_on_cancel=True)
         if wrong is not None:
             problems.append(Problem(key, f"{path}: {wrong}"))
     return problems
@@ -136,7 +147,7 @@ async def announce(node: Node, dataset: Dataset, interval_s: float) -> None:
                 "No gateway took the announcement of %s; trying again in about %.1f s.", dataset.name, pause_s
             )
             wait_s, pause_s = pause_s, min(2 * pause_s, ANNOUNCE_RETRY_MAX_S)
-        with trio.move_on_after(wait_s * random.uniform(0.75, 1.0)):
+        with trio.move_on_after(wait_s * chance().uniform(0.75, 1.0)):
             await node.gateway_changed.wait(seen)
 
 
@@ -240,7 +251,7 @@ class SliceChecks:
         known = self._verdicts.get(index)
         if known is not None and known[0] == before:
             return known[1]
-        problem = await trio.to_thread.run_sync(
+        problem = await in_thread(
             slice_problem, path, part, self._dataset.manifest, limiter=limit, abandon_on_cancel=True
         )
         if problem is not None:

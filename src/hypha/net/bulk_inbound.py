@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +12,7 @@ from hypha.messages import TransferMeta
 from hypha.net.bulk_files import DiskFailed, WrongHash
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected
-
-Gate = Callable[[str, TransferMeta], Awaitable[Path]]
-Arrived = Callable[[str, TransferMeta, Path], Awaitable[None]]
+from hypha.node import Arrived, Gate
 
 
 @dataclass(eq=False)

@@ -18,12 +18,13 @@ import trio
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
 from hypha.messages import Acknowledged, BulkAnswer, BulkDial, BulkOffer, TransferMeta
 from hypha.net.bulk_files import DiskFailed, FileChanged, PartFile, WrongHash, copy_verified, free_bytes
-from hypha.net.bulk_inbound import Acceptor, Arrived, Gate, Inbound
+from hypha.net.bulk_inbound import Acceptor, Inbound
 from hypha.net.bulk_kept import RECEIVER_KEEPS_S, KeptLinks, OfferedOver
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
 from hypha.net.bulk_wire import BulkLinks, LinkBroken, Verdict
+from hypha.node import Arrived, Gate
 
 logger = logging.getLogger("hypha.net")
 
@@ -77,7 +78,7 @@ class Receiving:
     # --- who takes what -----------------------------------------------------------------------------
 
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
-        """As ``Transfers.accept``."""
+        """As ``BulkTransfers.accept``."""
         key = (kind, job_id)
         if key in self._acceptors:
             raise ValueError(f"files of kind {kind!r} of job {job_id!r} are accepted by somebody already")

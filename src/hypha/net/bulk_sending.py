@@ -35,10 +35,10 @@ from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
 from hypha.net.bulk_wire import BulkLinks, Frame, Go, LinkBroken, Verdict, Working, fits
+from hypha.node import Provider
 
 logger = logging.getLogger("hypha.net")
 
-Provider = Callable[[str, PullFile], Awaitable[tuple[Path, TransferMeta]]]
 Way = Literal["direct", "dial-back", "stream"]
 
 #: Sent at once, where bytes move.
@@ -92,13 +92,13 @@ class Sending:
         links.answer(PullFile, self._pulled)
 
     def serve(self, kind: str, provider: Provider) -> None:
-        """As ``Transfers.serve``."""
+        """As ``BulkTransfers.serve``."""
         self._providers[kind] = provider
 
     # --- sending ------------------------------------------------------------------------------------
 
     async def send(self, peer: PeerRef | str, path: Path, meta: TransferMeta, token: str) -> None:
-        """As ``Transfers.send``."""
+        """As ``BulkTransfers.send``."""
         peer_id = peer.peer if isinstance(peer, PeerRef) else peer
         failures, best, reason = 0, 0, ""
         busy_s, give_up_at = 0.1, math.inf

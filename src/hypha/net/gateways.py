@@ -20,7 +20,7 @@ from hypha.net.dialing import Dialer
 from hypha.net.options import Timings
 from hypha.net.peers import Peers
 from hypha.net.relay import RelayClient
-from hypha.net.signals import Changes
+from hypha.node import Changes
 
 logger = logging.getLogger("hypha.net")
 

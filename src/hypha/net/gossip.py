@@ -23,6 +23,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from hypha.messages import WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, WorkerRequest
 from hypha.net import pubsub_flow
 from hypha.net.rpc import traceparent
+from hypha.node import Heard
 
 logger = logging.getLogger("hypha.net")
 
@@ -31,7 +32,6 @@ BACKLOG = 256
 #: How long :meth:`Gossip.publish` waits for somebody to publish to.
 MESH_WAIT_S = 3.0
 
-Heard = tuple[str, WorkerRequest]
 _decoder = msgspec.msgpack.Decoder(GossipEnvelope)
 
 

@@ -14,12 +14,12 @@ import trio
 from hypha.errors import ConfigError, Problem
 from hypha.net.addresses import parse
 from hypha.net.library import quiet_library
-from hypha.net.node import Node
+from hypha.net.node import Libp2pNode
 from hypha.net.options import NodeOptions
 
 
 @asynccontextmanager
-async def open_node(options: NodeOptions) -> AsyncIterator[Node]:
+async def open_node(options: NodeOptions) -> AsyncIterator[Libp2pNode]:
     """A running node, listening; its gateways are being connected in the background.
 
     Raises ConfigError when it cannot listen or an address in ``options`` is none.
@@ -51,7 +51,7 @@ async def open_node(options: NodeOptions) -> AsyncIterator[Node]:
 
 
 async def _live(
-    options: NodeOptions, failures: list[BaseException], task_status: trio.TaskStatus[Node]
+    options: NodeOptions, failures: list[BaseException], task_status: trio.TaskStatus[Libp2pNode]
 ) -> None:
     """Open a node and keep it alive, until it is told to end: a caller that is cancelled may still say
     goodbye over it, in a shielded scope of its own.
@@ -59,7 +59,7 @@ async def _live(
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
             tasks = await nursery.start(_hold_open)
-            node = Node(options, tasks)
+            node = Libp2pNode(options, tasks)
             async with AsyncExitStack() as stack:
                 try:
                     await node.listen(stack)

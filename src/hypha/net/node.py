@@ -22,18 +22,18 @@ from hypha.net.addresses import Address, AddressBook, host_and_port, ip_of, pars
 from hypha.net.dht import DhtClient, DhtServer
 from hypha.net.dialing import Dialer
 from hypha.net.gateways import Gateways
-from hypha.net.gossip import Gossip, Heard
+from hypha.net.gossip import Gossip
 from hypha.net.library import make_host
 from hypha.net.options import NodeOptions
-from hypha.net.peers import ConnectionInfo, PeerLost, Peers, is_relayed
+from hypha.net.peers import ConnectionInfo, Peers, is_relayed
 from hypha.net.relay import RelayClient, RelayHop
-from hypha.net.reports import ReportHandler, Reports
+from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
 from hypha.net.shared_port import SharedPortTcp
-from hypha.net.signals import Changes
 from hypha.net.streams import StreamHandler, Streams
-from hypha.net.transfers import Transfers
+from hypha.net.transfers import BulkTransfers
 from hypha.net.transport import MutualTls
+from hypha.node import Changes, Heard, PeerLost, ReportHandler
 from hypha.pki.identity import Identity
 from hypha.telemetry import health_of
 
@@ -46,7 +46,7 @@ MAX_BULK_CONNECTIONS = 64
 CLOSE_S = 1.0
 
 
-class Node:
+class Libp2pNode:
     """A running node. Made by :func:`open_node`; all its methods are for one trio thread."""
 
     def __init__(self, options: NodeOptions, nursery: trio.Nursery) -> None:
@@ -84,7 +84,7 @@ class Node:
             self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
         )
         self._dht_server = DhtServer(self._host, self._peers, nursery) if options.hop else None
-        self.transfers = Transfers(self)
+        self.transfers = BulkTransfers(self)
         self._port.serve_bulk = self.transfers.serve_socket
         self.health_details: list[Callable[[], dict[str, str]]] = []
         if (hop := self.hop) is not None:

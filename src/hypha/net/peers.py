@@ -22,6 +22,7 @@ from hypha.errors import IdentityError, PeerUnreachable
 from hypha.net.options import Timings
 from hypha.net.streams import STREAM_ERRORS
 from hypha.net.transport import TlsConnection
+from hypha.node import PeerLost
 from hypha.pki.identity import Identity
 
 logger = logging.getLogger("hypha.net")
@@ -40,13 +41,6 @@ class ConnectionInfo:
     kind: Literal["direct", "relayed"]
     direction: Literal["inbound", "outbound"]
     roles: frozenset[str]
-
-
-@dataclass(frozen=True)
-class PeerLost:
-    """The last connection to ``peer`` ended."""
-
-    peer: str
 
 
 def secured(connection: Any) -> TlsConnection:

@@ -18,6 +18,7 @@ from hypha.errors import PeerUnreachable
 from hypha.messages import WIRE_VERSION, Report
 from hypha.net.rpc import Oversized, frame, may_act_as, read_frame
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
+from hypha.node import ReportHandler
 
 logger = logging.getLogger("hypha.net")
 
@@ -30,7 +31,6 @@ RETRY_MAX_S = 5.0
 #: A flush that takes longer than this has a stream that is stuck.
 WRITE_TIMEOUT_S = 15.0
 
-ReportHandler = Callable[[str, list[Report]], None]
 _Key = tuple[str, int, int, str]
 _decoder = msgspec.msgpack.Decoder(list[Report])
 

@@ -168,7 +168,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             blocking.setblocking(True)
             started = trio.CapacityLimiter(1)  # taken from the moment when the thread is on its way
             try:
-                # the thread owns the socket; ``Transfers`` shuts it to end the thread at shutdown
+                # the thread owns the socket; ``BulkTransfers`` shuts it to end the thread at shutdown
                 await trio.to_thread.run_sync(serve, blocking, limiter=started, abandon_on_cancel=True)
             finally:
                 if not started.borrowed_tokens:

@@ -1,6 +1,6 @@
 """The bulk plane: files go whole and verified from node to node, or not at all.
 
-:class:`Transfers` is the whole of it for everybody else. A transfer is agreed on by requests (an offer
+:class:`BulkTransfers` is the whole of it for everybody else. A transfer is agreed on by requests (an offer
 and its answer) and carried by a connection of its own, so that ten gigabytes do not delay the renewal of
 a lease: mutual TLS on a socket that either side may have dialled, or a libp2p stream through a relay. It
 is acknowledged when the receiver has verified it and taken it. The rest is in the ``bulk_*`` modules:
@@ -11,7 +11,6 @@ and the two ends (``sending``, ``receiving``).
 from __future__ import annotations
 
 import math
-import random
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -38,21 +37,23 @@ from hypha.net.bulk_files import (
     quick_hasher,
     strong_hasher,
 )
-from hypha.net.bulk_inbound import Acceptor, Arrived, Gate
+from hypha.net.bulk_inbound import Acceptor
 from hypha.net.bulk_links import Tally
 from hypha.net.bulk_meeting import Meeting
 from hypha.net.bulk_receiving import Receiving
-from hypha.net.bulk_sending import BUSY_FOR_S, BUSY_PAUSE_S, Provider, Sending, new_token
+from hypha.net.bulk_sending import BUSY_FOR_S, BUSY_PAUSE_S, Sending, new_token
 from hypha.net.bulk_wire import BulkLinks
+from hypha.node import Arrived, Gate, Provider
+from hypha.runtime import chance, in_thread
 
-__all__ = ["Arrived", "BulkLinks", "Gate", "Provider", "Transfers", "meta_of"]
+__all__ = ["BulkLinks", "BulkTransfers", "meta_of"]
 
 #: Threads of the bulk plane: transfers each way, those in which nothing moves included, and handshakes of
 #: connections being made.
 MAX_THREADS = 64
 
 
-class Transfers:
+class BulkTransfers:
     """Sends, pulls, serves and accepts files.
 
     ``run`` must be running (``await nursery.start(transfers.run)``) before the node listens;
@@ -202,7 +203,7 @@ class Transfers:
                 give_up_at = min(give_up_at, trio.current_time() + BUSY_FOR_S)
                 if exc.code == "busy" and trio.current_time() < give_up_at:
                     busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
-                    await trio.sleep(busy_s * random.uniform(0.5, 1.0))
+                    await trio.sleep(busy_s * chance().uniform(0.5, 1.0))
                     continue
                 if exc.code == "unreachable":
                     raise TransferFailed(pull.peer, request.name, exc.reason) from exc
@@ -312,7 +313,7 @@ async def meta_of(
     """What to say of a file before sending it; hashed in a thread, unless the hashes that it needs are known.
     OSError when it cannot be read.
     """
-    size = (await trio.Path(path).stat()).st_size
+    size = (await in_thread(path.stat)).st_size
     if not blake3 and kind != "update":
         size, blake3 = await _hashed(path, strong_hasher())
     if not xxh3 and kind in QUICK_KINDS:
@@ -333,6 +334,6 @@ async def meta_of(
 async def _hashed(path: Path, hasher: Hasher) -> tuple[int, str]:
     stop = threading.Event()
     try:
-        return await trio.to_thread.run_sync(hash_file, path, stop, hasher, abandon_on_cancel=True)
+        return await in_thread(hash_file, path, stop, hasher, abandon_on_cancel=True)
     finally:
         stop.set()

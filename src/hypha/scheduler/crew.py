@@ -24,7 +24,7 @@ from hypha.messages import (
     Rejoin,
     Steer,
 )
-from hypha.net import Node
+from hypha.node import Node
 from hypha.scheduler.describe import Descriptions
 from hypha.scheduler.events import Input, Joined, Lost, Send
 from hypha.scheduler.lives import Life

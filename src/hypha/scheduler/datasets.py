@@ -12,7 +12,7 @@ import trio
 
 from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef
-from hypha.net import Node, PeerLost
+from hypha.node import Node, PeerLost
 
 logger = logging.getLogger("hypha.scheduler")
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from hypha.errors import Refused
 from hypha.messages import Acknowledged, NextSlice, NoSlice, Report, ReportEvent, SliceAssigned
-from hypha.net import Node
+from hypha.node import Node
 from hypha.scheduler.datasets import Dataset
 from hypha.scheduler.events import Input, Reported, Told
 from hypha.scheduler.rounds import RoundMachine

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
-from uuid import uuid4
 
 import msgspec
 from msgspec import Struct
@@ -22,6 +21,7 @@ from msgspec import Struct
 from hypha.durable import sync_directory
 from hypha.errors import OutputError
 from hypha.places import UrlPlace
+from hypha.runtime import new_id
 
 #: written last where there is no rename: with it the model is complete
 MARKER = "hypha.json"
@@ -104,14 +104,14 @@ class LocalOutput:
             if self.path.exists() and not self.path.is_dir():
                 raise OutputError(f"the output {self.path} is a file; give a directory")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            probe = self.path.parent / f".hypha-probe-{uuid4().hex}"
+            probe = self.path.parent / f".hypha-probe-{new_id()}"
             probe.write_bytes(b"probe")
             probe.unlink()
 
     def publish(self, staged: Path, about: Published) -> str:
         """Copied next to the place, made durable, renamed."""
         with _translated(str(self.path), "publishing the model to"):
-            part = self.path.parent / f".{self.path.name}.{uuid4().hex}"
+            part = self.path.parent / f".{self.path.name}.{new_id()}"
             try:
                 shutil.copytree(staged, part)
                 (part / MARKER).write_bytes(_about(about, staged))
@@ -151,7 +151,7 @@ class UrlOutput:
         """Write and delete a probe."""
         with _translated(self.url, "writing to"):
             place = UrlPlace(self.url)
-            probe = f".hypha-probe-{uuid4().hex}"
+            probe = f".hypha-probe-{new_id()}"
             place.write(probe, b"probe")
             place.remove(probe)
 

@@ -6,14 +6,17 @@ while the node still lives, within about four seconds; an open round is saved fi
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 import trio
 
 from hypha.config.models import SchedulerConfig
 from hypha.errors import HyphaError, JobFailed
-from hypha.net import Node, open_node, options_from
+from hypha.net import open_node, options_from
+from hypha.node import Node
+from hypha.runtime import in_thread
 from hypha.scheduler.export import output_for
 from hypha.scheduler.running import JobResult, Observer, RunningJob
 from hypha.scheduler.serving import served_directories
@@ -28,22 +31,24 @@ async def run_job(
     *,
     observe: Observer | None = None,
     fresh: bool = False,
+    open_: Callable[[], AbstractAsyncContextManager[Node]] | None = None,
     task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
 ) -> JobResult:
-    """Run the job of ``config`` to its end. ``observe`` gets a snapshot a few times a second;
-    ``task_status`` the node as soon as it listens. An unfinished job of the same name and description is
-    resumed, unless ``fresh``. Raises a :class:`HyphaError` whose ``exit_code`` says what went wrong.
+    """Run the job of ``config`` to its end. ``observe`` gets a snapshot a few times a second, ``task_status``
+    the node as soon as it listens; ``open_`` opens another node than one over libp2p. An unfinished job of
+    the same name and description is resumed, unless ``fresh``. Raises a :class:`HyphaError` whose
+    ``exit_code`` says what went wrong.
     """
     job = config.scheduler.job
     output = output_for(job.output, job.output_token)
-    await trio.to_thread.run_sync(output.check)
-    directories = await trio.to_thread.run_sync(served_directories, job)
-    options = options_from(config, "hypha-scheduler")
+    await in_thread(output.check)
+    directories = await in_thread(served_directories, job)
+    opened = open_ or partial(open_node, options_from(config, "hypha-scheduler"))
     outcome: JobResult | HyphaError | None = None
     with StateDirectory(config.state_dir, job.name) as state:
         async with _farewell() as (work, shelter):
             with shelter:
-                async with open_node(options) as node:
+                async with opened() as node:
                     task_status.started(node)
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:

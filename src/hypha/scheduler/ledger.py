@@ -30,6 +30,7 @@ from hypha.messages import (
     TrainJob,
     encode_json,
 )
+from hypha.runtime import in_thread
 from hypha.scheduler.pool import LeaseGained
 from hypha.scheduler.slices import TrackerState
 
@@ -418,7 +419,7 @@ async def _with_room(path: Path, call: Callable[[], T], limiter: trio.CapacityLi
     told = False
     while True:
         try:
-            result = await trio.to_thread.run_sync(call, abandon_on_cancel=False, limiter=limiter)
+            result = await in_thread(call, abandon_on_cancel=False, limiter=limiter)
         except sqlite3.OperationalError as exc:
             if not _is_full(exc):
                 raise

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import trio
 from msgspec import Struct
 
 from hypha.config.models import JobConfig
 from hypha.errors import ConfigError, HyphaError, JobFailed, Problem
 from hypha.messages import AggregateJob, Local, PeerRef, Peers, Reference, TrainJob
+from hypha.runtime import in_thread
 from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.datasets import Dataset
 from hypha.scheduler.describe import Descriptions, without_secrets
@@ -69,7 +69,7 @@ async def first_life(
     """
     opening = _opening(config, scheduler, dataset, job_id)
     if fresh:
-        await trio.to_thread.run_sync(state.move_aside, "A fresh start was asked for")
+        await in_thread(state.move_aside, "A fresh start was asked for")
     if config.checkpoint.replicas:
         await (copies.forget_all() if fresh else copies.bring_back_ledger(state))
     ledger = await open_ledger(state.ledger)
@@ -78,16 +78,16 @@ async def first_life(
         if standing is not None:
             if standing.state != "done":
                 _check_same(opening, standing, state.path)
-                await trio.to_thread.run_sync(state.prepare)
+                await in_thread(state.prepare)
                 last = Start(standing.job_id, standing.generation)
                 if any(lease.kind == "aggregate" for lease in await ledger.run(Ledger.leases)):
                     return ledger, await taken_over(ledger, last)
                 store = CheckpointStore(state, standing.job_id, config.checkpoint.keep)
                 return ledger, await next_life(ledger, store, last, copies)
             ledger.close()
-            await trio.to_thread.run_sync(state.move_aside, "The earlier job of this name is done")
+            await in_thread(state.move_aside, "The earlier job of this name is done")
             ledger = await open_ledger(state.ledger)
-        await trio.to_thread.run_sync(state.prepare)
+        await in_thread(state.prepare)
         tracker = SliceTracker([part.samples for part in dataset.manifest.slices]).to_state()
         await ledger.run(Ledger.open_job, opening, tracker)
     except BaseException:
@@ -109,7 +109,7 @@ async def next_life(ledger: Ledger, store: CheckpointStore, last: Start, copies:
     """The life after ``last``, from the newest checkpoint that can be used, or of which there is a copy."""
     open_round, _, _ = await ledger.run(Ledger.open_round)
     for begin in await ledger.run(Ledger.starts):
-        kept = begin.place != "scheduler" or await trio.to_thread.run_sync(store.verify, begin.round)
+        kept = begin.place != "scheduler" or await in_thread(store.verify, begin.round)
         if not (kept or await copies.bring_back(ledger, store, begin.round)):
             await ledger.run(Ledger.forget_checkpoint, begin.round)
             continue

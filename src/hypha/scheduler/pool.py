@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
-from uuid import uuid4
 
 import trio
 from msgspec import Struct
@@ -33,7 +32,8 @@ from hypha.messages import (
     Resources,
     WorkerOffer,
 )
-from hypha.net import Node
+from hypha.node import Node
+from hypha.runtime import chance, new_id
 from hypha.scheduler.allocator import (
     Accept,
     Adopted,
@@ -128,7 +128,7 @@ def asks_from(resources: JobResourcesConfig, dataset: str | None = None) -> tupl
     """Whom a job looks for: training executors and a parameter server, under new request ids."""
     return (
         Ask(
-            request_id=uuid4().hex,
+            request_id=new_id(),
             executor=ExecutorDescriptor(kind="train", name=resources.worker_executor),
             resources=Resources(**resources.worker.model_dump()),
             bid=resources.worker_price.bid,
@@ -136,7 +136,7 @@ def asks_from(resources: JobResourcesConfig, dataset: str | None = None) -> tupl
             dataset=dataset,
         ),
         Ask(
-            request_id=uuid4().hex,
+            request_id=new_id(),
             executor=ExecutorDescriptor(kind="aggregate", name=resources.parameter_server_executor),
             resources=Resources(**resources.parameter_server.model_dump()),
             bid=resources.parameter_server_price.bid,
@@ -172,7 +172,7 @@ class Pool:
     ) -> None:
         self._node = node
         self._allocator = Allocator(asks, pace)
-        self._random = random or Random()
+        self._random = random or chance()
         self._held: dict[str, _Held] = {}
         self._todo: list[AllocatorAction] = []
         self._wake = trio.Event()
@@ -330,37 +330,38 @@ class Pool:
         with held.scope:
             now = trio.current_time()
             renewal = Renewal(held.expires_at - now, now, self._random)
-            event: RenewalEvent = Tick()
+            events: list[RenewalEvent] = [Tick()]
             while True:
                 attempt: Attempt | None = None
-                for action in renewal.handle(event, trio.current_time()):
-                    match action:
-                        case Attempt():
-                            attempt = action
-                        case Suspected(reason):
-                            self._suspect(held, reason)
-                        case Recovered():
-                            self._tell(
-                                held, LeaseRecovered(held.offer.lease_id, held.offer.worker, held.kind)
-                            )
-                        case Lapsed(reason, refused):
-                            self._lose(held, reason, refused)
-                            return
+                for event in events:
+                    for action in renewal.handle(event, trio.current_time()):
+                        match action:
+                            case Attempt():
+                                attempt = action
+                            case Suspected(reason):
+                                self._suspect(held, reason)
+                            case Recovered():
+                                self._tell(
+                                    held, LeaseRecovered(held.offer.lease_id, held.offer.worker, held.kind)
+                                )
+                            case Lapsed(reason, refused):
+                                self._lose(held, reason, refused)
+                                return
+                events = []
                 if attempt is not None:
-                    event = await self._attempt(held, attempt.timeout_s)
-                    if held.connection_lost:
-                        held.connection_lost = False
-                        renewal.handle(ConnectionLost(), trio.current_time())
-                    if isinstance(event, Renewed) and not held.gained:
+                    answer = await self._attempt(held, attempt.timeout_s)
+                    if isinstance(answer, Renewed) and not held.gained:
                         self._gain(held)
-                    continue
-                event = Tick()
-                with trio.move_on_at(renewal.next_wake):
-                    await held.nudge.wait()
+                    events.append(answer)
+                else:
+                    with trio.move_on_at(renewal.next_wake):
+                        await held.nudge.wait()
+                    held.nudge = trio.Event()
+                    events.append(Tick())
                 if held.connection_lost:
                     held.connection_lost = False
-                    event = ConnectionLost()
-                held.nudge = trio.Event()
+                    # after an answer the lessor may have died; before a failure it explains that one
+                    events.insert(isinstance(events[0], Renewed), ConnectionLost())
 
     async def _attempt(self, held: _Held, timeout_s: float) -> RenewalEvent:
         lease_id, peer = held.offer.lease_id, held.offer.worker.peer

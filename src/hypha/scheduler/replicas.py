@@ -27,7 +27,8 @@ from hypha.messages import (
     TransferMeta,
     replica_name,
 )
-from hypha.net import Node
+from hypha.node import Node
+from hypha.runtime import in_thread
 from hypha.scheduler.checkpoints import CheckpointStore, safe_relative
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.state import StateDirectory
@@ -67,7 +68,7 @@ class Copies:
         if found is None:
             return False
         worker, index = found
-        await trio.to_thread.run_sync(store.adopt, index, place)
+        await in_thread(store.adopt, index, place)
         logger.warning(
             "The checkpoint for round %d was lost here; the copy of a worker takes its place",
             round_,
@@ -103,7 +104,7 @@ class Copies:
             stale.unlink()
         (place / BOOK).replace(state.ledger)
         shutil.rmtree(place, ignore_errors=True)
-        ledger = await trio.to_thread.run_sync(Ledger, state.ledger)
+        ledger = await in_thread(Ledger, state.ledger)
         try:
             # this copy was not yet complete when its book was written
             for holder, whole in copies:
@@ -190,7 +191,7 @@ class Copies:
 
     async def _fetch_one_of(self, copies: list[Copy], place: Path) -> Copy | None:
         """The first copy all of whose files came to ``place``. Who is away is asked again for a while."""
-        await trio.to_thread.run_sync(shutil.rmtree, place, True)
+        await in_thread(shutil.rmtree, place, True)
         left = list(copies)
         deadline = trio.current_time() + self._patience_s
         while left:
@@ -218,7 +219,7 @@ class Copies:
     async def _fetch(self, worker: PeerRef, index: CheckpointIndex, place: Path) -> None:
         for file in index.files:
             path = place / safe_relative(file.name)
-            if await trio.Path(path).is_file():
+            if await in_thread(path.is_file):
                 # whole and verified, from whomever; the hash is the same
                 continue
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -24,8 +24,9 @@ from hypha.messages import (
     PeerRef,
     TransferMeta,
 )
-from hypha.net import Node
 from hypha.net.transfers import meta_of
+from hypha.node import Node
+from hypha.runtime import in_thread
 from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.pool import LeaseGained
@@ -155,7 +156,7 @@ class Replicating:
 
     async def _describe(self, store: CheckpointStore, round_: int, book: Path) -> CheckpointIndex:
         """What is to be copied: the checkpoint, and the ledger as it is now, in ``book``."""
-        index = await trio.to_thread.run_sync(store.index, round_)
+        index = await in_thread(store.index, round_)
         for old in self._state.incoming.glob("book-*.db"):
             old.unlink()
         await self._ledger.run(Ledger.copy_to, book)

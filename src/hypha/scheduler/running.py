@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import trio
 
 from hypha.config.models import JobConfig
 from hypha.errors import AllocationFailed, HyphaError, JobFailed, OutputError
 from hypha.messages import JobStamp
-from hypha.net import Node
+from hypha.node import Node
+from hypha.runtime import chance, in_thread, new_id
 from hypha.scheduler.allocator import Pace
 from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.crew import Crew, lost
@@ -194,7 +193,7 @@ class RunningJob:
             len(self.dataset.providers),
         )
         self._message = "reading the job's state"
-        job_id = f"{self.config.name}-{uuid4().hex[:12]}"
+        job_id = f"{self.config.name}-{new_id()[:12]}"
         self.ledger, self.life = await first_life(
             self.state, self.config, self.node.ref(), self.dataset, job_id, self.copies, fresh
         )
@@ -330,7 +329,7 @@ class RunningJob:
                     nursery.start_soon(self.pool.release, lease.lease_id, True)
             case Again(peer=peer, reason=reason, instead_of=instead_of):
                 # not all at once, when all failed at once
-                pause_s = action.pause_s * random.uniform(1.0, 1.5)
+                pause_s = action.pause_s * chance().uniform(1.0, 1.5)
                 fields = {"peer_id": peer, "incarnation": instead_of}
                 logger.warning("An executor is started again in %.1f s: %s", pause_s, reason, extra=fields)
                 self.crew.again(peer, instead_of, pause_s)
@@ -347,7 +346,7 @@ class RunningJob:
         if self.config.checkpoint.place == "scheduler":
             place = "scheduler"
             try:
-                complete = await trio.to_thread.run_sync(self.store.complete, round_)
+                complete = await in_thread(self.store.complete, round_)
             except OSError as exc:
                 logger.error("The checkpoint for round %d cannot be kept: %s", round_, exc)
                 return
@@ -358,7 +357,7 @@ class RunningJob:
         self.progressed.checkpoint = round_
         # at any other place the files are pruned by the parameter server's worker, which can write there
         rounds = [start.round for start in await self.ledger.run(Ledger.starts) if start.place]
-        for old in await trio.to_thread.run_sync(self.store.prune, rounds):
+        for old in await in_thread(self.store.prune, rounds):
             await self.ledger.run(Ledger.forget_checkpoint, old)
         if self.replicating is not None and place == "scheduler":
             self.replicating.put(round_, self.store)
@@ -410,10 +409,10 @@ class RunningJob:
         file = await self.ledger.run(Ledger.to_file)
         path = self.state.path / "ledger.json"
         try:
-            await trio.to_thread.run_sync(export_ledger, file, path)
+            await in_thread(export_ledger, file, path)
         except OSError as exc:
             raise OutputError(f"{path} cannot be written: {exc}; make room and start the job again") from exc
-        self._output = await trio.to_thread.run_sync(self.output.publish, export, about)
+        self._output = await in_thread(self.output.publish, export, about)
         await self.ledger.run(Ledger.done)
         if self.replicating is not None:
             self.replicating.close()

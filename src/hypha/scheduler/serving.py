@@ -6,7 +6,6 @@ checkpoints and the trained model, from the parameter server alone. Files are ha
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,9 @@ import trio
 from hypha.config.models import JobConfig
 from hypha.errors import ModelError, Refused
 from hypha.messages import FileList, JobStamp, ListFiles, PullFile, TransferMeta
-from hypha.net import Node
 from hypha.net.transfers import meta_of
+from hypha.node import Node
+from hypha.runtime import free_bytes, in_thread
 from hypha.scheduler.checkpoints import CheckpointStore, safe_relative
 from hypha.scheduler.describe import MODEL, PREPROCESSOR
 from hypha.scheduler.state import StateDirectory
@@ -102,7 +102,7 @@ class Serving:
         kind, _, rest = request.kind.partition("/")
         name = request.name or rest
         if kind == "checkpoint" and self._store is not None and name.isdecimal():
-            return await trio.to_thread.run_sync(self._store.files, int(name))
+            return await in_thread(self._store.files, int(name))
         if kind not in self._directories or name:
             raise Refused("not-found", f"there is no resource {request.kind} {request.name}".rstrip())
         return await self._directories[kind].list()
@@ -118,7 +118,7 @@ class Serving:
         self._invited(caller)
         if self._store is None:
             raise Refused("not-found", "there are no checkpoints")
-        return await trio.to_thread.run_sync(self._store.file, request.name)
+        return await in_thread(self._store.file, request.name)
 
     def _from_server(self, caller: str, meta: TransferMeta) -> tuple[CheckpointStore, StateDirectory]:
         if self._store is None or self._state is None or not self._is_server(caller, meta.stamp):
@@ -127,7 +127,7 @@ class Serving:
 
     async def _checkpoint_gate(self, caller: str, meta: TransferMeta) -> Path:
         store, _ = self._from_server(caller, meta)
-        return await trio.to_thread.run_sync(store.place_for, meta)
+        return await in_thread(store.place_for, meta)
 
     async def _checkpoint_arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
         store, _ = self._from_server(caller, meta)
@@ -137,7 +137,7 @@ class Serving:
         _, state = self._from_server(caller, meta)
         generation = meta.stamp.generation if meta.stamp is not None else 0
         path = state.export_of(generation) / safe_relative(meta.name)
-        needed, free = meta.size, shutil.disk_usage(state.path).free
+        needed, free = meta.size, free_bytes(state.path)
         if needed > free:
             raise Refused("no-space", f"{meta.name} has {needed} bytes; {free} are free in {state.path}")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ good is forgotten; what could not be delivered is tried again with growing pause
 from __future__ import annotations
 
 import logging
-import random
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -16,7 +15,8 @@ import trio
 
 from hypha.errors import NetworkError, Refused
 from hypha.messages import Directive, ExecutorClass, JobStamp, PeerRef, SendModel, Steer
-from hypha.net import Node
+from hypha.node import Node
+from hypha.runtime import chance
 
 logger = logging.getLogger("hypha.scheduler")
 
@@ -91,5 +91,5 @@ class Steering:
                 logger.debug("%s has to wait: %s", type(directive).__name__, exc, extra=fields)
             except NetworkError as exc:
                 logger.debug("%s was not delivered: %s", type(directive).__name__, exc, extra=fields)
-            await trio.sleep(pause_s * random.uniform(0.7, 1.3))
+            await trio.sleep(pause_s * chance().uniform(0.7, 1.3))
             pause_s = min(_LONGEST_PAUSE_S, pause_s * 2.0)

@@ -14,7 +14,7 @@ import trio
 
 from hypha.errors import NetworkError
 from hypha.messages import JobStamp, PeerRef, SaveCheckpoint, Steer
-from hypha.net import Node
+from hypha.node import Node
 from hypha.scheduler.events import Action, Checkpointed, Record
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.rounds import RoundMachine

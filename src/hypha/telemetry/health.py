@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Protocol
-
 import trio
 
 from hypha import __version__
-from hypha.messages import HealthReport, PeerRef
+from hypha.messages import HealthReport
+from hypha.node import Node
 
 
-class _Options(Protocol):
-    @property
-    def component(self) -> str: ...
-    @property
-    def gateways(self) -> Collection[str]: ...
-    @property
-    def hop(self) -> bool: ...
-
-
-class ShownNode(Protocol):
-    """What is looked at of a ``hypha.net`` node, which this room may not import."""
-
-    #: what the component adds
-    health_details: list[Callable[[], dict[str, str]]]
-
-    @property
-    def peer_id(self) -> str: ...
-    @property
-    def options(self) -> _Options: ...
-    @property
-    def uptime_s(self) -> float: ...
-    @property
-    def gateway(self) -> str | None: ...
-    def ref(self) -> PeerRef: ...
-    def connections(self) -> Collection[object]: ...
-
-
-def health_of(node: ShownNode) -> HealthReport:
+def health_of(node: Node) -> HealthReport:
     """A leaf is well while it has a gateway, a gateway while it runs."""
     details = {
         "gateway": node.gateway or "none",

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from uuid import uuid4
 
 from hypha.config.models import OfferConfig
 from hypha.leases import (
@@ -41,6 +40,7 @@ from hypha.leases import (
 )
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
 from hypha.resources import fits, is_valid, weighted_capacity
+from hypha.runtime import new_id
 
 #: Requests that may wait in one window; more are not considered, so a flood cannot grow without bound.
 MAX_WAITING = 1024
@@ -130,7 +130,7 @@ class Arbiter:
         executors: Iterable[ExecutorDescriptor],
         terms: OfferConfig,
         worker: Callable[[], PeerRef],
-        new_id: Callable[[], str] = lambda: uuid4().hex,
+        new_id: Callable[[], str] = lambda: new_id(),
     ) -> None:
         self.book = LeaseBook(total)
         self._executors = frozenset((executor.kind, executor.name) for executor in executors)

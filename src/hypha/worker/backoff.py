@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
+
+from hypha.runtime import chance
 
 
 @dataclass
@@ -17,7 +18,7 @@ class Backoff:
     def next_s(self) -> float:
         """Seconds to wait before the next attempt."""
         self._pause_s = min(self.longest_s, self._pause_s * 2 or self.first_s)
-        return self._pause_s * random.uniform(0.5, 1.0)
+        return self._pause_s * chance().uniform(0.5, 1.0)
 
     def reset(self) -> None:
         """Start over with the shortest pause."""

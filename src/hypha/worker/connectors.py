@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -22,6 +21,7 @@ from hypha.messages import (
     TransferMeta,
     Uri,
 )
+from hypha.runtime import chance
 from hypha.worker.allowance import Allowance
 from hypha.worker.downloads import fetch_hub, fetch_local, fetch_uri
 
@@ -81,7 +81,7 @@ class Connectors:
         """
         peers = list(reference.peers)
         if reference.strategy == "random":
-            random.shuffle(peers)
+            chance().shuffle(peers)
         if not peers:
             raise Refused("invalid", "no peer to fetch from")
         if not reference.resource:

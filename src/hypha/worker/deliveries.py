@@ -8,7 +8,6 @@ dead worker does not hold up a round.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ import trio
 
 from hypha.errors import NetworkError, Refused
 from hypha.messages import Delivery, PeerRef, TransferMeta
+from hypha.runtime import chance
 from hypha.worker.backoff import Backoff
 
 logger = logging.getLogger("hypha.worker.send")
@@ -59,7 +59,7 @@ class Deliveries:
             return tuple(outcomes[receiver.peer] for receiver in receivers)
         order = list(receivers)
         if strategy == "random":
-            random.shuffle(order)
+            chance().shuffle(order)
         tried = []
         for receiver in order:
             tried.append(await self._deliver(path, meta, receiver))

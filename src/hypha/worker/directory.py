@@ -13,10 +13,10 @@ import logging
 import os
 import shutil
 import tempfile
-import uuid
 from pathlib import Path, PurePosixPath
 
 from hypha.errors import HyphaError, Refused
+from hypha.runtime import new_id
 
 logger = logging.getLogger("hypha.worker")
 
@@ -46,7 +46,7 @@ class JobDirectory:
     @classmethod
     def create(cls, work_dir: Path) -> JobDirectory:
         """A fresh one with its sub-directories, all 0700. ``Refused`` when the disk does not take it."""
-        path = work_dir.resolve() / f"{_PREFIX}{uuid.uuid4()}"
+        path = work_dir.resolve() / f"{_PREFIX}{new_id()}"
         socket_path = path / "bridge.sock"
         if len(os.fsencode(socket_path)) > MAX_SOCKET_PATH_BYTES:
             socket_path = _short_directory() / "bridge.sock"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import posixpath
-import random
 import shutil
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -25,6 +24,7 @@ import trio
 
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import HuggingFace
+from hypha.runtime import chance, check_cancelled, in_thread
 from hypha.worker.allowance import Allowance
 from hypha.worker.storing import CHUNK_BYTES, translated
 
@@ -68,7 +68,7 @@ async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[P
         except TransferFailed as exc:
             if attempt == HTTP_ATTEMPTS:
                 raise
-            pause_s = 0.25 * 2**attempt * random.uniform(0.5, 1.0)
+            pause_s = 0.25 * 2**attempt * chance().uniform(0.5, 1.0)
             logger.warning("Fetching %s failed: %s. Trying again in %.1f s.", value, exc.reason, pause_s)
             await trio.sleep(pause_s)
 
@@ -117,7 +117,7 @@ async def _save(response: httpx.Response, url: httpx.URL, directory: Path, max_b
             if size > max_bytes:
                 raise Refused("too-large", f"{url} has more than the allowed {max_bytes} bytes")
             await file.write(data)
-    return await trio.to_thread.run_sync(finish, part, path)
+    return await in_thread(finish, part, path)
 
 
 # --- Hugging Face hub ------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ async def fetch_hub(
     huggingface_hub has it (``HF_ENDPOINT``).
     """
     # The library cannot be interrupted; after a cancellation its thread ends by itself, unheeded.
-    return await trio.to_thread.run_sync(
+    return await in_thread(
         _download_repository, reference, directory, max_bytes, endpoint, abandon_on_cancel=True
     )
 
@@ -205,11 +205,9 @@ async def fetch_local(url: str, directory: Path, allowance: Allowance) -> list[P
     """Copy a file, or all files below a directory, from a local path or any fsspec URL."""
     place = allowance.local(url)
     if isinstance(place, Path):
-        return await trio.to_thread.run_sync(_copy_path, place, directory, allowance)
+        return await in_thread(_copy_path, place, directory, allowance)
     # Back ends may be silent for minutes; after a cancellation the thread ends by itself.
-    return await trio.to_thread.run_sync(
-        _copy_url, place, directory, allowance.max_file_bytes, abandon_on_cancel=True
-    )
+    return await in_thread(_copy_url, place, directory, allowance.max_file_bytes, abandon_on_cancel=True)
 
 
 def _copy_path(place: Path, directory: Path, allowance: Allowance) -> list[Path]:
@@ -266,5 +264,5 @@ def _copy_in(opener: Callable[[], BinaryIO], directory: Path, name: str, max_byt
 
 def _chunks(source: BinaryIO) -> Iterator[bytes]:
     while data := source.read(CHUNK_BYTES):
-        trio.from_thread.check_cancelled()
+        check_cancelled()
         yield data

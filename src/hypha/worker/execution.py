@@ -47,10 +47,9 @@ from hypha.messages import (
     TrainJob,
     TransferMeta,
 )
-from hypha.net import Node
 from hypha.net.transfers import meta_of
+from hypha.node import Node
 from hypha.worker.allowance import Allowance
-from hypha.worker.bridge import bind_bridge, serve_bridge
 from hypha.worker.cache import SliceCache
 from hypha.worker.connectors import Connectors
 from hypha.worker.deliveries import Deliveries
@@ -60,9 +59,10 @@ from hypha.worker.feeds import Arrivals, Directives, Feed
 from hypha.worker.inbox import Inbox
 from hypha.worker.limits import CgroupPlaces, Limits, apply_limits
 from hypha.worker.outbox import Outbox
-from hypha.worker.process import Exit, Launch, prepare_launch, run_executor
+from hypha.worker.process import Exit, Launch, prepare_launch
 from hypha.worker.room import lack_of_room
 from hypha.worker.slices import SlicePrefetcher
+from hypha.worker.starting import EndSignals, RunExecutor
 from hypha.worker.storing import Keeping, store_local
 from hypha.worker.watch import Patience, Watch, keep_watch
 
@@ -86,6 +86,7 @@ class Workshop:
     cgroups: CgroupPlaces
     gpus: GpuPins
     environment: Mapping[str, str]
+    run_executor: RunExecutor
 
 
 class Execution:
@@ -299,19 +300,17 @@ class Execution:
     async def _serve_process(self, launch: Launch, limits: Limits) -> Exit:
         kind = "theta" if self.kind == "train" else "update"
         hung = trio.Event()
-        listener = bind_bridge(self._directory.socket_path)
         stop_accepting = self._shop.node.transfers.accept(kind, self._job.job_id, self._gate, self._arrived)
         try:
             async with trio.open_nursery() as nursery:
-                await nursery.start(serve_bridge, self, listener)
                 if self._slices is not None:
                     nursery.start_soon(self._slices.run)
                 nursery.start_soon(keep_watch, self._watch, hung)
-                ended = await run_executor(
+                ended = await self._shop.run_executor(
+                    self,
+                    self._directory.socket_path,
                     replace(launch, keeper_options=limits.launch_options()),
-                    self._stop,
-                    self._shop.config.stop_grace_s,
-                    kill=hung,
+                    EndSignals(self._stop, self._shop.config.stop_grace_s, hung),
                 )
                 nursery.cancel_scope.cancel()
                 return ended

@@ -14,7 +14,8 @@ from hypha.config.inherited import child_environment
 from hypha.config.models import WorkerConfig
 from hypha.errors import ConfigError, Problem
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources
-from hypha.net import Node, open_node, options_from
+from hypha.net import open_node, options_from
+from hypha.node import Node
 from hypha.telemetry import health_of, serve_http
 from hypha.worker.allowance import Allowance
 from hypha.worker.arbiter import Arbiter
@@ -28,6 +29,7 @@ from hypha.worker.limits import CgroupPlaces, no_cgroups, usable_cgroups
 from hypha.worker.offers import LeaseDesk, serve_offers
 from hypha.worker.replicas import ReplicaStore
 from hypha.worker.room import lack_of_room
+from hypha.worker.starting import RunExecutor, run_process
 from hypha.worker.storage_desk import StorageDesk
 
 logger = logging.getLogger("hypha.worker")
@@ -51,7 +53,7 @@ async def work(
         with last:
             async with open_node(options) as node:
                 with first:
-                    await _work_with(config, node, cgroups, task_status)
+                    await serve(config, node, cgroups, task_status=task_status)
 
 
 def _check_work_dir(path: Path) -> None:
@@ -85,9 +87,15 @@ async def _in_order() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]
         nursery.cancel_scope.cancel()
 
 
-async def _work_with(
-    config: WorkerConfig, node: Node, cgroups: CgroupPlaces, task_status: trio.TaskStatus[PeerRef]
+async def serve(
+    config: WorkerConfig,
+    node: Node,
+    cgroups: CgroupPlaces,
+    run_executor: RunExecutor = run_process,
+    *,
+    task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
+    """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled."""
     environment = child_environment()
     allowance = Allowance(config.allow)
     workshop = Workshop(
@@ -99,6 +107,7 @@ async def _work_with(
         cgroups=cgroups,
         gpus=GpuPins(list_gpus(environment)),
         environment=environment,
+        run_executor=run_executor,
     )
     arbiter = Arbiter(
         Resources(**config.resources.model_dump()),

@@ -24,7 +24,7 @@ from hypha.messages import (
     RenewLease,
     Resources,
 )
-from hypha.net import Node
+from hypha.node import Node
 from hypha.worker.arbiter import (
     Arbiter,
     ArbiterAction,

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from hypha.config.models import StorageConfig
 from hypha.durable import sync_directory, write_durably
 from hypha.errors import Refused
 from hypha.messages import CheckpointFile, CheckpointIndex, HoldCheckpoint, TransferMeta, encode_json
+from hypha.runtime import wall_time
 
 logger = logging.getLogger("hypha.worker.storage")
 
@@ -217,7 +217,7 @@ class ReplicaStore:
         raise Refused("uninvited", f"nobody announced the checkpoint file {meta.name}")
 
     def _open(self, owner: Owner, index: CheckpointIndex) -> _Job:
-        job = _Job(owner, time.time())
+        job = _Job(owner, wall_time())
         self._make_room(job, index.size)
         self._path(job).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_durably(self._path(job) / OWNER, encode_json(owner))
@@ -277,7 +277,7 @@ class ReplicaStore:
             _remove(self._round(job, round_))
 
     def _touch(self, job: _Job) -> None:
-        job.used_at = time.time()
+        job.used_at = wall_time()
         os.utime(self._path(job))
 
     def _forget(self, job: _Job) -> None:
@@ -288,7 +288,7 @@ class ReplicaStore:
 
     def _forget_old(self) -> None:
         for job in list(self._jobs.values()):
-            if time.time() - job.used_at > self._max_age_s and job.owner.peer not in self._leased:
+            if wall_time() - job.used_at > self._max_age_s and job.owner.peer not in self._leased:
                 logger.warning(
                     "Nobody has asked about the copies of job %s for long; they are deleted.",
                     job.owner.job_id,

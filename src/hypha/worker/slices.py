@@ -40,6 +40,7 @@ from hypha.messages import (
     TransferMeta,
 )
 from hypha.net.bulk_files import hash_file
+from hypha.runtime import in_thread
 from hypha.worker.backoff import Backoff
 from hypha.worker.cache import SliceCache
 from hypha.worker.connectors import Pull
@@ -252,7 +253,7 @@ class SlicePrefetcher:
             return False
         # to its end, so that a link is never forgotten
         with trio.CancelScope(shield=True):
-            found = await trio.to_thread.run_sync(hash_file, path)
+            found = await in_thread(hash_file, path)
         if found == (assigned.size, assigned.blake3):
             return True
         self._cache.drop(assigned, path)

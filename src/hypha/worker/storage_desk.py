@@ -21,7 +21,8 @@ from hypha.messages import (
     TransferMeta,
     replica_name,
 )
-from hypha.net import Node
+from hypha.node import Node
+from hypha.runtime import in_thread
 from hypha.worker.replicas import GB, ReplicaStore
 
 logger = logging.getLogger("hypha.worker.storage")
@@ -72,7 +73,7 @@ class StorageDesk:
 
     async def _hold(self, caller: str, request: HoldCheckpoint) -> CheckpointHeld:
         leased = frozenset(lease.scheduler for lease in self._leases() if lease.accepted)
-        missing = await trio.to_thread.run_sync(self._store.hold, caller, request, leased)
+        missing = await in_thread(self._store.hold, caller, request, leased)
         if not missing:
             self._look()
         return CheckpointHeld(missing=missing)
@@ -82,20 +83,20 @@ class StorageDesk:
             self._changed.set()
 
     async def _drop(self, caller: str, request: DropCheckpoints) -> Acknowledged:
-        await trio.to_thread.run_sync(self._store.drop, caller, request.job_id)
+        await in_thread(self._store.drop, caller, request.job_id)
         self._look()
         return Acknowledged()
 
     async def _find(self, caller: str, request: FindCheckpoints) -> CheckpointList:
-        return CheckpointList(found=await trio.to_thread.run_sync(self._store.find, caller, request.job))
+        return CheckpointList(found=await in_thread(self._store.find, caller, request.job))
 
     async def _gate(self, caller: str, meta: TransferMeta) -> Path:
-        return await trio.to_thread.run_sync(self._store.place_for, caller, meta)
+        return await in_thread(self._store.place_for, caller, meta)
 
     async def _arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
-        await trio.to_thread.run_sync(self._store.arrived, caller, meta)
+        await in_thread(self._store.arrived, caller, meta)
 
     async def _file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         if request.job_id is None:
             raise Refused("malformed", "of which job?")
-        return await trio.to_thread.run_sync(self._store.file, caller, request.job_id, request.name)
+        return await in_thread(self._store.file, caller, request.job_id, request.name)

@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
-
-import trio
 
 from hypha.durable import sync_directory
 from hypha.errors import HyphaError, Refused, TransferFailed
 from hypha.places import UrlPlace
+from hypha.runtime import check_cancelled, in_thread, new_id
 from hypha.worker.allowance import Allowance
 
 logger = logging.getLogger("hypha.worker.send")
@@ -57,7 +55,7 @@ async def store_local(path: Path, url: str, allowance: Allowance, keeping: Keepi
         return True
 
     # Back ends may be silent for minutes; after a cancellation the thread ends by itself.
-    await trio.to_thread.run_sync(_store, path, place, keeping, may_remove, abandon_on_cancel=True)
+    await in_thread(_store, path, place, keeping, may_remove, abandon_on_cancel=True)
 
 
 @contextmanager
@@ -99,14 +97,14 @@ class _Directory:
     def store(self, path: Path) -> None:
         place = self._place
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name}.{uuid4().hex}.part")
+        part = place.with_name(f".{place.name}.{new_id()}.part")
         try:
             if path.is_dir():
                 for name in _names(path):
                     (part / name).parent.mkdir(parents=True, exist_ok=True)
                     _copy(path / name, part / name)
                 sync_directory(part)
-                trio.from_thread.check_cancelled()
+                check_cancelled()
                 self._remove(place)
             else:
                 _copy(path, part)
@@ -135,7 +133,7 @@ class _Directory:
 def _copy(source: Path, target: Path) -> None:
     with source.open("rb") as reader, target.open("wb") as writer:
         while data := reader.read(CHUNK_BYTES):
-            trio.from_thread.check_cancelled()
+            check_cancelled()
             writer.write(data)
         writer.flush()
         os.fsync(writer.fileno())
@@ -165,7 +163,7 @@ class _Url:
             return
         self._remove(self._name)
         for name in [*(name for name in _names(path) if name != self._marker), self._marker]:
-            trio.from_thread.check_cancelled()
+            check_cancelled()
             self._parent.put(path / name, f"{self._name}/{name}")
 
     def prune_siblings(self, newest: int, may_remove: Callable[[str], bool]) -> None:
@@ -175,7 +173,7 @@ class _Url:
             if _number(name) is not None
         }
         for name in _outdated(siblings, self._name, newest):
-            trio.from_thread.check_cancelled()
+            check_cancelled()
             if may_remove(f"{self._parent.url}/{name}"):
                 self._remove(name)
 

@@ -1,0 +1,42 @@
+"""How an executor is run: as a process behind its bridge, or as whatever a :class:`RunExecutor` makes of it.
+
+A worker is given one of these; a simulated world gives it executors that live in the world's own loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from hypha.worker.bridge import Desk, bind_bridge, serve_bridge
+from hypha.worker.process import Exit, Launch, run_executor
+
+
+@dataclass(frozen=True)
+class EndSignals:
+    """How an executor is told to end: politely once ``stop`` is set, with ``grace_s`` to do so; not politely
+    once ``kill`` is.
+    """
+
+    stop: trio.Event
+    grace_s: float
+    kill: trio.Event
+
+
+class RunExecutor(Protocol):
+    """Runs one executor, which may ask ``desk``, until it has ended; cancelled, nothing of it is left."""
+
+    async def __call__(self, desk: Desk, socket_path: Path, launch: Launch, ends: EndSignals) -> Exit: ...
+
+
+async def run_process(desk: Desk, socket_path: Path, launch: Launch, ends: EndSignals) -> Exit:
+    """A process, with its bridge at ``socket_path``. Raises OSError when there can be no socket."""
+    listener = bind_bridge(socket_path)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_bridge, desk, listener)
+        ended = await run_executor(launch, ends.stop, ends.grace_s, kill=ends.kill)
+        nursery.cancel_scope.cancel()
+    return ended
