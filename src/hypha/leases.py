@@ -17,8 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from msgspec import Struct
+
+from hypha.journal import Journal
 from hypha.messages import ExecutorClass, ExecutorDescriptor, Resources
 from hypha.resources import add_up, check, fits, is_valid, left_of
+
+#: of a book's entries in a journal
+NAME = "leases"
 
 EndReason = Literal["expired", "released"]
 
@@ -51,16 +57,14 @@ class Lease:
 # --- what happens to a book -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reserve:
+class Reserve(Struct, frozen=True, tag=True):
     """Reserve what ``lease`` asks for; its ``expires_at`` is set to ``life_s`` from now."""
 
     lease: Lease
     life_s: float
 
 
-@dataclass(frozen=True)
-class Renew:
+class Renew(Struct, frozen=True, tag=True):
     """``caller`` renews (first: accepts) its lease for ``life_s`` from now."""
 
     lease_id: str
@@ -68,23 +72,20 @@ class Renew:
     life_s: float
 
 
-@dataclass(frozen=True)
-class Release:
+class Release(Struct, frozen=True, tag=True):
     """``caller`` gives its lease back."""
 
     lease_id: str
     caller: str
 
 
-@dataclass(frozen=True)
-class Revoke:
+class Revoke(Struct, frozen=True, tag=True):
     """The lessor takes back a lease that nobody accepted (its offer was not delivered)."""
 
     lease_id: str
 
 
-@dataclass(frozen=True)
-class Bind:
+class Bind(Struct, frozen=True, tag=True):
     """``caller`` dispatches ``job_id`` to its lease. With ``job_id`` None only the rights are checked."""
 
     lease_id: str
@@ -93,24 +94,27 @@ class Bind:
     job_id: str | None = None
 
 
-@dataclass(frozen=True)
-class Hold:
+class Hold(Struct, frozen=True, tag=True):
     """When this lease ends, keep its resources for up to ``hold_s``, until :class:`Drained`."""
 
     lease_id: str
     hold_s: float
 
 
-@dataclass(frozen=True)
-class Drained:
+class Drained(Struct, frozen=True, tag=True):
     """Nothing of the lease's executor runs any more."""
 
     lease_id: str
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(Struct, frozen=True, tag=True):
     """Only time has passed."""
+
+
+class BookBegan(Struct, frozen=True, tag=True):
+    """What a book was made from: the first entry of its journal."""
+
+    total: Resources
 
 
 BookEvent = Reserve | Renew | Release | Revoke | Bind | Hold | Drained | Tick
@@ -119,15 +123,13 @@ BookEvent = Reserve | Renew | Release | Revoke | Bind | Hold | Drained | Tick
 # --- what follows from it -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Granted:
+class Granted(Struct, frozen=True, tag=True):
     """The request was carried out; ``lease`` as it is now."""
 
     lease: Lease
 
 
-@dataclass(frozen=True)
-class Denied:
+class Denied(Struct, frozen=True, tag=True):
     """It was not; ``code`` is one of :data:`hypha.errors.REFUSALS`."""
 
     lease_id: str
@@ -135,16 +137,14 @@ class Denied:
     reason: str
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(Struct, frozen=True, tag=True):
     """The lease is over: whoever works under it must stop."""
 
     lease: Lease
     reason: EndReason
 
 
-@dataclass(frozen=True)
-class Freed:
+class Freed(Struct, frozen=True, tag=True):
     """The resources of a lease that was held while draining are free now."""
 
     lease: Lease
@@ -156,11 +156,14 @@ BookAction = Granted | Denied | Ended | Freed
 class LeaseBook:
     """Reservations against ``total``. Every event first ends what is due by then."""
 
-    def __init__(self, total: Resources) -> None:
+    def __init__(self, total: Resources, journal: Journal | None = None) -> None:
         check(total, "total resources")
         self.total = total
+        self._journal = journal
         self._live: dict[str, Lease] = {}
         self._draining: dict[str, tuple[Lease, float]] = {}
+        if journal is not None:
+            journal.note(NAME, 0.0, BookBegan(total), (), self._summary())
 
     def __iter__(self) -> Iterator[Lease]:
         """Leases that have not ended; draining ones are not among them."""
@@ -206,6 +209,20 @@ class LeaseBook:
 
     def handle(self, event: BookEvent, now: float) -> list[BookAction]:
         """Apply ``event`` at ``now``; times must not run backwards."""
+        actions = self._apply(event, now)
+        if self._journal is not None:
+            self._journal.note(NAME, now, event, actions, self._summary())
+        return actions
+
+    def _summary(self) -> dict[str, object]:
+        """Of its state, for the journal."""
+        return {
+            "leases": len(self._live),
+            "accepted": sum(lease.accepted for lease in self._live.values()),
+            "draining": len(self._draining),
+        }
+
+    def _apply(self, event: BookEvent, now: float) -> list[BookAction]:
         actions = self._expire(now)
         match event:
             case Reserve():

@@ -14,13 +14,18 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from msgspec import Struct
+
+from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
 from hypha.resources import check, fits, is_valid, weighted_capacity
 
+#: of an allocator's entries in a journal
+NAME = "allocator"
 
-@dataclass(frozen=True)
-class Ask:
+
+class Ask(Struct, frozen=True, tag=True):
     """Whom to look for. ``bid`` is published, ``max_price`` is private.
 
     ``request_id`` stays the same as long as the scheduler looks for these workers, so that one that
@@ -40,8 +45,7 @@ class Ask:
         return self.executor.kind
 
 
-@dataclass(frozen=True)
-class Pace:
+class Pace(Struct, frozen=True, tag=True):
     """How long a request collects offers (pauses between requests begin with twice that and grow),
     for how long no further one may come when offers come after that deadline, how long a worker that
     failed is avoided.
@@ -56,31 +60,27 @@ class Pace:
 # --- in -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Want:
+class Want(Struct, frozen=True, tag=True):
     """``count`` workers of ``kind`` shall be held; what is held beyond stays until released."""
 
     kind: ExecutorClass
     count: int
 
 
-@dataclass(frozen=True)
-class Offered:
+class Offered(Struct, frozen=True, tag=True):
     """The authenticated ``caller`` offers."""
 
     caller: str
     offer: WorkerOffer
 
 
-@dataclass(frozen=True)
-class Gained:
+class Gained(Struct, frozen=True, tag=True):
     """The acceptance of this lease was confirmed."""
 
     lease_id: str
 
 
-@dataclass(frozen=True)
-class Adopted:
+class Adopted(Struct, frozen=True, tag=True):
     """This lease was gained by an earlier scheduler of the job."""
 
     kind: ExecutorClass
@@ -88,19 +88,24 @@ class Adopted:
     worker: str
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(Struct, frozen=True, tag=True):
     """This lease is over or could not be accepted. ``avoid``: its worker is to blame."""
 
     lease_id: str
     avoid: bool = True
 
 
-@dataclass(frozen=True)
-class GatewayChanged:
+class GatewayChanged(Struct, frozen=True, tag=True):
     """What was published may not have been heard: advertise again what is still wanted, now, or after the
     usual pause where that is a moment ago.
     """
+
+
+class AllocatorBegan(Struct, frozen=True, tag=True):
+    """What an allocator was made from: the first entry of its journal."""
+
+    asks: tuple[Ask, ...]
+    pace: Pace
 
 
 AllocatorEvent = Want | Offered | Gained | Adopted | Lost | GatewayChanged | Tick
@@ -109,8 +114,7 @@ AllocatorEvent = Want | Offered | Gained | Adopted | Lost | GatewayChanged | Tic
 # --- out --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Advertise:
+class Advertise(Struct, frozen=True, tag=True):
     """Publish ``ask`` for ``count`` more workers; offers are collected for ``offer_within_s``."""
 
     ask: Ask
@@ -131,15 +135,13 @@ class Advertise:
         )
 
 
-@dataclass(frozen=True)
-class Keep:
+class Keep(Struct, frozen=True, tag=True):
     """Answer the offer: it is being considered."""
 
     lease_id: str
 
 
-@dataclass(frozen=True)
-class Decline:
+class Decline(Struct, frozen=True, tag=True):
     """Answer the offer with a refusal (the worker frees its lease at once)."""
 
     lease_id: str
@@ -147,8 +149,7 @@ class Decline:
     reason: str
 
 
-@dataclass(frozen=True)
-class Accept:
+class Accept(Struct, frozen=True, tag=True):
     """Take it: renew the lease now and keep it renewed. It expires at ``expires_at`` unless renewed."""
 
     kind: ExecutorClass
@@ -156,8 +157,7 @@ class Accept:
     expires_at: float
 
 
-@dataclass(frozen=True)
-class Dismiss:
+class Dismiss(Struct, frozen=True, tag=True):
     """Not taken after all: release the lease."""
 
     lease_id: str
@@ -207,8 +207,10 @@ class _Search:
 class Allocator:
     """Finds workers for ``asks``, one ask an executor class."""
 
-    def __init__(self, asks: Iterable[Ask], pace: Pace | None = None) -> None:
+    def __init__(self, asks: Iterable[Ask], pace: Pace | None = None, journal: Journal | None = None) -> None:
         self._pace = pace or Pace()
+        self._journal = journal
+        asks = tuple(asks)
         self._searches: dict[ExecutorClass, _Search] = {}
         self._by_request: dict[str, _Search] = {}
         self._avoid_until: dict[str, float] = {}
@@ -219,6 +221,8 @@ class Allocator:
             if ask.kind in self._searches or ask.request_id in self._by_request:
                 raise ValueError(f"two asks for {ask.kind} executors or with id {ask.request_id}")
             self._searches[ask.kind] = self._by_request[ask.request_id] = _Search(ask, self._pace)
+        if journal is not None:
+            journal.note(NAME, 0.0, AllocatorBegan(asks, self._pace), (), self._summary())
 
     @property
     def next_wake(self) -> float | None:
@@ -237,6 +241,24 @@ class Allocator:
 
     def handle(self, event: AllocatorEvent, now: float) -> list[AllocatorAction]:
         """Apply ``event`` at ``now``."""
+        actions = self._apply(event, now)
+        if self._journal is not None:
+            self._journal.note(NAME, now, event, actions, self._summary())
+        return actions
+
+    def _summary(self) -> dict[str, object]:
+        """Of its state, for the journal."""
+        return {
+            kind: {
+                "wanted": search.wanted,
+                "taken": len(search.taken),
+                "confirmed": len(search.confirmed),
+                "candidates": len(search.candidates),
+            }
+            for kind, search in self._searches.items()
+        }
+
+    def _apply(self, event: AllocatorEvent, now: float) -> list[AllocatorAction]:
         actions: list[AllocatorAction] = []
         match event:
             case Want(kind, count):

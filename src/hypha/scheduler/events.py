@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from hypha.errors import HyphaError
 from hypha.messages import Directive, ExecutorClass, JobStamp, LedgerRound, PeerRef, Progress
 from hypha.messages import Event as ExecutorEvent
+from hypha.scheduler.rules import Rules, Start
 from hypha.scheduler.slices import TrackerState
 
 # --- in -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Joined:
+class Joined(Struct, frozen=True, tag=True):
     """An executor was started under a lease; ``batch_size`` matters for training ones."""
 
     ref: PeerRef
@@ -22,8 +23,7 @@ class Joined:
     batch_size: int = 1
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(Struct, frozen=True, tag=True):
     """The lease of ``kind`` at ``peer`` ended, or the peer is gone."""
 
     peer: str
@@ -31,24 +31,21 @@ class Lost:
     reason: str
 
 
-@dataclass(frozen=True)
-class Unreachable:
+class Unreachable(Struct, frozen=True, tag=True):
     """``peer`` cannot be reached any more; its lease still lives, so it may come back."""
 
     peer: str
     kind: ExecutorClass
 
 
-@dataclass(frozen=True)
-class Reachable:
+class Reachable(Struct, frozen=True, tag=True):
     """``peer``, which could not be reached, answered again."""
 
     peer: str
     kind: ExecutorClass
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(Struct, frozen=True, tag=True):
     """A :class:`hypha.messages.ReportEvent`, deduplicated, from the authenticated ``sender``."""
 
     sender: str
@@ -58,8 +55,7 @@ class Told:
     event: ExecutorEvent
 
 
-@dataclass(frozen=True)
-class Reported:
+class Reported(Struct, frozen=True, tag=True):
     """Progress from the report stream of the authenticated ``sender``."""
 
     sender: str
@@ -68,9 +64,17 @@ class Reported:
     progress: Progress
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(Struct, frozen=True, tag=True):
     """Time has passed."""
+
+
+class LifeBegan(Struct, frozen=True, tag=True):
+    """What the machine of one life was made from: its first entry in a journal."""
+
+    rules: Rules
+    start: Start
+    tracker: TrackerState
+    scheduler: PeerRef
 
 
 Input = Joined | Lost | Unreachable | Reachable | Told | Reported | Tick
@@ -78,8 +82,7 @@ Input = Joined | Lost | Unreachable | Reachable | Told | Reported | Tick
 # --- out ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Send:
+class Send(Struct, frozen=True, tag=True):
     """Steer the executor of ``kind`` at ``to``; repeated until acknowledged or superseded."""
 
     to: PeerRef
@@ -87,8 +90,7 @@ class Send:
     directive: Directive
 
 
-@dataclass(frozen=True)
-class Drop:
+class Drop(Struct, frozen=True, tag=True):
     """Release the lease of ``kind`` at ``peer``, do not take that peer again for a while, replace it."""
 
     peer: str
@@ -96,8 +98,7 @@ class Drop:
     reason: str
 
 
-@dataclass(frozen=True)
-class Again:
+class Again(Struct, frozen=True, tag=True):
     """Start the training executor at ``peer`` again, under the lease it has, after ``pause_s`` or a little
     more; ``instead_of`` is the incarnation that failed.
     """
@@ -108,8 +109,7 @@ class Again:
     instead_of: str
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(Struct, frozen=True, tag=True):
     """A round was applied (or more became known of it: replaces the entry of that round and generation).
 
     ``tracker`` is the slices' state when the next round began, ``steps`` the inner steps taken by then.
@@ -120,16 +120,14 @@ class Record:
     steps: int
 
 
-@dataclass(frozen=True)
-class Checkpointed:
+class Checkpointed(Struct, frozen=True, tag=True):
     """``round`` can be started from the files at ``place``."""
 
     round: int
     place: str
 
 
-@dataclass(frozen=True)
-class Restart:
+class Restart(Struct, frozen=True, tag=True):
     """The parameter server is gone: begin a new generation from the last checkpoint; from the one before
     that when it said that the last is ``unusable``.
     """
@@ -138,22 +136,19 @@ class Restart:
     unusable: bool = False
 
 
-@dataclass(frozen=True)
-class Publish:
+class Publish(Struct, frozen=True, tag=True):
     """All ``files`` of the trained model are here."""
 
     files: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Fail:
+class Fail(Struct, frozen=True, tag=True):
     """The job cannot go on."""
 
     error: HyphaError
 
 
-@dataclass(frozen=True)
-class Keep:
+class Keep(Struct, frozen=True, tag=True):
     """Who trains on which slice is to be durable; ``kept`` is set then. Not the machine's own: it stands in
     line with what the machine has asked for.
     """

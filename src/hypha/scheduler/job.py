@@ -14,6 +14,7 @@ import trio
 
 from hypha.config.models import SchedulerConfig
 from hypha.errors import HyphaError, JobFailed
+from hypha.journal import Journal
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import in_thread
@@ -32,10 +33,12 @@ async def run_job(
     observe: Observer | None = None,
     fresh: bool = False,
     open_: Callable[[], AbstractAsyncContextManager[Node]] | None = None,
+    journal: Journal | None = None,
     task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
 ) -> JobResult:
     """Run the job of ``config`` to its end. ``observe`` gets a snapshot a few times a second, ``task_status``
-    the node as soon as it listens; ``open_`` opens another node than one over libp2p. An unfinished job of
+    the node as soon as it listens; ``open_`` opens another node than one over libp2p; ``journal`` is the one
+    of all machines. An unfinished job of
     the same name and description is resumed, unless ``fresh``. Raises a :class:`HyphaError` whose
     ``exit_code`` says what went wrong.
     """
@@ -53,7 +56,7 @@ async def run_job(
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:
                         with work:
-                            running = RunningJob(job, node, state, output, directories, observe)
+                            running = RunningJob(job, node, state, output, directories, observe, journal)
                             outcome = await running.run(fresh)
                     except HyphaError as exc:
                         outcome = exc

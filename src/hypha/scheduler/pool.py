@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from hypha.config.models import JobResourcesConfig
 from hypha.errors import NetworkError, PeerUnreachable, Refused
+from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import (
     Acknowledged,
@@ -168,10 +169,16 @@ class Pool:
     """
 
     def __init__(
-        self, node: Node, asks: Iterable[Ask], pace: Pace | None = None, random: Random | None = None
+        self,
+        node: Node,
+        asks: Iterable[Ask],
+        pace: Pace | None = None,
+        random: Random | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self._node = node
-        self._allocator = Allocator(asks, pace)
+        self._journal = journal
+        self._allocator = Allocator(asks, pace, journal)
         self._random = random or chance()
         self._held: dict[str, _Held] = {}
         self._todo: list[AllocatorAction] = []
@@ -329,7 +336,8 @@ class Pool:
     async def _hold(self, held: _Held) -> None:
         with held.scope:
             now = trio.current_time()
-            renewal = Renewal(held.expires_at - now, now, self._random)
+            life_s, lease_id = held.expires_at - now, held.offer.lease_id
+            renewal = Renewal(life_s, now, self._random, lease_id, self._journal)
             events: list[RenewalEvent] = [Tick()]
             while True:
                 attempt: Attempt | None = None

@@ -8,24 +8,26 @@ that the other side died. Times are seconds of this node's monotonic clock.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from random import Random
 
+from msgspec import Struct
+
+from hypha.journal import Journal
 from hypha.leases import Tick
 
+#: of the entries in a journal, before the lease's id
+NAME = "renewal"
 #: Refusals after which trying again is useless: the lease is gone, or was never ours.
 FINAL_REFUSALS = frozenset({"lease", "role", "unsupported", "malformed"})
 
 
-@dataclass(frozen=True)
-class Renewed:
+class Renewed(Struct, frozen=True, tag=True):
     """The lessor answered the attempt: the lease lives ``expires_in_s`` more."""
 
     expires_in_s: float
 
 
-@dataclass(frozen=True)
-class RenewalFailed:
+class RenewalFailed(Struct, frozen=True, tag=True):
     """No answer. ``unreachable``: no connection could be made at all. ``gone``: the lessor's machine says
     that nobody listens there any more.
     """
@@ -35,43 +37,43 @@ class RenewalFailed:
     gone: bool = False
 
 
-@dataclass(frozen=True)
-class RenewalRefused:
+class RenewalRefused(Struct, frozen=True, tag=True):
     """The lessor said no."""
 
     code: str
     reason: str
 
 
-@dataclass(frozen=True)
-class ConnectionLost:
+class ConnectionLost(Struct, frozen=True, tag=True):
     """The last connection to the lessor ended: find out at once whether it still lives."""
+
+
+class RenewalBegan(Struct, frozen=True, tag=True):
+    """What the machine of one lease was made from: its first entry in a journal."""
+
+    expires_in_s: float
 
 
 RenewalEvent = Renewed | RenewalFailed | RenewalRefused | ConnectionLost | Tick
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(Struct, frozen=True, tag=True):
     """Send a renewal now and give it ``timeout_s``."""
 
     timeout_s: float
 
 
-@dataclass(frozen=True)
-class Suspected:
+class Suspected(Struct, frozen=True, tag=True):
     """The lessor was unreachable repeatedly; the lease itself still lives."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class Recovered:
+class Recovered(Struct, frozen=True, tag=True):
     """A suspected lessor answered again."""
 
 
-@dataclass(frozen=True)
-class Lapsed:
+class Lapsed(Struct, frozen=True, tag=True):
     """The lease is over. Said once; the machine is at its end. ``refused``: the lessor itself said so."""
 
     reason: str
@@ -86,7 +88,7 @@ class Renewal:
 
     The first attempt, which accepts the lease, is due at once. The life granted by an answer is
     counted from when its attempt was *sent*: the lessor started counting later, so this side never
-    believes in a lease that the other side has ended.
+    believes in a lease that the other side has ended. ``lease_id`` names it in the journal.
     """
 
     RENEW_AT = 0.75
@@ -99,7 +101,14 @@ class Renewal:
     #: a lessor that has been gone for so long is dead: its leases died with it, whatever they promised
     GONE_FOR_S = 1.0
 
-    def __init__(self, expires_in_s: float, now: float, random: Random) -> None:
+    def __init__(
+        self,
+        expires_in_s: float,
+        now: float,
+        random: Random,
+        lease_id: str = "",
+        journal: Journal | None = None,
+    ) -> None:
         self.expires_at = now + expires_in_s
         self.suspected = False
         self._random = random
@@ -111,6 +120,12 @@ class Renewal:
         self._gone_since: float | None = None
         self._over = False
         self._why = "never answered"
+        self._name = f"{NAME}:{lease_id}"
+        self._journal = journal
+        #: what chance gave while the present event was handled
+        self._drawn: list[float] = []
+        if journal is not None:
+            journal.note(self._name, now, RenewalBegan(expires_in_s), (), self._summary())
 
     @property
     def next_wake(self) -> float:
@@ -121,6 +136,26 @@ class Renewal:
 
     def handle(self, event: RenewalEvent, now: float) -> list[RenewalAction]:
         """Apply ``event`` at ``now``."""
+        self._drawn.clear()
+        actions = self._apply(event, now)
+        if self._journal is not None:
+            self._journal.note(self._name, now, event, actions, self._summary(), self._drawn)
+        return actions
+
+    def _summary(self) -> dict[str, object]:
+        """Of its state, for the journal."""
+        return {
+            "expires_at": self.expires_at,
+            "suspected": self.suspected,
+            "attempting": self._sent_at is not None,
+            "over": self._over,
+        }
+
+    def _draw(self) -> float:
+        self._drawn.append(self._random.random())
+        return self._drawn[-1]
+
+    def _apply(self, event: RenewalEvent, now: float) -> list[RenewalAction]:
         if self._over:
             return []
         actions: list[RenewalAction] = []
@@ -174,7 +209,7 @@ class Renewal:
             return []
         self.expires_at = max(self.expires_at, sent_at + expires_in_s)
         life = self.expires_at - sent_at
-        self._next_at = sent_at + life * self.RENEW_AT * (1 - self.JITTER * self._random.random())
+        self._next_at = sent_at + life * self.RENEW_AT * (1 - self.JITTER * self._draw())
         self._failures = self._unreachable = 0
         self._gone_since = None
         self._nudged = False
@@ -191,9 +226,7 @@ class Renewal:
         pause = min(self.LONGEST_RETRY_S, self.FIRST_RETRY_S * 2.0 ** min(self._failures, 16))
         self._failures += 1
         # the time an attempt took is part of the pause: after one that timed out there is none
-        self._next_at = (
-            now if self._nudged else max(now, sent_at + pause * (0.5 + 0.5 * self._random.random()))
-        )
+        self._next_at = now if self._nudged else max(now, sent_at + pause * (0.5 + 0.5 * self._draw()))
         self._nudged = False
 
     def _lapse(self, reason: str, refused: bool = False) -> list[RenewalAction]:

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from typing import Literal
 
+from hypha.journal import Journal
 from hypha.messages import (
     CheckpointSaved,
     CloseRound,
@@ -45,6 +46,7 @@ from hypha.scheduler.events import (
     Fail,
     Input,
     Joined,
+    LifeBegan,
     Lost,
     Publish,
     Reachable,
@@ -64,6 +66,9 @@ from hypha.scheduler.slices import Assignment, SliceTracker
 
 logger = logging.getLogger("hypha.scheduler")
 
+#: of the entries in a journal
+NAME = "rounds"
+
 Phase = Literal["loading", "training", "scheduled", "updating", "closing", "exporting", "done", "failed"]
 _OPEN = ("training", "scheduled", "updating")
 
@@ -75,7 +80,13 @@ class RoundMachine:
     """One life (generation) of a job. ``counts`` counts what was ignored or refused, by reason."""
 
     def __init__(
-        self, rules: Rules, start: Start, tracker: SliceTracker, scheduler: PeerRef, failures: Failures
+        self,
+        rules: Rules,
+        start: Start,
+        tracker: SliceTracker,
+        scheduler: PeerRef,
+        failures: Failures,
+        journal: Journal | None = None,
     ) -> None:
         self.rules = rules
         self.start = start
@@ -99,6 +110,10 @@ class RoundMachine:
         #: what was said before its round was opened here
         self._early: list[Told] = []
         self._enough_since: float | None = None
+        self._journal = journal
+        if journal is not None:
+            began = LifeBegan(rules, start, tracker.to_state(), scheduler)
+            journal.note(NAME, 0.0, began, (), self._summary())
 
     @property
     def loaded(self) -> list[Member]:
@@ -122,6 +137,24 @@ class RoundMachine:
 
     def handle(self, event: Input, now: float) -> list[Action]:
         """What is to be done about ``event``; never raises for what a peer said."""
+        actions = self._apply(event, now)
+        if self._journal is not None:
+            self._journal.note(NAME, now, event, actions, self._summary())
+        return actions
+
+    def _summary(self) -> dict[str, object]:
+        """Of its state, for the journal."""
+        return {
+            "phase": self.phase,
+            "round": self.round,
+            "generation": self.start.generation,
+            "members": len(self.members),
+            "accepted": len(self.books.accepted),
+            "server_ready": self.server_ready,
+            "steps": self.steps,
+        }
+
+    def _apply(self, event: Input, now: float) -> list[Action]:
         if self.phase in ("done", "failed"):
             return []
         actions: list[Action] = []

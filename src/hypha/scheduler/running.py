@@ -16,6 +16,7 @@ import trio
 
 from hypha.config.models import JobConfig
 from hypha.errors import AllocationFailed, HyphaError, JobFailed, OutputError
+from hypha.journal import Journal
 from hypha.messages import JobStamp
 from hypha.node import Node
 from hypha.runtime import chance, in_thread, new_id
@@ -95,7 +96,9 @@ class RunningJob:
         output: Output,
         directories: dict[str, ServedDirectory],
         observe: Observer | None,
+        journal: Journal | None = None,
     ) -> None:
+        self.journal = journal or Journal()
         self.config = config
         self.node = node
         self.state = state
@@ -110,6 +113,7 @@ class RunningJob:
             node,
             asks_from(pool, config.dataset.dataset),
             Pace(offer_deadline_s=pool.offer_deadline_s),
+            journal=self.journal,
         )
         self.began = trio.current_time()
         self.dataset: Dataset | None = None
@@ -267,7 +271,7 @@ class RunningJob:
         for worker in tracker.holders:
             if not self._is_leased(worker, "train"):
                 tracker.forget(worker)
-        self.machine = RoundMachine(self.rules, start, tracker, self.node.ref(), self.failures)
+        self.machine = RoundMachine(self.rules, start, tracker, self.node.ref(), self.failures, self.journal)
         self.progressed.cut(start.round)
         machine = self.machine
         descriptions = Descriptions(self.config, start, self.node.ref())

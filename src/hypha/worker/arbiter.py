@@ -21,7 +21,10 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from hypha.config.models import OfferConfig
+from hypha.journal import Journal
 from hypha.leases import (
     Bind,
     Denied,
@@ -42,6 +45,8 @@ from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, 
 from hypha.resources import fits, is_valid, weighted_capacity
 from hypha.runtime import new_id
 
+#: of an arbiter's entries in a journal
+NAME = "arbiter"
 #: Requests that may wait in one window; more are not considered, so a flood cannot grow without bound.
 MAX_WAITING = 1024
 
@@ -49,33 +54,37 @@ MAX_WAITING = 1024
 # --- in -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Heard:
+class Heard(Struct, frozen=True, tag=True):
     """``request`` was published by the authenticated ``publisher``."""
 
     publisher: str
     request: WorkerRequest
 
 
-@dataclass(frozen=True)
-class OfferFailed:
+class OfferFailed(Struct, frozen=True, tag=True):
     """The offer was refused or could not be delivered in time."""
 
     lease_id: str
     reason: str
 
 
-@dataclass(frozen=True)
-class RenewAsked:
+class RenewAsked(Struct, frozen=True, tag=True):
     """The authenticated ``caller`` renews, or by its first renewal accepts."""
 
     lease_id: str
     caller: str
 
 
-@dataclass(frozen=True)
-class Close:
+class Close(Struct, frozen=True, tag=True):
     """Offer nothing any more; leases go on (a worker that is about to stop)."""
+
+
+class ArbiterBegan(Struct, frozen=True, tag=True):
+    """What an arbiter was made from: the first entry of its journal."""
+
+    total: Resources
+    executors: tuple[ExecutorDescriptor, ...]
+    terms: dict[str, str | float]
 
 
 ArbiterEvent = Heard | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close
@@ -84,8 +93,7 @@ ArbiterEvent = Heard | OfferFailed | RenewAsked | Release | Bind | Hold | Draine
 # --- out ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SendOffer:
+class SendOffer(Struct, frozen=True, tag=True):
     """Bring ``offer`` to ``scheduler`` before ``before``, or say :class:`OfferFailed`."""
 
     scheduler: PeerRef
@@ -93,8 +101,7 @@ class SendOffer:
     before: float
 
 
-@dataclass(frozen=True)
-class Ignored:
+class Ignored(Struct, frozen=True, tag=True):
     """No offer for this request, and why."""
 
     request_id: str
@@ -131,8 +138,14 @@ class Arbiter:
         terms: OfferConfig,
         worker: Callable[[], PeerRef],
         new_id: Callable[[], str] = lambda: new_id(),
+        journal: Journal | None = None,
     ) -> None:
-        self.book = LeaseBook(total)
+        executors = tuple(executors)
+        self._journal = journal
+        if journal is not None:
+            began = ArbiterBegan(total, executors, terms.model_dump(mode="json"))
+            journal.note(NAME, 0.0, began, (), {})
+        self.book = LeaseBook(total, journal)
         self._executors = frozenset((executor.kind, executor.name) for executor in executors)
         self._terms = terms
         self._worker = worker
@@ -141,6 +154,8 @@ class Arbiter:
         self._heard = 0
         self._window_ends: float | None = None
         self._closed = False
+        #: ids of leases, and what the worker said of itself, while the present event was handled
+        self._drawn: list[tuple[str, PeerRef]] = []
 
     @property
     def next_wake(self) -> float | None:
@@ -150,6 +165,17 @@ class Arbiter:
 
     def handle(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
         """Apply ``event`` at ``now``."""
+        self._drawn.clear()
+        actions = self._apply(event, now)
+        if self._journal is not None:
+            self._journal.note(NAME, now, event, actions, self._summary(), self._drawn)
+        return actions
+
+    def _summary(self) -> dict[str, object]:
+        """Of its state, for the journal."""
+        return {"waiting": len(self._waiting), "leases": len(self.book), "closed": self._closed}
+
+    def _apply(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
         actions: list[ArbiterAction] = []
         match event:
             case Heard(publisher, request):
@@ -227,8 +253,10 @@ class Arbiter:
         if not fits(request.resources, free):
             return [Ignored(request.request_id, scheduler.peer, "what it asks for is not free now")]
         whole = self._terms.strategy == "whole" and request.executor.kind == "train"
+        lease_id, worker = self._new_id(), self._worker()
+        self._drawn.append((lease_id, worker))
         lease = Lease(
-            lease_id=self._new_id(),
+            lease_id=lease_id,
             request_id=request.request_id,
             scheduler=scheduler.peer,
             executor=request.executor,
@@ -243,7 +271,7 @@ class Arbiter:
                 offer = WorkerOffer(
                     lease_id=lease.lease_id,
                     request_id=request.request_id,
-                    worker=self._worker(),
+                    worker=worker,
                     resources=lease.resources,
                     price=lease.price,
                     expires_in_s=life_s,

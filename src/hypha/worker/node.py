@@ -13,6 +13,7 @@ import trio
 from hypha.config.inherited import child_environment
 from hypha.config.models import WorkerConfig
 from hypha.errors import ConfigError, Problem
+from hypha.journal import Journal
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
@@ -92,10 +93,13 @@ async def serve(
     node: Node,
     cgroups: CgroupPlaces,
     run_executor: RunExecutor = run_process,
+    journal: Journal | None = None,
     *,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled."""
+    """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``journal`` is
+    that of its arbiter and its leases.
+    """
     environment = child_environment()
     allowance = Allowance(config.allow)
     workshop = Workshop(
@@ -114,6 +118,7 @@ async def serve(
         [ExecutorDescriptor(kind=one.kind, name=one.name) for one in config.executors],
         config.offer,
         node.ref,
+        journal=journal,
     )
     async with trio.open_nursery() as nursery:
         jobs = Jobs(workshop, nursery)

@@ -1,0 +1,125 @@
+"""What happened in the pure machines of one process: events in, actions out, in order.
+
+A machine that is given a :class:`Journal` notes every event it handled, the actions that it returned and
+its state afterwards. The newest entries stay in memory, so that a job that fails can leave them behind; all
+of them go to a file where one is named. The first entry of a machine holds what it was made from, so a
+journal that is whole can be run through the machines once more (``hypha replay --journal``). An entry has
+one encoding only: the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+logger = logging.getLogger("hypha.journal")
+
+#: entries kept in memory
+KEPT = 2000
+
+State = Mapping[str, object] | str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``machine`` handled ``event`` at ``at_s`` (of the node's monotonic clock), returned ``actions`` and is
+    in ``state`` since then. ``drawn``: what the machine got from chance meanwhile, in order. The first entry
+    of a machine has what it was made from as its event, at 0 where it was given no time.
+    """
+
+    number: int
+    at_s: float
+    machine: str
+    event: object
+    actions: tuple[object, ...]
+    state: State
+    drawn: tuple[object, ...] = ()
+
+    def line(self) -> bytes:
+        """One line of JSON, always the same for the same entry."""
+        return encode_line(
+            {
+                "number": self.number,
+                "at_s": self.at_s,
+                "machine": self.machine,
+                "event": self.event,
+                "drawn": self.drawn,
+                "actions": self.actions,
+                "state": self.state,
+            }
+        )
+
+
+class Journal:
+    """Entries of all machines that share it. ``checked``: machines assert their invariants after every event
+    (tests, simulation). ``listeners`` are called with every entry, at once.
+
+    With ``file`` every entry is appended there and flushed. A file that cannot be written any more is given
+    up with an error in the log: it must not end the job.
+    """
+
+    def __init__(self, *, kept: int = KEPT, file: Path | None = None, checked: bool = False) -> None:
+        self.entries: deque[Entry] = deque(maxlen=kept)
+        self.listeners: list[Callable[[Entry], None]] = []
+        self.checked = checked
+        self._number = 0
+        self._path = file
+        # raises OSError where the file cannot be made: whoever names one wants it
+        self._sink: BinaryIO | None = None if file is None else file.open("wb")
+
+    def note(
+        self,
+        machine: str,
+        now: float,
+        event: object,
+        actions: Sequence[object],
+        state: State,
+        drawn: Sequence[object] = (),
+    ) -> None:
+        """``machine`` handled ``event``; never raises for what cannot be written."""
+        entry = Entry(self._number, now, machine, event, tuple(actions), state, tuple(drawn))
+        self._number += 1
+        self.entries.append(entry)
+        if self._sink is not None:
+            self._write(self._sink, entry)
+        for listener in list(self.listeners):
+            listener(entry)
+
+    def _write(self, sink: BinaryIO, entry: Entry) -> None:
+        try:
+            sink.write(entry.line() + b"\n")
+            sink.flush()
+        except OSError as exc:
+            logger.error("The journal %s cannot be written any more: %s", self._path, exc)
+            self._sink = None
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+
+
+def plain(value: object) -> Any:
+    """``value`` as dicts, lists and scalars, sets in order, errors by name and text."""
+    return msgspec.to_builtins(value, order="deterministic", enc_hook=_hook)
+
+
+def encode_line(value: object) -> bytes:
+    """One line of JSON, for any value of messages, events and actions. Floats stay exact; what is no number
+    is written as Python's ``json`` does (``NaN``, ``Infinity``).
+    """
+    return json.dumps(plain(value), ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
+
+
+def _hook(value: object) -> object:
+    if isinstance(value, Exception):
+        return {"error": type(value).__name__, "text": str(value)}
+    raise NotImplementedError(f"{type(value).__name__} has no place in a journal")
