@@ -7,6 +7,7 @@ import trio
 from tests.support.network import Network, address_of, until
 
 from hypha.messages import JobStamp, PeerRef, Progress, Report
+from hypha.net import reports
 
 pytestmark = pytest.mark.loopback
 
@@ -20,9 +21,9 @@ async def test_only_the_newest_of_a_round_is_sent_over_one_stream(network: Netwo
     batches: list[list[Report]] = []
     callers: set[str] = set()
 
-    def arrived(caller: str, reports: list[Report]) -> None:
+    def arrived(caller: str, arriving: list[Report]) -> None:
         callers.add(caller)
-        batches.append(reports)
+        batches.append(arriving)
 
     async with network.leaf("worker") as worker, network.leaf("scheduler") as scheduler:
         scheduler.answer_reports(arrived)
@@ -41,9 +42,9 @@ async def test_only_the_newest_of_a_round_is_sent_over_one_stream(network: Netwo
 async def test_reports_survive_a_broken_connection(network: Network) -> None:
     newest = -1
 
-    def arrived(caller: str, reports: list[Report]) -> None:
+    def arrived(caller: str, arriving: list[Report]) -> None:
         nonlocal newest
-        newest = max(newest, *(one.progress.batches for one in reports))
+        newest = max(newest, *(one.progress.batches for one in arriving))
 
     async with network.leaf("worker") as worker, network.leaf("scheduler") as scheduler:
         scheduler.answer_reports(arrived)
@@ -77,3 +78,15 @@ async def test_reports_need_their_role(network: Network, caplog: pytest.LogCaptu
             node.report(scheduler.peer_id, report(1))
         await until(lambda: arrived and "Refused reports" in caplog.text)
         assert set(arrived) == {worker.peer_id}
+
+
+async def test_whoever_is_gone_for_good_is_forgotten(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "IDLE_S", 0.3)
+    async with network.leaf("worker") as worker:
+        nobody = PeerRef(peer="12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp")
+        worker.report(nobody.peer, report(1))
+        tasks = worker._reports._wakers
+        assert list(tasks) == [nobody.peer]
+        await until(lambda: not tasks)

@@ -32,7 +32,12 @@ class Places:
     def __init__(self, count: int) -> None:
         self._count = count
         self._limiter = trio.CapacityLimiter(count)
-        self._held: set[_Held] = set()
+        self._held: dict[_Held, None] = {}
+
+    @property
+    def held(self) -> int:
+        """Places that are taken."""
+        return self._limiter.borrowed_tokens
 
     @asynccontextmanager
     async def hold(self, moved: Callable[[], object]) -> AsyncIterator[None]:
@@ -40,11 +45,11 @@ class Places:
         held = _Held(moved)
         await self._limiter.acquire_on_behalf_of(held)
         held.seen, held.since = moved(), trio.current_time()
-        self._held.add(held)
+        self._held[held] = None
         try:
             yield
         finally:
-            self._held.discard(held)
+            self._held.pop(held, None)
             self._limiter.release_on_behalf_of(held)
 
     async def run(self) -> None:

@@ -79,6 +79,7 @@ class Reports:
     async def _send_all(self, peer: str) -> None:
         stream: Any = None
         pause_s = RETRY_MIN_S
+        reached_at = trio.current_time()
         try:
             while True:
                 with trio.move_on_after(IDLE_S) as idle:
@@ -94,12 +95,16 @@ class Reports:
                         stream = await self._streams.open(peer, PROTOCOL)
                     with trio.fail_after(WRITE_TIMEOUT_S):
                         await stream.write(frame(msgspec.msgpack.encode(list(batch.values()))))
-                    pause_s = RETRY_MIN_S
+                    pause_s, reached_at = RETRY_MIN_S, trio.current_time()
                 except (*STREAM_ERRORS, PeerUnreachable, trio.TooSlowError) as exc:
                     logger.info("Reports to %s wait: %s.", peer, exc, extra={"peer_id": peer})
                     if stream is not None:
                         await discard(stream)
                         stream = None
+                    if trio.current_time() - reached_at > IDLE_S:
+                        # it may be gone for good; the next report tries again
+                        self._waiting.pop(peer, None)
+                        return
                     # what was handed over meanwhile is newer
                     self._waiting[peer] = {**batch, **self._waiting.get(peer, {})}
                     self._wakers[peer].set()

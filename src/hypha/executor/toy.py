@@ -1,0 +1,141 @@
+"""A model of eight numbers, for simulated worlds: trained without transformers, accelerate or a process, but by
+the real streams of rows, update files and outer step, so that a ledger of it can be replayed bit by bit.
+
+The "network" is one vector ``w`` that is pulled towards targets made from each row's number; its buffer counts
+rows. The inner optimizer is gradient descent with momentum, and its rate falls with the step: both are wrong
+at once when steps, rows or an optimizer's life are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hypha.errors import DataError
+from hypha.executor import tensors, updates
+from hypha.executor.outer import OuterStep
+from hypha.executor.slices_reader import RowStream, Slice, read_columns, slice_order
+from hypha.executor.tensors import Theta
+from hypha.executor.updates import Written
+from hypha.messages import Contribution, LedgerFile, TrainJob
+
+SIZE = 8
+#: the dataset's only column: the number of each row
+COLUMN = "row"
+_RATE, _MOMENTUM, _DECAY = 0.1, 0.5, 0.01
+
+
+def toy_theta(seed: int = 0) -> Theta:
+    """Theta of round 0."""
+    generator = torch.Generator().manual_seed(seed)
+    return Theta({"w": torch.randn(SIZE, generator=generator)}, {"rows": torch.zeros(1)})
+
+
+def one_thread_only() -> None:
+    """So small a model is not worth another thread."""
+    torch.set_num_threads(1)
+
+
+def toy_slice(path: Path, epoch: int, index: int, seed: int, asked: tuple[int, int, int]) -> Slice:
+    """A slice from its file. Raises :class:`SliceCorrupt`."""
+    columns = read_columns(path)
+    return Slice(epoch, index, columns, slice_order(seed, epoch, index, len(columns[COLUMN])), asked)
+
+
+class ToyInner:
+    """One life of an inner optimizer on ``local``, at ``steps``."""
+
+    def __init__(self, local: Theta, steps: int) -> None:
+        self._w = local.parameters["w"]
+        self._rows = local.buffers["rows"]
+        self._velocity = torch.zeros(SIZE)
+        self.steps = steps
+
+    def batch(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """One step; the loss before it."""
+        rows = columns[COLUMN].to(torch.float32)
+        targets = torch.sin(rows[:, None] * torch.arange(1, SIZE + 1))
+        gradient = (self._w - targets).mean(0)
+        loss = (gradient * gradient).sum()
+        self._velocity.mul_(_MOMENTUM).add_(gradient)
+        self._w.sub_(self._velocity, alpha=_RATE / (1.0 + _DECAY * self.steps))
+        self._rows.add_(len(rows))
+        self.steps += 1
+        return loss
+
+
+class ToyTrainer:
+    """What a training executor computes: theta in, batches, an update file out."""
+
+    def __init__(self, steps: int) -> None:
+        self.base = toy_theta()
+        self.local = self.base.copy()
+        self.stream = RowStream()
+        self.inner = ToyInner(self.local, steps)
+
+    def fresh(self, steps: int) -> None:
+        """Another life of the optimizer."""
+        self.inner = ToyInner(self.local, steps)
+
+    def adopt(self, path: Path) -> str:
+        """Take theta from a file; its XXH3."""
+        return tensors.read(path, self.base.all(), self.local.all(), quick=True).xxh3
+
+    def batch(self, size: int) -> Tensor:
+        """Train on the next ``size`` rows, which must be there; their loss."""
+        columns = self.stream.take(size)
+        if columns is None:
+            raise ValueError(f"there are no {size} rows")
+        return self.inner.batch(columns)
+
+    def write_update(self, path: Path, job: TrainJob, contribution: Contribution) -> Written:
+        """The pseudo-gradient."""
+        return updates.write_update(
+            path, self.local, self.base, job.update_encoding, contribution=contribution
+        )
+
+
+def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:
+    """The hashes of theta before the first round and after each, computed again from the ledger.
+
+    Raises :class:`DataError` when the ledger contradicts itself.
+    """
+    theta = toy_theta()
+    outer = OuterStep(theta, ledger.aggregate)
+    optimizers: dict[tuple[str, int], tuple[Theta, ToyInner]] = {}
+    hashes = [tensors.write(scratch / "theta.safetensors", theta.all()).blake3]
+    for entry in ledger.rounds:
+        if entry.discarded:
+            continue
+        for part in entry.contributors:
+            key = (part.incarnation, part.restarts)
+            if key not in optimizers:
+                local = theta.copy()
+                optimizers[key] = (local, ToyInner(local, part.steps))
+            local, inner = optimizers[key]
+            local.assign(theta)
+            if inner.steps != part.steps:
+                raise DataError(
+                    f"round {part.round} of {part.worker} begins at step {part.steps}, not {inner.steps}"
+                )
+            stream = RowStream()
+            for piece in part.ranges:
+                path = data / ledger.manifest.slices[piece.slice].file
+                whole = toy_slice(path, piece.epoch, piece.slice, ledger.job.seed, (0, 0, 0))
+                order = whole.order[piece.start : piece.stop]
+                stream.push(Slice(piece.epoch, piece.slice, whole.columns, order))
+            if stream.rows != part.samples or part.samples != part.batches * part.batch_size:
+                raise DataError(
+                    f"round {part.round} of {part.worker} has {stream.rows} rows, not {part.samples}"
+                )
+            while (columns := stream.take(part.batch_size)) is not None:
+                inner.batch(columns)
+            path = scratch / "update.safetensors"
+            updates.write_update(path, local, theta, ledger.job.update_encoding)
+            outer.add(part.worker, part.samples, path)
+        outer.apply()
+        hashes.append(tensors.write(scratch / "theta.safetensors", theta.all()).blake3)
+    return hashes

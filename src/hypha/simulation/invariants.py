@@ -1,0 +1,187 @@
+"""What must be true of every run of a simulated world, whatever was struck."""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections import defaultdict
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypha.errors import DataError, HyphaError
+from hypha.executor.checkpoint import THETA
+from hypha.executor.toy import replay_toy
+from hypha.messages import LedgerFile, LedgerRound
+from hypha.net.bulk_files import hash_file
+from hypha.scheduler.checkpoints import CheckpointStore
+from hypha.scheduler.ledger import read_ledger
+from hypha.scheduler.slices import TrackerState
+from hypha.scheduler.state import StateDirectory
+from hypha.simulation.world import JOB, SCHEDULER, World
+
+#: leases are released at once, executors end, and what was on its way arrives
+_SETTLE_S = 60.0
+
+
+def counted(ledger: LedgerFile) -> list[LedgerRound]:
+    """The rounds that make up the trained model."""
+    return [entry for entry in ledger.rounds if not entry.discarded]
+
+
+def check_ledger(world: World) -> list[str]:
+    """Every round was applied once; theta is what the ledger says that it is."""
+    result = world.result
+    if result is None:
+        return []
+    found: list[str] = []
+    state = world.computers[SCHEDULER].directory / "state" / JOB
+    ledger = read_ledger(state / "job.db")
+    entries = counted(ledger)
+    rounds = [entry.round for entry in entries]
+    if rounds != list(range(world.scenario.rounds)):
+        found.append(f"the ledger's rounds are {rounds}")
+    generations = [entry.generation for entry in entries]
+    if generations != sorted(generations):
+        found.append(f"a round of an older generation follows one of a newer: {generations}")
+    with tempfile.TemporaryDirectory(prefix="hypha-replay-", dir=world.root) as scratch:
+        try:
+            hashes = replay_toy(ledger, world.root / "dataset", Path(scratch))
+        except HyphaError as exc:
+            found.append(f"the ledger cannot be replayed: {exc}")
+        else:
+            recorded = [ledger.theta, *(entry.theta for entry in entries)]
+            wrong = [
+                number
+                for number, (ours, told) in enumerate(zip(hashes, recorded, strict=False))
+                if ours != told
+            ]
+            if wrong or len(hashes) != len(recorded):
+                found.append(f"theta of rounds {wrong} is not what a replay gives")
+    model = Path(result.output) / "model.safetensors"
+    if not model.is_file() or hash_file(model)[1] != result.theta:
+        found.append("the published model is not theta of the last round")
+    return found + _check_samples(state / "job.db", entries)
+
+
+def _check_samples(path: Path, entries: list[LedgerRound]) -> list[str]:
+    """Every row of an epoch was used. Rows are used once: a slice is only begun again by somebody who was left out
+    of a round, or by another life of an executor, to which it was given after it was taken back.
+    """
+    found: list[str] = []
+    used: dict[tuple[int, int], set[int]] = defaultdict(set)
+    #: where a life of an optimizer stopped in a slice, and in which round
+    stopped: dict[tuple[int, int, str, int], tuple[int, int]] = {}
+    took_part: dict[int, dict[str, int]] = {}
+    for entry in entries:
+        took_part[entry.round] = {part.incarnation: entry.generation for part in entry.contributors}
+        workers = [part.worker for part in entry.contributors]
+        if len(set(workers)) != len(workers):
+            found.append(f"round {entry.round} holds two updates of one worker")
+        for part in entry.contributors:
+            if part.samples != sum(span.stop - span.start for span in part.ranges):
+                found.append(f"{part.worker} names other rows in round {part.round} than {part.samples}")
+            for span in part.ranges:
+                key = (span.epoch, span.slice, part.incarnation, part.restarts)
+                round_, stop = stopped.get(key, (entry.round, 0))
+                between = range(round_, entry.round)
+                kept = all(part.incarnation in took_part.get(one, {}) for one in between)
+                same_life = len({took_part[one].get(part.incarnation) for one in (*between, entry.round)}) == 1
+                if span.start != stop and not (span.start == 0 and not (kept and same_life)):
+                    found.append(
+                        f"{part.worker} went on at row {span.start} of slice {span.slice}, epoch {span.epoch}, in "
+                        f"round {entry.round}, and had stopped at row {stop} in round {round_}"
+                    )
+                stopped[key] = (entry.round, span.stop)
+                used[span.epoch, span.slice] |= set(range(span.start, span.stop))
+    with closing(sqlite3.connect(path)) as db:
+        (text,) = db.execute("SELECT tracker FROM starts ORDER BY round DESC LIMIT 1").fetchone()
+    tracker = msgspec.json.decode(text, type=TrackerState)
+    open_epochs = {epoch.epoch: epoch.used for epoch in tracker.epochs}
+    for epoch in range(tracker.next_epoch):
+        for index in open_epochs.get(epoch, range(len(tracker.samples))):
+            missing = set(range(tracker.samples[index])) - used[epoch, index]
+            if missing:
+                found.append(
+                    f"slice {index} of epoch {epoch} counts as used, and rows {sorted(missing)[:3]} never were"
+                )
+    return found
+
+
+def check_checkpoints(world: World) -> list[str]:
+    """A checkpoint that the ledger names is there, and is theta of its round."""
+    state = world.computers[SCHEDULER].directory / "state" / JOB
+    path = state / "job.db"
+    if not path.is_file():
+        return []
+    with closing(sqlite3.connect(path)) as db:
+        try:
+            job = db.execute("SELECT job_id, theta FROM job").fetchone()
+            rows = db.execute("SELECT round FROM checkpoints WHERE place = 'scheduler'").fetchall()
+            thetas = dict(db.execute("SELECT round + 1, theta FROM rounds WHERE discarded = 0").fetchall())
+        except sqlite3.Error:
+            return []  # it was killed before there were tables
+    if job is None:
+        return []
+    store = CheckpointStore(_Place(state), job[0], keep=1000)
+    found = []
+    for (round_,) in rows:
+        if any(path.parent == store.path(round_, THETA).parent for path in world.damaged):
+            continue
+        if not store.verify(round_):
+            found.append(f"the checkpoint for round {round_} is said to exist, and cannot be restored")
+        elif round_ in thetas and hash_file(store.path(round_, THETA))[1] != thetas[round_]:
+            found.append(f"the checkpoint for round {round_} holds another theta than the ledger says")
+    return found
+
+
+class _Place(StateDirectory):
+    """To look at, without its lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.incoming = path / "incoming"
+        self._lock = -1
+
+
+async def settled(world: World) -> list[str]:
+    """After the job: every lease ends, every executor, file and place is given back, and no task is left over."""
+    if world.result is None:
+        return []
+    found: list[str] = []
+    with trio.move_on_after(_SETTLE_S):
+        while True:
+            found = _left_over(world)
+            if not found:
+                return []
+            await trio.sleep(0.5)
+    return found
+
+
+def _left_over(world: World) -> list[str]:
+    found: list[str] = []
+    for name in world.workers:
+        computer = world.computers[name]
+        process = computer.process
+        if process is None or not process.alive or process.frozen:
+            continue
+        leases = computer.leases()
+        if leases:
+            found.append(f"{name} still reserves {leases} leases after the job")
+        if computer.executors is not None and computer.executors.running:
+            found.append(f"{name} still runs {sorted(computer.executors.running)} after the job")
+        jobs = sorted(path.name for path in (computer.directory / "work").glob("hypha-*"))
+        if jobs:
+            found.append(f"{name} still has the job directories {jobs}")
+        node = world.network.nodes.get(name)
+        if node is not None and not node.transfers.idle():
+            found.append(f"{name} still holds places for transfers")
+        if process.tasks > computer.idle_tasks:
+            found.append(f"{name} has {process.tasks} tasks, and had {computer.idle_tasks} before the job")
+    return found
+
+
+__all__ = ["DataError", "check_checkpoints", "check_ledger", "counted", "settled"]

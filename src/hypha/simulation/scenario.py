@@ -1,0 +1,193 @@
+"""What happens in a simulated world, as plain values: a network, a job, and faults, each at its moment.
+
+A :class:`Scenario` says everything: with its seed it is the same run every time. It is written and read as JSON,
+and its ``repr`` can be pasted into a test.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Literal
+
+from msgspec import Struct
+
+#: a node's part in the job, or one of the processes that a worker runs for it
+Role = Literal[
+    "worker",
+    "parameter-server",
+    "training-executor",
+    "parameter-server-executor",
+    "scheduler",
+    "data",
+    "gateway",
+]
+#: ``kill`` ends a process at once, and it is started again after ``for_s``; ``lose`` is a kill after which it stays
+#: away; ``freeze`` stops it for ``for_s``; ``restart`` ends it politely and starts it again; ``cut``: nothing passes
+#: for ``for_s``, ``deaf`` nothing comes in, ``mute`` nothing goes out; ``slow``: a hundredth of its line's speed is
+#: left; ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has another byte; ``full-disk``: no
+#: byte is free for ``for_s``; ``slow-disk``: every blocking call takes half a second; ``clock``: its time of day jumps
+Way = Literal[
+    "kill",
+    "lose",
+    "freeze",
+    "restart",
+    "cut",
+    "deaf",
+    "mute",
+    "slow",
+    "lossy",
+    "corrupt",
+    "full-disk",
+    "slow-disk",
+    "clock",
+]
+Phase = Literal["loading", "training", "scheduled", "updating", "closing", "exporting"]
+
+ROLES: tuple[Role, ...] = (
+    "worker",
+    "parameter-server",
+    "training-executor",
+    "parameter-server-executor",
+    "scheduler",
+    "data",
+    "gateway",
+)
+PHASES: tuple[Phase, ...] = ("loading", "training", "scheduled", "updating", "closing", "exporting")
+#: an executor is a process and has neither a line nor a disk of its own
+EXECUTOR_WAYS: tuple[Way, ...] = ("kill", "freeze")
+NODE_WAYS: tuple[Way, ...] = (
+    "kill",
+    "freeze",
+    "restart",
+    "cut",
+    "deaf",
+    "mute",
+    "slow",
+    "lossy",
+    "corrupt",
+    "full-disk",
+    "slow-disk",
+    "clock",
+)
+
+
+class Fault(Struct, frozen=True):
+    """``role`` is struck in ``phase`` of ``round`` (or as soon as the job is that far), ``after_s`` later."""
+
+    role: Role
+    way: Way
+    round: int
+    phase: Phase
+    after_s: float = 0.0
+    for_s: float = 5.0
+
+
+class Scenario(Struct, frozen=True):
+    """Spare workers are free when the job begins. Speeds are seconds a batch, one worker after the other."""
+
+    seed: int = 0
+    workers: int = 3
+    spares: int = 1
+    gateways: int = 1
+    data_nodes: int = 2
+    rounds: int = 6
+    batch_size: int = 4
+    samples_a_round: int = 96
+    slices: int = 8
+    rows: int = 30
+    batch_s: tuple[float, ...] = (0.2, 0.25, 0.3)
+    load_s: float = 2.0
+    latency_s: float = 0.01
+    line_bytes_s: float = 100_000.0
+    behind_nat: int = 0
+    min_workers: int | None = None
+    checkpoint_every: int = 2
+    replicas: int = 0
+    lease_s: float = 10.0
+    hang_s: float | None = 8.0
+    deadline_s: float = 15.0
+    faults: tuple[Fault, ...] = ()
+    #: the job must be over so long after the last fault was mended
+    patience_s: float = 600.0
+
+
+def random_scenario(seed: int) -> Scenario:
+    """The network, the job and one to four faults that ``seed`` stands for."""
+    random = Random(f"scenario {seed}")
+    workers = random.choice((2, 3, 3, 4))
+    rounds = random.choice((4, 6, 8))
+    every = random.choice((1, 2, 3))
+    nat = random.choice((0, 0, 0, 1, 2))
+    scenario = Scenario(
+        seed=seed,
+        workers=workers,
+        spares=random.choice((1, 1, 2)),
+        gateways=random.choice((1, 2)),
+        data_nodes=random.choice((1, 2, 2)),
+        rounds=rounds,
+        samples_a_round=random.choice((48, 96, 160)),
+        slices=random.choice((5, 8, 12)),
+        rows=random.choice((10, 30, 50)),
+        batch_s=tuple(round(random.choice((0.05, 0.2, 0.4)) * random.uniform(0.7, 1.3), 3) for _ in range(4)),
+        load_s=random.choice((0.5, 2.0, 5.0)),
+        latency_s=random.choice((0.001, 0.01, 0.08)),
+        line_bytes_s=random.choice((20_000.0, 100_000.0, 1_000_000.0)),
+        behind_nat=nat,
+        min_workers=random.choice((None, 1, max(1, workers - 1))),
+        checkpoint_every=every,
+        replicas=random.choice((0, 0, 1)),
+        faults=tuple(_random_fault(random, rounds) for _ in range(random.choice((1, 1, 2, 2, 3, 4)))),
+    )
+    return scenario
+
+
+def _random_fault(random: Random, rounds: int) -> Fault:
+    role = random.choice(ROLES)
+    way: Way = random.choice(EXECUTOR_WAYS if role.endswith("executor") else NODE_WAYS)
+    if way == "kill" and role == "worker" and random.random() < 0.3:
+        way = "lose"
+    return Fault(
+        role=role,
+        way=way,
+        round=random.randrange(rounds),
+        phase=random.choice(PHASES),
+        after_s=round(random.choice((0.0, 0.0, random.uniform(0.0, 1.0))), 3),
+        for_s=round(random.choice((random.uniform(0.1, 3.0), random.uniform(3.0, 25.0))), 3),
+    )
+
+
+def simpler(scenario: Scenario) -> list[Scenario]:
+    """Scenarios with less in them, the simplest first: one of them may fail in the same way."""
+    import msgspec
+
+    replace = msgspec.structs.replace
+    found = []
+    for number in range(len(scenario.faults)):
+        faults = scenario.faults[:number] + scenario.faults[number + 1 :]
+        found.append(replace(scenario, faults=faults))
+    plain = Scenario()
+    for name in (
+        "behind_nat",
+        "replicas",
+        "gateways",
+        "data_nodes",
+        "min_workers",
+        "spares",
+        "load_s",
+        "latency_s",
+    ):
+        if getattr(scenario, name) != getattr(plain, name):
+            found.append(replace(scenario, **{name: getattr(plain, name)}))
+    for name in ("line_bytes_s", "slices", "rows", "samples_a_round", "batch_s", "checkpoint_every"):
+        if getattr(scenario, name) != getattr(plain, name):
+            found.append(replace(scenario, **{name: getattr(plain, name)}))
+    last = max((fault.round for fault in scenario.faults), default=0)
+    if scenario.rounds > last + 2:
+        found.append(replace(scenario, rounds=last + 2))
+    for number, fault in enumerate(scenario.faults):
+        if fault.after_s:
+            one = replace(fault, after_s=0.0)
+            found.append(
+                replace(scenario, faults=(*scenario.faults[:number], one, *scenario.faults[number + 1 :]))
+            )
+    return found

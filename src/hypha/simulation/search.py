@@ -1,0 +1,206 @@
+"""Runs scenarios, many at a time, and shrinks one that fails to the shortest that fails in the same way."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import IO, Self
+
+import msgspec
+from msgspec import Struct
+
+from hypha.config.inherited import child_environment
+from hypha.executor.toy import one_thread_only
+from hypha.simulation.faults import Struck, story
+from hypha.simulation.invariants import check_checkpoints, check_ledger, settled
+from hypha.simulation.scenario import Scenario, random_scenario, simpler
+from hypha.simulation.world import World, run_world
+
+#: scenarios that one process runs: what was killed in them is only freed with it
+_A_PROCESS = 20
+
+
+class Verdict(Struct, frozen=True):
+    """What came of a scenario. ``problems`` is empty when all was as it must be."""
+
+    scenario: Scenario
+    problems: tuple[str, ...]
+    struck: tuple[str, ...]
+    lasted_s: float
+    took_s: float
+    log: tuple[str, ...] = ()
+    journal: bytes = b""
+
+
+def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logging.INFO) -> Verdict:
+    """Run it once, and check everything."""
+    one_thread_only()
+    began = time.monotonic()
+    struck: list[Struck] = []
+
+    async def live(world: World) -> None:
+        world.checks.append(check_checkpoints)
+        struck.extend(await story(world))
+        if world.failure is not None:
+            world.problems.append(f"the job failed: {world.failure}")
+        world.problems += await settled(world)
+        world.problems += check_checkpoints(world)
+        world.problems += check_ledger(world)
+
+    ending = run_world(scenario, live, root, level)
+    told = tuple(
+        f"{one.fault.way} {one.target} at {one.struck_at}" for one in struck if one.struck_at is not None
+    )
+    return Verdict(
+        scenario,
+        tuple(dict.fromkeys(ending.problems)),
+        told,
+        ending.lasted_s,
+        time.monotonic() - began,
+        tuple(ending.log),
+        b"\n".join(ending.journal),
+    )
+
+
+def run_lines(lines: IO[bytes], out: IO[bytes]) -> None:
+    """Run the scenarios in ``lines`` (JSON) and write a verdict each; only failures carry their log."""
+    for line in lines:
+        verdict = run_scenario(msgspec.json.decode(line, type=Scenario))
+        if not verdict.problems:
+            verdict = msgspec.structs.replace(verdict, log=(), journal=b"")
+        out.write(msgspec.json.encode(verdict) + b"\n")
+        out.flush()
+
+
+class Runner:
+    """Runs scenarios in a process of its own, with the same order of sets every time; a context manager. The
+    process is replaced now and then: what was killed in its worlds is only freed with it.
+    """
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._runs = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end()
+
+    def _end(self) -> int:
+        child, self._child = self._child, None
+        if child is None:
+            return 0
+        with child:
+            if child.stdin is not None:
+                child.stdin.close()
+        return child.returncode
+
+    def run(self, scenario: Scenario) -> Verdict:
+        """Its verdict; a process that dies is one, too."""
+        if self._child is None or self._runs >= _A_PROCESS:
+            self._end()
+            environment = {**child_environment(), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "hypha.simulation", "--run"]
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            )
+            self._runs = 0
+        self._runs += 1
+        stdin, stdout = self._child.stdin, self._child.stdout
+        if stdin is None or stdout is None:
+            raise RuntimeError("a pipe that was asked for is not there")
+        try:
+            stdin.write(msgspec.json.encode(scenario) + b"\n")
+            stdin.flush()
+        except BrokenPipeError:
+            line = b""
+        else:
+            line = stdout.readline()
+        if line:
+            return msgspec.json.decode(line, type=Verdict)
+        problem = f"the process that ran it ended with exit code {self._end()}"
+        return Verdict(scenario, (problem,), (), 0.0, 0.0)
+
+
+def run_many(scenarios: Sequence[Scenario], processes: int) -> Iterator[Verdict]:
+    """Verdicts as they come."""
+    waiting: queue.SimpleQueue[Scenario] = queue.SimpleQueue()
+    for scenario in scenarios:
+        waiting.put(scenario)
+    runners = threading.local()
+    made: list[Runner] = []
+
+    def work(_: int) -> Verdict:
+        if not hasattr(runners, "mine"):
+            runners.mine = Runner()
+            made.append(runners.mine)
+        verdict: Verdict = runners.mine.run(waiting.get_nowait())
+        return verdict
+
+    with ThreadPoolExecutor(max(1, processes)) as pool:
+        try:
+            for future in as_completed([pool.submit(work, number) for number in range(len(scenarios))]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for runner in made:
+                runner.__exit__()
+
+
+def search(first: int, count: int, processes: int, tell: Callable[[str], object]) -> list[Verdict]:
+    """Run ``count`` random scenarios; ``tell`` each that fails, and the shortest that fails in the same way."""
+    began = time.monotonic()
+    failed: list[Verdict] = []
+    struck = done = 0
+    virtual_s = 0.0
+    for verdict in run_many([random_scenario(seed) for seed in range(first, first + count)], processes):
+        done += 1
+        struck += len(verdict.struck)
+        virtual_s += verdict.lasted_s
+        if verdict.problems:
+            failed.append(verdict)
+            tell(f"seed {verdict.scenario.seed}: {'; '.join(verdict.problems)} [struck: {', '.join(verdict.struck)}]")
+    took_s = time.monotonic() - began
+    tell(
+        f"{done} schedules with {struck} faults, {virtual_s / 3600:.1f} hours of theirs in {took_s:.0f} s: "
+        f"{len(failed)} failed"
+    )
+    for verdict in failed[:3]:
+        with Runner() as runner:
+            tell(as_test(shrink(verdict.scenario, lambda one: bool(runner.run(one).problems))))
+    return failed
+
+
+def shrink(scenario: Scenario, fails: Callable[[Scenario], bool]) -> Scenario:
+    """The simplest scenario that still ``fails``, found by leaving out one thing after the other."""
+    while True:
+        for candidate in simpler(scenario):
+            if fails(candidate):
+                scenario = candidate
+                break
+        else:
+            return scenario
+
+
+def as_test(scenario: Scenario) -> str:
+    """A test to paste."""
+    plain = Scenario()
+    parts = [
+        f"        {name}={getattr(scenario, name)!r},"
+        for name in scenario.__struct_fields__
+        if getattr(scenario, name) != getattr(plain, name)
+    ]
+    body = "\n".join(parts)
+    return (
+        f"def test_seed_{scenario.seed}() -> None:\n"
+        f"    scenario = Scenario(\n{body}\n    )\n"
+        f"    assert run_scenario(scenario).problems == ()\n"
+    )

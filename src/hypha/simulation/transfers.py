@@ -1,0 +1,310 @@
+"""The bulk plane of a simulated node: real files, real gates, real places and real hashes, over simulated lines.
+
+A file's bytes are read when its turn comes, cross the network as a flow that shares bandwidth with others, and
+are written, verified and handed over in the receiver's process. What was cut begins anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
+from hypha.messages import PeerRef, PullFile, TransferMeta
+from hypha.net.bulk_files import Hasher, quick_hasher, strong_hasher
+from hypha.net.bulk_places import Places
+from hypha.node import Arrived, Gate, Provider
+from hypha.runtime import chance, free_bytes, new_id
+from hypha.simulation.network import STALL_S, LinkBroken
+
+if TYPE_CHECKING:
+    from hypha.simulation.node import SimulatedNode
+
+logger = logging.getLogger("hypha.simulation")
+
+#: as in hypha.net.bulk_sending and hypha.net.bulk_receiving
+_MAX_AT_ONCE = 2
+_MAX_ATTEMPTS = 3
+_BUSY_FOR_S, _BUSY_PAUSE_S = 40.0, 1.0
+_RESERVE_BYTES = 16 << 20
+_MAX_REMEMBERED = 512
+
+
+@dataclass(eq=False)
+class _Acceptor:
+    gate: Gate
+    arrived: Arrived
+    inbound: dict[_Inbound, None] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Inbound:
+    caller: str
+    token: str
+    destination: Path
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ended: trio.Event = field(default_factory=trio.Event)
+    settling: bool = False
+
+
+class SimulatedTransfers:
+    """Of one node."""
+
+    def __init__(self, node: SimulatedNode) -> None:
+        self._node = node
+        self._acceptors: dict[tuple[str, str | None], _Acceptor] = {}
+        self._providers: dict[str, Provider] = {}
+        self._inbound: dict[_Inbound, None] = {}
+        self._done: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self.sending = Places(_MAX_AT_ONCE)
+        self.receiving = Places(_MAX_AT_ONCE)
+
+    async def run(self) -> None:
+        """Lend the places of transfers in which nothing moves, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.sending.run)
+            nursery.start_soon(self.receiving.run)
+
+    def serve(self, kind: str, provider: Provider) -> None:
+        """Answer pulls of ``kind``."""
+        self._providers[kind] = provider
+
+    def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
+        """Take files of ``kind``; the returned function stops that."""
+        key = (kind, job_id)
+        if key in self._acceptors:
+            raise ValueError(f"files of kind {kind!r} of job {job_id!r} are accepted by somebody already")
+        acceptor = self._acceptors[key] = _Acceptor(gate, arrived)
+
+        def stop() -> None:
+            if self._acceptors.get(key) is acceptor:
+                del self._acceptors[key]
+            for inbound in list(acceptor.inbound):
+                if not inbound.settling:
+                    inbound.scope.cancel()
+
+        return stop
+
+    # --- sending ------------------------------------------------------------------------------------
+
+    async def send(self, peer: PeerRef | str, path: Path, meta: TransferMeta) -> None:
+        """Send a file; returns when the receiver has verified and acknowledged it."""
+        name = peer.peer if isinstance(peer, PeerRef) else peer
+        if isinstance(peer, PeerRef):
+            self._node.learn(peer)
+        token = new_id()
+        if name == self._node.peer_id:
+            await self._take(name, meta, token, path.read_bytes())
+            return
+        attempts = 0
+        busy_until: float | None = None
+        while True:
+            try:
+                progress = [0.0]
+                async with self.sending.hold(lambda held=progress: held[0]):
+                    data = path.read_bytes()
+                    await self._node._outside(
+                        name,
+                        lambda node: node.transfers._receive(self._node, meta, token, data, progress),
+                        None,
+                    )
+                return
+            except OSError as exc:
+                raise TransferFailed(name, meta.name, f"{path} cannot be read: {exc}") from exc
+            except Refused as exc:
+                now = trio.current_time()
+                busy_until = now + _BUSY_FOR_S if busy_until is None else busy_until
+                if exc.code != "busy" or now >= busy_until:
+                    raise Refused(exc.code, exc.reason, name) from exc
+                await trio.sleep(_BUSY_PAUSE_S * chance().uniform(0.2, 1.0))
+            except (PeerUnreachable, LinkBroken) as exc:
+                attempts += 1
+                if attempts >= _MAX_ATTEMPTS:
+                    raise TransferFailed(name, meta.name, str(exc)) from exc
+                await trio.sleep(0.5 * 2**attempts * chance().uniform(0.5, 1.0))
+
+    async def _receive(
+        self, sender: SimulatedNode, meta: TransferMeta, token: str, data: bytes, progress: list[float]
+    ) -> bool:
+        """In the receiver's process: the whole of one attempt."""
+        await self._take(sender.peer_id, meta, token, data, progress)
+        return True
+
+    async def _take(
+        self, caller: str, meta: TransferMeta, token: str, data: bytes, progress: list[float] | None = None
+    ) -> None:
+        if (caller, token) in self._done:
+            return
+        job_id = meta.stamp.job_id if meta.stamp is not None else None
+        acceptor = self._acceptors.get((meta.kind, job_id)) or self._acceptors.get((meta.kind, None))
+        if acceptor is None:
+            raise Refused("not-found", f"nobody here takes files of kind {meta.kind!r} for this job")
+        destination = await acceptor.gate(caller, meta)
+        if meta.size > max(0, free_bytes(destination.parent) - _RESERVE_BYTES):
+            raise Refused("no-space", f"{meta.name} has {meta.size} bytes; the disk of {destination} is full")
+        await self._supersede(caller, token, destination)
+        inbound = _Inbound(caller, token, destination)
+        self._inbound[inbound] = acceptor.inbound[inbound] = None
+        try:
+            with inbound.scope:
+                held = [0.0]
+                async with self.receiving.hold(lambda: held[0]):
+                    if caller != self._node.peer_id:
+                        await self._flow(caller, len(data), STALL_S, held, progress)
+                    self._write(destination, data, meta, caller)
+                inbound.settling = True
+                try:
+                    await acceptor.arrived(caller, meta, destination)
+                except Refused:
+                    destination.unlink(missing_ok=True)
+                    raise
+                self._done[caller, token] = None
+                while len(self._done) > _MAX_REMEMBERED:
+                    self._done.popitem(last=False)
+        finally:
+            self._inbound.pop(inbound, None)
+            acceptor.inbound.pop(inbound, None)
+            inbound.ended.set()
+        if inbound.scope.cancelled_caught:
+            raise LinkBroken("the receiver does not want it any more")
+
+    async def _supersede(self, caller: str, token: str, destination: Path) -> None:
+        for one in list(self._inbound):
+            if one.destination == destination:
+                if one.caller != caller or one.settling:
+                    raise Refused("busy", f"{destination.name} is being received already")
+                one.scope.cancel()
+                await one.ended.wait()
+
+    async def _flow(
+        self, source: str, size: int, stall_s: float, held: list[float], progress: list[float] | None
+    ) -> None:
+        def moved(bytes_: float) -> None:
+            held[0] = bytes_
+            if progress is not None:
+                progress[0] = bytes_
+
+        await self._node.network.flow(source, self._node.peer_id, size, stall_s, moved)
+
+    def _write(self, destination: Path, data: bytes, meta: TransferMeta, source: str) -> None:
+        """Whole and verified, or not at all."""
+        part = destination.with_name(destination.name + ".part")
+        part.write_bytes(data)
+        hasher: Hasher = strong_hasher() if meta.checked == meta.blake3 else quick_hasher()
+        hasher.update(data)
+        if len(data) != meta.size or hasher.hexdigest() != meta.checked:
+            part.unlink()
+            raise TransferCorrupt(source, meta.name, "its content is not what was promised")
+        part.replace(destination)
+
+    # --- pulling ------------------------------------------------------------------------------------
+
+    async def pull(
+        self,
+        peer: PeerRef | str,
+        request: PullFile,
+        destination: Path,
+        expect: TransferMeta | None,
+        max_bytes: int,
+        still_s: float | None = None,
+    ) -> TransferMeta:
+        """Have ``peer`` send the file that ``request`` names; what it said of it."""
+        name = peer.peer if isinstance(peer, PeerRef) else peer
+        if isinstance(peer, PeerRef):
+            self._node.learn(peer)
+        request = msgspec.structs.replace(request, token=new_id())
+        busy_until = trio.current_time() + _BUSY_FOR_S
+        while True:
+            try:
+                return await self._pull(name, request, destination, expect, max_bytes, still_s)
+            except Refused as exc:
+                if exc.code == "unreachable":
+                    raise TransferFailed(name, request.name, exc.reason) from exc
+                if exc.code != "busy" or trio.current_time() >= busy_until:
+                    raise Refused(exc.code, exc.reason, name) from exc
+                await trio.sleep(_BUSY_PAUSE_S * chance().uniform(0.2, 1.0))
+            except (PeerUnreachable, LinkBroken) as exc:
+                raise TransferFailed(name, request.name, str(exc)) from exc
+
+    async def _pull(
+        self,
+        name: str,
+        request: PullFile,
+        destination: Path,
+        expect: TransferMeta | None,
+        max_bytes: int,
+        still_s: float | None,
+    ) -> TransferMeta:
+        with trio.move_on_after(10.0) as asking:
+            data, meta = await self._node._outside(
+                name, lambda node: node.transfers._provide(self._node.peer_id, request), None
+            )
+        if asking.cancelled_caught:
+            raise LinkBroken("it does not answer")
+        if meta.size > max_bytes:
+            raise Refused("too-large", f"{request.name} has {meta.size} bytes", name)
+        if meta.kind != request.kind or (
+            expect is not None and (meta.size, meta.blake3) != (expect.size, expect.blake3)
+        ):
+            raise TransferCorrupt(name, request.name, "it offers other content than was promised")
+        if meta.size > max(0, free_bytes(destination.parent) - _RESERVE_BYTES):
+            raise TransferFailed(name, request.name, "there is no room for it here")
+        held = [0.0]
+        async with self.receiving.hold(lambda: held[0]):
+            sender = self._node.network.nodes.get(name)
+            if sender is None:
+                raise LinkBroken("the other end is gone")
+            stall_s = STALL_S if still_s is None else min(STALL_S, still_s)
+            async with trio.open_nursery() as nursery:
+                # the sender's end has few places, too
+                over = trio.Event()
+                ready = trio.Event()
+                nursery.start_soon(self._lend, sender, held, ready, over)
+                try:
+                    await ready.wait()
+                    await self._flow(name, len(data), stall_s, held, None)
+                except LinkBroken as exc:
+                    broken: LinkBroken | None = exc
+                else:
+                    broken = None
+                over.set()
+                nursery.cancel_scope.cancel()
+            if broken is not None:
+                raise broken
+            self._write(destination, data, meta, name)
+        return meta
+
+    async def _lend(
+        self, sender: SimulatedNode, held: list[float], ready: trio.Event, over: trio.Event
+    ) -> None:
+        async def hold() -> None:
+            async with sender.transfers.sending.hold(lambda: held[0]):
+                ready.set()
+                await over.wait()
+
+        try:
+            await sender.process.call(hold)
+        except Exception as exc:  # noqa: BLE001 - the flow itself notices that the sender is gone
+            logger.debug("The sender of a file is gone: %s", exc)
+            ready.set()
+
+    async def _provide(self, caller: str, request: PullFile) -> tuple[bytes, TransferMeta]:
+        provider = self._providers.get(request.kind)
+        if provider is None:
+            raise Refused("not-found", f"there are no files of kind {request.kind!r} here")
+        path, meta = await provider(caller, request)
+        try:
+            return path.read_bytes(), meta
+        except OSError as exc:
+            raise Refused("not-found", f"{request.name} cannot be read: {exc}") from exc
+
+    def idle(self) -> bool:
+        """Nothing is under way, and every place is free."""
+        return not self._inbound and not self.sending.held and not self.receiving.held

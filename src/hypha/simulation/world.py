@@ -1,0 +1,490 @@
+"""A world: real gateways' clients, data nodes, workers and a scheduler on a simulated network, under a virtual clock.
+
+Each machine has a directory (its disk), a line, a clock and, while it runs, one process. What runs there is what
+the programs run: ``scheduler.run_job``, ``worker.node.serve``, ``data.serve.serve``. :func:`run_world` runs a
+:class:`Scenario` to its end and says what came of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import trio
+import trio.testing
+from trio._core import _run as trio_run
+
+from hypha.config.models import (
+    AllowConfig,
+    CacheConfig,
+    CheckpointConfig,
+    DataConfig,
+    DatasetConfig,
+    DatasetRef,
+    JobConfig,
+    JobResourcesConfig,
+    ModelConfig,
+    OfferConfig,
+    ResourcesConfig,
+    RoundsConfig,
+    SchedulerConfig,
+    SchedulerSection,
+    StorageConfig,
+    WorkerConfig,
+)
+from hypha.data import serve as data_serve
+from hypha.data.manifest import make_manifest, write_manifest
+from hypha.data.slices import write_slice
+from hypha.errors import HyphaError
+from hypha.executor.toy import COLUMN
+from hypha.journal import Entry, Journal
+from hypha.leases import NAME as LEASES
+from hypha.messages import Column
+from hypha.scheduler import JobResult, JobSnapshot, run_job
+from hypha.simulation.executors import SimulatedExecutors
+from hypha.simulation.network import Machine, SimulatedNetwork
+from hypha.simulation.node import SimulatedOptions, open_simulated_node
+from hypha.simulation.process import (
+    SimulatedProcess,
+    SimulatedRuntime,
+    Stepping,
+    forget_generators,
+    this_process,
+)
+from hypha.simulation.scenario import Scenario
+from hypha.worker.directory import remove_stale
+from hypha.worker.limits import CgroupPlaces
+from hypha.worker.node import serve as worker_serve
+
+DATASET = "rows"
+JOB = "job"
+SCHEDULER = "scheduler"
+ENTRYPOINT = "hypha.executor.toy:toy_theta"
+#: of every machine's disk, unless it is full
+_FREE_BYTES = 1 << 40
+#: a day at which the world begins
+_BEGINS = 1_790_000_000.0
+_LOG_LINES = 5000
+
+
+@dataclass(eq=False)
+class Computer:
+    """A machine of the world, with all that outlives its process."""
+
+    machine: Machine
+    directory: Path
+    main: Callable[[Computer], object]
+    process: SimulatedProcess | None = None
+    starts: int = 0
+    full: bool = False
+    slow_disk_s: float = 0.0
+    clock_offset_s: float = 0.0
+    executors: SimulatedExecutors | None = None
+    journal: Journal = field(default_factory=Journal)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    #: tasks of its process before there was a job
+    idle_tasks: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its PeerID."""
+        return self.machine.peer
+
+    def leases(self) -> int:
+        """How many leases its worker holds, ended ones that are drained included."""
+        for entry in reversed(self.journal.entries):
+            if entry.machine == LEASES and not isinstance(entry.state, str):
+                return sum(int(str(entry.state[key])) for key in ("leases", "draining"))
+        return 0
+
+
+@dataclass
+class Ending:
+    """What came of a run. ``problems`` is empty when all was as it must be."""
+
+    problems: list[str]
+    result: JobResult | None
+    failure: HyphaError | None
+    lasted_s: float
+    log: list[str]
+    journal: list[bytes]
+
+
+class World:
+    """Everything of one run. Made inside of trio; ``root`` is an empty directory."""
+
+    def __init__(self, scenario: Scenario, root: Path, nursery: trio.Nursery) -> None:
+        self.scenario = scenario
+        self.root = root
+        self.nursery = nursery
+        self.network = SimulatedNetwork(nursery, self.random("network"))
+        self.computers: dict[str, Computer] = {}
+        self.problems: list[str] = []
+        self.result: JobResult | None = None
+        self.failure: HyphaError | None = None
+        self.snapshot: JobSnapshot | None = None
+        self.over = trio.Event()
+        #: entries of the scheduler's machines, of all of its processes
+        self.listeners: list[Callable[[Entry], None]] = []
+        self.entries: list[bytes] = []
+        #: files that a fault has damaged
+        self.damaged: set[Path] = set()
+        #: looked at whenever the scheduler's process has died
+        self.checks: list[Callable[[World], list[str]]] = []
+        self._make()
+
+    def random(self, what: str) -> Random:
+        """Chance for one purpose, independent of all others."""
+        return Random(f"{self.scenario.seed} {what}")
+
+    # --- its machines -------------------------------------------------------------------------------
+
+    def _make(self) -> None:
+        wanted = self.scenario
+        self.gateways = tuple(f"gateway-{number}" for number in range(1, wanted.gateways + 1))
+        self.data = tuple(f"data-{number}" for number in range(1, wanted.data_nodes + 1))
+        self.workers = tuple(f"worker-{number}" for number in range(1, wanted.workers + wanted.spares + 1))
+        make_dataset(self.root / "dataset", wanted.slices, wanted.rows)
+        for name in self.gateways:
+            self._add(name, "gateway", self._gateway)
+        for name in self.data:
+            self._add(name, "data", self._data)
+            shutil.copytree(self.root / "dataset", self.computers[name].directory / "dataset")
+        for number, name in enumerate(self.workers):
+            self._add(name, "worker", self._worker, behind_nat=number < wanted.behind_nat)
+        self._add(SCHEDULER, "scheduler", self._scheduler)
+
+    def _add(
+        self, name: str, role: str, main: Callable[[Computer], object], behind_nat: bool = False
+    ) -> None:
+        wanted = self.scenario
+        machine = Machine(
+            peer=name,
+            roles=frozenset({role}),
+            latency_s=wanted.latency_s / 2,
+            up_bytes_s=wanted.line_bytes_s,
+            down_bytes_s=wanted.line_bytes_s,
+            behind_nat=behind_nat,
+        )
+        directory = self.root / name
+        directory.mkdir()
+        self.network.add(machine)
+        self.computers[name] = Computer(machine, directory, main)
+
+    def start(self, name: str) -> None:
+        """Start the program of a machine, unless it runs."""
+        computer = self.computers[name]
+        if computer.process is not None and computer.process.alive:
+            return
+        computer.starts += 1
+        runtime = self._runtime(computer, f"{name} {computer.starts}")
+        process = SimulatedProcess(f"{name}+{computer.starts}", runtime, self.nursery, self._crashed)
+        computer.process = process
+        scope = computer.scope = trio.CancelScope()
+
+        async def main() -> None:
+            with scope:
+                await computer.main(computer)  # type: ignore[misc]
+            process.end()
+
+        process.on_end.append(lambda: _close_files(computer.directory))
+        process.spawn(main)
+
+    def _runtime(self, computer: Computer, what: str) -> SimulatedRuntime:
+        seed = self.random(what).getrandbits(64)
+        runtime = SimulatedRuntime(
+            seed,
+            lambda: _BEGINS + trio.current_time() + computer.clock_offset_s,
+            lambda _: 0 if computer.full else _FREE_BYTES,
+        )
+        runtime.blocking_s = computer.slow_disk_s
+        return runtime
+
+    def kill(self, name: str) -> None:
+        """Its process ends without another instruction, and its executors with it."""
+        process = self.computers[name].process
+        if process is not None:
+            process.kill()
+        if name == SCHEDULER:
+            for check in self.checks:
+                self.problems += check(self)
+
+    async def stop(self, name: str, within_s: float) -> None:
+        """Its process is told to end, and is killed when it has not by then, which is a problem."""
+        computer = self.computers[name]
+        process = computer.process
+        if process is None or not process.alive:
+            return
+        ended = trio.Event()
+        process.on_end.append(ended.set)
+        computer.scope.cancel()
+        with trio.move_on_after(within_s) as waiting:
+            await ended.wait()
+        if waiting.cancelled_caught:
+            if not process.frozen:
+                self.problems.append(f"{name} did not end within {within_s:g} s")
+            self.kill(name)
+
+    def slow_disk(self, computer: Computer, more_s: float) -> None:
+        """Blocking calls there take so much longer."""
+        computer.slow_disk_s += more_s
+        process = computer.process
+        if process is not None and isinstance(process.runtime, SimulatedRuntime):
+            process.runtime.blocking_s = computer.slow_disk_s
+
+    def _crashed(self, process: SimulatedProcess, exc: BaseException) -> None:
+        logging.getLogger("hypha.simulation").error("%s failed", process.name, exc_info=exc)
+        self.problems.append(f"{process.name} failed: {type(exc).__name__}: {exc}")
+
+    # --- what they run ------------------------------------------------------------------------------
+
+    async def _gateway(self, computer: Computer) -> None:
+        others = tuple(name for name in self.gateways if name != computer.name)
+        options = SimulatedOptions("hypha-gateway", others, hop=True)
+        async with open_simulated_node(self.network, computer.machine, this_process(), options):
+            await trio.sleep_forever()
+
+    async def _data(self, computer: Computer) -> None:
+        config = DataConfig(
+            **_identity(computer.name),
+            gateway_addresses=list(self.gateways),
+            datasets=[DatasetConfig(path=computer.directory / "dataset", name=DATASET)],
+        )
+        datasets = await data_serve.load_datasets(config)
+        options = SimulatedOptions("hypha-data", self.gateways)
+        async with open_simulated_node(self.network, computer.machine, this_process(), options) as node:
+            await data_serve.serve(config, datasets, node)
+
+    async def _worker(self, computer: Computer) -> None:
+        wanted = self.scenario
+        number = self.workers.index(computer.name)
+        config = WorkerConfig(
+            **_identity(computer.name),
+            gateway_addresses=list(self.gateways),
+            work_dir=computer.directory / "work",
+            resources=ResourcesConfig(cpu=2, memory=4, storage=1),
+            offer=OfferConfig(lease_s=wanted.lease_s, temporary_lease_s=5.0),
+            allow=AllowConfig(entrypoints=[ENTRYPOINT]),
+            cache=CacheConfig(max_slices=6),
+            storage=StorageConfig(checkpoints_gb=0.1 if wanted.replicas else 0.0),
+            stop_grace_s=1.0,
+            limits="none",
+        )
+        config.work_dir.mkdir(exist_ok=True)
+        remove_stale(config.work_dir)
+        process = this_process()
+        random = self.random(f"speed of {process.name}")
+        batch_s = wanted.batch_s[number % len(wanted.batch_s)]
+
+        def child(kind: str) -> SimulatedProcess:
+            made = f"{process.name} {kind}"
+            return SimulatedProcess(made, self._runtime(computer, made), self.nursery, self._crashed, process)
+
+        computer.executors = SimulatedExecutors(
+            child,
+            lambda: batch_s * random.uniform(0.9, 1.2),
+            lambda: wanted.load_s * random.uniform(0.8, 1.3),
+        )
+        options = SimulatedOptions("hypha-worker", self.gateways)
+        async with open_simulated_node(self.network, computer.machine, process, options) as node:
+            computer.journal = Journal(kept=50)
+            computer.journal.checked = True
+
+            async def count() -> None:
+                await trio.sleep(0.4)
+                if computer.executors is not None and not computer.executors.running:
+                    computer.idle_tasks = process.tasks - 1
+
+            process.spawn(count)
+            await worker_serve(config, node, CgroupPlaces(), computer.executors, journal=computer.journal)
+
+    async def _scheduler(self, computer: Computer) -> None:
+        wanted = self.scenario
+        job = JobConfig(
+            name=JOB,
+            model=ModelConfig(type="torch", entrypoint=ENTRYPOINT),
+            dataset=DatasetRef(dataset=DATASET, wait_s=None),
+            rounds=RoundsConfig(
+                update_rounds=wanted.rounds,
+                avg_samples_between_updates=wanted.samples_a_round,
+                batch_size=wanted.batch_size,
+                grace_s=3.0,
+                deadline_s=wanted.deadline_s,
+            ),
+            resources=JobResourcesConfig(
+                num_workers=wanted.workers, min_workers=wanted.min_workers, hang_s=wanted.hang_s
+            ),
+            checkpoint=CheckpointConfig(every_rounds=wanted.checkpoint_every, replicas=wanted.replicas),
+            output=str(computer.directory / "model"),
+        )
+        config = SchedulerConfig(
+            **_identity(computer.name),
+            gateway_addresses=list(self.gateways),
+            state_dir=computer.directory / "state",
+            scheduler=SchedulerSection(job=job),
+        )
+        options = SimulatedOptions("hypha-scheduler", self.gateways)
+        process = this_process()
+        journal = Journal()
+        journal.checked = True
+        journal.listeners.append(self._noted)
+        try:
+            self.result = await run_job(
+                config,
+                observe=self._seen,
+                open_=lambda: open_simulated_node(self.network, computer.machine, process, options),
+                journal=journal,
+            )
+        except HyphaError as exc:
+            self.failure = exc
+        self.over.set()
+
+    def _seen(self, snapshot: JobSnapshot) -> None:
+        self.snapshot = snapshot
+
+    def _noted(self, entry: Entry) -> None:
+        self.entries.append(entry.line())
+        for listener in list(self.listeners):
+            listener(entry)
+
+
+def _identity(name: str) -> dict[str, object]:
+    """Files that nobody reads here: nodes are given."""
+    return {"cert_pem": Path(f"{name}.pem"), "key_pem": Path(f"{name}.key"), "trust_pem": Path("trust.pem")}
+
+
+def make_dataset(directory: Path, slices: int, rows: int) -> None:
+    """``slices`` slices of ``rows`` numbered rows each."""
+    directory.mkdir()
+    columns = (Column(name=COLUMN, dtype="I64", shape=()),)
+    for index in range(slices):
+        record = np.zeros(rows, dtype=[(COLUMN, "<i8")])
+        record[COLUMN] = np.arange(index * rows, (index + 1) * rows)
+        write_slice(directory / f"slice-{index:04}.safetensors", columns, record)
+    write_manifest(directory, make_manifest(directory, DATASET))
+
+
+def _close_files(directory: Path) -> None:
+    """What the kernel does for a process that has ended: locks go with their descriptors. SQLite's are left: a
+    connection that is never used again locks nothing.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{name}")
+            if target.startswith(f"{directory}/") and ".db" not in target:
+                os.close(int(name))
+
+
+def fill_databases(directory: Path, full: bool) -> None:
+    """SQLite's own limit of pages stands in for the disk's."""
+    for found in [one for one in gc.get_objects() if type(one) is sqlite3.Connection]:
+        with contextlib.suppress(sqlite3.Error):
+            ((_, _, path),) = found.execute("PRAGMA database_list").fetchall()[:1]
+            if path.startswith(f"{directory}/"):
+                (pages,) = found.execute("PRAGMA page_count").fetchone()
+                found.execute(f"PRAGMA max_page_count = {pages if full else 1 << 30}")
+
+
+class _Log(logging.Handler):
+    """Keeps the last lines, with the world's time and the process that said them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: deque[str] = deque(maxlen=_LOG_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging."""
+        try:
+            at = f"{trio.current_time():9.3f}"
+            who = this_process().name
+        except (RuntimeError, LookupError):
+            at, who = "        -", "world"
+        text = record.getMessage()
+        if record.exc_info and record.exc_info[1] is not None:
+            text += f" [{record.exc_info[1]!r}]"
+        peer = getattr(record, "peer_id", "")
+        self.lines.append(f"{at} {who}: {record.levelname} {text} {peer}".rstrip())
+
+
+@contextlib.contextmanager
+def _logged(level: int) -> Iterator[_Log]:
+    log = _Log()
+    root = logging.getLogger("hypha")
+    before, propagate = root.level, root.propagate
+    root.addHandler(log)
+    root.setLevel(level)
+    root.propagate = False
+    try:
+        yield log
+    finally:
+        root.removeHandler(log)
+        root.setLevel(before)
+        root.propagate = propagate
+
+
+@contextlib.contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    """trio's own order of tasks follows from ``seed``."""
+    before = trio_run._ALLOW_DETERMINISTIC_SCHEDULING
+    state = trio_run._r.getstate()
+    trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True
+    trio_run._r.seed(seed)
+    try:
+        yield
+    finally:
+        trio_run._ALLOW_DETERMINISTIC_SCHEDULING = before
+        trio_run._r.setstate(state)
+
+
+def scratch_directory() -> Path:
+    """A new directory, in memory where there is such a place: a run syncs files by the hundred."""
+    memory = Path("/dev/shm")
+    place = memory if os.access(memory, os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="hypha-world-", dir=place))
+
+
+def run_world(
+    scenario: Scenario, live: Callable[[World], object], root: Path | None = None, level: int = logging.INFO
+) -> Ending:
+    """Make the world, have ``await live(world)`` be its story, and end it. ``root`` is deleted unless given."""
+    place = root or scratch_directory()
+    worlds: list[World] = []
+    lasted_s = 0.0
+
+    async def main() -> None:
+        nonlocal lasted_s
+        try:
+            async with trio.open_nursery() as nursery:
+                world = World(scenario, place, nursery)
+                worlds.append(world)
+                nursery.start_soon(world.network.run)
+                try:
+                    await live(world)  # type: ignore[misc]
+                finally:
+                    lasted_s = trio.current_time()
+                    for name in world.computers:
+                        world.kill(name)
+                    nursery.cancel_scope.cancel()
+        finally:
+            forget_generators()
+
+    try:
+        with _deterministic(scenario.seed), _logged(level) as log:
+            clock = trio.testing.MockClock(autojump_threshold=0)
+            trio.run(main, clock=clock, instruments=[Stepping()])
+    finally:
+        if root is None:
+            shutil.rmtree(place, ignore_errors=True)
+    (world,) = worlds
+    return Ending(world.problems, world.result, world.failure, lasted_s, list(log.lines), world.entries)
