@@ -3,10 +3,11 @@ PYTHON ?= python3.11
 ARGS ?=
 # tests at once: they mostly wait for real clocks
 JOBS ?= 2
+SEEDS ?= 100
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check simulate bench clean
 .DEFAULT_GOAL := test
 
 # Again when what is to be installed has changed. trio-typing (which libp2p pulls in) brings stubs of an
@@ -28,6 +29,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_rows.py
+
+# random schedules of faults in memory, under a virtual clock; what fails is shrunk and printed as a test
+simulate: $(STAMP)
+	$(BIN)/hypha chaos --simulated --seeds $(SEEDS) $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(ARGS)

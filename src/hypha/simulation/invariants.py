@@ -11,15 +11,18 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hypha.errors import DataError, HyphaError
+from hypha.errors import HyphaError
 from hypha.executor.checkpoint import THETA
 from hypha.executor.toy import replay_toy
+from hypha.journal import Entry
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk_files import hash_file
 from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.ledger import read_ledger
+from hypha.scheduler.rounds import NAME as ROUNDS
 from hypha.scheduler.slices import TrackerState
 from hypha.scheduler.state import StateDirectory
+from hypha.simulation.faults import Struck
 from hypha.simulation.world import JOB, SCHEDULER, World
 
 #: leases are released at once, executors end, and what was on its way arrives
@@ -147,6 +150,51 @@ class _Place(StateDirectory):
         self._lock = -1
 
 
+class RoundWatch:
+    """Notes when rounds begin; :meth:`check` says which lasted longer than whatever was struck explains."""
+
+    #: an undisturbed round, the first one's loading and the export included
+    PLAIN_S = 60.0
+    #: what one fault may cost beyond its own length: noticing it (liveness, a hang), a lease's end, another worker
+    #: and its loading, a deadline that is three times as long for a first synchronisation, pauses between attempts
+    FAULT_S = 120.0
+
+    def __init__(self) -> None:
+        self._began: list[tuple[float, int]] = []
+
+    def listen(self, entry: Entry) -> None:
+        """A listener of journals."""
+        if entry.machine != ROUNDS or isinstance(entry.state, str):
+            return
+        round_ = int(str(entry.state["round"]))
+        if not self._began or self._began[-1][1] != round_:
+            self._began.append((entry.at_s, round_))
+
+    def check(self, struck: list[Struck], now: float) -> list[str]:
+        """The rounds that were stuck."""
+        found = []
+        ends = [*[began for began, _ in self._began[1:]], now]
+        for (began, round_), end in zip(self._began, ends, strict=True):
+            allowed_s = self.PLAIN_S
+            for one in struck:
+                if one.struck_at is None or one.struck_at > end:
+                    continue
+                mended_at = one.struck_at + one.fault.for_s
+                if mended_at > began - self.FAULT_S:
+                    allowed_s += max(0.0, mended_at - max(one.struck_at, began)) + self.FAULT_S
+            if end - began > allowed_s:
+                found.append(f"round {round_} lasted {end - began:.0f} s; what was struck explains {allowed_s:.0f} s")
+        return found
+
+
+async def watch_checkpoints(world: World) -> None:
+    """Look at them at odd moments, until cancelled: what is announced must be durable already."""
+    random = world.random("looks")
+    while True:
+        await trio.sleep(random.uniform(0.0, 0.4))
+        world.problems += check_checkpoints(world)
+
+
 async def settled(world: World) -> list[str]:
     """After the job: every lease ends, every executor, file and place is given back, and no task is left over."""
     if world.result is None:
@@ -183,5 +231,3 @@ def _left_over(world: World) -> list[str]:
             found.append(f"{name} has {process.tasks} tasks, and had {computer.idle_tasks} before the job")
     return found
 
-
-__all__ = ["DataError", "check_checkpoints", "check_ledger", "counted", "settled"]

@@ -112,7 +112,7 @@ class SimulatedProcess:
         self.runtime = runtime
         self.alive = True
         self.frozen = False
-        self._nursery = nursery
+        self.nursery = nursery
         self._on_crash = on_crash
         self.parent = parent
         self._children: dict[SimulatedProcess, None] = {}
@@ -140,7 +140,7 @@ class SimulatedProcess:
     def spawn(self, call: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
         """Start a task of this process; nothing when it is dead."""
         if self.alive:
-            self._context.run(self._nursery.start_soon, self._guarded, call, args)
+            self._context.run(self.nursery.start_soon, self._guarded, call, args)
 
     async def _guarded(self, call: Callable[..., Awaitable[object]], args: tuple[object, ...]) -> None:
         try:
@@ -172,7 +172,7 @@ class SimulatedProcess:
             done.set()
 
         self._serving[key] = give_up
-        self._context.run(self._nursery.start_soon, run)
+        self._context.run(self.nursery.start_soon, run)
         caller = _process.get()
         if caller is not None:
             caller.on_end.append(scope.cancel)

@@ -99,6 +99,7 @@ class Scenario(Struct, frozen=True):
     load_s: float = 2.0
     latency_s: float = 0.01
     line_bytes_s: float = 100_000.0
+    disk_s: float = 0.002
     behind_nat: int = 0
     min_workers: int | None = None
     checkpoint_every: int = 2
@@ -132,6 +133,7 @@ def random_scenario(seed: int) -> Scenario:
         load_s=random.choice((0.5, 2.0, 5.0)),
         latency_s=random.choice((0.001, 0.01, 0.08)),
         line_bytes_s=random.choice((20_000.0, 100_000.0, 1_000_000.0)),
+        disk_s=random.choice((0.0, 0.002, 0.02)),
         behind_nat=nat,
         min_workers=random.choice((None, 1, max(1, workers - 1))),
         checkpoint_every=every,
@@ -175,6 +177,7 @@ def simpler(scenario: Scenario) -> list[Scenario]:
         "spares",
         "load_s",
         "latency_s",
+        "disk_s",
     ):
         if getattr(scenario, name) != getattr(plain, name):
             found.append(replace(scenario, **{name: getattr(plain, name)}))

@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import IO, Self
 
 import msgspec
+import trio
 from msgspec import Struct
 
 from hypha.config.inherited import child_environment
 from hypha.executor.toy import one_thread_only
 from hypha.simulation.faults import Struck, story
-from hypha.simulation.invariants import check_checkpoints, check_ledger, settled
+from hypha.simulation.invariants import (
+    RoundWatch,
+    check_checkpoints,
+    check_ledger,
+    settled,
+    watch_checkpoints,
+)
 from hypha.simulation.scenario import Scenario, random_scenario, simpler
 from hypha.simulation.world import World, run_world
 
@@ -46,8 +53,12 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
     struck: list[Struck] = []
 
     async def live(world: World) -> None:
+        rounds = RoundWatch()
+        world.listeners.append(rounds.listen)
         world.checks.append(check_checkpoints)
+        world.nursery.start_soon(watch_checkpoints, world)
         struck.extend(await story(world))
+        world.problems += rounds.check(struck, trio.current_time())
         if world.failure is not None:
             world.problems.append(f"the job failed: {world.failure}")
         world.problems += await settled(world)
@@ -69,12 +80,22 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
     )
 
 
+class Order(Struct, frozen=True):
+    """To a process that runs scenarios."""
+
+    scenario: Scenario
+    journal: bool = False
+
+
 def run_lines(lines: IO[bytes], out: IO[bytes]) -> None:
-    """Run the scenarios in ``lines`` (JSON) and write a verdict each; only failures carry their log."""
+    """Run the orders in ``lines`` (JSON) and write a verdict each; only failures carry their log."""
     for line in lines:
-        verdict = run_scenario(msgspec.json.decode(line, type=Scenario))
+        order = msgspec.json.decode(line, type=Order)
+        verdict = run_scenario(order.scenario)
+        if not order.journal:
+            verdict = msgspec.structs.replace(verdict, journal=b"")
         if not verdict.problems:
-            verdict = msgspec.structs.replace(verdict, log=(), journal=b"")
+            verdict = msgspec.structs.replace(verdict, log=())
         out.write(msgspec.json.encode(verdict) + b"\n")
         out.flush()
 
@@ -103,8 +124,8 @@ class Runner:
                 child.stdin.close()
         return child.returncode
 
-    def run(self, scenario: Scenario) -> Verdict:
-        """Its verdict; a process that dies is one, too."""
+    def run(self, scenario: Scenario, journal: bool = False) -> Verdict:
+        """Its verdict; a process that dies is one, too. With ``journal`` it is there in any case."""
         if self._child is None or self._runs >= _A_PROCESS:
             self._end()
             environment = {**child_environment(), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
@@ -118,7 +139,7 @@ class Runner:
         if stdin is None or stdout is None:
             raise RuntimeError("a pipe that was asked for is not there")
         try:
-            stdin.write(msgspec.json.encode(scenario) + b"\n")
+            stdin.write(msgspec.json.encode(Order(scenario, journal)) + b"\n")
             stdin.flush()
         except BrokenPipeError:
             line = b""

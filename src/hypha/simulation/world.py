@@ -208,7 +208,7 @@ class World:
             lambda: _BEGINS + trio.current_time() + computer.clock_offset_s,
             lambda _: 0 if computer.full else _FREE_BYTES,
         )
-        runtime.blocking_s = computer.slow_disk_s
+        runtime.blocking_s = self.scenario.disk_s + computer.slow_disk_s
         return runtime
 
     def kill(self, name: str) -> None:
@@ -241,7 +241,7 @@ class World:
         computer.slow_disk_s += more_s
         process = computer.process
         if process is not None and isinstance(process.runtime, SimulatedRuntime):
-            process.runtime.blocking_s = computer.slow_disk_s
+            process.runtime.blocking_s = self.scenario.disk_s + computer.slow_disk_s
 
     def _crashed(self, process: SimulatedProcess, exc: BaseException) -> None:
         logging.getLogger("hypha.simulation").error("%s failed", process.name, exc_info=exc)

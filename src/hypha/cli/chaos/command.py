@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +21,20 @@ def chaos(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Work in this directory and keep it, logs and all.")
     ] = None,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="In memory, under a virtual clock: many schedules of faults.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="With --simulated: how many schedules.", min=1)] = 100,
+    processes: Annotated[
+        int | None, typer.Option(help="With --simulated: at once. By default one a core.", min=1)
+    ] = None,
 ) -> None:
-    """Train on a real network on this machine, undisturbed and then with faults, and compare."""
+    """Train on a real network on this machine, undisturbed and then with faults, and compare. With --simulated
+    the network is one in memory, and every run is checked: its samples, its leases, its checkpoints, and its
+    result against a replay of its ledger.
+    """
+    if simulated:
+        raise typer.Exit(_simulate(seed, seeds, processes))
     from hypha.cli.chaos.run import Options, parse_faults, run_chaos
     from hypha.cli.running import run_until_signal
     from hypha.errors import JobFailed
@@ -34,3 +47,9 @@ def chaos(
             raise JobFailed(report.failure)
 
     raise typer.Exit(run_until_signal(service, stop_s=None, hangup=True))
+
+
+def _simulate(first: int, seeds: int, processes: int | None) -> int:
+    from hypha.simulation.search import search
+
+    return 1 if search(first, seeds, processes or os.cpu_count() or 1, typer.echo) else 0

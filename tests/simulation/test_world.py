@@ -1,0 +1,49 @@
+"""A whole job in a simulated world: it ends, its ledger gives the same theta, and the same seed the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from hypha.simulation.scenario import Fault, Scenario, random_scenario
+from hypha.simulation.search import Runner
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with Runner() as one:
+        yield one
+
+
+def test_an_undisturbed_job_is_all_that_it_should_be(runner: Runner) -> None:
+    verdict = runner.run(Scenario(rounds=3))
+    assert verdict.problems == ()
+    assert verdict.lasted_s < 60
+
+
+def test_the_same_seed_gives_the_same_run_byte_for_byte(runner: Runner) -> None:
+    scenario = random_scenario(59)
+    with Runner() as another:
+        one, two = runner.run(scenario, journal=True), another.run(scenario, journal=True)
+    assert len(one.struck) > 2
+    assert one.journal
+    assert one.journal == two.journal
+    assert (one.struck, one.lasted_s) == (two.struck, two.lasted_s)
+    assert runner.run(random_scenario(60), journal=True).journal != one.journal
+
+
+def test_a_worker_that_has_begun_the_next_round_is_given_no_slice_that_is_taken_back(runner: Runner) -> None:
+    """It was left out of a round, heard so before the scheduler did, and asked for a slice in between: the
+    scheduler took that back a moment later, and gave it out once more.
+    """
+    scenario = Scenario(
+        seed=104,
+        workers=2,
+        data_nodes=1,
+        rounds=8,
+        samples_a_round=160,
+        batch_s=(0.044, 0.174, 0.381, 0.163),
+        faults=(Fault(role="data", way="mute", round=4, phase="loading", for_s=22.931),),
+    )
+    assert runner.run(scenario).problems == ()
