@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from hypha.simulation.scenario import EXECUTOR_WAYS, NODE_WAYS, PHASES, ROLES, Fault, Phase, Role, Scenario, Way
+from hypha.simulation.scenario import (
+    EXECUTOR_WAYS,
+    NODE_WAYS,
+    PHASES,
+    ROLES,
+    Fault,
+    Phase,
+    Role,
+    Scenario,
+    Way,
+)
 from hypha.simulation.search import Runner
 
 pytestmark = pytest.mark.simulated
@@ -52,7 +62,9 @@ def test_one_fault(runner: Runner, role: Role, way: Way, phase: Phase) -> None:
     assert verdict.problems == (), "\n".join(verdict.log[-60:])
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=["+".join(f"{role}-{way}" for role, way in pair) for pair in PAIRS])
+@pytest.mark.parametrize(
+    "pair", PAIRS, ids=["+".join(f"{role}-{way}" for role, way in pair) for pair in PAIRS]
+)
 def test_two_faults(runner: Runner, pair: tuple[tuple[Role, Way], tuple[Role, Way]]) -> None:
     (first, second) = pair
     for after_s in (0.0, 0.4, 2.0):

@@ -8,7 +8,13 @@ import pytest
 import trio
 import trio.testing
 
-from hypha.simulation.process import ProcessGone, SimulatedProcess, SimulatedRuntime, Stepping, forget_generators
+from hypha.simulation.process import (
+    ProcessGone,
+    SimulatedProcess,
+    SimulatedRuntime,
+    Stepping,
+    forget_generators,
+)
 
 Story = Callable[[SimulatedProcess, list[object]], Awaitable[None]]
 

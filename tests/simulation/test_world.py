@@ -1,4 +1,4 @@
-"""A whole job in a simulated world: it ends, its ledger gives the same theta, and the same seed the same run."""
+"""A whole job in a simulated world: it ends, its ledger gives the same theta, the same seed the same run."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A model of eight numbers, for simulated worlds: trained without transformers, accelerate or a process, but by
-the real streams of rows, update files and outer step, so that a ledger of it can be replayed bit by bit.
+"""A model of eight numbers, for simulated worlds: trained without transformers, accelerate or a process, but
+by the real streams of rows, update files and outer step, so that its ledger can be replayed bit by bit.
 
-The "network" is one vector ``w`` that is pulled towards targets made from each row's number; its buffer counts
-rows. The inner optimizer is gradient descent with momentum, and its rate falls with the step: both are wrong
-at once when steps, rows or an optimizer's life are.
+The "network" is one vector ``w`` that is pulled towards targets made from each row's number; its buffer
+counts rows. The inner optimizer is gradient descent with momentum, and its rate falls with the step: theta is
+wrong at once when steps, rows or an optimizer's life are.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""``python -m hypha.simulation``: random schedules by seed, shrunk where they fail; with ``--run``, scenarios that
-come as lines of JSON on standard input, for whoever runs many.
+"""``python -m hypha.simulation``: random schedules by seed, shrunk where they fail; with ``--run``, scenarios
+that come as lines of JSON on standard input, for whoever runs many.
 """
 
 from __future__ import annotations

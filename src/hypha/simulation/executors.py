@@ -1,8 +1,8 @@
 """Executors of a simulated world: they speak the bridge's words as the real ones do, and train a toy model.
 
 What :mod:`hypha.executor.training` and :mod:`hypha.executor.parameter_server` do in threads is done here in
-tasks of a simulated process, a child of its worker's: what they have heard (``handover.Inbox``), the stream of
-rows, update files, outer step, theta's files and checkpoints are the real code. A batch takes as long as the
+tasks of a simulated process, a child of its worker's: the inbox (``handover.Inbox``), the stream of rows,
+update files, outer step, theta's files and checkpoints are the real code. A batch takes as long as the
 machine's speed says.
 """
 
@@ -23,7 +23,7 @@ import trio
 from hypha.errors import CheckpointUnusable, DataError, HyphaError, NetworkError, PeerUnreachable, Refused
 from hypha.executor import tensors
 from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
-from hypha.executor.handover import Inbox
+from hypha.executor.handover import Inbox, UpdateToSend
 from hypha.executor.losses import Losses
 from hypha.executor.outer import OuterStep
 from hypha.executor.running import kind_of
@@ -440,28 +440,21 @@ class SimulatedTrainer:
             loss=self._losses.mean(),
         )
         xxh3 = self._toy.write_update(path, self._job, contribution).xxh3
-        self._sender = _UpdateSender(self._bridge, self._inbox, self._changed, path, xxh3, contribution)
+        update = UpdateToSend(path, xxh3, contribution)
+        self._sender = _UpdateSender(self._bridge, self._inbox, self._changed, update)
         nursery.start_soon(self._sender.run)
 
 
 class _UpdateSender:
     """Sends the update of the open round, and again to another parameter server, until told to stop."""
 
-    def __init__(
-        self,
-        bridge: Bridge,
-        inbox: Inbox,
-        changed: Changes,
-        path: Path,
-        xxh3: str,
-        contribution: Contribution,
-    ) -> None:
+    def __init__(self, bridge: Bridge, inbox: Inbox, changed: Changes, update: UpdateToSend) -> None:
         self._bridge = bridge
         self._inbox = inbox
         self._changed = changed
-        self._path = path
-        self._xxh3 = xxh3
-        self.contribution = contribution
+        self._path = update.path
+        self._xxh3 = update.xxh3
+        self.contribution = update.contribution
         self._stopped = False
         self._lost_before = inbox.lost_before
 
@@ -831,7 +824,8 @@ class SimulatedParameterServer:
 class SimulatedExecutors:
     """Runs the executors of one machine, in place of ``worker.starting.run_process``.
 
-    ``start`` makes a child process of the worker's; a batch takes ``batch_s()`` seconds, loading ``load_s()``.
+    ``start`` makes a child process of the worker's; a batch takes ``batch_s()`` seconds, loading
+    ``load_s()``.
     """
 
     def __init__(

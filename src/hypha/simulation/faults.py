@@ -9,6 +9,7 @@ from random import Random
 import trio
 
 from hypha.journal import Entry
+from hypha.runtime import in_thread
 from hypha.simulation.process import SimulatedProcess
 from hypha.simulation.scenario import PHASES, Fault, Scenario
 from hypha.simulation.world import SCHEDULER, Computer, World, fill_databases
@@ -179,7 +180,7 @@ async def _corrupt(world: World, computer: Computer, fault: Fault, random: Rando
     if not files:
         return
     path: Path = random.choice(files)
-    before, mode = path.read_bytes(), path.stat().st_mode
+    before, mode = await in_thread(path.read_bytes), (await in_thread(path.stat)).st_mode
     damaged = bytearray(before)
     damaged[-1 - random.randrange(8)] ^= 0xFF
     # a file of its own: links that somebody else holds are other files on a real disk
@@ -195,7 +196,7 @@ async def _corrupt(world: World, computer: Computer, fault: Fault, random: Rando
 
 
 async def story(world: World) -> list[Struck]:
-    """Start everybody, strike as the scenario says, and wait until the job is over; then let the dust settle."""
+    """Start everybody, strike as the scenario says, and wait until the job is over."""
     scenario: Scenario = world.scenario
     random = world.random("story")
     found = [Struck(fault) for fault in scenario.faults]
@@ -218,7 +219,7 @@ async def story(world: World) -> list[Struck]:
             with trio.move_on_after(5.0):
                 await world.over.wait()
         # what is struck is mended all the same; what has not been, is not
-        while any(one.struck_at is not None and one.mended_at is None for one in found):
+        while any(one.struck_at is not None and one.mended_at is None for one in found):  # noqa: ASYNC110
             await trio.sleep(0.5)
         nursery.cancel_scope.cancel()
     return found

@@ -70,8 +70,8 @@ def check_ledger(world: World) -> list[str]:
 
 
 def _check_samples(path: Path, entries: list[LedgerRound]) -> list[str]:
-    """Every row of an epoch was used. Rows are used once: a slice is only begun again by somebody who was left out
-    of a round, or by another life of an executor, to which it was given after it was taken back.
+    """Every row of an epoch was used. Rows are used once: a slice is only begun again by somebody who was
+    left out of a round, or by another life of an executor, to which it was given after it was taken back.
     """
     found: list[str] = []
     used: dict[tuple[int, int], set[int]] = defaultdict(set)
@@ -91,11 +91,13 @@ def _check_samples(path: Path, entries: list[LedgerRound]) -> list[str]:
                 round_, stop = stopped.get(key, (entry.round, 0))
                 between = range(round_, entry.round)
                 kept = all(part.incarnation in took_part.get(one, {}) for one in between)
-                same_life = len({took_part[one].get(part.incarnation) for one in (*between, entry.round)}) == 1
+                same_life = (
+                    len({took_part[one].get(part.incarnation) for one in (*between, entry.round)}) == 1
+                )
                 if span.start != stop and not (span.start == 0 and not (kept and same_life)):
                     found.append(
-                        f"{part.worker} went on at row {span.start} of slice {span.slice}, epoch {span.epoch}, in "
-                        f"round {entry.round}, and had stopped at row {stop} in round {round_}"
+                        f"{part.worker} went on at row {span.start} of slice {span.slice}, epoch {span.epoch}, "
+                        f"in round {entry.round}, and had stopped at row {stop} in round {round_}"
                     )
                 stopped[key] = (entry.round, span.stop)
                 used[span.epoch, span.slice] |= set(range(span.start, span.stop))
@@ -108,7 +110,7 @@ def _check_samples(path: Path, entries: list[LedgerRound]) -> list[str]:
             missing = set(range(tracker.samples[index])) - used[epoch, index]
             if missing:
                 found.append(
-                    f"slice {index} of epoch {epoch} counts as used, and rows {sorted(missing)[:3]} never were"
+                    f"slice {index} of epoch {epoch} counts as used; rows {sorted(missing)[:3]} never were"
                 )
     return found
 
@@ -155,8 +157,8 @@ class RoundWatch:
 
     #: an undisturbed round, the first one's loading and the export included
     PLAIN_S = 60.0
-    #: what one fault may cost beyond its own length: noticing it (liveness, a hang), a lease's end, another worker
-    #: and its loading, a deadline that is three times as long for a first synchronisation, pauses between attempts
+    #: what one fault may cost beyond its own length: noticing it (liveness, a hang), a lease's end, another
+    #: worker and its loading, a deadline that is three times as long for a first synchronisation, pauses
     FAULT_S = 120.0
 
     def __init__(self) -> None:
@@ -183,7 +185,10 @@ class RoundWatch:
                 if mended_at > began - self.FAULT_S:
                     allowed_s += max(0.0, mended_at - max(one.struck_at, began)) + self.FAULT_S
             if end - began > allowed_s:
-                found.append(f"round {round_} lasted {end - began:.0f} s; what was struck explains {allowed_s:.0f} s")
+                text = (
+                    f"round {round_} lasted {end - began:.0f} s; what was struck explains {allowed_s:.0f} s"
+                )
+                found.append(text)
         return found
 
 
@@ -196,7 +201,7 @@ async def watch_checkpoints(world: World) -> None:
 
 
 async def settled(world: World) -> list[str]:
-    """After the job: every lease ends, every executor, file and place is given back, and no task is left over."""
+    """After the job: every lease ends, every executor, file and place is given back, no task is left over."""
     if world.result is None:
         return []
     found: list[str] = []
@@ -230,4 +235,3 @@ def _left_over(world: World) -> list[str]:
         if process.tasks > computer.idle_tasks:
             found.append(f"{name} has {process.tasks} tasks, and had {computer.idle_tasks} before the job")
     return found
-

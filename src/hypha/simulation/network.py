@@ -1,5 +1,6 @@
-"""The wires of a simulated world: machines with lines of a certain speed, latency, loss, cuts in one direction
-or both, connections that break when somebody has been silent for too long, and files that share bandwidth.
+"""The wires of a simulated world: machines with lines of a certain speed, latency, loss, cuts in one
+direction or both, connections that break when somebody has been silent for too long, files that share
+bandwidth.
 
 Nothing here belongs to a process: what is under way is carried on while its sender is frozen or dead. A
 message whose way is cut waits, as TCP's repetitions do, until the way is whole again or its connection is
@@ -40,7 +41,7 @@ class LinkBroken(Exception):
 
 @dataclass(eq=False)
 class Machine:
-    """A computer and its line. ``latency_s`` one way to the middle of the network, speeds in bytes a second."""
+    """A computer and its line: ``latency_s`` one way to the middle of the network, bytes a second."""
 
     peer: str
     roles: frozenset[str]

@@ -1,8 +1,8 @@
-"""A node of a simulated world, of the shape of :class:`hypha.node.Node`: requests, gossip, reports, a directory of
-providers, gateways and relay, over a :class:`~hypha.simulation.network.SimulatedNetwork`.
+"""A node of a simulated world, of the shape of :class:`hypha.node.Node`: requests, gossip, reports, a
+directory of providers, gateways and relay, over a :class:`~hypha.simulation.network.SimulatedNetwork`.
 
-What a node decides runs in its process, what is under way outside of it. Messages are encoded and decoded as on
-the real wire. Gateways hold the directory in memory, pass gossip on and relay for machines behind NAT.
+What a node decides runs in its process, what is under way outside of it. Messages are encoded and decoded as
+on the real wire. Gateways hold the directory in memory, pass gossip on and relay for machines behind NAT.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -374,7 +375,7 @@ class SimulatedNode:
                 await self.gateway_changed.wait()
         payload = msgspec.msgpack.encode(GossipEnvelope(body=message))
         for gateway in self._connected_gateways():
-            self.network.start(lambda to=gateway: self._pass_on(to, self.peer_id, payload, {self.peer_id}))
+            self.network.start(partial(self._pass_on, gateway, self.peer_id, payload, {self.peer_id}))
 
     async def _pass_on(self, to: str, publisher: str, payload: bytes, seen: set[str]) -> None:
         """To one peer, and from a gateway to all of its peers; lost where there is no connection."""
@@ -393,7 +394,7 @@ class SimulatedNode:
         if self.options.hop:
             for connection in self.network.connections_of(self.peer_id):
                 to = connection.other(self.peer_id)
-                self.network.start(lambda to=to: self._pass_on(to, publisher, payload, seen))
+                self.network.start(partial(self._pass_on, to, publisher, payload, seen))
             return
         message = _gossip.decode(payload).body
         for channel in list(self._listeners):
@@ -441,18 +442,28 @@ class SimulatedNode:
         """Who says it serves ``dataset``. Hints: probe them."""
         found: dict[str, PeerRef] = {}
         for gateway in self._connected_gateways():
-            try:
-                records = await self._outside(gateway, lambda node: node._find_records(dataset), _LOOKUP_S)
-            except NetworkError:
-                continue
-            found |= records or {}
+            found |= await self._ask_records(gateway, dataset, linked=True)
         refs = [found[peer] for peer in sorted(found) if peer != self.peer_id]
         for ref in refs:
             self.learn(ref)
         return refs
 
-    async def _find_records(self, dataset: str) -> dict[str, PeerRef]:
-        return dict(self._records.get(dataset, {}))
+    async def _ask_records(self, gateway: str, dataset: str, linked: bool) -> dict[str, PeerRef]:
+        async def find(node: SimulatedNode) -> dict[str, PeerRef]:
+            return await node._find_records(dataset, linked)
+
+        try:
+            found: dict[str, PeerRef] | None = await self._outside(gateway, find, _LOOKUP_S)
+        except NetworkError:
+            return {}
+        return found or {}
+
+    async def _find_records(self, dataset: str, linked: bool) -> dict[str, PeerRef]:
+        """Of a gateway, and of those that it is ``linked`` with."""
+        found: dict[str, PeerRef] = {}
+        for gateway in self._connected_gateways() if linked else ():
+            found |= await self._ask_records(gateway, dataset, linked=False)
+        return found | self._records.get(dataset, {})
 
     # --- gateways -----------------------------------------------------------------------------------
 

@@ -1,11 +1,11 @@
 """Processes of a simulated world: their tasks freeze together, and die together without another instruction.
 
 A :class:`SimulatedProcess` owns every trio task that was started under its context variables. Each of these
-tasks is stepped through a wrapper (:class:`Stepping`, a trio instrument, installs it) that stands between trio
-and the task's own coroutine. While the process is frozen the wrapper keeps what a task would have been resumed
-with, until it is thawed, as SIGSTOP and SIGCONT do. When the process is killed its coroutines are never
-resumed again: no ``finally`` and no ``except`` runs, as with SIGKILL. They are kept, so that the garbage
-collector does not run them either.
+tasks is stepped through a wrapper (:class:`Stepping`, a trio instrument, installs it) that stands between
+trio and the task's own coroutine. While the process is frozen the wrapper keeps what a task would have been
+resumed with, until it is thawed, as SIGSTOP and SIGCONT do. When the process is killed its coroutines are
+never resumed again: no ``finally`` and no ``except`` runs, as with SIGKILL. They are kept, so that the
+garbage collector does not run them either.
 
 What several processes share (the network) must live outside of all of them.
 """
@@ -91,7 +91,7 @@ class Stepping(trio.abc.Instrument):
         """Called by trio before its first step."""
         process = task.context.get(_process)
         if process is not None:
-            task.coro = process._instead_of(task, task.coro)
+            task.coro = process._instead_of(task, task.coro)  # type: ignore[assignment]
 
 
 class SimulatedProcess:

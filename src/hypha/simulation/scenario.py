@@ -1,7 +1,7 @@
 """What happens in a simulated world, as plain values: a network, a job, and faults, each at its moment.
 
-A :class:`Scenario` says everything: with its seed it is the same run every time. It is written and read as JSON,
-and its ``repr`` can be pasted into a test.
+A :class:`Scenario` says everything: with its seed it is the same run every time. It is written and read as
+JSON, and its ``repr`` can be pasted into a test.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from random import Random
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
 #: a node's part in the job, or one of the processes that a worker runs for it
@@ -21,11 +22,12 @@ Role = Literal[
     "data",
     "gateway",
 ]
-#: ``kill`` ends a process at once, and it is started again after ``for_s``; ``lose`` is a kill after which it stays
-#: away; ``freeze`` stops it for ``for_s``; ``restart`` ends it politely and starts it again; ``cut``: nothing passes
-#: for ``for_s``, ``deaf`` nothing comes in, ``mute`` nothing goes out; ``slow``: a hundredth of its line's speed is
-#: left; ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has another byte; ``full-disk``: no
-#: byte is free for ``for_s``; ``slow-disk``: every blocking call takes half a second; ``clock``: its time of day jumps
+#: ``kill`` ends a process at once, and it is started again after ``for_s``; ``lose`` is a kill after which it
+#: stays away; ``freeze`` stops it for ``for_s``; ``restart`` ends it politely and starts it again; ``cut``:
+#: nothing passes for ``for_s``, ``deaf`` nothing comes in, ``mute`` nothing goes out; ``slow``: a hundredth
+#: of its line's speed is left; ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has
+#: another byte; ``full-disk``: no byte is free; ``slow-disk``: every blocking call takes half a second more;
+#: ``clock``: its time of day jumps
 Way = Literal[
     "kill",
     "lose",
@@ -160,8 +162,6 @@ def _random_fault(random: Random, rounds: int) -> Fault:
 
 def simpler(scenario: Scenario) -> list[Scenario]:
     """Scenarios with less in them, the simplest first: one of them may fail in the same way."""
-    import msgspec
-
     replace = msgspec.structs.replace
     found = []
     for number in range(len(scenario.faults)):

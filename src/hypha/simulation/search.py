@@ -177,7 +177,7 @@ def run_many(scenarios: Sequence[Scenario], processes: int) -> Iterator[Verdict]
 
 
 def search(first: int, count: int, processes: int, tell: Callable[[str], object]) -> list[Verdict]:
-    """Run ``count`` random scenarios; ``tell`` each that fails, and the shortest that fails in the same way."""
+    """Run ``count`` random scenarios; ``tell`` each that fails, and the shortest that fails like it."""
     began = time.monotonic()
     failed: list[Verdict] = []
     struck = done = 0
@@ -188,7 +188,8 @@ def search(first: int, count: int, processes: int, tell: Callable[[str], object]
         virtual_s += verdict.lasted_s
         if verdict.problems:
             failed.append(verdict)
-            tell(f"seed {verdict.scenario.seed}: {'; '.join(verdict.problems)} [struck: {', '.join(verdict.struck)}]")
+            problems, faults = "; ".join(verdict.problems), ", ".join(verdict.struck)
+            tell(f"seed {verdict.scenario.seed}: {problems} [struck: {faults}]")
     took_s = time.monotonic() - began
     tell(
         f"{done} schedules with {struck} faults, {virtual_s / 3600:.1f} hours of theirs in {took_s:.0f} s: "

@@ -1,7 +1,7 @@
-"""The bulk plane of a simulated node: real files, real gates, real places and real hashes, over simulated lines.
+"""The bulk plane of a simulated node: real files, gates, places and hashes, over simulated lines.
 
-A file's bytes are read when its turn comes, cross the network as a flow that shares bandwidth with others, and
-are written, verified and handed over in the receiver's process. What was cut begins anew.
+A file's bytes are read when its turn comes, cross the network as a flow that shares bandwidth with others,
+and are written, verified and handed over in the receiver's process. What was cut begins anew.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net.bulk_files import Hasher, quick_hasher, strong_hasher
 from hypha.net.bulk_places import Places
 from hypha.node import Arrived, Gate, Provider
-from hypha.runtime import chance, free_bytes, new_id
+from hypha.runtime import chance, free_bytes, in_thread, new_id
 from hypha.simulation.network import STALL_S, LinkBroken
 
 if TYPE_CHECKING:
@@ -101,21 +101,13 @@ class SimulatedTransfers:
             self._node.learn(peer)
         token = new_id()
         if name == self._node.peer_id:
-            await self._take(name, meta, token, path.read_bytes())
+            await self._take(name, meta, token, await in_thread(path.read_bytes))
             return
         attempts = 0
         busy_until: float | None = None
         while True:
             try:
-                progress = [0.0]
-                async with self.sending.hold(lambda held=progress: held[0]):
-                    data = path.read_bytes()
-                    await self._node._outside(
-                        name,
-                        lambda node: node.transfers._receive(self._node, meta, token, data, progress),
-                        None,
-                    )
-                return
+                return await self._attempt(name, path, meta, token)
             except OSError as exc:
                 raise TransferFailed(name, meta.name, f"{path} cannot be read: {exc}") from exc
             except Refused as exc:
@@ -130,12 +122,15 @@ class SimulatedTransfers:
                     raise TransferFailed(name, meta.name, str(exc)) from exc
                 await trio.sleep(0.5 * 2**attempts * chance().uniform(0.5, 1.0))
 
-    async def _receive(
-        self, sender: SimulatedNode, meta: TransferMeta, token: str, data: bytes, progress: list[float]
-    ) -> bool:
-        """In the receiver's process: the whole of one attempt."""
-        await self._take(sender.peer_id, meta, token, data, progress)
-        return True
+    async def _attempt(self, name: str, path: Path, meta: TransferMeta, token: str) -> None:
+        progress = [0.0]
+        async with self.sending.hold(lambda: progress[0]):
+            data = await in_thread(path.read_bytes)
+
+            async def receive(node: SimulatedNode) -> None:
+                await node.transfers._take(self._node.peer_id, meta, token, data, progress)
+
+            await self._node._outside(name, receive, None)
 
     async def _take(
         self, caller: str, meta: TransferMeta, token: str, data: bytes, progress: list[float] | None = None
@@ -242,12 +237,15 @@ class SimulatedTransfers:
         max_bytes: int,
         still_s: float | None,
     ) -> TransferMeta:
+        async def provide(node: SimulatedNode) -> tuple[bytes, TransferMeta]:
+            return await node.transfers._provide(self._node.peer_id, request)
+
         with trio.move_on_after(10.0) as asking:
-            data, meta = await self._node._outside(
-                name, lambda node: node.transfers._provide(self._node.peer_id, request), None
-            )
+            provided = await self._node._outside(name, provide, None)
         if asking.cancelled_caught:
             raise LinkBroken("it does not answer")
+        data: bytes = provided[0]
+        meta: TransferMeta = provided[1]
         if meta.size > max_bytes:
             raise Refused("too-large", f"{request.name} has {meta.size} bytes", name)
         if meta.kind != request.kind or (

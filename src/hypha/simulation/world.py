@@ -1,8 +1,8 @@
-"""A world: real gateways' clients, data nodes, workers and a scheduler on a simulated network, under a virtual clock.
+"""A world: real data nodes, workers and a scheduler on a simulated network, under a virtual clock.
 
-Each machine has a directory (its disk), a line, a clock and, while it runs, one process. What runs there is what
-the programs run: ``scheduler.run_job``, ``worker.node.serve``, ``data.serve.serve``. :func:`run_world` runs a
-:class:`Scenario` to its end and says what came of it.
+Each machine has a directory (its disk), a line, a clock and, while it runs, one process. What runs there is
+what the programs run: ``scheduler.run_job``, ``worker.node.serve``, ``data.serve.serve``. :func:`run_world`
+runs a :class:`Scenario` to its end and says what came of it.
 """
 
 from __future__ import annotations
@@ -376,8 +376,8 @@ def make_dataset(directory: Path, slices: int, rows: int) -> None:
 
 
 def _close_files(directory: Path) -> None:
-    """What the kernel does for a process that has ended: locks go with their descriptors. SQLite's are left: a
-    connection that is never used again locks nothing.
+    """What the kernel does for a process that has ended: locks go with their descriptors. SQLite's are left:
+    a connection that is never used again locks nothing.
     """
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -436,14 +436,15 @@ def _logged(level: int) -> Iterator[_Log]:
 @contextlib.contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
     """trio's own order of tasks follows from ``seed``."""
-    before = trio_run._ALLOW_DETERMINISTIC_SCHEDULING
+    name = "_ALLOW_DETERMINISTIC_SCHEDULING"
+    before = getattr(trio_run, name)
     state = trio_run._r.getstate()
-    trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True
+    setattr(trio_run, name, True)
     trio_run._r.seed(seed)
     try:
         yield
     finally:
-        trio_run._ALLOW_DETERMINISTIC_SCHEDULING = before
+        setattr(trio_run, name, before)
         trio_run._r.setstate(state)
 
 
@@ -457,7 +458,7 @@ def scratch_directory() -> Path:
 def run_world(
     scenario: Scenario, live: Callable[[World], object], root: Path | None = None, level: int = logging.INFO
 ) -> Ending:
-    """Make the world, have ``await live(world)`` be its story, and end it. ``root`` is deleted unless given."""
+    """Make the world, have ``await live(world)`` be its story, end it, and delete ``root`` unless given."""
     place = root or scratch_directory()
     worlds: list[World] = []
     lasted_s = 0.0

@@ -22,16 +22,16 @@ def chaos(
         Path | None, typer.Option("--dir", help="Work in this directory and keep it, logs and all.")
     ] = None,
     simulated: Annotated[
-        bool, typer.Option("--simulated", help="In memory, under a virtual clock: many schedules of faults.")
+        bool, typer.Option("--simulated", help="In memory, under a virtual clock, many schedules of faults.")
     ] = False,
     seeds: Annotated[int, typer.Option(help="With --simulated: how many schedules.", min=1)] = 100,
     processes: Annotated[
         int | None, typer.Option(help="With --simulated: at once. By default one a core.", min=1)
     ] = None,
 ) -> None:
-    """Train on a real network on this machine, undisturbed and then with faults, and compare. With --simulated
-    the network is one in memory, and every run is checked: its samples, its leases, its checkpoints, and its
-    result against a replay of its ledger.
+    """Train on a real network on this machine, undisturbed and then with faults, and compare. With
+    --simulated the network is one in memory, and every run is checked: its samples, its leases, its
+    checkpoints, and its result against a replay of its ledger.
     """
     if simulated:
         raise typer.Exit(_simulate(seed, seeds, processes))
