@@ -96,7 +96,7 @@ def _check_samples(path: Path, entries: list[LedgerRound]) -> list[str]:
                 )
                 if span.start != stop and not (span.start == 0 and not (kept and same_life)):
                     found.append(
-                        f"{part.worker} went on at row {span.start} of slice {span.slice}, epoch {span.epoch}, "
+                        f"{part.worker} went on at row {span.start} of slice {(span.epoch, span.slice)} "
                         f"in round {entry.round}, and had stopped at row {stop} in round {round_}"
                     )
                 stopped[key] = (entry.round, span.stop)
@@ -135,6 +135,13 @@ def check_checkpoints(world: World) -> list[str]:
     for (round_,) in rows:
         if any(path.parent == store.path(round_, THETA).parent for path in world.damaged):
             continue
+        directory = store.path(round_, THETA).parent
+        seen = tuple(
+            (path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(directory.glob("*"))
+        )
+        if seen and world.verified.get(directory) == seen:
+            continue
+        world.verified[directory] = seen
         if not store.verify(round_):
             found.append(f"the checkpoint for round {round_} is said to exist, and cannot be restored")
         elif round_ in thetas and hash_file(store.path(round_, THETA))[1] != thetas[round_]:

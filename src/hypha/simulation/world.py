@@ -138,6 +138,8 @@ class World:
         #: entries of the scheduler's machines, of all of its processes
         self.listeners: list[Callable[[Entry], None]] = []
         self.entries: list[bytes] = []
+        #: checkpoints that were found to be right, and how their files looked
+        self.verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
         #: files that a fault has damaged
         self.damaged: set[Path] = set()
         #: looked at whenever the scheduler's process has died
