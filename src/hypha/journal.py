@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Journal:
         self._number = 0
         self._path = file
         # raises OSError where the file cannot be made: whoever names one wants it
-        self._sink: BinaryIO | None = None if file is None else file.open("wb")
+        self._sink: BinaryIO | None = None if file is None else _appendable(file)
 
     def note(
         self,
@@ -105,6 +106,28 @@ class Journal:
         if self._sink is not None:
             self._sink.close()
             self._sink = None
+
+
+def _appendable(path: Path) -> BinaryIO:
+    """``path``, at the beginning of a line: whoever wrote there before may have been killed meanwhile."""
+    file = path.open("a+b")
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
+def write_entries(path: Path, about: object, entries: Sequence[Entry]) -> None:
+    """Write ``entries``, after a line with what they are ``about``; whole or not at all. Blocks; raises
+    OSError.
+    """
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(encode_line({"about": about}) + b"\n")
+        for entry in entries:
+            file.write(entry.line() + b"\n")
+    part.replace(path)
 
 
 def plain(value: object) -> Any:
