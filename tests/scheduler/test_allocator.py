@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer
 from hypha.scheduler.allocator import (
@@ -66,7 +67,7 @@ def offer(
 
 
 def wanting(count: int = 1) -> Allocator:
-    allocator = Allocator([TRAIN, SERVER])
+    allocator = Allocator([TRAIN, SERVER], journal=Journal(checked=True))
     [advertised] = allocator.handle(Want("train", count), 0.0)
     assert advertised == Advertise(TRAIN, count, 0.5)
     return allocator
@@ -379,7 +380,7 @@ def test_never_more_than_wanted_and_every_offer_ends_somewhere(
     history: list[tuple[int, int, float]],
 ) -> None:
     """Whatever happens, taken <= the most wanted, and each kept offer is accepted or dismissed."""
-    allocator = Allocator([TRAIN])
+    allocator = Allocator([TRAIN], journal=Journal(checked=True))
     now, number, most = 0.0, 0, 0
     kept: set[str] = set()
     taken: set[str] = set()

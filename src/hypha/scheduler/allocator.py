@@ -244,7 +244,30 @@ class Allocator:
         actions = self._apply(event, now)
         if self._journal is not None:
             self._journal.note(NAME, now, event, actions, self._summary())
+            if self._journal.checked:
+                self.validate()
         return actions
+
+    def validate(self) -> None:
+        """Assert what always holds between two events. For tests and simulation."""
+        seen: dict[str, str] = {}
+        for kind, search in self._searches.items():
+            offered = {
+                candidate.offer.lease_id: candidate.offer.worker.peer
+                for candidate in search.candidates.values()
+            }
+            for lease_id, worker in (*search.taken.items(), *offered.items()):
+                assert lease_id not in seen, f"{lease_id} is in two places"
+                seen[lease_id] = worker
+            taken = {worker: lease_id for lease_id, worker in search.taken.items()}
+            assert search.workers == taken, f"{kind}: {search.workers} are not {taken}"
+            assert len(taken) == len(search.taken), f"{kind}: a worker is taken twice"
+            assert search.confirmed <= search.taken.keys(), f"{kind}: a lease that is over was confirmed"
+            assert list(search.candidates) == list(offered.values()), f"{kind}: an offer of another worker"
+            assert not search.candidates or search.decide_at is not None, f"{kind}: offers lie for ever"
+            assert not search.missing or search.advertise_at is not None, f"{kind}: nobody is looked for"
+            assert search.missing or search.advertise_at is None, f"{kind}: more are looked for than wanted"
+        assert self._known == seen, f"{self._known} are not {seen}"
 
     def _summary(self) -> dict[str, object]:
         """Of its state, for the journal."""
