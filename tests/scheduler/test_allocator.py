@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer
-from hypha.scheduler.allocator import (
+from hypha.scheduler.allocation import (
     Accept,
     Advertise,
-    Allocator,
     AllocatorAction,
     Ask,
     Decline,
@@ -28,6 +27,7 @@ from hypha.scheduler.allocator import (
     Pace,
     Want,
 )
+from hypha.scheduler.allocator import Allocator
 
 NEED = Resources(cpu=1, memory=4, gpu=2)
 TRAIN = Ask(

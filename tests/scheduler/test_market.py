@@ -20,7 +20,8 @@ from hypha.journal import Journal
 from hypha.leases import Denied, Granted, Release, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer
 from hypha.resources import fits
-from hypha.scheduler.allocator import Accept, Advertise, Allocator, Ask, Dismiss, Gained, Lost, Offered, Want
+from hypha.scheduler.allocation import Accept, Advertise, Ask, Dismiss, Gained, Lost, Offered, Want
+from hypha.scheduler.allocator import Allocator
 from hypha.scheduler.allocator import Decline as OfferDeclined
 from hypha.scheduler.renewal import Attempt, Lapsed, Renewal, RenewalFailed, RenewalRefused, Renewed
 from hypha.worker.arbiter import Arbiter, Heard, OfferFailed, RenewAsked, SendOffer

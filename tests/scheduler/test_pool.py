@@ -17,7 +17,7 @@ from hypha.journal import Journal
 from hypha.leases import Lease
 from hypha.messages import ExecutorClass, ExecutorDescriptor, ReleaseLease, RenewLease, Resources
 from hypha.net import Libp2pNode as Node
-from hypha.scheduler.allocator import Pace
+from hypha.scheduler.allocation import Pace
 from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, PoolEvent, asks_from
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.offers import LeaseDesk, serve_offers

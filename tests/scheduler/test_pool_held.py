@@ -22,7 +22,7 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.node import Changes, Node, PeerLost
-from hypha.scheduler.allocator import Ask
+from hypha.scheduler.allocation import Ask
 from hypha.scheduler.pool import LeaseGained, LeaseLost, Pool, PoolEvent
 
 WORKER = PeerRef(peer="worker")

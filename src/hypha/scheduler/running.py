@@ -18,7 +18,7 @@ from hypha.errors import HyphaError, JobFailed
 from hypha.journal import Journal, write_entries
 from hypha.node import Node
 from hypha.runtime import in_thread
-from hypha.scheduler.allocator import Pace
+from hypha.scheduler.allocation import Pace
 from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.export import Output
 from hypha.scheduler.ledger import Ledger
