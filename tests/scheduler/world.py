@@ -117,6 +117,7 @@ class World:
     repeat: float = 0.0
     report_s: float = 0.1
     outer_s: float = 0.02
+    journal: Journal = field(default_factory=lambda: Journal(checked=True))
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -124,7 +125,7 @@ class World:
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.order = itertools.count()
         self.machine = RoundMachine(
-            self.rules, Start("job"), SliceTracker(self.samples), SCHEDULER, journal=Journal(checked=True)
+            self.rules, Start("job"), SliceTracker(self.samples), SCHEDULER, journal=self.journal
         )
         self.workers: dict[str, Worker] = {}
         self.members: tuple[str, ...] = ()
@@ -518,14 +519,13 @@ class World:
         self.scheduler_alive = True
         old = self.machine
         carried = old.failures.hand_on(old.short_since)
-        self.machine = RoundMachine(
-            self.rules, start, SliceTracker.from_state(tracker), SCHEDULER, carried, Journal(checked=True)
-        )
-        self.book = (start.round, start.steps, tracker)
+        slices = SliceTracker.from_state(tracker)
         held = {worker.peer for worker in self.workers.values() if worker.alive}
-        for peer in self.machine.tracker.holders:
+        for peer in slices.holders:
             if peer not in held:
-                self.machine.tracker.forget(peer)
+                slices.forget(peer)
+        self.machine = RoundMachine(self.rules, start, slices, SCHEDULER, carried, self.journal)
+        self.book = (start.round, start.steps, tracker)
         self.feed(Joined(PeerRef(peer="ps"), "aggregate"))
         for worker in self.workers.values():
             if worker.alive:

@@ -28,7 +28,7 @@ TRAIN = ExecutorDescriptor(kind="train", name="diloco-transformer")
 AGGREGATE = ExecutorDescriptor(kind="aggregate", name="parameter-server")
 
 
-def arbiter(total: Resources = TOTAL, **terms: object) -> Arbiter:
+def arbiter(total: Resources = TOTAL, journal: Journal | None = None, **terms: object) -> Arbiter:
     numbers = count(1)
     return Arbiter(
         total,
@@ -36,7 +36,7 @@ def arbiter(total: Resources = TOTAL, **terms: object) -> Arbiter:
         OfferConfig(**terms),  # type: ignore[arg-type]
         lambda: PeerRef(peer="W"),
         lambda: f"lease-{next(numbers)}",
-        Journal(checked=True),
+        journal or Journal(checked=True),
     )
 
 

@@ -71,6 +71,19 @@ class _Epoch:
         self.assigned: dict[int, str] = {}
         self.available = set(range(count)) - self.used
         self._order = sorted(self.available)
+        self._used_state: tuple[int, ...] | None = None
+
+    @property
+    def used_state(self) -> tuple[int, ...]:
+        """USED ones in order, the same object until they change: states of one round share it."""
+        if self._used_state is None:
+            self._used_state = tuple(sorted(self.used))
+        return self._used_state
+
+    def use(self, index: int) -> None:
+        del self.assigned[index]
+        self.used.add(index)
+        self._used_state = None
 
     def give_back(self, index: int) -> None:
         del self.assigned[index]
@@ -184,8 +197,7 @@ class SliceTracker:
             if epoch is None or epoch.assigned.get(index) != worker:
                 foreign.append((number, index))
                 continue
-            del epoch.assigned[index]
-            epoch.used.add(index)
+            epoch.use(index)
             if len(epoch.used) == len(self.samples):
                 del self._epochs[number]
         return foreign
@@ -252,7 +264,7 @@ class SliceTracker:
             samples=self.samples,
             next_epoch=self._next_epoch,
             epochs=tuple(
-                EpochState(number, tuple(sorted(epoch.used)), tuple(sorted(epoch.assigned.items())))
+                EpochState(number, epoch.used_state, tuple(sorted(epoch.assigned.items())))
                 for number, epoch in sorted(self._epochs.items())
             ),
             answers=tuple(
