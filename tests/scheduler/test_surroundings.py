@@ -8,7 +8,7 @@ from tests.scheduler.test_rounds import rules
 from tests.scheduler.world import Worker, World
 
 from hypha.errors import AllocationFailed, JobFailed
-from hypha.messages import JobStamp, ModelReady, NextSlice, PeerRef
+from hypha.messages import JobStamp, ModelReady, NextSlice, PeerRef, UpdateReceived
 from hypha.scheduler.desk import KeptSlices
 from hypha.scheduler.events import (
     AnswerSlice,
@@ -224,3 +224,18 @@ async def test_whoever_waits_for_kept_slices_is_let_go_at_the_version_or_the_end
         assert sorted(seen) == [(1, True), (2, True)]
         kept.close()
     assert seen[-1] == (3, False)
+
+
+def test_a_round_that_has_not_begun_here_gets_slices_only_with_an_update_in_this_one() -> None:
+    world = training()
+    one, worker = world.machine, world.workers["a"]
+    stamp = JobStamp(job_id="job", round=one.round + 1)
+    question = NextSlice(stamp=stamp, incarnation=worker.incarnation, seq=worker.seq + 1)
+    (answer,) = one.handle(SliceAsked("a", question), world.now)
+    assert isinstance(answer, AnswerSlice)
+    assert (answer.slice, "has not begun here yet" in answer.reason) == (None, True)
+    received = UpdateReceived(round=one.round, worker="a", samples=8)
+    one.handle(Told("ps", "aggregate", "ps-1", JobStamp(job_id="job"), received), world.now)
+    (_, answer) = one.handle(SliceAsked("a", question), world.now)
+    assert isinstance(answer, AnswerSlice)
+    assert answer.slice is not None

@@ -210,6 +210,10 @@ class RoundState:
         before = stamp.round == self.round and stamp.attempt < member.attempt
         if member.left_out or before or (member.missed and behind):
             return "your update was left out: wait for theta, then ask again"
+        if stamp.round > self.round and caller not in self.books.accepted:
+            # it trains in the next round already; should its update turn out to be left out of this one, all
+            # that it was given until then is taken back
+            return "the round that you are in has not begun here yet: ask again"
         if request.held_from:
             sent = self.books.contributions.get(caller) if caller in self.books.accepted else None
             keep = sent.finished if sent is not None else ()
