@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from hypha.journal import Journal
 from hypha.leases import (
     Bind,
     BookAction,
@@ -60,14 +61,14 @@ def held(book: LeaseBook, lease_id: str = "l1") -> Lease:
 
 
 def accepted(**changes: object) -> LeaseBook:
-    book = LeaseBook(TOTAL)
+    book = LeaseBook(TOTAL, Journal(checked=True))
     book.handle(Reserve(lease(**changes), 5.0), 0.0)  # type: ignore[arg-type]
     book.handle(Renew("l1", "S", 30.0), 1.0)
     return book
 
 
 def test_a_temporary_lease_expires_by_itself() -> None:
-    book = LeaseBook(TOTAL)
+    book = LeaseBook(TOTAL, Journal(checked=True))
     [granted] = book.handle(Reserve(lease(), 5.0), 100.0)
     assert isinstance(granted, Granted)
     assert granted.lease.expires_at == 105.0
@@ -112,7 +113,7 @@ def test_a_foreign_lease_answers_like_an_unknown_one(event: Renew | Release | Bi
     book = accepted()
     before = held(book)
     [foreign] = book.handle(event, 2.0)
-    [unknown] = LeaseBook(TOTAL).handle(event, 2.0)
+    [unknown] = LeaseBook(TOTAL, Journal(checked=True)).handle(event, 2.0)
     assert foreign == unknown
     assert codes([foreign]) == ["lease"]
     assert held(book) == before
@@ -130,7 +131,7 @@ def test_a_lease_is_for_one_job_of_one_executor_class() -> None:
 
 
 def test_nothing_is_dispatched_under_a_lease_that_was_not_accepted() -> None:
-    book = LeaseBook(TOTAL)
+    book = LeaseBook(TOTAL, Journal(checked=True))
     book.handle(Reserve(lease(), 5.0), 0.0)
     assert codes(book.handle(Bind("l1", "S", "train", "job"), 1.0)) == ["lease"]
 
@@ -161,7 +162,7 @@ def test_an_id_is_not_given_twice() -> None:
 
 
 def test_an_undelivered_offer_frees_at_once_but_an_accepted_lease_stays() -> None:
-    book = LeaseBook(TOTAL)
+    book = LeaseBook(TOTAL, Journal(checked=True))
     book.handle(Reserve(lease(), 5.0), 0.0)
     assert isinstance(book.handle(Revoke("l1"), 1.0)[0], Ended)
     assert book.free == TOTAL
@@ -210,7 +211,7 @@ def test_a_lease_is_found_by_request_only_while_it_lives() -> None:
 
 
 def test_many_that_expire_together_end_in_one_call_the_oldest_first() -> None:
-    book = LeaseBook(TOTAL)
+    book = LeaseBook(TOTAL, Journal(checked=True))
     for index, life_s in enumerate((3.0, 1.0, 2.0)):
         book.handle(Reserve(lease(f"l{index}", resources=Resources(cpu=1)), life_s), 0.0)
     ended = [action.lease.lease_id for action in book.handle(Tick(), 9.0) if isinstance(action, Ended)]
@@ -218,7 +219,7 @@ def test_many_that_expire_together_end_in_one_call_the_oldest_first() -> None:
 
 
 def test_durations_that_are_not_finite_are_refused() -> None:
-    book = LeaseBook(TOTAL)
+    book = LeaseBook(TOTAL, Journal(checked=True))
     with pytest.raises(ValueError, match="life_s"):
         book.handle(Reserve(lease(), math.inf), 0.0)
 
@@ -233,7 +234,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.book = LeaseBook(TOTAL)
+        self.book = LeaseBook(TOTAL, Journal(checked=True))
         self.now = 0.0
         self.granted = 0
         self.ended = 0

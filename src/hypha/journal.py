@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
@@ -61,8 +63,8 @@ class Journal:
     """Entries of all machines that share it. ``checked``: machines assert their invariants after every event
     (tests, simulation). ``listeners`` are called with every entry, at once.
 
-    With ``file`` every entry is appended there and flushed. A file that cannot be written any more is given
-    up with an error in the log: it must not end the job.
+    With ``file`` every entry is appended there at once. A file that cannot be written any more is given up
+    with an error in the log: it must not end the job.
     """
 
     def __init__(self, *, kept: int = KEPT, file: Path | None = None, checked: bool = False) -> None:
@@ -72,7 +74,7 @@ class Journal:
         self._number = 0
         self._path = file
         # raises OSError where the file cannot be made: whoever names one wants it
-        self._sink: BinaryIO | None = None if file is None else file.open("wb")
+        self._sink: FileIO | None = None if file is None else _appendable(file)
 
     def note(
         self,
@@ -92,19 +94,44 @@ class Journal:
         for listener in list(self.listeners):
             listener(entry)
 
-    def _write(self, sink: BinaryIO, entry: Entry) -> None:
+    def _write(self, sink: FileIO, entry: Entry) -> None:
         try:
-            sink.write(entry.line() + b"\n")
-            sink.flush()
+            left = memoryview(entry.line() + b"\n")
+            while left:
+                left = left[sink.write(left) :]
         except OSError as exc:
             logger.error("The journal %s cannot be written any more: %s", self._path, exc)
-            self._sink = None
+            self.close()
 
     def close(self) -> None:
         """Close the file; may be called twice."""
         if self._sink is not None:
             self._sink.close()
             self._sink = None
+
+
+def _appendable(path: Path) -> FileIO:
+    """``path``, at the beginning of a line: whoever wrote there before may have been killed meanwhile. What
+    is written is the system's at once, so a killed process leaves all that it decided.
+    """
+    file = FileIO(path, "a+")
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
+def write_entries(path: Path, about: object, entries: Sequence[Entry]) -> None:
+    """Write ``entries``, after a line with what they are ``about``; whole or not at all. Blocks; raises
+    OSError.
+    """
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(encode_line({"about": about}) + b"\n")
+        for entry in entries:
+            file.write(entry.line() + b"\n")
+    part.replace(path)
 
 
 def plain(value: object) -> Any:

@@ -160,6 +160,7 @@ class LeaseBook:
         check(total, "total resources")
         self.total = total
         self._journal = journal
+        self._validated_at = -math.inf
         self._live: dict[str, Lease] = {}
         self._draining: dict[str, tuple[Lease, float]] = {}
         if journal is not None:
@@ -212,7 +213,23 @@ class LeaseBook:
         actions = self._apply(event, now)
         if self._journal is not None:
             self._journal.note(NAME, now, event, actions, self._summary())
+            if self._journal.checked:
+                self.validate(now)
         return actions
+
+    def validate(self, now: float) -> None:
+        """Assert what always holds after an event at ``now``. For tests and simulation."""
+        assert now >= self._validated_at, f"time ran from {self._validated_at} back to {now}"
+        self._validated_at = now
+        assert not self._live.keys() & self._draining.keys(), "a lease that has ended lives"
+        assert fits(self.used, self.total), f"{self.used} are reserved of {self.total}"
+        for lease_id, lease in self._live.items():
+            assert lease_id == lease.lease_id, f"{lease.lease_id} is known as {lease_id}"
+            assert lease.expires_at >= now, f"{lease_id} has expired, but lives"
+            assert lease.accepted or lease.job_id is None, f"{lease_id} has a job and was not accepted"
+        for lease_id, (lease, until) in self._draining.items():
+            assert lease_id == lease.lease_id, f"{lease.lease_id} is known as {lease_id}"
+            assert until >= now, f"{lease_id} is held for longer than was asked for"
 
     def _summary(self) -> dict[str, object]:
         """Of its state, for the journal."""

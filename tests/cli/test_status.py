@@ -12,7 +12,9 @@ import msgspec
 import pytest
 import trio
 
-from hypha.messages import HealthReport
+from hypha.journal import Entry, Journal
+from hypha.leases import Freed, Lease, LeaseBook, Tick
+from hypha.messages import ExecutorDescriptor, HealthReport, Resources
 from hypha.scheduler.snapshot import JobSnapshot, WorkerSnapshot
 from hypha.telemetry import serve_http
 
@@ -25,6 +27,8 @@ TRAINING = JobSnapshot(
     message="all is well",
     workers=(WorkerSnapshot(peer="12D3KooWabcdefgh", state="training", batches=5, batch_size=16),),
 )
+
+LEASE = Lease("l", "r", "s", ExecutorDescriptor(kind="train", name="x"), Resources(cpu=1.0), 1.0, 2.0)
 
 
 def health() -> HealthReport:
@@ -92,3 +96,22 @@ async def test_what_is_no_ledger_is_said(tmp_path: Path, content: bytes | None, 
         assert refused.returncode == 1
         assert told in refused.stderr.decode()
         assert "Traceback" not in refused.stderr.decode()
+
+
+async def test_a_journal_is_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(file=path)
+    book = LeaseBook(Resources(cpu=1.0), journal)
+    book.handle(Tick(), 1.0)
+    journal.close()
+    same = await hypha("replay", "--journal", str(path))
+    assert same.returncode == 0, same.stderr
+    assert b"2 entries of 1 machines: all decide as they did" in same.stdout
+    other = Entry(2, 2.0, "leases", Tick(), (Freed(LEASE),), {"leases": 0, "accepted": 0, "draining": 0})
+    path.write_bytes(path.read_bytes() + other.line() + b"\n")
+    differs = await hypha("replay", "--journal", str(path))
+    assert differs.returncode == 1
+    assert b"entry 2: leases answers" in differs.stdout
+    assert b'"Freed"' in differs.stdout
+    for arguments in (["--journal", str(path), "--data", "."], [], [str(tmp_path)]):
+        assert (await hypha("replay", *arguments)).returncode == 2

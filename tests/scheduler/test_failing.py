@@ -33,7 +33,6 @@ def trains(world: World, peer: str) -> bool:
 
 def test_an_executor_is_started_again_with_growing_pauses_and_then_its_worker_replaced() -> None:
     world = world_of("a", "b", executor_restarts=3, max_failures=9)
-    world.machine.failures.limit = 9
     pauses = []
     for _ in range(3):
         incarnation = world.workers["a"].incarnation

@@ -17,6 +17,7 @@ import pytest
 import trio
 from tests.support.network import Network, address_of, until
 
+from hypha.cli.rerun import rerun
 from hypha.config.models import OfferConfig, SchedulerConfig
 from hypha.errors import (
     AllocationFailed,
@@ -29,6 +30,7 @@ from hypha.errors import (
     OutputError,
     Refused,
 )
+from hypha.journal import Journal
 from hypha.leases import Lease
 from hypha.messages import (
     Acknowledged,
@@ -475,7 +477,10 @@ async def test_a_job_from_its_configuration_to_its_model(network: Network, tmp_p
     async with network.gateway() as gateway, data_node(network, gateway), data_node(network, gateway):
         async with actor(network, gateway, stage) as one, actor(network, gateway, stage) as two:
             with trio.fail_after(40):
-                result = await run_job(config_for(network, gateway, tmp_path), observe=seen.append)
+                journal = Journal(file=tmp_path / "journal.jsonl", checked=True)
+                config = config_for(network, gateway, tmp_path)
+                result = await run_job(config, observe=seen.append, journal=journal)
+                journal.close()
             await until(lambda: one.finished | two.finished == {"train", "aggregate"})
             await until(lambda: "train" in one.finished and "train" in two.finished)
     assert isinstance(result, JobResult)
@@ -492,6 +497,11 @@ async def test_a_job_from_its_configuration_to_its_model(network: Network, tmp_p
         (3, "t4"),
     ]
     assert ledger.theta == "t0"
+    again = rerun(tmp_path / "journal.jsonl")
+    assert again.difference is None
+    assert again.machines == 5, "rounds, allocator, and the renewal of each of three leases"
+    assert not again.without_beginning
+    assert not (tmp_path / "state" / "digits" / "journal.jsonl").exists(), "nothing failed"
     assert all(len(entry.contributors) == 2 for entry in ledger.rounds)
     assert sum(entry.samples for entry in ledger.rounds) == result.samples
     used = [pair for entry in ledger.rounds for part in entry.contributors for pair in part.finished]
@@ -726,6 +736,15 @@ async def test_what_cannot_be_had_ends_with_its_own_exit_code(
         with trio.fail_after(20), pytest.raises(error, match=says) as caught:
             await run_job(config_for(network, gateway, tmp_path, **changes))
     assert caught.value.exit_code == exit_code
+    left = tmp_path / "state" / "digits" / "journal.jsonl"
+    assert left.exists() == (error is AllocationFailed), "left where machines were at work"
+    if left.exists():
+        about, *entries = map(json.loads, left.read_bytes().splitlines())
+        assert about["about"]["state"] == "failed"
+        assert says in about["about"]["message"]
+        (failed,) = [entry for entry in entries if "Fail" in {one["type"] for one in entry["actions"]}]
+        assert failed["actions"][0]["error"] == {"error": "AllocationFailed", "text": str(caught.value)}
+        assert failed["state"]["phase"] == "failed"
 
 
 async def test_replicas_that_differ_are_refused(network: Network, tmp_path: Path) -> None:

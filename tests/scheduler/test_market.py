@@ -16,10 +16,12 @@ from random import Random
 import pytest
 
 from hypha.config.models import OfferConfig
+from hypha.journal import Journal
 from hypha.leases import Denied, Granted, Release, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer
 from hypha.resources import fits
-from hypha.scheduler.allocator import Accept, Advertise, Allocator, Ask, Dismiss, Gained, Lost, Offered, Want
+from hypha.scheduler.allocation import Accept, Advertise, Ask, Dismiss, Gained, Lost, Offered, Want
+from hypha.scheduler.allocator import Allocator
 from hypha.scheduler.allocator import Decline as OfferDeclined
 from hypha.scheduler.renewal import Attempt, Lapsed, Renewal, RenewalFailed, RenewalRefused, Renewed
 from hypha.worker.arbiter import Arbiter, Heard, OfferFailed, RenewAsked, SendOffer
@@ -66,6 +68,7 @@ class Worker:
             OfferConfig(price=price),
             lambda: PeerRef(peer=name),
             lambda: f"{name}/{next(numbers)}",
+            Journal(checked=True),
         )
         self.alive = True
 
@@ -105,7 +108,7 @@ class Scheduler:
     def __init__(self, world: World, name: str, bid: float, max_price: float) -> None:
         self.world, self.name = world, name
         ask = Ask(f"request of {name}", TRAIN, NEED, bid, max_price)
-        self.allocator = Allocator([ask])
+        self.allocator = Allocator([ask], journal=Journal(checked=True))
         self.renewals: dict[str, tuple[WorkerOffer, Renewal]] = {}
         self.held: dict[str, str] = {}
 
@@ -119,7 +122,8 @@ class Scheduler:
                         self.world.travel(partial(worker.ignore, heard))
                 case Accept(_, offer, expires_at):
                     now = self.world.now
-                    renewal = Renewal(expires_at - now, now, self.world.random)
+                    journal = Journal(checked=True)
+                    renewal = Renewal(expires_at - now, now, self.world.random, journal=journal)
                     self.renewals[offer.lease_id] = (offer, renewal)
                     self.renew(offer.lease_id, Tick())
                 case Dismiss(lease_id, worker):

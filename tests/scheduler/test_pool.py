@@ -13,10 +13,11 @@ from tests.support.network import Network, until
 
 from hypha.config.models import JobResourcesConfig, NeedsConfig, OfferConfig, PriceConfig
 from hypha.errors import Refused
+from hypha.journal import Journal
 from hypha.leases import Lease
 from hypha.messages import ExecutorClass, ExecutorDescriptor, ReleaseLease, RenewLease, Resources
 from hypha.net import Libp2pNode as Node
-from hypha.scheduler.allocator import Pace
+from hypha.scheduler.allocation import Pace
 from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, PoolEvent, asks_from
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.offers import LeaseDesk, serve_offers
@@ -47,7 +48,9 @@ class Worker:
     def __init__(self, node: Node, terms: OfferConfig, cpu: float) -> None:
         self.node = node
         self.ended: list[Lease] = []
-        arbiter = Arbiter(Resources(cpu=cpu, memory=8, storage=1), EXECUTORS, terms, node.ref)
+        arbiter = Arbiter(
+            Resources(cpu=cpu, memory=8, storage=1), EXECUTORS, terms, node.ref, journal=Journal(checked=True)
+        )
         self.desk = LeaseDesk(arbiter, self.ended.append)
 
     @property
@@ -74,7 +77,7 @@ async def opened_pool(
     node: Node, need: JobResourcesConfig = NEED, pace: Pace | None = None
 ) -> AsyncIterator[tuple[Pool, list[PoolEvent]]]:
     """A running pool and everything it says."""
-    pool = Pool(node, asks_from(need), pace)
+    pool = Pool(node, asks_from(need), pace, journal=Journal(checked=True))
     seen: list[PoolEvent] = []
 
     async def listen() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.scheduler.renewal import (
     Attempt,
@@ -31,7 +32,7 @@ def attempted(actions: list[object]) -> bool:
 
 def held(random: Random | None = None) -> Renewal:
     """Accepted at 0 for 30 s."""
-    renewal = Renewal(5.0, 0.0, random or Random(1))
+    renewal = Renewal(5.0, 0.0, random or Random(1), journal=Journal(checked=True))
     assert attempted(renewal.handle(Tick(), 0.0))
     assert renewal.handle(Renewed(30.0), 0.1) == []
     return renewal
@@ -56,7 +57,7 @@ def test_leases_gained_together_are_not_renewed_together() -> None:
 
 
 def test_a_life_counts_from_when_its_renewal_was_sent() -> None:
-    renewal = Renewal(5.0, 0.0, Random(1))
+    renewal = Renewal(5.0, 0.0, Random(1), journal=Journal(checked=True))
     renewal.handle(Tick(), 0.0)
     renewal.handle(Renewed(30.0), 2.0)
     assert renewal.expires_at == 30.0

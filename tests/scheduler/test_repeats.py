@@ -10,18 +10,29 @@ after. Repetitions may come at any time later.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.scheduler.world import SCHEDULER, Worker, World
 
-from hypha.messages import LedgerRound, NextSlice
+from hypha.journal import Journal
+from hypha.messages import LedgerRound
 from hypha.scheduler.desk import Seen
-from hypha.scheduler.events import Action, Input, Publish, Record, Reported, Send, Told
+from hypha.scheduler.events import (
+    Action,
+    AnswerSlice,
+    Input,
+    Publish,
+    Record,
+    Reported,
+    Send,
+    SliceAsked,
+    Told,
+)
 from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.rules import Failures, Rules, Start
+from hypha.scheduler.rules import Rules, Start
 from hypha.scheduler.slices import SliceTracker, TrackerState
 
 SAMPLES = (40,) * 10
@@ -30,9 +41,9 @@ RULES = Rules(rounds=4, samples=600, inner_steps=9, min_workers=1)
 
 @dataclass(frozen=True)
 class Said:
-    """An event or a question as it reached the scheduler; ``part`` counts how often steered before it."""
+    """An event as it reached the scheduler; ``part`` counts how often steered before it."""
 
-    what: Input | tuple[str, NextSlice]
+    what: Input
     at: float
     part: int
 
@@ -41,7 +52,7 @@ class Recorder(RoundMachine):
     """A round machine that keeps what it was told and asked."""
 
     def __init__(self) -> None:
-        super().__init__(RULES, Start("job"), SliceTracker(SAMPLES), SCHEDULER, Failures())
+        super().__init__(RULES, Start("job"), SliceTracker(SAMPLES), SCHEDULER, journal=Journal(checked=True))
         self.said: list[Said] = []
         self.part = 0
 
@@ -50,10 +61,6 @@ class Recorder(RoundMachine):
         actions = super().handle(event, now)
         self.part += any(isinstance(one, Send) for one in actions)
         return actions
-
-    def next_slice(self, caller: str, request: NextSlice):  # type: ignore[no-untyped-def]
-        self.said.append(Said((caller, request), self.said[-1].at, self.part))
-        return super().next_slice(caller, request)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def disturbed(said: list[Said], shifts: list[int], repeats: list[int]) -> list[t
             process = (one.part, one.what.sender, one.what.kind)
             key = last[process] = max(key, last[process])
         keyed.append(((one.part, key, number), one, False))
-        if isinstance(one.what, Told | Reported | tuple) and (later := repeats[number % len(repeats)]):
+        if isinstance(one.what, Told | Reported | SliceAsked) and (later := repeats[number % len(repeats)]):
             # a repetition may be as late as it likes
             at = min(number + later, len(said) - 1)
             keyed.append(((max(one.part, said[at].part), key + later, number), one, True))
@@ -104,7 +111,9 @@ def disturbed(said: list[Said], shifts: list[int], repeats: list[int]) -> list[t
 
 def replayed(order: list[tuple[Said, bool]], deduplicated: bool) -> tuple[Books, Counter[str]]:
     """What a fresh machine makes of it; ``deduplicated``: repeated events are dropped before, at the desk."""
-    machine = RoundMachine(RULES, Start("job"), SliceTracker(SAMPLES), SCHEDULER, Failures())
+    machine = RoundMachine(
+        RULES, Start("job"), SliceTracker(SAMPLES), SCHEDULER, journal=Journal(checked=True)
+    )
     records: dict[int, LedgerRound] = {}
     answers: dict[tuple[str, int], object] = {}
     seen, numbers = Seen(), dict[int, int]()
@@ -112,11 +121,6 @@ def replayed(order: list[tuple[Said, bool]], deduplicated: bool) -> tuple[Books,
     for one, _ in order:
         now = max(now, one.at)
         match one.what:
-            case (caller, NextSlice() as question):
-                got = machine.next_slice(caller, question)
-                if not isinstance(got, str):
-                    assert answers.setdefault((caller, question.seq), got) == got
-                continue
             case Told() as told if deduplicated:
                 seq = numbers.setdefault(id(told), len(numbers))
                 if not seen.first_time((told.sender, told.kind, told.incarnation), seq):
@@ -126,6 +130,8 @@ def replayed(order: list[tuple[Said, bool]], deduplicated: bool) -> tuple[Books,
         for action in machine.handle(one.what, now):
             if isinstance(action, Record):
                 records[action.entry.round] = action.entry
+            if isinstance(action, AnswerSlice) and action.slice is not None:
+                assert answers.setdefault((action.caller, action.seq), action.slice) == action.slice
     return books_of(machine, records), machine.counts
 
 
@@ -162,13 +168,16 @@ def test_words_of_another_generation_change_nothing_and_are_counted() -> None:
     ghosts = 0
     for one in said:
         if isinstance(one.what, Told | Reported):
-            stale = replace(one.what, stamp=msgspec.structs.replace(one.what.stamp, generation=3))
+            stale = msgspec.structs.replace(
+                one.what, stamp=msgspec.structs.replace(one.what.stamp, generation=3)
+            )
             life.append((Said(stale, one.at, one.part), False))
             ghosts += 1
-        elif isinstance(one.what, tuple):
-            caller, question = one.what
+        elif isinstance(one.what, SliceAsked):
+            question = one.what.request
             stamp = msgspec.structs.replace(question.stamp, generation=3)
-            life.append((Said((caller, msgspec.structs.replace(question, stamp=stamp)), one.at, 0), False))
+            asked = SliceAsked(one.what.caller, msgspec.structs.replace(question, stamp=stamp))
+            life.append((Said(asked, one.at, 0), False))
             ghosts += 1
         life.append((one, False))
     again, counts = replayed(life, False)

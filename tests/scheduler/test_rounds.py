@@ -25,9 +25,11 @@ from hypha.messages import (
     UpdateReceived,
 )
 from hypha.scheduler.events import (
+    AnswerSlice,
     Drop,
     Fail,
     Joined,
+    KeepSlices,
     Lost,
     Publish,
     Reachable,
@@ -35,11 +37,12 @@ from hypha.scheduler.events import (
     Reported,
     Restart,
     Send,
+    SliceAsked,
     Told,
     Unreachable,
 )
 from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.rules import Failures, Rules, Start
+from hypha.scheduler.rules import Rules, Start
 from hypha.scheduler.slices import SliceTracker
 
 
@@ -421,7 +424,6 @@ def test_words_of_a_refused_attempt_may_come_late_twice_and_out_of_order(seed: i
     exactly_once(world, world.machine.tracker.epoch)
 
     world = World(rules(rounds=2, max_failures=1))
-    world.machine.failures.limit = 1
     world.begin()
     world.add(Worker("a", 0.05, poisoned=True))
     world.run(600)
@@ -538,8 +540,11 @@ def test_a_slice_for_members_only() -> None:
         ("a", alive, JobStamp(job_id="job", generation=1)),
         ("a", alive, JobStamp(job_id="elsewhere")),
     ]:
-        got = machine.next_slice(caller, NextSlice(stamp=stamp, incarnation=incarnation, seq=9))
-        assert isinstance(got, str)
+        asked = SliceAsked(caller, NextSlice(stamp=stamp, incarnation=incarnation, seq=9))
+        (answer,) = machine.handle(asked, world.now)
+        assert isinstance(answer, AnswerSlice)
+        assert answer.slice is None
+        assert answer.reason
 
 
 def test_a_worker_on_a_wrong_theta_is_sent_the_right_one() -> None:
@@ -658,7 +663,6 @@ def test_any_faults_any_order_the_job_ends_and_the_books_are_right(
         delay=(0.001, 1.5) if slow_net else (0.001, 0.05),
         repeat=0.3,
     )
-    world.machine.failures.limit = 99
     world.begin()
     names = [f"w{i}" for i in range(len(speeds))]
     for name, speed in zip(names, speeds, strict=True):
@@ -699,15 +703,18 @@ def test_any_faults_any_order_the_job_ends_and_the_books_are_right(
 
 
 def test_a_theta_that_is_not_the_checkpoints_is_not_trained_on() -> None:
-    machine = RoundMachine(
-        rules(), Start("job", 1, 2, 10, theta="t2"), SliceTracker((40,) * 4), PeerRef(peer="s"), Failures()
-    )
+    def made() -> RoundMachine:
+        start = Start("job", 1, 2, 10, theta="t2")
+        return RoundMachine(rules(), start, SliceTracker((40,) * 4), PeerRef(peer="s"))
+
+    machine = made()
     machine.handle(Joined(PeerRef(peer="ps"), "aggregate"), 0.0)
     stamp = JobStamp(job_id="job", generation=1, round=2)
     ready = ModelReady(round=2, theta="t1", parameters=1, size_bytes=4)
     actions = machine.handle(Told("ps", "aggregate", "i", stamp, ready), 1.0)
-    assert [type(action) for action in actions] == [Drop, Restart]
+    assert [type(action) for action in actions] == [Drop, KeepSlices, Restart]
     assert not machine.server_ready
+    machine = made()
     machine.handle(Joined(PeerRef(peer="other"), "aggregate"), 2.0)
     ready = ModelReady(round=2, theta="t2", parameters=1, size_bytes=4)
     assert machine.handle(Told("other", "aggregate", "i", stamp, ready), 3.0) == []
@@ -721,12 +728,12 @@ def test_a_checkpoint_that_cannot_be_used_is_no_fault_of_its_worker() -> None:
     said = Told(
         "p", "aggregate", "p1", stamp, ExecutorError(kind="checkpoint", message="momentum is damaged")
     )
-    machine = RoundMachine(rules(), Start("job", 1, 3, 0), tracker, scheduler, Failures())
+    machine = RoundMachine(rules(), Start("job", 1, 3, 0), tracker, scheduler)
     machine.handle(Joined(server, "aggregate"), 0.0)
-    assert machine.handle(said, 1.0) == [Restart("momentum is damaged", unusable=True)]
+    assert machine.handle(said, 1.0)[-1] == Restart("momentum is damaged", unusable=True)
     assert machine.failures.in_a_row == 0
     # from round 0 there is nothing to restore: then it is a failure as any other
-    machine = RoundMachine(rules(), Start("job", 1, 0, 0), tracker, scheduler, Failures())
+    machine = RoundMachine(rules(), Start("job", 1, 0, 0), tracker, scheduler)
     machine.handle(Joined(server, "aggregate"), 0.0)
-    assert [type(action) for action in machine.handle(said, 1.0)] == [Drop, Restart]
+    assert [type(action) for action in machine.handle(said, 1.0)] == [Drop, KeepSlices, Restart]
     assert machine.failures.in_a_row == 1

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from hypha.journal import Journal
 from hypha.messages import (
     CheckpointSaved,
     CloseRound,
@@ -43,21 +44,24 @@ from hypha.messages import (
 from hypha.scheduler.events import (
     Action,
     Again,
+    AnswerSlice,
     Drop,
     Fail,
     Input,
     Joined,
+    KeepSlices,
     Lost,
     Publish,
     Record,
     Reported,
     Restart,
     Send,
+    SliceAsked,
     Tick,
     Told,
 )
 from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.rules import Failures, Rules, Start
+from hypha.scheduler.rules import Rules, Start
 from hypha.scheduler.slices import Assignment, SliceTracker, TrackerState
 
 SCHEDULER = PeerRef(peer="scheduler")
@@ -113,6 +117,7 @@ class World:
     repeat: float = 0.0
     report_s: float = 0.1
     outer_s: float = 0.02
+    journal: Journal = field(default_factory=lambda: Journal(checked=True))
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -120,7 +125,7 @@ class World:
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.order = itertools.count()
         self.machine = RoundMachine(
-            self.rules, Start("job"), SliceTracker(self.samples), SCHEDULER, Failures()
+            self.rules, Start("job"), SliceTracker(self.samples), SCHEDULER, journal=self.journal
         )
         self.workers: dict[str, Worker] = {}
         self.members: tuple[str, ...] = ()
@@ -187,6 +192,8 @@ class World:
                     if tracker is not None:
                         self.book = (entry.round + 1, steps, tracker)
                         self.starts[entry.round + 1] = (steps, tracker.unassigned())
+                case KeepSlices(tracker=tracker):
+                    self.book = (*self.book[:2], tracker)
                 case Drop(peer=peer, kind="train"):
                     self.dropped.append(peer)
                     self.workers[peer].alive = False
@@ -375,14 +382,28 @@ class World:
             question = NextSlice(
                 stamp=stamp, incarnation=worker.incarnation, seq=worker.seq, held_from=worker.held_from
             )
-            got = self.machine.next_slice(worker.peer, question) if self.scheduler_alive else "it is away"
-            if not isinstance(got, Assignment):
+            got = self.ask(worker.peer, question) if self.scheduler_alive else None
+            if got is None:
                 worker.seq -= 1
                 return False
-            self.book = (*self.book[:2], self.machine.tracker.to_state())
-            assert self.machine.next_slice(worker.peer, question) == got
+            assert self.ask(worker.peer, question) == got
             worker.slices.append([got.epoch, got.index, 0, got.samples])
         return True
+
+    def ask(self, peer: str, question: NextSlice) -> Assignment | None:
+        """The slice that is answered, once the book has it."""
+        answers = []
+        for action in self.machine.handle(SliceAsked(peer, question), self.now):
+            match action:
+                case KeepSlices(tracker=tracker):
+                    self.book = (*self.book[:2], tracker)
+                case AnswerSlice(slice=part, kept=kept):
+                    assert part is None or kept <= self.book[2].version
+                    answers.append(part)
+                case _:
+                    raise AssertionError(action)
+        (answer,) = answers
+        return answer
 
     def batch_done(self, worker: Worker, round_: int) -> None:
         if not worker.alive or worker.hung or worker.round != round_ or not worker.training:
@@ -497,13 +518,14 @@ class World:
         """Another machine, of another life."""
         self.scheduler_alive = True
         old = self.machine
-        self.machine = RoundMachine(
-            self.rules, start, SliceTracker.from_state(tracker), SCHEDULER, old.failures
-        )
-        self.book = (start.round, start.steps, tracker)
+        carried = old.failures.hand_on(old.short_since)
+        slices = SliceTracker.from_state(tracker)
         held = {worker.peer for worker in self.workers.values() if worker.alive}
-        for peer in self.machine.tracker.holders - held:
-            self.machine.tracker.forget(peer)
+        for peer in slices.holders:
+            if peer not in held:
+                slices.forget(peer)
+        self.machine = RoundMachine(self.rules, start, slices, SCHEDULER, carried, self.journal)
+        self.book = (start.round, start.steps, tracker)
         self.feed(Joined(PeerRef(peer="ps"), "aggregate"))
         for worker in self.workers.values():
             if worker.alive:

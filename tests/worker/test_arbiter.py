@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 
 from hypha.config.models import OfferConfig
+from hypha.journal import Journal
 from hypha.leases import Bind, Ended, Granted, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerRequest
 from hypha.worker.arbiter import (
@@ -27,7 +28,7 @@ TRAIN = ExecutorDescriptor(kind="train", name="diloco-transformer")
 AGGREGATE = ExecutorDescriptor(kind="aggregate", name="parameter-server")
 
 
-def arbiter(total: Resources = TOTAL, **terms: object) -> Arbiter:
+def arbiter(total: Resources = TOTAL, journal: Journal | None = None, **terms: object) -> Arbiter:
     numbers = count(1)
     return Arbiter(
         total,
@@ -35,6 +36,7 @@ def arbiter(total: Resources = TOTAL, **terms: object) -> Arbiter:
         OfferConfig(**terms),  # type: ignore[arg-type]
         lambda: PeerRef(peer="W"),
         lambda: f"lease-{next(numbers)}",
+        journal or Journal(checked=True),
     )
 
 
@@ -179,7 +181,7 @@ def test_a_repeated_request_gets_no_second_reservation_while_a_lease_for_it_live
     assert reasons(hear(worker, 10.0, request())) == ["a lease for it lives"]
     worker.handle(Release("lease-1", "S"), 11.0)
     assert len(offers(hear(worker, 11.0, request()))) == 1
-    assert len(offers(hear(worker, 11.0, request("T")))) == 1
+    assert len(offers(hear(worker, 11.5, request("T")))) == 1
 
 
 def test_a_repeated_request_gets_another_offer_after_expiry_even_when_nobody_looked_before() -> None:

@@ -99,6 +99,10 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew; the state of an earlier run is kept aside.")
     ] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option("--journal", help="Append every event and decision to this file (JSON lines)."),
+    ] = None,
 ) -> None:
     """Run the job to its end; SIGINT or SIGTERM stop it, and it resumes when run again."""
     job = "scheduler.job"
@@ -131,7 +135,7 @@ def run(
         loaded = loaded.model_copy(update={"log_format": "text"})
 
     async def service() -> None:
-        await run_scheduler(loaded, live=sys.stdout.isatty(), fresh=fresh)
+        await run_scheduler(loaded, live=sys.stdout.isatty(), fresh=fresh, journal=journal)
 
     raise typer.Exit(run_service("hypha-scheduler", loaded, service))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -12,14 +13,18 @@ from rich.console import Console
 
 from hypha.cli.live import live_view
 from hypha.config.models import SchedulerConfig
+from hypha.errors import ConfigError, Problem
+from hypha.journal import Journal
 from hypha.node import Node
 from hypha.scheduler import JobResult, JobSnapshot, run_job
 from hypha.telemetry import health_of, serve_http
 
 
-async def run_scheduler(config: SchedulerConfig, live: bool, fresh: bool = False) -> None:
+async def run_scheduler(
+    config: SchedulerConfig, live: bool, fresh: bool = False, journal: Path | None = None
+) -> None:
     """Run the job to its end and say where the model is; ``fresh``: not from where an earlier run stopped.
-    Raises the HyphaError that ended it.
+    What its machines decide is appended to the file ``journal``. Raises the HyphaError that ended it.
     """
     latest = JobSnapshot(name=config.scheduler.job.name, rounds=config.scheduler.job.rounds.update_rounds)
     shows: list[Callable[[JobSnapshot], None]] = []
@@ -32,9 +37,13 @@ async def run_scheduler(config: SchedulerConfig, live: bool, fresh: bool = False
             show(snapshot)
 
     async def job(*, task_status: trio.TaskStatus[Node]) -> None:
-        results.append(await run_job(config, observe=observe, fresh=fresh, task_status=task_status))
+        results.append(
+            await run_job(config, observe=observe, fresh=fresh, journal=noted, task_status=task_status)
+        )
 
     with ExitStack() as stack:
+        noted = _opened(journal)
+        stack.callback(noted.close)
         if live:
             shows.append(stack.enter_context(live_view(Console())))
         async with trio.open_nursery() as nursery:
@@ -46,6 +55,14 @@ async def run_scheduler(config: SchedulerConfig, live: bool, fresh: bool = False
     for result in results:
         size = f"{result.rounds} rounds, {result.samples} samples"
         print(f"{result.name}: {size}; the model is in {result.output}")
+
+
+def _opened(journal: Path | None) -> Journal:
+    """Raises :class:`ConfigError` when it cannot be written."""
+    try:
+        return Journal(file=journal)
+    except OSError as exc:
+        raise ConfigError([Problem("--journal", f"{journal} cannot be written: {exc.strerror}")]) from exc
 
 
 async def _with_http(

@@ -1,8 +1,8 @@
 """The scheduler: the only authority on a job, from finding workers to the published model."""
 
+from hypha.scheduler.context import JobResult
 from hypha.scheduler.job import run_job
 from hypha.scheduler.ledger import read_ledger
-from hypha.scheduler.running import JobResult
 from hypha.scheduler.snapshot import JobSnapshot, WorkerSnapshot
 
 __all__ = ["JobResult", "JobSnapshot", "WorkerSnapshot", "read_ledger", "run_job"]

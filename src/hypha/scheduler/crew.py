@@ -26,7 +26,7 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.scheduler.describe import Descriptions
-from hypha.scheduler.events import Input, Joined, Lost, Send
+from hypha.scheduler.events import Input, JobRefused, Joined, Lost, Send
 from hypha.scheduler.lives import Life
 from hypha.scheduler.pool import LeaseGained
 from hypha.scheduler.steering import Steering
@@ -57,28 +57,31 @@ class _Executor:
 
 
 class Crew:
-    """``handle`` gets what happens here as events of the round machine; ``refused`` is called with a
-    worker's no to a job.
+    """``handle`` gets what happens here as events of the round machine. Leases ``left`` by an earlier
+    scheduler may have executors. Nothing is started before the first :meth:`begin_life`; ``life`` is
+    described by ``descriptions`` until another one begins.
     """
 
     def __init__(
         self,
         node: Node,
         nursery: trio.Nursery,
-        handle: Callable[[Input], None],
-        refused: Callable[[LeaseGained, str], None],
+        handle: Callable[[Input], object],
+        life: Life,
+        descriptions: Descriptions,
+        left: Iterable[LeaseGained],
     ) -> None:
         self._node = node
         self._nursery = nursery
         self._handle = handle
-        self._refused = refused
         self._executors: dict[Key, _Executor] = {}
-        self.leases: dict[Key, LeaseGained] = {}
-        self._descriptions: Descriptions | None = None
+        self.leases: dict[Key, LeaseGained] = {(lease.worker.peer, lease.kind): lease for lease in left}
+        self._life = life
+        self._descriptions = descriptions
         self._steps: Callable[[], int] = lambda: 0
         #: leases under which an executor of this job may run
-        self._started: set[str] = set()
-        self._life: Life | None = None
+        self._started = {lease.lease_id for lease in self.leases.values()}
+        self._begun = False
         self._warned = False
 
     @property
@@ -89,12 +92,6 @@ class Crew:
                 return lease.worker
         return None
 
-    def adopt(self, leases: Iterable[LeaseGained]) -> None:
-        """Leases of an earlier scheduler: executors may run under them."""
-        for lease in leases:
-            self.leases[lease.worker.peer, lease.kind] = lease
-            self._started.add(lease.lease_id)
-
     def begin_life(self, descriptions: Descriptions, life: Life, steps: Callable[[], int]) -> None:
         """From now on executors are as this life needs them: training executors that run go on in it, and so
         does a parameter server that lives; others are started.
@@ -102,6 +99,7 @@ class Crew:
         for key in list(self._executors):
             self._executors.pop(key).scope.cancel()
         self._descriptions, self._life, self._steps = descriptions, life, steps
+        self._begun = True
         self._start_waiting()
 
     def gained(self, lease: LeaseGained) -> None:
@@ -124,7 +122,7 @@ class Crew:
 
     def _start_waiting(self) -> None:
         descriptions, server = self._descriptions, self.server
-        if descriptions is None or self._life is None or server is None:
+        if not self._begun or server is None:
             return
         for key, lease in self.leases.items():
             if key not in self._executors:
@@ -146,7 +144,7 @@ class Crew:
         key: Key = (peer, "train")
         failed, server = self._executors.get(key), self.server
         descriptions, life = self._descriptions, self._life
-        if failed is None or descriptions is None or life is None or server is None:
+        if failed is None or server is None:
             return
         failed.scope.cancel()
         steering = self._steering(failed.lease, descriptions)
@@ -172,7 +170,6 @@ class Crew:
         )
 
     def _stamp(self) -> JobStamp:
-        assert self._descriptions is not None
         start = self._descriptions.start
         return JobStamp(job_id=start.job_id, generation=start.generation)
 
@@ -249,7 +246,8 @@ class Crew:
             except Refused as exc:
                 if exc.code not in _PASSING:
                     logger.warning("A worker refused the %s job: %s", lease.kind, exc, extra=fields)
-                    self._refused(lease, f"{exc.reason} ({exc.code})")
+                    refused = JobRefused(lease.worker.peer, lease.kind, f"{exc.reason} ({exc.code})")
+                    self._handle(refused)
                     return False
                 logger.info("A worker cannot start the %s job yet: %s", lease.kind, exc, extra=fields)
             except NetworkError as exc:
@@ -262,8 +260,6 @@ class Crew:
 
     async def finish(self, reason: str, timeout_s: float) -> None:
         """Tell all executors to end, for at most ``timeout_s``."""
-        if self._descriptions is None:
-            return
         stamp = self._stamp()
         executors = list(self._executors.values())
         self._executors.clear()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+
+import trio
 
 from hypha.errors import Refused
 from hypha.messages import Acknowledged, NextSlice, NoSlice, Report, ReportEvent, SliceAssigned
 from hypha.node import Node
 from hypha.scheduler.datasets import Dataset
-from hypha.scheduler.events import Input, Reported, Told
-from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.slices import Assignment
+from hypha.scheduler.events import AnswerSlice, Disregarded, Input, Reported, SliceAsked, Told
+from hypha.scheduler.rules import Start
 
 #: events of one process whose numbers are remembered
 _REMEMBERED = 1024
@@ -40,26 +41,50 @@ class Seen:
         return True
 
 
+class KeptSlices:
+    """Up to which version one life's slices are durable."""
+
+    def __init__(self) -> None:
+        self._version = -1
+        self._closed = False
+        self._changed = trio.Event()
+
+    def note(self, version: int) -> None:
+        """That version is, too."""
+        self._version = max(self._version, version)
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def close(self) -> None:
+        """The life is over: nothing more is kept of it."""
+        self._closed = True
+        self._changed.set()
+
+    async def wait(self, version: int) -> bool:
+        """Return when ``version`` is durable; False when it will not be any more."""
+        while self._version < version and not self._closed:
+            await self._changed.wait()
+        return not self._closed
+
+
 class Desk:
-    """Answers ``ReportEvent`` and ``NextSlice``, and takes the report stream. ``kept`` returns when the
-    ledger has who trains on which slice.
+    """Answers ``ReportEvent`` and ``NextSlice``, and takes the report stream. ``current`` is the life of now:
+    where it begins, and what of its slices is kept. ``handle`` returns what the round machine answers.
     """
 
     def __init__(
         self,
         node: Node,
-        machine: Callable[[], RoundMachine | None],
         dataset: Dataset,
-        handle: Callable[[Input], None],
+        current: Callable[[], tuple[Start, KeptSlices]],
+        handle: Callable[[Input], AnswerSlice | None],
         is_leased: Callable[[str, str], bool],
-        kept: Callable[[], Awaitable[None]],
     ) -> None:
         self._node = node
-        self._machine = machine
         self._dataset = dataset
+        self._current = current
         self._handle = handle
         self._is_leased = is_leased
-        self._kept = kept
         self._seen = Seen()
 
     def open(self) -> None:
@@ -70,31 +95,30 @@ class Desk:
 
     async def _event(self, caller: str, request: ReportEvent) -> Acknowledged:
         if not self._is_leased(caller, request.kind):
-            self._count("no lease")
+            self._handle(Disregarded("no lease"))
             raise Refused("stale", "this scheduler holds no lease of yours for that any more")
         if self._seen.first_time((caller, request.kind, request.incarnation), request.seq):
             self._handle(Told(caller, request.kind, request.incarnation, request.stamp, request.event))
         return Acknowledged()
 
     async def _slice(self, caller: str, request: NextSlice) -> SliceAssigned | NoSlice:
-        machine = self._machine()
-        if machine is None or not self._is_leased(caller, "train"):
-            self._count("no lease")
+        start, kept = self._current()
+        if not self._is_leased(caller, "train"):
+            self._handle(Disregarded("no lease"))
             raise Refused("uninvited", "you take no part in this scheduler's job")
-        if request.stamp.job_id != machine.start.job_id:
+        if request.stamp.job_id != start.job_id:
             raise Refused("not-found", f"job {request.stamp.job_id} does not run here")
-        if request.stamp.generation != machine.start.generation:
-            self._count("stale generation")
+        if request.stamp.generation != start.generation:
+            self._handle(Disregarded("stale generation"))
             raise Refused("stale", "the job has begun another life")
         if not self._dataset.providers:
             return NoSlice(retry_in_s=1.0, reason="no data node serves the dataset right now")
-        got = machine.next_slice(caller, request)
-        if not isinstance(got, Assignment):
-            return NoSlice(retry_in_s=_RETRY_S, reason=got)
-        # a worker may hold only what another scheduler would know of
-        await self._kept()
-        if self._machine() is not machine:
+        answer = self._handle(SliceAsked(caller, request))
+        if answer is None or answer.slice is None:
+            return NoSlice(retry_in_s=_RETRY_S, reason=answer.reason if answer is not None else "try again")
+        if not await kept.wait(answer.kept):
             raise Refused("stale", "the job has begun another life")
+        got = answer.slice
         part = self._dataset.manifest.slices[got.index]
         return SliceAssigned(
             dataset=self._dataset.name,
@@ -104,14 +128,8 @@ class Desk:
             size=part.size,
             blake3=part.blake3,
             providers=self._dataset.providers_for(got.index),
-            # all of them together hold half an epoch at most
-            ahead=max(1, len(machine.tracker.samples) // (2 * max(1, len(machine.members)))),
+            ahead=answer.ahead,
         )
-
-    def _count(self, what: str) -> None:
-        machine = self._machine()
-        if machine is not None:
-            machine.counts[what] += 1
 
     def _reports(self, caller: str, reports: list[Report]) -> None:
         for report in reports:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from msgspec import Struct
 
 from hypha.errors import HyphaError
-from hypha.messages import Directive, ExecutorClass, JobStamp, LedgerRound, PeerRef, Progress
+from hypha.messages import Directive, ExecutorClass, JobStamp, LedgerRound, NextSlice, PeerRef, Progress
 from hypha.messages import Event as ExecutorEvent
-from hypha.scheduler.rules import Rules, Start
-from hypha.scheduler.slices import TrackerState
+from hypha.scheduler.rules import CarriedOver, Rules, Start
+from hypha.scheduler.slices import Assignment, TrackerState
 
 # --- in -----------------------------------------------------------------------------------------------
 
@@ -68,6 +66,43 @@ class Tick(Struct, frozen=True, tag=True):
     """Time has passed."""
 
 
+class JobRefused(Struct, frozen=True, tag=True):
+    """The worker ``peer`` will not run the executor of ``kind`` that it was sent."""
+
+    peer: str
+    kind: ExecutorClass
+    reason: str
+
+
+class LeasesHeld(Struct, frozen=True, tag=True):
+    """How many leases of each kind are held now, and in words what is ``missing``."""
+
+    train: int
+    aggregate: int
+    missing: str
+
+
+class DataServed(Struct, frozen=True, tag=True):
+    """Whether any data node serves the dataset; while none does, no deadline runs."""
+
+    served: bool
+
+
+class SliceAsked(Struct, frozen=True, tag=True):
+    """The authenticated ``caller``, which holds a lease, asks for its next slice; answered by one
+    :class:`AnswerSlice`.
+    """
+
+    caller: str
+    request: NextSlice
+
+
+class Disregarded(Struct, frozen=True, tag=True):
+    """Something was received that has no place in this life of the job: it is counted as ``what``."""
+
+    what: str
+
+
 class LifeBegan(Struct, frozen=True, tag=True):
     """What the machine of one life was made from: its first entry in a journal."""
 
@@ -75,9 +110,23 @@ class LifeBegan(Struct, frozen=True, tag=True):
     start: Start
     tracker: TrackerState
     scheduler: PeerRef
+    carried: CarriedOver
 
 
-Input = Joined | Lost | Unreachable | Reachable | Told | Reported | Tick
+Input = (
+    Joined
+    | Lost
+    | Unreachable
+    | Reachable
+    | Told
+    | Reported
+    | Tick
+    | JobRefused
+    | LeasesHeld
+    | DataServed
+    | SliceAsked
+    | Disregarded
+)
 
 # --- out ----------------------------------------------------------------------------------------------
 
@@ -128,12 +177,13 @@ class Checkpointed(Struct, frozen=True, tag=True):
 
 
 class Restart(Struct, frozen=True, tag=True):
-    """The parameter server is gone: begin a new generation from the last checkpoint; from the one before
-    that when it said that the last is ``unusable``.
+    """The parameter server is gone, and this life with it: begin a new generation from the last checkpoint;
+    from the one before that when it said that the last is ``unusable``. The machine is at its end.
     """
 
     reason: str
     unusable: bool = False
+    carried: CarriedOver = CarriedOver()
 
 
 class Publish(Struct, frozen=True, tag=True):
@@ -148,14 +198,46 @@ class Fail(Struct, frozen=True, tag=True):
     error: HyphaError
 
 
-class Keep(Struct, frozen=True, tag=True):
-    """Who trains on which slice is to be durable; ``kept`` is set then. Not the machine's own: it stands in
-    line with what the machine has asked for.
-    """
+class FirstTheta(Struct, frozen=True, tag=True):
+    """The hash of theta of round 0, as the parameter server reported it; returned once."""
+
+    theta: str
+
+
+class KeepSlices(Struct, frozen=True, tag=True):
+    """Make durable who trains on which slice, in this ``generation``."""
 
     generation: int
     tracker: TrackerState
-    kept: Callable[[], None]
 
 
-Action = Send | Keep | Drop | Again | Record | Checkpointed | Restart | Publish | Fail
+class AnswerSlice(Struct, frozen=True, tag=True):
+    """Answer ``caller``: with its slice, but not before version ``kept`` of the slices' state is durable, as
+    a worker may hold only what another scheduler would know of; or with the ``reason`` why there is none.
+    """
+
+    caller: str
+    seq: int
+    slice: Assignment | None = None
+    kept: int = 0
+    #: all workers together are to hold half an epoch ahead at most: this one so many slices
+    ahead: int = 1
+    reason: str = ""
+
+
+Action = (
+    Send
+    | Drop
+    | Again
+    | Record
+    | FirstTheta
+    | KeepSlices
+    | AnswerSlice
+    | Checkpointed
+    | Restart
+    | Publish
+    | Fail
+)
+
+#: what belongs into the ledger, whatever becomes of the job
+Durable = Record | FirstTheta | KeepSlices | Checkpointed

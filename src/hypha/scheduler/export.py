@@ -166,7 +166,7 @@ class UrlOutput:
             earlier = self._published(place)
             for name in (MARKER, *_ENTRY_POINTS):
                 place.remove(name)
-            for name in earlier - set(names):
+            for name in sorted(earlier - set(names)):
                 place.remove(name)
             for name in [*(name for name in names if name not in last), *last]:
                 place.put(staged / name, name)

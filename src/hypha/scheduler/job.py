@@ -18,8 +18,9 @@ from hypha.journal import Journal
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import in_thread
+from hypha.scheduler.context import JobResult
 from hypha.scheduler.export import output_for
-from hypha.scheduler.running import JobResult, Observer, RunningJob
+from hypha.scheduler.running import Observer, RunningJob
 from hypha.scheduler.serving import served_directories
 from hypha.scheduler.state import StateDirectory
 

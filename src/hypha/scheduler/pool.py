@@ -35,11 +35,10 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.runtime import chance, new_id
-from hypha.scheduler.allocator import (
+from hypha.scheduler.allocation import (
     Accept,
     Adopted,
     Advertise,
-    Allocator,
     AllocatorAction,
     AllocatorEvent,
     Ask,
@@ -53,6 +52,7 @@ from hypha.scheduler.allocator import (
     Pace,
     Want,
 )
+from hypha.scheduler.allocator import Allocator
 from hypha.scheduler.renewal import (
     Attempt,
     ConnectionLost,

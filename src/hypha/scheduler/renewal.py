@@ -122,6 +122,7 @@ class Renewal:
         self._why = "never answered"
         self._name = f"{NAME}:{lease_id}"
         self._journal = journal
+        self._longest = self.expires_at
         #: what chance gave while the present event was handled
         self._drawn: list[float] = []
         if journal is not None:
@@ -140,7 +141,20 @@ class Renewal:
         actions = self._apply(event, now)
         if self._journal is not None:
             self._journal.note(self._name, now, event, actions, self._summary(), self._drawn)
+            if self._journal.checked:
+                self.validate(now)
         return actions
+
+    def validate(self, now: float) -> None:
+        """Assert what always holds after an event at ``now``. For tests and simulation."""
+        assert self.expires_at >= self._longest, "a lease's life was shortened"
+        self._longest = self.expires_at
+        assert self._over or self.expires_at > now, "a lease that has expired is believed in"
+        assert self._over or self._sent_at is not None or self._next_at > now, "a renewal is overdue"
+        assert self._sent_at is None or self._sent_at <= now, "a renewal was sent in the future"
+        assert 0 <= self._unreachable <= self._failures, f"{self._unreachable} of {self._failures} failures"
+        assert self.suspected or self._unreachable < self.SUSPECT_AFTER, "a dead lessor is not suspected"
+        assert self.next_wake <= self.expires_at or self._over, "nobody looks when the lease is over"
 
     def _summary(self) -> dict[str, object]:
         """Of its state, for the journal."""

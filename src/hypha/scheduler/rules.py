@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from hypha.config.models import JobConfig
 from hypha.errors import ExecutorFailed, HyphaError, JobFailed, ModelError, NotFinite
 from hypha.messages import ExecutorClass
@@ -34,6 +36,8 @@ class Rules:
     checkpoint_every: int = 10
     max_failures: int = 5
     executor_restarts: int = 2
+    #: the job ends when it has had fewer than ``min_workers`` leases, or no parameter server, for so long
+    wait_s: float | None = None
 
     @classmethod
     def from_config(cls, job: JobConfig) -> Rules:
@@ -55,6 +59,7 @@ class Rules:
             # a worker that was good for nothing, and another one, are no reason to end the job
             max_failures=5 + pool.executor_restarts,
             executor_restarts=pool.executor_restarts,
+            wait_s=pool.wait_s,
         )
 
 
@@ -73,9 +78,23 @@ class Start:
     taken_over: bool = False
 
 
+class CarriedOver(Struct, frozen=True):
+    """What one life of a job hands on to the next: its executors' failures since the last applied round, as
+    in :class:`Failures`, and since when there have been too few leases.
+    """
+
+    in_a_row: int = 0
+    model: tuple[tuple[str, ExecutorClass, str], ...] = ()
+    not_finite: tuple[tuple[str, int], ...] = ()
+    restarts: tuple[tuple[str, int], ...] = ()
+    short_since: float | None = None
+
+
 @dataclass
 class Failures:
-    """Failures of executors since the last applied round. It outlives a generation."""
+    """Failures of executors since the last applied round; ``limit`` of them end the job. The round machine of
+    one life owns them; those of the next life are made from what it hands on.
+    """
 
     limit: int = 5
     in_a_row: int = 0
@@ -84,6 +103,24 @@ class Failures:
     not_finite: Counter[str] = field(default_factory=Counter)
     #: how often a worker's executor was started again since a round that holds its update
     restarts: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, carried: CarriedOver, limit: int) -> Failures:
+        """Those that an earlier life has handed on."""
+        model = {(peer, kind): message for peer, kind, message in carried.model}
+        return cls(
+            limit, carried.in_a_row, model, Counter(dict(carried.not_finite)), Counter(dict(carried.restarts))
+        )
+
+    def hand_on(self, short_since: float | None) -> CarriedOver:
+        """For the next life."""
+        return CarriedOver(
+            in_a_row=self.in_a_row,
+            model=tuple((peer, kind, message) for (peer, kind), message in self.model.items()),
+            not_finite=tuple(self.not_finite.items()),
+            restarts=tuple(self.restarts.items()),
+            short_since=short_since,
+        )
 
     def applied(self, contributors: Iterable[str]) -> None:
         """A round was applied: what failed before was overcome, and those did their part."""

@@ -73,6 +73,9 @@ class Serving:
         self,
         node: Node,
         directories: dict[str, ServedDirectory],
+        job_id: str,
+        store: CheckpointStore,
+        state: StateDirectory,
         is_member: Callable[[str], bool],
         is_server: Callable[[str, JobStamp | None], bool],
     ) -> None:
@@ -80,12 +83,13 @@ class Serving:
         self._directories = directories
         self._is_member = is_member
         self._is_server = is_server
-        self._store: CheckpointStore | None = None
-        self._state: StateDirectory | None = None
+        self._job_id = job_id
+        self._store = store
+        self._state = state
 
-    def start(self, job_id: str, store: CheckpointStore, state: StateDirectory) -> None:
+    def start(self) -> None:
         """Answer from now on."""
-        self._store, self._state = store, state
+        job_id = self._job_id
         for kind in self._directories:
             self._node.transfers.serve(kind, self._directory_file)
         self._node.transfers.serve("checkpoint", self._checkpoint_file)
@@ -101,7 +105,7 @@ class Serving:
         self._invited(caller)
         kind, _, rest = request.kind.partition("/")
         name = request.name or rest
-        if kind == "checkpoint" and self._store is not None and name.isdecimal():
+        if kind == "checkpoint" and name.isdecimal():
             return await in_thread(self._store.files, int(name))
         if kind not in self._directories or name:
             raise Refused("not-found", f"there is no resource {request.kind} {request.name}".rstrip())
@@ -116,25 +120,23 @@ class Serving:
 
     async def _checkpoint_file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         self._invited(caller)
-        if self._store is None:
-            raise Refused("not-found", "there are no checkpoints")
         return await in_thread(self._store.file, request.name)
 
-    def _from_server(self, caller: str, meta: TransferMeta) -> tuple[CheckpointStore, StateDirectory]:
-        if self._store is None or self._state is None or not self._is_server(caller, meta.stamp):
+    def _from_server(self, caller: str, meta: TransferMeta) -> None:
+        if not self._is_server(caller, meta.stamp):
             raise Refused("uninvited", "only the parameter server of this job's current life may send that")
-        return self._store, self._state
 
     async def _checkpoint_gate(self, caller: str, meta: TransferMeta) -> Path:
-        store, _ = self._from_server(caller, meta)
-        return await in_thread(store.place_for, meta)
+        self._from_server(caller, meta)
+        return await in_thread(self._store.place_for, meta)
 
     async def _checkpoint_arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
-        store, _ = self._from_server(caller, meta)
-        store.arrived(meta)
+        self._from_server(caller, meta)
+        self._store.arrived(meta)
 
     async def _export_gate(self, caller: str, meta: TransferMeta) -> Path:
-        _, state = self._from_server(caller, meta)
+        self._from_server(caller, meta)
+        state = self._state
         generation = meta.stamp.generation if meta.stamp is not None else 0
         path = state.export_of(generation) / safe_relative(meta.name)
         needed, free = meta.size, free_bytes(state.path)

@@ -71,11 +71,28 @@ class _Epoch:
         self.assigned: dict[int, str] = {}
         self.available = set(range(count)) - self.used
         self._order = sorted(self.available)
+        self._used_state: tuple[int, ...] | None = None
+
+    @property
+    def used_state(self) -> tuple[int, ...]:
+        """USED ones in order, the same object until they change: states of one round share it."""
+        if self._used_state is None:
+            self._used_state = tuple(sorted(self.used))
+        return self._used_state
+
+    def use(self, index: int) -> None:
+        del self.assigned[index]
+        self.used.add(index)
+        self._used_state = None
 
     def give_back(self, index: int) -> None:
         del self.assigned[index]
         self.available.add(index)
         heapq.heappush(self._order, index)
+
+    def validate(self) -> None:
+        """Assert that everything AVAILABLE can be found."""
+        assert self.available <= set(self._order), f"epoch {self.epoch}: {self.available} cannot be found"
 
     def pick(self, cached: Sequence[int], elsewhere: set[int]) -> int:
         """An AVAILABLE slice: one of ``cached``, else one nobody else has, else the lowest."""
@@ -112,11 +129,14 @@ class SliceTracker:
         self._incarnation: dict[str, str] = {}
         self._cached: dict[str, tuple[int, ...]] = {}
         self.version = 0
+        self._validated = -1
 
     @property
-    def holders(self) -> set[str]:
-        """Workers to whom slices are ASSIGNED."""
-        return {worker for epoch in self._epochs.values() for worker in epoch.assigned.values()}
+    def holders(self) -> tuple[str, ...]:
+        """Workers to whom slices are ASSIGNED, in order of their names."""
+        return tuple(
+            sorted({worker for epoch in self._epochs.values() for worker in epoch.assigned.values()})
+        )
 
     @property
     def epoch(self) -> int:
@@ -157,7 +177,7 @@ class SliceTracker:
         if not old:
             return
         again = {(answer.epoch, answer.index) for answer in answers.values()} | set(keep)
-        self.give_back(worker, {(answer.epoch, answer.index) for answer in old} - again)
+        self.give_back(worker, sorted({(answer.epoch, answer.index) for answer in old} - again))
 
     def _open_epoch(self) -> _Epoch:
         for number in sorted(self._epochs):
@@ -177,8 +197,7 @@ class SliceTracker:
             if epoch is None or epoch.assigned.get(index) != worker:
                 foreign.append((number, index))
                 continue
-            del epoch.assigned[index]
-            epoch.used.add(index)
+            epoch.use(index)
             if len(epoch.used) == len(self.samples):
                 del self._epochs[number]
         return foreign
@@ -221,13 +240,31 @@ class SliceTracker:
             if holder == worker
         ]
 
+    def validate(self) -> None:
+        """Assert that every slice of an open epoch is in exactly one place. For tests and simulation."""
+        assert self.version >= self._validated, "the version went back"
+        if self.version == self._validated:
+            return
+        self._validated = self.version
+        everything = set(range(len(self.samples)))
+        for number, epoch in self._epochs.items():
+            assert 0 <= number < self._next_epoch, f"epoch {number} is open before its time"
+            places = (epoch.used, epoch.assigned.keys(), epoch.available)
+            assert sum(len(place) for place in places) == len(everything), f"epoch {number}: {places}"
+            assert set().union(*places) == everything, f"epoch {number}: {places}"
+            assert len(epoch.used) < len(everything), f"epoch {number} is complete, but open"
+            epoch.validate()
+        for worker, answers in self._answers.items():
+            assert not answers or worker in self._incarnation, f"{worker} was answered, but did not ask"
+            assert len(answers) <= _REMEMBERED_ANSWERS
+
     def to_state(self) -> TrackerState:
         """All of it, to be kept with a checkpoint."""
         return TrackerState(
             samples=self.samples,
             next_epoch=self._next_epoch,
             epochs=tuple(
-                EpochState(number, tuple(sorted(epoch.used)), tuple(sorted(epoch.assigned.items())))
+                EpochState(number, epoch.used_state, tuple(sorted(epoch.assigned.items())))
                 for number, epoch in sorted(self._epochs.items())
             ),
             answers=tuple(

@@ -14,7 +14,16 @@ from hypha.errors import ConfigError, HyphaError, Problem
 
 logger = logging.getLogger("hypha.scheduler")
 
-_STATE = ("job.db", "job.db-wal", "job.db-shm", "checkpoints", "incoming", "export", "ledger.json")
+_STATE = (
+    "job.db",
+    "job.db-wal",
+    "job.db-shm",
+    "checkpoints",
+    "incoming",
+    "export",
+    "ledger.json",
+    "journal.jsonl",
+)
 
 
 class StateDirectory:

@@ -15,7 +15,7 @@ import trio
 from hypha.errors import NetworkError
 from hypha.messages import JobStamp, PeerRef, SaveCheckpoint, Steer
 from hypha.node import Node
-from hypha.scheduler.events import Action, Checkpointed, Record
+from hypha.scheduler.events import Action, Durable
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.rounds import RoundMachine
 
@@ -31,16 +31,16 @@ async def save_last(
     machine: RoundMachine,
     ledger: Ledger,
     todo: trio.MemoryReceiveChannel[Action],
-    keep_books: Callable[[Action], Awaitable[None]],
+    keep_books: Callable[[Durable], Awaitable[None]],
     timeout_s: float,
 ) -> None:
     """Have the open round of ``machine`` saved as it began, unless it is, for at most ``timeout_s``.
 
-    Takes what is left in ``todo``; ``keep_books`` carries out the records and checkpoints among it.
+    Takes what is left in ``todo``; ``keep_books`` carries out what of it the ledger is to have.
     """
     fields = {"job_id": machine.start.job_id}
     while (action := _next(todo)) is not None:
-        if isinstance(action, Record | Checkpointed):
+        if isinstance(action, Durable):
             await keep_books(action)
     newest = await ledger.run(Ledger.newest_start)
     if machine.server is None or not machine.server_ready or machine.phase in ("done", "failed"):
@@ -54,7 +54,7 @@ async def save_last(
                 nursery.start_soon(_ask, node, machine.server, stamp, asked_for)
                 while newest < machine.round:
                     action = await todo.receive()
-                    if isinstance(action, Record | Checkpointed):
+                    if isinstance(action, Durable):
                         await keep_books(action)
                         newest = await ledger.run(Ledger.newest_start)
                 nursery.cancel_scope.cancel()

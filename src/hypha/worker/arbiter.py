@@ -169,7 +169,22 @@ class Arbiter:
         actions = self._apply(event, now)
         if self._journal is not None:
             self._journal.note(NAME, now, event, actions, self._summary(), self._drawn)
+            if self._journal.checked:
+                self.validate(now)
         return actions
+
+    def validate(self, now: float) -> None:
+        """Assert what always holds after an event at ``now``. For tests and simulation."""
+        assert (self._window_ends is None) == (not self._waiting), "requests wait without a window"
+        assert self._window_ends is None or self._window_ends > now, "a window has ended undecided"
+        assert not (self._closed and self._waiting), "a worker that stops lets requests wait"
+        assert len(self._waiting) <= MAX_WAITING, f"{len(self._waiting)} requests wait"
+        for key, waiting in self._waiting.items():
+            request = waiting.request
+            assert key == (request.scheduler.peer, request.request_id), f"{request.request_id} is at {key}"
+            assert self.book.live_for(*key) is None, f"{request.request_id} waits and has a lease"
+        held = [(lease.scheduler, lease.request_id) for lease in self.book]
+        assert len(held) == len(set(held)), "a request has two leases"
 
     def _summary(self) -> dict[str, object]:
         """Of its state, for the journal."""

@@ -35,7 +35,8 @@ class Deliveries:
     def __init__(self, transfer: Transfer, give_up_after_s: float = GIVE_UP_AFTER_S) -> None:
         self._transfer = transfer
         self._give_up_after_s = give_up_after_s
-        self._running: set[_Delivering] = set()
+        #: in the order in which they were asked for
+        self._running: dict[_Delivering, None] = {}
 
     async def deliver(
         self,
@@ -84,12 +85,12 @@ class Deliveries:
             if (other.kind, other.peer) == (meta.kind, receiver.peer) and other.turn < turn:
                 other.give_up("stale", f"overtaken by round {turn[1]}")
         delivering = _Delivering(meta, receiver.peer, turn)
-        self._running.add(delivering)
+        self._running[delivering] = None
         try:
             delivering.outcome = await self._outcome(delivering, path, meta, receiver)
             return delivering.outcome
         finally:
-            self._running.discard(delivering)
+            del self._running[delivering]
             delivering.ended.set()
 
     def _same(self, meta: TransferMeta, peer: str) -> _Delivering | None:

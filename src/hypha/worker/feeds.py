@@ -50,7 +50,8 @@ class Directives:
 
     def __init__(self) -> None:
         self._newest: dict[tuple[str, str], tuple[int, Directive]] = {}
-        self._feeds: set[Feed[Directive]] = set()
+        #: in the order in which they were opened
+        self._feeds: dict[Feed[Directive], None] = {}
 
     def put(self, seq: int, directive: Directive) -> bool:
         """Pass it on, unless one like it with the same or a higher ``seq`` has been here: then False."""
@@ -70,11 +71,11 @@ class Directives:
         feed: Feed[Directive] = Feed()
         for _, directive in self._newest.values():
             feed.put(directive)
-        self._feeds.add(feed)
+        self._feeds[feed] = None
         try:
             yield feed
         finally:
-            self._feeds.discard(feed)
+            del self._feeds[feed]
 
 
 class Arrivals:

@@ -112,8 +112,8 @@ class LeaseDesk:
                     logger.debug(
                         "No offer: %s.", reason, extra={"request_id": request_id, "peer_id": scheduler}
                     )
-                case _:
-                    pass
+                case Granted() | Denied():
+                    pass  # what whoever asked is told, from what is returned
         self._wake.set()
         return actions
 

@@ -56,7 +56,7 @@ class StorageDesk:
         while True:
             self._changed = trio.Event()
             names = {replica_name(peer, job) for peer, job in self._store.owners}
-            for gone in self._announced - names:
+            for gone in sorted(self._announced - names):
                 self._node.withdraw(gone)
             self._announced = names
             for name in sorted(names):

@@ -1,0 +1,150 @@
+"""What goes into the allocator and what comes out of it: plain values, no behaviour."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from hypha.leases import Tick
+from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
+
+
+class Ask(Struct, frozen=True, tag=True):
+    """Whom to look for. ``bid`` is published, ``max_price`` is private.
+
+    ``request_id`` stays the same as long as the scheduler looks for these workers, so that one that
+    already holds a lease for it does not offer again.
+    """
+
+    request_id: str
+    executor: ExecutorDescriptor
+    resources: Resources
+    bid: float
+    max_price: float
+    dataset: str | None = None
+
+    @property
+    def kind(self) -> ExecutorClass:
+        """The class of executor asked for."""
+        return self.executor.kind
+
+
+class Pace(Struct, frozen=True, tag=True):
+    """How long a request collects offers (pauses between requests begin with twice that and grow),
+    for how long no further one may come when offers come after that deadline, how long a worker that
+    failed is avoided.
+    """
+
+    offer_deadline_s: float = 0.5
+    lull_s: float = 0.1
+    longest_pause_s: float = 5.0
+    avoid_s: float = 120.0
+
+
+# --- in -------------------------------------------------------------------------------------------------
+
+
+class Want(Struct, frozen=True, tag=True):
+    """``count`` workers of ``kind`` shall be held; what is held beyond stays until released."""
+
+    kind: ExecutorClass
+    count: int
+
+
+class Offered(Struct, frozen=True, tag=True):
+    """The authenticated ``caller`` offers."""
+
+    caller: str
+    offer: WorkerOffer
+
+
+class Gained(Struct, frozen=True, tag=True):
+    """The acceptance of this lease was confirmed."""
+
+    lease_id: str
+
+
+class Adopted(Struct, frozen=True, tag=True):
+    """This lease was gained by an earlier scheduler of the job."""
+
+    kind: ExecutorClass
+    lease_id: str
+    worker: str
+
+
+class Lost(Struct, frozen=True, tag=True):
+    """This lease is over or could not be accepted. ``avoid``: its worker is to blame."""
+
+    lease_id: str
+    avoid: bool = True
+
+
+class GatewayChanged(Struct, frozen=True, tag=True):
+    """What was published may not have been heard: advertise again what is still wanted, now, or after the
+    usual pause where that is a moment ago.
+    """
+
+
+class AllocatorBegan(Struct, frozen=True, tag=True):
+    """What an allocator was made from: the first entry of its journal."""
+
+    asks: tuple[Ask, ...]
+    pace: Pace
+
+
+AllocatorEvent = Want | Offered | Gained | Adopted | Lost | GatewayChanged | Tick
+
+
+# --- out --------------------------------------------------------------------------------------------------
+
+
+class Advertise(Struct, frozen=True, tag=True):
+    """Publish ``ask`` for ``count`` more workers; offers are collected for ``offer_within_s``."""
+
+    ask: Ask
+    count: int
+    offer_within_s: float
+
+    def request(self, scheduler: PeerRef) -> WorkerRequest:
+        """The message to publish."""
+        return WorkerRequest(
+            request_id=self.ask.request_id,
+            scheduler=scheduler,
+            resources=self.ask.resources,
+            executor=self.ask.executor,
+            count=self.count,
+            bid=self.ask.bid,
+            offer_within_s=self.offer_within_s,
+            dataset=self.ask.dataset,
+        )
+
+
+class Keep(Struct, frozen=True, tag=True):
+    """Answer the offer: it is being considered."""
+
+    lease_id: str
+
+
+class Decline(Struct, frozen=True, tag=True):
+    """Answer the offer with a refusal (the worker frees its lease at once)."""
+
+    lease_id: str
+    code: str
+    reason: str
+
+
+class Accept(Struct, frozen=True, tag=True):
+    """Take it: renew the lease now and keep it renewed. It expires at ``expires_at`` unless renewed."""
+
+    kind: ExecutorClass
+    offer: WorkerOffer
+    expires_at: float
+
+
+class Dismiss(Struct, frozen=True, tag=True):
+    """Not taken after all: release the lease."""
+
+    lease_id: str
+    worker: PeerRef
+
+
+AllocatorAction = Advertise | Keep | Decline | Accept | Dismiss

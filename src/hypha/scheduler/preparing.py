@@ -1,0 +1,98 @@
+"""Before a job is at work: its dataset is found, its ledger opened, what was left before taken up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import trio
+
+from hypha.runtime import new_id
+from hypha.scheduler.checkpoints import CheckpointStore
+from hypha.scheduler.context import JobContext
+from hypha.scheduler.datasets import Dataset, find_dataset
+from hypha.scheduler.ledger import Ledger, held_leases
+from hypha.scheduler.lives import Life, first_life
+from hypha.scheduler.pool import LeaseGained, Pool
+
+logger = logging.getLogger("hypha.scheduler")
+
+#: what an earlier job left is given back within
+_RELEASE_S = 0.8
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """The first state of a run: ``step`` is what is being done, in words."""
+
+    step: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The second one: the dataset is known, the ledger open, and ``life`` begins. ``left`` are leases of an
+    earlier scheduler of the job, under which executors may run; those ``of_another`` job go back.
+    """
+
+    dataset: Dataset
+    ledger: Ledger
+    life: Life
+    store: CheckpointStore
+    left: tuple[LeaseGained, ...] = ()
+    of_another: tuple[LeaseGained, ...] = ()
+
+
+async def open_job(
+    context: JobContext, fresh: bool, nursery: trio.Nursery, say: Callable[[Preparing], None]
+) -> Opened:
+    """Start the pool in ``nursery``, then open the job; ``say`` is told each step. Whoever calls closes the
+    ledger. Raises :class:`hypha.errors.HyphaError`.
+    """
+    config, node, pool = context.config, context.node, context.pool
+    say(Preparing("waiting for a gateway"))
+    await node.wait_connected()
+    left = tuple(await held_leases(context.state.ledger))
+    if not fresh:
+        # their time runs: they are renewed while everything else is looked for
+        pool.adopt(left)
+    await nursery.start(pool.run)
+    name = config.dataset.dataset
+    say(Preparing(f"looking for the dataset {name}"))
+    dataset = await find_dataset(node, name, config.dataset.wait_s)
+    logger.info(
+        "The dataset %s has %d samples in %d slices at %d data nodes",
+        name,
+        dataset.manifest.samples,
+        len(dataset.manifest.slices),
+        len(dataset.providers),
+    )
+    say(Preparing("reading the job's state"))
+    job_id = f"{config.name}-{new_id()[:12]}"
+    ledger, life = await first_life(context.state, config, node.ref(), dataset, job_id, context.copies, fresh)
+    store = CheckpointStore(context.state, life.start.job_id, config.checkpoint.keep)
+    if life.start.generation:
+        return Opened(dataset, ledger, life, store, left=left)
+    return Opened(dataset, ledger, life, store, of_another=left)
+
+
+async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:
+    """What was left by an earlier scheduler: its rounds count, or its leases go back."""
+    start = opened.life.start
+    if start.generation:
+        file = await opened.ledger.run(Ledger.to_file)
+        context.progressed.resume(file.rounds)
+        logger.info("The job goes on from round %d", start.round, extra={"job_id": start.job_id})
+    if opened.left:
+        logger.info("Going on with %d leases of this job's earlier scheduler", len(opened.left))
+    if opened.of_another:
+        logger.info("Giving back %d leases of an earlier job", len(opened.of_another))
+        context.pool.adopt(opened.of_another if fresh else ())
+        await _give_back(context.pool, opened.of_another)
+
+
+async def _give_back(pool: Pool, left: Iterable[LeaseGained]) -> None:
+    with trio.move_on_after(_RELEASE_S):
+        async with trio.open_nursery() as nursery:
+            for lease in left:
+                nursery.start_soon(pool.release, lease.lease_id)

@@ -1,0 +1,263 @@
+"""What the round machine knows, and the smallest steps that change it: who takes part, whose update counts.
+
+:class:`RoundState` is the part of :class:`hypha.scheduler.rounds.RoundMachine` that the other parts stand on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Literal
+
+from hypha.messages import (
+    Contribution,
+    Directive,
+    ExecutorClass,
+    Members,
+    PeerRef,
+    RoundStarted,
+    SendModel,
+)
+from hypha.scheduler.books import Books
+from hypha.scheduler.events import (
+    Action,
+    Drop,
+    Fail,
+    Joined,
+    KeepSlices,
+    LeasesHeld,
+    Restart,
+    Send,
+    SliceAsked,
+    Told,
+)
+from hypha.scheduler.failing import Failing
+from hypha.scheduler.members import Member
+from hypha.scheduler.planning import Planner
+from hypha.scheduler.rules import CarriedOver, Failures, Rules, Start
+from hypha.scheduler.slices import Assignment, SliceTracker
+
+Phase = Literal["loading", "training", "scheduled", "updating", "closing", "exporting", "done", "failed"]
+#: phases in which a round is open
+OPEN = ("training", "scheduled", "updating")
+
+#: theta is sent again when nobody said RoundStarted; doubled each time
+_RESEND_S = 10.0
+
+
+class RoundState:
+    """One life (generation) of a job. ``counts`` counts what was ignored or refused, by reason."""
+
+    def __init__(
+        self, rules: Rules, start: Start, tracker: SliceTracker, scheduler: PeerRef, carried: CarriedOver
+    ) -> None:
+        self.rules = rules
+        self.start = start
+        self.tracker = tracker
+        self.scheduler = scheduler
+        self.failures = Failures.of(carried, rules.max_failures)
+        self.failing = Failing(self.failures, rules.executor_restarts)
+        self.round = start.round
+        self.steps = start.steps
+        self.phase: Phase = "loading"
+        #: this life is at its end: another one begins
+        self.over = False
+        self.theta = ""
+        self.server: PeerRef | None = None
+        self.server_ready = False
+        self.members: dict[str, Member] = {}
+        self.counts: Counter[str] = Counter()
+        self.books = Books()
+        #: whether any data node serves the dataset
+        self.served = True
+        #: as was said last
+        self.leases: LeasesHeld | None = None
+        self.short_since = carried.short_since
+        self.planner = Planner(rules.samples, rules.inner_steps)
+        self.broadcast: frozenset[str] = frozenset()
+        #: what was said before its round was opened here
+        self.early: list[Told] = []
+        self.enough_since: float | None = None
+        #: the newest version of the slices' state that is to be made durable
+        self.kept = -1
+
+    @property
+    def loaded(self) -> list[Member]:
+        """Workers that have a model."""
+        return [member for member in self.members.values() if member.loaded]
+
+    @property
+    def present(self) -> list[Member]:
+        """Workers that have a model and can be reached."""
+        return [member for member in self.loaded if not member.absent]
+
+    @property
+    def participants(self) -> list[Member]:
+        """Workers whose update of the open round is hoped for or here."""
+        return [member for member in self.loaded if member.in_round and not member.left_out]
+
+    @property
+    def paused(self) -> bool:
+        """The open round is kept, but not closed: there are too few workers."""
+        return self.phase in OPEN and len(self.present) < self.rules.min_workers
+
+    # --- who is here ----------------------------------------------------------------------------------
+
+    def join(self, event: Joined) -> None:
+        """An executor was started."""
+        if event.kind == "aggregate":
+            self.server, self.server_ready = event.ref, False
+        elif event.ref.peer not in self.members:
+            self.members[event.ref.peer] = Member(event.ref, event.batch_size, self.rules.multiple)
+
+    def lose(self, peer: str, kind: ExecutorClass, reason: str) -> list[Action]:
+        """An executor takes part no more."""
+        if kind == "aggregate":
+            if self.server is None or self.server.peer != peer:
+                return []
+            return self.restart(reason)
+        sent = self.books.contributions.get(peer) if peer in self.books.accepted else None
+        # it may hold slices of an earlier life
+        self.tracker.forget(peer, keep=sent.finished if sent is not None else ())
+        member = self.members.pop(peer, None)
+        if member is None:
+            return []
+        if member.incarnation:
+            self.failing.over(member.incarnation)
+        self.planner.upset()
+        return self.tell_members() if member.loaded else []
+
+    def set_absent(self, peer: str, absent: bool) -> None:
+        """The others share its part of the open round while it is away."""
+        member = self.members.get(peer)
+        if member is not None and member.absent != absent:
+            member.absent = absent
+            self.planner.upset()
+
+    def leave_out(self, member: Member) -> None:
+        """Its part of the open round does not count; it starts over from the next theta it is sent."""
+        member.left_out = True
+        # of who cannot be reached its lease decides, not how short rounds are
+        member.missed = max(member.missed, 1) if member.absent else member.missed + 1
+        member.sent = None
+        self.books.contributions.pop(member.peer, None)
+        self.tracker.lose(member.peer)
+        self.planner.upset()
+
+    # --- failures and ends ----------------------------------------------------------------------------
+
+    def failed(self, peer: str, kind: ExecutorClass, message: str, cause: str) -> list[Action]:
+        """Release it, replace it; give the job up when that happened too often."""
+        error = self.failures.add(peer, kind, message, cause)
+        if error is not None:
+            self.phase = "failed"
+            return [Fail(error)]
+        return [Drop(peer, kind, message), *self.lose(peer, kind, message)]
+
+    def judged(self, actions: list[Action]) -> list[Action]:
+        """What :class:`Failing` decided: where that is the job's end, it is the machine's too."""
+        if any(isinstance(action, Fail) for action in actions):
+            self.phase = "failed"
+        return actions
+
+    def restart(self, reason: str, unusable: bool = False) -> list[Action]:
+        """The parameter server is gone: this life ends, and what is known of slices is kept for the next."""
+        self.server, self.server_ready = None, False
+        self.over = True
+        restart = Restart(reason, unusable, self.failures.hand_on(self.short_since))
+        return [self.keep_slices(), restart]
+
+    # --- what was said --------------------------------------------------------------------------------
+
+    def is_early(self, round_: int) -> bool:
+        """Is what was said of ``round_`` to be taken up when that is opened here? While a round is closing
+        the next one begins elsewhere. A life that goes on with another's executors hears of its first round
+        before it has opened it, and of the next one if the parameter server had closed the first.
+        """
+        if round_ == self.round:
+            return self.phase == "loading"
+        first = self.phase == "loading" or self.round == self.start.round
+        return round_ == self.round + 1 and (self.phase == "closing" or (first and self.start.taken_over))
+
+    def holders(self) -> frozenset[str]:
+        """Who has said that it runs on theta of the round that is about to be opened, or of the next one."""
+        return frozenset(
+            told.sender
+            for told in self.early
+            if isinstance(told.event, RoundStarted)
+            and (told.event.round > self.round or told.event.theta == self.theta)
+        )
+
+    def count_steps(self, part: Contribution) -> None:
+        """The inner steps taken by the end of an applied round."""
+        self.steps = max(self.steps, part.steps + math.ceil(part.batches / self.rules.multiple))
+
+    # --- slices ---------------------------------------------------------------------------------------
+
+    def next_slice(self, asked: SliceAsked) -> Assignment | str:
+        """The next slice of whoever asks, or why there is none right now."""
+        caller, request = asked.caller, asked.request
+        member, stamp = self.members.get(caller), request.stamp
+        if member is None or (stamp.job_id, stamp.generation) != (self.start.job_id, self.start.generation):
+            self.counts["uninvited"] += 1
+            return "you take no part in this life of the job"
+        if self.over:
+            return "this life of the job is over"
+        if member.incarnation and request.incarnation != member.incarnation:
+            self.counts["stale incarnation"] += 1
+            return "another process of yours takes part in the job"
+        behind = member.started < self.round and stamp.round < self.round
+        before = stamp.round == self.round and stamp.attempt < member.attempt
+        if member.left_out or before or (member.missed and behind):
+            return "your update was left out: wait for theta, then ask again"
+        if stamp.round > self.round and caller not in self.books.accepted:
+            # it trains in the next round already; should its update turn out to be left out of this one, all
+            # that it was given until then is taken back
+            return "the round that you are in has not begun here yet: ask again"
+        if request.held_from:
+            sent = self.books.contributions.get(caller) if caller in self.books.accepted else None
+            keep = sent.finished if sent is not None else ()
+            self.tracker.dropped(caller, request.incarnation, request.held_from, keep)
+        return self.tracker.next(caller, request.incarnation, request.seq, request.cached)
+
+    def keep_slices(self) -> KeepSlices:
+        """As they are now."""
+        self.kept = self.tracker.version
+        return KeepSlices(self.start.generation, self.tracker.to_state())
+
+    # --- what is said ---------------------------------------------------------------------------------
+
+    def send_model(self, member: Member, now: float) -> list[Action]:
+        """Theta of the open round for ``member``, which begins it."""
+        self.enter(member, now)
+        self.planner.upset()
+        return self.to_server(SendModel(to=member.ref, attempt=member.attempt))
+
+    def enter(self, member: Member, now: float) -> None:
+        """Theta of the open round is on its way to ``member``."""
+        member.enter(now, max(_RESEND_S, 3.0 * (member.theta_s or 0.0)))
+
+    def tell_members(self) -> list[Action]:
+        """Whom the parameter server is to let in."""
+        if not self.server_ready:
+            return []
+        return self.to_server(Members(peers=tuple(member.ref for member in self.loaded)))
+
+    def to_server(self, directive: Directive) -> list[Action]:
+        """Steer the parameter server."""
+        return [Send(self.server, "aggregate", directive)] if self.server is not None else []
+
+    # --- for tests and simulation ---------------------------------------------------------------------
+
+    def summary(self) -> dict[str, object]:
+        """For the journal."""
+        return {
+            "phase": self.phase,
+            "round": self.round,
+            "generation": self.start.generation,
+            "members": len(self.members),
+            "accepted": len(self.books.accepted),
+            "server_ready": self.server_ready,
+            "steps": self.steps,
+            "kept": self.kept,
+        }

@@ -1,0 +1,358 @@
+"""A job at work: events go into the round machine, and every action that it returns is carried out here.
+
+What decides is in the pure modules; here are leases, files, threads and time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from hypha.errors import HyphaError
+from hypha.messages import JobStamp
+from hypha.runtime import chance, in_thread
+from hypha.scheduler.context import JobContext, JobResult
+from hypha.scheduler.crew import Crew, lost
+from hypha.scheduler.describe import Descriptions
+from hypha.scheduler.desk import Desk, KeptSlices
+from hypha.scheduler.events import (
+    Action,
+    Again,
+    AnswerSlice,
+    Checkpointed,
+    DataServed,
+    Drop,
+    Durable,
+    Fail,
+    FirstTheta,
+    Input,
+    KeepSlices,
+    LeasesHeld,
+    Publish,
+    Reachable,
+    Record,
+    Restart,
+    Send,
+    Tick,
+    Unreachable,
+)
+from hypha.scheduler.ledger import Ledger
+from hypha.scheduler.lives import Life, next_life
+from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseRecovered, LeaseSuspect
+from hypha.scheduler.preparing import Opened
+from hypha.scheduler.publishing import publish
+from hypha.scheduler.replicating import Replicating
+from hypha.scheduler.rounds import RoundMachine
+from hypha.scheduler.rules import CarriedOver, Start
+from hypha.scheduler.serving import Serving
+from hypha.scheduler.slices import SliceTracker
+from hypha.scheduler.stopping import save_last
+from hypha.scheduler.view import sentence
+
+logger = logging.getLogger("hypha.scheduler")
+
+_TICK_S = 0.1
+
+
+@dataclass(frozen=True)
+class CurrentLife:
+    """The life of now, its machine, and what of its slices is durable."""
+
+    life: Life
+    machine: RoundMachine
+    kept: KeptSlices
+
+    @property
+    def start(self) -> Start:
+        """Where it began."""
+        return self.life.start
+
+
+class Working:
+    """The third state of a run, after :class:`Opened`. ``end`` is called with what the job comes to; tasks
+    run in ``nursery``. :meth:`run` once.
+    """
+
+    def __init__(
+        self,
+        context: JobContext,
+        opened: Opened,
+        nursery: trio.Nursery,
+        end: Callable[[JobResult | HyphaError], None],
+    ) -> None:
+        self._context = context
+        self.dataset = opened.dataset
+        self.ledger = opened.ledger
+        self._store = opened.store
+        self._nursery = nursery
+        self._end = end
+        self._actions, self._todo = trio.open_memory_channel[Action](math.inf)
+        config, node, life = context.config, context.node, opened.life
+        self._crew = Crew(node, nursery, self.handle, life, self._descriptions(life), opened.left)
+        self.current = self._living(life, CarriedOver())
+        #: what the present machine was told of its surroundings, by the event's name
+        self._surroundings: dict[str, Input] = {}
+        self._serving = Serving(
+            node,
+            context.directories,
+            life.start.job_id,
+            opened.store,
+            context.state,
+            self._is_member,
+            self._is_server,
+        )
+        self._desk = Desk(
+            node,
+            opened.dataset,
+            lambda: (self.current.start, self.current.kept),
+            self.handle,
+            self._is_leased,
+        )
+        self._replicating = Replicating(
+            node,
+            context.copies,
+            opened.ledger,
+            context.state,
+            self._stamp,
+            lambda: context.pool.leases,
+            config.name,
+            config.checkpoint.replicas,
+        )
+
+    async def run(self) -> None:
+        """Until ``end`` was called, or cancelled."""
+        self._serving.start()
+        self._begin_life()
+        self._desk.open()
+        pool = self._context.pool
+        pool.want("aggregate", 1)
+        pool.want("train", self._context.config.resources.num_workers)
+        self._nursery.start_soon(self.dataset.watch, self._context.node)
+        self._nursery.start_soon(self._leases)
+        self._nursery.start_soon(self._ticking)
+        starts = await self.ledger.run(Ledger.starts)
+        if starts and starts[0].place == "scheduler":
+            self._replicating.put(starts[0].round, self._store)
+        self._nursery.start_soon(self._replicating.run)
+        async for action in self._todo:
+            # whenever the job is told to stop, what is begun in the books is finished
+            with trio.CancelScope(shield=isinstance(action, Record | Checkpointed)):
+                await self._carry_out(action)
+
+    async def save_last(self, timeout_s: float) -> None:
+        """When the job is told to stop: have the open round saved as it began."""
+        machine = self.current.machine
+        await save_last(
+            self._context.node, machine, self.ledger, self._todo, self._carry_out_durable, timeout_s
+        )
+
+    async def finish(self, reason: str, timeout_s: float) -> None:
+        """Tell all executors to end, for at most ``timeout_s``; who waits for a slice is told so."""
+        self.current.kept.close()
+        await self._crew.finish(reason, timeout_s)
+
+    # --- lives ----------------------------------------------------------------------------------------
+
+    def _descriptions(self, life: Life) -> Descriptions:
+        return Descriptions(self._context.config, life.start, self._context.node.ref())
+
+    def _living(self, life: Life, carried: CarriedOver) -> CurrentLife:
+        tracker = SliceTracker.from_state(life.tracker)
+        for worker in tracker.holders:
+            if not self._is_leased(worker, "train"):
+                tracker.forget(worker)
+        context = self._context
+        machine = RoundMachine(
+            context.rules, life.start, tracker, context.node.ref(), carried, context.journal
+        )
+        return CurrentLife(life, machine, KeptSlices())
+
+    def _begin_life(self) -> None:
+        life, machine = self.current.life, self.current.machine
+        self._context.progressed.cut(life.start.round)
+        self._crew.begin_life(self._descriptions(life), life, lambda: machine.steps)
+
+    async def _restart(self, restart: Restart) -> None:
+        """The parameter server is lost: a new generation from the newest checkpoint."""
+        start, context = self.current.start, self._context
+        if restart.unusable:
+            logger.error(
+                "The checkpoint for round %d in %s cannot be used: %s",
+                start.round,
+                self.current.life.place,
+                restart.reason,
+                extra={"job_id": start.job_id, "round": start.round},
+            )
+            await self.ledger.run(Ledger.forget_checkpoint, start.round)
+        life = await next_life(self.ledger, self._store, start, context.copies)
+        logger.warning(
+            "The parameter server was lost (%s); the job goes on from round %d",
+            restart.reason,
+            life.start.round,
+            extra={"job_id": life.start.job_id},
+        )
+        self.current.kept.close()
+        self.current = self._living(life, restart.carried)
+        self._surroundings = {}
+        self._begin_life()
+
+    # --- events in, actions out -----------------------------------------------------------------------
+
+    def handle(self, event: Input) -> AnswerSlice | None:
+        """Tell the round machine. What follows is carried out in order, and soon; the answer to a question
+        for a slice is returned.
+        """
+        answer: AnswerSlice | None = None
+        for action in self.current.machine.handle(event, trio.current_time()):
+            if isinstance(action, AnswerSlice):
+                answer = action
+                continue
+            if isinstance(action, Record):
+                # at once: a snapshot never shows the next round with the last one's numbers
+                self._context.progressed.add(action.entry)
+            self._actions.send_nowait(action)
+        return answer
+
+    async def _carry_out(self, action: Action) -> None:
+        match action:
+            case Record() | FirstTheta() | KeepSlices() | Checkpointed():
+                await self._carry_out_durable(action)
+            case Send():
+                self._crew.send(action)
+            case Drop(peer=peer, kind=kind, reason=reason):
+                logger.warning("A worker is replaced: %s", reason, extra={"peer_id": peer})
+                lease = self._crew.lost(peer, kind)
+                if lease is not None:
+                    await self.ledger.run(Ledger.lease_ended, lease.lease_id)
+                    self._nursery.start_soon(self._context.pool.release, lease.lease_id, True)
+            case Again(peer=peer, reason=reason, instead_of=instead_of):
+                # not all at once, when all failed at once
+                pause_s = action.pause_s * chance().uniform(1.0, 1.5)
+                fields = {"peer_id": peer, "incarnation": instead_of}
+                logger.warning("An executor is started again in %.1f s: %s", pause_s, reason, extra=fields)
+                self._crew.again(peer, instead_of, pause_s)
+            case Restart():
+                await self._restart(action)
+            case Publish(files=files):
+                result = await publish(self._context, self.ledger, self.current.machine, files)
+                self._replicating.close()
+                await self._context.copies.forget(self.ledger, self.current.start.job_id)
+                self._end(result)
+            case Fail(error=error):
+                self._end(error)
+            case AnswerSlice():
+                pass  # whoever asked has it
+
+    async def _carry_out_durable(self, action: Durable) -> None:
+        match action:
+            case Record(entry=entry, tracker=tracker, steps=steps):
+                await self.ledger.run(Ledger.record, entry, tracker, steps)
+                if tracker is not None and entry.generation == self.current.start.generation:
+                    self.current.kept.note(tracker.version)
+                logger.info(
+                    "Round %d of %d was applied: %d samples of %d workers, loss %.4f",
+                    entry.round + 1,
+                    self._context.rules.rounds,
+                    entry.samples,
+                    len(entry.contributors),
+                    entry.loss,
+                    extra={"round": entry.round},
+                )
+            case KeepSlices(generation=generation, tracker=tracker):
+                if generation == self.current.start.generation:
+                    await self.ledger.run(Ledger.keep_slices, tracker)
+                    self.current.kept.note(tracker.version)
+            case FirstTheta(theta=theta):
+                await self.ledger.run(Ledger.first_theta, theta)
+            case Checkpointed(round=round_, place=place):
+                await self._checkpointed(round_, place)
+
+    async def _checkpointed(self, round_: int, place: str) -> None:
+        if self._context.config.checkpoint.place == "scheduler":
+            place = "scheduler"
+            try:
+                complete = await in_thread(self._store.complete, round_)
+            except OSError as exc:
+                logger.error("The checkpoint for round %d cannot be kept: %s", round_, exc)
+                return
+            if not complete:
+                logger.error("A checkpoint for round %d was announced, but its files are not here", round_)
+                return
+        await self.ledger.run(Ledger.checkpoint, round_, place)
+        self._context.progressed.checkpoint = round_
+        # at any other place the files are pruned by the parameter server's worker, which can write there
+        rounds = [start.round for start in await self.ledger.run(Ledger.starts) if start.place]
+        for old in await in_thread(self._store.prune, rounds):
+            await self.ledger.run(Ledger.forget_checkpoint, old)
+        if place == "scheduler":
+            self._replicating.put(round_, self._store)
+
+    # --- leases ---------------------------------------------------------------------------------------
+
+    async def _leases(self) -> None:
+        crew, pool = self._crew, self._context.pool
+        async for event in pool.events:
+            fields = {"peer_id": event.worker.peer, "lease_id": event.lease_id}
+            match event:
+                case LeaseGained():
+                    if (event.worker.peer, event.kind) in crew.leases:
+                        logger.warning("A worker gave two leases; one goes back", extra=fields)
+                        await pool.release(event.lease_id, avoid=True)
+                    else:
+                        crew.gained(event)
+                        await self.ledger.run(Ledger.lease_gained, event)
+                case LeaseLost(reason=reason):
+                    await self.ledger.run(Ledger.lease_ended, event.lease_id)
+                    lease = crew.lost(event.worker.peer, event.kind)
+                    if lease is not None:
+                        self.handle(lost(lease, reason))
+                case LeaseSuspect():
+                    self.handle(Unreachable(event.worker.peer, event.kind))
+                case LeaseRecovered():
+                    self.handle(Reachable(event.worker.peer, event.kind))
+
+    def _stamp(self) -> JobStamp:
+        start = self.current.start
+        return JobStamp(job_id=start.job_id, generation=start.generation)
+
+    def _is_member(self, peer: str) -> bool:
+        return any(holder == peer for holder, _ in self._crew.leases)
+
+    def _is_leased(self, peer: str, kind: str) -> bool:
+        return any(key == (peer, kind) for key in self._crew.leases)
+
+    def _is_server(self, peer: str, stamp: JobStamp | None) -> bool:
+        server = self.current.machine.server
+        if server is None or server.peer != peer:
+            return False
+        return stamp is not None and stamp.generation == self.current.start.generation
+
+    # --- time -----------------------------------------------------------------------------------------
+
+    async def _ticking(self) -> None:
+        while True:
+            self._tell_once(DataServed(bool(self.dataset.providers)))
+            self._tell_once(self._held())
+            self.handle(Tick())
+            await trio.sleep(_TICK_S)
+
+    def _tell_once(self, event: DataServed | LeasesHeld) -> None:
+        """Tell the present machine, unless it knows."""
+        name = type(event).__name__
+        if self._surroundings.get(name) != event:
+            self._surroundings[name] = event
+            self.handle(event)
+
+    def _held(self) -> LeasesHeld:
+        context = self._context
+        kinds = [lease.kind for lease in context.pool.leases]
+        train, aggregate = kinds.count("train"), kinds.count("aggregate")
+        enough = train >= context.rules.min_workers and aggregate > 0
+        what = (
+            "" if enough else sentence(context.config, self.current.machine, context.pool, self.dataset, "")
+        )
+        return LeasesHeld(train, aggregate, what)
