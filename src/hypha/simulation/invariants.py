@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from hypha.errors import HyphaError
 from hypha.executor.checkpoint import THETA
 from hypha.executor.toy import replay_toy
 from hypha.journal import Entry
+from hypha.leases import NAME as LEASES
+from hypha.leases import Ended, Freed, Granted, Reserve
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk_files import hash_file
 from hypha.scheduler.checkpoints import CheckpointStore
@@ -197,6 +200,43 @@ class RoundWatch:
                 )
                 found.append(text)
         return found
+
+
+class LeaseWatch:
+    """Keeps a book of a worker's leases beside its own: each is granted, ends and is freed once."""
+
+    def __init__(self, name: str, tell: Callable[[str], None]) -> None:
+        self._name = name
+        self._tell = tell
+        self._live: set[str] = set()
+        self._draining: set[str] = set()
+
+    def listen(self, entry: Entry) -> None:
+        """A listener of that worker's journal."""
+        if entry.machine != LEASES or isinstance(entry.state, str):
+            return
+        for action in entry.actions:
+            match action:
+                case Granted(lease=lease) if isinstance(entry.event, Reserve):
+                    self._live.add(lease.lease_id)
+                case Ended(lease=lease):
+                    if lease.lease_id not in self._live:
+                        self._tell(f"{self._name}: a lease ended twice")
+                    self._live.discard(lease.lease_id)
+                    if lease.hold_s > 0:
+                        self._draining.add(lease.lease_id)
+                case Freed(lease=lease):
+                    if lease.lease_id not in self._draining:
+                        self._tell(f"{self._name}: the resources of a lease were freed twice")
+                    self._draining.discard(lease.lease_id)
+                case _:
+                    pass
+        held = (entry.state["leases"], entry.state["draining"])
+        if held != (len(self._live), len(self._draining)):
+            self._tell(
+                f"{self._name} holds {held} leases (live, draining) and should hold "
+                f"{(len(self._live), len(self._draining))}"
+            )
 
 
 async def watch_checkpoints(world: World) -> None:

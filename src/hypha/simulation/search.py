@@ -21,6 +21,7 @@ from hypha.config.inherited import child_environment
 from hypha.executor.toy import one_thread_only
 from hypha.simulation.faults import Struck, story
 from hypha.simulation.invariants import (
+    LeaseWatch,
     RoundWatch,
     check_checkpoints,
     check_ledger,
@@ -55,6 +56,7 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
     async def live(world: World) -> None:
         rounds = RoundWatch()
         world.listeners.append(rounds.listen)
+        world.worker_listeners.append(lambda name: LeaseWatch(name, world.problems.append).listen)
         world.checks.append(check_checkpoints)
         world.nursery.start_soon(watch_checkpoints, world)
         struck.extend(await story(world))
@@ -102,10 +104,12 @@ def run_lines(lines: IO[bytes], out: IO[bytes]) -> None:
 
 class Runner:
     """Runs scenarios in a process of its own, with the same order of sets every time; a context manager. The
-    process is replaced now and then: what was killed in its worlds is only freed with it.
+    process is replaced now and then: what was killed in its worlds is only freed with it. ``change`` names a
+    function (``module:function``) that it calls first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, change: str = "") -> None:
+        self._change = change
         self._child: subprocess.Popen[bytes] | None = None
         self._runs = 0
 
@@ -129,7 +133,7 @@ class Runner:
         if self._child is None or self._runs >= _A_PROCESS:
             self._end()
             environment = {**child_environment(), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "hypha.simulation", "--run"]
+            command = [sys.executable, "-m", "hypha.simulation", "--run", "--with", self._change]
             self._child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
             )
@@ -151,7 +155,7 @@ class Runner:
         return Verdict(scenario, (problem,), (), 0.0, 0.0)
 
 
-def run_many(scenarios: Sequence[Scenario], processes: int) -> Iterator[Verdict]:
+def run_many(scenarios: Sequence[Scenario], processes: int, change: str = "") -> Iterator[Verdict]:
     """Verdicts as they come."""
     waiting: queue.SimpleQueue[Scenario] = queue.SimpleQueue()
     for scenario in scenarios:
@@ -161,7 +165,7 @@ def run_many(scenarios: Sequence[Scenario], processes: int) -> Iterator[Verdict]
 
     def work(_: int) -> Verdict:
         if not hasattr(runners, "mine"):
-            runners.mine = Runner()
+            runners.mine = Runner(change)
             made.append(runners.mine)
         verdict: Verdict = runners.mine.run(waiting.get_nowait())
         return verdict
@@ -176,13 +180,16 @@ def run_many(scenarios: Sequence[Scenario], processes: int) -> Iterator[Verdict]
                 runner.__exit__()
 
 
-def search(first: int, count: int, processes: int, tell: Callable[[str], object]) -> list[Verdict]:
+def search(
+    first: int, count: int, processes: int, tell: Callable[[str], object], change: str = ""
+) -> list[Verdict]:
     """Run ``count`` random scenarios; ``tell`` each that fails, and the shortest that fails like it."""
     began = time.monotonic()
     failed: list[Verdict] = []
     struck = done = 0
     virtual_s = 0.0
-    for verdict in run_many([random_scenario(seed) for seed in range(first, first + count)], processes):
+    scenarios = [random_scenario(seed) for seed in range(first, first + count)]
+    for verdict in run_many(scenarios, processes, change):
         done += 1
         struck += len(verdict.struck)
         virtual_s += verdict.lasted_s
@@ -196,7 +203,7 @@ def search(first: int, count: int, processes: int, tell: Callable[[str], object]
         f"{len(failed)} failed"
     )
     for verdict in failed[:3]:
-        with Runner() as runner:
+        with Runner(change) as runner:
             tell(as_test(shrink(verdict.scenario, lambda one: bool(runner.run(one).problems))))
     return failed
 

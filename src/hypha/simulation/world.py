@@ -138,6 +138,8 @@ class World:
         #: entries of the scheduler's machines, of all of its processes
         self.listeners: list[Callable[[Entry], None]] = []
         self.entries: list[bytes] = []
+        #: make a listener of a worker's journal, each time that the worker is started
+        self.worker_listeners: list[Callable[[str], Callable[[Entry], None]]] = []
         #: checkpoints that were found to be right, and how their files looked
         self.verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
         #: files that a fault has damaged
@@ -302,6 +304,8 @@ class World:
         async with open_simulated_node(self.network, computer.machine, process, options) as node:
             computer.journal = Journal(kept=50)
             computer.journal.checked = True
+            for listener in self.worker_listeners:
+                computer.journal.listeners.append(listener(computer.name))
 
             async def count() -> None:
                 await trio.sleep(0.4)
