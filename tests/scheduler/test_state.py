@@ -112,7 +112,8 @@ def test_old_checkpoints_go(tmp_path: Path) -> None:
         for round_ in (1, 2, 3):
             put(store, round_, "theta", b"x")
             store.complete(round_)
-        assert store.prune([1, 2, 3]) == [1]
+        assert store.outdated([1, 2, 3]) == [1]
+        store.keep_only([2, 3])
         assert sorted(path.name for path in state.checkpoints.iterdir()) == ["round-2", "round-3"]
 
 

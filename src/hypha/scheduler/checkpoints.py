@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -101,12 +102,17 @@ class CheckpointStore:
         """Where the files of a lost checkpoint come back to before :meth:`adopt`."""
         return self._state.incoming / f"returning-{round_}"
 
-    def prune(self, rounds: list[int]) -> list[int]:
-        """Delete all but the newest K of ``rounds``; those that were deleted."""
-        old = sorted(rounds, reverse=True)[self._keep :]
-        for round_ in old:
-            shutil.rmtree(self._directory(round_), ignore_errors=True)
-        return old
+    def outdated(self, rounds: Iterable[int]) -> list[int]:
+        """All but the newest K of ``rounds``. They are to be forgotten before they are deleted: what the
+        ledger names is there, whenever its scheduler is killed.
+        """
+        return sorted(rounds, reverse=True)[self._keep :]
+
+    def keep_only(self, rounds: Collection[int]) -> None:
+        """Delete the checkpoints of all other rounds, and what a scheduler forgot before it was killed."""
+        for path in self._state.checkpoints.glob("round-*"):
+            if path.name.removeprefix("round-") not in {str(round_) for round_ in rounds}:
+                shutil.rmtree(path, ignore_errors=True)
 
     def verify(self, round_: int) -> bool:
         """Is the checkpoint for ``round_`` here, and are its bytes those that arrived?"""

@@ -285,9 +285,12 @@ class Working:
         await self.ledger.run(Ledger.checkpoint, round_, place)
         self._context.progressed.checkpoint = round_
         # at any other place the files are pruned by the parameter server's worker, which can write there
-        rounds = [start.round for start in await self.ledger.run(Ledger.starts) if start.place]
-        for old in await in_thread(self._store.prune, rounds):
+        rounds = {start.round for start in await self.ledger.run(Ledger.starts) if start.place}
+        for old in self._store.outdated(rounds):
             await self.ledger.run(Ledger.forget_checkpoint, old)
+            rounds.remove(old)
+        if place == "scheduler":
+            await in_thread(self._store.keep_only, rounds)
         if place == "scheduler":
             self._replicating.put(round_, self._store)
 

@@ -276,6 +276,10 @@ def _left_over(world: World) -> list[str]:
         jobs = sorted(path.name for path in (computer.directory / "work").glob("hypha-*"))
         if jobs:
             found.append(f"{name} still has the job directories {jobs}")
+    for name, computer in world.computers.items():
+        process = computer.process
+        if process is None or not process.alive or process.frozen or not computer.idle_tasks:
+            continue
         node = world.network.nodes.get(name)
         if node is not None and not node.transfers.idle():
             found.append(f"{name} still holds places for transfers")

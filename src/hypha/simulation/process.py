@@ -133,6 +133,11 @@ class SimulatedProcess:
         return f"<{self.name}>"
 
     @property
+    def children(self) -> int:
+        """Living processes that it has started."""
+        return len(self._children)
+
+    @property
     def tasks(self) -> int:
         """Living tasks."""
         return len(self._tasks)

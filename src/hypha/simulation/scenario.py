@@ -102,6 +102,8 @@ class Scenario(Struct, frozen=True):
     latency_s: float = 0.01
     line_bytes_s: float = 100_000.0
     disk_s: float = 0.002
+    #: each machine's time of day runs fast or slow by up to this share
+    clock_drift: float = 0.0
     behind_nat: int = 0
     min_workers: int | None = None
     checkpoint_every: int = 2
@@ -136,6 +138,7 @@ def random_scenario(seed: int) -> Scenario:
         latency_s=random.choice((0.001, 0.01, 0.08)),
         line_bytes_s=random.choice((20_000.0, 100_000.0, 1_000_000.0)),
         disk_s=random.choice((0.0, 0.002, 0.02)),
+        clock_drift=random.choice((0.0, 0.0, 0.1)),
         behind_nat=nat,
         min_workers=random.choice((None, 1, max(1, workers - 1))),
         checkpoint_every=every,
@@ -178,6 +181,7 @@ def simpler(scenario: Scenario) -> list[Scenario]:
         "load_s",
         "latency_s",
         "disk_s",
+        "clock_drift",
     ):
         if getattr(scenario, name) != getattr(plain, name):
             found.append(replace(scenario, **{name: getattr(plain, name)}))

@@ -76,6 +76,8 @@ _FREE_BYTES = 1 << 40
 #: a day at which the world begins
 _BEGINS = 1_790_000_000.0
 _LOG_LINES = 5000
+#: a node has started by then, and no job has begun
+_IDLE_AFTER_S = 0.4
 
 
 @dataclass(eq=False)
@@ -204,12 +206,21 @@ class World:
 
         process.on_end.append(lambda: _close_files(computer.directory))
         process.spawn(main)
+        self.nursery.start_soon(self._count_tasks, computer, process)
+
+    async def _count_tasks(self, computer: Computer, process: SimulatedProcess) -> None:
+        """How many a node has before the job uses it."""
+        await trio.sleep(_IDLE_AFTER_S)
+        if process.alive and not process.children:
+            computer.idle_tasks = process.tasks
 
     def _runtime(self, computer: Computer, what: str) -> SimulatedRuntime:
         seed = self.random(what).getrandbits(64)
+        drift = self.scenario.clock_drift
+        rate = self.random(f"clock of {computer.name}").uniform(1.0 - drift, 1.0 + drift)
         runtime = SimulatedRuntime(
             seed,
-            lambda: _BEGINS + trio.current_time() + computer.clock_offset_s,
+            lambda: _BEGINS + trio.current_time() * rate + computer.clock_offset_s,
             lambda _: 0 if computer.full else _FREE_BYTES,
         )
         runtime.blocking_s = self.scenario.disk_s + computer.slow_disk_s
@@ -307,12 +318,6 @@ class World:
             for listener in self.worker_listeners:
                 computer.journal.listeners.append(listener(computer.name))
 
-            async def count() -> None:
-                await trio.sleep(0.4)
-                if computer.executors is not None and not computer.executors.running:
-                    computer.idle_tasks = process.tasks - 1
-
-            process.spawn(count)
             await worker_serve(config, node, CgroupPlaces(), computer.executors, journal=computer.journal)
 
     async def _scheduler(self, computer: Computer) -> None:
