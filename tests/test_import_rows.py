@@ -13,7 +13,7 @@ ROWS = (
     {"cli"},
     {"gateway", "scheduler", "worker", "data"},
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable"},
-    {"messages", "config", "errors", "node", "runtime"},
+    {"messages", "config", "errors", "node", "runtime", "keeper"},
 )
 #: Within a row, who may use whom.
 SIDEWAYS = {

@@ -56,7 +56,7 @@ def processes(node: Child) -> Iterator[tuple[str, psutil.Process]]:
     yield node.name, top
     for process in top.children(recursive=True):
         command = process.cmdline()
-        if any(word.endswith("launch.py") for word in command):
+        if any(word.endswith("keeper.py") for word in command):
             yield f"{node.name}'s keeper", process
         elif module := next((word for word in command if word.startswith("hypha.executor.")), None):
             yield f"{node.name}'s {module.rpartition('.')[2]}", process

@@ -1,6 +1,6 @@
 """Running one executor: its command, its environment, its output, its end.
 
-Between worker and executor stands a keeper (``launch.py``) that makes sure that nothing of the executor
+Between worker and executor stands a keeper (:mod:`hypha.keeper`) that makes sure that nothing of the executor
 survives: not the executor's end, not a stop, not even ``kill -9`` of the worker. Secrets of a job are in
 none of argv, environment, files and log: an executor asks for them over its bridge (``GET /job``).
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from hypha import keeper
 from hypha.config.models import ExecutorConfig
 from hypha.errors import ExecutorFailed
 from hypha.messages import AggregateJob, HuggingFace, Job, Reference
@@ -27,7 +28,7 @@ from hypha.worker.directory import JobDirectory
 
 logger = logging.getLogger("hypha.worker.executor")
 
-KEEPER = Path(__file__).with_name("launch.py")
+KEEPER = Path(keeper.__file__)
 #: Hypha's own executors, for a configuration without ``cmd``.
 OWN_EXECUTORS = {"train": "hypha.executor.training", "aggregate": "hypha.executor.parameter_server"}
 
@@ -187,9 +188,9 @@ async def run_executor(
     Once ``stop`` is set its group gets SIGTERM, and all that is left after ``grace_s`` SIGKILL. When ``kill``
     is set, or this is cancelled, it is killed at once, and gone when this returns.
     """
-    keeper = [sys.executable, "-I", "-S", str(KEEPER), *launch.keeper_options, "--", *launch.argv]
+    command = [sys.executable, "-I", "-S", str(KEEPER), *launch.keeper_options, "--", *launch.argv]
     process = await trio.lowlevel.open_process(
-        keeper,
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -174,7 +174,7 @@ def executors(node: Child, module: str) -> list[int]:
             command, parent = process.cmdline(), process.ppid()
         except psutil.Error:
             continue
-        if f"hypha.executor.{module}" in command and not any(word.endswith("launch.py") for word in command):
+        if f"hypha.executor.{module}" in command and not any(word.endswith("keeper.py") for word in command):
             found[process.pid] = parent
     return [pid for pid, parent in found.items() if parent not in found]
 
