@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -31,7 +32,7 @@ def run_directory() -> Path:
 
 
 @cache
-def test_environment() -> Mapping[str, str]:
+def run_environment() -> Mapping[str, str]:
     """For nodes: nothing of the user's own set-up, nothing fetched; the tests on the path."""
     environment = {
         name: value
@@ -50,14 +51,14 @@ def test_environment() -> Mapping[str, str]:
 
 @cache
 def shared_host() -> Path:
-    """The socket of a running host."""
+    """The socket of a running host; it may still be importing."""
     path = run_directory() / "host.sock"
     log = (run_directory() / "log").open("w")
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "hypha.executor.host", "--lifeline", "--socket", str(path)],
         stdin=subprocess.PIPE,
         stdout=log,
-        env=child_environment(test_environment()),
+        env=child_environment(run_environment()),
         start_new_session=True,
     )
 
@@ -68,4 +69,7 @@ def shared_host() -> Path:
         log.close()
 
     atexit.register(end)
+    while not path.exists():
+        assert process.poll() is None, (run_directory() / "log").read_text()
+        time.sleep(0.01)
     return path

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import trio
 from safetensors.torch import load_file
-from tests.support.host import shared_host, test_environment
+from tests.support.host import run_environment, shared_host
 
 from hypha.cli.chaos.lab import Star
 from hypha.cli.chaos.network import Network, open_network
@@ -79,7 +79,7 @@ async def open_system(root: Path, star: Star | None = None) -> AsyncIterator[Sys
     """A system in ``root`` whose processes are all gone when the block ends; in a star its nodes can be cut
     off and slowed down.
     """
-    async with open_network(System, root, test_environment(), star) as system:
+    async with open_network(System, root, run_environment(), star) as system:
         system.executor_host = shared_host()
         yield system
 

@@ -105,7 +105,7 @@ def _be_executor(request: ForkRequest, prepare: Callable[[], None], command: Seq
 def become_executor(request: ForkRequest, command: Sequence[str]) -> None:
     """Give this fork what a fresh process has."""
     signal.set_wakeup_fd(-1)
-    for number in keeper.KEPT_SIGNALS:
+    for number in (*keeper.KEPT_SIGNALS, signal.SIGIO):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -149,6 +150,11 @@ class Host:
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _nothing)
+        # its worker need not have waited until an import is over
+        if listener is None:
+            _end_with(self._controls[0].fileno())
+        elif lifeline is not None:
+            _end_with(lifeline)
 
     def run(self) -> NoReturn:
         """Import, then serve until the lifeline ends."""
@@ -274,6 +280,22 @@ def _nothing(number: int, frame: FrameType | None) -> None:
     """A handler: without one the wakeup descriptor is not written to."""
 
 
+def _end_with(descriptor: int) -> None:
+    """End this process as soon as the other end of ``descriptor`` is closed, whatever it does just then."""
+
+    def look(number: int, frame: FrameType | None) -> None:
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if poll.poll(0):
+            os._exit(0)
+
+    signal.signal(signal.SIGIO, look)
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
+    look(signal.SIGIO, None)
+
+
 def resident_mb() -> float:
     """What this process holds of memory, its share of what it shares with others counted (Pss)."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
@@ -293,11 +315,13 @@ def listen(path: Path) -> socket.socket:
     about = path.parent.stat()
     if about.st_uid != os.getuid() or stat.S_IMODE(about.st_mode) & 0o077:
         raise SystemExit(f"{path.parent} must belong to this user, and be closed to all others (mode 0700)")
-    path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(path))
-    path.chmod(0o600)
+    # it has its name once it can be used
+    unnamed = path.with_name(f".{os.getpid()}")
+    listener.bind(str(unnamed))
+    unnamed.chmod(0o600)
     listener.listen(64)
+    unnamed.rename(path)
     return listener
 
 
