@@ -132,6 +132,6 @@ async def open_rig(
         await system.gateway()
         await system.data("data", root / "dataset")
         for number in range(workers):
-            await system.worker(f"worker-{number + 1}", executors=[train], allow=allow)
-        await system.worker("server", executors=[aggregate], allow=allow)
+            await system.worker(f"worker-{number + 1}", executors=[train], allow=allow, warm=False)
+        await system.worker("server", executors=[aggregate], allow=allow, warm=False)
         yield Rig(system)

@@ -11,7 +11,7 @@ from bench.report import Bound, Report, Row
 
 
 def test_every_benchmark_is_found() -> None:
-    assert command.names() == ["bulk", "chaos", "leases", "memory", "outer_sync", "training"]
+    assert command.names() == ["bulk", "chaos", "leases", "memory", "outer_sync", "training", "warm"]
     assert command.run(["nothing"]) == 2
 
 

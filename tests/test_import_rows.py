@@ -14,7 +14,7 @@ ROWS = (
     {"simulation"},
     {"gateway", "scheduler", "worker", "data"},
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable"},
-    {"messages", "config", "errors", "node", "runtime", "journal"},
+    {"messages", "config", "errors", "node", "runtime", "journal", "keeper"},
 )
 #: Within a row, who may use whom.
 SIDEWAYS = {

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
@@ -80,7 +81,7 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
 def inner_of(
     model: nn.Module, description: TrainJob, steps: int = 0, scaler: torch.amp.GradScaler | None = None
 ) -> Inner:
-    accelerator = accelerator_for(description)
+    accelerator = accelerator_for(description) if scaler is None else Accelerator()
     accelerator.scaler = scaler
     forward = Forward(model, description.model)
     return Inner(accelerator.prepare(model), forward, description, accelerator, steps)
@@ -107,6 +108,17 @@ def test_inner_steps_are_those_of_plain_adamw_with_its_scheduler() -> None:
     assert inner.steps == 6
     assert inner.learning_rate == pytest.approx(rates.get_last_lr()[0])
     torch.testing.assert_close(model.weight, plain.weight, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("needs", ["nothing", "a precision", "its launcher"])
+def test_accelerate_is_for_what_needs_it(needs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    AcceleratorState._reset_state()
+    if needs == "its launcher":
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    made = accelerator_for(job(precision="bf16" if needs == "a precision" else "no"))
+    plain = needs == "nothing" and not torch.accelerator.is_available()
+    assert isinstance(made, Accelerator) is not plain
+    AcceleratorState._reset_state()
 
 
 def test_a_gradient_scaler_as_fp16_has_it_changes_no_step() -> None:

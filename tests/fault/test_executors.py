@@ -49,7 +49,8 @@ async def test_an_executor_killed_for_want_of_memory_says_so(system: System, job
     await system.gateway()
     await system.data("data", job.dataset)
     await system.worker("server", **SERVER_ONLY)
-    worker = await system.worker("worker", **TRAINING_ONLY)
+    # started, it has to pay for its imports itself
+    worker = await system.worker("worker", **TRAINING_ONLY, warm=False)
     needs = {"cpu": 1, "memory": 0.1, "storage": 0, "gpu": 0}
     scheduler = await system.scheduler(job(1, 2, worker=needs, executor_restarts=1))
     assert await system.ended(scheduler) == 5, scheduler.tail()

@@ -16,6 +16,7 @@ import trio
 from tests.fault.conftest import SERVER_ONLY, TRAINING_ONLY
 from tests.support.system import System, digits_dataset, digits_job
 
+from hypha.cli.chaos.faults import processes
 from hypha.cli.demo.children import Child
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
@@ -50,13 +51,13 @@ BOUNDS = {
 }
 
 
-def processes(node: Child) -> Iterator[tuple[str, psutil.Process]]:
+def named(node: Child) -> Iterator[tuple[str, psutil.Process]]:
     """A node's own process and its executors', with a name that says which."""
-    top = psutil.Process(node.process.pid)
-    yield node.name, top
-    for process in top.children(recursive=True):
+    for process in processes(node):
         command = process.cmdline()
-        if any(word.endswith("launch.py") for word in command):
+        if process.pid == node.process.pid:
+            yield node.name, process
+        elif any(word.endswith("keeper.py") for word in command):
             yield f"{node.name}'s keeper", process
         elif module := next((word for word in command if word.startswith("hypha.executor.")), None):
             yield f"{node.name}'s {module.rpartition('.')[2]}", process
@@ -89,7 +90,7 @@ class Watch:
 
     async def sample(self, into: Series) -> None:
         for node in self._system.group.running:
-            for name, process in processes(node):
+            for name, process in named(node):
                 with process.oneshot():
                     into[name, "memory"].append(process.memory_full_info().uss)
                     into[name, "descriptors"].append(process.num_fds())

@@ -8,6 +8,7 @@ from tests.scheduler.world import Worker, World
 
 from hypha.errors import ExecutorFailed, JobFailed, NotFinite
 from hypha.messages import ExecutorExited, Loaded, PeerRef
+from hypha.scheduler import failing
 from hypha.scheduler.events import Again, Drop, Fail, Joined, Lost, Publish
 
 NAN = "the loss is not finite"
@@ -38,7 +39,7 @@ def test_an_executor_is_started_again_with_growing_pauses_and_then_its_worker_re
         incarnation = world.workers["a"].incarnation
         world.crash("a")
         world.run(60, until=lambda: not trains(world, "a"))
-        world.run(0.3)
+        world.run(0.1)
         again = answers(world)[-1]
         assert isinstance(again, Again)
         assert again.instead_of == incarnation
@@ -46,7 +47,7 @@ def test_an_executor_is_started_again_with_growing_pauses_and_then_its_worker_re
         assert set(world.machine.members) == {"b"}, "b does its part meanwhile"
         pauses.append(again.pause_s)
         world.run(60, until=lambda: trains(world, "a"))
-    assert pauses == [1.0, 2.0, 4.0]
+    assert pauses == pytest.approx([0.2, 0.8, 3.2])
     world.crash("a")
     world.run(1)
     assert isinstance(answers(world)[-1], Drop)
@@ -67,6 +68,14 @@ def test_a_round_with_its_update_clears_its_account() -> None:
     assert [type(action) for action in answers(world)] == [Again, Again]
 
 
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Executors that failed stay away for longer than a short round lasts."""
+    monkeypatch.setattr(failing, "_FIRST_PAUSE_S", 1.0)
+    monkeypatch.setattr(failing, "_PAUSE_GROWTH", 2.0)
+
+
+@pytest.mark.usefixtures("slow")
 def test_without_an_update_of_its_own_the_rounds_of_others_do_not_help() -> None:
     world = world_of("a", "b", samples=60, rounds=40)
     struck = []
@@ -79,6 +88,7 @@ def test_without_an_update_of_its_own_the_rounds_of_others_do_not_help() -> None
     assert [type(action) for action in answers(world)] == [Again, Again, Drop]
 
 
+@pytest.mark.usefixtures("slow")
 def test_what_an_executor_says_and_its_end_are_one_failure() -> None:
     world = world_of("a", "b")
     old = world.workers["a"]

@@ -13,7 +13,6 @@ Use it through the fixture ``system`` of ``tests/system/conftest.py``::
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Sequence
@@ -24,18 +23,17 @@ from typing import Any
 import numpy as np
 import trio
 from safetensors.torch import load_file
+from tests.support.host import run_environment, shared_host
 
 from hypha.cli.chaos.lab import Star
 from hypha.cli.chaos.network import Network, open_network
 from hypha.cli.demo.children import Child
 from hypha.cli.demo.files import MODEL
-from hypha.config.environment import process_environment
 from hypha.data import PrepareOptions, prepare
 from hypha.executor.replay import largest_difference, replay
 from hypha.messages import LedgerFile
 from hypha.scheduler import read_ledger
 
-ROOT = Path(__file__).parent.parent.parent
 #: a ``[scheduler.job.model]`` that executors build without transformers
 PLAIN: dict[str, Any] = {"type": "torch", "entrypoint": "tests.support.plain:Digits"}
 #: the same for jobs of :func:`paced` executors: a tenth of the work a step, also of their replays
@@ -81,16 +79,8 @@ async def open_system(root: Path, star: Star | None = None) -> AsyncIterator[Sys
     """A system in ``root`` whose processes are all gone when the block ends; in a star its nodes can be cut
     off and slowed down.
     """
-    environment = {
-        name: value
-        for name, value in process_environment().items()
-        if not name.startswith(("HYPHA_", "OTEL_")) and name != "RUST_LOG"
-    }
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "hub"), "PYTHONUNBUFFERED": "1"}
-    # executors import tests.support.plain
-    found = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([found] if found else [])])
-    async with open_network(System, root, environment, star) as system:
+    async with open_network(System, root, run_environment(), star) as system:
+        system.executor_host = shared_host()
         yield system
 
 

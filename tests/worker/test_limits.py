@@ -14,8 +14,9 @@ from hypha.config.inherited import child_environment
 from hypha.errors import ConfigError
 from hypha.messages import Resources
 from hypha.worker.devices import GpuPins, list_gpus
+from hypha.worker.keepers import Launch
 from hypha.worker.limits import CgroupPlaces, Limits, apply_limits, find_cgroups, usable_cgroups
-from hypha.worker.process import Exit, Launch, run_executor
+from hypha.worker.process import Exit, run_executor
 
 V1 = """\
 30 23 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro

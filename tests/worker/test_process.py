@@ -28,11 +28,10 @@ from hypha.messages import (
     TrainJob,
 )
 from hypha.worker.directory import JobDirectory
+from hypha.worker.keepers import KEEPER, Launch
 from hypha.worker.process import (
-    KEEPER,
     MAX_LINE_BYTES,
     TAIL_LINES,
-    Launch,
     prepare_launch,
     run_executor,
     secrets_of,
@@ -204,7 +203,8 @@ async def test_kill_9_of_the_worker_leaves_no_executor(tmp_path: Path) -> None:
 import sys, trio
 from pathlib import Path
 from hypha.config.inherited import child_environment
-from hypha.worker.process import Launch, run_executor
+from hypha.worker.keepers import Launch
+from hypha.worker.process import run_executor
 launch = Launch("job", (sys.executable, "grows.py", "deaf"), child_environment(), Path({str(tmp_path)!r}))
 trio.run(run_executor, launch, trio.Event(), 60.0)
 """

@@ -1,4 +1,4 @@
-"""The one door to the process environment: nothing else in Hypha reads ``os.environ``."""
+"""The one door to the process environment: nothing else in Hypha reads or changes ``os.environ``."""
 
 from __future__ import annotations
 
@@ -14,3 +14,16 @@ def process_environment() -> Mapping[str, str]:
 def variable(name: str, default: str | None = None) -> str | None:
     """One variable of this process's environment; ``default`` when it is unset or empty."""
     return os.environ.get(name) or default
+
+
+def set_variable(name: str, value: str) -> None:
+    """For libraries that are yet to be loaded, and for child processes."""
+    os.environ[name] = value
+
+
+def replace_environment(variables: Mapping[str, str]) -> None:
+    """``variables`` become all that there is. The C library's copies are made anew, so that nobody reads the
+    memory any more in which this process was given its environment.
+    """
+    os.environ.clear()
+    os.environ.update(variables)

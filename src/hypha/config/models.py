@@ -221,6 +221,12 @@ class WorkerConfig(LeafConfig):
     hang_s: float = Field(default=600.0, ge=0)
     #: how a job's resource limits are enforced; ``auto`` takes the strongest that works here
     limits: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
+    #: Hypha's own executors are forked by a host, a process that has imported what they need (some 330 MB,
+    #: shared with them), and start in a fraction of a second; those with a ``cmd`` are started as ever
+    warm: bool = True
+    #: the socket of a host that the nodes of this machine and user share, started with
+    #: ``python -m hypha.executor.host --socket PATH``; ``None``: this worker has a host of its own
+    warm_host: Path | None = None
 
 
 # --- scheduler ----------------------------------------------------------------------------------------

@@ -48,19 +48,20 @@ def accuracy(model_directory: Path, dataset: Path) -> tuple[float, int]:
     return right / total, total
 
 
-def main() -> None:
-    """The program."""
+def main(arguments: list[str]) -> int:
+    """The program; its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("dataset", type=Path)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
-        share, samples = accuracy(arguments.model, arguments.dataset)
+        share, samples = accuracy(options.model, options.dataset)
     except HyphaError as exc:
         print(f"error: {exc}", file=sys.stderr)
-        sys.exit(exc.exit_code)
+        return exc.exit_code
     print(json.dumps({"accuracy": share, "samples": samples}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

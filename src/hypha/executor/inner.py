@@ -7,17 +7,24 @@ its own, with the mean of its gradients. Training and replay run this very code.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import blake3
 import torch
-from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
+from hypha.config.environment import process_environment
 from hypha.errors import ModelError
 from hypha.executor.models import Forward
 from hypha.messages import LrSchedule, TrainJob
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
 
 #: how torch begins to say that a batch has no variance
 _SINGLE_ROW = "Expected more than 1 value per channel when training"
@@ -53,8 +60,45 @@ def round_seed(seed: int, worker: str, round: int) -> int:
     return int.from_bytes(blake3.blake3(f"{seed}/{worker}/{round}".encode()).digest(8), "big") >> 1
 
 
-def accelerator_for(job: TrainJob) -> Accelerator:
-    """The device and precision of a job. Raises :class:`ModelError` when this machine lacks the precision."""
+class Processor:
+    """What accelerate's ``Accelerator`` is, of which this has the part used here, on the CPU in fp32: nothing
+    is moved, wrapped or cast.
+    """
+
+    device = torch.device("cpu")
+    scaler: torch.amp.GradScaler | None = None
+
+    def prepare(self, thing: T) -> T:
+        """The same."""
+        return thing
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        """The same."""
+        return model
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """No casts."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """As a tensor's own."""
+        torch.autograd.backward(loss)
+
+    def unscale_gradients(self, optimizer: object) -> None:
+        """They are not scaled."""
+
+
+def accelerator_for(job: TrainJob) -> Accelerator | Processor:
+    """The device and precision of a job. Raises :class:`ModelError` when this machine lacks the precision.
+
+    accelerate, whose import takes a fifth of torch's, is for what needs it: devices, precisions, and what its
+    own launcher and configuration say.
+    """
+    told = any(name == "WORLD_SIZE" or name.startswith("ACCELERATE_") for name in process_environment())
+    if job.precision == "no" and not told and not torch.accelerator.is_available():
+        return Processor()
+    from accelerate import Accelerator
+
     try:
         return Accelerator(mixed_precision=job.precision)
     except ValueError as exc:
@@ -65,7 +109,12 @@ class Inner:
     """AdamW on a prepared model: one incarnation of an optimizer, with the number of steps it stands at."""
 
     def __init__(
-        self, model: nn.Module, forward: Forward, job: TrainJob, accelerator: Accelerator, steps: int
+        self,
+        model: nn.Module,
+        forward: Forward,
+        job: TrainJob,
+        accelerator: Accelerator | Processor,
+        steps: int,
     ) -> None:
         self._model = model
         self._forward = forward
@@ -87,12 +136,14 @@ class Inner:
         )
         #: Nothing is left for accelerate to do in a step: its own looks twice through the disk for a package
         #: that few have, which takes as long as a step of a small model.
-        self._bare = accelerator.scaler is None and accelerator.distributed_type is DistributedType.NO
-        self._optimizer = adamw
-        if not self._bare:
-            self._optimizer = accelerator.prepare(adamw)
-            # it would be kept for good, state and all, though a worker that starts over has a fresh one
-            accelerator._optimizers.remove(self._optimizer)
+        self._bare = True
+        self._optimizer: Any = adamw
+        if not isinstance(accelerator, Processor):
+            self._bare = accelerator.scaler is None and accelerator.distributed_type == "NO"
+            if not self._bare:
+                self._optimizer = accelerator.prepare(adamw)
+                # it would be kept for good, state and all, though a worker that starts over has a fresh one
+                accelerator._optimizers.remove(self._optimizer)
 
     @property
     def learning_rate(self) -> float:

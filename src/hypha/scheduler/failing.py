@@ -2,7 +2,7 @@
 
 An executor that goes on strike says why (``ExecutorError``), and its worker says how it ended
 (``ExecutorExited``: exit code, last lines). Both make one failure, judged when the second is here or has not
-come for a while. It is answered by the same executor again, under the same lease, after a pause that doubles;
+come for a while. It is answered by the same executor again, under the same lease, after a pause that grows;
 used up, by another worker. What an executor that is over still says is not believed. Pure.
 """
 
@@ -16,7 +16,8 @@ from hypha.scheduler.rules import Failures
 
 #: an executor that said why it fails has so long to end
 _LAST_WORDS_S = 10.0
-_LONGEST_PAUSE_S = 60.0
+#: before the first restart, what each further one has to wait longer, and the longest
+_FIRST_PAUSE_S, _PAUSE_GROWTH, _LONGEST_PAUSE_S = 0.2, 4.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Failing:
         if cause == "model" or self._failures.restarts[peer] >= self._restarts:
             return [Drop(peer, "train", message)]
         self._failures.restarts[peer] += 1
-        pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (self._failures.restarts[peer] - 1))
+        grown_s = _FIRST_PAUSE_S * _PAUSE_GROWTH ** (self._failures.restarts[peer] - 1)
+        pause_s = min(_LONGEST_PAUSE_S, grown_s)
         return [Again(peer, message, pause_s, incarnation)]
 
 

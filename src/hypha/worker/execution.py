@@ -57,9 +57,10 @@ from hypha.worker.devices import GpuPins
 from hypha.worker.directory import JobDirectory
 from hypha.worker.feeds import Arrivals, Directives, Feed
 from hypha.worker.inbox import Inbox
+from hypha.worker.keepers import Launch
 from hypha.worker.limits import CgroupPlaces, Limits, apply_limits
 from hypha.worker.outbox import Outbox
-from hypha.worker.process import Exit, Launch, prepare_launch
+from hypha.worker.process import Exit, prepare_launch
 from hypha.worker.room import lack_of_room
 from hypha.worker.slices import SlicePrefetcher
 from hypha.worker.starting import EndSignals, RunExecutor

@@ -43,7 +43,7 @@ class Limits:
     rlimits: tuple[tuple[str, int], ...] = ()
 
     def launch_options(self) -> list[str]:
-        """For ``launch.py``, which applies them in the child before it becomes the executor."""
+        """For :mod:`hypha.keeper`, which applies them in the child before it becomes the executor."""
         options = []
         for group in self.groups:
             options += ["--cgroup", str(group / "cgroup.procs")]

@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -32,6 +33,7 @@ from hypha.worker.replicas import ReplicaStore
 from hypha.worker.room import lack_of_room
 from hypha.worker.starting import RunExecutor, run_process
 from hypha.worker.storage_desk import StorageDesk
+from hypha.worker.warm import open_host
 
 logger = logging.getLogger("hypha.worker")
 
@@ -54,7 +56,9 @@ async def work(
         with last:
             async with open_node(options) as node:
                 with first:
-                    await serve(config, node, cgroups, task_status=task_status)
+                    async with open_host(config, child_environment()) as host:
+                        run = partial(run_process, host=host)
+                        await serve(config, node, cgroups, run, task_status=task_status)
 
 
 def _check_work_dir(path: Path) -> None:

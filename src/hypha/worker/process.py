@@ -1,6 +1,6 @@
 """Running one executor: its command, its environment, its output, its end.
 
-Between worker and executor stands a keeper (``launch.py``) that makes sure that nothing of the executor
+Between worker and executor stands a keeper (:mod:`hypha.keeper`) that makes sure that nothing of the executor
 survives: not the executor's end, not a stop, not even ``kill -9`` of the worker. Secrets of a job are in
 none of argv, environment, files and log: an executor asks for them over its bridge (``GET /job``).
 """
@@ -8,14 +8,11 @@ none of argv, environment, files and log: an executor asks for them over its bri
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 import trio
@@ -24,10 +21,11 @@ from hypha.config.models import ExecutorConfig
 from hypha.errors import ExecutorFailed
 from hypha.messages import AggregateJob, HuggingFace, Job, Reference
 from hypha.worker.directory import JobDirectory
+from hypha.worker.keepers import KILLED_WITHIN_S, Keeper, Launch, OwnExecutor, end_keeper, start_keeper
+from hypha.worker.warm import ExecutorHost
 
 logger = logging.getLogger("hypha.worker.executor")
 
-KEEPER = Path(__file__).with_name("launch.py")
 #: Hypha's own executors, for a configuration without ``cmd``.
 OWN_EXECUTORS = {"train": "hypha.executor.training", "aggregate": "hypha.executor.parameter_server"}
 
@@ -35,8 +33,6 @@ TAIL_LINES = 50
 MAX_LINE_BYTES = 4096
 #: The kernel takes 128 KiB for one argument.
 MAX_JOB_JSON_BYTES = 100 * 1024
-#: After SIGKILL a process is gone at once, but for one stuck in the kernel.
-KILLED_WITHIN_S = 2.0
 
 
 def references_of(job: Job) -> list[Reference]:
@@ -70,18 +66,6 @@ def _without_token(reference: Reference | None) -> Reference | None:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """Everything to start an executor with. ``secrets`` are blotted out of its output."""
-
-    job_id: str
-    argv: tuple[str, ...]
-    environment: Mapping[str, str]
-    work_dir: Path
-    keeper_options: Sequence[str] = ()
-    secrets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Exit:
     """How an executor ended: its exit code (negative: the signal that killed it), its last lines, and
     whether that was because it was told to stop.
@@ -109,8 +93,10 @@ def prepare_launch(
         "{JOB_JSON}": text,
         "{JOB_FILE}": str(job_file),
     }
+    own: OwnExecutor | None = None
     if config.cmd is None:
-        command = [sys.executable, "-m", OWN_EXECUTORS[config.kind], *(config.args or ["{SOCKET_PATH}"])]
+        own = OwnExecutor(OWN_EXECUTORS[config.kind], torch_only=_torch_only(job))
+        command = [sys.executable, "-m", own.module, *(config.args or ["{SOCKET_PATH}"])]
     else:
         command = [config.cmd, *config.args]
     if any("{JOB_JSON}" in part for part in command) and len(text.encode()) > MAX_JOB_JSON_BYTES:
@@ -129,7 +115,13 @@ def prepare_launch(
         },
         work_dir=directory.path,
         secrets=secrets_of(job),
+        own=own,
     )
+
+
+def _torch_only(job: Job) -> bool:
+    """Does it do without transformers?"""
+    return job.model.task == "torch" and job.preprocessor is None
 
 
 def _substitute(text: str, values: Mapping[str, str]) -> str:
@@ -180,23 +172,28 @@ async def run_executor(
     grace_s: float,
     *,
     kill: trio.Event | None = None,
+    host: ExecutorHost | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> Exit:
-    """Run it until it ends; ``task_status`` gives the process group.
+    """Run it until it ends, forked by ``host`` where that can be; ``task_status`` gives the process group.
 
     Once ``stop`` is set its group gets SIGTERM, and all that is left after ``grace_s`` SIGKILL. When ``kill``
     is set, or this is cancelled, it is killed at once, and gone when this returns.
     """
-    keeper = [sys.executable, "-I", "-S", str(KEEPER), *launch.keeper_options, "--", *launch.argv]
-    process = await trio.lowlevel.open_process(
-        keeper,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=launch.work_dir,
-        env=dict(launch.environment),
-        start_new_session=True,
-    )
+    keeper: Keeper | None = await host.fork(launch) if host is not None else None
+    if keeper is None:
+        keeper = await start_keeper(launch)
+    return await _attend(keeper, launch, stop, grace_s, kill, task_status)
+
+
+async def _attend(
+    keeper: Keeper,
+    launch: Launch,
+    stop: trio.Event,
+    grace_s: float,
+    kill: trio.Event | None,
+    task_status: trio.TaskStatus[int],
+) -> Exit:
     output = _Output(launch.job_id, launch.secrets)
     drained = trio.Event()
     stopped = False
@@ -205,18 +202,17 @@ async def run_executor(
         nonlocal stopped
         await stop.wait()
         stopped = True
-        _signal_group(process.pid, signal.SIGTERM)
+        keeper.signal_group(signal.SIGTERM)
         await trio.sleep(grace_s)
-        await _kill(process)
+        await end_keeper(keeper)
 
     async def kill_when_told(told: trio.Event) -> None:
         await told.wait()
-        await _kill(process)
+        await end_keeper(keeper)
 
     async def read() -> None:
-        if process.stdout is not None:
-            async for data in process.stdout:
-                output.feed(bytes(data))
+        async for data in keeper.output:
+            output.feed(bytes(data))
         drained.set()
 
     try:
@@ -225,40 +221,15 @@ async def run_executor(
             if kill is not None:
                 nursery.start_soon(kill_when_told, kill)
             nursery.start_soon(read)
-            task_status.started(process.pid)
-            await process.wait()
+            task_status.started(keeper.pid)
+            await keeper.wait()
             # Everybody who had the pipe is dead, so this only empties it.
             with trio.move_on_after(KILLED_WITHIN_S):
                 await drained.wait()
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
-            await _kill(process)
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    await stream.aclose()
-    code = process.returncode
+            await end_keeper(keeper)
+            await keeper.aclose()
+    code = keeper.code
     return Exit(code=code if code is not None else -signal.SIGKILL, tail=output.end(), stopped=stopped)
-
-
-async def _kill(process: trio.Process) -> None:
-    """Cut the lifeline: the keeper kills everything below it. If it does not, kill its group."""
-    if process.poll() is not None:
-        return
-    if process.stdin is not None:
-        await process.stdin.aclose()
-    # a keeper that somebody stopped could not keep its promise
-    process.send_signal(signal.SIGCONT)
-    with trio.move_on_after(KILLED_WITHIN_S):
-        await process.wait()
-        return
-    _signal_group(process.pid, signal.SIGKILL)
-    with trio.move_on_after(KILLED_WITHIN_S):
-        await process.wait()
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return

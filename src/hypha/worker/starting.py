@@ -12,7 +12,9 @@ from typing import Protocol
 import trio
 
 from hypha.worker.bridge import Desk, bind_bridge, serve_bridge
-from hypha.worker.process import Exit, Launch, run_executor
+from hypha.worker.keepers import Launch
+from hypha.worker.process import Exit, run_executor
+from hypha.worker.warm import ExecutorHost
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,16 @@ class RunExecutor(Protocol):
     async def __call__(self, desk: Desk, socket_path: Path, launch: Launch, ends: EndSignals) -> Exit: ...
 
 
-async def run_process(desk: Desk, socket_path: Path, launch: Launch, ends: EndSignals) -> Exit:
-    """A process, with its bridge at ``socket_path``. Raises OSError when there can be no socket."""
+async def run_process(
+    desk: Desk, socket_path: Path, launch: Launch, ends: EndSignals, host: ExecutorHost | None = None
+) -> Exit:
+    """A process, forked by ``host`` where that can be, with its bridge at ``socket_path``.
+
+    Raises OSError when there can be no socket.
+    """
     listener = bind_bridge(socket_path)
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_bridge, desk, listener)
-        ended = await run_executor(launch, ends.stop, ends.grace_s, kill=ends.kill)
+        ended = await run_executor(launch, ends.stop, ends.grace_s, kill=ends.kill, host=host)
         nursery.cancel_scope.cancel()
     return ended

@@ -12,6 +12,7 @@ nodes only: ``cut`` and ``slow`` need a network in a :class:`~hypha.cli.chaos.la
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -166,17 +167,52 @@ def candidates(
 
 def executors(node: Child, module: str) -> list[int]:
     """PIDs of the executors of ``hypha.executor.<module>`` that this worker runs; neither their keepers, nor
-    what they have just forked, which looks like them for a moment.
+    what they have forked.
     """
-    found: dict[int, int] = {}
-    for process in psutil.Process(node.process.pid).children(recursive=True):
-        try:
-            command, parent = process.cmdline(), process.ppid()
-        except psutil.Error:
-            continue
-        if f"hypha.executor.{module}" in command and not any(word.endswith("launch.py") for word in command):
-            found[process.pid] = parent
-    return [pid for pid, parent in found.items() if parent not in found]
+    found = []
+    for keeper in _keepers(node):
+        for process in keeper.children():
+            with contextlib.suppress(psutil.Error):
+                command = process.cmdline()
+                # for a moment a keeper's child still looks like the keeper
+                if f"hypha.executor.{module}" in command and not _is_keeper(command):
+                    found.append(process.pid)
+    return found
+
+
+def processes(node: Child) -> list[psutil.Process]:
+    """A node's own process and all that it runs, its executors included, whoever has forked them."""
+    found: dict[int, psutil.Process] = {}
+    for top in (psutil.Process(node.process.pid), *_keepers(node)):
+        with contextlib.suppress(psutil.Error):
+            found |= {one.pid: one for one in (top, *top.children(recursive=True))}
+    return list(found.values())
+
+
+def _keepers(node: Child) -> list[psutil.Process]:
+    """Keepers of executors whose lifelines this worker holds. They need not be its children: an executor host
+    forks them too.
+    """
+    held = _pipes(node.process.pid)
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.readlink(f"/proc/{process.pid}/fd/0") in held and _is_keeper(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def _is_keeper(command: list[str]) -> bool:
+    return any(word.endswith("keeper.py") for word in command)
+
+
+def _pipes(pid: int) -> set[str]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return {one for one in found if one.startswith("pipe:")}
 
 
 @contextmanager
@@ -198,7 +234,11 @@ def _processes(node: Child, role: Role, how: How) -> tuple[int, ...]:
     )
     if not pids:
         raise NetworkFailed(f"{node.name} runs no {role}")
-    return pids if how == "kill" else tuple(pid for top in pids for pid in _tree(top))
+    if how == "kill":
+        return pids
+    if role.endswith("executor"):
+        return tuple(pid for top in pids for pid in _tree(top))
+    return tuple(one.pid for one in processes(node))
 
 
 def _wound(network: Network, role: Role, how: How, node: Child) -> Callable[[], None]:

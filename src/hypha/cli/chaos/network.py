@@ -22,6 +22,7 @@ import trio
 
 from hypha.cli.chaos.lab import Star, inside
 from hypha.cli.demo.children import Child, Children, children
+from hypha.cli.demo.workplace import warm_keys
 from hypha.errors import HyphaError
 from hypha.pki.authority import CaFiles, make_node, make_org, make_root
 from hypha.pki.identity import IdentityFiles, load_identity
@@ -63,6 +64,8 @@ class Network:
         self.gateways: list[str] = []
         #: what each node is: gateway, data, worker, scheduler
         self.roles: dict[str, str] = {}
+        #: the socket of the executor host that all workers use; without one executors are started cold
+        self.executor_host: Path | None = None
         #: in which network namespace a node runs; those not named run in the caller's own
         self.places: dict[str, str] = {}
         #: what a node's command begins with
@@ -159,7 +162,12 @@ class Network:
     async def worker(self, name: str, **keys: Any) -> Child:
         """Start a worker with room for a training job and a parameter server."""
         offered = {"cpu": 2, "memory": 8, "storage": 2, "gpu": 0}
-        keys = {"work_dir": str(self.root / f"work-{name}"), "resources": offered, **keys}
+        keys = {
+            "work_dir": str(self.root / f"work-{name}"),
+            "resources": offered,
+            **warm_keys(self.executor_host),
+            **keys,
+        }
         return await self.start(name, "worker", self.write(name, "worker", **keys))
 
     async def scheduler(self, job: dict[str, Any], name: str = "scheduler", **keys: Any) -> Child:

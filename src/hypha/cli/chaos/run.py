@@ -27,7 +27,7 @@ from hypha.cli.chaos.report import Report, Struck, judge, show
 from hypha.cli.chaos.schedule import Planned, plan
 from hypha.cli.chaos.striking import Striker, Supervisor
 from hypha.cli.demo import files
-from hypha.cli.demo.workplace import clean_environment, open_directory, prepare_digits
+from hypha.cli.demo.workplace import clean_environment, open_directory, prepare_digits, start_host
 from hypha.errors import ConfigError, OutputError, Problem
 
 JOB = "chaos"
@@ -181,6 +181,7 @@ async def _start(place: files.Place, network: Network, workers: int, small_disks
     """Two linked gateways, two data nodes with files of their own, workers, a node for the parameter server
     and a spare for either part, and the scheduler.
     """
+    network.executor_host = await start_host(place.root, network.group)
     await trio.to_thread.run_sync(files.write_digits, place, _COPIES)
     await trio.to_thread.run_sync(files.write_model, place)
     await prepare_digits(place, network.group)

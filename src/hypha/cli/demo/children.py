@@ -40,6 +40,8 @@ class Child:
     name: str
     process: trio.Process
     log: Path
+    #: nothing can go on without it
+    needed: bool = True
     #: extra fields of its log entries so far, the last value of each
     fields: dict[str, object] = field(default_factory=dict)
     _read: int = 0
@@ -84,10 +86,19 @@ class Children:
         self.environment = dict(environment)
         self.running: list[Child] = []
 
-    async def start(self, name: str, module: str, *arguments: str, prefix: Sequence[str] = ()) -> Child:
+    async def start(
+        self,
+        name: str,
+        module: str,
+        *arguments: str,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        needed: bool = True,
+    ) -> Child:
         """Run ``python -m module arguments``; its output goes to ``logs/<name>.log``.
 
         ``prefix`` is a command that runs another one in its own place, such as ``ip netns exec NAME``.
+        Without ``needed`` nobody minds its end.
         """
         log = self._logs / f"{name}.log"
         with log.open("wb") as file:
@@ -98,11 +109,11 @@ class Children:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=file,
-                    env=self.environment,
+                    env=self.environment if environment is None else dict(environment),
                     # Ctrl-C in the terminal goes to the demo alone, which ends the others in order
                     start_new_session=True,
                 )
-                child = Child(name, process, log)
+                child = Child(name, process, log, needed)
                 self.running.append(child)
         await trio.lowlevel.checkpoint()
         return child
@@ -120,7 +131,7 @@ class Children:
         """Raise DemoFailed when a process that should run for ever has ended."""
         for child in self.running:
             code = child.process.poll()
-            if code is not None and child not in allowed:
+            if code is not None and child.needed and child not in allowed:
                 raise DemoFailed(
                     f"{child.name} ended with exit code {code}; the end of its log:\n{child.tail()}",
                     code if code > 0 else 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,8 @@ def write_gateway(place: Place, port: int) -> None:
     _write(place, "gateway", {"listen_addresses": [address], "external_addresses": [address]})
 
 
-def write_leaves(place: Place, gateway: str, job: Job) -> None:
-    """Configurations of the data node, the workers and the scheduler."""
+def write_leaves(place: Place, gateway: str, job: Job, warm: Mapping[str, Any]) -> None:
+    """Configurations of the data node, the workers (with the keys ``warm``) and the scheduler."""
     network: dict[str, Any] = {
         "gateway_addresses": [gateway],
         "listen_addresses": ["/ip4/127.0.0.1/tcp/0"],
@@ -122,7 +123,7 @@ def write_leaves(place: Place, gateway: str, job: Job) -> None:
         name = worker_name(number)
         # room for a training job and a parameter server
         offered = {"cpu": 2, "memory": 8, "storage": 2, "gpu": 0}
-        _write(place, name, {**network, "work_dir": name, "resources": offered})
+        _write(place, name, {**network, "work_dir": name, "resources": offered, **warm})
     _write(
         place,
         "scheduler",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -19,11 +21,22 @@ import trio
 from rich.console import Console
 
 from hypha.cli.demo import files
-from hypha.cli.demo.children import Child, Children, DemoFailed, children
+from hypha.cli.demo.children import GRACE_S, Child, Children, DemoFailed, children
 from hypha.cli.demo.showing import Show, show_on
-from hypha.cli.demo.workplace import clean_environment, open_directory, prepare_digits
+from hypha.cli.demo.workplace import (
+    HOST,
+    clean_environment,
+    open_directory,
+    prepare_digits,
+    start_host,
+    warm_keys,
+)
+from hypha.config.inherited import child_environment
 from hypha.errors import OutputError
 from hypha.scheduler.snapshot import JobSnapshot
+from hypha.worker.keepers import Launch, OwnExecutor
+from hypha.worker.process import run_executor
+from hypha.worker.warm import SharedHost
 
 POLL_S = 0.2
 #: A gateway that has not said its addresses by then never will.
@@ -79,6 +92,8 @@ async def run_demo(options: Options) -> None:
 
 async def _train(place: files.Place, group: Children, options: Options, show: Show) -> Outcome:
     job = files.Job(options.workers, options.rounds)
+    # first of all: it imports while everything else is made
+    host = await start_host(place.root, group)
     show.stage(f"Making certificates for {options.workers + 3} nodes")
     await trio.to_thread.run_sync(files.make_certificates, place, options.workers)
     await trio.to_thread.run_sync(files.write_gateway, place, files.free_port())
@@ -87,7 +102,7 @@ async def _train(place: files.Place, group: Children, options: Options, show: Sh
     await trio.to_thread.run_sync(files.write_digits, place)
     await trio.to_thread.run_sync(files.write_model, place)
     address = await _gateway_address(gateway, group)
-    await trio.to_thread.run_sync(files.write_leaves, place, address, job)
+    await trio.to_thread.run_sync(files.write_leaves, place, address, job, warm_keys(host))
     # nodes may start in any order: the workers need not wait for the data
     for number in range(options.workers):
         await _start(place, group, files.worker_name(number), "worker")
@@ -96,14 +111,29 @@ async def _train(place: files.Place, group: Children, options: Options, show: Sh
     await _start(place, group, "data", "data")
     scheduler = await _start(place, group, "scheduler", "scheduler")
     await _follow(scheduler, group, show)
-    await group.stop()
+    await group.stop([child for child in group.running if child.name != HOST])
     show.stage("Evaluating the exported model on held-out digits")
-    answer = await group.run(
-        "evaluate", "hypha.executor.evaluate", str(place["model"]), str(place["held-out"])
-    )
-    result = json.loads(answer.strip().splitlines()[-1])
+    result = await _evaluate(place, group, host)
     about = json.loads((place["model"] / "hypha.json").read_text())
     return Outcome(result["accuracy"], result["samples"], about["rounds"], about["samples"])
+
+
+async def _evaluate(place: files.Place, group: Children, host: Path | None) -> dict[str, Any]:
+    """What :mod:`hypha.executor.evaluate` says, in a process that the host has forked, if there is one."""
+    module = "hypha.executor.evaluate"
+    launch = Launch(
+        job_id="evaluate",
+        argv=(sys.executable, "-m", module, str(place["model"]), str(place["held-out"])),
+        environment=child_environment(group.environment),
+        work_dir=place.root,
+        own=OwnExecutor(module),
+    )
+    shared = None if host is None else SharedHost(host)
+    ended = await run_executor(launch, trio.Event(), GRACE_S, host=shared)
+    if ended.code:
+        raise DemoFailed(f"the evaluation failed with exit code {ended.code}:\n{ended.tail}")
+    found: dict[str, Any] = json.loads(ended.tail.splitlines()[-1])
+    return found
 
 
 async def _start(place: files.Place, group: Children, name: str, program: str) -> Child:

@@ -1,20 +1,28 @@
-"""Where a throw-away network lives: its directory, its environment, scikit-learn's digits prepared in it."""
+"""Where a throw-away network lives: its directory, its environment, its executor host, scikit-learn's digits
+prepared in it.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from hypha.cli.demo import files
 from hypha.cli.demo.children import Children, DemoFailed
 from hypha.config.environment import process_environment
+from hypha.config.inherited import child_environment
+from hypha.worker.directory import MAX_SOCKET_PATH_BYTES
 
+#: Its name among the network's processes.
+HOST = "executor-host"
 #: Longest path of a directory for sockets, in bytes.
 MAX_TEMPORARY = 70
 
@@ -62,6 +70,30 @@ def clean_environment(place: files.Place) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+async def start_host(root: Path, group: Children) -> Path | None:
+    """One executor host for all workers of the network; its socket. None where the path would be too long: a
+    host for each would take more memory than the executors save time.
+    """
+    path = root / "host" / "host.sock"
+    if sys.platform != "linux" or len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        return None
+    await group.start(
+        HOST,
+        "hypha.executor.host",
+        "--socket",
+        str(path),
+        # as executors have it, or it could not fork any
+        environment=child_environment(group.environment),
+        needed=False,
+    )
+    return path
+
+
+def warm_keys(host: Path | None) -> dict[str, Any]:
+    """The configuration keys of a worker that uses that host."""
+    return {"warm": False} if host is None else {"warm_host": str(host)}
 
 
 async def prepare_digits(place: files.Place, group: Children) -> None:

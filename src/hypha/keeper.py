@@ -1,9 +1,10 @@
 """The keeper between a worker and one executor: no process of the executor outlives it or the worker.
 
-It is started by path (``python -I -S launch.py ... -- command``), imports the standard library only, and
-is up in some 20 ms. Its standard input is a lifeline held by the worker: when that ends, by a request to
-stop or because the worker was killed, every descendant is killed, those that left the process group too.
-The keeper ends as the executor did, with the same exit code or by the same signal.
+It is started by path (``python -I -S keeper.py ... -- command``), imports the standard library only, and is
+up in some 20 ms; an executor host (:mod:`hypha.executor.host`) forks it and calls :func:`keep`. Its standard
+input is a lifeline held by the worker: when that ends, by a request to stop or because the worker was killed,
+every descendant is killed, those that left the process group too. The keeper ends as the executor did, with
+the same exit code or by the same signal.
 
 Why not just ``PR_SET_PDEATHSIG`` on the executor? That signal is sent when the *thread* that forked
 ends, and the worker forks in short-lived threads; and it would not reach the executor's own children.
@@ -20,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -29,6 +30,8 @@ PR_SET_CHILD_SUBREAPER = 36
 
 #: What shells say when a command cannot be executed, or does not exist.
 CANNOT_EXECUTE, NOT_FOUND = 126, 127
+#: Whose handlers a keeper replaces.
+KEPT_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def _prctl() -> Callable[[int, int], None]:
@@ -88,7 +91,7 @@ def _kill_all(child: int, status: int | None) -> int:
         time.sleep(0.002)
 
 
-def _end_like(status: int) -> NoReturn:
+def end_like(status: int) -> NoReturn:
     """Leave with the exit code, or by the signal, of ``status``."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
@@ -99,22 +102,39 @@ def _end_like(status: int) -> NoReturn:
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
-def _options(arguments: list[str]) -> tuple[list[str], list[tuple[int, int]], list[str]]:
-    """``--cgroup FILE`` and ``--rlimit NAME=VALUE`` in any number, then ``--`` and the command."""
-    split = arguments.index("--")
-    groups, limits = [], []
-    for option, value in zip(arguments[:split:2], arguments[1:split:2], strict=True):
-        if option == "--cgroup":
-            groups.append(value)
-        else:
-            name, _, amount = value.partition("=")
-            limits.append((int(getattr(resource, name)), int(amount)))
-    return groups, limits, arguments[split + 1 :]
+class Confinement:
+    """What is applied to an executor before it runs: ``--cgroup FILE`` (its PID is written there) and
+    ``--rlimit NAME=VALUE``, in any number. No dataclass: that import would double the keeper's start.
+    """
+
+    def __init__(self, options: Sequence[str]) -> None:
+        self.groups: list[str] = []
+        self.limits: list[tuple[int, int]] = []
+        for option, value in zip(options[::2], options[1::2], strict=True):
+            if option == "--cgroup":
+                self.groups.append(value)
+            else:
+                name, _, amount = value.partition("=")
+                self.limits.append((int(getattr(resource, name)), int(amount)))
+
+    def apply(self) -> None:
+        """To this process."""
+        for group in self.groups:
+            with open(group, "w") as file:
+                file.write(str(os.getpid()))
+        for name, amount in self.limits:
+            hard = resource.getrlimit(name)[1]
+            amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+            resource.setrlimit(name, (amount, amount))
 
 
-def main(arguments: list[str]) -> NoReturn:
-    """Run the command; does not return."""
-    groups, limits, command = _options(arguments)
+def keep(confinement: Confinement, start: Callable[[Callable[[], None]], int]) -> int:
+    """Keep the child that ``start`` starts, which calls what it is given before anything else and returns
+    the child's PID; the child's wait status, once it and every other descendant is gone.
+
+    The calling process has one thread, and its standard input is the lifeline. Its handlers of SIGCHLD,
+    SIGTERM, SIGINT and SIGHUP are replaced; the child, where it is only forked, must reset them.
+    """
     prctl = _prctl()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     keeper = os.getpid()
@@ -124,13 +144,7 @@ def main(arguments: list[str]) -> NoReturn:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != keeper:  # the keeper died before the line above
             os._exit(CANNOT_EXECUTE)
-        for group in groups:
-            with open(group, "w") as file:
-                file.write(str(os.getpid()))
-        for name, amount in limits:
-            hard = resource.getrlimit(name)[1]
-            amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-            resource.setrlimit(name, (amount, amount))
+        confinement.apply()
 
     def ignore(number: int, frame: FrameType | None) -> None:
         """A handler, not SIG_IGN: that one would be inherited by the executor."""
@@ -139,24 +153,37 @@ def main(arguments: list[str]) -> NoReturn:
     os.set_blocking(readable, False)
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in KEPT_SIGNALS:
         signal.signal(number, ignore)
-    try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=prepare)
-    except (OSError, subprocess.SubprocessError) as exc:
-        print(f"cannot start {command[0]}: {exc}", file=sys.stderr, flush=True)
-        os._exit(NOT_FOUND if isinstance(exc, FileNotFoundError) else CANNOT_EXECUTE)
-
+    child = start(prepare)
     status: int | None = None
     while status is None:
         ready, _, _ = select.select([0, readable], [], [])
         if readable in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(readable, 4096)
-        status, _ = _reap(process.pid, status)
+        status, _ = _reap(child, status)
         if 0 in ready and not os.read(0, 4096):
             break
-    _end_like(_kill_all(process.pid, status))
+    return _kill_all(child, status)
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Run ``[options] -- command``; does not return."""
+    split = arguments.index("--")
+    command = arguments[split + 1 :]
+    #: held on to: an object that is dropped would wait for its process itself
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(prepare: Callable[[], None]) -> int:
+        try:
+            started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=prepare))
+            return started[0].pid
+        except (OSError, subprocess.SubprocessError) as exc:
+            print(f"cannot start {command[0]}: {exc}", file=sys.stderr, flush=True)
+            os._exit(NOT_FOUND if isinstance(exc, FileNotFoundError) else CANNOT_EXECUTE)
+
+    end_like(keep(Confinement(arguments[:split]), start))
 
 
 if __name__ == "__main__":
