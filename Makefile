@@ -3,10 +3,12 @@ PYTHON ?= python3.11
 ARGS ?=
 # tests at once: they mostly wait for real clocks
 JOBS ?= 2
+# how many seeds are simulated
+SEEDS ?= 100
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test simulate fault check bench clean
 .DEFAULT_GOAL := test
 
 # Again when what is to be installed has changed. trio-typing (which libp2p pulls in) brings stubs of an
@@ -22,6 +24,13 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+simulate: $(STAMP)
+	$(BIN)/python -m hypha.simulation --seeds $(SEEDS) $(ARGS)
+
+# every role, each way, at each phase of a round, with real processes: half an hour, as root
+fault: $(STAMP)
+	$(BIN)/python -m pytest -m cross $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -8,6 +8,9 @@ Use it through the fixture ``system`` of ``tests/system/conftest.py``::
         await system.worker("worker-1")
         scheduler = await system.scheduler(digits_job(...))
         assert await system.ended(scheduler) == 0
+
+A network takes longer to start than most jobs take. The tests of a module share one where they can: see
+:func:`keep_system`. Each of them then has a job, and a scheduler, with a name of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,10 @@ import numpy as np
 import trio
 from safetensors.torch import load_file
 
+from hypha.cli.chaos.faults import again
 from hypha.cli.chaos.lab import Star
-from hypha.cli.chaos.network import Network, open_network
-from hypha.cli.demo.children import Child
+from hypha.cli.chaos.network import Network, base, open_network
+from hypha.cli.demo.children import Child, Children
 from hypha.cli.demo.files import MODEL
 from hypha.config.environment import process_environment
 from hypha.data import PrepareOptions, prepare
@@ -55,6 +59,27 @@ class System(Network):
         scheduler.process.terminate()
         assert await self.ended(scheduler) == 128 + signal.SIGTERM, scheduler.tail()
 
+    async def job(self, job: dict[str, Any], **keys: Any) -> Child:
+        """The scheduler of one of several jobs in this network: ``<name>-scheduler``, whose model goes to
+        ``<root>/<name>``.
+        """
+        name = job["name"]
+        made = {"output": str(self.root / name), **job}
+        return await self.scheduler(made, name=f"{name}-scheduler", **keys)
+
+    async def settle(self) -> None:
+        """Make it ready for the next test: no fault is left, no job runs, and nodes that were killed have
+        been started again.
+        """
+        self.heal()
+        running = self.group.running
+        await self.group.stop([one for one in running if self.roles.get(base(one.name)) == "scheduler"])
+        newest = {base(one.name): one for one in running}
+        for name, child in newest.items():
+            if child.process.poll() is not None:
+                await self.group.stop([child])
+                await again(self, child, self.roles[name])
+
     def ledger(self, job: str) -> tuple[Path, LedgerFile]:
         """The ledger of a job that has finished or was stopped."""
         path = self.root / "state" / job / "ledger.json"
@@ -81,6 +106,32 @@ async def open_system(root: Path, star: Star | None = None) -> AsyncIterator[Sys
     """A system in ``root`` whose processes are all gone when the block ends; in a star its nodes can be cut
     off and slowed down.
     """
+    async with open_network(System, root, _environment(root), star) as system:
+        yield system
+
+
+@contextmanager
+def keep_system(root: Path, star: Star | None = None) -> Iterator[System]:
+    """A system for many tests: processes outlive the run of trio that started them, nothing else does. All
+    are gone when the block ends, which checks that.
+    """
+    system = System(root, Children(root, _environment(root)), star)
+
+    async def close() -> None:
+        system.heal()
+        await system.group.stop()
+
+    try:
+        yield system
+    finally:
+        try:
+            trio.run(close)
+        finally:
+            system.unmount()
+    assert leftovers(root) == []
+
+
+def _environment(root: Path) -> dict[str, str]:
     environment = {
         name: value
         for name, value in process_environment().items()
@@ -90,8 +141,7 @@ async def open_system(root: Path, star: Star | None = None) -> AsyncIterator[Sys
     # executors import tests.support.plain
     found = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([found] if found else [])])
-    async with open_network(System, root, environment, star) as system:
-        yield system
+    return environment
 
 
 def digits_dataset(root: Path, name: str = "digits", rows: Sequence[int] | None = None) -> Path:
