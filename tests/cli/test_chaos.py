@@ -165,7 +165,7 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_a_job_survives_a_minute_of_kills_and_freezes(short: Path) -> None:
     chaos = start(
         short,
-        *("--minutes", "0.8", "--interval", "8", "--workers", "2", "--seed", "1"),
+        *("--minutes", "0.6", "--interval", "6", "--workers", "2", "--seed", "1"),
         *("--faults", "kill,stop", "--summary", "summary.json"),
     )
     output, _ = chaos.communicate(timeout=320)
