@@ -28,7 +28,7 @@ test: $(STAMP)
 simulate: $(STAMP)
 	$(BIN)/python -m hypha.simulation --seeds $(SEEDS) $(ARGS)
 
-# every role, each way, at each phase of a round, with real processes: half an hour, as root
+# every role, each way, at each phase of a round, with real processes: twenty minutes, as root
 fault: $(STAMP)
 	$(BIN)/python -m pytest -m cross $(ARGS)
 
