@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import trio
+from tests.support.commands import hypha_in
 
 from hypha.cli.demo.children import DemoFailed, children
 from hypha.cli.demo.files import free_port
@@ -127,18 +128,6 @@ def short() -> Iterator[Path]:
         yield Path(directory)
 
 
-def start_demo(directory: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "hypha.cli.hypha", "demo", *arguments],
-        cwd=directory,
-        env={**os.environ, "TMPDIR": str(directory / "tmp")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def processes_in(directory: Path) -> list[str]:
     found = []
     for process in psutil.process_iter(["cmdline", "cwd"]):
@@ -155,15 +144,15 @@ def processes_in(directory: Path) -> list[str]:
     ["", "Making certificates", "Preparing", "A data node", "loading", "training, round 1", "Evaluating"],
 )
 def test_interrupted_at_any_moment_nothing_is_left(short: Path, until: str) -> None:
-    demo = start_demo(short, "--workers", "1", "--rounds", "2")
-    assert demo.stdout is not None
-    for line in demo.stdout:
-        if until in line:
-            break
-    demo.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    demo.send_signal(signal.SIGINT)  # the impatient do no harm
-    rest, _ = demo.communicate(timeout=30)
+    with hypha_in(short, "demo", "--workers", "1", "--rounds", "2") as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if until in line:
+                break
+        demo.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        demo.send_signal(signal.SIGINT)  # the impatient do no harm
+        rest, _ = demo.communicate(timeout=30)
     assert demo.returncode == 130, rest
     assert processes_in(short) == []
     assert [str(path) for path in short.rglob("*") if path != short / "tmp"] == []
@@ -172,8 +161,8 @@ def test_interrupted_at_any_moment_nothing_is_left(short: Path, until: str) -> N
 @pytest.mark.real
 @pytest.mark.timeout(400)
 def test_the_demo_trains_a_model_that_users_can_load(short: Path) -> None:
-    demo = start_demo(short, "--summary", "summary.json")
-    output, _ = demo.communicate(timeout=380)
+    with hypha_in(short, "demo", "--summary", "summary.json") as demo:
+        output, _ = demo.communicate(timeout=380)
     assert demo.returncode == 0, output
     summary = json.loads((short / "summary.json").read_text())
     assert summary["test_accuracy"] >= 0.95
