@@ -3,11 +3,12 @@ PYTHON ?= python3.11
 ARGS ?=
 # tests at once: they mostly wait for real clocks
 JOBS ?= 2
+# how many seeds are simulated
 SEEDS ?= 100
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check simulate bench clean
+.PHONY: demo test simulate fault check bench clean
 .DEFAULT_GOAL := test
 
 # Again when what is to be installed has changed. trio-typing (which libp2p pulls in) brings stubs of an
@@ -23,6 +24,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# every role, each way, at each phase of a round, with real processes: twenty minutes, as root
+fault: $(STAMP)
+	$(BIN)/python -m pytest -m cross $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check

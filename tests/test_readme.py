@@ -7,13 +7,14 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from hypha.cli.demo.files import free_port
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^```sh( terminal)?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -25,12 +26,6 @@ def script(text: str) -> str:
     for number, (terminal, commands) in enumerate(BLOCK.findall(text)):
         lines.append(f"( {commands.strip()} ) > terminal-{number}.log 2>&1 &" if terminal else commands)
     return "\n".join(lines)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def close_terminals(group: int) -> None:
@@ -51,7 +46,7 @@ def test_the_readme_names_what_it_promises() -> None:
     assert text.count("> terminal-") == 4
 
 
-@pytest.mark.loopback
+@pytest.mark.real
 @pytest.mark.timeout(400)
 def test_the_by_hand_route(tmp_path: Path) -> None:
     (tmp_path / ".venv").symlink_to(Path(sys.prefix))

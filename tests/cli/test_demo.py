@@ -16,8 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 import trio
+from tests.support.commands import hypha_in
 
 from hypha.cli.demo.children import DemoFailed, children
+from hypha.cli.demo.files import free_port
 
 ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": ""}
 
@@ -108,6 +110,13 @@ async def test_log_fields_are_read_as_they_come_even_in_halves(tmp_path: Path) -
                 assert child.look().get("addresses") == expected
 
 
+def test_a_free_port_is_none_that_an_outgoing_connection_may_take_meanwhile() -> None:
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found = {free_port() for _ in range(200)}
+    assert max(found) < low
+    assert len(found) > 100, "networks that are started at once need different ones"
+
+
 # --- the whole -------------------------------------------------------------------------------------------
 
 
@@ -117,18 +126,6 @@ def short() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="hd-", dir="/tmp") as directory:
         (Path(directory) / "tmp").mkdir()
         yield Path(directory)
-
-
-def start_demo(directory: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "hypha.cli.hypha", "demo", *arguments],
-        cwd=directory,
-        env={**os.environ, "TMPDIR": str(directory / "tmp")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def processes_in(directory: Path) -> list[str]:
@@ -144,18 +141,18 @@ def processes_in(directory: Path) -> list[str]:
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     "until",
-    ["", "Making certificates", "Preparing", "A data node", "loading", "training, round 2", "Evaluating"],
+    ["", "Making certificates", "Preparing", "A data node", "loading", "training, round 1", "Evaluating"],
 )
 def test_interrupted_at_any_moment_nothing_is_left(short: Path, until: str) -> None:
-    demo = start_demo(short)
-    assert demo.stdout is not None
-    for line in demo.stdout:
-        if until in line:
-            break
-    demo.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    demo.send_signal(signal.SIGINT)  # the impatient do no harm
-    rest, _ = demo.communicate(timeout=30)
+    with hypha_in(short, "demo", "--workers", "1", "--rounds", "2") as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if until in line:
+                break
+        demo.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        demo.send_signal(signal.SIGINT)  # the impatient do no harm
+        rest, _ = demo.communicate(timeout=30)
     assert demo.returncode == 130, rest
     assert processes_in(short) == []
     assert [str(path) for path in short.rglob("*") if path != short / "tmp"] == []
@@ -164,8 +161,8 @@ def test_interrupted_at_any_moment_nothing_is_left(short: Path, until: str) -> N
 @pytest.mark.real
 @pytest.mark.timeout(400)
 def test_the_demo_trains_a_model_that_users_can_load(short: Path) -> None:
-    demo = start_demo(short, "--summary", "summary.json")
-    output, _ = demo.communicate(timeout=380)
+    with hypha_in(short, "demo", "--summary", "summary.json") as demo:
+        output, _ = demo.communicate(timeout=380)
     assert demo.returncode == 0, output
     summary = json.loads((short / "summary.json").read_text())
     assert summary["test_accuracy"] >= 0.95

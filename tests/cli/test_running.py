@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hypha.cli.demo.files import free_port
 from hypha.cli.running import run_until_signal
 from hypha.errors import AllocationFailed, ConfigError, Problem
 
@@ -71,14 +72,6 @@ def start_gateway(tmp_path: Path, pki: Path) -> Iterator[StartGateway]:
         gateway.process.communicate()
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def probe(pki: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     files = [f"--{kind}={pki}/{name}-{kind}.pem" for kind in ("cert", "key", "trust")]
     return subprocess.run(
@@ -89,7 +82,7 @@ def probe(pki: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.loopback
+@pytest.mark.real
 @pytest.mark.timeout(240)
 def test_probe_and_stop(start_gateway: StartGateway, pki: Path, strangers: Path) -> None:
     gateway = start_gateway(port := free_port())
@@ -181,6 +174,7 @@ def run_script(text: str, number: signal.Signals) -> tuple[int, float, str]:
 
 HANGING = """
 import time, trio
+from hypha.cli.demo.files import free_port
 from hypha.cli.running import run_until_signal
 async def service():
     print("ready", flush=True)
@@ -197,6 +191,7 @@ def test_what_hangs_in_a_thread_is_cut() -> None:
 
 SLOW = """
 import trio
+from hypha.cli.demo.files import free_port
 from hypha.cli.running import run_until_signal
 async def service():
     print("ready", flush=True)

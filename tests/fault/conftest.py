@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.system import System, digits_dataset, digits_job, leftovers, open_system
+from tests.support.system import SMALL, System, digits_dataset, digits_job, leftovers, open_system, paced
 
 SHORT_LEASE: dict[str, Any] = {"offer": {"lease_s": 6.0}}
 SERVER_ONLY: dict[str, Any] = {"executors": [{"class": "aggregate", "name": "parameter-server"}]}
-TRAINING_ONLY: dict[str, Any] = {"executors": [{"class": "train", "name": "diloco-transformer"}]}
+#: a round of 60 batches takes a second, and leaves the cores to others
+TRAINING_ONLY: dict[str, Any] = {"executors": [paced(0.015)]}
 
 
 @pytest.fixture
@@ -27,11 +28,11 @@ class Job:
 
     def __init__(self, root: Path) -> None:
         self.dataset = digits_dataset(root)
-        #: a replay needs no files of it
-        self.model: Path | None = None
 
-    def __call__(self, workers: int, rounds: int, samples: int = 1920, **resources: Any) -> dict[str, Any]:
-        job = digits_job(self.model, workers, rounds, checkpoint={"every_rounds": 1})
+    def __call__(
+        self, workers: int, rounds: int, samples: int = 1920, name: str = "job", **resources: Any
+    ) -> dict[str, Any]:
+        job = digits_job(None, workers, rounds, checkpoint={"every_rounds": 1}, name=name) | {"model": SMALL}
         job["rounds"]["avg_samples_between_updates"] = samples
         job["resources"] |= resources
         return job

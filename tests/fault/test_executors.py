@@ -1,29 +1,64 @@
-"""Executors hang, run out of memory and diverge; and workers come late."""
+"""Executors hang, run out of memory and diverge; and workers come late. One network for all."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
+
 import pytest
+import trio
 from tests.fault.conftest import SERVER_ONLY, TRAINING_ONLY, Job
 from tests.support.faults import check_ledger, counted, durations, executors, fail_at
-from tests.support.system import System
+from tests.support.system import System, keep_system
 
 from hypha.worker.limits import usable_cgroups
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 
 
+#: more rounds than any job here lives to see: it is stopped
+ENDLESS = 10_000
+#: a training executor that one worker has. It is started, not forked, for it shall pay for its imports itself
+ONLY_HERE = {"class": "train", "name": "only-here", "env": {"MALLOC_ARENA_MAX": "2"}}
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, Job]]:
+    """A gateway, a data node, a parameter server and two workers."""
+    with keep_system(tmp_path_factory.mktemp("executors")) as system:
+        job = Job(system.root)
+
+        async def start() -> None:
+            await system.gateway()
+            await system.data("data", job.dataset)
+            await system.worker("server", **SERVER_ONLY)
+            await system.worker("worker-0", **TRAINING_ONLY)
+            await system.worker("worker-1", executors=[*TRAINING_ONLY["executors"], ONLY_HERE])
+
+        trio.run(start)
+        yield system, job
+
+
+@pytest.fixture
+async def system(network: tuple[System, Job]) -> AsyncIterator[System]:
+    """The same network, whole."""
+    system, _ = network
+    yield system
+    await system.settle()
+
+
+@pytest.fixture
+def job(network: tuple[System, Job]) -> Job:
+    """Makes jobs for it."""
+    return network[1]
+
+
 async def test_a_stopped_executor_is_found_and_started_again_on_the_same_worker(
     system: System, job: Job
 ) -> None:
-    await system.gateway()
-    await system.data("data", job.dataset)
-    await system.worker("server", **SERVER_ONLY)
-    for number in range(2):
-        await system.worker(f"worker-{number}", **TRAINING_ONLY)
-    made = job(2, 8, hang_s=6.0)
+    made = job(2, 8, name="hangs", hang_s=6.0)
     # nobody else tells of it: it has to be found long before
     made["rounds"] |= {"deadline_s": 200.0}
-    scheduler = await system.scheduler(made)
+    scheduler = await system.job(made)
     fault = await fail_at(system, scheduler, "training-executor", 2, how="stop")
     struck = {one.peer for one in fault.before.workers}
     # its round is not over without it: both are needed
@@ -34,30 +69,27 @@ async def test_a_stopped_executor_is_found_and_started_again_on_the_same_worker(
     assert not set(fault.pids) & set(executors(fault.node, "training"))
     assert await system.ended(scheduler) == 0, scheduler.tail()
 
-    ledger = check_ledger(system, "job", 8)
+    ledger = check_ledger(system, "hangs", 8)
     print(durations(ledger))
     lives = {(part.worker, part.incarnation) for entry in counted(ledger) for part in entry.contributors}
     assert {worker for worker, _ in lives} == struck
     assert len(lives) == 3
     assert "A worker is replaced" not in scheduler.log.read_text()
-    assert await system.replay("job", job.dataset, job.model) <= 1e-5
+    assert await system.replay("hangs", job.dataset, None, "hangs") <= 1e-5
 
 
 async def test_an_executor_killed_for_want_of_memory_says_so(system: System, job: Job) -> None:
     if "memory" not in usable_cgroups().v1 and usable_cgroups().v2 is None:
         pytest.skip("no writable cgroup with the memory controller here")
-    await system.gateway()
-    await system.data("data", job.dataset)
-    await system.worker("server", **SERVER_ONLY)
-    # started, it has to pay for its imports itself
-    worker = await system.worker("worker", **TRAINING_ONLY, warm=False)
     needs = {"cpu": 1, "memory": 0.1, "storage": 0, "gpu": 0}
-    scheduler = await system.scheduler(job(1, 2, worker=needs, executor_restarts=1))
+    made = job(1, 2, name="memory", worker=needs, executor_restarts=1, worker_executor=ONLY_HERE["name"])
+    scheduler = await system.job(made)
     assert await system.ended(scheduler) == 5, scheduler.tail()
 
     text = scheduler.log.read_text()
     assert text.count("An executor is started again") == 1
     assert "A worker is replaced" in text
+    [worker] = [one for one in system.group.running if one.name == "worker-1"]
     for log in (text, worker.log.read_text()):
         assert "killed it for want of memory" in log
         assert "resources.worker.memory" in log
@@ -65,14 +97,9 @@ async def test_an_executor_killed_for_want_of_memory_says_so(system: System, job
 
 
 async def test_training_that_diverges_ends_the_job_after_it_was_tried_again(system: System, job: Job) -> None:
-    await system.gateway()
-    await system.data("data", job.dataset)
-    await system.worker("server", **SERVER_ONLY)
-    for number in range(2):
-        await system.worker(f"worker-{number}", **TRAINING_ONLY)
-    made = job(2, 4)
+    made = job(2, 4, name="diverges")
     made["inner_optimizer"] = {"learning_rate": 1e30}
-    scheduler = await system.scheduler(made)
+    scheduler = await system.job(made)
     assert await system.ended(scheduler) == 5, scheduler.tail()
 
     log = scheduler.log.read_text()
@@ -88,23 +115,21 @@ async def test_training_that_diverges_ends_the_job_after_it_was_tried_again(syst
 
 
 async def test_a_job_begins_with_few_workers_and_takes_in_who_comes_late(system: System, job: Job) -> None:
-    await system.gateway()
-    await system.data("data", job.dataset)
-    await system.worker("server", **SERVER_ONLY)
-    await system.worker("worker-0", **TRAINING_ONLY)
-    scheduler = await system.scheduler(job(2, 12, min_workers=1, start_grace_s=1.0))
+    scheduler = await system.job(job(3, ENDLESS, name="late", min_workers=2, start_grace_s=0.5))
     begun = await system.reached(scheduler, lambda seen: seen.round >= 1)
-    assert len(begun.workers) == 1
+    assert len(begun.workers) == 2
     assert "looking for 1 more workers" in begun.message
-    await system.worker("worker-1", **TRAINING_ONLY)
-    await system.reached(
-        scheduler, lambda seen: all(one.batches for one in seen.workers[1:]) and len(seen.workers) == 2
+    await system.worker("late", **TRAINING_ONLY)
+    there = await system.reached(
+        scheduler, lambda seen: all(one.batches for one in seen.workers) and len(seen.workers) == 3
     )
-    assert await system.ended(scheduler) == 0, scheduler.tail()
+    await system.reached(scheduler, lambda seen: seen.round >= there.round + 2)
+    await system.stop_job(scheduler)
 
-    ledger = check_ledger(system, "job", 12)
+    _, ledger = system.ledger("late")
     print(durations(ledger))
-    crews = [len(entry.contributors) for entry in counted(ledger)]
-    assert crews[0] == 1
-    assert crews[-1] == 2
-    assert await system.replay("job", job.dataset, job.model) <= 1e-5
+    assert ledger == check_ledger(system, "late", len(ledger.rounds))
+    crews = [len(entry.contributors) for entry in ledger.rounds]
+    assert crews[0] == 2
+    assert crews[-1] == 3
+    assert await system.replay("late", job.dataset, None) <= 1e-5

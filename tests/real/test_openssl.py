@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.support.system import System, digits_dataset, digits_job, digits_model
+from tests.support.system import System, digits_dataset, digits_job
 
 pytestmark = [
     pytest.mark.real,
@@ -68,8 +68,12 @@ class OpenSsl:
         subprocess.run(arguments, cwd=self.directory, check=True, capture_output=True)
 
 
-async def test_a_job_in_a_network_certified_with_openssl(system: System, tmp_path: Path) -> None:
-    """Roles in the certificates count: everybody requires them."""
+async def test_a_network_certified_with_openssl_trains_and_keeps_strangers_out(
+    system: System, tmp_path: Path
+) -> None:
+    """Roles in the certificates count: everybody requires them. A scheduler with the same name and role under
+    another root is refused, says why, and goes on trying.
+    """
     made = OpenSsl(tmp_path / "openssl")
     for name, role in {
         "gateway": "gateway",
@@ -79,28 +83,22 @@ async def test_a_job_in_a_network_certified_with_openssl(system: System, tmp_pat
         "scheduler": "scheduler",
     }.items():
         made.node(name, role)
+    stranger = OpenSsl(tmp_path / "stranger")
+    stranger.node("stranger", "scheduler")
     # a system makes only those that it lacks
     system.pki = made.directory
-    dataset, model = digits_dataset(tmp_path), digits_model(tmp_path)
+    dataset = digits_dataset(tmp_path)
     await system.gateway(planned={**system.plan_gateway(), "require_roles": True})
     await system.data("data", dataset, require_roles=True)
     for name in ("worker-1", "worker-2"):
         await system.worker(name, require_roles=True)
-    scheduler = await system.scheduler(digits_job(model, 2, 3), require_roles=True)
-    assert await system.ended(scheduler) == 0, scheduler.tail()
-    assert await system.replay("job", dataset, model) <= 1e-5
-    assert not list((tmp_path / "pki").glob("worker-*")), "no certificate of ours was used"
-
-
-async def test_a_scheduler_of_another_root_gets_nowhere(system: System, tmp_path: Path) -> None:
-    """The same names and roles under another root: it is refused, says why, and goes on trying."""
-    stranger = OpenSsl(tmp_path / "stranger")
-    stranger.node("scheduler", "scheduler")
-    await system.gateway()
-    await system.data("data", digits_dataset(tmp_path))
+    scheduler = await system.scheduler(digits_job(None, 2, 3), require_roles=True)
     system.pki = stranger.directory
-    scheduler = await system.scheduler(digits_job(digits_model(tmp_path), 1, 1))
-    await system.logged(scheduler, "No gateway can be reached")
-    await system.logged(scheduler, "certificate refused")
-    assert scheduler.process.poll() is None
-    assert "Connected to gateway" not in scheduler.log.read_text()
+    refused = await system.scheduler(digits_job(None, 1, 1, name="refused"), name="stranger")
+    await system.logged(refused, "No gateway can be reached")
+    await system.logged(refused, "certificate refused")
+    assert refused.process.poll() is None
+    assert "Connected to gateway" not in refused.log.read_text()
+    assert await system.ended(scheduler) == 0, scheduler.tail()
+    assert await system.replay("job", dataset, None) <= 1e-5
+    assert not list((tmp_path / "pki").glob("worker-*")), "no certificate of ours was used"

@@ -29,7 +29,7 @@ class Disk:
 
     def make_room(self) -> None:
         """As it was."""
-        self._filler.unlink()
+        self._filler.unlink(missing_ok=True)
 
 
 @contextmanager

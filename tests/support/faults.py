@@ -9,7 +9,7 @@ from contextlib import closing
 import msgspec
 from tests.support.system import System
 
-from hypha.cli.chaos.faults import Fault, again, asleep, executors, fail_at, recover, strike
+from hypha.cli.chaos.faults import Fault, again, asleep, candidates, executors, fail_at, recover, strike
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.scheduler.slices import TrackerState
 
@@ -17,6 +17,7 @@ __all__ = [
     "Fault",
     "again",
     "asleep",
+    "candidates",
     "check_ledger",
     "counted",
     "durations",

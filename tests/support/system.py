@@ -8,6 +8,9 @@ Use it through the fixture ``system`` of ``tests/system/conftest.py``::
         await system.worker("worker-1")
         scheduler = await system.scheduler(digits_job(...))
         assert await system.ended(scheduler) == 0
+
+A network takes longer to start than most jobs take. The tests of a module share one where they can: see
+:func:`keep_system`. Each of them then has a job, and a scheduler, with a name of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,10 @@ import trio
 from safetensors.torch import load_file
 from tests.support.host import run_environment, shared_host
 
+from hypha.cli.chaos.faults import again
 from hypha.cli.chaos.lab import Star
-from hypha.cli.chaos.network import Network, open_network
-from hypha.cli.demo.children import Child
+from hypha.cli.chaos.network import Network, base, open_network
+from hypha.cli.demo.children import Child, Children
 from hypha.cli.demo.files import MODEL
 from hypha.data import PrepareOptions, prepare
 from hypha.executor.replay import largest_difference, replay
@@ -52,6 +56,27 @@ class System(Network):
         """SIGTERM: what was applied is in a checkpoint, and the job could go on from there."""
         scheduler.process.terminate()
         assert await self.ended(scheduler) == 128 + signal.SIGTERM, scheduler.tail()
+
+    async def job(self, job: dict[str, Any], **keys: Any) -> Child:
+        """The scheduler of one of several jobs in this network: ``<name>-scheduler``, whose model goes to
+        ``<root>/<name>``.
+        """
+        name = job["name"]
+        made = {"output": str(self.root / name), **job}
+        return await self.scheduler(made, name=f"{name}-scheduler", **keys)
+
+    async def settle(self) -> None:
+        """Make it ready for the next test: no fault is left, no job runs, and nodes that were killed have
+        been started again.
+        """
+        self.heal()
+        running = self.group.running
+        await self.group.stop([one for one in running if self.roles.get(base(one.name)) == "scheduler"])
+        newest = {base(one.name): one for one in running}
+        for name, child in newest.items():
+            if child.process.poll() is not None:
+                await self.group.stop([child])
+                await again(self, child, self.roles[name])
 
     def ledger(self, job: str) -> tuple[Path, LedgerFile]:
         """The ledger of a job that has finished or was stopped."""
@@ -82,6 +107,28 @@ async def open_system(root: Path, star: Star | None = None) -> AsyncIterator[Sys
     async with open_network(System, root, run_environment(), star) as system:
         system.executor_host = shared_host()
         yield system
+
+
+@contextmanager
+def keep_system(root: Path, star: Star | None = None) -> Iterator[System]:
+    """A system for many tests: processes outlive the run of trio that started them, nothing else does. All
+    are gone when the block ends, which checks that.
+    """
+    system = System(root, Children(root, run_environment()), star)
+    system.executor_host = shared_host()
+
+    async def close() -> None:
+        system.heal()
+        await system.group.stop()
+
+    try:
+        yield system
+    finally:
+        try:
+            trio.run(close)
+        finally:
+            system.unmount()
+    assert leftovers(root) == []
 
 
 def digits_dataset(root: Path, name: str = "digits", rows: Sequence[int] | None = None) -> Path:

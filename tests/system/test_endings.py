@@ -1,55 +1,81 @@
-"""Jobs that cannot succeed end, or wait, with a sentence that says why and the right exit code."""
+"""Jobs that cannot succeed end, or wait, with a sentence that says why and the right exit code.
+
+One network for all of them, with one worker: each job has the worker to itself.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.support.system import System, digits_dataset, digits_job, digits_model
+import trio
+from tests.support.faults import again
+from tests.support.system import SMALL, System, digits_dataset, digits_job, digits_model, keep_system, paced
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
+SERVER = {"class": "aggregate", "name": "parameter-server"}
 
-async def test_a_dataset_that_nobody_serves(system: System, tmp_path: Path) -> None:
-    await system.gateway()
-    await system.worker("worker")
-    job = digits_job(None, 1, 1, dataset={"dataset": "nothing", "wait_s": 5.0})
-    scheduler = await system.scheduler(job)
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """A gateway, a data node and a worker."""
+    with keep_system(tmp_path_factory.mktemp("endings")) as system:
+
+        async def start() -> None:
+            await system.gateway()
+            await system.data("data", digits_dataset(system.root))
+            # a round of 30 batches takes half a second
+            await system.worker("worker", executors=[paced(0.02), SERVER])
+
+        trio.run(start)
+        yield system
+
+
+@pytest.fixture
+async def system(network: System) -> AsyncIterator[System]:
+    """The same network, without what an earlier test left running."""
+    yield network
+    await network.settle()
+
+
+def small(name: str, rounds: int, **changes: Any) -> dict[str, Any]:
+    return digits_job(None, 1, rounds, name=name) | {"model": SMALL, **changes}
+
+
+async def test_a_dataset_that_nobody_serves(system: System) -> None:
+    scheduler = await system.job(small("no-data", 1, dataset={"dataset": "nothing", "wait_s": 2.0}))
     assert await system.ended(scheduler) == 3
     assert "nothing" in scheduler.tail()
 
 
-async def test_resources_that_nobody_offers(system: System, tmp_path: Path) -> None:
-    await system.gateway()
-    await system.data("data", digits_dataset(tmp_path))
-    await system.worker("worker")
-    job = digits_job(None, 1, 1)
-    job["resources"] |= {"worker": {"gpu": 80, "cpu": 1}, "wait_s": 8.0}
-    scheduler = await system.scheduler(job)
+async def test_resources_that_nobody_offers(system: System) -> None:
+    job = small("no-room", 1)
+    job["resources"] |= {"worker": {"gpu": 80, "cpu": 1}, "wait_s": 3.0}
+    scheduler = await system.job(job)
     waiting = await system.reached(scheduler, lambda snapshot: "80" in snapshot.message)
     assert waiting.state == "allocating"
     assert await system.ended(scheduler) == 4
     assert "80" in scheduler.tail()
 
 
-async def test_a_model_that_cannot_be_loaded(system: System, tmp_path: Path) -> None:
-    await system.gateway()
-    await system.data("data", digits_dataset(tmp_path))
-    await system.worker("worker")
-    model = digits_model(tmp_path, model_type="no-such-architecture")
-    scheduler = await system.scheduler(digits_job(model, 1, 1))
+async def test_a_model_that_cannot_be_loaded(system: System) -> None:
+    model = digits_model(system.root, model_type="no-such-architecture")
+    job = digits_job(model, 1, 1, name="no-model")
+    job["resources"] |= {"executor_restarts": 0}
+    scheduler = await system.job(job)
     assert await system.ended(scheduler) == 5
     assert "no-such-architecture" in scheduler.tail()
-    assert not (tmp_path / "model").exists()
+    assert not (system.root / "no-model").exists()
 
 
 async def test_an_output_that_cannot_be_written(system: System, tmp_path: Path) -> None:
-    await system.gateway()
     blocker = tmp_path / "blocker"
     blocker.write_text("a file, not a directory")
-    job = digits_job(None, 1, 1, output=str(blocker / "model"))
-    scheduler = await system.scheduler(job)
+    scheduler = await system.job(small("no-output", 1, output=str(blocker / "model")))
     assert await system.ended(scheduler) == 6
     assert str(blocker) in scheduler.tail()
 
@@ -57,13 +83,9 @@ async def test_an_output_that_cannot_be_written(system: System, tmp_path: Path) 
 async def test_an_output_that_is_lost_while_training_costs_no_training(
     system: System, tmp_path: Path
 ) -> None:
-    await system.gateway()
-    await system.data("data", digits_dataset(tmp_path))
-    await system.worker("worker")
     place = tmp_path / "place"
-    job = digits_job(None, 1, 8, output=str(place / "model"))
-    job["checkpoint"] = {"every_rounds": 100}
-    scheduler = await system.scheduler(job)
+    job = small("lost-output", 6, output=str(place / "model"), checkpoint={"every_rounds": 100})
+    scheduler = await system.job(job)
     await system.reached(scheduler, lambda seen: seen.round >= 1)
     place.rmdir()
     place.write_text("a file, not a directory")
@@ -71,16 +93,16 @@ async def test_an_output_that_is_lost_while_training_costs_no_training(
     assert str(place) in scheduler.tail()
 
     place.unlink()
-    again = await system.start("scheduler+1", "scheduler", tmp_path / "scheduler.toml")
-    assert await system.ended(again) == 0, again.tail()
+    scheduler = await again(system, scheduler, "scheduler")
+    assert await system.ended(scheduler) == 0, scheduler.tail()
     assert (place / "model" / "model.safetensors").is_file()
-    _, ledger = system.ledger("job")
-    assert [entry.round for entry in ledger.rounds] == list(range(8))
+    _, ledger = system.ledger("lost-output")
+    assert [entry.round for entry in ledger.rounds] == list(range(6))
     assert {entry.generation for entry in ledger.rounds} == {0}, "a round was trained again"
 
 
 async def test_a_corrupt_slice_is_refused_and_another_replica_serves(system: System, tmp_path: Path) -> None:
-    good = digits_dataset(tmp_path)
+    good = digits_dataset(tmp_path, "damaged")
     bad = tmp_path / "bad"
     bad.mkdir()
     for file in good.iterdir():
@@ -90,15 +112,13 @@ async def test_a_corrupt_slice_is_refused_and_another_replica_serves(system: Sys
     data[-1] ^= 1
     damaged.write_bytes(data)
     os.utime(damaged)
-    await system.gateway()
     await system.data("data-bad", bad)
-    worker = await system.worker("worker")
-    job = digits_job(None, 1, 5)
-    scheduler = await system.scheduler(job)
+    scheduler = await system.job(small("damaged", 5, dataset={"dataset": "damaged"}))
     # with only the damaged replica the job waits for that slice: it neither fails nor trains on it
-    await system.logged(worker, "slice digits/0 is corrupt")
+    worker = next(one for one in system.group.running if one.name == "worker")
+    await system.logged(worker, "slice damaged/0 is corrupt")
     await system.data("data-good", good)
     assert await system.ended(scheduler) == 0, scheduler.tail()
-    _, ledger = system.ledger("job")
+    _, ledger = system.ledger("damaged")
     used = {part.slice for entry in ledger.rounds for one in entry.contributors for part in one.ranges}
     assert used == set(range(30))

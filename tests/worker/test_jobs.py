@@ -509,7 +509,7 @@ async def test_released_lease_stops_its_executor(network: Network, tmp_path: Pat
 
 async def test_expired_lease_stops_its_executor(network: Network, tmp_path: Path) -> None:
     offer = {"request_window_s": 0.05, "lease_s": 1.0}
-    async with system(network, tmp_path, offer=offer) as it:
+    async with system(network, tmp_path, offer=offer, stop_grace_s=0.5) as it:
         process = await deaf_executor(it)
         await until(lambda: is_gone(process), 10)
 

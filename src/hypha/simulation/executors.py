@@ -71,7 +71,8 @@ from hypha.runtime import chance
 from hypha.simulation.process import SimulatedProcess, this_process
 from hypha.worker.bridge import Desk
 from hypha.worker.feeds import Feed
-from hypha.worker.process import Exit, Launch
+from hypha.worker.keepers import Launch
+from hypha.worker.process import Exit
 from hypha.worker.starting import EndSignals
 
 logger = logging.getLogger("hypha.simulation")

@@ -7,7 +7,6 @@ gone, when :func:`open_network`'s block ends.
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import tomllib
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -22,6 +21,7 @@ import trio
 
 from hypha.cli.chaos.lab import Star, inside
 from hypha.cli.demo.children import Child, Children, children
+from hypha.cli.demo.files import free_port
 from hypha.cli.demo.workplace import warm_keys
 from hypha.errors import HyphaError
 from hypha.pki.authority import CaFiles, make_node, make_org, make_root
@@ -39,14 +39,6 @@ _LOOK_S = 0.02
 
 class NetworkFailed(HyphaError):
     """A node did not do what it should have done by then; the message has the end of its log."""
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of ``host`` that is free right now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def base(name: str) -> str:

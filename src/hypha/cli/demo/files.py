@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import random
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ DATASET = "digits"
 LABELS = 10
 HOLDOUT = 0.2
 SLICE_SAMPLES = 60
+#: outgoing connections have ports from 32768 on (net.ipv4.ip_local_port_range)
+_PORTS = (20_000, 32_000)
 
 #: A ResNet (He et al. 2015) small enough for 8 x 8 pixels; 79,000 parameters, with BatchNorm buffers.
 MODEL = {
@@ -98,12 +102,20 @@ def write_model(place: Place) -> None:
     (place["untrained"] / "config.json").write_text(json.dumps(MODEL, indent=2))
 
 
-def free_port() -> int:
-    """A TCP port that is free right now on 127.0.0.1."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of ``host`` that is free right now: none that Linux gives to outgoing connections, one of
+    which might have it before somebody listens there.
+    """
+    while True:
+        port = random.randrange(*_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as exc:
+                if exc.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 def write_gateway(place: Place, port: int) -> None:
