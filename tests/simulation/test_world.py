@@ -57,6 +57,17 @@ def test_a_worker_that_has_begun_the_next_round_is_given_no_slice_that_is_taken_
     assert runner.run(scenario).problems == ()
 
 
+def test_a_worker_that_is_left_out_twice_in_a_row_goes_on(runner: Runner) -> None:
+    """Its second theta found its prefetcher waiting still, and was lost to an error."""
+    fault = Fault(role="training-executor", way="stall", round=2, phase="training", for_s=500.0)
+    assert runner.run(Scenario(seed=1, faults=(fault,))).problems == ()
+
+
+def test_an_update_of_an_executor_that_has_not_come_back_counts_in_its_round_alone(runner: Runner) -> None:
+    """The scheduler was killed; a round was applied before one of its executors had answered the new one."""
+    assert runner.run(random_scenario(1173)).problems == ()
+
+
 def test_a_checkpoint_is_forgotten_before_it_is_deleted(runner: Runner) -> None:
     """On a slow disk there was time to be killed between its deletion and the ledger's word of it."""
     scenario = Scenario(seed=3, workers=2, rounds=7, disk_s=0.1, checkpoint_every=1)

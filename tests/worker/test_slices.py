@@ -391,3 +391,14 @@ async def test_a_cached_slice_that_rotted_is_pulled_again(
         assert len(world.pulled) == 2
         nursery.cancel_scope.cancel()
     assert "Look at the disk" in caplog.text
+
+
+async def test_two_thetas_in_a_row_that_a_worker_is_not_in_drop_its_slices_twice(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with World(tmp_path).running() as prefetcher:
+        first = await prefetcher.next()
+        prefetcher.start_over()
+        prefetcher.start_over()
+        prefetcher.resume()
+        assert (await prefetcher.next()).assigned.index > first.assigned.index

@@ -27,6 +27,9 @@ class Phases(RoundState, ABC):
         self.books.open_round(now)
         self.planner.open_round(now)
         actions: list[Action] = []
+        for member in self.members.values():
+            # of who has an update in the last round, and has not said in this life that it is loaded, too
+            member.accepted = False
         for member in self.loaded:
             member.attempt = (member.attempt + member.left_out) if again else 0
             if member.peer in self.broadcast:

@@ -838,6 +838,8 @@ class SimulatedExecutors:
         self._start = start
         self._batch_s = batch_s
         self._load_s = load_s
+        #: whose batches take until then
+        self.stalled: dict[SimulatedProcess, float] = {}
         #: those that run now, by class
         self.running: dict[str, SimulatedProcess] = {}
 
@@ -902,7 +904,13 @@ class SimulatedExecutors:
                 job = bridge.job
                 async with trio.open_nursery() as work:
                     if isinstance(job, TrainJob):
-                        await SimulatedTrainer(bridge, job, self._batch_s).run(work)
+                        process = this_process()
+
+                        def batch_s() -> float:
+                            stalled_s = self.stalled.get(process, 0.0) - trio.current_time()
+                            return max(stalled_s, self._batch_s())
+
+                        await SimulatedTrainer(bridge, job, batch_s).run(work)
                     else:
                         await SimulatedParameterServer(bridge, job, work, 0.01).run()
                     work.cancel_scope.cancel()

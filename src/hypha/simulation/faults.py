@@ -104,7 +104,12 @@ async def _strike_executor(world: World, fault: Fault, random: Random, struck: S
         return
     name, process = random.choice(found)
     struck.target, struck.struck_at = process.name, trio.current_time()
-    if fault.way == "freeze":
+    if fault.way == "stall":
+        executors = world.computers[name].executors
+        if executors is not None:
+            executors.stalled[process] = trio.current_time() + fault.for_s
+        # nobody waits for its end: the others go on without it
+    elif fault.way == "freeze":
         process.freeze()
         await trio.sleep(fault.for_s)
         if process.alive:

@@ -191,7 +191,8 @@ class RoundWatch:
             for one in struck:
                 if one.struck_at is None or one.struck_at > end:
                     continue
-                mended_at = one.struck_at + one.fault.for_s
+                # the others go on without one that stalls
+                mended_at = one.struck_at + (0.0 if one.fault.way == "stall" else one.fault.for_s)
                 if mended_at > began - self.FAULT_S:
                     allowed_s += max(0.0, mended_at - max(one.struck_at, began)) + self.FAULT_S
             if end - began > allowed_s:

@@ -27,7 +27,7 @@ Role = Literal[
 #: nothing passes for ``for_s``, ``deaf`` nothing comes in, ``mute`` nothing goes out; ``slow``: a hundredth
 #: of its line's speed is left; ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has
 #: another byte; ``full-disk``: no byte is free; ``slow-disk``: every blocking call takes half a second more;
-#: ``clock``: its time of day jumps
+#: ``clock``: its time of day jumps; ``stall``: a training executor lives, and its batches take for ever
 Way = Literal[
     "kill",
     "lose",
@@ -42,6 +42,7 @@ Way = Literal[
     "full-disk",
     "slow-disk",
     "clock",
+    "stall",
 ]
 Phase = Literal["loading", "training", "scheduled", "updating", "closing", "exporting"]
 
@@ -56,7 +57,7 @@ ROLES: tuple[Role, ...] = (
 )
 PHASES: tuple[Phase, ...] = ("loading", "training", "scheduled", "updating", "closing", "exporting")
 #: an executor is a process and has neither a line nor a disk of its own
-EXECUTOR_WAYS: tuple[Way, ...] = ("kill", "freeze")
+EXECUTOR_WAYS: tuple[Way, ...] = ("kill", "freeze", "stall")
 NODE_WAYS: tuple[Way, ...] = (
     "kill",
     "freeze",
@@ -153,13 +154,17 @@ def _random_fault(random: Random, rounds: int) -> Fault:
     way: Way = random.choice(EXECUTOR_WAYS if role.endswith("executor") else NODE_WAYS)
     if way == "kill" and role == "worker" and random.random() < 0.3:
         way = "lose"
+    if way == "stall":
+        role = "training-executor"
     return Fault(
         role=role,
         way=way,
         round=random.randrange(rounds),
         phase=random.choice(PHASES),
         after_s=round(random.choice((0.0, 0.0, random.uniform(0.0, 1.0))), 3),
-        for_s=round(random.choice((random.uniform(0.1, 3.0), random.uniform(3.0, 25.0))), 3),
+        for_s=round(random.choice((random.uniform(0.1, 3.0), random.uniform(3.0, 25.0))), 3)
+        if way != "stall"
+        else random.choice((10.0, 500.0)),
     )
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -423,7 +424,7 @@ class _Log(logging.Handler):
             at, who = "        -", "world"
         text = record.getMessage()
         if record.exc_info and record.exc_info[1] is not None:
-            text += f" [{record.exc_info[1]!r}]"
+            text += f" [{record.exc_info[1]!r}]\n{''.join(traceback.format_exception(record.exc_info[1]))}"
         peer = getattr(record, "peer_id", "")
         self.lines.append(f"{at} {who}: {record.levelname} {text} {peer}".rstrip())
 

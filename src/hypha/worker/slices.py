@@ -145,7 +145,8 @@ class SlicePrefetcher:
 
     def start_over(self) -> None:
         """Drop what was asked for so far, and hand out nothing until :meth:`resume`."""
-        self._held = self._held or trio.Event()
+        if self._held is None:
+            self._held = trio.Event()
         self._held_from = self._seq + 1
         while self._ready:
             self._ready.popleft().path.unlink(missing_ok=True)
