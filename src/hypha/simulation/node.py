@@ -265,16 +265,21 @@ class SimulatedNode:
                         if target is None or connection.ends[peer] is not target:
                             self.network.drop(connection, self.peer_id, "the connection was reset")
                             raise PeerUnreachable(peer, "the connection was reset", gone=target is None)
-                        exchange.value = await target.process.call(ask, target)
+                        exchange.value = await self._asked(ask, target)
                         await self.network.carry(self.network.hops(connection, peer), 200)
                     finally:
                         connection.calls.get(self.peer_id, {}).pop(key, None)
-            except ProcessGone:
-                # its machine says so, if that comes through; else the connection ends by silence
-                await trio.sleep_forever()
             except Exception as exc:  # noqa: BLE001 - handed to whoever asked
                 exchange.fail(exc)
         exchange.done.set()
+
+    @staticmethod
+    async def _asked(ask: Callable[[SimulatedNode], Awaitable[Any]], target: SimulatedNode) -> Any:
+        try:
+            return await target.process.call(ask, target)
+        except ProcessGone:
+            # its machine says so, if that comes through; else the connection ends by silence
+            await trio.sleep_forever()
 
     def answer(self, kind: type[Any], handler: Handler, roles: Collection[str] | None = None) -> None:
         """Answer requests of ``kind``."""
