@@ -141,9 +141,10 @@ async def _strike_machine(world: World, computer: Computer, fault: Fault, random
                 if process.alive:
                     process.thaw()
                 network.touch()
-        case "cut" | "deaf" | "mute":
-            inward = fault.way in ("cut", "deaf")
-            outward = fault.way in ("cut", "mute")
+        case "cut" | "deaf" | "mute" | "partition":
+            inward, outward = fault.way != "mute", fault.way != "deaf"
+            if fault.way == "partition":
+                others = [other for other in others if other in world.workers]
             pairs = [(other, name) for other in others if inward] + [
                 (name, other) for other in others if outward
             ]

@@ -24,10 +24,11 @@ Role = Literal[
 ]
 #: ``kill`` ends a process at once, and it is started again after ``for_s``; ``lose`` is a kill after which it
 #: stays away; ``freeze`` stops it for ``for_s``; ``restart`` ends it politely and starts it again; ``cut``:
-#: nothing passes for ``for_s``, ``deaf`` nothing comes in, ``mute`` nothing goes out; ``slow``: a hundredth
-#: of its line's speed is left; ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has
-#: another byte; ``full-disk``: no byte is free; ``slow-disk``: every blocking call takes half a second more;
-#: ``clock``: its time of day jumps; ``stall``: a training executor lives, and its batches take for ever
+#: nothing passes for ``for_s``, ``deaf`` nothing comes in, ``mute`` nothing goes out; ``partition``: it and
+#: the workers do not reach each other, all others do; ``slow``: a hundredth of its line's speed is left;
+#: ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has another byte; ``full-disk``: no
+#: byte is free; ``slow-disk``: every blocking call takes half a second more; ``clock``: its time of day jumps;
+#: ``stall``: a training executor lives, and its batches take for ever
 Way = Literal[
     "kill",
     "lose",
@@ -36,6 +37,7 @@ Way = Literal[
     "cut",
     "deaf",
     "mute",
+    "partition",
     "slow",
     "lossy",
     "corrupt",
@@ -65,6 +67,7 @@ NODE_WAYS: tuple[Way, ...] = (
     "cut",
     "deaf",
     "mute",
+    "partition",
     "slow",
     "lossy",
     "corrupt",
@@ -106,6 +109,8 @@ class Scenario(Struct, frozen=True):
     #: each machine's time of day runs fast or slow by up to this share
     clock_drift: float = 0.0
     behind_nat: int = 0
+    #: parameter servers run on a machine of their own, and on the spares
+    apart: bool = False
     min_workers: int | None = None
     checkpoint_every: int = 2
     replicas: int = 0
@@ -141,6 +146,7 @@ def random_scenario(seed: int) -> Scenario:
         disk_s=random.choice((0.0, 0.002, 0.02)),
         clock_drift=random.choice((0.0, 0.0, 0.1)),
         behind_nat=nat,
+        apart=random.random() < 0.3,
         min_workers=random.choice((None, 1, max(1, workers - 1))),
         checkpoint_every=every,
         replicas=random.choice((0, 0, 1)),
@@ -156,15 +162,18 @@ def _random_fault(random: Random, rounds: int) -> Fault:
         way = "lose"
     if way == "stall":
         role = "training-executor"
+    for_s = round(random.choice((random.uniform(0.1, 3.0), random.uniform(3.0, 25.0))), 3)
+    if way == "stall":
+        for_s = random.choice((10.0, 500.0))
+    if way == "partition":
+        for_s *= 4.0
     return Fault(
         role=role,
         way=way,
         round=random.randrange(rounds),
         phase=random.choice(PHASES),
         after_s=round(random.choice((0.0, 0.0, random.uniform(0.0, 1.0))), 3),
-        for_s=round(random.choice((random.uniform(0.1, 3.0), random.uniform(3.0, 25.0))), 3)
-        if way != "stall"
-        else random.choice((10.0, 500.0)),
+        for_s=for_s,
     )
 
 
@@ -178,6 +187,7 @@ def simpler(scenario: Scenario) -> list[Scenario]:
     plain = Scenario()
     for name in (
         "behind_nat",
+        "apart",
         "replicas",
         "gateways",
         "data_nodes",

@@ -27,12 +27,14 @@ import trio.testing
 from trio._core import _run as trio_run
 
 from hypha.config.models import (
+    DEFAULT_EXECUTOR,
     AllowConfig,
     CacheConfig,
     CheckpointConfig,
     DataConfig,
     DatasetConfig,
     DatasetRef,
+    ExecutorConfig,
     JobConfig,
     JobResourcesConfig,
     ModelConfig,
@@ -161,7 +163,8 @@ class World:
         wanted = self.scenario
         self.gateways = tuple(f"gateway-{number}" for number in range(1, wanted.gateways + 1))
         self.data = tuple(f"data-{number}" for number in range(1, wanted.data_nodes + 1))
-        self.workers = tuple(f"worker-{number}" for number in range(1, wanted.workers + wanted.spares + 1))
+        count = wanted.workers + wanted.spares + wanted.apart
+        self.workers = tuple(f"worker-{number}" for number in range(1, count + 1))
         make_dataset(self.root / "dataset", wanted.slices, wanted.rows)
         for name in self.gateways:
             self._add(name, "gateway", self._gateway)
@@ -291,6 +294,7 @@ class World:
             work_dir=computer.directory / "work",
             resources=ResourcesConfig(cpu=2, memory=4, storage=1),
             offer=OfferConfig(lease_s=wanted.lease_s, temporary_lease_s=5.0),
+            executors=self._executors(number),
             allow=AllowConfig(entrypoints=[ENTRYPOINT]),
             cache=CacheConfig(max_slices=6),
             storage=StorageConfig(checkpoints_gb=0.1 if wanted.replicas else 0.0),
@@ -320,6 +324,13 @@ class World:
                 computer.journal.listeners.append(listener(computer.name))
 
             await worker_serve(config, node, CgroupPlaces(), computer.executors, journal=computer.journal)
+
+    def _executors(self, number: int) -> list[ExecutorConfig]:
+        train = ExecutorConfig(kind="train", name=DEFAULT_EXECUTOR)
+        aggregate = ExecutorConfig(kind="aggregate", name="parameter-server")
+        if not self.scenario.apart or number > self.scenario.workers:
+            return [train, aggregate]
+        return [train] if number else [aggregate]
 
     async def _scheduler(self, computer: Computer) -> None:
         wanted = self.scenario
