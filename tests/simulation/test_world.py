@@ -65,7 +65,9 @@ def test_a_worker_that_is_left_out_twice_in_a_row_goes_on(runner: Runner) -> Non
 
 def test_an_update_of_an_executor_that_has_not_come_back_counts_in_its_round_alone(runner: Runner) -> None:
     """The scheduler was killed; a round was applied before one of its executors had answered the new one."""
-    assert runner.run(random_scenario(1173)).problems == ()
+    fault = Fault(role="scheduler", way="kill", round=1, phase="loading", for_s=2.053)
+    scenario = Scenario(seed=1173, workers=2, rounds=3, checkpoint_every=1, faults=(fault,))
+    assert runner.run(scenario).problems == ()
 
 
 def test_a_checkpoint_is_forgotten_before_it_is_deleted(runner: Runner) -> None:

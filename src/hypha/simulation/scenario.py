@@ -26,9 +26,9 @@ Role = Literal[
 #: stays away; ``freeze`` stops it for ``for_s``; ``restart`` ends it politely and starts it again; ``cut``:
 #: nothing passes for ``for_s``, ``deaf`` nothing comes in, ``mute`` nothing goes out; ``partition``: it and
 #: the workers do not reach each other, all others do; ``slow``: a hundredth of its line's speed is left;
-#: ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has another byte; ``full-disk``: no
-#: byte is free; ``slow-disk``: every blocking call takes half a second more; ``clock``: its time of day jumps;
-#: ``stall``: a training executor lives, and its batches take for ever
+#: ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has another byte; ``full-disk``:
+#: no byte is free; ``slow-disk``: every blocking call takes half a second more; ``clock``: its time of day
+#: jumps; ``stall``: a training executor lives, and its batches take for ever
 Way = Literal[
     "kill",
     "lose",

@@ -214,6 +214,8 @@ class World:
 
     async def _count_tasks(self, computer: Computer, process: SimulatedProcess) -> None:
         """How many a node has before the job uses it."""
+        while computer.name not in self.network.nodes and process.alive:
+            await trio.sleep(_IDLE_AFTER_S)
         await trio.sleep(_IDLE_AFTER_S)
         if process.alive and not process.children:
             computer.idle_tasks = process.tasks
