@@ -70,7 +70,7 @@ def test_killed_not_another_instruction_is_executed() -> None:
         process.freeze()
         process.kill()
         await trio.sleep(10)
-        assert process.tasks == 0
+        assert not process.tasks
 
     assert tell(story) == [1]
 

@@ -284,6 +284,7 @@ def _left_over(world: World) -> list[str]:
         node = world.network.nodes.get(name)
         if node is not None and not node.transfers.idle():
             found.append(f"{name} still holds places for transfers")
-        if process.tasks > computer.idle_tasks:
-            found.append(f"{name} has {process.tasks} tasks, and had {computer.idle_tasks} before the job")
+        more = process.tasks - computer.idle_tasks
+        if more.total() > (computer.idle_tasks - process.tasks).total():
+            found.append(f"{name} has tasks that it had not before the job: {', '.join(sorted(more))}")
     return found

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextvars
 import inspect
 import types
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from pathlib import Path
 from random import Random
@@ -138,9 +139,9 @@ class SimulatedProcess:
         return len(self._children)
 
     @property
-    def tasks(self) -> int:
-        """Living tasks."""
-        return len(self._tasks)
+    def tasks(self) -> Counter[str]:
+        """Living tasks, by name."""
+        return Counter(task.name for task in self._tasks)
 
     def spawn(self, call: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
         """Start a task of this process; nothing when it is dead."""

@@ -15,7 +15,7 @@ import shutil
 import sqlite3
 import tempfile
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +99,7 @@ class Computer:
     journal: Journal = field(default_factory=Journal)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: tasks of its process before there was a job
-    idle_tasks: int = 0
+    idle_tasks: Counter[str] = field(default_factory=Counter)
 
     @property
     def name(self) -> str:
@@ -214,7 +214,7 @@ class World:
 
     async def _count_tasks(self, computer: Computer, process: SimulatedProcess) -> None:
         """How many a node has before the job uses it."""
-        while computer.name not in self.network.nodes and process.alive:
+        while computer.name not in self.network.nodes and process.alive:  # noqa: ASYNC110
             await trio.sleep(_IDLE_AFTER_S)
         await trio.sleep(_IDLE_AFTER_S)
         if process.alive and not process.children:
