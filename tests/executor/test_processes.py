@@ -507,6 +507,31 @@ def test_a_worker_that_was_left_out_starts_over(network: Network, tmp_path: Path
     assert worker.output().count("Traceback") == 0
 
 
+def test_slices_fetched_for_a_first_round_are_dropped_when_the_job_restarts_before_it(
+    network: Network, tmp_path: Path
+) -> None:
+    manifest = dataset(tmp_path / "data", 2)
+    worker = network.add(train_job("me"))
+    network.add(server_job())
+    worker.start()
+    worker.wait(Loaded)
+    give_slice(worker, manifest, tmp_path / "data", 0)
+    with worker.lock:
+        assert worker.lock.wait_for(lambda: not worker.slices, 30)
+    # rounds were lost: the scheduler has taken back all slices
+    there = PeerRef(peer="server")
+    worker.direct(Rejoin(generation=1, round=0, parameter_server=there, resend=True, start_over=True))
+    worker.wait(Loaded, lambda event: worker.events.count(event) == 2)
+    give_slice(worker, manifest, tmp_path / "data", 1, generation=1)
+    save_file({"weight": torch.zeros(CLASSES, FEATURES), "bias": torch.zeros(CLASSES)}, tmp_path / "theta-0")
+    worker.direct(Plan(round=0, batches=2))
+    worker.deliver("theta", "server", tmp_path / "theta-0", JobStamp(job_id="job", generation=1, round=0))
+    sent = worker.wait(UpdateSent).contribution
+    assert [(piece.slice, piece.start, piece.stop) for piece in sent.ranges] == [(1, 0, 16)]
+    worker.direct(Finish())
+    assert worker.exit_code() == 0
+
+
 def test_a_worker_whose_update_was_refused_begins_the_round_anew(network: Network, tmp_path: Path) -> None:
     manifest = dataset(tmp_path / "data", 3)
     worker, server = network.add(train_job("me")), network.add(server_job())

@@ -182,6 +182,9 @@ class Trainer:
             self._last = None
             if self._sender is not None:
                 self._sender.stop()
+            if self._round < 0:
+                # no theta will say so: slices that were fetched for a first round are with others now
+                self._drop_before((rejoin.generation, 0, 0))
             stamp = theta.meta.stamp if theta is not None else None
             if theta is not None and (stamp is None or stamp.generation < rejoin.generation):
                 inbox.theta = None
@@ -261,12 +264,15 @@ class Trainer:
                 "Round %d went on without this worker; it starts over from round %d.", self._round, round
             )
         self._last = None
-        self._stream.drop_before(at)
-        self._slices.drop_before(at)
+        self._drop_before(at)
         if self._lost or round < self._round:
             self._forget_steps(self._steps_there)
         elif self._batches:
             self._forget_steps(self._first_steps)
+
+    def _drop_before(self, at: tuple[int, int, int]) -> None:
+        self._stream.drop_before(at)
+        self._slices.drop_before(at)
 
     def _forget_steps(self, steps: int) -> None:
         """They are in no theta: no ledger has them, so neither may the optimizer."""

@@ -275,6 +275,8 @@ class SimulatedTrainer:
             self._last = None
             if self._sender is not None:
                 self._sender.stop()
+            if self._round < 0:
+                self._drop_before((rejoin.generation, 0, 0))
             stamp = theta.meta.stamp if theta is not None else None
             if theta is not None and (stamp is None or stamp.generation < rejoin.generation):
                 inbox.theta = None
@@ -332,15 +334,18 @@ class SimulatedTrainer:
 
     def _start_over(self, at: tuple[int, int, int]) -> None:
         self._last = None
+        self._drop_before(at)
+        if self._lost or at[1] < self._round:
+            self._forget_steps(self._steps_there)
+        elif self._batches:
+            self._forget_steps(self._first_steps)
+
+    def _drop_before(self, at: tuple[int, int, int]) -> None:
         self._toy.stream.drop_before(at)
         self._dropped_before = at
         if self._ready is not None and self._ready.asked < at:
             self._ready = None
             self._changed.note()
-        if self._lost or at[1] < self._round:
-            self._forget_steps(self._steps_there)
-        elif self._batches:
-            self._forget_steps(self._first_steps)
 
     def _forget_steps(self, steps: int) -> None:
         self._restarts += 1
