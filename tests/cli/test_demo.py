@@ -165,7 +165,7 @@ def test_the_demo_trains_a_model_that_users_can_load(short: Path) -> None:
         output, _ = demo.communicate(timeout=380)
     assert demo.returncode == 0, output
     summary = json.loads((short / "summary.json").read_text())
-    assert summary["test_accuracy"] >= 0.95
+    assert summary["test_accuracy"] >= 0.95, output
     assert (summary["rounds"], summary["workers"]) == (10, 3)
     assert summary["samples"] >= 10 * 1440 * 0.95
     assert summary["model"] == str(short / "demo" / "model")

@@ -96,6 +96,18 @@ def test_state_survives_the_wire() -> None:
     assert again.next("b", "j", 0) == tracker.next("b", "j", 0)
 
 
+def test_states_share_what_was_answered() -> None:
+    """A journal has thousands of them, and hundreds of answers are remembered for each worker."""
+    tracker = SliceTracker([10, 10, 10])
+    tracker.next("a", "a1", 0)
+    before = tracker.to_state()
+    tracker.next("a", "a1", 1)
+    assert tracker.to_state().answers[0] is before.answers[0]
+    restored = SliceTracker.from_state(before)
+    assert restored.to_state().answers[0] is before.answers[0]
+    assert restored.next("a", "a1", 0) == tracker.next("a", "a1", 0)
+
+
 def test_everybody_lost() -> None:
     tracker = SliceTracker((2, 3))
     tracker.next("a", "i", 0)

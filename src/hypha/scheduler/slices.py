@@ -125,7 +125,8 @@ class SliceTracker:
         self.samples = tuple(samples)
         self._epochs: dict[int, _Epoch] = {}
         self._next_epoch = 0
-        self._answers: dict[str, OrderedDict[int, Assignment]] = {}
+        #: of each worker by its questions; the objects that states have, so that many states share them
+        self._answers: dict[str, OrderedDict[int, AnswerState]] = {}
         self._incarnation: dict[str, str] = {}
         self._cached: dict[str, tuple[int, ...]] = {}
         self.version = 0
@@ -154,17 +155,20 @@ class SliceTracker:
         self._cached[worker] = tuple(cached)
         answers = self._answers.setdefault(worker, OrderedDict())
         if seq in answers:
-            return answers[seq]
+            return self._assignment(answers[seq])
         epoch = self._open_epoch()
         elsewhere = {index for other, indices in self._cached.items() if other != worker for index in indices}
         index = epoch.pick(cached, elsewhere)
         epoch.available.discard(index)
         epoch.assigned[index] = worker
         self.version += 1
-        answers[seq] = Assignment(epoch.epoch, index, self.samples[index])
+        answers[seq] = AnswerState(worker, incarnation, seq, epoch.epoch, index)
         if len(answers) > _REMEMBERED_ANSWERS:
             answers.popitem(last=False)
-        return answers[seq]
+        return self._assignment(answers[seq])
+
+    def _assignment(self, told: AnswerState) -> Assignment:
+        return Assignment(told.epoch, told.index, self.samples[told.index])
 
     def dropped(self, worker: str, incarnation: str, held_from: int, keep: Iterable[tuple[int, int]]) -> None:
         """``worker`` holds nothing any more of what it got for a ``seq`` before ``held_from``: that returns,
@@ -267,11 +271,7 @@ class SliceTracker:
                 EpochState(number, epoch.used_state, tuple(sorted(epoch.assigned.items())))
                 for number, epoch in sorted(self._epochs.items())
             ),
-            answers=tuple(
-                AnswerState(worker, self._incarnation[worker], seq, answer.epoch, answer.index)
-                for worker, answers in sorted(self._answers.items())
-                for seq, answer in answers.items()
-            ),
+            answers=tuple(told for _, answers in sorted(self._answers.items()) for told in answers.values()),
             version=self.version,
         )
 
@@ -288,6 +288,5 @@ class SliceTracker:
             tracker._epochs[kept.epoch] = epoch
         for told in state.answers:
             tracker._incarnation[told.worker] = told.incarnation
-            answers = tracker._answers.setdefault(told.worker, OrderedDict())
-            answers[told.seq] = Assignment(told.epoch, told.index, state.samples[told.index])
+            tracker._answers.setdefault(told.worker, OrderedDict())[told.seq] = told
         return tracker
