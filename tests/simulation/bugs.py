@@ -12,11 +12,11 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from hypha.executor.outer import OuterStep
 from hypha.leases import BookAction, BookEvent, Drained, LeaseBook
-from hypha.messages import UpdateReceived
+from hypha.messages import Contribution, LedgerRound, UpdateReceived
 from hypha.net.bulk_places import Places
 from hypha.runtime import in_thread
+from hypha.scheduler.books import Books
 from hypha.scheduler.events import Action, Again, Told
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.members import Member
@@ -64,14 +64,16 @@ def slice_used_too_early() -> None:
 
 
 def update_counted_twice() -> None:
-    """The parameter server adds an update that comes again once more."""
-    right = OuterStep.add
+    """An update of an applied round that is told of once more is written into the ledger once more."""
+    right = Books.late
 
-    def add(self: OuterStep, worker: str, *arguments: object) -> float:
-        self.contributors.pop(worker, None)
-        return right(self, worker, *arguments)
+    def late(self: Books, contribution: Contribution) -> LedgerRound | None:
+        _, missing, order = self._applied.get(contribution.round, (None, set(), ()))
+        if contribution.worker in order:
+            missing.add(contribution.worker)
+        return right(self, contribution)
 
-    OuterStep.add = add
+    Books.late = late
 
 
 def stale_generation_accepted() -> None:
