@@ -163,7 +163,7 @@ class SimulatedNode:
 
     async def connect(self, peer: PeerRef | str) -> None:
         """Be connected; PeerUnreachable when that cannot be."""
-        await self._outside(self._known(peer), None, None)
+        await self.ask_there(self._known(peer), None, None)
 
     def connected(self, peer: str) -> None:
         """Called by the network."""
@@ -205,7 +205,7 @@ class SimulatedNode:
         """Ask ``peer``. Raises Refused, PeerUnreachable, RequestTimeout."""
         name = self._known(peer)
         payload = msgspec.msgpack.encode(RequestEnvelope(body=request))
-        answer = await self._outside(
+        answer = await self.ask_there(
             name, lambda node: node._serve(self.peer_id, payload), timeout_s, len(payload)
         )
         if answer is None:
@@ -215,7 +215,7 @@ class SimulatedNode:
             raise Refused(reply.code, reply.reason, name)
         return reply
 
-    async def _outside(
+    async def ask_there(
         self,
         peer: str,
         ask: Callable[[SimulatedNode], Awaitable[Any]] | None,
@@ -350,7 +350,7 @@ class SimulatedNode:
                 return await node._reported(self.peer_id, payload)
 
             try:
-                await self._outside(peer, reported, 15.0, len(payload))
+                await self.ask_there(peer, reported, 15.0, len(payload))
                 reached_at = trio.current_time()
             except NetworkError:
                 if trio.current_time() - reached_at > 2 * _REPORT_IDLE_S:
@@ -429,7 +429,7 @@ class SimulatedNode:
         try:
             return (
                 1
-                if await self._outside(gateway, lambda node: node._take_record(dataset, ref), _LOOKUP_S)
+                if await self.ask_there(gateway, lambda node: node._take_record(dataset, ref), _LOOKUP_S)
                 else 0
             )
         except NetworkError:
@@ -458,7 +458,7 @@ class SimulatedNode:
             return await node._find_records(dataset, linked)
 
         try:
-            found: dict[str, PeerRef] | None = await self._outside(gateway, find, _LOOKUP_S)
+            found: dict[str, PeerRef] | None = await self.ask_there(gateway, find, _LOOKUP_S)
         except NetworkError:
             return {}
         return found or {}
@@ -486,7 +486,7 @@ class SimulatedNode:
         while True:
             for peer in self.options.gateways:
                 try:
-                    await self._outside(peer, None, None)
+                    await self.ask_there(peer, None, None)
                 except PeerUnreachable:
                     continue
                 self._gateway = peer
@@ -507,7 +507,7 @@ class SimulatedNode:
             for peer in self.options.gateways:
                 if not self.is_connected(peer):
                     try:
-                        await self._outside(peer, None, None)
+                        await self.ask_there(peer, None, None)
                     except PeerUnreachable as exc:
                         logger.debug("Another gateway cannot be reached: %s", exc)
             await trio.sleep(5.0 * chance().uniform(0.8, 1.2))

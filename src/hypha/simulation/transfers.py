@@ -101,7 +101,7 @@ class SimulatedTransfers:
             self._node.learn(peer)
         token = new_id()
         if name == self._node.peer_id:
-            await self._take(name, meta, token, await in_thread(path.read_bytes))
+            await self.take(name, meta, token, await in_thread(path.read_bytes))
             return
         attempts = 0
         busy_until: float | None = None
@@ -128,13 +128,16 @@ class SimulatedTransfers:
             data = await in_thread(path.read_bytes)
 
             async def receive(node: SimulatedNode) -> None:
-                await node.transfers._take(self._node.peer_id, meta, token, data, progress)
+                await node.transfers.take(self._node.peer_id, meta, token, data, progress)
 
-            await self._node._outside(name, receive, None)
+            await self._node.ask_there(name, receive, None)
 
-    async def _take(
+    async def take(
         self, caller: str, meta: TransferMeta, token: str, data: bytes, progress: list[float] | None = None
     ) -> None:
+        """The whole of one attempt to receive a file, in the receiver's process; ``progress`` is the sender's.
+        Raises Refused, TransferCorrupt and LinkBroken.
+        """
         if (caller, token) in self._done:
             return
         job_id = meta.stamp.job_id if meta.stamp is not None else None
@@ -238,10 +241,10 @@ class SimulatedTransfers:
         still_s: float | None,
     ) -> TransferMeta:
         async def provide(node: SimulatedNode) -> tuple[bytes, TransferMeta]:
-            return await node.transfers._provide(self._node.peer_id, request)
+            return await node.transfers.provide_to(self._node.peer_id, request)
 
         with trio.move_on_after(10.0) as asking:
-            provided = await self._node._outside(name, provide, None)
+            provided = await self._node.ask_there(name, provide, None)
         if asking.cancelled_caught:
             raise LinkBroken("it does not answer")
         data: bytes = provided[0]
@@ -293,7 +296,8 @@ class SimulatedTransfers:
             logger.debug("The sender of a file is gone: %s", exc)
             ready.set()
 
-    async def _provide(self, caller: str, request: PullFile) -> tuple[bytes, TransferMeta]:
+    async def provide_to(self, caller: str, request: PullFile) -> tuple[bytes, TransferMeta]:
+        """The bytes of a file that ``caller`` pulls, and what is said of it. Raises Refused."""
         provider = self._providers.get(request.kind)
         if provider is None:
             raise Refused("not-found", f"there are no files of kind {request.kind!r} here")
