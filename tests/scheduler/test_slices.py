@@ -108,6 +108,23 @@ def test_states_share_what_was_answered() -> None:
     assert restored.next("a", "a1", 0) == tracker.next("a", "a1", 0)
 
 
+def test_of_many_answers_those_are_remembered_that_may_matter() -> None:
+    tracker = SliceTracker([10] * 400)
+    for seq in range(400):
+        got = tracker.next("a", "a1", seq)
+        if seq >= 300:
+            break
+        tracker.finish("a", [(got.epoch, got.index)])
+    assert len(tracker.to_state().answers) < 50, "they are in every state"
+    assert tracker.next("a", "a1", 299) == Assignment(0, 299, 10), "of a slice it has used just now"
+    # however many it holds: it can give them back
+    for seq in range(301, 400):
+        tracker.next("a", "a1", seq)
+    assert len(tracker.held("a")) == 100
+    tracker.dropped("a", "a1", 400, [])
+    assert tracker.held("a") == []
+
+
 def test_everybody_lost() -> None:
     tracker = SliceTracker((2, 3))
     tracker.next("a", "i", 0)

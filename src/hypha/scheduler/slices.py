@@ -16,8 +16,9 @@ from msgspec import Struct
 
 from hypha.errors import DataError
 
-#: answers kept per worker, so that a repeated question gets the same one
-_REMEMBERED_ANSWERS = 256
+#: answers kept per worker, so that a repeated question gets the same one, besides those whose slices it has.
+#: It asks one question after the other; all are kept, and written, with every state
+_REMEMBERED_ANSWERS = 32
 #: how many AVAILABLE slices are looked at for one that no other worker has cached
 _LOOK_AHEAD = 64
 
@@ -163,9 +164,18 @@ class SliceTracker:
         epoch.assigned[index] = worker
         self.version += 1
         answers[seq] = AnswerState(worker, incarnation, seq, epoch.epoch, index)
-        if len(answers) > _REMEMBERED_ANSWERS:
-            answers.popitem(last=False)
+        self._forget_oldest(answers)
         return self._assignment(answers[seq])
+
+    def _forget_oldest(self, answers: OrderedDict[int, AnswerState]) -> None:
+        """Of a worker's answers: what it holds it can still give back, see :meth:`dropped`."""
+        spent = [seq for seq, told in answers.items() if not self._holds(told)]
+        for seq in spent[: max(0, len(spent) - _REMEMBERED_ANSWERS)]:
+            del answers[seq]
+
+    def _holds(self, told: AnswerState) -> bool:
+        epoch = self._epochs.get(told.epoch)
+        return epoch is not None and epoch.assigned.get(told.index) == told.worker
 
     def _assignment(self, told: AnswerState) -> Assignment:
         return Assignment(told.epoch, told.index, self.samples[told.index])
@@ -260,7 +270,7 @@ class SliceTracker:
             epoch.validate()
         for worker, answers in self._answers.items():
             assert not answers or worker in self._incarnation, f"{worker} was answered, but did not ask"
-            assert len(answers) <= _REMEMBERED_ANSWERS
+            assert all(told.worker == worker for told in answers.values())
 
     def to_state(self) -> TrackerState:
         """All of it, to be kept with a checkpoint."""
