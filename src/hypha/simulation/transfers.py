@@ -135,7 +135,7 @@ class SimulatedTransfers:
     async def take(
         self, caller: str, meta: TransferMeta, token: str, data: bytes, progress: list[float] | None = None
     ) -> None:
-        """The whole of one attempt to receive a file, in the receiver's process; ``progress`` is the sender's.
+        """One whole attempt to receive a file, in the receiver's process; ``progress`` is the sender's.
         Raises Refused, TransferCorrupt and LinkBroken.
         """
         if (caller, token) in self._done:
