@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tests.scheduler.world import Worker, World
 
@@ -603,6 +603,13 @@ def exactly_once_after(world: World, rounds: int) -> None:
         min_size=1,
         max_size=4,
     ),
+)
+@example(
+    # the parameter server is lost before anybody records what it applied, the scheduler right after it
+    seed=792063,
+    speeds=[0.2892416405134119, 0.03983346145625159, 0.22175543609588755, 0.07816378018483464],
+    slow_net=True,
+    losses=[(5.74, "scheduler", 2.86, 0), (8.73, "scheduler", 0.8, 1), (5.182153960706624, "server", 3.9, 2)],
 )
 def test_whoever_dies_whenever_every_round_counts_once_and_no_sample_is_skipped(
     seed: int, speeds: list[float], slow_net: bool, losses: list[tuple[float, str, float, int]]

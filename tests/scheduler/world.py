@@ -497,7 +497,9 @@ class World:
         self.ended = None
         round_ = max(number for number in self.starts if number <= max(0, min(checkpoint, self.book[0])))
         lost = round_ < self.book[0]
-        self.rounds_lost += self.book[0] - round_
+        # what it had applied is undone, even if nobody recorded it: who went on from there begins its round
+        # anew, with other slices than those it held
+        self.rounds_lost += max(self.server_round, self.book[0]) - round_
         steps, tracker = self.starts[round_]
         self.starts = {number: start for number, start in self.starts.items() if number <= round_}
         self.applied = [(number, parts) for number, parts in self.applied if number < round_]
@@ -511,7 +513,14 @@ class World:
         self.contributors = tuple(part.worker for part in before.contributors) if before is not None else ()
         self.said_applied, self.server_generation, self.members = None, start.generation, ()
         ready = ModelReady(round=round_, theta=f"t{round_}", parameters=1, size_bytes=4)
-        self.at(1.0, lambda: self.say_server(ready))
+        server = self.servers
+
+        def loaded() -> None:
+            # another one may have been lost meanwhile
+            if server == self.servers:
+                self.say_server(ready)
+
+        self.at(1.0, loaded)
         self.say_again(start, lost)
 
     def live(self, start: Start, tracker: TrackerState) -> None:

@@ -65,6 +65,8 @@ class RoundState:
         self.theta = ""
         self.server: PeerRef | None = None
         self.server_ready = False
+        #: where the parameter server was when it had the model; None before
+        self.server_at: int | None = None
         self.members: dict[str, Member] = {}
         self.counts: Counter[str] = Counter()
         self.books = Books()
@@ -106,7 +108,7 @@ class RoundState:
     def join(self, event: Joined) -> None:
         """An executor was started."""
         if event.kind == "aggregate":
-            self.server, self.server_ready = event.ref, False
+            self.server, self.server_ready, self.server_at = event.ref, False, None
         elif event.ref.peer not in self.members:
             self.members[event.ref.peer] = Member(event.ref, event.batch_size, self.rules.multiple)
 
@@ -162,7 +164,7 @@ class RoundState:
 
     def restart(self, reason: str, unusable: bool = False) -> list[Action]:
         """The parameter server is gone: this life ends, and what is known of slices is kept for the next."""
-        self.server, self.server_ready = None, False
+        self.server, self.server_ready, self.server_at = None, False, None
         self.over = True
         restart = Restart(reason, unusable, self.failures.hand_on(self.short_since))
         return [self.keep_slices(), restart]
@@ -172,12 +174,14 @@ class RoundState:
     def is_early(self, round_: int) -> bool:
         """Is what was said of ``round_`` to be taken up when that is opened here? While a round is closing
         the next one begins elsewhere. A life that goes on with another's executors hears of its first round
-        before it has opened it, and of the next one if the parameter server had closed the first.
+        before it has opened it, and of the next one if the parameter server had closed the first; if it had
+        not, that next one was begun with a parameter server that was lost since, and nobody recorded it.
         """
         if round_ == self.round:
             return self.phase == "loading"
         first = self.phase == "loading" or self.round == self.start.round
-        return round_ == self.round + 1 and (self.phase == "closing" or (first and self.start.taken_over))
+        closed = self.start.taken_over and self.server_at in (None, self.start.round + 1)
+        return round_ == self.round + 1 and (self.phase == "closing" or (first and closed))
 
     def holders(self) -> frozenset[str]:
         """Who has said that it runs on theta of the round that is about to be opened, or of the next one."""

@@ -308,7 +308,7 @@ class RoundMachine(Phases):
             return []
         if event.round == self.round + 1 and self.start.taken_over and self.round == self.start.round:
             # the scheduler before this one had closed the round; RoundApplied says with what
-            self.server_ready, self.theta = True, self.start.theta
+            self.server_ready, self.theta, self.server_at = True, self.start.theta, event.round
             return []
         if event.round != self.round:
             text = f"the parameter server is at round {event.round}, not {self.round}"
@@ -316,7 +316,8 @@ class RoundMachine(Phases):
         if self.start.theta and event.theta != self.start.theta:
             text = f"the parameter server restored another theta than that of round {self.round}"
             return self.failed(server.peer, "aggregate", text, "data")
-        self.server_ready, self.theta = True, event.theta
+        self.server_ready, self.theta, self.server_at = True, event.theta, event.round
+        self.early = [told for told in self.early if told.stamp.round <= self.round]
         if self.round >= self.rules.rounds:
             self.phase = "exporting"
             return self.to_server(Export(to=self.scheduler))
