@@ -55,7 +55,7 @@ from hypha.journal import Entry, Journal
 from hypha.leases import NAME as LEASES
 from hypha.messages import Column
 from hypha.scheduler import JobResult, JobSnapshot, run_job
-from hypha.simulation.executors import SimulatedExecutors
+from hypha.simulation.executors.processes import SimulatedExecutors
 from hypha.simulation.network import Machine, SimulatedNetwork
 from hypha.simulation.node import SimulatedOptions, open_simulated_node
 from hypha.simulation.process import (

@@ -1,0 +1,133 @@
+"""The bridge as a simulated executor has it: its worker's desk, reached through a process that may die."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from hypha.errors import NetworkError, PeerUnreachable, Refused
+from hypha.messages import (
+    Alive,
+    Directive,
+    Event,
+    FetchedFile,
+    Job,
+    Progress,
+    ReceivedFile,
+    Reference,
+    SendCall,
+    Sent,
+)
+from hypha.node import Changes
+from hypha.simulation.process import SimulatedProcess
+from hypha.worker.bridge import Desk
+from hypha.worker.feeds import Feed
+
+T = TypeVar("T")
+
+_FLUSH_S = 3.0
+
+
+class Bridge:
+    """An executor's end of it: calls run in the worker's process, events go there in order."""
+
+    def __init__(self, desk: Desk, worker: SimulatedProcess, directory: Path) -> None:
+        self.directory = directory
+        self._desk = desk
+        self._worker = worker
+        self._events: deque[Event] = deque()
+        self._changed = Changes()
+
+    @property
+    def job(self) -> Job:
+        """What this executor is to do."""
+        return self._desk.job
+
+    async def fetch(self, reference: Reference) -> list[tuple[Path, FetchedFile]]:
+        """Have the worker fetch ``reference``. Raises Refused and PeerUnreachable."""
+        files = await self._asked(lambda: self._desk.fetch(reference))
+        return [(self.directory / file.path, file) for file in files]
+
+    async def send(self, call: SendCall) -> Sent:
+        """Have the worker send a file. Raises Refused or PeerUnreachable when nobody acknowledged."""
+        sent = await self._asked(lambda: self._desk.send(call))
+        if not any(delivery.acknowledged for delivery in sent.deliveries):
+            refused = [delivery for delivery in sent.deliveries if delivery.error != "unreachable"]
+            worst = (refused or list(sent.deliveries))[0]
+            if refused:
+                raise Refused(worst.error, worst.detail)
+            raise PeerUnreachable("behind the bridge", worst.detail)
+        return sent
+
+    async def _asked(self, call: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await self._worker.call(call)
+        except Refused:
+            raise
+        except NetworkError as exc:
+            raise PeerUnreachable("behind the bridge", str(exc)) from exc
+
+    def relative(self, path: Path) -> str:
+        """``path`` as the bridge wants it."""
+        return path.relative_to(self.directory).as_posix()
+
+    def report(self, event: Event) -> None:
+        """Have ``event`` delivered."""
+        if isinstance(event, Progress) and self._events and isinstance(self._events[-1], Progress):
+            self._events.pop()
+        if isinstance(event, Alive) and self._events:
+            return
+        self._events.append(event)
+        self._changed.note()
+
+    async def run(self) -> None:
+        """Deliver events, until cancelled."""
+        while True:
+            while self._events:
+                event = self._events[0]
+
+                async def say(event: Event = event) -> None:
+                    self._desk.say(event)
+
+                await self._worker.call(say)
+                if self._events and self._events[0] is event:
+                    self._events.popleft()
+                self._changed.note()
+            await self._changed.wait()
+
+    async def flush(self) -> None:
+        """Wait until the worker has all events, for a few seconds."""
+        with trio.move_on_after(_FLUSH_S):
+            while self._events:
+                await self._changed.wait()
+
+    async def directives(self, handler: Callable[[Directive], None]) -> None:
+        """Call ``handler`` for each, until cancelled."""
+        await self._follow(self._desk.open_directives, handler)
+
+    async def receive(self, kinds: tuple[str, ...], handler: Callable[[ReceivedFile], None]) -> None:
+        """Call ``handler`` for each file that arrives, until cancelled."""
+        await self._follow(lambda: self._desk.open_arrivals(frozenset(kinds)), handler)
+
+    async def _follow(
+        self, open_: Callable[[], AbstractContextManager[Feed[Any]]], handler: Callable[[Any], None]
+    ) -> None:
+        send, receive = trio.open_memory_channel[Any](float("inf"))
+
+        async def pump() -> None:
+            with open_() as feed:
+                while True:
+                    send.send_nowait(await feed.get())
+
+        async def consume() -> None:
+            async for item in receive:
+                handler(item)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(consume)
+            await self._worker.call(pump)
