@@ -98,7 +98,9 @@ class Bridge:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", f"hypha.executor.{module}", str(self.directory / "bridge.sock")],
                 cwd=self.directory,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                # a directive that was sent before a file is read by another thread: steps of a millisecond
+                # could be over before it has had its turn
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HYPHA_STEP_S": "0.02"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
