@@ -25,6 +25,8 @@ class Server:
         self.replies: list[bytes | None] = []
         self.requests: list[bytes] = []
         self.connections = 0
+        #: released once for each connection that was closed here
+        self.hung_up = threading.Semaphore(0)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen()
@@ -44,6 +46,7 @@ class Server:
                     if reply is None:
                         break
                     sock.sendall(reply)
+            self.hung_up.release()
 
     def close(self) -> None:
         self._listener.close()
@@ -186,6 +189,7 @@ def test_calls_of_an_executor_share_connections_and_survive_one_that_was_closed(
         assert client.fetch(Uri(value="http://somewhere/file")) == []
     assert server.connections == 1
     # having nothing more to say, the server has hung up, as after a long silence
+    assert server.hung_up.acquire(timeout=30)
     server.replies = [answer]
     assert client.fetch(Uri(value="http://somewhere/file")) == []
     assert (server.connections, len(server.requests)) == (2, 4)
