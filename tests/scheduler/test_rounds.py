@@ -647,6 +647,23 @@ def test_whoever_dies_whenever_every_round_counts_once_and_no_sample_is_skipped(
         assert {part.worker for part in told} == {part.worker for part in parts}
 
 
+def test_a_worker_whose_batch_does_not_end_is_not_waited_for_in_another_life() -> None:
+    world = World(rules(rounds=4, samples=200, min_workers=3, max_failures=9))
+    world.begin()
+    for name in "abc":
+        world.add(Worker(name, 0.1))
+    world.run(600, until=lambda: world.machine.round == 1)
+    world.workers["c"].stalled = True
+    world.workers["c"].training = False
+    world.lose_server(1)
+    world.run(1000, until=lambda: "c" in world.dropped)
+    assert world.dropped == ["c"]
+    world.add(Worker("d", 0.1))
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    check_books(world, 4)
+
+
 # --- everything at once --------------------------------------------------------------------------------
 
 

@@ -47,6 +47,7 @@ from hypha.scheduler.events import (
     AnswerSlice,
     Drop,
     Fail,
+    GoesOn,
     Input,
     Joined,
     KeepSlices,
@@ -80,6 +81,8 @@ class Worker:
     theta_s: float = 0.0
     alive: bool = True
     hung: bool = False
+    #: it lives, and its batch does not end
+    stalled: bool = False
     poisoned: bool = False
     incarnation: str = ""
     round: int = -1
@@ -552,7 +555,8 @@ class World:
         if not worker.alive or worker.hung or start.generation <= worker.generation:
             return
         worker.generation = start.generation
-        if not worker.loaded:
+        self.feed(GoesOn(worker.peer, "train"))
+        if not worker.loaded or worker.stalled:
             return
         self.say(worker, Loaded(incarnation=worker.incarnation))
         if lost:

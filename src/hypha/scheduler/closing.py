@@ -60,6 +60,17 @@ def given_up(participants: Iterable[Member], rules: Rules, round_: int, now: flo
     return [member for member in participants if _is_due(member, patience_s, round_, now)]
 
 
+def stuck(members: Iterable[Member], rules: Rules, now: float) -> list[Member]:
+    """Whose executor was told long ago that the job goes on in this life, and is in its batch still."""
+    patience_s = _LAST_PATIENCE * rules.deadline_s
+    return [
+        member
+        for member in members
+        if not (member.loaded or member.absent or member.told_at is None)
+        and now >= member.told_at + patience_s
+    ]
+
+
 def _is_due(member: Member, deadline_s: float, round_: int, now: float) -> bool:
     due = member.due_at(deadline_s, round_)
     return due is not None and now >= due

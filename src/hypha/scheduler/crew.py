@@ -26,7 +26,7 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.scheduler.describe import Descriptions
-from hypha.scheduler.events import Input, JobRefused, Joined, Lost, Send
+from hypha.scheduler.events import GoesOn, Input, JobRefused, Joined, Lost, Send
 from hypha.scheduler.lives import Life
 from hypha.scheduler.pool import LeaseGained
 from hypha.scheduler.steering import Steering
@@ -227,6 +227,7 @@ class Crew:
                 logger.debug("The %s executor is not asked yet: %s", lease.kind, exc, extra=fields)
             else:
                 logger.info("The %s executor goes on", lease.kind, extra=fields)
+                self._handle(GoesOn(lease.worker.peer, lease.kind))
                 return True
             await trio.sleep(_PAUSE_S)
 

@@ -29,6 +29,15 @@ class Lost(Struct, frozen=True, tag=True):
     reason: str
 
 
+class GoesOn(Struct, frozen=True, tag=True):
+    """The executor of ``kind`` at ``peer``, started in an earlier life, has been told of this one. A training
+    executor that has its model reports that at the end of its batch.
+    """
+
+    peer: str
+    kind: ExecutorClass
+
+
 class Unreachable(Struct, frozen=True, tag=True):
     """``peer`` cannot be reached any more; its lease still lives, so it may come back."""
 
@@ -116,6 +125,7 @@ class LifeBegan(Struct, frozen=True, tag=True):
 Input = (
     Joined
     | Lost
+    | GoesOn
     | Unreachable
     | Reachable
     | Told

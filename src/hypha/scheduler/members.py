@@ -29,6 +29,8 @@ class Member:
     multiple: int = 1
     incarnation: str = ""
     loaded: bool = False
+    #: its executor, of an earlier life, was told of this one
+    told_at: float | None = None
     in_round: bool = False
     left_out: bool = False
     attempt: int = 0

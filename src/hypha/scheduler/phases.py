@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from hypha.errors import AllocationFailed
 from hypha.messages import CloseRound, Plan, RoundApplied, SendModel
-from hypha.scheduler.closing import given_up, may_close
+from hypha.scheduler.closing import given_up, may_close, stuck
 from hypha.scheduler.events import Action, Fail, Send, Told
 from hypha.scheduler.round_state import OPEN, RoundState
 
@@ -47,6 +47,10 @@ class Phases(RoundState, ABC):
         if self.over or self.phase in ("exporting", "done", "failed"):
             return []
         actions = self.judged(self.failing.advance(now))
+        for member in stuck(self.members.values(), self.rules, now):
+            if self.phase != "failed":
+                text = "the job goes on, and the batch it was in does not end"
+                actions += self.failed(member.peer, "train", text, "overdue")
         if self.phase == "loading" and self._may_begin(now):
             self.broadcast = self.holders()
             actions += [*self.tell_members(), *self.open_round(now)]

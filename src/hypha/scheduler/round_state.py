@@ -111,6 +111,9 @@ class RoundState:
             self.server, self.server_ready, self.server_at = event.ref, False, None
         elif event.ref.peer not in self.members:
             self.members[event.ref.peer] = Member(event.ref, event.batch_size, self.rules.multiple)
+        else:
+            # another executor was started there: how long it loads, nobody knows
+            self.members[event.ref.peer].told_at = None
 
     def lose(self, peer: str, kind: ExecutorClass, reason: str) -> list[Action]:
         """An executor takes part no more."""

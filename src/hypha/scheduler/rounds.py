@@ -36,6 +36,7 @@ from hypha.scheduler.events import (
     Disregarded,
     Drop,
     FirstTheta,
+    GoesOn,
     Input,
     JobRefused,
     Joined,
@@ -112,6 +113,9 @@ class RoundMachine(Phases):
         match event:
             case Joined():
                 self.join(event)
+            case GoesOn(peer=peer, kind="train"):
+                if peer in self.members:
+                    self.members[peer].told_at = now
             case Lost():
                 if event.kind == "train":
                     self.failing.forget(event.peer)
@@ -125,7 +129,7 @@ class RoundMachine(Phases):
                 self.set_absent(peer, True)
             case Reachable(peer=peer, kind="train"):
                 self.set_absent(peer, False)
-            case Unreachable() | Reachable():
+            case GoesOn() | Unreachable() | Reachable():
                 pass
             case Reported():
                 self._progress(event, now)
