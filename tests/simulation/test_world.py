@@ -74,3 +74,12 @@ def test_a_checkpoint_is_forgotten_before_it_is_deleted(runner: Runner) -> None:
     """On a slow disk there was time to be killed between its deletion and the ledger's word of it."""
     scenario = Scenario(seed=3, workers=2, rounds=7, disk_s=0.1, checkpoint_every=1)
     assert runner.run(scenario).problems == ()
+
+
+def test_a_worker_that_stalls_is_replaced_when_the_job_goes_on(runner: Runner) -> None:
+    """A job that wants all of its workers waited without end for one to report its model in the new life."""
+    faults = (
+        Fault(role="training-executor", way="stall", round=1, phase="training", for_s=500.0),
+        Fault(role="parameter-server", way="kill", round=1, phase="training", after_s=0.5, for_s=13.0),
+    )
+    assert runner.run(Scenario(seed=1, rounds=4, apart=True, faults=faults)).problems == ()
