@@ -664,6 +664,20 @@ def test_a_worker_whose_batch_does_not_end_is_not_waited_for_in_another_life() -
     check_books(world, 4)
 
 
+def test_an_executor_that_loads_its_model_is_waited_for_in_another_life() -> None:
+    world = World(rules(rounds=3, samples=200, min_workers=3, max_failures=9))
+    world.begin()
+    for name in "ab":
+        world.add(Worker(name, 0.1))
+    world.add(Worker("c", 0.1, load_s=2000.0))
+    world.run(5)
+    world.lose_server(0)
+    world.run(5000)
+    assert isinstance(world.ended, Publish)
+    assert world.dropped == []
+    check_books(world, 3)
+
+
 # --- everything at once --------------------------------------------------------------------------------
 
 

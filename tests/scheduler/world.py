@@ -530,7 +530,8 @@ class World:
         """Another machine, of another life."""
         self.scheduler_alive = True
         old = self.machine
-        carried = old.failures.hand_on(old.short_since)
+        had_model = [member.peer for member in old.loaded]
+        carried = old.failures.hand_on(old.short_since, had_model)
         slices = SliceTracker.from_state(tracker)
         held = {worker.peer for worker in self.workers.values() if worker.alive}
         for peer in slices.holders:

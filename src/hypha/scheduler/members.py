@@ -29,7 +29,7 @@ class Member:
     multiple: int = 1
     incarnation: str = ""
     loaded: bool = False
-    #: its executor, of an earlier life, was told of this one
+    #: its executor, which had the model in an earlier life, was told of this one
     told_at: float | None = None
     in_round: bool = False
     left_out: bool = False

@@ -75,6 +75,8 @@ class RoundState:
         #: as was said last
         self.leases: LeasesHeld | None = None
         self.short_since = carried.short_since
+        #: whose executors had it in the life before; those of others may load it for as long as it takes
+        self.had_model = frozenset(carried.had_model)
         self.planner = Planner(rules.samples, rules.inner_steps)
         self.broadcast: frozenset[str] = frozenset()
         #: what was said before its round was opened here
@@ -169,7 +171,8 @@ class RoundState:
         """The parameter server is gone: this life ends, and what is known of slices is kept for the next."""
         self.server, self.server_ready, self.server_at = None, False, None
         self.over = True
-        restart = Restart(reason, unusable, self.failures.hand_on(self.short_since))
+        had_model = [one.peer for one in self.members.values() if one.loaded or one.told_at is not None]
+        restart = Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model))
         return [self.keep_slices(), restart]
 
     # --- what was said --------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class RoundMachine(Phases):
             case Joined():
                 self.join(event)
             case GoesOn(peer=peer, kind="train"):
-                if peer in self.members:
+                if peer in self.members and peer in self.had_model:
                     self.members[peer].told_at = now
             case Lost():
                 if event.kind == "train":

@@ -80,7 +80,7 @@ class Start:
 
 class CarriedOver(Struct, frozen=True):
     """What one life of a job hands on to the next: its executors' failures since the last applied round, as
-    in :class:`Failures`, and since when there have been too few leases.
+    in :class:`Failures`, since when there have been too few leases, and whose executors had their model.
     """
 
     in_a_row: int = 0
@@ -88,6 +88,7 @@ class CarriedOver(Struct, frozen=True):
     not_finite: tuple[tuple[str, int], ...] = ()
     restarts: tuple[tuple[str, int], ...] = ()
     short_since: float | None = None
+    had_model: tuple[str, ...] = ()
 
 
 @dataclass
@@ -112,7 +113,7 @@ class Failures:
             limit, carried.in_a_row, model, Counter(dict(carried.not_finite)), Counter(dict(carried.restarts))
         )
 
-    def hand_on(self, short_since: float | None) -> CarriedOver:
+    def hand_on(self, short_since: float | None, had_model: Iterable[str] = ()) -> CarriedOver:
         """For the next life."""
         return CarriedOver(
             in_a_row=self.in_a_row,
@@ -120,6 +121,7 @@ class Failures:
             not_finite=tuple(self.not_finite.items()),
             restarts=tuple(self.restarts.items()),
             short_since=short_since,
+            had_model=tuple(sorted(had_model)),
         )
 
     def applied(self, contributors: Iterable[str]) -> None:
