@@ -42,7 +42,7 @@ from hypha.scheduler.events import (
     Unreachable,
 )
 from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.rules import Rules, Start
+from hypha.scheduler.rules import CarriedOver, Rules, Start
 from hypha.scheduler.slices import SliceTracker
 
 
@@ -467,7 +467,7 @@ def test_the_parameter_server_lost_asks_for_a_new_life() -> None:
     world.add(Worker("a", 0.05))
     world.run(5)
     world.feed(Lost("ps", "aggregate", "its lease ended"))
-    assert world.ended == Restart("its lease ended")
+    assert world.ended == Restart("its lease ended", carried=CarriedOver(had_model=("a",)))
 
 
 JOB = JobStamp(job_id="job")
