@@ -1,0 +1,18 @@
+"""Traces: the operations there are (``operations``), spans of them (``spans``), and identifiers that several
+processes agree on without asking (``identifiers``). Only OpenTelemetry's API is used here; the SDK, where
+tracing is on, is :mod:`hypha.telemetry`'s, and an executor's spans go to its worker over the bridge.
+"""
+
+from hypha.tracing.identifiers import hop_traceparent, round_traceparent
+from hypha.tracing.spans import event, span, start_span, trace_context, traceparent, untraced
+
+__all__ = [
+    "event",
+    "hop_traceparent",
+    "round_traceparent",
+    "span",
+    "start_span",
+    "trace_context",
+    "traceparent",
+    "untraced",
+]

@@ -1,0 +1,137 @@
+"""Spans: what is done, in which operation, and by which peer it was asked for.
+
+A span costs a function call while tracing is off. Names are those of :mod:`hypha.tracing.operations`. Trio's
+tasks inherit the current span: start tasks that outlive an operation outside of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from opentelemetry import context as contexts
+from opentelemetry import trace
+from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+
+    from hypha.tracing.operations import Operation
+
+#: what attributes may be
+Attribute = str | bool | int | float | Sequence[str]
+
+_propagator = TraceContextTextMapPropagator()
+#: identifiers (trace, span) that the next span of this task is to have
+_chosen: ContextVar[tuple[int, int] | None] = ContextVar("chosen identifiers", default=None)
+
+
+def traceparent() -> str | None:
+    """The W3C ``traceparent`` of the current span, if there is one."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    return carrier.get("traceparent")
+
+
+def context_of(parent: str | None) -> Context | None:
+    """The context that a ``traceparent`` names; ``None`` (the current one) without. Garbage begins a new
+    trace.
+    """
+    return _propagator.extract({"traceparent": parent}, contexts.Context()) if parent else None
+
+
+@contextlib.contextmanager
+def trace_context(parent: str | None) -> Iterator[None]:
+    """The span that ``parent``, a ``traceparent``, names is the current one meanwhile."""
+    if parent is None:
+        yield
+        return
+    token = contexts.attach(context_of(parent) or contexts.get_current())
+    try:
+        yield
+    finally:
+        contexts.detach(token)
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """No span is the current one meanwhile: for tasks that are to outlive whoever starts them."""
+    token = contexts.attach(trace.set_span_in_context(trace.INVALID_SPAN))
+    try:
+        yield
+    finally:
+        contexts.detach(token)
+
+
+@contextlib.contextmanager
+def span(
+    operation: Operation,
+    attributes: Mapping[str, Attribute] | None = None,
+    *,
+    kind: SpanKind = SpanKind.INTERNAL,
+    parent: str | None = None,
+    links: Sequence[str] = (),
+) -> Iterator[Span]:
+    """``operation`` goes on meanwhile, as a child of the current span, or of the one that ``parent`` names.
+
+    ``links`` are ``traceparent``s. An exception makes the span an error and goes on its way; a cancellation
+    leaves its status unset.
+    """
+    started = start_span(operation, attributes, kind=kind, parent=parent, links=links)
+    with trace.use_span(started, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+        try:
+            yield started
+        except Exception as exc:
+            started.set_status(Status(StatusCode.ERROR, f"{type(exc).__name__}: {exc}"))
+            raise
+
+
+def start_span(
+    operation: Operation,
+    attributes: Mapping[str, Attribute] | None = None,
+    *,
+    kind: SpanKind = SpanKind.INTERNAL,
+    parent: str | None = None,
+    links: Sequence[str] = (),
+    identity: str | None = None,
+) -> Span:
+    """A span that its caller ends, and that is not the current one.
+
+    ``identity`` is a ``traceparent`` with the identifiers that it is to have itself (see
+    :mod:`hypha.tracing.identifiers`); with ``parent`` both are in one trace.
+    """
+    token = None
+    found = context_of(parent)
+    if identity is not None:
+        named = trace.get_current_span(context_of(identity)).get_span_context()
+        token = _chosen.set((named.trace_id, named.span_id))
+        found = found or contexts.Context()
+    try:
+        return trace.get_tracer("hypha").start_span(
+            operation.name,
+            found,
+            kind,
+            attributes,
+            [Link(one) for text in links if (one := _span_context(text)) is not None],
+        )
+    finally:
+        if token is not None:
+            _chosen.reset(token)
+
+
+def chosen_identifiers() -> tuple[int, int] | None:
+    """(trace, span) that the span which is being started is to have; for the SDK's generator."""
+    return _chosen.get()
+
+
+def event(name: str, attributes: Mapping[str, Attribute] | None = None) -> None:
+    """Note in the current span that something happened."""
+    trace.get_current_span().add_event(name, attributes)
+
+
+def _span_context(text: str) -> trace.SpanContext | None:
+    found = trace.get_current_span(context_of(text)).get_span_context()
+    return found if found.is_valid else None
