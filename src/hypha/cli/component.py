@@ -169,13 +169,18 @@ def flags(*given: tuple[str, str, Any]) -> list[Flag]:
 
 def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
     """The component's configuration, its identity files checked too. Raises ConfigError."""
+    from hypha.config.environment import process_environment
     from hypha.config.loading import load_config
+    from hypha.config.otel import resolve_telemetry
 
     path = config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     try:
-        return load_config(
+        loaded = load_config(
             program.model, path, given, checks=[lambda partial: _identity_problems(program, partial)]
         )
+        # variables of one signal alone are no keys
+        resolve_telemetry(f"hypha-{program.name}", loaded, process_environment())
+        return loaded
     except ConfigError as exc:
         if path is None:
             init = f"hypha-{program.name} init"
