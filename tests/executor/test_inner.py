@@ -15,7 +15,7 @@ from torch import nn
 
 from hypha.errors import ModelError
 from hypha.executor.inner import Inner, accelerator_for, learning_rate_factor, round_seed
-from hypha.executor.models import Forward
+from hypha.executor.forward import Forward
 from hypha.messages import (
     ExecutorDescriptor,
     InnerOptimizer,

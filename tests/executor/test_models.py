@@ -13,7 +13,9 @@ from torch import nn
 from hypha.config.tasks import ALIASES, TASKS
 from hypha.errors import DataError, ModelError
 from hypha.executor import models, tensors
-from hypha.executor.models import Forward, Preprocessor, build, loss_of
+from hypha.executor.forward import Forward, loss_of
+from hypha.executor.models import build
+from hypha.executor.preprocessing import Preprocessor
 from hypha.messages import Local, ModelSpec, PreprocessorSpec
 
 GPT2 = {

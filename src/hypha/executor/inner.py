@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hypha.config.environment import process_environment
 from hypha.errors import ModelError
-from hypha.executor.models import Forward
+from hypha.executor.forward import Forward
 from hypha.messages import LrSchedule, TrainJob
 
 if TYPE_CHECKING:

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from hypha.errors import DataError, HyphaError
 from hypha.executor import models, tensors, updates
+from hypha.executor.forward import Forward
 from hypha.executor.inner import Inner, accelerator_for, round_seed
-from hypha.executor.models import Forward, Preprocessor
 from hypha.executor.outer import OuterStep
+from hypha.executor.preprocessing import Preprocessor
 from hypha.executor.slices_reader import RowStream, Slice, read_columns, slice_order
 from hypha.messages import Contribution, LedgerFile
 

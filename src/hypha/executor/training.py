@@ -25,10 +25,11 @@ from hypha.config.environment import variable
 from hypha.errors import DataError, ModelError, PeerUnreachable, Refused
 from hypha.executor import models, tensors, updates
 from hypha.executor.bridge_client import BridgeClient
+from hypha.executor.forward import Forward
 from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
 from hypha.executor.inner import Inner, accelerator_for, round_seed
 from hypha.executor.losses import Losses
-from hypha.executor.models import Forward, Preprocessor
+from hypha.executor.preprocessing import Preprocessor
 from hypha.executor.running import leave, run_executor
 from hypha.executor.slices_reader import RowStream, Slice, SlicePrefetcher, read_columns, slice_order
 from hypha.executor.spares import Spares
