@@ -13,7 +13,8 @@ HyphaError                      exit code 1
 │   ├── DatasetNotFound         exit code 3   nobody announces or serves the dataset
 │   ├── DatasetMismatch                       two replicas of one name differ
 │   ├── SliceCorrupt                          a slice file fails its hash or its format
-│   └── CheckpointUnusable                    a checkpoint is not there, or not what was saved
+│   ├── CheckpointUnusable                    a checkpoint is not there, or not what was saved
+│   └── BatchFailed                           model and data do not go together
 ├── AllocationFailed            exit code 4   nobody offered what the job asked for
 └── JobFailed                   exit code 5   the job cannot go on
     ├── ModelError                            the model cannot be loaded or built
@@ -158,6 +159,12 @@ class SliceCorrupt(DataError):
 
 class CheckpointUnusable(DataError):
     """The checkpoint to restore from is not there, not whole, or not what was saved."""
+
+
+class BatchFailed(DataError):
+    """A model cannot be trained on a batch: labels, types, tokens, columns. Any machine would
+    say the same.
+    """
 
 
 class AllocationFailed(HyphaError):

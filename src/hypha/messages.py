@@ -458,9 +458,9 @@ class Exported(Message):
 
 
 class ExecutorError(Message):
-    """An executor cannot go on, and says why before it exits. ``kind``: ``model``, ``data``, ``oom``,
-    ``not-finite``, ``checkpoint`` (the one it was to restore is not there, or damaged), ``disk`` (it is
-    full), ``internal``.
+    """An executor cannot go on, and says why before it exits. ``kind``: ``model``, ``batch`` (model and data
+    do not go together; the first line of ``message`` says what to change), ``data``, ``oom``, ``not-finite``,
+    ``checkpoint`` (the one it was to restore is not there, or damaged), ``disk`` (it is full), ``internal``.
     """
 
     kind: str

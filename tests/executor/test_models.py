@@ -13,7 +13,8 @@ from torch import nn
 from hypha.config.tasks import ALIASES, TASKS
 from hypha.errors import DataError, ModelError
 from hypha.executor import models, tensors
-from hypha.executor.forward import Forward, loss_of
+from hypha.executor.forward import Forward
+from hypha.executor.label_types import loss_of
 from hypha.executor.models import build
 from hypha.executor.preprocessing import Preprocessor
 from hypha.messages import Local, ModelSpec, PreprocessorSpec
@@ -179,9 +180,9 @@ def test_a_torch_model_is_exported_and_found_again(tmp_path: Path) -> None:
 def test_a_preprocessors_files_go_with_the_exported_model(tmp_path: Path) -> None:
     source = directory(tmp_path / "source", GPT2)
     (source / "tokenizer.json").write_text("{}")
-    (source / "model.safetensors").write_bytes(b"old")
     spec = ModelSpec(task="causal-lm")
     model = build(spec, source, weights=False)
+    (source / "model.safetensors").write_bytes(b"old")
     names = models.export(model, spec, [source], tmp_path / "out")
     assert "tokenizer.json" in names
     assert load_file(tmp_path / "out" / "model.safetensors")

@@ -1,19 +1,56 @@
-"""From the columns of a batch to a loss: which column is which argument, of which type, and the labels."""
+"""From the columns of a batch to a loss: which column is which argument, of which type, and the labels.
+
+Slices keep numbers as the user had them: tokens as small integers, pixels as bytes, floats in half precision.
+Here they become what the model and its loss need. What a name, the configuration or the loss do not say is
+found out with the first batch: a model that does not take integers as they are gets them as ``int64``, then
+as floats.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hypha.config.tasks import ALIASES
 from hypha.errors import DataError, ModelError
+from hypha.executor.label_types import LabelTypes, loss_of, whole
 from hypha.messages import ModelSpec
 
 _LABELS = ("labels", "label")
+#: tasks with a class for each token, or pixel
+_A_LABEL_A_PLACE = frozenset(("token-classification", "semantic-segmentation", "image-segmentation"))
+#: how torch says that a tensor is of the wrong type
+_WRONG_TYPE = re.compile(
+    r"dtype|scalar type|should be the same|not implemented for|can't be cast|indices must be|type LongTensor"
+    r"|floating point",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class _Types:
+    """What becomes of integers, and of labels, whose type nothing else decides; ``None``: they stay."""
+
+    inputs: torch.dtype | None = None
+    labels: torch.dtype | None = None
+
+
+_TRIED = (
+    _Types(),
+    _Types(inputs=torch.int64),
+    _Types(inputs=torch.float32),
+    _Types(labels=torch.float32),
+    _Types(labels=torch.int64),
+    _Types(torch.int64, torch.float32),
+    _Types(torch.float32, torch.float32),
+)
 
 
 class Forward:
@@ -29,22 +66,65 @@ class Forward:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         ]
         self._own_loss = spec.loss is None
+        config = getattr(model, "config", None)
+        self._label_types = LabelTypes(spec, config)
+        #: that a label may be one of; None where that is not known, or labels are no classes
+        self.classes = self._label_types.classes
+        if self._own_loss and ALIASES.get(spec.task, spec.task) in _A_LABEL_A_PLACE:
+            self.classes = getattr(config, "num_labels", None)
+        #: found out with the first batch
+        self._types: _Types | None = None
 
     def loss(self, model: nn.Module, columns: Mapping[str, Tensor]) -> Tensor:
         """Raises :class:`DataError` when the columns do not suit the model."""
+        if self._types is not None:
+            return self._loss(model, columns, self._types)
+        first: Exception | None = None
+        for types in _TRIED:
+            try:
+                with _untouched_on_failure(model):
+                    loss = self._loss(model, columns, types)
+            except (RuntimeError, TypeError, IndexError, DataError) as exc:
+                if first is None and not _WRONG_TYPE.search(str(exc)):
+                    raise
+                first = first or exc
+            else:
+                self._types = types
+                return loss
+        assert first is not None
+        raise first
+
+    def check(self, columns: Mapping[str, Tensor]) -> None:
+        """Raises :class:`DataError` for labels that the loss would take without complaint, though they mean
+        nothing to it. ``columns`` are on the CPU.
+        """
+        mapping = self._spec.inputs or {"labels": next((name for name in _LABELS if name in columns), "")}
+        labels = columns.get(mapping.get("labels", ""))
+        if labels is not None:
+            self._label_types.check(labels)
+
+    def _loss(self, model: nn.Module, columns: Mapping[str, Tensor], types: _Types) -> Tensor:
         arguments, labels = self.arguments(columns)
+        if types.inputs is not None:
+            arguments = {name: _converted(name, value, types.inputs) for name, value in arguments.items()}
+        if types.labels is not None and labels is not None:
+            to_class = types.labels == torch.int64 and labels.is_floating_point()
+            labels = whole(labels) if to_class else labels.to(types.labels)
         if self._own_loss and labels is not None:
             if "labels" not in self._names:
-                raise ModelError("the model's forward takes no labels; the job must name a loss")
+                raise ModelError("the model's forward takes no labels; the job must name a loss (model.loss)")
             arguments["labels"] = labels
         output = model(**arguments)
         if self._spec.loss is not None:
             if labels is None:
                 raise DataError(f"the loss {self._spec.loss} needs a column labels, or inputs must name it")
-            return loss_of(self._spec.loss, _logits(output), labels)
+            logits = _logits(output)
+            if self._spec.loss == "cross-entropy" and labels.shape != logits.shape:
+                self.classes = logits.shape[-1 if logits.shape[:-1] == labels.shape else 1]
+            return loss_of(self._spec.loss, logits, labels)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
-            raise ModelError("the model's forward returned no loss; the job must name one")
+            raise ModelError("the model's forward returned no loss; the job must name one (model.loss)")
         return loss
 
     def arguments(self, columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -58,11 +138,13 @@ class Forward:
         labels = found.pop("labels", None)
         if labels is None and self._causal and "input_ids" in found:
             labels = found["input_ids"].long()
-            if "attention_mask" in found:
-                labels = labels.masked_fill(found["attention_mask"] == 0, -100)
-        if labels is not None and not labels.is_floating_point():
-            labels = labels.long()
-        return {name: _model_dtype(name, value) for name, value in found.items()}, labels
+            # padding is marked even for a model that does not look at the mask
+            mask = found.get("attention_mask", columns.get("attention_mask"))
+            if mask is not None and mask.shape == labels.shape:
+                labels = labels.masked_fill(mask == 0, -100)
+        if labels is not None:
+            labels = self._label_types.brought(labels)
+        return {name: _model_type(name, value) for name, value in found.items()}, labels
 
     def _mapping(self, columns: Mapping[str, Tensor]) -> dict[str, str]:
         mapping = {name: name for name in self._names if name in columns and name != "labels"}
@@ -75,18 +157,60 @@ class Forward:
         if not mapping.keys() - {"labels"}:
             raise DataError(
                 f"none of the columns {', '.join(sorted(columns))} is an argument of the model "
-                f"({', '.join(self._names)}); the job's input names must say which is which"
+                f"({', '.join(self._names)}); the job's input names must say which is which "
+                "(model.input_names)"
             )
         return mapping
 
 
-def _model_dtype(argument: str, value: Tensor) -> Tensor:
+def pixels(value: Tensor) -> Tensor:
+    """Pixels as models take them: floats, and bytes from 0 to 1."""
+    return value.float() if value.is_floating_point() else value.float().div_(255.0)
+
+
+def _model_type(argument: str, value: Tensor) -> Tensor:
     # slices keep tokens and pixels as small as they are; embeddings and convolutions want these
-    if argument == "pixel_values" and not value.is_floating_point():
-        return value.float().div_(255.0)
-    if argument.endswith("_ids") and not value.is_floating_point():
-        return value.long()
-    return value
+    if argument == "pixel_values":
+        return pixels(value)
+    if value.is_floating_point():
+        return value.float()
+    return value.long() if _is_index(argument) else value
+
+
+def _is_index(argument: str) -> bool:
+    return argument.endswith("_ids")
+
+
+def _converted(argument: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    keeps = value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+    return value if keeps or _is_index(argument) else value.to(dtype)
+
+
+@contextmanager
+def _untouched_on_failure(model: nn.Module) -> Iterator[None]:
+    """A batch that is tried must leave no trace, so that a replay gets the same numbers: neither in torch's
+    generators nor in the model's buffers.
+    """
+    generator = torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    buffers = [
+        (module, key, value, value.clone())
+        for module in model.modules()
+        for key, value in module._buffers.items()
+        if value is not None
+    ]
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(generator)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+        with torch.no_grad():
+            for module, key, value, copy in buffers:
+                module._buffers[key] = value
+                if not torch.equal(value, copy):
+                    value.copy_(copy)
+        raise
 
 
 def _logits(output: Any) -> Tensor:
@@ -100,23 +224,3 @@ def _logits(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise ModelError(f"the model returned a {type(output).__name__} in which no logits can be found")
     return logits
-
-
-def loss_of(kind: str, output: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss. Cross-entropy takes classes on the last axis when the others are those of the labels,
-    else on the second, as torch has it.
-    """
-    if kind == "cross-entropy":
-        if not labels.is_floating_point() and output.shape[:-1] == labels.shape:
-            return functional.cross_entropy(output.flatten(0, -2), labels.flatten())
-        return functional.cross_entropy(output, labels)
-    target = labels.to(output.dtype)
-    if output.shape != target.shape:
-        if output.numel() != target.numel():
-            raise DataError(f"labels of shape {list(labels.shape)} do not fit {list(output.shape)} outputs")
-        target = target.view(output.shape)
-    if kind == "mse":
-        return functional.mse_loss(output, target)
-    if kind == "l1":
-        return functional.l1_loss(output, target)
-    return functional.binary_cross_entropy_with_logits(output, target)

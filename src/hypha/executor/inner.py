@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hypha.config.environment import process_environment
-from hypha.errors import ModelError
+from hypha.errors import BatchFailed, DataError, ModelError
+from hypha.executor.diagnosis import explain, out_of_range
 from hypha.executor.forward import Forward
 from hypha.messages import LrSchedule, TrainJob
 
@@ -105,6 +106,16 @@ def accelerator_for(job: TrainJob) -> Accelerator | Processor:
         raise ModelError(f"precision {job.precision} does not work here: {exc}") from exc
 
 
+def _is_of_machine(exc: Exception) -> bool:
+    """Might another machine, or the same one later, succeed with the same batch?"""
+    text = str(exc)
+    if isinstance(exc, MemoryError | torch.OutOfMemoryError | OSError) or "not enough memory" in text:
+        return True
+    return (
+        "CUDA error" in text or "HIP error" in text or "CUBLAS" in text
+    ) and "device-side assert" not in text
+
+
 class Inner:
     """AdamW on a prepared model: one incarnation of an optimizer, with the number of steps it stands at."""
 
@@ -151,25 +162,42 @@ class Inner:
         return self._job.optimizer.learning_rate * learning_rate_factor(self._job.schedule, self.steps)
 
     def batch(self, columns: Mapping[str, Tensor]) -> Tensor:
-        """Train on one batch; returns its loss, detached and still on its device."""
-        device = self._accelerator.device
+        """Train on one batch of ``columns``, on the CPU; returns its loss, detached and still on its device.
+
+        Raises :class:`BatchFailed`, in one line that says what to change, where model and data do not go
+        together.
+        """
+        device, spec = self._accelerator.device, self._job.model
         moved = {name: value.to(device, non_blocking=True) for name, value in columns.items()}
         try:
+            self._forward.check(columns)
+            if device.type != "cpu" and (
+                wrong := out_of_range(self._model, spec, columns, self._forward.classes)
+            ):
+                raise BatchFailed(wrong)
             with self._accelerator.autocast():
                 loss = self._forward.loss(self._model, moved)
-        except ValueError as exc:
-            if _SINGLE_ROW not in str(exc):
+            share = loss / self._job.gradient_accumulation
+            if self._bare:
+                torch.autograd.backward(share)
+            else:
+                self._accelerator.backward(share)
+        except (ModelError, BatchFailed):
+            raise
+        except DataError as exc:
+            raise BatchFailed(str(exc)) from exc
+        except Exception as exc:
+            if _is_of_machine(exc):
                 raise
-            raise ModelError(
-                "the model has BatchNorm layers, which cannot be trained on batches of one row; set "
-                "rounds.batch_size to 2 or more (by default a batch has as many rows as the worker offers "
-                "of what resources.worker asks for one)"
-            ) from exc
-        share = loss / self._job.gradient_accumulation
-        if self._bare:
-            torch.autograd.backward(share)
-        else:
-            self._accelerator.backward(share)
+            if _SINGLE_ROW in str(exc):
+                raise ModelError(
+                    "the model has BatchNorm layers, which cannot be trained on batches of one row; set "
+                    "rounds.batch_size to 2 or more (by default a batch has as many rows as the worker "
+                    "offers "
+                    "of what resources.worker asks for one)"
+                ) from exc
+            told = explain(exc, self._model, spec, columns, self._forward.classes)
+            raise BatchFailed(told) from exc
         self._waiting += 1
         if self._waiting == self._job.gradient_accumulation:
             self._step()

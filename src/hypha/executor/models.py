@@ -3,13 +3,18 @@
 A Hugging Face task is one of :data:`hypha.config.tasks.TASKS`; the directory holds ``config.json`` and
 perhaps weights, and without weights the model is built from its configuration with the job's seed. The task
 ``torch`` is any callable that returns a module. transformers is imported only for the tasks that need it.
+
+The parameter server builds the model with its weights, trainers without: theta comes to them. Both must find
+the same tensors. Where the weights hold two matrices for one that the configuration ties, only their values
+tell whether it is one, so then trainers read them as well, and the decision is the same everywhere.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,8 @@ from torch import nn
 
 from hypha.config.tasks import ALIASES, TASKS, unknown_task
 from hypha.errors import ModelError
+from hypha.executor.model_tensors import check_finite, settle
+from hypha.executor.weights import Loaded, tie_in_doubt, weight_file
 from hypha.messages import ModelSpec
 
 #: files of a source that belong to its model wherever it goes, beside weights and configuration
@@ -36,25 +43,30 @@ _COMPANIONS = (
     "chat_template*",
     "*.py",
 )
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+logger = logging.getLogger("hypha.executor.models")
 
 
-def build(spec: ModelSpec, source: Path | None, weights: bool = True) -> nn.Module:
+def build(
+    spec: ModelSpec, source: Path | None, weights: bool = True, tell: Callable[[str], None] = logger.warning
+) -> nn.Module:
     """The model in fp32, in training mode, with what no checkpoint gives initialised from ``spec.seed``.
 
-    ``weights`` false skips the weights in ``source`` (theta is to come). Raises :class:`ModelError`.
+    ``weights`` false skips the weights in ``source`` (theta is to come). ``tell`` is told, one line each,
+    what was chosen that the user may not have meant: a fresh head, weights that are not used, no weights at
+    all. Raises :class:`ModelError`.
     """
     if spec.task == "torch":
-        model = _build_torch(spec, source if weights else None)
+        model = _build_torch(spec, source if weights else None, tell)
     else:
-        model = _build_transformers(spec, source, weights)
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ModelError(f"the parameter {name} is {parameter.dtype}; parameters must be float32")
+        model = _build_transformers(spec, source, weights, tell)
+    settle(model)
+    if weights:
+        check_finite(model)
     return model.train()
 
 
-def _build_torch(spec: ModelSpec, source: Path | None) -> nn.Module:
+def _build_torch(spec: ModelSpec, source: Path | None, tell: Callable[[str], None]) -> nn.Module:
     if spec.entrypoint is None or spec.entrypoint.count(":") != 1:
         raise ModelError("a model of the task torch needs an entrypoint package.module:callable")
     module, name = spec.entrypoint.split(":")
@@ -68,40 +80,80 @@ def _build_torch(spec: ModelSpec, source: Path | None) -> nn.Module:
         raise ModelError(f"{spec.entrypoint} did not build a model: {type(exc).__name__}: {exc}") from exc
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec.entrypoint} returned a {type(model).__name__}, not a torch.nn.Module")
-    if source is not None and (source / "model.safetensors").exists():
-        try:
-            load_model(model, source / "model.safetensors")
-        except Exception as exc:
-            raise ModelError(f"model.safetensors does not fit {spec.entrypoint}: {exc}") from exc
+    if source is not None:
+        file = weight_file(source, spec.task)
+        if file is None:
+            tell(f"the model's source holds no weights: {spec.entrypoint} is trained from scratch")
+        else:
+            try:
+                load_model(model, file)
+            except Exception as exc:
+                raise ModelError(f"{file.name} does not fit {spec.entrypoint}: {exc}") from exc
     return model
 
 
-def _build_transformers(spec: ModelSpec, source: Path | None, weights: bool) -> nn.Module:
+def _build_transformers(
+    spec: ModelSpec, source: Path | None, weights: bool, tell: Callable[[str], None]
+) -> nn.Module:
     auto = auto_class(spec.task)
     if source is None or not (source / "config.json").exists():
         raise ModelError(f"a model of the task {spec.task} needs a source with a config.json")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(spec.seed)
     # passed on only when the job says so; whether it may is the worker's decision, taken before
     remote = {"trust_remote_code": True} if spec.trust_remote_code else {}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **remote)
         _override(config, spec.arguments)
-        if weights and has_weights(source):
-            # a head for other labels is a fresh one; anything else must fit
-            fresh_head = "num_labels" in spec.arguments
-            model = auto.from_pretrained(
-                source, config=config, dtype=torch.float32, ignore_mismatched_sizes=fresh_head, **remote
+        file = weight_file(source, spec.task)
+        if file is None and weights:
+            tell(
+                f"the model's source holds no weights: it is trained from scratch, from the seed {spec.seed}"
             )
-        else:
-            model = auto.from_config(config, dtype=torch.float32, **remote)
+        if file is None or not weights:
+            torch.manual_seed(spec.seed)
+            model = _checked(auto.from_config(config, dtype=torch.float32, **remote))
+        if file is not None and (weights or tie_in_doubt(model, file)):
+            # a head for other labels is a fresh one; anything else must fit, which is checked here
+            fresh_head = "num_labels" in spec.arguments
+            torch.manual_seed(spec.seed)
+            loaded, info = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=fresh_head,
+                output_loading_info=True,
+                **remote,
+            )
+            model = _checked(loaded)
+            notes = Loaded.of(file, info).notes(model)
+            for note in (*notes, *_untied(model)):
+                if weights:
+                    tell(note)
     except ModelError:
         raise
     except Exception as exc:
         raise ModelError(f"{auto.__name__} cannot load the model: {type(exc).__name__}: {exc}") from exc
-    return _checked(model)
+    return model
+
+
+def _untied(model: Any) -> list[str]:
+    """Whoever loads the export is to find two matrices too, where the configuration says one and the weights
+    hold two: says so in the model's configuration, and to the user.
+    """
+    text = model.config.get_text_config()
+    if not getattr(text, "tie_word_embeddings", False):
+        return []
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    ours, theirs = getattr(inputs, "weight", None), getattr(outputs, "weight", None)
+    if ours is None or theirs is None or ours is theirs or ours.shape != theirs.shape:
+        return []
+    text.tie_word_embeddings = model.config.tie_word_embeddings = False
+    return [
+        "config.json ties the output embeddings to the input embeddings, but the weights hold two different "
+        "matrices: both are trained, and the export says tie_word_embeddings = false"
+    ]
 
 
 def _override(config: object, arguments: Mapping[str, object]) -> None:
@@ -131,11 +183,6 @@ def auto_class(task: str) -> Any:
     if found is None:
         raise ModelError(f"transformers {transformers.__version__} has no {name} for the task {task}")
     return found
-
-
-def has_weights(source: Path) -> bool:
-    """Does the directory hold a model's weights?"""
-    return any(any(source.glob(pattern)) for pattern in _WEIGHTS)
 
 
 def directory_of(files: Iterable[Path]) -> Path:

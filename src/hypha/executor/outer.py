@@ -1,12 +1,13 @@
 """The outer step: a weighted mean of pseudo-gradients, then Nesterov momentum (DiLoCo).
 
-After Douillard et al. 2023. With Delta_i = theta_i - theta_r and weights w_i (samples, or 1):
-g = sum(w_i Delta_i) / sum(w_i), m <- mu m + g (so m_0 = g), theta <- theta + lr (mu m + g), which is what
+After Douillard et al. 2023. With Delta_i = theta_i - theta_r and weights w_i (samples, or 1): g = sum(w_i
+Delta_i) / sum(w_i), m <- mu m + g (so m_0 = g), theta <- theta + lr (mu m + g), which is what
 ``torch.optim.SGD(nesterov=True)`` does with the gradient -g. Updates are added as they come into one fp32
 accumulator, so memory is theta, momentum and accumulator, however many workers there are.
 
-Buffers are no parameters and take no momentum: floating ones (BatchNorm's statistics) become the weighted
-mean of the workers' values, integer and boolean ones (``num_batches_tracked``) their maximum.
+Buffers are no parameters and take no momentum: floating and complex ones (BatchNorm's statistics) become the
+weighted mean of the workers' values, integer and boolean ones (``num_batches_tracked``) their maximum. What
+no worker has changed stays as it is, infinite or NaN though it may be.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hypha.errors import DataError, Refused
+from hypha.executor.model_tensors import unchanged
 from hypha.executor.tensors import CHUNK, TensorFile, Theta, one_thread
 from hypha.executor.updates import UpdateFile
 from hypha.messages import AggregateJob
@@ -46,6 +49,8 @@ class OuterStep:
         self._max_norm = job.max_update_norm
         self._sum: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
+        #: elements of buffers that no update so far has changed
+        self._constant: dict[str, Tensor] = {}
         self._weight = 0.0
         # by name: norms are the same bits, whether theta came from a model or from a checkpoint
         self._spans = [
@@ -85,7 +90,8 @@ class OuterStep:
                 norm = self._norm(update)
                 buffers = {name: update.buffer(name) for name in self.theta.buffers}
                 for name, value in buffers.items():
-                    if not torch.isfinite(value).all():
+                    # a constant may be what it is, such as a mask of -inf
+                    if not (torch.isfinite(value) | unchanged(value, self.theta.buffers[name])).all():
                         raise DataError(f"the buffer {name} holds values that are not finite")
                 weight = 1.0 if self._uniform else float(samples)
                 clip = 1.0 if self._max_norm is None else min(1.0, self._max_norm / max(norm, 1e-30))
@@ -133,14 +139,19 @@ class OuterStep:
 
     def _accumulate_buffers(self, values: dict[str, Tensor], weight: float) -> None:
         for name, value in values.items():
-            weighted = value * weight if value.is_floating_point() else value
+            same = unchanged(value, self.theta.buffers[name])
             total = self._buffers.get(name)
+            if _is_averaged(value.dtype):
+                # a sum of halves would overflow
+                value = value.to(torch.promote_types(value.dtype, torch.float32)) * weight
             if total is None:
-                self._buffers[name] = weighted
-            elif value.is_floating_point():
-                total.add_(weighted)
+                self._buffers[name], self._constant[name] = value, same
+                continue
+            self._constant[name] &= same
+            if _is_averaged(value.dtype):
+                total.add_(value)
             else:
-                self._buffers[name] = torch.maximum(total, weighted)
+                self._buffers[name] = _maximum(total, value)
 
     @one_thread()
     @torch.no_grad()
@@ -171,8 +182,11 @@ class OuterStep:
             squares += square
         for name, buffer in self.theta.buffers.items():
             total = self._buffers[name]
-            buffer.copy_(total / self._weight if buffer.is_floating_point() else total)
+            new = (total / self._weight).to(buffer.dtype) if _is_averaged(buffer.dtype) else total
+            # what nobody has changed stays bit by bit what it is: infinities too, which make NaN of a sum
+            buffer.copy_(torch.where(self._constant[name], buffer, new))
         self._buffers.clear()
+        self._constant.clear()
         self.contributors.clear()
         self._weight = 0.0
         return math.sqrt(squares)
@@ -187,3 +201,12 @@ class OuterStep:
     def restore_momentum(self, momentum: dict[str, Tensor]) -> None:
         """Take momentum from a checkpoint (shares its memory)."""
         self.momentum = {name: momentum[name].view(-1) for name in self.theta.parameters}
+
+
+def _is_averaged(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _maximum(one: Tensor, other: Tensor) -> Tensor:
+    # torch cannot compare all unsigned integers
+    return torch.from_numpy(np.asarray(np.maximum(one.numpy(), other.numpy())))

@@ -24,6 +24,7 @@ from hypha.errors import DataError, HyphaError
 from hypha.executor import models, tensors, updates
 from hypha.executor.forward import Forward
 from hypha.executor.inner import Inner, accelerator_for, round_seed
+from hypha.executor.model_tensors import ModelTensors
 from hypha.executor.outer import OuterStep
 from hypha.executor.preprocessing import Preprocessor
 from hypha.executor.slices_reader import RowStream, Slice, read_columns, slice_order
@@ -62,7 +63,7 @@ class Replay:
         model = models.build(job.model, model_dir, weights=False)
         self._forward = Forward(model, job.model)
         self._model = self._accelerator.prepare(model)
-        self._local = tensors.theta_of(self._accelerator.unwrap_model(self._model))
+        self._tensors = ModelTensors(self._accelerator.unwrap_model(self._model))
         self._optimizers: dict[tuple[str, int], Inner] = {}
         self._columns: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
@@ -85,7 +86,7 @@ class Replay:
 
     def _contribute(self, part: Contribution) -> None:
         """Train one worker's share of a round and add its update."""
-        self._local.assign(self._theta)
+        self._tensors.theta().assign(self._theta)
         inner = self._optimizers.get((part.incarnation, part.restarts))
         if inner is None:
             inner = Inner(self._model, self._forward, self._job, self._accelerator, part.steps)
@@ -108,7 +109,7 @@ class Replay:
             raise DataError(f"round {part.round} of {part.worker} has {batches} batches, not {part.batches}")
         inner.flush()
         path = self._scratch / "update.safetensors"
-        updates.write_update(path, self._local, self._theta, self._job.update_encoding)
+        updates.write_update(path, self._tensors.theta(), self._theta, self._job.update_encoding)
         self._outer.add(part.worker, part.samples, path)
 
     def _slice(self, epoch: int, index: int, start: int, stop: int) -> Slice:

@@ -6,13 +6,22 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from hypha.errors import CheckpointUnusable, DataError, HyphaError, ModelError, NotFinite, Refused
+from hypha.errors import (
+    BatchFailed,
+    CheckpointUnusable,
+    DataError,
+    HyphaError,
+    ModelError,
+    NotFinite,
+    Refused,
+)
 from hypha.executor.bridge_client import BridgeClient
 from hypha.messages import ExecutorError
 
@@ -20,6 +29,8 @@ logger = logging.getLogger("hypha.executor")
 
 #: how long the last words may take; a worker that stops an executor is patient for about as long
 _FLUSH_S = 3.0
+#: the last ones of a traceback say most
+_TRACE_CHARACTERS = 1500
 
 
 def run_executor(
@@ -41,6 +52,10 @@ def run_executor(
         kind = kind_of(exc)
         if kind == "oom":
             text += "; the job should ask for more memory (resources.worker.memory) or take smaller batches"
+        if kind == "batch":
+            # the line that says what to change comes first; what a developer needs follows
+            trace = "".join(traceback.format_exception(exc.__cause__ or exc)).rstrip()
+            text += f"\n{trace[-_TRACE_CHARACTERS:]}"
         bridge.report(ExecutorError(kind=kind, message=text))
         code = exc.exit_code if isinstance(exc, HyphaError) else 1
     bridge.flush(_FLUSH_S)
@@ -55,6 +70,8 @@ def kind_of(exc: BaseException) -> str:
         return "model"
     if isinstance(exc, CheckpointUnusable):
         return "checkpoint"
+    if isinstance(exc, BatchFailed):
+        return "batch"
     if isinstance(exc, DataError):
         return "data"
     full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)

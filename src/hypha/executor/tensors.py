@@ -40,8 +40,17 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def is_supported(dtype: torch.dtype) -> bool:
+    """Can tensors of this type be in a file?"""
+    return dtype in _DTYPE_NAMES
 
 
 @contextmanager
@@ -111,10 +120,18 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def theta_of(model: nn.Module) -> Theta:
-    """The live tensors of ``model``, without non-persistent buffers: they follow from its configuration."""
+    """The tensors of ``model`` as it is now, without non-persistent buffers: they follow from its
+    configuration.
+    """
     parameters = {name: value.detach() for name, value in model.named_parameters()}
-    persistent = model.state_dict().keys()
-    buffers = {name: value.detach() for name, value in model.named_buffers() if name in persistent}
+    buffers: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for key, value in module._buffers.items():
+            if value is None or key in module._non_persistent_buffers_set or id(value) in seen:
+                continue
+            seen.add(id(value))
+            buffers[f"{prefix}.{key}" if prefix else key] = value.detach()
     return Theta(parameters, buffers)
 
 
@@ -140,7 +157,7 @@ def write(
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The elements of a tensor on any device, in chunks on the CPU."""
-    flat = tensor.detach().to("cpu").reshape(-1)
+    flat = tensor.detach().to("cpu").resolve_conj().resolve_neg().reshape(-1)
     for at in range(0, flat.numel(), CHUNK):
         yield flat[at : at + CHUNK]
 
@@ -368,7 +385,11 @@ def difference(found: Mapping[str, Spec], expected: Mapping[str, Spec]) -> str |
         if found[name] != spec:
             other = found[name]
             return (
-                f"{name} is {_DTYPE_NAMES[other.dtype]}{list(other.shape)} "
-                f"where the model has {_DTYPE_NAMES[spec.dtype]}{list(spec.shape)}"
+                f"{name} is {_dtype_name(other.dtype)}{list(other.shape)} "
+                f"where the model has {_dtype_name(spec.dtype)}{list(spec.shape)}"
             )
     return None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return _DTYPE_NAMES.get(dtype, str(dtype))

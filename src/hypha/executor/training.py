@@ -29,6 +29,7 @@ from hypha.executor.forward import Forward
 from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
 from hypha.executor.inner import Inner, accelerator_for, round_seed
 from hypha.executor.losses import Losses
+from hypha.executor.model_tensors import ModelTensors, check_buffers, check_same_model
 from hypha.executor.preprocessing import Preprocessor
 from hypha.executor.running import leave, run_executor
 from hypha.executor.slices_reader import RowStream, Slice, SlicePrefetcher, read_columns, slice_order
@@ -96,8 +97,8 @@ class Trainer:
         self._forward = Forward(model, job.model)
         self._accelerator = accelerator_for(job)
         self._model = self._accelerator.prepare(model)
-        self._local = tensors.theta_of(self._accelerator.unwrap_model(self._model))
-        self._base = self._local.copy()
+        self._tensors = ModelTensors(self._accelerator.unwrap_model(self._model))
+        self._base = self._tensors.theta().copy()
         self._inner = self._fresh_inner(job.steps)
         self._slices = SlicePrefetcher(self._next_slice, inbox.touch)
 
@@ -221,7 +222,9 @@ class Trainer:
     def _adopt(self, file: ReceivedFile) -> None:
         """Start the round of ``file``."""
         path = self._bridge.directory / file.path
-        found = tensors.read(path, self._base.all(), self._local.all(), quick=True)
+        if not self._hash:
+            check_same_model(path, self._base)
+        found = tensors.read(path, self._base.all(), self._tensors.theta().all(), quick=True)
         if found.xxh3 != file.meta.xxh3:
             raise DataError(f"theta in {path.name} is not what was sent; the worker's disk may be failing")
         self._spares.give(path)
@@ -404,8 +407,10 @@ class Trainer:
             loss=self._losses.mean(),
             threads=torch.get_num_threads(),
         )
+        local = self._tensors.theta()
+        check_buffers(local, self._base)
         written = updates.write_update(
-            path, self._local, self._base, self._job.update_encoding, self._spares, contribution
+            path, local, self._base, self._job.update_encoding, self._spares, contribution
         )
         self._sender = UpdateSender(
             self._bridge, self._inbox, UpdateToSend(path, written.xxh3, contribution), self._spares
