@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from hypha.errors import DataError, HyphaError, ModelError
+from hypha.executor.forward import pixels
 
 BATCH = 256
 
@@ -38,10 +39,10 @@ def accuracy(model_directory: Path, dataset: Path) -> tuple[float, int]:
         if missing := {"pixel_values", "labels"} - columns.keys():
             raise DataError(f"{path}: it has no column {', '.join(sorted(missing))}")
         for start in range(0, len(columns["labels"]), BATCH):
-            pixels = columns["pixel_values"][start : start + BATCH].float()
-            labels = columns["labels"][start : start + BATCH]
+            images = pixels(columns["pixel_values"][start : start + BATCH])
+            labels = columns["labels"][start : start + BATCH].flatten()
             with torch.no_grad():
-                right += int((model(pixel_values=pixels).logits.argmax(dim=-1) == labels).sum())
+                right += int((model(pixel_values=images).logits.argmax(dim=-1) == labels).sum())
             total += len(labels)
     if not total:
         raise DataError(f"{dataset}: there is no sample to evaluate on")

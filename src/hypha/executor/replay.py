@@ -26,7 +26,7 @@ from hypha.executor.forward import Forward
 from hypha.executor.inner import Inner, accelerator_for, round_seed
 from hypha.executor.model_tensors import ModelTensors
 from hypha.executor.outer import OuterStep
-from hypha.executor.preprocessing import Preprocessor
+from hypha.executor.preprocessing import Preprocessor, padding_of
 from hypha.executor.slices_reader import RowStream, Slice, read_columns, slice_order
 from hypha.messages import Contribution, LedgerFile
 
@@ -61,6 +61,8 @@ class Replay:
         self._outer = OuterStep(self._theta, ledger.aggregate)
         self._accelerator = accelerator_for(job)
         model = models.build(job.model, model_dir, weights=False)
+        padding = padding_of(None, config=getattr(model, "config", None))
+        self._padding = padding if self._preprocess is None else self._preprocess.padding
         self._forward = Forward(model, job.model)
         self._model = self._accelerator.prepare(model)
         self._tensors = ModelTensors(self._accelerator.unwrap_model(self._model))
@@ -94,7 +96,7 @@ class Replay:
         inner.steps = part.steps
         torch.set_num_threads(part.threads)
         torch.manual_seed(round_seed(self._job.seed, part.worker, part.round))
-        stream = RowStream()
+        stream = RowStream(self._padding)
         for piece in part.ranges:
             stream.push(self._slice(piece.epoch, piece.slice, piece.start, piece.stop))
         if stream.rows != part.samples:

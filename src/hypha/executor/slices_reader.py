@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hypha.errors import SliceCorrupt
+from hypha.executor.joining import Padding, joined
 from hypha.messages import SliceRange
 
 _WORD = (1 << 64) - 1
@@ -65,7 +66,9 @@ def read_columns(path: Path) -> dict[str, Tensor]:
 class RowStream:
     """Cuts batches from slices, and keeps the books of the round: ranges used, slices finished."""
 
-    def __init__(self) -> None:
+    def __init__(self, padding: Padding = Padding()) -> None:  # noqa: B008 - frozen
+        """``padding``: of rows that are sequences of different lengths."""
+        self._padding = padding
         self._slices: deque[Slice] = deque()
         self._at = 0
         self.start_round()
@@ -107,7 +110,7 @@ class RowStream:
                 self.finished.append((part.epoch, part.index))
                 self._slices.popleft()
                 self._at = 0
-        return joined(pieces)
+        return joined(pieces, self._padding)
 
     def _note(self, part: Slice, stop: int) -> None:
         start = self._at
@@ -116,19 +119,6 @@ class RowStream:
             if (last.epoch, last.slice, last.stop) == (part.epoch, part.index, start):
                 start = self.ranges.pop().start
         self.ranges.append(SliceRange(epoch=part.epoch, slice=part.index, start=start, stop=stop))
-
-
-def joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The rows of all pieces, in order. Raises :class:`SliceCorrupt` when they do not fit together."""
-    if len(pieces) == 1:
-        return pieces[0]
-    first = pieces[0]
-    if any(piece.keys() != first.keys() for piece in pieces):
-        raise SliceCorrupt("slices of one dataset differ in their columns")
-    try:
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in first}
-    except RuntimeError as exc:
-        raise SliceCorrupt(f"rows of different slices do not fit into one batch: {exc}") from exc
 
 
 class SlicePrefetcher(threading.Thread):

@@ -16,7 +16,6 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
 from hypha.executor.inner import Inner, accelerator_for, round_seed
 from hypha.executor.losses import Losses
 from hypha.executor.model_tensors import ModelTensors, check_buffers, check_same_model
-from hypha.executor.preprocessing import Preprocessor
+from hypha.executor.preprocessing import Preprocessor, padding_of
 from hypha.executor.running import leave, run_executor
 from hypha.executor.slices_reader import RowStream, Slice, SlicePrefetcher, read_columns, slice_order
 from hypha.executor.spares import Spares
@@ -82,18 +81,19 @@ class Trainer:
         #: the last update that is in a theta
         self._last: Contribution | None = None
         self._sender: UpdateSender | None = None
-        self._stream = RowStream()
         self._fetching = False
         self._spares = Spares(bridge.directory / "incoming" / ".spare")
         self._step_s = least_step_s(variable("HYPHA_STEP_S"))
         bridge.receive(("theta",), self._theta_arrived)
 
         source = None if job.model.source is None else self._fetched(job.model.source)
-        self._preprocess: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+        self._preprocess: Preprocessor | None = None
         if job.preprocessor is not None:
             self._preprocess = Preprocessor(job.preprocessor, self._fetched(job.preprocessor.source))
         # theta comes from the parameter server, so that a fresh head is the same everywhere
         model = models.build(job.model, source, weights=False)
+        padding = padding_of(None, config=getattr(model, "config", None))
+        self._stream = RowStream(padding if self._preprocess is None else self._preprocess.padding)
         self._forward = Forward(model, job.model)
         self._accelerator = accelerator_for(job)
         self._model = self._accelerator.prepare(model)
