@@ -401,12 +401,16 @@ class UpdateSent(Message):
 
 
 class ModelReady(Message):
-    """A parameter server holds theta of ``round``; it takes updates from now on."""
+    """A parameter server holds theta of ``round``; it takes updates from now on. ``notes`` are lines for the
+    user: what was chosen when the model was built (a fresh head, weights that are not used, no weights at
+    all).
+    """
 
     round: int
     theta: str
     parameters: int
     size_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 class UpdateReceived(Message):
@@ -931,6 +935,7 @@ class SendCall(Value):
     ``blake3`` and ``xxh3`` (hex) spare the worker the hashing, where the executor knows them; see
     :class:`TransferMeta`.
     ``generation`` is that of the job's life in which the file was made; ``None``: the present one.
+    ``name`` is what the receiver is to call it, a relative path; else it is the last part of ``path``.
     """
 
     resource: Reference
@@ -944,6 +949,7 @@ class SendCall(Value):
     attempt: int = 0
     generation: int | None = None
     xxh3: str = ""
+    name: str = ""
 
 
 class Delivery(Value):

@@ -24,15 +24,12 @@ _FETCH_RETRY_S = 2.0
 
 @dataclass(frozen=True)
 class Sources:
-    """Directories of what was fetched: the model's, and others whose files are exported with it."""
+    """Directories of what was fetched: the model's, and those of preprocessors, which are
+    exported with it.
+    """
 
     model: Path | None
-    others: tuple[Path, ...]
-
-    @property
-    def all(self) -> tuple[Path, ...]:
-        """The model's files last: they stay where names are the same."""
-        return self.others if self.model is None else (*self.others, self.model)
+    preprocessors: tuple[Path, ...]
 
 
 class ModelFiles:
@@ -46,6 +43,8 @@ class ModelFiles:
         self._job = job
         self._finishing = finishing
         self._model: nn.Module | None = None
+        #: what was chosen when the model was built, in lines for the user
+        self.notes: list[str] = []
         threads = ThreadPoolExecutor(1, thread_name_prefix="files")
         self._fetching = threads.submit(self._fetch)
 
@@ -56,7 +55,7 @@ class ModelFiles:
     def build(self) -> nn.Module:
         """The model, with its first theta if that is not in a checkpoint. Raises :class:`ModelError`."""
         source = self._sources().model
-        model = models.build(self._job.model, source, weights=self._job.restore is None)
+        model = models.build(self._job.model, source, weights=self._job.restore is None, tell=self._tell)
         for parameter in model.requires_grad_(False).parameters():
             parameter.data = parameter.data.contiguous()
         self._model = model
@@ -73,7 +72,13 @@ class ModelFiles:
                 raise ModelError(f"theta does not fit the model that it is to be exported with: {problem}")
             place.assign(theta)
         assert self._model is not None
-        return models.export(self._model, self._job.model, self._sources().all, directory)
+        sources = self._sources()
+        own = () if sources.model is None else (sources.model,)
+        return models.export(self._model, self._job.model, own, directory, sources.preprocessors)
+
+    def _tell(self, note: str) -> None:
+        logger.warning("The model: %s.", note)
+        self.notes.append(note)
 
     def _sources(self) -> Sources:
         return self._bridge.patiently(self._fetching.result)

@@ -26,11 +26,11 @@ from torch import nn
 from hypha.config.tasks import ALIASES, TASKS, unknown_task
 from hypha.errors import ModelError
 from hypha.executor.model_tensors import check_finite, settle
-from hypha.executor.weights import Loaded, tie_in_doubt, weight_file
+from hypha.executor.weights import Loaded, is_weight_file, tie_in_doubt, weight_file
 from hypha.messages import ModelSpec
 
-#: files of a source that belong to its model wherever it goes, beside weights and configuration
-_COMPANIONS = (
+#: files of a preprocessor's source that go with the model
+_OF_PREPROCESSOR = (
     "*preprocessor_config.json",
     "processor_config.json",
     "tokenizer*",
@@ -43,6 +43,8 @@ _COMPANIONS = (
     "chat_template*",
     "*.py",
 )
+#: files of the model's own source that are written anew, or are of another training
+_NOT_OF_MODEL = frozenset(("config.json", "adapter_config.json", "trainer_state.json", "hypha.json"))
 
 logger = logging.getLogger("hypha.executor.models")
 
@@ -193,15 +195,22 @@ def directory_of(files: Iterable[Path]) -> Path:
     return next((path.parent for path in paths if path.name == "config.json"), paths[0].parent)
 
 
-def export(model: nn.Module, spec: ModelSpec, sources: Iterable[Path], destination: Path) -> list[str]:
+def export(
+    model: nn.Module,
+    spec: ModelSpec,
+    sources: Iterable[Path],
+    destination: Path,
+    preprocessors: Iterable[Path] = (),
+) -> list[str]:
     """Write the model as users load it: ``from_pretrained(destination)``, or for ``torch`` the entrypoint's
-    model and ``safetensors.torch.load_model``. Returns the files' names.
+    model and ``safetensors.torch.load_model``. Returns the files' names, relative to ``destination``.
+
+    All files of the model's own ``sources`` go with it, below subdirectories too, but weights, what was
+    written anew (``config.json``) and what is hidden: tokenizer, ``generation_config.json``, chat templates,
+    its code, licence and model card, which say what the model is made from. Of ``preprocessors`` go the
+    preprocessor's files.
     """
     destination.mkdir(parents=True, exist_ok=True)
-    for source in sources:
-        for pattern in _COMPANIONS:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, destination / path.name)
     if spec.task == "torch":
         save_model(model, str(destination / "model.safetensors"), metadata={"format": "pt"})
         description = {"task": "torch", "entrypoint": spec.entrypoint, "arguments": spec.arguments}
@@ -209,4 +218,21 @@ def export(model: nn.Module, spec: ModelSpec, sources: Iterable[Path], destinati
     else:
         # one file: its name is part of what users load
         model.save_pretrained(destination, max_shard_size="1000GB")  # type: ignore[operator]
-    return sorted(path.name for path in destination.iterdir() if path.is_file())
+    for source in preprocessors:
+        for pattern in _OF_PREPROCESSOR:
+            for path in source.glob(pattern):
+                shutil.copyfile(path, destination / path.name)
+    for source in sources:
+        for path in source.rglob("*"):
+            name = path.relative_to(source)
+            hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
+            if (
+                path.is_file()
+                and not hidden
+                and not (name.as_posix() in _NOT_OF_MODEL or is_weight_file(path))
+            ):
+                (destination / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, destination / name)
+    return sorted(
+        path.relative_to(destination).as_posix() for path in destination.rglob("*") if path.is_file()
+    )

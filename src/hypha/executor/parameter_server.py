@@ -131,7 +131,13 @@ class ParameterServer:
         count = sum(value.numel() for value in self._theta.parameters.values())
         size = self._theta.size_bytes()
         self._bridge.report(
-            ModelReady(round=self.round, theta=self._hashes.blake3, parameters=count, size_bytes=size)
+            ModelReady(
+                round=self.round,
+                theta=self._hashes.blake3,
+                parameters=count,
+                size_bytes=size,
+                notes=tuple(self._files.notes),
+            )
         )
 
     def _rejoin(self, rejoin: Rejoin) -> None:
@@ -385,6 +391,7 @@ class ParameterServer:
             call = SendCall(
                 resource=Peers(peers=(to,), resource="export"),
                 path=self._bridge.relative(directory / left[0]),
+                name=left[0],
                 round=self.round,
             )
             try:

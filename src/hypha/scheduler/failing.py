@@ -49,15 +49,22 @@ class Failing:
         self._failing = {key: one for key, one in self._failing.items() if one.peer != peer}
 
     def failed(
-        self, peer: str, incarnation: str, event: ExecutorError | ExecutorExited, now: float
+        self,
+        peer: str,
+        incarnation: str,
+        event: ExecutorError | ExecutorExited,
+        now: float,
+        alone: bool = False,
     ) -> list[Action]:
-        """An executor of ``peer``, which took part until now, says that it fails, or has ended."""
+        """An executor of ``peer``, which took part until now, says that it fails, or has ended. ``alone``:
+        there is no other worker in the job.
+        """
         self.over(incarnation)
         if isinstance(event, ExecutorExited):
             return self._judge(peer, incarnation, exit_text(event), "exit")
-        if event.kind == "model":
+        if event.kind in ("model", "batch"):
             # another would say the same, so there is nothing to wait for
-            return self._judge(peer, incarnation, event.message, event.kind)
+            return self._judge(peer, incarnation, event.message, event.kind, alone)
         self._failing[incarnation] = _Failing(peer, event, now + _LAST_WORDS_S)
         return []
 
@@ -79,8 +86,10 @@ class Failing:
                 actions += self._judge(failing.peer, incarnation, error.message, error.kind)
         return actions
 
-    def _judge(self, peer: str, incarnation: str, message: str, cause: str) -> list[Action]:
-        error = self._failures.add(peer, "train", message, cause)
+    def _judge(
+        self, peer: str, incarnation: str, message: str, cause: str, alone: bool = False
+    ) -> list[Action]:
+        error = self._failures.add(peer, "train", message, cause, alone)
         if error is not None:
             return [Fail(error)]
         if cause == "model" or self._failures.restarts[peer] >= self._restarts:

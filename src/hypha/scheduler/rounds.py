@@ -198,7 +198,7 @@ class RoundMachine(Phases):
                 gone = self.lose(member.peer, "train", "its executor failed")
                 if self.phase == "exporting":
                     return gone  # nobody needs it any more
-                failed = self.failing.failed(member.peer, told.incarnation, event, now)
+                failed = self.failing.failed(member.peer, told.incarnation, event, now, not self.members)
                 return [*self.judged(failed), *gone]
             case _:
                 self.counts["foreign event"] += 1
@@ -320,6 +320,8 @@ class RoundMachine(Phases):
         if self.start.theta and event.theta != self.start.theta:
             text = f"the parameter server restored another theta than that of round {self.round}"
             return self.failed(server.peer, "aggregate", text, "data")
+        for note in event.notes:
+            logger.warning("The model: %s", note, extra={"job_id": self.start.job_id})
         self.server_ready, self.theta, self.server_at = True, event.theta, event.round
         self.early = [told for told in self.early if told.stamp.round <= self.round]
         if self.round >= self.rules.rounds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -104,6 +105,8 @@ class Failures:
     not_finite: Counter[str] = field(default_factory=Counter)
     #: how often a worker's executor was started again since a round that holds its update
     restarts: Counter[str] = field(default_factory=Counter)
+    #: what any executor would say again -> the workers whose executors have said it, each as often
+    alike: dict[str, Counter[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, carried: CarriedOver, limit: int) -> Failures:
@@ -128,17 +131,34 @@ class Failures:
         """A round was applied: what failed before was overcome, and those did their part."""
         self.in_a_row = 0
         self.model.clear()
+        self.alike.clear()
         self.not_finite.clear()
         for peer in contributors:
             self.restarts.pop(peer, None)
 
-    def add(self, peer: str, kind: ExecutorClass, message: str, cause: str) -> HyphaError | None:
+    def add(
+        self, peer: str, kind: ExecutorClass, message: str, cause: str, alone: bool = False
+    ) -> HyphaError | None:
         """Count one; the error with which the job ends if that was too much.
 
-        That the model is wrong is believed when two executors say so: a third would as well. That training
-        diverges, after the third time when two workers did, as one may have broken memory; else later.
+        That the model is wrong is believed when two executors say so: a third would as well. So is that model
+        and data do not go together, when two say the same of it: two workers', or, where a worker is
+        ``alone`` in the job, two of its own, one after the other. That training diverges, after the third
+        time when two workers did, as one may have broken memory; else later.
         """
         self.in_a_row += 1
+        if cause in ("model", "batch"):
+            said = self.alike.setdefault(fingerprint(cause, message), Counter())
+            said[peer] += 1
+            if len(said) > 1 or (alone and said.total() > 1):
+                what = (
+                    "the model cannot be used"
+                    if cause == "model"
+                    else "the model cannot be trained on this data"
+                )
+                line, _, rest = message.partition("\n")
+                text = f"{what}: {line} (said by {said.total()} executors)"
+                return (ModelError if cause == "model" else JobFailed)(f"{text}\n{rest}" if rest else text)
         if cause == "model":
             self.model[peer, kind] = message
             if len(self.model) > 1:
@@ -159,3 +179,8 @@ class Failures:
             )
             return ExecutorFailed(text) if cause == "exit" else JobFailed(text)
         return None
+
+
+def fingerprint(cause: str, message: str) -> str:
+    """What is the same in two messages about one mistake, on two batches: the first line, without numbers."""
+    return cause + re.sub(r"[-+]?\d[\d.,e+-]*", "#", message.partition("\n")[0])

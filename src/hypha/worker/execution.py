@@ -380,13 +380,14 @@ class Execution:
             raise Refused("invalid", "files are sent to peers, under a resource's name, or to a local place")
         kind, _, prefix = resource.resource.partition("/")
         self._check_receivers(kind, resource.peers)
+        name = call.name or path.name
         if call.generation is not None and call.generation != self.generation:
             raise Refused("stale", f"generation {self.generation} of the job runs here now")
         try:
             meta = await meta_of(
                 path,
                 kind,
-                f"{prefix}/{path.name}" if prefix else path.name,
+                f"{prefix}/{name}" if prefix else name,
                 stamp=JobStamp(
                     job_id=self._job.job_id,
                     generation=self.generation,
