@@ -16,8 +16,7 @@ from hypha.executor import models, tensors
 from hypha.executor.forward import Forward
 from hypha.executor.label_types import loss_of
 from hypha.executor.models import build
-from hypha.executor.preprocessing import Preprocessor
-from hypha.messages import Local, ModelSpec, PreprocessorSpec
+from hypha.messages import ModelSpec
 
 GPT2 = {
     "model_type": "gpt2",
@@ -254,28 +253,3 @@ def test_losses() -> None:
     torch.testing.assert_close(loss_of("bce-with-logits", column, truth), wanted)
     with pytest.raises(DataError, match="do not fit"):
         loss_of("mse", torch.zeros(2, 3), torch.zeros(2))
-
-
-def test_a_tokenizer_turns_bytes_into_ids(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers import models as kinds
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(kinds.WordLevel({"[PAD]": 0, "[UNK]": 1, "good": 2, "day": 3}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    fast.save_pretrained(tmp_path)
-    spec = PreprocessorSpec(kind="tokenizer", source=Local(url=str(tmp_path)), inputs={"text": "sentence"})
-    preprocess = Preprocessor(spec, tmp_path)
-    text = torch.zeros(2, 12, dtype=torch.uint8)
-    for row, sentence in zip(text, (b"good day", b"day"), strict=True):
-        row[: len(sentence)] = torch.tensor(list(sentence), dtype=torch.uint8)
-    made = preprocess({"sentence": text, "label": torch.tensor([0, 1])})
-    assert made["input_ids"].tolist() == [[2, 3], [3, 0]]
-    assert made["attention_mask"].tolist() == [[1, 1], [1, 0]]
-    assert made["label"].tolist() == [0, 1]
-    assert "sentence" not in made
-    with pytest.raises(DataError, match="sentence"):
-        preprocess({"label": torch.tensor([0, 1])})
-    with pytest.raises(ModelError, match="preprocessor"):
-        Preprocessor(spec, tmp_path / "nowhere")

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from hypha.errors import SliceCorrupt
+from hypha.errors import BatchFailed, SliceCorrupt
+from hypha.executor.joining import Padding, joined
 from hypha.executor.slices_reader import (
     RowStream,
     Slice,
     SlicePrefetcher,
-    joined,
     read_columns,
     slice_order,
 )
@@ -91,9 +91,61 @@ def test_dropping_forgets_old_slices_and_starts_newer_ones_from_their_first_row(
 
 def test_slices_that_do_not_fit_together_are_named() -> None:
     with pytest.raises(SliceCorrupt, match="columns"):
-        joined([{"a": torch.zeros(1)}, {"b": torch.zeros(1)}])
-    with pytest.raises(SliceCorrupt, match="do not fit"):
-        joined([{"a": torch.zeros(1, 2)}, {"a": torch.zeros(1, 3)}])
+        joined([{"a": torch.zeros(1)}, {"b": torch.zeros(1)}], Padding())
+    with pytest.raises(BatchFailed, match=r"rows of the column a have different shapes \(\[2\], \[3\]\)"):
+        joined([{"a": torch.zeros(1, 2)}, {"a": torch.zeros(1, 3)}], Padding())
+    with pytest.raises(BatchFailed, match="pixel_values"):
+        joined(
+            [{"pixel_values": torch.zeros(1, 3, 8, 8)}, {"pixel_values": torch.zeros(1, 3, 9, 8)}], Padding()
+        )
+
+
+def texts(rows: int, length: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.ones(rows, length, dtype=torch.int64), **more}
+
+
+def test_sequences_of_different_lengths_are_filled_up_to_the_longest() -> None:
+    short = texts(1, 2, labels=torch.tensor([[4, 5]]), attention_mask=torch.ones(1, 2, dtype=torch.int64))
+    long = texts(1, 3, labels=torch.tensor([[6, 7, 8]]), attention_mask=torch.ones(1, 3, dtype=torch.int64))
+    made = joined([short, long], Padding(token=9))
+    assert made["input_ids"].tolist() == [[1, 1, 9], [1, 1, 1]]
+    assert made["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert made["labels"].tolist() == [[4, 5, -100], [6, 7, 8]]
+    left = joined([long, short], Padding(token=9, left=True))
+    assert left["input_ids"].tolist() == [[1, 1, 1], [9, 1, 1]]
+    assert left["labels"].tolist() == [[6, 7, 8], [-100, 4, 5]]
+
+
+def test_filled_up_tokens_get_a_mask_where_there_is_none() -> None:
+    made = joined([texts(1, 3), texts(2, 2)], Padding(token=9))
+    assert made["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 0]]
+    assert "attention_mask" not in joined([texts(1, 2), texts(2, 2)], Padding(token=9))
+
+
+def test_features_of_sound_are_filled_up_with_its_own_value() -> None:
+    one, two = torch.ones(1, 2, 4), torch.ones(1, 3, 4)
+    made = joined([{"input_features": one}, {"input_features": two}], Padding(value=-1.5))["input_features"]
+    assert made.shape == (2, 3, 4)
+    assert made[0, 2].tolist() == [-1.5] * 4
+
+
+def test_a_batch_is_the_same_however_its_rows_came_to_the_stream() -> None:
+    """A replay cuts the slices where rounds ended."""
+
+    def batches(*pieces: tuple[int, int, int]) -> list[dict[str, torch.Tensor]]:
+        stream = RowStream(Padding(token=9))
+        for index, start, stop in pieces:
+            columns = {"input_ids": torch.arange(6 * (index + 2)).view(6, index + 2)}
+            stream.push(Slice(0, index, columns, slice_order(7, 0, index, 6)[start:stop]))
+        taken = []
+        while (columns := stream.take(4)) is not None:
+            taken.append(columns)
+        return taken
+
+    whole, cut = batches((0, 0, 6), (1, 0, 6)), batches((0, 0, 4), (0, 4, 6), (1, 0, 2), (1, 2, 6))
+    assert [sorted(one) for one in whole] == [["input_ids"], ["attention_mask", "input_ids"], ["input_ids"]]
+    for one, other in zip(whole, cut, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_broken_slice_files_are_named(tmp_path: Path) -> None:

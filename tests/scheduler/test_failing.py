@@ -6,7 +6,7 @@ import pytest
 from tests.scheduler.test_rounds import check_books, rules
 from tests.scheduler.world import Worker, World
 
-from hypha.errors import ExecutorFailed, JobFailed, NotFinite
+from hypha.errors import ExecutorFailed, JobFailed, ModelError, NotFinite
 from hypha.messages import ExecutorExited, Loaded, PeerRef
 from hypha.scheduler import failing
 from hypha.scheduler.events import Again, Drop, Fail, Joined, Lost, Publish
@@ -167,6 +167,74 @@ def test_too_many_failures_end_the_job(kind: str | None, error: type[Exception])
         world.run(0.5)
     assert isinstance(world.ended, Fail)
     assert type(world.ended.error) is error
+
+
+LABELS = "the labels run from 0 to {}, but the model has 4 classes; set model.arguments num_labels"
+TRACE = "\nTraceback (most recent call last):\nIndexError: Target 7 is out of bounds."
+
+
+@pytest.mark.parametrize(("kind", "error"), [("batch", JobFailed), ("model", ModelError)])
+def test_what_two_workers_say_alike_ends_the_job_at_once(kind: str, error: type[Exception]) -> None:
+    world = world_of("a", "b", "c")
+    world.fail("a", kind, LABELS.format(7) + TRACE)
+    world.run(0.1)
+    assert world.ended is None
+    # another batch, another number, the same mistake
+    world.fail("b", kind, LABELS.format(11) + TRACE)
+    world.run(0.1)
+    assert isinstance(world.ended, Fail)
+    assert type(world.ended.error) is error
+    assert world.ended.error.exit_code == 5
+    first, second, *_ = str(world.ended.error).splitlines()
+    assert LABELS.format(11) in first
+    assert "said by 2 executors" in first
+    assert second.startswith("Traceback"), "what to change comes first"
+
+
+def test_different_mistakes_of_two_workers_are_no_end() -> None:
+    world = world_of("a", "b", "c")
+    world.fail("a", "batch", LABELS.format(7))
+    world.run(0.1)
+    world.fail("b", "batch", "the images have 3 channel(s)")
+    world.run(0.1)
+    assert world.ended is None
+
+
+def test_one_of_several_workers_is_not_believed_alone() -> None:
+    world = world_of("a", "b")
+    for _ in range(3):
+        world.run(60, until=lambda: trains(world, "a"))
+        world.fail("a", "batch", LABELS.format(7))
+        world.run(0.5)
+    assert [type(action) for action in answers(world)] == [Again, Again, Drop]
+    assert world.ended is None
+
+
+@pytest.mark.parametrize("kind", ["batch", "model"])
+def test_the_only_worker_is_believed_the_second_time(kind: str) -> None:
+    world = world_of("a", workers=1, min_workers=1)
+    world.fail("a", kind, LABELS.format(7))
+    world.run(0.1)
+    assert world.ended is None
+    if kind == "model":
+        # its lease was given up; the pool has found the same worker once more
+        world.add(Worker("a", 0.05))
+    world.run(60, until=lambda: trains(world, "a"))
+    world.fail("a", kind, LABELS.format(9))
+    world.run(0.1)
+    assert isinstance(world.ended, Fail)
+    assert "said by 2 executors" in str(world.ended.error)
+
+
+def test_an_applied_round_clears_what_was_said_before() -> None:
+    world = world_of("a", "b", samples=1200, rounds=9)
+    world.fail("a", "batch", LABELS.format(7))
+    world.run(60, until=lambda: len(answers(world)) == 1)
+    applied = len(world.records)
+    world.run(60, until=lambda: len(world.records) > applied + 1)
+    world.fail("b", "batch", LABELS.format(7))
+    world.run(0.5)
+    assert world.ended is None
 
 
 # --- the start ------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def explain(
     known.
     """
     config = getattr(model, "config", None)
-    columns = _as_arguments(spec, columns)
+    batch, columns = columns, _as_arguments(spec, columns)
     told = " ".join(str(exc).split())
     for found in (
         _labels(columns, classes, spec, told),
@@ -41,9 +41,7 @@ def explain(
     ):
         if found:
             return found
-    return (
-        f"the batch cannot be trained on: {type(exc).__name__}: {told}; its columns are {described(columns)}"
-    )
+    return f"the batch cannot be trained on: {type(exc).__name__}: {told}; its columns are {described(batch)}"
 
 
 def out_of_range(

@@ -56,9 +56,7 @@ class ModelFiles:
         """The model, with its first theta if that is not in a checkpoint. Raises :class:`ModelError`."""
         source = self._sources().model
         model = models.build(self._job.model, source, weights=self._job.restore is None, tell=self._tell)
-        for parameter in model.requires_grad_(False).parameters():
-            parameter.data = parameter.data.contiguous()
-        self._model = model
+        self._model = model.requires_grad_(False)
         return model
 
     def export(self, theta: tensors.Theta, directory: Path) -> list[str]:

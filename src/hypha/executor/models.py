@@ -65,6 +65,9 @@ def build(
     settle(model)
     if weights:
         check_finite(model)
+        for parameter in model.parameters():
+            # this one is theta, which is handled in chunks; trainers keep their own layout
+            parameter.data = parameter.data.contiguous()
     return model.train()
 
 
