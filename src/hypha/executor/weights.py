@@ -190,7 +190,8 @@ class Loaded:
             for at in range(1, len(parts)):
                 prefix = ".".join(parts[:at]) + "."
                 found = ".".join(parts[at:])
-                if _holds(names, found) and all(other.startswith(prefix) for other in self.unused):
+                known = found in names or any(name.endswith(f".{found}") for name in names)
+                if known and all(other.startswith(prefix) for other in self.unused):
                     return prefix
         return ""
 

@@ -1,0 +1,109 @@
+"""What people bring, through whole networks of real processes: texts of different lengths, a model whose
+weights are not what its configuration says, labels that it has no classes for.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tests.executor.test_preprocessing import tokenizer
+from tests.support.system import System, digits_dataset, digits_job, digits_model, paced
+
+from hypha.data import PrepareOptions, prepare
+from hypha.executor import models
+from hypha.messages import ModelSpec
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
+
+GENERATION = {"temperature": 0.25, "do_sample": True, "eos_token_id": 0}
+
+
+def sentences(root: Path) -> Path:
+    """Slices of 20 sentences; in each slice the longest has another length."""
+    raw = np.zeros((200, 64), dtype=np.uint8)
+    for row in range(len(raw)):
+        words = ("good day night " * 9).split()[: 1 + row % 3 + row // 20]
+        text = " ".join(words).encode()
+        raw[row, : len(text)] = np.frombuffer(text, dtype=np.uint8)
+    (root / "raw-texts").mkdir()
+    np.save(root / "raw-texts" / "sentence.npy", raw)
+    output = root / "texts"
+    prepare(PrepareOptions((root / "raw-texts",), output, name="texts", slice_samples=20, shuffle=False))
+    return output
+
+
+def language_model(root: Path) -> Path:
+    """Tied by its configuration, two matrices by its weights, and with a file that only generation needs."""
+    config: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 8, "n_positions": 16, "n_embd": 8}
+    config |= {"n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}
+    fresh = root / "fresh"
+    fresh.mkdir()
+    (fresh / "config.json").write_text(json.dumps(config))
+    spec = ModelSpec(task="causal-lm", seed=5)
+    source = root / "source"
+    models.export(models.build(spec, fresh), spec, (), source)
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"][::-1].copy()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "generation_config.json").write_text(json.dumps(GENERATION))
+    (source / "notes").mkdir()
+    (source / "notes" / "origin.txt").write_text("made for a test")
+    return source
+
+
+async def test_ragged_texts_and_a_model_that_is_not_tied_after_all(system: System, tmp_path: Path) -> None:
+    dataset, source = sentences(tmp_path), language_model(tmp_path)
+    made = tokenizer(tmp_path / "tokenizer")
+    await system.gateway()
+    await system.data("data", dataset)
+    for number in range(2):
+        await system.worker(f"worker-{number}", executors=[paced(0.05)])
+    preprocessor = {"type": "tokenizer", "path": str(made), "input_names": {"text": "sentence"}}
+    job = digits_job(None, 2, 6, model={"type": "causal-lm", "path": str(source)}, preprocessor=preprocessor)
+    job |= {"dataset": {"dataset": "texts"}, "checkpoint": {"every_rounds": 1}}
+    job["rounds"] |= {"batch_size": 6, "avg_samples_between_updates": 90}
+    scheduler = await system.scheduler(job)
+    await system.reached(scheduler, lambda seen: seen.checkpoint is not None and seen.checkpoint >= 2)
+    assert "both are trained" in scheduler.log.read_text(), "the user is told of what was decided"
+    await system.stop_job(scheduler)
+    again = await system.start("scheduler+1", "scheduler", tmp_path / "scheduler.toml")
+    assert await system.ended(again) == 0, again.tail()
+
+    out = tmp_path / "model"
+    assert json.loads((out / "generation_config.json").read_text()) == GENERATION
+    assert (out / "notes" / "origin.txt").read_text() == "made for a test"
+    assert (out / "tokenizer.json").exists()
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    weights = load_file(out / "model.safetensors")
+    assert not np.array_equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
+    _, ledger = system.ledger("job")
+    assert {part.batch_size for entry in ledger.rounds for part in entry.contributors} == {6}
+    preprocessed = tmp_path / "everything"
+    preprocessed.mkdir()
+    for path in (*source.iterdir(), *made.iterdir()):
+        if path.is_file():
+            (preprocessed / path.name).write_bytes(path.read_bytes())
+    assert await system.replay("job", dataset, preprocessed) <= 1e-5
+
+
+async def test_labels_without_classes_end_the_job_at_once_and_say_what_to_change(
+    system: System, tmp_path: Path
+) -> None:
+    dataset = digits_dataset(tmp_path)
+    labels = {str(number): str(number) for number in range(4)}
+    await system.gateway()
+    await system.data("data", dataset)
+    workers = [await system.worker(f"worker-{number}") for number in range(2)]
+    scheduler = await system.scheduler(digits_job(digits_model(tmp_path, id2label=labels), 2, 6))
+    assert await system.ended(scheduler) == 5, scheduler.tail()
+    text = scheduler.log.read_text()
+    error = next(line for line in text.splitlines() if "said by 2 executors" in line)
+    assert "the model has 4 classes, 0 to 3; set model.arguments num_labels = 10" in error
+    assert "IndexError" not in error, "what to change comes before the traceback"
+    starts = sum(worker.log.read_text().count("The executor cannot go on.") for worker in workers)
+    assert starts <= 3
