@@ -68,6 +68,7 @@ class _Worker:
         return samples
 
 
+@tensors.one_thread()
 def run(
     scratch: Path,
     spec: ModelSpec,

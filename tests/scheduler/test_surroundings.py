@@ -7,8 +7,8 @@ import trio
 from tests.scheduler.test_rounds import rules
 from tests.scheduler.world import Worker, World
 
-from hypha.errors import AllocationFailed, JobFailed
-from hypha.messages import JobStamp, ModelReady, NextSlice, PeerRef, UpdateReceived
+from hypha.errors import AllocationFailed, JobFailed, ModelError
+from hypha.messages import ExecutorError, JobStamp, ModelReady, NextSlice, PeerRef, UpdateReceived
 from hypha.scheduler.desk import KeptSlices
 from hypha.scheduler.events import (
     AnswerSlice,
@@ -239,3 +239,17 @@ def test_a_round_that_has_not_begun_here_gets_slices_only_with_an_update_in_this
     (_, answer) = one.handle(SliceAsked("a", question), world.now)
     assert isinstance(answer, AnswerSlice)
     assert answer.slice is not None
+
+
+def test_a_model_that_two_parameter_servers_on_one_machine_cannot_build_ends_the_job() -> None:
+    def failing(life: int, carried: CarriedOver) -> list[object]:
+        error = ExecutorError(kind="model", message=f"the source lacks {life} shards")
+        told = Told("ps", "aggregate", f"e-{life}", JobStamp(job_id="job"), error)
+        return list(machine(carried=carried).handle(told, 1.0))
+
+    (*_, restart) = failing(1, CarriedOver())
+    assert isinstance(restart, Restart)
+    (fail,) = failing(2, restart.carried)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, ModelError)
+    assert "the source lacks 2 shards (said by 2 executors)" in str(fail.error)

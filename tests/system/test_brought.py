@@ -64,8 +64,8 @@ async def test_ragged_texts_and_a_model_that_is_not_tied_after_all(system: Syste
     for number in range(2):
         await system.worker(f"worker-{number}", executors=[paced(0.05)])
     preprocessor = {"type": "tokenizer", "path": str(made), "input_names": {"text": "sentence"}}
-    job = digits_job(None, 2, 6, model={"type": "causal-lm", "path": str(source)}, preprocessor=preprocessor)
-    job |= {"dataset": {"dataset": "texts"}, "checkpoint": {"every_rounds": 1}}
+    job = digits_job(None, 2, 6, preprocessor=preprocessor, checkpoint={"every_rounds": 1})
+    job |= {"model": {"type": "causal-lm", "path": str(source)}, "dataset": {"dataset": "texts"}}
     job["rounds"] |= {"batch_size": 6, "avg_samples_between_updates": 90}
     scheduler = await system.scheduler(job)
     await system.reached(scheduler, lambda seen: seen.checkpoint is not None and seen.checkpoint >= 2)
@@ -103,7 +103,7 @@ async def test_labels_without_classes_end_the_job_at_once_and_say_what_to_change
     assert await system.ended(scheduler) == 5, scheduler.tail()
     text = scheduler.log.read_text()
     error = next(line for line in text.splitlines() if "said by 2 executors" in line)
-    assert "the model has 4 classes, 0 to 3; set model.arguments num_labels = 10" in error
+    assert "the model has 4 classes, 0 to 3; set model.arguments num_labels to the number of classes" in error
     assert "IndexError" not in error, "what to change comes before the traceback"
     starts = sum(worker.log.read_text().count("The executor cannot go on.") for worker in workers)
     assert starts <= 3

@@ -91,14 +91,15 @@ def _labels(columns: Mapping[str, Tensor], classes: int | None, spec: ModelSpec,
     if found is None or (found[0] >= 0 and found[1] < classes):
         return None
     low, high = found
-    text = f"the labels run from {low} to {high}, but the model has {classes} classes, 0 to {classes - 1}"
+    text = f"the labels of a batch run from {low} to {high}, but the model has {classes} classes"
+    text += f", 0 to {classes - 1}"
     if low < 0:
         return f"{text}; number the classes from 0 when preparing the dataset ({IGNORED} would be left out)"
     if low > 0 and high - low < classes:
         return f"{text}; number the classes from 0 when preparing the dataset"
     if spec.task == "torch":
-        return f"{text}; give the model {high + 1} outputs (model.arguments of its entrypoint)"
-    return f"{text}; set model.arguments num_labels = {high + 1}, or mend the labels"
+        return f"{text}; give it as many outputs as there are classes, {high + 1} at least (model.arguments)"
+    return f"{text}; set model.arguments num_labels to the number of classes, {high + 1} at least"
 
 
 def _tokens(columns: Mapping[str, Tensor], model: nn.Module, config: Any, told: str) -> str | None:

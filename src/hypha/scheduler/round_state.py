@@ -155,7 +155,8 @@ class RoundState:
 
     def failed(self, peer: str, kind: ExecutorClass, message: str, cause: str) -> list[Action]:
         """Release it, replace it; give the job up when that happened too often."""
-        error = self.failures.add(peer, kind, message, cause)
+        # of parameter servers there is one at a time, perhaps on the same machine again
+        error = self.failures.add(peer, kind, message, cause, alone=kind == "aggregate")
         if error is not None:
             self.phase = "failed"
             return [Fail(error)]

@@ -90,6 +90,7 @@ class CarriedOver(Struct, frozen=True):
     restarts: tuple[tuple[str, int], ...] = ()
     short_since: float | None = None
     had_model: tuple[str, ...] = ()
+    alike: tuple[tuple[str, str, int], ...] = ()
 
 
 @dataclass
@@ -112,9 +113,11 @@ class Failures:
     def of(cls, carried: CarriedOver, limit: int) -> Failures:
         """Those that an earlier life has handed on."""
         model = {(peer, kind): message for peer, kind, message in carried.model}
-        return cls(
-            limit, carried.in_a_row, model, Counter(dict(carried.not_finite)), Counter(dict(carried.restarts))
-        )
+        alike: dict[str, Counter[str]] = {}
+        for what, peer, times in carried.alike:
+            alike.setdefault(what, Counter())[peer] = times
+        not_finite, restarts = Counter(dict(carried.not_finite)), Counter(dict(carried.restarts))
+        return cls(limit, carried.in_a_row, model, not_finite, restarts, alike)
 
     def hand_on(self, short_since: float | None, had_model: Iterable[str] = ()) -> CarriedOver:
         """For the next life."""
@@ -125,6 +128,7 @@ class Failures:
             restarts=tuple(self.restarts.items()),
             short_since=short_since,
             had_model=tuple(sorted(had_model)),
+            alike=tuple((what, *entry) for what, said in self.alike.items() for entry in said.items()),
         )
 
     def applied(self, contributors: Iterable[str]) -> None:
