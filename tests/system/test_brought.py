@@ -61,8 +61,9 @@ async def test_ragged_texts_and_a_model_that_is_not_tied_after_all(system: Syste
     made = tokenizer(tmp_path / "tokenizer")
     await system.gateway()
     await system.data("data", dataset)
+    executors = [paced(0.05), {"class": "aggregate", "name": "parameter-server"}]
     for number in range(2):
-        await system.worker(f"worker-{number}", executors=[paced(0.05)])
+        await system.worker(f"worker-{number}", executors=executors)
     preprocessor = {"type": "tokenizer", "path": str(made), "input_names": {"text": "sentence"}}
     job = digits_job(None, 2, 6, preprocessor=preprocessor, checkpoint={"every_rounds": 1})
     job |= {"model": {"type": "causal-lm", "path": str(source)}, "dataset": {"dataset": "texts"}}
