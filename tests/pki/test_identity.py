@@ -138,7 +138,7 @@ def test_several_problems_are_told_at_once(world: World) -> None:
     assert f"{files.key}: key_pem" in told[0]
     assert f"chmod 600 {files.key}" in told[0]
     assert f"{files.trust}: trust_pem" in told[1]
-    assert "none.pem: crls_pem: there is no such file" in told[2]
+    assert "crl.pem: crls_pem: it holds no revocation list" in told[2]
 
 
 @pytest.mark.parametrize("which", ["cert", "key", "trust"])
