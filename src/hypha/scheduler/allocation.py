@@ -9,7 +9,6 @@ from msgspec import Struct
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
 
-
 #: why an offer was not taken
 Cause = Literal["late", "price", "resources", "avoided", "not-needed", "other"]
 

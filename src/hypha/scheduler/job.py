@@ -35,13 +35,14 @@ async def run_job(
     fresh: bool = False,
     open_: Callable[[], AbstractAsyncContextManager[Node]] | None = None,
     journal: Journal | None = None,
+    trace_ratio: float | None = None,
     task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
 ) -> JobResult:
     """Run the job of ``config`` to its end. ``observe`` gets a snapshot a few times a second, ``task_status``
     the node as soon as it listens; ``open_`` opens another node than one over libp2p; ``journal`` is the one
-    of all machines. An unfinished job of
-    the same name and description is resumed, unless ``fresh``. Raises a :class:`HyphaError` whose
-    ``exit_code`` says what went wrong.
+    of all machines; ``trace_ratio`` the share of rounds that are traced, ``None`` where nothing is. An
+    unfinished job of the same name and description is resumed, unless ``fresh``. Raises a
+    :class:`HyphaError` whose ``exit_code`` says what went wrong.
     """
     job = config.scheduler.job
     output = output_for(job.output, job.output_token)
@@ -57,7 +58,9 @@ async def run_job(
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:
                         with work:
-                            running = RunningJob(job, node, state, output, directories, observe, journal)
+                            running = RunningJob(
+                                job, node, state, output, directories, observe, journal, trace_ratio
+                            )
                             outcome = await running.run(fresh)
                     except HyphaError as exc:
                         outcome = exc

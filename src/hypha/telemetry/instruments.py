@@ -168,7 +168,7 @@ LEASES_LOST = Counter(
     "{lease}",
     "Leases that ended before the job did.",
     _kind,
-    Label("reason", ("expired", "refused", "dropped", OTHER)),
+    Label("reason", ("expired", "refused", "gone", "dropped", OTHER)),
 )
 WORKER_REQUESTS = Counter(
     "hypha.scheduler.worker.requests", "{request}", "Requests for workers that were published.", _kind
