@@ -29,6 +29,7 @@ from hypha.messages import (
     ExecutorExited,
     FetchCall,
     FetchedFile,
+    FinishedSpan,
     HuggingFace,
     Job,
     Loaded,
@@ -47,6 +48,7 @@ from hypha.messages import (
     TransferMeta,
     Uri,
 )
+from hypha.tracing import traceparent
 from hypha.worker.bridge import MAX_BODY_BYTES, bind_bridge, serve_bridge
 from hypha.worker.directory import JobDirectory
 from hypha.worker.feeds import Arrivals, Directives, Feed
@@ -63,6 +65,9 @@ class FileDesk:
         self.outcomes: tuple[Delivery, ...] = ()
         self.slices = Feed[FetchedFile]()
         self.fetching = 0
+        self.spans: list[FinishedSpan] = []
+        #: the trace in which each event and span was taken
+        self.traces: list[str | None] = []
 
     @property
     def job(self) -> Job:
@@ -96,6 +101,10 @@ class FileDesk:
 
     def say(self, event: Event) -> None:
         self.events.append(event)
+        self.traces.append(traceparent())
+
+    def take_spans(self, spans: tuple[FinishedSpan, ...]) -> None:
+        self.spans.extend(spans)
 
 
 @asynccontextmanager
@@ -129,7 +138,8 @@ async def test_openapi_is_valid_and_names_every_endpoint(tmp_path: Path) -> None
         document = (await client.get("/openapi.json")).json()
         validate(document)
         assert set(document["paths"]) == {
-            "/job", "/directives", "/resources/fetch", "/resources/send", "/resources/receive", "/status/send"
+            "/job", "/directives", "/resources/fetch", "/resources/send", "/resources/receive",
+            "/status/send", "/spans",
         }  # fmt: skip
         assert {"TrainJob", "SendCall", "BridgeError", "Plan"} <= set(document["components"]["schemas"])
 
