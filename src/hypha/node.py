@@ -24,6 +24,8 @@ Gate = Callable[[str, TransferMeta], Awaitable[Path]]
 Arrived = Callable[[str, TransferMeta, Path], Awaitable[None]]
 #: (caller, what it asks for) -> the file; raises Refused
 Provider = Callable[[str, PullFile], Awaitable[tuple[Path, TransferMeta]]]
+#: (who pulled, what it asked for, what went wrong): a file that a provider gave was sent, or was not
+Served = Callable[[str, PullFile, Exception | None], None]
 ReportHandler = Callable[[str, list[Report]], None]
 #: a request for workers and who published it, authenticated
 Heard = tuple[str, WorkerRequest]
@@ -86,8 +88,10 @@ class Transfers(Protocol):
         TransferFailed (try again, or elsewhere), TransferCorrupt (elsewhere).
         """
 
-    def serve(self, kind: str, provider: Provider) -> None:
-        """Answer pulls of ``kind``. The file must stay as it is while it is being sent."""
+    def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
+        """Answer pulls of ``kind``. The file must stay as it is while it is being sent; ``served`` is called
+        once that is over, for each file that ``provider`` gave, and must not block.
+        """
 
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
         """Take files of ``kind`` (of the job, or of any job with ``None``) that others send.

@@ -35,7 +35,7 @@ from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
 from hypha.net.bulk_wire import BulkLinks, Frame, Go, LinkBroken, Verdict, Working, fits
-from hypha.node import Provider
+from hypha.node import Provider, Served
 
 logger = logging.getLogger("hypha.net")
 
@@ -87,13 +87,16 @@ class Sending:
         #: until when, and what was wrong
         self._failed_ways: dict[tuple[str, Way], tuple[float, str]] = {}
         self._providers: dict[str, Provider] = {}
+        self._told_of_served: dict[str, Served] = {}
         self._served: dict[tuple[str, str], _Served] = {}
         self.nursery: trio.Nursery | None = None
         links.answer(PullFile, self._pulled)
 
-    def serve(self, kind: str, provider: Provider) -> None:
+    def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
         """As ``BulkTransfers.serve``."""
         self._providers[kind] = provider
+        if served is not None:
+            self._told_of_served[kind] = served
 
     # --- sending ------------------------------------------------------------------------------------
 
@@ -316,7 +319,7 @@ class Sending:
                 raise
             finally:
                 served.ready.set()
-            self.nursery.start_soon(self._serve, key, served, path, served.meta)
+            self.nursery.start_soon(self._serve, key, served, path, served.meta, request)
         await served.ready.wait()
         if served.error is not None:
             if isinstance(served.error, Refused):
@@ -326,11 +329,16 @@ class Sending:
             raise Refused("internal", f"{request.name} could not be provided")
         return BulkOffer(token=request.token, meta=served.meta, addresses=())
 
-    async def _serve(self, key: tuple[str, str], served: _Served, path: Path, meta: TransferMeta) -> None:
+    async def _serve(
+        self, key: tuple[str, str], served: _Served, path: Path, meta: TransferMeta, request: PullFile
+    ) -> None:
         caller, token = key
+        tell = self._told_of_served.get(request.kind, _nobody)
         try:
             await self.send(caller, path, meta, token)
+            tell(caller, request, None)
         except NetworkError as exc:
+            tell(caller, request, exc)
             served.error = exc
             logger.warning(
                 "Sending %s, which a peer asked for, failed: %s", meta.name, exc, extra={"peer_id": caller}
@@ -355,6 +363,10 @@ class _Attempt:
     def moved(self) -> object:
         """Changes while something moves."""
         return None if self.link is None else (self.link.sent, self.link.heard)
+
+
+def _nobody(caller: str, request: PullFile, error: Exception | None) -> None:
+    """Told of a file that was served where nobody wants to know."""
 
 
 async def _first_word(link: Link, hear: Callable[[], Awaitable[Frame]]) -> Go | Verdict:

@@ -253,7 +253,7 @@ class Crew:
             "hypha.lease": lease.lease_id,
             "hypha.peer": lease.worker.peer,
         }
-        with span(DISPATCH, attributes):
+        with span(DISPATCH, attributes, parent=self._traces.of_job):
             if (traced := self._traces.dispatching(lease.worker.peer, lease.kind)) is not None:
                 job = msgspec.structs.replace(request.job, traced=traced)
                 request = msgspec.structs.replace(request, job=job)

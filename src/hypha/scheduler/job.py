@@ -7,8 +7,9 @@ while the node still lives, within about four seconds; an open round is saved fi
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import trio
 
@@ -17,12 +18,13 @@ from hypha.errors import HyphaError, JobFailed
 from hypha.journal import Journal
 from hypha.net import open_node, options_from
 from hypha.node import Node
-from hypha.runtime import in_thread
+from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.context import JobResult
 from hypha.scheduler.export import output_for
 from hypha.scheduler.running import Observer, RunningJob
 from hypha.scheduler.serving import served_directories
 from hypha.scheduler.state import StateDirectory
+from hypha.telemetry.resources import watch_disks
 
 #: how long the node outlives a cancellation, to say goodbye
 _SHELTER_S = 3.8
@@ -53,7 +55,7 @@ async def run_job(
     with StateDirectory(config.state_dir, job.name) as state:
         async with _farewell() as (work, shelter):
             with shelter:
-                async with opened() as node:
+                async with opened() as node, _watched(config.state_dir):
                     task_status.started(node)
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:
@@ -68,6 +70,11 @@ async def run_job(
     if isinstance(outcome, JobResult):
         return outcome
     raise outcome or JobFailed("the job ended without a result")
+
+
+def _watched(state_dir: Path) -> AbstractAsyncContextManager[None]:
+    """The free space of the state directory is shown meanwhile."""
+    return nullcontext() if is_simulated() else watch_disks({"state_dir": [state_dir]})
 
 
 @asynccontextmanager

@@ -66,6 +66,7 @@ from hypha.scheduler.renewal import (
     Suspected,
 )
 from hypha.scheduler.renewal_spans import RenewalSpans
+from hypha.scheduler.round_traces import RoundTraces
 from hypha.telemetry.instruments import WORKER_REQUESTS
 from hypha.tracing import span, traceparent
 from hypha.tracing.operations import ADVERTISE, RECEIVE_OFFER
@@ -186,9 +187,11 @@ class Pool:
         pace: Pace | None = None,
         random: Random | None = None,
         journal: Journal | None = None,
+        traces: RoundTraces | None = None,
     ) -> None:
         self._node = node
         self._journal = journal
+        self._traces = traces or RoundTraces(None)
         self._allocator = Allocator(asks, pace, journal)
         self._random = random or chance()
         self._held: dict[str, _Held] = {}
@@ -348,9 +351,9 @@ class Pool:
             self._reminded[kind] = now
             logger.info("Looking for %d more workers for %s jobs.", action.count, kind)
         self._publishing.add(kind)
-        attributes = {"hypha.executor.kind": kind, "hypha.request": action.ask.request_id}
+        attributes = {"hypha.executor.class": kind, "hypha.request": action.ask.request_id}
         try:
-            with span(ADVERTISE, {**attributes, "hypha.workers": action.count}):
+            with span(ADVERTISE, {**attributes, "hypha.workers": action.count}, parent=self._traces.of_job):
                 await self._node.publish(action.request(self._node.ref()))
         except NetworkError as exc:
             logger.debug("A request for workers was not published: %s", exc)

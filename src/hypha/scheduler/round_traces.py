@@ -1,15 +1,17 @@
-"""A span for each round of a job, made from what its machines note in the journal.
+"""A span for a job, and one for each of its rounds, made from what its machines note in the journal.
 
-The round machine knows nothing of it. A round's identifiers follow from the job, its generation and the
-round (:mod:`hypha.tracing.identifiers`), so that workers and the parameter server put their own spans below
-it without having heard of it. What happens to leases meanwhile is an event of the open round's span.
+The job's own is the root of the trace that its requests for workers and its dispatches are in. It does not
+grow with the rounds: each of those is a trace, linked to the dispatches. The round machine knows nothing of
+it. A round's identifiers follow from the job, its generation and the round
+(:mod:`hypha.tracing.identifiers`), so that workers and the parameter server put their own spans below it
+without having heard of it. What happens to leases meanwhile is an event of the open round's span.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from opentelemetry.trace import Span, Status, StatusCode
+from opentelemetry.trace import Span, Status, StatusCode, use_span
 
 from hypha.journal import Entry
 from hypha.messages import CloseRound, ExecutorClass, JobStamp, Plan, RoundStarted, Traced, UpdateReceived
@@ -17,7 +19,7 @@ from hypha.scheduler import allocation, allocator, renewal, rounds
 from hypha.scheduler.events import Again, Drop, Fail, LifeBegan, Lost, Record, Restart, Send, Told
 from hypha.scheduler.round_state import OPEN
 from hypha.tracing import round_traceparent, start_span, traceparent
-from hypha.tracing.operations import ROUND
+from hypha.tracing.operations import ROUND, RUN_JOB
 from hypha.tracing.spans import Attribute
 
 
@@ -29,10 +31,25 @@ class RoundTraces:
     def __init__(self, ratio: float | None) -> None:
         self._ratio = ratio
         self._job_id = ""
+        self._job: Span | None = None
+        self._job_in: str | None = None
         #: the open round: its generation and number
         self._at: tuple[int, int] | None = None
         self._span: Span | None = None
         self._dispatches: dict[tuple[str, ExecutorClass], str] = {}
+
+    def begin(self, job: str) -> None:
+        """The job called ``job`` is run from now on."""
+        if self._ratio is None:
+            return
+        self._job = start_span(RUN_JOB, {"hypha.job.name": job})
+        with use_span(self._job):
+            self._job_in = traceparent()
+
+    @property
+    def of_job(self) -> str | None:
+        """The ``traceparent`` of the job's span; None when nothing is traced."""
+        return self._job_in
 
     def of_round(self, stamp: JobStamp, round_: int) -> str | None:
         """The ``traceparent`` of ``round_`` in that life of the job; None when nothing is traced."""
@@ -62,6 +79,9 @@ class RoundTraces:
     def close(self) -> None:
         """The job has ended, or this run of it."""
         self._end("the job ended")
+        job, self._job = self._job, None
+        if job is not None:
+            job.end()
 
     # --- leases ---------------------------------------------------------------------------------------
 
@@ -86,6 +106,8 @@ class RoundTraces:
     def _round_machine(self, entry: Entry) -> None:
         if isinstance(entry.event, LifeBegan):
             self._job_id = entry.event.start.job_id
+            if self._job is not None:
+                self._job.set_attribute("hypha.job", self._job_id)
             self._end("the life of the job ended")
         self._told(entry.event)
         for action in entry.actions:

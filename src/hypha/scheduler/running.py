@@ -62,6 +62,7 @@ class RunningJob:
     ) -> None:
         resources, journal = config.resources, journal or Journal()
         pace = Pace(offer_deadline_s=resources.offer_deadline_s)
+        traces = RoundTraces(trace_ratio)
         self._context = JobContext(
             config=config,
             rules=Rules.from_config(config),
@@ -69,11 +70,13 @@ class RunningJob:
             state=state,
             output=output,
             directories=directories,
-            pool=Pool(node, asks_from(resources, config.dataset.dataset), pace, journal=journal),
+            pool=Pool(
+                node, asks_from(resources, config.dataset.dataset), pace, journal=journal, traces=traces
+            ),
             copies=Copies(node, config.name),
             progressed=Progressed(),
             journal=journal,
-            traces=RoundTraces(trace_ratio),
+            traces=traces,
             began=trio.current_time(),
         )
         self._metrics = JobMetrics(
@@ -106,6 +109,7 @@ class RunningJob:
         for entry in journal.entries:
             self._metrics.note(entry)
         journal.listeners.extend(listeners)
+        self._context.traces.begin(self._context.config.name)
         try:
             with self._metrics.shown(lambda: self._snapshot().state):
                 yield

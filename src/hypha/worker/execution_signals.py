@@ -70,7 +70,7 @@ class ExecutionSignals:
                 "hypha.job.generation": self._job.generation,
                 "hypha.lease": self._lease_id,
                 "hypha.executor": self._job.executor.name,
-                "hypha.executor.kind": self._kind,
+                "hypha.executor.class": self._kind,
             },
             parent=traced.traceparent if traced is not None else None,
         )

@@ -120,7 +120,7 @@ class LeaseDesk:
         attributes = {
             "hypha.peer": publisher,
             "hypha.request": request.request_id,
-            "hypha.executor.kind": request.executor.kind,
+            "hypha.executor.class": request.executor.kind,
         }
         self._evaluating[key] = start_span(EVALUATE, attributes, parent=heard_in)
         logger.debug(
