@@ -35,6 +35,8 @@ class RoundTraces:
         self._job_in: str | None = None
         #: the open round: its generation and number
         self._at: tuple[int, int] | None = None
+        #: this life of the job is at its end: the next one opens the round anew
+        self._over = False
         self._span: Span | None = None
         self._dispatches: dict[tuple[str, ExecutorClass], str] = {}
 
@@ -109,11 +111,12 @@ class RoundTraces:
             if self._job is not None:
                 self._job.set_attribute("hypha.job", self._job_id)
             self._end("the life of the job ended")
+            self._over = False
         self._told(entry.event)
         for action in entry.actions:
             self._decided(action)
         state = entry.state
-        if isinstance(state, Mapping) and state["phase"] in OPEN:
+        if isinstance(state, Mapping) and state["phase"] in OPEN and not self._over:
             self._open(int(str(state["generation"])), int(str(state["round"])))
 
     def _told(self, event: object) -> None:
@@ -150,6 +153,7 @@ class RoundTraces:
             case Restart(reason=reason):
                 self._happened("restart", {"hypha.reason": reason})
                 self._end(reason)
+                self._over = True
             case Fail(error=error):
                 self._end(str(error))
 
