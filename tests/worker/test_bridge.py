@@ -44,6 +44,7 @@ from hypha.messages import (
     SendCall,
     SendModel,
     Sent,
+    SpansCall,
     StatusCall,
     TransferMeta,
     Uri,
@@ -377,3 +378,17 @@ async def test_bridge_ends_with_streams_open(tmp_path: Path) -> None:
         while await connection.receive_some():
             pass
         await connection.aclose()
+
+
+async def test_a_call_is_carried_out_in_the_callers_span_and_spans_are_taken(tmp_path: Path) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    said = msgspec.json.encode(StatusCall(event=Loaded(incarnation="i")))
+    async with bridge(tmp_path) as (desk, client):
+        for headers in ({}, {"traceparent": parent}, {"traceparent": "garbage"}):
+            await client.post("/status/send", content=said, headers=headers)
+        assert desk.traces == [None, parent, None]
+        span = FinishedSpan(name="Train", trace_id="a" * 32, span_id="b" * 16, start_ns=1, end_ns=2)
+        assert (await post(client, "/spans", SpansCall(spans=(span,)))).status_code == 200
+        assert desk.spans == [span]
+        answer = await client.post("/spans", content=b'{"spans": [{}]}')
+        assert (answer.status_code, answer.json()["error"]) == (400, "malformed")
