@@ -38,12 +38,18 @@ class Link(ABC):
 
     def __init__(self, peer: str, tally: Tally) -> None:
         self.peer = peer
-        #: how its sender came by it, for the log
+        #: how it was made, and whether it was kept from an earlier transfer; for the log and for traces
         self.way = ""
+        self.was_kept = False
         #: bytes that came so far, whatever they were, and bytes of files that went
         self.heard = 0
         self.sent = 0
         self._tally = tally
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether it runs through a gateway."""
+        return False
 
     @abstractmethod
     async def say(self, frame: Frame) -> None:

@@ -38,6 +38,7 @@ from hypha.net.bulk_wire import (
     decode_length,
     encode_frame,
 )
+from hypha.telemetry.instruments import BYTES_RECEIVED, BYTES_SENT
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ class SocketLink(Link):
         sock.settimeout(STALL_TIMEOUT_S)
 
     async def say(self, frame: Frame) -> None:
-        await self._in_thread(lambda: self._sock.sendall(encode_frame(frame)))
+        await self._in_thread(lambda: self._send_frame(frame))
 
     async def hear(self) -> Frame:
         return await self._in_thread(self._read_frame)
@@ -67,7 +68,7 @@ class SocketLink(Link):
         """Say it and hear the answer, in one thread."""
 
         def ask() -> Frame:
-            self._sock.sendall(encode_frame(frame))
+            self._send_frame(frame)
             return self._read_frame()
 
         return await self._in_thread(ask)
@@ -118,7 +119,13 @@ class SocketLink(Link):
             if not count:
                 raise LinkBroken("the peer closed the connection")
             self.heard += count
+            BYTES_RECEIVED.add(count, plane="bulk")
             view = view[count:]
+
+    def _send_frame(self, frame: Frame) -> None:
+        data = encode_frame(frame)
+        self._sock.sendall(data)
+        BYTES_SENT.add(len(data), plane="bulk")
 
     def _read_frame(self) -> Frame:
         head = bytearray(LENGTH_BYTES)
@@ -135,7 +142,9 @@ class SocketLink(Link):
     def _write_raw(self, view: memoryview) -> None:
         while view:
             # not sendall, for all of which the time-out would count
-            view = view[socket.socket.send(self._sock, view) :]
+            count = socket.socket.send(self._sock, view)
+            BYTES_SENT.add(count, plane="bulk")
+            view = view[count:]
 
     def _deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
         poll = select.poll()
@@ -166,7 +175,7 @@ class SocketLink(Link):
         opener = Opener(key)
         head = bytearray(LENGTH_BYTES)
         buffer = memoryview(bytearray(MAX_BLOCK_BYTES + TAG_BYTES))
-        self._sock.sendall(encode_frame(Go(part.received, key)))
+        self._send_frame(Go(part.received, key))
         while left := meta.size - part.received:
             self._read_exactly(self._read_raw, memoryview(head))
             sealed = buffer[: decode_length(bytes(head), MAX_BLOCK_BYTES) + TAG_BYTES]

@@ -23,8 +23,9 @@ from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
 from hypha.net.addresses import host_and_port, parse
+from hypha.telemetry.instruments import BYTES_RECEIVED, BYTES_SENT, CONNECTIONS_FAILED
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 FIRST_BYTE_TIMEOUT_S = 5.0
 MULTISTREAM = b"\x13"
@@ -47,7 +48,9 @@ def resend_soon(sock: socket.socket | trio.socket.SocketType) -> None:
 
 
 class _WatchedStream(TrioTCPStream):  # type: ignore[misc]
-    """A TCP stream that tells when it was closed, and is among ``registry`` until then."""
+    """A TCP stream that tells when it was closed, and is among ``registry`` until then. Its bytes are
+    counted, here and nowhere above, where those of a circuit would count once more.
+    """
 
     def __init__(self, stream: trio.SocketStream, registry: set[_WatchedStream]) -> None:
         super().__init__(stream)
@@ -55,6 +58,15 @@ class _WatchedStream(TrioTCPStream):  # type: ignore[misc]
         self.closed = trio.Event()
         self._registry = registry
         registry.add(self)
+
+    async def write(self, data: bytes) -> None:
+        await super().write(data)
+        BYTES_SENT.add(len(data), plane="control")
+
+    async def read(self, n: int | None = None) -> bytes:
+        data: bytes = await super().read(n)
+        BYTES_RECEIVED.add(len(data), plane="control")
+        return data
 
     async def close(self) -> None:
         self.closed.set()
@@ -115,6 +127,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
                 # a borrower of its own: trio would not lend one task two slots
                 self._slots.acquire_on_behalf_of_nowait(stream)
             except trio.WouldBlock:
+                CONNECTIONS_FAILED.add(direction="inbound", reason="limit")
                 logger.warning(
                     "Closed an incoming connection: %d are open already.", int(self._slots.total_tokens)
                 )
@@ -137,8 +150,10 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             except OSError:
                 return
         if first == MULTISTREAM:
+            logger.debug("A connection for libp2p arrived.")
             await self._serve_libp2p(stream, libp2p_handler)
         elif first == TLS_CLIENT_HELLO and self.serve_bulk is not None:
+            logger.debug("A connection for the bulk plane arrived.")
             await self._serve_bulk(connection, self.serve_bulk)
         else:
             logger.info("Closed an incoming connection that spoke neither protocol.")

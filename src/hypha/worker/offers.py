@@ -195,7 +195,8 @@ async def serve_offers(
         nursery.start_soon(desk.run, lambda action: nursery.start_soon(_deliver, node, desk, action))
         task_status.started()
         said = False
-        async for publisher, request in requests:
+        async for heard in requests:
+            publisher, request = heard.publisher, heard.request
             if (reason := unfit()) is not None:
                 if not said:
                     logger.error("Nothing is offered: %s.", reason)
