@@ -23,23 +23,10 @@ from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricR
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 from hypha.telemetry import metrics
 from hypha.telemetry.metrics import Instrument
-from hypha.tracing.spans import chosen_identifiers
-
-
-class ChosenIds(RandomIdGenerator):
-    """Random identifiers, but for spans that several processes name alike."""
-
-    def generate_trace_id(self) -> int:
-        chosen = chosen_identifiers()
-        return super().generate_trace_id() if chosen is None else chosen[0]
-
-    def generate_span_id(self) -> int:
-        chosen = chosen_identifiers()
-        return super().generate_span_id() if chosen is None else chosen[1]
+from hypha.telemetry.sdk import Identifiers
 
 
 @dataclass
@@ -99,7 +86,7 @@ class Signals:
 def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[Signals]:
     """Tracing and metrics, on for this test alone."""
     exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
-    tracing = TracerProvider(id_generator=ChosenIds(), shutdown_on_exit=False)
+    tracing = TracerProvider(id_generator=Identifiers(), shutdown_on_exit=False)
     tracing.add_span_processor(SimpleSpanProcessor(exporter))
     metering = MeterProvider([reader], shutdown_on_exit=False)
     # the API lets a process set its provider once, and would keep it for the tests that come after

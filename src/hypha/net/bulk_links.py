@@ -14,15 +14,19 @@ import trio
 from hypha.messages import TransferMeta
 from hypha.net.bulk_files import PartFile, SourceFile
 from hypha.net.bulk_wire import WORKING_INTERVAL_S, Frame, Go, LinkBroken, Verdict, Working
+from hypha.net.byte_counts import ByteCounts
 
 T = TypeVar("T")
 
 
 class Tally:
-    """Bytes of files sent and received, counted from many threads."""
+    """Bytes of files sent and received, counted from many threads; ``sockets`` counts those that the bulk
+    plane's own connections carry.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.sockets = ByteCounts("bulk")
         self.sent = 0
         self.received = 0
 

@@ -38,7 +38,6 @@ from hypha.net.bulk_wire import (
     decode_length,
     encode_frame,
 )
-from hypha.telemetry.instruments import BYTES_RECEIVED, BYTES_SENT
 
 T = TypeVar("T")
 
@@ -111,7 +110,10 @@ class SocketLink(Link):
         self.close_now()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await in_thread(self._sock, work, self._limiter)
+        try:
+            return await in_thread(self._sock, work, self._limiter)
+        finally:
+            self._tally.sockets.hand_over()
 
     def _read_exactly(self, read: Callable[[memoryview], int], view: memoryview) -> None:
         while view:
@@ -119,13 +121,13 @@ class SocketLink(Link):
             if not count:
                 raise LinkBroken("the peer closed the connection")
             self.heard += count
-            BYTES_RECEIVED.add(count, plane="bulk")
+            self._tally.sockets.add(received=count)
             view = view[count:]
 
     def _send_frame(self, frame: Frame) -> None:
         data = encode_frame(frame)
         self._sock.sendall(data)
-        BYTES_SENT.add(len(data), plane="bulk")
+        self._tally.sockets.add(sent=len(data))
 
     def _read_frame(self) -> Frame:
         head = bytearray(LENGTH_BYTES)
@@ -143,7 +145,7 @@ class SocketLink(Link):
         while view:
             # not sendall, for all of which the time-out would count
             count = socket.socket.send(self._sock, view)
-            BYTES_SENT.add(count, plane="bulk")
+            self._tally.sockets.add(sent=count)
             view = view[count:]
 
     def _deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:

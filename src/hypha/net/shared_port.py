@@ -23,7 +23,8 @@ from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
 from hypha.net.addresses import host_and_port, parse
-from hypha.telemetry.instruments import BYTES_RECEIVED, BYTES_SENT, CONNECTIONS_FAILED
+from hypha.net.byte_counts import ByteCounts
+from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +53,21 @@ class _WatchedStream(TrioTCPStream):  # type: ignore[misc]
     counted, here and nowhere above, where those of a circuit would count once more.
     """
 
-    def __init__(self, stream: trio.SocketStream, registry: set[_WatchedStream]) -> None:
+    def __init__(self, stream: trio.SocketStream, registry: set[_WatchedStream], counts: ByteCounts) -> None:
         super().__init__(stream)
         resend_soon(stream.socket)
         self.closed = trio.Event()
         self._registry = registry
+        self._counts = counts
         registry.add(self)
 
     async def write(self, data: bytes) -> None:
         await super().write(data)
-        BYTES_SENT.add(len(data), plane="control")
+        self._counts.add(sent=len(data))
 
     async def read(self, n: int | None = None) -> bytes:
         data: bytes = await super().read(n)
-        BYTES_RECEIVED.add(len(data), plane="control")
+        self._counts.add(received=len(data))
         return data
 
     async def close(self) -> None:
@@ -110,16 +112,18 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
         self._slots = trio.CapacityLimiter(max_connections)
         self._threads = trio.CapacityLimiter(max_bulk)
         self._streams: set[_WatchedStream] = set()
+        self._counts = ByteCounts("control")
 
     async def dial(self, maddr: Multiaddr) -> RawConnection:
         raw = await super().dial(maddr)
-        raw.stream = _WatchedStream(raw.stream.stream, self._streams)
+        raw.stream = _WatchedStream(raw.stream.stream, self._streams, self._counts)
         return raw
 
     async def sever(self) -> None:
         """Close every connection that is still open: the library forgets some when it is cancelled."""
         for stream in list(self._streams):
             await trio.aclose_forcefully(stream.stream)
+        self._counts.hand_over()
 
     def create_listener(self, handler_function: Callable[[Any], Awaitable[None]]) -> TCPListener:
         async def accept(stream: TrioTCPStream) -> None:
@@ -163,7 +167,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
     ) -> None:
         # The library's handler waits for the end of the whole swarm and keeps one of its inbound slots
         # until then: a long-lived gateway would run out of them. It is ended with its connection.
-        watched = _WatchedStream(stream.stream, self._streams)
+        watched = _WatchedStream(stream.stream, self._streams, self._counts)
         async with trio.open_nursery() as nursery:
 
             async def serve() -> None:
