@@ -711,11 +711,14 @@ class TransferMeta(Value):
 
 
 class BulkOffer(Message):
-    """I will send this. ``addresses``: where you may dial me for it."""
+    """I will send this. ``addresses``: where you may dial me for it. ``traceparent``: of which operation the
+    transfer is part; over a connection that was kept an offer has no envelope that could say so.
+    """
 
     token: str
     meta: TransferMeta
     addresses: tuple[str, ...]
+    traceparent: str | None = None
 
 
 class BulkDial(Message):
@@ -902,12 +905,15 @@ class GossipEnvelope(Value):
 
 
 class Report(Value):
-    """One entry of the long-lived report stream ``/hypha/report/1`` (worker -> scheduler)."""
+    """One entry of the long-lived report stream ``/hypha/report/1`` (worker -> scheduler). The first one on a
+    new stream may say of which operation the stream's opening is part.
+    """
 
     stamp: JobStamp
     incarnation: str
     progress: Progress
     v: int = WIRE_VERSION
+    traceparent: str | None = None
 
 
 # --- the bridge between an executor and its worker (JSON over a Unix socket) ----------------------------

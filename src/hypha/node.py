@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import trio
 
@@ -27,8 +27,31 @@ Provider = Callable[[str, PullFile], Awaitable[tuple[Path, TransferMeta]]]
 #: (who pulled, what it asked for, what went wrong): a file that a provider gave was sent, or was not
 Served = Callable[[str, PullFile, Exception | None], None]
 ReportHandler = Callable[[str, list[Report]], None]
-#: a request for workers and who published it, authenticated
-Heard = tuple[str, WorkerRequest]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A request for workers and who published it, authenticated; ``traceparent`` names the span in which it
+    arrived here.
+    """
+
+    publisher: str
+    request: WorkerRequest
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True)
+class ConnectionInfo:
+    """One live connection; ``address`` is the socket's other end, or the circuit. ``round_trip_s`` is what
+    its pings took lately, ``None`` before the first has come back.
+    """
+
+    peer: str
+    address: str
+    kind: Literal["direct", "relayed"]
+    direction: Literal["inbound", "outbound"]
+    roles: frozenset[str]
+    round_trip_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +189,7 @@ class Node(Protocol):
     def is_connected(self, peer: str) -> bool:
         """Whether a connection to ``peer`` is live."""
 
-    def connections(self) -> Collection[object]:
+    def connections(self) -> Collection[ConnectionInfo]:
         """All live connections."""
 
     def roles_of(self, peer: str) -> frozenset[str]:
@@ -202,7 +225,7 @@ class Node(Protocol):
         """Ask everybody for workers; waits a moment for a gateway to pass it on."""
 
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Heard]]:
-        """A channel of (publisher, WorkerRequest); the publisher is the request's scheduler, verified."""
+        """A channel of :class:`Heard`; the publisher is the request's scheduler, verified."""
 
     async def provide(self, dataset: str) -> int:
         """Announce that this node serves ``dataset``, now and whenever its gateway or addresses change.

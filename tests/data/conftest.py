@@ -1,6 +1,6 @@
 """Fixtures of the data room's tests."""
 
 from tests.support.network import network
-from tests.support.recorded import recorded
+from tests.support.signals import signals
 
-__all__ = ["network", "recorded"]
+__all__ = ["network", "signals"]

@@ -9,7 +9,7 @@ import trio
 from tests.data.reading import write_slices
 from tests.support.network import Network, address_of
 from tests.support.polling import until
-from tests.support.recorded import Recorded
+from tests.support.signals import Signals
 
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data import Dataset, load_dataset_directory, read_manifest, run_data, serve
@@ -328,9 +328,7 @@ def test_the_manifest_served_is_the_one_on_disk(dataset: Dataset) -> None:
     assert read_manifest(dataset.directory) == dataset.manifest
 
 
-async def test_what_is_served_is_counted_by_dataset_and_is_a_span(
-    dataset: Dataset, recorded: Recorded
-) -> None:
+async def test_what_is_served_is_counted_by_dataset_and_is_a_span(dataset: Dataset, signals: Signals) -> None:
     served = ServedSlices(shelf_of(dataset).provide, frozenset({"set"}))
     asked = [PullFile(kind="slice", name=f"set/{index}", token=f"token {index}") for index in range(2)]
     with span(FETCH_SLICE) as fetching:
@@ -347,19 +345,19 @@ async def test_what_is_served_is_counted_by_dataset_and_is_a_span(
     assert served.active == 0
     requests = {
         (dict(labels)["dataset"], dict(labels)["status"]): count
-        for labels, count in recorded.readings(metrics.SLICE_REQUESTS).items()
+        for labels, count in signals.readings(metrics.SLICE_REQUESTS).items()
     }
     assert requests == {("set", "success"): 1, ("set", "failure"): 2, ("other", "failure"): 1}
-    assert recorded.reading(metrics.SERVED_BYTES, dataset="set") == dataset.manifest.slices[0].size
-    assert recorded.reading(metrics.SERVE_DURATION, dataset="set") == 1
-    spans = recorded.spans("Serve slice")
+    assert signals.reading(metrics.SERVED_BYTES, dataset="set") == dataset.manifest.slices[0].size
+    assert signals.reading(metrics.SERVE_DURATION, dataset="set") == 1
+    spans = signals.spans("Serve slice")
     assert [one.parent == fetching.get_span_context() for one in spans] == [True] * 4
     assert [one.status.is_ok for one in spans] == [True, False, False, False]
     assert (spans[0].attributes or {})["hypha.slice"] == "0"
 
 
 async def test_a_slice_that_was_pulled_over_the_network_was_served(
-    network: Network, dataset: Dataset, tmp_path: Path, recorded: Recorded
+    network: Network, dataset: Dataset, tmp_path: Path, signals: Signals
 ) -> None:
     async with (
         network.gateway() as gateway,
@@ -373,7 +371,7 @@ async def test_a_slice_that_was_pulled_over_the_network_was_served(
         await worker.transfers.pull(
             node.ref(), PullFile(kind="slice", name="set/1"), tmp_path / "slice", None, 10**6
         )
-        await until(lambda: recorded.reading(metrics.SERVE_DURATION, dataset="set") == 1)
-        assert recorded.reading(metrics.SERVED_BYTES, dataset="set") == part.size
-        assert recorded.reading(metrics.STREAMS) == 0
+        await until(lambda: signals.reading(metrics.SERVE_DURATION, dataset="set") == 1)
+        assert signals.reading(metrics.SERVED_BYTES, dataset="set") == part.size
+        assert signals.reading(metrics.STREAMS) == 0
         nursery.cancel_scope.cancel()

@@ -14,13 +14,13 @@ import pytest
 import trio
 import trio.testing
 from tests.support.polling import until
-from tests.support.recorded import Recorded, recorded
+from tests.support.signals import Signals, signals
 
 from hypha.runtime import free_bytes
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.resources import Sampler, watch_disks, watch_machine, watch_process
 
-__all__ = ["recorded"]
+__all__ = ["signals"]
 
 
 @pytest.fixture
@@ -43,22 +43,22 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 async def test_the_machine_and_the_process_trees_of_executors(
-    recorded: Recorded, child: subprocess.Popen[bytes]
+    signals: Signals, child: subprocess.Popen[bytes]
 ) -> None:
     async with watch_machine(lambda: {child.pid: "train", 1 << 30: "aggregate"}):
-        await until(lambda: recorded.reading(metrics.EXECUTOR_MEMORY, kind="train") > 80_000_000)
+        await until(lambda: signals.reading(metrics.EXECUTOR_MEMORY, kind="train") > 80_000_000)
         # a process that is gone holds nothing
-        assert recorded.reading(metrics.EXECUTOR_MEMORY, kind="aggregate") == 0
-        used = recorded.reading(metrics.MEMORY_USED)
-        free = recorded.reading(metrics.SYSTEM_MEMORY, **{"system.memory.state": "free"})
+        assert signals.reading(metrics.EXECUTOR_MEMORY, kind="aggregate") == 0
+        used = signals.reading(metrics.MEMORY_USED)
+        free = signals.reading(metrics.SYSTEM_MEMORY, **{"system.memory.state": "free"})
         assert 0 < used < psutil.virtual_memory().total
         assert used + free == psutil.virtual_memory().total
-        assert 0 <= recorded.reading(metrics.CPU_UTILIZATION) <= 1
-        assert recorded.readings(metrics.SYSTEM_CPU) == recorded.readings(metrics.CPU_UTILIZATION)
-    assert not recorded.readings(metrics.MEMORY_USED)
+        assert 0 <= signals.reading(metrics.CPU_UTILIZATION) <= 1
+        assert signals.readings(metrics.SYSTEM_CPU) == signals.readings(metrics.CPU_UTILIZATION)
+    assert not signals.readings(metrics.MEMORY_USED)
 
 
-async def test_a_busy_machine_shows_it(recorded: Recorded) -> None:
+async def test_a_busy_machine_shows_it(signals: Signals) -> None:
     spinning = True
 
     def spin() -> None:
@@ -69,13 +69,13 @@ async def test_a_busy_machine_shows_it(recorded: Recorded) -> None:
     thread.start()
     try:
         async with watch_machine(dict):
-            await until(lambda: recorded.reading(metrics.CPU_UTILIZATION) > 0.2 / (psutil.cpu_count() or 1))
+            await until(lambda: signals.reading(metrics.CPU_UTILIZATION) > 0.2 / (psutil.cpu_count() or 1))
     finally:
         spinning = False
         thread.join()
 
 
-async def test_gpus_are_shown_by_both_names(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_gpus_are_shown_by_both_names(signals: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """NVIDIA's library as it answers; the second GPU has fallen off its bus."""
 
     class NVMLError(Exception):
@@ -99,39 +99,39 @@ async def test_gpus_are_shown_by_both_names(recorded: Recorded, monkeypatch: pyt
     vars(library).update(answers)
     monkeypatch.setitem(sys.modules, "pynvml", library)
     async with watch_machine(dict):
-        await until(lambda: bool(recorded.readings(metrics.GPU_UTILIZATION)))
-        assert recorded.readings(metrics.GPU_UTILIZATION) == {frozenset({("gpu", "0")}): 0.37}
-        assert recorded.readings(metrics.GPU_MEMORY_USED) == {frozenset({("gpu", "0")}): 5_000}
-        assert recorded.readings(metrics.HW_GPU_UTILIZATION) == {frozenset({("hw.id", "GPU-0")}): 0.37}
-        assert recorded.readings(metrics.HW_GPU_MEMORY) == {frozenset({("hw.id", "GPU-0")}): 5_000}
+        await until(lambda: bool(signals.readings(metrics.GPU_UTILIZATION)))
+        assert signals.readings(metrics.GPU_UTILIZATION) == {frozenset({("gpu", "0")}): 0.37}
+        assert signals.readings(metrics.GPU_MEMORY_USED) == {frozenset({("gpu", "0")}): 5_000}
+        assert signals.readings(metrics.HW_GPU_UTILIZATION) == {frozenset({("hw.id", "GPU-0")}): 0.37}
+        assert signals.readings(metrics.HW_GPU_MEMORY) == {frozenset({("hw.id", "GPU-0")}): 5_000}
 
 
 @pytest.mark.parametrize("installed", [True, False])
 async def test_a_machine_without_a_gpu_shows_none(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, installed: bool
+    signals: Signals, monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     if not installed:
         monkeypatch.setitem(sys.modules, "pynvml", None)
     elif Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has one")
     async with watch_machine(dict):
-        await until(lambda: recorded.reading(metrics.MEMORY_USED) > 0)
-        assert not recorded.readings(metrics.GPU_UTILIZATION)
+        await until(lambda: signals.reading(metrics.MEMORY_USED) > 0)
+        assert not signals.readings(metrics.GPU_UTILIZATION)
 
 
 async def test_disks_are_shown_by_place_and_the_fullest_counts(
-    recorded: Recorded, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    signals: Signals, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     places = {"work_dir": [tmp_path], "datasets": [tmp_path, Path("/dev/shm")]}
     async with watch_disks(places):
-        await until(lambda: recorded.reading(metrics.DISK_FREE, place="work_dir") > 0)
+        await until(lambda: signals.reading(metrics.DISK_FREE, place="work_dir") > 0)
         least = min(free_bytes(tmp_path), free_bytes(Path("/dev/shm")))
-        assert recorded.reading(metrics.DISK_FREE, place="datasets") == pytest.approx(least, rel=0.05)
+        assert signals.reading(metrics.DISK_FREE, place="datasets") == pytest.approx(least, rel=0.05)
     async with watch_disks({"state_dir": [tmp_path / "gone"]}):
         await until(
-            lambda: recorded.reading(metrics.DISK_FREE, place="state_dir") == 0 and bool(caplog.records)
+            lambda: signals.reading(metrics.DISK_FREE, place="state_dir") == 0 and bool(caplog.records)
         )
-        assert not recorded.readings(metrics.DISK_FREE)
+        assert not signals.readings(metrics.DISK_FREE)
     assert len([one for one in caplog.records if "cannot be read" in one.message]) == 1
 
 
@@ -148,14 +148,14 @@ async def test_a_reading_that_hangs_holds_nothing_up() -> None:
     hanging.set()
 
 
-async def test_this_process_is_shown(recorded: Recorded) -> None:
+async def test_this_process_is_shown(signals: Signals) -> None:
     with watch_process():
-        assert recorded.reading(metrics.PROCESS_MEMORY) == pytest.approx(
+        assert signals.reading(metrics.PROCESS_MEMORY) == pytest.approx(
             psutil.Process().memory_info().rss, rel=0.1
         )
-        assert recorded.reading(metrics.CLOCK) > 1.7e9
+        assert signals.reading(metrics.CLOCK) > 1.7e9
         sum(number * number for number in range(10**6))
-        assert recorded.reading(metrics.PROCESS_CPU) > 0
+        assert signals.reading(metrics.PROCESS_CPU) > 0
 
 
 def test_nothing_is_read_or_imported_while_nobody_looks() -> None:

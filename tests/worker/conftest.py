@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.support.recorded import recorded
+from tests.support.signals import signals
 
-__all__ = ["recorded"]
+__all__ = ["signals"]

@@ -7,7 +7,7 @@ import logging
 import msgspec
 import pytest
 import trio
-from tests.support.recorded import Recorded
+from tests.support.signals import Signals
 from tests.worker.test_process import train_job
 from trio.testing import MockClock
 
@@ -39,8 +39,8 @@ def progress(round_: int, samples: int, attempt: int = 0) -> Progress:
     return Progress(round=round_, batches=samples, samples=samples, busy_s=0.1, loss=1.0, attempt=attempt)
 
 
-async def test_samples_are_counted_once_and_never_taken_back(recorded: Recorded) -> None:
-    signals = ExecutionSignals(JOB, "train", "L", None)
+async def test_samples_are_counted_once_and_never_taken_back(signals: Signals) -> None:
+    shown = ExecutionSignals(JOB, "train", "L", None)
     expected = 0
     for report, new in [
         (progress(0, 8), 8),
@@ -55,37 +55,37 @@ async def test_samples_are_counted_once_and_never_taken_back(recorded: Recorded)
         (progress(0, 2), 2),
         (progress(0, -5), 0),
     ]:
-        signals.said(report)
+        shown.said(report)
         expected += new
-        assert recorded.reading(metrics.TRAINING_SAMPLES) == expected
+        assert signals.reading(metrics.TRAINING_SAMPLES) == expected
     # another executor counts from nothing
     ExecutionSignals(JOB, "train", "L", None).said(progress(0, 3))
-    assert recorded.reading(metrics.TRAINING_SAMPLES) == expected + 3
+    assert signals.reading(metrics.TRAINING_SAMPLES) == expected + 3
 
 
 async def test_an_executors_life_is_a_span_below_its_dispatch(
-    recorded: Recorded, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+    signals: Signals, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="hypha.worker")
-    signals = ExecutionSignals(JOB, "train", "L", lambda spans: None)
-    traced = signals.begin()
+    shown = ExecutionSignals(JOB, "train", "L", lambda spans: None)
+    traced = shown.begin()
     assert traced is not None
     stamp = JobStamp(job_id=JOB.job_id, generation=1, round=3)
-    assert signals.trace_of(stamp) == DISPATCH, "no theta has come yet"
+    assert shown.trace_of(stamp) == DISPATCH, "no theta has come yet"
     await trio.sleep(2.5)
-    signals.said(Loaded(incarnation="i"))
-    signals.theta_arrived(3, 1000)
-    assert signals.trace_of(stamp) == round_traceparent(JOB.job_id, 1, 3, 1.0)
-    assert signals.fields == {"job_id": JOB.job_id, "worker_peer_id": JOB.me, "round": 3}
-    signals.said(RoundStarted(round=3, theta="t"))
+    shown.said(Loaded(incarnation="i"))
+    shown.theta_arrived(3, 1000)
+    assert shown.trace_of(stamp) == round_traceparent(JOB.job_id, 1, 3, 1.0)
+    assert shown.fields == {"job_id": JOB.job_id, "worker_peer_id": JOB.me, "round": 3}
+    shown.said(RoundStarted(round=3, theta="t"))
     await trio.sleep(4)
     part = Contribution(
         round=3, worker=JOB.me, incarnation="i", samples=40, batches=10, batch_size=4, steps=0, ranges=()
     )
-    signals.said(UpdateSent(contribution=part))
-    signals.end(1, stopped=False)
-    signals.close()
-    (span,) = recorded.spans("Execute job")
+    shown.said(UpdateSent(contribution=part))
+    shown.end(1, stopped=False)
+    shown.close()
+    (span,) = signals.spans("Execute job")
     assert span.context is not None
     assert span.parent is not None
     assert traced == Traced(
@@ -94,8 +94,8 @@ async def test_an_executors_life_is_a_span_below_its_dispatch(
     assert f"00-{span.parent.trace_id:032x}-{span.parent.span_id:016x}-01" == DISPATCH
     assert (span.attributes or {})["process.exit.code"] == 1
     assert not span.status.is_ok
-    assert recorded.reading(metrics.EXECUTION_DURATION, kind="train", status="failure") == 1
-    assert recorded.reading(metrics.EXECUTOR_LOADING, kind="train") == 1
+    assert signals.reading(metrics.EXECUTION_DURATION, kind="train", status="failure") == 1
+    assert signals.reading(metrics.EXECUTOR_LOADING, kind="train") == 1
     said = " ".join(record.getMessage() for record in caplog.records)
     for words in (
         "has its model, 2.50 s after",
@@ -105,24 +105,24 @@ async def test_an_executors_life_is_a_span_below_its_dispatch(
         assert words in said
 
 
-async def test_an_outer_step_is_timed_once(recorded: Recorded, autojump_clock: MockClock) -> None:
-    signals = ExecutionSignals(JOB, "aggregate", "L", None)
+async def test_an_outer_step_is_timed_once(signals: Signals, autojump_clock: MockClock) -> None:
+    shown = ExecutionSignals(JOB, "aggregate", "L", None)
     applied = RoundApplied(round=0, theta="t1", contributors=("a",))
-    signals.steered(CloseRound(round=0))
+    shown.steered(CloseRound(round=0))
     await trio.sleep(0.3)
-    signals.steered(CloseRound(round=0))
+    shown.steered(CloseRound(round=0))
     await trio.sleep(0.4)
-    signals.said(applied)
+    shown.said(applied)
     # it is said again in another life of the job
-    signals.said(applied)
-    assert recorded.reading(metrics.OUTER_STEP_DURATION) == 1
-    assert signals.round == 1
+    shown.said(applied)
+    assert signals.reading(metrics.OUTER_STEP_DURATION) == 1
+    assert shown.round == 1
 
 
 @pytest.mark.parametrize("emits", [False, True])
 async def test_an_executor_whose_spans_nobody_exports_is_not_asked_for_any(emits: bool) -> None:
-    signals = ExecutionSignals(JOB, "train", "L", (lambda spans: None) if emits else None)
-    assert (signals.begin() is not None) == emits
+    shown = ExecutionSignals(JOB, "train", "L", (lambda spans: None) if emits else None)
+    assert (shown.begin() is not None) == emits
     untold = ExecutionSignals(train_job(), "train", "L", lambda spans: None)
     assert untold.begin() is None, "the scheduler does not trace"
     assert untold.trace_of(JobStamp(job_id="j")) is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from tests.support.recorded import Recorded
+from tests.support.signals import Signals
 from tests.worker.test_cache import assigned, content
 
 from hypha.config.models import CacheConfig
@@ -408,7 +408,7 @@ async def test_two_thetas_in_a_row_that_a_worker_is_not_in_drop_its_slices_twice
 
 
 async def test_a_slice_is_a_span_and_a_duration_and_the_cache_is_counted(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock, recorded: Recorded
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, signals: Signals
 ) -> None:
     world = World(tmp_path)
     world.slices = 1
@@ -422,7 +422,7 @@ async def test_a_slice_is_a_span_and_a_duration_and_the_cache_is_counted(
         world.round = 1
         await prefetcher.next()
         await trio.sleep(1)
-    first, *later = recorded.spans("Fetch slice")
+    first, *later = signals.spans("Fetch slice")
     assert first.parent is not None
     assert first.context is not None
     round_0 = round_traceparent("job", 1, 0, 1.0)
@@ -431,18 +431,18 @@ async def test_a_slice_is_a_span_and_a_duration_and_the_cache_is_counted(
     assert attributes == {"hypha.job": "job", "hypha.round": 0, "hypha.dataset": "digits", "hypha.slice": 0}
     assert later
     # the second provider had it; from then on it was in the cache
-    assert recorded.reading(metrics.FETCH_DURATION, status="success") == 1
-    assert recorded.reading(metrics.FETCH_DURATION, status="failure") == 0
-    assert recorded.reading(metrics.CACHE_LOOKUPS, result="miss") == 1
-    assert recorded.reading(metrics.CACHE_LOOKUPS, result="hit") >= 1
+    assert signals.reading(metrics.FETCH_DURATION, status="success") == 1
+    assert signals.reading(metrics.FETCH_DURATION, status="failure") == 0
+    assert signals.reading(metrics.CACHE_LOOKUPS, result="miss") == 1
+    assert signals.reading(metrics.CACHE_LOOKUPS, result="hit") >= 1
 
 
 async def test_a_slice_that_nobody_can_send_is_counted_as_a_failure(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock, recorded: Recorded
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, signals: Signals
 ) -> None:
     world = World(tmp_path)
     world.troubles = {name: PeerUnreachable(name, "it is down") for name in ("a", "b")}
     async with world.running():
         await trio.sleep(0.5)
-    assert recorded.reading(metrics.FETCH_DURATION, status="failure") >= 1
-    assert recorded.reading(metrics.FETCH_DURATION, status="success") == 0
+    assert signals.reading(metrics.FETCH_DURATION, status="failure") >= 1
+    assert signals.reading(metrics.FETCH_DURATION, status="success") == 0

@@ -34,10 +34,12 @@ from hypha.net.bulk_kept import SENDER_KEEPS_S, KeptLinks
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
+from hypha.net.bulk_signals import note_link, sending
 from hypha.net.bulk_wire import BulkLinks, Frame, Go, LinkBroken, Verdict, Working, fits
 from hypha.node import Provider, Served
+from hypha.tracing import traceparent
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 Way = Literal["direct", "dial-back", "stream"]
 
@@ -89,6 +91,8 @@ class Sending:
         self._providers: dict[str, Provider] = {}
         self._told_of_served: dict[str, Served] = {}
         self._served: dict[tuple[str, str], _Served] = {}
+        #: files that are being sent, or are to be
+        self.under_way = 0
         self.nursery: trio.Nursery | None = None
         links.answer(PullFile, self._pulled)
 
@@ -103,6 +107,16 @@ class Sending:
     async def send(self, peer: PeerRef | str, path: Path, meta: TransferMeta, token: str) -> None:
         """As ``BulkTransfers.send``."""
         peer_id = peer.peer if isinstance(peer, PeerRef) else peer
+        self.under_way += 1
+        try:
+            with sending(peer_id, meta):
+                await self._send(peer, peer_id, path, meta, token)
+        finally:
+            self.under_way -= 1
+
+    async def _send(
+        self, peer: PeerRef | str, peer_id: str, path: Path, meta: TransferMeta, token: str
+    ) -> None:
         failures, best, reason = 0, 0, ""
         busy_s, give_up_at = 0.1, math.inf
         while failures < MAX_ATTEMPTS:
@@ -166,6 +180,7 @@ class Sending:
                         raise LinkBroken(f"the peer wants to start at byte {before} of {meta.size}")
                     attempt.offset = before
                     attempt.link = link
+                    note_link(link, before)
                     verdict = await link.deliver(source, meta, go)
                 finally:
                     if not (verdict is not None and verdict.outcome == "ok" and self.kept.give(link)):
@@ -187,7 +202,7 @@ class Sending:
         """A link that was kept and the receiver's word for this file; None when it has to be offered by a
         request. Refused.
         """
-        offer = BulkOffer(token=attempt.token, meta=attempt.meta, addresses=())
+        offer = BulkOffer(token=attempt.token, meta=attempt.meta, addresses=(), traceparent=traceparent())
         link = self.kept.take(attempt.peer_id, self._links.identity) if fits(offer) else None
         if link is None:
             return None
@@ -208,7 +223,10 @@ class Sending:
     async def _offer(self, attempt: _Attempt) -> BulkAnswer:
         """The answer when it is our turn there."""
         offer = BulkOffer(
-            token=attempt.token, meta=attempt.meta, addresses=tuple(self._links.bulk_addresses())
+            token=attempt.token,
+            meta=attempt.meta,
+            addresses=tuple(self._links.bulk_addresses()),
+            traceparent=traceparent(),
         )
         while True:
             answer = await self._links.request(attempt.peer, offer)

@@ -77,6 +77,11 @@ class BulkTransfers:
         """Bytes of files received so far."""
         return self._tally.received
 
+    @property
+    def under_way(self) -> dict[str, int]:
+        """How many files are on their way, or are to be, ``inbound`` and ``outbound``."""
+        return {"inbound": self._receiving.under_way, "outbound": self._sending.under_way}
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; then every thread and socket of the bulk plane is ended."""
         self._meeting.start()

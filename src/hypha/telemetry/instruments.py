@@ -71,7 +71,9 @@ CONNECTIONS_LOST = Counter(
 )
 BYTES_SENT = Counter("hypha.network.bytes_sent", "{byte}", "Bytes sent, encrypted.", _plane)
 BYTES_RECEIVED = Counter("hypha.network.bytes_received", "{byte}", "Bytes received, encrypted.", _plane)
-ROUND_TRIP = Gauge("hypha.network.round_trip", "{second}", "Newest measured round trip to a peer.", _peer)
+ROUND_TRIP = Gauge(
+    "hypha.network.round_trip", "{second}", "Round trip to a peer, smoothed over its pings.", _peer
+)
 GOSSIP_MESH = Gauge("hypha.gossip.mesh.peers", "{peer}", "Peers in the gossip mesh.")
 GOSSIP_MESSAGES = Counter(
     "hypha.gossip.messages",

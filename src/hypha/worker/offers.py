@@ -255,7 +255,8 @@ async def serve_offers(
         nursery.start_soon(desk.run, lambda action: nursery.start_soon(_deliver, node, desk, action))
         task_status.started()
         said = False
-        async for publisher, request in requests:
+        async for heard in requests:
+            publisher, request = heard.publisher, heard.request
             if (reason := unfit()) is not None:
                 if not said:
                     logger.error("Nothing is offered: %s.", reason)
@@ -265,7 +266,9 @@ async def serve_offers(
             if said:
                 logger.info("There is room again; offers are made.")
                 said = False
-            ignored = any(isinstance(action, Ignored) for action in desk.hear(publisher, request))
+            ignored = any(
+                isinstance(action, Ignored) for action in desk.hear(publisher, request, heard.traceparent)
+            )
             if not (ignored or publisher in greeting or node.is_connected(publisher)):
                 greeting.add(publisher)
                 nursery.start_soon(greet, request.scheduler)

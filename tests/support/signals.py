@@ -1,13 +1,13 @@
 """What a test's nodes say of themselves, kept in memory by OpenTelemetry's own SDK: spans and metrics.
 
-Use it through the fixture ``recorded`` (``from tests.support.recorded import recorded`` in a conftest)::
+Use it through the fixture ``signals`` (``from tests.support.signals import signals`` in a conftest)::
 
-    async def test_something(network, recorded):
+    async def test_something(network, signals):
         with span(ADVERTISE) as outer:
             ...
-        (request,) = recorded.spans("Request")
-        assert recorded.parent_of(request) is ...
-        assert recorded.reading(instruments.REPORTS, event="sent") == 2
+        (request,) = signals.spans("Request")
+        assert signals.parent_of(request) is ...
+        assert signals.reading(instruments.REPORTS, event="sent") == 2
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hypha.telemetry.sdk import Identifiers
 
 
 @dataclass
-class Recorded:
+class Signals:
     """Spans that have ended, and what instruments read."""
 
     exporter: InMemorySpanExporter
@@ -83,7 +83,7 @@ class Recorded:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
+def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[Signals]:
     """Tracing and metrics, on for this test alone."""
     exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
     tracing = TracerProvider(id_generator=Identifiers(), shutdown_on_exit=False)
@@ -93,7 +93,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: tracing)
     metrics.bind(metering.get_meter("hypha"))
     try:
-        yield Recorded(exporter, reader)
+        yield Signals(exporter, reader)
     finally:
         metrics.unbind()
         metering.shutdown()
