@@ -23,6 +23,8 @@ class Progressed:
         self._entries: dict[int, LedgerRound] = {}
         self.samples_per_s = 0.0
         self.checkpoint: int | None = None
+        #: when that one became durable, of trio's clock
+        self.checkpoint_at: float | None = None
 
     @property
     def samples(self) -> int:

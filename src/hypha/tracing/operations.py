@@ -47,6 +47,7 @@ RECEIVE_FILE = Operation("Receive file", "all", "the same at its receiver")
 
 # --- leases and jobs -----------------------------------------------------------------------------------
 
+RUN_JOB = Operation("Run job", "scheduler", "a job, as long as this scheduler runs it")
 ADVERTISE = Operation("Publish task advertisement", "scheduler", "one request for workers")
 EVALUATE = Operation(
     "Evaluate request", "worker", "a request for workers weighed against price and resources"
