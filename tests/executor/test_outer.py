@@ -307,4 +307,6 @@ def test_the_cosine_is_that_to_the_mean_but_for_a_few_hundredths(
     mean = sum(one * weight for one, weight in zip(vectors, weights, strict=True))
     exact = [float(torch.nn.functional.cosine_similarity(one, mean, dim=0)) for one in vectors]
     assert [one.cosine for one in outer.statistics] == pytest.approx(exact, abs=0.06)
-    assert [one.norm for one in outer.statistics] == pytest.approx([float(one.double().norm()) for one in vectors])
+    assert [one.norm for one in outer.statistics] == pytest.approx(
+        [float(one.double().norm()) for one in vectors]
+    )

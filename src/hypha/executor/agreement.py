@@ -41,8 +41,8 @@ class Agreement:
         self._sketches: dict[str, tuple[Tensor, float, float, int]] = {}
 
     def draw(self, span: tuple[str, int], piece: Tensor, sketch: Tensor) -> None:
-        """Add the chunk ``piece`` (fp32, on the CPU, contiguous) at ``span`` to ``sketch``, ``WIDTH`` zeros at
-        first. From any thread.
+        """Add the chunk ``piece`` (fp32, on the CPU, contiguous) at ``span`` to ``sketch``, which has
+        ``WIDTH`` elements. From any thread.
         """
         signs = self._signs.get(span)
         if signs is None:
