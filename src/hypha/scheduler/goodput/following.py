@@ -7,6 +7,7 @@ of another life of the job changes nothing.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,10 +27,12 @@ from hypha.messages import (
 from hypha.scheduler import events
 from hypha.scheduler.goodput.leases import Leases, nanoseconds
 from hypha.scheduler.goodput.place import Effort, Place
-from hypha.scheduler.goodput.recovery import reason_of
+from hypha.scheduler.goodput.recovery import hung_for_s, reason_of
 from hypha.scheduler.goodput.report import FailureReason
 from hypha.scheduler.round_state import OPEN
 
+#: of whose rates the median is what an undisturbed job does
+_CALM_ROUNDS = 50
 #: nobody has been busy in a round for longer
 _LONGEST_BUSY_S = 1e9
 
@@ -85,7 +88,8 @@ class Following(Leases):
         self._total = self._here = 0
         #: the newest durable checkpoint
         self._checkpoint = 0
-        self._calm_samples, self._calm_s = 0, 0.0
+        #: samples a second of rounds to which every place contributed and in which nothing failed
+        self._calm: deque[float] = deque(maxlen=_CALM_ROUNDS)
         self._mood: tuple[object, ...] = ()
 
     def take_round(self, entry: Entry, now: int) -> None:
@@ -285,10 +289,14 @@ class Following(Leases):
         self, peer: str, member: _Member, event: ExecutorError | ExecutorExited, now: int
     ) -> None:
         place = self.places[member.place] if member.place is not None else None
-        # one that waits has no reason to say anything
-        sign = place.heard if place is not None and place.effort is not None else now
         text = event.tail if isinstance(event, ExecutorExited) else event.message
-        self._gone(peer, "hang" if reason_of(text) == "hang" else "executor", sign, now)
+        silent_s = hung_for_s(text)
+        if silent_s is not None:
+            self._gone(peer, "hang", max(self.began, now - nanoseconds(silent_s)), now)
+            return
+        # one that waits has no reason to say anything
+        training = place is not None and place.effort is not None
+        self._gone(peer, "executor", place.heard if place is not None and training else now, now)
 
     def _is_early(self, round_: int) -> bool:
         return round_ == self._round + 1 or (round_ == self._round and self._phase == "loading")
@@ -403,9 +411,8 @@ class Following(Leases):
             return
         contributors = {part.worker for part in entry.contributors} | set(self._said.pop(entry.round, ()))
         inside = {one for one, place in enumerate(self.places) if place.peer in contributors}
-        if not self._disturbed and len(inside) == len(self.places):
-            self._calm_samples += entry.samples
-            self._calm_s += entry.duration_s
+        if not self._disturbed and len(inside) == len(self.places) and entry.duration_s > 0:
+            self._calm.append(entry.samples / entry.duration_s)
         for place in self.places:
             place.applied(entry.round, contributors, now)
         for member in self._members.values():

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from statistics import median
 
 from hypha.journal import Entry
 from hypha.scheduler.allocator import NAME as ALLOCATOR
@@ -56,7 +57,7 @@ class Goodput(Following):
             total.update(place.split(at))
         wall_s = (at - self.began) / NANOSECONDS
         rate = self._here / wall_s if wall_s > 0 else 0.0
-        calm = self._calm_samples / self._calm_s if self._calm_s > 0 else None
+        calm = median(self._calm) if self._calm else None
         wanted = len(self.places) * (at - self.began)
         return GoodputReport(
             wall_s=wall_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from dataclasses import dataclass
 
@@ -16,17 +17,27 @@ from hypha.scheduler.goodput.report import (
 
 #: failures that a report tells of, the newest
 _TOLD = 100
+#: as :mod:`hypha.worker.watch` says it
+_HUNG = re.compile(r"it hung: no sign of life for (\d{1,9}) s")
 
 
 def reason_of(text: str) -> FailureReason:
     """In one word, of what a lease's renewal or an executor's end was said to be."""
     if "nobody is there any more" in text:
         return "unreachable"
-    if "it hung: no sign of life" in text:
+    if _HUNG.search(text):
         return "hang"
     if text.startswith(("expired", "refused (")):
         return "lease"
     return "other"
+
+
+def hung_for_s(text: str) -> float | None:
+    """How long an executor had given no sign of life when its worker killed it; None of one that did not
+    hang.
+    """
+    found = _HUNG.search(text)
+    return float(found[1]) if found else None
 
 
 @dataclass

@@ -36,8 +36,9 @@ class GoodputReport(Struct, frozen=True):
 
     ``goodput_s``: worker seconds of training whose samples count. ``pending_s`` of them are of the open
     round, and may still be lost; so may rounds after the last checkpoint. ``samples_per_s``: samples of
-    rounds that were applied since the scheduler began and count, by wall clock. ``calm_samples_per_s``: over
-    the rounds to which every place contributed and in which nothing failed; None before there was one.
+    rounds that were applied since the scheduler began and count, by wall clock. ``calm_samples_per_s``: the
+    median rate of the newest rounds to which every place contributed and in which nothing failed; None before
+    there was one.
     ``runtime``: ``samples_per_s`` over that. ``scheduling``: leased over wanted worker seconds.
     """
 
