@@ -230,6 +230,7 @@ class Following(Leases):
             return
         if member.incarnation:
             self._past.add(member.incarnation)
+        self._touched.update(range(len(self.places)))
         number = member.place
         early = peer in self._counted_early
         self._counted_early.discard(peer)
@@ -237,7 +238,6 @@ class Following(Leases):
             return
         place = self.places[number]
         self.fail(number, reason, max(place.heard, place.alive) if sign is None else sign, now)
-        self._touched.add(number)
 
     def _told(self, told: events.Told, now: int) -> None:
         life, stamp, event = self._life, told.stamp, told.event
@@ -324,7 +324,7 @@ class Following(Leases):
             if event.attempt:
                 place.discard(event.round, at, before_attempt=event.attempt)
             self._back(number, at)
-            place.train(Effort(*now, unserved_before=self._unserved_by(at)), at)
+            place.train(Effort(*now, member.incarnation, self._unserved_by(at)), at)
         self._touched.add(number)
 
     def _back(self, number: int, at: int) -> None:
@@ -409,7 +409,9 @@ class Following(Leases):
         self._here += more
         if not first:
             return
-        contributors = {part.worker for part in entry.contributors} | set(self._said.pop(entry.round, ()))
+        # of one that has not said what its update stands for it is not known which executor made it
+        contributors = dict.fromkeys(self._said.pop(entry.round, ()), "")
+        contributors |= {part.worker: part.incarnation for part in entry.contributors}
         inside = {one for one, place in enumerate(self.places) if place.peer in contributors}
         if not self._disturbed and len(inside) == len(self.places) and entry.duration_s > 0:
             self._calm.append(entry.samples / entry.duration_s)

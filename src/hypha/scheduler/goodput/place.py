@@ -7,7 +7,7 @@ any time since the last sign of life by whether there is another one; until then
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 #: what a place may do beside the reasons of badput
@@ -20,7 +20,9 @@ _MANY = 64
 
 @dataclass(frozen=True)
 class Stretch:
-    """``what`` a place did from ``start`` to ``end``; training by whom, and for which attempt at a round."""
+    """``what`` a place did from ``start`` to ``end``; training by whom, for which attempt at a round, and by
+    which executor.
+    """
 
     what: str
     start: int
@@ -28,6 +30,7 @@ class Stretch:
     peer: str = ""
     round: int = -1
     attempt: int = 0
+    incarnation: str = ""
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Effort:
     peer: str
     round: int
     attempt: int
+    incarnation: str
     unserved_before: int
     base: int | None = None
     busy: int = 0
@@ -147,7 +151,8 @@ class Place:
                 found.append(Stretch(what, at, at + length))
                 at += length
         if end > at:
-            found.append(Stretch(TRAINING, at, end, effort.peer, effort.round, effort.attempt))
+            of = (effort.peer, effort.round, effort.attempt, effort.incarnation)
+            found.append(Stretch(TRAINING, at, end, *of))
         return found
 
     # --- what becomes of it -------------------------------------------------------------------------------
@@ -188,8 +193,10 @@ class Place:
             for number in [number for number in self.goodput if number >= first]:
                 self.badput["replayed"] += self.goodput.pop(number)
 
-    def applied(self, round_: int, contributors: Collection[str], now: int) -> None:
-        """The round was applied with the updates of ``contributors``."""
+    def applied(self, round_: int, contributors: Mapping[str, str], now: int) -> None:
+        """The round was applied with the updates of ``contributors``, each with its executor's incarnation,
+        empty where that is not known.
+        """
         if self.effort is not None and self.effort.round <= round_:
             # in it or not: what is trained from now on is no part of that round
             self.turn("waiting-for-theta" if self.peer in contributors else "replayed", now)
@@ -197,7 +204,7 @@ class Place:
         for one in self.pending:
             if one.what != TRAINING or one.round > round_:
                 kept.append(one)
-            elif one.round == round_ and one.peer in contributors:
+            elif one.round == round_ and contributors.get(one.peer) in ("", one.incarnation):
                 self.goodput[round_] += one.end - one.start
             else:
                 kept.append(Stretch("replayed", one.start, one.end))
