@@ -97,6 +97,10 @@ class GoodputSignals:
         if self.listen in self._journal.listeners:
             self._journal.listeners.remove(self.listen)
         self._forget(self._shown)
+        GOODPUT.forget()
+        LOSS.forget()
+        for kind in ("update", "theta"):
+            ROUND_BYTES.forget(kind=kind)
 
     def _give_up(self, exc: Exception) -> None:
         self._broken = True
@@ -126,6 +130,8 @@ class GoodputSignals:
                 UPDATE_NORM.set(one.norm, worker=one.worker)
                 if one.cosine is not None:
                     UPDATE_COSINE.set(one.cosine, worker=one.worker)
+                else:
+                    UPDATE_COSINE.forget(worker=one.worker)
         ROUND_BYTES.set(sum(one.size_bytes for one in record.updates), kind="update")
         # theta of the round went to those who got it on request, and that of the next goes to all members
         members = int(str(entry.state["members"])) if not isinstance(entry.state, str) else 0
