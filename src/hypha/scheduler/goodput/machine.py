@@ -54,7 +54,7 @@ class Goodput(Following):
         at = self._at(now)
         total: Counter[str] = Counter()
         for place in self.places:
-            total.update(place.split(at))
+            place.add_to(total, at)
         wall_s = (at - self.began) / NANOSECONDS
         rate = self._here / wall_s if wall_s > 0 else 0.0
         calm = median(self._calm) if self._calm else None
@@ -82,14 +82,16 @@ class Goodput(Following):
         for place in self.places:
             live = place.peer and not place.failed and not self.ended
             place.settle(min(at, max(place.heard, place.alive)) if live else at)
-            badput.update(place.badput)
+            for reason, length in place.badput.items():
+                badput[reason] += length
         good = sum(place.good_before(self._checkpoint) for place in self.places)
         return good / NANOSECONDS, {reason: badput[reason] / NANOSECONDS for reason in BADPUT_REASONS}
 
     def validate(self) -> None:
         """Assert what always holds after an entry. For tests and simulation."""
         for number, place in enumerate(self.places):
-            split = place.split(self.now)
+            split: Counter[str] = Counter()
+            place.add_to(split, self.now)
             lasted = self.now - self.began
             assert sum(split.values()) == lasted, f"place {number}: {split} do not make {lasted}"
             assert min(split.values(), default=0) >= 0, f"place {number}: {split}"
@@ -97,6 +99,7 @@ class Goodput(Following):
             assert not strange, f"place {number}: {strange} are no reasons"
             assert place.peer or place.effort is None, f"place {number}: nobody trains there"
             assert (place.effort is None) == (place.what != TRAINING), f"place {number} is {place.what}"
+            assert place.good >= sum(place.goodput.values()), f"place {number}: {place.goodput}"
             assert place.since <= self.now, f"place {number} turned in the future"
         leased = [place.peer for place in self.places if place.peer]
         assert len(leased) == len(set(leased)), f"a worker has two places: {leased}"

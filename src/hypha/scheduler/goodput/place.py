@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 #: what a place may do beside the reasons of badput
 TRAINING = "training"
-#: applied rounds whose training may still turn out to be lost
+#: applied rounds whose training may still turn out to be lost; no checkpoint leads further back
 KEPT_ROUNDS = 500
 #: pending stretches of a place before what is certain of them is added up
 _MANY = 64
@@ -68,10 +68,9 @@ class Place:
     pending: list[Stretch] = field(default_factory=list)
     #: nanoseconds that are certain, by reason
     badput: Counter[str] = field(default_factory=Counter)
-    #: nanoseconds of training in applied rounds, by round
+    #: nanoseconds of training in applied rounds that count; and by round, for the newest
+    good: int = 0
     goodput: Counter[int] = field(default_factory=Counter)
-    #: the same, of rounds so long ago that no checkpoint leads back to them
-    kept: int = 0
     leased: int = 0
     leased_since: int | None = None
 
@@ -132,7 +131,7 @@ class Place:
         self.since = at
         self.effort = None
         if len(self.pending) > _MANY:
-            self.settle(self.heard)
+            self._settle_pending(self.heard)
 
     def under_way(self, now: int) -> list[Stretch]:
         """What was done since it last turned. Of training, what was spent in no batch went to waiting for
@@ -191,7 +190,9 @@ class Place:
         ]
         if before_attempt is None:
             for number in [number for number in self.goodput if number >= first]:
-                self.badput["replayed"] += self.goodput.pop(number)
+                length = self.goodput.pop(number)
+                self.good -= length
+                self.badput["replayed"] += length
 
     def applied(self, round_: int, contributors: Mapping[str, str], now: int) -> None:
         """The round was applied with the updates of ``contributors``, each with its executor's incarnation,
@@ -206,14 +207,21 @@ class Place:
                 kept.append(one)
             elif one.round == round_ and contributors.get(one.peer) in ("", one.incarnation):
                 self.goodput[round_] += one.end - one.start
+                self.good += one.end - one.start
             else:
                 kept.append(Stretch("replayed", one.start, one.end))
         self.pending = kept
         for old in [number for number in self.goodput if number <= round_ - KEPT_ROUNDS]:
-            self.kept += self.goodput.pop(old)
+            del self.goodput[old]
 
     def settle(self, until: int) -> None:
         """What was no training is certain up to ``until``, which is not in the future."""
+        self._settle_pending(until)
+        if self.effort is None and self.since < until:
+            self.badput[self.what] += until - self.since
+            self.since = until
+
+    def _settle_pending(self, until: int) -> None:
         kept: list[Stretch] = []
         for one in self.pending:
             if one.what == TRAINING or one.start >= until:
@@ -224,20 +232,17 @@ class Place:
             if end < one.end:
                 kept.append(replace(one, start=end))
         self.pending = kept
-        if self.effort is None and self.since < until:
-            self.badput[self.what] += until - self.since
-            self.since = until
 
     def good_before(self, round_: int) -> int:
         """Nanoseconds of training in applied rounds before ``round_``."""
-        return self.kept + sum(length for number, length in self.goodput.items() if number < round_)
+        return self.good - sum(length for number, length in self.goodput.items() if number >= round_)
 
-    def split(self, now: int) -> Counter[str]:
-        """Nanoseconds by what they went to, as far as is known now; ``training`` is what is pending of it,
+    def add_to(self, total: Counter[str], now: int) -> None:
+        """Add nanoseconds by what they went to, as far as is known now; ``training`` is what is pending,
         ``goodput`` what was applied.
         """
-        found = Counter(self.badput)
-        found["goodput"] = self.kept + sum(self.goodput.values())
+        for reason, length in self.badput.items():
+            total[reason] += length
+        total["goodput"] += self.good
         for one in (*self.pending, *self.under_way(now)):
-            found[one.what] += one.end - one.start
-        return found
+            total[one.what] += one.end - one.start

@@ -9,6 +9,7 @@ again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 
 from hypha.journal import Entry, Journal
@@ -32,6 +33,9 @@ from hypha.telemetry.instruments import (
 
 logger = logging.getLogger("hypha.scheduler")
 
+#: between two looks at what is certain
+_COUNT_S = 1.0
+
 
 class GoodputSignals:
     """Of one run of a job that wants ``places`` workers and began at ``began``, of trio's clock. What fails
@@ -43,6 +47,7 @@ class GoodputSignals:
         self._journal = journal
         self._goodput = Goodput(places, began)
         self._broken = False
+        self._counted_at = -math.inf
         self._good_s = 0.0
         self._bad_s: dict[str, float] = {}
         self._theta_bytes = self._sent_thetas = 0
@@ -81,16 +86,21 @@ class GoodputSignals:
         try:
             report = self._goodput.report(now)
             GOODPUT.set(report.samples_per_s)
-            good_s, bad_s = self._goodput.certain(now)
+            if now >= self._counted_at + _COUNT_S or self._goodput.ended:
+                self._count(now)
         except Exception as exc:  # noqa: BLE001 - the edge of a service: figures of a job must not end it
             self._give_up(exc)
             return None
+        return report
+
+    def _count(self, now: float) -> None:
+        self._counted_at = now
+        good_s, bad_s = self._goodput.certain(now)
         GOODPUT_SECONDS.add(max(0.0, good_s - self._good_s))
         self._good_s = max(good_s, self._good_s)
         for reason, seconds in bad_s.items():
             BADPUT_SECONDS.add(max(0.0, seconds - self._bad_s.get(reason, 0.0)), reason=reason)
         self._bad_s = bad_s
-        return report
 
     def close(self) -> None:
         """Hear of nothing any more, and show nothing."""
