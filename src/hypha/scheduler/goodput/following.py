@@ -161,6 +161,7 @@ class Following(Leases):
             self._total -= samples
             self._here -= samples if number >= self._first else 0
         self._first = start.round if first else min(self._first, start.round)
+        self._checkpoint = min(self._checkpoint, start.round)
         if first and start.generation:
             # whoever was leased before has nothing to do with this scheduler until it is told of it
             for number in self._adopted:
