@@ -370,6 +370,18 @@ class Contribution(Value):
     attempt: int = 0
 
 
+class UpdateStatistics(Value):
+    """What a parameter server measured of one update: its L2 norm, its cosine to the weighted mean of all
+    updates of the round (estimated, see :mod:`hypha.executor.agreement`; None where there is none, as of
+    zeros), and the size of its file.
+    """
+
+    worker: str
+    norm: float = 0.0
+    cosine: float | None = None
+    size_bytes: int = 0
+
+
 class Alive(Message):
     """Said by the executor to its worker, which keeps it to itself: the thread that does the work goes on,
     or has nothing to do (it waits for theta, a plan, data, updates). Every other event says so too. Who has
@@ -443,7 +455,7 @@ class UpdateRefused(Message):
 class RoundApplied(Message):
     """The outer step of ``round`` is done; ``theta`` is the hash of theta of ``round + 1``.
     ``contributors`` in the order in which their updates were added, ``contributions`` as far as their files
-    say what they stand for.
+    say what they stand for, ``updates`` what was measured of each.
     """
 
     round: int
@@ -452,6 +464,7 @@ class RoundApplied(Message):
     contributions: tuple[Contribution, ...] = ()
     update_norm: float = 0.0
     checkpoint: bool = False
+    updates: tuple[UpdateStatistics, ...] = ()
 
 
 class CheckpointSaved(Message):
@@ -1116,6 +1129,8 @@ class LedgerRound(Value):
     update_norm: float = 0.0
     #: from theta_r at the parameter server to its being applied
     duration_s: float = 0.0
+    #: what was measured of each contributor's update; earlier versions kept nothing of it
+    updates: tuple[UpdateStatistics, ...] = ()
 
 
 class LedgerFile(Value):

@@ -331,6 +331,7 @@ class ParameterServer:
             contributions=tuple(self._contributions.values()),
             update_norm=norm,
             checkpoint=checkpoint,
+            updates=self._outer.statistics,
         )
         self._contributions = {}
         self._bridge.report(self._applied)

@@ -22,6 +22,7 @@ from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.allocation import Pace
 from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.export import Output
+from hypha.scheduler.goodput.signals import GoodputSignals
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.pool import Pool, asks_from
 from hypha.scheduler.preparing import Opened, Preparing, open_job, take_up
@@ -87,6 +88,7 @@ class RunningJob:
             lambda: self._stage.current.machine if isinstance(self._stage, Working) else None,
             lambda: None if isinstance(self._stage, Preparing) else self._stage.dataset,
         )
+        self._goodput = GoodputSignals(journal, resources.num_workers, self._context.began)
         self._observe = observe
         self._stage: Preparing | Opened | Working = Preparing("starting")
         self._outcome: JobResult | HyphaError | None = None
@@ -130,6 +132,7 @@ class RunningJob:
                     nursery.start_soon(self._observing)
                     self._stage = opened = await open_job(self._context, fresh, nursery, self._enter)
                     await take_up(self._context, opened, fresh)
+                    self._goodput.resume(self._context.progressed.rounds)
                     self._stage = working = Working(self._context, opened, nursery, self._end)
                     await working.run()
         except* HyphaError as group:
@@ -138,6 +141,7 @@ class RunningJob:
             with trio.CancelScope(shield=True):
                 await self._leave()
             self._look()
+            self._goodput.close()
         if isinstance(self._outcome, JobResult):
             return self._outcome
         raise self._outcome or JobFailed("the job ended without a result")
@@ -180,7 +184,7 @@ class RunningJob:
             logger.info("What the scheduler decided last is in %s", path)
 
     def _snapshot(self) -> JobSnapshot:
-        stage, outcome = self._stage, self._outcome
+        stage, outcome, now = self._stage, self._outcome, trio.current_time()
         return snapshot_of(
             self._context.config,
             stage.current.machine if isinstance(stage, Working) else None,
@@ -190,12 +194,16 @@ class RunningJob:
             stage.step if isinstance(stage, Preparing) else "reading the job's state",
             outcome if isinstance(outcome, HyphaError) else None,
             outcome.output if isinstance(outcome, JobResult) else "",
-            trio.current_time() - self._context.began,
+            now - self._context.began,
+            self._goodput.report(now),
         )
 
     def _look(self) -> None:
         if self._observe is not None:
             self._observe(self._snapshot())
+        else:
+            # metrics are wanted nevertheless
+            self._goodput.report(trio.current_time())
 
     async def _observing(self) -> None:
         while True:

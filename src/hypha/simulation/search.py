@@ -21,9 +21,11 @@ from hypha.config.inherited import child_environment
 from hypha.executor.toy import one_thread_only
 from hypha.simulation.faults import Struck, story
 from hypha.simulation.invariants import (
+    GoodputWatch,
     LeaseWatch,
     RoundWatch,
     check_checkpoints,
+    check_goodput,
     check_ledger,
     settled,
     watch_checkpoints,
@@ -59,6 +61,7 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
         rounds = RoundWatch()
         world.listeners.append(rounds.listen)
         world.worker_listeners.append(lambda name: LeaseWatch(name, world.problems.append).listen)
+        world.observers.append(GoodputWatch(world.problems.append).look)
         world.checks.append(check_checkpoints)
         world.nursery.start_soon(watch_checkpoints, world)
         struck.extend(await story(world))
@@ -68,6 +71,7 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
         world.problems += await settled(world)
         world.problems += check_checkpoints(world)
         world.problems += check_ledger(world)
+        world.problems += check_goodput(world)
 
     ending = run_world(scenario, live, root, level)
     told = tuple(

@@ -230,7 +230,7 @@ UPDATE_NORM = Gauge(
 UPDATE_COSINE = Gauge(
     "hypha.worker.update.cosine",
     "{cosine}",
-    "Between a worker's last pseudo-gradient and the mean of all.",
+    "Between a worker's last pseudo-gradient and the mean of all, estimated.",
     _worker,
 )
 BATCH_TIME = Gauge("hypha.worker.batch.time", "{second}", "Smoothed time of a worker's batches.", _worker)
@@ -239,7 +239,11 @@ GOODPUT = Gauge(
     "{sample_per_second}",
     "Samples that count, by wall clock, since the scheduler began.",
 )
-GOODPUT_SECONDS = Counter("hypha.job.goodput.seconds", "{second}", "Worker seconds of training that counts.")
+GOODPUT_SECONDS = Counter(
+    "hypha.job.goodput.seconds",
+    "{second}",
+    "Worker seconds of training that counts, in rounds before the newest checkpoint.",
+)
 BADPUT_SECONDS = Counter(
     "hypha.job.badput.seconds",
     "{second}",
