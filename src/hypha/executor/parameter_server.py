@@ -377,7 +377,8 @@ class ParameterServer:
         self._in_archive(lambda: self._save_in_span(directory, round))
 
     def _save_in_span(self, directory: Path, round: int) -> None:
-        with self._span(CHECKPOINT, round):
+        # what a round begins with is what the one before it came to, and belongs to its trace
+        with self._span(CHECKPOINT, max(0, round - 1)):
             self._save_checkpoint(directory, round)
 
     def _save_checkpoint(self, directory: Path, round: int) -> None:
