@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import resource
 import subprocess
 import sys
 import threading
@@ -35,8 +36,9 @@ from hypha.simulation.world import World, run_world
 
 #: scenarios that one process runs: what was killed in them is only freed with it
 _A_PROCESS = 20
-#: a scenario takes seconds; one that is not over by then stands still, and is a failure like any other
-_LONGEST_S = 300.0
+#: a scenario takes seconds of the processor; one that takes so many stands still in some loop, and its process
+#: is killed: a failure like any other
+_LONGEST_CPU_S = 120
 
 
 class Verdict(Struct, frozen=True):
@@ -99,6 +101,9 @@ def run_lines(lines: IO[bytes], out: IO[bytes]) -> None:
     """Run the orders in ``lines`` (JSON) and write a verdict each; only failures carry their log."""
     for line in lines:
         order = msgspec.json.decode(line, type=Order)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        longest = int(used.ru_utime + used.ru_stime) + _LONGEST_CPU_S
+        resource.setrlimit(resource.RLIMIT_CPU, (longest, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         verdict = run_scenario(order.scenario)
         if not order.journal:
             verdict = msgspec.structs.replace(verdict, journal=b"")
@@ -154,10 +159,7 @@ class Runner:
         except BrokenPipeError:
             line = b""
         else:
-            timer = threading.Timer(_LONGEST_S, self._child.kill)
-            timer.start()
             line = stdout.readline()
-            timer.cancel()
         if line:
             return msgspec.json.decode(line, type=Verdict)
         problem = f"the process that ran it ended with exit code {self._end()}"
