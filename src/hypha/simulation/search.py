@@ -36,8 +36,8 @@ from hypha.simulation.world import World, run_world
 
 #: scenarios that one process runs: what was killed in them is only freed with it
 _A_PROCESS = 20
-#: a scenario takes seconds of the processor; one that takes so many stands still in some loop, and its process
-#: is killed: a failure like any other
+#: a scenario takes seconds of the processor; one that takes so many stands still in some loop, and its
+#: process is killed: a failure like any other
 _LONGEST_CPU_S = 120
 
 
