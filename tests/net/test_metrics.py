@@ -6,12 +6,14 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 from tests.net.test_traces import NO_LOOPBACK, accept, refuse, worker_request
 from tests.support.network import Network, address_of, until
+from tests.support.proxy import proxy_to
 from tests.support.signals import Signals
 
 from hypha.errors import PeerUnreachable, Refused, RequestTimeout
@@ -55,6 +57,32 @@ async def test_connections_are_counted_while_they_last_and_when_they_end(
         assert signals.readings(instruments.ROUND_TRIP) == {}
     # a node that has ended is not shown
     assert signals.readings(instruments.CONNECTIONS) == {}
+
+
+async def test_the_bytes_counted_are_those_on_the_line(network: Network, signals: Signals) -> None:
+    async with network.leaf("b") as other:
+        async with proxy_to("127.0.0.1", int(other.listen_addresses()[0].rpartition("/")[2])) as proxy:
+            async with network.leaf("a") as one:
+                place = f"/ip4/127.0.0.1/tcp/{proxy.port}/p2p/{other.peer_id}"
+                await one.request(PeerRef(peer=other.peer_id, addresses=(place,)), Health())
+            await until(lambda: not other.connections())
+            passed = proxy.passed_bytes
+    assert passed > 1000
+    # goodbyes may meet a closed socket
+    for instrument in (instruments.BYTES_SENT, instruments.BYTES_RECEIVED):
+        assert signals.reading(instrument, plane="control") == pytest.approx(passed, abs=100)
+
+
+async def test_a_connection_that_fell_silent_is_lost_for_that_reason(
+    network: Network, signals: Signals
+) -> None:
+    network.timings = replace(network.timings, liveness_s=1.0)
+    async with network.leaf("a") as one, network.leaf("b") as other:
+        async with proxy_to("127.0.0.1", int(other.listen_addresses()[0].rpartition("/")[2])) as proxy:
+            place = f"/ip4/127.0.0.1/tcp/{proxy.port}/p2p/{other.peer_id}"
+            await one.connect(PeerRef(peer=other.peer_id, addresses=(place,)))
+            proxy.freeze()
+            await until(lambda: signals.reading(instruments.CONNECTIONS_LOST, reason="silent") >= 1)
 
 
 async def test_connections_that_come_to_nothing_are_counted_with_their_reason(
