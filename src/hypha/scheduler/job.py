@@ -20,8 +20,10 @@ from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler.context import JobResult
 from hypha.scheduler.export import output_for
+from hypha.scheduler.recording import recording
 from hypha.scheduler.running import Observer, RunningJob
 from hypha.scheduler.serving import served_directories
+from hypha.scheduler.snapshot import JobSnapshot
 from hypha.scheduler.state import StateDirectory
 
 #: how long the node outlives a cancellation, to say goodbye
@@ -49,15 +51,17 @@ async def run_job(
     directories = await in_thread(served_directories, job)
     opened = open_ or partial(open_node, options_from(config, "hypha-scheduler"))
     outcome: JobResult | HyphaError | None = None
+    journal = journal or Journal()
     with StateDirectory(config.state_dir, job.name) as state:
-        async with _farewell() as (work, shelter):
+        async with recording(config, journal) as feeding, _farewell() as (work, shelter):
+            observers = _all(observe, None if feeding is None else feeding.see)
             with shelter:
                 async with opened() as node:
                     task_status.started(node)
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:
                         with work:
-                            running = RunningJob(job, node, state, output, directories, observe, journal)
+                            running = RunningJob(job, node, state, output, directories, observers, journal)
                             outcome = await running.run(fresh)
                     except HyphaError as exc:
                         outcome = exc
@@ -65,6 +69,17 @@ async def run_job(
     if isinstance(outcome, JobResult):
         return outcome
     raise outcome or JobFailed("the job ended without a result")
+
+
+def _all(*observers: Observer | None) -> Observer | None:
+    """One that tells all there are."""
+    found = [one for one in observers if one is not None]
+
+    def tell(snapshot: JobSnapshot) -> None:
+        for one in found:
+            one(snapshot)
+
+    return tell if found else None
 
 
 @asynccontextmanager
