@@ -11,7 +11,16 @@ from bench.report import Bound, Report, Row
 
 
 def test_every_benchmark_is_found() -> None:
-    assert command.names() == ["bulk", "chaos", "leases", "memory", "outer_sync", "training", "warm"]
+    assert command.names() == [
+        "bulk",
+        "chaos",
+        "leases",
+        "memory",
+        "outer_sync",
+        "telemetry",
+        "training",
+        "warm",
+    ]
     assert command.run(["nothing"]) == 2
 
 

@@ -13,8 +13,19 @@ from hypha.config.sinks import PACKAGES
 from hypha.sinks.child import SINKS
 
 ROOT = Path(__file__).parent.parent
-#: declared for what another library does with them
-UNIMPORTED = set[str]()
+#: declared for what another library does with them, or imported by a name that is put together
+UNIMPORTED = {
+    "opentelemetry-exporter-otlp-json-http",
+    "opentelemetry-exporter-otlp-proto-grpc",
+    "opentelemetry-exporter-otlp-proto-http",
+}
+#: of the packages that share a namespace
+NAMESPACE = {
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "opentelemetry.exporter.prometheus": "opentelemetry-exporter-prometheus",
+    "opentelemetry.instrumentation.logging": "opentelemetry-instrumentation-logging",
+    "opentelemetry": "opentelemetry-api",
+}
 
 
 def declared(requirements: list[str]) -> set[str]:
@@ -49,7 +60,7 @@ def _owner(name: str, candidates: list[str]) -> str:
     if name.startswith("google."):
         return "protobuf"
     if name.startswith("opentelemetry"):
-        return "opentelemetry-api"
+        return next(owner for prefix, owner in NAMESPACE.items() if name.startswith(prefix))
     return _plain(candidates[0]) if candidates else f"nobody ({name})"
 
 

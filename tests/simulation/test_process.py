@@ -75,6 +75,19 @@ def test_killed_not_another_instruction_is_executed() -> None:
     assert tell(story) == [1]
 
 
+def test_the_dead_cannot_be_frozen() -> None:
+    async def story(process: SimulatedProcess, seen: list[object]) -> None:
+        process.spawn(ticks, seen)
+        await trio.sleep(1.5)
+        process.kill()
+        # its tasks have not been stepped since; frozen now, they would be parked for good
+        process.freeze()
+        await trio.sleep(1)
+        assert not process.tasks
+
+    assert tell(story) == [1]
+
+
 def test_a_call_runs_in_the_callee_and_ends_with_it() -> None:
     async def story(process: SimulatedProcess, seen: list[object]) -> None:
         async def double(number: int) -> int:

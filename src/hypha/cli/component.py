@@ -169,13 +169,18 @@ def flags(*given: tuple[str, str, Any]) -> list[Flag]:
 
 def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
     """The component's configuration, its identity files checked too. Raises ConfigError."""
+    from hypha.config.environment import process_environment
     from hypha.config.loading import load_config
+    from hypha.config.otel import resolve_telemetry
 
     path = config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     try:
-        return load_config(
+        loaded = load_config(
             program.model, path, given, checks=[lambda partial: _identity_problems(program, partial)]
         )
+        # variables of one signal alone are no keys
+        resolve_telemetry(f"hypha-{program.name}", loaded, process_environment())
+        return loaded
     except ConfigError as exc:
         if path is None:
             init = f"hypha-{program.name} init"
@@ -249,14 +254,16 @@ def write_config(
 def identity_keys(
     name: str | None, program: Program, pki: Path, certs: Sequence[Path | None]
 ) -> dict[str, Path | None]:
-    """Paths of the identity files: as given, else ``<name>-cert.pem`` and so on in ``pki``."""
+    """Paths of the identity files: as given, else ``<name>-cert.pem`` and so on in ``pki``. The revocation
+    list is there from the start, though nobody may be revoked yet: it is read as soon as it exists.
+    """
     stem = name or program.name
     cert, key, trust, crls = certs
     return {
         "cert_pem": cert or pki / f"{stem}-cert.pem",
         "key_pem": key or pki / f"{stem}-key.pem",
         "trust_pem": trust or pki / f"{stem}-trust.pem",
-        "crls_pem": crls,
+        "crls_pem": crls or pki / "crls.pem",
     }
 
 

@@ -51,13 +51,31 @@ def print_error(exc: HyphaError) -> None:
 def run_service(component: str, config: NodeConfig, service: Callable[[], Awaitable[int | None]]) -> int:
     """Run a component until it ends or a signal comes; returns the exit code.
 
-    Logs as ``config`` says. Raises the HyphaError that ended it.
+    Logs and telemetry are as ``config`` says. Raises the HyphaError that ended it.
     """
-    from hypha.config.log_filter import parse_filter
-    from hypha.telemetry.logs import configure_logging
+    import trio
 
+    from hypha.config.environment import process_environment
+    from hypha.config.log_filter import parse_filter
+    from hypha.config.otel import resolve_telemetry
+    from hypha.pki.identity import IdentityFiles, load_identity
+    from hypha.telemetry.logs import configure_logging
+    from hypha.telemetry.running import keep_sampling, telemetry
+
+    async def observed() -> int | None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_sampling)
+            code = await service()
+            nursery.cancel_scope.cancel()
+        return code
+
+    settings = resolve_telemetry(component, config, process_environment())
     configure_logging(component, parse_filter(config.log_level), config.log_format)
-    return run_until_signal(service)
+    if not settings.on:
+        return run_until_signal(service)
+    files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
+    with telemetry(settings.of_instance(load_identity(files).peer_id)):
+        return run_until_signal(observed)
 
 
 def run_until_signal(

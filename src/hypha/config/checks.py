@@ -25,6 +25,7 @@ from hypha.config.models import (
     SchedulerConfig,
     WorkerConfig,
 )
+from hypha.config.otel import endpoint_problem
 from hypha.config.partial import Partial
 from hypha.config.sinks import sink_problems
 from hypha.config.tasks import unknown_task
@@ -75,6 +76,9 @@ def _node(partial: Partial) -> Found:
         host, colon, port = address.rpartition(":")
         if not (colon and host and port.isdigit() and int(port) < 65536):
             yield ("http_address",), f"it should be host:port, such as 127.0.0.1:9000, not {address!r}"
+    endpoint, protocol = partial.get("telemetry_endpoint"), partial.get("telemetry_protocol")
+    if endpoint is not None and (wrong := endpoint_problem(endpoint, protocol or "http/protobuf")):
+        yield ("telemetry_endpoint",), wrong
     if (text := partial.get("log_level")) is not None:
         try:
             parse_filter(text)

@@ -1,4 +1,5 @@
-"""Layering: TOML file, then ``HYPHA_*`` variables, then flags; the later wins, key by key.
+"""Layering: TOML file, then ``HYPHA_*`` variables, then ``OTEL_*`` ones, then flags; the later wins, key by
+key.
 
 :func:`load_config` gives a checked configuration or one ConfigError with *every* problem, each with its
 key path and the file and line, variable or flag it came from. Keys may be written ``a_b`` or ``a-b``.
@@ -24,6 +25,7 @@ from hypha.config.checks import cross_checks
 from hypha.config.environment import process_environment
 from hypha.config.layers import Layer, Origin, Value, fold, merge
 from hypha.config.lines import KeyPath, key_lines
+from hypha.config.otel import otel_settings
 from hypha.config.partial import Partial, canonical_path, fields_at, is_text, shown
 from hypha.errors import ConfigError, Problem
 
@@ -138,6 +140,8 @@ def _environment_layers(
             # one meant for another component on this machine is no mistake; this is
             known = [f"HYPHA_{field.upper()}" for field in model.model_fields]
             problems.append(Problem(key="", source=name, message=_unknown(name, [*known, "HYPHA_LOG"])))
+    for name, otel_path, value in otel_settings(environ):
+        layers.append(_single(model, otel_path, value, Origin(name)))
     return layers
 
 
@@ -216,7 +220,8 @@ def _pydantic_problems(model: type[models.Section], exc: ValidationError, where:
             if message != error["msg"]:
                 message = f"it should be {message}"
             given = error["input"]
-            if isinstance(given, str | int | float | bool) and "token" not in shown(loc):
+            secret = any(word in shown(loc) for word in ("token", "headers"))
+            if isinstance(given, str | int | float | bool) and not secret:
                 message += f", not {given!r}"
         found.setdefault(loc, []).append(message)
     return [where.problem(loc, " or ".join(dict.fromkeys(messages))) for loc, messages in found.items()]

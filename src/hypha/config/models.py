@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from hypha.config.pairs import pairs_of
 
 #: Addresses a node neither dials nor announces unless told otherwise: loopback, private, link-local.
 RESERVED_CIDR = (
@@ -51,6 +53,19 @@ class Section(BaseModel):
 # --- every node -----------------------------------------------------------------------------------
 
 
+#: how telemetry is sent
+OtlpProtocol = Literal["grpc", "http/protobuf", "http/json"]
+#: which traces are recorded
+Sampler = Literal[
+    "always_on",
+    "always_off",
+    "traceidratio",
+    "parentbased_always_on",
+    "parentbased_always_off",
+    "parentbased_traceidratio",
+]
+
+
 class NodeConfig(Section):
     """What every component has."""
 
@@ -60,7 +75,7 @@ class NodeConfig(Section):
     key_pem: Path
     #: the CAs whose nodes are trusted
     trust_pem: Path
-    #: revocation lists of those CAs; re-read when the file changes
+    #: revocation lists of those CAs; re-read when the file changes, and none while there is no such file yet
     crls_pem: Path | None = None
     #: refuse peers whose certificate carries no role at all
     require_roles: bool = False
@@ -70,12 +85,27 @@ class NodeConfig(Section):
     external_addresses: list[str] = []
     #: networks whose addresses are neither dialled nor announced
     exclude_cidr: list[str] = list(RESERVED_CIDR)
-    #: local HTTP: /health (and later /metrics); ``host:port``
+    #: local HTTP: /health, and /metrics for Prometheus; ``host:port``
     http_address: str | None = None
     max_connections: int = Field(default=1024, ge=1)
     #: error, warn, info, debug, trace, or a filter such as "info,hypha_network=debug"
     log_level: str = "info"
     log_format: Literal["text", "json"] = "json"
+    #: where traces, metrics and logs are sent over OTLP, usually an OpenTelemetry Collector, such as
+    #: "http://otel-collector:4318" (4317 with grpc); not set: nowhere
+    telemetry_endpoint: str | None = None
+    telemetry_protocol: OtlpProtocol = "http/protobuf"
+    #: which traces are recorded; ``parentbased_*`` do as whoever asked them did. Default: all
+    telemetry_sampler: Sampler | None = None
+    #: share of traces for ``traceidratio``; alone it means ``parentbased_traceidratio``
+    telemetry_sample_ratio: float | None = Field(default=None, ge=0, le=1)
+    #: seconds between two exports of metrics
+    telemetry_interval_s: float = Field(default=15.0, gt=0)
+    #: more about this node, beside service.name, service.version and service.instance.id; a table, or
+    #: "key=value,key=value"; {component} stands for the component's name
+    telemetry_attributes: Annotated[dict[str, str | int | float | bool], BeforeValidator(pairs_of)] = {}
+    #: HTTP headers (gRPC metadata) for the endpoint, such as Authorization; a table, or "key=value,key=value"
+    telemetry_headers: Annotated[dict[str, str], BeforeValidator(pairs_of)] = {}
 
 
 class LeafConfig(NodeConfig):

@@ -197,7 +197,9 @@ class SimulatedProcess:
         self._on_crash(self, exc)
 
     def freeze(self) -> None:
-        """As SIGSTOP does, for its children too."""
+        """As SIGSTOP does, for its children too; nothing when it is dead."""
+        if not self.alive:
+            return
         self.frozen = True
         for child in self._children:
             child.freeze()

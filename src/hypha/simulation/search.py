@@ -33,6 +33,8 @@ from hypha.simulation.world import World, run_world
 
 #: scenarios that one process runs: what was killed in them is only freed with it
 _A_PROCESS = 20
+#: a scenario takes seconds; one that is not over by then stands still, and is a failure like any other
+_LONGEST_S = 300.0
 
 
 class Verdict(Struct, frozen=True):
@@ -148,7 +150,10 @@ class Runner:
         except BrokenPipeError:
             line = b""
         else:
+            timer = threading.Timer(_LONGEST_S, self._child.kill)
+            timer.start()
             line = stdout.readline()
+            timer.cancel()
         if line:
             return msgspec.json.decode(line, type=Verdict)
         problem = f"the process that ran it ended with exit code {self._end()}"

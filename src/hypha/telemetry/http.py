@@ -1,8 +1,8 @@
 """Local HTTP of a node, on the address the operator gave as ``http_address``.
 
-``GET /health`` answers 200 or 503 with the node's health report, ``GET /status`` (where a component has
-one) a JSON snapshot. Nothing can be changed through it, and it answers from memory, so that a slow
-reader cannot hold up the node.
+``GET /health`` answers 200 or 503 with the node's health report, ``GET /metrics`` what Prometheus asks for,
+``GET /status`` (where a component has one) a JSON snapshot. Nothing can be changed through it, and it answers
+from memory, so that a slow reader cannot hold up the node.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from starlette.routing import Route
 
 from hypha.errors import ConfigError, Problem
 from hypha.messages import HealthReport
+from hypha.runtime import in_thread
+from hypha.telemetry.metrics import sample
+from hypha.telemetry.running import exposition
 from hypha.telemetry.serving import serve
 
 logger = logging.getLogger("hypha.telemetry")
@@ -45,6 +48,15 @@ async def serve_http(
         return _json(report, 200 if report.healthy else 503)
 
     routes = [Route("/health", get_health)]
+    if (metrics := exposition()) is not None:
+
+        async def get_metrics(request: Request) -> Response:
+            sample()
+            accept = request.headers.get("accept", "")
+            body, content_type = await in_thread(metrics.write, accept)
+            return Response(body, 200, headers={"content-type": content_type})
+
+        routes.append(Route("/metrics", get_metrics))
     if status is not None:
         snapshot = status
 

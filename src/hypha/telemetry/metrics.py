@@ -19,11 +19,11 @@ from typing import Any, ClassVar
 
 logger = logging.getLogger("hypha.telemetry")
 
-#: label sets that one instrument keeps apart; what is more is counted under ``overflow = "true"``
-MAX_SERIES = 2000
+#: label sets that one instrument keeps apart (the SDK stops at 2000); what is more is counted together
+MAX_SERIES = 1000
 #: the value of a label that is not one of those declared
 OTHER = "other"
-_OVERFLOW = {"overflow": "true"}
+_OVERFLOW = {"otel.metric.overflow": "true"}
 
 #: labels -> value
 Reading = tuple[Mapping[str, str], float]
@@ -150,7 +150,7 @@ class Gauge(Instrument):
     def set(self, value: float, /, **labels: str) -> None:
         """Show ``value`` until it is set again, or forgotten."""
         attributes = self.attributes(labels)
-        if "overflow" not in attributes:
+        if attributes != _OVERFLOW:
             self._values[tuple(attributes[name] for name in self._known)] = value
 
     def forget(self, **labels: str) -> None:

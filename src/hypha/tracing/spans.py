@@ -56,7 +56,9 @@ def trace_context(parent: str | None) -> Iterator[None]:
     if parent is None:
         yield
         return
-    token = contexts.attach(context_of(parent) or contexts.get_current())
+    # an empty context is false, and yet another than the current one
+    found = context_of(parent)
+    token = contexts.attach(contexts.get_current() if found is None else found)
     try:
         yield
     finally:
@@ -87,6 +89,11 @@ def span(
     ``links`` are ``traceparent``s. An exception makes the span an error and goes on its way; a cancellation
     leaves its status unset.
     """
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        # nobody records here, and what is asked of others meanwhile still belongs to the asker's trace
+        with trace_context(parent) if parent is not None else contextlib.nullcontext():
+            yield trace.INVALID_SPAN
+        return
     started = start_span(operation, attributes, kind=kind, parent=parent, links=links)
     named = _operation.set(str((attributes or {}).get("rpc.method", operation.name)))
     with trace.use_span(started, end_on_exit=True, record_exception=False, set_status_on_exception=False):
@@ -118,7 +125,7 @@ def start_span(
     if identity is not None:
         named = trace.get_current_span(context_of(identity)).get_span_context()
         token = _chosen.set((named.trace_id, named.span_id))
-        found = found or contexts.Context()
+        found = contexts.Context() if found is None else found
     try:
         return trace.get_tracer("hypha").start_span(
             operation.name,
