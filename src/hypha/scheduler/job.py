@@ -14,17 +14,19 @@ import trio
 
 from hypha.config.models import SchedulerConfig
 from hypha.errors import HyphaError, JobFailed
-from hypha.journal import Journal
+from hypha.journal import Entry, Journal
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler.context import JobResult
+from hypha.scheduler.events import LifeBegan, Record
 from hypha.scheduler.export import output_for
 from hypha.scheduler.recording import recording
 from hypha.scheduler.running import Observer, RunningJob
 from hypha.scheduler.serving import served_directories
 from hypha.scheduler.snapshot import JobSnapshot
 from hypha.scheduler.state import StateDirectory
+from hypha.telemetry.logs import logged
 
 #: how long the node outlives a cancellation, to say goodbye
 _SHELTER_S = 3.8
@@ -51,8 +53,12 @@ async def run_job(
     directories = await in_thread(served_directories, job)
     opened = open_ or partial(open_node, options_from(config, "hypha-scheduler"))
     outcome: JobResult | HyphaError | None = None
-    journal = journal or Journal()
-    with StateDirectory(config.state_dir, job.name) as state:
+    journal, present = journal or Journal(), _Present()
+    journal.listeners.append(present.listen)
+    with (
+        StateDirectory(config.state_dir, job.name) as state,
+        logged(job_id=present.job_id, round=present.round),
+    ):
         async with recording(config, journal) as feeding, _farewell() as (work, shelter):
             observers = _all(observe, None if feeding is None else feeding.see)
             with shelter:
@@ -69,6 +75,30 @@ async def run_job(
     if isinstance(outcome, JobResult):
         return outcome
     raise outcome or JobFailed("the job ended without a result")
+
+
+class _Present:
+    """Which job it is and which round is open, for log entries: as the round machine says."""
+
+    def __init__(self) -> None:
+        self._job_id: str | None = None
+        self._round: int | None = None
+
+    def job_id(self) -> str | None:
+        """``None`` before it is known."""
+        return self._job_id
+
+    def round(self) -> int | None:
+        """Counted from 0."""
+        return self._round
+
+    def listen(self, entry: Entry) -> None:
+        """One entry of the journal."""
+        if isinstance(entry.event, LifeBegan):
+            self._job_id, self._round = entry.event.start.job_id, entry.event.start.round
+        for action in entry.actions:
+            if isinstance(action, Record) and action.tracker is not None:
+                self._round = action.entry.round + 1
 
 
 def _all(*observers: Observer | None) -> Observer | None:

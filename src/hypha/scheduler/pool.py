@@ -160,7 +160,7 @@ class _Held:
 
     @property
     def log_fields(self) -> dict[str, str]:
-        return {"lease_id": self.offer.lease_id, "peer_id": self.offer.worker.peer}
+        return {"lease_id": self.offer.lease_id, "worker_peer_id": self.offer.worker.peer}
 
 
 class Pool:
@@ -294,7 +294,7 @@ class Pool:
             raise Refused("not-found", "this scheduler is stopping")
         for action in self._apply(Offered(caller, offer)):
             if isinstance(action, Decline) and action.lease_id == offer.lease_id:
-                fields = {"lease_id": offer.lease_id, "peer_id": caller}
+                fields = {"lease_id": offer.lease_id, "worker_peer_id": caller}
                 logger.debug("An offer was declined: %s.", action.reason, extra=fields)
                 raise Refused(action.code, action.reason)
         return Acknowledged()
@@ -383,7 +383,7 @@ class Pool:
             return RenewalFailed(str(exc), unreachable, isinstance(exc, PeerUnreachable) and exc.gone)
         if not isinstance(answer, LeaseRenewed) or answer.lease_id != lease_id:
             return RenewalFailed(f"the answer was {type(answer).__name__}")
-        logger.debug("Lease renewed successfully", extra=held.log_fields)
+        logger.info("Lease renewed successfully", extra=held.log_fields)
         return Renewed(answer.expires_in_s)
 
     def _gain(self, held: _Held) -> None:
@@ -419,7 +419,7 @@ class Pool:
             try:
                 await self._node.request(worker, ReleaseLease(lease_id=lease_id), RELEASE_TIMEOUT_S)
             except NetworkError as exc:
-                fields = {"lease_id": lease_id, "peer_id": worker.peer}
+                fields = {"lease_id": lease_id, "worker_peer_id": worker.peer}
                 logger.debug("A release was not delivered, so the lease will expire: %s", exc, extra=fields)
         self._unwanted.pop(lease_id, None)
 

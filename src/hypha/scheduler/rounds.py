@@ -259,7 +259,7 @@ class RoundMachine(Phases):
             logger.error(
                 "A worker started round %d from another theta; it is sent the right one",
                 self.round,
-                extra={"peer_id": member.peer, "job_id": self.start.job_id},
+                extra={"worker_peer_id": member.peer, "job_id": self.start.job_id},
             )
             return self.send_model(member, now)
         elif not member.fixed and not (member.started == self.round and member.batches):
@@ -355,7 +355,7 @@ class RoundMachine(Phases):
             "The parameter server refused an update (%s): %s; its worker starts over",
             event.code,
             event.reason,
-            extra={"peer_id": event.worker, "job_id": self.start.job_id},
+            extra={"worker_peer_id": event.worker, "job_id": self.start.job_id},
         )
         member.refused += 1
         if member.refused >= PATIENCE:

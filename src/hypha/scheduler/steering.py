@@ -80,7 +80,7 @@ class Steering:
         pause_s = _FIRST_PAUSE_S
         while self._waiting.get(slot) is directive:
             steer = Steer(stamp=self._stamp(), kind=self.kind, seq=seq, directive=directive)
-            fields = {"peer_id": self.to.peer, "job_id": steer.stamp.job_id}
+            fields = {"worker_peer_id": self.to.peer, "job_id": steer.stamp.job_id}
             try:
                 await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)
                 return

@@ -38,7 +38,7 @@ _COLOURS = {"error": "31", "warn": "33", "info": "32", "debug": "34", "trace": "
 _PIECE_BYTES = select.PIPE_BUF
 
 Field = str | int | float | bool | None
-#: a field, or a function that is asked for it with every entry
+#: a field, or a function that is asked for it with every entry; ``None`` is in none
 Bound = Field | Callable[[], Field]
 
 _bound: ContextVar[Mapping[str, Bound]] = ContextVar("bound fields", default={})  # noqa: B039 - never changed
@@ -68,8 +68,9 @@ class ContextFilter(logging.Filter):
         """Always true."""
         own = vars(record)
         for name, value in _bound.get().items():
-            if name not in own:
-                own[name] = value() if callable(value) else value
+            found = value() if callable(value) else value
+            if name not in own and found is not None:
+                own[name] = found
         if "operation" not in own and (operation := current_operation()) is not None:
             own["operation"] = operation
         return True

@@ -49,6 +49,7 @@ from hypha.messages import (
 )
 from hypha.net.transfers import meta_of
 from hypha.node import Node
+from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
 from hypha.worker.cache import SliceCache
 from hypha.worker.connectors import Connectors
@@ -229,6 +230,7 @@ class Execution:
         """Start when ``after`` is set; return when it is over. Cancelled, it leaves no process and no
         directory either.
         """
+        bind(job_id=self._job.job_id, lease_id=self.lease.lease_id, round=lambda: self._round)
         kept = False
         try:
             if after is not None:

@@ -19,6 +19,7 @@ from hypha.messages import ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.telemetry import health_of, serve_http
+from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.cache import SliceCache
@@ -104,6 +105,7 @@ async def serve(
     """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``journal`` is
     that of its arbiter and its leases.
     """
+    bind(worker_peer_id=node.peer_id)
     environment = child_environment()
     allowance = Allowance(config.allow)
     workshop = Workshop(
