@@ -43,7 +43,7 @@ def opened(destination: Destination, patience_s: float = 60.0) -> Iterator[SinkP
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "hypha.sinks"]
+    return [record.getMessage() for record in caplog.records if record.name == "hypha.sinks.process"]
 
 
 async def test_the_status_bridge_gets_what_the_rust_hypha_sent() -> None:

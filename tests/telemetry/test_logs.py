@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import trio
@@ -19,7 +20,9 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
+import hypha
 from hypha.config.log_filter import TRACE, LogFilter, parse_filter
+from hypha.net import dialing
 from hypha.telemetry.instruments import LOG_ENTRIES
 from hypha.telemetry.logs import bind, configure_logging
 from hypha.telemetry.logs import logged as bound
@@ -215,6 +218,20 @@ def test_what_json_does_not_know() -> None:
     logger, stream = logged()
     logger.info("loss", extra={"loss": float("nan"), "name_": "\ud800"})
     assert json.loads(stream.getvalue(), parse_constant=pytest.fail)["loss"] == "nan"
+
+
+def test_a_filter_reaches_every_module_by_its_path() -> None:
+    """``hypha_network::dialing`` is a logger of its own, below that of its room."""
+    source = Path(hypha.__file__).parent
+    for path in source.rglob("*.py"):
+        room = path.relative_to(source).parts[0].removesuffix(".py")
+        for name in re.findall(r"^logger = logging\.getLogger\((.+)\)", path.read_text(), re.MULTILINE):
+            assert name == "__name__" or name.strip('"').startswith(f"hypha.{room}"), path
+    assert dialing.logger.name == "hypha.net.dialing"
+    _, stream = logged(levels="hypha_network=info,hypha::network::dialing=debug")
+    dialing.logger.debug("heard")
+    logging.getLogger("hypha.net.peers").debug("not heard")
+    assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["heard"]
 
 
 # --- standard error -----------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from hypha.node import Node
 from hypha.runtime import chance, in_thread
 from hypha.telemetry import health_of, serve_http
 
-logger = logging.getLogger("hypha.data")
+logger = logging.getLogger(__name__)
 
 #: Who may ask for data.
 ASKERS = frozenset({"worker", "scheduler"})

@@ -28,7 +28,7 @@ from hypha.net.bulk_wire import (
 )
 from hypha.pki.identity import Identity
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: Idle for longer, it is closed: what is on the way forgets connections on which nothing moves. Whoever
 #: sends closes first, so that no offer meets the end of its connection.

@@ -39,7 +39,7 @@ from hypha.net.bulk_wire import (
 from hypha.net.shared_port import resend_soon
 from hypha.pki.certificates import peer_id_of, presented_chain
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 3.0
 #: Addresses of one peer that are tried.

@@ -26,7 +26,7 @@ from hypha.net.bulk_places import Places
 from hypha.net.bulk_wire import BulkLinks, LinkBroken, Verdict
 from hypha.node import Arrived, Gate
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: Received at once, where bytes move.
 MAX_AT_ONCE = 2

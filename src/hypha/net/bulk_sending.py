@@ -37,7 +37,7 @@ from hypha.net.bulk_places import Places
 from hypha.net.bulk_wire import BulkLinks, Frame, Go, LinkBroken, Verdict, Working, fits
 from hypha.node import Provider
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 Way = Literal["direct", "dial-back", "stream"]
 

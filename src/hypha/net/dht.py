@@ -34,7 +34,7 @@ from hypha.net.gateways import Gateways
 from hypha.net.peers import Peers
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 1 << 20
 #: At most this many servers are asked in one look-up.

@@ -28,7 +28,7 @@ from hypha.net.relay import RelayClient
 from hypha.net.streams import STREAM_ERRORS
 from hypha.net.transport import MutualTls
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 
 #: How long our own dial may go on when the peer has meanwhile reached us.

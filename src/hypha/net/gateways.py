@@ -22,7 +22,7 @@ from hypha.net.peers import Peers
 from hypha.net.relay import RelayClient
 from hypha.node import Changes
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: A connection that held this long was a good one: the pause starts small again.
 STABLE_S = 10.0

@@ -25,7 +25,7 @@ from hypha.net import pubsub_flow
 from hypha.net.rpc import traceparent
 from hypha.node import Heard
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: Messages a slow subscriber may leave unread; the oldest go first.
 BACKLOG = 256

@@ -37,7 +37,7 @@ from hypha.node import Changes, Heard, PeerLost, ReportHandler
 from hypha.pki.identity import Identity
 from hypha.telemetry import health_of
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Request)
 #: Bulk connections served at once; transfers queue for their own, smaller limit behind it.

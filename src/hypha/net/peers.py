@@ -25,7 +25,7 @@ from hypha.net.transport import TlsConnection
 from hypha.node import PeerLost
 from hypha.pki.identity import Identity
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: What a watcher may leave unread; the oldest losses go first (who is connected can be asked).
 WATCH_BACKLOG = 4096

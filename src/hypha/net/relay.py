@@ -31,7 +31,7 @@ from multiaddr import Multiaddr
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 HOP = "/libp2p/circuit/relay/0.2.0/hop"
 STOP = "/libp2p/circuit/relay/0.2.0/stop"

@@ -20,7 +20,7 @@ from hypha.net.rpc import Oversized, frame, may_act_as, read_frame
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
 from hypha.node import ReportHandler
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 PROTOCOL = "/hypha/report/1"
 MAX_BATCH_BYTES = 1 << 20

@@ -33,7 +33,7 @@ from hypha.messages import (
 )
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 PROTOCOL = "/hypha/rpc/1"
 #: At once, from everybody and from one peer; what is more is answered ``busy``.

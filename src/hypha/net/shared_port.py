@@ -24,7 +24,7 @@ from multiaddr import Multiaddr
 
 from hypha.net.addresses import host_and_port, parse
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 FIRST_BYTE_TIMEOUT_S = 5.0
 MULTISTREAM = b"\x13"

@@ -18,7 +18,7 @@ from libp2p.peer.id import ID
 
 from hypha.errors import PeerUnreachable
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: What a broken stream or connection may raise, from any layer of the library.
 STREAM_ERRORS = (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)

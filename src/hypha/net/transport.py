@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from hypha.pki.identity import Identity
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: The multistream name that upstream's TLS uses too.
 PROTOCOL_ID = TProtocol("/tls/1.0.0")

@@ -31,7 +31,7 @@ from hypha.scheduler.lives import Life
 from hypha.scheduler.pool import LeaseGained
 from hypha.scheduler.steering import Steering
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _DISPATCH_TIMEOUT_S = 30.0
 _CANCEL_TIMEOUT_S = 15.0

@@ -66,7 +66,7 @@ from hypha.scheduler.renewal import (
     Suspected,
 )
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: How long a courtesy release may take; the lease expires anyway.
 RELEASE_TIMEOUT_S = 2.0

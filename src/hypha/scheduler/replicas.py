@@ -33,7 +33,7 @@ from hypha.scheduler.checkpoints import CheckpointStore, safe_relative
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.state import StateDirectory
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: the ledger's name among the files of a copy
 BOOK = "job.db"

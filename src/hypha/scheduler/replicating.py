@@ -33,7 +33,7 @@ from hypha.scheduler.pool import LeaseGained
 from hypha.scheduler.replicas import BOOK, Copies, with_book
 from hypha.scheduler.state import StateDirectory
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: while there are too few copies it is tried again this often
 RETRY_S = 5.0

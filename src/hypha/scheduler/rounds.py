@@ -59,7 +59,7 @@ from hypha.scheduler.round_state import OPEN
 from hypha.scheduler.rules import CarriedOver, Rules, Start
 from hypha.scheduler.slices import Assignment, SliceTracker
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: of the entries in a journal
 NAME = "rounds"

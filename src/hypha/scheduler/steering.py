@@ -18,7 +18,7 @@ from hypha.messages import Directive, ExecutorClass, JobStamp, PeerRef, SendMode
 from hypha.node import Node
 from hypha.runtime import chance
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0

@@ -19,7 +19,7 @@ from hypha.scheduler.events import Action, Durable
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.rounds import RoundMachine
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: above all that was said before, and below the farewell
 _SEQ = (1 << 62) - 1

@@ -53,7 +53,7 @@ from hypha.scheduler.slices import SliceTracker
 from hypha.scheduler.stopping import save_last
 from hypha.scheduler.view import sentence
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _TICK_S = 0.1
 

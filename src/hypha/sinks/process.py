@@ -24,7 +24,7 @@ import trio
 from hypha.runtime import in_thread
 from hypha.sinks.interface import Begin, Destination, Reply, RoundValues, RunInfo
 
-logger = logging.getLogger("hypha.sinks")
+logger = logging.getLogger(__name__)
 
 #: rounds that wait for a sink that does not work
 KEPT = 1000

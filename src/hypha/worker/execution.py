@@ -68,7 +68,7 @@ from hypha.worker.starting import EndSignals, RunExecutor
 from hypha.worker.storing import Keeping, store_local
 from hypha.worker.watch import Patience, Watch, keep_watch
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: How long the end of an executor is reported for: with its lease, and without.
 FAREWELL_S, FAREWELL_WITHOUT_LEASE_S = 120.0, 10.0

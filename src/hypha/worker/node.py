@@ -36,7 +36,7 @@ from hypha.worker.starting import RunExecutor, run_process
 from hypha.worker.storage_desk import StorageDesk
 from hypha.worker.warm import open_host
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: Once cancelled, whatever is left is cut after this long.
 LAST_S = 4.0
