@@ -27,6 +27,7 @@ EVERYTHING = (
     "urllib3=debug,fsspec=debug,filelock=debug,transformers=debug"
 )
 OF_THE_MODEL, OF_THE_OUTPUT = "hf-model-0123456789abcdef", "hf-output-0123456789abcdef"
+WRONG = "hf-wrong-0123456789abcdef"
 OF_SINKS, OF_TELEMETRY = "sink-0123456789abcdef", "telemetry-0123456789abcdef"
 
 
@@ -59,15 +60,15 @@ async def test_no_secret_in_any_line(system: System, tmp_path: Path) -> None:
         model = {"type": "image-classification", "repository": "acme/resnet", "token": OF_THE_MODEL}
         job = digits_job(None, 1, 2) | {"model": model}
         job |= {"output": "hf://ada/digits", "output_token": OF_THE_OUTPUT}
-        job["resources"]["executor_restarts"] = 0
         sinks = [{"type": "tensorboard"}, {"type": "http", "url": nowhere, "token": OF_SINKS}]
         root = {"scheduler": {"job": job, "sinks": sinks}, **telemetry}
         scheduler = await system.scheduler(job, **root)
         assert await system.ended(scheduler) == 0, scheduler.tail()
         # what went wrong is told as well
-        wrong = {**root, "scheduler": {"job": job | {"name": "wrong", "model": model | {"token": "no"}}}}
-        failing = await system.scheduler(job, name="failing", **wrong)
-        assert await system.ended(failing) != 0
+        refused = {"job": job | {"name": "wrong", "output_token": WRONG}}
+        failing = await system.scheduler(job, name="failing", **{**root, "scheduler": refused})
+        assert await system.ended(failing) == 6
+        assert "401" in failing.tail()
         for node in (worker, data, gateway):
             node.process.send_signal(signal.SIGTERM)
             await system.ended(node)
@@ -75,7 +76,8 @@ async def test_no_secret_in_any_line(system: System, tmp_path: Path) -> None:
     text = scheduler.log.read_text() + worker.log.read_text()
     assert '"level": "trace"' in text or '"level": "debug"' in text
     assert "Round 2 of 2 was applied" in text, scheduler.tail()
-    secrets = [(name, name.encode()) for name in (OF_THE_MODEL, OF_THE_OUTPUT, OF_SINKS, OF_TELEMETRY)]
+    tokens = (OF_THE_MODEL, OF_THE_OUTPUT, WRONG, OF_SINKS, OF_TELEMETRY)
+    secrets = [(token, token.encode()) for token in tokens]
     secrets += keys(system.pki)
     own = {tmp_path / f"{node}.toml" for node in (*system.roles,)}
     found = [
