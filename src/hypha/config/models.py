@@ -425,10 +425,30 @@ class JobConfig(Section):
     output_token: str | None = None
 
 
+class SinkConfig(Section):
+    """Where the figures of each round go, for researchers. All but http need an extra of the same name, such
+    as `pip install 'hypha-train[wandb]'`.
+    """
+
+    type: Literal["tensorboard", "trackio", "wandb", "aim", "http"]
+    project: str = "hypha"
+    #: the run's name there; ``None``: the job's
+    name: str | None = None
+    #: where the tool keeps what it writes; ``None``: ``<state_dir>/<job>/sinks/<type>``
+    directory: Path | None = None
+    #: a server of the tool's; of http, what answers POST <url>/status (the status bridge of the Rust Hypha)
+    url: str | None = None
+    #: the server's key or token; never logged or shown
+    token: str | None = Field(default=None, repr=False)
+    #: of wandb: nothing is sent, `wandb sync` does that later
+    offline: bool = False
+
+
 class SchedulerSection(Section):
     """What the scheduler is to do."""
 
     job: JobConfig
+    sinks: list[SinkConfig] = []
 
 
 class SchedulerConfig(LeafConfig):

@@ -35,7 +35,7 @@ from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.instruments import STREAMS
 from hypha.telemetry.resources import watch_disks
 
-logger = logging.getLogger("hypha.data")
+logger = logging.getLogger(__name__)
 
 #: Who may ask for data.
 ASKERS = frozenset({"worker", "scheduler"})

@@ -41,7 +41,7 @@ from hypha.pki.certificates import (
 )
 from hypha.pki.contexts import make_context
 
-logger = logging.getLogger("hypha.pki")
+logger = logging.getLogger(__name__)
 
 #: Intermediates learnt from peers' handshakes, so that a live connection can be checked again later.
 _MAX_LEARNT = 64

@@ -36,7 +36,7 @@ from hypha.tracing import span
 from hypha.tracing.operations import DISPATCH
 from hypha.tracing.spans import Attribute
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _DISPATCH_TIMEOUT_S = 30.0
 _CANCEL_TIMEOUT_S = 15.0
@@ -173,7 +173,7 @@ class Crew:
             "A worker offered just the memory that resources.worker asks for a batch of one sample, so it "
             "trains with batch size 1. Set rounds.batch_size, or ask for the memory of one sample and let "
             'workers offer what they have (offer.strategy = "whole").',
-            extra={"peer_id": lease.worker.peer, "lease_id": lease.lease_id},
+            extra={"worker_peer_id": lease.worker.peer, "lease_id": lease.lease_id},
         )
 
     def _stamp(self) -> JobStamp:
@@ -221,7 +221,7 @@ class Crew:
             resend=not life.start.taken_over,
             start_over=life.rounds_lost,
         )
-        fields = {"peer_id": lease.worker.peer, "job_id": start.job_id, "lease_id": lease.lease_id}
+        fields = {"worker_peer_id": lease.worker.peer, "job_id": start.job_id, "lease_id": lease.lease_id}
         while True:
             try:
                 await executor.steering.say(directive)
@@ -244,7 +244,7 @@ class Crew:
             cancel = CancelJob(job_id=job_id, kind=lease.kind)
             await self._node.request(lease.worker.peer, cancel, timeout_s=_CANCEL_TIMEOUT_S)
         except NetworkError as exc:
-            logger.debug("Stopping an earlier executor: %s", exc, extra={"peer_id": lease.worker.peer})
+            logger.debug("Stopping an earlier executor: %s", exc, extra={"worker_peer_id": lease.worker.peer})
 
     async def _dispatch(self, request: DispatchJob, lease: LeaseGained) -> bool:
         attributes: dict[str, Attribute] = {
@@ -260,7 +260,11 @@ class Crew:
             return await self._deliver(request, lease)
 
     async def _deliver(self, request: DispatchJob, lease: LeaseGained) -> bool:
-        fields = {"peer_id": lease.worker.peer, "job_id": request.job.job_id, "lease_id": lease.lease_id}
+        fields = {
+            "worker_peer_id": lease.worker.peer,
+            "job_id": request.job.job_id,
+            "lease_id": lease.lease_id,
+        }
         while True:
             try:
                 await self._node.request(lease.worker.peer, request, timeout_s=_DISPATCH_TIMEOUT_S)
@@ -298,7 +302,7 @@ class Crew:
         try:
             await self._node.request(peer, farewell, timeout_s=timeout_s)
         except NetworkError as exc:
-            logger.debug("A farewell was not delivered: %s", exc, extra={"peer_id": peer})
+            logger.debug("A farewell was not delivered: %s", exc, extra={"worker_peer_id": peer})
 
 
 def lost(lease: LeaseGained, reason: str) -> Lost:

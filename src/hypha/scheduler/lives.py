@@ -28,7 +28,7 @@ from hypha.scheduler.rules import Start
 from hypha.scheduler.slices import SliceTracker, TrackerState
 from hypha.scheduler.state import StateDirectory
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: of a description: what a resumed job may have otherwise (a new key makes a new PeerID)
 _MAY_DIFFER = frozenset({"job_id", "checkpoint", "scheduler", "peers"})

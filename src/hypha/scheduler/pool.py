@@ -71,7 +71,7 @@ from hypha.telemetry.instruments import WORKER_REQUESTS
 from hypha.tracing import span, traceparent
 from hypha.tracing.operations import ADVERTISE, RECEIVE_OFFER
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: How long a courtesy release may take; the lease expires anyway.
 RELEASE_TIMEOUT_S = 2.0
@@ -167,7 +167,7 @@ class _Held:
 
     @property
     def log_fields(self) -> dict[str, str]:
-        return {"lease_id": self.offer.lease_id, "peer_id": self.offer.worker.peer}
+        return {"lease_id": self.offer.lease_id, "worker_peer_id": self.offer.worker.peer}
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -308,7 +308,7 @@ class Pool:
     async def _answer_offer(self, caller: str, offer: WorkerOffer) -> Acknowledged:
         if self._running.cancel_called:
             raise Refused("not-found", "this scheduler is stopping")
-        fields = {"lease_id": offer.lease_id, "peer_id": caller}
+        fields = {"lease_id": offer.lease_id, "worker_peer_id": caller}
         with span(RECEIVE_OFFER, {"hypha.lease": offer.lease_id, "hypha.peer": caller}):
             for action in self._apply(Offered(caller, offer)):
                 if isinstance(action, Decline) and action.lease_id == offer.lease_id:
@@ -423,8 +423,7 @@ class Pool:
             return RenewalFailed(str(exc), unreachable, isinstance(exc, PeerUnreachable) and exc.gone)
         if not isinstance(answer, LeaseRenewed) or answer.lease_id != lease_id:
             return RenewalFailed(f"the answer was {type(answer).__name__}")
-        fields = {"worker_peer_id": peer, "lease_id": lease_id}
-        logger.info("Lease renewed successfully", extra=fields)
+        logger.info("Lease renewed successfully", extra=held.log_fields)
         return Renewed(answer.expires_in_s)
 
     def _gain(self, held: _Held) -> None:
@@ -460,7 +459,7 @@ class Pool:
             try:
                 await self._node.request(worker, ReleaseLease(lease_id=lease_id), RELEASE_TIMEOUT_S)
             except NetworkError as exc:
-                fields = {"lease_id": lease_id, "peer_id": worker.peer}
+                fields = {"lease_id": lease_id, "worker_peer_id": worker.peer}
                 logger.debug("A release was not delivered, so the lease will expire: %s", exc, extra=fields)
         self._unwanted.pop(lease_id, None)
 

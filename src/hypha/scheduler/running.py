@@ -36,7 +36,7 @@ from hypha.scheduler.state import StateDirectory
 from hypha.scheduler.view import Progressed, snapshot_of
 from hypha.scheduler.working import Working
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _OBSERVE_S = 0.2
 #: SIGTERM to exit is promised within 5 s; this is our part

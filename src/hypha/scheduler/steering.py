@@ -33,7 +33,7 @@ from hypha.tracing import span, trace_context
 from hypha.tracing.operations import PLAN
 from hypha.tracing.spans import Attribute
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
@@ -125,7 +125,7 @@ class Steering:
         pause_s = _FIRST_PAUSE_S
         while self._waiting.get(slot) is directive:
             steer = Steer(stamp=self._stamp(), kind=self.kind, seq=seq, directive=directive)
-            fields = {"peer_id": self.to.peer, "job_id": steer.stamp.job_id}
+            fields = {"worker_peer_id": self.to.peer, "job_id": steer.stamp.job_id}
             try:
                 await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)
                 logger.debug("%s was delivered", type(directive).__name__, extra={**fields, "seq": seq})

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-logger = logging.getLogger("hypha.telemetry")
+logger = logging.getLogger(__name__)
 
 #: label sets that one instrument keeps apart (the SDK stops at 2000); what is more is counted together
 MAX_SERIES = 1000

@@ -30,6 +30,7 @@ from hypha.telemetry import metrics
 from hypha.telemetry.executors import ExecutorSpans
 from hypha.telemetry.exporters import make_exporter
 from hypha.telemetry.exposition import Exposition
+from hypha.telemetry.logs import ContextFilter
 from hypha.tracing.spans import chosen_identifiers
 
 #: what is not sent by then, once the node has ended, is given up
@@ -108,6 +109,7 @@ class Telemetry:
         provider = LoggerProvider(resource, shutdown_on_exit=False)
         provider.add_log_record_processor(BatchLogRecordProcessor(make_exporter("logs", signal, EXPORT_S)))
         self._handler = LoggingHandler(logger_provider=provider)
+        self._handler.addFilter(ContextFilter())
         logging.getLogger("hypha").addHandler(self._handler)
         self._closers.append(provider.shutdown)
 

@@ -51,6 +51,7 @@ from hypha.messages import (
 )
 from hypha.net.transfers import meta_of
 from hypha.node import Node
+from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
 from hypha.worker.cache import SliceCache
 from hypha.worker.connectors import Connectors
@@ -71,7 +72,7 @@ from hypha.worker.starting import EndSignals, RunExecutor
 from hypha.worker.storing import Keeping, store_local
 from hypha.worker.watch import Patience, Watch, keep_watch
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: How long the end of an executor is reported for: with its lease, and without.
 FAREWELL_S, FAREWELL_WITHOUT_LEASE_S = 120.0, 10.0
@@ -238,6 +239,7 @@ class Execution:
         """Start when ``after`` is set; return when it is over. Cancelled, it leaves no process and no
         directory either.
         """
+        bind(job_id=self._job.job_id, lease_id=self.lease.lease_id, round=lambda: self._round)
         kept = False
         try:
             if after is not None:

@@ -26,7 +26,7 @@ from hypha.tracing import untraced
 from hypha.worker.execution import Execution, Workshop
 from hypha.worker.offers import LeaseDesk
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: An executor that was told to stop may hold its resources for this long beyond the grace it is given.
 KILL_MARGIN_S = 10.0

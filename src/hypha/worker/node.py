@@ -21,6 +21,7 @@ from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import is_simulated
 from hypha.telemetry import health_of, serve_http
+from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.cache import SliceCache
@@ -39,7 +40,7 @@ from hypha.worker.starting import RunExecutor, run_process
 from hypha.worker.storage_desk import StorageDesk
 from hypha.worker.warm import open_host
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: Once cancelled, whatever is left is cut after this long.
 LAST_S = 4.0
@@ -116,6 +117,7 @@ async def serve(
     """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``journal`` is
     that of its arbiter and its leases; ``emit_spans`` exports the executors' spans.
     """
+    bind(worker_peer_id=node.peer_id)
     environment = child_environment()
     allowance = Allowance(config.allow)
     workshop = Workshop(

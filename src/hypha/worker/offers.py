@@ -43,7 +43,7 @@ from hypha.worker.arbiter import (
     SendOffer,
 )
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: A scheduler that is busy is asked again after this long, while there is time.
 BUSY_PAUSE_S = 0.05
