@@ -353,7 +353,7 @@ async def test_what_is_served_is_counted_by_dataset_and_is_a_span(dataset: Datas
     spans = signals.spans("Serve slice")
     assert [one.parent == fetching.get_span_context() for one in spans] == [True] * 4
     assert [one.status.is_ok for one in spans] == [True, False, False, False]
-    assert (spans[0].attributes or {})["hypha.slice"] == "0"
+    assert (spans[0].attributes or {})["hypha.slice"] == 0
 
 
 async def test_a_slice_that_was_pulled_over_the_network_was_served(

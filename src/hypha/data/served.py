@@ -19,6 +19,7 @@ from hypha.telemetry.instruments import SERVE_DURATION, SERVED_BYTES, SLICE_REQU
 from hypha.telemetry.metrics import OTHER
 from hypha.tracing import start_span
 from hypha.tracing.operations import SERVE_SLICE
+from hypha.tracing.spans import Attribute
 
 logger = logging.getLogger("hypha.data")
 
@@ -53,7 +54,10 @@ class ServedSlices:
         began = trio.current_time()
         name, _, number = request.name.rpartition("/")
         dataset = name if name in self._datasets else OTHER
-        span = start_span(SERVE_SLICE, {"hypha.peer": caller, "hypha.dataset": name, "hypha.slice": number})
+        attributes: dict[str, Attribute] = {"hypha.peer": caller, "hypha.dataset": name}
+        if number.isascii() and number.isdigit() and len(number) <= 9:
+            attributes["hypha.slice"] = int(number)
+        span = start_span(SERVE_SLICE, attributes)
         try:
             path, meta = await self._provide(caller, request)
         except BaseException as exc:

@@ -374,11 +374,14 @@ class ParameterServer:
         )
         (directory / STATE).write_bytes(msgspec.json.encode(state))
         round = self.round
-        self._in_archive(lambda: self._save_in_span(directory, round))
+        # it belongs to the round that was applied; the last one has none after it
+        applied = self._applied is not None and self._applied.round == round - 1
+        within = round - 1 if applied else round
+        self._in_archive(lambda: self._save_in_span(directory, round, within))
 
-    def _save_in_span(self, directory: Path, round: int) -> None:
-        # what a round begins with is what the one before it came to, and belongs to its trace
-        with self._span(CHECKPOINT, max(0, round - 1)):
+    def _save_in_span(self, directory: Path, round: int, within: int) -> None:
+        with self._span(CHECKPOINT, within) as saving:
+            saving.set_attribute("hypha.checkpoint.round", round)
             self._save_checkpoint(directory, round)
 
     def _save_checkpoint(self, directory: Path, round: int) -> None:

@@ -18,6 +18,7 @@ from hypha.messages import (
     JobStamp,
     Loaded,
     ModelReady,
+    Plan,
     Progress,
     RoundApplied,
     RoundStarted,
@@ -109,7 +110,8 @@ class ExecutionSignals:
 
     def steered(self, directive: Directive) -> None:
         """A directive was passed on."""
-        logger.debug("Passing on %s.", type(directive).__name__, extra=self.fields)
+        what = directive if isinstance(directive, Plan | CloseRound) else type(directive).__name__
+        logger.debug("Passing on %s.", what, extra=self.fields)
         if isinstance(directive, CloseRound) and (
             self._closing is None or self._closing[0] != directive.round
         ):
