@@ -86,8 +86,6 @@ class Following(Members):
             case _:
                 pass
 
-    # --- lives --------------------------------------------------------------------------------------------
-
     def _begin_life(self, life: events.LifeBegan, now: int) -> None:
         first, start = self._life is None, life.start
         self._life, self._over, self._began_life = life, False, True
@@ -138,8 +136,6 @@ class Following(Members):
         for told, at in early:
             self._told(told, at)
 
-    # --- members ------------------------------------------------------------------------------------------
-
     def _told(self, told: events.Told, now: int) -> None:
         life, stamp, event = self._life, told.stamp, told.event
         if life is None or (stamp.job_id, stamp.generation) != (life.start.job_id, life.start.generation):
@@ -176,8 +172,6 @@ class Following(Members):
 
     def _is_early(self, round_: int) -> bool:
         return round_ == self._round + 1 or (round_ == self._round and self._phase == "loading")
-
-    # --- the parameter server -----------------------------------------------------------------------------
 
     def _server_told(self, told: events.Told, now: int) -> None:
         match told.event:
@@ -219,8 +213,6 @@ class Following(Members):
         self._finished.clear()
         self._disturbed = any(place.failed or not place.peer for place in self.places)
         self._news += self.recoveries.applied({*inside, None}, now)
-
-    # --- what places do -----------------------------------------------------------------------------------
 
     def look(self, now: int) -> None:
         """Each place does what follows from all that."""
