@@ -77,8 +77,6 @@ class Place:
     def __post_init__(self) -> None:
         self.since = self.heard = self.alive = self.began
 
-    # --- who is here --------------------------------------------------------------------------------------
-
     def occupy(self, peer: str, lease: str, now: int) -> None:
         """``peer`` is leased for it."""
         self.peer, self.lease, self.leased_since = peer, lease, now
@@ -94,8 +92,6 @@ class Place:
     def leased_by(self, now: int) -> int:
         """Nanoseconds in which somebody was leased for it."""
         return self.leased + (0 if self.leased_since is None else now - self.leased_since)
-
-    # --- what it does -------------------------------------------------------------------------------------
 
     def turn(self, what: str, at: int) -> None:
         """From ``at`` on (or from when it last turned, where that is later) it does ``what``, a reason of
@@ -153,8 +149,6 @@ class Place:
             of = (effort.peer, effort.round, effort.attempt, effort.incarnation)
             found.append(Stretch(TRAINING, at, end, *of))
         return found
-
-    # --- what becomes of it -------------------------------------------------------------------------------
 
     def lose(self, sign: int, now: int, keep_training: bool = False) -> None:
         """Who is here failed, and gave the last sign of life at ``sign``: what came after it went to that.
