@@ -1,0 +1,81 @@
+"""The rules and configurations in deploy/, judged by Prometheus's and Alertmanager's own tools (Debian's)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+RULES = yaml.safe_load((DEPLOY / "rules" / "hypha.rules.yml").read_text())
+ALERTS = [rule["alert"] for group in RULES["groups"] for rule in group["rules"]]
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        not (shutil.which("promtool") and shutil.which("amtool")),
+        reason="needs Debian's prometheus and prometheus-alertmanager",
+    ),
+]
+
+
+def ran(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(one) for one in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_promtool_accepts_the_rules() -> None:
+    done = ran("promtool", "check", "rules", DEPLOY / "rules" / "hypha.rules.yml")
+    assert done.returncode == 0, done.stdout
+    assert f"{len(ALERTS)} rules found" in done.stdout
+
+
+def test_each_alert_fires_for_its_cause_and_for_nothing_else() -> None:
+    done = ran("promtool", "test", "rules", DEPLOY / "rules" / "tests.yml")
+    assert done.returncode == 0, done.stdout
+
+
+def _changed(alert: str, change: dict[str, str]) -> dict[str, Any]:
+    groups = [
+        {
+            **group,
+            "rules": [{**rule, **change} if rule["alert"] == alert else rule for rule in group["rules"]],
+        }
+        for group in RULES["groups"]
+    ]
+    return {**RULES, "groups": groups}
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_an_alert_that_cannot_fire_or_fires_at_once_is_noticed(alert: str, tmp_path: Path) -> None:
+    """The tests prove something of each alert: with it changed, those that name it fail."""
+    suite = yaml.safe_load((DEPLOY / "rules" / "tests.yml").read_text())
+    named = re.compile(rf"\b{alert}\b")
+    suite["tests"] = [one for one in suite["tests"] if named.search(str(one))]
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump(suite))
+    for change in ({"expr": "vector(1) > 2"}, {"for": "0s"}):
+        (tmp_path / "hypha.rules.yml").write_text(yaml.safe_dump(_changed(alert, change)))
+        done = ran("promtool", "test", "rules", tmp_path / "tests.yml")
+        assert done.returncode == 1, f"{alert} with {change} passed"
+        assert "FAILED" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["prometheus.yml", "prometheus-otlp.yml"])
+def test_promtool_accepts_the_configuration(name: str) -> None:
+    done = ran("promtool", "check", "config", DEPLOY / name)
+    assert done.returncode == 0, done.stdout
+
+
+def test_amtool_accepts_the_configuration_and_routes_by_severity() -> None:
+    config = DEPLOY / "alertmanager.yml"
+    done = ran("amtool", "check-config", config)
+    assert done.returncode == 0, done.stdout
+    for severity, receiver in (("critical", "night"), ("warning", "day"), ("info", "day")):
+        routed = ran("amtool", "config", "routes", "test", f"--config.file={config}", f"severity={severity}")
+        assert routed.stdout.strip() == receiver
