@@ -185,6 +185,20 @@ def _is_vector(node: Any) -> bool:
     )
 
 
+def _valued(node: Any) -> Any:
+    """What gives the values, where the rest only says for which series."""
+    while not isinstance(node, promql_parser.VectorSelector | promql_parser.MatrixSelector):
+        if isinstance(node, promql_parser.BinaryExpr):
+            if str(node.op) not in ("and", "unless"):
+                return node
+            node = node.lhs
+        elif len(inner := _children(node)) == 1:
+            node = inner[0]
+        else:
+            return node
+    return node
+
+
 def _children(node: Any) -> list[Any]:
     if isinstance(node, promql_parser.MatrixSelector):
         return [node.vector_selector]
@@ -253,7 +267,7 @@ def _call_problems(node: Any) -> Iterator[str]:
         if series is not None and name in CHANGES and series.kind != "gauge":
             yield f"{name} of {metric}, which is no gauge"
     if name == "histogram_quantile":
-        read = [SERIES[one.name] for one in selectors(node.args[1]) if one.name in SERIES]
+        read = [SERIES[one.name] for one in selectors(_valued(node.args[1])) if one.name in SERIES]
         if any(series.kind != "bucket" for series in read):
             yield "histogram_quantile of what is no histogram's buckets"
         elif "le" not in labels_of(node.args[1]):

@@ -87,6 +87,11 @@ def test_every_alert_is_tested() -> None:
             "histogram_quantile of what is no histogram's buckets",
         ),
         (
+            "histogram_quantile(0.9, rate(hypha_job_samples_total[5m]) and on (job) "
+            "rate(hypha_job_round_duration_bucket[5m]))",
+            "histogram_quantile of what is no histogram's buckets",
+        ),
+        (
             "hypha_active_workers * on (peer) hypha_job_round",
             "* matches by the label peer, which not both sides have",
         ),
@@ -112,6 +117,10 @@ def test_a_query_that_cannot_work_is_told(query: str, problem: str) -> None:
             {"job", "instance", "status"},
         ),
         ("sum(rate(hypha_lease_renewals_total[5m]))", set()),
+        (
+            "histogram_quantile(0.9, sum by (le) (rate(hypha_job_round_duration_bucket[5m]) and on (job) up))",
+            set(),
+        ),
         ("sum without (instance) (hypha_job_state)", {"job", "state"}),
         ("topk(3, hypha_worker_loss)", {"job", "instance", "worker"}),
         (

@@ -1,4 +1,4 @@
-"""The tables of docs/observability.md are those that the registries give, and the page holds what it promises."""
+"""The tables of docs/observability.md are those of the registries, and the page holds what it promises."""
 
 from __future__ import annotations
 
