@@ -118,7 +118,7 @@ def test_a_query_that_cannot_work_is_told(query: str, problem: str) -> None:
         ),
         ("sum(rate(hypha_lease_renewals_total[5m]))", set()),
         (
-            "histogram_quantile(0.9, sum by (le) (rate(hypha_job_round_duration_bucket[5m]) and on (job) up))",
+            "histogram_quantile(1, sum by (le) (rate(hypha_job_round_duration_bucket[5m]) and on (job) up))",
             set(),
         ),
         ("sum without (instance) (hypha_job_state)", {"job", "state"}),
