@@ -254,14 +254,16 @@ def write_config(
 def identity_keys(
     name: str | None, program: Program, pki: Path, certs: Sequence[Path | None]
 ) -> dict[str, Path | None]:
-    """Paths of the identity files: as given, else ``<name>-cert.pem`` and so on in ``pki``."""
+    """Paths of the identity files: as given, else ``<name>-cert.pem`` and so on in ``pki``. The revocation
+    list is there from the start, though nobody may be revoked yet: it is read as soon as it exists.
+    """
     stem = name or program.name
     cert, key, trust, crls = certs
     return {
         "cert_pem": cert or pki / f"{stem}-cert.pem",
         "key_pem": key or pki / f"{stem}-key.pem",
         "trust_pem": trust or pki / f"{stem}-trust.pem",
-        "crls_pem": crls,
+        "crls_pem": crls or pki / "crls.pem",
     }
 
 

@@ -75,7 +75,7 @@ class NodeConfig(Section):
     key_pem: Path
     #: the CAs whose nodes are trusted
     trust_pem: Path
-    #: revocation lists of those CAs; re-read when the file changes
+    #: revocation lists of those CAs; re-read when the file changes, and none while there is no such file yet
     crls_pem: Path | None = None
     #: refuse peers whose certificate carries no role at all
     require_roles: bool = False

@@ -151,7 +151,7 @@ class Identity:
         if stamps == self._stamps and not force:
             return False
         self._stamps = stamps
-        material = _load(self.files, stamps)
+        material = _load(self.files, stamps, bool(self._material.rules.crls))
         if material.peer_id != self.peer_id:
             raise IdentityError(
                 [
@@ -248,7 +248,14 @@ class _Reader:
             return None
         return loaded
 
-    def crls(self, key: str, path: Path) -> tuple[x509.CertificateRevocationList, ...]:
+    def crls(self, key: str, path: Path, needed: bool) -> tuple[x509.CertificateRevocationList, ...]:
+        if not needed and not path.exists():
+            # one that was there and has gone is another matter: who was revoked would be back
+            logger.warning(
+                "There is no revocation list at %s yet, so nobody is revoked; it is read once it exists.",
+                path,
+            )
+            return ()
         data = self.read(key, path)
         if data is None:
             return ()
@@ -266,12 +273,12 @@ class _Reader:
         return tuple(found)
 
 
-def _load(files: IdentityFiles, stamps: tuple[object, ...]) -> _Material:
+def _load(files: IdentityFiles, stamps: tuple[object, ...], had_lists: bool = False) -> _Material:
     reader = _Reader()
     certificates = reader.certificates("cert_pem", files.cert)
     key = reader.private_key("key_pem", files.key)
     bundle = reader.certificates("trust_pem", files.trust)
-    crls = reader.crls("crls_pem", files.crls) if files.crls is not None else ()
+    crls = reader.crls("crls_pem", files.crls, had_lists) if files.crls is not None else ()
     anchors = tuple(certificate for certificate in bundle if is_ca(certificate))
     if bundle and not anchors:
         reader.complain(
