@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -41,29 +40,19 @@ def test_each_alert_fires_for_its_cause_and_for_nothing_else() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def _changed(alert: str, change: dict[str, str]) -> dict[str, Any]:
+@pytest.mark.parametrize(
+    "change", [{"expr": "vector(1) > 2"}, {"for": "0s"}], ids=["never fires", "fires at once"]
+)
+def test_the_tests_would_notice_of_each_alert_that_it(change: dict[str, str], tmp_path: Path) -> None:
+    shutil.copy(DEPLOY / "rules" / "tests.yml", tmp_path)
     groups = [
-        {
-            **group,
-            "rules": [{**rule, **change} if rule["alert"] == alert else rule for rule in group["rules"]],
-        }
-        for group in RULES["groups"]
+        {**group, "rules": [{**rule, **change} for rule in group["rules"]]} for group in RULES["groups"]
     ]
-    return {**RULES, "groups": groups}
-
-
-@pytest.mark.parametrize("alert", ALERTS)
-def test_an_alert_that_cannot_fire_or_fires_at_once_is_noticed(alert: str, tmp_path: Path) -> None:
-    """The tests prove something of each alert: with it changed, those that name it fail."""
-    suite = yaml.safe_load((DEPLOY / "rules" / "tests.yml").read_text())
-    named = re.compile(rf"\b{alert}\b")
-    suite["tests"] = [one for one in suite["tests"] if named.search(str(one))]
-    (tmp_path / "tests.yml").write_text(yaml.safe_dump(suite))
-    for change in ({"expr": "vector(1) > 2"}, {"for": "0s"}):
-        (tmp_path / "hypha.rules.yml").write_text(yaml.safe_dump(_changed(alert, change)))
-        done = ran("promtool", "test", "rules", tmp_path / "tests.yml")
-        assert done.returncode == 1, f"{alert} with {change} passed"
-        assert "FAILED" in done.stdout
+    (tmp_path / "hypha.rules.yml").write_text(yaml.safe_dump({"groups": groups}))
+    done = ran("promtool", "test", "rules", tmp_path / "tests.yml")
+    assert done.returncode == 1
+    unnoticed = [alert for alert in ALERTS if not re.search(rf'alertname(="|: ){alert}\b', done.stdout)]
+    assert unnoticed == []
 
 
 @pytest.mark.parametrize("name", ["prometheus.yml", "prometheus-otlp.yml"])
@@ -78,4 +67,4 @@ def test_amtool_accepts_the_configuration_and_routes_by_severity() -> None:
     assert done.returncode == 0, done.stdout
     for severity, receiver in (("critical", "night"), ("warning", "day"), ("info", "day")):
         routed = ran("amtool", "config", "routes", "test", f"--config.file={config}", f"severity={severity}")
-        assert routed.stdout.strip() == receiver
+        assert routed.stdout.splitlines()[-1] == receiver
