@@ -18,14 +18,15 @@ _MANY = 10
 
 #: what a worker's time goes to, as docs/observability.md explains it
 BADPUT: dict[str, str] = {
-    "allocating": "leased, while the job still waits for other workers before it can begin",
-    "loading": "the executor starts, and fetches and builds the model",
-    "waiting-for-data": "no slice is there to train on",
-    "waiting-for-theta": "the update is sent, and the weights of the next round have not arrived",
-    "waiting-for-stragglers": "the update is sent, and others have not sent theirs",
-    "failure": "from the failure of an executor or worker until its place is taken again",
-    "replayed": "training of rounds, or parts of them, that were lost and had to be repeated",
-    "paused": "the job has fewer workers than it needs, or nobody serves its dataset",
+    "allocating": "nobody is leased for the place, or there is no parameter server",
+    "loading": "leased, and the model is not there yet, or not that of others whom the start waits for",
+    "waiting-for-data": "time of a round that was spent in no batch",
+    "waiting-for-theta": "from the last batch until the parameter server has the update, and from closing "
+    "the round until training begins again; at the job's end, while the model is exported",
+    "waiting-for-stragglers": "the parameter server has the update, and waits for those of others",
+    "failure": "from the last sign of life of what was lost until somebody trains in its place",
+    "replayed": "batches of rounds that were lost, of updates that were left out, refused or never sent",
+    "paused": "the round is kept open for lack of workers, or nobody serves the dataset",
 }
 
 

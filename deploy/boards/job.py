@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.boards.panels import OF_JOB, RATE, Board, Panel, one_job, quantile, rate
+from deploy.boards.panels import OF_JOB, RATE, WANTED_OF_JOB, Board, Panel, one_job, quantile, rate
 
 JOB = Board(
     "job",
@@ -54,9 +54,9 @@ JOB = Board(
                 Panel(
                     "Where workers' time goes",
                     "percentunit",
-                    rate("hypha_job_goodput_seconds_total", of_job=True),
-                    "training that counts",
-                    note="Worker seconds a second; the sum is how many workers are leased.",
+                    f"{WANTED_OF_JOB} - {rate('hypha_job_badput_seconds_total', of_job=True)}",
+                    "training",
+                    note="Worker seconds a second; of the training some may still be lost.",
                     stacked=True,
                     more=((rate("hypha_job_badput_seconds_total", "reason", True), "{{reason}}"),),
                 ),

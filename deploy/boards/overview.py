@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.boards.panels import Board, Panel, part, quantile, rate
+from deploy.boards.panels import WANTED, Board, Panel, part, quantile, rate
 
 OVERVIEW = Board(
     "overview",
@@ -33,9 +33,9 @@ OVERVIEW = Board(
                 Panel(
                     "Where workers' time goes",
                     "percentunit",
-                    rate("hypha_job_goodput_seconds_total"),
-                    "training that counts",
-                    note="Worker seconds a second.",
+                    f"{WANTED} - {rate('hypha_job_badput_seconds_total')}",
+                    "training",
+                    note="Worker seconds a second. Of the training some may still be lost.",
                     stacked=True,
                     more=((rate("hypha_job_badput_seconds_total", "reason"), "{{reason}}"),),
                 ),

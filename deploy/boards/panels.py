@@ -9,6 +9,9 @@ from dataclasses import dataclass
 OF_JOB = 'and on (job, instance) target_info{hypha_job=~"$hypha_job"}'
 #: over what counters are looked at
 RATE = "[$__rate_interval]"
+#: worker places: what is not badput there is training
+WANTED = 'sum(hypha_scheduler_leases_wanted{kind="train"})'
+WANTED_OF_JOB = f'sum(hypha_scheduler_leases_wanted{{kind="train"}} {OF_JOB})'
 
 
 @dataclass(frozen=True)
