@@ -1,6 +1,6 @@
 """A real Prometheus and Alertmanager (Debian's) with the configuration of deploy/, and a webhook.
 
-Minutes would be too long for a test. So rules wait for a second where they wait for minutes (``for:``) and
+Minutes would be too long for a test. So rules wait for two seconds where they wait for minutes (``for:``) and
 look back 15 seconds where they look back minutes (``[5m]``), targets are read and rules evaluated once a
 second, and Alertmanager groups for as long. Nothing else of what is shipped is changed, unless a test says.
 """
@@ -38,8 +38,8 @@ def installed() -> bool:
 
 
 def shortened(rules: str) -> str:
-    """Rules that need seconds where the shipped ones need minutes."""
-    short, waits = re.subn(r"^( +for:) \d+m$", r"\1 1s", rules, flags=re.MULTILINE)
+    """The rules, which need seconds where the shipped ones need minutes."""
+    short, waits = re.subn(r"^( +for:) \d+m$", r"\1 2s", rules, flags=re.MULTILINE)
     short, windows = re.subn(r"\[\d+m\]", f"[{WINDOW}]", short)
     assert waits >= 4
     assert windows >= 3
