@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -117,9 +117,7 @@ def webhook() -> Iterator[tuple[str, Notices]]:
         server.server_close()
 
 
-def _write(
-    root: Path, targets: Mapping[str, Sequence[str]], hook: str, alertmanager: str, rules: str
-) -> None:
+def _write(root: Path, targets: Mapping[str, Sequence[str]], alertmanager: str, rules: str) -> None:
     """deploy/ as it is shipped, but for addresses and times."""
     shutil.copytree(DEPLOY / "rules", root / "rules")
     shutil.copytree(DEPLOY / "targets", root / "targets")
@@ -130,6 +128,9 @@ def _write(
     config["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "1s")
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
     (root / "prometheus.yml").write_text(yaml.safe_dump(config))
+
+
+def _write_routing(root: Path, hook: str) -> None:
     routing = yaml.safe_load((DEPLOY / "alertmanager.yml").read_text())
     for route in (routing["route"], *routing["route"]["routes"]):
         route |= {"group_wait": "1s", "group_interval": "1s"}
@@ -139,52 +140,62 @@ def _write(
 
 
 @contextmanager
+def open_alertmanager(root: Path) -> Iterator[str]:
+    """Alertmanager in ``root``, with the ``alertmanager.yml`` that is there, at (address)."""
+    address = f"127.0.0.1:{free_port()}"
+    command = (
+        "prometheus-alertmanager",
+        f"--config.file={root / 'alertmanager.yml'}",
+        f"--storage.path={root / 'notices'}",
+        f"--web.listen-address={address}",
+        "--cluster.listen-address=",
+    )
+    with _running(root, address, command):
+        yield address
+
+
+@contextmanager
 def open_monitoring(root: Path, targets: Mapping[str, Sequence[str]], rules: str) -> Iterator[Monitoring]:
     """Both programs in ``root``, gone when the block ends. ``targets`` are addresses by file."""
-    prometheus, alertmanager = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    address = f"127.0.0.1:{free_port()}"
     root.mkdir()
-    commands = (
-        (
-            "prometheus",
-            f"--config.file={root / 'prometheus.yml'}",
-            f"--storage.tsdb.path={root / 'series'}",
-            f"--web.listen-address={prometheus}",
-        ),
-        (
-            "prometheus-alertmanager",
-            f"--config.file={root / 'alertmanager.yml'}",
-            f"--storage.path={root / 'notices'}",
-            f"--web.listen-address={alertmanager}",
-            "--cluster.listen-address=",
-        ),
+    command = (
+        "prometheus",
+        f"--config.file={root / 'prometheus.yml'}",
+        f"--storage.tsdb.path={root / 'series'}",
+        f"--web.listen-address={address}",
     )
     with webhook() as (hook, notices):
-        _write(root, targets, hook, alertmanager, rules)
-        running = [_started(root, command) for command in commands]
-        try:
-            for address, process, command in zip((prometheus, alertmanager), running, commands, strict=True):
-                _ready(address, process, root / f"{command[0]}.log")
-            yield Monitoring(prometheus, alertmanager, notices)
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
+        _write_routing(root, hook)
+        with open_alertmanager(root) as alertmanager:
+            _write(root, targets, alertmanager, rules)
+            with _running(root, address, command):
+                yield Monitoring(address, alertmanager, notices)
 
 
-def _started(root: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    with (root / f"{command[0]}.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=root)
+@contextmanager
+def _running(root: Path, address: str, command: Sequence[str]) -> Iterator[None]:
+    log = root / f"{command[0]}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=root)
+    try:
+        until = time.monotonic() + _START_S
+        while not _ready(address):
+            assert process.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < until, f"{command[0]} is not ready:\n{log.read_text()[-2000:]}"
+            time.sleep(0.05)
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
-def _ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + _START_S
-    while time.monotonic() < until and process.poll() is None:
-        with suppress(OSError, HTTPException):
-            connection = HTTPConnection(address, timeout=1.0)
-            connection.request("GET", "/-/ready")
-            ready = connection.getresponse().status == 200
-            connection.close()
-            if ready:
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"{log.stem} is not ready:\n{log.read_text()[-2000:]}")
+def _ready(address: str) -> bool:
+    connection = HTTPConnection(address, timeout=1.0)
+    try:
+        connection.request("GET", "/-/ready")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
