@@ -64,9 +64,11 @@ def _owner(name: str, candidates: list[str]) -> str:
 def test_every_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     core, train = declared(project["dependencies"]), declared(project["optional-dependencies"]["train"])
+    gpu = declared(project["optional-dependencies"]["gpu"])
     uses = imported()
-    assert {name: path for name, path in uses.items() if name not in core | train} == {}
-    assert core | train == set(uses) | UNIMPORTED, "declared, but nothing imports it"
+    assert {name: path for name, path in uses.items() if name not in core | train | gpu} == {}
+    assert core | train | gpu == set(uses) | UNIMPORTED, "declared, but nothing imports it"
+    assert {uses[name] for name in gpu} == {"src/hypha/telemetry/resources.py"}
     # without the extra there is no training and no preparing of data, but everything else
     allowed = ("src/hypha/executor/", "src/hypha/data/", "src/hypha/cli/demo/", "src/hypha/cli/chaos/")
     assert {name for name in train if not uses[name].startswith(allowed)} == set()

@@ -79,7 +79,7 @@ from hypha.messages import (
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net.transfers import meta_of
-from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
+from hypha.scheduler import JobResult, JobSnapshot, finished_job, read_ledger, run_job
 from hypha.scheduler.ledger import Ledger
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.offers import LeaseDesk, serve_offers
@@ -682,6 +682,63 @@ async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
         assert discarded == applied[2:]
         assert "could not be saved in time; the job will go on from round 2" in caplog.text
     assert [entry.round for entry in ledger.rounds if not entry.discarded] == list(range(6))
+
+
+async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(network: Network, tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+
+    def config(rounds: int, **job: Any) -> SchedulerConfig:
+        lengths = {"avg_samples_between_updates": 120, "batch_size": 5, "deadline_s": 5}
+        return config_for(network, gateway, tmp_path, rounds={"update_rounds": rounds, **lengths}, **job)
+
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage), actor(network, gateway, stage):
+            assert await finished_job(tmp_path / "state", config(3).scheduler.job) is None
+            with trio.fail_after(40):
+                result = await run_job(config(3))
+            state = tmp_path / "state" / "digits"
+            before = {path: path.stat().st_mtime_ns for path in state.rglob("*") if path.is_file()}
+            for rounds in (3, 2):
+                done = await finished_job(tmp_path / "state", config(rounds).scheduler.job)
+                assert done is not None
+                assert (done.job_id, done.rounds, done.theta) == (result.job_id, 3, "t3")
+                assert (done.samples, done.output) == (result.samples, str(tmp_path / "out"))
+            after = {path: path.stat().st_mtime_ns for path in state.rglob("*") if path.is_file()}
+            assert {path for path in after if path.suffix != ".db-shm"} >= set(before)
+            assert not (state / "old-1").exists()
+            # another job of that name is another matter
+            optimizer = {"learning_rate": 0.5, "momentum": 0.25}
+            other = config(3, outer_optimizer=optimizer).scheduler.job
+            assert await finished_job(tmp_path / "state", other) is None
+
+            assert await finished_job(tmp_path / "state", config(5).scheduler.job) is None
+            stage.restored.clear()
+            with trio.fail_after(40):
+                longer = await run_job(config(5))
+    assert longer.job_id == result.job_id
+    assert (longer.rounds, longer.theta) == (5, "t5")
+    assert stage.restored == [3]
+    counted = [entry for entry in read_ledger(longer.ledger).rounds if not entry.discarded]
+    assert [(entry.round, entry.generation) for entry in counted] == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)]
+    assert not (state / "old-1").exists()
+
+
+async def test_a_job_that_failed_before_its_first_round_takes_a_corrected_configuration(
+    network: Network, tmp_path: Path
+) -> None:
+    stage = Stage(tmp_path)
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage, model_error="no such class") as one:
+            async with actor(network, gateway, stage, model_error="no such class") as two:
+                with trio.fail_after(40), pytest.raises(HyphaError):
+                    await run_job(config_for(network, gateway, tmp_path))
+                one.model_error = two.model_error = ""
+                corrected = {"type": "image-classification", "path": str(tmp_path / "model"), "seed": 7}
+                with trio.fail_after(40):
+                    result = await run_job(config_for(network, gateway, tmp_path, model=corrected))
+    assert result.rounds == 4
+    assert [entry.generation for entry in read_ledger(result.ledger).rounds] == [0] * 4
+    assert (tmp_path / "state" / "digits" / "old-1" / "job.db").is_file(), "what was there is kept"
 
 
 async def test_an_unfinished_job_is_not_mistaken_for_another_one(network: Network, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.support.otlp import Received, attributes, http_receiver
-from tests.support.system import PLAIN, System, digits_dataset, digits_job
+from tests.support.system import System, digits_dataset, digits_job
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -55,7 +55,7 @@ async def test_one_trace_through_every_component(system: System, tmp_path: Path)
         await system.data("data", digits_dataset(tmp_path), **keys)
         for number in range(2):
             await system.worker(f"worker-{number}", **keys)
-        job = digits_job(None, 2, ROUNDS, model=PLAIN)
+        job = digits_job(None, 2, ROUNDS)
         scheduler = await system.scheduler(job, **keys)
         assert await system.ended(scheduler) == 0, scheduler.tail()
         # what waits is sent as each node ends

@@ -129,12 +129,20 @@ def run(
     )
     from hypha.cli.running import run_service
     from hypha.cli.scheduling import run_scheduler
+    from hypha.scheduler import finished_job
 
     if sys.stdout.isatty():
         # beside the live panel people read it, not machines
         loaded = loaded.model_copy(update={"log_format": "text"})
 
     async def service() -> None:
+        done = None if fresh else await finished_job(loaded.state_dir, loaded.scheduler.job)
+        if done is not None:
+            print(
+                f"{done.name} is done: {done.rounds} rounds, {done.samples} samples; the model is in "
+                f"{done.output}. More update_rounds go on from here; --fresh starts anew."
+            )
+            return
         await run_scheduler(loaded, live=sys.stdout.isatty(), fresh=fresh, journal=journal)
 
     raise typer.Exit(run_service("hypha-scheduler", loaded, service))

@@ -83,10 +83,11 @@ def run(
         ],
     )
     from hypha.cli.running import run_service
+    from hypha.telemetry.running import emit_spans
     from hypha.worker import run_worker
 
     async def service() -> None:
-        await run_worker(loaded)
+        await run_worker(loaded, emit_spans=emit_spans())
 
     raise typer.Exit(run_service("hypha-worker", loaded, service))
 

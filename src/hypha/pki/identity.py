@@ -101,6 +101,21 @@ class Identity:
         """When the first certificate that this node presents ends (UTC)."""
         return min(certificate.not_valid_after_utc for certificate in self._material.chain)
 
+    def expirations(self) -> dict[str, datetime]:
+        """When (UTC) the own ``certificate`` ends, the first of the CAs above it (``issuer``), and the first
+        revocation list (``crl``), as far as there are such.
+        """
+        material = self._material
+        own, *above = material.chain
+        top = material.chain[-1].issuer
+        above += [anchor for anchor in material.rules.anchors if anchor.subject == top]
+        found = {"certificate": own.not_valid_after_utc}
+        if above:
+            found["issuer"] = min(ca.not_valid_after_utc for ca in above)
+        if lists := [crl.next_update_utc for crl in material.rules.crls if crl.next_update_utc is not None]:
+            found["crl"] = min(lists)
+        return found
+
     def server_context(self, alpn: str | None = None) -> ssl.SSLContext:
         """For accepting: TLS 1.3 only, the client's certificate required. Ask again for each
         connection (it is cached), so that reloaded files count at once; do not change it.

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import msgspec
 import trio
 
 from hypha.config.models import RoundsConfig
@@ -29,7 +30,11 @@ from hypha.scheduler.describe import Descriptions
 from hypha.scheduler.events import GoesOn, Input, JobRefused, Joined, Lost, Send
 from hypha.scheduler.lives import Life
 from hypha.scheduler.pool import LeaseGained
+from hypha.scheduler.round_traces import RoundTraces
 from hypha.scheduler.steering import Steering
+from hypha.tracing import span
+from hypha.tracing.operations import DISPATCH
+from hypha.tracing.spans import Attribute
 
 logger = logging.getLogger("hypha.scheduler")
 
@@ -58,8 +63,8 @@ class _Executor:
 
 class Crew:
     """``handle`` gets what happens here as events of the round machine. Leases ``left`` by an earlier
-    scheduler may have executors. Nothing is started before the first :meth:`begin_life`; ``life`` is
-    described by ``descriptions`` until another one begins.
+    scheduler may have executors. What is dispatched is traced as ``traces`` say. Nothing is started before
+    the first :meth:`begin_life`; ``life`` is described by ``descriptions`` until another one begins.
     """
 
     def __init__(
@@ -70,10 +75,12 @@ class Crew:
         life: Life,
         descriptions: Descriptions,
         left: Iterable[LeaseGained],
+        traces: RoundTraces,
     ) -> None:
         self._node = node
         self._nursery = nursery
         self._handle = handle
+        self._traces = traces
         self._executors: dict[Key, _Executor] = {}
         self.leases: dict[Key, LeaseGained] = {(lease.worker.peer, lease.kind): lease for lease in left}
         self._life = life
@@ -155,7 +162,7 @@ class Crew:
 
     def _steering(self, lease: LeaseGained, descriptions: Descriptions) -> Steering:
         before = descriptions.start.generation << 32
-        return Steering(self._node, lease.worker, lease.kind, self._stamp, before)
+        return Steering(self._node, lease.worker, lease.kind, self._stamp, before, self._traces)
 
     def _warn_of_small_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
         """Once, that a worker offered no more than what one sample needs: hardly ever what was meant."""
@@ -240,6 +247,19 @@ class Crew:
             logger.debug("Stopping an earlier executor: %s", exc, extra={"peer_id": lease.worker.peer})
 
     async def _dispatch(self, request: DispatchJob, lease: LeaseGained) -> bool:
+        attributes: dict[str, Attribute] = {
+            "hypha.job": request.job.job_id,
+            "hypha.job.generation": request.job.generation,
+            "hypha.lease": lease.lease_id,
+            "hypha.peer": lease.worker.peer,
+        }
+        with span(DISPATCH, attributes, parent=self._traces.of_job):
+            if (traced := self._traces.dispatching(lease.worker.peer, lease.kind)) is not None:
+                job = msgspec.structs.replace(request.job, traced=traced)
+                request = msgspec.structs.replace(request, job=job)
+            return await self._deliver(request, lease)
+
+    async def _deliver(self, request: DispatchJob, lease: LeaseGained) -> bool:
         fields = {"peer_id": lease.worker.peer, "job_id": request.job.job_id, "lease_id": lease.lease_id}
         while True:
             try:

@@ -92,7 +92,9 @@ class Working:
         self._end = end
         self._actions, self._todo = trio.open_memory_channel[Action](math.inf)
         config, node, life = context.config, context.node, opened.life
-        self._crew = Crew(node, nursery, self.handle, life, self._descriptions(life), opened.left)
+        self._crew = Crew(
+            node, nursery, self.handle, life, self._descriptions(life), opened.left, context.traces
+        )
         self.current = self._living(life, CarriedOver())
         #: what the present machine was told of its surroundings, by the event's name
         self._surroundings: dict[str, Input] = {}
@@ -284,6 +286,7 @@ class Working:
                 return
         await self.ledger.run(Ledger.checkpoint, round_, place)
         self._context.progressed.checkpoint = round_
+        self._context.progressed.checkpoint_at = trio.current_time()
         # at any other place the files are pruned by the parameter server's worker, which can write there
         rounds = {start.round for start in await self.ledger.run(Ledger.starts) if start.place}
         for old in self._store.outdated(rounds):

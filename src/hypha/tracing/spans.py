@@ -114,7 +114,8 @@ def start_span(
     found = context_of(parent)
     if identity is not None:
         named = trace.get_current_span(context_of(identity)).get_span_context()
-        token = _chosen.set((named.trace_id, named.span_id))
+        if named.is_valid:  # it may be made from what a peer sent
+            token = _chosen.set((named.trace_id, named.span_id))
         found = contexts.Context() if found is None else found
     try:
         return trace.get_tracer("hypha").start_span(
