@@ -60,13 +60,15 @@ def run_service(component: str, config: NodeConfig, service: Callable[[], Awaita
     from hypha.config.otel import resolve_telemetry
     from hypha.pki.identity import IdentityFiles, load_identity
     from hypha.telemetry.logs import configure_logging
+    from hypha.telemetry.resources import watch_process
     from hypha.telemetry.running import keep_sampling, telemetry
 
     async def observed() -> int | None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(keep_sampling)
-            code = await service()
-            nursery.cancel_scope.cancel()
+        with watch_process():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keep_sampling)
+                code = await service()
+                nursery.cancel_scope.cancel()
         return code
 
     settings = resolve_telemetry(component, config, process_environment())

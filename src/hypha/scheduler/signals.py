@@ -203,7 +203,16 @@ class JobMetrics:
 
     @contextlib.contextmanager
     def shown(self, state: Callable[[], JobState]) -> Iterator[None]:
-        """The gauges show this run meanwhile, which is in ``state()``."""
+        """The gauges show this run meanwhile, which is in ``state()``; its counters begin at 0."""
+        for counter in (
+            metrics.RENEWALS,
+            metrics.LEASES_LOST,
+            metrics.OFFERS_RECEIVED,
+            metrics.FAILURES,
+            metrics.SYNCHRONIZATIONS,
+            metrics.JOB_SAMPLES,
+        ):
+            counter.begin()
         with contextlib.ExitStack() as stack:
             for gauge, source in (
                 (metrics.ACTIVE_WORKERS, lambda: float(self._leases("train"))),

@@ -32,6 +32,8 @@ def shown(jobs: Jobs, desk: LeaseDesk, cache: SliceCache) -> Iterator[None]:
         now = desk.free
         return [({"resource": name}, getattr(now, name)) for name in ("cpu", "memory", "gpu", "storage")]
 
+    for counter in (metrics.TRAINING_SAMPLES, metrics.WORKER_OFFERS, metrics.CACHE_LOOKUPS):
+        counter.begin()
     with (
         metrics.WORKER_JOBS.watch(lambda: [({"kind": kind}, jobs.running(kind)) for kind in _KINDS]),
         metrics.WORKER_LEASES.watch(leases),
