@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,6 +281,20 @@ def leaf_keys(
         "external_addresses": external,
         "exclude_cidr": excluded_for([*(gateway or ()), *(external or ())], exclude_cidr),
     }
+
+
+#: where each component's local HTTP listens unless told otherwise
+HTTP_PORTS = {"gateway": 9101, "scheduler": 9102, "worker": 9103, "data": 9104}
+
+
+def local_http(program: Program, name: str | None, given: str | None) -> str:
+    """The address for local HTTP that ``init`` writes: on this machine alone. Several nodes of one kind on
+    one machine are told apart by the number at the end of their names: ``worker-2`` is ten ports further up.
+    """
+    if given is not None:
+        return given
+    number = re.search(r"(\d{1,3})$", name or "")
+    return f"127.0.0.1:{HTTP_PORTS[program.name] + 10 * max(0, int(number[1]) - 1 if number else 0)}"
 
 
 def leaf_fill_in(gateway: list[str] | None) -> dict[str, str]:
