@@ -94,7 +94,7 @@ async def test_gpus_are_shown_by_both_names(signals: Signals, monkeypatch: pytes
         "nvmlDeviceGetHandleByIndex": lambda index: index,
         "nvmlDeviceGetUUID": lambda handle: f"GPU-{handle}",
         "nvmlDeviceGetUtilizationRates": utilization,
-        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=5_000),
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=5_000, total=80_000_000_000),
     }
     vars(library).update(answers)
     monkeypatch.setitem(sys.modules, "pynvml", library)

@@ -114,12 +114,15 @@ def watch_process() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class GpuReading:
-    """A GPU: its number, its driver's identifier, what share of the time it computes, bytes in use."""
+    """A GPU: its number, its driver's identifier, what share of the time it computes, bytes in use and bytes
+    that there are.
+    """
 
     index: str
     identifier: str
     utilization: float
     used_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True)
@@ -198,12 +201,14 @@ class _Gpus:
         found = []
         for index, identifier, handle in self._devices:
             with contextlib.suppress(self._library.NVMLError):
+                memory = self._library.nvmlDeviceGetMemoryInfo(handle)
                 found.append(
                     GpuReading(
                         index,
                         identifier,
                         self._library.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-                        int(self._library.nvmlDeviceGetMemoryInfo(handle).used),
+                        int(memory.used),
+                        int(memory.total),
                     )
                 )
         return tuple(found)
@@ -227,6 +232,11 @@ class _Gpus:
             return []
         self._library = pynvml
         return devices
+
+
+def read_gpus() -> tuple[GpuReading, ...]:
+    """This machine's GPUs now; blocks for a moment."""
+    return _Gpus().read()
 
 
 @contextlib.asynccontextmanager

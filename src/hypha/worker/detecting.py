@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from hypha.messages import Resources
+from hypha.telemetry.resources import read_gpus
 from hypha.worker.limits import GB
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -25,7 +26,7 @@ def detect(work_dir: Path, groups: Path = _CGROUPS, own: Path = _OWN) -> Resourc
     return Resources(
         cpu=min([float(len(os.sched_getaffinity(0))), *_cpu_limits(groups, own)]),
         memory=min([float(psutil.virtual_memory().total), *_memory_limits(groups, own)]) / GB,
-        gpu=_gpu_bytes() / GB,
+        gpu=sum(one.total_bytes for one in read_gpus()) / GB,
         storage=_free_bytes(work_dir) / GB,
     )
 
@@ -36,20 +37,6 @@ def _free_bytes(directory: Path) -> int:
         place = place.parent
     found = os.statvfs(place)
     return found.f_bavail * found.f_frsize
-
-
-def _gpu_bytes() -> int:
-    """NVIDIA's, by its management library where that is installed; 0 without."""
-    try:
-        import pynvml
-    except ImportError:
-        return 0
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(one) for one in range(pynvml.nvmlDeviceGetCount())]
-        return sum(int(pynvml.nvmlDeviceGetMemoryInfo(one).total) for one in handles)
-    except pynvml.NVMLError:
-        return 0
 
 
 def _cpu_limits(groups: Path, own: Path) -> Iterator[float]:
