@@ -51,7 +51,7 @@ HttpOption = Annotated[
 LogLevelOption = Annotated[
     str | None, typer.Option("--log-level", help="A level, or a filter such as info,hypha_network=debug.")
 ]
-LogFormatOption = Annotated[str | None, typer.Option("--log-format", help="json or text.")]
+LogFormatOption = Annotated[str | None, typer.Option("--log-format", help="auto, json or text.")]
 CertOption = Annotated[Path | None, typer.Option("--cert", help="This node's certificate.")]
 KeyOption = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
 TrustOption = Annotated[Path | None, typer.Option("--trust", help="The CAs to trust.")]

@@ -72,7 +72,10 @@ def run_service(component: str, config: NodeConfig, service: Callable[[], Awaita
         return code
 
     settings = resolve_telemetry(component, config, process_environment())
-    configure_logging(component, parse_filter(config.log_level), config.log_format)
+    style = config.log_format
+    if style == "auto":
+        style = "text" if sys.stderr is not None and sys.stderr.isatty() else "json"
+    configure_logging(component, parse_filter(config.log_level), style)
     if not settings.on:
         return run_until_signal(service)
     files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)

@@ -142,7 +142,7 @@ def run(
     from hypha.cli.scheduling import run_scheduler
     from hypha.scheduler import finished_job
 
-    if sys.stdout.isatty():
+    if loaded.log_format == "auto" and sys.stdout.isatty():
         # beside the live panel people read it, not machines
         loaded = loaded.model_copy(update={"log_format": "text"})
 

@@ -90,7 +90,8 @@ class NodeConfig(Section):
     max_connections: int = Field(default=1024, ge=1)
     #: error, warn, info, debug, trace, or a filter such as "info,hypha_network=debug"
     log_level: str = "info"
-    log_format: Literal["text", "json"] = "json"
+    #: text (in colour) for people, json for machines; ``auto``: text where logs go to a terminal
+    log_format: Literal["auto", "text", "json"] = "auto"
     #: where traces, metrics and logs are sent over OTLP, usually an OpenTelemetry Collector, such as
     #: "http://otel-collector:4318" (4317 with grpc); not set: nowhere
     telemetry_endpoint: str | None = None
