@@ -12,7 +12,9 @@ import trio
 from rich.console import Console
 
 from hypha.cli.live import live_view
+from hypha.config.environment import process_environment
 from hypha.config.models import SchedulerConfig
+from hypha.config.otel import resolve_telemetry
 from hypha.errors import ConfigError, Problem
 from hypha.journal import Journal
 from hypha.node import Node
@@ -38,7 +40,14 @@ async def run_scheduler(
 
     async def job(*, task_status: trio.TaskStatus[Node]) -> None:
         results.append(
-            await run_job(config, observe=observe, fresh=fresh, journal=noted, task_status=task_status)
+            await run_job(
+                config,
+                observe=observe,
+                fresh=fresh,
+                journal=noted,
+                trace_ratio=trace_ratio(config),
+                task_status=task_status,
+            )
         )
 
     with ExitStack() as stack:
@@ -55,6 +64,11 @@ async def run_scheduler(
     for result in results:
         size = f"{result.rounds} rounds, {result.samples} samples"
         print(f"{result.name}: {size}; the model is in {result.output}")
+
+
+def trace_ratio(config: SchedulerConfig) -> float | None:
+    """The share of rounds that is traced; ``None`` where no traces are sent."""
+    return resolve_telemetry("hypha-scheduler", config, process_environment()).trace_ratio
 
 
 def _opened(journal: Path | None) -> Journal:

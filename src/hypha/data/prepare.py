@@ -21,7 +21,7 @@ from hypha.data.staging import HOLDOUT, LABELS_FILE, Staging
 from hypha.errors import DataError
 from hypha.messages import Column, Manifest
 
-logger = logging.getLogger("hypha.data")
+logger = logging.getLogger(__name__)
 
 #: A job with fewer slices than workers leaves some without data.
 FEW_SLICES = 4

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from opentelemetry import trace
 
 from hypha.errors import (
     BatchFailed,
@@ -23,7 +24,8 @@ from hypha.errors import (
     Refused,
 )
 from hypha.executor.bridge_client import BridgeClient
-from hypha.messages import ExecutorError
+from hypha.executor.spans import SpanRecorder, Traces
+from hypha.messages import ExecutorError, Job
 
 logger = logging.getLogger("hypha.executor")
 
@@ -31,6 +33,8 @@ logger = logging.getLogger("hypha.executor")
 _FLUSH_S = 3.0
 #: the last ones of a traceback say most
 _TRACE_CHARACTERS = 1500
+#: how long the last spans may take
+_SPANS_S = 1.0
 
 
 def run_executor(
@@ -54,12 +58,23 @@ def run_executor(
             text += "; the job should ask for more memory (resources.worker.memory) or take smaller batches"
         if kind == "batch":
             # the line that says what to change comes first; what a developer needs follows
-            trace = "".join(traceback.format_exception(exc.__cause__ or exc)).rstrip()
-            text += f"\n{trace[-_TRACE_CHARACTERS:]}"
+            lines = "".join(traceback.format_exception(exc.__cause__ or exc)).rstrip()
+            text += f"\n{lines[-_TRACE_CHARACTERS:]}"
         bridge.report(ExecutorError(kind=kind, message=text))
         code = exc.exit_code if isinstance(exc, HyphaError) else 1
     bridge.flush(_FLUSH_S)
+    if isinstance(recorder := trace.get_tracer_provider(), SpanRecorder):
+        recorder.flush(_SPANS_S)
     return code
+
+
+def begin_traces(bridge: BridgeClient, job: Job) -> Traces:
+    """From now on spans of this process are recorded, and handed to the worker, if ``job`` is traced."""
+    if job.traced is not None:
+        recorder = SpanRecorder(bridge.post_spans)
+        recorder.start()
+        trace.set_tracer_provider(recorder)
+    return Traces(job)
 
 
 def kind_of(exc: BaseException) -> str:

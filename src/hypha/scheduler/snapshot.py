@@ -7,13 +7,17 @@ from typing import Literal
 
 from msgspec import Struct
 
+from hypha.messages import UpdateStatistics
+from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.members import Member
 
 JobState = Literal["allocating", "loading", "training", "paused", "exporting", "done", "failed"]
 
 
 class WorkerSnapshot(Struct, frozen=True):
-    """A training worker; ``batches`` of ``planned`` in the open round."""
+    """A training worker; ``batches`` of ``planned`` in the open round. ``update_norm`` is the L2 norm of its
+    update in the last round and ``update_cosine`` that update's cosine to the mean of all, where known.
+    """
 
     peer: str
     state: str
@@ -24,6 +28,8 @@ class WorkerSnapshot(Struct, frozen=True):
     samples: int = 0
     loss: float | None = None
     lease: str = ""
+    update_norm: float | None = None
+    update_cosine: float | None = None
 
 
 class JobSnapshot(Struct, frozen=True):
@@ -52,9 +58,12 @@ class JobSnapshot(Struct, frozen=True):
     output: str = ""
     elapsed_s: float = 0.0
     refused: dict[str, int] = {}
+    goodput: GoodputReport | None = None
 
 
-def worker_snapshot(member: Member, round_: int, lease: str) -> WorkerSnapshot:
+def worker_snapshot(
+    member: Member, round_: int, lease: str, update: UpdateStatistics | None = None
+) -> WorkerSnapshot:
     """Of one member of the round machine."""
     return WorkerSnapshot(
         peer=member.peer,
@@ -66,4 +75,6 @@ def worker_snapshot(member: Member, round_: int, lease: str) -> WorkerSnapshot:
         samples=member.total_samples,
         loss=member.loss if math.isfinite(member.loss) else None,
         lease=lease,
+        update_norm=update.norm if update is not None else None,
+        update_cosine=update.cosine if update is not None else None,
     )

@@ -27,7 +27,7 @@ from hypha.telemetry.metrics import sample
 from hypha.telemetry.running import exposition
 from hypha.telemetry.serving import serve
 
-logger = logging.getLogger("hypha.telemetry")
+logger = logging.getLogger(__name__)
 
 
 async def serve_http(
