@@ -63,6 +63,9 @@ class Constants(Classifier):
         self.register_buffer("expanded", torch.ones(1).expand(5))
         self.register_buffer("turned", torch.arange(6.0).view(2, 3).t())
         self.register_buffer("nothing", torch.zeros(0, 3))
+        shared = torch.ones(2)
+        self.register_buffer("left", shared)
+        self.register_buffer("right", shared)
         self.register_buffer("hidden", torch.zeros(2).to_sparse(), persistent=False)
 
     def seen(self, x: Tensor) -> Tensor:

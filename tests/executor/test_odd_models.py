@@ -55,6 +55,7 @@ def test_constant_buffers_stay_bit_by_bit_what_they_are(tmp_path: Path) -> None:
     exported = trained(tmp_path / "job", "Constants")
     before = tensors.theta_of(models.build(spec("Constants"), None)).buffers
     assert before.keys() == exported.keys() - {"net.weight", "net.bias"}
+    assert "left" in before, "and right is the same tensor"
     for name, value in before.items():
         found = exported[name]
         assert found.dtype == value.dtype, name

@@ -106,7 +106,7 @@ def accelerator_for(job: TrainJob) -> Accelerator | Processor:
         raise ModelError(f"precision {job.precision} does not work here: {exc}") from exc
 
 
-def _is_of_machine(exc: Exception) -> bool:
+def is_of_machine(exc: Exception) -> bool:
     """Might another machine, or the same one later, succeed with the same batch?"""
     text = str(exc)
     if isinstance(exc, MemoryError | torch.OutOfMemoryError | OSError) or "not enough memory" in text:
@@ -187,7 +187,7 @@ class Inner:
         except DataError as exc:
             raise BatchFailed(str(exc)) from exc
         except Exception as exc:
-            if _is_of_machine(exc):
+            if is_of_machine(exc):
                 raise
             if _SINGLE_ROW in str(exc):
                 raise ModelError(

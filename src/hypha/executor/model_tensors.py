@@ -67,8 +67,13 @@ def _check_buffer(name: str, value: Tensor) -> None:
 
 def _of_its_own(value: Tensor) -> Tensor:
     """``value``, if values can be written into it one by one; else a copy."""
-    plain = value.is_contiguous() and not (value.is_conj() or value.is_neg())
-    return value if plain else value.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+    if _is_plain(value):
+        return value
+    return value.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.is_contiguous() and not (value.is_conj() or value.is_neg())
 
 
 def check_finite(model: nn.Module) -> None:
@@ -116,22 +121,24 @@ class ModelTensors:
                     f"forward has set the parameter {name} anew, so its optimizer trains another one; change "
                     "it in place"
                 )
-        present: dict[str, Tensor | None] = {}
-        for name, module, key in _persistent_buffers(self._model):
-            value = module._buffers[key]
-            if value is not None and name in self._buffers:
-                value = module._buffers[key] = _of_its_own(value.detach())
-            present[name] = value
+        present = {
+            name: (module, key, value)
+            for name, module, key in _persistent_buffers(self._model)
+            if (value := module._buffers[key]) is not None
+        }
         for alias, name in self._aliases.items():
-            if present.get(alias) is not present.get(name):
+            if alias not in present or name not in present or present[alias][2] is not present[name][2]:
                 raise ModelError(
                     f"the buffers {name} and {alias} were one tensor when the model was built, and are two "
-                    "now; "
-                    "register them as two"
+                    "now; register them as two"
                 )
-        buffers = {name: value for name, value in present.items() if value is not None}
-        for alias in self._aliases:
-            del buffers[alias]
+        buffers: dict[str, Tensor] = {}
+        for name, (module, key, value) in present.items():
+            if name in self._aliases:
+                continue
+            if value.requires_grad or not _is_plain(value):
+                value = module._buffers[key] = _of_its_own(value.detach())
+            buffers[name] = value.detach()
         theta = Theta({name: value.detach() for name, value in self._parameters.items()}, buffers)
         if problem := difference(theta.specs(), self._specs):
             raise ModelError(

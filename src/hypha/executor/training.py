@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from hypha.config.environment import variable
-from hypha.errors import DataError, ModelError, PeerUnreachable, Refused
+from hypha.errors import DataError, HyphaError, ModelError, PeerUnreachable, Refused
 from hypha.executor import models, tensors, updates
 from hypha.executor.bridge_client import BridgeClient
 from hypha.executor.forward import Forward
 from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
-from hypha.executor.inner import Inner, accelerator_for, round_seed
+from hypha.executor.inner import Inner, accelerator_for, is_of_machine, round_seed
 from hypha.executor.losses import Losses
 from hypha.executor.model_tensors import ModelTensors, check_buffers, check_same_model
 from hypha.executor.preprocessing import Preprocessor, padding_of
@@ -100,12 +100,20 @@ class Trainer:
         model = models.build(job.model, source, weights=False)
         padding = padding_of(None, config=getattr(model, "config", None))
         self._stream = RowStream(padding if self._preprocess is None else self._preprocess.padding)
-        self._forward = Forward(model, job.model)
         self._accelerator = accelerator_for(job)
-        self._model = self._accelerator.prepare(model)
-        self._tensors = ModelTensors(self._accelerator.unwrap_model(self._model))
-        self._base = self._tensors.theta().copy()
-        self._inner = self._fresh_inner(job.steps)
+        try:
+            self._forward = Forward(model, job.model)
+            self._model = self._accelerator.prepare(model)
+            self._tensors = ModelTensors(self._accelerator.unwrap_model(self._model))
+            self._base = self._tensors.theta().copy()
+            self._inner = self._fresh_inner(job.steps)
+        except Exception as exc:
+            if isinstance(exc, HyphaError) or is_of_machine(exc):
+                raise
+            # any other worker would say the same
+            raise ModelError(
+                f"the model cannot be made ready for training: {type(exc).__name__}: {exc}"
+            ) from exc
         self._slices = SlicePrefetcher(self._next_slice, inbox.touch)
 
     def _fetched(self, reference: Reference) -> Path:
