@@ -82,6 +82,19 @@ def test_a_fresh_head_is_told_and_a_body_of_another_size_is_no_head(tmp_path: Pa
         build(fresh, source)
 
 
+def test_a_pooler_that_was_never_published_is_told(tmp_path: Path) -> None:
+    config: dict[str, object] = {"model_type": "bert", "vocab_size": 32, "hidden_size": 8}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    spec = ModelSpec(task="sequence-classification")
+    source = pretrained(tmp_path, config, spec)
+    changed(source, lambda weights: {name: weights[name] for name in weights if "pooler" not in name})
+    notes: list[str] = []
+    build(spec, source, tell=notes.append)
+    assert ["bert.pooler.dense.bias, bert.pooler.dense.weight begin(s) fresh" in note for note in notes] == [
+        True
+    ]
+
+
 def test_weights_that_the_model_has_no_use_for_are_told(tmp_path: Path) -> None:
     source = pretrained(tmp_path)
     changed(source, lambda weights: weights | {"transformer.extra.weight": torch.zeros(2)})

@@ -36,6 +36,8 @@ _SUFFIXES = frozenset(
 #: of those suffixes, what a training program keeps beside the weights
 _STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "random_states")
 _LFS = b"version https://git-lfs"
+#: parts of a pretrained body that its publishers often left out, as pretraining did not use them
+_OPTIONAL = frozenset(("pooler", "masked_spec_embed"))
 #: names of tensors or files in one message
 _SHOWN = 4
 
@@ -202,8 +204,9 @@ def _may_be_fresh(model: nn.Module, name: str) -> bool:
     body = getattr(model, prefix, None) if prefix else None
     if not isinstance(body, nn.Module):
         return False
-    # a body that was pretrained without its pooler is as good as whole: every head has a fresh one on top
-    return not name.startswith(f"{prefix}.") or "pooler" in name.split(".")
+    if not name.startswith(f"{prefix}.") or name in dict(model.named_buffers()):
+        return True
+    return not _OPTIONAL.isdisjoint(name.split("."))
 
 
 def listed(names: Collection[str]) -> str:
