@@ -76,6 +76,14 @@ def test_a_fresh_head_is_told_and_a_body_of_another_size_is_no_head(tmp_path: Pa
     build(fresh, source, tell=notes.append)
     assert len(notes) == 1
     assert "classifier.1.bias, classifier.1.weight begin(s) fresh" in notes[0]
+    config = json.loads((source / "config.json").read_text())
+    labels = {str(number): str(number) for number in range(4)}
+    edited = directory(tmp_path / "edited", config | {"id2label": labels, "label2id": labels})
+    (edited / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    with pytest.raises(
+        ModelError, match=r"classifier\.1\.weight have another shape .*set model.arguments num_labels"
+    ):
+        build(IMAGES, edited)
     body = "resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"
     changed(source, lambda weights: weights | {body: torch.zeros(16, 4, 3, 3)})
     with pytest.raises(ModelError, match=rf"1 of \d+ tensors have another shape there \({body}\)"):

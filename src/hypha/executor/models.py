@@ -120,19 +120,19 @@ def _build_transformers(
             torch.manual_seed(spec.seed)
             model = _checked(auto.from_config(config, dtype=torch.float32, **remote))
         if file is not None and (weights or tie_in_doubt(model, file)):
-            # a head for other labels is a fresh one; anything else must fit, which is checked here
-            fresh_head = "num_labels" in spec.arguments
             torch.manual_seed(spec.seed)
             loaded, info = auto.from_pretrained(
                 source,
                 config=config,
                 dtype=torch.float32,
-                ignore_mismatched_sizes=fresh_head,
+                # what may be of another size is judged below
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **remote,
             )
             model = _checked(loaded)
-            notes = Loaded.of(file, info).notes(model)
+            # a head for other labels is a fresh one; anything else must fit
+            notes = Loaded.of(file, info).notes(model, other_labels="num_labels" in spec.arguments)
             for note in (*notes, *_untied(model)):
                 if weights:
                     tell(note)
@@ -150,7 +150,11 @@ def _untied(model: Any) -> list[str]:
     text = model.config.get_text_config()
     if not getattr(text, "tie_word_embeddings", False):
         return []
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        # a model of images or sounds, which has none
+        return []
     ours, theirs = getattr(inputs, "weight", None), getattr(outputs, "weight", None)
     if ours is None or theirs is None or ours is theirs or ours.shape != theirs.shape:
         return []

@@ -150,13 +150,20 @@ class Loaded:
         unused = {str(key) for key in info["unexpected_keys"]}
         return cls(file.name, tuple(sorted(missing)), mismatched, tuple(sorted(unused)))
 
-    def notes(self, model: nn.Module) -> list[str]:
+    def notes(self, model: nn.Module, other_labels: bool) -> list[str]:
         """What the user is to know, one line each: a head that begins fresh, weights that are not used.
+        ``other_labels``: the job has asked for a head of another size.
 
         Raises :class:`ModelError` when it is not only a head that the file does not give.
         """
         if lost := [name for name in (*self.missing, *self.mismatched) if not _may_be_fresh(model, name)]:
             raise ModelError(self._problem(model, sorted(lost)))
+        if self.mismatched and not other_labels:
+            raise ModelError(
+                f"{self.file} does not fit config.json: {listed(self.mismatched)} have another shape "
+                "there; for a "
+                "head for other labels, which begins fresh, set model.arguments num_labels"
+            )
         notes = []
         if fresh := sorted((*self.missing, *self.mismatched)):
             notes.append(
