@@ -75,7 +75,7 @@ def test_a_fresh_head_is_told_and_a_body_of_another_size_is_no_head(tmp_path: Pa
     fresh = ModelSpec(task="image-classification", arguments={"num_labels": 4})
     build(fresh, source, tell=notes.append)
     assert len(notes) == 1
-    assert "classifier.1.bias, classifier.1.weight begin(s) fresh" in notes[0]
+    assert "fresh, from the seed: classifier.1.bias, classifier.1.weight" in notes[0]
     config = json.loads((source / "config.json").read_text())
     labels = {str(number): str(number) for number in range(4)}
     edited = directory(tmp_path / "edited", config | {"id2label": labels, "label2id": labels})

@@ -118,8 +118,8 @@ def _tokens(columns: Mapping[str, Tensor], model: nn.Module, config: Any, told: 
         return (
             f"the column {name} holds token ids from {found[0]} to {found[1]}, but the model's vocabulary "
             f"has {rows}; "
-            "prepare the dataset with the model's own tokenizer, or give the model a larger vocabulary "
-            f"(model.arguments vocab_size = {found[1] + 1})"
+            "prepare the dataset with the model's own tokenizer, or, of a model from scratch, set "
+            f"model.arguments vocab_size = {found[1] + 1}"
         )
     return None
 
@@ -156,9 +156,8 @@ def _channels(told: str, columns: Mapping[str, Tensor], config: Any) -> str | No
     if wanted is None or got is None or wanted == got:
         return None
     return (
-        f"the images have {got} channel(s), but the model takes {wanted}; prepare them with {wanted} "
-        "channels, or set "
-        f"model.arguments num_channels = {got}"
+        f"the images have {got} channel(s), but the model takes {wanted}; prepare them with {wanted}, or, of a "
+        f"model from scratch, set model.arguments num_channels = {got}"
     )
 
 
@@ -171,8 +170,7 @@ def _image_size(columns: Mapping[str, Tensor], config: Any, told: str) -> str | 
         return None
     return (
         f"the images are {pixels.shape[2]}x{pixels.shape[3]}, but the model takes {wanted[0]}x{wanted[1]}; "
-        "prepare them "
-        "in that size, or set model.arguments image_size"
+        "prepare them in that size, or, of a model from scratch, set model.arguments image_size"
     )
 
 

@@ -166,9 +166,7 @@ class Loaded:
             )
         notes = []
         if fresh := sorted((*self.missing, *self.mismatched)):
-            notes.append(
-                f"{self.file} does not give all of the model: {listed(fresh)} begin(s) fresh, from the seed"
-            )
+            notes.append(f"{self.file} does not give all of the model; fresh, from the seed: {listed(fresh)}")
         if self.unused:
             notes.append(f"the model has no use for {listed(self.unused)} of {self.file}")
         return notes
