@@ -13,6 +13,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from hypha.cli.component import HTTP_PORTS
 from hypha.errors import HyphaError, JobFailed
 from hypha.scheduler.snapshot import JobSnapshot
 
@@ -23,7 +24,9 @@ _PATIENCE_S = 10.0
 
 
 def status(
-    address: Annotated[str, typer.Argument(help="The scheduler's http_address, such as 127.0.0.1:9090.")],
+    address: Annotated[
+        str, typer.Argument(help="The scheduler's http_address; default: the one that init writes.")
+    ] = f"127.0.0.1:{HTTP_PORTS['scheduler']}",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended.")] = False,
     token: Annotated[
         Path | None,
