@@ -99,6 +99,15 @@ ADOPT_S = 10.0
 
 
 @dataclass(frozen=True)
+class HeldLease:
+    """A lease that is held, as it stands: it ends at ``expires_at`` of trio's clock unless it is renewed."""
+
+    lease: LeaseGained
+    expires_at: float
+    suspected: bool
+
+
+@dataclass(frozen=True)
 class LeaseSuspect:
     """The worker cannot be reached, repeatedly; its lease still lives."""
 
@@ -159,6 +168,7 @@ class _Held:
     offer: WorkerOffer
     expires_at: float
     gained: bool = False
+    suspected: bool = False
     connection_lost: bool = False
     nudge: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -219,6 +229,15 @@ class Pool:
     def leases(self) -> tuple[LeaseGained, ...]:
         """All leases held now."""
         return tuple(_gained(held) for held in self._held.values() if held.gained)
+
+    @property
+    def held(self) -> tuple[HeldLease, ...]:
+        """All leases held now, and how long they live."""
+        return tuple(
+            HeldLease(_gained(held), held.expires_at, held.suspected)
+            for held in self._held.values()
+            if held.gained
+        )
 
     def missing(self, kind: ExecutorClass) -> int:
         """How many more workers of ``kind`` are wanted than taken."""
@@ -392,6 +411,7 @@ class Pool:
                                 spans.failed("lease lost", reason)
                                 self._lose(held, reason, refused)
                                 return
+                held.expires_at, held.suspected = renewal.expires_at, renewal.suspected
                 events = []
                 if attempt is not None:
                     with spans.attempt():

@@ -33,7 +33,7 @@ from hypha.scheduler.serving import ServedDirectory
 from hypha.scheduler.signals import JobMetrics
 from hypha.scheduler.snapshot import JobSnapshot
 from hypha.scheduler.state import StateDirectory
-from hypha.scheduler.view import Progressed, snapshot_of
+from hypha.scheduler.view import Progressed, snapshot_of, with_surroundings
 from hypha.scheduler.working import Working
 
 logger = logging.getLogger(__name__)
@@ -184,19 +184,22 @@ class RunningJob:
             logger.info("What the scheduler decided last is in %s", path)
 
     def _snapshot(self) -> JobSnapshot:
-        stage, outcome, now = self._stage, self._outcome, trio.current_time()
-        return snapshot_of(
-            self._context.config,
-            stage.current.machine if isinstance(stage, Working) else None,
-            self._context.pool,
+        stage, outcome, context = self._stage, self._outcome, self._context
+        now = trio.current_time()
+        machine = stage.current.machine if isinstance(stage, Working) else None
+        job = snapshot_of(
+            context.config,
+            machine,
+            context.pool,
             None if isinstance(stage, Preparing) else stage.dataset,
-            self._context.progressed,
+            context.progressed,
             stage.step if isinstance(stage, Preparing) else "reading the job's state",
             outcome if isinstance(outcome, HyphaError) else None,
             outcome.output if isinstance(outcome, JobResult) else "",
-            now - self._context.began,
+            now - context.began,
             self._goodput.report(now),
         )
+        return with_surroundings(job, machine, context.pool, context.node, now)
 
     def _look(self) -> None:
         if self._observe is not None:

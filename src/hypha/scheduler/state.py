@@ -23,6 +23,7 @@ _STATE = (
     "export",
     "ledger.json",
     "journal.jsonl",
+    "history.jsonl",
 )
 
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+
 from hypha.config.models import JobConfig
 from hypha.errors import HyphaError
 from hypha.messages import ExecutorClass, LedgerRound, Resources, UpdateStatistics
+from hypha.node import Node
 from hypha.scheduler.datasets import Dataset
 from hypha.scheduler.describe import resources_of
 from hypha.scheduler.goodput.report import GoodputReport
-from hypha.scheduler.pool import Pool
+from hypha.scheduler.pool import HeldLease, Pool
 from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.snapshot import JobSnapshot, JobState, worker_snapshot
+from hypha.scheduler.snapshot import (
+    JobSnapshot,
+    JobState,
+    LeaseSnapshot,
+    SliceCounts,
+    connection_snapshots,
+    worker_snapshot,
+)
 
 _SHARE = 0.3
 
@@ -122,6 +132,36 @@ def snapshot_of(
         elapsed_s=elapsed_s,
         refused=dict(machine.counts) if machine is not None else {},
         goodput=goodput,
+    )
+
+
+def with_surroundings(
+    job: JobSnapshot, machine: RoundMachine | None, pool: Pool, node: Node, now: float
+) -> JobSnapshot:
+    """``job`` and what is around it: leases, slices and connections. ``now`` is of trio's clock."""
+    counts = machine.tracker.counts() if machine is not None else None
+    return msgspec.structs.replace(
+        job,
+        scheduler=node.peer_id,
+        held=tuple(_lease_snapshot(held, now) for held in pool.held),
+        slices=SliceCounts(**counts) if counts is not None else None,
+        connections=connection_snapshots(node.connections()),
+    )
+
+
+def _lease_snapshot(held: HeldLease, now: float) -> LeaseSnapshot:
+    lease, reserved = held.lease, held.lease.resources
+    return LeaseSnapshot(
+        lease=lease.lease_id,
+        peer=lease.worker.peer,
+        kind=lease.kind,
+        price=lease.price,
+        cpu=reserved.cpu,
+        memory=reserved.memory,
+        gpu=reserved.gpu,
+        storage=reserved.storage,
+        expires_in_s=max(0.0, held.expires_at - now),
+        suspected=held.suspected,
     )
 
 
