@@ -156,8 +156,9 @@ def _channels(told: str, columns: Mapping[str, Tensor], config: Any) -> str | No
     if wanted is None or got is None or wanted == got:
         return None
     return (
-        f"the images have {got} channel(s), but the model takes {wanted}; prepare them with {wanted}, or, of a "
-        f"model from scratch, set model.arguments num_channels = {got}"
+        f"the images have {got} channel(s), but the model takes {wanted}; prepare them with {wanted}, or, "
+        "of a "
+        f"a model from scratch, set model.arguments num_channels = {got}"
     )
 
 
