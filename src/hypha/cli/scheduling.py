@@ -36,7 +36,7 @@ _LAST_NEWS_S = 0.3
 
 Job = Callable[..., Any]
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 
 async def run_scheduler(

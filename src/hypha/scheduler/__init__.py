@@ -1,9 +1,31 @@
 """The scheduler: the only authority on a job, from finding workers to the published model."""
 
-from hypha.scheduler.context import JobResult
-from hypha.scheduler.finished import finished_job
-from hypha.scheduler.job import run_job
-from hypha.scheduler.ledger import read_ledger
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from hypha.scheduler.snapshot import JobSnapshot, WorkerSnapshot
 
+if TYPE_CHECKING:
+    from hypha.scheduler.context import JobResult
+    from hypha.scheduler.finished import finished_job
+    from hypha.scheduler.job import run_job
+    from hypha.scheduler.ledger import read_ledger
+
 __all__ = ["JobResult", "JobSnapshot", "WorkerSnapshot", "finished_job", "read_ledger", "run_job"]
+
+#: what needs the network, or the ledger, is imported by who asks for it: looking at a job takes neither
+_LATER = {
+    "JobResult": "context",
+    "finished_job": "finished",
+    "read_ledger": "ledger",
+    "run_job": "job",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
