@@ -16,7 +16,7 @@ from hypha.data.manifest import Progress, manifest_hash, silent
 from hypha.data.options import DEFAULT_SLICE_MB, PrepareOptions, check_options
 from hypha.data.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_for
 from hypha.data.slices import Array, sync
-from hypha.data.sources import Source, open_source
+from hypha.data.sources.opening import Source, open_source
 from hypha.data.staging import HOLDOUT, LABELS_FILE, Staging
 from hypha.errors import DataError
 from hypha.messages import Column, Manifest

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from tests.data.reading import Array, read_dataset
 
-from hypha.data import Prepared, PrepareOptions, prepare, tables, text, verify
+from hypha.data import Prepared, PrepareOptions, prepare, verify
+from hypha.data.sources import tables, text
 from hypha.errors import ConfigError, DataError
 from hypha.messages import Column
 
@@ -428,6 +429,6 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     import sys
 
     (tmp_path / "in.txt").write_text("x")
-    monkeypatch.delitem(sys.modules, "hypha.data.text", raising=False)
+    monkeypatch.delitem(sys.modules, "hypha.data.sources.text", raising=False)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert "pip install 'hypha-train[train]'" in refused(tmp_path, tmp_path / "in.txt", tokenizer="bytes")

@@ -15,11 +15,11 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from hypha.data.arrow_columns import plain
 from hypha.data.columns import Block, listed, rows_a_block
 from hypha.data.options import BYTES, PrepareOptions
 from hypha.data.slices import Array
-from hypha.data.tables import Table
+from hypha.data.sources.arrow_columns import plain
+from hypha.data.sources.tables import Table
 from hypha.errors import ConfigError, DataError, Problem
 
 #: A document longer than this is tokenized in pieces, cut after a line.

@@ -52,18 +52,18 @@ def open_source(options: PrepareOptions) -> Source:
 
 def _open(kind: SourceKind, options: PrepareOptions) -> Source:
     if kind == "numpy":
-        from hypha.data.arrays import ArraySource
+        from hypha.data.sources.arrays import ArraySource
 
         return ArraySource(found_files(options, NUMPY_SUFFIXES))
     if kind == "images":
-        from hypha.data.images import ImageFolder
+        from hypha.data.sources.images import ImageFolder
 
         return ImageFolder(options)
     if kind == "text":
-        from hypha.data.text import TextSource, file_documents
+        from hypha.data.sources.text import TextSource, file_documents
 
         return TextSource(file_documents(found_files(options, TEXT_SUFFIXES)), options)
-    from hypha.data.tables import CsvTable, ParquetTable, Table, TableSource, saved_dataset
+    from hypha.data.sources.tables import CsvTable, ParquetTable, Table, TableSource, saved_dataset
 
     table: Table
     if kind == "csv":
@@ -73,7 +73,7 @@ def _open(kind: SourceKind, options: PrepareOptions) -> Source:
     else:
         table = saved_dataset(options)
     if options.tokenizer is not None:
-        from hypha.data.text import TextSource, table_documents
+        from hypha.data.sources.text import TextSource, table_documents
 
         return TextSource(table_documents(table, options.text_column), options)
     return TableSource(table, options)

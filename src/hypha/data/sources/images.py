@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from hypha.data.columns import Block, rows_a_block
 from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
-from hypha.data.sources import IMAGE_SUFFIXES
+from hypha.data.sources.opening import IMAGE_SUFFIXES
 from hypha.errors import DataError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

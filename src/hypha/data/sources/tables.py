@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from hypha.data.arrow_columns import RowName, is_text, plain, refuse_missing, to_array
 from hypha.data.columns import Block, grouped, listed, needed, rows_a_block
 from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
+from hypha.data.sources.arrow_columns import RowName, is_text, plain, refuse_missing, to_array
 from hypha.errors import ConfigError, DataError, Problem
 
 #: A column of text with more different values than this is not meant as labels.
@@ -358,7 +358,7 @@ class TableSource:
         ids = {name: pa.array(self.labels[name], pa.string()) for name in self._texts}
         decoders = {}
         if images := [name for name in self._names if name in self._table.images]:
-            from hypha.data.images import Decoder
+            from hypha.data.sources.images import Decoder
 
             decoders = {name: Decoder(self._options, name) for name in images}
         for batch in self._table.batches(self._names):
