@@ -49,6 +49,19 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+async def test_a_dataset_that_was_replaced_under_the_node_is_told_as_such(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    shelf = shelf_of(dataset)
+    await pull(shelf, "set/0")
+    write_slices(tmp_path / "new", seed=1)
+    load_dataset_directory(tmp_path / "new", "set")
+    dataset.directory.rename(tmp_path / "old")
+    (tmp_path / "new").rename(dataset.directory)
+    with pytest.raises(Refused, match="another dataset was put in its place; start the data node again"):
+        await pull(shelf, "set/0")
+
+
 # --- what is answered -------------------------------------------------------------------------------
 
 

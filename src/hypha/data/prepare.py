@@ -18,7 +18,7 @@ from hypha.data.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_fo
 from hypha.data.slices import Array, sync
 from hypha.data.sources.opening import Source, open_source
 from hypha.data.staging import HOLDOUT, LABELS_FILE, Staging
-from hypha.errors import DataError
+from hypha.errors import DataError, InputUnusable
 from hypha.messages import Column, Manifest
 
 logger = logging.getLogger("hypha.data")
@@ -70,13 +70,13 @@ def _keep_apart(options: PrepareOptions) -> None:
     if options.holdout_output is not None:
         outputs.append(options.holdout_output.resolve())
         if outputs[0] == outputs[1] or outputs[0] in outputs[1].parents or outputs[1] in outputs[0].parents:
-            raise DataError(
+            raise InputUnusable(
                 f"{outputs[0]} and {outputs[1]} cannot hold two datasets; name separate directories"
             )
     for source in (path.resolve() for path in options.sources):
         for output in outputs:
             if output == source or output in source.parents:
-                raise DataError(
+                raise InputUnusable(
                     f"the output {output} is or holds the source {source}; name another directory"
                 )
 
@@ -93,7 +93,7 @@ class _Run:
         rows = self._records()
         first = next(rows, None)
         if first is None:
-            raise DataError(f"{options.sources[0]} has no samples")
+            raise InputUnusable(f"{options.sources[0]} has no samples")
         columns = self._shaper.columns
         train = self._writer(
             staging.directory, options.dataset_name, columns, "every sample is in the holdout"

@@ -17,7 +17,7 @@ import numpy as np
 
 from hypha.data.columns import Block, listed, rows_a_block
 from hypha.data.slices import Array
-from hypha.errors import DataError
+from hypha.errors import InputUnusable
 
 #: reads the next rows of a column
 ReadRows = Callable[[int], Array]
@@ -40,13 +40,15 @@ class ArraySource:
     def __init__(self, files: list[Path]) -> None:
         suffixes = {path.suffix.lower() for path in files}
         if len(suffixes) > 1:
-            raise DataError(f"{listed(map(str, files))}: .npy and .npz files cannot be mixed in one dataset")
+            raise InputUnusable(
+                f"{listed(map(str, files))}: .npy and .npz files cannot be mixed in one dataset"
+            )
         self.labels: Mapping[str, tuple[str, ...]] = {}
         self.notes: list[str] = []
         self._files = files
         self._archives = suffixes == {".npz"}
         if not self._archives and len({path.stem for path in files}) < len(files):
-            raise DataError(
+            raise InputUnusable(
                 f"{listed(map(str, files))}: two files would give columns of one name; rename a file"
             )
 
@@ -62,7 +64,7 @@ class ArraySource:
                 columns = _open_npz(path, stack)
                 names = names or set(columns)
                 if set(columns) != names:
-                    raise DataError(
+                    raise InputUnusable(
                         f"{path} has the arrays {listed(sorted(columns))}, {self._files[0]} has "
                         f"{listed(sorted(names))}; all parts must have the same"
                     )
@@ -73,7 +75,7 @@ def _read(where: str, columns: dict[str, _Column]) -> Iterator[Block]:
     lengths = {name: column.shape[0] for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise DataError(
+        raise InputUnusable(
             f"{where}: columns differ in their number of rows ({told}); they must be equally long"
         )
     total = next(iter(lengths.values()))
@@ -83,14 +85,14 @@ def _read(where: str, columns: dict[str, _Column]) -> Iterator[Block]:
         try:
             yield Block(where, start, {name: column.read(count) for name, column in columns.items()})
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-            raise DataError(f"{where}, row {start + 1}: cannot be read: {exc}") from exc
+            raise InputUnusable(f"{where}, row {start + 1}: cannot be read: {exc}") from exc
 
 
 def _open_npy(path: Path, stack: contextlib.ExitStack) -> _Column:
     try:
         return _open_array(str(path), stack.enter_context(path.open("rb")), lambda: np.load(path, "r"))
     except (OSError, ValueError, EOFError) as exc:
-        raise DataError(f"{path} is no .npy file of numbers: {exc}") from exc
+        raise InputUnusable(f"{path} is no .npy file of numbers: {exc}") from exc
 
 
 def _from_array(array: Array) -> ReadRows:
@@ -118,9 +120,9 @@ def _open_npz(path: Path, stack: contextlib.ExitStack) -> dict[str, _Column]:
             file = stack.enter_context(archive.open(member))
             columns[name] = _open_array(f"{path}, array {name!r}", file, functools.partial(load, name))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-        raise DataError(f"{path} is no .npz file of numbers: {exc}") from exc
+        raise InputUnusable(f"{path} is no .npz file of numbers: {exc}") from exc
     if not columns:
-        raise DataError(f"{path} holds no arrays")
+        raise InputUnusable(f"{path} holds no arrays")
     return columns
 
 
@@ -132,11 +134,11 @@ def _open_array(where: str, file: IO[bytes], load: Callable[[], Array]) -> _Colu
     elif version == (2, 0):
         shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     else:
-        raise DataError(f"{where} has the format version {version}; save it again as an array of numbers")
+        raise InputUnusable(f"{where} has the format version {version}; save it again as an array of numbers")
     if dtype.kind not in "fiub":
-        raise DataError(f"{where} holds {dtype}; only arrays of numbers or booleans can be columns")
+        raise InputUnusable(f"{where} holds {dtype}; only arrays of numbers or booleans can be columns")
     if not shape or 0 in shape:
-        raise DataError(
+        raise InputUnusable(
             f"{where} has the shape {list(shape)}; the first axis is that of samples, none may be 0"
         )
     if fortran and len(shape) > 1:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hypha.data.slices import Array
-from hypha.errors import DataError
+from hypha.errors import InputUnusable
 
 #: says where row ``i`` of the column is
 RowName = Callable[[int], str]
@@ -35,16 +35,16 @@ def is_text(kind: Any) -> bool:
 
 
 def refuse_missing(column: Any, name: str, row: RowName) -> None:
-    """Raise DataError at the first missing value."""
+    """Raise InputUnusable at the first missing value."""
     if column.null_count:
         first = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-        raise DataError(
+        raise InputUnusable(
             f"{row(first)}: column {name!r} has no value; fill it in, or leave the row or column out"
         )
 
 
 def to_array(column: Any, name: str, row: RowName) -> Array:
-    """A column as an array of shape (rows, ...). Raises DataError naming row and column."""
+    """A column as an array of shape (rows, ...). Raises InputUnusable naming row and column."""
     column = plain(column)
     refuse_missing(column, name, row)
     kind = column.type
@@ -55,7 +55,7 @@ def to_array(column: Any, name: str, row: RowName) -> Array:
         return numbers
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return _lists(column, name, row)
-    raise DataError(
+    raise InputUnusable(
         f"column {name!r} is of type {kind}, which makes no tensor; leave it out by naming the columns to "
         "keep"
     )
@@ -66,12 +66,12 @@ def _lists(column: Any, name: str, row: RowName) -> Array:
     length = int(lengths[0])
     if (odd := np.flatnonzero(lengths != length)).size:
         first = int(odd[0])
-        raise DataError(
+        raise InputUnusable(
             f"{row(first)}: column {name!r} has a list of {int(lengths[first])} values, {row(0)} one of "
             f"{length}; "
             "all must be equally long: pad or cut them first"
         )
     if not length:
-        raise DataError(f"{row(0)}: column {name!r} has an empty list; leave the column out")
+        raise InputUnusable(f"{row(0)}: column {name!r} has an empty list; leave the column out")
     inner = to_array(column.flatten(), name, lambda index: row(index // length))
     return inner.reshape(len(column), length, *inner.shape[1:])

@@ -18,7 +18,7 @@ from hypha.data.columns import Block, rows_a_block
 from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
 from hypha.data.sources.opening import IMAGE_SUFFIXES
-from hypha.errors import DataError
+from hypha.errors import InputUnusable
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 #: Decoding is outside Python's lock; more threads do not help a disk.
@@ -42,11 +42,11 @@ class Decoder:
         return self._size[0] * self._size[1] * len(self._mode) * (1 if self._raw else 4)
 
     def decode(self, content: bytes | Path, where: str) -> Array:
-        """One image. Raises DataError naming ``where``."""
+        """One image. Raises InputUnusable naming ``where``."""
         try:
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as opened:
                 if opened.mode.startswith(("I", "F")):
-                    raise DataError(
+                    raise InputUnusable(
                         f"{where} has pixels of more than 8 bits ({opened.mode}); convert it, or "
                         "prepare it as NumPy files"
                     )
@@ -58,12 +58,14 @@ class Decoder:
             ValueError,
             Image.DecompressionBombError,
         ) as exc:
-            raise DataError(f"{where} is no image that can be read: {exc}; mend it, or take it out") from exc
+            raise InputUnusable(
+                f"{where} is no image that can be read: {exc}; mend it, or take it out"
+            ) from exc
         if self._size is None:
             self._size, self._first = (image.height, image.width), where
         if (image.height, image.width) != self._size:
             if self._first:
-                raise DataError(
+                raise InputUnusable(
                     f"{where} has {image.height} x {image.width} pixels, {self._first} has "
                     f"{self._size[0]} x {self._size[1]}; give an image_size to which all are resized"
                 )
@@ -77,10 +79,12 @@ class ImageFolder:
 
     def __init__(self, options: PrepareOptions) -> None:
         if len(options.sources) != 1:
-            raise DataError("images are prepared from one directory; put the classes' directories into one")
+            raise InputUnusable(
+                "images are prepared from one directory; put the classes' directories into one"
+            )
         root = options.sources[0] / options.split if options.split else options.sources[0]
         if not root.is_dir():
-            raise DataError(f"{root} is no directory of images")
+            raise InputUnusable(f"{root} is no directory of images")
         self.notes: list[str] = []
         self._root = root
         self._decoder = Decoder(options, "pixel_values")
@@ -88,7 +92,7 @@ class ImageFolder:
         classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         flat = self._images(root, deep=False)
         if classes and flat:
-            raise DataError(
+            raise InputUnusable(
                 f"{root} holds both images ({flat[0].name}) and directories ({classes[0].name}); which "
                 "class are the images of? Move them"
             )
@@ -96,12 +100,12 @@ class ImageFolder:
         for number, directory in enumerate(classes):
             images = self._images(directory, deep=True)
             if not images:
-                raise DataError(
+                raise InputUnusable(
                     f"{directory} holds no images; remove it, it would be a class without samples"
                 )
             self._files += [(path, number) for path in images]
         if not self._files:
-            raise DataError(f"{root} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+            raise InputUnusable(f"{root} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
         self._classes = bool(classes)
         self.labels: Mapping[str, tuple[str, ...]] = (
             {"labels": tuple(path.name for path in classes)} if classes else {}

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from hypha.data.columns import Block
 from hypha.data.options import PrepareOptions, SourceKind
-from hypha.errors import ConfigError, DataError, Problem
+from hypha.errors import ConfigError, InputUnusable, Problem
 
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".text"})
 CSV_SUFFIXES = frozenset({".csv", ".tsv"})
@@ -34,12 +34,12 @@ class Source(Protocol):
         """What the user should know; complete after the last block."""
 
     def blocks(self) -> Iterator[Block]:
-        """All samples, in a fixed order. Raises DataError naming file, row or column."""
+        """All samples, in a fixed order. Raises InputUnusable naming file, row or column."""
 
 
 def open_source(options: PrepareOptions) -> Source:
     """The source that ``options`` name. Raises ConfigError when it cannot be told what it is, or a library
-    is missing; DataError when it is not what it should be.
+    is missing; InputUnusable when it is not what it should be.
     """
     kind = options.kind or detect_kind(options)
     try:
@@ -123,7 +123,7 @@ def _has_images(directory: Path) -> bool:
 
 def found_files(options: PrepareOptions, suffixes: frozenset[str]) -> list[Path]:
     """The files that the sources name: files themselves, and of directories those with the right suffix,
-    sorted by name, hidden ones left out. Raises DataError when there are none.
+    sorted by name, hidden ones left out. Raises InputUnusable when there are none.
     """
     found = []
     for source in options.sources:
@@ -137,5 +137,5 @@ def found_files(options: PrepareOptions, suffixes: frozenset[str]) -> list[Path]
             found.append(source)
     if not found:
         where = ", ".join(str(source) for source in options.sources)
-        raise DataError(f"{where} holds no files ending with {' or '.join(sorted(suffixes))}")
+        raise InputUnusable(f"{where} holds no files ending with {' or '.join(sorted(suffixes))}")
     return found

@@ -21,7 +21,7 @@ from hypha.data.columns import Block, grouped, listed, needed, rows_a_block
 from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
 from hypha.data.sources.arrow_columns import RowName, is_text, plain, refuse_missing, to_array
-from hypha.errors import ConfigError, DataError, Problem
+from hypha.errors import ConfigError, InputUnusable, Problem
 
 #: A column of text with more different values than this is not meant as labels.
 MAX_LABELS = 10_000
@@ -85,12 +85,12 @@ class CsvTable:
             with self._open(path) as reader:
                 names = list(reader.schema.names)
         except (pa.ArrowInvalid, OSError) as exc:
-            raise DataError(f"{path} is no CSV file that can be read: {exc}") from exc
+            raise InputUnusable(f"{path} is no CSV file that can be read: {exc}") from exc
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"{path}: two columns are called {twice!r}; each needs a name of its own")
+            raise InputUnusable(f"{path}: two columns are called {twice!r}; each needs a name of its own")
         if self._header and all(_is_number(name) for name in names):
-            raise DataError(
+            raise InputUnusable(
                 f"{path}: its first line holds numbers ({listed(names)}), no names of columns; add such a "
                 "line, or "
                 "set csv_header to false"
@@ -121,7 +121,7 @@ class CsvTable:
                 try:
                     columns[name] = pc.cast(column, kinds[name])
                 except pa.ArrowInvalid as exc:
-                    raise DataError(f"{batch.file} changed while it was read: {exc}") from exc
+                    raise InputUnusable(f"{batch.file} changed while it was read: {exc}") from exc
             yield Batch(batch.file, batch.start, columns)
 
     def _read(self, names: list[str]) -> Iterator[Batch]:
@@ -142,7 +142,7 @@ class CsvTable:
                             yield Batch(str(path), start, columns)
                         start += part.num_rows
             except (pa.ArrowInvalid, OSError) as exc:
-                raise DataError(f"{path}, after row {start}: {exc}") from exc
+                raise InputUnusable(f"{path}, after row {start}: {exc}") from exc
 
     def _found(self) -> dict[str, Any]:
         if self._kinds is None:
@@ -190,12 +190,12 @@ class _CsvKind:
 
     def result(self) -> Any:
         if self._order[0] == pa.string() and self._numbers > self._rows / 2:
-            raise DataError(
+            raise InputUnusable(
                 f"column {self.name!r} holds numbers, but {self._odd}; correct that value, or leave the "
                 "column out"
             )
         if self._missing:
-            raise DataError(
+            raise InputUnusable(
                 f"{self._missing}: column {self.name!r} has no value; fill it in, or leave the row or "
                 "column out"
             )
@@ -210,8 +210,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _other_columns(path: Path, names: list[str], first: Path, expected: list[str]) -> DataError:
-    return DataError(
+def _other_columns(path: Path, names: list[str], first: Path, expected: list[str]) -> InputUnusable:
+    return InputUnusable(
         f"{path} has other columns ({listed(names)}) than {first} ({listed(expected)}); all files of a "
         "dataset must "
         "have the same"
@@ -231,7 +231,7 @@ class ParquetTable:
             try:
                 found = pyarrow.parquet.read_schema(path)
             except (pa.ArrowInvalid, OSError) as exc:
-                raise DataError(f"{path} is no Parquet file that can be read: {exc}") from exc
+                raise InputUnusable(f"{path} is no Parquet file that can be read: {exc}") from exc
             schema = schema or found
             if not found.equals(schema):
                 raise _other_columns(path, _typed(found), files[0], _typed(schema))
@@ -249,7 +249,7 @@ class ParquetTable:
                         yield Batch(str(path), start, {name: part.column(name) for name in names})
                         start += part.num_rows
             except (pa.ArrowInvalid, OSError) as exc:
-                raise DataError(f"{path}, after row {start}: {exc}") from exc
+                raise InputUnusable(f"{path}, after row {start}: {exc}") from exc
 
 
 def _typed(schema: Any) -> list[str]:
@@ -290,7 +290,7 @@ class SavedTable:
                 yield Batch(str(self._path), start, {name: part.column(name) for name in names})
                 start += part.num_rows
         except (pa.ArrowInvalid, OSError) as exc:
-            raise DataError(f"{self._path}, after row {start}: {exc}") from exc
+            raise InputUnusable(f"{self._path}, after row {start}: {exc}") from exc
 
 
 def saved_dataset(options: PrepareOptions) -> SavedTable:
@@ -298,12 +298,12 @@ def saved_dataset(options: PrepareOptions) -> SavedTable:
     import datasets
 
     if len(options.sources) != 1:
-        raise DataError("a Hugging Face dataset is one directory; prepare several one by one")
+        raise InputUnusable("a Hugging Face dataset is one directory; prepare several one by one")
     path = options.sources[0]
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as exc:
-        raise DataError(f"{path} is no dataset saved with save_to_disk: {exc}") from exc
+        raise InputUnusable(f"{path} is no dataset saved with save_to_disk: {exc}") from exc
     if isinstance(loaded, datasets.DatasetDict):
         splits = listed(loaded)
         split = options.split or (next(iter(loaded)) if len(loaded) == 1 else None)
@@ -333,7 +333,7 @@ class TableSource:
         members = {name for group in grouped(table.names, options).values() for name in group}
         for name in self._texts:
             if name in members or options.rename.get(name, name) in numeric:
-                raise DataError(f"column {name!r} is text, and cannot be used as numbers; leave it out")
+                raise InputUnusable(f"column {name!r} is text, and cannot be used as numbers; leave it out")
         if self._texts:
             self._collect()
 
@@ -345,7 +345,7 @@ class TableSource:
                 refuse_missing(column, name, batch.row)
                 values.update(pc.unique(column).to_pylist())
                 if len(values) > MAX_LABELS:
-                    raise DataError(
+                    raise InputUnusable(
                         f"column {name!r} holds text with more than {MAX_LABELS} different values, too "
                         "many for labels; "
                         "leave it out by naming the columns to keep, or give a tokenizer to train on text"

@@ -20,7 +20,7 @@ from hypha.data.options import BYTES, PrepareOptions
 from hypha.data.slices import Array
 from hypha.data.sources.arrow_columns import plain
 from hypha.data.sources.tables import Table
-from hypha.errors import ConfigError, DataError, Problem
+from hypha.errors import ConfigError, InputUnusable, Problem
 
 #: A document longer than this is tokenized in pieces, cut after a line.
 PIECE_CHARACTERS = 4 << 20
@@ -32,7 +32,7 @@ Encode = Callable[[str], Array]
 
 
 def file_documents(files: list[Path]) -> Iterator[Piece]:
-    """Each file is a document. Raises DataError where a file is not UTF-8."""
+    """Each file is a document. Raises InputUnusable where a file is not UTF-8."""
     for path in files:
         yield from _pieces(path)
 
@@ -51,20 +51,22 @@ def _pieces(path: Path) -> Iterator[Piece]:
                     held = held[cut:]
             held += decoder.decode(b"", final=True)
     except UnicodeDecodeError as exc:
-        raise DataError(f"{path} is not UTF-8 text near byte {position + exc.start}: {exc.reason}") from exc
+        raise InputUnusable(
+            f"{path} is not UTF-8 text near byte {position + exc.start}: {exc.reason}"
+        ) from exc
     except OSError as exc:
-        raise DataError(f"{path} cannot be read: {exc.strerror}") from exc
+        raise InputUnusable(f"{path} cannot be read: {exc.strerror}") from exc
     yield held, True
 
 
 def table_documents(table: Table, column: str) -> Iterator[Piece]:
-    """Each row's text is a document. Raises DataError when the column is not there, or no text."""
+    """Each row's text is a document. Raises InputUnusable when the column is not there, or no text."""
     if column not in table.names:
-        raise DataError(
+        raise InputUnusable(
             f"there is no column {column!r} of text; set text_column to one of {listed(table.names)}"
         )
     if column not in table.texts:
-        raise DataError(
+        raise InputUnusable(
             f"column {column!r} is not text; set text_column to one of {listed(sorted(table.texts))}"
         )
     return _rows(table, column)
@@ -164,7 +166,7 @@ class TextSource:
             start += whole
             count -= whole * length
         if not start:
-            raise DataError(
+            raise InputUnusable(
                 f"the text makes {count} tokens, fewer than one sequence of {length}; give more text, or a "
                 "smaller "
                 "sequence_length"
