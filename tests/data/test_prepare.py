@@ -188,7 +188,7 @@ def test_what_is_being_served_is_not_replaced(tmp_path: Path) -> None:
     sources = digits(tmp_path / "in")
     first = prepare(options(tmp_path, *sources, seed=1))
     with staging.being_served([tmp_path / "out"]), staging.being_served([tmp_path / "out"]):
-        with pytest.raises(InputUnusable, match="out is being served by a data node.*stop that node first"):
+        with pytest.raises(InputUnusable, match=r"out is being served by a data node.*stop that node first"):
             prepare(options(tmp_path, *sources, seed=2, force=True))
     assert load_dataset_directory(tmp_path / "out").manifest_hash == first.manifest_hash
     with staging.Staging(tmp_path / "out", force=True) as late, staging.being_served([tmp_path / "out"]):

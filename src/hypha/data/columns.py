@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,15 +24,21 @@ BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a source: equally long arrays by column. ``file`` and ``start`` say where the first is."""
+    """Rows of a source: equally long arrays by column. ``where`` says where row ``i`` of them is, for people:
+    rows and lines count from 1.
+    """
 
-    file: str
-    start: int
+    where: Callable[[int], str]
     columns: dict[str, Array]
 
     def row(self, index: int) -> str:
-        """Where row ``index`` of this block is, for people: files start with row 1."""
-        return f"{self.file}, row {self.start + index + 1}"
+        """Where row ``index`` of this block is."""
+        return self.where(index)
+
+
+def rows_from(file: str, start: int) -> Callable[[int], str]:
+    """``where`` of a block of consecutive rows, the first of which is row ``start``, counted from 0."""
+    return lambda index: f"{file}, row {start + index + 1}"
 
 
 def rows_a_block(row_bytes: int) -> int:
@@ -63,12 +69,16 @@ def needed(names: Iterable[str], options: PrepareOptions) -> list[str]:
     names = list(names)
     groups = grouped(names, options)
     members = {member for group in groups.values() for member in group}
-    for name in options.columns:
-        if name not in names and name not in groups:
-            raise InputUnusable(f"there is no column {name!r}; there are {listed(names)}")
+    for key, asked in (("--column", options.columns), ("--drop", options.drop), ("--fill", options.fill)):
+        for name in asked:
+            if name not in names and (key != "--column" or name not in groups):
+                raise InputUnusable(f"{key}: there is no column {name!r}; there are {listed(names)}")
     if options.columns:
         members = {member for one in options.columns if one in groups for member in groups[one]}
-        return [name for name in names if name in members or name in options.columns]
+        names = [name for name in names if name in members or name in options.columns]
+    names = [name for name in names if name not in options.drop]
+    if not names:
+        raise InputUnusable("no column is left; drop fewer")
     return names
 
 
@@ -85,6 +95,8 @@ class Shaper:
     def __init__(self, options: PrepareOptions) -> None:
         self._options = options
         self.columns: tuple[Column, ...] = ()
+        #: columns with large whole numbers that F32, which nobody asked for, cannot tell apart
+        self.narrowed: set[str] = set()
 
     def records(self, block: Block) -> Array:
         """The rows of ``block`` as records of :attr:`columns`."""
@@ -101,17 +113,23 @@ class Shaper:
             if values.shape[1:] != column.shape:
                 raise InputUnusable(
                     f"{block.row(0)}: {column.name!r} has the shape {list(values.shape[1:])} from here on, "
-                    "before "
-                    f"it had {list(column.shape)}; all samples must have one shape"
+                    f"before it had {list(column.shape)}; all samples must have one shape"
                 )
-            rows[column.name] = cast(values, column, block)
+            rows[column.name] = made_values = cast(values, column, block)
+            unasked = column.dtype == "F32" and column.name not in self._options.dtypes
+            if unasked and ((made_values != values) & (values == np.rint(values))).any():
+                self.narrowed.add(column.name)
         return rows
 
     def _chosen(self, block: Block) -> dict[str, Array]:
         options = self._options
         groups = grouped(block.columns, options)
         members = {member for group in groups.values() for member in group}
-        values = {name: array for name, array in block.columns.items() if name not in members}
+        values = {
+            name: array
+            for name, array in block.columns.items()
+            if name not in members and name not in options.drop
+        }
         for feature, group in groups.items():
             values[feature] = _joined(feature, group, block)
         if options.columns:
@@ -134,7 +152,7 @@ class Shaper:
             if unknown := sorted(set(getattr(self._options, key)) - set(made)):
                 raise InputUnusable(f"{key}: there is no column {unknown[0]!r}; there are {listed(made)}")
         if not made:
-            raise InputUnusable(f"{block.file} has no columns")
+            raise InputUnusable(f"{block.row(0)} has no columns")
         return made
 
     def _column(self, name: str, values: Array, block: Block) -> Column:
@@ -149,7 +167,7 @@ def _joined(feature: str, members: list[str], block: Block) -> Array:
         values = block.columns[name]
         if values.ndim > 2:
             raise InputUnusable(
-                f"{block.file}: feature {feature!r} cannot take column {name!r} of shape "
+                f"{block.row(0)}: feature {feature!r} cannot take column {name!r} of shape "
                 f"{list(values.shape[1:])}; only numbers and flat lists can be joined"
             )
         parts.append(values[:, None] if values.ndim == 1 else values)
@@ -160,9 +178,8 @@ def _shaped(name: str, values: Array, shape: tuple[int, ...], block: Block) -> A
     have = math.prod(values.shape[1:])
     if have != math.prod(shape):
         raise InputUnusable(
-            f"{block.file}: a sample of {name!r} has {have} values (shape {list(values.shape[1:])}), which "
-            "do not "
-            f"make the shape {list(shape)}"
+            f"{block.row(0)}: a sample of {name!r} has {have} values (shape {list(values.shape[1:])}), which "
+            f"do not make the shape {list(shape)}"
         )
     return values.reshape(len(values), *shape)
 
@@ -179,8 +196,7 @@ def _natural_dtype(name: str, values: Array, block: Block) -> str:
     if kind == "b":
         return "BOOL"
     raise InputUnusable(
-        f"{block.file}: column {name!r} holds {values.dtype}, no numbers; leave it out by naming those to "
-        "keep"
+        f"{block.row(0)}: column {name!r} holds {values.dtype}, no numbers; leave it out with --drop {name}"
     )
 
 
@@ -225,7 +241,6 @@ def _refuse(wrong: Array, why: str, values: Array, column: Column, block: Block)
     row = int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))
     value = values[row][wrong[row]].flat[0] if values.ndim > 1 else values[row]
     raise InputUnusable(
-        f"{block.row(row)}: {value} in column {column.name!r} {why}; correct it, choose another dtype, or "
-        "leave "
-        "the column out"
+        f"{block.row(row)}: {value} in column {column.name!r} {why}; correct it, choose another dtype "
+        f"(--dtype {column.name}=...), or leave the column out (--drop)"
     )

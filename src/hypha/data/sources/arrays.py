@@ -15,7 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from hypha.data.columns import Block, listed, rows_a_block
+from hypha.data.columns import Block, listed, needed, rows_a_block, rows_from
+from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
 from hypha.errors import InputUnusable
 
@@ -37,7 +38,7 @@ class _Column:
 class ArraySource:
     """See the module."""
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], options: PrepareOptions) -> None:
         suffixes = {path.suffix.lower() for path in files}
         if len(suffixes) > 1:
             raise InputUnusable(
@@ -46,6 +47,7 @@ class ArraySource:
         self.labels: Mapping[str, tuple[str, ...]] = {}
         self.notes: list[str] = []
         self._files = files
+        self._options = options
         self._archives = suffixes == {".npz"}
         if not self._archives and len({path.stem for path in files}) < len(files):
             raise InputUnusable(
@@ -56,7 +58,7 @@ class ArraySource:
         if not self._archives:
             where = str(self._files[0]) if len(self._files) == 1 else str(self._files[0].parent)
             with contextlib.ExitStack() as stack:
-                yield from _read(where, {path.stem: _open_npy(path, stack) for path in self._files})
+                yield from self._read(where, {path.stem: _open_npy(path, stack) for path in self._files})
             return
         names: set[str] = set()
         for path in self._files:
@@ -68,24 +70,26 @@ class ArraySource:
                         f"{path} has the arrays {listed(sorted(columns))}, {self._files[0]} has "
                         f"{listed(sorted(names))}; all parts must have the same"
                     )
-                yield from _read(str(path), columns)
+                yield from self._read(str(path), columns)
 
-
-def _read(where: str, columns: dict[str, _Column]) -> Iterator[Block]:
-    lengths = {name: column.shape[0] for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise InputUnusable(
-            f"{where}: columns differ in their number of rows ({told}); they must be equally long"
-        )
-    total = next(iter(lengths.values()))
-    step = rows_a_block(sum(column.row_bytes for column in columns.values()))
-    for start in range(0, total, step):
-        count = min(step, total - start)
-        try:
-            yield Block(where, start, {name: column.read(count) for name, column in columns.items()})
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-            raise InputUnusable(f"{where}, row {start + 1}: cannot be read: {exc}") from exc
+    def _read(self, where: str, columns: dict[str, _Column]) -> Iterator[Block]:
+        columns = {name: columns[name] for name in needed(columns, self._options)}
+        lengths = {name: column.shape[0] for name, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise InputUnusable(
+                f"{where}: columns differ in their number of rows ({told}); they must be equally long"
+            )
+        total = next(iter(lengths.values()))
+        step = rows_a_block(sum(column.row_bytes for column in columns.values()))
+        for start in range(0, total, step):
+            count = min(step, total - start)
+            try:
+                yield Block(
+                    rows_from(where, start), {name: column.read(count) for name, column in columns.items()}
+                )
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
+                raise InputUnusable(f"{where}, row {start + 1}: cannot be read: {exc}") from exc
 
 
 def _open_npy(path: Path, stack: contextlib.ExitStack) -> _Column:

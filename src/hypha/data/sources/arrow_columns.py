@@ -27,6 +27,11 @@ def plain(column: Any) -> Any:
     return column
 
 
+def storage_of(kind: Any) -> Any:
+    """An Arrow type without extensions, which is how its values are kept."""
+    return storage_of(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else kind
+
+
 def is_text(kind: Any) -> bool:
     """Whether an Arrow type is text, dictionary-encoded text included."""
     if pa.types.is_dictionary(kind):
@@ -34,12 +39,33 @@ def is_text(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
+def makes_tensor(kind: Any) -> bool:
+    """Whether values of an Arrow type are numbers, booleans, or lists of such."""
+    kind = storage_of(kind)
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if _is_list(kind):
+        return makes_tensor(kind.value_type)
+    return bool(
+        pa.types.is_boolean(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_decimal(kind)
+    )
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def refuse_missing(column: Any, name: str, row: RowName) -> None:
     """Raise InputUnusable at the first missing value."""
     if column.null_count:
         first = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
         raise InputUnusable(
-            f"{row(first)}: column {name!r} has no value; fill it in, or leave the row or column out"
+            f"{row(first)}: column {name!r} has no value; fill it in, or leave such rows out (--missing "
+            "drop), "
+            f"put a value there (--fill {name}=VALUE), or leave the column out (--drop {name})"
         )
 
 
@@ -53,11 +79,10 @@ def to_array(column: Any, name: str, row: RowName) -> Array:
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
         numbers: Array = column.to_numpy(zero_copy_only=False)
         return numbers
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if _is_list(kind):
         return _lists(column, name, row)
     raise InputUnusable(
-        f"column {name!r} is of type {kind}, which makes no tensor; leave it out by naming the columns to "
-        "keep"
+        f"column {name!r} is of type {kind}, which makes no tensor; leave it out with --drop {name}"
     )
 
 
@@ -68,10 +93,12 @@ def _lists(column: Any, name: str, row: RowName) -> Array:
         first = int(odd[0])
         raise InputUnusable(
             f"{row(first)}: column {name!r} has a list of {int(lengths[first])} values, {row(0)} one of "
-            f"{length}; "
-            "all must be equally long: pad or cut them first"
+            f"{length}; all must be equally long: pad or cut them first, or leave the column out (--drop "
+            f"{name})"
         )
     if not length:
-        raise InputUnusable(f"{row(0)}: column {name!r} has an empty list; leave the column out")
+        raise InputUnusable(
+            f"{row(0)}: column {name!r} has an empty list; leave the column out (--drop {name})"
+        )
     inner = to_array(column.flatten(), name, lambda index: row(index // length))
     return inner.reshape(len(column), length, *inner.shape[1:])

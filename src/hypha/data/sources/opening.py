@@ -7,19 +7,12 @@ without.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Protocol
 
 from hypha.data.columns import Block
-from hypha.data.options import PrepareOptions, SourceKind
-from hypha.errors import ConfigError, InputUnusable, Problem
-
-TEXT_SUFFIXES = frozenset({".txt", ".md", ".text"})
-CSV_SUFFIXES = frozenset({".csv", ".tsv"})
-NUMPY_SUFFIXES = frozenset({".npy", ".npz"})
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
-)
+from hypha.data.options import PrepareOptions
+from hypha.data.sources.layout import Layout
+from hypha.errors import ConfigError
 
 
 class Source(Protocol):
@@ -37,105 +30,53 @@ class Source(Protocol):
         """All samples, in a fixed order. Raises InputUnusable naming file, row or column."""
 
 
-def open_source(options: PrepareOptions) -> Source:
-    """The source that ``options`` name. Raises ConfigError when it cannot be told what it is, or a library
-    is missing; InputUnusable when it is not what it should be.
+def open_source(layout: Layout, options: PrepareOptions) -> Source:
+    """The source that ``layout`` describes. Raises ConfigError when a library is missing; InputUnusable
+    when it is not what it should be.
     """
-    kind = options.kind or detect_kind(options)
     try:
-        return _open(kind, options)
+        return _open(layout, options)
     except ModuleNotFoundError as exc:
         raise ConfigError(
-            f"preparing from {kind} needs the Python package {exc.name!r}: pip install 'hypha-train[train]'"
+            f"preparing from {layout.kind} needs the Python package {exc.name!r}: pip install "
+            "'hypha-train[train]'"
         ) from exc
 
 
-def _open(kind: SourceKind, options: PrepareOptions) -> Source:
-    if kind == "numpy":
+def _open(layout: Layout, options: PrepareOptions) -> Source:
+    if layout.kind == "numpy":
         from hypha.data.sources.arrays import ArraySource
 
-        return ArraySource(found_files(options, NUMPY_SUFFIXES))
-    if kind == "images":
-        from hypha.data.sources.images import ImageFolder
+        return ArraySource(layout.paths, options)
+    if layout.kind == "images":
+        from hypha.data.sources.image_folder import DescribedImages, ImageFolder
+        from hypha.data.sources.tables import TableSource
 
-        return ImageFolder(options)
-    if kind == "text":
-        from hypha.data.sources.text import TextSource, file_documents
+        return (
+            TableSource(DescribedImages(layout, options), options)
+            if layout.metadata
+            else ImageFolder(layout, options)
+        )
+    if layout.kind == "text":
+        from hypha.data.sources.text import FileDocuments, TextSource
 
-        return TextSource(file_documents(found_files(options, TEXT_SUFFIXES)), options)
-    from hypha.data.sources.tables import CsvTable, ParquetTable, Table, TableSource, saved_dataset
+        return TextSource(FileDocuments(layout.paths, options.encoding), options)
+    from hypha.data.sources.arrow_tables import ParquetTable, saved_dataset
+    from hypha.data.sources.csv_table import CsvTable
+    from hypha.data.sources.json_table import JsonTable
+    from hypha.data.sources.tables import Table, TableSource
 
     table: Table
-    if kind == "csv":
-        table = CsvTable(found_files(options, CSV_SUFFIXES), options.csv_header)
-    elif kind == "parquet":
-        table = ParquetTable(found_files(options, frozenset({".parquet"})))
+    if layout.kind == "csv":
+        table = CsvTable(layout.paths, options)
+    elif layout.kind == "json":
+        table = JsonTable(layout.paths, options)
+    elif layout.kind == "parquet":
+        table = ParquetTable(layout.paths)
     else:
         table = saved_dataset(options)
     if options.tokenizer is not None:
-        from hypha.data.sources.text import TextSource, table_documents
+        from hypha.data.sources.text import TableDocuments, TextSource
 
-        return TextSource(table_documents(table, options.text_column), options)
+        return TextSource(TableDocuments(table, options), options)
     return TableSource(table, options)
-
-
-def detect_kind(options: PrepareOptions) -> SourceKind:
-    """What the sources are, by their names. Raises ConfigError when that cannot be told."""
-    kinds = {_kind_of(source) for source in options.sources}
-    if len(kinds) == 1 and (kind := kinds.pop()) is not None:
-        return kind
-    what = ", ".join(str(source) for source in options.sources)
-    raise ConfigError(
-        [
-            Problem(
-                key="kind",
-                message=f"cannot tell what {what} is; give one of huggingface, images, csv, parquet, text, "
-                "numpy",
-            )
-        ]
-    )
-
-
-def _kind_of(source: Path) -> SourceKind | None:
-    suffixes = {source.suffix.lower()}
-    if source.is_dir():
-        names = {path.name for path in source.iterdir() if not path.name.startswith(".")}
-        if names & {"dataset_dict.json", "dataset_info.json"}:
-            return "huggingface"
-        suffixes = {Path(name).suffix.lower() for name in names}
-    candidates: list[tuple[SourceKind, frozenset[str]]] = [
-        ("parquet", frozenset({".parquet"})),
-        ("csv", CSV_SUFFIXES),
-        ("numpy", NUMPY_SUFFIXES),
-        ("text", TEXT_SUFFIXES),
-    ]
-    found: list[SourceKind] = [kind for kind, known in candidates if suffixes & known]
-    if len(found) == 1:
-        return found[0]
-    if not found and source.is_dir() and _has_images(source):
-        return "images"
-    return None
-
-
-def _has_images(directory: Path) -> bool:
-    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in directory.rglob("*"))
-
-
-def found_files(options: PrepareOptions, suffixes: frozenset[str]) -> list[Path]:
-    """The files that the sources name: files themselves, and of directories those with the right suffix,
-    sorted by name, hidden ones left out. Raises InputUnusable when there are none.
-    """
-    found = []
-    for source in options.sources:
-        if source.is_dir():
-            found += sorted(
-                path
-                for path in source.iterdir()
-                if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-            )
-        else:
-            found.append(source)
-    if not found:
-        where = ", ".join(str(source) for source in options.sources)
-        raise InputUnusable(f"{where} holds no files ending with {' or '.join(sorted(suffixes))}")
-    return found

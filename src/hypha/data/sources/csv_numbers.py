@@ -1,0 +1,156 @@
+"""Numbers as people write them in tables: ``1234.5``, ``1234,5``, ``1,234.50``, ``1.234,50``, ``1 234,5``.
+
+Whether a comma is a decimal one is decided column by column, by all its values; where a column could be read
+both ways, as the table's other columns are, and that is told.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hypha.data.sources.tables import Batch
+from hypha.errors import InputUnusable
+
+#: Between thousands: what is no decimal sign, the Swiss apostrophes, and the spaces that do not break.
+_OTHERS = "'\u2019 \u00a0\u202f"
+_WHOLE = r"[1-9]\d{0,2}"
+_PATTERNS = {
+    ".": rf"^[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|{_WHOLE}([,{_OTHERS}]\d{{3}})+(\.\d+)?)$",
+    ",": rf"^[+-]?((\d+,?\d*|,\d+)([eE][+-]?\d+)?|{_WHOLE}([.{_OTHERS}]\d{{3}})+(,\d+)?)$",
+}
+_BOTH = [re.compile(pattern) for pattern in _PATTERNS.values()]
+_FRACTION = {".": r"[.eE]", ",": r"[,eE]"}
+_THOUSANDS = {".": rf"[,{_OTHERS}]", ",": rf"[.{_OTHERS}]"}
+#: What stands for a value that is missing, in a column of numbers (as pandas reads them).
+MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "-nan", "NULL", "null", "None", "<NA>")
+
+
+def looks_numeric(text: str) -> bool:
+    """Whether that is a number, in whatever country."""
+    return any(pattern.match(text) for pattern in _BOTH)
+
+
+@dataclass(frozen=True)
+class ColumnType:
+    """How a column's text becomes values: an Arrow type and, of numbers, the decimal sign."""
+
+    type: Any
+    decimal: str = "."
+    grouped: bool = False
+
+
+class ColumnKind:
+    """What a column of text is: the narrowest of whole numbers, numbers and text that fits all rows."""
+
+    def __init__(self, name: str, text: bool = False) -> None:
+        self.name = name
+        #: whether there is any value
+        self.present = False
+        self._viable = {".": not text, ",": not text}
+        self._fraction = {".": False, ",": False}
+        self._wide = False
+        self._numbers = 0
+        self._rows = 0
+        self._odd = ""
+        self._text = text
+        #: a value that has a decimal sign or groups, and one that could be read both ways
+        self._example = ""
+        self._grouped = False
+
+    def see(self, batch: Batch) -> None:
+        """Take note of some rows, whose values are text without spaces around."""
+        column = batch.columns[self.name]
+        absent = pc.is_in(column, pa.array(MISSING, pa.string()))
+        present = column.filter(pc.invert(absent))
+        if not len(present):
+            return
+        self.present = True
+        self._rows += len(present)
+        if self._text:
+            return
+        try:
+            pc.cast(present, pa.int64())
+            self._numbers += len(present)
+            return
+        except pa.ArrowInvalid:
+            pass
+        matches = {sign: pc.match_substring_regex(present, pattern) for sign, pattern in _PATTERNS.items()}
+        either = pc.or_(*matches.values())
+        self._numbers += pc.sum(either).as_py()
+        if not self._odd and (at := pc.index(either, False).as_py()) >= 0:
+            value = present[at].as_py()
+            self._odd = f"{batch.row(pc.index(column, value).as_py())} holds {value!r}"
+        numbers = present.filter(either)
+        for sign, found in matches.items():
+            self._viable[sign] &= bool(pc.all(found).as_py())
+            self._fraction[sign] |= bool(pc.any(pc.match_substring_regex(numbers, _FRACTION[sign])).as_py())
+        self._grouped |= bool(pc.any(pc.match_substring_regex(numbers, rf"[,{_OTHERS}]|\..*\.")).as_py())
+        self._wide |= bool(pc.any(pc.match_substring_regex(numbers, r"\d{19}")).as_py())
+        signed = pc.match_substring_regex(numbers, r"[.,]")
+        if not self._example and pc.any(signed).as_py():
+            self._example = numbers.filter(signed)[0].as_py()
+
+    @property
+    def evidence(self) -> str | None:
+        """The only decimal sign with which the column's values are numbers, if it is only one."""
+        signs = [sign for sign, viable in self._viable.items() if viable]
+        return signs[0] if len(signs) == 1 and self.present and self._example else None
+
+    @property
+    def ambiguous(self) -> bool:
+        """Whether both signs would do, and give different numbers."""
+        return all(self._viable.values()) and bool(self._example)
+
+    @property
+    def has_comma(self) -> bool:
+        """Whether a comma stands in its numbers."""
+        return "," in self._example
+
+    def result(self, decimal: str) -> ColumnType:
+        """Its type, ``decimal`` being the sign where both would do. Raises InputUnusable where most values
+        are numbers and some are not.
+        """
+        if self.present and not self._text:
+            sign = decimal if self._viable[decimal] else next((s for s in _PATTERNS if self._viable[s]), None)
+            if sign is not None:
+                whole = not self._fraction[sign] and not self._wide
+                return ColumnType(pa.int64() if whole else pa.float64(), sign, self._grouped or sign == ",")
+            if self._numbers > self._rows / 2:
+                odd = self._odd or f"{self._example!r} is written otherwise than others"
+                raise InputUnusable(
+                    f"column {self.name!r} holds numbers, but {odd}; correct that value, or leave the "
+                    "column out "
+                    f"(--drop {self.name})"
+                )
+        return ColumnType(pa.string())
+
+    def reading(self, decimal: str) -> str:
+        """How a value of the column is read, for people."""
+        other = "," if decimal == "." else "."
+        read = {sign: to_number(self._example, sign) for sign in (decimal, other)}
+        return (
+            f"{self._example} in column {self.name!r} is read as {read[decimal]}; --decimal {other} makes it "
+            f"{read[other]}"
+        )
+
+
+def to_number(text: str, decimal: str) -> str:
+    """A number as Python writes it."""
+    return re.sub(_THOUSANDS[decimal], "", text).replace(",", ".")
+
+
+def convert(column: Any, kind: ColumnType) -> Any:
+    """A column of text as values of its type, missing ones as nulls. Raises pa.ArrowInvalid."""
+    if pa.types.is_string(kind.type):
+        return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+    absent = pc.is_in(column, pa.array(MISSING, pa.string()))
+    column = pc.if_else(absent, pa.scalar(None, pa.string()), column)
+    if kind.grouped:
+        column = pc.replace_substring_regex(column, _THOUSANDS[kind.decimal], "")
+        column = pc.replace_substring(column, ",", ".")
+    return pc.cast(pc.replace_substring_regex(column, r"^\+", ""), kind.type)
