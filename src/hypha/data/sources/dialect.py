@@ -60,19 +60,18 @@ def find_dialect(path: Path, options: PrepareOptions) -> Dialect:
     if not text.strip():
         raise InputUnusable(f"{path} is empty; take it out, or put a table into it")
     usual = {".tsv": "\t", ".tab": "\t", ".psv": "|"}.get(data_suffix(path), ",")
+    guessed = delimiter is None
     if delimiter is None:
         delimiter = _sniff(text, whole, usual, options.csv_header)
-        if delimiter != usual:
-            notes.append(
-                f"{path.name}: the delimiter is {_NAMES[delimiter]}, by its content; --delimiter gives "
-                "another"
-            )
     rows = _records(text, delimiter, whole)
     if not rows:
         raise InputUnusable(f"{path}, line 1: the header is no line of CSV; is a quotation mark missing?")
     names, told = _names(path, rows[0], options.csv_header)
-    if len(names) == 1 and options.delimiter is None and len(rows) > 1:
+    if guessed and len(names) == 1:
         notes.append(f"{path.name}: no delimiter is found, it has one column; --delimiter gives one")
+    elif guessed and delimiter != usual:
+        sign = _NAMES[delimiter]
+        notes.append(f"{path.name}: the delimiter is {sign}, by its content; --delimiter gives another")
     return Dialect(delimiter, encoding, names, leading, tuple(notes + told))
 
 
