@@ -144,7 +144,7 @@ def test_quoted_fields_with_delimiters_and_line_ends(tmp_path: Path) -> None:
 
 def test_blanks_around_names_and_values(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text(" x , sepal length \n1 , 2\n 3,4 \n")
-    done, back = run(tmp_path, tmp_path / "in.csv")
+    _, back = run(tmp_path, tmp_path / "in.csv")
     assert back["x"].tolist() == [1, 3]
     assert back["sepal length"].tolist() == [2, 4]
     (tmp_path / "in.csv").write_text("x, x\n1,2\n")

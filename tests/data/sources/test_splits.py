@@ -27,10 +27,10 @@ def placed(*names: str, by_words: bool = True) -> dict[str, str | None]:
         {"train.csv": "train", "test.csv": "test"},
         {
             "data/train-00000-of-00002.parquet": "train",
-            "data/validation-00000-of-00001.parquet": "validation",
+            "data/dev-00000-of-00001.parquet": "validation",
         },
         {
-            "data/unsupervised-00000-of-00001-ab12.parquet": "unsupervised",
+            "data/other-00000-of-00001-ab12.parquet": "other",
             "train-00000-of-00001.parquet": "train",
         },
         {"en/train/0.csv": "train", "en/dev/0.csv": "validation", "de/train/0.csv": "train"},
