@@ -227,8 +227,7 @@ class TableSource:
         for name, values in seen.items():
             self.labels[name] = tuple(sorted(values))
             self._own_notes.append(
-                f"column {name!r} is text; its {len(values)} different values became ids (labels.json "
-                "names them); "
+                f"column {name!r} is text; its {len(values)} different values became ids (see labels.json); "
                 f"--drop {name} leaves it out"
             )
 
