@@ -151,6 +151,15 @@ def test_blanks_around_names_and_values(tmp_path: Path) -> None:
     assert "two columns are called 'x'" in refused(tmp_path, tmp_path / "in.csv")
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_blanks_before_quotation_marks(tmp_path: Path, mark: str) -> None:
+    rows = ['"city", "x y", n'] + [f'"Bath, Avon",  "{i} ""a""", {i}' for i in (0, 0, 1, 1)]
+    (tmp_path / "in.csv").write_text(mark + "\n".join(rows), encoding="utf-8")
+    done, back = run(tmp_path, tmp_path / "in.csv")
+    assert done.labels == {"city": ("Bath, Avon",), "x y": ('0 "a"', '1 "a"')}
+    assert back["n"].tolist() == [0, 0, 1, 1]
+
+
 def test_columns_without_names(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text(",x,\n0,5,\n1,6,\n")
     done, back = run(tmp_path, tmp_path / "in.csv")
@@ -212,7 +221,12 @@ def test_what_is_wrong_with_a_column_that_nobody_wants_does_not_matter(tmp_path:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("", "in.csv is empty"), ("x,y\n", "has no"), ("\ufeff", "in.csv is empty"), ("x;y\n", "has no")],
+    [
+        ("", "in.csv is empty"),
+        ("x,y\n", "has no"),
+        ("\ufeff", "in.csv is empty"),
+        ("x;y\n", "has no samples"),
+    ],
 )
 def test_nothing_to_read_is_told(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "in.csv").write_text(content, encoding="utf-8")

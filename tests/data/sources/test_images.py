@@ -58,6 +58,13 @@ def test_splits_are_no_classes(tmp_path: Path, where: str) -> None:
     assert "without an image here, but in other splits: a" in told(done, "keep their ids")
 
 
+def test_a_directory_may_be_named_as_the_split(tmp_path: Path) -> None:
+    root = pets(tmp_path / "in", "summer/cat", "summer/dog", "winter/ant", "winter/dog", images=2)
+    done, back = run(tmp_path, root, split="winter")
+    assert done.labels == {"labels": ("ant", "dog")}
+    assert len(back["labels"]) == 4
+
+
 def test_splits_without_classes(tmp_path: Path) -> None:
     pets(tmp_path / "in", "train", "val")
     done, back = run(tmp_path, tmp_path / "in")

@@ -24,13 +24,14 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
         ("in.json", json.dumps(ROWS, indent=1).encode()),
         ("in.json", b"\n\n" + LINES.replace("\n", "\r\n\r\n").encode()),
         ("in.jsonl", LINES.encode("utf-16")),
+        ("in.jsonl", LINES.encode() + b'{"x": NaN}\n'),
     ],
 )
 def test_objects_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
     monkeypatch.setattr(json_table, "BLOCK_CHARACTERS", 200)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
-    done, back = run(tmp_path, tmp_path / "in")
+    done, back = run(tmp_path, tmp_path / "in", missing="drop")
     assert done.summary.kind == "json"
     assert back["x"].tolist() == list(range(30))
     assert back["y"].tolist() == [i / 2 for i in range(30)]

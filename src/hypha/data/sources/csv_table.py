@@ -4,6 +4,8 @@ text throughout.
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,8 +18,8 @@ import pyarrow.csv
 from hypha.data.columns import listed
 from hypha.data.options import PrepareOptions
 from hypha.data.sources.csv_numbers import ColumnKind, ColumnType, convert
-from hypha.data.sources.dialect import Dialect, find_dialect, line_of, odd_line
-from hypha.data.sources.reading import BROKEN, is_compressed, not_in_encoding, open_data
+from hypha.data.sources.dialect import Dialect, Rewritten, find_dialect, line_of, odd_line
+from hypha.data.sources.reading import BROKEN, is_compressed, not_in_encoding, open_data, open_text
 from hypha.data.sources.tables import Batch, other_columns
 from hypha.errors import InputUnusable
 
@@ -84,17 +86,23 @@ class CsvTable:
             return f"{path}, row {number}" + (f" (line {line})" if line is not None else "")
 
         try:
-            # pyarrow reads plain files itself, in its own threads
-            with open_data(path) as file:
+            with contextlib.ExitStack() as stack:
+                file: Any = path  # which pyarrow reads in its own threads
+                encoding = "utf8" if dialect.encoding.startswith("utf-8") else dialect.encoding
+                if dialect.spaced:
+                    text = stack.enter_context(open_text(path, dialect.encoding))
+                    file, encoding = Rewritten(text, dialect), "utf8"
+                elif is_compressed(path):
+                    file = stack.enter_context(open_data(path))
                 reader = pyarrow.csv.open_csv(
-                    file if is_compressed(path) else path,
+                    file,
                     read_options=pyarrow.csv.ReadOptions(
                         use_threads=False,
                         block_size=CSV_BLOCK_BYTES,
                         column_names=dialect.names,
                         skip_rows=dialect.leading,
                         skip_rows_after_names=1 if header else 0,
-                        encoding="utf8" if dialect.encoding.startswith("utf-8") else dialect.encoding,
+                        encoding=encoding,
                     ),
                     parse_options=pyarrow.csv.ParseOptions(
                         delimiter=dialect.delimiter, newlines_in_values=True
@@ -114,7 +122,7 @@ class CsvTable:
                             }
                             yield Batch(str(path), columns, functools.partial(row, start))
                         start += part.num_rows
-        except (pa.ArrowInvalid, UnicodeDecodeError, *BROKEN) as exc:
+        except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error, *BROKEN) as exc:
             raise self._unreadable(path, dialect, start, exc) from exc
 
     def _unreadable(self, path: Path, dialect: Dialect, start: int, exc: Exception) -> InputUnusable:

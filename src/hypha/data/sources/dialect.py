@@ -9,9 +9,12 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from hypha.data.columns import listed
 from hypha.data.options import PrepareOptions
@@ -37,6 +40,8 @@ class Dialect:
     names: tuple[str, ...]
     leading: int
     notes: tuple[str, ...] = ()
+    #: whether blanks stand before quotation marks, which pyarrow does not know
+    spaced: bool = False
 
 
 def find_dialect(path: Path, options: PrepareOptions) -> Dialect:
@@ -72,7 +77,8 @@ def find_dialect(path: Path, options: PrepareOptions) -> Dialect:
     elif guessed and delimiter != usual:
         sign = _NAMES[delimiter]
         notes.append(f"{path.name}: the delimiter is {sign}, by its content; --delimiter gives another")
-    return Dialect(delimiter, encoding, names, leading, tuple(notes + told))
+    spaced = re.search(rf'(^|{re.escape(delimiter)}) +"', text, re.MULTILINE) is not None
+    return Dialect(delimiter, encoding, names, leading, tuple(notes + told), spaced)
 
 
 def _names(path: Path, row: list[str], header: bool) -> tuple[tuple[str, ...], list[str]]:
@@ -103,7 +109,7 @@ def _records(text: str, delimiter: str, whole: bool) -> list[list[str]]:
     """The first records that are no empty lines, as far as they can be read; whole ones only."""
     found = []
     csv.field_size_limit(_FIELD_BYTES)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         found = [row for row in islice(reader, _SAMPLE_RECORDS + 1) if row]
     except csv.Error:
@@ -140,6 +146,34 @@ def _sniff(text: str, whole: bool, usual: str, header: bool) -> str:
     return chosen or nearly[1]
 
 
+class Rewritten(io.RawIOBase):
+    """A CSV file in UTF-8 without blanks before its fields. Reading raises as :func:`open_text` does."""
+
+    def __init__(self, file: io.TextIOWrapper, dialect: Dialect) -> None:
+        self._parts = _rewritten(file, dialect)
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left and (part := next(self._parts, None)) is not None:
+            self._left = part
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+def _rewritten(file: io.TextIOWrapper, dialect: Dialect) -> Iterator[bytes]:
+    for _ in range(dialect.leading):
+        yield file.readline().encode()
+    reader = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True)
+    while rows := list(islice(reader, _SAMPLE_RECORDS)):
+        written = io.StringIO(newline="")
+        csv.writer(written, delimiter=dialect.delimiter).writerows(rows)
+        yield written.getvalue().encode()
+
+
 def line_of(path: Path, dialect: Dialect, header: bool, row: int) -> int | None:
     """The line on which row ``row`` begins, both counted from 1; None when that cannot be told. Reads the
     file.
@@ -149,7 +183,7 @@ def line_of(path: Path, dialect: Dialect, header: bool, row: int) -> int | None:
         with open_text(path, dialect.encoding) as file:
             for _ in range(dialect.leading):
                 file.readline()
-            reader = csv.reader(file, delimiter=dialect.delimiter)
+            reader = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True)
             while True:
                 before = reader.line_num
                 if next(reader):
@@ -169,7 +203,7 @@ def odd_line(path: Path, dialect: Dialect) -> str | None:
         with open_text(path, dialect.encoding) as file:
             for _ in range(dialect.leading):
                 file.readline()
-            reader = csv.reader(file, delimiter=dialect.delimiter)
+            reader = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True)
             for fields in reader:
                 if fields and len(fields) != len(dialect.names):
                     return (

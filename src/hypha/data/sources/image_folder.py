@@ -66,7 +66,8 @@ class ImageFolder:
     def _refuse_empty(self, options: PrepareOptions, names: list[str]) -> None:
         """A class that has lost its images would shift the others' ids."""
         for source in options.sources:
-            if not source.is_dir() or not names:
+            named = options.split is not None and split_word(options.split) is None
+            if not source.is_dir() or not names or named:
                 continue
             inside = [source, *(path for path in source.iterdir() if path.is_dir() and split_word(path.name))]
             for path in sorted(path for parent in inside for path in parent.iterdir() if path.is_dir()):

@@ -4,6 +4,7 @@ first to see which type each column has.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,22 @@ class JsonTable:
             raise InputUnusable(f"{path} cannot be read: {exc}; is it whole?") from exc
 
 
+def _decoded(text: str) -> Any:
+    """Raises msgspec.DecodeError."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        # Python writes NaN, which is no JSON
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass
+        raise
+
+
 def _of_list(path: Path, text: str) -> Iterator[Rows]:
     try:
-        rows = msgspec.json.decode(text)
+        rows = _decoded(text)
     except msgspec.DecodeError as exc:
         raise InputUnusable(f"{path} is no JSON: {exc}; correct it") from exc
     for number, row in enumerate(rows, 1):
@@ -113,7 +127,7 @@ def _of_lines(path: Path, first: str, file: Any, line: int) -> Iterator[Rows]:
         if not text.strip():
             continue
         try:
-            row = msgspec.json.decode(text)
+            row = _decoded(text)
         except msgspec.DecodeError as exc:
             raise InputUnusable(
                 f"{path}, line {number}: it is no JSON ({exc}); each line holds one object, such as "

@@ -134,6 +134,13 @@ def _chosen(
     ignored: dict[str, list[str]],
 ) -> Layout:
     notes = []
+    asked = options.split
+    if asked is not None and not any(one.split == asked for one in placed):
+        # a directory that has no name of a split, but is named as one
+        placed = [
+            replace(one, split=asked, folders=one.folders[1:]) if one.folders[:1] == (asked,) else one
+            for one in placed
+        ]
     available = sorted({one.split for one in placed if one.split}, key=_split_order)
     others: list[Placed] = []
     where = options.sources[0] if len(options.sources) == 1 else "what was named"

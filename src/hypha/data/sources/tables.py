@@ -226,6 +226,8 @@ class TableSource:
         self._refuse_texts(several)
         for name, values in seen.items():
             self.labels[name] = tuple(sorted(values))
+            if not rows:
+                continue
             self._own_notes.append(
                 f"column {name!r} is text; its {len(values)} different values became ids (see labels.json); "
                 f"--drop {name} leaves it out"
