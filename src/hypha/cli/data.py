@@ -255,8 +255,7 @@ def prepare(
         apart = f", {found.held_out} held out" if found.held_out else ""
         typer.echo(
             f"dry run: {options.dataset_name} would have {found.samples} samples in {found.slices} "
-            f"slices{apart}; "
-            "nothing is written"
+            f"slices{apart}; nothing is written"
         )
         return
     made = prepare_dataset(options, typer.echo)

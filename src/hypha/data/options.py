@@ -133,6 +133,6 @@ def _problems(options: PrepareOptions) -> Iterator[tuple[str, str]]:
     if not options.dataset_name.isprintable() or options.dataset_name.strip("/ ") != options.dataset_name:
         yield (
             "name",
-            f"{options.dataset_name!r} is no name for a dataset; take printable text without a slash at "
-            "its ends",
+            f"{options.dataset_name!r} is no name for a dataset; take printable text without a slash at its "
+            "ends",
         )

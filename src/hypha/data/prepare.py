@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from hypha.data.columns import Shaper
+from hypha.data.columns import Shaper, listed
 from hypha.data.manifest import Progress, manifest_hash, silent
 from hypha.data.options import DEFAULT_SLICE_MB, PrepareOptions, check_options
 from hypha.data.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_for
@@ -217,12 +217,17 @@ class _Run:
                 f"column {name!r} has large whole numbers, which lose digits as F32; --dtype {name}=F64 "
                 "keeps them"
             )
+        for name, counter in self._tally.unnamed(self._labels()).items():
+            ids = listed(str(number) for number in sorted(counter))
+            yield (
+                f"{counter.total()} rows have a label without a name in column {name!r} ({ids}); models "
+                "refuse such labels, -100 excepted, which no loss counts"
+            )
         if slices < FEW_SLICES:
             only = "there is only 1 slice" if slices == 1 else f"there are only {slices} slices"
             yield (
-                f"{only}, and a slice goes to one worker at a time; make smaller ones with "
-                "--slice-samples for "
-                "more workers"
+                f"{only}, and a slice goes to one worker at a time; make smaller ones with --slice-samples "
+                "for more workers"
             )
 
 

@@ -74,6 +74,17 @@ class Tally:
                 self._many.add(column.name)
                 del self._counts[column.name]
 
+    def unnamed(self, names: Mapping[str, tuple[str, ...]]) -> dict[str, Counter[int]]:
+        """Ids that have none of their column's names, with how many rows have them."""
+        odd = {
+            column: Counter(
+                {number: n for number, n in counter.items() if not 0 <= number < len(names[column])}
+            )
+            for column, counter in self._counts.items()
+            if column in names
+        }
+        return {column: counter for column, counter in odd.items() if counter}
+
     def summary(
         self,
         kind: SourceKind,

@@ -172,6 +172,24 @@ def test_columns_that_may_be_null(tmp_path: Path) -> None:
     assert back["z"].tolist() == [1, 2, 3, -1, 5]
 
 
+def test_labels_without_a_name_are_told(tmp_path: Path) -> None:
+    features = datasets.Features(x=datasets.Value("int64"), label=datasets.ClassLabel(names=["no", "yes"]))
+    rows = {"x": [1, 2, 3], "label": [-1, 0, -1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "in.parquet"))
+    done, _ = run(tmp_path, tmp_path / "in.parquet")
+    assert "2 rows have a label without a name in column 'label' (-1)" in told(done, "without a name")
+    assert done.summary.labels == {"label": (("no", 1), ("yes", 0), ("-1", 2))}
+
+
+def test_the_index_of_a_data_frame_is_no_column(tmp_path: Path) -> None:
+    file = write(tmp_path / "in.parquet", x=[1, 2], __index_level_0__=[7, 9])
+    done, back = run(tmp_path, file)
+    assert list(back) == ["x"]
+    assert "--column __index_level_0__" in told(done, "pandas")
+    _, back = run(tmp_path, file, columns=("x", "__index_level_0__"))
+    assert back["__index_level_0__"].tolist() == [7, 9]
+
+
 def test_lists_of_different_lengths(tmp_path: Path) -> None:
     file = write(tmp_path / "in.parquet", x=pa.array([[1.0, 2.0], [3.0]]))
     assert "row 2: column 'x' has a list of 1 values" in refused(tmp_path, file)

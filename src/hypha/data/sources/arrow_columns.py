@@ -64,8 +64,7 @@ def refuse_missing(column: Any, name: str, row: RowName) -> None:
         first = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
         raise InputUnusable(
             f"{row(first)}: column {name!r} has no value; fill it in, or leave such rows out (--missing "
-            "drop), "
-            f"put a value there (--fill {name}=VALUE), or leave the column out (--drop {name})"
+            f"drop), put a value there (--fill {name}=VALUE), or leave the column out (--drop {name})"
         )
 
 

@@ -7,7 +7,8 @@ that begin as image files do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,18 @@ from hypha.errors import InputUnusable
 #: Rows read at a time, before their size is known to ask for fewer.
 MAX_ROWS = 8192
 _FEATURES = b"huggingface"
+#: the numbers of rows, as pandas writes them beside the columns
+_INDEX = re.compile(r"__index_level_\d+__$")
 #: PNG, JPEG, GIF, BMP, TIFF in both orders of bytes, and RIFF, which WebP begins with.
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 
 
 class ParquetTable:
-    """Parquet files with the same columns. Their order may differ, and how wide their numbers are."""
+    """Parquet files with the same columns. Their order may differ, and how wide their numbers are. ``keep``
+    are columns that somebody asked for by name.
+    """
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], keep: Collection[str] = ()) -> None:
         self._files = files
         self.notes: list[str] = []
         schema: Any = None
@@ -43,8 +48,16 @@ class ParquetTable:
             schema = schema or found
             if _compared(found) != _compared(schema):
                 raise other_columns(path, _typed(found), files[0], _typed(schema))
-        self.names: list[str] = list(schema.names)
-        self.types: Mapping[str, Any] = {field.name: storage_of(field.type) for field in schema}
+        index = [name for name in schema.names if _INDEX.match(name) and name not in keep]
+        self.names: list[str] = [name for name in schema.names if name not in index]
+        if index:
+            self.notes.append(
+                f"{listed(index)} is the index of a pandas data frame and is left out; --column {index[0]} "
+                "takes it"
+            )
+        self.types: Mapping[str, Any] = {
+            field.name: storage_of(field.type) for field in schema if field.name not in index
+        }
         self.texts = frozenset(name for name, kind in self.types.items() if is_text(kind))
         features = _features(schema)
         self.labels: Mapping[str, tuple[str, ...]] = _class_names(features)
@@ -181,8 +194,7 @@ def saved_dataset(options: PrepareOptions) -> SavedTable:
     if len(options.sources) != 1:
         raise InputUnusable(
             f"{listed(map(str, options.sources))}: a dataset that save_to_disk made is one directory; "
-            "prepare "
-            "several one by one"
+            "prepare several one by one"
         )
     path = options.sources[0]
     try:

@@ -123,9 +123,8 @@ class ColumnKind:
             if self._numbers > self._rows / 2:
                 odd = self._odd or f"{self._example!r} is written otherwise than others"
                 raise InputUnusable(
-                    f"column {self.name!r} holds numbers, but {odd}; correct that value, or leave the "
-                    "column out "
-                    f"(--drop {self.name})"
+                    f"column {self.name!r} holds numbers, but {odd}; correct that value, or leave the column "
+                    f"out (--drop {self.name})"
                 )
         return ColumnType(pa.string())
 

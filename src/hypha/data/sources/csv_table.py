@@ -132,8 +132,7 @@ class CsvTable:
         if "straddling" in message:
             return InputUnusable(
                 f"{path}, after row {start}: a row is longer than {CSV_BLOCK_BYTES >> 20} MiB; is a "
-                "quotation "
-                "mark missing? Longer texts are better kept in Parquet or .jsonl files"
+                "quotation mark missing? Longer texts are better kept in Parquet or .jsonl files"
             )
         if message.startswith("Empty CSV file"):
             return InputUnusable(f"{path} has no rows below its header; take it out, or put rows into it")

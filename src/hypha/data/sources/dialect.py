@@ -87,9 +87,8 @@ def _names(path: Path, row: list[str], header: bool) -> tuple[tuple[str, ...], l
     names = [name.strip() for name in row]
     if all(looks_numeric(name) for name in names):
         raise InputUnusable(
-            f"{path}: its first line holds numbers ({listed(names)}), no names of columns; add such a "
-            "line, or "
-            "give --no-header"
+            f"{path}: its first line holds numbers ({listed(names)}), no names of columns; add such a line, "
+            "or give --no-header"
         )
     notes = []
     for number, name in enumerate(names):
@@ -208,8 +207,7 @@ def odd_line(path: Path, dialect: Dialect) -> str | None:
                 if fields and len(fields) != len(dialect.names):
                     return (
                         f"{path}, line {before + 1 + dialect.leading}: it has {len(fields)} fields, the "
-                        "first line "
-                        f"{len(dialect.names)} ({listed(dialect.names)}); the delimiter is "
+                        f"first line {len(dialect.names)} ({listed(dialect.names)}); the delimiter is "
                         f"{_NAMES.get(dialect.delimiter, dialect.delimiter)}. Correct that line, or give "
                         "--delimiter"
                     )

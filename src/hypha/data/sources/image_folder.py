@@ -44,8 +44,7 @@ class ImageFolder:
         if names and (loose := [one for one, parts in zip(everything, folders, strict=True) if not parts]):
             raise InputUnusable(
                 f"{loose[0].path} is beside directories ({listed(names)}); which class is it of? Move it "
-                "into one, "
-                f"or write a metadata.csv with the columns {FILE_NAME} and label"
+                f"into one, or write a metadata.csv with the columns {FILE_NAME} and label"
             )
         self.labels: Mapping[str, tuple[str, ...]] = {LABELS: tuple(names)} if names else {}
         self._inhabited = {parent for one in everything for parent in one.path.parents}
@@ -106,9 +105,8 @@ class DescribedImages:
         self._base = self._opened(options)
         if FILE_NAME not in self._base.names:
             raise InputUnusable(
-                f"{self._tables[0]} has no column {FILE_NAME!r}, which says which image a row is about; "
-                "it has "
-                f"{listed(self._base.names)}: rename one"
+                f"{self._tables[0]} has no column {FILE_NAME!r}, which says which image a row is about; it "
+                f"has {listed(self._base.names)}: rename one"
             )
         if PIXELS in self._base.names:
             raise InputUnusable(
@@ -129,8 +127,8 @@ class DescribedImages:
         kinds = {data_suffix(path) for path in self._tables}
         if len(kinds) > 1:
             raise InputUnusable(
-                f"{listed(map(str, self._tables))}: tables of several kinds beside one set of images; "
-                "keep one kind"
+                f"{listed(map(str, self._tables))}: tables of several kinds beside one set of images; keep "
+                "one kind"
             )
         # rows are told apart by what names the images, so that must stay as it is written
         kind = kinds.pop()
@@ -155,8 +153,8 @@ class DescribedImages:
             )
         if len(self._folders) > 1:
             notes.append(
-                f"directories ({listed(self._folders)}) are not taken for classes, as "
-                f"{self._tables[0].name} is there"
+                f"directories ({listed(self._folders)}) are not taken for classes, as {self._tables[0].name} "
+                "is there"
             )
         return notes
 
@@ -172,8 +170,8 @@ class DescribedImages:
                 resolved = path.resolve()
                 if name is None or (resolved not in self._wanted | self._elsewhere and not path.is_file()):
                     raise InputUnusable(
-                        f"{batch.row(index)}: there is no image {path}; correct {FILE_NAME}, or take the "
-                        "row out"
+                        f"{batch.row(index)}: there is no image {path}; correct {FILE_NAME}, or take the row "
+                        "out"
                     )
                 kept.append(resolved not in self._elsewhere)
                 paths.append(str(path.absolute()))

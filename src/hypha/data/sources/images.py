@@ -77,9 +77,8 @@ class Decoder:
         wide = mode in _WIDE or (mode == "I" and opened.format in _WIDE_FORMATS)
         if not wide and mode.startswith(("I", "F")):
             raise InputUnusable(
-                f"{where} has pixels of more than 16 bits ({mode}), of which the range is not known; "
-                "convert it, "
-                "or prepare it as NumPy files"
+                f"{where} has pixels of more than 16 bits ({mode}), of which the range is not known; convert "
+                "it, or prepare it as NumPy files"
             )
         turned = opened.getexif().get(0x0112, 1) not in (0, 1)
         alpha = opened.has_transparency_data
@@ -108,9 +107,8 @@ class Decoder:
         if (image.height, image.width) != self._size:
             if self._first:
                 raise InputUnusable(
-                    f"{where} has {image.height} x {image.width} pixels, {self._first} has "
-                    f"{self._size[0]} x {self._size[1]}; give --image-size HEIGHTxWIDTH, to which all are "
-                    "resized"
+                    f"{where} has {image.height} x {image.width} pixels, {self._first} has {self._size[0]} x "
+                    f"{self._size[1]}; give --image-size HEIGHTxWIDTH, to which all are resized"
                 )
             image = image.resize((self._size[1], self._size[0]), Image.Resampling.BILINEAR)
         if image.mode == "F":

@@ -64,9 +64,8 @@ class JsonTable:
                         )[0].type
                     except pa.ArrowException as exc:
                         raise InputUnusable(
-                            f"{place(0)}: column {name!r} holds {kind} from here on, before it was "
-                            f"{known}; make "
-                            f"them alike, or leave the column out (--drop {name})"
+                            f"{place(0)}: column {name!r} holds {kind} from here on, before it was {known}; "
+                            f"make them alike, or leave the column out (--drop {name})"
                         ) from exc
         if not found:
             raise InputUnusable(
@@ -157,8 +156,7 @@ def _type_of(values: list[Any], name: str, place: Place) -> Any:
         odd = next((one for one in present if _class(one[1]) is not _class(first)), present[0])
         raise InputUnusable(
             f"{place(odd[0])}: column {name!r} holds {_shown(odd[1])}, {place(present[0][0])} "
-            f"{_shown(first)}; make "
-            f"them alike, or leave the column out (--drop {name})"
+            f"{_shown(first)}; make them alike, or leave the column out (--drop {name})"
         ) from exc
 
 

@@ -183,9 +183,8 @@ def _joined(placed: list[Placed]) -> list[str]:
     for found in folders.values():
         if any("-of-" in name for name in seen & found):
             raise InputUnusable(
-                f"there are several configurations of the dataset ({', '.join(names)}), with shards of "
-                "the same "
-                "names; name the directory of one of them"
+                f"there are several configurations of the dataset ({', '.join(names)}), with shards of the "
+                "same names; name the directory of one of them"
             )
         seen |= found
     return [f"the files of {len(names)} directories are joined ({_some(names)}); name one to have it alone"]

@@ -72,7 +72,7 @@ def _open(layout: Layout, options: PrepareOptions) -> Source:
     elif layout.kind == "json":
         table = JsonTable(layout.paths, options)
     elif layout.kind == "parquet":
-        table = ParquetTable(layout.paths)
+        table = ParquetTable(layout.paths, options.columns)
     else:
         table = saved_dataset(options)
     if options.tokenizer is not None:

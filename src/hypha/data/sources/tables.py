@@ -95,8 +95,7 @@ def other_columns(path: Path, names: list[str], first: Path, expected: list[str]
     """The error for files of one table that differ."""
     return InputUnusable(
         f"{path} has other columns ({listed(names)}) than {first} ({listed(expected)}); all files of a "
-        "dataset "
-        "must have the same: make them alike, or name only those that belong together"
+        "dataset must have the same: make them alike, or name only those that belong together"
     )
 
 
@@ -134,8 +133,7 @@ class Gaps:
         more = "; and more" if self._left_out > len(self._named) else ""
         return [
             f"{self._left_out} rows with missing values are left out ({'; '.join(self._named)}{more}); "
-            "--fill "
-            "COLUMN=VALUE keeps them"
+            "--fill COLUMN=VALUE keeps them"
         ]
 
 
@@ -241,11 +239,9 @@ class TableSource:
             told = ", ".join(f"column {name!r} holds text with {how}" for name, how in several.items())
             first = next(iter(several))
             raise InputUnusable(
-                f"{told}, too many for labels; give --tokenizer and --text-column {first} to train on "
-                "text, leave "
-                f"it out with {' '.join(f'--drop {name}' for name in several)}, or have ids of it with "
-                "--dtype "
-                f"{first}=I64"
+                f"{told}, too many for labels; give --tokenizer and --text-column {first} to train on text, "
+                f"leave it out with {' '.join(f'--drop {name}' for name in several)}, or have ids of it with "
+                f"--dtype {first}=I64"
             )
 
     def _advise(self) -> None:

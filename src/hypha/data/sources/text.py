@@ -156,9 +156,8 @@ def load_vocabulary(name: str) -> Vocabulary:
     if (truncation := tokenizer.truncation) is not None:
         tokenizer.no_truncation()
         notes.append(
-            f"{file} cuts texts after {truncation['max_length']} ids; that is turned off, "
-            "--sequence-length says "
-            "how long sequences are"
+            f"{file} cuts texts after {truncation['max_length']} ids; that is turned off, --sequence-length "
+            "says how long sequences are"
         )
     if tokenizer.padding is not None:
         tokenizer.no_padding()
@@ -235,9 +234,8 @@ class TextSource:
             count -= whole * length
         if not start:
             raise InputUnusable(
-                f"the text makes {count} tokens, fewer than one sequence of {length}; give more text, or "
-                "a smaller "
-                "--sequence-length"
+                f"the text makes {count} tokens, fewer than one sequence of {length}; give more text, or a "
+                "smaller --sequence-length"
             )
         self._left = count
 
