@@ -10,9 +10,17 @@ from tests.data.reading import write_slices
 from tests.support.network import Network, address_of
 
 from hypha.config.models import DataConfig, DatasetConfig
-from hypha.data import Dataset, load_dataset_directory, read_manifest, run_data, serve
+from hypha.data import (
+    Dataset,
+    PrepareOptions,
+    load_dataset_directory,
+    prepare,
+    read_manifest,
+    run_data,
+    serve,
+)
 from hypha.data.serve import Shelf, load_datasets
-from hypha.errors import ConfigError, Refused
+from hypha.errors import ConfigError, InputUnusable, Refused
 from hypha.messages import (
     DatasetDescription,
     DescribeDataset,
@@ -229,6 +237,20 @@ async def providers(node: Node, name: str, count: int) -> list[PeerRef]:
             if len(found := await node.find_providers(name)) == count:
                 return found
             await trio.sleep(0.05)
+
+
+@pytest.mark.loopback
+async def test_nothing_is_prepared_over_what_a_node_serves(network: Network, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("x\n1\n2\n")
+    options = PrepareOptions(sources=(tmp_path / "in.csv",), output=tmp_path / "digits", force=True)
+    first = await trio.to_thread.run_sync(prepare, options)
+    async with network.gateway() as gateway, trio.open_nursery() as nursery:
+        await nursery.start(run_data, config(network, [gateway], tmp_path / "digits"))
+        with pytest.raises(InputUnusable, match="digits is being served by a data node"):
+            await trio.to_thread.run_sync(prepare, options)
+        nursery.cancel_scope.cancel()
+    again = await trio.to_thread.run_sync(prepare, options)
+    assert again.manifest_hash == first.manifest_hash
 
 
 @pytest.mark.loopback
