@@ -171,6 +171,7 @@ def prepare(
     drop: Annotated[Pairs, typer.Option(help="Leave these columns out: A or A,B. May be repeated.")] = None,
     missing: Annotated[str, typer.Option(help="Rows with missing values: refuse, or drop.")] = "refuse",
     fill: Annotated[Pairs, typer.Option(help="COLUMN=VALUE where there is none.")] = None,
+    pad: Annotated[Pairs, typer.Option(help="COLUMN=NUMBER at the end of lists that are shorter.")] = None,
     feature: Annotated[
         Pairs, typer.Option(help="NEW=COLUMN,COLUMN or pattern: join columns into one tensor.")
     ] = None,
@@ -227,6 +228,7 @@ def prepare(
         drop=_names(drop),
         missing=cast(Literal["refuse", "drop"], missing),
         fill=_pairs("--fill", fill),
+        pad={key: _number("--pad", value) for key, value in _pairs("--pad", pad).items()},
         delimiter=delimiter,
         decimal=cast(Literal[".", ","] | None, decimal),
         encoding=encoding,

@@ -69,7 +69,12 @@ def needed(names: Iterable[str], options: PrepareOptions) -> list[str]:
     names = list(names)
     groups = grouped(names, options)
     members = {member for group in groups.values() for member in group}
-    for key, asked in (("--column", options.columns), ("--drop", options.drop), ("--fill", options.fill)):
+    for key, asked in (
+        ("--column", options.columns),
+        ("--drop", options.drop),
+        ("--fill", options.fill),
+        ("--pad", options.pad),
+    ):
         for name in asked:
             if name not in names and (key != "--column" or name not in groups):
                 raise InputUnusable(f"{key}: there is no column {name!r}; there are {listed(names)}")

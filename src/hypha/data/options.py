@@ -44,6 +44,8 @@ class PrepareOptions:
     missing: Literal["refuse", "drop"] = "refuse"
     #: column of the source -> what stands where it has no value
     fill: Mapping[str, str] = field(default_factory=dict)
+    #: column of lists of different lengths -> what they are filled up with, to the length of the longest
+    pad: Mapping[str, float] = field(default_factory=dict)
     features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rename: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)

@@ -192,8 +192,29 @@ def test_the_index_of_a_data_frame_is_no_column(tmp_path: Path) -> None:
 
 def test_lists_of_different_lengths(tmp_path: Path) -> None:
     file = write(tmp_path / "in.parquet", x=pa.array([[1.0, 2.0], [3.0]]))
-    assert "row 2: column 'x' has a list of 1 values" in refused(tmp_path, file)
-    assert "--drop x" in refused(tmp_path, file)
+    said = refused(tmp_path, file)
+    assert "row 2: column 'x' has a list of 1 values" in said
+    assert "--pad x=0" in said
+    assert "--drop x" in said
+
+
+def test_lists_may_be_padded(tmp_path: Path) -> None:
+    rows = [list(range(i % 5)) for i in range(20)]
+    file = write(
+        tmp_path / "in.parquet",
+        input_ids=pa.array(rows, pa.list_(pa.int32())),
+        weights=pa.array([[0.5] * len(row) for row in rows], pa.large_list(pa.float32())),
+    )
+    done, back = run(tmp_path, file, pad={"input_ids": -100, "weights": 0.25})
+    assert back["input_ids"].dtype == np.int32
+    assert back["input_ids"].tolist() == [row + [-100] * (4 - len(row)) for row in rows]
+    assert back["weights"][1].tolist() == [0.5, 0.25, 0.25, 0.25]
+    assert "padded with -100 to 4 values" in told(done, "column 'input_ids'")
+    assert "'input_ids' of whole numbers" in refused(tmp_path, file, pad={"input_ids": 0.5, "weights": 0})
+    assert "--pad: there is no column 'z'" in refused(tmp_path, file, pad={"z": 0})
+    assert "column 'x' has no lists" in refused(tmp_path, write(tmp_path / "x.parquet", x=[1]), pad={"x": 0})
+    gaps = write(tmp_path / "gaps.parquet", x=pa.array([[], [1], [2, None]]))
+    assert "row 3: column 'x' has no value" in refused(tmp_path, gaps, pad={"x": 0})
 
 
 def test_files_whose_columns_differ_in_what_makes_no_difference(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def makes_tensor(kind: Any) -> bool:
     kind = storage_of(kind)
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if _is_list(kind):
+    if is_list(kind):
         return makes_tensor(kind.value_type)
     return bool(
         pa.types.is_boolean(kind)
@@ -54,8 +54,11 @@ def makes_tensor(kind: Any) -> bool:
     )
 
 
-def _is_list(kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+def is_list(kind: Any) -> bool:
+    """Whether an Arrow type is one of lists; None is none."""
+    return kind is not None and bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
 
 def refuse_missing(column: Any, name: str, row: RowName) -> None:
@@ -78,11 +81,36 @@ def to_array(column: Any, name: str, row: RowName) -> Array:
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
         numbers: Array = column.to_numpy(zero_copy_only=False)
         return numbers
-    if _is_list(kind):
+    if is_list(kind):
         return _lists(column, name, row)
     raise InputUnusable(
         f"column {name!r} is of type {kind}, which makes no tensor; leave it out with --drop {name}"
     )
+
+
+def longest(column: Any) -> int:
+    """How many values the longest list of a column has, 0 without any."""
+    found = pc.max(pc.list_value_length(column)).as_py()
+    return int(found or 0)
+
+
+def padded(column: Any, name: str, row: RowName, length: int, value: float) -> Array:
+    """A column of flat lists as an array of shape (rows, length), filled up with ``value`` at the end of each.
+    Raises InputUnusable naming row and column.
+    """
+    refuse_missing(column, name, row)
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    ends = np.cumsum(lengths)
+    flat = to_array(
+        column.flatten(), name, lambda index: row(int(np.searchsorted(ends, index, side="right")))
+    )
+    if flat.ndim > 1:
+        raise InputUnusable(f"{row(0)}: column {name!r} has lists in lists, which cannot be padded")
+    if flat.dtype.kind in "iub" and value != round(value):
+        raise InputUnusable(f"--pad: {value:g} is no value for column {name!r} of whole numbers")
+    made = np.full((len(lengths), length), value, dtype=flat.dtype)
+    made[np.arange(length) < lengths[:, None]] = flat
+    return made
 
 
 def _lists(column: Any, name: str, row: RowName) -> Array:
@@ -92,8 +120,8 @@ def _lists(column: Any, name: str, row: RowName) -> Array:
         first = int(odd[0])
         raise InputUnusable(
             f"{row(first)}: column {name!r} has a list of {int(lengths[first])} values, {row(0)} one of "
-            f"{length}; all must be equally long: pad or cut them first, or leave the column out (--drop "
-            f"{name})"
+            f"{length}; all must be equally long: fill them up (--pad {name}=0), or leave the column out "
+            f"(--drop {name})"
         )
     if not length:
         raise InputUnusable(

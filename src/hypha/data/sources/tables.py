@@ -18,7 +18,15 @@ import pyarrow.compute as pc
 from hypha.data.columns import Block, grouped, listed, needed
 from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
-from hypha.data.sources.arrow_columns import makes_tensor, plain, refuse_missing, to_array
+from hypha.data.sources.arrow_columns import (
+    is_list,
+    longest,
+    makes_tensor,
+    padded,
+    plain,
+    refuse_missing,
+    to_array,
+)
 from hypha.errors import InputUnusable
 
 if TYPE_CHECKING:
@@ -176,6 +184,7 @@ class TableSource:
                 )
         if self._texts:
             self._collect()
+        self._lengths = self._longest([name for name in self._names if name in options.pad])
         self._advise()
 
     @property
@@ -244,6 +253,22 @@ class TableSource:
                 f"--dtype {first}=I64"
             )
 
+    def _longest(self, names: list[str]) -> dict[str, int]:
+        """Of columns that are padded, how long they become."""
+        for name in names:
+            if not is_list(self._table.types.get(name)):
+                raise InputUnusable(f"--pad: column {name!r} has no lists")
+        found = dict.fromkeys(names, 0)
+        for batch in self._table.batches(names) if names else ():
+            for name in names:
+                found[name] = max(found[name], longest(plain(batch.columns[name])))
+        for name, length in found.items():
+            self._own_notes.append(
+                f"lists of column {name!r} are padded with {self._options.pad[name]:g} to {length} values, "
+                "as the longest has"
+            )
+        return found
+
     def _advise(self) -> None:
         """How models of transformers call what the columns seem to be."""
         rename = self._options.rename
@@ -284,6 +309,9 @@ class TableSource:
             elif name in self._decoders:
                 refuse_missing(column, name, batch.row)
                 columns[name] = self._decoders[name].decode_all(_contents(column, name, batch))
+            elif name in self._lengths:
+                fill = self._options.pad[name]
+                columns[name] = padded(column, name, batch.row, self._lengths[name], fill)
             else:
                 columns[name] = to_array(column, name, batch.row)
         return Block(batch.row, columns)
