@@ -58,6 +58,11 @@ def test_splits_are_no_classes(tmp_path: Path, where: str) -> None:
     assert "without an image here, but in other splits: a" in told(done, "keep their ids")
 
 
+def test_directories_of_classes_are_named_by_the_one_that_holds_them(tmp_path: Path) -> None:
+    root = pets(tmp_path / "in", "cat", "dog")
+    assert "images are prepared from one directory" in refused(tmp_path, root / "cat", root / "dog")
+
+
 def test_a_directory_may_be_named_as_the_split(tmp_path: Path) -> None:
     root = pets(tmp_path / "in", "summer/cat", "summer/dog", "winter/ant", "winter/dog", images=2)
     done, back = run(tmp_path, root, split="winter")

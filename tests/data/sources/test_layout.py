@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -139,6 +141,37 @@ def test_the_output_of_an_earlier_run_is_no_source(tmp_path: Path) -> None:
     first = prepare(options)
     again = prepare(replace(options, force=True))
     assert again.manifest_hash == first.manifest_hash
+
+
+def test_a_directory_that_cannot_be_read_is_not_left_out_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "x.csv").write_text("x\n1\n")
+    real = os.scandir
+
+    def closed(path: Any) -> Any:
+        # root reads everything; this is how the system answers anybody else
+        if str(path).endswith("in/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert "in/b cannot be read: Permission denied" in refused(tmp_path, tmp_path / "in", kind="csv")
+
+
+def test_a_repository_without_its_large_files(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "train.csv").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    )
+    assert "train.csv is a pointer of Git LFS" in refused(tmp_path, tmp_path / "in")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.csv").write_text("x\n1\n")
+    (tmp_path / "links" / "b.csv").symlink_to(tmp_path / "gone.csv")
+    done, _ = run(tmp_path, tmp_path / "links")
+    assert done.summary.ignored == ("b.csv (no file, or a link to nothing)",)
 
 
 def test_links_as_the_cache_of_the_hub_has_them(tmp_path: Path) -> None:

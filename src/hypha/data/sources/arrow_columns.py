@@ -95,7 +95,7 @@ def longest(column: Any) -> int:
 
 
 def padded(column: Any, name: str, row: RowName, length: int, value: float) -> Array:
-    """A column of flat lists as an array of shape (rows, length), filled up with ``value`` at the end of each.
+    """A column of flat lists as an array of shape (rows, length), filled up with ``value`` at each end.
     Raises InputUnusable naming row and column.
     """
     refuse_missing(column, name, row)

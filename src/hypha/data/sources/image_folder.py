@@ -35,6 +35,11 @@ class ImageFolder:
     """See the module."""
 
     def __init__(self, layout: Layout, options: PrepareOptions) -> None:
+        if sum(source.is_dir() for source in options.sources) > 1:
+            raise InputUnusable(
+                f"{listed(map(str, options.sources))}: images are prepared from one directory, as those in "
+                "it are the classes; put them into one, or prepare them one by one"
+            )
         self._files = layout.paths
         self._decoder = Decoder(options, PIXELS)
         self._own_notes: list[str] = []

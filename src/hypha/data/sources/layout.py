@@ -69,6 +69,8 @@ _ADVICE = {
     ".pkl": "save it as .npy or Parquet",
     ".h5": "save it as .npy or Parquet",
 }
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
 #: Names that wrap all there is, and are no class.
 _WRAPPERS = frozenset({"data", "dataset", "images", "image", "img", "imgs"})
 
@@ -158,6 +160,7 @@ def _chosen(
         inside = {one.path.parent for one in taken}
         metadata = [path for path in metadata if path.parent not in elsewhere - inside]
         placed = taken
+    _refuse_pointers([one.path for one in placed] + metadata)
     if kind in ("parquet", "csv", "json"):
         notes += _joined(placed)
     return Layout(kind, tuple(placed), tuple(metadata), tuple(others), tuple(notes), told(ignored))
@@ -209,7 +212,7 @@ def _walk(root: Path, options: PrepareOptions, ignored: dict[str, list[str]]) ->
     outputs = {path.resolve() for path in (options.output, options.holdout_output) if path is not None}
     visited = set()
     found = []
-    for directory, directories, files in os.walk(root, followlinks=True):
+    for directory, directories, files in os.walk(root, onerror=_unreadable, followlinks=True):
         here = Path(directory)
         visited.add(here.resolve())
         kept = []
@@ -223,12 +226,32 @@ def _walk(root: Path, options: PrepareOptions, ignored: dict[str, list[str]]) ->
         for name in sorted(files):
             path = here / name
             if not path.is_file():
-                continue
-            if (reason := no_data(path)) is not None:
+                ignored.setdefault("no file, or a link to nothing", []).append(_short(path, root))
+            elif (reason := no_data(path)) is not None:
                 ignored.setdefault(reason, []).append(_short(path, root))
             else:
                 found.append(path)
     yield from sorted(found, key=lambda path: path.parts)
+
+
+def _unreadable(exc: OSError) -> None:
+    raise InputUnusable(
+        f"{exc.filename} cannot be read: {exc.strerror}; nothing in it would be used"
+    ) from exc
+
+
+def _refuse_pointers(paths: list[Path]) -> None:
+    """Raise InputUnusable where a repository was cloned without its large files."""
+    for path in paths:
+        try:
+            small = path.stat().st_size < _POINTER_BYTES
+            pointer = small and path.read_bytes().startswith(_POINTER)
+        except OSError as exc:
+            raise InputUnusable(f"{path} cannot be read: {exc.strerror}") from exc
+        if pointer:
+            raise InputUnusable(
+                f"{path} is a pointer of Git LFS, not the file itself; fetch those with `git lfs pull`"
+            )
 
 
 def no_data(path: Path) -> str | None:
