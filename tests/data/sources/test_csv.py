@@ -77,6 +77,8 @@ def test_bytes_far_behind_the_beginning_are_named_too(
 def test_utf_16_without_a_mark_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_bytes("x,y\n1,2\n".encode("utf-16-le"))
     assert "--encoding utf-16-le" in refused(tmp_path, tmp_path / "in.csv")
+    (tmp_path / "in.csv").write_bytes(b"x,y\n1,2\n3,\0\n")
+    assert "it has zero bytes; it may be damaged" in refused(tmp_path, tmp_path / "in.csv")
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,18 @@ def test_a_line_with_too_many_fields_is_told(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("x;z\n" + "\n".join(rows) + "\n")
     said = refused(tmp_path, tmp_path / "in.csv")
     assert "in.csv, line 22: it has 3 fields, the first line 2 (x, z); the delimiter is a semicolon" in said
+
+
+def test_a_quotation_mark_that_is_not_closed(tmp_path: Path) -> None:
+    rows = [f'{i},"{"ab"[i % 2]}"' for i in range(20)]
+    rows[12] = '12,"a'
+    (tmp_path / "in.csv").write_text("x,y\n" + "\n".join(rows[:13] + [f"{i},b" for i in range(13, 20)]))
+    said = refused(tmp_path, tmp_path / "in.csv")
+    assert "in.csv, line 14: a quotation mark is opened here and not closed" in said
+    # inches are no quotation
+    (tmp_path / "in.csv").write_text('x,y\n1,5" pipe\n2,4 pipe\n')
+    done, _ = run(tmp_path, tmp_path / "in.csv")
+    assert done.labels == {"y": ("4 pipe", '5" pipe')}
 
 
 def test_missing_values_are_refused_left_out_or_filled(tmp_path: Path) -> None:

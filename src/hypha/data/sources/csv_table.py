@@ -18,7 +18,7 @@ import pyarrow.csv
 from hypha.data.columns import listed
 from hypha.data.options import PrepareOptions
 from hypha.data.sources.csv_numbers import ColumnKind, ColumnType, convert
-from hypha.data.sources.dialect import Dialect, Rewritten, find_dialect, line_of, odd_line
+from hypha.data.sources.dialect import Dialect, Rewritten, find_dialect, line_of, odd_line, unclosed
 from hypha.data.sources.reading import BROKEN, is_compressed, not_in_encoding, open_data, open_text
 from hypha.data.sources.tables import Batch, other_columns
 from hypha.errors import InputUnusable
@@ -143,6 +143,9 @@ class CsvTable:
 
     def _found(self) -> dict[str, ColumnType]:
         if self._kinds is None:
+            for path, dialect in self._dialects.items():
+                if _odd_quotes(path) and (wrong := unclosed(path, dialect)) is not None:
+                    raise InputUnusable(wrong)
             everything = list(self._dialects[self._files[0]].names)
             kinds = [ColumnKind(name, name in self._texts_only) for name in everything]
             rows = 0
@@ -190,6 +193,18 @@ class CsvTable:
                 "only"
             )
         return found
+
+
+def _odd_quotes(path: Path) -> bool:
+    """Whether the number of quotation marks is odd, as it is when one is missing."""
+    count = 0
+    try:
+        with open_data(path) as file:
+            while block := file.read(CSV_BLOCK_BYTES):
+                count += block.count(b'"')
+    except BROKEN as exc:
+        raise InputUnusable(f"{path} cannot be read: {exc}; is it whole?") from exc
+    return count % 2 == 1
 
 
 def _notes(dialects: list[Dialect]) -> list[str]:

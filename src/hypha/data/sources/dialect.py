@@ -193,6 +193,28 @@ def line_of(path: Path, dialect: Dialect, header: bool, row: int) -> int | None:
         return None
 
 
+def unclosed(path: Path, dialect: Dialect) -> str | None:
+    """What is wrong where a quotation mark is never closed, so that the file's rest would be one field. Reads
+    the file.
+    """
+    start = 0
+    try:
+        with open_text(path, dialect.encoding) as file:
+            reader = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True, strict=True)
+            for _ in reader:
+                start = reader.line_num
+    except csv.Error as exc:
+        if "unexpected end of data" in str(exc):
+            return (
+                f"{path}, line {start + 1}: a quotation mark is opened here and not closed up to the end "
+                "of the "
+                "file; correct that line"
+            )
+    except (*BROKEN, UnicodeDecodeError):
+        return None
+    return None
+
+
 def odd_line(path: Path, dialect: Dialect) -> str | None:
     """What is wrong with the first record that has more or fewer fields than there are columns. Reads the
     file.

@@ -106,7 +106,10 @@ def not_in_encoding(path: Path, asked: str | None) -> InputUnusable:
     except BROKEN as exc:
         return InputUnusable(f"{path}, near line {line}: {exc}; is the file whole?")
     if head.count(0) > len(head) // 4:
+        where = "; it has zero bytes"
         advice = "it looks like UTF-16 without a byte order mark: --encoding utf-16-le"
+    elif not where and 0 in head:
+        where, advice = "; it has zero bytes", "it may be damaged, or no text at all"
     else:
         advice = "give the encoding it has, such as --encoding cp1252 (Windows) or latin-1"
     return InputUnusable(f"{path} is not {encoding.upper().replace('-SIG', '')} text{where}; {advice}")
