@@ -165,6 +165,9 @@ def prepare(
     split: Annotated[
         str | None, typer.Option(help="Such as train (the default), test, train+test, all.")
     ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Configuration of a hub repository whose README.md names several.")
+    ] = None,
     column: Annotated[
         Pairs, typer.Option("--column", "--columns", help="Keep only these: A or A,B. May be repeated.")
     ] = None,
@@ -224,6 +227,7 @@ def prepare(
         name=name,
         kind=cast(SourceKind | None, kind),
         split=split,
+        config=config,
         columns=_names(column),
         drop=_names(drop),
         missing=cast(Literal["refuse", "drop"], missing),

@@ -37,6 +37,8 @@ class PrepareOptions:
     kind: SourceKind | None = None
     #: such as ``train``, ``train+validation`` or ``all``; ``train`` where there are several and None is given
     split: str | None = None
+    #: of a dataset repository whose README.md names several
+    config: str | None = None
     columns: tuple[str, ...] = ()
     #: columns of the source to leave out
     drop: tuple[str, ...] = ()

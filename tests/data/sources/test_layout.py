@@ -114,6 +114,46 @@ def test_images_and_a_table_of_another_name(tmp_path: Path) -> None:
     assert done.summary.ignored == ("labels.csv (not images)",)
 
 
+CARD = """---
+configs:
+- config_name: small
+  data_files:
+  - split: train
+    path: files/first.csv
+  - split: test
+    path: ["files/second.csv"]
+- config_name: large
+  {default}data_files: "files/*.csv"
+---
+# A card
+"""
+
+
+def test_the_card_of_a_repository_says_which_files_are_which_split(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    (root / "files").mkdir(parents=True)
+    for number, name in enumerate(("first", "second", "third")):
+        (root / "files" / f"{name}.csv").write_text(f"x\n{number}\n")
+    (root / "README.md").write_text(CARD.format(default=""))
+    assert "has the configurations small, large; name one" in refused(tmp_path, root)
+    assert "no configuration 'huge'; it has small, large" in refused(tmp_path, root, config="huge")
+    done, back = run(tmp_path, root, config="small")
+    assert back["x"].tolist() == [0]
+    assert "(configuration small, of which large are left out; --config" in told(done, "README.md")
+    assert "files/third.csv (of no split in README.md)" in done.summary.ignored
+    _, back = run(tmp_path, root, config="small", split="test")
+    assert back["x"].tolist() == [1]
+    (root / "README.md").write_text(CARD.format(default="default: true\n  "))
+    done, back = run(tmp_path, root)
+    assert back["x"].tolist() == [0, 1, 2]
+    (root / "README.md").write_text("---\nconfigs: [\n---\n")
+    assert "README.md: its header cannot be read" in refused(tmp_path, root)
+    (root / "README.md").write_text("---\nlicense: mit\n---\n")
+    _, back = run(tmp_path, root)
+    assert back["x"].tolist() == [0, 1, 2]
+    assert "leave --config out" in refused(tmp_path, root, config="small")
+
+
 def test_several_configurations_are_not_mixed(tmp_path: Path) -> None:
     for language in ("de", "en"):
         (tmp_path / "in" / language).mkdir(parents=True)

@@ -181,6 +181,16 @@ def test_labels_without_a_name_are_told(tmp_path: Path) -> None:
     assert done.summary.labels == {"label": (("no", 1), ("yes", 0), ("-1", 2))}
 
 
+@pytest.mark.parametrize("names", [("kind",), ("fine_label", "coarse_label")])
+def test_the_only_classes_are_advised_as_labels(tmp_path: Path, names: tuple[str, ...]) -> None:
+    features = datasets.Features({name: datasets.ClassLabel(names=["no", "yes"]) for name in names})
+    made = datasets.Dataset.from_dict({name: [0, 1] for name in names}, features=features)
+    made.to_parquet(str(tmp_path / "in.parquet"))
+    done, _ = run(tmp_path, tmp_path / "in.parquet")
+    assert ("--rename kind=labels" in str(done.notes)) == (names == ("kind",))
+    assert ("=labels" in str(done.notes)) == (names == ("kind",))
+
+
 def test_the_index_of_a_data_frame_is_no_column(tmp_path: Path) -> None:
     file = write(tmp_path / "in.parquet", x=[1, 2], __index_level_0__=[7, 9])
     done, back = run(tmp_path, file)

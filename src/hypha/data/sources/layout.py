@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hypha.data.options import PrepareOptions, SourceKind
+from hypha.data.sources.card import read_card
 from hypha.data.sources.reading import data_suffix
 from hypha.data.sources.splits import Placed, choose, place
 from hypha.errors import ConfigError, InputUnusable, Problem
@@ -113,6 +114,7 @@ def find_layout(options: PrepareOptions) -> Layout:
     metadata = _metadata(kind, everything)
     suffixes = SUFFIXES[kind]
     placed = [Placed(path, None, ()) for path in named if path not in metadata]
+    notes: list[str] = []
     for root, paths in found.items():
         data = [path for path in paths if data_suffix(path) in suffixes]
         for path in paths:
@@ -122,10 +124,19 @@ def find_layout(options: PrepareOptions) -> Layout:
         if kind == "numpy" and not all(one.split for one in ours):
             # each file is a column: `labels.npy` belongs to `train_images.npy`
             ours = [replace(one, split=None) for one in ours]
+        if (card := read_card(root, options.config)) is not None:
+            notes.append(card.note)
+            for one in ours:
+                if one.path not in card.splits:
+                    ignored.setdefault("of no split in README.md", []).append(_short(one.path, root))
+            ours = [replace(one, split=card.splits[one.path]) for one in ours if one.path in card.splits]
+        elif options.config is not None:
+            message = f"{root} has no README.md that names configurations; leave --config out"
+            raise ConfigError([Problem("config", message, "--config")])
         placed += ours
     if not placed:
         raise InputUnusable(_nothing(options, kind, ignored))
-    return _chosen(options, kind, placed, metadata, ignored)
+    return _chosen(options, kind, placed, metadata, ignored, notes)
 
 
 def _chosen(
@@ -134,8 +145,8 @@ def _chosen(
     placed: list[Placed],
     metadata: list[Path],
     ignored: dict[str, list[str]],
+    notes: list[str],
 ) -> Layout:
-    notes = []
     asked = options.split
     if asked is not None and not any(one.split == asked for one in placed):
         # a directory that has no name of a split, but is named as one
@@ -184,7 +195,7 @@ def _joined(placed: list[Placed]) -> list[str]:
     names = ["/".join(parts) for parts in folders]
     seen: set[str] = set()
     for found in folders.values():
-        if any("-of-" in name for name in seen & found):
+        if any("-of-" in name or Path(name).stem.isdigit() for name in seen & found):
             raise InputUnusable(
                 f"there are several configurations of the dataset ({', '.join(names)}), with shards of the "
                 "same names; name the directory of one of them"

@@ -278,9 +278,9 @@ class TableSource:
         if images and "pixel_values" not in made:
             flags.append(f"--rename {images[0]}=pixel_values")
         if "labels" not in made:
-            flags += [
-                f"--rename {name}=labels" for name in ("label",) if name in made and name in self._names
-            ]
+            classes = [name for name in self._names if name in self._table.labels and name not in rename]
+            found = ["label"] if "label" in self._names and "label" not in rename else classes
+            flags += [f"--rename {found[0]}=labels"] if len(found) == 1 else []
         if flags:
             self._own_notes.append(f"columns keep their names; most models want {' '.join(flags)}")
 
