@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.data.sources.running import refused, run, told
 
@@ -98,8 +100,25 @@ def test_utf_16_without_a_mark_is_recognised(tmp_path: Path) -> None:
 )
 def test_thousands_and_decimal_signs(tmp_path: Path, written: str, value: float) -> None:
     (tmp_path / "in.csv").write_text(f"x;y\n{written};1\n{written};2\n", encoding="utf-8")
-    _, back = run(tmp_path, tmp_path / "in.csv")
+    done, back = run(tmp_path, tmp_path / "in.csv")
     assert back["x"].tolist() == [value, value]
+    grouped = len(re.split(r"[.,' \u202f\u00a0]", written)) > 2
+    assert grouped == (f"{written} in column 'x' is read as {value}, by the column's values" in done.notes)
+
+
+def test_whole_numbers_with_blanks_between_thousands(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("x;y\n1 234;1\n12 345 678;2\n7;3\n")
+    done, back = run(tmp_path, tmp_path / "in.csv")
+    assert back["x"].tolist() == [1234, 12345678, 7]
+    assert back["x"].dtype == np.int64
+    assert "1 234 in column 'x' is read as 1234" in told(done, "by the column's values")
+
+
+def test_two_decimal_signs_in_one_column(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("x;y\n1,5;1\n2,5;2\n3.25;3\n4,5;4\n")
+    said = refused(tmp_path, tmp_path / "in.csv", decimal=",")
+    assert "row 3 (line 4) holds '3.25', with another decimal sign than others" in said
+    assert "with another decimal sign than others" in refused(tmp_path, tmp_path / "in.csv")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ both ways, as the table's other columns are, and that is told.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +46,28 @@ class ColumnType:
     grouped: bool = False
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A value, and where it is; telling that may read the file."""
+
+    value: str
+    place: Callable[[], str]
+
+
+def _first(batch: Batch, column: Any, present: Any, mask: Any) -> _Found | None:
+    """The first of the values that are ``present`` in a column for which ``mask`` is false."""
+    at = pc.index(mask, False).as_py()
+    if at < 0:
+        return None
+    value = present[at].as_py()
+    return _Found(value, functools.partial(batch.row, pc.index(column, value).as_py()))
+
+
+def _example(values: Any, pattern: str) -> str:
+    found = values.filter(pc.match_substring_regex(values, pattern))
+    return str(found[0].as_py()) if len(found) else ""
+
+
 class ColumnKind:
     """What a column of text is: the narrowest of whole numbers, numbers and text that fits all rows."""
 
@@ -56,11 +80,13 @@ class ColumnKind:
         self._wide = False
         self._numbers = 0
         self._rows = 0
-        self._odd = ""
         self._text = text
-        #: a value that has a decimal sign or groups, and one that could be read both ways
+        #: the first value that is no number, and those that are none with one decimal sign
+        self._odd: _Found | None = None
+        self._other: dict[str, _Found] = {}
+        #: a value that has a decimal sign, and those with something between thousands
         self._example = ""
-        self._grouped = False
+        self._thousands = {".": "", ",": ""}
 
     def see(self, batch: Batch) -> None:
         """Take note of some rows, whose values are text without spaces around."""
@@ -90,18 +116,16 @@ class ColumnKind:
         matches = {sign: pc.match_substring_regex(present, pattern) for sign, pattern in _PATTERNS.items()}
         either = pc.or_(*matches.values())
         self._numbers += pc.sum(either).as_py()
-        if not self._odd and (at := pc.index(either, False).as_py()) >= 0:
-            value = present[at].as_py()
-            self._odd = f"{batch.row(pc.index(column, value).as_py())} holds {value!r}"
+        self._odd = self._odd or _first(batch, column, present, either)
         numbers = present.filter(either)
         for sign, found in matches.items():
             self._viable[sign] &= bool(pc.all(found).as_py())
+            if sign not in self._other and (odd := _first(batch, column, present, found)) is not None:
+                self._other[sign] = odd
             self._fraction[sign] |= bool(pc.any(pc.match_substring_regex(numbers, _FRACTION[sign])).as_py())
-        self._grouped |= bool(pc.any(pc.match_substring_regex(numbers, rf"[,{_OTHERS}]|\..*\.")).as_py())
+            self._thousands[sign] = self._thousands[sign] or _example(numbers, _THOUSANDS[sign])
         self._wide |= bool(pc.any(pc.match_substring_regex(numbers, r"\d{19}")).as_py())
-        signed = pc.match_substring_regex(numbers, r"[.,]")
-        if not self._example and pc.any(signed).as_py():
-            self._example = numbers.filter(signed)[0].as_py()
+        self._example = self._example or _example(numbers, r"[.,]")
 
     @property
     def evidence(self) -> str | None:
@@ -127,14 +151,24 @@ class ColumnKind:
             sign = decimal if self._viable[decimal] else next((s for s in _PATTERNS if self._viable[s]), None)
             if sign is not None:
                 whole = not self._fraction[sign] and not self._wide
-                return ColumnType(pa.int64() if whole else pa.float64(), sign, self._grouped or sign == ",")
+                grouped = bool(self._thousands[sign]) or sign == ","
+                return ColumnType(pa.int64() if whole else pa.float64(), sign, grouped)
             if self._numbers > self._rows / 2:
-                odd = self._odd or f"{self._example!r} is written otherwise than others"
+                odd = self._odd or self._other[decimal]
+                which = "" if self._odd else ", with another decimal sign than others"
                 raise InputUnusable(
-                    f"column {self.name!r} holds numbers, but {odd}; correct that value, or leave the column "
-                    f"out (--drop {self.name})"
+                    f"column {self.name!r} holds numbers, but {odd.place()} holds {odd.value!r}{which}; "
+                    "correct "
+                    f"that value, or leave the column out (--drop {self.name})"
                 )
         return ColumnType(pa.string())
+
+    def grouping(self, decimal: str) -> str | None:
+        """How a value with something between thousands is read, for people, if there is one."""
+        example = self._thousands[decimal]
+        return (
+            f"{example} in column {self.name!r} is read as {to_number(example, decimal)}" if example else None
+        )
 
     def reading(self, decimal: str) -> str:
         """How a value of the column is read, for people."""

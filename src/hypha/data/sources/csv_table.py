@@ -181,6 +181,8 @@ class CsvTable:
                 continue
             if kind.ambiguous and asked is None:
                 self.notes.append(kind.reading(made.decimal))
+            elif (grouping := kind.grouping(made.decimal)) is not None:
+                self.notes.append(f"{grouping}, by the column's values")
             elif made.decimal == "," and asked is None and kind.evidence:
                 commas.append(kind.name)
             if asked is not None and kind.evidence and kind.evidence != asked:
