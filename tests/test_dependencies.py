@@ -9,6 +9,9 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+from hypha.config.sinks import PACKAGES
+from hypha.sinks.child import SINKS
+
 ROOT = Path(__file__).parent.parent
 #: declared for what another library does with them, or imported by a name that is put together
 UNIMPORTED = {
@@ -64,9 +67,18 @@ def _owner(name: str, candidates: list[str]) -> str:
 def test_every_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     core, train = declared(project["dependencies"]), declared(project["optional-dependencies"]["train"])
+    gpu = declared(project["optional-dependencies"]["gpu"])
     uses = imported()
-    assert {name: path for name, path in uses.items() if name not in core | train} == {}
-    assert core | train == set(uses) | UNIMPORTED, "declared, but nothing imports it"
+    assert {name: path for name, path in uses.items() if name not in core | train | gpu} == {}
+    assert core | train | gpu == set(uses) | UNIMPORTED, "declared, but nothing imports it"
+    assert {uses[name] for name in gpu} == {"src/hypha/telemetry/resources.py"}
     # without the extra there is no training and no preparing of data, but everything else
     allowed = ("src/hypha/executor/", "src/hypha/data/", "src/hypha/cli/demo/", "src/hypha/cli/chaos/")
     assert {name for name in train if not uses[name].startswith(allowed)} == set()
+
+
+def test_every_metric_sink_has_the_extra_that_validate_names() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name: declared(extras[name]) for name in SINKS if name != "http"} == {
+        name: {name} for name in PACKAGES
+    }

@@ -13,7 +13,7 @@ ROWS = (
     {"cli"},
     {"simulation"},
     {"gateway", "scheduler", "worker", "data"},
-    {"net", "telemetry", "pki", "leases", "resources", "places", "durable"},
+    {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
     {"messages", "config", "errors", "node", "runtime", "journal", "keeper", "tracing"},
 )
 #: Within a row, who may use whom.

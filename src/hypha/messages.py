@@ -183,6 +183,15 @@ class LrSchedule(Value):
     decay_steps: int = 0
 
 
+class Traced(Value):
+    """That a job is traced: ``traceparent`` is the W3C context of its dispatch, ``ratio`` the share of its
+    rounds whose traces are sampled. An executor of a job without it records no spans.
+    """
+
+    traceparent: str
+    ratio: float
+
+
 class TrainJob(Message, tag="train"):
     """What a training executor is to do. ``me`` is its own worker's PeerID.
 
@@ -210,6 +219,7 @@ class TrainJob(Message, tag="train"):
     steps: int = 0
     update_encoding: Literal["none", "bf16", "int8"] = "none"
     hang_s: float | None = None
+    traced: Traced | None = None
 
 
 class CheckpointPolicy(Value):
@@ -236,6 +246,7 @@ class AggregateJob(Message, tag="aggregate"):
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     round: int = 0
     restore: Reference | None = None
+    traced: Traced | None = None
 
 
 Job = TrainJob | AggregateJob
@@ -359,6 +370,18 @@ class Contribution(Value):
     attempt: int = 0
 
 
+class UpdateStatistics(Value):
+    """What a parameter server measured of one update: its L2 norm, its cosine to the weighted mean of all
+    updates of the round (estimated, see :mod:`hypha.executor.agreement`; None where there is none, as of
+    zeros), and the size of its file.
+    """
+
+    worker: str
+    norm: float = 0.0
+    cosine: float | None = None
+    size_bytes: int = 0
+
+
 class Alive(Message):
     """Said by the executor to its worker, which keeps it to itself: the thread that does the work goes on,
     or has nothing to do (it waits for theta, a plan, data, updates). Every other event says so too. Who has
@@ -432,7 +455,7 @@ class UpdateRefused(Message):
 class RoundApplied(Message):
     """The outer step of ``round`` is done; ``theta`` is the hash of theta of ``round + 1``.
     ``contributors`` in the order in which their updates were added, ``contributions`` as far as their files
-    say what they stand for.
+    say what they stand for, ``updates`` what was measured of each.
     """
 
     round: int
@@ -441,6 +464,7 @@ class RoundApplied(Message):
     contributions: tuple[Contribution, ...] = ()
     update_norm: float = 0.0
     checkpoint: bool = False
+    updates: tuple[UpdateStatistics, ...] = ()
 
 
 class CheckpointSaved(Message):
@@ -700,11 +724,14 @@ class TransferMeta(Value):
 
 
 class BulkOffer(Message):
-    """I will send this. ``addresses``: where you may dial me for it."""
+    """I will send this. ``addresses``: where you may dial me for it. ``traceparent``: of which operation the
+    transfer is part; over a connection that was kept an offer has no envelope that could say so.
+    """
 
     token: str
     meta: TransferMeta
     addresses: tuple[str, ...]
+    traceparent: str | None = None
 
 
 class BulkDial(Message):
@@ -891,12 +918,15 @@ class GossipEnvelope(Value):
 
 
 class Report(Value):
-    """One entry of the long-lived report stream ``/hypha/report/1`` (worker -> scheduler)."""
+    """One entry of the long-lived report stream ``/hypha/report/1`` (worker -> scheduler). The first one on a
+    new stream may say of which operation the stream's opening is part.
+    """
 
     stamp: JobStamp
     incarnation: str
     progress: Progress
     v: int = WIRE_VERSION
+    traceparent: str | None = None
 
 
 # --- the bridge between an executor and its worker (JSON over a Unix socket) ----------------------------
@@ -984,6 +1014,48 @@ class StatusCall(Value):
     event: Event
 
 
+#: Spans in one call; an executor posts the rest in the next one.
+MAX_SPANS_A_CALL = 256
+
+#: What an attribute of a span may be.
+SpanAttribute = bool | int | float | str
+
+
+class SpanEvent(Value):
+    """Something that happened during a span. Times are nanoseconds since 1970, as OpenTelemetry has them."""
+
+    name: str
+    time_ns: int
+    attributes: dict[str, SpanAttribute] = {}
+
+
+class FinishedSpan(Value):
+    """A span that has ended, as an executor hands it to its worker. Identifiers are lower-case hex: 32 digits
+    of the trace, 16 of a span. ``links`` are traceparents. ``error`` says what went wrong, where it did.
+    """
+
+    name: str
+    trace_id: str
+    span_id: str
+    start_ns: int
+    end_ns: int
+    parent_id: str | None = None
+    kind: Literal["internal", "client", "server", "producer", "consumer"] = "internal"
+    status: Literal["unset", "ok", "error"] = "unset"
+    error: str = ""
+    attributes: dict[str, SpanAttribute] = {}
+    events: tuple[SpanEvent, ...] = ()
+    links: tuple[str, ...] = ()
+
+
+class SpansCall(Value):
+    """POST /spans: spans that the worker exports for its executor. Too many at once are ``too-large``, too
+    many in a while ``busy``; neither is worth a repetition.
+    """
+
+    spans: tuple[FinishedSpan, ...]
+
+
 class BridgeError(Value):
     """Body of every 4xx and 5xx answer of the bridge."""
 
@@ -1057,6 +1129,8 @@ class LedgerRound(Value):
     update_norm: float = 0.0
     #: from theta_r at the parameter server to its being applied
     duration_s: float = 0.0
+    #: what was measured of each contributor's update; earlier versions kept nothing of it
+    updates: tuple[UpdateStatistics, ...] = ()
 
 
 class LedgerFile(Value):

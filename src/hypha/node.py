@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import trio
 
@@ -24,9 +24,34 @@ Gate = Callable[[str, TransferMeta], Awaitable[Path]]
 Arrived = Callable[[str, TransferMeta, Path], Awaitable[None]]
 #: (caller, what it asks for) -> the file; raises Refused
 Provider = Callable[[str, PullFile], Awaitable[tuple[Path, TransferMeta]]]
+#: (who pulled, what it asked for, what went wrong): a file that a provider gave was sent, or was not
+Served = Callable[[str, PullFile, Exception | None], None]
 ReportHandler = Callable[[str, list[Report]], None]
-#: a request for workers and who published it, authenticated
-Heard = tuple[str, WorkerRequest]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A request for workers and who published it, authenticated; ``traceparent`` names the span in which it
+    arrived here.
+    """
+
+    publisher: str
+    request: WorkerRequest
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True)
+class ConnectionInfo:
+    """One live connection; ``address`` is the socket's other end, or the circuit. ``round_trip_s`` is what
+    its pings took lately, ``None`` before the first has come back.
+    """
+
+    peer: str
+    address: str
+    kind: Literal["direct", "relayed"]
+    direction: Literal["inbound", "outbound"]
+    roles: frozenset[str]
+    round_trip_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +111,10 @@ class Transfers(Protocol):
         TransferFailed (try again, or elsewhere), TransferCorrupt (elsewhere).
         """
 
-    def serve(self, kind: str, provider: Provider) -> None:
-        """Answer pulls of ``kind``. The file must stay as it is while it is being sent."""
+    def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
+        """Answer pulls of ``kind``. The file must stay as it is while it is being sent; ``served`` is called
+        once that is over, for each file that ``provider`` gave, and must not block.
+        """
 
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
         """Take files of ``kind`` (of the job, or of any job with ``None``) that others send.
@@ -162,7 +189,7 @@ class Node(Protocol):
     def is_connected(self, peer: str) -> bool:
         """Whether a connection to ``peer`` is live."""
 
-    def connections(self) -> Collection[object]:
+    def connections(self) -> Collection[ConnectionInfo]:
         """All live connections."""
 
     def roles_of(self, peer: str) -> frozenset[str]:
@@ -198,7 +225,7 @@ class Node(Protocol):
         """Ask everybody for workers; waits a moment for a gateway to pass it on."""
 
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Heard]]:
-        """A channel of (publisher, WorkerRequest); the publisher is the request's scheduler, verified."""
+        """A channel of :class:`Heard`; the publisher is the request's scheduler, verified."""
 
     async def provide(self, dataset: str) -> int:
         """Announce that this node serves ``dataset``, now and whenever its gateway or addresses change.

@@ -28,6 +28,9 @@ Ts = TypeVarTuple("Ts")
 class Runtime:
     """The operating system's own."""
 
+    #: a node of a simulated world shows nothing of itself: its worlds come and go by the thousand
+    simulated = False
+
     def __init__(self) -> None:
         self.random: random.Random = random.SystemRandom()
 
@@ -98,6 +101,11 @@ def new_id() -> str:
 def free_bytes(directory: Path) -> int:
     """As :meth:`Runtime.free_bytes`."""
     return _current.get().free_bytes(directory)
+
+
+def is_simulated() -> bool:
+    """Whether this node is one of a simulated world, which has no metrics."""
+    return _current.get().simulated
 
 
 def wall_time() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -15,16 +16,19 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from tests.support.commands import hypha_in
 from tests.support.system import leftovers
 
+from hypha.cli.chaos.account import Account, Reading, account
 from hypha.cli.chaos.faults import How
 from hypha.cli.chaos.goodput import Applied, Stretch, costs_s, gaps, goodput, recovery_s
 from hypha.cli.chaos.network import NetworkFailed
-from hypha.cli.chaos.report import Struck, judge
+from hypha.cli.chaos.report import Report, Struck, judge, show
 from hypha.cli.chaos.run import Options, parse_faults, run_chaos
 from hypha.cli.chaos.schedule import RESTART_S, TARGETS, plan
 from hypha.errors import ConfigError
+from hypha.scheduler.goodput.report import GoodputReport
 
 USUAL: tuple[How, ...] = ("kill", "stop", "cut")
 
@@ -138,6 +142,106 @@ def test_a_gap_in_the_ledger_is_a_failure() -> None:
     assert "rounds [1] are missing" in report.failure
 
 
+# --- the scheduler's own account -----------------------------------------------------------------------
+
+
+def reading(at: float, round_: int, wall_s: float, samples: int, scheduler: str = "scheduler") -> Reading:
+    """Of two places, one of which trains and one of which waits."""
+    report = GoodputReport(
+        wall_s=wall_s,
+        places=2,
+        goodput_s=wall_s,
+        pending_s=0.0,
+        badput_s={"failure": wall_s * 0.75, "loading": wall_s * 0.25},
+        samples=samples,
+        samples_per_s=0.0,
+        calm_samples_per_s=None,
+        runtime=None,
+        scheduling=1.0,
+    )
+    return Reading(at, scheduler, round_, report)
+
+
+def test_an_account_is_between_the_readings_that_show_the_stretch_s_ends() -> None:
+    readings = [
+        reading(99.9, 1, 9.9, 100),
+        reading(100.0, 1, 10.0, 100),  # the round was applied, and the reading does not have it yet
+        reading(100.2, 2, 10.2, 200),
+        reading(105.0, 4, 15.0, 400),
+        reading(110.0, 6, 20.0, 600),
+        reading(110.2, 7, 20.2, 700),
+        reading(120.0, 9, 30.0, 900),
+    ]
+    found = account(readings, Stretch(100.0, 110.0, first=2, stop=7))
+    assert found is not None
+    assert (found.samples, found.places) == (500, 2)
+    assert found.wall_s == pytest.approx(10.0)
+    assert found.seen_s == pytest.approx(10.0)
+    assert found.goodput_s == pytest.approx(10.0)
+    assert found.badput_s == pytest.approx({"failure": 7.5, "loading": 2.5})
+    assert found.adds_up
+
+
+def test_accounts_of_schedulers_that_follow_each_other_are_added_up() -> None:
+    readings = [
+        reading(100.0, 2, 10.0, 200),
+        reading(103.0, 3, 13.0, 300),
+        reading(105.0, 3, 0.5, 300, "scheduler+1"),  # it began at 104.5
+        reading(110.0, 5, 5.5, 500, "scheduler+1"),
+    ]
+    found = account(readings, Stretch(100.0, 110.0, first=2, stop=5))
+    assert found is not None
+    assert (found.wall_s, found.seen_s) == (10.0, 8.5)
+    assert found.samples_per_s == 30.0
+    assert found.goodput_s == 8.5
+    assert found.adds_up
+
+
+def test_without_a_reading_after_the_end_there_is_no_account() -> None:
+    readings = [reading(100.0, 2, 10.0, 200), reading(109.0, 4, 19.0, 400)]
+    assert account(readings, Stretch(100.0, 110.0, first=2, stop=5)) is None
+    assert account([], Stretch(100.0, 110.0, first=2, stop=5)) is None
+
+
+def judged(own: Account | None) -> Report:
+    stretches = [Stretch(0, 10, 0, 10), Stretch(10, 30, 10, 26), Stretch(30, 40, 26, 34)]
+    seen = applied(*((float(number + 1), number) for number in range(34)))
+    return judge(stretches, seen, dict.fromkeys(range(34), 100), [], [], 0, "", own)
+
+
+def shown(report: Report) -> str:
+    console = Console(width=200, record=True, quiet=False, file=io.StringIO())
+    show(console, report)
+    return console.export_text()
+
+
+def test_the_report_has_the_scheduler_s_account_beside_its_own() -> None:
+    own = Account(1608, 20.0, 19.0, 2, 30.0, {"failure": 6.0, "loading": 2.0})
+    report = judged(own)
+    assert report.difference == pytest.approx(0.005)
+    assert report.agrees
+    assert report.badput_s == {"failure": 6.0, "loading": 2.0, "unseen": 2.0}
+    assert json.loads(json.dumps(report.to_json()))["badput_s"] == report.badput_s
+    text = shown(report)
+    assert "80 samples/s, +0.50% from what was measured" in text
+    assert "goodput 75.0%, failure 15.0%, loading 5.0%, unseen 5.0%" in text
+    assert "ACCOUNT" not in text
+
+
+@pytest.mark.parametrize(
+    ("own", "text"),
+    [
+        (Account(1500, 20.0, 20.0, 2, 30.0, {"failure": 10.0}), "ACCOUNT IS WRONG by more than 1%"),
+        (Account(1600, 20.0, 20.0, 2, 30.0, {"failure": 9.0}), "ACCOUNT DOES NOT ADD UP"),
+        (None, "could not be read"),
+    ],
+)
+def test_an_account_that_is_wrong_is_said_to_be(own: Account | None, text: str) -> None:
+    report = judged(own)
+    assert not report.agrees
+    assert text in shown(report)
+
+
 # --- the whole -------------------------------------------------------------------------------------------
 
 
@@ -164,6 +268,8 @@ def test_a_job_survives_a_minute_of_kills_and_freezes(short: Path) -> None:
     assert all(row["recovery_s"] is not None for row in summary["rows"])
     assert summary["ended"] == []
     assert summary["goodput"] > 0
+    # goodput and badput make the wall clock, and the scheduler's own rate is what was measured
+    assert summary["agrees"], (summary["own"], summary["difference"])
     assert leftovers(short) == []
     assert list((short / "tmp").iterdir()) == []
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -209,3 +211,29 @@ def test_a_clean_end_is_waited_for() -> None:
     code, took_s, _ = run_script(SLOW, signal.SIGINT)
     assert code == 130
     assert took_s > 0.6
+
+
+@pytest.mark.parametrize(
+    ("terminal", "style"), [(True, "auto"), (True, "json"), (False, "auto"), (False, "text")]
+)
+def test_people_read_text_and_machines_json(terminal: bool, style: str) -> None:
+    code = (
+        "import logging, trio\n"
+        "from hypha.cli.running import run_service\n"
+        "from hypha.config.models import GatewayConfig\n"
+        f"config = GatewayConfig(cert_pem='c', key_pem='k', trust_pem='t', log_format={style!r},\n"
+        "    external_addresses=['/ip4/127.0.0.1/tcp/1'])\n"
+        "async def service():\n"
+        "    logging.getLogger('hypha.net').info('Hello.')\n"
+        "run_service('hypha-gateway', config, service)\n"
+    )
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    try:
+        subprocess.run([sys.executable, "-c", code], stderr=theirs, timeout=60, check=True)
+        written = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "Hello." in written
+    as_json = style == "json" or (style == "auto" and not terminal)
+    assert written.startswith("{") is as_json

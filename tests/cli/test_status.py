@@ -15,8 +15,17 @@ import trio
 from hypha.journal import Entry, Journal
 from hypha.leases import Freed, Lease, LeaseBook, Tick
 from hypha.messages import ExecutorDescriptor, HealthReport, Resources
-from hypha.scheduler.snapshot import JobSnapshot, WorkerSnapshot
+from hypha.scheduler.goodput.report import GoodputReport
+from hypha.scheduler.snapshot import (
+    ConnectionSnapshot,
+    JobSnapshot,
+    LeaseSnapshot,
+    LogLine,
+    SliceCounts,
+    WorkerSnapshot,
+)
 from hypha.telemetry import serve_http
+from hypha.telemetry.page import Access, Feed, page_routes
 
 TRAINING = JobSnapshot(
     name="digits",
@@ -26,6 +35,14 @@ TRAINING = JobSnapshot(
     loss=0.4123,
     message="all is well",
     workers=(WorkerSnapshot(peer="12D3KooWabcdefgh", state="training", batches=5, batch_size=16),),
+    held=(LeaseSnapshot("0123456789abcdef", "12D3KooWabcdefgh", "train", 2.5, 4.0, expires_in_s=7.2),),
+    slices=SliceCounts(3, 2, 1),
+    connections=(ConnectionSnapshot("12D3KooWgatewayy", "relayed", roles=("gateway",), round_trip_s=0.0123),),
+    refused={"stale round": 3},
+    goodput=GoodputReport(
+        10.0, 4, 30.0, 0.0, {"waiting-for-data": 8.0, "paused": 2.0}, 9, 1.0, None, None, 1.0
+    ),
+    warnings=(LogLine(1, 1_700_000_000.0, "warn", "hypha.scheduler", "A lease was lost", "12D3KooWabc"),),
 )
 
 LEASE = Lease("l", "r", "s", ExecutorDescriptor(kind="train", name="x"), Resources(cpu=1.0), 1.0, 2.0)
@@ -61,8 +78,14 @@ async def test_status_once_and_until_the_end() -> None:
         headline = (
             "digits training, round 3/20, loss 0.4123, 0 samples/s, 0 samples, 1 workers, 0 leases, 0 s\n"
         )
-        for words in (headline, "all is well", "...abcdefgh"):
-            assert words in shown.stdout.decode()
+        told = (
+            *(headline, "all is well", "...abcdefgh"),
+            *("01234567", "2.5", "7 s", "...gatewayy", "relayed", "12.3 ms"),
+            *("3 available, 2 with workers, 1 used", "3 x stale round", "warn A lease was lost"),
+            "goodput 75% of 40 worker seconds; lost: waiting for data 8 s, paused 2 s",
+        )
+        for words in told:
+            assert words in shown.stdout.decode(), shown.stdout.decode()
 
         states = iter([TRAINING, msgspec.structs.replace(TRAINING, state="done", round=20)])
         followed = await hypha("status", f"http://{address}/", "--follow")
@@ -74,6 +97,21 @@ async def test_status_once_and_until_the_end() -> None:
         assert failed.returncode == 5
         assert failed.stderr.decode().strip().endswith("nobody offers a GPU")
         nursery.cancel_scope.cancel()
+
+
+async def test_beyond_loopback_it_needs_the_token(tmp_path: Path) -> None:
+    (tmp_path / "page-token").write_text("a-token-that-nobody-guesses\n")
+    feed = Feed(lambda: lambda: ())
+    routes = page_routes(feed, lambda: TRAINING, Access("a-token-that-nobody-guesses"))
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(partial(serve_http, "127.0.0.1:0", health, routes=routes))
+        refused = await hypha("status", address)
+        assert (refused.returncode, "--token FILE" in refused.stderr.decode()) == (1, True)
+        shown = await hypha("status", address, "--token", str(tmp_path / "page-token"))
+        assert (shown.returncode, "all is well" in shown.stdout.decode()) == (0, True)
+        nursery.cancel_scope.cancel()
+    missing = await hypha("status", address, "--token", str(tmp_path / "nothing"))
+    assert "the token cannot be read" in missing.stderr.decode()
 
 
 async def test_what_is_no_scheduler_is_said() -> None:

@@ -180,6 +180,11 @@ def test_the_log_filter_of_the_environment(tmp_path: Path) -> None:
     assert level({}) == "error"
     assert level({"RUST_LOG": "hypha=info"}) == "hypha=info"
     assert level({"RUST_LOG": "hypha=info", "HYPHA_LOG": "debug"}) == "debug"
+    for variable in ("RUST_LOG", "HYPHA_LOG"):
+        assert problems(WorkerConfig, file, {variable: "info,hypha_network=loud"}) == [
+            f"{variable}: log_level: 'hypha_network=loud' is no log level; write error, warn, info, debug, "
+            "trace or off, or name=level"
+        ]
 
 
 def test_settings_of_the_command_line() -> None:

@@ -1,5 +1,6 @@
 """Fixtures of the data room's tests."""
 
 from tests.support.network import network
+from tests.support.signals import signals
 
-__all__ = ["network"]
+__all__ = ["network", "signals"]

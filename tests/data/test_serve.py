@@ -8,6 +8,8 @@ import pytest
 import trio
 from tests.data.reading import write_slices
 from tests.support.network import Network, address_of
+from tests.support.polling import until
+from tests.support.signals import Signals
 
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data import (
@@ -20,7 +22,8 @@ from hypha.data import (
     serve,
 )
 from hypha.data.serve import Shelf, load_datasets
-from hypha.errors import ConfigError, InputUnusable, Refused
+from hypha.data.served import ServedSlices
+from hypha.errors import ConfigError, InputUnusable, PeerUnreachable, Refused
 from hypha.messages import (
     DatasetDescription,
     DescribeDataset,
@@ -33,6 +36,9 @@ from hypha.messages import (
     TransferMeta,
 )
 from hypha.net import Libp2pNode as Node
+from hypha.telemetry import instruments as metrics
+from hypha.tracing import span
+from hypha.tracing.operations import FETCH_SLICE
 
 ROLES = {"worker": frozenset({"worker"}), "gateway": frozenset({"gateway"}), "any": frozenset[str]()}
 
@@ -355,3 +361,52 @@ async def test_local_http_tells_the_health(network: Network, dataset: Dataset) -
 
 def test_the_manifest_served_is_the_one_on_disk(dataset: Dataset) -> None:
     assert read_manifest(dataset.directory) == dataset.manifest
+
+
+async def test_what_is_served_is_counted_by_dataset_and_is_a_span(dataset: Dataset, signals: Signals) -> None:
+    served = ServedSlices(shelf_of(dataset).provide, frozenset({"set"}))
+    asked = [PullFile(kind="slice", name=f"set/{index}", token=f"token {index}") for index in range(2)]
+    with span(FETCH_SLICE) as fetching:
+        for one in asked:
+            await served.provide("worker", one)
+        with pytest.raises(Refused):
+            await served.provide("worker", PullFile(kind="slice", name="other/0", token="x"))
+        with pytest.raises(Refused):
+            await served.provide("gateway", PullFile(kind="slice", name="set/0", token="y"))
+    assert served.active == 2
+    served.served("worker", asked[0], None)
+    served.served("worker", asked[1], PeerUnreachable("worker", "it is gone"))
+    served.served("worker", asked[1], None)
+    assert served.active == 0
+    requests = {
+        (dict(labels)["dataset"], dict(labels)["status"]): count
+        for labels, count in signals.readings(metrics.SLICE_REQUESTS).items()
+    }
+    assert requests == {("set", "success"): 1, ("set", "failure"): 2, ("other", "failure"): 1}
+    assert signals.reading(metrics.SERVED_BYTES, dataset="set") == dataset.manifest.slices[0].size
+    assert signals.reading(metrics.SERVE_DURATION, dataset="set") == 1
+    spans = signals.spans("Serve slice")
+    assert [one.parent == fetching.get_span_context() for one in spans] == [True] * 4
+    assert [one.status.is_ok for one in spans] == [True, False, False, False]
+    assert (spans[0].attributes or {})["hypha.slice"] == 0
+
+
+async def test_a_slice_that_was_pulled_over_the_network_was_served(
+    network: Network, dataset: Dataset, tmp_path: Path, signals: Signals
+) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("data", [gateway], roles=("data",)) as node,
+        network.leaf("worker", [gateway], roles=("worker",)) as worker,
+        trio.open_nursery() as nursery,
+    ):
+        made = config(network, [gateway], dataset.directory)
+        await nursery.start(serve.serve, made, [dataset], node)
+        part = dataset.manifest.slices[1]
+        await worker.transfers.pull(
+            node.ref(), PullFile(kind="slice", name="set/1"), tmp_path / "slice", None, 10**6
+        )
+        await until(lambda: signals.reading(metrics.SERVE_DURATION, dataset="set") == 1)
+        assert signals.reading(metrics.SERVED_BYTES, dataset="set") == part.size
+        assert signals.reading(metrics.STREAMS) == 0
+        nursery.cancel_scope.cancel()

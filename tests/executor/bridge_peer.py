@@ -28,6 +28,7 @@ from hypha.messages import (
     Event,
     FetchCall,
     FetchedFile,
+    FinishedSpan,
     Job,
     JobStamp,
     Local,
@@ -38,6 +39,7 @@ from hypha.messages import (
     SendCall,
     Sent,
     SliceAssigned,
+    SpansCall,
     StatusCall,
     TransferMeta,
 )
@@ -81,6 +83,9 @@ class Bridge:
         #: kind -> answers to give to sends before any goes through
         self.refusals: dict[str, deque[tuple[int, str]]] = {}
         self.sent: list[SendCall] = []
+        self.spans: list[FinishedSpan] = []
+        #: the ``traceparent`` of each call, by path
+        self.called_in: dict[str, list[str | None]] = {}
         self.closed = False
         self._files = 0
         handler = type("Handler", (_Handler,), {"bridge": self})
@@ -258,7 +263,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         bridge = self.bridge
-        if self.path == "/status/send":
+        with bridge.lock:
+            bridge.called_in.setdefault(self.path, []).append(self.headers.get("traceparent"))
+        if self.path == "/spans":
+            with bridge.lock:
+                bridge.spans.extend(msgspec.json.decode(body, type=SpansCall).spans)
+            self._answer(200, {})
+        elif self.path == "/status/send":
             with bridge.lock:
                 bridge.events.append(msgspec.json.decode(body, type=StatusCall).event)
                 bridge.lock.notify_all()

@@ -37,11 +37,11 @@ def theta_with(values: list[float], **buffers: torch.Tensor) -> Theta:
 def update(tmp_path: Path) -> object:
     count = 0
 
-    def write(base: Theta, delta: list[float], **buffers: torch.Tensor) -> Path:
+    def write(base: Theta, delta: list[float] | torch.Tensor, **buffers: torch.Tensor) -> Path:
         nonlocal count
         count += 1
         path = tmp_path / f"update-{count}"
-        local = Theta({"w": base.parameters["w"] + torch.tensor(delta)}, buffers)
+        local = Theta({"w": base.parameters["w"] + torch.as_tensor(delta)}, buffers)
         tensors.write(path, {"w": local.parameters["w"] - base.parameters["w"]} | local.buffers)
         return path
 
@@ -262,3 +262,51 @@ def test_memory_does_not_grow_with_the_number_of_workers(tmp_path: Path) -> None
 def memory_kb(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
+# --- what is measured of updates -------------------------------------------------------------------------
+
+
+def test_updates_are_measured_in_the_order_in_which_they_were_added(update: object) -> None:
+    theta = theta_with([0.0, 0.0, 0.0])
+    outer = OuterStep(theta, job(weighting="uniform"))
+    outer.add("b", 4, update(theta, [3.0, 4.0, 0.0]))  # type: ignore[operator]
+    outer.add("a", 4, update(theta, [-3.0, -4.0, 0.0]))  # type: ignore[operator]
+    outer.add("c", 4, update(theta, [3.0, 4.0, 0.0]))  # type: ignore[operator]
+    outer.apply()
+    assert [(one.worker, one.norm) for one in outer.statistics] == [("b", 5.0), ("a", 5.0), ("c", 5.0)]
+    assert [one.cosine for one in outer.statistics] == pytest.approx([1.0, -1.0, 1.0])
+    assert all(one.size_bytes > 12 for one in outer.statistics)
+
+
+def test_of_an_update_of_zeros_there_is_no_cosine(update: object) -> None:
+    theta = theta_with([0.0, 0.0])
+    outer = OuterStep(theta, job())
+    outer.add("a", 1, update(theta, [0.0, 0.0]))  # type: ignore[operator]
+    outer.add("b", 1, update(theta, [1.0, 0.0]))  # type: ignore[operator]
+    outer.apply()
+    assert [one.cosine for one in outer.statistics] == [None, 1.0]
+    outer.apply()
+    assert outer.statistics == ()
+
+
+@pytest.mark.parametrize(("values", "threads"), [(1 << 18, 1), (20 << 18, 1), (20 << 18, 2)])
+def test_the_cosine_is_that_to_the_mean_but_for_a_few_hundredths(
+    update: object, values: int, threads: int
+) -> None:
+    """Also where only some of the chunks are looked at, and whichever thread looks."""
+    chance = torch.Generator().manual_seed(7)
+    shared = torch.randn(values, generator=chance)
+    theta = Theta({"w": torch.zeros(values)}, {})
+    outer = OuterStep(theta, job(), threads)
+    vectors, weights = [], (1, 3, 2)
+    for number, samples in enumerate(weights):
+        vectors.append(shared * (1.0, 0.3, -0.2)[number] + torch.randn(values, generator=chance))
+        outer.add(str(number), samples, update(theta, vectors[-1]))  # type: ignore[operator]
+    outer.apply()
+    mean = sum(one * weight for one, weight in zip(vectors, weights, strict=True))
+    exact = [float(torch.nn.functional.cosine_similarity(one, mean, dim=0)) for one in vectors]
+    assert [one.cosine for one in outer.statistics] == pytest.approx(exact, abs=0.06)
+    assert [one.norm for one in outer.statistics] == pytest.approx(
+        [float(one.double().norm()) for one in vectors]
+    )

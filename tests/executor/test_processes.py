@@ -30,6 +30,7 @@ from hypha.messages import (
     Export,
     Exported,
     Finish,
+    FinishedSpan,
     InnerOptimizer,
     JobStamp,
     LedgerFile,
@@ -51,11 +52,13 @@ from hypha.messages import (
     SendModel,
     SliceAssigned,
     SliceInfo,
+    Traced,
     TrainJob,
     UpdateReceived,
     UpdateRefused,
     UpdateSent,
 )
+from hypha.tracing import round_traceparent
 
 ROWS, FEATURES, CLASSES = 50, 6, 3
 #: a model without transformers: executors start in the time that torch takes
@@ -69,6 +72,7 @@ MODEL = ModelSpec(
 )
 SCHEDULER = PeerRef(peer="scheduler")
 SERVER = PeerRef(peer="server")
+TRACED = Traced(traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", ratio=1.0)
 
 
 def train_job(me: str, **changes: object) -> TrainJob:
@@ -179,8 +183,11 @@ def applied_in(server: Bridge, number: int) -> RoundApplied:
 def run_job(network: Network, directory: Path) -> Finished:
     manifest = dataset(directory / "data", 4)
     schedule = LrSchedule(kind="cosine-with-warmup", warmup_steps=2, training_steps=40)
-    jobs = {me: train_job(me, schedule=schedule, gradient_accumulation=3) for me in ("first", "second")}
-    server = network.add(server_job())
+    jobs = {
+        me: train_job(me, schedule=schedule, gradient_accumulation=3, traced=TRACED)
+        for me in ("first", "second")
+    }
+    server = network.add(server_job(traced=TRACED))
     workers = {me: network.add(job) for me, job in jobs.items()}
     for bridge in (server, *workers.values()):
         bridge.start()
@@ -229,6 +236,62 @@ def run_job(network: Network, directory: Path) -> Finished:
         rounds=tuple(rounds),
     )
     return Finished(network, ledger, directory / "data", exported, contributions)
+
+
+def spans_of(job: Finished, me: str, name: str) -> list[FinishedSpan]:
+    return [span for span in job.network.bridges[me].spans if span.name == name]
+
+
+def in_round(span: FinishedSpan, number: int) -> bool:
+    """Is it a child of that round's span, which the scheduler makes?"""
+    return round_traceparent("job", 0, number, 1.0) == f"00-{span.trace_id}-{span.parent_id}-01"
+
+
+def test_every_operation_of_a_round_is_a_span_in_that_rounds_trace(finished: Finished) -> None:
+    for me in ("first", "second"):
+        for name in ("Load weights", "Train", "Send update"):
+            spans = spans_of(finished, me, name)
+            assert [in_round(span, number) for number, span in enumerate(spans)] == [True] * 5
+        for number, span in enumerate(spans_of(finished, me, "Train")):
+            part = next(part for part in finished.contributions if (part.worker, part.round) == (me, number))
+            assert span.attributes["hypha.samples"] == part.samples
+            assert span.attributes["hypha.round"] == number
+    received = spans_of(finished, "server", "Receive update")
+    assert len(received) == 10
+    assert {span.attributes["hypha.peer"] for span in received} == {"first", "second"}
+    closed = spans_of(finished, "server", "Outer step")
+    assert [in_round(span, number) for number, span in enumerate(closed)] == [True] * 5
+    # theta of the first round goes to each as it has loaded its model, of the last one to nobody
+    sent = spans_of(finished, "server", "Broadcast weights")
+    assert sorted(span.attributes["hypha.round"] for span in sent) == [0, 0, 1, 2, 3, 4]
+    # every second round, and the last one
+    saved = spans_of(finished, "server", "Save checkpoint")
+    assert [span.attributes["hypha.checkpoint.round"] for span in saved] == [2, 4, 5]
+    assert all(in_round(span, number) for span, number in zip(saved, (1, 3, 4), strict=True))
+
+
+def test_what_is_of_no_round_is_below_the_dispatch(finished: Finished) -> None:
+    for me in ("first", "second", "server"):
+        (loaded,) = spans_of(finished, me, "Load model")
+        assert f"00-{loaded.trace_id}-{loaded.parent_id}-01" == TRACED.traceparent
+        assert loaded.status == "unset"
+    (exported,) = spans_of(finished, "server", "Export model")
+    assert f"00-{exported.trace_id}-{exported.parent_id}-01" == TRACED.traceparent
+
+
+def test_the_worker_is_told_in_which_span_it_was_called(finished: Finished) -> None:
+    bridge = finished.network.bridges["first"]
+    calls = {
+        f"00-{span.trace_id}-{span.span_id}-01": span for span in spans_of(finished, "first", "Bridge call")
+    }
+    sent = bridge.called_in["/resources/send"]
+    assert len(sent) == 5
+    updates = {span.span_id for span in spans_of(finished, "first", "Send update")}
+    assert {calls[parent or ""].parent_id for parent in sent} == updates
+    # progress is of no span: there is too much of it
+    assert None in bridge.called_in["/status/send"]
+    for parent in bridge.called_in["/status/send"]:
+        assert parent is None or parent.split("-")[1] in {span.trace_id for span in bridge.spans}
 
 
 def exported_model(job: Finished) -> Path:

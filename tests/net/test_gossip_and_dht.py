@@ -38,9 +38,8 @@ async def test_a_request_published_right_after_connecting_reaches_everybody(netw
         await scheduler.publish(worker_request(scheduler, "r1"))
         for heard in (heard_first, heard_second):
             with trio.fail_after(5):
-                publisher, message = await heard.receive()
-            assert publisher == scheduler.peer_id
-            assert message.request_id == "r1"
+                item = await heard.receive()
+            assert (item.publisher, item.request.request_id) == (scheduler.peer_id, "r1")
 
 
 async def test_gossip_crosses_linked_gateways(network: Network) -> None:
@@ -55,8 +54,7 @@ async def test_gossip_crosses_linked_gateways(network: Network) -> None:
         for number in range(100):  # the mesh between gateways may still be forming
             await scheduler.publish(worker_request(scheduler, f"r{number}"))
             with trio.move_on_after(0.1):
-                publisher, _ = await heard.receive()
-                assert publisher == scheduler.peer_id
+                assert (await heard.receive()).publisher == scheduler.peer_id
                 return
         pytest.fail("nothing crossed")
 
@@ -111,8 +109,8 @@ async def test_a_request_is_heard_though_a_newer_peer_record_was_seen(network: N
         assert gateway._host.get_peerstore().consume_peer_record(newer, 7200)
         await scheduler.publish(worker_request(scheduler, "r1"))
         with trio.fail_after(5):
-            _, message = await heard.receive()
-        assert message.request_id == "r1"
+            item = await heard.receive()
+        assert item.request.request_id == "r1"
 
 
 async def test_leaves_gossip_with_gateways_alone(network: Network) -> None:

@@ -176,6 +176,37 @@ def test_renewal_keeps_key_names_and_peer_id(org: CaFiles, tmp_path: Path) -> No
     assert mode(node.cert) == 0o644
 
 
+def test_renewal_keeps_the_chain_and_the_files_owner_and_mode(org: CaFiles, tmp_path: Path) -> None:
+    node = make_node("n", org, tmp_path)
+    chain = org.cert.read_bytes()
+    node.cert.write_bytes(node.cert.read_bytes() + chain)
+    node.cert.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(node.cert, 1234, 2345)
+    owner = (node.cert.stat().st_uid, node.cert.stat().st_gid)
+    renew_node(node.cert, org, days=900)
+    assert node.cert.read_bytes().endswith(chain)
+    assert len(describe(node.cert).certificates) == 2
+    assert mode(node.cert) == 0o640
+    assert (node.cert.stat().st_uid, node.cert.stat().st_gid) == owner
+
+
+def test_an_organisation_made_elsewhere_renews_and_revokes(org: CaFiles, tmp_path: Path) -> None:
+    """Its files have other names, and what is above it is not at hand."""
+    node = make_node("n", org, tmp_path)
+    elsewhere = CaFiles(tmp_path / "issuing.crt", tmp_path / "issuing.key")
+    elsewhere.cert.write_bytes(org.cert.read_bytes())
+    elsewhere.key.write_bytes(org.key.read_bytes())
+    before = node.cert.read_bytes()
+    renew_node(node.cert, elsewhere)
+    assert node.cert.read_bytes() != before
+    assert revoke(elsewhere, [node.cert], tmp_path / "crls.pem") == 1
+    assert org.trust is None or org.trust.exists()
+    # what is named is checked
+    with pytest.raises(IdentityError, match="nowhere"):
+        renew_node(node.cert, CaFiles(elsewhere.cert, elsewhere.key, tmp_path / "nowhere.pem"))
+
+
 def test_a_revocation_list_grows_and_is_bound_to_its_ca(org: CaFiles, tmp_path: Path) -> None:
     crl = tmp_path / "crl.pem"
     one = make_node("one", org, tmp_path)

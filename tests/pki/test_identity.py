@@ -131,12 +131,14 @@ def test_several_problems_are_told_at_once(world: World) -> None:
     files = world.node("a")
     files.key.chmod(0o644)
     files.trust.write_text("garbage")
-    told = problems_of(replace(files, crls=world.directory / "none.pem"))
+    crl = world.directory / "crl.pem"
+    crl.write_text("garbage")
+    told = problems_of(replace(files, crls=crl))
     assert len(told) == 3
     assert f"{files.key}: key_pem" in told[0]
     assert f"chmod 600 {files.key}" in told[0]
     assert f"{files.trust}: trust_pem" in told[1]
-    assert "none.pem: crls_pem: there is no such file" in told[2]
+    assert "crl.pem: crls_pem: it holds no revocation list" in told[2]
 
 
 @pytest.mark.parametrize("which", ["cert", "key", "trust"])
@@ -274,6 +276,26 @@ def test_revocation_is_seen_after_a_reload(world: World) -> None:
     # no list of the root is there, which must not lock anybody out
     handshake(identity, load_identity(good))
     handshake(load_identity(good), identity)
+
+
+def test_a_list_that_does_not_exist_yet_revokes_nobody(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = world.node("bad")
+    crl = world.directory / "later.pem"
+    identity = load_identity(replace(world.node("me"), crls=crl))
+    assert "no revocation list at" in caplog.text
+    identity.check(der_of(bad))
+    revoke(world.orgs[0], [bad.cert], crl)
+    assert identity.reload() is True
+    with pytest.raises(IdentityError, match="revoked"):
+        identity.check(der_of(bad))
+    # once it was there it must not vanish: who was revoked would be back
+    crl.unlink()
+    with pytest.raises(IdentityError, match="there is no such file"):
+        identity.reload()
+    with pytest.raises(IdentityError, match="revoked"):
+        identity.check(der_of(bad))
 
 
 def test_a_revoked_organisation_takes_its_nodes_along(world: World) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from opentelemetry.sdk.trace import ReadableSpan
 from tests.support.network import Network, address_of, until
+from tests.support.signals import Signals
 
 from hypha.cli.rerun import rerun
 from hypha.config.models import OfferConfig, SchedulerConfig
@@ -73,14 +75,17 @@ from hypha.messages import (
     SliceInfo,
     SliceRange,
     Steer,
+    Traced,
     TrainJob,
     UpdateReceived,
     UpdateSent,
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net.transfers import meta_of
-from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
+from hypha.scheduler import JobResult, JobSnapshot, finished_job, read_ledger, run_job
 from hypha.scheduler.ledger import Ledger
+from hypha.telemetry import instruments as metrics
+from hypha.tracing import round_traceparent
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.offers import LeaseDesk, serve_offers
 
@@ -135,6 +140,7 @@ class Actor:
     generation: dict[ExecutorClass, int] = field(default_factory=dict)
     leases: dict[ExecutorClass, str] = field(default_factory=dict)
     rejoined: list[Rejoin] = field(default_factory=list)
+    traced: list[Traced | None] = field(default_factory=list)
     #: what was said of the last rounds, to be said again
     sent: Contribution | None = None
     applied: RoundApplied | None = None
@@ -163,6 +169,7 @@ class Actor:
         if (self.jobs.get(kind), self.leases.get(kind)) == (job, request.lease_id):
             return Acknowledged()
         self.jobs[kind], self.leases[kind] = job, request.lease_id
+        self.traced.append(job.traced)
         self.generation[kind] = job.generation
         self.lives += 1
         if request.instead_of:
@@ -472,14 +479,16 @@ def config_for(network: Network, gateway: Node, tmp_path: Path, **job: Any) -> S
     )
 
 
-async def test_a_job_from_its_configuration_to_its_model(network: Network, tmp_path: Path) -> None:
+async def test_a_job_from_its_configuration_to_its_model(
+    network: Network, tmp_path: Path, signals: Signals
+) -> None:
     stage, seen = Stage(tmp_path), list[JobSnapshot]()
     async with network.gateway() as gateway, data_node(network, gateway), data_node(network, gateway):
         async with actor(network, gateway, stage) as one, actor(network, gateway, stage) as two:
             with trio.fail_after(40):
                 journal = Journal(file=tmp_path / "journal.jsonl", checked=True)
                 config = config_for(network, gateway, tmp_path)
-                result = await run_job(config, observe=seen.append, journal=journal)
+                result = await run_job(config, observe=seen.append, journal=journal, trace_ratio=1.0)
                 journal.close()
             await until(lambda: one.finished | two.finished == {"train", "aggregate"})
             await until(lambda: "train" in one.finished and "train" in two.finished)
@@ -511,8 +520,44 @@ async def test_a_job_from_its_configuration_to_its_model(network: Network, tmp_p
     assert kept == ["round-4"]
     states = [snapshot.state for snapshot in seen]
     assert {"allocating", "training", "done"} <= set(states)
+    check_signals(signals, result, [*one.traced, *two.traced])
     assert seen[-1].output == str(out)
     assert any(len(snapshot.workers) == 2 for snapshot in seen)
+
+
+def check_signals(signals: Signals, result: JobResult, traced: list[Traced | None]) -> None:
+    """What a finished job leaves in traces and metrics."""
+    (job,) = signals.spans("Run job")
+    assert (job.attributes or {})["hypha.job"] == result.job_id
+    dispatched = {
+        identifiers_of(span) for span in signals.spans("Dispatch job") if signals.parent_of(span) == job
+    }
+    assert len(dispatched) == 3
+    assert {identifiers(told.traceparent) for told in traced if told is not None} == dispatched
+    rounds = signals.spans("Round")
+    assert [(span.attributes or {})["hypha.round"] for span in rounds] == [0, 1, 2, 3]
+    for number, span in enumerate(rounds):
+        assert identifiers_of(span) == identifiers(round_traceparent(result.job_id, 0, number, 1.0))
+        linked = {f"{one.context.trace_id:032x}-{one.context.span_id:016x}" for one in span.links}
+        assert linked == dispatched
+        plans = [one for one in signals.spans("Plan") if signals.parent_of(one) == span]
+        assert {(one.attributes or {})["hypha.round"] for one in plans} == {number}
+    for advertised in signals.spans("Publish task advertisement"):
+        assert signals.parent_of(advertised) == job
+    assert signals.reading(metrics.JOB_SAMPLES) == result.samples
+    assert signals.reading(metrics.SYNCHRONIZATIONS) == 4
+    assert signals.reading(metrics.JOB_DURATION, status="done") == 1
+    assert not signals.readings(metrics.ACTIVE_WORKERS), "the job is over"
+
+
+def identifiers(traceparent: str) -> str:
+    """Of trace and span."""
+    return traceparent[3:52]
+
+
+def identifiers_of(span: ReadableSpan) -> str:
+    assert span.context is not None
+    return f"{span.context.trace_id:032x}-{span.context.span_id:016x}"
 
 
 async def test_a_snapshot_shows_a_round_with_its_own_numbers(
@@ -682,6 +727,63 @@ async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
         assert discarded == applied[2:]
         assert "could not be saved in time; the job will go on from round 2" in caplog.text
     assert [entry.round for entry in ledger.rounds if not entry.discarded] == list(range(6))
+
+
+async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(network: Network, tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+
+    def config(rounds: int, **job: Any) -> SchedulerConfig:
+        lengths = {"avg_samples_between_updates": 120, "batch_size": 5, "deadline_s": 5}
+        return config_for(network, gateway, tmp_path, rounds={"update_rounds": rounds, **lengths}, **job)
+
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage), actor(network, gateway, stage):
+            assert await finished_job(tmp_path / "state", config(3).scheduler.job) is None
+            with trio.fail_after(40):
+                result = await run_job(config(3))
+            state = tmp_path / "state" / "digits"
+            before = {path: path.stat().st_mtime_ns for path in state.rglob("*") if path.is_file()}
+            for rounds in (3, 2):
+                done = await finished_job(tmp_path / "state", config(rounds).scheduler.job)
+                assert done is not None
+                assert (done.job_id, done.rounds, done.theta) == (result.job_id, 3, "t3")
+                assert (done.samples, done.output) == (result.samples, str(tmp_path / "out"))
+            after = {path: path.stat().st_mtime_ns for path in state.rglob("*") if path.is_file()}
+            assert {path for path in after if path.suffix != ".db-shm"} >= set(before)
+            assert not (state / "old-1").exists()
+            # another job of that name is another matter
+            optimizer = {"learning_rate": 0.5, "momentum": 0.25}
+            other = config(3, outer_optimizer=optimizer).scheduler.job
+            assert await finished_job(tmp_path / "state", other) is None
+
+            assert await finished_job(tmp_path / "state", config(5).scheduler.job) is None
+            stage.restored.clear()
+            with trio.fail_after(40):
+                longer = await run_job(config(5))
+    assert longer.job_id == result.job_id
+    assert (longer.rounds, longer.theta) == (5, "t5")
+    assert stage.restored == [3]
+    counted = [entry for entry in read_ledger(longer.ledger).rounds if not entry.discarded]
+    assert [(entry.round, entry.generation) for entry in counted] == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)]
+    assert not (state / "old-1").exists()
+
+
+async def test_a_job_that_failed_before_its_first_round_takes_a_corrected_configuration(
+    network: Network, tmp_path: Path
+) -> None:
+    stage = Stage(tmp_path)
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with actor(network, gateway, stage, model_error="no such class") as one:
+            async with actor(network, gateway, stage, model_error="no such class") as two:
+                with trio.fail_after(40), pytest.raises(HyphaError):
+                    await run_job(config_for(network, gateway, tmp_path))
+                one.model_error = two.model_error = ""
+                corrected = {"type": "image-classification", "path": str(tmp_path / "model"), "seed": 7}
+                with trio.fail_after(40):
+                    result = await run_job(config_for(network, gateway, tmp_path, model=corrected))
+    assert result.rounds == 4
+    assert [entry.generation for entry in read_ledger(result.ledger).rounds] == [0] * 4
+    assert (tmp_path / "state" / "digits" / "old-1" / "job.db").is_file(), "what was there is kept"
 
 
 async def test_an_unfinished_job_is_not_mistaken_for_another_one(network: Network, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from hypha.messages import (
     Resources,
     SliceInfo,
     SliceRange,
+    UpdateStatistics,
 )
 from hypha.scheduler.describe import Descriptions, without_secrets
 from hypha.scheduler.ledger import Ledger, Opening, export_ledger, held_leases, open_ledger, read_ledger
@@ -283,3 +284,17 @@ async def test_a_scheduler_that_is_started_on_a_full_disk_waits_too(
     path.write_bytes(b"this is no database, and much longer than its header is, which is a hundred bytes" * 9)
     with pytest.raises(HyphaError, match="cannot be opened"):
         await open_ledger(path)
+
+
+async def test_rounds_of_an_earlier_version_are_read_and_what_is_measured_now_is_kept(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "job.db")
+    tracker = SliceTracker([4]).to_state()
+    await ledger.run(Ledger.open_job, opening(), tracker)
+    await ledger.run(Ledger.record, entry(0), tracker, 2)
+    measured = UpdateStatistics(worker="a", norm=2.0, cosine=0.5, size_bytes=100)
+    await ledger.run(Ledger.record, msgspec.structs.replace(entry(1), updates=(measured,)), tracker, 4)
+    (old,) = ledger._db.execute("SELECT entry FROM rounds WHERE round = 0").fetchone()
+    assert "updates" not in old  # what an earlier version has written looks like this
+    file = await ledger.run(Ledger.to_file)
+    ledger.close()
+    assert [one.updates for one in file.rounds] == [(), (measured,)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 from tests.support.network import Network, until
+from tests.support.signals import Signals
 
 from hypha.config.models import JobResourcesConfig, NeedsConfig, OfferConfig, PriceConfig
 from hypha.errors import Refused
@@ -19,6 +21,7 @@ from hypha.messages import ExecutorClass, ExecutorDescriptor, ReleaseLease, Rene
 from hypha.net import Libp2pNode as Node
 from hypha.scheduler.allocation import Pace
 from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, PoolEvent, asks_from
+from hypha.telemetry import instruments as metrics
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.offers import LeaseDesk, serve_offers
 
@@ -316,3 +319,56 @@ async def test_everything_may_start_before_its_gateway(network: Network) -> None
         pool.want("train", 1)
         await stack.enter_async_context(network.gateway(listen=(address,)))
         await until(lambda: held(pool), 20)
+
+
+def path_of(signals: Signals, name: str) -> list[str]:
+    """The operations above the first span called ``name``, as far as they are of leases, and itself."""
+    mine = ("Evaluate request", "Send offer", "Receive offer", "Accept offer", "Renew lease")
+    return [one for one in signals.path_to(signals.spans(name)[0]) if one in mine]
+
+
+async def test_an_offers_way_is_one_trace_and_a_renewal_is_logged_as_it_is_specified(
+    network: Network, signals: Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="hypha.scheduler")
+    async with (
+        network.gateway() as gateway,
+        opened_worker(network, [gateway]) as worker,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        opened_pool(scheduler) as (pool, _),
+    ):
+        pool.want("train", 1)
+        await until(lambda: len(held(pool)) == 1)
+        await until(lambda: len(signals.spans("Renew lease")) >= 1)
+        await pool.close()
+    assert path_of(signals, "Accept offer") == [
+        "Evaluate request", "Send offer", "Receive offer", "Accept offer"
+    ]  # fmt: skip
+    assert path_of(signals, "Renew lease") == ["Renew lease"], "it has nothing to do with the offer any more"
+    (lease,) = {(one.attributes or {})["hypha.lease"] for one in signals.spans("Accept offer")}
+    assert all((one.attributes or {})["hypha.lease"] == lease for one in signals.spans("Renew lease"))
+    assert signals.reading(metrics.WORKER_REQUESTS, kind="train") >= 1
+    assert signals.reading(metrics.WORKER_OFFERS, outcome="offered") >= 1
+    assert len(signals.spans("Publish task advertisement")) >= 1
+    renewals = [one for one in caplog.records if one.getMessage() == "Lease renewed successfully"]
+    assert len(renewals) >= 2, "the acceptance, and at least one more"
+    for record in renewals:
+        assert record.levelno == logging.INFO
+        assert (vars(record)["worker_peer_id"], vars(record)["lease_id"]) == (worker.node.peer_id, lease)
+
+
+async def test_a_worker_says_by_a_cause_why_it_does_not_offer(network: Network, signals: Signals) -> None:
+    floor = OfferConfig(lease_s=2.5, temporary_lease_s=2.0, price=9.0, floor=9.0)
+    async with (
+        network.gateway() as gateway,
+        opened_worker(network, [gateway], terms=floor),
+        opened_worker(network, [gateway], cpu=0.5),
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        opened_pool(scheduler) as (pool, _),
+    ):
+        pool.want("train", 1)
+        await until(lambda: signals.reading(metrics.WORKER_OFFERS, outcome="price") >= 1)
+        await until(lambda: signals.reading(metrics.WORKER_OFFERS, outcome="resources") >= 1)
+        outcomes = {(one.attributes or {})["hypha.outcome"] for one in signals.spans("Evaluate request")}
+        assert outcomes == {"price", "resources"}
+        await pool.close()

@@ -112,7 +112,7 @@ def test_a_final_refusal_ends_it(code: str) -> None:
     renewal = held()
     renewal.handle(Tick(), renewal.next_wake)
     assert renewal.handle(RenewalRefused(code, "why"), 23.0) == [
-        Lapsed(f"refused ({code}): why", refused=True)
+        Lapsed(f"refused ({code}): why", refused=True, cause="refused")
     ]
 
 

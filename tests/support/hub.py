@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,10 +95,13 @@ class Hub:
     """
 
     def __init__(
-        self, repositories: dict[str, Repository] | None = None, users: tuple[str, ...] = ()
+        self,
+        repositories: dict[str, Repository] | None = None,
+        users: Collection[str] | Mapping[str, str] = (),
     ) -> None:
         self.repositories = dict(repositories or {})
-        self.users = users
+        #: names by token; without names the token is the name
+        self.users = dict(users) if isinstance(users, Mapping) else {one: one for one in users}
         self.asked: list[str] = []
         self.tokens: set[str | None] = set()
         self.broken: set[str] = set()
@@ -127,7 +130,7 @@ class Hub:
         if path == "/api/whoami-v2":
             if token not in self.users:
                 return _refused(401, "", "Invalid username or password.")
-            return _json({"type": "user", "name": token, "orgs": []})
+            return _json({"type": "user", "name": self.users[token], "orgs": []})
         return self._read(path, token)
 
     # --- reading ----------------------------------------------------------------------------------
@@ -181,9 +184,10 @@ class Hub:
             return _refused(401, "", "Invalid username or password.")
         said = json.loads(body) if body and "/commit/" not in path else {}
         if path == "/api/repos/create":
-            name = f"{said.get('organization') or token}/{said['name']}"
-            if said.get("organization") not in (None, token):
-                return _refused(403, "", f"{token} may not make {name}")
+            user = self.users[token]
+            name = f"{said.get('organization') or user}/{said['name']}"
+            if said.get("organization") not in (None, user):
+                return _refused(403, "", f"{user} may not make {name}")
             if name in self.repositories:
                 return _json({"url": f"{self._base}/{name}"}, 409)
             self.repositories[name] = Repository(writer=token)
@@ -192,7 +196,7 @@ class Hub:
         if repository is None:
             return _refused(404, "RepoNotFound", "Repository not found")
         if repository.writer != token:
-            return _refused(403, "", f"{token} may not write to {name}")
+            return _refused(403, "", f"{self.users[token]} may not write to {name}")
         rest = path.removeprefix("/api/models/").removeprefix("/").removeprefix(name).strip("/").split("/")
         if rest[0] == "branch":
             repository.branch = rest[1]

@@ -75,6 +75,13 @@ def test_labels_are_all_those_declared(reader: InMemoryMetricReader) -> None:
         instruments.RENEWALS.add(status="success", peer="12D3")
 
 
+def test_a_counter_begins_at_zero_where_somebody_counts(reader: InMemoryMetricReader) -> None:
+    assert points(reader, "hypha.lease.renewals") == []
+    instruments.RENEWALS.begin()
+    instruments.RENEWALS.add(status="failure")
+    assert points(reader, "hypha.lease.renewals") == [({"status": "success"}, 0), ({"status": "failure"}, 1)]
+
+
 def test_a_value_that_nobody_declared_is_other(reader: InMemoryMetricReader) -> None:
     instruments.RENEWALS.add(status="perhaps")
     assert points(reader, "hypha.lease.renewals") == [({"status": "other"}, 1)]

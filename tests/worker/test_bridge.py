@@ -29,6 +29,7 @@ from hypha.messages import (
     ExecutorExited,
     FetchCall,
     FetchedFile,
+    FinishedSpan,
     HuggingFace,
     Job,
     Loaded,
@@ -43,10 +44,12 @@ from hypha.messages import (
     SendCall,
     SendModel,
     Sent,
+    SpansCall,
     StatusCall,
     TransferMeta,
     Uri,
 )
+from hypha.tracing import traceparent
 from hypha.worker.bridge import MAX_BODY_BYTES, bind_bridge, serve_bridge
 from hypha.worker.directory import JobDirectory
 from hypha.worker.feeds import Arrivals, Directives, Feed
@@ -63,6 +66,9 @@ class FileDesk:
         self.outcomes: tuple[Delivery, ...] = ()
         self.slices = Feed[FetchedFile]()
         self.fetching = 0
+        self.spans: list[FinishedSpan] = []
+        #: the trace in which each event and span was taken
+        self.traces: list[str | None] = []
 
     @property
     def job(self) -> Job:
@@ -96,6 +102,10 @@ class FileDesk:
 
     def say(self, event: Event) -> None:
         self.events.append(event)
+        self.traces.append(traceparent())
+
+    def take_spans(self, spans: tuple[FinishedSpan, ...]) -> None:
+        self.spans.extend(spans)
 
 
 @asynccontextmanager
@@ -129,7 +139,8 @@ async def test_openapi_is_valid_and_names_every_endpoint(tmp_path: Path) -> None
         document = (await client.get("/openapi.json")).json()
         validate(document)
         assert set(document["paths"]) == {
-            "/job", "/directives", "/resources/fetch", "/resources/send", "/resources/receive", "/status/send"
+            "/job", "/directives", "/resources/fetch", "/resources/send", "/resources/receive",
+            "/status/send", "/spans",
         }  # fmt: skip
         assert {"TrainJob", "SendCall", "BridgeError", "Plan"} <= set(document["components"]["schemas"])
 
@@ -367,3 +378,17 @@ async def test_bridge_ends_with_streams_open(tmp_path: Path) -> None:
         while await connection.receive_some():
             pass
         await connection.aclose()
+
+
+async def test_a_call_is_carried_out_in_the_callers_span_and_spans_are_taken(tmp_path: Path) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    said = msgspec.json.encode(StatusCall(event=Loaded(incarnation="i")))
+    async with bridge(tmp_path) as (desk, client):
+        for headers in ({}, {"traceparent": parent}, {"traceparent": "garbage"}):
+            await client.post("/status/send", content=said, headers=headers)
+        assert desk.traces == [None, parent, None]
+        span = FinishedSpan(name="Train", trace_id="a" * 32, span_id="b" * 16, start_ns=1, end_ns=2)
+        assert (await post(client, "/spans", SpansCall(spans=(span,)))).status_code == 200
+        assert desk.spans == [span]
+        answer = await client.post("/spans", content=b'{"spans": [{}]}')
+        assert (answer.status_code, answer.json()["error"]) == (400, "malformed")

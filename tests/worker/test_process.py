@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -302,3 +305,28 @@ def test_all_tokens_are_found_and_removed() -> None:
 def test_executors_do_not_inherit_secrets() -> None:
     worker = {"PATH": "/bin", "LC_ALL": "C", "HF_TOKEN": "x", "HYPHA_KEY": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     assert child_environment(worker) == {"PATH": "/bin", "LC_ALL": "C"}
+
+
+async def test_each_line_of_output_says_of_which_job_worker_and_round_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="hypha.worker.executor")
+    fields: dict[str, object] = {"job_id": "job-1", "worker_peer_id": "W"}
+    seen: dict[int, str] = {}
+    script = """
+        import sys
+        print("WARNING it is slow", flush=True)
+        sys.stdin.read()
+    """
+    made = replace(launch(tmp_path, script), output_fields=lambda: fields, kind="aggregate")
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_executor, made, stop, 1.0, running=seen))
+        await until(lambda: any("it is slow" in record.message for record in caplog.records))
+        assert list(seen.values()) == ["aggregate"]
+        assert running(next(iter(seen)))
+        stop.set()
+    assert not seen
+    line = next(record for record in caplog.records if "it is slow" in record.message)
+    assert line.levelno == logging.WARNING
+    assert {name: getattr(line, name) for name in fields} == fields

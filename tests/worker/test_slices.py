@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from tests.support.signals import Signals
 from tests.worker.test_cache import assigned, content
 
 from hypha.config.models import CacheConfig
@@ -24,6 +25,8 @@ from hypha.messages import (
     SliceAssigned,
     TransferMeta,
 )
+from hypha.telemetry import instruments as metrics
+from hypha.tracing import round_traceparent
 from hypha.worker.cache import SliceCache
 from hypha.worker.slices import AVOID_S, KEPT_LINKS, MAX_AHEAD, MAX_HOLD_S, STILL_S, SlicePrefetcher
 
@@ -402,3 +405,44 @@ async def test_two_thetas_in_a_row_that_a_worker_is_not_in_drop_its_slices_twice
         prefetcher.start_over()
         prefetcher.resume()
         assert (await prefetcher.next()).assigned.index > first.assigned.index
+
+
+async def test_a_slice_is_a_span_and_a_duration_and_the_cache_is_counted(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, signals: Signals
+) -> None:
+    world = World(tmp_path)
+    world.slices = 1
+    world.troubles["a"] = PeerUnreachable("a", "it is down")
+    world.prefetcher = SlicePrefetcher(
+        world.ask, world.pull, world.cache, world.directory, world.stamp, "digits", "life",
+        trace_of=lambda stamp: round_traceparent(stamp.job_id, stamp.generation, stamp.round, 1.0),
+    )  # fmt: skip
+    async with world.running() as prefetcher:
+        await prefetcher.next()
+        world.round = 1
+        await prefetcher.next()
+        await trio.sleep(1)
+    first, *later = signals.spans("Fetch slice")
+    assert first.parent is not None
+    assert first.context is not None
+    round_0 = round_traceparent("job", 1, 0, 1.0)
+    assert f"00-{first.parent.trace_id:032x}-{first.parent.span_id:016x}-01" == round_0
+    attributes = dict(first.attributes or {})
+    assert attributes == {"hypha.job": "job", "hypha.round": 0, "hypha.dataset": "digits", "hypha.slice": 0}
+    assert later
+    # the second provider had it; from then on it was in the cache
+    assert signals.reading(metrics.FETCH_DURATION, status="success") == 1
+    assert signals.reading(metrics.FETCH_DURATION, status="failure") == 0
+    assert signals.reading(metrics.CACHE_LOOKUPS, result="miss") == 1
+    assert signals.reading(metrics.CACHE_LOOKUPS, result="hit") >= 1
+
+
+async def test_a_slice_that_nobody_can_send_is_counted_as_a_failure(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, signals: Signals
+) -> None:
+    world = World(tmp_path)
+    world.troubles = {name: PeerUnreachable(name, "it is down") for name in ("a", "b")}
+    async with world.running():
+        await trio.sleep(0.5)
+    assert signals.reading(metrics.FETCH_DURATION, status="failure") >= 1
+    assert signals.reading(metrics.FETCH_DURATION, status="success") == 0

@@ -24,6 +24,12 @@ app = typer.Typer(
 )
 
 Directory = Annotated[Path, typer.Option("--dir", "-d", help="Where to write; made when missing.")]
+Trust = Annotated[
+    Path | None,
+    typer.Option(
+        "--trust", "--ca-trust", help="What is above the CA; default: the -trust.pem beside its certificate."
+    ),
+]
 Organization = Annotated[str, typer.Option("--organization", "-o", help="The organisation.")]
 
 
@@ -61,9 +67,7 @@ def node(
     name: Annotated[str, typer.Option("--name", "-n", help="The node's name.")],
     ca_cert: Annotated[Path, typer.Option(help="The organisation CA's certificate.")],
     ca_key: Annotated[Path, typer.Option(help="The organisation CA's private key.")],
-    ca_trust: Annotated[
-        Path | None, typer.Option(help="What is above it; default: the -trust.pem beside its certificate.")
-    ] = None,
+    trust: Trust = None,
     role: Annotated[
         list[str] | None,
         typer.Option("--role", "-r", help="gateway, scheduler, worker or data; none: any. May be repeated."),
@@ -80,7 +84,7 @@ def node(
 
     made = make_node(
         name,
-        CaFiles(ca_cert, ca_key, ca_trust),
+        CaFiles(ca_cert, ca_key, trust),
         directory,
         roles=role or (),
         san=[part.strip() for part in san.split(",") if part.strip()],
@@ -94,12 +98,13 @@ def renew(
     cert: Annotated[Path, typer.Argument(help="The node's certificate; it is replaced.")],
     ca_cert: Annotated[Path, typer.Option(help="The certificate of the organisation CA that issued it.")],
     ca_key: Annotated[Path, typer.Option(help="That CA's private key.")],
+    trust: Trust = None,
     days: Annotated[int, typer.Option(help="Validity from now.", min=1)] = 365,
 ) -> None:
     """Give a node's certificate new dates: same key, PeerID, name and roles. Running nodes read it again."""
     from hypha.pki.authority import CaFiles, renew_node
 
-    renewed = renew_node(cert, CaFiles(ca_cert, ca_key), days=days)
+    renewed = renew_node(cert, CaFiles(ca_cert, ca_key, trust), days=days)
     typer.echo(f"renewed {cert}, valid until {renewed.not_valid_after_utc:%Y-%m-%d}")
 
 
@@ -107,10 +112,14 @@ def renew(
 def revoke(
     ca_cert: Annotated[Path, typer.Option(help="The certificate of the CA that issued them.")],
     ca_key: Annotated[Path, typer.Option(help="That CA's private key.")],
-    crl: Annotated[Path, typer.Option(help="That CA's revocation list; made when missing.")],
     certs: Annotated[
         list[Path] | None, typer.Argument(help="Certificates to revoke; none: only sign the list anew.")
     ] = None,
+    crl: Annotated[
+        Path | None,
+        typer.Option(help="That CA's revocation list, made when missing; default: crls.pem beside ca-cert."),
+    ] = None,
+    trust: Trust = None,
     days: Annotated[
         int, typer.Option(help="Until when the list is fresh. It revokes after that, too.", min=1)
     ] = 30,
@@ -119,8 +128,12 @@ def revoke(
     from hypha.pki.authority import CaFiles
     from hypha.pki.authority import revoke as revoke_certificates
 
-    count = revoke_certificates(CaFiles(ca_cert, ca_key), certs or [], crl, days=days)
-    typer.echo(f"wrote {crl}; it lists {count} certificate{'' if count == 1 else 's'}")
+    place = crl or ca_cert.with_name("crls.pem")
+    count = revoke_certificates(CaFiles(ca_cert, ca_key, trust), certs or [], place, days=days)
+    typer.echo(f"wrote {place}; it lists {count} certificate{'' if count == 1 else 's'}")
+    typer.echo(
+        "Copy it to where the crls_pem of each node points; a node without that key does not hear of it."
+    )
 
 
 @app.command()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ HttpOption = Annotated[
 LogLevelOption = Annotated[
     str | None, typer.Option("--log-level", help="A level, or a filter such as info,hypha_network=debug.")
 ]
-LogFormatOption = Annotated[str | None, typer.Option("--log-format", help="json or text.")]
+LogFormatOption = Annotated[str | None, typer.Option("--log-format", help="auto, json or text.")]
 CertOption = Annotated[Path | None, typer.Option("--cert", help="This node's certificate.")]
 KeyOption = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
 TrustOption = Annotated[Path | None, typer.Option("--trust", help="The CAs to trust.")]
@@ -254,14 +255,16 @@ def write_config(
 def identity_keys(
     name: str | None, program: Program, pki: Path, certs: Sequence[Path | None]
 ) -> dict[str, Path | None]:
-    """Paths of the identity files: as given, else ``<name>-cert.pem`` and so on in ``pki``."""
+    """Paths of the identity files: as given, else ``<name>-cert.pem`` and so on in ``pki``. The revocation
+    list is there from the start, though nobody may be revoked yet: it is read as soon as it exists.
+    """
     stem = name or program.name
     cert, key, trust, crls = certs
     return {
         "cert_pem": cert or pki / f"{stem}-cert.pem",
         "key_pem": key or pki / f"{stem}-key.pem",
         "trust_pem": trust or pki / f"{stem}-trust.pem",
-        "crls_pem": crls,
+        "crls_pem": crls or pki / "crls.pem",
     }
 
 
@@ -278,6 +281,20 @@ def leaf_keys(
         "external_addresses": external,
         "exclude_cidr": excluded_for([*(gateway or ()), *(external or ())], exclude_cidr),
     }
+
+
+#: where each component's local HTTP listens unless told otherwise
+HTTP_PORTS = {"gateway": 9101, "scheduler": 9102, "worker": 9103, "data": 9104}
+
+
+def local_http(program: Program, name: str | None, given: str | None) -> str:
+    """The address for local HTTP that ``init`` writes: on this machine alone. Several nodes of one kind on
+    one machine are told apart by the number at the end of their names: ``worker-2`` is ten ports further up.
+    """
+    if given is not None:
+        return given
+    number = re.search(r"(\d{1,3})$", name or "")
+    return f"127.0.0.1:{HTTP_PORTS[program.name] + 10 * max(0, int(number[1]) - 1 if number else 0)}"
 
 
 def leaf_fill_in(gateway: list[str] | None) -> dict[str, str]:

@@ -39,7 +39,7 @@ def init(
         "external_addresses": external or ["/dns4/gateway.example.org/tcp/8080"],
         "gateway_addresses": gateway,
         "exclude_cidr": common.excluded_for([*(external or ()), *(gateway or ())], exclude_cidr),
-        "http_address": http,
+        "http_address": common.local_http(PROGRAM, name, http),
     }
     fill_in = {} if external else {"external_addresses": "where the nodes of your network dial this gateway"}
     common.write_config(PROGRAM, output, force, given, fill_in)

@@ -1,4 +1,5 @@
-"""``hypha``: what concerns a whole network or a whole job: the demo, faults, a job's status, its replay."""
+"""``hypha``: what concerns a whole network or a whole job: the demo, faults, a job's status, its replay, its
+time line and its report."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ import typer
 from hypha.cli.chaos.command import chaos
 from hypha.cli.demo.command import demo
 from hypha.cli.replay import replay
+from hypha.cli.report import report
 from hypha.cli.running import run_program
 from hypha.cli.status import status
+from hypha.cli.timeline import timeline
 
 app = typer.Typer(
     name="hypha",
@@ -21,6 +24,8 @@ app.command()(demo)
 app.command()(chaos)
 app.command()(status)
 app.command()(replay)
+app.command()(timeline)
+app.command()(report)
 
 
 @app.command()

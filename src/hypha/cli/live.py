@@ -1,9 +1,12 @@
-"""A job in the terminal: one panel that follows the scheduler's snapshots, above it the log."""
+"""A job in the terminal: one panel that follows the scheduler's snapshots, above it the log; and for
+``hypha status`` a longer one, with leases, connections and warnings.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -15,23 +18,44 @@ from hypha.scheduler.snapshot import JobSnapshot
 
 #: Worker rows shown; a hundred would push the rest off the screen.
 MAX_ROWS = 12
-
-
-@contextmanager
-def live_view(console: Console) -> Iterator[Callable[[JobSnapshot], None]]:
-    """Show what is passed to the yielded function. Standard error goes above the panel meanwhile."""
-    with Live(console=console, refresh_per_second=4, transient=False) as live:
-        yield lambda snapshot: live.update(job_panel(snapshot))
+#: and warnings
+MAX_LINES = 5
 
 
 def job_panel(job: JobSnapshot) -> RenderableType:
-    """The whole panel."""
+    """The short panel."""
     parts: list[RenderableType] = [headline(job), ProgressBar(total=max(job.rounds, 1), completed=job.round)]
     if job.message:
         parts.append(Text(job.message, style="yellow" if job.state == "paused" else "dim"))
     if job.workers:
         parts.append(_workers(job))
     return Group(*parts)
+
+
+def status_panel(job: JobSnapshot) -> RenderableType:
+    """The long panel."""
+    parts = [job_panel(job)]
+    if job.held:
+        parts.append(_leases(job))
+    if job.connections:
+        parts.append(_connections(job))
+    facts = [_goodput(job), _data(job), _refused(job)]
+    parts += [Text(fact, style="dim") for fact in facts if fact]
+    for line in job.warnings[-MAX_LINES:]:
+        when = datetime.fromtimestamp(line.at).strftime("%H:%M:%S")
+        style = "red" if line.level == "error" else "yellow"
+        peer = f" (...{line.peer[-8:]})" if line.peer else ""
+        parts.append(Text(f"{when} {line.level} {line.message}{peer}", style=style))
+    return Group(*parts)
+
+
+@contextmanager
+def live_view(
+    console: Console, panel: Callable[[JobSnapshot], RenderableType] = job_panel
+) -> Iterator[Callable[[JobSnapshot], None]]:
+    """Show what is passed to the yielded function. Standard error goes above the panel meanwhile."""
+    with Live(console=console, refresh_per_second=4, transient=False) as live:
+        yield lambda snapshot: live.update(panel(snapshot))
 
 
 def headline(job: JobSnapshot) -> Text:
@@ -67,3 +91,63 @@ def _workers(job: JobSnapshot) -> Table:
     if len(job.workers) > MAX_ROWS:
         table.add_row(f"and {len(job.workers) - MAX_ROWS} more", *[""] * 7)
     return table
+
+
+def _leases(job: JobSnapshot) -> Table:
+    table = _table("lease", "worker", "for", "hardware", right=("price", "expires in"))
+    for lease in job.held[:MAX_ROWS]:
+        amounts = (
+            (lease.cpu, "cores"),
+            (lease.memory, "GB"),
+            (lease.gpu, "GB of GPU"),
+            (lease.storage, "GB of disk"),
+        )
+        hardware = ", ".join(f"{amount:g} {unit}" for amount, unit in amounts if amount)
+        ends = f"{lease.expires_in_s:.0f} s" + (", unreachable" if lease.suspected else "")
+        purpose = "training" if lease.kind == "train" else "server"
+        table.add_row(lease.lease[:8], f"...{lease.peer[-8:]}", purpose, hardware, f"{lease.price:g}", ends)
+    if len(job.held) > MAX_ROWS:
+        table.add_row(f"and {len(job.held) - MAX_ROWS} more", *[""] * 5)
+    return table
+
+
+def _connections(job: JobSnapshot) -> Table:
+    table = _table("node", "role", "path", right=("round trip",))
+    for one in job.connections[:MAX_ROWS]:
+        trip = "-" if one.round_trip_s is None else f"{one.round_trip_s * 1000:.1f} ms"
+        table.add_row(f"...{one.peer[-8:]}", ", ".join(one.roles) or "any", one.kind, trip)
+    if len(job.connections) > MAX_ROWS:
+        table.add_row(f"and {len(job.connections) - MAX_ROWS} more", "", "", "")
+    return table
+
+
+def _table(*left: str, right: tuple[str, ...]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _data(job: JobSnapshot) -> str:
+    if job.slices is None:
+        return ""
+    counts = job.slices
+    states = f"{counts.available} available, {counts.assigned} with workers, {counts.used} used"
+    return f"{job.dataset}: epoch {job.epoch + 1}, slices {states}; {job.providers} data nodes"
+
+
+def _refused(job: JobSnapshot) -> str:
+    counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(job.refused.items()) if count)
+    return f"ignored or refused: {counts}" if counts else ""
+
+
+def _goodput(job: JobSnapshot) -> str:
+    report = job.goodput
+    if report is None:
+        return ""
+    lost = sorted(report.badput_s.items(), key=lambda one: -one[1])
+    parts = [f"{reason.replace('-', ' ')} {seconds:.0f} s" for reason, seconds in lost if seconds >= 0.5]
+    total = f"goodput {report.share:.0%} of {report.wall_s * report.places:.0f} worker seconds"
+    return f"{total}; lost: {', '.join(parts)}" if parts else total

@@ -60,17 +60,22 @@ def run_service(component: str, config: NodeConfig, service: Callable[[], Awaita
     from hypha.config.otel import resolve_telemetry
     from hypha.pki.identity import IdentityFiles, load_identity
     from hypha.telemetry.logs import configure_logging
+    from hypha.telemetry.resources import watch_process
     from hypha.telemetry.running import keep_sampling, telemetry
 
     async def observed() -> int | None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(keep_sampling)
-            code = await service()
-            nursery.cancel_scope.cancel()
+        with watch_process():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keep_sampling)
+                code = await service()
+                nursery.cancel_scope.cancel()
         return code
 
     settings = resolve_telemetry(component, config, process_environment())
-    configure_logging(component, parse_filter(config.log_level), config.log_format)
+    style = config.log_format
+    if style == "auto":
+        style = "text" if sys.stderr is not None and sys.stderr.isatty() else "json"
+    configure_logging(component, parse_filter(config.log_level), style)
     if not settings.on:
         return run_until_signal(service)
     files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)

@@ -49,17 +49,28 @@ def init(
         Path | None, typer.Option(help="Directory with the model's config.json (weights optional).")
     ] = None,
     repository: Annotated[str | None, typer.Option(help="The model on the Hugging Face hub instead.")] = None,
-    model_type: Annotated[str, typer.Option(help="Its task.")] = "image-classification",
+    entrypoint: Annotated[
+        str | None, typer.Option(help="A plain PyTorch model instead: package.module:callable.")
+    ] = None,
+    model_type: Annotated[
+        str | None, typer.Option(help="Its task; default: image-classification, torch for an entrypoint.")
+    ] = None,
 ) -> None:
     """Write a configuration file with every key, its default and what it means."""
     job = "scheduler.job"
-    source = {"path": model or Path("model")} if repository is None else {"repository": repository}
+    if sum(one is not None for one in (model, repository, entrypoint)) > 1:
+        raise typer.BadParameter("--model, --repository and --entrypoint: give one of them")
+    source: dict[str, str | Path] = {"path": model or Path("model")}
+    if repository is not None:
+        source = {"repository": repository}
+    elif entrypoint is not None:
+        source = {"entrypoint": entrypoint}
     given = {
         **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
         **common.leaf_keys(gateway, listen, external, exclude_cidr),
-        "http_address": http,
+        "http_address": common.local_http(PROGRAM, name, http),
         "state_dir": state_dir,
-        f"{job}.model.type": model_type,
+        f"{job}.model.type": model_type or ("torch" if entrypoint else "image-classification"),
         **{f"{job}.model.{key}": value for key, value in source.items()},
         f"{job}.dataset.dataset": dataset or "dataset",
         f"{job}.rounds.update_rounds": rounds,
@@ -69,7 +80,7 @@ def init(
         f"{job}.output": _place(save_to) if save_to else "output",
     }
     fill_in = common.leaf_fill_in(gateway)
-    if model is None and repository is None:
+    if model is None and repository is None and entrypoint is None:
         fill_in[f"{job}.model.path"] = "a directory with the model's config.json, or `repository` instead"
     if dataset is None:
         fill_in[f"{job}.dataset.dataset"] = "the name your data node serves the dataset under"
@@ -129,12 +140,20 @@ def run(
     )
     from hypha.cli.running import run_service
     from hypha.cli.scheduling import run_scheduler
+    from hypha.scheduler import finished_job
 
-    if sys.stdout.isatty():
+    if loaded.log_format == "auto" and sys.stdout.isatty():
         # beside the live panel people read it, not machines
         loaded = loaded.model_copy(update={"log_format": "text"})
 
     async def service() -> None:
+        done = None if fresh else await finished_job(loaded.state_dir, loaded.scheduler.job)
+        if done is not None:
+            print(
+                f"{done.name} is done: {done.rounds} rounds, {done.samples} samples; the model is in "
+                f"{done.output}. More update_rounds go on from here; --fresh starts anew."
+            )
+            return
         await run_scheduler(loaded, live=sys.stdout.isatty(), fresh=fresh, journal=journal)
 
     raise typer.Exit(run_service("hypha-scheduler", loaded, service))

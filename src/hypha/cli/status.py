@@ -1,8 +1,11 @@
-"""``hypha status``: what a scheduler's local HTTP says of its job, once or as it goes on."""
+"""``hypha status``: what a scheduler's local HTTP says of its job, once or as it goes on: rounds, throughput,
+nodes and leases, what it waits for, and the log's last warnings.
+"""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import httpx
@@ -10,6 +13,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from hypha.cli.component import HTTP_PORTS
 from hypha.errors import HyphaError, JobFailed
 from hypha.scheduler.snapshot import JobSnapshot
 
@@ -20,21 +24,28 @@ _PATIENCE_S = 10.0
 
 
 def status(
-    address: Annotated[str, typer.Argument(help="The scheduler's http_address, such as 127.0.0.1:9090.")],
+    address: Annotated[
+        str, typer.Argument(help="The scheduler's http_address; default: the one that init writes.")
+    ] = f"127.0.0.1:{HTTP_PORTS['scheduler']}",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended.")] = False,
+    token: Annotated[
+        Path | None,
+        typer.Option(help="For an address beyond loopback: the file page-token of the job's state."),
+    ] = None,
 ) -> None:
     """Print what a scheduler's job is doing."""
-    from hypha.cli.live import job_panel, live_view
+    from hypha.cli.live import live_view, status_panel
 
     url = f"{address if '://' in address else f'http://{address}'}".rstrip("/") + "/status"
     console = Console()
-    with httpx.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
+    headers = {} if token is None else {"authorization": f"Bearer {_read(token)}"}
+    with httpx.Client(timeout=_TIMEOUT_S, trust_env=False, headers=headers) as client:
         seen = _ask(client, url)
         if not follow:
             # what reads a pipe looks for words in a line, however narrow the terminal it was started from
-            console.print(job_panel(seen), soft_wrap=not console.is_terminal)
+            console.print(status_panel(seen), soft_wrap=not console.is_terminal)
             return
-        with live_view(console) as show:
+        with live_view(console, status_panel) as show:
             asked = time.monotonic()
             while seen.state not in ("done", "failed"):
                 show(seen)
@@ -59,6 +70,8 @@ def _ask(client: httpx.Client, url: str) -> JobSnapshot:
         answer = client.get(url)
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise Unanswered(f"{url} does not answer: {exc}") from exc
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        raise HyphaError(f"{url} asks for the token of its job's state directory: --token FILE")
     if answer.status_code != httpx.codes.OK:
         raise HyphaError(
             f"{url} answers with HTTP status {answer.status_code}: is that a scheduler's address?"
@@ -67,3 +80,10 @@ def _ask(client: httpx.Client, url: str) -> JobSnapshot:
         return msgspec.json.decode(answer.content, type=JobSnapshot)
     except msgspec.DecodeError as exc:
         raise HyphaError(f"{url} is not the status of a job: {exc}") from exc
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise HyphaError(f"the token cannot be read: {exc}") from exc

@@ -13,6 +13,9 @@ from hypha.cli.running import run_program
 PROGRAM = common.Program("worker", "Offers this machine's resources and runs executors under leases.")
 app = common.make_app(PROGRAM)
 
+#: of memory and disk, what ``init`` offers
+OFFERED = 0.8
+
 WorkDirOption = Annotated[Path | None, typer.Option("--work-dir", help="For job directories and the cache.")]
 
 
@@ -37,16 +40,21 @@ def init(
     gpu: Annotated[float | None, typer.Option(help="GB of GPU memory to offer.", min=0)] = None,
     storage: Annotated[float | None, typer.Option(help="GB of storage to offer.", min=0)] = None,
 ) -> None:
-    """Write a configuration file with every key, its default and what it means."""
+    """Write a configuration file with every key, its default and what it means; of this machine's resources
+    a little is left to others.
+    """
+    from hypha.worker.detecting import detect
+
+    here = detect(output.parent / (work_dir or "work"))
     given = {
         **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
         **common.leaf_keys(gateway, listen, external, exclude_cidr),
-        "http_address": http,
+        "http_address": common.local_http(PROGRAM, name, http),
         "work_dir": work_dir,
-        "resources.cpu": cpu,
-        "resources.memory": memory,
-        "resources.gpu": gpu,
-        "resources.storage": storage,
+        "resources.cpu": here.cpu if cpu is None else cpu,
+        "resources.memory": round(OFFERED * here.memory, 1) if memory is None else memory,
+        "resources.gpu": round(OFFERED * here.gpu, 1) if gpu is None else gpu,
+        "resources.storage": round(OFFERED * here.storage, 1) if storage is None else storage,
     }
     common.write_config(PROGRAM, output, force, given, common.leaf_fill_in(gateway))
 
@@ -83,10 +91,11 @@ def run(
         ],
     )
     from hypha.cli.running import run_service
+    from hypha.telemetry.running import emit_spans
     from hypha.worker import run_worker
 
     async def service() -> None:
-        await run_worker(loaded)
+        await run_worker(loaded, emit_spans=emit_spans())
 
     raise typer.Exit(run_service("hypha-worker", loaded, service))
 

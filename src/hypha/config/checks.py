@@ -27,6 +27,7 @@ from hypha.config.models import (
 )
 from hypha.config.otel import endpoint_problem
 from hypha.config.partial import Partial
+from hypha.config.sinks import sink_problems
 from hypha.config.tasks import unknown_task
 
 Found = Iterator[tuple[KeyPath, str]]
@@ -50,6 +51,7 @@ def cross_checks(partial: Partial) -> Found:
         yield from _worker(partial)
     if issubclass(model, SchedulerConfig):
         yield from _job(partial)
+        yield from sink_problems(partial)
 
 
 def _addresses(partial: Partial, key: str) -> Iterator[tuple[int, Multiaddr]]:

@@ -1,13 +1,14 @@
 """Which logs are wanted: the ``RUST_LOG`` way of saying it.
 
 A filter is a list such as ``info,hypha_network=debug``: a bare level is for Hypha itself, ``name=level``
-for one logger and those below it. ``hypha_network``, ``hypha::network`` and ``hypha.net`` name the same
-room. Later entries win.
+for one logger and those below it, ``hypha_network`` alone for all that it has to say. ``hypha_network``,
+``hypha-network``, ``hypha::network`` and ``hypha.net`` name the same room. Later entries win.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ LEVELS: Mapping[str, int] = {
     "off": logging.CRITICAL + 10,
 }
 
+#: Hypha, or a room of it
+_ROOM = re.compile(r"hypha(?:(?:[_.-]|::)\w+)*")
 #: Rooms under the name that operations.md calls them by.
 _ROOMS = {"network": "net", "certutil": "cli"}
 
@@ -45,6 +48,8 @@ def parse_filter(text: str) -> LogFilter:
             continue
         name, equals, word = part.rpartition("=")
         number = LEVELS.get(word.strip().lower())
+        if number is None and not equals and _ROOM.fullmatch(word):
+            name, number = word, TRACE
         if number is None or (equals and not name.strip()):
             raise ValueError(
                 f"{part!r} is no log level; write error, warn, info, debug, trace or off, or name=level"
@@ -58,9 +63,7 @@ def parse_filter(text: str) -> LogFilter:
 
 
 def _logger_name(name: str) -> str:
-    name = name.replace("::", ".")
-    if name.startswith("hypha_"):
-        name = "hypha." + name.removeprefix("hypha_")
+    name = re.sub(r"^hypha[_-]", "hypha.", name.replace("::", "."))
     parts = name.split(".")
     if parts[0] == "hypha" and len(parts) > 1:
         parts[1] = _ROOMS.get(parts[1], parts[1])

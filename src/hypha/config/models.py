@@ -75,7 +75,7 @@ class NodeConfig(Section):
     key_pem: Path
     #: the CAs whose nodes are trusted
     trust_pem: Path
-    #: revocation lists of those CAs; re-read when the file changes
+    #: revocation lists of those CAs; re-read when the file changes, and none while there is no such file yet
     crls_pem: Path | None = None
     #: refuse peers whose certificate carries no role at all
     require_roles: bool = False
@@ -90,7 +90,8 @@ class NodeConfig(Section):
     max_connections: int = Field(default=1024, ge=1)
     #: error, warn, info, debug, trace, or a filter such as "info,hypha_network=debug"
     log_level: str = "info"
-    log_format: Literal["text", "json"] = "json"
+    #: text (in colour) for people, json for machines; ``auto``: text where logs go to a terminal
+    log_format: Literal["auto", "text", "json"] = "auto"
     #: where traces, metrics and logs are sent over OTLP, usually an OpenTelemetry Collector, such as
     #: "http://otel-collector:4318" (4317 with grpc); not set: nowhere
     telemetry_endpoint: str | None = None
@@ -425,10 +426,30 @@ class JobConfig(Section):
     output_token: str | None = None
 
 
+class SinkConfig(Section):
+    """Where the figures of each round go, for researchers. All but http need an extra of the same name, such
+    as `pip install 'hypha-train[wandb]'`.
+    """
+
+    type: Literal["tensorboard", "trackio", "wandb", "aim", "http"]
+    project: str = "hypha"
+    #: the run's name there; ``None``: the job's
+    name: str | None = None
+    #: where the tool keeps what it writes; ``None``: ``<state_dir>/<job>/sinks/<type>``
+    directory: Path | None = None
+    #: a server of the tool's; of http, what answers POST <url>/status (the status bridge of the Rust Hypha)
+    url: str | None = None
+    #: the server's key or token; never logged or shown
+    token: str | None = Field(default=None, repr=False)
+    #: of wandb: nothing is sent, `wandb sync` does that later
+    offline: bool = False
+
+
 class SchedulerSection(Section):
     """What the scheduler is to do."""
 
     job: JobConfig
+    sinks: list[SinkConfig] = []
 
 
 class SchedulerConfig(LeafConfig):

@@ -22,7 +22,7 @@ from hypha.data.slices import SUFFIX, describe_slice, hash_file, open_as_directo
 from hypha.errors import DataError
 from hypha.messages import Column, Manifest, SliceInfo
 
-logger = logging.getLogger("hypha.data")
+logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1

@@ -24,7 +24,7 @@ from hypha.data.summary import Summary, Tally
 from hypha.errors import DataError, InputUnusable
 from hypha.messages import Column, Manifest
 
-logger = logging.getLogger("hypha.data")
+logger = logging.getLogger(__name__)
 
 #: A job with fewer slices than workers leaves some without data.
 FEW_SLICES = 4

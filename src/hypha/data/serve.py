@@ -7,6 +7,7 @@ file has changed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import trio
 
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data.manifest import Dataset, load_dataset_directory, manifest_hash, read_manifest
+from hypha.data.served import ServedSlices
 from hypha.data.staging import being_served
 from hypha.data.verify import slice_problem
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
@@ -29,10 +31,12 @@ from hypha.messages import (
 )
 from hypha.net import open_node, options_from
 from hypha.node import Node
-from hypha.runtime import chance, in_thread
+from hypha.runtime import chance, in_thread, is_simulated
 from hypha.telemetry import health_of, serve_http
+from hypha.telemetry.instruments import STREAMS
+from hypha.telemetry.resources import watch_disks
 
-logger = logging.getLogger("hypha.data")
+logger = logging.getLogger(__name__)
 
 #: Who may ask for data.
 ASKERS = frozenset({"worker", "scheduler"})
@@ -53,8 +57,9 @@ async def run_data(
     """
     node_options = options_from(config, "hypha-data")
     datasets = await load_datasets(config)
-    with being_served(dataset.directory for dataset in datasets):
-        async with open_node(node_options) as node:
+    directories = [dataset.directory for dataset in datasets]
+    with being_served(directories):
+        async with open_node(node_options) as node, watch_disks({"datasets": directories}):
             await serve(config, datasets, node, task_status=task_status)
 
 
@@ -66,18 +71,33 @@ async def serve(
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Be a data node through ``node``, until cancelled."""
-    async with trio.open_nursery() as nursery:
-        shelf = Shelf(datasets, node.roles_of)
-        node.answer(DescribeDataset, shelf.describe, roles=ASKERS)
-        node.answer(ListFiles, shelf.list_files, roles=ASKERS)
-        node.transfers.serve(KIND, shelf.provide)
-        node.health_details.append(shelf.health_details)
-        if config.http_address is not None:
-            await nursery.start(serve_http, config.http_address, lambda: health_of(node))
-        task_status.started(node.ref())
-        await node.wait_connected()
-        for dataset in datasets:
-            nursery.start_soon(announce, node, dataset, config.announce_interval_s)
+    with contextlib.ExitStack() as gauges:
+        async with trio.open_nursery() as nursery:
+            await _serve(config, datasets, node, nursery, gauges, task_status)
+
+
+async def _serve(
+    config: DataConfig,
+    datasets: list[Dataset],
+    node: Node,
+    nursery: trio.Nursery,
+    gauges: contextlib.ExitStack,
+    task_status: trio.TaskStatus[PeerRef],
+) -> None:
+    shelf = Shelf(datasets, node.roles_of)
+    node.answer(DescribeDataset, shelf.describe, roles=ASKERS)
+    node.answer(ListFiles, shelf.list_files, roles=ASKERS)
+    slices = ServedSlices(shelf.provide, frozenset(dataset.name for dataset in datasets))
+    node.transfers.serve(KIND, slices.provide, slices.served)
+    if not is_simulated():
+        gauges.enter_context(STREAMS.watch(lambda: float(slices.active)))
+    node.health_details.append(shelf.health_details)
+    if config.http_address is not None:
+        await nursery.start(serve_http, config.http_address, lambda: health_of(node))
+    task_status.started(node.ref())
+    await node.wait_connected()
+    for dataset in datasets:
+        nursery.start_soon(announce, node, dataset, config.announce_interval_s)
 
 
 async def load_datasets(config: DataConfig) -> list[Dataset]:

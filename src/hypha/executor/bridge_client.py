@@ -12,12 +12,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+from opentelemetry.trace import SpanKind
 
 from hypha.errors import HyphaError, PeerUnreachable, Refused
 from hypha.executor.bridge_http import Answer, Connection, Unanswered, lines
@@ -28,6 +30,7 @@ from hypha.messages import (
     Event,
     FetchCall,
     FetchedFile,
+    FinishedSpan,
     Job,
     Progress,
     ReceiveCall,
@@ -35,9 +38,12 @@ from hypha.messages import (
     Reference,
     SendCall,
     Sent,
+    SpansCall,
     StatusCall,
     encode_json,
 )
+from hypha.tracing import span, traceparent
+from hypha.tracing.operations import BRIDGE
 
 logger = logging.getLogger("hypha.executor")
 
@@ -70,7 +76,8 @@ class BridgeClient:
         self.directory = directory
         self._failed = failed
         self._socket = socket
-        self._events: deque[Event] = deque()
+        #: with the ``traceparent`` of the span in which each was reported
+        self._events: deque[tuple[Event, str | None]] = deque()
         self._lock = threading.Condition()
         self._reporting = False
         #: on which no call is under way
@@ -101,17 +108,28 @@ class BridgeClient:
         """
         return msgspec.json.decode(self._call("POST", "/resources/send", call), type=Sent)
 
+    def post_spans(self, spans: Sequence[FinishedSpan]) -> None:
+        """Have the worker export ``spans``. Raises :class:`Refused`, :class:`PeerUnreachable` and, when the
+        worker is gone, :class:`Unanswered`.
+        """
+        self._ask_idle("POST", "/spans", SpansCall(spans=tuple(spans)), None)
+
     def relative(self, path: Path) -> str:
         """``path`` as the bridge wants it."""
         return path.relative_to(self.directory).as_posix()
 
     def _call(self, method: str, path: str, body: msgspec.Struct | None = None) -> bytes:
+        attributes = {"http.request.method": method, "url.path": path}
+        with span(BRIDGE, attributes, kind=SpanKind.CLIENT):
+            return self._ask_idle(method, path, body, traceparent())
+
+    def _ask_idle(self, method: str, path: str, body: msgspec.Struct | None, parent: str | None) -> bytes:
         try:
             connection = self._idle.get_nowait()
         except queue.Empty:
             connection = Connection(self._socket)
         try:
-            return _ask(connection, method, path, body)
+            return _ask(connection, method, path, body, parent)
         finally:
             # one that failed has closed itself, and connects again
             self._idle.put(connection)
@@ -164,17 +182,19 @@ class BridgeClient:
     def report(self, event: Event) -> None:
         """Have ``event`` delivered to the scheduler. Never blocks."""
         with self._lock:
-            if isinstance(event, Progress) and self._events and isinstance(self._events[-1], Progress):
+            if isinstance(event, Progress) and self._events and isinstance(self._events[-1][0], Progress):
                 self._events.pop()
             if isinstance(event, Alive) and self._events:
                 return  # what waits to be said says so too
-            self._events.append(event)
+            reported_in = None if isinstance(event, Progress | Alive) else traceparent()
+            self._events.append((event, reported_in))
             self._lock.notify()
 
     def patiently(self, call: Callable[[], T]) -> T:
         """Do ``call`` in another thread, and have the worker know meanwhile that this one waits for it."""
         pool = ThreadPoolExecutor(1)
-        pending = pool.submit(call)
+        # what it calls is below the span of whoever waits
+        pending: Future[T] = pool.submit(copy_context().run, call)
         pool.shutdown(wait=False)
         while not wait([pending], ALIVE_S).done:
             self.report(Alive())
@@ -192,12 +212,12 @@ class BridgeClient:
             with self._lock:
                 self._lock.wait_for(lambda: bool(self._events))
                 pause = quiet_until - time.monotonic()
-                if pause > 0 and len(self._events) == 1 and isinstance(self._events[0], Progress):
+                if pause > 0 and len(self._events) == 1 and isinstance(self._events[0][0], Progress):
                     # anything but another Progress is reported at once
-                    self._lock.wait_for(lambda: not isinstance(self._events[-1], Progress), pause)
-                event = self._events.popleft()
+                    self._lock.wait_for(lambda: not isinstance(self._events[-1][0], Progress), pause)
+                event, reported_in = self._events.popleft()
                 self._reporting = True
-            delivered = self._deliver(connection, event)
+            delivered = self._deliver(connection, event, reported_in)
             if isinstance(event, Progress):
                 quiet_until = time.monotonic() + PROGRESS_INTERVAL_S
             with self._lock:
@@ -206,11 +226,11 @@ class BridgeClient:
             if not delivered:
                 return
 
-    def _deliver(self, connection: Connection, event: Event) -> bool:
+    def _deliver(self, connection: Connection, event: Event, reported_in: str | None) -> bool:
         retry = _Retry()
         while True:
             try:
-                _ask(connection, "POST", "/status/send", StatusCall(event=event))
+                _ask(connection, "POST", "/status/send", StatusCall(event=event), reported_in)
                 return True
             except (Unanswered, PeerUnreachable) as exc:
                 if isinstance(event, Progress | Alive):
@@ -239,9 +259,11 @@ class _Retry:
         return True
 
 
-def _ask(connection: Connection, method: str, path: str, body: msgspec.Struct | None) -> bytes:
+def _ask(
+    connection: Connection, method: str, path: str, body: msgspec.Struct | None, parent: str | None
+) -> bytes:
     """The body of the answer. Raises :class:`Refused`, :class:`PeerUnreachable` and :class:`Unanswered`."""
-    answer = connection.ask(method, path, None if body is None else encode_json(body))
+    answer = connection.ask(method, path, None if body is None else encode_json(body), parent)
     if answer.status == _OK:
         return answer.content
     raise _error(path, answer)

@@ -54,21 +54,24 @@ class Connection(http.client.HTTPConnection):
             raise
         self.sock = sock
 
-    def ask(self, method: str, path: str, body: bytes | None) -> Answer:
-        """One request; the connection may be used for another one. Raises :class:`Unanswered`."""
+    def ask(self, method: str, path: str, body: bytes | None, traceparent: str | None = None) -> Answer:
+        """One request, of the span that ``traceparent`` names; the connection may be used for another one.
+        Raises :class:`Unanswered`.
+        """
         # a server closes connections that were quiet for long: that is no failure, so once more
         attempts = 1 if self.sock is None else 2
         while True:
             attempts -= 1
             try:
-                return self._ask(method, path, body)
+                return self._ask(method, path, body, traceparent)
             except _FAILURES as exc:
                 self.close()
                 if not attempts:
                     raise _unanswered(exc) from exc
 
-    def _ask(self, method: str, path: str, body: bytes | None) -> Answer:
-        self.request(method, path, body, _HEADERS)
+    def _ask(self, method: str, path: str, body: bytes | None, traceparent: str | None) -> Answer:
+        headers = _HEADERS if traceparent is None else {**_HEADERS, "traceparent": traceparent}
+        self.request(method, path, body, headers)
         response = self.getresponse()
         return Answer(response.status, response.read())
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,19 @@ logger = logging.getLogger("hypha.executor.parameter_server")
 
 
 class Broadcasts:
-    """Eight at once, each from a link of its own; ``ended`` is called with each that has ended."""
+    """Eight at once, each from a link of its own; ``ended`` is called with each that has ended. ``span_of`` a
+    round is the one in which its theta is sent.
+    """
 
-    def __init__(self, bridge: BridgeClient, ended: Callable[[Future[Any]], None]) -> None:
+    def __init__(
+        self,
+        bridge: BridgeClient,
+        ended: Callable[[Future[Any]], None],
+        span_of: Callable[[int], AbstractContextManager[object]],
+    ) -> None:
         self._bridge = bridge
         self._ended = ended
+        self._span_of = span_of
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="theta")
         self._links = 0
 
@@ -64,7 +73,9 @@ class Broadcasts:
         the scheduler, which says ``SendModel``, or gives it up.
         """
         try:
-            for delivery in self._bridge.send(call).deliveries:
+            with self._span_of(call.round):
+                sent = self._bridge.send(call)
+            for delivery in sent.deliveries:
                 if not delivery.acknowledged:
                     text = f"{delivery.detail} ({delivery.error})"
                     logger.warning("Theta of round %d did not reach %s: %s", call.round, delivery.peer, text)

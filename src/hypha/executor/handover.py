@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -25,6 +26,9 @@ from hypha.messages import (
     SendCall,
     UpdateSent,
 )
+from hypha.tracing import span
+from hypha.tracing.operations import SEND_UPDATE
+from hypha.tracing.spans import Attribute
 
 logger = logging.getLogger("hypha.executor.training")
 
@@ -97,11 +101,15 @@ class Inbox:
 
 @dataclass(frozen=True)
 class UpdateToSend:
-    """A file, its XXH3 in hex, and what it stands for."""
+    """A file, its XXH3 in hex, and what it stands for; the ``traceparent`` of its round, and what a span in
+    that is to say.
+    """
 
     path: Path
     xxh3: str
     contribution: Contribution
+    trace: str | None = None
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,8 @@ class UpdateSender(threading.Thread):
         self._path = update.path
         self._xxh3 = update.xxh3
         self.contribution = update.contribution
+        self._trace = update.trace
+        self._attributes = update.attributes
         self._spares = spares
         self._stopped = False
         self._lost_before = inbox.lost_before
@@ -149,11 +159,13 @@ class UpdateSender(threading.Thread):
         said_in = reached = -1
         while (call := self._wait(said_in, None)) is not None:
             try:
-                if call.number != reached:
-                    self._send(call)
-                    reached, self.acknowledged = call.number, True
-                said_in = call.generation
-                self._bridge.report(UpdateSent(contribution=self.contribution))
+                sends = call.number != reached
+                with span(SEND_UPDATE, self._attributes, parent=self._trace) if sends else nullcontext():
+                    if sends:
+                        self._send(call)
+                        reached, self.acknowledged = call.number, True
+                    said_in = call.generation
+                    self._bridge.report(UpdateSent(contribution=self.contribution))
             except Refused as exc:
                 if exc.code in _PASSING:
                     logger.warning("The update of round %d has to wait: %s", self.contribution.round, exc)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from hypha.errors import DataError, Refused
+from hypha.executor.agreement import WIDTH, Agreement
 from hypha.executor.tensors import CHUNK, TensorFile, Theta, one_thread
 from hypha.executor.updates import UpdateFile
-from hypha.messages import AggregateJob
+from hypha.messages import AggregateJob, UpdateStatistics
 
 #: A parameter and the first element of a chunk of it.
 Span = tuple[str, int]
@@ -53,6 +54,9 @@ class OuterStep:
             for name, value in sorted(theta.parameters.items())
             for at in range(0, value.numel(), CHUNK)
         ]
+        #: of the updates of the last step, in the order in which they were added
+        self.statistics: tuple[UpdateStatistics, ...] = ()
+        self._agreement = Agreement(self._spans)
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         if threads > 1:
@@ -82,11 +86,12 @@ class OuterStep:
             with TensorFile(path) as file:
                 update = UpdateFile(file, self.theta)
                 # the whole file is judged before its first tensor is added: a sum cannot be taken back
-                norm = self._norm(update)
+                norm, sketch = self._norm(update)
                 buffers = {name: update.buffer(name) for name in self.theta.buffers}
                 for name, value in buffers.items():
                     if not torch.isfinite(value).all():
                         raise DataError(f"the buffer {name} holds values that are not finite")
+                size_bytes = path.stat().st_size
                 weight = 1.0 if self._uniform else float(samples)
                 clip = 1.0 if self._max_norm is None else min(1.0, self._max_norm / max(norm, 1e-30))
                 self._accumulate(update, weight * clip)
@@ -95,15 +100,22 @@ class OuterStep:
         self._accumulate_buffers(buffers, weight)
         self._weight += weight
         self.contributors[worker] = samples
+        self._agreement.accept(worker, norm, sketch, weight * clip, size_bytes)
         return norm
 
-    def _norm(self, update: UpdateFile) -> float:
+    def _norm(self, update: UpdateFile) -> tuple[float, Tensor]:
+        """The norm of ``update``, and its sketch."""
+        sketches: list[tuple[Span, Tensor]] = []
+
         def norms(spans: Sequence[Span]) -> list[float]:
             reader = update.reader()
+            sketch = torch.zeros(WIDTH)
             found = []
             for name, at in spans:
                 piece = reader.chunk(name, at)
                 found.append(float(torch.dot(piece, piece)))
+                self._agreement.draw((name, at), piece, sketch)
+            sketches.extend([(spans[0], sketch)] if spans else [])
             return found
 
         squares = 0.0
@@ -112,7 +124,11 @@ class OuterStep:
             squares += square
             if not math.isfinite(squares):
                 raise DataError(f"the update of {name} holds values that are not finite")
-        return math.sqrt(squares)
+        total = torch.zeros(WIDTH)
+        # in one order, whichever thread was done first
+        for _, sketch in sorted(sketches, key=lambda one: one[0]):
+            total.add_(sketch)
+        return math.sqrt(squares), total
 
     def _accumulate(self, update: UpdateFile, weight: float) -> None:
         for name, value in self.theta.parameters.items():
@@ -147,9 +163,10 @@ class OuterStep:
     def apply(self) -> float:
         """Take the outer step in place and start a new sum; return the norm of the mean update.
 
-        Without any update theta and momentum stay as they are.
+        Without any update theta and momentum stay as they are. :attr:`statistics` is of that step then.
         """
         if not self.contributors:
+            self.statistics = ()
             return 0.0
         rate, mu = self._optimizer.learning_rate, self._optimizer.momentum
         for name, total in self._sum.items():
@@ -173,6 +190,7 @@ class OuterStep:
             total = self._buffers[name]
             buffer.copy_(total / self._weight if buffer.is_floating_point() else total)
         self._buffers.clear()
+        self.statistics = self._agreement.close()
         self.contributors.clear()
         self._weight = 0.0
         return math.sqrt(squares)

@@ -18,11 +18,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from opentelemetry.trace import Span
 from torch import Tensor
 
 from hypha.errors import CheckpointUnusable, ModelError, PeerUnreachable, Refused
@@ -32,7 +34,8 @@ from hypha.executor.broadcast import Broadcasts
 from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 from hypha.executor.model_files import ModelFiles
 from hypha.executor.outer import OuterStep
-from hypha.executor.running import leave, run_executor
+from hypha.executor.running import begin_traces, leave, run_executor
+from hypha.executor.spans import Traces
 from hypha.executor.spares import Spares
 from hypha.executor.updates import contribution_in
 from hypha.messages import (
@@ -60,6 +63,16 @@ from hypha.messages import (
     UpdateReceived,
     UpdateRefused,
 )
+from hypha.tracing import span
+from hypha.tracing.operations import (
+    BROADCAST,
+    CHECKPOINT,
+    EXPORT,
+    LOAD_MODEL,
+    OUTER_STEP,
+    RECEIVE_UPDATE,
+    Operation,
+)
 
 logger = logging.getLogger("hypha.executor.parameter_server")
 
@@ -74,14 +87,17 @@ _PASSING = ("uninvited", "stale", "no-space")
 class ParameterServer:
     """One aggregation job, from its model to ``Finish``."""
 
-    def __init__(self, bridge: BridgeClient, job: AggregateJob) -> None:
+    def __init__(self, bridge: BridgeClient, job: AggregateJob, traces: Traces) -> None:
         self._bridge = bridge
         self._job = job
+        self._traces = traces
+        #: of the job's present life
+        self._generation = job.generation
         self._inputs: queue.SimpleQueue[Directive | ReceivedFile | Exception] = queue.SimpleQueue()
         self._members: dict[str, PeerRef] | None = None
         #: updates that came before it was said who takes part
         self._early: list[ReceivedFile] = []
-        self._broadcasts = Broadcasts(bridge, self._ended)
+        self._broadcasts = Broadcasts(bridge, self._ended, lambda round_: self._span(BROADCAST, round_))
         #: one thread: checkpoints become durable in the order of their rounds
         self._archive = ThreadPoolExecutor(1, thread_name_prefix="archive")
         self._applied: RoundApplied | None = None
@@ -106,7 +122,8 @@ class ParameterServer:
     def run(self) -> None:
         """Serve until ``Finish``. Raises what makes going on impossible."""
         self._bridge.directives(self.put)
-        self._load()
+        with span(LOAD_MODEL, {"hypha.job": self._job.job_id}, parent=self._traces.dispatch):
+            self._load()
         self._bridge.receive(("update",), self.put)
         count = sum(value.numel() for value in self._theta.parameters.values())
         logger.info("Holding theta of round %d: %d parameters.", self.round, count)
@@ -139,6 +156,7 @@ class ParameterServer:
         what was exported is not there any more.
         """
         logger.info("The job goes on as generation %d; round %d is open.", rejoin.generation, self.round)
+        self._generation = rejoin.generation
         if self._exported is not None:
             self._exporting = -1
         if self._applied is not None:
@@ -150,6 +168,11 @@ class ParameterServer:
         self._ready()
         for worker, samples in self._outer.contributors.items():
             self._received(worker, samples)
+
+    def _span(self, operation: Operation, round_: int) -> AbstractContextManager[Span]:
+        """``operation`` in ``round_``, from any thread."""
+        attributes = self._traces.attributes(self._generation, round_)
+        return span(operation, attributes, parent=self._traces.of_round(self._generation, round_))
 
     def _handle(self, item: Directive | ReceivedFile) -> None:
         match item:
@@ -219,8 +242,13 @@ class ParameterServer:
         if self._members is None:
             self._early.append(file)
             return
-        path = self._bridge.directory / file.path
         round = file.meta.stamp.round if file.meta.stamp is not None else -1
+        with self._span(RECEIVE_UPDATE, round) as receiving:
+            receiving.set_attributes({"hypha.peer": file.from_peer, "hypha.transfer.bytes": file.size})
+            self._receive_update(file, round)
+
+    def _receive_update(self, file: ReceivedFile, round: int) -> None:
+        path = self._bridge.directory / file.path
         try:
             self._check(file)
             norm = self._outer.add(file.from_peer, file.meta.samples, path)
@@ -273,6 +301,17 @@ class ParameterServer:
         if directive.round != self.round:
             logger.warning("Round %d cannot be closed in round %d.", directive.round, self.round)
             return
+        with self._span(OUTER_STEP, self.round):
+            checkpoint, old = self._step(directive)
+        if not directive.final:
+            self._send_theta((self._members or {}).values())
+        # a broadcast that still runs keeps its own link
+        self._thetas.give(old)
+        if checkpoint:
+            self._checkpoint()
+
+    def _step(self, directive: CloseRound) -> tuple[bool, Path]:
+        """Apply the outer step; whether a checkpoint is due, and the file of theta that is out of date."""
         contributors = tuple(self._outer.contributors)
         if not contributors:
             logger.warning("Round %d is closed without any update; theta stays.", self.round)
@@ -292,15 +331,11 @@ class ParameterServer:
             contributions=tuple(self._contributions.values()),
             update_norm=norm,
             checkpoint=checkpoint,
+            updates=self._outer.statistics,
         )
         self._contributions = {}
         self._bridge.report(self._applied)
-        if not directive.final:
-            self._send_theta((self._members or {}).values())
-        # a broadcast that still runs keeps its own link
-        self._thetas.give(old)
-        if checkpoint:
-            self._checkpoint()
+        return checkpoint, old
 
     def _send_theta(self, receivers: Iterable[PeerRef], attempt: int = 0) -> None:
         self._broadcasts.send(
@@ -339,7 +374,15 @@ class ParameterServer:
         )
         (directory / STATE).write_bytes(msgspec.json.encode(state))
         round = self.round
-        self._in_archive(lambda: self._save_checkpoint(directory, round))
+        # it belongs to the round that was applied; the last one has none after it
+        applied = self._applied is not None and self._applied.round == round - 1
+        within = round - 1 if applied else round
+        self._in_archive(lambda: self._save_in_span(directory, round, within))
+
+    def _save_in_span(self, directory: Path, round: int, within: int) -> None:
+        with self._span(CHECKPOINT, within) as saving:
+            saving.set_attribute("hypha.checkpoint.round", round)
+            self._save_checkpoint(directory, round)
 
     def _save_checkpoint(self, directory: Path, round: int) -> None:
         policy = self._job.checkpoint
@@ -380,6 +423,15 @@ class ParameterServer:
         self._in_archive(lambda: self._send_export(directory, names, to))
 
     def _send_export(self, directory: Path, names: list[str], to: PeerRef) -> None:
+        with span(EXPORT, {"hypha.job": self._job.job_id}, parent=self._traces.dispatch):
+            if not self._deliver_export(directory, names, to):
+                return
+            self._exported = Exported(round=self.round, files=tuple(names))
+            self._bridge.report(self._exported)
+        shutil.rmtree(directory, ignore_errors=True)
+
+    def _deliver_export(self, directory: Path, names: list[str], to: PeerRef) -> bool:
+        """False when the job has ended before all files were with the scheduler."""
         left = list(names)
         while left and not self._finishing.is_set():
             call = SendCall(
@@ -397,11 +449,7 @@ class ParameterServer:
                 logger.warning("The trained model is not delivered yet: %s", exc)
                 left = list(names)
                 self._finishing.wait(_EXPORT_RETRY_S)
-        if left:
-            return
-        self._exported = Exported(round=self.round, files=tuple(names))
-        self._bridge.report(self._exported)
-        shutil.rmtree(directory, ignore_errors=True)
+        return not left
 
 
 def _give_memory_back() -> None:
@@ -425,7 +473,7 @@ def main(arguments: list[str]) -> int:
         job = bridge.job()
         if not isinstance(job, AggregateJob):
             raise ModelError(f"a parameter server cannot do a job of type {type(job).__name__}")
-        server = ParameterServer(bridge, job)
+        server = ParameterServer(bridge, job, begin_traces(bridge, job))
         server.run()
 
     return run_executor(Path(arguments[0]), failed, work)

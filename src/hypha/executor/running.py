@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from opentelemetry import trace
 
 from hypha.errors import CheckpointUnusable, DataError, HyphaError, ModelError, NotFinite, Refused
 from hypha.executor.bridge_client import BridgeClient
-from hypha.messages import ExecutorError
+from hypha.executor.spans import SpanRecorder, Traces
+from hypha.messages import ExecutorError, Job
 
 logger = logging.getLogger("hypha.executor")
 
 #: how long the last words may take; a worker that stops an executor is patient for about as long
 _FLUSH_S = 3.0
+#: how long the last spans may take
+_SPANS_S = 1.0
 
 
 def run_executor(
@@ -44,7 +48,18 @@ def run_executor(
         bridge.report(ExecutorError(kind=kind, message=text))
         code = exc.exit_code if isinstance(exc, HyphaError) else 1
     bridge.flush(_FLUSH_S)
+    if isinstance(recorder := trace.get_tracer_provider(), SpanRecorder):
+        recorder.flush(_SPANS_S)
     return code
+
+
+def begin_traces(bridge: BridgeClient, job: Job) -> Traces:
+    """From now on spans of this process are recorded, and handed to the worker, if ``job`` is traced."""
+    if job.traced is not None:
+        recorder = SpanRecorder(bridge.post_spans)
+        recorder.start()
+        trace.set_tracer_provider(recorder)
+    return Traces(job)
 
 
 def kind_of(exc: BaseException) -> str:

@@ -29,8 +29,9 @@ from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
 from hypha.executor.inner import Inner, accelerator_for, round_seed
 from hypha.executor.losses import Losses
 from hypha.executor.models import Forward, Preprocessor
-from hypha.executor.running import leave, run_executor
+from hypha.executor.running import begin_traces, leave, run_executor
 from hypha.executor.slices_reader import RowStream, Slice, SlicePrefetcher, read_columns, slice_order
+from hypha.executor.spans import Traces
 from hypha.executor.spares import Spares
 from hypha.messages import (
     Alive,
@@ -44,6 +45,8 @@ from hypha.messages import (
     TrainJob,
     UpdateSent,
 )
+from hypha.tracing import span
+from hypha.tracing.operations import LOAD_MODEL, LOAD_WEIGHTS, TRAIN
 
 logger = logging.getLogger("hypha.executor.training")
 
@@ -64,9 +67,12 @@ def least_step_s(text: str | None) -> float:
 class Trainer:
     """One training job, from its model to ``Finish``."""
 
-    def __init__(self, bridge: BridgeClient, job: TrainJob, inbox: Inbox, incarnation: str) -> None:
+    def __init__(
+        self, bridge: BridgeClient, job: TrainJob, inbox: Inbox, incarnation: str, traces: Traces
+    ) -> None:
         self._bridge = bridge
         self._job = job
+        self._traces = traces
         self._inbox = inbox
         self._incarnation = incarnation
         #: the open round, which attempt at it, and the life of the job in which its theta came
@@ -219,6 +225,15 @@ class Trainer:
 
     def _adopt(self, file: ReceivedFile) -> None:
         """Start the round of ``file``."""
+        stamp = file.meta.stamp
+        generation, round, attempt = 0, 0, 0
+        if stamp is not None:
+            generation, round, attempt = stamp.generation, stamp.round, stamp.attempt
+        attributes = {**self._traces.attributes(generation, round), "hypha.transfer.bytes": file.size}
+        with span(LOAD_WEIGHTS, attributes, parent=self._traces.of_round(generation, round)):
+            self._load_weights(file, generation, round, attempt)
+
+    def _load_weights(self, file: ReceivedFile, generation: int, round: int, attempt: int) -> None:
         path = self._bridge.directory / file.path
         found = tensors.read(path, self._base.all(), self._local.all(), quick=True)
         if found.xxh3 != file.meta.xxh3:
@@ -227,10 +242,6 @@ class Trainer:
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.stop()
-        stamp = file.meta.stamp
-        generation, round, attempt = 0, 0, 0
-        if stamp is not None:
-            generation, round, attempt = stamp.generation, stamp.round, stamp.attempt
         continued = round == self._round + 1 and not self._lost
         in_it = sender is not None and continued and self._me in file.meta.contributors
         if sender is not None and in_it:
@@ -283,13 +294,27 @@ class Trainer:
 
     def _train_round(self) -> None:
         """Train to the sync point and hand the update over; returns early when the round is overtaken."""
+        attributes = self._traces.attributes(self._generation, self._round)
+        with span(TRAIN, attributes, parent=self._round_trace()) as train:
+            reached = self._train_to_sync_point()
+            train.set_attributes({"hypha.batches": self._batches, "hypha.samples": self._samples})
+            if not reached:
+                train.add_event("overtaken")
+        if reached:
+            self._synchronise()
+
+    def _round_trace(self) -> str | None:
+        return self._traces.of_round(self._generation, self._round)
+
+    def _train_to_sync_point(self) -> bool:
+        """False when the round was overtaken."""
         while not self._at_sync_point():
             if self._overtaken():
-                return
+                return False
             columns = self._next_batch()
             if columns is not None:
                 self._train(columns)
-        self._synchronise()
+        return True
 
     def _at_sync_point(self) -> bool:
         plan = self._inbox.plan
@@ -407,7 +432,16 @@ class Trainer:
             path, self._local, self._base, self._job.update_encoding, self._spares, contribution
         )
         self._sender = UpdateSender(
-            self._bridge, self._inbox, UpdateToSend(path, written.xxh3, contribution), self._spares
+            self._bridge,
+            self._inbox,
+            UpdateToSend(
+                path,
+                written.xxh3,
+                contribution,
+                self._round_trace(),
+                self._traces.attributes(self._generation, self._round),
+            ),
+            self._spares,
         )
         self._sender.start()
 
@@ -435,7 +469,10 @@ def main(arguments: list[str]) -> int:
             raise ModelError(f"a training executor cannot do a job of type {type(job).__name__}")
         inbox = Inbox(job.parameter_server, job.generation)
         bridge.directives(inbox.direct)
-        Trainer(bridge, job, inbox, bridge.directory.name).run()
+        traces = begin_traces(bridge, job)
+        with span(LOAD_MODEL, {"hypha.job": job.job_id}, parent=traces.dispatch):
+            trainer = Trainer(bridge, job, inbox, bridge.directory.name, traces)
+        trainer.run()
 
     return run_executor(Path(arguments[0]), failed, work)
 

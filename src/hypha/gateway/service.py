@@ -14,7 +14,7 @@ from hypha.messages import PeerRef
 from hypha.net import open_node, options_from
 from hypha.telemetry import health_of, serve_http
 
-logger = logging.getLogger("hypha.gateway")
+logger = logging.getLogger(__name__)
 
 
 async def run_gateway(

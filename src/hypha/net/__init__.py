@@ -4,9 +4,9 @@ import hypha.net.unused  # noqa: F401  before anything that imports libp2p
 from hypha.net.life import open_node
 from hypha.net.node import Libp2pNode
 from hypha.net.options import NodeOptions, Timings, options_from
-from hypha.net.peers import ConnectionInfo
 from hypha.net.relay import RelayLimits
 from hypha.net.transfers import BulkTransfers, meta_of
+from hypha.node import ConnectionInfo
 
 __all__ = [
     "BulkTransfers",

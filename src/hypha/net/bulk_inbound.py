@@ -12,6 +12,7 @@ from hypha.messages import TransferMeta
 from hypha.net.bulk_files import DiskFailed, WrongHash
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected
+from hypha.net.bulk_wire import Verdict
 from hypha.node import Arrived, Gate
 
 
@@ -55,11 +56,21 @@ class Inbound:
     link: Link | None = None
     #: all bytes are here; it is being verified and taken, and must not be disturbed
     settling: bool = False
+    #: of which operation of its sender it is part
+    traceparent: str | None = None
+    #: what its sender is told in the end
+    verdict: Verdict | None = None
 
     def come_another_way(self) -> None:
         """Its sender offers it anew: what it offered over a kept connection before is void."""
         if self.offering is not None:
             self.offering.cancel()
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """Whose it is, for the log."""
+        stamp = self.meta.stamp
+        return {"peer_id": self.caller} | ({"job_id": stamp.job_id} if stamp is not None else {})
 
     def heard(self) -> tuple[int, int]:
         """What changes while something comes: the connection, and the bytes that came over it."""

@@ -27,8 +27,9 @@ from hypha.net.bulk_wire import (
     Working,
 )
 from hypha.pki.identity import Identity
+from hypha.tracing import untraced
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: Idle for longer, it is closed: what is on the way forgets connections on which nothing moves. Whoever
 #: sends closes first, so that no offer meets the end of its connection.
@@ -72,7 +73,9 @@ class KeptLinks:
                 one.scope.cancel()
         new = _Kept(link)
         self._kept.append(new)
-        self.nursery.start_soon(self._watch, new)
+        link.was_kept = True
+        with untraced():  # whatever it carries next is part of another operation
+            self.nursery.start_soon(self._watch, new)
         return True
 
     def take(self, peer: str, identity: Identity) -> SocketLink | None:

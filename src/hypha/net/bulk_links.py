@@ -14,15 +14,19 @@ import trio
 from hypha.messages import TransferMeta
 from hypha.net.bulk_files import PartFile, SourceFile
 from hypha.net.bulk_wire import WORKING_INTERVAL_S, Frame, Go, LinkBroken, Verdict, Working
+from hypha.net.byte_counts import ByteCounts
 
 T = TypeVar("T")
 
 
 class Tally:
-    """Bytes of files sent and received, counted from many threads."""
+    """Bytes of files sent and received, counted from many threads; ``sockets`` counts those that the bulk
+    plane's own connections carry.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.sockets = ByteCounts("bulk")
         self.sent = 0
         self.received = 0
 
@@ -38,12 +42,18 @@ class Link(ABC):
 
     def __init__(self, peer: str, tally: Tally) -> None:
         self.peer = peer
-        #: how its sender came by it, for the log
+        #: how it was made, and whether it was kept from an earlier transfer; for the log and for traces
         self.way = ""
+        self.was_kept = False
         #: bytes that came so far, whatever they were, and bytes of files that went
         self.heard = 0
         self.sent = 0
         self._tally = tally
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether it runs through a gateway."""
+        return False
 
     @abstractmethod
     async def say(self, frame: Frame) -> None:

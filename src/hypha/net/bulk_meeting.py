@@ -39,7 +39,7 @@ from hypha.net.bulk_wire import (
 from hypha.net.shared_port import resend_soon
 from hypha.pki.certificates import peer_id_of, presented_chain
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 3.0
 #: Addresses of one peer that are tried.
@@ -156,6 +156,7 @@ class Meeting:
                 peer = self._prove(tls)
                 token = _read_hello(tls)
                 link = SocketLink(tls, peer, self._tally, self._limiter)
+                link.way = "direct"
                 loop.run_sync_soon(self._hand_over, token, link)
                 tls = None
         except (OSError, ValueError, IdentityError, LinkBroken, trio.RunFinishedError) as exc:
@@ -179,6 +180,7 @@ class Meeting:
 
     async def _serve_stream(self, stream: Any, caller: str) -> None:
         link = StreamLink(stream, caller, self._tally, self._limiter)
+        link.way = "stream"
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 hello = await link.hear()
@@ -248,6 +250,7 @@ class Meeting:
     async def dial_and_arrive(self, peer: str, offered: tuple[str, ...], token: str) -> None:
         """Dial for a transfer that is expected *here*. LinkBroken when that fails."""
         link = await self.dial(peer, offered, token)
+        link.way = "dial-back"
         if not (self.is_expected(token, peer) and self._expected[token].arrive(link)):
             await link.close()
             raise LinkBroken("nobody waits for that connection any more")

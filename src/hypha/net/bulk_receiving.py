@@ -23,10 +23,11 @@ from hypha.net.bulk_kept import RECEIVER_KEEPS_S, KeptLinks, OfferedOver
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
+from hypha.net.bulk_signals import note_link, receiving
 from hypha.net.bulk_wire import BulkLinks, LinkBroken, Verdict
 from hypha.node import Arrived, Gate
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: Received at once, where bytes move.
 MAX_AT_ONCE = 2
@@ -74,6 +75,11 @@ class Receiving:
         self.nursery: trio.Nursery | None = None
         links.answer(BulkOffer, self._offered)
         links.answer(BulkDial, self._dial)
+
+    @property
+    def under_way(self) -> int:
+        """Files that are being received, or are to be."""
+        return len(self._inbound)
 
     # --- who takes what -----------------------------------------------------------------------------
 
@@ -252,6 +258,7 @@ class Receiving:
             destination=destination,
             expected=Expected(caller),
             offered_at=trio.current_time(),
+            traceparent=offer.traceparent,
         )
         self._inbound[offer.token] = inbound
         acceptor.inbound.add(inbound)
@@ -272,7 +279,7 @@ class Receiving:
 
     async def _run(self, inbound: Inbound) -> None:
         try:
-            with inbound.scope, self._meeting.expect(inbound.token, inbound.expected):
+            with receiving(inbound), inbound.scope, self._meeting.expect(inbound.token, inbound.expected):
                 async with self.places.hold(inbound.heard):
                     if trio.current_time() - inbound.offered_at < FORGET_S:
                         inbound.turn.set()
@@ -300,12 +307,12 @@ class Receiving:
                     verdict = await self._receive_over(link, inbound)
                 except LinkBroken as exc:
                     logger.info(
-                        "Receiving %s was interrupted: %s.", inbound.meta.name, exc, extra=_fields(inbound)
+                        "Receiving %s was interrupted: %s.", inbound.meta.name, exc, extra=inbound.log_fields
                     )
                 finally:
                     if not (verdict is not None and verdict.outcome == "ok" and self.kept.give(link)):
                         await link.close()
-            inbound.link_scope = None
+            inbound.link_scope, inbound.verdict = None, verdict
             # a sender that is still there offers again at once; if it did, it is about to connect
             inbound.cut = inbound.offered_at <= offered_at
             patience_s = BROKEN_S if inbound.cut else CONNECT_S
@@ -314,6 +321,7 @@ class Receiving:
         """Receive over one connection; the verdict, or None when there is something left to try."""
         meta = inbound.meta
         inbound.link = link
+        note_link(link)
         part = PartFile(inbound.destination, meta)
         known = self._parts.get(inbound.destination, meta.checked)
         fresh = inbound.started_afresh or known != meta.checked
@@ -343,7 +351,7 @@ class Receiving:
             return await self._corrupt(link, inbound, exc, again=offset > 0 and not inbound.started_afresh)
         except DiskFailed as exc:
             part.discard()
-            logger.error("%s", exc, extra=_fields(inbound))
+            logger.error("%s", exc, extra=inbound.log_fields)
             code = "no-space" if exc.full else "internal"
             inbound.acceptor.failed(exc)
             refusal = Verdict("refused", code, str(exc))
@@ -356,7 +364,9 @@ class Receiving:
         verdict = await link.while_working(lambda: self._arrived(inbound))
         self._parts.pop(inbound.destination, None)
         if verdict.outcome == "ok":
-            self._remember(inbound)
+            self._done[inbound.caller, inbound.token] = inbound.meta.size
+            if len(self._done) > MAX_REMEMBERED:
+                del self._done[next(iter(self._done))]
         with contextlib.suppress(LinkBroken):  # a sender that misses it asks again
             await link.say(verdict)
         return verdict
@@ -366,7 +376,7 @@ class Receiving:
         inbound.started_afresh = True
         inbound.settling = False
         self._parts.pop(inbound.destination, None)
-        logger.warning("What arrived is corrupt and was deleted: %s", exc, extra=_fields(inbound))
+        logger.warning("What arrived is corrupt and was deleted: %s", exc, extra=inbound.log_fields)
         if not again:
             inbound.acceptor.failed(exc)
         verdict = Verdict("corrupt", reason=str(exc), again=again)
@@ -380,20 +390,10 @@ class Receiving:
         except Refused as exc:
             refused = exc
         except Exception:  # the edge of the service: the receiver's own code failed
-            logger.exception("Taking %s failed.", inbound.meta.name, extra=_fields(inbound))
+            logger.exception("Taking %s failed.", inbound.meta.name, extra=inbound.log_fields)
             refused = Refused("internal", f"taking {inbound.meta.name} failed there; its log says more")
         else:
             return Verdict("ok")
         inbound.destination.unlink(missing_ok=True)
         inbound.acceptor.failed(refused)
         return Verdict("refused", refused.code, refused.reason)
-
-    def _remember(self, inbound: Inbound) -> None:
-        self._done[inbound.caller, inbound.token] = inbound.meta.size
-        if len(self._done) > MAX_REMEMBERED:
-            del self._done[next(iter(self._done))]
-
-
-def _fields(inbound: Inbound) -> dict[str, str]:
-    stamp = inbound.meta.stamp
-    return {"peer_id": inbound.caller} | ({"job_id": stamp.job_id} if stamp is not None else {})

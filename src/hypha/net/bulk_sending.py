@@ -34,10 +34,12 @@ from hypha.net.bulk_kept import SENDER_KEEPS_S, KeptLinks
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
+from hypha.net.bulk_signals import note_link, sending
 from hypha.net.bulk_wire import BulkLinks, Frame, Go, LinkBroken, Verdict, Working, fits
-from hypha.node import Provider
+from hypha.node import Provider, Served
+from hypha.tracing import traceparent
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 Way = Literal["direct", "dial-back", "stream"]
 
@@ -87,19 +89,34 @@ class Sending:
         #: until when, and what was wrong
         self._failed_ways: dict[tuple[str, Way], tuple[float, str]] = {}
         self._providers: dict[str, Provider] = {}
+        self._told_of_served: dict[str, Served] = {}
         self._served: dict[tuple[str, str], _Served] = {}
+        #: files that are being sent, or are to be
+        self.under_way = 0
         self.nursery: trio.Nursery | None = None
         links.answer(PullFile, self._pulled)
 
-    def serve(self, kind: str, provider: Provider) -> None:
+    def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
         """As ``BulkTransfers.serve``."""
         self._providers[kind] = provider
+        if served is not None:
+            self._told_of_served[kind] = served
 
     # --- sending ------------------------------------------------------------------------------------
 
     async def send(self, peer: PeerRef | str, path: Path, meta: TransferMeta, token: str) -> None:
         """As ``BulkTransfers.send``."""
         peer_id = peer.peer if isinstance(peer, PeerRef) else peer
+        self.under_way += 1
+        try:
+            with sending(peer_id, meta):
+                await self._send(peer, peer_id, path, meta, token)
+        finally:
+            self.under_way -= 1
+
+    async def _send(
+        self, peer: PeerRef | str, peer_id: str, path: Path, meta: TransferMeta, token: str
+    ) -> None:
         failures, best, reason = 0, 0, ""
         busy_s, give_up_at = 0.1, math.inf
         while failures < MAX_ATTEMPTS:
@@ -163,6 +180,7 @@ class Sending:
                         raise LinkBroken(f"the peer wants to start at byte {before} of {meta.size}")
                     attempt.offset = before
                     attempt.link = link
+                    note_link(link, before)
                     verdict = await link.deliver(source, meta, go)
                 finally:
                     if not (verdict is not None and verdict.outcome == "ok" and self.kept.give(link)):
@@ -184,7 +202,7 @@ class Sending:
         """A link that was kept and the receiver's word for this file; None when it has to be offered by a
         request. Refused.
         """
-        offer = BulkOffer(token=attempt.token, meta=attempt.meta, addresses=())
+        offer = BulkOffer(token=attempt.token, meta=attempt.meta, addresses=(), traceparent=traceparent())
         link = self.kept.take(attempt.peer_id, self._links.identity) if fits(offer) else None
         if link is None:
             return None
@@ -205,7 +223,10 @@ class Sending:
     async def _offer(self, attempt: _Attempt) -> BulkAnswer:
         """The answer when it is our turn there."""
         offer = BulkOffer(
-            token=attempt.token, meta=attempt.meta, addresses=tuple(self._links.bulk_addresses())
+            token=attempt.token,
+            meta=attempt.meta,
+            addresses=tuple(self._links.bulk_addresses()),
+            traceparent=traceparent(),
         )
         while True:
             answer = await self._links.request(attempt.peer, offer)
@@ -316,7 +337,7 @@ class Sending:
                 raise
             finally:
                 served.ready.set()
-            self.nursery.start_soon(self._serve, key, served, path, served.meta)
+            self.nursery.start_soon(self._serve, key, served, path, served.meta, request)
         await served.ready.wait()
         if served.error is not None:
             if isinstance(served.error, Refused):
@@ -326,11 +347,16 @@ class Sending:
             raise Refused("internal", f"{request.name} could not be provided")
         return BulkOffer(token=request.token, meta=served.meta, addresses=())
 
-    async def _serve(self, key: tuple[str, str], served: _Served, path: Path, meta: TransferMeta) -> None:
+    async def _serve(
+        self, key: tuple[str, str], served: _Served, path: Path, meta: TransferMeta, request: PullFile
+    ) -> None:
         caller, token = key
+        tell = self._told_of_served.get(request.kind, _nobody)
         try:
             await self.send(caller, path, meta, token)
+            tell(caller, request, None)
         except NetworkError as exc:
+            tell(caller, request, exc)
             served.error = exc
             logger.warning(
                 "Sending %s, which a peer asked for, failed: %s", meta.name, exc, extra={"peer_id": caller}
@@ -355,6 +381,10 @@ class _Attempt:
     def moved(self) -> object:
         """Changes while something moves."""
         return None if self.link is None else (self.link.sent, self.link.heard)
+
+
+def _nobody(caller: str, request: PullFile, error: Exception | None) -> None:
+    """Told of a file that was served where nobody wants to know."""
 
 
 async def _first_word(link: Link, hear: Callable[[], Awaitable[Frame]]) -> Go | Verdict:

@@ -58,7 +58,7 @@ class SocketLink(Link):
         sock.settimeout(STALL_TIMEOUT_S)
 
     async def say(self, frame: Frame) -> None:
-        await self._in_thread(lambda: self._sock.sendall(encode_frame(frame)))
+        await self._in_thread(lambda: self._send_frame(frame))
 
     async def hear(self) -> Frame:
         return await self._in_thread(self._read_frame)
@@ -67,7 +67,7 @@ class SocketLink(Link):
         """Say it and hear the answer, in one thread."""
 
         def ask() -> Frame:
-            self._sock.sendall(encode_frame(frame))
+            self._send_frame(frame)
             return self._read_frame()
 
         return await self._in_thread(ask)
@@ -110,7 +110,10 @@ class SocketLink(Link):
         self.close_now()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await in_thread(self._sock, work, self._limiter)
+        try:
+            return await in_thread(self._sock, work, self._limiter)
+        finally:
+            self._tally.sockets.hand_over()
 
     def _read_exactly(self, read: Callable[[memoryview], int], view: memoryview) -> None:
         while view:
@@ -118,7 +121,13 @@ class SocketLink(Link):
             if not count:
                 raise LinkBroken("the peer closed the connection")
             self.heard += count
+            self._tally.sockets.add(received=count)
             view = view[count:]
+
+    def _send_frame(self, frame: Frame) -> None:
+        data = encode_frame(frame)
+        self._sock.sendall(data)
+        self._tally.sockets.add(sent=len(data))
 
     def _read_frame(self) -> Frame:
         head = bytearray(LENGTH_BYTES)
@@ -135,7 +144,9 @@ class SocketLink(Link):
     def _write_raw(self, view: memoryview) -> None:
         while view:
             # not sendall, for all of which the time-out would count
-            view = view[socket.socket.send(self._sock, view) :]
+            count = socket.socket.send(self._sock, view)
+            self._tally.sockets.add(sent=count)
+            view = view[count:]
 
     def _deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
         poll = select.poll()
@@ -166,7 +177,7 @@ class SocketLink(Link):
         opener = Opener(key)
         head = bytearray(LENGTH_BYTES)
         buffer = memoryview(bytearray(MAX_BLOCK_BYTES + TAG_BYTES))
-        self._sock.sendall(encode_frame(Go(part.received, key)))
+        self._send_frame(Go(part.received, key))
         while left := meta.size - part.received:
             self._read_exactly(self._read_raw, memoryview(head))
             sealed = buffer[: decode_length(bytes(head), MAX_BLOCK_BYTES) + TAG_BYTES]

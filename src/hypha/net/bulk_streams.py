@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import outcome
 import trio
+from libp2p.abc import ConnectionType
 
 from hypha.messages import TransferMeta
 from hypha.net.bulk_files import PartFile, SourceFile
@@ -55,6 +56,10 @@ class StreamLink(Link):
         self._closing = False
         #: set when whoever took it has closed it, or nobody wants it
         self.closed = trio.Event()
+
+    @property
+    def is_relayed(self) -> bool:
+        return bool(self._stream.muxed_conn.secured_conn.get_connection_type() == ConnectionType.RELAYED)
 
     async def say(self, frame: Frame) -> None:
         await self._write(encode_frame(frame))

@@ -26,6 +26,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 from multiaddr.exceptions import BinaryParseError
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.messages import PeerRef
@@ -33,8 +34,12 @@ from hypha.net.dialing import Dialer
 from hypha.net.gateways import Gateways
 from hypha.net.peers import Peers
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
+from hypha.net.traced_messages import add_traceparent, traceparent_of
+from hypha.telemetry.instruments import DHT_QUERIES, DHT_QUERY_DURATION
+from hypha.tracing import span, start_span
+from hypha.tracing.operations import DHT_ANSWER, DHT_LOOKUP, DHT_PROVIDE
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 1 << 20
 #: At most this many servers are asked in one look-up.
@@ -44,6 +49,8 @@ MAX_PROVIDERS = 20
 #: A data node announces all its datasets at once after a failover.
 ANNOUNCEMENTS_PER_10_S = 500
 IDENTIFY_WAIT_S = 10.0
+#: A client must have sent its query within this.
+READ_TIMEOUT_S = 30.0
 
 
 def key_of(dataset: str) -> bytes:
@@ -54,10 +61,11 @@ def key_of(dataset: str) -> bytes:
 class DhtServer:
     """The gateway's side: the library's server, whose routing table holds servers only."""
 
-    def __init__(self, host: Any, peers: Peers, nursery: trio.Nursery) -> None:
+    def __init__(self, host: Any, streams: Streams, peers: Peers, nursery: trio.Nursery) -> None:
         self._host = host
         self._nursery = nursery
         self._dht = KadDHT(host, DHTMode.SERVER)
+        streams.handle(str(PROTOCOL_ID), self._serve)
         self._dht._provider_rate_max = ANNOUNCEMENTS_PER_10_S
         self._dht.add_peer = self._ignore  # it would add every client that asks
         self._dht.peer_routing.find_closest_peers_network = self._closest
@@ -70,6 +78,43 @@ class DhtServer:
     async def start(self, stack: AsyncExitStack) -> None:
         """Run until ``stack`` is unwound."""
         await stack.enter_async_context(background_trio_service(self._dht))
+
+    @property
+    def known(self) -> int:
+        """Peers in the routing table."""
+        size: int = self._dht.routing_table.size()
+        return size
+
+    async def _serve(self, stream: Any, caller: str) -> None:
+        """Have the library answer. It reads queries until the stream ends; ours come one a stream, so the
+        first one says what the stream is about.
+        """
+        message = Message()
+        try:
+            with trio.fail_after(READ_TIMEOUT_S):
+                query = await read_varint_prefixed_bytes_limited(stream, MAX_MESSAGE_BYTES)
+            message.ParseFromString(query)
+        except (*STREAM_ERRORS, trio.TooSlowError, DecodeError, ValueError) as exc:
+            logger.debug("A DHT query broke off: %r", exc, extra={"peer_id": caller})
+            await discard(stream)
+            return
+        operation = "provide" if message.type == Message.ADD_PROVIDER else "find"
+        answering = start_span(
+            DHT_ANSWER,
+            {"rpc.system": "kademlia", "rpc.method": operation, "hypha.peer": caller},
+            kind=SpanKind.SERVER,
+            parent=traceparent_of(message),
+        )
+        replayed = _Replayed(stream, encode_varint_prefixed(query), answering)
+        try:
+            await self._dht.handle_stream(replayed)
+        finally:
+            if not replayed.answered:
+                answering.set_status(Status(StatusCode.ERROR, "it was not answered"))
+                answering.end()
+            status = "success" if replayed.answered else "failure"
+            DHT_QUERIES.add(side="server", operation=operation, status=status)
+            logger.debug("DHT query %s: %s.", operation, status, extra={"peer_id": caller})
 
     async def _ignore(self, peer_id: ID, *, skip_server_mode_check: bool = False) -> bool:
         return False
@@ -94,6 +139,33 @@ class DhtServer:
                 await trio.sleep(0.05)
             if str(PROTOCOL_ID) in protocols:
                 await self._dht.routing_table.add_peer(PeerInfo(peer_id, store.addrs(peer_id)))
+
+
+class _Replayed:
+    """A stream of which ``read`` has been read already; ``answering`` ends with the first answer."""
+
+    def __init__(self, stream: Any, read: bytes, answering: Span) -> None:
+        self._stream = stream
+        self._left = read
+        self._answering = answering
+        self.answered = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    async def read(self, n: int | None = None) -> bytes:
+        if not self._left:
+            data: bytes = await self._stream.read(n)
+            return data
+        count = len(self._left) if n is None else n
+        data, self._left = self._left[:count], self._left[count:]
+        return data
+
+    async def write(self, data: bytes) -> None:
+        await self._stream.write(data)
+        if not self.answered:
+            self.answered = True
+            self._answering.end()
 
 
 def _protocols(store: Any, peer_id: ID) -> list[str]:
@@ -136,7 +208,10 @@ class DhtClient:
         """Who says it serves ``dataset``: hints, to be probed."""
         request = Message(type=Message.GET_PROVIDERS, key=key_of(dataset))
         found: dict[str, PeerRef] = {}
-        for answer in await self._ask_all(request):
+        with span(DHT_LOOKUP, {"hypha.dataset": dataset}, kind=SpanKind.CLIENT) as looking:
+            answers = await self._ask_all(request)
+            _note(looking, answers)
+        for answer in answers:
             for entry in answer.providerPeers:
                 ref = _ref(entry)
                 if ref.peer not in found or len(ref.addresses) > len(found[ref.peer].addresses):
@@ -148,6 +223,7 @@ class DhtClient:
             del found[own.peer]  # from an earlier life of this node
         for ref in found.values():
             self._learn(ref)
+        logger.debug("%d gateways name %d providers of dataset %s.", len(answers), len(found), dataset)
         return list(found.values())
 
     async def renew(self) -> None:
@@ -167,10 +243,16 @@ class DhtClient:
         own = request.providerPeers.add()
         own.id = ID.from_string(ref.peer).to_bytes()
         own.addrs.extend(Multiaddr(text).to_bytes() for text in ref.addresses)
-        return len(await self._ask_all(request))
+        with span(DHT_PROVIDE, {"hypha.dataset": dataset}, kind=SpanKind.CLIENT) as announcing:
+            answers = await self._ask_all(request)
+            _note(announcing, answers)
+        logger.debug("%d gateways took the announcement of dataset %s.", len(answers), dataset)
+        return len(answers)
 
     async def _ask_all(self, request: Message) -> list[Message]:
         """Answers of all gateways, those that other gateways name included."""
+        began = trio.current_time()
+        add_traceparent(request)
         answers: list[Message] = []
         asked: set[str] = set()
 
@@ -182,7 +264,9 @@ class DhtClient:
                 answer = await self._ask(peer, request)
                 answers.append(answer)
                 if request.type == Message.ADD_PROVIDER:  # its answer does not name others
-                    answer = await self._ask(peer, Message(type=Message.GET_PROVIDERS, key=request.key))
+                    naming = Message(type=Message.GET_PROVIDERS, key=request.key)
+                    add_traceparent(naming)
+                    answer = await self._ask(peer, naming)
             except NetworkError as exc:
                 logger.info("A DHT request failed: %s.", exc, extra={"peer_id": peer})
                 return
@@ -195,6 +279,10 @@ class DhtClient:
             async with trio.open_nursery() as nursery:
                 for peer in self._gateways.connected():
                     nursery.start_soon(ask, peer, nursery)
+        operation = "provide" if request.type == Message.ADD_PROVIDER else "find"
+        status = "success" if answers else "failure"
+        DHT_QUERIES.add(side="client", operation=operation, status=status)
+        DHT_QUERY_DURATION.record(trio.current_time() - began, operation=operation)
         return answers
 
     async def _ask(self, peer: str, request: Message) -> Message:
@@ -216,6 +304,12 @@ class DhtClient:
         except DecodeError as exc:
             raise PeerUnreachable(peer, f"its DHT's answer does not decode: {exc}") from exc
         return answer
+
+
+def _note(asking: Span, answers: list[Message]) -> None:
+    asking.set_attribute("hypha.answers", len(answers))
+    if not answers:
+        asking.set_status(Status(StatusCode.ERROR, "no gateway answered"))
 
 
 def _ref(entry: Any) -> PeerRef:

@@ -18,6 +18,7 @@ import trio
 from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.messages import PeerRef
@@ -26,9 +27,12 @@ from hypha.net.options import Timings
 from hypha.net.peers import Peers
 from hypha.net.relay import RelayClient
 from hypha.net.streams import STREAM_ERRORS
-from hypha.net.transport import MutualTls
+from hypha.net.transport import MutualTls, failure_of
+from hypha.telemetry.instruments import CONNECTIONS_FAILED
+from hypha.tracing import start_span, traceparent, untraced
+from hypha.tracing.operations import CONNECT
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 
 #: How long our own dial may go on when the peer has meanwhile reached us.
@@ -48,16 +52,27 @@ class _Race:
     """Addresses being tried at the same time; ``scope`` ends them all when one has won."""
 
     scope: trio.CancelScope
+    #: what is tried, and how that ends, is noted here
+    span: Span
     pending: int = 0
     progress: trio.Event = field(default_factory=trio.Event)
     failures: list[str] = field(default_factory=list)
     #: of the direct addresses that failed, did each refuse the connection?
     refused: list[bool] = field(default_factory=list)
     met: bool = False
+    #: why the last address failed, in the words that failures are counted by
+    reason: str = "unreachable"
 
-    def failed(self, what: str, refused: bool) -> None:
-        self.failures.append(what)
-        self.refused.append(refused)
+    def note(self, what: str, address: str, reason: str = "") -> None:
+        """Note in the span what became of an address."""
+        more = {"hypha.reason": reason} if reason else {}
+        self.span.add_event(what, {"network.peer.address": address, **more})
+
+    def failed(self, address: str, exc: NetworkError) -> None:
+        self.failures.append(f"{address}: {exc}")
+        self.refused.append(_says_refused(exc))
+        self.reason = failure_of(exc)
+        self.note("failed", address, str(exc))
         self.pending -= 1
         self.progress.set()
         self.progress = trio.Event()
@@ -99,16 +114,20 @@ class Dialer:
         attempt = self._attempts.get(peer)
         if attempt is None:
             attempt = self._attempts[peer] = _Attempt()
-            self._nursery.start_soon(self._try, peer, attempt, relays)
+            connecting = start_span(CONNECT, {"hypha.peer": peer}, kind=SpanKind.CLIENT)
+            with untraced():  # the library's tasks that serve the connection outlive it
+                self._nursery.start_soon(self._try, peer, attempt, relays, connecting)
         await attempt.done.wait()
         if not self._peers.is_connected(peer):
             raise PeerUnreachable(peer, attempt.failure or "the connection ended at once", attempt.gone)
 
-    async def _try(self, peer: str, attempt: _Attempt, relays: bool) -> None:
+    async def _try(self, peer: str, attempt: _Attempt, relays: bool, connecting: Span) -> None:
+        began, reason = trio.current_time(), "cancelled"
         try:
             self._swarm.unblock_peer(ID.from_string(peer))
             for _ in range(ATTEMPTS):
-                race = await self._race(peer, relays)
+                race = await self._race(peer, relays, connecting)
+                reason = race.reason
                 attempt.failure = "; ".join(race.failures) or "no address of it is known"
                 attempt.gone = bool(race.refused) and all(race.refused)
                 # both sides dialled at once and each gave its own connection up for the other's
@@ -117,10 +136,19 @@ class Dialer:
         finally:
             del self._attempts[peer]
             attempt.done.set()
+            if not self._peers.is_connected(peer) and reason != "cancelled":
+                CONNECTIONS_FAILED.add(direction="outbound", reason=reason)
+                connecting.set_attribute("error.type", reason)
+                connecting.set_status(Status(StatusCode.ERROR, attempt.failure))
+                took_s = trio.current_time() - began
+                logger.debug(
+                    "No connection after %.3f s: %s.", took_s, attempt.failure, extra={"peer_id": peer}
+                )
+            connecting.end()
 
-    async def _race(self, peer: str, relays: bool) -> _Race:
+    async def _race(self, peer: str, relays: bool, connecting: Span) -> _Race:
         async with trio.open_nursery() as nursery:
-            race = _Race(nursery.cancel_scope)
+            race = _Race(nursery.cancel_scope, connecting)
             nursery.start_soon(self._end_when_connected, peer, race)
             started = trio.current_time()
             for address in self._book.direct(peer):
@@ -151,11 +179,13 @@ class Dialer:
         race.scope.cancel()
 
     async def _contend(self, peer: str, address: Address, race: _Race) -> None:
+        race.note("dialling", address.transport)
         try:
             await self._dial(peer, address)
         except NetworkError as exc:
-            race.failed(f"{address.transport}: {exc}", _says_refused(exc))
+            race.failed(address.transport, exc)
         else:
+            race.note("connected", address.transport)
             race.scope.cancel()
 
     async def _dial(self, peer: str, address: Address) -> None:
@@ -201,15 +231,22 @@ class Dialer:
                 continue
             if relay in named:
                 self._book.learn(PeerRef(peer=relay, addresses=(f"{named[relay].transport}/p2p/{relay}",)))
+            circuit = f"/p2p/{relay}/p2p-circuit"
+            race.note("dialling", circuit)
             try:
                 await self.connect(relay, relays=False)
                 with trio.fail_after(2 * self._timings.dial_s):
-                    await self.relay_client.dial(relay, peer)
+                    with use_span(race.span):
+                        parent = traceparent()
+                    await self.relay_client.dial(relay, peer, parent)
             except NetworkError as exc:
                 race.failures.append(str(exc))
+                race.note("failed", circuit, str(exc))
             except trio.TooSlowError:
                 race.failures.append(f"relay {relay} brought no connection in time")
+                race.note("failed", circuit, "it brought no connection in time")
             else:
+                race.note("connected", circuit)
                 race.scope.cancel()
                 return
 

@@ -22,7 +22,7 @@ from hypha.net.peers import Peers
 from hypha.net.relay import RelayClient
 from hypha.node import Changes
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: A connection that held this long was a good one: the pause starts small again.
 STABLE_S = 10.0
@@ -183,6 +183,7 @@ class Gateways:
                 await trio.sleep(backoff.next())
                 continue
             backoff.reset()
+            logger.debug("Reserved at the relay for %.0f s.", lasts_s, extra={"peer_id": peer})
             if self.reserved is None:
                 self.reserved = peer
                 self.changed.note()

@@ -19,13 +19,16 @@ import trio
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
 from libp2p.tools.anyio_service import background_trio_service
+from opentelemetry.trace import SpanKind
 
 from hypha.messages import WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, WorkerRequest
 from hypha.net import pubsub_flow
-from hypha.net.rpc import traceparent
 from hypha.node import Heard
+from hypha.telemetry.instruments import GOSSIP_MESSAGES
+from hypha.tracing import hop_traceparent, span, start_span, traceparent
+from hypha.tracing.operations import GOSSIP_PUBLISH, GOSSIP_RECEIVE, GOSSIP_RELAY
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: Messages a slow subscriber may leave unread; the oldest go first.
 BACKLOG = 256
@@ -52,6 +55,7 @@ class Gossip:
             adaptive_gossip_enabled=False,
             max_messages_per_topic_per_second=1000,
         )
+        self._router.begin_relaying = self._begin_relaying
         self._pubsub = pubsub_flow.Company(host, self._router, concerns)
         # message numbers of a restarted node must not repeat those its peers still remember
         self._pubsub.counter = time.time_ns()
@@ -71,9 +75,17 @@ class Gossip:
 
     async def publish(self, message: WorkerRequest) -> None:
         """Tell everybody. Waits a moment for the mesh; without one the message reaches nobody."""
-        await self._wait_for_mesh()
-        envelope = GossipEnvelope(body=message, traceparent=traceparent())
-        await self._pubsub.publish(WORKER_TOPIC, msgspec.msgpack.encode(envelope))
+        with span(GOSSIP_PUBLISH, _attributes("send"), kind=SpanKind.PRODUCER):
+            await self._wait_for_mesh()
+            envelope = GossipEnvelope(body=message, traceparent=traceparent())
+            await self._pubsub.publish(WORKER_TOPIC, msgspec.msgpack.encode(envelope))
+        GOSSIP_MESSAGES.add(event="published")
+        logger.debug("Published request %s for workers.", message.request_id)
+
+    @property
+    def mesh_size(self) -> int:
+        """Peers to which messages are passed on."""
+        return len(self._router.mesh.get(WORKER_TOPIC, ()))
 
     async def _wait_for_mesh(self) -> None:
         with trio.move_on_after(MESH_WAIT_S) as scope:
@@ -109,21 +121,81 @@ class Gossip:
             try:
                 envelope = _decoder.decode(raw.data)
             except msgspec.MsgspecError as exc:
+                GOSSIP_MESSAGES.add(event="dropped")
                 logger.warning("A gossip message does not decode: %s", exc, extra={"peer_id": str(publisher)})
                 continue
             if envelope.v != WIRE_VERSION:
+                GOSSIP_MESSAGES.add(event="dropped")
                 logger.warning(
                     "A gossip message has version %d.", envelope.v, extra={"peer_id": str(publisher)}
                 )
                 continue
             if envelope.body.scheduler.peer != str(publisher):
+                GOSSIP_MESSAGES.add(event="dropped")
                 logger.warning(
                     "A worker request names another scheduler than its publisher; it is dropped.",
                     extra={"peer_id": str(publisher)},
                 )
                 continue
+            self._take(envelope, str(publisher), self._pubsub.forwarder_of(raw))
+
+    def _take(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
+        GOSSIP_MESSAGES.add(event="received")
+        request = envelope.body.request_id
+        logger.debug("Request %s for workers arrived.", request, extra={"peer_id": publisher})
+        if not self._listeners:
+            return
+        attributes = {**_attributes("receive"), "hypha.peer": publisher}
+        parent = _passed_on(envelope.traceparent, publisher, forwarder)
+        with span(GOSSIP_RECEIVE, attributes, kind=SpanKind.CONSUMER, parent=parent):
             for send, receive in self._listeners:
-                _put(send, receive, (str(publisher), envelope.body))
+                _put(send, receive, Heard(publisher, envelope.body, traceparent()))
+
+    def _begin_relaying(self, raw: Any, forwarder: str) -> Callable[[set[str]], None]:
+        """A message of somebody else is about to be passed on."""
+        publisher = str(ID(raw.from_id))
+        try:
+            sent_in = _decoder.decode(raw.data).traceparent
+        except msgspec.MsgspecError:
+            sent_in = None  # whoever takes it says so
+        relaying = start_span(
+            GOSSIP_RELAY,
+            {**_attributes("send"), "hypha.peer": publisher},
+            kind=SpanKind.PRODUCER,
+            parent=_passed_on(sent_in, publisher, forwarder),
+            identity=_hop(sent_in, str(self._pubsub.my_id)),
+        )
+
+        def done(receivers: set[str]) -> None:
+            if not receivers:
+                return  # a span that never ends is never seen: nothing was passed on
+            GOSSIP_MESSAGES.add(event="relayed")
+            relaying.set_attribute("hypha.receivers", len(receivers))
+            relaying.end()
+            logger.debug(
+                "Passed a request for workers on to %d peers.", len(receivers), extra={"peer_id": publisher}
+            )
+
+        return done
+
+
+def _attributes(operation: str) -> dict[str, str]:
+    return {"messaging.operation.name": operation, "messaging.destination.name": WORKER_TOPIC}
+
+
+def _passed_on(sent_in: str | None, publisher: str, forwarder: str | None) -> str | None:
+    """The ``traceparent`` of the operation by which a message came here: its publication, or its relay."""
+    if forwarder is None or forwarder == publisher:
+        return sent_in
+    return _hop(sent_in, forwarder)
+
+
+def _hop(sent_in: str | None, peer: str) -> str | None:
+    """As :func:`hop_traceparent`, of what a peer has sent; None where that is no ``traceparent``."""
+    try:
+        return hop_traceparent(sent_in, peer) if sent_in else None
+    except ValueError:
+        return None
 
 
 def _put(
@@ -133,6 +205,7 @@ def _put(
         send.send_nowait(heard)
     except trio.WouldBlock:
         receive.receive_nowait()  # this very moment full, so there is an oldest one
+        GOSSIP_MESSAGES.add(event="dropped")
         send.send_nowait(heard)
     except trio.BrokenResourceError:
         logger.debug("A listener has just left.")

@@ -13,9 +13,11 @@ import trio
 
 from hypha.errors import ConfigError, Problem
 from hypha.net.addresses import parse
+from hypha.net.gauges import shown
 from hypha.net.library import quiet_library
 from hypha.net.node import Libp2pNode
 from hypha.net.options import NodeOptions
+from hypha.tracing import untraced
 
 
 @asynccontextmanager
@@ -38,7 +40,8 @@ async def open_node(options: NodeOptions) -> AsyncIterator[Libp2pNode]:
     failures: list[BaseException] = []
     with _unwrapped(failures):
         async with trio.open_nursery() as nursery:
-            node = await nursery.start(_live, options, failures)
+            with untraced():  # what a node does by itself is no part of the operation that opened it
+                node = await nursery.start(_live, options, failures)
             nursery.start_soon(node.note_leaving)
             try:
                 yield node
@@ -63,6 +66,7 @@ async def _live(
             async with AsyncExitStack() as stack:
                 try:
                     await node.listen(stack)
+                    stack.enter_context(shown(node))
                     node.start()
                     task_status.started(node)
                     await trio.lowlevel.checkpoint()  # cancelled while starting: nobody will end us

@@ -25,7 +25,7 @@ from hypha.net.gateways import Gateways
 from hypha.net.gossip import Gossip
 from hypha.net.library import make_host
 from hypha.net.options import NodeOptions
-from hypha.net.peers import ConnectionInfo, Peers, is_relayed
+from hypha.net.peers import Peers, is_relayed
 from hypha.net.relay import RelayClient, RelayHop
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
@@ -33,11 +33,11 @@ from hypha.net.shared_port import SharedPortTcp
 from hypha.net.streams import StreamHandler, Streams
 from hypha.net.transfers import BulkTransfers
 from hypha.net.transport import MutualTls
-from hypha.node import Changes, Heard, PeerLost, ReportHandler
+from hypha.node import Changes, ConnectionInfo, Heard, PeerLost, ReportHandler
 from hypha.pki.identity import Identity
 from hypha.telemetry import health_of
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Request)
 #: Bulk connections served at once; transfers queue for their own, smaller limit behind it.
@@ -83,7 +83,7 @@ class Libp2pNode:
         self._dht = DhtClient(
             self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
         )
-        self._dht_server = DhtServer(self._host, self._peers, nursery) if options.hop else None
+        self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
         self.transfers = BulkTransfers(self)
         self._port.serve_bulk = self.transfers.serve_socket
         self.health_details: list[Callable[[], dict[str, str]]] = []
@@ -251,8 +251,13 @@ class Libp2pNode:
         await self._gossip.publish(message)
 
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Heard]]:
-        """A channel of (publisher, WorkerRequest); the publisher is the request's scheduler, verified."""
+        """A channel of :class:`Heard`; the publisher is the request's scheduler, verified."""
         return self._gossip.subscribe()
+
+    @property
+    def mesh_size(self) -> int:
+        """Peers to which this node passes gossip on."""
+        return self._gossip.mesh_size
 
     async def provide(self, dataset: str) -> int:
         """Announce that this node serves ``dataset``, now and whenever its gateway or addresses change.
@@ -313,8 +318,8 @@ class Libp2pNode:
         # circuit addresses included, which the library would cut short
         self._host.get_addrs = lambda: [Multiaddr(text) for text in self.ref().addresses]
         await self._gossip.start(stack, self._nursery)
-        if self._dht_server is not None:
-            await self._dht_server.start(stack)
+        if self.dht_server is not None:
+            await self.dht_server.start(stack)
         logger.info(
             "%s %s is %s, listening on %s.",
             self.options.component,

@@ -9,7 +9,6 @@ import logging
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import trio
@@ -22,25 +21,15 @@ from hypha.errors import IdentityError, PeerUnreachable
 from hypha.net.options import Timings
 from hypha.net.streams import STREAM_ERRORS
 from hypha.net.transport import TlsConnection
-from hypha.node import PeerLost
+from hypha.node import ConnectionInfo, PeerLost
 from hypha.pki.identity import Identity
+from hypha.telemetry.instruments import CONNECTIONS_ESTABLISHED, CONNECTIONS_LOST
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: What a watcher may leave unread; the oldest losses go first (who is connected can be asked).
 WATCH_BACKLOG = 4096
 REMEMBERED_ROLES = 20_000
-
-
-@dataclass(frozen=True)
-class ConnectionInfo:
-    """One live connection; ``address`` is the socket's other end, or the circuit."""
-
-    peer: str
-    address: str
-    kind: Literal["direct", "relayed"]
-    direction: Literal["inbound", "outbound"]
-    roles: frozenset[str]
 
 
 def secured(connection: Any) -> TlsConnection:
@@ -56,6 +45,21 @@ def is_relayed(connection: Any) -> bool:
     return bool(secured(connection).get_connection_type() == ConnectionType.RELAYED)
 
 
+def way_of(connection: Any) -> Literal["direct", "relayed"]:
+    """How a swarm connection leads to its peer."""
+    return "relayed" if is_relayed(connection) else "direct"
+
+
+def direction_of(connection: Any) -> Literal["inbound", "outbound"]:
+    """Who dialled: ``outbound`` where this node did."""
+    return "inbound" if connection.direction == Direction.INBOUND else "outbound"
+
+
+def round_trip_of(connection: Any) -> float | None:
+    """Seconds that its pings take, each of them counting twice as much as the one before."""
+    return connection.muxed_conn.rtt() or None
+
+
 class Peers(INotifee):  # type: ignore[misc]
     """Who is connected. Listens to the swarm; ``on_lost`` are called when a peer is gone altogether."""
 
@@ -69,6 +73,8 @@ class Peers(INotifee):  # type: ignore[misc]
         #: connections that are waited for to end, all of them
         self._ends: list[tuple[set[Any], trio.Event]] = []
         self._roles: dict[str, frozenset[str]] = {}
+        #: connections that this node ended, and why
+        self._cuts: dict[Any, Literal["silent", "revoked"]] = {}
         self.on_connected: list[Callable[[str], None]] = []
         self.on_lost: list[Callable[[str], None]] = []
         swarm.register_notifee(self)
@@ -100,9 +106,10 @@ class Peers(INotifee):  # type: ignore[misc]
                 ConnectionInfo(
                     peer=str(connection.muxed_conn.peer_id),
                     address=str(addresses[0]) if addresses else "",
-                    kind="relayed" if is_relayed(connection) else "direct",
-                    direction="inbound" if connection.direction == Direction.INBOUND else "outbound",
+                    kind=way_of(connection),
+                    direction=direction_of(connection),
                     roles=tls.roles,
+                    round_trip_s=round_trip_of(connection),
                 )
             )
         return found
@@ -153,6 +160,9 @@ class Peers(INotifee):  # type: ignore[misc]
 
     async def connected(self, network: Any, conn: Any) -> None:
         peer = str(conn.muxed_conn.peer_id)
+        direction, way = direction_of(conn), way_of(conn)
+        CONNECTIONS_ESTABLISHED.add(direction=direction, way=way)
+        logger.debug("Connected with %s (%s, %s).", peer, direction, way, extra={"peer_id": peer})
         self._roles.pop(peer, None)
         self._roles[peer] = secured(conn).roles
         while len(self._roles) > REMEMBERED_ROLES:
@@ -169,6 +179,17 @@ class Peers(INotifee):  # type: ignore[misc]
                 lost.set()
         self._ends = [(left, lost) for left, lost in self._ends if left]
         peer = str(conn.muxed_conn.peer_id)
+        reason = self._cuts.pop(conn, "closed")
+        CONNECTIONS_LOST.add(reason=reason)
+        direction, way = direction_of(conn), way_of(conn)
+        logger.debug(
+            "The connection with %s (%s, %s) is over: %s.",
+            peer,
+            direction,
+            way,
+            reason,
+            extra={"peer_id": peer},
+        )
         if self.is_connected(peer):
             return
         for call in self.on_lost:
@@ -202,8 +223,10 @@ class Peers(INotifee):  # type: ignore[misc]
             for connection in self._swarm.get_connections():
                 nursery.start_soon(connection.close)
 
-    async def _cut(self, connection: Any, why: str) -> None:
+    async def _cut(self, connection: Any, reason: Literal["silent", "revoked"], why: str) -> None:
         peer = str(connection.muxed_conn.peer_id)
+        if not connection.is_closed:
+            self._cuts[connection] = reason
         logger.warning("Cut the connection with %s: %s.", peer, why, extra={"peer_id": peer})
         await secured(connection).abort()
         await connection.close()
@@ -229,7 +252,7 @@ class Peers(INotifee):  # type: ignore[misc]
                 silence = now - secured(connection).last_received
                 if silence > limit:
                     why = f"nothing was heard for {silence:.1f} s"
-                    self._nursery.start_soon(self._cut, connection, why)
+                    self._nursery.start_soon(self._cut, connection, "silent", why)
                 elif silence > tick:
                     self._nursery.start_soon(self._probe, connection.muxed_conn)
 
@@ -266,6 +289,7 @@ class Peers(INotifee):  # type: ignore[misc]
                 try:
                     self._identity.check(secured(connection).certificate)
                 except IdentityError as exc:
-                    self._nursery.start_soon(self._cut, connection, f"its certificate is refused now ({exc})")
+                    why = f"its certificate is refused now ({exc})"
+                    self._nursery.start_soon(self._cut, connection, "revoked", why)
                 await trio.lowlevel.checkpoint()
         return changed

@@ -11,12 +11,21 @@ its verification a message.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from libp2p.peer.id import ID
 from libp2p.pubsub import gossipsub, pubsub
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
+
+#: How many messages are remembered by who passed them on, until somebody asks.
+REMEMBERED = 1024
+
+#: the peer from which this task got the message that it handles
+_forwarder: ContextVar[str] = ContextVar("forwarder of a message")
+#: to whom this task has passed a message on
+_receivers: ContextVar[set[str] | None] = ContextVar("receivers of a message", default=None)
 
 
 def _no_record(host: Any) -> tuple[bytes, bool]:
@@ -32,8 +41,31 @@ class Router(GossipSub):  # type: ignore[misc]
     ours are small and nearly all leaves have one gateway, so they would only double the traffic.
     """
 
+    #: ``begin(message, forwarder)`` is called before a message of somebody else is passed on; what it
+    #: returns, afterwards, with the peers who got it
+    begin_relaying: Callable[[Any, str], Callable[[set[str]], None]] | None = None
+
     async def _emit_idontwant_for_message(self, msg_id: bytes, topic_ids: Any) -> None:
         return
+
+    async def publish(self, msg_forwarder: ID, pubsub_msg: Any) -> None:
+        if self.begin_relaying is None or self.pubsub is None or msg_forwarder == self.pubsub.my_id:
+            await super().publish(msg_forwarder, pubsub_msg)
+            return
+        done = self.begin_relaying(pubsub_msg, str(msg_forwarder))
+        receivers: set[str] = set()
+        token = _receivers.set(receivers)
+        try:
+            await super().publish(msg_forwarder, pubsub_msg)
+        finally:
+            _receivers.reset(token)
+            done(receivers)
+
+    def send_rpc(self, peer_id: ID, rpc: Any, priority: bool = False) -> None:
+        super().send_rpc(peer_id, rpc, priority)
+        receivers = _receivers.get()
+        if receivers is not None and rpc.publish:
+            receivers.add(str(peer_id))
 
 
 class Company(Pubsub):  # type: ignore[misc]
@@ -46,10 +78,29 @@ class Company(Pubsub):  # type: ignore[misc]
     def __init__(self, host: Any, router: Router, concerns: Callable[[str], bool]) -> None:
         super().__init__(host, router, strict_signing=True)
         self._concerns = concerns
+        self._forwarders: dict[tuple[bytes, bytes], str] = {}
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
         if self._concerns(str(peer_id)):
             await super()._handle_new_peer(peer_id)
+
+    async def push_msg(self, msg_forwarder: ID, msg: Any) -> None:
+        token = _forwarder.set(str(msg_forwarder))
+        try:
+            await super().push_msg(msg_forwarder, msg)
+        finally:
+            _forwarder.reset(token)
+
+    def notify_subscriptions(self, publish_message: Any) -> None:
+        # the library's subscription does not tell from whom a message came
+        self._forwarders[publish_message.from_id, publish_message.seqno] = _forwarder.get()
+        if len(self._forwarders) > REMEMBERED:
+            del self._forwarders[next(iter(self._forwarders))]
+        super().notify_subscriptions(publish_message)
+
+    def forwarder_of(self, message: Any) -> str | None:
+        """Who passed on ``message``, which a subscription has just given; to be asked once."""
+        return self._forwarders.pop((message.from_id, message.seqno), None)
 
 
 def install() -> None:

@@ -27,11 +27,17 @@ from libp2p.relay.circuit_v2.pb.circuit_pb2 import PeerId as CircuitPeer
 from libp2p.relay.circuit_v2.protocol_buffer import StatusCode, to_proto_status
 from libp2p.relay.circuit_v2.utils import read_delimited_msg, write_delimited_msg
 from multiaddr import Multiaddr
+from opentelemetry import trace
 
+from hypha.config.log_filter import TRACE
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
+from hypha.net.traced_messages import add_traceparent, traceparent_of
+from hypha.telemetry.instruments import CIRCUITS_OPENED, RELAY_BYTES
+from hypha.tracing import start_span, trace_context
+from hypha.tracing.operations import RELAY_CIRCUIT
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 HOP = "/libp2p/circuit/relay/0.2.0/hop"
 STOP = "/libp2p/circuit/relay/0.2.0/stop"
@@ -95,14 +101,19 @@ class RelayClient:
         # the expiry is wall-clock on the wire, set by the relay; a skewed clock must not end us early
         return max(30.0, answer.reservation.expire - time.time())
 
-    async def dial(self, relay: str, peer: str) -> None:
-        """Connect to ``peer`` through a connected relay. RelayRefused or PeerUnreachable when not."""
-        stream = await self._streams.open(relay, HOP)
+    async def dial(self, relay: str, peer: str, parent: str | None = None) -> None:
+        """Connect to ``peer`` through a connected relay; ``parent`` is the ``traceparent`` of whoever wants
+        that. RelayRefused or PeerUnreachable when not.
+        """
+        with trace_context(parent):
+            stream = await self._streams.open(relay, HOP)
         try:
             request = HopMessage(
                 type=HopMessage.CONNECT, peer=CircuitPeer(id=ID.from_string(peer).to_bytes())
             )
-            await self._ask(stream, request, relay)
+            with trace_context(parent):
+                add_traceparent(request)
+                await self._ask(stream, request, relay)
             await self._host.upgrade_outbound_connection(
                 _Circuit(stream, True, relay, peer), ID.from_string(peer)
             )
@@ -199,7 +210,7 @@ class RelayHop:
             elif message.type == HopMessage.RESERVE:
                 await self._reserve(stream, caller)
             elif message.type == HopMessage.CONNECT:
-                await self._connect(stream, caller, str(ID(message.peer.id)))
+                await self._connect(stream, caller, str(ID(message.peer.id)), traceparent_of(message))
             else:
                 await self._answer(stream, StatusCode.UNEXPECTED_MESSAGE)
         except (*STREAM_ERRORS, trio.TooSlowError, ValueError) as exc:
@@ -218,39 +229,65 @@ class RelayHop:
                 await self._answer(stream, StatusCode.RESERVATION_REFUSED)
                 return
             mine = self._reservations[caller] = _Reservation(now)
+            logger.debug("Reserved a place for circuits.", extra={"peer_id": caller})
         mine.expires_at = now + self._limits.reservation_s
         reservation = Reservation(expire=int(time.time() + self._limits.reservation_s))
         await self._answer(stream, StatusCode.OK, reservation)
         await self._until_read(stream)
 
-    async def _connect(self, stream: Any, caller: str, target: str) -> None:
+    async def _connect(self, stream: Any, caller: str, target: str, asked_in: str | None) -> None:
+        """Relay between ``caller`` and ``target`` until either ends it. The circuit outlives the operation
+        that asked for it, and serves others: so it is linked with that, and no part of it.
+        """
+        began, status = trio.current_time(), "broken off"
+        fields = {"hypha.peer": caller, "hypha.relay.target": target}
+        relaying = start_span(RELAY_CIRCUIT, fields, links=(asked_in,) if asked_in else ())
+        try:
+            status = await self._relay(stream, caller, target)
+        finally:
+            if status in ("refused", "unreachable"):
+                relaying.set_status(trace.Status(trace.StatusCode.ERROR, status))
+            relaying.end()
+            logger.debug(
+                "The circuit to %s is over after %.2f s: %s.",
+                target,
+                trio.current_time() - began,
+                status,
+                extra={"peer_id": caller},
+            )
+
+    async def _relay(self, stream: Any, caller: str, target: str) -> str:
+        """``accepted`` after the end of the circuit, else why there was none."""
         reservation = self._reservations.get(target)
         if reservation is None or reservation.expires_at <= trio.current_time():
-            await self._answer(stream, StatusCode.NO_RESERVATION)
-            await self._until_read(stream)
-            return
+            return await self._refuse(stream, StatusCode.NO_RESERVATION, "unreachable")
         if self.circuits >= self._limits.circuits or reservation.circuits >= self._limits.per_peer:
-            await self._answer(stream, StatusCode.RESOURCE_LIMIT_EXCEEDED)
-            await self._until_read(stream)
-            return
+            return await self._refuse(stream, StatusCode.RESOURCE_LIMIT_EXCEEDED, "refused")
         self.circuits += 1
         reservation.circuits += 1
         onward = None
         try:
             onward = await self._reach(target, caller)
             if onward is None:
-                await self._answer(stream, StatusCode.CONNECTION_FAILED)
-                await self._until_read(stream)
-                return
+                return await self._refuse(stream, StatusCode.CONNECTION_FAILED, "unreachable")
             await self._answer(stream, StatusCode.OK)
+            CIRCUITS_OPENED.add(status="accepted")
+            logger.debug("Relaying to %s.", target, extra={"peer_id": caller})
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_pump, stream, onward, nursery.cancel_scope)
                 nursery.start_soon(_pump, onward, stream, nursery.cancel_scope)
+            return "accepted"
         finally:
             self.circuits -= 1
             reservation.circuits -= 1
             if onward is not None:
                 await discard(onward)
+
+    async def _refuse(self, stream: Any, code: StatusCode, status: str) -> str:
+        CIRCUITS_OPENED.add(status=status)
+        await self._answer(stream, code)
+        await self._until_read(stream)
+        return status
 
     async def _reach(self, target: str, caller: str) -> Any | None:
         stream = None
@@ -288,6 +325,8 @@ async def _pump(source: Any, sink: Any, scope: trio.CancelScope) -> None:
     try:
         while data := await source.read(SPLICE_BYTES):
             await sink.write(data)
+            RELAY_BYTES.add(len(data))
+            logger.log(TRACE, "Relayed %d bytes.", len(data))
         await sink.close_write()
     except StreamEOF:
         await sink.close_write()

@@ -13,14 +13,19 @@ from typing import Any
 
 import msgspec
 import trio
+from opentelemetry.trace import SpanKind
 
+from hypha.config.log_filter import TRACE
 from hypha.errors import PeerUnreachable
 from hypha.messages import WIRE_VERSION, Report
 from hypha.net.rpc import Oversized, frame, may_act_as, read_frame
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
 from hypha.node import ReportHandler
+from hypha.telemetry.instruments import REPORTS
+from hypha.tracing import span, traceparent, untraced
+from hypha.tracing.operations import REPORT_STREAM
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 PROTOCOL = "/hypha/report/1"
 MAX_BATCH_BYTES = 1 << 20
@@ -60,7 +65,8 @@ class Reports:
         stamp = report.stamp
         key = (stamp.job_id, stamp.generation, stamp.round, report.incarnation)
         waiting = self._waiting.setdefault(peer, {})
-        waiting.pop(key, None)
+        if waiting.pop(key, None) is not None:
+            REPORTS.add(event="replaced")
         waiting[key] = report
         if len(waiting) > 256:  # rounds long over
             del waiting[next(iter(waiting))]
@@ -69,7 +75,8 @@ class Reports:
         else:
             self._wakers[peer] = trio.Event()
             self._wakers[peer].set()
-            self._nursery.start_soon(self._send_all, peer)
+            with untraced():  # it goes on after whatever the report is of
+                self._nursery.start_soon(self._send_all, peer)
 
     def answer(self, handler: ReportHandler, roles: Collection[str] | None) -> None:
         """Give arriving reports to ``handler(caller, reports)``."""
@@ -90,11 +97,19 @@ class Reports:
                 await trio.sleep(self._flush_s)
                 batch = self._waiting.pop(peer, {})
                 try:
+                    reports = list(batch.values())
                     if stream is None:
-                        await self._connect(peer)
-                        stream = await self._streams.open(peer, PROTOCOL)
-                    with trio.fail_after(WRITE_TIMEOUT_S):
-                        await stream.write(frame(msgspec.msgpack.encode(list(batch.values()))))
+                        with span(REPORT_STREAM, {"hypha.peer": peer}, kind=SpanKind.PRODUCER):
+                            await self._connect(peer)
+                            stream = await self._streams.open(peer, PROTOCOL)
+                            if reports:
+                                reports[0] = msgspec.structs.replace(reports[0], traceparent=traceparent())
+                            await _send(stream, reports)
+                        logger.debug("Opened a stream for reports.", extra={"peer_id": peer})
+                    else:
+                        await _send(stream, reports)
+                    REPORTS.add(len(reports), event="sent")
+                    logger.log(TRACE, "Sent %d reports.", len(reports), extra={"peer_id": peer})
                     pause_s, reached_at = RETRY_MIN_S, trio.current_time()
                 except (*STREAM_ERRORS, PeerUnreachable, trio.TooSlowError) as exc:
                     logger.info("Reports to %s wait: %s.", peer, exc, extra={"peer_id": peer})
@@ -124,16 +139,33 @@ class Reports:
                     extra={"peer_id": caller},
                 )
                 return
+            first = True
             while True:
                 reports = _decoder.decode(await read_frame(stream, MAX_BATCH_BYTES))
                 if any(one.v != WIRE_VERSION for one in reports):
                     logger.warning("Refused reports of another version.", extra={"peer_id": caller})
                     return
-                if self._handler is not None:
-                    self._handler(caller, reports)
+                REPORTS.add(len(reports), event="received")
+                logger.log(TRACE, "Received %d reports.", len(reports), extra={"peer_id": caller})
+                if first and reports:
+                    parent = reports[0].traceparent
+                    with span(REPORT_STREAM, {"hypha.peer": caller}, kind=SpanKind.CONSUMER, parent=parent):
+                        self._hand_over(caller, reports)
+                else:
+                    self._hand_over(caller, reports)
+                first = False
         except (msgspec.MsgspecError, Oversized) as exc:
             logger.warning("Reports do not decode: %s", exc, extra={"peer_id": caller})
         except EOFError:
             pass  # the sender has no more
         finally:
             await discard(stream)
+
+    def _hand_over(self, caller: str, reports: list[Report]) -> None:
+        if self._handler is not None:
+            self._handler(caller, reports)
+
+
+async def _send(stream: Any, reports: list[Report]) -> None:
+    with trio.fail_after(WRITE_TIMEOUT_S):
+        await stream.write(frame(msgspec.msgpack.encode(reports)))

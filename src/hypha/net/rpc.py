@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 from libp2p.network.stream.exceptions import StreamEOF
-from opentelemetry import context
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.trace import SpanKind
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import (
@@ -32,8 +31,11 @@ from hypha.messages import (
     ResponseEnvelope,
 )
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
+from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
+from hypha.tracing import span, traceparent
+from hypha.tracing.operations import ANSWER, REQUEST
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 PROTOCOL = "/hypha/rpc/1"
 #: At once, from everybody and from one peer; what is more is answered ``busy``.
@@ -46,30 +48,8 @@ RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 Handler = Callable[[str, Any], Awaitable[Response]]
 
 _LENGTH = struct.Struct(">I")
-_propagator = TraceContextTextMapPropagator()
 _requests = msgspec.msgpack.Decoder(RequestEnvelope)
 _responses = msgspec.msgpack.Decoder(ResponseEnvelope)
-
-
-def traceparent() -> str | None:
-    """The W3C traceparent of the current span, if there is one."""
-    carrier: dict[str, str] = {}
-    _propagator.inject(carrier)
-    return carrier.get("traceparent")
-
-
-class TraceContext:
-    """Makes the span that a ``traceparent`` names the current one inside a ``with``."""
-
-    def __init__(self, parent: str | None) -> None:
-        self._context = _propagator.extract({"traceparent": parent}) if parent else None
-
-    def __enter__(self) -> None:
-        self._token = context.attach(self._context) if self._context is not None else None
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._token is not None:
-            context.detach(self._token)
 
 
 class Oversized(Exception):
@@ -119,6 +99,22 @@ class Rpc:
 
     async def request(self, peer: str, request: Request, timeout_s: float) -> Response:
         """The answer of ``peer``. Raises Refused, PeerUnreachable or RequestTimeout."""
+        name, began, status = type(request).__name__, trio.current_time(), "cancelled"
+        with span(REQUEST, _attributes(name, peer), kind=SpanKind.CLIENT) as asked:
+            try:
+                response = await self._request(peer, request, timeout_s)
+                status = "success"
+                return response
+            except NetworkError as exc:
+                status = _status(exc)
+                asked.set_attribute("error.type", status)
+                raise
+            finally:
+                took_s = trio.current_time() - began
+                REQUEST_DURATION.record(took_s, type=name, status=status)
+                logger.debug("Request %s: %s after %.3f s.", name, status, took_s, extra={"peer_id": peer})
+
+    async def _request(self, peer: str, request: Request, timeout_s: float) -> Response:
         payload = msgspec.msgpack.encode(RequestEnvelope(body=request, traceparent=traceparent()))
         if len(payload) > MAX_REQUEST_BYTES:
             raise Refused(
@@ -242,21 +238,44 @@ class Rpc:
         if envelope.v != WIRE_VERSION:
             reason = f"the request has version {envelope.v}, this node speaks {WIRE_VERSION}"
             return RefusedReply(code="malformed", reason=reason)
-        name = type(envelope.body).__name__
-        handler, roles = self._handlers.get(type(envelope.body), (None, None))
+        name, began = type(envelope.body).__name__, trio.current_time()
+        attributes = _attributes(name, caller)
+        with span(ANSWER, attributes, kind=SpanKind.SERVER, parent=envelope.traceparent) as answered:
+            reply = await self._handle(caller, has, envelope.body, name)
+            status = "success"
+            if isinstance(reply, RefusedReply):
+                status = reply.code
+                answered.set_attribute("error.type", status)
+            took_s = trio.current_time() - began
+            ANSWER_DURATION.record(took_s, type=name, status=status)
+            logger.debug("Answered %s: %s after %.3f s.", name, status, took_s, extra={"peer_id": caller})
+        return reply
+
+    async def _handle(self, caller: str, has: frozenset[str], request: Request, name: str) -> Response:
+        handler, roles = self._handlers.get(type(request), (None, None))
         if handler is None:
             return RefusedReply(code="unsupported", reason=f"this component does not answer {name}")
         if roles is not None and not may_act_as(has, roles):
             wanted = " or ".join(sorted(roles))
             return RefusedReply(code="role", reason=f"{name} needs a certificate with the role {wanted}")
         try:
-            with TraceContext(envelope.traceparent):
-                return await handler(caller, envelope.body)
+            return await handler(caller, request)
         except Refused as exc:
             return RefusedReply(code=exc.code, reason=exc.reason)
         except Exception:  # the edge of the service: one bad request must not end the node
             logger.exception("The handler of %s failed.", name, extra={"peer_id": caller})
             return RefusedReply(code="internal", reason=f"{name} failed there; its log says more")
+
+
+def _attributes(name: str, peer: str) -> dict[str, str]:
+    return {"rpc.system": "hypha", "rpc.method": name, "hypha.peer": peer}
+
+
+def _status(exc: NetworkError) -> str:
+    """How a request ended: with a refusal's code, or without an answer."""
+    if isinstance(exc, Refused):
+        return exc.code
+    return "timeout" if isinstance(exc, RequestTimeout) else "unreachable"
 
 
 async def _until_reset(stream: Any, scope: trio.CancelScope) -> None:

@@ -23,8 +23,10 @@ from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
 from hypha.net.addresses import host_and_port, parse
+from hypha.net.byte_counts import ByteCounts
+from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 FIRST_BYTE_TIMEOUT_S = 5.0
 MULTISTREAM = b"\x13"
@@ -47,14 +49,26 @@ def resend_soon(sock: socket.socket | trio.socket.SocketType) -> None:
 
 
 class _WatchedStream(TrioTCPStream):  # type: ignore[misc]
-    """A TCP stream that tells when it was closed, and is among ``registry`` until then."""
+    """A TCP stream that tells when it was closed, and is among ``registry`` until then. Its bytes are
+    counted, here and nowhere above, where those of a circuit would count once more.
+    """
 
-    def __init__(self, stream: trio.SocketStream, registry: set[_WatchedStream]) -> None:
+    def __init__(self, stream: trio.SocketStream, registry: set[_WatchedStream], counts: ByteCounts) -> None:
         super().__init__(stream)
         resend_soon(stream.socket)
         self.closed = trio.Event()
         self._registry = registry
+        self._counts = counts
         registry.add(self)
+
+    async def write(self, data: bytes) -> None:
+        await super().write(data)
+        self._counts.add(sent=len(data))
+
+    async def read(self, n: int | None = None) -> bytes:
+        data: bytes = await super().read(n)
+        self._counts.add(received=len(data))
+        return data
 
     async def close(self) -> None:
         self.closed.set()
@@ -98,16 +112,18 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
         self._slots = trio.CapacityLimiter(max_connections)
         self._threads = trio.CapacityLimiter(max_bulk)
         self._streams: set[_WatchedStream] = set()
+        self._counts = ByteCounts("control")
 
     async def dial(self, maddr: Multiaddr) -> RawConnection:
         raw = await super().dial(maddr)
-        raw.stream = _WatchedStream(raw.stream.stream, self._streams)
+        raw.stream = _WatchedStream(raw.stream.stream, self._streams, self._counts)
         return raw
 
     async def sever(self) -> None:
         """Close every connection that is still open: the library forgets some when it is cancelled."""
         for stream in list(self._streams):
             await trio.aclose_forcefully(stream.stream)
+        self._counts.hand_over()
 
     def create_listener(self, handler_function: Callable[[Any], Awaitable[None]]) -> TCPListener:
         async def accept(stream: TrioTCPStream) -> None:
@@ -115,6 +131,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
                 # a borrower of its own: trio would not lend one task two slots
                 self._slots.acquire_on_behalf_of_nowait(stream)
             except trio.WouldBlock:
+                CONNECTIONS_FAILED.add(direction="inbound", reason="limit")
                 logger.warning(
                     "Closed an incoming connection: %d are open already.", int(self._slots.total_tokens)
                 )
@@ -137,8 +154,10 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             except OSError:
                 return
         if first == MULTISTREAM:
+            logger.debug("A connection for libp2p arrived.")
             await self._serve_libp2p(stream, libp2p_handler)
         elif first == TLS_CLIENT_HELLO and self.serve_bulk is not None:
+            logger.debug("A connection for the bulk plane arrived.")
             await self._serve_bulk(connection, self.serve_bulk)
         else:
             logger.info("Closed an incoming connection that spoke neither protocol.")
@@ -148,7 +167,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
     ) -> None:
         # The library's handler waits for the end of the whole swarm and keeps one of its inbound slots
         # until then: a long-lived gateway would run out of them. It is ended with its connection.
-        watched = _WatchedStream(stream.stream, self._streams)
+        watched = _WatchedStream(stream.stream, self._streams, self._counts)
         async with trio.open_nursery() as nursery:
 
             async def serve() -> None:

@@ -16,9 +16,12 @@ from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 
+from hypha.config.log_filter import TRACE
 from hypha.errors import PeerUnreachable
+from hypha.tracing import span
+from hypha.tracing.operations import OPEN_STREAM
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: What a broken stream or connection may raise, from any layer of the library.
 STREAM_ERRORS = (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
@@ -73,6 +76,7 @@ class Streams:
 
         async def serve(stream: Any) -> None:
             caller = str(stream.muxed_conn.peer_id)
+            logger.log(TRACE, "A stream for %s arrived.", protocol, extra={"peer_id": caller})
             try:
                 await handler(stream, caller)
             except STREAM_ERRORS as exc:
@@ -86,6 +90,12 @@ class Streams:
 
     async def open(self, peer: str, protocol: str) -> Any:
         """A stream to a connected peer; PeerUnreachable when it cannot be opened."""
+        with span(OPEN_STREAM, {"hypha.peer": peer, "hypha.protocol": protocol}):
+            stream = await self._opened(peer, protocol)
+        logger.log(TRACE, "Opened a stream for %s.", protocol, extra={"peer_id": peer})
+        return stream
+
+    async def _opened(self, peer: str, protocol: str) -> Any:
         opening = _Opening()
         self._nursery.start_soon(self._open, peer, protocol, opening)
         try:

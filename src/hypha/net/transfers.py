@@ -43,7 +43,7 @@ from hypha.net.bulk_meeting import Meeting
 from hypha.net.bulk_receiving import Receiving
 from hypha.net.bulk_sending import BUSY_FOR_S, BUSY_PAUSE_S, Sending, new_token
 from hypha.net.bulk_wire import BulkLinks
-from hypha.node import Arrived, Gate, Provider
+from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import chance, in_thread
 
 __all__ = ["BulkLinks", "BulkTransfers", "meta_of"]
@@ -76,6 +76,11 @@ class BulkTransfers:
     def bytes_received(self) -> int:
         """Bytes of files received so far."""
         return self._tally.received
+
+    @property
+    def under_way(self) -> dict[str, int]:
+        """How many files are on their way, or are to be, ``inbound`` and ``outbound``."""
+        return {"inbound": self._receiving.under_way, "outbound": self._sending.under_way}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; then every thread and socket of the bulk plane is ended."""
@@ -144,11 +149,12 @@ class BulkTransfers:
             raise TransferFailed(pull.peer, request.name, "it ended without a result")
         return pull.meta
 
-    def serve(self, kind: str, provider: Provider) -> None:
+    def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
         """Answer pulls of ``kind``: ``await provider(caller, request)`` gives path and meta, or raises
-        Refused. The file must stay as it is while it is being sent.
+        Refused. The file must stay as it is while it is being sent; ``served(caller, request, error)`` is
+        called once that is over.
         """
-        self._sending.serve(kind, provider)
+        self._sending.serve(kind, provider, served)
 
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
         """Take files of ``kind`` (of the job, or of any job with ``None``) that others send.

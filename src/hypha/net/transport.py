@@ -26,13 +26,14 @@ from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.errors import IdentityError
 from hypha.pki.certificates import presented_chain, roles_of
+from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 if TYPE_CHECKING:
     from multiaddr import Multiaddr
 
     from hypha.pki.identity import Identity
 
-logger = logging.getLogger("hypha.net")
+logger = logging.getLogger(__name__)
 
 #: The multistream name that upstream's TLS uses too.
 PROTOCOL_ID = TProtocol("/tls/1.0.0")
@@ -256,6 +257,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
                 return await self._handshake(raw, server, expected)
         except (ssl.SSLError, IOException, OSError, IdentityError, trio.TooSlowError) as exc:
             reason = self._explain(exc)
+            self._count_refused(server, exc)
             # said first: closing may end the task that serves this connection
             logger.warning(
                 "The mutual-TLS handshake with %s failed: %s.",
@@ -266,6 +268,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             await trio.aclose_forcefully(_Closing(raw))
             raise HandshakeFailure(f"mutual TLS failed: {reason}") from exc
         except HandshakeFailure as exc:
+            self._count_refused(server, exc)
             logger.warning("Refused the connection with %s: %s.", place, exc)
             await trio.aclose_forcefully(_Closing(raw))
             raise
@@ -305,6 +308,12 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         return connection
 
     @staticmethod
+    def _count_refused(server: bool, exc: BaseException) -> None:
+        """Count what was refused to those who dialled here; who dials counts for itself, once a peer."""
+        if server:
+            CONNECTIONS_FAILED.add(direction="inbound", reason=failure_of(exc))
+
+    @staticmethod
     def _explain(exc: BaseException) -> str:
         if isinstance(exc, trio.TooSlowError):
             return f"no end within {HANDSHAKE_TIMEOUT_S:g} s"
@@ -313,6 +322,18 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         if isinstance(exc, ssl.SSLError):
             return exc.reason or str(exc)
         return str(exc) or type(exc).__name__
+
+
+def failure_of(exc: BaseException) -> str:
+    """Why a connection could not be made, in the words that it is counted by."""
+    root = exc
+    while root.__cause__ is not None:
+        root = root.__cause__
+    if isinstance(root, trio.TooSlowError | TimeoutError):
+        return "timeout"
+    if isinstance(root, IdentityError | ssl.SSLError | HandshakeFailure):
+        return "certificate"
+    return "unreachable"
 
 
 def _address(raw: IRawConnection) -> str:

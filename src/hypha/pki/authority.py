@@ -47,6 +47,7 @@ from hypha.pki.issuers import (
     key_identifier_of,
     load_authority,
     load_certificate,
+    load_chain,
     sign,
 )
 
@@ -158,9 +159,11 @@ def make_node(
 
 
 def renew_node(cert: Path, ca: CaFiles, *, days: int = NODE_DAYS) -> x509.Certificate:
-    """Replace ``cert`` by one of the same key, subject and names with new dates: the PeerID stays."""
-    authority = load_authority(ca)
-    old = load_certificate(cert)
+    """Replace the first certificate in ``cert`` by one of the same key, subject and names with new dates: the
+    PeerID stays. What follows it in the file, and the file's owner and mode, stay too.
+    """
+    authority = load_authority(ca, above=False)
+    old, *chain = load_chain(cert)
     try:
         names = list(old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except x509.ExtensionNotFound:
@@ -170,7 +173,7 @@ def renew_node(cert: Path, ca: CaFiles, *, days: int = NODE_DAYS) -> x509.Certif
     if old.issuer != authority.certificate.subject or not issued_by(old, authority.certificate):
         raise IdentityError(f"{cert}: {name_of(authority.certificate)} did not issue it; use the CA that did")
     certificate = _issue_node(authority, old.subject, ed25519_key_of(old), names, days)
-    replace_file(cert, _pem(certificate), 0o644)
+    replace_file(cert, b"".join(_pem(one) for one in (certificate, *chain)), 0o644)
     return certificate
 
 
@@ -178,7 +181,7 @@ def revoke(ca: CaFiles, certificates: Sequence[Path], crl: Path, *, days: int = 
     """Add ``certificates`` of ``ca`` to the revocation list ``crl`` (made when missing), signed anew and
     valid for ``days``. Returns how many it lists now.
     """
-    authority = load_authority(ca)
+    authority = load_authority(ca, above=False)
     now = datetime.now(UTC).replace(microsecond=0)
     builder = x509.CertificateRevocationListBuilder().issuer_name(authority.certificate.subject)
     entries: dict[int, x509.RevokedCertificate] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def write_new(files: Sequence[tuple[Path, bytes, int]]) -> None:
     try:
         for path, content, mode in files:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _place(path, content, mode, overwrite=False)
+            _place(path, content, mode)
             made.append(path)
     except OSError as exc:
         for path in made:
@@ -34,24 +35,32 @@ def write_new(files: Sequence[tuple[Path, bytes, int]]) -> None:
 
 
 def replace_file(path: Path, content: bytes, mode: int) -> None:
-    """Atomically replace (or make) ``path``."""
+    """Atomically replace ``path``, whose owner and mode stay as they are, or make it with ``mode``."""
     try:
-        _place(path, content, mode, overwrite=True)
+        try:
+            before = path.stat()
+        except FileNotFoundError:
+            before = None
+        _place(path, content, mode if before is None else stat.S_IMODE(before.st_mode), before)
     except OSError as exc:
         raise IdentityError(f"{path}: it cannot be written ({exc.strerror})") from exc
 
 
-def _place(path: Path, content: bytes, mode: int, *, overwrite: bool) -> None:
+def _place(path: Path, content: bytes, mode: int, over: os.stat_result | None = None) -> None:
+    """``over`` is the file that is replaced; without one nothing may be there."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
+            if over is not None and (over.st_uid, over.st_gid) != (os.geteuid(), os.getegid()):
+                # a node that runs as somebody else has to read it again; raises where we may not
+                os.fchown(file.fileno(), over.st_uid, over.st_gid)
             # explicitly, because a umask may take away what others need to read a certificate
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        if overwrite:
+        if over is not None:
             os.replace(temporary, path)
         else:
             try:

@@ -41,7 +41,7 @@ from hypha.pki.certificates import (
 )
 from hypha.pki.contexts import make_context
 
-logger = logging.getLogger("hypha.pki")
+logger = logging.getLogger(__name__)
 
 #: Intermediates learnt from peers' handshakes, so that a live connection can be checked again later.
 _MAX_LEARNT = 64
@@ -101,6 +101,21 @@ class Identity:
         """When the first certificate that this node presents ends (UTC)."""
         return min(certificate.not_valid_after_utc for certificate in self._material.chain)
 
+    def expirations(self) -> dict[str, datetime]:
+        """When (UTC) the own ``certificate`` ends, the first of the CAs above it (``issuer``), and the first
+        revocation list (``crl``), as far as there are such.
+        """
+        material = self._material
+        own, *above = material.chain
+        top = material.chain[-1].issuer
+        above += [anchor for anchor in material.rules.anchors if anchor.subject == top]
+        found = {"certificate": own.not_valid_after_utc}
+        if above:
+            found["issuer"] = min(ca.not_valid_after_utc for ca in above)
+        if lists := [crl.next_update_utc for crl in material.rules.crls if crl.next_update_utc is not None]:
+            found["crl"] = min(lists)
+        return found
+
     def server_context(self, alpn: str | None = None) -> ssl.SSLContext:
         """For accepting: TLS 1.3 only, the client's certificate required. Ask again for each
         connection (it is cached), so that reloaded files count at once; do not change it.
@@ -151,7 +166,7 @@ class Identity:
         if stamps == self._stamps and not force:
             return False
         self._stamps = stamps
-        material = _load(self.files, stamps)
+        material = _load(self.files, stamps, bool(self._material.rules.crls))
         if material.peer_id != self.peer_id:
             raise IdentityError(
                 [
@@ -248,7 +263,14 @@ class _Reader:
             return None
         return loaded
 
-    def crls(self, key: str, path: Path) -> tuple[x509.CertificateRevocationList, ...]:
+    def crls(self, key: str, path: Path, needed: bool) -> tuple[x509.CertificateRevocationList, ...]:
+        if not needed and not path.exists():
+            # one that was there and has gone is another matter: who was revoked would be back
+            logger.warning(
+                "There is no revocation list at %s yet, so nobody is revoked; it is read once it exists.",
+                path,
+            )
+            return ()
         data = self.read(key, path)
         if data is None:
             return ()
@@ -266,12 +288,12 @@ class _Reader:
         return tuple(found)
 
 
-def _load(files: IdentityFiles, stamps: tuple[object, ...]) -> _Material:
+def _load(files: IdentityFiles, stamps: tuple[object, ...], had_lists: bool = False) -> _Material:
     reader = _Reader()
     certificates = reader.certificates("cert_pem", files.cert)
     key = reader.private_key("key_pem", files.key)
     bundle = reader.certificates("trust_pem", files.trust)
-    crls = reader.crls("crls_pem", files.crls) if files.crls is not None else ()
+    crls = reader.crls("crls_pem", files.crls, had_lists) if files.crls is not None else ()
     anchors = tuple(certificate for certificate in bundle if is_ca(certificate))
     if bundle and not anchors:
         reader.complain(

@@ -36,8 +36,10 @@ class Authority:
     bundle: tuple[x509.Certificate, ...]
 
 
-def load_authority(ca: CaFiles) -> Authority:
-    """An authority that may issue: a CA, in force, with its own key."""
+def load_authority(ca: CaFiles, above: bool = True) -> Authority:
+    """An authority that may issue: a CA, in force, with its own key. Without ``above`` what is above it does
+    not matter, and need not be there.
+    """
     certificate = load_certificate(ca.cert)
     if not is_ca(certificate):
         raise IdentityError(f"{ca.cert}: {name_of(certificate)} is no CA and cannot issue certificates")
@@ -55,7 +57,8 @@ def load_authority(ca: CaFiles) -> Authority:
         raise IdentityError(f"{ca.key}: this kind of key cannot sign certificates")
     if key.public_key() != certificate.public_key():
         raise IdentityError(f"{ca.key}: the key does not belong to the CA certificate {ca.cert}")
-    return Authority(certificate, key, (certificate, *_above(ca, certificate)))
+    higher = _above(ca, certificate) if above or ca.trust is not None else ()
+    return Authority(certificate, key, (certificate, *higher))
 
 
 def _above(ca: CaFiles, certificate: x509.Certificate) -> tuple[x509.Certificate, ...]:
@@ -87,8 +90,14 @@ def _above(ca: CaFiles, certificate: x509.Certificate) -> tuple[x509.Certificate
 
 
 def load_certificate(path: Path) -> x509.Certificate:
+    """The first certificate in ``path``."""
+    return load_chain(path)[0]
+
+
+def load_chain(path: Path) -> list[x509.Certificate]:
+    """All certificates in ``path``, one at least. Raises IdentityError."""
     try:
-        return x509.load_pem_x509_certificates(path.read_bytes())[0]
+        return x509.load_pem_x509_certificates(path.read_bytes())
     except OSError as exc:
         raise IdentityError(f"{path}: it cannot be read ({exc.strerror})") from exc
     except ValueError as exc:

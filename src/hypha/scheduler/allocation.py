@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import Struct
 
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
+
+#: why an offer was not taken
+Cause = Literal["late", "price", "resources", "avoided", "not-needed", "other"]
 
 
 class Ask(Struct, frozen=True, tag=True):
@@ -130,6 +135,7 @@ class Decline(Struct, frozen=True, tag=True):
     lease_id: str
     code: str
     reason: str
+    cause: Cause = "other"
 
 
 class Accept(Struct, frozen=True, tag=True):
@@ -145,6 +151,7 @@ class Dismiss(Struct, frozen=True, tag=True):
 
     lease_id: str
     worker: PeerRef
+    cause: Cause = "other"
 
 
 AllocatorAction = Advertise | Keep | Decline | Accept | Dismiss

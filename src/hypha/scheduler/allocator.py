@@ -26,6 +26,7 @@ from hypha.scheduler.allocation import (
     AllocatorBegan,
     AllocatorEvent,
     Ask,
+    Cause,
     Decline,
     Dismiss,
     Gained,
@@ -219,7 +220,7 @@ class Allocator:
             return [Decline(offer.lease_id, "not-found", f"no request {offer.request_id} of this scheduler")]
         refusal = _unfit(caller, offer, search.ask)
         if refusal is not None:
-            return [Decline(offer.lease_id, "invalid", refusal)]
+            return [Decline(offer.lease_id, "invalid", *refusal)]
         owner = self._known.get(offer.lease_id)
         if owner is not None:
             # from the same worker it is the same offer again: the answer to the first was lost
@@ -231,7 +232,8 @@ class Allocator:
         if caller in search.workers:
             return [Decline(offer.lease_id, "duplicate", "this worker is already taken for that job")]
         if not search.missing:
-            return [Decline(offer.lease_id, "not-found", "no more workers are wanted for this request")]
+            reason = "no more workers are wanted for this request"
+            return [Decline(offer.lease_id, "not-found", reason, "not-needed")]
         actions: list[AllocatorAction] = [Keep(offer.lease_id)]
         older = search.candidates.get(caller)
         if older is not None:
@@ -252,9 +254,9 @@ class Allocator:
         search.decide_by = min(search.decide_by, now + offer.expires_in_s / 2)
         search.decide_at = min(search.decide_by, now + self._pace.lull_s) if search.late else search.decide_by
 
-    def _dismiss(self, candidate: _Candidate) -> Dismiss:
+    def _dismiss(self, candidate: _Candidate, cause: Cause = "other") -> Dismiss:
         del self._known[candidate.offer.lease_id]
-        return Dismiss(candidate.offer.lease_id, candidate.offer.worker)
+        return Dismiss(candidate.offer.lease_id, candidate.offer.worker, cause)
 
     def _advance(self, search: _Search, now: float) -> list[AllocatorAction]:
         actions: list[AllocatorAction] = []
@@ -287,9 +289,15 @@ class Allocator:
                 search.taken[lease_id] = worker
                 search.workers[worker] = lease_id
                 actions.append(Accept(search.ask.kind, candidate.offer, candidate.expires_at))
+            elif candidate.expires_at <= now:
+                actions.append(self._dismiss(candidate, "late"))
             else:
-                actions.append(self._dismiss(candidate))
+                avoided = self._is_avoided(candidate.offer.worker.peer, now)
+                actions.append(self._dismiss(candidate, "avoided" if avoided else "not-needed"))
         return actions
+
+    def _is_avoided(self, worker: str, now: float) -> bool:
+        return self._avoid_until.get(worker, -math.inf) > now
 
     def _rank(self, offer: WorkerOffer, now: float) -> tuple[bool, float, float, float, str, str]:
         """Sorts the best first, in a total order: who failed lately comes last; then capacity for the
@@ -298,20 +306,20 @@ class Allocator:
         capacity = weighted_capacity(offer.resources)
         free_of_charge = math.inf if capacity > 0 else 0.0
         value = capacity / offer.price if offer.price > 0 else free_of_charge
-        avoided = self._avoid_until.get(offer.worker.peer, -math.inf) > now
+        avoided = self._is_avoided(offer.worker.peer, now)
         return (avoided, -value, -capacity, offer.price, offer.worker.peer, offer.lease_id)
 
 
-def _unfit(caller: str, offer: WorkerOffer, ask: Ask) -> str | None:
-    """Why ``offer`` cannot answer ``ask``. The private maximum is not told."""
+def _unfit(caller: str, offer: WorkerOffer, ask: Ask) -> tuple[str, Cause] | None:
+    """Why ``offer`` cannot answer ``ask``, in words and by cause. The private maximum is not told."""
     if offer.worker.peer != caller:
-        return "it names another worker than the one that sent it"
+        return "it names another worker than the one that sent it", "other"
     if not is_valid(offer.resources) or not fits(ask.resources, offer.resources):
-        return "it holds less than was asked for"
+        return "it holds less than was asked for", "resources"
     if not (math.isfinite(offer.price) and offer.price >= 0):
-        return f"its price {offer.price} makes no sense"
+        return f"its price {offer.price} makes no sense", "price"
     if not offer.price <= ask.max_price:
-        return "it is too dear"
+        return "it is too dear", "price"
     if not (math.isfinite(offer.expires_in_s) and offer.expires_in_s > 0):
-        return "it has no time left"
+        return "it has no time left", "late"
     return None

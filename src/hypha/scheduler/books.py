@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from hypha.messages import Contribution, LedgerRound, RoundApplied
+from hypha.messages import Contribution, LedgerRound, RoundApplied, UpdateStatistics
 
 #: applied rounds whose late contributions still enter the ledger
 _REMEMBERED_ROUNDS = 4
@@ -55,6 +55,7 @@ class Books:
                 generation=generation,
                 update_norm=event.update_norm if math.isfinite(event.update_norm) else 0.0,
                 duration_s=now - self.opened_at,
+                updates=tuple(_finite(one) for one in event.updates if one.worker in event.contributors),
             ),
             within,
             event.contributors,
@@ -76,6 +77,13 @@ class Books:
         completed = _with(entry, (*entry.contributors, contribution), order)
         self._applied[entry.round] = (completed, missing, order)
         return completed
+
+
+def _finite(found: UpdateStatistics) -> UpdateStatistics:
+    """As JSON can hold it: of what is no number nothing is known."""
+    cosine = found.cosine if found.cosine is not None and math.isfinite(found.cosine) else None
+    norm = found.norm if math.isfinite(found.norm) else 0.0
+    return msgspec.structs.replace(found, norm=norm, cosine=cosine)
 
 
 def _with(entry: LedgerRound, contributors: Iterable[Contribution], order: tuple[str, ...]) -> LedgerRound:

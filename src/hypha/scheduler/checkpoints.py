@@ -22,7 +22,7 @@ from hypha.messages import CheckpointFile, CheckpointIndex, FileList, TransferMe
 from hypha.net.bulk_files import hash_file
 from hypha.scheduler.state import StateDirectory
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 

@@ -11,6 +11,7 @@ from hypha.node import Node
 from hypha.scheduler.export import Output
 from hypha.scheduler.pool import Pool
 from hypha.scheduler.replicas import Copies
+from hypha.scheduler.round_traces import RoundTraces
 from hypha.scheduler.rules import Rules
 from hypha.scheduler.serving import ServedDirectory
 from hypha.scheduler.state import StateDirectory
@@ -47,4 +48,5 @@ class JobContext:
     copies: Copies
     progressed: Progressed
     journal: Journal
+    traces: RoundTraces
     began: float

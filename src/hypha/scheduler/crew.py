@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import msgspec
 import trio
 
 from hypha.config.models import RoundsConfig
@@ -29,9 +30,13 @@ from hypha.scheduler.describe import Descriptions
 from hypha.scheduler.events import GoesOn, Input, JobRefused, Joined, Lost, Send
 from hypha.scheduler.lives import Life
 from hypha.scheduler.pool import LeaseGained
+from hypha.scheduler.round_traces import RoundTraces
 from hypha.scheduler.steering import Steering
+from hypha.tracing import span
+from hypha.tracing.operations import DISPATCH
+from hypha.tracing.spans import Attribute
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _DISPATCH_TIMEOUT_S = 30.0
 _CANCEL_TIMEOUT_S = 15.0
@@ -58,8 +63,8 @@ class _Executor:
 
 class Crew:
     """``handle`` gets what happens here as events of the round machine. Leases ``left`` by an earlier
-    scheduler may have executors. Nothing is started before the first :meth:`begin_life`; ``life`` is
-    described by ``descriptions`` until another one begins.
+    scheduler may have executors. What is dispatched is traced as ``traces`` say. Nothing is started before
+    the first :meth:`begin_life`; ``life`` is described by ``descriptions`` until another one begins.
     """
 
     def __init__(
@@ -70,10 +75,12 @@ class Crew:
         life: Life,
         descriptions: Descriptions,
         left: Iterable[LeaseGained],
+        traces: RoundTraces,
     ) -> None:
         self._node = node
         self._nursery = nursery
         self._handle = handle
+        self._traces = traces
         self._executors: dict[Key, _Executor] = {}
         self.leases: dict[Key, LeaseGained] = {(lease.worker.peer, lease.kind): lease for lease in left}
         self._life = life
@@ -155,7 +162,7 @@ class Crew:
 
     def _steering(self, lease: LeaseGained, descriptions: Descriptions) -> Steering:
         before = descriptions.start.generation << 32
-        return Steering(self._node, lease.worker, lease.kind, self._stamp, before)
+        return Steering(self._node, lease.worker, lease.kind, self._stamp, before, self._traces)
 
     def _warn_of_small_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
         """Once, that a worker offered no more than what one sample needs: hardly ever what was meant."""
@@ -166,7 +173,7 @@ class Crew:
             "A worker offered just the memory that resources.worker asks for a batch of one sample, so it "
             "trains with batch size 1. Set rounds.batch_size, or ask for the memory of one sample and let "
             'workers offer what they have (offer.strategy = "whole").',
-            extra={"peer_id": lease.worker.peer, "lease_id": lease.lease_id},
+            extra={"worker_peer_id": lease.worker.peer, "lease_id": lease.lease_id},
         )
 
     def _stamp(self) -> JobStamp:
@@ -214,7 +221,7 @@ class Crew:
             resend=not life.start.taken_over,
             start_over=life.rounds_lost,
         )
-        fields = {"peer_id": lease.worker.peer, "job_id": start.job_id, "lease_id": lease.lease_id}
+        fields = {"worker_peer_id": lease.worker.peer, "job_id": start.job_id, "lease_id": lease.lease_id}
         while True:
             try:
                 await executor.steering.say(directive)
@@ -237,10 +244,27 @@ class Crew:
             cancel = CancelJob(job_id=job_id, kind=lease.kind)
             await self._node.request(lease.worker.peer, cancel, timeout_s=_CANCEL_TIMEOUT_S)
         except NetworkError as exc:
-            logger.debug("Stopping an earlier executor: %s", exc, extra={"peer_id": lease.worker.peer})
+            logger.debug("Stopping an earlier executor: %s", exc, extra={"worker_peer_id": lease.worker.peer})
 
     async def _dispatch(self, request: DispatchJob, lease: LeaseGained) -> bool:
-        fields = {"peer_id": lease.worker.peer, "job_id": request.job.job_id, "lease_id": lease.lease_id}
+        attributes: dict[str, Attribute] = {
+            "hypha.job": request.job.job_id,
+            "hypha.job.generation": request.job.generation,
+            "hypha.lease": lease.lease_id,
+            "hypha.peer": lease.worker.peer,
+        }
+        with span(DISPATCH, attributes, parent=self._traces.of_job):
+            if (traced := self._traces.dispatching(lease.worker.peer, lease.kind)) is not None:
+                job = msgspec.structs.replace(request.job, traced=traced)
+                request = msgspec.structs.replace(request, job=job)
+            return await self._deliver(request, lease)
+
+    async def _deliver(self, request: DispatchJob, lease: LeaseGained) -> bool:
+        fields = {
+            "worker_peer_id": lease.worker.peer,
+            "job_id": request.job.job_id,
+            "lease_id": lease.lease_id,
+        }
         while True:
             try:
                 await self._node.request(lease.worker.peer, request, timeout_s=_DISPATCH_TIMEOUT_S)
@@ -278,7 +302,7 @@ class Crew:
         try:
             await self._node.request(peer, farewell, timeout_s=timeout_s)
         except NetworkError as exc:
-            logger.debug("A farewell was not delivered: %s", exc, extra={"peer_id": peer})
+            logger.debug("A farewell was not delivered: %s", exc, extra={"worker_peer_id": peer})
 
 
 def lost(lease: LeaseGained, reason: str) -> Lost:

@@ -14,7 +14,7 @@ from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnr
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef
 from hypha.node import Node, PeerLost
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _ASK_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.2

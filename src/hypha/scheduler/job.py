@@ -7,22 +7,28 @@ while the node still lives, within about four seconds; an open round is saved fi
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import trio
 
 from hypha.config.models import SchedulerConfig
 from hypha.errors import HyphaError, JobFailed
-from hypha.journal import Journal
+from hypha.journal import Entry, Journal
 from hypha.net import open_node, options_from
 from hypha.node import Node
-from hypha.runtime import in_thread
+from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.context import JobResult
+from hypha.scheduler.events import LifeBegan, Record
 from hypha.scheduler.export import output_for
+from hypha.scheduler.recording import recording
 from hypha.scheduler.running import Observer, RunningJob
 from hypha.scheduler.serving import served_directories
+from hypha.scheduler.snapshot import JobSnapshot
 from hypha.scheduler.state import StateDirectory
+from hypha.telemetry.logs import logged
+from hypha.telemetry.resources import watch_disks
 
 #: how long the node outlives a cancellation, to say goodbye
 _SHELTER_S = 3.8
@@ -35,13 +41,14 @@ async def run_job(
     fresh: bool = False,
     open_: Callable[[], AbstractAsyncContextManager[Node]] | None = None,
     journal: Journal | None = None,
+    trace_ratio: float | None = None,
     task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
 ) -> JobResult:
     """Run the job of ``config`` to its end. ``observe`` gets a snapshot a few times a second, ``task_status``
     the node as soon as it listens; ``open_`` opens another node than one over libp2p; ``journal`` is the one
-    of all machines. An unfinished job of
-    the same name and description is resumed, unless ``fresh``. Raises a :class:`HyphaError` whose
-    ``exit_code`` says what went wrong.
+    of all machines; ``trace_ratio`` the share of rounds that are traced, ``None`` where nothing is. An
+    unfinished job of the same name and description is resumed, unless ``fresh``. Raises a
+    :class:`HyphaError` whose ``exit_code`` says what went wrong.
     """
     job = config.scheduler.job
     output = output_for(job.output, job.output_token)
@@ -49,15 +56,23 @@ async def run_job(
     directories = await in_thread(served_directories, job)
     opened = open_ or partial(open_node, options_from(config, "hypha-scheduler"))
     outcome: JobResult | HyphaError | None = None
-    with StateDirectory(config.state_dir, job.name) as state:
-        async with _farewell() as (work, shelter):
+    journal, present = journal or Journal(), _Present()
+    journal.listeners.append(present.listen)
+    with (
+        StateDirectory(config.state_dir, job.name) as state,
+        logged(job_id=present.job_id, round=present.round),
+    ):
+        async with recording(config, journal) as feeding, _farewell() as (work, shelter):
+            observers = _all(observe, None if feeding is None else feeding.see)
             with shelter:
-                async with opened() as node:
+                async with opened() as node, _watched(config.state_dir):
                     task_status.started(node)
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:
                         with work:
-                            running = RunningJob(job, node, state, output, directories, observe, journal)
+                            running = RunningJob(
+                                job, node, state, output, directories, observers, journal, trace_ratio
+                            )
                             outcome = await running.run(fresh)
                     except HyphaError as exc:
                         outcome = exc
@@ -65,6 +80,46 @@ async def run_job(
     if isinstance(outcome, JobResult):
         return outcome
     raise outcome or JobFailed("the job ended without a result")
+
+
+def _watched(state_dir: Path) -> AbstractAsyncContextManager[None]:
+    """The free space of the state directory is shown meanwhile."""
+    return nullcontext() if is_simulated() else watch_disks({"state_dir": [state_dir]})
+
+
+class _Present:
+    """Which job it is and which round is open, for log entries: as the round machine says."""
+
+    def __init__(self) -> None:
+        self._job_id: str | None = None
+        self._round: int | None = None
+
+    def job_id(self) -> str | None:
+        """``None`` before it is known."""
+        return self._job_id
+
+    def round(self) -> int | None:
+        """Counted from 0."""
+        return self._round
+
+    def listen(self, entry: Entry) -> None:
+        """One entry of the journal."""
+        if isinstance(entry.event, LifeBegan):
+            self._job_id, self._round = entry.event.start.job_id, entry.event.start.round
+        for action in entry.actions:
+            if isinstance(action, Record) and action.tracker is not None:
+                self._round = action.entry.round + 1
+
+
+def _all(*observers: Observer | None) -> Observer | None:
+    """One that tells all there are."""
+    found = [one for one in observers if one is not None]
+
+    def tell(snapshot: JobSnapshot) -> None:
+        for one in found:
+            one(snapshot)
+
+    return tell if found else None
 
 
 @asynccontextmanager

@@ -37,7 +37,7 @@ from hypha.scheduler.slices import TrackerState
 P = ParamSpec("P")
 T = TypeVar("T")
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: SQLite says the second when the index of its log cannot grow
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)

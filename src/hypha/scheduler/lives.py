@@ -9,7 +9,7 @@ lease on the parameter server may live, its theta is the newest there is, and th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from hypha.scheduler.rules import Start
 from hypha.scheduler.slices import SliceTracker, TrackerState
 from hypha.scheduler.state import StateDirectory
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: of a description: what a resumed job may have otherwise (a new key makes a new PeerID)
 _MAY_DIFFER = frozenset({"job_id", "checkpoint", "scheduler", "peers"})
@@ -63,9 +63,10 @@ async def first_life(
     copies: Copies,
     fresh: bool,
 ) -> tuple[Ledger, Life]:
-    """Resume the unfinished job in ``state``, or begin ``job_id``; the state of an earlier job that is done,
-    and with ``fresh`` of any, is kept aside. ``copies`` take the place of what is lost.
-    :class:`ConfigError` when the unfinished job is another one.
+    """Resume the unfinished job in ``state``, or one that is done and shall have more rounds; else begin
+    ``job_id``. The state of another job that is done, or has not finished a round, and with ``fresh`` of any,
+    is kept aside. ``copies`` take the place of what is lost. :class:`ConfigError` when the unfinished job is
+    another one.
     """
     opening = _opening(config, scheduler, dataset, job_id)
     if fresh:
@@ -76,8 +77,15 @@ async def first_life(
     try:
         standing = await ledger.run(Ledger.standing)
         if standing is not None:
-            if standing.state != "done":
-                _check_same(opening, standing, state.path)
+            other = differences(opening, standing)
+            applied, _, _ = await ledger.run(Ledger.open_round)
+            if standing.state != "done" and other and applied:
+                raise _another(other, state.path)
+            if not other:
+                if standing.state == "done":
+                    logger.info(
+                        "The job had %d rounds; it goes on to %d", applied, config.rounds.update_rounds
+                    )
                 await in_thread(state.prepare)
                 last = Start(standing.job_id, standing.generation)
                 if any(lease.kind == "aggregate" for lease in await ledger.run(Ledger.leases)):
@@ -85,7 +93,8 @@ async def first_life(
                 store = CheckpointStore(state, standing.job_id, config.checkpoint.keep)
                 return ledger, await next_life(ledger, store, last, copies)
             ledger.close()
-            await in_thread(state.move_aside, "The earlier job of this name is done")
+            why = "is done" if standing.state == "done" else "has not finished a round"
+            await in_thread(state.move_aside, f"The earlier job of this name, which was another one, {why}")
             ledger = await open_ledger(state.ledger)
         await in_thread(state.prepare)
         tracker = SliceTracker([part.samples for part in dataset.manifest.slices]).to_state()
@@ -124,11 +133,7 @@ async def next_life(ledger: Ledger, store: CheckpointStore, last: Start, copies:
 
 
 def _opening(config: JobConfig, scheduler: PeerRef, dataset: Dataset, job_id: str) -> Opening:
-    descriptions = Descriptions(config, Start(job_id), scheduler)
-    train = without_secrets(descriptions.train("", PeerRef(peer=""), 0))
-    aggregate = without_secrets(descriptions.aggregate("", None))
-    if not isinstance(train, TrainJob) or not isinstance(aggregate, AggregateJob):
-        raise HyphaError("a job description changed its kind")
+    train, aggregate = described(config, scheduler, job_id)
     return Opening(
         job_id=job_id,
         train=train,
@@ -138,22 +143,41 @@ def _opening(config: JobConfig, scheduler: PeerRef, dataset: Dataset, job_id: st
     )
 
 
-def _check_same(opening: Opening, standing: Standing, place: Path) -> None:
-    """Raise :class:`ConfigError` with every difference unless ``opening`` describes the ``standing`` job."""
-    before = (standing.train, standing.aggregate, standing.manifest_hash)
-    now = (opening.train, opening.aggregate, opening.manifest_hash)
+def described(config: JobConfig, scheduler: PeerRef, job_id: str) -> tuple[TrainJob, AggregateJob]:
+    """What executors of the job are told, but for what is different for each, and for secrets."""
+    descriptions = Descriptions(config, Start(job_id), scheduler)
+    train = without_secrets(descriptions.train("", PeerRef(peer=""), 0))
+    aggregate = without_secrets(descriptions.aggregate("", None))
+    if not isinstance(train, TrainJob) or not isinstance(aggregate, AggregateJob):
+        raise HyphaError("a job description changed its kind")
+    return train, aggregate
+
+
+def differences(opening: Opening, standing: Standing) -> list[str]:
+    """In what ``opening`` describes another job than the ``standing`` one, in words."""
+    return different(
+        (opening.train, opening.aggregate, opening.manifest_hash),
+        (standing.train, standing.aggregate, standing.manifest_hash),
+    )
+
+
+def different(now: tuple[object, ...], before: tuple[object, ...]) -> list[str]:
+    """The differences of two descriptions, or of their first parts, each once."""
     names = ("train", "aggregate", "the dataset's manifest hash")
     found = [
         f"{path} is {new!r} now and was {old!r}"
-        for name, one, other in zip(names, before, now, strict=True)
+        for name, one, other in zip(names, before, now, strict=False)
         for path, old, new in _differences(name, _plain(one), _plain(other))
     ]
-    if found:
-        advice = (
-            f"the unfinished job in {place} is another one; undo the change to resume it, give this job "
-            "another name, or start anew with --fresh (what is there is kept aside)"
-        )
-        raise ConfigError([Problem("scheduler.job", text) for text in (advice, *dict.fromkeys(found))])
+    return list(dict.fromkeys(found))
+
+
+def _another(found: Iterable[str], place: Path) -> ConfigError:
+    advice = (
+        f"the unfinished job in {place} is another one; undo the change to resume it, give this job "
+        "another name, or start anew with --fresh (what is there is kept aside)"
+    )
+    return ConfigError([Problem("scheduler.job", text) for text in (advice, *found)])
 
 
 def _plain(value: object) -> object:

@@ -65,8 +65,13 @@ from hypha.scheduler.renewal import (
     Renewed,
     Suspected,
 )
+from hypha.scheduler.renewal_spans import RenewalSpans
+from hypha.scheduler.round_traces import RoundTraces
+from hypha.telemetry.instruments import WORKER_REQUESTS
+from hypha.tracing import span, traceparent
+from hypha.tracing.operations import ADVERTISE, RECEIVE_OFFER
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: How long a courtesy release may take; the lease expires anyway.
 RELEASE_TIMEOUT_S = 2.0
@@ -91,6 +96,15 @@ class LeaseGained(Struct, frozen=True):
 #: How long a lease that an earlier scheduler gained is believed in until its worker confirms it. It may live
 #: for longer, but nobody is known to hold up the job for.
 ADOPT_S = 10.0
+
+
+@dataclass(frozen=True)
+class HeldLease:
+    """A lease that is held, as it stands: it ends at ``expires_at`` of trio's clock unless it is renewed."""
+
+    lease: LeaseGained
+    expires_at: float
+    suspected: bool
 
 
 @dataclass(frozen=True)
@@ -154,13 +168,21 @@ class _Held:
     offer: WorkerOffer
     expires_at: float
     gained: bool = False
+    suspected: bool = False
     connection_lost: bool = False
     nudge: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    #: the ``traceparent`` of the span in which its offer was received
+    offered_in: str | None = None
 
     @property
     def log_fields(self) -> dict[str, str]:
-        return {"lease_id": self.offer.lease_id, "peer_id": self.offer.worker.peer}
+        return {"lease_id": self.offer.lease_id, "worker_peer_id": self.offer.worker.peer}
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Of its spans."""
+        return {"hypha.lease": self.offer.lease_id, "hypha.peer": self.offer.worker.peer}
 
 
 class Pool:
@@ -175,9 +197,11 @@ class Pool:
         pace: Pace | None = None,
         random: Random | None = None,
         journal: Journal | None = None,
+        traces: RoundTraces | None = None,
     ) -> None:
         self._node = node
         self._journal = journal
+        self._traces = traces or RoundTraces(None)
         self._allocator = Allocator(asks, pace, journal)
         self._random = random or chance()
         self._held: dict[str, _Held] = {}
@@ -187,6 +211,8 @@ class Pool:
         self._releasing = trio.CapacityLimiter(MAX_RELEASES)
         #: offers that were not taken and whose workers may not have heard it yet
         self._unwanted: dict[str, PeerRef] = {}
+        #: lease on the table -> ``traceparent`` of the span in which its offer was received
+        self._offered_in: dict[str, str] = {}
         self._reminded: dict[ExecutorClass, float] = {}
         self._publishing: set[ExecutorClass] = set()
         #: those that nobody renews yet
@@ -203,6 +229,15 @@ class Pool:
     def leases(self) -> tuple[LeaseGained, ...]:
         """All leases held now."""
         return tuple(_gained(held) for held in self._held.values() if held.gained)
+
+    @property
+    def held(self) -> tuple[HeldLease, ...]:
+        """All leases held now, and how long they live."""
+        return tuple(
+            HeldLease(_gained(held), held.expires_at, held.suspected)
+            for held in self._held.values()
+            if held.gained
+        )
 
     def missing(self, kind: ExecutorClass) -> int:
         """How many more workers of ``kind`` are wanted than taken."""
@@ -292,11 +327,20 @@ class Pool:
     async def _answer_offer(self, caller: str, offer: WorkerOffer) -> Acknowledged:
         if self._running.cancel_called:
             raise Refused("not-found", "this scheduler is stopping")
-        for action in self._apply(Offered(caller, offer)):
-            if isinstance(action, Decline) and action.lease_id == offer.lease_id:
-                fields = {"lease_id": offer.lease_id, "peer_id": caller}
-                logger.debug("An offer was declined: %s.", action.reason, extra=fields)
-                raise Refused(action.code, action.reason)
+        fields = {"lease_id": offer.lease_id, "worker_peer_id": caller}
+        with span(RECEIVE_OFFER, {"hypha.lease": offer.lease_id, "hypha.peer": caller}):
+            for action in self._apply(Offered(caller, offer)):
+                if isinstance(action, Decline) and action.lease_id == offer.lease_id:
+                    logger.debug("An offer was declined: %s.", action.reason, extra=fields)
+                    raise Refused(action.code, action.reason)
+            logger.debug(
+                "An offer is on the table: %s at a price of %g.",
+                offer.resources,
+                offer.price,
+                extra=fields,
+            )
+            if offer.lease_id not in self._held and (parent := traceparent()) is not None:
+                self._offered_in[offer.lease_id] = parent
         return Acknowledged()
 
     def _carry_out(self, action: AllocatorAction, nursery: trio.Nursery) -> None:
@@ -304,11 +348,13 @@ class Pool:
             case Advertise():
                 nursery.start_soon(self._advertise, action)
             case Accept(kind, offer, expires_at):
-                held = _Held(kind, offer, expires_at)
+                offered_in = self._offered_in.pop(offer.lease_id, None)
+                held = _Held(kind, offer, expires_at, offered_in=offered_in)
                 self._held[offer.lease_id] = held
                 self._node.learn(offer.worker)
                 nursery.start_soon(self._hold, held)
             case Dismiss(lease_id, worker):
+                self._offered_in.pop(lease_id, None)
                 self._unwanted[lease_id] = worker
                 nursery.start_soon(self._release, worker, lease_id)
             case Keep() | Decline():
@@ -324,17 +370,25 @@ class Pool:
             self._reminded[kind] = now
             logger.info("Looking for %d more workers for %s jobs.", action.count, kind)
         self._publishing.add(kind)
+        attributes = {"hypha.executor.class": kind, "hypha.request": action.ask.request_id}
         try:
-            await self._node.publish(action.request(self._node.ref()))
+            with span(ADVERTISE, {**attributes, "hypha.workers": action.count}, parent=self._traces.of_job):
+                await self._node.publish(action.request(self._node.ref()))
         except NetworkError as exc:
             logger.debug("A request for workers was not published: %s", exc)
+        else:
+            WORKER_REQUESTS.add(kind=kind)
+            logger.debug("A request for %d more workers for %s jobs was published.", action.count, kind)
         finally:
             self._publishing.discard(kind)
 
     # --- holding one lease ----------------------------------------------------------------------------
 
     async def _hold(self, held: _Held) -> None:
-        with held.scope:
+        with (
+            held.scope,
+            RenewalSpans(held.attributes, held.offered_in, held.gained) as spans,
+        ):
             now = trio.current_time()
             life_s, lease_id = held.expires_at - now, held.offer.lease_id
             renewal = Renewal(life_s, now, self._random, lease_id, self._journal)
@@ -347,19 +401,25 @@ class Pool:
                             case Attempt():
                                 attempt = action
                             case Suspected(reason):
+                                spans.failed("lease suspect", reason)
                                 self._suspect(held, reason)
                             case Recovered():
                                 self._tell(
                                     held, LeaseRecovered(held.offer.lease_id, held.offer.worker, held.kind)
                                 )
                             case Lapsed(reason, refused):
+                                spans.failed("lease lost", reason)
                                 self._lose(held, reason, refused)
                                 return
+                held.expires_at, held.suspected = renewal.expires_at, renewal.suspected
                 events = []
                 if attempt is not None:
-                    answer = await self._attempt(held, attempt.timeout_s)
-                    if isinstance(answer, Renewed) and not held.gained:
-                        self._gain(held)
+                    with spans.attempt():
+                        answer = await self._attempt(held, attempt.timeout_s)
+                    if isinstance(answer, Renewed):
+                        if not held.gained:
+                            self._gain(held)
+                        spans.renewed()
                     events.append(answer)
                 else:
                     with trio.move_on_at(renewal.next_wake):
@@ -383,7 +443,7 @@ class Pool:
             return RenewalFailed(str(exc), unreachable, isinstance(exc, PeerUnreachable) and exc.gone)
         if not isinstance(answer, LeaseRenewed) or answer.lease_id != lease_id:
             return RenewalFailed(f"the answer was {type(answer).__name__}")
-        logger.debug("Lease renewed successfully", extra=held.log_fields)
+        logger.info("Lease renewed successfully", extra=held.log_fields)
         return Renewed(answer.expires_in_s)
 
     def _gain(self, held: _Held) -> None:
@@ -419,7 +479,7 @@ class Pool:
             try:
                 await self._node.request(worker, ReleaseLease(lease_id=lease_id), RELEASE_TIMEOUT_S)
             except NetworkError as exc:
-                fields = {"lease_id": lease_id, "peer_id": worker.peer}
+                fields = {"lease_id": lease_id, "worker_peer_id": worker.peer}
                 logger.debug("A release was not delivered, so the lease will expire: %s", exc, extra=fields)
         self._unwanted.pop(lease_id, None)
 

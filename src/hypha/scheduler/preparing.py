@@ -16,7 +16,7 @@ from hypha.scheduler.ledger import Ledger, held_leases
 from hypha.scheduler.lives import Life, first_life
 from hypha.scheduler.pool import LeaseGained, Pool
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: what an earlier job left is given back within
 _RELEASE_S = 0.8

@@ -13,7 +13,7 @@ from hypha.scheduler.export import Published
 from hypha.scheduler.ledger import Ledger, export_ledger
 from hypha.scheduler.rounds import RoundMachine
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 
 async def publish(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from random import Random
+from typing import Literal
 
 from msgspec import Struct
 
@@ -74,10 +75,13 @@ class Recovered(Struct, frozen=True, tag=True):
 
 
 class Lapsed(Struct, frozen=True, tag=True):
-    """The lease is over. Said once; the machine is at its end. ``refused``: the lessor itself said so."""
+    """The lease is over. Said once; the machine is at its end. ``refused``: the lessor itself said so.
+    ``cause``: its time was up, or that, or the lessor's machine said that nobody is there any more.
+    """
 
     reason: str
     refused: bool = False
+    cause: Literal["expired", "refused", "gone"] = "expired"
 
 
 RenewalAction = Attempt | Suspected | Recovered | Lapsed
@@ -184,7 +188,7 @@ class Renewal:
                     self._gone_since = now if self._gone_since is None else self._gone_since
                     dead_at = self._gone_since + self.GONE_FOR_S
                     if now >= dead_at:
-                        return self._lapse(f"nobody is there any more: {reason}")
+                        return self._lapse(f"nobody is there any more: {reason}", "gone")
                     # pauses grow for one that is out of reach; this one is known to be dead by then
                     self._next_at = min(self._next_at, dead_at)
                 self._unreachable = self._unreachable + 1 if unreachable else 0
@@ -193,7 +197,7 @@ class Renewal:
                     actions.append(Suspected(reason))
             case RenewalRefused(code, reason):
                 if code in FINAL_REFUSALS:
-                    return self._lapse(f"refused ({code}): {reason}", refused=True)
+                    return self._lapse(f"refused ({code}): {reason}", "refused")
                 self._retry(f"refused ({code}): {reason}", now)
                 self._unreachable = 0
                 self._gone_since = None
@@ -243,6 +247,8 @@ class Renewal:
         self._next_at = now if self._nudged else max(now, sent_at + pause * (0.5 + 0.5 * self._draw()))
         self._nudged = False
 
-    def _lapse(self, reason: str, refused: bool = False) -> list[RenewalAction]:
+    def _lapse(
+        self, reason: str, cause: Literal["expired", "refused", "gone"] = "expired"
+    ) -> list[RenewalAction]:
         self._over = True
-        return [Lapsed(reason, refused)]
+        return [Lapsed(reason, cause == "refused", cause)]

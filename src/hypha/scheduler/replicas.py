@@ -33,7 +33,7 @@ from hypha.scheduler.checkpoints import CheckpointStore, safe_relative
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.state import StateDirectory
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: the ledger's name among the files of a copy
 BOOK = "job.db"
@@ -72,7 +72,7 @@ class Copies:
         logger.warning(
             "The checkpoint for round %d was lost here; the copy of a worker takes its place",
             round_,
-            extra={"peer_id": worker.peer, "job_id": index.job_id, "round": round_},
+            extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": round_},
         )
         return True
 
@@ -121,7 +121,7 @@ class Copies:
             "would start anew)",
             state.path,
             index.round,
-            extra={"peer_id": worker.peer, "job_id": index.job_id, "round": index.round},
+            extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round},
         )
 
     async def forget(self, ledger: Ledger, job_id: str) -> None:
@@ -148,7 +148,7 @@ class Copies:
         try:
             await self._node.request(worker, DropCheckpoints(job_id=job_id), timeout_s=_DROP_S)
         except NetworkError as exc:
-            logger.debug("A worker keeps its copies for now: %s", exc, extra={"peer_id": worker.peer})
+            logger.debug("A worker keeps its copies for now: %s", exc, extra={"worker_peer_id": worker.peer})
 
     async def _ask_around(self, patience_s: float = 0.0) -> list[Copy]:
         """All copies of jobs of this name that the DHT leads to; who does not answer is asked again for
@@ -161,7 +161,7 @@ class Copies:
             try:
                 answer = await self._node.request(worker, FindCheckpoints(job=self._job), timeout_s=_ASK_S)
             except Refused as exc:
-                logger.info("A worker gives no copies: %s", exc, extra={"peer_id": worker.peer})
+                logger.info("A worker gives no copies: %s", exc, extra={"worker_peer_id": worker.peer})
                 answered[worker.peer] = []
             except NetworkError as exc:
                 silent[worker.peer] = str(exc)
@@ -181,7 +181,7 @@ class Copies:
             await trio.sleep(_PAUSE_S)
         for peer, reason in silent.items():
             logger.warning(
-                "A worker may have copies, but does not answer: %s", reason, extra={"peer_id": peer}
+                "A worker may have copies, but does not answer: %s", reason, extra={"worker_peer_id": peer}
             )
         return [copy for copies in answered.values() for copy in copies]
 
@@ -199,7 +199,7 @@ class Copies:
             await self._node.find_providers(self._name)
             for copy in list(left):
                 worker, index = copy
-                fields = {"peer_id": worker.peer, "job_id": index.job_id, "round": index.round}
+                fields = {"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round}
                 try:
                     await self._fetch(worker, index, place)
                     return copy

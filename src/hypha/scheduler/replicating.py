@@ -33,7 +33,7 @@ from hypha.scheduler.pool import LeaseGained
 from hypha.scheduler.replicas import BOOK, Copies, with_book
 from hypha.scheduler.state import StateDirectory
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: while there are too few copies it is tried again this often
 RETRY_S = 5.0
@@ -122,7 +122,7 @@ class Replicating:
             peer = lease.worker.peer
             if peer in done or lease.lease_id in self._without:
                 continue
-            fields = {"peer_id": peer, "job_id": index.job_id, "round": round_}
+            fields = {"worker_peer_id": peer, "job_id": index.job_id, "round": round_}
             try:
                 await self._copy_to(lease.worker, index, store, round_, book)
             except Refused as exc:

@@ -59,7 +59,7 @@ from hypha.scheduler.round_state import OPEN
 from hypha.scheduler.rules import CarriedOver, Rules, Start
 from hypha.scheduler.slices import Assignment, SliceTracker
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: of the entries in a journal
 NAME = "rounds"
@@ -259,7 +259,7 @@ class RoundMachine(Phases):
             logger.error(
                 "A worker started round %d from another theta; it is sent the right one",
                 self.round,
-                extra={"peer_id": member.peer, "job_id": self.start.job_id},
+                extra={"worker_peer_id": member.peer, "job_id": self.start.job_id},
             )
             return self.send_model(member, now)
         elif not member.fixed and not (member.started == self.round and member.batches):
@@ -355,7 +355,7 @@ class RoundMachine(Phases):
             "The parameter server refused an update (%s): %s; its worker starts over",
             event.code,
             event.reason,
-            extra={"peer_id": event.worker, "job_id": self.start.job_id},
+            extra={"worker_peer_id": event.worker, "job_id": self.start.job_id},
         )
         member.refused += 1
         if member.refused >= PATIENCE:

@@ -7,9 +7,10 @@ beside the ledger then.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import trio
 
@@ -17,22 +18,25 @@ from hypha.config.models import JobConfig
 from hypha.errors import HyphaError, JobFailed
 from hypha.journal import Journal, write_entries
 from hypha.node import Node
-from hypha.runtime import in_thread
+from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.allocation import Pace
 from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.export import Output
+from hypha.scheduler.goodput.signals import GoodputSignals
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.pool import Pool, asks_from
 from hypha.scheduler.preparing import Opened, Preparing, open_job, take_up
 from hypha.scheduler.replicas import Copies
+from hypha.scheduler.round_traces import RoundTraces
 from hypha.scheduler.rules import Rules
 from hypha.scheduler.serving import ServedDirectory
+from hypha.scheduler.signals import JobMetrics
 from hypha.scheduler.snapshot import JobSnapshot
 from hypha.scheduler.state import StateDirectory
-from hypha.scheduler.view import Progressed, snapshot_of
+from hypha.scheduler.view import Progressed, snapshot_of, with_surroundings
 from hypha.scheduler.working import Working
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _OBSERVE_S = 0.2
 #: SIGTERM to exit is promised within 5 s; this is our part
@@ -55,9 +59,11 @@ class RunningJob:
         directories: dict[str, ServedDirectory],
         observe: Observer | None,
         journal: Journal | None = None,
+        trace_ratio: float | None = None,
     ) -> None:
         resources, journal = config.resources, journal or Journal()
         pace = Pace(offer_deadline_s=resources.offer_deadline_s)
+        traces = RoundTraces(trace_ratio)
         self._context = JobContext(
             config=config,
             rules=Rules.from_config(config),
@@ -65,12 +71,24 @@ class RunningJob:
             state=state,
             output=output,
             directories=directories,
-            pool=Pool(node, asks_from(resources, config.dataset.dataset), pace, journal=journal),
+            pool=Pool(
+                node, asks_from(resources, config.dataset.dataset), pace, journal=journal, traces=traces
+            ),
             copies=Copies(node, config.name),
             progressed=Progressed(),
             journal=journal,
+            traces=traces,
             began=trio.current_time(),
         )
+        self._metrics = JobMetrics(
+            self._context.pool,
+            self._context.progressed,
+            config.rounds.update_rounds,
+            self._context.began,
+            lambda: self._stage.current.machine if isinstance(self._stage, Working) else None,
+            lambda: None if isinstance(self._stage, Preparing) else self._stage.dataset,
+        )
+        self._goodput = GoodputSignals(journal, resources.num_workers, self._context.began)
         self._observe = observe
         self._stage: Preparing | Opened | Working = Preparing("starting")
         self._outcome: JobResult | HyphaError | None = None
@@ -78,12 +96,43 @@ class RunningJob:
 
     async def run(self, fresh: bool) -> JobResult:
         """To the end; raises what ended it."""
+        with self._observed():
+            return await self._run(fresh)
+
+    @contextlib.contextmanager
+    def _observed(self) -> Iterator[None]:
+        """Traces and metrics of this run, from what its machines note."""
+        if is_simulated():
+            yield
+            return
+        listeners = (self._metrics.note, self._context.traces.note)
+        journal = self._context.journal
+        # what they were made from was noted before anybody could listen
+        for entry in journal.entries:
+            self._metrics.note(entry)
+        journal.listeners.extend(listeners)
+        self._context.traces.begin(self._context.config.name)
+        try:
+            with self._metrics.shown(lambda: self._snapshot().state):
+                yield
+        finally:
+            for listener in listeners:
+                journal.listeners.remove(listener)
+            self._context.traces.close()
+            outcome = self._outcome
+            # an error that nobody foresaw is none of ours, but no cancellation either
+            failed = outcome is not None or isinstance(sys.exception(), Exception)
+            status = "done" if isinstance(outcome, JobResult) else "failed" if failed else "stopped"
+            self._metrics.ended(status, trio.current_time())
+
+    async def _run(self, fresh: bool) -> JobResult:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._observing)
                     self._stage = opened = await open_job(self._context, fresh, nursery, self._enter)
                     await take_up(self._context, opened, fresh)
+                    self._goodput.resume(self._context.progressed.rounds)
                     self._stage = working = Working(self._context, opened, nursery, self._end)
                     await working.run()
         except* HyphaError as group:
@@ -92,6 +141,7 @@ class RunningJob:
             with trio.CancelScope(shield=True):
                 await self._leave()
             self._look()
+            self._goodput.close()
         if isinstance(self._outcome, JobResult):
             return self._outcome
         raise self._outcome or JobFailed("the job ended without a result")
@@ -134,22 +184,29 @@ class RunningJob:
             logger.info("What the scheduler decided last is in %s", path)
 
     def _snapshot(self) -> JobSnapshot:
-        stage, outcome = self._stage, self._outcome
-        return snapshot_of(
-            self._context.config,
-            stage.current.machine if isinstance(stage, Working) else None,
-            self._context.pool,
+        stage, outcome, context = self._stage, self._outcome, self._context
+        now = trio.current_time()
+        machine = stage.current.machine if isinstance(stage, Working) else None
+        job = snapshot_of(
+            context.config,
+            machine,
+            context.pool,
             None if isinstance(stage, Preparing) else stage.dataset,
-            self._context.progressed,
+            context.progressed,
             stage.step if isinstance(stage, Preparing) else "reading the job's state",
             outcome if isinstance(outcome, HyphaError) else None,
             outcome.output if isinstance(outcome, JobResult) else "",
-            trio.current_time() - self._context.began,
+            now - context.began,
+            self._goodput.report(now),
         )
+        return with_surroundings(job, machine, context.pool, context.node, now)
 
     def _look(self) -> None:
         if self._observe is not None:
             self._observe(self._snapshot())
+        else:
+            # metrics are wanted nevertheless
+            self._goodput.report(trio.current_time())
 
     async def _observing(self) -> None:
         while True:

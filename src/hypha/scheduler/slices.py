@@ -145,6 +145,17 @@ class SliceTracker:
         """The oldest epoch that is not complete."""
         return min(self._epochs, default=self._next_epoch)
 
+    def counts(self) -> dict[str, int]:
+        """Slices of the oldest open epoch by their state: ``available``, ``assigned``, ``used``."""
+        epoch = self._epochs.get(self.epoch)
+        if epoch is None:
+            return {"available": len(self.samples), "assigned": 0, "used": 0}
+        return {
+            "available": len(epoch.available),
+            "assigned": len(epoch.assigned),
+            "used": len(epoch.used),
+        }
+
     def next(self, worker: str, incarnation: str, seq: int, cached: Sequence[int] = ()) -> Assignment:
         """The slice for the question ``seq`` of this process of ``worker``.
 

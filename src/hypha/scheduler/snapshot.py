@@ -1,19 +1,30 @@
-"""What a user sees of a job: in the terminal, under ``/status`` and in the demo."""
+"""What a user sees of a job: in the terminal, under ``/status``, on the live page and in the demo.
+
+:class:`JobSnapshot` is the contract: it is what ``/status`` answers, and the ``job`` of every message that
+the live page receives (:class:`hypha.scheduler.round_record.Now`). Fields are only ever added, each with a
+default, so that an older reader still reads a newer scheduler.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 from msgspec import Struct
 
+from hypha.messages import ExecutorClass, UpdateStatistics
+from hypha.node import ConnectionInfo
+from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.members import Member
 
 JobState = Literal["allocating", "loading", "training", "paused", "exporting", "done", "failed"]
 
 
 class WorkerSnapshot(Struct, frozen=True):
-    """A training worker; ``batches`` of ``planned`` in the open round."""
+    """A training worker; ``batches`` of ``planned`` in the open round. ``update_norm`` is the L2 norm of its
+    update in the last round and ``update_cosine`` that update's cosine to the mean of all, where known.
+    """
 
     peer: str
     state: str
@@ -24,10 +35,61 @@ class WorkerSnapshot(Struct, frozen=True):
     samples: int = 0
     loss: float | None = None
     lease: str = ""
+    update_norm: float | None = None
+    update_cosine: float | None = None
+
+
+class LeaseSnapshot(Struct, frozen=True):
+    """A lease that the job holds: what it reserves (GB, and cores), for which price, and for how long yet.
+    ``suspected``: its worker cannot be reached.
+    """
+
+    lease: str
+    peer: str
+    kind: ExecutorClass
+    price: float = 0.0
+    cpu: float = 0.0
+    memory: float = 0.0
+    gpu: float = 0.0
+    storage: float = 0.0
+    expires_in_s: float = 0.0
+    suspected: bool = False
+
+
+class SliceCounts(Struct, frozen=True):
+    """The slices of the oldest epoch that is not complete, by state; together they are the whole dataset."""
+
+    available: int = 0
+    assigned: int = 0
+    used: int = 0
+
+
+class ConnectionSnapshot(Struct, frozen=True):
+    """A connection of the scheduler. ``round_trip_s`` is None where nobody has measured it."""
+
+    peer: str
+    kind: str
+    direction: str = ""
+    address: str = ""
+    roles: tuple[str, ...] = ()
+    round_trip_s: float | None = None
+
+
+class LogLine(Struct, frozen=True):
+    """A warning or an error of the scheduler's log, without secrets. ``at`` is in seconds since 1970."""
+
+    number: int
+    at: float
+    level: str
+    logger: str
+    message: str
+    peer: str = ""
 
 
 class JobSnapshot(Struct, frozen=True):
-    """A job at a moment. ``message`` is the sentence a user needs; ``loss`` that of the last round."""
+    """A job at a moment. ``message`` is the sentence a user needs; ``loss`` that of the last round;
+    ``warnings`` are the log's last ones, the newest at the end.
+    """
 
     name: str
     job_id: str = ""
@@ -52,9 +114,17 @@ class JobSnapshot(Struct, frozen=True):
     output: str = ""
     elapsed_s: float = 0.0
     refused: dict[str, int] = {}
+    goodput: GoodputReport | None = None
+    scheduler: str = ""
+    held: tuple[LeaseSnapshot, ...] = ()
+    slices: SliceCounts | None = None
+    connections: tuple[ConnectionSnapshot, ...] = ()
+    warnings: tuple[LogLine, ...] = ()
 
 
-def worker_snapshot(member: Member, round_: int, lease: str) -> WorkerSnapshot:
+def worker_snapshot(
+    member: Member, round_: int, lease: str, update: UpdateStatistics | None = None
+) -> WorkerSnapshot:
     """Of one member of the round machine."""
     return WorkerSnapshot(
         peer=member.peer,
@@ -66,4 +136,22 @@ def worker_snapshot(member: Member, round_: int, lease: str) -> WorkerSnapshot:
         samples=member.total_samples,
         loss=member.loss if math.isfinite(member.loss) else None,
         lease=lease,
+        update_norm=update.norm if update is not None else None,
+        update_cosine=update.cosine if update is not None else None,
     )
+
+
+def connection_snapshots(connections: Iterable[ConnectionInfo]) -> tuple[ConnectionSnapshot, ...]:
+    """In order of peers."""
+    found = [
+        ConnectionSnapshot(
+            peer=one.peer,
+            kind=one.kind,
+            direction=one.direction,
+            address=one.address,
+            roles=tuple(sorted(one.roles)),
+            round_trip_s=one.round_trip_s,
+        )
+        for one in connections
+    ]
+    return tuple(sorted(found, key=lambda one: (one.peer, one.address)))

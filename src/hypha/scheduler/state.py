@@ -12,7 +12,7 @@ from typing import Self
 
 from hypha.errors import ConfigError, HyphaError, Problem
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _STATE = (
     "job.db",
@@ -23,6 +23,7 @@ _STATE = (
     "export",
     "ledger.json",
     "journal.jsonl",
+    "history.jsonl",
 )
 
 

@@ -7,18 +7,33 @@ good is forgotten; what could not be delivered is tried again with growing pause
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import trio
 
 from hypha.errors import NetworkError, Refused
-from hypha.messages import Directive, ExecutorClass, JobStamp, PeerRef, SendModel, Steer
+from hypha.messages import (
+    CloseRound,
+    Directive,
+    ExecutorClass,
+    JobStamp,
+    PeerRef,
+    Plan,
+    SaveCheckpoint,
+    SendModel,
+    Steer,
+)
 from hypha.node import Node
 from hypha.runtime import chance
+from hypha.scheduler.round_traces import RoundTraces
+from hypha.tracing import span, trace_context
+from hypha.tracing.operations import PLAN
+from hypha.tracing.spans import Attribute
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
@@ -31,12 +46,19 @@ class Steering:
     """The directives for one executor, numbered after ``seq``. :meth:`run` sends them until cancelled."""
 
     def __init__(
-        self, node: Node, to: PeerRef, kind: ExecutorClass, stamp: Callable[[], JobStamp], seq: int = 0
+        self,
+        node: Node,
+        to: PeerRef,
+        kind: ExecutorClass,
+        stamp: Callable[[], JobStamp],
+        seq: int = 0,
+        traces: RoundTraces | None = None,
     ) -> None:
         self.to = to
         self.kind: ExecutorClass = kind
         self._node = node
         self._stamp = stamp
+        self._traces = traces or RoundTraces(None)
         self._waiting: OrderedDict[tuple[str, str], Directive] = OrderedDict()
         self._changed = trio.Event()
         self._seq = seq
@@ -71,18 +93,42 @@ class Steering:
                 await self._changed.wait()
             slot, directive = next(iter(self._waiting.items()))
             self._seq += 1
-            await self._deliver(slot, directive, self._seq)
+            with self._traced(directive):
+                await self._deliver(slot, directive, self._seq)
             if self._waiting.get(slot) is directive:
                 del self._waiting[slot]
+
+    @contextlib.contextmanager
+    def _traced(self, directive: Directive) -> Iterator[None]:
+        """In the trace of the round that ``directive`` is about, if it names one."""
+        stamp = self._stamp()
+        if not isinstance(directive, Plan | CloseRound | SaveCheckpoint):
+            yield
+            return
+        within = self._traces.of_round(stamp, directive.round)
+        if isinstance(directive, Plan) and within is not None:
+            attributes: dict[str, Attribute] = {
+                "hypha.job": stamp.job_id,
+                "hypha.job.generation": stamp.generation,
+                "hypha.round": directive.round,
+                "hypha.peer": self.to.peer,
+                "hypha.batches": -1 if directive.batches is None else directive.batches,
+            }
+            with span(PLAN, attributes, parent=within):
+                yield
+        else:
+            with trace_context(within):
+                yield
 
     async def _deliver(self, slot: tuple[str, str], directive: Directive, seq: int) -> None:
         """Until it is acknowledged, superseded or refused for good."""
         pause_s = _FIRST_PAUSE_S
         while self._waiting.get(slot) is directive:
             steer = Steer(stamp=self._stamp(), kind=self.kind, seq=seq, directive=directive)
-            fields = {"peer_id": self.to.peer, "job_id": steer.stamp.job_id}
+            fields = {"worker_peer_id": self.to.peer, "job_id": steer.stamp.job_id}
             try:
                 await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)
+                logger.debug("%s was delivered", type(directive).__name__, extra={**fields, "seq": seq})
                 return
             except Refused as exc:
                 if exc.code not in _PASSING:

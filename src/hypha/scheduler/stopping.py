@@ -19,7 +19,7 @@ from hypha.scheduler.events import Action, Durable
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.rounds import RoundMachine
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 #: above all that was said before, and below the farewell
 _SEQ = (1 << 62) - 1
@@ -89,6 +89,6 @@ async def _ask(node: Node, server: PeerRef, stamp: JobStamp, round_: int) -> Non
             return
         except NetworkError as exc:
             logger.debug(
-                "The parameter server was not asked to save: %s", exc, extra={"peer_id": server.peer}
+                "The parameter server was not asked to save: %s", exc, extra={"worker_peer_id": server.peer}
             )
         await trio.sleep(_PAUSE_S)

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+
 from hypha.config.models import JobConfig
 from hypha.errors import HyphaError
-from hypha.messages import ExecutorClass, LedgerRound, Resources
+from hypha.messages import ExecutorClass, LedgerRound, Resources, UpdateStatistics
+from hypha.node import Node
 from hypha.scheduler.datasets import Dataset
 from hypha.scheduler.describe import resources_of
-from hypha.scheduler.pool import Pool
+from hypha.scheduler.goodput.report import GoodputReport
+from hypha.scheduler.pool import HeldLease, Pool
 from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.snapshot import JobSnapshot, JobState, worker_snapshot
+from hypha.scheduler.snapshot import (
+    JobSnapshot,
+    JobState,
+    LeaseSnapshot,
+    SliceCounts,
+    connection_snapshots,
+    worker_snapshot,
+)
 
 _SHARE = 0.3
 
@@ -23,6 +34,8 @@ class Progressed:
         self._entries: dict[int, LedgerRound] = {}
         self.samples_per_s = 0.0
         self.checkpoint: int | None = None
+        #: when that one became durable, of trio's clock
+        self.checkpoint_at: float | None = None
 
     @property
     def samples(self) -> int:
@@ -33,6 +46,17 @@ class Progressed:
     def loss(self) -> float | None:
         """Of the newest round."""
         return self._entries[max(self._entries)].loss if self._entries else None
+
+    @property
+    def rounds(self) -> Iterable[LedgerRound]:
+        """Those that count."""
+        return self._entries.values()
+
+    @property
+    def updates(self) -> dict[str, UpdateStatistics]:
+        """What was measured of the newest round's updates, by worker."""
+        newest = self._entries[max(self._entries)].updates if self._entries else ()
+        return {one.worker: one for one in newest}
 
     def add(self, entry: LedgerRound) -> None:
         """A round was applied; or it became more complete."""
@@ -62,6 +86,7 @@ def snapshot_of(
     error: HyphaError | None,
     output: str,
     elapsed_s: float,
+    goodput: GoodputReport | None = None,
 ) -> JobSnapshot:
     """The job now. ``step`` is what is done before there is a machine."""
     state = "failed" if error is not None else job_state(machine, pool, config)
@@ -73,6 +98,7 @@ def snapshot_of(
     else:
         message = sentence(config, machine, pool, dataset, output)
     members = machine.members.values() if machine is not None else ()
+    updates = progressed.updates
     return JobSnapshot(
         name=config.name,
         job_id=machine.start.job_id if machine is not None else "",
@@ -87,7 +113,12 @@ def snapshot_of(
         loss=progressed.loss,
         theta=machine.theta if machine is not None else "",
         workers=tuple(
-            worker_snapshot(member, machine.round if machine else 0, leases.get((member.peer, "train"), ""))
+            worker_snapshot(
+                member,
+                machine.round if machine else 0,
+                leases.get((member.peer, "train"), ""),
+                updates.get(member.peer),
+            )
             for member in members
         ),
         parameter_server=machine.server.peer if machine is not None and machine.server is not None else None,
@@ -100,6 +131,37 @@ def snapshot_of(
         output=output,
         elapsed_s=elapsed_s,
         refused=dict(machine.counts) if machine is not None else {},
+        goodput=goodput,
+    )
+
+
+def with_surroundings(
+    job: JobSnapshot, machine: RoundMachine | None, pool: Pool, node: Node, now: float
+) -> JobSnapshot:
+    """``job`` and what is around it: leases, slices and connections. ``now`` is of trio's clock."""
+    counts = machine.tracker.counts() if machine is not None else None
+    return msgspec.structs.replace(
+        job,
+        scheduler=node.peer_id,
+        held=tuple(_lease_snapshot(held, now) for held in pool.held),
+        slices=SliceCounts(**counts) if counts is not None else None,
+        connections=connection_snapshots(node.connections()),
+    )
+
+
+def _lease_snapshot(held: HeldLease, now: float) -> LeaseSnapshot:
+    lease, reserved = held.lease, held.lease.resources
+    return LeaseSnapshot(
+        lease=lease.lease_id,
+        peer=lease.worker.peer,
+        kind=lease.kind,
+        price=lease.price,
+        cpu=reserved.cpu,
+        memory=reserved.memory,
+        gpu=reserved.gpu,
+        storage=reserved.storage,
+        expires_in_s=max(0.0, held.expires_at - now),
+        suspected=held.suspected,
     )
 
 

@@ -53,7 +53,7 @@ from hypha.scheduler.slices import SliceTracker
 from hypha.scheduler.stopping import save_last
 from hypha.scheduler.view import sentence
 
-logger = logging.getLogger("hypha.scheduler")
+logger = logging.getLogger(__name__)
 
 _TICK_S = 0.1
 
@@ -92,7 +92,9 @@ class Working:
         self._end = end
         self._actions, self._todo = trio.open_memory_channel[Action](math.inf)
         config, node, life = context.config, context.node, opened.life
-        self._crew = Crew(node, nursery, self.handle, life, self._descriptions(life), opened.left)
+        self._crew = Crew(
+            node, nursery, self.handle, life, self._descriptions(life), opened.left, context.traces
+        )
         self.current = self._living(life, CarriedOver())
         #: what the present machine was told of its surroundings, by the event's name
         self._surroundings: dict[str, Input] = {}
@@ -224,7 +226,7 @@ class Working:
             case Send():
                 self._crew.send(action)
             case Drop(peer=peer, kind=kind, reason=reason):
-                logger.warning("A worker is replaced: %s", reason, extra={"peer_id": peer})
+                logger.warning("A worker is replaced: %s", reason, extra={"worker_peer_id": peer})
                 lease = self._crew.lost(peer, kind)
                 if lease is not None:
                     await self.ledger.run(Ledger.lease_ended, lease.lease_id)
@@ -232,7 +234,7 @@ class Working:
             case Again(peer=peer, reason=reason, instead_of=instead_of):
                 # not all at once, when all failed at once
                 pause_s = action.pause_s * chance().uniform(1.0, 1.5)
-                fields = {"peer_id": peer, "incarnation": instead_of}
+                fields = {"worker_peer_id": peer, "incarnation": instead_of}
                 logger.warning("An executor is started again in %.1f s: %s", pause_s, reason, extra=fields)
                 self._crew.again(peer, instead_of, pause_s)
             case Restart():
@@ -284,6 +286,7 @@ class Working:
                 return
         await self.ledger.run(Ledger.checkpoint, round_, place)
         self._context.progressed.checkpoint = round_
+        self._context.progressed.checkpoint_at = trio.current_time()
         # at any other place the files are pruned by the parameter server's worker, which can write there
         rounds = {start.round for start in await self.ledger.run(Ledger.starts) if start.place}
         for old in self._store.outdated(rounds):
@@ -299,7 +302,7 @@ class Working:
     async def _leases(self) -> None:
         crew, pool = self._crew, self._context.pool
         async for event in pool.events:
-            fields = {"peer_id": event.worker.peer, "lease_id": event.lease_id}
+            fields = {"worker_peer_id": event.worker.peer, "lease_id": event.lease_id}
             match event:
                 case LeaseGained():
                     if (event.worker.peer, event.kind) in crew.leases:

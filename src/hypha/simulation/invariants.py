@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import tempfile
 from collections import defaultdict
@@ -24,6 +25,7 @@ from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.ledger import read_ledger
 from hypha.scheduler.rounds import NAME as ROUNDS
 from hypha.scheduler.slices import TrackerState
+from hypha.scheduler.snapshot import JobSnapshot
 from hypha.scheduler.state import StateDirectory
 from hypha.simulation.faults import Struck
 from hypha.simulation.world import JOB, SCHEDULER, World
@@ -238,6 +240,41 @@ class LeaseWatch:
                 f"{self._name} holds {held} leases (live, draining) and should hold "
                 f"{(len(self._live), len(self._draining))}"
             )
+
+
+class GoodputWatch:
+    """Looks at each of the scheduler's accounts: goodput and badput make the wall clock, and the samples are
+    those of the rounds that count. The account checks each place itself, as the journal is checked.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def look(self, snapshot: JobSnapshot) -> None:
+        """An observer of the job."""
+        report = snapshot.goodput
+        if report is None:
+            self._tell("the scheduler has given up its account of goodput")
+            return
+        parts = (report.goodput_s, *report.badput_s.values())
+        total_s = report.places * report.wall_s
+        if min(parts) < 0.0 or abs(math.fsum(parts) - total_s) > 1e-6 * max(1.0, total_s):
+            self._tell(f"goodput and badput {parts} are not {report.places} x {report.wall_s} s")
+        # before there is a round machine, what is in the ledger is just being read
+        if snapshot.job_id and report.samples != snapshot.samples:
+            self._tell(f"goodput is of {report.samples} samples, the rounds of {snapshot.samples}")
+
+
+def check_goodput(world: World) -> list[str]:
+    """After the job: the account is of the samples that the ledger has."""
+    snapshot = world.snapshot
+    if world.result is None or snapshot is None or snapshot.goodput is None:
+        return []
+    ledger = read_ledger(world.computers[SCHEDULER].directory / "state" / JOB / "job.db")
+    samples = sum(entry.samples for entry in counted(ledger))
+    if snapshot.goodput.samples == samples:
+        return []
+    return [f"goodput is of {snapshot.goodput.samples} samples, the ledger's rounds are of {samples}"]
 
 
 async def watch_checkpoints(world: World) -> None:

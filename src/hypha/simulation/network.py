@@ -66,6 +66,11 @@ class Connection:
     #: calls that rest on it, by the end that made them
     calls: dict[str, dict[object, Callable[[PeerUnreachable], None]]] = field(default_factory=dict)
 
+    @property
+    def dialled_by(self) -> str:
+        """The end that made it."""
+        return next(iter(self.ends))
+
     def other(self, peer: str) -> str:
         """The end that ``peer`` is not."""
         return next(one for one in self.ends if one != peer)

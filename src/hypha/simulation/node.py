@@ -32,7 +32,7 @@ from hypha.messages import (
     ResponseEnvelope,
     WorkerRequest,
 )
-from hypha.node import Changes, Heard, PeerLost, ReportHandler
+from hypha.node import Changes, ConnectionInfo, Heard, PeerLost, ReportHandler
 from hypha.runtime import chance
 from hypha.simulation.network import Machine, SimulatedNetwork
 from hypha.simulation.process import ProcessGone, SimulatedProcess
@@ -153,9 +153,24 @@ class SimulatedNode:
         except KeyError:
             raise PeerUnreachable(peer, "it never was connected") from None
 
-    def connections(self) -> list[object]:
-        """All live connections."""
-        return list(self.network.connections_of(self.peer_id))
+    def connections(self) -> list[ConnectionInfo]:
+        """All live connections. A round trip is that of a line that is not busy."""
+        found = []
+        for connection in self.network.connections_of(self.peer_id):
+            peer = connection.other(self.peer_id)
+            hops = self.network.hops(connection, self.peer_id)
+            latency_s = sum(self.network.machines[end].latency_s for hop in hops for end in hop)
+            found.append(
+                ConnectionInfo(
+                    peer=peer,
+                    address=f"/sim/{peer if connection.relay is None else connection.relay}",
+                    kind="direct" if connection.relay is None else "relayed",
+                    direction="outbound" if connection.dialled_by == self.peer_id else "inbound",
+                    roles=self.network.machines[peer].roles,
+                    round_trip_s=2 * latency_s,
+                )
+            )
+        return found
 
     def is_connected(self, peer: str) -> bool:
         """Whether a connection to ``peer`` is live."""
@@ -403,11 +418,11 @@ class SimulatedNode:
             return
         message = _gossip.decode(payload).body
         for channel in list(self._listeners):
-            _put(channel, (publisher, message))
+            _put(channel, Heard(publisher, message))
 
     @asynccontextmanager
     async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[Heard]]:
-        """A channel of (publisher, WorkerRequest)."""
+        """A channel of :class:`hypha.node.Heard`."""
         send, receive = trio.open_memory_channel[Heard](_BACKLOG)
         self._listeners[send] = None
         try:

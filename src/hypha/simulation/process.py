@@ -48,6 +48,8 @@ class _Killed(BaseException):
 class SimulatedRuntime(Runtime):
     """Of one process: blocking calls run at once, chance is seeded, the disk is as full as the world says."""
 
+    simulated = True
+
     def __init__(self, seed: int, wall_time: Callable[[], float], free_bytes: Callable[[Path], int]) -> None:
         self.random = Random(seed)
         self._wall_time = wall_time

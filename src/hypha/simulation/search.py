@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import resource
 import subprocess
 import sys
 import threading
@@ -21,9 +22,11 @@ from hypha.config.inherited import child_environment
 from hypha.executor.toy import one_thread_only
 from hypha.simulation.faults import Struck, story
 from hypha.simulation.invariants import (
+    GoodputWatch,
     LeaseWatch,
     RoundWatch,
     check_checkpoints,
+    check_goodput,
     check_ledger,
     settled,
     watch_checkpoints,
@@ -33,8 +36,9 @@ from hypha.simulation.world import World, run_world
 
 #: scenarios that one process runs: what was killed in them is only freed with it
 _A_PROCESS = 20
-#: a scenario takes seconds; one that is not over by then stands still, and is a failure like any other
-_LONGEST_S = 300.0
+#: a scenario takes seconds of the processor; one that takes so many stands still in some loop, and its
+#: process is killed: a failure like any other
+_LONGEST_CPU_S = 120
 
 
 class Verdict(Struct, frozen=True):
@@ -59,6 +63,7 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
         rounds = RoundWatch()
         world.listeners.append(rounds.listen)
         world.worker_listeners.append(lambda name: LeaseWatch(name, world.problems.append).listen)
+        world.observers.append(GoodputWatch(world.problems.append).look)
         world.checks.append(check_checkpoints)
         world.nursery.start_soon(watch_checkpoints, world)
         struck.extend(await story(world))
@@ -68,6 +73,7 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
         world.problems += await settled(world)
         world.problems += check_checkpoints(world)
         world.problems += check_ledger(world)
+        world.problems += check_goodput(world)
 
     ending = run_world(scenario, live, root, level)
     told = tuple(
@@ -95,6 +101,9 @@ def run_lines(lines: IO[bytes], out: IO[bytes]) -> None:
     """Run the orders in ``lines`` (JSON) and write a verdict each; only failures carry their log."""
     for line in lines:
         order = msgspec.json.decode(line, type=Order)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        longest = int(used.ru_utime + used.ru_stime) + _LONGEST_CPU_S
+        resource.setrlimit(resource.RLIMIT_CPU, (longest, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         verdict = run_scenario(order.scenario)
         if not order.journal:
             verdict = msgspec.structs.replace(verdict, journal=b"")
@@ -150,10 +159,7 @@ class Runner:
         except BrokenPipeError:
             line = b""
         else:
-            timer = threading.Timer(_LONGEST_S, self._child.kill)
-            timer.start()
             line = stdout.readline()
-            timer.cancel()
         if line:
             return msgspec.json.decode(line, type=Verdict)
         problem = f"the process that ran it ended with exit code {self._end()}"

@@ -20,7 +20,7 @@ from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFail
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net.bulk_files import Hasher, quick_hasher, strong_hasher
 from hypha.net.bulk_places import Places
-from hypha.node import Arrived, Gate, Provider
+from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import chance, free_bytes, in_thread, new_id
 from hypha.simulation.network import STALL_S, LinkBroken
 
@@ -72,8 +72,8 @@ class SimulatedTransfers:
             nursery.start_soon(self.sending.run)
             nursery.start_soon(self.receiving.run)
 
-    def serve(self, kind: str, provider: Provider) -> None:
-        """Answer pulls of ``kind``."""
+    def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
+        """Answer pulls of ``kind``; ``served`` is for metrics and traces, which a simulated node has not."""
         self._providers[kind] = provider
 
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:

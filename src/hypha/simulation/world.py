@@ -139,6 +139,8 @@ class World:
         self.result: JobResult | None = None
         self.failure: HyphaError | None = None
         self.snapshot: JobSnapshot | None = None
+        #: called with each snapshot of the job
+        self.observers: list[Callable[[JobSnapshot], None]] = []
         self.over = trio.Event()
         #: entries of the scheduler's machines, of all of its processes
         self.listeners: list[Callable[[Entry], None]] = []
@@ -377,6 +379,8 @@ class World:
 
     def _seen(self, snapshot: JobSnapshot) -> None:
         self.snapshot = snapshot
+        for observer in self.observers:
+            observer(snapshot)
 
     def _noted(self, entry: Entry) -> None:
         self.entries.append(entry.line())

@@ -14,7 +14,7 @@ from typing import Any
 from hypha.config.otel import Signal
 from hypha.telemetry.instruments import EXPORT_FAILURES
 
-logger = logging.getLogger("hypha.telemetry")
+logger = logging.getLogger(__name__)
 
 #: signal -> (module below the protocol's package, class)
 _MODULES = {

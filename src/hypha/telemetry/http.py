@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -27,27 +27,29 @@ from hypha.telemetry.metrics import sample
 from hypha.telemetry.running import exposition
 from hypha.telemetry.serving import serve
 
-logger = logging.getLogger("hypha.telemetry")
+logger = logging.getLogger(__name__)
 
 
 async def serve_http(
     address: str,
     health: Callable[[], HealthReport],
     status: Callable[[], object] | None = None,
+    routes: Sequence[Route] = (),
     *,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve ``host:port`` (port 0: any free one) until cancelled; started with the actual ``host:port``.
 
     ``health`` and ``status`` are called for each request, in the trio thread; ``status`` returns anything
-    msgspec can write as JSON. Raises ConfigError when the address cannot be bound.
+    msgspec can write as JSON. ``routes`` are served besides. Raises ConfigError when the address cannot be
+    bound.
     """
 
     async def get_health(_: Request) -> Response:
         report = health()
         return _json(report, 200 if report.healthy else 503)
 
-    routes = [Route("/health", get_health)]
+    served = [Route("/health", get_health), *routes]
     if (metrics := exposition()) is not None:
 
         async def get_metrics(request: Request) -> Response:
@@ -56,14 +58,14 @@ async def serve_http(
             body, content_type = await in_thread(metrics.write, accept)
             return Response(body, 200, headers={"content-type": content_type})
 
-        routes.append(Route("/metrics", get_metrics))
+        served.append(Route("/metrics", get_metrics))
     if status is not None:
         snapshot = status
 
         async def get_status(_: Request) -> Response:
             return _json(snapshot(), 200)
 
-        routes.append(Route("/status", get_status))
+        served.append(Route("/status", get_status))
     config = Config()
     # bound here: hypercorn would leave the socket open when it cannot be
     config.bind = [f"fd://{_listen(address).detach()}"]
@@ -73,7 +75,7 @@ async def serve_http(
     config.include_server_header = False
     config.graceful_timeout = 0.5
     config.shutdown_timeout = 0.5
-    app: Any = Starlette(routes=routes)
+    app: Any = Starlette(routes=served)
     async with trio.open_nursery() as nursery:
         binds: list[str] = await nursery.start(serve, app, config)
         actual = binds[0].split("//", 1)[-1]

@@ -71,7 +71,9 @@ CONNECTIONS_LOST = Counter(
 )
 BYTES_SENT = Counter("hypha.network.bytes_sent", "{byte}", "Bytes sent, encrypted.", _plane)
 BYTES_RECEIVED = Counter("hypha.network.bytes_received", "{byte}", "Bytes received, encrypted.", _plane)
-ROUND_TRIP = Gauge("hypha.network.round_trip", "{second}", "Newest measured round trip to a peer.", _peer)
+ROUND_TRIP = Gauge(
+    "hypha.network.round_trip", "{second}", "Round trip to a peer, smoothed over its pings.", _peer
+)
 GOSSIP_MESH = Gauge("hypha.gossip.mesh.peers", "{peer}", "Peers in the gossip mesh.")
 GOSSIP_MESSAGES = Counter(
     "hypha.gossip.messages",
@@ -168,7 +170,7 @@ LEASES_LOST = Counter(
     "{lease}",
     "Leases that ended before the job did.",
     _kind,
-    Label("reason", ("expired", "refused", "dropped", OTHER)),
+    Label("reason", ("expired", "refused", "gone", "dropped", OTHER)),
 )
 WORKER_REQUESTS = Counter(
     "hypha.scheduler.worker.requests", "{request}", "Requests for workers that were published.", _kind
@@ -228,7 +230,7 @@ UPDATE_NORM = Gauge(
 UPDATE_COSINE = Gauge(
     "hypha.worker.update.cosine",
     "{cosine}",
-    "Between a worker's last pseudo-gradient and the mean of all.",
+    "Between a worker's last pseudo-gradient and the mean of all, estimated.",
     _worker,
 )
 BATCH_TIME = Gauge("hypha.worker.batch.time", "{second}", "Smoothed time of a worker's batches.", _worker)
@@ -237,7 +239,11 @@ GOODPUT = Gauge(
     "{sample_per_second}",
     "Samples that count, by wall clock, since the scheduler began.",
 )
-GOODPUT_SECONDS = Counter("hypha.job.goodput.seconds", "{second}", "Worker seconds of training that counts.")
+GOODPUT_SECONDS = Counter(
+    "hypha.job.goodput.seconds",
+    "{second}",
+    "Worker seconds of training that counts, in rounds before the newest checkpoint.",
+)
 BADPUT_SECONDS = Counter(
     "hypha.job.badput.seconds",
     "{second}",

@@ -15,9 +15,10 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
-logger = logging.getLogger("hypha.telemetry")
+logger = logging.getLogger(__name__)
 
 #: label sets that one instrument keeps apart (the SDK stops at 2000); what is more is counted together
 MAX_SERIES = 1000
@@ -100,6 +101,13 @@ class Counter(Instrument):
         """Add ``amount``, which is not negative."""
         if self._sink is not None:
             self._sink.add(amount, self.attributes(labels))
+
+    def begin(self) -> None:
+        """Show all series, whose label values must be declared, from 0 on: a rate cannot tell that one which
+        is new has grown. Who counts calls this, so that others do not show what they never do.
+        """
+        for values in product(*(label.values for label in self.labels)):
+            self.add(0, **dict(zip(self._known, values, strict=True)))
 
     def make(self, meter: Any) -> None:
         self._sink = meter.create_counter(self.name, self.unit, self.help)

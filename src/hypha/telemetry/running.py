@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING
 import trio
 
 from hypha.config.otel import TelemetrySettings
+from hypha.messages import FinishedSpan
 from hypha.telemetry.metrics import sample
 
 if TYPE_CHECKING:
     from hypha.telemetry.exposition import Exposition
+    from hypha.telemetry.sdk import Telemetry
 
 #: seconds between two readings of the gauges
 SAMPLE_S = 1.0
 
-_exposition: ContextVar[Callable[[], Exposition | None]] = ContextVar("exposition", default=lambda: None)
+#: what was started in this process
+_started: ContextVar[Telemetry | None] = ContextVar("telemetry", default=None)
 
 
 @contextmanager
@@ -33,17 +36,24 @@ def telemetry(settings: TelemetrySettings) -> Iterator[None]:
     from hypha.telemetry.sdk import start_telemetry
 
     started = start_telemetry(settings)
-    token = _exposition.set(lambda: started.exposition)
+    token = _started.set(started)
     try:
         yield
     finally:
-        _exposition.reset(token)
+        _started.reset(token)
         started.close()
 
 
 def exposition() -> Exposition | None:
     """What Prometheus may ask this process for; ``None`` where metrics are off."""
-    return _exposition.get()()
+    started = _started.get()
+    return None if started is None else started.exposition
+
+
+def emit_spans() -> Callable[[Sequence[FinishedSpan]], None] | None:
+    """What exports the spans of executors; ``None`` where no traces are sent."""
+    started = _started.get()
+    return None if started is None or started.executor_spans is None else started.executor_spans.emit
 
 
 async def keep_sampling() -> None:

@@ -27,8 +27,10 @@ from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 from hypha.config.otel import Signal, TelemetrySettings
 from hypha.telemetry import metrics
+from hypha.telemetry.executors import ExecutorSpans
 from hypha.telemetry.exporters import make_exporter
 from hypha.telemetry.exposition import Exposition
+from hypha.telemetry.logs import ContextFilter
 from hypha.tracing.spans import chosen_identifiers
 
 #: what is not sent by then, once the node has ended, is given up
@@ -71,6 +73,8 @@ class Telemetry:
         self._closers: list[Callable[[], object]] = []
         self._handler: logging.Handler | None = None
         self.exposition: Exposition | None = None
+        #: exports spans of executors, where traces are sent
+        self.executor_spans: ExecutorSpans | None = None
         if settings.traces is not None:
             self._trace(settings, settings.traces, resource)
         if settings.metrics is not None or settings.scraped:
@@ -81,7 +85,9 @@ class Telemetry:
     def _trace(self, settings: TelemetrySettings, signal: Signal, resource: Resource) -> None:
         sampler = _SAMPLERS[settings.sampler](settings.ratio)
         provider = TracerProvider(sampler, resource, shutdown_on_exit=False, id_generator=Identifiers())
-        provider.add_span_processor(BatchSpanProcessor(make_exporter("traces", signal, EXPORT_S)))
+        processor = BatchSpanProcessor(make_exporter("traces", signal, EXPORT_S))
+        provider.add_span_processor(processor)
+        self.executor_spans = ExecutorSpans(processor, resource)
         trace.set_tracer_provider(provider)
         self._closers.append(provider.shutdown)
 
@@ -103,6 +109,7 @@ class Telemetry:
         provider = LoggerProvider(resource, shutdown_on_exit=False)
         provider.add_log_record_processor(BatchLogRecordProcessor(make_exporter("logs", signal, EXPORT_S)))
         self._handler = LoggingHandler(logger_provider=provider)
+        self._handler.addFilter(ContextFilter())
         logging.getLogger("hypha").addHandler(self._handler)
         self._closers.append(provider.shutdown)
 

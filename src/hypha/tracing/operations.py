@@ -4,7 +4,10 @@ The table in docs/observability.md and the tests read this. Names are those of t
 and lists; they hold no identifier. Attributes are OpenTelemetry's where it has one (``rpc.system``,
 ``rpc.method``, ``network.peer.address``, ``messaging.operation.name``, ``error.type``), else ``hypha.*``:
 ``hypha.peer``, ``hypha.job``, ``hypha.job.generation``, ``hypha.round``, ``hypha.lease``, ``hypha.dataset``,
-``hypha.slice``, ``hypha.transfer.kind``, ``hypha.transfer.bytes``.
+``hypha.slice``, ``hypha.transfer.kind``, ``hypha.transfer.bytes``; of the network also ``hypha.protocol``,
+``hypha.transfer.way`` (``direct``, ``dial-back`` or ``stream``), ``hypha.transfer.kept`` (over the connection
+of an earlier file), ``hypha.transfer.relayed``, ``hypha.relay.target``, ``hypha.receivers`` (of a gossip
+message that was passed on) and ``hypha.answers`` (of gateways, to a DHT query).
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ RECEIVE_FILE = Operation("Receive file", "all", "the same at its receiver")
 
 # --- leases and jobs -----------------------------------------------------------------------------------
 
+RUN_JOB = Operation("Run job", "scheduler", "a job, as long as this scheduler runs it")
 ADVERTISE = Operation("Publish task advertisement", "scheduler", "one request for workers")
 EVALUATE = Operation(
     "Evaluate request", "worker", "a request for workers weighed against price and resources"

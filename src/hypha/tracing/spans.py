@@ -27,6 +27,13 @@ Attribute = str | bool | int | float | Sequence[str]
 _propagator = TraceContextTextMapPropagator()
 #: identifiers (trace, span) that the next span of this task is to have
 _chosen: ContextVar[tuple[int, int] | None] = ContextVar("chosen identifiers", default=None)
+#: what is going on, whether it is traced or not: log entries say it
+_operation: ContextVar[str | None] = ContextVar("operation", default=None)
+
+
+def current_operation() -> str | None:
+    """The operation that goes on here; of a request or an answer the name of its type."""
+    return _operation.get()
 
 
 def traceparent() -> str | None:
@@ -82,18 +89,24 @@ def span(
     ``links`` are ``traceparent``s. An exception makes the span an error and goes on its way; a cancellation
     leaves its status unset.
     """
-    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        # nobody records here, and what is asked of others meanwhile still belongs to the asker's trace
-        with trace_context(parent) if parent is not None else contextlib.nullcontext():
-            yield trace.INVALID_SPAN
-        return
-    started = start_span(operation, attributes, kind=kind, parent=parent, links=links)
-    with trace.use_span(started, end_on_exit=True, record_exception=False, set_status_on_exception=False):
-        try:
-            yield started
-        except Exception as exc:
-            started.set_status(Status(StatusCode.ERROR, f"{type(exc).__name__}: {exc}"))
-            raise
+    named = _operation.set(
+        str(attributes.get("rpc.method", operation.name)) if attributes else operation.name
+    )
+    try:
+        if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            # nobody records here, and what is asked of others meanwhile still belongs to the asker's trace
+            with trace_context(parent) if parent is not None else contextlib.nullcontext():
+                yield trace.INVALID_SPAN
+            return
+        started = start_span(operation, attributes, kind=kind, parent=parent, links=links)
+        with trace.use_span(started, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+            try:
+                yield started
+            except Exception as exc:
+                started.set_status(Status(StatusCode.ERROR, f"{type(exc).__name__}: {exc}"))
+                raise
+    finally:
+        _operation.reset(named)
 
 
 def start_span(
@@ -114,7 +127,8 @@ def start_span(
     found = context_of(parent)
     if identity is not None:
         named = trace.get_current_span(context_of(identity)).get_span_context()
-        token = _chosen.set((named.trace_id, named.span_id))
+        if named.is_valid:  # it may be made from what a peer sent
+            token = _chosen.set((named.trace_id, named.span_id))
         found = contexts.Context() if found is None else found
     try:
         return trace.get_tracer("hypha").start_span(

@@ -4,22 +4,28 @@ between each executor and the network: bridge, connectors, slice cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import trio
 
 from hypha.config.models import WorkerConfig
-from hypha.messages import PeerRef
+from hypha.messages import FinishedSpan, PeerRef
 
 __all__ = ["run_worker"]
 
 
 async def run_worker(
-    config: WorkerConfig, *, task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED
+    config: WorkerConfig,
+    *,
+    emit_spans: Callable[[Sequence[FinishedSpan]], None] | None = None,
+    task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Work until cancelled; ``task_status`` gives this node once it listens and hears requests.
+    ``emit_spans`` exports the spans of executors, and must not block; without, they record none.
 
     Cancelled, it kills its executors and is gone within 5 s. Raises ConfigError (IdentityError).
     """
     # The network takes a second to import; the keeper's and the bridge's parts do without.
     from hypha.worker.node import work
 
-    await work(config, task_status=task_status)
+    await work(config, emit_spans, task_status=task_status)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from msgspec import Struct
 
@@ -101,12 +102,17 @@ class SendOffer(Struct, frozen=True, tag=True):
     before: float
 
 
+#: why a request gets no offer
+Cause = Literal["price", "resources", "executor", "duplicate", "closed", "other"]
+
+
 class Ignored(Struct, frozen=True, tag=True):
-    """No offer for this request, and why."""
+    """No offer for this request, and why: in words, and by ``cause``."""
 
     request_id: str
     scheduler: str
     reason: str
+    cause: Cause = "other"
 
 
 ArbiterAction = SendOffer | Ignored | Granted | Denied | Ended | Freed
@@ -195,9 +201,9 @@ class Arbiter:
         match event:
             case Heard(publisher, request):
                 actions.extend(self.book.handle(Tick(), now))
-                reason = self._unfit(publisher, request) or self._enter(request, now)
-                if reason is not None:
-                    actions.append(Ignored(request.request_id, publisher, reason))
+                refusal = self._unfit(publisher, request) or self._enter(request, now)
+                if refusal is not None:
+                    actions.append(Ignored(request.request_id, publisher, *refusal))
             case OfferFailed(lease_id, _):
                 actions.extend(self.book.handle(Revoke(lease_id), now))
             case RenewAsked(lease_id, caller):
@@ -213,35 +219,35 @@ class Arbiter:
             actions.extend(self._decide(now))
         return actions
 
-    def _unfit(self, publisher: str, request: WorkerRequest) -> str | None:
+    def _unfit(self, publisher: str, request: WorkerRequest) -> tuple[str, Cause] | None:
         """Why this worker will never serve ``request``, whatever is free."""
         if self._closed:
-            return "this worker is stopping"
+            return "this worker is stopping", "closed"
         if request.scheduler.peer != publisher:
-            return "it names another scheduler than the one that published it"
+            return "it names another scheduler than the one that published it", "other"
         if (request.executor.kind, request.executor.name) not in self._executors:
-            return f"no executor {request.executor.name!r} for {request.executor.kind} jobs here"
+            return f"no executor {request.executor.name!r} for {request.executor.kind} jobs here", "executor"
         if not is_valid(request.resources) or request.count < 1:
-            return "it asks for amounts that make no sense"
+            return "it asks for amounts that make no sense", "resources"
         # a comparison with NaN is always False, so each bound is stated as what must hold
         if not (math.isfinite(request.bid) and request.bid >= 0):
-            return "its bid makes no sense"
+            return "its bid makes no sense", "price"
         if not (math.isfinite(request.offer_within_s) and request.offer_within_s > 0):
-            return "it leaves no time for an offer"
+            return "it leaves no time for an offer", "other"
         if not request.bid >= self._terms.floor:
-            return f"its bid is below this worker's floor of {self._terms.floor:g}"
+            return f"its bid is below this worker's floor of {self._terms.floor:g}", "price"
         if not fits(request.resources, self.book.total):
-            return "it asks for more than this worker has"
+            return "it asks for more than this worker has", "resources"
         return None
 
-    def _enter(self, request: WorkerRequest, now: float) -> str | None:
+    def _enter(self, request: WorkerRequest, now: float) -> tuple[str, Cause] | None:
         """Put ``request`` into the window, or say why not."""
         key = (request.scheduler.peer, request.request_id)
         if self.book.live_for(*key) is not None:
-            return "a lease for it lives"
+            return "a lease for it lives", "duplicate"
         known = self._waiting.get(key)
         if known is None and len(self._waiting) >= MAX_WAITING:
-            return "too many requests are waiting"
+            return "too many requests are waiting", "other"
         self._heard += 1
         order = self._heard if known is None else known.order
         self._waiting[key] = _Waiting(request, now + request.offer_within_s, order)
@@ -266,7 +272,8 @@ class Arbiter:
             return [Ignored(request.request_id, scheduler.peer, "an offer would come too late")]
         free = self.book.free
         if not fits(request.resources, free):
-            return [Ignored(request.request_id, scheduler.peer, "what it asks for is not free now")]
+            reason = "what it asks for is not free now"
+            return [Ignored(request.request_id, scheduler.peer, reason, "resources")]
         whole = self._terms.strategy == "whole" and request.executor.kind == "train"
         lease_id, worker = self._new_id(), self._worker()
         self._drawn.append((lease_id, worker))
@@ -294,7 +301,7 @@ class Arbiter:
                 # an offer whose lease has ended by then is no offer
                 actions.append(SendOffer(scheduler, offer, min(contender.before, now + life_s)))
             elif isinstance(answer, Denied):
-                actions.append(Ignored(request.request_id, scheduler.peer, answer.reason))
+                actions.append(Ignored(request.request_id, scheduler.peer, answer.reason, "resources"))
             else:
                 actions.append(answer)
         return actions

@@ -31,15 +31,18 @@ from hypha.messages import (
     ExecutorExited,
     FetchCall,
     FetchedFile,
+    FinishedSpan,
     Job,
     ReceiveCall,
     ReceivedFile,
     Reference,
     SendCall,
     Sent,
+    SpansCall,
     StatusCall,
 )
 from hypha.telemetry.serving import serve
+from hypha.tracing import trace_context
 from hypha.worker.bridge_openapi import openapi
 from hypha.worker.feeds import Feed
 
@@ -82,6 +85,9 @@ class Desk(Protocol):
 
     def say(self, event: Event) -> None:
         """See ``/status/send``; must not block."""
+
+    def take_spans(self, spans: tuple[FinishedSpan, ...]) -> None:
+        """See ``/spans``; must not block."""
 
 
 def bind_bridge(socket_path: Path) -> socket.socket:
@@ -151,6 +157,10 @@ def make_app(desk: Desk) -> Starlette:
         desk.say(event)
         return _json({})
 
+    async def take_spans(body: bytes) -> Response:
+        desk.take_spans(_decode(body, SpansCall).spans)
+        return _json({})
+
     return Starlette(
         routes=[
             Route("/openapi.json", _endpoint(get_openapi), methods=["GET"]),
@@ -160,6 +170,7 @@ def make_app(desk: Desk) -> Starlette:
             Route("/resources/send", _endpoint(send), methods=["POST"]),
             Route("/resources/receive", _endpoint(receive), methods=["POST"]),
             Route("/status/send", _endpoint(say), methods=["POST"]),
+            Route("/spans", _endpoint(take_spans), methods=["POST"]),
         ],
         exception_handlers={
             404: _no_such_path,
@@ -174,7 +185,9 @@ def _endpoint(
     async def endpoint(request: Request) -> Response:
         try:
             body = await _read_body(request)
-            return await _unless_gone(request, call, body)
+            # what the worker does for this call is below the executor's own span
+            with trace_context(request.headers.get("traceparent")):
+                return await _unless_gone(request, call, body)
         except Refused as exc:
             status = 409 if exc.peer else _STATUS.get(exc.code, 409)
             return _error(status, exc.code, exc.reason if not exc.peer else str(exc))

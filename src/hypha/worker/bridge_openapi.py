@@ -15,6 +15,7 @@ from hypha.messages import (
     ReceivedFile,
     SendCall,
     Sent,
+    SpansCall,
     StatusCall,
 )
 
@@ -29,12 +30,15 @@ An executor shows that it does not hang by saying events. While it has nothing t
 plan, data or updates) it may say `alive`, about once a second and from the thread that works otherwise. From
 its first `alive` on, and from its start where the worker's owner gave it a `hang_s`, the worker kills it when
 it says nothing for `hang_s` seconds (the worker's, 600 unless set; or the job's, when that is less; before
-`loaded` or `model-ready` never less than 300). An executor that never says `alive` is not watched at all."""
+`loaded` or `model-ready` never less than 300). An executor that never says `alive` is not watched at all.
+
+Where the job has `traced`, a call may have a W3C `traceparent` header: what the worker does for it is then
+part of that trace."""
 
 
 def openapi() -> dict[str, object]:
     """An OpenAPI 3.1 document."""
-    calls = [FetchCall, SendCall, ReceiveCall, StatusCall]
+    calls = [FetchCall, SendCall, ReceiveCall, StatusCall, SpansCall]
     types = [*calls, Job, FetchedFile, Sent, ReceivedFile, Directive, BridgeError]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     by_type = dict(zip(types, schemas, strict=True))
@@ -106,6 +110,14 @@ def openapi() -> dict[str, object]:
                 )
             },
             "/status/send": {"post": operation("Say an event to the scheduler", done, bad, StatusCall)},
+            "/spans": {
+                "post": operation(
+                    "Spans to export, where the job is traced; one that is refused is not to be repeated",
+                    done,
+                    {**bad, "409": "this worker exports no traces (`unsupported`), or there were too many"},
+                    SpansCall,
+                )
+            },
         },
         "components": {"schemas": components},
     }

@@ -17,6 +17,7 @@ import trio
 from hypha.errors import NetworkError, Refused
 from hypha.messages import Delivery, PeerRef, TransferMeta
 from hypha.runtime import chance
+from hypha.telemetry.instruments import BROADCAST_DURATION, UPDATE_SEND_DURATION
 from hypha.worker.backoff import Backoff
 
 logger = logging.getLogger("hypha.worker.send")
@@ -86,8 +87,10 @@ class Deliveries:
                 other.give_up("stale", f"overtaken by round {turn[1]}")
         delivering = _Delivering(meta, receiver.peer, turn)
         self._running[delivering] = None
+        began = trio.current_time()
         try:
             delivering.outcome = await self._outcome(delivering, path, meta, receiver)
+            _record(meta, receiver, delivering.outcome, trio.current_time() - began)
             return delivering.outcome
         finally:
             del self._running[delivering]
@@ -141,6 +144,26 @@ class Deliveries:
                 extra={"peer_id": receiver.peer},
             )
             await trio.sleep(pause_s)
+
+
+def _record(meta: TransferMeta, receiver: PeerRef, outcome: Delivery, lasted_s: float) -> None:
+    """How long the delivery of a pseudo-gradient, or of theta, took."""
+    duration = {"update": UPDATE_SEND_DURATION, "theta": BROADCAST_DURATION}.get(meta.kind)
+    if duration is not None:
+        duration.record(lasted_s, status="success" if outcome.acknowledged else "failure")
+    if outcome.acknowledged:
+        stamp = meta.stamp
+        logger.debug(
+            "The %s %s was delivered within %.3f s: %d bytes.",
+            meta.kind,
+            meta.name,
+            lasted_s,
+            meta.size,
+            extra={
+                "peer_id": receiver.peer,
+                **({"job_id": stamp.job_id, "round": stamp.round} if stamp is not None else {}),
+            },
+        )
 
 
 def _turn(meta: TransferMeta) -> tuple[int, int, int]:

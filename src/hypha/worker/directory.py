@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from hypha.errors import HyphaError, Refused
 from hypha.runtime import new_id
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: ``sun_path`` holds 108 bytes on Linux, 104 on macOS and the BSDs, a final zero included.
 MAX_SOCKET_PATH_BYTES = 103

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import trio
 
 from hypha.config.models import ExecutorConfig, WorkerConfig
@@ -26,6 +27,7 @@ from hypha.messages import (
     ExecutorError,
     ExecutorExited,
     FetchedFile,
+    FinishedSpan,
     Job,
     JobStamp,
     Local,
@@ -49,12 +51,14 @@ from hypha.messages import (
 )
 from hypha.net.transfers import meta_of
 from hypha.node import Node
+from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
 from hypha.worker.cache import SliceCache
 from hypha.worker.connectors import Connectors
 from hypha.worker.deliveries import Deliveries
 from hypha.worker.devices import GpuPins
 from hypha.worker.directory import JobDirectory
+from hypha.worker.execution_signals import ExecutionSignals
 from hypha.worker.feeds import Arrivals, Directives, Feed
 from hypha.worker.inbox import Inbox
 from hypha.worker.keepers import Launch
@@ -63,11 +67,12 @@ from hypha.worker.outbox import Outbox
 from hypha.worker.process import Exit, prepare_launch
 from hypha.worker.room import lack_of_room
 from hypha.worker.slices import SlicePrefetcher
+from hypha.worker.spans import EmitSpans
 from hypha.worker.starting import EndSignals, RunExecutor
 from hypha.worker.storing import Keeping, store_local
 from hypha.worker.watch import Patience, Watch, keep_watch
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: How long the end of an executor is reported for: with its lease, and without.
 FAREWELL_S, FAREWELL_WITHOUT_LEASE_S = 120.0, 10.0
@@ -88,6 +93,8 @@ class Workshop:
     gpus: GpuPins
     environment: Mapping[str, str]
     run_executor: RunExecutor
+    #: exports the executors' own spans; without, they are not asked for any
+    emit_spans: EmitSpans | None = None
 
 
 class Execution:
@@ -108,6 +115,7 @@ class Execution:
         self.reported = trio.Event()
         self._directory = JobDirectory.create(workshop.config.work_dir)
         self.incarnation = self._directory.path.name
+        self._signals = ExecutionSignals(job, self.kind, lease.lease_id, workshop.emit_spans)
         self._directives = Directives()
         self._arrivals = Arrivals(self._directory.path)
         self._outbox = Outbox(self._ask_scheduler, self.kind, self.incarnation)
@@ -136,6 +144,7 @@ class Execution:
                 job.dataset,
                 self.incarnation,
                 workshop.config.cache.prefetch_s,
+                self._signals.trace_of,
             )
         self._fetches = 0
 
@@ -187,6 +196,7 @@ class Execution:
             self._rejoin(directive)
         if not self._directives.put(seq, directive):
             return
+        self._signals.steered(directive)
         match directive:
             case Members(peers=peers):
                 self._partners = frozenset(peer.peer for peer in peers)
@@ -229,14 +239,17 @@ class Execution:
         """Start when ``after`` is set; return when it is over. Cancelled, it leaves no process and no
         directory either.
         """
+        bind(job_id=self._job.job_id, lease_id=self.lease.lease_id, round=lambda: self._round)
         kept = False
         try:
             if after is not None:
                 await after.wait()
+            self._job = msgspec.structs.replace(self._job, traced=self._signals.begin())
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._outbox.run)
                 ended = await self._run_process()
                 self.ended.set()
+                self._signals.end(ended.code, ended.stopped)
                 failed = ended.code != 0 and not ended.stopped
                 logger.log(
                     logging.ERROR if failed else logging.INFO,
@@ -257,6 +270,7 @@ class Execution:
                 nursery.cancel_scope.cancel()
         finally:
             self.ended.set()
+            self._signals.close()
             if not kept:
                 self._directory.remove()
 
@@ -310,7 +324,11 @@ class Execution:
                 ended = await self._shop.run_executor(
                     self,
                     self._directory.socket_path,
-                    replace(launch, keeper_options=limits.launch_options()),
+                    replace(
+                        launch,
+                        keeper_options=limits.launch_options(),
+                        output_fields=lambda: self._signals.fields,
+                    ),
                     EndSignals(self._stop, self._shop.config.stop_grace_s, hung),
                 )
                 nursery.cancel_scope.cancel()
@@ -335,6 +353,7 @@ class Execution:
         await self._inbox.arrived(caller, meta, path)
         if self._slices is None or meta.stamp is None:
             return
+        self._signals.theta_arrived(meta.stamp.round, meta.size)
         before, self._theta = self._theta, (meta.stamp.round, meta.stamp.attempt, meta.blake3)
         self._round, self._attempt = meta.stamp.round, meta.stamp.attempt
         continued = meta.stamp.round == (before[0] + 1 if before else 0) and self._job.me in meta.contributors
@@ -422,11 +441,16 @@ class Execution:
         """For ``/directives``."""
         return self._directives.open()
 
+    def take_spans(self, spans: tuple[FinishedSpan, ...]) -> None:
+        """For ``/spans``."""
+        self._signals.spans.take(spans)
+
     def say(self, event: Event) -> None:
         """Forward an event of the executor."""
         self._watch.sign(event, trio.current_time())
         if isinstance(event, Alive):
             return
+        self._signals.said(event)
         round_ = getattr(event, "round", None)
         stamp = self.stamp()
         if isinstance(round_, int):

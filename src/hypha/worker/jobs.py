@@ -22,10 +22,11 @@ from hypha.messages import (
     Steer,
     TrainJob,
 )
+from hypha.tracing import untraced
 from hypha.worker.execution import Execution, Workshop
 from hypha.worker.offers import LeaseDesk
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: An executor that was told to stop may hold its resources for this long beyond the grace it is given.
 KILL_MARGIN_S = 10.0
@@ -58,6 +59,10 @@ class Jobs:
                 execution.lease_ended()
                 if execution.ended.is_set():
                     del self._executions[key]
+
+    def running(self, kind: ExecutorClass) -> int:
+        """How many executors of ``kind`` have not ended."""
+        return sum(one.kind == kind and not one.ended.is_set() for one in self._executions.values())
 
     def _health(self) -> dict[str, str]:
         running = [key for key, execution in self._executions.items() if not execution.ended.is_set()]
@@ -93,7 +98,9 @@ class Jobs:
         self._executions[execution.key] = execution
         if running is not None:
             running.stop("its job is started anew")
-        self._nursery.start_soon(self._run, execution, running)
+        # it outlives this dispatch, and has a span of its own
+        with untraced():
+            self._nursery.start_soon(self._run, execution, running)
         logger.info(
             "Job dispatched.",
             extra={"job_id": job.job_id, "peer_id": caller, "lease_id": lease.lease_id, "kind": kind},

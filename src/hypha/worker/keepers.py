@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from typing import Protocol
 import trio
 
 from hypha import keeper
+from hypha.messages import ExecutorClass
 
 KEEPER = Path(keeper.__file__)
 #: After SIGKILL a process is gone at once, but for one stuck in the kernel.
@@ -44,6 +45,9 @@ class Launch:
     secrets: tuple[str, ...] = ()
     #: where ``argv`` is ``python -m module ...`` of Hypha's own: a host may fork it
     own: OwnExecutor | None = None
+    kind: ExecutorClass = "train"
+    #: fields of the log entry of each line of its output, as they are when it is written
+    output_fields: Callable[[], Mapping[str, object]] | None = None
 
 
 class Keeper(Protocol):

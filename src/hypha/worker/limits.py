@@ -23,7 +23,7 @@ import trio
 from hypha.errors import ConfigError, Problem
 from hypha.messages import Resources
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 GB = 10**9
 CPU_PERIOD_US = 100_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import AsyncIterator
@@ -15,10 +16,12 @@ from hypha.config.inherited import child_environment
 from hypha.config.models import WorkerConfig
 from hypha.errors import ConfigError, Problem
 from hypha.journal import Journal
-from hypha.messages import ExecutorDescriptor, PeerRef, Resources
+from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
+from hypha.runtime import is_simulated
 from hypha.telemetry import health_of, serve_http
+from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.cache import SliceCache
@@ -31,18 +34,23 @@ from hypha.worker.limits import CgroupPlaces, no_cgroups, usable_cgroups
 from hypha.worker.offers import LeaseDesk, serve_offers
 from hypha.worker.replicas import ReplicaStore
 from hypha.worker.room import lack_of_room
+from hypha.worker.signals import shown, watch_resources
+from hypha.worker.spans import EmitSpans
 from hypha.worker.starting import RunExecutor, run_process
 from hypha.worker.storage_desk import StorageDesk
 from hypha.worker.warm import open_host
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: Once cancelled, whatever is left is cut after this long.
 LAST_S = 4.0
 
 
 async def work(
-    config: WorkerConfig, *, task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED
+    config: WorkerConfig,
+    emit_spans: EmitSpans | None = None,
+    *,
+    task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """See :func:`hypha.worker.run_worker`."""
     _check_work_dir(config.work_dir)
@@ -57,8 +65,12 @@ async def work(
             async with open_node(options) as node:
                 with first:
                     async with open_host(config, child_environment()) as host:
-                        run = partial(run_process, host=host)
-                        await serve(config, node, cgroups, run, task_status=task_status)
+                        running: dict[int, ExecutorClass] = {}
+                        run = partial(run_process, host=host, running=running)
+                        async with watch_resources(config.work_dir, lambda: dict(running)):
+                            await serve(
+                                config, node, cgroups, run, emit_spans=emit_spans, task_status=task_status
+                            )
 
 
 def _check_work_dir(path: Path) -> None:
@@ -98,12 +110,14 @@ async def serve(
     cgroups: CgroupPlaces,
     run_executor: RunExecutor = run_process,
     journal: Journal | None = None,
+    emit_spans: EmitSpans | None = None,
     *,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``journal`` is
-    that of its arbiter and its leases.
+    that of its arbiter and its leases; ``emit_spans`` exports the executors' spans.
     """
+    bind(worker_peer_id=node.peer_id)
     environment = child_environment()
     allowance = Allowance(config.allow)
     workshop = Workshop(
@@ -116,6 +130,7 @@ async def serve(
         gpus=GpuPins(list_gpus(environment)),
         environment=environment,
         run_executor=run_executor,
+        emit_spans=emit_spans,
     )
     arbiter = Arbiter(
         Resources(**config.resources.model_dump()),
@@ -124,17 +139,20 @@ async def serve(
         node.ref,
         journal=journal,
     )
-    async with trio.open_nursery() as nursery:
-        jobs = Jobs(workshop, nursery)
-        desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended)
-        jobs.answer()
-        store = ReplicaStore(config.work_dir.resolve() / "checkpoints", config.storage)
-        storage = StorageDesk(node, store, lambda: desk.leases)
-        storage.answer()
-        await nursery.start(serve_offers, node, desk, lambda: lack_of_room(config.work_dir))
-        if config.http_address is not None:
-            await nursery.start(serve_http, config.http_address, lambda: health_of(node))
-        task_status.started(node.ref())
-        await node.wait_connected()
-        nursery.start_soon(storage.announce)
-        logger.info("The worker is connected and waits for requests.", extra={"peer_id": node.peer_id})
+    with contextlib.ExitStack() as gauges:
+        async with trio.open_nursery() as nursery:
+            jobs = Jobs(workshop, nursery)
+            desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended)
+            jobs.answer()
+            if not is_simulated():
+                gauges.enter_context(shown(jobs, desk, workshop.cache))
+            store = ReplicaStore(config.work_dir.resolve() / "checkpoints", config.storage)
+            storage = StorageDesk(node, store, lambda: desk.leases)
+            storage.answer()
+            await nursery.start(serve_offers, node, desk, lambda: lack_of_room(config.work_dir))
+            if config.http_address is not None:
+                await nursery.start(serve_http, config.http_address, lambda: health_of(node))
+            task_status.started(node.ref())
+            await node.wait_connected()
+            nursery.start_soon(storage.announce)
+            logger.info("The worker is connected and waits for requests.", extra={"peer_id": node.peer_id})

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 import trio
+from opentelemetry.trace import Span, Status, StatusCode, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
 from hypha.leases import Bind, Denied, Drained, Ended, Freed, Granted, Hold, Lease, Release, Tick
@@ -23,8 +24,13 @@ from hypha.messages import (
     ReleaseLease,
     RenewLease,
     Resources,
+    WorkerOffer,
+    WorkerRequest,
 )
 from hypha.node import Node
+from hypha.telemetry.instruments import WORKER_OFFERS
+from hypha.tracing import span, start_span, traceparent
+from hypha.tracing.operations import EVALUATE, SEND_OFFER
 from hypha.worker.arbiter import (
     Arbiter,
     ArbiterAction,
@@ -37,7 +43,7 @@ from hypha.worker.arbiter import (
     SendOffer,
 )
 
-logger = logging.getLogger("hypha.worker")
+logger = logging.getLogger(__name__)
 
 #: A scheduler that is busy is asked again after this long, while there is time.
 BUSY_PAUSE_S = 0.05
@@ -55,6 +61,10 @@ class LeaseDesk:
         self._on_expired = on_expired
         self._wake = trio.Event()
         self._outbox: list[SendOffer] = []
+        #: of requests that are being weighed, by scheduler and request
+        self._evaluating: dict[tuple[str, str], Span] = {}
+        #: lease of an offer -> ``traceparent`` of the span in which its request was weighed
+        self._evaluated_in: dict[str, str] = {}
 
     @property
     def leases(self) -> tuple[Lease, ...]:
@@ -94,24 +104,59 @@ class LeaseDesk:
     def close(self) -> None:
         """Offer nothing any more; leases go on."""
         self.handle(Close())
+        for evaluating in self._evaluating.values():
+            evaluating.end()
+        self._evaluating.clear()
+
+    def hear(
+        self, publisher: str, request: WorkerRequest, heard_in: str | None = None
+    ) -> list[ArbiterAction]:
+        """A request for workers was published by the authenticated ``publisher``, and received in the span
+        that ``heard_in``, a ``traceparent``, names. As :meth:`handle`.
+        """
+        key = (publisher, request.request_id)
+        if (repeated := self._evaluating.pop(key, None)) is not None:
+            repeated.end()
+        attributes = {
+            "hypha.peer": publisher,
+            "hypha.request": request.request_id,
+            "hypha.executor.class": request.executor.kind,
+        }
+        self._evaluating[key] = start_span(EVALUATE, attributes, parent=heard_in)
+        logger.debug(
+            "A scheduler looks for %d workers for %s jobs with %s, at %g.",
+            request.count,
+            request.executor.kind,
+            request.resources,
+            request.bid,
+            extra={"request_id": request.request_id, "peer_id": publisher},
+        )
+        return self.handle(Heard(publisher, request))
+
+    def evaluated_in(self, lease_id: str) -> str | None:
+        """The ``traceparent`` of the span that the offer of that lease came out of; returned once."""
+        return self._evaluated_in.pop(lease_id, None)
 
     def handle(self, event: ArbiterEvent) -> list[ArbiterAction]:
         """Tell the arbiter; say and do what follows, but for offers, which the loop delivers."""
         actions = self._arbiter.handle(event, trio.current_time())
         for action in actions:
             match action:
-                case SendOffer():
+                case SendOffer(scheduler, offer):
                     self._outbox.append(action)
+                    self._offered(scheduler.peer, offer)
                 case Ended(lease, reason):
                     self._ended(lease, reason)
                 case Freed(lease):
                     logger.info(
                         "The resources of an ended lease are free.", extra={"lease_id": lease.lease_id}
                     )
-                case Ignored(request_id, scheduler, reason):
-                    logger.debug(
-                        "No offer: %s.", reason, extra={"request_id": request_id, "peer_id": scheduler}
-                    )
+                case Ignored(request_id, peer, reason, cause):
+                    WORKER_OFFERS.add(outcome=cause)
+                    logger.debug("No offer: %s.", reason, extra={"request_id": request_id, "peer_id": peer})
+                    if (evaluating := self._evaluating.pop((peer, request_id), None)) is not None:
+                        evaluating.set_attributes({"hypha.outcome": cause, "hypha.reason": reason})
+                        evaluating.end()
                 case Granted() | Denied():
                     pass  # what whoever asked is told, from what is returned
         self._wake.set()
@@ -129,6 +174,21 @@ class LeaseDesk:
             next_wake = self._arbiter.next_wake
             with trio.move_on_at(math.inf if next_wake is None else next_wake):
                 await wake.wait()
+
+    def _offered(self, scheduler: str, offer: WorkerOffer) -> None:
+        WORKER_OFFERS.add(outcome="offered")
+        logger.debug(
+            "Offering %s at %g.",
+            offer.resources,
+            offer.price,
+            extra={"lease_id": offer.lease_id, "request_id": offer.request_id, "peer_id": scheduler},
+        )
+        if (evaluating := self._evaluating.pop((scheduler, offer.request_id), None)) is not None:
+            evaluating.set_attributes({"hypha.outcome": "offered", "hypha.lease": offer.lease_id})
+            with use_span(evaluating, end_on_exit=True):
+                parent = traceparent()
+            if parent is not None:
+                self._evaluated_in[offer.lease_id] = parent
 
     def _granted(self, event: Bind | Hold) -> Lease:
         return granted(self.handle(event), event.lease_id)
@@ -195,16 +255,20 @@ async def serve_offers(
         nursery.start_soon(desk.run, lambda action: nursery.start_soon(_deliver, node, desk, action))
         task_status.started()
         said = False
-        async for publisher, request in requests:
+        async for heard in requests:
+            publisher, request = heard.publisher, heard.request
             if (reason := unfit()) is not None:
                 if not said:
                     logger.error("Nothing is offered: %s.", reason)
                 said = True
+                WORKER_OFFERS.add(outcome="disk")
                 continue
             if said:
                 logger.info("There is room again; offers are made.")
                 said = False
-            ignored = any(isinstance(action, Ignored) for action in desk.handle(Heard(publisher, request)))
+            ignored = any(
+                isinstance(action, Ignored) for action in desk.hear(publisher, request, heard.traceparent)
+            )
             if not (ignored or publisher in greeting or node.is_connected(publisher)):
                 greeting.add(publisher)
                 nursery.start_soon(greet, request.scheduler)
@@ -212,6 +276,14 @@ async def serve_offers(
 
 async def _deliver(node: Node, desk: LeaseDesk, action: SendOffer) -> None:
     """Bring one offer to its scheduler, or have its lease taken back at once."""
+    attributes = {"hypha.peer": action.scheduler.peer, "hypha.lease": action.offer.lease_id}
+    with span(SEND_OFFER, attributes, parent=desk.evaluated_in(action.offer.lease_id)) as sending:
+        if (reason := await _attempt_delivery(node, desk, action)) is not None:
+            sending.set_status(Status(StatusCode.ERROR, reason))
+
+
+async def _attempt_delivery(node: Node, desk: LeaseDesk, action: SendOffer) -> str | None:
+    """Why the offer was not taken; None when it was."""
     offer, peer = action.offer, action.scheduler.peer
     lease_ends = trio.current_time() + offer.expires_in_s
     node.learn(action.scheduler)
@@ -230,13 +302,15 @@ async def _deliver(node: Node, desk: LeaseDesk, action: SendOffer) -> None:
         except NetworkError as exc:
             reason = str(exc)
             break
-        return
+        logger.debug("An offer was delivered.", extra={"lease_id": offer.lease_id, "peer_id": peer})
+        return None
     logger.info(
         "An offer was not taken: %s.",
         reason,
         extra={"lease_id": offer.lease_id, "request_id": offer.request_id, "peer_id": peer},
     )
     desk.handle(OfferFailed(offer.lease_id, reason))
+    return reason
 
 
 async def _check_role(node: Node, peer: str, timeout_s: float) -> None:

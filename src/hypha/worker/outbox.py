@@ -13,6 +13,7 @@ import trio
 
 from hypha.errors import NetworkError, Refused
 from hypha.messages import Event, ExecutorClass, JobStamp, ReportEvent, Request, Response
+from hypha.tracing import trace_context, traceparent
 from hypha.worker.backoff import Backoff
 
 logger = logging.getLogger("hypha.worker.events")
@@ -32,7 +33,8 @@ class Outbox:
         self._kind: ExecutorClass = kind
         self._incarnation = incarnation
         self._seq = 0
-        self._waiting: deque[ReportEvent] = deque()
+        #: with the ``traceparent`` of the span in which the executor reported it
+        self._waiting: deque[tuple[ReportEvent, str | None]] = deque()
         self._some = trio.Event()
         self._empty = trio.Event()
         self._empty.set()
@@ -40,11 +42,10 @@ class Outbox:
     def put(self, stamp: JobStamp, event: Event) -> None:
         """Take charge of ``event``; never blocks."""
         self._seq += 1
-        self._waiting.append(
-            ReportEvent(
-                stamp=stamp, kind=self._kind, incarnation=self._incarnation, seq=self._seq, event=event
-            )
+        report = ReportEvent(
+            stamp=stamp, kind=self._kind, incarnation=self._incarnation, seq=self._seq, event=event
         )
+        self._waiting.append((report, traceparent()))
         if self._empty.is_set():
             self._empty = trio.Event()
         self._some.set()
@@ -65,10 +66,11 @@ class Outbox:
             while not self._waiting:
                 self._some = trio.Event()
                 await self._some.wait()
-            report = self._waiting[0]
+            report, reported_in = self._waiting[0]
             fields = {"job_id": report.stamp.job_id, "event": type(report.event).__name__}
             try:
-                await self._ask(report)
+                with trace_context(reported_in):
+                    await self._ask(report)
             except Refused as exc:
                 if exc.code not in _SETTLED:
                     await self._pause(backoff, exc, fields)
@@ -77,6 +79,8 @@ class Outbox:
             except NetworkError as exc:
                 await self._pause(backoff, exc, fields)
                 continue
+            else:
+                logger.debug("The scheduler was told of %s.", fields["event"], extra=fields)
             backoff.reset()
             self._waiting.popleft()
             if not self._waiting:

@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,7 +19,8 @@ import trio
 
 from hypha.config.models import ExecutorConfig
 from hypha.errors import ExecutorFailed
-from hypha.messages import AggregateJob, HuggingFace, Job, Reference
+from hypha.messages import AggregateJob, ExecutorClass, HuggingFace, Job, Reference
+from hypha.telemetry.instruments import EXECUTOR_STARTS
 from hypha.worker.directory import JobDirectory
 from hypha.worker.keepers import KILLED_WITHIN_S, Keeper, Launch, OwnExecutor, end_keeper, start_keeper
 from hypha.worker.warm import ExecutorHost
@@ -116,6 +117,7 @@ def prepare_launch(
         work_dir=directory.path,
         secrets=secrets_of(job),
         own=own,
+        kind=config.kind,
     )
 
 
@@ -134,7 +136,7 @@ def _substitute(text: str, values: Mapping[str, str]) -> str:
 class _Output:
     """Cuts output into lines, logs each, keeps the last ones."""
 
-    job_id: str
+    fields: Callable[[], Mapping[str, object]]
     secrets: tuple[str, ...]
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
     _rest: bytes = b""
@@ -158,7 +160,7 @@ class _Output:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         self.lines.append(text)
-        logger.log(_level_of(text), "%s", text, extra={"job_id": self.job_id})
+        logger.log(_level_of(text), "%s", text, extra=dict(self.fields()))
 
 
 def _level_of(line: str) -> int:
@@ -173,17 +175,35 @@ async def run_executor(
     *,
     kill: trio.Event | None = None,
     host: ExecutorHost | None = None,
+    running: dict[int, ExecutorClass] | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> Exit:
-    """Run it until it ends, forked by ``host`` where that can be; ``task_status`` gives the process group.
+    """Run it until it ends, forked by ``host`` where that can be; ``task_status`` gives the process group,
+    whose number is in ``running`` meanwhile.
 
     Once ``stop`` is set its group gets SIGTERM, and all that is left after ``grace_s`` SIGKILL. When ``kill``
     is set, or this is cancelled, it is killed at once, and gone when this returns.
     """
+    began = trio.current_time()
     keeper: Keeper | None = await host.fork(launch) if host is not None else None
+    way = "cold" if keeper is None else "warm"
     if keeper is None:
         keeper = await start_keeper(launch)
-    return await _attend(keeper, launch, stop, grace_s, kill, task_status)
+    EXECUTOR_STARTS.add(kind=launch.kind, way=way)
+    logger.debug(
+        "The executor was %s within %.3f s; its keeper is process %d.",
+        "forked by the executor host" if way == "warm" else "started",
+        trio.current_time() - began,
+        keeper.pid,
+        extra={"job_id": launch.job_id, "pid": keeper.pid, "way": way},
+    )
+    if running is not None:
+        running[keeper.pid] = launch.kind
+    try:
+        return await _attend(keeper, launch, stop, grace_s, kill, task_status)
+    finally:
+        if running is not None:
+            running.pop(keeper.pid, None)
 
 
 async def _attend(
@@ -194,7 +214,7 @@ async def _attend(
     kill: trio.Event | None,
     task_status: trio.TaskStatus[int],
 ) -> Exit:
-    output = _Output(launch.job_id, launch.secrets)
+    output = _Output(launch.output_fields or (lambda: {"job_id": launch.job_id}), launch.secrets)
     drained = trio.Event()
     stopped = False
 

@@ -41,6 +41,10 @@ from hypha.messages import (
 )
 from hypha.net.bulk_files import hash_file
 from hypha.runtime import in_thread
+from hypha.telemetry.instruments import CACHE_LOOKUPS, FETCH_DURATION
+from hypha.tracing import span
+from hypha.tracing.operations import FETCH_SLICE
+from hypha.tracing.spans import Attribute
 from hypha.worker.backoff import Backoff
 from hypha.worker.cache import SliceCache
 from hypha.worker.connectors import Pull
@@ -76,7 +80,8 @@ class PrefetchedSlice:
 
 class SlicePrefetcher:
     """``ask`` puts a request to the job's scheduler, ``stamp`` gives the job's current one, ``directory``
-    is the job's for slices. Held are slices for ``prefetch_s`` seconds of training, or one.
+    is the job's for slices. Held are slices for ``prefetch_s`` seconds of training, or one. ``trace_of``
+    names the trace of what is asked for under a stamp.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class SlicePrefetcher:
         dataset: str,
         incarnation: str,
         prefetch_s: float = 0.0,
+        trace_of: Callable[[JobStamp], str | None] = lambda stamp: None,
     ) -> None:
         self._ask = ask
         self._pull = pull
@@ -98,6 +104,7 @@ class SlicePrefetcher:
         self._dataset = dataset
         self._incarnation = incarnation
         self._prefetch_s = prefetch_s
+        self._trace_of = trace_of
         self._seq = 0
         #: what was got for an earlier one is dropped
         self._held_from = 0
@@ -187,7 +194,14 @@ class SlicePrefetcher:
         """None when it was dropped meanwhile."""
         self._seq += 1
         self._pending = self._stamp()
-        with trio.CancelScope() as scope:
+        attributes: dict[str, Attribute] = {
+            "hypha.job": self._pending.job_id,
+            "hypha.round": self._pending.round,
+        }
+        with (
+            trio.CancelScope() as scope,
+            span(FETCH_SLICE, attributes, parent=self._trace_of(self._pending)) as fetching,
+        ):
             self._asking = scope
             backoff = Backoff(longest_s=MAX_PULL_RETRY_S)
             told = ""
@@ -195,6 +209,7 @@ class SlicePrefetcher:
             while True:
                 assigned = await self._ask_until_assigned()
                 self._allowed = assigned.ahead
+                fetching.set_attributes({"hypha.dataset": assigned.dataset, "hypha.slice": assigned.index})
                 path = self._directory / f"{self._seq:06}-{assigned.epoch}-{assigned.index}.safetensors"
                 try:
                     if await self._take_cached(assigned, path) or await self._pull_from_any(
@@ -250,6 +265,18 @@ class SlicePrefetcher:
 
     async def _take_cached(self, assigned: SliceAssigned, path: Path) -> bool:
         """Put the slice at ``path`` if it is here, and still what was pulled."""
+        hit = await self._find_cached(assigned, path)
+        CACHE_LOOKUPS.add(result="hit" if hit else "miss")
+        logger.debug(
+            "Slice %d of epoch %d was assigned: %s.",
+            assigned.index,
+            assigned.epoch,
+            "it is in the cache" if hit else "it is to be fetched",
+            extra={"job_id": self._pending.job_id, "dataset": assigned.dataset},
+        )
+        return hit
+
+    async def _find_cached(self, assigned: SliceAssigned, path: Path) -> bool:
         if not self._cache.link(assigned, path):
             return False
         # to its end, so that a link is never forgotten
@@ -261,6 +288,21 @@ class SlicePrefetcher:
         return False
 
     async def _pull_from_any(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
+        """Have one of the providers send it, whole; False when none did."""
+        began, status = trio.current_time(), "failure"
+        try:
+            if await self._pull_in_turn(assigned, path, patience_s):
+                status = "success"
+                return True
+            return False
+        except trio.Cancelled:
+            status = ""
+            raise
+        finally:
+            if status:
+                FETCH_DURATION.record(trio.current_time() - began, status=status)
+
+    async def _pull_in_turn(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
         name = f"{assigned.dataset}/{assigned.index}"
         expect = TransferMeta(kind="slice", name=name, size=assigned.size, blake3=assigned.blake3)
         incoming = self._cache.incoming(assigned)
@@ -269,6 +311,7 @@ class SlicePrefetcher:
         still_s = patience_s if len(assigned.providers) > 1 else None
         for provider in self._in_order(assigned.providers):
             fields = {"job_id": self._stamp().job_id, "peer_id": provider.peer, "dataset": assigned.dataset}
+            began = trio.current_time()
             try:
                 await self._pull(provider, what, incoming, expect, assigned.size, still_s)
             except TransferCorrupt as exc:
@@ -280,6 +323,14 @@ class SlicePrefetcher:
             except NetworkError as exc:
                 logger.warning("Slice %s could not be pulled: %s", name, exc, extra=fields)
             else:
+                lasted_s = trio.current_time() - began
+                logger.debug(
+                    "Slice %s was fetched within %.3f s: %d bytes.",
+                    name,
+                    lasted_s,
+                    assigned.size,
+                    extra=fields,
+                )
                 self._avoided.pop(provider.peer, None)
                 self._cache.insert(assigned, incoming)
                 return self._cache.link(assigned, path)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import trio
 
+from hypha.messages import ExecutorClass
 from hypha.worker.bridge import Desk, bind_bridge, serve_bridge
 from hypha.worker.keepers import Launch
 from hypha.worker.process import Exit, run_executor
@@ -35,15 +36,23 @@ class RunExecutor(Protocol):
 
 
 async def run_process(
-    desk: Desk, socket_path: Path, launch: Launch, ends: EndSignals, host: ExecutorHost | None = None
+    desk: Desk,
+    socket_path: Path,
+    launch: Launch,
+    ends: EndSignals,
+    host: ExecutorHost | None = None,
+    running: dict[int, ExecutorClass] | None = None,
 ) -> Exit:
-    """A process, forked by ``host`` where that can be, with its bridge at ``socket_path``.
+    """A process, forked by ``host`` where that can be, with its bridge at ``socket_path``; the process group
+    is in ``running`` meanwhile.
 
     Raises OSError when there can be no socket.
     """
     listener = bind_bridge(socket_path)
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_bridge, desk, listener)
-        ended = await run_executor(launch, ends.stop, ends.grace_s, kill=ends.kill, host=host)
+        ended = await run_executor(
+            launch, ends.stop, ends.grace_s, kill=ends.kill, host=host, running=running
+        )
         nursery.cancel_scope.cancel()
     return ended

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hypha.cli.chaos.account import TOLERANCE, Account
 from hypha.cli.chaos.goodput import Applied, Stretch, costs_s, gaps, goodput, recovery_s
 
 
@@ -50,7 +51,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rates are in samples a second; ``failure`` says why the job did not survive, empty when it did."""
+    """Rates are in samples a second; ``failure`` says why the job did not survive, empty when it did.
+    ``own`` is the disturbed stretch by the scheduler's own account, where there is one.
+    """
 
     rows: tuple[Row, ...]
     undisturbed: tuple[float, ...]
@@ -60,6 +63,7 @@ class Report:
     generation: int
     ended: tuple[Ended, ...]
     failure: str
+    own: Account | None = None
 
     @property
     def goodput(self) -> float:
@@ -67,9 +71,39 @@ class Report:
         calm = max(self.undisturbed, default=0.0)
         return self.disturbed / calm if calm else 0.0
 
+    @property
+    def badput_s(self) -> dict[str, float]:
+        """Worker seconds of the disturbed stretch that were no training which counts, by reason, as the
+        scheduler says; ``unseen`` while there was no scheduler to count.
+        """
+        if self.own is None:
+            return {}
+        unseen_s = self.own.places * (self.own.wall_s - self.own.seen_s)
+        return {**self.own.badput_s, "unseen": unseen_s}
+
+    @property
+    def difference(self) -> float | None:
+        """Of the scheduler's own rate from what was measured here, as a share; None where one is missing."""
+        if self.own is None or not self.disturbed:
+            return None
+        return self.own.samples_per_s / self.disturbed - 1.0
+
+    @property
+    def agrees(self) -> bool:
+        """Is the scheduler's own account right, within a hundredth?"""
+        difference = self.difference
+        return self.own is not None and self.own.adds_up and abs(difference or 0.0) <= TOLERANCE
+
     def to_json(self) -> dict[str, Any]:
         """Of plain values."""
-        return {"goodput": self.goodput, "survived": not self.failure, **asdict(self)}
+        return {
+            "goodput": self.goodput,
+            "survived": not self.failure,
+            "badput_s": self.badput_s,
+            "difference": self.difference,
+            "agrees": self.agrees,
+            **asdict(self),
+        }
 
 
 def judge(
@@ -80,6 +114,7 @@ def judge(
     ended: Sequence[Ended],
     generation: int,
     failure: str,
+    own: Account | None = None,
 ) -> Report:
     """``stretches`` are calm, disturbed, calm; fewer when the job got stuck in one."""
     disturbed = [goodput(one, samples) for one in stretches[1:2]]
@@ -104,6 +139,7 @@ def judge(
         generation,
         tuple(ended),
         failure,
+        own,
     )
 
 
@@ -138,5 +174,29 @@ def show(console: Console, report: Report) -> None:
         if not report.failure
         else "The job did not survive.",
     )
-    for line in lines:
+    for line in (*lines, *_own_lines(report)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _own_lines(report: Report) -> list[str]:
+    """What the scheduler says of the disturbed stretch, and whether that is right."""
+    own = report.own
+    if own is None:
+        return ["The scheduler's own account of the disturbed stretch could not be read."]
+    total_s = own.places * own.wall_s
+    parts = {"goodput": own.goodput_s, **report.badput_s}
+    shares = ", ".join(
+        f"{name} {seconds / total_s:.1%}"
+        for name, seconds in sorted(parts.items(), key=lambda item: -item[1])
+        if abs(seconds) >= 0.0005 * total_s > 0
+    )
+    lines = [
+        f"The scheduler's own account: {own.samples_per_s:.0f} samples/s, "
+        f"{report.difference or 0.0:+.2%} from what was measured.",
+        f"Of {own.places} places x {own.wall_s:.0f} s: {shares}.",
+    ]
+    if not own.adds_up:
+        lines.append("THE SCHEDULER'S ACCOUNT DOES NOT ADD UP to the wall clock.")
+    if abs(report.difference or 0.0) > TOLERANCE:
+        lines.append(f"THE SCHEDULER'S ACCOUNT IS WRONG by more than {TOLERANCE:.0%}.")
+    return lines

@@ -19,6 +19,7 @@ import trio
 from rich.console import Console
 
 from hypha.cli.chaos import lab
+from hypha.cli.chaos.account import Accountant, account
 from hypha.cli.chaos.book import Book
 from hypha.cli.chaos.faults import How
 from hypha.cli.chaos.goodput import Applied, Stretch
@@ -48,6 +49,8 @@ _WARM_ROUNDS = 4
 _START_S = 120.0
 #: A job that applies no round for so long will not recover by itself.
 _STUCK_S = 120.0
+#: a scheduler that is asked for its account at the end of a stretch answers by then
+_READ_S = 5.0
 _DISK_MB = 64
 
 _TRAIN = {"class": "train", "name": "diloco-transformer", "env": {"HYPHA_STEP_S": str(_STEP_S)}}
@@ -112,7 +115,7 @@ async def _course(
     _say(console, f"Preparing the data and starting {options.workers + 7} nodes in {place.root}")
     await _start(place, network, options.workers, "fill_disk" in hows)
     book = Book(place.root / "state" / JOB / "job.db")
-    supervisor = Supervisor(network)
+    supervisor, accountant = Supervisor(network), Accountant(network)
     striker = Striker(network, book, supervisor, lambda text: _say(console, text))
     planned = plan(options.seed, options.seconds, options.interval_s, hows)
     low, high = _CALM_S
@@ -122,6 +125,7 @@ async def _course(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(book.follow)
         nursery.start_soon(supervisor.run)
+        nursery.start_soon(accountant.run)
         try:
             await _warm_up(network, book)
             _say(console, f"Round {book.round}; undisturbed for {calm_s:g} s")
@@ -131,12 +135,14 @@ async def _course(
                 stretches.append(await _stretch(book, options.seconds))
             _say(console, f"Round {book.round}; undisturbed for {calm_s:g} s again")
             stretches.append(await _stretch(book, calm_s))
+            await accountant.caught_up(stretches[1], _READ_S)
         except NetworkFailed as exc:
             failure = str(exc)
         nursery.cancel_scope.cancel()
     samples = book.samples()
     struck: list[Struck] = striker.struck
-    return judge(stretches, book.applied, samples, struck, supervisor.ended, book.generation(), failure)
+    own = account(accountant.readings, stretches[1]) if len(stretches) > 1 else None
+    return judge(stretches, book.applied, samples, struck, supervisor.ended, book.generation(), failure, own)
 
 
 @asynccontextmanager

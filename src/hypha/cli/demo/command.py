@@ -21,12 +21,13 @@ def demo(
         Path | None, typer.Option("--dir", help="Work in this directory and keep it, logs and all.")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary directory.")] = False,
+    open_: Annotated[bool, typer.Option("--open", help="Open the job's live page in the browser.")] = False,
 ) -> None:
     """Train a real model over a real network on this machine: gateway, data node, workers, scheduler."""
     from hypha.cli.demo.run import Options, run_demo
     from hypha.cli.running import run_until_signal
 
-    options = Options(workers, rounds, output, summary, directory, keep)
+    options = Options(workers, rounds, output, summary, directory, keep, open_)
 
     async def service() -> None:
         await run_demo(options)

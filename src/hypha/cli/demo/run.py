@@ -21,6 +21,7 @@ import trio
 from rich.console import Console
 
 from hypha.cli.demo import files
+from hypha.cli.demo.browser import open_browser
 from hypha.cli.demo.children import GRACE_S, Child, Children, DemoFailed, children
 from hypha.cli.demo.showing import Show, show_on
 from hypha.cli.demo.workplace import (
@@ -63,6 +64,8 @@ class Options:
     summary: Path | None
     directory: Path | None
     keep: bool
+    #: the live page, in the user's browser
+    open: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ async def _train(place: files.Place, group: Children, options: Options, show: Sh
     show.stage(f"A data node, {options.workers} workers and the scheduler; their logs are in {place['logs']}")
     await _start(place, group, "data", "data")
     scheduler = await _start(place, group, "scheduler", "scheduler")
-    await _follow(scheduler, group, show)
+    await _follow(scheduler, group, show, options.open)
     await group.stop([child for child in group.running if child.name != HOST])
     show.stage("Evaluating the exported model on held-out digits")
     result = await _evaluate(place, group, host)
@@ -151,13 +154,22 @@ async def _gateway_address(gateway: Child, group: Children) -> str:
     raise DemoFailed(f"the gateway did not start within {START_S:g} s:\n{gateway.tail()}")
 
 
-async def _follow(scheduler: Child, group: Children, show: Show) -> None:
-    """Show the job's progress until the scheduler is done. Raises DemoFailed when it fails."""
-    async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
+async def _follow(scheduler: Child, group: Children, show: Show, browse: bool) -> None:
+    """Show the job's progress and the address of its page until the scheduler is done. Raises DemoFailed when
+    it fails.
+    """
+    told = False
+    async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client, trio.open_nursery() as nursery:
         while (code := scheduler.process.poll()) is None:
             group.check(scheduler)
             address = scheduler.look().get("http_address")
             if address is not None:
+                if not told:
+                    told = True
+                    url = f"http://{address}/"
+                    show.line(f"The live page of the job: {url}")
+                    if browse:
+                        nursery.start_soon(open_browser, url, show)
                 try:
                     answer = await client.get(f"http://{address}/status")
                     show.job(msgspec.json.decode(answer.content, type=JobSnapshot))
@@ -165,6 +177,7 @@ async def _follow(scheduler: Child, group: Children, show: Show) -> None:
                     # it is busy, or ending: its exit code tells
                     pass
             await trio.sleep(POLL_S)
+        nursery.cancel_scope.cancel()
     if code:
         raise DemoFailed(f"the scheduler ended with exit code {code}:\n{scheduler.tail()}", max(code, 1))
 

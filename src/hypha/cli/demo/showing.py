@@ -27,7 +27,7 @@ class Show:
         """The demo has come to this."""
         self._stage = text
         if self._live is None:
-            self._line(text)
+            self.line(text)
         else:
             self._update(self._live)
 
@@ -40,13 +40,14 @@ class Show:
         told = (job.state, job.round, job.message)
         if told != self._told:
             self._told = told
-            self._line(headline(job).plain + (f": {job.message}" if job.message else ""))
+            self.line(headline(job).plain + (f": {job.message}" if job.message else ""))
 
     def _update(self, live: Live) -> None:
         stage = Text(self._stage)
         live.update(stage if self._panel is None else Group(stage, self._panel))
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
+        """A line that stays, above what is live."""
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
         self._console.file.flush()
 

@@ -230,6 +230,7 @@ class SimulatedParameterServer:
             contributions=tuple(self._contributions.values()),
             update_norm=norm,
             checkpoint=checkpoint,
+            updates=self._outer.statistics,
         )
         self._contributions = {}
         self._bridge.report(self._applied)

@@ -1,0 +1,104 @@
+"""``python -m deploy.tables``: write the tables of docs/observability.md anew, from the registries."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from deploy.promql import label_name
+from hypha.telemetry import instruments
+from hypha.telemetry.metrics import OTHER, Instrument, Label
+from hypha.tracing.operations import Operation
+
+PAGE = Path(__file__).parent.parent / "docs" / "observability.md"
+#: a label with more values than this is described by their number
+_MANY = 10
+
+#: what a worker's time goes to, as docs/observability.md explains it
+BADPUT: dict[str, str] = {
+    "allocating": "nobody is leased for the place, or there is no parameter server",
+    "loading": "leased, and the model is not there yet, or not that of others whom the start waits for",
+    "waiting-for-data": "time of a round that was spent in no batch",
+    "waiting-for-theta": "from the last batch until the parameter server has the update, and from closing "
+    "the round until training begins again; at the job's end, while the model is exported",
+    "waiting-for-stragglers": "the parameter server has the update, and waits for those of others",
+    "failure": "from the last sign of life of what was lost until somebody trains in its place",
+    "replayed": "batches of rounds that were lost, of updates that were left out, refused or never sent",
+    "paused": "the round is kept open for lack of workers, or nobody serves the dataset",
+}
+
+
+def metrics() -> str:
+    """All metrics of the registry."""
+    rows = (
+        (
+            f"`{one.prometheus_name}`",
+            one.kind,
+            one.unit.strip("{}").replace("_", " "),
+            ", ".join(_label(label) for label in one.labels),
+            f"{one.help} `{one.name}`" if one.name.count(".") else one.help,
+        )
+        for one in Instrument.declared.values()
+    )
+    return _table(("In Prometheus", "Kind", "Unit", "Labels", "What it says; its name by OTLP"), rows)
+
+
+def traced() -> str:
+    """All operations of the registry."""
+    rows = ((one.name, one.who, one.what) for one in Operation.declared.values())
+    return _table(("Span", "Component", "What it covers"), rows)
+
+
+def badput() -> str:
+    """All reasons for badput."""
+    return _table(
+        ("`reason`", "Worker seconds"), ((f"`{one}`", BADPUT[one]) for one in instruments.BADPUT_REASONS)
+    )
+
+
+TABLES = {"metrics": metrics, "operations": traced, "badput": badput}
+
+
+def _label(label: Label) -> str:
+    values = [one for one in label.values if one != OTHER]
+    if not values:
+        return f"`{label_name(label.name)}` ({label.bound})"
+    if len(values) > _MANY:
+        return f"`{label_name(label.name)}` (one of {len(values)})"
+    return f"`{label_name(label.name)}` ({', '.join(values)})"
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    heads = list(heads)
+    return "\n".join([line(heads), "|" + "---|" * len(heads), *map(line, rows)])
+
+
+def sections(text: str) -> Iterator[tuple[str, str]]:
+    """(name, content) of what stands between ``<!-- table: name -->`` and ``<!-- end -->``."""
+    for match in _SECTION.finditer(text):
+        yield match["name"], match["content"].strip()
+
+
+def rewrite(text: str) -> str:
+    """The page with all its tables as they should be. Raises KeyError for one that is not known."""
+    return _SECTION.sub(
+        lambda found: f"<!-- table: {found['name']} -->\n\n{TABLES[found['name']]()}\n\n<!-- end -->", text
+    )
+
+
+_SECTION = re.compile(r"<!-- table: (?P<name>\w+) -->\n(?P<content>.*?)<!-- end -->", re.DOTALL)
+
+
+def main() -> int:
+    """Write them."""
+    PAGE.write_text(rewrite(PAGE.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""An executor's spans: recorded by OpenTelemetry's API alone, and handed to the worker over the bridge.
+
+The SDK would cost an executor memory, threads and an exporter of its own that it may not be allowed to have;
+its worker has one. Nothing here waits for the network in the way of training: spans are posted in batches by
+a thread, and dropped when there are too many or nobody takes them. Only what is below a sampled span of
+somebody else is recorded: the scheduler decides which rounds are. No thread runs before
+:meth:`SpanRecorder.start`, so a host that has imported this may fork.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+from hypha.errors import HyphaError, Refused
+from hypha.messages import MAX_SPANS_A_CALL, FinishedSpan, Job, SpanAttribute, SpanEvent
+from hypha.tracing import round_traceparent
+from hypha.tracing.spans import Attribute
+
+#: Spans that wait to be posted; beyond that new ones are dropped.
+MAX_WAITING = 2048
+#: A span has at most so many events and attributes, of at most so many characters; the worker refuses more.
+MAX_EVENTS, MAX_ATTRIBUTES, MAX_TEXT = 128, 32, 1024
+#: So long a span waits for others to be posted with.
+_GATHER_S = 1.0
+_ENOUGH = 64
+
+Post = Callable[[Sequence[FinishedSpan]], None]
+
+
+class Traces:
+    """In which traces the operations of ``job`` are; in none where the job is not traced."""
+
+    def __init__(self, job: Job) -> None:
+        self._job_id = job.job_id
+        self._traced = job.traced
+
+    @property
+    def dispatch(self) -> str | None:
+        """The ``traceparent`` of the dispatch."""
+        return None if self._traced is None else self._traced.traceparent
+
+    def of_round(self, generation: int, round_: int) -> str | None:
+        """The ``traceparent`` of a round."""
+        if self._traced is None:
+            return None
+        return round_traceparent(self._job_id, generation, round_, self._traced.ratio)
+
+    def attributes(self, generation: int, round_: int) -> dict[str, Attribute]:
+        """Of a span in that round."""
+        return {"hypha.job": self._job_id, "hypha.job.generation": generation, "hypha.round": round_}
+
+
+class SpanRecorder(trace.TracerProvider):
+    """Gathers spans that have ended, and has ``post`` called with them in a thread. ``post`` raises
+    :class:`HyphaError` when they are not taken; they are dropped then.
+    """
+
+    def __init__(self, post: Post) -> None:
+        self._post = post
+        self._waiting: deque[FinishedSpan] = deque()
+        self._changed = threading.Condition()
+        self._hurried = self._posting = False
+        #: nobody wants any more
+        self._closed = False
+        self.dropped = 0
+
+    def start(self) -> None:
+        """Post from now on."""
+        threading.Thread(target=self._run, name="spans", daemon=True).start()
+
+    def get_tracer(
+        self,
+        instrumenting_module_name: str,
+        instrumenting_library_version: str | None = None,
+        schema_url: str | None = None,
+        attributes: Any = None,
+    ) -> trace.Tracer:
+        """As OpenTelemetry's API has it."""
+        return _Tracer(self)
+
+    def ended(self, span: FinishedSpan) -> None:
+        """Take charge of ``span``, from any thread; never blocks."""
+        with self._changed:
+            if self._closed or len(self._waiting) >= MAX_WAITING:
+                self.dropped += 1
+                return
+            self._waiting.append(span)
+            if len(self._waiting) >= _ENOUGH:
+                self._changed.notify_all()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Have all that waits posted; False when it took longer."""
+        with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
+            return self._changed.wait_for(lambda: not self._waiting and not self._posting, timeout_s)
+
+    def _run(self) -> None:
+        while not self._closed:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._waiting) >= _ENOUGH or self._hurried, _GATHER_S)
+                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_SPANS_A_CALL))]
+                self._posting = bool(batch)
+            if batch:
+                self._deliver(batch)
+            with self._changed:
+                self._posting = False
+                self._hurried = self._hurried and bool(self._waiting)
+                self._changed.notify_all()
+
+    def _deliver(self, batch: Sequence[FinishedSpan]) -> None:
+        try:
+            self._post(batch)
+        except Refused as exc:
+            self.dropped += len(batch)
+            if exc.code == "unsupported":
+                with self._changed:
+                    self._closed = True
+                    self._waiting.clear()
+        except HyphaError:
+            # a worker that is gone is noticed by those who need it
+            self.dropped += len(batch)
+
+
+class _Tracer(trace.Tracer):
+    def __init__(self, recorder: SpanRecorder) -> None:
+        self._recorder = recorder
+
+    def start_span(
+        self,
+        name: str,
+        context: Context | None = None,
+        kind: SpanKind = SpanKind.INTERNAL,
+        attributes: Any = None,
+        links: Any = None,
+        start_time: int | None = None,
+        record_exception: bool = True,
+        set_status_on_exception: bool = True,
+    ) -> Span:
+        parent = trace.get_current_span(context).get_span_context()
+        if not parent.is_valid or not parent.trace_flags.sampled:
+            # what is below it is not sampled either
+            return trace.NonRecordingSpan(parent)
+        span = _Span(self._recorder, name, parent, kind, start_time or time.time_ns(), links or ())
+        span.set_attributes(attributes or {})
+        return span
+
+    def start_as_current_span(self, *args: Any, **kwargs: Any) -> Any:
+        """Not used here: :func:`hypha.tracing.span` is."""
+        raise NotImplementedError("use hypha.tracing.span")
+
+
+class _Span(Span):
+    """One that is recorded; for any thread, one at a time."""
+
+    def __init__(
+        self,
+        recorder: SpanRecorder,
+        name: str,
+        parent: SpanContext,
+        kind: SpanKind,
+        start_ns: int,
+        links: Sequence[Link],
+    ) -> None:
+        self._recorder = recorder
+        self._name = name
+        self._parent = parent
+        self._kind = kind
+        self._start_ns = start_ns
+        self._links = tuple(_written(link.context) for link in links)
+        self._attributes: dict[str, SpanAttribute] = {}
+        self._events: list[SpanEvent] = []
+        self._status: Literal["unset", "ok", "error"] = "unset"
+        self._error = ""
+        self._ended = False
+        # chance of the process's own: the trainer's is seeded
+        number = int.from_bytes(secrets.token_bytes(8)) or 1
+        self._context = SpanContext(
+            parent.trace_id, number, False, TraceFlags(TraceFlags.SAMPLED), parent.trace_state
+        )
+
+    def get_span_context(self) -> SpanContext:
+        """As OpenTelemetry's API has it; so are the others."""
+        return self._context
+
+    def is_recording(self) -> bool:
+        return not self._ended
+
+    def update_name(self, name: str) -> None:
+        self._name = name
+
+    def set_attribute(self, key: str, value: Any) -> None:
+        if key in self._attributes or len(self._attributes) < MAX_ATTRIBUTES:
+            self._attributes[key] = _plain(value)
+
+    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+        for key, value in attributes.items():
+            self.set_attribute(key, value)
+
+    def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:
+        if len(self._events) < MAX_EVENTS:
+            plain = {key: _plain(value) for key, value in (attributes or {}).items()}
+            at = timestamp or time.time_ns()
+            self._events.append(SpanEvent(name=name, time_ns=at, attributes=plain))
+
+    def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
+        code = status if isinstance(status, StatusCode) else status.status_code
+        text = description if isinstance(status, StatusCode) else status.description
+        if code is StatusCode.ERROR:
+            self._status, self._error = "error", (text or "")[:MAX_TEXT]
+        elif code is StatusCode.OK:
+            self._status, self._error = "ok", ""
+
+    def record_exception(
+        self,
+        exception: BaseException,
+        attributes: Any = None,
+        timestamp: int | None = None,
+        escaped: bool = False,
+    ) -> None:
+        about = {"exception.type": type(exception).__name__, "exception.message": str(exception)}
+        self.add_event("exception", {**about, **(attributes or {})}, timestamp)
+
+    def end(self, end_time: int | None = None) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self._recorder.ended(
+            FinishedSpan(
+                name=self._name,
+                trace_id=trace.format_trace_id(self._context.trace_id),
+                span_id=trace.format_span_id(self._context.span_id),
+                parent_id=trace.format_span_id(self._parent.span_id),
+                start_ns=self._start_ns,
+                # the machine's time may have been set back meanwhile
+                end_ns=max(self._start_ns, end_time or time.time_ns()),
+                kind=_KINDS[self._kind],
+                status=self._status,
+                error=self._error,
+                attributes=self._attributes,
+                events=tuple(self._events),
+                links=self._links,
+            )
+        )
+
+
+_KINDS: dict[SpanKind, Literal["internal", "client", "server", "producer", "consumer"]] = {
+    SpanKind.INTERNAL: "internal",
+    SpanKind.CLIENT: "client",
+    SpanKind.SERVER: "server",
+    SpanKind.PRODUCER: "producer",
+    SpanKind.CONSUMER: "consumer",
+}
+
+
+def _written(context: SpanContext) -> str:
+    flags = "01" if context.trace_flags.sampled else "00"
+    return f"00-{trace.format_trace_id(context.trace_id)}-{trace.format_span_id(context.span_id)}-{flags}"
+
+
+def _plain(value: Any) -> SpanAttribute:
+    """As JSON can carry it."""
+    if isinstance(value, bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return str(value)[:MAX_TEXT]

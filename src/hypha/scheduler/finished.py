@@ -1,0 +1,47 @@
+"""A job that an earlier scheduler has brought to its end: started again, there is nothing to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypha.config.models import JobConfig
+from hypha.messages import PeerRef
+from hypha.scheduler.context import JobResult
+from hypha.scheduler.ledger import Ledger, open_ledger
+from hypha.scheduler.lives import described, different
+from hypha.scheduler.state import StateDirectory
+
+
+async def finished_job(state_dir: Path, config: JobConfig) -> JobResult | None:
+    """What came of the job of ``config``, if an earlier scheduler has brought it to its end and it is to have
+    no more rounds than it had; changes nothing. ``None`` when there is something to do.
+    """
+    if not (state_dir / config.name / "job.db").exists():
+        return None
+    with StateDirectory(state_dir, config.name) as state:
+        ledger = await open_ledger(state.ledger)
+        try:
+            standing = await ledger.run(Ledger.standing)
+            if standing is None or standing.state != "done":
+                return None
+            file = await ledger.run(Ledger.to_file)
+        finally:
+            ledger.close()
+        train, aggregate = described(config, PeerRef(peer=""), standing.job_id)
+        if different((train, aggregate), (standing.train, standing.aggregate)):
+            return None
+        counted = [entry for entry in file.rounds if not entry.discarded]
+        if not counted or len(counted) < config.rounds.update_rounds:
+            return None
+        return JobResult(
+            name=config.name,
+            job_id=standing.job_id,
+            rounds=len(counted),
+            samples=sum(entry.samples for entry in counted),
+            loss=counted[-1].loss,
+            theta=counted[-1].theta,
+            output=config.output,
+            ledger=state.path / "ledger.json",
+            wall_s=sum(entry.duration_s for entry in counted),
+            workers=len({part.worker for entry in counted for part in entry.contributors}),
+        )

@@ -1,0 +1,242 @@
+"""The seconds of one worker place: what each went to, and what is not decided yet.
+
+Time is in whole nanoseconds, so that sums are exact. Training is decided by what becomes of its update, and
+any time since the last sign of life by whether there is another one; until then both are pending.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+#: what a place may do beside the reasons of badput
+TRAINING = "training"
+#: applied rounds whose training may still turn out to be lost; no checkpoint leads further back
+KEPT_ROUNDS = 500
+#: pending stretches of a place before what is certain of them is added up
+_MANY = 64
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """``what`` a place did from ``start`` to ``end``; training by whom, for which attempt at a round, and by
+    which executor.
+    """
+
+    what: str
+    start: int
+    end: int
+    peer: str = ""
+    round: int = -1
+    attempt: int = 0
+    incarnation: str = ""
+
+
+@dataclass
+class Effort:
+    """What is known of the training under way: ``busy`` nanoseconds of ``known`` were spent in batches, and
+    in ``unserved`` of them no data node served. ``base``: busy before it was heard of.
+    """
+
+    peer: str
+    round: int
+    attempt: int
+    incarnation: str
+    unserved_before: int
+    base: int | None = None
+    busy: int = 0
+    known: int = 0
+    unserved: int = 0
+
+
+@dataclass
+class Place:
+    """Since ``began`` somebody is wanted here; ``peer`` is who is leased for it."""
+
+    began: int
+    peer: str = ""
+    lease: str = ""
+    #: something was lost here, and nobody trains in its place yet
+    failed: bool = False
+    what: str = "allocating"
+    since: int = 0
+    #: the last sign of life: of the executor, and of the worker at least
+    heard: int = 0
+    alive: int = 0
+    effort: Effort | None = None
+    pending: list[Stretch] = field(default_factory=list)
+    #: nanoseconds that are certain, by reason
+    badput: Counter[str] = field(default_factory=Counter)
+    #: nanoseconds of training in applied rounds that count; and by round, for the newest
+    good: int = 0
+    goodput: Counter[int] = field(default_factory=Counter)
+    leased: int = 0
+    leased_since: int | None = None
+
+    def __post_init__(self) -> None:
+        self.since = self.heard = self.alive = self.began
+
+    def occupy(self, peer: str, lease: str, now: int) -> None:
+        """``peer`` is leased for it."""
+        self.peer, self.lease, self.leased_since = peer, lease, now
+        self.heard = self.alive = now
+
+    def vacate(self, now: int) -> None:
+        """Nobody is here any more."""
+        if self.leased_since is not None:
+            self.leased += now - self.leased_since
+        self.peer = self.lease = ""
+        self.leased_since = None
+
+    def leased_by(self, now: int) -> int:
+        """Nanoseconds in which somebody was leased for it."""
+        return self.leased + (0 if self.leased_since is None else now - self.leased_since)
+
+    def turn(self, what: str, at: int) -> None:
+        """From ``at`` on (or from when it last turned, where that is later) it does ``what``, a reason of
+        badput.
+        """
+        if what == self.what:
+            return
+        self._close(at)
+        self.what = what
+
+    def train(self, effort: Effort, at: int) -> None:
+        """From ``at`` on it trains."""
+        self._close(at)
+        self.what, self.effort = TRAINING, effort
+        self.failed = False
+
+    def report(self, busy: int, now: int, unserved: int) -> None:
+        """The training under way has spent ``busy`` nanoseconds in batches since its round began."""
+        effort = self.effort
+        if effort is None:
+            return
+        elapsed = now - self.since
+        if effort.base is None:
+            # what was trained before it was heard of, as after a restart of the scheduler, is not in here
+            effort.base = max(0, busy - elapsed)
+        effort.busy = max(effort.busy, busy - effort.base)
+        effort.known = elapsed
+        effort.unserved = unserved - effort.unserved_before
+
+    def _close(self, at: int) -> None:
+        at = max(at, self.since)
+        self.pending += self.under_way(at)
+        self.since = at
+        self.effort = None
+        if len(self.pending) > _MANY:
+            self._settle_pending(self.heard)
+
+    def under_way(self, now: int) -> list[Stretch]:
+        """What was done since it last turned. Of training, what was spent in no batch went to waiting for
+        data; to a pause, as far as nobody served any.
+        """
+        effort, end = self.effort, max(now, self.since)
+        if end == self.since:
+            return []
+        if effort is None:
+            return [Stretch(self.what, self.since, end)]
+        idle = max(0, min(effort.known, end - self.since) - effort.busy)
+        paused = max(0, min(idle, effort.unserved))
+        at, found = self.since, []
+        for what, length in (("paused", paused), ("waiting-for-data", idle - paused)):
+            if length:
+                found.append(Stretch(what, at, at + length))
+                at += length
+        if end > at:
+            of = (effort.peer, effort.round, effort.attempt, effort.incarnation)
+            found.append(Stretch(TRAINING, at, end, *of))
+        return found
+
+    def lose(self, sign: int, now: int, keep_training: bool = False) -> None:
+        """Who is here failed, and gave the last sign of life at ``sign``: what came after it went to that.
+        With ``keep_training`` what failed is the parameter server, and training may count nevertheless.
+        """
+        self._close(now)
+        kept: list[Stretch] = []
+        for one in self.pending:
+            if one.end <= sign or (keep_training and one.what == TRAINING):
+                kept.append(one)
+                continue
+            if one.start < sign:
+                kept.append(replace(one, end=sign))
+            kept.append(Stretch("failure", max(one.start, sign), one.end))
+        self.pending = kept
+        self.what, self.failed = "failure", True
+
+    def discard(self, first: int, now: int, before_attempt: int | None = None) -> None:
+        """Training for rounds from ``first`` on is for nothing. With ``before_attempt`` only that of the open
+        round ``first`` which belongs to an earlier attempt.
+        """
+
+        def is_lost(round_: int, attempt: int) -> bool:
+            return round_ >= first and (before_attempt is None or attempt < before_attempt)
+
+        if self.effort is not None and is_lost(self.effort.round, self.effort.attempt):
+            self.turn("replayed", now)
+        self.pending = [
+            Stretch("replayed", one.start, one.end)
+            if one.what == TRAINING and is_lost(one.round, one.attempt)
+            else one
+            for one in self.pending
+        ]
+        if before_attempt is None:
+            for number in [number for number in self.goodput if number >= first]:
+                length = self.goodput.pop(number)
+                self.good -= length
+                self.badput["replayed"] += length
+
+    def applied(self, round_: int, contributors: Mapping[str, str], now: int) -> None:
+        """The round was applied with the updates of ``contributors``, each with its executor's incarnation,
+        empty where that is not known.
+        """
+        if self.effort is not None and self.effort.round <= round_:
+            # in it or not: what is trained from now on is no part of that round
+            self.turn("waiting-for-theta" if self.peer in contributors else "replayed", now)
+        kept: list[Stretch] = []
+        for one in self.pending:
+            if one.what != TRAINING or one.round > round_:
+                kept.append(one)
+            elif one.round == round_ and contributors.get(one.peer) in ("", one.incarnation):
+                self.goodput[round_] += one.end - one.start
+                self.good += one.end - one.start
+            else:
+                kept.append(Stretch("replayed", one.start, one.end))
+        self.pending = kept
+        for old in [number for number in self.goodput if number <= round_ - KEPT_ROUNDS]:
+            del self.goodput[old]
+
+    def settle(self, until: int) -> None:
+        """What was no training is certain up to ``until``, which is not in the future."""
+        self._settle_pending(until)
+        if self.effort is None and self.since < until:
+            self.badput[self.what] += until - self.since
+            self.since = until
+
+    def _settle_pending(self, until: int) -> None:
+        kept: list[Stretch] = []
+        for one in self.pending:
+            if one.what == TRAINING or one.start >= until:
+                kept.append(one)
+                continue
+            end = min(one.end, until)
+            self.badput[one.what] += end - one.start
+            if end < one.end:
+                kept.append(replace(one, start=end))
+        self.pending = kept
+
+    def good_before(self, round_: int) -> int:
+        """Nanoseconds of training in applied rounds before ``round_``."""
+        return self.good - sum(length for number, length in self.goodput.items() if number >= round_)
+
+    def add_to(self, total: Counter[str], now: int) -> None:
+        """Add nanoseconds by what they went to, as far as is known now; ``training`` is what is pending,
+        ``goodput`` what was applied.
+        """
+        for reason, length in self.badput.items():
+            total[reason] += length
+        total["goodput"] += self.good
+        for one in (*self.pending, *self.under_way(now)):
+            total[one.what] += one.end - one.start

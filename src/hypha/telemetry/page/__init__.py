@@ -1,0 +1,15 @@
+"""The live page: static files, one stream of server-sent events, and who may read them.
+
+It knows nothing of jobs. Whoever serves it says what viewers receive (:class:`Feed`) and what ``/status``
+answers; the page's script reads the shapes of :mod:`hypha.scheduler.snapshot` and of
+:mod:`hypha.scheduler.round_record`. It loads nothing from anywhere else, so it works
+without the internet.
+
+``assets/uPlot.*`` is uPlot 1.6.32, unchanged, under the licence beside it.
+"""
+
+from hypha.telemetry.page.access import Access, is_loopback, token_in
+from hypha.telemetry.page.feed import Feed, Message
+from hypha.telemetry.page.routes import page_routes
+
+__all__ = ["Access", "Feed", "Message", "is_loopback", "page_routes", "token_in"]

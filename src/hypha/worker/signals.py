@@ -1,0 +1,52 @@
+"""The gauges of a worker: its executors and leases, what is free, its cache, and what its machine does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from hypha.messages import ExecutorClass
+from hypha.telemetry import instruments as metrics
+from hypha.telemetry.metrics import Reading
+from hypha.telemetry.resources import watch_disks, watch_machine
+from hypha.worker.cache import SliceCache
+from hypha.worker.jobs import Jobs
+from hypha.worker.offers import LeaseDesk
+
+_KINDS: tuple[ExecutorClass, ...] = ("train", "aggregate")
+
+
+@contextlib.contextmanager
+def shown(jobs: Jobs, desk: LeaseDesk, cache: SliceCache) -> Iterator[None]:
+    """The worker's gauges show these meanwhile."""
+
+    def leases() -> Iterable[Reading]:
+        accepted = [lease.accepted for lease in desk.leases]
+        return [
+            ({"state": "accepted"}, accepted.count(True)),
+            ({"state": "temporary"}, accepted.count(False)),
+        ]
+
+    def free() -> Iterable[Reading]:
+        now = desk.free
+        return [({"resource": name}, getattr(now, name)) for name in ("cpu", "memory", "gpu", "storage")]
+
+    for counter in (metrics.TRAINING_SAMPLES, metrics.WORKER_OFFERS, metrics.CACHE_LOOKUPS):
+        counter.begin()
+    with (
+        metrics.WORKER_JOBS.watch(lambda: [({"kind": kind}, jobs.running(kind)) for kind in _KINDS]),
+        metrics.WORKER_LEASES.watch(leases),
+        metrics.RESOURCES_FREE.watch(free),
+        metrics.CACHE_BYTES.watch(lambda: float(cache.size_bytes)),
+    ):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def watch_resources(
+    work_dir: Path, running: Callable[[], Mapping[int, ExecutorClass]]
+) -> AsyncIterator[None]:
+    """Those of the machine meanwhile; ``running`` gives the executors' process groups."""
+    async with watch_disks({"work_dir": [work_dir]}), watch_machine(running):
+        yield

@@ -1,0 +1,53 @@
+"""The tables of docs/observability.md are those of the registries, and the page holds what it promises."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from deploy import tables
+from hypha.telemetry import instruments
+from hypha.telemetry.metrics import Instrument
+from hypha.tracing.operations import Operation
+
+PAGE = tables.PAGE.read_text()
+
+
+def test_every_table_is_on_the_page_once_and_up_to_date() -> None:
+    found = list(tables.sections(PAGE))
+    assert sorted(name for name, _ in found) == sorted(tables.TABLES)
+    for name, content in found:
+        assert content == tables.TABLES[name](), f"{name} is out of date: run `python -m deploy.tables`"
+
+
+def test_a_table_that_is_out_of_date_is_written_anew() -> None:
+    stale = re.sub(r"\| `hypha_active_workers`.*\n", "", PAGE)
+    assert stale != PAGE
+    assert dict(tables.sections(stale))["metrics"] != tables.metrics()
+    assert tables.rewrite(stale) == PAGE
+
+
+def test_each_metric_operation_and_reason_has_a_row() -> None:
+    rows = [line.split(" | ")[0].strip("|` ") for line in PAGE.splitlines() if line.startswith("| ")]
+    for name in [
+        *(one.prometheus_name for one in Instrument.declared.values()),
+        *Operation.declared,
+        *instruments.BADPUT_REASONS,
+    ]:
+        assert rows.count(name) == 1, name
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        'sum(rate(hypha_lease_renewals_total{status="success"}[5m])) /\n'
+        "sum(rate(hypha_lease_renewals_total[5m]))",
+        "sum(rate(hypha_training_samples_total[5m]))",
+        "histogram_quantile(0.95, rate(hypha_data_fetch_duration_bucket[5m]))",
+        "hypha_active_workers",
+        "sum(rate(hypha_network_bytes_sent_total[5m])) +\nsum(rate(hypha_network_bytes_received_total[5m]))",
+    ],
+)
+def test_the_specifications_queries_are_on_the_page_word_for_word(query: str) -> None:
+    assert re.search(rf"^```promql\n#.*\n{re.escape(query)}\n```$", PAGE, re.MULTILINE)
