@@ -13,6 +13,7 @@ HyphaError                      exit code 1
 │   ├── DatasetNotFound         exit code 3   nobody announces or serves the dataset
 │   ├── DatasetMismatch                       two replicas of one name differ
 │   ├── SliceCorrupt                          a slice file fails its hash or its format
+│   ├── InputUnusable           exit code 2   what is to be prepared cannot be used as it is
 │   ├── CheckpointUnusable                    a checkpoint is not there, or not what was saved
 │   └── BatchFailed                           model and data do not go together
 ├── AllocationFailed            exit code 4   nobody offered what the job asked for
@@ -155,6 +156,12 @@ class DatasetMismatch(DataError):
 
 class SliceCorrupt(DataError):
     """A slice file fails its hash, or is no safetensors file, or differs from the manifest."""
+
+
+class InputUnusable(DataError):
+    """What a user wants to have prepared cannot be used as it is; the message says what to change."""
+
+    exit_code = 2
 
 
 class CheckpointUnusable(DataError):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hypha.data.columns import Block, Shaper, cast
+from hypha.data.columns import Block, Shaper, cast, rows_from
 from hypha.data.options import PrepareOptions
 from hypha.errors import DataError
 from hypha.messages import Column
@@ -17,7 +17,7 @@ def options(**changes: Any) -> PrepareOptions:
 
 
 def block(**columns: Any) -> Block:
-    return Block("table.csv", 10, {name: np.asarray(values) for name, values in columns.items()})
+    return Block(rows_from("table.csv", 10), {name: np.asarray(values) for name, values in columns.items()})
 
 
 @pytest.mark.parametrize(

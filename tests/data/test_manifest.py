@@ -29,6 +29,7 @@ MANIFEST = Manifest(
 
 
 def test_a_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
     write_manifest(tmp_path, MANIFEST)
     assert read_manifest(tmp_path) == MANIFEST
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_FILE]

@@ -14,7 +14,7 @@ from tests.data.reading import read_dataset
 
 from hypha.data import PrepareOptions, load_dataset_directory, prepare, staging, verify
 from hypha.data.manifest import MANIFEST_FILE
-from hypha.errors import ConfigError, DataError
+from hypha.errors import ConfigError, DataError, InputUnusable
 from hypha.messages import Column
 
 
@@ -51,7 +51,6 @@ def test_digits_as_numpy_files(tmp_path: Path) -> None:
     assert loaded.manifest == done.manifest
     assert loaded.manifest_hash == done.manifest_hash
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
 def test_holdout_and_training_data_are_disjoint_and_complete(tmp_path: Path) -> None:
@@ -165,6 +164,48 @@ def test_the_source_cannot_be_the_output(tmp_path: Path) -> None:
         prepare(options(tmp_path, *sources, output=tmp_path / "in", force=True))
     with pytest.raises(DataError, match="separate directories"):
         prepare(options(tmp_path, *sources, holdout=0.5, holdout_output=tmp_path / "out" / "x"))
+
+
+@pytest.mark.parametrize(("umask", "directories", "files"), [(0o022, 0o755, 0o644), (0o027, 0o750, 0o640)])
+def test_whoever_the_umask_lets_read_can_serve_it(
+    tmp_path: Path, umask: int, directories: int, files: int
+) -> None:
+    (tmp_path / "in.csv").write_text("size,kind\n" + "\n".join(f"{i},{'ab'[i % 2]}" for i in range(40)))
+    before = os.umask(umask)
+    try:
+        prepare(options(tmp_path, tmp_path / "in.csv", holdout=0.5, holdout_output=tmp_path / "held"))
+        prepare(options(tmp_path, tmp_path / "in.csv", holdout=0.5, force=True))
+    finally:
+        os.umask(before)
+    for directory in (tmp_path / "out", tmp_path / "held"):
+        found = {path: path.stat().st_mode & 0o777 for path in [directory, *directory.rglob("*")]}
+        assert {path.name for path in found} >= {"manifest.json", "labels.json", "slice-0000.safetensors"}
+        assert {mode for path, mode in found.items() if path.is_dir()} == {directories}
+        assert {mode for path, mode in found.items() if path.is_file()} == {files}
+
+
+def test_what_is_being_served_is_not_replaced(tmp_path: Path) -> None:
+    sources = digits(tmp_path / "in")
+    first = prepare(options(tmp_path, *sources, seed=1))
+    with staging.being_served([tmp_path / "out"]), staging.being_served([tmp_path / "out"]):
+        with pytest.raises(InputUnusable, match=r"out is being served by a data node.*stop that node first"):
+            prepare(options(tmp_path, *sources, seed=2, force=True))
+    assert load_dataset_directory(tmp_path / "out").manifest_hash == first.manifest_hash
+    with staging.Staging(tmp_path / "out", force=True) as late, staging.being_served([tmp_path / "out"]):
+        with pytest.raises(InputUnusable, match="is being served"):
+            late.publish()
+    prepare(options(tmp_path, *sources, seed=2, force=True))
+    assert load_dataset_directory(tmp_path / "out").manifest_hash != first.manifest_hash
+
+
+@pytest.mark.parametrize("place", ["", "slice-0000.safetensors"])
+def test_what_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    prepare(options(tmp_path, *digits(tmp_path / "in")))
+    # root reads everything; this is how the system answers anybody else
+    refused = tmp_path / "out" / place
+    monkeypatch.setattr(os, "access", lambda path, mode: path != refused)
+    with pytest.raises(DataError, match=rf"{refused} may not be read by this user.*chmod -R a\+rX"):
+        load_dataset_directory(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("holdout", "said"), [(0.001, "no sample in it"), (0.999, "is in the holdout")])

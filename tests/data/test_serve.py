@@ -12,10 +12,18 @@ from tests.support.polling import until
 from tests.support.signals import Signals
 
 from hypha.config.models import DataConfig, DatasetConfig
-from hypha.data import Dataset, load_dataset_directory, read_manifest, run_data, serve
+from hypha.data import (
+    Dataset,
+    PrepareOptions,
+    load_dataset_directory,
+    prepare,
+    read_manifest,
+    run_data,
+    serve,
+)
 from hypha.data.serve import Shelf, load_datasets
 from hypha.data.served import ServedSlices
-from hypha.errors import ConfigError, PeerUnreachable, Refused
+from hypha.errors import ConfigError, InputUnusable, PeerUnreachable, Refused
 from hypha.messages import (
     DatasetDescription,
     DescribeDataset,
@@ -53,6 +61,19 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+async def test_a_dataset_that_was_replaced_under_the_node_is_told_as_such(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    shelf = shelf_of(dataset)
+    await pull(shelf, "set/0")
+    write_slices(tmp_path / "new", seed=1)
+    load_dataset_directory(tmp_path / "new", "set")
+    dataset.directory.rename(tmp_path / "old")
+    (tmp_path / "new").rename(dataset.directory)
+    with pytest.raises(Refused, match="another dataset was put in its place; start the data node again"):
+        await pull(shelf, "set/0")
 
 
 # --- what is answered -------------------------------------------------------------------------------
@@ -222,6 +243,20 @@ async def providers(node: Node, name: str, count: int) -> list[PeerRef]:
             if len(found := await node.find_providers(name)) == count:
                 return found
             await trio.sleep(0.05)
+
+
+@pytest.mark.loopback
+async def test_nothing_is_prepared_over_what_a_node_serves(network: Network, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("x\n1\n2\n")
+    options = PrepareOptions(sources=(tmp_path / "in.csv",), output=tmp_path / "digits", force=True)
+    first = await trio.to_thread.run_sync(prepare, options)
+    async with network.gateway() as gateway, trio.open_nursery() as nursery:
+        await nursery.start(run_data, config(network, [gateway], tmp_path / "digits"))
+        with pytest.raises(InputUnusable, match="digits is being served by a data node"):
+            await trio.to_thread.run_sync(prepare, options)
+        nursery.cancel_scope.cancel()
+    again = await trio.to_thread.run_sync(prepare, options)
+    assert again.manifest_hash == first.manifest_hash
 
 
 @pytest.mark.loopback

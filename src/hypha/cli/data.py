@@ -151,15 +151,30 @@ Pairs = list[str] | None
 def prepare(
     sources: Annotated[
         list[Path],
-        typer.Argument(help="A Hugging Face dataset directory, image folder, or files of one kind."),
+        typer.Argument(help="A directory as the hub has it, an image folder, or files of one kind."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for slices and manifest.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read everything and tell what would be made; write nothing.")
+    ] = False,
     name: Annotated[str | None, typer.Option("--name", "-n", help="Dataset name; default: OUTPUT's.")] = None,
     kind: Annotated[
-        str | None, typer.Option(help="huggingface, images, csv, parquet, text, numpy; default: found out.")
+        str | None,
+        typer.Option(help="huggingface, images, csv, json, parquet, text, numpy; default: found out."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of a Hugging Face dataset or image folder.")] = None,
-    column: Annotated[Pairs, typer.Option(help="Keep only these columns. May be repeated.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Such as train (the default), test, train+test, all.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Configuration of a hub repository whose README.md names several.")
+    ] = None,
+    column: Annotated[
+        Pairs, typer.Option("--column", "--columns", help="Keep only these: A or A,B. May be repeated.")
+    ] = None,
+    drop: Annotated[Pairs, typer.Option(help="Leave these columns out: A or A,B. May be repeated.")] = None,
+    missing: Annotated[str, typer.Option(help="Rows with missing values: refuse, or drop.")] = "refuse",
+    fill: Annotated[Pairs, typer.Option(help="COLUMN=VALUE where there is none.")] = None,
+    pad: Annotated[Pairs, typer.Option(help="COLUMN=NUMBER at the end of lists that are shorter.")] = None,
     feature: Annotated[
         Pairs, typer.Option(help="NEW=COLUMN,COLUMN or pattern: join columns into one tensor.")
     ] = None,
@@ -167,6 +182,13 @@ def prepare(
     dtype: Annotated[Pairs, typer.Option(help="COLUMN=F32 and so on.")] = None,
     shape: Annotated[Pairs, typer.Option(help="COLUMN=1,28,28: shape of one sample.")] = None,
     scale: Annotated[Pairs, typer.Option(help="COLUMN=FACTOR, such as 1/255.")] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help="Of CSV: a character, tab, semicolon, pipe; default: found out.")
+    ] = None,
+    decimal: Annotated[str | None, typer.Option(help="Of CSV: . or , (default: found out).")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of text: latin-1, cp1252, utf-16 ...; default: UTF-8, or by its mark.")
+    ] = None,
     no_header: Annotated[bool, typer.Option("--no-header", help="CSV columns are called f0, f1 ...")] = False,
     image_size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH to resize images to.")] = None,
     image_channels: Annotated[int, typer.Option(help="1, 3 or 4.")] = 3,
@@ -185,10 +207,15 @@ def prepare(
     from typing import Literal, cast, get_args
 
     from hypha.data import prepare as prepare_dataset
+    from hypha.data import survey
     from hypha.data.options import PrepareOptions, SourceKind
 
     if kind is not None and kind not in get_args(SourceKind):
         raise typer.BadParameter(f"--kind is one of {', '.join(get_args(SourceKind))}")
+    if missing not in ("refuse", "drop"):
+        raise typer.BadParameter("--missing is refuse or drop")
+    if decimal not in (None, ".", ","):
+        raise typer.BadParameter("--decimal is . or ,")
     if image_channels not in (1, 3, 4):
         raise typer.BadParameter("--image-channels is 1, 3 or 4")
     height_width = _numbers("--image-size", image_size) if image_size else None
@@ -200,7 +227,15 @@ def prepare(
         name=name,
         kind=cast(SourceKind | None, kind),
         split=split,
-        columns=tuple(column or ()),
+        config=config,
+        columns=_names(column),
+        drop=_names(drop),
+        missing=cast(Literal["refuse", "drop"], missing),
+        fill=_pairs("--fill", fill),
+        pad={key: _number("--pad", value) for key, value in _pairs("--pad", pad).items()},
+        delimiter=delimiter,
+        decimal=cast(Literal[".", ","] | None, decimal),
+        encoding=encoding,
         features={key: tuple(value.split(",")) for key, value in _pairs("--feature", feature).items()},
         rename=_pairs("--rename", rename),
         dtypes=_pairs("--dtype", dtype),
@@ -220,13 +255,32 @@ def prepare(
         seed=seed,
         force=force,
     )
+    if dry_run:
+        found = survey(options, typer.echo)
+        _tell(found.notes, found.summary.lines())
+        apart = f", {found.held_out} held out" if found.held_out else ""
+        typer.echo(
+            f"dry run: {options.dataset_name} would have {found.samples} samples in {found.slices} "
+            f"slices{apart}; nothing is written"
+        )
+        return
     made = prepare_dataset(options, typer.echo)
-    for note in made.notes:
-        typer.echo(f"note: {note}")
+    _tell(made.notes, made.summary.lines())
     for manifest, directory in ((made.manifest, made.directory), (made.holdout, made.holdout_directory)):
         if manifest is not None:
             size = f"{manifest.samples} samples in {len(manifest.slices)} slices"
             typer.echo(f"{manifest.name}: {size}, in {directory}")
+
+
+def _tell(notes: tuple[str, ...], summary: list[str]) -> None:
+    for note in notes:
+        typer.echo(f"note: {note}")
+    for line in summary:
+        typer.echo(line)
+
+
+def _names(texts: list[str] | None) -> tuple[str, ...]:
+    return tuple(name for text in texts or () for name in text.split(",") if name)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from hypha.data.manifest import Dataset, load_dataset_directory, manifest_hash, read_manifest
 from hypha.data.options import PrepareOptions
-from hypha.data.prepare import Prepared, prepare
+from hypha.data.prepare import Prepared, Survey, prepare, survey
 from hypha.data.serve import run_data
 from hypha.data.verify import verify
 
@@ -10,10 +10,12 @@ __all__ = [
     "Dataset",
     "PrepareOptions",
     "Prepared",
+    "Survey",
     "load_dataset_directory",
     "manifest_hash",
     "prepare",
     "read_manifest",
     "run_data",
+    "survey",
     "verify",
 ]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from hypha.data.options import PrepareOptions
 from hypha.data.slices import DTYPES, Array, record_dtype
-from hypha.errors import DataError
+from hypha.errors import InputUnusable
 from hypha.messages import Column
 
 #: Sources yield blocks of about this size.
@@ -24,15 +24,21 @@ BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a source: equally long arrays by column. ``file`` and ``start`` say where the first is."""
+    """Rows of a source: equally long arrays by column. ``where`` says where row ``i`` of them is, for people:
+    rows and lines count from 1.
+    """
 
-    file: str
-    start: int
+    where: Callable[[int], str]
     columns: dict[str, Array]
 
     def row(self, index: int) -> str:
-        """Where row ``index`` of this block is, for people: files start with row 1."""
-        return f"{self.file}, row {self.start + index + 1}"
+        """Where row ``index`` of this block is."""
+        return self.where(index)
+
+
+def rows_from(file: str, start: int) -> Callable[[int], str]:
+    """``where`` of a block of consecutive rows, the first of which is row ``start``, counted from 0."""
+    return lambda index: f"{file}, row {start + index + 1}"
 
 
 def rows_a_block(row_bytes: int) -> int:
@@ -41,7 +47,7 @@ def rows_a_block(row_bytes: int) -> int:
 
 
 def grouped(names: Iterable[str], options: PrepareOptions) -> dict[str, list[str]]:
-    """Which of the source's columns make each feature. Raises DataError when a pattern matches none."""
+    """Which of the source's columns make each feature. Raises InputUnusable when a pattern matches none."""
     names = list(names)
     found: dict[str, list[str]] = {}
     for feature, patterns in options.features.items():
@@ -49,7 +55,7 @@ def grouped(names: Iterable[str], options: PrepareOptions) -> dict[str, list[str
         for pattern in patterns:
             matching = [pattern] if pattern in names else fnmatch.filter(names, pattern)
             if not matching:
-                raise DataError(
+                raise InputUnusable(
                     f"feature {feature!r}: no column is called {pattern!r}; there are {listed(names)}"
                 )
             found[feature] += [name for name in matching if name not in found[feature]]
@@ -57,16 +63,27 @@ def grouped(names: Iterable[str], options: PrepareOptions) -> dict[str, list[str
 
 
 def needed(names: Iterable[str], options: PrepareOptions) -> list[str]:
-    """The source's columns that are to be read, in its order. Raises DataError for one that is not there."""
+    """The source's columns that are to be read, in its order. Raises InputUnusable for one that is
+    not there.
+    """
     names = list(names)
     groups = grouped(names, options)
     members = {member for group in groups.values() for member in group}
-    for name in options.columns:
-        if name not in names and name not in groups:
-            raise DataError(f"there is no column {name!r}; there are {listed(names)}")
+    for key, asked in (
+        ("--column", options.columns),
+        ("--drop", options.drop),
+        ("--fill", options.fill),
+        ("--pad", options.pad),
+    ):
+        for name in asked:
+            if name not in names and (key != "--column" or name not in groups):
+                raise InputUnusable(f"{key}: there is no column {name!r}; there are {listed(names)}")
     if options.columns:
         members = {member for one in options.columns if one in groups for member in groups[one]}
-        return [name for name in names if name in members or name in options.columns]
+        names = [name for name in names if name in members or name in options.columns]
+    names = [name for name in names if name not in options.drop]
+    if not names:
+        raise InputUnusable("no column is left; drop fewer")
     return names
 
 
@@ -83,6 +100,8 @@ class Shaper:
     def __init__(self, options: PrepareOptions) -> None:
         self._options = options
         self.columns: tuple[Column, ...] = ()
+        #: columns with large whole numbers that F32, which nobody asked for, cannot tell apart
+        self.narrowed: set[str] = set()
 
     def records(self, block: Block) -> Array:
         """The rows of ``block`` as records of :attr:`columns`."""
@@ -97,19 +116,25 @@ class Shaper:
         for column in self.columns:
             values = made[column.name]
             if values.shape[1:] != column.shape:
-                raise DataError(
+                raise InputUnusable(
                     f"{block.row(0)}: {column.name!r} has the shape {list(values.shape[1:])} from here on, "
-                    "before "
-                    f"it had {list(column.shape)}; all samples must have one shape"
+                    f"before it had {list(column.shape)}; all samples must have one shape"
                 )
-            rows[column.name] = cast(values, column, block)
+            rows[column.name] = made_values = cast(values, column, block)
+            unasked = column.dtype == "F32" and column.name not in self._options.dtypes
+            if unasked and ((made_values != values) & (values == np.rint(values))).any():
+                self.narrowed.add(column.name)
         return rows
 
     def _chosen(self, block: Block) -> dict[str, Array]:
         options = self._options
         groups = grouped(block.columns, options)
         members = {member for group in groups.values() for member in group}
-        values = {name: array for name, array in block.columns.items() if name not in members}
+        values = {
+            name: array
+            for name, array in block.columns.items()
+            if name not in members and name not in options.drop
+        }
         for feature, group in groups.items():
             values[feature] = _joined(feature, group, block)
         if options.columns:
@@ -122,15 +147,17 @@ class Shaper:
         for name, array in values.items():
             new = rename.get(name, name)
             if new in made:
-                raise DataError(f"rename: two columns would be called {new!r}; leave one out with columns")
+                raise InputUnusable(
+                    f"--rename: two columns would be called {new!r}; leave one out with --drop"
+                )
             made[new] = array
         if unknown := sorted(set(rename) - set(values)):
-            raise DataError(f"rename: there is no column {unknown[0]!r}; there are {listed(values)}")
+            raise InputUnusable(f"rename: there is no column {unknown[0]!r}; there are {listed(values)}")
         for key in ("dtypes", "shapes", "scales"):
             if unknown := sorted(set(getattr(self._options, key)) - set(made)):
-                raise DataError(f"{key}: there is no column {unknown[0]!r}; there are {listed(made)}")
+                raise InputUnusable(f"{key}: there is no column {unknown[0]!r}; there are {listed(made)}")
         if not made:
-            raise DataError(f"{block.file} has no columns")
+            raise InputUnusable(f"{block.row(0)} has no columns")
         return made
 
     def _column(self, name: str, values: Array, block: Block) -> Column:
@@ -144,8 +171,8 @@ def _joined(feature: str, members: list[str], block: Block) -> Array:
     for name in members:
         values = block.columns[name]
         if values.ndim > 2:
-            raise DataError(
-                f"{block.file}: feature {feature!r} cannot take column {name!r} of shape "
+            raise InputUnusable(
+                f"{block.row(0)}: feature {feature!r} cannot take column {name!r} of shape "
                 f"{list(values.shape[1:])}; only numbers and flat lists can be joined"
             )
         parts.append(values[:, None] if values.ndim == 1 else values)
@@ -155,10 +182,9 @@ def _joined(feature: str, members: list[str], block: Block) -> Array:
 def _shaped(name: str, values: Array, shape: tuple[int, ...], block: Block) -> Array:
     have = math.prod(values.shape[1:])
     if have != math.prod(shape):
-        raise DataError(
-            f"{block.file}: a sample of {name!r} has {have} values (shape {list(values.shape[1:])}), which "
-            "do not "
-            f"make the shape {list(shape)}"
+        raise InputUnusable(
+            f"{block.row(0)}: a sample of {name!r} has {have} values (shape {list(values.shape[1:])}), which "
+            f"do not make the shape {list(shape)}"
         )
     return values.reshape(len(values), *shape)
 
@@ -174,14 +200,13 @@ def _natural_dtype(name: str, values: Array, block: Block) -> str:
         return "U8" if size == 1 else "I64"
     if kind == "b":
         return "BOOL"
-    raise DataError(
-        f"{block.file}: column {name!r} holds {values.dtype}, no numbers; leave it out by naming those to "
-        "keep"
+    raise InputUnusable(
+        f"{block.row(0)}: column {name!r} holds {values.dtype}, no numbers; leave it out with --drop {name}"
     )
 
 
 def cast(values: Array, column: Column, block: Block) -> Array:
-    """``values`` in the column's dtype. Raises DataError naming the first row that does not fit."""
+    """``values`` in the column's dtype. Raises InputUnusable naming the first row that does not fit."""
     if values.dtype.kind not in "fiub":
         _natural_dtype(column.name, values, block)
     if values.dtype.kind == "f":
@@ -220,8 +245,7 @@ def _refuse(wrong: Array, why: str, values: Array, column: Column, block: Block)
         return
     row = int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))
     value = values[row][wrong[row]].flat[0] if values.ndim > 1 else values[row]
-    raise DataError(
-        f"{block.row(row)}: {value} in column {column.name!r} {why}; correct it, choose another dtype, or "
-        "leave "
-        "the column out"
+    raise InputUnusable(
+        f"{block.row(row)}: {value} in column {column.name!r} {why}; correct it, choose another dtype "
+        f"(--dtype {column.name}=...), or leave the column out (--drop)"
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 import blake3
 import msgspec
 
-from hypha.data.slices import SUFFIX, describe_slice, hash_file, sync
+from hypha.data.slices import SUFFIX, describe_slice, hash_file, open_as_directory, sync
 from hypha.errors import DataError
 from hypha.messages import Column, Manifest, SliceInfo
 
@@ -75,7 +75,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(text)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
+            open_as_directory(Path(temporary))
             os.fsync(file.fileno())
         Path(temporary).rename(directory / MANIFEST_FILE)
     except BaseException:
@@ -175,6 +175,11 @@ def load_dataset_directory(directory: Path, name: str | None = None, progress: P
     like the directory. Blocks (and reads everything, then). Raises DataError that lists all problems.
     """
     directory = Path(directory)
+    # another user may have prepared it
+    if directory.exists() and not os.access(directory, os.R_OK | os.X_OK):
+        raise DataError(
+            f"{directory} may not be read by this user; have it made readable (chmod -R a+rX {directory})"
+        )
     if not directory.is_dir():
         raise DataError(f"{directory} is no directory; make one with `hypha-data prepare`")
     if (directory / MANIFEST_FILE).exists():
@@ -208,6 +213,10 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
             continue
         if size != part.size:
             problems.append(f"{path} has {size} bytes, the manifest says {part.size}")
+        elif not os.access(path, os.R_OK):
+            problems.append(
+                f"{path} may not be read by this user; have it made readable (chmod -R a+rX {directory})"
+            )
     if problems:
         shown = problems[:20]
         if len(problems) > len(shown):

@@ -10,7 +10,9 @@ from typing import Literal
 from hypha.data.slices import DTYPES
 from hypha.errors import ConfigError, Problem
 
-SourceKind = Literal["huggingface", "images", "csv", "parquet", "text", "numpy"]
+SourceKind = Literal["huggingface", "images", "csv", "json", "parquet", "text", "numpy"]
+#: names for what is hard to type
+DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 #: the tokenizer that needs no files: UTF-8 bytes are ids 0 to 255
 BYTES = "bytes"
 DEFAULT_SLICE_MB = 64.0
@@ -33,9 +35,19 @@ class PrepareOptions:
     name: str | None = None
     #: found out from the source when None
     kind: SourceKind | None = None
-    #: of a Hugging Face DatasetDict, or the sub-directory of an image folder
+    #: such as ``train``, ``train+validation`` or ``all``; ``train`` where there are several and None is given
     split: str | None = None
+    #: of a dataset repository whose README.md names several
+    config: str | None = None
     columns: tuple[str, ...] = ()
+    #: columns of the source to leave out
+    drop: tuple[str, ...] = ()
+    #: rows in which a column has no value: an error, or left out (and counted)
+    missing: Literal["refuse", "drop"] = "refuse"
+    #: column of the source -> what stands where it has no value
+    fill: Mapping[str, str] = field(default_factory=dict)
+    #: column of lists of different lengths -> what they are filled up with, to the length of the longest
+    pad: Mapping[str, float] = field(default_factory=dict)
     features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rename: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
@@ -43,6 +55,11 @@ class PrepareOptions:
     scales: Mapping[str, float] = field(default_factory=dict)
     #: False: columns of a CSV file are called f0, f1, ...
     csv_header: bool = True
+    #: between the fields of a CSV file, and within its numbers; found out when None
+    delimiter: str | None = None
+    decimal: Literal[".", ","] | None = None
+    #: of text, CSV and JSON files, as Python calls it; by their byte order mark, or UTF-8, when None
+    encoding: str | None = None
     #: height and width; images of different sizes need it
     image_size: tuple[int, int] | None = None
     image_channels: Literal[1, 3, 4] = 3
@@ -64,6 +81,11 @@ class PrepareOptions:
     force: bool = False
 
     @property
+    def field_delimiter(self) -> str | None:
+        """The delimiter as a character."""
+        return DELIMITERS.get(self.delimiter, self.delimiter) if self.delimiter is not None else None
+
+    @property
     def dataset_name(self) -> str:
         """The dataset's name."""
         return self.name or self.output.resolve().name
@@ -83,7 +105,10 @@ def _problems(options: PrepareOptions) -> Iterator[tuple[str, str]]:
         if not source.exists():
             yield "source", f"{source} does not exist"
     if options.slice_samples is not None and options.slice_mb is not None:
-        yield "slice_samples", "slices are cut by samples or by MB; give one of slice_samples and slice_mb"
+        yield (
+            "slice_samples",
+            "slices are cut by samples or by MB; give one of --slice-samples and --slice-mb",
+        )
     if options.slice_samples is not None and options.slice_samples < 1:
         yield "slice_samples", f"a slice of {options.slice_samples} samples holds nothing; take at least 1"
     if options.slice_mb is not None and not options.slice_mb > 0:
@@ -91,9 +116,13 @@ def _problems(options: PrepareOptions) -> Iterator[tuple[str, str]]:
     if not 0 <= options.holdout < 1:
         yield "holdout", f"the holdout is a share from 0 to below 1, not {options.holdout:g}"
     if options.holdout_output is not None and not options.holdout:
-        yield "holdout_output", "there is no holdout to put there; set holdout"
+        yield "holdout_output", "there is no holdout to put there; give --holdout"
     if options.sequence_length < 2:
         yield "sequence_length", f"a sequence of {options.sequence_length} teaches nothing; take at least 2"
+    if options.field_delimiter is not None and len(options.field_delimiter) != 1:
+        yield "delimiter", f"one character, or one of {', '.join(DELIMITERS)}, not {options.delimiter!r}"
+    if options.decimal is not None and options.decimal == options.field_delimiter:
+        yield "decimal", f"{options.decimal!r} cannot be between fields and within numbers"
     if options.image_size is not None and min(options.image_size) < 1:
         yield "image_size", "height and width are at least 1"
     for column, dtype in options.dtypes.items():
@@ -108,6 +137,6 @@ def _problems(options: PrepareOptions) -> Iterator[tuple[str, str]]:
     if not options.dataset_name.isprintable() or options.dataset_name.strip("/ ") != options.dataset_name:
         yield (
             "name",
-            f"{options.dataset_name!r} is no name for a dataset; take printable text without a slash at "
-            "its ends",
+            f"{options.dataset_name!r} is no name for a dataset; take printable text without a slash at its "
+            "ends",
         )

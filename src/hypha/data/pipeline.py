@@ -17,7 +17,7 @@ import numpy as np
 
 from hypha.data.manifest import write_manifest
 from hypha.data.slices import SUFFIX, Array, hash_file, record_dtype, write_slice
-from hypha.errors import DataError
+from hypha.errors import InputUnusable
 from hypha.messages import Column, Manifest, SliceInfo
 
 #: The holdout is drawn from each block of so many rows: of a sorted source it takes evenly.
@@ -203,11 +203,11 @@ class SliceWriter:
             self._count += len(rows)
 
     def close(self) -> None:
-        """Write the last slice and the manifest. Raises DataError when there was no row at all."""
+        """Write the last slice and the manifest. Raises InputUnusable when there was no row at all."""
         if self._held:
             self._cut()
         if not self._slices:
-            raise DataError(self.empty)
+            raise InputUnusable(self.empty)
         self._renumber()
         self.manifest = Manifest(name=self.name, columns=self.columns, slices=tuple(self._slices))
         write_manifest(self.directory, self.manifest)

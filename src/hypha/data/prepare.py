@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import msgspec
 
-from hypha.data.columns import Shaper
+from hypha.data.columns import Shaper, listed
 from hypha.data.manifest import Progress, manifest_hash, silent
 from hypha.data.options import DEFAULT_SLICE_MB, PrepareOptions, check_options
 from hypha.data.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_for
 from hypha.data.slices import Array, sync
-from hypha.data.sources import Source, open_source
-from hypha.data.staging import HOLDOUT, LABELS_FILE, Staging
-from hypha.errors import DataError
+from hypha.data.sources.layout import find_layout
+from hypha.data.sources.opening import open_source
+from hypha.data.staging import HOLDOUT, LABELS_FILE, Staging, check_target
+from hypha.data.summary import Summary, Tally
+from hypha.errors import DataError, InputUnusable
 from hypha.messages import Column, Manifest
 
 logger = logging.getLogger(__name__)
@@ -34,18 +37,30 @@ class Prepared:
     directory: Path
     manifest: Manifest
     manifest_hash: str
+    summary: Summary
     holdout_directory: Path | None = None
     holdout: Manifest | None = None
     labels: dict[str, tuple[str, ...]] | None = None
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What would be made: ``samples`` to train on in ``slices``, ``held_out`` apart."""
+
+    summary: Summary
+    samples: int
+    held_out: int
+    slices: int
+    notes: tuple[str, ...]
+
+
 def prepare(options: PrepareOptions, progress: Progress = silent) -> Prepared:
     """Prepare a dataset; blocks. The same source and options give the same bytes anywhere.
 
-    Raises ConfigError (all problems of the options), DataError naming the file, row or column. Whatever
-    ends it, the output is there as a whole or as it was before. Needs about the dataset's size of room
-    beside the output, twice that while shuffling.
+    Raises ConfigError (all problems of the options), InputUnusable naming the file, row or column,
+    DataError. Whatever ends it, the output is there as a whole or as it was before. Needs about the
+    dataset's size of room beside the output, twice that while shuffling.
     """
     check_options(options)
     _keep_apart(options)
@@ -54,9 +69,9 @@ def prepare(options: PrepareOptions, progress: Progress = silent) -> Prepared:
         apart = None
         if options.holdout and options.holdout_output is not None:
             apart = stack.enter_context(Staging(options.holdout_output, options.force))
-        source = open_source(options)
+        run = _Run(options, progress)
         try:
-            prepared = _Run(options, source, progress).run(staging, apart)
+            prepared = run.write(staging, apart)
         except OSError as exc:
             raise DataError(f"{options.output} cannot be prepared: {exc}; is the disk full?") from exc
         if apart is not None:
@@ -65,35 +80,45 @@ def prepare(options: PrepareOptions, progress: Progress = silent) -> Prepared:
     return prepared
 
 
+def survey(options: PrepareOptions, progress: Progress = silent) -> Survey:
+    """All that :func:`prepare` does but writing: every sample is read. Raises what it does."""
+    check_options(options)
+    _keep_apart(options)
+    outputs = [options.output] + ([options.holdout_output] if options.holdout_output is not None else [])
+    for output in outputs:
+        check_target(output, options.force)
+    return _Run(options, progress).count()
+
+
 def _keep_apart(options: PrepareOptions) -> None:
     outputs = [options.output.resolve()]
     if options.holdout_output is not None:
         outputs.append(options.holdout_output.resolve())
         if outputs[0] == outputs[1] or outputs[0] in outputs[1].parents or outputs[1] in outputs[0].parents:
-            raise DataError(
+            raise InputUnusable(
                 f"{outputs[0]} and {outputs[1]} cannot hold two datasets; name separate directories"
             )
     for source in (path.resolve() for path in options.sources):
         for output in outputs:
             if output == source or output in source.parents:
-                raise DataError(
+                raise InputUnusable(
                     f"the output {output} is or holds the source {source}; name another directory"
                 )
 
 
 class _Run:
-    def __init__(self, options: PrepareOptions, source: Source, progress: Progress) -> None:
+    def __init__(self, options: PrepareOptions, progress: Progress) -> None:
         self._options = options
-        self._source = source
+        self._layout = find_layout(options)
+        self._source = open_source(self._layout, options)
         self._progress = progress
         self._shaper = Shaper(options)
+        self._tally = Tally()
 
-    def run(self, staging: Staging, apart: Staging | None) -> Prepared:
+    def write(self, staging: Staging, apart: Staging | None) -> Prepared:
         options = self._options
         rows = self._records()
-        first = next(rows, None)
-        if first is None:
-            raise DataError(f"{options.sources[0]} has no samples")
+        first = self._first(rows)
         columns = self._shaper.columns
         train = self._writer(
             staging.directory, options.dataset_name, columns, "every sample is in the holdout"
@@ -106,11 +131,9 @@ class _Run:
             empty = f"a holdout of {options.holdout:g} leaves no sample in it; take more"
             held_out = self._writer(inside, f"{options.dataset_name}-{HOLDOUT}", columns, empty)
             stage = Holdout(stage, held_out, options.holdout, options.seed)
-        total = len(first)
         stage.write(first)
         for some in rows:
-            total += len(some)
-            self._progress(f"{total} samples read")
+            self._progress(f"{self._tally.rows} samples read")
             stage.write(some)
         stage.close()
         labels = self._labels()
@@ -123,22 +146,58 @@ class _Run:
             directory=options.output,
             manifest=train.manifest,
             manifest_hash=manifest_hash(train.manifest),
+            summary=self._summary(),
             holdout_directory=(options.holdout_output or options.output / HOLDOUT) if held_out else None,
             holdout=held_out.manifest if held_out else None,
             labels=labels or None,
-            notes=tuple(self._notes(train.manifest)),
+            notes=tuple(self._notes(len(train.manifest.slices))),
         )
+
+    def count(self) -> Survey:
+        options = self._options
+        rows = self._records()
+        self._first(rows)
+        for _ in rows:
+            self._progress(f"{self._tally.rows} samples read")
+        held_out = round(self._tally.rows * options.holdout)
+        samples = self._tally.rows - held_out
+        if options.holdout and not (samples and held_out):
+            raise InputUnusable(f"a holdout of {options.holdout:g} leaves one side without a sample")
+        slices = math.ceil(samples / self._slice_samples(self._shaper.columns))
+        return Survey(self._summary(), samples, held_out, slices, tuple(self._notes(slices)))
+
+    def _first(self, rows: Iterator[Array]) -> Array:
+        first = next(rows, None)
+        if first is None:
+            left_out = [f"; {note}" for note in self._source.notes]
+            raise InputUnusable(f"{self._options.sources[0]} has no samples{''.join(left_out)}")
+        return first
 
     def _records(self) -> Iterator[Array]:
+        named: frozenset[str] | None = None
         for block in self._source.blocks():
-            yield self._shaper.records(block)
+            records = self._shaper.records(block)
+            if named is None:
+                named = frozenset(self._labels())
+            self._tally.see(records, self._shaper.columns, named)
+            if len(records):
+                yield records
+
+    def _slice_samples(self, columns: tuple[Column, ...]) -> int:
+        options = self._options
+        return options.slice_samples or samples_for(columns, (options.slice_mb or DEFAULT_SLICE_MB) * 10**6)
 
     def _writer(self, directory: Path, name: str, columns: tuple[Column, ...], empty: str) -> SliceWriter:
-        options = self._options
-        samples = options.slice_samples or samples_for(
-            columns, (options.slice_mb or DEFAULT_SLICE_MB) * 10**6
+        return SliceWriter(directory, name, columns, self._slice_samples(columns), empty)
+
+    def _summary(self) -> Summary:
+        return self._tally.summary(
+            self._layout.kind,
+            len(self._layout.files),
+            self._shaper.columns,
+            self._labels(),
+            self._layout.ignored,
         )
-        return SliceWriter(directory, name, columns, samples, empty)
 
     def _labels(self) -> dict[str, tuple[str, ...]]:
         """By the dataset's columns; of those that are ids still."""
@@ -150,13 +209,25 @@ class _Run:
                 found[name] = values
         return found
 
-    def _notes(self, manifest: Manifest) -> Iterator[str]:
+    def _notes(self, slices: int) -> Iterator[str]:
+        yield from self._layout.notes
         yield from self._source.notes
-        if len(manifest.slices) < FEW_SLICES:
+        for name in sorted(self._shaper.narrowed):
             yield (
-                f"there are only {len(manifest.slices)} slices, and a slice goes to one worker at a time; "
-                "make "
-                "smaller ones for more workers"
+                f"column {name!r} has large whole numbers, which lose digits as F32; --dtype {name}=F64 "
+                "keeps them"
+            )
+        for name, counter in self._tally.unnamed(self._labels()).items():
+            ids = listed(str(number) for number in sorted(counter))
+            yield (
+                f"{counter.total()} rows have a label without a name in column {name!r} ({ids}); models "
+                "refuse such labels, -100 excepted, which no loss counts"
+            )
+        if slices < FEW_SLICES:
+            only = "there is only 1 slice" if slices == 1 else f"there are only {slices} slices"
+            yield (
+                f"{only}, and a slice goes to one worker at a time; make smaller ones with --slice-samples "
+                "for more workers"
             )
 
 

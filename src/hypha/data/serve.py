@@ -15,8 +15,9 @@ from pathlib import Path
 import trio
 
 from hypha.config.models import DataConfig, DatasetConfig
-from hypha.data.manifest import Dataset, load_dataset_directory
+from hypha.data.manifest import Dataset, load_dataset_directory, manifest_hash, read_manifest
 from hypha.data.served import ServedSlices
+from hypha.data.staging import being_served
 from hypha.data.verify import slice_problem
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
 from hypha.messages import (
@@ -57,8 +58,9 @@ async def run_data(
     node_options = options_from(config, "hypha-data")
     datasets = await load_datasets(config)
     directories = [dataset.directory for dataset in datasets]
-    async with open_node(node_options) as node, watch_disks({"datasets": directories}):
-        await serve(config, datasets, node, task_status=task_status)
+    with being_served(directories):
+        async with open_node(node_options) as node, watch_disks({"datasets": directories}):
+            await serve(config, datasets, node, task_status=task_status)
 
 
 async def serve(
@@ -232,6 +234,20 @@ def slice_meta(dataset: Dataset, index: int) -> TransferMeta:
     )
 
 
+def found_wrong(dataset: Dataset, index: int) -> str | None:
+    """What is wrong with a slice, all of which is read, and what to do about it."""
+    problem = slice_problem(dataset.paths[index], dataset.manifest.slices[index], dataset.manifest)
+    if problem is None:
+        return None
+    try:
+        replaced = manifest_hash(read_manifest(dataset.directory)) != dataset.manifest_hash
+    except DataError:
+        replaced = False
+    if replaced:
+        return "another dataset was put in its place; start the data node again to serve that one"
+    return problem
+
+
 #: what tells that a file was not touched: inode, size, time of change
 Signature = tuple[int, int, int]
 
@@ -266,14 +282,12 @@ class SliceChecks:
             )
 
     async def _problem(self, index: int, limit: trio.CapacityLimiter) -> str | None:
-        path, part = self._paths[index], self._dataset.manifest.slices[index]
+        path = self._paths[index]
         before = signature(path)
         known = self._verdicts.get(index)
         if known is not None and known[0] == before:
             return known[1]
-        problem = await in_thread(
-            slice_problem, path, part, self._dataset.manifest, limiter=limit, abandon_on_cancel=True
-        )
+        problem = await in_thread(found_wrong, self._dataset, index, limiter=limit, abandon_on_cancel=True)
         if problem is not None:
             logger.error(
                 "Slice %s is not served: %s: %s.",

@@ -6,6 +6,7 @@ Equal rows give equal bytes, and with them equal BLAKE3 hashes, wherever they ar
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def write_slice(path: Path, columns: tuple[Column, ...], rows: Array) -> None:
         serialize_file(tensors, path, metadata=None)
     except SafetensorError as exc:
         raise OSError(f"{path} cannot be written: {exc}") from exc
+    open_as_directory(path)
     sync(path)
 
 
@@ -97,6 +99,13 @@ def hash_file(path: Path) -> str:
     if path.stat().st_size <= _HASHED_IN_MEMORY_BYTES:
         return blake3.blake3(path.read_bytes()).hexdigest()
     return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(path).hexdigest()
+
+
+def open_as_directory(path: Path) -> None:
+    """Let whoever may read the directory read the file in it, too: the node that serves a dataset often runs
+    as another user than who prepared it, and safetensors makes files that only their owner reads.
+    """
+    path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
 
 
 def sync(path: Path) -> None:

@@ -15,9 +15,10 @@ from typing import IO
 
 import numpy as np
 
-from hypha.data.columns import Block, listed, rows_a_block
+from hypha.data.columns import Block, listed, needed, rows_a_block, rows_from
+from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
-from hypha.errors import DataError
+from hypha.errors import InputUnusable
 
 #: reads the next rows of a column
 ReadRows = Callable[[int], Array]
@@ -37,16 +38,19 @@ class _Column:
 class ArraySource:
     """See the module."""
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], options: PrepareOptions) -> None:
         suffixes = {path.suffix.lower() for path in files}
         if len(suffixes) > 1:
-            raise DataError(f"{listed(map(str, files))}: .npy and .npz files cannot be mixed in one dataset")
+            raise InputUnusable(
+                f"{listed(map(str, files))}: .npy and .npz files cannot be mixed in one dataset"
+            )
         self.labels: Mapping[str, tuple[str, ...]] = {}
         self.notes: list[str] = []
         self._files = files
+        self._options = options
         self._archives = suffixes == {".npz"}
         if not self._archives and len({path.stem for path in files}) < len(files):
-            raise DataError(
+            raise InputUnusable(
                 f"{listed(map(str, files))}: two files would give columns of one name; rename a file"
             )
 
@@ -54,7 +58,7 @@ class ArraySource:
         if not self._archives:
             where = str(self._files[0]) if len(self._files) == 1 else str(self._files[0].parent)
             with contextlib.ExitStack() as stack:
-                yield from _read(where, {path.stem: _open_npy(path, stack) for path in self._files})
+                yield from self._read(where, {path.stem: _open_npy(path, stack) for path in self._files})
             return
         names: set[str] = set()
         for path in self._files:
@@ -62,35 +66,37 @@ class ArraySource:
                 columns = _open_npz(path, stack)
                 names = names or set(columns)
                 if set(columns) != names:
-                    raise DataError(
+                    raise InputUnusable(
                         f"{path} has the arrays {listed(sorted(columns))}, {self._files[0]} has "
                         f"{listed(sorted(names))}; all parts must have the same"
                     )
-                yield from _read(str(path), columns)
+                yield from self._read(str(path), columns)
 
-
-def _read(where: str, columns: dict[str, _Column]) -> Iterator[Block]:
-    lengths = {name: column.shape[0] for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise DataError(
-            f"{where}: columns differ in their number of rows ({told}); they must be equally long"
-        )
-    total = next(iter(lengths.values()))
-    step = rows_a_block(sum(column.row_bytes for column in columns.values()))
-    for start in range(0, total, step):
-        count = min(step, total - start)
-        try:
-            yield Block(where, start, {name: column.read(count) for name, column in columns.items()})
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-            raise DataError(f"{where}, row {start + 1}: cannot be read: {exc}") from exc
+    def _read(self, where: str, columns: dict[str, _Column]) -> Iterator[Block]:
+        columns = {name: columns[name] for name in needed(columns, self._options)}
+        lengths = {name: column.shape[0] for name, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise InputUnusable(
+                f"{where}: columns differ in their number of rows ({told}); they must be equally long"
+            )
+        total = next(iter(lengths.values()))
+        step = rows_a_block(sum(column.row_bytes for column in columns.values()))
+        for start in range(0, total, step):
+            count = min(step, total - start)
+            try:
+                yield Block(
+                    rows_from(where, start), {name: column.read(count) for name, column in columns.items()}
+                )
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
+                raise InputUnusable(f"{where}, row {start + 1}: cannot be read: {exc}") from exc
 
 
 def _open_npy(path: Path, stack: contextlib.ExitStack) -> _Column:
     try:
         return _open_array(str(path), stack.enter_context(path.open("rb")), lambda: np.load(path, "r"))
     except (OSError, ValueError, EOFError) as exc:
-        raise DataError(f"{path} is no .npy file of numbers: {exc}") from exc
+        raise InputUnusable(f"{path} is no .npy file of numbers: {exc}") from exc
 
 
 def _from_array(array: Array) -> ReadRows:
@@ -118,9 +124,9 @@ def _open_npz(path: Path, stack: contextlib.ExitStack) -> dict[str, _Column]:
             file = stack.enter_context(archive.open(member))
             columns[name] = _open_array(f"{path}, array {name!r}", file, functools.partial(load, name))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-        raise DataError(f"{path} is no .npz file of numbers: {exc}") from exc
+        raise InputUnusable(f"{path} is no .npz file of numbers: {exc}") from exc
     if not columns:
-        raise DataError(f"{path} holds no arrays")
+        raise InputUnusable(f"{path} holds no arrays")
     return columns
 
 
@@ -132,11 +138,11 @@ def _open_array(where: str, file: IO[bytes], load: Callable[[], Array]) -> _Colu
     elif version == (2, 0):
         shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     else:
-        raise DataError(f"{where} has the format version {version}; save it again as an array of numbers")
+        raise InputUnusable(f"{where} has the format version {version}; save it again as an array of numbers")
     if dtype.kind not in "fiub":
-        raise DataError(f"{where} holds {dtype}; only arrays of numbers or booleans can be columns")
+        raise InputUnusable(f"{where} holds {dtype}; only arrays of numbers or booleans can be columns")
     if not shape or 0 in shape:
-        raise DataError(
+        raise InputUnusable(
             f"{where} has the shape {list(shape)}; the first axis is that of samples, none may be 0"
         )
     if fortran and len(shape) > 1:

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from tests.data.reading import Array, read_dataset
 
-from hypha.data import Prepared, PrepareOptions, prepare, tables, text, verify
+from hypha.data import Prepared, PrepareOptions, prepare, verify
+from hypha.data.sources import csv_table, tables, text
 from hypha.errors import ConfigError, DataError
 from hypha.messages import Column
 
@@ -115,7 +116,7 @@ def test_csv_with_features_and_text_labels(tmp_path: Path) -> None:
 def test_csv_types_are_those_of_all_blocks_not_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "CSV_BLOCK_BYTES", 64)
+    monkeypatch.setattr(csv_table, "CSV_BLOCK_BYTES", 64)
     rows = [f"{i},{i},{'a' if i < 90 else 'b'}" for i in range(100)]
     rows[95] = "95.5,95,b"
     (tmp_path / "in.csv").write_text("x,y,z\n" + "\n".join(rows) + "\n")
@@ -136,10 +137,11 @@ def test_several_files_tabs_and_no_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("x,y\n1,2\n,3\n", "in.csv, row 2: column 'x' has no value"),
-        ("x,y\n1,2\n3\n", "in.csv"),
-        ("x\n1\n2\n3x\n4\n", "column 'x' holds numbers, but .*in.csv, row 3 holds '3x'"),
-        ("x\n1\nnan\n", "in.csv, row 2: nan in column 'x' is NaN"),
+        ("x,y\n1,2\n,3\n", r"in.csv, row 2 \(line 3\): column 'x' has no value"),
+        ("x,y\n1,2\n3\n", "in.csv, line 3: it has 1 fields, the first line 2"),
+        ("x\n1\n2\n3x\n4\n", r"column 'x' holds numbers, but .*in.csv, row 3 \(line 4\) holds '3x'"),
+        ("x\n1\nnan\n", r"in.csv, row 2 \(line 3\): column 'x' has no value"),
+        ("x\n1\n1e999\n", r"in.csv, row 2 \(line 3\): inf in column 'x' is NaN or infinite"),
         ("1,2\n3,4\n", "its first line holds numbers"),
         ("x,x\n3,4\n", "two columns are called 'x'"),
         ("", "in.csv"),
@@ -216,7 +218,7 @@ def test_parquet_with_lists_and_dictionaries(tmp_path: Path) -> None:
         (pa.array([[[1], [2]], [[3], [4, 5]]]), "row 2: column 'x' has a list of 2 values"),
         (pa.array([[], []], pa.list_(pa.int8())), "empty list"),
         (pa.array([1, 2], pa.timestamp("s")), "of type timestamp"),
-        (pa.array([["a"], ["b"]]), "column 'x' is of type string"),
+        (pa.array([["a"], ["b"]]), "column 'x' is of type list"),
         (pa.array(["a", None]), "row 2: column 'x' has no value"),
     ],
 )
@@ -263,7 +265,6 @@ def test_a_saved_dataset_with_class_labels_and_images(tmp_path: Path) -> None:
     train = datasets.Dataset.from_dict(rows, features=features)
     saved = datasets.DatasetDict({"train": train, "test": train.select(range(5))})
     saved.save_to_disk(str(tmp_path / "in"))
-    assert "train, test" in refused(tmp_path, tmp_path / "in")
     assert "train, test" in refused(tmp_path, tmp_path / "in", split="valid")
     done, back = run(
         tmp_path, tmp_path / "in", split="train", rename={"image": "pixel_values", "label": "labels"}
@@ -303,7 +304,7 @@ def test_an_image_folder_with_classes(tmp_path: Path) -> None:
             path.write_bytes(picture(50 * number + shade, size=(8, 5 + shade)))
         (tmp_path / "in" / name / "notes.txt").write_text("not an image")
         (tmp_path / "in" / name / ".hidden.png").write_bytes(b"junk")
-    assert "give an image_size" in refused(tmp_path, tmp_path / "in")
+    assert "give --image-size" in refused(tmp_path, tmp_path / "in")
     done, back = run(tmp_path, tmp_path / "in", image_size=(6, 4), image_channels=1)
     assert done.manifest.columns == (
         Column(name="labels", dtype="I64", shape=()),
@@ -311,7 +312,10 @@ def test_an_image_folder_with_classes(tmp_path: Path) -> None:
     )
     assert back["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert done.labels == {"labels": ("ant", "bee", "cat")}
-    assert done.notes[0].startswith("3 files")
+    assert done.summary.ignored == (
+        "ant/.hidden.png, bee/.hidden.png, cat/.hidden.png (hidden)",
+        "ant/notes.txt, bee/notes.txt, cat/notes.txt (not images)",
+    )
     assert 0 <= back["pixel_values"].min() <= back["pixel_values"].max() <= 1
 
 
@@ -331,13 +335,14 @@ def test_image_faults_are_named(tmp_path: Path) -> None:
     (tmp_path / "in" / "cat" / "a.png").write_bytes(picture(1))
     (tmp_path / "in" / "cat" / "b.png").write_bytes(picture(1)[:-40])
     assert "b.png is no image that can be read" in refused(tmp_path, tmp_path / "in")
-    Image.fromarray(np.full((4, 6), 40_000, np.uint16)).save(tmp_path / "in" / "cat" / "b.png")
-    assert "more than 8 bits" in refused(tmp_path, tmp_path / "in")
     (tmp_path / "in" / "cat" / "b.png").unlink()
+    Image.fromarray(np.full((4, 6), 7, np.float32)).save(tmp_path / "in" / "cat" / "b.tif")
+    assert "more than 16 bits" in refused(tmp_path, tmp_path / "in")
+    (tmp_path / "in" / "cat" / "b.tif").unlink()
     (tmp_path / "in" / "dog").mkdir()
     assert "dog holds no images" in refused(tmp_path, tmp_path / "in")
     (tmp_path / "in" / "loose.png").write_bytes(picture(1))
-    assert "both images (loose.png) and directories" in refused(tmp_path, tmp_path / "in")
+    assert "loose.png is beside directories (cat)" in refused(tmp_path, tmp_path / "in")
 
 
 # --- text -------------------------------------------------------------------------------------------
@@ -374,7 +379,7 @@ def test_text_with_a_tokenizer_directory_and_ends_of_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "PIECE_CHARACTERS", 40)
-    monkeypatch.setattr(text, "_READ_BYTES", 16)
+    monkeypatch.setattr(text, "_READ_CHARACTERS", 16)
     directory = word_tokenizer(tmp_path / "tok")
     (directory / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>", "special": true}}')
     (tmp_path / "in").mkdir()
@@ -394,7 +399,15 @@ def test_text_of_a_table(tmp_path: Path) -> None:
     file = str(directory / "tokenizer.json")
     _, back = run(tmp_path, tmp_path / "in.parquet", tokenizer=file, sequence_length=4, text_column="body")
     assert back["input_ids"].tolist() == [[2 + i, 3 + i, 3 + i, 4 + i] for i in range(0, 10, 2)]
-    assert "no column 'text'" in refused(tmp_path, tmp_path / "in.parquet", tokenizer=file)
+    done, again = run(tmp_path, tmp_path / "in.parquet", tokenizer=file, sequence_length=4, force=True)
+    assert np.array_equal(again["input_ids"], back["input_ids"])
+    assert done.notes[:2] == (
+        "the only column of text is 'body', which is taken; --text-column names another",
+        "text of column 'body' is cut into sequences; the columns id are left out",
+    )
+    assert "no column 'title'" in refused(
+        tmp_path, tmp_path / "in.parquet", tokenizer=file, text_column="title"
+    )
     assert "'id' is not text" in refused(tmp_path, tmp_path / "in.parquet", tokenizer=file, text_column="id")
 
 
@@ -406,7 +419,9 @@ def test_text_faults_are_told(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{}")
     assert "is no tokenizer" in refused(tmp_path, tmp_path / "in.txt", tokenizer=str(tmp_path / "bad.json"))
     (tmp_path / "in.txt").write_bytes(b"abc \xff def")
-    assert "in.txt is not UTF-8 text near byte 4" in refused(tmp_path, tmp_path / "in.txt", tokenizer="bytes")
+    assert "in.txt is not UTF-8 text; byte 5 of line 1 is 0xff" in refused(
+        tmp_path, tmp_path / "in.txt", tokenizer="bytes"
+    )
 
 
 # --- all --------------------------------------------------------------------------------------------
@@ -428,6 +443,6 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     import sys
 
     (tmp_path / "in.txt").write_text("x")
-    monkeypatch.delitem(sys.modules, "hypha.data.text", raising=False)
+    monkeypatch.delitem(sys.modules, "hypha.data.sources.text", raising=False)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert "pip install 'hypha-train[train]'" in refused(tmp_path, tmp_path / "in.txt", tokenizer="bytes")

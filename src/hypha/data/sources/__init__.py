@@ -1,0 +1,1 @@
+"""What datasets are prepared from: files of every kind as streams of blocks."""
