@@ -152,3 +152,39 @@ def test_flags_of_run_are_checked_like_the_file(here: Path, pki: Path) -> None:
         "--set ofer.price",
         "--set offer.price",
     ]
+
+
+def test_every_dataset_that_was_given_is_written(here: Path, pki: Path) -> None:
+    (here / "more").mkdir()
+    given = ["--dataset-path", "digits", "--dataset-path", "more"]
+    run("data", "init", "-o", "c.toml", "-n", "data", "--pki", str(pki), "--gateway", LOCAL, *given)
+    config = tomllib.loads((here / "c.toml").read_text())
+    assert [Path(one["path"]).name for one in config["datasets"]] == ["digits", "more"]
+    assert run("data", "validate", "--config", "c.toml").startswith("OK: ")
+
+
+def test_nodes_of_one_machine_do_not_share_an_address(here: Path, pki: Path) -> None:
+    addresses = []
+    for name in ("worker-1", "worker-2"):
+        run("worker", "init", "-o", f"{name}.toml", "-n", name, "--pki", str(pki), "--gateway", LOCAL)
+        addresses.append(tomllib.loads((here / f"{name}.toml").read_text())["http_address"])
+    assert addresses == ["127.0.0.1:9103", "127.0.0.1:9113"]
+    run("worker", "init", "-o", "other.toml", "--pki", str(pki), "--gateway", LOCAL, "--http", "0.0.0.0:1")
+    assert tomllib.loads((here / "other.toml").read_text())["http_address"] == "0.0.0.0:1"
+
+
+def test_a_worker_offers_what_the_machine_has(here: Path, pki: Path) -> None:
+    run("worker", "init", "-o", "c.toml", "-n", "worker", "--pki", str(pki), "--gateway", LOCAL)
+    resources = tomllib.loads((here / "c.toml").read_text())["resources"]
+    assert resources["cpu"] >= 0.1
+    assert resources["memory"] > 0
+    assert resources["storage"] > 0
+
+
+def test_a_plain_model_by_its_entrypoint(here: Path, pki: Path) -> None:
+    arguments = ["--gateway", LOCAL, "--dataset", "digits", "--entrypoint", "package.module:Model"]
+    run("scheduler", "init", "-o", "c.toml", "-n", "scheduler", "--pki", str(pki), *arguments)
+    model = tomllib.loads((here / "c.toml").read_text())["scheduler"]["job"]["model"]
+    assert model == {"type": "torch", "entrypoint": "package.module:Model"}
+    assert "FILL IN" not in (here / "c.toml").read_text()
+    run("scheduler", "init", "-o", "d.toml", "--model", "model", *arguments, ok=False)

@@ -47,7 +47,7 @@ def init(
     given = {
         **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
         **common.leaf_keys(gateway, listen, external, exclude_cidr),
-        "http_address": http,
+        "http_address": common.local_http(PROGRAM, name, http),
         **_datasets(dataset_path or [Path("dataset")]),
     }
     fill_in = common.leaf_fill_in(gateway)

@@ -50,10 +50,13 @@ def _table(
             lines += _key((*at, name), info, notes.get(name, []), given, fill_in, active)
             continue
         here = (*at, name)
-        wanted = active and (_is_given(here, given) or not (many or _optional(info)))
+        listed = given.get(".".join(here)) if many else None
+        wanted = active and (bool(listed) or _is_given(here, given) or not (many or _optional(info)))
         head = f"[[{'.'.join(here)}]]" if many else f"[{'.'.join(here)}]"
         tables += ["", *(f"# {line}" for line in (notes.get(name) or _summary(section)))]
-        entries = _entries(info) if many and not wanted else [None]
+        entries: list[dict[str, Value] | None] = _entries(info) if many and not wanted else [None]
+        if isinstance(listed, list) and listed:
+            entries = [one for one in listed if isinstance(one, dict)]
         for entry in entries:
             tables.append(head if wanted else f"#{head}")
             values = dict(given)
