@@ -26,6 +26,8 @@ NAMESPACE = {
     "opentelemetry.instrumentation.logging": "opentelemetry-instrumentation-logging",
     "opentelemetry": "opentelemetry-api",
 }
+#: of the modules of an extra that need not be installed here
+EXTRAS = {"pynvml": "nvidia-ml-py"}
 
 
 def declared(requirements: list[str]) -> set[str]:
@@ -57,6 +59,8 @@ def imported() -> dict[str, str]:
 
 
 def _owner(name: str, candidates: list[str]) -> str:
+    if name in EXTRAS:
+        return EXTRAS[name]
     if name.startswith("google."):
         return "protobuf"
     if name.startswith("opentelemetry"):

@@ -282,3 +282,22 @@ def test_entries_name_the_round_and_its_phase_for_whoever_listens() -> None:
         if isinstance(action, Record)
     ]
     assert recorded == [0, 1]
+
+
+def test_a_listener_that_fails_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[int] = []
+
+    def broken(entry: Entry) -> None:
+        raise RuntimeError("no more threads")
+
+    journal = Journal()
+    journal.listeners += [broken, lambda entry: seen.append(entry.number)]
+    for _ in range(3):
+        journal.note("machine", 0.0, "event", (), {})
+    assert seen == [0, 1, 2]
+    assert caplog.text.count("A listener of the journal failed") == 1
+    # where machines are checked, listeners check them, too
+    checked = Journal(checked=True)
+    checked.listeners.append(broken)
+    with pytest.raises(RuntimeError):
+        checked.note("machine", 0.0, "event", (), {})

@@ -92,7 +92,13 @@ class Journal:
         if self._sink is not None:
             self._write(self._sink, entry)
         for listener in list(self.listeners):
-            listener(entry)
+            try:
+                listener(entry)
+            except Exception:  # who only looks on must not end the job
+                if self.checked:
+                    raise
+                logger.exception("A listener of the journal failed, and is told nothing any more.")
+                self.listeners.remove(listener)
 
     def _write(self, sink: FileIO, entry: Entry) -> None:
         try:

@@ -755,6 +755,18 @@ async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(network: Net
             optimizer = {"learning_rate": 0.5, "momentum": 0.25}
             other = config(3, outer_optimizer=optimizer).scheduler.job
             assert await finished_job(tmp_path / "state", other) is None
+            with trio.fail_after(20), pytest.raises(ConfigError, match="momentum is 0"):
+                await run_job(config(5, outer_optimizer=optimizer))
+            # the model is to be elsewhere: it is exported again, and nothing is trained
+            elsewhere = config(3, output=str(tmp_path / "elsewhere"))
+            assert await finished_job(tmp_path / "state", elsewhere.scheduler.job) is None
+            trained = len(stage.updates)
+            with trio.fail_after(40):
+                copied = await run_job(elsewhere)
+            assert copied.output == str(tmp_path / "elsewhere")
+            assert (tmp_path / "elsewhere" / "hypha.json").is_file()
+            assert len(stage.updates) == trained
+            assert await finished_job(tmp_path / "state", config(3).scheduler.job) is None
 
             assert await finished_job(tmp_path / "state", config(5).scheduler.job) is None
             stage.restored.clear()
@@ -764,7 +776,7 @@ async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(network: Net
     assert (longer.rounds, longer.theta) == (5, "t5")
     assert stage.restored == [3]
     counted = [entry for entry in read_ledger(longer.ledger).rounds if not entry.discarded]
-    assert [(entry.round, entry.generation) for entry in counted] == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)]
+    assert [(entry.round, entry.generation) for entry in counted] == [(0, 0), (1, 0), (2, 0), (3, 2), (4, 2)]
     assert not (state / "old-1").exists()
 
 

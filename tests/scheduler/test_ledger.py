@@ -124,7 +124,9 @@ async def test_a_later_life_discards_and_goes_on(tmp_path: Path) -> None:
     standing = await again.run(Ledger.standing)
     assert standing is not None
     assert (standing.generation, standing.state) == (1, "running")
-    await again.run(Ledger.done)
+    assert await again.run(Ledger.published) is None
+    await again.run(Ledger.done, "/models/digits", "models/digits")
+    assert await again.run(Ledger.published) == ("/models/digits", "models/digits")
     assert (await again.run(Ledger.standing)).state == "done"  # type: ignore[union-attr]
     again.close()
 

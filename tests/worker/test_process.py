@@ -314,9 +314,9 @@ async def test_each_line_of_output_says_of_which_job_worker_and_round_it_is(
     fields: dict[str, object] = {"job_id": "job-1", "worker_peer_id": "W"}
     seen: dict[int, str] = {}
     script = """
-        import sys
+        import time
         print("WARNING it is slow", flush=True)
-        sys.stdin.read()
+        time.sleep(60)
     """
     made = replace(launch(tmp_path, script), output_fields=lambda: fields, kind="aggregate")
     stop = trio.Event()

@@ -57,6 +57,18 @@ class Output(Protocol):
         """Take the files in ``staged``; where they are now, in words a user can copy."""
 
 
+def local_directory(place: str) -> Path | None:
+    """The directory that ``place`` names; ``None`` for a URL or the hub."""
+    scheme, separator, rest = place.partition("://")
+    return None if separator and scheme != "file" else Path(rest if separator else place)
+
+
+def absolute_place(place: str) -> str:
+    """``place``, a directory from the root on."""
+    directory = local_directory(place)
+    return place if directory is None else str(directory.absolute())
+
+
 def output_for(place: str, token: str | None = None) -> Output:
     """The output named ``place`` in the configuration."""
     scheme, separator, rest = place.partition("://")

@@ -72,6 +72,9 @@ CREATE TABLE IF NOT EXISTS pool (
 CREATE TABLE IF NOT EXISTS slices (
     one INTEGER PRIMARY KEY CHECK (one = 1), version INTEGER NOT NULL, tracker TEXT NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS published (
+    one INTEGER PRIMARY KEY CHECK (one = 1), place TEXT NOT NULL, shown TEXT NOT NULL
+) STRICT;
 PRAGMA user_version = 2;
 """
 
@@ -325,10 +328,18 @@ class Ledger:
         ).fetchone()
         return str(row[0]) if row is not None else ""
 
-    def done(self) -> None:
-        """The model is published."""
+    def done(self, place: str, shown: str) -> None:
+        """The model is published at ``place``, as the configuration names it; ``shown`` is what users see."""
         with self._db:
             self._db.execute("UPDATE job SET state = 'done'")
+            self._db.execute(
+                "INSERT OR REPLACE INTO published (one, place, shown) VALUES (1, ?, ?)", (place, shown)
+            )
+
+    def published(self) -> tuple[str, str] | None:
+        """Where the model is (see :meth:`done`); ``None`` where that was not noted."""
+        row = self._db.execute("SELECT place, shown FROM published").fetchone()
+        return None if row is None else (str(row[0]), str(row[1]))
 
     def to_file(self) -> LedgerFile:
         """All of it, for replay. :class:`HyphaError` when no job was begun."""

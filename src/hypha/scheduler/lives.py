@@ -65,8 +65,8 @@ async def first_life(
 ) -> tuple[Ledger, Life]:
     """Resume the unfinished job in ``state``, or one that is done and shall have more rounds; else begin
     ``job_id``. The state of another job that is done, or has not finished a round, and with ``fresh`` of any,
-    is kept aside. ``copies`` take the place of what is lost. :class:`ConfigError` when the unfinished job is
-    another one.
+    is kept aside. ``copies`` take the place of what is lost. :class:`ConfigError` when the job that is to go
+    on is another one.
     """
     opening = _opening(config, scheduler, dataset, job_id)
     if fresh:
@@ -79,10 +79,11 @@ async def first_life(
         if standing is not None:
             other = differences(opening, standing)
             applied, _, _ = await ledger.run(Ledger.open_round)
-            if standing.state != "done" and other and applied:
+            extended = config.rounds.update_rounds > applied
+            if other and applied and (standing.state != "done" or extended):
                 raise _another(other, state.path)
             if not other:
-                if standing.state == "done":
+                if standing.state == "done" and extended:
                     logger.info(
                         "The job had %d rounds; it goes on to %d", applied, config.rounds.update_rounds
                     )
@@ -94,7 +95,8 @@ async def first_life(
                 return ledger, await next_life(ledger, store, last, copies)
             ledger.close()
             why = "is done" if standing.state == "done" else "has not finished a round"
-            await in_thread(state.move_aside, f"The earlier job of this name, which was another one, {why}")
+            reason = f"The earlier job of this name {why}, and was another one ({'; '.join(other)})"
+            await in_thread(state.move_aside, reason)
             ledger = await open_ledger(state.ledger)
         await in_thread(state.prepare)
         tracker = SliceTracker([part.samples for part in dataset.manifest.slices]).to_state()
@@ -174,8 +176,8 @@ def different(now: tuple[object, ...], before: tuple[object, ...]) -> list[str]:
 
 def _another(found: Iterable[str], place: Path) -> ConfigError:
     advice = (
-        f"the unfinished job in {place} is another one; undo the change to resume it, give this job "
-        "another name, or start anew with --fresh (what is there is kept aside)"
+        f"the job in {place} is another one; undo the change to go on with it, give this job another name, "
+        "or start anew with --fresh (what is there is kept aside)"
     )
     return ConfigError([Problem("scheduler.job", text) for text in (advice, *found)])
 

@@ -9,7 +9,7 @@ import trio
 from hypha.errors import JobFailed, OutputError
 from hypha.runtime import in_thread
 from hypha.scheduler.context import JobContext, JobResult
-from hypha.scheduler.export import Published
+from hypha.scheduler.export import Published, absolute_place
 from hypha.scheduler.ledger import Ledger, export_ledger
 from hypha.scheduler.rounds import RoundMachine
 
@@ -43,7 +43,7 @@ async def publish(
     except OSError as exc:
         raise OutputError(f"{path} cannot be written: {exc}; make room and start the job again") from exc
     output = await in_thread(context.output.publish, export, about)
-    await ledger.run(Ledger.done)
+    await ledger.run(Ledger.done, absolute_place(context.config.output), output)
     logger.info("The trained model is in %s", output, extra={"job_id": start.job_id})
     counted = [entry for entry in file.rounds if not entry.discarded]
     return JobResult(
