@@ -143,3 +143,24 @@ def test_an_open_label_is_kept_as_it_is() -> None:
         assert gauge.attributes({"name": "anything"}) == {"name": "anything"}
     finally:
         del Instrument.declared["hypha.test.open"]
+
+
+def test_a_gauge_that_cannot_be_read_is_reported_once(
+    reader: InMemoryMetricReader, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = True
+
+    def source() -> float:
+        if broken:
+            raise RuntimeError("no")
+        return 1.0
+
+    with instruments.UPTIME.watch(source):
+        for _ in range(5):
+            metrics.sample()
+        assert caplog.text.count("cannot be read") == 1
+        broken = False
+        metrics.sample()
+        broken = True
+        metrics.sample()
+    assert caplog.text.count("cannot be read") == 2

@@ -117,3 +117,37 @@ def test_operations_are_named_once_and_say_who_has_them() -> None:
         assert operation.what
     with span(CONNECT, {"hypha.peer": "12D3"}) as one:
         assert not one.is_recording()
+
+
+PEERS_WORDS = """
+import logging, warnings
+from hypha.config.otel import Signal, TelemetrySettings
+from hypha.telemetry.sdk import start_telemetry
+from hypha.tracing import failed, span
+from hypha.tracing.operations import CONNECT
+from opentelemetry import trace
+signal = Signal("http://user:sesame@127.0.0.1:9/v1/traces", "http/protobuf", {})
+settings = TelemetrySettings(signal, None, signal, False, "always_on", 1.0, {}, 15.0)
+assert "sesame" not in repr(settings)
+started = start_telemetry(settings)
+with span(CONNECT, {"hypha.peer": "z" * 900_000}) as one:
+    failed(one, "y" * 900_000 + chr(0xDC80))
+assert len(one.attributes["hypha.peer"]) <= 1024
+assert len(one.status.description) <= 1024
+before = list(warnings.filters)
+for _ in range(5):
+    with span(CONNECT):
+        pass
+assert warnings.filters == before, "each span changes the filters of warnings"
+logging.getLogger("hypha.net").warning("%d peers", None)
+print("well")
+import os; os._exit(0)
+"""
+
+
+def test_what_peers_write_is_cut_and_what_cannot_be_logged_ends_nobody() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PEERS_WORDS], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "well\n", done.stderr
+    assert "sesame" not in done.stderr

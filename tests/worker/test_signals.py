@@ -195,3 +195,22 @@ async def test_too_many_spans_are_refused(autojump_clock: MockClock) -> None:
     spans.take([finished()])
     with pytest.raises(Refused, match="unsupported"):
         ExecutorSpans(None, "job-1").take([finished()])
+
+
+async def test_spans_are_bounded_in_size_and_keep_no_secret() -> None:
+    emitted: list[FinishedSpan] = []
+    spans = ExecutorSpans(emitted.extend, "job-1", ("hf_sesame", ""))
+    told = {"url": "https://hub/x?token=hf_sesame"}
+    event = SpanEvent(name="failed", time_ns=1, attributes=told)
+    spans.take([finished(error="401 for hf_sesame", attributes=told, events=(event,))])
+    assert "hf_sesame" not in repr(emitted)
+    assert "***" in emitted[0].error
+    attributes = {f"{number}": "x" * 1000 for number in range(8)}
+    event = SpanEvent(name="e", time_ns=1, attributes=attributes)
+    large = finished(events=(event,) * 100)
+    before = len(emitted)
+    for _ in range(4):
+        spans.take([large])
+    with pytest.raises(Refused, match="characters"):
+        spans.take([large])
+    assert len(emitted) - before == 4

@@ -36,7 +36,7 @@ _TABLES = {
 class Signal:
     """Where one signal goes. ``endpoint`` is the whole URL; with grpc the server's."""
 
-    endpoint: str
+    endpoint: str = field(repr=False)
     protocol: OtlpProtocol
     headers: Mapping[str, str] = field(repr=False)
 
@@ -134,7 +134,14 @@ def endpoint_problem(endpoint: str, protocol: str) -> str | None:
         host = None
     if host and parts.scheme in ("http", "https") and not (protocol == "grpc" and parts.path.strip("/")):
         return None
-    return f"it should be http://host:port, or https://host:port, for {protocol}, not {endpoint!r}"
+    shown = shown_endpoint(endpoint)
+    return f"it should be http://host:port, or https://host:port, for {protocol}, not {shown!r}"
+
+
+def shown_endpoint(endpoint: str) -> str:
+    """``endpoint`` without what may be a password in it."""
+    scheme, separator, rest = endpoint.rpartition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def _none(signal: str, environ: Mapping[str, str]) -> bool:

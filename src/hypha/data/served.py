@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trio
-from opentelemetry.trace import Span, Status, StatusCode
+from opentelemetry.trace import Span
 
 from hypha.errors import Refused
 from hypha.messages import PullFile, TransferMeta
 from hypha.telemetry.instruments import SERVE_DURATION, SERVED_BYTES, SLICE_REQUESTS
 from hypha.telemetry.metrics import OTHER
-from hypha.tracing import start_span
+from hypha.tracing import failed, start_span
 from hypha.tracing.operations import SERVE_SLICE
 from hypha.tracing.spans import Attribute
 
@@ -63,7 +63,7 @@ class ServedSlices:
         except BaseException as exc:
             if isinstance(exc, Refused):
                 SLICE_REQUESTS.add(dataset=dataset, status="failure")
-                span.set_status(Status(StatusCode.ERROR, str(exc)))
+                failed(span, str(exc))
             span.end()
             raise
         span.set_attribute("hypha.transfer.bytes", meta.size)
@@ -89,5 +89,5 @@ class ServedSlices:
             SERVED_BYTES.add(serving.size, dataset=serving.dataset)
             SERVE_DURATION.record(lasted_s, dataset=serving.dataset)
         else:
-            serving.span.set_status(Status(StatusCode.ERROR, str(error)))
+            failed(serving.span, str(error))
         serving.span.end()

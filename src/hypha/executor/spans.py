@@ -127,8 +127,8 @@ class SpanRecorder(trace.TracerProvider):
                 with self._changed:
                     self._closed = True
                     self._waiting.clear()
-        except HyphaError:
-            # a worker that is gone is noticed by those who need it
+        except (HyphaError, ValueError):
+            # a worker that is gone is noticed by those who need it; what cannot be encoded is no span
             self.dropped += len(batch)
 
 
@@ -217,7 +217,7 @@ class _Span(Span):
         code = status if isinstance(status, StatusCode) else status.status_code
         text = description if isinstance(status, StatusCode) else status.description
         if code is StatusCode.ERROR:
-            self._status, self._error = "error", (text or "")[:MAX_TEXT]
+            self._status, self._error = "error", _clean(text or "")
         elif code is StatusCode.OK:
             self._status, self._error = "ok", ""
 
@@ -274,4 +274,9 @@ def _plain(value: Any) -> SpanAttribute:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    return str(value)[:MAX_TEXT]
+    return _clean(str(value))
+
+
+def _clean(text: str) -> str:
+    """Cut, and without what UTF-8 has no place for, such as the bytes of a file name that is none."""
+    return text[:MAX_TEXT].encode("utf-8", "replace").decode()

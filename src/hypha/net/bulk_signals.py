@@ -11,14 +11,14 @@ import logging
 from collections.abc import Iterator
 
 import trio
-from opentelemetry.trace import SpanKind, Status, StatusCode, get_current_span
+from opentelemetry.trace import SpanKind, get_current_span
 
 from hypha.errors import NetworkError, Refused
 from hypha.messages import TransferMeta
 from hypha.net.bulk_inbound import Inbound
 from hypha.net.bulk_links import Link
 from hypha.telemetry.instruments import TRANSFER_BYTES, TRANSFER_DURATION
-from hypha.tracing import event, span
+from hypha.tracing import event, failed, span
 from hypha.tracing.operations import RECEIVE_FILE, SEND_FILE
 from hypha.tracing.spans import Attribute
 
@@ -55,7 +55,7 @@ def receiving(inbound: Inbound) -> Iterator[None]:
         _count(meta, "inbound", "success" if arrived else "failure", began)
         if not arrived:
             reason = f"{verdict.outcome}: {verdict.reason}" if verdict is not None else "it did not come"
-            received.set_status(Status(StatusCode.ERROR, reason))
+            failed(received, reason)
             received.set_attribute("error.type", (verdict and (verdict.code or verdict.outcome)) or "lost")
             logger.debug("%s did not arrive: %s.", meta.name, reason, extra=inbound.log_fields)
             return

@@ -26,7 +26,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 from multiaddr.exceptions import BinaryParseError
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import Span, SpanKind
 
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.messages import PeerRef
@@ -36,7 +36,7 @@ from hypha.net.peers import Peers
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
 from hypha.net.traced_messages import add_traceparent, traceparent_of
 from hypha.telemetry.instruments import DHT_QUERIES, DHT_QUERY_DURATION
-from hypha.tracing import span, start_span
+from hypha.tracing import failed, span, start_span
 from hypha.tracing.operations import DHT_ANSWER, DHT_LOOKUP, DHT_PROVIDE
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class DhtServer:
             await self._dht.handle_stream(replayed)
         finally:
             if not replayed.answered:
-                answering.set_status(Status(StatusCode.ERROR, "it was not answered"))
+                failed(answering, "it was not answered")
                 answering.end()
             status = "success" if replayed.answered else "failure"
             DHT_QUERIES.add(side="server", operation=operation, status=status)
@@ -309,7 +309,7 @@ class DhtClient:
 def _note(asking: Span, answers: list[Message]) -> None:
     asking.set_attribute("hypha.answers", len(answers))
     if not answers:
-        asking.set_status(Status(StatusCode.ERROR, "no gateway answered"))
+        failed(asking, "no gateway answered")
 
 
 def _ref(entry: Any) -> PeerRef:

@@ -18,7 +18,7 @@ import trio
 from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, use_span
+from opentelemetry.trace import Span, SpanKind, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.messages import PeerRef
@@ -29,7 +29,7 @@ from hypha.net.relay import RelayClient
 from hypha.net.streams import STREAM_ERRORS
 from hypha.net.transport import MutualTls, failure_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
-from hypha.tracing import start_span, traceparent, untraced
+from hypha.tracing import failed, start_span, traceparent, untraced
 from hypha.tracing.operations import CONNECT
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Dialer:
             if not self._peers.is_connected(peer) and reason != "cancelled":
                 CONNECTIONS_FAILED.add(direction="outbound", reason=reason)
                 connecting.set_attribute("error.type", reason)
-                connecting.set_status(Status(StatusCode.ERROR, attempt.failure))
+                failed(connecting, attempt.failure)
                 took_s = trio.current_time() - began
                 logger.debug(
                     "No connection after %.3f s: %s.", took_s, attempt.failure, extra={"peer_id": peer}

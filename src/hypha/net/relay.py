@@ -27,14 +27,13 @@ from libp2p.relay.circuit_v2.pb.circuit_pb2 import PeerId as CircuitPeer
 from libp2p.relay.circuit_v2.protocol_buffer import StatusCode, to_proto_status
 from libp2p.relay.circuit_v2.utils import read_delimited_msg, write_delimited_msg
 from multiaddr import Multiaddr
-from opentelemetry import trace
 
 from hypha.config.log_filter import TRACE
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
 from hypha.net.traced_messages import add_traceparent, traceparent_of
 from hypha.telemetry.instruments import CIRCUITS_OPENED, RELAY_BYTES
-from hypha.tracing import start_span, trace_context
+from hypha.tracing import failed, start_span, trace_context
 from hypha.tracing.operations import RELAY_CIRCUIT
 
 logger = logging.getLogger(__name__)
@@ -246,7 +245,7 @@ class RelayHop:
             status = await self._relay(stream, caller, target)
         finally:
             if status in ("refused", "unreachable"):
-                relaying.set_status(trace.Status(trace.StatusCode.ERROR, status))
+                failed(relaying, status)
             relaying.end()
             logger.debug(
                 "The circuit to %s is over after %.2f s: %s.",

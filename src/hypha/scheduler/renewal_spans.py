@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from opentelemetry.trace import Span, Status, StatusCode, use_span
 
-from hypha.tracing import start_span
+from hypha.tracing import failed, start_span
 from hypha.tracing.operations import ACCEPT_OFFER, RENEW_LEASE
 
 
@@ -40,7 +40,7 @@ class RenewalSpans:
         """What became of the lease in a renewal that did not succeed: an event, and the span is an error."""
         if self._span is not None:
             self._span.add_event(what, {"hypha.reason": reason})
-            self._span.set_status(Status(StatusCode.ERROR, reason))
+            failed(self._span, reason)
 
     def renewed(self) -> None:
         """The renewal is over; the next one has nothing to do with the offer."""

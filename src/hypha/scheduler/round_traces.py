@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from opentelemetry.trace import Span, Status, StatusCode, use_span
+from opentelemetry.trace import Span, use_span
 
 from hypha.journal import Entry
 from hypha.messages import CloseRound, ExecutorClass, JobStamp, Plan, RoundStarted, Traced, UpdateReceived
 from hypha.scheduler import allocation, allocator, renewal, rounds
 from hypha.scheduler.events import Again, Drop, Fail, LifeBegan, Lost, Record, Restart, Send, Told
 from hypha.scheduler.round_state import OPEN
-from hypha.tracing import round_traceparent, start_span, traceparent
+from hypha.tracing import failed, round_traceparent, start_span, traceparent
 from hypha.tracing.operations import ROUND, RUN_JOB
 from hypha.tracing.spans import Attribute
 
@@ -128,6 +128,8 @@ class RoundTraces:
                     "update received", {"hypha.peer": update.worker, "hypha.samples": update.samples}
                 )
             case Lost(peer=peer, kind=kind, reason=reason):
+                # rounds are not linked any more to what was dispatched there
+                self._dispatches.pop((peer, kind), None)
                 self._happened(f"{kind} executor lost", {"hypha.peer": peer, "hypha.reason": reason})
             case Told(sender=sender, kind=kind, event=event) if type(event).__name__.startswith("Executor"):
                 self._happened(f"{kind} executor ended", {"hypha.peer": sender})
@@ -181,5 +183,5 @@ class RoundTraces:
         span, self._span, self._at = self._span, None, None
         if span is not None:
             if why:
-                span.set_status(Status(StatusCode.ERROR, why))
+                failed(span, why)
             span.end()

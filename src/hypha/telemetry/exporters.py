@@ -11,7 +11,7 @@ import importlib
 import logging
 from typing import Any
 
-from hypha.config.otel import Signal
+from hypha.config.otel import Signal, shown_endpoint
 from hypha.telemetry.instruments import EXPORT_FAILURES
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def make_exporter(signal: str, settings: Signal, timeout_s: float) -> Any:
     make = getattr(importlib.import_module(package), name)
     headers = dict(settings.headers)
     exporter = make(endpoint=settings.endpoint, headers=headers, timeout=timeout_s)
-    watched = _Watched(signal, settings.endpoint, exporter.export)
+    watched = _Watched(signal, shown_endpoint(settings.endpoint), exporter.export)
     exporter.export = watched.export
     return exporter
 

@@ -93,7 +93,7 @@ class _StandardError(logging.Handler):
         try:
             text = self.format(record)
         except Exception as exc:  # noqa: BLE001 - the edge: an entry that cannot be written ends nobody
-            text = self.format(_unreadable(record, exc))
+            text = self.format(unreadable(record, exc))
         stream: TextIO | None = sys.stderr
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if stream is not sys.__stderr__:
@@ -143,7 +143,7 @@ def _write_all(fd: int, data: bytes) -> None:
         raise
 
 
-def _unreadable(record: logging.LogRecord, exc: Exception) -> logging.LogRecord:
+def unreadable(record: logging.LogRecord, exc: Exception) -> logging.LogRecord:
     """An entry that says that ``record`` could not be written."""
     return logging.makeLogRecord(
         {

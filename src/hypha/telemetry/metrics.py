@@ -99,8 +99,9 @@ class Counter(Instrument):
 
     def add(self, amount: float = 1, /, **labels: str) -> None:
         """Add ``amount``, which is not negative."""
-        if self._sink is not None:
-            self._sink.add(amount, self.attributes(labels))
+        # read once: it is taken away while threads may still count
+        if (sink := self._sink) is not None:
+            sink.add(amount, self.attributes(labels))
 
     def begin(self) -> None:
         """Show all series, whose label values must be declared, from 0 on: a rate cannot tell that one which
@@ -126,8 +127,8 @@ class Histogram(Instrument):
 
     def record(self, value: float, /, **labels: str) -> None:
         """Count ``value``, in the instrument's unit."""
-        if self._sink is not None:
-            self._sink.record(value, self.attributes(labels))
+        if (sink := self._sink) is not None:
+            sink.record(value, self.attributes(labels))
 
     def make(self, meter: Any) -> None:
         self._sink = meter.create_histogram(
@@ -145,6 +146,7 @@ class Gauge(Instrument):
         self._sources: list[Source] = []
         self._values: dict[tuple[str, ...], float] = {}
         self._latest: tuple[Reading, ...] = ()
+        self._unread = False
 
     @contextlib.contextmanager
     def watch(self, source: Source) -> Iterator[None]:
@@ -167,7 +169,8 @@ class Gauge(Instrument):
         self._seen.discard(tuple(labels[name] for name in self._known))
 
     def sample(self) -> None:
-        """Read all sources; one that fails shows nothing, and harms nobody."""
+        """Read all sources; one that fails shows nothing, harms nobody, and is reported once."""
+        unread: Exception | None = None
         found = [(dict(zip(self._known, key, strict=True)), value) for key, value in self._values.items()]
         self._seen = set(self._values)
         for source in tuple(self._sources):
@@ -176,7 +179,10 @@ class Gauge(Instrument):
                 pairs = [({}, read)] if isinstance(read, int | float) else list(read)
                 found += [(self.attributes(labels), value) for labels, value in pairs]
             except Exception as exc:  # noqa: BLE001 - the edge of a service: what shows a node must not end it
-                logger.warning("%s cannot be read: %r", self.name, exc)
+                unread = exc
+        if unread is not None and not self._unread:
+            logger.warning("%s cannot be read: %r", self.name, unread)
+        self._unread = unread is not None
         self._latest = tuple(found)
 
     def make(self, meter: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,9 @@ from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import Gauge, Reading, Source
 
 logger = logging.getLogger("hypha.telemetry")
+
+#: a share of processor time is measured over so many seconds at least
+LEAST_S = 0.5
 
 T = TypeVar("T")
 
@@ -92,6 +96,15 @@ async def watch_disks(places: Mapping[str, Iterable[Path]]) -> AsyncIterator[Non
 def watch_process() -> Iterator[None]:
     """Show this process, and the machine's time of day, meanwhile. Entered once a process."""
     found: list[Any] = []
+    cpu, measured_at = 0.0, -math.inf
+
+    def share() -> float:
+        """Of the time since it was measured: not each time that somebody looks, as it comes in ticks."""
+        nonlocal cpu, measured_at
+        now = trio.current_time()
+        if now - measured_at >= LEAST_S:
+            cpu, measured_at = float(process().cpu_percent()) / 100, now
+        return cpu
 
     def process() -> Any:
         if not found:
@@ -103,7 +116,7 @@ def watch_process() -> Iterator[None]:
 
     with (
         metrics.CLOCK.watch(wall_time),
-        metrics.PROCESS_CPU.watch(lambda: float(process().cpu_percent()) / 100),
+        metrics.PROCESS_CPU.watch(share),
         metrics.PROCESS_MEMORY.watch(lambda: float(process().memory_info().rss)),
     ):
         yield

@@ -21,7 +21,7 @@ from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider, sampling
+from opentelemetry.sdk.trace import SpanLimits, TracerProvider, sampling
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
@@ -30,8 +30,8 @@ from hypha.telemetry import metrics
 from hypha.telemetry.executors import ExecutorSpans
 from hypha.telemetry.exporters import make_exporter
 from hypha.telemetry.exposition import Exposition
-from hypha.telemetry.logs import ContextFilter
-from hypha.tracing.spans import chosen_identifiers
+from hypha.telemetry.logs import ContextFilter, unreadable
+from hypha.tracing.spans import MAX_TEXT, chosen_identifiers
 
 #: what is not sent by then, once the node has ended, is given up
 CLOSE_S = 2.0
@@ -62,6 +62,17 @@ class Identifiers(RandomIdGenerator):
         return chosen[1] if chosen is not None else super().generate_span_id()
 
 
+class _Exporting(LoggingHandler):
+    """An entry that cannot be read ends nobody: another one says where it is."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging."""
+        try:
+            super().emit(record)
+        except Exception as exc:  # noqa: BLE001 - the edge: whoever logs must not fail for it
+            super().emit(unreadable(record, exc))
+
+
 class Telemetry:
     """What was started; :meth:`close` it. ``exposition`` gives the metrics to whoever scrapes them.
 
@@ -84,7 +95,11 @@ class Telemetry:
 
     def _trace(self, settings: TelemetrySettings, signal: Signal, resource: Resource) -> None:
         sampler = _SAMPLERS[settings.sampler](settings.ratio)
-        provider = TracerProvider(sampler, resource, shutdown_on_exit=False, id_generator=Identifiers())
+        # what peers write gets into attributes
+        limits = SpanLimits(max_attribute_length=MAX_TEXT, max_span_attribute_length=MAX_TEXT)
+        provider = TracerProvider(
+            sampler, resource, shutdown_on_exit=False, id_generator=Identifiers(), span_limits=limits
+        )
         processor = BatchSpanProcessor(make_exporter("traces", signal, EXPORT_S))
         provider.add_span_processor(processor)
         self.executor_spans = ExecutorSpans(processor, resource)
@@ -108,7 +123,7 @@ class Telemetry:
     def _log(self, signal: Signal, resource: Resource) -> None:
         provider = LoggerProvider(resource, shutdown_on_exit=False)
         provider.add_log_record_processor(BatchLogRecordProcessor(make_exporter("logs", signal, EXPORT_S)))
-        self._handler = LoggingHandler(logger_provider=provider)
+        self._handler = _Exporting(logger_provider=provider)
         self._handler.addFilter(ContextFilter())
         logging.getLogger("hypha").addHandler(self._handler)
         self._closers.append(provider.shutdown)

@@ -4,10 +4,11 @@ tracing is on, is :mod:`hypha.telemetry`'s, and an executor's spans go to its wo
 """
 
 from hypha.tracing.identifiers import hop_traceparent, round_traceparent
-from hypha.tracing.spans import event, span, start_span, trace_context, traceparent, untraced
+from hypha.tracing.spans import event, failed, span, start_span, trace_context, traceparent, untraced
 
 __all__ = [
     "event",
+    "failed",
     "hop_traceparent",
     "round_traceparent",
     "span",

@@ -18,6 +18,7 @@ _TRACE_BYTES = 16
 def round_traceparent(job_id: str, generation: int, round_: int, ratio: float) -> str:
     """The ``traceparent`` of the span of a whole round; ``ratio`` of all rounds is sampled."""
     trace, span = _digest(f"{job_id}/{generation}/{round_}", _TRACE_BYTES), "round"
+    ratio = min(1.0, ratio)
     sampled = (int.from_bytes(trace[_SPAN_BYTES:]) < round(ratio * (1 << 64))) if ratio > 0 else False
     return _written(trace, _digest(f"{job_id}/{generation}/{round_}/{span}", _SPAN_BYTES), sampled)
 

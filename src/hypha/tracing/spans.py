@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 #: what attributes may be
 Attribute = str | bool | int | float | Sequence[str]
 
+#: characters that one text of a span may have
+MAX_TEXT = 1024
+
 _propagator = TraceContextTextMapPropagator()
+#: a provider and its tracer
+_made: tuple[trace.TracerProvider, trace.Tracer] | None = None
 #: identifiers (trace, span) that the next span of this task is to have
 _chosen: ContextVar[tuple[int, int] | None] = ContextVar("chosen identifiers", default=None)
 #: what is going on, whether it is traced or not: log entries say it
@@ -103,7 +108,7 @@ def span(
             try:
                 yield started
             except Exception as exc:
-                started.set_status(Status(StatusCode.ERROR, f"{type(exc).__name__}: {exc}"))
+                failed(started, f"{type(exc).__name__}: {exc}")
                 raise
     finally:
         _operation.reset(named)
@@ -131,7 +136,7 @@ def start_span(
             token = _chosen.set((named.trace_id, named.span_id))
         found = contexts.Context() if found is None else found
     try:
-        return trace.get_tracer("hypha").start_span(
+        return _tracer().start_span(
             operation.name,
             found,
             kind,
@@ -141,6 +146,21 @@ def start_span(
     finally:
         if token is not None:
             _chosen.reset(token)
+
+
+def failed(span: Span, reason: str) -> None:
+    """What ``span`` is of has failed. ``reason`` may be a peer's word: it is cut, and made printable."""
+    text = reason[:MAX_TEXT].encode("utf-8", "replace").decode()
+    span.set_status(Status(StatusCode.ERROR, text))
+
+
+def _tracer() -> trace.Tracer:
+    """That of the provider in force. Making one costs, and changes the process's filters of warnings."""
+    global _made
+    provider = trace.get_tracer_provider()
+    if _made is None or _made[0] is not provider:
+        _made = (provider, trace.get_tracer("hypha"))
+    return _made[1]
 
 
 def chosen_identifiers() -> tuple[int, int] | None:

@@ -6,8 +6,9 @@ import logging
 
 import msgspec
 import trio
-from opentelemetry.trace import Span, Status, StatusCode, use_span
+from opentelemetry.trace import Span, use_span
 
+from hypha import tracing
 from hypha.messages import (
     CloseRound,
     Contribution,
@@ -29,6 +30,7 @@ from hypha.messages import (
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent, start_span, traceparent
 from hypha.tracing.operations import EXECUTE
+from hypha.worker.process import secrets_of
 from hypha.worker.spans import EmitSpans, ExecutorSpans
 
 logger = logging.getLogger("hypha.worker")
@@ -40,7 +42,7 @@ class ExecutionSignals:
     """
 
     def __init__(self, job: Job, kind: ExecutorClass, lease_id: str, emit: EmitSpans | None) -> None:
-        self.spans = ExecutorSpans(emit, job.job_id)
+        self.spans = ExecutorSpans(emit, job.job_id, secrets_of(job))
         self._job = job
         self._kind: ExecutorClass = kind
         self._lease_id = lease_id
@@ -90,7 +92,7 @@ class ExecutionSignals:
         if self._span is not None:
             self._span.set_attribute("process.exit.code", code)
             if failed:
-                self._span.set_status(Status(StatusCode.ERROR, f"exit code {code}"))
+                tracing.failed(self._span, f"exit code {code}")
         self.close()
 
     def close(self) -> None:

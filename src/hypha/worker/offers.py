@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 
 import trio
-from opentelemetry.trace import Span, Status, StatusCode, use_span
+from opentelemetry.trace import Span, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
 from hypha.leases import Bind, Denied, Drained, Ended, Freed, Granted, Hold, Lease, Release, Tick
@@ -29,7 +29,7 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.telemetry.instruments import WORKER_OFFERS
-from hypha.tracing import span, start_span, traceparent
+from hypha.tracing import failed, span, start_span, traceparent
 from hypha.tracing.operations import EVALUATE, SEND_OFFER
 from hypha.worker.arbiter import (
     Arbiter,
@@ -279,7 +279,7 @@ async def _deliver(node: Node, desk: LeaseDesk, action: SendOffer) -> None:
     attributes = {"hypha.peer": action.scheduler.peer, "hypha.lease": action.offer.lease_id}
     with span(SEND_OFFER, attributes, parent=desk.evaluated_in(action.offer.lease_id)) as sending:
         if (reason := await _attempt_delivery(node, desk, action)) is not None:
-            sending.set_status(Status(StatusCode.ERROR, reason))
+            failed(sending, reason)
 
 
 async def _attempt_delivery(node: Node, desk: LeaseDesk, action: SendOffer) -> str | None:

@@ -289,16 +289,16 @@ class SlicePrefetcher:
 
     async def _pull_from_any(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
         """Have one of the providers send it, whole; False when none did."""
-        began, status = trio.current_time(), "failure"
+        began, status = trio.current_time(), ""
         try:
-            if await self._pull_in_turn(assigned, path, patience_s):
-                status = "success"
-                return True
-            return False
-        except trio.Cancelled:
-            status = ""
+            pulled = await self._pull_in_turn(assigned, path, patience_s)
+            status = "success" if pulled else "failure"
+            return pulled
+        except Exception:
+            status = "failure"
             raise
         finally:
+            # neither where it was cancelled, which may come as a group
             if status:
                 FETCH_DURATION.record(trio.current_time() - began, status=status)
 

@@ -16,6 +16,8 @@ EmitSpans = Callable[[Sequence[FinishedSpan]], None]
 
 #: An executor of ours has a dozen spans a round; rounds of a tenth of a second would still pass.
 WINDOW_S, SPANS_A_WINDOW = 10.0, 2000
+#: the worker's own memory holds what a collector does not take
+CHARACTERS_A_WINDOW = 4_000_000
 MAX_NAME, MAX_TEXT = 128, 1024
 MAX_ATTRIBUTES, MAX_EVENTS, MAX_LINKS = 32, 128, 32
 
@@ -23,15 +25,17 @@ MAX_ATTRIBUTES, MAX_EVENTS, MAX_LINKS = 32, 128, 32
 class ExecutorSpans:
     """Those of the executor of the job ``job_id``."""
 
-    def __init__(self, emit: EmitSpans | None, job_id: str) -> None:
+    def __init__(self, emit: EmitSpans | None, job_id: str, secrets: Sequence[str] = ()) -> None:
         self._emit = emit
         self._job_id = job_id
+        self._secrets = tuple(one for one in secrets if one)
         self._window_ends = 0.0
-        self._left = 0
+        self._left = self._characters_left = 0
 
     def take(self, spans: Sequence[FinishedSpan]) -> None:
-        """Export ``spans``, all or none. Raises Refused: ``unsupported`` where nothing is exported here,
-        ``too-large``, ``invalid``, and ``busy`` beyond :data:`SPANS_A_WINDOW`.
+        """Export ``spans``, all or none, without the job's secrets. Raises Refused: ``unsupported`` where
+        nothing is exported here, ``too-large``, ``invalid``, and ``busy`` beyond :data:`SPANS_A_WINDOW` or
+        :data:`CHARACTERS_A_WINDOW`.
         """
         if self._emit is None:
             raise Refused("unsupported", "this worker exports no traces")
@@ -43,11 +47,48 @@ class ExecutorSpans:
         now = trio.current_time()
         if now >= self._window_ends:
             self._window_ends, self._left = now + WINDOW_S, SPANS_A_WINDOW
+            self._characters_left = CHARACTERS_A_WINDOW
         if len(spans) > self._left:
             raise Refused("busy", f"more than {SPANS_A_WINDOW} spans within {WINDOW_S:g} s")
+        characters = sum(_characters(span) for span in spans)
+        if characters > self._characters_left:
+            text = f"spans of more than {CHARACTERS_A_WINDOW} characters within {WINDOW_S:g} s"
+            raise Refused("busy", text)
         self._left -= len(spans)
-        job = {"hypha.job": self._job_id}
-        self._emit([msgspec.structs.replace(span, attributes={**span.attributes, **job}) for span in spans])
+        self._characters_left -= characters
+        self._emit([self._cleaned(span) for span in spans])
+
+    def _cleaned(self, span: FinishedSpan) -> FinishedSpan:
+        events = tuple(
+            msgspec.structs.replace(event, attributes=self._told(event.attributes)) for event in span.events
+        )
+        return msgspec.structs.replace(
+            span,
+            error=self._without_secrets(span.error),
+            attributes={**self._told(span.attributes), "hypha.job": self._job_id},
+            events=events,
+        )
+
+    def _told(self, attributes: dict[str, SpanAttribute]) -> dict[str, SpanAttribute]:
+        return {
+            name: self._without_secrets(value) if isinstance(value, str) else value
+            for name, value in attributes.items()
+        }
+
+    def _without_secrets(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def _characters(span: FinishedSpan) -> int:
+    attributes = [span.attributes, *(event.attributes for event in span.events)]
+    texts = (
+        len(name) + (len(value) if isinstance(value, str) else 8)
+        for one in attributes
+        for name, value in one.items()
+    )
+    return len(span.name) + len(span.error) + sum(len(event.name) for event in span.events) + sum(texts)
 
 
 def _problem(span: FinishedSpan) -> str | None:
