@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 ARGS ?=
 # tests at once: they mostly wait for real clocks
-JOBS ?= 2
+JOBS ?= 3
 # how many seeds are simulated
 SEEDS ?= 100
 BIN := .venv/bin
