@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
 import pytest
 import trio
 from tests.scheduler.test_history import watched
@@ -11,6 +12,7 @@ from tests.scheduler.test_history import watched
 from hypha.cli.job_page import KEPT_LINES, JobPage, LastWarnings
 from hypha.cli.redaction import MARK, redacted, redacted_config, secrets_in
 from hypha.config.models import DatasetRef, JobConfig, ModelConfig
+from hypha.scheduler.history import History
 from hypha.scheduler.round_record import Now, Past
 from hypha.scheduler.snapshot import JobSnapshot
 
@@ -60,6 +62,63 @@ def test_secrets_are_known_by_their_names() -> None:
     assert isinstance(shown, dict)
     assert (shown["model"]["token"], shown["model"]["repository"]) == (MARK, "org/model")
     assert shown["output_token"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("cloned https://ghp_token@host/m", "ghp_token"),
+        ("cloned https://ghp_token:@host/m", "ghp_token"),
+        ("sftp://user:p@ss@host/m", "p@ss"),
+        ("https://h/c/b?sv=2024&sig=s1g%3D&se=9", "s1g"),
+        ("https://h/b?X-Amz-Credential=AKIA1&X-Amz-Signature=feed", "AKIA1"),
+        ("https://h/b?X-Amz-Credential=AKIA1&X-Amz-Signature=feed", "feed"),
+        ('{"url": "https://h/b?a=1\\u0026Signature=feed"}', "feed"),
+        ("https://h/b?Policy=eyJ&Key-Pair-Id=K2", "eyJ"),
+        ("http://127.0.0.1:9102/?token=abc", "abc"),
+        ("https://h/b?password=abc and https://h/#api_key=def", "abc"),
+        ("https://h/b?password=abc and https://h/#api_key=def", "def"),
+    ],
+)
+def test_addresses_are_shown_without_what_signs_in(text: str, secret: str) -> None:
+    clean = redacted(text, ())
+    assert secret not in clean
+    assert MARK in clean
+
+
+def test_addresses_without_secrets_stay_as_they_are() -> None:
+    text = "https://host/m?sv=2024&page=2#top and /dns4/host/tcp/1, user@host, a@b://c"
+    assert redacted(text, ()) == text
+
+
+def test_secrets_of_the_environment_are_known_in_connection_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "DefaultEndpointsProtocol=https;AccountKey=QWNjb3VudA==;EndpointSuffix=core.windows.net",
+    )
+    monkeypatch.setenv("STORAGE_SAS", "?sv=2024&sig=c2lnbmF0dXJl%3D")
+    monkeypatch.setenv("SASL_MECHANISM", "SCRAM-SHA-512")
+    found = secrets_in(config(output="https://ghp_word@host/m"))
+    assert {"QWNjb3VudA==", "c2lnbmF0dXJl%3D", "c2lnbmF0dXJl=", "ghp_word"} <= found
+    assert not {"https", "core.windows.net", "SCRAM-SHA-512"} & found
+
+
+async def test_nothing_of_the_job_is_told_with_a_secret() -> None:
+    secrets = secrets_in(config())
+    page = JobPage(
+        JobSnapshot("digits", output="sftp://user:pw@host/m", message=f"refused {SECRET}: a\udc80"),
+        History(),
+        tuple,
+        secrets,
+    )
+    page.begin()
+    shown = page.status()
+    assert (shown.output, shown.message) == (f"sftp://{MARK}@host/m", f"refused {MARK}: a?")
+    page.observe(JobSnapshot("digits", state="failed", message="https://token@host/m"))
+    _, (_, now) = page.begin()()
+    assert isinstance(now, Now)
+    assert now.job.message == f"https://{MARK}@host/m"
+    msgspec.json.encode(now)
 
 
 async def test_late_viewers_see_what_was_before(autojump_clock: trio.testing.MockClock) -> None:

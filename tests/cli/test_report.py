@@ -104,6 +104,43 @@ def test_all_that_is_known_is_in_it_but_no_secret(tmp_path: Path, monkeypatch: p
     assert b"the end" in found["logs/1-scheduler.log"]
 
 
+def contents(path: Path) -> dict[str, str]:
+    with tarfile.open(path) as archive:
+        return {
+            member.name.removeprefix("hypha-report/"): archive.extractfile(member).read().decode()  # type: ignore[union-attr]
+            for member in archive
+        }
+
+
+def test_the_configuration_that_is_here_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_job(tmp_path).rename(tmp_path / "config.toml")
+    monkeypatch.chdir(tmp_path)
+    report("digits", None, None, None, Path("state"))
+    found = contents(tmp_path / "digits-report.tar.gz")
+    assert SECRETS["model"] not in "".join(found.values())
+    assert "config.json" in found
+    assert "of config.toml and of the environment were replaced" in found["README.txt"]
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_configuration_nobody_is_told_that_it_is_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for text in (None, 'dataset = "of a data node"\n'):
+        if text is not None:
+            (tmp_path / "config.toml").write_text(text)
+        report("digits", None, None, None, Path("state"))
+        about = contents(tmp_path / "digits-report.tar.gz")["README.txt"]
+        for told in (about, capsys.readouterr().err):
+            assert "The scheduler's configuration was not known" in told
+            assert "may still be in here" in told
+            assert ("as config.toml here is none of a scheduler" in told) is (text is not None)
+
+
 def test_without_a_job_or_a_log_that_is_said(tmp_path: Path) -> None:
     with pytest.raises(HyphaError, match="there is no ledger"):
         report("digits", None, None, None, tmp_path)

@@ -16,11 +16,11 @@ from tests.support.polling import until
 from hypha.journal import Entry, Journal
 from hypha.messages import LedgerRound
 from hypha.scheduler import history as history_module
-from hypha.scheduler.events import LifeBegan
+from hypha.scheduler.events import JobRefused, LifeBegan
 from hypha.scheduler.history import DETAILED, History
 from hypha.scheduler.history_file import FILE, HistoryFile, keep_history, read_history
 from hypha.scheduler.ledger import Ledger
-from hypha.scheduler.round_record import RoundRecord, Span
+from hypha.scheduler.round_record import Fault, RoundRecord, Span
 from hypha.scheduler.rules import Start
 from hypha.scheduler.slices import SliceTracker
 
@@ -100,6 +100,25 @@ def test_what_goes_wrong_is_marked() -> None:
     assert [worker.peer for worker in history.records[-1].workers if worker.spans] == ["a", "b"]
     world.run(60, until=lambda: world.machine.round == 3)
     assert [worker.peer for worker in history.records[2].workers] == ["a"]
+
+
+def test_faults_are_kept_without_secrets() -> None:
+    history = History(wall=lambda: WALL, redact=lambda text: text.replace("hf_secret", "[secret]"))
+    journal = Journal(checked=True)
+    journal.listeners.append(history.note)
+    world = World(rules(samples=2000), journal=journal)
+    world.begin()
+    for peer in "ab":
+        world.add(Worker(peer, 0.05, load_s=0.2, upload_s=0.3))
+    world.run(60, until=lambda: world.machine.round == 1 and world.workers["a"].batches > 3)
+    world.kill("b")
+    world.run(60, until=lambda: world.machine.round == 1 and "b" not in world.machine.members)
+    # half a secret is not kept either, and what is no Unicode can be written
+    text = "\udc80" + "x" * 191 + " hf_secret"
+    history.note(Entry(9, world.now, "rounds", JobRefused("b", "train", text), (), world.machine.summary()))
+    open_round = history.open_round(world.now)
+    assert open_round is not None
+    assert open_round.faults[-1].text == "?" + "x" * 191 + " [secret"
 
 
 def test_a_round_that_is_done_again_is_not_counted_twice() -> None:
@@ -203,6 +222,35 @@ def test_a_full_disk_costs_the_history_and_is_said_once(
     assert len((tmp_path / FILE).read_bytes().splitlines()) == 1
 
 
+def test_lines_that_are_no_text_are_skipped(tmp_path: Path) -> None:
+    ledger(tmp_path, entry(0), entry(1))
+    store = HistoryFile(tmp_path / FILE)
+    store.append([record(0)])
+    good = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(good.replace(b"job-1", b"job-\xff") + good)
+    assert [bool(one.server_spans) for one in read_history(tmp_path)] == [True, False]
+
+
+def test_a_record_that_cannot_be_written_costs_itself_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = HistoryFile(tmp_path / FILE)
+    store.append([record(0, server="\udc80")])
+    store.append([record(1)])
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+    assert len((tmp_path / FILE).read_bytes().splitlines()) == 1
+
+
+async def test_nothing_of_keeping_it_ends_the_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    history = History(wall=lambda: WALL)
+    # what is no record stands for whatever is unforeseen
+    history._unsaved.append(object())  # type: ignore[arg-type]
+    history.finished.note()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_history, history, tmp_path)
+    assert sum("is not kept any more" in one.getMessage() for one in caplog.records) == 1
+
+
 async def test_the_next_scheduler_shows_what_the_one_before_has_kept(tmp_path: Path) -> None:
     world, first = watched()
     async with trio.open_nursery() as nursery:
@@ -216,11 +264,12 @@ async def test_the_next_scheduler_shows_what_the_one_before_has_kept(tmp_path: P
     assert [one.round for one in kept] == [0, 1, 2]
 
     # the ledger is that of job-1, and its lives go on
-    lines = [msgspec.structs.replace(one, job_id="job-1") for one in kept]
+    told = (Fault(0.5, "b", "lost", "hf_secret"),)
+    lines = [msgspec.structs.replace(one, job_id="job-1", faults=told) for one in kept]
     (tmp_path / FILE).unlink()
     HistoryFile(tmp_path / FILE).append(lines)
     ledger(tmp_path, entry(0), entry(1))
-    second = History(wall=lambda: WALL + 100)
+    second = History(wall=lambda: WALL + 100, redact=lambda text: text.replace("hf_secret", "[secret]"))
     life = Journal()
     life.listeners.append(second.note)
     async with trio.open_nursery() as nursery:
@@ -235,3 +284,5 @@ async def test_the_next_scheduler_shows_what_the_one_before_has_kept(tmp_path: P
     assert [one.round for one in second.records] == [0, 1]
     assert all(worker.spans for one in second.records for worker in one.workers if worker.peer in "ab")
     assert [one.loss for one in second.records] == [entry(0).loss, entry(1).loss]
+    # what the one before did not know as a secret
+    assert [one.faults[0].text for one in second.records] == ["[secret]"] * 2

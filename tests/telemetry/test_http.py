@@ -7,6 +7,9 @@ from functools import partial
 import httpx
 import pytest
 import trio
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from tests.support.polling import until
 
 from hypha.errors import ConfigError
@@ -59,6 +62,91 @@ async def test_it_ends_at_once_with_a_client_connected() -> None:
             async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
                 await client.get("/health")
                 nursery.cancel_scope.cancel()
+
+
+async def open_to(address: str) -> trio.SocketStream:
+    host, _, port = address.rpartition(":")
+    return await trio.open_tcp_stream(host, int(port))
+
+
+async def gone(stream: trio.SocketStream) -> bool:
+    """Whether the other side has closed it."""
+    try:
+        while await stream.receive_some():
+            pass
+    except trio.BrokenResourceError:
+        pass
+    return True
+
+
+async def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hypha.telemetry.serving.BoundedConfig.write_timeout_s", 0.3, raising=False)
+
+    async def much(_: Request) -> Response:
+        return Response(b"x" * (32 << 20))
+
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(
+            partial(serve_http, "127.0.0.1:0", lambda: report(True), routes=[Route("/much", much)])
+        )
+        before = trio.lowlevel.current_statistics().tasks_living
+        async with await open_to(address) as stream:
+            await stream.send_all(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+            await until(lambda: trio.lowlevel.current_statistics().tasks_living > before, 2.0)
+            await until(lambda: trio.lowlevel.current_statistics().tasks_living == before, 4.0)
+        # who reads has all of it
+        async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
+            assert len((await client.get("/much")).content) == 32 << 20
+        nursery.cancel_scope.cancel()
+
+
+async def test_so_many_connections_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hypha.telemetry.serving.BoundedConfig.max_connections", 3, raising=False)
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
+        kept = [await open_to(address) for _ in range(3)]
+        for stream in kept:
+            await stream.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+        for _ in range(2):
+            with trio.fail_after(2):
+                async with await open_to(address) as refused:
+                    assert await gone(refused)
+        assert [one.getMessage() for one in caplog.records] == [
+            "Local HTTP has 3 connections, and refuses more."
+        ]
+        for stream in kept:
+            await stream.aclose()
+
+        async def well() -> bool:
+            async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
+                try:
+                    return (await client.get("/health")).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+        with trio.fail_after(2):
+            while not await well():
+                await trio.sleep(0.02)
+        nursery.cancel_scope.cancel()
+
+
+async def test_http_2_is_not_spoken() -> None:
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
+        async with await open_to(address) as stream:
+            await stream.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            with trio.fail_after(2):
+                assert await gone(stream)
+        async with await open_to(address) as stream:
+            await stream.send_all(
+                b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+                b"Upgrade: h2c\r\nHTTP2-Settings: AAQAAAAA\r\n\r\n"
+            )
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_client_that_has_left_leaves_nothing() -> None:

@@ -56,14 +56,21 @@ class LastWarnings(logging.Handler):
 
 
 class JobPage:
-    """What viewers of one job receive. ``warnings`` are asked for with every look."""
+    """What viewers of one job receive. ``warnings`` are asked for with every look, and have no secrets any
+    more, nor has ``history``; from what the job itself says, ``secrets`` are taken out here.
+    """
 
     def __init__(
-        self, job: JobSnapshot, history: History, warnings: Callable[[], tuple[LogLine, ...]]
+        self,
+        job: JobSnapshot,
+        history: History,
+        warnings: Callable[[], tuple[LogLine, ...]],
+        secrets: Collection[str] = (),
     ) -> None:
         self._job = job
         self._history = history
         self._warnings = warnings
+        self._secrets = secrets
 
     def observe(self, job: JobSnapshot) -> None:
         """The job has come to this."""
@@ -71,7 +78,12 @@ class JobPage:
 
     def status(self) -> JobSnapshot:
         """What ``/status`` answers."""
-        return msgspec.structs.replace(self._job, warnings=self._warnings())
+        return msgspec.structs.replace(
+            self._job,
+            message=redacted(self._job.message, self._secrets),
+            output=redacted(self._job.output, self._secrets),
+            warnings=self._warnings(),
+        )
 
     def begin(self) -> Callable[[], Iterable[Message]]:
         """For one viewer: everything at first, then what is new."""

@@ -26,7 +26,7 @@ def job_panel(job: JobSnapshot) -> RenderableType:
     """The short panel."""
     parts: list[RenderableType] = [headline(job), ProgressBar(total=max(job.rounds, 1), completed=job.round)]
     if job.message:
-        parts.append(Text(job.message, style="yellow" if job.state == "paused" else "dim"))
+        parts.append(shown(job.message, "yellow" if job.state == "paused" else "dim"))
     if job.workers:
         parts.append(_workers(job))
     return Group(*parts)
@@ -40,12 +40,12 @@ def status_panel(job: JobSnapshot) -> RenderableType:
     if job.connections:
         parts.append(_connections(job))
     facts = [_goodput(job), _data(job), _refused(job)]
-    parts += [Text(fact, style="dim") for fact in facts if fact]
+    parts += [shown(fact, "dim") for fact in facts if fact]
     for line in job.warnings[-MAX_LINES:]:
         when = datetime.fromtimestamp(line.at).strftime("%H:%M:%S")
         style = "red" if line.level == "error" else "yellow"
         peer = f" (...{line.peer[-8:]})" if line.peer else ""
-        parts.append(Text(f"{when} {line.level} {line.message}{peer}", style=style))
+        parts.append(shown(f"{when} {line.level} {line.message}{peer}", style))
     return Group(*parts)
 
 
@@ -70,7 +70,16 @@ def headline(job: JobSnapshot) -> Text:
         f"{job.leases} leases",
         f"{job.elapsed_s:.0f} s",
     ]
-    return Text(", ".join(words))
+    return shown(", ".join(words))
+
+
+def shown(text: str, style: str = "") -> Text:
+    """``text`` as it is, though a peer may have written it: no markup, nothing that controls a terminal."""
+    return Text("".join(one if one.isprintable() or one in "\n\t" else "\ufffd" for one in text), style=style)
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*(shown(cell) for cell in cells))
 
 
 def _workers(job: JobSnapshot) -> Table:
@@ -78,7 +87,8 @@ def _workers(job: JobSnapshot) -> Table:
     for name in ("worker", "state", "batch", "of", "size", "samples/s", "samples", "loss"):
         table.add_column(name, justify="left" if name in ("worker", "state") else "right")
     for worker in job.workers[:MAX_ROWS]:
-        table.add_row(
+        _add(
+            table,
             f"...{worker.peer[-8:]}",
             worker.state,
             str(worker.batches),
@@ -89,7 +99,7 @@ def _workers(job: JobSnapshot) -> Table:
             f"{worker.loss:.4f}" if worker.loss is not None else "-",
         )
     if len(job.workers) > MAX_ROWS:
-        table.add_row(f"and {len(job.workers) - MAX_ROWS} more", *[""] * 7)
+        _add(table, f"and {len(job.workers) - MAX_ROWS} more", *[""] * 7)
     return table
 
 
@@ -105,9 +115,9 @@ def _leases(job: JobSnapshot) -> Table:
         hardware = ", ".join(f"{amount:g} {unit}" for amount, unit in amounts if amount)
         ends = f"{lease.expires_in_s:.0f} s" + (", unreachable" if lease.suspected else "")
         purpose = "training" if lease.kind == "train" else "server"
-        table.add_row(lease.lease[:8], f"...{lease.peer[-8:]}", purpose, hardware, f"{lease.price:g}", ends)
+        _add(table, lease.lease[:8], f"...{lease.peer[-8:]}", purpose, hardware, f"{lease.price:g}", ends)
     if len(job.held) > MAX_ROWS:
-        table.add_row(f"and {len(job.held) - MAX_ROWS} more", *[""] * 5)
+        _add(table, f"and {len(job.held) - MAX_ROWS} more", *[""] * 5)
     return table
 
 
@@ -115,9 +125,9 @@ def _connections(job: JobSnapshot) -> Table:
     table = _table("node", "role", "path", right=("round trip",))
     for one in job.connections[:MAX_ROWS]:
         trip = "-" if one.round_trip_s is None else f"{one.round_trip_s * 1000:.1f} ms"
-        table.add_row(f"...{one.peer[-8:]}", ", ".join(one.roles) or "any", one.kind, trip)
+        _add(table, f"...{one.peer[-8:]}", ", ".join(one.roles) or "any", one.kind, trip)
     if len(job.connections) > MAX_ROWS:
-        table.add_row(f"and {len(job.connections) - MAX_ROWS} more", "", "", "")
+        _add(table, f"and {len(job.connections) - MAX_ROWS} more", "", "", "")
     return table
 
 

@@ -9,6 +9,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from hypha.cli.live import shown
 from hypha.cli.running import run_until_signal
 from hypha.config.log_filter import parse_filter
 from hypha.errors import NetworkError, PeerUnreachable, RequestTimeout
@@ -36,7 +37,7 @@ def probe_node(address: str, identity: Identity, timeout_s: float) -> int:
     code = run_until_signal(ask)
     if not reports:
         return code
-    _print(address, reports[0], identity)
+    show_report(address, reports[0])
     return 0 if reports[0].healthy else 1
 
 
@@ -70,7 +71,8 @@ async def _ask(address: str, identity: Identity, timeout_s: float) -> HealthRepo
     return report
 
 
-def _print(address: str, report: HealthReport, identity: Identity) -> None:
+def show_report(address: str, report: HealthReport) -> None:
+    """Print what the node at ``address`` says of its health."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {
         "address": address,
@@ -81,5 +83,5 @@ def _print(address: str, report: HealthReport, identity: Identity) -> None:
         **report.details,
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(shown(name), shown(value))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False).print(table)

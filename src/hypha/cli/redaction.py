@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import BaseModel
@@ -17,8 +18,16 @@ MARK = "[secret]"
 #: shorter ones would take words out of every line
 _SHORTEST = 4
 _NAMES = re.compile(r"token|secret|passw|credential|headers|(?:api|access)_?key|authorization", re.IGNORECASE)
-_ENVIRONMENT = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$|_HEADERS$", re.IGNORECASE)
+_ENVIRONMENT = re.compile(
+    r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$|_HEADERS$|CONNECTION_STRING|(?:^|_)SAS(?:$|_)", re.IGNORECASE
+)
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s\"']+")
+#: ``user:password@`` and ``token@``, up to the last @ before the path
+_USERINFO = re.compile(r"://[^\s\"'/?#]*@")
+#: of an address' query or fragment, the ampersand also as JSON may write it: what is before the value, the
+#: parameter's name and the value
+_PARAMETER = re.compile(r"((?:[?&#]|\\u0026)([^=&?#\s\"'\\]+)=)([^&#\s\"'\\]+)")
+_PARAMETER_NAMES = re.compile(r"sig|token|key|credential|policy|passw|pwd|secret", re.IGNORECASE)
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
 )
@@ -29,18 +38,28 @@ def secrets_in(config: BaseModel | None) -> frozenset[str]:
     found = set(_secrets({} if config is None else config.model_dump(mode="json"), False))
     for name, value in process_environment().items():
         if _ENVIRONMENT.search(name):
-            found.update(_parts(value))
+            found.update(_connection_parts(value) if "CONNECTION_STRING" in name.upper() else _parts(value))
     return frozenset(one for one in found if len(one) >= _SHORTEST)
 
 
 def redacted(text: str, secrets: Iterable[str]) -> str:
-    """``text`` without ``secrets``, without private keys and without passwords in addresses."""
-    # longer ones first: one may be part of another
-    forms = {form for secret in secrets for form in _forms(secret)}
-    for form in sorted(forms, key=len, reverse=True):
+    """``text`` without ``secrets``, without private keys, and without who signs in, and with what, in
+    addresses. What is no Unicode is replaced, too.
+    """
+    text = text.encode("utf-8", "replace").decode()
+    for form in _all_forms(frozenset(secrets)):
         text = text.replace(form, MARK)
     text = _PRIVATE_KEY.sub(MARK, text)
-    return _URL.sub(lambda found: _without_password(found.group()), text)
+    text = _USERINFO.sub(f"://{MARK}@", text)
+    return _PARAMETER.sub(_without_value, text)
+
+
+# asked for with every look of every viewer, and for every fault
+@lru_cache(maxsize=4)
+def _all_forms(secrets: frozenset[str]) -> tuple[str, ...]:
+    """Longer ones first: one may be part of another."""
+    forms = {form for secret in secrets for form in _forms(secret)}
+    return tuple(sorted(forms, key=len, reverse=True))
 
 
 def _forms(secret: str) -> set[str]:
@@ -77,24 +96,45 @@ def _secrets(value: object, secret: bool) -> Iterator[str]:
 
 
 def _parts(value: str) -> Iterator[str]:
-    """The whole of it, and of ``Bearer x`` and ``name=x,name=y`` each value."""
+    """The whole of it, and of ``Bearer x``, ``name=x,name=y`` and ``?sv=x&sig=y`` each value."""
     yield value
     for part in re.split(r"[\s,;]+", value):
         yield part.partition("=")[2] or part
+    yield from _values(value if value.startswith("?") else f"?{value}")
+
+
+def _connection_parts(value: str) -> Iterator[str]:
+    """The whole of ``Protocol=https;AccountKey=x``, and the value of what is secret there: ``https`` stands
+    in many a line.
+    """
+    yield value
+    for part in value.split(";"):
+        name, _, one = part.partition("=")
+        if one and _PARAMETER_NAMES.search(name):
+            yield one
+            yield from _values(f"?{one}")
+    for url in _URL.findall(value):
+        yield from _passwords(url)
 
 
 def _passwords(url: str) -> Iterator[str]:
     try:
-        password = urlsplit(url).password
+        parts = urlsplit(url)
     except ValueError:
         return
-    if password:
-        yield from (password, unquote(password))
+    # a name without a password is one on most servers, and a token in addresses of the web
+    word = parts.password or (parts.username if parts.scheme in ("http", "https") else None)
+    if word:
+        yield from (word, unquote(word))
+    yield from _values(url)
 
 
-def _without_password(url: str) -> str:
-    try:
-        password = urlsplit(url).password
-    except ValueError:
-        return url
-    return url.replace(f":{password}@", f":{MARK}@") if password else url
+def _values(query: str) -> Iterator[str]:
+    """Of the parameters whose names say that they are secret."""
+    for _, name, value in _PARAMETER.findall(query):
+        if _PARAMETER_NAMES.search(name):
+            yield from (value, unquote(value))
+
+
+def _without_value(found: re.Match[str]) -> str:
+    return f"{found[1]}{MARK}" if _PARAMETER_NAMES.search(found[2]) else found[0]

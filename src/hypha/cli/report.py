@@ -18,14 +18,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
+from hypha.cli.component import DEFAULT_CONFIG
 from hypha.cli.redaction import redacted, redacted_config, secrets_in
 from hypha.cli.timeline import job_directory
-from hypha.errors import HyphaError, OutputError
+from hypha.errors import ConfigError, HyphaError, OutputError
+
+if TYPE_CHECKING:
+    from hypha.config.models import SchedulerConfig
 
 #: of a log, or of a journal, its end
 _MAX_LOG_BYTES = 4 << 20
@@ -34,22 +38,33 @@ _PACKAGES = (
     *("numpy", "msgspec", "pydantic", "cryptography", "hypercorn", "starlette", "opentelemetry-sdk"),
 )
 _ABOUT = """\
-What `hypha report` has gathered of one job. Tokens, passwords and keys were replaced by [secret];
-addresses and PeerIDs of nodes are in here.
+What `hypha report` has gathered of one job. {secrets}
+Addresses and PeerIDs of nodes are in here.
 
 job.json        all tables of the job's ledger
 rounds.json     what each round was spent on; `hypha timeline` makes a picture of the same
 journal.jsonl   what the scheduler decided last, if the job failed
 versions.json   what ran
-config.json     the scheduler's configuration
+config.json     the scheduler's configuration, if it was found
 logs/           the ends of the logs that were named
 """
+_KNOWN = "Tokens, passwords and keys of {name} and of the environment were replaced by [secret]."
+_UNKNOWN = (
+    "The scheduler's configuration was not known{why}: its secrets may still be in here,\n"
+    "as only those of the environment, private keys and what stands for one in an address were replaced by\n"
+    "[secret]. Name it with --config."
+)
 
 
 def report(
     job: Annotated[str, typer.Argument(help="A job's state directory, or its name under --state-dir.")],
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="The scheduler's TOML file, for what is secret.")
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="The scheduler's TOML file, for what is secret; config.toml when there is one.",
+        ),
     ] = None,
     log: Annotated[
         list[Path] | None, typer.Option("--log", help="A log whose end belongs to it. May be repeated.")
@@ -64,11 +79,14 @@ def report(
     """Gather what is known of a job, without secrets, in one .tar.gz for somebody else."""
     directory = job_directory(job, state_dir)
     target = output or Path(f"{directory.resolve().name}-report.tar.gz")
-    texts = dict(_gathered(directory, config, log or []))
+    loaded, about = _configuration(config)
+    texts = dict(_gathered(directory, loaded, about, log or []))
     try:
         write_archive(target, texts)
     except OSError as exc:
         raise OutputError(f"{target} cannot be written: {exc.strerror}") from exc
+    if loaded is None:
+        typer.echo(about, err=True)
     typer.echo(f"{len(texts)} files are in {target}; look through it before you hand it on")
 
 
@@ -88,16 +106,34 @@ def write_archive(path: Path, texts: dict[str, str]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _gathered(directory: Path, config: Path | None, logs: Sequence[Path]) -> Iterator[tuple[str, str]]:
+def _configuration(path: Path | None) -> tuple[SchedulerConfig | None, str]:
+    """The one that was named, else the one that is here, and a sentence on what it means for secrets. Raises
+    :class:`ConfigError` for one that was named.
+    """
     from hypha.config.loading import load_config
     from hypha.config.models import SchedulerConfig
+
+    if path is None and not DEFAULT_CONFIG.exists():
+        return None, _UNKNOWN.format(why="")
+    used = path or DEFAULT_CONFIG
+    try:
+        return load_config(SchedulerConfig, used), _KNOWN.format(name=used.name)
+    except ConfigError:
+        if path is not None:
+            raise
+        # a directory of another component, perhaps
+        return None, _UNKNOWN.format(why=f", as {used} here is none of a scheduler")
+
+
+def _gathered(
+    directory: Path, loaded: SchedulerConfig | None, about: str, logs: Sequence[Path]
+) -> Iterator[tuple[str, str]]:
     from hypha.scheduler.history_file import read_history
 
-    loaded = None if config is None else load_config(SchedulerConfig, config)
     secrets = secrets_in(loaded) | _page_token(directory)
     rounds = read_history(directory)
     found = {
-        "README.txt": _ABOUT,
+        "README.txt": _ABOUT.format(secrets=about),
         "job.json": _json(_tables(directory / "job.db")),
         "rounds.json": _json(msgspec.to_builtins(rounds)),
         "versions.json": _json(_versions()),

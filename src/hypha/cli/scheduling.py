@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from hypha.cli.job_page import JobPage, LastWarnings
 from hypha.cli.live import live_view
-from hypha.cli.redaction import secrets_in
+from hypha.cli.redaction import redacted, secrets_in
 from hypha.config.environment import process_environment
 from hypha.config.models import SchedulerConfig
 from hypha.config.otel import resolve_telemetry
@@ -46,12 +46,13 @@ async def run_scheduler(
     What its machines decide is appended to the file ``journal``. Raises the HyphaError that ended it.
     """
     name, rounds = config.scheduler.job.name, config.scheduler.job.rounds.update_rounds
-    history = History()
+    secrets = secrets_in(config)
+    history = History(redact=lambda text: redacted(text, secrets))
     results: list[JobResult] = []
 
     with ExitStack() as stack:
-        warnings = stack.enter_context(_last_warnings(config))
-        page = JobPage(JobSnapshot(name=name, rounds=rounds), history, lambda: warnings.lines)
+        warnings = stack.enter_context(_last_warnings(secrets))
+        page = JobPage(JobSnapshot(name=name, rounds=rounds), history, lambda: warnings.lines, secrets)
         shows: list[Callable[[JobSnapshot], None]] = [page.observe]
         noted = _opened(journal)
         stack.callback(noted.close)
@@ -127,9 +128,9 @@ def _tell_address(address: str, token: str | None, file: Path | None) -> None:
 
 
 @contextmanager
-def _last_warnings(config: SchedulerConfig) -> Iterator[LastWarnings]:
+def _last_warnings(secrets: Collection[str]) -> Iterator[LastWarnings]:
     """The log's last warnings, from now on."""
-    handler = LastWarnings(secrets_in(config))
+    handler = LastWarnings(secrets)
     root = logging.getLogger()
     root.addHandler(handler)
     try:

@@ -70,11 +70,15 @@ _MAX_FAULTS, _MAX_TEXT = 50, 200
 
 class History:
     """Records of one job's rounds; :meth:`note` is a listener of the job's journal. ``finished`` notes every
-    record that is complete, and :meth:`unsaved` hands those out once.
+    record that is complete, and :meth:`unsaved` hands those out once. ``redact`` takes secrets out of what
+    peers and errors say, before any of it is kept.
     """
 
-    def __init__(self, wall: Callable[[], float] = wall_time) -> None:
+    def __init__(
+        self, wall: Callable[[], float] = wall_time, redact: Callable[[str], str] | None = None
+    ) -> None:
         self._wall = wall
+        self._redact = redact
         self._records: dict[Key, RoundRecord] = {}
         self._changed: dict[Key, int] = {}
         self._open: OpenRound | None = None
@@ -113,10 +117,18 @@ class History:
         taken, self._unsaved = self._unsaved, []
         return taken
 
+    def cleaned(self, record: RoundRecord) -> RoundRecord:
+        """An earlier scheduler's ``record``, which may have known other secrets, or none. Works in any
+        thread: there may be many.
+        """
+        if not record.faults:
+            return record
+        return msgspec.structs.replace(record, faults=tuple(self._clean(fault) for fault in record.faults))
+
     # --- writing --------------------------------------------------------------------------------------
 
     def restore(self, records: Iterable[RoundRecord]) -> None:
-        """Earlier schedulers' records, before those of this one."""
+        """Earlier schedulers' records, before those of this one; see :meth:`cleaned`."""
         merged = {record.key: record for record in records}
         merged.update(self._records)
         self._records = dict(sorted(merged.items()))
@@ -339,7 +351,18 @@ class History:
 
     def _fault(self, opened: OpenRound, now: float, peer: str, what: str, text: str) -> None:
         if len(opened.faults) < _MAX_FAULTS:
-            opened.faults.append(Fault(rounded(now - opened.at), peer, what, text[:_MAX_TEXT]))
+            opened.faults.append(self._clean(Fault(rounded(now - opened.at), peer, what, text)))
+
+    def _clean(self, fault: Fault) -> Fault:
+        """Without secrets, short, and text that can be written."""
+        what, text = (self._clean_text(one) for one in (fault.what, fault.text))
+        return msgspec.structs.replace(fault, what=what, text=text)
+
+    def _clean_text(self, text: str) -> str:
+        if self._redact is not None:
+            text = self._redact(text)
+        # shortened last: half a secret would not be recognised. File names may hold lone surrogates.
+        return text[:_MAX_TEXT].encode("utf-8", "replace").decode()
 
 
 def _goes_on(entry: Entry) -> bool:

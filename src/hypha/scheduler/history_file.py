@@ -31,30 +31,40 @@ _LAST_SAVE_S = 0.5
 
 async def keep_history(history: History, directory: Path) -> None:
     """Read what earlier schedulers of the job left in its state ``directory``, then append every record that
-    becomes complete; until cancelled, and what is left then is written quickly.
+    becomes complete; until cancelled, and what is left then is written quickly. What goes wrong is logged
+    once, and ends this alone.
     """
     store = HistoryFile(directory / FILE)
+    try:
+        try:
+            await _follow(history, directory, store)
+        finally:
+            with trio.move_on_after(_LAST_SAVE_S, shield=True):
+                await in_thread(store.append, history.unsaved(), abandon_on_cancel=True)
+    except Exception:
+        # a file for people must not end a job
+        logger.exception("The history of rounds is not kept any more in %s.", directory / FILE)
+
+
+async def _follow(history: History, directory: Path, store: HistoryFile) -> None:
     seen, restored = 0, False
-    try:
-        while True:
-            seen = await history.finished.wait(seen)
-            if not restored and history.job is not None:
-                restored = True
-                job_id, generation = history.job
-                if generation:
-                    history.restore(await in_thread(_restorable, directory, job_id))
-            await in_thread(store.append, history.unsaved())
-    finally:
-        with trio.move_on_after(_LAST_SAVE_S, shield=True):
-            await in_thread(store.append, history.unsaved(), abandon_on_cancel=True)
+    while True:
+        seen = await history.finished.wait(seen)
+        if not restored and history.job is not None:
+            restored = True
+            job_id, generation = history.job
+            if generation:
+                history.restore(await in_thread(_restorable, history, directory, job_id))
+        await in_thread(store.append, history.unsaved())
 
 
-def _restorable(directory: Path, job_id: str) -> list[RoundRecord]:
+def _restorable(history: History, directory: Path, job_id: str) -> list[RoundRecord]:
     try:
-        return [record for record in read_history(directory) if record.job_id == job_id]
+        records = read_history(directory)
     except HyphaError as exc:
         logger.warning("Rounds of the job's earlier schedulers are not shown: %s", exc)
         return []
+    return [history.cleaned(record) for record in records if record.job_id == job_id]
 
 
 class HistoryFile:
@@ -66,10 +76,11 @@ class HistoryFile:
 
     def append(self, records: Iterable[RoundRecord]) -> None:
         """Whole lines; what cannot be written is lost, and said once."""
-        lines = b"".join(msgspec.json.encode(record) + b"\n" for record in records)
-        if not lines:
-            return
         try:
+            # text that is no Unicode raises ValueError
+            lines = b"".join(msgspec.json.encode(record) + b"\n" for record in records)
+            if not lines:
+                return
             with self._path.open("ab+") as file:
                 if file.tell():
                     file.seek(-1, 2)
@@ -79,7 +90,7 @@ class HistoryFile:
                 file.write(lines)
             if self._path.stat().st_size > MAX_BYTES:
                 self._shorten()
-        except OSError as exc:
+        except (OSError, ValueError) as exc:
             if not self._failing:
                 logger.warning("The history of rounds is not kept in %s for now: %s", self._path, exc)
             self._failing = True
@@ -146,6 +157,7 @@ def _read_lines(path: Path) -> list[RoundRecord]:
     for line in lines:
         try:
             records.append(msgspec.json.decode(line, type=RoundRecord))
-        except (msgspec.DecodeError, msgspec.ValidationError):
-            continue  # whoever wrote it was killed meanwhile
+        except ValueError:
+            # whoever wrote it was killed meanwhile, or the disk has spoilt it: it may not even be UTF-8
+            continue
     return records

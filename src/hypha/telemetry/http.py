@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 import trio
-from hypercorn.config import Config
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,7 +24,7 @@ from hypha.messages import HealthReport
 from hypha.runtime import in_thread
 from hypha.telemetry.metrics import sample
 from hypha.telemetry.running import exposition
-from hypha.telemetry.serving import serve
+from hypha.telemetry.serving import BoundedConfig, serve
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +40,9 @@ async def serve_http(
     """Serve ``host:port`` (port 0: any free one) until cancelled; started with the actual ``host:port``.
 
     ``health`` and ``status`` are called for each request, in the trio thread; ``status`` returns anything
-    msgspec can write as JSON. ``routes`` are served besides. Raises ConfigError when the address cannot be
-    bound.
+    msgspec can write as JSON. ``routes`` are served besides. Whoever does not read is disconnected, and
+    the number of connections is bounded: see :class:`BoundedConfig`. Raises ConfigError when the address
+    cannot be bound.
     """
 
     async def get_health(_: Request) -> Response:
@@ -66,7 +66,7 @@ async def serve_http(
             return _json(snapshot(), 200)
 
         served.append(Route("/status", get_status))
-    config = Config()
+    config = BoundedConfig()
     # bound here: hypercorn would leave the socket open when it cannot be
     config.bind = [f"fd://{_listen(address).detach()}"]
     config.accesslog = None

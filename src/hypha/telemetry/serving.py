@@ -1,22 +1,69 @@
-"""hypercorn without two defects. A connection that its client has closed stayed open here until the idle
-time-out, a socket and four tasks each: whoever asks once a second for an hour must leave nothing behind. And
-what was being written could not be cancelled: one client that does not read would have kept the node from
-ending.
+"""hypercorn without three defects. A connection that its client has closed stayed open here until the idle
+time-out, a socket and four tasks each: whoever asks once a second for an hour must leave nothing behind. What
+was being written could not be cancelled: one client that does not read would have kept the node from ending.
+And nothing was bounded: with :class:`BoundedConfig` a write takes so long at most, so many connections are
+open at a time, and HTTP/2 is not spoken, where a client may stop what it receives without stopping a write.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+
+import h11
+import hypercorn.protocol
 import trio
+from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio import run as _run
 from hypercorn.trio import serve
 from hypercorn.trio.tcp_server import TCPServer
 
-__all__ = ["serve"]
+__all__ = ["BoundedConfig", "serve"]
+
+logger = logging.getLogger("hypha.telemetry")
+
+
+class BoundedConfig(Config):
+    """For an address that strangers may reach; for one server, as ``connections`` counts what is open there.
+
+    Whoever takes none of what is written for ``write_timeout_s``, or connects beyond ``max_connections``, is
+    disconnected at once.
+    """
+
+    write_timeout_s: float = 10.0
+    max_connections: int = 256
+    connections: int = 0
+    told: bool = False
+
+
+class _Http1(H11Protocol):
+    async def _check_protocol(self, event: h11.Request) -> None:
+        # an upgrade may be ignored
+        if not isinstance(self.config, BoundedConfig):
+            await super()._check_protocol(event)
 
 
 class _Server(TCPServer):
     _client_left = False
+
+    async def run(self) -> None:
+        config = self.config
+        if not isinstance(config, BoundedConfig):
+            await super().run()
+            return
+        if config.connections >= config.max_connections:
+            if not config.told:
+                config.told = True
+                logger.warning("Local HTTP has %d connections, and refuses more.", config.connections)
+            await trio.aclose_forcefully(self.stream)
+            return
+        config.connections += 1
+        try:
+            await super().run()
+        finally:
+            config.connections -= 1
 
     async def _read_data(self) -> None:
         await super()._read_data()
@@ -33,15 +80,24 @@ class _Server(TCPServer):
         await super().protocol_send(event)
 
     async def _write(self, data: bytes) -> None:
+        timeout_s = self.config.write_timeout_s if isinstance(self.config, BoundedConfig) else math.inf
         async with self.send_lock:
             try:
-                await self.stream.send_all(data)
+                with trio.move_on_after(timeout_s) as waiting:
+                    await self._send_whole(data)
+                if waiting.cancelled_caught:
+                    await self.protocol.handle(Closed())
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 await self.protocol.handle(Closed())
-            except trio.Cancelled:
-                # it may be half written: nothing can follow it
-                await trio.aclose_forcefully(self.stream)
-                raise
+
+    async def _send_whole(self, data: bytes) -> None:
+        try:
+            await self.stream.send_all(data)
+        except trio.Cancelled:
+            # it may be half written: nothing can follow it
+            await trio.aclose_forcefully(self.stream)
+            raise
 
 
 _run.TCPServer = _Server  # type: ignore[attr-defined]
+hypercorn.protocol.H11Protocol = _Http1  # type: ignore[attr-defined]

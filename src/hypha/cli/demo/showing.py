@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from hypha.cli.live import headline, job_panel
+from hypha.cli.live import headline, job_panel, shown
 from hypha.scheduler.snapshot import JobSnapshot
 
 
@@ -48,7 +48,7 @@ class Show:
 
     def line(self, text: str) -> None:
         """A line that stays, above what is live."""
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(shown(text), highlight=False, soft_wrap=True)
         self._console.file.flush()
 
 
