@@ -12,10 +12,11 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from hypha.data.locks import take
 from hypha.data.manifest import MANIFEST_FILE
 from hypha.data.slices import SUFFIX, sync
 from hypha.errors import DataError, InputUnusable
@@ -33,17 +34,15 @@ class Staging:
     def __init__(self, target: Path, force: bool) -> None:
         self.target = target.resolve()
         self._force = force
-        with contextlib.ExitStack() as stack:
-            self._check(stack)
-        self._prefix = f".{self.target.name}.preparing-"
+        self._staged = f".{self.target.name}.preparing-"
         try:
+            with contextlib.ExitStack() as stack:
+                self._check(stack)
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
-            self.directory = self._beside()
+            self.directory, self._lock = self._own_directory()
         except OSError as exc:
             raise DataError(f"{self.target.parent} cannot be written: {exc.strerror}") from exc
-        self._lock = os.open(self.directory, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def __enter__(self) -> Staging:
         return self
@@ -52,64 +51,115 @@ class Staging:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
-        os.close(self._lock)
+        self._unlock()
 
     def publish(self) -> None:
-        """Put the directory in its place."""
-        sync(self.directory)
-        replaced = None
-        with contextlib.ExitStack() as stack:
-            self._check(stack)
-            if self.target.exists():
-                replaced = self._beside()
-                self.target.rename(replaced)
-            try:
-                self.directory.rename(self.target)
-            except OSError as exc:
-                if replaced is not None:
-                    replaced.rename(self.target)
-                raise DataError(f"{self.target} cannot be put in place: {exc.strerror}") from exc
-            sync(self.target.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
+        """Put the directory in its place. Raises DataError when that cannot be."""
+        try:
+            sync(self.directory)
+            with contextlib.ExitStack() as stack:
+                self._check(stack)
+                old = self._put_in_place()
+                sync(self.target.parent)
+        except OSError as exc:
+            raise DataError(f"{self.target} cannot be put in place: {exc.strerror}") from exc
+        # a data node may serve it from now on, however long the removal takes
+        self._unlock()
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
 
-    def _beside(self) -> Path:
-        """A new directory beside the target. Not by ``tempfile``, which makes such as only their owner can
-        read: the user's umask decides who may, as for everything else that the user makes.
+    def _put_in_place(self) -> Path | None:
+        """Returns where the directory is that was there before."""
+        if not self.target.exists():
+            self.directory.rename(self.target)
+            return None
+        replaced = self._new_name(self._staged)
+        self.target.rename(replaced)
+        try:
+            self.directory.rename(self.target)
+        finally:
+            if not self.target.exists():
+                replaced.rename(self.target)
+        return replaced
+
+    def _own_directory(self) -> tuple[Path, int | None]:
+        """A new directory beside the target, and the lock on it, where there are locks. Not by
+        ``tempfile``, which makes such as only their owner can read: the user's umask decides who may, as
+        for everything else that the user makes.
         """
         while True:
-            path = self.target.parent / f"{self._prefix}{secrets.token_hex(4)}"
+            path = self._new_name(self._staged)
             try:
                 path.mkdir()
             except FileExistsError:
                 continue
-            return path
+            try:
+                handle = take(path, fcntl.LOCK_EX)
+            except FileNotFoundError:
+                # another run, removing what is stale, came between
+                continue
+            except OSError:
+                return path, None
+            if handle is not None:
+                return path, handle
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _new_name(self, prefix: str) -> Path:
+        return self.target.parent / f"{prefix}{secrets.token_hex(4)}"
+
+    def _named(self, prefix: str) -> list[Path]:
+        """What stands beside the target under such names; the last to be renamed comes first."""
+        found = []
+        for path in self.target.parent.iterdir() if self.target.parent.is_dir() else ():
+            if path.name.startswith(prefix):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((path.stat().st_ctime_ns, path))
+        return [path for _, path in sorted(found, reverse=True)]
 
     def _check(self, stack: contextlib.ExitStack) -> None:
         """Raise InputUnusable when the target is not to be replaced; ``stack`` keeps a node from beginning to
-        serve it meanwhile.
+        serve it, or the holdout in it, meanwhile.
         """
         check_target(self.target, self._force)
-        if self.target.is_dir() and not _locked(self.target, fcntl.LOCK_EX, stack):
-            raise InputUnusable(
-                f"{self.target} is being served by a data node, whose jobs would lose their data; stop that "
-                "node first, or prepare into another directory"
-            )
+        for directory in _datasets_in(self.target):
+            try:
+                handle = take(directory, fcntl.LOCK_EX)
+            except OSError:
+                # where there are no locks, nobody can be asked
+                continue
+            if handle is None:
+                raise InputUnusable(
+                    f"{directory} is being served by a data node, whose jobs would lose their data; stop "
+                    "that node first, or prepare into another directory"
+                )
+            stack.callback(os.close, handle)
 
     def _remove_stale(self) -> None:
-        for path in self.target.parent.glob(f"{self._prefix}*"):
-            try:
-                handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            except OSError:
-                continue
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(handle)
+        for path in self._named(self._staged):
+            with _alone(path) as free:
+                if free:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Whether ``path`` is there and no other run is at work on it, nor will be while this lasts;
+    False where nothing can tell.
+    """
+    try:
+        handle = take(path, fcntl.LOCK_EX)
+    except OSError:
+        yield False
+        return
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -130,31 +180,15 @@ def check_target(target: Path, force: bool) -> None:
         )
 
 
-@contextlib.contextmanager
-def being_served(directories: Iterable[Path]) -> Iterator[None]:
-    """While a data node serves these, ``prepare --force`` does not replace them."""
-    with contextlib.ExitStack() as stack:
-        for directory in directories:
-            _locked(directory, fcntl.LOCK_SH, stack)
-        yield
-
-
-def _locked(directory: Path, how: int, stack: contextlib.ExitStack) -> bool:
-    """Whether the lock is had, until ``stack`` is closed. Where there are no locks (some network file
-    systems have none on directories), it counts as had.
-    """
-    try:
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return True
-    stack.callback(os.close, handle)
-    try:
-        fcntl.flock(handle, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+def _datasets_in(target: Path) -> Iterator[Path]:
+    """The directories in ``target`` that a data node may serve: itself, and a holdout in each."""
+    directory = target
+    while directory.is_dir():
+        yield directory
+        if directory.is_symlink():
+            # it might lead round in a circle
+            return
+        directory = directory / HOLDOUT
 
 
 def _prepared(path: Path) -> bool:
