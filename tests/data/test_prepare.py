@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -308,6 +309,105 @@ def test_a_run_that_removes_leftovers_while_another_begins(
         second.publish()
     assert (tmp_path / "out" / MANIFEST_FILE).read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_there_are_no_locks_nothing_is_removed_but_what_was_replaced_is_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_here(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none_here)
+    first = prepare(options(tmp_path, *digits(tmp_path / "in")))
+    (tmp_path / "out").rename(tmp_path / ".out.replaced-1")
+    (tmp_path / ".out.preparing-2").mkdir()
+    with pytest.raises(InputUnusable, match="out exists already"):
+        prepare(options(tmp_path, *digits(tmp_path / "in"), seed=1))
+    assert "out is there again: a run that was replacing it was killed half-way" in caplog.text
+    assert load_dataset_directory(tmp_path / "out").manifest_hash == first.manifest_hash
+    prepare(options(tmp_path, *digits(tmp_path / "in"), seed=1, force=True))
+    assert load_dataset_directory(tmp_path / "out").manifest_hash != first.manifest_hash
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.preparing-2", "in", "out"]
+
+
+KILLED_AT_EACH_LINE = """
+import os, signal, sys
+from pathlib import Path
+from hypha.data import staging
+from hypha.errors import InputUnusable
+
+target = Path(sys.argv[1])
+if sys.argv[2] == "two renames":
+    staging.exchange = lambda one, other: False
+
+
+def replace(content, last):
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if frame.f_code.co_filename != staging.__file__:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    with staging.Staging(target, force=True) as made:
+        (made.directory / "manifest.json").write_text(content)
+        sys.settrace(trace)
+        made.publish()
+        sys.settrace(None)
+    os._exit(0)
+
+
+content, line, status = "0", 0, signal.SIGKILL
+while status == signal.SIGKILL:
+    line += 1
+    child = os.fork()
+    if child == 0:
+        try:
+            replace(str(line), line)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    try:
+        # what the next run does first
+        with staging.Staging(target, force=False):
+            sys.exit(f"lost, when killed before line {line} of publish")
+    except InputUnusable:
+        found = (target / "manifest.json").read_text()
+    assert found in (content, str(line)), found
+    content = found
+assert (status, found) == (0, str(line))
+print(line)
+"""
+
+
+@pytest.mark.parametrize("how", ["exchange", "two renames"])
+def test_a_dataset_survives_that_its_replacement_is_killed_anywhere(tmp_path: Path, how: str) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / MANIFEST_FILE).write_text("0")
+    command = [sys.executable, "-c", KILLED_AT_EACH_LINE, str(target), how]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
+    with staging.Staging(target, force=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_directories_change_names_at_once(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    if not staging.exchange(tmp_path / "one", tmp_path / "other"):
+        pytest.skip("this system cannot exchange two names")
+    assert [(tmp_path / name / "file").read_text() for name in ("one", "other")] == ["other", "one"]
+    assert not staging.exchange(tmp_path / "one", tmp_path / "absent")
+    assert (tmp_path / "one" / "file").read_text() == "other"
 
 
 SLOW = """

@@ -3,12 +3,17 @@
 Whoever is killed meanwhile leaves a hidden ``.<name>.preparing-*``, which nothing serves and the next
 run removes; a lock on it tells that from one in use. A data node holds a lock on what it serves, so that
 nothing is replaced under it: its jobs would ask for slices that are gone.
+
+What is replaced changes names with its successor in one step where the system can do that. Elsewhere it is
+called ``.<name>.replaced-*`` for a moment; the next run restores it when its successor never came.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -21,8 +26,13 @@ from hypha.data.manifest import MANIFEST_FILE
 from hypha.data.slices import SUFFIX, sync
 from hypha.errors import DataError, InputUnusable
 
+logger = logging.getLogger(__name__)
+
 LABELS_FILE = "labels.json"
 HOLDOUT = "holdout"
+#: of Linux's <fcntl.h> and <linux/fs.h>
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
 
 
 class Staging:
@@ -35,7 +45,9 @@ class Staging:
         self.target = target.resolve()
         self._force = force
         self._staged = f".{self.target.name}.preparing-"
+        self._replaced = f".{self.target.name}.replaced-"
         try:
+            self._restore()
             with contextlib.ExitStack() as stack:
                 self._check(stack)
             self.target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +85,9 @@ class Staging:
         if not self.target.exists():
             self.directory.rename(self.target)
             return None
-        replaced = self._new_name(self._staged)
+        if exchange(self.directory, self.target):
+            return self.directory
+        replaced = self._new_name(self._replaced)
         self.target.rename(replaced)
         try:
             self.directory.rename(self.target)
@@ -138,28 +152,62 @@ class Staging:
                 )
             stack.callback(os.close, handle)
 
+    def _restore(self) -> None:
+        """Give back its name to what a killed run has taken away without putting anything in its place."""
+        if self.target.exists():
+            return
+        for path in self._named(self._replaced):
+            # where there are no locks: a run that is between its two renames now refuses to go on, then
+            with _alone(path, without_locks=True) as free:
+                if free:
+                    path.rename(self.target)
+                    sync(self.target.parent)
+                    logger.warning(
+                        "%s is there again: a run that was replacing it was killed half-way.", self.target
+                    )
+                    return
+
     def _remove_stale(self) -> None:
         for path in self._named(self._staged):
             with _alone(path) as free:
                 if free:
                     shutil.rmtree(path, ignore_errors=True)
+        for path in self._named(self._replaced):
+            with _alone(path) as free:
+                if free and self.target.exists():
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool]:
+def _alone(path: Path, without_locks: bool = False) -> Iterator[bool]:
     """Whether ``path`` is there and no other run is at work on it, nor will be while this lasts;
-    False where nothing can tell.
+    ``without_locks`` where nothing can tell.
     """
     try:
         handle = take(path, fcntl.LOCK_EX)
-    except OSError:
+    except FileNotFoundError:
         yield False
+        return
+    except OSError:
+        yield without_locks
         return
     try:
         yield handle is not None
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two directories change names, in one step that nothing can interrupt. False when that cannot be
+    done, for whatever reason; two renames will say why.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    paths = [os.fsencode(path.absolute()) for path in (one, other)]
+    status = renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], ctypes.c_uint(RENAME_EXCHANGE))
+    return bool(status == 0)
 
 
 def check_target(target: Path, force: bool) -> None:
