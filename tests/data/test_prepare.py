@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -13,6 +18,7 @@ import pytest
 from tests.data.reading import read_dataset
 
 from hypha.data import PrepareOptions, load_dataset_directory, prepare, staging, verify
+from hypha.data.locks import take
 from hypha.data.manifest import MANIFEST_FILE
 from hypha.errors import ConfigError, DataError, InputUnusable
 from hypha.messages import Column
@@ -184,18 +190,45 @@ def test_whoever_the_umask_lets_read_can_serve_it(
         assert {mode for path, mode in found.items() if path.is_file()} == {files}
 
 
+@contextlib.contextmanager
+def served(directory: Path) -> Iterator[None]:
+    """What a data node does with what it serves."""
+    handle = take(directory, fcntl.LOCK_SH)
+    assert handle is not None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def test_what_is_being_served_is_not_replaced(tmp_path: Path) -> None:
     sources = digits(tmp_path / "in")
     first = prepare(options(tmp_path, *sources, seed=1))
-    with staging.being_served([tmp_path / "out"]), staging.being_served([tmp_path / "out"]):
+    with served(tmp_path / "out"), served(tmp_path / "out"):
         with pytest.raises(InputUnusable, match=r"out is being served by a data node.*stop that node first"):
             prepare(options(tmp_path, *sources, seed=2, force=True))
     assert load_dataset_directory(tmp_path / "out").manifest_hash == first.manifest_hash
-    with staging.Staging(tmp_path / "out", force=True) as late, staging.being_served([tmp_path / "out"]):
+    with staging.Staging(tmp_path / "out", force=True) as late, served(tmp_path / "out"):
         with pytest.raises(InputUnusable, match="is being served"):
             late.publish()
     prepare(options(tmp_path, *sources, seed=2, force=True))
     assert load_dataset_directory(tmp_path / "out").manifest_hash != first.manifest_hash
+
+
+def test_a_holdout_that_is_being_served_is_not_replaced_with_what_it_is_in(tmp_path: Path) -> None:
+    sources = digits(tmp_path / "in")
+    prepare(options(tmp_path, *sources, holdout=0.1, seed=1))
+    inner = prepare(options(tmp_path, *sources, holdout=0.1, output=tmp_path / "out/holdout", force=True))
+    for place in ("holdout", "holdout/holdout"):
+        with served(tmp_path / "out" / place):
+            with pytest.raises(InputUnusable, match=rf"out/{place} is being served by a data node"):
+                prepare(options(tmp_path, *sources, seed=2, force=True))
+    with staging.Staging(tmp_path / "out", force=True) as late, served(tmp_path / "out/holdout"):
+        with pytest.raises(InputUnusable, match="out/holdout is being served"):
+            late.publish()
+    assert load_dataset_directory(tmp_path / "out/holdout").manifest_hash == inner.manifest_hash
+    prepare(options(tmp_path, *sources, seed=2, force=True))
+    assert not (tmp_path / "out/holdout").exists()
 
 
 @pytest.mark.parametrize("place", ["", "slice-0000.safetensors"])
@@ -252,6 +285,129 @@ def test_leftovers_of_a_dead_run_are_removed_and_those_of_a_live_one_are_not(tmp
             other.publish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("module", "name"), [(os, "open"), (fcntl, "flock")])
+def test_a_run_that_removes_leftovers_while_another_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    """Between the making of a directory, its opening, and its locking."""
+    real = getattr(module, name)
+    first: list[staging.Staging] = []
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(module, name, real)
+        first.append(staging.Staging(tmp_path / "out", force=False))
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, overtaken)
+    with staging.Staging(tmp_path / "out", force=False) as second, first[0]:
+        assert second.directory.is_dir()
+        assert take(second.directory, fcntl.LOCK_EX) is None
+        assert first[0].directory.is_dir()
+        (second.directory / MANIFEST_FILE).write_text("second")
+        second.publish()
+    assert (tmp_path / "out" / MANIFEST_FILE).read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_there_are_no_locks_nothing_is_removed_but_what_was_replaced_is_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_here(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none_here)
+    first = prepare(options(tmp_path, *digits(tmp_path / "in")))
+    (tmp_path / "out").rename(tmp_path / ".out.replaced-1")
+    (tmp_path / ".out.preparing-2").mkdir()
+    with pytest.raises(InputUnusable, match="out exists already"):
+        prepare(options(tmp_path, *digits(tmp_path / "in"), seed=1))
+    assert "out is there again: a run that was replacing it was killed half-way" in caplog.text
+    assert load_dataset_directory(tmp_path / "out").manifest_hash == first.manifest_hash
+    prepare(options(tmp_path, *digits(tmp_path / "in"), seed=1, force=True))
+    assert load_dataset_directory(tmp_path / "out").manifest_hash != first.manifest_hash
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.preparing-2", "in", "out"]
+
+
+KILLED_AT_EACH_LINE = """
+import os, signal, sys
+from pathlib import Path
+from hypha.data import staging
+from hypha.errors import InputUnusable
+
+target = Path(sys.argv[1])
+if sys.argv[2] == "two renames":
+    staging.exchange = lambda one, other: False
+
+
+def replace(content, last):
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if frame.f_code.co_filename != staging.__file__:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    with staging.Staging(target, force=True) as made:
+        (made.directory / "manifest.json").write_text(content)
+        sys.settrace(trace)
+        made.publish()
+        sys.settrace(None)
+    os._exit(0)
+
+
+content, line, status = "0", 0, signal.SIGKILL
+while status == signal.SIGKILL:
+    line += 1
+    child = os.fork()
+    if child == 0:
+        try:
+            replace(str(line), line)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    try:
+        # what the next run does first
+        with staging.Staging(target, force=False):
+            sys.exit(f"lost, when killed before line {line} of publish")
+    except InputUnusable:
+        found = (target / "manifest.json").read_text()
+    assert found in (content, str(line)), found
+    content = found
+assert (status, found) == (0, str(line))
+print(line)
+"""
+
+
+@pytest.mark.parametrize("how", ["exchange", "two renames"])
+def test_a_dataset_survives_that_its_replacement_is_killed_anywhere(tmp_path: Path, how: str) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / MANIFEST_FILE).write_text("0")
+    command = [sys.executable, "-c", KILLED_AT_EACH_LINE, str(target), how]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
+    with staging.Staging(target, force=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_directories_change_names_at_once(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    if not staging.exchange(tmp_path / "one", tmp_path / "other"):
+        pytest.skip("this system cannot exchange two names")
+    assert [(tmp_path / name / "file").read_text() for name in ("one", "other")] == ["other", "one"]
+    assert not staging.exchange(tmp_path / "one", tmp_path / "absent")
+    assert (tmp_path / "one" / "file").read_text() == "other"
 
 
 SLOW = """

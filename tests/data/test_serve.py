@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,9 +25,11 @@ from hypha.data import (
     run_data,
     serve,
 )
+from hypha.data.locks import take
 from hypha.data.serve import Shelf, load_datasets
 from hypha.data.served import ServedSlices
-from hypha.errors import ConfigError, InputUnusable, PeerUnreachable, Refused
+from hypha.data.staging import Staging
+from hypha.errors import ConfigError, DataError, InputUnusable, PeerUnreachable, Refused
 from hypha.messages import (
     DatasetDescription,
     DescribeDataset,
@@ -231,6 +237,81 @@ async def test_dataset_path_is_short_for_one_dataset(network: Network, dataset: 
     assert loaded == dataset
     with pytest.raises(ConfigError, match="no dataset to serve"):
         await load_datasets(config(network, [NOWHERE]))
+
+
+async def test_a_dataset_is_locked_before_it_is_read(
+    network: Network, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reading(directory: Path, *_: object) -> Dataset:
+        with pytest.raises(InputUnusable, match="set is being served by a data node"):
+            Staging(directory, force=True)
+        raise DataError("it was locked")
+
+    monkeypatch.setattr(serve, "load_dataset_directory", reading)
+    with pytest.raises(ConfigError, match="it was locked"):
+        await run_data(config(network, [NOWHERE], dataset.directory))
+    # and no longer than needed
+    with Staging(dataset.directory, force=True):
+        pass
+
+
+async def test_a_dataset_that_stays_locked_is_a_problem_like_any_other(
+    network: Network, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "LOCK_TIMEOUT_S", 0.1)
+    replacing = take(dataset.directory, fcntl.LOCK_EX)
+    assert replacing is not None
+    with trio.fail_after(10), pytest.raises(ConfigError) as caught:
+        await run_data(config(network, [NOWHERE], dataset.directory, tmp_path / "absent"))
+    os.close(replacing)
+    locked, absent = caught.value.problems
+    assert (locked.key, absent.key) == ("datasets[0]", "datasets[1]")
+    assert "set is locked by another process" in locked.message
+    assert "start this data node again" in locked.message
+    assert "absent is no directory" in absent.message
+
+
+@pytest.mark.loopback
+async def test_a_dataset_that_is_just_being_replaced_is_waited_for(
+    network: Network, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    load_dataset_directory(write_slices(tmp_path / "new", count=1, seed=1), "set")
+    replacing = take(dataset.directory, fcntl.LOCK_EX)
+    assert replacing is not None
+    started = trio.Event()
+
+    async def start() -> None:
+        await nursery.start(run_data, config(network, [NOWHERE], dataset.directory))
+        started.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(start)
+        await until(lambda: started.is_set() or "Waiting for" in caplog.text)
+        assert not started.is_set()
+        dataset.directory.rename(tmp_path / "old")
+        (tmp_path / "new").rename(dataset.directory)
+        os.close(replacing)
+        with trio.fail_after(15):
+            await started.wait()
+        # the new one is locked, not the old one
+        assert take(dataset.directory, fcntl.LOCK_EX) is None
+        free = take(tmp_path / "old", fcntl.LOCK_EX)
+        assert free is not None
+        os.close(free)
+        nursery.cancel_scope.cancel()
+
+
+async def test_where_there_are_no_locks_it_is_served_with_a_warning(
+    network: Network, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_here(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none_here)
+    with contextlib.ExitStack() as locks:
+        assert await load_datasets(config(network, [NOWHERE], dataset.directory), locks) == [dataset]
+    assert "cannot be locked (No locks available): do not prepare another dataset there" in caplog.text
 
 
 # --- over the network -------------------------------------------------------------------------------

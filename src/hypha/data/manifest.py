@@ -168,13 +168,8 @@ def column_text(columns: tuple[Column, ...]) -> str:
     return ", ".join(f"{one.name} {one.dtype} {list(one.shape)}" for one in columns)
 
 
-def load_dataset_directory(directory: Path, name: str | None = None, progress: Progress = silent) -> Dataset:
-    """A directory as a dataset, checked for what can be seen without reading the slices.
-
-    ``name`` defaults to the manifest's. A directory of slice files without a manifest gets one, called
-    like the directory. Blocks (and reads everything, then). Raises DataError that lists all problems.
-    """
-    directory = Path(directory)
+def require_readable(directory: Path) -> None:
+    """Raise DataError when it is no directory, or one that this user may not read."""
     # another user may have prepared it
     if directory.exists() and not os.access(directory, os.R_OK | os.X_OK):
         raise DataError(
@@ -182,6 +177,16 @@ def load_dataset_directory(directory: Path, name: str | None = None, progress: P
         )
     if not directory.is_dir():
         raise DataError(f"{directory} is no directory; make one with `hypha-data prepare`")
+
+
+def load_dataset_directory(directory: Path, name: str | None = None, progress: Progress = silent) -> Dataset:
+    """A directory as a dataset, checked for what can be seen without reading the slices.
+
+    ``name`` defaults to the manifest's. A directory of slice files without a manifest gets one, called
+    like the directory. Blocks (and reads everything, then). Raises DataError that lists all problems.
+    """
+    directory = Path(directory)
+    require_readable(directory)
     if (directory / MANIFEST_FILE).exists():
         manifest = read_manifest(directory)
         _check_files(directory, manifest)

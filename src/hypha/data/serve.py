@@ -8,16 +8,24 @@ file has changed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import trio
 
 from hypha.config.models import DataConfig, DatasetConfig
-from hypha.data.manifest import Dataset, load_dataset_directory, manifest_hash, read_manifest
+from hypha.data.locks import take
+from hypha.data.manifest import (
+    Dataset,
+    load_dataset_directory,
+    manifest_hash,
+    read_manifest,
+    require_readable,
+)
 from hypha.data.served import ServedSlices
-from hypha.data.staging import being_served
 from hypha.data.verify import slice_problem
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
 from hypha.messages import (
@@ -46,6 +54,9 @@ ANNOUNCE_RETRY_MIN_S = 0.5
 ANNOUNCE_RETRY_MAX_S = 30.0
 #: Slices read through at once; more would only make the disk seek.
 MAX_CHECKS = 2
+#: How long a start waits for a dataset that is being replaced: renaming takes a moment, a busy disk longer.
+LOCK_TIMEOUT_S = 30.0
+LOCK_RETRY_S = 0.05
 
 
 async def run_data(
@@ -56,9 +67,9 @@ async def run_data(
     Raises ConfigError with all problems of all datasets, or of the identity and addresses.
     """
     node_options = options_from(config, "hypha-data")
-    datasets = await load_datasets(config)
-    directories = [dataset.directory for dataset in datasets]
-    with being_served(directories):
+    with contextlib.ExitStack() as locks:
+        datasets = await load_datasets(config, locks)
+        directories = [dataset.directory for dataset in datasets]
         async with open_node(node_options) as node, watch_disks({"datasets": directories}):
             await serve(config, datasets, node, task_status=task_status)
 
@@ -100,8 +111,11 @@ async def _serve(
         nursery.start_soon(announce, node, dataset, config.announce_interval_s)
 
 
-async def load_datasets(config: DataConfig) -> list[Dataset]:
-    """All datasets of ``config``, by its order. Raises ConfigError with all their problems."""
+async def load_datasets(config: DataConfig, locks: contextlib.ExitStack | None = None) -> list[Dataset]:
+    """All datasets of ``config``, by its order. Raises ConfigError with all their problems.
+
+    Until ``locks`` is closed, ``prepare --force`` on this machine replaces none of them.
+    """
     entries = [(f"datasets[{index}]", entry) for index, entry in enumerate(config.datasets)]
     if config.dataset_path is not None:
         entries.append(("dataset_path", DatasetConfig(path=config.dataset_path)))
@@ -111,7 +125,18 @@ async def load_datasets(config: DataConfig) -> list[Dataset]:
         )
     found: list[Dataset] = []
     problems: list[Problem] = []
+    unusable = set()
+    if locks is not None:
+        # before anything is read: that may take long, and it must be of one dataset
+        for key, entry in entries:
+            try:
+                await lock_for_serving(entry.path, locks)
+            except DataError as exc:
+                unusable.add(key)
+                problems.append(Problem(key, str(exc)))
     for key, entry in entries:
+        if key in unusable:
+            continue
         try:
             # abandoned when cancelled: reading 100 GB must not hold up a stop; nothing is half-written
             dataset = await in_thread(
@@ -129,6 +154,44 @@ async def load_datasets(config: DataConfig) -> list[Dataset]:
     if problems:
         raise ConfigError(problems)
     return found
+
+
+async def lock_for_serving(directory: Path, locks: contextlib.ExitStack) -> None:
+    """Share the lock on ``directory`` until ``locks`` is closed, waiting at most ``LOCK_TIMEOUT_S`` seconds
+    for a run that is replacing it. Raises DataError.
+    """
+    deadline = trio.current_time() + LOCK_TIMEOUT_S
+    waiting = False
+    while True:
+        try:
+            handle = await in_thread(_share_lock, directory)
+        except FileNotFoundError:
+            # it went away between two looks at it; the next one tells
+            handle = None
+        except OSError as exc:
+            logger.warning(
+                "%s cannot be locked (%s): do not prepare another dataset there while this node runs.",
+                directory,
+                exc.strerror,
+            )
+            return
+        if handle is not None:
+            locks.callback(os.close, handle)
+            return
+        if trio.current_time() >= deadline:
+            raise DataError(
+                f"{directory} is locked by another process, which has not ended replacing it within "
+                f"{LOCK_TIMEOUT_S:g} s; start this data node again when that `hypha-data prepare` is done"
+            )
+        if not waiting:
+            logger.info("Waiting for %s, which is being replaced.", directory)
+            waiting = True
+        await trio.sleep(LOCK_RETRY_S)
+
+
+def _share_lock(directory: Path) -> int | None:
+    require_readable(directory)
+    return take(directory, fcntl.LOCK_SH)
 
 
 async def _verified(key: str, dataset: Dataset) -> list[Problem]:

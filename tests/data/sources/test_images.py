@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 from tests.data.sources.running import refused, run, told
+
+from hypha.data import PrepareOptions
+from hypha.data.sources.image_folder import DescribedImages
+from hypha.data.sources.layout import Layout
+from hypha.data.sources.splits import Placed
 
 
 def pets(root: Path, *classes: str, images: int = 4) -> Path:
@@ -150,6 +156,23 @@ def test_images_and_rows_that_do_not_meet(tmp_path: Path) -> None:
     assert "directories (a, b) are not taken for classes" in told(done, "not taken for classes")
     (root / "metadata.csv").write_text("image,y\na/0.png,1\n")
     assert "has no column 'file_name'" in refused(tmp_path, root)
+
+
+def test_the_time_for_a_row_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    table = tmp_path / "metadata.csv"
+    table.write_text("\n".join(["file_name,y", *(f"{number}.png,1" for number in range(500))]))
+
+    def cpu_seconds(images: int) -> float:
+        files = tuple(Placed(tmp_path / f"{number}.png", None, ()) for number in range(images))
+        options = PrepareOptions(sources=(tmp_path,), output=tmp_path / "out")
+        described = DescribedImages(Layout("images", files, metadata=(table,)), options)
+        before = time.thread_time()
+        assert sum(batch.rows for batch in described.batches(["pixel_values", "y"])) == 500
+        return time.thread_time() - before
+
+    cpu_seconds(500)  # imports and caches
+    few, many = cpu_seconds(500), cpu_seconds(30_000)
+    assert many < 5 * few
 
 
 def test_names_of_images_may_look_like_numbers(tmp_path: Path) -> None:

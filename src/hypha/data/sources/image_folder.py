@@ -173,7 +173,8 @@ class DescribedImages:
             for index, name in enumerate(batch.columns[FILE_NAME].to_pylist()):
                 path = directory / str(name)
                 resolved = path.resolve()
-                if name is None or (resolved not in self._wanted | self._elsewhere and not path.is_file()):
+                known = resolved in self._wanted or resolved in self._elsewhere
+                if name is None or not (known or path.is_file()):
                     raise InputUnusable(
                         f"{batch.row(index)}: there is no image {path}; correct {FILE_NAME}, or take the row "
                         "out"
