@@ -140,7 +140,7 @@ class Libp2pNode:
         live = [
             one.address
             for one in self.connections()
-            if one.peer == peer and one.kind == "direct" and one.direction == "outbound"
+            if one.peer == peer and one.kind == "direct" and one.direction == "outbound" and one.address
         ]
         known = [address.transport for address in self._book.direct(peer)]
         return list(dict.fromkeys(host_and_port(text) for text in (*live, *known)))

@@ -53,6 +53,8 @@ class _WatchedStream(TrioTCPStream):  # type: ignore[misc]
     counted, here and nowhere above, where those of a circuit would count once more.
     """
 
+    _cached_remote_address: tuple[str, int] | None
+
     def __init__(self, stream: trio.SocketStream, registry: set[_WatchedStream], counts: ByteCounts) -> None:
         super().__init__(stream)
         resend_soon(stream.socket)
@@ -60,6 +62,15 @@ class _WatchedStream(TrioTCPStream):  # type: ignore[misc]
         self._registry = registry
         self._counts = counts
         registry.add(self)
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Also of IPv6, whose socket addresses have four parts: the library knows those with two only."""
+        if self._cached_remote_address is None:
+            with contextlib.suppress(OSError):
+                host, port, *_ = self.stream.socket.getpeername()
+                # a multiaddress has no place for the interface of a link-local one
+                self._cached_remote_address = (str(host).partition("%")[0], int(port))
+        return self._cached_remote_address
 
     async def write(self, data: bytes) -> None:
         await super().write(data)
