@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -237,3 +238,30 @@ def test_people_read_text_and_machines_json(terminal: bool, style: str) -> None:
     assert "Hello." in written
     as_json = style == "json" or (style == "auto" and not terminal)
     assert written.startswith("{") is as_json
+
+
+def test_started_without_standard_files_a_gateway_runs(tmp_path: Path, pki: Path) -> None:
+    """As some supervisors start a service: nothing that is opened later may take their places."""
+    port = free_port()
+    address = f"/ip4/127.0.0.1/tcp/{port}"
+    config = tmp_path / "gateway.toml"
+    lines = [f'{kind}_pem = "{pki / f"gateway-{kind}.pem"}"' for kind in ("cert", "key", "trust")]
+    # with the mark of an editor before it
+    text = "\n".join([*lines, f'listen_addresses = ["{address}"]', f'external_addresses = ["{address}"]'])
+    config.write_text("\ufeff" + text + "\nexclude_cidr = []\n")
+    command = f"exec {sys.executable} -m hypha.cli.gateway run --config {config} <&- >&- 2>&-"
+    process = subprocess.Popen(["sh", "-c", command])
+    try:
+        until = time.monotonic() + START_S
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, "it ended"
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        for number in range(3):
+            assert Path(f"/proc/{process.pid}/fd/{number}").readlink() == Path("/dev/null")
+    finally:
+        process.terminate()
+        assert process.wait(10) == 128 + signal.SIGTERM

@@ -30,12 +30,26 @@ STOP_S = 4.5
 
 def run_program(app: typer.Typer) -> NoReturn:
     """Run a Typer app and exit. Usage errors exit with 2, an interrupt between signals with 130."""
+    _have_standard_files()
     try:
         app()
     except HyphaError as exc:
         print_error(exc)
         sys.exit(exc.exit_code)
     sys.exit(0)
+
+
+def _have_standard_files() -> None:
+    """Where standard input, output or error were closed by whoever started us, they are the null device: else
+    the next file or socket would get their number, and an executor, or a message, would use it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # the lowest that is free, so this one
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, mode, closefd=False, encoding="utf-8"))  # noqa: SIM115
 
 
 def print_error(exc: HyphaError) -> None:

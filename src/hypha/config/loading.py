@@ -89,7 +89,8 @@ def load_config(
 
 def _file_layer(model: type[models.Section], path: Path, problems: list[Problem]) -> Layer:
     try:
-        text = path.read_text(encoding="utf-8")
+        # with or without the mark that some editors put before UTF-8
+        text = path.read_text(encoding="utf-8-sig")
         raw = tomllib.loads(text)
     except FileNotFoundError:
         problems.append(
