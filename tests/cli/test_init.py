@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import socket
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -188,3 +189,22 @@ def test_a_plain_model_by_its_entrypoint(here: Path, pki: Path) -> None:
     assert model == {"type": "torch", "entrypoint": "package.module:Model"}
     assert "FILL IN" not in (here / "c.toml").read_text()
     run("scheduler", "init", "-o", "d.toml", "--model", "model", *arguments, ok=False)
+
+
+def test_a_gateway_by_its_name_in_a_private_network_is_dialled_directly(
+    here: Path, pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lookup(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        if host != "gateway.lab":
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.3.0.7", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    arguments = ["init", "-n", "worker", "--pki", str(pki), "--gateway"]
+    run("worker", *arguments, "/dns4/gateway.lab/tcp/8080", "-o", "a.toml")
+    excluded = tomllib.loads((here / "a.toml").read_text())["exclude_cidr"]
+    assert "10.0.0.0/8" not in excluded
+    assert "192.168.0.0/16" in excluded
+    said = run("worker", *arguments, "/dns4/gone.lab/tcp/8080", "-o", "b.toml")
+    assert "note: gone.lab has no address here now" in said
+    assert "exclude_cidr" not in tomllib.loads((here / "b.toml").read_text())

@@ -83,3 +83,15 @@ def test_a_forgotten_address_is_gone() -> None:
     book.learn(PeerRef(peer=PEER, addresses=("/ip4/1.1.1.1/tcp/1",)))
     book.forget(PEER, book.direct(PEER)[0])
     assert book.direct(PEER) == []
+
+
+def test_what_is_not_dialled_for_its_network_is_kept_to_say_so() -> None:
+    book = AddressBook("me", ["10.0.0.0/8"])
+    relay = (
+        "/ip4/192.0.2.1/tcp/1/p2p/12D3KooWQYhTNQdmr3ArTeUHRYzFg94BKyTkoWBDWez9kSCVe2Xo/p2p-circuit/p2p/"
+        + PEER
+    )
+    book.learn(PeerRef(peer=PEER, addresses=("/ip4/10.1.2.3/tcp/8", relay)))
+    assert book.left_out(PEER) == ("/ip4/10.1.2.3/tcp/8",)
+    assert book.direct(PEER) == []
+    assert book.left_out("another") == ()

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,21 +305,36 @@ def leaf_fill_in(gateway: list[str] | None) -> dict[str, str]:
 
 
 def excluded_for(addresses: Iterable[str], given: list[str] | None) -> list[str] | None:
-    """The default ``exclude_cidr`` without the networks that ``addresses`` lie in; ``None``: as it is."""
+    """The default ``exclude_cidr`` without the networks that ``addresses`` lie in; ``None``: as it is. Names
+    are looked up: a gateway given by its name in a private network leads to direct connections as one given
+    by its address does. A name that has no address here is told.
+    """
     from hypha.config.models import RESERVED_CIDR
 
     if given:
         return given
-    hosts = set()
+    hosts = set[ipaddress.IPv4Address | ipaddress.IPv6Address]()
     for text in addresses:
         parts = text.split("/")
         if len(parts) > 2 and parts[1] in ("ip4", "ip6"):
-            try:
+            with contextlib.suppress(ValueError):
                 hosts.add(ipaddress.ip_address(parts[2]))
-            except ValueError:
-                continue
+        elif len(parts) > 2 and parts[1] in ("dns", "dns4", "dns6"):
+            hosts |= _looked_up(parts[2])
     kept = [cidr for cidr in RESERVED_CIDR if not any(host in ipaddress.ip_network(cidr) for host in hosts)]
     return kept if len(kept) < len(RESERVED_CIDR) else None
+
+
+def _looked_up(name: str) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError as exc:
+        typer.echo(
+            f"note: {name} has no address here now ({exc.strerror or exc}); if it is in a private network, "
+            "take that out of exclude_cidr, or all traffic is relayed"
+        )
+        return set()
+    return {ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in found}
 
 
 def _beside(output: Path, path: Path) -> str:

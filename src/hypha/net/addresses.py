@@ -81,6 +81,8 @@ class AddressBook:
         self._exclude: tuple[Network, ...] = tuple(ipaddress.ip_network(cidr) for cidr in exclude)
         self._learnt: dict[str, dict[str, Address]] = {}
         self._configured: dict[str, dict[str, Address]] = {}
+        #: what was learnt last and lies in ``exclude_cidr``, of peers in ``_learnt``
+        self._left_out: dict[str, tuple[str, ...]] = {}
 
     def excluded(self, address: Address) -> bool:
         """Whether the first hop lies in ``exclude_cidr``."""
@@ -98,6 +100,7 @@ class AddressBook:
         """Remember what of ``ref`` can be dialled; what cannot is passed over silently, as it is hearsay."""
         if ref.peer == self._own_peer:
             return
+        left_out = []
         for text in reversed(ref.addresses[:MAX_ADDRESSES]):
             try:
                 address = parse(text)
@@ -110,15 +113,24 @@ class AddressBook:
             if address.peer != ref.peer or unspecified:
                 continue
             if self.excluded(address) and not configured_relay:
+                left_out.append(address.transport)
                 continue
             self._remember(ref.peer, address)
+        if left_out and ref.peer in self._learnt:
+            self._left_out[ref.peer] = tuple(left_out)
+
+    def left_out(self, peer: str) -> tuple[str, ...]:
+        """Direct addresses that ``peer`` was last said to have, and that ``exclude_cidr`` forbids to dial."""
+        return self._left_out.get(peer, ())
 
     def _remember(self, peer: str, address: Address) -> None:
         known = self._learnt.pop(peer, {})  # re-inserted: the book forgets the longest unheard-of first
         known.pop(str(address), None)
         self._learnt[peer] = dict([(str(address), address), *known.items()][:MAX_ADDRESSES])
         while len(self._learnt) > MAX_PEERS:
-            del self._learnt[next(iter(self._learnt))]
+            forgotten = next(iter(self._learnt))
+            del self._learnt[forgotten]
+            self._left_out.pop(forgotten, None)
 
     def forget(self, peer: str, address: Address) -> None:
         """Drop a learnt address, for instance after another peer answered there."""

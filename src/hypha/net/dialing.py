@@ -247,8 +247,20 @@ class Dialer:
                 race.note("failed", circuit, "it brought no connection in time")
             else:
                 race.note("connected", circuit)
+                self._say_why_relayed(peer)
                 race.scope.cancel()
                 return
+
+    def _say_why_relayed(self, peer: str) -> None:
+        left_out = self._book.left_out(peer)
+        if left_out and not self._book.direct(peer):
+            logger.info(
+                "%s is reached through a relay: its addresses (%s) lie in exclude_cidr, so they are not "
+                "dialled. Take their network out of it if this machine can reach them.",
+                peer,
+                ", ".join(left_out),
+                extra={"peer_id": peer},
+            )
 
     async def who_is_at(self, address: Address) -> str:
         """The PeerID of the certified node at ``address``; NetworkError when there is none."""
