@@ -56,9 +56,10 @@ class ConnectionInfo:
 
 @dataclass(frozen=True)
 class PeerLost:
-    """The last connection to ``peer`` ended."""
+    """The last connection to ``peer`` ended; ``revoked``: because its certificate is refused from now on."""
 
     peer: str
+    revoked: bool = False
 
 
 class Changes:

@@ -6,6 +6,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from hypha.journal import Journal
 from hypha.leases import Lease
 from hypha.messages import ExecutorClass, ExecutorDescriptor, ReleaseLease, RenewLease, Resources
 from hypha.net import Libp2pNode as Node
+from hypha.pki.authority import revoke
+from hypha.pki.identity import load_identity
 from hypha.scheduler.allocation import Pace
 from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, PoolEvent, asks_from
 from hypha.telemetry import instruments as metrics
@@ -372,3 +375,37 @@ async def test_a_worker_says_by_a_cause_why_it_does_not_offer(network: Network, 
         outcomes = {(one.attributes or {})["hypha.outcome"] for one in signals.spans("Evaluate request")}
         assert outcomes == {"price", "resources"}
         await pool.close()
+
+
+@pytest.mark.parametrize("revoked", ["worker", "scheduler"])
+async def test_leases_with_whoever_is_revoked_end_at_once(
+    network: Network, tmp_path: Path, revoked: str
+) -> None:
+    """A worker's at its scheduler, and a scheduler's at its worker, long before their time is up."""
+    terms, crl = OfferConfig(lease_s=60.0, temporary_lease_s=2.0), tmp_path / "crl.pem"
+    revoke(network.pki.org, [], crl)
+    files = {role: network.pki.files(role, (role,)) for role in ("scheduler", "worker")}
+    # the other one hears of it
+    told = "scheduler" if revoked == "worker" else "worker"
+    files[told] = replace(files[told], crls=crl)
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], identity=load_identity(files["scheduler"])) as scheduler,
+        network.leaf("worker", [gateway], identity=load_identity(files["worker"])) as node,
+        trio.open_nursery() as nursery,
+    ):
+        worker = Worker(node, terms, 1.0)
+        await nursery.start(serve_offers, node, worker.desk)
+        async with opened_pool(scheduler) as (pool, seen):
+            pool.want("train", 1)
+            await until(lambda: held(pool) == {node.peer_id} and worker.held_for(scheduler), 15)
+            revoke(network.pki.org, [files[revoked].cert], crl)
+            if revoked == "worker":
+                await until(lambda: held(pool) == set())
+                [lost] = losses(seen)
+                assert isinstance(lost, LeaseLost)
+                assert lost.reason == "its certificate was revoked"
+            else:
+                await until(lambda: not worker.held_for(scheduler))
+                assert len(worker.ended) == 1
+        nursery.cancel_scope.cancel()

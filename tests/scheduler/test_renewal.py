@@ -15,6 +15,7 @@ from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.scheduler.renewal import (
     Attempt,
+    CertificateRevoked,
     ConnectionLost,
     Lapsed,
     Recovered,
@@ -69,6 +70,14 @@ def test_one_attempt_at_a_time() -> None:
     assert attempted(renewal.handle(Tick(), due))
     assert renewal.handle(Tick(), due + 1) == []
     assert renewal.handle(ConnectionLost(), due + 1) == []
+
+
+def test_a_revoked_lessors_promise_is_worth_nothing() -> None:
+    renewal = held()
+    [lapsed] = renewal.handle(CertificateRevoked(), renewal.next_wake - 1)
+    assert isinstance(lapsed, Lapsed)
+    assert (lapsed.cause, lapsed.refused) == ("revoked", False)
+    assert renewal.handle(Renewed(30.0), renewal.expires_at - 1) == []
 
 
 def test_failed_renewals_are_repeated_until_the_lease_is_over() -> None:

@@ -196,7 +196,7 @@ class Peers(INotifee):  # type: ignore[misc]
             call(peer)
         for watcher in self._watchers:
             try:
-                watcher.send_nowait(PeerLost(peer))
+                watcher.send_nowait(PeerLost(peer, reason == "revoked"))
             except (trio.WouldBlock, trio.BrokenResourceError):
                 logger.warning(
                     "A watcher of lost peers is far behind; it misses one.", extra={"peer_id": peer}

@@ -55,6 +55,7 @@ from hypha.scheduler.allocation import (
 from hypha.scheduler.allocator import Allocator
 from hypha.scheduler.renewal import (
     Attempt,
+    CertificateRevoked,
     ConnectionLost,
     Lapsed,
     Recovered,
@@ -170,6 +171,7 @@ class _Held:
     gained: bool = False
     suspected: bool = False
     connection_lost: bool = False
+    revoked: bool = False
     nudge: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: the ``traceparent`` of the span in which its offer was received
@@ -426,7 +428,9 @@ class Pool:
                         await held.nudge.wait()
                     held.nudge = trio.Event()
                     events.append(Tick())
-                if held.connection_lost:
+                if held.revoked:
+                    events = [CertificateRevoked()]
+                elif held.connection_lost:
                     held.connection_lost = False
                     # after an answer the lessor may have died; before a failure it explains that one
                     events.insert(isinstance(events[0], Renewed), ConnectionLost())
@@ -492,6 +496,7 @@ class Pool:
                 for held in self._held.values():
                     if held.offer.worker.peer == lost.peer:
                         held.connection_lost = True
+                        held.revoked = lost.revoked
                         held.nudge.set()
 
     async def _watch_gateway(self) -> None:

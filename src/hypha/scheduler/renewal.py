@@ -49,13 +49,21 @@ class ConnectionLost(Struct, frozen=True, tag=True):
     """The last connection to the lessor ended: find out at once whether it still lives."""
 
 
+class CertificateRevoked(Struct, frozen=True, tag=True):
+    """The lessor's certificate is refused from now on: whatever it promised is worth nothing."""
+
+
 class RenewalBegan(Struct, frozen=True, tag=True):
     """What the machine of one lease was made from: its first entry in a journal."""
 
     expires_in_s: float
 
 
-RenewalEvent = Renewed | RenewalFailed | RenewalRefused | ConnectionLost | Tick
+RenewalEvent = Renewed | RenewalFailed | RenewalRefused | ConnectionLost | CertificateRevoked | Tick
+
+
+#: why a lease is over
+LapseCause = Literal["expired", "refused", "gone", "revoked"]
 
 
 class Attempt(Struct, frozen=True, tag=True):
@@ -76,12 +84,13 @@ class Recovered(Struct, frozen=True, tag=True):
 
 class Lapsed(Struct, frozen=True, tag=True):
     """The lease is over. Said once; the machine is at its end. ``refused``: the lessor itself said so.
-    ``cause``: its time was up, or that, or the lessor's machine said that nobody is there any more.
+    ``cause``: its time was up, or that, or the lessor's machine said that nobody is there any more, or its
+    certificate was revoked.
     """
 
     reason: str
     refused: bool = False
-    cause: Literal["expired", "refused", "gone"] = "expired"
+    cause: LapseCause = "expired"
 
 
 RenewalAction = Attempt | Suspected | Recovered | Lapsed
@@ -207,6 +216,8 @@ class Renewal:
                 if self._failures == 0:
                     self._nudged = self._sent_at is not None
                     self._next_at = now
+            case CertificateRevoked():
+                return self._lapse("its certificate was revoked", "revoked")
             case Tick():
                 pass
         if now >= self.expires_at:
@@ -247,8 +258,6 @@ class Renewal:
         self._next_at = now if self._nudged else max(now, sent_at + pause * (0.5 + 0.5 * self._draw()))
         self._nudged = False
 
-    def _lapse(
-        self, reason: str, cause: Literal["expired", "refused", "gone"] = "expired"
-    ) -> list[RenewalAction]:
+    def _lapse(self, reason: str, cause: LapseCause = "expired") -> list[RenewalAction]:
         self._over = True
         return [Lapsed(reason, cause == "refused", cause)]

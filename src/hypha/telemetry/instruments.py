@@ -170,7 +170,7 @@ LEASES_LOST = Counter(
     "{lease}",
     "Leases that ended before the job did.",
     _kind,
-    Label("reason", ("expired", "refused", "gone", "dropped", OTHER)),
+    Label("reason", ("expired", "refused", "gone", "revoked", "dropped", OTHER)),
 )
 WORKER_REQUESTS = Counter(
     "hypha.scheduler.worker.requests", "{request}", "Requests for workers that were published.", _kind

@@ -251,7 +251,17 @@ async def serve_offers(
         finally:
             greeting.discard(scheduler.peer)
 
+    async def end_those_of_the_revoked() -> None:
+        async with node.watch_peers() as losses:
+            async for lost in losses:
+                if not lost.revoked:
+                    continue
+                for lease in desk.leases:
+                    if lease.scheduler == lost.peer:
+                        desk.handle(Release(lease.lease_id, lost.peer))
+
     async with node.subscribe() as requests, trio.open_nursery() as nursery:
+        nursery.start_soon(end_those_of_the_revoked)
         nursery.start_soon(desk.run, lambda action: nursery.start_soon(_deliver, node, desk, action))
         task_status.started()
         said = False
