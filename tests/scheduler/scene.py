@@ -107,10 +107,14 @@ class Scene:
 
     def lease_lost(self, peer: str, reason: str) -> None:
         """The renewal gives up, the allocator hears of it, and then the round machine."""
+        self.lease_expired(peer, reason)
+        self.feed(Lost(peer, "aggregate" if peer == "ps" else "train", reason))
+
+    def lease_expired(self, peer: str, reason: str = "expired; the last renewal: timed out") -> None:
+        """The same, and the round machine has not heard of it yet."""
         lapsed = (Lapsed(reason),)
         self.journal.note(f"{RENEWAL}:of-{peer}", self.now, RenewalFailed(reason), lapsed, {})
         self.journal.note(ALLOCATOR, self.now, allocation.Lost(f"of-{peer}"), (), {})
-        self.feed(Lost(peer, "aggregate" if peer == "ps" else "train", reason))
 
     def give_everything_back(self) -> None:
         self.journal.note(ALLOCATOR, self.now, allocation.Want("train", 0), (), {})

@@ -130,6 +130,19 @@ def test_a_lost_worker_costs_until_another_trains_in_its_place() -> None:
     ]
 
 
+def test_who_reports_before_the_round_machine_hears_that_its_lease_is_over_trains_at_no_place() -> None:
+    """The pool knows first; a report that was under way meanwhile is believed, and the place is vacant."""
+    scene = Scene().opened().trains(4, "a", "b")
+    scene.at(8).update("a")
+    scene.update("b")
+    scene.at(9).applied("a", "b")
+    scene.at(9.5).lease_expired("a")
+    scene.at(9.6).started("a", "b")
+    assert not scene.goodput.places[0].peer
+    assert scene.goodput.places[0].effort is None
+    assert scene.at(11).split()["failure"] > 0
+
+
 def test_an_update_counts_though_its_worker_is_lost_before_the_round_is_closed() -> None:
     scene = Scene().opened().trains(4, "a", "b")
     scene.at(8).update("a")

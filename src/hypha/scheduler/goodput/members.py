@@ -75,6 +75,15 @@ class Members(Leases):
         self._calm: deque[float] = deque(maxlen=CALM_ROUNDS)
         self._mood: tuple[object, ...] = ()
 
+    def _lease_lost(self, lease: str, now: int) -> None:
+        number = self._under.get(lease)
+        peer = "" if number is None else self.places[number].peer
+        super()._lease_lost(lease, now)
+        member = self._members.get(peer)
+        if member is not None and member.place == number:
+            # the round machine has not heard of it yet, and may be told by the worker of a round meanwhile
+            member.place = None
+
     def _served(self, served: bool, now: int) -> None:
         if served and self._unserved_since is not None:
             self._unserved += now - self._unserved_since
