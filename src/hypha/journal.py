@@ -98,7 +98,12 @@ class Journal:
                 if self.checked:
                     raise
                 logger.exception("A listener of the journal failed, and is told nothing any more.")
-                self.listeners.remove(listener)
+                self.leave(listener)
+
+    def leave(self, listener: Callable[[Entry], None]) -> None:
+        """``listener`` is told nothing any more; it may have failed, and been left out, before."""
+        if listener in self.listeners:
+            self.listeners.remove(listener)
 
     def _write(self, sink: FileIO, entry: Entry) -> None:
         try:

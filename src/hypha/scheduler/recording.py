@@ -149,6 +149,6 @@ async def recording(config: SchedulerConfig, journal: Journal) -> AsyncIterator[
     try:
         yield feeding
     finally:
-        journal.listeners.remove(feeding.listen)
+        journal.leave(feeding.listen)
         stopped = trio.current_effective_deadline() == -math.inf
         await close_all(feeding.sinks, _STOP_S if stopped else _CLOSE_S)

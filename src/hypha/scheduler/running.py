@@ -117,7 +117,7 @@ class RunningJob:
                 yield
         finally:
             for listener in listeners:
-                journal.listeners.remove(listener)
+                journal.leave(listener)
             self._context.traces.close()
             outcome = self._outcome
             # an error that nobody foresaw is none of ours, but no cancellation either

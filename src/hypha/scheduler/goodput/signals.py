@@ -105,7 +105,7 @@ class GoodputSignals:
     def close(self) -> None:
         """Hear of nothing any more, and show nothing."""
         if self.listen in self._journal.listeners:
-            self._journal.listeners.remove(self.listen)
+            self._journal.leave(self.listen)
         self._forget(self._shown)
         GOODPUT.forget()
         LOSS.forget()
