@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SERVICE = "hypha-executor"
 
 
-class ExecutorSpans:
+class ExecutorSpanExport:
     """Gives what executors hand over to ``processor``."""
 
     def __init__(self, processor: BatchSpanProcessor, resource: Resource) -> None:

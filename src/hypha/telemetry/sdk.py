@@ -27,7 +27,7 @@ from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 from hypha.config.otel import Signal, TelemetrySettings
 from hypha.telemetry import metrics
-from hypha.telemetry.executors import ExecutorSpans
+from hypha.telemetry.executors import ExecutorSpanExport
 from hypha.telemetry.exporters import make_exporter
 from hypha.telemetry.exposition import Exposition
 from hypha.telemetry.logs import ContextFilter, unreadable
@@ -85,7 +85,7 @@ class Telemetry:
         self._handler: logging.Handler | None = None
         self.exposition: Exposition | None = None
         #: exports spans of executors, where traces are sent
-        self.executor_spans: ExecutorSpans | None = None
+        self.executor_spans: ExecutorSpanExport | None = None
         if settings.traces is not None:
             self._trace(settings, settings.traces, resource)
         if settings.metrics is not None or settings.scraped:
@@ -102,7 +102,7 @@ class Telemetry:
         )
         processor = BatchSpanProcessor(make_exporter("traces", signal, EXPORT_S))
         provider.add_span_processor(processor)
-        self.executor_spans = ExecutorSpans(processor, resource)
+        self.executor_spans = ExecutorSpanExport(processor, resource)
         trace.set_tracer_provider(provider)
         self._closers.append(provider.shutdown)
 
