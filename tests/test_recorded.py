@@ -60,7 +60,15 @@ def test_what_each_version_sent_is_read_as_it_was_meant(directory: Path) -> None
 @pytest.mark.parametrize("directory", RECORDED, ids=lambda path: path.name)
 def test_what_each_version_left_behind_is_read_as_it_was_meant(directory: Path, tmp_path: Path) -> None:
     before = recorded(directory, "states.json")
-    today = dict(read_states(copied(directory / "states", tmp_path / "states")))
+    today: dict[str, Any] = {}
+    try:
+        for name, content in read_states(copied(directory / "states", tmp_path / "states")):
+            today[name] = content
+    except Exception as exc:
+        read_last = list(today)[-1:]
+        raise AssertionError(
+            f"{directory.name}: what is read after {read_last} cannot be read any more: {exc!r}"
+        ) from exc
     assert before.keys() <= today.keys()
     for name, content in before.items():
         check(content, today[name], f"{directory.name}, {name}")
