@@ -17,9 +17,10 @@ import pytest
 from msgspec import Struct
 from tests.recorded.examples import Kind, check, example, kinds, plain, with_strangers
 from tests.recorded.record import VERSIONS, recorded_messages
-from tests.recorded.states import copied, read_states
+from tests.recorded.states import JOB, copied, read_states
 
 from hypha import __version__, messages
+from hypha.cli.rerun import rerun
 from hypha.messages import GossipEnvelope, Message, RequestEnvelope, Value, WorkerOffer, WorkerRequest
 from hypha.net import bulk_wire
 
@@ -72,6 +73,12 @@ def test_what_each_version_left_behind_is_read_as_it_was_meant(directory: Path, 
     assert before.keys() <= today.keys()
     for name, content in before.items():
         check(content, today[name], f"{directory.name}, {name}")
+
+
+def test_the_journal_of_this_version_is_decided_the_same_again() -> None:
+    result = rerun(VERSIONS / __version__ / "states" / "scheduler" / JOB / "journal.jsonl")
+    assert result.difference is None, f"machines decide otherwise than they did: {HOW}"
+    assert (result.machines, result.without_beginning) == (5, 0)
 
 
 def test_all_that_this_version_sends_is_recorded() -> None:

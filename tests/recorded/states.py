@@ -4,6 +4,7 @@ production, and read by the code that reads them there.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -96,8 +97,11 @@ def read_states(directory: Path) -> Iterator[tuple[str, Any]]:
         yield "ledger: all of it", read_ledger(state.ledger)
         yield "exported ledger", read_ledger(state.path / "ledger.json")
         yield "history", read_history(state.path)
-        again = rerun(state.path / "journal.jsonl")
-        yield "journal", {"entries": again.entries, "machines": again.machines, "differs": again.difference}
+        for machine, entries in _journal(state.path / "journal.jsonl").items():
+            part = state.path / "part.jsonl"
+            part.write_bytes(b"\n".join(entries))
+            # a later version may decide otherwise; it must be able to read what it would decide about
+            yield f"journal: {machine} can be run again", rerun(part).machines == 1
         job_id = example(Opening).job_id
         store = CheckpointStore(state, job_id, 3)
         yield "checkpoint is whole", store.verify(ROUND)
@@ -124,6 +128,15 @@ def read_states(directory: Path) -> Iterator[tuple[str, Any]]:
             "providers": [_ref(entry) for entry in announced.providerPeers],
         },
     )
+
+
+def _journal(path: Path) -> dict[str, list[bytes]]:
+    """Its lines by machine."""
+    found: dict[str, list[bytes]] = {}
+    for line in path.read_bytes().splitlines():
+        if (machine := json.loads(line).get("machine")) is not None:
+            found.setdefault(machine, []).append(line)
+    return found
 
 
 def copied(directory: Path, to: Path) -> Path:
