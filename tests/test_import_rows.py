@@ -14,7 +14,7 @@ ROWS = (
     {"simulation"},
     {"gateway", "scheduler", "worker", "data"},
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
-    {"messages", "config", "errors", "node", "runtime", "journal", "keeper", "tracing"},
+    {"messages", "features", "config", "errors", "node", "runtime", "journal", "keeper", "tracing"},
 )
 #: Within a row, who may use whom.
 SIDEWAYS = {
@@ -23,6 +23,7 @@ SIDEWAYS = {
     ("leases", "resources"),
     ("config", "errors"),
     ("messages", "errors"),
+    ("features", "messages"),
     ("config", "messages"),
     ("node", "messages"),
 }

@@ -190,6 +190,29 @@ def test_an_allocator_and_a_renewal_decide_the_same_again(tmp_path: Path) -> Non
     assert result.entries == len(path.read_bytes().splitlines())
 
 
+def without(value: Any, field: str) -> Any:
+    """As an earlier version noted it, which did not have this field."""
+    if isinstance(value, dict):
+        return {key: without(one, field) for key, one in value.items() if key != field}
+    return [without(one, field) for one in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(("noted", "differs"), [(("bf16",), True), ((), False)])
+def test_a_field_that_an_earlier_version_did_not_note_is_no_difference_where_it_says_nothing(
+    tmp_path: Path, noted: tuple[str, ...], differs: bool
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(file=path)
+    ask = Ask("r", ExecutorDescriptor(kind="train", name="x"), Resources(cpu=1), 1.0, 1.0, needs=noted)
+    Allocator([ask], journal=journal).handle(Want("train", 1), 0.0)
+    journal.close()
+    began, advertised = map(json.loads, path.read_bytes().splitlines())
+    assert advertised["actions"][0]["ask"]["needs"] == list(noted)
+    # the allocator is made from what is noted of it, so only its actions are compared
+    path.write_bytes(encode_line(began) + b"\n" + encode_line(without(advertised, "needs")))
+    assert (rerun(path).difference is not None) == differs
+
+
 # --- writing ----------------------------------------------------------------------------------------------
 
 

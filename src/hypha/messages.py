@@ -9,10 +9,10 @@ in the round, the plan for the round), so that a lost, repeated or reordered one
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 #: Version of every envelope; a node refuses another one as ``malformed``.
 WIRE_VERSION = 1
@@ -21,6 +21,14 @@ WORKER_TOPIC = "hypha/worker"
 
 MAX_REQUEST_BYTES = 1 << 20
 MAX_RESPONSE_BYTES = 10 << 20
+
+#: Bounds of what a peer states of itself (:mod:`hypha.features`); a message beyond them is ``malformed``.
+MAX_VERSION_LENGTH = 64
+MAX_FEATURES = 256
+VersionName = Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)]
+FeatureNames = Annotated[
+    tuple[Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)], ...], Meta(max_length=MAX_FEATURES)
+]
 
 
 def _kebab(name: str) -> str:
@@ -525,7 +533,8 @@ Event = (
 
 class WorkerRequest(Message):
     """A scheduler wants ``count`` more workers with ``resources`` each. Offers are to reach it within
-    ``offer_within_s`` of hearing this. ``dataset`` lets a worker prefer what it has cached.
+    ``offer_within_s`` of hearing this. ``dataset`` lets a worker prefer what it has cached. ``version`` is
+    the scheduler's, ``needs`` the features (:mod:`hypha.features`) without which a worker need not offer.
     """
 
     request_id: str
@@ -536,6 +545,8 @@ class WorkerRequest(Message):
     bid: float
     offer_within_s: float
     dataset: str | None = None
+    version: VersionName = ""
+    needs: FeatureNames = ()
 
 
 # --- requests and responses (RPC) ---------------------------------------------------------------------
@@ -546,7 +557,9 @@ class Health(Message):
 
 
 class WorkerOffer(Message):
-    """A worker holds ``resources`` for the scheduler under a temporary lease of ``expires_in_s``."""
+    """A worker holds ``resources`` for the scheduler under a temporary lease of ``expires_in_s``. ``version``
+    and ``features`` (:mod:`hypha.features`) are the worker's; without them it is older than these fields.
+    """
 
     lease_id: str
     request_id: str
@@ -554,6 +567,8 @@ class WorkerOffer(Message):
     resources: Resources
     price: float
     expires_in_s: float
+    version: VersionName = ""
+    features: FeatureNames = ()
 
 
 class RenewLease(Message):

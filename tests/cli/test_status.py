@@ -35,7 +35,11 @@ TRAINING = JobSnapshot(
     loss=0.4123,
     message="all is well",
     workers=(WorkerSnapshot(peer="12D3KooWabcdefgh", state="training", batches=5, batch_size=16),),
-    held=(LeaseSnapshot("0123456789abcdef", "12D3KooWabcdefgh", "train", 2.5, 4.0, expires_in_s=7.2),),
+    held=(
+        LeaseSnapshot("0123456789abcdef", "12D3KooWabcdefgh", "train", 2.5, 4.0, expires_in_s=7.2),
+        LeaseSnapshot("fedcba9876543210", "12D3KooWnewernew", "aggregate", version="0.2.1"),
+    ),
+    version="0.2.1",
     slices=SliceCounts(3, 2, 1),
     connections=(ConnectionSnapshot("12D3KooWgatewayy", "relayed", roles=("gateway",), round_trip_s=0.0123),),
     refused={"stale round": 3},
@@ -83,6 +87,7 @@ async def test_status_once_and_until_the_end() -> None:
             *("01234567", "2.5", "7 s", "...gatewayy", "relayed", "12.3 ms"),
             *("3 available, 2 with workers, 1 used", "3 x stale round", "warn A lease was lost"),
             "goodput 75% of 40 worker seconds; lost: waiting for data 8 s, paused 2 s",
+            *("not stated", "0.2.1", "the scheduler runs Hypha 0.2.1; 1 of its workers run other versions"),
         )
         for words in told:
             assert words in shown.stdout.decode(), shown.stdout.decode()

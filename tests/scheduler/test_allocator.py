@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypha import __version__
+from hypha.features import NAMES
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer
@@ -162,6 +165,42 @@ def test_an_offer_that_does_not_answer_the_request_is_declined(bad: WorkerOffer,
     assert declined.code == code
     assert "2" not in declined.reason.replace("2.01", "")
     assert accepted(allocator.handle(Tick(), 0.5)) == []
+
+
+def test_a_worker_that_lacks_what_the_job_needs_is_declined_and_told_what_to_do() -> None:
+    needy = msgspec.structs.replace(TRAIN, needs=("bf16", "multi-label"))
+    allocator = Allocator([needy, SERVER], journal=Journal(checked=True))
+    [advertised] = allocator.handle(Want("train", 3), 0.0)
+    assert isinstance(advertised, Advertise)
+    request = advertised.request(PeerRef(peer="S"))
+    assert (request.version, request.needs) == (__version__, ("bf16", "multi-label"))
+
+    def stating(worker: str, version: str, *features: str) -> WorkerOffer:
+        return msgspec.structs.replace(offer(worker), version=version, features=features)
+
+    [declined] = give(allocator, stating("W1", ""))
+    assert declined == Decline(
+        "lease of W1 for rt",
+        "unsupported",
+        "the worker lacks what the job needs (multi-label); upgrade it to Hypha "
+        f"{__version__} or later, or leave the multi-label loss out of the job",
+        "features",
+    )
+    # a later version that gave a feature up
+    [declined] = give(allocator, stating("W2", "9.0", "multi-label"))
+    assert isinstance(declined, Decline)
+    assert declined.cause == "features"
+    give(allocator, stating("W3", "9.0", "multi-label", "bf16", "of-a-later-version"))
+    give(allocator, stating("W4", __version__, *NAMES))
+    assert accepted(allocator.handle(Tick(), 0.5)) == ["W3", "W4"]
+
+
+def test_a_worker_that_states_no_version_is_taken_for_what_such_workers_can_do() -> None:
+    needy = msgspec.structs.replace(TRAIN, needs=("torch-models", "bf16", "gradient-accumulation"))
+    allocator = Allocator([needy, SERVER], journal=Journal(checked=True))
+    allocator.handle(Want("train", 1), 0.0)
+    give(allocator, offer("W1"))
+    assert accepted(allocator.handle(Tick(), 0.5)) == ["W1"]
 
 
 def test_nobody_offers_in_anothers_name() -> None:

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 import trio
 from opentelemetry.sdk.trace import ReadableSpan
+from tests.support.earlier import earlier_desk
 from tests.support.network import Network, address_of, until
 from tests.support.signals import Signals
 
@@ -430,7 +431,13 @@ async def data_node(network: Network, gateway: Node, manifest_hash: str = "h") -
 
 
 @asynccontextmanager
-async def actor(network: Network, gateway: Node, stage: Stage, **traits: Any) -> AsyncIterator[Actor]:
+async def actor(
+    network: Network,
+    gateway: Node,
+    stage: Stage,
+    desk_of: Callable[..., LeaseDesk] = lambda *of, on_expired: LeaseDesk(Arbiter(*of), on_expired),
+    **traits: Any,
+) -> AsyncIterator[Actor]:
     executors = (
         ExecutorDescriptor(kind="train", name="diloco-transformer"),
         ExecutorDescriptor(kind="aggregate", name="parameter-server"),
@@ -444,7 +451,8 @@ async def actor(network: Network, gateway: Node, stage: Stage, **traits: Any) ->
             pass
 
         terms = OfferConfig(lease_s=15.0, temporary_lease_s=5.0)
-        desk = LeaseDesk(Arbiter(Resources(cpu=2, memory=8, storage=1), executors, terms, node.ref), ended)
+        total = Resources(cpu=2, memory=8, storage=1)
+        desk = desk_of(total, executors, terms, node.ref, on_expired=ended)
         play.desk = desk
         await nursery.start(serve_offers, node, desk)
         yield play
@@ -835,6 +843,15 @@ async def test_an_unfinished_job_is_not_mistaken_for_another_one(network: Networ
             4,
             "gpu=10",
         ),
+        (
+            {
+                "model": {"type": "torch", "entrypoint": "models:make", "loss": "bce-with-logits"},
+                "resources": {"num_workers": 1, "parameter_server": {"cpu": 1}, "wait_s": 2.0},
+            },
+            AllocationFailed,
+            4,
+            "offered, but without multi-label: upgrade it",
+        ),
     ],
 )
 async def test_what_cannot_be_had_ends_with_its_own_exit_code(
@@ -846,7 +863,11 @@ async def test_what_cannot_be_had_ends_with_its_own_exit_code(
     says: str,
 ) -> None:
     stage = Stage(tmp_path)
-    async with network.gateway() as gateway, data_node(network, gateway), actor(network, gateway, stage):
+    async with (
+        network.gateway() as gateway,
+        data_node(network, gateway),
+        actor(network, gateway, stage, desk_of=earlier_desk),
+    ):
         with trio.fail_after(20), pytest.raises(error, match=says) as caught:
             await run_job(config_for(network, gateway, tmp_path, **changes))
     assert caught.value.exit_code == exit_code

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import trio
+from tests.support.earlier import earlier_desk
 from tests.support.network import Network, until
 from tests.support.signals import Signals
 
+from hypha import __version__
 from hypha.config.models import JobResourcesConfig, NeedsConfig, OfferConfig, PriceConfig
 from hypha.errors import Refused
 from hypha.journal import Journal
@@ -375,6 +377,48 @@ async def test_a_worker_says_by_a_cause_why_it_does_not_offer(network: Network, 
         outcomes = {(one.attributes or {})["hypha.outcome"] for one in signals.spans("Evaluate request")}
         assert outcomes == {"price", "resources"}
         await pool.close()
+
+
+async def test_a_worker_of_an_earlier_version_is_leased_for_what_it_can_do_and_told_of_the_rest(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It sends the offers that its version sent, over the real wire; the job's training needs more."""
+    caplog.set_level(logging.INFO, logger="hypha")
+    asks = asks_from(NEED, needs={"train": ("multi-label",), "aggregate": ("served-files", "torch-models")})
+    async with (
+        network.gateway() as gateway,
+        network.leaf("worker", [gateway], roles=("worker",)) as old,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        trio.open_nursery() as nursery,
+    ):
+        ended: list[Lease] = []
+        total = Resources(cpu=2, memory=8, storage=1)
+        await nursery.start(serve_offers, old, earlier_desk(total, EXECUTORS, TERMS, old.ref, ended.append))
+        pool = Pool(scheduler, asks, Pace(longest_pause_s=0.5), journal=Journal(checked=True))
+        await nursery.start(pool.run)
+        pool.want("aggregate", 1)
+        pool.want("train", 1)
+        await until(lambda: held(pool, "aggregate") == {old.peer_id}, 15)
+        assert [lease.version for lease in pool.leases] == [""]
+        # it is asked again and again, and its operator and the scheduler's are told once
+        declined = "An offer was not taken"
+        await until(lambda: sum(declined in one.getMessage() for one in caplog.records) >= 2)
+        assert "refused (unsupported): the worker lacks what the job needs (multi-label)" in caplog.text
+        assert pool.shortage("aggregate") == ""
+        assert pool.shortage("train") == (
+            f"...{old.peer_id[-8:]} offered, but without multi-label: upgrade it to Hypha {__version__} or "
+            "later, or leave the multi-label loss out of the job"
+        )
+        assert held(pool) == set()
+        async with opened_worker(network, [gateway]) as new:
+            await until(lambda: held(pool) == {new.node.peer_id}, 15)
+            assert [lease.version for lease in pool.leases if lease.kind == "train"] == [__version__]
+        texts = [one.getMessage() for one in caplog.records]
+        said = [text for text in texts if "a version of Hypha that states none" in text]
+        assert len([text for text in said if "is not given train jobs" in text]) == 1
+        assert len([text for text in said if f"this scheduler {__version__}" in text]) == 1
+        assert len(said) == 2
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("revoked", ["worker", "scheduler"])

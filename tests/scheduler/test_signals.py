@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import cast
 
+import msgspec
 import pytest
 from tests.scheduler.test_allocator import SERVER, TRAIN, offer
 from tests.scheduler.test_rounds import rules
@@ -57,21 +58,30 @@ def outcomes(signals: Signals, kind: str = "train") -> dict[str, float]:
 
 def test_offers_are_counted_by_what_became_of_them(signals: Signals) -> None:
     journal = Journal(checked=True)
-    allocator = Allocator([TRAIN, SERVER], journal=journal)
+    allocator = Allocator([msgspec.structs.replace(TRAIN, needs=("bf16",)), SERVER], journal=journal)
     metrics_of(journal)
     allocator.handle(Want("train", 1), 0.0)
     allocator.handle(Offered("dear", offer("dear", price=9.0)), 0.1)
     allocator.handle(Offered("small", offer("small", resources=Resources(cpu=0.5))), 0.1)
+    old = msgspec.structs.replace(offer("old"), version="9.0", features=("fp16",))
+    allocator.handle(Offered("old", old), 0.1)
     allocator.handle(Offered("hasty", offer("hasty", expires_in_s=0.0)), 0.1)
     allocator.handle(Offered("stranger", offer("stranger", request_id="of somebody else")), 0.1)
     for name in ("good", "worse"):
         allocator.handle(Offered(name, offer(name, price={"good": 1.0, "worse": 1.5}[name])), 0.2)
     allocator.handle(Tick(), 0.6)
-    assert outcomes(signals) == {"price": 1, "resources": 1, "late": 1, "not-needed": 1}
+    assert outcomes(signals) == {"price": 1, "resources": 1, "features": 1, "late": 1, "not-needed": 1}
     assert outcomes(signals, "other") == {"other": 1}
     allocator.handle(Gained("lease of good for rt"), 0.7)
     allocator.handle(Offered("idle", offer("idle")), 0.8)
-    assert outcomes(signals) == {"price": 1, "resources": 1, "late": 1, "not-needed": 2, "accepted": 1}
+    assert outcomes(signals) == {
+        "price": 1,
+        "resources": 1,
+        "features": 1,
+        "late": 1,
+        "not-needed": 2,
+        "accepted": 1,
+    }
 
 
 def test_an_offer_whose_acceptance_fails_is_lost_and_its_worker_avoided(signals: Signals) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from itertools import count
 
+import msgspec
 import pytest
 
+from hypha import __version__
 from hypha.config.models import OfferConfig
+from hypha.features import NAMES
 from hypha.journal import Journal
 from hypha.leases import Bind, Ended, Granted, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerRequest
@@ -94,6 +97,25 @@ def test_a_request_gets_an_offer_at_the_end_of_the_window_with_a_temporary_lease
     [ended] = worker.handle(Tick(), 15.2)
     assert isinstance(ended, Ended)
     assert worker.book.free == TOTAL
+
+
+def test_an_offer_states_the_version_and_features_of_its_worker() -> None:
+    [sent] = offers(hear(arbiter(), 0.0, request()))
+    assert (sent.offer.version, sent.offer.features) == (__version__, NAMES)
+
+
+def test_a_request_for_what_this_version_lacks_gets_no_offer() -> None:
+    worker = arbiter()
+    asked = msgspec.structs.replace(request(), needs=("bf16", "of-a-later-version"), version="9.0")
+    [ignored] = hear(worker, 0.0, asked)
+    assert ignored == Ignored(
+        "r1",
+        "S",
+        f"its job needs what Hypha {__version__} does not have (of-a-later-version); upgrade this worker",
+        "features",
+    )
+    assert worker.book.free == TOTAL
+    assert offers(hear(worker, 1.0, msgspec.structs.replace(asked, needs=("bf16", "multi-label"))))
 
 
 @pytest.mark.parametrize(

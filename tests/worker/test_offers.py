@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
@@ -13,7 +14,7 @@ from hypha.errors import Refused
 from hypha.leases import Lease
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
 from hypha.worker.arbiter import Arbiter, Heard, RenewAsked, SendOffer
-from hypha.worker.offers import LeaseDesk, granted
+from hypha.worker.offers import MAX_TOLD, LeaseDesk, granted
 
 TRAIN = ExecutorDescriptor(kind="train", name="t")
 
@@ -107,3 +108,21 @@ async def test_resources_of_an_ended_lease_stay_held_while_its_executor_stops(
     assert desk.free == Resources(cpu=2)
     desk.drained(lease_id)
     assert desk.free == desk.total
+
+
+async def test_what_this_version_lacks_is_told_once_and_only_so_much_of_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, logger="hypha.worker")
+    desk = desk_with([])
+
+    def needing(name: str) -> WorkerRequest:
+        return msgspec.structs.replace(request(0).request, needs=(name,))
+
+    for _ in range(3):
+        desk.hear("S", needing("of-a-later-version\x1b[2J"))
+    [record] = caplog.records
+    assert "(of-a-later-version\N{REPLACEMENT CHARACTER}[2J); upgrade this worker" in record.getMessage()
+    for number in range(2 * MAX_TOLD):
+        desk.hear("S", needing(f"feature-{number}"))
+    assert len(caplog.records) == MAX_TOLD

@@ -39,7 +39,7 @@ def status_panel(job: JobSnapshot) -> RenderableType:
         parts.append(_leases(job))
     if job.connections:
         parts.append(_connections(job))
-    facts = [_goodput(job), _data(job), _refused(job)]
+    facts = [_goodput(job), _data(job), _refused(job), _versions(job)]
     parts += [shown(fact, "dim") for fact in facts if fact]
     for line in job.warnings[-MAX_LINES:]:
         when = datetime.fromtimestamp(line.at).strftime("%H:%M:%S")
@@ -104,7 +104,7 @@ def _workers(job: JobSnapshot) -> Table:
 
 
 def _leases(job: JobSnapshot) -> Table:
-    table = _table("lease", "worker", "for", "hardware", right=("price", "expires in"))
+    table = _table("lease", "worker", "version", "for", "hardware", right=("price", "expires in"))
     for lease in job.held[:MAX_ROWS]:
         amounts = (
             (lease.cpu, "cores"),
@@ -115,9 +115,10 @@ def _leases(job: JobSnapshot) -> Table:
         hardware = ", ".join(f"{amount:g} {unit}" for amount, unit in amounts if amount)
         ends = f"{lease.expires_in_s:.0f} s" + (", unreachable" if lease.suspected else "")
         purpose = "training" if lease.kind == "train" else "server"
-        _add(table, lease.lease[:8], f"...{lease.peer[-8:]}", purpose, hardware, f"{lease.price:g}", ends)
+        worker, version = f"...{lease.peer[-8:]}", lease.version or "not stated"
+        _add(table, lease.lease[:8], worker, version, purpose, hardware, f"{lease.price:g}", ends)
     if len(job.held) > MAX_ROWS:
-        _add(table, f"and {len(job.held) - MAX_ROWS} more", *[""] * 5)
+        _add(table, f"and {len(job.held) - MAX_ROWS} more", *[""] * 6)
     return table
 
 
@@ -151,6 +152,14 @@ def _data(job: JobSnapshot) -> str:
 def _refused(job: JobSnapshot) -> str:
     counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(job.refused.items()) if count)
     return f"ignored or refused: {counts}" if counts else ""
+
+
+def _versions(job: JobSnapshot) -> str:
+    if not job.version:
+        return ""
+    others = len({lease.peer for lease in job.held if lease.version != job.version})
+    differing = f"; {others} of its workers run other versions" if others else ""
+    return f"the scheduler runs Hypha {job.version}{differing}"
 
 
 def _goodput(job: JobSnapshot) -> str:

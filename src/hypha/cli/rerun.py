@@ -151,7 +151,9 @@ def _noted(journal: Journal, kind: str) -> dict[str, Any] | None:
 
 def _equal(then: object, now: object) -> bool:
     if isinstance(then, dict) and isinstance(now, dict):
-        return then.keys() == now.keys() and all(_equal(then[key], now[key]) for key in then)
+        # an earlier version may have noted less: what it did not know is as it is where nobody says it
+        same = all(key in now and _equal(then[key], now[key]) for key in then)
+        return same and not any(now[key] for key in now.keys() - then.keys())
     if isinstance(then, list) and isinstance(now, list):
         return len(then) == len(now) and all(map(_equal, then, now))
     if isinstance(then, float) and isinstance(now, float) and math.isnan(then):
@@ -199,7 +201,9 @@ def _book(raw: Any, _: float) -> _Machine:
 def _arbiter(raw: Any, _: float) -> _Machine:
     began, journal, given = msgspec.convert(raw, arbiter.ArbiterBegan), Journal(), _Given()
     terms = OfferConfig.model_validate(began.terms)
-    machine = arbiter.Arbiter(began.total, began.executors, terms, given.worker, given.lease_id, journal)
+    machine = arbiter.Arbiter(
+        began.total, began.executors, terms, given.worker, given.lease_id, journal, began.abilities
+    )
     kind = arbiter.ArbiterEvent
     return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, kind), now), journal, given)
 

@@ -6,15 +6,17 @@ from typing import Literal
 
 from msgspec import Struct
 
+from hypha import __version__
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
 
 #: why an offer was not taken
-Cause = Literal["late", "price", "resources", "avoided", "not-needed", "other"]
+Cause = Literal["late", "price", "resources", "features", "avoided", "not-needed", "other"]
 
 
 class Ask(Struct, frozen=True, tag=True):
-    """Whom to look for. ``bid`` is published, ``max_price`` is private.
+    """Whom to look for. ``bid`` is published, ``max_price`` is private. ``needs`` are the features
+    (:mod:`hypha.features`) that a worker must have.
 
     ``request_id`` stays the same as long as the scheduler looks for these workers, so that one that
     already holds a lease for it does not offer again.
@@ -26,6 +28,7 @@ class Ask(Struct, frozen=True, tag=True):
     bid: float
     max_price: float
     dataset: str | None = None
+    needs: tuple[str, ...] = ()
 
     @property
     def kind(self) -> ExecutorClass:
@@ -120,6 +123,8 @@ class Advertise(Struct, frozen=True, tag=True):
             bid=self.ask.bid,
             offer_within_s=self.offer_within_s,
             dataset=self.ask.dataset,
+            version=__version__,
+            needs=self.ask.needs,
         )
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hypha.features import advice, stated
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, WorkerOffer
@@ -220,7 +221,8 @@ class Allocator:
             return [Decline(offer.lease_id, "not-found", f"no request {offer.request_id} of this scheduler")]
         refusal = _unfit(caller, offer, search.ask)
         if refusal is not None:
-            return [Decline(offer.lease_id, "invalid", *refusal)]
+            code = "unsupported" if refusal[1] == "features" else "invalid"
+            return [Decline(offer.lease_id, code, *refusal)]
         owner = self._known.get(offer.lease_id)
         if owner is not None:
             # from the same worker it is the same offer again: the answer to the first was lost
@@ -316,6 +318,8 @@ def _unfit(caller: str, offer: WorkerOffer, ask: Ask) -> tuple[str, Cause] | Non
         return "it names another worker than the one that sent it", "other"
     if not is_valid(offer.resources) or not fits(ask.resources, offer.resources):
         return "it holds less than was asked for", "resources"
+    if lacking := stated(offer).lacks(ask.needs):
+        return f"the worker lacks what the job needs ({', '.join(lacking)}); {advice(lacking)}", "features"
     if not (math.isfinite(offer.price) and offer.price >= 0):
         return f"its price {offer.price} makes no sense", "price"
     if not offer.price <= ask.max_price:

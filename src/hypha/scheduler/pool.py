@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 
@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from hypha.config.models import JobResourcesConfig
 from hypha.errors import NetworkError, PeerUnreachable, Refused
+from hypha.features import stated
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import (
@@ -68,6 +69,7 @@ from hypha.scheduler.renewal import (
 )
 from hypha.scheduler.renewal_spans import RenewalSpans
 from hypha.scheduler.round_traces import RoundTraces
+from hypha.scheduler.versions import StatedVersions
 from hypha.telemetry.instruments import WORKER_REQUESTS
 from hypha.tracing import span, traceparent
 from hypha.tracing.operations import ADVERTISE, RECEIVE_OFFER
@@ -84,7 +86,7 @@ REMIND_S = 15.0
 
 class LeaseGained(Struct, frozen=True):
     """A worker is held: jobs of ``kind`` may be dispatched under ``lease_id``. The ledger keeps it, so that
-    another scheduler of the job can go on with it.
+    another scheduler of the job can go on with it. ``version`` is the worker's, where it states one.
     """
 
     lease_id: str
@@ -92,6 +94,7 @@ class LeaseGained(Struct, frozen=True):
     resources: Resources
     price: float
     kind: ExecutorClass
+    version: str = ""
 
 
 #: How long a lease that an earlier scheduler gained is believed in until its worker confirms it. It may live
@@ -140,8 +143,15 @@ class LeaseLost:
 PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLost
 
 
-def asks_from(resources: JobResourcesConfig, dataset: str | None = None) -> tuple[Ask, Ask]:
-    """Whom a job looks for: training executors and a parameter server, under new request ids."""
+def asks_from(
+    resources: JobResourcesConfig,
+    dataset: str | None = None,
+    needs: Mapping[ExecutorClass, tuple[str, ...]] | None = None,
+) -> tuple[Ask, Ask]:
+    """Whom a job looks for: training executors and a parameter server, under new request ids. ``needs`` are
+    the features that each must have.
+    """
+    needs = needs or {}
     return (
         Ask(
             request_id=new_id(),
@@ -150,6 +160,7 @@ def asks_from(resources: JobResourcesConfig, dataset: str | None = None) -> tupl
             bid=resources.worker_price.bid,
             max_price=resources.worker_price.max,
             dataset=dataset,
+            needs=needs.get("train", ()),
         ),
         Ask(
             request_id=new_id(),
@@ -157,6 +168,7 @@ def asks_from(resources: JobResourcesConfig, dataset: str | None = None) -> tupl
             resources=Resources(**resources.parameter_server.model_dump()),
             bid=resources.parameter_server_price.bid,
             max_price=resources.parameter_server_price.max,
+            needs=needs.get("aggregate", ()),
         ),
     )
 
@@ -204,7 +216,9 @@ class Pool:
         self._node = node
         self._journal = journal
         self._traces = traces or RoundTraces(None)
+        asks = tuple(asks)
         self._allocator = Allocator(asks, pace, journal)
+        self._versions = StatedVersions(asks)
         self._random = random or chance()
         self._held: dict[str, _Held] = {}
         self._todo: list[AllocatorAction] = []
@@ -245,6 +259,10 @@ class Pool:
         """How many more workers of ``kind`` are wanted than taken."""
         return self._allocator.missing(kind)
 
+    def shortage(self, kind: ExecutorClass) -> str:
+        """Which workers lack a feature that ``kind`` jobs need, or may lack one; empty where none can."""
+        return self._versions.shortage(kind)
+
     def want(self, kind: ExecutorClass, count: int) -> None:
         """Hold ``count`` workers of ``kind``. With fewer than are held nothing is released by itself."""
         self._apply(Want(kind, count))
@@ -263,6 +281,7 @@ class Pool:
                 resources=lease.resources,
                 price=lease.price,
                 expires_in_s=ADOPT_S,
+                version=lease.version,
             )
             held = _Held(lease.kind, offer, now + ADOPT_S, gained=True)
             self._held[lease.lease_id] = held
@@ -334,6 +353,8 @@ class Pool:
             for action in self._apply(Offered(caller, offer)):
                 if isinstance(action, Decline) and action.lease_id == offer.lease_id:
                     logger.debug("An offer was declined: %s.", action.reason, extra=fields)
+                    if action.cause == "features":
+                        self._versions.declined(caller, offer)
                     raise Refused(action.code, action.reason)
             logger.debug(
                 "An offer is on the table: %s at a price of %g.",
@@ -453,6 +474,7 @@ class Pool:
     def _gain(self, held: _Held) -> None:
         held.gained = True
         logger.info("A worker was leased for %s jobs.", held.kind, extra=held.log_fields)
+        self._versions.leased(held.kind, held.offer.worker.peer, stated(held.offer))
         self._apply(Gained(held.offer.lease_id))
         self._tell(held, _gained(held))
 
@@ -507,6 +529,5 @@ class Pool:
 
 
 def _gained(held: _Held) -> LeaseGained:
-    return LeaseGained(
-        held.offer.lease_id, held.offer.worker, held.offer.resources, held.offer.price, held.kind
-    )
+    offer = held.offer
+    return LeaseGained(offer.lease_id, offer.worker, offer.resources, offer.price, held.kind, offer.version)

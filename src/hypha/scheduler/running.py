@@ -16,7 +16,9 @@ import trio
 
 from hypha.config.models import JobConfig
 from hypha.errors import HyphaError, JobFailed
+from hypha.features import needs
 from hypha.journal import Journal, write_entries
+from hypha.messages import PeerRef
 from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.allocation import Pace
@@ -24,6 +26,7 @@ from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.export import Output
 from hypha.scheduler.goodput.signals import GoodputSignals
 from hypha.scheduler.ledger import Ledger
+from hypha.scheduler.lives import described
 from hypha.scheduler.pool import Pool, asks_from
 from hypha.scheduler.preparing import Opened, Preparing, open_job, take_up
 from hypha.scheduler.replicas import Copies
@@ -64,6 +67,12 @@ class RunningJob:
         resources, journal = config.resources, journal or Journal()
         pace = Pace(offer_deadline_s=resources.offer_deadline_s)
         traces = RoundTraces(trace_ratio)
+        train, aggregate = described(config, PeerRef(peer=""), "")
+        asks = asks_from(
+            resources,
+            config.dataset.dataset,
+            {"train": needs(train), "aggregate": needs(aggregate)},
+        )
         self._context = JobContext(
             config=config,
             rules=Rules.from_config(config),
@@ -71,9 +80,7 @@ class RunningJob:
             state=state,
             output=output,
             directories=directories,
-            pool=Pool(
-                node, asks_from(resources, config.dataset.dataset), pace, journal=journal, traces=traces
-            ),
+            pool=Pool(node, asks, pace, journal=journal, traces=traces),
             copies=Copies(node, config.name),
             progressed=Progressed(),
             journal=journal,

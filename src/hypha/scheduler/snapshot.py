@@ -24,6 +24,7 @@ JobState = Literal["allocating", "loading", "training", "paused", "exporting", "
 class WorkerSnapshot(Struct, frozen=True):
     """A training worker; ``batches`` of ``planned`` in the open round. ``update_norm`` is the L2 norm of its
     update in the last round and ``update_cosine`` that update's cosine to the mean of all, where known.
+    ``version`` is Hypha's there, where the worker states it.
     """
 
     peer: str
@@ -37,6 +38,7 @@ class WorkerSnapshot(Struct, frozen=True):
     lease: str = ""
     update_norm: float | None = None
     update_cosine: float | None = None
+    version: str = ""
 
 
 class LeaseSnapshot(Struct, frozen=True):
@@ -54,6 +56,7 @@ class LeaseSnapshot(Struct, frozen=True):
     storage: float = 0.0
     expires_in_s: float = 0.0
     suspected: bool = False
+    version: str = ""
 
 
 class SliceCounts(Struct, frozen=True):
@@ -88,7 +91,7 @@ class LogLine(Struct, frozen=True):
 
 class JobSnapshot(Struct, frozen=True):
     """A job at a moment. ``message`` is the sentence a user needs; ``loss`` that of the last round;
-    ``warnings`` are the log's last ones, the newest at the end.
+    ``warnings`` are the log's last ones, the newest at the end. ``version`` is the scheduler's.
     """
 
     name: str
@@ -120,10 +123,11 @@ class JobSnapshot(Struct, frozen=True):
     slices: SliceCounts | None = None
     connections: tuple[ConnectionSnapshot, ...] = ()
     warnings: tuple[LogLine, ...] = ()
+    version: str = ""
 
 
 def worker_snapshot(
-    member: Member, round_: int, lease: str, update: UpdateStatistics | None = None
+    member: Member, round_: int, lease: str, update: UpdateStatistics | None = None, version: str = ""
 ) -> WorkerSnapshot:
     """Of one member of the round machine."""
     return WorkerSnapshot(
@@ -138,6 +142,7 @@ def worker_snapshot(
         lease=lease,
         update_norm=update.norm if update is not None else None,
         update_cosine=update.cosine if update is not None else None,
+        version=version,
     )
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 import msgspec
 
+from hypha import __version__
 from hypha.config.models import JobConfig
 from hypha.errors import HyphaError
+from hypha.features import printable
 from hypha.messages import ExecutorClass, LedgerRound, Resources, UpdateStatistics
 from hypha.node import Node
 from hypha.scheduler.datasets import Dataset
@@ -91,6 +93,7 @@ def snapshot_of(
     """The job now. ``step`` is what is done before there is a machine."""
     state = "failed" if error is not None else job_state(machine, pool, config)
     leases = {(lease.worker.peer, lease.kind): lease.lease_id for lease in pool.leases}
+    versions = {lease.worker.peer: printable(lease.version) for lease in pool.leases}
     if error is not None:
         message = str(error)
     elif machine is None:
@@ -118,6 +121,7 @@ def snapshot_of(
                 machine.round if machine else 0,
                 leases.get((member.peer, "train"), ""),
                 updates.get(member.peer),
+                versions.get(member.peer, ""),
             )
             for member in members
         ),
@@ -132,6 +136,7 @@ def snapshot_of(
         elapsed_s=elapsed_s,
         refused=dict(machine.counts) if machine is not None else {},
         goodput=goodput,
+        version=__version__,
     )
 
 
@@ -162,6 +167,7 @@ def _lease_snapshot(held: HeldLease, now: float) -> LeaseSnapshot:
         storage=reserved.storage,
         expires_in_s=max(0.0, held.expires_at - now),
         suspected=held.suspected,
+        version=printable(lease.version),
     )
 
 
@@ -218,6 +224,8 @@ def missing(config: JobConfig, pool: Pool) -> str:
             parts.append(
                 f"nobody else offered {in_words(resources_of(asked))} for {what} at up to {price.max:g}"
             )
+            if shortage := pool.shortage(kind):
+                parts.append(shortage)
     detail = "; ".join(parts)
     if not parts and len(pool.leases) == wanted:
         return "waiting for executors that load the model or are started again"

@@ -180,7 +180,10 @@ OFFERS_RECEIVED = Counter(
     "{offer}",
     "Offers of workers, by what became of them.",
     _kind,
-    Label("outcome", ("accepted", "late", "price", "resources", "avoided", "not-needed", "lost", OTHER)),
+    Label(
+        "outcome",
+        ("accepted", "late", "price", "resources", "features", "avoided", "not-needed", "lost", OTHER),
+    ),
 )
 ALLOCATION_WAIT = Gauge(
     "hypha.scheduler.waiting", "{second}", "How long the job has been short of leases, by kind.", _kind
@@ -301,7 +304,10 @@ WORKER_OFFERS = Counter(
     "hypha.worker.offers",
     "{request}",
     "Requests for workers received, by what came of them.",
-    Label("outcome", ("offered", "price", "resources", "executor", "disk", "duplicate", "closed", OTHER)),
+    Label(
+        "outcome",
+        ("offered", "price", "resources", "executor", "features", "disk", "duplicate", "closed", OTHER),
+    ),
 )
 FETCH_DURATION = Histogram(
     "hypha.data.fetch.duration",

@@ -25,6 +25,7 @@ from typing import Literal
 from msgspec import Struct
 
 from hypha.config.models import OfferConfig
+from hypha.features import OURS, Abilities, printable
 from hypha.journal import Journal
 from hypha.leases import (
     Bind,
@@ -86,6 +87,7 @@ class ArbiterBegan(Struct, frozen=True, tag=True):
     total: Resources
     executors: tuple[ExecutorDescriptor, ...]
     terms: dict[str, str | float]
+    abilities: Abilities = Abilities()
 
 
 ArbiterEvent = Heard | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close
@@ -103,7 +105,7 @@ class SendOffer(Struct, frozen=True, tag=True):
 
 
 #: why a request gets no offer
-Cause = Literal["price", "resources", "executor", "duplicate", "closed", "other"]
+Cause = Literal["price", "resources", "executor", "features", "duplicate", "closed", "other"]
 
 
 class Ignored(Struct, frozen=True, tag=True):
@@ -135,6 +137,7 @@ class Arbiter:
     """Decides for one worker with ``total`` resources that runs ``executors``, on the terms ``terms``.
 
     ``worker`` gives its own reference at the moment of an offer (addresses change), ``new_id`` lease ids.
+    ``abilities`` go with every offer, and nothing is offered to who needs others.
     """
 
     def __init__(
@@ -145,15 +148,17 @@ class Arbiter:
         worker: Callable[[], PeerRef],
         new_id: Callable[[], str] = lambda: new_id(),
         journal: Journal | None = None,
+        abilities: Abilities = OURS,
     ) -> None:
         executors = tuple(executors)
         self._journal = journal
         if journal is not None:
-            began = ArbiterBegan(total, executors, terms.model_dump(mode="json"))
+            began = ArbiterBegan(total, executors, terms.model_dump(mode="json"), abilities)
             journal.note(NAME, 0.0, began, (), {})
         self.book = LeaseBook(total, journal)
         self._executors = frozenset((executor.kind, executor.name) for executor in executors)
         self._terms = terms
+        self._abilities = abilities
         self._worker = worker
         self._new_id = new_id
         self._waiting: dict[tuple[str, str], _Waiting] = {}
@@ -227,6 +232,12 @@ class Arbiter:
             return "it names another scheduler than the one that published it", "other"
         if (request.executor.kind, request.executor.name) not in self._executors:
             return f"no executor {request.executor.name!r} for {request.executor.kind} jobs here", "executor"
+        if lacking := self._abilities.lacks(request.needs):
+            named = ", ".join(printable(name) for name in lacking)
+            return (
+                f"its job needs what {self._abilities} does not have ({named}); upgrade this worker",
+                "features",
+            )
         if not is_valid(request.resources) or request.count < 1:
             return "it asks for amounts that make no sense", "resources"
         # a comparison with NaN is always False, so each bound is stated as what must hold
@@ -297,6 +308,8 @@ class Arbiter:
                     resources=lease.resources,
                     price=lease.price,
                     expires_in_s=life_s,
+                    version=self._abilities.version,
+                    features=self._abilities.features,
                 )
                 # an offer whose lease has ended by then is no offer
                 actions.append(SendOffer(scheduler, offer, min(contender.before, now + life_s)))

@@ -35,6 +35,7 @@ from hypha.worker.arbiter import (
     Arbiter,
     ArbiterAction,
     ArbiterEvent,
+    Cause,
     Close,
     Heard,
     Ignored,
@@ -47,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 #: A scheduler that is busy is asked again after this long, while there is time.
 BUSY_PAUSE_S = 0.05
+#: So many different lacks of features are logged.
+MAX_TOLD = 64
 
 
 class LeaseDesk:
@@ -65,6 +68,8 @@ class LeaseDesk:
         self._evaluating: dict[tuple[str, str], Span] = {}
         #: lease of an offer -> ``traceparent`` of the span in which its request was weighed
         self._evaluated_in: dict[str, str] = {}
+        #: what this version lacks, as it was logged
+        self._told: set[str] = set()
 
     @property
     def leases(self) -> tuple[Lease, ...]:
@@ -153,7 +158,8 @@ class LeaseDesk:
                     )
                 case Ignored(request_id, peer, reason, cause):
                     WORKER_OFFERS.add(outcome=cause)
-                    logger.debug("No offer: %s.", reason, extra={"request_id": request_id, "peer_id": peer})
+                    fields = {"request_id": request_id, "peer_id": peer}
+                    logger.log(self._level(reason, cause), "No offer: %s.", reason, extra=fields)
                     if (evaluating := self._evaluating.pop((peer, request_id), None)) is not None:
                         evaluating.set_attributes({"hypha.outcome": cause, "hypha.reason": reason})
                         evaluating.end()
@@ -189,6 +195,15 @@ class LeaseDesk:
                 parent = traceparent()
             if parent is not None:
                 self._evaluated_in[offer.lease_id] = parent
+
+    def _level(self, reason: str, cause: Cause) -> int:
+        """Requests are repeated; what this version lacks is told once, and only so much of it: it is peers
+        who name it.
+        """
+        if cause != "features" or reason in self._told or len(self._told) >= MAX_TOLD:
+            return logging.DEBUG
+        self._told.add(reason)
+        return logging.WARNING
 
     def _granted(self, event: Bind | Hold) -> Lease:
         return granted(self.handle(event), event.lease_id)

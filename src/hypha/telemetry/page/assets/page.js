@@ -175,6 +175,7 @@ const mono = (text, title = "") => ({ text, className: "mono", title });
 function workers() {
   const rows = job.workers.map((worker) => [
     mono(peer(worker.peer), worker.peer),
+    worker.version || "not stated",
     worker.state,
     {
       text: `${worker.batches} of ${worker.planned ?? "?"}`,
@@ -185,7 +186,7 @@ function workers() {
     n(number(worker.samples)),
     n(loss(worker.loss)),
   ]);
-  fill(get("workers"), rows, "No worker takes part yet.", 7);
+  fill(get("workers"), rows, "No worker takes part yet.", 8);
 }
 
 function hardware(lease) {

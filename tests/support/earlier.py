@@ -1,0 +1,37 @@
+"""A worker of a version that stated none: its offers are, byte for byte, what such workers sent (see
+``tests/test_recorded.py``), and it passes over the fields of requests that came later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from hypha.config.models import OfferConfig
+from hypha.features import Abilities
+from hypha.leases import Lease
+from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
+from hypha.worker.arbiter import Arbiter, ArbiterAction
+from hypha.worker.offers import LeaseDesk
+
+
+class EarlierDesk(LeaseDesk):
+    """Its desk."""
+
+    def hear(
+        self, publisher: str, request: WorkerRequest, heard_in: str | None = None
+    ) -> list[ArbiterAction]:
+        """As its decoder leaves the request."""
+        return super().hear(publisher, msgspec.structs.replace(request, version="", needs=()), heard_in)
+
+
+def earlier_desk(
+    total: Resources,
+    executors: Iterable[ExecutorDescriptor],
+    terms: OfferConfig,
+    worker: Callable[[], PeerRef],
+    on_expired: Callable[[Lease], None],
+) -> EarlierDesk:
+    """The desk of such a worker."""
+    return EarlierDesk(Arbiter(total, executors, terms, worker, abilities=Abilities()), on_expired)
