@@ -157,7 +157,7 @@ def _channels(told: str, columns: Mapping[str, Tensor], config: Any) -> str | No
         return None
     return (
         f"the images have {got} channel(s), but the model takes {wanted}; prepare them with {wanted}, or, "
-        "of a "
+        "of "
         f"a model from scratch, set model.arguments num_channels = {got}"
     )
 
