@@ -21,10 +21,12 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from hypha.errors import BatchFailed, DataError, HyphaError, ModelError
 from hypha.executor import models
@@ -54,10 +56,15 @@ _DTYPES = {
 }
 #: what torch says of shapes and types, which it knows without any numbers
 _OF_SHAPES = re.compile(
-    r"shapes? cannot be multiplied|size mismatch|to have \d+ channels|must match the size|doesn't match"
-    r"|expected scalar type|same dtype|should be the same|unexpected keyword|missing \d+ required"
+    r"shapes? cannot be multiplied|reduction dim|size mismatch|must match|doesn't match|but got"
+    r"|scalar type|same dtype|should be the same|unexpected keyword|missing \d+ required"
 )
-_TEXT = b"a few words of text "
+#: what torch's errors about a device without numbers have in common
+_META = re.compile(r"\bmeta (device|tensor)", re.IGNORECASE)
+#: how transformers says that an architecture may be younger than itself
+_NEWER = "Transformers does not recognize this architecture"
+#: a text that is short for every tokenizer and model: how long the real ones are, only they tell
+_TEXT = b"a"
 
 logger = logging.getLogger("hypha.executor.trial")
 
@@ -73,10 +80,9 @@ def try_batch(trial: Trial) -> TrialReport:
         return _tried(trial, notes)
     except _UntriedError as exc:
         return TrialReport(outcome="unknown", reason=str(exc), notes=tuple(notes))
-    except (ModelError, BatchFailed) as exc:
-        if why := _lacking(exc, trial):
-            return TrialReport(outcome="unknown", reason=why, notes=tuple(notes))
-        return TrialReport(outcome="failed", reason=str(exc), notes=tuple(notes))
+    except (ModelError, DataError) as exc:
+        outcome: Literal["failed", "unknown"] = "unknown" if _is_of_this_machine(exc, trial) else "failed"
+        return TrialReport(outcome=outcome, reason=" ".join(str(exc).split()), notes=tuple(notes))
     except Exception as exc:  # noqa: BLE001 - a service's edge: what nobody foresaw judges nothing
         told = " ".join(str(exc).split())
         return TrialReport(outcome="unknown", reason=f"{type(exc).__name__}: {told}", notes=tuple(notes))
@@ -98,7 +104,9 @@ def _tried(trial: Trial, notes: list[str]) -> TrialReport:
         columns = Preprocessor(trial.job.preprocessor, Path(trial.preprocessor))(columns)
     file = None if source is None or not trial.weights else weight_file(source, spec.task)
     skeleton = _skeleton(trial, source)
-    parameters = sum(one.numel() for one in skeleton.parameters())
+    # those that take their size from the first batch are refused when it is built
+    known = (one for one in skeleton.parameters() if not isinstance(one, UninitializedParameter))
+    parameters = sum(one.numel() for one in known)
     notes += _unused(skeleton, trial, columns)
     small = parameters <= SMALL_PARAMETERS and (file is None or _size_of(file) <= SMALL_BYTES)
     if not small:
@@ -127,7 +135,8 @@ def _skeleton(trial: Trial, source: Path | None) -> nn.Module:
         return models.skeleton(trial.job.model, source)
     except (ModelError, NotImplementedError, RuntimeError) as exc:
         told = " ".join(str(exc).split())
-        if isinstance(exc, ModelError) and "meta" not in told:
+        of_device = isinstance(exc.__cause__, NotImplementedError | RuntimeError) or _META.search(told)
+        if isinstance(exc, ModelError) and not of_device:
             raise
         raise _UntriedError(f"the model cannot be built without numbers: {told}") from exc
 
@@ -181,25 +190,21 @@ def _shapes(model: nn.Module, trial: Trial, columns: Mapping[str, Tensor]) -> No
         told = " ".join(str(exc).split())
         # what a model says of shapes in words of its own is a ValueError
         known = isinstance(exc, ValueError) or _OF_SHAPES.search(told)
-        if isinstance(exc, NotImplementedError) or "meta" in told or not known:
+        if isinstance(exc, NotImplementedError) or _META.search(told) or not known:
             raise _UntriedError(f"the model cannot be gone through without numbers: {told}") from exc
         raise BatchFailed(explain(exc, model, spec, columns, forward.classes)) from exc
 
 
-def _lacking(exc: HyphaError, trial: Trial) -> str:
-    """Why the error may be one of this machine alone; empty where it is one everywhere."""
+def _is_of_this_machine(exc: HyphaError, trial: Trial) -> bool:
+    """Might a worker do better: with a package or a file that this machine lacks, or a newer transformers?"""
     cause = exc.__cause__
-    entrypoint = trial.job.model.entrypoint or ""
-    if isinstance(cause, ModuleNotFoundError) and cause.name and entrypoint:
-        module = entrypoint.partition(":")[0]
-        if module == cause.name or module.startswith(f"{cause.name}."):
-            # the package is here, and it has no such module
-            return ""
-    if isinstance(cause, ImportError | MemoryError | OSError):
-        # a package that workers may have, a file that they may be able to fetch
-        preprocessor = str(exc).startswith("the preprocessor") and isinstance(cause, OSError)
-        return "" if preprocessor else str(exc)
-    return ""
+    module = (trial.job.model.entrypoint or "").partition(":")[0]
+    if isinstance(cause, ModuleNotFoundError) and cause.name and module:
+        # where the package is here, and it has no such module, it is the job that is wrong
+        return not f"{module}.".startswith(f"{cause.name}.")
+    if isinstance(cause, OSError) and str(exc).startswith("the preprocessor"):
+        return False
+    return isinstance(cause, ImportError | MemoryError | OSError) or _NEWER in str(exc)
 
 
 def _rows_of(trial: Trial) -> dict[str, Tensor]:
@@ -218,9 +223,7 @@ def _rows_of(trial: Trial) -> dict[str, Tensor]:
 
 
 def _text(column: Column, rows: int) -> Tensor:
-    length = column.shape[0]
-    text = (_TEXT * (length // len(_TEXT) + 1))[:length]
-    return torch.tensor(list(text), dtype=torch.uint8).repeat(rows, 1)
+    return torch.tensor(list(_TEXT.ljust(column.shape[0], b"\0")), dtype=torch.uint8).repeat(rows, 1)
 
 
 def _extremes(column: Column, found: ColumnRange | None, rows: int) -> Tensor:

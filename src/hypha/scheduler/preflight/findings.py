@@ -67,6 +67,8 @@ def findings(
     """All that is found, errors first. ``model`` is ``None`` where there is no config.json to read, as of
     plain PyTorch; ``preprocessor`` is the content of preprocessor_config.json, where that can be read.
     """
+    if not manifest.columns:
+        return []
     compared = _Comparison(job, manifest, model or ModelFacts(), preprocessor or {})
     found = list(dict.fromkeys(compared.all()))
     return sorted(found, key=lambda one: not one.error)
