@@ -143,12 +143,12 @@ async def test_labels_without_classes_are_told_before_anybody_is_leased_or_at_on
     refused = await system.scheduler({**job, "name": "refused", "check": "full"}, name="scheduler-refused")
     assert await system.ended(refused) == 2, refused.tail()
     assert "Before anybody is leased: scheduler.job.model.arguments: the column labels" in refused.tail()
-    for worker in workers:
-        assert "offer" not in worker.log.read_text().lower()
+    assert "Looking for 2 more workers" not in refused.log.read_text()
 
     scheduler = await system.scheduler({**job, "check": "none"})
     assert await system.ended(scheduler) == 5, scheduler.tail()
     text = scheduler.log.read_text()
+    assert "Looking for 2 more workers" in text
     error = next(line for line in text.splitlines() if "said by 2 executors" in line)
     assert "the model has 4 classes, 0 to 3; set model.arguments num_labels to the number of classes" in error
     assert "IndexError" not in error, "what to change comes before the traceback"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import trio
 import typer
@@ -51,7 +52,8 @@ async def _check(config: SchedulerConfig, job: JobConfig) -> None:
         wait_s = min(job.dataset.wait_s or DATASET_S, DATASET_S)
         dataset = await find_dataset(node, job.dataset.dataset, wait_s)
         _show_dataset(dataset)
-        checked = await check_job(job, dataset.manifest, trial, TRIAL_S)
+        run_trial = None if trial is None else partial(trial.run, timeout_s=TRIAL_S)
+        checked = await check_job(job, dataset.manifest, run_trial)
     _show_findings(checked)
 
 

@@ -11,8 +11,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -29,6 +30,8 @@ from hypha.scheduler.preflight.trial import ModelTrial
 
 logger = logging.getLogger(__name__)
 
+#: has a batch tried
+RunTrial = Callable[[Trial], Awaitable[TrialReport]]
 #: a job's start may be delayed so long by the trial of a batch
 START_S = 15.0
 
@@ -48,7 +51,8 @@ class Checked:
 
 async def check_before_leasing(job: JobConfig, manifest: Manifest, trial: ModelTrial | None) -> None:
     """Say what is found. Raises :class:`ConfigError` with all errors."""
-    checked = await check_job(job, manifest, trial, START_S)
+    run = None if trial is None else partial(trial.run, timeout_s=START_S)
+    checked = await check_job(job, manifest, run)
     for finding in checked.findings:
         log = logger.error if finding.error else logger.warning
         log("Before anybody is leased: %s", finding)
@@ -57,11 +61,9 @@ async def check_before_leasing(job: JobConfig, manifest: Manifest, trial: ModelT
         raise ConfigError([*(Problem(one.key, one.message) for one in errors), hint])
 
 
-async def check_job(
-    job: JobConfig, manifest: Manifest, trial: ModelTrial | None, timeout_s: float
-) -> Checked:
-    """Compare, and where nothing is wrong so far try a batch, for ``timeout_s`` at most. Without ``trial``
-    nothing but this machine's files is looked at.
+async def check_job(job: JobConfig, manifest: Manifest, run_trial: RunTrial | None) -> Checked:
+    """Compare, and where nothing is wrong so far try a batch. Without ``run_trial`` nothing but the files of
+    this machine is looked at.
     """
     if job.resources.worker_executor != DEFAULT_EXECUTOR:
         # what another executor makes of models and columns is its own affair
@@ -69,14 +71,14 @@ async def check_job(
     with tempfile.TemporaryDirectory(prefix="hypha-check-") as scratch:
         files = _Files(job, Path(scratch))
         found = await in_thread(files.unreadable)
-        if trial is not None:
+        if run_trial is not None:
             found += await files.ask_hub()
         model, preprocessor = await in_thread(files.facts), await in_thread(files.preprocessor)
         found += findings(job, manifest, model, preprocessor)
         found.sort(key=lambda one: not one.error)
-        if trial is None or any(one.error for one in found):
+        if run_trial is None or any(one.error for one in found):
             return Checked(tuple(found))
-        report = await trial.run(_trial(job, manifest, files), timeout_s)
+        report = await run_trial(_trial(job, manifest, files))
     if report.outcome == "passed":
         found = [one for one in found if not one.refutable]
     return Checked((*_told(report), *found), report)
