@@ -21,8 +21,8 @@ from hypha.scheduler.preflight.trial import open_trial
 from hypha.scheduler.state import StateDirectory
 from hypha.telemetry.logs import configure_logging
 
-#: a dataset that is served is found in a fraction of it
-DATASET_S = 10.0
+#: a dataset that is served is found in a fraction of it, unless its data node is only starting
+DATASET_S = 20.0
 #: nobody waits for a worker here, so the trial may take longer than at a job's start
 TRIAL_S = 90.0
 
@@ -50,6 +50,7 @@ async def _check(config: SchedulerConfig, job: JobConfig) -> None:
         await _reach_gateways(node, config.gateway_addresses)
         await node.wait_connected()
         wait_s = min(job.dataset.wait_s or DATASET_S, DATASET_S)
+        typer.echo(f"looking for the dataset {job.dataset.dataset}, for {wait_s:g} s at most")
         dataset = await find_dataset(node, job.dataset.dataset, wait_s)
         _show_dataset(dataset)
         run_trial = None if trial is None else partial(trial.run, timeout_s=TRIAL_S)
@@ -67,7 +68,8 @@ async def _reach_gateways(node: Libp2pNode, addresses: list[str]) -> None:
         try:
             found = await node.who_is_at(address)
         except NetworkError as exc:
-            said[address] = f"NOT reached: {exc}"
+            place = address.partition("/p2p/")[0]
+            said[address] = f"NOT reached: {str(exc).removeprefix(f'{place}: ')}"
             return
         if wanted and found != wanted:
             said[address] = f"NOT reached: {found} is there instead; correct the address or its /p2p/ part"

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 #: has a batch tried
 RunTrial = Callable[[Trial], Awaitable[TrialReport]]
 #: a job's start may be delayed so long by the trial of a batch
-START_S = 15.0
+START_S = 10.0
 
 
 @dataclass(frozen=True)
