@@ -241,6 +241,25 @@ def test_of_a_large_model_shapes_and_types_are_gone_through(
         assert words in report.reason
 
 
+SEGFORMER = {"model_type": "segformer", "num_channels": 1, "num_labels": 3, "decoder_hidden_size": 8} | {
+    "depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("largest", [trying.SMALL_PARAMETERS, 0], ids=["numbers", "shapes"])
+def test_of_pixels_the_class_that_the_loss_leaves_out_is_none_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int
+) -> None:
+    monkeypatch.setattr(trying, "SMALL_PARAMETERS", largest)
+    spec, source = ModelSpec(task="semantic-segmentation"), directory(tmp_path, SEGFORMER)
+    images = ("F32", (1, 32, 32), (0, 1))
+    passed = tried(spec, {"pixel_values": images, "labels": ("U8", (32, 32), (0, 255))}, source)
+    assert (passed.outcome, passed.reason) == ("passed", "")
+    failed = tried(spec, {"pixel_values": images, "labels": ("U8", (32, 32), (0, 3))}, source)
+    assert failed.outcome == "failed"
+    assert "the model has 3 classes" in failed.reason
+
+
 def test_a_model_that_looks_at_numbers_cannot_be_gone_through_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

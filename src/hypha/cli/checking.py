@@ -16,7 +16,7 @@ from hypha.messages import Manifest
 from hypha.net import Libp2pNode, open_node, options_from
 from hypha.scheduler.datasets import Dataset, find_dataset
 from hypha.scheduler.preflight.checking import Checked, check_job
-from hypha.scheduler.preflight.findings import described, number
+from hypha.scheduler.preflight.finding import described, number
 from hypha.scheduler.preflight.trial import open_trial
 from hypha.scheduler.state import StateDirectory
 from hypha.telemetry.logs import configure_logging

@@ -9,7 +9,8 @@ import pytest
 from hypha.config.models import JobConfig
 from hypha.messages import Column, ColumnRange, Manifest, SliceInfo
 from hypha.scheduler.preflight.facts import ModelFacts, facts_of
-from hypha.scheduler.preflight.findings import Finding, findings
+from hypha.scheduler.preflight.finding import Finding
+from hypha.scheduler.preflight.findings import findings
 
 RESNET = {"model_type": "resnet", "num_channels": 1, "id2label": {str(n): str(n) for n in range(10)}}
 VIT = {**RESNET, "model_type": "vit", "image_size": 8}
@@ -105,6 +106,11 @@ FINE: dict[str, tuple[dict[str, object] | None, Manifest, dict[str, Any]]] = {
         {**BERT, "id2label": {"0": "no", "1": "yes", "2": "maybe"}},
         manifest(*SENTENCES, labels=(0, 2)),
         {"task": "sequence-classification", "preprocessor": TOKENIZER},
+    ),
+    "classes of pixels, one of which is left out": (
+        {"model_type": "segformer", "num_labels": 3},
+        manifest("pixel_values F32 3 32 32", "labels U8 32 32", labels=(0, 255)),
+        {"task": "semantic-segmentation"},
     ),
     "plain PyTorch": (None, manifest("a F32 4", "b I64", b=(0, 99)), {"task": "torch"}),
     "a vocabulary that config.json does not name": (

@@ -24,7 +24,8 @@ from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
 from hypha.runtime import in_thread
 from hypha.scheduler.lives import described
 from hypha.scheduler.preflight.facts import ModelFacts, facts_of
-from hypha.scheduler.preflight.findings import JOB, Finding, findings
+from hypha.scheduler.preflight.finding import JOB, Finding
+from hypha.scheduler.preflight.findings import findings
 from hypha.scheduler.preflight.hub import HUB_S, HubFinding, ask_hub
 from hypha.scheduler.preflight.trial import ModelTrial
 

@@ -8,15 +8,14 @@ not judged.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from hypha.config.models import JobConfig
-from hypha.config.tasks import A_LABEL_A_PLACE, ALIASES, IGNORED, ONE_LABEL_A_ROW
+from hypha.config.tasks import ALIASES, IGNORED, ONE_LABEL_A_ROW
 from hypha.messages import Column, ColumnRange, Manifest
 from hypha.scheduler.describe import inputs_of
 from hypha.scheduler.preflight.facts import ModelFacts
+from hypha.scheduler.preflight.finding import JOB, Finding, described, number
 
-JOB = "scheduler.job"
 _ARGUMENTS = f"{JOB}.model.arguments"
 _INPUTS = f"{JOB}.model.input_names"
 _DATASET = f"{JOB}.dataset.dataset"
@@ -25,6 +24,8 @@ _PREPROCESSOR = f"{JOB}.preprocessor"
 _LABELS = ("labels", "label")
 #: tasks whose labels are tokens
 _TOKEN_LABELS = frozenset(("causal-lm", "masked-lm", "seq2seq-lm"))
+#: others have a class a place as well, and call it otherwise
+_A_LABEL_A_PLACE = frozenset(("token-classification", "semantic-segmentation"))
 _IMAGES = frozenset(("image-classification", "semantic-segmentation", "image-segmentation"))
 _TEXTS = frozenset(
     (
@@ -43,21 +44,6 @@ _LEARNT_POSITIONS = frozenset(
 _ONE_SIZE = frozenset(("vit", "deit", "vit_msn"))
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line about ``key`` of the job's configuration. ``refutable``: a batch that passes the model says
-    that it is none.
-    """
-
-    key: str
-    message: str
-    error: bool = True
-    refutable: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.message}"
-
-
 def findings(
     job: JobConfig,
     manifest: Manifest,
@@ -72,19 +58,6 @@ def findings(
     compared = _Comparison(job, manifest, model or ModelFacts(), preprocessor or {})
     found = list(dict.fromkeys(compared.all()))
     return sorted(found, key=lambda one: not one.error)
-
-
-def described(columns: Mapping[str, Column]) -> str:
-    """Columns as people read them: ``labels I64, pixel_values F32 [1, 8, 8]``."""
-    return ", ".join(
-        f"{one.name} {one.dtype}" + (f" {list(one.shape)}" if one.shape else "")
-        for one in sorted(columns.values(), key=lambda one: one.name)
-    )
-
-
-def number(value: float) -> str:
-    """Whole numbers with all their digits."""
-    return f"{value:.0f}" if value == int(value) else f"{value:g}"
 
 
 class _Comparison:
@@ -222,7 +195,7 @@ class _Comparison:
     def _labels(self) -> Iterator[Finding]:
         given = self._job.model
         labels = self._column("labels") if self._given else self._column(*_LABELS)
-        by_row, by_place = self._task in ONE_LABEL_A_ROW, self._task in A_LABEL_A_PLACE
+        by_row, by_place = self._task in ONE_LABEL_A_ROW, self._task in _A_LABEL_A_PLACE
         if labels is None:
             # a preprocessor may make labels of a text, or of an image, but no class of a row
             made = self._job.preprocessor is not None and not by_row
@@ -240,7 +213,8 @@ class _Comparison:
             yield from self._whole(labels, found, "cross-entropy chooses among classes")
         elif by_row:
             yield from self._of_a_row(labels, found)
-        elif by_place and found is not None:
+        elif self._task == "token-classification" and found is not None:
+            # of pixels one class more is often left out, and which one only the model knows
             yield from self._classes(labels, found)
 
     def _no_labels(self) -> Finding:
