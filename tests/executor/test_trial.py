@@ -214,6 +214,7 @@ def test_what_is_of_this_machine_alone_judges_nothing(tmp_path: Path) -> None:
         (lacks, "No module named 'a_package_of_workers'"),
         (newer, "of-next-year"),
         (sparse, "cannot be built without numbers"),
+        (tried(odd("Classifier"), {**ROWS, "x": ("F32", (1 << 40,), None)}), "more than 16777216 numbers"),
         (strange, "x is F8_E4M3"),
     ):
         assert report.outcome == "unknown", report

@@ -8,6 +8,7 @@ from functools import partial
 import trio
 import typer
 
+from hypha.cli.live import shown
 from hypha.cli.running import run_until_signal
 from hypha.config.log_filter import parse_filter
 from hypha.config.models import JobConfig, SchedulerConfig
@@ -94,7 +95,7 @@ def _show_dataset(dataset: Dataset) -> None:
     for column in manifest.columns:
         found = ranges.get(column.name)
         numbers = "" if found is None else f", {number(found.low)} to {number(found.high)}"
-        typer.echo(f"column: {described({column.name: column})}{numbers}")
+        typer.echo(shown(f"column: {described({column.name: column})}{numbers}").plain)
     if not ranges:
         typer.echo("note: the manifest does not say which numbers the columns hold; prepare the dataset anew")
 

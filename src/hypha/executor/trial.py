@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import logging
+import math
 import os
 import re
 import signal
@@ -40,6 +40,8 @@ from hypha.messages import Column, ColumnRange, Trial, TrialReport
 #: models with more parameters are not built just for this, nor are larger files of weights read
 SMALL_PARAMETERS = 30_000_000
 SMALL_BYTES = 200 << 20
+#: nor is a larger batch made up
+MOST_NUMBERS = 1 << 25
 #: whoever asks has given up, or was killed
 _LIMIT_S = 120
 _DTYPES = {
@@ -65,8 +67,6 @@ _META = re.compile(r"\bmeta (device|tensor)", re.IGNORECASE)
 _NEWER = "Transformers does not recognize this architecture"
 #: a text that is short for every tokenizer and model: how long the real ones are, only they tell
 _TEXT = b"a"
-
-logger = logging.getLogger("hypha.executor.trial")
 
 
 class _UntriedError(Exception):
@@ -214,6 +214,9 @@ def _rows_of(trial: Trial) -> dict[str, Tensor]:
         if argument.startswith("text")
     }
     ranges = {one.column: one for one in trial.ranges}
+    # what a data node says of its columns need not be true
+    if sum(trial.rows * math.prod(column.shape) for column in trial.columns) > MOST_NUMBERS:
+        raise _UntriedError(f"a row of the dataset has more than {MOST_NUMBERS // trial.rows} numbers")
     return {
         column.name: _text(column, trial.rows)
         if column.name in texts and column.dtype == "U8" and len(column.shape) == 1

@@ -8,13 +8,14 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.scheduler.preflight.test_findings import DIGITS, RESNET, TOKENS, manifest
 from tests.support.hub import Hub, Repository
 
 from hypha.config.models import JobConfig
 from hypha.errors import ConfigError
-from hypha.messages import Manifest, Trial, TrialReport
+from hypha.messages import Column, Manifest, Trial, TrialReport
 from hypha.scheduler.ledger import has_trained
 from hypha.scheduler.preflight.checking import Checked, RunTrial, check_before_leasing, check_job
 
@@ -107,6 +108,14 @@ async def test_of_a_repository_the_configuration_is_compared_and_no_secret_goes_
     assert "hub-token" not in repr(one)
     assert one.model is not None
     assert not Path(one.model).exists(), "what was fetched is gone"
+
+
+async def test_what_peers_call_their_columns_controls_no_terminal(tmp_path: Path) -> None:
+    column = Column(name="\x1b[2J\nfine", dtype="I64", shape=())
+    data = msgspec.structs.replace(manifest(*DIGITS), columns=(column,))
+    checked = await check_job(job(tmp_path, RESNET), data, None)
+    assert len(checked.errors) == 2
+    assert all(one.message.isprintable() for one in checked.findings)
 
 
 async def test_what_another_executor_makes_of_it_is_not_judged(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from hypha.config.models import JobConfig
@@ -366,6 +367,18 @@ def test_pixels_that_would_be_scaled_twice_are_remarked_on() -> None:
     assert "run from 0 to 1 already" in one.message
     assert found(RESNET, data, preprocessor=images, preprocessor_file={"do_rescale": False}) == []
     assert found(RESNET, data, preprocessor=images) == []
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 1e300])
+def test_numbers_that_a_peer_makes_up_are_only_shown(odd: float) -> None:
+    ranges = tuple(
+        ColumnRange(column=name, low=-odd, high=odd) for name in ("labels", "pixel_values", "input_ids")
+    )
+    data = msgspec.structs.replace(manifest(*DIGITS, *TOKENS), ranges=ranges)
+    for task in ("image-classification", "causal-lm", "token-classification"):
+        assert all("\n" not in str(one) for one in found({**GPT2, **RESNET}, data, task))
+    bare = msgspec.structs.replace(data, columns=(Column(name="labels", dtype="?", shape=(-1, 0)),))
+    found(RESNET, bare)
 
 
 def test_errors_come_first() -> None:

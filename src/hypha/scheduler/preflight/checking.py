@@ -24,7 +24,7 @@ from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
 from hypha.runtime import in_thread
 from hypha.scheduler.lives import described
 from hypha.scheduler.preflight.facts import ModelFacts, facts_of
-from hypha.scheduler.preflight.finding import JOB, Finding
+from hypha.scheduler.preflight.finding import JOB, Finding, printable
 from hypha.scheduler.preflight.findings import findings
 from hypha.scheduler.preflight.hub import HUB_S, HubFinding, ask_hub
 from hypha.scheduler.preflight.trial import ModelTrial
@@ -78,11 +78,11 @@ async def check_job(job: JobConfig, manifest: Manifest, run_trial: RunTrial | No
         found += findings(job, manifest, model, preprocessor)
         found.sort(key=lambda one: not one.error)
         if run_trial is None or any(one.error for one in found):
-            return Checked(tuple(found))
+            return Checked(tuple(map(printable, found)))
         report = await run_trial(_trial(job, manifest, files))
     if report.outcome == "passed":
         found = [one for one in found if not one.refutable]
-    return Checked((*_told(report), *found), report)
+    return Checked(tuple(map(printable, (*_told(report), *found))), report)
 
 
 def _trial(job: JobConfig, manifest: Manifest, files: _Files) -> Trial:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypha.messages import Column
 
@@ -26,6 +27,12 @@ class Finding:
         return f"{self.key}: {self.message}"
 
 
+def printable(finding: Finding) -> Finding:
+    """The same on one line, with nothing that controls a terminal: peers choose the names of columns."""
+    text = "".join(one if one.isprintable() else "\ufffd" for one in finding.message)
+    return replace(finding, message=text)
+
+
 def described(columns: Mapping[str, Column]) -> str:
     """Columns as people read them: ``labels I64, pixel_values F32 [1, 8, 8]``."""
     return ", ".join(
@@ -35,5 +42,5 @@ def described(columns: Mapping[str, Column]) -> str:
 
 
 def number(value: float) -> str:
-    """Whole numbers with all their digits."""
-    return f"{value:.0f}" if value == int(value) else f"{value:g}"
+    """Whole numbers with all their digits; what a peer says need not be finite."""
+    return f"{value:.0f}" if math.isfinite(value) and value == int(value) else f"{value:g}"
