@@ -108,7 +108,7 @@ def _show_findings(checked: Checked) -> None:
         typer.echo(f"model: {trial.parameters} parameters; {how}")
     for finding in checked.findings:
         if not finding.error:
-            typer.echo(f"note: {finding}")
+            typer.echo(f"advice: {finding}")
     if errors := checked.errors:
         raise ConfigError([Problem(one.key, one.message) for one in errors])
     typer.echo("OK: nothing is found that would keep the job from training")
