@@ -821,18 +821,63 @@ class Column(Value):
     shape: tuple[int, ...]
 
 
+class ColumnRange(Value):
+    """The smallest and the largest number of a column, over all samples. Without those that are -100, which
+    no loss counts: there are ``ignored`` of them. ``whole``: all are whole numbers.
+    """
+
+    column: str
+    low: float
+    high: float
+    whole: bool = True
+    ignored: int = 0
+
+
 class Manifest(Value):
-    """``manifest.json`` of a prepared dataset."""
+    """``manifest.json`` of a prepared dataset. ``ranges`` are empty, or lack columns, where nobody has looked
+    (as in manifests of earlier versions); they follow from the slices, and are no part of the hash.
+    """
 
     name: str
     columns: tuple[Column, ...]
     slices: tuple[SliceInfo, ...]
     version: int = 1
+    ranges: tuple[ColumnRange, ...] = ()
 
     @property
     def samples(self) -> int:
         """Samples in all slices."""
         return sum(part.samples for part in self.slices)
+
+
+class Trial(Value):
+    """Has a child process of the scheduler try a batch on the model of ``job`` before anybody is leased.
+
+    ``model`` and ``preprocessor`` are directories with their files, where there are any; ``weights`` says
+    whether the model's are among them. The batch has ``rows`` rows of ``columns``, with the smallest and the
+    largest numbers of ``ranges``.
+    """
+
+    job: TrainJob
+    model: str | None
+    preprocessor: str | None
+    weights: bool
+    columns: tuple[Column, ...]
+    ranges: tuple[ColumnRange, ...]
+    rows: int
+
+
+class TrialReport(Value):
+    """What came of a :class:`Trial`. ``failed``: any worker would fail, because of ``reason``; ``unknown``:
+    it could not be tried, because of ``reason``. ``shapes_only``: the model is too large to be built just for
+    this, so it had no numbers. ``notes`` are sentences that the user should read.
+    """
+
+    outcome: Literal["passed", "failed", "unknown"]
+    reason: str = ""
+    parameters: int = 0
+    shapes_only: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class DatasetDescription(Message):

@@ -188,6 +188,10 @@ class Libp2pNode:
         """Be connected to ``peer``; PeerUnreachable when that cannot be."""
         await self._dialer.connect(self._known(peer))
 
+    async def who_is_at(self, address: str) -> str:
+        """The PeerID of the certified node at a multiaddr; NetworkError that says why there is none."""
+        return await self._dialer.who_is_at(parse(address))
+
     async def disconnect(self, peer: str) -> None:
         """Close all connections to ``peer``."""
         await self._peers.close(peer)
