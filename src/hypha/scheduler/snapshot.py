@@ -2,7 +2,8 @@
 
 :class:`JobSnapshot` is the contract: it is what ``/status`` answers, and the ``job`` of every message that
 the live page receives (:class:`hypha.scheduler.round_record.Now`). Fields are only ever added, each with a
-default, so that an older reader still reads a newer scheduler.
+default, so that an older reader still reads a newer scheduler. A ``name`` is that of the certificate of
+the peer beside it, empty where it is not known.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 from msgspec import Struct
 
 from hypha.messages import ExecutorClass, UpdateStatistics
+from hypha.naming import name_of
 from hypha.node import ConnectionInfo
 from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.members import Member
@@ -37,6 +39,7 @@ class WorkerSnapshot(Struct, frozen=True):
     lease: str = ""
     update_norm: float | None = None
     update_cosine: float | None = None
+    name: str = ""
 
 
 class LeaseSnapshot(Struct, frozen=True):
@@ -54,6 +57,7 @@ class LeaseSnapshot(Struct, frozen=True):
     storage: float = 0.0
     expires_in_s: float = 0.0
     suspected: bool = False
+    name: str = ""
 
 
 class SliceCounts(Struct, frozen=True):
@@ -73,6 +77,7 @@ class ConnectionSnapshot(Struct, frozen=True):
     address: str = ""
     roles: tuple[str, ...] = ()
     round_trip_s: float | None = None
+    name: str = ""
 
 
 class LogLine(Struct, frozen=True):
@@ -84,6 +89,7 @@ class LogLine(Struct, frozen=True):
     logger: str
     message: str
     peer: str = ""
+    name: str = ""
 
 
 class JobSnapshot(Struct, frozen=True):
@@ -120,6 +126,8 @@ class JobSnapshot(Struct, frozen=True):
     slices: SliceCounts | None = None
     connections: tuple[ConnectionSnapshot, ...] = ()
     warnings: tuple[LogLine, ...] = ()
+    scheduler_name: str = ""
+    parameter_server_name: str = ""
 
 
 def worker_snapshot(
@@ -138,6 +146,7 @@ def worker_snapshot(
         lease=lease,
         update_norm=update.norm if update is not None else None,
         update_cosine=update.cosine if update is not None else None,
+        name=name_of(member.peer),
     )
 
 
@@ -151,6 +160,7 @@ def connection_snapshots(connections: Iterable[ConnectionInfo]) -> tuple[Connect
             address=one.address,
             roles=tuple(sorted(one.roles)),
             round_trip_s=one.round_trip_s,
+            name=name_of(one.peer),
         )
         for one in connections
     ]
