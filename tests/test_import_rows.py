@@ -14,7 +14,7 @@ ROWS = (
     {"simulation"},
     {"gateway", "scheduler", "worker", "data"},
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
-    {"messages", "config", "errors", "node", "runtime", "journal", "keeper", "tracing"},
+    {"messages", "config", "errors", "node", "runtime", "journal", "keeper", "naming", "tracing", "waiting"},
 )
 #: Within a row, who may use whom.
 SIDEWAYS = {

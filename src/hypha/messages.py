@@ -545,6 +545,14 @@ class Health(Message):
     """Are you well? Answered by every component."""
 
 
+class SameCertificate(Message):
+    """Another node uses the certificate of the one that is told so; it has come from ``address``, and was
+    turned away. Answered by every component.
+    """
+
+    address: str = ""
+
+
 class WorkerOffer(Message):
     """A worker holds ``resources`` for the scheduler under a temporary lease of ``expires_in_s``."""
 
@@ -864,6 +872,7 @@ class RefusedReply(Message):
 
 Request = (
     Health
+    | SameCertificate
     | WorkerOffer
     | RenewLease
     | ReleaseLease
