@@ -21,6 +21,7 @@ from opentelemetry.trace import Span, SpanKind, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.messages import PeerRef
+from hypha.naming import shown
 from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, ip_of, parse
 from hypha.net.options import Timings
 from hypha.net.peers import Peers
@@ -42,6 +43,8 @@ DIAL_ERRORS = (*STREAM_ERRORS, ValueError)
 #: How long our own dial may go on when the peer has meanwhile reached us.
 MEETING_S = 1.0
 ATTEMPTS = 3
+#: of so many peers it is remembered why they are relayed, so that it is not said again and again
+MAX_RELAYED_TOLD = 1000
 
 
 @dataclass
@@ -102,6 +105,8 @@ class Dialer:
         self._nursery = nursery
         self._attempts: dict[str, _Attempt] = {}
         self.relay_client: RelayClient | None = None
+        #: why, as it was said last, by peer
+        self._relayed_for: dict[str, str] = {}
         self.own_relays: Callable[[], list[str]] = list
         swarm.dial_peer = self._dial_for_library
 
@@ -285,6 +290,7 @@ class Dialer:
         candidates = [relay for relay in named if self._peers.is_connected(relay)]
         candidates += [relay for relay in self.own_relays() if relay not in candidates]
         candidates += [relay for relay in named if relay not in candidates]
+        direct = list(race.failures)
         for relay in candidates:
             if relay == peer:
                 continue
@@ -306,20 +312,36 @@ class Dialer:
                 race.note("failed", circuit, "it brought no connection in time")
             else:
                 race.note("connected", circuit)
-                self._say_why_relayed(peer)
+                self._say_why_relayed(peer, direct)
                 race.scope.cancel()
                 return
 
-    def _say_why_relayed(self, peer: str) -> None:
-        left_out = self._book.left_out(peer)
-        if left_out and not self._book.direct(peer):
-            logger.info(
-                "%s is reached through a relay: its addresses (%s) lie in exclude_cidr, so they are not "
-                "dialled. Take their network out of it if this machine can reach them.",
-                peer,
-                ", ".join(left_out),
-                extra={"peer_id": peer},
+    def _say_why_relayed(self, peer: str, failures: list[str]) -> None:
+        """Why ``peer`` is reached through a relay, once for each reason; ``failures`` are those of the
+        addresses that were dialled.
+        """
+        direct = [address.transport for address in self._book.direct(peer)]
+        if left_out := self._book.left_out(peer):
+            why = (
+                f"its addresses ({', '.join(left_out)}) lie in exclude_cidr, so they are not dialled. Take "
+                "their network out of it if this machine can reach them"
             )
+        elif direct:
+            slow = f"no answer from {', '.join(direct)} within {self._timings.relay_after_s:g} s"
+            why = (
+                f"none of its addresses could be dialled ({'; '.join(failures) or slow}). For direct "
+                "transfers open its port to this machine, or set its external_addresses"
+            )
+        else:
+            why = (
+                "it announces no address of its own. If this machine can reach it, set its "
+                "external_addresses, or take its network out of its exclude_cidr"
+            )
+        if self._relayed_for.pop(peer, "") != why:
+            logger.info("%s is reached through a relay: %s.", shown(peer), why, extra={"peer_id": peer})
+        self._relayed_for[peer] = why
+        while len(self._relayed_for) > MAX_RELAYED_TOLD:
+            del self._relayed_for[next(iter(self._relayed_for))]
 
     async def who_is_at(self, address: Address) -> str:
         """The PeerID of the certified node at ``address``; NetworkError when there is none."""

@@ -350,6 +350,12 @@ class Libp2pNode:
             ", ".join(self.listen_addresses()),
             extra={"peer_id": self.peer_id},
         )
+        if self.options.listen and not self._announced():
+            logger.info(
+                "Other nodes reach this one through a relay only: all its addresses (%s) lie in "
+                "exclude_cidr. For direct transfers take their network out of it, or set external_addresses.",
+                ", ".join(self.listen_addresses()),
+            )
 
     def start(self) -> None:
         """Start what goes on in the background."""
