@@ -556,6 +556,14 @@ class Health(Message):
     """Are you well? Answered by every component."""
 
 
+class SameCertificate(Message):
+    """Another node uses the certificate of the one that is told so; it has come from ``address``, and was
+    turned away. Answered by every component.
+    """
+
+    address: str = ""
+
+
 class WorkerOffer(Message):
     """A worker holds ``resources`` for the scheduler under a temporary lease of ``expires_in_s``. ``version``
     and ``features`` (:mod:`hypha.features`) are the worker's; without them it is older than these fields.
@@ -924,6 +932,7 @@ class RefusedReply(Message):
 
 Request = (
     Health
+    | SameCertificate
     | WorkerOffer
     | RenewLease
     | ReleaseLease

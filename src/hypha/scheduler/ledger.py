@@ -33,6 +33,7 @@ from hypha.messages import (
 from hypha.runtime import in_thread
 from hypha.scheduler.pool import LeaseGained
 from hypha.scheduler.slices import TrackerState
+from hypha.waiting import Reminder
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -433,17 +434,17 @@ def _is_full(exc: sqlite3.Error) -> bool:
 
 async def _with_room(path: Path, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
     """``call`` in a thread, not cancelled half-way, again until the disk is not full any more."""
-    told = False
+    told: Reminder | None = None
     while True:
         try:
             result = await in_thread(call, abandon_on_cancel=False, limiter=limiter)
         except sqlite3.OperationalError as exc:
             if not _is_full(exc):
                 raise
-            if not told:
+            told = told or Reminder(at_once=True)
+            if told.due():
                 text = "The job stands still, as its ledger %s cannot be written (%s): make room there"
                 logger.error(text, path, exc)
-            told = True
             await trio.sleep(_ROOM_RETRY_S)
             continue
         if told:

@@ -87,7 +87,12 @@ async def _find(
     await nursery.start(pool.run)
     name = config.dataset.dataset
     say(Preparing(f"looking for the dataset {name}"))
-    dataset = await find_dataset(node, name, config.dataset.wait_s)
+    dataset = await find_dataset(
+        node,
+        name,
+        config.dataset.wait_s,
+        lambda why: say(Preparing(f"looking for the dataset {name}: {why}")),
+    )
     logger.info(
         "The dataset %s has %d samples in %d slices at %d data nodes",
         name,
