@@ -307,16 +307,18 @@ class DatasetRef(Section):
 
 class RoundsConfig(Section):
     """How many rounds, and how long each is: ``avg_samples_between_updates`` samples over all workers,
-    or, with ``inner_steps`` (DiLoCo's fixed H), that many batches a worker.
+    or, with ``inner_steps`` (DiLoCo's fixed H), that many optimizer steps a worker, each of
+    ``gradient_accumulation`` batches.
     """
 
     update_rounds: int = Field(default=100, ge=1)
     avg_samples_between_updates: int | None = Field(default=None, ge=1)
     inner_steps: int | None = Field(default=None, ge=1)
     max_batch_size: int = Field(default=64, ge=1)
-    #: fixed batch size; ``None``: offered over required memory, at most ``max_batch_size``, which is 1 with
-    #: workers that offer just what they are asked for (offer.strategy = "flexible", their default)
+    #: fixed batch size; ``None``: 16, and where resources.worker says what one sample needs and a worker
+    #: offers twice as much or more (offer.strategy = "whole"), as many as fit; at most ``max_batch_size``
     batch_size: int | None = Field(default=None, ge=1)
+    #: batches an optimizer step
     gradient_accumulation: int = Field(default=1, ge=1)
     #: share of the members' updates with which a round may be closed after ``grace_s``
     quorum: float = Field(default=1.0, gt=0, le=1)
