@@ -38,6 +38,8 @@ def _hyphen(name: str) -> str:
     return name.replace("_", "-")
 
 
+#: samples in a batch of a job that says nothing about it, on workers whose offer says nothing either
+DEFAULT_BATCH_SIZE = 16
 #: the training executor that comes with Hypha
 DEFAULT_EXECUTOR = "diloco-transformer"
 
@@ -338,10 +340,13 @@ class InnerOptimizerConfig(Section):
 
 
 class OuterOptimizerConfig(Section):
-    """Nesterov momentum."""
+    """Nesterov momentum over what the workers have changed in a round (DiLoCo)."""
 
-    learning_rate: float = Field(default=0.7, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    #: ``None``: 1, and 0.7 with a momentum of 0.9 or more
+    learning_rate: float | None = Field(default=None, gt=0)
+    #: ``None``: by update_rounds, 0.5 with 8 rounds, 0.8 with 50, 0.9 with 100 and more: the more rounds
+    #: there are, the more momentum pays back (docs/defaults.md)
+    momentum: float | None = Field(default=None, ge=0, lt=1)
     weighting: Literal["samples", "uniform"] = "samples"
     max_update_norm: float | None = Field(default=None, gt=0)
 
@@ -370,7 +375,9 @@ class NeedsConfig(ResourcesConfig):
 
 
 class JobResourcesConfig(Section):
-    """Whom to ask for. ``worker.gpu`` (else ``worker.memory``) is what a batch of one sample needs."""
+    """Whom to ask for. Where workers offer more than is asked for, ``worker.gpu`` (else ``worker.memory``) is
+    what one sample of a batch needs, see ``rounds.batch_size``.
+    """
 
     num_workers: int = Field(default=2, ge=1)
     #: start and go on with at least this many; ``None``: ``num_workers``

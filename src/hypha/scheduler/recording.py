@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import trio
 
 from hypha.config.models import JobConfig, SchedulerConfig, SinkConfig
@@ -59,7 +60,11 @@ class Recording:
         """The sinks are opened when a job's first life begins."""
         if isinstance(entry.event, LifeBegan) and not self.sinks:
             settings = self._job.model_dump(mode="json", include=_SETTINGS)
-            run = RunInfo(entry.event.start.job_id, settings)
+            start = entry.event.start
+            if start.optimizer is not None:
+                # what was chosen, where the configuration leaves it open
+                settings["outer_optimizer"] |= msgspec.structs.asdict(start.optimizer)
+            run = RunInfo(start.job_id, settings)
             self.sinks = [SinkProcess(one, run) for one in self._destinations]
         for action in entry.actions:
             if isinstance(action, Record) and self._is_new(action.entry):
