@@ -146,7 +146,7 @@ def test_what_is_far_off_is_advised_on_and_still_valid(here: Path, pki: Path) ->
     told = run("scheduler", "validate", "--set", f"{momentum}=0.9", "--set", f"{batch}=1").splitlines()
     assert told[0].startswith("OK: config.toml")
     assert [line.split(": ")[:2] for line in told[1:]] == [["advice", momentum], ["advice", batch]]
-    assert "learning_rate 1 and momentum 0.5" in told[1]
+    assert "learning_rate 1 and momentum 0.6" in told[1]
     # an error is no advice, and there is none beside it
     with pytest.raises(ConfigError) as caught:
         run("scheduler", "validate", "--set", f"{momentum}=1.5", "--set", f"{batch}=1")

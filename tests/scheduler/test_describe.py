@@ -86,7 +86,9 @@ def test_a_job_that_says_nothing_has_batches_of_sixteen_or_more(offered: float, 
 
 def test_the_outer_optimizer_is_chosen_by_the_number_of_rounds_unless_it_is_set() -> None:
     job = descriptions(rounds={"update_rounds": 8}).aggregate("p", None)
-    assert job.optimizer == OuterOptimizer(learning_rate=1.0, momentum=0.5)
+    assert job.optimizer == OuterOptimizer(learning_rate=1.0, momentum=0.6)
+    job = descriptions(rounds={"update_rounds": 2}).aggregate("p", None)
+    assert job.optimizer == OuterOptimizer(learning_rate=1.0, momentum=0.3)
     half = {"outer_optimizer": {"momentum": 0.3}}
     assert outer_optimizer(config(**half)) == OuterOptimizer(learning_rate=1.0, momentum=0.3)
     both = {"outer_optimizer": {"learning_rate": 0.7, "momentum": 0.9}, "rounds": {"update_rounds": 3}}

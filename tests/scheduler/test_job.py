@@ -803,7 +803,7 @@ async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(
         "chosen by update_rounds = 3",
         "with which the job began",
     ]
-    assert "started anew with 5 rounds it would have learning rate 1, momentum 0.4" in told[-1]
+    assert "started anew with 5 rounds it would have learning rate 1, momentum 0.5" in told[-1]
 
 
 async def test_a_job_that_failed_before_its_first_round_takes_a_corrected_configuration(

@@ -15,7 +15,9 @@ from hypha.config.outer import chosen, outer_values
 
 #: learning rate / (1 - momentum), how far a steady update carries theta in the end, may differ from the
 #: chosen optimizer's by this factor, and momentum be more by that much, before the measured losses suffer
-_FACTOR, _MORE_MOMENTUM = 2.2, 0.25
+_FACTOR, _MORE_MOMENTUM = 2.6, 0.25
+#: DiLoCo's own 0.7 and 0.9 are for thousands of rounds: of jobs so long nothing was measured here
+_MEASURED_ROUNDS = 500
 #: AdamW changes a parameter by about this much a step; above it hardly anything trains
 _HIGH_RATE = 0.05
 #: a schedule that ends before this share of the steps leaves the rest without any learning rate
@@ -56,7 +58,7 @@ def steps_of_a_worker(job: JobConfig) -> int:
 
 def _outer(job: JobConfig) -> Iterator[tuple[str, str]]:
     given, rounds = job.outer_optimizer, job.rounds.update_rounds
-    if given.learning_rate is None and given.momentum is None:
+    if (given.learning_rate is None and given.momentum is None) or rounds > _MEASURED_ROUNDS:
         return
     rate, momentum = outer_values(given, rounds)
     best_rate, best_momentum = chosen(rounds)
@@ -66,11 +68,7 @@ def _outer(job: JobConfig) -> Iterator[tuple[str, str]]:
     )
     set_ = f"learning_rate {rate:g} with momentum {momentum:g}"
     if momentum > best_momentum + _MORE_MOMENTUM:
-        yield (
-            "outer_optimizer.momentum",
-            f"{momentum:g} pays back over {1.0 / (1.0 - momentum):.0f} rounds and more, and the job has "
-            f"{rounds}; {instead}",
-        )
+        yield "outer_optimizer.momentum", f"{momentum:g} is much for a job of {rounds} rounds; {instead}"
     elif reach > _FACTOR * best_reach:
         yield "outer_optimizer", f"{set_} takes long steps for {rounds} rounds; {instead}"
     elif reach * _FACTOR < best_reach:

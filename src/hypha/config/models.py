@@ -342,10 +342,10 @@ class InnerOptimizerConfig(Section):
 class OuterOptimizerConfig(Section):
     """Nesterov momentum over what the workers have changed in a round (DiLoCo)."""
 
-    #: ``None``: 1, and 0.7 with a momentum of 0.9 or more
+    #: ``None``: 1
     learning_rate: float | None = Field(default=None, gt=0)
-    #: ``None``: by update_rounds, 0.5 with 8 rounds, 0.8 with 50, 0.9 with 100 and more: the more rounds
-    #: there are, the more momentum pays back (docs/defaults.md)
+    #: ``None``: 0.6, and less in a job of 5 update_rounds or fewer, which is over before momentum pays back
+    #: (docs/defaults.md)
     momentum: float | None = Field(default=None, ge=0, lt=1)
     weighting: Literal["samples", "uniform"] = "samples"
     max_update_norm: float | None = Field(default=None, gt=0)
