@@ -96,7 +96,7 @@ def batch_size(offered: Resources, required: Resources, maximum: int, default: i
     check(required, "required")
     need, have = (required.gpu, offered.gpu) if required.gpu > 0 else (required.memory, offered.memory)
     # compared before dividing: a tiny requirement would overflow to infinity
-    if need > 0 and have >= need * maximum and maximum > 1:
+    if need > 0 and have >= need * maximum:
         return maximum
     fitting = math.floor(have / need + TOLERANCE) if need > 0 else 0
     return min(maximum, fitting if fitting > 1 else default)
