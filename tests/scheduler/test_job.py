@@ -23,6 +23,7 @@ from tests.support.signals import Signals
 
 from hypha.cli.rerun import rerun
 from hypha.config.models import OfferConfig, SchedulerConfig
+from hypha.config.outer import chosen
 from hypha.errors import (
     AllocationFailed,
     ConfigError,
@@ -64,6 +65,7 @@ from hypha.messages import (
     Members,
     ModelReady,
     NextSlice,
+    OuterOptimizer,
     Plan,
     Progress,
     PullFile,
@@ -115,6 +117,8 @@ class Stage:
     actors: dict[str, Actor] = field(default_factory=dict)
     updates: list[Contribution] = field(default_factory=list)
     restored: list[int] = field(default_factory=list)
+    #: what parameter servers were told, by the life they were started in
+    optimizers: list[tuple[int, OuterOptimizer]] = field(default_factory=list)
     crash_at: int = -1
     saves: bool = True
 
@@ -271,6 +275,7 @@ class Actor:
     async def aggregate(self) -> None:
         job = self.jobs["aggregate"]
         assert isinstance(job, AggregateJob)
+        self.stage.optimizers.append((job.generation, job.optimizer))
         self.stage.updates.clear()
         if self.model_error:
             await self.say("aggregate", ExecutorError(kind="model", message=self.model_error))
@@ -648,9 +653,10 @@ async def test_a_job_that_does_not_wait_begins_with_few_and_the_rest_joins(
     assert (crews[0], crews[-1]) == (1, 2)
 
 
-async def test_an_accidental_batch_size_of_one_is_said_once(
+async def test_a_job_without_a_word_about_batches_has_none_of_one_and_says_so_once(
     network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     stage = Stage(tmp_path)
     rounds = {"update_rounds": 1, "avg_samples_between_updates": 40, "deadline_s": 5}
     async with network.gateway() as gateway, data_node(network, gateway):
@@ -658,8 +664,8 @@ async def test_an_accidental_batch_size_of_one_is_said_once(
             with trio.fail_after(40):
                 result = await run_job(config_for(network, gateway, tmp_path, rounds=rounds))
     (entry,) = read_ledger(result.ledger).rounds
-    assert [part.batch_size for part in entry.contributors] == [1, 1]
-    assert caplog.text.count("Set rounds.batch_size") == 1
+    assert [part.batch_size for part in entry.contributors] == [16, 16]
+    assert caplog.text.count("trains with batches of 16 samples") == 1
 
 
 async def test_a_lost_parameter_server_is_restored_elsewhere(network: Network, tmp_path: Path) -> None:
@@ -677,6 +683,10 @@ async def test_a_lost_parameter_server_is_restored_elsewhere(network: Network, t
     assert {entry.generation for entry in counted} == {0, 1}
     used = [pair for entry in counted for part in entry.contributors for pair in part.finished]
     assert len(used) == len(set(used))
+    # the other parameter server takes the same outer steps, and they are those of the ledger
+    assert [generation for generation, _ in stage.optimizers] == [0, 1]
+    assert {one for _, one in stage.optimizers} == {ledger.aggregate.optimizer}
+    assert ledger.aggregate.optimizer == OuterOptimizer(*chosen(4))
 
 
 def labelled(high: int) -> Manifest:
@@ -767,7 +777,10 @@ async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
     assert [entry.round for entry in ledger.rounds if not entry.discarded] == list(range(6))
 
 
-async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(network: Network, tmp_path: Path) -> None:
+async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(
+    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hypha.scheduler.preparing")
     stage = Stage(tmp_path)
 
     def config(rounds: int, **job: Any) -> SchedulerConfig:
@@ -816,6 +829,18 @@ async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(network: Net
     counted = [entry for entry in read_ledger(longer.ledger).rounds if not entry.discarded]
     assert [(entry.round, entry.generation) for entry in counted] == [(0, 0), (1, 0), (2, 0), (3, 2), (4, 2)]
     assert not (state / "old-1").exists()
+    # what was chosen for three rounds stays, though five would have more momentum: a job is replayed with one
+    began = OuterOptimizer(*chosen(3))
+    assert began != OuterOptimizer(*chosen(5))
+    assert stage.optimizers == [(0, began), (1, began), (2, began)]
+    assert read_ledger(longer.ledger).aggregate.optimizer == began
+    told = [line for line in caplog.messages if line.startswith("The outer optimizer has")]
+    assert [line.split(", ")[1].split(";")[0] for line in told] == [
+        "chosen by update_rounds = 3",
+        "chosen by update_rounds = 3",
+        "with which the job began",
+    ]
+    assert "started anew with 5 rounds it would have learning rate 1, momentum 0.5" in told[-1]
 
 
 async def test_a_job_that_failed_before_its_first_round_takes_a_corrected_configuration(
