@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import trio
 from libp2p.peer.id import ID
+from libp2p.stream_muxer.yamux.yamux import FLAG_SYN, TYPE_PING
 from tests.support.network import Network, address_of, until
 from tests.support.proxy import proxy_to
 
@@ -258,3 +259,29 @@ async def test_a_read_cancelled_while_it_gives_window_loses_none(network: Networ
             assert await read_exactly(stream, 1) == b"!"
         await discard(stream)
     assert cancelled == [True]
+
+
+async def test_a_round_trip_begins_when_its_ping_is_sent(network: Network) -> None:
+    """As shipped, an answer that is read before writing the ping has returned is measured from the ping before,
+    or from the beginning of the clock.
+    """
+    network.timings = replace(network.timings, liveness_s=60.0)  # no pings but the library's
+    async with network.leaf("a") as one, network.leaf("b") as two, trio.open_nursery() as nursery:
+        await one.request(ref_of(two), Health())
+        (connection,) = one._swarm.get_connections(ID.from_string(two.peer_id))
+        muxed = connection.muxed_conn
+        muxed._rtt = muxed._ping_sent_time = 0.0
+        write = muxed.secured_conn.write
+
+        async def returns_late(data: bytes) -> None:
+            await write(data)
+            if data[1] == TYPE_PING and data[3] & FLAG_SYN:
+                with trio.move_on_after(2):  # not for ever: a ping of the peer may wait to be answered
+                    while not muxed._rtt:
+                        await trio.sleep(0.001)
+
+        muxed.secured_conn.write = returns_late
+        nursery.start_soon(muxed._measure_rtt_loop)
+        await until(lambda: muxed._rtt)
+        assert muxed._rtt < 10
+        nursery.cancel_scope.cancel()
