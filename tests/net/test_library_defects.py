@@ -262,8 +262,8 @@ async def test_a_read_cancelled_while_it_gives_window_loses_none(network: Networ
 
 
 async def test_a_round_trip_begins_when_its_ping_is_sent(network: Network) -> None:
-    """As shipped, an answer that is read before writing the ping has returned is measured from the ping before,
-    or from the beginning of the clock.
+    """As shipped, an answer that is read before writing the ping has returned is measured from the ping
+    before, or from the beginning of the clock.
     """
     network.timings = replace(network.timings, liveness_s=60.0)  # no pings but the library's
     async with network.leaf("a") as one, network.leaf("b") as two, trio.open_nursery() as nursery:

@@ -92,9 +92,8 @@ class Company(Pubsub):  # type: ignore[misc]
             self._opening.discard(peer_id)
 
     async def include(self, peer_id: ID) -> None:
-        """Speak pubsub with a connected peer that ``concerns`` names by now, and did not when it was connected.
-
-        Returns once that is so, or the peer is gone.
+        """Speak pubsub with a peer that ``concerns`` names by now, and did not when it was connected. Returns
+        once that is so, or the peer is gone.
         """
         await self._handle_new_peer_with_retry(peer_id)
 

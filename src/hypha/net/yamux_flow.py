@@ -90,8 +90,8 @@ async def _give_window(stream: Any, *, bytes_read: int = 0) -> None:
 async def _write_frame(connection: Any, data: bytes) -> None:
     """Send one frame, without the library's taking it apart again for its log.
 
-    A ping's round trip begins here: the library begins it when writing has returned, and an answer that is read
-    before that is measured from the ping before, or, when there was none, from the beginning of the clock.
+    A ping's round trip begins here: the library begins it when writing has returned, and an answer that is
+    read before that is measured from the ping before, or, when there was none, from the clock's beginning.
     """
     async with connection._write_lock:
         _, kind, flags, _, _ = struct.unpack_from(yamux.YAMUX_HEADER_FORMAT, data)
