@@ -219,7 +219,10 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
     if None in files:
         return
     try:
-        identity = load_identity(IdentityFiles(files[0], files[1], files[2], partial.get("crls_pem")))
+        # whoever goes on to use it, or to tell what it is worth, warns
+        identity = load_identity(
+            IdentityFiles(files[0], files[1], files[2], partial.get("crls_pem")), warn=False
+        )
     except IdentityError as exc:
         yield from exc.problems
         return
@@ -236,7 +239,10 @@ def validate_config(program: Program, config: Path | None, given: Sequence[Flag]
     """Print OK and what is advised, and return the configuration, or raise ConfigError."""
     from hypha.config.advice import advice
 
+    from hypha.pki.identity import IdentityFiles, load_identity
+
     loaded = load(program, config, given)
+    load_identity(IdentityFiles(loaded.cert_pem, loaded.key_pem, loaded.trust_pem, loaded.crls_pem))
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
     for one in advice(loaded):
         typer.echo(f"advice: {one}")

@@ -94,7 +94,7 @@ def run_service(component: str, config: NodeConfig, service: Callable[[], Awaita
     if not settings.on:
         return run_until_signal(service)
     files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
-    with telemetry(settings.of_instance(load_identity(files).peer_id)):
+    with telemetry(settings.of_instance(load_identity(files, warn=False).peer_id)):
         return run_until_signal(observed)
 
 
