@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import socket
 import tomllib
@@ -136,6 +137,25 @@ def test_a_certificate_for_another_role_is_told_before_others_refuse_it(here: Pa
     assert (problem.key, problem.source) == ("cert_pem", "config.toml")
     assert "for the role worker" in problem.message
     assert "--role scheduler" in problem.message
+
+
+def test_a_worker_without_torch_needs_programs_of_its_own(
+    here: Path, pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would offer, and fail each job that it is given."""
+    run("worker", "init", "-n", "worker", "--pki", str(pki), *ARGUMENTS["worker"])
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+    )
+    with pytest.raises(ConfigError) as caught:
+        run("worker", "validate")
+    (problem,) = caught.value.problems
+    assert problem.key == "executors[0]"
+    assert "hypha-train[train]" in problem.message
+    with Path("config.toml").open("a") as config:
+        config.write('[[executors]]\nclass = "train"\nname = "mine"\ncmd = "/bin/true"\n')
+    run("worker", "validate")
 
 
 def test_what_is_far_off_is_advised_on_and_still_valid(here: Path, pki: Path) -> None:

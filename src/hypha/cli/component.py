@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import os
 import re
@@ -203,6 +204,7 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
         )
         # variables of one signal alone are no keys
         resolve_telemetry(f"hypha-{program.name}", loaded, process_environment())
+        _check_executors(loaded)
         return loaded
     except ConfigError as exc:
         if path is None:
@@ -210,6 +212,21 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
             hint = f"there is no such file here; name one with --config, or write it with `{init}`"
             raise ConfigError([Problem("", hint, str(DEFAULT_CONFIG)), *exc.problems]) from exc
         raise
+
+
+def _check_executors(loaded: NodeConfig) -> None:
+    """ConfigError where a worker would offer what Hypha's own executors cannot do here, and fail each job."""
+    from hypha.config.models import WorkerConfig
+
+    if not isinstance(loaded, WorkerConfig):
+        return
+    own = [index for index, executor in enumerate(loaded.executors) if executor.cmd is None]
+    if own and importlib.util.find_spec("torch") is None:
+        message = (
+            "it has no cmd, so it is Hypha's own, and torch is not installed for it "
+            "(pip install 'hypha-train[train]')"
+        )
+        raise ConfigError([Problem(f"executors[{own[0]}]", message)])
 
 
 def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
