@@ -255,7 +255,6 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
 def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
     """Print OK and what is advised, and return the configuration, or raise ConfigError."""
     from hypha.config.advice import advice
-
     from hypha.pki.identity import IdentityFiles, load_identity
 
     loaded = load(program, config, given)
