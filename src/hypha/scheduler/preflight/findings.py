@@ -8,6 +8,7 @@ not judged.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from shlex import quote
 
 from hypha.config.models import JobConfig
 from hypha.config.tasks import ALIASES, IGNORED, ONE_LABEL_A_ROW
@@ -185,7 +186,7 @@ class _Comparison:
             yield Finding(
                 _PREPROCESSOR,
                 f"it divides pixels by 255, but those of {column.name} run from {number(found.low)} to "
-                f"{number(found.high)} already; prepare them with --dtype {column.name}=U8, or set "
+                f"{number(found.high)} already; prepare them with --dtype {quote(column.name)}=U8, or set "
                 "do_rescale to false in its preprocessor_config.json",
                 error=False,
             )
@@ -326,7 +327,7 @@ class _Comparison:
                 _DATASET,
                 f"the column {column.name} is {column.dtype}, but ids of tokens are whole numbers; prepare "
                 "it "
-                f"with --dtype {column.name}=I64",
+                f"with --dtype {quote(column.name)}=I64",
             )
             return
         found, rows = self._ranges.get(column.name), self._model.vocab_size
@@ -367,7 +368,7 @@ class _Comparison:
                 _DATASET,
                 f"the column {described({pixels.name: pixels})} holds no images of channels, height and "
                 "width; "
-                f"prepare it with --shape {pixels.name}=CHANNELS,HEIGHT,WIDTH",
+                f"prepare it with --shape {quote(pixels.name)}=CHANNELS,HEIGHT,WIDTH",
             )
             return
         channels, height, width = pixels.shape
