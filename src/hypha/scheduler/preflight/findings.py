@@ -82,7 +82,13 @@ class _Comparison:
     def all(self) -> Iterator[Finding]:
         yield from self._names()
         yield from self._preprocessor()
-        yield from self._main_input()
+        main_input, meant = list(self._main_input()), self._model.task
+        if main_input and meant not in (None, self._task):
+            # nothing that is found for the other task would help
+            text = f"it is {self._task}, but config.json names a model for {meant}; set it to {meant}"
+            yield Finding(f"{JOB}.model.type", text)
+            return
+        yield from main_input
         yield from self._labels()
         yield from self._tokens()
         yield from self._images()
@@ -91,8 +97,7 @@ class _Comparison:
             yield Finding(
                 f"{JOB}.resources.num_workers",
                 f"the dataset has {self._slices} slices for {workers} workers, and a slice goes to one "
-                "worker "
-                "at a time: some will wait; prepare it with a smaller --slice-samples",
+                "worker at a time: some will wait; prepare it with a smaller --slice-samples",
                 error=False,
             )
 
