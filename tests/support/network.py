@@ -80,6 +80,18 @@ class Network:
         options = NodeOptions(identity, f"hypha-{component}", listen=LOOPBACK, timings=self.timings)
         return replace(options, **changes)
 
+    def settings(self, component: str, gateways: Sequence[Node]) -> dict[str, Any]:
+        """What a configuration says of a new node of ``component`` and its way into the network."""
+        files = self.pki.files(component, (component,))
+        return {
+            "cert_pem": files.cert,
+            "key_pem": files.key,
+            "trust_pem": files.trust,
+            "listen_addresses": list(LOOPBACK),
+            "gateway_addresses": [address_of(one) for one in gateways],
+            "exclude_cidr": [],
+        }
+
     @asynccontextmanager
     async def gateway(self, others: Sequence[Node | str] = (), **changes: Any) -> AsyncIterator[Node]:
         """A gateway, linked with ``others``."""
