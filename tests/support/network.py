@@ -109,13 +109,13 @@ class Network:
         addresses = tuple(one if isinstance(one, str) else address_of(one) for one in gateways)
         async with open_node(self.options(component, gateways=addresses, **changes)) as node:
             if connected:
-                with trio.fail_after(10):
+                with trio.fail_after(60):
                     await node.wait_connected()
             yield node
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Wait until ``condition()`` is true."""
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Wait until ``condition()`` is true; the limit is for what hangs, and no claim."""
     with trio.fail_after(timeout_s):
         while not condition():
             await trio.sleep(0.01)

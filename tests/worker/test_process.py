@@ -75,7 +75,7 @@ def launch(tmp_path: Path, script: str, *args: str, secrets: tuple[str, ...] = (
     )
 
 
-async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
     with trio.fail_after(within_s):
         while not condition():
             await trio.sleep(0.01)
