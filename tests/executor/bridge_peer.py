@@ -133,7 +133,7 @@ class Bridge:
     def output(self) -> str:
         return (self.directory / "output").read_text()
 
-    def exit_code(self, timeout_s: float = 30) -> int:
+    def exit_code(self, timeout_s: float = 60) -> int:
         assert self.process is not None
         return self.process.wait(timeout_s)
 
