@@ -15,8 +15,6 @@ from hypha.messages import DatasetDescription, DescribeDataset, Manifest, SliceI
 from hypha.node import Node
 from hypha.scheduler.datasets import REFRESH_S, find_dataset
 
-pytestmark = virtual_time
-
 MANIFEST = Manifest(name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00"),))
 
 
@@ -34,6 +32,7 @@ async def data_node(
         yield node
 
 
+@virtual_time
 async def test_a_data_node_that_is_gone_is_not_named_any_more_and_one_that_comes_is(
     network: VirtualNetwork,
 ) -> None:
@@ -57,6 +56,7 @@ async def test_a_data_node_that_is_gone_is_not_named_any_more_and_one_that_comes
             nursery.cancel_scope.cancel()
 
 
+@virtual_time
 async def test_a_worker_cannot_pass_for_a_data_node(
     network: VirtualNetwork, caplog: pytest.LogCaptureFixture
 ) -> None:

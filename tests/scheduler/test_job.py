@@ -18,7 +18,7 @@ import trio
 from opentelemetry.sdk.trace import ReadableSpan
 from tests.support.network import Network, until
 from tests.support.signals import Signals
-from tests.support.virtual_network import VirtualNetwork, real_time, virtual_time
+from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.cli.rerun import rerun
 from hypha.config.models import OfferConfig, SchedulerConfig
@@ -89,8 +89,6 @@ from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.offers import LeaseDesk, serve_offers
-
-pytestmark = virtual_time
 
 MANIFEST = Manifest(
     name="digits",
@@ -475,7 +473,6 @@ def config_for(
     )
 
 
-@real_time
 @pytest.mark.loopback
 async def test_a_job_from_its_configuration_to_its_model(
     real_network: Network, tmp_path: Path, signals: Signals
@@ -562,6 +559,7 @@ def identifiers_of(span: ReadableSpan) -> str:
     return f"{span.context.trace_id:032x}-{span.context.span_id:016x}"
 
 
+@virtual_time
 async def test_a_snapshot_shows_a_round_with_its_own_numbers(network: VirtualNetwork, tmp_path: Path) -> None:
     """However long the disk takes."""
     network.runtime.blocking_s = 0.5
@@ -576,6 +574,7 @@ async def test_a_snapshot_shows_a_round_with_its_own_numbers(network: VirtualNet
     assert len(numbers) == len(rounds)
 
 
+@virtual_time
 async def test_a_failed_executor_is_started_again_under_its_lease_and_in_the_end_replaced(
     network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -602,6 +601,7 @@ async def test_a_failed_executor_is_started_again_under_its_lease_and_in_the_end
     assert {entry.generation for entry in read_ledger(result.ledger).rounds} == {0}
 
 
+@virtual_time
 async def test_a_job_that_does_not_wait_begins_with_few_and_the_rest_joins(
     network: VirtualNetwork, tmp_path: Path
 ) -> None:
@@ -626,6 +626,7 @@ async def test_a_job_that_does_not_wait_begins_with_few_and_the_rest_joins(
     assert (crews[0], crews[-1]) == (1, 2)
 
 
+@virtual_time
 async def test_an_accidental_batch_size_of_one_is_said_once(
     network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -640,6 +641,7 @@ async def test_an_accidental_batch_size_of_one_is_said_once(
     assert caplog.text.count("Set rounds.batch_size") == 1
 
 
+@virtual_time
 async def test_a_lost_parameter_server_is_restored_elsewhere(network: VirtualNetwork, tmp_path: Path) -> None:
     stage = Stage(tmp_path, crash_at=3)
     async with network.gateway() as gateway, data_node(network, gateway):
@@ -657,6 +659,7 @@ async def test_a_lost_parameter_server_is_restored_elsewhere(network: VirtualNet
     assert len(used) == len(set(used))
 
 
+@virtual_time
 async def test_a_stopped_job_is_resumed_and_leaves_no_lease(network: VirtualNetwork, tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     async with network.gateway() as gateway, data_node(network, gateway):
@@ -686,6 +689,7 @@ async def test_a_stopped_job_is_resumed_and_leaves_no_lease(network: VirtualNetw
         assert counted[-1].generation == 1
 
 
+@virtual_time
 @pytest.mark.parametrize("saves", [True, False])
 async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
     network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture, saves: bool
@@ -723,6 +727,7 @@ async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
     assert [entry.round for entry in ledger.rounds if not entry.discarded] == list(range(6))
 
 
+@virtual_time
 async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(
     network: VirtualNetwork, tmp_path: Path
 ) -> None:
@@ -776,6 +781,7 @@ async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(
     assert not (state / "old-1").exists()
 
 
+@virtual_time
 async def test_a_job_that_failed_before_its_first_round_takes_a_corrected_configuration(
     network: VirtualNetwork, tmp_path: Path
 ) -> None:
@@ -794,6 +800,7 @@ async def test_a_job_that_failed_before_its_first_round_takes_a_corrected_config
     assert (tmp_path / "state" / "digits" / "old-1" / "job.db").is_file(), "what was there is kept"
 
 
+@virtual_time
 async def test_an_unfinished_job_is_not_mistaken_for_another_one(
     network: VirtualNetwork, tmp_path: Path
 ) -> None:
@@ -822,6 +829,7 @@ async def test_an_unfinished_job_is_not_mistaken_for_another_one(
     assert (tmp_path / "state" / "digits" / "old-1" / "job.db").is_file()
 
 
+@virtual_time
 @pytest.mark.parametrize(
     ("changes", "error", "exit_code", "says"),
     [
@@ -859,6 +867,7 @@ async def test_what_cannot_be_had_ends_with_its_own_exit_code(
         assert failed["state"]["phase"] == "failed"
 
 
+@virtual_time
 async def test_replicas_that_differ_are_refused(network: VirtualNetwork, tmp_path: Path) -> None:
     async with network.gateway() as gateway, data_node(network, gateway, "one"):
         async with data_node(network, gateway, "two"):
@@ -866,6 +875,7 @@ async def test_replicas_that_differ_are_refused(network: VirtualNetwork, tmp_pat
                 await network.run_job(config_for(network, gateway, tmp_path))
 
 
+@virtual_time
 async def test_a_model_that_cannot_be_loaded_ends_the_job(network: VirtualNetwork, tmp_path: Path) -> None:
     stage, error = Stage(tmp_path), "config.json is no model"
     async with network.gateway() as gateway, data_node(network, gateway):

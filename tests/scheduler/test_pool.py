@@ -15,7 +15,7 @@ import pytest
 import trio
 from tests.support.network import Network, until
 from tests.support.signals import Signals
-from tests.support.virtual_network import VirtualNetwork, real_time, virtual_time
+from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.config.models import JobResourcesConfig, NeedsConfig, OfferConfig, PriceConfig
 from hypha.errors import Refused
@@ -30,8 +30,6 @@ from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, Poo
 from hypha.telemetry import instruments as metrics
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.offers import LeaseDesk, serve_offers
-
-pytestmark = virtual_time
 
 EXECUTORS = (
     ExecutorDescriptor(kind="train", name="diloco-transformer"),
@@ -105,6 +103,7 @@ def losses(seen: list[PoolEvent]) -> list[PoolEvent]:
     return [event for event in seen if isinstance(event, LeaseLost)]
 
 
+@virtual_time
 async def test_many_workers_are_leased_and_stay_leased(network: VirtualNetwork) -> None:
     async with AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(network.gateway())
@@ -137,6 +136,7 @@ async def test_many_workers_are_leased_and_stay_leased(network: VirtualNetwork) 
         assert {lease.lease_id for lease in pool.leases} <= set(first)
 
 
+@virtual_time
 async def test_a_dead_worker_is_suspected_soon_then_lost_and_replaced(network: VirtualNetwork) -> None:
     async with (
         network.gateway() as gateway,
@@ -158,6 +158,7 @@ async def test_a_dead_worker_is_suspected_soon_then_lost_and_replaced(network: V
             await until(lambda: held(pool) == {other.node.peer_id})
 
 
+@virtual_time
 async def test_a_worker_that_forgot_the_lease_is_lost_at_the_next_renewal(network: VirtualNetwork) -> None:
     async with (
         network.gateway() as gateway,
@@ -179,6 +180,7 @@ async def test_a_worker_that_forgot_the_lease_is_lost_at_the_next_renewal(networ
         await until(lambda: held(pool) == {worker.node.peer_id})
 
 
+@virtual_time
 async def test_rivals_the_higher_bid_wins_and_the_other_gets_what_is_left(network: VirtualNetwork) -> None:
     rich_need = NEED.model_copy(update={"worker_price": PriceConfig(bid=3.0, max=5.0)})
     terms = TERMS.model_copy(update={"request_window_s": 0.4})
@@ -205,6 +207,7 @@ async def test_rivals_the_higher_bid_wins_and_the_other_gets_what_is_left(networ
         assert all(worker.held_for(nodes[0]) for worker in workers)
 
 
+@virtual_time
 async def test_losers_are_free_at_once_and_closing_frees_the_others(network: VirtualNetwork) -> None:
     terms = OfferConfig(lease_s=60.0, temporary_lease_s=60.0)
     async with AsyncExitStack() as stack:
@@ -225,6 +228,7 @@ async def test_losers_are_free_at_once_and_closing_frees_the_others(network: Vir
         assert pool.leases == ()
 
 
+@virtual_time
 async def test_a_released_lease_is_replaced_by_another_worker(network: VirtualNetwork) -> None:
     terms = OfferConfig(lease_s=60.0, temporary_lease_s=60.0)
     async with (
@@ -245,6 +249,7 @@ async def test_a_released_lease_is_replaced_by_another_worker(network: VirtualNe
         await pool.release("no such lease")
 
 
+@virtual_time
 async def test_a_worker_hosts_training_and_parameter_server_under_two_leases(network: VirtualNetwork) -> None:
     async with (
         network.gateway() as gateway,
@@ -267,6 +272,7 @@ async def test_a_worker_hosts_training_and_parameter_server_under_two_leases(net
                 worker.desk.lease_for_dispatch(lease.lease_id, worker.node.peer_id, lease.kind, "job")
 
 
+@virtual_time
 async def test_a_scheduler_that_dies_loses_its_leases_without_a_word(network: VirtualNetwork) -> None:
     async with network.gateway() as gateway, opened_worker(network, [gateway]) as worker:
         async with (
@@ -282,7 +288,6 @@ async def test_a_scheduler_that_dies_loses_its_leases_without_a_word(network: Vi
         assert [ended.lease_id for ended in worker.ended] == [lease.lease_id]
 
 
-@real_time
 @pytest.mark.loopback
 async def test_only_schedulers_get_offers_and_renew(real_network: Network) -> None:
     async with (
@@ -306,7 +311,6 @@ async def test_only_schedulers_get_offers_and_renew(real_network: Network) -> No
         assert held(right) == {worker.node.peer_id}
 
 
-@real_time
 @pytest.mark.loopback
 async def test_everything_may_start_before_its_gateway(real_network: Network) -> None:
     with socket.socket() as probe:
@@ -336,7 +340,6 @@ def path_of(signals: Signals, name: str) -> list[str]:
     return [one for one in signals.path_to(signals.spans(name)[0]) if one in mine]
 
 
-@real_time
 @pytest.mark.loopback
 async def test_an_offers_way_is_one_trace_and_a_renewal_is_logged_as_it_is_specified(
     real_network: Network, signals: Signals, caplog: pytest.LogCaptureFixture
@@ -371,7 +374,6 @@ async def test_an_offers_way_is_one_trace_and_a_renewal_is_logged_as_it_is_speci
         assert (vars(record)["worker_peer_id"], vars(record)["lease_id"]) == (worker.node.peer_id, lease)
 
 
-@real_time
 @pytest.mark.loopback
 async def test_a_worker_says_by_a_cause_why_it_does_not_offer(
     real_network: Network, signals: Signals
@@ -393,7 +395,6 @@ async def test_a_worker_says_by_a_cause_why_it_does_not_offer(
 
 
 @pytest.mark.parametrize("revoked", ["worker", "scheduler"])
-@real_time
 @pytest.mark.loopback
 async def test_leases_with_whoever_is_revoked_end_at_once(
     real_network: Network, tmp_path: Path, revoked: str

@@ -12,7 +12,7 @@ import pytest
 import trio
 from tests.scheduler.test_job import Stage, actor, config_for, data_node
 from tests.support.network import Network, until
-from tests.support.virtual_network import VirtualNetwork, real_time, virtual_time
+from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.config.models import StorageConfig
 from hypha.errors import ConfigError
@@ -89,7 +89,6 @@ async def test_what_the_scheduler_lost_comes_back_from_a_worker(
     await restored(network, network.run_job, tmp_path, caplog, loss)
 
 
-@real_time
 @pytest.mark.loopback
 async def test_everything_comes_back_over_real_nodes(
     real_network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture

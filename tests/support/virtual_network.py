@@ -3,17 +3,12 @@ whose nodes only have to carry messages and files.
 
 A minute of leases and deadlines passes in the time that the test computes, and on a busy machine no lease is
 lost for want of processor time. What is real about a node (libp2p, TLS, sockets, metrics) is not here;
-blocking calls run in the loop, as the clock would jump while a thread computes. A test takes part with its
-mark, or that of its module, where all are asynchronous, and with the fixture ``network``::
+blocking calls run in the loop, as the clock would jump while a thread computes::
 
-    pytestmark = virtual_time
-
+    @virtual_time
     async def test_something(network):
         async with network.gateway() as gateway, network.leaf("worker", [gateway]) as worker:
             ...
-
-    @real_time
-    async def test_the_same_over_sockets(real_network): ...
 """
 
 from __future__ import annotations
@@ -43,13 +38,13 @@ BEGINS = 1_790_000_000.0
 FREE_BYTES = 1 << 40
 
 
-def _run(test: Callable[[], Awaitable[T]], clock: trio.abc.Clock | None = None, **options: Any) -> T:
-    return trio.run(test, clock=clock or trio.testing.MockClock(autojump_threshold=0), **options)
+def _run(test: Callable[[], Awaitable[T]], clock: None, instruments: Sequence[trio.abc.Instrument]) -> T:
+    jumps = trio.testing.MockClock(autojump_threshold=0)
+    return trio.run(test, clock=jumps, instruments=instruments)
 
 
-#: Marks of tests: whether time jumps when all wait, or passes. The one nearest to the test counts.
+#: For tests, one by one (pytest-trio's own mark is nearer than a module's): time jumps when all wait.
 virtual_time = pytest.mark.trio(run=_run)
-real_time = pytest.mark.trio(run=trio.run)
 
 
 class VirtualNetwork:
@@ -125,6 +120,8 @@ class VirtualNetwork:
 @pytest.fixture
 async def network() -> AsyncIterator[VirtualNetwork]:
     """A network of this test alone, the same each time."""
+    if not isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock):
+        raise TypeError("a test with this network needs the mark virtual_time")
     runtime = SimulatedRuntime(0, lambda: BEGINS + trio.current_time(), lambda _: FREE_BYTES)
     # fixtures and their test share one context
     with use_runtime(runtime):
