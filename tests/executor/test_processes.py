@@ -190,7 +190,7 @@ def run_job(network: Network, directory: Path) -> Finished:
     server = network.add(server_job(traced=TRACED))
     workers = {me: network.add(job) for me, job in jobs.items()}
     for bridge in (server, *workers.values()):
-        bridge.start()
+        bridge.start(warm=False)
     for turn in range(8):
         for offset, bridge in enumerate(workers.values()):
             give_slice(
@@ -656,15 +656,12 @@ class Stuck(torch.nn.Linear):
 """
 
 
-def test_who_waits_says_so_and_who_is_stuck_does_not(
-    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_waits_says_so_and_who_is_stuck_does_not(network: Network, tmp_path: Path) -> None:
     manifest = dataset(tmp_path / "data", 1)
-    (tmp_path / "stuck_model.py").write_text(STUCK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     server, waiting = network.add(server_job()), network.add(train_job("me"))
     model = msgspec.structs.replace(MODEL, entrypoint="stuck_model:Stuck")
     stuck = network.add(train_job("stuck", model=model))
+    (stuck.directory / "stuck_model.py").write_text(STUCK)
     for bridge in (server, waiting, stuck):
         bridge.start()
 
