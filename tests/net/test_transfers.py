@@ -389,7 +389,7 @@ def dial_as(network_identity: Pki, node: Node, token: str) -> Verdict:
     """Connect to a node's bulk plane with a fresh certificate and somebody's token; what it says."""
     identity = load_identity(network_identity.files("thief"))
     port = int(node.listen_addresses()[0].rpartition("/")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
         with identity.client_context(BULK_ALPN).wrap_socket(sock) as tls:
             tls.sendall(encode_frame(Hello(token)))
             data = b""
@@ -418,7 +418,7 @@ async def test_a_stolen_token_is_worth_nothing(network: Network, tmp_path: Path,
 
 def knock(node: Node, hello: bytes) -> bytes:
     port = int(node.listen_addresses()[0].rpartition("/")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
         sock.sendall(hello)
         with suppress(ConnectionError):
             return sock.recv(65536)
@@ -437,7 +437,7 @@ async def test_junk_and_strangers_on_the_port_do_no_harm(
         port = int(ends.far.listen_addresses()[0].rpartition("/")[2])
 
         def with_another_ca() -> None:
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
                 context = stranger.client_context()
                 with context.wrap_socket(sock) as tls:
                     tls.recv(1)

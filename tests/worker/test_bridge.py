@@ -115,7 +115,7 @@ async def bridge(tmp_path: Path) -> AsyncIterator[tuple[FileDesk, httpx.AsyncCli
     transport = httpx.AsyncHTTPTransport(uds=str(directory.socket_path))
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_bridge, desk, bind_bridge(directory.socket_path))
-        async with httpx.AsyncClient(transport=transport, base_url="http://bridge", timeout=10) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://bridge", timeout=30) as client:
             yield desk, client
         nursery.cancel_scope.cancel()
     directory.remove()
