@@ -123,7 +123,7 @@ class Bridge:
             self.lock.notify_all()
 
     def wait(
-        self, kind: type[T], where: Callable[[T], bool] = lambda event: True, timeout_s: float = 60
+        self, kind: type[T], where: Callable[[T], bool] = lambda event: True, timeout_s: float = 120
     ) -> T:
         """The first event of ``kind`` for which ``where`` holds."""
         deadline = time.monotonic() + timeout_s

@@ -60,6 +60,9 @@ from hypha.messages import (
 )
 from hypha.tracing import round_traceparent
 
+# executors that are started take their time on a busy machine
+pytestmark = pytest.mark.timeout(300)
+
 ROWS, FEATURES, CLASSES = 50, 6, 3
 #: a model without transformers: executors start in the time that torch takes
 MODEL = ModelSpec(

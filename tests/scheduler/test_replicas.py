@@ -76,7 +76,7 @@ async def stopped(run_job: Run, config: Any, *places: Path) -> None:
             if newest is not None and newest in copied(*places) and snapshot.round == newest + 1:
                 scope.cancel()
 
-        with trio.fail_after(40):
+        with trio.fail_after(120):
             await run_job(config, observe=stop)
     assert scope.cancelled_caught
 
@@ -90,6 +90,7 @@ async def test_what_the_scheduler_lost_comes_back_from_a_worker(
 
 
 @pytest.mark.loopback
+@pytest.mark.timeout(300)
 async def test_everything_comes_back_over_real_nodes(
     real_network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,7 +125,7 @@ async def restored(
                     shutil.rmtree(state / "checkpoints")
                 case "everything":
                     shutil.rmtree(tmp_path / "state")
-            with trio.fail_after(40):
+            with trio.fail_after(120):
                 result = await run_job(config)
             assert isinstance(result, JobResult)
             # the job is done: nobody needs them any more
@@ -180,7 +181,7 @@ async def test_a_fresh_start_drops_the_copies_and_a_changed_job_is_refused(
                 await network.run_job(changed)
             shutil.rmtree(tmp_path / "state")
             before = {path.name for path in place.iterdir()}
-            with trio.fail_after(40):
+            with trio.fail_after(120):
                 result = await network.run_job(config, fresh=True)
             assert before.isdisjoint({path.name for path in place.iterdir()})
     assert stage.restored == []
@@ -195,7 +196,7 @@ async def test_nobody_offers_storage(
     async with network.gateway() as gateway, data_node(network, gateway):
         async with keeper(network, gateway, stage, place, gb=1e-8), actor(network, gateway, stage):
             config = config_for(network, gateway, tmp_path, checkpoint=KEPT)
-            with trio.fail_after(40):
+            with trio.fail_after(120):
                 result = await network.run_job(config)
     assert result.theta == "t4"
     assert copied(place) == set()

@@ -107,7 +107,10 @@ async def test_everybody_is_told_the_end() -> None:
         await feed.finish(2.0)
         assert feed.viewers == 0
     # the last news come before the end, whatever the interval
-    assert [[name for name, _ in events] for events in found] == [["past", "now", "now", "end"]] * 2
+    for events in found:
+        # on a busy machine the first news may be the last
+        assert [name for name, _ in events] in (["past", "now", "end"], ["past", "now", "now", "end"])
+    assert len(found) == 2
 
 
 async def test_viewers_are_bounded_and_one_that_leaves_makes_room() -> None:
