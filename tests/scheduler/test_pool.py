@@ -24,6 +24,7 @@ from hypha.errors import Refused
 from hypha.journal import Journal
 from hypha.leases import Lease
 from hypha.messages import ExecutorClass, ExecutorDescriptor, ReleaseLease, RenewLease, Resources
+from hypha.naming import shown
 from hypha.node import Node
 from hypha.pki.authority import revoke
 from hypha.pki.identity import load_identity
