@@ -218,9 +218,9 @@ class _Reader:
     def complain(self, key: str, path: Path, message: str) -> None:
         self.problems.append(Problem(key=key, source=str(path), message=message))
 
-    def warn(self, message: str, *arguments: object) -> None:
+    def tell(self, level: int, message: str, *arguments: object) -> None:
         if self._warns:
-            logger.warning(message, *arguments)
+            logger.log(level, message, *arguments)
 
     def read(self, key: str, path: Path, private: bool = False) -> bytes | None:
         try:
@@ -279,8 +279,10 @@ class _Reader:
 
     def crls(self, key: str, path: Path, needed: bool) -> tuple[x509.CertificateRevocationList, ...]:
         if not needed and not path.exists():
-            # one that was there and has gone is another matter: who was revoked would be back
-            self.warn(
+            # the rule in a new network, so no warning; one that was there and has gone is another matter: who
+            # was revoked would be back
+            self.tell(
+                logging.INFO,
                 "There is no revocation list at %s yet, so nobody is revoked; it is read once it exists.",
                 path,
             )
@@ -392,7 +394,8 @@ def _check_crls(
                 "crls_pem", path, f"the revocation list of {issuer} was not signed by that CA's key"
             )
         elif crl.next_update_utc is not None and crl.next_update_utc < datetime.now(UTC):
-            reader.warn(
+            reader.tell(
+                logging.WARNING,
                 "The revocation list of %s in %s is out of date since %s; it still counts, fetch a new one.",
                 issuer,
                 path,
