@@ -100,7 +100,7 @@ def run_service(component: str, config: NodeConfig, service: Callable[[], Awaita
 
 
 def check_installed(what: str, *packages: str) -> None:
-    """Raises HyphaError where ``what``, such as ``hypha demo``, needs one of ``packages`` and it is not there."""
+    """Raises HyphaError where one of ``packages``, without which ``what`` cannot be done, is not there."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise HyphaError(
