@@ -11,6 +11,7 @@ from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 
 from hypha.net import yamux_flow
+from hypha.net.inbound_streams import InboundStreams
 from hypha.net.negotiation import EagerClient
 from hypha.net.shared_port import SharedPortTcp
 from hypha.net.transport import PROTOCOL_ID, MutualTls
@@ -57,6 +58,7 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     swarm.set_resource_manager(None)
     swarm.retry_config = RetryConfig(max_retries=0)
     host.multiselect_client = EagerClient()
+    host.multiselect = InboundStreams(host.multiselect)
     if not identify:
         host._should_identify_peer = lambda peer_id: False
     # it would dial whomever identify ever told of, hundreds at a time

@@ -1,0 +1,46 @@
+"""What is refused to a peer that asks for more than its share: counted each time, logged once a peer.
+
+Whoever floods a node must not fill its log, too. The peers that were logged are remembered within a bound,
+the oldest is forgotten first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+
+from hypha.telemetry.instruments import STREAMS_REFUSED
+
+logger = logging.getLogger(__name__)
+
+#: Peers, each with what it was refused, of which it is known that the log has them.
+REMEMBERED = 1024
+
+
+class Refusals:
+    """Of one node, or of one part of it."""
+
+    def __init__(self) -> None:
+        self._logged: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def is_first(self, who: str, what: str) -> bool:
+        """Whether ``what`` is refused to ``who`` (a peer or an address) for the first time that is known."""
+        first = (who, what) not in self._logged
+        self._logged[who, what] = None
+        self._logged.move_to_end((who, what))
+        if len(self._logged) > REMEMBERED:
+            self._logged.popitem(last=False)
+        return first
+
+    def note(self, peer: str, service: str, limit: str) -> None:
+        """A stream or request of ``peer`` for ``service`` was refused: it is over ``limit``, a sentence's end
+        such as "it has 4 open already".
+        """
+        STREAMS_REFUSED.add(service=service)
+        if self.is_first(peer, service):
+            logger.warning(
+                "Refused a stream for %s: %s. This is logged once a peer.",
+                service,
+                limit,
+                extra={"peer_id": peer},
+            )

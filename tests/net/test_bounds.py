@@ -1,0 +1,176 @@
+"""Amounts, places and deadlines: what one peer can take of a node's memory and of its places, and that others
+are served meanwhile. Who attacks holds a certificate, or is a socket without one.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+import trio
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.yamux.yamux import (
+    FLAG_FIN,
+    FLAG_RST,
+    FLAG_SYN,
+    TYPE_DATA,
+    TYPE_WINDOW_UPDATE,
+    YAMUX_HEADER_FORMAT,
+)
+from tests.support.network import Network, address_of, until
+
+from hypha.messages import Health, HealthReport, PeerRef
+from hypha.net import Libp2pNode as Node
+from hypha.net.inbound_streams import limit_of
+from hypha.net.streams import discard
+from hypha.net.yamux_incoming import MAX_INBOUND_STREAMS
+
+pytestmark = pytest.mark.loopback
+
+KIB = 1 << 10
+#: what each stream may send before it is read
+WINDOW = 256 * KIB
+
+
+def ref_of(node: Node) -> PeerRef:
+    return PeerRef(peer=node.peer_id, addresses=(address_of(node),))
+
+
+def muxed(node: Node, peer: Node) -> Any:
+    """The yamux connection of ``node`` with ``peer``, of which there is one."""
+    (connection,) = node._swarm.get_connections(ID.from_string(peer.peer_id))
+    return connection.muxed_conn
+
+
+def frame(kind: int, flags: int, stream_id: int, length: int, data: bytes = b"") -> bytes:
+    return struct.pack(YAMUX_HEADER_FORMAT, 0, kind, flags, stream_id, length) + data
+
+
+def buffered(connection: Any) -> int:
+    """Bytes of the peer that wait to be read."""
+    return sum(len(one) for one in connection.stream_buffers.values())
+
+
+async def is_served(node: Node, by: Node) -> bool:
+    return isinstance(await node.request(ref_of(by), Health(), timeout_s=5), HealthReport)
+
+
+async def never_reads(stream: Any, caller: str) -> None:
+    await trio.sleep_forever()
+
+
+async def test_a_stream_that_sends_past_its_window_ends_its_connection(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As shipped, what is sent is kept in memory, however much."""
+    most = 0
+    async with network.leaf("a") as attacker, network.leaf("b") as victim, network.leaf("c") as other:
+        victim.set_stream_handler("/test/idle", never_reads)
+        stream = await attacker.open_stream(ref_of(victim), "/test/idle")
+        ours, theirs = muxed(attacker, victim), muxed(victim, attacker)
+        number = stream.muxed_stream.stream_id
+        with trio.move_on_after(10):
+            for _ in range(256):
+                if not attacker.is_connected(victim.peer_id):
+                    break
+                try:
+                    await ours._write_frame(frame(TYPE_DATA, 0, number, WINDOW // 2, bytes(WINDOW // 2)))
+                except Exception:  # noqa: BLE001 - however the connection ended
+                    break
+                await trio.lowlevel.checkpoint()
+                most = max(most, buffered(theirs))
+        assert most <= WINDOW
+        await until(lambda: not victim.is_connected(attacker.peer_id))
+        assert await is_served(other, victim)
+    assert "past its window" in caplog.text
+
+
+async def test_streams_that_are_reset_leave_nothing_of_what_they_sent(network: Network) -> None:
+    """As shipped, the bytes of each stay for a minute or more."""
+    async with network.leaf("a") as attacker, network.leaf("b") as victim:
+        await attacker.connect(ref_of(victim))
+        ours, theirs = muxed(attacker, victim), muxed(victim, attacker)
+        first = ours.next_stream_id + 1000
+        for number in range(first, first + 200, 2):
+            await ours._write_frame(frame(TYPE_DATA, FLAG_SYN, number, 64 * KIB, bytes(64 * KIB)))
+            await ours._write_frame(frame(TYPE_WINDOW_UPDATE, FLAG_RST, number, 0))
+        assert await is_served(attacker, victim)  # whatever was sent before has been dealt with
+        assert buffered(theirs) < 64 * KIB
+        await until(lambda: len(theirs.streams) < 10 and len(theirs.stream_events) < 10)
+
+
+async def test_streams_beyond_the_limit_are_reset_and_the_connection_goes_on(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As shipped, there is no limit, and each may send a window that nobody reads."""
+    async with network.leaf("a") as attacker, network.leaf("b") as victim:
+        await attacker.connect(ref_of(victim))
+        ours, theirs = muxed(attacker, victim), muxed(victim, attacker)
+        first = ours.next_stream_id + 10_000
+        for number in range(first, first + 4 * MAX_INBOUND_STREAMS, 2):
+            await ours._write_frame(frame(TYPE_DATA, FLAG_SYN | FLAG_FIN, number, 2, b"no"))
+            assert len(theirs.streams) <= MAX_INBOUND_STREAMS + 8
+        for number in range(first + 4 * MAX_INBOUND_STREAMS, first + 8 * MAX_INBOUND_STREAMS, 2):
+            await ours._write_frame(frame(TYPE_WINDOW_UPDATE, FLAG_SYN, number, 0))
+        assert len(theirs.streams) <= MAX_INBOUND_STREAMS + 8
+        for number in range(first, first + 8 * MAX_INBOUND_STREAMS, 2):
+            await ours._write_frame(frame(TYPE_WINDOW_UPDATE, FLAG_RST, number, 0))
+        assert await is_served(attacker, victim)
+    assert caplog.text.count("open streams") == 1
+
+
+async def test_windows_grow_within_what_a_connection_may_hold(network: Network) -> None:
+    """As shipped, each stream's window may grow to 16 MiB, of any number of streams."""
+    held = 0
+
+    async def sips(stream: Any, caller: str) -> None:
+        # reads while the window grows, as one does over a long way, then not any more
+        for _ in range(40):
+            stream.muxed_conn._rtt = 1.0
+            await stream.read(4 << 20)
+        await trio.sleep_forever()
+
+    async def floods(node: Node, victim: Node) -> None:
+        stream = await node.open_stream(ref_of(victim), "/test/sips")
+        await stream.write(bytes(64 << 20))
+
+    async with network.leaf("a") as attacker, network.leaf("b") as victim:
+        victim.set_stream_handler("/test/sips", sips)
+        async with trio.open_nursery() as nursery:
+            for _ in range(16):
+                nursery.start_soon(floods, attacker, victim)
+            await until(lambda: victim.is_connected(attacker.peer_id))
+            theirs = muxed(victim, attacker)
+            last, still_since = -1, trio.current_time()
+            with trio.fail_after(30):
+                while trio.current_time() - still_since < 1:
+                    await trio.sleep(0.1)
+                    if (held := buffered(theirs)) != last:
+                        last, still_since = held, trio.current_time()
+            nursery.cancel_scope.cancel()
+    assert held <= 16 * WINDOW + (32 << 20)
+
+
+async def test_streams_of_one_protocol_are_served_up_to_its_limit(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As shipped, any number of each is served, and of each a message of a megabyte is read."""
+    served = 0
+
+    async def counts(stream: Any, caller: str) -> None:
+        nonlocal served
+        served += 1
+        await trio.sleep_forever()
+
+    async with network.leaf("a") as attacker, network.leaf("b") as victim, network.leaf("c") as other:
+        victim.set_stream_handler("/hypha/report/1", counts)
+        limit, _ = limit_of("/hypha/report/1")
+        assert limit is not None
+        streams = [await attacker.open_stream(ref_of(victim), "/hypha/report/1") for _ in range(limit + 20)]
+        await until(lambda: served == limit)
+        await other.open_stream(ref_of(victim), "/hypha/report/1")
+        await until(lambda: served == limit + 1)
+        await discard(streams[0])
+        assert await is_served(attacker, victim)
+        assert caplog.text.count("Refused a stream for reports") == 1
