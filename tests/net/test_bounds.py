@@ -4,7 +4,10 @@ are served meanwhile. Who attacks holds a certificate, or is a socket without on
 
 from __future__ import annotations
 
+import socket
 import struct
+import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -18,10 +21,23 @@ from libp2p.stream_muxer.yamux.yamux import (
     TYPE_WINDOW_UPDATE,
     YAMUX_HEADER_FORMAT,
 )
+from multiaddr import Multiaddr
 from tests.support.network import Network, address_of, until
 
+from hypha.errors import PeerUnreachable
 from hypha.messages import Health, HealthReport, PeerRef
 from hypha.net import Libp2pNode as Node
+from hypha.net import bulk_meeting
+from hypha.net.addresses import host_and_port
+from hypha.net.arrivals import (
+    GRACE_S,
+    MAX_ANONYMOUS,
+    MAX_ANONYMOUS_PER_SOURCE,
+    MAX_PER_PEER,
+    Arrivals,
+    source_of,
+)
+from hypha.net.bulk_wire import BULK_ALPN
 from hypha.net.inbound_streams import limit_of
 from hypha.net.streams import discard
 from hypha.net.yamux_incoming import MAX_INBOUND_STREAMS
@@ -174,3 +190,122 @@ async def test_streams_of_one_protocol_are_served_up_to_its_limit(
         await discard(streams[0])
         assert await is_served(attacker, victim)
         assert caplog.text.count("Refused a stream for reports") == 1
+
+
+# --- without a certificate ------------------------------------------------------------------------------
+
+
+async def connected_from(source: str, node: Node, first: bytes = b"") -> trio.SocketStream:
+    """A socket to ``node`` from the address ``source``, on which ``first`` was sent."""
+    host, port = host_and_port(node.listen_addresses()[0])
+    stream = await trio.open_tcp_stream(host, port, local_address=source)
+    if first:
+        await stream.send_all(first)
+    return stream
+
+
+async def test_silent_strangers_take_no_place_of_those_who_have_a_certificate(network: Network) -> None:
+    """As it was, as many silent sockets as there may be connections kept everybody else out."""
+    async with network.leaf("b", max_connections=8) as victim, network.leaf("a") as honest:
+        strangers = [await connected_from("127.0.0.2", victim, b"\x13") for _ in range(40)]
+        with trio.fail_after(3):
+            assert await is_served(honest, victim)
+        for one in strangers:
+            await one.aclose()
+
+
+async def test_one_address_has_a_part_of_the_anonymous_places(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with network.leaf("b") as victim, network.leaf("a") as honest:
+        strangers = [
+            await connected_from("127.0.0.2", victim, b"\x13") for _ in range(MAX_ANONYMOUS_PER_SOURCE + 30)
+        ]
+        await until(lambda: victim._port._arrivals.anonymous == MAX_ANONYMOUS_PER_SOURCE)
+        with trio.fail_after(3):
+            assert await is_served(honest, victim)
+        for one in strangers:
+            await one.aclose()
+        await until(lambda: victim._port._arrivals.anonymous == 0)
+    assert caplog.text.count("from 127.0.0.2: others that have shown no certificate") == 1
+
+
+async def test_strangers_at_the_address_of_honest_peers_give_way_to_them(network: Network) -> None:
+    async with network.leaf("b") as victim, network.leaf("a") as honest:
+        strangers = [
+            await connected_from("127.0.0.1", victim, b"\x13") for _ in range(MAX_ANONYMOUS_PER_SOURCE + 10)
+        ]
+        await until(lambda: victim._port._arrivals.anonymous == MAX_ANONYMOUS_PER_SOURCE)
+        with trio.fail_after(GRACE_S + 3):
+            while not honest.is_connected(victim.peer_id):
+                with suppress(PeerUnreachable):
+                    await honest.connect(ref_of(victim))
+        for one in strangers:
+            await one.aclose()
+
+
+async def test_one_peer_has_a_few_connections_only(network: Network) -> None:
+    """As shipped, one peer may take every place: the library closes none that is younger than 20 seconds."""
+    async with network.leaf("b") as victim, network.leaf("a") as attacker, network.leaf("c") as other:
+        address = Multiaddr(victim.listen_addresses()[0])
+        for _ in range(3 * MAX_PER_PEER):
+            raw = await attacker._port.dial(address)
+            with suppress(Exception):
+                await attacker._host.upgrade_outbound_connection(raw, ID.from_string(victim.peer_id))
+        assert len(victim.connections()) == MAX_PER_PEER
+        assert await is_served(other, victim)
+
+
+async def test_places_of_addresses(autojump_clock: trio.testing.MockClock) -> None:
+    arrivals = Arrivals(max_connections=2)
+    ended: list[int] = []
+    held = [arrivals.arrive("10.0.0.1", lambda n=n: ended.append(n)) for n in range(MAX_ANONYMOUS_PER_SOURCE)]  # type: ignore[misc]
+    assert None not in held
+    assert arrivals.arrive("10.0.0.1", None) is None  # all of them are young
+    others = [arrivals.arrive(f"10.0.1.{n}", None) for n in range(MAX_ANONYMOUS - len(held))]
+    assert None not in others
+    assert arrivals.arrive("10.0.2.1", None) is None
+    await trio.sleep(GRACE_S + 1)
+    late = arrivals.arrive("10.0.2.1", None)
+    assert late is not None
+    assert ended == [0]  # of the address that has the most, the oldest
+    assert held[0] is not None
+    assert held[0].authenticate("late") is not None
+    for one in (late, others[0]):
+        assert one is not None
+        assert one.authenticate("peer") is None
+    assert held[1] is not None
+    assert "2 are connected" in (held[1].authenticate("peer") or "")
+    late.leave()
+    late.leave()
+    assert held[1].authenticate("peer") is None
+
+
+def test_what_is_one_address() -> None:
+    assert source_of("2001:db8::1") == source_of("2001:db8::ffff")
+    assert source_of("2001:db8::1") != source_of("2001:db8:0:1::1")
+    assert source_of("::ffff:10.0.0.1") == source_of("10.0.0.1")
+
+
+async def test_a_first_message_dealt_out_by_bytes_ends_with_the_handshakes_deadline(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it was, each byte had a time-out of its own, and the thread was held for twenty minutes."""
+    monkeypatch.setattr(bulk_meeting, "HANDSHAKE_TIMEOUT_S", 1.0)
+    async with network.leaf("b") as victim, network.leaf("a") as attacker:
+
+        def deal_out() -> float:
+            context = attacker.identity.client_context(BULK_ALPN)
+            with (
+                socket.create_connection(host_and_port(victim.listen_addresses()[0])) as plain,
+                context.wrap_socket(plain) as tls,
+            ):
+                began = time.monotonic()
+                tls.sendall(struct.pack(">I", 200))
+                with suppress(OSError):
+                    while time.monotonic() - began < 6:
+                        tls.sendall(b"\x81")
+                        time.sleep(0.2)
+                return time.monotonic() - began
+
+        assert await trio.to_thread.run_sync(deal_out) < 3

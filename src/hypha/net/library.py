@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import trio
@@ -56,6 +57,8 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     swarm = host.get_network()
     # our own limits apply; the library's would reset what it does not like instead of saying so
     swarm.set_resource_manager(None)
+    # its places would be taken by whoever connects, certificate or not; ours are in ``arrivals``
+    swarm._inbound_limiter = trio.CapacityLimiter(math.inf)
     swarm.retry_config = RetryConfig(max_retries=0)
     host.multiselect_client = EagerClient()
     host.multiselect = InboundStreams(host.multiselect)

@@ -19,6 +19,7 @@ from hypha import __version__
 from hypha.errors import ConfigError, Problem
 from hypha.messages import Health, HealthReport, PeerRef, Report, Request, Response, WorkerRequest
 from hypha.net.addresses import Address, AddressBook, host_and_port, ip_of, parse
+from hypha.net.arrivals import MAX_ANONYMOUS_PER_SOURCE
 from hypha.net.dht import DhtClient, DhtServer
 from hypha.net.dialing import Dialer
 from hypha.net.gateways import Gateways
@@ -40,8 +41,9 @@ from hypha.telemetry import health_of
 logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Request)
-#: Bulk connections served at once; transfers queue for their own, smaller limit behind it.
-MAX_BULK_CONNECTIONS = 64
+#: Threads in which peers prove who they are and say what their bulk connection is for: twice as many as one
+#: address may have of them. Transfers queue for their own, smaller limit behind it.
+MAX_BULK_CONNECTIONS = 2 * MAX_ANONYMOUS_PER_SOURCE
 #: Shutting down may take this long before what is left is cut.
 CLOSE_S = 1.0
 

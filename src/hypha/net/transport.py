@@ -25,6 +25,7 @@ from libp2p.peer.id import ID
 from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.errors import IdentityError
+from hypha.net.shared_port import WatchedStream
 from hypha.pki.certificates import presented_chain, roles_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
@@ -229,6 +230,10 @@ def public_key_of(certificate: bytes) -> Ed25519PublicKey:
     return Ed25519PublicKey.from_bytes(key.public_bytes_raw())
 
 
+class NoPlace(HandshakeFailure):  # type: ignore[misc]
+    """The peer is who it says, and there is no place for one more connection of it."""
+
+
 class MutualTls(ISecureTransport):  # type: ignore[misc]
     """Makes :class:`TlsConnection` of raw connections, or refuses."""
 
@@ -305,6 +310,8 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             )
         if self._require_roles and not connection.roles:
             raise HandshakeFailure("the peer's certificate carries no role, and this node requires one")
+        if server:
+            _take_place(raw, connection.get_remote_peer())
         return connection
 
     @staticmethod
@@ -331,9 +338,20 @@ def failure_of(exc: BaseException) -> str:
         root = root.__cause__
     if isinstance(root, trio.TooSlowError | TimeoutError):
         return "timeout"
+    if isinstance(root, NoPlace):
+        return "limit"
     if isinstance(root, IdentityError | ssl.SSLError | HandshakeFailure):
         return "certificate"
     return "unreachable"
+
+
+def _take_place(raw: IRawConnection, peer: ID) -> None:
+    """Give a connection that was dialled directly its place among those of known peers; NoPlace."""
+    stream = getattr(raw, "stream", None)
+    if not isinstance(stream, WatchedStream) or stream.arrival is None:
+        return  # circuits are counted by their relays
+    if (reason := stream.arrival.authenticate(str(peer))) is not None:
+        raise NoPlace(f"no place for {peer}: {reason}")
 
 
 def _address(raw: IRawConnection) -> str:
