@@ -7,7 +7,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import pytest
@@ -24,10 +24,21 @@ from libp2p.stream_muxer.yamux.yamux import (
 from multiaddr import Multiaddr
 from tests.support.network import Network, address_of, until
 
-from hypha.errors import PeerUnreachable
-from hypha.messages import Health, HealthReport, PeerRef
+from hypha.errors import PeerUnreachable, Refused, RequestTimeout
+from hypha.messages import (
+    Acknowledged,
+    FileList,
+    Health,
+    HealthReport,
+    JobStamp,
+    ListFiles,
+    PeerRef,
+    Progress,
+    RenewLease,
+    Report,
+)
 from hypha.net import Libp2pNode as Node
-from hypha.net import bulk_meeting
+from hypha.net import bulk_meeting, rpc
 from hypha.net.addresses import host_and_port
 from hypha.net.arrivals import (
     GRACE_S,
@@ -39,7 +50,8 @@ from hypha.net.arrivals import (
 )
 from hypha.net.bulk_wire import BULK_ALPN
 from hypha.net.inbound_streams import limit_of
-from hypha.net.streams import discard
+from hypha.net.rpc import MAX_INBOUND_PER_PEER, MAX_SHARED, OWN_PER_PEER
+from hypha.net.streams import STREAM_ERRORS, discard
 from hypha.net.yamux_incoming import MAX_INBOUND_STREAMS
 
 pytestmark = pytest.mark.loopback
@@ -309,3 +321,124 @@ async def test_a_first_message_dealt_out_by_bytes_ends_with_the_handshakes_deadl
                 return time.monotonic() - began
 
         assert await trio.to_thread.run_sync(deal_out) < 3
+
+
+# --- requests -------------------------------------------------------------------------------------------
+
+
+async def flood(attackers: list[Node], victim: Node, nursery: trio.Nursery) -> None:
+    """Have each of ``attackers`` use all of its places at ``victim``, with requests that take for ever."""
+
+    async def ask(attacker: Node) -> None:
+        with suppress(Refused, PeerUnreachable, RequestTimeout):
+            await attacker.request(ref_of(victim), ListFiles(kind="model"), timeout_s=60)
+
+    for attacker in attackers:
+        for _ in range(MAX_INBOUND_PER_PEER):
+            nursery.start_soon(ask, attacker)
+    own = len(attackers) * OWN_PER_PEER
+    await until(lambda: victim._rpc._inbound.total() >= min(MAX_SHARED + own, 16 * len(attackers)))
+
+
+async def test_a_flood_of_requests_makes_no_renewal_of_a_partner_busy(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it was, four peers took all places, and renewals were refused."""
+
+    async def never(caller: str, request: ListFiles) -> FileList:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def renews(caller: str, request: RenewLease) -> Acknowledged:
+        await trio.sleep(0.05)
+        return Acknowledged()
+
+    renewed = 0
+
+    async with AsyncExitStack() as stack:
+        victim, partner, stranger, *attackers = [
+            await stack.enter_async_context(network.leaf(name)) for name in "vpsabcdef"
+        ]
+        victim.answer(ListFiles, never)
+        victim.answer(RenewLease, renews)
+        victim.prefer(lambda peer: peer == partner.peer_id)
+
+        async def renew() -> None:
+            nonlocal renewed
+            await partner.request(ref_of(victim), RenewLease(lease_id="1"), timeout_s=5)
+            renewed += 1
+
+        async with trio.open_nursery() as nursery:
+            await flood(attackers, victim, nursery)
+            async with trio.open_nursery() as renewing:
+                for _ in range(MAX_INBOUND_PER_PEER):
+                    renewing.start_soon(renew)
+            assert renewed == MAX_INBOUND_PER_PEER
+            # who is no partner has places of its own, too
+            assert isinstance(
+                await stranger.request(ref_of(victim), RenewLease(lease_id="2"), timeout_s=5), Acknowledged
+            )
+            nursery.cancel_scope.cancel()
+        await until(lambda: victim._rpc._inbound.total() == victim._rpc._shared == 0)
+    assert 0 < caplog.text.count("Refused a stream for rpc") <= len(attackers)
+
+
+async def test_requests_over_the_limit_are_not_kept(network: Network) -> None:
+    """As it was, a megabyte of each was, however many there were."""
+    kept = 0
+    read = rpc.read_exactly
+
+    async def watched(stream: Any, count: int) -> bytes:
+        nonlocal kept
+        kept += count
+        return await read(stream, count)
+
+    async with network.leaf("b") as victim, network.leaf("a") as attacker, trio.open_nursery() as nursery:
+        await attacker.connect(ref_of(victim))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rpc, "read_exactly", watched)
+            for _ in range(64):
+                stream = await attacker.open_stream(victim.peer_id, rpc.PROTOCOL)
+                nursery.start_soon(stream.write, struct.pack(">I", 1 << 20) + bytes(200 * KIB))
+            await until(lambda: victim._rpc._inbound.total() == MAX_INBOUND_PER_PEER)
+            await trio.sleep(0.5)
+            assert kept <= MAX_INBOUND_PER_PEER * (1 << 20) + 64 * 4
+            nursery.cancel_scope.cancel()
+
+
+async def write_for_ever(stream: Any) -> None:
+    while True:
+        await stream.write(bytes(KIB))
+        await trio.sleep(0.01)
+
+
+async def test_reports_are_read_of_partners_only(network: Network, caplog: pytest.LogCaptureFixture) -> None:
+    """As it was, any worker's certificate was enough, and nothing told that nobody listened."""
+    arrived: list[str] = []
+    partners: set[str] = set()
+    progress = Progress(round=0, batches=1, samples=0, busy_s=0.0, loss=0.0)
+    report = Report(stamp=JobStamp(job_id="job", round=0), incarnation="i", progress=progress)
+
+    async with network.leaf("w") as worker, network.leaf("s") as scheduler:
+        worker.learn(ref_of(scheduler))
+        worker.report(scheduler.peer_id, report)
+        await until(lambda: "nobody takes reports" in caplog.text)
+        scheduler.answer_reports(
+            lambda caller, reports: arrived.append(caller), admits=lambda peer: peer in partners
+        )
+        stream = await worker.open_stream(ref_of(scheduler), "/hypha/report/1")
+        with pytest.raises(STREAM_ERRORS):
+            await write_for_ever(stream)
+        assert not arrived
+        partners.add(worker.peer_id)
+        with trio.fail_after(10):
+            while not arrived:
+                worker.report(scheduler.peer_id, report)
+                await trio.sleep(0.05)
+        partners.clear()  # the lease ends while the stream is open
+        worker.report(scheduler.peer_id, report)
+        await trio.sleep(0.3)
+        count = len(arrived)
+        worker.report(scheduler.peer_id, report)
+        await trio.sleep(0.3)
+        assert len(arrived) == count

@@ -24,8 +24,8 @@ MAX_ANONYMOUS_PER_SOURCE = 64
 #: A place that is needed is not taken from who has had it for a shorter time: a handshake over a long way
 #: takes five round trips.
 GRACE_S = 2.0
-#: Inbound connections of one peer. Two sides that dial each other at once have one each, and one more is there
-#: while the end of the one before has not been noticed.
+#: Inbound connections of one peer. Two sides that dial each other at once have one each, and one more is
+#: there while the end of the one before has not been noticed.
 MAX_PER_PEER = 4
 
 

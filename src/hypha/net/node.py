@@ -235,6 +235,12 @@ class Libp2pNode:
         """
         self._rpc.answer(kind, handler, roles)
 
+    def prefer(self, is_partner: Callable[[str], bool]) -> None:
+        """Keep places for requests of those peers of whom ``is_partner`` says so, because they share a lease
+        with this node: what others ask for never makes a renewal ``busy``. A later call replaces this one.
+        """
+        self._rpc.prefer(is_partner)
+
     async def _health(self, caller: str, request: Health) -> HealthReport:
         return health_of(self)
 
@@ -242,9 +248,16 @@ class Libp2pNode:
         """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
         self._reports.report(peer, report)
 
-    def answer_reports(self, handler: ReportHandler, roles: Collection[str] | None = None) -> None:
-        """Call ``handler(caller, reports)`` for reports that arrive; it must not block."""
-        self._reports.answer(handler, roles)
+    def answer_reports(
+        self,
+        handler: ReportHandler,
+        roles: Collection[str] | None = None,
+        admits: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Call ``handler(caller, reports)`` for reports that arrive; it must not block. With ``admits`` only
+        for those of peers of whom it says so at that moment; the others' streams are ended.
+        """
+        self._reports.answer(handler, roles, admits)
 
     # --- gossip and datasets ------------------------------------------------------------------------
 
