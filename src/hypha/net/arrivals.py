@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from hypha.net.refusals import Refusals
+from hypha.net.over_limit import OverLimit
 
 #: Connections whose certificate is not verified yet, in all and from one address. A handshake takes about ten
 #: milliseconds of processor time, so sixty-four workers behind one address are through within a second; who
@@ -74,7 +74,7 @@ class Arrivals:
         self._per_source: Counter[str] = Counter()
         self._known: dict[Arrival, None] = {}
         self._per_peer: Counter[str] = Counter()
-        self.refusals = Refusals()
+        self.refusals = OverLimit()
 
     @property
     def anonymous(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from libp2p.protocol_muxer.multiselect import Multiselect
 
-from hypha.net.refusals import Refusals
+from hypha.net.over_limit import OverLimit
 from hypha.net.streams import discard
 
 #: Of one protocol, from one peer, over all its connections. Identify and ping need one.
@@ -50,7 +50,7 @@ class InboundStreams(Multiselect):  # type: ignore[misc]
     def __init__(self, others: Multiselect) -> None:
         super().__init__({})
         self._served: Counter[tuple[str, str]] = Counter()
-        self._refusals = Refusals()
+        self._refusals = OverLimit()
         for protocol, handler in others.handlers.items():
             self.add_handler(protocol, handler)
 

@@ -18,7 +18,7 @@ from opentelemetry.trace import SpanKind
 from hypha.config.log_filter import TRACE
 from hypha.errors import PeerUnreachable
 from hypha.messages import WIRE_VERSION, Report
-from hypha.net.refusals import Refusals
+from hypha.net.over_limit import OverLimit
 from hypha.net.rpc import Oversized, frame, may_act_as, read_frame
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
 from hypha.node import ReportHandler
@@ -60,7 +60,7 @@ class Reports:
         self._handler: ReportHandler | None = None
         self._roles: frozenset[str] | None = None
         self._admits: Callable[[str], bool] | None = None
-        self._refusals = Refusals()
+        self._refusals = OverLimit()
         streams.handle(PROTOCOL, self._serve)
 
     def report(self, peer: str, report: Report) -> None:

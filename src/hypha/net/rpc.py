@@ -33,7 +33,7 @@ from hypha.messages import (
     Response,
     ResponseEnvelope,
 )
-from hypha.net.refusals import Refusals
+from hypha.net.over_limit import OverLimit
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
 from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
 from hypha.tracing import span, traceparent
@@ -116,7 +116,7 @@ class Rpc:
         self._handlers: dict[type, tuple[Handler, frozenset[str] | None]] = {}
         self._inbound: Counter[str] = Counter()
         self._shared = 0
-        self._refusals = Refusals()
+        self._refusals = OverLimit()
         self._is_partner: Callable[[str], bool] = lambda peer: False
         streams.handle(PROTOCOL, self._serve)
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 REMEMBERED = 1024
 
 
-class Refusals:
+class OverLimit:
     """Of one node, or of one part of it."""
 
     def __init__(self) -> None:
