@@ -14,7 +14,19 @@ ROWS = (
     {"simulation"},
     {"gateway", "scheduler", "worker", "data"},
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
-    {"messages", "features", "config", "errors", "node", "runtime", "journal", "keeper", "tracing"},
+    {
+        "messages",
+        "features",
+        "config",
+        "errors",
+        "node",
+        "runtime",
+        "journal",
+        "keeper",
+        "naming",
+        "tracing",
+        "waiting",
+    },
 )
 #: Within a row, who may use whom.
 SIDEWAYS = {

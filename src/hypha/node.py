@@ -43,7 +43,8 @@ class Heard:
 @dataclass(frozen=True)
 class ConnectionInfo:
     """One live connection; ``address`` is the socket's other end, or the circuit. ``round_trip_s`` is what
-    its pings took lately, ``None`` before the first has come back.
+    its pings took lately, ``None`` before the first has come back. ``name`` and ``organization`` are those of
+    the peer's certificate, where it has any.
     """
 
     peer: str
@@ -52,6 +53,8 @@ class ConnectionInfo:
     direction: Literal["inbound", "outbound"]
     roles: frozenset[str]
     round_trip_s: float | None = None
+    name: str = ""
+    organization: str = ""
 
 
 @dataclass(frozen=True)

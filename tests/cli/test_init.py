@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 from typer.testing import CliRunner
 
-from hypha.config.models import COMPONENTS, Section
+from hypha.config.models import COMPONENTS, SchedulerConfig, Section
 from hypha.errors import ConfigError
 
 LOCAL = "/ip4/127.0.0.1/tcp/8080"
@@ -153,6 +153,22 @@ def test_flags_of_run_are_checked_like_the_file(here: Path, pki: Path) -> None:
         "--set ofer.price",
         "--set offer.price",
     ]
+
+
+def test_a_check_that_is_wrong_can_be_left_out(
+    here: Path, pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("scheduler", "init", "-n", "scheduler", "--pki", str(pki), *ARGUMENTS["scheduler"])
+    checks = []
+
+    def note(component: str, config: SchedulerConfig, service: object) -> int:
+        checks.append(config.scheduler.job.check)
+        return 0
+
+    monkeypatch.setattr("hypha.cli.running.run_service", note)
+    run("scheduler", "run")
+    run("scheduler", "run", "--no-check")
+    assert checks == ["full", "none"]
 
 
 def test_every_dataset_that_was_given_is_written(here: Path, pki: Path) -> None:

@@ -41,7 +41,11 @@ TRAINING = JobSnapshot(
     ),
     version="0.2.1",
     slices=SliceCounts(3, 2, 1),
-    connections=(ConnectionSnapshot("12D3KooWgatewayy", "relayed", roles=("gateway",), round_trip_s=0.0123),),
+    connections=(
+        ConnectionSnapshot(
+            "12D3KooWgatewayy", "relayed", roles=("gateway",), round_trip_s=0.0123, name="gw-1"
+        ),
+    ),
     refused={"stale round": 3},
     goodput=GoodputReport(
         10.0, 4, 30.0, 0.0, {"waiting-for-data": 8.0, "paused": 2.0}, 9, 1.0, None, None, 1.0
@@ -83,8 +87,8 @@ async def test_status_once_and_until_the_end() -> None:
             "digits training, round 3/20, loss 0.4123, 0 samples/s, 0 samples, 1 workers, 0 leases, 0 s\n"
         )
         told = (
-            *(headline, "all is well", "...abcdefgh"),
-            *("01234567", "2.5", "7 s", "...gatewayy", "relayed", "12.3 ms"),
+            *(headline, "all is well", "…abcdefgh"),
+            *("01234567", "2.5", "7 s", "gw-1 (…gatewayy)", "relayed", "12.3 ms"),
             *("3 available, 2 with workers, 1 used", "3 x stale round", "warn A lease was lost"),
             "goodput 75% of 40 worker seconds; lost: waiting for data 8 s, paused 2 s",
             *("not stated", "0.2.1", "the scheduler runs Hypha 0.2.1; 1 of its workers run other versions"),

@@ -139,11 +139,9 @@ async def test_streams_beyond_the_limit_are_reset_and_the_connection_goes_on(
         for number in range(first, first + 4 * MAX_INBOUND_STREAMS, 2):
             await ours._write_frame(frame(TYPE_DATA, FLAG_SYN | FLAG_FIN, number, 2, b"no"))
             assert len(theirs.streams) <= MAX_INBOUND_STREAMS + 8
-        for number in range(first + 4 * MAX_INBOUND_STREAMS, first + 8 * MAX_INBOUND_STREAMS, 2):
-            await ours._write_frame(frame(TYPE_WINDOW_UPDATE, FLAG_SYN, number, 0))
-        assert len(theirs.streams) <= MAX_INBOUND_STREAMS + 8
-        for number in range(first, first + 8 * MAX_INBOUND_STREAMS, 2):
-            await ours._write_frame(frame(TYPE_WINDOW_UPDATE, FLAG_RST, number, 0))
+        numbers = range(first, first + 4 * MAX_INBOUND_STREAMS, 2)
+        ends = (frame(TYPE_WINDOW_UPDATE, FLAG_RST, number, 0) for number in numbers)
+        await ours._write_frame(b"".join(ends))
         assert await is_served(attacker, victim)
     assert caplog.text.count("open streams") == 1
 
@@ -287,7 +285,7 @@ async def test_places_of_addresses(autojump_clock: trio.testing.MockClock) -> No
         assert one is not None
         assert one.authenticate("peer") is None
     assert held[1] is not None
-    assert "2 are connected" in (held[1].authenticate("peer") or "")
+    assert "it has 2 connections" in (held[1].authenticate("peer") or "")
     late.leave()
     late.leave()
     assert held[1].authenticate("peer") is None

@@ -5,8 +5,9 @@ no tensors, no processes, but every message, lease, transfer and file of the sch
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,8 @@ from hypha.messages import (
     CancelJob,
     CheckpointSaved,
     CloseRound,
+    Column,
+    ColumnRange,
     Contribution,
     DatasetDescription,
     DescribeDataset,
@@ -419,11 +422,14 @@ class Actor:
 
 
 @asynccontextmanager
-async def data_node(network: Network, gateway: Node, manifest_hash: str = "h") -> AsyncIterator[Node]:
+async def data_node(
+    network: Network, gateway: Node, manifest_hash: str = "h", manifests: Sequence[Manifest] = (MANIFEST,)
+) -> AsyncIterator[Node]:
+    """What it says is the last of ``manifests`` at the time."""
     async with network.leaf("data", [gateway], roles=("data",)) as node:
 
         async def describe(caller: str, request: DescribeDataset) -> DatasetDescription:
-            return DatasetDescription(manifest=MANIFEST, manifest_hash=manifest_hash)
+            return DatasetDescription(manifest=manifests[-1], manifest_hash=manifest_hash)
 
         node.answer(DescribeDataset, describe)
         await node.provide("digits")
@@ -470,6 +476,8 @@ def config_for(network: Network, gateway: Node, tmp_path: Path, **job: Any) -> S
         "rounds": {"update_rounds": 4, "avg_samples_between_updates": 120, "batch_size": 5, "deadline_s": 5},
         "resources": {"num_workers": 2, "worker": {"cpu": 1, "memory": 1}, "parameter_server": {"cpu": 1}},
         "checkpoint": {"every_rounds": 2, "keep": 1},
+        # there is no model to try a batch on
+        "check": "quick",
         "output": str(tmp_path / "out"),
         **job,
     }
@@ -671,11 +679,31 @@ async def test_a_lost_parameter_server_is_restored_elsewhere(network: Network, t
     assert len(used) == len(set(used))
 
 
-async def test_a_stopped_job_is_resumed_and_leaves_no_lease(network: Network, tmp_path: Path) -> None:
+def labelled(high: int) -> Manifest:
+    """A dataset of images with labels up to that."""
+    columns = (
+        Column(name="labels", dtype="I64", shape=()),
+        Column(name="pixel_values", dtype="F32", shape=(1, 8, 8)),
+    )
+    ranges = (ColumnRange(column="labels", low=0, high=high),)
+    return msgspec.structs.replace(MANIFEST, columns=columns, ranges=ranges)
+
+
+async def test_a_stopped_job_is_resumed_and_leaves_no_lease(
+    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether model and dataset go together is checked before it begins, and no more once it has trained."""
+    caplog.set_level(logging.INFO)
     stage = Stage(tmp_path)
-    async with network.gateway() as gateway, data_node(network, gateway):
+    manifests = [labelled(9)]
+    async with network.gateway() as gateway, data_node(network, gateway, manifests=manifests):
         async with actor(network, gateway, stage) as one, actor(network, gateway, stage) as two:
             config = config_for(network, gateway, tmp_path)
+            with trio.fail_after(40), pytest.raises(ConfigError, match="labels runs from 0 to 9"):
+                await run_job(config)
+            assert "Looking for" not in caplog.text
+            assert not (tmp_path / "state/digits/job.db").exists(), "there is nothing to move aside"
+            manifests.append(labelled(1))
             with trio.CancelScope() as scope:
 
                 def stop(snapshot: JobSnapshot) -> None:
@@ -689,7 +717,9 @@ async def test_a_stopped_job_is_resumed_and_leaves_no_lease(network: Network, tm
             assert trio.current_time() - began < 40
             assert not one.jobs
             assert not two.jobs
+            assert "Looking for" in caplog.text
             applied = len(read_ledger(tmp_path / "state/digits/job.db").rounds)
+            manifests.append(labelled(9))
             with trio.fail_after(40):
                 result = await run_job(config)
     ledger = read_ledger(result.ledger)

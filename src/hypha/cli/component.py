@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -83,8 +83,11 @@ class Program:
         return COMPONENTS[self.name]
 
 
-def make_app(program: Program) -> typer.Typer:
-    """A Typer app with ``probe``, ``validate`` and ``--validate``; the caller adds the other commands."""
+def make_app(program: Program, check_network: Callable[[Any], int] | None = None) -> typer.Typer:
+    """A Typer app with ``probe``, ``validate`` and ``--validate``; the caller adds the other commands.
+    ``check_network`` does what ``validate --network`` does with a valid configuration, where there is that,
+    and gives the exit code.
+    """
     app = typer.Typer(
         name=f"hypha-{program.name}",
         help=program.summary,
@@ -114,10 +117,27 @@ def make_app(program: Program) -> typer.Typer:
             typer.echo(context.get_help())
             raise typer.Exit(2)
 
-    @app.command()
-    def validate(config: ConfigOption = None, set_: SetOption = None) -> None:
-        """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
-        validate_config(program, config, settings(program, set_))
+    if check_network is None:
+
+        @app.command()
+        def validate(config: ConfigOption = None, set_: SetOption = None) -> None:
+            """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
+            validate_config(program, config, settings(program, set_))
+
+    else:
+
+        @app.command(name="validate")
+        def validate_network(
+            config: ConfigOption = None,
+            set_: SetOption = None,
+            network: Annotated[
+                bool, typer.Option("--network", help="Also ask gateways and data nodes; try a batch.")
+            ] = False,
+        ) -> None:
+            """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
+            loaded = validate_config(program, config, settings(program, set_))
+            if network:
+                raise typer.Exit(check_network(loaded))
 
     @app.command()
     def probe(
@@ -212,10 +232,11 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
         yield Problem("cert_pem", message)
 
 
-def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> None:
-    """Print OK, or raise ConfigError."""
-    load(program, config, given)
+def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
+    """Print OK and return the configuration, or raise ConfigError."""
+    loaded = load(program, config, given)
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
+    return loaded
 
 
 # --- init -------------------------------------------------------------------------------------------

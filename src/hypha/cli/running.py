@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from hypha.errors import ConfigError, HyphaError
+from hypha.naming import named
 
 if TYPE_CHECKING:
     import typer
@@ -57,9 +58,9 @@ def print_error(exc: HyphaError) -> None:
     if isinstance(exc, ConfigError) and len(exc.problems) > 1:
         print(f"error: {len(exc.problems)} problems", file=sys.stderr)
         for problem in exc.problems:
-            print(f"  {problem}", file=sys.stderr)
+            print(f"  {named(str(problem))}", file=sys.stderr)
     else:
-        print(f"error: {exc}", file=sys.stderr)
+        print(f"error: {named(str(exc))}", file=sys.stderr)
 
 
 def run_service(component: str, config: NodeConfig, service: Callable[[], Awaitable[int | None]]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,15 @@ from hypha.cli import component as common
 from hypha.cli.running import run_program
 
 PROGRAM = common.Program("scheduler", "Finds workers for a job, trains its model with them and exports it.")
-app = common.make_app(PROGRAM)
+
+
+def _check_network(config: Any) -> int:
+    from hypha.cli.checking import check_network
+
+    return check_network(config)
+
+
+app = common.make_app(PROGRAM, _check_network)
 
 StateDirOption = Annotated[Path | None, typer.Option("--state-dir", help="For state, checkpoints, ledger.")]
 SaveToOption = Annotated[
@@ -110,6 +118,10 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew; the state of an earlier run is kept aside.")
     ] = False,
+    no_check: Annotated[
+        bool,
+        typer.Option("--no-check", help="Do not check first whether the model goes with the dataset."),
+    ] = False,
     journal: Annotated[
         Path | None,
         typer.Option("--journal", help="Append every event and decision to this file (JSON lines)."),
@@ -132,6 +144,7 @@ def run(
                 ("--rounds", f"{job}.rounds.update_rounds", rounds),
                 ("--batch-size", f"{job}.rounds.batch_size", batch_size),
                 ("--workers", f"{job}.resources.num_workers", workers),
+                ("--no-check", f"{job}.check", "none" if no_check else None),
                 ("--log-level", "log_level", log_level),
                 ("--log-format", "log_format", log_format),
             ),

@@ -23,6 +23,7 @@ from hypha.config.models import SchedulerConfig
 from hypha.config.otel import resolve_telemetry
 from hypha.errors import ConfigError, Problem
 from hypha.journal import Journal
+from hypha.naming import named
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler import JobResult, JobSnapshot, run_job
@@ -47,7 +48,7 @@ async def run_scheduler(
     """
     name, rounds = config.scheduler.job.name, config.scheduler.job.rounds.update_rounds
     secrets = secrets_in(config)
-    history = History(redact=lambda text: redacted(text, secrets))
+    history = History(redact=lambda text: named(redacted(text, secrets)))
     results: list[JobResult] = []
 
     with ExitStack() as stack:

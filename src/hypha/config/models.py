@@ -420,6 +420,9 @@ class JobConfig(Section):
     precision: Literal["no", "fp16", "bf16"] = "no"
     update_encoding: Literal["none", "bf16", "int8"] = "none"
     seed: int = 0
+    #: before anybody is leased: full compares the dataset with the model and tries a batch on it, in a child
+    #: process of some seconds; quick only compares what both say of themselves; none checks nothing
+    check: Literal["full", "quick", "none"] = "full"
     #: a directory, an fsspec URL or ``hf://<repository>``
     output: Annotated[str, Place()]
     #: token for an ``hf://`` output

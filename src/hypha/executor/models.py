@@ -71,6 +71,44 @@ def build(
     return model.train()
 
 
+def skeleton(spec: ModelSpec, source: Path | None) -> nn.Module:
+    """The model in training mode on torch's ``meta`` device: shapes and types, and no memory for numbers.
+    Raises :class:`ModelError`, and whatever torch does where it cannot be built without numbers.
+    """
+    with torch.device("meta"):
+        if spec.task == "torch":
+            return _build_torch(spec, None, lambda note: None).train()
+        auto, remote, place = auto_class(spec.task), _remote(spec), _configured(spec, source)
+        try:
+            config = _configuration(spec, place, remote)
+            return _checked(auto.from_config(config, dtype=torch.float32, **remote)).train()
+        except (ModelError, NotImplementedError, RuntimeError):
+            raise
+        except Exception as exc:
+            raise ModelError(f"{auto.__name__} cannot load the model: {type(exc).__name__}: {exc}") from exc
+
+
+def _remote(spec: ModelSpec) -> dict[str, bool]:
+    """Passed on only when the job says so; whether it may is the worker's decision, taken before."""
+    return {"trust_remote_code": True} if spec.trust_remote_code else {}
+
+
+def _configured(spec: ModelSpec, source: Path | None) -> Path:
+    if source is None or not (source / "config.json").exists():
+        raise ModelError(f"a model of the task {spec.task} needs a source with a config.json")
+    return source
+
+
+def _configuration(spec: ModelSpec, source: Path, remote: Mapping[str, bool]) -> Any:
+    """The model's configuration as the job changes it. Raises what transformers does."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(source, **remote)
+    _override(config, spec.arguments)
+    return config
+
+
 def _build_torch(spec: ModelSpec, source: Path | None, tell: Callable[[str], None]) -> nn.Module:
     if spec.entrypoint is None or spec.entrypoint.count(":") != 1:
         raise ModelError("a model of the task torch needs an entrypoint package.module:callable")
@@ -100,17 +138,9 @@ def _build_torch(spec: ModelSpec, source: Path | None, tell: Callable[[str], Non
 def _build_transformers(
     spec: ModelSpec, source: Path | None, weights: bool, tell: Callable[[str], None]
 ) -> nn.Module:
-    auto = auto_class(spec.task)
-    if source is None or not (source / "config.json").exists():
-        raise ModelError(f"a model of the task {spec.task} needs a source with a config.json")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    # passed on only when the job says so; whether it may is the worker's decision, taken before
-    remote = {"trust_remote_code": True} if spec.trust_remote_code else {}
+    auto, remote, source = auto_class(spec.task), _remote(spec), _configured(spec, source)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **remote)
-        _override(config, spec.arguments)
+        config = _configuration(spec, source, remote)
         file = weight_file(source, spec.task)
         if file is None and weights:
             tell(

@@ -77,7 +77,7 @@ class AddressBook:
     """Where peers may be reached. Newest first; direct before relayed."""
 
     def __init__(self, own_peer: str, exclude: Iterable[str] = ()) -> None:
-        self._own_peer = own_peer
+        self.own_peer = own_peer
         self._exclude: tuple[Network, ...] = tuple(ipaddress.ip_network(cidr) for cidr in exclude)
         self._learnt: dict[str, dict[str, Address]] = {}
         self._configured: dict[str, dict[str, Address]] = {}
@@ -96,9 +96,13 @@ class AddressBook:
             self._configured.setdefault(address.peer, {})[str(address)] = address
         return address
 
+    def may_lead_anywhere(self, peer: str, address: Address) -> bool:
+        """Whether the name in ``address`` may stand for one inside ``exclude_cidr``: the operator gave it."""
+        return str(address) in self._configured.get(peer, {})
+
     def learn(self, ref: PeerRef) -> None:
         """Remember what of ``ref`` can be dialled; what cannot is passed over silently, as it is hearsay."""
-        if ref.peer == self._own_peer:
+        if ref.peer == self.own_peer:
             return
         left_out = []
         for text in reversed(ref.addresses[:MAX_ADDRESSES]):

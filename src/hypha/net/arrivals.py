@@ -8,6 +8,7 @@ anonymous ones. Where these are full, the oldest that has had time enough for a 
 from __future__ import annotations
 
 import ipaddress
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 import trio
 
 from hypha.net.over_limit import OverLimit
+
+logger = logging.getLogger(__name__)
 
 #: Connections whose certificate is not verified yet, in all and from one address. A handshake takes about ten
 #: milliseconds of processor time, so sixty-four workers behind one address are through within a second; who
@@ -74,7 +77,7 @@ class Arrivals:
         self._per_source: Counter[str] = Counter()
         self._known: dict[Arrival, None] = {}
         self._per_peer: Counter[str] = Counter()
-        self.refusals = OverLimit()
+        self.over_limit = OverLimit()
 
     @property
     def anonymous(self) -> int:
@@ -117,10 +120,19 @@ class Arrivals:
     def _authenticate(self, arrival: Arrival, peer: str) -> str | None:
         if arrival not in self._anonymous:
             return "it took too long, and its place was needed"
+        reason = None
         if len(self._known) >= self._max_known:
-            return f"{self._max_known} are connected already"
-        if self._per_peer[peer] >= MAX_PER_PEER:
-            return f"this peer has {MAX_PER_PEER} connections already"
+            reason = f"it has {self._max_known} connections, as many as it may"
+        elif self._per_peer[peer] >= MAX_PER_PEER:
+            reason = f"it has {MAX_PER_PEER} connections of this node already"
+        if reason is not None:
+            if self.over_limit.is_first(peer, "connections"):
+                logger.warning(
+                    "Turned a peer away: %s. This is logged once a peer.",
+                    f"{len(self._known)} connections are open, {self._per_peer[peer]} of them its own",
+                    extra={"peer_id": peer},
+                )
+            return reason
         self._leave(arrival)
         arrival.peer = peer
         self._known[arrival] = None

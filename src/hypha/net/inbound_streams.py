@@ -50,7 +50,7 @@ class InboundStreams(Multiselect):  # type: ignore[misc]
     def __init__(self, others: Multiselect) -> None:
         super().__init__({})
         self._served: Counter[tuple[str, str]] = Counter()
-        self._refusals = OverLimit()
+        self._over_limit = OverLimit()
         for protocol, handler in others.handlers.items():
             self.add_handler(protocol, handler)
 
@@ -65,7 +65,7 @@ class InboundStreams(Multiselect):  # type: ignore[misc]
             peer = str(stream.muxed_conn.peer_id)
             key = (peer, str(stream.get_protocol()))
             if self._served[key] >= limit:
-                self._refusals.note(peer, service, f"it has {limit} such streams open already")
+                self._over_limit.note(peer, service, f"it has {limit} such streams open already")
                 await discard(stream)
                 return
             self._served[key] += 1

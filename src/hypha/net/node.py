@@ -17,11 +17,22 @@ from multiaddr import Multiaddr
 
 from hypha import __version__
 from hypha.errors import ConfigError, Problem
-from hypha.messages import Health, HealthReport, PeerRef, Report, Request, Response, WorkerRequest
+from hypha.messages import (
+    Health,
+    HealthReport,
+    PeerRef,
+    Report,
+    Request,
+    Response,
+    SameCertificate,
+    WorkerRequest,
+)
+from hypha.naming import learn, shown
 from hypha.net.addresses import Address, AddressBook, host_and_port, ip_of, parse
 from hypha.net.arrivals import MAX_ANONYMOUS_PER_SOURCE
 from hypha.net.dht import DhtClient, DhtServer
 from hypha.net.dialing import Dialer
+from hypha.net.doubles import Doubles
 from hypha.net.gateways import Gateways
 from hypha.net.gossip import Gossip
 from hypha.net.library import make_host
@@ -36,6 +47,7 @@ from hypha.net.transfers import BulkTransfers
 from hypha.net.transport import MutualTls
 from hypha.node import Changes, ConnectionInfo, Heard, PeerLost, ReportHandler
 from hypha.pki.identity import Identity
+from hypha.runtime import new_id
 from hypha.telemetry import health_of
 
 logger = logging.getLogger(__name__)
@@ -59,7 +71,9 @@ class Libp2pNode:
         self._started = trio.current_time()
         self._running = False
         self.ended = trio.Event()
-        self._security = MutualTls(options.identity, options.require_roles)
+        learn(self.peer_id, options.identity.name)
+        instance = None if options.guest else new_id()
+        self._security = MutualTls(options.identity, options.require_roles, instance)
         self._port = SharedPortTcp(options.max_connections, MAX_BULK_CONNECTIONS)
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
         self._swarm = self._host.get_network()
@@ -80,6 +94,8 @@ class Libp2pNode:
             )
             self._peers.on_lost.append(self.hop.forget)
         self._rpc = Rpc(self._streams, self._dialer.connect, nursery)
+        doubles = Doubles(self.peer_id, self._peers, self._rpc.request, nursery)
+        self._security.admit = doubles.admit
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         self._gossip = Gossip(self._host, self._gateways.connected, self._gossips_with)
         self._dht = DhtClient(
@@ -94,6 +110,7 @@ class Libp2pNode:
                 lambda: {"circuits": str(hop.circuits), "reservations": str(hop.reservations)}
             )
         self.answer(Health, self._health)
+        self.answer(SameCertificate, doubles.answer)
 
     # --- who and where ------------------------------------------------------------------------------
 
@@ -189,6 +206,10 @@ class Libp2pNode:
     async def connect(self, peer: PeerRef | str) -> None:
         """Be connected to ``peer``; PeerUnreachable when that cannot be."""
         await self._dialer.connect(self._known(peer))
+
+    async def who_is_at(self, address: str) -> str:
+        """The PeerID of the certified node at a multiaddr; NetworkError that says why there is none."""
+        return await self._dialer.who_is_at(parse(address))
 
     async def disconnect(self, peer: str) -> None:
         """Close all connections to ``peer``."""
@@ -336,13 +357,20 @@ class Libp2pNode:
         if self.dht_server is not None:
             await self.dht_server.start(stack)
         logger.info(
-            "%s %s is %s, listening on %s.",
+            "%s %s is %s, /p2p/%s, listening on %s.",
             self.options.component,
             __version__,
+            shown(self.peer_id),
             self.peer_id,
             ", ".join(self.listen_addresses()),
             extra={"peer_id": self.peer_id},
         )
+        if self.options.listen and not self._announced():
+            logger.info(
+                "Other nodes reach this one through a relay only: all its addresses (%s) lie in "
+                "exclude_cidr. For direct transfers take their network out of it, or set external_addresses.",
+                ", ".join(self.listen_addresses()),
+            )
 
     def start(self) -> None:
         """Start what goes on in the background."""

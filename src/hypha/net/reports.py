@@ -60,7 +60,7 @@ class Reports:
         self._handler: ReportHandler | None = None
         self._roles: frozenset[str] | None = None
         self._admits: Callable[[str], bool] | None = None
-        self._refusals = OverLimit()
+        self._over_limit = OverLimit()
         streams.handle(PROTOCOL, self._serve)
 
     def report(self, peer: str, report: Report) -> None:
@@ -149,7 +149,7 @@ class Reports:
                 )
                 return
             if (reason := self._why_not(caller)) is not None:
-                self._refusals.note(caller, "reports", reason)
+                self._over_limit.note(caller, "reports", reason)
                 return
             first = True
             while True:

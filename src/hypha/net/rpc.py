@@ -116,7 +116,7 @@ class Rpc:
         self._handlers: dict[type, tuple[Handler, frozenset[str] | None]] = {}
         self._inbound: Counter[str] = Counter()
         self._shared = 0
-        self._refusals = OverLimit()
+        self._over_limit = OverLimit()
         self._is_partner: Callable[[str], bool] = lambda peer: False
         streams.handle(PROTOCOL, self._serve)
 
@@ -216,7 +216,7 @@ class Rpc:
         mine = self._inbound[caller]
         shares = mine >= OWN_PER_PEER and not self._is_partner(caller)
         if mine >= MAX_INBOUND_PER_PEER or (shares and self._shared >= MAX_SHARED):
-            self._refusals.note(caller, "rpc", "there are too many requests at once")
+            self._over_limit.note(caller, "rpc", "there are too many requests at once")
             yield False
             return
         self._inbound[caller] += 1

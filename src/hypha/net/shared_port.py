@@ -166,7 +166,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
 
     def _note_refused(self, host: str, why: str) -> None:
         CONNECTIONS_FAILED.add(direction="inbound", reason="limit")
-        if self._arrivals.refusals.is_first(host, "connection"):
+        if self._arrivals.over_limit.is_first(host, "connection"):
             logger.warning(
                 "Closed an incoming connection from %s: %s. This is logged once an address.", host, why
             )

@@ -29,6 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypha.errors import IdentityError, Problem
 from hypha.pki.certificates import (
     TrustRules,
+    common_name_of,
     crl_signed_by,
     ed25519_key_of,
     is_ca,
@@ -90,6 +91,11 @@ class Identity:
     def roles(self) -> frozenset[str]:
         """Roles of the certificate; empty means any."""
         return self._material.roles
+
+    @property
+    def name(self) -> str:
+        """The common name in the certificate; empty where it has none."""
+        return common_name_of(self._material.chain[0])
 
     @property
     def private_key(self) -> Ed25519PrivateKey:

@@ -37,7 +37,8 @@ def resources_of(config: ResourcesConfig) -> Resources:
     return Resources(cpu=config.cpu, memory=config.memory, gpu=config.gpu, storage=config.storage)
 
 
-def _inputs(names: dict[str, str] | list[str]) -> dict[str, str]:
+def inputs_of(names: dict[str, str] | list[str]) -> dict[str, str]:
+    """Argument -> column, however it was written."""
     return dict(names) if isinstance(names, dict) else {name: name for name in names}
 
 
@@ -69,7 +70,7 @@ def model_spec(config: ModelConfig, scheduler: PeerRef) -> ModelSpec:
         source=source,
         entrypoint=config.entrypoint,
         arguments=dict(config.arguments),
-        inputs=_inputs(config.input_names),
+        inputs=inputs_of(config.input_names),
         loss=config.loss,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
@@ -83,7 +84,7 @@ def preprocessor_spec(config: PreprocessorConfig | None, scheduler: PeerRef) -> 
     source = _source(config, PREPROCESSOR, scheduler)
     if source is None:
         raise ConfigError([Problem("scheduler.job.preprocessor", "path or repository is needed")])
-    return PreprocessorSpec(kind=config.type, source=source, inputs=_inputs(config.input_names))
+    return PreprocessorSpec(kind=config.type, source=source, inputs=inputs_of(config.input_names))
 
 
 @dataclass(frozen=True)

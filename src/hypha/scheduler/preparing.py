@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import trio
 
-from hypha.runtime import new_id
+from hypha.runtime import is_simulated, new_id
 from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.context import JobContext
 from hypha.scheduler.datasets import Dataset, find_dataset
-from hypha.scheduler.ledger import Ledger, held_leases
+from hypha.scheduler.ledger import Ledger, has_trained, held_leases
 from hypha.scheduler.lives import Life, first_life
 from hypha.scheduler.pool import LeaseGained, Pool
+from hypha.scheduler.preflight.checking import check_before_leasing
+from hypha.scheduler.preflight.trial import open_trial
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +51,48 @@ async def open_job(
     """Start the pool in ``nursery``, then open the job; ``say`` is told each step. Whoever calls closes the
     ledger. Raises :class:`hypha.errors.HyphaError`.
     """
+    config, ledger_path = context.config, context.state.ledger
+    left = tuple(await held_leases(ledger_path))
+    trained = not fresh and (bool(left) or await has_trained(ledger_path))
+    checks = "none" if trained or is_simulated() else config.check
+    # what it imports takes as long as the look-up of the dataset
+    async with open_trial(config.model.type if checks == "full" else None) as trial:
+        dataset = await _find(context, fresh, left, nursery, say)
+        if checks != "none":
+            say(Preparing(f"checking that the model goes with the dataset {dataset.name}"))
+            await check_before_leasing(config, dataset.manifest, trial)
+    say(Preparing("reading the job's state"))
+    job_id = f"{config.name}-{new_id()[:12]}"
+    scheduler = context.node.ref()
+    ledger, life = await first_life(context.state, config, scheduler, dataset, job_id, context.copies, fresh)
+    store = CheckpointStore(context.state, life.start.job_id, config.checkpoint.keep)
+    if life.start.generation:
+        return Opened(dataset, ledger, life, store, left=left)
+    return Opened(dataset, ledger, life, store, of_another=left)
+
+
+async def _find(
+    context: JobContext,
+    fresh: bool,
+    left: tuple[LeaseGained, ...],
+    nursery: trio.Nursery,
+    say: Callable[[Preparing], None],
+) -> Dataset:
     config, node, pool = context.config, context.node, context.pool
     say(Preparing("waiting for a gateway"))
     await node.wait_connected()
-    left = tuple(await held_leases(context.state.ledger))
     if not fresh:
         # their time runs: they are renewed while everything else is looked for
         pool.adopt(left)
     await nursery.start(pool.run)
     name = config.dataset.dataset
     say(Preparing(f"looking for the dataset {name}"))
-    dataset = await find_dataset(node, name, config.dataset.wait_s)
+    dataset = await find_dataset(
+        node,
+        name,
+        config.dataset.wait_s,
+        lambda why: say(Preparing(f"looking for the dataset {name}: {why}")),
+    )
     logger.info(
         "The dataset %s has %d samples in %d slices at %d data nodes",
         name,
@@ -67,13 +100,7 @@ async def open_job(
         len(dataset.manifest.slices),
         len(dataset.providers),
     )
-    say(Preparing("reading the job's state"))
-    job_id = f"{config.name}-{new_id()[:12]}"
-    ledger, life = await first_life(context.state, config, node.ref(), dataset, job_id, context.copies, fresh)
-    store = CheckpointStore(context.state, life.start.job_id, config.checkpoint.keep)
-    if life.start.generation:
-        return Opened(dataset, ledger, life, store, left=left)
-    return Opened(dataset, ledger, life, store, of_another=left)
+    return dataset
 
 
 async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:

@@ -52,6 +52,7 @@ from hypha.messages import (
 from hypha.net.transfers import meta_of
 from hypha.node import Node
 from hypha.telemetry.logs import bind
+from hypha.waiting import log_waiting, reminded
 from hypha.worker.allowance import Allowance
 from hypha.worker.cache import SliceCache
 from hypha.worker.connectors import Connectors
@@ -243,7 +244,8 @@ class Execution:
         kept = False
         try:
             if after is not None:
-                await after.wait()
+                waits = log_waiting(logger, "the end of the executor before this one", **self._fields)
+                await reminded(after.wait, waits)
             self._job = msgspec.structs.replace(self._job, traced=self._signals.begin())
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._outbox.run)
