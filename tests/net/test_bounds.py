@@ -8,19 +8,22 @@ import socket
 import struct
 import time
 from contextlib import AsyncExitStack, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+from libp2p.kad_dht.common import PROTOCOL_ID as DHT
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.yamux.yamux import (
-    FLAG_FIN,
     FLAG_RST,
     FLAG_SYN,
     TYPE_DATA,
     TYPE_WINDOW_UPDATE,
     YAMUX_HEADER_FORMAT,
 )
+from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr
 from tests.support.network import Network, address_of, until
 
@@ -49,7 +52,16 @@ from hypha.net.arrivals import (
     source_of,
 )
 from hypha.net.bulk_wire import BULK_ALPN
+from hypha.net.dht import key_of
+from hypha.net.dht_records import (
+    MAX_KEYS_PER_PEER,
+    MAX_PROVIDERS,
+    MAX_RECORD_ADDRESSES,
+    Records,
+    trimmed_query,
+)
 from hypha.net.inbound_streams import limit_of
+from hypha.net.relay import RelayLimits, RelayRefused
 from hypha.net.rpc import MAX_INBOUND_PER_PEER, MAX_SHARED, OWN_PER_PEER
 from hypha.net.streams import STREAM_ERRORS, discard
 from hypha.net.yamux_incoming import MAX_INBOUND_STREAMS
@@ -137,7 +149,7 @@ async def test_streams_beyond_the_limit_are_reset_and_the_connection_goes_on(
         ours, theirs = muxed(attacker, victim), muxed(victim, attacker)
         first = ours.next_stream_id + 10_000
         for number in range(first, first + 4 * MAX_INBOUND_STREAMS, 2):
-            await ours._write_frame(frame(TYPE_DATA, FLAG_SYN | FLAG_FIN, number, 2, b"no"))
+            await ours._write_frame(frame(TYPE_WINDOW_UPDATE, FLAG_SYN, number, 0))
             assert len(theirs.streams) <= MAX_INBOUND_STREAMS + 8
         numbers = range(first, first + 4 * MAX_INBOUND_STREAMS, 2)
         ends = (frame(TYPE_WINDOW_UPDATE, FLAG_RST, number, 0) for number in numbers)
@@ -440,3 +452,117 @@ async def test_reports_are_read_of_partners_only(network: Network, caplog: pytes
         worker.report(scheduler.peer_id, report)
         await trio.sleep(0.3)
         assert len(arrived) == count
+
+
+# --- the DHT --------------------------------------------------------------------------------------------
+
+
+async def test_idle_streams_of_the_dht_keep_nobody_from_asking(network: Network) -> None:
+    """As shipped, twelve streams that sent a query and went on saying nothing were all that was served."""
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(network.gateway())
+        attackers = [await stack.enter_async_context(network.leaf(name, [gateway])) for name in "ab"]
+        data = await stack.enter_async_context(network.leaf("data", [gateway]))
+        worker = await stack.enter_async_context(network.leaf("worker", [gateway]))
+        asks = Message(type=Message.GET_PROVIDERS, key=key_of("x"))
+        query = encode_varint_prefixed(asks.SerializeToString())
+        for attacker in attackers:
+            for _ in range(10):
+                stream = await attacker.open_stream(gateway.peer_id, str(DHT))
+                await stream.write(query + b"\x50")  # and one that never ends
+        await trio.sleep(0.3)
+        with trio.fail_after(5):
+            assert await data.provide("set") == 1
+            assert [ref.peer for ref in await worker.find_providers("set")] == [data.peer_id]
+
+
+async def test_a_data_node_may_announce_many_datasets_at_once(network: Network) -> None:
+    """As shipped, all but twelve at a time were reset and had to be tried again."""
+    async with network.gateway() as gateway, network.leaf("data", [gateway]) as data:
+        taken: list[int] = []
+
+        async def announce(name: str) -> None:
+            taken.append(await data.provide(name))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(60):
+                nursery.start_soon(announce, f"set-{number}")
+        assert taken == [1] * 60
+
+
+async def test_a_dht_server_keeps_nothing_but_providers(network: Network) -> None:
+    """As shipped, it kept values under any key."""
+    put = Message(type=Message.PUT_VALUE, key=b"/x/y")
+    put.record.key, put.record.value = b"/x/y", bytes(8 * KIB)
+    large = Message(type=Message.GET_PROVIDERS, key=bytes(32 * KIB))
+    async with network.gateway() as gateway, network.leaf("a", [gateway]) as attacker:
+        assert gateway.dht_server is not None
+        for message in (put, large):
+            stream = await attacker.open_stream(gateway.peer_id, str(DHT))
+            await stream.write(encode_varint_prefixed(message.SerializeToString()))
+            with trio.fail_after(5), pytest.raises(STREAM_ERRORS):
+                await stream.read(1)
+        assert not gateway.dht_server._dht.value_store.store
+
+
+def test_records_of_one_peer_and_of_one_key_are_bounded() -> None:
+    table: dict[bytes, dict[str, Any]] = {}
+    records = Records(table)
+
+    def keep(number: int, peer: str, at: float = 0) -> None:
+        key = key_of(str(number))
+        records.make_room(key, peer)
+        table.setdefault(key, {})[peer] = SimpleNamespace(timestamp=at)
+
+    keep(0, "honest")
+    for number in range(3 * MAX_KEYS_PER_PEER):
+        keep(number, "attacker")
+    assert sum("attacker" in one for one in table.values()) == MAX_KEYS_PER_PEER
+    assert len(table) == MAX_KEYS_PER_PEER + 1
+    assert table[key_of("0")].keys() == {"honest"}
+    for number in range(3 * MAX_PROVIDERS):
+        keep(1, f"peer-{number}", at=number)
+    assert len(table[key_of("1")]) == MAX_PROVIDERS
+    assert set(records._keys) == {"honest", "attacker", *table[key_of("1")]}
+
+
+def test_a_query_is_seen_without_what_the_library_would_keep() -> None:
+    query = Message(type=Message.ADD_PROVIDER, key=b"key", senderRecord=b"record")
+    for _ in range(3):
+        provider = query.providerPeers.add()
+        provider.id, provider.signedRecord = b"id", b"record"
+        provider.addrs.extend([b"address"] * 200)
+    trimmed = trimmed_query(query)
+    assert trimmed is not None
+    assert not trimmed.senderRecord
+    (provider,) = trimmed.providerPeers
+    assert not provider.signedRecord
+    assert len(provider.addrs) == MAX_RECORD_ADDRESSES
+    assert trimmed_query(Message(type=Message.PUT_VALUE, key=b"key")) is None
+
+
+# --- circuits -------------------------------------------------------------------------------------------
+
+
+async def test_one_caller_does_not_have_all_circuits_of_a_gateway(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it was, one peer could take every circuit, to a few peers behind the gateway."""
+    async with AsyncExitStack() as stack:
+        limits = RelayLimits(circuits=6, per_peer=4)
+        gateway = await stack.enter_async_context(network.gateway(relay_limits=limits))
+        workers = [await stack.enter_async_context(network.leaf(name, [gateway])) for name in "uvw"]
+        attacker = await stack.enter_async_context(network.leaf("a", [gateway], reserve=False))
+        other = await stack.enter_async_context(network.leaf("b", [gateway], reserve=False))
+        assert gateway.hop is not None
+        await until(lambda: gateway.hop is not None and gateway.hop.reservations == 3)
+        refused = 0
+        for worker in (*workers, *workers):
+            try:
+                await attacker._relay.dial(gateway.peer_id, worker.peer_id)
+            except RelayRefused:
+                refused += 1
+        assert gateway.hop.circuits == limits.per_caller == 3
+        assert refused == 3
+        assert isinstance(await other.request(workers[0].peer_id, Health(), timeout_s=8), HealthReport)
+        assert caplog.text.count("half of all") == 1
