@@ -8,6 +8,7 @@ import socket
 import struct
 import time
 from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from libp2p.stream_muxer.yamux.yamux import (
 )
 from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr
-from tests.support.network import Network, address_of, until
+from tests.support.network import Network, Pki, address_of, until
 
 from hypha.errors import PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import (
@@ -566,3 +567,17 @@ async def test_one_caller_does_not_have_all_circuits_of_a_gateway(
         assert refused == 3
         assert isinstance(await other.request(workers[0].peer_id, Health(), timeout_s=8), HealthReport)
         assert caplog.text.count("half of all") == 1
+
+
+async def test_failed_handshakes_of_one_address_do_not_fill_the_log(
+    network: Network, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    stranger = Pki(tmp_path / "stranger").identity("stranger")
+    async with network.leaf("b") as victim, network.leaf("a", identity=stranger) as attacker:
+        address = Multiaddr(victim.listen_addresses()[0])
+        for _ in range(5):
+            raw = await attacker._port.dial(address)
+            with suppress(Exception):
+                await attacker._host.upgrade_outbound_connection(raw, ID.from_string(victim.peer_id))
+        # who dials names the peer that it expects, so these are the victim's
+        assert caplog.text.count("handshake with 127.0.0.1:") == 1

@@ -7,7 +7,10 @@ the oldest is forgotten first.
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
+
+import trio
 
 from hypha.telemetry.instruments import STREAMS_REFUSED
 
@@ -21,16 +24,22 @@ class OverLimit:
     """Of one node, or of one part of it."""
 
     def __init__(self) -> None:
-        self._logged: OrderedDict[tuple[str, str], None] = OrderedDict()
+        #: when each was logged last, the longest ago first
+        self._logged: OrderedDict[tuple[str, str], float] = OrderedDict()
 
-    def is_first(self, who: str, what: str) -> bool:
-        """Whether ``what`` is refused to ``who`` (a peer or an address) for the first time that is known."""
-        first = (who, what) not in self._logged
-        self._logged[who, what] = None
+    def is_first(self, who: str, what: str, again_after_s: float = math.inf) -> bool:
+        """Whether ``what`` is refused to ``who`` (a peer or an address) for the first time that is known, or
+        was logged longer ago than ``again_after_s``.
+        """
+        now = trio.current_time()
+        last = self._logged.get((who, what))
+        if last is not None and now < last + again_after_s:
+            return False
+        self._logged[who, what] = now
         self._logged.move_to_end((who, what))
         if len(self._logged) > REMEMBERED:
             self._logged.popitem(last=False)
-        return first
+        return True
 
     def note(self, peer: str, service: str, limit: str) -> None:
         """A stream or request of ``peer`` for ``service`` was refused: it is over ``limit``, a sentence's end

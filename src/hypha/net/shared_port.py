@@ -147,10 +147,10 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
 
     def create_listener(self, handler_function: Callable[[Any], Awaitable[None]]) -> TCPListener:
         async def accept(stream: TrioTCPStream) -> None:
+            host = _host_of(stream.stream.socket)
+            if host is None:
+                return
             with trio.CancelScope() as scope:
-                host = _host_of(stream.stream.socket)
-                if host is None:
-                    return
                 arrival = self._arrivals.arrive(host, scope.cancel)
                 if arrival is None:
                     self._note_refused(host, "others that have shown no certificate yet have all places")

@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 #: The multistream name that upstream's TLS uses too.
 PROTOCOL_ID = TProtocol("/tls/1.0.0")
 HANDSHAKE_TIMEOUT_S = 10.0
+#: Failed handshakes of one address and kind are warned of once within this.
+TELL_AGAIN_S = 60.0
 #: Who is turned away closes first, within this.
 FAREWELL_S = 1.0
 #: How a node's number is written into the name that it asks for in the handshake.
@@ -298,7 +300,8 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             reason = f"no end within {HANDSHAKE_TIMEOUT_S:g} s" if slow else reason_of(exc)
             self._count_refused(server, exc)
             # said first: closing may end the task that serves this connection
-            logger.warning(
+            logger.log(
+                _level(raw, failure_of(exc)),
                 "The mutual-TLS handshake with %s failed: %s.",
                 expected or place,
                 reason,
@@ -309,7 +312,8 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         except HandshakeFailure as exc:
             self._count_refused(server, exc)
             # whoever did not admit it has said so, and not for each of its attempts
-            level = logging.DEBUG if isinstance(exc, NotAdmitted | NoPlace) else logging.WARNING
+            told = isinstance(exc, NotAdmitted | NoPlace)
+            level = logging.DEBUG if told else _level(raw, failure_of(exc))
             logger.log(level, "Refused the connection with %s: %s.", place, exc)
             await trio.aclose_forcefully(_Closing(raw))
             raise
@@ -396,6 +400,16 @@ def _take_place(raw: IRawConnection, peer: ID) -> str | None:
     if not isinstance(stream, WatchedStream) or stream.arrival is None:
         return None  # circuits are counted by their relays
     return stream.arrival.authenticate(str(peer))
+
+
+def _level(raw: IRawConnection, failure: str) -> int:
+    """At which level a failed handshake is logged: one an address and kind of failure within a minute is a
+    warning, as anybody may have them fail without end.
+    """
+    arrival = stream.arrival if isinstance(stream := getattr(raw, "stream", None), WatchedStream) else None
+    if arrival is None or arrival.places.over_limit.is_first(arrival.source, failure, TELL_AGAIN_S):
+        return logging.WARNING
+    return logging.DEBUG
 
 
 def _address(raw: IRawConnection) -> str:
