@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from hypha.naming import shown
 from hypha.net.over_limit import OverLimit
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,8 @@ class Arrivals:
         if reason is not None:
             if self.over_limit.is_first(peer, "connections"):
                 logger.warning(
-                    "Turned a peer away: %s. This is logged once a peer.",
+                    "Turned %s away: %s. This is logged once a peer.",
+                    shown(peer),
                     f"{len(self._known)} connections are open, {self._per_peer[peer]} of them its own",
                     extra={"peer_id": peer},
                 )

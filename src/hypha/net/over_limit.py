@@ -12,6 +12,7 @@ from collections import OrderedDict
 
 import trio
 
+from hypha.naming import shown
 from hypha.telemetry.instruments import STREAMS_REFUSED
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class OverLimit:
         STREAMS_REFUSED.add(service=service)
         if self.is_first(peer, service):
             logger.warning(
-                "Refused a stream for %s: %s. This is logged once a peer.",
+                "Refused %s a stream for %s: %s. This is logged once a peer.",
+                shown(peer),
                 service,
                 limit,
                 extra={"peer_id": peer},

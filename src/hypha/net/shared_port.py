@@ -30,6 +30,8 @@ from hypha.telemetry.instruments import CONNECTIONS_FAILED
 logger = logging.getLogger(__name__)
 
 FIRST_BYTE_TIMEOUT_S = 5.0
+#: Connections of one address that fail in the same way are logged once within this.
+TELL_AGAIN_S = 60.0
 MULTISTREAM = b"\x13"
 TLS_CLIENT_HELLO = b"\x16"
 
@@ -189,7 +191,11 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             arrival.cut = None  # its thread would go on: it has a deadline of its own
             await self._serve_bulk(connection, self.serve_bulk)
         else:
-            logger.info("Closed an incoming connection that spoke neither protocol.")
+            first = self._arrivals.over_limit.is_first(arrival.source, "protocol", TELL_AGAIN_S)
+            logger.log(
+                logging.INFO if first else logging.DEBUG,
+                "Closed an incoming connection that spoke neither protocol.",
+            )
 
     async def _serve_libp2p(
         self, stream: TrioTCPStream, arrival: Arrival, libp2p_handler: Callable[[Any], Awaitable[None]]

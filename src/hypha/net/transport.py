@@ -29,7 +29,7 @@ from hypha.errors import IdentityError
 from hypha.naming import cleaned, learn
 from hypha.net.reasons import NoPlace, failure_of, reason_of
 from hypha.net.refusals import BUSY, CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
-from hypha.net.shared_port import WatchedStream
+from hypha.net.shared_port import TELL_AGAIN_S, WatchedStream
 from hypha.pki.certificates import common_name_of, organization_of, parse_der, presented_chain, roles_in
 from hypha.pki.contexts import asked_name_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 #: The multistream name that upstream's TLS uses too.
 PROTOCOL_ID = TProtocol("/tls/1.0.0")
 HANDSHAKE_TIMEOUT_S = 10.0
-#: Failed handshakes of one address and kind are warned of once within this.
-TELL_AGAIN_S = 60.0
 #: Who is turned away closes first, within this.
 FAREWELL_S = 1.0
 #: How a node's number is written into the name that it asks for in the handshake.

@@ -18,6 +18,7 @@ import libp2p.stream_muxer.yamux.yamux as yamux
 import trio
 from libp2p.io.utils import read_exactly
 
+from hypha.naming import shown
 from hypha.telemetry.instruments import STREAMS_REFUSED
 
 logger = logging.getLogger(__name__)
@@ -78,13 +79,15 @@ async def _handle_incoming(connection: Any) -> None:
     except Breach as exc:
         connection.__dict__["_breach"] = str(exc)
         logger.warning(
-            "Ended the connection with a peer that breaks the rules of yamux: %s.",
+            "Ended the connection with %s, which breaks the rules of yamux: %s.",
+            shown(str(connection.peer_id)),
             exc,
             extra={"peer_id": str(connection.peer_id)},
         )
     except trio.TooSlowError:
         logger.warning(
-            "Ended a connection in the middle of a frame: its rest did not come within %g s.",
+            "Ended the connection with %s in the middle of a frame: its rest did not come within %g s.",
+            shown(str(connection.peer_id)),
             BODY_TIMEOUT_S,
             extra={"peer_id": str(connection.peer_id)},
         )
@@ -173,7 +176,8 @@ def _is_full(connection: Any) -> bool:
     if not connection.__dict__.setdefault("_told_full", False):
         connection.__dict__["_told_full"] = True
         logger.warning(
-            "A peer has %d open streams on one connection, and is refused more. This is logged once.",
+            "%s has %d open streams on one connection, and is refused more. This is logged once.",
+            shown(str(connection.peer_id)),
             MAX_INBOUND_STREAMS,
             extra={"peer_id": str(connection.peer_id)},
         )
