@@ -52,9 +52,9 @@ IDENTIFY_WAIT_S = 10.0
 #: A client must have sent its query within this, and taken the answer within this.
 READ_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 20.0
-#: Queries of one gateway that are under way at once: fewer than it serves to one peer
-#: (``inbound_streams``), as a data node announces all its datasets at the same time.
-ASKED_AT_ONCE = 16
+#: A data node announces all its datasets at the same time: so many are under way at once, fewer than a
+#: gateway serves to one peer (``inbound_streams``).
+ANNOUNCED_AT_ONCE = 16
 
 
 def key_of(dataset: str) -> bytes:
@@ -203,7 +203,7 @@ class DhtClient:
         self._learn = learn
         self._timeout_s = timeout_s
         self._provided: set[str] = set()
-        self._asking: dict[str, trio.CapacityLimiter] = {}
+        self._announcing = trio.CapacityLimiter(ANNOUNCED_AT_ONCE)
 
     async def provide(self, dataset: str) -> int:
         """Announce this node as a provider; returns how many gateways took it. Goes on renewing."""
@@ -254,7 +254,8 @@ class DhtClient:
         own.id = ID.from_string(ref.peer).to_bytes()
         own.addrs.extend(Multiaddr(text).to_bytes() for text in ref.addresses)
         with span(DHT_PROVIDE, {"hypha.dataset": dataset}, kind=SpanKind.CLIENT) as announcing:
-            answers = await self._ask_all(request)
+            async with self._announcing:
+                answers = await self._ask_all(request)
             _note(announcing, answers)
         logger.debug("%d gateways took the announcement of dataset %s.", len(answers), dataset)
         return len(answers)
@@ -296,11 +297,6 @@ class DhtClient:
         return answers
 
     async def _ask(self, peer: str, request: Message) -> Message:
-        # few peers are ever asked: gateways
-        async with self._asking.setdefault(peer, trio.CapacityLimiter(ASKED_AT_ONCE)):
-            return await self._asked(peer, request)
-
-    async def _asked(self, peer: str, request: Message) -> Message:
         await self._dialer.connect(peer, relays=False)
         stream = await self._streams.open(peer, str(PROTOCOL_ID))
         try:
