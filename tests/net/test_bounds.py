@@ -270,6 +270,18 @@ async def test_strangers_at_the_address_of_honest_peers_give_way_to_them(network
             await one.aclose()
 
 
+async def test_a_greeting_dealt_out_by_bytes_ends_with_the_deadline_of_the_whole(network: Network) -> None:
+    async with network.leaf("b") as victim:
+        victim._swarm.connection_config.inbound_upgrade_timeout = 1.0
+        stream = await connected_from("127.0.0.1", victim)
+        with trio.fail_after(4), suppress(trio.BrokenResourceError):
+            for byte in b"\x13/multistream/1.0.0\n" * 3:
+                await stream.send_all(bytes([byte]))
+                await trio.sleep(0.2)
+        await until(lambda: victim._port._arrivals.anonymous == 0)
+        await stream.aclose()
+
+
 async def test_one_peer_has_a_few_connections_only(network: Network) -> None:
     """As shipped, one peer may take every place: the library closes none that is younger than 20 seconds."""
     async with network.leaf("b") as victim, network.leaf("a") as attacker, network.leaf("c") as other:
