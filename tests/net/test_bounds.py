@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import trio
+from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.kad_dht.common import PROTOCOL_ID as DHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
+from libp2p.peer.peerdata import PeerData
 from libp2p.stream_muxer.yamux.yamux import (
     FLAG_RST,
     FLAG_SYN,
@@ -43,8 +45,8 @@ from hypha.messages import (
     Report,
 )
 from hypha.net import Libp2pNode as Node
-from hypha.net import bulk_meeting, rpc
-from hypha.net.addresses import host_and_port
+from hypha.net import bulk_meeting, identify_bounds, rpc
+from hypha.net.addresses import MAX_ADDRESSES, host_and_port
 from hypha.net.arrivals import (
     GRACE_S,
     MAX_ANONYMOUS,
@@ -596,3 +598,48 @@ async def test_failed_handshakes_of_one_address_do_not_fill_the_log(
                 await attacker._host.upgrade_outbound_connection(raw, ID.from_string(victim.peer_id))
         # who dials names the peer that it expects, so these are the victim's
         assert caplog.text.count("handshake with 127.0.0.1:") == 1
+
+
+# --- identify -------------------------------------------------------------------------------------------
+
+
+def identity_with(addresses: int) -> bytes:
+    """An answer of identify that names so many addresses."""
+    told = Identify(protocols=[str(DHT)])
+    told.listen_addrs.extend(
+        Multiaddr(f"/ip4/10.{n >> 16}.{n >> 8 & 255}.{n & 255}/tcp/1").to_bytes() for n in range(addresses)
+    )
+    return encode_varint_prefixed(told.SerializeToString())
+
+
+async def test_what_a_peer_says_of_itself_stalls_nobody(network: Network) -> None:
+    """As shipped, a thousand addresses of each message were kept, and compared with all those before."""
+    async with network.gateway() as gateway, network.leaf("a", [gateway]) as attacker:
+        store = gateway._host.get_peerstore()
+        peer = ID.from_string(attacker.peer_id)
+        many = identity_with(5000)
+
+        async def lie(stream: Any, caller: str) -> None:
+            await stream.write(many)
+            await stream.close()
+
+        attacker.set_stream_handler("/ipfs/id/1.0.0", lie)
+        for _ in range(2):
+            await attacker.disconnect(gateway.peer_id)
+            await until(lambda: not gateway.is_connected(attacker.peer_id))
+            await attacker.connect(ref_of(gateway))
+            with trio.fail_after(5):
+                assert await is_served(attacker, gateway)
+        with pytest.raises(PeerUnreachable):
+            await attacker.open_stream(gateway.peer_id, "/ipfs/id/push/1.0.0")
+        assert len(store.peer_data_map[peer].get_addrs()) <= MAX_ADDRESSES
+
+
+def test_the_newest_addresses_of_a_peer_are_kept() -> None:
+    identify_bounds.install()
+    data = PeerData()
+    many = [Multiaddr(f"/ip4/10.0.{n >> 8}.{n & 255}/tcp/1") for n in range(1000)]
+    for start in range(0, 1000, 10):
+        data.add_addrs(many[start : start + 10])
+        data.add_addrs(many[start : start + 10])
+    assert data.get_addrs() == many[-MAX_ADDRESSES:]

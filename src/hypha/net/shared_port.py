@@ -191,9 +191,9 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             arrival.cut = None  # its thread would go on: it has a deadline of its own
             await self._serve_bulk(connection, self.serve_bulk)
         else:
-            first = self._arrivals.over_limit.is_first(arrival.source, "protocol", TELL_AGAIN_S)
+            is_first = self._arrivals.over_limit.is_first(arrival.source, "protocol", TELL_AGAIN_S)
             logger.log(
-                logging.INFO if first else logging.DEBUG,
+                logging.INFO if is_first else logging.DEBUG,
                 "Closed an incoming connection that spoke neither protocol.",
             )
 
