@@ -257,9 +257,7 @@ class Libp2pNode:
         self._rpc.answer(kind, handler, roles)
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        """Keep places for requests of those peers of whom ``is_partner`` says so, because they share a lease
-        with this node: what others ask for never makes a renewal ``busy``. A later call replaces this one.
-        """
+        """Keep places for requests of those of whom ``is_partner`` says so, as they share a lease with us."""
         self._rpc.prefer(is_partner)
 
     async def _health(self, caller: str, request: Health) -> HealthReport:
@@ -275,9 +273,7 @@ class Libp2pNode:
         roles: Collection[str] | None = None,
         admits: Callable[[str], bool] | None = None,
     ) -> None:
-        """Call ``handler(caller, reports)`` for reports that arrive; it must not block. With ``admits`` only
-        for those of peers of whom it says so at that moment; the others' streams are ended.
-        """
+        """Call ``handler(caller, reports)`` for reports of whom ``admits`` admits; it must not block."""
         self._reports.answer(handler, roles, admits)
 
     # --- gossip and datasets ------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 import trio
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
 from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP, TCPListener
 from libp2p.utils.multiaddr_utils import multiaddr_from_socket
@@ -235,3 +236,21 @@ def _host_of(sock: trio.socket.SocketType) -> str | None:
         return str(sock.getpeername()[0])
     except OSError:
         return None
+
+
+def take_place(raw: Any, peer: ID) -> str | None:
+    """Give a connection that was dialled directly its place among those of known peers, or say why not."""
+    stream = getattr(raw, "stream", None)
+    if not isinstance(stream, WatchedStream) or stream.arrival is None:
+        return None  # circuits are counted by their relays
+    return stream.arrival.authenticate(str(peer))
+
+
+def level_of(raw: Any, failure: str) -> int:
+    """At which level a failed handshake is logged: one an address and kind of failure within a minute is a
+    warning, as anybody may have them fail without end.
+    """
+    arrival = stream.arrival if isinstance(stream := getattr(raw, "stream", None), WatchedStream) else None
+    if arrival is None or arrival.places.over_limit.is_first(arrival.source, failure, TELL_AGAIN_S):
+        return logging.WARNING
+    return logging.DEBUG

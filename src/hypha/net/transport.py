@@ -29,7 +29,7 @@ from hypha.errors import IdentityError
 from hypha.naming import cleaned, learn
 from hypha.net.reasons import NoPlace, failure_of, reason_of
 from hypha.net.refusals import BUSY, CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
-from hypha.net.shared_port import TELL_AGAIN_S, WatchedStream
+from hypha.net.shared_port import level_of, take_place
 from hypha.pki.certificates import common_name_of, organization_of, parse_der, presented_chain, roles_in
 from hypha.pki.contexts import asked_name_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
@@ -299,7 +299,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             self._count_refused(server, exc)
             # said first: closing may end the task that serves this connection
             logger.log(
-                _level(raw, failure_of(exc)),
+                level_of(raw, failure_of(exc)),
                 "The mutual-TLS handshake with %s failed: %s.",
                 expected or place,
                 reason,
@@ -311,7 +311,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             self._count_refused(server, exc)
             # whoever did not admit it has said so, and not for each of its attempts
             told = isinstance(exc, NotAdmitted | NoPlace)
-            level = logging.DEBUG if told else _level(raw, failure_of(exc))
+            level = logging.DEBUG if told else level_of(raw, failure_of(exc))
             logger.log(level, "Refused the connection with %s: %s.", place, exc)
             await trio.aclose_forcefully(_Closing(raw))
             raise
@@ -361,7 +361,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         if server and self.admit is not None and (unwanted := await self.admit(connection)) is not None:
             await _turn_away(raw, tls, outgoing, unwanted)
             raise NotAdmitted(unwanted.code)
-        if server and (crowded := _take_place(raw, connection.get_remote_peer())) is not None:
+        if server and (crowded := take_place(raw, connection.get_remote_peer())) is not None:
             await _turn_away(raw, tls, outgoing, Refusal(BUSY, crowded))
             raise NoPlace(crowded)
         return connection
@@ -390,24 +390,6 @@ def instance_of(tls: ssl.SSLObject) -> str | None:
     """Which node has dialled, where it says so."""
     name = asked_name_of(tls) or ""
     return name.removesuffix(_INSTANCE_SUFFIX) if name.endswith(_INSTANCE_SUFFIX) else None
-
-
-def _take_place(raw: IRawConnection, peer: ID) -> str | None:
-    """Give a connection that was dialled directly its place among those of known peers, or say why not."""
-    stream = getattr(raw, "stream", None)
-    if not isinstance(stream, WatchedStream) or stream.arrival is None:
-        return None  # circuits are counted by their relays
-    return stream.arrival.authenticate(str(peer))
-
-
-def _level(raw: IRawConnection, failure: str) -> int:
-    """At which level a failed handshake is logged: one an address and kind of failure within a minute is a
-    warning, as anybody may have them fail without end.
-    """
-    arrival = stream.arrival if isinstance(stream := getattr(raw, "stream", None), WatchedStream) else None
-    if arrival is None or arrival.places.over_limit.is_first(arrival.source, failure, TELL_AGAIN_S):
-        return logging.WARNING
-    return logging.DEBUG
 
 
 def _address(raw: IRawConnection) -> str:
