@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import socket
 import tomllib
@@ -220,6 +221,29 @@ def test_a_plain_model_by_its_entrypoint(here: Path, pki: Path) -> None:
     assert model == {"type": "torch", "entrypoint": "package.module:Model"}
     assert "FILL IN" not in (here / "c.toml").read_text()
     run("scheduler", "init", "-o", "d.toml", "--model", "model", *arguments, ok=False)
+
+
+def test_the_task_is_that_of_the_model(here: Path, pki: Path) -> None:
+    def task(*arguments: str) -> str:
+        run("scheduler", "init", "-o", "c.toml", "--force", "--dataset", "d", "--pki", str(pki), *arguments)
+        kind = tomllib.loads((here / "c.toml").read_text())["scheduler"]["job"]["model"]["type"]
+        assert isinstance(kind, str)
+        return kind
+
+    file = here / "model" / "config.json"
+    for architecture, kind in (
+        ("GPT2LMHeadModel", "causal-lm"),
+        ("LlamaForCausalLM", "causal-lm"),
+        ("BertForSequenceClassification", "sequence-classification"),
+        ("MaskFormerForInstanceSegmentation", "instance-segmentation"),
+        ("SomethingElse", "image-classification"),
+    ):
+        file.write_text(json.dumps({"architectures": [architecture]}))
+        assert task("--model", "model") == kind
+    assert task("--model", "model", "--model-type", "masked-lm") == "masked-lm"
+    file.write_text("[")
+    assert task("--model", "model") == "image-classification"
+    assert "causal-lm?" in run("scheduler", "init", "--model-type", "casual-lm", ok=False)
 
 
 def test_a_gateway_by_its_name_in_a_private_network_is_dialled_directly(

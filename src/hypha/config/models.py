@@ -270,6 +270,8 @@ class ModelConfig(Section):
     ``repository`` (Hugging Face) and ``entrypoint`` (plain PyTorch, with ``type = "torch"``).
     """
 
+    #: the task, as in the name of its class in transformers: causal-lm of AutoModelForCausalLM,
+    #: image-classification, sequence-classification, masked-lm ...; torch for an entrypoint
     type: str
     path: Path | None = None
     repository: str | None = None
@@ -281,6 +283,8 @@ class ModelConfig(Section):
     arguments: dict[str, str | int | float | bool | None] = {}
     #: model argument -> dataset column; a list means columns of the same names
     input_names: dict[str, str] | list[str] = {}
+    #: cross-entropy, mse, l1 or bce-with-logits, for a model whose forward takes no labels; not set: the
+    #: model's own
     loss: Literal["cross-entropy", "mse", "l1", "bce-with-logits"] | None = None
     seed: int = 0
     trust_remote_code: bool = False
@@ -289,6 +293,7 @@ class ModelConfig(Section):
 class PreprocessorConfig(Section):
     """A Hugging Face preprocessor; ``path`` or ``repository`` as for the model."""
 
+    #: auto, feature, image, tokenizer or video
     type: Literal["auto", "feature", "image", "tokenizer", "video"]
     path: Path | None = None
     repository: str | None = None
@@ -303,7 +308,7 @@ class DatasetRef(Section):
 
     dataset: str
     shuffle: bool = True
-    #: how long to wait for somebody to serve it; ``None``: for ever, saying so
+    #: give up (exit code 3) when nobody has served it for so many seconds after the start
     wait_s: float | None = Field(default=60.0, gt=0)
 
 

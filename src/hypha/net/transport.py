@@ -78,6 +78,10 @@ class NotAdmitted(HandshakeFailure):  # type: ignore[misc]
     """The certificate is good, but this node does not let the peer in now."""
 
 
+class _GaveUp(HandshakeFailure):  # type: ignore[misc]
+    """The other end closed during the handshake, without an alert that says why."""
+
+
 class TlsConnection(ISecureConn):  # type: ignore[misc]
     """An authenticated connection. ``certificate`` is the peer's, DER; ``roles``, ``name`` and
     ``organization`` are from it. ``instance`` tells which node with that certificate has dialled; ``None``
@@ -309,9 +313,10 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             raise HandshakeFailure(f"mutual TLS failed: {reason}") from exc
         except HandshakeFailure as exc:
             self._count_refused(server, exc)
-            # whoever did not admit it has said so, and not for each of its attempts
-            told = isinstance(exc, NotAdmitted | NoPlace)
-            level = logging.DEBUG if told else level_of(raw, failure_of(exc))
+            # whoever did not admit it has said so, and not for each of its attempts; and a node dials several
+            # addresses at once, and gives up the others when one is there
+            expected_here = isinstance(exc, NotAdmitted | NoPlace) or (server and isinstance(exc, _GaveUp))
+            level = logging.DEBUG if expected_here else level_of(raw, failure_of(exc))
             logger.log(level, "Refused the connection with %s: %s.", place, exc)
             await trio.aclose_forcefully(_Closing(raw))
             raise
@@ -330,7 +335,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
                     await raw.write(outgoing.read())
                 received = await raw.read(RECEIVE_BYTES)
                 if not received:
-                    raise HandshakeFailure("the peer closed during the handshake") from None
+                    raise _GaveUp("the peer closed during the handshake") from None
                 incoming.write(received)
             except ssl.SSLError:
                 if outgoing.pending:  # the alert tells the other side why
