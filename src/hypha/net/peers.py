@@ -21,6 +21,7 @@ from hypha.errors import IdentityError, PeerUnreachable
 from hypha.net.options import Timings
 from hypha.net.streams import STREAM_ERRORS
 from hypha.net.transport import TlsConnection
+from hypha.net.yamux_incoming import breach_of
 from hypha.node import ConnectionInfo, PeerLost
 from hypha.pki.identity import Identity
 from hypha.telemetry.instruments import CONNECTIONS_ESTABLISHED, CONNECTIONS_LOST
@@ -182,7 +183,7 @@ class Peers(INotifee):  # type: ignore[misc]
                 lost.set()
         self._ends = [(left, lost) for left, lost in self._ends if left]
         peer = str(conn.muxed_conn.peer_id)
-        reason = self._cuts.pop(conn, "closed")
+        reason = self._cuts.pop(conn, "limit" if breach_of(conn.muxed_conn) else "closed")
         CONNECTIONS_LOST.add(reason=reason)
         direction, way = direction_of(conn), way_of(conn)
         logger.debug(

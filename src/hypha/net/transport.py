@@ -27,8 +27,9 @@ from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.errors import IdentityError
 from hypha.naming import cleaned, learn
-from hypha.net.reasons import failure_of, reason_of
-from hypha.net.refusals import CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
+from hypha.net.reasons import NoPlace, failure_of, reason_of
+from hypha.net.refusals import BUSY, CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
+from hypha.net.shared_port import level_of, take_place
 from hypha.pki.certificates import common_name_of, organization_of, parse_der, presented_chain, roles_in
 from hypha.pki.contexts import asked_name_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
@@ -301,7 +302,8 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             reason = f"no end within {HANDSHAKE_TIMEOUT_S:g} s" if slow else reason_of(exc)
             self._count_refused(server, exc)
             # said first: closing may end the task that serves this connection
-            logger.warning(
+            logger.log(
+                level_of(raw, failure_of(exc)),
                 "The mutual-TLS handshake with %s failed: %s.",
                 expected or place,
                 reason,
@@ -313,8 +315,8 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             self._count_refused(server, exc)
             # whoever did not admit it has said so, and not for each of its attempts; and a node dials several
             # addresses at once, and gives up the others when one is there
-            expected_here = isinstance(exc, NotAdmitted) or (server and isinstance(exc, _GaveUp))
-            level = logging.DEBUG if expected_here else logging.WARNING
+            expected_here = isinstance(exc, NotAdmitted | NoPlace) or (server and isinstance(exc, _GaveUp))
+            level = logging.DEBUG if expected_here else level_of(raw, failure_of(exc))
             logger.log(level, "Refused the connection with %s: %s.", place, exc)
             await trio.aclose_forcefully(_Closing(raw))
             raise
@@ -364,6 +366,9 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         if server and self.admit is not None and (unwanted := await self.admit(connection)) is not None:
             await _turn_away(raw, tls, outgoing, unwanted)
             raise NotAdmitted(unwanted.code)
+        if server and (crowded := take_place(raw, connection.get_remote_peer())) is not None:
+            await _turn_away(raw, tls, outgoing, Refusal(BUSY, crowded))
+            raise NoPlace(crowded)
         return connection
 
     @staticmethod

@@ -17,6 +17,8 @@ from typing import Any
 import libp2p.stream_muxer.yamux.yamux as yamux
 import trio
 
+from hypha.net import yamux_incoming
+
 #: Payload of one DATA frame.
 FRAME_BYTES = 256 * 1024
 #: How long a reader may pause before its writer gives up; a dead *connection* is noticed much earlier.
@@ -79,7 +81,7 @@ async def _give_window(stream: Any, *, bytes_read: int = 0) -> None:
     async with stream.window_lock:
         buffered = len(stream.conn.stream_buffers.get(stream.stream_id, b""))
         more = stream._grow_to_delta(buffered)
-        if more:
+        if more and yamux_incoming.may_grow(stream):
             more += stream._apply_autotune_epoch(buffered)
     try:
         await stream.send_window_update(more)
@@ -157,3 +159,4 @@ def install() -> None:
     yamux.Yamux._write_frame = _write_frame
     yamux.Yamux.open_stream = _open_stream
     yamux.Yamux.close = _close
+    yamux_incoming.install()

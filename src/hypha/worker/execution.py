@@ -449,10 +449,12 @@ class Execution:
         self._signals.spans.take(spans)
 
     def say(self, event: Event) -> None:
-        """Forward an event of the executor."""
+        """Forward an event of the executor. Raises Refused (``busy``) when too many wait."""
         self._watch.sign(event, trio.current_time())
         if isinstance(event, Alive):
             return
+        if not isinstance(event, Progress):
+            self._outbox.check_room()
         self._signals.said(event)
         round_ = getattr(event, "round", None)
         stamp = self.stamp()
