@@ -119,7 +119,12 @@ async def serve(
     """
     bind(worker_peer_id=node.peer_id)
     environment = child_environment()
-    allowance = Allowance(config.allow)
+    allowance = Allowance(config.allow, config.exclude_cidr)
+    if config.allow.local:
+        logger.warning(
+            "allow.local is the earlier name of two keys, and lets jobs both read and write what it lists: "
+            "write allow.local_read and allow.local_write instead."
+        )
     workshop = Workshop(
         node=node,
         config=config,
