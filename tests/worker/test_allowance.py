@@ -130,7 +130,10 @@ def test_owner_and_name_of_a_repository_are_matched_apart() -> None:
         ("*", "../../etc", "invalid"),
         ("*", "acme/..", "invalid"),
     ):
-        assert code_of(HuggingFace(repository=repository), huggingface=[pattern]) == code, (pattern, repository)
+        assert code_of(HuggingFace(repository=repository), huggingface=[pattern]) == code, (
+            pattern,
+            repository,
+        )
 
 
 def test_dot_segments_are_resolved_before_the_pattern_is_asked() -> None:

@@ -84,7 +84,7 @@ async def test_redirects_do_not_lead_into_excluded_networks(tmp_path: Path) -> N
     with http_server(answer) as base:
         # the owner named the first address itself, so it may be asked; what it redirects to is another one
         rules = Allowance(AllowConfig(uri=[f"{base}/*", "http://localhost:*/*"]), RESERVED_CIDR)
-        with pytest.raises(Refused, match="localhost is .*exclude_cidr"):
+        with pytest.raises(Refused, match=r"localhost is .*exclude_cidr"):
             await fetch_uri(f"{base}/public", tmp_path, rules)
 
 
