@@ -369,10 +369,16 @@ class Execution:
         if isinstance(resource, SchedulerData):
             return [await self._next_slice(resource)]
         self._fetches += 1
-        directory = self._directory.part("artifacts") / str(self._fetches)
-        directory.mkdir(mode=0o700)
-        paths = await self._shop.connectors.fetch(resource, directory, self._job.job_id)
-        return [FetchedFile(path=self._directory.relative(path), size=path.stat().st_size) for path in paths]
+        number = self._fetches
+        with self._directory.fetching(number) as directory:
+            paths = await self._shop.connectors.fetch(resource, directory, self._job.job_id)
+            return [
+                FetchedFile(
+                    path=f"artifacts/{number}/{path.relative_to(directory).as_posix()}",
+                    size=path.stat().st_size,
+                )
+                for path in paths
+            ]
 
     async def _next_slice(self, resource: SchedulerData) -> FetchedFile:
         if self._slices is None or not isinstance(self._job, TrainJob):
@@ -391,8 +397,11 @@ class Execution:
 
     async def send(self, call: SendCall) -> Sent:
         """Send a file of the job directory to peers, or store it at a place that the owner allows."""
+        with self._directory.pinned(call.path, directory=isinstance(call.resource, Local)) as path:
+            return await self._send_pinned(call, path)
+
+    async def _send_pinned(self, call: SendCall, path: Path) -> Sent:
         resource = call.resource
-        path = self._directory.inside(call.path, directory=isinstance(resource, Local))
         if isinstance(resource, Local):
             keeping = Keeping(call.marker, call.keep)
             await store_local(path, resource.url, self._shop.allowance, keeping)

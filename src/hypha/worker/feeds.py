@@ -7,6 +7,7 @@ deleted it. Both are level-triggered: what is repeated after a reconnect does no
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,7 +96,8 @@ class Arrivals:
 
     def waiting(self) -> list[ReceivedFile]:
         """Files that the executor has not deleted yet."""
-        return [file for file in self._files if (self._directory / file.path).exists()]
+        # whatever the executor may have put there: that is asked of the name alone
+        return [file for file in self._files if os.path.lexists(self._directory / file.path)]
 
     @contextmanager
     def open(self, kinds: frozenset[str]) -> Iterator[Feed[ReceivedFile]]:
