@@ -103,16 +103,20 @@ def end_like(status: int) -> NoReturn:
 
 
 class Confinement:
-    """What is applied to an executor before it runs: ``--cgroup FILE`` (its PID is written there) and
-    ``--rlimit NAME=VALUE``, in any number. No dataclass: that import would double the keeper's start.
+    """What is applied to an executor before it runs: ``--cgroup FILE`` (its PID is written there),
+    ``--rlimit NAME=VALUE`` and ``--ignore SIGNAL``, in any number. No dataclass: that import would double the
+    keeper's start.
     """
 
     def __init__(self, options: Sequence[str]) -> None:
         self.groups: list[str] = []
         self.limits: list[tuple[int, int]] = []
+        self.ignored: list[signal.Signals] = []
         for option, value in zip(options[::2], options[1::2], strict=True):
             if option == "--cgroup":
                 self.groups.append(value)
+            elif option == "--ignore":
+                self.ignored.append(signal.Signals[value])
             else:
                 name, _, amount = value.partition("=")
                 self.limits.append((int(getattr(resource, name)), int(amount)))
@@ -126,6 +130,8 @@ class Confinement:
             hard = resource.getrlimit(name)[1]
             amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
             resource.setrlimit(name, (amount, amount))
+        for number in self.ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def keep(confinement: Confinement, start: Callable[[Callable[[], None]], int]) -> int:

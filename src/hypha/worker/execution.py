@@ -62,6 +62,7 @@ from hypha.worker.directory import JobDirectory
 from hypha.worker.execution_signals import ExecutionSignals
 from hypha.worker.feeds import Arrivals, Directives, Feed
 from hypha.worker.inbox import Inbox
+from hypha.worker.isolation import isolate
 from hypha.worker.keepers import Launch
 from hypha.worker.limits import CgroupPlaces, Limits, apply_limits
 from hypha.worker.outbox import Outbox
@@ -299,6 +300,8 @@ class Execution:
             logger.info("Starting the executor under %s.", limits.description, extra=self._fields)
             environment = {**self._shop.environment, **limits.environment, **pinned}
             launch = prepare_launch(self._executor, self._job, self._directory, environment)
+            if self._executor.runtime == "bwrap":
+                launch = isolate(launch, self._executor, self._directory, config)
             ended = await self._serve_process(launch, limits)
             why = self._watch.verdict
             if not why and ended.code != 0 and not ended.stopped:
@@ -328,7 +331,7 @@ class Execution:
                     self._directory.socket_path,
                     replace(
                         launch,
-                        keeper_options=limits.launch_options(),
+                        keeper_options=(*launch.keeper_options, *limits.launch_options()),
                         output_fields=lambda: self._signals.fields,
                     ),
                     EndSignals(self._stop, self._shop.config.stop_grace_s, hung),

@@ -19,7 +19,7 @@ from hypha.journal import Journal
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
-from hypha.runtime import is_simulated
+from hypha.runtime import in_thread, is_simulated
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
@@ -29,6 +29,7 @@ from hypha.worker.connectors import Connectors
 from hypha.worker.devices import GpuPins, list_gpus
 from hypha.worker.directory import remove_stale
 from hypha.worker.execution import Workshop
+from hypha.worker.isolation import check_bubblewrap
 from hypha.worker.jobs import Jobs
 from hypha.worker.limits import CgroupPlaces, no_cgroups, usable_cgroups
 from hypha.worker.offers import LeaseDesk, serve_offers
@@ -57,6 +58,7 @@ async def work(
     cgroups = usable_cgroups()
     if config.limits == "cgroup" and not cgroups:
         raise no_cgroups()
+    await in_thread(check_bubblewrap, config)
     for path in remove_stale(config.work_dir):
         logger.warning("Removed %s, which an earlier worker left behind.", path)
     options = options_from(config, "hypha-worker")

@@ -30,6 +30,8 @@ logger = logging.getLogger("hypha.worker.executor")
 #: Hypha's own executors, for a configuration without ``cmd``.
 OWN_EXECUTORS = {"train": "hypha.executor.training", "aggregate": "hypha.executor.parameter_server"}
 
+#: An isolated executor that signal N ended has the exit code 128 + N.
+SIGNALLED = 128
 TAIL_LINES = 50
 MAX_LINE_BYTES = 4096
 #: The kernel takes 128 KiB for one argument.
@@ -251,5 +253,7 @@ async def _attend(
         with trio.CancelScope(shield=True):
             await end_keeper(keeper)
             await keeper.aclose()
-    code = keeper.code
-    return Exit(code=code if code is not None else -signal.SIGKILL, tail=output.end(), stopped=stopped)
+    code = -signal.SIGKILL if keeper.code is None else keeper.code
+    if launch.isolated and code > SIGNALLED:
+        code = SIGNALLED - code
+    return Exit(code=code, tail=output.end(), stopped=stopped)

@@ -350,7 +350,8 @@ async def open_host(
     config: WorkerConfig, environment: Mapping[str, str]
 ) -> AsyncIterator[ExecutorHost | None]:
     """The host that ``config`` says, if any. It is gone when the block ends, a shared one excepted."""
-    if not config.warm or sys.platform != "linux" or all(one.cmd is not None for one in config.executors):
+    forked = any(one.cmd is None and one.runtime == "process" for one in config.executors)
+    if not config.warm or sys.platform != "linux" or not forked:
         yield None
     elif config.warm_host is not None:
         yield SharedHost(config.warm_host)
