@@ -46,8 +46,13 @@ def _prctl() -> Callable[[int, int], None]:
     return call
 
 
-def _descendants(root: int) -> list[int]:
-    """PIDs below ``root``, from /proc; empty where there is no /proc."""
+def become_subreaper() -> None:
+    """From now on, processes below this one whose parent ends are this one's children. Raises OSError."""
+    _prctl()(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _by_parent() -> dict[int, list[int]]:
+    """PIDs of children, from /proc; empty where there is no /proc."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if not name.isdigit():
@@ -56,6 +61,17 @@ def _descendants(root: int) -> list[int]:
             # the command name may hold spaces and brackets, so count from the last bracket
             parent = int(file.read().rpartition(b")")[2].split()[1])
             children.setdefault(parent, []).append(int(name))
+    return children
+
+
+def children(root: int) -> list[int]:
+    """PIDs of the children of ``root``."""
+    return _by_parent().get(root, [])
+
+
+def descendants(root: int) -> list[int]:
+    """PIDs below ``root``."""
+    children = _by_parent()
     found, queue = [], [root]
     while queue:
         below = children.get(queue.pop(), [])
@@ -85,7 +101,7 @@ def _kill_all(child: int, status: int | None) -> int:
         status, alive = _reap(child, status)
         if not alive:
             return status if status is not None else signal.SIGKILL
-        for pid in _descendants(os.getpid()) or ([child] if status is None else []):
+        for pid in descendants(os.getpid()) or ([child] if status is None else []):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
@@ -142,7 +158,7 @@ def keep(confinement: Confinement, start: Callable[[Callable[[], None]], int]) -
     SIGTERM, SIGINT and SIGHUP are replaced; the child, where it is only forked, must reset them.
     """
     prctl = _prctl()
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    become_subreaper()
     keeper = os.getpid()
 
     def prepare() -> None:

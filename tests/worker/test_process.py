@@ -75,7 +75,7 @@ def launch(tmp_path: Path, script: str, *args: str, secrets: tuple[str, ...] = (
     )
 
 
-async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
     with trio.fail_after(within_s):
         while not condition():
             await trio.sleep(0.01)
@@ -232,8 +232,73 @@ async def test_kill_9_of_the_keeper_kills_the_executor(tmp_path: Path) -> None:
         pids = await family(tmp_path)
         os.kill(group, signal.SIGKILL)
         await until(lambda: not running(pids[0]))
-    psutil.Process(pids[2]).kill()  # beyond the keeper nobody knows of one that left the session
-    psutil.Process(pids[1]).kill() if running(pids[1]) else None
+    # without a worker that adopts them nobody knows of those that have left the session
+    for pid in pids[1:]:
+        psutil.Process(pid).kill() if running(pid) else None
+
+
+ADOPTS = """
+import sys, trio
+from pathlib import Path
+from hypha.config.inherited import child_environment
+from hypha.worker.keepers import Launch
+from hypha.worker.orphans import Orphans
+from hypha.worker.process import run_executor
+
+async def main():
+    running = {}
+    orphans = Orphans(lambda: running)
+    orphans.adopt()
+    def launch(*argv):
+        return Launch("job", (sys.executable, *argv), child_environment(), Path.cwd())
+    async with trio.open_nursery() as nursery:
+        stop = trio.Event()
+        async def other():
+            ended = await run_executor(
+                launch("-c", "import time; time.sleep(600)"), stop, 1.0, running=running, orphans=orphans
+            )
+            print("other", ended.code, flush=True)
+        nursery.start_soon(other)
+        while not running:
+            await trio.sleep(0.01)
+        print("other keeper", *running, flush=True)
+        ended = await run_executor(
+            launch("grows.py", "deaf"), trio.Event(), 60.0, running=running, orphans=orphans
+        )
+        print("ended", ended.code, flush=True)
+        await trio.to_thread.run_sync(sys.stdin.readline)
+        stop.set()
+
+trio.run(main)
+"""
+
+
+async def test_whoever_kills_its_keeper_is_found_all_the_same(tmp_path: Path) -> None:
+    """In a session of its own, below a process that has ended; other executors are left alone."""
+    (tmp_path / "grows.py").write_text(textwrap.dedent(GROWS))
+    worker = await trio.lowlevel.open_process(
+        [sys.executable, "-c", ADOPTS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        pids = await family(tmp_path)
+        others = int((await worker.stdout.receive_some()).split()[-1])
+        os.kill(psutil.Process(pids[0]).ppid(), signal.SIGKILL)
+        with trio.fail_after(20):
+            assert await worker.stdout.receive_some() == f"ended {-signal.SIGKILL}\n".encode()
+        assert not any(map(running, pids))
+        assert running(others)
+        assert psutil.Process(others).children()
+        await worker.stdin.send_all(b"\n")
+        with trio.fail_after(20):
+            assert await worker.stdout.receive_some() == f"other {-signal.SIGTERM}\n".encode()
+            assert await worker.wait() == 0
+    finally:
+        worker.kill()
+        await worker.wait()
+        await worker.stdin.aclose()
+        await worker.stdout.aclose()
 
 
 async def test_keeper_starts_fast(tmp_path: Path) -> None:

@@ -33,13 +33,14 @@ from hypha.worker.isolation import check_bubblewrap
 from hypha.worker.jobs import Jobs
 from hypha.worker.limits import CgroupPlaces, no_cgroups, usable_cgroups
 from hypha.worker.offers import LeaseDesk, serve_offers
+from hypha.worker.orphans import Orphans
 from hypha.worker.replicas import ReplicaStore
 from hypha.worker.room import lack_of_room
 from hypha.worker.signals import shown, watch_resources
 from hypha.worker.spans import EmitSpans
 from hypha.worker.starting import RunExecutor, run_process
 from hypha.worker.storage_desk import StorageDesk
-from hypha.worker.warm import open_host
+from hypha.worker.warm import ExecutorHost, open_host
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,13 @@ async def work(
         with last:
             async with open_node(options) as node:
                 with first:
-                    async with open_host(config, child_environment()) as host:
-                        running: dict[int, ExecutorClass] = {}
-                        run = partial(run_process, host=host, running=running)
+                    running: dict[int, ExecutorClass] = {}
+                    hosts: list[ExecutorHost] = []
+                    orphans = Orphans(lambda: {*running, *(host.pid for host in hosts if host.pid)})
+                    orphans.adopt()
+                    async with open_host(config, child_environment(), orphans.starting) as host:
+                        hosts += [] if host is None else [host]
+                        run = partial(run_process, host=host, running=running, orphans=orphans)
                         async with watch_resources(config.work_dir, lambda: dict(running)):
                             await serve(
                                 config, node, cgroups, run, emit_spans=emit_spans, task_status=task_status
