@@ -26,6 +26,7 @@ from types import FrameType
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 PR_SET_CHILD_SUBREAPER = 36
 
 #: What shells say when a command cannot be executed, or does not exist.
@@ -44,6 +45,13 @@ def _prctl() -> Callable[[int, int], None]:
             raise OSError(ctypes.get_errno(), f"prctl({option})")
 
     return call
+
+
+def deny_inspection() -> None:
+    """Processes of the same user, but not root's, can neither read this one's environment and memory in /proc
+    nor trace it; nor does it leave a core file. Programs that it executes are as ever. Raises OSError.
+    """
+    _prctl()(PR_SET_DUMPABLE, 0)
 
 
 def become_subreaper() -> None:

@@ -150,7 +150,7 @@ def _entrypoint(text: str) -> Callable[..., Any]:
         raise ModelError(
             f"{text} is defined in {defined or 'no module'}, not in {package}; name it where it is defined"
         )
-    return target  # type: ignore[no-any-return]
+    return target
 
 
 def _build_transformers(

@@ -20,11 +20,10 @@ from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
-import hypha
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.errors import ConfigError, HyphaError, Problem
 from hypha.worker.directory import READ_PARTS, JobDirectory
-from hypha.worker.keepers import Launch
+from hypha.worker.keepers import KEEPER, Launch
 
 BUBBLEWRAP = "bwrap"
 _PROBE_S = 20.0
@@ -149,7 +148,7 @@ def _system() -> Iterator[str]:
 
 def _read_only(launch: Launch, executor: ExecutorConfig, config: WorkerConfig) -> Iterator[str]:
     """Python, Hypha, and what else the program needs, without what of the worker's lies below those."""
-    wanted = [Path(sys.prefix), Path(sys.base_prefix), Path(hypha.__file__).parent.parent]
+    wanted = [Path(sys.prefix), Path(sys.base_prefix), KEEPER.parent.parent]
     wanted += [hop.parent for hop in _hops(Path(sys.executable))]
     for name in _SEARCHED:
         wanted += map(Path, filter(None, launch.environment.get(name, "").split(os.pathsep)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import trio
 
+from hypha import keeper
 from hypha.config.inherited import child_environment
 from hypha.config.models import WorkerConfig
 from hypha.errors import ConfigError, Problem
@@ -52,9 +53,13 @@ async def work(
     config: WorkerConfig,
     emit_spans: EmitSpans | None = None,
     *,
+    alone: bool = False,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """See :func:`hypha.worker.run_worker`."""
+    if alone:
+        # executors run as the same user: the key in memory, and secrets in the environment, are not theirs
+        keeper.deny_inspection()
     _check_work_dir(config.work_dir)
     cgroups = usable_cgroups()
     if config.limits == "cgroup" and not cgroups:
@@ -70,10 +75,16 @@ async def work(
                     running: dict[int, ExecutorClass] = {}
                     hosts: list[ExecutorHost] = []
                     orphans = Orphans(lambda: {*running, *(host.pid for host in hosts if host.pid)})
-                    orphans.adopt()
+                    if alone:
+                        orphans.adopt()
                     async with open_host(config, child_environment(), orphans.starting) as host:
                         hosts += [] if host is None else [host]
-                        run = partial(run_process, host=host, running=running, orphans=orphans)
+                        run = partial(
+                            run_process,
+                            host=host,
+                            running=running,
+                            orphans=orphans if alone else None,
+                        )
                         async with watch_resources(config.work_dir, lambda: dict(running)):
                             await serve(
                                 config, node, cgroups, run, emit_spans=emit_spans, task_status=task_status
