@@ -62,6 +62,8 @@ def test_over_another_interface_a_machine_has_the_name_that_its_operator_gives_i
 ) -> None:
     scope = {"type": "http", "server": server, "headers": [(b"host", b"worker-1:9103")]}
     assert (foreign_host(scope) is not None) is foreign
+    # as where the name of a machine leads to 127.0.1.1, and http_address has it
+    assert foreign_host(scope, "worker-1") is None
 
 
 async def test_without_a_status_there_is_none() -> None:

@@ -252,6 +252,30 @@ async def test_link_in_an_allowed_directory_is_no_way_out(tmp_path: Path) -> Non
     assert list((tmp_path / "out").iterdir()) == []
 
 
+async def test_what_was_judged_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that is put there once the path was found to be allowed leads nowhere."""
+    source = tmp_path / "model"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "a").write_text("a")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "a").write_text("the owner's")
+    (tmp_path / "out").mkdir()
+    rules = allowance(local=[f"{source}*"])
+    judged = rules.read_local
+
+    def judged_and_changed(url: str) -> Path | str:
+        place = judged(url)
+        if url.endswith("/a"):
+            (source / "deep").rename(tmp_path / "gone")
+            (source / "deep").symlink_to(tmp_path / "secret")
+        return place
+
+    monkeypatch.setattr(rules, "read_local", judged_and_changed)
+    with pytest.raises(TransferFailed):
+        await fetch_local(str(source), tmp_path / "out", rules)
+    assert files_in(tmp_path / "out") == set()
+
+
 async def test_fsspec_file_directory_limit_and_errors(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe({"/worker-test/m/a": b"a", "/worker-test/m/sub/b": b"b" * 100})

@@ -77,7 +77,7 @@ async def serve_http(
     config.include_server_header = False
     config.graceful_timeout = 0.5
     config.shutdown_timeout = 0.5
-    app: Any = LocalNames(Starlette(routes=served))
+    app: Any = LocalNames(Starlette(routes=served), address.rpartition(":")[0])
     async with trio.open_nursery() as nursery:
         binds: list[str] = await nursery.start(serve, app, config)
         actual = binds[0].split("//", 1)[-1]

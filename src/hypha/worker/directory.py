@@ -40,7 +40,7 @@ _LOCK, _ELSEWHERE = ".lock", ".socket-directory"
 #: of the worker's own directory: what is received, what is fetched, what is sent
 _RECEIVING, _FETCHING, _SENDING = "receiving", "fetching", "sending"
 #: beside a file that is being received: files that may be written over
-_SPARE = ".spare"
+_SPARE, _MOST_SPARES = ".spare", 4
 
 
 class JobDirectory:
@@ -151,7 +151,7 @@ class JobDirectory:
         with beneath.directory_below(self.path, ("incoming", _SPARE)) as spares:
             with os.scandir(spares) as entries:
                 name = next((entry.name for entry in entries), None)
-            if name is None or any(own.iterdir()):
+            if name is None or len(os.listdir(own)) >= _MOST_SPARES:
                 return
             # moved before it is looked at, as it could be another one a moment later
             os.rename(name, own / name, src_dir_fd=spares)

@@ -24,6 +24,7 @@ from urllib.parse import unquote
 import fsspec
 import trio
 
+from hypha import beneath
 from hypha.config.environment import goes_by_proxy
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import HuggingFace
@@ -276,7 +277,9 @@ def _copy_path(place: Path, directory: Path, allowance: Allowance) -> list[Path]
 
 
 def _open(path: Path) -> BinaryIO:
-    return path.open("rb")
+    """``path`` was resolved and allowed: whoever puts a link there now does not lead elsewhere."""
+    with beneath.directory_below(Path("/"), path.parent.parts[1:]) as directory:
+        return open(beneath.open_file(directory, path.name), "rb")
 
 
 def _copy_url(url: str, directory: Path, max_bytes: int) -> list[Path]:
