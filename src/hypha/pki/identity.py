@@ -271,8 +271,9 @@ class _Reader:
 
     def crls(self, key: str, path: Path, needed: bool) -> tuple[x509.CertificateRevocationList, ...]:
         if not needed and not path.exists():
-            # one that was there and has gone is another matter: who was revoked would be back
-            logger.warning(
+            # the rule in a new network, so no warning; one that was there and has gone is another matter: who
+            # was revoked would be back
+            logger.info(
                 "There is no revocation list at %s yet, so nobody is revoked; it is read once it exists.",
                 path,
             )

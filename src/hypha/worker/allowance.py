@@ -154,7 +154,10 @@ class Allowance:
             modules, _, names = pattern.partition(":")
             if fnmatchcase(module, modules) and fnmatchcase(name, names or "*"):
                 return
-        raise Refused("not-allowed", f"entrypoint {entrypoint} matches no pattern of allow.entrypoints")
+        raise Refused(
+            "not-allowed",
+            f"entrypoint {entrypoint} matches no pattern of allow.entrypoints in this worker's configuration",
+        )
 
 
 def _parsed(patterns: Sequence[str]) -> tuple[UrlPattern, ...]:
