@@ -16,6 +16,7 @@ ROWS = (
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
     {
         "messages",
+        "beneath",
         "features",
         "config",
         "errors",

@@ -187,7 +187,11 @@ class ExecutorConfig(Section):
 
     kind: Literal["train", "aggregate"] = Field(alias="class")
     name: str
-    runtime: Literal["process"] = "process"
+    #: process: as this worker's user, beside the worker; bwrap: in namespaces of its own (bubblewrap), where
+    #: it sees its job's files and read-only libraries, and neither the network nor other files or processes
+    runtime: Literal["process", "bwrap"] = "process"
+    #: with bwrap: what else it may read, such as the directory that ``cmd`` is installed in
+    read_only: list[Path] = []
     cmd: str | None = None
     args: list[str] = []
     env: dict[str, str] = {}
@@ -197,18 +201,24 @@ class ExecutorConfig(Section):
 
 
 class AllowConfig(Section):
-    """What jobs may make this worker fetch and load. Patterns are shell-style (``fnmatch``)."""
+    """What jobs may make this worker fetch, write and load. Patterns are shell-style (``fnmatch``); those of
+    URLs are matched part by part, their host a name, ``*.name`` or ``*``.
+    """
 
     peers: bool = True
     #: URL patterns for http(s), such as "https://models.example.org/*"
     uri: list[str] = []
-    #: repository patterns on the Hugging Face hub
+    #: repository patterns on the Hugging Face hub, owner and name each by itself
     huggingface: list[str] = ["*"]
-    #: path and fsspec URL patterns
+    #: path and fsspec URL patterns that may be read from: models, and checkpoints to go on from
+    local_read: list[str] = []
+    #: path and fsspec URL patterns that checkpoints may be written to; list them in local_read as well
+    local_write: list[str] = []
+    #: the earlier name of both, still taken for both: write local_read and local_write instead
     local: list[str] = []
-    #: repositories whose own code may run
+    #: repositories (and URLs, paths) whose own code may run
     trust_remote_code: list[str] = []
-    #: ``package.module:callable`` patterns for plain PyTorch models
+    #: ``package.module:name`` patterns for plain PyTorch models: classes and functions that are defined there
     entrypoints: list[str] = []
     max_file_gb: float = Field(default=100.0, gt=0)
 

@@ -8,6 +8,7 @@ reads ends when too much waits in it, and an executor that opens it again has lo
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -113,7 +114,8 @@ class Arrivals:
 
     def waiting(self) -> list[ReceivedFile]:
         """Files that the executor has not deleted yet."""
-        return [file for file in self._files if (self._directory / file.path).exists()]
+        # whatever the executor may have put there: that is asked of the name alone
+        return [file for file in self._files if os.path.lexists(self._directory / file.path)]
 
     @contextmanager
     def open(self, kinds: frozenset[str]) -> Iterator[Feed[ReceivedFile]]:
