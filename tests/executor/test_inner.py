@@ -190,7 +190,7 @@ def test_a_model_without_anything_to_train_is_refused() -> None:
 def test_a_batch_of_one_row_and_batch_norm_is_a_model_error_with_a_remedy() -> None:
     inner = inner_of(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), job())
     inner.batch(batches(1)[0])
-    with pytest.raises(ModelError, match=r"rounds\.batch_size to 2 or more"):
+    with pytest.raises(ModelError, match=r"rounds\.batch_size \(and max_batch_size\) to 2 or more"):
         inner.batch({name: value[:1] for name, value in batches(1)[0].items()})
 
 

@@ -190,7 +190,7 @@ def test_a_batch_of_one_row_does_not_suit_batch_norm(tmp_path: Path) -> None:
         IMAGES, {**DIGITS, "pixel_values": ("F32", (1, 2, 2), None)}, directory(tmp_path, RESNET), rows=1
     )
     assert report.outcome == "failed"
-    assert "rounds.batch_size to 2 or more" in report.reason
+    assert "rounds.batch_size (and max_batch_size) to 2 or more" in report.reason
 
 
 def test_columns_that_the_model_does_not_take_are_named(tmp_path: Path) -> None:
