@@ -77,7 +77,7 @@ async def open_rig(
     far_is: Identity | None = None,
 ) -> AsyncIterator[Rig]:
     real = Sending._offer
-    async with network.gateway(identity=far_is) as far:
+    async with network.gateway(identity=far_is, roles=()) as far:
         async with bulk_proxy(host_and_port(far.listen_addresses()[0])) as proxy:
             gateway = f"{proxy.address}/p2p/{far.peer_id}"
             async with network.leaf("worker", [gateway], identity=near_is) as near:
@@ -138,7 +138,7 @@ async def test_slices_come_over_one_connection_to_a_worker_that_cannot_be_dialle
         return source, served
 
     async with (
-        network.gateway() as data,
+        network.gateway(roles=()) as data,
         network.leaf("worker", [data], exclude_cidr=("127.0.0.0/8",), reserve=False) as worker,
     ):
         data.transfers.serve("slice", provide)

@@ -23,6 +23,7 @@ from hypha.net.bulk_kept import RECEIVER_KEEPS_S, KeptLinks, OfferedOver
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
+from hypha.net.bulk_roles import require_sender
 from hypha.net.bulk_signals import note_link, receiving
 from hypha.net.bulk_wire import BulkLinks, LinkBroken, Verdict
 from hypha.node import Arrived, Gate
@@ -211,6 +212,7 @@ class Receiving:
 
     async def _admit(self, caller: str, offer: BulkOffer) -> tuple[Acceptor, Path]:
         meta = offer.meta
+        require_sender(self._links, caller, meta.kind)
         mine = sum(inbound.caller == caller for inbound in self._inbound.values())
         if len(self._inbound) >= MAX_WAITING or mine >= MAX_WAITING_PER_PEER:
             raise Refused("busy", "too many transfers are waiting here; try again later")

@@ -8,7 +8,7 @@ again; reports never wait for it, and never make the caller wait.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -18,8 +18,8 @@ from opentelemetry.trace import SpanKind
 from hypha.config.log_filter import TRACE
 from hypha.errors import PeerUnreachable
 from hypha.messages import WIRE_VERSION, Report
-from hypha.net.rpc import Oversized, frame, may_act_as, read_frame
-from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
+from hypha.net.rpc import Oversized, frame, read_frame
+from hypha.net.streams import STREAM_ERRORS, Streams, discard
 from hypha.node import ReportHandler
 from hypha.telemetry.instruments import REPORTS
 from hypha.tracing import span, traceparent, untraced
@@ -57,7 +57,6 @@ class Reports:
         self._waiting: dict[str, dict[_Key, Report]] = {}
         self._wakers: dict[str, trio.Event] = {}
         self._handler: ReportHandler | None = None
-        self._roles: frozenset[str] | None = None
         streams.handle(PROTOCOL, self._serve)
 
     def report(self, peer: str, report: Report) -> None:
@@ -78,10 +77,9 @@ class Reports:
             with untraced():  # it goes on after whatever the report is of
                 self._nursery.start_soon(self._send_all, peer)
 
-    def answer(self, handler: ReportHandler, roles: Collection[str] | None) -> None:
+    def answer(self, handler: ReportHandler) -> None:
         """Give arriving reports to ``handler(caller, reports)``."""
         self._handler = handler
-        self._roles = frozenset(roles) if roles is not None else None
 
     async def _send_all(self, peer: str) -> None:
         stream: Any = None
@@ -132,13 +130,6 @@ class Reports:
 
     async def _serve(self, stream: Any, caller: str) -> None:
         try:
-            if self._roles is not None and not may_act_as(roles_behind(stream), self._roles):
-                logger.warning(
-                    "Refused reports: the certificate of %s does not carry the role for them.",
-                    caller,
-                    extra={"peer_id": caller},
-                )
-                return
             first = True
             while True:
                 reports = _decoder.decode(await read_frame(stream, MAX_BATCH_BYTES))

@@ -317,7 +317,7 @@ class Pool:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the pool; ``started`` once offers are answered."""
-        self._node.answer(WorkerOffer, self._answer_offer, roles=frozenset({"worker"}))
+        self._node.answer(WorkerOffer, self._answer_offer)
         with self._send, self._running:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._watch_peers)

@@ -277,8 +277,8 @@ async def serve_offers(
         desk.handle(Release(request.lease_id, caller))
         return Acknowledged()
 
-    node.answer(RenewLease, renew, roles=frozenset({"scheduler"}))
-    node.answer(ReleaseLease, release, roles=frozenset({"scheduler"}))
+    node.answer(RenewLease, renew)
+    node.answer(ReleaseLease, release)
     greeting: set[str] = set()
 
     async def greet(scheduler: PeerRef) -> None:
