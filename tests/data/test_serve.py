@@ -133,7 +133,7 @@ async def test_a_dataset_may_be_for_some_organisations_only(dataset: Dataset) ->
     await shelf.describe("worker", DescribeDataset(dataset="set"))
     await shelf.list_files("worker", ListFiles(kind="slice", name="set"))
     await pull(shelf, "set/0", caller="worker")
-    with pytest.raises(Refused, match="not-allowed.*'Other Lab'"):
+    with pytest.raises(Refused, match=r"not-allowed.*'Other Lab'"):
         await shelf.describe("any", DescribeDataset(dataset="set"))
     with pytest.raises(Refused, match="not-allowed"):
         await shelf.list_files("any", ListFiles(kind="slice", name="set"))

@@ -244,7 +244,7 @@ async def test_a_sender_that_was_revoked_cannot_use_what_was_kept(
     bystander, victim = network.pki.files("bystander"), network.pki.files("victim")
     crl = tmp_path / "crls.pem"
     revoke(network.pki.org, [bystander.cert], crl)
-    good = network.pki.files("good", roles=("gateway",))
+    good = network.pki.files("good")
     aware = load_identity(IdentityFiles(good.cert, good.key, good.trust, crl))
     async with open_rig(network, tmp_path, monkeypatch, load_identity(victim), aware) as rig:
         await rig.send("first")

@@ -354,7 +354,11 @@ async def test_two_nodes_that_cannot_dial_each_other_use_the_relay(
 async def test_twenty_transfers_queue_and_all_arrive(network: Network, tmp_path: Path, inbox: Inbox) -> None:
     source = write(tmp_path / "source", 1 << 20)
     most_at_once = 0
-    async with network.gateway(roles=()) as far, network.leaf("a", [far]) as one, network.leaf("b", [far]) as two:
+    async with (
+        network.gateway(roles=()) as far,
+        network.leaf("a", [far]) as one,
+        network.leaf("b", [far]) as two,
+    ):
         inbox.on(far)
         # the other way round at the same time: neither side may wait for the other for ever
         back = Inbox(tmp_path / "back")

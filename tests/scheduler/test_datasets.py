@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -10,10 +10,12 @@ import pytest
 import trio
 from tests.support.network import Network, until
 
-from hypha.errors import DatasetNotFound
-from hypha.messages import DatasetDescription, DescribeDataset, Manifest, SliceInfo
+from hypha.errors import DatasetMismatch, DatasetNotFound
+from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, SliceInfo
 from hypha.net import Libp2pNode as Node
+from hypha.pki.authority import CaFiles, make_org
 from hypha.scheduler.datasets import REFRESH_S, find_dataset
+from hypha.scheduler.pins import Pins
 
 pytestmark = pytest.mark.loopback
 
@@ -63,18 +65,60 @@ async def test_a_data_node_that_is_gone_is_not_named_any_more_and_one_that_comes
 
 
 async def test_a_worker_cannot_pass_for_a_data_node(
-    network: Network, caplog: pytest.LogCaptureFixture
+    network: Network, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither announce a dataset at a gateway, nor be believed where one, of an older version, named it."""
     async with (
         network.gateway() as gateway,
         network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
         data_node(network, gateway, "worker", "other") as impostor,
     ):
-        with pytest.raises(DatasetNotFound):
+        assert await impostor.provide("digits") == 0
+        assert await scheduler.find_providers("digits") == []
+        assert "Refused the query 'provide dataset' from data" in caplog.text
+        ref = impostor.ref()
+        monkeypatch.setattr(scheduler, "find_providers", _also(scheduler.find_providers, ref))
+        with pytest.raises(DatasetNotFound, match="announce it that this job does not use"):
             await find_dataset(scheduler, "digits", 2.0)
-        assert caplog.text.count("has the role worker; it is not used") == 1
+        assert caplog.text.count("its certificate has the role worker; it is not used") == 1
         async with data_node(network, gateway) as honest:
             dataset = await find_dataset(scheduler, "digits", 10.0)
             await dataset.refresh(scheduler)
             assert set(dataset.providers) == {honest.peer_id}
             assert impostor.peer_id != honest.peer_id
+
+
+def _also(
+    find: Callable[[str], Awaitable[list[PeerRef]]], ref: PeerRef
+) -> Callable[[str], Awaitable[list[PeerRef]]]:
+    async def found(name: str) -> list[PeerRef]:
+        return [*await find(name), ref]
+
+    return found
+
+
+async def test_a_job_may_name_its_data_nodes(network: Network, caplog: pytest.LogCaptureFixture) -> None:
+    """By the organisation that vouches for them, or by key; others with other data stop nothing."""
+    own = network.pki.org
+    made = make_org("Other Lab", network.pki.root, network.pki.directory)
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        data_node(network, gateway) as ours,
+    ):
+        network.pki.org = CaFiles(made.cert, made.key, made.trust)
+        async with data_node(network, gateway, manifest_hash="other") as theirs:
+            network.pki.org = own
+            with pytest.raises(DatasetMismatch):
+                await find_dataset(scheduler, "digits", 10.0)
+            for pins, wanted in (
+                (Pins(organizations=frozenset({"Test"})), ours),
+                (Pins(organizations=frozenset({"Other Lab"})), theirs),
+                (Pins(data_nodes=frozenset({theirs.peer_id})), theirs),
+                (Pins(frozenset({"Test"}), frozenset({ours.peer_id})), ours),
+            ):
+                dataset = await find_dataset(scheduler, "digits", 10.0, pins=pins)
+                await dataset.refresh(scheduler)
+                assert set(dataset.providers) == {wanted.peer_id}
+            assert "is of 'Other Lab', which scheduler.job.dataset.organizations does not name" in caplog.text
+            assert "is not among scheduler.job.dataset.data_nodes" in caplog.text

@@ -158,6 +158,7 @@ class Sending:
 
     async def _attempt(self, attempt: _Attempt) -> Verdict:
         meta = attempt.meta
+        require_receiver(self._links, attempt.peer_id, meta.kind, met=False)
         # an offer is repeated while it waits; what is offered must be there first
         source = await trio.to_thread.run_sync(SourceFile, attempt.path, meta.size, limiter=self._limiter)
         try:
