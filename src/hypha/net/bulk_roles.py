@@ -14,7 +14,7 @@ def require_sender(links: BulkLinks, peer: str, kind: str) -> None:
 
 
 def require_receiver(links: BulkLinks, peer: str, kind: str, met: bool = True) -> None:
-    """Refused unless ``peer`` may take files of ``kind``; of one that was not ``met`` nothing need be known."""
+    """Refused unless ``peer`` may take files of ``kind``. Of one not ``met`` yet nothing need be known."""
     allowed = KINDS[kind].receivers if kind in KINDS else NOBODY
     _require(links, peer, allowed, f"files of kind {kind!r} go to a certificate with the role", met)
 
