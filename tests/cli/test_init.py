@@ -138,6 +138,21 @@ def test_a_certificate_for_another_role_is_told_before_others_refuse_it(here: Pa
     assert "--role scheduler" in problem.message
 
 
+def test_what_is_far_off_is_advised_on_and_still_valid(here: Path, pki: Path) -> None:
+    arguments = ("-n", "scheduler", "--pki", str(pki), "--rounds", "8", *ARGUMENTS["scheduler"])
+    run("scheduler", "init", *arguments)
+    assert run("scheduler", "validate").count("\n") == 1
+    momentum, batch = "scheduler.job.outer_optimizer.momentum", "scheduler.job.rounds.batch_size"
+    told = run("scheduler", "validate", "--set", f"{momentum}=0.9", "--set", f"{batch}=1").splitlines()
+    assert told[0].startswith("OK: config.toml")
+    assert [line.split(": ")[:2] for line in told[1:]] == [["advice", momentum], ["advice", batch]]
+    assert "learning_rate 1 and momentum 0.6" in told[1]
+    # an error is no advice, and there is none beside it
+    with pytest.raises(ConfigError) as caught:
+        run("scheduler", "validate", "--set", f"{momentum}=1.5", "--set", f"{batch}=1")
+    assert [problem.key for problem in caught.value.problems] == [momentum]
+
+
 def test_without_a_file_it_is_said_where_one_would_come_from(here: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         run("worker", "validate")

@@ -241,9 +241,13 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
 
 
 def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
-    """Print OK and return the configuration, or raise ConfigError."""
+    """Print OK and what is advised, and return the configuration, or raise ConfigError."""
+    from hypha.config.advice import advice
+
     loaded = load(program, config, given)
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
+    for one in advice(loaded):
+        typer.echo(f"advice: {one}")
     return loaded
 
 

@@ -38,6 +38,8 @@ def _hyphen(name: str) -> str:
     return name.replace("_", "-")
 
 
+#: samples in a batch of a job that says nothing about it, on workers whose offer says nothing either
+DEFAULT_BATCH_SIZE = 16
 #: the training executor that comes with Hypha
 DEFAULT_EXECUTOR = "diloco-transformer"
 
@@ -313,16 +315,18 @@ class DatasetRef(Section):
 
 class RoundsConfig(Section):
     """How many rounds, and how long each is: ``avg_samples_between_updates`` samples over all workers,
-    or, with ``inner_steps`` (DiLoCo's fixed H), that many batches a worker.
+    or, with ``inner_steps`` (DiLoCo's fixed H), that many optimizer steps a worker, each of
+    ``gradient_accumulation`` batches.
     """
 
     update_rounds: int = Field(default=100, ge=1)
     avg_samples_between_updates: int | None = Field(default=None, ge=1)
     inner_steps: int | None = Field(default=None, ge=1)
     max_batch_size: int = Field(default=64, ge=1)
-    #: fixed batch size; ``None``: offered over required memory, at most ``max_batch_size``, which is 1 with
-    #: workers that offer just what they are asked for (offer.strategy = "flexible", their default)
+    #: fixed batch size; ``None``: 16, and where resources.worker says what one sample needs and a worker
+    #: offers twice as much or more (offer.strategy = "whole"), as many as fit; at most ``max_batch_size``
     batch_size: int | None = Field(default=None, ge=1)
+    #: batches an optimizer step
     gradient_accumulation: int = Field(default=1, ge=1)
     #: share of the members' updates with which a round may be closed after ``grace_s``
     quorum: float = Field(default=1.0, gt=0, le=1)
@@ -342,10 +346,13 @@ class InnerOptimizerConfig(Section):
 
 
 class OuterOptimizerConfig(Section):
-    """Nesterov momentum."""
+    """Nesterov momentum over what the workers have changed in a round (DiLoCo)."""
 
-    learning_rate: float = Field(default=0.7, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    #: ``None``: 1
+    learning_rate: float | None = Field(default=None, gt=0)
+    #: ``None``: 0.6, and less in a job of 5 update_rounds or fewer, which is over before momentum pays back
+    #: (docs/defaults.md)
+    momentum: float | None = Field(default=None, ge=0, lt=1)
     weighting: Literal["samples", "uniform"] = "samples"
     max_update_norm: float | None = Field(default=None, gt=0)
 
@@ -374,7 +381,9 @@ class NeedsConfig(ResourcesConfig):
 
 
 class JobResourcesConfig(Section):
-    """Whom to ask for. ``worker.gpu`` (else ``worker.memory``) is what a batch of one sample needs."""
+    """Whom to ask for. Where workers offer more than is asked for, ``worker.gpu`` (else ``worker.memory``) is
+    what one sample of a batch needs, see ``rounds.batch_size``.
+    """
 
     num_workers: int = Field(default=2, ge=1)
     #: start and go on with at least this many; ``None``: ``num_workers``
