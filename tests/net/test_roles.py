@@ -22,7 +22,7 @@ from tests.recorded.examples import example
 from tests.support.network import Network, address_of, until
 
 from hypha import access
-from hypha.errors import PeerUnreachable, Refused
+from hypha.errors import IdentityError, PeerUnreachable, Refused
 from hypha.messages import (
     WORKER_TOPIC,
     Acknowledged,
@@ -42,6 +42,9 @@ from hypha.net import Libp2pNode as Node
 from hypha.net import meta_of
 from hypha.net.dht import DhtClient, key_of
 from hypha.net.streams import STREAM_ERRORS, discard
+from hypha.pki import authority, certificates, identity
+from hypha.pki.authority import CaFiles, make_org
+from hypha.pki.identity import load_identity
 from hypha.scheduler.pins import Pins
 
 pytestmark = pytest.mark.loopback
@@ -327,6 +330,50 @@ async def test_whom_a_gateway_names_as_another_is_asked_only_if_it_is_one(
         monkeypatch.setattr(DhtClient, "_ask", ask)
         assert await scheduler.find_providers("digits") == []
         assert asked == [gateway.peer_id, impostor.peer_id]
+
+
+# --- what authorities vouch for ---------------------------------------------------------------------
+
+
+async def test_a_certificate_of_a_limited_organisation_is_refused_by_every_node(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSL has nothing against it."""
+    pki = network.pki
+    own, made = pki.org, make_org("Limited", pki.root, pki.directory, roles=["data"])
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+    ):
+        pki.org = CaFiles(made.cert, made.key, made.trust)
+        async with network.leaf("data", [gateway], roles=("data",)) as data:
+            await data.connect(scheduler.ref())
+            assert scheduler.organization_of(data.peer_id) == "Limited"
+            assert data.organization_of(scheduler.peer_id) == "Test"
+            assert {one.organization for one in data.connections()} == {"Test"}
+        # its owner has the key, and need not use our program
+        monkeypatch.setattr(authority, "_check_limit", lambda *of: None)
+        files = pki.files("boss", ("scheduler",))
+        pki.org = own
+        with pytest.raises(IdentityError, match="may only vouch for the role data"):
+            load_identity(files)
+        # nor our check of its own certificate
+        monkeypatch.setattr(identity, "_check_own", lambda *of: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(certificates, "_beyond_limit", lambda *of: None)
+            boss = load_identity(files)
+        async with network.leaf("scheduler", identity=boss, require_roles=True) as node:
+            with pytest.raises(PeerUnreachable, match="may only vouch for the role data"):
+                await node.connect(PeerRef(peer=gateway.peer_id, addresses=(address_of(gateway),)))
+
+
+async def test_a_node_without_a_role_says_so_when_it_starts(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with network.leaf("worker") as nobody, network.leaf("data", roles=("data",)):
+        assert caplog.text.count("The certificate of this node carries no role") == 1
+        cert = nobody.identity.files.cert
+        assert f"`hypha-certutil renew {cert} --role worker --ca-cert" in caplog.text
 
 
 # --- who publishes ----------------------------------------------------------------------------------
