@@ -59,7 +59,7 @@ async def open_node(options: NodeOptions) -> AsyncIterator[Libp2pNode]:
 
 
 def _say_without_role(options: NodeOptions) -> None:
-    if options.identity.roles:
+    if options.identity.roles or options.guest:
         return
     role = options.component.removeprefix("hypha-")
     logger.warning(
