@@ -227,10 +227,8 @@ class Receiving:
         if acceptor is None:
             raise Refused("not-found", f"nobody here takes files of kind {meta.kind!r} for this job")
         if not 0 <= meta.size <= acceptor.limit:
-            raise Refused(
-                "too-large",
-                f"{meta.name} has {meta.size} bytes, {acceptor.limit} are allowed for {meta.kind}",
-            )
+            allowed = f"{acceptor.limit} are allowed for {meta.kind}"
+            raise Refused("too-large", f"{meta.name} has {meta.size} bytes, {allowed}")
         destination = await acceptor.gate(caller, meta)
         free = await trio.to_thread.run_sync(free_bytes, destination)
         if free is not None and meta.size > max(0, free - RESERVE_BYTES):

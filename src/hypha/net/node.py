@@ -233,10 +233,7 @@ class Libp2pNode:
         return self._peers.roles_of(peer)
 
     def organization_of(self, peer: str) -> str:
-        """The organisation that vouches for a peer that is or was connected; empty where it has no name.
-
-        PeerUnreachable when it never was.
-        """
+        """The organisation that vouches for a peer, empty where it has no name; as :meth:`roles_of`."""
         return self._peers.organization_of(peer)
 
     def watch_peers(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PeerLost]]:
