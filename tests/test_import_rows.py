@@ -17,6 +17,7 @@ ROWS = (
     {
         "access",
         "messages",
+        "beneath",
         "features",
         "config",
         "errors",

@@ -110,7 +110,6 @@ STREAMS: Mapping[str, Use] = {
 LIBRARY_STREAMS: Mapping[str, Use] = {
     "/meshsub/1.2.0": Use(EVERYBODY, "gossip; the topic says who may publish"),
     "/ipfs/id/1.0.0": Use(EVERYBODY, "what the node is and speaks"),
-    "/ipfs/id/push/1.0.0": Use(EVERYBODY, "the same, unasked"),
     "/ipfs/ping/1.0.0": Use(EVERYBODY, "an echo"),
 }
 

@@ -224,11 +224,18 @@ class Node(Protocol):
         Only callers whose role may send them (:data:`hypha.access.REQUESTS`) are heard.
         """
 
+    def prefer(self, is_partner: Callable[[str], bool]) -> None:
+        """Keep places for requests of those peers of whom ``is_partner`` says so, because they share a lease
+        with this node: what others ask for never makes a renewal ``busy``. A later call replaces this one.
+        """
+
     def report(self, peer: str, report: Report) -> None:
         """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
 
-    def answer_reports(self, handler: ReportHandler) -> None:
-        """Call ``handler(caller, reports)`` for reports that arrive; it must not block."""
+    def answer_reports(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
+        """Call ``handler(caller, reports)`` for reports that arrive; it must not block. With ``admits`` only
+        for those of peers of whom it says so at that moment; the others' streams are ended.
+        """
 
     async def publish(self, message: WorkerRequest) -> None:
         """Ask everybody for workers; waits a moment for a gateway to pass it on."""

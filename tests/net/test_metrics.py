@@ -282,6 +282,7 @@ async def test_reports_are_counted(network: Network, signals: Signals) -> None:
 
     async with network.leaf("worker") as worker, network.leaf("scheduler") as scheduler:
         worker.learn(PeerRef(peer=scheduler.peer_id, addresses=(address_of(scheduler),)))
+        scheduler.answer_reports(lambda caller, reports: None)
         for number in range(3):
             worker.report(scheduler.peer_id, report(number))
         reports = instruments.REPORTS

@@ -177,6 +177,23 @@ async def test_a_client_that_speaks_no_tls_is_cut_off(network: Network) -> None:
         assert node.connections() == []
 
 
+async def test_a_dial_that_is_given_up_is_no_warning(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of several addresses that are dialled at once all but one are, each time somebody connects."""
+    caplog.set_level(logging.DEBUG)
+    async with network.leaf("worker") as node:
+        greeting, echoed = b"\x13/multistream/1.0.0\n\x0b/tls/1.0.0\n", b""
+        async with await trio.open_tcp_stream(*host_and_port(address_of(node))) as tcp:
+            await tcp.send_all(greeting)
+            with trio.fail_after(5):
+                while len(echoed) < len(greeting):
+                    echoed += await tcp.receive_some()
+        await until(lambda: "closed during the handshake" in caplog.text)
+    told = [one.levelno for one in caplog.records if "closed during the handshake" in one.getMessage()]
+    assert told == [logging.DEBUG]
+
+
 async def test_default_libp2p_clients_are_refused(network: Network) -> None:
     # offers noise, its own TLS, secio and plaintext
     host = new_host()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +20,18 @@ from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha import __version__
 from hypha.config.models import JobResourcesConfig, NeedsConfig, OfferConfig, PriceConfig
-from hypha.errors import Refused
+from hypha.errors import NetworkError, Refused
 from hypha.journal import Journal
 from hypha.leases import Lease
-from hypha.messages import ExecutorClass, ExecutorDescriptor, ReleaseLease, RenewLease, Resources
+from hypha.messages import (
+    ExecutorClass,
+    ExecutorDescriptor,
+    FileList,
+    ListFiles,
+    ReleaseLease,
+    RenewLease,
+    Resources,
+)
 from hypha.naming import shown
 from hypha.node import Node
 from hypha.pki.authority import revoke
@@ -472,3 +480,46 @@ async def test_leases_with_whoever_is_revoked_end_at_once(
                 await until(lambda: not worker.held_for(scheduler))
                 assert len(worker.ended) == 1
         nursery.cancel_scope.cancel()
+
+
+@virtual_time
+async def test_who_share_a_lease_answer_each_other_whatever_others_ask(network: VirtualNetwork) -> None:
+    """Six peers use all places that they may, at the worker and at the scheduler: the lease is renewed, and
+    what the two ask of each other besides is answered. One without a lease is told ``busy``.
+    """
+    release = trio.Event()
+
+    async def slow(caller: str, request: ListFiles) -> FileList:
+        await release.wait()
+        return FileList(files=())
+
+    async def ask(node: Node, of: Node) -> None:
+        with suppress(NetworkError):
+            await node.request(of.ref(), ListFiles(kind="model"), timeout_s=1000)
+
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(network.gateway())
+        scheduler = await stack.enter_async_context(
+            network.leaf("scheduler", [gateway], roles=("scheduler",))
+        )
+        worker = await stack.enter_async_context(opened_worker(network, [gateway]))
+        pool, seen = await stack.enter_async_context(opened_pool(scheduler))
+        flooders = [await stack.enter_async_context(network.leaf(f"f{n}", [gateway])) for n in range(6)]
+        pool.want("train", 1)
+        await until(lambda: held(pool))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        for node, other in ((scheduler, worker.node), (worker.node, scheduler)):
+            node.answer(ListFiles, slow)
+            for flooder in flooders:
+                for _ in range(16):
+                    nursery.start_soon(ask, flooder, node)
+            await until(lambda node=node: node._shared == 64)  # type: ignore[attr-defined, misc]
+            for _ in range(8):
+                nursery.start_soon(ask, other, node)
+            await until(lambda node=node, other=other: node._inbound[other.peer_id] == 8)  # type: ignore[attr-defined, misc]
+        with pytest.raises(Refused, match="busy"):
+            await flooders[0].request(scheduler.ref(), ListFiles(kind="model"))
+        await trio.sleep(4 * TERMS.lease_s)
+        assert held(pool) == {worker.node.peer_id}
+        assert losses(seen) == []
+        release.set()

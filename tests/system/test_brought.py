@@ -64,8 +64,10 @@ async def test_ragged_texts_and_a_model_that_is_not_tied_after_all(system: Syste
     await system.gateway()
     await system.data("data", dataset)
     executors = [paced(0.05), {"class": "aggregate", "name": "parameter-server"}]
-    for number in range(2):
-        await system.worker(f"worker-{number}", executors=executors)
+    # one of them shows its executors neither the network nor its own files
+    isolated = [{**one, "runtime": "bwrap"} for one in executors]
+    for number, those in enumerate((executors, isolated)):
+        await system.worker(f"worker-{number}", executors=those)
     preprocessor = {"type": "tokenizer", "path": str(made), "input_names": {"text": "sentence"}}
     job = digits_job(None, 2, 6, preprocessor=preprocessor, checkpoint={"every_rounds": 1})
     job |= {"model": {"type": "causal-lm", "path": str(source)}, "dataset": {"dataset": "texts"}}

@@ -16,6 +16,7 @@ from tests.support.stopwatch import Stopwatch
 from hypha.errors import ConfigError
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
+from hypha.telemetry.hosts import foreign_host
 
 
 def report(healthy: bool) -> HealthReport:
@@ -37,6 +38,33 @@ async def test_health_and_status() -> None:
             healthy = False
             assert (await client.get("/health")).status_code == 503
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0"])
+async def test_a_name_of_another_site_that_points_here_gets_no_answer(address: str) -> None:
+    async with trio.open_nursery() as nursery:
+        bound = await nursery.start(
+            partial(serve_http, address, lambda: report(True), lambda: Resources(cpu=2.0))
+        )
+        reached = bound.replace("0.0.0.0", "127.0.0.1")
+        async with httpx.AsyncClient(base_url=f"http://{reached}", trust_env=False) as client:
+            for path in ("/health", "/status", "/nowhere"):
+                for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil"):
+                    answer = await client.get(path, headers={"host": host})
+                    assert (answer.status_code, "no address of this machine" in answer.text) == (403, True)
+            for host in ("localhost", "127.0.0.1:1", "[::1]:9", reached):
+                assert (await client.get("/health", headers={"host": host})).status_code == 200
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("server", "foreign"), [(("127.0.0.1", 1), True), (("192.0.2.7", 1), False)])
+def test_over_another_interface_a_machine_has_the_name_that_its_operator_gives_it(
+    server: tuple[str, int], foreign: bool
+) -> None:
+    scope = {"type": "http", "server": server, "headers": [(b"host", b"worker-1:9103")]}
+    assert (foreign_host(scope) is not None) is foreign
+    # as where the name of a machine leads to 127.0.1.1, and http_address has it
+    assert foreign_host(scope, "worker-1") is None
 
 
 async def test_without_a_status_there_is_none() -> None:
@@ -97,7 +125,7 @@ async def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch
         )
         before = trio.lowlevel.current_statistics().tasks_living
         async with await open_to(address) as stream:
-            await stream.send_all(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+            await stream.send_all(b"GET /much HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await asked.wait()
             await until(lambda: trio.lowlevel.current_statistics().tasks_living == before)
         # who reads has all of it, in the time that a busy machine takes
@@ -115,7 +143,7 @@ async def test_so_many_connections_and_no_more(
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
         kept = [await open_to(address) for _ in range(3)]
         for stream in kept:
-            await stream.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await stream.send_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
         for _ in range(2):
             began = Stopwatch()
@@ -153,7 +181,7 @@ async def test_http_2_is_not_spoken() -> None:
             assert began.elapsed_s() < 2
         async with await open_to(address) as stream:
             await stream.send_all(
-                b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+                b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\n"
                 b"Upgrade: h2c\r\nHTTP2-Settings: AAQAAAAA\r\n\r\n"
             )
             assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
@@ -165,7 +193,7 @@ async def test_a_client_that_has_left_leaves_nothing() -> None:
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
         host, _, port = address.rpartition(":")
         before = trio.lowlevel.current_statistics().tasks_living
-        for request in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /he", b""):
+        for request in (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /he", b""):
             stream = await trio.open_tcp_stream(host, int(port))
             await stream.send_all(request)
             if request.endswith(b"\r\n\r\n"):

@@ -189,7 +189,11 @@ class ExecutorConfig(Section):
 
     kind: Literal["train", "aggregate"] = Field(alias="class")
     name: str
-    runtime: Literal["process"] = "process"
+    #: process: as this worker's user, beside the worker; bwrap: in namespaces of its own (bubblewrap), where
+    #: it sees its job's files and read-only libraries, and neither the network nor other files or processes
+    runtime: Literal["process", "bwrap"] = "process"
+    #: with bwrap: what else it may read, such as the directory that ``cmd`` is installed in
+    read_only: list[Path] = []
     cmd: str | None = None
     args: list[str] = []
     env: dict[str, str] = {}
@@ -199,18 +203,24 @@ class ExecutorConfig(Section):
 
 
 class AllowConfig(Section):
-    """What jobs may make this worker fetch and load. Patterns are shell-style (``fnmatch``)."""
+    """What jobs may make this worker fetch, write and load. Patterns are shell-style (``fnmatch``); those of
+    URLs are matched part by part, their host a name, ``*.name`` or ``*``.
+    """
 
     peers: bool = True
     #: URL patterns for http(s), such as "https://models.example.org/*"
     uri: list[str] = []
-    #: repository patterns on the Hugging Face hub
+    #: repository patterns on the Hugging Face hub, owner and name each by itself
     huggingface: list[str] = ["*"]
-    #: path and fsspec URL patterns
+    #: path and fsspec URL patterns that may be read from: models, and checkpoints to go on from
+    local_read: list[str] = []
+    #: path and fsspec URL patterns that checkpoints may be written to; list them in local_read as well
+    local_write: list[str] = []
+    #: the earlier name of both, still taken for both: write local_read and local_write instead
     local: list[str] = []
-    #: repositories whose own code may run
+    #: repositories (and URLs, paths) whose own code may run
     trust_remote_code: list[str] = []
-    #: ``package.module:callable`` patterns for plain PyTorch models
+    #: ``package.module:name`` patterns for plain PyTorch models: classes and functions that are defined there
     entrypoints: list[str] = []
     max_file_gb: float = Field(default=100.0, gt=0)
 
@@ -272,6 +282,8 @@ class ModelConfig(Section):
     ``repository`` (Hugging Face) and ``entrypoint`` (plain PyTorch, with ``type = "torch"``).
     """
 
+    #: the task, as in the name of its class in transformers: causal-lm of AutoModelForCausalLM,
+    #: image-classification, sequence-classification, masked-lm ...; torch for an entrypoint
     type: str
     path: Path | None = None
     repository: str | None = None
@@ -283,6 +295,8 @@ class ModelConfig(Section):
     arguments: dict[str, str | int | float | bool | None] = {}
     #: model argument -> dataset column; a list means columns of the same names
     input_names: dict[str, str] | list[str] = {}
+    #: cross-entropy, mse, l1 or bce-with-logits, for a model whose forward takes no labels; not set: the
+    #: model's own
     loss: Literal["cross-entropy", "mse", "l1", "bce-with-logits"] | None = None
     seed: int = 0
     trust_remote_code: bool = False
@@ -291,6 +305,7 @@ class ModelConfig(Section):
 class PreprocessorConfig(Section):
     """A Hugging Face preprocessor; ``path`` or ``repository`` as for the model."""
 
+    #: auto, feature, image, tokenizer or video
     type: Literal["auto", "feature", "image", "tokenizer", "video"]
     path: Path | None = None
     repository: str | None = None
@@ -309,7 +324,7 @@ class DatasetRef(Section):
     organizations: list[str] = []
     #: only these data nodes (PeerIDs), and those of ``organizations``
     data_nodes: list[str] = []
-    #: how long to wait for somebody to serve it; ``None``: for ever, saying so
+    #: give up (exit code 3) when nobody has served it for so many seconds after the start
     wait_s: float | None = Field(default=60.0, gt=0)
 
 

@@ -12,6 +12,7 @@ tell whether it is one, so then trainers read them as well, and the decision is 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -89,8 +90,10 @@ def skeleton(spec: ModelSpec, source: Path | None) -> nn.Module:
 
 
 def _remote(spec: ModelSpec) -> dict[str, bool]:
-    """Passed on only when the job says so; whether it may is the worker's decision, taken before."""
-    return {"trust_remote_code": True} if spec.trust_remote_code else {}
+    """Said each time, as without a word transformers asks at the terminal; whether it may is the worker's
+    decision, taken before.
+    """
+    return {"trust_remote_code": spec.trust_remote_code}
 
 
 def _configured(spec: ModelSpec, source: Path | None) -> Path:
@@ -112,13 +115,11 @@ def _configuration(spec: ModelSpec, source: Path, remote: Mapping[str, bool]) ->
 def _build_torch(spec: ModelSpec, source: Path | None, tell: Callable[[str], None]) -> nn.Module:
     if spec.entrypoint is None or spec.entrypoint.count(":") != 1:
         raise ModelError("a model of the task torch needs an entrypoint package.module:callable")
-    module, name = spec.entrypoint.split(":")
     torch.manual_seed(spec.seed)
     try:
-        target: Any = importlib.import_module(module)
-        for part in name.split("."):
-            target = getattr(target, part)
-        model = target(**spec.arguments)
+        model = _entrypoint(spec.entrypoint)(**spec.arguments)
+    except ModelError:
+        raise
     except Exception as exc:
         raise ModelError(f"{spec.entrypoint} did not build a model: {type(exc).__name__}: {exc}") from exc
     if not isinstance(model, nn.Module):
@@ -133,6 +134,23 @@ def _build_torch(spec: ModelSpec, source: Path | None, tell: Callable[[str], Non
             except Exception as exc:
                 raise ModelError(f"{file.name} does not fit {spec.entrypoint}: {exc}") from exc
     return model
+
+
+def _entrypoint(text: str) -> Callable[..., Any]:
+    """The class or function that ``text`` names. Raises :class:`ModelError` for what is none, or is defined
+    in another package: whoever allows the code of one package does not allow all that it imports.
+    """
+    module, _, name = text.partition(":")
+    target: Any = getattr(importlib.import_module(module), name)
+    if not (inspect.isclass(target) or inspect.isroutine(target)):
+        raise ModelError(f"{text} is a {type(target).__name__}; an entrypoint is a class or a function")
+    package = module.partition(".")[0]
+    defined = str(getattr(target, "__module__", None) or "")
+    if defined.partition(".")[0] != package:
+        raise ModelError(
+            f"{text} is defined in {defined or 'no module'}, not in {package}; name it where it is defined"
+        )
+    return target
 
 
 def _build_transformers(

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from multiaddr import Multiaddr
 from multiaddr.exceptions import BinaryParseError, ProtocolLookupError, StringParseError
 
+from hypha.config.networks import ExcludedNetworks
 from hypha.messages import PeerRef
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _MALFORMED = (ValueError, BinaryParseError, StringParseError, ProtocolLookupError)
 #: More than this for one peer is somebody making us dial around.
@@ -78,16 +77,16 @@ class AddressBook:
 
     def __init__(self, own_peer: str, exclude: Iterable[str] = ()) -> None:
         self.own_peer = own_peer
-        self._exclude: tuple[Network, ...] = tuple(ipaddress.ip_network(cidr) for cidr in exclude)
+        self._exclude = ExcludedNetworks(exclude)
         self._learnt: dict[str, dict[str, Address]] = {}
         self._configured: dict[str, dict[str, Address]] = {}
         #: what was learnt last and lies in ``exclude_cidr``, of peers in ``_learnt``
         self._left_out: dict[str, tuple[str, ...]] = {}
 
     def excluded(self, address: Address) -> bool:
-        """Whether the first hop lies in ``exclude_cidr``."""
+        """Whether the first hop lies in ``exclude_cidr``, however it is written."""
         ip = ip_of(address)
-        return ip is not None and any(ip in network for network in self._exclude)
+        return ip is not None and self._exclude.holds(ip)
 
     def configure(self, text: str) -> Address:
         """Remember an address that the operator gave; ``exclude_cidr`` does not apply to it."""

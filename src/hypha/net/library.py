@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import trio
@@ -10,7 +11,8 @@ from libp2p import new_host
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 
-from hypha.net import yamux_flow
+from hypha.net import identify_bounds, yamux_flow
+from hypha.net.inbound_streams import InboundStreams
 from hypha.net.negotiation import EagerClient
 from hypha.net.shared_port import SharedPortTcp
 from hypha.net.transport import PROTOCOL_ID, MutualTls
@@ -37,6 +39,7 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     all of them answer.
     """
     yamux_flow.install()
+    identify_bounds.install()
     host = new_host(
         key_pair=security.key_pair,
         sec_opt={PROTOCOL_ID: security},
@@ -55,8 +58,12 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     swarm = host.get_network()
     # our own limits apply; the library's would reset what it does not like instead of saying so
     swarm.set_resource_manager(None)
+    # its places would be taken by whoever connects, certificate or not; ours are in ``arrivals``
+    swarm._inbound_limiter = trio.CapacityLimiter(math.inf)
     swarm.retry_config = RetryConfig(max_retries=0)
     host.multiselect_client = EagerClient()
+    host.multiselect = InboundStreams(host.multiselect)
+    identify_bounds.stop_pushes(host)
     if not identify:
         host._should_identify_peer = lambda peer_id: False
     # it would dial whomever identify ever told of, hundreds at a time

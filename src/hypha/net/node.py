@@ -29,6 +29,7 @@ from hypha.messages import (
 )
 from hypha.naming import learn, shown
 from hypha.net.addresses import Address, AddressBook, host_and_port, ip_of, parse
+from hypha.net.arrivals import MAX_ANONYMOUS_PER_SOURCE
 from hypha.net.dht import DhtClient, DhtServer
 from hypha.net.dialing import Dialer
 from hypha.net.doubles import Doubles
@@ -53,8 +54,9 @@ from hypha.telemetry import health_of
 logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Request)
-#: Bulk connections served at once; transfers queue for their own, smaller limit behind it.
-MAX_BULK_CONNECTIONS = 64
+#: Threads in which peers prove who they are and say what their bulk connection is for: twice as many as one
+#: address may have of them. Transfers queue for their own, smaller limit behind it.
+MAX_BULK_CONNECTIONS = 2 * MAX_ANONYMOUS_PER_SOURCE
 #: Shutting down may take this long before what is left is cut.
 CLOSE_S = 1.0
 
@@ -100,6 +102,7 @@ class Libp2pNode:
         self._gossip = Gossip(
             self._host, self._gateways.connected, self._gossips_with, publishers, self.connect
         )
+        self._gateways.joined.append(self._gossip.include)
         self._dht = DhtClient(
             self._streams, self._dialer, self._gateways, self._peers, self.ref, self.learn, timings.lookup_s
         )
@@ -261,6 +264,10 @@ class Libp2pNode:
         """
         self._rpc.answer(kind, handler)
 
+    def prefer(self, is_partner: Callable[[str], bool]) -> None:
+        """Keep places for requests of those of whom ``is_partner`` says so, as they share a lease with us."""
+        self._rpc.prefer(is_partner)
+
     async def _health(self, caller: str, request: Health) -> HealthReport:
         return health_of(self)
 
@@ -268,9 +275,9 @@ class Libp2pNode:
         """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
         self._reports.report(peer, report)
 
-    def answer_reports(self, handler: ReportHandler) -> None:
-        """Call ``handler(caller, reports)`` for reports that arrive; it must not block."""
-        self._reports.answer(handler)
+    def answer_reports(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
+        """Call ``handler(caller, reports)`` for reports of whom ``admits`` admits; it must not block."""
+        self._reports.answer(handler, admits)
 
     # --- gossip and datasets ------------------------------------------------------------------------
 

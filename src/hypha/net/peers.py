@@ -22,6 +22,7 @@ from hypha.errors import IdentityError, PeerUnreachable
 from hypha.net.options import Timings
 from hypha.net.streams import STREAM_ERRORS
 from hypha.net.transport import TlsConnection
+from hypha.net.yamux_incoming import breach_of
 from hypha.node import ConnectionInfo, PeerLost
 from hypha.pki.identity import Identity
 from hypha.telemetry.instruments import CONNECTIONS_ESTABLISHED, CONNECTIONS_LOST
@@ -210,7 +211,7 @@ class Peers(INotifee):  # type: ignore[misc]
                 lost.set()
         self._ends = [(left, lost) for left, lost in self._ends if left]
         peer = str(conn.muxed_conn.peer_id)
-        reason = self._cuts.pop(conn, "closed")
+        reason = self._cuts.pop(conn, "limit" if breach_of(conn.muxed_conn) else "closed")
         CONNECTIONS_LOST.add(reason=reason)
         direction, way = direction_of(conn), way_of(conn)
         logger.debug(
@@ -292,8 +293,6 @@ class Peers(INotifee):  # type: ignore[misc]
         """Have the other end send something."""
         if muxed._write_lock.locked():
             return  # somebody is sending: the probe would wait behind, and is not needed
-        # the library takes the answer for one to its own ping and computes a round trip from this
-        muxed._ping_sent_time = trio.current_time()
         try:
             await muxed._write_frame(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, 0))
         except STREAM_ERRORS as exc:

@@ -14,7 +14,7 @@ from libp2p.security.exceptions import HandshakeFailure
 from libp2p.transport.exceptions import MuxerUpgradeFailure
 
 from hypha.errors import IdentityError
-from hypha.net.refusals import CERTIFICATE, SAME_CERTIFICATE, TurnedAway
+from hypha.net.refusals import BUSY, CERTIFICATE, SAME_CERTIFICATE, TurnedAway
 
 #: by OpenSSL's numbers (x509_vfy.h)
 _VERIFY = {
@@ -44,6 +44,10 @@ _SYSTEM = {
 #: it did not even begin as a node begins
 _NO_GREETING = (MultiselectClientError, MultiselectCommunicatorError, ValueError)
 NO_HYPHA_NODE = "what answers there is no Hypha node"
+
+
+class NoPlace(HandshakeFailure):  # type: ignore[misc]
+    """The peer is who it says, and there is no place for one more connection of it."""
 
 
 def root_of(exc: BaseException) -> BaseException:
@@ -109,6 +113,8 @@ def failure_of(exc: BaseException) -> str:
     root = root_of(exc)
     if isinstance(root, trio.TooSlowError | TimeoutError):
         return "timeout"
+    if isinstance(root, NoPlace) or (isinstance(root, TurnedAway) and root.refusal.code == BUSY):
+        return "limit"
     if isinstance(root, TurnedAway) and root.refusal.code in (CERTIFICATE, SAME_CERTIFICATE):
         return "certificate"
     if isinstance(root, IdentityError | ssl.SSLError | HandshakeFailure):

@@ -22,6 +22,8 @@ _MAX_DETAIL = 300
 CERTIFICATE = "certificate"
 #: another node, at the address, uses the same certificate
 SAME_CERTIFICATE = "same-certificate"
+#: it has as many connections as it may, for now
+BUSY = "busy"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from opentelemetry.trace import SpanKind
 from hypha.config.log_filter import TRACE
 from hypha.errors import PeerUnreachable
 from hypha.messages import WIRE_VERSION, Report
+from hypha.net.over_limit import OverLimit
 from hypha.net.rpc import Oversized, frame, read_frame
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
 from hypha.node import ReportHandler
@@ -57,6 +58,8 @@ class Reports:
         self._waiting: dict[str, dict[_Key, Report]] = {}
         self._wakers: dict[str, trio.Event] = {}
         self._handler: ReportHandler | None = None
+        self._admits: Callable[[str], bool] | None = None
+        self._over_limit = OverLimit()
         streams.handle(PROTOCOL, self._serve)
 
     def report(self, peer: str, report: Report) -> None:
@@ -77,9 +80,10 @@ class Reports:
             with untraced():  # it goes on after whatever the report is of
                 self._nursery.start_soon(self._send_all, peer)
 
-    def answer(self, handler: ReportHandler) -> None:
-        """Give arriving reports to ``handler(caller, reports)``."""
+    def answer(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
+        """Give arriving reports to ``handler(caller, reports)``, of those peers that ``admits`` admits."""
         self._handler = handler
+        self._admits = admits
 
     async def _send_all(self, peer: str) -> None:
         stream: Any = None
@@ -130,9 +134,14 @@ class Reports:
 
     async def _serve(self, stream: Any, caller: str) -> None:
         try:
+            if (reason := self._why_not(caller)) is not None:
+                self._over_limit.note(caller, "reports", reason)
+                return
             first = True
             while True:
                 reports = _decoder.decode(await read_frame(stream, MAX_BATCH_BYTES))
+                if self._why_not(caller) is not None:
+                    return  # its lease has ended meanwhile
                 if any(one.v != WIRE_VERSION for one in reports):
                     logger.warning("Refused reports of another version.", extra={"peer_id": caller})
                     return
@@ -151,6 +160,14 @@ class Reports:
             pass  # the sender has no more
         finally:
             await discard(stream)
+
+    def _why_not(self, caller: str) -> str | None:
+        """Why no report of ``caller`` is taken, of whom nothing need be read then; None when it is."""
+        if self._handler is None:
+            return "nobody takes reports here"
+        if self._admits is not None and not self._admits(caller):
+            return "it takes no part in a job here, or not any more"
+        return None
 
     def _hand_over(self, caller: str, reports: list[Report]) -> None:
         if self._handler is not None:

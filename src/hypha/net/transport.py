@@ -27,8 +27,9 @@ from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.errors import IdentityError
 from hypha.naming import cleaned, learn
-from hypha.net.reasons import failure_of, reason_of
-from hypha.net.refusals import CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
+from hypha.net.reasons import NoPlace, failure_of, reason_of
+from hypha.net.refusals import BUSY, CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
+from hypha.net.shared_port import level_of, take_place
 from hypha.pki.certificates import common_name_of, parse_der, presented_chain
 from hypha.pki.contexts import asked_name_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
@@ -77,6 +78,10 @@ class OtherPeer(HandshakeFailure):  # type: ignore[misc]
 
 class NotAdmitted(HandshakeFailure):  # type: ignore[misc]
     """The certificate is good, but this node does not let the peer in now."""
+
+
+class _GaveUp(HandshakeFailure):  # type: ignore[misc]
+    """The other end closed during the handshake, without an alert that says why."""
 
 
 class TlsConnection(ISecureConn):  # type: ignore[misc]
@@ -301,7 +306,8 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             reason = f"no end within {HANDSHAKE_TIMEOUT_S:g} s" if slow else reason_of(exc)
             self._count_refused(server, exc)
             # said first: closing may end the task that serves this connection
-            logger.warning(
+            logger.log(
+                level_of(raw, failure_of(exc)),
                 "The mutual-TLS handshake with %s failed: %s.",
                 expected or place,
                 reason,
@@ -311,8 +317,10 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             raise HandshakeFailure(f"mutual TLS failed: {reason}") from exc
         except HandshakeFailure as exc:
             self._count_refused(server, exc)
-            # whoever did not admit it has said so, and not for each of its attempts
-            level = logging.DEBUG if isinstance(exc, NotAdmitted) else logging.WARNING
+            # whoever did not admit it has said so, and not for each of its attempts; and a node dials several
+            # addresses at once, and gives up the others when one is there
+            expected_here = isinstance(exc, NotAdmitted | NoPlace) or (server and isinstance(exc, _GaveUp))
+            level = logging.DEBUG if expected_here else level_of(raw, failure_of(exc))
             logger.log(level, "Refused the connection with %s: %s.", place, exc)
             await trio.aclose_forcefully(_Closing(raw))
             raise
@@ -331,7 +339,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
                     await raw.write(outgoing.read())
                 received = await raw.read(RECEIVE_BYTES)
                 if not received:
-                    raise HandshakeFailure("the peer closed during the handshake") from None
+                    raise _GaveUp("the peer closed during the handshake") from None
                 incoming.write(received)
             except ssl.SSLError:
                 if outgoing.pending:  # the alert tells the other side why
@@ -364,6 +372,9 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         if server and self.admit is not None and (unwanted := await self.admit(connection)) is not None:
             await _turn_away(raw, tls, outgoing, unwanted)
             raise NotAdmitted(unwanted.code)
+        if server and (crowded := take_place(raw, connection.get_remote_peer())) is not None:
+            await _turn_away(raw, tls, outgoing, Refusal(BUSY, crowded))
+            raise NoPlace(crowded)
         return connection
 
     @staticmethod

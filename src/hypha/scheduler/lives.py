@@ -110,6 +110,20 @@ async def first_life(
     return ledger, Life(Start(job_id, optimizer=opening.aggregate.optimizer), tracker)
 
 
+async def begins_anew(path: Path, config: JobConfig, scheduler: PeerRef, dataset: Dataset) -> bool:
+    """Whether the job in the ledger at ``path`` is done and another one than that of ``config``, so that
+    :func:`first_life` will not go on from it. Raises :class:`HyphaError` for a ledger that cannot be read.
+    """
+    ledger = await open_ledger(path)
+    try:
+        standing = await ledger.run(Ledger.standing)
+    finally:
+        ledger.close()
+    if standing is None or standing.state != "done":
+        return False
+    return bool(differences(_opening(config, scheduler, dataset, standing.job_id), standing))
+
+
 async def taken_over(ledger: Ledger, last: Start) -> Life:
     """The life after ``last``, whose scheduler was killed: it goes on where it was."""
     round_, steps, theta = await ledger.run(Ledger.open_round)

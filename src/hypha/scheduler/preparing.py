@@ -16,11 +16,11 @@ from hypha.scheduler.context import JobContext
 from hypha.scheduler.datasets import Dataset, find_dataset
 from hypha.scheduler.describe import outer_optimizer
 from hypha.scheduler.ledger import Ledger, has_trained, held_leases
-from hypha.scheduler.lives import Life, first_life
+from hypha.scheduler.lives import Life, begins_anew, first_life
 from hypha.scheduler.pins import Pins
 from hypha.scheduler.pool import LeaseGained, Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
-from hypha.scheduler.preflight.trial import open_trial
+from hypha.scheduler.preflight.trial import ModelTrial, open_trial
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +58,19 @@ async def open_job(
     config, ledger_path = context.config, context.state.ledger
     left = tuple(await held_leases(ledger_path))
     trained = not fresh and (bool(left) or await has_trained(ledger_path))
-    checks = "none" if trained else config.check
-    if checks == "full" and is_simulated():
-        # a child process has no virtual clock
-        checks = "quick"
+    # a child process has no virtual clock
+    wanted = "quick" if config.check == "full" and is_simulated() else config.check
+    checks = "none" if trained else wanted
     # what it imports takes as long as the look-up of the dataset
     async with open_trial(config.model.type if checks == "full" else None) as trial:
         dataset = await _find(context, fresh, left, nursery, say)
         if checks != "none":
-            say(Preparing(f"checking that the model goes with the dataset {dataset.name}"))
-            await check_before_leasing(config, dataset.manifest, trial)
+            await _check(config, dataset, trial, say)
+    # the name of a job that is done, used for the next experiment: a new one for the check too
+    check_anew = trained and wanted != "none"
+    if check_anew and await begins_anew(ledger_path, config, context.node.ref(), dataset):
+        async with open_trial(config.model.type if wanted == "full" else None) as trial:
+            await _check(config, dataset, trial, say)
     say(Preparing("reading the job's state"))
     job_id = f"{config.name}-{new_id()[:12]}"
     scheduler = context.node.ref()
@@ -76,6 +79,13 @@ async def open_job(
     if life.start.generation:
         return Opened(dataset, ledger, life, store, left=left)
     return Opened(dataset, ledger, life, store, of_another=left)
+
+
+async def _check(
+    config: JobConfig, dataset: Dataset, trial: ModelTrial | None, say: Callable[[Preparing], None]
+) -> None:
+    say(Preparing(f"checking that the model goes with the dataset {dataset.name}"))
+    await check_before_leasing(config, dataset.manifest, trial)
 
 
 async def _find(

@@ -277,6 +277,7 @@ async def serve_offers(
         desk.handle(Release(request.lease_id, caller))
         return Acknowledged()
 
+    node.prefer(lambda peer: any(lease.scheduler == peer for lease in desk.leases))
     node.answer(RenewLease, renew)
     node.answer(ReleaseLease, release)
     greeting: set[str] = set()
