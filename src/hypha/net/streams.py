@@ -16,7 +16,7 @@ from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 
-from hypha.access import NOBODY, STREAMS, Allowed, carries, may_act_as, named
+from hypha.access import LIBRARY_STREAMS, NOBODY, STREAMS, Allowed, carries, may_act_as, named
 from hypha.config.log_filter import TRACE
 from hypha.errors import PeerUnreachable
 from hypha.naming import shown
@@ -96,7 +96,8 @@ class Streams:
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         """Call ``handler`` for each stream that a peer opens with ``protocol``, if its roles allow that."""
-        allowed = STREAMS[protocol].by if protocol in STREAMS else NOBODY
+        use = STREAMS.get(protocol) or LIBRARY_STREAMS.get(protocol)
+        allowed = NOBODY if use is None else use.by
 
         async def serve(stream: Any) -> None:
             caller = str(stream.muxed_conn.peer_id)
