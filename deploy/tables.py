@@ -1,18 +1,23 @@
-"""``python -m deploy.tables``: write the tables of docs/observability.md anew, from the registries."""
+"""``python -m deploy.tables``: write the tables of docs/observability.md and docs/security.md anew, from the
+registries.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from deploy.promql import label_name
+from hypha import access
 from hypha.telemetry import instruments
 from hypha.telemetry.metrics import OTHER, Instrument, Label
 from hypha.tracing.operations import Operation
 
-PAGE = Path(__file__).parent.parent / "docs" / "observability.md"
+_DOCS = Path(__file__).parent.parent / "docs"
+PAGE = _DOCS / "observability.md"
+SECURITY = _DOCS / "security.md"
 #: a label with more values than this is described by their number
 _MANY = 10
 
@@ -58,7 +63,61 @@ def badput() -> str:
     )
 
 
-TABLES = {"metrics": metrics, "operations": traced, "badput": badput}
+def requests() -> str:
+    """All requests, by who may send them."""
+    return _uses("Request", {kind.__name__: use for kind, use in access.REQUESTS.items()})
+
+
+def topics() -> str:
+    """All gossip topics, by who may publish."""
+    return _uses("Topic", access.TOPICS)
+
+
+def streams() -> str:
+    """All protocols of streams, by who may open one."""
+    return _uses("Protocol", {**access.STREAMS, **access.LIBRARY_STREAMS})
+
+
+def directory() -> str:
+    """All queries of the directory, by who may ask."""
+    return _uses("Query", access.DIRECTORY)
+
+
+def services() -> str:
+    """What a node is used for, by what its own certificate must carry."""
+    return _uses("Used as", access.SERVICES)
+
+
+def kinds() -> str:
+    """All kinds of files, by who may send and who may take them."""
+    rows = (
+        (f"`{kind}`", access.named(use.senders), access.named(use.receivers), use.what)
+        for kind, use in access.KINDS.items()
+    )
+    return _table(("Kind", "From", "To", "What it is"), rows)
+
+
+def _uses(head: str, uses: Mapping[str, access.Use]) -> str:
+    def marks(use: access.Use) -> Iterator[str]:
+        return ("yes" if use.by is None or role in use.by else "" for role in access.ROLES)
+
+    rows = ((f"`{name}`", *marks(use), use.what) for name, use in uses.items())
+    return _table((head, *access.ROLES, "What for"), rows)
+
+
+#: by page
+PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
+    PAGE: {"metrics": metrics, "operations": traced, "badput": badput},
+    SECURITY: {
+        "requests": requests,
+        "topics": topics,
+        "streams": streams,
+        "directory": directory,
+        "services": services,
+        "kinds": kinds,
+    },
+}
+TABLES = {name: table for tables in PAGES.values() for name, table in tables.items()}
 
 
 def _label(label: Label) -> str:
@@ -96,7 +155,8 @@ _SECTION = re.compile(r"<!-- table: (?P<name>\w+) -->\n(?P<content>.*?)<!-- end 
 
 def main() -> int:
     """Write them."""
-    PAGE.write_text(rewrite(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(rewrite(page.read_text()))
     return 0
 
 

@@ -15,6 +15,7 @@ ROWS = (
     {"gateway", "scheduler", "worker", "data"},
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
     {
+        "access",
         "messages",
         "beneath",
         "features",
@@ -37,6 +38,7 @@ SIDEWAYS = {
     ("config", "errors"),
     ("messages", "errors"),
     ("features", "messages"),
+    ("access", "messages"),
     ("config", "messages"),
     ("node", "messages"),
 }

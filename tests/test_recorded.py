@@ -141,7 +141,10 @@ def test_what_states_nothing_is_sent_as_earlier_versions_sent_it() -> None:
         envelope = KINDS[name].example(False)
         silent = {"version": "", ("features" if kind is WorkerOffer else "needs"): ()}
         body = msgspec.structs.replace(envelope.body, **silent)
-        sent = KINDS[name].encode(msgspec.structs.replace(envelope, body=body))
+        envelope = msgspec.structs.replace(envelope, body=body)
+        if isinstance(envelope, GossipEnvelope):
+            envelope = msgspec.structs.replace(envelope, certificates=())
+        sent = KINDS[name].encode(envelope)
         assert sent == base64.b64decode(recorded(EARLIEST)[f"{name} (full)"]["encoded"])
 
 

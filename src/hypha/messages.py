@@ -30,6 +30,13 @@ FeatureNames = Annotated[
     tuple[Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)], ...], Meta(max_length=MAX_FEATURES)
 ]
 
+#: Few, so that looking for a path among them costs little.
+MAX_CERTIFICATES = 4
+MAX_CERTIFICATE_BYTES = 16 << 10
+CertificateChain = Annotated[
+    tuple[Annotated[bytes, Meta(max_length=MAX_CERTIFICATE_BYTES)], ...], Meta(max_length=MAX_CERTIFICATES)
+]
+
 
 def _kebab(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
@@ -693,9 +700,17 @@ class CheckpointIndex(Value):
         return sum(file.size for file in self.files)
 
 
+_REPLICAS = "checkpoints/"
+
+
 def replica_name(scheduler: str, job: str) -> str:
     """Under which name workers that keep copies of the scheduler's job are found, as a dataset is."""
-    return f"checkpoints/{scheduler}/{job}"
+    return f"{_REPLICAS}{scheduler}/{job}"
+
+
+def is_replica_name(name: str) -> bool:
+    """Whether ``name`` is one of :func:`replica_name`, and not that of a dataset."""
+    return name.startswith(_REPLICAS)
 
 
 class HoldCheckpoint(Message):
@@ -983,11 +998,14 @@ class ResponseEnvelope(Value):
 
 
 class GossipEnvelope(Value):
-    """One gossip message."""
+    """One gossip message. ``certificates`` are the publisher's (DER), its own first, and the CAs above it: a
+    receiver that has never met the publisher sees its role before it reserves anything.
+    """
 
     body: WorkerRequest
     v: int = WIRE_VERSION
     traceparent: str | None = None
+    certificates: CertificateChain = ()
 
 
 class Report(Value):

@@ -43,8 +43,8 @@ class Heard:
 @dataclass(frozen=True)
 class ConnectionInfo:
     """One live connection; ``address`` is the socket's other end, or the circuit. ``round_trip_s`` is what
-    its pings took lately, ``None`` before the first has come back. ``name`` and ``organization`` are those of
-    the peer's certificate, where it has any.
+    its pings took lately, ``None`` before the first has come back. ``name`` is that of the peer's
+    certificate, ``organization`` the one that vouches for it, where there is any.
     """
 
     peer: str
@@ -202,6 +202,12 @@ class Node(Protocol):
         PeerUnreachable when it never was.
         """
 
+    def organization_of(self, peer: str) -> str:
+        """The organisation that vouches for a peer that is or was connected; empty where it has no name.
+
+        PeerUnreachable when it never was.
+        """
+
     def watch_peers(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PeerLost]]:
         """A channel that says when the last connection to a peer ended."""
 
@@ -212,11 +218,10 @@ class Node(Protocol):
         self,
         kind: type[Any],
         handler: Callable[[str, Any], Awaitable[Response]],
-        roles: Collection[str] | None = None,
     ) -> None:
         """Answer requests of ``kind`` by ``await handler(caller, request)``; raise Refused to say no.
 
-        With ``roles`` only callers whose certificate has one of them (or none at all) are heard.
+        Only callers whose role may send them (:data:`hypha.access.REQUESTS`) are heard.
         """
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
@@ -227,12 +232,7 @@ class Node(Protocol):
     def report(self, peer: str, report: Report) -> None:
         """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
 
-    def answer_reports(
-        self,
-        handler: ReportHandler,
-        roles: Collection[str] | None = None,
-        admits: Callable[[str], bool] | None = None,
-    ) -> None:
+    def answer_reports(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
         """Call ``handler(caller, reports)`` for reports that arrive; it must not block. With ``admits`` only
         for those of peers of whom it says so at that moment; the others' streams are ended.
         """
@@ -241,7 +241,9 @@ class Node(Protocol):
         """Ask everybody for workers; waits a moment for a gateway to pass it on."""
 
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Heard]]:
-        """A channel of :class:`Heard`; the publisher is the request's scheduler, verified."""
+        """A channel of :class:`Heard`; the publisher is the request's scheduler, and its certificate makes it
+        one: both verified.
+        """
 
     async def provide(self, dataset: str) -> int:
         """Announce that this node serves ``dataset``, now and whenever its gateway or addresses change.

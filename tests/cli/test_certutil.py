@@ -96,6 +96,33 @@ def test_renew_keeps_key_names_and_roles(pki: Path, tmp_path: Path) -> None:
         path.unlink()
 
 
+def test_an_organisation_may_be_limited_to_roles(pki: Path, tmp_path: Path) -> None:
+    root = ("--root-cert", "example-ca-cert.pem", "--root-key", "example-ca-key.pem")
+    made = certutil(pki, "org", "-o", "Limited", "--roles", "worker, data", *root, "-d", str(tmp_path))
+    assert made.returncode == 0, made.stderr
+    assert "may issue    data, worker" in certutil(tmp_path, "show", "limited-ca-cert.pem").stdout
+    ca = ("--ca-cert", "limited-ca-cert.pem", "--ca-key", "limited-ca-key.pem")
+    refused = certutil(tmp_path, "node", "-n", "s", "--role", "scheduler", *ca)
+    assert refused.returncode == 2
+    assert "may only vouch for the role data and worker" in refused.stderr
+    assert certutil(tmp_path, "node", "-n", "w", "--role", "worker", *ca).returncode == 0
+    assert certutil(pki, "org", "-o", "Wrong", "--roles", "boss", *root).returncode == 2
+
+
+def test_a_node_without_a_role_is_told_how_it_gets_one(pki: Path, tmp_path: Path) -> None:
+    ca = ("--ca-cert", str(pki / "lab-ca-cert.pem"), "--ca-key", str(pki / "lab-ca-key.pem"))
+    made = certutil(tmp_path, "node", "-n", "plain", *ca)
+    assert "hypha-certutil renew plain-cert.pem --role" in made.stdout
+    assert "roles        none" in certutil(tmp_path, "show", "plain-cert.pem").stdout
+    before = certutil(tmp_path, "show", "plain-cert.pem").stdout
+    assert certutil(tmp_path, "renew", "plain-cert.pem", "--role", "worker", *ca).returncode == 0
+    after = certutil(tmp_path, "show", "plain-cert.pem").stdout
+    assert "roles        worker" in after
+    assert [line for line in before.splitlines() if "PeerID" in line] == [
+        line for line in after.splitlines() if "PeerID" in line
+    ]
+
+
 def test_revoke_makes_and_extends_a_list(pki: Path, tmp_path: Path) -> None:
     crl = tmp_path / "crl.pem"
     arguments = ("revoke", *CA, "--crl", str(crl))

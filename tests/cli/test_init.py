@@ -140,6 +140,20 @@ def test_a_certificate_for_another_role_is_told_before_others_refuse_it(here: Pa
     assert "--role scheduler" in problem.message
 
 
+def test_a_certificate_without_a_role_is_told_with_the_command_that_gives_it_one(
+    here: Path, strangers: Path
+) -> None:
+    run("worker", "init", "-n", "worker", "--pki", str(strangers), *ARGUMENTS["worker"])
+    with pytest.raises(ConfigError) as caught:
+        run("worker", "validate")
+    (problem,) = caught.value.problems
+    assert problem.key == "cert_pem"
+    assert "carries no role" in problem.message
+    assert re.search(r"`hypha-certutil renew \S+worker-cert.pem --role worker ", problem.message)
+    # a network of older certificates may go on as it was
+    run("worker", "validate", "--set", "require_roles=false")
+
+
 def test_a_worker_without_torch_needs_programs_of_its_own(
     here: Path, pki: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ from hypha.telemetry import instruments as metrics
 from hypha.tracing import span
 from hypha.tracing.operations import FETCH_SLICE
 
-ROLES = {"worker": frozenset({"worker"}), "gateway": frozenset({"gateway"}), "any": frozenset[str]()}
+ORGANIZATIONS = {"worker": "Lab", "any": "Other Lab"}
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def shelf_of(*datasets: Dataset) -> Shelf:
-    return Shelf(list(datasets), ROLES.__getitem__)
+    return Shelf(list(datasets), ORGANIZATIONS.__getitem__)
 
 
 async def pull(shelf: Shelf, name: str, caller: str = "worker") -> tuple[Path, TransferMeta]:
@@ -128,9 +128,17 @@ async def test_unknown_datasets_and_kinds_are_refused(dataset: Dataset) -> None:
         await shelf.describe("worker", DescribeDataset(dataset="other"))
 
 
-async def test_only_workers_and_schedulers_get_slices(dataset: Dataset) -> None:
-    with pytest.raises(Refused, match="role"):
-        await pull(shelf_of(dataset), "set/0", caller="gateway")
+async def test_a_dataset_may_be_for_some_organisations_only(dataset: Dataset) -> None:
+    shelf = Shelf([dataset], ORGANIZATIONS.__getitem__, {"set": frozenset({"Lab"})})
+    await shelf.describe("worker", DescribeDataset(dataset="set"))
+    await shelf.list_files("worker", ListFiles(kind="slice", name="set"))
+    await pull(shelf, "set/0", caller="worker")
+    with pytest.raises(Refused, match=r"not-allowed.*'Other Lab'"):
+        await shelf.describe("any", DescribeDataset(dataset="set"))
+    with pytest.raises(Refused, match="not-allowed"):
+        await shelf.list_files("any", ListFiles(kind="slice", name="set"))
+    with pytest.raises(Refused, match="not-allowed"):
+        await pull(shelf, "set/0", caller="any")
 
 
 async def test_a_corrupt_slice_is_never_served_and_read_only_once(
@@ -453,7 +461,7 @@ async def test_what_is_served_is_counted_by_dataset_and_is_a_span(dataset: Datas
         with pytest.raises(Refused):
             await served.provide("worker", PullFile(kind="slice", name="other/0", token="x"))
         with pytest.raises(Refused):
-            await served.provide("gateway", PullFile(kind="slice", name="set/0", token="y"))
+            await served.provide("worker", PullFile(kind="slice", name="set/99", token="y"))
     assert served.active == 2
     served.served("worker", asked[0], None)
     served.served("worker", asked[1], PeerUnreachable("worker", "it is gone"))

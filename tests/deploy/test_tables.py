@@ -1,8 +1,9 @@
-"""The tables of docs/observability.md are those of the registries, and the page holds what it promises."""
+"""The tables of the documentation are those of the registries, and the pages hold what they promise."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +15,10 @@ from hypha.tracing.operations import Operation
 PAGE = tables.PAGE.read_text()
 
 
-def test_every_table_is_on_the_page_once_and_up_to_date() -> None:
-    found = list(tables.sections(PAGE))
-    assert sorted(name for name, _ in found) == sorted(tables.TABLES)
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_every_table_is_on_its_page_once_and_up_to_date(page: Path) -> None:
+    found = list(tables.sections(page.read_text()))
+    assert sorted(name for name, _ in found) == sorted(tables.PAGES[page])
     for name, content in found:
         assert content == tables.TABLES[name](), f"{name} is out of date: run `python -m deploy.tables`"
 

@@ -78,7 +78,7 @@ async def open_rig(
     far_is: Identity | None = None,
 ) -> AsyncIterator[Rig]:
     real = Sending._offer
-    async with network.gateway(identity=far_is) as far:
+    async with network.gateway(identity=far_is, roles=()) as far:
         async with bulk_proxy(host_and_port(far.listen_addresses()[0])) as proxy:
             gateway = f"{proxy.address}/p2p/{far.peer_id}"
             async with network.leaf("worker", [gateway], identity=near_is) as near:
@@ -139,7 +139,7 @@ async def test_slices_come_over_one_connection_to_a_worker_that_cannot_be_dialle
         return source, served
 
     async with (
-        network.gateway() as data,
+        network.gateway(roles=()) as data,
         network.leaf("worker", [data], exclude_cidr=("127.0.0.0/8",), reserve=False) as worker,
     ):
         data.transfers.serve("slice", provide)
@@ -247,7 +247,7 @@ async def test_a_sender_that_was_revoked_cannot_use_what_was_kept(
     bystander, victim = network.pki.files("bystander"), network.pki.files("victim")
     crl = tmp_path / "crls.pem"
     revoke(network.pki.org, [bystander.cert], crl)
-    good = network.pki.files("good", roles=("gateway",))
+    good = network.pki.files("good")
     aware = load_identity(IdentityFiles(good.cert, good.key, good.trust, crl))
     async with open_rig(network, tmp_path, monkeypatch, load_identity(victim), aware) as rig:
         await rig.send("first")

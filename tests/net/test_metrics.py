@@ -210,7 +210,7 @@ async def test_files_are_counted_at_both_ends_and_their_bytes_by_plane(
     source = tmp_path / "source"
     source.write_bytes(os.urandom(size))
     seen: set[tuple[str, float]] = set()
-    async with network.gateway() as far, network.leaf("worker", [far]) as near:
+    async with network.gateway(roles=()) as far, network.leaf("worker", [far]) as near:
         accept(far, tmp_path, "theta")
         meta = await meta_of(source, "theta", "theta")
 
@@ -297,7 +297,7 @@ async def test_debug_tells_of_connections_requests_and_files(
     source = tmp_path / "source"
     source.write_bytes(os.urandom(1000))
     with caplog.at_level(logging.DEBUG, "hypha.net"):
-        async with network.gateway() as far, network.leaf("worker", [far]) as near:
+        async with network.gateway(roles=()) as far, network.leaf("worker", [far]) as near:
             accept(far, tmp_path, "update")
             await near.transfers.send(far.peer_id, source, await meta_of(source, "update", "first"))
             await near.provide("digits")
@@ -335,7 +335,7 @@ async def main():
         print("arrived")
     source = directory / "source"
     source.write_bytes(b"x" * 1000)
-    async with network.gateway() as gateway, network.leaf("worker", [gateway]) as worker:
+    async with network.gateway(roles=()) as gateway, network.leaf("worker", [gateway]) as worker:
         gateway.transfers.accept("update", None, gate, arrived)
         await worker.request(gateway.peer_id, Health())
         await worker.transfers.send(gateway.peer_id, source, await meta_of(source, "update", "x"))

@@ -72,11 +72,11 @@ async def test_reports_need_their_role(network: Network, caplog: pytest.LogCaptu
         network.leaf("worker", roles=("worker",)) as worker,
         network.leaf("scheduler") as scheduler,
     ):
-        scheduler.answer_reports(lambda caller, reports: arrived.append(caller), roles={"worker"})
+        scheduler.answer_reports(lambda caller, reports: arrived.append(caller))
         for node in (data, worker):
             node.learn(PeerRef(peer=scheduler.peer_id, addresses=(address_of(scheduler),)))
             node.report(scheduler.peer_id, report(1))
-        await until(lambda: arrived and "Refused reports" in caplog.text)
+        await until(lambda: arrived and "Refused a stream of /hypha/report/1" in caplog.text)
         assert set(arrived) == {worker.peer_id}
 
 

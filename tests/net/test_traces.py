@@ -255,7 +255,7 @@ async def test_a_file_is_received_in_the_trace_of_who_sends_it(
     source = tmp_path / "source"
     source.write_bytes(os.urandom(50_000))
     stamp = JobStamp(job_id="job-1", generation=2, round=3)
-    async with network.gateway() as far, network.leaf("worker", [far]) as near:
+    async with network.gateway(roles=()) as far, network.leaf("worker", [far]) as near:
         accept(far, tmp_path, "update")
         for name in ("first", "second"):
             with span(SEND_UPDATE):
@@ -294,7 +294,7 @@ async def test_a_file_that_was_asked_for_is_sent_in_the_askers_trace(
     async def provide(caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         return source, await meta_of(source, "slice", request.name)
 
-    async with network.gateway() as data, network.leaf("worker", [data]) as worker:
+    async with network.gateway(roles=()) as data, network.leaf("worker", [data]) as worker:
         data.transfers.serve("slice", provide)
         with span(FETCH_SLICE):
             request = PullFile(kind="slice", name="digits/0")

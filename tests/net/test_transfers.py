@@ -68,7 +68,7 @@ class Pair:
 
 @asynccontextmanager
 async def pair(network: Network) -> AsyncIterator[Pair]:
-    async with network.gateway() as far, network.leaf("worker", [far]) as near:
+    async with network.gateway(roles=()) as far, network.leaf("worker", [far]) as near:
         yield Pair(near, far)
 
 
@@ -288,7 +288,7 @@ async def test_a_part_of_an_earlier_process_is_resumed(network: Network, tmp_pat
 async def test_a_node_may_send_to_itself(network: Network, tmp_path: Path, inbox: Inbox) -> None:
     source = write(tmp_path / "source", 1 << 20)
     meta = await meta_of(source, "update", "x")
-    async with network.gateway() as node:
+    async with network.gateway(roles=()) as node:
         inbox.on(node)
         await node.transfers.send(node.ref(), source, meta)
         assert inbox.arrived == [(node.peer_id, meta, inbox.directory / "x")]
@@ -310,7 +310,7 @@ async def test_a_receiver_that_cannot_be_dialled_dials_back(
 ) -> None:
     source = write(tmp_path / "source", 2 << 20)
     async with (
-        network.gateway() as sender,
+        network.gateway(roles=()) as sender,
         # announces nothing, as if behind NAT; it has dialled the sender
         network.leaf("worker", [sender], exclude_cidr=NO_LOOPBACK, reserve=False) as receiver,
     ):
@@ -355,7 +355,11 @@ async def test_two_nodes_that_cannot_dial_each_other_use_the_relay(
 async def test_twenty_transfers_queue_and_all_arrive(network: Network, tmp_path: Path, inbox: Inbox) -> None:
     source = write(tmp_path / "source", 1 << 20)
     most_at_once = 0
-    async with network.gateway() as far, network.leaf("a", [far]) as one, network.leaf("b", [far]) as two:
+    async with (
+        network.gateway(roles=()) as far,
+        network.leaf("a", [far]) as one,
+        network.leaf("b", [far]) as two,
+    ):
         inbox.on(far)
         # the other way round at the same time: neither side may wait for the other for ever
         back = Inbox(tmp_path / "back")
@@ -450,7 +454,7 @@ async def test_junk_and_strangers_on_the_port_do_no_harm(
 
 async def test_a_silent_bulk_connection_does_not_hold_up_the_end_of_a_node(network: Network) -> None:
     with socket.socket() as silent:
-        async with network.gateway() as node:
+        async with network.gateway(roles=()) as node:
             address = ("127.0.0.1", int(node.listen_addresses()[0].rpartition("/")[2]))
             await trio.to_thread.run_sync(silent.connect, address)
             silent.sendall(b"\x16\x03\x01")

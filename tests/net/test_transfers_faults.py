@@ -39,7 +39,7 @@ class Ends:
 
 @asynccontextmanager
 async def through_proxy(network: Network) -> AsyncIterator[Ends]:
-    async with network.gateway() as far:
+    async with network.gateway(roles=()) as far:
         async with bulk_proxy(host_and_port(far.listen_addresses()[0])) as proxy:
             async with network.leaf("worker", [f"{proxy.address}/p2p/{far.peer_id}"]) as near:
                 assert near.bulk_targets(far.peer_id, ())[0] == ("127.0.0.1", proxy.port)
@@ -250,7 +250,7 @@ async def test_a_node_that_closes_cuts_its_transfers(network: Network, tmp_path:
     meta = await meta_of(source, "update", "x")
     failed: list[Exception] = []
     async with trio.open_nursery() as nursery:
-        async with network.gateway() as far:
+        async with network.gateway(roles=()) as far:
             async with bulk_proxy(host_and_port(far.listen_addresses()[0])) as proxy:
                 async with network.leaf("worker", [f"{proxy.address}/p2p/{far.peer_id}"]) as near:
                     far.transfers.accept("update", None, inbox.gate, inbox.take)
@@ -318,7 +318,7 @@ async def test_a_pull_is_given_up_when_nothing_comes_and_not_when_it_is_slow(
 ) -> None:
     source = write(tmp_path / "source", 4 * MB)
     destination = tmp_path / "got"
-    async with network.gateway() as provider:
+    async with network.gateway(roles=()) as provider:
         served = await meta_of(source, "slice", "set/0")
         silent = True
 
@@ -347,7 +347,7 @@ async def test_a_pull_is_given_up_when_nothing_comes_and_not_when_it_is_slow(
 
 async def test_a_provider_that_dies_fails_the_pull(network: Network, tmp_path: Path) -> None:
     source = write(tmp_path / "source", 20 * MB)
-    async with network.gateway() as worker:
+    async with network.gateway(roles=()) as worker:
         leave = trio.Event()
         ready: list[Node] = []
 

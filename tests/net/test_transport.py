@@ -226,7 +226,7 @@ async def test_the_wrong_role_is_refused_and_none_is_any(network: Network) -> No
         network.leaf("scheduler", roles=("scheduler",)) as scheduler,
         network.leaf("anything") as anything,
     ):
-        worker.answer(RenewLease, renewed, roles={"scheduler"})
+        worker.answer(RenewLease, renewed)
         with pytest.raises(Refused) as refused:
             await other_worker.request(ref_of(worker), RenewLease(lease_id="1"))
         assert refused.value.code == "role"

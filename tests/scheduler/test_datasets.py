@@ -10,19 +10,24 @@ import trio
 from tests.support.network import until
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
-from hypha.errors import DatasetNotFound
-from hypha.messages import DatasetDescription, DescribeDataset, Manifest, SliceInfo
+from hypha.errors import DatasetMismatch, DatasetNotFound, Refused
+from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, SliceInfo
 from hypha.node import Node
 from hypha.scheduler.datasets import REFRESH_S, find_dataset
+from hypha.scheduler.pins import Pins
 
 MANIFEST = Manifest(name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00"),))
 
 
 @asynccontextmanager
 async def data_node(
-    network: VirtualNetwork, gateway: Node, role: str = "data", manifest_hash: str = "h"
+    network: VirtualNetwork,
+    gateway: Node,
+    role: str = "data",
+    manifest_hash: str = "h",
+    organization: str = "",
 ) -> AsyncIterator[Node]:
-    async with network.leaf("data", [gateway], roles=(role,)) as node:
+    async with network.leaf("data", [gateway], roles=(role,), organization=organization) as node:
 
         async def describe(caller: str, request: DescribeDataset) -> DatasetDescription:
             return DatasetDescription(manifest=MANIFEST, manifest_hash=manifest_hash)
@@ -58,18 +63,72 @@ async def test_a_data_node_that_is_gone_is_not_named_any_more_and_one_that_comes
 
 @virtual_time
 async def test_a_worker_cannot_pass_for_a_data_node(
-    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither announce a dataset at a gateway, nor be believed where one, of an older version, named it."""
     async with (
         network.gateway() as gateway,
         network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
         data_node(network, gateway, "worker", "other") as impostor,
     ):
-        with pytest.raises(DatasetNotFound):
+        assert await impostor.provide("digits") == 0
+        assert await scheduler.find_providers("digits") == []
+        find, named = scheduler.find_providers, impostor.ref()
+
+        async def named_too(name: str) -> list[PeerRef]:
+            return [*await find(name), named]
+
+        monkeypatch.setattr(scheduler, "find_providers", named_too)
+        with pytest.raises(DatasetNotFound, match="announce it that this job does not use"):
             await find_dataset(scheduler, "digits", 2.0)
-        assert caplog.text.count("has the role worker; it is not used") == 1
+        assert caplog.text.count("its certificate has the role worker; it is not used") == 1
         async with data_node(network, gateway) as honest:
             dataset = await find_dataset(scheduler, "digits", 10.0)
             await dataset.refresh(scheduler)
             assert set(dataset.providers) == {honest.peer_id}
             assert impostor.peer_id != honest.peer_id
+
+
+@virtual_time
+async def test_a_job_may_name_its_data_nodes(
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the organisation that vouches for them, or by key; others with other data stop nothing."""
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        data_node(network, gateway, organization="Lab") as ours,
+        data_node(network, gateway, manifest_hash="other", organization="Other Lab") as theirs,
+    ):
+        with pytest.raises(DatasetMismatch):
+            await find_dataset(scheduler, "digits", 10.0)
+        for pins, wanted in (
+            (Pins(organizations=frozenset({"Lab"})), ours),
+            (Pins(organizations=frozenset({"Other Lab"})), theirs),
+            (Pins(data_nodes=frozenset({theirs.peer_id})), theirs),
+            (Pins(frozenset({"Lab"}), frozenset({ours.peer_id})), ours),
+        ):
+            dataset = await find_dataset(scheduler, "digits", 10.0, pins=pins)
+            await dataset.refresh(scheduler)
+            assert set(dataset.providers) == {wanted.peer_id}
+        assert "is of 'Other Lab', which scheduler.job.dataset.organizations does not name" in caplog.text
+        assert "is not among scheduler.job.dataset.data_nodes" in caplog.text
+
+
+@virtual_time
+async def test_who_is_refused_a_dataset_is_told_why(
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        data_node(network, gateway) as data,
+    ):
+
+        async def refuse(caller: str, request: DescribeDataset) -> DatasetDescription:
+            raise Refused("not-allowed", "it is for other organisations")
+
+        data.answer(DescribeDataset, refuse)
+        with pytest.raises(DatasetNotFound, match="that this job does not use"):
+            await find_dataset(scheduler, "digits", 2.0)
+        assert caplog.text.count("serves digits and not to this job: it is for other organisations") == 1

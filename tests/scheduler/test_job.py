@@ -161,9 +161,9 @@ class Actor:
         self.nursery.start_soon(until_refused)
 
     def answer(self) -> None:
-        self.node.answer(DispatchJob, self.dispatch, roles={"scheduler"})
-        self.node.answer(Steer, self.steer, roles={"scheduler"})
-        self.node.answer(CancelJob, self.cancel, roles={"scheduler"})
+        self.node.answer(DispatchJob, self.dispatch)
+        self.node.answer(Steer, self.steer)
+        self.node.answer(CancelJob, self.cancel)
 
     async def dispatch(self, caller: str, request: DispatchJob) -> Acknowledged:
         job = request.job

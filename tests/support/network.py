@@ -45,7 +45,8 @@ class Pki:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         root = make_root(f"{organization} Root", directory)
-        made = make_org(organization, CaFiles(root.cert, root.key), directory)
+        self.root = CaFiles(root.cert, root.key)
+        made = make_org(organization, self.root, directory)
         self.org = CaFiles(made.cert, made.key, made.trust)
         self._numbers = itertools.count()
 

@@ -87,12 +87,14 @@ class VirtualNetwork:
         gateways: Sequence[SimulatedNode | str] = (),
         connected: bool = True,
         roles: Sequence[str] = (),
+        organization: str = "",
     ) -> AsyncIterator[SimulatedNode]:
         """A worker, scheduler or data node; waits until it is connected unless ``connected=False``. A gateway
-        that is not there yet is given by its peer.
+        that is not there yet is given by its peer. ``organization`` is the one that vouches for it.
         """
         peers = [one if isinstance(one, str) else one.peer_id for one in gateways]
-        async with self._open(f"{component}-{next(self._numbers)}", component, peers, roles) as node:
+        name = f"{component}-{next(self._numbers)}"
+        async with self._open(name, component, peers, roles, organization=organization) as node:
             if connected:
                 with trio.fail_after(10):
                     await node.wait_connected()
@@ -100,9 +102,15 @@ class VirtualNetwork:
 
     @asynccontextmanager
     async def _open(
-        self, name: str, component: str, gateways: Sequence[str], roles: Sequence[str], hop: bool = False
+        self,
+        name: str,
+        component: str,
+        gateways: Sequence[str],
+        roles: Sequence[str],
+        hop: bool = False,
+        organization: str = "",
     ) -> AsyncIterator[SimulatedNode]:
-        machine = Machine(name, frozenset(roles))
+        machine = Machine(name, frozenset(roles), organization=organization)
         self.carrier.add(machine)
         async with trio.open_nursery() as nursery:
             process = SimulatedProcess(name, self.runtime, nursery, self._crashed)

@@ -76,7 +76,10 @@ async def test_half_of_a_slice_from_one_data_node_and_the_rest_from_another(
 ) -> None:
     slice_ = tmp_path / "slice"
     slice_.write_bytes(os.urandom(SIZE))
-    async with network.gateway() as worker, bulk_proxy(host_and_port(worker.listen_addresses()[0])) as proxy:
+    async with (
+        network.gateway(roles=()) as worker,
+        bulk_proxy(host_and_port(worker.listen_addresses()[0])) as proxy,
+    ):
         async with data_node(network, worker, proxy, slice_) as second, trio.open_nursery() as nursery:
             served = await meta_of(slice_, "slice", "set/0")
             cache = SliceCache(tmp_path / "cache", CacheConfig(max_slices=2))

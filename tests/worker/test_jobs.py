@@ -260,7 +260,8 @@ async def system(network: Network, tmp_path: Path, **changes: Any) -> AsyncItera
     directory.mkdir()
     async with network.gateway() as gateway:
         async with (
-            network.leaf("scheduler", [gateway], roles=("scheduler",)) as node,
+            # it plays the parameter server and the data node, too
+            network.leaf("scheduler", [gateway], roles=("scheduler", "worker", "data")) as node,
             trio.open_nursery() as nursery,
         ):
             scheduler = Scheduler(node, directory)

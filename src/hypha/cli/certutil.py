@@ -54,12 +54,20 @@ def org(
     root_key: Annotated[Path, typer.Option(help="The root's private key.")],
     name: Annotated[str | None, typer.Option("--name", "-n", help="Default: <organization> CA.")] = None,
     days: Annotated[int, typer.Option(help="Validity.", min=1)] = 1825,
+    roles: Annotated[
+        str,
+        typer.Option(
+            help="The only roles that its nodes may have, comma-separated, such as worker,data; default: all."
+        ),
+    ] = "",
     directory: Directory = Path(),
 ) -> None:
     """Make an organisation's CA, which issues certificates to nodes."""
     from hypha.pki.authority import CaFiles, make_org
 
-    _made(make_org(organization, CaFiles(root_cert, root_key), directory, name=name, days=days))
+    limits = [part.strip() for part in roles.split(",") if part.strip()]
+    made = make_org(organization, CaFiles(root_cert, root_key), directory, name=name, days=days, roles=limits)
+    _made(made)
 
 
 @app.command()
@@ -70,7 +78,7 @@ def node(
     trust: Trust = None,
     role: Annotated[
         list[str] | None,
-        typer.Option("--role", "-r", help="gateway, scheduler, worker or data; none: any. May be repeated."),
+        typer.Option("--role", "-r", help="gateway, scheduler, worker or data. May be repeated."),
     ] = None,
     san: Annotated[
         str,
@@ -91,6 +99,11 @@ def node(
         days=days,
     )
     _made(made)
+    if not role:
+        typer.echo(
+            "It carries no role, so nodes refuse it unless they have require_roles = false; give it one with "
+            f"`hypha-certutil renew {made.cert} --role ...`"
+        )
 
 
 @app.command()
@@ -99,12 +112,16 @@ def renew(
     ca_cert: Annotated[Path, typer.Option(help="The certificate of the organisation CA that issued it.")],
     ca_key: Annotated[Path, typer.Option(help="That CA's private key.")],
     trust: Trust = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option("--role", "-r", help="Give it these roles instead of those it has. May be repeated."),
+    ] = None,
     days: Annotated[int, typer.Option(help="Validity from now.", min=1)] = 365,
 ) -> None:
     """Give a node's certificate new dates: same key, PeerID, name and roles. Running nodes read it again."""
     from hypha.pki.authority import CaFiles, renew_node
 
-    renewed = renew_node(cert, CaFiles(ca_cert, ca_key, trust), days=days)
+    renewed = renew_node(cert, CaFiles(ca_cert, ca_key, trust), days=days, roles=role or ())
     typer.echo(f"renewed {cert}, valid until {renewed.not_valid_after_utc:%Y-%m-%d}")
 
 
@@ -164,7 +181,8 @@ def _show(facts: CertificateFacts) -> None:
         "issuer": facts.issuer,
         "valid": f"{facts.not_before:%Y-%m-%d} to {facts.not_after:%Y-%m-%d}",
         "PeerID": facts.peer_id or "",
-        "roles": "" if facts.is_ca else ", ".join(facts.roles) or "any",
+        "roles": "" if facts.is_ca else ", ".join(facts.roles) or "none",
+        "may issue": ", ".join(facts.may_issue or ()),
         "names": ", ".join(facts.names),
         "serial": facts.serial,
         "sha256": facts.fingerprint,

@@ -250,6 +250,14 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
             f"{program.name}; make one with `hypha-certutil node --role {program.name}`"
         )
         yield Problem("cert_pem", message)
+    if not identity.roles and partial.get("require_roles") is not False:
+        message = (
+            f"{files[0]}: the certificate carries no role, and nodes with require_roles (the default) refuse "
+            f"it; give it one with `hypha-certutil renew {files[0]} --role {program.name} --ca-cert ... "
+            "--ca-key ...` (its PeerID stays), or set require_roles = false here and wherever it is to be "
+            "accepted"
+        )
+        yield Problem("cert_pem", message)
 
 
 def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,7 @@ Found = Iterator[tuple[KeyPath, str]]
 #: the shortest ``hang_s``
 LEAST_HANG_S = 5.0
 
+_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
 _MALFORMED = (ValueError, BinaryParseError, StringParseError, ProtocolLookupError)
 
 
@@ -212,6 +214,9 @@ def _job(partial: Partial) -> Found:
     if least is not None and workers is not None and least > workers:
         yield (*resources, "min_workers"), f"it is more than num_workers ({workers})"
     yield from _hang(partial.get(*resources, "hang_s"), resources)
+    for index, text in enumerate(getattr(partial.get(*job, "dataset"), "data_nodes", ())):
+        if not _PEER_ID.fullmatch(text):
+            yield (*job, "dataset", "data_nodes", index), f"{text!r} is no PeerID, such as 12D3KooW..."
     checkpoint = partial.get(*job, "checkpoint")
     if checkpoint is not None and checkpoint.replicas and checkpoint.place != "scheduler":
         yield (

@@ -79,8 +79,8 @@ class NodeConfig(Section):
     trust_pem: Path
     #: revocation lists of those CAs; re-read when the file changes, and none while there is no such file yet
     crls_pem: Path | None = None
-    #: refuse peers whose certificate carries no role at all
-    require_roles: bool = False
+    #: refuse peers whose certificate carries no role at all: one that could play every role
+    require_roles: bool = True
     #: where to listen; port 0 takes any free one
     listen_addresses: list[str] = Field(default=["/ip4/0.0.0.0/tcp/0"], min_length=1)
     #: where others may dial this node, if that is not where it listens
@@ -141,6 +141,8 @@ class DatasetConfig(Section):
 
     path: Path
     name: str | None = None
+    #: organisations whose nodes get it, as their CAs are called (`hypha-certutil show`); none: all do
+    organizations: list[str] = []
 
 
 class DataConfig(LeafConfig):
@@ -318,6 +320,10 @@ class DatasetRef(Section):
 
     dataset: str
     shuffle: bool = True
+    #: only data nodes of these organisations, as their CAs are called, and those of ``data_nodes``
+    organizations: list[str] = []
+    #: only these data nodes (PeerIDs), and those of ``organizations``
+    data_nodes: list[str] = []
     #: give up (exit code 3) when nobody has served it for so many seconds after the start
     wait_s: float | None = Field(default=60.0, gt=0)
 

@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import trio
@@ -46,8 +46,6 @@ from hypha.telemetry.resources import watch_disks
 
 logger = logging.getLogger(__name__)
 
-#: Who may ask for data.
-ASKERS = frozenset({"worker", "scheduler"})
 KIND = "slice"
 #: Pauses between attempts to announce that failed.
 ANNOUNCE_RETRY_MIN_S = 0.5
@@ -95,9 +93,14 @@ async def _serve(
     gauges: contextlib.ExitStack,
     task_status: trio.TaskStatus[PeerRef],
 ) -> None:
-    shelf = Shelf(datasets, node.roles_of)
-    node.answer(DescribeDataset, shelf.describe, roles=ASKERS)
-    node.answer(ListFiles, shelf.list_files, roles=ASKERS)
+    limits = [frozenset(entry.organizations) for entry in config.datasets]
+    shelf = Shelf(
+        datasets,
+        node.organization_of,
+        {dataset.name: wanted for dataset, wanted in zip(datasets, limits, strict=False) if wanted},
+    )
+    node.answer(DescribeDataset, shelf.describe)
+    node.answer(ListFiles, shelf.list_files)
     slices = ServedSlices(shelf.provide, frozenset(dataset.name for dataset in datasets))
     node.transfers.serve(KIND, slices.provide, slices.served)
     if not is_simulated():
@@ -237,11 +240,19 @@ async def announce(node: Node, dataset: Dataset, interval_s: float) -> None:
 
 
 class Shelf:
-    """The datasets, and what peers may ask of them. ``roles_of`` are those of a connected peer."""
+    """The datasets, and what peers may ask of them. ``organization_of`` a connected peer counts where
+    ``limits`` has organisations for a dataset, by its name: others are refused.
+    """
 
-    def __init__(self, datasets: list[Dataset], roles_of: Callable[[str], frozenset[str]]) -> None:
+    def __init__(
+        self,
+        datasets: list[Dataset],
+        organization_of: Callable[[str], str],
+        limits: Mapping[str, frozenset[str]] | None = None,
+    ) -> None:
         self._datasets = {dataset.name: dataset for dataset in datasets}
-        self._roles_of = roles_of
+        self._organization_of = organization_of
+        self._limits = limits or {}
         self._checked = {dataset.name: SliceChecks(dataset) for dataset in datasets}
         self._limit = trio.CapacityLimiter(MAX_CHECKS)
 
@@ -255,25 +266,22 @@ class Shelf:
 
     async def describe(self, caller: str, request: DescribeDataset) -> DatasetDescription:
         """The manifest of a dataset. Refused when it is not here."""
-        dataset = self._named(request.dataset)
+        dataset = self._named(request.dataset, caller)
         return DatasetDescription(manifest=dataset.manifest, manifest_hash=dataset.manifest_hash)
 
     async def list_files(self, caller: str, request: ListFiles) -> FileList:
         """The slices of the dataset ``name``, as :meth:`provide` would give them."""
         if request.kind != KIND:
             raise Refused("not-found", f"a data node has files of kind {KIND!r} only, not {request.kind!r}")
-        dataset = self._named(request.name)
+        dataset = self._named(request.name, caller)
         return FileList(
             files=tuple(slice_meta(dataset, index) for index in range(len(dataset.manifest.slices)))
         )
 
     async def provide(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         """The file of slice ``<dataset>/<index>``, known to be whole. Raises Refused."""
-        roles = self._roles_of(caller)
-        if roles and not roles & ASKERS:
-            raise Refused("role", "slices are for workers and schedulers")
         name, _, number = request.name.rpartition("/")
-        dataset = self._named(name)
+        dataset = self._named(name, caller)
         count = len(dataset.manifest.slices)
         # int() would take "-1", "1_0" and digits of other scripts
         if not (number.isascii() and number.isdigit() and len(number) <= 9) or int(number) >= count:
@@ -282,10 +290,17 @@ class Shelf:
         await self._checked[name].require_whole(index, self._limit)
         return dataset.paths[index], slice_meta(dataset, index)
 
-    def _named(self, name: str) -> Dataset:
+    def _named(self, name: str, caller: str) -> Dataset:
         dataset = self._datasets.get(name)
         if dataset is None:
             raise Refused("not-found", f"dataset {name!r} is not served here")
+        wanted = self._limits.get(name)
+        if wanted is not None and (organization := self._organization_of(caller)) not in wanted:
+            raise Refused(
+                "not-allowed",
+                f"dataset {name!r} is limited to some organisations, and {organization!r}, which vouches for "
+                "your certificate, is none of them; ask its owner (organizations of [[datasets]])",
+            )
         return dataset
 
 

@@ -23,6 +23,7 @@ from hypha.net.bulk_kept import RECEIVER_KEEPS_S, KeptLinks, OfferedOver
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
+from hypha.net.bulk_roles import require_sender
 from hypha.net.bulk_signals import note_link, receiving
 from hypha.net.bulk_wire import BulkLinks, LinkBroken, Verdict
 from hypha.node import Arrived, Gate
@@ -211,6 +212,7 @@ class Receiving:
 
     async def _admit(self, caller: str, offer: BulkOffer) -> tuple[Acceptor, Path]:
         meta = offer.meta
+        require_sender(self._links, caller, meta.kind)
         mine = sum(inbound.caller == caller for inbound in self._inbound.values())
         if len(self._inbound) >= MAX_WAITING or mine >= MAX_WAITING_PER_PEER:
             raise Refused("busy", "too many transfers are waiting here; try again later")
@@ -225,10 +227,8 @@ class Receiving:
         if acceptor is None:
             raise Refused("not-found", f"nobody here takes files of kind {meta.kind!r} for this job")
         if not 0 <= meta.size <= acceptor.limit:
-            raise Refused(
-                "too-large",
-                f"{meta.name} has {meta.size} bytes, {acceptor.limit} are allowed for {meta.kind}",
-            )
+            allowed = f"{acceptor.limit} are allowed for {meta.kind}"
+            raise Refused("too-large", f"{meta.name} has {meta.size} bytes, {allowed}")
         destination = await acceptor.gate(caller, meta)
         free = await trio.to_thread.run_sync(free_bytes, destination)
         if free is not None and meta.size > max(0, free - RESERVE_BYTES):

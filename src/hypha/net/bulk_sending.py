@@ -34,6 +34,7 @@ from hypha.net.bulk_kept import SENDER_KEEPS_S, KeptLinks
 from hypha.net.bulk_links import Link
 from hypha.net.bulk_meeting import Expected, Meeting
 from hypha.net.bulk_places import Places
+from hypha.net.bulk_roles import require_receiver
 from hypha.net.bulk_signals import note_link, sending
 from hypha.net.bulk_wire import BulkLinks, Frame, Go, LinkBroken, Verdict, Working, fits
 from hypha.node import Provider, Served
@@ -157,6 +158,7 @@ class Sending:
 
     async def _attempt(self, attempt: _Attempt) -> Verdict:
         meta = attempt.meta
+        require_receiver(self._links, attempt.peer_id, meta.kind, met=False)
         # an offer is repeated while it waits; what is offered must be there first
         source = await trio.to_thread.run_sync(SourceFile, attempt.path, meta.size, limiter=self._limiter)
         try:
@@ -166,6 +168,7 @@ class Sending:
                 started = trio.current_time()
                 if met is None:
                     answer = await self._offer(attempt)
+                    require_receiver(self._links, attempt.peer_id, meta.kind)
                     if answer.done:
                         return Verdict("ok")
                     started = trio.current_time()
@@ -309,6 +312,7 @@ class Sending:
 
     async def provide(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         """The file that a pull names. Refused."""
+        require_receiver(self._links, caller, request.kind)
         provider = self._providers.get(request.kind)
         if provider is None:
             raise Refused("not-found", f"no files of kind {request.kind!r} are served here")

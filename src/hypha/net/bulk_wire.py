@@ -72,6 +72,9 @@ class BulkLinks(Protocol):
         excluded. Empty when only a relay leads there.
         """
 
+    def roles_of(self, peer: str) -> frozenset[str]:
+        """As ``Node.roles_of``: PeerUnreachable for a peer that never was connected."""
+
     def reached_by(self, peer: str) -> bool:
         """Whether ``peer`` has a live direct connection to this node that *it* dialled, and there is
         none that this node dialled: so it can reach us, and whether we can reach it is unknown.

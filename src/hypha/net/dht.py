@@ -29,13 +29,14 @@ from multiaddr import Multiaddr
 from multiaddr.exceptions import BinaryParseError
 from opentelemetry.trace import Span, SpanKind
 
+from hypha.access import DIRECTORY, NOBODY, may_act_as
 from hypha.errors import NetworkError, PeerUnreachable
-from hypha.messages import PeerRef
+from hypha.messages import PeerRef, is_replica_name
 from hypha.net.dht_records import MAX_QUERY_BYTES, Records, trimmed_query
 from hypha.net.dialing import Dialer
 from hypha.net.gateways import Gateways
 from hypha.net.peers import Peers
-from hypha.net.streams import STREAM_ERRORS, Streams, discard
+from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
 from hypha.net.traced_messages import add_traceparent, traceparent_of
 from hypha.telemetry.instruments import DHT_QUERIES, DHT_QUERY_DURATION
 from hypha.tracing import failed, span, start_span
@@ -57,9 +58,34 @@ ANSWER_TIMEOUT_S = 20.0
 ANNOUNCED_AT_ONCE = 16
 
 
-def key_of(dataset: str) -> bytes:
-    """The SHA-256 multihash under which providers of ``dataset`` are kept."""
-    return b"\x12\x20" + hashlib.sha256(f"hypha/dataset/{dataset}".encode()).digest()
+#: What the keys of datasets begin with (that of a SHA-256 multihash), and those of copies of checkpoints: a
+#: server has to tell by the key who may announce it.
+DATASET_KEYS = b"\x12\x20"
+CHECKPOINT_KEYS = b"hypha/checkpoints/"
+_DIGEST_BYTES = 32
+_QUERIES = {
+    Message.GET_PROVIDERS: "find",
+    Message.FIND_NODE: "find node",
+    Message.PING: "ping",
+    Message.PUT_VALUE: "put value",
+    Message.GET_VALUE: "get value",
+}
+
+
+def key_of(name: str) -> bytes:
+    """The key under which providers of a dataset are kept, or of copies of checkpoints by their name."""
+    digest = hashlib.sha256(f"hypha/dataset/{name}".encode()).digest()
+    return (CHECKPOINT_KEYS if is_replica_name(name) else DATASET_KEYS) + digest
+
+
+def query_of(message: Any) -> str | None:
+    """What is asked, a key of :data:`hypha.access.DIRECTORY`; ``None`` where that is nothing known."""
+    if message.type != Message.ADD_PROVIDER:
+        return _QUERIES.get(message.type)
+    for prefix, query in ((DATASET_KEYS, "provide dataset"), (CHECKPOINT_KEYS, "provide checkpoints")):
+        if message.key.startswith(prefix) and len(message.key) == len(prefix) + _DIGEST_BYTES:
+            return query
+    return None
 
 
 class DhtServer:
@@ -67,6 +93,8 @@ class DhtServer:
 
     def __init__(self, host: Any, streams: Streams, peers: Peers, nursery: trio.Nursery) -> None:
         self._host = host
+        self._streams = streams
+        self._peers = peers
         self._nursery = nursery
         self._dht = KadDHT(host, DHTMode.SERVER)
         streams.handle(str(PROTOCOL_ID), self._serve)
@@ -93,14 +121,22 @@ class DhtServer:
         return size
 
     async def _serve(self, stream: Any, caller: str) -> None:
-        """Have the library answer one query: it would read more until the stream ends, without a time-out."""
+        """Have the library answer one query, if the caller's role allows it: it would read more until the
+        stream ends, without a time-out.
+        """
         message = Message()
         try:
             with trio.fail_after(READ_TIMEOUT_S):
-                query = await read_varint_prefixed_bytes_limited(stream, MAX_QUERY_BYTES)
-            message.ParseFromString(query)
+                payload = await read_varint_prefixed_bytes_limited(stream, MAX_QUERY_BYTES)
+            message.ParseFromString(payload)
         except (*STREAM_ERRORS, trio.TooSlowError, DecodeError, ValueError) as exc:
             logger.debug("A DHT query broke off: %r", exc, extra={"peer_id": caller})
+            await discard(stream)
+            return
+        query = query_of(message)
+        allowed = NOBODY if query is None else DIRECTORY[query].by
+        if not may_act_as(has := roles_behind(stream), allowed):
+            self._streams.say_refused(caller, f"the query {query or 'with an unknown key'!r}", allowed, has)
             await discard(stream)
             return
         if (trimmed := trimmed_query(message)) is None:
@@ -147,7 +183,7 @@ class DhtServer:
             # the library has no event for the end of identify
             while not (protocols := _protocols(store, peer_id)):  # noqa: ASYNC110
                 await trio.sleep(0.05)
-            if str(PROTOCOL_ID) in protocols:
+            if str(PROTOCOL_ID) in protocols and self._peers.may_serve_as("directory", peer):
                 await self._dht.routing_table.add_peer(PeerInfo(peer_id, store.addrs(peer_id)))
 
 
@@ -167,6 +203,7 @@ class _Replayed:
 
     async def read(self, n: int | None = None) -> bytes:
         count = len(self._left) if n is None else n
+        await trio.lowlevel.checkpoint()
         data, self._left = self._left[:count], self._left[count:]
         return data
 
@@ -192,6 +229,7 @@ class DhtClient:
         streams: Streams,
         dialer: Dialer,
         gateways: Gateways,
+        peers: Peers,
         own_ref: Callable[[], PeerRef],
         learn: Callable[[PeerRef], None],
         timeout_s: float,
@@ -199,6 +237,7 @@ class DhtClient:
         self._streams = streams
         self._dialer = dialer
         self._gateways = gateways
+        self._peers = peers
         self._own_ref = own_ref
         self._learn = learn
         self._timeout_s = timeout_s
@@ -298,6 +337,8 @@ class DhtClient:
 
     async def _ask(self, peer: str, request: Message) -> Message:
         await self._dialer.connect(peer, relays=False)
+        # another gateway has named it
+        self._peers.require_service("directory", peer)
         stream = await self._streams.open(peer, str(PROTOCOL_ID))
         try:
             await stream.write(encode_varint_prefixed(request.SerializeToString()))

@@ -300,6 +300,8 @@ class Dialer:
             race.note("dialling", circuit)
             try:
                 await self.connect(relay, relays=False)
+                # the peer itself has named it
+                self._peers.require_service("relay", relay)
                 with trio.fail_after(2 * self._timings.dial_s):
                     with use_span(race.span):
                         parent = traceparent()

@@ -89,8 +89,12 @@ class Gateways:
 
     def connected(self) -> list[str]:
         """PeerIDs of the gateways that are connected, the active one first."""
-        found = [peer for peer in self.known if self._peers.is_connected(peer)]
+        found = [peer for peer in self.known if self._peers.is_connected(peer) and self.is_one(peer)]
         return sorted(found, key=lambda peer: peer != self.active)
+
+    def is_one(self, peer: str) -> bool:
+        """Whether the certificate of a peer that is or was connected makes it a gateway."""
+        return self._peers.may_serve_as("gateway", peer)
 
     def circuit_addresses(self, own_peer: str) -> list[str]:
         """Where this node may be reached through its active gateway, if it holds a reservation."""
@@ -115,6 +119,8 @@ class Gateways:
             self._book.configure(str(address))
             self.known[peer] = (address, *(one for one in self.known.get(peer, ()) if one != address))
         await self._dialer.connect(peer, relays=False)
+        # whoever answers at the address may be anybody with a certificate
+        self._peers.require_service("gateway", peer)
         return peer
 
     async def use_one(self, reserve: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -21,8 +21,10 @@ from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
 from libp2p.tools.anyio_service import background_trio_service
 from opentelemetry.trace import SpanKind
 
-from hypha.messages import WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, WorkerRequest
+from hypha.errors import NetworkError
+from hypha.messages import WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, PeerRef, WorkerRequest
 from hypha.net import pubsub_flow
+from hypha.net.publishers import Publishers
 from hypha.node import Heard
 from hypha.telemetry.instruments import GOSSIP_MESSAGES
 from hypha.tracing import hop_traceparent, span, start_span, traceparent
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: Messages a slow subscriber may leave unread; the oldest go first.
 BACKLOG = 256
+#: Publishers whose role has to be asked for, at once.
+MAX_MEETING = 16
 #: How long :meth:`Gossip.publish` waits for somebody to publish to.
 MESH_WAIT_S = 3.0
 
@@ -40,11 +44,23 @@ _decoder = msgspec.msgpack.Decoder(GossipEnvelope)
 
 class Gossip:
     """Publishes and hears :class:`WorkerRequest`; ``gateways`` says who is worth waiting for,
-    ``concerns`` with whom gossip is exchanged at all.
+    ``concerns`` with whom gossip is exchanged at all, ``publishers`` whose certificate allows to publish. A
+    publisher of whom nothing is known is connected with by ``connect``, and heard when it may be.
     """
 
-    def __init__(self, host: Any, gateways: Callable[[], list[str]], concerns: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        host: Any,
+        gateways: Callable[[], list[str]],
+        concerns: Callable[[str], bool],
+        publishers: Publishers,
+        connect: Callable[[PeerRef], Awaitable[None]],
+    ) -> None:
         self._gateways = gateways
+        self._publishers = publishers
+        self._connect = connect
+        #: publishers of which nothing is known yet, while they are being connected with
+        self._meeting: set[str] = set()
         pubsub_flow.install()
         self._router = pubsub_flow.Router(
             protocols=[PROTOCOL_ID_V12],
@@ -57,6 +73,7 @@ class Gossip:
         )
         self._router.begin_relaying = self._begin_relaying
         self._pubsub = pubsub_flow.Company(host, self._router, concerns)
+        self._pubsub.set_topic_validator(WORKER_TOPIC, self._may_publish, False)
         # message numbers of a restarted node must not repeat those its peers still remember
         self._pubsub.counter = time.time_ns()
         self._listeners: set[tuple[trio.MemorySendChannel[Heard], trio.MemoryReceiveChannel[Heard]]] = set()
@@ -67,7 +84,7 @@ class Gossip:
         await stack.enter_async_context(background_trio_service(self._router))
         await self._pubsub.wait_until_ready()
         subscription = await self._pubsub.subscribe(WORKER_TOPIC)
-        nursery.start_soon(self._drain, subscription)
+        nursery.start_soon(self._drain, subscription, nursery)
 
     def close(self) -> None:
         """End the library's thread that forgets old message numbers; nobody else would."""
@@ -85,7 +102,9 @@ class Gossip:
         """Tell everybody. Waits a moment for the mesh; without one the message reaches nobody."""
         with span(GOSSIP_PUBLISH, _attributes("send"), kind=SpanKind.PRODUCER):
             await self._wait_for_mesh()
-            envelope = GossipEnvelope(body=message, traceparent=traceparent())
+            envelope = GossipEnvelope(
+                body=message, traceparent=traceparent(), certificates=self._publishers.own_certificates
+            )
             await self._pubsub.publish(WORKER_TOPIC, msgspec.msgpack.encode(envelope))
         GOSSIP_MESSAGES.add(event="published")
         logger.debug("Published request %s for workers.", message.request_id)
@@ -119,7 +138,21 @@ class Gossip:
             self._listeners.discard(channel)
             channel[0].close()
 
-    async def _drain(self, subscription: Any) -> None:
+    def _may_publish(self, forwarder: ID, raw: Any) -> bool:
+        """What the library asks, once for each message, before it is passed on or taken."""
+        publisher = ID(raw.from_id)
+        if publisher == self._pubsub.my_id:
+            return True
+        try:
+            certificates = _decoder.decode(raw.data).certificates
+        except msgspec.MsgspecError:
+            certificates = ()  # whoever takes it says so; a gateway may be of an older version than both ends
+        if self._publishers.refused(WORKER_TOPIC, str(publisher), certificates):
+            GOSSIP_MESSAGES.add(event="dropped")
+            return False
+        return True
+
+    async def _drain(self, subscription: Any, nursery: trio.Nursery) -> None:
         own = self._pubsub.my_id
         while True:
             raw = await subscription.get()
@@ -145,7 +178,26 @@ class Gossip:
                     extra={"peer_id": str(publisher)},
                 )
                 continue
-            self._take(envelope, str(publisher), self._pubsub.forwarder_of(raw))
+            forwarder = self._pubsub.forwarder_of(raw)
+            if self._publishers.are_known(str(publisher), envelope.certificates):
+                self._take(envelope, str(publisher), forwarder)
+            elif self._listeners and len(self._meeting) < MAX_MEETING and str(publisher) not in self._meeting:
+                self._meeting.add(str(publisher))
+                nursery.start_soon(self._meet, envelope, str(publisher), forwarder)
+
+    async def _meet(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
+        """Take a request whose publisher, of an older version, does not say who it is, once that is known."""
+        try:
+            await self._connect(envelope.body.scheduler)
+        except NetworkError as exc:
+            logger.debug("A scheduler cannot be reached: %s", exc, extra={"peer_id": publisher})
+        else:
+            if self._publishers.refused(WORKER_TOPIC, publisher, ()):
+                GOSSIP_MESSAGES.add(event="dropped")
+            else:
+                self._take(envelope, publisher, forwarder)
+        finally:
+            self._meeting.discard(publisher)
 
     def _take(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
         GOSSIP_MESSAGES.add(event="received")

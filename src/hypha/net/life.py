@@ -6,11 +6,13 @@ left. While the block is being cancelled the node still lives, so that there may
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import trio
 
+from hypha.access import ROLES
 from hypha.errors import ConfigError, Problem
 from hypha.net.addresses import parse
 from hypha.net.gauges import shown
@@ -18,6 +20,8 @@ from hypha.net.library import quiet_library
 from hypha.net.node import Libp2pNode
 from hypha.net.options import NodeOptions
 from hypha.tracing import untraced
+
+logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
@@ -36,6 +40,7 @@ async def open_node(options: NodeOptions) -> AsyncIterator[Libp2pNode]:
                 parse(text)
             except ValueError as exc:
                 raise ConfigError([Problem(key=key, message=str(exc))]) from exc
+    _say_without_role(options)
     quiet_library()
     failures: list[BaseException] = []
     with _unwrapped(failures):
@@ -51,6 +56,18 @@ async def open_node(options: NodeOptions) -> AsyncIterator[Libp2pNode]:
             finally:
                 node.ended.set()
                 nursery.cancel_scope.cancel()
+
+
+def _say_without_role(options: NodeOptions) -> None:
+    if options.identity.roles or options.guest:
+        return
+    role = options.component.removeprefix("hypha-")
+    logger.warning(
+        "The certificate of this node carries no role: nodes with require_roles (the default) refuse it. "
+        "Give it one with `hypha-certutil renew %s --role %s --ca-cert ... --ca-key ...`; its PeerID stays.",
+        options.identity.files.cert,
+        role if role in ROLES else "...",
+    )
 
 
 async def _live(

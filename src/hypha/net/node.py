@@ -7,7 +7,7 @@ life and ends is in :mod:`hypha.net.life`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from hypha.net.gossip import Gossip
 from hypha.net.library import make_host
 from hypha.net.options import NodeOptions
 from hypha.net.peers import Peers, is_relayed
+from hypha.net.publishers import Publishers
 from hypha.net.relay import RelayClient, RelayHop
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
@@ -97,10 +98,13 @@ class Libp2pNode:
         doubles = Doubles(self.peer_id, self._peers, self._rpc.request, nursery)
         self._security.admit = doubles.admit
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
-        self._gossip = Gossip(self._host, self._gateways.connected, self._gossips_with)
+        publishers = Publishers(options.identity, options.require_roles, self._peers)
+        self._gossip = Gossip(
+            self._host, self._gateways.connected, self._gossips_with, publishers, self.connect
+        )
         self._gateways.joined.append(self._gossip.include)
         self._dht = DhtClient(
-            self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
+            self._streams, self._dialer, self._gateways, self._peers, self.ref, self.learn, timings.lookup_s
         )
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
         self.transfers = BulkTransfers(self)
@@ -231,6 +235,10 @@ class Libp2pNode:
         """
         return self._peers.roles_of(peer)
 
+    def organization_of(self, peer: str) -> str:
+        """The organisation that vouches for a peer, empty where it has no name; as :meth:`roles_of`."""
+        return self._peers.organization_of(peer)
+
     def watch_peers(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PeerLost]]:
         """A channel that says when the last connection to a peer ended."""
         return self._peers.watch()
@@ -249,13 +257,12 @@ class Libp2pNode:
         self,
         kind: type[Any],
         handler: Callable[[str, Any], Awaitable[Response]],
-        roles: Collection[str] | None = None,
     ) -> None:
         """Answer requests of ``kind`` by ``await handler(caller, request)``; raise Refused to say no.
 
-        With ``roles`` only callers whose certificate has one of them (or none at all) are heard.
+        Only callers whose role may send them (:data:`hypha.access.REQUESTS`) are heard.
         """
-        self._rpc.answer(kind, handler, roles)
+        self._rpc.answer(kind, handler)
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
         """Keep places for requests of those of whom ``is_partner`` says so, as they share a lease with us."""
@@ -268,14 +275,9 @@ class Libp2pNode:
         """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
         self._reports.report(peer, report)
 
-    def answer_reports(
-        self,
-        handler: ReportHandler,
-        roles: Collection[str] | None = None,
-        admits: Callable[[str], bool] | None = None,
-    ) -> None:
+    def answer_reports(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
         """Call ``handler(caller, reports)`` for reports of whom ``admits`` admits; it must not block."""
-        self._reports.answer(handler, roles, admits)
+        self._reports.answer(handler, admits)
 
     # --- gossip and datasets ------------------------------------------------------------------------
 
@@ -320,7 +322,9 @@ class Libp2pNode:
         self._streams.handle(protocol, handler)
 
     def _gossips_with(self, peer: str) -> bool:
-        return self.options.hop or not self.options.gateways or peer in self._gateways.known
+        if self.options.hop or not self.options.gateways:
+            return True
+        return peer in self._gateways.known and self._gateways.is_one(peer)
 
     def _known(self, peer: PeerRef | str) -> str:
         if isinstance(peer, PeerRef):

@@ -17,6 +17,7 @@ from libp2p.peer.id import ID
 from libp2p.rcmgr import Direction
 from libp2p.stream_muxer.yamux.yamux import FLAG_SYN, TYPE_PING, YAMUX_HEADER_FORMAT
 
+from hypha.access import SERVICES, carries, may_act_as, named
 from hypha.errors import IdentityError, PeerUnreachable
 from hypha.net.options import Timings
 from hypha.net.streams import STREAM_ERRORS
@@ -73,7 +74,8 @@ class Peers(INotifee):  # type: ignore[misc]
         self._arrivals: dict[str, trio.Event] = {}
         #: connections that are waited for to end, all of them
         self._ends: list[tuple[set[Any], trio.Event]] = []
-        self._roles: dict[str, frozenset[str]] = {}
+        #: of peers that are or were connected: their roles, and the organisation that vouches for them
+        self._vouched: dict[str, tuple[frozenset[str], str]] = {}
         #: connections that this node ended, and why
         self._cuts: dict[Any, Literal["silent", "revoked"]] = {}
         self.on_connected: list[Callable[[str], None]] = []
@@ -123,11 +125,37 @@ class Peers(INotifee):  # type: ignore[misc]
 
         PeerUnreachable for a peer that never was connected, rather than a guess.
         """
+        return self._vouched_of(peer)[0]
+
+    def organization_of(self, peer: str) -> str:
+        """The organisation that vouches for a peer, as of its last connection; as :meth:`roles_of`."""
+        return self._vouched_of(peer)[1]
+
+    def may_serve_as(self, service: str, peer: str) -> bool:
+        """Whether a peer that is or was connected may be used as ``service``."""
+        try:
+            return may_act_as(self.roles_of(peer), SERVICES[service].by)
+        except PeerUnreachable:
+            return False
+
+    def require_service(self, service: str, peer: str) -> None:
+        """PeerUnreachable unless a connected peer may be used as ``service`` (of
+        :data:`hypha.access.SERVICES`).
+        """
+        has, allowed = self.roles_of(peer), SERVICES[service].by
+        if not may_act_as(has, allowed):
+            raise PeerUnreachable(
+                peer,
+                f"it is not used as {service}, which needs a certificate with the role {named(allowed)}: "
+                f"this one carries {carries(has)}",
+            )
+
+    def _vouched_of(self, peer: str) -> tuple[frozenset[str], str]:
         # the swarm has a connection for a moment before it says so
         for connection in reversed(self.connections_of(peer)):
-            return secured(connection).roles
+            return secured(connection).roles, secured(connection).vouched_organization
         try:
-            return self._roles[peer]
+            return self._vouched[peer]
         except KeyError:
             raise PeerUnreachable(peer, "it never was connected, so its roles are unknown") from None
 
@@ -167,10 +195,10 @@ class Peers(INotifee):  # type: ignore[misc]
         direction, way = direction_of(conn), way_of(conn)
         CONNECTIONS_ESTABLISHED.add(direction=direction, way=way)
         logger.debug("Connected with %s (%s, %s).", peer, direction, way, extra={"peer_id": peer})
-        self._roles.pop(peer, None)
-        self._roles[peer] = secured(conn).roles
-        while len(self._roles) > REMEMBERED_ROLES:
-            del self._roles[next(iter(self._roles))]
+        self._vouched.pop(peer, None)
+        self._vouched[peer] = (secured(conn).roles, secured(conn).vouched_organization)
+        while len(self._vouched) > REMEMBERED_ROLES:
+            del self._vouched[next(iter(self._vouched))]
         if (waiting := self._arrivals.pop(peer, None)) is not None:
             waiting.set()
         for call in self.on_connected:

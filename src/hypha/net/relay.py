@@ -29,6 +29,8 @@ from libp2p.relay.circuit_v2.protocol_buffer import StatusCode, to_proto_status
 from libp2p.relay.circuit_v2.utils import read_delimited_msg, write_delimited_msg
 from multiaddr import Multiaddr
 
+from hypha.access import HOP_PROTOCOL as HOP
+from hypha.access import STOP_PROTOCOL as STOP
 from hypha.config.log_filter import TRACE
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.net.over_limit import OverLimit
@@ -40,8 +42,6 @@ from hypha.tracing.operations import RELAY_CIRCUIT
 
 logger = logging.getLogger(__name__)
 
-HOP = "/libp2p/circuit/relay/0.2.0/hop"
-STOP = "/libp2p/circuit/relay/0.2.0/stop"
 ANSWER_TIMEOUT_S = 10.0
 SPLICE_BYTES = 256 * 1024
 #: After one direction of a circuit ended, how long the other may go on.

@@ -8,7 +8,7 @@ again; reports never wait for it, and never make the caller wait.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -19,8 +19,8 @@ from hypha.config.log_filter import TRACE
 from hypha.errors import PeerUnreachable
 from hypha.messages import WIRE_VERSION, Report
 from hypha.net.over_limit import OverLimit
-from hypha.net.rpc import Oversized, frame, may_act_as, read_frame
-from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
+from hypha.net.rpc import Oversized, frame, read_frame
+from hypha.net.streams import STREAM_ERRORS, Streams, discard
 from hypha.node import ReportHandler
 from hypha.telemetry.instruments import REPORTS
 from hypha.tracing import span, traceparent, untraced
@@ -58,7 +58,6 @@ class Reports:
         self._waiting: dict[str, dict[_Key, Report]] = {}
         self._wakers: dict[str, trio.Event] = {}
         self._handler: ReportHandler | None = None
-        self._roles: frozenset[str] | None = None
         self._admits: Callable[[str], bool] | None = None
         self._over_limit = OverLimit()
         streams.handle(PROTOCOL, self._serve)
@@ -81,16 +80,10 @@ class Reports:
             with untraced():  # it goes on after whatever the report is of
                 self._nursery.start_soon(self._send_all, peer)
 
-    def answer(
-        self,
-        handler: ReportHandler,
-        roles: Collection[str] | None,
-        admits: Callable[[str], bool] | None = None,
-    ) -> None:
+    def answer(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
         """Give arriving reports to ``handler(caller, reports)``, of those peers that ``admits`` admits."""
         self._handler = handler
         self._admits = admits
-        self._roles = frozenset(roles) if roles is not None else None
 
     async def _send_all(self, peer: str) -> None:
         stream: Any = None
@@ -141,13 +134,6 @@ class Reports:
 
     async def _serve(self, stream: Any, caller: str) -> None:
         try:
-            if self._roles is not None and not may_act_as(roles_behind(stream), self._roles):
-                logger.warning(
-                    "Refused reports: the certificate of %s does not carry the role for them.",
-                    caller,
-                    extra={"peer_id": caller},
-                )
-                return
             if (reason := self._why_not(caller)) is not None:
                 self._over_limit.note(caller, "reports", reason)
                 return

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ import trio
 from libp2p.network.stream.exceptions import StreamEOF
 from opentelemetry.trace import SpanKind
 
+from hypha.access import REQUESTS, Allowed, carries, may_act_as, named
 from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import (
     MAX_REQUEST_BYTES,
@@ -113,7 +114,7 @@ class Rpc:
         self._streams = streams
         self._connect = connect
         self._nursery = nursery
-        self._handlers: dict[type, tuple[Handler, frozenset[str] | None]] = {}
+        self._handlers: dict[type, tuple[Handler, Allowed]] = {}
         self._inbound: Counter[str] = Counter()
         self._shared = 0
         self._over_limit = OverLimit()
@@ -202,9 +203,9 @@ class Rpc:
 
     # --- answering ----------------------------------------------------------------------------------
 
-    def answer(self, kind: type[Any], handler: Handler, roles: Collection[str] | None = None) -> None:
-        """Answer requests of ``kind`` with ``handler``, from callers with one of ``roles`` only."""
-        self._handlers[kind] = (handler, frozenset(roles) if roles is not None else None)
+    def answer(self, kind: type[Any], handler: Handler) -> None:
+        """Answer requests of ``kind`` with ``handler``, from callers whose role allows them."""
+        self._handlers[kind] = (handler, REQUESTS[kind].by)
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
         """Keep all of their places for those peers of whom ``is_partner`` says so."""
@@ -306,9 +307,9 @@ class Rpc:
         handler, roles = self._handlers.get(type(request), (None, None))
         if handler is None:
             return RefusedReply(code="unsupported", reason=f"this component does not answer {name}")
-        if roles is not None and not may_act_as(has, roles):
-            wanted = " or ".join(sorted(roles))
-            return RefusedReply(code="role", reason=f"{name} needs a certificate with the role {wanted}")
+        if not may_act_as(has, roles):
+            reason = f"{name} needs a certificate with the role {named(roles)}; yours carries {carries(has)}"
+            return RefusedReply(code="role", reason=reason)
         try:
             return await handler(caller, request)
         except Refused as exc:
@@ -341,8 +342,3 @@ async def _until_reset(stream: Any, scope: trio.CancelScope) -> None:
             scope.cancel()
     except STREAM_ERRORS:
         scope.cancel()
-
-
-def may_act_as(has: frozenset[str], wanted: frozenset[str]) -> bool:
-    """Whether a certificate with roles ``has`` may do what needs one of ``wanted``; none means any."""
-    return not has or bool(has & wanted)

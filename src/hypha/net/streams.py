@@ -16,8 +16,10 @@ from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 
+from hypha.access import LIBRARY_STREAMS, NOBODY, STREAMS, Allowed, carries, may_act_as, named
 from hypha.config.log_filter import TRACE
 from hypha.errors import PeerUnreachable
+from hypha.naming import shown
 from hypha.tracing import span
 from hypha.tracing.operations import OPEN_STREAM
 
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 #: What a broken stream or connection may raise, from any layer of the library.
 STREAM_ERRORS = (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+#: Refusals that are remembered, so that each is said once.
+MAX_TOLD = 1024
 
 #: ``handler(stream, caller)``; the handler closes the stream.
 StreamHandler = Callable[[Any, str], Awaitable[None]]
@@ -70,13 +75,37 @@ class Streams:
     def __init__(self, host: Any, nursery: trio.Nursery) -> None:
         self._host = host
         self._nursery = nursery
+        #: what was refused to whom, as it was said
+        self._told: dict[tuple[str, str], None] = {}
+
+    def say_refused(self, caller: str, what: str, allowed: Allowed, has: frozenset[str]) -> None:
+        """That ``what`` was refused to ``caller`` for its role; once of each, as peers may ask for ever."""
+        level = logging.DEBUG if (caller, what) in self._told else logging.WARNING
+        self._told[caller, what] = None
+        if len(self._told) > MAX_TOLD:
+            del self._told[next(iter(self._told))]
+        logger.log(
+            level,
+            "Refused %s from %s: it is for a certificate with the role %s, and this one carries %s.",
+            what,
+            shown(caller),
+            named(allowed),
+            carries(has),
+            extra={"peer_id": caller},
+        )
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
-        """Call ``handler`` for each stream that a peer opens with ``protocol``."""
+        """Call ``handler`` for each stream that a peer opens with ``protocol``, if its roles allow that."""
+        use = STREAMS.get(protocol) or LIBRARY_STREAMS.get(protocol)
+        allowed = NOBODY if use is None else use.by
 
         async def serve(stream: Any) -> None:
             caller = str(stream.muxed_conn.peer_id)
             logger.log(TRACE, "A stream for %s arrived.", protocol, extra={"peer_id": caller})
+            if not may_act_as(has := roles_behind(stream), allowed):
+                self.say_refused(caller, f"a stream of {protocol}", allowed, has)
+                await discard(stream)
+                return
             try:
                 await handler(stream, caller)
             except STREAM_ERRORS as exc:

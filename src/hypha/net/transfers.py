@@ -41,6 +41,7 @@ from hypha.net.bulk_inbound import Acceptor
 from hypha.net.bulk_links import Tally
 from hypha.net.bulk_meeting import Meeting
 from hypha.net.bulk_receiving import Receiving
+from hypha.net.bulk_roles import require_sender
 from hypha.net.bulk_sending import BUSY_FOR_S, BUSY_PAUSE_S, Sending, new_token
 from hypha.net.bulk_wire import BulkLinks
 from hypha.node import Arrived, Gate, Provider, Served
@@ -199,6 +200,7 @@ class BulkTransfers:
         while not pull.over.is_set():
             try:
                 offer = await self._links.request(peer, request)
+                require_sender(self._links, pull.peer, request.kind)
                 if not isinstance(offer, BulkOffer):
                     raise Refused("malformed", f"it answered a pull with {type(offer).__name__}", pull.peer)
                 pull.check(offer.meta)

@@ -30,14 +30,14 @@ from hypha.naming import cleaned, learn
 from hypha.net.reasons import NoPlace, failure_of, reason_of
 from hypha.net.refusals import BUSY, CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
 from hypha.net.shared_port import level_of, take_place
-from hypha.pki.certificates import common_name_of, organization_of, parse_der, presented_chain, roles_in
+from hypha.pki.certificates import common_name_of, parse_der, presented_chain
 from hypha.pki.contexts import asked_name_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 if TYPE_CHECKING:
     from multiaddr import Multiaddr
 
-    from hypha.pki.identity import Identity
+    from hypha.pki.identity import Identity, Vouched
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ HANDSHAKE_TIMEOUT_S = 10.0
 FAREWELL_S = 1.0
 #: How a node's number is written into the name that it asks for in the handshake.
 _INSTANCE_SUFFIX = ".instance.hypha"
+#: Said to a peer whose certificate has no role.
+NO_ROLE = "its certificate carries no role, and one is required there (`hypha-certutil renew --role ...`)"
 #: A peer whose socket takes no byte for this long is dead, whatever else says so.
 WRITE_STALL_S = 30.0
 #: Ciphertext per receive: 4 KiB reads, as the library's own TLS does them, halve the throughput.
@@ -83,9 +85,9 @@ class _GaveUp(HandshakeFailure):  # type: ignore[misc]
 
 
 class TlsConnection(ISecureConn):  # type: ignore[misc]
-    """An authenticated connection. ``certificate`` is the peer's, DER; ``roles``, ``name`` and
-    ``organization`` are from it. ``instance`` tells which node with that certificate has dialled; ``None``
-    where this node has, or where nothing was said.
+    """An authenticated connection. ``certificate`` is the peer's, DER; ``roles`` and ``name`` are from it,
+    ``organization`` is the one that vouches for it. ``instance`` tells which node with that certificate has
+    dialled; ``None`` where this node has, or where nothing was said.
 
     Writes are shielded from cancellation once a record has been started: half a record would corrupt
     every stream of the connection. Reads keep libp2p's contract: exactly ``n`` bytes unless the
@@ -100,16 +102,18 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         outgoing: ssl.MemoryBIO,
         key_pair: KeyPair,
         certificate: bytes,
+        vouched: Vouched,
     ) -> None:
         self.raw = raw
         self.is_initiator = not tls.server_side
         self.certificate = certificate
         #: trio time at which the last bytes came in
         self.last_received = trio.current_time()
-        parsed = parse_der(certificate)
-        self.roles = roles_in(parsed)
-        self.name = cleaned(common_name_of(parsed))
-        self.organization = cleaned(organization_of(parsed))
+        self.roles = vouched.roles
+        self.name = cleaned(common_name_of(parse_der(certificate)))
+        #: as it is written there, so that it can be compared
+        self.vouched_organization = vouched.organization
+        self.organization = cleaned(vouched.organization)
         self.instance = instance_of(tls) if tls.server_side else None
         self._tls = tls
         self._incoming = incoming
@@ -347,12 +351,12 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         if not certificate:
             raise HandshakeFailure("the peer sent no certificate")
         try:
-            self._identity.check(certificate, presented_chain(tls))
+            vouched = self._identity.check(certificate, presented_chain(tls))
         except IdentityError as exc:
             if server:
                 await _turn_away(raw, tls, outgoing, Refusal(CERTIFICATE, exc.problems[0].message))
             raise
-        connection = TlsConnection(raw, tls, incoming, outgoing, self.key_pair, certificate)
+        connection = TlsConnection(raw, tls, incoming, outgoing, self.key_pair, certificate, vouched)
         learn(str(connection.get_remote_peer()), connection.name)
         if expected is not None and connection.get_remote_peer() != expected:
             raise OtherPeer(
@@ -360,9 +364,11 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             )
         if self._require_roles and not connection.roles:
             if server:
-                refusal = Refusal(CERTIFICATE, "its certificate carries no role, and one is required there")
-                await _turn_away(raw, tls, outgoing, refusal)
-            raise HandshakeFailure("the peer's certificate carries no role, and this node requires one")
+                await _turn_away(raw, tls, outgoing, Refusal(CERTIFICATE, NO_ROLE))
+            raise HandshakeFailure(
+                "the peer's certificate carries no role, and this node requires one (require_roles); its "
+                "owner gives it one with `hypha-certutil renew --role ...`"
+            )
         if server and self.admit is not None and (unwanted := await self.admit(connection)) is not None:
             await _turn_away(raw, tls, outgoing, unwanted)
             raise NotAdmitted(unwanted.code)

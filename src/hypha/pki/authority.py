@@ -29,15 +29,18 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from hypha.access import ROLES, carries
 from hypha.errors import IdentityError
 from hypha.pki.certificates import (
+    LIMIT_PREFIX,
     ROLE_PREFIX,
-    ROLES,
     ed25519_key_of,
     is_ca,
     issued_by,
     name_of,
     path_length,
+    roles_in,
+    roles_issued_by,
 )
 from hypha.pki.facts import describe
 from hypha.pki.files import check_absent, replace_file, write_new
@@ -96,8 +99,12 @@ def make_org(
     *,
     name: str | None = None,
     days: int = ORG_DAYS,
+    roles: Collection[str] = (),
 ) -> MadeFiles:
-    """An organisation's CA (default name ``<organization> CA``), which may issue nodes but no CAs."""
+    """An organisation's CA (default name ``<organization> CA``), which may issue nodes but no CAs. With
+    ``roles`` every node refuses certificates of it that carry another role, or none.
+    """
+    _check_roles(roles)
     authority = load_authority(ca)
     if path_length(authority.certificate) == 0:
         raise IdentityError(
@@ -119,6 +126,10 @@ def make_org(
         )
     key = Ed25519PrivateKey.generate()
     builder = _builder(subject, authority.certificate.subject, key.public_key(), days, authority)
+    if roles:
+        limits = [x509.UniformResourceIdentifier(f"{LIMIT_PREFIX}{role}") for role in ROLES if role in roles]
+        # not critical: nodes of an older version and OpenSSL do not know it, and would refuse the whole CA
+        builder = builder.add_extension(x509.SubjectAlternativeName(limits), critical=False)
     certificate = sign(_ca(builder, 0), authority.key)
     _write_with_trust(made, key, certificate, (certificate, *authority.bundle))
     return made
@@ -133,12 +144,14 @@ def make_node(
     san: Sequence[str] = (),
     days: int = NODE_DAYS,
 ) -> MadeFiles:
-    """A node's certificate: ``roles`` it may play (none: any), ``san`` DNS names, IP addresses or URIs
-    (none are needed).
+    """A node's certificate: ``roles`` it may play (none: any, where nodes accept that), ``san`` DNS names, IP
+    addresses or URIs (none are needed).
     """
     authority = load_authority(ca)
-    if unknown := sorted(set(roles) - set(ROLES)):
-        raise IdentityError(f"there is no role {', '.join(unknown)}; roles are {', '.join(ROLES)}")
+    _check_roles(roles)
+    if told := [entry for entry in san if entry.lower().startswith("urn:hypha:")]:
+        raise IdentityError(f"{told[0]}: roles are no names; say them with the role option")
+    _check_limit(ca, authority, frozenset(roles))
     stem = _slug(name)
     made = MadeFiles(
         cert=directory / f"{stem}-cert.pem",
@@ -151,19 +164,21 @@ def make_node(
         name, _attribute(above, NameOID.ORGANIZATION_NAME), _attribute(above, NameOID.COUNTRY_NAME)
     )
     key = Ed25519PrivateKey.generate()
-    names = [x509.UniformResourceIdentifier(f"{ROLE_PREFIX}{role}") for role in ROLES if role in roles]
-    certificate = _issue_node(
-        authority, subject, key.public_key(), [*names, *(_general_name(entry) for entry in san)], days
-    )
+    names = [*_role_names(roles), *(_general_name(entry) for entry in san)]
+    certificate = _issue_node(authority, subject, key.public_key(), names, days)
     _write_with_trust(made, key, certificate, authority.bundle)
     return made
 
 
-def renew_node(cert: Path, ca: CaFiles, *, days: int = NODE_DAYS) -> x509.Certificate:
+def renew_node(
+    cert: Path, ca: CaFiles, *, days: int = NODE_DAYS, roles: Collection[str] = ()
+) -> x509.Certificate:
     """Replace the first certificate in ``cert`` by one of the same key, subject and names with new dates: the
     PeerID stays. What follows it in the file, and the file's owner and mode, stay too. The earlier one is
-    kept beside the CA's certificate, for :func:`revoke`.
+    kept beside the CA's certificate, for :func:`revoke`. With ``roles`` the new one carries these, and not
+    those of the earlier one.
     """
+    _check_roles(roles)
     authority = load_authority(ca, above=False)
     old, *chain = load_chain(cert)
     try:
@@ -174,6 +189,9 @@ def renew_node(cert: Path, ca: CaFiles, *, days: int = NODE_DAYS) -> x509.Certif
         raise IdentityError(f"{cert}: this is a CA; only node certificates are renewed")
     if old.issuer != authority.certificate.subject or not issued_by(old, authority.certificate):
         raise IdentityError(f"{cert}: {name_of(authority.certificate)} did not issue it; use the CA that did")
+    if roles:
+        names = [*_role_names(roles), *(name for name in names if not _is_role(name))]
+    _check_limit(ca, authority, frozenset(roles) or roles_in(old))
     certificate = _issue_node(authority, old.subject, ed25519_key_of(old), names, days)
     now = datetime.now(UTC)
     kept = [one for one in (*_renewed(ca), old) if one.not_valid_after_utc > now]
@@ -241,6 +259,30 @@ def _renewed(ca: CaFiles) -> list[x509.Certificate]:
     path = _renewed_path(ca)
     # empty once all that it held have ended
     return load_chain(path) if path.exists() and path.stat().st_size else []
+
+
+def _check_roles(roles: Collection[str]) -> None:
+    if unknown := sorted(set(roles) - set(ROLES)):
+        raise IdentityError(f"there is no role {', '.join(unknown)}; roles are {', '.join(ROLES)}")
+
+
+def _check_limit(ca: CaFiles, authority: Authority, roles: frozenset[str]) -> None:
+    """Nobody is given a certificate that every node would refuse."""
+    for one in authority.bundle:
+        limit = roles_issued_by(one)
+        if limit is not None and not (roles and roles <= limit):
+            raise IdentityError(
+                f"{ca.cert}: {name_of(one)} may only vouch for {carries(limit)}, and this certificate would "
+                f"carry {carries(roles)}; choose its role among these"
+            )
+
+
+def _role_names(roles: Collection[str]) -> list[x509.GeneralName]:
+    return [x509.UniformResourceIdentifier(f"{ROLE_PREFIX}{role}") for role in ROLES if role in roles]
+
+
+def _is_role(name: x509.GeneralName) -> bool:
+    return isinstance(name, x509.UniformResourceIdentifier) and name.value.lower().startswith(ROLE_PREFIX)
 
 
 def _issue_node(

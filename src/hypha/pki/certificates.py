@@ -22,10 +22,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
+from hypha.access import carries
 from hypha.errors import IdentityError
 
+#: URI names of a node's certificate: the roles that it may play.
 ROLE_PREFIX = "urn:hypha:role:"
-ROLES = ("gateway", "scheduler", "worker", "data")
+#: URI names of a CA's certificate: the roles that nodes under it may play. X.509's own name constraints
+#: cannot say that: for URIs they are about the host, which these have not, and OpenSSL refuses the chain.
+LIMIT_PREFIX = "urn:hypha:may-issue:"
 
 #: A peer may present a few intermediates; more than this is somebody making us work.
 MAX_PATH = 8
@@ -69,18 +73,30 @@ def peer_id_of(certificate_der: bytes) -> str:
 
 
 def roles_in(certificate: x509.Certificate) -> frozenset[str]:
-    """Roles from URI names ``urn:hypha:role:<role>``.
+    """Roles from URI names ``urn:hypha:role:<role>``, as they are written.
 
-    Unknown ones are kept: dropping them would turn "may only be X" into "may be anything".
+    Unknown ones are kept, and so is a whole name that only resembles such a one (another case): dropping
+    them would turn "may only be X" into "may be anything".
     """
+    return _marked(certificate, ROLE_PREFIX)
+
+
+def roles_issued_by(ca: x509.Certificate) -> frozenset[str] | None:
+    """The roles that ``ca`` is limited to, from its URI names ``urn:hypha:may-issue:<role>``; ``None``: it is
+    not limited. IdentityError when its names cannot be read.
+    """
+    return _marked(ca, LIMIT_PREFIX) or None
+
+
+def _marked(certificate: x509.Certificate, prefix: str) -> frozenset[str]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     except x509.ExtensionNotFound:
         return frozenset()
-    except ValueError as exc:
+    except (ValueError, x509.DuplicateExtension) as exc:
         raise IdentityError(f"certificate {name_of(certificate)} has broken extensions: {exc}") from exc
-    return frozenset(uri.removeprefix(ROLE_PREFIX) for uri in uris if uri.startswith(ROLE_PREFIX))
+    return frozenset(uri.removeprefix(prefix) for uri in uris if uri.lower().startswith(prefix))
 
 
 def roles_of(certificate_der: bytes) -> frozenset[str]:
@@ -138,8 +154,24 @@ def is_ca(certificate: x509.Certificate) -> bool:
         return certificate.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
     except x509.ExtensionNotFound as missing:
         return missing.oid != x509.BasicConstraints.oid
-    except ValueError:
+    except (ValueError, x509.DuplicateExtension):
         return False
+
+
+def claims_to_issue(certificate: x509.Certificate) -> bool:
+    """Whether anything in it says that it may issue certificates, so that it cannot be a node's.
+    IdentityError when its extensions cannot be read.
+    """
+    try:
+        for extension in certificate.extensions:
+            value = extension.value
+            if isinstance(value, x509.BasicConstraints) and value.ca:
+                return True
+            if isinstance(value, x509.KeyUsage) and value.key_cert_sign:
+                return True
+    except (ValueError, x509.DuplicateExtension) as exc:
+        raise IdentityError(f"certificate {name_of(certificate)} has broken extensions: {exc}") from exc
+    return False
 
 
 def path_length(certificate: x509.Certificate) -> int | None:
@@ -197,6 +229,17 @@ class TrustRules:
         """Whether the bundle itself holds this very certificate."""
         return certificate.fingerprint(hashes.SHA256()) in self._anchor_prints
 
+    def organization(self, path: Sequence[x509.Certificate]) -> str:
+        """The organisation that vouches for the leaf of a ``path``, as :meth:`check` has returned it.
+
+        It is that of the highest CA below a root of the trust bundle, or that of the CA in the bundle itself.
+        Never that of the leaf, into which its CA writes what it likes, nor of anything above the bundle's
+        CAs, which the peer may have made.
+        """
+        last = max(depth for depth, one in enumerate(path) if depth and self.is_anchor(one))
+        top = path[last]
+        return organization_of(path[last - 1] if last > 1 and is_self_signed(top) else top)
+
     def check(
         self, leaf: x509.Certificate, others: Sequence[x509.Certificate] = (), now: datetime | None = None
     ) -> tuple[x509.Certificate, ...]:
@@ -207,6 +250,11 @@ class TrustRules:
         """
         now = now or datetime.now(UTC)
         problem = validity_problem(leaf, now)
+        if problem is None and claims_to_issue(leaf):
+            problem = (
+                f"certificate {name_of(leaf)} is one of a CA, which a node may not use; make a node's with "
+                "`hypha-certutil node`"
+            )
         if problem is None and is_self_signed(leaf):
             problem = f"certificate {name_of(leaf)} is self-signed; no authority vouches for it"
         if problem is None:
@@ -232,6 +280,8 @@ class TrustRules:
             limit = path_length(certificate) if depth else None
             if limit is not None and depth - 1 > limit:
                 return f"CA {name_of(certificate)} allows {limit} CAs below it, the chain has {depth - 1}"
+            if depth and (problem := _beyond_limit(path[0], certificate)) is not None:
+                return problem
             issuer = path[depth + 1] if depth + 1 < len(path) else None
             if issuer is not None and self._revoked(certificate, issuer):
                 return f"certificate {name_of(certificate)} was revoked by {name_of(issuer)}"
@@ -244,6 +294,19 @@ class TrustRules:
             for crl in self.crls
             if crl.issuer == issuer.subject
         )
+
+
+def _beyond_limit(leaf: x509.Certificate, ca: x509.Certificate) -> str | None:
+    """Why ``ca`` may not vouch for the roles of ``leaf``, in words."""
+    try:
+        limit, roles = roles_issued_by(ca), roles_in(leaf)
+    except IdentityError as exc:
+        return exc.problems[0].message
+    if limit is None or (roles and roles <= limit):
+        return None
+    return (
+        f"CA {name_of(ca)} may only vouch for {carries(limit)}, and {name_of(leaf)} carries {carries(roles)}"
+    )
 
 
 def crl_signed_by(crl: x509.CertificateRevocationList, ca: x509.Certificate) -> bool:

@@ -18,14 +18,16 @@ from hypha.pki.certificates import (
     is_self_signed,
     peer_id_of_key,
     roles_in,
+    roles_issued_by,
     validity_problem,
 )
 
 
 @dataclass(frozen=True)
 class CertificateFacts:
-    """One certificate. ``peer_id`` is ``None`` for CAs and for keys that are not Ed25519; ``problems``
-    are sentences, empty when all is well.
+    """One certificate. ``peer_id`` is ``None`` for CAs and for keys that are not Ed25519; ``may_issue`` are
+    the roles that a CA is limited to, ``None`` where it is not; ``problems`` are sentences, empty when all
+    is well.
     """
 
     subject: str
@@ -40,6 +42,7 @@ class CertificateFacts:
     peer_id: str | None
     fingerprint: str
     problems: tuple[str, ...]
+    may_issue: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,17 @@ def _facts(certificate: x509.Certificate) -> CertificateFacts:
     problems = []
     peer_id = None
     roles: frozenset[str] = frozenset()
+    limit: frozenset[str] | None = None
     if (problem := validity_problem(certificate, datetime.now(UTC))) is not None:
         problems.append(problem)
-    if not authority:
-        try:
+    try:
+        if authority:
+            limit = roles_issued_by(certificate)
+        else:
             peer_id = peer_id_of_key(ed25519_key_of(certificate))
             roles = roles_in(certificate)
-        except IdentityError as exc:
-            problems.append(exc.problems[0].message)
+    except IdentityError as exc:
+        problems.append(exc.problems[0].message)
     return CertificateFacts(
         subject=certificate.subject.rfc4514_string(),
         issuer=certificate.issuer.rfc4514_string(),
@@ -98,6 +104,7 @@ def _facts(certificate: x509.Certificate) -> CertificateFacts:
         peer_id=peer_id,
         fingerprint=fingerprint(certificate),
         problems=tuple(problems),
+        may_issue=None if limit is None else tuple(sorted(limit)),
     )
 
 

@@ -44,6 +44,16 @@ from hypha.pki.contexts import make_context
 
 logger = logging.getLogger(__name__)
 
+#: What a certificate that a peer has made may have in it, as the library says it.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 #: Intermediates learnt from peers' handshakes, so that a live connection can be checked again later.
 _MAX_LEARNT = 64
 
@@ -61,6 +71,15 @@ class IdentityFiles:
 
 
 @dataclass(frozen=True)
+class Vouched:
+    """What an accepted certificate says of its peer, and its authorities vouch for."""
+
+    peer_id: str
+    roles: frozenset[str]
+    organization: str
+
+
+@dataclass(frozen=True)
 class _Material:
     """One consistent reading of the files."""
 
@@ -69,6 +88,7 @@ class _Material:
     rules: TrustRules
     peer_id: str
     roles: frozenset[str]
+    organization: str
     stamps: tuple[object, ...]
     contexts: dict[tuple[bool, str | None], ssl.SSLContext] = field(default_factory=dict)
 
@@ -91,6 +111,16 @@ class Identity:
     def roles(self) -> frozenset[str]:
         """Roles of the certificate; empty means any."""
         return self._material.roles
+
+    @property
+    def organization(self) -> str:
+        """The organisation that vouches for this node, as others see it; empty where it has no name."""
+        return self._material.organization
+
+    @property
+    def certificates(self) -> tuple[bytes, ...]:
+        """The own certificate and the CAs that go with it in handshakes, DER."""
+        return tuple(one.public_bytes(Encoding.DER) for one in self._material.chain)
 
     @property
     def name(self) -> str:
@@ -142,24 +172,33 @@ class Identity:
             material.contexts[server, alpn] = context
         return context
 
-    def check(self, certificate_der: bytes, chain: Iterable[bytes] = ()) -> None:
-        """Whether a peer's certificate is trusted, in force and not revoked *now*; else IdentityError.
+    def check(self, certificate_der: bytes, chain: Iterable[bytes] = ()) -> Vouched:
+        """What a peer's certificate says, if it is trusted, in force and not revoked *now*; else
+        IdentityError.
 
         To be called after every handshake, with ``presented_chain(tls)``, and again for live
         connections after a reload, when the chain may be left out: intermediates are remembered.
         """
+        try:
+            return self._check(certificate_der, chain)
+        except _UNREADABLE as exc:
+            raise IdentityError(f"the certificate cannot be read: {exc}") from exc
+
+    def _check(self, certificate_der: bytes, chain: Iterable[bytes]) -> Vouched:
         leaf = parse_der(certificate_der)
         presented = []
         for der in list(chain)[:16]:
             certificate = parse_der(der)
             if certificate != leaf:
                 presented.append(certificate)
-        ed25519_key_of(leaf)
-        path = self._material.rules.check(leaf, (*presented, *list(self._learnt.values())))
+        key = ed25519_key_of(leaf)
+        rules = self._material.rules
+        path = rules.check(leaf, (*presented, *list(self._learnt.values())))
         for ca in path[1:]:
             # only CAs of a path that ended at an anchor are remembered, so strangers cannot fill this
             if len(self._learnt) < _MAX_LEARNT:
                 self._learnt.setdefault(ca.public_bytes(Encoding.DER), ca)
+        return Vouched(peer_id_of_key(key), roles_in(leaf), rules.organization(path))
 
     def reload(self, force: bool = False) -> bool:
         """Read the files again if any of them changed; True if they did and are now in force.
@@ -330,6 +369,7 @@ def _load(
         rules=rules,
         peer_id=peer_id_of_key(key.public_key()),
         roles=roles_in(certificates[0]),
+        organization=rules.organization(rules.check(certificates[0], certificates[1:])),
         stamps=stamps,
     )
 

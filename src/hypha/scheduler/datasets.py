@@ -11,13 +11,15 @@ from collections.abc import Callable
 
 import trio
 
-from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable
+from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable, Refused
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef
 from hypha.naming import shown
 from hypha.node import Node, PeerLost
+from hypha.scheduler.pins import Pins
 
 logger = logging.getLogger(__name__)
 
+_ANY = Pins()
 _ASK_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
@@ -32,8 +34,11 @@ _MISSED_PAUSE_S = 1.0
 class Dataset:
     """A dataset and who serves it now. ``providers`` may become empty, and fill again."""
 
-    def __init__(self, name: str, description: DatasetDescription, providers: list[PeerRef]) -> None:
+    def __init__(
+        self, name: str, description: DatasetDescription, providers: list[PeerRef], pins: Pins = _ANY
+    ) -> None:
         self.name = name
+        self._pins = pins
         self.manifest: Manifest = description.manifest
         self.manifest_hash = description.manifest_hash
         self.providers: dict[str, PeerRef] = {ref.peer: ref for ref in providers}
@@ -70,7 +75,7 @@ class Dataset:
         known = dict(self.providers)
         for ref in await _announced(node, self.name):
             known[ref.peer] = ref
-        answers, gone = await _describe(node, self.name, list(known.values()), self._refused)
+        answers, gone = await _describe(node, self.name, list(known.values()), self._refused, self._pins)
         self._silent = {peer: count for peer, count in self._silent.items() if peer in self.providers}
         for peer, ref in known.items():
             answer = answers.get(peer)
@@ -103,9 +108,14 @@ class Dataset:
 
 
 async def find_dataset(
-    node: Node, name: str, wait_s: float | None, say: Callable[[str], None] = lambda why: None
+    node: Node,
+    name: str,
+    wait_s: float | None,
+    say: Callable[[str], None] = lambda why: None,
+    pins: Pins = _ANY,
 ) -> Dataset:
-    """Wait until somebody serves ``name``, at most ``wait_s``; ``say`` is told why it is not there yet.
+    """Wait until somebody whom ``pins`` allow serves ``name``, at most ``wait_s``; ``say`` is told why it is
+    not there yet.
 
     Raises :class:`DatasetNotFound`, or :class:`DatasetMismatch` when replicas differ at the start:
     nobody but the user can say which is meant.
@@ -116,32 +126,39 @@ async def find_dataset(
     with trio.move_on_after(float("inf") if wait_s is None else wait_s):
         while True:
             refs = await _announced(node, name)
-            answers, _ = await _describe(node, name, refs, refused)
-            silent = [ref for ref in refs if ref.peer not in answers]
+            answers, _ = await _describe(node, name, refs, refused, pins)
+            silent = [ref for ref in refs if ref.peer not in answers and ref.peer not in refused]
             if answers:
                 # one more look: the nearest peers of the DHT may not all have heard of all replicas
                 await trio.sleep(_FIRST_PAUSE_S)
                 more = [ref for ref in await _announced(node, name) if ref.peer not in answers]
-                answers |= (await _describe(node, name, more, refused))[0]
+                answers |= (await _describe(node, name, more, refused, pins))[0]
                 refs = [*refs, *more]
-                return _agreed(name, answers, {ref.peer: ref for ref in refs})
-            say(_why_not(silent))
+                return _agreed(name, answers, {ref.peer: ref for ref in refs}, pins)
+            say(_why_not(silent, refused))
             if not said:
                 said = True
                 logger.info("Nobody serves the dataset %s yet; waiting for a data node", name)
             await trio.sleep(pause_s)
             pause_s = min(_LONGEST_PAUSE_S, pause_s * 1.5)
-    raise DatasetNotFound(f"nobody served the dataset {name} within {wait_s:g} s; {_why_not(silent)}")
+    raise DatasetNotFound(
+        f"nobody served the dataset {name} within {wait_s:g} s; {_why_not(silent, refused)}"
+    )
 
 
-def _why_not(silent: list[PeerRef]) -> str:
+def _why_not(silent: list[PeerRef], refused: set[str]) -> str:
+    if not silent and refused:
+        names = ", ".join(shown(peer) for peer in sorted(refused))
+        return f"{len(refused)} node(s) announce it that this job does not use (the log says why): {names}"
     if not silent:
         return "no data node announces it: is the name right, and does its data node reach the same gateway?"
     names = ", ".join(shown(ref.peer) for ref in silent)
     return f"{len(silent)} data node(s) announce it but do not answer: {names}"
 
 
-def _agreed(name: str, answers: dict[str, DatasetDescription], refs: dict[str, PeerRef]) -> Dataset:
+def _agreed(
+    name: str, answers: dict[str, DatasetDescription], refs: dict[str, PeerRef], pins: Pins
+) -> Dataset:
     by_hash: dict[str, list[str]] = {}
     for peer, answer in sorted(answers.items()):
         by_hash.setdefault(answer.manifest_hash, []).append(peer)
@@ -152,7 +169,7 @@ def _agreed(name: str, answers: dict[str, DatasetDescription], refs: dict[str, P
             "Give one of them another name, or make their directories equal"
         )
     first = next(iter(answers.values()))
-    return Dataset(name, first, [refs[peer] for peer in answers])
+    return Dataset(name, first, [refs[peer] for peer in answers], pins)
 
 
 async def _announced(node: Node, name: str) -> list[PeerRef]:
@@ -164,10 +181,10 @@ async def _announced(node: Node, name: str) -> list[PeerRef]:
 
 
 async def _describe(
-    node: Node, name: str, refs: list[PeerRef], refused: set[str]
+    node: Node, name: str, refs: list[PeerRef], refused: set[str], pins: Pins
 ) -> tuple[dict[str, DatasetDescription], set[str]]:
-    """What each says of the dataset, and on whose machine nobody listens any more. Who is no data node is
-    added to ``refused``, and told of once.
+    """What each says of the dataset, and on whose machine nobody listens any more. Who is no data node, or
+    none that the job uses, is added to ``refused``, and told of once.
     """
     answers: dict[str, DatasetDescription] = {}
     gone: set[str] = set()
@@ -176,19 +193,27 @@ async def _describe(
         try:
             answer = await node.request(ref, DescribeDataset(dataset=name), timeout_s=_ASK_TIMEOUT_S)
         except NetworkError as exc:
+            if isinstance(exc, Refused) and exc.code in ("role", "not-allowed"):
+                if ref.peer not in refused:
+                    logger.warning(
+                        "%s serves %s and not to this job: %s",
+                        shown(ref.peer),
+                        name,
+                        exc.reason,
+                        extra={"peer_id": ref.peer},
+                    )
+                refused.add(ref.peer)
             logger.debug("Provider %s of %s: %s", ref.peer, name, exc)
             if isinstance(exc, PeerUnreachable) and exc.gone:
                 gone.add(ref.peer)
             return
-        roles = node.roles_of(ref.peer)
-        if roles and "data" not in roles:
-            # anybody may announce anything; with other data under the name it would stop every job
+        if (problem := pins.problem(node, ref.peer)) is not None:
             if ref.peer not in refused:
                 logger.warning(
-                    "A node announces %s and is no data node: its certificate has the role %s; "
-                    "it is not used",
+                    "%s announces %s and %s; it is not used",
+                    shown(ref.peer),
                     name,
-                    " and ".join(sorted(roles)),
+                    problem,
                     extra={"peer_id": ref.peer},
                 )
             refused.add(ref.peer)

@@ -90,9 +90,9 @@ class Desk:
 
     def open(self) -> None:
         """Answer from now on."""
-        self._node.answer(ReportEvent, self._event, roles={"worker"})
-        self._node.answer(NextSlice, self._slice, roles={"worker"})
-        self._node.answer_reports(self._reports, roles={"worker"}, admits=self._is_partner)
+        self._node.answer(ReportEvent, self._event)
+        self._node.answer(NextSlice, self._slice)
+        self._node.answer_reports(self._reports, admits=self._is_partner)
 
     async def _event(self, caller: str, request: ReportEvent) -> Acknowledged:
         if not self._is_leased(caller, request.kind):

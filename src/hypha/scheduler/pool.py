@@ -320,7 +320,7 @@ class Pool:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the pool; ``started`` once offers are answered."""
-        self._node.answer(WorkerOffer, self._answer_offer, roles=frozenset({"worker"}))
+        self._node.answer(WorkerOffer, self._answer_offer)
         self._node.prefer(self._is_partner)
         with self._send, self._running:
             async with trio.open_nursery() as nursery:

@@ -17,6 +17,7 @@ from hypha.scheduler.datasets import Dataset, find_dataset
 from hypha.scheduler.describe import outer_optimizer
 from hypha.scheduler.ledger import Ledger, has_trained, held_leases
 from hypha.scheduler.lives import Life, begins_anew, first_life
+from hypha.scheduler.pins import Pins
 from hypha.scheduler.pool import LeaseGained, Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
 from hypha.scheduler.preflight.trial import ModelTrial, open_trial
@@ -108,6 +109,7 @@ async def _find(
         name,
         config.dataset.wait_s,
         lambda why: say(Preparing(f"looking for the dataset {name}: {why}")),
+        Pins.of(config.dataset),
     )
     logger.info(
         "The dataset %s has %d samples in %d slices at %d data nodes",

@@ -93,7 +93,7 @@ class Serving:
         for kind in self._directories:
             self._node.transfers.serve(kind, self._directory_file)
         self._node.transfers.serve("checkpoint", self._checkpoint_file)
-        self._node.answer(ListFiles, self._list_files, roles={"worker"})
+        self._node.answer(ListFiles, self._list_files)
         self._node.transfers.accept("checkpoint", job_id, self._checkpoint_gate, self._checkpoint_arrived)
         self._node.transfers.accept("export", job_id, self._export_gate, self._export_arrived)
 

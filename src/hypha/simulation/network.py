@@ -49,6 +49,8 @@ class Machine:
     up_bytes_s: float = 1e6
     down_bytes_s: float = 1e6
     behind_nat: bool = False
+    #: that vouches for its certificate
+    organization: str = ""
     #: what is left of the line's speed
     slowed: float = 1.0
     #: chance that a packet on its way from here is lost

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,10 @@ from typing import Any
 import msgspec
 import trio
 
+from hypha.access import REQUESTS, STREAMS, TOPICS, Allowed, announcing, may_act_as, named
 from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import (
+    WORKER_TOPIC,
     GossipEnvelope,
     Health,
     HealthReport,
@@ -46,6 +48,7 @@ _MAX_INBOUND_PER_PEER, _OWN_PER_PEER, _MAX_SHARED = 16, 2, 64
 #: as in hypha.net.gossip and hypha.net.options.Timings
 _BACKLOG = 256
 _MESH_WAIT_S = 3.0
+_REPORTS = "/hypha/report/1"
 _REPORT_FLUSH_S = 0.05
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.5, 30.0
 _REPORT_RETRY_S = 0.5
@@ -110,7 +113,7 @@ class SimulatedNode:
         self._book: dict[str, PeerRef] = {peer: _ref(peer) for peer in options.gateways}
         self._met: dict[str, frozenset[str]] = {}
         self._gateway: str | None = None
-        self._handlers: dict[type, tuple[Handler, frozenset[str] | None]] = {}
+        self._handlers: dict[type, Handler] = {}
         self._inbound: Counter[str] = Counter()
         self._shared = 0
         self._is_partner: Callable[[str], bool] = lambda peer: False
@@ -119,7 +122,6 @@ class SimulatedNode:
         self._waiting: dict[str, dict[_ReportKey, Report]] = {}
         self._wakers: dict[str, trio.Event] = {}
         self._report_handler: ReportHandler | None = None
-        self._report_roles: frozenset[str] | None = None
         self._admits_reports: Callable[[str], bool] | None = None
         self._provided: dict[str, None] = {}
         #: of a gateway: who serves what
@@ -155,6 +157,11 @@ class SimulatedNode:
             return self._met[peer]
         except KeyError:
             raise PeerUnreachable(peer, "it never was connected") from None
+
+    def organization_of(self, peer: str) -> str:
+        """The organisation of a peer that is or was connected; PeerUnreachable when it never was."""
+        self.roles_of(peer)
+        return self.network.machines[peer].organization
 
     def connections(self) -> list[ConnectionInfo]:
         """All live connections. A round trip is that of a line that is not busy."""
@@ -299,9 +306,9 @@ class SimulatedNode:
             # its machine says so, if that comes through; else the connection ends by silence
             await trio.sleep_forever()
 
-    def answer(self, kind: type[Any], handler: Handler, roles: Collection[str] | None = None) -> None:
+    def answer(self, kind: type[Any], handler: Handler) -> None:
         """Answer requests of ``kind``."""
-        self._handlers[kind] = (handler, frozenset(roles) if roles is not None else None)
+        self._handlers[kind] = handler
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
         """Keep places for requests of those peers of whom ``is_partner`` says so."""
@@ -316,11 +323,12 @@ class SimulatedNode:
             return RefusedReply(code="busy", reason="too many requests at once; try again later")
         request = _requests.decode(payload).body
         name = type(request).__name__
-        handler, roles = self._handlers.get(type(request), (None, None))
+        handler = self._handlers.get(type(request))
         if handler is None:
             return RefusedReply(code="unsupported", reason=f"this component does not answer {name}")
-        if not self._may(caller, roles):
-            return RefusedReply(code="role", reason=f"{name} needs another role")
+        allowed = REQUESTS[type(request)].by
+        if not self.may(caller, allowed):
+            return RefusedReply(code="role", reason=f"{name} needs the role {named(allowed)}")
         self._inbound[caller] += 1
         self._shared += shares
         try:
@@ -337,9 +345,9 @@ class SimulatedNode:
             if not self._inbound[caller]:
                 del self._inbound[caller]
 
-    def _may(self, caller: str, roles: frozenset[str] | None) -> bool:
-        has = self.network.machines[caller].roles
-        return roles is None or not has or bool(has & roles)
+    def may(self, peer: str, allowed: Allowed) -> bool:
+        """Whether the certificate of ``peer`` lets it do what ``allowed`` may."""
+        return may_act_as(self.network.machines[peer].roles, allowed)
 
     async def _health(self, caller: str, request: Health) -> HealthReport:
         return health_of(self)
@@ -386,20 +394,14 @@ class SimulatedNode:
                 self._wakers[peer].set()
                 await trio.sleep(_REPORT_RETRY_S)
 
-    def answer_reports(
-        self,
-        handler: ReportHandler,
-        roles: Collection[str] | None = None,
-        admits: Callable[[str], bool] | None = None,
-    ) -> None:
+    def answer_reports(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
         """Call ``handler(caller, reports)`` for reports that arrive from whom ``admits`` admits."""
         self._report_handler = handler
         self._admits_reports = admits
-        self._report_roles = frozenset(roles) if roles is not None else None
 
     async def _reported(self, caller: str, payload: bytes) -> bool:
         admitted = self._admits_reports is None or self._admits_reports(caller)
-        if self._report_handler is not None and admitted and self._may(caller, self._report_roles):
+        if self._report_handler is not None and admitted and self.may(caller, STREAMS[_REPORTS].by):
             self._report_handler(caller, _reports.decode(payload))
         return True
 
@@ -428,6 +430,8 @@ class SimulatedNode:
         target.process.spawn(target._heard, publisher, payload, seen)
 
     async def _heard(self, publisher: str, payload: bytes, seen: set[str]) -> None:
+        if not self.may(publisher, TOPICS[WORKER_TOPIC].by):
+            return
         if self.options.hop:
             for connection in self.network.connections_of(self.peer_id):
                 to = connection.other(self.peer_id)
@@ -468,6 +472,8 @@ class SimulatedNode:
             return 0
 
     async def _take_record(self, dataset: str, ref: PeerRef) -> bool:
+        if not self.may(ref.peer, announcing(dataset).by):
+            return False
         self._records.setdefault(dataset, {})[ref.peer] = ref
         return True
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
+from hypha.access import KINDS, Allowed, named
 from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net.bulk_files import Hasher, quick_hasher, strong_hasher
@@ -140,6 +141,7 @@ class SimulatedTransfers:
         """
         if (caller, token) in self._done:
             return
+        self._require(caller, KINDS[meta.kind].senders, meta.kind)
         job_id = meta.stamp.job_id if meta.stamp is not None else None
         acceptor = self._acceptors.get((meta.kind, job_id)) or self._acceptors.get((meta.kind, None))
         if acceptor is None:
@@ -172,6 +174,10 @@ class SimulatedTransfers:
             inbound.ended.set()
         if inbound.scope.cancelled_caught:
             raise LinkBroken("the receiver does not want it any more")
+
+    def _require(self, peer: str, allowed: Allowed, kind: str) -> None:
+        if peer != self._node.peer_id and not self._node.may(peer, allowed):
+            raise Refused("role", f"files of kind {kind!r} need the role {named(allowed)}")
 
     async def _supersede(self, caller: str, token: str, destination: Path) -> None:
         for one in list(self._inbound):
@@ -247,6 +253,7 @@ class SimulatedTransfers:
             provided = await self._node.ask_there(name, provide, None)
         if asking.cancelled_caught:
             raise LinkBroken("it does not answer")
+        self._require(name, KINDS[request.kind].senders, request.kind)
         data: bytes = provided[0]
         meta: TransferMeta = provided[1]
         if meta.size > max_bytes:
@@ -298,6 +305,7 @@ class SimulatedTransfers:
 
     async def provide_to(self, caller: str, request: PullFile) -> tuple[bytes, TransferMeta]:
         """The bytes of a file that ``caller`` pulls, and what is said of it. Raises Refused."""
+        self._require(caller, KINDS[request.kind].receivers, request.kind)
         provider = self._providers.get(request.kind)
         if provider is None:
             raise Refused("not-found", f"there are no files of kind {request.kind!r} here")

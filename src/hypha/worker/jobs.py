@@ -46,10 +46,9 @@ class Jobs:
 
     def answer(self) -> None:
         """Let schedulers ask."""
-        roles = frozenset({"scheduler"})
-        self._shop.node.answer(DispatchJob, self._dispatch, roles=roles)
-        self._shop.node.answer(CancelJob, self._cancel, roles=roles)
-        self._shop.node.answer(Steer, self._steer, roles=roles)
+        self._shop.node.answer(DispatchJob, self._dispatch)
+        self._shop.node.answer(CancelJob, self._cancel)
+        self._shop.node.answer(Steer, self._steer)
         self._shop.node.health_details.append(self._health)
 
     def lease_ended(self, lease: Lease) -> None:

@@ -278,8 +278,8 @@ async def serve_offers(
         return Acknowledged()
 
     node.prefer(lambda peer: any(lease.scheduler == peer for lease in desk.leases))
-    node.answer(RenewLease, renew, roles=frozenset({"scheduler"}))
-    node.answer(ReleaseLease, release, roles=frozenset({"scheduler"}))
+    node.answer(RenewLease, renew)
+    node.answer(ReleaseLease, release)
     greeting: set[str] = set()
 
     async def greet(scheduler: PeerRef) -> None:

@@ -29,7 +29,6 @@ logger = logging.getLogger("hypha.worker.storage")
 
 #: announcements in the DHT are repeated this often, beside those after a change of gateway or address
 ANNOUNCE_S = 300.0
-_ROLES = frozenset({"scheduler"})
 
 
 class StorageDesk:
@@ -44,9 +43,9 @@ class StorageDesk:
 
     def answer(self) -> None:
         """From now on."""
-        self._node.answer(HoldCheckpoint, self._hold, roles=_ROLES)
-        self._node.answer(DropCheckpoints, self._drop, roles=_ROLES)
-        self._node.answer(FindCheckpoints, self._find, roles=_ROLES)
+        self._node.answer(HoldCheckpoint, self._hold)
+        self._node.answer(DropCheckpoints, self._drop)
+        self._node.answer(FindCheckpoints, self._find)
         self._node.transfers.serve("checkpoint", self._file)
         self._node.transfers.accept("checkpoint", None, self._gate, self._arrived)
         self._node.health_details.append(self._health)
