@@ -14,7 +14,7 @@ ROWS = (
     {"simulation"},
     {"gateway", "scheduler", "worker", "data"},
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
-    {"messages", "features", "config", "errors", "node", "runtime", "journal", "keeper", "tracing"},
+    {"messages", "features", "config", "errors", "node", "runtime", "journal", "keeper", "tracing", "decoding"},
 )
 #: Within a row, who may use whom.
 SIDEWAYS = {
@@ -26,6 +26,7 @@ SIDEWAYS = {
     ("features", "messages"),
     ("config", "messages"),
     ("node", "messages"),
+    ("decoding", "errors"),
 }
 #: Libraries that one room alone imports.
 OWNERS = {

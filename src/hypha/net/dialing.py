@@ -21,12 +21,11 @@ from multiaddr import Multiaddr
 from opentelemetry.trace import Span, SpanKind, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable
-from hypha.messages import PeerRef
+from hypha.messages import MAX_PEER_ID_LENGTH, PeerRef
 from hypha.net.addresses import Address, AddressBook, ip_of
 from hypha.net.options import Timings
 from hypha.net.peers import Peers
 from hypha.net.relay import RelayClient
-from hypha.net.streams import STREAM_ERRORS
 from hypha.net.transport import MutualTls, failure_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 from hypha.tracing import failed, start_span, traceparent, untraced
@@ -106,9 +105,11 @@ class Dialer:
         if self._peers.is_connected(peer):
             return
         try:
+            if len(peer) > MAX_PEER_ID_LENGTH:
+                raise ValueError("it is too long")
             ID.from_string(peer)
         except ValueError as exc:
-            raise PeerUnreachable(peer, "that is no PeerID") from exc
+            raise PeerUnreachable(peer[:MAX_PEER_ID_LENGTH], "that is no PeerID") from exc
         if peer == str(self._swarm.get_peer_id()):
             raise PeerUnreachable(peer, "that is this node itself")
         attempt = self._attempts.get(peer)
@@ -197,7 +198,7 @@ class Dialer:
                     return
         except trio.TooSlowError as exc:
             raise NetworkError(f"no answer within {self._timings.dial_s:g} s") from exc
-        except STREAM_ERRORS as exc:
+        except Exception as exc:  # whoever listens there has proven nothing yet, and says what it likes
             if "expected peer" in str(exc):
                 self._book.forget(peer, address)
             raise NetworkError(_root_cause(exc)) from exc
@@ -265,7 +266,11 @@ class Dialer:
     async def who_is_at(self, address: Address) -> str:
         """The PeerID of the certified node at ``address``; NetworkError when there is none."""
         reason = "its name has no address"
-        for place in await self._resolve(address):
+        try:
+            places = await self._resolve(address)
+        except Exception as exc:  # a name that the resolver does not know, or cannot even encode
+            raise NetworkError(f"{address.transport}: {_root_cause(exc)}") from exc
+        for place in places:
             try:
                 with trio.fail_after(self._timings.dial_s):
                     transport = self._swarm.transport_manager.transport_for_dialing(Multiaddr(place))
@@ -281,7 +286,7 @@ class Dialer:
                     return peer
             except trio.TooSlowError:
                 reason = f"no answer within {self._timings.dial_s:g} s"
-            except STREAM_ERRORS as exc:
+            except Exception as exc:  # noqa: BLE001 - as in _dial
                 reason = _root_cause(exc)
         raise NetworkError(f"{address.transport}: {reason}")
 

@@ -21,6 +21,8 @@ from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
 from libp2p.tools.anyio_service import background_trio_service
 from opentelemetry.trace import SpanKind
 
+from hypha.decoding import decode
+from hypha.errors import Undecodable
 from hypha.messages import WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, WorkerRequest
 from hypha.net import pubsub_flow
 from hypha.node import Heard
@@ -112,32 +114,37 @@ class Gossip:
             channel[0].close()
 
     async def _drain(self, subscription: Any) -> None:
-        own = self._pubsub.my_id
         while True:
             raw = await subscription.get()
-            publisher = ID(raw.from_id)
-            if publisher == own:
-                continue
             try:
-                envelope = _decoder.decode(raw.data)
-            except msgspec.MsgspecError as exc:
+                self._hear(raw)
+            except Exception:  # the edge of a service loop: what one peer published must not end it
                 GOSSIP_MESSAGES.add(event="dropped")
-                logger.warning("A gossip message does not decode: %s", exc, extra={"peer_id": str(publisher)})
-                continue
-            if envelope.v != WIRE_VERSION:
-                GOSSIP_MESSAGES.add(event="dropped")
-                logger.warning(
-                    "A gossip message has version %d.", envelope.v, extra={"peer_id": str(publisher)}
-                )
-                continue
-            if envelope.body.scheduler.peer != str(publisher):
-                GOSSIP_MESSAGES.add(event="dropped")
-                logger.warning(
-                    "A worker request names another scheduler than its publisher; it is dropped.",
-                    extra={"peer_id": str(publisher)},
-                )
-                continue
-            self._take(envelope, str(publisher), self._pubsub.forwarder_of(raw))
+                logger.exception("A gossip message could not be taken.")
+
+    def _hear(self, raw: Any) -> None:
+        if ID(raw.from_id) == self._pubsub.my_id:
+            return
+        # who it is has been proven by the signature
+        publisher = str(ID(raw.from_id))
+        try:
+            envelope = decode(_decoder.decode, raw.data)
+        except Undecodable as exc:
+            GOSSIP_MESSAGES.add(event="dropped")
+            logger.warning("A gossip message does not decode: %s", exc, extra={"peer_id": publisher})
+            return
+        if envelope.v != WIRE_VERSION:
+            GOSSIP_MESSAGES.add(event="dropped")
+            logger.warning("A gossip message has version %d.", envelope.v, extra={"peer_id": publisher})
+            return
+        if envelope.body.scheduler.peer != publisher:
+            GOSSIP_MESSAGES.add(event="dropped")
+            logger.warning(
+                "A worker request names another scheduler than its publisher; it is dropped.",
+                extra={"peer_id": publisher},
+            )
+            return
+        self._take(envelope, publisher, self._pubsub.forwarder_of(raw))
 
     def _take(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
         GOSSIP_MESSAGES.add(event="received")
@@ -155,8 +162,8 @@ class Gossip:
         """A message of somebody else is about to be passed on."""
         publisher = str(ID(raw.from_id))
         try:
-            sent_in = _decoder.decode(raw.data).traceparent
-        except msgspec.MsgspecError:
+            sent_in = decode(_decoder.decode, raw.data).traceparent
+        except Undecodable:
             sent_in = None  # whoever takes it says so
         relaying = start_span(
             GOSSIP_RELAY,

@@ -10,9 +10,10 @@ from libp2p import new_host
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 
-from hypha.net import yamux_flow
+from hypha.net import negotiation, yamux_flow
 from hypha.net.negotiation import EagerClient
 from hypha.net.shared_port import SharedPortTcp
+from hypha.net.streams import contained
 from hypha.net.transport import PROTOCOL_ID, MutualTls
 
 
@@ -37,6 +38,7 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     all of them answer.
     """
     yamux_flow.install()
+    negotiation.install()
     host = new_host(
         key_pair=security.key_pair,
         sec_opt={PROTOCOL_ID: security},
@@ -55,6 +57,8 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     swarm = host.get_network()
     # our own limits apply; the library's would reset what it does not like instead of saying so
     swarm.set_resource_manager(None)
+    # whatever a peer's stream does to the library is an error in a task of the swarm, which would end with it
+    swarm.common_stream_handler = contained(swarm.common_stream_handler)
     swarm.retry_config = RetryConfig(max_retries=0)
     host.multiselect_client = EagerClient()
     if not identify:

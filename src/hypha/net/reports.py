@@ -16,7 +16,8 @@ import trio
 from opentelemetry.trace import SpanKind
 
 from hypha.config.log_filter import TRACE
-from hypha.errors import PeerUnreachable
+from hypha.decoding import decode
+from hypha.errors import PeerUnreachable, Undecodable
 from hypha.messages import WIRE_VERSION, Report
 from hypha.net.rpc import Oversized, frame, may_act_as, read_frame
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
@@ -141,7 +142,7 @@ class Reports:
                 return
             first = True
             while True:
-                reports = _decoder.decode(await read_frame(stream, MAX_BATCH_BYTES))
+                reports = decode(_decoder.decode, await read_frame(stream, MAX_BATCH_BYTES))
                 if any(one.v != WIRE_VERSION for one in reports):
                     logger.warning("Refused reports of another version.", extra={"peer_id": caller})
                     return
@@ -154,7 +155,7 @@ class Reports:
                 else:
                     self._hand_over(caller, reports)
                 first = False
-        except (msgspec.MsgspecError, Oversized) as exc:
+        except (Undecodable, Oversized) as exc:
             logger.warning("Reports do not decode: %s", exc, extra={"peer_id": caller})
         except EOFError:
             pass  # the sender has no more
