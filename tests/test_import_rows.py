@@ -14,7 +14,10 @@ ROWS = (
     {"simulation"},
     {"gateway", "scheduler", "worker", "data"},
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
-    {"messages", "features", "config", "errors", "node", "runtime", "journal", "keeper", "tracing", "decoding"},
+    {
+        *("messages", "features", "config", "errors", "node", "runtime", "journal", "keeper", "tracing"),
+        "decoding",
+    },
 )
 #: Within a row, who may use whom.
 SIDEWAYS = {
@@ -27,6 +30,7 @@ SIDEWAYS = {
     ("config", "messages"),
     ("node", "messages"),
     ("decoding", "errors"),
+    ("config", "decoding"),
 }
 #: Libraries that one room alone imports.
 OWNERS = {

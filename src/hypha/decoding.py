@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
+
 from hypha.errors import Undecodable
 
 Input = TypeVar("Input")
@@ -27,6 +29,11 @@ def decode(read: Callable[[Input], T], data: Input) -> T:
         return read(data)
     except Exception as exc:
         raise Undecodable(_reason(exc)) from exc
+
+
+def decode_json(text: bytes | str, kind: type[T]) -> T:
+    """The JSON document ``text``, which others wrote, as a ``kind``. Raises :class:`Undecodable`."""
+    return decode(lambda one: msgspec.json.decode(one, type=kind), text)
 
 
 def _reason(exc: Exception) -> str:
