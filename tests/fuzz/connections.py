@@ -305,7 +305,7 @@ def _speak_bulk(hostile: Node, victim: Node, data: bytes) -> None:
 
 async def fuzz_connections(directory: Path, seed: int, seconds: float) -> Fuzzer:
     """What was sent, where both victims live. Raises Fallen, or what ended a node."""
-    network = Network(directory / "pki")
+    network = Network(directory / "network")
 
     async def refuse(caller: str, meta: TransferMeta) -> Path:
         return directory / "taken"

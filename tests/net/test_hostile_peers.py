@@ -312,6 +312,14 @@ async def kademlia(case: Case) -> None:
         encode_varint_prefixed(NO_TEXT),
         b"\xff" * 12,
         encode_varint_prefixed(b"\x08\x63"),
+        # written in base 58, it would hold up the loop for a minute
+        encode_varint_prefixed(
+            Message(
+                type=Message.ADD_PROVIDER,
+                key=b"k",
+                providerPeers=[Message.Peer(id=bytes(range(1, 251)) * 250)],
+            ).SerializeToString()
+        ),
         *(encode_varint_prefixed(one.SerializeToString()) for one in messages),
     )
 
@@ -344,7 +352,10 @@ async def relay(case: Case) -> None:
     for protocol, message in ((HOP, HopMessage), (STOP, StopMessage)):
         if protocol == HOP and case.victim.hop is None:
             continue
-        odd = [message(type=1, peer={"id": peer}).SerializeToString() for peer in (b"", NO_TEXT, bytes(300))]
+        odd = [
+            message(type=1, peer={"id": peer}).SerializeToString()
+            for peer in (b"", NO_TEXT, b"\x01" * 60_000)
+        ]
         await case.say(
             protocol, *map(encode_varint_prefixed, odd), encode_varint_prefixed(NO_TEXT), b"\xff" * 12
         )
