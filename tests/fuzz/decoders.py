@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, StopMessage
 from tests.recorded.examples import PEER, kinds
 from tests.recorded.record import VERSIONS
 from tests.support.network import Pki
+from tests.worker.test_arbiter import arbiter, hear
 
 from hypha.cli.rerun import rerun
 from hypha.data.manifest import read_manifest
@@ -32,7 +34,7 @@ from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, read_checkpoint
 from hypha.executor.tensors import TensorFile
 from hypha.executor.updates import contribution_in
 from hypha.executor.weights import keys_in
-from hypha.messages import PeerRef
+from hypha.messages import GossipEnvelope, PeerRef
 from hypha.net import bulk_wire
 from hypha.net.addresses import AddressBook, host_and_port, ip_of, parse
 from hypha.net.dht import _check, _refs
@@ -66,7 +68,7 @@ class Target:
 
 def targets(directory: Path) -> list[Target]:
     """All of them; files are written into ``directory``."""
-    return [*_messages(), *_wire(), *_addresses(), *_files(directory), *_identities(directory)]
+    return [*_messages(), *_requests(), *_wire(), *_addresses(), *_files(directory), *_identities(directory)]
 
 
 def _messages() -> Iterator[Target]:
@@ -88,6 +90,23 @@ def _messages() -> Iterator[Target]:
             values=values,
             encoding=encoding,
         )
+
+
+def _requests() -> Iterator[Target]:
+    """What a worker makes of a request for workers that decodes."""
+    requests = [
+        kind.example(least) for kind in kinds() if kind.name.startswith("gossip/") for least in (False, True)
+    ]
+    read = msgspec.msgpack.Decoder(GossipEnvelope).decode
+
+    def heard(data: bytes) -> None:
+        worker = arbiter()
+        for action in hear(worker, 0.0, decode(read, data).body):
+            msgspec.msgpack.encode(action)
+        assert worker.next_wake is None or math.isfinite(worker.next_wake)
+
+    seeds = tuple(map(msgspec.msgpack.encode, requests))
+    yield Target("request for workers", heard, seeds, values=tuple(requests))
 
 
 def _wire() -> Iterator[Target]:

@@ -36,6 +36,13 @@ async def test_nodes_outlive_a_hostile_peer(tmp_path: Path) -> None:
     assert fuzzer.sent > 20
 
 
+@pytest.mark.real
+@pytest.mark.timeout(180)
+async def test_nodes_outlive_a_minute_of_a_hostile_peer(tmp_path: Path) -> None:
+    fuzzer = await fuzz_connections(tmp_path, seed=2, seconds=60.0)
+    assert fuzzer.sent > 500
+
+
 def test_the_fuzzer_notices_a_decoder_that_fails() -> None:
     careless = Target("careless", lambda data: data.decode(), (b"good",))
 

@@ -55,6 +55,8 @@ MESHSUB = "/meshsub/1.2.0"
 #: four bytes that are no UTF-8, and what stands for them in a message that is encoded before
 NO_TEXT = b"\xff\xfe\xfd\xfc"
 PLACE = "NOTX"
+#: of whom there are addresses only
+NOBODY = str(ID(b"\x12\x20" + bytes(32)))
 #: an array in an array, and so on: more than any stack takes
 DEEP = b"\x91" * 200_000 + b"\xc0"
 
@@ -183,9 +185,9 @@ async def gossip(case: Case) -> None:
 
     envelope = GossipEnvelope(body=worker_request(case.hostile, PLACE))
     case.victim._gateways.known[case.hostile.peer_id] = ()
+    messages = [signed(case, data, number) for number, data in enumerate([*both(envelope), DEEP, NO_TEXT])]
     async with case.victim.subscribe():
-        for number, data in enumerate([*both(envelope), DEEP, NO_TEXT]):
-            await case.say(MESHSUB, packed(rpc_pb2.RPC(publish=[signed(case, data, number)])))
+        await case.say(MESHSUB, *(packed(rpc_pb2.RPC(publish=[one])) for one in messages))
 
 
 @attack
@@ -278,14 +280,13 @@ async def a_listener_that_speaks_nonsense(case: Case) -> None:
         address = f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}"
         while left:
             with pytest.raises(PeerUnreachable):
-                await case.victim.connect(PeerRef(peer=case.hostile.peer_id, addresses=(address,)))
+                await case.victim.connect(PeerRef(peer=NOBODY, addresses=(address,)))
             case.victim._book._learnt.clear()
         nursery.cancel_scope.cancel()
 
 
 @attack
 async def addresses(case: Case) -> None:
-    nobody = str(ID(b"\x12\x20" + bytes(32)))
     for host in (
         "dns4/" + "a" * 70 + ".example",
         "dns/\x00",
@@ -294,7 +295,7 @@ async def addresses(case: Case) -> None:
         "dns6/é" * 1,
     ):
         with pytest.raises(PeerUnreachable):
-            await case.victim.connect(PeerRef(peer=nobody, addresses=(f"/{host}/tcp/1",)))
+            await case.victim.connect(PeerRef(peer=NOBODY, addresses=(f"/{host}/tcp/1",)))
 
 
 @attack
@@ -307,19 +308,17 @@ async def kademlia(case: Case) -> None:
         for kind in range(6)
         for key in (b"", NO_TEXT, b"\x12\x20" + bytes(32))
     ]
+    name = Message.Peer(id=b"\x01" * 60_000)
+    query = Message(type=Message.ADD_PROVIDER, key=b"k", providerPeers=[name])
+    endless = encode_varint_prefixed(query.SerializeToString())
     await case.say(
         str(KAD),
         encode_varint_prefixed(NO_TEXT),
         b"\xff" * 12,
         encode_varint_prefixed(b"\x08\x63"),
-        # written in base 58, it would hold up the loop for a minute
-        encode_varint_prefixed(
-            Message(
-                type=Message.ADD_PROVIDER,
-                key=b"k",
-                providerPeers=[Message.Peer(id=bytes(range(1, 251)) * 250)],
-            ).SerializeToString()
-        ),
+        # written in base 58, the name would hold up the loop for a minute
+        endless,
+        encode_varint_prefixed(Message(type=Message.PING).SerializeToString()) + endless,
         *(encode_varint_prefixed(one.SerializeToString()) for one in messages),
     )
 
@@ -374,11 +373,10 @@ async def relay_answers(case: Case) -> None:
 
     case.hostile.set_stream_handler(HOP, answer)
     await case.hostile.connect(ref_of(case.victim))
-    nobody = str(ID(b"\x12\x20" + bytes(32)))
     circuit = f"{address_of(case.hostile)}/p2p-circuit"
     while left:
         with pytest.raises(PeerUnreachable):
-            await case.victim.connect(PeerRef(peer=nobody, addresses=(circuit,)))
+            await case.victim.connect(PeerRef(peer=NOBODY, addresses=(circuit,)))
 
 
 # --- bulk ------------------------------------------------------------------------------------------
@@ -507,13 +505,13 @@ async def test_a_node_outlives_what_a_peer_sends(
             network.gateway() as gateway,
             network.leaf("worker", [gateway]) as leaf,
             network.leaf("friend") as friend,
+            network.leaf("hostile") as hostile,
         ):
             victim = gateway if victim_is == "gateway" else leaf
             for name, attack in ATTACKS.items():  # noqa: B007 - told below
-                async with network.leaf("hostile") as hostile:
-                    await attack(Case(hostile, victim, tmp_path))
-                    with trio.fail_after(5):
-                        assert isinstance(await friend.request(ref_of(victim), Health()), HealthReport)
+                await attack(Case(hostile, victim, tmp_path))
+                with trio.fail_after(5):
+                    assert isinstance(await friend.request(ref_of(victim), Health()), HealthReport)
     except BaseException as exc:
         exc.add_note(f"It was the attack by {name}.")
         raise

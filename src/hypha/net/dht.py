@@ -94,8 +94,8 @@ class DhtServer:
         return size
 
     async def _serve(self, stream: Any, caller: str) -> None:
-        """Have the library answer. It reads queries until the stream ends; ours come one a stream, so the
-        first one says what the stream is about.
+        """Have the library answer the first query of a stream: it would read on until the stream ends, but
+        ours come one a stream, and what it reads by itself nobody has looked at.
         """
         try:
             with trio.fail_after(READ_TIMEOUT_S):
@@ -165,7 +165,7 @@ def _check(query: Any) -> None:
 
 
 class _Replayed:
-    """A stream of which ``read`` has been read already; ``answering`` ends with the first answer."""
+    """A stream that ends with ``read``, which was read already; ``answering`` ends with the first answer."""
 
     def __init__(self, stream: Any, read: bytes, answering: Span) -> None:
         self._stream = stream
@@ -177,9 +177,7 @@ class _Replayed:
         return getattr(self._stream, name)
 
     async def read(self, n: int | None = None) -> bytes:
-        if not self._left:
-            data: bytes = await self._stream.read(n)
-            return data
+        await trio.lowlevel.checkpoint()
         count = len(self._left) if n is None else n
         data, self._left = self._left[:count], self._left[count:]
         return data
