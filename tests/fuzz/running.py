@@ -20,6 +20,7 @@ import psutil
 import trio
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from tests.fuzz.bridge import fuzz_bridge
 from tests.fuzz.connections import fuzz_connections
 from tests.fuzz.decoders import Target, targets
 from tests.fuzz.mutation import ODD_VALUES, mutated, mutations, oddly_encoded
@@ -88,6 +89,9 @@ def main() -> int:
             if options.only in target.name:
                 count = fuzz(target, options.seconds)
                 print(f"{target.name}: {count} examples", flush=True)
+        if options.only in "bridge":
+            count = trio.run(fuzz_bridge, Path(directory), time.time_ns() & 0xFFFF, options.seconds)
+            print(f"bridge: {count} connections", flush=True)
         if options.only in "connections":
             number = time.time_ns() & 0xFFFF
             fuzzer = trio.run(fuzz_connections, Path(directory), number, options.seconds)

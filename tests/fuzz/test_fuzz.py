@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from tests.fuzz.bridge import fuzz_bridge
 from tests.fuzz.connections import fuzz_connections
 from tests.fuzz.decoders import Target, targets
 from tests.fuzz.mutation import with_odd_value
@@ -34,6 +35,10 @@ def test_a_decoder_refuses_what_is_spoilt(name: str) -> None:
 async def test_nodes_outlive_a_hostile_peer(tmp_path: Path) -> None:
     fuzzer = await fuzz_connections(tmp_path, seed=1, seconds=3.0)
     assert fuzzer.sent > 20
+
+
+async def test_a_bridge_outlives_a_hostile_executor(tmp_path: Path) -> None:
+    assert await fuzz_bridge(tmp_path, seed=1, seconds=2.0) > 8
 
 
 @pytest.mark.real
