@@ -19,7 +19,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from hypha.decoding import decode_json
+from hypha.decoding import decode, decode_json
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import (
     AggregateJob,
@@ -391,12 +391,17 @@ def read_ledger(path: Path) -> LedgerFile:
     try:
         if path.suffix == ".json":
             return decode_json(path.read_bytes(), LedgerFile)
-        with closing(_connect(path)) as connection:
-            ledger = Ledger.__new__(Ledger)
-            ledger.path, ledger._db = path, connection
-            return ledger.to_file()
-    except (sqlite3.Error, Undecodable, OSError) as exc:
+        # somebody may have sent it, and SQLite's own errors may quote what is no text
+        return decode(_read_book, path)
+    except (Undecodable, OSError) as exc:
         raise HyphaError(f"{path} is no readable ledger: {exc}") from exc
+
+
+def _read_book(path: Path) -> LedgerFile:
+    with closing(_connect(path)) as connection:
+        ledger = Ledger.__new__(Ledger)
+        ledger.path, ledger._db = path, connection
+        return ledger.to_file()
 
 
 def export_ledger(file: LedgerFile, path: Path) -> None:
@@ -411,14 +416,14 @@ def _connect(path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, check_same_thread=False, timeout=10.0)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-    except sqlite3.Error as exc:
+    except (sqlite3.Error, UnicodeDecodeError) as exc:
         if _is_full(exc):
             raise
         raise HyphaError(f"the job's ledger {path} cannot be opened: {exc}") from exc
     return db
 
 
-def _is_full(exc: sqlite3.Error) -> bool:
+def _is_full(exc: Exception) -> bool:
     return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _NO_ROOM
 
 
