@@ -32,6 +32,7 @@ TRUSTED = {
     "cli/chaos": "its own children's output",
     "sinks": "parent and child speak over a pipe of their own",
     "executor/host.py": "its parent is the worker",
+    "executor/trial.py": "its parent is the scheduler",
     "config/loading.py": "the operator's own words",
     "cli/rerun.py": "an entry that it has written a moment ago",
 }

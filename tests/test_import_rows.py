@@ -15,8 +15,19 @@ ROWS = (
     {"gateway", "scheduler", "worker", "data"},
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
     {
-        *("messages", "features", "config", "errors", "node", "runtime", "journal", "keeper", "tracing"),
+        "messages",
+        "beneath",
+        "features",
+        "config",
         "decoding",
+        "errors",
+        "node",
+        "runtime",
+        "journal",
+        "keeper",
+        "naming",
+        "tracing",
+        "waiting",
     },
 )
 #: Within a row, who may use whom.

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 PR_SET_CHILD_SUBREAPER = 36
 
 #: What shells say when a command cannot be executed, or does not exist.
@@ -46,8 +47,20 @@ def _prctl() -> Callable[[int, int], None]:
     return call
 
 
-def _descendants(root: int) -> list[int]:
-    """PIDs below ``root``, from /proc; empty where there is no /proc."""
+def deny_inspection() -> None:
+    """Processes of the same user, but not root's, can neither read this one's environment and memory in /proc
+    nor trace it; nor does it leave a core file. Programs that it executes are as ever. Raises OSError.
+    """
+    _prctl()(PR_SET_DUMPABLE, 0)
+
+
+def become_subreaper() -> None:
+    """From now on, processes below this one whose parent ends are this one's children. Raises OSError."""
+    _prctl()(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _by_parent() -> dict[int, list[int]]:
+    """PIDs of children, from /proc; empty where there is no /proc."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if not name.isdigit():
@@ -56,6 +69,17 @@ def _descendants(root: int) -> list[int]:
             # the command name may hold spaces and brackets, so count from the last bracket
             parent = int(file.read().rpartition(b")")[2].split()[1])
             children.setdefault(parent, []).append(int(name))
+    return children
+
+
+def children(root: int) -> list[int]:
+    """PIDs of the children of ``root``."""
+    return _by_parent().get(root, [])
+
+
+def descendants(root: int) -> list[int]:
+    """PIDs below ``root``."""
+    children = _by_parent()
     found, queue = [], [root]
     while queue:
         below = children.get(queue.pop(), [])
@@ -85,7 +109,7 @@ def _kill_all(child: int, status: int | None) -> int:
         status, alive = _reap(child, status)
         if not alive:
             return status if status is not None else signal.SIGKILL
-        for pid in _descendants(os.getpid()) or ([child] if status is None else []):
+        for pid in descendants(os.getpid()) or ([child] if status is None else []):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
@@ -103,16 +127,20 @@ def end_like(status: int) -> NoReturn:
 
 
 class Confinement:
-    """What is applied to an executor before it runs: ``--cgroup FILE`` (its PID is written there) and
-    ``--rlimit NAME=VALUE``, in any number. No dataclass: that import would double the keeper's start.
+    """What is applied to an executor before it runs: ``--cgroup FILE`` (its PID is written there),
+    ``--rlimit NAME=VALUE`` and ``--ignore SIGNAL``, in any number. No dataclass: that import would double the
+    keeper's start.
     """
 
     def __init__(self, options: Sequence[str]) -> None:
         self.groups: list[str] = []
         self.limits: list[tuple[int, int]] = []
+        self.ignored: list[signal.Signals] = []
         for option, value in zip(options[::2], options[1::2], strict=True):
             if option == "--cgroup":
                 self.groups.append(value)
+            elif option == "--ignore":
+                self.ignored.append(signal.Signals[value])
             else:
                 name, _, amount = value.partition("=")
                 self.limits.append((int(getattr(resource, name)), int(amount)))
@@ -126,6 +154,8 @@ class Confinement:
             hard = resource.getrlimit(name)[1]
             amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
             resource.setrlimit(name, (amount, amount))
+        for number in self.ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def keep(confinement: Confinement, start: Callable[[Callable[[], None]], int]) -> int:
@@ -136,7 +166,7 @@ def keep(confinement: Confinement, start: Callable[[Callable[[], None]], int]) -
     SIGTERM, SIGINT and SIGHUP are replaced; the child, where it is only forked, must reset them.
     """
     prctl = _prctl()
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    become_subreaper()
     keeper = os.getpid()
 
     def prepare() -> None:

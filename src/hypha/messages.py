@@ -560,6 +560,14 @@ class Health(Message):
     """Are you well? Answered by every component."""
 
 
+class SameCertificate(Message):
+    """Another node uses the certificate of the one that is told so; it has come from ``address``, and was
+    turned away. Answered by every component.
+    """
+
+    address: str = ""
+
+
 class WorkerOffer(Message):
     """A worker holds ``resources`` for the scheduler under a temporary lease of ``expires_in_s``. ``version``
     and ``features`` (:mod:`hypha.features`) are the worker's; without them it is older than these fields.
@@ -825,18 +833,63 @@ class Column(Value):
     shape: tuple[int, ...]
 
 
+class ColumnRange(Value):
+    """The smallest and the largest number of a column, over all samples. Without those that are -100, which
+    no loss counts: there are ``ignored`` of them. ``whole``: all are whole numbers.
+    """
+
+    column: str
+    low: float
+    high: float
+    whole: bool = True
+    ignored: int = 0
+
+
 class Manifest(Value):
-    """``manifest.json`` of a prepared dataset."""
+    """``manifest.json`` of a prepared dataset. ``ranges`` are empty, or lack columns, where nobody has looked
+    (as in manifests of earlier versions); they follow from the slices, and are no part of the hash.
+    """
 
     name: str
     columns: tuple[Column, ...]
     slices: tuple[SliceInfo, ...]
     version: int = 1
+    ranges: tuple[ColumnRange, ...] = ()
 
     @property
     def samples(self) -> int:
         """Samples in all slices."""
         return sum(part.samples for part in self.slices)
+
+
+class Trial(Value):
+    """Has a child process of the scheduler try a batch on the model of ``job`` before anybody is leased.
+
+    ``model`` and ``preprocessor`` are directories with their files, where there are any; ``weights`` says
+    whether the model's are among them. The batch has ``rows`` rows of ``columns``, with the smallest and the
+    largest numbers of ``ranges``.
+    """
+
+    job: TrainJob
+    model: str | None
+    preprocessor: str | None
+    weights: bool
+    columns: tuple[Column, ...]
+    ranges: tuple[ColumnRange, ...]
+    rows: int
+
+
+class TrialReport(Value):
+    """What came of a :class:`Trial`. ``failed``: any worker would fail, because of ``reason``; ``unknown``:
+    it could not be tried, because of ``reason``. ``shapes_only``: the model is too large to be built just for
+    this, so it had no numbers. ``notes`` are sentences that the user should read.
+    """
+
+    outcome: Literal["passed", "failed", "unknown"]
+    reason: str = ""
+    parameters: int = 0
+    shapes_only: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class DatasetDescription(Message):
@@ -883,6 +936,7 @@ class RefusedReply(Message):
 
 Request = (
     Health
+    | SameCertificate
     | WorkerOffer
     | RenewLease
     | ReleaseLease

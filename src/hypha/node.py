@@ -43,7 +43,8 @@ class Heard:
 @dataclass(frozen=True)
 class ConnectionInfo:
     """One live connection; ``address`` is the socket's other end, or the circuit. ``round_trip_s`` is what
-    its pings took lately, ``None`` before the first has come back.
+    its pings took lately, ``None`` before the first has come back. ``name`` and ``organization`` are those of
+    the peer's certificate, where it has any.
     """
 
     peer: str
@@ -52,6 +53,8 @@ class ConnectionInfo:
     direction: Literal["inbound", "outbound"]
     roles: frozenset[str]
     round_trip_s: float | None = None
+    name: str = ""
+    organization: str = ""
 
 
 @dataclass(frozen=True)
@@ -216,11 +219,23 @@ class Node(Protocol):
         With ``roles`` only callers whose certificate has one of them (or none at all) are heard.
         """
 
+    def prefer(self, is_partner: Callable[[str], bool]) -> None:
+        """Keep places for requests of those peers of whom ``is_partner`` says so, because they share a lease
+        with this node: what others ask for never makes a renewal ``busy``. A later call replaces this one.
+        """
+
     def report(self, peer: str, report: Report) -> None:
         """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
 
-    def answer_reports(self, handler: ReportHandler, roles: Collection[str] | None = None) -> None:
-        """Call ``handler(caller, reports)`` for reports that arrive; it must not block."""
+    def answer_reports(
+        self,
+        handler: ReportHandler,
+        roles: Collection[str] | None = None,
+        admits: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Call ``handler(caller, reports)`` for reports that arrive; it must not block. With ``admits`` only
+        for those of peers of whom it says so at that moment; the others' streams are ended.
+        """
 
     async def publish(self, message: WorkerRequest) -> None:
         """Ask everybody for workers; waits a moment for a gateway to pass it on."""

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from hypha.cli.demo.showing import Show
 from hypha.cli.live import status_panel
-from hypha.cli.probing import show_report
+from hypha.cli.probing import Found, show_report
 from hypha.messages import HealthReport
 from hypha.scheduler.snapshot import ConnectionSnapshot, JobSnapshot, LeaseSnapshot, LogLine, WorkerSnapshot
 
@@ -57,5 +57,8 @@ def test_a_probed_node_is_shown_as_it_is_written(text: str, capsys: pytest.Captu
     report = HealthReport(
         healthy=True, component=text, version=text, peer=text, uptime_s=1.0, details={text: text}
     )
-    show_report(text, report)
-    assert capsys.readouterr().out.count(text.replace("\x1b", "\ufffd")) == 6
+    show_report(text, Found(report, "", text, frozenset({text})))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    # roles, peer, organisation, component, version, and below address, peer, a detail and its name
+    assert out.count(text.replace("\x1b", "\ufffd")) == 9

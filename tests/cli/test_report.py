@@ -92,7 +92,7 @@ def test_all_that_is_known_is_in_it_but_no_secret(tmp_path: Path, monkeypatch: p
     assert b"PRIVATE KEY" not in everything
     assert set(found) == {
         *("README.txt", "job.json", "rounds.json", "versions.json", "config.json"),
-        *("journal.jsonl", "logs/1-scheduler.log"),
+        *("journal.jsonl", "nodes.json", "logs/1-scheduler.log"),
     }
     tables = json.loads(found["job.json"])
     assert [row["round"] for row in tables["rounds"]] == [0, 1]

@@ -41,7 +41,11 @@ TRAINING = JobSnapshot(
     ),
     version="0.2.1",
     slices=SliceCounts(3, 2, 1),
-    connections=(ConnectionSnapshot("12D3KooWgatewayy", "relayed", roles=("gateway",), round_trip_s=0.0123),),
+    connections=(
+        ConnectionSnapshot(
+            "12D3KooWgatewayy", "relayed", roles=("gateway",), round_trip_s=0.0123, name="gw-1"
+        ),
+    ),
     refused={"stale round": 3},
     goodput=GoodputReport(
         10.0, 4, 30.0, 0.0, {"waiting-for-data": 8.0, "paused": 2.0}, 9, 1.0, None, None, 1.0
@@ -83,8 +87,8 @@ async def test_status_once_and_until_the_end() -> None:
             "digits training, round 3/20, loss 0.4123, 0 samples/s, 0 samples, 1 workers, 0 leases, 0 s\n"
         )
         told = (
-            *(headline, "all is well", "...abcdefgh"),
-            *("01234567", "2.5", "7 s", "...gatewayy", "relayed", "12.3 ms"),
+            *(headline, "all is well", "…abcdefgh"),
+            *("01234567", "2.5", "7 s", "gw-1 (…gatewayy)", "relayed", "12.3 ms"),
             *("3 available, 2 with workers, 1 used", "3 x stale round", "warn A lease was lost"),
             "goodput 75% of 40 worker seconds; lost: waiting for data 8 s, paused 2 s",
             *("not stated", "0.2.1", "the scheduler runs Hypha 0.2.1; 1 of its workers run other versions"),
@@ -95,7 +99,11 @@ async def test_status_once_and_until_the_end() -> None:
         states = iter([TRAINING, msgspec.structs.replace(TRAINING, state="done", round=20)])
         followed = await hypha("status", f"http://{address}/", "--follow")
         assert followed.returncode == 0, followed.stderr
-        assert "digits done, round 20/20" in followed.stdout.decode()
+        # into a pipe goes a line when it happens, and the whole at the end
+        lines = followed.stdout.decode().splitlines()
+        assert lines[0].startswith("digits training, round 3/20")
+        assert lines[0].endswith("all is well")
+        assert sum(line.startswith("digits done, round 20/20") for line in lines) == 2
 
         current = msgspec.structs.replace(TRAINING, state="failed", message="nobody offers a GPU")
         failed = await hypha("status", address, "-f")

@@ -236,6 +236,28 @@ hang_s = 2
     assert (never.hang_s, never.executors[0].hang_s) == (0.0, 0.0)
 
 
+def test_patterns_of_urls_that_would_match_nothing_or_too_much(tmp_path: Path) -> None:
+    text = """
+[allow]
+uri = ["https://good.org/*", "https://good.org*", "good.org"]
+local-read = ["/data/*", "s3://bucket*"]
+local-write = ["s3://bucket/*"]
+trust-remote-code = ["acme/*", "https://g?od.org/x"]
+[[executors]]
+class = "train"
+name = "a"
+read-only = ["/opt/a"]
+"""
+    told = problems(WorkerConfig, write(tmp_path, GOOD + text))
+    assert len(told) == 5
+    keys = ("uri[1]", "uri[2]", "local_read[1]", "trust_remote_code[1]", "executors[0].read_only")
+    assert all(any(key in one for one in told) for key in keys), told
+    isolated = text.replace("name =", 'runtime = "bwrap"\nname =').replace('"/opt/a"', '"opt/a"')
+    assert any(
+        "must be an absolute path" in one for one in problems(WorkerConfig, write(tmp_path, GOOD + isolated))
+    )
+
+
 def test_a_contradictory_job(tmp_path: Path) -> None:
     job = """\
 [scheduler.job]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -137,3 +139,18 @@ class Extra(Classifier):
 
     def set_extra_state(self, state: object) -> None:
         pass
+
+
+class LooksAtNumbers(Classifier):
+    """Branches on a value, which torch's meta device does not have."""
+
+    def seen(self, x: Tensor) -> Tensor:
+        return x if x.abs().sum().item() >= 0 else -x
+
+
+class Imports(Classifier):
+    """Needs what is not installed here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        importlib.import_module("a_package_of_workers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from hypha.executor import models, tensors
 from hypha.executor.forward import Forward
 from hypha.executor.label_types import loss_of
 from hypha.executor.models import build
-from hypha.messages import ModelSpec
+from hypha.executor.preprocessing import Preprocessor
+from hypha.messages import Local, ModelSpec, PreprocessorSpec
 
 GPT2 = {
     "model_type": "gpt2",
@@ -158,11 +160,46 @@ def test_sources_that_hold_no_model_are_explained(tmp_path: Path) -> None:
         ("torch.nn:NoSuchClass", "NoSuchClass"),
         ("torch.nn:Linear", "missing"),
         ("builtins:dict", "returned a dict"),
+        # what a package has imported is not its own, and is reached neither by its name nor by a walk
+        ("hypha.executor.models:shutil.rmtree", "no attribute 'shutil.rmtree'"),
+        ("hypha.executor.models:shutil", "a module; an entrypoint is a class or a function"),
+        ("hypha.executor.models:save_model", r"defined in safetensors.torch, not in hypha"),
+        ("hypha.executor.models:TASKS", "a dict; an entrypoint is"),
     ],
 )
 def test_entrypoints_that_build_nothing_are_explained(entrypoint: str | None, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         build(ModelSpec(task="torch", entrypoint=entrypoint), None)
+
+
+REMOTE = """
+from pathlib import Path
+Path({mark!r}).write_text("ran")
+from transformers import {kind}
+class Mine({kind}):
+    model_type = "mine"
+"""
+
+
+@pytest.mark.parametrize("what", ["model", "known", "preprocessor"])
+def test_code_of_a_model_does_not_run_unless_it_is_trusted(tmp_path: Path, what: str) -> None:
+    mark = tmp_path / "ran"
+    kinds = {"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine", "AutoTokenizer": ["mine.Mine", None]}
+    mine: dict[str, object] = {"auto_map": kinds, "tokenizer_class": "Mine"}
+    source = directory(tmp_path / "source", (GPT2 if what == "known" else {"model_type": "mine"}) | mine)
+    (source / "tokenizer_config.json").write_text(json.dumps(mine))
+    kind = "PreTrainedTokenizer" if what == "preprocessor" else "PretrainedConfig"
+    (source / "mine.py").write_text(REMOTE.format(mark=str(mark), kind=kind))
+    with contextlib.suppress(ModelError):
+        if what == "preprocessor":
+            Preprocessor(PreprocessorSpec(kind="tokenizer", source=Local(url=str(source))), source)
+        else:
+            build(ModelSpec(task="causal-lm"), source)
+    assert not mark.exists()
+    if what == "model":
+        with contextlib.suppress(ModelError):
+            build(ModelSpec(task="causal-lm", trust_remote_code=True), source)
+        assert mark.exists()
 
 
 def test_a_torch_model_is_exported_and_found_again(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def test_excluded_own_foreign_and_unspecified_addresses_are_not_learnt() -> None
     assert book.direct(ME) == []
     foreign = f"/ip4/1.1.1.1/tcp/1/p2p/{GATEWAY}"
     hidden = f"/ip4/10.0.0.2/tcp/9/p2p/{GATEWAY}/p2p-circuit/p2p/{PEER}"
-    refs = ("/ip4/10.1.2.3/tcp/1", "/ip6/::1/tcp/1", "/ip4/0.0.0.0/tcp/1", foreign, hidden, "junk")
+    written = ("/ip6/::ffff:10.1.2.3/tcp/1", "/ip6/64:ff9b::a01:203/tcp/1")
+    refs = ("/ip4/10.1.2.3/tcp/1", "/ip6/::1/tcp/1", "/ip4/0.0.0.0/tcp/1", *written, foreign, hidden, "junk")
     book.learn(PeerRef(peer=PEER, addresses=refs))
     assert book.ref(PEER).addresses == ()
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import trio
 import trio.testing
 
+from hypha.messages import TransferMeta
+from hypha.net.bulk_inbound import TRICKLE_BYTES, Acceptor, Inbound
+from hypha.net.bulk_meeting import Expected
 from hypha.net.bulk_places import MAX_LENT, STILL_S, Places
 
 
@@ -107,3 +112,33 @@ async def test_whoever_is_cancelled_leaves_no_place_behind(autojump_clock: trio.
         await trio.testing.wait_all_tasks_blocked()
         assert hall.entered == {"first", "a"}
         nursery.cancel_scope.cancel()
+
+
+async def _anywhere(peer: str, meta: TransferMeta) -> Path:
+    return Path(meta.name)
+
+
+async def _taken(peer: str, meta: TransferMeta, path: Path) -> None:
+    pass
+
+
+def test_a_trickle_does_not_keep_a_place() -> None:
+    """Two peers that send a byte a second would keep everybody else's files from being received."""
+    link = SimpleNamespace(heard=0)
+    meta = TransferMeta(kind="update", name="u", size=1 << 30, blake3="")
+    inbound = Inbound(
+        token="t" * 16,
+        caller="peer",
+        meta=meta,
+        acceptor=Acceptor(gate=_anywhere, arrived=_taken, limit=1 << 30),
+        destination=Path("u"),
+        expected=Expected("peer"),
+        offered_at=0.0,
+    )
+    inbound.link = link  # type: ignore[assignment]
+    moved, heard = inbound.moved(), inbound.heard()
+    link.heard = 100
+    assert inbound.heard() != heard
+    assert inbound.moved() == moved
+    link.heard = TRICKLE_BYTES
+    assert inbound.moved() != moved

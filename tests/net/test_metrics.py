@@ -183,7 +183,7 @@ async def test_gossip_and_lookups_are_counted(network: Network, signals: Signals
         meshes = sum(one.mesh_size for one in (gateway, other, worker, scheduler))
         assert sum(signals.readings(instruments.GOSSIP_MESH).values()) <= meshes
         await scheduler.publish(worker_request(scheduler))
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await heard.receive()
         messages = instruments.GOSSIP_MESSAGES
         await until(lambda: signals.reading(messages, event="received") == 3)  # both gateways, the worker
@@ -282,6 +282,7 @@ async def test_reports_are_counted(network: Network, signals: Signals) -> None:
 
     async with network.leaf("worker") as worker, network.leaf("scheduler") as scheduler:
         worker.learn(PeerRef(peer=scheduler.peer_id, addresses=(address_of(scheduler),)))
+        scheduler.answer_reports(lambda caller, reports: None)
         for number in range(3):
             worker.report(scheduler.peer_id, report(number))
         reports = instruments.REPORTS

@@ -96,7 +96,7 @@ async def test_a_network_certified_with_openssl_trains_and_keeps_strangers_out(
     system.pki = stranger.directory
     refused = await system.scheduler(digits_job(None, 1, 1, name="refused"), name="stranger")
     await system.logged(refused, "No gateway can be reached")
-    await system.logged(refused, "certificate refused")
+    await system.logged(refused, "not in the trust bundle of this node")
     assert refused.process.poll() is None
     assert "Connected to gateway" not in refused.log.read_text()
     assert await system.ended(scheduler) == 0, scheduler.tail()

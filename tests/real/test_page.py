@@ -140,9 +140,10 @@ def test_the_numbers_are_the_schedulers(visits: Any, address: str) -> None:
         "leases": "3",
         "providers": "1",
     }
-    peers = sorted(worker["peer"][-8:] for worker in after["workers"])
+    peers = sorted(f"{worker['name']} (…{worker['peer'][-8:]})" for worker in after["workers"])
     rows = visit.page.locator("#workers tr").all_inner_texts()
-    assert sorted(row.split()[0].removeprefix("…") for row in rows) == peers
+    assert sorted(row.partition("\t")[0] for row in rows) == peers
+    assert all(one.startswith("worker-") for one in peers)
     assert visit.page.locator("#leases tr").count() == len(after["held"])
     assert visit.page.locator("#topology tr").count() == len(after["connections"])
     slices = visit.page.locator("#slices span:nth-child(3n)").all_inner_texts()

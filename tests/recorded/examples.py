@@ -117,6 +117,8 @@ def kinds() -> Iterator[Kind]:
         yield _alone("bridge-job", bridge, "json", messages.Job)
     for call in (FetchedFile, SendCall, Sent, ReceiveCall, ReceivedFile, SpansCall, BridgeError):
         yield _alone("bridge", call, "json")
+    for call in (messages.Trial, messages.TrialReport):
+        yield _alone("trial", call, "json")
     yield _alone("host", ForkRequest, "msgpack")
     for one in members(ForkReply):
         yield _alone("host", one, "msgpack", ForkReply)

@@ -31,7 +31,7 @@ def test_what_a_worker_lacks_is_logged_once_with_what_to_do(
     assert record.levelno == logging.WARNING
     assert vars(record)["worker_peer_id"] == OLD
     assert record.getMessage() == (
-        "Worker ...ldoldold runs a version of Hypha that states none and is not given train jobs, as it "
+        "Worker …ldoldold runs a version of Hypha that states none and is not given train jobs, as it "
         "lacks what the job needs: multi-label (a version with it brings labels of several classes a row to "
         f"the floats that binary cross-entropy needs); upgrade it to Hypha {__version__} or later, or leave "
         "the multi-label loss out of the job."
@@ -49,11 +49,11 @@ def test_why_a_job_waits_names_workers_until_they_are_leased(versions: StatedVer
         versions.declined(f"worker-{number:08}", offer("W"))
     advice = f"upgrade it to Hypha {__version__} or later, or leave the multi-label loss out of the job"
     assert versions.shortage("train") == (
-        f"...00000000, ...00000001, ...00000002 and 2 more offered, but without multi-label: {advice}"
+        f"…00000000, …00000001, …00000002 and 2 more offered, but without multi-label: {advice}"
     )
     for number in range(4):
         versions.leased("train", f"worker-{number:08}", OURS)
-    assert versions.shortage("train") == f"...00000004 offered, but without multi-label: {advice}"
+    assert versions.shortage("train") == f"…00000004 offered, but without multi-label: {advice}"
     assert versions.shortage("aggregate") == ""
 
 
@@ -68,7 +68,7 @@ def test_another_version_is_told_once_a_worker(
     [record] = caplog.records
     assert record.levelno == logging.INFO
     assert record.getMessage() == (
-        f"Worker ...ldoldold runs Hypha 9.1\N{REPLACEMENT CHARACTER}[2J, this scheduler {__version__}; it "
+        f"Worker …ldoldold runs Hypha 9.1\N{REPLACEMENT CHARACTER}[2J, this scheduler {__version__}; it "
         "has all that the job needs."
     )
 

@@ -5,14 +5,16 @@ weights are not what its configuration says, labels that it has no classes for.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import trio
 from safetensors.numpy import load_file, save_file
 from tests.executor.test_preprocessing import tokenizer
-from tests.support.system import System, digits_dataset, digits_job, digits_model, paced
+from tests.support.system import PLAIN, System, digits_dataset, digits_job, digits_model, paced
 
 from hypha.data import PrepareOptions, prepare
 from hypha.executor import models
@@ -62,8 +64,10 @@ async def test_ragged_texts_and_a_model_that_is_not_tied_after_all(system: Syste
     await system.gateway()
     await system.data("data", dataset)
     executors = [paced(0.05), {"class": "aggregate", "name": "parameter-server"}]
-    for number in range(2):
-        await system.worker(f"worker-{number}", executors=executors)
+    # one of them shows its executors neither the network nor its own files
+    isolated = [{**one, "runtime": "bwrap"} for one in executors]
+    for number, those in enumerate((executors, isolated)):
+        await system.worker(f"worker-{number}", executors=those)
     preprocessor = {"type": "tokenizer", "path": str(made), "input_names": {"text": "sentence"}}
     job = digits_job(None, 2, 6, preprocessor=preprocessor, checkpoint={"every_rounds": 1})
     job |= {"model": {"type": "causal-lm", "path": str(source)}, "dataset": {"dataset": "texts"}}
@@ -92,17 +96,61 @@ async def test_ragged_texts_and_a_model_that_is_not_tied_after_all(system: Syste
     assert await system.replay("job", dataset, preprocessed) <= 1e-5
 
 
-async def test_labels_without_classes_end_the_job_at_once_and_say_what_to_change(
+async def validated(system: System, job: dict[str, Any], *more: str) -> tuple[int, str]:
+    """``validate --network`` of a job under another name than that of any that has run: exit code, output."""
+    path = system.write("asker", "scheduler", scheduler={"job": {"output": str(system.root / "no"), **job}})
+    command = (sys.executable, "-m", "hypha.cli.scheduler", "validate", "--network", "--config", str(path))
+    done = await trio.run_process(
+        [*command, *more],
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+        env=dict(system.environment),
+    )
+    return done.returncode, (done.stdout + done.stderr).decode()
+
+
+async def test_labels_without_classes_are_told_before_anybody_is_leased_or_at_once(
     system: System, tmp_path: Path
 ) -> None:
+    """Then goes on nevertheless, as when the check is wrong: two executors say the same."""
     dataset = digits_dataset(tmp_path)
     labels = {str(number): str(number) for number in range(4)}
     await system.gateway()
     await system.data("data", dataset)
     workers = [await system.worker(f"worker-{number}") for number in range(2)]
-    scheduler = await system.scheduler(digits_job(digits_model(tmp_path, id2label=labels), 2, 6))
+    for worker in workers:
+        await system.logged(worker, "Connected to gateway")
+    job = digits_job(digits_model(tmp_path, id2label=labels), 2, 6)
+
+    asked = {**job, "name": "asked"}
+    code, text = await validated(system, asked | {"model": PLAIN})
+    assert code == 0, text
+    assert "/p2p/" in text
+    assert ": reached" in text
+    assert "1797 samples in 30 slices, served by" in text
+    assert "column: labels I64, 0 to 9" in text
+    assert "; a batch passed" in text
+    code, text = await validated(system, asked)
+    assert code == 2, text
+    assert "labels runs from 0 to 9, but the model has 4 classes, 0 to 3; set num_labels to" in text
+    code, text = await validated(system, asked | {"dataset": {"dataset": "letters", "wait_s": 1.0}})
+    assert code == 3, text
+    assert "nobody served the dataset letters" in text
+    nowhere = json.dumps(["/ip4/127.0.0.1/tcp/1", *system.gateways])
+    code, text = await validated(system, asked, "--set", f"gateway_addresses={nowhere}")
+    assert "gateway /ip4/127.0.0.1/tcp/1: NOT reached" in text
+    assert f"gateway {system.gateways[0]}: reached" in text
+
+    refused = await system.scheduler({**job, "name": "refused", "check": "full"}, name="scheduler-refused")
+    assert await system.ended(refused) == 2, refused.tail()
+    assert "Before anybody is leased: scheduler.job.model.arguments: the column labels" in refused.tail()
+    assert "Looking for 2 more workers" not in refused.log.read_text()
+
+    scheduler = await system.scheduler({**job, "check": "none"})
     assert await system.ended(scheduler) == 5, scheduler.tail()
     text = scheduler.log.read_text()
+    assert "Looking for 2 more workers" in text
     error = next(line for line in text.splitlines() if "said by 2 executors" in line)
     assert "the model has 4 classes, 0 to 3; set model.arguments num_labels to the number of classes" in error
     assert "IndexError" not in error, "what to change comes before the traceback"

@@ -11,10 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from tests.support.polling import until
+from tests.support.stopwatch import Stopwatch
 
 from hypha.errors import ConfigError
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
+from hypha.telemetry.hosts import foreign_host
 
 
 def report(healthy: bool) -> HealthReport:
@@ -38,6 +40,33 @@ async def test_health_and_status() -> None:
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0"])
+async def test_a_name_of_another_site_that_points_here_gets_no_answer(address: str) -> None:
+    async with trio.open_nursery() as nursery:
+        bound = await nursery.start(
+            partial(serve_http, address, lambda: report(True), lambda: Resources(cpu=2.0))
+        )
+        reached = bound.replace("0.0.0.0", "127.0.0.1")
+        async with httpx.AsyncClient(base_url=f"http://{reached}", trust_env=False) as client:
+            for path in ("/health", "/status", "/nowhere"):
+                for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil"):
+                    answer = await client.get(path, headers={"host": host})
+                    assert (answer.status_code, "no address of this machine" in answer.text) == (403, True)
+            for host in ("localhost", "127.0.0.1:1", "[::1]:9", reached):
+                assert (await client.get("/health", headers={"host": host})).status_code == 200
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("server", "foreign"), [(("127.0.0.1", 1), True), (("192.0.2.7", 1), False)])
+def test_over_another_interface_a_machine_has_the_name_that_its_operator_gives_it(
+    server: tuple[str, int], foreign: bool
+) -> None:
+    scope = {"type": "http", "server": server, "headers": [(b"host", b"worker-1:9103")]}
+    assert (foreign_host(scope) is not None) is foreign
+    # as where the name of a machine leads to 127.0.1.1, and http_address has it
+    assert foreign_host(scope, "worker-1") is None
+
+
 async def test_without_a_status_there_is_none() -> None:
     async with trio.open_nursery() as nursery:
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
@@ -56,12 +85,14 @@ async def test_an_address_in_use_is_a_configuration_error() -> None:
 
 
 async def test_it_ends_at_once_with_a_client_connected() -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
             async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
                 await client.get("/health")
+                ending = Stopwatch()
                 nursery.cancel_scope.cancel()
+    assert ending.elapsed_s() < 3
 
 
 async def open_to(address: str) -> trio.SocketStream:
@@ -82,7 +113,10 @@ async def gone(stream: trio.SocketStream) -> bool:
 async def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hypha.telemetry.serving.BoundedConfig.write_timeout_s", 0.3, raising=False)
 
+    asked = trio.Event()
+
     async def much(_: Request) -> Response:
+        asked.set()
         return Response(b"x" * (32 << 20))
 
     async with trio.open_nursery() as nursery:
@@ -91,10 +125,11 @@ async def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch
         )
         before = trio.lowlevel.current_statistics().tasks_living
         async with await open_to(address) as stream:
-            await stream.send_all(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
-            await until(lambda: trio.lowlevel.current_statistics().tasks_living > before, 2.0)
-            await until(lambda: trio.lowlevel.current_statistics().tasks_living == before, 4.0)
-        # who reads has all of it
+            await stream.send_all(b"GET /much HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await asked.wait()
+            await until(lambda: trio.lowlevel.current_statistics().tasks_living == before)
+        # who reads has all of it, in the time that a busy machine takes
+        monkeypatch.setattr("hypha.telemetry.serving.BoundedConfig.write_timeout_s", 60.0)
         async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
             assert len((await client.get("/much")).content) == 32 << 20
         nursery.cancel_scope.cancel()
@@ -108,12 +143,14 @@ async def test_so_many_connections_and_no_more(
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
         kept = [await open_to(address) for _ in range(3)]
         for stream in kept:
-            await stream.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await stream.send_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
         for _ in range(2):
-            with trio.fail_after(2):
+            began = Stopwatch()
+            with trio.fail_after(20):
                 async with await open_to(address) as refused:
                     assert await gone(refused)
+            assert began.elapsed_s() < 2
         assert [one.getMessage() for one in caplog.records] == [
             "Local HTTP has 3 connections, and refuses more."
         ]
@@ -127,7 +164,7 @@ async def test_so_many_connections_and_no_more(
                 except httpx.TransportError:
                     return False
 
-        with trio.fail_after(2):
+        with trio.fail_after(20):
             while not await well():
                 await trio.sleep(0.02)
         nursery.cancel_scope.cancel()
@@ -138,11 +175,13 @@ async def test_http_2_is_not_spoken() -> None:
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
         async with await open_to(address) as stream:
             await stream.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-            with trio.fail_after(2):
+            began = Stopwatch()
+            with trio.fail_after(20):
                 assert await gone(stream)
+            assert began.elapsed_s() < 2
         async with await open_to(address) as stream:
             await stream.send_all(
-                b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+                b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\n"
                 b"Upgrade: h2c\r\nHTTP2-Settings: AAQAAAAA\r\n\r\n"
             )
             assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
@@ -154,12 +193,14 @@ async def test_a_client_that_has_left_leaves_nothing() -> None:
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
         host, _, port = address.rpartition(":")
         before = trio.lowlevel.current_statistics().tasks_living
-        for request in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /he", b""):
+        for request in (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /he", b""):
             stream = await trio.open_tcp_stream(host, int(port))
             await stream.send_all(request)
             if request.endswith(b"\r\n\r\n"):
                 assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
             await stream.aclose()
+        began = Stopwatch()
+        await until(lambda: trio.lowlevel.current_statistics().tasks_living == before)
         # a connection that nobody uses any more lives for 5 s
-        await until(lambda: trio.lowlevel.current_statistics().tasks_living == before, 2.0)
+        assert began.elapsed_s() < 4
         nursery.cancel_scope.cancel()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -66,7 +67,7 @@ def echo(job: dict[str, Any]) -> None:
         resource = {"type": "scheduler", "peer": job["scheduler"]["peer"], "dataset": job["dataset"]}
         (part,) = call("POST", "/resources/fetch", {"resource": resource})
         say(type="progress", round=round_, batches=1, samples=2, busy_s=0.1, loss=0.5)
-        os.link(part["path"], f"outgoing/update-{round_}")
+        shutil.copyfile(part["path"], f"outgoing/update-{round_}")
         peers = {"type": "peers", "peers": [job["parameter_server"]], "resource": "update"}
         sent = call(
             "POST",
@@ -74,7 +75,6 @@ def echo(job: dict[str, Any]) -> None:
             {"resource": peers, "path": f"outgoing/update-{round_}", "round": round_, "samples": 2},
         )
         print("sent", json.dumps(sent), flush=True)
-        os.unlink(part["path"])
         os.unlink(f"outgoing/update-{round_}")
 
 

@@ -10,7 +10,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -51,9 +51,17 @@ from hypha.messages import (
     Uri,
 )
 from hypha.tracing import traceparent
-from hypha.worker.bridge import MAX_BODY_BYTES, bind_bridge, serve_bridge
+from hypha.worker.bridge import (
+    MAX_BODY_BYTES,
+    MAX_CALLS,
+    MAX_CONNECTIONS,
+    MAX_EVENT_BYTES,
+    MAX_STREAMS,
+    bind_bridge,
+    serve_bridge,
+)
 from hypha.worker.directory import JobDirectory
-from hypha.worker.feeds import Arrivals, Directives, Feed
+from hypha.worker.feeds import MAX_NEWEST, MAX_WAITING, Arrivals, Directives, Feed
 
 
 class FileDesk:
@@ -68,6 +76,7 @@ class FileDesk:
         self.slices = Feed[FetchedFile]()
         self.fetching = 0
         self.spans: list[FinishedSpan] = []
+        self.full = False
         #: the trace in which each event and span was taken
         self.traces: list[str | None] = []
 
@@ -92,7 +101,8 @@ class FileDesk:
         raise RuntimeError("a bug")
 
     async def send(self, call: SendCall) -> Sent:
-        self.directory.inside(call.path)
+        with self.directory.pinned(call.path):
+            pass
         return Sent(deliveries=self.outcomes)
 
     def open_arrivals(self, kinds: frozenset[str]) -> AbstractContextManager[Feed[ReceivedFile]]:
@@ -102,6 +112,8 @@ class FileDesk:
         return self.directives.open()
 
     def say(self, event: Event) -> None:
+        if self.full:
+            raise Refused("busy", "too many events wait")
         self.events.append(event)
         self.traces.append(traceparent())
 
@@ -116,7 +128,7 @@ async def bridge(tmp_path: Path) -> AsyncIterator[tuple[FileDesk, httpx.AsyncCli
     transport = httpx.AsyncHTTPTransport(uds=str(directory.socket_path))
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_bridge, desk, bind_bridge(directory.socket_path))
-        async with httpx.AsyncClient(transport=transport, base_url="http://bridge", timeout=10) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://bridge", timeout=30) as client:
             yield desk, client
         nursery.cancel_scope.cancel()
     directory.remove()
@@ -174,6 +186,7 @@ EXITED = ExecutorExited(exit_code=0, tail="")
         ("POST", "/resources/fetch", b'{"resource": {"type": "floppy"}}', 400),
         ("POST", "/status/send", msgspec.json.encode(StatusCall(event=EXITED)), 400),
         ("POST", "/status/send", b" " * (MAX_BODY_BYTES + 1), 413),
+        ("POST", "/status/send", b" " * (MAX_EVENT_BYTES + 1), 413),
         ("GET", "/nothing", b"", 404),
         ("GET", "/resources/fetch", b"", 405),
     ],
@@ -212,7 +225,7 @@ async def test_send_tells_what_became_of_each_receiver(tmp_path: Path) -> None:
     [
         ("../outside", 400), ("/etc/passwd", 400), ("link", 400), ("linked-dir/outside", 400), ("", 400),
         ("outgoing", 400), ("outgoing/../../outside", 400), ("nothing", 404),
-        ("in\0side", 400), ("loop", 404),
+        ("in\0side", 400), ("loop", 400),
     ],
 )  # fmt: skip
 async def test_paths_cannot_leave_the_job_directory(tmp_path: Path, path: str, status: int) -> None:
@@ -236,7 +249,7 @@ class Stream:
 
     async def data(self, count: int) -> list[bytes]:
         found: list[bytes] = []
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while len(found) < count:
                 *lines, self._rest = self._rest.split(b"\n")
                 found += [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")]
@@ -244,6 +257,14 @@ class Stream:
                     self._rest += await self._stream.receive_some()
         assert len(found) == count
         return found
+
+    async def ends(self) -> None:
+        """Read to the end of the response, which is chunked."""
+        with trio.fail_after(5):
+            while not self._rest.endswith(b"0\r\n\r\n"):
+                received = await self._stream.receive_some()
+                assert received
+                self._rest += received
 
 
 @asynccontextmanager
@@ -302,7 +323,7 @@ async def test_client_that_goes_away_takes_no_slice(tmp_path: Path) -> None:
         call = FetchCall(resource=SchedulerData(peer="scheduler", dataset="digits"))
         with trio.move_on_after(0.2):
             await post(client, "/resources/fetch", call)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while desk.fetching:
                 await trio.sleep(0.01)
         slice_ = FetchedFile(path="slices/1", size=1)
@@ -371,7 +392,7 @@ async def test_clients_that_left_leave_nothing(tmp_path: Path) -> None:
 
 
 async def test_bridge_ends_with_streams_open(tmp_path: Path) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with bridge(tmp_path) as (desk, _):
             connection = await trio.open_unix_socket(desk.directory.socket_path)
             await connection.send_all(b"GET /directives HTTP/1.1\r\nhost: b\r\n\r\n")
@@ -412,3 +433,70 @@ async def test_a_connection_that_fails_ends_alone(data: bytes, tmp_path: Path) -
                     while await stream.receive_some():
                         pass
         assert (await client.get("/job")).status_code == 200
+
+
+async def test_calls_beyond_the_limit_are_told_to_come_again(tmp_path: Path) -> None:
+    """An executor that calls without end takes so much of its worker, and may go on later."""
+    async with bridge(tmp_path) as (desk, client), AsyncExitStack() as stack:
+        body = msgspec.json.encode(FetchCall(resource=SchedulerData(peer="s", dataset="d")))
+        for _ in range(MAX_CALLS):
+            await stack.enter_async_context(stream(desk, "POST", "/resources/fetch", body))
+        await until(lambda: desk.fetching == MAX_CALLS)
+        answer = await client.get("/job")
+        assert (answer.status_code, answer.json()["error"]) == (503, "busy")
+        desk.slices.put(FetchedFile(path="a", size=1))
+        await until(lambda: desk.fetching == MAX_CALLS - 1)
+        assert (await client.get("/job")).status_code == 200
+    assert desk.fetching == 0
+
+
+async def test_streams_and_connections_are_bounded(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (desk, client), AsyncExitStack() as stack:
+        streams = [
+            await stack.enter_async_context(stream(desk, "GET", "/directives")) for _ in range(MAX_STREAMS)
+        ]
+        desk.directives.put(1, Plan(round=1))
+        for one in streams:
+            assert await one.data(1)
+        answer = await client.get("/directives")
+        assert (answer.status_code, answer.json()["error"]) == (503, "busy")
+        silent = [
+            await stack.enter_async_context(await trio.open_unix_socket(desk.directory.socket_path))
+            for _ in range(MAX_CONNECTIONS)
+        ]
+        with trio.fail_after(5):
+            assert await silent[-1].receive_some() == b""
+        assert (await client.get("/job")).status_code == 200
+
+
+async def test_events_that_the_worker_has_no_room_for_may_be_said_again(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (desk, client):
+        call = StatusCall(event=Loaded(incarnation="x"))
+        desk.full = True
+        assert (await post(client, "/status/send", call)).status_code == 503
+        desk.full = False
+        assert (await post(client, "/status/send", call)).status_code == 200
+        assert desk.events == [call.event]
+
+
+async def test_a_stream_that_nobody_reads_ends_and_may_be_opened_again() -> None:
+    directives = Directives()
+    with directives.open() as feed:
+        for number in range(MAX_WAITING + 10):
+            assert directives.put(number, Plan(round=number))
+        with pytest.raises(trio.EndOfChannel):
+            await feed.get()
+    with directives.open() as feed:
+        assert await feed.get() == Plan(round=MAX_WAITING + 9)
+    for number in range(2 * MAX_NEWEST):
+        directives.put(number, SendModel(to=PeerRef(peer=f"peer-{number}")))
+    assert len(directives._newest) == MAX_NEWEST
+
+
+async def test_a_client_hears_that_its_stream_was_ended(tmp_path: Path) -> None:
+    async with bridge(tmp_path) as (desk, _), stream(desk, "GET", "/directives") as directives:
+        desk.directives.put(0, Plan(round=0))
+        assert await directives.data(1)
+        for number in range(1, MAX_WAITING + 10):
+            desk.directives.put(number, Plan(round=number))
+        await directives.ends()

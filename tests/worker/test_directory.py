@@ -92,21 +92,142 @@ def test_only_the_newest_failures_are_kept(tmp_path: Path) -> None:
     assert remove_stale(tmp_path) == []
 
 
-def test_inside_follows_links_only_within(tmp_path: Path) -> None:
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.mkdir()
+    (path / "key").write_text("the owner's")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("out", False),
+        ("away/key", False),
+        ("away", True),
+        ("outgoing/deep/link", False),
+        ("outgoing", False),
+        ("outgoing/fifo", False),
+        ("outgoing/socket", False),
+        ("../secret/key", False),
+        ("/etc/passwd", False),
+        ("outgoing/../../secret/key", False),
+        ("", False),
+        (".", True),
+        ("a\0b", False),
+    ],
+)
+def test_what_is_sent_lies_in_the_job_directory_and_no_link_leads_out(
+    tmp_path: Path, name: str, whole: bool
+) -> None:
+    directory = JobDirectory.create(tmp_path / "work")
+    owner = secret(tmp_path)
+    (directory.path / "out").symlink_to(owner / "key")
+    (directory.path / "away").symlink_to(owner)
+    (directory.path / "outgoing" / "deep").mkdir()
+    (directory.path / "outgoing" / "deep" / "link").symlink_to(owner / "key")
+    os.mkfifo(directory.path / "outgoing" / "fifo")
+    os.mknod(directory.path / "outgoing" / "socket", stat.S_IFSOCK | 0o600)
+    with pytest.raises(Refused), directory.pinned(name, directory=whole):
+        pytest.fail("it was opened")
+    directory.remove()
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_what_is_sent_stays_what_it_was_however_its_name_changes(tmp_path: Path) -> None:
+    """Between the moment in which a path is looked at and that in which it is read."""
+    directory = JobDirectory.create(tmp_path / "work")
+    owner = secret(tmp_path)
+    update = directory.path / "outgoing" / "update"
+    update.write_text("mine")
+    with directory.pinned("outgoing/update") as pinned:
+        update.unlink()
+        update.symlink_to(owner / "key")
+        assert (pinned.name, pinned.read_text()) == ("update", "mine")
+    assert not pinned.exists()
+    checkpoint = directory.path / "outgoing" / "checkpoint-1"
+    (checkpoint / "deep").mkdir(parents=True)
+    (checkpoint / "deep" / "state.json").write_text("{}")
+    (checkpoint / "link").symlink_to(owner / "key")
+    (checkpoint / "away").symlink_to(owner)
+    with directory.pinned("outgoing/checkpoint-1", directory=True) as pinned:
+        names = sorted(path.relative_to(pinned).as_posix() for path in pinned.rglob("*"))
+        assert names == ["deep", "deep/state.json"]
+    assert (checkpoint / "deep" / "state.json").read_text() == "{}"
+    directory.remove()
+
+
+@pytest.mark.parametrize("part", ["incoming", "artifacts"])
+def test_what_comes_in_does_not_follow_a_link_of_the_executor(tmp_path: Path, part: str) -> None:
+    directory = JobDirectory.create(tmp_path / "work")
+    owner = secret(tmp_path)
+    (directory.path / part).rmdir()
+    (directory.path / part).symlink_to(owner)
+    if part == "incoming":
+        received = directory.receiving("key")
+        received.write_text("theirs")
+        with pytest.raises(Refused, match="incoming/key"):
+            directory.deliver(received)
+    else:
+        with pytest.raises(Refused, match="artifacts/1"), directory.fetching(1) as fetched:
+            (fetched / "key").write_text("theirs")
+    assert [path.name for path in owner.iterdir()] == ["key"]
+    assert (owner / "key").read_text() == "the owner's"
+    directory.remove()
+
+
+def test_what_is_fetched_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
     directory = JobDirectory.create(tmp_path)
-    (directory.path / "outgoing" / "file").write_text("x")
-    (directory.path / "link").symlink_to("outgoing/file")
-    assert directory.inside("link") == directory.path / "outgoing" / "file"
-    (tmp_path / "secret").write_text("x")
-    (directory.path / "out").symlink_to("../secret")
-    with pytest.raises(Refused, match="leaves"):
-        directory.inside("out")
-    with pytest.raises(Refused, match="no regular file"):
-        directory.inside("outgoing")
-    assert directory.inside("outgoing", directory=True) == directory.path / "outgoing"
-    (directory.path / "away").symlink_to(tmp_path)
-    with pytest.raises(Refused, match="leaves"):
-        directory.inside("away", directory=True)
+    with directory.fetching(1) as fetched:
+        (fetched / "config.json").write_text("{}")
+        assert list(directory.part("artifacts").iterdir()) == []
+    assert (directory.part("artifacts") / "1" / "config.json").read_text() == "{}"
+    with pytest.raises(OSError, match="cut"), directory.fetching(2) as fetched:
+        raise OSError("cut")
+    assert [path.name for path in directory.part("artifacts").iterdir()] == ["1"]
+    directory.remove()
+
+
+def test_spare_files_of_an_executor_are_its_own(tmp_path: Path) -> None:
+    """One that is no plain file of its own would be taken from somebody else, and written over."""
+    directory = JobDirectory.create(tmp_path / "work")
+    owner = secret(tmp_path)
+    (directory.path / "incoming" / ".spare").symlink_to(owner)
+    place = directory.receiving("theta")
+    assert (owner / "key").read_text() == "the owner's"
+    (directory.path / "incoming" / ".spare").unlink()
+    (directory.path / "incoming" / ".spare").mkdir()
+    for name in ("link", "hard"):
+        spare = directory.path / "incoming" / ".spare" / name
+        spare.symlink_to(owner / "key") if name == "link" else os.link(owner / "key", spare)
+        directory.receiving("theta")
+        assert list((place.parent / ".spare").iterdir()) == []
+    (directory.path / "incoming" / ".spare" / "1").write_text("old")
+    directory.receiving("theta")
+    assert (place.parent / ".spare" / "1").read_text() == "old"
+    assert (owner / "key").read_text() == "the owner's"
+    directory.remove()
+
+
+def test_the_output_of_a_failed_executor_is_not_written_through_its_link(tmp_path: Path) -> None:
+    directory = JobDirectory.create(tmp_path / "work")
+    owner = secret(tmp_path)
+    (directory.path / "output.txt").symlink_to(owner / "key")
+    kept = directory.keep("ssh-ed25519 mine")
+    assert (kept / "output.txt").read_text() == "ssh-ed25519 mine"
+    assert (owner / "key").read_text() == "the owner's"
+
+
+def test_what_the_worker_relies_on_is_not_in_the_executors_directory(tmp_path: Path) -> None:
+    directory = JobDirectory.create(tmp_path / ("d" * 100))
+    mine = tmp_path / "hypha-mine"
+    mine.mkdir()
+    # as an executor would have another worker's directories removed
+    (directory.path / ".lock").touch()
+    (directory.path / ".socket-directory").write_text(str(mine))
+    assert remove_stale(tmp_path / ("d" * 100)) == []
+    assert directory.path.exists()
+    assert mine.exists()
     directory.remove()
 
 

@@ -11,7 +11,7 @@ import pytest
 import trio
 from tests.support.hub import Answer, Hub, Repository, http_server
 
-from hypha.config.models import AllowConfig
+from hypha.config.models import RESERVED_CIDR, AllowConfig
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import HuggingFace
 from hypha.worker.allowance import Allowance
@@ -58,6 +58,43 @@ async def test_redirects_are_checked_again(tmp_path: Path) -> None:
             await fetch_uri(f"{base}/public/evil", tmp_path, rules)
         with pytest.raises(Refused, match="redirects"):
             await fetch_uri(f"{base}/public/loop", tmp_path, rules)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "127.1", "2130706433", "0x7f000001", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]", "[::]"],
+)
+async def test_what_stands_for_an_excluded_address_is_not_asked(tmp_path: Path, host: str) -> None:
+    def answer(request: BaseHTTPRequestHandler) -> Answer:
+        pytest.fail(f"{request.path} was fetched")
+
+    with http_server(answer) as base:
+        port = base.rpartition(":")[2]
+        # a host that is no address of its own: what it stands for decides
+        rules = Allowance(AllowConfig(uri=["*"]), RESERVED_CIDR)
+        with pytest.raises(Refused, match="exclude_cidr"):
+            await fetch_uri(f"http://{host}:{port}/secret", tmp_path, rules)
+
+
+async def test_redirects_do_not_lead_into_excluded_networks(tmp_path: Path) -> None:
+    def answer(request: BaseHTTPRequestHandler) -> Answer:
+        port = request.server.server_port  # type: ignore[attr-defined]
+        return 302, {"location": f"http://localhost:{port}/secret"}, b""
+
+    with http_server(answer) as base:
+        # the owner named the first address itself, so it may be asked; what it redirects to is another one
+        rules = Allowance(AllowConfig(uri=[f"{base}/*", "http://localhost:*/*"]), RESERVED_CIDR)
+        with pytest.raises(Refused, match=r"localhost is .*exclude_cidr"):
+            await fetch_uri(f"{base}/public", tmp_path, rules)
+
+
+async def test_a_name_is_asked_for_at_the_address_that_was_judged(tmp_path: Path) -> None:
+    """Looked up a second time, a name could lead elsewhere."""
+    with http_server(lambda request: (200, {}, request.headers["host"].encode())) as base:
+        port = base.rpartition(":")[2]
+        rules = allowance(uri=[f"http://localhost:{port}/*"])
+        (path,) = await fetch_uri(f"http://localhost:{port}/x", tmp_path, rules)
+    assert path.read_text() == f"localhost:{port}"
 
 
 async def test_size_limit_holds_with_and_without_an_announced_length(tmp_path: Path) -> None:
@@ -210,9 +247,33 @@ async def test_link_in_an_allowed_directory_is_no_way_out(tmp_path: Path) -> Non
     (tmp_path / "secret").write_text("x")
     (source / "link").symlink_to(tmp_path / "secret")
     (tmp_path / "out").mkdir()
-    with pytest.raises(Refused, match=r"allow\.local"):
+    with pytest.raises(Refused, match=r"allow\.local_read"):
         await fetch_local(str(source), tmp_path / "out", allowance(local=[str(source), f"{source}/*"]))
     assert list((tmp_path / "out").iterdir()) == []
+
+
+async def test_what_was_judged_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that is put there once the path was found to be allowed leads nowhere."""
+    source = tmp_path / "model"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "a").write_text("a")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "a").write_text("the owner's")
+    (tmp_path / "out").mkdir()
+    rules = allowance(local=[f"{source}*"])
+    judged = rules.read_local
+
+    def judged_and_changed(url: str) -> Path | str:
+        place = judged(url)
+        if url.endswith("/a"):
+            (source / "deep").rename(tmp_path / "gone")
+            (source / "deep").symlink_to(tmp_path / "secret")
+        return place
+
+    monkeypatch.setattr(rules, "read_local", judged_and_changed)
+    with pytest.raises(TransferFailed):
+        await fetch_local(str(source), tmp_path / "out", rules)
+    assert files_in(tmp_path / "out") == set()
 
 
 async def test_fsspec_file_directory_limit_and_errors(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ class Setting:
         path = await self.inbox.gate(caller, meta)
         path.write_bytes(b"x" * meta.size)
         await self.inbox.arrived(caller, meta, path)
-        return path
+        return self.directory.part("incoming") / path.name
 
     async def code(self, caller: str, meta: TransferMeta) -> str | None:
         try:

@@ -7,6 +7,7 @@ import logging
 import msgspec
 import pytest
 import trio
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from hypha.config.models import OfferConfig
@@ -69,6 +70,32 @@ async def test_leases_end_to_the_moment_even_when_stopping_one_fails(
     assert desk.free == desk.total
     assert start < ended[0][0]
     assert len([record for record in caplog.records if "could not be stopped" in record.message]) == 3 * fail
+
+
+async def test_a_worker_without_leases_says_what_it_waits_for(
+    autojump_clock: MockClock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    offers: list[SendOffer] = []
+    desk = desk_with([])
+    nursery.start_soon(desk.run, offers.append)
+    with caplog.at_level(logging.INFO, logger="hypha.worker"):
+        await trio.sleep(61.0)
+        (idle,) = caplog.messages
+        assert idle.endswith("waiting for a scheduler's request that fits cpu=3; none was heard.")
+        caplog.clear()
+        greedy = replace(request(0).request, resources=Resources(cpu=64))
+        desk.hear("S", greedy)
+        await trio.sleep(60.0)
+        (idle,) = caplog.messages
+        assert "; 1 requests were heard, and the last got no offer: " in idle
+        caplog.clear()
+        desk.handle(request(1))
+        await trio.sleep(1.0)
+        lease = offers[-1].offer.lease_id
+        for _ in range(30):
+            granted(desk.handle(RenewAsked(lease, "S")), lease)
+            await trio.sleep(10.0)
+        assert caplog.messages == []
 
 
 async def test_a_temporary_lease_that_nobody_took_ends_silently(

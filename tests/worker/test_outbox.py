@@ -8,7 +8,7 @@ import trio.testing
 
 from hypha.errors import PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import Acknowledged, JobStamp, Loaded, ReportEvent, Request, Response
-from hypha.worker.outbox import Outbox
+from hypha.worker.outbox import MAX_WAITING, Outbox
 
 STAMP = JobStamp(job_id="job")
 
@@ -53,9 +53,18 @@ async def test_in_order_and_repeated_until_acknowledged(autojump_clock: trio.tes
     assert {report.incarnation for report in scheduler.asked} == {"life"}
 
 
-@pytest.mark.parametrize("code", ["stale", "duplicate", "malformed"])
+@pytest.mark.parametrize("code", ["stale", "duplicate", "malformed", "too-large"])
 async def test_what_the_scheduler_will_never_take_does_not_stop_the_rest(
     code: str, autojump_clock: trio.testing.MockClock
 ) -> None:
     a, b = events("a", "b")
     assert await deliver(Scheduler(Refused(code, "no")), "a", "b") == [(1, a), (2, b)]
+
+
+async def test_what_waits_is_bounded() -> None:
+    outbox = Outbox(Scheduler().ask, "train", "life")
+    for event in events(*map(str, range(MAX_WAITING))):
+        outbox.check_room()
+        outbox.put(STAMP, event)
+    with pytest.raises(Refused, match="busy"):
+        outbox.check_room()

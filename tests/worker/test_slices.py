@@ -446,3 +446,16 @@ async def test_a_slice_that_nobody_can_send_is_counted_as_a_failure(
         await trio.sleep(0.5)
     assert signals.reading(metrics.FETCH_DURATION, status="failure") >= 1
     assert signals.reading(metrics.FETCH_DURATION, status="success") == 0
+
+
+async def test_a_long_wait_for_a_slice_is_told_once_a_minute(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    world, began = World(tmp_path), trio.current_time()
+    world.answers = [NoSlice(reason="none-left", retry_in_s=5.0) for _ in range(60)]
+    with caplog.at_level("INFO", "hypha.worker"):
+        async with world.running() as prefetcher:
+            await prefetcher.next()
+    told = [one for one in caplog.messages if "Waiting for a slice of digits since" in one]
+    assert len(world.asked) > 50
+    assert 0 < len(told) <= (trio.current_time() - began) / 60.0

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import trio
 from tests.executor.bridge_peer import Network
@@ -75,7 +76,10 @@ def launch(bridges: Network, script: str, *options: str, **environment: str) -> 
 
 
 class Sure(SharedHost):
-    """Fails where an executor would be started instead."""
+    """Fails where an executor would be started instead. The host of a busy machine takes long to import."""
+
+    def _patience_s(self) -> float:
+        return 100.0
 
     async def fork(self, launch: Launch) -> ForkedKeeper | None:
         keeper = await super().fork(launch)
@@ -469,6 +473,16 @@ async def test_kill_9_of_the_keeper_kills_the_executor(bridges: Network) -> None
         os.kill(keeping, signal.SIGKILL)
     await until(lambda: not running(executor))
     assert ended[0].code == -signal.SIGKILL
+
+
+async def test_kill_9_of_the_keeper_leaves_nothing_that_has_left_its_session(bridges: Network) -> None:
+    """Its host adopts, and ends, what it would have."""
+    made = launch(bridges, GROWS)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, made)
+        pids = await family(made.work_dir)
+        os.kill(psutil.Process(pids[0]).ppid(), signal.SIGKILL)
+        await until(lambda: not any(map(running, pids)))
 
 
 async def test_a_shared_host_is_private(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -83,8 +84,11 @@ class Program:
         return COMPONENTS[self.name]
 
 
-def make_app(program: Program) -> typer.Typer:
-    """A Typer app with ``probe``, ``validate`` and ``--validate``; the caller adds the other commands."""
+def make_app(program: Program, check_network: Callable[[Any], int] | None = None) -> typer.Typer:
+    """A Typer app with ``probe``, ``validate`` and ``--validate``; the caller adds the other commands.
+    ``check_network`` does what ``validate --network`` does with a valid configuration, where there is that,
+    and gives the exit code.
+    """
     app = typer.Typer(
         name=f"hypha-{program.name}",
         help=program.summary,
@@ -114,10 +118,27 @@ def make_app(program: Program) -> typer.Typer:
             typer.echo(context.get_help())
             raise typer.Exit(2)
 
-    @app.command()
-    def validate(config: ConfigOption = None, set_: SetOption = None) -> None:
-        """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
-        validate_config(program, config, settings(program, set_))
+    if check_network is None:
+
+        @app.command()
+        def validate(config: ConfigOption = None, set_: SetOption = None) -> None:
+            """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
+            validate_config(program, config, settings(program, set_))
+
+    else:
+
+        @app.command(name="validate")
+        def validate_network(
+            config: ConfigOption = None,
+            set_: SetOption = None,
+            network: Annotated[
+                bool, typer.Option("--network", help="Also ask gateways and data nodes; try a batch.")
+            ] = False,
+        ) -> None:
+            """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
+            loaded = validate_config(program, config, settings(program, set_))
+            if network:
+                raise typer.Exit(check_network(loaded))
 
     @app.command()
     def probe(
@@ -183,6 +204,7 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
         )
         # variables of one signal alone are no keys
         resolve_telemetry(f"hypha-{program.name}", loaded, process_environment())
+        _check_executors(loaded)
         return loaded
     except ConfigError as exc:
         if path is None:
@@ -192,6 +214,21 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
         raise
 
 
+def _check_executors(loaded: NodeConfig) -> None:
+    """ConfigError where a worker would offer what Hypha's own executors cannot do here, and fail each job."""
+    from hypha.config.models import WorkerConfig
+
+    if not isinstance(loaded, WorkerConfig):
+        return
+    own = [index for index, executor in enumerate(loaded.executors) if executor.cmd is None]
+    if own and importlib.util.find_spec("torch") is None:
+        message = (
+            "it has no cmd, so it is Hypha's own, and torch is not installed for it "
+            "(pip install 'hypha-train[train]')"
+        )
+        raise ConfigError([Problem(f"executors[{own[0]}]", message)])
+
+
 def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
     from hypha.pki.identity import IdentityFiles, load_identity
 
@@ -199,7 +236,10 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
     if None in files:
         return
     try:
-        identity = load_identity(IdentityFiles(files[0], files[1], files[2], partial.get("crls_pem")))
+        # whoever goes on to use it, or to tell what it is worth, warns
+        identity = load_identity(
+            IdentityFiles(files[0], files[1], files[2], partial.get("crls_pem")), warn=False
+        )
     except IdentityError as exc:
         yield from exc.problems
         return
@@ -212,10 +252,17 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
         yield Problem("cert_pem", message)
 
 
-def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> None:
-    """Print OK, or raise ConfigError."""
-    load(program, config, given)
+def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
+    """Print OK and what is advised, and return the configuration, or raise ConfigError."""
+    from hypha.config.advice import advice
+    from hypha.pki.identity import IdentityFiles, load_identity
+
+    loaded = load(program, config, given)
+    load_identity(IdentityFiles(loaded.cert_pem, loaded.key_pem, loaded.trust_pem, loaded.crls_pem))
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
+    for one in advice(loaded):
+        typer.echo(f"advice: {one}")
+    return loaded
 
 
 # --- init -------------------------------------------------------------------------------------------

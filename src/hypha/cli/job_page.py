@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from hypha.cli.redaction import redacted
+from hypha.naming import name_of, named
 from hypha.scheduler.history import History
 from hypha.scheduler.round_record import Now, Past, RoundRecord
 from hypha.scheduler.snapshot import JobSnapshot, LogLine
@@ -39,18 +40,20 @@ class LastWarnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a line. Never raises."""
         try:
-            text = redacted(record.getMessage(), self._secrets)
+            text = named(redacted(record.getMessage(), self._secrets))
         except Exception:  # noqa: BLE001 - a log line must not end whoever wrote it
             self.handleError(record)
             return
         self._number += 1
+        peer = str(getattr(record, "worker_peer_id", getattr(record, "peer_id", "")))
         line = LogLine(
             number=self._number,
             at=record.created,
             level=level_name(record.levelno),
             logger=record.name,
             message=text[:_MAX_TEXT],
-            peer=str(getattr(record, "worker_peer_id", getattr(record, "peer_id", ""))),
+            peer=peer,
+            name=name_of(peer),
         )
         self._lines.append(line)
 
@@ -80,7 +83,7 @@ class JobPage:
         """What ``/status`` answers."""
         return msgspec.structs.replace(
             self._job,
-            message=redacted(self._job.message, self._secrets),
+            message=named(redacted(self._job.message, self._secrets)),
             output=redacted(self._job.output, self._secrets),
             warnings=self._warnings(),
         )

@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hypha.naming import named
+from hypha.naming import shown as node
 from hypha.scheduler.snapshot import JobSnapshot
 
 #: Worker rows shown; a hundred would push the rest off the screen.
@@ -26,7 +28,7 @@ def job_panel(job: JobSnapshot) -> RenderableType:
     """The short panel."""
     parts: list[RenderableType] = [headline(job), ProgressBar(total=max(job.rounds, 1), completed=job.round)]
     if job.message:
-        parts.append(shown(job.message, "yellow" if job.state == "paused" else "dim"))
+        parts.append(shown(named(job.message), "yellow" if job.state == "paused" else "dim"))
     if job.workers:
         parts.append(_workers(job))
     return Group(*parts)
@@ -44,7 +46,7 @@ def status_panel(job: JobSnapshot) -> RenderableType:
     for line in job.warnings[-MAX_LINES:]:
         when = datetime.fromtimestamp(line.at).strftime("%H:%M:%S")
         style = "red" if line.level == "error" else "yellow"
-        peer = f" (...{line.peer[-8:]})" if line.peer else ""
+        peer = f" [{node(line.peer, line.name)}]" if line.peer else ""
         parts.append(shown(f"{when} {line.level} {line.message}{peer}", style))
     return Group(*parts)
 
@@ -53,7 +55,25 @@ def status_panel(job: JobSnapshot) -> RenderableType:
 def live_view(
     console: Console, panel: Callable[[JobSnapshot], RenderableType] = job_panel
 ) -> Iterator[Callable[[JobSnapshot], None]]:
-    """Show what is passed to the yielded function. Standard error goes above the panel meanwhile."""
+    """Show what is passed to the yielded function. Standard error goes above the panel meanwhile.
+
+    Where no terminal is, a line is printed for each round and each other message, and the panel at the end.
+    """
+    if not console.is_terminal:
+        last: JobSnapshot | None = None
+
+        def tell(snapshot: JobSnapshot) -> None:
+            nonlocal last
+            seen = None if last is None else (last.state, last.round, last.message)
+            if seen != (snapshot.state, snapshot.round, snapshot.message):
+                console.print(headline(snapshot), shown(snapshot.message), soft_wrap=True)
+                console.file.flush()
+            last = snapshot
+
+        yield tell
+        if last is not None:
+            console.print(panel(last), soft_wrap=True)
+        return
     with Live(console=console, refresh_per_second=4, transient=False) as live:
         yield lambda snapshot: live.update(panel(snapshot))
 
@@ -89,7 +109,7 @@ def _workers(job: JobSnapshot) -> Table:
     for worker in job.workers[:MAX_ROWS]:
         _add(
             table,
-            f"...{worker.peer[-8:]}",
+            node(worker.peer, worker.name),
             worker.state,
             str(worker.batches),
             str(worker.planned) if worker.planned is not None else "-",
@@ -115,7 +135,7 @@ def _leases(job: JobSnapshot) -> Table:
         hardware = ", ".join(f"{amount:g} {unit}" for amount, unit in amounts if amount)
         ends = f"{lease.expires_in_s:.0f} s" + (", unreachable" if lease.suspected else "")
         purpose = "training" if lease.kind == "train" else "server"
-        worker, version = f"...{lease.peer[-8:]}", lease.version or "not stated"
+        worker, version = node(lease.peer, lease.name), lease.version or "not stated"
         _add(table, lease.lease[:8], worker, version, purpose, hardware, f"{lease.price:g}", ends)
     if len(job.held) > MAX_ROWS:
         _add(table, f"and {len(job.held) - MAX_ROWS} more", *[""] * 6)
@@ -126,7 +146,7 @@ def _connections(job: JobSnapshot) -> Table:
     table = _table("node", "role", "path", right=("round trip",))
     for one in job.connections[:MAX_ROWS]:
         trip = "-" if one.round_trip_s is None else f"{one.round_trip_s * 1000:.1f} ms"
-        _add(table, f"...{one.peer[-8:]}", ", ".join(one.roles) or "any", one.kind, trip)
+        _add(table, node(one.peer, one.name), ", ".join(one.roles) or "any", one.kind, trip)
     if len(job.connections) > MAX_ROWS:
         _add(table, f"and {len(job.connections) - MAX_ROWS} more", "", "", "")
     return table

@@ -1,9 +1,12 @@
-"""``probe``: dial a node, check who it is, ask how it is, and print that."""
+"""``probe``: dial a node, check who it is, ask how it is, and print that: one line says what is
+there, more lines how it is. Where nothing can be said of it, one line on standard error says why.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass
 
 import trio
 from rich.console import Console
@@ -12,76 +15,99 @@ from rich.table import Table
 from hypha.cli.live import shown
 from hypha.cli.running import run_until_signal
 from hypha.config.log_filter import parse_filter
-from hypha.errors import NetworkError, PeerUnreachable, RequestTimeout
+from hypha.errors import ConfigError, NetworkError, PeerUnreachable, RequestTimeout
 from hypha.messages import Health, HealthReport, PeerRef
+from hypha.naming import shown as named_peer
 from hypha.net import NodeOptions, open_node
+from hypha.net.addresses import parse
 from hypha.pki.identity import Identity
 from hypha.telemetry.logs import configure_logging
 
 
+@dataclass(frozen=True)
+class Found:
+    """What is at an address: ``name``, ``organization`` and ``roles`` are those of its certificate, and an
+    answer took ``round_trip_s`` seconds.
+    """
+
+    report: HealthReport
+    name: str = ""
+    organization: str = ""
+    roles: frozenset[str] = frozenset()
+    round_trip_s: float = 0.0
+
+
 def probe_node(address: str, identity: Identity, timeout_s: float) -> int:
-    """Print the health report of the node at ``address``; 0 when it is well, else 1.
+    """Print what the node at ``address`` is and how it is; 0 when it is well, else 1.
 
     Raises NetworkError when it cannot be reached or will not answer, ConfigError for a bad address.
     """
-    configure_logging("hypha-probe", parse_filter("warn"), "text")
-    reports: list[HealthReport] = []
+    # one line says why it failed, so that what is logged on the way there is no news
+    configure_logging("hypha-probe", parse_filter("error"), "text")
+    results: list[Found] = []
 
     async def ask() -> int:
         with trio.move_on_after(timeout_s) as scope:
-            reports.append(await _ask(address, identity, timeout_s))
+            results.append(await _ask(address, identity, timeout_s))
         if scope.cancelled_caught:
             raise RequestTimeout(address, "its health check", timeout_s)
         return 0
 
     code = run_until_signal(ask)
-    if not reports:
+    if not results:
         return code
-    show_report(address, reports[0])
-    return 0 if reports[0].healthy else 1
+    show_report(address, results[0])
+    return 0 if results[0].report.healthy else 1
 
 
-async def _ask(address: str, identity: Identity, timeout_s: float) -> HealthReport:
-    before, _, peer = address.rpartition("/p2p/")
-    options = NodeOptions(
-        identity=identity,
-        component="hypha-probe",
-        listen=(),
-        # without a PeerID: whoever answers there with a certificate we trust
-        gateways=() if before else (address,),
-        reserve=False,
-    )
+async def _ask(address: str, identity: Identity, timeout_s: float) -> Found:
+    try:
+        known = parse(address)
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from exc
+    options = NodeOptions(identity=identity, component="hypha-probe", listen=(), reserve=False, guest=True)
     async with open_node(options) as node:
-        if not before:
-            await node.wait_connected()
-            peer = node.gateway or ""
-        elif peer == identity.peer_id:
+        # without a PeerID: whoever answers there with a certificate that is trusted
+        peer = known.peer or await node.who_is_at(address)
+        if peer == identity.peer_id:
             raise PeerUnreachable(
                 peer,
                 "that is the PeerID of the very certificate this probe uses, and a node does not dial "
                 "itself; probe with another node's certificate",
             )
-        else:
-            node.learn(PeerRef(peer=peer, addresses=(address,)))
+        node.learn(PeerRef(peer=peer, addresses=(address,)))
+        await node.connect(peer)
+        asked = trio.current_time()
         report = await node.request(peer, Health(), timeout_s)
+        took_s = trio.current_time() - asked
+        of_it = next((one for one in node.connections() if one.peer == peer), None)
         # that we hang up now is no news
         logging.getLogger("hypha.net").setLevel(logging.ERROR)
     if not isinstance(report, HealthReport):
         raise NetworkError(f"{address} answered a health check with {type(report).__name__}")
-    return report
+    if of_it is None:
+        return Found(report, round_trip_s=took_s)
+    return Found(report, of_it.name, of_it.organization, of_it.roles, took_s)
 
 
-def show_report(address: str, report: HealthReport) -> None:
-    """Print what the node at ``address`` says of its health."""
+def summary(found: Found) -> str:
+    """``gateway gw-1 (...wTqXNUgL) of Example, hypha-gateway 1.0, round trip 3.1 ms: healthy``."""
+    report = found.report
+    roles = " and ".join(sorted(found.roles)) or "node of any role"
+    organization = f" of {found.organization}" if found.organization else ""
+    version = f"{report.component} {report.version}".strip()
+    health = "healthy" if report.healthy else "NOT HEALTHY"
+    who = named_peer(report.peer, found.name)
+    return f"{roles} {who}{organization}, {version}, round trip {found.round_trip_s * 1000:.1f} ms: {health}"
+
+
+def show_report(address: str, found: Found) -> None:
+    """Print what the node at ``address`` is, and what it says of its health."""
+    report = found.report
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    rows = {
-        "address": address,
-        "health": "healthy" if report.healthy else "NOT HEALTHY",
-        "component": f"{report.component} {report.version}",
-        "peer": report.peer,
-        "up": f"{report.uptime_s:.0f} s",
-        **report.details,
-    }
+    rows = {"address": address, "peer": report.peer, "up": f"{report.uptime_s:.0f} s", **report.details}
     for name, value in rows.items():
         table.add_row(shown(name), shown(value))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(shown(summary(found)), soft_wrap=True)
+    console.print(table)

@@ -40,10 +40,11 @@ _PACKAGES = (
 )
 _ABOUT = """\
 What `hypha report` has gathered of one job. {secrets}
-Addresses and PeerIDs of nodes are in here.
+Addresses, PeerIDs and names of nodes are in here.
 
 job.json        all tables of the job's ledger
 rounds.json     what each round was spent on; `hypha timeline` makes a picture of the same
+nodes.json      names of nodes, as their certificates say, by PeerID
 journal.jsonl   what the scheduler decided last, if the job failed
 versions.json   what ran
 config.json     the scheduler's configuration, if it was found
@@ -137,6 +138,7 @@ def _gathered(
         "README.txt": _ABOUT.format(secrets=about),
         "job.json": _json(_tables(directory / "job.db")),
         "rounds.json": _json(msgspec.to_builtins(rounds)),
+        "nodes.json": _json({peer: name for record in rounds for peer, name in record.names.items()}),
         "versions.json": _json(_versions()),
     }
     if loaded is not None:

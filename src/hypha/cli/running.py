@@ -7,6 +7,7 @@ exit code; anything else is a defect and is logged with its traceback.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from hypha.errors import ConfigError, HyphaError
+from hypha.naming import named
 
 if TYPE_CHECKING:
     import typer
@@ -57,9 +59,9 @@ def print_error(exc: HyphaError) -> None:
     if isinstance(exc, ConfigError) and len(exc.problems) > 1:
         print(f"error: {len(exc.problems)} problems", file=sys.stderr)
         for problem in exc.problems:
-            print(f"  {problem}", file=sys.stderr)
+            print(f"  {named(str(problem))}", file=sys.stderr)
     else:
-        print(f"error: {exc}", file=sys.stderr)
+        print(f"error: {named(str(exc))}", file=sys.stderr)
 
 
 def run_service(component: str, config: NodeConfig, service: Callable[[], Awaitable[int | None]]) -> int:
@@ -93,8 +95,18 @@ def run_service(component: str, config: NodeConfig, service: Callable[[], Awaita
     if not settings.on:
         return run_until_signal(service)
     files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
-    with telemetry(settings.of_instance(load_identity(files).peer_id)):
+    with telemetry(settings.of_instance(load_identity(files, warn=False).peer_id)):
         return run_until_signal(observed)
+
+
+def check_installed(what: str, *packages: str) -> None:
+    """Raises HyphaError where one of ``packages``, without which ``what`` cannot be done, is not there."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise HyphaError(
+            f"{what} trains in this installation, and {', '.join(missing)} cannot be imported: install Hypha "
+            "with its extra [train] (pip install 'hypha-train[train]')"
+        )
 
 
 def run_until_signal(

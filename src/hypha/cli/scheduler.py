@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hypha.cli import component as common
 from hypha.cli.running import run_program
+from hypha.config.tasks import task_of, unknown_task
+from hypha.decoding import decode
+from hypha.errors import Undecodable
 
 PROGRAM = common.Program("scheduler", "Finds workers for a job, trains its model with them and exports it.")
-app = common.make_app(PROGRAM)
+
+
+def _check_network(config: Any) -> int:
+    from hypha.cli.checking import check_network
+
+    return check_network(config)
+
+
+app = common.make_app(PROGRAM, _check_network)
 
 StateDirOption = Annotated[Path | None, typer.Option("--state-dir", help="For state, checkpoints, ledger.")]
 SaveToOption = Annotated[
@@ -53,13 +65,19 @@ def init(
         str | None, typer.Option(help="A plain PyTorch model instead: package.module:callable.")
     ] = None,
     model_type: Annotated[
-        str | None, typer.Option(help="Its task; default: image-classification, torch for an entrypoint.")
+        str | None,
+        typer.Option(
+            help="Its task, such as causal-lm; default: as its config.json says, else image-classification, "
+            "torch for an entrypoint."
+        ),
     ] = None,
 ) -> None:
     """Write a configuration file with every key, its default and what it means."""
     job = "scheduler.job"
     if sum(one is not None for one in (model, repository, entrypoint)) > 1:
         raise typer.BadParameter("--model, --repository and --entrypoint: give one of them")
+    if model_type is not None and (wrong := unknown_task(model_type)):
+        raise typer.BadParameter(f"--model-type: {wrong}")
     source: dict[str, str | Path] = {"path": model or Path("model")}
     if repository is not None:
         source = {"repository": repository}
@@ -70,7 +88,7 @@ def init(
         **common.leaf_keys(gateway, listen, external, exclude_cidr),
         "http_address": common.local_http(PROGRAM, name, http),
         "state_dir": state_dir,
-        f"{job}.model.type": model_type or ("torch" if entrypoint else "image-classification"),
+        f"{job}.model.type": model_type or ("torch" if entrypoint else _task_in(model)),
         **{f"{job}.model.{key}": value for key, value in source.items()},
         f"{job}.dataset.dataset": dataset or "dataset",
         f"{job}.rounds.update_rounds": rounds,
@@ -85,6 +103,16 @@ def init(
     if dataset is None:
         fill_in[f"{job}.dataset.dataset"] = "the name your data node serves the dataset under"
     common.write_config(PROGRAM, output, force, given, fill_in)
+
+
+def _task_in(model: Path | None) -> str:
+    """The task of the model in that directory, as far as its config.json says."""
+    try:
+        described = decode(json.loads, ((model or Path("model")) / "config.json").read_bytes())
+    except (OSError, Undecodable):
+        described = {}
+    named = described.get("architectures") if isinstance(described, dict) else None
+    return task_of(named) or "image-classification"
 
 
 def _place(text: str) -> str | Path:
@@ -110,6 +138,10 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew; the state of an earlier run is kept aside.")
     ] = False,
+    no_check: Annotated[
+        bool,
+        typer.Option("--no-check", help="Do not check first whether the model goes with the dataset."),
+    ] = False,
     journal: Annotated[
         Path | None,
         typer.Option("--journal", help="Append every event and decision to this file (JSON lines)."),
@@ -132,6 +164,7 @@ def run(
                 ("--rounds", f"{job}.rounds.update_rounds", rounds),
                 ("--batch-size", f"{job}.rounds.batch_size", batch_size),
                 ("--workers", f"{job}.resources.num_workers", workers),
+                ("--no-check", f"{job}.check", "none" if no_check else None),
                 ("--log-level", "log_level", log_level),
                 ("--log-format", "log_format", log_format),
             ),

@@ -18,11 +18,13 @@ from rich.console import Console
 from hypha.cli.job_page import JobPage, LastWarnings
 from hypha.cli.live import live_view
 from hypha.cli.redaction import redacted, secrets_in
+from hypha.config.advice import advice
 from hypha.config.environment import process_environment
 from hypha.config.models import SchedulerConfig
 from hypha.config.otel import resolve_telemetry
 from hypha.errors import ConfigError, Problem
 from hypha.journal import Journal
+from hypha.naming import named
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler import JobResult, JobSnapshot, run_job
@@ -47,11 +49,13 @@ async def run_scheduler(
     """
     name, rounds = config.scheduler.job.name, config.scheduler.job.rounds.update_rounds
     secrets = secrets_in(config)
-    history = History(redact=lambda text: redacted(text, secrets))
+    history = History(redact=lambda text: named(redacted(text, secrets)))
     results: list[JobResult] = []
 
     with ExitStack() as stack:
         warnings = stack.enter_context(_last_warnings(secrets))
+        for one in advice(config):
+            logger.warning("Advice on %s", one)
         page = JobPage(JobSnapshot(name=name, rounds=rounds), history, lambda: warnings.lines, secrets)
         shows: list[Callable[[JobSnapshot], None]] = [page.observe]
         noted = _opened(journal)

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from msgspec import UNSET, Struct, UnsetType, to_builtins
 
+from hypha.naming import shown
 from hypha.scheduler.round_record import RoundRecord, Span, SpanKind
 
 _SCHEDULER = 1
@@ -93,7 +94,8 @@ def trace_events(records: Sequence[RoundRecord]) -> list[TraceEvent]:
     used = {(event.pid, event.tid) for event in events}
     # what is around something comes before it
     events.sort(key=lambda event: (event.ts, -event.dur if isinstance(event.dur, int) else 0))
-    return [*_metadata(nodes, used), *events]
+    names = {peer: name for record in records for peer, name in record.names.items()}
+    return [*_metadata(nodes, names, used), *events]
 
 
 def _lengths(records: Sequence[RoundRecord]) -> list[float]:
@@ -114,9 +116,11 @@ def _nodes(records: Sequence[RoundRecord]) -> dict[str, int]:
     return {peer: number for number, peer in enumerate(sorted(peers - {""}), _SCHEDULER + 1)}
 
 
-def _metadata(nodes: dict[str, int], used: set[tuple[int, int]]) -> Iterator[TraceEvent]:
-    names = {_SCHEDULER: "scheduler"} | {pid: f"node ...{peer[-8:]}" for peer, pid in nodes.items()}
-    for pid, name in names.items():
+def _metadata(
+    nodes: dict[str, int], names: dict[str, str], used: set[tuple[int, int]]
+) -> Iterator[TraceEvent]:
+    titles = {pid: f"node {shown(peer, names.get(peer, ''))}" for peer, pid in nodes.items()}
+    for pid, name in ({_SCHEDULER: "scheduler"} | titles).items():
         yield TraceEvent("M", "process_name", pid, 0, args={"name": name})
         yield TraceEvent("M", "process_sort_index", pid, 0, args={"sort_index": pid})
     for pid, tid in sorted(used):

@@ -95,7 +95,7 @@ def run(
     from hypha.worker import run_worker
 
     async def service() -> None:
-        await run_worker(loaded, emit_spans=emit_spans())
+        await run_worker(loaded, emit_spans=emit_spans(), alone=True)
 
     raise typer.Exit(run_service("hypha-worker", loaded, service))
 

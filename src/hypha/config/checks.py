@@ -29,6 +29,7 @@ from hypha.config.otel import endpoint_problem
 from hypha.config.partial import Partial
 from hypha.config.sinks import sink_problems
 from hypha.config.tasks import unknown_task
+from hypha.config.url_patterns import UrlPattern
 from hypha.decoding import decode
 from hypha.errors import Undecodable
 
@@ -156,10 +157,31 @@ def _worker(partial: Partial) -> Found:
             yield ("executors", index), f"there are two {executor.kind} executors called {executor.name!r}"
         seen.add((executor.kind, executor.name))
         yield from _hang(executor.hang_s, ("executors", index))
+        if executor.read_only and executor.runtime != "bwrap":
+            yield (
+                ("executors", index, "read_only"),
+                'a process reads all that this worker may; add runtime = "bwrap"',
+            )
+        for number, path in enumerate(executor.read_only):
+            if not path.is_absolute():
+                yield ("executors", index, "read_only", number), f"{path} must be an absolute path"
+    yield from _patterns(partial)
     yield from _hang(partial.get("hang_s"), ())
     work_dir: Path | None = partial.get("work_dir")
     if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
         yield ("work_dir",), f"{work_dir} is a file; a directory is needed"
+
+
+def _patterns(partial: Partial) -> Found:
+    """Those of URLs: one that cannot be read would match nothing."""
+    for key in ("uri", "local_read", "local_write", "local", "trust_remote_code"):
+        for index, text in enumerate(partial.get("allow", key) or ()):
+            if key != "uri" and "://" not in text:
+                continue
+            try:
+                UrlPattern.parse(text)
+            except ValueError as exc:
+                yield ("allow", key, index), str(exc)
 
 
 def _job(partial: Partial) -> Found:
@@ -233,12 +255,6 @@ def _rounds(partial: Partial, job: KeyPath) -> Found:
         )
     if rounds.batch_size is not None and rounds.batch_size > rounds.max_batch_size:
         yield (*job, "rounds", "batch_size"), f"it is more than max_batch_size ({rounds.max_batch_size})"
-    needed = partial.get(*at, "resources", "worker")
-    if rounds.batch_size is None and needed is not None and not needed.gpu and not needed.memory:
-        yield (
-            (*job, "resources", "worker"),
-            "gpu or memory says what one sample needs; both are 0 and rounds.batch_size is not set",
-        )
     schedule = partial.get(*at, "schedule")
     if schedule is not None and schedule.type != "constant" and not schedule.training_steps:
         yield (*job, "schedule", "training_steps"), f"a {schedule.type} schedule needs it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import urllib.request
 from collections.abc import Mapping
 
 
@@ -14,6 +15,12 @@ def process_environment() -> Mapping[str, str]:
 def variable(name: str, default: str | None = None) -> str | None:
     """One variable of this process's environment; ``default`` when it is unset or empty."""
     return os.environ.get(name) or default
+
+
+def goes_by_proxy(scheme: str, host: str) -> bool:
+    """Whether the environment (``HTTPS_PROXY``, ``NO_PROXY``) sends requests to ``host`` through a proxy."""
+    proxies = urllib.request.getproxies()
+    return bool(proxies.get(scheme) or proxies.get("all")) and not urllib.request.proxy_bypass(host)
 
 
 def set_variable(name: str, value: str) -> None:

@@ -38,6 +38,8 @@ def _hyphen(name: str) -> str:
     return name.replace("_", "-")
 
 
+#: samples in a batch of a job that says nothing about it, on workers whose offer says nothing either
+DEFAULT_BATCH_SIZE = 16
 #: the training executor that comes with Hypha
 DEFAULT_EXECUTOR = "diloco-transformer"
 
@@ -185,7 +187,11 @@ class ExecutorConfig(Section):
 
     kind: Literal["train", "aggregate"] = Field(alias="class")
     name: str
-    runtime: Literal["process"] = "process"
+    #: process: as this worker's user, beside the worker; bwrap: in namespaces of its own (bubblewrap), where
+    #: it sees its job's files and read-only libraries, and neither the network nor other files or processes
+    runtime: Literal["process", "bwrap"] = "process"
+    #: with bwrap: what else it may read, such as the directory that ``cmd`` is installed in
+    read_only: list[Path] = []
     cmd: str | None = None
     args: list[str] = []
     env: dict[str, str] = {}
@@ -195,18 +201,24 @@ class ExecutorConfig(Section):
 
 
 class AllowConfig(Section):
-    """What jobs may make this worker fetch and load. Patterns are shell-style (``fnmatch``)."""
+    """What jobs may make this worker fetch, write and load. Patterns are shell-style (``fnmatch``); those of
+    URLs are matched part by part, their host a name, ``*.name`` or ``*``.
+    """
 
     peers: bool = True
     #: URL patterns for http(s), such as "https://models.example.org/*"
     uri: list[str] = []
-    #: repository patterns on the Hugging Face hub
+    #: repository patterns on the Hugging Face hub, owner and name each by itself
     huggingface: list[str] = ["*"]
-    #: path and fsspec URL patterns
+    #: path and fsspec URL patterns that may be read from: models, and checkpoints to go on from
+    local_read: list[str] = []
+    #: path and fsspec URL patterns that checkpoints may be written to; list them in local_read as well
+    local_write: list[str] = []
+    #: the earlier name of both, still taken for both: write local_read and local_write instead
     local: list[str] = []
-    #: repositories whose own code may run
+    #: repositories (and URLs, paths) whose own code may run
     trust_remote_code: list[str] = []
-    #: ``package.module:callable`` patterns for plain PyTorch models
+    #: ``package.module:name`` patterns for plain PyTorch models: classes and functions that are defined there
     entrypoints: list[str] = []
     max_file_gb: float = Field(default=100.0, gt=0)
 
@@ -268,6 +280,8 @@ class ModelConfig(Section):
     ``repository`` (Hugging Face) and ``entrypoint`` (plain PyTorch, with ``type = "torch"``).
     """
 
+    #: the task, as in the name of its class in transformers: causal-lm of AutoModelForCausalLM,
+    #: image-classification, sequence-classification, masked-lm ...; torch for an entrypoint
     type: str
     path: Path | None = None
     repository: str | None = None
@@ -279,6 +293,8 @@ class ModelConfig(Section):
     arguments: dict[str, str | int | float | bool | None] = {}
     #: model argument -> dataset column; a list means columns of the same names
     input_names: dict[str, str] | list[str] = {}
+    #: cross-entropy, mse, l1 or bce-with-logits, for a model whose forward takes no labels; not set: the
+    #: model's own
     loss: Literal["cross-entropy", "mse", "l1", "bce-with-logits"] | None = None
     seed: int = 0
     trust_remote_code: bool = False
@@ -287,6 +303,7 @@ class ModelConfig(Section):
 class PreprocessorConfig(Section):
     """A Hugging Face preprocessor; ``path`` or ``repository`` as for the model."""
 
+    #: auto, feature, image, tokenizer or video
     type: Literal["auto", "feature", "image", "tokenizer", "video"]
     path: Path | None = None
     repository: str | None = None
@@ -301,22 +318,24 @@ class DatasetRef(Section):
 
     dataset: str
     shuffle: bool = True
-    #: how long to wait for somebody to serve it; ``None``: for ever, saying so
+    #: give up (exit code 3) when nobody has served it for so many seconds after the start
     wait_s: float | None = Field(default=60.0, gt=0)
 
 
 class RoundsConfig(Section):
     """How many rounds, and how long each is: ``avg_samples_between_updates`` samples over all workers,
-    or, with ``inner_steps`` (DiLoCo's fixed H), that many batches a worker.
+    or, with ``inner_steps`` (DiLoCo's fixed H), that many optimizer steps a worker, each of
+    ``gradient_accumulation`` batches.
     """
 
     update_rounds: int = Field(default=100, ge=1)
     avg_samples_between_updates: int | None = Field(default=None, ge=1)
     inner_steps: int | None = Field(default=None, ge=1)
     max_batch_size: int = Field(default=64, ge=1)
-    #: fixed batch size; ``None``: offered over required memory, at most ``max_batch_size``, which is 1 with
-    #: workers that offer just what they are asked for (offer.strategy = "flexible", their default)
+    #: fixed batch size; ``None``: 16, and where resources.worker says what one sample needs and a worker
+    #: offers twice as much or more (offer.strategy = "whole"), as many as fit; at most ``max_batch_size``
     batch_size: int | None = Field(default=None, ge=1)
+    #: batches an optimizer step
     gradient_accumulation: int = Field(default=1, ge=1)
     #: share of the members' updates with which a round may be closed after ``grace_s``
     quorum: float = Field(default=1.0, gt=0, le=1)
@@ -336,10 +355,13 @@ class InnerOptimizerConfig(Section):
 
 
 class OuterOptimizerConfig(Section):
-    """Nesterov momentum."""
+    """Nesterov momentum over what the workers have changed in a round (DiLoCo)."""
 
-    learning_rate: float = Field(default=0.7, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    #: ``None``: 1
+    learning_rate: float | None = Field(default=None, gt=0)
+    #: ``None``: 0.6, and less in a job of 5 update_rounds or fewer, which is over before momentum pays back
+    #: (docs/defaults.md)
+    momentum: float | None = Field(default=None, ge=0, lt=1)
     weighting: Literal["samples", "uniform"] = "samples"
     max_update_norm: float | None = Field(default=None, gt=0)
 
@@ -368,7 +390,9 @@ class NeedsConfig(ResourcesConfig):
 
 
 class JobResourcesConfig(Section):
-    """Whom to ask for. ``worker.gpu`` (else ``worker.memory``) is what a batch of one sample needs."""
+    """Whom to ask for. Where workers offer more than is asked for, ``worker.gpu`` (else ``worker.memory``) is
+    what one sample of a batch needs, see ``rounds.batch_size``.
+    """
 
     num_workers: int = Field(default=2, ge=1)
     #: start and go on with at least this many; ``None``: ``num_workers``
@@ -420,6 +444,9 @@ class JobConfig(Section):
     precision: Literal["no", "fp16", "bf16"] = "no"
     update_encoding: Literal["none", "bf16", "int8"] = "none"
     seed: int = 0
+    #: before anybody is leased: full compares the dataset with the model and tries a batch on it, in a child
+    #: process of some seconds; quick only compares what both say of themselves; none checks nothing
+    check: Literal["full", "quick", "none"] = "full"
     #: a directory, an fsspec URL or ``hf://<repository>``
     output: Annotated[str, Place()]
     #: token for an ``hf://`` output

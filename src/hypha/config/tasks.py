@@ -60,6 +60,27 @@ ALIASES = {
     "audio-xvector": "audio-x-vector",
 }
 
+#: tasks of which transformers finds the loss by ``problem_type``, or, without that, by the labels
+ONE_LABEL_A_ROW = frozenset(
+    ("sequence-classification", "image-classification", "audio-classification", "video-classification")
+)
+#: tasks with a class for each token, or pixel
+A_LABEL_A_PLACE = frozenset(("token-classification", "semantic-segmentation", "image-segmentation"))
+#: the label that a loss leaves out
+IGNORED = -100
+
+
+def task_of(architectures: object) -> str | None:
+    """The task of the models that config.json names as its ``architectures``; ``None``: not plain."""
+    ends = {name.removeprefix("AutoModel"): task for task, name in TASKS.items()} | {
+        "LMHeadModel": "causal-lm"
+    }
+    for name in architectures if isinstance(architectures, list) else []:
+        for end, task in ends.items():
+            if isinstance(name, str) and name.endswith(end):
+                return task
+    return None
+
 
 def unknown_task(task: str) -> str | None:
     """What is wrong with the name of a task, and what may have been meant; ``None`` if it is known."""

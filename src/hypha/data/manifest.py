@@ -18,7 +18,15 @@ from pathlib import Path
 import blake3
 import msgspec
 
-from hypha.data.slices import SUFFIX, describe_slice, hash_file, open_as_directory, sync
+from hypha.data.ranges import Ranges
+from hypha.data.slices import (
+    SUFFIX,
+    columns_of,
+    describe_slice,
+    hash_file,
+    open_as_directory,
+    sync,
+)
 from hypha.decoding import decode_json
 from hypha.errors import DataError, Undecodable
 from hypha.messages import Column, Manifest, SliceInfo
@@ -145,7 +153,7 @@ def make_manifest(directory: Path, name: str, progress: Progress = silent) -> Ma
             "directory"
         )
     first = describe_slice(paths[0])
-    slices = []
+    slices, ranges = [], Ranges()
     for path in paths:
         content = describe_slice(path)
         if content.columns != first.columns:
@@ -161,7 +169,10 @@ def make_manifest(directory: Path, name: str, progress: Progress = silent) -> Ma
                 file=path.name, samples=content.samples, size=path.stat().st_size, blake3=hash_file(path)
             )
         )
-    return Manifest(name=name, columns=first.columns, slices=tuple(slices))
+        for column, values in columns_of(path, content.columns):
+            ranges.see(column, values)
+    columns = first.columns
+    return Manifest(name=name, columns=columns, slices=tuple(slices), ranges=ranges.of(columns))
 
 
 def column_text(columns: tuple[Column, ...]) -> str:

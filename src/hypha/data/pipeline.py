@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from hypha.data.manifest import write_manifest
+from hypha.data.ranges import Ranges
 from hypha.data.slices import SUFFIX, Array, hash_file, record_dtype, write_slice
 from hypha.errors import InputUnusable
 from hypha.messages import Column, Manifest, SliceInfo
@@ -191,8 +192,10 @@ class SliceWriter:
     _held: list[Array] = field(default_factory=list)
     _count: int = 0
     _slices: list[SliceInfo] = field(default_factory=list)
+    _ranges: Ranges = field(default_factory=Ranges)
 
     def write(self, rows: Array) -> None:
+        self._ranges.see_rows(rows, self.columns)
         while self._count + len(rows) >= self.slice_samples:
             missing = self.slice_samples - self._count
             self._held.append(rows[:missing])
@@ -209,7 +212,12 @@ class SliceWriter:
         if not self._slices:
             raise InputUnusable(self.empty)
         self._renumber()
-        self.manifest = Manifest(name=self.name, columns=self.columns, slices=tuple(self._slices))
+        self.manifest = Manifest(
+            name=self.name,
+            columns=self.columns,
+            slices=tuple(self._slices),
+            ranges=self._ranges.of(self.columns),
+        )
         write_manifest(self.directory, self.manifest)
 
     def _cut(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,17 @@ def describe_slice(path: Path) -> SliceContent:
         what = "it has no columns" if not lengths else f"its columns have different lengths {sorted(lengths)}"
         raise SliceCorrupt(f"{path} is no slice: {what}")
     return SliceContent(tuple(found), lengths.pop())
+
+
+def columns_of(path: Path, columns: tuple[Column, ...]) -> Iterator[tuple[Column, Array]]:
+    """The values of each of those columns that numpy can hold, one after the other. Raises SliceCorrupt."""
+    try:
+        with safe_open(path, "np") as file:
+            for column in columns:
+                if column.dtype in DTYPES and column.dtype != "BF16":
+                    yield column, file.get_tensor(column.name)
+    except (SafetensorError, OSError) as exc:
+        raise SliceCorrupt(f"{path} cannot be read: {exc}") from exc
 
 
 def hash_file(path: Path) -> str:

@@ -19,6 +19,8 @@ from hypha.messages import ModelSpec
 _CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _LABELS = ("labels", "label")
+#: how configurations of models of pixels call the class that their loss leaves out
+_LEFT_OUT = ("semantic_loss_ignore_index", "loss_ignore_index")
 
 
 def explain(
@@ -31,7 +33,7 @@ def explain(
     batch, columns = columns, _as_arguments(spec, columns)
     told = " ".join(str(exc).split())
     for found in (
-        _labels(columns, classes, spec, told),
+        _labels(columns, classes, spec, config, told),
         _tokens(columns, model, config, told),
         _positions(columns, config, told),
         _padding(told),
@@ -51,7 +53,8 @@ def out_of_range(
     later than it should, without words, and is of no use afterwards.
     """
     columns = _as_arguments(spec, columns)
-    return _labels(columns, classes, spec, "") or _tokens(columns, model, getattr(model, "config", None), "")
+    config = getattr(model, "config", None)
+    return _labels(columns, classes, spec, config, "") or _tokens(columns, model, config, "")
 
 
 def _as_arguments(spec: ModelSpec, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,7 +77,9 @@ def _range(value: Tensor) -> tuple[int, int] | None:
     return int(low), int(high)
 
 
-def _labels(columns: Mapping[str, Tensor], classes: int | None, spec: ModelSpec, told: str) -> str | None:
+def _labels(
+    columns: Mapping[str, Tensor], classes: int | None, spec: ModelSpec, config: Any, told: str
+) -> str | None:
     labels = next((columns[name] for name in _LABELS if name in columns), None)
     if labels is None or labels.is_floating_point():
         return None
@@ -87,7 +92,10 @@ def _labels(columns: Mapping[str, Tensor], classes: int | None, spec: ModelSpec,
     if classes is None:
         return None
     labels = labels.long()
-    found = _range(labels[labels != IGNORED])
+    for ignored in (IGNORED, *(getattr(config, name, None) for name in _LEFT_OUT)):
+        if ignored is not None:
+            labels = labels[labels != ignored]
+    found = _range(labels)
     if found is None or (found[0] >= 0 and found[1] < classes):
         return None
     low, high = found
@@ -157,7 +165,7 @@ def _channels(told: str, columns: Mapping[str, Tensor], config: Any) -> str | No
         return None
     return (
         f"the images have {got} channel(s), but the model takes {wanted}; prepare them with {wanted}, or, "
-        "of a "
+        "of "
         f"a model from scratch, set model.arguments num_channels = {got}"
     )
 

@@ -29,7 +29,9 @@ def accuracy(model_directory: Path, dataset: Path) -> tuple[float, int]:
     from transformers import AutoModelForImageClassification
 
     try:
-        model = AutoModelForImageClassification.from_pretrained(model_directory, local_files_only=True)
+        model = AutoModelForImageClassification.from_pretrained(
+            model_directory, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as exc:
         raise ModelError(f"the model in {model_directory} cannot be loaded: {exc}") from exc
     model.eval()

@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypha.config.tasks import ALIASES
+from hypha.config.tasks import A_LABEL_A_PLACE, ALIASES
 from hypha.errors import DataError, ModelError
 from hypha.executor.label_types import LabelTypes, loss_of, whole
 from hypha.messages import ModelSpec
 
 _LABELS = ("labels", "label")
-#: tasks with a class for each token, or pixel
-_A_LABEL_A_PLACE = frozenset(("token-classification", "semantic-segmentation", "image-segmentation"))
 #: how torch says that a tensor is of the wrong type
 _WRONG_TYPE = re.compile(
     r"dtype|scalar type|should be the same|not implemented for|can't be cast|indices must be|type LongTensor"
@@ -60,17 +58,20 @@ class Forward:
         self._spec = spec
         self._causal = ALIASES.get(spec.task, spec.task) == "causal-lm"
         signature = inspect.signature(model.forward).parameters
-        self._names = [
+        #: the arguments that the model's forward names
+        self.names = [
             name
             for name, parameter in signature.items()
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         ]
+        #: it takes others, too (``**kwargs``)
+        self.takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in signature.values())
         self._own_loss = spec.loss is None
         config = getattr(model, "config", None)
         self._label_types = LabelTypes(spec, config)
         #: that a label may be one of; None where that is not known, or labels are no classes
         self.classes = self._label_types.classes
-        if self._own_loss and ALIASES.get(spec.task, spec.task) in _A_LABEL_A_PLACE:
+        if self._own_loss and ALIASES.get(spec.task, spec.task) in A_LABEL_A_PLACE:
             self.classes = getattr(config, "num_labels", None)
         #: found out with the first batch
         self._types: _Types | None = None
@@ -111,7 +112,7 @@ class Forward:
             to_class = types.labels == torch.int64 and labels.is_floating_point()
             labels = whole(labels) if to_class else labels.to(types.labels)
         if self._own_loss and labels is not None:
-            if "labels" not in self._names:
+            if "labels" not in self.names:
                 raise ModelError("the model's forward takes no labels; the job must name a loss (model.loss)")
             arguments["labels"] = labels
         output = model(**arguments)
@@ -129,7 +130,7 @@ class Forward:
 
     def arguments(self, columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """What forward gets by keyword, and the labels."""
-        mapping = self._spec.inputs or self._mapping(columns)
+        mapping = self._spec.inputs or self.used(columns)
         found: dict[str, Tensor] = {}
         for argument, column in mapping.items():
             if column not in columns:
@@ -146,18 +147,19 @@ class Forward:
             labels = self._label_types.brought(labels)
         return {name: _model_type(name, value) for name, value in found.items()}, labels
 
-    def _mapping(self, columns: Mapping[str, Tensor]) -> dict[str, str]:
-        mapping = {name: name for name in self._names if name in columns and name != "labels"}
+    def used(self, columns: Mapping[str, Tensor]) -> dict[str, str]:
+        """Which column becomes which argument, where the job does not say it. Raises :class:`DataError`."""
+        mapping = {name: name for name in self.names if name in columns and name != "labels"}
         if label := next((name for name in _LABELS if name in columns), None):
             mapping["labels"] = label
-        inputs = [name for name in self._names if name != "labels"]
+        inputs = [name for name in self.names if name != "labels"]
         others = [name for name in columns if name not in _LABELS]
         if not mapping.keys() - {"labels"} and len(inputs) == 1 and len(others) == 1:
             mapping[inputs[0]] = others[0]
         if not mapping.keys() - {"labels"}:
             raise DataError(
                 f"none of the columns {', '.join(sorted(columns))} is an argument of the model "
-                f"({', '.join(self._names)}); the job's input names must say which is which "
+                f"({', '.join(self.names)}); the job's input names must say which is which "
                 "(model.input_names)"
             )
         return mapping

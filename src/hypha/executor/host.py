@@ -144,6 +144,9 @@ class Host:
         self._lifeline = lifeline
         self._waiting: list[_Asked] = []
         self._torch = self._all = False
+        #: the keepers that were forked here, while they live; any other child was left by one that was killed
+        self._keepers: set[int] = set()
+        keeper.become_subreaper()
         # for the end of keepers, which nobody else collects
         self._wakeup, writable = os.pipe()
         for descriptor in (self._wakeup, writable):
@@ -264,16 +267,24 @@ class Host:
         # until the handlers are the fork's own
         every = signal.valid_signals()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, every)
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             become_keeper(asked.request, asked.reply, asked.lifeline, asked.output)
+        self._keepers.add(pid)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _reap(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wakeup, 4096)
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                self._keepers.discard(pid)
+        # nobody else would find them: their end is seen here again, until there are none
+        for pid in keeper.children(os.getpid()):
+            if pid not in self._keepers:
+                for one in (pid, *keeper.descendants(pid)):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(one, signal.SIGKILL)
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

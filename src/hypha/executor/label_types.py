@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hypha.config.tasks import ALIASES
+from hypha.config.tasks import ALIASES, ONE_LABEL_A_ROW
+from hypha.config.tasks import IGNORED as IGNORED
 from hypha.errors import DataError
 from hypha.messages import ModelSpec
-
-#: tasks of which transformers finds the loss by ``problem_type``, or, without that, by the labels
-_ONE_LABEL_A_ROW = frozenset(
-    ("sequence-classification", "image-classification", "audio-classification", "video-classification")
-)
-#: what a loss leaves out
-IGNORED = -100
 
 
 class LabelTypes:
@@ -31,7 +25,7 @@ class LabelTypes:
         self._loss = spec.loss
         self._problem: str | None = None
         self._counted: int | None = None
-        if spec.loss is None and ALIASES.get(spec.task, spec.task) in _ONE_LABEL_A_ROW and config is not None:
+        if spec.loss is None and ALIASES.get(spec.task, spec.task) in ONE_LABEL_A_ROW and config is not None:
             self._counted = getattr(config, "num_labels", None)
             self._problem = getattr(config, "problem_type", None)
             if self._problem is None and self._counted == 1:

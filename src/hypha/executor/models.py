@@ -12,6 +12,7 @@ tell whether it is one, so then trainers read them as well, and the decision is 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -71,16 +72,54 @@ def build(
     return model.train()
 
 
+def skeleton(spec: ModelSpec, source: Path | None) -> nn.Module:
+    """The model in training mode on torch's ``meta`` device: shapes and types, and no memory for numbers.
+    Raises :class:`ModelError`, and whatever torch does where it cannot be built without numbers.
+    """
+    with torch.device("meta"):
+        if spec.task == "torch":
+            return _build_torch(spec, None, lambda note: None).train()
+        auto, remote, place = auto_class(spec.task), _remote(spec), _configured(spec, source)
+        try:
+            config = _configuration(spec, place, remote)
+            return _checked(auto.from_config(config, dtype=torch.float32, **remote)).train()
+        except (ModelError, NotImplementedError, RuntimeError):
+            raise
+        except Exception as exc:
+            raise ModelError(f"{auto.__name__} cannot load the model: {type(exc).__name__}: {exc}") from exc
+
+
+def _remote(spec: ModelSpec) -> dict[str, bool]:
+    """Said each time, as without a word transformers asks at the terminal; whether it may is the worker's
+    decision, taken before.
+    """
+    return {"trust_remote_code": spec.trust_remote_code}
+
+
+def _configured(spec: ModelSpec, source: Path | None) -> Path:
+    if source is None or not (source / "config.json").exists():
+        raise ModelError(f"a model of the task {spec.task} needs a source with a config.json")
+    return source
+
+
+def _configuration(spec: ModelSpec, source: Path, remote: Mapping[str, bool]) -> Any:
+    """The model's configuration as the job changes it. Raises what transformers does."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(source, **remote)
+    _override(config, spec.arguments)
+    return config
+
+
 def _build_torch(spec: ModelSpec, source: Path | None, tell: Callable[[str], None]) -> nn.Module:
     if spec.entrypoint is None or spec.entrypoint.count(":") != 1:
         raise ModelError("a model of the task torch needs an entrypoint package.module:callable")
-    module, name = spec.entrypoint.split(":")
     torch.manual_seed(spec.seed)
     try:
-        target: Any = importlib.import_module(module)
-        for part in name.split("."):
-            target = getattr(target, part)
-        model = target(**spec.arguments)
+        model = _entrypoint(spec.entrypoint)(**spec.arguments)
+    except ModelError:
+        raise
     except Exception as exc:
         raise ModelError(f"{spec.entrypoint} did not build a model: {type(exc).__name__}: {exc}") from exc
     if not isinstance(model, nn.Module):
@@ -97,20 +136,29 @@ def _build_torch(spec: ModelSpec, source: Path | None, tell: Callable[[str], Non
     return model
 
 
+def _entrypoint(text: str) -> Callable[..., Any]:
+    """The class or function that ``text`` names. Raises :class:`ModelError` for what is none, or is defined
+    in another package: whoever allows the code of one package does not allow all that it imports.
+    """
+    module, _, name = text.partition(":")
+    target: Any = getattr(importlib.import_module(module), name)
+    if not (inspect.isclass(target) or inspect.isroutine(target)):
+        raise ModelError(f"{text} is a {type(target).__name__}; an entrypoint is a class or a function")
+    package = module.partition(".")[0]
+    defined = str(getattr(target, "__module__", None) or "")
+    if defined.partition(".")[0] != package:
+        raise ModelError(
+            f"{text} is defined in {defined or 'no module'}, not in {package}; name it where it is defined"
+        )
+    return target
+
+
 def _build_transformers(
     spec: ModelSpec, source: Path | None, weights: bool, tell: Callable[[str], None]
 ) -> nn.Module:
-    auto = auto_class(spec.task)
-    if source is None or not (source / "config.json").exists():
-        raise ModelError(f"a model of the task {spec.task} needs a source with a config.json")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    # passed on only when the job says so; whether it may is the worker's decision, taken before
-    remote = {"trust_remote_code": True} if spec.trust_remote_code else {}
+    auto, remote, source = auto_class(spec.task), _remote(spec), _configured(spec, source)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **remote)
-        _override(config, spec.arguments)
+        config = _configuration(spec, source, remote)
         file = weight_file(source, spec.task)
         if file is None and weights:
             tell(

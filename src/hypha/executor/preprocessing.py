@@ -39,7 +39,10 @@ class Preprocessor:
 
         self._spec = spec
         try:
-            self._call = getattr(transformers, _PREPROCESSORS[spec.kind]).from_pretrained(source)
+            # a preprocessor has no code of its own that would be run
+            self._call = getattr(transformers, _PREPROCESSORS[spec.kind]).from_pretrained(
+                source, trust_remote_code=False
+            )
         except Exception as exc:
             message = f"the preprocessor cannot be loaded: {type(exc).__name__}: {exc}"
             raise ModelError(message) from exc

@@ -11,8 +11,9 @@ import trio
 
 from hypha.config.models import GatewayConfig
 from hypha.messages import PeerRef
-from hypha.net import open_node, options_from
+from hypha.net import Libp2pNode, open_node, options_from
 from hypha.telemetry import health_of, serve_http
+from hypha.waiting import IDLE_S, Reminder
 
 logger = logging.getLogger(__name__)
 
@@ -31,4 +32,18 @@ async def run_gateway(
             extra={"peer_id": node.peer_id, "addresses": list(ref.addresses)},
         )
         task_status.started(ref)
-        await trio.sleep_forever()
+        await _say_while_alone(node)
+
+
+async def _say_while_alone(node: Libp2pNode) -> None:
+    """Until cancelled: that nobody is connected, less and less often while that is so."""
+    reminder = Reminder(longest_s=IDLE_S)
+    while True:
+        await trio.sleep(max(1.0, reminder.next_at - trio.current_time()))
+        if node.connections():
+            reminder.reset()
+        elif reminder.due():
+            logger.info(
+                "No node is connected: waiting for nodes whose gateway_addresses lead here, such as %s.",
+                next(iter(node.ref().addresses), "none that this gateway knows of"),
+            )

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from multiaddr import Multiaddr
 
+from hypha.config.networks import ExcludedNetworks
 from hypha.decoding import decode
 from hypha.errors import Undecodable
 from hypha.messages import MAX_ADDRESS_LENGTH, PeerRef
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 #: More than this for one peer is somebody making us dial around.
 MAX_ADDRESSES = 16
@@ -79,17 +78,17 @@ class AddressBook:
     """Where peers may be reached. Newest first; direct before relayed."""
 
     def __init__(self, own_peer: str, exclude: Iterable[str] = ()) -> None:
-        self._own_peer = own_peer
-        self._exclude: tuple[Network, ...] = tuple(ipaddress.ip_network(cidr) for cidr in exclude)
+        self.own_peer = own_peer
+        self._exclude = ExcludedNetworks(exclude)
         self._learnt: dict[str, dict[str, Address]] = {}
         self._configured: dict[str, dict[str, Address]] = {}
         #: what was learnt last and lies in ``exclude_cidr``, of peers in ``_learnt``
         self._left_out: dict[str, tuple[str, ...]] = {}
 
     def excluded(self, address: Address) -> bool:
-        """Whether the first hop lies in ``exclude_cidr``."""
+        """Whether the first hop lies in ``exclude_cidr``, however it is written."""
         ip = ip_of(address)
-        return ip is not None and any(ip in network for network in self._exclude)
+        return ip is not None and self._exclude.holds(ip)
 
     def configure(self, text: str) -> Address:
         """Remember an address that the operator gave; ``exclude_cidr`` does not apply to it."""
@@ -98,9 +97,13 @@ class AddressBook:
             self._configured.setdefault(address.peer, {})[str(address)] = address
         return address
 
+    def may_lead_anywhere(self, peer: str, address: Address) -> bool:
+        """Whether the name in ``address`` may stand for one inside ``exclude_cidr``: the operator gave it."""
+        return str(address) in self._configured.get(peer, {})
+
     def learn(self, ref: PeerRef) -> None:
         """Remember what of ``ref`` can be dialled; what cannot is passed over silently, as it is hearsay."""
-        if ref.peer == self._own_peer:
+        if ref.peer == self.own_peer:
             return
         left_out = []
         for text in reversed(ref.addresses[:MAX_ADDRESSES]):

@@ -15,6 +15,9 @@ from hypha.net.bulk_meeting import Expected
 from hypha.net.bulk_wire import Verdict
 from hypha.node import Arrived, Gate
 
+#: Less than this within ``STILL_S`` of ``bulk_places`` is a trickle.
+TRICKLE_BYTES = 128 << 10
+
 
 @dataclass(eq=False)
 class Acceptor:
@@ -71,6 +74,13 @@ class Inbound:
         """Whose it is, for the log."""
         stamp = self.meta.stamp
         return {"peer_id": self.caller} | ({"job_id": stamp.job_id} if stamp is not None else {})
+
+    def moved(self) -> tuple[int, int]:
+        """What changes while so much comes that its place is in use: a trickle fills nothing, and its place
+        is lent.
+        """
+        link, heard = self.heard()
+        return link, heard // TRICKLE_BYTES
 
     def heard(self) -> tuple[int, int]:
         """What changes while something comes: the connection, and the bytes that came over it."""

@@ -12,6 +12,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -142,9 +143,11 @@ class Meeting:
 
     def serve_socket(self, sock: socket.socket) -> None:
         """Take over an accepted blocking connection (a thread's main function); returns soon: at the
-        latest after the handshake time-outs, at once after :meth:`close`. Never raises.
+        latest after ``HANDSHAKE_TIMEOUT_S``, the first message included and however it is dealt out, at once
+        after :meth:`close`. Never raises.
         """
         tls: ssl.SSLSocket | None = None
+        deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             resend_soon(sock)
@@ -154,7 +157,7 @@ class Meeting:
             with self._tracked(tls) as loop:
                 tls.do_handshake()
                 peer = self._prove(tls)
-                token = _read_hello(tls)
+                token = _read_hello(tls, deadline)
                 link = SocketLink(tls, peer, self._tally, self._limiter)
                 link.way = "direct"
                 loop.run_sync_soon(self._hand_over, token, link)
@@ -297,10 +300,18 @@ class Meeting:
         return peer_id_of(certificate)
 
 
-def _read_hello(tls: ssl.SSLSocket) -> str:
+def _read_hello(tls: ssl.SSLSocket, deadline: float) -> str:
+    """The token, which is here before ``time.monotonic()`` is ``deadline``: one time-out a byte would let
+    a peer keep the thread for hours.
+    """
+
     def read(count: int) -> bytes:
         data = b""
         while len(data) < count:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise LinkBroken(f"the peer did not say within {HANDSHAKE_TIMEOUT_S:g} s what it came for")
+            tls.settimeout(left_s)
             more = tls.recv(count - len(data))
             if not more:
                 raise LinkBroken("the peer closed the connection before it said anything")

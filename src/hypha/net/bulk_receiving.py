@@ -280,7 +280,7 @@ class Receiving:
     async def _run(self, inbound: Inbound) -> None:
         try:
             with receiving(inbound), inbound.scope, self._meeting.expect(inbound.token, inbound.expected):
-                async with self.places.hold(inbound.heard):
+                async with self.places.hold(inbound.moved):
                     if trio.current_time() - inbound.offered_at < FORGET_S:
                         inbound.turn.set()
                         await self._receive(inbound)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -29,6 +30,7 @@ from opentelemetry.trace import Span, SpanKind
 from hypha.errors import NetworkError, PeerUnreachable, Undecodable
 from hypha.messages import PeerRef
 from hypha.net.addresses import MAX_ADDRESSES
+from hypha.net.dht_records import MAX_QUERY_BYTES, Records, trimmed_query
 from hypha.net.dialing import Dialer
 from hypha.net.gateways import Gateways
 from hypha.net.library_messages import (
@@ -50,15 +52,17 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 1 << 20
 #: At most this many servers are asked in one look-up.
 MAX_SERVERS = 8
-#: Records of one key that a server keeps; beyond it the oldest goes (the library would refuse the new).
-MAX_PROVIDERS = 20
 #: A data node announces all its datasets at once after a failover.
 ANNOUNCEMENTS_PER_10_S = 500
 IDENTIFY_WAIT_S = 10.0
 #: Of a key under which providers are kept; the library takes no longer ones.
 MAX_KEY_BYTES = 128
-#: A client must have sent its query within this.
-READ_TIMEOUT_S = 30.0
+#: A client must have sent its query within this, and taken the answer within this.
+READ_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 20.0
+#: A data node announces all its datasets at the same time: so many are under way at once, fewer than a
+#: gateway serves to one peer (``inbound_streams``).
+ANNOUNCED_AT_ONCE = 16
 
 
 def key_of(dataset: str) -> bytes:
@@ -75,9 +79,12 @@ class DhtServer:
         self._dht = KadDHT(host, DHTMode.SERVER)
         streams.handle(str(PROTOCOL_ID), self._serve)
         self._dht._provider_rate_max = ANNOUNCEMENTS_PER_10_S
+        # twelve streams of anybody would be all that it serves; how many one peer has is bounded before
+        self._dht._inbound_limiter = trio.CapacityLimiter(math.inf)
         self._dht.add_peer = self._ignore  # it would add every client that asks
         self._dht.peer_routing.find_closest_peers_network = self._closest
         self._store = self._dht.provider_store
+        self._records = Records(self._store.providers)
         self._library_add_provider = self._store.add_provider
         self._store.add_provider = self._add_provider
         peers.on_connected.append(lambda peer: nursery.start_soon(self._add_if_server, peer))
@@ -99,11 +106,15 @@ class DhtServer:
         """
         try:
             with trio.fail_after(READ_TIMEOUT_S):
-                query = await read_varint_prefixed_bytes_limited(stream, MAX_MESSAGE_BYTES)
+                query = await read_varint_prefixed_bytes_limited(stream, MAX_QUERY_BYTES)
             message = decode_message(Message, query)
             _check(message)
         except (*STREAM_ERRORS, trio.TooSlowError, Undecodable) as exc:
             logger.debug("A DHT query broke off: %r", exc, extra={"peer_id": caller})
+            await discard(stream)
+            return
+        if (trimmed := trimmed_query(message)) is None:
+            logger.debug("A DHT query is of a kind that is not served here.", extra={"peer_id": caller})
             await discard(stream)
             return
         operation = "provide" if message.type == Message.ADD_PROVIDER else "find"
@@ -113,9 +124,12 @@ class DhtServer:
             kind=SpanKind.SERVER,
             parent=traceparent_of(message),
         )
-        replayed = _Replayed(stream, encode_varint_prefixed(query), answering)
+        replayed = _Replayed(stream, encode_varint_prefixed(trimmed.SerializeToString()), answering)
         try:
-            await self._dht.handle_stream(replayed)
+            with trio.move_on_after(ANSWER_TIMEOUT_S) as scope:
+                await self._dht.handle_stream(replayed)
+            if scope.cancelled_caught:
+                await discard(stream)
         finally:
             if not replayed.answered:
                 failed(answering, "it was not answered")
@@ -132,9 +146,7 @@ class DhtServer:
         return closest
 
     def _add_provider(self, key: bytes, provider: PeerInfo) -> None:
-        known = self._store.providers.get(key, {})
-        if len(known) >= MAX_PROVIDERS and str(provider.peer_id) not in known:
-            del known[min(known, key=lambda peer: known[peer].timestamp)]
+        self._records.make_room(key, str(provider.peer_id))
         self._library_add_provider(key, provider)
 
     async def _add_if_server(self, peer: str) -> None:
@@ -165,7 +177,9 @@ def _check(query: Any) -> None:
 
 
 class _Replayed:
-    """A stream that ends with ``read``, which was read already; ``answering`` ends with the first answer."""
+    """A stream of which ``read`` has been read already, and nothing comes after that; ``answering`` ends with
+    the first answer.
+    """
 
     def __init__(self, stream: Any, read: bytes, answering: Span) -> None:
         self._stream = stream
@@ -215,6 +229,7 @@ class DhtClient:
         self._learn = learn
         self._timeout_s = timeout_s
         self._provided: set[str] = set()
+        self._announcing = trio.CapacityLimiter(ANNOUNCED_AT_ONCE)
 
     async def provide(self, dataset: str) -> int:
         """Announce this node as a provider; returns how many gateways took it. Goes on renewing."""
@@ -264,7 +279,8 @@ class DhtClient:
         own.id = ID.from_string(ref.peer).to_bytes()
         own.addrs.extend(Multiaddr(text).to_bytes() for text in ref.addresses)
         with span(DHT_PROVIDE, {"hypha.dataset": dataset}, kind=SpanKind.CLIENT) as announcing:
-            answers = await self._ask_all(request)
+            async with self._announcing:
+                answers = await self._ask_all(request)
             _note(announcing, answers)
         logger.debug("%d gateways took the announcement of dataset %s.", len(answers), dataset)
         return len(answers)

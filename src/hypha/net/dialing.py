@@ -7,12 +7,11 @@ to it one by one; its own dials (DHT, gossip) are routed through here as well.
 
 from __future__ import annotations
 
-import errno
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 from libp2p.network.exceptions import SwarmException
@@ -22,21 +21,30 @@ from opentelemetry.trace import Span, SpanKind, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.messages import MAX_PEER_ID_LENGTH, PeerRef
-from hypha.net.addresses import Address, AddressBook, ip_of
+from hypha.naming import shown
+from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, ip_of, parse
 from hypha.net.options import Timings
 from hypha.net.peers import Peers
+from hypha.net.reasons import failure_of, reason_of, root_of, says_refused
 from hypha.net.relay import RelayClient
-from hypha.net.transport import MutualTls, failure_of
+from hypha.net.streams import STREAM_ERRORS
+from hypha.net.transport import MutualTls, OtherPeer
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 from hypha.tracing import failed, start_span, traceparent, untraced
 from hypha.tracing.operations import CONNECT
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+#: What may come of a dial: from any layer of the library, and of what is no text where text was due.
+DIAL_ERRORS = (*STREAM_ERRORS, ValueError)
+
 
 #: How long our own dial may go on when the peer has meanwhile reached us.
 MEETING_S = 1.0
 ATTEMPTS = 3
+#: of so many peers it is remembered why they are relayed, so that it is not said again and again
+MAX_RELAYED_TOLD = 1000
 
 
 @dataclass
@@ -69,7 +77,7 @@ class _Race:
 
     def failed(self, address: str, exc: NetworkError) -> None:
         self.failures.append(f"{address}: {exc}")
-        self.refused.append(_says_refused(exc))
+        self.refused.append(says_refused(exc))
         self.reason = failure_of(exc)
         self.note("failed", address, str(exc))
         self.pending -= 1
@@ -97,6 +105,8 @@ class Dialer:
         self._nursery = nursery
         self._attempts: dict[str, _Attempt] = {}
         self.relay_client: RelayClient | None = None
+        #: why, as it was said last, by peer
+        self._relayed_for: dict[str, str] = {}
         self.own_relays: Callable[[], list[str]] = list
         swarm.dial_peer = self._dial_for_library
 
@@ -111,7 +121,11 @@ class Dialer:
         except ValueError as exc:
             raise PeerUnreachable(peer[:MAX_PEER_ID_LENGTH], "that is no PeerID") from exc
         if peer == str(self._swarm.get_peer_id()):
-            raise PeerUnreachable(peer, "that is this node itself")
+            raise PeerUnreachable(
+                peer,
+                "that is this node itself, or another one that uses the same certificate; make one for each "
+                "machine (`hypha-certutil node`)",
+            )
         attempt = self._attempts.get(peer)
         if attempt is None:
             attempt = self._attempts[peer] = _Attempt()
@@ -191,34 +205,85 @@ class Dialer:
 
     async def _dial(self, peer: str, address: Address) -> None:
         """Dial one direct address; NetworkError with a short reason when it fails."""
+
+        async def dial(place: str) -> None:
+            try:
+                await self._swarm.dial_addr(Multiaddr(f"{place}/p2p/{peer}"), ID.from_string(peer))
+            except DIAL_ERRORS as exc:
+                if isinstance(root_of(exc), OtherPeer):
+                    self._book.forget(peer, address)
+                raise
+
+        await self._first_of(address, dial, self._book.may_lead_anywhere(peer, address))
+
+    async def _first_of(self, address: Address, dial: Callable[[str], Awaitable[T]], anywhere: bool) -> T:
+        """What ``dial`` returns for the first place of ``address`` where it works. A name may have several:
+        each is tried a moment after the one before, as any of them may be dead. NetworkError says of all why
+        not.
+        """
+        places = await self._resolve(address)
+        wanted = [place for place in places if anywhere or not self._book.excluded(parse(place))]
+        if not wanted:
+            raise NetworkError(
+                "all its addresses are in exclude_cidr" if places else "the name has no address"
+            )
+        found: list[T] = []
+        failures: list[NetworkError] = []
+        async with trio.open_nursery() as nursery:
+
+            async def attempt(place: str, ended: trio.Event) -> None:
+                try:
+                    found.append(await self._timely(dial, place))
+                except NetworkError as exc:
+                    failures.append(exc if len(wanted) == 1 else _at(place, exc))
+                    ended.set()
+                else:
+                    nursery.cancel_scope.cancel()
+
+            for place in wanted:
+                ended = trio.Event()
+                nursery.start_soon(attempt, place, ended)
+                with trio.move_on_after(self._timings.stagger_s):
+                    await ended.wait()
+        if found:
+            return found[0]
+        if len(failures) == 1:
+            raise failures[0]
+        raise NetworkError("; ".join(map(str, failures))) from ExceptionGroup("all of them", failures)
+
+    async def _timely(self, dial: Callable[[str], Awaitable[T]], place: str) -> T:
         try:
             with trio.fail_after(self._timings.dial_s):
-                for place in await self._resolve(address):
-                    await self._swarm.dial_addr(Multiaddr(f"{place}/p2p/{peer}"), ID.from_string(peer))
-                    return
+                return await dial(place)
         except trio.TooSlowError as exc:
             raise NetworkError(f"no answer within {self._timings.dial_s:g} s") from exc
         except Exception as exc:  # whoever listens there has proven nothing yet, and says what it likes
-            if "expected peer" in str(exc):
-                self._book.forget(peer, address)
-            raise NetworkError(_root_cause(exc)) from exc
-        raise NetworkError("all its addresses are excluded")
+            raise NetworkError(reason_of(exc)) from exc
 
     async def _resolve(self, address: Address) -> list[str]:
-        """``address`` with a name replaced as the system resolves it (hosts file included)."""
+        """``address`` with a name replaced as the system resolves it (hosts file included); NetworkError when
+        it does not.
+        """
         if ip_of(address) is not None:
             return [address.transport]
         parts = address.transport.split("/")
         family = {"dns4": socket.AF_INET, "dns6": socket.AF_INET6}.get(parts[1], socket.AF_UNSPEC)
-        found = []
-        for _, _, _, _, sockaddr in await trio.socket.getaddrinfo(
-            parts[2], None, family=family, type=socket.SOCK_STREAM
-        ):
-            kind = "ip6" if ":" in str(sockaddr[0]) else "ip4"
-            place = "/".join(["", kind, str(sockaddr[0]), *parts[3:]])
-            if place not in found:
-                found.append(place)
-        return found
+        try:
+            with trio.fail_after(self._timings.dial_s):
+                answers = await trio.socket.getaddrinfo(
+                    parts[2], None, family=family, type=socket.SOCK_STREAM
+                )
+        except trio.TooSlowError as exc:
+            raise NetworkError(
+                f"no answer to what address its name has, for {self._timings.dial_s:g} s"
+            ) from exc
+        except (OSError, UnicodeError) as exc:
+            raise NetworkError(reason_of(exc)) from exc
+        hosts = dict.fromkeys(str(sockaddr[0]).partition("%")[0] for *_, sockaddr in answers)
+        return [
+            "/".join(["", "ip6" if ":" in host else "ip4", host, *parts[3:]])
+            for host in list(hosts)[:MAX_ADDRESSES]
+        ]
 
     async def _through_relays(self, peer: str, race: _Race) -> None:
         if self.relay_client is None:
@@ -227,6 +292,7 @@ class Dialer:
         candidates = [relay for relay in named if self._peers.is_connected(relay)]
         candidates += [relay for relay in self.own_relays() if relay not in candidates]
         candidates += [relay for relay in named if relay not in candidates]
+        direct = list(race.failures)
         for relay in candidates:
             if relay == peer:
                 continue
@@ -248,47 +314,57 @@ class Dialer:
                 race.note("failed", circuit, "it brought no connection in time")
             else:
                 race.note("connected", circuit)
-                self._say_why_relayed(peer)
+                self._say_why_relayed(peer, direct)
                 race.scope.cancel()
                 return
 
-    def _say_why_relayed(self, peer: str) -> None:
-        left_out = self._book.left_out(peer)
-        if left_out and not self._book.direct(peer):
-            logger.info(
-                "%s is reached through a relay: its addresses (%s) lie in exclude_cidr, so they are not "
-                "dialled. Take their network out of it if this machine can reach them.",
-                peer,
-                ", ".join(left_out),
-                extra={"peer_id": peer},
+    def _say_why_relayed(self, peer: str, failures: list[str]) -> None:
+        """Why ``peer`` is reached through a relay, once for each reason; ``failures`` are those of the
+        addresses that were dialled.
+        """
+        direct = [address.transport for address in self._book.direct(peer)]
+        if left_out := self._book.left_out(peer):
+            why = (
+                f"its addresses ({', '.join(left_out)}) lie in exclude_cidr, so they are not dialled. Take "
+                "their network out of it if this machine can reach them"
             )
+        elif direct:
+            slow = f"no answer from {', '.join(direct)} within {self._timings.relay_after_s:g} s"
+            why = (
+                f"none of its addresses could be dialled ({'; '.join(failures) or slow}). For direct "
+                "transfers open its port to this machine, or set its external_addresses"
+            )
+        else:
+            why = (
+                "it announces no address of its own. If this machine can reach it, set its "
+                "external_addresses, or take its network out of its exclude_cidr"
+            )
+        if self._relayed_for.pop(peer, "") != why:
+            logger.info("%s is reached through a relay: %s.", shown(peer), why, extra={"peer_id": peer})
+        self._relayed_for[peer] = why
+        while len(self._relayed_for) > MAX_RELAYED_TOLD:
+            del self._relayed_for[next(iter(self._relayed_for))]
 
     async def who_is_at(self, address: Address) -> str:
         """The PeerID of the certified node at ``address``; NetworkError when there is none."""
-        reason = "its name has no address"
-        try:
-            places = await self._resolve(address)
-        except Exception as exc:  # a name that the resolver does not know, or cannot even encode
-            raise NetworkError(f"{address.transport}: {_root_cause(exc)}") from exc
-        for place in places:
+
+        async def ask(place: str) -> str:
+            transport = self._swarm.transport_manager.transport_for_dialing(Multiaddr(place))
+            raw = await transport.dial(Multiaddr(place))
+            negotiation = self._swarm.upgrader.security_multistream
             try:
-                with trio.fail_after(self._timings.dial_s):
-                    transport = self._swarm.transport_manager.transport_for_dialing(Multiaddr(place))
-                    raw = await transport.dial(Multiaddr(place))
-                    negotiation = self._swarm.upgrader.security_multistream
-                    try:
-                        await negotiation.select_transport_and_protocol(raw, True)
-                        connection = await self._security.secure_anybody(raw)
-                        peer = str(connection.get_remote_peer())
-                        await connection.close()
-                    finally:
-                        await raw.close()
-                    return peer
-            except trio.TooSlowError:
-                reason = f"no answer within {self._timings.dial_s:g} s"
-            except Exception as exc:  # noqa: BLE001 - as in _dial
-                reason = _root_cause(exc)
-        raise NetworkError(f"{address.transport}: {reason}")
+                await negotiation.select_transport_and_protocol(raw, True)
+                connection = await self._security.secure_anybody(raw)
+                peer = str(connection.get_remote_peer())
+                await connection.close()
+            finally:
+                await raw.close()
+            return peer
+
+        try:
+            return await self._first_of(address, ask, anywhere=True)
+        except NetworkError as exc:
+            raise _at(address.transport, exc) from exc.__cause__
 
     async def _dial_for_library(self, peer_id: ID) -> list[Any]:
         """What the library calls to dial a peer by itself."""
@@ -301,23 +377,7 @@ class Dialer:
         return connections
 
 
-def _says_refused(exc: BaseException | None) -> bool:
-    """Is "connection refused", the answer of a machine on which nobody listens, at the bottom of ``exc``?"""
-    while exc is not None:
-        if isinstance(exc, OSError) and exc.errno == errno.ECONNREFUSED:
-            return True
-        if isinstance(exc, ExceptionGroup):
-            return all(_says_refused(part) for part in exc.exceptions)
-        exc = exc.__cause__
-    return False
-
-
-def _root_cause(exc: BaseException) -> str:
-    """The reason at the bottom of the library's chain of wrappers, in one line."""
-    while exc.__cause__ is not None:
-        exc = exc.__cause__
-    if isinstance(exc, ExceptionGroup):
-        exc = exc.exceptions[0]
-    if isinstance(exc, OSError) and exc.strerror:
-        return exc.strerror
-    return (str(exc) or type(exc).__name__).splitlines()[0]
+def _at(place: str, exc: NetworkError) -> NetworkError:
+    told = NetworkError(f"{place}: {exc}")
+    told.__cause__ = exc.__cause__
+    return told

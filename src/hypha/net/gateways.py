@@ -21,13 +21,12 @@ from hypha.net.options import Timings
 from hypha.net.peers import Peers
 from hypha.net.relay import RelayClient
 from hypha.node import Changes
+from hypha.waiting import Reminder
 
 logger = logging.getLogger(__name__)
 
 #: A connection that held this long was a good one: the pause starts small again.
 STABLE_S = 10.0
-#: While nobody answers, it is said again after this long.
-REMIND_S = 60.0
 
 
 class Backoff:
@@ -104,9 +103,9 @@ class Gateways:
 
     async def wait_connected(self) -> None:
         """Return when a gateway is connected, at once when none is configured."""
+        seen = self.changed.count
         while self._targets and not self.connected():
-            with trio.move_on_after(REMIND_S):
-                await self.changed.wait()
+            seen = await self.changed.wait(seen)
 
     async def _reach(self, target: tuple[Address, ...]) -> str:
         peer = target[0].peer
@@ -123,7 +122,7 @@ class Gateways:
         if not self._targets:
             return
         backoff = Backoff(self._timings.reconnect_min_s, self._timings.reconnect_max_s)
-        turn, told_at = 0, float("-inf")
+        turn, reminder = 0, Reminder(at_once=True)
         while True:
             failures = []
             for _ in range(len(self._targets)):
@@ -140,10 +139,9 @@ class Gateways:
                 if trio.current_time() - since >= STABLE_S:
                     backoff.reset()
                     failures.clear()
-                told_at = float("-inf")
+                reminder.reset()
                 break
-            if len(failures) == len(self._targets) and trio.current_time() - told_at >= REMIND_S:
-                told_at = trio.current_time()
+            if len(failures) == len(self._targets) and reminder.due():
                 logger.warning("No gateway can be reached; trying on. %s", "; ".join(failures))
             if failures or len(self._targets) == 1:
                 await trio.sleep(backoff.next())
@@ -171,15 +169,20 @@ class Gateways:
 
     async def _hold_reservation(self, peer: str) -> None:
         backoff = Backoff(self._timings.reconnect_min_s, self._timings.reconnect_max_s)
-        told = False
+        reminder = Reminder(at_once=True)
         while True:
             try:
                 lasts_s = await self._relay.reserve(peer)
             except NetworkError as exc:
-                if self.reserved is not None or not told:
-                    logger.warning("No relay reservation: %s.", exc, extra={"peer_id": peer})
-                    told = True
-                self.reserved = None
+                if self.reserved is not None:
+                    reminder.reset()
+                    self.reserved = None
+                if reminder.due():
+                    logger.warning(
+                        "No relay reservation, so only those who can dial this node reach it: %s.",
+                        exc,
+                        extra={"peer_id": peer},
+                    )
                 await trio.sleep(backoff.next())
                 continue
             backoff.reset()
@@ -196,18 +199,25 @@ class Gateways:
                 nursery.start_soon(self._link, target)
 
     async def _link(self, target: tuple[Address, ...]) -> None:
+        if target[0].peer == self._book.own_peer:
+            # one list of gateways for all of them is convenient
+            logger.info(
+                "%s has the PeerID of this gateway: it is this one, or another that uses its certificate, "
+                "which none may.",
+                target[0],
+            )
+            return
         backoff = Backoff(self._timings.reconnect_min_s, self._timings.reconnect_max_s)
-        told = False
+        reminder = Reminder(at_once=True)
         while True:
             try:
                 peer = await self._reach(target)
             except NetworkError as exc:
-                if not told:
+                if reminder.due():
                     logger.warning("Another gateway cannot be reached; trying on. %s", exc)
-                    told = True
                 await trio.sleep(backoff.next())
                 continue
-            told = False
+            reminder.reset()
             backoff.reset()
             lost = self._peers.loss_of(peer)
             logger.info("Linked with gateway %s.", peer, extra={"peer_id": peer})

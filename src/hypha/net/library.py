@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import trio
@@ -10,7 +11,8 @@ from libp2p import new_host
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 
-from hypha.net import negotiation, yamux_flow
+from hypha.net import identify_bounds, negotiation, yamux_flow
+from hypha.net.inbound_streams import InboundStreams
 from hypha.net.negotiation import EagerClient
 from hypha.net.shared_port import SharedPortTcp
 from hypha.net.streams import contained
@@ -39,6 +41,7 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     """
     yamux_flow.install()
     negotiation.install()
+    identify_bounds.install()
     host = new_host(
         key_pair=security.key_pair,
         sec_opt={PROTOCOL_ID: security},
@@ -59,8 +62,12 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     swarm.set_resource_manager(None)
     # whatever a peer's stream does to the library is an error in a task of the swarm, which would end with it
     swarm.common_stream_handler = contained(swarm.common_stream_handler)
+    # its places would be taken by whoever connects, certificate or not; ours are in ``arrivals``
+    swarm._inbound_limiter = trio.CapacityLimiter(math.inf)
     swarm.retry_config = RetryConfig(max_retries=0)
     host.multiselect_client = EagerClient()
+    host.multiselect = InboundStreams(host.multiselect)
+    identify_bounds.stop_pushes(host)
     if not identify:
         host._should_identify_peer = lambda peer_id: False
     # it would dial whomever identify ever told of, hundreds at a time

@@ -17,10 +17,22 @@ from multiaddr import Multiaddr
 
 from hypha import __version__
 from hypha.errors import ConfigError, Problem
-from hypha.messages import Health, HealthReport, PeerRef, Report, Request, Response, WorkerRequest
+from hypha.messages import (
+    Health,
+    HealthReport,
+    PeerRef,
+    Report,
+    Request,
+    Response,
+    SameCertificate,
+    WorkerRequest,
+)
+from hypha.naming import learn, shown
 from hypha.net.addresses import Address, AddressBook, host_and_port, ip_of, parse
+from hypha.net.arrivals import MAX_ANONYMOUS_PER_SOURCE
 from hypha.net.dht import DhtClient, DhtServer
 from hypha.net.dialing import Dialer
+from hypha.net.doubles import Doubles
 from hypha.net.gateways import Gateways
 from hypha.net.gossip import Gossip
 from hypha.net.library import make_host
@@ -35,13 +47,15 @@ from hypha.net.transfers import BulkTransfers
 from hypha.net.transport import MutualTls
 from hypha.node import Changes, ConnectionInfo, Heard, PeerLost, ReportHandler
 from hypha.pki.identity import Identity
+from hypha.runtime import new_id
 from hypha.telemetry import health_of
 
 logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Request)
-#: Bulk connections served at once; transfers queue for their own, smaller limit behind it.
-MAX_BULK_CONNECTIONS = 64
+#: Threads in which peers prove who they are and say what their bulk connection is for: twice as many as one
+#: address may have of them. Transfers queue for their own, smaller limit behind it.
+MAX_BULK_CONNECTIONS = 2 * MAX_ANONYMOUS_PER_SOURCE
 #: Shutting down may take this long before what is left is cut.
 CLOSE_S = 1.0
 
@@ -57,7 +71,9 @@ class Libp2pNode:
         self._started = trio.current_time()
         self._running = False
         self.ended = trio.Event()
-        self._security = MutualTls(options.identity, options.require_roles)
+        learn(self.peer_id, options.identity.name)
+        instance = None if options.guest else new_id()
+        self._security = MutualTls(options.identity, options.require_roles, instance)
         self._port = SharedPortTcp(options.max_connections, MAX_BULK_CONNECTIONS)
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
         self._swarm = self._host.get_network()
@@ -78,8 +94,11 @@ class Libp2pNode:
             )
             self._peers.on_lost.append(self.hop.forget)
         self._rpc = Rpc(self._streams, self._dialer.connect, nursery)
+        doubles = Doubles(self.peer_id, self._peers, self._rpc.request, nursery)
+        self._security.admit = doubles.admit
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         self._gossip = Gossip(self._host, self._gateways.connected, self._gossips_with)
+        self._gateways.joined.append(self._gossip.include)
         self._dht = DhtClient(
             self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
         )
@@ -92,6 +111,7 @@ class Libp2pNode:
                 lambda: {"circuits": str(hop.circuits), "reservations": str(hop.reservations)}
             )
         self.answer(Health, self._health)
+        self.answer(SameCertificate, doubles.answer)
 
     # --- who and where ------------------------------------------------------------------------------
 
@@ -188,6 +208,10 @@ class Libp2pNode:
         """Be connected to ``peer``; PeerUnreachable when that cannot be."""
         await self._dialer.connect(self._known(peer))
 
+    async def who_is_at(self, address: str) -> str:
+        """The PeerID of the certified node at a multiaddr; NetworkError that says why there is none."""
+        return await self._dialer.who_is_at(parse(address))
+
     async def disconnect(self, peer: str) -> None:
         """Close all connections to ``peer``."""
         await self._peers.close(peer)
@@ -233,6 +257,10 @@ class Libp2pNode:
         """
         self._rpc.answer(kind, handler, roles)
 
+    def prefer(self, is_partner: Callable[[str], bool]) -> None:
+        """Keep places for requests of those of whom ``is_partner`` says so, as they share a lease with us."""
+        self._rpc.prefer(is_partner)
+
     async def _health(self, caller: str, request: Health) -> HealthReport:
         return health_of(self)
 
@@ -240,9 +268,14 @@ class Libp2pNode:
         """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
         self._reports.report(peer, report)
 
-    def answer_reports(self, handler: ReportHandler, roles: Collection[str] | None = None) -> None:
-        """Call ``handler(caller, reports)`` for reports that arrive; it must not block."""
-        self._reports.answer(handler, roles)
+    def answer_reports(
+        self,
+        handler: ReportHandler,
+        roles: Collection[str] | None = None,
+        admits: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Call ``handler(caller, reports)`` for reports of whom ``admits`` admits; it must not block."""
+        self._reports.answer(handler, roles, admits)
 
     # --- gossip and datasets ------------------------------------------------------------------------
 
@@ -321,13 +354,20 @@ class Libp2pNode:
         if self.dht_server is not None:
             await self.dht_server.start(stack)
         logger.info(
-            "%s %s is %s, listening on %s.",
+            "%s %s is %s, /p2p/%s, listening on %s.",
             self.options.component,
             __version__,
+            shown(self.peer_id),
             self.peer_id,
             ", ".join(self.listen_addresses()),
             extra={"peer_id": self.peer_id},
         )
+        if self.options.listen and not self._announced():
+            logger.info(
+                "Other nodes reach this one through a relay only: all its addresses (%s) lie in "
+                "exclude_cidr. For direct transfers take their network out of it, or set external_addresses.",
+                ", ".join(self.listen_addresses()),
+            )
 
     def start(self) -> None:
         """Start what goes on in the background."""

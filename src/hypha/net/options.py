@@ -43,7 +43,8 @@ class NodeOptions:
     ``gateways`` are multiaddrs, with or without ``/p2p/<PeerID>`` (without: whichever certified node
     answers there). ``hop`` makes the node a gateway: relay, DHT server, linked with all ``gateways``.
     ``exclude_cidr``: addresses that are neither dialled nor learnt nor announced; configured gateways and
-    ``external`` addresses are exempt.
+    ``external`` addresses are exempt. ``guest``: it only looks on, beside a node that may have the same
+    certificate.
     """
 
     identity: Identity
@@ -52,6 +53,7 @@ class NodeOptions:
     external: tuple[str, ...] = ()
     gateways: tuple[str, ...] = ()
     hop: bool = False
+    guest: bool = False
     reserve: bool = True
     exclude_cidr: tuple[str, ...] = ()
     require_roles: bool = False

@@ -21,6 +21,7 @@ from hypha.errors import IdentityError, PeerUnreachable
 from hypha.net.options import Timings
 from hypha.net.streams import STREAM_ERRORS
 from hypha.net.transport import TlsConnection
+from hypha.net.yamux_incoming import breach_of
 from hypha.node import ConnectionInfo, PeerLost
 from hypha.pki.identity import Identity
 from hypha.telemetry.instruments import CONNECTIONS_ESTABLISHED, CONNECTIONS_LOST
@@ -81,7 +82,8 @@ class Peers(INotifee):  # type: ignore[misc]
 
     # --- asking -------------------------------------------------------------------------------------
 
-    def _connections_of(self, peer: str) -> list[Any]:
+    def connections_of(self, peer: str) -> list[Any]:
+        """The swarm's live connections to ``peer``."""
         try:
             peer_id = ID.from_string(peer)
         except ValueError:
@@ -90,7 +92,7 @@ class Peers(INotifee):  # type: ignore[misc]
 
     def is_connected(self, peer: str) -> bool:
         """Whether there is a live connection."""
-        return bool(self._connections_of(peer))
+        return bool(self.connections_of(peer))
 
     def all(self) -> list[str]:
         """PeerIDs of all connected peers."""
@@ -110,6 +112,8 @@ class Peers(INotifee):  # type: ignore[misc]
                     direction=direction_of(connection),
                     roles=tls.roles,
                     round_trip_s=round_trip_of(connection),
+                    name=tls.name,
+                    organization=tls.organization,
                 )
             )
         return found
@@ -120,7 +124,7 @@ class Peers(INotifee):  # type: ignore[misc]
         PeerUnreachable for a peer that never was connected, rather than a guess.
         """
         # the swarm has a connection for a moment before it says so
-        for connection in reversed(self._connections_of(peer)):
+        for connection in reversed(self.connections_of(peer)):
             return secured(connection).roles
         try:
             return self._roles[peer]
@@ -149,7 +153,7 @@ class Peers(INotifee):  # type: ignore[misc]
         connected again by then: what the peer kept for those connections is gone.
         """
         lost = trio.Event()
-        left = set(self._connections_of(peer))
+        left = set(self.connections_of(peer))
         if left:
             self._ends.append((left, lost))
         else:
@@ -179,7 +183,7 @@ class Peers(INotifee):  # type: ignore[misc]
                 lost.set()
         self._ends = [(left, lost) for left, lost in self._ends if left]
         peer = str(conn.muxed_conn.peer_id)
-        reason = self._cuts.pop(conn, "closed")
+        reason = self._cuts.pop(conn, "limit" if breach_of(conn.muxed_conn) else "closed")
         CONNECTIONS_LOST.add(reason=reason)
         direction, way = direction_of(conn), way_of(conn)
         logger.debug(
@@ -214,7 +218,7 @@ class Peers(INotifee):  # type: ignore[misc]
 
     async def close(self, peer: str) -> None:
         """Close all connections to ``peer``."""
-        for connection in self._connections_of(peer):
+        for connection in self.connections_of(peer):
             await connection.close()
 
     async def close_all(self) -> None:
@@ -223,7 +227,8 @@ class Peers(INotifee):  # type: ignore[misc]
             for connection in self._swarm.get_connections():
                 nursery.start_soon(connection.close)
 
-    async def _cut(self, connection: Any, reason: Literal["silent", "revoked"], why: str) -> None:
+    async def cut(self, connection: Any, reason: Literal["silent", "revoked"], why: str) -> None:
+        """End a connection at once, without a goodbye; ``why`` is for people."""
         peer = str(connection.muxed_conn.peer_id)
         if not connection.is_closed:
             self._cuts[connection] = reason
@@ -252,15 +257,14 @@ class Peers(INotifee):  # type: ignore[misc]
                 silence = now - secured(connection).last_received
                 if silence > limit:
                     why = f"nothing was heard for {silence:.1f} s"
-                    self._nursery.start_soon(self._cut, connection, "silent", why)
+                    self._nursery.start_soon(self.cut, connection, "silent", why)
                 elif silence > tick:
-                    self._nursery.start_soon(self._probe, connection.muxed_conn)
+                    self._nursery.start_soon(self.probe, connection.muxed_conn)
 
-    async def _probe(self, muxed: Any) -> None:
+    async def probe(self, muxed: Any) -> None:
+        """Have the other end send something."""
         if muxed._write_lock.locked():
             return  # somebody is sending: the probe would wait behind, and is not needed
-        # the library takes the answer for one to its own ping and computes a round trip from this
-        muxed._ping_sent_time = trio.current_time()
         try:
             await muxed._write_frame(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, 0))
         except STREAM_ERRORS as exc:
@@ -290,6 +294,6 @@ class Peers(INotifee):  # type: ignore[misc]
                     self._identity.check(secured(connection).certificate)
                 except IdentityError as exc:
                     why = f"its certificate is refused now ({exc})"
-                    self._nursery.start_soon(self._cut, connection, "revoked", why)
+                    self._nursery.start_soon(self.cut, connection, "revoked", why)
                 await trio.lowlevel.checkpoint()
         return changed

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from multiaddr import Multiaddr
 from hypha.config.log_filter import TRACE
 from hypha.errors import NetworkError, PeerUnreachable, Undecodable
 from hypha.net.library_messages import MAX_RELAY_BYTES, peer_id_in, read_message
+from hypha.net.over_limit import OverLimit
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
 from hypha.net.traced_messages import add_traceparent, traceparent_of
 from hypha.telemetry.instruments import CIRCUITS_OPENED, RELAY_BYTES
@@ -171,12 +173,19 @@ class _Reservation:
 
 @dataclass(frozen=True)
 class RelayLimits:
-    """What a gateway gives away; ``per_peer`` bounds the circuits to one reserved peer."""
+    """What a gateway gives away; ``per_peer`` bounds the circuits to one reserved peer, and ``per_caller``
+    those of one peer that dials.
+    """
 
     reservations: int = 1024
     circuits: int = 256
     per_peer: int = 64
     reservation_s: float = 3600.0
+
+    @property
+    def per_caller(self) -> int:
+        """Half of all: a scheduler needs one to each of its workers, and nobody may keep the others out."""
+        return max(1, self.circuits // 2)
 
 
 class RelayHop:
@@ -190,8 +199,14 @@ class RelayHop:
         self._limits = limits
         self._is_relayed = is_relayed
         self._reservations: dict[str, _Reservation] = {}
-        self.circuits = 0
+        self._callers: Counter[str] = Counter()
+        self._over_limit = OverLimit()
         streams.handle(HOP, self._on_hop)
+
+    @property
+    def circuits(self) -> int:
+        """How many there are, those that are being made included."""
+        return self._callers.total()
 
     @property
     def reservations(self) -> int:
@@ -263,9 +278,11 @@ class RelayHop:
         reservation = self._reservations.get(target)
         if reservation is None or reservation.expires_at <= trio.current_time():
             return await self._refuse(stream, StatusCode.NO_RESERVATION, "unreachable")
-        if self.circuits >= self._limits.circuits or reservation.circuits >= self._limits.per_peer:
+        limit = self._limit_of(caller, reservation)
+        if limit is not None:
+            self._over_limit.note(caller, "relay", limit)
             return await self._refuse(stream, StatusCode.RESOURCE_LIMIT_EXCEEDED, "refused")
-        self.circuits += 1
+        self._callers[caller] += 1
         reservation.circuits += 1
         onward = None
         try:
@@ -280,10 +297,22 @@ class RelayHop:
                 nursery.start_soon(_pump, onward, stream, nursery.cancel_scope)
             return "accepted"
         finally:
-            self.circuits -= 1
+            self._callers[caller] -= 1
+            if not self._callers[caller]:
+                del self._callers[caller]
             reservation.circuits -= 1
             if onward is not None:
                 await discard(onward)
+
+    def _limit_of(self, caller: str, reservation: _Reservation) -> str | None:
+        """Which limit one more circuit of ``caller`` would break."""
+        if self.circuits >= self._limits.circuits:
+            return f"all {self._limits.circuits} circuits are in use (max_circuits)"
+        if self._callers[caller] >= self._limits.per_caller:
+            return f"it has {self._limits.per_caller} circuits, half of all (max_circuits)"
+        if reservation.circuits >= self._limits.per_peer:
+            return f"{self._limits.per_peer} circuits lead to the peer that it wants to reach"
+        return None
 
     async def _refuse(self, stream: Any, code: StatusCode, status: str) -> str:
         CIRCUITS_OPENED.add(status=status)

@@ -19,6 +19,7 @@ from hypha.config.log_filter import TRACE
 from hypha.decoding import decode
 from hypha.errors import PeerUnreachable, Undecodable
 from hypha.messages import WIRE_VERSION, Report
+from hypha.net.over_limit import OverLimit
 from hypha.net.rpc import Oversized, frame, may_act_as, read_frame
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
 from hypha.node import ReportHandler
@@ -59,6 +60,8 @@ class Reports:
         self._wakers: dict[str, trio.Event] = {}
         self._handler: ReportHandler | None = None
         self._roles: frozenset[str] | None = None
+        self._admits: Callable[[str], bool] | None = None
+        self._over_limit = OverLimit()
         streams.handle(PROTOCOL, self._serve)
 
     def report(self, peer: str, report: Report) -> None:
@@ -79,9 +82,15 @@ class Reports:
             with untraced():  # it goes on after whatever the report is of
                 self._nursery.start_soon(self._send_all, peer)
 
-    def answer(self, handler: ReportHandler, roles: Collection[str] | None) -> None:
-        """Give arriving reports to ``handler(caller, reports)``."""
+    def answer(
+        self,
+        handler: ReportHandler,
+        roles: Collection[str] | None,
+        admits: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Give arriving reports to ``handler(caller, reports)``, of those peers that ``admits`` admits."""
         self._handler = handler
+        self._admits = admits
         self._roles = frozenset(roles) if roles is not None else None
 
     async def _send_all(self, peer: str) -> None:
@@ -140,9 +149,14 @@ class Reports:
                     extra={"peer_id": caller},
                 )
                 return
+            if (reason := self._why_not(caller)) is not None:
+                self._over_limit.note(caller, "reports", reason)
+                return
             first = True
             while True:
                 reports = decode(_decoder.decode, await read_frame(stream, MAX_BATCH_BYTES))
+                if self._why_not(caller) is not None:
+                    return  # its lease has ended meanwhile
                 if any(one.v != WIRE_VERSION for one in reports):
                     logger.warning("Refused reports of another version.", extra={"peer_id": caller})
                     return
@@ -161,6 +175,14 @@ class Reports:
             pass  # the sender has no more
         finally:
             await discard(stream)
+
+    def _why_not(self, caller: str) -> str | None:
+        """Why no report of ``caller`` is taken, of whom nothing need be read then; None when it is."""
+        if self._handler is None:
+            return "nobody takes reports here"
+        if self._admits is not None and not self._admits(caller):
+            return "it takes no part in a job here, or not any more"
+        return None
 
     def _hand_over(self, caller: str, reports: list[Report]) -> None:
         if self._handler is not None:

@@ -1,8 +1,10 @@
 """Requests and answers: ``/hypha/rpc/1``, one fresh stream a request.
 
 A frame is four bytes of big-endian length and a MessagePack envelope. Every request gets an answer, a
-refusal included; over the concurrency limit the answer is ``busy``. A caller that is cancelled or runs
-out of time leaves at once: the stream is ended by a task of the node, the connection is not touched.
+refusal included; over the concurrency limit the answer is ``busy``. Each peer has a few places that no other
+can take, and partners (who share a lease with this node) have all of theirs: so nobody's flood makes a
+renewal ``busy``. A caller that is cancelled or runs out of time leaves at once: the stream is ended by a task
+of the node, the connection is not touched.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import logging
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,6 +34,7 @@ from hypha.messages import (
     Response,
     ResponseEnvelope,
 )
+from hypha.net.over_limit import OverLimit
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
 from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
 from hypha.tracing import span, traceparent
@@ -39,11 +43,17 @@ from hypha.tracing.operations import ANSWER, REQUEST
 logger = logging.getLogger(__name__)
 
 PROTOCOL = "/hypha/rpc/1"
-#: At once, from everybody and from one peer; what is more is answered ``busy``.
-MAX_INBOUND = 64
+#: At once, from one peer; what is more is answered ``busy``.
 MAX_INBOUND_PER_PEER = 16
-#: A caller must have sent its request within this.
+#: Of these so many are a peer's own. The others are taken from those that all peers share: when a few peers
+#: use all of them, the rest have their own.
+OWN_PER_PEER = 2
+MAX_SHARED = 64
+#: A caller must have sent its request within this, and taken the answer within this.
 READ_TIMEOUT_S = 30.0
+WRITE_TIMEOUT_S = 60.0
+#: What is not to be answered is read, and dropped, in pieces of this size.
+_DROP_BYTES = 64 << 10
 
 RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 Handler = Callable[[str, Any], Awaitable[Response]]
@@ -63,6 +73,18 @@ async def read_frame(stream: Any, limit: int) -> bytes:
     if size > limit:
         raise Oversized(f"{size} bytes, over the limit of {limit}")
     return await read_exactly(stream, size)
+
+
+async def _drop_frame(stream: Any, limit: int) -> None:
+    """Read one frame and keep nothing of it; as :func:`read_frame`."""
+    (size,) = _LENGTH.unpack(await read_exactly(stream, _LENGTH.size))
+    if size > limit:
+        raise Oversized(f"{size} bytes, over the limit of {limit}")
+    while size:
+        data = await stream.read(min(size, _DROP_BYTES))
+        if not data:
+            raise EOFError(f"the stream ended {size} bytes before its frame")
+        size -= len(data)
 
 
 def frame(payload: bytes) -> bytes:
@@ -94,6 +116,9 @@ class Rpc:
         self._nursery = nursery
         self._handlers: dict[type, tuple[Handler, frozenset[str] | None]] = {}
         self._inbound: Counter[str] = Counter()
+        self._shared = 0
+        self._over_limit = OverLimit()
+        self._is_partner: Callable[[str], bool] = lambda peer: False
         streams.handle(PROTOCOL, self._serve)
 
     # --- asking -------------------------------------------------------------------------------------
@@ -185,15 +210,43 @@ class Rpc:
         """Answer requests of ``kind`` with ``handler``, from callers with one of ``roles`` only."""
         self._handlers[kind] = (handler, frozenset(roles) if roles is not None else None)
 
+    def prefer(self, is_partner: Callable[[str], bool]) -> None:
+        """Keep all of their places for those peers of whom ``is_partner`` says so."""
+        self._is_partner = is_partner
+
+    @contextmanager
+    def _place(self, caller: str) -> Iterator[bool]:
+        """A place among the requests that are served; False: there is none."""
+        mine = self._inbound[caller]
+        shares = mine >= OWN_PER_PEER and not self._is_partner(caller)
+        if mine >= MAX_INBOUND_PER_PEER or (shares and self._shared >= MAX_SHARED):
+            self._over_limit.note(caller, "rpc", "there are too many requests at once")
+            yield False
+            return
+        self._inbound[caller] += 1
+        self._shared += shares
+        try:
+            yield True
+        finally:
+            self._shared -= shares
+            self._inbound[caller] -= 1
+            if not self._inbound[caller]:
+                del self._inbound[caller]
+
     async def _serve(self, stream: Any, caller: str) -> None:
-        busy = self._inbound.total() >= MAX_INBOUND or self._inbound[caller] >= MAX_INBOUND_PER_PEER
-        if not busy:
-            self._inbound[caller] += 1
+        with self._place(caller) as has_place:
+            await self._serve_one(stream, caller, not has_place)
+
+    async def _serve_one(self, stream: Any, caller: str, busy: bool) -> None:
         try:
             with trio.move_on_after(READ_TIMEOUT_S) as reading:
                 payload, refusal = b"", None
                 try:
-                    payload = await read_frame(stream, MAX_REQUEST_BYTES)
+                    if busy:
+                        # to the end, or the answer would be lost in a reset; how many it may open is bounded
+                        await _drop_frame(stream, MAX_REQUEST_BYTES)
+                    else:
+                        payload = await read_frame(stream, MAX_REQUEST_BYTES)
                 except Oversized as exc:
                     refusal = RefusedReply(code="too-large", reason=f"the request has {exc}")
             if reading.cancelled_caught:
@@ -216,15 +269,13 @@ class Rpc:
                     await discard(stream)
                     return
                 reply = answer
-            await self._reply(stream, reply)
+            with trio.move_on_after(WRITE_TIMEOUT_S) as writing:
+                await self._reply(stream, reply)
+            if writing.cancelled_caught:
+                await discard(stream)
         except (*STREAM_ERRORS, EOFError) as exc:
             logger.debug("A request broke off: %r", exc, extra={"peer_id": caller})
             await discard(stream)
-        finally:
-            if not busy:
-                self._inbound[caller] -= 1
-                if not self._inbound[caller]:
-                    del self._inbound[caller]
 
     async def _reply(self, stream: Any, reply: Response) -> None:
         encoded = msgspec.msgpack.encode(ResponseEnvelope(body=reply))

@@ -3,7 +3,7 @@
 The first byte of a connection says what it is: 0x13 opens multistream (libp2p), 0x16 a TLS ClientHello
 (the bulk plane, handed on as a blocking socket in a thread). Anything else, and silence, is closed. The
 number of connections being looked at or served is bounded, because the bulk plane passes by libp2p's
-own limit.
+own limit, and those without a verified certificate have places of their own (:mod:`hypha.net.arrivals`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from typing import Any
 import trio
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
 from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP, TCPListener
 from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
 from hypha.net.addresses import host_and_port, parse
+from hypha.net.arrivals import Arrival, Arrivals
 from hypha.net.byte_counts import ByteCounts
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 logger = logging.getLogger(__name__)
 
 FIRST_BYTE_TIMEOUT_S = 5.0
+#: Connections of one address that fail in the same way are logged once within this.
+TELL_AGAIN_S = 60.0
 MULTISTREAM = b"\x13"
 TLS_CLIENT_HELLO = b"\x16"
 
@@ -48,15 +52,23 @@ def resend_soon(sock: socket.socket | trio.socket.SocketType) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, RESEND_WITHIN_MS)
 
 
-class _WatchedStream(TrioTCPStream):  # type: ignore[misc]
+class WatchedStream(TrioTCPStream):  # type: ignore[misc]
     """A TCP stream that tells when it was closed, and is among ``registry`` until then. Its bytes are
-    counted, here and nowhere above, where those of a circuit would count once more.
+    counted, here and nowhere above, where those of a circuit would count once more. ``arrival`` is the place
+    of one that was dialled from outside.
     """
 
     _cached_remote_address: tuple[str, int] | None
 
-    def __init__(self, stream: trio.SocketStream, registry: set[_WatchedStream], counts: ByteCounts) -> None:
+    def __init__(
+        self,
+        stream: trio.SocketStream,
+        registry: set[WatchedStream],
+        counts: ByteCounts,
+        arrival: Arrival | None = None,
+    ) -> None:
         super().__init__(stream)
+        self.arrival = arrival
         resend_soon(stream.socket)
         self.closed = trio.Event()
         self._registry = registry
@@ -123,14 +135,14 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
     def __init__(self, max_connections: int, max_bulk: int) -> None:
         super().__init__()
         self.serve_bulk: ServeSocket | None = None
-        self._slots = trio.CapacityLimiter(max_connections)
+        self._arrivals = Arrivals(max_connections)
         self._threads = trio.CapacityLimiter(max_bulk)
-        self._streams: set[_WatchedStream] = set()
+        self._streams: set[WatchedStream] = set()
         self._counts = ByteCounts("control")
 
     async def dial(self, maddr: Multiaddr) -> RawConnection:
         raw = await super().dial(maddr)
-        raw.stream = _WatchedStream(raw.stream.stream, self._streams, self._counts)
+        raw.stream = WatchedStream(raw.stream.stream, self._streams, self._counts)
         return raw
 
     async def sever(self) -> None:
@@ -141,24 +153,32 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
 
     def create_listener(self, handler_function: Callable[[Any], Awaitable[None]]) -> TCPListener:
         async def accept(stream: TrioTCPStream) -> None:
-            try:
-                # a borrower of its own: trio would not lend one task two slots
-                self._slots.acquire_on_behalf_of_nowait(stream)
-            except trio.WouldBlock:
-                CONNECTIONS_FAILED.add(direction="inbound", reason="limit")
-                logger.warning(
-                    "Closed an incoming connection: %d are open already.", int(self._slots.total_tokens)
-                )
-                return  # the listener closes what its handler leaves
-            try:
-                await self._dispatch(stream, handler_function)
-            finally:
-                self._slots.release_on_behalf_of(stream)
+            host = _host_of(stream.stream.socket)
+            if host is None:
+                return
+            with trio.CancelScope() as scope:
+                arrival = self._arrivals.arrive(host, scope.cancel)
+                if arrival is None:
+                    self._note_refused(host, "others that have shown no certificate yet have all places")
+                    return  # the listener closes what its handler leaves
+                try:
+                    await self._dispatch(stream, arrival, handler_function)
+                finally:
+                    arrival.leave()
+            if scope.cancelled_caught:
+                self._note_refused(host, "it took too long, and its place was needed")
 
         return _OwnPortListener(accept)
 
+    def _note_refused(self, host: str, why: str) -> None:
+        CONNECTIONS_FAILED.add(direction="inbound", reason="limit")
+        if self._arrivals.over_limit.is_first(host, "connection"):
+            logger.warning(
+                "Closed an incoming connection from %s: %s. This is logged once an address.", host, why
+            )
+
     async def _dispatch(
-        self, stream: TrioTCPStream, libp2p_handler: Callable[[Any], Awaitable[None]]
+        self, stream: TrioTCPStream, arrival: Arrival, libp2p_handler: Callable[[Any], Awaitable[None]]
     ) -> None:
         connection = stream.stream.socket
         first = b""
@@ -169,19 +189,24 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
                 return
         if first == MULTISTREAM:
             logger.debug("A connection for libp2p arrived.")
-            await self._serve_libp2p(stream, libp2p_handler)
+            await self._serve_libp2p(stream, arrival, libp2p_handler)
         elif first == TLS_CLIENT_HELLO and self.serve_bulk is not None:
             logger.debug("A connection for the bulk plane arrived.")
+            arrival.cut = None  # its thread would go on: it has a deadline of its own
             await self._serve_bulk(connection, self.serve_bulk)
         else:
-            logger.info("Closed an incoming connection that spoke neither protocol.")
+            is_first = self._arrivals.over_limit.is_first(arrival.source, "protocol", TELL_AGAIN_S)
+            logger.log(
+                logging.INFO if is_first else logging.DEBUG,
+                "Closed an incoming connection that spoke neither protocol.",
+            )
 
     async def _serve_libp2p(
-        self, stream: TrioTCPStream, libp2p_handler: Callable[[Any], Awaitable[None]]
+        self, stream: TrioTCPStream, arrival: Arrival, libp2p_handler: Callable[[Any], Awaitable[None]]
     ) -> None:
         # The library's handler waits for the end of the whole swarm and keeps one of its inbound slots
         # until then: a long-lived gateway would run out of them. It is ended with its connection.
-        watched = _WatchedStream(stream.stream, self._streams, self._counts)
+        watched = WatchedStream(stream.stream, self._streams, self._counts, arrival)
         async with trio.open_nursery() as nursery:
 
             async def serve() -> None:
@@ -206,3 +231,29 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             finally:
                 if not started.borrowed_tokens:
                     blocking.close()
+
+
+def _host_of(sock: trio.socket.SocketType) -> str | None:
+    """The address of who dialled; None when it has gone already."""
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:
+        return None
+
+
+def take_place(raw: Any, peer: ID) -> str | None:
+    """Give a connection that was dialled directly its place among those of known peers, or say why not."""
+    stream = getattr(raw, "stream", None)
+    if not isinstance(stream, WatchedStream) or stream.arrival is None:
+        return None  # circuits are counted by their relays
+    return stream.arrival.authenticate(str(peer))
+
+
+def level_of(raw: Any, failure: str) -> int:
+    """At which level a failed handshake is logged: one an address and kind of failure within a minute is a
+    warning, as anybody may have them fail without end.
+    """
+    arrival = stream.arrival if isinstance(stream := getattr(raw, "stream", None), WatchedStream) else None
+    if arrival is None or arrival.places.over_limit.is_first(arrival.source, failure, TELL_AGAIN_S):
+        return logging.WARNING
+    return logging.DEBUG

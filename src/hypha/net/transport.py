@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,12 @@ from libp2p.peer.id import ID
 from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.errors import IdentityError
-from hypha.pki.certificates import presented_chain, roles_of
+from hypha.naming import cleaned, learn
+from hypha.net.reasons import NoPlace, failure_of, reason_of
+from hypha.net.refusals import BUSY, CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
+from hypha.net.shared_port import level_of, take_place
+from hypha.pki.certificates import common_name_of, organization_of, parse_der, presented_chain, roles_in
+from hypha.pki.contexts import asked_name_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 if TYPE_CHECKING:
@@ -38,6 +44,10 @@ logger = logging.getLogger(__name__)
 #: The multistream name that upstream's TLS uses too.
 PROTOCOL_ID = TProtocol("/tls/1.0.0")
 HANDSHAKE_TIMEOUT_S = 10.0
+#: Who is turned away closes first, within this.
+FAREWELL_S = 1.0
+#: How a node's number is written into the name that it asks for in the handshake.
+_INSTANCE_SUFFIX = ".instance.hypha"
 #: A peer whose socket takes no byte for this long is dead, whatever else says so.
 WRITE_STALL_S = 30.0
 #: Ciphertext per receive: 4 KiB reads, as the library's own TLS does them, halve the throughput.
@@ -60,8 +70,22 @@ class _Closing(trio.abc.AsyncResource):
         await self._raw.close()
 
 
+class OtherPeer(HandshakeFailure):  # type: ignore[misc]
+    """The certificate at that address is good, and of another peer than expected."""
+
+
+class NotAdmitted(HandshakeFailure):  # type: ignore[misc]
+    """The certificate is good, but this node does not let the peer in now."""
+
+
+class _GaveUp(HandshakeFailure):  # type: ignore[misc]
+    """The other end closed during the handshake, without an alert that says why."""
+
+
 class TlsConnection(ISecureConn):  # type: ignore[misc]
-    """An authenticated connection. ``certificate`` is the peer's, DER; ``roles`` are from it.
+    """An authenticated connection. ``certificate`` is the peer's, DER; ``roles``, ``name`` and
+    ``organization`` are from it. ``instance`` tells which node with that certificate has dialled; ``None``
+    where this node has, or where nothing was said.
 
     Writes are shielded from cancellation once a record has been started: half a record would corrupt
     every stream of the connection. Reads keep libp2p's contract: exactly ``n`` bytes unless the
@@ -82,7 +106,11 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         self.certificate = certificate
         #: trio time at which the last bytes came in
         self.last_received = trio.current_time()
-        self.roles = roles_of(certificate)
+        parsed = parse_der(certificate)
+        self.roles = roles_in(parsed)
+        self.name = cleaned(common_name_of(parsed))
+        self.organization = cleaned(organization_of(parsed))
+        self.instance = instance_of(tls) if tls.server_side else None
         self._tls = tls
         self._incoming = incoming
         self._outgoing = outgoing
@@ -96,6 +124,8 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         self._read_lock = trio.Lock()
         self._at_eof = False
         self._closed = False
+        #: has the other end said anything that is no refusal?
+        self._welcome = False
 
     def get_local_peer(self) -> ID:
         return ID.from_pubkey(self._key_pair.public_key)
@@ -150,6 +180,10 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
                     if not self._buffer:
                         raise ConnectionClosedError("the connection is closed", transport="tls")
                     break
+            if not self._welcome:
+                if (refusal := refusal_in(self._buffer)) is not None:
+                    raise TurnedAway(refusal)
+                self._welcome = True
             available = len(self._buffer) - self._consumed
             end = self._consumed + (available if n is None else min(n, available))
             with memoryview(self._buffer) as view:
@@ -201,6 +235,11 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
                 raise ConnectionClosedError(f"TLS error: {exc.reason or exc}", transport="tls") from exc
         return received
 
+    @property
+    def ended(self) -> bool:
+        """Whether either end has closed it."""
+        return self._at_eof or self._closed
+
     async def close(self) -> None:
         """Say goodbye where the socket takes it within a second, then close."""
         if self._closed:
@@ -232,9 +271,12 @@ def public_key_of(certificate: bytes) -> Ed25519PublicKey:
 class MutualTls(ISecureTransport):  # type: ignore[misc]
     """Makes :class:`TlsConnection` of raw connections, or refuses."""
 
-    def __init__(self, identity: Identity, require_roles: bool = False) -> None:
+    def __init__(self, identity: Identity, require_roles: bool = False, instance: str | None = None) -> None:
         self._identity = identity
         self._require_roles = require_roles
+        self._asked_name = None if instance is None else instance + _INSTANCE_SUFFIX
+        #: asked about each peer that has dialled and is let in otherwise
+        self.admit: Callable[[TlsConnection], Awaitable[Refusal | None]] | None = None
         self.key_pair = key_pair_of(identity)
 
     def get_protocol_id(self) -> TProtocol:
@@ -256,10 +298,12 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 return await self._handshake(raw, server, expected)
         except (ssl.SSLError, IOException, OSError, IdentityError, trio.TooSlowError) as exc:
-            reason = self._explain(exc)
+            slow = isinstance(exc, trio.TooSlowError)
+            reason = f"no end within {HANDSHAKE_TIMEOUT_S:g} s" if slow else reason_of(exc)
             self._count_refused(server, exc)
             # said first: closing may end the task that serves this connection
-            logger.warning(
+            logger.log(
+                level_of(raw, failure_of(exc)),
                 "The mutual-TLS handshake with %s failed: %s.",
                 expected or place,
                 reason,
@@ -269,7 +313,11 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             raise HandshakeFailure(f"mutual TLS failed: {reason}") from exc
         except HandshakeFailure as exc:
             self._count_refused(server, exc)
-            logger.warning("Refused the connection with %s: %s.", place, exc)
+            # whoever did not admit it has said so, and not for each of its attempts; and a node dials several
+            # addresses at once, and gives up the others when one is there
+            expected_here = isinstance(exc, NotAdmitted | NoPlace) or (server and isinstance(exc, _GaveUp))
+            level = logging.DEBUG if expected_here else level_of(raw, failure_of(exc))
+            logger.log(level, "Refused the connection with %s: %s.", place, exc)
             await trio.aclose_forcefully(_Closing(raw))
             raise
         except Exception as exc:  # a certificate that is odd in a way of its own
@@ -281,7 +329,8 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
     async def _handshake(self, raw: IRawConnection, server: bool, expected: ID | None) -> TlsConnection:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         context = self._identity.server_context() if server else self._identity.client_context()
-        tls = context.wrap_bio(incoming, outgoing, server_side=server)
+        asked = None if server else self._asked_name
+        tls = context.wrap_bio(incoming, outgoing, server_side=server, server_hostname=asked)
         while True:
             try:
                 tls.do_handshake()
@@ -291,7 +340,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
                     await raw.write(outgoing.read())
                 received = await raw.read(RECEIVE_BYTES)
                 if not received:
-                    raise HandshakeFailure("the peer closed during the handshake") from None
+                    raise _GaveUp("the peer closed during the handshake") from None
                 incoming.write(received)
             except ssl.SSLError:
                 if outgoing.pending:  # the alert tells the other side why
@@ -302,14 +351,29 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         certificate = tls.getpeercert(binary_form=True)
         if not certificate:
             raise HandshakeFailure("the peer sent no certificate")
-        self._identity.check(certificate, presented_chain(tls))
+        try:
+            self._identity.check(certificate, presented_chain(tls))
+        except IdentityError as exc:
+            if server:
+                await _turn_away(raw, tls, outgoing, Refusal(CERTIFICATE, exc.problems[0].message))
+            raise
         connection = TlsConnection(raw, tls, incoming, outgoing, self.key_pair, certificate)
+        learn(str(connection.get_remote_peer()), connection.name)
         if expected is not None and connection.get_remote_peer() != expected:
-            raise HandshakeFailure(
+            raise OtherPeer(
                 f"expected peer {expected}, but the certificate there is of {connection.get_remote_peer()}"
             )
         if self._require_roles and not connection.roles:
+            if server:
+                refusal = Refusal(CERTIFICATE, "its certificate carries no role, and one is required there")
+                await _turn_away(raw, tls, outgoing, refusal)
             raise HandshakeFailure("the peer's certificate carries no role, and this node requires one")
+        if server and self.admit is not None and (unwanted := await self.admit(connection)) is not None:
+            await _turn_away(raw, tls, outgoing, unwanted)
+            raise NotAdmitted(unwanted.code)
+        if server and (crowded := take_place(raw, connection.get_remote_peer())) is not None:
+            await _turn_away(raw, tls, outgoing, Refusal(BUSY, crowded))
+            raise NoPlace(crowded)
         return connection
 
     @staticmethod
@@ -318,27 +382,24 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         if server:
             CONNECTIONS_FAILED.add(direction="inbound", reason=failure_of(exc))
 
-    @staticmethod
-    def _explain(exc: BaseException) -> str:
-        if isinstance(exc, trio.TooSlowError):
-            return f"no end within {HANDSHAKE_TIMEOUT_S:g} s"
-        if isinstance(exc, ssl.SSLCertVerificationError):
-            return f"certificate refused ({exc.verify_message})"
-        if isinstance(exc, ssl.SSLError):
-            return exc.reason or str(exc)
-        return str(exc) or type(exc).__name__
+
+async def _turn_away(
+    raw: IRawConnection, tls: ssl.SSLObject, outgoing: ssl.MemoryBIO, refusal: Refusal
+) -> None:
+    """Tell the other end why, and wait a moment until it has closed: what it has sent meanwhile and nobody
+    reads would turn our own closing into a reset, which may overtake what was said.
+    """
+    tls.write(encoded(refusal))
+    await raw.write(outgoing.read())
+    with trio.move_on_after(FAREWELL_S):
+        while await raw.read(RECEIVE_BYTES):
+            pass
 
 
-def failure_of(exc: BaseException) -> str:
-    """Why a connection could not be made, in the words that it is counted by."""
-    root = exc
-    while root.__cause__ is not None:
-        root = root.__cause__
-    if isinstance(root, trio.TooSlowError | TimeoutError):
-        return "timeout"
-    if isinstance(root, IdentityError | ssl.SSLError | HandshakeFailure):
-        return "certificate"
-    return "unreachable"
+def instance_of(tls: ssl.SSLObject) -> str | None:
+    """Which node has dialled, where it says so."""
+    name = asked_name_of(tls) or ""
+    return name.removesuffix(_INSTANCE_SUFFIX) if name.endswith(_INSTANCE_SUFFIX) else None
 
 
 def _address(raw: IRawConnection) -> str:

@@ -20,6 +20,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
 
 from hypha.errors import IdentityError
 
@@ -103,6 +104,24 @@ def presented_chain(tls: ssl.SSLSocket | ssl.SSLObject) -> tuple[bytes, ...]:
 def name_of(certificate: x509.Certificate) -> str:
     """Its subject as people write it, for messages."""
     return f"{certificate.subject.rfc4514_string() or '(no subject)'}"
+
+
+def common_name_of(certificate: x509.Certificate) -> str:
+    """The common name of its subject, as its authority wrote it; empty where it has none."""
+    return _attribute(certificate, NameOID.COMMON_NAME)
+
+
+def organization_of(certificate: x509.Certificate) -> str:
+    """The organisation of its subject; empty where it has none."""
+    return _attribute(certificate, NameOID.ORGANIZATION_NAME)
+
+
+def _attribute(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:
+    try:
+        return "".join(str(one.value) for one in certificate.subject.get_attributes_for_oid(oid)[:1])
+    except ValueError:
+        # a subject that cannot be decoded has no name
+        return ""
 
 
 def fingerprint(certificate: x509.Certificate) -> str:

@@ -32,6 +32,7 @@ def make_context(
     if server:
         # without tickets there is no resumption, which would skip looking at the certificate again
         context.num_tickets = 0
+        context.sni_callback = _note_server_name
     if alpn is not None:
         context.set_alpn_protocols([alpn])
     context.load_verify_locations(cadata=b"".join(anchor.public_bytes(Encoding.DER) for anchor in anchors))
@@ -40,6 +41,17 @@ def make_context(
     with _readable(chain_pem) as certificate_path, _readable(key_pem) as key_path:
         context.load_cert_chain(certificate_path, key_path)
     return context
+
+
+def _note_server_name(tls: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+    # what is dialled are keys and not names, so the name says something else: see asked_name_of
+    vars(tls)["hypha_asked_name"] = name
+
+
+def asked_name_of(tls: ssl.SSLObject) -> str | None:
+    """The name that whoever dialled has sent in the clear (SNI), if any."""
+    name = vars(tls).get("hypha_asked_name")
+    return name if isinstance(name, str) else None
 
 
 @contextmanager

@@ -7,11 +7,13 @@ are interchangeable; one that differs is refused, loudly.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import trio
 
 from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef
+from hypha.naming import shown
 from hypha.node import Node, PeerLost
 
 logger = logging.getLogger(__name__)
@@ -100,8 +102,10 @@ class Dataset:
             self.providers[peer] = ref
 
 
-async def find_dataset(node: Node, name: str, wait_s: float | None) -> Dataset:
-    """Wait until somebody serves ``name``, at most ``wait_s``.
+async def find_dataset(
+    node: Node, name: str, wait_s: float | None, say: Callable[[str], None] = lambda why: None
+) -> Dataset:
+    """Wait until somebody serves ``name``, at most ``wait_s``; ``say`` is told why it is not there yet.
 
     Raises :class:`DatasetNotFound`, or :class:`DatasetMismatch` when replicas differ at the start:
     nobody but the user can say which is meant.
@@ -121,17 +125,20 @@ async def find_dataset(node: Node, name: str, wait_s: float | None) -> Dataset:
                 answers |= (await _describe(node, name, more, refused))[0]
                 refs = [*refs, *more]
                 return _agreed(name, answers, {ref.peer: ref for ref in refs})
+            say(_why_not(silent))
             if not said:
                 said = True
                 logger.info("Nobody serves the dataset %s yet; waiting for a data node", name)
             await trio.sleep(pause_s)
             pause_s = min(_LONGEST_PAUSE_S, pause_s * 1.5)
-    detail = (
-        f"{len(silent)} data node(s) announce it but do not answer: " + ", ".join(ref.peer for ref in silent)
-        if silent
-        else "no data node announces it: is the name right, and does its data node reach the same gateway?"
-    )
-    raise DatasetNotFound(f"nobody served the dataset {name} within {wait_s:g} s; {detail}")
+    raise DatasetNotFound(f"nobody served the dataset {name} within {wait_s:g} s; {_why_not(silent)}")
+
+
+def _why_not(silent: list[PeerRef]) -> str:
+    if not silent:
+        return "no data node announces it: is the name right, and does its data node reach the same gateway?"
+    names = ", ".join(shown(ref.peer) for ref in silent)
+    return f"{len(silent)} data node(s) announce it but do not answer: {names}"
 
 
 def _agreed(name: str, answers: dict[str, DatasetDescription], refs: dict[str, PeerRef]) -> Dataset:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import get_args
 
 import trio
 
 from hypha.errors import Refused
-from hypha.messages import Acknowledged, NextSlice, NoSlice, Report, ReportEvent, SliceAssigned
+from hypha.messages import Acknowledged, ExecutorClass, NextSlice, NoSlice, Report, ReportEvent, SliceAssigned
 from hypha.node import Node
 from hypha.scheduler.datasets import Dataset
 from hypha.scheduler.events import AnswerSlice, Disregarded, Input, Reported, SliceAsked, Told
@@ -91,7 +92,7 @@ class Desk:
         """Answer from now on."""
         self._node.answer(ReportEvent, self._event, roles={"worker"})
         self._node.answer(NextSlice, self._slice, roles={"worker"})
-        self._node.answer_reports(self._reports, roles={"worker"})
+        self._node.answer_reports(self._reports, roles={"worker"}, admits=self._is_partner)
 
     async def _event(self, caller: str, request: ReportEvent) -> Acknowledged:
         if not self._is_leased(caller, request.kind):
@@ -130,6 +131,9 @@ class Desk:
             providers=self._dataset.providers_for(got.index),
             ahead=answer.ahead,
         )
+
+    def _is_partner(self, peer: str) -> bool:
+        return any(self._is_leased(peer, kind) for kind in get_args(ExecutorClass))
 
     def _reports(self, caller: str, reports: list[Report]) -> None:
         for report in reports:

@@ -34,6 +34,7 @@ from hypha.messages import (
 from hypha.runtime import in_thread
 from hypha.scheduler.pool import LeaseGained
 from hypha.scheduler.slices import TrackerState
+from hypha.waiting import Reminder
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -368,20 +369,26 @@ async def held_leases(path: Path) -> list[LeaseGained]:
     """The leases that a scheduler which was killed left in ``path``; none where there is no ledger. On a full
     disk not even that can be read: it waits for room. Raises :class:`HyphaError`.
     """
-    return await _with_room(path, lambda: _held_leases(path), trio.CapacityLimiter(1))
+    rows = await _with_room(path, lambda: _rows(path, "SELECT lease FROM pool"), trio.CapacityLimiter(1))
+    return [decode_json(row[0], LeaseGained) for row in rows]
 
 
-def _held_leases(path: Path) -> list[LeaseGained]:
+async def has_trained(path: Path) -> bool:
+    """Whether the job of the ledger in ``path`` has applied a round; waits as :func:`held_leases` does."""
+    query = "SELECT 1 FROM rounds LIMIT 1"
+    return bool(await _with_room(path, lambda: _rows(path, query), trio.CapacityLimiter(1)))
+
+
+def _rows(path: Path, query: str) -> list[tuple[str]]:
     if not path.is_file():
         return []
     with closing(_connect(path)) as db:
         try:
-            rows = db.execute("SELECT lease FROM pool").fetchall()
+            return db.execute(query).fetchall()
         except sqlite3.OperationalError as exc:
             if _is_full(exc):
                 raise
             return []  # killed before it had tables
-    return [decode_json(row[0], LeaseGained) for row in rows]
 
 
 def read_ledger(path: Path) -> LedgerFile:
@@ -429,17 +436,17 @@ def _is_full(exc: Exception) -> bool:
 
 async def _with_room(path: Path, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
     """``call`` in a thread, not cancelled half-way, again until the disk is not full any more."""
-    told = False
+    told: Reminder | None = None
     while True:
         try:
             result = await in_thread(call, abandon_on_cancel=False, limiter=limiter)
         except sqlite3.OperationalError as exc:
             if not _is_full(exc):
                 raise
-            if not told:
+            told = told or Reminder(at_once=True)
+            if told.due():
                 text = "The job stands still, as its ledger %s cannot be written (%s): make room there"
                 logger.error(text, path, exc)
-            told = True
             await trio.sleep(_ROOM_RETRY_S)
             continue
         if told:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hypha.naming import names_of
 from hypha.scheduler.round_record import Fault, RoundRecord, Span, SpanKind, WorkerRound, rounded
 
 
@@ -76,4 +77,5 @@ class OpenRound:
             ),
             server_spans=self.server_track.seen(self.at, now),
             faults=tuple(self.faults),
+            names=names_of([*self.tracks, self.server, *(fault.peer for fault in self.faults)]),
         )

@@ -246,6 +246,9 @@ class Pool:
         """All leases held now."""
         return tuple(_gained(held) for held in self._held.values() if held.gained)
 
+    def _is_partner(self, peer: str) -> bool:
+        return any(held.gained and held.offer.worker.peer == peer for held in self._held.values())
+
     @property
     def held(self) -> tuple[HeldLease, ...]:
         """All leases held now, and how long they live."""
@@ -318,6 +321,7 @@ class Pool:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the pool; ``started`` once offers are answered."""
         self._node.answer(WorkerOffer, self._answer_offer, roles=frozenset({"worker"}))
+        self._node.prefer(self._is_partner)
         with self._send, self._running:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._watch_peers)

@@ -52,6 +52,7 @@ class RoundRecord(Struct, frozen=True, omit_defaults=True):
     ``began`` is in seconds since 1970; ``length_s`` is how long the record is, which for the first round of
     a life includes the loading of models; ``duration_s`` is the round itself, as in the ledger. A record that
     is neither ``applied`` nor the open round's was cut short, and one that is ``discarded`` was done again.
+    ``names`` are those of the certificates of the nodes in it, by PeerID, as far as they are known.
     """
 
     job_id: str
@@ -69,6 +70,7 @@ class RoundRecord(Struct, frozen=True, omit_defaults=True):
     workers: tuple[WorkerRound, ...] = ()
     server_spans: tuple[Span, ...] = ()
     faults: tuple[Fault, ...] = ()
+    names: dict[str, str] = {}
 
     @property
     def key(self) -> Key:
@@ -96,9 +98,9 @@ class Now(Struct, frozen=True):
 
 
 def without_spans(record: RoundRecord) -> RoundRecord:
-    """Its numbers alone."""
+    """Its numbers alone; newer records, and the job's state, have the same names."""
     workers = tuple(msgspec.structs.replace(worker, spans=()) for worker in record.workers)
-    return msgspec.structs.replace(record, workers=workers, server_spans=())
+    return msgspec.structs.replace(record, workers=workers, server_spans=(), names={})
 
 
 def from_ledger(entry: LedgerRound, job_id: str, began: float = 0.0) -> RoundRecord:

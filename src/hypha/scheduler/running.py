@@ -22,6 +22,7 @@ from hypha.messages import PeerRef
 from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.allocation import Pace
+from hypha.scheduler.awaited import Awaiting, awaited
 from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.export import Output
 from hypha.scheduler.goodput.signals import GoodputSignals
@@ -36,7 +37,7 @@ from hypha.scheduler.serving import ServedDirectory
 from hypha.scheduler.signals import JobMetrics
 from hypha.scheduler.snapshot import JobSnapshot
 from hypha.scheduler.state import StateDirectory
-from hypha.scheduler.view import Progressed, snapshot_of, with_surroundings
+from hypha.scheduler.view import Progressed, sentence, snapshot_of, with_surroundings
 from hypha.scheduler.working import Working
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class RunningJob:
             lambda: None if isinstance(self._stage, Preparing) else self._stage.dataset,
         )
         self._goodput = GoodputSignals(journal, resources.num_workers, self._context.began)
+        self._awaiting = Awaiting()
         self._observe = observe
         self._stage: Preparing | Opened | Working = Preparing("starting")
         self._outcome: JobResult | HyphaError | None = None
@@ -218,7 +220,26 @@ class RunningJob:
     async def _observing(self) -> None:
         while True:
             self._look()
+            self._look_for_silence()
             await trio.sleep(_OBSERVE_S)
+
+    def _look_for_silence(self) -> None:
+        stage, context = self._stage, self._context
+        match stage:
+            case Preparing(step=step):
+                # what stands behind the colon comes and goes while the step is the same
+                self._awaiting.look(step.partition(":")[0], lambda: step)
+            case Opened():
+                self._awaiting.look("opened", lambda: "reading the job's state")
+            case Working(current=current, dataset=dataset):
+                machine = current.machine
+
+                def what() -> str:
+                    now = sentence(context.config, machine, context.pool, dataset, "")
+                    whom = awaited(machine)
+                    return f"{now}; waiting for {whom}" if whom else now
+
+                self._awaiting.look((machine.start.generation, machine.round, machine.phase), what)
 
 
 def _first(group: BaseExceptionGroup[HyphaError]) -> HyphaError:

@@ -2,7 +2,8 @@
 
 :class:`JobSnapshot` is the contract: it is what ``/status`` answers, and the ``job`` of every message that
 the live page receives (:class:`hypha.scheduler.round_record.Now`). Fields are only ever added, each with a
-default, so that an older reader still reads a newer scheduler.
+default, so that an older reader still reads a newer scheduler. A ``name`` is that of the certificate of
+the peer beside it, empty where it is not known.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 from msgspec import Struct
 
 from hypha.messages import ExecutorClass, UpdateStatistics
+from hypha.naming import name_of
 from hypha.node import ConnectionInfo
 from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.members import Member
@@ -39,6 +41,7 @@ class WorkerSnapshot(Struct, frozen=True):
     update_norm: float | None = None
     update_cosine: float | None = None
     version: str = ""
+    name: str = ""
 
 
 class LeaseSnapshot(Struct, frozen=True):
@@ -57,6 +60,7 @@ class LeaseSnapshot(Struct, frozen=True):
     expires_in_s: float = 0.0
     suspected: bool = False
     version: str = ""
+    name: str = ""
 
 
 class SliceCounts(Struct, frozen=True):
@@ -76,6 +80,7 @@ class ConnectionSnapshot(Struct, frozen=True):
     address: str = ""
     roles: tuple[str, ...] = ()
     round_trip_s: float | None = None
+    name: str = ""
 
 
 class LogLine(Struct, frozen=True):
@@ -87,6 +92,7 @@ class LogLine(Struct, frozen=True):
     logger: str
     message: str
     peer: str = ""
+    name: str = ""
 
 
 class JobSnapshot(Struct, frozen=True):
@@ -124,6 +130,8 @@ class JobSnapshot(Struct, frozen=True):
     connections: tuple[ConnectionSnapshot, ...] = ()
     warnings: tuple[LogLine, ...] = ()
     version: str = ""
+    scheduler_name: str = ""
+    parameter_server_name: str = ""
 
 
 def worker_snapshot(
@@ -143,6 +151,7 @@ def worker_snapshot(
         update_norm=update.norm if update is not None else None,
         update_cosine=update.cosine if update is not None else None,
         version=version,
+        name=name_of(member.peer),
     )
 
 
@@ -156,6 +165,7 @@ def connection_snapshots(connections: Iterable[ConnectionInfo]) -> tuple[Connect
             address=one.address,
             roles=tuple(sorted(one.roles)),
             round_trip_s=one.round_trip_s,
+            name=name_of(one.peer),
         )
         for one in connections
     ]

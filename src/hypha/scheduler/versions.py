@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from hypha import __version__
 from hypha.features import BASELINE, OURS, Abilities, advice, in_words, printable, stated
 from hypha.messages import ExecutorClass, WorkerOffer
+from hypha.naming import shown
 from hypha.scheduler.allocation import Ask
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ class StatedVersions:
             return
         self._lacking[key] = lacking
         logger.warning(
-            "Worker ...%s runs %s and is not given %s jobs, as it lacks what the job needs: %s; %s.",
-            worker[-8:],
+            "Worker %s runs %s and is not given %s jobs, as it lacks what the job needs: %s; %s.",
+            shown(worker),
             abilities,
             ask.kind,
             in_words(lacking),
@@ -58,8 +59,8 @@ class StatedVersions:
             return
         self._told.add(worker)
         logger.info(
-            "Worker ...%s runs %s, this scheduler %s; it has all that the job needs.",
-            worker[-8:],
+            "Worker %s runs %s, this scheduler %s; it has all that the job needs.",
+            shown(worker),
             abilities,
             __version__,
             extra={"worker_peer_id": worker},
@@ -74,7 +75,7 @@ class StatedVersions:
             asked = (ask for ask in self._asks.values() if ask.kind == kind)
             rare = [name for ask in asked for name in ask.needs if name not in BASELINE]
             return f"it needs {', '.join(rare)}, which older versions of Hypha lack" if rare else ""
-        names = ", ".join(f"...{worker[-8:]}" for worker in list(found)[:_NAMED])
+        names = ", ".join(map(shown, list(found)[:_NAMED]))
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         lacking = tuple(dict.fromkeys(name for lacks in found.values() for name in lacks))
         features = ", ".join(printable(name) for name in lacking)

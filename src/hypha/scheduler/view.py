@@ -11,6 +11,7 @@ from hypha.config.models import JobConfig
 from hypha.errors import HyphaError
 from hypha.features import printable
 from hypha.messages import ExecutorClass, LedgerRound, Resources, UpdateStatistics
+from hypha.naming import name_of
 from hypha.node import Node
 from hypha.scheduler.datasets import Dataset
 from hypha.scheduler.describe import resources_of
@@ -102,6 +103,7 @@ def snapshot_of(
         message = sentence(config, machine, pool, dataset, output)
     members = machine.members.values() if machine is not None else ()
     updates = progressed.updates
+    server = machine.server.peer if machine is not None and machine.server is not None else None
     return JobSnapshot(
         name=config.name,
         job_id=machine.start.job_id if machine is not None else "",
@@ -125,7 +127,8 @@ def snapshot_of(
             )
             for member in members
         ),
-        parameter_server=machine.server.peer if machine is not None and machine.server is not None else None,
+        parameter_server=server,
+        parameter_server_name=name_of(server or ""),
         dataset=config.dataset.dataset,
         dataset_samples=dataset.manifest.samples if dataset is not None else 0,
         providers=len(dataset.providers) if dataset is not None else 0,
@@ -148,6 +151,7 @@ def with_surroundings(
     return msgspec.structs.replace(
         job,
         scheduler=node.peer_id,
+        scheduler_name=name_of(node.peer_id),
         held=tuple(_lease_snapshot(held, now) for held in pool.held),
         slices=SliceCounts(**counts) if counts is not None else None,
         connections=connection_snapshots(node.connections()),
@@ -168,6 +172,7 @@ def _lease_snapshot(held: HeldLease, now: float) -> LeaseSnapshot:
         expires_in_s=max(0.0, held.expires_at - now),
         suspected=held.suspected,
         version=printable(lease.version),
+        name=name_of(lease.worker.peer),
     )
 
 

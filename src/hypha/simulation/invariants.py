@@ -311,7 +311,8 @@ def _left_over(world: World) -> list[str]:
             found.append(f"{name} still reserves {leases} leases after the job")
         if computer.executors is not None and computer.executors.running:
             found.append(f"{name} still runs {sorted(computer.executors.running)} after the job")
-        jobs = sorted(path.name for path in (computer.directory / "work").glob("hypha-*"))
+        work = computer.directory / "work"
+        jobs = sorted(path.name for path in (*work.glob("hypha-*"), *work.glob(".hypha-*")))
         if jobs:
             found.append(f"{name} still has the job directories {jobs}")
     for name, computer in world.computers.items():

@@ -42,7 +42,7 @@ from hypha.telemetry import health_of
 logger = logging.getLogger("hypha.simulation")
 
 #: as in hypha.net.rpc
-_MAX_INBOUND, _MAX_INBOUND_PER_PEER = 64, 16
+_MAX_INBOUND_PER_PEER, _OWN_PER_PEER, _MAX_SHARED = 16, 2, 64
 #: as in hypha.net.gossip and hypha.net.options.Timings
 _BACKLOG = 256
 _MESH_WAIT_S = 3.0
@@ -112,12 +112,15 @@ class SimulatedNode:
         self._gateway: str | None = None
         self._handlers: dict[type, tuple[Handler, frozenset[str] | None]] = {}
         self._inbound: Counter[str] = Counter()
+        self._shared = 0
+        self._is_partner: Callable[[str], bool] = lambda peer: False
         self._watchers: dict[trio.MemorySendChannel[PeerLost], None] = {}
         self._listeners: dict[trio.MemorySendChannel[Heard], None] = {}
         self._waiting: dict[str, dict[_ReportKey, Report]] = {}
         self._wakers: dict[str, trio.Event] = {}
         self._report_handler: ReportHandler | None = None
         self._report_roles: frozenset[str] | None = None
+        self._admits_reports: Callable[[str], bool] | None = None
         self._provided: dict[str, None] = {}
         #: of a gateway: who serves what
         self._records: dict[str, dict[str, PeerRef]] = {}
@@ -300,11 +303,16 @@ class SimulatedNode:
         """Answer requests of ``kind``."""
         self._handlers[kind] = (handler, frozenset(roles) if roles is not None else None)
 
+    def prefer(self, is_partner: Callable[[str], bool]) -> None:
+        """Keep places for requests of those peers of whom ``is_partner`` says so."""
+        self._is_partner = is_partner
+
     async def _serve(self, caller: str, payload: bytes) -> bytes:
         return msgspec.msgpack.encode(ResponseEnvelope(body=await self._answer(caller, payload)))
 
     async def _answer(self, caller: str, payload: bytes) -> Response:
-        if self._inbound.total() >= _MAX_INBOUND or self._inbound[caller] >= _MAX_INBOUND_PER_PEER:
+        shares = self._inbound[caller] >= _OWN_PER_PEER and not self._is_partner(caller)
+        if self._inbound[caller] >= _MAX_INBOUND_PER_PEER or (shares and self._shared >= _MAX_SHARED):
             return RefusedReply(code="busy", reason="too many requests at once; try again later")
         request = _requests.decode(payload).body
         name = type(request).__name__
@@ -314,6 +322,7 @@ class SimulatedNode:
         if not self._may(caller, roles):
             return RefusedReply(code="role", reason=f"{name} needs another role")
         self._inbound[caller] += 1
+        self._shared += shares
         try:
             return await handler(caller, request)
         except Refused as exc:
@@ -323,6 +332,7 @@ class SimulatedNode:
             self.process.crashed(exc)
             return RefusedReply(code="internal", reason=f"{name} failed there; its log says more")
         finally:
+            self._shared -= shares
             self._inbound[caller] -= 1
             if not self._inbound[caller]:
                 del self._inbound[caller]
@@ -376,13 +386,20 @@ class SimulatedNode:
                 self._wakers[peer].set()
                 await trio.sleep(_REPORT_RETRY_S)
 
-    def answer_reports(self, handler: ReportHandler, roles: Collection[str] | None = None) -> None:
-        """Call ``handler(caller, reports)`` for reports that arrive."""
+    def answer_reports(
+        self,
+        handler: ReportHandler,
+        roles: Collection[str] | None = None,
+        admits: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Call ``handler(caller, reports)`` for reports that arrive from whom ``admits`` admits."""
         self._report_handler = handler
+        self._admits_reports = admits
         self._report_roles = frozenset(roles) if roles is not None else None
 
     async def _reported(self, caller: str, payload: bytes) -> bool:
-        if self._report_handler is not None and self._may(caller, self._report_roles):
+        admitted = self._admits_reports is None or self._admits_reports(caller)
+        if self._report_handler is not None and admitted and self._may(caller, self._report_roles):
             self._report_handler(caller, _reports.decode(payload))
         return True
 

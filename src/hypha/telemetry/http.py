@@ -22,6 +22,7 @@ from starlette.routing import Route
 from hypha.errors import ConfigError, Problem
 from hypha.messages import HealthReport
 from hypha.runtime import in_thread
+from hypha.telemetry.hosts import LocalNames
 from hypha.telemetry.metrics import sample
 from hypha.telemetry.running import exposition
 from hypha.telemetry.serving import BoundedConfig, serve
@@ -41,7 +42,8 @@ async def serve_http(
 
     ``health`` and ``status`` are called for each request, in the trio thread; ``status`` returns anything
     msgspec can write as JSON. ``routes`` are served besides. Whoever does not read is disconnected, and
-    the number of connections is bounded: see :class:`BoundedConfig`. Raises ConfigError when the address
+    the number of connections is bounded: see :class:`BoundedConfig`. Over loopback the ``Host`` header must
+    name this machine: see :class:`~hypha.telemetry.hosts.LocalNames`. Raises ConfigError when the address
     cannot be bound.
     """
 
@@ -75,7 +77,7 @@ async def serve_http(
     config.include_server_header = False
     config.graceful_timeout = 0.5
     config.shutdown_timeout = 0.5
-    app: Any = Starlette(routes=served)
+    app: Any = LocalNames(Starlette(routes=served), address.rpartition(":")[0])
     async with trio.open_nursery() as nursery:
         binds: list[str] = await nursery.start(serve, app, config)
         actual = binds[0].split("//", 1)[-1]

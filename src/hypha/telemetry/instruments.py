@@ -67,7 +67,13 @@ CONNECTIONS_LOST = Counter(
     "hypha.network.connections.lost",
     "{connection}",
     "Connections that ended.",
-    Label("reason", ("closed", "silent", "revoked", OTHER)),
+    Label("reason", ("closed", "silent", "revoked", "limit", OTHER)),
+)
+STREAMS_REFUSED = Counter(
+    "hypha.network.streams.refused",
+    "{stream}",
+    "Streams and requests of peers that had more open than they may; any: of a connection in all.",
+    Label("service", ("any", "rpc", "reports", "bulk", "dht", "relay", "gossip", "other")),
 )
 BYTES_SENT = Counter("hypha.network.bytes_sent", "{byte}", "Bytes sent, encrypted.", _plane)
 BYTES_RECEIVED = Counter("hypha.network.bytes_received", "{byte}", "Bytes received, encrypted.", _plane)

@@ -26,6 +26,7 @@ from opentelemetry import trace
 
 from hypha.config.environment import variable
 from hypha.config.log_filter import TRACE, LogFilter
+from hypha.naming import name_of, named
 from hypha.telemetry.instruments import LOG_ENTRIES
 from hypha.tracing.spans import current_operation
 
@@ -33,6 +34,8 @@ from hypha.tracing.spans import current_operation
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 #: fields of the specification, in its order; others follow
 _FIRST = ("worker_peer_id", "lease_id", "job_id", "round", "operation")
+#: fields that hold a PeerID, and where its name goes
+_NAMED = {"worker_peer_id": "worker_name", "peer_id": "peer_name"}
 _COLOURS = {"error": "31", "warn": "33", "info": "32", "debug": "34", "trace": "2"}
 #: what a pipe takes at once if it takes anything
 _PIECE_BYTES = select.PIPE_BUF
@@ -156,7 +159,8 @@ def unreadable(record: logging.LogRecord, exc: Exception) -> logging.LogRecord:
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: timestamp, level, component, message, trace_id and span_id in a span, the
-    fields of the specification where they apply, the logger, and what else the caller said.
+    fields of the specification where they apply, the logger, and what else the caller said. Beside a PeerID
+    stands its name, where it is known.
     """
 
     def __init__(self, component: str) -> None:
@@ -168,7 +172,7 @@ class JsonFormatter(logging.Formatter):
             "timestamp": _timestamp(record),
             "level": level_name(record.levelno),
             "component": self.component,
-            "message": record.getMessage(),
+            "message": named(record.getMessage()),
             **current_span_ids(),
         }
         fields = _fields(record)
@@ -176,6 +180,8 @@ class JsonFormatter(logging.Formatter):
         for name in (*_FIRST, *fields):
             if name in fields:
                 entry.setdefault(name, _plain(fields[name]))
+                if name in _NAMED and (known := name_of(str(fields[name]))):
+                    entry.setdefault(_NAMED[name], known)
         entry.setdefault("logger", record.name)
         if record.exc_info:
             entry["exception"] = _exception(record)
@@ -190,13 +196,13 @@ class TextFormatter(logging.Formatter):
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
+        fields = named("".join(f" {name}={value}" for name, value in _fields(record).items()))
         time, level, name = _timestamp(record), level_name(record.levelno), record.name
         shown = f"{level.upper():5}"
         if self._colour():
             time, shown, name = _painted("2", time), _painted(_COLOURS[level], shown), _painted("2", name)
             fields = _painted("2", fields) if fields else ""
-        text = f"{time} {shown} {name}: {record.getMessage()}{fields}"
+        text = f"{time} {shown} {name}: {named(record.getMessage())}{fields}"
         return f"{text}\n{_exception(record)}" if record.exc_info else text
 
 

@@ -2,21 +2,23 @@
 
 The contract is in ARCHITECTURE.md and, for machines, in ``/openapi.json``. Errors are ``{error, detail}``
 with a 4xx or 5xx status. A call whose client goes away is cancelled, so it takes nothing it cannot
-deliver. The bridge ends when its executor has ended; until then it never blocks the worker.
+deliver. The bridge ends when its executor has ended; until then it never blocks the worker, nor fills its
+memory: connections, calls under way, streams and what waits in them, bodies and events are bounded, and what
+is too much for now is answered 503 ``busy``.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
 import trio
-from hypercorn.config import Config
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -42,7 +44,7 @@ from hypha.messages import (
     SpansCall,
     StatusCall,
 )
-from hypha.telemetry.serving import serve
+from hypha.telemetry.serving import BoundedConfig, serve
 from hypha.tracing import trace_context
 from hypha.worker.bridge_openapi import openapi
 from hypha.worker.feeds import Feed
@@ -50,6 +52,16 @@ from hypha.worker.feeds import Feed
 logger = logging.getLogger("hypha.worker.bridge")
 
 MAX_BODY_BYTES = 1 << 20
+#: An event goes to the scheduler in one request, beside its envelope (MAX_REQUEST_BYTES of messages), which
+#: also has to take what the contributions of a thousand workers to one round take.
+MAX_EVENT_BYTES = 512 << 10
+#: Calls of one executor under way at once, streams left out. Ours make a few: a parameter server one for
+#: theta and one for each worker that joins.
+MAX_CALLS = 64
+#: Streams open at once: one of directives and one for each group of kinds of files, and the same once more
+#: while the end of broken ones has not been noticed.
+MAX_STREAMS = 16
+MAX_CONNECTIONS = MAX_CALLS + 2 * MAX_STREAMS
 KEEP_ALIVE_S = 10.0
 
 _STATUS = {
@@ -110,7 +122,10 @@ async def serve_bridge(
     """Serve on ``listener``, which this closes, until cancelled. End the executor first: what it does
     not read could otherwise hold up the end.
     """
-    config = Config()
+    config = BoundedConfig()
+    config.max_connections = MAX_CONNECTIONS
+    # an executor may be stopped, or busy with its training: it reads on when it can
+    config.write_timeout_s = math.inf
     config.bind = [f"fd://{listener.detach()}"]
     config.accesslog = None
     config.errorlog = logging.getLogger("hypha.worker.bridge.http")
@@ -124,7 +139,8 @@ async def serve_bridge(
 
 
 def make_app(desk: Desk) -> Starlette:
-    """The ASGI application."""
+    """The ASGI application, of one executor."""
+    calls, streams = trio.CapacityLimiter(MAX_CALLS), trio.CapacityLimiter(MAX_STREAMS)
 
     async def get_job(_: bytes) -> Response:
         return _json(desk.job)
@@ -146,38 +162,66 @@ def make_app(desk: Desk) -> Starlette:
 
     async def receive(body: bytes) -> Response:
         kinds = frozenset(_decode(body, ReceiveCall).kinds)
-        return EventStream(lambda: desk.open_arrivals(kinds))
+        return EventStream(lambda: desk.open_arrivals(kinds), streams)
 
     async def directives(_: bytes) -> Response:
-        return EventStream(desk.open_directives)
+        return EventStream(desk.open_directives, streams)
 
     async def say(body: bytes) -> Response:
+        if len(body) > MAX_EVENT_BYTES:
+            raise Refused("too-large", f"an event has at most {MAX_EVENT_BYTES} bytes")
         event = _decode(body, StatusCall).event
         if isinstance(event, ExecutorExited):
             raise Refused("invalid", "that an executor ended is said by its worker")
-        desk.say(event)
+        try:
+            desk.say(event)
+        except Refused as exc:
+            if exc.code == "busy":
+                return _busy(exc.reason)
+            raise
         return _json({})
 
     async def take_spans(body: bytes) -> Response:
         desk.take_spans(_decode(body, SpansCall).spans)
         return _json({})
 
+    def endpoint(call: Callable[[bytes], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        return _limited(_endpoint(call), calls)
+
     return Starlette(
         routes=[
-            Route("/openapi.json", _endpoint(get_openapi), methods=["GET"]),
-            Route("/job", _endpoint(get_job), methods=["GET"]),
-            Route("/directives", _endpoint(directives), methods=["GET"]),
-            Route("/resources/fetch", _endpoint(fetch), methods=["POST"]),
-            Route("/resources/send", _endpoint(send), methods=["POST"]),
-            Route("/resources/receive", _endpoint(receive), methods=["POST"]),
-            Route("/status/send", _endpoint(say), methods=["POST"]),
-            Route("/spans", _endpoint(take_spans), methods=["POST"]),
+            Route("/openapi.json", endpoint(get_openapi), methods=["GET"]),
+            Route("/job", endpoint(get_job), methods=["GET"]),
+            Route("/directives", endpoint(directives), methods=["GET"]),
+            Route("/resources/fetch", endpoint(fetch), methods=["POST"]),
+            Route("/resources/send", endpoint(send), methods=["POST"]),
+            Route("/resources/receive", endpoint(receive), methods=["POST"]),
+            Route("/status/send", endpoint(say), methods=["POST"]),
+            Route("/spans", endpoint(take_spans), methods=["POST"]),
         ],
         exception_handlers={
             404: _no_such_path,
             405: _no_such_path,
         },
     )
+
+
+def _limited(
+    endpoint: Callable[[Request], Awaitable[Response]], calls: trio.CapacityLimiter
+) -> Callable[[Request], Awaitable[Response]]:
+    """``endpoint``, unless as many ``calls`` are under way as may be."""
+
+    async def limited(request: Request) -> Response:
+        try:
+            calls.acquire_on_behalf_of_nowait(request)
+        except trio.WouldBlock:
+            return _busy(f"{MAX_CALLS} calls are under way")
+        try:
+            return await endpoint(request)
+        finally:
+            calls.release_on_behalf_of(request)
+
+    return limited
 
 
 def _endpoint(
@@ -203,7 +247,7 @@ def _endpoint(
 
 async def _read_body(request: Request) -> bytes:
     # Not request.stream(): an async generator that is left in the middle warns when it is collected.
-    body = b""
+    body = bytearray()
     while True:
         message = await request.receive()
         part: bytes = message.get("body", b"")
@@ -211,7 +255,7 @@ async def _read_body(request: Request) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             raise Refused("too-large", f"a call has at most {MAX_BODY_BYTES} bytes")
         if not message.get("more_body", False):
-            return body
+            return bytes(body)
 
 
 async def _unless_gone(
@@ -250,6 +294,10 @@ def _decode(body: bytes, kind: type[T]) -> T:
         raise Refused("malformed", f"the call is no {kind.__name__}: {exc}") from exc
 
 
+def _busy(why: str) -> Response:
+    return _error(503, "busy", f"{why}; try again")
+
+
 def _json(value: object) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
@@ -270,23 +318,41 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, open_feed: Callable[[], AbstractContextManager[Feed[StructT]]]) -> None:
+    def __init__(
+        self, open_feed: Callable[[], AbstractContextManager[Feed[StructT]]], places: trio.CapacityLimiter
+    ) -> None:
         self._open_feed = open_feed
+        self._places = places
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._open_feed() as feed:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._until_gone, receive, nursery.cancel_scope)
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await self._write(send, b": open\n\n")
-                while True:
-                    text = b": keep-alive\n\n"
-                    with trio.move_on_after(KEEP_ALIVE_S):
-                        text = _event(await feed.get())
-                    await self._write(send, text)
+        try:
+            self._places.acquire_on_behalf_of_nowait(self)
+        except trio.WouldBlock:
+            await _busy(f"{MAX_STREAMS} streams are open")(scope, receive, send)
+            return
+        try:
+            with self._open_feed() as feed:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._until_gone, receive, nursery.cancel_scope)
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    await self._write(send, b": open\n\n")
+                    await self._pass_on(feed, send)
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._places.release_on_behalf_of(self)
+
+    async def _pass_on(self, feed: Feed[StructT], send: Send) -> None:
+        """Until the client reads so slowly that too much waits for it: it opens another stream then."""
+        with suppress(trio.EndOfChannel):
+            while True:
+                text = b": keep-alive\n\n"
+                with trio.move_on_after(KEEP_ALIVE_S):
+                    text = _event(await feed.get())
+                await self._write(send, text)
 
     @staticmethod
     async def _write(send: Send, text: bytes) -> None:

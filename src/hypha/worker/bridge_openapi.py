@@ -65,7 +65,12 @@ def openapi() -> dict[str, object]:
         return {"description": description, **content(kind, schema)}
 
     stream = "text/event-stream"
-    bad = {"400": "the call is wrong", "413": "the call is too large", "500": "an error of the worker"}
+    bad = {
+        "400": "the call is wrong",
+        "413": "the call is too large",
+        "500": "an error of the worker",
+        "503": "too much at once (`busy`): the same call may succeed later",
+    }
     files = {"403": "an allow-list forbids it", "404": "it does not exist"}
     done: dict[str, object] = {"description": "taken charge of"}
     return {

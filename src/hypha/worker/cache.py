@@ -94,13 +94,14 @@ class SliceCache:
                 self._save()
             path.unlink(missing_ok=True)
             return False
+        # what is there is not ours: an executor may write where its slices are
+        destination.unlink(missing_ok=True)
         try:
             os.link(path, destination)
-        except FileExistsError:
-            pass
         except OSError:  # a file system without hard links, or too many of them
-            shutil.copyfile(path, destination)
-            destination.chmod(0o400)
+            with path.open("rb") as source, destination.open("xb") as made:
+                os.fchmod(made.fileno(), 0o400)
+                shutil.copyfileobj(source, made)
         self._entries.move_to_end(assigned.blake3)
         self._save()
         return True

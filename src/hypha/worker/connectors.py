@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
 from hypha.messages import (
@@ -22,6 +25,7 @@ from hypha.messages import (
     Uri,
 )
 from hypha.runtime import chance
+from hypha.waiting import in_words, reminded
 from hypha.worker.allowance import Allowance
 from hypha.worker.downloads import fetch_hub, fetch_local, fetch_uri
 
@@ -66,11 +70,14 @@ class Connectors:
         limit = self._allowance.max_file_bytes
         match reference:
             case Uri(value=value):
-                return await fetch_uri(value, directory, self._allowance)
-            case HuggingFace():
-                return await fetch_hub(reference, directory, limit, self._hub_endpoint)
+                fetch = partial(fetch_uri, value, directory, self._allowance)
+                return await _said(_without_secrets(value), directory, job_id, fetch)
+            case HuggingFace(repository=repository):
+                fetch = partial(fetch_hub, reference, directory, limit, self._hub_endpoint)
+                return await _said(repository, directory, job_id, fetch)
             case Local(url=url):
-                return await fetch_local(url, directory, self._allowance)
+                fetch = partial(fetch_local, url, directory, self._allowance)
+                return await _said(_without_secrets(url), directory, job_id, fetch)
             case Peers():
                 return await self._fetch_peers(reference, directory, job_id)
         raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
@@ -126,3 +133,27 @@ class Connectors:
             path.chmod(0o600)
             paths.append(path)
         return paths
+
+
+def _without_secrets(address: str) -> str:
+    """What it leads to, without who signs in there, and with what."""
+    parts = urlsplit(address)
+    return f"{parts.hostname}{parts.path}" if parts.hostname else parts.path
+
+
+async def _said(
+    what: str, directory: Path, job_id: str, fetch: Callable[[], Awaitable[list[Path]]]
+) -> list[Path]:
+    """What ``fetch`` does; once a minute it is said how far that is."""
+
+    def say(lasted_s: float) -> None:
+        sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
+        logger.info(
+            "Fetching %s goes on since %s: %.1f MB are here.",
+            what,
+            in_words(lasted_s),
+            sum(sizes) / 1e6,
+            extra={"job_id": job_id},
+        )
+
+    return await reminded(fetch, say)

@@ -1,8 +1,10 @@
 """The directory of one job: private, with a short enough path for its socket, gone when the job is.
 
-Paths that executors name are resolved against it and cannot leave it, whatever ``..`` or symbolic link
-they hold. A worker that starts removes the directories of one that died; the files of a failed executor
-may be kept for a look, the newest few of them.
+An executor writes to it as it likes. What the worker relies on is beside it, in a directory that an isolated
+executor does not see: its lock, files on their way in and out. What the executor names is opened without
+following a link (:mod:`hypha.beneath`) and used under a name of the worker's own; what comes in is moved to
+the executor once it is whole. A worker that starts removes the directories of one that died; the files of a
+failed executor may be kept for a look, the newest few of them.
 """
 
 from __future__ import annotations
@@ -12,9 +14,13 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from hypha import beneath
 from hypha.errors import HyphaError, Refused
 from hypha.runtime import new_id
 
@@ -26,22 +32,30 @@ MAX_SOCKET_PATH_BYTES = 103
 KEPT_FAILURES = 5
 
 PARTS = ("artifacts", "slices", "incoming", "outgoing")
-_PREFIX, _FAILED_PREFIX = "hypha-", "failed-hypha-"
+#: Of them, those that an executor only reads.
+READ_PARTS = ("artifacts", "slices")
+_PREFIX, _FAILED_PREFIX, _OWN_PREFIX = "hypha-", "failed-hypha-", ".hypha-"
 #: held while the worker lives; and, for a socket with a shorter path, the directory that it is in
 _LOCK, _ELSEWHERE = ".lock", ".socket-directory"
+#: of the worker's own directory: what is received, what is fetched, what is sent
+_RECEIVING, _FETCHING, _SENDING = "receiving", "fetching", "sending"
+#: beside a file that is being received: files that may be written over
+_SPARE, _MOST_SPARES = ".spare", 4
 
 
 class JobDirectory:
-    """``work_dir/hypha-<uuid>`` and what is in it.
+    """``work_dir/hypha-<uuid>`` and what is in it; the worker's own files are in ``work_dir/.hypha-<uuid>``.
 
-    It is locked while its worker lives, which is how another worker process on the same ``work_dir``
+    That one is locked while its worker lives, which is how another worker process on the same ``work_dir``
     tells a stale directory from one in use.
     """
 
     def __init__(self, path: Path, socket_path: Path, lock: int) -> None:
         self.path = path
         self.socket_path = socket_path
+        self._own = _own_of(path)
         self._lock = lock
+        self._sent = 0
 
     @classmethod
     def create(cls, work_dir: Path) -> JobDirectory:
@@ -51,21 +65,25 @@ class JobDirectory:
         if len(os.fsencode(socket_path)) > MAX_SOCKET_PATH_BYTES:
             socket_path = _short_directory() / "bridge.sock"
         # Locked before it has a name that remove_stale of another worker looks for.
-        unnamed = path.with_name(f".new-{path.name}")
+        own, unnamed = _own_of(path), path.with_name(f".new-{path.name}")
         lock = -1
         try:
             unnamed.mkdir(mode=0o700, parents=True)
-            for name in PARTS:
+            for name in (_RECEIVING, _FETCHING, _SENDING):
                 (unnamed / name).mkdir(mode=0o700)
             lock = os.open(unnamed / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX)
             if socket_path.parent != path:
                 (unnamed / _ELSEWHERE).write_text(str(socket_path.parent))
-            unnamed.rename(path)
+            unnamed.rename(own)
+            path.mkdir(mode=0o700)
+            for name in PARTS:
+                (path / name).mkdir(mode=0o700)
         except OSError as exc:
             if lock >= 0:
                 os.close(lock)
-            shutil.rmtree(unnamed, ignore_errors=True)
+            for made in (unnamed, path, own):
+                shutil.rmtree(made, ignore_errors=True)
             if socket_path.parent != path:
                 shutil.rmtree(socket_path.parent, ignore_errors=True)
             raise Refused("no-space", f"the job directory {path} cannot be made: {exc}") from exc
@@ -79,22 +97,98 @@ class JobDirectory:
         """``path`` as executors see it."""
         return path.relative_to(self.path).as_posix()
 
-    def inside(self, name: str, directory: bool = False) -> Path:
-        """The existing file (with ``directory`` also: directory) that an executor calls ``name``;
-        ``Refused`` when it lies elsewhere.
+    # --- out ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def pinned(self, name: str, directory: bool = False) -> Iterator[Path]:
+        """The file (with ``directory`` also: directory) that the executor calls ``name``, under a name of the
+        worker's own, where nobody puts another one in its place. ``Refused`` when it is none, or is reached
+        through a link. Gone when the block ends.
         """
         pure = PurePosixPath(name)
-        if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
+        if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or not pure.name:
             raise Refused("invalid", f"path {name!r} must be relative to the job directory, without '..'")
+        self._sent += 1
+        place = self._own / _SENDING / str(self._sent)
+        target = place / pure.name
         try:
-            resolved = (self.path / pure).resolve(strict=True)
-        except (OSError, RuntimeError) as exc:
-            raise Refused("not-found", f"no file {name!r} in the job directory") from exc
-        if not resolved.is_relative_to(self.path):
-            raise Refused("invalid", f"path {name!r} leaves the job directory")
-        if not resolved.is_file() and not (directory and resolved.is_dir()):
-            raise Refused("invalid", f"path {name!r} is no regular file")
-        return resolved
+            place.mkdir(mode=0o700)
+            self._pin(pure, target, directory)
+            yield target
+        finally:
+            shutil.rmtree(place, onerror=_log_failure)
+
+    def _pin(self, pure: PurePosixPath, target: Path, directory: bool) -> None:
+        try:
+            with beneath.directory_below(self.path, pure.parent.parts) as parent:
+                mode = os.stat(pure.name, dir_fd=parent, follow_symlinks=False).st_mode
+                if directory and stat.S_ISDIR(mode):
+                    beneath.link_tree(parent, pure.name, target)
+                else:
+                    beneath.link_file(parent, pure.name, target)
+        except FileNotFoundError as exc:
+            raise Refused("not-found", f"no file {str(pure)!r} in the job directory") from exc
+        except OSError as exc:
+            raise Refused(
+                "invalid",
+                f"path {str(pure)!r} is no regular file of the job directory, reached without links: "
+                f"{exc.strerror or exc}",
+            ) from exc
+
+    # --- in -------------------------------------------------------------------------------------------
+
+    def receiving(self, name: str) -> Path:
+        """Where the file that becomes ``incoming/<name>`` is received. A file of ``incoming/.spare``, which
+        the executor is done with, is put where it will be written over.
+        """
+        own = self._own / _RECEIVING
+        with contextlib.suppress(OSError):
+            self._take_spare(own / _SPARE)
+        return own / name
+
+    def _take_spare(self, own: Path) -> None:
+        own.mkdir(mode=0o700, exist_ok=True)
+        with beneath.directory_below(self.path, ("incoming", _SPARE)) as spares:
+            with os.scandir(spares) as entries:
+                name = next((entry.name for entry in entries), None)
+            if name is None or len(os.listdir(own)) >= _MOST_SPARES:
+                return
+            # moved before it is looked at, as it could be another one a moment later
+            os.rename(name, own / name, src_dir_fd=spares)
+            found = (own / name).lstat()
+            if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
+                _delete(own / name)
+
+    def deliver(self, path: Path) -> str:
+        """Move what was received at ``path`` to the executor; how that calls it. ``Refused`` when the
+        executor has put something else where it should go.
+        """
+        self._hand_over(path, "incoming", path.name)
+        return f"incoming/{path.name}"
+
+    @contextmanager
+    def fetching(self, number: int) -> Iterator[Path]:
+        """An empty directory that becomes ``artifacts/<number>`` when the block ends, and nothing when it
+        ends with an exception. ``Refused`` when the executor has put something else there.
+        """
+        place = self._own / _FETCHING / str(number)
+        place.mkdir(mode=0o700)
+        try:
+            yield place
+            self._hand_over(place, "artifacts", str(number))
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _hand_over(self, path: Path, part: str, name: str) -> None:
+        try:
+            with beneath.directory_below(self.path, (part,)) as directory:
+                beneath.move_into(path, directory, name)
+        except OSError as exc:
+            raise Refused(
+                "invalid", f"{part}/{name} of the job directory is not as the worker made it: {exc.strerror}"
+            ) from exc
+
+    # --- its end --------------------------------------------------------------------------------------
 
     def remove(self) -> None:
         """Delete everything; what cannot be deleted is logged."""
@@ -107,7 +201,8 @@ class JobDirectory:
         self._remove_short_socket()
         self.socket_path.unlink(missing_ok=True)
         try:
-            (self.path / "output.txt").write_text(output)
+            with beneath.directory_below(self.path) as directory:
+                beneath.write_file(directory, "output.txt", output.encode())
         except OSError as exc:  # it may have failed because the disk is full
             logger.warning("The output of a failed executor is not kept: %s", exc)
         # Slices are in the cache, or were; they are the bulk of a job directory.
@@ -124,7 +219,20 @@ class JobDirectory:
             shutil.rmtree(self.socket_path.parent, onerror=_log_failure)
 
     def _unlock(self) -> None:
+        shutil.rmtree(self._own, onerror=_log_failure)
         os.close(self._lock)
+
+
+def _own_of(path: Path) -> Path:
+    """The worker's own directory beside the job directory ``path``."""
+    return path.with_name(f"{_OWN_PREFIX}{path.name.removeprefix(_PREFIX)}")
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _short_places() -> list[Path]:
@@ -163,18 +271,30 @@ def _remove_stale_socket(path: Path) -> None:
 def remove_stale(work_dir: Path) -> list[Path]:
     """Remove job directories whose worker is gone; returns them."""
     removed = []
-    for path in work_dir.glob(f"{_PREFIX}*") if work_dir.is_dir() else ():
-        try:
-            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            continue  # no job directory of ours
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove_stale_socket(path)
-            shutil.rmtree(path, onerror=_log_failure)
-            removed.append(path)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(lock)
+    if not work_dir.is_dir():
+        return []
+    for own in work_dir.glob(f"{_OWN_PREFIX}*"):
+        removed += _remove_dead(own, own.with_name(own.name.removeprefix(".")))
+    for path in work_dir.glob(f"{_PREFIX}*"):
+        # of a release that kept its lock where the executor could write
+        if not _own_of(path).exists():
+            removed += _remove_dead(path, path)
     return removed
+
+
+def _remove_dead(own: Path, path: Path) -> list[Path]:
+    """``own`` and ``path``, if ``own`` has a lock that nobody holds."""
+    try:
+        lock = os.open(own / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return []  # no job directory of ours
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove_stale_socket(own)
+        for one in {path, own}:
+            shutil.rmtree(one, onerror=_log_failure)
+        return [path]
+    except BlockingIOError:
+        return []
+    finally:
+        os.close(lock)

@@ -7,10 +7,12 @@ not only afterwards; a file has its name only once it is whole. What third parti
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import posixpath
 import shutil
+import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
@@ -22,6 +24,8 @@ from urllib.parse import unquote
 import fsspec
 import trio
 
+from hypha import beneath
+from hypha.config.environment import goes_by_proxy
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import HuggingFace
 from hypha.runtime import chance, check_cancelled, in_thread
@@ -57,14 +61,15 @@ def finish(part: Path, path: Path) -> Path:
 
 
 async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[Path]:
-    """Download one address. Every redirect is checked against the allow-list again. Broken connections
-    and 5xx answers are tried again a few times.
+    """Download one address. Every redirect is checked against the allow-list again, and so is each IP address
+    that is connected to against ``exclude_cidr``. Broken connections and 5xx answers are tried again a few
+    times.
     """
     attempt = 0
     while True:
         attempt += 1
         try:
-            return [await _download(value, directory, allowance)]
+            return [await _download(value, directory, allowance, attempt)]
         except TransferFailed as exc:
             if attempt == HTTP_ATTEMPTS:
                 raise
@@ -73,16 +78,27 @@ async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[P
             await trio.sleep(pause_s)
 
 
-async def _download(value: str, directory: Path, allowance: Allowance) -> Path:
+async def _download(value: str, directory: Path, allowance: Allowance, attempt: int) -> Path:
     import httpx
 
     url = allowance.uri(value)
     timeout = httpx.Timeout(HTTP_S, connect=CONNECT_S)
-    headers = {"accept-encoding": "identity"}  # the limit counts bytes that come, so none may be unpacked
     async with httpx.AsyncClient(timeout=timeout, follow_redirects=False) as client:
         for _ in range(MAX_REDIRECTS + 1):
+            place = url
+            # the limit counts bytes that come, so none may be unpacked
+            headers, extensions = {"accept-encoding": "identity"}, {}
+            if not goes_by_proxy(url.scheme, url.host):
+                # The address that was judged is the one that is connected to: looked up once more, a name
+                # could lead elsewhere. Server and certificate are asked for by the name all the same.
+                addresses = await _addresses(url, allowance)
+                place = url.copy_with(host=addresses[(attempt - 1) % len(addresses)])
+                headers["host"] = url.netloc.decode("ascii")
+                extensions["sni_hostname"] = url.host
+            elif not allowance.may_reach(url, url.host) and _is_address(url.host):
+                raise _excluded(url, url.host)
             try:
-                async with client.stream("GET", url, headers=headers) as response:
+                async with client.stream("GET", place, headers=headers, extensions=extensions) as response:
                     if response.has_redirect_location:
                         url = allowance.uri(str(url.join(response.headers["location"])))
                         continue
@@ -91,6 +107,38 @@ async def _download(value: str, directory: Path, allowance: Allowance) -> Path:
             except httpx.HTTPError as exc:
                 raise TransferFailed(url.host, str(url), f"{type(exc).__name__}: {exc}") from exc
     raise Refused("invalid", f"{value} redirects more than {MAX_REDIRECTS} times")
+
+
+async def _addresses(url: httpx.URL, allowance: Allowance) -> list[str]:
+    """The IP addresses that ``url`` may be fetched from. Refused when it has none but excluded ones,
+    TransferFailed when its name has none at all.
+    """
+    try:
+        with trio.fail_after(CONNECT_S):
+            answers = await trio.socket.getaddrinfo(url.host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError, trio.TooSlowError) as exc:
+        raise TransferFailed(url.host, str(url), f"its name has no address: {exc}") from exc
+    found = list(dict.fromkeys(str(place[0]).partition("%")[0] for *_, place in answers))
+    allowed = [address for address in found if allowance.may_reach(url, address)]
+    if not allowed:
+        raise _excluded(url, ", ".join(found))
+    return allowed
+
+
+def _excluded(url: httpx.URL, addresses: str) -> Refused:
+    return Refused(
+        "not-allowed",
+        f"{url.host} is {addresses}, inside exclude_cidr; take that network out of it, or name the address "
+        "itself in allow.uri",
+    )
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_status(response: httpx.Response, url: httpx.URL) -> None:
@@ -203,7 +251,7 @@ def _first_line(exc: BaseException) -> str:
 
 async def fetch_local(url: str, directory: Path, allowance: Allowance) -> list[Path]:
     """Copy a file, or all files below a directory, from a local path or any fsspec URL."""
-    place = allowance.local(url)
+    place = allowance.read_local(url)
     if isinstance(place, Path):
         return await in_thread(_copy_path, place, directory, allowance)
     # Back ends may be silent for minutes; after a cancellation the thread ends by itself.
@@ -216,7 +264,9 @@ def _copy_path(place: Path, directory: Path, allowance: Allowance) -> list[Path]
     elif place.is_dir():
         files = sorted(path for path in place.rglob("*") if path.is_file())
         # a link inside an allowed directory may point out of it
-        sources = {path.relative_to(place).as_posix(): Path(allowance.local(str(path))) for path in files}
+        sources = {
+            path.relative_to(place).as_posix(): Path(allowance.read_local(str(path))) for path in files
+        }
     else:
         raise Refused("not-found", f"no file or directory {place}")
     limit = allowance.max_file_bytes
@@ -227,7 +277,9 @@ def _copy_path(place: Path, directory: Path, allowance: Allowance) -> list[Path]
 
 
 def _open(path: Path) -> BinaryIO:
-    return path.open("rb")
+    """``path`` was resolved and allowed: whoever puts a link there now does not lead elsewhere."""
+    with beneath.directory_below(Path("/"), path.parent.parts[1:]) as directory:
+        return open(beneath.open_file(directory, path.name), "rb")
 
 
 def _copy_url(url: str, directory: Path, max_bytes: int) -> list[Path]:

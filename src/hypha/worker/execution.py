@@ -52,6 +52,7 @@ from hypha.messages import (
 from hypha.net.transfers import meta_of
 from hypha.node import Node
 from hypha.telemetry.logs import bind
+from hypha.waiting import log_waiting, reminded
 from hypha.worker.allowance import Allowance
 from hypha.worker.cache import SliceCache
 from hypha.worker.connectors import Connectors
@@ -61,6 +62,7 @@ from hypha.worker.directory import JobDirectory
 from hypha.worker.execution_signals import ExecutionSignals
 from hypha.worker.feeds import Arrivals, Directives, Feed
 from hypha.worker.inbox import Inbox
+from hypha.worker.isolation import isolate
 from hypha.worker.keepers import Launch
 from hypha.worker.limits import CgroupPlaces, Limits, apply_limits
 from hypha.worker.outbox import Outbox
@@ -243,7 +245,8 @@ class Execution:
         kept = False
         try:
             if after is not None:
-                await after.wait()
+                waits = log_waiting(logger, "the end of the executor before this one", **self._fields)
+                await reminded(after.wait, waits)
             self._job = msgspec.structs.replace(self._job, traced=self._signals.begin())
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._outbox.run)
@@ -297,6 +300,8 @@ class Execution:
             logger.info("Starting the executor under %s.", limits.description, extra=self._fields)
             environment = {**self._shop.environment, **limits.environment, **pinned}
             launch = prepare_launch(self._executor, self._job, self._directory, environment)
+            if self._executor.runtime == "bwrap":
+                launch = isolate(launch, self._executor, self._directory, config)
             ended = await self._serve_process(launch, limits)
             why = self._watch.verdict
             if not why and ended.code != 0 and not ended.stopped:
@@ -326,7 +331,7 @@ class Execution:
                     self._directory.socket_path,
                     replace(
                         launch,
-                        keeper_options=limits.launch_options(),
+                        keeper_options=(*launch.keeper_options, *limits.launch_options()),
                         output_fields=lambda: self._signals.fields,
                     ),
                     EndSignals(self._stop, self._shop.config.stop_grace_s, hung),
@@ -367,10 +372,16 @@ class Execution:
         if isinstance(resource, SchedulerData):
             return [await self._next_slice(resource)]
         self._fetches += 1
-        directory = self._directory.part("artifacts") / str(self._fetches)
-        directory.mkdir(mode=0o700)
-        paths = await self._shop.connectors.fetch(resource, directory, self._job.job_id)
-        return [FetchedFile(path=self._directory.relative(path), size=path.stat().st_size) for path in paths]
+        number = self._fetches
+        with self._directory.fetching(number) as directory:
+            paths = await self._shop.connectors.fetch(resource, directory, self._job.job_id)
+            return [
+                FetchedFile(
+                    path=f"artifacts/{number}/{path.relative_to(directory).as_posix()}",
+                    size=path.stat().st_size,
+                )
+                for path in paths
+            ]
 
     async def _next_slice(self, resource: SchedulerData) -> FetchedFile:
         if self._slices is None or not isinstance(self._job, TrainJob):
@@ -389,8 +400,11 @@ class Execution:
 
     async def send(self, call: SendCall) -> Sent:
         """Send a file of the job directory to peers, or store it at a place that the owner allows."""
+        with self._directory.pinned(call.path, directory=isinstance(call.resource, Local)) as path:
+            return await self._send_pinned(call, path)
+
+    async def _send_pinned(self, call: SendCall, path: Path) -> Sent:
         resource = call.resource
-        path = self._directory.inside(call.path, directory=isinstance(resource, Local))
         if isinstance(resource, Local):
             keeping = Keeping(call.marker, call.keep)
             await store_local(path, resource.url, self._shop.allowance, keeping)
@@ -447,10 +461,12 @@ class Execution:
         self._signals.spans.take(spans)
 
     def say(self, event: Event) -> None:
-        """Forward an event of the executor."""
+        """Forward an event of the executor. Raises Refused (``busy``) when too many wait."""
         self._watch.sign(event, trio.current_time())
         if isinstance(event, Alive):
             return
+        if not isinstance(event, Progress):
+            self._outbox.check_room()
         self._signals.said(event)
         round_ = getattr(event, "round", None)
         stamp = self.stamp()

@@ -2,13 +2,15 @@
 
 A :class:`Feed` is one open stream. :class:`Directives` keeps the newest of each directive and says it
 first to whoever opens a stream; :class:`Arrivals` keeps every file that arrived until the executor has
-deleted it. Both are level-triggered: what is repeated after a reconnect does no harm.
+deleted it. Both are level-triggered: what is repeated after a reconnect does no harm. So a stream that nobody
+reads ends when too much waits in it, and an executor that opens it again has lost nothing.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -19,22 +21,39 @@ from hypha.messages import Directive, ReceivedFile, SendModel
 
 T = TypeVar("T")
 
+#: What may come to wait in a stream, beside what it begins with. Ours read at once; there are a few
+#: directives a round, and a file of each worker.
+MAX_WAITING = 1024
+#: Directives that are kept for whoever opens a stream: one of each type, and of ``SendModel`` one for each
+#: worker that is joining.
+MAX_NEWEST = 256
+
 
 class Feed(Generic[T]):
-    """An open stream: what is put in comes out, in order."""
+    """An open stream: ``first``, then what is put in, in order, until :data:`MAX_WAITING` items more wait."""
 
-    def __init__(self) -> None:
-        self._items: deque[T] = deque()
+    def __init__(self, first: Iterable[T] = ()) -> None:
+        self._items: deque[T] = deque(first)
+        self._most = len(self._items) + MAX_WAITING
         self._some = trio.Event()
+        self._overrun = False
 
     def put(self, item: T) -> None:
         """Never blocks."""
-        self._items.append(item)
+        if len(self._items) >= self._most:
+            self._overrun = True
+            self._items.clear()
+        if not self._overrun:
+            self._items.append(item)
         self._some.set()
 
     async def get(self) -> T:
-        """The next item; waits while there is none. A cancelled call takes none."""
+        """The next item; waits while there is none. A cancelled call takes none. Raises trio.EndOfChannel
+        once more was put in than may wait.
+        """
         while not self._items:
+            if self._overrun:
+                raise trio.EndOfChannel
             self._some = trio.Event()
             await self._some.wait()
         return self._items.popleft()
@@ -61,6 +80,8 @@ class Directives:
             self._newest[key] = known
             return False
         self._newest[key] = (seq, directive)  # at the end: replayed in the order they came
+        if len(self._newest) > MAX_NEWEST:
+            del self._newest[next(iter(self._newest))]
         for feed in self._feeds:
             feed.put(directive)
         return True
@@ -68,9 +89,7 @@ class Directives:
     @contextmanager
     def open(self) -> Iterator[Feed[Directive]]:
         """A stream of the newest of each, then of what comes."""
-        feed: Feed[Directive] = Feed()
-        for _, directive in self._newest.values():
-            feed.put(directive)
+        feed = Feed(directive for _, directive in self._newest.values())
         self._feeds[feed] = None
         try:
             yield feed
@@ -95,15 +114,13 @@ class Arrivals:
 
     def waiting(self) -> list[ReceivedFile]:
         """Files that the executor has not deleted yet."""
-        return [file for file in self._files if (self._directory / file.path).exists()]
+        # whatever the executor may have put there: that is asked of the name alone
+        return [file for file in self._files if os.path.lexists(self._directory / file.path)]
 
     @contextmanager
     def open(self, kinds: frozenset[str]) -> Iterator[Feed[ReceivedFile]]:
         """A stream of the files of ``kinds`` that are still there, then of what comes."""
-        feed: Feed[ReceivedFile] = Feed()
-        for file in self.waiting():
-            if file.meta.kind in kinds:
-                feed.put(file)
+        feed = Feed(file for file in self.waiting() if file.meta.kind in kinds)
         self._feeds[feed] = kinds
         try:
             yield feed

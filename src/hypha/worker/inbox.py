@@ -1,8 +1,8 @@
 """What peers may send to an executor: only those who take part, only this life of the job.
 
-A file lands in ``incoming/`` under a name made of its round, hash and sender: two files never share one,
-and a transfer that was cut is resumed where it was. One that still waits for the executor is not taken
-twice; one that it has worked off is, since what a repetition means is the executor's to say.
+A file lands in ``incoming/``, once it is whole, under a name made of its round, hash and sender: two files
+never share one, and a transfer that was cut is resumed where it was. One that still waits for the executor is
+not taken twice; one that it has worked off is, since what a repetition means is the executor's to say.
 """
 
 from __future__ import annotations
@@ -63,22 +63,20 @@ class Inbox:
             raise Refused("malformed", "kind and hash must be plain words")
         # theta of another attempt at the round has the same bytes and another meaning
         name = f"{meta.kind}-{stamp.generation}-{stamp.round}-{stamp.attempt}-{meta.checked[:32]}-{caller}"
-        path = self._directory.part("incoming") / name
         waiting = [file for file in self._arrivals.waiting() if file.from_peer == caller]
-        if any(file.path == self._directory.relative(path) for file in waiting):
+        if any(file.path == f"incoming/{name}" for file in waiting):
             raise Refused("duplicate", f"this {meta.kind} of round {stamp.round} is here already")
         if len(waiting) >= MAX_WAITING:
             raise Refused("busy", "earlier files are not worked off yet")
-        return path
+        return self._directory.receiving(name)
 
     async def arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
-        """The file is whole, verified and durable, but not acknowledged yet."""
+        """The file is whole, verified and durable, but not acknowledged yet; the executor gets it."""
         stamp = self._fence(caller, meta)
+        delivered = self._directory.deliver(path)
         newest = (stamp.generation, stamp.round, stamp.attempt)
         self._newest[caller] = max(self._newest.get(caller, newest), newest)
-        self._arrivals.put(
-            ReceivedFile(path=self._directory.relative(path), size=meta.size, from_peer=caller, meta=meta)
-        )
+        self._arrivals.put(ReceivedFile(path=delivered, size=meta.size, from_peer=caller, meta=meta))
 
     def _fence(self, caller: str, meta: TransferMeta) -> JobStamp:
         stamp = meta.stamp

@@ -46,6 +46,8 @@ class Launch:
     #: where ``argv`` is ``python -m module ...`` of Hypha's own: a host may fork it
     own: OwnExecutor | None = None
     kind: ExecutorClass = "train"
+    #: below a program that says 128 + N of a signal N, as shells do
+    isolated: bool = False
     #: fields of the log entry of each line of its output, as they are when it is written
     output_fields: Callable[[], Mapping[str, object]] | None = None
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -77,11 +78,22 @@ class Limits:
                 except FileNotFoundError:
                     break
                 except OSError:
-                    with contextlib.suppress(OSError):
-                        (group / "cgroup.kill").write_text("1")
+                    _kill_group(group)
                     await trio.sleep(0.02)
             else:
                 logger.warning("Cannot remove cgroup %s: it still has processes.", group)
+
+
+def _kill_group(group: Path) -> None:
+    """Whoever is in it still, wherever it has hidden from its keeper."""
+    with contextlib.suppress(OSError):
+        (group / "cgroup.kill").write_text("1")
+        return
+    # v1 has no such file, nor has an old v2
+    with contextlib.suppress(OSError):
+        for pid in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import trio
 
+from hypha import keeper
 from hypha.config.inherited import child_environment
 from hypha.config.models import WorkerConfig
 from hypha.errors import ConfigError, Problem
@@ -19,7 +20,7 @@ from hypha.journal import Journal
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
-from hypha.runtime import is_simulated
+from hypha.runtime import in_thread, is_simulated
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
@@ -29,16 +30,18 @@ from hypha.worker.connectors import Connectors
 from hypha.worker.devices import GpuPins, list_gpus
 from hypha.worker.directory import remove_stale
 from hypha.worker.execution import Workshop
+from hypha.worker.isolation import check_bubblewrap
 from hypha.worker.jobs import Jobs
 from hypha.worker.limits import CgroupPlaces, no_cgroups, usable_cgroups
 from hypha.worker.offers import LeaseDesk, serve_offers
+from hypha.worker.orphans import Orphans
 from hypha.worker.replicas import ReplicaStore
 from hypha.worker.room import lack_of_room
 from hypha.worker.signals import shown, watch_resources
 from hypha.worker.spans import EmitSpans
 from hypha.worker.starting import RunExecutor, run_process
 from hypha.worker.storage_desk import StorageDesk
-from hypha.worker.warm import open_host
+from hypha.worker.warm import ExecutorHost, open_host
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +53,18 @@ async def work(
     config: WorkerConfig,
     emit_spans: EmitSpans | None = None,
     *,
+    alone: bool = False,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """See :func:`hypha.worker.run_worker`."""
+    if alone:
+        # executors run as the same user: the key in memory, and secrets in the environment, are not theirs
+        keeper.deny_inspection()
     _check_work_dir(config.work_dir)
     cgroups = usable_cgroups()
     if config.limits == "cgroup" and not cgroups:
         raise no_cgroups()
+    await in_thread(check_bubblewrap, config)
     for path in remove_stale(config.work_dir):
         logger.warning("Removed %s, which an earlier worker left behind.", path)
     options = options_from(config, "hypha-worker")
@@ -64,9 +72,19 @@ async def work(
         with last:
             async with open_node(options) as node:
                 with first:
-                    async with open_host(config, child_environment()) as host:
-                        running: dict[int, ExecutorClass] = {}
-                        run = partial(run_process, host=host, running=running)
+                    running: dict[int, ExecutorClass] = {}
+                    hosts: list[ExecutorHost] = []
+                    orphans = Orphans(lambda: {*running, *(host.pid for host in hosts if host.pid)})
+                    if alone:
+                        orphans.adopt()
+                    async with open_host(config, child_environment(), orphans.starting) as host:
+                        hosts += [] if host is None else [host]
+                        run = partial(
+                            run_process,
+                            host=host,
+                            running=running,
+                            orphans=orphans if alone else None,
+                        )
                         async with watch_resources(config.work_dir, lambda: dict(running)):
                             await serve(
                                 config, node, cgroups, run, emit_spans=emit_spans, task_status=task_status
@@ -119,7 +137,12 @@ async def serve(
     """
     bind(worker_peer_id=node.peer_id)
     environment = child_environment()
-    allowance = Allowance(config.allow)
+    allowance = Allowance(config.allow, config.exclude_cidr)
+    if config.allow.local:
+        logger.warning(
+            "allow.local is the earlier name of two keys, and lets jobs both read and write what it lists: "
+            "write allow.local_read and allow.local_write instead."
+        )
     workshop = Workshop(
         node=node,
         config=config,

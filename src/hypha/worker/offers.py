@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 import trio
+from msgspec import structs
 from opentelemetry.trace import Span, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
@@ -31,6 +32,7 @@ from hypha.node import Node
 from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import failed, span, start_span, traceparent
 from hypha.tracing.operations import EVALUATE, SEND_OFFER
+from hypha.waiting import IDLE_S, Reminder
 from hypha.worker.arbiter import (
     Arbiter,
     ArbiterAction,
@@ -63,6 +65,8 @@ class LeaseDesk:
         self._arbiter = arbiter
         self._on_expired = on_expired
         self._wake = trio.Event()
+        #: requests for workers since a lease was last there, and why the last one got no offer
+        self._requests, self._no_offer = 0, ""
         self._outbox: list[SendOffer] = []
         #: of requests that are being weighed, by scheduler and request
         self._evaluating: dict[tuple[str, str], Span] = {}
@@ -119,6 +123,7 @@ class LeaseDesk:
         """A request for workers was published by the authenticated ``publisher``, and received in the span
         that ``heard_in``, a ``traceparent``, names. As :meth:`handle`.
         """
+        self._requests += 1
         key = (publisher, request.request_id)
         if (repeated := self._evaluating.pop(key, None)) is not None:
             repeated.end()
@@ -158,6 +163,7 @@ class LeaseDesk:
                     )
                 case Ignored(request_id, peer, reason, cause):
                     WORKER_OFFERS.add(outcome=cause)
+                    self._no_offer = reason
                     fields = {"request_id": request_id, "peer_id": peer}
                     logger.log(self._level(reason, cause), "No offer: %s.", reason, extra=fields)
                     if (evaluating := self._evaluating.pop((peer, request_id), None)) is not None:
@@ -170,6 +176,8 @@ class LeaseDesk:
 
     async def run(self, deliver: Callable[[SendOffer], None]) -> None:
         """Let time pass for the arbiter; hand each offer to ``deliver``, which must not block."""
+        # while nothing is leased that is said, less and less often
+        idle = Reminder(longest_s=IDLE_S)
         while True:
             self.handle(Tick())
             # nothing is awaited up to the wait below, so no event can slip in between
@@ -177,9 +185,25 @@ class LeaseDesk:
             outbox, self._outbox = self._outbox, []
             for offer in outbox:
                 deliver(offer)
+            self._say_idle(idle)
             next_wake = self._arbiter.next_wake
-            with trio.move_on_at(math.inf if next_wake is None else next_wake):
+            with trio.move_on_at(min(idle.next_at, math.inf if next_wake is None else next_wake)):
                 await wake.wait()
+
+    def _say_idle(self, idle: Reminder) -> None:
+        if any(lease.accepted for lease in self._arbiter.book):
+            idle.reset()
+            self._requests, self._no_offer = 0, ""
+        elif idle.due():
+            heard = f"{self._requests} requests were heard" if self._requests else "none was heard"
+            logger.info(
+                "Nothing is leased: waiting for a scheduler's request that fits %s; %s%s.",
+                " ".join(
+                    f"{name}={amount:g}" for name, amount in structs.asdict(self.free).items() if amount
+                ),
+                heard,
+                f", and the last got no offer: {self._no_offer}" if self._no_offer else "",
+            )
 
     def _offered(self, scheduler: str, offer: WorkerOffer) -> None:
         WORKER_OFFERS.add(outcome="offered")
@@ -253,6 +277,7 @@ async def serve_offers(
         desk.handle(Release(request.lease_id, caller))
         return Acknowledged()
 
+    node.prefer(lambda peer: any(lease.scheduler == peer for lease in desk.leases))
     node.answer(RenewLease, renew, roles=frozenset({"scheduler"}))
     node.answer(ReleaseLease, release, roles=frozenset({"scheduler"}))
     greeting: set[str] = set()

@@ -19,8 +19,10 @@ from hypha.worker.backoff import Backoff
 logger = logging.getLogger("hypha.worker.events")
 
 MAX_PAUSE_S = 5.0
+#: Events that may wait for their scheduler. An executor has about ten a round, and no round ends without it.
+MAX_WAITING = 512
 #: Refusals after which repeating an event makes no sense: it came already, or the job has moved on.
-_SETTLED = frozenset({"duplicate", "stale", "invalid", "malformed", "unsupported"})
+_SETTLED = frozenset({"duplicate", "stale", "invalid", "malformed", "unsupported", "too-large"})
 
 
 class Outbox:
@@ -40,7 +42,7 @@ class Outbox:
         self._empty.set()
 
     def put(self, stamp: JobStamp, event: Event) -> None:
-        """Take charge of ``event``; never blocks."""
+        """Take charge of ``event``; never blocks. For an executor :meth:`check_room` is called before."""
         self._seq += 1
         report = ReportEvent(
             stamp=stamp, kind=self._kind, incarnation=self._incarnation, seq=self._seq, event=event
@@ -49,6 +51,11 @@ class Outbox:
         if self._empty.is_set():
             self._empty = trio.Event()
         self._some.set()
+
+    def check_room(self) -> None:
+        """Raise Refused (``busy``) when as many events wait as may."""
+        if len(self._waiting) >= MAX_WAITING:
+            raise Refused("busy", f"{MAX_WAITING} events wait for the scheduler")
 
     @property
     def waiting(self) -> int:

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import msgspec
@@ -23,6 +24,7 @@ from hypha.messages import AggregateJob, ExecutorClass, HuggingFace, Job, Refere
 from hypha.telemetry.instruments import EXECUTOR_STARTS
 from hypha.worker.directory import JobDirectory
 from hypha.worker.keepers import KILLED_WITHIN_S, Keeper, Launch, OwnExecutor, end_keeper, start_keeper
+from hypha.worker.orphans import Orphans
 from hypha.worker.warm import ExecutorHost
 
 logger = logging.getLogger("hypha.worker.executor")
@@ -30,6 +32,8 @@ logger = logging.getLogger("hypha.worker.executor")
 #: Hypha's own executors, for a configuration without ``cmd``.
 OWN_EXECUTORS = {"train": "hypha.executor.training", "aggregate": "hypha.executor.parameter_server"}
 
+#: An isolated executor that signal N ended has the exit code 128 + N.
+SIGNALLED = 128
 TAIL_LINES = 50
 MAX_LINE_BYTES = 4096
 #: The kernel takes 128 KiB for one argument.
@@ -176,10 +180,11 @@ async def run_executor(
     kill: trio.Event | None = None,
     host: ExecutorHost | None = None,
     running: dict[int, ExecutorClass] | None = None,
+    orphans: Orphans | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> Exit:
     """Run it until it ends, forked by ``host`` where that can be; ``task_status`` gives the process group,
-    whose number is in ``running`` meanwhile.
+    whose number is in ``running`` meanwhile. ``orphans`` ends what is left when it has ended.
 
     Once ``stop`` is set its group gets SIGTERM, and all that is left after ``grace_s`` SIGKILL. When ``kill``
     is set, or this is cancelled, it is killed at once, and gone when this returns.
@@ -188,7 +193,10 @@ async def run_executor(
     keeper: Keeper | None = await host.fork(launch) if host is not None else None
     way = "cold" if keeper is None else "warm"
     if keeper is None:
-        keeper = await start_keeper(launch)
+        async with orphans.starting if orphans is not None else nullcontext():
+            keeper = await start_keeper(launch)
+            if running is not None:
+                running[keeper.pid] = launch.kind
     EXECUTOR_STARTS.add(kind=launch.kind, way=way)
     logger.debug(
         "The executor was %s within %.3f s; its keeper is process %d.",
@@ -204,6 +212,9 @@ async def run_executor(
     finally:
         if running is not None:
             running.pop(keeper.pid, None)
+        if orphans is not None:
+            with trio.CancelScope(shield=True):
+                await orphans.end()
 
 
 async def _attend(
@@ -251,5 +262,7 @@ async def _attend(
         with trio.CancelScope(shield=True):
             await end_keeper(keeper)
             await keeper.aclose()
-    code = keeper.code
-    return Exit(code=code if code is not None else -signal.SIGKILL, tail=output.end(), stopped=stopped)
+    code = -signal.SIGKILL if keeper.code is None else keeper.code
+    if launch.isolated and code > SIGNALLED:
+        code = SIGNALLED - code
+    return Exit(code=code, tail=output.end(), stopped=stopped)

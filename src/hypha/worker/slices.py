@@ -45,6 +45,7 @@ from hypha.telemetry.instruments import CACHE_LOOKUPS, FETCH_DURATION
 from hypha.tracing import span
 from hypha.tracing.operations import FETCH_SLICE
 from hypha.tracing.spans import Attribute
+from hypha.waiting import Reminder, in_words
 from hypha.worker.backoff import Backoff
 from hypha.worker.cache import SliceCache
 from hypha.worker.connectors import Pull
@@ -231,7 +232,7 @@ class SlicePrefetcher:
         return None
 
     async def _ask_until_assigned(self) -> SliceAssigned:
-        backoff = Backoff(longest_s=MAX_RETRY_S)
+        backoff, reminder, began = Backoff(longest_s=MAX_RETRY_S), Reminder(), trio.current_time()
         while True:
             stamp = self._pending
             request = NextSlice(
@@ -258,6 +259,14 @@ class SlicePrefetcher:
             if isinstance(answer, SliceAssigned):
                 return answer
             backoff.reset()
+            if reminder.due():
+                logger.info(
+                    "Waiting for a slice of %s since %s: the scheduler has none to give now (%s).",
+                    self._dataset,
+                    in_words(trio.current_time() - began),
+                    answer.reason if isinstance(answer, NoSlice) else type(answer).__name__,
+                    extra={"job_id": stamp.job_id},
+                )
             wait_s = answer.retry_in_s if isinstance(answer, NoSlice) else MAX_RETRY_S
             # The round may move on while there is nothing: then this is no longer a request of the old one.
             self._pending = self._stamp()

@@ -14,6 +14,7 @@ import trio
 from hypha.messages import ExecutorClass
 from hypha.worker.bridge import Desk, bind_bridge, serve_bridge
 from hypha.worker.keepers import Launch
+from hypha.worker.orphans import Orphans
 from hypha.worker.process import Exit, run_executor
 from hypha.worker.warm import ExecutorHost
 
@@ -42,9 +43,10 @@ async def run_process(
     ends: EndSignals,
     host: ExecutorHost | None = None,
     running: dict[int, ExecutorClass] | None = None,
+    orphans: Orphans | None = None,
 ) -> Exit:
     """A process, forked by ``host`` where that can be, with its bridge at ``socket_path``; the process group
-    is in ``running`` meanwhile.
+    is in ``running`` meanwhile. ``orphans`` ends what is left of it.
 
     Raises OSError when there can be no socket.
     """
@@ -52,7 +54,13 @@ async def run_process(
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_bridge, desk, listener)
         ended = await run_executor(
-            launch, ends.stop, ends.grace_s, kill=ends.kill, host=host, running=running
+            launch,
+            ends.stop,
+            ends.grace_s,
+            kill=ends.kill,
+            host=host,
+            running=running,
+            orphans=orphans,
         )
         nursery.cancel_scope.cancel()
     return ended

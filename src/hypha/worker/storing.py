@@ -41,7 +41,7 @@ class Keeping:
 async def store_local(path: Path, url: str, allowance: Allowance, keeping: Keeping | None = None) -> None:
     """Write the file or directory ``path`` to ``url``, replacing what is there."""
     keeping = keeping or Keeping()
-    place = allowance.local(url)
+    place = allowance.write_local(url)
     if "/" in keeping.marker or keeping.marker in (".", ".."):
         raise Refused("invalid", f"{keeping.marker!r} is no file name")
     if keeping.newest is not None and (keeping.newest < 1 or _number(posixpath.basename(url)) is None):
@@ -49,7 +49,7 @@ async def store_local(path: Path, url: str, allowance: Allowance, keeping: Keepi
 
     def may_remove(sibling: str) -> bool:
         try:
-            allowance.local(sibling)
+            allowance.write_local(sibling)
         except Refused:
             return False
         return True

@@ -133,6 +133,10 @@ class _Refused(Exception):
 class ExecutorHost(Protocol):
     """Forks executors."""
 
+    @property
+    def pid(self) -> int | None:
+        """Of a host that is this process's child, while it runs."""
+
     async def fork(self, launch: Launch) -> ForkedKeeper | None:
         """A running keeper; None: start it without a host. Cancelled, nothing is left of it."""
 
@@ -143,6 +147,11 @@ class _Host:
     def __init__(self) -> None:
         #: said already that executors are started without it
         self._warned = False
+
+    @property
+    def pid(self) -> int | None:
+        """See :class:`ExecutorHost`."""
+        return None
 
     async def fork(self, launch: Launch) -> ForkedKeeper | None:
         """See :class:`ExecutorHost`."""
@@ -256,8 +265,10 @@ class SharedHost(_Host):
 class OwnHost(_Host):
     """A worker's own, with ``environment``: :meth:`run` starts it, and again when it has ended."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], starting: trio.Lock | None = None) -> None:
         super().__init__()
+        #: held until :attr:`pid` is that of the process
+        self._starting = starting or trio.Lock()
         self._environment = dict(environment)
         self._connection: socket.socket | None = None
         self._process: trio.Process | None = None
@@ -307,18 +318,19 @@ class OwnHost(_Host):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
             ours.setblocking(False)
-            process = await trio.lowlevel.open_process(
-                # without its directory on the path: a fork has its own
-                [sys.executable, "-P", "-m", "hypha.executor.host"],
-                stdin=theirs.fileno(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                # Ctrl-C is the worker's
-                start_new_session=True,
-            )
+            async with self._starting:
+                process = await trio.lowlevel.open_process(
+                    # without its directory on the path: a fork has its own
+                    [sys.executable, "-P", "-m", "hypha.executor.host"],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                    # Ctrl-C is the worker's
+                    start_new_session=True,
+                )
+                self._process, self._connection = process, ours
             theirs.close()
-            self._process, self._connection = process, ours
             try:
                 await self._read(process)
                 return await process.wait()
@@ -353,15 +365,18 @@ class OwnHost(_Host):
 
 @asynccontextmanager
 async def open_host(
-    config: WorkerConfig, environment: Mapping[str, str]
+    config: WorkerConfig, environment: Mapping[str, str], starting: trio.Lock | None = None
 ) -> AsyncIterator[ExecutorHost | None]:
-    """The host that ``config`` says, if any. It is gone when the block ends, a shared one excepted."""
-    if not config.warm or sys.platform != "linux" or all(one.cmd is not None for one in config.executors):
+    """The host that ``config`` says, if any. It is gone when the block ends, a shared one excepted.
+    ``starting`` is held while one is started and not known yet.
+    """
+    forked = any(one.cmd is None and one.runtime == "process" for one in config.executors)
+    if not config.warm or sys.platform != "linux" or not forked:
         yield None
     elif config.warm_host is not None:
         yield SharedHost(config.warm_host)
     else:
-        own = OwnHost(environment)
+        own = OwnHost(environment, starting)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(own.run)
             yield own

@@ -9,6 +9,7 @@ it is not watched: what it owes its job is the business of the scheduler's deadl
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ import trio
 
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.messages import Alive, Event, Job, Loaded, ModelReady, TrainJob
+from hypha.waiting import Reminder, in_words
+
+logger = logging.getLogger(__name__)
 
 #: until its model is there an executor has at least so long: importing torch alone may take a minute
 LOADING_S = 300.0
@@ -65,6 +69,11 @@ class Watch:
         """Between two looks."""
         return min(_LONGEST_PAUSE_S, self._working_s / 10.0 or _LONGEST_PAUSE_S)
 
+    @property
+    def loading(self) -> bool:
+        """Whether its model is not there yet."""
+        return self._loading
+
     def sign(self, event: Event, now: float) -> None:
         """It said something."""
         if isinstance(event, Alive):
@@ -94,8 +103,12 @@ class Watch:
 
 
 async def keep_watch(watch: Watch, hung: trio.Event) -> None:
-    """Set ``hung`` when it is."""
+    """Set ``hung`` when it is. While it loads its model that is said, as nothing else may be for long."""
+    began, reminder = trio.current_time(), Reminder()
     while True:
+        if watch.loading and reminder.due():
+            lasted_s = trio.current_time() - began
+            logger.info("The executor has been loading its model for %s.", in_words(lasted_s))
         if watch.look(trio.current_time()):
             hung.set()
             return

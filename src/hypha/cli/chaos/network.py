@@ -163,8 +163,10 @@ class Network:
         return await self.start(name, "worker", self.write(name, "worker", **keys))
 
     async def scheduler(self, job: dict[str, Any], name: str = "scheduler", **keys: Any) -> Child:
-        """Start a scheduler with that ``[scheduler.job]``; its model goes to ``<root>/model``."""
-        job = {"output": str(self.root / "model"), **job}
+        """Start a scheduler with that ``[scheduler.job]``; its model goes to ``<root>/model``. No batch is
+        tried first: that would import torch once more for each job, on the cores that train.
+        """
+        job = {"output": str(self.root / "model"), "check": "quick", **job}
         keys = {
             "http_address": "127.0.0.1:0",
             "state_dir": str(self.root / "state"),

@@ -19,6 +19,7 @@ from urllib.parse import parse_qs
 from starlette.types import Scope
 
 from hypha.errors import ConfigError, Problem
+from hypha.telemetry.hosts import names_address
 
 _FILE = "page-token"
 _TOKEN_BYTES = 32
@@ -34,7 +35,7 @@ class Access:
         """The status and the text of a refusal; None where the request is let in."""
         if self.token is None:
             host = _header(scope, b"host")
-            if host is None or _is_address(host):
+            if host is None or names_address(host):
                 return None
             return 403, f"{host!r} is no address of this machine: open the page by 127.0.0.1 or localhost.\n"
         expected = self.token.encode()
@@ -92,15 +93,3 @@ def _tokens(scope: Scope) -> Iterable[str]:
 
 def _header(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
-
-
-def _is_address(host: str) -> bool:
-    name = host if host.endswith("]") or ":" not in host else host.rpartition(":")[0]
-    name = name.strip("[]")
-    if name == "localhost":
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

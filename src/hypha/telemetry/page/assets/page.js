@@ -2,7 +2,7 @@
 // JobSnapshot of the scheduler. A field that has its default may be missing.
 
 import { Charts } from "/assets/charts.js";
-import { bars, clock, duration, fill, loss, make, number, peer, put } from "/assets/text.js";
+import { bars, clock, duration, fill, learn, loss, make, number, peer, put } from "/assets/text.js";
 import { legend, timeline } from "/assets/timeline.js";
 
 const get = (id) => document.getElementById(id);
@@ -32,15 +32,27 @@ const inOrder = () => [...rounds.values()].sort((one, other) => key(one) - key(o
 
 function past(message) {
   rounds.clear();
-  for (const record of message.rounds) rounds.set(key(record), record);
+  for (const record of message.rounds) keep(record);
   roundsChanged = true;
+}
+
+function keep(record) {
+  rounds.set(key(record), record);
+  for (const [id, name] of Object.entries(record.names || {})) learn(id, name);
+}
+
+function learnNames() {
+  learn(job.scheduler, job.scheduler_name);
+  learn(job.parameter_server, job.parameter_server_name);
+  for (const one of [...job.workers, ...job.held, ...job.connections, ...job.warnings]) learn(one.peer, one.name);
 }
 
 function now(message) {
   job = message.job;
   open = message.open;
+  learnNames();
   for (const record of message.rounds) {
-    rounds.set(key(record), record);
+    keep(record);
     roundsChanged = true;
   }
   render();

@@ -1,7 +1,18 @@
 // Numbers and names in words, and the smallest pieces of the page. Whatever a peer said goes through
 // textContent alone.
 
-export const peer = (id) => (id ? `…${id.slice(-8)}` : "–");
+// What certificates say, by PeerID; a name once known stays known.
+const names = new Map();
+
+export function learn(id, name) {
+  if (id && name) names.set(id, name);
+}
+
+export function peer(id) {
+  if (!id) return "–";
+  const end = `…${id.slice(-8)}`;
+  return names.has(id) ? `${names.get(id)} (${end})` : end;
+}
 
 export const number = (value, digits = 0) =>
   value === null || value === undefined || !Number.isFinite(value)

@@ -5,6 +5,7 @@ import { duration, make, peer, put } from "/assets/text.js";
 const SVG = "http://www.w3.org/2000/svg";
 const [ROW, GAP, TOP, LABELS] = [20, 6, 20, 84];
 const MAX_ROWS = 24;
+const LABEL_LETTERS = 12;
 export const KINDS = {
   loading: "loading the model",
   waiting: "waiting",
@@ -52,7 +53,8 @@ export function timeline(box, detail, records) {
   const svg = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
 
   ["server", ...rows.map(peer)].forEach((name, index) => {
-    svg.append(draw("text", { x: 0, y: y(index) + 14 }, name));
+    // the whole of it is in the text of each span
+    svg.append(draw("text", { x: 0, y: y(index) + 14 }, name.length > LABEL_LETTERS ? `${name.slice(0, LABEL_LETTERS - 1)}…` : name));
     svg.append(draw("rect", { x: LABELS, y: y(index), width: width - LABELS - 4, height: ROW, class: "track" }));
   });
   let labelled = -Infinity;

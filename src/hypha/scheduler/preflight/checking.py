@@ -1,0 +1,185 @@
+"""Everything that can be told of a job before anybody is leased, from its configuration, its model's files
+and its dataset's manifest.
+
+What is certain to fail is an error and ends the job with exit code 2, as any other error of its configuration
+does. What is likely, or could not be found out, is advice, and the job goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from hypha.config.models import DEFAULT_EXECUTOR, JobConfig, ModelConfig, PreprocessorConfig
+from hypha.decoding import decode
+from hypha.errors import ConfigError, Problem, Undecodable
+from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
+from hypha.runtime import in_thread
+from hypha.scheduler.lives import described
+from hypha.scheduler.preflight.facts import ModelFacts, facts_of
+from hypha.scheduler.preflight.finding import JOB, Finding, printable
+from hypha.scheduler.preflight.findings import findings
+from hypha.scheduler.preflight.hub import HUB_S, HubFinding, ask_hub
+from hypha.scheduler.preflight.trial import ModelTrial
+
+logger = logging.getLogger(__name__)
+
+#: has a batch tried
+RunTrial = Callable[[Trial], Awaitable[TrialReport]]
+#: a job's start may be delayed so long by the trial of a batch
+START_S = 10.0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found, errors first, and what came of the trial, if there was one."""
+
+    findings: tuple[Finding, ...]
+    trial: TrialReport | None = None
+
+    @property
+    def errors(self) -> list[Finding]:
+        """Those for which every worker would fail."""
+        return [one for one in self.findings if one.error]
+
+
+async def check_before_leasing(job: JobConfig, manifest: Manifest, trial: ModelTrial | None) -> None:
+    """Say what is found. Raises :class:`ConfigError` with all errors."""
+    run = None if trial is None else partial(trial.run, timeout_s=START_S)
+    checked = await check_job(job, manifest, run)
+    for finding in checked.findings:
+        log = logger.error if finding.error else logger.warning
+        log("Before anybody is leased: %s", finding)
+    if errors := checked.errors:
+        hint = Problem(f"{JOB}.check", 'where this is wrong, "none" (or run --no-check) goes on nevertheless')
+        raise ConfigError([*(Problem(one.key, one.message) for one in errors), hint])
+
+
+async def check_job(job: JobConfig, manifest: Manifest, run_trial: RunTrial | None) -> Checked:
+    """Compare, and where nothing is wrong so far try a batch. Without ``run_trial`` nothing but the files of
+    this machine is looked at.
+    """
+    if job.resources.worker_executor != DEFAULT_EXECUTOR:
+        # what another executor makes of models and columns is its own affair
+        return Checked(())
+    with tempfile.TemporaryDirectory(prefix="hypha-check-") as scratch:
+        files = _Files(job, Path(scratch))
+        found = await in_thread(files.unreadable)
+        if run_trial is not None:
+            found += await files.ask_hub()
+        model, preprocessor = await in_thread(files.facts), await in_thread(files.preprocessor)
+        found += findings(job, manifest, model, preprocessor)
+        found.sort(key=lambda one: not one.error)
+        if run_trial is None or any(one.error for one in found):
+            return Checked(tuple(map(printable, found)))
+        report = await run_trial(_trial(job, manifest, files))
+    if report.outcome == "passed":
+        found = [one for one in found if not one.refutable]
+    return Checked(tuple(map(printable, (*_told(report), *found))), report)
+
+
+def _trial(job: JobConfig, manifest: Manifest, files: _Files) -> Trial:
+    train, _ = described(job, PeerRef(peer=""), "")
+    preprocessor = None if job.preprocessor is None else job.preprocessor.path
+    return Trial(
+        job=train,
+        model=None if files.model is None else str(files.model),
+        preprocessor=None if preprocessor is None else str(preprocessor),
+        # of a repository only its config.json is here
+        weights=job.model.repository is None,
+        columns=manifest.columns,
+        ranges=manifest.ranges,
+        rows=1 if job.rounds.batch_size == 1 else 2,
+    )
+
+
+def _told(report: TrialReport) -> list[Finding]:
+    key = f"{JOB}.model"
+    found = [Finding(key, note, error=False) for note in report.notes]
+    if report.outcome == "failed":
+        found.insert(0, Finding(key, report.reason))
+    elif report.outcome == "unknown":
+        text = f"no batch could be tried here: {report.reason}; the first worker will tell"
+        found.append(Finding(key, text, error=False))
+    return found
+
+
+class _Files:
+    """The model's and the preprocessor's files on this machine. ``model`` is the model's directory, which may
+    hold no more than a config.json.
+    """
+
+    def __init__(self, job: JobConfig, scratch: Path) -> None:
+        self._job = job
+        self._scratch = scratch
+        self.model = job.model.path
+
+    def unreadable(self) -> list[Finding]:
+        """Files that the scheduler is to serve and may not read."""
+        found = []
+        for name, path in (("model", self._job.model.path), ("preprocessor", self._preprocessor_path())):
+            if path is None:
+                continue
+            refused = [file for file in sorted(path.rglob("*")) if not os.access(file, os.R_OK)]
+            if refused:
+                more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+                text = f"{refused[0]}{more} may not be read by this user; have it made readable (chmod a+r)"
+                found.append(Finding(f"{JOB}.{name}.path", text))
+        return found
+
+    async def ask_hub(self) -> list[Finding]:
+        """Look for repositories on the hub; the model's config.json is here afterwards, if it has one."""
+        found = []
+        for name, given in (("model", self._job.model), ("preprocessor", self._job.preprocessor)):
+            if given is None or given.repository is None:
+                continue
+            directory = self._scratch if name == "model" else None
+            answer = HubFinding(f"the hub did not answer within {2 * HUB_S:g} s; workers fetch it themselves")
+            with trio.move_on_after(2 * HUB_S):
+                answer = await in_thread(ask_hub, _reference(given), directory, abandon_on_cancel=True)
+            if answer.problem:
+                key = f"{JOB}.{name}.repository"
+                found.append(Finding(key, answer.problem, error=answer.refused))
+            if answer.fetched:
+                self.model = self._scratch
+        return found
+
+    def facts(self) -> ModelFacts | None:
+        """What the model's config.json says; ``None`` where there is none."""
+        if self.model is None or self._job.model.entrypoint is not None:
+            return None
+        described = _json_in(self.model / "config.json")
+        return None if described is None else facts_of(described, self._job.model.arguments)
+
+    def preprocessor(self) -> Mapping[str, object] | None:
+        """What preprocessor_config.json says."""
+        path = self._preprocessor_path()
+        return None if path is None else _json_in(path / "preprocessor_config.json")
+
+    def _preprocessor_path(self) -> Path | None:
+        return None if self._job.preprocessor is None else self._job.preprocessor.path
+
+
+def _reference(given: ModelConfig | PreprocessorConfig) -> HuggingFace:
+    return HuggingFace(
+        repository=given.repository or "",
+        revision=given.revision,
+        filenames=tuple(given.filenames),
+        token=given.token,
+    )
+
+
+def _json_in(path: Path) -> dict[str, object] | None:
+    try:
+        content = decode(json.loads, path.read_bytes())
+    except (OSError, Undecodable):
+        return None
+    return content if isinstance(content, dict) else None

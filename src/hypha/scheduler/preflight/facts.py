@@ -1,0 +1,75 @@
+"""What a model's ``config.json`` says of its inputs and labels, as far as it can be read without building the
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hypha.config.tasks import task_of
+
+#: how many positions a model has, by the names that configurations give it
+_POSITIONS = ("max_position_embeddings", "n_positions")
+#: what transformers takes where config.json names neither labels nor their number
+_DEFAULT_LABELS = 2
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """``None``: config.json does not say. ``task`` is that of its architecture; ``image_size`` is (height,
+    width); ``num_labels`` is of those tasks that have labels.
+    """
+
+    kind: str = ""
+    task: str | None = None
+    num_labels: int | None = None
+    problem_type: str | None = None
+    vocab_size: int | None = None
+    positions: int | None = None
+    channels: int | None = None
+    image_size: tuple[int, int] | None = None
+
+
+def facts_of(described: Mapping[str, object], arguments: Mapping[str, object]) -> ModelFacts:
+    """From the content of config.json, as the job's ``model.arguments`` change it."""
+    # of models of images and texts, what the text is made of stands one level further in
+    text = described.get("text_config")
+    layers = [arguments, described, *([text] if isinstance(text, Mapping) else [])]
+
+    def number(*names: str) -> int | None:
+        found = (layer.get(name) for layer in layers for name in names)
+        return next((one for one in found if isinstance(one, int) and not isinstance(one, bool)), None)
+
+    def words(name: str) -> str | None:
+        return next((found for layer in layers[:2] if isinstance(found := layer.get(name), str)), None)
+
+    return ModelFacts(
+        kind=words("model_type") or "",
+        task=task_of(described.get("architectures")),
+        num_labels=_labels(described, arguments),
+        problem_type=words("problem_type"),
+        vocab_size=number("vocab_size"),
+        positions=number(*_POSITIONS),
+        channels=number("num_channels"),
+        image_size=_size(next((layer["image_size"] for layer in layers if "image_size" in layer), None)),
+    )
+
+
+def _labels(described: Mapping[str, object], arguments: Mapping[str, object]) -> int:
+    if isinstance(given := arguments.get("num_labels"), int):
+        return given
+    if isinstance(names := described.get("id2label"), Mapping):
+        return len(names)
+    given = described.get("num_labels")
+    return given if isinstance(given, int) else _DEFAULT_LABELS
+
+
+def _size(given: object) -> tuple[int, int] | None:
+    if isinstance(given, int):
+        return (given, given)
+    if isinstance(given, list | tuple) and len(given) == 2:
+        height, width = given
+        if isinstance(height, int) and isinstance(width, int):
+            return (height, width)
+    return None
