@@ -5,10 +5,12 @@ ARGS ?=
 JOBS ?= 3
 # how many seeds are simulated
 SEEDS ?= 100
+# seconds for each fuzzer
+FUZZ_S ?= 600
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test simulate fault check bench clean
+.PHONY: demo test simulate fault fuzz check bench clean
 .DEFAULT_GOAL := test
 
 # Again when what is to be installed has changed. trio-typing (which libp2p pulls in) brings stubs of an
@@ -28,6 +30,10 @@ test: $(STAMP)
 # every role, each way, at each phase of a round, with real processes: twenty minutes, as root
 fault: $(STAMP)
 	$(BIN)/python -m pytest -m cross $(ARGS)
+
+# spoilt bytes for every decoder, and a hostile peer at real nodes: none may end, stall or grow
+fuzz: $(STAMP)
+	nice $(BIN)/python -m tests.fuzz.running $(FUZZ_S) $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -20,6 +20,7 @@ ROWS = (
         "beneath",
         "features",
         "config",
+        "decoding",
         "errors",
         "node",
         "runtime",
@@ -41,6 +42,8 @@ SIDEWAYS = {
     ("access", "messages"),
     ("config", "messages"),
     ("node", "messages"),
+    ("decoding", "errors"),
+    ("config", "decoding"),
 }
 #: Libraries that one room alone imports.
 OWNERS = {

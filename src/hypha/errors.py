@@ -16,6 +16,7 @@ HyphaError                      exit code 1
 │   ├── InputUnusable           exit code 2   what is to be prepared cannot be used as it is
 │   ├── CheckpointUnusable                    a checkpoint is not there, or not what was saved
 │   └── BatchFailed                           model and data do not go together
+├── Undecodable                           what somebody else wrote is not what it should be
 ├── AllocationFailed            exit code 4   nobody offered what the job asked for
 └── JobFailed                   exit code 5   the job cannot go on
     ├── ModelError                            the model cannot be loaded or built
@@ -171,6 +172,12 @@ class CheckpointUnusable(DataError):
 class BatchFailed(DataError):
     """A model cannot be trained on a batch: labels, types, tokens, columns. Any machine would
     say the same.
+    """
+
+
+class Undecodable(HyphaError):
+    """Bytes or text that others wrote cannot be decoded; :mod:`hypha.decoding` raises it, and whoever calls
+    that adds whose they are.
     """
 
 

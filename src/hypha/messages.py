@@ -25,6 +25,10 @@ MAX_RESPONSE_BYTES = 10 << 20
 #: Bounds of what a peer states of itself (:mod:`hypha.features`); a message beyond them is ``malformed``.
 MAX_VERSION_LENGTH = 64
 MAX_FEATURES = 256
+#: A PeerID as text, and an address with two of them and a name: what is longer is no such thing, and telling
+#: so would take time that grows with the square of its length.
+MAX_PEER_ID_LENGTH = 128
+MAX_ADDRESS_LENGTH = 512
 VersionName = Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)]
 FeatureNames = Annotated[
     tuple[Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)], ...], Meta(max_length=MAX_FEATURES)
@@ -56,8 +60,8 @@ class Value(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class PeerRef(Value):
     """A peer and where it may be reached; ``addresses`` are multiaddrs, circuit addresses included."""
 
-    peer: str
-    addresses: tuple[str, ...] = ()
+    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)]
+    addresses: tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...] = ()
 
 
 class Resources(Value):

@@ -42,7 +42,7 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.net.bulk_files import hash_file
-from hypha.net.dht import _ref, key_of
+from hypha.net.dht import _refs, key_of
 from hypha.scheduler.allocation import Ask, Gained, Lost, Offered, Want
 from hypha.scheduler.allocator import Allocator
 from hypha.scheduler.checkpoints import CheckpointStore
@@ -125,7 +125,7 @@ def read_states(directory: Path) -> Iterator[tuple[str, Any]]:
             "type": announced.type,
             "is of the dataset": announced.key == key_of("tiny"),
             "key": announced.key,
-            "providers": [_ref(entry) for entry in announced.providerPeers],
+            "providers": _refs(announced.providerPeers),
         },
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import shutil
@@ -413,6 +414,25 @@ async def test_a_call_is_carried_out_in_the_callers_span_and_spans_are_taken(tmp
         assert desk.spans == [span]
         answer = await client.post("/spans", content=b'{"spans": [{}]}')
         assert (answer.status_code, answer.json()["error"]) == (400, "malformed")
+
+
+UPGRADE = (
+    b"GET /job HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("data", [UPGRADE + b"\x81\x85abcde", UPGRADE * 2])
+async def test_a_connection_that_fails_ends_alone(data: bytes, tmp_path: Path) -> None:
+    """As shipped, the server ends with it, and so did the worker."""
+    async with bridge(tmp_path) as (desk, client):
+        for _ in range(2):
+            async with await trio.open_unix_socket(str(desk.directory.socket_path)) as stream:
+                with trio.move_on_after(1.0), contextlib.suppress(trio.BrokenResourceError):
+                    await stream.send_all(data)
+                    while await stream.receive_some():
+                        pass
+        assert (await client.get("/job")).status_code == 200
 
 
 async def test_calls_beyond_the_limit_are_told_to_come_again(tmp_path: Path) -> None:

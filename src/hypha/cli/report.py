@@ -26,7 +26,8 @@ import typer
 from hypha.cli.component import DEFAULT_CONFIG
 from hypha.cli.redaction import redacted, redacted_config, secrets_in
 from hypha.cli.timeline import job_directory
-from hypha.errors import ConfigError, HyphaError, OutputError
+from hypha.decoding import decode
+from hypha.errors import ConfigError, HyphaError, OutputError, Undecodable
 
 if TYPE_CHECKING:
     from hypha.config.models import SchedulerConfig
@@ -181,8 +182,8 @@ def _value(value: object) -> object:
         return value.hex()
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
-            return json.loads(value)
-        except ValueError:
+            return decode(json.loads, value)
+        except Undecodable:
             return value
     return value
 

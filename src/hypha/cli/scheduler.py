@@ -12,6 +12,8 @@ import typer
 from hypha.cli import component as common
 from hypha.cli.running import run_program
 from hypha.config.tasks import task_of, unknown_task
+from hypha.decoding import decode
+from hypha.errors import Undecodable
 
 PROGRAM = common.Program("scheduler", "Finds workers for a job, trains its model with them and exports it.")
 
@@ -106,8 +108,8 @@ def init(
 def _task_in(model: Path | None) -> str:
     """The task of the model in that directory, as far as its config.json says."""
     try:
-        described = json.loads(((model or Path("model")) / "config.json").read_bytes())
-    except (OSError, ValueError):
+        described = decode(json.loads, ((model or Path("model")) / "config.json").read_bytes())
+    except (OSError, Undecodable):
         described = {}
     named = described.get("architectures") if isinstance(described, dict) else None
     return task_of(named) or "image-classification"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import httpx
-import msgspec
 import typer
 from rich.console import Console
 
 from hypha.cli.component import HTTP_PORTS
-from hypha.errors import HyphaError, JobFailed
+from hypha.decoding import decode_json
+from hypha.errors import HyphaError, JobFailed, Undecodable
 from hypha.scheduler.snapshot import JobSnapshot
 
 _INTERVAL_S = 0.5
@@ -77,8 +77,8 @@ def _ask(client: httpx.Client, url: str) -> JobSnapshot:
             f"{url} answers with HTTP status {answer.status_code}: is that a scheduler's address?"
         )
     try:
-        return msgspec.json.decode(answer.content, type=JobSnapshot)
-    except msgspec.DecodeError as exc:
+        return decode_json(answer.content, JobSnapshot)
+    except Undecodable as exc:
         raise HyphaError(f"{url} is not the status of a job: {exc}") from exc
 
 

@@ -31,6 +31,8 @@ from hypha.config.partial import Partial
 from hypha.config.sinks import sink_problems
 from hypha.config.tasks import unknown_task
 from hypha.config.url_patterns import UrlPattern
+from hypha.decoding import decode
+from hypha.errors import Undecodable
 
 Found = Iterator[tuple[KeyPath, str]]
 
@@ -234,12 +236,12 @@ def _model_problem(path: Path) -> str | None:
     if not path.is_dir():
         return f"{path} is no directory; {should}"
     try:
-        described = json.loads((path / "config.json").read_text())
+        described = decode(json.loads, (path / "config.json").read_bytes())
     except FileNotFoundError:
         return f"{path} has no config.json; {should}"
     except OSError as exc:
         return f"{path / 'config.json'} cannot be read ({exc.strerror})"
-    except ValueError as exc:
+    except Undecodable as exc:
         return f"{path / 'config.json'} is not JSON ({exc})"
     if not isinstance(described, dict):
         return f"{path / 'config.json'} should be a JSON object"

@@ -27,7 +27,8 @@ from hypha.data.slices import (
     open_as_directory,
     sync,
 )
-from hypha.errors import DataError
+from hypha.decoding import decode_json
+from hypha.errors import DataError, Undecodable
 from hypha.messages import Column, Manifest, SliceInfo
 
 logger = logging.getLogger(__name__)
@@ -97,12 +98,12 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest in ``directory``. Raises DataError when there is none, or it cannot be trusted."""
     path = directory / MANIFEST_FILE
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        manifest = decode_json(path.read_bytes(), Manifest)
     except FileNotFoundError as exc:
         raise DataError(f"{path} does not exist; prepare the dataset with `hypha-data prepare`") from exc
     except OSError as exc:
         raise DataError(f"{path} cannot be read: {exc.strerror}") from exc
-    except msgspec.MsgspecError as exc:
+    except Undecodable as exc:
         raise DataError(f"{path} is no manifest ({exc}); prepare the dataset again") from exc
     if manifest.version != MANIFEST_VERSION:
         raise DataError(

@@ -21,7 +21,8 @@ from typing import TypeVar
 import msgspec
 from opentelemetry.trace import SpanKind
 
-from hypha.errors import HyphaError, PeerUnreachable, Refused
+from hypha.decoding import decode, decode_json
+from hypha.errors import HyphaError, PeerUnreachable, Refused, Undecodable
 from hypha.executor.bridge_http import Answer, Connection, Unanswered, lines
 from hypha.messages import (
     Alive,
@@ -59,6 +60,7 @@ _OK = 200
 T = TypeVar("T")
 
 _DIRECTIVE: msgspec.json.Decoder[Directive] = msgspec.json.Decoder(Directive)
+_JOB: msgspec.json.Decoder[Job] = msgspec.json.Decoder(Job)
 _RECEIVED = msgspec.json.Decoder(ReceivedFile)
 
 
@@ -91,7 +93,7 @@ class BridgeClient:
 
     def job(self) -> Job:
         """What this executor is to do."""
-        return msgspec.json.decode(self._call("GET", "/job"), type=Job)  # type: ignore[no-any-return]
+        return decode(_JOB.decode, self._call("GET", "/job"))
 
     def fetch(self, reference: Reference) -> list[tuple[Path, FetchedFile]]:
         """Have the worker fetch ``reference``; the files' absolute paths, and what was said about each.
@@ -99,14 +101,14 @@ class BridgeClient:
         Blocks until they are there. Raises :class:`Refused` and :class:`PeerUnreachable`.
         """
         answer = self._call("POST", "/resources/fetch", FetchCall(resource=reference))
-        files = msgspec.json.decode(answer, type=list[FetchedFile])
+        files = decode_json(answer, list[FetchedFile])
         return [(self.directory / file.path, file) for file in files]
 
     def send(self, call: SendCall) -> Sent:
         """Returns when it is decided for every receiver. Raises :class:`Refused` or, after the worker's own
         retries, :class:`PeerUnreachable` when nobody acknowledged.
         """
-        return msgspec.json.decode(self._call("POST", "/resources/send", call), type=Sent)
+        return decode_json(self._call("POST", "/resources/send", call), Sent)
 
     def post_spans(self, spans: Sequence[FinishedSpan]) -> None:
         """Have the worker export ``spans``. Raises :class:`Refused`, :class:`PeerUnreachable` and, when the
@@ -142,7 +144,9 @@ class BridgeClient:
         """
         self._start(
             "directives",
-            lambda: self._follow("GET", "/directives", None, lambda data: handler(_DIRECTIVE.decode(data))),
+            lambda: self._follow(
+                "GET", "/directives", None, lambda data: handler(decode(_DIRECTIVE.decode, data))
+            ),
         )
 
     def receive(self, kinds: tuple[str, ...], handler: Callable[[ReceivedFile], None]) -> None:
@@ -151,7 +155,7 @@ class BridgeClient:
         self._start(
             "receive",
             lambda: self._follow(
-                "POST", "/resources/receive", call, lambda data: handler(_RECEIVED.decode(data))
+                "POST", "/resources/receive", call, lambda data: handler(decode(_RECEIVED.decode, data))
             ),
         )
 
@@ -271,8 +275,8 @@ def _ask(
 
 def _error(path: str, answer: Answer) -> HyphaError:
     try:
-        body = msgspec.json.decode(answer.content, type=BridgeError)
-    except msgspec.MsgspecError:
+        body = decode_json(answer.content, BridgeError)
+    except Undecodable:
         body = BridgeError(error="internal", detail=answer.content.decode(errors="replace")[:500])
     if answer.status >= 500:
         return PeerUnreachable("behind the bridge", f"{path}: {body.detail} ({body.error})")

@@ -12,7 +12,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from hypha.errors import CheckpointUnusable, DataError
+from hypha.decoding import decode_json
+from hypha.errors import CheckpointUnusable, DataError, Undecodable
 from hypha.executor import tensors
 from hypha.executor.tensors import TensorFile, Theta
 
@@ -41,8 +42,8 @@ def read_checkpoint(
     if missing := {THETA, MOMENTUM, STATE} - files.keys():
         raise CheckpointUnusable(f"the checkpoint lacks {', '.join(sorted(missing))}")
     try:
-        state = msgspec.json.decode(files[STATE].read_bytes(), type=CheckpointState)
-    except msgspec.MsgspecError as exc:
+        state = decode_json(files[STATE].read_bytes(), CheckpointState)
+    except Undecodable as exc:
         raise CheckpointUnusable(f"{STATE} of the checkpoint cannot be read: {exc}") from exc
     if (state.job_id, state.round) != (job_id, round_):
         raise CheckpointUnusable(f"the checkpoint is of round {state.round} of job {state.job_id}")

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hypha.errors import DataError, HyphaError
+from hypha.decoding import decode_json
+from hypha.errors import DataError, HyphaError, Undecodable
 from hypha.executor import models, tensors, updates
 from hypha.executor.forward import Forward
 from hypha.executor.inner import Inner, accelerator_for, round_seed
@@ -146,8 +146,8 @@ def replay(ledger: LedgerFile | Path, data_dir: Path, model_dir: Path | None = N
 def read_ledger(path: Path) -> LedgerFile:
     """Raises :class:`DataError` when it is none."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=LedgerFile)
-    except msgspec.MsgspecError as exc:
+        return decode_json(path.read_bytes(), LedgerFile)
+    except Undecodable as exc:
         raise DataError(f"{path} is no ledger: {exc}") from exc
 
 

@@ -21,7 +21,8 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from hypha.errors import DataError
+from hypha.decoding import decode
+from hypha.errors import DataError, Undecodable
 from hypha.executor.hashing import Digests, Hasher, HasherBeside
 from hypha.executor.spares import Spares
 
@@ -288,11 +289,8 @@ class TensorFile:
             raise self._bad(f"its header would take {length} of {size} bytes")
         text = self._file.read(length)
         try:
-            raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-            metadata = raw.pop("__metadata__", None)
-            self.metadata = {} if metadata is None else msgspec.json.decode(metadata, type=dict[str, str])
-            entries = {name: msgspec.json.decode(part, type=_HeaderEntry) for name, part in raw.items()}
-        except msgspec.MsgspecError as exc:
+            self.metadata, entries = decode(_described, text)
+        except Undecodable as exc:
             raise self._bad(str(exc)) from exc
         self.header = prefix + text
         self.entries: dict[str, Entry] = {}
@@ -373,6 +371,14 @@ def read(
             if copy is not None and not at_once:
                 copy.copy_(into[name])
         return hasher.digests()
+
+
+def _described(text: bytes) -> tuple[dict[str, str], dict[str, _HeaderEntry]]:
+    """Metadata, and what is said of each tensor."""
+    raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    metadata = raw.pop("__metadata__", None)
+    entries = {name: msgspec.json.decode(part, type=_HeaderEntry) for name, part in raw.items()}
+    return {} if metadata is None else msgspec.json.decode(metadata, type=dict[str, str]), entries
 
 
 def difference(found: Mapping[str, Spec], expected: Mapping[str, Spec]) -> str | None:

@@ -17,7 +17,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from hypha.errors import DataError, NotFinite
+from hypha.decoding import decode_json
+from hypha.errors import DataError, NotFinite, Undecodable
 from hypha.executor.hashing import Hasher
 from hypha.executor.spares import Spares
 from hypha.executor.tensors import (
@@ -117,8 +118,8 @@ def contribution_in(path: Path, worker: str, round: int, samples: int) -> Contri
     with TensorFile(path) as file:
         text = file.metadata.get(_CONTRIBUTION, "")
     try:
-        found = msgspec.json.decode(text, type=Contribution)
-    except msgspec.MsgspecError:
+        found = decode_json(text, Contribution)
+    except Undecodable:
         return None
     return found if (found.worker, found.round, found.samples) == (worker, round, samples) else None
 
@@ -135,8 +136,8 @@ class UpdateFile:
         if encoding == "int8":
             try:
                 scales = file.metadata.get("scales", "{}")
-                self._scales = msgspec.json.decode(scales, type=dict[str, float])
-            except msgspec.MsgspecError as exc:
+                self._scales = decode_json(scales, dict[str, float])
+            except Undecodable as exc:
                 raise DataError(f"the scales of an int8 update cannot be read: {exc}") from exc
             if self._scales.keys() != theta.parameters.keys():
                 raise DataError("an int8 update needs one scale for each parameter")

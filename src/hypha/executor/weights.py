@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from hypha.errors import ModelError
+from hypha.decoding import decode
+from hypha.errors import ModelError, Undecodable
 
 #: what ``from_pretrained`` reads, first choice first
 _PRETRAINED = (
@@ -93,10 +94,14 @@ def _shards(file: Path) -> list[Path]:
 
 def _index(file: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(file.read_text())["weight_map"]
-        return {str(key): os.fspath(name) for key, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise ModelError(f"{file.name} is no index of weights: {type(exc).__name__}: {exc}") from exc
+        return decode(_weight_map, file.read_bytes())
+    except Undecodable as exc:
+        raise ModelError(f"{file.name} is no index of weights: {exc}") from exc
+
+
+def _weight_map(text: bytes) -> dict[str, str]:
+    """The file of each tensor."""
+    return {str(key): os.fspath(name) for key, name in json.loads(text)["weight_map"].items()}
 
 
 def keys_in(file: Path) -> frozenset[str]:

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from multiaddr import Multiaddr
-from multiaddr.exceptions import BinaryParseError, ProtocolLookupError, StringParseError
 
 from hypha.config.networks import ExcludedNetworks
-from hypha.messages import PeerRef
+from hypha.decoding import decode
+from hypha.errors import Undecodable
+from hypha.messages import MAX_ADDRESS_LENGTH, PeerRef
 
-_MALFORMED = (ValueError, BinaryParseError, StringParseError, ProtocolLookupError)
 #: More than this for one peer is somebody making us dial around.
 MAX_ADDRESSES = 16
 MAX_PEERS = 20_000
@@ -44,9 +44,11 @@ class Address:
 
 def parse(text: str) -> Address:
     """``text`` as an :class:`Address`; ValueError when it is none that can be dialled over TCP."""
+    if len(text) > MAX_ADDRESS_LENGTH:
+        raise ValueError(f"{text[:40]!r}... is longer than any address: it has {len(text)} characters")
     try:
-        canonical = str(Multiaddr(text))
-    except _MALFORMED as exc:
+        canonical = decode(lambda one: str(Multiaddr(one)), text)
+    except Undecodable as exc:
         raise ValueError(f"{text!r} is no multiaddr: {exc}") from exc
     before, circuit, after = canonical.partition("/p2p-circuit")
     transport, _, first_peer = before.partition("/p2p/")

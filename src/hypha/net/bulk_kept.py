@@ -144,6 +144,8 @@ class OfferedOver:
                 handed_over = await self._wait_for_turn(link, answer) and answer.expected.arrive(link)
         except (LinkBroken, trio.TooSlowError) as exc:
             logger.debug("A connection that was kept has ended: %s", exc, extra={"peer_id": link.peer})
+        except Exception:  # the edge of a task for a peer: its connection ends, and the node does not
+            logger.exception("A connection that was kept failed.", extra={"peer_id": link.peer})
         finally:
             if not handed_over:
                 await link.close()

@@ -164,6 +164,8 @@ class Meeting:
                 tls = None
         except (OSError, ValueError, IdentityError, LinkBroken, trio.RunFinishedError) as exc:
             logger.info("Refused an incoming bulk connection: %s", exc)
+        except Exception:  # the edge of a thread that serves a stranger
+            logger.exception("An incoming bulk connection failed.")
         finally:
             with contextlib.suppress(OSError):
                 (tls if tls is not None else sock).close()

@@ -284,6 +284,8 @@ class Receiving:
                     if trio.current_time() - inbound.offered_at < FORGET_S:
                         inbound.turn.set()
                         await self._receive(inbound)
+        except Exception:  # the edge of a task for a sender: its transfer ends, and the node does not
+            logger.exception("Receiving %s failed.", inbound.meta.name, extra=inbound.log_fields)
         finally:
             inbound.ended.set()
             inbound.turn.set()

@@ -366,6 +366,11 @@ class Sending:
                 "Sending %s, which a peer asked for, failed: %s", meta.name, exc, extra={"peer_id": caller}
             )
             await trio.sleep(REMEMBER_S)
+        except Exception as exc:  # the edge of a task for a peer that pulls
+            logger.exception("Sending %s failed.", meta.name, extra={"peer_id": caller})
+            served.error = TransferFailed(caller, meta.name, f"it failed there ({exc!r})")
+            tell(caller, request, served.error)
+            await trio.sleep(REMEMBER_S)
         finally:
             self._served.pop(key, None)
 

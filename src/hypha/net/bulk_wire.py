@@ -19,6 +19,8 @@ import msgspec
 import zstandard
 from msgspec import Struct
 
+from hypha.decoding import decode
+from hypha.errors import Undecodable
 from hypha.messages import WIRE_VERSION, BulkOffer, PeerRef, Request, Response
 from hypha.pki.identity import Identity
 
@@ -133,8 +135,8 @@ def fits(frame: Frame) -> bool:
 def decode_frame(payload: bytes) -> Frame:
     """The struct; LinkBroken when it is none."""
     try:
-        return _decoder.decode(payload)
-    except msgspec.MsgspecError as exc:
+        return decode(_decoder.decode, payload)
+    except Undecodable as exc:
         raise LinkBroken(f"the peer sent nonsense: {exc}") from exc
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
 
 import trio
-from google.protobuf.message import DecodeError
 from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
@@ -26,15 +25,22 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.tools.anyio_service import background_trio_service
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
-from multiaddr.exceptions import BinaryParseError
 from opentelemetry.trace import Span, SpanKind
 
 from hypha.access import DIRECTORY, NOBODY, may_act_as
-from hypha.errors import NetworkError, PeerUnreachable
+from hypha.errors import NetworkError, PeerUnreachable, Undecodable
 from hypha.messages import PeerRef, is_replica_name
+from hypha.net.addresses import MAX_ADDRESSES
 from hypha.net.dht_records import MAX_QUERY_BYTES, Records, trimmed_query
 from hypha.net.dialing import Dialer
 from hypha.net.gateways import Gateways
+from hypha.net.library_messages import (
+    MAX_PEER_ID_BYTES,
+    addresses_in,
+    decode_message,
+    peer_id_in,
+    read_message,
+)
 from hypha.net.peers import Peers
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, roles_behind
 from hypha.net.traced_messages import add_traceparent, traceparent_of
@@ -50,6 +56,8 @@ MAX_SERVERS = 8
 #: A data node announces all its datasets at once after a failover.
 ANNOUNCEMENTS_PER_10_S = 500
 IDENTIFY_WAIT_S = 10.0
+#: Of a key under which providers are kept; the library takes no longer ones.
+MAX_KEY_BYTES = 128
 #: A client must have sent its query within this, and taken the answer within this.
 READ_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 20.0
@@ -121,15 +129,15 @@ class DhtServer:
         return size
 
     async def _serve(self, stream: Any, caller: str) -> None:
-        """Have the library answer one query, if the caller's role allows it: it would read more until the
-        stream ends, without a time-out.
+        """Have the library answer the first query of a stream, if the caller's role allows it: it would read
+        on until the stream ends, but ours come one a stream, and what it reads by itself nobody has looked at.
         """
-        message = Message()
         try:
             with trio.fail_after(READ_TIMEOUT_S):
                 payload = await read_varint_prefixed_bytes_limited(stream, MAX_QUERY_BYTES)
-            message.ParseFromString(payload)
-        except (*STREAM_ERRORS, trio.TooSlowError, DecodeError, ValueError) as exc:
+            message = decode_message(Message, payload)
+            _check(message)
+        except (*STREAM_ERRORS, trio.TooSlowError, Undecodable) as exc:
             logger.debug("A DHT query broke off: %r", exc, extra={"peer_id": caller})
             await discard(stream)
             return
@@ -177,6 +185,12 @@ class DhtServer:
 
     async def _add_if_server(self, peer: str) -> None:
         """Add a peer when identify has said that it speaks Kademlia, so is a gateway too."""
+        try:
+            await self._add_identified(peer)
+        except Exception:  # the edge of a task for a peer: what it said of itself must not end the node
+            logger.exception("A DHT server could not be taken up.", extra={"peer_id": peer})
+
+    async def _add_identified(self, peer: str) -> None:
         store = self._host.get_peerstore()
         peer_id = ID.from_string(peer)
         with trio.move_on_after(IDENTIFY_WAIT_S):
@@ -185,6 +199,15 @@ class DhtServer:
                 await trio.sleep(0.05)
             if str(PROTOCOL_ID) in protocols and self._peers.may_serve_as("directory", peer):
                 await self._dht.routing_table.add_peer(PeerInfo(peer_id, store.addrs(peer_id)))
+
+
+def _check(query: Any) -> None:
+    """Undecodable when ``query`` has an identifier that is none: the library would write it out in full."""
+    for entry in (*query.providerPeers, *query.closerPeers):
+        if len(entry.id) > MAX_PEER_ID_BYTES:
+            raise Undecodable(f"it names a peer with an identifier of {len(entry.id)} bytes")
+    if len(query.key) > MAX_KEY_BYTES:
+        raise Undecodable(f"it has a key of {len(query.key)} bytes")
 
 
 class _Replayed:
@@ -202,8 +225,8 @@ class _Replayed:
         return getattr(self._stream, name)
 
     async def read(self, n: int | None = None) -> bytes:
-        count = len(self._left) if n is None else n
         await trio.lowlevel.checkpoint()
+        count = len(self._left) if n is None else n
         data, self._left = self._left[:count], self._left[count:]
         return data
 
@@ -261,8 +284,7 @@ class DhtClient:
             answers = await self._ask_all(request)
             _note(looking, answers)
         for answer in answers:
-            for entry in answer.providerPeers:
-                ref = _ref(entry)
+            for ref in _refs(answer.providerPeers):
                 if ref.peer not in found or len(ref.addresses) > len(found[ref.peer].addresses):
                     found[ref.peer] = ref
         own = self._own_ref()
@@ -320,8 +342,7 @@ class DhtClient:
             except NetworkError as exc:
                 logger.info("A DHT request failed: %s.", exc, extra={"peer_id": peer})
                 return
-            for entry in answer.closerPeers:
-                ref = _ref(entry)
+            for ref in _refs(answer.closerPeers):
                 self._learn(ref)
                 nursery.start_soon(ask, ref.peer, nursery)
 
@@ -342,19 +363,17 @@ class DhtClient:
         stream = await self._streams.open(peer, str(PROTOCOL_ID))
         try:
             await stream.write(encode_varint_prefixed(request.SerializeToString()))
-            data = await read_varint_prefixed_bytes_limited(stream, MAX_MESSAGE_BYTES)
+            answer: Message = await read_message(stream, Message, MAX_MESSAGE_BYTES)
             await stream.close()
-        except (*STREAM_ERRORS, EOFError, ValueError) as exc:
+        except Undecodable as exc:
+            await discard(stream)
+            raise PeerUnreachable(peer, f"its DHT's answer does not decode: {exc}") from exc
+        except (*STREAM_ERRORS, EOFError) as exc:
             await discard(stream)
             raise PeerUnreachable(peer, f"its DHT broke off ({exc!r})") from exc
         except trio.Cancelled:
             await discard(stream)
             raise
-        answer = Message()
-        try:
-            answer.ParseFromString(data)
-        except DecodeError as exc:
-            raise PeerUnreachable(peer, f"its DHT's answer does not decode: {exc}") from exc
         return answer
 
 
@@ -364,11 +383,14 @@ def _note(asking: Span, answers: list[Message]) -> None:
         failed(asking, "no gateway answered")
 
 
-def _ref(entry: Any) -> PeerRef:
-    addresses = []
-    for data in entry.addrs:
+def _refs(entries: Iterable[Any]) -> list[PeerRef]:
+    """The peers that an answer names; what is none is passed over."""
+    found = []
+    for entry in entries:
         try:
-            addresses.append(str(Multiaddr(data)))
-        except (ValueError, BinaryParseError) as exc:
-            logger.debug("An address from the DHT does not decode: %s", exc)
-    return PeerRef(peer=str(ID(entry.id)), addresses=tuple(addresses))
+            peer = peer_id_in(entry.id)
+        except Undecodable as exc:
+            logger.debug("A peer from the DHT does not decode: %s", exc)
+        else:
+            found.append(PeerRef(peer=peer, addresses=tuple(addresses_in(entry.addrs, MAX_ADDRESSES))))
+    return found

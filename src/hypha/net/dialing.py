@@ -20,7 +20,7 @@ from multiaddr import Multiaddr
 from opentelemetry.trace import Span, SpanKind, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable
-from hypha.messages import PeerRef
+from hypha.messages import MAX_PEER_ID_LENGTH, PeerRef
 from hypha.naming import shown
 from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, ip_of, parse
 from hypha.net.options import Timings
@@ -115,9 +115,11 @@ class Dialer:
         if self._peers.is_connected(peer):
             return
         try:
+            if len(peer) > MAX_PEER_ID_LENGTH:
+                raise ValueError("it is too long")
             ID.from_string(peer)
         except ValueError as exc:
-            raise PeerUnreachable(peer, "that is no PeerID") from exc
+            raise PeerUnreachable(peer[:MAX_PEER_ID_LENGTH], "that is no PeerID") from exc
         if peer == str(self._swarm.get_peer_id()):
             raise PeerUnreachable(
                 peer,
@@ -255,7 +257,7 @@ class Dialer:
                 return await dial(place)
         except trio.TooSlowError as exc:
             raise NetworkError(f"no answer within {self._timings.dial_s:g} s") from exc
-        except DIAL_ERRORS as exc:
+        except Exception as exc:  # whoever listens there has proven nothing yet, and says what it likes
             raise NetworkError(reason_of(exc)) from exc
 
     async def _resolve(self, address: Address) -> list[str]:

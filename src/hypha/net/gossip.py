@@ -21,7 +21,8 @@ from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
 from libp2p.tools.anyio_service import background_trio_service
 from opentelemetry.trace import SpanKind
 
-from hypha.errors import NetworkError
+from hypha.decoding import decode
+from hypha.errors import NetworkError, Undecodable
 from hypha.messages import WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, PeerRef, WorkerRequest
 from hypha.net import pubsub_flow
 from hypha.net.publishers import Publishers
@@ -144,8 +145,8 @@ class Gossip:
         if publisher == self._pubsub.my_id:
             return True
         try:
-            certificates = _decoder.decode(raw.data).certificates
-        except msgspec.MsgspecError:
+            certificates = decode(_decoder.decode, raw.data).certificates
+        except Undecodable:
             certificates = ()  # whoever takes it says so; a gateway may be of an older version than both ends
         if self._publishers.refused(WORKER_TOPIC, str(publisher), certificates):
             GOSSIP_MESSAGES.add(event="dropped")
@@ -153,37 +154,42 @@ class Gossip:
         return True
 
     async def _drain(self, subscription: Any, nursery: trio.Nursery) -> None:
-        own = self._pubsub.my_id
         while True:
             raw = await subscription.get()
-            publisher = ID(raw.from_id)
-            if publisher == own:
-                continue
             try:
-                envelope = _decoder.decode(raw.data)
-            except msgspec.MsgspecError as exc:
+                self._hear(raw, nursery)
+            except Exception:  # the edge of a service loop: what one peer published must not end it
                 GOSSIP_MESSAGES.add(event="dropped")
-                logger.warning("A gossip message does not decode: %s", exc, extra={"peer_id": str(publisher)})
-                continue
-            if envelope.v != WIRE_VERSION:
-                GOSSIP_MESSAGES.add(event="dropped")
-                logger.warning(
-                    "A gossip message has version %d.", envelope.v, extra={"peer_id": str(publisher)}
-                )
-                continue
-            if envelope.body.scheduler.peer != str(publisher):
-                GOSSIP_MESSAGES.add(event="dropped")
-                logger.warning(
-                    "A worker request names another scheduler than its publisher; it is dropped.",
-                    extra={"peer_id": str(publisher)},
-                )
-                continue
-            forwarder = self._pubsub.forwarder_of(raw)
-            if self._publishers.are_known(str(publisher), envelope.certificates):
-                self._take(envelope, str(publisher), forwarder)
-            elif self._listeners and len(self._meeting) < MAX_MEETING and str(publisher) not in self._meeting:
-                self._meeting.add(str(publisher))
-                nursery.start_soon(self._meet, envelope, str(publisher), forwarder)
+                logger.exception("A gossip message could not be taken.")
+
+    def _hear(self, raw: Any, nursery: trio.Nursery) -> None:
+        if ID(raw.from_id) == self._pubsub.my_id:
+            return
+        # who it is has been proven by the signature
+        publisher = str(ID(raw.from_id))
+        try:
+            envelope = decode(_decoder.decode, raw.data)
+        except Undecodable as exc:
+            GOSSIP_MESSAGES.add(event="dropped")
+            logger.warning("A gossip message does not decode: %s", exc, extra={"peer_id": publisher})
+            return
+        if envelope.v != WIRE_VERSION:
+            GOSSIP_MESSAGES.add(event="dropped")
+            logger.warning("A gossip message has version %d.", envelope.v, extra={"peer_id": publisher})
+            return
+        if envelope.body.scheduler.peer != publisher:
+            GOSSIP_MESSAGES.add(event="dropped")
+            logger.warning(
+                "A worker request names another scheduler than its publisher; it is dropped.",
+                extra={"peer_id": publisher},
+            )
+            return
+        forwarder = self._pubsub.forwarder_of(raw)
+        if self._publishers.are_known(publisher, envelope.certificates):
+            self._take(envelope, publisher, forwarder)
+        elif self._listeners and len(self._meeting) < MAX_MEETING and publisher not in self._meeting:
+            self._meeting.add(publisher)
+            nursery.start_soon(self._meet, envelope, publisher, forwarder)
 
     async def _meet(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
         """Take a request whose publisher, of an older version, does not say who it is, once that is known."""
@@ -215,8 +221,8 @@ class Gossip:
         """A message of somebody else is about to be passed on."""
         publisher = str(ID(raw.from_id))
         try:
-            sent_in = _decoder.decode(raw.data).traceparent
-        except msgspec.MsgspecError:
+            sent_in = decode(_decoder.decode, raw.data).traceparent
+        except Undecodable:
             sent_in = None  # whoever takes it says so
         relaying = start_span(
             GOSSIP_RELAY,

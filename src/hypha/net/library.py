@@ -11,10 +11,11 @@ from libp2p import new_host
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 
-from hypha.net import identify_bounds, yamux_flow
+from hypha.net import identify_bounds, negotiation, yamux_flow
 from hypha.net.inbound_streams import InboundStreams
 from hypha.net.negotiation import EagerClient
 from hypha.net.shared_port import SharedPortTcp
+from hypha.net.streams import contained
 from hypha.net.transport import PROTOCOL_ID, MutualTls
 
 
@@ -39,6 +40,7 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     all of them answer.
     """
     yamux_flow.install()
+    negotiation.install()
     identify_bounds.install()
     host = new_host(
         key_pair=security.key_pair,
@@ -58,6 +60,8 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     swarm = host.get_network()
     # our own limits apply; the library's would reset what it does not like instead of saying so
     swarm.set_resource_manager(None)
+    # whatever a peer's stream does to the library is an error in a task of the swarm, which would end with it
+    swarm.common_stream_handler = contained(swarm.common_stream_handler)
     # its places would be taken by whoever connects, certificate or not; ours are in ``arrivals``
     swarm._inbound_limiter = trio.CapacityLimiter(math.inf)
     swarm.retry_config = RetryConfig(max_retries=0)

@@ -6,18 +6,30 @@ two messages may overtake each other between threads of work, and a subscription
 for workers is lost without a word. Who sent a message is proven by the connection already, and addresses
 travel in our own messages, so the records are left out and passed over. That also saves a signature and
 its verification a message.
+
+As shipped, too, a message with a topic that is no UTF-8, or with a key that is none, is an error in a task of
+the service, and so the end of the node; and a PRUNE may name others, who are dialled while its sender's next
+message waits. Here such an error ends the stream of whom it came from, and nobody is dialled.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import trio
 from libp2p.peer.id import ID
 from libp2p.pubsub import gossipsub, pubsub
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
+
+from hypha.errors import Undecodable
+from hypha.net.library_messages import MAX_PEER_ID_BYTES
+from hypha.net.streams import discard
+
+logger = logging.getLogger(__name__)
 
 #: How many messages are remembered by who passed them on, until somebody asks.
 REMEMBERED = 1024
@@ -61,6 +73,29 @@ class Router(GossipSub):  # type: ignore[misc]
             _receivers.reset(token)
             done(receivers)
 
+    async def heartbeat(self) -> None:
+        while True:
+            try:
+                await super().heartbeat()
+            except Exception:  # the edge of a service loop: what peers left in its tables must not end it
+                logger.exception("The gossip mesh could not be looked after; it is tried again.")
+                await trio.sleep(self.heartbeat_interval)
+
+    async def on_peer_subscribed(self, peer_id: ID, topic: str) -> None:
+        try:
+            await super().on_peer_subscribed(peer_id, topic)
+        except Exception:  # the edge of a task that the library starts for a peer
+            logger.exception("A peer could not be added to the gossip mesh.", extra={"peer_id": str(peer_id)})
+
+    async def flush_pending_messages(self, peer_id: ID) -> None:
+        try:
+            await super().flush_pending_messages(peer_id)
+        except Exception:  # as above
+            logger.exception("What waited for a peer could not be sent.", extra={"peer_id": str(peer_id)})
+
+    async def _do_px(self, px_peers: Any) -> None:
+        return
+
     def send_rpc(self, peer_id: ID, rpc: Any, priority: bool = False) -> None:
         super().send_rpc(peer_id, rpc, priority)
         receivers = _receivers.get()
@@ -97,10 +132,30 @@ class Company(Pubsub):  # type: ignore[misc]
         """
         await self._handle_new_peer_with_retry(peer_id)
 
+    async def stream_handler(self, stream: Any) -> None:
+        peer_id = stream.muxed_conn.peer_id
+        if not self._concerns(str(peer_id)):
+            logger.debug("Gossip of a stranger is not heard.", extra={"peer_id": str(peer_id)})
+            await discard(stream)
+            return
+        try:
+            await super().stream_handler(stream)
+        except Exception as exc:  # noqa: BLE001 - the edge of a peer's stream, whatever its bytes did
+            logger.warning("A gossip stream is reset: %r", exc, extra={"peer_id": str(peer_id)})
+            await discard(stream)
+            self._handle_dead_peer(peer_id)
+
     async def push_msg(self, msg_forwarder: ID, msg: Any) -> None:
         token = _forwarder.set(str(msg_forwarder))
         try:
+            if len(msg.from_id) > MAX_PEER_ID_BYTES:
+                raise Undecodable(f"its publisher would have an identifier of {len(msg.from_id)} bytes")
             await super().push_msg(msg_forwarder, msg)
+        except Exception as exc:  # a task of the library's service, which would end with it
+            if msg_forwarder == self.my_id:
+                raise
+            # it came with others on one stream: that goes on
+            logger.warning("A gossip message is dropped: %r", exc, extra={"peer_id": str(msg_forwarder)})
         finally:
             _forwarder.reset(token)
 

@@ -20,19 +20,19 @@ from typing import Any
 import trio
 from libp2p.abc import ConnectionType, IRawConnection
 from libp2p.network.connection.raw_connection import RawConnection
-from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Reservation, StopMessage
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import PeerId as CircuitPeer
 from libp2p.relay.circuit_v2.protocol_buffer import StatusCode, to_proto_status
-from libp2p.relay.circuit_v2.utils import read_delimited_msg, write_delimited_msg
+from libp2p.relay.circuit_v2.utils import write_delimited_msg
 from multiaddr import Multiaddr
 
 from hypha.access import HOP_PROTOCOL as HOP
 from hypha.access import STOP_PROTOCOL as STOP
 from hypha.config.log_filter import TRACE
-from hypha.errors import NetworkError, PeerUnreachable
+from hypha.errors import NetworkError, PeerUnreachable, Undecodable
+from hypha.net.library_messages import MAX_RELAY_BYTES, peer_id_in, read_message
 from hypha.net.over_limit import OverLimit
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
 from hypha.net.traced_messages import add_traceparent, traceparent_of
@@ -118,7 +118,10 @@ class RelayClient:
             await self._host.upgrade_outbound_connection(
                 _Circuit(stream, True, relay, peer), ID.from_string(peer)
             )
-        except SwarmException as exc:
+        except NetworkError:
+            await discard(stream)
+            raise
+        except Exception as exc:  # who is at the other end has proven nothing yet
             await discard(stream)
             raise PeerUnreachable(peer, f"no TLS through relay {relay}: {exc}") from exc
         except BaseException:
@@ -130,10 +133,10 @@ class RelayClient:
         try:
             with trio.fail_after(ANSWER_TIMEOUT_S):
                 await write_delimited_msg(stream, request)
-                answer = await read_delimited_msg(stream, HopMessage)
+                answer = await read_message(stream, HopMessage, MAX_RELAY_BYTES)
         except trio.TooSlowError as exc:
             raise PeerUnreachable(relay, f"the relay did not answer within {ANSWER_TIMEOUT_S:g} s") from exc
-        except (*STREAM_ERRORS, ValueError) as exc:
+        except (*STREAM_ERRORS, Undecodable) as exc:
             raise PeerUnreachable(relay, f"the relay broke off: {exc!r}") from exc
         if answer.status != StatusCode.OK:
             raise RelayRefused(relay, int(answer.status))
@@ -144,18 +147,18 @@ class RelayClient:
         handed_over = False
         try:
             with trio.fail_after(ANSWER_TIMEOUT_S):
-                message = await read_delimited_msg(stream, StopMessage)
-                remote = ID(message.peer.id)
+                message = await read_message(stream, StopMessage, MAX_RELAY_BYTES)
+                remote = peer_id_in(message.peer.id)
                 good = message.type == StopMessage.CONNECT
                 status = StatusCode.OK if good else StatusCode.MALFORMED_MESSAGE
                 await write_delimited_msg(
                     stream, StopMessage(type=StopMessage.STATUS, status=to_proto_status(status))
                 )
             if good:
-                raw: IRawConnection = _Circuit(stream, False, relay, str(remote))
+                raw: IRawConnection = _Circuit(stream, False, relay, remote)
                 await self._host.upgrade_inbound_connection(raw, raw.get_transport_addresses()[0])
                 handed_over = True
-        except (*STREAM_ERRORS, SwarmException, trio.TooSlowError, ValueError) as exc:
+        except Exception as exc:  # noqa: BLE001 - the edge of a peer's stream, and nobody is at its other end yet
             logger.info("A relayed connection did not come about: %s.", exc, extra={"peer_id": relay})
         finally:
             if not handed_over:
@@ -218,16 +221,16 @@ class RelayHop:
     async def _on_hop(self, stream: Any, caller: str) -> None:
         try:
             with trio.fail_after(ANSWER_TIMEOUT_S):
-                message = await read_delimited_msg(stream, HopMessage)
+                message = await read_message(stream, HopMessage, MAX_RELAY_BYTES)
             if self._is_relayed(stream):  # a relay behind a relay would loop
                 await self._answer(stream, StatusCode.PERMISSION_DENIED)
             elif message.type == HopMessage.RESERVE:
                 await self._reserve(stream, caller)
             elif message.type == HopMessage.CONNECT:
-                await self._connect(stream, caller, str(ID(message.peer.id)), traceparent_of(message))
+                await self._connect(stream, caller, peer_id_in(message.peer.id), traceparent_of(message))
             else:
                 await self._answer(stream, StatusCode.UNEXPECTED_MESSAGE)
-        except (*STREAM_ERRORS, trio.TooSlowError, ValueError) as exc:
+        except (*STREAM_ERRORS, trio.TooSlowError, Undecodable) as exc:
             logger.debug("A relay request broke off: %r", exc, extra={"peer_id": caller})
         finally:
             await discard(stream)
@@ -326,10 +329,10 @@ class RelayHop:
                     type=StopMessage.CONNECT, peer=CircuitPeer(id=ID.from_string(caller).to_bytes())
                 )
                 await write_delimited_msg(stream, request)
-                answer = await read_delimited_msg(stream, StopMessage)
+                answer = await read_message(stream, StopMessage, MAX_RELAY_BYTES)
             if answer.status == StatusCode.OK:
                 return stream
-        except (*STREAM_ERRORS, PeerUnreachable, trio.TooSlowError, ValueError) as exc:
+        except (*STREAM_ERRORS, PeerUnreachable, trio.TooSlowError, Undecodable) as exc:
             logger.info("Could not reach %s for a circuit: %s.", target, exc, extra={"peer_id": target})
         if stream is not None:
             await discard(stream)

@@ -16,7 +16,8 @@ import trio
 from opentelemetry.trace import SpanKind
 
 from hypha.config.log_filter import TRACE
-from hypha.errors import PeerUnreachable
+from hypha.decoding import decode
+from hypha.errors import PeerUnreachable, Undecodable
 from hypha.messages import WIRE_VERSION, Report
 from hypha.net.over_limit import OverLimit
 from hypha.net.rpc import Oversized, frame, read_frame
@@ -139,7 +140,7 @@ class Reports:
                 return
             first = True
             while True:
-                reports = _decoder.decode(await read_frame(stream, MAX_BATCH_BYTES))
+                reports = decode(_decoder.decode, await read_frame(stream, MAX_BATCH_BYTES))
                 if self._why_not(caller) is not None:
                     return  # its lease has ended meanwhile
                 if any(one.v != WIRE_VERSION for one in reports):
@@ -154,7 +155,7 @@ class Reports:
                 else:
                     self._hand_over(caller, reports)
                 first = False
-        except (msgspec.MsgspecError, Oversized) as exc:
+        except (Undecodable, Oversized) as exc:
             logger.warning("Reports do not decode: %s", exc, extra={"peer_id": caller})
         except EOFError:
             pass  # the sender has no more

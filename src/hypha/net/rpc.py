@@ -23,7 +23,8 @@ from libp2p.network.stream.exceptions import StreamEOF
 from opentelemetry.trace import SpanKind
 
 from hypha.access import REQUESTS, Allowed, carries, may_act_as, named
-from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout
+from hypha.decoding import decode
+from hypha.errors import REFUSALS, NetworkError, PeerUnreachable, Refused, RequestTimeout, Undecodable
 from hypha.messages import (
     MAX_REQUEST_BYTES,
     MAX_RESPONSE_BYTES,
@@ -167,6 +168,9 @@ class Rpc:
                 call.response = await self._exchange(peer, payload)
             except NetworkError as exc:
                 call.error = exc
+            except Exception as exc:  # the edge of a task of the node: one odd answer must not end it
+                logger.exception("A request to %s failed.", peer, extra={"peer_id": peer})
+                call.error = PeerUnreachable(peer, f"the request failed here ({exc!r})")
         call.done.set()
 
     async def _exchange(self, peer: str, payload: bytes) -> Response:
@@ -185,8 +189,8 @@ class Rpc:
             if not closed:
                 await discard(stream)
         try:
-            envelope = _responses.decode(answer)
-        except msgspec.MsgspecError as exc:
+            envelope = decode(_responses.decode, answer)
+        except Undecodable as exc:
             raise Refused("malformed", f"its answer does not decode: {exc}", peer) from exc
         if envelope.v != WIRE_VERSION:
             raise Refused("malformed", f"its answer has version {envelope.v}", peer)
@@ -284,8 +288,8 @@ class Rpc:
 
     async def _answer(self, caller: str, has: frozenset[str], payload: bytes) -> Response:
         try:
-            envelope = _requests.decode(payload)
-        except msgspec.MsgspecError as exc:
+            envelope = decode(_requests.decode, payload)
+        except Undecodable as exc:
             return RefusedReply(code="malformed", reason=f"the request does not decode: {exc}")
         if envelope.v != WIRE_VERSION:
             reason = f"the request has version {envelope.v}, this node speaks {WIRE_VERSION}"
@@ -326,7 +330,8 @@ def _attributes(name: str, peer: str) -> dict[str, str]:
 def _status(exc: NetworkError) -> str:
     """How a request ended: with a refusal's code, or without an answer."""
     if isinstance(exc, Refused):
-        return exc.code
+        # a label of a metric, of which each new value takes memory for good: not whatever a peer writes
+        return exc.code if exc.code in REFUSALS else "other"
     return "timeout" if isinstance(exc, RequestTimeout) else "unreachable"
 
 

@@ -106,7 +106,10 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
 
     async def listen(self, maddr: Multiaddr) -> None:
         async def handle(stream: trio.SocketStream) -> None:
-            await self.handler(TrioTCPStream(stream))
+            try:
+                await self.handler(TrioTCPStream(stream))
+            except Exception:  # the edge of a connection: the listener is there for the others
+                logger.exception("An incoming connection failed.")
 
         address = parse(str(maddr))
         host, port = host_and_port(address.transport)

@@ -40,7 +40,7 @@ async def discard(stream: Any) -> None:
     with trio.move_on_after(2.0, shield=True):
         try:
             await stream.reset()
-        except STREAM_ERRORS as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever state a peer has brought it into
             logger.debug("A stream could not be reset: %r", exc)
 
 
@@ -53,6 +53,20 @@ async def read_exactly(stream: Any, count: int) -> bytes:
             raise EOFError(f"the stream ended after {len(parts)} of {count} bytes")
         parts += data
     return bytes(parts)
+
+
+def contained(serve: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    """``serve``, which serves one stream of a peer: an error of it is logged and resets that stream."""
+
+    async def serve_contained(stream: Any) -> None:
+        try:
+            await serve(stream)
+        except Exception as exc:  # noqa: BLE001 - the edge of a peer's stream
+            peer = str(stream.muxed_conn.peer_id)
+            logger.info("A stream is reset: %r", exc, extra={"peer_id": peer})
+            await discard(stream)
+
+    return serve_contained
 
 
 def roles_behind(stream: Any) -> frozenset[str]:
@@ -141,7 +155,7 @@ class Streams:
     async def _open(self, peer: str, protocol: str, opening: _Opening) -> None:
         try:
             stream = await self._host.new_stream(ID.from_string(peer), [TProtocol(protocol)])
-        except STREAM_ERRORS as exc:
+        except Exception as exc:  # noqa: BLE001 - told to whoever waits; the task is the node's
             opening.error = exc
         else:
             if opening.abandoned:

@@ -324,6 +324,11 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             logger.log(level, "Refused the connection with %s: %s.", place, exc)
             await trio.aclose_forcefully(_Closing(raw))
             raise
+        except Exception as exc:  # a certificate that is odd in a way of its own
+            self._count_refused(server, exc)
+            logger.exception("The handshake with %s failed.", place)
+            await trio.aclose_forcefully(_Closing(raw))
+            raise HandshakeFailure(f"the handshake failed: {exc!r}") from exc
 
     async def _handshake(self, raw: IRawConnection, server: bool, expected: ID | None) -> TlsConnection:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()

@@ -14,10 +14,9 @@ import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-import msgspec
-
+from hypha.decoding import decode_json
 from hypha.durable import sync_directory, write_durably
-from hypha.errors import HyphaError, Refused
+from hypha.errors import HyphaError, Refused, Undecodable
 from hypha.messages import CheckpointFile, CheckpointIndex, FileList, TransferMeta, encode_json
 from hypha.net.bulk_files import hash_file
 from hypha.scheduler.state import StateDirectory
@@ -118,12 +117,12 @@ class CheckpointStore:
         """Is the checkpoint for ``round_`` here, and are its bytes those that arrived?"""
         directory = self._directory(round_)
         try:
-            index = msgspec.json.decode((directory / INDEX).read_bytes(), type=CheckpointIndex)
+            index = decode_json((directory / INDEX).read_bytes(), CheckpointIndex)
             for entry in index.files:
                 path = directory / safe_relative(entry.name)
                 if path.stat().st_size != entry.size or hash_file(path)[1] != entry.blake3:
                     raise HyphaError(f"{path} has changed since it was written")
-        except (OSError, msgspec.DecodeError, HyphaError) as exc:
+        except (OSError, HyphaError) as exc:
             logger.error("The checkpoint in %s cannot be used: %s", directory, exc)
             return False
         return bool(index.files) and index.job_id == self._job_id
@@ -152,8 +151,8 @@ class CheckpointStore:
     def index(self, round_: int) -> CheckpointIndex:
         """What the checkpoint for ``round_`` consists of. :class:`Refused` when there is none."""
         try:
-            return msgspec.json.decode((self._directory(round_) / INDEX).read_bytes(), type=CheckpointIndex)
-        except (OSError, msgspec.DecodeError) as exc:
+            return decode_json((self._directory(round_) / INDEX).read_bytes(), CheckpointIndex)
+        except (OSError, Undecodable) as exc:
             raise Refused("not-found", f"there is no checkpoint for round {round_}") from exc
 
 

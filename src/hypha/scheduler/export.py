@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import Struct
 
+from hypha.decoding import decode_json
 from hypha.durable import sync_directory
-from hypha.errors import OutputError
+from hypha.errors import OutputError, Undecodable
 from hypha.places import UrlPlace
 from hypha.runtime import new_id
 
@@ -200,8 +201,8 @@ class UrlOutput:
         if not place.exists(MARKER):
             return set()
         try:
-            about = msgspec.json.decode(place.read(MARKER), type=Published)
-        except msgspec.DecodeError:
+            about = decode_json(place.read(MARKER), Published)
+        except Undecodable:
             return set()
         return {file.name for file in about.files if ".." not in file.name.split("/")}
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hypha.errors import HyphaError
+from hypha.decoding import decode_json
+from hypha.errors import HyphaError, Undecodable
 from hypha.messages import LedgerFile
 from hypha.runtime import in_thread
 from hypha.scheduler.history import History
@@ -156,8 +157,8 @@ def _read_lines(path: Path) -> list[RoundRecord]:
     records = []
     for line in lines:
         try:
-            records.append(msgspec.json.decode(line, type=RoundRecord))
-        except ValueError:
+            records.append(decode_json(line, RoundRecord))
+        except Undecodable:
             # whoever wrote it was killed meanwhile, or the disk has spoilt it: it may not even be UTF-8
             continue
     return records

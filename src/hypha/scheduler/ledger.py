@@ -19,7 +19,8 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from hypha.errors import HyphaError
+from hypha.decoding import decode, decode_json
+from hypha.errors import HyphaError, Undecodable
 from hypha.messages import (
     AggregateJob,
     CheckpointIndex,
@@ -146,8 +147,8 @@ class Ledger:
         ).fetchone()
         if row is None:
             return None
-        train = msgspec.json.decode(row[4], type=TrainJob)
-        aggregate = msgspec.json.decode(row[5], type=AggregateJob)
+        train = decode_json(row[4], TrainJob)
+        aggregate = decode_json(row[5], AggregateJob)
         return Standing(row[0], row[1], row[2], row[3], train, aggregate)
 
     def open_job(self, opening: Opening, tracker: TrackerState) -> None:
@@ -229,7 +230,7 @@ class Ledger:
         row = self._db.execute("SELECT tracker FROM slices").fetchone()
         if row is None:
             raise HyphaError(f"{self.path} is the ledger of no job")
-        return msgspec.json.decode(row[0], type=TrackerState)
+        return decode_json(row[0], TrackerState)
 
     def checkpoint(self, round_: int, place: str) -> None:
         """``round_`` can be started from the files at ``place``."""
@@ -260,8 +261,8 @@ class Ledger:
         ).fetchall()
         return [
             (
-                msgspec.json.decode(worker, type=PeerRef),
-                msgspec.json.decode(content, type=CheckpointIndex),
+                decode_json(worker, PeerRef),
+                decode_json(content, CheckpointIndex),
             )
             for worker, content in rows
         ]
@@ -284,9 +285,7 @@ class Ledger:
             " LEFT JOIN checkpoints ON checkpoints.round = starts.round"
             " WHERE place IS NOT NULL OR starts.round = 0 ORDER BY starts.round DESC"
         ).fetchall()
-        return [
-            RoundStart(row[0], row[1], msgspec.json.decode(row[2], type=TrackerState), row[3]) for row in rows
-        ]
+        return [RoundStart(row[0], row[1], decode_json(row[2], TrackerState), row[3]) for row in rows]
 
     def open_round(self) -> tuple[int, int, str]:
         """The round after the last one that counts, the inner steps before it, and the hash of its theta
@@ -320,7 +319,7 @@ class Ledger:
     def leases(self) -> list[LeaseGained]:
         """What was held, by whoever wrote this book."""
         rows = self._db.execute("SELECT lease FROM pool").fetchall()
-        return [msgspec.json.decode(row[0], type=LeaseGained) for row in rows]
+        return [decode_json(row[0], LeaseGained) for row in rows]
 
     def theta_of(self, round_: int) -> str:
         """The hash of theta at the start of ``round_``; empty where only the model says (round 0)."""
@@ -349,15 +348,13 @@ class Ledger:
             raise HyphaError(f"{self.path} is the ledger of no job")
         entries = self._db.execute("SELECT entry, discarded FROM rounds ORDER BY number").fetchall()
         return LedgerFile(
-            job=msgspec.json.decode(row[0], type=TrainJob),
-            aggregate=msgspec.json.decode(row[1], type=AggregateJob),
-            manifest=msgspec.json.decode(row[2], type=Manifest),
+            job=decode_json(row[0], TrainJob),
+            aggregate=decode_json(row[1], AggregateJob),
+            manifest=decode_json(row[2], Manifest),
             manifest_hash=row[3],
             theta=row[4],
             rounds=tuple(
-                msgspec.structs.replace(
-                    msgspec.json.decode(entry, type=LedgerRound), discarded=bool(discarded)
-                )
+                msgspec.structs.replace(decode_json(entry, LedgerRound), discarded=bool(discarded))
                 for entry, discarded in entries
             ),
         )
@@ -373,7 +370,7 @@ async def held_leases(path: Path) -> list[LeaseGained]:
     disk not even that can be read: it waits for room. Raises :class:`HyphaError`.
     """
     rows = await _with_room(path, lambda: _rows(path, "SELECT lease FROM pool"), trio.CapacityLimiter(1))
-    return [msgspec.json.decode(row[0], type=LeaseGained) for row in rows]
+    return [decode_json(row[0], LeaseGained) for row in rows]
 
 
 async def has_trained(path: Path) -> bool:
@@ -400,13 +397,18 @@ def read_ledger(path: Path) -> LedgerFile:
         raise HyphaError(f"there is no ledger at {path}")
     try:
         if path.suffix == ".json":
-            return msgspec.json.decode(path.read_bytes(), type=LedgerFile)
-        with closing(_connect(path)) as connection:
-            ledger = Ledger.__new__(Ledger)
-            ledger.path, ledger._db = path, connection
-            return ledger.to_file()
-    except (sqlite3.Error, msgspec.DecodeError, OSError) as exc:
+            return decode_json(path.read_bytes(), LedgerFile)
+        # somebody may have sent it, and SQLite's own errors may quote what is no text
+        return decode(_read_book, path)
+    except (Undecodable, OSError) as exc:
         raise HyphaError(f"{path} is no readable ledger: {exc}") from exc
+
+
+def _read_book(path: Path) -> LedgerFile:
+    with closing(_connect(path)) as connection:
+        ledger = Ledger.__new__(Ledger)
+        ledger.path, ledger._db = path, connection
+        return ledger.to_file()
 
 
 def export_ledger(file: LedgerFile, path: Path) -> None:
@@ -421,14 +423,14 @@ def _connect(path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, check_same_thread=False, timeout=10.0)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-    except sqlite3.Error as exc:
+    except (sqlite3.Error, UnicodeDecodeError) as exc:
         if _is_full(exc):
             raise
         raise HyphaError(f"the job's ledger {path} cannot be opened: {exc}") from exc
     return db
 
 
-def _is_full(exc: sqlite3.Error) -> bool:
+def _is_full(exc: Exception) -> bool:
     return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _NO_ROOM
 
 

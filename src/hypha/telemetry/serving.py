@@ -1,8 +1,9 @@
-"""hypercorn without three defects. A connection that its client has closed stayed open here until the idle
+"""hypercorn without four defects. A connection that its client has closed stayed open here until the idle
 time-out, a socket and four tasks each: whoever asks once a second for an hour must leave nothing behind. What
 was being written could not be cancelled: one client that does not read would have kept the node from ending.
 And nothing was bounded: with :class:`BoundedConfig` a write takes so long at most, so many connections are
 open at a time, and HTTP/2 is not spoken, where a client may stop what it receives without stopping a write.
+And an error in one connection, of which odd bytes make several, was the end of the node.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ class _Server(TCPServer):
     _client_left = False
 
     async def run(self) -> None:
+        try:
+            await self._serve()
+        except Exception as exc:  # noqa: BLE001 - the edge of a connection, whatever its client did
+            logger.warning("A connection of local HTTP failed: %r", exc)
+            await trio.aclose_forcefully(self.stream)
+
+    async def _serve(self) -> None:
         config = self.config
         if not isinstance(config, BoundedConfig):
             await super().run()

@@ -25,7 +25,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from hypha.errors import NetworkError, Refused
+from hypha.decoding import decode_json
+from hypha.errors import NetworkError, Refused, Undecodable
 from hypha.messages import (
     BridgeError,
     Directive,
@@ -288,8 +289,8 @@ async def _no_such_path(request: Request, exc: Exception) -> Response:
 
 def _decode(body: bytes, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as exc:
+        return decode_json(body, kind)
+    except Undecodable as exc:
         raise Refused("malformed", f"the call is no {kind.__name__}: {exc}") from exc
 
 

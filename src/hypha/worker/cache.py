@@ -18,6 +18,8 @@ import msgspec
 from msgspec import Struct
 
 from hypha.config.models import CacheConfig
+from hypha.decoding import decode_json
+from hypha.errors import Undecodable
 from hypha.messages import SliceAssigned
 from hypha.worker.room import lack_of_room
 
@@ -135,8 +137,8 @@ class SliceCache:
     def _load(self) -> OrderedDict[str, _Entry]:
         """The index's entries whose files are here with the right size; other files are removed."""
         entries: OrderedDict[str, _Entry] = OrderedDict()
-        with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
-            known = msgspec.json.decode((self._directory / _INDEX).read_bytes(), type=list[_Entry])
+        with contextlib.suppress(FileNotFoundError, Undecodable):
+            known = decode_json((self._directory / _INDEX).read_bytes(), list[_Entry])
             for entry in known:
                 with contextlib.suppress(OSError):
                     if self._path(entry.blake3).stat().st_size == entry.size:

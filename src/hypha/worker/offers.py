@@ -316,9 +316,14 @@ async def serve_offers(
             if said:
                 logger.info("There is room again; offers are made.")
                 said = False
-            ignored = any(
-                isinstance(action, Ignored) for action in desk.hear(publisher, request, heard.traceparent)
-            )
+            try:
+                actions = desk.hear(publisher, request, heard.traceparent)
+            except Exception:  # the edge of a service loop: anybody with a certificate may publish
+                logger.exception(
+                    "A request for workers could not be considered.", extra={"peer_id": publisher}
+                )
+                continue
+            ignored = any(isinstance(action, Ignored) for action in actions)
             if not (ignored or publisher in greeting or node.is_connected(publisher)):
                 greeting.add(publisher)
                 nursery.start_soon(greet, request.scheduler)

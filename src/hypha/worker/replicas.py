@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import msgspec
 from msgspec import Struct
 
 from hypha.config.models import StorageConfig
+from hypha.decoding import decode_json
 from hypha.durable import sync_directory, write_durably
-from hypha.errors import Refused
+from hypha.errors import Refused, Undecodable
 from hypha.messages import CheckpointFile, CheckpointIndex, HoldCheckpoint, TransferMeta, encode_json
 from hypha.runtime import wall_time
 
@@ -299,8 +299,8 @@ class ReplicaStore:
     def _load(self, path: Path) -> None:
         """What an earlier process kept at ``path``; what is not whole is deleted."""
         try:
-            owner = msgspec.json.decode((path / OWNER).read_bytes(), type=Owner)
-        except (OSError, msgspec.DecodeError) as exc:
+            owner = decode_json((path / OWNER).read_bytes(), Owner)
+        except (OSError, Undecodable) as exc:
             logger.warning("%s holds no copies of checkpoints and is deleted: %s", path, exc)
             shutil.rmtree(path, ignore_errors=True)
             return
@@ -309,11 +309,11 @@ class ReplicaStore:
             if not inside.is_dir():
                 continue
             try:
-                index = msgspec.json.decode((inside / INDEX).read_bytes(), type=CheckpointIndex)
+                index = decode_json((inside / INDEX).read_bytes(), CheckpointIndex)
                 whole = inside.name == f"round-{index.round}" and all(
                     (inside / file.name).stat().st_size == file.size for file in index.files
                 )
-            except (OSError, msgspec.DecodeError):
+            except (OSError, Undecodable):
                 whole = False
             if whole:
                 job.complete[index.round] = index

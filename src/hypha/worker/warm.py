@@ -30,7 +30,8 @@ import trio
 
 from hypha.config.inherited import inherited_state
 from hypha.config.models import WorkerConfig
-from hypha.errors import HyphaError
+from hypha.decoding import decode
+from hypha.errors import HyphaError, Undecodable
 from hypha.messages import Forked, ForkReply, ForkRequest, KeeperEnded, NotForked, encode
 from hypha.worker.keepers import KEEPER, KILLED_WITHIN_S, Launch, OwnExecutor, signal_group
 
@@ -43,6 +44,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 #: See :mod:`hypha.executor.host`.
 UNUSABLE = 3
 _MAX_REPLY_BYTES = 4096
+_reply: msgspec.msgpack.Decoder[ForkReply] = msgspec.msgpack.Decoder(ForkReply)
 
 
 class HostUnusable(HyphaError):
@@ -102,7 +104,11 @@ class ForkedKeeper:
             data = await self._told.recv(_MAX_REPLY_BYTES)
         except OSError:
             data = b""
-        return msgspec.msgpack.decode(data, type=ForkReply) if data else None
+        try:
+            return decode(_reply.decode, data) if data else None
+        except Undecodable as exc:
+            logger.error("What the executor host says cannot be read: %s", exc)
+            return None
 
     async def cut_lifeline(self) -> None:
         """See :class:`~hypha.worker.keepers.Keeper`."""
@@ -348,9 +354,9 @@ class OwnHost(_Host):
 
     def _say(self, line: str) -> None:
         try:
-            entry = json.loads(line)
+            entry = decode(json.loads, line)
             level, message = logging.getLevelNamesMapping()[entry["level"]], str(entry["message"])
-        except (ValueError, KeyError, TypeError):
+        except (Undecodable, KeyError, TypeError):
             logger.debug("The executor host says: %s", line)
             return
         self._ready = self._ready or bool(entry.get("ready"))

@@ -18,7 +18,8 @@ from hypha.data.options import PrepareOptions
 from hypha.data.sources.arrow_columns import is_text
 from hypha.data.sources.reading import BROKEN, not_in_encoding, open_text
 from hypha.data.sources.tables import Batch, Place
-from hypha.errors import InputUnusable
+from hypha.decoding import decode
+from hypha.errors import InputUnusable, Undecodable
 
 BLOCK_CHARACTERS = 4 << 20
 #: objects, the line of each
@@ -92,14 +93,14 @@ class JsonTable:
 
 
 def _decoded(text: str) -> Any:
-    """Raises msgspec.DecodeError."""
+    """Raises Undecodable."""
     try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
+        return decode(msgspec.json.decode, text)
+    except Undecodable:
         # Python writes NaN, which is no JSON
         try:
-            return json.loads(text)
-        except ValueError:
+            return decode(json.loads, text)
+        except Undecodable:
             pass
         raise
 
@@ -107,7 +108,7 @@ def _decoded(text: str) -> Any:
 def _of_list(path: Path, text: str) -> Iterator[Rows]:
     try:
         rows = _decoded(text)
-    except msgspec.DecodeError as exc:
+    except Undecodable as exc:
         raise InputUnusable(f"{path} is no JSON: {exc}; correct it") from exc
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -128,7 +129,7 @@ def _of_lines(path: Path, first: str, file: Any, line: int) -> Iterator[Rows]:
             continue
         try:
             row = _decoded(text)
-        except msgspec.DecodeError as exc:
+        except Undecodable as exc:
             raise InputUnusable(
                 f"{path}, line {number}: it is no JSON ({exc}); each line holds one object, such as "
                 '{"text": "...", "label": 1}'

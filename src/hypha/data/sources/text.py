@@ -21,7 +21,8 @@ from hypha.data.slices import Array
 from hypha.data.sources.arrow_columns import plain
 from hypha.data.sources.reading import BROKEN, not_in_encoding, open_text
 from hypha.data.sources.tables import NAMED_ROWS, Table
-from hypha.errors import ConfigError, InputUnusable, Problem
+from hypha.decoding import decode_json
+from hypha.errors import ConfigError, InputUnusable, Problem, Undecodable
 
 #: A document longer than this is tokenized in pieces, cut after a line.
 PIECE_CHARACTERS = 4 << 20
@@ -185,8 +186,8 @@ def _end_token(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        token = msgspec.json.decode(path.read_bytes(), type=_TokenizerConfig).eos_token
-    except msgspec.MsgspecError as exc:
+        token = decode_json(path.read_bytes(), _TokenizerConfig).eos_token
+    except Undecodable as exc:
         raise ConfigError([Problem("tokenizer", f"{path} cannot be read: {exc}", "--tokenizer")]) from exc
     return token.content if isinstance(token, _Named) else token
 

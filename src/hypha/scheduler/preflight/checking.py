@@ -19,7 +19,8 @@ from pathlib import Path
 import trio
 
 from hypha.config.models import DEFAULT_EXECUTOR, JobConfig, ModelConfig, PreprocessorConfig
-from hypha.errors import ConfigError, Problem
+from hypha.decoding import decode
+from hypha.errors import ConfigError, Problem, Undecodable
 from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
 from hypha.runtime import in_thread
 from hypha.scheduler.lives import described
@@ -178,7 +179,7 @@ def _reference(given: ModelConfig | PreprocessorConfig) -> HuggingFace:
 
 def _json_in(path: Path) -> dict[str, object] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = decode(json.loads, path.read_bytes())
+    except (OSError, Undecodable):
         return None
     return content if isinstance(content, dict) else None

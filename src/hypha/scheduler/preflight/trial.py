@@ -20,6 +20,8 @@ import msgspec
 import trio
 
 from hypha.config.environment import process_environment
+from hypha.decoding import decode_json
+from hypha.errors import Undecodable
 from hypha.messages import Trial, TrialReport
 
 logger = logging.getLogger(__name__)
@@ -81,8 +83,8 @@ class ModelTrial:
         if scope.cancelled_caught:
             return TrialReport(outcome="unknown", reason=f"it took longer than {timeout_s:g} s")
         try:
-            return msgspec.json.decode(bytes(text), type=TrialReport)
-        except msgspec.MsgspecError:
+            return decode_json(bytes(text), TrialReport)
+        except Undecodable:
             with trio.move_on_after(1.0):
                 await child.wait()
             reason = f"the process that was to try it ended with exit code {child.returncode}"
