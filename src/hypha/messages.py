@@ -291,9 +291,16 @@ class Rejoin(Message):
 
 
 class Members(Message):
-    """For a parameter server: the workers whose updates count, complete each time."""
+    """For a parameter server: the workers whose updates count, complete each time.
+
+    ``most_samples`` says for how many samples their updates of ``round`` may stand at most: a larger one is
+    refused, and one of a worker that is not named in it waits for the next of these messages. Without
+    ``round`` nothing is said about that.
+    """
 
     peers: tuple[PeerRef, ...]
+    round: int | None = None
+    most_samples: dict[str, int] = {}
 
 
 class SendModel(Message):

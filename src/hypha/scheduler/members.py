@@ -7,10 +7,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hypha.messages import Contribution, PeerRef, Progress
+from hypha.scheduler.claims import bounded_loss, is_count
 from hypha.scheduler.projection import BatchTime, Pace
 
 #: longest time that a silent worker is believed to go on at its pace, if its batches are shorter
 _BELIEVED_S = 1.0
+#: a plan may reach a worker so much later than it was made; meanwhile it trains on
+_OVERSHOOT_S = 1.0
+#: a round may begin at a worker so much earlier than here, as the scheduler may stand still
+_EARLY_S = 30.0
+#: batches that a worker may take before anything of them is known here
+_UNKNOWN_BATCHES = 16
 
 MemberState = Literal[
     "loading", "waiting", "training", "scheduled", "updating", "synchronised", "left-out", "unreachable"
@@ -27,6 +34,7 @@ class Member:
     ref: PeerRef
     batch_size: int
     multiple: int = 1
+    joined_at: float = 0.0
     incarnation: str = ""
     loaded: bool = False
     #: its executor, which had the model in an earlier life, was told of this one
@@ -36,6 +44,10 @@ class Member:
     attempt: int = 0
     absent: bool = False
     missed: int = 0
+    #: rounds in a row that it began, and of which its update did not come in time
+    stalled: int = 0
+    #: what it said of itself that cannot be, in its present process
+    impossible: int = 0
     started: int = -1
     since: float = 0.0
     started_at: float = 0.0
@@ -46,12 +58,18 @@ class Member:
     samples: int = 0
     loss: float = math.nan
     plan: int | None = None
+    #: the largest plan of the round ``most_in``, and when its update of that is to be here
+    most: int = 0
+    most_in: int = -1
+    due_by: float = math.inf
     reached_at: float | None = None
     sent: Contribution | None = None
     accepted: bool = False
     total_samples: int = 0
     refused: int = 0
     batch_time: BatchTime = field(default_factory=BatchTime)
+    #: how long it took to load the model
+    load_s: float | None = None
     #: learnt seconds from the last batch to the accepted update, and from the outer step to the start
     sync_s: float | None = None
     theta_s: float | None = None
@@ -98,6 +116,7 @@ class Member:
             self.resend_at = now + resend_after_s
         self.batches = self.samples = 0
         self.plan = self.reached_at = self.sent = None
+        self.due_by = math.inf
         self.accepted = False
         self.batch_time.start_round()
 
@@ -112,28 +131,48 @@ class Member:
         self.reached_at = None
         self.batch_time.start_round()
 
-    def progress(self, report: Progress, now: float) -> bool:
-        """Take newer, possible counts; False for old or impossible ones."""
+    def progress(
+        self, report: Progress, now: float, rows: int | None = None, open_before: bool = False
+    ) -> bool | None:
+        """Take newer, possible counts; False for old ones, None for such as cannot be. ``rows`` are those of
+        the slices that are assigned to it, if that is known: it cannot have trained on more; nor for longer
+        than the round lasts, unless an earlier life has begun that.
+        """
         possible = (
-            report.batches > self.batches
-            and self.samples <= report.samples <= report.batches * self.batch_size
+            is_count(report.batches)
+            and report.samples <= report.batches * self.batch_size
+            and (rows is None or report.samples <= rows)
             and math.isfinite(report.busy_s)
         )
         if not possible:
+            return None
+        if report.batches <= self.batches or report.samples < self.samples:
             return False
         self.batches, self.samples = report.batches, report.samples
-        self.loss = report.loss
+        self.loss = bounded_loss(report.loss, math.nan)
         self.reported_at = now
-        self.batch_time.update(report.batches, report.busy_s)
+        longest_s = math.inf if open_before else now - self.since + _EARLY_S
+        self.batch_time.update(report.batches, min(report.busy_s, longest_s))
         if self.plan is not None and self.batches >= self.plan and self.reached_at is None:
             self.reached_at = now
         return True
 
-    def set_plan(self, batches: int, now: float) -> None:
-        """It was told to synchronise after ``batches``."""
+    def set_plan(self, batches: int, now: float, round_: int) -> None:
+        """It was told to synchronise after ``batches`` of ``round_``."""
         self.plan = batches
+        self.expect(now)
+        self.most = max(batches, self.most if self.most_in == round_ else 0)
+        self.most_in = round_
         if self.batches >= batches and self.reached_at is None and self.batches:
             self.reached_at = now
+
+    def expect(self, now: float) -> None:
+        """Count anew until when its batches are to be done. One that is slower than it was has twice the time
+        that it is thought to need; reports alone put nothing off.
+        """
+        if self.plan is not None:
+            left = max(0, self.plan - self.batches)
+            self.due_by = now + 2.0 * left * (self.batch_time.value_s or 0.0)
 
     def overtake(self, round_: int) -> None:
         """Its update is here, or on its way: it has started, even if that was not heard yet."""
@@ -145,7 +184,30 @@ class Member:
         if not self.accepted and self.reached_at is not None:
             self.sync_s = _smooth(self.sync_s, now - self.reached_at)
         self.accepted = True
-        self.missed = self.refused = 0
+        self.missed = self.refused = self.stalled = 0
+
+    def most_samples(self, round_: int, open_before: bool) -> int | None:
+        """For how many samples its update of ``round_`` may stand at most: its largest plan, and what it may
+        do before it hears of that; None where it was told none, so that there can be no update yet. Of a
+        round that was ``open_before``, in an earlier life, it may have an update by a plan of that one.
+        """
+        found: int | None = None
+        if self.most_in == round_:
+            most = max(self.most, self.batches)
+            late = math.ceil(_OVERSHOOT_S / self.batch_time.value_s) if self.batch_time.value_s else most
+            found = (most + max(2 * self.multiple, min(most, late))) * self.batch_size
+        if open_before and self.sent is not None:
+            found = max(found or 0, self.sent.samples)
+        return found
+
+    def may_hold(self, ahead: int, target: int, rows_a_slice: int) -> int:
+        """Rows of slices that are of use to it: those of its batches so far, twice over as its reports are
+        late, or of its plan, but not more than the ``target`` of a whole round; and ``ahead`` slices that are
+        fetched before they are needed, with one that it reads and one that it begins next.
+        """
+        batches = max(self.plan or 0, 2 * self.batches, _UNKNOWN_BATCHES) + _UNKNOWN_BATCHES
+        planned = (self.plan or 0) * self.batch_size
+        return min(batches * self.batch_size, max(target, planned)) + (ahead + 2) * rows_a_slice
 
     def pace(self, now: float, round_: int) -> Pace | None:
         """For the projection; ``None`` while its batch time is unknown."""
@@ -158,24 +220,26 @@ class Member:
         since_s = min(now - self.reported_at, max(batch_s, _BELIEVED_S))
         return Pace(self.peer, self.batches, since_s, batch_s, self.batch_size, self.multiple)
 
-    def due_at(self, deadline_s: float, round_: int) -> float | None:
+    def due_at(self, deadline_s: float, round_: int, others_sync_s: float | None = None) -> float | None:
         """When waiting for its update ends; ``None`` while its sync point is not known.
 
-        That is ``deadline_s`` after the projected arrival. A first synchronisation, whose duration nobody
-        knows yet, gets three times that once the batches are done.
+        That is ``deadline_s`` after the projected arrival. A first synchronisation takes as long as
+        ``others_sync_s``, what it takes others at most; where nobody knows that yet it gets three times
+        ``deadline_s`` once the batches are done.
         """
         if self.plan is None:
             return None
+        sync_s = self.sync_s if self.sync_s is not None else others_sync_s
         if self.started < round_:
             ready = self.since + 2.0 * (self.theta_s or 0.0)
         elif self.reached_at is not None or self.sent is not None:
             ready = self.reached_at if self.reached_at is not None else self.reported_at
-            if self.sync_s is None:
+            if sync_s is None:
                 return ready + 3.0 * deadline_s
         else:
             left = max(0, self.plan - self.batches)
-            ready = self.reported_at + left * (self.batch_time.value_s or 0.0)
-        return ready + 2.0 * (self.sync_s or 0.0) + deadline_s
+            ready = min(self.reported_at + left * (self.batch_time.value_s or 0.0), self.due_by)
+        return ready + 2.0 * (sync_s or 0.0) + deadline_s
 
 
 def _smooth(mean: float | None, value: float, share: float = 0.3) -> float:
