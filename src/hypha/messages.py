@@ -251,6 +251,9 @@ class AggregateJob(Message, tag="aggregate"):
     optimizer: OuterOptimizer = OuterOptimizer()
     weighting: Literal["samples", "uniform"] = "samples"
     max_update_norm: float | None = None
+    #: without ``max_update_norm``: how many times the median norm of recent updates one may have before it is
+    #: scaled down to that (:mod:`hypha.executor.outliers`)
+    max_update_ratio: float | None = None
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     round: int = 0
     restore: Reference | None = None
@@ -388,13 +391,15 @@ class Contribution(Value):
 class UpdateStatistics(Value):
     """What a parameter server measured of one update: its L2 norm, its cosine to the weighted mean of all
     updates of the round (estimated, see :mod:`hypha.executor.agreement`; None where there is none, as of
-    zeros), and the size of its file.
+    zeros), the size of its file, and what it was multiplied by before it was added, as it was larger than it
+    may be (None: this version does not say).
     """
 
     worker: str
     norm: float = 0.0
     cosine: float | None = None
     size_bytes: int = 0
+    clip: float | None = None
 
 
 class Alive(Message):

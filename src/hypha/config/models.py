@@ -341,7 +341,11 @@ class OuterOptimizerConfig(Section):
     learning_rate: float = Field(default=0.7, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weighting: Literal["samples", "uniform"] = "samples"
+    #: an update with a larger norm is scaled down to it; ``None``: ``max_update_ratio`` decides
     max_update_norm: float | None = Field(default=None, gt=0)
+    #: an update whose norm is so many times the median of those of the last rounds is scaled down to that;
+    #: ``None``: never
+    max_update_ratio: float | None = Field(default=10.0, gt=1)
 
 
 class ScheduleConfig(Section):
