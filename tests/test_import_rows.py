@@ -23,6 +23,7 @@ ROWS = (
         "runtime",
         "journal",
         "keeper",
+        "manifests",
         "naming",
         "tracing",
         "waiting",
@@ -36,6 +37,7 @@ SIDEWAYS = {
     ("config", "errors"),
     ("messages", "errors"),
     ("features", "messages"),
+    ("manifests", "messages"),
     ("config", "messages"),
     ("node", "messages"),
 }

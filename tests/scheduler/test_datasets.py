@@ -10,14 +10,20 @@ import pytest
 import trio
 from tests.support.network import Network, until
 
-from hypha.errors import DatasetNotFound
+from hypha.errors import DatasetMismatch, DatasetNotFound
+from hypha.manifests import manifest_hash
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, SliceInfo
 from hypha.net import Libp2pNode as Node
-from hypha.scheduler.datasets import REFRESH_S, find_dataset
+from hypha.scheduler.datasets import REFRESH_S, Wanted, find_dataset
 
 pytestmark = pytest.mark.loopback
 
-MANIFEST = Manifest(name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00"),))
+MANIFEST = Manifest(
+    name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00" * 32),)
+)
+OTHER = Manifest(
+    name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="11" * 32),)
+)
 
 
 @pytest.fixture
@@ -27,12 +33,12 @@ def network(tmp_path: Path) -> Network:
 
 @asynccontextmanager
 async def data_node(
-    network: Network, gateway: Node, role: str = "data", manifest_hash: str = "h"
+    network: Network, gateway: Node, role: str = "data", manifest: Manifest = MANIFEST, stated: str = ""
 ) -> AsyncIterator[Node]:
     async with network.leaf("data", [gateway], roles=(role,)) as node:
 
         async def describe(caller: str, request: DescribeDataset) -> DatasetDescription:
-            return DatasetDescription(manifest=MANIFEST, manifest_hash=manifest_hash)
+            return DatasetDescription(manifest=manifest, manifest_hash=stated or manifest_hash(manifest))
 
         node.answer(DescribeDataset, describe)
         await node.provide("digits")
@@ -68,7 +74,7 @@ async def test_a_worker_cannot_pass_for_a_data_node(
     async with (
         network.gateway() as gateway,
         network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
-        data_node(network, gateway, "worker", "other") as impostor,
+        data_node(network, gateway, "worker", OTHER) as impostor,
     ):
         with pytest.raises(DatasetNotFound):
             await find_dataset(scheduler, "digits", 2.0)
@@ -78,3 +84,34 @@ async def test_a_worker_cannot_pass_for_a_data_node(
             await dataset.refresh(scheduler)
             assert set(dataset.providers) == {honest.peer_id}
             assert impostor.peer_id != honest.peer_id
+
+
+async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_other_reported(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    meant, other = manifest_hash(MANIFEST), manifest_hash(OTHER)
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        data_node(network, gateway) as honest,
+        data_node(network, gateway, manifest=OTHER) as differs,
+        data_node(network, gateway, manifest=OTHER, stated=meant) as liar,
+    ):
+        for wanted in (Wanted(pinned=meant), Wanted(known=meant), Wanted(pinned=meant, known=other)):
+            dataset = await find_dataset(scheduler, "digits", 10.0, wanted=wanted)
+            assert (dataset.manifest_hash, set(dataset.providers)) == (meant, {honest.peer_id})
+            await dataset.refresh(scheduler)
+            assert set(dataset.providers) == {honest.peer_id}
+        said = {(record.getMessage(), getattr(record, "peer_id", "")) for record in caplog.records}
+        assert any("serves different data" in text and peer == differs.peer_id for text, peer in said)
+        assert any("does not serve digits as it says" in text and peer == liar.peer_id for text, peer in said)
+        with pytest.raises(DatasetMismatch, match=f"{'ab' * 32} of the job"):
+            await find_dataset(scheduler, "digits", 1.0, wanted=Wanted(pinned="ab" * 32))
+        # one of each: nobody but the user can say which is meant, and that is what is said meanwhile
+        told: list[str] = []
+        with pytest.raises(DatasetMismatch, match="serve different data"):
+            await find_dataset(scheduler, "digits", 1.0, told.append)
+        assert meant in told[-1]
+        assert other in told[-1]
+        async with data_node(network, gateway):
+            assert (await find_dataset(scheduler, "digits", 10.0)).manifest_hash == meant

@@ -300,6 +300,9 @@ class DatasetRef(Section):
     """The dataset by the name it is announced under."""
 
     dataset: str
+    #: of the manifest, in hex, as `hypha-data verify` and data nodes say it: other data under the name is not
+    #: used; ``None``: that of the job's ledger, or what most data nodes serve
+    manifest_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     shuffle: bool = True
     #: how long to wait for somebody to serve it; ``None``: for ever, saying so
     wait_s: float | None = Field(default=60.0, gt=0)

@@ -33,6 +33,8 @@ def admit(file: ReceivedFile, job: AggregateJob, round_: int, members: Members |
         return False
     if samples > most:
         raise Refused(
-            "invalid", f"it is to stand for {samples} samples, and its worker was given {most} at most", worker
+            "invalid",
+            f"it is to stand for {samples} samples, and its worker was given {most} at most",
+            worker,
         )
     return True

@@ -40,13 +40,11 @@ def may_close(
     awaited = [
         member for member in waiting if not member.absent and (member not in behind or member in expected)
     ]
-    others_s = slowest_sync_s(participants)
-
-    def is_due(member: Member) -> bool:
-        patience_s = min(rules.grace_s, rules.deadline_s) if member.stalled else rules.deadline_s
-        return _is_due(member, patience_s, round_, now, others_s)
-
-    coming = [member for member in expected if not (member.absent or starved or is_due(member))]
+    coming = [
+        member
+        for member in expected
+        if not (member.absent or starved or is_overdue(member, rules, round_, now))
+    ]
     everybody = len(books.accepted) + len(waiting)
     quorum = not coming and len(books.accepted) >= math.ceil(rules.quorum * everybody - 1e-9)
     books.complete_since = _since(books.complete_since, not awaited, now)
@@ -56,7 +54,13 @@ def may_close(
         return explained or now >= books.complete_since + _CONTRIBUTION_GRACE_S
     if books.quorum_since is not None and now >= books.quorum_since + rules.grace_s:
         return True
-    return not starved and all(is_due(member) for member in awaited)
+    return not starved and all(is_overdue(member, rules, round_, now) for member in awaited)
+
+
+def is_overdue(member: Member, rules: Rules, round_: int, now: float) -> bool:
+    """Its update should be here by now; whoever let a whole deadline pass lately gets the grace alone."""
+    patience_s = min(rules.grace_s, rules.deadline_s) if member.stalled else rules.deadline_s
+    return _is_due(member, patience_s, round_, now)
 
 
 def given_up(participants: Iterable[Member], rules: Rules, round_: int, now: float) -> list[Member]:
@@ -93,15 +97,8 @@ def never_loaded(members: Iterable[Member], rules: Rules, now: float) -> list[Me
     ]
 
 
-def slowest_sync_s(members: Iterable[Member]) -> float | None:
-    """What a synchronisation takes those of whom that is known, at most."""
-    return max((member.sync_s for member in members if member.sync_s is not None), default=None)
-
-
-def _is_due(
-    member: Member, deadline_s: float, round_: int, now: float, others_s: float | None = None
-) -> bool:
-    due = member.due_at(deadline_s, round_, others_s)
+def _is_due(member: Member, deadline_s: float, round_: int, now: float) -> bool:
+    due = member.due_at(deadline_s, round_)
     return due is not None and now >= due
 
 

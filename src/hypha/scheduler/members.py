@@ -44,7 +44,9 @@ class Member:
     attempt: int = 0
     absent: bool = False
     missed: int = 0
-    #: rounds in a row that it began, and of which its update did not come in time
+    #: the open round is closed without its update, which should have been here long ago
+    overdue: bool = False
+    #: in so many rounds in a row that it began
     stalled: int = 0
     #: what it said of itself that cannot be, in its present process
     impossible: int = 0
@@ -220,26 +222,24 @@ class Member:
         since_s = min(now - self.reported_at, max(batch_s, _BELIEVED_S))
         return Pace(self.peer, self.batches, since_s, batch_s, self.batch_size, self.multiple)
 
-    def due_at(self, deadline_s: float, round_: int, others_sync_s: float | None = None) -> float | None:
+    def due_at(self, deadline_s: float, round_: int) -> float | None:
         """When waiting for its update ends; ``None`` while its sync point is not known.
 
-        That is ``deadline_s`` after the projected arrival. A first synchronisation takes as long as
-        ``others_sync_s``, what it takes others at most; where nobody knows that yet it gets three times
-        ``deadline_s`` once the batches are done.
+        That is ``deadline_s`` after the projected arrival. A first synchronisation, whose duration nobody
+        knows yet, gets three times that once the batches are done.
         """
         if self.plan is None:
             return None
-        sync_s = self.sync_s if self.sync_s is not None else others_sync_s
         if self.started < round_:
             ready = self.since + 2.0 * (self.theta_s or 0.0)
         elif self.reached_at is not None or self.sent is not None:
             ready = self.reached_at if self.reached_at is not None else self.reported_at
-            if sync_s is None:
+            if self.sync_s is None:
                 return ready + 3.0 * deadline_s
         else:
             left = max(0, self.plan - self.batches)
             ready = min(self.reported_at + left * (self.batch_time.value_s or 0.0), self.due_by)
-        return ready + 2.0 * (sync_s or 0.0) + deadline_s
+        return ready + 2.0 * (self.sync_s or 0.0) + deadline_s
 
 
 def _smooth(mean: float | None, value: float, share: float = 0.3) -> float:

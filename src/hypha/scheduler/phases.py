@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from hypha.errors import AllocationFailed
 from hypha.messages import CloseRound, Plan, RoundApplied, SendModel
-from hypha.scheduler.closing import given_up, may_close, never_loaded, stuck
+from hypha.scheduler.closing import given_up, is_overdue, may_close, never_loaded, stuck
 from hypha.scheduler.events import Action, Fail, Send, Told
 from hypha.scheduler.round_state import OPEN, RoundState
 
@@ -120,6 +120,9 @@ class Phases(RoundState, ABC):
         if not may_close(books, self.participants, rules, self.round, now, not self.served):
             return []
         self.phase = "closing"
+        for member in self.participants:
+            begun = member.started == self.round and not (member.accepted or member.absent)
+            member.overdue = begun and is_overdue(member, rules, self.round, now)
         self.broadcast = frozenset(member.peer for member in self.loaded)
         final = self.round + 1 >= rules.rounds
         checkpoint = final or (self.round + 1) % rules.checkpoint_every == 0

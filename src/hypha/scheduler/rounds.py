@@ -311,14 +311,14 @@ class RoundMachine(Phases):
     def _update_sent(self, member: Member, told: Told, part: Contribution) -> list[Action]:
         if part.worker != member.peer or part.incarnation != member.incarnation:
             self.counts["wrong contribution"] += 1
-        elif problem := self.claim_problem(part, part.round == self.round and not member.left_out):
-            self.counts["wrong contribution"] += 1
-            text = f"its update of round {part.round} cannot be what it says: {problem}"
-            return self.failed(member.peer, "train", text, "claims")
         elif self.is_early(part.round):
             self.early.append(told)
         elif part.round == self.round and part.attempt < member.attempt:
             self.counts["stale attempt"] += 1
+        elif problem := self.claim_problem(part, part.round == self.round and not member.left_out):
+            self.counts["wrong contribution"] += 1
+            text = f"its update of round {part.round} cannot be what it says: {problem}"
+            return self.failed(member.peer, "train", text, "claims")
         elif part.round == self.round and member.in_round and not member.left_out:
             member.sent = self.books.note(part)
             member.overtake(self.round)
@@ -413,8 +413,7 @@ class RoundMachine(Phases):
         drops: list[Action] = []
         for member in list(self.participants):
             if member.peer not in event.contributors:
-                if member.started == self.round and not (member.absent or member.left_out):
-                    member.stalled += 1
+                member.stalled += member.overdue
                 self.leave_out(member)
                 hopeless = member.missed >= PATIENCE or member.stalled >= STALLED
                 if not member.absent and hopeless and self.round + 1 < self.rules.rounds:

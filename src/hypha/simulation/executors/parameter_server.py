@@ -184,9 +184,7 @@ class SimulatedParameterServer:
             self._outer.add(file.from_peer, file.meta.samples, path)
         except (Refused, DataError) as exc:
             code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
-            self._bridge.report(
-                UpdateRefused(round=round_, worker=file.from_peer, code=code, reason=reason)
-            )
+            self._bridge.report(UpdateRefused(round=round_, worker=file.from_peer, code=code, reason=reason))
         else:
             if contribution is not None:
                 self._contributions[file.from_peer] = contribution
