@@ -124,7 +124,7 @@ class OuterStep:
                 part = _Aside(worker, norm, sketch, weight, size_bytes, path)
                 waits = clip is None and not self._limit.is_known
                 if not waits:
-                    self._accumulate(update, part, self._limit.clip(norm) if clip is None else clip)
+                    self._accumulate(update, part, self._clip(part) if clip is None else clip)
         except DataError as exc:
             raise Refused("invalid", str(exc), worker) from exc
         if waits:
@@ -144,8 +144,21 @@ class OuterStep:
         self._limit.saw(part.norm for part in aside)
         for part in aside:
             with TensorFile(part.path) as file:
-                self._accumulate(UpdateFile(file, self.theta), part, self._limit.clip(part.norm))
+                self._accumulate(UpdateFile(file, self.theta), part, self._clip(part))
             part.path.unlink()
+
+    def _clip(self, part: _Aside) -> float:
+        clip = self._limit.clip(part.norm)
+        if clip < 1.0:
+            logger.warning(
+                "The update of %s has a norm of %g, those of recent rounds have %g in the median: it counts with "
+                "%.3g of its length",
+                part.worker,
+                part.norm,
+                self._limit.median(),
+                clip,
+            )
+        return clip
 
     def _norm(self, update: UpdateFile) -> tuple[float, Tensor]:
         """The norm of ``update``, and its sketch."""
@@ -175,14 +188,6 @@ class OuterStep:
         return math.sqrt(squares), total
 
     def _accumulate(self, update: UpdateFile, part_of: _Aside, clip: float) -> None:
-        if clip < 1.0:
-            logger.warning(
-                "The update of %s has a norm of %g, and recent ones of %g: it is scaled down to %.3g of that",
-                part_of.worker,
-                part_of.norm,
-                self._limit.median(),
-                clip,
-            )
         weight, first, self._added = part_of.weight * clip, not self._added, True
         self._agreement.accept(
             part_of.worker, part_of.norm, part_of.sketch, part_of.weight, part_of.size_bytes, clip

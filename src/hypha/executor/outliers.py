@@ -1,7 +1,8 @@
 """How large an update may be, beside those of recent rounds: a huge one is scaled down, not believed.
 
 The limit is the job's ``max_update_norm`` where it states one. Else it is ``max_update_ratio`` times the median
-of the norms of the updates of the last rounds, as they were sent. Updates are added to the sum as they come, so
+of the norms of the updates of the last rounds, as they were sent; what is larger is scaled down to that median,
+so that it moves theta as far as another, and not further. Updates are added to the sum as they come, so
 the median of their own round is not known then. That of the rounds before it is, and norms change little from
 one round to the next: by less than half even at the end of a warm-up. A parameter server that has seen no round
 yet keeps the first updates aside until the round is closed, or so many are there, and takes the median of those:
@@ -44,10 +45,11 @@ class NormLimit:
 
     def clip(self, norm: float) -> float:
         """What an update of that norm is multiplied by."""
-        limit = self._most
-        if limit is None and self._ratio is not None and self._rounds:
-            limit = self._ratio * self.median()
-        return 1.0 if limit is None else min(1.0, limit / max(norm, 1e-30))
+        if self._most is not None:
+            return min(1.0, self._most / max(norm, 1e-30))
+        if self._ratio is None or not self._rounds or norm <= self._ratio * self.median():
+            return 1.0
+        return self.median() / norm
 
     def median(self) -> float:
         """Of the rounds that are remembered; 0.0 where there is none."""

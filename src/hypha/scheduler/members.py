@@ -50,6 +50,8 @@ class Member:
     stalled: int = 0
     #: what it said of itself that cannot be, in its present process
     impossible: int = 0
+    #: questions for slices in a row that it was refused, as it holds enough
+    hoarding: int = 0
     started: int = -1
     since: float = 0.0
     started_at: float = 0.0

@@ -45,6 +45,9 @@ Phase = Literal["loading", "training", "scheduled", "updating", "closing", "expo
 #: phases in which a round is open
 OPEN = ("training", "scheduled", "updating")
 
+#: a worker that was refused a slice so often in a row, as it holds enough, is named: an honest one asks again
+#: every fifth of a second, and trains meanwhile
+_HOARDING = 50
 #: slices that a worker fetches before they are needed, however short they are
 _MOST_AHEAD = 32
 #: theta is sent again when nobody said RoundStarted; doubled each time
@@ -276,7 +279,16 @@ class RoundState:
         told = self.tracker.was_told(caller, request.incarnation, request.seq)
         if not told and self.tracker.rows_held(caller) >= self._may_hold(member):
             self.counts["slices held"] += 1
-            return f"{self.tracker.slices_held(caller)} slices are yours: train on them first"
+            member.hoarding += 1
+            held = self.tracker.slices_held(caller)
+            if member.hoarding == _HOARDING:
+                logger.warning(
+                    "A worker asks for more slices again and again, and holds %d: more than it can use",
+                    held,
+                    extra={"worker_peer_id": caller, "job_id": self.start.job_id},
+                )
+            return f"{held} slices are yours: train on them first"
+        member.hoarding = 0
         return self.tracker.next(caller, request.incarnation, request.seq, request.cached)
 
     @property
