@@ -388,8 +388,8 @@ class JobResourcesConfig(Section):
     #: a training executor without a sign of life for so long is taken for hung, where that is less than its
     #: worker's own ``hang_s``; longer than the longest batch
     hang_s: float | None = Field(default=None, gt=0)
-    #: a worker that has not loaded the model after so long, or after three times what the quickest one needed,
-    #: is replaced, once another one has; ``None``: it may take for ever
+    #: a worker that has not loaded the model after so long, or after three times what the quickest one
+    #: needed, is replaced, once another one has; ``None``: it may take for ever
     load_s: float | None = Field(default=300.0, gt=0)
     worker: NeedsConfig = NeedsConfig()
     parameter_server: NeedsConfig = NeedsConfig()

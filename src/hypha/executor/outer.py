@@ -151,8 +151,8 @@ class OuterStep:
         clip = self._limit.clip(part.norm)
         if clip < 1.0:
             logger.warning(
-                "The update of %s has a norm of %g, those of recent rounds have %g in the median: it counts with "
-                "%.3g of its length",
+                "The update of %s has a norm of %g, those of recent rounds have %g in the median: it counts "
+                "with %.3g of its length",
                 part.worker,
                 part.norm,
                 self._limit.median(),

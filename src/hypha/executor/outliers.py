@@ -1,12 +1,12 @@
 """How large an update may be, beside those of recent rounds: a huge one is scaled down, not believed.
 
-The limit is the job's ``max_update_norm`` where it states one. Else it is ``max_update_ratio`` times the median
-of the norms of the updates of the last rounds, as they were sent; what is larger is scaled down to that median,
-so that it moves theta as far as another, and not further. Updates are added to the sum as they come, so
-the median of their own round is not known then. That of the rounds before it is, and norms change little from
-one round to the next: by less than half even at the end of a warm-up. A parameter server that has seen no round
-yet keeps the first updates aside until the round is closed, or so many are there, and takes the median of those:
-the lower one of an even number, so that of two the smaller counts.
+The limit is the job's ``max_update_norm`` where it states one. Else it is ``max_update_ratio`` times the
+median of the norms of the updates of the last rounds, as they were sent; what is larger is scaled down to
+that median, so that it moves theta as far as another, and not further. Updates are added to the sum as they
+come, so the median of their own round is not known then. That of the rounds before it is, and norms change
+little from one round to the next: by less than half even at the end of a warm-up. A parameter server that has
+seen no round yet keeps the first updates aside until the round is closed, or so many are there, and takes the
+median of those: the lower one of an even number, so that of two the smaller counts.
 
 By how much an update was scaled is in the ledger (``UpdateStatistics.clip``), and a replay does the same.
 """

@@ -1,14 +1,13 @@
 """The scheduler's allocator, a pure machine: which offers to take so that as many workers as wanted are held.
 
-For every executor class it is told whom to ask for (:class:`Ask`) and how many (:class:`Want`). While
-fewer are held it advertises, collects offers until the deadline it gave, checks each against what was
-asked, ranks them by capacity for the price, takes the best and releases the others at once. What is
-still missing is advertised again with growing pauses; a lost worker is replaced without pause.
-A worker that failed lately is taken only when nobody else offers, for longer each time. What an offer claims is
-weighed by what was seen of its worker (:mod:`hypha.scheduler.standing`): capacity beyond what the job can use
-counts for nothing, a price under half of the bid is no better than that, and a parameter server is chosen by
-reliability before all else. Every call costs at most
-O(n log n) in the number of open offers, so ten thousand workers can be driven.
+For every executor class it is told whom to ask for (:class:`Ask`) and how many (:class:`Want`). While fewer
+are held it advertises, collects offers until the deadline it gave, checks each against what was asked, ranks
+them by capacity for the price, takes the best and releases the others at once. What is still missing is
+advertised again with growing pauses; a lost worker is replaced without pause. A worker that failed lately is
+taken only when nobody else offers, for longer each time. What an offer claims is weighed by what was seen of
+its worker (:mod:`hypha.scheduler.standing`): capacity beyond what the job can use counts for nothing, a price
+under half of the bid is no better than that, and a parameter server is chosen by reliability before all else.
+Every call costs at most O(n log n) in the number of open offers, so ten thousand workers can be driven.
 """
 
 from __future__ import annotations

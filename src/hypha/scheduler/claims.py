@@ -1,7 +1,7 @@
 """What a worker states about itself is a claim: here are its bounds, and what it is held against.
 
-Nobody can see from outside whether a batch was trained. But a worker trains on rows that it was assigned, until
-the sync point that it was told, and its numbers are numbers: what is not so is not believed. Pure.
+Nobody can see from outside whether a batch was trained. But a worker trains on rows that it was assigned,
+until the sync point that it was told, and its numbers are numbers: what is not so is not believed. Pure.
 """
 
 from __future__ import annotations

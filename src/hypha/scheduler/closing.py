@@ -84,7 +84,7 @@ def never_loaded(members: Iterable[Member], rules: Rules, now: float) -> list[Me
     """Who does not load the model, while others have: within ``rules.load_s``, or three times what it took
     the quickest of them.
     """
-    known = [member for member in members]
+    known = list(members)
     quickest_s = min((one.load_s for one in known if one.loaded and one.load_s is not None), default=None)
     if rules.load_s is None or quickest_s is None:
         return []

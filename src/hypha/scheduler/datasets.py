@@ -1,7 +1,7 @@
 """Finding who serves the dataset, and making sure that all of them serve the same one.
 
-A DHT answer is a hint: every provider is asked for its manifest, whose hash is computed here again. Those whose
-manifest has the same hash are interchangeable; one that differs is refused, loudly.
+A DHT answer is a hint: every provider is asked for its manifest, whose hash is computed here again. Those
+whose manifest has the same hash are interchangeable; one that differs is refused, loudly.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ async def find_dataset(
     name: str,
     wait_s: float | None,
     say: Callable[[str], None] = lambda why: None,
-    wanted: Wanted = Wanted(),  # noqa: B008 - frozen
+    wanted: Wanted = Wanted(),
 ) -> Dataset:
     """Wait until somebody serves ``name``, at most ``wait_s``; ``say`` is told why it is not there yet.
 
@@ -225,8 +225,9 @@ class _Choice:
         if not others or len(by_hash[first]) > len(by_hash[others[0]]):
             return first
         self.open_because = (
-            f"data nodes serve different data under the name {self._name}: {groups}. Set dataset.manifest_hash "
-            "to the one that is meant, give one of them another name, or make their directories equal"
+            f"data nodes serve different data under the name {self._name}: {groups}. Set "
+            "dataset.manifest_hash to the one that is meant, give one of them another name, or make their "
+            "directories equal"
         )
         if waited:
             raise DatasetMismatch(self.open_because)

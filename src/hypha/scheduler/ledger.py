@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
@@ -346,8 +346,7 @@ class Ledger:
         rounds: Counter[str] = Counter()
         samples: Counter[str] = Counter()
         seconds: dict[str, float] = {}
-        for (text,) in rows:
-            entry = msgspec.json.decode(text, type=LedgerRound)
+        for entry in self._entries(text for (text,) in rows):
             for part in entry.contributors:
                 rounds[part.worker] += 1
                 samples[part.worker] += part.samples
@@ -362,6 +361,14 @@ class Ledger:
             )
             for worker in sorted(rounds.keys() | failures.keys())
         ]
+
+    def _entries(self, texts: Iterable[str]) -> Iterator[LedgerRound]:
+        """What can be read of them: an odd one, of another version, is told of, and does not stop the job."""
+        for text in texts:
+            try:
+                yield msgspec.json.decode(text, type=LedgerRound)
+            except msgspec.DecodeError as exc:
+                logger.error("The ledger %s holds a round that cannot be read: %s", self.path, exc)
 
     def theta_of(self, round_: int) -> str:
         """The hash of theta at the start of ``round_``; empty where only the model says (round 0)."""
@@ -396,10 +403,9 @@ class Ledger:
             manifest_hash=row[3],
             theta=row[4],
             rounds=tuple(
-                msgspec.structs.replace(
-                    msgspec.json.decode(entry, type=LedgerRound), discarded=bool(discarded)
-                )
-                for entry, discarded in entries
+                msgspec.structs.replace(entry, discarded=bool(discarded))
+                for text, discarded in entries
+                for entry in self._entries((text,))
             ),
         )
 
@@ -424,8 +430,8 @@ async def has_trained(path: Path) -> bool:
 
 
 async def known_manifest(path: Path) -> str | None:
-    """The hash of the manifest that the job of the ledger in ``path`` trains on, if that is not done; waits as
-    :func:`held_leases` does.
+    """The hash of the manifest that the job of the ledger in ``path`` trains on, if that is not done; waits
+    as :func:`held_leases` does.
     """
     query = "SELECT manifest_hash FROM job WHERE state != 'done'"
     rows = await _with_room(path, lambda: _rows(path, query), trio.CapacityLimiter(1))

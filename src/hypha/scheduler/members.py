@@ -190,16 +190,18 @@ class Member:
         self.accepted = True
         self.missed = self.refused = self.stalled = 0
 
-    def most_samples(self, round_: int, open_before: bool) -> int | None:
+    def most_samples(self, round_: int, open_before: bool, may_hold: int) -> int | None:
         """For how many samples its update of ``round_`` may stand at most: its largest plan, and what it may
-        do before it hears of that; None where it was told none, so that there can be no update yet. Of a
-        round that was ``open_before``, in an earlier life, it may have an update by a plan of that one.
+        do before it hears of that, of the rows that it ``may_hold``; None where it was told none, so that
+        there can be no update yet. Of a round that was ``open_before``, in an earlier life, it may have an
+        update by a plan of that one.
         """
         found: int | None = None
         if self.most_in == round_:
             most = max(self.most, self.batches)
-            late = math.ceil(_OVERSHOOT_S / self.batch_time.value_s) if self.batch_time.value_s else most
-            found = (most + max(2 * self.multiple, min(most, late))) * self.batch_size
+            batch_s = self.batch_time.value_s
+            late = math.ceil(_OVERSHOOT_S / batch_s) if batch_s else _UNKNOWN_BATCHES
+            found = min(may_hold, (most + max(2 * self.multiple, late)) * self.batch_size)
         if open_before and self.sent is not None:
             found = max(found or 0, self.sent.samples)
         return found

@@ -223,12 +223,16 @@ class RoundState:
         """Why ``part``, which an update is said to stand for, cannot be true; empty where it can."""
         member = self.members.get(part.worker)
         size = member.batch_size if member is not None else part.batch_size
-        problem = contribution_problem(part, size, self.tracker, of_this_round and member is not None)
-        if problem or member is None or not of_this_round:
-            return problem
+        return contribution_problem(part, size, self.tracker, of_this_round and member is not None)
+
+    def plan_problem(self, member: Member, part: Contribution) -> str:
+        """Why an update of the open round is none that was asked for; empty where it is one."""
         if self.open_before or part.attempt > 0:
             return ""
-        most = member.most_samples(self.round, False)
+        most = member.most_samples(self.round, False, self._may_hold(member))
+        if most is not None:
+            # what the parameter server was told holds, even if the worker turns out to be slower
+            most = max(most, self.limits.get(member.peer, 0))
         if most is None:
             return "it was not told yet when to synchronise"
         return f"{part.samples} samples, and its plans allow {most}" if part.samples > most else ""
@@ -238,7 +242,10 @@ class RoundState:
         if self.books.contributions.get(part.worker) == part:
             return
         member = self.members.get(part.worker)
-        problem = self.claim_problem(part, member is not None and not member.left_out)
+        there = member is not None and not member.left_out
+        problem = self.claim_problem(part, there)
+        if member is not None and there:
+            problem = problem or self.plan_problem(member, part)
         if not problem:
             self.books.note(part)
             return
@@ -293,7 +300,7 @@ class RoundState:
 
     @property
     def ahead(self) -> int:
-        """Slices that each worker may fetch before they are needed: all together hold half an epoch at most."""
+        """Slices that each worker may fetch before they are needed: all hold half an epoch at most."""
         return max(1, len(self.tracker.samples) // (2 * max(1, len(self.members))))
 
     def _may_hold(self, member: Member) -> int:
@@ -333,7 +340,9 @@ class RoundState:
         """For how many samples updates may stand, once somebody's may stand for more than was told."""
         more = False
         for member in self.participants:
-            most = member.most_samples(self.round, self.open_before or member.attempt > 0)
+            most = member.most_samples(
+                self.round, self.open_before or member.attempt > 0, self._may_hold(member)
+            )
             if most is not None and most > self.limits.get(member.peer, 0):
                 self.limits[member.peer] = most
                 more = True

@@ -320,6 +320,9 @@ class RoundMachine(Phases):
             text = f"its update of round {part.round} cannot be what it says: {problem}"
             return self.failed(member.peer, "train", text, "claims")
         elif part.round == self.round and member.in_round and not member.left_out:
+            if problem := self.plan_problem(member, part):
+                self.counts["wrong contribution"] += 1
+                return self._refuse_update(member, "invalid", problem)
             member.sent = self.books.note(part)
             member.overtake(self.round)
         else:
@@ -382,15 +385,18 @@ class RoundMachine(Phases):
         settled = event.code in ("duplicate", "stale")
         if member is None or event.round != self.round or settled or member.accepted:
             return []
+        return self._refuse_update(member, event.code, event.reason)
+
+    def _refuse_update(self, member: Member, code: str, reason: str) -> list[Action]:
         logger.warning(
-            "The parameter server refused an update (%s): %s; its worker starts over",
-            event.code,
-            event.reason,
-            extra={"worker_peer_id": event.worker, "job_id": self.start.job_id},
+            "An update was refused (%s): %s; its worker starts over",
+            code,
+            reason,
+            extra={"worker_peer_id": member.peer, "job_id": self.start.job_id},
         )
         member.refused += 1
         if member.refused >= PATIENCE:
-            return self.failed(member.peer, "train", f"its updates are refused: {event.reason}", event.code)
+            return self.failed(member.peer, "train", f"its updates are refused: {reason}", code)
         self.leave_out(member)
         return []
 

@@ -1,6 +1,6 @@
-"""What a scheduler has seen of workers itself: rounds that hold their updates, how fast they were, how often they
-failed. An offer says what a worker claims; this says what came of it, and counts in the choice among offers.
-Pure.
+"""What a scheduler has seen of workers itself: rounds that hold their updates, how fast they were, how often
+they failed. An offer says what a worker claims; this says what came of it, and counts in the choice among
+offers. Pure.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
-#: before anything is known of a worker, it is as good as one of which so many rounds went well, and one did not
+#: before anything is known of a worker, it is as good as one of which so many rounds went well, and one did
+#: not
 _GOOD, _BAD = 2.0, 1.0
 #: a failure costs more than a round is worth
 _FAILURE = 2.0
-#: a measured speed counts for at most so many times what is usual for the capacity, and at least one part of that
+#: a measured speed counts for at most so many times what is usual for the capacity, and at least one part of
+#: that
 _FASTEST = 10.0
 #: workers that are remembered; those that were seen longest ago are forgotten
 _REMEMBERED = 10_000

@@ -83,9 +83,10 @@ NODE_WAYS: tuple[Way, ...] = (
 )
 
 
-#: what a worker does from then on: its updates stand for 10^12 samples (``claim``), or are huge (``blow-up``); it
-#: reports progress and sends no update (``withhold``), never has the model (``never-load``), or asks for slices
-#: without end (``hoard``); or it begins anew, offers a million cores, and never loads (``boast``)
+#: what a worker does from then on: its updates stand for 10^12 samples (``claim``), or are huge
+#: (``blow-up``); it reports progress and sends no update (``withhold``), never has the model
+#: (``never-load``), or asks for slices without end (``hoard``); or it begins anew, offers a million cores,
+#: and never loads (``boast``)
 LIES: tuple[Way, ...] = ("claim", "blow-up", "withhold", "never-load", "hoard", "boast")
 
 

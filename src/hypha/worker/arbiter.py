@@ -1,12 +1,12 @@
 """The worker's arbiter, a pure machine: which scheduler gets an offer of what, and at what price.
 
-Requests heard within a short window compete: those this worker can and wants to serve are ordered by
-bid per weighted unit of what they ask for, and as long as something is free each gets an offer with a
-temporary lease behind it, so nothing is promised twice. A request heard again (schedulers repeat them)
-gets no second offer while a lease for it lives, and a scheduler holds one temporary lease at most for each class
-of executor. Nothing is held for a scheduler that cannot be reached: its request waits until it is. One whose
-offers come to nothing again and again (they cannot be delivered, or are kept without an answer) is offered
-nothing for a while, which grows until it accepts one. What a strategy offers:
+Requests heard within a short window compete: those this worker can and wants to serve are ordered by bid per
+weighted unit of what they ask for, and as long as something is free each gets an offer with a temporary lease
+behind it, so nothing is promised twice. A request heard again (schedulers repeat them) gets no second offer
+while a lease for it lives, and a scheduler holds one temporary lease at most for each class of executor.
+Nothing is held for a scheduler that cannot be reached: its request waits until it is. One whose offers come
+to nothing again and again (they cannot be delivered, or are kept without an answer) is offered nothing for a
+while, which grows until it accepts one. What a strategy offers:
 
 - ``flexible``: exactly what was asked for.
 - ``whole``: to a training job everything that is free at that moment, since a larger batch is what it
@@ -56,7 +56,8 @@ NAME = "arbiter"
 MAX_WAITING = 1024
 #: And so many of one scheduler, which publishes one for each class of executor.
 MAX_WAITING_OF_ONE = 4
-#: After a second offer in a row that came to nothing, its scheduler gets none for so long; each time it doubles.
+#: After a second offer in a row that came to nothing, its scheduler gets none for so long; each time it
+#: doubles.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 #: A temporary lease that is given back unused only after this share of its life came to nothing, too.
 _TOO_LATE = 0.75
@@ -68,8 +69,8 @@ _REMEMBERED = 1024
 
 
 class Heard(Struct, frozen=True, tag=True):
-    """``request`` was published by the authenticated ``publisher``. Unless it is ``reached``, a connection to it
-    is being made, and :class:`Reached` follows.
+    """``request`` was published by the authenticated ``publisher``. Unless it is ``reached``, a connection to
+    it is being made, and :class:`Reached` follows.
     """
 
     publisher: str
