@@ -50,8 +50,9 @@ class Member:
     stalled: int = 0
     #: what it said of itself that cannot be, in its present process
     impossible: int = 0
-    #: questions for slices in a row that it was refused, as it holds enough
+    #: questions for slices that it was refused lately, as it holds enough; and whether that was logged
     hoarding: int = 0
+    named: bool = False
     started: int = -1
     since: float = 0.0
     started_at: float = 0.0
@@ -189,6 +190,7 @@ class Member:
             self.sync_s = _smooth(self.sync_s, now - self.reached_at)
         self.accepted = True
         self.missed = self.refused = self.stalled = 0
+        self.hoarding //= 2
 
     def most_samples(self, round_: int, open_before: bool, may_hold: int) -> int | None:
         """For how many samples its update of ``round_`` may stand at most: its largest plan, and what it may

@@ -45,9 +45,9 @@ Phase = Literal["loading", "training", "scheduled", "updating", "closing", "expo
 #: phases in which a round is open
 OPEN = ("training", "scheduled", "updating")
 
-#: a worker that was refused a slice so often in a row, as it holds enough, is named: an honest one asks again
-#: every fifth of a second, and trains meanwhile
-_HOARDING = 50
+#: a worker that was refused slices so often, as it holds enough, is named; half of it is forgotten with each
+#: round. An honest one asks for one at a time, and holds less
+_HOARDING = 10
 #: slices that a worker fetches before they are needed, however short they are
 _MOST_AHEAD = 32
 #: theta is sent again when nobody said RoundStarted; doubled each time
@@ -288,14 +288,14 @@ class RoundState:
             self.counts["slices held"] += 1
             member.hoarding += 1
             held = self.tracker.slices_held(caller)
-            if member.hoarding == _HOARDING:
+            if member.hoarding >= _HOARDING and not member.named:
+                member.named = True
                 logger.warning(
                     "A worker asks for more slices again and again, and holds %d: more than it can use",
                     held,
                     extra={"worker_peer_id": caller, "job_id": self.start.job_id},
                 )
             return f"{held} slices are yours: train on them first"
-        member.hoarding = 0
         return self.tracker.next(caller, request.incarnation, request.seq, request.cached)
 
     @property
