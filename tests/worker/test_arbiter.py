@@ -299,13 +299,25 @@ def test_nothing_is_held_for_a_scheduler_that_cannot_be_reached() -> None:
     worker = arbiter()
     worker.handle(Heard("gone", request("gone", resources=TOTAL, bid=99.0), reached=False), 0.0)
     worker.handle(Heard("S", request("S", resources=TOTAL)), 0.1)
-    assert [one.scheduler.peer for one in offers(worker.handle(Tick(), 0.2))] == ["S"]
+    # who bids more is waited for a moment longer, and not beyond what the other one allows
+    assert offers(worker.handle(Tick(), 0.2)) == []
+    assert worker.next_wake == pytest.approx(0.1 + 0.35)
+    assert [one.scheduler.peer for one in offers(worker.handle(Tick(), 0.45))] == ["S"]
     assert reasons(worker.handle(Tick(), 0.5)) == ["its scheduler could not be reached in time"]
     worker.handle(Reached("gone", False), 0.6)
-    # a connection that comes a little later is no reason to ask again
     worker.handle(Heard("late", request("late", resources=Resources(cpu=0)), reached=False), 1.0)
     assert offers(worker.handle(Tick(), 1.2)) == []
     assert [one.scheduler.peer for one in offers(worker.handle(Reached("late", True), 1.3))] == ["late"]
+
+
+def test_the_higher_bid_wins_though_it_is_connected_a_moment_later() -> None:
+    for reached, first in ((True, "rich"), (False, "poor")):
+        worker = arbiter()
+        worker.handle(Heard("poor", request("poor", resources=TOTAL)), 0.0)
+        worker.handle(Heard("rich", request("rich", resources=TOTAL, bid=9.0), reached=False), 0.0)
+        assert offers(worker.handle(Tick(), 0.2)) == []
+        sent = offers(worker.handle(Reached("rich", reached), 0.25))
+        assert [one.scheduler.peer for one in sent] == [first]
 
 
 @pytest.mark.parametrize("how", ["undelivered", "expired", "given back late"])
@@ -329,8 +341,8 @@ def test_offers_that_come_to_nothing_are_made_ever_more_seldom(how: str) -> None
     assert 8 <= len(made) <= 18
     assert made[-1] - made[-2] >= LONGEST_PAUSE_S
     # who accepts one has a clean sheet
-    worker.handle(Tick(), made[-1] + 5.0)
-    now = made[-1] + 60.0
+    worker.handle(Tick(), 310.0)
+    now = 370.0
     worker.handle(Heard("S", request(request_id="good")), now)
     (good,) = offers(worker.handle(Tick(), now + 0.2))
     worker.handle(RenewAsked(good.offer.lease_id, "S"), now + 0.3)

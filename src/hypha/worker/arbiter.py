@@ -61,6 +61,8 @@ MAX_WAITING_OF_ONE = 4
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 #: A temporary lease that is given back unused only after this share of its life came to nothing, too.
 _TOO_LATE = 0.75
+#: Of the time that a request allows, the share within which a better bidder's connection is waited for.
+_CONNECTED_BY = 0.7
 #: Schedulers whose failures are remembered; the oldest are forgotten.
 _REMEMBERED = 1024
 
@@ -192,6 +194,8 @@ class Arbiter:
         self._failures: dict[str, tuple[int, float]] = {}
         self._heard = 0
         self._window_ends: float | None = None
+        #: the window is over, and a connection is waited for
+        self._over = False
         self._closed = False
         #: ids of leases, and what the worker said of itself, while the present event was handled
         self._drawn: list[tuple[str, PeerRef]] = []
@@ -262,18 +266,33 @@ class Arbiter:
                 self._closed = True
                 self._waiting.clear()
                 self._unreached.clear()
-                self._window_ends = None
+                self._window_ends, self._over = None, False
                 actions.extend(self.book.handle(Tick(), now))
             case _:
                 ended = self.book.handle(event, now)
                 self._notice(ended, now)
                 actions.extend(ended)
         if self._window_ends is not None and now >= self._window_ends:
-            actions.extend(self._decide(now))
+            wait_until = self._better_ones_by()
+            if wait_until is not None and now < wait_until:
+                self._window_ends = wait_until
+                self._over = True
+            else:
+                actions.extend(self._decide(now))
         for key in [key for key, waiting in self._unreached.items() if waiting.before <= now]:
             del self._unreached[key]
             actions.append(Ignored(key[1], key[0], "its scheduler could not be reached in time"))
         return actions
+
+    def _better_ones_by(self) -> float | None:
+        """Until when the decision may wait for a connection to who bids more than all that are reached, so
+        that it does not lose for being connected a moment later; None where there is nothing to wait for.
+        """
+        reached = [waiting for waiting in self._waiting.values() if waiting.reached]
+        best = min((waiting.key for waiting in reached), default=None)
+        if best is None or all(one.reached or one.key > best for one in self._waiting.values()):
+            return None
+        return min(one.before - (1.0 - _CONNECTED_BY) * one.request.offer_within_s for one in reached)
 
     def _notice(self, actions: Sequence[object], now: float) -> None:
         """Temporary leases among what has ended that nobody took, and nobody gave back in time."""
@@ -300,7 +319,9 @@ class Arbiter:
             elif not self._waiting[key].reached:
                 late.append(self._waiting.pop(key))
         if not self._waiting:
-            self._window_ends = None
+            self._window_ends, self._over = None, False
+        elif self._over and self._better_ones_by() is None:
+            self._window_ends = now
         if not reached:
             self._blame(scheduler, now)
         for waiting in sorted(late, key=lambda one: one.key):
@@ -371,7 +392,7 @@ class Arbiter:
     def _decide(self, now: float) -> list[ArbiterAction]:
         contenders = sorted(self._waiting.values(), key=lambda waiting: waiting.key)
         self._waiting.clear()
-        self._window_ends = None
+        self._window_ends, self._over = None, False
         actions: list[ArbiterAction] = []
         for contender in contenders:
             if contender.reached:
