@@ -79,27 +79,32 @@ def test_weights() -> None:
         (Resources(memory=64, gpu=40), Resources(memory=1, gpu=10), 4),
         (Resources(memory=8), Resources(memory=1), 8),
         (Resources(memory=0.3), Resources(memory=0.1), 3),
-        (Resources(memory=1), Resources(memory=2), 1),
+        # who offers no more than was asked for, as is the default, says nothing of samples
+        (Resources(gpu=10), Resources(gpu=10), 16),
+        (Resources(gpu=19.9), Resources(gpu=10), 16),
+        (Resources(gpu=20), Resources(gpu=10), 2),
+        (Resources(memory=1), Resources(memory=2), 16),
         (Resources(memory=1000), Resources(memory=1), 64),
         (Resources(memory=1), Resources(memory=5e-324), 64),
-        (Resources(memory=1), Resources(cpu=1), 64),
+        (Resources(memory=1), Resources(cpu=1), 16),
     ],
 )
 def test_batch_size_is_offered_over_required_within_bounds(
     offered: Resources, required: Resources, size: int
 ) -> None:
-    assert batch_size(offered, required, 64) == size
+    assert batch_size(offered, required, 64, 16) == size
 
 
-@given(resources, resources, st.integers(1, 512))
-def test_a_batch_has_at_least_one_sample_and_at_most_the_maximum(
-    offered: Resources, required: Resources, maximum: int
+@given(resources, resources, st.integers(2, 512), st.integers(2, 64))
+def test_a_batch_is_never_of_one_sample_unless_that_is_the_maximum(
+    offered: Resources, required: Resources, maximum: int, default: int
 ) -> None:
-    assert 1 <= batch_size(offered, required, maximum) <= maximum
+    assert 2 <= batch_size(offered, required, maximum, default) <= maximum
+    assert batch_size(offered, required, 1, default) == 1
 
 
 def test_a_batch_size_needs_sane_bounds() -> None:
-    with pytest.raises(ValueError, match="largest batch size"):
-        batch_size(NOTHING, NOTHING, 0)
+    with pytest.raises(ValueError, match="of 0 at most"):
+        batch_size(NOTHING, NOTHING, 0, 16)
     with pytest.raises(ValueError, match="offered: gpu"):
-        batch_size(Resources(gpu=math.nan), Resources(gpu=1), 8)
+        batch_size(Resources(gpu=math.nan), Resources(gpu=1), 8, 16)

@@ -82,21 +82,21 @@ def weighted_capacity(resources: Resources) -> float:
     return sum(amount * weight for amount, weight in zip(_amounts(resources), _amounts(WEIGHTS), strict=True))
 
 
-def batch_size(offered: Resources, required: Resources, maximum: int) -> int:
-    """How many samples a batch has on a worker that offered ``offered``.
+def batch_size(offered: Resources, required: Resources, maximum: int, default: int) -> int:
+    """How many samples a batch has on a worker that offered ``offered``; ``maximum`` at most.
 
-    ``required.gpu``, or without any ``required.memory``, is what a batch of one sample needs; a batch
-    takes as many samples as fit into what was offered, at least 1 and at most ``maximum``. When
-    neither is required, memory does not limit the batch: it is ``maximum``.
+    ``required.gpu``, or without any ``required.memory``, is what one sample needs. A worker that offers room
+    for two samples or more gets a batch of as many as fit. One that offers hardly more than it was asked for,
+    as workers do by default, has not said what fits: its batch has ``default`` samples. So has any when
+    neither is required.
     """
-    if maximum < 1:
-        raise ValueError(f"the largest batch size is {maximum}; it must be at least 1")
+    if maximum < 1 or default < 1:
+        raise ValueError(f"batches of {default}, of {maximum} at most: both must be at least 1")
     check(offered, "offered")
     check(required, "required")
     need, have = (required.gpu, offered.gpu) if required.gpu > 0 else (required.memory, offered.memory)
-    if need <= 0:
-        return maximum
     # compared before dividing: a tiny requirement would overflow to infinity
-    if have >= need * maximum:
+    if need > 0 and have >= need * maximum:
         return maximum
-    return max(1, min(maximum, math.floor(have / need + TOLERANCE)))
+    fitting = math.floor(have / need + TOLERANCE) if need > 0 else 0
+    return min(maximum, fitting if fitting > 1 else default)

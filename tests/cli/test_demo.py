@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from tests.support.commands import hypha_in
 
 from hypha.cli.demo.children import DemoFailed, children
 from hypha.cli.demo.files import free_port
+from hypha.cli.hypha import main
 
 ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": ""}
 
@@ -178,3 +180,21 @@ def test_the_demo_trains_a_model_that_users_can_load(short: Path) -> None:
     )
     labels = json.loads(ran.stdout.strip().splitlines()[-1])
     assert sum(label == position for position, label in enumerate(labels)) >= 8, ran
+
+
+@pytest.mark.parametrize("command", [["demo"], ["chaos"], ["chaos", "--simulated"]])
+def test_without_the_extra_it_says_what_to_install(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+    )
+    monkeypatch.setattr("sys.argv", ["hypha", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "torch cannot be imported" in said
+    assert "hypha-train[train]" in said
+    assert "Traceback" not in said

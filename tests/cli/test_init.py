@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import re
 import socket
 import tomllib
@@ -138,6 +140,40 @@ def test_a_certificate_for_another_role_is_told_before_others_refuse_it(here: Pa
     assert "--role scheduler" in problem.message
 
 
+def test_a_worker_without_torch_needs_programs_of_its_own(
+    here: Path, pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would offer, and fail each job that it is given."""
+    run("worker", "init", "-n", "worker", "--pki", str(pki), *ARGUMENTS["worker"])
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+    )
+    with pytest.raises(ConfigError) as caught:
+        run("worker", "validate")
+    (problem,) = caught.value.problems
+    assert problem.key == "executors[0]"
+    assert "hypha-train[train]" in problem.message
+    with Path("config.toml").open("a") as config:
+        config.write('[[executors]]\nclass = "train"\nname = "mine"\ncmd = "/bin/true"\n')
+    run("worker", "validate")
+
+
+def test_what_is_far_off_is_advised_on_and_still_valid(here: Path, pki: Path) -> None:
+    arguments = ("-n", "scheduler", "--pki", str(pki), "--rounds", "8", *ARGUMENTS["scheduler"])
+    run("scheduler", "init", *arguments)
+    assert run("scheduler", "validate").count("\n") == 1
+    momentum, batch = "scheduler.job.outer_optimizer.momentum", "scheduler.job.rounds.batch_size"
+    told = run("scheduler", "validate", "--set", f"{momentum}=0.9", "--set", f"{batch}=1").splitlines()
+    assert told[0].startswith("OK: config.toml")
+    assert [line.split(": ")[:2] for line in told[1:]] == [["advice", momentum], ["advice", batch]]
+    assert "learning_rate 1 and momentum 0.6" in told[1]
+    # an error is no advice, and there is none beside it
+    with pytest.raises(ConfigError) as caught:
+        run("scheduler", "validate", "--set", f"{momentum}=1.5", "--set", f"{batch}=1")
+    assert [problem.key for problem in caught.value.problems] == [momentum]
+
+
 def test_without_a_file_it_is_said_where_one_would_come_from(here: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         run("worker", "validate")
@@ -205,6 +241,29 @@ def test_a_plain_model_by_its_entrypoint(here: Path, pki: Path) -> None:
     assert model == {"type": "torch", "entrypoint": "package.module:Model"}
     assert "FILL IN" not in (here / "c.toml").read_text()
     run("scheduler", "init", "-o", "d.toml", "--model", "model", *arguments, ok=False)
+
+
+def test_the_task_is_that_of_the_model(here: Path, pki: Path) -> None:
+    def task(*arguments: str) -> str:
+        run("scheduler", "init", "-o", "c.toml", "--force", "--dataset", "d", "--pki", str(pki), *arguments)
+        kind = tomllib.loads((here / "c.toml").read_text())["scheduler"]["job"]["model"]["type"]
+        assert isinstance(kind, str)
+        return kind
+
+    file = here / "model" / "config.json"
+    for architecture, kind in (
+        ("GPT2LMHeadModel", "causal-lm"),
+        ("LlamaForCausalLM", "causal-lm"),
+        ("BertForSequenceClassification", "sequence-classification"),
+        ("MaskFormerForInstanceSegmentation", "instance-segmentation"),
+        ("SomethingElse", "image-classification"),
+    ):
+        file.write_text(json.dumps({"architectures": [architecture]}))
+        assert task("--model", "model") == kind
+    assert task("--model", "model", "--model-type", "masked-lm") == "masked-lm"
+    file.write_text("[")
+    assert task("--model", "model") == "image-classification"
+    assert "causal-lm?" in run("scheduler", "init", "--model-type", "casual-lm", ok=False)
 
 
 def test_a_gateway_by_its_name_in_a_private_network_is_dialled_directly(

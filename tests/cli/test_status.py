@@ -99,7 +99,11 @@ async def test_status_once_and_until_the_end() -> None:
         states = iter([TRAINING, msgspec.structs.replace(TRAINING, state="done", round=20)])
         followed = await hypha("status", f"http://{address}/", "--follow")
         assert followed.returncode == 0, followed.stderr
-        assert "digits done, round 20/20" in followed.stdout.decode()
+        # into a pipe goes a line when it happens, and the whole at the end
+        lines = followed.stdout.decode().splitlines()
+        assert lines[0].startswith("digits training, round 3/20")
+        assert lines[0].endswith("all is well")
+        assert sum(line.startswith("digits done, round 20/20") for line in lines) == 2
 
         current = msgspec.structs.replace(TRAINING, state="failed", message="nobody offers a GPU")
         failed = await hypha("status", address, "-f")

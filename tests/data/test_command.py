@@ -79,6 +79,16 @@ def test_a_dry_run_finds_what_a_real_one_would(
     assert "1 rows with missing values are left out" in capsys.readouterr().out
 
 
+def test_flags_that_are_told_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.csv").write_text("petal width;kind\n1,5;rose\n;iris\n")
+    assert command(monkeypatch, "prepare", tmp_path / "in.csv", "-o", tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert "(--fill 'petal width'=VALUE)" in told
+    assert "(--drop 'petal width')" in told
+
+
 def test_columns_may_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = table(tmp_path / "in")
     for number, words in enumerate(

@@ -261,7 +261,7 @@ async def test_a_dataset_that_stays_locked_is_a_problem_like_any_other(
     monkeypatch.setattr(serve, "LOCK_TIMEOUT_S", 0.1)
     replacing = take(dataset.directory, fcntl.LOCK_EX)
     assert replacing is not None
-    with trio.fail_after(10), pytest.raises(ConfigError) as caught:
+    with trio.fail_after(20), pytest.raises(ConfigError) as caught:
         await run_data(config(network, [NOWHERE], dataset.directory, tmp_path / "absent"))
     os.close(replacing)
     locked, absent = caught.value.problems
@@ -292,7 +292,7 @@ async def test_a_dataset_that_is_just_being_replaced_is_waited_for(
         dataset.directory.rename(tmp_path / "old")
         (tmp_path / "new").rename(dataset.directory)
         os.close(replacing)
-        with trio.fail_after(15):
+        with trio.fail_after(20):
             await started.wait()
         # the new one is locked, not the old one
         assert take(dataset.directory, fcntl.LOCK_EX) is None
@@ -319,7 +319,7 @@ async def test_where_there_are_no_locks_it_is_served_with_a_warning(
 
 async def providers(node: Node, name: str, count: int) -> list[PeerRef]:
     """Wait until ``count`` data nodes are known to serve ``name``."""
-    with trio.fail_after(15):
+    with trio.fail_after(20):
         while True:
             if len(found := await node.find_providers(name)) == count:
                 return found
@@ -384,7 +384,7 @@ async def test_two_data_nodes_serve_one_dataset(network: Network, tmp_path: Path
 
 
 async def fetch(node: Node, peer: PeerRef, name: str, destination: Path) -> TransferMeta:
-    with trio.fail_after(15):
+    with trio.fail_after(20):
         return await node.transfers.pull(
             peer, PullFile(kind="slice", name=name), destination, expect=None, max_bytes=1 << 20
         )

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import blake3
 import msgspec
 import xxhash
+from tests.support.forked import ForkedExecutor
 
 from hypha.messages import (
     BridgeError,
@@ -93,19 +94,25 @@ class Bridge:
         threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         ).start()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | ForkedExecutor | None = None
 
     # --- the test's side ----------------------------------------------------------------------------
 
-    def start(self) -> None:
+    def start(self, warm: bool = True) -> None:
+        """Its executor, forked by the executor host unless ``warm`` is false."""
         module = "training" if self.job.__class__.__name__ == "TrainJob" else "parameter_server"
+        name, arguments = f"hypha.executor.{module}", [str(self.directory / "bridge.sock")]
+        # a directive that was sent before a file is read by another thread: steps of a millisecond could be
+        # over before it has had its turn
+        environment = {"OMP_NUM_THREADS": "1", "HYPHA_STEP_S": "0.02"}
         with (self.directory / "output").open("wb") as output:
+            if warm:
+                self.process = ForkedExecutor(name, arguments, self.directory, environment, output)
+                return
             self.process = subprocess.Popen(
-                [sys.executable, "-m", f"hypha.executor.{module}", str(self.directory / "bridge.sock")],
+                [sys.executable, "-m", name, *arguments],
                 cwd=self.directory,
-                # a directive that was sent before a file is read by another thread: steps of a millisecond
-                # could be over before it has had its turn
-                env=os.environ | {"OMP_NUM_THREADS": "1", "HYPHA_STEP_S": "0.02"},
+                env=os.environ | environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -116,7 +123,7 @@ class Bridge:
             self.lock.notify_all()
 
     def wait(
-        self, kind: type[T], where: Callable[[T], bool] = lambda event: True, timeout_s: float = 60
+        self, kind: type[T], where: Callable[[T], bool] = lambda event: True, timeout_s: float = 120
     ) -> T:
         """The first event of ``kind`` for which ``where`` holds."""
         deadline = time.monotonic() + timeout_s
@@ -133,7 +140,7 @@ class Bridge:
     def output(self) -> str:
         return (self.directory / "output").read_text()
 
-    def exit_code(self, timeout_s: float = 30) -> int:
+    def exit_code(self, timeout_s: float = 60) -> int:
         assert self.process is not None
         return self.process.wait(timeout_s)
 

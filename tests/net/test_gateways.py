@@ -8,6 +8,7 @@ import logging
 import pytest
 import trio
 from tests.support.network import Network, address_of, until
+from tests.support.stopwatch import Stopwatch
 
 from hypha.errors import PeerUnreachable
 from hypha.messages import Health, HealthReport, PeerRef
@@ -35,11 +36,11 @@ async def test_a_lost_gateway_is_replaced_at_once_and_the_reservation_with_it(ne
                 await until(lambda: first.peer_id in str(worker.ref()))
                 assert not worker.is_connected(second.peer_id)  # one active gateway, not all
                 seen = worker.gateway_changed.count
-                started = trio.current_time()
+                started = Stopwatch()
                 await first.disconnect(worker.peer_id)
                 seen = await worker.gateway_changed.wait(seen)
                 await until(lambda: worker.gateway == second.peer_id)
-                assert trio.current_time() - started < 2
+                assert started.elapsed_s() < 2
                 await until(lambda: f"{second.peer_id}/p2p-circuit" in str(worker.ref()))
                 assert f"{first.peer_id}/p2p-circuit" not in str(worker.ref())
                 assert worker.gateway_changed.count > seen
@@ -71,7 +72,7 @@ async def test_a_loss_is_noticed_though_somebody_connects_again_at_once(network:
                 )
                 before = worker.gateway_changed.count
                 nursery.start_soon(gateway.disconnect, worker.peer_id)
-                with trio.fail_after(5):
+                with trio.fail_after(20):
                     await worker.gateway_changed.wait(before)
             nursery.cancel_scope.cancel()
 
@@ -95,7 +96,7 @@ async def test_a_leaf_may_start_before_its_gateway(
             report = await worker._health("", Health())
             assert not report.healthy
             async with network.gateway(identity=identity, listen=(f"/ip4/127.0.0.1/tcp/{port}",)):
-                with trio.fail_after(5):
+                with trio.fail_after(20):
                     await worker.wait_connected()
 
 

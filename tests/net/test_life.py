@@ -11,6 +11,7 @@ import pytest
 import trio
 from tests.support.network import Network, address_of, until
 from tests.support.proxy import proxy_to
+from tests.support.stopwatch import Stopwatch
 
 import hypha.net
 from hypha.config.models import GatewayConfig, WorkerConfig
@@ -127,7 +128,7 @@ async def test_both_sides_dial_at_once(network: Network) -> None:
             reports: list[HealthReport] = []
 
             async def ask(caller: Node, callee: Node, reports: list[HealthReport] = reports) -> None:
-                report = await caller.request(ref_of(callee), Health())
+                report = await caller.request(ref_of(callee), Health(), timeout_s=60)
                 assert isinstance(report, HealthReport)
                 reports.append(report)
 
@@ -166,9 +167,9 @@ async def test_a_dead_address_does_not_hold_up_a_good_one(network: Network) -> N
     ):
         black_hole.freeze()
         addresses = (f"/ip4/127.0.0.1/tcp/{black_hole.port}", "/ip4/127.0.0.1/tcp/1", address_of(two))
-        started = trio.current_time()
+        started = Stopwatch()
         await one.request(PeerRef(peer=two.peer_id, addresses=addresses), Health())
-        assert trio.current_time() - started < 2
+        assert started.elapsed_s() < 2
 
 
 @pytest.mark.loopback
@@ -176,7 +177,7 @@ async def test_peer_lost_says_only_when_the_last_connection_ended(network: Netwo
     async with network.leaf("a") as one, network.leaf("b") as two, one.watch_peers() as lost:
         await one.request(ref_of(two), Health())
         await two.disconnect(one.peer_id)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             assert (await lost.receive()).peer == two.peer_id
         assert not one.is_connected(two.peer_id)
 
@@ -197,9 +198,9 @@ async def test_closing_is_quick_and_leaves_nothing_behind(network: Network) -> N
             async with network.leaf("worker", [gateway]) as node:
                 node_open.set()
                 await may_close.wait()
-                started = trio.current_time()
+                started = Stopwatch()
                 assert node.is_connected(gateway.peer_id)
-            took.append(trio.current_time() - started)
+            took.append(started.elapsed_s())
 
         async def peers() -> None:
             async with network.leaf("a", [gateway]) as one, network.leaf("b", [gateway]) as two:
@@ -250,8 +251,8 @@ async def test_closing_with_a_partitioned_peer_is_quick(network: Network) -> Non
             through = PeerRef(peer=two.peer_id, addresses=(f"/ip4/127.0.0.1/tcp/{proxy.port}",))
             await one.request(through, Health())
             proxy.freeze()
-            started = trio.current_time()
-        assert trio.current_time() - started < 2
+            started = Stopwatch()
+        assert started.elapsed_s() < 2
         proxy.thaw()
 
 

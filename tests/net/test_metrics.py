@@ -183,7 +183,7 @@ async def test_gossip_and_lookups_are_counted(network: Network, signals: Signals
         meshes = sum(one.mesh_size for one in (gateway, other, worker, scheduler))
         assert sum(signals.readings(instruments.GOSSIP_MESH).values()) <= meshes
         await scheduler.publish(worker_request(scheduler))
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await heard.receive()
         messages = instruments.GOSSIP_MESSAGES
         await until(lambda: signals.reading(messages, event="received") == 3)  # both gateways, the worker

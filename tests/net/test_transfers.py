@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import trio
 from tests.support.network import Network, Pki, until
+from tests.support.stopwatch import Stopwatch
 
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
 from hypha.messages import BulkAnswer, BulkOffer, JobStamp, PeerRef, PullFile, TransferMeta
@@ -388,7 +389,7 @@ def dial_as(network_identity: Pki, node: Node, token: str) -> Verdict:
     """Connect to a node's bulk plane with a fresh certificate and somebody's token; what it says."""
     identity = load_identity(network_identity.files("thief"))
     port = int(node.listen_addresses()[0].rpartition("/")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
         with identity.client_context(BULK_ALPN).wrap_socket(sock) as tls:
             tls.sendall(encode_frame(Hello(token)))
             data = b""
@@ -417,7 +418,7 @@ async def test_a_stolen_token_is_worth_nothing(network: Network, tmp_path: Path,
 
 def knock(node: Node, hello: bytes) -> bytes:
     port = int(node.listen_addresses()[0].rpartition("/")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
         sock.sendall(hello)
         with suppress(ConnectionError):
             return sock.recv(65536)
@@ -436,7 +437,7 @@ async def test_junk_and_strangers_on_the_port_do_no_harm(
         port = int(ends.far.listen_addresses()[0].rpartition("/")[2])
 
         def with_another_ca() -> None:
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
                 context = stranger.client_context()
                 with context.wrap_socket(sock) as tls:
                     tls.recv(1)
@@ -454,8 +455,8 @@ async def test_a_silent_bulk_connection_does_not_hold_up_the_end_of_a_node(netwo
             await trio.to_thread.run_sync(silent.connect, address)
             silent.sendall(b"\x16\x03\x01")
             await trio.sleep(0.1)  # lets the node take it over; either way it must be quick to end
-            started = trio.current_time()
-        assert trio.current_time() - started < 3
+            started = Stopwatch()
+        assert started.elapsed_s() < 3
         silent.settimeout(3)
         with suppress(ConnectionError):
             assert silent.recv(1) == b""

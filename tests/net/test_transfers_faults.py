@@ -14,6 +14,7 @@ import pytest
 import trio
 from tests.net.bulk_proxy import BulkProxy, Trouble, bulk_proxy
 from tests.support.network import Network, until
+from tests.support.stopwatch import Stopwatch
 
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import Health, PeerRef, PullFile, TransferMeta
@@ -207,10 +208,10 @@ async def test_cancelling_leaves_no_connection_and_no_thread(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ends.near.transfers.send, ends.far.peer_id, source, meta)
             await until(lambda: part.exists() and part.stat().st_size >= MB)
-            started = trio.current_time()
+            started = Stopwatch()
             nursery.cancel_scope.cancel()
         # the thread was blocked in a send; it ended, or leaving the nursery would still wait for it
-        assert trio.current_time() - started < 2
+        assert started.elapsed_s() < 2
         await until(lambda: bulk_sockets_open(ends.proxy) == before)
         # the connection that requests run on is unharmed, and the next attempt goes on
         await ends.near.request(ends.far.peer_id, Health())
@@ -265,8 +266,8 @@ async def test_a_node_that_closes_cuts_its_transfers(network: Network, tmp_path:
                     nursery.start_soon(send)
                     part = inbox.directory / "x.part"
                     await until(lambda: part.exists() and part.stat().st_size >= MB)
-                    started = trio.current_time()
-        assert trio.current_time() - started < 5
+                    started = Stopwatch()
+        assert started.elapsed_s() < 5
         nursery.cancel_scope.cancel()
     assert inbox.arrived == []
     assert inbox.names() == {"x.part"}
@@ -332,13 +333,15 @@ async def test_a_pull_is_given_up_when_nothing_comes_and_not_when_it_is_slow(
             async with bulk_proxy(host_and_port(worker.listen_addresses()[0])) as proxy:
                 provider.learn(PeerRef(peer=worker.peer_id, addresses=(proxy.address,)))
                 pull = worker.transfers.pull
-                # well before the request itself would
-                with trio.fail_after(5), pytest.raises(TransferFailed, match="nothing came for"):
+                began = Stopwatch()
+                with trio.fail_after(20), pytest.raises(TransferFailed, match="nothing came for"):
                     await pull(provider.peer_id, request, destination, None, 1 << 30, 0.8)
+                # well before the request itself would
+                assert began.elapsed_s() < 8
                 silent = False
-                # much longer in all, but never without a byte for so long
+                # longer in all, but never without a byte for so long
                 proxy.trouble = Trouble(rate=MB, times=9)
-                await pull(provider.peer_id, request, destination, None, 1 << 30, 0.8)
+                await pull(provider.peer_id, request, destination, None, 1 << 30, 3.0)
     assert destination.read_bytes() == source.read_bytes()
 
 

@@ -200,7 +200,7 @@ def test_an_organisation_made_elsewhere_renews_and_revokes(org: CaFiles, tmp_pat
     before = node.cert.read_bytes()
     renew_node(node.cert, elsewhere)
     assert node.cert.read_bytes() != before
-    assert revoke(elsewhere, [node.cert], tmp_path / "crls.pem") == 1
+    assert revoke(elsewhere, [node.cert], tmp_path / "crls.pem") == 2  # the earlier one, too
     assert org.trust is None or org.trust.exists()
     # what is named is checked
     with pytest.raises(IdentityError, match="nowhere"):
@@ -221,6 +221,19 @@ def test_a_revocation_list_grows_and_is_bound_to_its_ca(org: CaFiles, tmp_path: 
         revoke(CaFiles(other.cert, other.key), [], crl)
     with pytest.raises(IdentityError, match="did not issue"):
         revoke(CaFiles(other.cert, other.key), [one.cert], tmp_path / "other.pem")
+
+
+def test_who_was_renewed_is_revoked_with_the_earlier_certificates(org: CaFiles, tmp_path: Path) -> None:
+    """A node that has kept an earlier file, or has not read the new one yet, would go on with it."""
+    crl = tmp_path / "crl.pem"
+    node = make_node("n", org, tmp_path)
+    other = make_node("other", org, tmp_path)
+    serials = [x509.load_pem_x509_certificate(node.cert.read_bytes()).serial_number]
+    for _ in range(2):
+        serials.append(renew_node(node.cert, org).serial_number)
+    renew_node(other.cert, org)
+    assert revoke(org, [node.cert], crl) == 3
+    assert {entry.serial_number for entry in x509.load_pem_x509_crl(crl.read_bytes())} == set(serials)
 
 
 def test_describe_tells_of_a_key_with_problems(org: CaFiles, tmp_path: Path) -> None:

@@ -67,7 +67,6 @@ def held() -> SliceTracker:
         ({"steps": 1 << 60}, "no counts"),
         ({"threads": 0}, "no counts"),
         ({"batch_size": 8}, "batches of 8 samples"),
-        ({"samples": 59}, "60 rows for 59 samples"),
         ({"ranges": ()}, "0 rows for 60 samples"),
         ({"ranges": (SliceRange(epoch=0, slice=2, start=0, stop=40),)}, "slice 2 of epoch 0 is not assigned"),
         ({"ranges": (SliceRange(epoch=1, slice=0, start=0, stop=40),)}, "slice 0 of epoch 1 is not assigned"),

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
 import pytest
 import trio
-from tests.support.network import Network, until
+from tests.support.network import until
+from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.errors import DatasetMismatch, DatasetNotFound
 from hypha.manifests import manifest_hash
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, SliceInfo
-from hypha.net import Libp2pNode as Node
+from hypha.node import Node
 from hypha.scheduler.datasets import REFRESH_S, Wanted, find_dataset
-
-pytestmark = pytest.mark.loopback
 
 MANIFEST = Manifest(
     name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00" * 32),)
@@ -26,14 +24,13 @@ OTHER = Manifest(
 )
 
 
-@pytest.fixture
-def network(tmp_path: Path) -> Network:
-    return Network(tmp_path / "pki")
-
-
 @asynccontextmanager
 async def data_node(
-    network: Network, gateway: Node, role: str = "data", manifest: Manifest = MANIFEST, stated: str = ""
+    network: VirtualNetwork,
+    gateway: Node,
+    role: str = "data",
+    manifest: Manifest = MANIFEST,
+    stated: str = "",
 ) -> AsyncIterator[Node]:
     async with network.leaf("data", [gateway], roles=(role,)) as node:
 
@@ -45,8 +42,9 @@ async def data_node(
         yield node
 
 
+@virtual_time
 async def test_a_data_node_that_is_gone_is_not_named_any_more_and_one_that_comes_is(
-    network: Network,
+    network: VirtualNetwork,
 ) -> None:
     async with (
         network.gateway() as gateway,
@@ -68,8 +66,9 @@ async def test_a_data_node_that_is_gone_is_not_named_any_more_and_one_that_comes
             nursery.cancel_scope.cancel()
 
 
+@virtual_time
 async def test_a_worker_cannot_pass_for_a_data_node(
-    network: Network, caplog: pytest.LogCaptureFixture
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with (
         network.gateway() as gateway,
@@ -86,8 +85,9 @@ async def test_a_worker_cannot_pass_for_a_data_node(
             assert impostor.peer_id != honest.peer_id
 
 
+@virtual_time
 async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_other_reported(
-    network: Network, caplog: pytest.LogCaptureFixture
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
 ) -> None:
     meant, other = manifest_hash(MANIFEST), manifest_hash(OTHER)
     async with (

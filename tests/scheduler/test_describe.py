@@ -8,8 +8,8 @@ import pytest
 
 from hypha.config.models import JobConfig
 from hypha.errors import ConfigError
-from hypha.messages import HuggingFace, Local, PeerRef, Peers, Resources
-from hypha.scheduler.describe import Descriptions
+from hypha.messages import HuggingFace, Local, OuterOptimizer, PeerRef, Peers, Resources
+from hypha.scheduler.describe import Descriptions, outer_optimizer
 from hypha.scheduler.lives import Life
 from hypha.scheduler.rules import Rules, Start
 from hypha.scheduler.slices import SliceTracker
@@ -70,11 +70,40 @@ def test_where_a_checkpoint_is_restored_from() -> None:
     )
 
 
-@pytest.mark.parametrize(("offered", "expected"), [(10.0, 5), (2.0, 1), (1.0, 1), (1000.0, 64)], ids=str)
+@pytest.mark.parametrize(("offered", "expected"), [(10.0, 5), (4.0, 2), (2.0, 16), (1000.0, 64)], ids=str)
 def test_batch_size_is_offered_over_required(offered: float, expected: int) -> None:
     got = descriptions(resources={"worker": {"gpu": 2.0}})
     assert got.batch_size(Resources(gpu=offered)) == expected
     assert descriptions(rounds={"batch_size": 3}).batch_size(Resources(gpu=offered)) == 3
+
+
+@pytest.mark.parametrize(("offered", "expected"), [(1.0, 16), (2.0, 16), (16.0, 16), (40.0, 40), (99.0, 64)])
+def test_a_job_that_says_nothing_has_batches_of_sixteen_or_more(offered: float, expected: int) -> None:
+    assert descriptions().batch_size(Resources(memory=offered)) == expected
+    small = descriptions(rounds={"max_batch_size": 4})
+    assert small.batch_size(Resources(memory=offered)) == 4
+
+
+def test_the_outer_optimizer_is_chosen_by_the_number_of_rounds_unless_it_is_set() -> None:
+    job = descriptions(rounds={"update_rounds": 8}).aggregate("p", None)
+    assert job.optimizer == OuterOptimizer(learning_rate=1.0, momentum=0.6)
+    job = descriptions(rounds={"update_rounds": 2}).aggregate("p", None)
+    assert job.optimizer == OuterOptimizer(learning_rate=1.0, momentum=0.3)
+    half = {"outer_optimizer": {"momentum": 0.3}}
+    assert outer_optimizer(config(**half)) == OuterOptimizer(learning_rate=1.0, momentum=0.3)
+    both = {"outer_optimizer": {"learning_rate": 0.7, "momentum": 0.9}, "rounds": {"update_rounds": 3}}
+    assert outer_optimizer(config(**both)) == OuterOptimizer(learning_rate=0.7, momentum=0.9)
+
+
+def test_a_job_that_goes_on_keeps_the_outer_optimizer_that_was_chosen() -> None:
+    began = OuterOptimizer(learning_rate=1.0, momentum=0.5)
+    longer = {"rounds": {"update_rounds": 500}}
+    assert outer_optimizer(config(**longer), began) == began
+    start = Start("job", generation=1, round=8, optimizer=began)
+    assert Descriptions(config(**longer), start, SCHEDULER).aggregate("p", None).optimizer == began
+    # what is set is set: a job with another optimizer is another job
+    changed = config(**longer, outer_optimizer={"momentum": 0.8})
+    assert outer_optimizer(changed, began) == OuterOptimizer(learning_rate=1.0, momentum=0.8)
 
 
 @pytest.mark.parametrize(

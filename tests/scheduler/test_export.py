@@ -70,7 +70,9 @@ def test_the_result_is_for_everybody_to_read(tmp_path: Path, staged: Path) -> No
         assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
 
 
-def test_an_earlier_model_is_moved_aside(tmp_path: Path, staged: Path) -> None:
+def test_an_earlier_model_is_moved_aside(
+    tmp_path: Path, staged: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "out"
     for text in ("first", "second"):
         (out).mkdir(exist_ok=True)
@@ -79,6 +81,18 @@ def test_an_earlier_model_is_moved_aside(tmp_path: Path, staged: Path) -> None:
     assert (tmp_path / "out.previous-1" / "mine.txt").read_text() == "first"
     assert (tmp_path / "out.previous-2" / "mine.txt").read_text() == "second"
     assert (out / "model.safetensors").read_bytes() == b"weights"
+    assert f"What was in {out} is kept in {tmp_path / 'out.previous-2'}" in caplog.text
+
+
+def test_the_directory_in_which_the_scheduler_runs_is_not_moved_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for place in (".", ".."):
+        with pytest.raises(OutputError, match="in which the scheduler runs"):
+            output_for(place).check()
+    output_for("out").check()
 
 
 def test_a_failed_publication_leaves_the_old_model(tmp_path: Path, staged: Path) -> None:

@@ -1,12 +1,12 @@
-"""The whole job loop over real nodes. Scripts at the other end of the wire speak the executors' messages:
-no tensors, no processes, but every message, lease, transfer and file of the scheduler is real.
+"""The whole job loop, once over real nodes and otherwise under a virtual clock. Scripts at the other end of
+the wire speak the executors' messages: no tensors, no processes, but every message, lease, transfer and file
+of the scheduler is real.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
@@ -18,11 +18,13 @@ import pytest
 import trio
 from opentelemetry.sdk.trace import ReadableSpan
 from tests.support.earlier import earlier_desk
-from tests.support.network import Network, address_of, until
+from tests.support.network import Network, until
 from tests.support.signals import Signals
+from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.cli.rerun import rerun
 from hypha.config.models import OfferConfig, SchedulerConfig
+from hypha.config.outer import chosen
 from hypha.errors import (
     AllocationFailed,
     ConfigError,
@@ -65,6 +67,7 @@ from hypha.messages import (
     Members,
     ModelReady,
     NextSlice,
+    OuterOptimizer,
     Plan,
     Progress,
     PullFile,
@@ -85,8 +88,8 @@ from hypha.messages import (
     UpdateReceived,
     UpdateSent,
 )
-from hypha.net import Libp2pNode as Node
 from hypha.net.transfers import meta_of
+from hypha.node import Node
 from hypha.scheduler import JobResult, JobSnapshot, finished_job, read_ledger, run_job
 from hypha.scheduler.ledger import Ledger
 from hypha.telemetry import instruments as metrics
@@ -94,19 +97,12 @@ from hypha.tracing import round_traceparent
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.offers import LeaseDesk, serve_offers
 
-pytestmark = pytest.mark.loopback
-
 MANIFEST = Manifest(
     name="digits",
     columns=(),
     slices=tuple(SliceInfo(file=f"{i}", samples=20, size=9, blake3="00" * 32) for i in range(8)),
 )
 OTHER = msgspec.structs.replace(MANIFEST, slices=MANIFEST.slices[1:])
-
-
-@pytest.fixture
-def network(tmp_path: Path) -> Network:
-    return Network(tmp_path / "pki")
 
 
 @dataclass
@@ -117,6 +113,8 @@ class Stage:
     actors: dict[str, Actor] = field(default_factory=dict)
     updates: list[Contribution] = field(default_factory=list)
     restored: list[int] = field(default_factory=list)
+    #: what parameter servers were told, by the life they were started in
+    optimizers: list[tuple[int, OuterOptimizer]] = field(default_factory=list)
     crash_at: int = -1
     saves: bool = True
 
@@ -273,6 +271,7 @@ class Actor:
     async def aggregate(self) -> None:
         job = self.jobs["aggregate"]
         assert isinstance(job, AggregateJob)
+        self.stage.optimizers.append((job.generation, job.optimizer))
         self.stage.updates.clear()
         if self.model_error:
             await self.say("aggregate", ExecutorError(kind="model", message=self.model_error))
@@ -425,7 +424,7 @@ class Actor:
 
 @asynccontextmanager
 async def data_node(
-    network: Network, gateway: Node, manifests: Sequence[Manifest] = (MANIFEST,)
+    network: Network | VirtualNetwork, gateway: Node, manifests: Sequence[Manifest] = (MANIFEST,)
 ) -> AsyncIterator[Node]:
     """What it says is the last of ``manifests`` at the time."""
     async with network.leaf("data", [gateway], roles=("data",)) as node:
@@ -440,7 +439,7 @@ async def data_node(
 
 @asynccontextmanager
 async def actor(
-    network: Network,
+    network: Network | VirtualNetwork,
     gateway: Node,
     stage: Stage,
     desk_of: Callable[..., LeaseDesk] = lambda *of, on_expired: LeaseDesk(Arbiter(*of), on_expired),
@@ -467,8 +466,9 @@ async def actor(
         nursery.cancel_scope.cancel()
 
 
-def config_for(network: Network, gateway: Node, tmp_path: Path, **job: Any) -> SchedulerConfig:
-    files = network.pki.files("scheduler", ("scheduler",))
+def config_for(
+    network: Network | VirtualNetwork, gateway: Node, tmp_path: Path, **job: Any
+) -> SchedulerConfig:
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model" / "config.json").write_text("{}")
     described: dict[str, Any] = {
@@ -485,27 +485,27 @@ def config_for(network: Network, gateway: Node, tmp_path: Path, **job: Any) -> S
     }
     return SchedulerConfig.model_validate(
         {
-            "cert_pem": files.cert,
-            "key_pem": files.key,
-            "trust_pem": files.trust,
-            "listen_addresses": ["/ip4/127.0.0.1/tcp/0"],
-            "gateway_addresses": [address_of(gateway)],
-            "exclude_cidr": [],
+            **network.settings("scheduler", [gateway]),
             "state_dir": tmp_path / "state",
             "scheduler": {"job": described},
         }
     )
 
 
+@pytest.mark.loopback
 async def test_a_job_from_its_configuration_to_its_model(
-    network: Network, tmp_path: Path, signals: Signals
+    real_network: Network, tmp_path: Path, signals: Signals
 ) -> None:
     stage, seen = Stage(tmp_path), list[JobSnapshot]()
-    async with network.gateway() as gateway, data_node(network, gateway), data_node(network, gateway):
-        async with actor(network, gateway, stage) as one, actor(network, gateway, stage) as two:
+    async with (
+        real_network.gateway() as gateway,
+        data_node(real_network, gateway),
+        data_node(real_network, gateway),
+    ):
+        async with actor(real_network, gateway, stage) as one, actor(real_network, gateway, stage) as two:
             with trio.fail_after(40):
                 journal = Journal(file=tmp_path / "journal.jsonl", checked=True)
-                config = config_for(network, gateway, tmp_path)
+                config = config_for(real_network, gateway, tmp_path)
                 result = await run_job(config, observe=seen.append, journal=journal, trace_ratio=1.0)
                 journal.close()
             await until(lambda: one.finished | two.finished == {"train", "aggregate"})
@@ -578,30 +578,24 @@ def identifiers_of(span: ReadableSpan) -> str:
     return f"{span.context.trace_id:032x}-{span.context.span_id:016x}"
 
 
-async def test_a_snapshot_shows_a_round_with_its_own_numbers(
-    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@virtual_time
+async def test_a_snapshot_shows_a_round_with_its_own_numbers(network: VirtualNetwork, tmp_path: Path) -> None:
     """However long the disk takes."""
-    record = Ledger.record
-
-    def slow_record(*arguments: Any) -> None:
-        time.sleep(0.5)
-        record(*arguments)
-
-    monkeypatch.setattr(Ledger, "record", slow_record)
+    network.runtime.blocking_s = 0.5
     stage, seen = Stage(tmp_path), list[JobSnapshot]()
     async with network.gateway() as gateway, data_node(network, gateway):
         async with actor(network, gateway, stage), actor(network, gateway, stage):
             with trio.fail_after(40):
-                await run_job(config_for(network, gateway, tmp_path), observe=seen.append)
+                await network.run_job(config_for(network, gateway, tmp_path), observe=seen.append)
     rounds = {snapshot.round for snapshot in seen}
     numbers = {(snapshot.round, snapshot.samples, snapshot.loss) for snapshot in seen}
     assert 4 in rounds
     assert len(numbers) == len(rounds)
 
 
+@virtual_time
 async def test_a_failed_executor_is_started_again_under_its_lease_and_in_the_end_replaced(
-    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage, seen = Stage(tmp_path), list[JobSnapshot]()
     resources = {"num_workers": 2, "worker": {"cpu": 1, "memory": 1}, "parameter_server": {"cpu": 1}}
@@ -610,7 +604,7 @@ async def test_a_failed_executor_is_started_again_under_its_lease_and_in_the_end
             one.mortal, two.mortal = [1], [2, 2]
             config = config_for(network, gateway, tmp_path, resources=resources | {"executor_restarts": 1})
             with trio.fail_after(40):
-                result = await run_job(config, observe=seen.append)
+                result = await network.run_job(config, observe=seen.append)
     assert one.replaced == one.died
     # the second time its worker was replaced, in want of others by itself
     assert two.replaced == two.died[:1]
@@ -626,8 +620,9 @@ async def test_a_failed_executor_is_started_again_under_its_lease_and_in_the_end
     assert {entry.generation for entry in read_ledger(result.ledger).rounds} == {0}
 
 
+@virtual_time
 async def test_a_job_that_does_not_wait_begins_with_few_and_the_rest_joins(
-    network: Network, tmp_path: Path
+    network: VirtualNetwork, tmp_path: Path
 ) -> None:
     stage, seen = Stage(tmp_path), list[JobSnapshot]()
     resources = {"num_workers": 2, "min_workers": 1, "start_grace_s": 0.2, "parameter_server": {"cpu": 1}}
@@ -639,7 +634,7 @@ async def test_a_job_that_does_not_wait_begins_with_few_and_the_rest_joins(
 
             async def run() -> None:
                 made = config_for(network, gateway, tmp_path, **config)
-                results.append(await run_job(made, observe=seen.append))
+                results.append(await network.run_job(made, observe=seen.append))
 
             nursery.start_soon(run)
             await until(lambda: bool(seen) and seen[-1].round >= 2, 20)
@@ -650,26 +645,29 @@ async def test_a_job_that_does_not_wait_begins_with_few_and_the_rest_joins(
     assert (crews[0], crews[-1]) == (1, 2)
 
 
-async def test_an_accidental_batch_size_of_one_is_said_once(
-    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@virtual_time
+async def test_a_job_without_a_word_about_batches_has_none_of_one_and_says_so_once(
+    network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     stage = Stage(tmp_path)
     rounds = {"update_rounds": 1, "avg_samples_between_updates": 40, "deadline_s": 5}
     async with network.gateway() as gateway, data_node(network, gateway):
         async with actor(network, gateway, stage), actor(network, gateway, stage):
             with trio.fail_after(40):
-                result = await run_job(config_for(network, gateway, tmp_path, rounds=rounds))
+                result = await network.run_job(config_for(network, gateway, tmp_path, rounds=rounds))
     (entry,) = read_ledger(result.ledger).rounds
-    assert [part.batch_size for part in entry.contributors] == [1, 1]
-    assert caplog.text.count("Set rounds.batch_size") == 1
+    assert [part.batch_size for part in entry.contributors] == [16, 16]
+    assert caplog.text.count("trains with batches of 16 samples") == 1
 
 
-async def test_a_lost_parameter_server_is_restored_elsewhere(network: Network, tmp_path: Path) -> None:
+@virtual_time
+async def test_a_lost_parameter_server_is_restored_elsewhere(network: VirtualNetwork, tmp_path: Path) -> None:
     stage = Stage(tmp_path, crash_at=3)
     async with network.gateway() as gateway, data_node(network, gateway):
         async with actor(network, gateway, stage), actor(network, gateway, stage):
             with trio.fail_after(60):
-                result = await run_job(config_for(network, gateway, tmp_path))
+                result = await network.run_job(config_for(network, gateway, tmp_path))
     assert stage.crash_at == -1
     assert stage.restored == [2]
     assert result.theta == "t4"
@@ -679,6 +677,10 @@ async def test_a_lost_parameter_server_is_restored_elsewhere(network: Network, t
     assert {entry.generation for entry in counted} == {0, 1}
     used = [pair for entry in counted for part in entry.contributors for pair in part.finished]
     assert len(used) == len(set(used))
+    # the other parameter server takes the same outer steps, and they are those of the ledger
+    assert [generation for generation, _ in stage.optimizers] == [0, 1]
+    assert {one for _, one in stage.optimizers} == {ledger.aggregate.optimizer}
+    assert ledger.aggregate.optimizer == OuterOptimizer(*chosen(4))
 
 
 def labelled(high: int) -> Manifest:
@@ -691,8 +693,9 @@ def labelled(high: int) -> Manifest:
     return msgspec.structs.replace(MANIFEST, columns=columns, ranges=ranges)
 
 
+@virtual_time
 async def test_a_stopped_job_is_resumed_and_leaves_no_lease(
-    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whether model and dataset go together is checked before it begins, and no more once it has trained."""
     caplog.set_level(logging.INFO)
@@ -702,7 +705,7 @@ async def test_a_stopped_job_is_resumed_and_leaves_no_lease(
         async with actor(network, gateway, stage) as one, actor(network, gateway, stage) as two:
             config = config_for(network, gateway, tmp_path)
             with trio.fail_after(40), pytest.raises(ConfigError, match="labels runs from 0 to 9"):
-                await run_job(config)
+                await network.run_job(config)
             assert "Looking for" not in caplog.text
             assert not (tmp_path / "state/digits/job.db").exists(), "there is nothing to move aside"
             manifests.append(labelled(1))
@@ -714,7 +717,7 @@ async def test_a_stopped_job_is_resumed_and_leaves_no_lease(
 
                 began = trio.current_time()
                 with trio.fail_after(40):
-                    await run_job(config, observe=stop)
+                    await network.run_job(config, observe=stop)
             assert scope.cancelled_caught
             assert trio.current_time() - began < 40
             assert not one.jobs
@@ -723,7 +726,7 @@ async def test_a_stopped_job_is_resumed_and_leaves_no_lease(
             applied = len(read_ledger(tmp_path / "state/digits/job.db").rounds)
             manifests.append(labelled(9))
             with trio.fail_after(40):
-                result = await run_job(config)
+                result = await network.run_job(config)
     ledger = read_ledger(result.ledger)
     counted = [entry for entry in ledger.rounds if not entry.discarded]
     assert [entry.round for entry in counted] == [0, 1, 2, 3]
@@ -732,9 +735,10 @@ async def test_a_stopped_job_is_resumed_and_leaves_no_lease(
         assert counted[-1].generation == 1
 
 
+@virtual_time
 @pytest.mark.parametrize("saves", [True, False])
 async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
-    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture, saves: bool
+    network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture, saves: bool
 ) -> None:
     caplog.set_level("INFO", "hypha.scheduler")
     stage = Stage(tmp_path, saves=saves)
@@ -749,12 +753,12 @@ async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
                         scope.cancel()
 
                 with trio.fail_after(40):
-                    await run_job(config, observe=stop)
+                    await network.run_job(config, observe=stop)
             assert scope.cancelled_caught
             # one more may have been applied meanwhile; it is not lost either
             applied = [entry.round for entry in read_ledger(tmp_path / "state/digits/job.db").rounds]
             with trio.fail_after(40):
-                result = await run_job(config)
+                result = await network.run_job(config)
     ledger = read_ledger(result.ledger)
     discarded = [entry.round for entry in ledger.rounds if entry.discarded]
     assert len(applied) >= 3
@@ -769,7 +773,11 @@ async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
     assert [entry.round for entry in ledger.rounds if not entry.discarded] == list(range(6))
 
 
-async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(network: Network, tmp_path: Path) -> None:
+@virtual_time
+async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(
+    network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hypha.scheduler.preparing")
     stage = Stage(tmp_path)
 
     def config(rounds: int, **job: Any) -> SchedulerConfig:
@@ -780,7 +788,7 @@ async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(network: Net
         async with actor(network, gateway, stage), actor(network, gateway, stage):
             assert await finished_job(tmp_path / "state", config(3).scheduler.job) is None
             with trio.fail_after(40):
-                result = await run_job(config(3))
+                result = await network.run_job(config(3))
             state = tmp_path / "state" / "digits"
             before = {path: path.stat().st_mtime_ns for path in state.rglob("*") if path.is_file()}
             for rounds in (3, 2):
@@ -796,13 +804,13 @@ async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(network: Net
             other = config(3, outer_optimizer=optimizer).scheduler.job
             assert await finished_job(tmp_path / "state", other) is None
             with trio.fail_after(20), pytest.raises(ConfigError, match="momentum is 0"):
-                await run_job(config(5, outer_optimizer=optimizer))
+                await network.run_job(config(5, outer_optimizer=optimizer))
             # the model is to be elsewhere: it is exported again, and nothing is trained
             elsewhere = config(3, output=str(tmp_path / "elsewhere"))
             assert await finished_job(tmp_path / "state", elsewhere.scheduler.job) is None
             trained = len(stage.updates)
             with trio.fail_after(40):
-                copied = await run_job(elsewhere)
+                copied = await network.run_job(elsewhere)
             assert copied.output == str(tmp_path / "elsewhere")
             assert (tmp_path / "elsewhere" / "hypha.json").is_file()
             assert len(stage.updates) == trained
@@ -811,34 +819,50 @@ async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(network: Net
             assert await finished_job(tmp_path / "state", config(5).scheduler.job) is None
             stage.restored.clear()
             with trio.fail_after(40):
-                longer = await run_job(config(5))
+                longer = await network.run_job(config(5))
     assert longer.job_id == result.job_id
     assert (longer.rounds, longer.theta) == (5, "t5")
     assert stage.restored == [3]
     counted = [entry for entry in read_ledger(longer.ledger).rounds if not entry.discarded]
     assert [(entry.round, entry.generation) for entry in counted] == [(0, 0), (1, 0), (2, 0), (3, 2), (4, 2)]
     assert not (state / "old-1").exists()
+    # what was chosen for three rounds stays, though five would have more momentum: a job is replayed with one
+    began = OuterOptimizer(*chosen(3))
+    assert began != OuterOptimizer(*chosen(5))
+    assert stage.optimizers == [(0, began), (1, began), (2, began)]
+    assert read_ledger(longer.ledger).aggregate.optimizer == began
+    told = [line for line in caplog.messages if line.startswith("The outer optimizer has")]
+    assert [line.split(", ")[1].split(";")[0] for line in told] == [
+        "chosen by update_rounds = 3",
+        "chosen by update_rounds = 3",
+        "with which the job began",
+    ]
+    assert "started anew with 5 rounds it would have learning rate 1, momentum 0.5" in told[-1]
 
 
+@virtual_time
 async def test_a_job_that_failed_before_its_first_round_takes_a_corrected_configuration(
-    network: Network, tmp_path: Path
+    network: VirtualNetwork, tmp_path: Path
 ) -> None:
     stage = Stage(tmp_path)
     async with network.gateway() as gateway, data_node(network, gateway):
         async with actor(network, gateway, stage, model_error="no such class") as one:
             async with actor(network, gateway, stage, model_error="no such class") as two:
                 with trio.fail_after(40), pytest.raises(HyphaError):
-                    await run_job(config_for(network, gateway, tmp_path))
+                    await network.run_job(config_for(network, gateway, tmp_path))
                 one.model_error = two.model_error = ""
                 corrected = {"type": "image-classification", "path": str(tmp_path / "model"), "seed": 7}
                 with trio.fail_after(40):
-                    result = await run_job(config_for(network, gateway, tmp_path, model=corrected))
+                    result = await network.run_job(config_for(network, gateway, tmp_path, model=corrected))
     assert result.rounds == 4
     assert [entry.generation for entry in read_ledger(result.ledger).rounds] == [0] * 4
     assert (tmp_path / "state" / "digits" / "old-1" / "job.db").is_file(), "what was there is kept"
 
 
-async def test_an_unfinished_job_is_not_mistaken_for_another_one(network: Network, tmp_path: Path) -> None:
+@virtual_time
+async def test_an_unfinished_job_is_not_mistaken_for_another_one(
+    network: VirtualNetwork, tmp_path: Path
+) -> None:
     stage = Stage(tmp_path)
     async with network.gateway() as gateway, data_node(network, gateway):
         async with actor(network, gateway, stage), actor(network, gateway, stage):
@@ -849,21 +873,22 @@ async def test_an_unfinished_job_is_not_mistaken_for_another_one(network: Networ
                         scope.cancel()
 
                 with trio.fail_after(40):
-                    await run_job(config_for(network, gateway, tmp_path), observe=stop)
+                    await network.run_job(config_for(network, gateway, tmp_path), observe=stop)
             assert scope.cancelled_caught
             optimizer = {"learning_rate": 0.5, "momentum": 0.25}
             changed = config_for(network, gateway, tmp_path, outer_optimizer=optimizer)
             with trio.fail_after(20), pytest.raises(ConfigError, match="--fresh") as caught:
-                await run_job(changed)
+                await network.run_job(changed)
             assert "aggregate.optimizer.momentum is 0.25 now and was " in str(caught.value)
             assert caught.value.exit_code == 2
             with trio.fail_after(40):
-                result = await run_job(changed, fresh=True)
+                result = await network.run_job(changed, fresh=True)
     ledger = read_ledger(result.ledger)
     assert [(entry.round, entry.generation) for entry in ledger.rounds] == [(n, 0) for n in range(4)]
     assert (tmp_path / "state" / "digits" / "old-1" / "job.db").is_file()
 
 
+@virtual_time
 @pytest.mark.parametrize(
     ("changes", "error", "exit_code", "says"),
     [
@@ -887,7 +912,7 @@ async def test_an_unfinished_job_is_not_mistaken_for_another_one(network: Networ
     ],
 )
 async def test_what_cannot_be_had_ends_with_its_own_exit_code(
-    network: Network,
+    network: VirtualNetwork,
     tmp_path: Path,
     changes: dict[str, Any],
     error: type[HyphaError],
@@ -901,7 +926,7 @@ async def test_what_cannot_be_had_ends_with_its_own_exit_code(
         actor(network, gateway, stage, desk_of=earlier_desk),
     ):
         with trio.fail_after(20), pytest.raises(error, match=says) as caught:
-            await run_job(config_for(network, gateway, tmp_path, **changes))
+            await network.run_job(config_for(network, gateway, tmp_path, **changes))
     assert caught.value.exit_code == exit_code
     left = tmp_path / "state" / "digits" / "journal.jsonl"
     assert left.exists() == (error is AllocationFailed), "left where machines were at work"
@@ -914,19 +939,21 @@ async def test_what_cannot_be_had_ends_with_its_own_exit_code(
         assert failed["state"]["phase"] == "failed"
 
 
-async def test_replicas_that_differ_are_refused(network: Network, tmp_path: Path) -> None:
+@virtual_time
+async def test_replicas_that_differ_are_refused(network: VirtualNetwork, tmp_path: Path) -> None:
     async with network.gateway() as gateway, data_node(network, gateway):
         async with data_node(network, gateway, [OTHER]):
             with trio.fail_after(20), pytest.raises(DatasetMismatch, match="different data"):
-                await run_job(config_for(network, gateway, tmp_path))
+                await network.run_job(config_for(network, gateway, tmp_path))
 
 
-async def test_a_model_that_cannot_be_loaded_ends_the_job(network: Network, tmp_path: Path) -> None:
+@virtual_time
+async def test_a_model_that_cannot_be_loaded_ends_the_job(network: VirtualNetwork, tmp_path: Path) -> None:
     stage, error = Stage(tmp_path), "config.json is no model"
     async with network.gateway() as gateway, data_node(network, gateway):
         async with actor(network, gateway, stage, model_error=error) as one:
             async with actor(network, gateway, stage, model_error=error) as two:
                 with trio.fail_after(30), pytest.raises(ModelError, match=error) as caught:
-                    await run_job(config_for(network, gateway, tmp_path))
+                    await network.run_job(config_for(network, gateway, tmp_path))
                 await until(lambda: not one.jobs or not two.jobs)
     assert caught.value.exit_code == 5

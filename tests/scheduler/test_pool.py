@@ -1,4 +1,6 @@
-"""Pools and workers over real nodes: leases gained, kept, lost, given back; rivals; late gateways."""
+"""Pools and workers: leases gained, kept, lost, given back; rivals; late gateways. What is of the node itself
+(roles, revocation, traces, a gateway that is late) is tested over real ones, the rest under a virtual clock.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import trio
 from tests.support.earlier import earlier_desk
 from tests.support.network import Network, until
 from tests.support.signals import Signals
+from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha import __version__
 from hypha.config.models import JobResourcesConfig, NeedsConfig, OfferConfig, PriceConfig
@@ -21,7 +24,8 @@ from hypha.errors import Refused
 from hypha.journal import Journal
 from hypha.leases import Lease
 from hypha.messages import ExecutorClass, ExecutorDescriptor, ReleaseLease, RenewLease, Resources
-from hypha.net import Libp2pNode as Node
+from hypha.naming import shown
+from hypha.node import Node
 from hypha.pki.authority import revoke
 from hypha.pki.identity import load_identity
 from hypha.scheduler.allocation import Pace
@@ -29,8 +33,6 @@ from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, Poo
 from hypha.telemetry import instruments as metrics
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.offers import LeaseDesk, serve_offers
-
-pytestmark = pytest.mark.loopback
 
 EXECUTORS = (
     ExecutorDescriptor(kind="train", name="diloco-transformer"),
@@ -41,13 +43,10 @@ NEED = JobResourcesConfig(
     parameter_server=NeedsConfig(cpu=1, memory=1, gpu=0, storage=0),
     worker_price=PriceConfig(bid=1.0, max=5.0),
 )
-#: Leases short enough to see them renewed and expire, long enough for a busy machine.
+#: Leases short enough to see them renewed and expire, under the virtual clock.
 TERMS = OfferConfig(lease_s=2.5, temporary_lease_s=2.0)
-
-
-@pytest.fixture
-def network(tmp_path: Path) -> Network:
-    return Network(tmp_path / "pki")
+#: Over real nodes, where a busy machine takes its time.
+LONG_TERMS = OfferConfig(lease_s=60.0, temporary_lease_s=10.0)
 
 
 class Worker:
@@ -71,7 +70,7 @@ class Worker:
 
 @asynccontextmanager
 async def opened_worker(
-    network: Network, gateways: Sequence[Node], terms: OfferConfig = TERMS, cpu: float = 1.0
+    network: Network | VirtualNetwork, gateways: Sequence[Node], terms: OfferConfig = TERMS, cpu: float = 1.0
 ) -> AsyncIterator[Worker]:
     async with network.leaf("worker", gateways, roles=("worker",)) as node, trio.open_nursery() as nursery:
         worker = Worker(node, terms, cpu)
@@ -107,7 +106,8 @@ def losses(seen: list[PoolEvent]) -> list[PoolEvent]:
     return [event for event in seen if isinstance(event, LeaseLost)]
 
 
-async def test_many_workers_are_leased_and_stay_leased(network: Network) -> None:
+@virtual_time
+async def test_many_workers_are_leased_and_stay_leased(network: VirtualNetwork) -> None:
     async with AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(network.gateway())
         workers = [
@@ -139,7 +139,8 @@ async def test_many_workers_are_leased_and_stay_leased(network: Network) -> None
         assert {lease.lease_id for lease in pool.leases} <= set(first)
 
 
-async def test_a_dead_worker_is_suspected_soon_then_lost_and_replaced(network: Network) -> None:
+@virtual_time
+async def test_a_dead_worker_is_suspected_soon_then_lost_and_replaced(network: VirtualNetwork) -> None:
     async with (
         network.gateway() as gateway,
         network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
@@ -149,16 +150,19 @@ async def test_a_dead_worker_is_suspected_soon_then_lost_and_replaced(network: N
             peer = doomed.node.peer_id
             pool.want("train", 1)
             await until(lambda: held(pool) == {peer})
+        died = trio.current_time()
         await until(lambda: any(isinstance(event, LeaseSuspect) for event in seen))
         assert held(pool) == {peer}
         await until(lambda: losses(seen))
+        assert trio.current_time() - died < TERMS.lease_s
         assert "nobody is there any more" in losses(seen)[0].reason
         assert held(pool) == set()
         async with opened_worker(network, [gateway]) as other:
             await until(lambda: held(pool) == {other.node.peer_id})
 
 
-async def test_a_worker_that_forgot_the_lease_is_lost_at_the_next_renewal(network: Network) -> None:
+@virtual_time
+async def test_a_worker_that_forgot_the_lease_is_lost_at_the_next_renewal(network: VirtualNetwork) -> None:
     async with (
         network.gateway() as gateway,
         network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
@@ -179,7 +183,8 @@ async def test_a_worker_that_forgot_the_lease_is_lost_at_the_next_renewal(networ
         await until(lambda: held(pool) == {worker.node.peer_id})
 
 
-async def test_rivals_the_higher_bid_wins_and_the_other_gets_what_is_left(network: Network) -> None:
+@virtual_time
+async def test_rivals_the_higher_bid_wins_and_the_other_gets_what_is_left(network: VirtualNetwork) -> None:
     rich_need = NEED.model_copy(update={"worker_price": PriceConfig(bid=3.0, max=5.0)})
     terms = TERMS.model_copy(update={"request_window_s": 0.4})
     pace = Pace(offer_deadline_s=1.0, longest_pause_s=1.0)
@@ -205,7 +210,8 @@ async def test_rivals_the_higher_bid_wins_and_the_other_gets_what_is_left(networ
         assert all(worker.held_for(nodes[0]) for worker in workers)
 
 
-async def test_losers_are_free_at_once_and_closing_frees_the_others(network: Network) -> None:
+@virtual_time
+async def test_losers_are_free_at_once_and_closing_frees_the_others(network: VirtualNetwork) -> None:
     terms = OfferConfig(lease_s=60.0, temporary_lease_s=60.0)
     async with AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(network.gateway())
@@ -217,15 +223,16 @@ async def test_losers_are_free_at_once_and_closing_frees_the_others(network: Net
         )
         pool, seen = await stack.enter_async_context(opened_pool(scheduler))
         pool.want("train", 1)
-        await until(lambda: held(pool) and sum(worker.is_free for worker in workers) == 2)
+        await until(lambda: held(pool) and sum(worker.is_free for worker in workers) == 2, 2)
         await pool.close()
-        await until(lambda: all(worker.is_free for worker in workers))
+        await until(lambda: all(worker.is_free for worker in workers), 1)
         assert sum(len(worker.ended) for worker in workers) == 1
         assert losses(seen) == []
         assert pool.leases == ()
 
 
-async def test_a_released_lease_is_replaced_by_another_worker(network: Network) -> None:
+@virtual_time
+async def test_a_released_lease_is_replaced_by_another_worker(network: VirtualNetwork) -> None:
     terms = OfferConfig(lease_s=60.0, temporary_lease_s=60.0)
     async with (
         network.gateway() as gateway,
@@ -245,7 +252,8 @@ async def test_a_released_lease_is_replaced_by_another_worker(network: Network) 
         await pool.release("no such lease")
 
 
-async def test_a_worker_hosts_training_and_parameter_server_under_two_leases(network: Network) -> None:
+@virtual_time
+async def test_a_worker_hosts_training_and_parameter_server_under_two_leases(network: VirtualNetwork) -> None:
     async with (
         network.gateway() as gateway,
         network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
@@ -267,7 +275,8 @@ async def test_a_worker_hosts_training_and_parameter_server_under_two_leases(net
                 worker.desk.lease_for_dispatch(lease.lease_id, worker.node.peer_id, lease.kind, "job")
 
 
-async def test_a_scheduler_that_dies_loses_its_leases_without_a_word(network: Network) -> None:
+@virtual_time
+async def test_a_scheduler_that_dies_loses_its_leases_without_a_word(network: VirtualNetwork) -> None:
     async with network.gateway() as gateway, opened_worker(network, [gateway]) as worker:
         async with (
             network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
@@ -282,12 +291,13 @@ async def test_a_scheduler_that_dies_loses_its_leases_without_a_word(network: Ne
         assert [ended.lease_id for ended in worker.ended] == [lease.lease_id]
 
 
-async def test_only_schedulers_get_offers_and_renew(network: Network) -> None:
+@pytest.mark.loopback
+async def test_only_schedulers_get_offers_and_renew(real_network: Network) -> None:
     async with (
-        network.gateway() as gateway,
-        network.leaf("impostor", [gateway], roles=("worker",)) as impostor,
-        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
-        opened_worker(network, [gateway], cpu=2.0) as worker,
+        real_network.gateway() as gateway,
+        real_network.leaf("impostor", [gateway], roles=("worker",)) as impostor,
+        real_network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        opened_worker(real_network, [gateway], LONG_TERMS, cpu=2.0) as worker,
         opened_pool(impostor) as (wrong, _),
         opened_pool(scheduler) as (right, _),
     ):
@@ -304,26 +314,27 @@ async def test_only_schedulers_get_offers_and_renew(network: Network) -> None:
         assert held(right) == {worker.node.peer_id}
 
 
-async def test_everything_may_start_before_its_gateway(network: Network) -> None:
+@pytest.mark.loopback
+async def test_everything_may_start_before_its_gateway(real_network: Network) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"/ip4/127.0.0.1/tcp/{port}"
     async with AsyncExitStack() as stack:
         node = await stack.enter_async_context(
-            network.leaf("worker", [address], connected=False, roles=("worker",))
+            real_network.leaf("worker", [address], connected=False, roles=("worker",))
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
-        worker = Worker(node, TERMS, 1.0)
+        worker = Worker(node, LONG_TERMS, 1.0)
         await nursery.start(serve_offers, node, worker.desk)
         scheduler = await stack.enter_async_context(
-            network.leaf("scheduler", [address], connected=False, roles=("scheduler",))
+            real_network.leaf("scheduler", [address], connected=False, roles=("scheduler",))
         )
         pool, _ = await stack.enter_async_context(opened_pool(scheduler))
         pool.want("train", 1)
-        await stack.enter_async_context(network.gateway(listen=(address,)))
-        await until(lambda: held(pool), 20)
+        await stack.enter_async_context(real_network.gateway(listen=(address,)))
+        await until(lambda: held(pool))
 
 
 def path_of(signals: Signals, name: str) -> list[str]:
@@ -332,20 +343,24 @@ def path_of(signals: Signals, name: str) -> list[str]:
     return [one for one in signals.path_to(signals.spans(name)[0]) if one in mine]
 
 
+@pytest.mark.loopback
 async def test_an_offers_way_is_one_trace_and_a_renewal_is_logged_as_it_is_specified(
-    network: Network, signals: Signals, caplog: pytest.LogCaptureFixture
+    real_network: Network, signals: Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="hypha.scheduler")
+    # a renewal comes after three quarters of it
+    terms = OfferConfig(lease_s=8.0, temporary_lease_s=8.0)
     async with (
-        network.gateway() as gateway,
-        opened_worker(network, [gateway]) as worker,
-        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        real_network.gateway() as gateway,
+        opened_worker(real_network, [gateway], terms) as worker,
+        real_network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
         opened_pool(scheduler) as (pool, _),
     ):
         pool.want("train", 1)
         await until(lambda: len(held(pool)) == 1)
         await until(lambda: len(signals.spans("Renew lease")) >= 1)
         await pool.close()
+        await until(lambda: worker.is_free)
     assert path_of(signals, "Accept offer") == [
         "Evaluate request", "Send offer", "Receive offer", "Accept offer"
     ]  # fmt: skip
@@ -362,13 +377,16 @@ async def test_an_offers_way_is_one_trace_and_a_renewal_is_logged_as_it_is_speci
         assert (vars(record)["worker_peer_id"], vars(record)["lease_id"]) == (worker.node.peer_id, lease)
 
 
-async def test_a_worker_says_by_a_cause_why_it_does_not_offer(network: Network, signals: Signals) -> None:
-    floor = OfferConfig(lease_s=2.5, temporary_lease_s=2.0, price=9.0, floor=9.0)
+@pytest.mark.loopback
+async def test_a_worker_says_by_a_cause_why_it_does_not_offer(
+    real_network: Network, signals: Signals
+) -> None:
+    floor = LONG_TERMS.model_copy(update={"price": 9.0, "floor": 9.0})
     async with (
-        network.gateway() as gateway,
-        opened_worker(network, [gateway], terms=floor),
-        opened_worker(network, [gateway], cpu=0.5),
-        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        real_network.gateway() as gateway,
+        opened_worker(real_network, [gateway], terms=floor),
+        opened_worker(real_network, [gateway], LONG_TERMS, cpu=0.5),
+        real_network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
         opened_pool(scheduler) as (pool, _),
     ):
         pool.want("train", 1)
@@ -380,15 +398,15 @@ async def test_a_worker_says_by_a_cause_why_it_does_not_offer(network: Network, 
 
 
 async def test_a_worker_of_an_earlier_version_is_leased_for_what_it_can_do_and_told_of_the_rest(
-    network: Network, caplog: pytest.LogCaptureFixture
+    real_network: Network, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It sends the offers that its version sent, over the real wire; the job's training needs more."""
     caplog.set_level(logging.INFO, logger="hypha")
     asks = asks_from(NEED, needs={"train": ("multi-label",), "aggregate": ("served-files", "torch-models")})
     async with (
-        network.gateway() as gateway,
-        network.leaf("worker", [gateway], roles=("worker",)) as old,
-        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        real_network.gateway() as gateway,
+        real_network.leaf("worker", [gateway], roles=("worker",)) as old,
+        real_network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
         trio.open_nursery() as nursery,
     ):
         ended: list[Lease] = []
@@ -406,11 +424,11 @@ async def test_a_worker_of_an_earlier_version_is_leased_for_what_it_can_do_and_t
         assert "refused (unsupported): the worker lacks what the job needs (multi-label)" in caplog.text
         assert pool.shortage("aggregate") == ""
         assert pool.shortage("train") == (
-            f"...{old.peer_id[-8:]} offered, but without multi-label: upgrade it to Hypha {__version__} or "
+            f"{shown(old.peer_id)} offered, but without multi-label: upgrade it to Hypha {__version__} or "
             "later, or leave the multi-label loss out of the job"
         )
         assert held(pool) == set()
-        async with opened_worker(network, [gateway]) as new:
+        async with opened_worker(real_network, [gateway]) as new:
             await until(lambda: held(pool) == {new.node.peer_id}, 15)
             assert [lease.version for lease in pool.leases if lease.kind == "train"] == [__version__]
         texts = [one.getMessage() for one in caplog.records]
@@ -422,28 +440,29 @@ async def test_a_worker_of_an_earlier_version_is_leased_for_what_it_can_do_and_t
 
 
 @pytest.mark.parametrize("revoked", ["worker", "scheduler"])
+@pytest.mark.loopback
 async def test_leases_with_whoever_is_revoked_end_at_once(
-    network: Network, tmp_path: Path, revoked: str
+    real_network: Network, tmp_path: Path, revoked: str
 ) -> None:
     """A worker's at its scheduler, and a scheduler's at its worker, long before their time is up."""
-    terms, crl = OfferConfig(lease_s=60.0, temporary_lease_s=2.0), tmp_path / "crl.pem"
-    revoke(network.pki.org, [], crl)
-    files = {role: network.pki.files(role, (role,)) for role in ("scheduler", "worker")}
+    crl = tmp_path / "crl.pem"
+    revoke(real_network.pki.org, [], crl)
+    files = {role: real_network.pki.files(role, (role,)) for role in ("scheduler", "worker")}
     # the other one hears of it
     told = "scheduler" if revoked == "worker" else "worker"
     files[told] = replace(files[told], crls=crl)
     async with (
-        network.gateway() as gateway,
-        network.leaf("scheduler", [gateway], identity=load_identity(files["scheduler"])) as scheduler,
-        network.leaf("worker", [gateway], identity=load_identity(files["worker"])) as node,
+        real_network.gateway() as gateway,
+        real_network.leaf("scheduler", [gateway], identity=load_identity(files["scheduler"])) as scheduler,
+        real_network.leaf("worker", [gateway], identity=load_identity(files["worker"])) as node,
         trio.open_nursery() as nursery,
     ):
-        worker = Worker(node, terms, 1.0)
+        worker = Worker(node, LONG_TERMS, 1.0)
         await nursery.start(serve_offers, node, worker.desk)
         async with opened_pool(scheduler) as (pool, seen):
             pool.want("train", 1)
-            await until(lambda: held(pool) == {node.peer_id} and worker.held_for(scheduler), 15)
-            revoke(network.pki.org, [files[revoked].cert], crl)
+            await until(lambda: held(pool) == {node.peer_id} and worker.held_for(scheduler))
+            revoke(real_network.pki.org, [files[revoked].cert], crl)
             if revoked == "worker":
                 await until(lambda: held(pool) == set())
                 [lost] = losses(seen)

@@ -11,9 +11,9 @@ from tests.support.polling import until
 
 from hypha.config.models import SchedulerConfig
 from hypha.journal import Journal
-from hypha.messages import Contribution, LedgerRound, PeerRef
+from hypha.messages import Contribution, LedgerRound, OuterOptimizer, PeerRef
 from hypha.scheduler.events import LifeBegan, Record, Tick
-from hypha.scheduler.recording import recording
+from hypha.scheduler.recording import recording, settings_of
 from hypha.scheduler.rules import CarriedOver, Rules, Start
 from hypha.scheduler.slices import SliceTracker
 from hypha.scheduler.snapshot import JobSnapshot
@@ -91,6 +91,13 @@ def of(server: Bridge, worker: str, name: str) -> list[tuple[int, float]]:
         for body in server.got
         if (body["worker_id"], body["metric_name"]) == (worker, name)
     ]
+
+
+def test_runs_are_compared_by_the_outer_optimizer_that_was_chosen(tmp_path: Path) -> None:
+    job = config_of(tmp_path).scheduler.job
+    start = Start("digits-0123", optimizer=OuterOptimizer(learning_rate=1.0, momentum=0.6))
+    told = settings_of(job, start)["outer_optimizer"]
+    assert (told["learning_rate"], told["momentum"], told["weighting"]) == (1.0, 0.6, "samples")
 
 
 async def test_each_round_once_with_all_that_is_known(tmp_path: Path, server: Bridge) -> None:

@@ -1,9 +1,9 @@
-"""Copies of checkpoints on workers, over real nodes: made, found again, brought back, dropped."""
+"""Copies of checkpoints on workers: made, found again, brought back, dropped; once over real nodes."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import pytest
 import trio
 from tests.scheduler.test_job import Stage, actor, config_for, data_node
 from tests.support.network import Network, until
+from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.config.models import StorageConfig
 from hypha.errors import ConfigError
 from hypha.messages import PeerRef, Resources
-from hypha.net import Libp2pNode as Node
+from hypha.node import Node
 from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.pool import LeaseGained
@@ -28,11 +29,6 @@ from hypha.worker.storage_desk import StorageDesk
 KEPT = {"every_rounds": 2, "keep": 2, "replicas": 1}
 #: long enough to be stopped in
 ROUNDS = {"update_rounds": 6, "avg_samples_between_updates": 960, "batch_size": 5, "deadline_s": 5}
-
-
-@pytest.fixture
-def network(tmp_path: Path) -> Network:
-    return Network(tmp_path / "pki")
 
 
 def lease(peer: str, kind: Any = "train") -> LeaseGained:
@@ -49,7 +45,7 @@ def test_who_is_asked_first() -> None:
 
 @asynccontextmanager
 async def keeper(
-    network: Network, gateway: Node, stage: Stage, place: Path, gb: float = 1.0
+    network: Network | VirtualNetwork, gateway: Node, stage: Stage, place: Path, gb: float = 1.0
 ) -> AsyncIterator[Node]:
     """An actor whose owner offers storage."""
     async with actor(network, gateway, stage) as play, trio.open_nursery() as nursery:
@@ -68,7 +64,10 @@ def copied(*places: Path) -> set[int]:
     return {int(path.name.removeprefix("round-")) for place in places for path in place.glob("*/round-*")}
 
 
-async def stopped(config: Any, *places: Path) -> None:
+Run = Callable[..., Awaitable[JobResult]]
+
+
+async def stopped(run_job: Run, config: Any, *places: Path) -> None:
     """Run the job until its newest checkpoint, and no older one alone, is copied; then stop it."""
     with trio.CancelScope() as scope:
 
@@ -77,22 +76,41 @@ async def stopped(config: Any, *places: Path) -> None:
             if newest is not None and newest in copied(*places) and snapshot.round == newest + 1:
                 scope.cancel()
 
-        with trio.fail_after(40):
+        with trio.fail_after(120):
             await run_job(config, observe=stop)
     assert scope.cancelled_caught
 
 
-@pytest.mark.loopback
+@virtual_time
 @pytest.mark.parametrize("loss", ["damaged", "deleted", "everything"])
 async def test_what_the_scheduler_lost_comes_back_from_a_worker(
-    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture, loss: str
+    network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture, loss: str
 ) -> None:
+    await restored(network, network.run_job, tmp_path, caplog, loss)
+
+
+@pytest.mark.loopback
+@pytest.mark.timeout(300)
+async def test_everything_comes_back_over_real_nodes(
+    real_network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await restored(real_network, run_job, tmp_path, caplog, "everything")
+
+
+async def restored(
+    network: Network | VirtualNetwork,
+    run_job: Run,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    loss: str,
+) -> None:
+    """Run a job, lose what its scheduler has, and run it again."""
     stage, places = Stage(tmp_path, saves=False), (tmp_path / "kept-1", tmp_path / "kept-2")
     state = tmp_path / "state" / "digits"
     async with network.gateway() as gateway, data_node(network, gateway):
         async with keeper(network, gateway, stage, places[0]), keeper(network, gateway, stage, places[1]):
             config = config_for(network, gateway, tmp_path, rounds=ROUNDS, checkpoint=KEPT)
-            await stopped(config, *places)
+            await stopped(run_job, config, *places)
             with closing(Ledger(state / "job.db")) as book:
                 standing = book.standing()
                 newest = book.newest_start()
@@ -107,7 +125,7 @@ async def test_what_the_scheduler_lost_comes_back_from_a_worker(
                     shutil.rmtree(state / "checkpoints")
                 case "everything":
                     shutil.rmtree(tmp_path / "state")
-            with trio.fail_after(40):
+            with trio.fail_after(120):
                 result = await run_job(config)
             assert isinstance(result, JobResult)
             # the job is done: nobody needs them any more
@@ -125,61 +143,61 @@ async def test_what_the_scheduler_lost_comes_back_from_a_worker(
     assert len(used) == len(set(used))
 
 
-@pytest.mark.loopback
+@virtual_time
 async def test_a_damaged_copy_is_not_taken(
-    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage, place = Stage(tmp_path, saves=False), tmp_path / "kept"
     state = tmp_path / "state" / "digits"
     async with network.gateway() as gateway, data_node(network, gateway):
         async with keeper(network, gateway, stage, place), actor(network, gateway, stage):
             config = config_for(network, gateway, tmp_path, rounds=ROUNDS, checkpoint=KEPT)
-            await stopped(config, place)
+            await stopped(network.run_job, config, place)
             for path in place.glob("*/round-*/state.json"):
                 path.write_bytes(path.read_bytes()[:-1] + b"!")
             shutil.rmtree(state / "checkpoints")
             with trio.fail_after(60):
-                result = await run_job(config)
+                result = await network.run_job(config)
     assert stage.restored == [], "from theta of round 0"
     assert "A copy of round" in caplog.text
     assert {entry.generation for entry in read_ledger(result.ledger).rounds if not entry.discarded} == {1}
 
 
-@pytest.mark.loopback
+@virtual_time
 async def test_a_fresh_start_drops_the_copies_and_a_changed_job_is_refused(
-    network: Network, tmp_path: Path
+    network: VirtualNetwork, tmp_path: Path
 ) -> None:
     stage, place = Stage(tmp_path, saves=False), tmp_path / "kept"
     async with network.gateway() as gateway, data_node(network, gateway):
         async with keeper(network, gateway, stage, place), actor(network, gateway, stage):
             config = config_for(network, gateway, tmp_path, rounds=ROUNDS, checkpoint=KEPT)
-            await stopped(config, place)
+            await stopped(network.run_job, config, place)
             shutil.rmtree(tmp_path / "state")
             other = config.scheduler.job.model_copy(update={"seed": 7})
             changed = config.model_copy(
                 update={"scheduler": config.scheduler.model_copy(update={"job": other})}
             )
             with trio.fail_after(40), pytest.raises(ConfigError, match="seed is 7 now and was 0"):
-                await run_job(changed)
+                await network.run_job(changed)
             shutil.rmtree(tmp_path / "state")
             before = {path.name for path in place.iterdir()}
-            with trio.fail_after(40):
-                result = await run_job(config, fresh=True)
+            with trio.fail_after(120):
+                result = await network.run_job(config, fresh=True)
             assert before.isdisjoint({path.name for path in place.iterdir()})
     assert stage.restored == []
     assert result.job_id not in before
 
 
-@pytest.mark.loopback
+@virtual_time
 async def test_nobody_offers_storage(
-    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage, place = Stage(tmp_path), tmp_path / "kept"
     async with network.gateway() as gateway, data_node(network, gateway):
         async with keeper(network, gateway, stage, place, gb=1e-8), actor(network, gateway, stage):
             config = config_for(network, gateway, tmp_path, checkpoint=KEPT)
-            with trio.fail_after(40):
-                result = await run_job(config)
+            with trio.fail_after(120):
+                result = await network.run_job(config)
     assert result.theta == "t4"
     assert copied(place) == set()
     assert "There are 0 of 1 copies of the checkpoint for round 2: " in caplog.text

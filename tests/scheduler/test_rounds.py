@@ -109,6 +109,17 @@ def test_fixed_inner_steps_are_told_from_the_start() -> None:
     assert len(plans) == 10
 
 
+def test_inner_steps_are_of_as_many_batches_as_gradients_are_accumulated_over() -> None:
+    world = World(rules(inner_steps=12, multiple=3))
+    world.begin()
+    world.add(Worker("a", 0.05))
+    world.add(Worker("b", 0.35))
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    for _, parts in world.applied:
+        assert [part.batches for part in parts] == [36, 36]
+
+
 @pytest.mark.parametrize(
     ("fast_s", "target"),
     [(1.0, 8 * 70), (0.002, 8 * 60), (60.0, 8 * 70)],

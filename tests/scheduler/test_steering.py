@@ -1,12 +1,10 @@
-"""Directives over real nodes that refuse, hang up and come back."""
+"""Directives to nodes that refuse, hang up and come back."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import trio
-from tests.support.network import Network, until
+from tests.support.network import until
+from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.errors import Refused
 from hypha.messages import Acknowledged, JobStamp, Members, PeerRef, Plan, SendModel, Steer
@@ -14,9 +12,8 @@ from hypha.scheduler.desk import Seen
 from hypha.scheduler.steering import Steering
 
 
-@pytest.mark.loopback
-async def test_the_newest_of_each_kind_arrives_in_order_whatever_is_refused(tmp_path: Path) -> None:
-    network = Network(tmp_path / "pki")
+@virtual_time
+async def test_the_newest_of_each_kind_arrives_in_order_whatever_is_refused(network: VirtualNetwork) -> None:
     heard: list[Steer] = []
     refusals = ["not-found", "busy", "not-found"]
 

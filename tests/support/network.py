@@ -80,6 +80,18 @@ class Network:
         options = NodeOptions(identity, f"hypha-{component}", listen=LOOPBACK, timings=self.timings)
         return replace(options, **changes)
 
+    def settings(self, component: str, gateways: Sequence[Node]) -> dict[str, Any]:
+        """What a configuration says of a new node of ``component`` and its way into the network."""
+        files = self.pki.files(component, (component,))
+        return {
+            "cert_pem": files.cert,
+            "key_pem": files.key,
+            "trust_pem": files.trust,
+            "listen_addresses": list(LOOPBACK),
+            "gateway_addresses": [address_of(one) for one in gateways],
+            "exclude_cidr": [],
+        }
+
     @asynccontextmanager
     async def gateway(self, others: Sequence[Node | str] = (), **changes: Any) -> AsyncIterator[Node]:
         """A gateway, linked with ``others``."""
@@ -97,13 +109,13 @@ class Network:
         addresses = tuple(one if isinstance(one, str) else address_of(one) for one in gateways)
         async with open_node(self.options(component, gateways=addresses, **changes)) as node:
             if connected:
-                with trio.fail_after(10):
+                with trio.fail_after(60):
                     await node.wait_connected()
             yield node
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Wait until ``condition()`` is true."""
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Wait until ``condition()`` is true; the limit is for what hangs, and no claim."""
     with trio.fail_after(timeout_s):
         while not condition():
             await trio.sleep(0.01)

@@ -8,7 +8,7 @@ import trio
 
 
 async def until(
-    holds: Callable[[], bool], timeout_s: float = 10.0, explain: Callable[[], str] = lambda: ""
+    holds: Callable[[], bool], timeout_s: float = 20.0, explain: Callable[[], str] = lambda: ""
 ) -> None:
     """Return once ``holds``; AssertionError with ``explain()`` when that takes longer than ``timeout_s``."""
     with trio.move_on_after(timeout_s):

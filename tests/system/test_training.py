@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 from tests.support.system import SMALL, System, digits_dataset, digits_job
 
+from hypha.config.outer import chosen
 from hypha.data import PrepareOptions, prepare
+from hypha.messages import OuterOptimizer
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
 
@@ -35,9 +37,12 @@ async def test_four_workers_agree_with_a_replay_in_one_process(system: System, t
     job["resources"]["worker"] = {"cpu": 1, "memory": 1}
     scheduler = await system.scheduler(job)
     assert await system.ended(scheduler) == 0, scheduler.tail()
+    assert "Advice on" not in scheduler.log.read_text()
 
     _, ledger = system.ledger("job")
     assert len(ledger.rounds) == 6
+    # what was chosen is in the books, and so in the replay below
+    assert ledger.aggregate.optimizer == OuterOptimizer(*chosen(6))
     shares = [{part.worker: part.samples for part in entry.contributors} for entry in ledger.rounds]
     assert all(len(share) == 4 for share in shares)
     assert any(len(set(share.values())) > 1 for share in shares), "the samples should be unequal"
@@ -69,13 +74,18 @@ async def test_a_tiny_language_model_with_tied_embeddings(system: System, tmp_pa
     job: dict[str, Any] = digits_job(directory, 2, 5, update_encoding="int8")
     job |= {"model": {"type": "causal-lm", "path": str(directory)}, "dataset": {"dataset": "text"}}
     job["rounds"] = {"update_rounds": 5, "avg_samples_between_updates": 64, "batch_size": 8}
+    job["outer_optimizer"] = {"learning_rate": 0.7, "momentum": 0.9}
     scheduler = await system.scheduler(job)
     # every worker says the hash of the theta it starts each round from; another one is an error
     assert await system.ended(scheduler) == 0, scheduler.tail()
     assert "another theta" not in scheduler.log.read_text()
+    assert (
+        scheduler.log.read_text().count("Advice on scheduler.job.outer_optimizer.momentum: 0.9 is much") == 1
+    )
 
     _, ledger = system.ledger("job")
     assert len({entry.theta for entry in ledger.rounds}) == 5
+    assert ledger.aggregate.optimizer == OuterOptimizer(learning_rate=0.7, momentum=0.9)
     assert ledger.rounds[-1].contributors[0].loss < ledger.rounds[0].contributors[0].loss
     exported = load_file(tmp_path / "model" / "model.safetensors")
     assert "transformer.wte.weight" in exported

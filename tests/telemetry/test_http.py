@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from tests.support.polling import until
+from tests.support.stopwatch import Stopwatch
 
 from hypha.errors import ConfigError
 from hypha.messages import HealthReport, Resources
@@ -56,12 +57,14 @@ async def test_an_address_in_use_is_a_configuration_error() -> None:
 
 
 async def test_it_ends_at_once_with_a_client_connected() -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
             async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
                 await client.get("/health")
+                ending = Stopwatch()
                 nursery.cancel_scope.cancel()
+    assert ending.elapsed_s() < 3
 
 
 async def open_to(address: str) -> trio.SocketStream:
@@ -82,7 +85,10 @@ async def gone(stream: trio.SocketStream) -> bool:
 async def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hypha.telemetry.serving.BoundedConfig.write_timeout_s", 0.3, raising=False)
 
+    asked = trio.Event()
+
     async def much(_: Request) -> Response:
+        asked.set()
         return Response(b"x" * (32 << 20))
 
     async with trio.open_nursery() as nursery:
@@ -92,9 +98,10 @@ async def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch
         before = trio.lowlevel.current_statistics().tasks_living
         async with await open_to(address) as stream:
             await stream.send_all(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
-            await until(lambda: trio.lowlevel.current_statistics().tasks_living > before, 2.0)
-            await until(lambda: trio.lowlevel.current_statistics().tasks_living == before, 4.0)
-        # who reads has all of it
+            await asked.wait()
+            await until(lambda: trio.lowlevel.current_statistics().tasks_living == before)
+        # who reads has all of it, in the time that a busy machine takes
+        monkeypatch.setattr("hypha.telemetry.serving.BoundedConfig.write_timeout_s", 60.0)
         async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
             assert len((await client.get("/much")).content) == 32 << 20
         nursery.cancel_scope.cancel()
@@ -111,9 +118,11 @@ async def test_so_many_connections_and_no_more(
             await stream.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
         for _ in range(2):
-            with trio.fail_after(2):
+            began = Stopwatch()
+            with trio.fail_after(20):
                 async with await open_to(address) as refused:
                     assert await gone(refused)
+            assert began.elapsed_s() < 2
         assert [one.getMessage() for one in caplog.records] == [
             "Local HTTP has 3 connections, and refuses more."
         ]
@@ -127,7 +136,7 @@ async def test_so_many_connections_and_no_more(
                 except httpx.TransportError:
                     return False
 
-        with trio.fail_after(2):
+        with trio.fail_after(20):
             while not await well():
                 await trio.sleep(0.02)
         nursery.cancel_scope.cancel()
@@ -138,8 +147,10 @@ async def test_http_2_is_not_spoken() -> None:
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
         async with await open_to(address) as stream:
             await stream.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-            with trio.fail_after(2):
+            began = Stopwatch()
+            with trio.fail_after(20):
                 assert await gone(stream)
+            assert began.elapsed_s() < 2
         async with await open_to(address) as stream:
             await stream.send_all(
                 b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
@@ -160,6 +171,8 @@ async def test_a_client_that_has_left_leaves_nothing() -> None:
             if request.endswith(b"\r\n\r\n"):
                 assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
             await stream.aclose()
+        began = Stopwatch()
+        await until(lambda: trio.lowlevel.current_statistics().tasks_living == before)
         # a connection that nobody uses any more lives for 5 s
-        await until(lambda: trio.lowlevel.current_statistics().tasks_living == before, 2.0)
+        assert began.elapsed_s() < 4
         nursery.cancel_scope.cancel()

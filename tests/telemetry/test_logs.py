@@ -253,18 +253,18 @@ def test_a_reader_that_is_gone_ends_nobody() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     text = "for _ in range(500): logger.error('x' * 500)\nprint('alive')"
-    done = subprocess.run(program("json", text), stderr=writing, stdout=subprocess.PIPE, timeout=30)
+    done = subprocess.run(program("json", text), stderr=writing, stdout=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stdout) == (0, b"alive\n")
 
 
 def test_closed_and_full_ones_end_nobody() -> None:
     text = "os.close(2)\nlogger.error('x')\nsys.stderr.close()\nlogger.error('x')\nprint('alive')"
-    done = subprocess.run(program("text", text), capture_output=True, timeout=30)
+    done = subprocess.run(program("text", text), capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"alive\n")
     with open("/dev/full", "wb") as full:
         text = "logger.error('x')\nprint('alive')"
-        done = subprocess.run(program("json", text), stderr=full, stdout=subprocess.PIPE, timeout=30)
+        done = subprocess.run(program("json", text), stderr=full, stdout=subprocess.PIPE, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"alive\n")
 
 
@@ -299,7 +299,7 @@ def test_a_reader_that_stops_holds_up_nobody_and_is_told_what_it_missed() -> Non
 
 def test_an_entry_that_cannot_be_formatted_is_named() -> None:
     text = "logger.error('%d', 'x')\nlogger.error('next')"
-    done = subprocess.run(program("json", text), stderr=subprocess.PIPE, timeout=30)
+    done = subprocess.run(program("json", text), stderr=subprocess.PIPE, timeout=60)
     first, second = (json.loads(line) for line in done.stderr.splitlines())
     assert re.fullmatch(r"An entry at <string>:\d+ cannot be written: TypeError", first["message"])
     assert second["message"] == "next"
@@ -311,12 +311,12 @@ def test_colour_on_a_terminal_only(variables: dict[str, str], coloured: bool) ->
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     environment |= {"TERM": "xterm", **variables}
     command = program("text", "logger.warning('Slow.', extra={'peer_id': '12D3'})")
-    subprocess.run(command, stderr=follower, env=environment, timeout=30)
+    subprocess.run(command, stderr=follower, env=environment, timeout=60)
     os.close(follower)
     shown = os.read(leader, 4096).decode()
     os.close(leader)
     assert ("\x1b[33mWARN \x1b[0m" in shown) is coloured
     plain = re.sub(r"\x1b\[\d+m", "", shown)
     assert re.fullmatch(r"\S+Z WARN  hypha\.worker: Slow\. peer_id=12D3\r\n", plain)
-    piped = subprocess.run(command, stderr=subprocess.PIPE, env=environment, timeout=30)
+    piped = subprocess.run(command, stderr=subprocess.PIPE, env=environment, timeout=60)
     assert b"\x1b" not in piped.stderr

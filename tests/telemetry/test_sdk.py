@@ -24,6 +24,7 @@ from hypha.config.log_filter import parse_filter
 from hypha.telemetry.running import telemetry
 from hypha.telemetry import instruments, metrics
 from hypha.tracing import operations, span, start_span
+from tests.support.stopwatch import Stopwatch
 
 endpoint, protocol, runs_s, sampler = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4]
 config = GatewayConfig(
@@ -39,27 +40,32 @@ slowest = 0.0
 with telemetry(settings):
     with instruments.UPTIME.watch(lambda: 7.0):
         until = time.monotonic() + runs_s
+        turns = 0
         while True:
+            turns += 1
             metrics.sample()
-            began = time.monotonic()
+            began = Stopwatch()
             with span(operations.CONNECT, {"hypha.peer": "12D3KooWyou"}):
                 with span(operations.OPEN_STREAM):
                     logging.getLogger("hypha.net").info("A line.", extra={"peer_id": "12D3KooWyou"})
             instruments.RENEWALS.add(status="success")
             instruments.FETCH_DURATION.record(0.3, status="success")
-            slowest = max(slowest, time.monotonic() - began)
-            if time.monotonic() > until:
+            slowest = max(slowest, began.elapsed_s())
+            # a busy machine lets this have few turns, too few to tell how many are sampled
+            if time.monotonic() > until and turns >= 60:
                 break
             time.sleep(0.005)
-    ended = time.monotonic()
-print(f"closed={time.monotonic() - ended:.2f} slowest={slowest:.3f}")
+    ended = Stopwatch()
+print(f"closed={ended.elapsed_s():.2f} slowest={slowest:.3f}")
 """
 
 
 def run(
     endpoint: str, protocol: str, runs_s: float = 0.5, sampler: str = "always_on"
 ) -> tuple[str, float, float]:
-    """Its log; how long it took to close; how long its slowest span, log entry and records took together."""
+    """Its log; how long it took to close; how long its slowest span, log entry and records took together, as
+    if it had the machine for itself.
+    """
     arguments = [sys.executable, "-c", CHILD, endpoint, protocol, str(runs_s), sampler]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
     closed, slowest = (float(part.split("=")[1]) for part in done.stdout.split())
@@ -138,7 +144,7 @@ def test_a_collector_that_fails_is_in_nobodys_way(protocol: str, how: str) -> No
     with failing(protocol, how) as endpoint:
         log, closed, slowest = run(endpoint, protocol)
     assert closed < 3
-    # a scheduler that lets nobody run for a while is no fault of ours; an export takes much longer
+    # an export takes much longer
     assert slowest < 0.5
     for signal in ("traces", "metrics", "logs"):
         assert log.count(f"does not take {signal}") <= 1

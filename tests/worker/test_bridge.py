@@ -115,7 +115,7 @@ async def bridge(tmp_path: Path) -> AsyncIterator[tuple[FileDesk, httpx.AsyncCli
     transport = httpx.AsyncHTTPTransport(uds=str(directory.socket_path))
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_bridge, desk, bind_bridge(directory.socket_path))
-        async with httpx.AsyncClient(transport=transport, base_url="http://bridge", timeout=10) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://bridge", timeout=30) as client:
             yield desk, client
         nursery.cancel_scope.cancel()
     directory.remove()
@@ -235,7 +235,7 @@ class Stream:
 
     async def data(self, count: int) -> list[bytes]:
         found: list[bytes] = []
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while len(found) < count:
                 *lines, self._rest = self._rest.split(b"\n")
                 found += [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")]
@@ -301,7 +301,7 @@ async def test_client_that_goes_away_takes_no_slice(tmp_path: Path) -> None:
         call = FetchCall(resource=SchedulerData(peer="scheduler", dataset="digits"))
         with trio.move_on_after(0.2):
             await post(client, "/resources/fetch", call)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while desk.fetching:
                 await trio.sleep(0.01)
         slice_ = FetchedFile(path="slices/1", size=1)
@@ -370,7 +370,7 @@ async def test_clients_that_left_leave_nothing(tmp_path: Path) -> None:
 
 
 async def test_bridge_ends_with_streams_open(tmp_path: Path) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with bridge(tmp_path) as (desk, _):
             connection = await trio.open_unix_socket(desk.directory.socket_path)
             await connection.send_all(b"GET /directives HTTP/1.1\r\nhost: b\r\n\r\n")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -75,7 +75,7 @@ def launch(tmp_path: Path, script: str, *args: str, secrets: tuple[str, ...] = (
     )
 
 
-async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
     with trio.fail_after(within_s):
         while not condition():
             await trio.sleep(0.01)
@@ -237,9 +237,11 @@ async def test_kill_9_of_the_keeper_kills_the_executor(tmp_path: Path) -> None:
 
 
 async def test_keeper_starts_fast(tmp_path: Path) -> None:
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     await run_executor(Launch("job-1", ("/bin/true",), child_environment(), tmp_path), trio.Event(), 1.0)
-    assert time.monotonic() - start < 2.0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # processor time: neither torch nor much else is imported
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
     assert KEEPER.exists()
 
 

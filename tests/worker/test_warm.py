@@ -75,7 +75,10 @@ def launch(bridges: Network, script: str, *options: str, **environment: str) -> 
 
 
 class Sure(SharedHost):
-    """Fails where an executor would be started instead."""
+    """Fails where an executor would be started instead. The host of a busy machine takes long to import."""
+
+    def _patience_s(self) -> float:
+        return 100.0
 
     async def fork(self, launch: Launch) -> ForkedKeeper | None:
         keeper = await super().fork(launch)

@@ -124,7 +124,9 @@ def revoke(
         int, typer.Option(help="Until when the list is fresh. It revokes after that, too.", min=1)
     ] = 30,
 ) -> None:
-    """Revoke certificates: nodes whose crls_pem is this list refuse them within seconds."""
+    """Revoke certificates, and the earlier ones of those that were renewed: nodes whose crls_pem is this list
+    refuse them within seconds.
+    """
     from hypha.pki.authority import CaFiles
     from hypha.pki.authority import revoke as revoke_certificates
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import os
 import re
@@ -203,6 +204,7 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
         )
         # variables of one signal alone are no keys
         resolve_telemetry(f"hypha-{program.name}", loaded, process_environment())
+        _check_executors(loaded)
         return loaded
     except ConfigError as exc:
         if path is None:
@@ -212,6 +214,21 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
         raise
 
 
+def _check_executors(loaded: NodeConfig) -> None:
+    """ConfigError where a worker would offer what Hypha's own executors cannot do here, and fail each job."""
+    from hypha.config.models import WorkerConfig
+
+    if not isinstance(loaded, WorkerConfig):
+        return
+    own = [index for index, executor in enumerate(loaded.executors) if executor.cmd is None]
+    if own and importlib.util.find_spec("torch") is None:
+        message = (
+            "it has no cmd, so it is Hypha's own, and torch is not installed for it "
+            "(pip install 'hypha-train[train]')"
+        )
+        raise ConfigError([Problem(f"executors[{own[0]}]", message)])
+
+
 def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
     from hypha.pki.identity import IdentityFiles, load_identity
 
@@ -219,7 +236,10 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
     if None in files:
         return
     try:
-        identity = load_identity(IdentityFiles(files[0], files[1], files[2], partial.get("crls_pem")))
+        # whoever goes on to use it, or to tell what it is worth, warns
+        identity = load_identity(
+            IdentityFiles(files[0], files[1], files[2], partial.get("crls_pem")), warn=False
+        )
     except IdentityError as exc:
         yield from exc.problems
         return
@@ -233,9 +253,15 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
 
 
 def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
-    """Print OK and return the configuration, or raise ConfigError."""
+    """Print OK and what is advised, and return the configuration, or raise ConfigError."""
+    from hypha.config.advice import advice
+    from hypha.pki.identity import IdentityFiles, load_identity
+
     loaded = load(program, config, given)
+    load_identity(IdentityFiles(loaded.cert_pem, loaded.key_pem, loaded.trust_pem, loaded.crls_pem))
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
+    for one in advice(loaded):
+        typer.echo(f"advice: {one}")
     return loaded
 
 

@@ -55,7 +55,25 @@ def status_panel(job: JobSnapshot) -> RenderableType:
 def live_view(
     console: Console, panel: Callable[[JobSnapshot], RenderableType] = job_panel
 ) -> Iterator[Callable[[JobSnapshot], None]]:
-    """Show what is passed to the yielded function. Standard error goes above the panel meanwhile."""
+    """Show what is passed to the yielded function. Standard error goes above the panel meanwhile.
+
+    Where no terminal is, a line is printed for each round and each other message, and the panel at the end.
+    """
+    if not console.is_terminal:
+        last: JobSnapshot | None = None
+
+        def tell(snapshot: JobSnapshot) -> None:
+            nonlocal last
+            seen = None if last is None else (last.state, last.round, last.message)
+            if seen != (snapshot.state, snapshot.round, snapshot.message):
+                console.print(headline(snapshot), shown(snapshot.message), soft_wrap=True)
+                console.file.flush()
+            last = snapshot
+
+        yield tell
+        if last is not None:
+            console.print(panel(last), soft_wrap=True)
+        return
     with Live(console=console, refresh_per_second=4, transient=False) as live:
         yield lambda snapshot: live.update(panel(snapshot))
 

@@ -7,6 +7,7 @@ exit code; anything else is a defect and is logged with its traceback.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import signal
@@ -94,8 +95,18 @@ def run_service(component: str, config: NodeConfig, service: Callable[[], Awaita
     if not settings.on:
         return run_until_signal(service)
     files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
-    with telemetry(settings.of_instance(load_identity(files).peer_id)):
+    with telemetry(settings.of_instance(load_identity(files, warn=False).peer_id)):
         return run_until_signal(observed)
+
+
+def check_installed(what: str, *packages: str) -> None:
+    """Raises HyphaError where one of ``packages``, without which ``what`` cannot be done, is not there."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise HyphaError(
+            f"{what} trains in this installation, and {', '.join(missing)} cannot be imported: install Hypha "
+            "with its extra [train] (pip install 'hypha-train[train]')"
+        )
 
 
 def run_until_signal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from hypha.cli import component as common
 from hypha.cli.running import run_program
+from hypha.config.tasks import task_of, unknown_task
 
 PROGRAM = common.Program("scheduler", "Finds workers for a job, trains its model with them and exports it.")
 
@@ -61,13 +63,19 @@ def init(
         str | None, typer.Option(help="A plain PyTorch model instead: package.module:callable.")
     ] = None,
     model_type: Annotated[
-        str | None, typer.Option(help="Its task; default: image-classification, torch for an entrypoint.")
+        str | None,
+        typer.Option(
+            help="Its task, such as causal-lm; default: as its config.json says, else image-classification, "
+            "torch for an entrypoint."
+        ),
     ] = None,
 ) -> None:
     """Write a configuration file with every key, its default and what it means."""
     job = "scheduler.job"
     if sum(one is not None for one in (model, repository, entrypoint)) > 1:
         raise typer.BadParameter("--model, --repository and --entrypoint: give one of them")
+    if model_type is not None and (wrong := unknown_task(model_type)):
+        raise typer.BadParameter(f"--model-type: {wrong}")
     source: dict[str, str | Path] = {"path": model or Path("model")}
     if repository is not None:
         source = {"repository": repository}
@@ -78,7 +86,7 @@ def init(
         **common.leaf_keys(gateway, listen, external, exclude_cidr),
         "http_address": common.local_http(PROGRAM, name, http),
         "state_dir": state_dir,
-        f"{job}.model.type": model_type or ("torch" if entrypoint else "image-classification"),
+        f"{job}.model.type": model_type or ("torch" if entrypoint else _task_in(model)),
         **{f"{job}.model.{key}": value for key, value in source.items()},
         f"{job}.dataset.dataset": dataset or "dataset",
         f"{job}.rounds.update_rounds": rounds,
@@ -93,6 +101,16 @@ def init(
     if dataset is None:
         fill_in[f"{job}.dataset.dataset"] = "the name your data node serves the dataset under"
     common.write_config(PROGRAM, output, force, given, fill_in)
+
+
+def _task_in(model: Path | None) -> str:
+    """The task of the model in that directory, as far as its config.json says."""
+    try:
+        described = json.loads(((model or Path("model")) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        described = {}
+    named = described.get("architectures") if isinstance(described, dict) else None
+    return task_of(named) or "image-classification"
 
 
 def _place(text: str) -> str | Path:

@@ -18,6 +18,7 @@ from rich.console import Console
 from hypha.cli.job_page import JobPage, LastWarnings
 from hypha.cli.live import live_view
 from hypha.cli.redaction import redacted, secrets_in
+from hypha.config.advice import advice
 from hypha.config.environment import process_environment
 from hypha.config.models import SchedulerConfig
 from hypha.config.otel import resolve_telemetry
@@ -53,6 +54,8 @@ async def run_scheduler(
 
     with ExitStack() as stack:
         warnings = stack.enter_context(_last_warnings(secrets))
+        for one in advice(config):
+            logger.warning("Advice on %s", one)
         page = JobPage(JobSnapshot(name=name, rounds=rounds), history, lambda: warnings.lines, secrets)
         shows: list[Callable[[JobSnapshot], None]] = [page.observe]
         noted = _opened(journal)

@@ -231,12 +231,6 @@ def _rounds(partial: Partial, job: KeyPath) -> Found:
         )
     if rounds.batch_size is not None and rounds.batch_size > rounds.max_batch_size:
         yield (*job, "rounds", "batch_size"), f"it is more than max_batch_size ({rounds.max_batch_size})"
-    needed = partial.get(*at, "resources", "worker")
-    if rounds.batch_size is None and needed is not None and not needed.gpu and not needed.memory:
-        yield (
-            (*job, "resources", "worker"),
-            "gpu or memory says what one sample needs; both are 0 and rounds.batch_size is not set",
-        )
     schedule = partial.get(*at, "schedule")
     if schedule is not None and schedule.type != "constant" and not schedule.training_steps:
         yield (*job, "schedule", "training_steps"), f"a {schedule.type} schedule needs it"

@@ -38,6 +38,8 @@ def _hyphen(name: str) -> str:
     return name.replace("_", "-")
 
 
+#: samples in a batch of a job that says nothing about it, on workers whose offer says nothing either
+DEFAULT_BATCH_SIZE = 16
 #: the training executor that comes with Hypha
 DEFAULT_EXECUTOR = "diloco-transformer"
 
@@ -268,6 +270,8 @@ class ModelConfig(Section):
     ``repository`` (Hugging Face) and ``entrypoint`` (plain PyTorch, with ``type = "torch"``).
     """
 
+    #: the task, as in the name of its class in transformers: causal-lm of AutoModelForCausalLM,
+    #: image-classification, sequence-classification, masked-lm ...; torch for an entrypoint
     type: str
     path: Path | None = None
     repository: str | None = None
@@ -279,6 +283,8 @@ class ModelConfig(Section):
     arguments: dict[str, str | int | float | bool | None] = {}
     #: model argument -> dataset column; a list means columns of the same names
     input_names: dict[str, str] | list[str] = {}
+    #: cross-entropy, mse, l1 or bce-with-logits, for a model whose forward takes no labels; not set: the
+    #: model's own
     loss: Literal["cross-entropy", "mse", "l1", "bce-with-logits"] | None = None
     seed: int = 0
     trust_remote_code: bool = False
@@ -287,6 +293,7 @@ class ModelConfig(Section):
 class PreprocessorConfig(Section):
     """A Hugging Face preprocessor; ``path`` or ``repository`` as for the model."""
 
+    #: auto, feature, image, tokenizer or video
     type: Literal["auto", "feature", "image", "tokenizer", "video"]
     path: Path | None = None
     repository: str | None = None
@@ -304,22 +311,24 @@ class DatasetRef(Section):
     #: used; ``None``: that of the job's ledger, or what most data nodes serve
     manifest_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     shuffle: bool = True
-    #: how long to wait for somebody to serve it; ``None``: for ever, saying so
+    #: give up (exit code 3) when nobody has served it for so many seconds after the start
     wait_s: float | None = Field(default=60.0, gt=0)
 
 
 class RoundsConfig(Section):
     """How many rounds, and how long each is: ``avg_samples_between_updates`` samples over all workers,
-    or, with ``inner_steps`` (DiLoCo's fixed H), that many batches a worker.
+    or, with ``inner_steps`` (DiLoCo's fixed H), that many optimizer steps a worker, each of
+    ``gradient_accumulation`` batches.
     """
 
     update_rounds: int = Field(default=100, ge=1)
     avg_samples_between_updates: int | None = Field(default=None, ge=1)
     inner_steps: int | None = Field(default=None, ge=1)
     max_batch_size: int = Field(default=64, ge=1)
-    #: fixed batch size; ``None``: offered over required memory, at most ``max_batch_size``, which is 1 with
-    #: workers that offer just what they are asked for (offer.strategy = "flexible", their default)
+    #: fixed batch size; ``None``: 16, and where resources.worker says what one sample needs and a worker
+    #: offers twice as much or more (offer.strategy = "whole"), as many as fit; at most ``max_batch_size``
     batch_size: int | None = Field(default=None, ge=1)
+    #: batches an optimizer step
     gradient_accumulation: int = Field(default=1, ge=1)
     #: share of the members' updates with which a round may be closed after ``grace_s``
     quorum: float = Field(default=1.0, gt=0, le=1)
@@ -339,10 +348,13 @@ class InnerOptimizerConfig(Section):
 
 
 class OuterOptimizerConfig(Section):
-    """Nesterov momentum."""
+    """Nesterov momentum over what the workers have changed in a round (DiLoCo)."""
 
-    learning_rate: float = Field(default=0.7, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    #: ``None``: 1
+    learning_rate: float | None = Field(default=None, gt=0)
+    #: ``None``: 0.6, and less in a job of 5 update_rounds or fewer, which is over before momentum pays back
+    #: (docs/defaults.md)
+    momentum: float | None = Field(default=None, ge=0, lt=1)
     weighting: Literal["samples", "uniform"] = "samples"
     #: an update with a larger norm is scaled down to it; ``None``: ``max_update_ratio`` decides
     max_update_norm: float | None = Field(default=None, gt=0)
@@ -375,7 +387,9 @@ class NeedsConfig(ResourcesConfig):
 
 
 class JobResourcesConfig(Section):
-    """Whom to ask for. ``worker.gpu`` (else ``worker.memory``) is what a batch of one sample needs."""
+    """Whom to ask for. Where workers offer more than is asked for, ``worker.gpu`` (else ``worker.memory``) is
+    what one sample of a batch needs, see ``rounds.batch_size``.
+    """
 
     num_workers: int = Field(default=2, ge=1)
     #: start and go on with at least this many; ``None``: ``num_workers``

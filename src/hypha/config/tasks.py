@@ -70,6 +70,18 @@ A_LABEL_A_PLACE = frozenset(("token-classification", "semantic-segmentation", "i
 IGNORED = -100
 
 
+def task_of(architectures: object) -> str | None:
+    """The task of the models that config.json names as its ``architectures``; ``None``: not plain."""
+    ends = {name.removeprefix("AutoModel"): task for task, name in TASKS.items()} | {
+        "LMHeadModel": "causal-lm"
+    }
+    for name in architectures if isinstance(architectures, list) else []:
+        for end, task in ends.items():
+            if isinstance(name, str) and name.endswith(end):
+                return task
+    return None
+
+
 def unknown_task(task: str) -> str | None:
     """What is wrong with the name of a task, and what may have been meant; ``None`` if it is known."""
     if task == "torch" or ALIASES.get(task, task) in TASKS:

@@ -10,6 +10,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from shlex import quote
 
 import numpy as np
 
@@ -201,7 +202,8 @@ def _natural_dtype(name: str, values: Array, block: Block) -> str:
     if kind == "b":
         return "BOOL"
     raise InputUnusable(
-        f"{block.row(0)}: column {name!r} holds {values.dtype}, no numbers; leave it out with --drop {name}"
+        f"{block.row(0)}: column {name!r} holds {values.dtype}, no numbers; leave it out with "
+        f"--drop {quote(name)}"
     )
 
 
@@ -247,5 +249,5 @@ def _refuse(wrong: Array, why: str, values: Array, column: Column, block: Block)
     value = values[row][wrong[row]].flat[0] if values.ndim > 1 else values[row]
     raise InputUnusable(
         f"{block.row(row)}: {value} in column {column.name!r} {why}; correct it, choose another dtype "
-        f"(--dtype {column.name}=...), or leave the column out (--drop)"
+        f"(--dtype {quote(column.name)}=...), or leave the column out (--drop)"
     )

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import msgspec
 
@@ -215,8 +216,8 @@ class _Run:
         yield from self._source.notes
         for name in sorted(self._shaper.narrowed):
             yield (
-                f"column {name!r} has large whole numbers, which lose digits as F32; --dtype {name}=F64 "
-                "keeps them"
+                f"column {name!r} has large whole numbers, which lose digits as F32; "
+                f"--dtype {quote(name)}=F64 keeps them"
             )
         for name, counter in self._tally.unnamed(self._labels()).items():
             ids = listed(str(number) for number in sorted(counter))

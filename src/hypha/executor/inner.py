@@ -192,9 +192,7 @@ class Inner:
             if _SINGLE_ROW in str(exc):
                 raise ModelError(
                     "the model has BatchNorm layers, which cannot be trained on batches of one row; set "
-                    "rounds.batch_size to 2 or more (by default a batch has as many rows as the worker "
-                    "offers "
-                    "of what resources.worker asks for one)"
+                    "rounds.batch_size (and max_batch_size) to 2 or more"
                 ) from exc
             told = explain(exc, self._model, spec, columns, self._forward.classes)
             raise BatchFailed(told) from exc

@@ -73,6 +73,14 @@ class Gossip:
         """End the library's thread that forgets old message numbers; nobody else would."""
         self._pubsub.seen_messages.stop()
 
+    async def include(self, peer: str) -> None:
+        """Exchange gossip with ``peer``, a gateway that is in use from now on.
+
+        Which peer is at a gateway's address is known once it was dialled. When something else has connected
+        this node with it before (a circuit through it is enough), pubsub took it for nobody's concern.
+        """
+        await self._pubsub.include(ID.from_string(peer))
+
     async def publish(self, message: WorkerRequest) -> None:
         """Tell everybody. Waits a moment for the mesh; without one the message reaches nobody."""
         with span(GOSSIP_PUBLISH, _attributes("send"), kind=SpanKind.PRODUCER):

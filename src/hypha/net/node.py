@@ -96,6 +96,7 @@ class Libp2pNode:
         self._security.admit = doubles.admit
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         self._gossip = Gossip(self._host, self._gateways.connected, self._gossips_with)
+        self._gateways.joined.append(self._gossip.include)
         self._dht = DhtClient(
             self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
         )

@@ -264,8 +264,6 @@ class Peers(INotifee):  # type: ignore[misc]
         """Have the other end send something."""
         if muxed._write_lock.locked():
             return  # somebody is sending: the probe would wait behind, and is not needed
-        # the library takes the answer for one to its own ping and computes a round trip from this
-        muxed._ping_sent_time = trio.current_time()
         try:
             await muxed._write_frame(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, 0))
         except STREAM_ERRORS as exc:

@@ -79,10 +79,23 @@ class Company(Pubsub):  # type: ignore[misc]
         super().__init__(host, router, strict_signing=True)
         self._concerns = concerns
         self._forwarders: dict[tuple[bytes, bytes], str] = {}
+        #: to whom a stream is being opened: a second one would take the place of the first
+        self._opening: set[ID] = set()
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
-        if self._concerns(str(peer_id)):
+        if peer_id in self._opening or not self._concerns(str(peer_id)):
+            return
+        self._opening.add(peer_id)
+        try:
             await super()._handle_new_peer(peer_id)
+        finally:
+            self._opening.discard(peer_id)
+
+    async def include(self, peer_id: ID) -> None:
+        """Speak pubsub with a peer that ``concerns`` names by now, and did not when it was connected. Returns
+        once that is so, or the peer is gone.
+        """
+        await self._handle_new_peer_with_retry(peer_id)
 
     async def push_msg(self, msg_forwarder: ID, msg: Any) -> None:
         token = _forwarder.set(str(msg_forwarder))

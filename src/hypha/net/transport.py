@@ -77,6 +77,10 @@ class NotAdmitted(HandshakeFailure):  # type: ignore[misc]
     """The certificate is good, but this node does not let the peer in now."""
 
 
+class _GaveUp(HandshakeFailure):  # type: ignore[misc]
+    """The other end closed during the handshake, without an alert that says why."""
+
+
 class TlsConnection(ISecureConn):  # type: ignore[misc]
     """An authenticated connection. ``certificate`` is the peer's, DER; ``roles``, ``name`` and
     ``organization`` are from it. ``instance`` tells which node with that certificate has dialled; ``None``
@@ -307,8 +311,10 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             raise HandshakeFailure(f"mutual TLS failed: {reason}") from exc
         except HandshakeFailure as exc:
             self._count_refused(server, exc)
-            # whoever did not admit it has said so, and not for each of its attempts
-            level = logging.DEBUG if isinstance(exc, NotAdmitted) else logging.WARNING
+            # whoever did not admit it has said so, and not for each of its attempts; and a node dials several
+            # addresses at once, and gives up the others when one is there
+            expected_here = isinstance(exc, NotAdmitted) or (server and isinstance(exc, _GaveUp))
+            level = logging.DEBUG if expected_here else logging.WARNING
             logger.log(level, "Refused the connection with %s: %s.", place, exc)
             await trio.aclose_forcefully(_Closing(raw))
             raise
@@ -327,7 +333,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
                     await raw.write(outgoing.read())
                 received = await raw.read(RECEIVE_BYTES)
                 if not received:
-                    raise HandshakeFailure("the peer closed during the handshake") from None
+                    raise _GaveUp("the peer closed during the handshake") from None
                 incoming.write(received)
             except ssl.SSLError:
                 if outgoing.pending:  # the alert tells the other side why

@@ -2,10 +2,11 @@
 
 As shipped, a writer whose reader pauses for five seconds is killed, a waiting writer polls every 10 ms,
 frames are 64 KiB, cancelling ``open_stream`` leaks one of 256 slots, closing a connection whose socket
-takes no data waits behind the stuck writer, and every read, of a single byte too, is answered with a
-frame of window (and with more window than was read, so that the limit grows and grows). The muxer is
-chosen by name inside the library, so a subclass cannot be passed in: its methods are replaced. Each
-repair has a regression test; they touch private names, which is why the library is pinned.
+takes no data waits behind the stuck writer, every read, of a single byte too, is answered with a
+frame of window (and with more window than was read, so that the limit grows and grows), and a ping
+whose reply is quick is timed from the one before. The muxer is chosen by name inside the library, so a
+subclass cannot be passed in: its methods are replaced. Each repair has a regression test; they touch
+private names, which is why the library is pinned.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import trio
 FRAME_BYTES = 256 * 1024
 #: How long a reader may pause before its writer gives up; a dead *connection* is noticed much earlier.
 STALL_S = 600.0
+#: How the header of a ping that asks for a reply begins: version, type, flags.
+_PING = struct.pack(">BBH", 0, yamux.TYPE_PING, yamux.FLAG_SYN)
 #: How long closing a connection waits to send its goodbye.
 GOODBYE_S = 0.5
 
@@ -87,8 +90,15 @@ async def _give_window(stream: Any, *, bytes_read: int = 0) -> None:
 
 
 async def _write_frame(connection: Any, data: bytes) -> None:
-    """Send one frame, without the library's taking it apart again for its log."""
+    """Send one frame, without the library's taking it apart again for its log.
+
+    A ping is timed from just before it is sent. The library notes the time after the write, which may be
+    after the reply was read: the round trip is then counted from the ping before, or, for the first one,
+    from the clock's zero.
+    """
     async with connection._write_lock:
+        if data[:4] == _PING:
+            connection._ping_sent_time = trio.current_time()
         await connection.secured_conn.write(data)
 
 

@@ -2,11 +2,12 @@
 
 All Ed25519, PKCS#8 and plain X.509 v3, strict enough for ``openssl verify -x509_strict``. Private keys
 are 0600 from their first byte, certificates 0644. Nothing existing is ever overwritten (but a CRL, and
-a certificate that is renewed), and a set of files appears whole or not at all.
+a certificate that is renewed, which is kept beside its CA), and a set of files appears whole or not at all.
 
 Names: a root writes ``<slug>-ca-cert.pem`` and ``-ca-key.pem``, an organisation these and
 ``-ca-trust.pem``, a node ``<slug>-cert.pem``, ``-key.pem`` and ``-trust.pem``. A trust file holds the
-organisation's CA and everything above it.
+organisation's CA and everything above it. ``<slug>-ca-renewed.pem`` holds certificates that were renewed and
+have not ended: whoever has one may still use it, so revoking its successor revokes it, too.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ def make_node(
 
 def renew_node(cert: Path, ca: CaFiles, *, days: int = NODE_DAYS) -> x509.Certificate:
     """Replace the first certificate in ``cert`` by one of the same key, subject and names with new dates: the
-    PeerID stays. What follows it in the file, and the file's owner and mode, stay too.
+    PeerID stays. What follows it in the file, and the file's owner and mode, stay too. The earlier one is
+    kept beside the CA's certificate, for :func:`revoke`.
     """
     authority = load_authority(ca, above=False)
     old, *chain = load_chain(cert)
@@ -173,13 +175,16 @@ def renew_node(cert: Path, ca: CaFiles, *, days: int = NODE_DAYS) -> x509.Certif
     if old.issuer != authority.certificate.subject or not issued_by(old, authority.certificate):
         raise IdentityError(f"{cert}: {name_of(authority.certificate)} did not issue it; use the CA that did")
     certificate = _issue_node(authority, old.subject, ed25519_key_of(old), names, days)
+    now = datetime.now(UTC)
+    kept = [one for one in (*_renewed(ca), old) if one.not_valid_after_utc > now]
+    replace_file(_renewed_path(ca), b"".join(_pem(one) for one in kept), 0o644)
     replace_file(cert, b"".join(_pem(one) for one in (certificate, *chain)), 0o644)
     return certificate
 
 
 def revoke(ca: CaFiles, certificates: Sequence[Path], crl: Path, *, days: int = CRL_DAYS) -> int:
-    """Add ``certificates`` of ``ca`` to the revocation list ``crl`` (made when missing), signed anew and
-    valid for ``days``. Returns how many it lists now.
+    """Add ``certificates`` of ``ca``, and the earlier ones of those that were renewed, to the revocation list
+    ``crl`` (made when missing), signed anew and valid for ``days``. Returns how many it lists now.
     """
     authority = load_authority(ca, above=False)
     now = datetime.now(UTC).replace(microsecond=0)
@@ -206,13 +211,15 @@ def revoke(ca: CaFiles, certificates: Sequence[Path], crl: Path, *, days: int = 
             raise IdentityError(
                 f"{path}: {name_of(authority.certificate)} did not issue it and cannot revoke it"
             )
-        entries.setdefault(
-            certificate.serial_number,
-            x509.RevokedCertificateBuilder()
-            .serial_number(certificate.serial_number)
-            .revocation_date(now)
-            .build(),
-        )
+        key = certificate.public_key()
+        for one in (certificate, *(earlier for earlier in _renewed(ca) if earlier.public_key() == key)):
+            entries.setdefault(
+                one.serial_number,
+                x509.RevokedCertificateBuilder()
+                .serial_number(one.serial_number)
+                .revocation_date(now)
+                .build(),
+            )
     for entry in entries.values():
         builder = builder.add_revoked_certificate(entry)
     builder = (
@@ -224,6 +231,16 @@ def revoke(ca: CaFiles, certificates: Sequence[Path], crl: Path, *, days: int = 
     signed = builder.sign(authority.key, digest_for(authority.key))
     replace_file(crl, signed.public_bytes(Encoding.PEM), 0o644)
     return len(entries)
+
+
+def _renewed_path(ca: CaFiles) -> Path:
+    return ca.cert.with_name(f"{ca.cert.stem.removesuffix('-cert')}-renewed.pem")
+
+
+def _renewed(ca: CaFiles) -> list[x509.Certificate]:
+    path = _renewed_path(ca)
+    # empty once all that it held have ended
+    return load_chain(path) if path.exists() and path.stat().st_size else []
 
 
 def _issue_node(

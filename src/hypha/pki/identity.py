@@ -188,9 +188,12 @@ class Identity:
         return True
 
 
-def load_identity(files: IdentityFiles) -> Identity:
-    """Load and check a node's files; IdentityError holds every problem found."""
-    return Identity(files, _load(files, _stamps(files)))
+def load_identity(files: IdentityFiles, *, warn: bool = True) -> Identity:
+    """Load and check a node's files; IdentityError holds every problem found. What is no problem, such as a
+    revocation list that is out of date, is logged, unless ``warn`` is false: a program that loads them once
+    more later, when its logging is set up, leaves it to that.
+    """
+    return Identity(files, _load(files, _stamps(files), warn=warn))
 
 
 def _stamps(files: IdentityFiles) -> tuple[object, ...]:
@@ -208,11 +211,16 @@ def _stamps(files: IdentityFiles) -> tuple[object, ...]:
 class _Reader:
     """Reads the four files and collects what is wrong with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, warn: bool) -> None:
         self.problems: list[Problem] = []
+        self._warns = warn
 
     def complain(self, key: str, path: Path, message: str) -> None:
         self.problems.append(Problem(key=key, source=str(path), message=message))
+
+    def tell(self, level: int, message: str, *arguments: object) -> None:
+        if self._warns:
+            logger.log(level, message, *arguments)
 
     def read(self, key: str, path: Path, private: bool = False) -> bytes | None:
         try:
@@ -271,8 +279,10 @@ class _Reader:
 
     def crls(self, key: str, path: Path, needed: bool) -> tuple[x509.CertificateRevocationList, ...]:
         if not needed and not path.exists():
-            # one that was there and has gone is another matter: who was revoked would be back
-            logger.warning(
+            # the rule in a new network, so no warning; one that was there and has gone is another matter: who
+            # was revoked would be back
+            self.tell(
+                logging.INFO,
                 "There is no revocation list at %s yet, so nobody is revoked; it is read once it exists.",
                 path,
             )
@@ -294,8 +304,10 @@ class _Reader:
         return tuple(found)
 
 
-def _load(files: IdentityFiles, stamps: tuple[object, ...], had_lists: bool = False) -> _Material:
-    reader = _Reader()
+def _load(
+    files: IdentityFiles, stamps: tuple[object, ...], had_lists: bool = False, warn: bool = True
+) -> _Material:
+    reader = _Reader(warn)
     certificates = reader.certificates("cert_pem", files.cert)
     key = reader.private_key("key_pem", files.key)
     bundle = reader.certificates("trust_pem", files.trust)
@@ -382,7 +394,8 @@ def _check_crls(
                 "crls_pem", path, f"the revocation list of {issuer} was not signed by that CA's key"
             )
         elif crl.next_update_utc is not None and crl.next_update_utc < datetime.now(UTC):
-            logger.warning(
+            reader.tell(
+                logging.WARNING,
                 "The revocation list of %s in %s is out of date since %s; it still counts, fetch a new one.",
                 issuer,
                 path,

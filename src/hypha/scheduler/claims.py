@@ -34,6 +34,11 @@ def contribution_problem(part: Contribution, batch_size: int, tracker: SliceTrac
     """Why an update cannot stand for what ``part`` says; empty where it can. ``batch_size`` is that of its
     worker's job. With ``held`` the rows must be of slices that are assigned to its worker now.
     """
+    return count_problem(part, batch_size) or _row_problem(part, tracker, held)
+
+
+def count_problem(part: Contribution, batch_size: int) -> str:
+    """What no worker that is well would say of its update, whatever happened; empty where there is none."""
     counts = (part.round, part.samples, part.batches, part.steps, part.restarts, part.attempt)
     if not all(is_count(count) for count in counts) or not 1 <= part.threads <= _MOST_THREADS:
         return "its counts are no counts"
@@ -41,6 +46,10 @@ def contribution_problem(part: Contribution, batch_size: int, tracker: SliceTrac
         return f"it names batches of {part.batch_size} samples, and was told {batch_size}"
     if not 0 < part.samples <= part.batches * batch_size:
         return f"{part.samples} samples are not what {part.batches} batches of {batch_size} hold"
+    return ""
+
+
+def _row_problem(part: Contribution, tracker: SliceTracker, held: bool) -> str:
     ends: dict[tuple[int, int], int] = {}
     rows = 0
     for span in part.ranges:
@@ -54,7 +63,7 @@ def contribution_problem(part: Contribution, batch_size: int, tracker: SliceTrac
             return f"slice {span.slice} of epoch {span.epoch} is not assigned to it"
         ends[key] = span.stop
         rows += span.stop - span.start
-    if rows != part.samples:
+    if rows < part.samples:
         return f"it names {rows} rows for {part.samples} samples"
     if any(ends.get(key) != tracker.samples[key[1]] for key in part.finished):
         return "it calls slices finished whose last rows it does not name"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
-from hypha.config.models import RoundsConfig
+from hypha.config.models import DEFAULT_BATCH_SIZE, RoundsConfig
 from hypha.errors import NetworkError, Refused
 from hypha.messages import (
     CancelJob,
@@ -89,7 +89,7 @@ class Crew:
         #: leases under which an executor of this job may run
         self._started = {lease.lease_id for lease in self.leases.values()}
         self._begun = False
-        self._warned = False
+        self._told_of_batches = False
 
     @property
     def server(self) -> PeerRef | None:
@@ -141,7 +141,7 @@ class Crew:
                 self._executors[key] = executor
                 batch = descriptions.batch_size(lease.resources) if lease.kind == "train" else 1
                 if lease.kind == "train":
-                    self._warn_of_small_batches(descriptions.config.rounds, batch, lease)
+                    self._tell_of_batches(descriptions.config.rounds, batch, lease)
                 # told before the worker is, as its first event may overtake the answer
                 self._handle(Joined(lease.worker, lease.kind, batch))
                 self._nursery.start_soon(self._run, executor, descriptions, self._life, server, batch)
@@ -164,15 +164,16 @@ class Crew:
         before = descriptions.start.generation << 32
         return Steering(self._node, lease.worker, lease.kind, self._stamp, before, self._traces)
 
-    def _warn_of_small_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
-        """Once, that a worker offered no more than what one sample needs: hardly ever what was meant."""
-        if batch > 1 or rounds.batch_size is not None or rounds.max_batch_size == 1 or self._warned:
+    def _tell_of_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
+        """Once, how large batches are where the configuration leaves it open."""
+        if rounds.batch_size is not None or self._told_of_batches:
             return
-        self._warned = True
-        logger.warning(
-            "A worker offered just the memory that resources.worker asks for a batch of one sample, so it "
-            "trains with batch size 1. Set rounds.batch_size, or ask for the memory of one sample and let "
-            'workers offer what they have (offer.strategy = "whole").',
+        self._told_of_batches = True
+        logger.info(
+            "The first worker trains with batches of %d samples, by what it offers and the default of %d; "
+            "rounds.batch_size sets another size for all",
+            batch,
+            min(DEFAULT_BATCH_SIZE, rounds.max_batch_size),
             extra={"worker_peer_id": lease.worker.peer, "lease_id": lease.lease_id},
         )
 

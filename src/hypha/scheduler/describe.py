@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import msgspec
 
-from hypha.config.models import JobConfig, ModelConfig, PreprocessorConfig, ResourcesConfig
+from hypha.config.models import (
+    DEFAULT_BATCH_SIZE,
+    JobConfig,
+    ModelConfig,
+    PreprocessorConfig,
+    ResourcesConfig,
+)
+from hypha.config.outer import outer_values
 from hypha.errors import ConfigError, Problem
 from hypha.messages import (
     AggregateJob,
@@ -87,6 +94,18 @@ def preprocessor_spec(config: PreprocessorConfig | None, scheduler: PeerRef) -> 
     return PreprocessorSpec(kind=config.type, source=source, inputs=inputs_of(config.input_names))
 
 
+def outer_optimizer(config: JobConfig, began: OuterOptimizer | None = None) -> OuterOptimizer:
+    """Of a job that ``began`` with this one, if it did: what the configuration leaves open stays as it was,
+    for a job has one outer optimizer, by which it is replayed. Of a new one: chosen by its number of rounds.
+    """
+    given = config.outer_optimizer
+    rate, momentum = outer_values(given, config.rounds.update_rounds)
+    if began is not None:
+        rate = began.learning_rate if given.learning_rate is None else rate
+        momentum = began.momentum if given.momentum is None else momentum
+    return OuterOptimizer(learning_rate=rate, momentum=momentum)
+
+
 @dataclass(frozen=True)
 class Descriptions:
     """Job descriptions of one life of a job, but for what differs by worker."""
@@ -97,10 +116,14 @@ class Descriptions:
 
     def batch_size(self, offered: Resources) -> int:
         """Of a worker that offered these resources."""
-        rounds = self.config.rounds
+        rounds, needs = self.config.rounds, self.config.resources.worker
         if rounds.batch_size is not None:
             return rounds.batch_size
-        return batch_size(offered, resources_of(self.config.resources.worker), rounds.max_batch_size)
+        by_offer = batch_size(offered, resources_of(needs), rounds.max_batch_size, DEFAULT_BATCH_SIZE)
+        if needs.model_fields_set & {"gpu", "memory"}:
+            return by_offer
+        # nobody has said what a sample needs: a larger offer is no reason for a smaller batch
+        return max(by_offer, min(DEFAULT_BATCH_SIZE, rounds.max_batch_size))
 
     def train(self, me: str, parameter_server: PeerRef, batch: int, steps: int | None = None) -> TrainJob:
         """For the training executor of worker ``me``; ``steps`` were taken by the job before."""
@@ -141,6 +164,7 @@ class Descriptions:
     def aggregate(self, me: str, restore: Reference | None) -> AggregateJob:
         """For the parameter server on worker ``me``; ``restore`` from a checkpoint of ``start.round``."""
         config, outer = self.config, self.config.outer_optimizer
+        optimizer = outer_optimizer(config) if self.start.optimizer is None else self.start.optimizer
         checkpoint = config.checkpoint
         return AggregateJob(
             job_id=self.start.job_id,
@@ -150,7 +174,7 @@ class Descriptions:
             scheduler=self.scheduler,
             model=model_spec(config.model, self.scheduler),
             preprocessor=preprocessor_spec(config.preprocessor, self.scheduler),
-            optimizer=OuterOptimizer(learning_rate=outer.learning_rate, momentum=outer.momentum),
+            optimizer=optimizer,
             weighting=outer.weighting,
             max_update_norm=outer.max_update_norm,
             max_update_ratio=outer.max_update_ratio,

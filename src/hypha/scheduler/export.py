@@ -8,6 +8,7 @@ overwritten. All methods block (call them in a thread) and raise :class:`OutputE
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from hypha.durable import sync_directory
 from hypha.errors import OutputError
 from hypha.places import UrlPlace
 from hypha.runtime import new_id
+
+logger = logging.getLogger(__name__)
 
 #: written last where there is no rename: with it the model is complete
 MARKER = "hypha.json"
@@ -115,6 +118,11 @@ class LocalOutput:
         with _translated(str(self.path), "writing to"):
             if self.path.exists() and not self.path.is_dir():
                 raise OutputError(f"the output {self.path} is a file; give a directory")
+            if Path.cwd().is_relative_to(self.path):
+                raise OutputError(
+                    f"the output {self.path} is the directory in which the scheduler runs, or one above "
+                    "it, and what is in there would be moved aside; give the model a directory of its own"
+                )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             probe = self.path.parent / f".hypha-probe-{new_id()}"
             probe.write_bytes(b"probe")
@@ -151,6 +159,7 @@ class LocalOutput:
         while (aside := self.path.with_name(f"{self.path.name}.previous-{number}")).exists():
             number += 1
         self.path.rename(aside)
+        logger.warning("What was in %s is kept in %s", self.path, aside)
 
 
 class UrlOutput:

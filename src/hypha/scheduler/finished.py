@@ -31,7 +31,8 @@ async def finished_job(state_dir: Path, config: JobConfig) -> JobResult | None:
             published = await ledger.run(Ledger.published)
         finally:
             ledger.close()
-        train, aggregate = described(config, PeerRef(peer=""), standing.job_id)
+        began = standing.aggregate.optimizer
+        train, aggregate = described(config, PeerRef(peer=""), standing.job_id, began)
         if different((train, aggregate), (standing.train, standing.aggregate)):
             return None
         counted = [entry for entry in file.rounds if not entry.discarded]

@@ -17,11 +17,11 @@ from msgspec import Struct
 
 from hypha.config.models import JobConfig
 from hypha.errors import ConfigError, HyphaError, JobFailed, Problem
-from hypha.messages import AggregateJob, Local, PeerRef, Peers, Reference, TrainJob
+from hypha.messages import AggregateJob, Local, OuterOptimizer, PeerRef, Peers, Reference, TrainJob
 from hypha.runtime import in_thread
 from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.datasets import Dataset
-from hypha.scheduler.describe import Descriptions, without_secrets
+from hypha.scheduler.describe import Descriptions, outer_optimizer, without_secrets
 from hypha.scheduler.ledger import Ledger, Opening, Standing, open_ledger
 from hypha.scheduler.replicas import Copies
 from hypha.scheduler.rules import Start
@@ -67,7 +67,7 @@ async def first_life(
     """Resume the unfinished job in ``state``, or one that is done and shall have more rounds; else begin
     ``job_id``. The state of another job that is done, or has not finished a round, and with ``fresh`` of any,
     is kept aside. ``copies`` take the place of what is lost. :class:`ConfigError` when the job that is to go
-    on is another one.
+    on is another one. A job that goes on has the outer optimizer that it began with.
     """
     opening = _opening(config, scheduler, dataset, job_id)
     if fresh:
@@ -78,8 +78,11 @@ async def first_life(
     try:
         standing = await ledger.run(Ledger.standing)
         if standing is not None:
-            other = differences(opening, standing)
             applied, _, _ = await ledger.run(Ledger.open_round)
+            began = standing.aggregate.optimizer
+            # before the first round nothing is lost by choosing anew
+            goes_on = _opening(config, scheduler, dataset, job_id, began) if applied else opening
+            other = differences(goes_on, standing)
             extended = config.rounds.update_rounds > applied
             if other and applied and (standing.state != "done" or extended):
                 raise _another(other, state.path)
@@ -89,7 +92,7 @@ async def first_life(
                         "The job had %d rounds; it goes on to %d", applied, config.rounds.update_rounds
                     )
                 await in_thread(state.prepare)
-                last = Start(standing.job_id, standing.generation)
+                last = Start(standing.job_id, standing.generation, optimizer=began)
                 if any(lease.kind == "aggregate" for lease in await ledger.run(Ledger.leases)):
                     return ledger, await taken_over(ledger, last)
                 store = CheckpointStore(state, standing.job_id, config.checkpoint.keep)
@@ -105,13 +108,27 @@ async def first_life(
     except BaseException:
         ledger.close()
         raise
-    return ledger, Life(Start(job_id), tracker)
+    return ledger, Life(Start(job_id, optimizer=opening.aggregate.optimizer), tracker)
+
+
+async def begins_anew(path: Path, config: JobConfig, scheduler: PeerRef, dataset: Dataset) -> bool:
+    """Whether the job in the ledger at ``path`` is done and another one than that of ``config``, so that
+    :func:`first_life` will not go on from it. Raises :class:`HyphaError` for a ledger that cannot be read.
+    """
+    ledger = await open_ledger(path)
+    try:
+        standing = await ledger.run(Ledger.standing)
+    finally:
+        ledger.close()
+    if standing is None or standing.state != "done":
+        return False
+    return bool(differences(_opening(config, scheduler, dataset, standing.job_id), standing))
 
 
 async def taken_over(ledger: Ledger, last: Start) -> Life:
     """The life after ``last``, whose scheduler was killed: it goes on where it was."""
     round_, steps, theta = await ledger.run(Ledger.open_round)
-    start = Start(last.job_id, last.generation + 1, round_, steps, theta, taken_over=True)
+    start = Start(last.job_id, last.generation + 1, round_, steps, theta, True, last.optimizer)
     tracker = await ledger.run(Ledger.slices)
     await ledger.run(Ledger.begin_life, start.generation, start.round, tracker)
     return Life(start, tracker)
@@ -126,7 +143,9 @@ async def next_life(ledger: Ledger, store: CheckpointStore, last: Start, copies:
             await ledger.run(Ledger.forget_checkpoint, begin.round)
             continue
         theta = await ledger.run(Ledger.theta_of, begin.round)
-        start = Start(last.job_id, last.generation + 1, begin.round, begin.steps, theta)
+        start = Start(
+            last.job_id, last.generation + 1, begin.round, begin.steps, theta, optimizer=last.optimizer
+        )
         lost = begin.round < open_round
         # of the open round the workers keep what they have, so their slices stay theirs
         tracker = begin.tracker.unassigned() if lost else await ledger.run(Ledger.slices)
@@ -135,8 +154,14 @@ async def next_life(ledger: Ledger, store: CheckpointStore, last: Start, copies:
     raise JobFailed(f"the ledger {ledger.path} has no round to begin from; start the job with --fresh")
 
 
-def _opening(config: JobConfig, scheduler: PeerRef, dataset: Dataset, job_id: str) -> Opening:
-    train, aggregate = described(config, scheduler, job_id)
+def _opening(
+    config: JobConfig,
+    scheduler: PeerRef,
+    dataset: Dataset,
+    job_id: str,
+    began: OuterOptimizer | None = None,
+) -> Opening:
+    train, aggregate = described(config, scheduler, job_id, began)
     return Opening(
         job_id=job_id,
         train=train,
@@ -146,9 +171,13 @@ def _opening(config: JobConfig, scheduler: PeerRef, dataset: Dataset, job_id: st
     )
 
 
-def described(config: JobConfig, scheduler: PeerRef, job_id: str) -> tuple[TrainJob, AggregateJob]:
-    """What executors of the job are told, but for what is different for each, and for secrets."""
-    descriptions = Descriptions(config, Start(job_id), scheduler)
+def described(
+    config: JobConfig, scheduler: PeerRef, job_id: str, began: OuterOptimizer | None = None
+) -> tuple[TrainJob, AggregateJob]:
+    """What executors of the job are told, but for what is different for each, and for secrets; ``began`` is
+    the outer optimizer that the job had so far.
+    """
+    descriptions = Descriptions(config, Start(job_id, optimizer=outer_optimizer(config, began)), scheduler)
     train = without_secrets(descriptions.train("", PeerRef(peer=""), 0))
     aggregate = without_secrets(descriptions.aggregate("", None))
     if not isinstance(train, TrainJob) or not isinstance(aggregate, AggregateJob):

@@ -24,7 +24,8 @@ _CHANGED = 0.15
 
 class Planner:
     """Plans for one round after the other. ``samples`` is the round's target over all workers; with
-    ``inner_steps`` every worker gets that many batches instead.
+    ``inner_steps`` every worker takes that many optimizer steps instead, of as many batches each as it
+    accumulates gradients over.
     """
 
     def __init__(self, samples: int, inner_steps: int | None = None) -> None:
@@ -57,7 +58,8 @@ class Planner:
         ``close`` makes this the last plan of the round: even who never reported gets one.
         """
         if self.inner_steps is not None:
-            return {member.peer: self.inner_steps for member in members if member.plan is None}
+            waiting = [member for member in members if member.plan is None]
+            return {member.peer: self.inner_steps * member.multiple for member in waiting}
         free = [member for member in members if not member.fixed]
         if self.final:
             return {member.peer: member.multiple for member in free if member.plan is None}

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 
 import trio
 
+from hypha.config.models import JobConfig
+from hypha.messages import OuterOptimizer
 from hypha.runtime import is_simulated, new_id
 from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.context import JobContext
 from hypha.scheduler.datasets import Dataset, Wanted, find_dataset
+from hypha.scheduler.describe import outer_optimizer
 from hypha.scheduler.ledger import Ledger, has_trained, held_leases, known_manifest
-from hypha.scheduler.lives import Life, first_life
+from hypha.scheduler.lives import Life, begins_anew, first_life
 from hypha.scheduler.pool import LeaseGained, Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
-from hypha.scheduler.preflight.trial import open_trial
+from hypha.scheduler.preflight.trial import ModelTrial, open_trial
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +57,19 @@ async def open_job(
     config, ledger_path = context.config, context.state.ledger
     left = tuple(await held_leases(ledger_path))
     trained = not fresh and (bool(left) or await has_trained(ledger_path))
-    checks = "none" if trained or is_simulated() else config.check
+    # a child process has no virtual clock
+    wanted = "quick" if config.check == "full" and is_simulated() else config.check
+    checks = "none" if trained else wanted
     # what it imports takes as long as the look-up of the dataset
     async with open_trial(config.model.type if checks == "full" else None) as trial:
         dataset = await _find(context, fresh, left, nursery, say)
         if checks != "none":
-            say(Preparing(f"checking that the model goes with the dataset {dataset.name}"))
-            await check_before_leasing(config, dataset.manifest, trial)
+            await _check(config, dataset, trial, say)
+    # the name of a job that is done, used for the next experiment: a new one for the check too
+    check_anew = trained and wanted != "none"
+    if check_anew and await begins_anew(ledger_path, config, context.node.ref(), dataset):
+        async with open_trial(config.model.type if wanted == "full" else None) as trial:
+            await _check(config, dataset, trial, say)
     say(Preparing("reading the job's state"))
     job_id = f"{config.name}-{new_id()[:12]}"
     scheduler = context.node.ref()
@@ -69,6 +78,13 @@ async def open_job(
     if life.start.generation:
         return Opened(dataset, ledger, life, store, left=left)
     return Opened(dataset, ledger, life, store, of_another=left)
+
+
+async def _check(
+    config: JobConfig, dataset: Dataset, trial: ModelTrial | None, say: Callable[[Preparing], None]
+) -> None:
+    say(Preparing(f"checking that the model goes with the dataset {dataset.name}"))
+    await check_before_leasing(config, dataset.manifest, trial)
 
 
 async def _find(
@@ -108,6 +124,8 @@ async def _find(
 async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:
     """What was left by an earlier scheduler: its rounds count, or its leases go back."""
     start = opened.life.start
+    if start.optimizer is not None:
+        _tell_of(start.optimizer, context.config)
     if start.generation:
         file = await opened.ledger.run(Ledger.to_file)
         context.progressed.resume(file.rounds)
@@ -118,6 +136,25 @@ async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:
         logger.info("Giving back %d leases of an earlier job", len(opened.of_another))
         context.pool.adopt(opened.of_another if fresh else ())
         await _give_back(context.pool, opened.of_another)
+
+
+def _tell_of(optimizer: OuterOptimizer, config: JobConfig) -> None:
+    """What was chosen, where the configuration leaves it open."""
+    rounds, chosen = config.rounds.update_rounds, outer_optimizer(config)
+    if None not in (config.outer_optimizer.learning_rate, config.outer_optimizer.momentum):
+        return
+    if optimizer == chosen:
+        why = f"chosen by update_rounds = {rounds}"
+    else:
+        would = f"learning rate {chosen.learning_rate:g}, momentum {chosen.momentum:g}"
+        why = f"with which the job began; started anew with {rounds} rounds it would have {would}"
+    logger.info(
+        "The outer optimizer has learning rate %g and momentum %g, %s; "
+        "scheduler.job.outer_optimizer sets them",
+        optimizer.learning_rate,
+        optimizer.momentum,
+        why,
+    )
 
 
 async def _give_back(pool: Pool, left: Iterable[LeaseGained]) -> None:

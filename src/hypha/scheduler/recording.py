@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import trio
 
 from hypha.config.models import JobConfig, SchedulerConfig, SinkConfig
@@ -16,6 +17,7 @@ from hypha.journal import Entry, Journal
 from hypha.messages import LedgerRound
 from hypha.runtime import wall_time
 from hypha.scheduler.events import LifeBegan, Record
+from hypha.scheduler.rules import Start
 from hypha.scheduler.snapshot import JobSnapshot
 from hypha.sinks import Destination, RoundValues, RunInfo, SinkProcess, close_all
 
@@ -39,6 +41,14 @@ _SETTINGS: dict[str, Any] = {
 _OF_UPDATES = ("update_norm", "update_cosine")
 
 
+def settings_of(job: JobConfig, start: Start) -> dict[str, Any]:
+    """By which runs are compared; with what was chosen where the configuration leaves it open."""
+    settings = job.model_dump(mode="json", include=_SETTINGS)
+    if start.optimizer is not None:
+        settings["outer_optimizer"] |= msgspec.structs.asdict(start.optimizer)
+    return settings
+
+
 class Recording:
     """Feeds sinks. A round is recorded once, with what was known when it was applied: a worker whose report
     of its update comes later is missing in it. :meth:`listen` to the journal, :meth:`see` snapshots.
@@ -58,8 +68,8 @@ class Recording:
     def listen(self, entry: Entry) -> None:
         """The sinks are opened when a job's first life begins."""
         if isinstance(entry.event, LifeBegan) and not self.sinks:
-            settings = self._job.model_dump(mode="json", include=_SETTINGS)
-            run = RunInfo(entry.event.start.job_id, settings)
+            start = entry.event.start
+            run = RunInfo(start.job_id, settings_of(self._job, start))
             self.sinks = [SinkProcess(one, run) for one in self._destinations]
         for action in entry.actions:
             if isinstance(action, Record) and self._is_new(action.entry):

@@ -28,7 +28,7 @@ from hypha.messages import (
     UpdateSent,
 )
 from hypha.messages import Event as ExecutorEvent
-from hypha.scheduler.claims import MOST_COUNT
+from hypha.scheduler.claims import MOST_COUNT, count_problem
 from hypha.scheduler.closing import PATIENCE, STALLED
 from hypha.scheduler.events import (
     Action,
@@ -318,6 +318,11 @@ class RoundMachine(Phases):
         elif problem := self.claim_problem(part, part.round == self.round and not member.left_out):
             self.counts["wrong contribution"] += 1
             text = f"its update of round {part.round} cannot be what it says: {problem}"
+            if part.round != self.round or member.left_out:
+                return []
+            if not count_problem(part, member.batch_size):
+                # its slices may have been taken back, and it has not heard of it
+                return self._refuse_update(member, "invalid", text)
             return self.failed(member.peer, "train", text, "claims")
         elif part.round == self.round and member.in_round and not member.left_out:
             if problem := self.plan_problem(member, part):

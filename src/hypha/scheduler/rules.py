@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from hypha.config.models import JobConfig
 from hypha.errors import ExecutorFailed, HyphaError, JobFailed, ModelError, NotFinite
-from hypha.messages import ExecutorClass
+from hypha.messages import ExecutorClass, OuterOptimizer
 
 #: losses that were not finite, of several workers or of one, after which a job is given up
 _DIVERGED, _DIVERGED_ALONE = 3, 5
@@ -20,7 +20,7 @@ _DIVERGED, _DIVERGED_ALONE = 3, 5
 @dataclass(frozen=True)
 class Rules:
     """``samples`` is the target of a round over all workers, ``inner_steps`` (if set) each worker's
-    number of batches instead; plans are multiples of ``multiple`` (gradient accumulation).
+    number of optimizer steps instead; plans are multiples of ``multiple`` batches (gradient accumulation).
     """
 
     rounds: int
@@ -71,7 +71,8 @@ class Rules:
 class Start:
     """Where a life of the job begins: ``steps`` inner steps were taken before; ``theta`` is the hash of
     what is to be restored, empty when nothing is. ``taken_over``: the parameter server is that of the life
-    before, and may have closed ``round`` already.
+    before, and may have closed ``round`` already. ``optimizer`` is what the job began with, for good;
+    ``None`` in journals of before there was a choice.
     """
 
     job_id: str
@@ -80,6 +81,7 @@ class Start:
     steps: int = 0
     theta: str = ""
     taken_over: bool = False
+    optimizer: OuterOptimizer | None = None
 
 
 class CarriedOver(Struct, frozen=True):

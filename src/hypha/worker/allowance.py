@@ -101,7 +101,9 @@ class Allowance:
     def _check_code(self, model: ModelSpec) -> None:
         if model.entrypoint is not None and not _matches(model.entrypoint, self._config.entrypoints):
             raise Refused(
-                "not-allowed", f"entrypoint {model.entrypoint} matches no pattern of allow.entrypoints"
+                "not-allowed",
+                f"entrypoint {model.entrypoint} matches no pattern of allow.entrypoints in this worker's "
+                "configuration",
             )
         if model.trust_remote_code:
             match model.source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from tests.support.hub import Hub, Repository
 
 from hypha.config.models import JobConfig
 from hypha.errors import ConfigError
-from hypha.messages import Column, Manifest, Trial, TrialReport
-from hypha.scheduler.ledger import has_trained
+from hypha.messages import Column, DatasetDescription, Manifest, PeerRef, Trial, TrialReport
+from hypha.scheduler.datasets import Dataset
+from hypha.scheduler.ledger import Ledger, Opening, has_trained
+from hypha.scheduler.lives import begins_anew, described
 from hypha.scheduler.preflight.checking import Checked, RunTrial, check_before_leasing, check_job
+from hypha.scheduler.slices import SliceTracker
 
 PASSED = TrialReport(outcome="passed")
 LLAMA = {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 8}
@@ -163,3 +167,20 @@ async def test_a_job_that_has_trained_is_known_by_its_ledger(tmp_path: Path) -> 
         db.execute("INSERT INTO rounds VALUES (1)")
     db.close()
     assert await has_trained(path)
+
+
+async def test_the_name_of_a_job_that_is_done_begins_anew_with_another_description(tmp_path: Path) -> None:
+    """Which is checked like any job: 4 classes for 10 labels were noticed by workers only."""
+    digits = DatasetDescription(manifest=manifest(*DIGITS, labels=(0, 9)), manifest_hash="h")
+    dataset, scheduler, path = Dataset("d", digits, []), PeerRef(peer="s"), tmp_path / "job.db"
+    before = job(tmp_path, RESNET)
+    after = job(tmp_path, RESNET, outer_optimizer={"momentum": 0.5})
+    with closing(Ledger(path)) as ledger:
+        train, aggregate = described(before, scheduler, "job-1")
+        tracker = SliceTracker([part.samples for part in digits.manifest.slices]).to_state()
+        ledger.open_job(Opening("job-1", train, aggregate, digits.manifest, "h"), tracker)
+        for config in (before, after):
+            assert not await begins_anew(path, config, scheduler, dataset), "it is not done"
+        ledger.done("out", "out")
+    assert not await begins_anew(path, before, scheduler, dataset)
+    assert await begins_anew(path, after, scheduler, dataset)

@@ -228,6 +228,13 @@ WRONG: dict[str, tuple[dict[str, object] | None, Manifest, dict[str, Any], str, 
         "scheduler.job.model.input_names",
         ["takes pixel_values", "image F32 [1, 8, 8]", "--rename COLUMN=pixel_values"],
     ),
+    "a language model as an image classifier": (
+        {**GPT2, "architectures": ["GPT2LMHeadModel"]},
+        manifest("input_ids I32 16", "labels I32 16", input_ids=(0, 63), labels=(0, 63)),
+        {},
+        "scheduler.job.model.type",
+        ["it is image-classification", "names a model for causal-lm", "set it to causal-lm"],
+    ),
     "images as bytes": (
         RESNET,
         manifest("image U8 900", "label I64", label=(0, 9)),

@@ -35,9 +35,11 @@ def chaos(
     """
     if simulated:
         raise typer.Exit(_simulate(seed, seeds, processes))
-    from hypha.cli.chaos.run import Options, parse_faults, run_chaos
-    from hypha.cli.running import run_until_signal
+    from hypha.cli.running import check_installed, run_until_signal
     from hypha.errors import JobFailed
+
+    check_installed("hypha chaos", "torch", "sklearn", "transformers", "accelerate")
+    from hypha.cli.chaos.run import Options, parse_faults, run_chaos
 
     options = Options(minutes * 60, workers, interval, seed, parse_faults(faults), summary, directory)
 
@@ -50,6 +52,9 @@ def chaos(
 
 
 def _simulate(first: int, seeds: int, processes: int | None) -> int:
+    from hypha.cli.running import check_installed
+
+    check_installed("hypha chaos --simulated", "torch")
     from hypha.simulation.search import search
 
     return 1 if search(first, seeds, processes or os.cpu_count() or 1, typer.echo) else 0

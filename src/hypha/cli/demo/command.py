@@ -24,8 +24,10 @@ def demo(
     open_: Annotated[bool, typer.Option("--open", help="Open the job's live page in the browser.")] = False,
 ) -> None:
     """Train a real model over a real network on this machine: gateway, data node, workers, scheduler."""
+    from hypha.cli.running import check_installed, run_until_signal
+
+    check_installed("hypha demo", "torch", "sklearn", "transformers", "accelerate")
     from hypha.cli.demo.run import Options, run_demo
-    from hypha.cli.running import run_until_signal
 
     options = Options(workers, rounds, output, summary, directory, keep, open_)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,8 @@ def refuse_missing(column: Any, name: str, row: RowName) -> None:
         first = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
         raise InputUnusable(
             f"{row(first)}: column {name!r} has no value; fill it in, or leave such rows out (--missing "
-            f"drop), put a value there (--fill {name}=VALUE), or leave the column out (--drop {name})"
+            f"drop), put a value there (--fill {quote(name)}=VALUE), or leave the column out "
+            f"(--drop {quote(name)})"
         )
 
 
@@ -84,7 +86,7 @@ def to_array(column: Any, name: str, row: RowName) -> Array:
     if is_list(kind):
         return _lists(column, name, row)
     raise InputUnusable(
-        f"column {name!r} is of type {kind}, which makes no tensor; leave it out with --drop {name}"
+        f"column {name!r} is of type {kind}, which makes no tensor; leave it out with --drop {quote(name)}"
     )
 
 
@@ -120,12 +122,12 @@ def _lists(column: Any, name: str, row: RowName) -> Array:
         first = int(odd[0])
         raise InputUnusable(
             f"{row(first)}: column {name!r} has a list of {int(lengths[first])} values, {row(0)} one of "
-            f"{length}; all must be equally long: fill them up (--pad {name}=0), or leave the column out "
-            f"(--drop {name})"
+            f"{length}; all must be equally long: fill them up (--pad {quote(name)}=0), or leave the column "
+            f"out (--drop {quote(name)})"
         )
     if not length:
         raise InputUnusable(
-            f"{row(0)}: column {name!r} has an empty list; leave the column out (--drop {name})"
+            f"{row(0)}: column {name!r} has an empty list; leave the column out (--drop {quote(name)})"
         )
     inner = to_array(column.flatten(), name, lambda index: row(index // length))
     return inner.reshape(len(column), length, *inner.shape[1:])

@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 import pyarrow as pa
@@ -159,7 +160,7 @@ class ColumnKind:
                 raise InputUnusable(
                     f"column {self.name!r} holds numbers, but {odd.place()} holds {odd.value!r}{which}; "
                     "correct "
-                    f"that value, or leave the column out (--drop {self.name})"
+                    f"that value, or leave the column out (--drop {quote(self.name)})"
                 )
         return ColumnType(pa.string())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import msgspec
@@ -65,7 +66,7 @@ class JsonTable:
                     except pa.ArrowException as exc:
                         raise InputUnusable(
                             f"{place(0)}: column {name!r} holds {kind} from here on, before it was {known}; "
-                            f"make them alike, or leave the column out (--drop {name})"
+                            f"make them alike, or leave the column out (--drop {quote(name)})"
                         ) from exc
         if not found:
             raise InputUnusable(
@@ -156,7 +157,7 @@ def _type_of(values: list[Any], name: str, place: Place) -> Any:
         odd = next((one for one in present if _class(one[1]) is not _class(first)), present[0])
         raise InputUnusable(
             f"{place(odd[0])}: column {name!r} holds {_shown(odd[1])}, {place(present[0][0])} "
-            f"{_shown(first)}; make them alike, or leave the column out (--drop {name})"
+            f"{_shown(first)}; make them alike, or leave the column out (--drop {quote(name)})"
         ) from exc
 
 

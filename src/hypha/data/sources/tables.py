@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -180,7 +181,8 @@ class TableSource:
         for name in self._texts:
             if name in members or options.rename.get(name, name) in numeric:
                 raise InputUnusable(
-                    f"column {name!r} is text, and cannot be used as numbers; leave it out (--drop {name})"
+                    f"column {name!r} is text, and cannot be used as numbers; leave it out "
+                    f"(--drop {quote(name)})"
                 )
         if self._texts:
             self._collect()
@@ -205,7 +207,7 @@ class TableSource:
         }
         if odd:
             told = ", ".join(f"column {name!r} is of type {kind}" for name, kind in odd.items())
-            drops = " ".join(f"--drop {name}" for name in odd)
+            drops = " ".join(f"--drop {quote(name)}" for name in odd)
             raise InputUnusable(
                 f"{told}, which makes no tensor; leave out with {drops}, or convert to numbers first"
             )
@@ -237,7 +239,7 @@ class TableSource:
                 continue
             self._own_notes.append(
                 f"column {name!r} is text; its {len(values)} different values became ids (see labels.json); "
-                f"--drop {name} leaves it out"
+                f"--drop {quote(name)} leaves it out"
             )
 
     def _refuse_texts(self, several: dict[str, str]) -> None:
@@ -247,10 +249,11 @@ class TableSource:
         if several:
             told = ", ".join(f"column {name!r} holds text with {how}" for name, how in several.items())
             first = next(iter(several))
+            drops = " ".join(f"--drop {quote(name)}" for name in several)
             raise InputUnusable(
-                f"{told}, too many for labels; give --tokenizer and --text-column {first} to train on text, "
-                f"leave it out with {' '.join(f'--drop {name}' for name in several)}, or have ids of it with "
-                f"--dtype {first}=I64"
+                f"{told}, too many for labels; give --tokenizer and --text-column {quote(first)} to train on "
+                f"text, leave it out with {drops}, or have ids of it with "
+                f"--dtype {quote(first)}=I64"
             )
 
     def _longest(self, names: list[str]) -> dict[str, int]:
@@ -276,11 +279,11 @@ class TableSource:
         flags = []
         images = [name for name in self._names if name in self._table.images and name not in rename]
         if images and "pixel_values" not in made:
-            flags.append(f"--rename {images[0]}=pixel_values")
+            flags.append(f"--rename {quote(images[0])}=pixel_values")
         if "labels" not in made:
             classes = [name for name in self._names if name in self._table.labels and name not in rename]
             found = ["label"] if "label" in self._names and "label" not in rename else classes
-            flags += [f"--rename {found[0]}=labels"] if len(found) == 1 else []
+            flags += [f"--rename {quote(found[0])}=labels"] if len(found) == 1 else []
         if flags:
             self._own_notes.append(f"columns keep their names; most models want {' '.join(flags)}")
 

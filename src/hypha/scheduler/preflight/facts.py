@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hypha.config.tasks import task_of
+
 #: how many positions a model has, by the names that configurations give it
 _POSITIONS = ("max_position_embeddings", "n_positions")
 #: what transformers takes where config.json names neither labels nor their number
@@ -15,11 +17,12 @@ _DEFAULT_LABELS = 2
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """``None``: config.json does not say. ``image_size`` is (height, width); ``num_labels`` is of those tasks
-    that have labels.
+    """``None``: config.json does not say. ``task`` is that of its architecture; ``image_size`` is (height,
+    width); ``num_labels`` is of those tasks that have labels.
     """
 
     kind: str = ""
+    task: str | None = None
     num_labels: int | None = None
     problem_type: str | None = None
     vocab_size: int | None = None
@@ -43,6 +46,7 @@ def facts_of(described: Mapping[str, object], arguments: Mapping[str, object]) -
 
     return ModelFacts(
         kind=words("model_type") or "",
+        task=task_of(described.get("architectures")),
         num_labels=_labels(described, arguments),
         problem_type=words("problem_type"),
         vocab_size=number("vocab_size"),

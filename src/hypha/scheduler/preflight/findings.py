@@ -8,6 +8,7 @@ not judged.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from shlex import quote
 
 from hypha.config.models import JobConfig
 from hypha.config.tasks import ALIASES, IGNORED, ONE_LABEL_A_ROW
@@ -81,7 +82,13 @@ class _Comparison:
     def all(self) -> Iterator[Finding]:
         yield from self._names()
         yield from self._preprocessor()
-        yield from self._main_input()
+        main_input, meant = list(self._main_input()), self._model.task
+        if main_input and meant not in (None, self._task):
+            # nothing that is found for the other task would help
+            text = f"it is {self._task}, but config.json names a model for {meant}; set it to {meant}"
+            yield Finding(f"{JOB}.model.type", text)
+            return
+        yield from main_input
         yield from self._labels()
         yield from self._tokens()
         yield from self._images()
@@ -90,8 +97,7 @@ class _Comparison:
             yield Finding(
                 f"{JOB}.resources.num_workers",
                 f"the dataset has {self._slices} slices for {workers} workers, and a slice goes to one "
-                "worker "
-                "at a time: some will wait; prepare it with a smaller --slice-samples",
+                "worker at a time: some will wait; prepare it with a smaller --slice-samples",
                 error=False,
             )
 
@@ -185,7 +191,7 @@ class _Comparison:
             yield Finding(
                 _PREPROCESSOR,
                 f"it divides pixels by 255, but those of {column.name} run from {number(found.low)} to "
-                f"{number(found.high)} already; prepare them with --dtype {column.name}=U8, or set "
+                f"{number(found.high)} already; prepare them with --dtype {quote(column.name)}=U8, or set "
                 "do_rescale to false in its preprocessor_config.json",
                 error=False,
             )
@@ -326,7 +332,7 @@ class _Comparison:
                 _DATASET,
                 f"the column {column.name} is {column.dtype}, but ids of tokens are whole numbers; prepare "
                 "it "
-                f"with --dtype {column.name}=I64",
+                f"with --dtype {quote(column.name)}=I64",
             )
             return
         found, rows = self._ranges.get(column.name), self._model.vocab_size
@@ -367,7 +373,7 @@ class _Comparison:
                 _DATASET,
                 f"the column {described({pixels.name: pixels})} holds no images of channels, height and "
                 "width; "
-                f"prepare it with --shape {pixels.name}=CHANNELS,HEIGHT,WIDTH",
+                f"prepare it with --shape {quote(pixels.name)}=CHANNELS,HEIGHT,WIDTH",
             )
             return
         channels, height, width = pixels.shape
