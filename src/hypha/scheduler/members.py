@@ -13,7 +13,7 @@ from hypha.scheduler.projection import BatchTime, Pace
 #: longest time that a silent worker is believed to go on at its pace, if its batches are shorter
 _BELIEVED_S = 1.0
 #: a plan may reach a worker so much later than it was made; meanwhile it trains on
-_OVERSHOOT_S = 1.0
+_OVERSHOOT_S = 3.0
 #: a round may begin at a worker so much earlier than here, as the scheduler may stand still
 _EARLY_S = 30.0
 #: batches that a worker may take before anything of them is known here
@@ -158,6 +158,9 @@ class Member:
         self.reported_at = now
         longest_s = math.inf if open_before else now - self.since + _EARLY_S
         self.batch_time.update(report.batches, min(report.busy_s, longest_s))
+        if math.isinf(self.due_by):
+            # its pace is known now
+            self.expect(now)
         if self.plan is not None and self.batches >= self.plan and self.reached_at is None:
             self.reached_at = now
         return True
@@ -175,9 +178,11 @@ class Member:
         """Count anew until when its batches are to be done. One that is slower than it was has twice the time
         that it is thought to need; reports alone put nothing off.
         """
-        if self.plan is not None:
-            left = max(0, self.plan - self.batches)
-            self.due_by = now + 2.0 * left * (self.batch_time.value_s or 0.0)
+        batch_s = self.batch_time.value_s
+        if self.plan is None or batch_s is None:
+            self.due_by = math.inf
+            return
+        self.due_by = now + 2.0 * max(0, self.plan - self.batches) * batch_s
 
     def overtake(self, round_: int) -> None:
         """Its update is here, or on its way: it has started, even if that was not heard yet."""

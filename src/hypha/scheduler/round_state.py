@@ -304,7 +304,7 @@ class RoundState:
         return max(1, len(self.tracker.samples) // (2 * max(1, len(self.members))))
 
     def _may_hold(self, member: Member) -> int:
-        target = max(self.rules.samples, (self.rules.inner_steps or 0) * member.batch_size)
+        target = max(self.rules.samples, (self.rules.inner_steps or 0) * member.multiple * member.batch_size)
         return member.may_hold(min(self.ahead, _MOST_AHEAD), target, max(self.tracker.samples))
 
     def keep_slices(self) -> KeepSlices:
