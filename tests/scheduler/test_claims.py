@@ -175,8 +175,8 @@ def test_the_parameter_server_knows_for_how_many_samples_an_update_may_stand_bef
         for part in parts:
             assert part.samples <= limits[round_][part.worker]
             if round_:
-                # not much more than its share: what it may do in three seconds
-                assert limits[round_][part.worker] <= part.samples + 4 * 60 + 4
+                # not much more than its share: what it may do in a second
+                assert limits[round_][part.worker] <= part.samples + 4 * 20 + 4
 
 
 def received(samples: int, round_: int = 3, peer: str = "a", **changes: Any) -> ReceivedFile:

@@ -13,7 +13,7 @@ from hypha.scheduler.projection import BatchTime, Pace
 #: longest time that a silent worker is believed to go on at its pace, if its batches are shorter
 _BELIEVED_S = 1.0
 #: a plan may reach a worker so much later than it was made; meanwhile it trains on
-_OVERSHOOT_S = 3.0
+_OVERSHOOT_S = 1.0
 #: a round may begin at a worker so much earlier than here, as the scheduler may stand still
 _EARLY_S = 30.0
 #: batches that a worker may take before anything of them is known here

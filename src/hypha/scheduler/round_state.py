@@ -229,7 +229,7 @@ class RoundState:
         """Why an update of the open round is none that was asked for; empty where it is one."""
         if self.open_before or part.attempt > 0:
             return ""
-        most = member.most_samples(self.round, False, self._may_hold(member))
+        most = member.most_samples(self.round, False, self._may_use(member))
         if most is not None:
             # what the parameter server was told holds, even if the worker turns out to be slower
             most = max(most, self.limits.get(member.peer, 0))
@@ -303,6 +303,9 @@ class RoundState:
         """Slices that each worker may fetch before they are needed: all hold half an epoch at most."""
         return max(1, len(self.tracker.samples) // (2 * max(1, len(self.members))))
 
+    def _may_use(self, member: Member) -> int:
+        return max(self._may_hold(member), self.tracker.rows_held(member.peer))
+
     def _may_hold(self, member: Member) -> int:
         target = max(self.rules.samples, (self.rules.inner_steps or 0) * member.multiple * member.batch_size)
         return member.may_hold(min(self.ahead, _MOST_AHEAD), target, max(self.tracker.samples))
@@ -341,7 +344,7 @@ class RoundState:
         more = False
         for member in self.participants:
             most = member.most_samples(
-                self.round, self.open_before or member.attempt > 0, self._may_hold(member)
+                self.round, self.open_before or member.attempt > 0, self._may_use(member)
             )
             if most is not None and most > self.limits.get(member.peer, 0):
                 self.limits[member.peer] = most
