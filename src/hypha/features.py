@@ -141,7 +141,8 @@ FEATURES = (
 
 #: Fields, values and tasks of job descriptions that came after the baseline and that executors which do not
 #: know them may ignore, in the form of :func:`words`.
-MAY_BE_IGNORED: frozenset[str] = frozenset()
+#: Without max_update_ratio huge updates count as they are, as they did before there was one.
+MAY_BE_IGNORED: frozenset[str] = frozenset({"aggregate.max_update_ratio"})
 
 #: Names of all features of this version.
 NAMES = tuple(feature.name for feature in FEATURES)

@@ -262,6 +262,9 @@ class AggregateJob(Message, tag="aggregate"):
     optimizer: OuterOptimizer = OuterOptimizer()
     weighting: Literal["samples", "uniform"] = "samples"
     max_update_norm: float | None = None
+    #: without ``max_update_norm``: how many times the median norm of recent updates one may have before it is
+    #: scaled down to that (:mod:`hypha.executor.outliers`)
+    max_update_ratio: float | None = None
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     round: int = 0
     restore: Reference | None = None
@@ -302,9 +305,16 @@ class Rejoin(Message):
 
 
 class Members(Message):
-    """For a parameter server: the workers whose updates count, complete each time."""
+    """For a parameter server: the workers whose updates count, complete each time.
+
+    ``most_samples`` says for how many samples their updates of ``round`` may stand at most: a larger one is
+    refused, and one of a worker that is not named in it waits for the next of these messages. Without
+    ``round`` nothing is said about that.
+    """
 
     peers: tuple[PeerRef, ...]
+    round: int | None = None
+    most_samples: dict[str, int] = {}
 
 
 class SendModel(Message):
@@ -392,13 +402,15 @@ class Contribution(Value):
 class UpdateStatistics(Value):
     """What a parameter server measured of one update: its L2 norm, its cosine to the weighted mean of all
     updates of the round (estimated, see :mod:`hypha.executor.agreement`; None where there is none, as of
-    zeros), and the size of its file.
+    zeros), the size of its file, and what it was multiplied by before it was added, as it was larger than it
+    may be (None: this version does not say).
     """
 
     worker: str
     norm: float = 0.0
     cosine: float | None = None
     size_bytes: int = 0
+    clip: float | None = None
 
 
 class Alive(Message):

@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from hypha.errors import Refused
 from hypha.executor import tensors, updates
-from hypha.executor.outer import OuterStep
+from hypha.executor.outer import OuterStep, clips_of
+from hypha.executor.outliers import MOST_ASIDE
 from hypha.executor.tensors import Theta
-from hypha.messages import AggregateJob, ExecutorDescriptor, ModelSpec, OuterOptimizer, PeerRef
+from hypha.messages import (
+    AggregateJob,
+    ExecutorDescriptor,
+    LedgerRound,
+    ModelSpec,
+    OuterOptimizer,
+    PeerRef,
+)
 
 NUMERICS = Path(__file__).with_name("nesterov.json")
 
@@ -181,6 +190,90 @@ def test_large_updates_are_clipped_to_the_norm(update: object) -> None:
     outer.add("small", 1, update(theta, [0.3, 0.4]))  # type: ignore[operator]
     outer.apply()
     torch.testing.assert_close(theta.parameters["w"], torch.tensor([0.45, 0.6]))
+
+
+def robust() -> OuterStep:
+    """A plain mean, with the default of jobs."""
+    plain = OuterOptimizer(learning_rate=1.0, momentum=0.0)
+    return OuterStep(theta_with([0.0, 0.0]), job(optimizer=plain, max_update_ratio=10.0))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_huge_update_moves_theta_as_far_as_another_from_the_first_round_on(
+    update: object, caplog: pytest.LogCaptureFixture, place: int
+) -> None:
+    outer, theta = (made := robust()), made.theta
+    for round_ in range(3):
+        before = theta.copy().parameters["w"]
+        honest = [[1.0, 0.0], [1.1, 0.0], [0.9, 0.0]]
+        deltas = [*honest[:place], [0.0, 1e15], *honest[place:]]
+        for number, delta in enumerate(deltas):
+            outer.add(f"w{number}", 5, update(theta, delta))  # type: ignore[operator]
+        outer.apply()
+        moved = theta.parameters["w"] - before
+        # rounding of theta itself takes part in the update, as it is so large
+        assert float(moved[0]) == pytest.approx(0.75, rel=1e-5), round_
+        assert 0.2 <= float(moved[1]) <= 0.3, round_
+        assert outer.statistics[place].clip == pytest.approx(1e-15, rel=0.2)
+        assert [one.clip for one in outer.statistics if one.worker != f"w{place}"] == [1.0] * 3
+    named = [record.getMessage() for record in caplog.records]
+    assert len(named) == 3
+    assert all(text.startswith(f"The update of w{place} has a norm of 1e+15") for text in named)
+
+
+def test_honest_updates_are_the_same_bits_with_and_without_the_limit(update: object) -> None:
+    plain = OuterStep(theta_with([0.0, 0.0]), job())
+    limited = OuterStep(theta_with([0.0, 0.0]), job(max_update_ratio=10.0))
+    for round_ in range(3):
+        for number in range(20):
+            delta = [0.1 * number + round_, 0.3]
+            for outer in (plain, limited):
+                outer.add(f"w{number}", 1 + number, update(outer.theta, delta))  # type: ignore[operator]
+        assert plain.apply() == limited.apply()
+        assert torch.equal(plain.theta.parameters["w"], limited.theta.parameters["w"])
+
+
+def test_a_first_round_keeps_few_updates_aside_and_leaves_no_file(update: object, tmp_path: Path) -> None:
+    outer = robust()
+    for number in range(MOST_ASIDE + 4):
+        outer.add(f"w{number}", 1, update(outer.theta, [1.0, 0.0]))  # type: ignore[operator]
+        aside = len(list(tmp_path.glob("*.aside")))
+        assert aside == (number + 1 if number + 1 < MOST_ASIDE else 0)
+    outer.apply()
+    torch.testing.assert_close(outer.theta.parameters["w"], torch.tensor([1.0, 0.0]))
+    outer.add("w", 1, update(outer.theta, [1.0, 0.0]))  # type: ignore[operator]
+    assert not list(tmp_path.glob("*.aside")), "from then on the rounds before it are known"
+
+
+def test_updates_of_nothing_do_not_make_everything_an_outlier(update: object) -> None:
+    outer = robust()
+    for worker in "abc":
+        outer.add(worker, 1, update(outer.theta, [0.0, 0.0]))  # type: ignore[operator]
+    outer.apply()
+    for worker in "abc":
+        outer.add(worker, 1, update(outer.theta, [3.0, 4.0]))  # type: ignore[operator]
+    assert outer.apply() == pytest.approx(5.0)
+
+
+def test_what_was_scaled_down_is_replayed_to_the_bit(update: object) -> None:
+    outer, again = robust(), robust()
+    for round_ in range(3):
+        copies = []
+        for number, delta in enumerate(([0.3, 0.1], [700.0, 1.0], [0.2, 0.2])):
+            path = update(outer.theta, delta)  # type: ignore[operator]
+            copies.append(path.with_name(f"{path.name}-copy"))
+            copies[-1].write_bytes(path.read_bytes())
+            outer.add(f"w{number}", 4, path)
+        outer.apply()
+        entry = LedgerRound(
+            round=round_, theta="", contributors=(), generation=0, samples=12, updates=outer.statistics
+        )
+        clips = clips_of(msgspec.json.decode(msgspec.json.encode(entry), type=LedgerRound))
+        assert clips["w1"] < 0.01
+        for number, copy in enumerate(copies):
+            again.add(f"w{number}", 4, copy, clips[f"w{number}"])
+        again.apply()
+        assert torch.equal(outer.theta.parameters["w"], again.theta.parameters["w"])
 
 
 def test_a_round_without_updates_changes_nothing(update: object) -> None:

@@ -17,17 +17,19 @@ from hypha.messages import (
     JobStamp,
     Loaded,
     ModelReady,
+    NextSlice,
     PeerRef,
     Progress,
     RoundApplied,
     RoundStarted,
+    SliceRange,
     UpdateReceived,
     UpdateSent,
     UpdateStatistics,
 )
 from hypha.scheduler import allocation
 from hypha.scheduler.allocator import NAME as ALLOCATOR
-from hypha.scheduler.events import CarriedOver, Input, Joined, Lost, Reported, Told
+from hypha.scheduler.events import CarriedOver, Input, Joined, Lost, Reported, SliceAsked, Told
 from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.report import GoodputNews, GoodputReport
 from hypha.scheduler.renewal import NAME as RENEWAL
@@ -68,6 +70,7 @@ class Scene:
         self.journal = Journal(checked=True)
         self.journal.listeners.append(self._listen)
         self.lives: dict[str, int] = {}
+        self.asked = 0
         #: (when, number, what): what peers will say
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         if self.start is not None:
@@ -147,6 +150,19 @@ class Scene:
         for peer in peers:
             round_ = self.machine.round
             self.tell(peer, RoundStarted(round=round_, theta=f"t{round_}", attempt=attempt))
+            self.ask(peer, attempt)
+
+    def ask(self, peer: str, attempt: int = 0) -> None:
+        """For a slice, which holds the samples of a round."""
+        self.asked += 1
+        stamp = JobStamp(
+            job_id="job",
+            generation=self.machine.start.generation,
+            round=self.machine.round,
+            attempt=attempt,
+        )
+        incarnation = f"{peer}-{self.lives.get(peer, 0)}"
+        self.feed(SliceAsked(peer, NextSlice(stamp=stamp, incarnation=incarnation, seq=self.asked)))
 
     def reported(self, peer: str, batches: int, busy_s: float | None = None, attempt: int = 0) -> None:
         progress = Progress(
@@ -162,6 +178,9 @@ class Scene:
 
     def update(self, peer: str, attempt: int = 0) -> None:
         """It is with the parameter server, and its worker hears of that."""
+        if not self.machine.tracker.held(peer):
+            self.ask(peer, attempt)
+        (epoch, index), *_ = self.machine.tracker.held(peer)
         part = Contribution(
             round=self.machine.round,
             worker=peer,
@@ -170,7 +189,8 @@ class Scene:
             batches=BATCHES,
             batch_size=BATCH,
             steps=0,
-            ranges=(),
+            ranges=(SliceRange(epoch=epoch, slice=index, start=0, stop=BATCHES * BATCH),),
+            finished=((epoch, index),),
             attempt=attempt,
         )
         self.tell(peer, UpdateSent(contribution=part))

@@ -29,8 +29,10 @@ from hypha.scheduler.allocation import (
     Offered,
     Pace,
     Want,
+    Worked,
 )
 from hypha.scheduler.allocator import Allocator
+from hypha.scheduler.standing import TrackRecord
 
 NEED = Resources(cpu=1, memory=4, gpu=2)
 TRAIN = Ask(
@@ -460,3 +462,92 @@ def test_never_more_than_wanted_and_every_offer_ends_somewhere(
     now += 10.0
     follow(allocator.handle(Tick(), now))
     assert not kept
+
+
+# --- what was seen of workers ---------------------------------------------------------------------------
+
+
+def choose(allocator: Allocator, *offers: WorkerOffer, at: float) -> str:
+    """Who is taken of ``offers``, for the one place that is free from ``at`` on."""
+    give(allocator, *offers, at=at + 0.1)
+    (worker,) = accepted(allocator.handle(Tick(), at + 5.0))
+    return worker
+
+
+def test_capacity_that_the_job_cannot_use_counts_for_nothing() -> None:
+    asked = msgspec.structs.replace(TRAIN, useful=2.0)
+    allocator = Allocator([asked], journal=Journal(checked=True))
+    allocator.handle(Want("train", 1), 0.0)
+    moon = offer("moon", price=1.0, resources=Resources(cpu=1e9, memory=1e9, gpu=1e9))
+    twice = offer("twice", price=0.9, resources=Resources(cpu=2, memory=8, gpu=4))
+    assert choose(allocator, moon, twice, at=0.0) == "twice"
+
+
+def test_an_absurd_offer_for_nothing_does_not_win_for_ever() -> None:
+    allocator = wanting()
+    now, taken = 0.0, []
+    for number in range(12):
+        for one in ("moon", "honest"):
+            absurd = one == "moon"
+            give(
+                allocator,
+                offer(
+                    one,
+                    lease_id=f"{one} {number}",
+                    price=0.0 if absurd else 1.0,
+                    resources=NEED,
+                ),
+                at=now + 0.1,
+            )
+        taken += accepted(allocator.handle(Tick(), now + 5.0))
+        # whoever was taken is lost again: the one by its own fault, the other as the job is over
+        allocator.handle(Lost(f"{taken[-1]} {number}", avoid=taken[-1] == "moon"), now + 6.0)
+        # long after it was forgiven
+        now += 3600.0
+        allocator.handle(Tick(), now - 1.0)
+        allocator.handle(Tick(), now - 0.5)
+    assert taken[0] == "moon"
+    assert taken[4:] == ["honest"] * 8
+
+
+def test_who_fails_again_and_again_is_avoided_for_longer_each_time() -> None:
+    allocator = wanting()
+    for number, until in enumerate((120.0, 240.0, 360.0)):
+        at = 10_000.0 * number
+        allocator.handle(Tick(), at)
+        give(allocator, offer("W1", lease_id=f"l{number}"), at=at + 0.1)
+        assert accepted(allocator.handle(Tick(), at + 5.0)) == ["W1"]
+        allocator.handle(Lost(f"l{number}"), at + 10.0)
+        assert not allocator._is_avoided("W1", at + 11.0 + until)
+        assert allocator._is_avoided("W1", at + 9.0 + until)
+
+
+def test_a_measured_speed_goes_before_a_claimed_capacity() -> None:
+    allocator = wanting(2)
+    large = Resources(cpu=2, memory=8, gpu=4)
+    give(allocator, offer("slow", resources=large), offer("fast", resources=NEED))
+    assert set(accepted(allocator.handle(Tick(), 0.5))) == {"slow", "fast"}
+    for _ in range(5):
+        allocator.handle(Worked((("slow", 1.0), ("fast", 40.0))), 1.0)
+    allocator.handle(Want("train", 0), 2.0)
+    for worker in ("slow", "fast"):
+        allocator.handle(Lost(f"lease of {worker} for rt", avoid=False), 2.0)
+    allocator.handle(Want("train", 1), 3.0)
+    offers = [offer("slow", lease_id="s2", resources=large), offer("fast", lease_id="f2", resources=NEED)]
+    assert choose(allocator, *offers, at=3.0) == "fast"
+
+
+def test_a_parameter_server_is_chosen_by_what_the_ledger_says_of_it() -> None:
+    for known, chosen in (
+        ([], "large"),
+        ([TrackRecord("large", rounds=0, failures=1)], "small"),
+        ([TrackRecord("small", rounds=3)], "small"),
+        ([TrackRecord("large", rounds=200, failures=1), TrackRecord("small", rounds=1)], "large"),
+    ):
+        allocator = Allocator([SERVER], journal=Journal(checked=True))
+        for record in known:
+            allocator.handle(record, 0.0)
+        allocator.handle(Want("aggregate", 1), 0.0)
+        large = offer("large", request_id="ra", resources=Resources(cpu=8), price=0.5)
+        small = offer("small", request_id="ra", resources=Resources(cpu=1))
+        assert choose(allocator, large, small, at=0.0) == chosen, known

@@ -11,12 +11,18 @@ from tests.support.network import until
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.errors import DatasetMismatch, DatasetNotFound, Refused
+from hypha.manifests import manifest_hash
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, SliceInfo
 from hypha.node import Node
-from hypha.scheduler.datasets import REFRESH_S, find_dataset
+from hypha.scheduler.datasets import REFRESH_S, Wanted, find_dataset
 from hypha.scheduler.pins import Pins
 
-MANIFEST = Manifest(name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00"),))
+MANIFEST = Manifest(
+    name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00" * 32),)
+)
+OTHER = Manifest(
+    name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="11" * 32),)
+)
 
 
 @asynccontextmanager
@@ -24,13 +30,14 @@ async def data_node(
     network: VirtualNetwork,
     gateway: Node,
     role: str = "data",
-    manifest_hash: str = "h",
+    manifest: Manifest = MANIFEST,
+    stated: str = "",
     organization: str = "",
 ) -> AsyncIterator[Node]:
     async with network.leaf("data", [gateway], roles=(role,), organization=organization) as node:
 
         async def describe(caller: str, request: DescribeDataset) -> DatasetDescription:
-            return DatasetDescription(manifest=MANIFEST, manifest_hash=manifest_hash)
+            return DatasetDescription(manifest=manifest, manifest_hash=stated or manifest_hash(manifest))
 
         node.answer(DescribeDataset, describe)
         await node.provide("digits")
@@ -69,7 +76,7 @@ async def test_a_worker_cannot_pass_for_a_data_node(
     async with (
         network.gateway() as gateway,
         network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
-        data_node(network, gateway, "worker", "other") as impostor,
+        data_node(network, gateway, "worker", OTHER) as impostor,
     ):
         assert await impostor.provide("digits") == 0
         assert await scheduler.find_providers("digits") == []
@@ -98,7 +105,7 @@ async def test_a_job_may_name_its_data_nodes(
         network.gateway() as gateway,
         network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
         data_node(network, gateway, organization="Lab") as ours,
-        data_node(network, gateway, manifest_hash="other", organization="Other Lab") as theirs,
+        data_node(network, gateway, manifest=OTHER, organization="Other Lab") as theirs,
     ):
         with pytest.raises(DatasetMismatch):
             await find_dataset(scheduler, "digits", 10.0)
@@ -132,3 +139,35 @@ async def test_who_is_refused_a_dataset_is_told_why(
         with pytest.raises(DatasetNotFound, match="that this job does not use"):
             await find_dataset(scheduler, "digits", 2.0)
         assert caplog.text.count("serves digits and not to this job: it is for other organisations") == 1
+
+
+@virtual_time
+async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_other_reported(
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    meant, other = manifest_hash(MANIFEST), manifest_hash(OTHER)
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        data_node(network, gateway) as honest,
+        data_node(network, gateway, manifest=OTHER) as differs,
+        data_node(network, gateway, manifest=OTHER, stated=meant) as liar,
+    ):
+        for wanted in (Wanted(pinned=meant), Wanted(known=meant), Wanted(pinned=meant, known=other)):
+            dataset = await find_dataset(scheduler, "digits", 10.0, wanted=wanted)
+            assert (dataset.manifest_hash, set(dataset.providers)) == (meant, {honest.peer_id})
+            await dataset.refresh(scheduler)
+            assert set(dataset.providers) == {honest.peer_id}
+        said = {(record.getMessage(), getattr(record, "peer_id", "")) for record in caplog.records}
+        assert any("serves different data" in text and peer == differs.peer_id for text, peer in said)
+        assert any("does not serve digits as it says" in text and peer == liar.peer_id for text, peer in said)
+        with pytest.raises(DatasetMismatch, match=f"{'ab' * 32} of the job"):
+            await find_dataset(scheduler, "digits", 1.0, wanted=Wanted(pinned="ab" * 32))
+        # one of each: nobody but the user can say which is meant, and that is what is said meanwhile
+        told: list[str] = []
+        with pytest.raises(DatasetMismatch, match="serve different data"):
+            await find_dataset(scheduler, "digits", 1.0, told.append)
+        assert meant in told[-1]
+        assert other in told[-1]
+        async with data_node(network, gateway):
+            assert (await find_dataset(scheduler, "digits", 10.0)).manifest_hash == meant

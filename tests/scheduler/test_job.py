@@ -38,6 +38,7 @@ from hypha.errors import (
 )
 from hypha.journal import Journal
 from hypha.leases import Lease
+from hypha.manifests import manifest_hash
 from hypha.messages import (
     Acknowledged,
     AggregateJob,
@@ -99,8 +100,9 @@ from hypha.worker.offers import LeaseDesk, serve_offers
 MANIFEST = Manifest(
     name="digits",
     columns=(),
-    slices=tuple(SliceInfo(file=f"{i}", samples=20, size=9, blake3="00") for i in range(8)),
+    slices=tuple(SliceInfo(file=f"{i}", samples=20, size=9, blake3="00" * 32) for i in range(8)),
 )
+OTHER = msgspec.structs.replace(MANIFEST, slices=MANIFEST.slices[1:])
 
 
 @dataclass
@@ -422,16 +424,13 @@ class Actor:
 
 @asynccontextmanager
 async def data_node(
-    network: Network | VirtualNetwork,
-    gateway: Node,
-    manifest_hash: str = "h",
-    manifests: Sequence[Manifest] = (MANIFEST,),
+    network: Network | VirtualNetwork, gateway: Node, manifests: Sequence[Manifest] = (MANIFEST,)
 ) -> AsyncIterator[Node]:
     """What it says is the last of ``manifests`` at the time."""
     async with network.leaf("data", [gateway], roles=("data",)) as node:
 
         async def describe(caller: str, request: DescribeDataset) -> DatasetDescription:
-            return DatasetDescription(manifest=manifests[-1], manifest_hash=manifest_hash)
+            return DatasetDescription(manifest=manifests[-1], manifest_hash=manifest_hash(manifests[-1]))
 
         node.answer(DescribeDataset, describe)
         await node.provide("digits")
@@ -942,8 +941,8 @@ async def test_what_cannot_be_had_ends_with_its_own_exit_code(
 
 @virtual_time
 async def test_replicas_that_differ_are_refused(network: VirtualNetwork, tmp_path: Path) -> None:
-    async with network.gateway() as gateway, data_node(network, gateway, "one"):
-        async with data_node(network, gateway, "two"):
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with data_node(network, gateway, [OTHER]):
             with trio.fail_after(20), pytest.raises(DatasetMismatch, match="different data"):
                 await network.run_job(config_for(network, gateway, tmp_path))
 

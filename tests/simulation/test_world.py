@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
 
-from hypha.simulation.scenario import Fault, Scenario, random_scenario
-from hypha.simulation.search import Runner
+from hypha.simulation.scenario import LIES, Fault, Scenario, Way, random_scenario
+from hypha.simulation.search import Runner, run_scenario
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +85,37 @@ def test_a_worker_that_stalls_is_replaced_when_the_job_goes_on(runner: Runner) -
         Fault(role="parameter-server", way="kill", round=1, phase="training", after_s=0.5, for_s=13.0),
     )
     assert runner.run(Scenario(seed=1, rounds=4, apart=True, faults=faults)).problems == ()
+
+
+#: one worker among four
+FOUR = Scenario(seed=7, workers=4, batch_s=(0.2,), model_s=20.0)
+
+
+@pytest.fixture(scope="module")
+def honest_s(runner: Runner) -> float:
+    """How long the job of :data:`FOUR` takes where nobody lies."""
+    verdict = runner.run(FOUR)
+    assert verdict.problems == ()
+    return verdict.lasted_s
+
+
+@pytest.mark.parametrize("way", LIES)
+def test_a_worker_among_four_that_lies_costs_its_share_and_a_deadline_and_is_named(
+    runner: Runner, honest_s: float, way: Way
+) -> None:
+    loading = way in ("never-load", "boast")
+    lie = Fault("worker", way, 0 if loading else 1, "loading" if loading else "training")
+    with tempfile.TemporaryDirectory() as root:
+        ending = run_scenario(msgspec.structs.replace(FOUR, faults=(lie,)), Path(root))
+    assert ending.problems == ()
+    (struck,) = ending.struck
+    assert struck.startswith(f"{way} worker-")
+    most_s = honest_s * 4 / 3 + FOUR.deadline_s + 5.0
+    if loading:
+        # it holds up the start, as all four are wanted for that, until it is replaced
+        most_s = honest_s + FOUR.model_s + 10.0
+    assert ending.lasted_s < most_s
+    liar = struck.split()[1]
+    named = [line for line in ending.log if liar in line and (" WARNING " in line or " ERROR " in line)]
+    assert named or way == "boast", "who offers the moon is not even taken, as it is not needed"
+    assert ending.journal

@@ -20,10 +20,11 @@ class EarlierDesk(LeaseDesk):
     """Its desk."""
 
     def hear(
-        self, publisher: str, request: WorkerRequest, heard_in: str | None = None
+        self, publisher: str, request: WorkerRequest, heard_in: str | None = None, reached: bool = True
     ) -> list[ArbiterAction]:
         """As its decoder leaves the request."""
-        return super().hear(publisher, msgspec.structs.replace(request, version="", needs=()), heard_in)
+        plain = msgspec.structs.replace(request, version="", needs=())
+        return super().hear(publisher, plain, heard_in, reached)
 
 
 def earlier_desk(

@@ -15,13 +15,16 @@ from hypha.journal import Journal
 from hypha.leases import Bind, Ended, Granted, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerRequest
 from hypha.worker.arbiter import (
+    LONGEST_PAUSE_S,
     MAX_WAITING,
+    MAX_WAITING_OF_ONE,
     Arbiter,
     ArbiterAction,
     Close,
     Heard,
     Ignored,
     OfferFailed,
+    Reached,
     RenewAsked,
     SendOffer,
 )
@@ -265,9 +268,101 @@ def test_a_flood_of_requests_does_not_grow_without_bound() -> None:
     worker = arbiter()
     refused = 0
     for index in range(MAX_WAITING + 10):
-        refused += len(reasons(worker.handle(Heard("S", request(request_id=f"r{index}")), 0.0)))
+        asked = request(f"S{index}")
+        refused += len(reasons(worker.handle(Heard(f"S{index}", asked), 0.0)))
     assert refused == 10
     assert len(offers(worker.handle(Tick(), 0.2))) == 4
+
+
+def test_a_scheduler_that_asks_under_many_names_holds_one_temporary_lease_and_leaves_room_for_others() -> (
+    None
+):
+    worker = arbiter()
+    refused = [
+        one
+        for index in range(100)
+        for one in reasons(worker.handle(Heard("S", request(request_id=f"r{index}", bid=9.0)), 0.0))
+    ]
+    assert len(refused) == 100 - MAX_WAITING_OF_ONE
+    worker.handle(Heard("S", request(request_id="server", kind="aggregate")), 0.0)
+    worker.handle(Heard("T", request("T")), 0.0)
+    sent = [one.scheduler.peer for one in offers(worker.handle(Tick(), 0.2))]
+    assert sent == ["S", "T"], "one for each class of executor, and the flood took the places of that"
+    # until it has answered that one it gets no other
+    assert "not answered" in reasons(worker.handle(Heard("S", request(request_id="new")), 0.3))[0]
+    worker.handle(RenewAsked("lease-1", "S"), 0.4)
+    worker.handle(Heard("S", request(request_id="new")), 0.5)
+    assert len(offers(worker.handle(Tick(), 0.7))) == 1
+
+
+def test_nothing_is_held_for_a_scheduler_that_cannot_be_reached() -> None:
+    worker = arbiter()
+    worker.handle(Heard("gone", request("gone", resources=TOTAL, bid=99.0), reached=False), 0.0)
+    worker.handle(Heard("S", request("S", resources=TOTAL)), 0.1)
+    # who bids more is waited for a moment longer, and not beyond what the other one allows
+    assert offers(worker.handle(Tick(), 0.2)) == []
+    assert worker.next_wake == pytest.approx(0.1 + 0.35)
+    assert [one.scheduler.peer for one in offers(worker.handle(Tick(), 0.45))] == ["S"]
+    assert reasons(worker.handle(Tick(), 0.5)) == ["its scheduler could not be reached in time"]
+    worker.handle(Reached("gone", False), 0.6)
+    worker.handle(Heard("late", request("late", resources=Resources(cpu=0)), reached=False), 1.0)
+    assert offers(worker.handle(Tick(), 1.2)) == []
+    assert [one.scheduler.peer for one in offers(worker.handle(Reached("late", True), 1.3))] == ["late"]
+
+
+def test_the_higher_bid_wins_though_it_is_connected_a_moment_later() -> None:
+    for reached, first in ((True, "rich"), (False, "poor")):
+        worker = arbiter()
+        worker.handle(Heard("poor", request("poor", resources=TOTAL)), 0.0)
+        worker.handle(Heard("rich", request("rich", resources=TOTAL, bid=9.0), reached=False), 0.0)
+        assert offers(worker.handle(Tick(), 0.2)) == []
+        sent = offers(worker.handle(Reached("rich", reached), 0.25))
+        assert [one.scheduler.peer for one in sent] == [first]
+
+
+@pytest.mark.parametrize("how", ["undelivered", "expired", "given back late"])
+def test_offers_that_come_to_nothing_are_made_ever_more_seldom(how: str) -> None:
+    worker = arbiter(temporary_lease_s=4.0)
+    now, made = 0.0, []
+    while now < 300.0:
+        worker.handle(Heard("S", request(request_id=f"at {now:g}")), now)
+        for one in offers(worker.handle(Tick(), now + 0.2)):
+            made.append(now)
+            if how == "undelivered":
+                worker.handle(OfferFailed(one.offer.lease_id, "no answer", undelivered=True), now + 0.3)
+            elif how == "given back late":
+                worker.handle(Tick(), now + 3.5)
+                now += 3.5
+                worker.handle(Release(one.offer.lease_id, "S"), now)
+        now += 0.5
+        worker.handle(Tick(), now)
+    assert made[0] == 0.0
+    assert made[1] < 5.0, "once may happen to anybody"
+    assert 8 <= len(made) <= 18
+    assert made[-1] - made[-2] >= LONGEST_PAUSE_S
+    # who accepts one has a clean sheet
+    worker.handle(Tick(), 310.0)
+    now = 370.0
+    worker.handle(Heard("S", request(request_id="good")), now)
+    (good,) = offers(worker.handle(Tick(), now + 0.2))
+    worker.handle(RenewAsked(good.offer.lease_id, "S"), now + 0.3)
+    worker.handle(Heard("S", request(request_id="next")), now + 0.4)
+    (following,) = offers(worker.handle(Tick(), now + 0.7))
+    worker.handle(OfferFailed(following.offer.lease_id, "no answer", undelivered=True), now + 0.8)
+    worker.handle(Heard("S", request(request_id="one more")), now + 0.9)
+    assert len(offers(worker.handle(Tick(), now + 1.2))) == 1
+
+
+def test_offers_that_are_declined_or_given_back_at_once_are_no_failures() -> None:
+    worker = arbiter()
+    for number in range(20):
+        now = float(number)
+        worker.handle(Heard("S", request(request_id=f"r{number}")), now)
+        (one,) = offers(worker.handle(Tick(), now + 0.2))
+        if number % 2:
+            worker.handle(OfferFailed(one.offer.lease_id, "not needed"), now + 0.3)
+        else:
+            worker.handle(Release(one.offer.lease_id, "S"), now + 0.8)
 
 
 def test_a_stopping_worker_offers_nothing_but_keeps_its_leases() -> None:

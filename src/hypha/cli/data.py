@@ -103,15 +103,16 @@ def verify(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only problems.")] = False,
 ) -> None:
     """Read every slice and compare it with the manifest; exit 1 when something is wrong."""
-    from hypha.data.manifest import silent
+    from hypha.data.manifest import read_manifest, silent
     from hypha.data.verify import verify as verify_dataset
+    from hypha.manifests import manifest_hash
 
     problems = verify_dataset(directory, silent if quiet else typer.echo)
     for problem in problems:
         typer.echo(f"PROBLEM {problem}")
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"OK: {directory} is whole")
+    typer.echo(f"OK: {directory} is whole; its manifest_hash is {manifest_hash(read_manifest(directory))}")
 
 
 def _pairs(name: str, texts: list[str] | None) -> dict[str, str]:

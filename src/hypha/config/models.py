@@ -319,6 +319,9 @@ class DatasetRef(Section):
     """The dataset by the name it is announced under."""
 
     dataset: str
+    #: of the manifest, in hex, as `hypha-data verify` and data nodes say it: other data under the name is not
+    #: used; ``None``: that of the job's ledger, or what most data nodes serve
+    manifest_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     shuffle: bool = True
     #: only data nodes of these organisations, as their CAs are called, and those of ``data_nodes``
     organizations: list[str] = []
@@ -369,7 +372,11 @@ class OuterOptimizerConfig(Section):
     #: (docs/defaults.md)
     momentum: float | None = Field(default=None, ge=0, lt=1)
     weighting: Literal["samples", "uniform"] = "samples"
+    #: an update with a larger norm is scaled down to it; ``None``: ``max_update_ratio`` decides
     max_update_norm: float | None = Field(default=None, gt=0)
+    #: an update whose norm is so many times the median of those of the last rounds is scaled down to that;
+    #: ``None``: never
+    max_update_ratio: float | None = Field(default=10.0, gt=1)
 
 
 class ScheduleConfig(Section):
@@ -411,6 +418,9 @@ class JobResourcesConfig(Section):
     #: a training executor without a sign of life for so long is taken for hung, where that is less than its
     #: worker's own ``hang_s``; longer than the longest batch
     hang_s: float | None = Field(default=None, gt=0)
+    #: a worker that has not loaded the model after so long, or after three times what the quickest one
+    #: needed, is replaced, once another one has; ``None``: it may take for ever
+    load_s: float | None = Field(default=300.0, gt=0)
     worker: NeedsConfig = NeedsConfig()
     parameter_server: NeedsConfig = NeedsConfig()
     worker_price: PriceConfig = PriceConfig()

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import blake3
 import msgspec
 
 from hypha.data.ranges import Ranges
@@ -29,6 +28,7 @@ from hypha.data.slices import (
 )
 from hypha.decoding import decode_json
 from hypha.errors import DataError, Undecodable
+from hypha.manifests import manifest_hash
 from hypha.messages import Column, Manifest, SliceInfo
 
 logger = logging.getLogger(__name__)
@@ -58,21 +58,6 @@ class Dataset:
     def paths(self) -> tuple[Path, ...]:
         """The slice files, in the manifest's order."""
         return tuple(self.directory / part.file for part in self.manifest.slices)
-
-
-def manifest_hash(manifest: Manifest) -> str:
-    """BLAKE3 in hex over the canonical JSON of what replicas must share."""
-    shared = {
-        "version": manifest.version,
-        "columns": [
-            {"name": column.name, "dtype": column.dtype, "shape": column.shape}
-            for column in sorted(manifest.columns, key=lambda one: one.name)
-        ],
-        "slices": [
-            {"samples": part.samples, "size": part.size, "blake3": part.blake3} for part in manifest.slices
-        ],
-    }
-    return blake3.blake3(msgspec.json.encode(shared, order="sorted")).hexdigest()
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

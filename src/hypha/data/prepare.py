@@ -14,7 +14,7 @@ from shlex import quote
 import msgspec
 
 from hypha.data.columns import Shaper, listed
-from hypha.data.manifest import Progress, manifest_hash, silent
+from hypha.data.manifest import Progress, silent
 from hypha.data.options import DEFAULT_SLICE_MB, PrepareOptions, check_options
 from hypha.data.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_for
 from hypha.data.slices import Array, sync
@@ -23,6 +23,7 @@ from hypha.data.sources.opening import open_source
 from hypha.data.staging import HOLDOUT, LABELS_FILE, Staging, check_target
 from hypha.data.summary import Summary, Tally
 from hypha.errors import DataError, InputUnusable
+from hypha.manifests import manifest_hash
 from hypha.messages import Column, Manifest
 
 logger = logging.getLogger(__name__)

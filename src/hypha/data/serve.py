@@ -21,13 +21,13 @@ from hypha.data.locks import take
 from hypha.data.manifest import (
     Dataset,
     load_dataset_directory,
-    manifest_hash,
     read_manifest,
     require_readable,
 )
 from hypha.data.served import ServedSlices
 from hypha.data.verify import slice_problem
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
+from hypha.manifests import manifest_hash
 from hypha.messages import (
     DatasetDescription,
     DescribeDataset,

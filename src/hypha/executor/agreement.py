@@ -38,7 +38,7 @@ class Agreement:
         rows = math.ceil(CHUNK / WIDTH)
         signs = torch.randint(0, 2, (len(drawn), rows), generator=chance).to(torch.float32).mul_(2).sub_(1)
         self._signs = dict(zip(drawn, signs, strict=True))
-        self._sketches: dict[str, tuple[Tensor, float, float, int]] = {}
+        self._sketches: dict[str, tuple[Tensor, float, float, int, float]] = {}
 
     def draw(self, span: tuple[str, int], piece: Tensor, sketch: Tensor) -> None:
         """Add the chunk ``piece`` (fp32, on the CPU, contiguous) at ``span`` to ``sketch``, which has
@@ -53,20 +53,28 @@ class Agreement:
         if rest:
             sketch[:rest].add_(piece[rows * WIDTH :], alpha=float(signs[rows]))
 
-    def accept(self, worker: str, norm: float, sketch: Tensor, weight: float, size_bytes: int) -> None:
-        """The update of ``worker`` is in the sum, with that ``weight``."""
-        self._sketches[worker] = (sketch, norm, weight, size_bytes)
+    def accept(
+        self, worker: str, norm: float, sketch: Tensor, weight: float, size_bytes: int, clip: float
+    ) -> None:
+        """The update of ``worker`` is in the sum, multiplied by ``weight`` and by ``clip``."""
+        self._sketches[worker] = (sketch, norm, weight * clip, size_bytes, clip)
+
+    def norms(self) -> tuple[float, ...]:
+        """Of the updates of the open round, as they were sent."""
+        return tuple(norm for _, norm, _, _, _ in self._sketches.values())
 
     def close(self) -> tuple[UpdateStatistics, ...]:
         """Of the round's updates, in the order in which they were added; the next round begins."""
         found = self._sketches
         self._sketches = {}
         mean = torch.zeros(WIDTH, dtype=torch.float64)
-        for sketch, _, weight, _ in found.values():
+        for sketch, _, weight, _, _ in found.values():
             mean.add_(sketch, alpha=weight)
         return tuple(
-            UpdateStatistics(worker=worker, norm=norm, cosine=_cosine(sketch, mean), size_bytes=size_bytes)
-            for worker, (sketch, norm, _, size_bytes) in found.items()
+            UpdateStatistics(
+                worker=worker, norm=norm, cosine=_cosine(sketch, mean), size_bytes=size_bytes, clip=clip
+            )
+            for worker, (sketch, norm, _, size_bytes, clip) in found.items()
         )
 
 

@@ -3,7 +3,8 @@
 After Douillard et al. 2023. With Delta_i = theta_i - theta_r and weights w_i (samples, or 1): g = sum(w_i
 Delta_i) / sum(w_i), m <- mu m + g (so m_0 = g), theta <- theta + lr (mu m + g), which is what
 ``torch.optim.SGD(nesterov=True)`` does with the gradient -g. Updates are added as they come into one fp32
-accumulator, so memory is theta, momentum and accumulator, however many workers there are.
+accumulator, so memory is theta, momentum and accumulator, however many workers there are; only those of the
+first round wait on the disk for a while, see :mod:`hypha.executor.outliers`.
 
 Buffers are no parameters and take no momentum: floating and complex ones (BatchNorm's statistics) become the
 weighted mean of the workers' values, integer and boolean ones (``num_batches_tracked``) their maximum. What
@@ -12,9 +13,11 @@ no worker has changed stays as it is, infinite or NaN though it may be.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +27,27 @@ from torch import Tensor
 from hypha.errors import DataError, Refused
 from hypha.executor.agreement import WIDTH, Agreement
 from hypha.executor.model_tensors import unchanged
+from hypha.executor.outliers import MOST_ASIDE, NormLimit
 from hypha.executor.tensors import CHUNK, TensorFile, Theta, one_thread
 from hypha.executor.updates import UpdateFile
-from hypha.messages import AggregateJob, UpdateStatistics
+from hypha.messages import AggregateJob, LedgerRound, UpdateStatistics
+
+logger = logging.getLogger("hypha.executor.parameter_server")
 
 #: A parameter and the first element of a chunk of it.
 Span = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """An update that was judged, in the file at ``path``."""
+
+    worker: str
+    norm: float
+    sketch: Tensor
+    weight: float
+    size_bytes: int
+    path: Path
 
 
 class OuterStep:
@@ -47,7 +65,10 @@ class OuterStep:
         self.momentum: dict[str, Tensor] = {}
         self._optimizer = job.optimizer
         self._uniform = job.weighting == "uniform"
-        self._max_norm = job.max_update_norm
+        self._limit = NormLimit(job)
+        #: updates of a first round that are not in the sum yet, in the order in which they came
+        self._aside: list[_Aside] = []
+        self._added = False
         self._sum: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         #: elements of buffers that no update so far has changed
@@ -78,8 +99,9 @@ class OuterStep:
 
     @one_thread()
     @torch.no_grad()
-    def add(self, worker: str, samples: int, path: Path) -> float:
-        """Add a worker's update file to the sum; return its norm.
+    def add(self, worker: str, samples: int, path: Path, clip: float | None = None) -> float:
+        """Add a worker's update file to the sum; return its norm. ``clip`` is what it is multiplied by, if
+        that is known, as in a replay. The file may be moved: it is deleted when it is in the sum.
 
         Raises :class:`Refused` (``duplicate``, ``invalid``) before anything was added.
         """
@@ -99,15 +121,44 @@ class OuterStep:
                         raise DataError(f"the buffer {name} holds values that are not finite")
                 size_bytes = path.stat().st_size
                 weight = 1.0 if self._uniform else float(samples)
-                clip = 1.0 if self._max_norm is None else min(1.0, self._max_norm / max(norm, 1e-30))
-                self._accumulate(update, weight * clip)
+                part = _Aside(worker, norm, sketch, weight, size_bytes, path)
+                waits = clip is None and not self._limit.is_known
+                if not waits:
+                    self._accumulate(update, part, self._clip(part) if clip is None else clip)
         except DataError as exc:
             raise Refused("invalid", str(exc), worker) from exc
+        if waits:
+            aside = path.with_name(f"{path.name}.aside")
+            path.rename(aside)
+            self._aside.append(replace(part, path=aside))
         self._accumulate_buffers(buffers, weight)
         self._weight += weight
         self.contributors[worker] = samples
-        self._agreement.accept(worker, norm, sketch, weight * clip, size_bytes)
+        if len(self._aside) >= MOST_ASIDE:
+            self._take_aside()
         return norm
+
+    def _take_aside(self) -> None:
+        """Add what was kept aside: the norms of a first round are known."""
+        aside, self._aside = self._aside, []
+        self._limit.saw(part.norm for part in aside)
+        for part in aside:
+            with TensorFile(part.path) as file:
+                self._accumulate(UpdateFile(file, self.theta), part, self._clip(part))
+            part.path.unlink()
+
+    def _clip(self, part: _Aside) -> float:
+        clip = self._limit.clip(part.norm)
+        if clip < 1.0:
+            logger.warning(
+                "The update of %s has a norm of %g, those of recent rounds have %g in the median: it counts "
+                "with %.3g of its length",
+                part.worker,
+                part.norm,
+                self._limit.median(),
+                clip,
+            )
+        return clip
 
     def _norm(self, update: UpdateFile) -> tuple[float, Tensor]:
         """The norm of ``update``, and its sketch."""
@@ -136,7 +187,11 @@ class OuterStep:
             total.add_(sketch)
         return math.sqrt(squares), total
 
-    def _accumulate(self, update: UpdateFile, weight: float) -> None:
+    def _accumulate(self, update: UpdateFile, part_of: _Aside, clip: float) -> None:
+        weight, first, self._added = part_of.weight * clip, not self._added, True
+        self._agreement.accept(
+            part_of.worker, part_of.norm, part_of.sketch, part_of.weight, part_of.size_bytes, clip
+        )
         for name, value in self.theta.parameters.items():
             if name not in self._sum:
                 self._sum[name] = torch.empty(value.numel())
@@ -145,10 +200,10 @@ class OuterStep:
             reader = update.reader()
             for name, at in spans:
                 part = self._sum[name][at : at + CHUNK]
-                if self.contributors:
-                    part.add_(reader.chunk(name, at), alpha=weight)
-                else:
+                if first:
                     torch.mul(reader.chunk(name, at), weight, out=part)
+                else:
+                    part.add_(reader.chunk(name, at), alpha=weight)
             return []
 
         self._over_chunks(accumulate)
@@ -179,6 +234,10 @@ class OuterStep:
         if not self.contributors:
             self.statistics = ()
             return 0.0
+        if self._aside:
+            self._take_aside()
+        else:
+            self._limit.saw(self._agreement.norms())
         rate, mu = self._optimizer.learning_rate, self._optimizer.momentum
         for name, total in self._sum.items():
             if name not in self.momentum:
@@ -207,6 +266,7 @@ class OuterStep:
         self.statistics = self._agreement.close()
         self.contributors.clear()
         self._weight = 0.0
+        self._added = False
         return math.sqrt(squares)
 
     def momentum_or_zeros(self) -> dict[str, Tensor]:
@@ -219,6 +279,11 @@ class OuterStep:
     def restore_momentum(self, momentum: dict[str, Tensor]) -> None:
         """Take momentum from a checkpoint (shares its memory)."""
         self.momentum = {name: momentum[name].view(-1) for name in self.theta.parameters}
+
+
+def clips_of(entry: LedgerRound) -> dict[str, float]:
+    """What each update of an applied round was multiplied by, as far as the ledger says that."""
+    return {one.worker: one.clip for one in entry.updates if one.clip is not None}
 
 
 def _is_averaged(dtype: torch.dtype) -> bool:

@@ -27,8 +27,9 @@ import torch
 from opentelemetry.trace import Span
 from torch import Tensor
 
-from hypha.errors import CheckpointUnusable, ModelError, PeerUnreachable, Refused
+from hypha.errors import CheckpointUnusable, DataError, ModelError, PeerUnreachable, Refused
 from hypha.executor import tensors
+from hypha.executor.admission import admit
 from hypha.executor.bridge_client import ALIVE_S, BridgeClient
 from hypha.executor.broadcast import Broadcasts
 from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
@@ -94,8 +95,8 @@ class ParameterServer:
         #: of the job's present life
         self._generation = job.generation
         self._inputs: queue.SimpleQueue[Directive | ReceivedFile | Exception] = queue.SimpleQueue()
-        self._members: dict[str, PeerRef] | None = None
-        #: updates that came before it was said who takes part
+        self._members: Members | None = None
+        #: updates that came before it was said who takes part, or for how many samples they may stand
         self._early: list[ReceivedFile] = []
         self._broadcasts = Broadcasts(bridge, self._ended, lambda round_: self._span(BROADCAST, round_))
         #: one thread: checkpoints become durable in the order of their rounds
@@ -175,6 +176,11 @@ class ParameterServer:
         for worker, samples in self._outer.contributors.items():
             self._received(worker, samples)
 
+    @property
+    def _peers(self) -> tuple[PeerRef, ...]:
+        """Who takes part."""
+        return () if self._members is None else self._members.peers
+
     def _span(self, operation: Operation, round_: int) -> AbstractContextManager[Span]:
         """``operation`` in ``round_``, from any thread."""
         attributes = self._traces.attributes(self._generation, round_)
@@ -185,7 +191,7 @@ class ParameterServer:
             case ReceivedFile():
                 self._update_arrived(item)
             case Members():
-                self._members = {ref.peer: ref for ref in item.peers}
+                self._members = item
                 early, self._early = self._early, []
                 for file in early:
                     self._update_arrived(file)
@@ -245,9 +251,6 @@ class ParameterServer:
     # --- updates ------------------------------------------------------------------------------------
 
     def _update_arrived(self, file: ReceivedFile) -> None:
-        if self._members is None:
-            self._early.append(file)
-            return
         round = file.meta.stamp.round if file.meta.stamp is not None else -1
         with self._span(RECEIVE_UPDATE, round) as receiving:
             receiving.set_attributes({"hypha.peer": file.from_peer, "hypha.transfer.bytes": file.size})
@@ -256,23 +259,43 @@ class ParameterServer:
     def _receive_update(self, file: ReceivedFile, round: int) -> None:
         path = self._bridge.directory / file.path
         try:
-            self._check(file)
+            if not admit(file, self._job, self.round, self._members):
+                self._wait_for_members(file)
+                return
+        except Refused as exc:
+            self._refused(file, round, exc)
+            self._updates.give(path)
+            return
+        try:
+            contribution = contribution_in(path, file.from_peer, round, file.meta.samples)
             norm = self._outer.add(file.from_peer, file.meta.samples, path)
         except Refused as exc:
-            logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, exc.reason)
-            self._bridge.report(
-                UpdateRefused(round=round, worker=file.from_peer, code=exc.code, reason=exc.reason)
-            )
+            self._refused(file, round, exc)
+        except DataError as exc:
+            self._refused(file, round, Refused("invalid", str(exc), file.from_peer))
         else:
             logger.info(
                 "Added the update of %s (%d samples, norm %g).", file.from_peer, file.meta.samples, norm
             )
-            contribution = contribution_in(path, file.from_peer, round, file.meta.samples)
             if contribution is not None:
                 self._contributions[file.from_peer] = contribution
             self._received(file.from_peer, file.meta.samples)
         finally:
             self._updates.give(path)
+
+    def _wait_for_members(self, file: ReceivedFile) -> None:
+        """One update of each worker: a later one takes the place of an earlier."""
+        for early in [one for one in self._early if one.from_peer == file.from_peer]:
+            self._early.remove(early)
+            if early.path != file.path:
+                self._updates.give(self._bridge.directory / early.path)
+        self._early.append(file)
+
+    def _refused(self, file: ReceivedFile, round: int, exc: Refused) -> None:
+        logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, exc.reason)
+        self._bridge.report(
+            UpdateRefused(round=round, worker=file.from_peer, code=exc.code, reason=exc.reason)
+        )
 
     def _received(self, worker: str, samples: int) -> None:
         self._bridge.report(
@@ -284,25 +307,13 @@ class ParameterServer:
             )
         )
 
-    def _check(self, file: ReceivedFile) -> None:
-        """Raises :class:`Refused` for what is of another job, life or round, or from a stranger."""
-        stamp, worker = file.meta.stamp, file.from_peer
-        if stamp is None or stamp.job_id != self._job.job_id:
-            raise Refused("uninvited", "the update is of another job", worker)
-        if stamp.generation < self._job.generation:
-            raise Refused("stale", f"the update is of generation {stamp.generation} of the job", worker)
-        if stamp.round != self.round:
-            raise Refused("stale", f"round {self.round} is open, not {stamp.round}", worker)
-        if worker not in (self._members or {}):
-            raise Refused("uninvited", "the worker takes no part in the job", worker)
-
     # --- rounds -------------------------------------------------------------------------------------
 
     def _close(self, directive: CloseRound) -> None:
         if directive.round == self.round - 1 and self._applied is not None:
             # said again: then somebody did not hear of it
             self._bridge.report(self._applied)
-            self._send_theta((self._members or {}).values())
+            self._send_theta(self._peers)
             return
         if directive.round != self.round:
             logger.warning("Round %d cannot be closed in round %d.", directive.round, self.round)
@@ -310,7 +321,7 @@ class ParameterServer:
         with self._span(OUTER_STEP, self.round):
             checkpoint, old = self._step(directive)
         if not directive.final:
-            self._send_theta((self._members or {}).values())
+            self._send_theta(self._peers)
         # a broadcast that still runs keeps its own link
         self._thetas.give(old)
         if checkpoint:

@@ -129,8 +129,8 @@ class DhtServer:
         return size
 
     async def _serve(self, stream: Any, caller: str) -> None:
-        """Have the library answer the first query of a stream, if the caller's role allows it: it would read
-        on until the stream ends, but ours come one a stream, and what it reads by itself nobody has looked at.
+        """Have the library answer the first query of a stream, if the caller's role allows it. The library
+        would read on until the stream ends, but ours come one a stream, and what it reads nobody has judged.
         """
         try:
             with trio.fail_after(READ_TIMEOUT_S):

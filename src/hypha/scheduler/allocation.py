@@ -9,6 +9,7 @@ from msgspec import Struct
 from hypha import __version__
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
+from hypha.scheduler.standing import TrackRecord
 
 #: why an offer was not taken
 Cause = Literal["late", "price", "resources", "features", "avoided", "not-needed", "other"]
@@ -29,6 +30,8 @@ class Ask(Struct, frozen=True, tag=True):
     max_price: float
     dataset: str | None = None
     needs: tuple[str, ...] = ()
+    #: a worker can make use of so many times ``resources``; what it offers beyond that counts for nothing
+    useful: float | None = None
 
     @property
     def kind(self) -> ExecutorClass:
@@ -86,6 +89,12 @@ class Lost(Struct, frozen=True, tag=True):
     avoid: bool = True
 
 
+class Worked(Struct, frozen=True, tag=True):
+    """A round was applied, with updates of these workers: who did how many samples a second."""
+
+    speeds: tuple[tuple[str, float], ...]
+
+
 class GatewayChanged(Struct, frozen=True, tag=True):
     """What was published may not have been heard: advertise again what is still wanted, now, or after the
     usual pause where that is a moment ago.
@@ -99,7 +108,7 @@ class AllocatorBegan(Struct, frozen=True, tag=True):
     pace: Pace
 
 
-AllocatorEvent = Want | Offered | Gained | Adopted | Lost | GatewayChanged | Tick
+AllocatorEvent = Want | Offered | Gained | Adopted | Lost | TrackRecord | Worked | GatewayChanged | Tick
 
 
 # --- out --------------------------------------------------------------------------------------------------

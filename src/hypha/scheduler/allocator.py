@@ -1,11 +1,13 @@
 """The scheduler's allocator, a pure machine: which offers to take so that as many workers as wanted are held.
 
-For every executor class it is told whom to ask for (:class:`Ask`) and how many (:class:`Want`). While
-fewer are held it advertises, collects offers until the deadline it gave, checks each against what was
-asked, ranks them by capacity for the price, takes the best and releases the others at once. What is
-still missing is advertised again with growing pauses; a lost worker is replaced without pause.
-A worker that failed lately is taken only when nobody else offers. Every call costs at most
-O(n log n) in the number of open offers, so ten thousand workers can be driven.
+For every executor class it is told whom to ask for (:class:`Ask`) and how many (:class:`Want`). While fewer
+are held it advertises, collects offers until the deadline it gave, checks each against what was asked, ranks
+them by capacity for the price, takes the best and releases the others at once. What is still missing is
+advertised again with growing pauses; a lost worker is replaced without pause. A worker that failed lately is
+taken only when nobody else offers, for longer each time. What an offer claims is weighed by what was seen of
+its worker (:mod:`hypha.scheduler.standing`): capacity beyond what the job can use counts for nothing, a price
+under half of the bid is no better than that, and a parameter server is chosen by reliability before all else.
+Every call costs at most O(n log n) in the number of open offers, so ten thousand workers can be driven.
 """
 
 from __future__ import annotations
@@ -37,8 +39,14 @@ from hypha.scheduler.allocation import (
     Offered,
     Pace,
     Want,
+    Worked,
 )
+from hypha.scheduler.standing import Standings, TrackRecord
 
+#: a worker that fails again and again is avoided for so many times as long, at most
+_LONGEST_AVOIDANCE = 30
+#: a lower price than this share of the bid gives no advantage: a worker asks for the bid at least
+_LEAST_PRICE = 0.5
 #: of an allocator's entries in a journal
 NAME = "allocator"
 
@@ -90,6 +98,7 @@ class Allocator:
         self._searches: dict[ExecutorClass, _Search] = {}
         self._by_request: dict[str, _Search] = {}
         self._avoid_until: dict[str, float] = {}
+        self._standings = Standings()
         #: every lease on the table or taken -> its worker
         self._known: dict[str, str] = {}
         for ask in asks:
@@ -186,6 +195,10 @@ class Allocator:
                 for search in self._searches.values():
                     if lease_id in search.taken:
                         self._lose(search, lease_id, avoid, now)
+            case TrackRecord():
+                self._standings.know(event)
+            case Worked(speeds):
+                self._standings.worked(speeds)
             case GatewayChanged():
                 for search in self._searches.values():
                     # a job's first request coincides with its node's reservation at the relay: all would
@@ -207,7 +220,8 @@ class Allocator:
         del search.workers[worker], self._known[lease_id]
         if avoid:
             self._avoid_until = {peer: until for peer, until in self._avoid_until.items() if until > now}
-            self._avoid_until[worker] = now + self._pace.avoid_s
+            times = min(self._standings.failed(worker), _LONGEST_AVOIDANCE)
+            self._avoid_until[worker] = now + times * self._pace.avoid_s
         if lease_id in search.confirmed:
             search.confirmed.remove(lease_id)
             self._hurry(search, now)
@@ -281,7 +295,9 @@ class Allocator:
         return actions
 
     def _decide(self, search: _Search, now: float) -> list[AllocatorAction]:
-        everyone = sorted(search.candidates.values(), key=lambda candidate: self._rank(candidate.offer, now))
+        everyone = sorted(
+            search.candidates.values(), key=lambda candidate: self._rank(candidate.offer, search.ask, now)
+        )
         search.candidates.clear()
         search.decide_at = None
         actions: list[AllocatorAction] = []
@@ -290,6 +306,8 @@ class Allocator:
                 lease_id, worker = candidate.offer.lease_id, candidate.offer.worker.peer
                 search.taken[lease_id] = worker
                 search.workers[worker] = lease_id
+                if search.ask.kind == "train":
+                    self._standings.took(worker, _capacity(candidate.offer, search.ask))
                 actions.append(Accept(search.ask.kind, candidate.offer, candidate.expires_at))
             elif candidate.expires_at <= now:
                 actions.append(self._dismiss(candidate, "late"))
@@ -301,15 +319,28 @@ class Allocator:
     def _is_avoided(self, worker: str, now: float) -> bool:
         return self._avoid_until.get(worker, -math.inf) > now
 
-    def _rank(self, offer: WorkerOffer, now: float) -> tuple[bool, float, float, float, str, str]:
-        """Sorts the best first, in a total order: who failed lately comes last; then capacity for the
-        price, then capacity, then the lower price; equals by PeerID, so that a run can be repeated.
+    def _rank(
+        self, offer: WorkerOffer, ask: Ask, now: float
+    ) -> tuple[bool, float, float, float, float, str, str]:
+        """Sorts the best first, in a total order: who failed lately comes last; of parameter servers the less
+        reliable ones; then capacity for the price, weighed by what was seen of the worker, then capacity,
+        then the lower price; equals by PeerID, so that a run can be repeated.
         """
-        capacity = weighted_capacity(offer.resources)
+        worker = offer.worker.peer
+        capacity, price = _capacity(offer, ask), max(offer.price, _LEAST_PRICE * ask.bid)
         free_of_charge = math.inf if capacity > 0 else 0.0
-        value = capacity / offer.price if offer.price > 0 else free_of_charge
-        avoided = self._is_avoided(offer.worker.peer, now)
-        return (avoided, -value, -capacity, offer.price, offer.worker.peer, offer.lease_id)
+        value = capacity / price if price > 0 else free_of_charge
+        reliability = self._standings.reliability(worker)
+        first = -reliability if ask.kind == "aggregate" else 0.0
+        if ask.kind == "train":
+            value *= reliability * self._standings.pace(worker)
+        return (self._is_avoided(worker, now), first, -value, -capacity, offer.price, worker, offer.lease_id)
+
+
+def _capacity(offer: WorkerOffer, ask: Ask) -> float:
+    """What the job can use of what is offered, as one number."""
+    offered = weighted_capacity(offer.resources)
+    return offered if ask.useful is None else min(offered, ask.useful * weighted_capacity(ask.resources))
 
 
 def _unfit(caller: str, offer: WorkerOffer, ask: Ask) -> tuple[str, Cause] | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import msgspec
 
 from hypha.messages import Contribution, LedgerRound, RoundApplied, UpdateStatistics
+from hypha.scheduler.claims import MOST_COUNT, bounded_loss
 
 #: applied rounds whose late contributions still enter the ledger
 _REMEMBERED_ROUNDS = 4
@@ -33,8 +34,7 @@ class Books:
 
     def note(self, part: Contribution) -> Contribution:
         """A worker's word of its update; a loss that is no number becomes 0, as JSON knows none."""
-        if not math.isfinite(part.loss):
-            part = msgspec.structs.replace(part, loss=0.0)
+        part = msgspec.structs.replace(part, loss=bounded_loss(part.loss, 0.0))
         self.contributions[part.worker] = part
         return part
 
@@ -72,8 +72,7 @@ class Books:
         if entry is None or contribution.worker not in missing:
             return None
         missing.discard(contribution.worker)
-        if not math.isfinite(contribution.loss):
-            contribution = msgspec.structs.replace(contribution, loss=0.0)
+        contribution = msgspec.structs.replace(contribution, loss=bounded_loss(contribution.loss, 0.0))
         completed = _with(entry, (*entry.contributors, contribution), order)
         self._applied[entry.round] = (completed, missing, order)
         return completed
@@ -83,7 +82,8 @@ def _finite(found: UpdateStatistics) -> UpdateStatistics:
     """As JSON can hold it: of what is no number nothing is known."""
     cosine = found.cosine if found.cosine is not None and math.isfinite(found.cosine) else None
     norm = found.norm if math.isfinite(found.norm) else 0.0
-    return msgspec.structs.replace(found, norm=norm, cosine=cosine)
+    size = min(max(0, found.size_bytes), MOST_COUNT)
+    return msgspec.structs.replace(found, norm=norm, cosine=cosine, size_bytes=size)
 
 
 def _with(entry: LedgerRound, contributors: Iterable[Contribution], order: tuple[str, ...]) -> LedgerRound:

@@ -17,6 +17,9 @@ from hypha.scheduler.rules import Rules
 
 #: a worker left out so often in a row, or refused so often, is replaced; in the last such round it is awaited
 PATIENCE = 3
+#: one that began so many rounds in a row, and sent no update of them, too; in the second the grace is all
+#: that it gets
+STALLED = 2
 #: how long a round that is otherwise complete waits for the ``UpdateSent`` of an accepted update
 _CONTRIBUTION_GRACE_S = 2.0
 #: while no update at all is here, a worker is waited for so many times as long
@@ -40,7 +43,7 @@ def may_close(
     coming = [
         member
         for member in expected
-        if not (member.absent or starved or _is_due(member, rules.deadline_s, round_, now))
+        if not (member.absent or starved or is_overdue(member, rules, round_, now))
     ]
     everybody = len(books.accepted) + len(waiting)
     quorum = not coming and len(books.accepted) >= math.ceil(rules.quorum * everybody - 1e-9)
@@ -51,7 +54,13 @@ def may_close(
         return explained or now >= books.complete_since + _CONTRIBUTION_GRACE_S
     if books.quorum_since is not None and now >= books.quorum_since + rules.grace_s:
         return True
-    return not starved and all(_is_due(member, rules.deadline_s, round_, now) for member in awaited)
+    return not starved and all(is_overdue(member, rules, round_, now) for member in awaited)
+
+
+def is_overdue(member: Member, rules: Rules, round_: int, now: float) -> bool:
+    """Its update should be here by now; whoever let a whole deadline pass lately gets the grace alone."""
+    patience_s = min(rules.grace_s, rules.deadline_s) if member.stalled else rules.deadline_s
+    return _is_due(member, patience_s, round_, now)
 
 
 def given_up(participants: Iterable[Member], rules: Rules, round_: int, now: float) -> list[Member]:
@@ -68,6 +77,23 @@ def stuck(members: Iterable[Member], rules: Rules, now: float) -> list[Member]:
         for member in members
         if not (member.loaded or member.absent or member.told_at is None)
         and now >= member.told_at + patience_s
+    ]
+
+
+def never_loaded(members: Iterable[Member], rules: Rules, now: float) -> list[Member]:
+    """Who does not load the model, while others have: within ``rules.load_s``, or three times what it took
+    the quickest of them.
+    """
+    known = list(members)
+    quickest_s = min((one.load_s for one in known if one.loaded and one.load_s is not None), default=None)
+    if rules.load_s is None or quickest_s is None:
+        return []
+    patience_s = max(rules.load_s, 3.0 * quickest_s)
+    return [
+        member
+        for member in known
+        if not (member.loaded or member.absent or member.told_at is not None)
+        and now >= member.joined_at + patience_s
     ]
 
 

@@ -1,20 +1,23 @@
 """Finding who serves the dataset, and making sure that all of them serve the same one.
 
-A DHT answer is a hint: every provider is asked for its manifest. Those whose manifest has the same hash
-are interchangeable; one that differs is refused, loudly.
+A DHT answer is a hint: every provider is asked for its manifest, whose hash is computed here again. Those
+whose manifest has the same hash are interchangeable; one that differs is refused, loudly.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import trio
 
 from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable, Refused
+from hypha.manifests import manifest_problem
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef
 from hypha.naming import shown
 from hypha.node import Node, PeerLost
+from hypha.runtime import in_thread
 from hypha.scheduler.pins import Pins
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,8 @@ _LONGEST_PAUSE_S = 5.0
 REFRESH_S = 15.0
 #: a provider that did not answer so often in a row is not named any more
 _PATIENCE = 2
+#: for so long the data that the ledger names is waited for, or a decision between two that as many serve
+_UNDECIDED_S = 10.0
 #: until the next look, while somebody is missed
 _MISSED_PAUSE_S = 1.0
 
@@ -51,6 +56,18 @@ class Dataset:
         refs = [self.providers[peer] for peer in sorted(self.providers)]
         first = index % len(refs) if refs else 0
         return tuple(refs[first:] + refs[:first])
+
+    def refuse(self, peer: str, other_hash: str) -> None:
+        """That node serves other data under the name; it is told of once."""
+        if peer not in self._refused:
+            logger.error(
+                "A data node serves different data under the name %s (manifest %s, not %s); it is not used",
+                self.name,
+                other_hash[:16],
+                self.manifest_hash[:16],
+                extra={"peer_id": peer},
+            )
+        self._refused.add(peer)
 
     async def watch(self, node: Node) -> None:
         """Keep ``providers`` true until cancelled. One that is lost is asked at once if it still lives."""
@@ -90,21 +107,22 @@ class Dataset:
             self._silent.pop(peer, None)
             if answer.manifest_hash != self.manifest_hash:
                 self.providers.pop(peer, None)
-                if peer not in self._refused:
-                    logger.error(
-                        "A data node serves different data under the name %s (manifest %s, not %s); "
-                        "it is not used",
-                        self.name,
-                        answer.manifest_hash[:16],
-                        self.manifest_hash[:16],
-                        extra={"peer_id": peer},
-                    )
-                self._refused.add(peer)
+                self.refuse(peer, answer.manifest_hash)
                 continue
             self._refused.discard(peer)
             if peer not in self.providers:
                 logger.info("Another data node serves %s", self.name, extra={"peer_id": peer})
             self.providers[peer] = ref
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which data is meant where several are served under one name, by the hashes of their manifests: the one
+    that is ``pinned`` by the job, else the one ``known`` from its ledger.
+    """
+
+    pinned: str | None = None
+    known: str | None = None
 
 
 async def find_dataset(
@@ -113,16 +131,20 @@ async def find_dataset(
     wait_s: float | None,
     say: Callable[[str], None] = lambda why: None,
     pins: Pins = _ANY,
+    wanted: Wanted = Wanted(),
 ) -> Dataset:
     """Wait until somebody whom ``pins`` allow serves ``name``, at most ``wait_s``; ``say`` is told why it is
     not there yet.
 
-    Raises :class:`DatasetNotFound`, or :class:`DatasetMismatch` when replicas differ at the start:
-    nobody but the user can say which is meant.
+    Where replicas differ, what is ``wanted`` is used, else what most data nodes serve, and the others are
+    named in the log. Raises :class:`DatasetNotFound`, or :class:`DatasetMismatch` when only other data than
+    the pinned one is served, or for a while as many serve one as another: then the user has to say which is
+    meant.
     """
     pause_s, said = _FIRST_PAUSE_S, False
     refused: set[str] = set()
     silent: list[PeerRef] = []
+    choice = _Choice(name, wanted, pins)
     with trio.move_on_after(float("inf") if wait_s is None else wait_s):
         while True:
             refs = await _announced(node, name)
@@ -134,13 +156,21 @@ async def find_dataset(
                 more = [ref for ref in await _announced(node, name) if ref.peer not in answers]
                 answers |= (await _describe(node, name, more, refused, pins))[0]
                 refs = [*refs, *more]
-                return _agreed(name, answers, {ref.peer: ref for ref in refs}, pins)
-            say(_why_not(silent, refused))
+                dataset = choice.of(answers, {ref.peer: ref for ref in refs}, trio.current_time())
+                if dataset is not None:
+                    return dataset
+            say(choice.open_because or _why_not(silent, refused))
             if not said:
                 said = True
-                logger.info("Nobody serves the dataset %s yet; waiting for a data node", name)
+                logger.info(
+                    "Nobody serves the dataset %s yet; waiting for a data node%s",
+                    name,
+                    f" ({choice.open_because})" if choice.open_because else "",
+                )
             await trio.sleep(pause_s)
             pause_s = min(_LONGEST_PAUSE_S, pause_s * 1.5)
+    if choice.open_because:
+        raise DatasetMismatch(f"within {wait_s:g} s {choice.open_because}")
     raise DatasetNotFound(
         f"nobody served the dataset {name} within {wait_s:g} s; {_why_not(silent, refused)}"
     )
@@ -156,20 +186,66 @@ def _why_not(silent: list[PeerRef], refused: set[str]) -> str:
     return f"{len(silent)} data node(s) announce it but do not answer: {names}"
 
 
-def _agreed(
-    name: str, answers: dict[str, DatasetDescription], refs: dict[str, PeerRef], pins: Pins
-) -> Dataset:
-    by_hash: dict[str, list[str]] = {}
-    for peer, answer in sorted(answers.items()):
-        by_hash.setdefault(answer.manifest_hash, []).append(peer)
-    if len(by_hash) > 1:
-        groups = "; ".join(f"{value[:16]} at {', '.join(peers)}" for value, peers in sorted(by_hash.items()))
-        raise DatasetMismatch(
-            f"data nodes serve different data under the name {name}: {groups}. "
-            "Give one of them another name, or make their directories equal"
+class _Choice:
+    """Among data that differs under one ``name``: which is used."""
+
+    def __init__(self, name: str, wanted: Wanted, pins: Pins) -> None:
+        self._name = name
+        self._pins = pins
+        self._wanted = wanted
+        self._since: float | None = None
+        #: why nothing is used though something is served
+        self.open_because = ""
+
+    def of(
+        self, answers: dict[str, DatasetDescription], refs: dict[str, PeerRef], now: float
+    ) -> Dataset | None:
+        """What is used of ``answers``, which were given at ``now``; None: look again. Raises
+        :class:`DatasetMismatch`.
+        """
+        by_hash: dict[str, list[str]] = {}
+        for peer, answer in sorted(answers.items()):
+            by_hash.setdefault(answer.manifest_hash, []).append(peer)
+        self._since = now if self._since is None else self._since
+        waited = now >= self._since + _UNDECIDED_S
+        chosen = self._chosen(by_hash, waited)
+        if chosen is None:
+            return None
+        self.open_because = ""
+        providers = [refs[peer] for peer in by_hash[chosen]]
+        dataset = Dataset(self._name, answers[by_hash[chosen][0]], providers, self._pins)
+        for peer, answer in sorted(answers.items()):
+            if answer.manifest_hash != chosen:
+                dataset.refuse(peer, answer.manifest_hash)
+        return dataset
+
+    def _chosen(self, by_hash: dict[str, list[str]], waited: bool) -> str | None:
+        groups = "; ".join(
+            f"manifest {value} at {', '.join(shown(peer) for peer in peers)}"
+            for value, peers in sorted(by_hash.items())
         )
-    first = next(iter(answers.values()))
-    return Dataset(name, first, [refs[peer] for peer in answers], pins)
+        pinned, known = self._wanted.pinned, self._wanted.known
+        if pinned is not None:
+            if pinned in by_hash:
+                return pinned
+            self.open_because = f"nobody serves {self._name} with the manifest {pinned} of the job; {groups}"
+            return None
+        if known in by_hash:
+            return known
+        if known is not None and not waited:
+            self.open_because = f"nobody serves {self._name} as this job has trained on it so far; {groups}"
+            return None
+        first, *others = sorted(by_hash, key=lambda value: (-len(by_hash[value]), value))
+        if not others or len(by_hash[first]) > len(by_hash[others[0]]):
+            return first
+        self.open_because = (
+            f"data nodes serve different data under the name {self._name}: {groups}. Set "
+            "dataset.manifest_hash to the one that is meant, give one of them another name, or make their "
+            "directories equal"
+        )
+        if waited:
+            raise DatasetMismatch(self.open_because)
+        return None
 
 
 async def _announced(node: Node, name: str) -> list[PeerRef]:
@@ -218,7 +294,14 @@ async def _describe(
                 )
             refused.add(ref.peer)
         elif isinstance(answer, DatasetDescription):
-            answers[ref.peer] = answer
+            problem = await in_thread(manifest_problem, answer.manifest, answer.manifest_hash)
+            if not problem:
+                answers[ref.peer] = answer
+                return
+            if ref.peer not in refused:
+                text = "A data node does not serve %s as it says: %s; it is not used"
+                logger.error(text, name, problem, extra={"peer_id": ref.peer})
+            refused.add(ref.peer)
 
     async with trio.open_nursery() as nursery:
         for ref in refs:

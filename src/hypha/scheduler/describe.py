@@ -177,6 +177,7 @@ class Descriptions:
             optimizer=optimizer,
             weighting=outer.weighting,
             max_update_norm=outer.max_update_norm,
+            max_update_ratio=outer.max_update_ratio,
             checkpoint=CheckpointPolicy(
                 every_rounds=checkpoint.every_rounds, keep=checkpoint.keep, place=checkpoint.place
             ),

@@ -8,6 +8,7 @@ used up, by another worker. What an executor that is over still says is not beli
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from hypha.messages import ExecutorError, ExecutorExited
@@ -54,17 +55,17 @@ class Failing:
         incarnation: str,
         event: ExecutorError | ExecutorExited,
         now: float,
-        alone: bool = False,
+        others: Collection[str] = (),
     ) -> list[Action]:
-        """An executor of ``peer``, which took part until now, says that it fails, or has ended. ``alone``:
-        there is no other worker in the job.
+        """An executor of ``peer``, which took part until now, says that it fails, or has ended. ``others``
+        are the further workers in the job.
         """
         self.over(incarnation)
         if isinstance(event, ExecutorExited):
             return self._judge(peer, incarnation, exit_text(event), "exit")
         if event.kind in ("model", "batch"):
             # another would say the same, so there is nothing to wait for
-            return self._judge(peer, incarnation, event.message, event.kind, alone)
+            return self._judge(peer, incarnation, event.message, event.kind, others)
         self._failing[incarnation] = _Failing(peer, event, now + _LAST_WORDS_S)
         return []
 
@@ -87,9 +88,9 @@ class Failing:
         return actions
 
     def _judge(
-        self, peer: str, incarnation: str, message: str, cause: str, alone: bool = False
+        self, peer: str, incarnation: str, message: str, cause: str, others: Collection[str] = ()
     ) -> list[Action]:
-        error = self._failures.add(peer, "train", message, cause, alone)
+        error = self._failures.add(peer, "train", message, cause, others)
         if error is not None:
             return [Fail(error)]
         if cause == "model" or self._failures.restarts[peer] >= self._restarts:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
@@ -34,6 +35,7 @@ from hypha.messages import (
 from hypha.runtime import in_thread
 from hypha.scheduler.pool import LeaseGained
 from hypha.scheduler.slices import TrackerState
+from hypha.scheduler.standing import TrackRecord
 from hypha.waiting import Reminder
 
 P = ParamSpec("P")
@@ -44,6 +46,8 @@ logger = logging.getLogger(__name__)
 #: SQLite says the second when the index of its log cannot grow
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 _ROOM_RETRY_S = 1.0
+#: rounds that say how fast workers are, and what is kept of why one failed
+_RECENT_ROUNDS, _LONGEST_REASON = 200, 500
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS job (
@@ -73,6 +77,9 @@ CREATE TABLE IF NOT EXISTS pool (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS slices (
     one INTEGER PRIMARY KEY CHECK (one = 1), version INTEGER NOT NULL, tracker TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS failures (
+    peer TEXT PRIMARY KEY, times INTEGER NOT NULL, reason TEXT NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS published (
     one INTEGER PRIMARY KEY CHECK (one = 1), place TEXT NOT NULL, shown TEXT NOT NULL
@@ -321,6 +328,47 @@ class Ledger:
         rows = self._db.execute("SELECT lease FROM pool").fetchall()
         return [decode_json(row[0], LeaseGained) for row in rows]
 
+    def failed(self, peer: str, reason: str) -> None:
+        """That worker failed, or was lost: it counts when offers are compared."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO failures (peer, times, reason) VALUES (?, 1, ?)"
+                " ON CONFLICT (peer) DO UPDATE SET times = times + 1, reason = excluded.reason",
+                (peer, reason[:_LONGEST_REASON]),
+            )
+
+    def track_records(self) -> list[TrackRecord]:
+        """What was seen of each worker: the newest rounds, and all failures."""
+        rows = self._db.execute(
+            "SELECT entry FROM rounds WHERE discarded = 0 ORDER BY number DESC LIMIT ?", (_RECENT_ROUNDS,)
+        ).fetchall()
+        rounds: Counter[str] = Counter()
+        samples: Counter[str] = Counter()
+        seconds: dict[str, float] = {}
+        for entry in self._entries(text for (text,) in rows):
+            for part in entry.contributors:
+                rounds[part.worker] += 1
+                samples[part.worker] += part.samples
+                seconds[part.worker] = seconds.get(part.worker, 0.0) + max(0.0, entry.duration_s)
+        failures = dict(self._db.execute("SELECT peer, times FROM failures").fetchall())
+        return [
+            TrackRecord(
+                worker=worker,
+                rounds=rounds[worker],
+                failures=failures.get(worker, 0),
+                samples_per_s=samples[worker] / seconds[worker] if seconds.get(worker) else 0.0,
+            )
+            for worker in sorted(rounds.keys() | failures.keys())
+        ]
+
+    def _entries(self, texts: Iterable[str]) -> Iterator[LedgerRound]:
+        """What can be read of them: an odd one, of another version, is told of, and does not stop the job."""
+        for text in texts:
+            try:
+                yield decode_json(text, LedgerRound)
+            except Undecodable as exc:
+                logger.error("The ledger %s holds a round that cannot be read: %s", self.path, exc)
+
     def theta_of(self, round_: int) -> str:
         """The hash of theta at the start of ``round_``; empty where only the model says (round 0)."""
         row = self._db.execute(
@@ -354,8 +402,9 @@ class Ledger:
             manifest_hash=row[3],
             theta=row[4],
             rounds=tuple(
-                msgspec.structs.replace(decode_json(entry, LedgerRound), discarded=bool(discarded))
-                for entry, discarded in entries
+                msgspec.structs.replace(entry, discarded=bool(discarded))
+                for text, discarded in entries
+                for entry in self._entries((text,))
             ),
         )
 
@@ -377,6 +426,15 @@ async def has_trained(path: Path) -> bool:
     """Whether the job of the ledger in ``path`` has applied a round; waits as :func:`held_leases` does."""
     query = "SELECT 1 FROM rounds LIMIT 1"
     return bool(await _with_room(path, lambda: _rows(path, query), trio.CapacityLimiter(1)))
+
+
+async def known_manifest(path: Path) -> str | None:
+    """The hash of the manifest that the job of the ledger in ``path`` trains on, if that is not done; waits
+    as :func:`held_leases` does.
+    """
+    query = "SELECT manifest_hash FROM job WHERE state != 'done'"
+    rows = await _with_room(path, lambda: _rows(path, query), trio.CapacityLimiter(1))
+    return rows[0][0] if rows else None
 
 
 def _rows(path: Path, query: str) -> list[tuple[str]]:

@@ -30,8 +30,9 @@ from hypha.scheduler.state import StateDirectory
 
 logger = logging.getLogger(__name__)
 
-#: of a description: what a resumed job may have otherwise (a new key makes a new PeerID)
-_MAY_DIFFER = frozenset({"job_id", "checkpoint", "scheduler", "peers"})
+#: of a description: what a resumed job may have otherwise (a new key makes a new PeerID, and jobs of earlier
+#: versions have no max_update_ratio)
+_MAY_DIFFER = frozenset({"job_id", "checkpoint", "scheduler", "peers", "max_update_ratio"})
 
 
 @dataclass(frozen=True)

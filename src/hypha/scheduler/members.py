@@ -7,10 +7,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hypha.messages import Contribution, PeerRef, Progress
+from hypha.scheduler.claims import bounded_loss, is_count
 from hypha.scheduler.projection import BatchTime, Pace
 
 #: longest time that a silent worker is believed to go on at its pace, if its batches are shorter
 _BELIEVED_S = 1.0
+#: a plan may reach a worker so much later than it was made; meanwhile it trains on
+_OVERSHOOT_S = 1.0
+#: a round may begin at a worker so much earlier than here, as the scheduler may stand still
+_EARLY_S = 30.0
+#: batches that a worker may take before anything of them is known here
+_UNKNOWN_BATCHES = 16
 
 MemberState = Literal[
     "loading", "waiting", "training", "scheduled", "updating", "synchronised", "left-out", "unreachable"
@@ -27,6 +34,7 @@ class Member:
     ref: PeerRef
     batch_size: int
     multiple: int = 1
+    joined_at: float = 0.0
     incarnation: str = ""
     loaded: bool = False
     #: its executor, which had the model in an earlier life, was told of this one
@@ -36,6 +44,15 @@ class Member:
     attempt: int = 0
     absent: bool = False
     missed: int = 0
+    #: the open round is closed without its update, which should have been here long ago
+    overdue: bool = False
+    #: in so many rounds in a row that it began
+    stalled: int = 0
+    #: what it said of itself that cannot be, in its present process
+    impossible: int = 0
+    #: questions for slices that it was refused lately, as it holds enough; and whether that was logged
+    hoarding: int = 0
+    named: bool = False
     started: int = -1
     since: float = 0.0
     started_at: float = 0.0
@@ -46,12 +63,18 @@ class Member:
     samples: int = 0
     loss: float = math.nan
     plan: int | None = None
+    #: the largest plan of the round ``most_in``, and when its update of that is to be here
+    most: int = 0
+    most_in: int = -1
+    due_by: float = math.inf
     reached_at: float | None = None
     sent: Contribution | None = None
     accepted: bool = False
     total_samples: int = 0
     refused: int = 0
     batch_time: BatchTime = field(default_factory=BatchTime)
+    #: how long it took to load the model
+    load_s: float | None = None
     #: learnt seconds from the last batch to the accepted update, and from the outer step to the start
     sync_s: float | None = None
     theta_s: float | None = None
@@ -98,6 +121,7 @@ class Member:
             self.resend_at = now + resend_after_s
         self.batches = self.samples = 0
         self.plan = self.reached_at = self.sent = None
+        self.due_by = math.inf
         self.accepted = False
         self.batch_time.start_round()
 
@@ -112,28 +136,53 @@ class Member:
         self.reached_at = None
         self.batch_time.start_round()
 
-    def progress(self, report: Progress, now: float) -> bool:
-        """Take newer, possible counts; False for old or impossible ones."""
+    def progress(
+        self, report: Progress, now: float, rows: int | None = None, open_before: bool = False
+    ) -> bool | None:
+        """Take newer, possible counts; False for old ones, None for such as cannot be. ``rows`` are those of
+        the slices that are assigned to it, if that is known: it cannot have trained on more; nor for longer
+        than the round lasts, unless an earlier life has begun that.
+        """
         possible = (
-            report.batches > self.batches
-            and self.samples <= report.samples <= report.batches * self.batch_size
+            is_count(report.batches)
+            and report.samples <= report.batches * self.batch_size
+            and (rows is None or report.samples <= rows)
             and math.isfinite(report.busy_s)
         )
         if not possible:
+            return None
+        if report.batches <= self.batches or report.samples < self.samples:
             return False
         self.batches, self.samples = report.batches, report.samples
-        self.loss = report.loss
+        self.loss = bounded_loss(report.loss, math.nan)
         self.reported_at = now
-        self.batch_time.update(report.batches, report.busy_s)
+        longest_s = math.inf if open_before else now - self.since + _EARLY_S
+        self.batch_time.update(report.batches, min(report.busy_s, longest_s))
+        if math.isinf(self.due_by):
+            # its pace is known now
+            self.expect(now)
         if self.plan is not None and self.batches >= self.plan and self.reached_at is None:
             self.reached_at = now
         return True
 
-    def set_plan(self, batches: int, now: float) -> None:
-        """It was told to synchronise after ``batches``."""
+    def set_plan(self, batches: int, now: float, round_: int) -> None:
+        """It was told to synchronise after ``batches`` of ``round_``."""
         self.plan = batches
+        self.expect(now)
+        self.most = max(batches, self.most if self.most_in == round_ else 0)
+        self.most_in = round_
         if self.batches >= batches and self.reached_at is None and self.batches:
             self.reached_at = now
+
+    def expect(self, now: float) -> None:
+        """Count anew until when its batches are to be done. One that is slower than it was has twice the time
+        that it is thought to need; reports alone put nothing off.
+        """
+        batch_s = self.batch_time.value_s
+        if self.plan is None or batch_s is None:
+            self.due_by = math.inf
+            return
+        self.due_by = now + 2.0 * max(0, self.plan - self.batches) * batch_s
 
     def overtake(self, round_: int) -> None:
         """Its update is here, or on its way: it has started, even if that was not heard yet."""
@@ -145,7 +194,33 @@ class Member:
         if not self.accepted and self.reached_at is not None:
             self.sync_s = _smooth(self.sync_s, now - self.reached_at)
         self.accepted = True
-        self.missed = self.refused = 0
+        self.missed = self.refused = self.stalled = 0
+        self.hoarding //= 2
+
+    def most_samples(self, round_: int, open_before: bool, may_hold: int) -> int | None:
+        """For how many samples its update of ``round_`` may stand at most: its largest plan, and what it may
+        do before it hears of that, of the rows that it ``may_hold``; None where it was told none, so that
+        there can be no update yet. Of a round that was ``open_before``, in an earlier life, it may have an
+        update by a plan of that one.
+        """
+        found: int | None = None
+        if self.most_in == round_:
+            most = max(self.most, self.batches)
+            batch_s = self.batch_time.value_s
+            late = math.ceil(_OVERSHOOT_S / batch_s) if batch_s else _UNKNOWN_BATCHES
+            found = min(may_hold, (most + max(2 * self.multiple, late)) * self.batch_size)
+        if open_before and self.sent is not None:
+            found = max(found or 0, self.sent.samples)
+        return found
+
+    def may_hold(self, ahead: int, target: int, rows_a_slice: int) -> int:
+        """Rows of slices that are of use to it: those of its batches so far, twice over as its reports are
+        late, or of its plan, but not more than the ``target`` of a whole round; and ``ahead`` slices that are
+        fetched before they are needed, with one that it reads and one that it begins next.
+        """
+        batches = max(self.plan or 0, 2 * self.batches, _UNKNOWN_BATCHES) + _UNKNOWN_BATCHES
+        planned = (self.plan or 0) * self.batch_size
+        return min(batches * self.batch_size, max(target, planned)) + (ahead + 2) * rows_a_slice
 
     def pace(self, now: float, round_: int) -> Pace | None:
         """For the projection; ``None`` while its batch time is unknown."""
@@ -174,7 +249,7 @@ class Member:
                 return ready + 3.0 * deadline_s
         else:
             left = max(0, self.plan - self.batches)
-            ready = self.reported_at + left * (self.batch_time.value_s or 0.0)
+            ready = min(self.reported_at + left * (self.batch_time.value_s or 0.0), self.due_by)
         return ready + 2.0 * (self.sync_s or 0.0) + deadline_s
 
 

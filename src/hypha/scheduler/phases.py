@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from hypha.errors import AllocationFailed
 from hypha.messages import CloseRound, Plan, RoundApplied, SendModel
-from hypha.scheduler.closing import given_up, may_close, stuck
+from hypha.scheduler.closing import given_up, is_overdue, may_close, never_loaded, stuck
 from hypha.scheduler.events import Action, Fail, Send, Told
 from hypha.scheduler.round_state import OPEN, RoundState
 
@@ -26,6 +26,7 @@ class Phases(RoundState, ABC):
         self.phase = "training"
         self.books.open_round(now)
         self.planner.open_round(now)
+        self.limits = {}
         actions: list[Action] = []
         for member in self.members.values():
             # of who has an update in the last round, and has not said in this life that it is loaded, too
@@ -51,6 +52,10 @@ class Phases(RoundState, ABC):
             if self.phase != "failed":
                 text = "the job goes on, and the batch it was in does not end"
                 actions += self.failed(member.peer, "train", text, "overdue")
+        for member in never_loaded(self.members.values(), self.rules, now):
+            if self.phase != "failed":
+                text = f"it has not loaded the model after {now - member.joined_at:.0f} s, and others have"
+                actions += self.failed(member.peer, "train", text, "overdue")
         if self.phase == "loading" and self._may_begin(now):
             self.broadcast = self.holders()
             actions += [*self.tell_members(), *self.open_round(now)]
@@ -59,6 +64,7 @@ class Phases(RoundState, ABC):
             actions += self.open_round(now, again=True)
         if self.phase in OPEN:
             actions += self._plan(now)
+            actions += self.tell_limits()
             actions += self._resend(now)
             actions += self._close(now)
         return actions
@@ -81,7 +87,7 @@ class Phases(RoundState, ABC):
         actions: list[Action] = []
         for peer, batches in changed.items():
             member = self.members[peer]
-            member.set_plan(batches, now)
+            member.set_plan(batches, now, self.round)
             actions.append(Send(member.ref, "train", Plan(round=self.round, batches=batches)))
         if self.phase == "training" and (self.planner.final or accepted):
             self.phase = "scheduled"
@@ -114,6 +120,9 @@ class Phases(RoundState, ABC):
         if not may_close(books, self.participants, rules, self.round, now, not self.served):
             return []
         self.phase = "closing"
+        for member in self.participants:
+            begun = member.started == self.round and not (member.accepted or member.absent)
+            member.overdue = begun and is_overdue(member, rules, self.round, now)
         self.broadcast = frozenset(member.peer for member in self.loaded)
         final = self.round + 1 >= rules.rounds
         checkpoint = final or (self.round + 1) % rules.checkpoint_every == 0

@@ -28,6 +28,7 @@ from hypha.messages import (
     ExecutorClass,
     ExecutorDescriptor,
     LeaseRenewed,
+    LedgerRound,
     PeerRef,
     ReleaseLease,
     RenewLease,
@@ -52,6 +53,7 @@ from hypha.scheduler.allocation import (
     Offered,
     Pace,
     Want,
+    Worked,
 )
 from hypha.scheduler.allocator import Allocator
 from hypha.scheduler.renewal import (
@@ -69,6 +71,7 @@ from hypha.scheduler.renewal import (
 )
 from hypha.scheduler.renewal_spans import RenewalSpans
 from hypha.scheduler.round_traces import RoundTraces
+from hypha.scheduler.standing import TrackRecord
 from hypha.scheduler.versions import StatedVersions
 from hypha.telemetry.instruments import WORKER_REQUESTS
 from hypha.tracing import span, traceparent
@@ -138,6 +141,8 @@ class LeaseLost:
     worker: PeerRef
     kind: ExecutorClass
     reason: str
+    #: it did not end the lease itself
+    to_blame: bool = True
 
 
 PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLost
@@ -147,9 +152,10 @@ def asks_from(
     resources: JobResourcesConfig,
     dataset: str | None = None,
     needs: Mapping[ExecutorClass, tuple[str, ...]] | None = None,
+    most_batch: int | None = None,
 ) -> tuple[Ask, Ask]:
     """Whom a job looks for: training executors and a parameter server, under new request ids. ``needs`` are
-    the features that each must have.
+    the features that each must have; ``most_batch`` is how often a worker can use what is asked of it.
     """
     needs = needs or {}
     return (
@@ -161,6 +167,7 @@ def asks_from(
             max_price=resources.worker_price.max,
             dataset=dataset,
             needs=needs.get("train", ()),
+            useful=most_batch,
         ),
         Ask(
             request_id=new_id(),
@@ -169,6 +176,7 @@ def asks_from(
             bid=resources.parameter_server_price.bid,
             max_price=resources.parameter_server_price.max,
             needs=needs.get("aggregate", ()),
+            useful=1.0,
         ),
     )
 
@@ -269,6 +277,16 @@ class Pool:
     def want(self, kind: ExecutorClass, count: int) -> None:
         """Hold ``count`` workers of ``kind``. With fewer than are held nothing is released by itself."""
         self._apply(Want(kind, count))
+
+    def know(self, record: TrackRecord) -> None:
+        """What the ledger has of a worker: it counts when offers are compared."""
+        self._apply(record)
+
+    def worked(self, entry: LedgerRound) -> None:
+        """A round was applied: how fast each worker was in it is known."""
+        if entry.duration_s > 0:
+            parts = {part.worker: part.samples / entry.duration_s for part in entry.contributors}
+            self._apply(Worked(tuple(parts.items())))
 
     def adopt(self, leases: Iterable[LeaseGained]) -> None:
         """Go on with leases of an earlier scheduler: they count as held, without :class:`LeaseGained`, and
@@ -496,7 +514,8 @@ class Pool:
             self._todo.append(Dismiss(held.offer.lease_id, held.offer.worker))
         if held.gained:
             logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
-            self._tell(held, LeaseLost(held.offer.lease_id, held.offer.worker, held.kind, reason))
+            lost = LeaseLost(held.offer.lease_id, held.offer.worker, held.kind, reason, not refused)
+            self._tell(held, lost)
         else:
             logger.info("An offer could not be accepted: %s.", reason, extra=held.log_fields)
 

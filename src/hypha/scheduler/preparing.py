@@ -13,9 +13,9 @@ from hypha.messages import OuterOptimizer
 from hypha.runtime import is_simulated, new_id
 from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.context import JobContext
-from hypha.scheduler.datasets import Dataset, find_dataset
+from hypha.scheduler.datasets import Dataset, Wanted, find_dataset
 from hypha.scheduler.describe import outer_optimizer
-from hypha.scheduler.ledger import Ledger, has_trained, held_leases
+from hypha.scheduler.ledger import Ledger, has_trained, held_leases, known_manifest
 from hypha.scheduler.lives import Life, begins_anew, first_life
 from hypha.scheduler.pins import Pins
 from hypha.scheduler.pool import LeaseGained, Pool
@@ -103,6 +103,7 @@ async def _find(
         pool.adopt(left)
     await nursery.start(pool.run)
     name = config.dataset.dataset
+    known = None if fresh else await known_manifest(context.state.ledger)
     say(Preparing(f"looking for the dataset {name}"))
     dataset = await find_dataset(
         node,
@@ -110,6 +111,7 @@ async def _find(
         config.dataset.wait_s,
         lambda why: say(Preparing(f"looking for the dataset {name}: {why}")),
         Pins.of(config.dataset),
+        Wanted(config.dataset.manifest_hash, known),
     )
     logger.info(
         "The dataset %s has %d samples in %d slices at %d data nodes",

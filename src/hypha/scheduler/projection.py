@@ -13,6 +13,8 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hypha.scheduler.claims import LEAST_BATCH_S, MOST_BATCH_S
+
 #: guards against calling 2.9999999 finished batches two
 _SLACK = 1e-9
 
@@ -47,7 +49,7 @@ class BatchTime:
         if new <= 0 or seconds <= 0:
             return
         self._batches, self._busy_s = batches, busy_s
-        sample, keep = seconds / new, self._decay**new
+        sample, keep = min(max(seconds / new, LEAST_BATCH_S), MOST_BATCH_S), self._decay**new
         # weights of an exponential mean that starts empty (as Adam's bias correction)
         self._weight = keep * self._weight + (1.0 - keep)
         share = (1.0 - keep) / self._weight

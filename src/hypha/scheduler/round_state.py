@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from typing import Literal
@@ -19,6 +20,7 @@ from hypha.messages import (
     SendModel,
 )
 from hypha.scheduler.books import Books
+from hypha.scheduler.claims import contribution_problem
 from hypha.scheduler.events import (
     Action,
     Drop,
@@ -37,10 +39,17 @@ from hypha.scheduler.planning import Planner
 from hypha.scheduler.rules import CarriedOver, Failures, Rules, Start
 from hypha.scheduler.slices import Assignment, SliceTracker
 
+logger = logging.getLogger(__name__)
+
 Phase = Literal["loading", "training", "scheduled", "updating", "closing", "exporting", "done", "failed"]
 #: phases in which a round is open
 OPEN = ("training", "scheduled", "updating")
 
+#: a worker that was refused slices so often, as it holds enough, is named; half of it is forgotten with each
+#: round. An honest one asks for one at a time, and holds less
+_HOARDING = 10
+#: slices that a worker fetches before they are needed, however short they are
+_MOST_AHEAD = 32
 #: theta is sent again when nobody said RoundStarted; doubled each time
 _RESEND_S = 10.0
 
@@ -82,6 +91,8 @@ class RoundState:
         #: what was said before its round was opened here
         self.early: list[Told] = []
         self.enough_since: float | None = None
+        #: for how many samples updates of the open round may stand, as the parameter server was told
+        self.limits: dict[str, int] = {}
         #: the newest version of the slices' state that is to be made durable
         self.kept = -1
 
@@ -107,15 +118,16 @@ class RoundState:
 
     # --- who is here ----------------------------------------------------------------------------------
 
-    def join(self, event: Joined) -> None:
+    def join(self, event: Joined, now: float) -> None:
         """An executor was started."""
         if event.kind == "aggregate":
             self.server, self.server_ready, self.server_at = event.ref, False, None
         elif event.ref.peer not in self.members:
-            self.members[event.ref.peer] = Member(event.ref, event.batch_size, self.rules.multiple)
+            self.members[event.ref.peer] = Member(event.ref, event.batch_size, self.rules.multiple, now)
         else:
             # another executor was started there: how long it loads, nobody knows
             self.members[event.ref.peer].told_at = None
+            self.members[event.ref.peer].joined_at = now
 
     def lose(self, peer: str, kind: ExecutorClass, reason: str) -> list[Action]:
         """An executor takes part no more."""
@@ -156,7 +168,8 @@ class RoundState:
     def failed(self, peer: str, kind: ExecutorClass, message: str, cause: str) -> list[Action]:
         """Release it, replace it; give the job up when that happened too often."""
         # of parameter servers there is one at a time, perhaps on the same machine again
-        error = self.failures.add(peer, kind, message, cause, alone=kind == "aggregate")
+        others = [] if kind == "aggregate" else [one for one in self.members if one != peer]
+        error = self.failures.add(peer, kind, message, cause, others)
         if error is not None:
             self.phase = "failed"
             return [Fail(error)]
@@ -200,8 +213,49 @@ class RoundState:
         )
 
     def count_steps(self, part: Contribution) -> None:
-        """The inner steps taken by the end of an applied round."""
-        self.steps = max(self.steps, part.steps + math.ceil(part.batches / self.rules.multiple))
+        """The inner steps taken by the end of an applied round; nobody begins it with more than were taken
+        by anybody before.
+        """
+        begun = min(part.steps, self.steps)
+        self.steps = max(self.steps, begun + math.ceil(part.batches / self.rules.multiple))
+
+    def claim_problem(self, part: Contribution, of_this_round: bool) -> str:
+        """Why ``part``, which an update is said to stand for, cannot be true; empty where it can."""
+        member = self.members.get(part.worker)
+        size = member.batch_size if member is not None else part.batch_size
+        return contribution_problem(part, size, self.tracker, of_this_round and member is not None)
+
+    def plan_problem(self, member: Member, part: Contribution) -> str:
+        """Why an update of the open round is none that was asked for; empty where it is one."""
+        if self.open_before or part.attempt > 0:
+            return ""
+        most = member.most_samples(self.round, False, self._may_use(member))
+        if most is not None:
+            # what the parameter server was told holds, even if the worker turns out to be slower
+            most = max(most, self.limits.get(member.peer, 0))
+        if most is None:
+            return "it was not told yet when to synchronise"
+        return f"{part.samples} samples, and its plans allow {most}" if part.samples > most else ""
+
+    def note(self, part: Contribution) -> None:
+        """What the parameter server read in an update that it has accepted, if that can be true."""
+        if self.books.contributions.get(part.worker) == part:
+            return
+        member = self.members.get(part.worker)
+        there = member is not None and not member.left_out
+        problem = self.claim_problem(part, there)
+        if member is not None and there:
+            problem = problem or self.plan_problem(member, part)
+        if not problem:
+            self.books.note(part)
+            return
+        self.counts["wrong contribution"] += 1
+        logger.warning(
+            "An update of round %d cannot be what it says: %s; what it stands for is not in the books",
+            self.round,
+            problem,
+            extra={"worker_peer_id": part.worker, "job_id": self.start.job_id},
+        )
 
     # --- slices ---------------------------------------------------------------------------------------
 
@@ -229,7 +283,32 @@ class RoundState:
             sent = self.books.contributions.get(caller) if caller in self.books.accepted else None
             keep = sent.finished if sent is not None else ()
             self.tracker.dropped(caller, request.incarnation, request.held_from, keep)
+        told = self.tracker.was_told(caller, request.incarnation, request.seq)
+        if not told and self.tracker.rows_held(caller) >= self._may_hold(member):
+            self.counts["slices held"] += 1
+            member.hoarding += 1
+            held = self.tracker.slices_held(caller)
+            if member.hoarding >= _HOARDING and not member.named:
+                member.named = True
+                logger.warning(
+                    "A worker asks for more slices again and again, and holds %d: more than it can use",
+                    held,
+                    extra={"worker_peer_id": caller, "job_id": self.start.job_id},
+                )
+            return f"{held} slices are yours: train on them first"
         return self.tracker.next(caller, request.incarnation, request.seq, request.cached)
+
+    @property
+    def ahead(self) -> int:
+        """Slices that each worker may fetch before they are needed: all hold half an epoch at most."""
+        return max(1, len(self.tracker.samples) // (2 * max(1, len(self.members))))
+
+    def _may_use(self, member: Member) -> int:
+        return max(self._may_hold(member), self.tracker.rows_held(member.peer))
+
+    def _may_hold(self, member: Member) -> int:
+        target = max(self.rules.samples, (self.rules.inner_steps or 0) * member.multiple * member.batch_size)
+        return member.may_hold(min(self.ahead, _MOST_AHEAD), target, max(self.tracker.samples))
 
     def keep_slices(self) -> KeepSlices:
         """As they are now."""
@@ -252,7 +331,25 @@ class RoundState:
         """Whom the parameter server is to let in."""
         if not self.server_ready:
             return []
-        return self.to_server(Members(peers=tuple(member.ref for member in self.loaded)))
+        peers = tuple(member.ref for member in self.loaded)
+        return self.to_server(Members(peers=peers, round=self.round, most_samples=dict(self.limits)))
+
+    @property
+    def open_before(self) -> bool:
+        """An earlier life has begun the open round, so that there may be updates by plans of that one."""
+        return self.start.generation > 0 and self.round == self.start.round
+
+    def tell_limits(self) -> list[Action]:
+        """For how many samples updates may stand, once somebody's may stand for more than was told."""
+        more = False
+        for member in self.participants:
+            most = member.most_samples(
+                self.round, self.open_before or member.attempt > 0, self._may_use(member)
+            )
+            if most is not None and most > self.limits.get(member.peer, 0):
+                self.limits[member.peer] = most
+                more = True
+        return self.tell_members() if more else []
 
     def to_server(self, directive: Directive) -> list[Action]:
         """Steer the parameter server."""

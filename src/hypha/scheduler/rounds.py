@@ -20,6 +20,7 @@ from hypha.messages import (
     Loaded,
     ModelReady,
     PeerRef,
+    Progress,
     RoundApplied,
     RoundStarted,
     UpdateReceived,
@@ -27,7 +28,8 @@ from hypha.messages import (
     UpdateSent,
 )
 from hypha.messages import Event as ExecutorEvent
-from hypha.scheduler.closing import PATIENCE
+from hypha.scheduler.claims import MOST_COUNT, count_problem
+from hypha.scheduler.closing import PATIENCE, STALLED
 from hypha.scheduler.events import (
     Action,
     AnswerSlice,
@@ -112,7 +114,7 @@ class RoundMachine(Phases):
     def _react(self, event: Input, now: float) -> list[Action]:
         match event:
             case Joined():
-                self.join(event)
+                self.join(event, now)
             case GoesOn(peer=peer, kind="train"):
                 if peer in self.members and peer in self.had_model:
                     self.members[peer].told_at = now
@@ -129,16 +131,21 @@ class RoundMachine(Phases):
                 self.set_absent(peer, True)
             case Reachable(peer=peer, kind="train"):
                 self.set_absent(peer, False)
+                if peer in self.members:
+                    self.members[peer].expect(now)
             case GoesOn() | Unreachable() | Reachable():
                 pass
             case Reported():
-                self._progress(event, now)
+                return self._progress(event, now)
             case Told():
                 return self.told(event, now)
             case LeasesHeld():
                 self.leases = event
                 return self.wait_for_leases(now)
             case DataServed(served=served):
+                if served and not self.served:
+                    for member in self.members.values():
+                        member.expect(now)
                 self.served = served
             case Disregarded(what=what):
                 self.counts[what] += 1
@@ -156,8 +163,7 @@ class RoundMachine(Phases):
         got = self.next_slice(asked)
         if not isinstance(got, Assignment):
             return [AnswerSlice(caller, request.seq, reason=got)]
-        ahead = max(1, len(self.tracker.samples) // (2 * max(1, len(self.members))))
-        answer = AnswerSlice(caller, request.seq, got, self.tracker.version, ahead)
+        answer = AnswerSlice(caller, request.seq, got, self.tracker.version, self.ahead)
         return [self.keep_slices(), answer] if self.tracker.version != self.kept else [answer]
 
     # --- what executors say ---------------------------------------------------------------------------
@@ -198,7 +204,7 @@ class RoundMachine(Phases):
                 gone = self.lose(member.peer, "train", "its executor failed")
                 if self.phase == "exporting":
                     return gone  # nobody needs it any more
-                failed = self.failing.failed(member.peer, told.incarnation, event, now, not self.members)
+                failed = self.failing.failed(member.peer, told.incarnation, event, now, tuple(self.members))
                 return [*self.judged(failed), *gone]
             case _:
                 self.counts["foreign event"] += 1
@@ -239,7 +245,7 @@ class RoundMachine(Phases):
     def _worker_loaded(self, member: Member, now: float) -> list[Action]:
         if member.loaded:
             return []
-        member.loaded = True
+        member.loaded, member.load_s = True, now - member.joined_at
         if self.phase not in (*OPEN, "closing"):
             return []
         # past Training, or if an earlier life's update is in, it gets the next theta with everybody else
@@ -269,7 +275,7 @@ class RoundMachine(Phases):
             self.planner.upset()
         return []
 
-    def _progress(self, event: Reported, now: float) -> None:
+    def _progress(self, event: Reported, now: float) -> list[Action]:
         member, stamp, report = self.members.get(event.sender), event.stamp, event.progress
         if member is None or stamp.job_id != self.start.job_id:
             self.counts["uninvited"] += 1
@@ -279,18 +285,49 @@ class RoundMachine(Phases):
             self.counts["stale round"] += 1
         elif report.attempt != member.attempt:
             self.counts["stale attempt"] += 1
-        elif not member.progress(report, now):
+        elif not (taken := self._take_progress(member, report, now)):
             self.counts["old or impossible counts"] += 1
+            if taken is None and not member.left_out:
+                text = f"{report.samples} samples in {report.batches} batches of round {self.round}"
+                return self._impossible(member, f"it reports {text}")
+        return []
+
+    def _take_progress(self, member: Member, report: Progress, now: float) -> bool | None:
+        rows = self.tracker.rows_held(member.peer)
+        return member.progress(report, now, rows, self.open_before)
+
+    def _impossible(self, member: Member, what: str) -> list[Action]:
+        """What a worker says of itself cannot be; who goes on like that is replaced."""
+        member.impossible += 1
+        logger.warning(
+            "A worker states what cannot be (%s); it is not believed",
+            what,
+            extra={"worker_peer_id": member.peer, "job_id": self.start.job_id},
+        )
+        if member.impossible < PATIENCE:
+            return []
+        return self.failed(member.peer, "train", f"it states what cannot be: {what}", "claims")
 
     def _update_sent(self, member: Member, told: Told, part: Contribution) -> list[Action]:
-        possible = 0 < part.samples <= part.batches * member.batch_size
-        if part.worker != member.peer or part.incarnation != member.incarnation or not possible:
+        if part.worker != member.peer or part.incarnation != member.incarnation:
             self.counts["wrong contribution"] += 1
         elif self.is_early(part.round):
             self.early.append(told)
         elif part.round == self.round and part.attempt < member.attempt:
             self.counts["stale attempt"] += 1
+        elif problem := self.claim_problem(part, part.round == self.round and not member.left_out):
+            self.counts["wrong contribution"] += 1
+            text = f"its update of round {part.round} cannot be what it says: {problem}"
+            if part.round != self.round or member.left_out:
+                return []
+            if not count_problem(part, member.batch_size):
+                # its slices may have been taken back, and it has not heard of it
+                return self._refuse_update(member, "invalid", text)
+            return self.failed(member.peer, "train", text, "claims")
         elif part.round == self.round and member.in_round and not member.left_out:
+            if problem := self.plan_problem(member, part):
+                self.counts["wrong contribution"] += 1
+                return self._refuse_update(member, "invalid", problem)
             member.sent = self.books.note(part)
             member.overtake(self.round)
         else:
@@ -336,11 +373,11 @@ class RoundMachine(Phases):
         if event.round != self.round or self.phase not in (*OPEN, "closing"):
             self.counts["stale round"] += 1
             return []
-        self.books.accepted.setdefault(event.worker, max(0, event.samples))
+        self.books.accepted.setdefault(event.worker, min(max(0, event.samples), MOST_COUNT))
+        member = self.members.get(event.worker)
         if event.contribution is not None and event.contribution.worker == event.worker:
             # its worker may be gone before it says so itself
-            self.books.note(event.contribution)
-        member = self.members.get(event.worker)
+            self.note(event.contribution)
         if member is not None:
             member.overtake(self.round)
             member.accept(now)
@@ -353,15 +390,18 @@ class RoundMachine(Phases):
         settled = event.code in ("duplicate", "stale")
         if member is None or event.round != self.round or settled or member.accepted:
             return []
+        return self._refuse_update(member, event.code, event.reason)
+
+    def _refuse_update(self, member: Member, code: str, reason: str) -> list[Action]:
         logger.warning(
-            "The parameter server refused an update (%s): %s; its worker starts over",
-            event.code,
-            event.reason,
-            extra={"worker_peer_id": event.worker, "job_id": self.start.job_id},
+            "An update was refused (%s): %s; its worker starts over",
+            code,
+            reason,
+            extra={"worker_peer_id": member.peer, "job_id": self.start.job_id},
         )
         member.refused += 1
         if member.refused >= PATIENCE:
-            return self.failed(member.peer, "train", f"its updates are refused: {event.reason}", event.code)
+            return self.failed(member.peer, "train", f"its updates are refused: {reason}", code)
         self.leave_out(member)
         return []
 
@@ -371,7 +411,7 @@ class RoundMachine(Phases):
             return []
         for part in event.contributions:
             if part.worker in event.contributors and part.round == event.round:
-                self.books.note(part)
+                self.note(part)
         entry = self.books.apply(event, self.start.generation, now)
         for part in entry.contributors:
             foreign = self.tracker.finish(part.worker, part.finished)
@@ -384,9 +424,13 @@ class RoundMachine(Phases):
         drops: list[Action] = []
         for member in list(self.participants):
             if member.peer not in event.contributors:
+                member.stalled += member.overdue
                 self.leave_out(member)
-                if not member.absent and member.missed >= PATIENCE and self.round + 1 < self.rules.rounds:
+                hopeless = member.missed >= PATIENCE or member.stalled >= STALLED
+                if not member.absent and hopeless and self.round + 1 < self.rules.rounds:
                     text = f"left out of {member.missed} rounds in a row"
+                    if member.stalled >= STALLED:
+                        text = f"it began {member.stalled} rounds in a row, and sent no update in time"
                     drops += [Drop(member.peer, "train", text), *self.lose(member.peer, "train", text)]
             elif member.sent is not None:
                 member.total_samples += member.sent.samples

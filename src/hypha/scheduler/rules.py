@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -37,6 +37,8 @@ class Rules:
     checkpoint_every: int = 10
     max_failures: int = 5
     executor_restarts: int = 2
+    #: who has not loaded the model after so long, while others have, is replaced
+    load_s: float | None = None
     #: the job ends when it has had fewer than ``min_workers`` leases, or no parameter server, for so long
     wait_s: float | None = None
 
@@ -60,6 +62,7 @@ class Rules:
             # a worker that was good for nothing, and another one, are no reason to end the job
             max_failures=5 + pool.executor_restarts,
             executor_restarts=pool.executor_restarts,
+            load_s=pool.load_s,
             wait_s=pool.wait_s,
         )
 
@@ -143,31 +146,28 @@ class Failures:
             self.restarts.pop(peer, None)
 
     def add(
-        self, peer: str, kind: ExecutorClass, message: str, cause: str, alone: bool = False
+        self, peer: str, kind: ExecutorClass, message: str, cause: str, others: Collection[str] = ()
     ) -> HyphaError | None:
-        """Count one; the error with which the job ends if that was too much.
+        """Count one; the error with which the job ends if that was too much. ``others`` are the further
+        workers that are in the job now.
 
-        That the model is wrong is believed when two executors say so: a third would as well. So is that model
-        and data do not go together, when two say the same of it: two workers', or, where a worker is
-        ``alone`` in the job, two of its own, one after the other. That training diverges, after the third
-        time when two workers did, as one may have broken memory; else later.
+        That the model is wrong, or that model and data do not go together, is believed when more workers say
+        the same than others are there that do not: two of three, but not two of four, which may be liars
+        beside a job that goes well. Where nobody else is there, two failures of one worker are enough. That
+        training diverges is believed after the third time when two workers did, as one may have broken
+        memory; else later.
         """
         self.in_a_row += 1
         if cause in ("model", "batch"):
             said = self.alike.setdefault(fingerprint(cause, message), Counter())
             said[peer] += 1
-            if len(said) > 1 or (alone and said.total() > 1):
-                what = (
-                    "the model cannot be used"
-                    if cause == "model"
-                    else "the model cannot be trained on this data"
-                )
-                line, _, rest = message.partition("\n")
-                text = f"{what}: {line} (said by {said.total()} executors)"
-                return (ModelError if cause == "model" else JobFailed)(f"{text}\n{rest}" if rest else text)
+            left = len(set(others) - said.keys())
+            if said.total() > 1 and (left == 0 or len(said) > max(1, left)):
+                return _of_the_job(cause, message, said.total())
         if cause == "model":
             self.model[peer, kind] = message
-            if len(self.model) > 1:
+            left = len(set(others) - {one for one, _ in self.model})
+            if len(self.model) > max(1, left):
                 return ModelError(
                     f"the model cannot be used: {message} (said by {len(self.model)} executors)"
                 )
@@ -180,11 +180,20 @@ class Failures:
                     f"applied round in between: {message}"
                 )
         if self.in_a_row >= self.limit:
+            if cause in ("model", "batch"):
+                return _of_the_job(cause, message, self.in_a_row)
             text = (
                 f"{self.in_a_row} executors failed in a row without an applied round; the last one: {message}"
             )
             return ExecutorFailed(text) if cause == "exit" else JobFailed(text)
         return None
+
+
+def _of_the_job(cause: str, message: str, times: int) -> HyphaError:
+    what = "the model cannot be used" if cause == "model" else "the model cannot be trained on this data"
+    line, _, rest = message.partition("\n")
+    text = f"{what}: {line} (said by {times} executors)"
+    return (ModelError if cause == "model" else JobFailed)(f"{text}\n{rest}" if rest else text)
 
 
 def fingerprint(cause: str, message: str) -> str:

@@ -73,6 +73,7 @@ class RunningJob:
             resources,
             config.dataset.dataset,
             {"train": needs(train), "aggregate": needs(aggregate)},
+            config.rounds.max_batch_size if config.rounds.batch_size is None else 1,
         )
         self._context = JobContext(
             config=config,

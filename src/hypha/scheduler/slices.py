@@ -9,7 +9,7 @@ is AVAILABLE in the open ones, so slow holders of old slices block nobody. Pure:
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
@@ -21,6 +21,8 @@ from hypha.errors import DataError
 _REMEMBERED_ANSWERS = 32
 #: how many AVAILABLE slices are looked at for one that no other worker has cached
 _LOOK_AHEAD = 64
+#: so many slices that a worker says it has cached are believed; the rest of what it says is not looked at
+_MOST_CACHED = 4096
 
 
 class Assignment(Struct, frozen=True):
@@ -132,6 +134,9 @@ class SliceTracker:
         self._cached: dict[str, tuple[int, ...]] = {}
         self.version = 0
         self._validated = -1
+        #: worker -> rows, and number, of the slices that are ASSIGNED to it
+        self._rows: Counter[str] = Counter()
+        self._slices: Counter[str] = Counter()
 
     @property
     def holders(self) -> tuple[str, ...]:
@@ -164,7 +169,8 @@ class SliceTracker:
         if self._incarnation.get(worker, incarnation) != incarnation:
             self.lose(worker)
         self._incarnation[worker] = incarnation
-        self._cached[worker] = tuple(cached)
+        known = (index for index in cached[:_MOST_CACHED] if 0 <= index < len(self.samples))
+        cached = self._cached[worker] = tuple(dict.fromkeys(known))
         answers = self._answers.setdefault(worker, OrderedDict())
         if seq in answers:
             return self._assignment(answers[seq])
@@ -173,10 +179,34 @@ class SliceTracker:
         index = epoch.pick(cached, elsewhere)
         epoch.available.discard(index)
         epoch.assigned[index] = worker
+        self._count(worker, index, 1)
         self.version += 1
         answers[seq] = AnswerState(worker, incarnation, seq, epoch.epoch, index)
         self._forget_oldest(answers)
         return self._assignment(answers[seq])
+
+    def was_told(self, worker: str, incarnation: str, seq: int) -> bool:
+        """This process of ``worker`` asked with ``seq`` before: it gets the same answer."""
+        return self._incarnation.get(worker) == incarnation and seq in self._answers.get(worker, ())
+
+    def holds(self, worker: str, epoch: int, index: int) -> bool:
+        """That slice is ASSIGNED to ``worker``."""
+        found = self._epochs.get(epoch)
+        return found is not None and found.assigned.get(index) == worker
+
+    def rows_held(self, worker: str) -> int:
+        """Rows of all slices that are ASSIGNED to ``worker``."""
+        return self._rows[worker]
+
+    def slices_held(self, worker: str) -> int:
+        """How many slices are ASSIGNED to ``worker``."""
+        return self._slices[worker]
+
+    def _count(self, worker: str, index: int, change: int) -> None:
+        self._rows[worker] += change * self.samples[index]
+        self._slices[worker] += change
+        if not self._slices[worker]:
+            del self._rows[worker], self._slices[worker]
 
     def _forget_oldest(self, answers: OrderedDict[int, AnswerState]) -> None:
         """Of a worker's answers: what it holds it can still give back, see :meth:`dropped`."""
@@ -185,8 +215,7 @@ class SliceTracker:
             del answers[seq]
 
     def _holds(self, told: AnswerState) -> bool:
-        epoch = self._epochs.get(told.epoch)
-        return epoch is not None and epoch.assigned.get(told.index) == told.worker
+        return self.holds(told.worker, told.epoch, told.index)
 
     def _assignment(self, told: AnswerState) -> Assignment:
         return Assignment(told.epoch, told.index, self.samples[told.index])
@@ -223,6 +252,7 @@ class SliceTracker:
                 foreign.append((number, index))
                 continue
             epoch.use(index)
+            self._count(worker, index, -1)
             if len(epoch.used) == len(self.samples):
                 del self._epochs[number]
         return foreign
@@ -238,6 +268,7 @@ class SliceTracker:
             for index in [index for index, holder in epoch.assigned.items() if holder == worker]:
                 if (number, index) not in kept:
                     epoch.give_back(index)
+                    self._count(worker, index, -1)
                     returned.append((number, index))
         self._answers.pop(worker, None)
         return returned
@@ -255,6 +286,7 @@ class SliceTracker:
             epoch = self._epochs.get(number)
             if epoch is not None and epoch.assigned.get(index) == worker:
                 epoch.give_back(index)
+                self._count(worker, index, -1)
 
     def held(self, worker: str) -> list[tuple[int, int]]:
         """The (epoch, slice) pairs that are with ``worker``."""
@@ -279,6 +311,9 @@ class SliceTracker:
             assert set().union(*places) == everything, f"epoch {number}: {places}"
             assert len(epoch.used) < len(everything), f"epoch {number} is complete, but open"
             epoch.validate()
+        held = [(worker, index) for one in self._epochs.values() for index, worker in one.assigned.items()]
+        assert self._slices == Counter(worker for worker, _ in held), f"{self._slices} are not {held}"
+        assert self._rows.total() == sum(self.samples[index] for _, index in held), f"{self._rows}: {held}"
         for worker, answers in self._answers.items():
             assert not answers or worker in self._incarnation, f"{worker} was answered, but did not ask"
             assert all(told.worker == worker for told in answers.values())
@@ -306,6 +341,8 @@ class SliceTracker:
             epoch = _Epoch(kept.epoch, len(state.samples), kept.used)
             epoch.assigned = dict(kept.assigned)
             epoch.available -= set(epoch.assigned)
+            for index, worker in epoch.assigned.items():
+                tracker._count(worker, index, 1)
             tracker._epochs[kept.epoch] = epoch
         for told in state.answers:
             tracker._incarnation[told.worker] = told.incarnation

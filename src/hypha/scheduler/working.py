@@ -131,6 +131,8 @@ class Working:
         self._begin_life()
         self._desk.open()
         pool = self._context.pool
+        for record in await self.ledger.run(Ledger.track_records):
+            pool.know(record)
         pool.want("aggregate", 1)
         pool.want("train", self._context.config.resources.num_workers)
         self._nursery.start_soon(self.dataset.watch, self._context.node)
@@ -216,6 +218,8 @@ class Working:
             if isinstance(action, Record):
                 # at once: a snapshot never shows the next round with the last one's numbers
                 self._context.progressed.add(action.entry)
+                if action.tracker is not None:
+                    self._context.pool.worked(action.entry)
             self._actions.send_nowait(action)
         return answer
 
@@ -230,6 +234,7 @@ class Working:
                 lease = self._crew.lost(peer, kind)
                 if lease is not None:
                     await self.ledger.run(Ledger.lease_ended, lease.lease_id)
+                    await self.ledger.run(Ledger.failed, peer, reason)
                     self._nursery.start_soon(self._context.pool.release, lease.lease_id, True)
             case Again(peer=peer, reason=reason, instead_of=instead_of):
                 # not all at once, when all failed at once
@@ -313,6 +318,8 @@ class Working:
                         await self.ledger.run(Ledger.lease_gained, event)
                 case LeaseLost(reason=reason):
                     await self.ledger.run(Ledger.lease_ended, event.lease_id)
+                    if event.to_blame:
+                        await self.ledger.run(Ledger.failed, event.worker.peer, reason)
                     lease = crew.lost(event.worker.peer, event.kind)
                     if lease is not None:
                         self.handle(lost(lease, reason))

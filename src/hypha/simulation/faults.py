@@ -11,7 +11,7 @@ import trio
 from hypha.journal import Entry
 from hypha.runtime import in_thread
 from hypha.simulation.process import SimulatedProcess
-from hypha.simulation.scenario import PHASES, Fault, Scenario
+from hypha.simulation.scenario import LIES, PHASES, Fault, Scenario
 from hypha.simulation.world import SCHEDULER, Computer, World, fill_databases
 
 #: a node that was told to end is to be gone within this
@@ -68,8 +68,20 @@ async def strike(world: World, number: int, fault: Fault, moment: trio.Event, st
     if computer is None:
         return
     struck.target, struck.struck_at = computer.name, trio.current_time()
+    if fault.way in LIES:
+        _have_lie(world, computer, fault)
+        struck.mended_at = trio.current_time()
+        return
     await _strike_machine(world, computer, fault, random)
     struck.mended_at = trio.current_time()
+
+
+def _have_lie(world: World, computer: Computer, fault: Fault) -> None:
+    computer.lies.add(fault.way)
+    if fault.way == "boast":
+        computer.lies.add("never-load")
+        world.kill(computer.name)
+        world.start(computer.name)
 
 
 def _machine(world: World, fault: Fault, random: Random) -> Computer | None:

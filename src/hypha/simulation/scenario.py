@@ -45,6 +45,12 @@ Way = Literal[
     "slow-disk",
     "clock",
     "stall",
+    "claim",
+    "blow-up",
+    "withhold",
+    "never-load",
+    "hoard",
+    "boast",
 ]
 Phase = Literal["loading", "training", "scheduled", "updating", "closing", "exporting"]
 
@@ -75,6 +81,13 @@ NODE_WAYS: tuple[Way, ...] = (
     "slow-disk",
     "clock",
 )
+
+
+#: what a worker does from then on: its updates stand for 10^12 samples (``claim``), or are huge
+#: (``blow-up``); it reports progress and sends no update (``withhold``), never has the model
+#: (``never-load``), or asks for slices without end (``hoard``); or it begins anew, offers a million cores,
+#: and never loads (``boast``)
+LIES: tuple[Way, ...] = ("claim", "blow-up", "withhold", "never-load", "hoard", "boast")
 
 
 class Fault(Struct, frozen=True):
@@ -116,6 +129,7 @@ class Scenario(Struct, frozen=True):
     replicas: int = 0
     lease_s: float = 10.0
     hang_s: float | None = 8.0
+    model_s: float = 30.0
     deadline_s: float = 15.0
     faults: tuple[Fault, ...] = ()
     #: the job must be over so long after the last fault was mended
@@ -126,7 +140,7 @@ def random_scenario(seed: int) -> Scenario:
     """The network, the job and one to four faults that ``seed`` stands for.
 
     Of ten seeds the last one stands for two faults that meet: what goes wrong only then is too seldom met
-    by faults that do not know of each other.
+    by faults that do not know of each other. The one before it has a worker that lies.
     """
     random = Random(f"scenario {seed}")
     workers = random.choice((2, 3, 3, 4))
@@ -156,9 +170,17 @@ def random_scenario(seed: int) -> Scenario:
         replicas=random.choice((0, 0, 1)),
         faults=tuple(_random_fault(random, rounds) for _ in range(random.choice((1, 1, 2, 2, 3, 4)))),
     )
+    if seed % 10 == 8:
+        return _a_liar(scenario, random)
     if seed % 10 != 9:
         return scenario
     return random.choice((_two_deaths, _no_way_back))(scenario, random)
+
+
+def _a_liar(scenario: Scenario, random: Random) -> Scenario:
+    """One worker lies from some moment on, and something else goes wrong as well."""
+    lie = Fault("worker", random.choice(LIES), random.randrange(scenario.rounds), random.choice(PHASES[:4]))
+    return msgspec.structs.replace(scenario, spares=2, faults=(lie, *scenario.faults[:1]))
 
 
 def _two_deaths(scenario: Scenario, random: Random) -> Scenario:

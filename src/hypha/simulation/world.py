@@ -96,6 +96,8 @@ class Computer:
     slow_disk_s: float = 0.0
     clock_offset_s: float = 0.0
     executors: SimulatedExecutors | None = None
+    #: what its executors lie about, see ``scenario.LIES``
+    lies: set[str] = field(default_factory=set)
     journal: Journal = field(default_factory=Journal)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: tasks of its process before there was a job
@@ -292,12 +294,15 @@ class World:
     async def _worker(self, computer: Computer) -> None:
         wanted = self.scenario
         number = self.workers.index(computer.name)
+        boasts = "boast" in computer.lies
         config = WorkerConfig(
             **_identity(computer.name),
             gateway_addresses=list(self.gateways),
             work_dir=computer.directory / "work",
-            resources=ResourcesConfig(cpu=2, memory=4, storage=1),
-            offer=OfferConfig(lease_s=wanted.lease_s, temporary_lease_s=5.0),
+            resources=ResourcesConfig(cpu=1e6 if boasts else 2, memory=1e6 if boasts else 4, storage=1),
+            offer=OfferConfig(
+                lease_s=wanted.lease_s, temporary_lease_s=5.0, strategy="whole" if boasts else "flexible"
+            ),
             executors=self._executors(number),
             allow=AllowConfig(entrypoints=[ENTRYPOINT]),
             cache=CacheConfig(max_slices=6),
@@ -319,6 +324,7 @@ class World:
             child,
             lambda: batch_s * random.uniform(0.9, 1.2),
             lambda: wanted.load_s * random.uniform(0.8, 1.3),
+            computer.lies,
         )
         options = SimulatedOptions("hypha-worker", self.gateways)
         async with open_simulated_node(self.network, computer.machine, process, options) as node:
@@ -350,7 +356,10 @@ class World:
                 deadline_s=wanted.deadline_s,
             ),
             resources=JobResourcesConfig(
-                num_workers=wanted.workers, min_workers=wanted.min_workers, hang_s=wanted.hang_s
+                num_workers=wanted.workers,
+                min_workers=wanted.min_workers,
+                hang_s=wanted.hang_s,
+                load_s=wanted.model_s,
             ),
             checkpoint=CheckpointConfig(every_rounds=wanted.checkpoint_every, replicas=wanted.replicas),
             output=str(computer.directory / "model"),
@@ -442,7 +451,7 @@ class _Log(logging.Handler):
         text = record.getMessage()
         if record.exc_info and record.exc_info[1] is not None:
             text += f" [{record.exc_info[1]!r}]\n{''.join(traceback.format_exception(record.exc_info[1]))}"
-        peer = getattr(record, "peer_id", "")
+        peer = getattr(record, "peer_id", getattr(record, "worker_peer_id", ""))
         self.lines.append(f"{at} {who}: {record.levelname} {text} {peer}".rstrip())
 
 

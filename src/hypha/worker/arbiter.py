@@ -1,9 +1,12 @@
 """The worker's arbiter, a pure machine: which scheduler gets an offer of what, and at what price.
 
-Requests heard within a short window compete: those this worker can and wants to serve are ordered by
-bid per weighted unit of what they ask for, and as long as something is free each gets an offer with a
-temporary lease behind it, so nothing is promised twice. A request heard again (schedulers repeat them)
-gets no second offer while a lease for it lives. What a strategy offers:
+Requests heard within a short window compete: those this worker can and wants to serve are ordered by bid per
+weighted unit of what they ask for, and as long as something is free each gets an offer with a temporary lease
+behind it, so nothing is promised twice. A request heard again (schedulers repeat them) gets no second offer
+while a lease for it lives, and a scheduler holds one temporary lease at most for each class of executor.
+Nothing is held for a scheduler that cannot be reached: its request waits until it is. One whose offers come
+to nothing again and again (they cannot be delivered, or are kept without an answer) is offered nothing for a
+while, which grows until it accepts one. What a strategy offers:
 
 - ``flexible``: exactly what was asked for.
 - ``whole``: to a training job everything that is free at that moment, since a larger batch is what it
@@ -18,8 +21,8 @@ outbidding others would cost nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from msgspec import Struct
@@ -51,23 +54,45 @@ from hypha.runtime import new_id
 NAME = "arbiter"
 #: Requests that may wait in one window; more are not considered, so a flood cannot grow without bound.
 MAX_WAITING = 1024
+#: And so many of one scheduler, which publishes one for each class of executor.
+MAX_WAITING_OF_ONE = 4
+#: After a second offer in a row that came to nothing, its scheduler gets none for so long; each time it
+#: doubles.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+#: A temporary lease that is given back unused only after this share of its life came to nothing, too.
+_TOO_LATE = 0.75
+#: Of the time that a request allows, the share within which a better bidder's connection is waited for.
+_CONNECTED_BY = 0.7
+#: Schedulers whose failures are remembered; the oldest are forgotten.
+_REMEMBERED = 1024
 
 
 # --- in -----------------------------------------------------------------------------------------------
 
 
 class Heard(Struct, frozen=True, tag=True):
-    """``request`` was published by the authenticated ``publisher``."""
+    """``request`` was published by the authenticated ``publisher``. Unless it is ``reached``, a connection to
+    it is being made, and :class:`Reached` follows.
+    """
 
     publisher: str
     request: WorkerRequest
+    reached: bool = True
+
+
+class Reached(Struct, frozen=True, tag=True):
+    """Whether a connection to the authenticated ``scheduler`` could be made."""
+
+    scheduler: str
+    reached: bool
 
 
 class OfferFailed(Struct, frozen=True, tag=True):
-    """The offer was refused or could not be delivered in time."""
+    """The offer was refused, or could not be delivered in time (``undelivered``)."""
 
     lease_id: str
     reason: str
+    undelivered: bool = False
 
 
 class RenewAsked(Struct, frozen=True, tag=True):
@@ -90,7 +115,7 @@ class ArbiterBegan(Struct, frozen=True, tag=True):
     abilities: Abilities = Abilities()
 
 
-ArbiterEvent = Heard | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close
+ArbiterEvent = Heard | Reached | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close
 
 
 # --- out ------------------------------------------------------------------------------------------------
@@ -125,6 +150,7 @@ class _Waiting:
     request: WorkerRequest
     before: float
     order: int
+    reached: bool = True
 
     @property
     def key(self) -> tuple[float, int]:
@@ -162,8 +188,14 @@ class Arbiter:
         self._worker = worker
         self._new_id = new_id
         self._waiting: dict[tuple[str, str], _Waiting] = {}
+        #: those whose window is over, and whose scheduler is not reached yet
+        self._unreached: dict[tuple[str, str], _Waiting] = {}
+        #: scheduler -> offers in a row that came to nothing, and until when it gets no other
+        self._failures: dict[str, tuple[int, float]] = {}
         self._heard = 0
         self._window_ends: float | None = None
+        #: the window is over, and a connection is waited for
+        self._over = False
         self._closed = False
         #: ids of leases, and what the worker said of itself, while the present event was handled
         self._drawn: list[tuple[str, PeerRef]] = []
@@ -172,6 +204,7 @@ class Arbiter:
     def next_wake(self) -> float | None:
         """When the next :class:`Tick` is due: the window's end or an expiry; None when nothing is."""
         moments = [moment for moment in (self._window_ends, self.book.next_wake) if moment is not None]
+        moments.extend(waiting.before for waiting in self._unreached.values())
         return min(moments, default=None)
 
     def handle(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
@@ -189,8 +222,12 @@ class Arbiter:
         assert (self._window_ends is None) == (not self._waiting), "requests wait without a window"
         assert self._window_ends is None or self._window_ends > now, "a window has ended undecided"
         assert not (self._closed and self._waiting), "a worker that stops lets requests wait"
-        assert len(self._waiting) <= MAX_WAITING, f"{len(self._waiting)} requests wait"
-        for key, waiting in self._waiting.items():
+        waiting_in_all = {**self._waiting, **self._unreached}
+        assert len(waiting_in_all) <= MAX_WAITING, f"{len(waiting_in_all)} requests wait"
+        assert all(one.before > now and not one.reached for one in self._unreached.values()), "one waits idly"
+        open_ = [(lease.scheduler, lease.kind) for lease in self.book if not lease.accepted]
+        assert len(open_) == len(set(open_)), "a scheduler holds two temporary leases for one class"
+        for key, waiting in waiting_in_all.items():
             request = waiting.request
             assert key == (request.scheduler.peer, request.request_id), f"{request.request_id} is at {key}"
             assert self.book.live_for(*key) is None, f"{request.request_id} waits and has a lease"
@@ -204,24 +241,95 @@ class Arbiter:
     def _apply(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
         actions: list[ArbiterAction] = []
         match event:
-            case Heard(publisher, request):
+            case Heard(publisher, request, reached):
                 actions.extend(self.book.handle(Tick(), now))
-                refusal = self._unfit(publisher, request) or self._enter(request, now)
+                self._notice(actions, now)
+                refusal = self._unfit(publisher, request) or self._enter(request, reached, now)
                 if refusal is not None:
                     actions.append(Ignored(request.request_id, publisher, *refusal))
-            case OfferFailed(lease_id, _):
-                actions.extend(self.book.handle(Revoke(lease_id), now))
+            case Reached(scheduler, reached):
+                actions.extend(self._reached(scheduler, reached, now))
+            case OfferFailed(lease_id, _, undelivered):
+                lease = self.book.get(lease_id)
+                revoked = self.book.handle(Revoke(lease_id), now)
+                self._notice(revoked, now)
+                if undelivered and lease is not None and not lease.accepted:
+                    self._blame(lease.scheduler, now)
+                actions.extend(revoked)
             case RenewAsked(lease_id, caller):
-                actions.extend(self.book.handle(Renew(lease_id, caller, self._terms.lease_s), now))
+                renewed = self.book.handle(Renew(lease_id, caller, self._terms.lease_s), now)
+                if any(isinstance(one, Granted) and one.lease.lease_id == lease_id for one in renewed):
+                    self._failures.pop(caller, None)
+                self._notice(renewed, now)
+                actions.extend(renewed)
             case Close():
                 self._closed = True
                 self._waiting.clear()
-                self._window_ends = None
+                self._unreached.clear()
+                self._window_ends, self._over = None, False
                 actions.extend(self.book.handle(Tick(), now))
             case _:
-                actions.extend(self.book.handle(event, now))
+                ended = self.book.handle(event, now)
+                self._notice(ended, now)
+                actions.extend(ended)
         if self._window_ends is not None and now >= self._window_ends:
-            actions.extend(self._decide(now))
+            wait_until = self._better_ones_by()
+            if wait_until is not None and now < wait_until:
+                self._window_ends = wait_until
+                self._over = True
+            else:
+                actions.extend(self._decide(now))
+        for key in [key for key, waiting in self._unreached.items() if waiting.before <= now]:
+            del self._unreached[key]
+            actions.append(Ignored(key[1], key[0], "its scheduler could not be reached in time"))
+        return actions
+
+    def _better_ones_by(self) -> float | None:
+        """Until when the decision may wait for a connection to who bids more than all that are reached, so
+        that it does not lose for being connected a moment later; None where there is nothing to wait for.
+        """
+        reached = [waiting for waiting in self._waiting.values() if waiting.reached]
+        best = min((waiting.key for waiting in reached), default=None)
+        if best is None or all(one.reached or one.key > best for one in self._waiting.values()):
+            return None
+        return min(one.before - (1.0 - _CONNECTED_BY) * one.request.offer_within_s for one in reached)
+
+    def _notice(self, actions: Sequence[object], now: float) -> None:
+        """Temporary leases among what has ended that nobody took, and nobody gave back in time."""
+        for action in actions:
+            if isinstance(action, Ended) and not action.lease.accepted:
+                left_s = action.lease.expires_at - now
+                if left_s <= (1.0 - _TOO_LATE) * self._terms.temporary_lease_s:
+                    self._blame(action.lease.scheduler, now)
+
+    def _blame(self, scheduler: str, now: float) -> None:
+        times = self._failures.pop(scheduler, (0, 0.0))[0] + 1
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(times - 2, 16)) if times > 1 else 0.0
+        self._failures[scheduler] = (times, now + pause_s)
+        while len(self._failures) > _REMEMBERED:
+            del self._failures[next(iter(self._failures))]
+
+    def _reached(self, scheduler: str, reached: bool, now: float) -> list[ArbiterAction]:
+        """Its requests that wait for that are offered something now, or given up."""
+        actions: list[ArbiterAction] = []
+        late = [self._unreached.pop(key) for key in list(self._unreached) if key[0] == scheduler]
+        for key in [key for key in self._waiting if key[0] == scheduler]:
+            if reached:
+                self._waiting[key] = replace(self._waiting[key], reached=True)
+            elif not self._waiting[key].reached:
+                late.append(self._waiting.pop(key))
+        if not self._waiting:
+            self._window_ends, self._over = None, False
+        elif self._over and self._better_ones_by() is None:
+            self._window_ends = now
+        if not reached:
+            self._blame(scheduler, now)
+        for waiting in sorted(late, key=lambda one: one.key):
+            if reached:
+                actions.extend(self._offer(waiting, now))
+            else:
+                reason = "its scheduler cannot be reached"
+                actions.append(Ignored(waiting.request.request_id, scheduler, reason))
         return actions
 
     def _unfit(self, publisher: str, request: WorkerRequest) -> tuple[str, Cause] | None:
@@ -251,17 +359,31 @@ class Arbiter:
             return "it asks for more than this worker has", "resources"
         return None
 
-    def _enter(self, request: WorkerRequest, now: float) -> tuple[str, Cause] | None:
+    def _has_an_offer(self, request: WorkerRequest) -> bool:
+        """A temporary lease for its scheduler and class of executor lives."""
+        asks = (request.scheduler.peer, request.executor.kind)
+        return any((lease.scheduler, lease.kind) == asks and not lease.accepted for lease in self.book)
+
+    def _enter(self, request: WorkerRequest, reached: bool, now: float) -> tuple[str, Cause] | None:
         """Put ``request`` into the window, or say why not."""
         key = (request.scheduler.peer, request.request_id)
         if self.book.live_for(*key) is not None:
             return "a lease for it lives", "duplicate"
+        if self._has_an_offer(request):
+            return "its scheduler has not answered another offer yet", "duplicate"
+        times, until = self._failures.get(request.scheduler.peer, (0, now))
+        if now < until:
+            return f"{times} offers to its scheduler came to nothing", "other"
         known = self._waiting.get(key)
-        if known is None and len(self._waiting) >= MAX_WAITING:
+        self._unreached.pop(key, None)
+        if known is None and len(self._waiting) + len(self._unreached) >= MAX_WAITING:
             return "too many requests are waiting", "other"
+        of_it = sum(one[0] == key[0] for one in (*self._waiting, *self._unreached))
+        if known is None and of_it >= MAX_WAITING_OF_ONE:
+            return "its scheduler asks under too many names", "other"
         self._heard += 1
         order = self._heard if known is None else known.order
-        self._waiting[key] = _Waiting(request, now + request.offer_within_s, order)
+        self._waiting[key] = _Waiting(request, now + request.offer_within_s, order, reached)
         # half of the time it allows is kept for the way: a short deadline shortens the window
         ends = now + min(self._terms.request_window_s, request.offer_within_s / 2)
         self._window_ends = ends if self._window_ends is None else min(self._window_ends, ends)
@@ -270,10 +392,13 @@ class Arbiter:
     def _decide(self, now: float) -> list[ArbiterAction]:
         contenders = sorted(self._waiting.values(), key=lambda waiting: waiting.key)
         self._waiting.clear()
-        self._window_ends = None
+        self._window_ends, self._over = None, False
         actions: list[ArbiterAction] = []
         for contender in contenders:
-            actions.extend(self._offer(contender, now))
+            if contender.reached:
+                actions.extend(self._offer(contender, now))
+            else:
+                self._unreached[contender.request.scheduler.peer, contender.request.request_id] = contender
         return actions
 
     def _offer(self, contender: _Waiting, now: float) -> list[ArbiterAction]:
@@ -281,6 +406,9 @@ class Arbiter:
         scheduler = request.scheduler
         if now >= contender.before:
             return [Ignored(request.request_id, scheduler.peer, "an offer would come too late")]
+        if self._has_an_offer(request):
+            reason = "its scheduler has not answered another offer yet"
+            return [Ignored(request.request_id, scheduler.peer, reason, "duplicate")]
         free = self.book.free
         if not fits(request.resources, free):
             reason = "what it asks for is not free now"

@@ -42,6 +42,7 @@ from hypha.worker.arbiter import (
     Heard,
     Ignored,
     OfferFailed,
+    Reached,
     RenewAsked,
     SendOffer,
 )
@@ -50,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 #: A scheduler that is busy is asked again after this long, while there is time.
 BUSY_PAUSE_S = 0.05
+#: A scheduler that publishes a request is to be reached within this, or it gets no offer.
+REACH_S = 10.0
 #: So many different lacks of features are logged.
 MAX_TOLD = 64
 
@@ -118,10 +121,11 @@ class LeaseDesk:
         self._evaluating.clear()
 
     def hear(
-        self, publisher: str, request: WorkerRequest, heard_in: str | None = None
+        self, publisher: str, request: WorkerRequest, heard_in: str | None = None, reached: bool = True
     ) -> list[ArbiterAction]:
         """A request for workers was published by the authenticated ``publisher``, and received in the span
-        that ``heard_in``, a ``traceparent``, names. As :meth:`handle`.
+        that ``heard_in``, a ``traceparent``, names. Unless it is ``reached``, whether it can be is told next.
+        As :meth:`handle`.
         """
         self._requests += 1
         key = (publisher, request.request_id)
@@ -141,7 +145,7 @@ class LeaseDesk:
             request.bid,
             extra={"request_id": request.request_id, "peer_id": publisher},
         )
-        return self.handle(Heard(publisher, request))
+        return self.handle(Heard(publisher, request, reached))
 
     def evaluated_in(self, lease_id: str) -> str | None:
         """The ``traceparent`` of the span that the offer of that lease came out of; returned once."""
@@ -284,12 +288,16 @@ async def serve_offers(
 
     async def greet(scheduler: PeerRef) -> None:
         # connecting takes as long as the window of requests, so it need not come after it
+        reached = False
         try:
-            await node.connect(scheduler)
+            with trio.move_on_after(REACH_S):
+                await node.connect(scheduler)
+                reached = True
         except NetworkError as exc:
             logger.debug("A scheduler cannot be reached yet: %s", exc, extra={"peer_id": scheduler.peer})
         finally:
             greeting.discard(scheduler.peer)
+        desk.handle(Reached(scheduler.peer, reached))
 
     async def end_those_of_the_revoked() -> None:
         async with node.watch_peers() as losses:
@@ -316,15 +324,18 @@ async def serve_offers(
             if said:
                 logger.info("There is room again; offers are made.")
                 said = False
+            reached = node.is_connected(publisher)
             try:
-                actions = desk.hear(publisher, request, heard.traceparent)
+                actions = desk.hear(publisher, request, heard.traceparent, reached)
             except Exception:  # the edge of a service loop: anybody with a certificate may publish
                 logger.exception(
                     "A request for workers could not be considered.", extra={"peer_id": publisher}
                 )
                 continue
-            ignored = any(isinstance(action, Ignored) for action in actions)
-            if not (ignored or publisher in greeting or node.is_connected(publisher)):
+            ignored = any(
+                isinstance(action, Ignored) and action.request_id == request.request_id for action in actions
+            )
+            if not (ignored or publisher in greeting or reached):
                 greeting.add(publisher)
                 nursery.start_soon(greet, request.scheduler)
 
@@ -342,7 +353,7 @@ async def _attempt_delivery(node: Node, desk: LeaseDesk, action: SendOffer) -> s
     offer, peer = action.offer, action.scheduler.peer
     lease_ends = trio.current_time() + offer.expires_in_s
     node.learn(action.scheduler)
-    reason = "there was no time left to send it"
+    reason, undelivered = "there was no time left to send it", False
     while (now := trio.current_time()) < action.before:
         try:
             await _check_role(node, peer, action.before - now)
@@ -355,7 +366,7 @@ async def _attempt_delivery(node: Node, desk: LeaseDesk, action: SendOffer) -> s
                 continue
             break
         except NetworkError as exc:
-            reason = str(exc)
+            reason, undelivered = str(exc), True
             break
         logger.debug("An offer was delivered.", extra={"lease_id": offer.lease_id, "peer_id": peer})
         return None
@@ -364,7 +375,7 @@ async def _attempt_delivery(node: Node, desk: LeaseDesk, action: SendOffer) -> s
         reason,
         extra={"lease_id": offer.lease_id, "request_id": offer.request_id, "peer_id": peer},
     )
-    desk.handle(OfferFailed(offer.lease_id, reason))
+    desk.handle(OfferFailed(offer.lease_id, reason, undelivered))
     return reason
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import msgspec
 import trio
 
-from hypha.errors import CheckpointUnusable, PeerUnreachable, Refused
+from hypha.errors import CheckpointUnusable, DataError, PeerUnreachable, Refused
 from hypha.executor import tensors
+from hypha.executor.admission import admit
 from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 from hypha.executor.outer import OuterStep
 from hypha.executor.toy import toy_theta
@@ -67,7 +68,7 @@ class SimulatedParameterServer:
         self._step_s = step_s
         self._inputs: deque[Directive | ReceivedFile] = deque()
         self._changed = Changes()
-        self._members: dict[str, PeerRef] | None = None
+        self._members: Members | None = None
         self._early: list[ReceivedFile] = []
         self._applied: RoundApplied | None = None
         self._exporting = -1
@@ -126,6 +127,10 @@ class SimulatedParameterServer:
     def _theta_path(self) -> Path:
         return self._bridge.directory / "outgoing" / f"theta-{self.round}.safetensors"
 
+    @property
+    def _peers(self) -> tuple[PeerRef, ...]:
+        return () if self._members is None else self._members.peers
+
     def _ready(self) -> None:
         self._bridge.report(
             ModelReady(round=self.round, theta=self._hashes.blake3, parameters=8, size_bytes=32)
@@ -148,7 +153,7 @@ class SimulatedParameterServer:
             case ReceivedFile():
                 self._update_arrived(item)
             case Members():
-                self._members = {ref.peer: ref for ref in item.peers}
+                self._members = item
                 early, self._early = self._early, []
                 for file in early:
                     self._update_arrived(file)
@@ -168,25 +173,23 @@ class SimulatedParameterServer:
     # --- updates ------------------------------------------------------------------------------------
 
     def _update_arrived(self, file: ReceivedFile) -> None:
-        if self._members is None:
-            self._early.append(file)
-            return
         path = self._bridge.directory / file.path
         round_ = file.meta.stamp.round if file.meta.stamp is not None else -1
+        contribution = None
         try:
-            self._check(file)
-            self._outer.add(file.from_peer, file.meta.samples, path)
-        except Refused as exc:
-            self._bridge.report(
-                UpdateRefused(round=round_, worker=file.from_peer, code=exc.code, reason=exc.reason)
-            )
-        else:
+            if not admit(file, self._job, self.round, self._members):
+                self._early.append(file)
+                return
             contribution = contribution_in(path, file.from_peer, round_, file.meta.samples)
+            self._outer.add(file.from_peer, file.meta.samples, path)
+        except (Refused, DataError) as exc:
+            code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
+            self._bridge.report(UpdateRefused(round=round_, worker=file.from_peer, code=code, reason=reason))
+        else:
             if contribution is not None:
                 self._contributions[file.from_peer] = contribution
             self._received(file.from_peer, file.meta.samples)
-        finally:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
     def _received(self, worker: str, samples: int) -> None:
         contribution = self._contributions.get(worker)
@@ -194,23 +197,12 @@ class SimulatedParameterServer:
             UpdateReceived(round=self.round, worker=worker, samples=samples, contribution=contribution)
         )
 
-    def _check(self, file: ReceivedFile) -> None:
-        stamp, worker = file.meta.stamp, file.from_peer
-        if stamp is None or stamp.job_id != self._job.job_id:
-            raise Refused("uninvited", "the update is of another job", worker)
-        if stamp.generation < self._job.generation:
-            raise Refused("stale", f"the update is of generation {stamp.generation} of the job", worker)
-        if stamp.round != self.round:
-            raise Refused("stale", f"round {self.round} is open, not {stamp.round}", worker)
-        if worker not in (self._members or {}):
-            raise Refused("uninvited", "the worker takes no part in the job", worker)
-
     # --- rounds -------------------------------------------------------------------------------------
 
     async def _close(self, directive: CloseRound) -> None:
         if directive.round == self.round - 1 and self._applied is not None:
             self._bridge.report(self._applied)
-            self._send_theta((self._members or {}).values())
+            self._send_theta(self._peers)
             return
         if directive.round != self.round:
             return
@@ -235,7 +227,7 @@ class SimulatedParameterServer:
         self._contributions = {}
         self._bridge.report(self._applied)
         if not directive.final:
-            self._send_theta((self._members or {}).values())
+            self._send_theta(self._peers)
         old.unlink(missing_ok=True)
         if checkpoint:
             self._checkpoint()

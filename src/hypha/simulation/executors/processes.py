@@ -5,7 +5,7 @@ They speak the bridge's protocol as the real ones do. A batch takes as long as t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class SimulatedExecutors:
     """Runs the executors of one machine, in place of ``worker.starting.run_process``.
 
     ``start`` makes a child process of the worker's; a batch takes ``batch_s()`` seconds, loading
-    ``load_s()``.
+    ``load_s()``. What they do wrong stands in ``lies``, as in ``scenario.LIES``.
     """
 
     def __init__(
@@ -44,10 +44,12 @@ class SimulatedExecutors:
         start: Callable[[str], SimulatedProcess],
         batch_s: Callable[[], float],
         load_s: Callable[[], float],
+        lies: Set[str] = frozenset(),
     ) -> None:
         self._start = start
         self._batch_s = batch_s
         self._load_s = load_s
+        self._lies = lies
         #: whose batches take until then
         self.stalled: dict[SimulatedProcess, float] = {}
         #: those that run now, by class
@@ -112,6 +114,8 @@ class SimulatedExecutors:
             try:
                 await trio.sleep(self._load_s())
                 job = bridge.job
+                while isinstance(job, TrainJob) and "never-load" in self._lies:  # noqa: ASYNC110
+                    await trio.sleep(_ALIVE_S)
                 async with trio.open_nursery() as work:
                     if isinstance(job, TrainJob):
                         process = this_process()
@@ -120,7 +124,7 @@ class SimulatedExecutors:
                             stalled_s = self.stalled.get(process, 0.0) - trio.current_time()
                             return max(stalled_s, self._batch_s())
 
-                        await SimulatedTrainer(bridge, job, batch_s).run(work)
+                        await SimulatedTrainer(bridge, job, batch_s, self._lies).run(work)
                     else:
                         await SimulatedParameterServer(bridge, job, work, 0.01).run()
                     work.cancel_scope.cancel()

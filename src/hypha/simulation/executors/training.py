@@ -6,8 +6,9 @@ What :mod:`hypha.executor.training` does in threads is done here in tasks of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
+import msgspec
 import trio
 
 from hypha.errors import DataError, PeerUnreachable, Refused
@@ -33,16 +34,21 @@ from hypha.simulation.executors.bridge import Bridge
 
 #: as in hypha.executor.handover
 _SEND_RETRY_S = 1.0
+#: what liars say: samples, and how far theta has moved
+_CLAIMED, _BLOWN_UP = 10**12, 1e6
 _PASSING_UPDATE = frozenset({"no-space", "busy", "not-found"})
 
 
 class SimulatedTrainer:
     """A training executor; see :mod:`hypha.executor.training`, whose steps it takes one by one."""
 
-    def __init__(self, bridge: Bridge, job: TrainJob, batch_s: Callable[[], float]) -> None:
+    def __init__(
+        self, bridge: Bridge, job: TrainJob, batch_s: Callable[[], float], lies: Set[str] = frozenset()
+    ) -> None:
         self._bridge = bridge
         self._job = job
         self._batch_s = batch_s
+        self._lies = lies
         self._incarnation = bridge.directory.name
         self._inbox = Inbox(job.parameter_server, job.generation)
         self._changed = Changes()
@@ -243,7 +249,7 @@ class SimulatedTrainer:
                 continue
             self._ready = part
             self._changed.note()
-            while self._ready is not None:
+            while self._ready is not None and "hoard" not in self._lies:
                 await self._changed.wait()
 
     async def _train(self) -> None:
@@ -292,6 +298,13 @@ class SimulatedTrainer:
             finished=tuple(stream.finished),
             loss=self._losses.mean(),
         )
+        if "withhold" in self._lies:
+            return
+        if "claim" in self._lies:
+            contribution = msgspec.structs.replace(contribution, samples=_CLAIMED)
+        if "blow-up" in self._lies:
+            for value in self._toy.local.parameters.values():
+                value.add_(_BLOWN_UP)
         xxh3 = self._toy.write_update(path, self._job, contribution).xxh3
         update = UpdateToSend(path, xxh3, contribution)
         self._sender = _UpdateSender(self._bridge, self._inbox, self._changed, update)

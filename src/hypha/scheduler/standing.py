@@ -1,0 +1,95 @@
+"""What a scheduler has seen of workers itself: rounds that hold their updates, how fast they were, how often
+they failed. An offer says what a worker claims; this says what came of it, and counts in the choice among
+offers. Pure.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from msgspec import Struct
+
+#: before anything is known of a worker, it is as good as one of which so many rounds went well, and one did
+#: not
+_GOOD, _BAD = 2.0, 1.0
+#: a failure costs more than a round is worth
+_FAILURE = 2.0
+#: a measured speed counts for at most so many times what is usual for the capacity, and at least one part of
+#: that
+_FASTEST = 10.0
+#: workers that are remembered; those that were seen longest ago are forgotten
+_REMEMBERED = 10_000
+
+
+class TrackRecord(Struct, frozen=True, tag=True):
+    """Of ``worker``: ``rounds`` hold its updates, of ``samples_per_s`` in the mean; so many ``failures``."""
+
+    worker: str
+    rounds: int = 0
+    failures: int = 0
+    samples_per_s: float = 0.0
+
+
+@dataclass
+class _Seen:
+    rounds: int = 0
+    failures: int = 0
+    samples_per_s: float = 0.0
+    #: of the lease under which it trains, weighted
+    capacity: float = 0.0
+
+
+class Standings:
+    """Of all workers, by PeerID."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, _Seen] = {}
+
+    def _of(self, worker: str) -> _Seen:
+        found = self._seen.pop(worker, None) or _Seen()
+        self._seen[worker] = found
+        while len(self._seen) > _REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+        return found
+
+    def know(self, record: TrackRecord) -> None:
+        """What a ledger has of a worker."""
+        seen = self._of(record.worker)
+        seen.rounds, seen.failures = record.rounds, record.failures
+        seen.samples_per_s = record.samples_per_s
+
+    def took(self, worker: str, capacity: float) -> None:
+        """It trains under a lease of that weighted capacity."""
+        self._of(worker).capacity = capacity
+
+    def failed(self, worker: str) -> int:
+        """Once more; how often in all."""
+        seen = self._of(worker)
+        seen.failures += 1
+        return seen.failures
+
+    def worked(self, speeds: Iterable[tuple[str, float]]) -> None:
+        """A round was applied, with updates of these workers, at so many samples a second each."""
+        for worker, samples_per_s in speeds:
+            seen = self._of(worker)
+            seen.rounds += 1
+            seen.samples_per_s += (samples_per_s - seen.samples_per_s) / min(seen.rounds, 10)
+
+    def reliability(self, worker: str) -> float:
+        """The share of rounds that can be expected to go well there, over 0 and under 1."""
+        seen = self._seen.get(worker) or _Seen()
+        return (seen.rounds + _GOOD) / (seen.rounds + _GOOD + _BAD + _FAILURE * seen.failures)
+
+    def pace(self, worker: str) -> float:
+        """How fast it was for its capacity, beside what is usual; 1.0 where that is not known."""
+        seen = self._seen.get(worker)
+        if seen is None or not (seen.samples_per_s > 0 and seen.capacity > 0):
+            return 1.0
+        usual = statistics.median(
+            one.samples_per_s / one.capacity
+            for one in self._seen.values()
+            if one.samples_per_s > 0 and one.capacity > 0
+        )
+        return min(_FASTEST, max(1.0 / _FASTEST, seen.samples_per_s / seen.capacity / usual))

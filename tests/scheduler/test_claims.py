@@ -1,0 +1,350 @@
+"""What a worker states about itself does not count before it was held against what it was given."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.scheduler.test_ledger import opening
+from tests.scheduler.test_rounds import check_books, rules
+from tests.scheduler.world import Worker, World
+
+from hypha.errors import ModelError, Refused
+from hypha.executor.admission import admit
+from hypha.messages import (
+    AggregateJob,
+    Contribution,
+    ExecutorDescriptor,
+    JobStamp,
+    Members,
+    ModelSpec,
+    NextSlice,
+    PeerRef,
+    Progress,
+    ReceivedFile,
+    RoundApplied,
+    SliceRange,
+    TransferMeta,
+    UpdateSent,
+)
+from hypha.scheduler.claims import MOST_COUNT, contribution_problem
+from hypha.scheduler.events import AnswerSlice, Drop, Fail, Publish, Record, Reported, Send, SliceAsked, Told
+from hypha.scheduler.ledger import Ledger
+from hypha.scheduler.slices import SliceTracker
+
+GOOD = Contribution(
+    round=0,
+    worker="a",
+    incarnation="a-1",
+    samples=60,
+    batches=15,
+    batch_size=4,
+    steps=0,
+    ranges=(SliceRange(epoch=0, slice=0, start=0, stop=40), SliceRange(epoch=0, slice=1, start=0, stop=20)),
+    finished=((0, 0),),
+)
+
+
+def held() -> SliceTracker:
+    tracker = SliceTracker((40,) * 4)
+    for worker, seq in (("a", 1), ("a", 2), ("b", 1)):
+        tracker.next(worker, f"{worker}-1", seq)
+    return tracker
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, ""),
+        ({"samples": 10**12}, "are not what 15 batches"),
+        ({"samples": -1}, "no counts"),
+        ({"batches": MOST_COUNT + 1}, "no counts"),
+        ({"steps": 1 << 60}, "no counts"),
+        ({"threads": 0}, "no counts"),
+        ({"batch_size": 8}, "batches of 8 samples"),
+        ({"ranges": ()}, "0 rows for 60 samples"),
+        ({"ranges": (SliceRange(epoch=0, slice=2, start=0, stop=40),)}, "slice 2 of epoch 0 is not assigned"),
+        ({"ranges": (SliceRange(epoch=1, slice=0, start=0, stop=40),)}, "slice 0 of epoch 1 is not assigned"),
+        ({"ranges": (SliceRange(epoch=0, slice=9, start=0, stop=40),)}, "slice 9 has no rows"),
+        ({"ranges": (SliceRange(epoch=0, slice=0, start=0, stop=60),)}, "slice 0 has no rows 0 to 60"),
+        ({"ranges": (GOOD.ranges[0], GOOD.ranges[0])}, "twice"),
+        ({"finished": ((0, 1),)}, "calls slices finished"),
+        ({"finished": ((0, 3),)}, "calls slices finished"),
+    ],
+)
+def test_an_update_stands_for_rows_of_slices_that_its_worker_was_given(
+    changes: dict[str, Any], problem: str
+) -> None:
+    part = msgspec.structs.replace(GOOD, **changes)
+    found = contribution_problem(part, 4, held(), held=True)
+    assert (found == "") == (problem == "")
+    assert problem in found
+
+
+def training(*peers: str, **changes: object) -> World:
+    world = World(rules(**{"samples": 4000, "rounds": 3, **changes}))
+    world.begin()
+    for peer in peers:
+        world.add(Worker(peer, 0.05))
+    world.run(60, until=lambda: all(world.workers[peer].batches > 3 for peer in peers))
+    return world
+
+
+def stamp(world: World) -> JobStamp:
+    return JobStamp(job_id="job", round=world.machine.round)
+
+
+def replaced(world: World) -> dict[str, str]:
+    return {action.peer: action.reason for action in world.actions if isinstance(action, Drop)}
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"batches": 10**12, "samples": 10**12},
+        {"batches": 1 << 60, "samples": 4000},
+        {"batches": 4000, "samples": 4001},
+        {"busy_s": float("nan")},
+        {"busy_s": float("inf")},
+    ],
+    ids=str,
+)
+def test_progress_that_cannot_be_is_not_believed_and_its_worker_replaced(
+    lie: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    world = training("a", "b", "c", "d")
+    liar = world.workers["d"]
+    fields = {"round": 0, "batches": 900, "samples": 900, "busy_s": 1.0, "loss": 1.0, **lie}
+    for _ in range(3):
+        world.feed(Reported("d", liar.incarnation, stamp(world), Progress(**fields)))
+    assert "cannot be" in replaced(world)["d"]
+    assert {getattr(record, "worker_peer_id", "") for record in caplog.records} == {"d"}
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    check_books(world, 3)
+    assert sum(record.samples for record in world.records.values()) < 3 * 4400
+
+
+@pytest.mark.parametrize("busy_s", [1e-300, 1e300, 0.0, -5.0])
+def test_absurd_batch_times_neither_end_the_scheduler_nor_stop_the_round(busy_s: float) -> None:
+    world = training("a", "b", samples=2000)
+    liar = world.workers["b"]
+    told = Progress(round=0, batches=liar.batches + 1, samples=4 * liar.batches, busy_s=busy_s, loss=1e300)
+    began = world.now
+    world.feed(Reported("b", liar.incarnation, stamp(world), told))
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    assert world.now - began < 3 * 30
+    assert all(abs(record.loss) < 1e15 for record in world.records.values())
+
+
+def test_an_update_of_a_trillion_samples_costs_its_worker_its_place_and_nothing_else() -> None:
+    world = training("a", "b", "c", "d")
+    liar = world.workers["d"]
+    part = msgspec.structs.replace(GOOD, worker="d", incarnation=liar.incarnation, samples=10**12)
+    world.feed(Told("d", "train", liar.incarnation, stamp(world), UpdateSent(contribution=part)))
+    assert "1000000000000 samples are not what 15 batches of 4 hold" in replaced(world)["d"]
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    assert {part.worker for part in world.records[0].contributors} == {"a", "b", "c"}
+    check_books(world, 3)
+
+
+def test_the_parameter_server_knows_for_how_many_samples_an_update_may_stand_before_it_comes() -> None:
+    world = World(rules(samples=400, rounds=6))
+    limits: dict[int, dict[str, int]] = {}
+
+    def hear(action: object) -> None:
+        if isinstance(action, Send) and isinstance(action.directive, Members):
+            told = action.directive
+            assert told.round is not None
+            limits.setdefault(told.round, {}).update(told.most_samples)
+
+    world.hooks.append(hear)
+    world.begin()
+    world.add(Worker("a", 0.05))
+    world.add(Worker("b", 0.2))
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    for round_, parts in world.applied:
+        for part in parts:
+            assert part.samples <= limits[round_][part.worker]
+            if round_:
+                # not much more than its share: what it may do in a second
+                assert limits[round_][part.worker] <= part.samples + 4 * 20 + 4
+
+
+def received(samples: int, round_: int = 3, peer: str = "a", **changes: Any) -> ReceivedFile:
+    fields = {"job_id": "job", "generation": 1, "round": round_, **changes}
+    meta = TransferMeta(kind="update", name="u", size=1, samples=samples, stamp=JobStamp(**fields))
+    return ReceivedFile(path="u", size=1, from_peer=peer, meta=meta)
+
+
+def test_what_a_parameter_server_adds() -> None:
+    server = ExecutorDescriptor(kind="aggregate", name="parameter-server")
+    nobody = PeerRef(peer="s")
+    job = AggregateJob(
+        job_id="job", generation=1, executor=server, me="ps", scheduler=nobody, model=ModelSpec(task="torch")
+    )
+    peers = (PeerRef(peer="a"), PeerRef(peer="b"))
+    told = Members(peers=peers, round=3, most_samples={"a": 48})
+    assert not admit(received(48), job, 3, None), "nobody has said yet who takes part"
+    assert admit(received(48), job, 3, told)
+    assert not admit(received(1, peer="b"), job, 3, told), (
+        "b was not told when to synchronise, as far as is known"
+    )
+    assert not admit(received(48), job, 3, msgspec.structs.replace(told, round=2))
+    assert admit(received(10**12), job, 3, Members(peers=peers)), (
+        "an earlier scheduler says nothing about samples"
+    )
+    for file, code in (
+        (received(49), "invalid"),
+        (received(10**12), "invalid"),
+        (received(1, peer="stranger"), "uninvited"),
+        (received(1, round_=2), "stale"),
+        (received(1, generation=0), "stale"),
+        (received(1, job_id="another"), "uninvited"),
+    ):
+        with pytest.raises(Refused) as caught:
+            admit(file, job, 3, told)
+        assert caught.value.code == code
+
+
+def test_a_worker_holds_slices_that_it_can_use_and_one_that_hoards_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World(rules(samples=400, rounds=3), samples=(40,) * 200)
+    world.begin()
+    for peer in ("a", "b", "hoarder"):
+        world.add(Worker(peer, 0.05))
+    world.run(60, until=lambda: all(worker.batches > 3 for worker in world.workers.values()))
+    liar, tracker = world.workers["hoarder"], world.machine.tracker
+    refused = 0
+    for seq in range(1000, 1300):
+        question = NextSlice(stamp=stamp(world), incarnation=liar.incarnation, seq=seq, cached=(10**9, -1))
+        (*_, answer) = world.machine.handle(SliceAsked("hoarder", question), world.now)
+        assert isinstance(answer, AnswerSlice)
+        refused += answer.slice is None
+    assert tracker.rows_held("hoarder") <= 400 + 36 * 40
+    assert refused > 250
+    named = [record for record in caplog.records if "more than it can use" in record.getMessage()]
+    assert [getattr(record, "worker_peer_id", "") for record in named] == ["hoarder"]
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+
+
+def test_a_worker_that_reports_progress_and_sends_no_update_is_replaced_after_two_rounds() -> None:
+    times = []
+    for upload_s in (0.01, 1e9):
+        world = World(rules(samples=400, rounds=6, grace_s=1.0, deadline_s=5.0))
+        world.begin()
+        for peer in "abc":
+            world.add(Worker(peer, 0.05))
+        world.add(Worker("d", 0.05, upload_s=upload_s))
+        world.run(600)
+        assert isinstance(world.ended, Publish)
+        times.append(world.now - 1000.0)
+    assert replaced(world) == {"d": "it began 2 rounds in a row, and sent no update in time"}
+    honest_s, with_it_s = times
+    # its first synchronisation has three deadlines, as nobody knows yet what that takes; then three graces
+    assert with_it_s < honest_s * 4 / 3 + 15.0 + 3.0 + 2.0
+
+
+def test_one_that_puts_the_end_of_its_batches_off_with_ever_new_reports_is_not_waited_for() -> None:
+    world = World(rules(samples=400, rounds=4, deadline_s=5.0))
+    world.begin()
+    world.add(Worker("a", 0.05))
+    slow = world.add(Worker("b", 0.05))
+    world.run(60, until=lambda: world.machine.round == 1 and slow.batches > 3)
+    slow.batch_s, began = 30.0, world.now
+    world.run(600, until=lambda: world.machine.round == 2)
+    assert world.now - began < 2 * 5.0 + 5.0
+
+
+def test_one_that_never_loads_is_replaced_once_others_have_loaded() -> None:
+    world = World(rules(samples=400, rounds=40, load_s=20.0))
+    world.begin()
+    world.add(Worker("idle", 0.05, load_s=1e9))
+    world.run(100)
+    assert replaced(world) == {}, "it may be the model that takes so long"
+    world.add(Worker("a", 0.05))
+    began = world.now
+    world.run(60, until=lambda: bool(replaced(world)))
+    assert set(replaced(world)) == {"idle"}
+    assert world.now - began < 21.0
+    world.add(Worker("spare", 0.05))
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    # ten seconds are little to one for which the quickest needs a minute
+    world = World(rules(load_s=10.0))
+    world.begin()
+    world.add(Worker("a", 0.05, load_s=60.0))
+    world.add(Worker("b", 0.05, load_s=150.0))
+    world.run(600)
+    assert replaced(world) == {}
+
+
+def test_two_of_four_that_call_the_model_wrong_do_not_end_a_job_that_the_others_train() -> None:
+    world = training("a", "b", "c", "d", rounds=2)
+    for liar in "cd":
+        world.fail(liar, "model", "the model has no forward")
+        world.run(0.5)
+    assert set(replaced(world)) == {"c", "d"}
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    check_books(world, 2)
+    # most of them are right
+    world = training("a", "b", "c", "d", rounds=2)
+    for peer in "bcd":
+        assert world.ended is None
+        world.fail(peer, "model", "the model has no forward")
+        world.run(0.5)
+    assert isinstance(world.ended, Fail)
+    assert isinstance(world.ended.error, ModelError)
+
+
+def test_a_round_that_holds_odd_claims_is_written_and_read_and_the_job_resumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = training("a", "b", samples=400)
+    world.run(60, until=lambda: len(world.machine.books.accepted) == 2)
+    odd = msgspec.structs.replace(
+        GOOD, incarnation=world.workers["a"].incarnation, samples=1 << 63, loss=float("nan"), steps=1 << 62
+    )
+    applied = RoundApplied(
+        round=0,
+        theta="t1",
+        contributors=("a", "b"),
+        contributions=(odd, msgspec.structs.replace(odd, worker="b")),
+        update_norm=float("inf"),
+    )
+    world.feed(Told("ps", "aggregate", "ps-1", stamp(world), applied))
+    record = next(action for action in world.actions if isinstance(action, Record))
+    assert 0 < record.entry.samples < 1000
+    assert 0 < record.steps < 1000
+    ledger = Ledger(tmp_path / "job.db")
+    ledger.open_job(opening(), record.tracker or world.machine.tracker.to_state())
+    ledger.record(record.entry, record.tracker, record.steps)
+    assert [entry.round for entry in ledger.to_file().rounds] == [0]
+    ledger.failed("c", "its executor failed")
+    ledger.failed("c", "again")
+    known = {one.worker: one for one in ledger.track_records()}
+    assert (known["a"].rounds, known["a"].failures) == (1, 0)
+    assert known["a"].samples_per_s > 0
+    assert (known["c"].rounds, known["c"].failures) == (0, 2)
+    # an entry of a version that wrote what it should not have
+    with closing(sqlite3.connect(ledger.path)) as db, db:
+        db.execute(
+            "INSERT INTO rounds (generation, round, samples, theta, entry) VALUES (0, 1, 0, '', ?)",
+            ('{"round": 1, "theta": "", "loss": null}',),
+        )
+    with caplog.at_level(logging.ERROR):
+        assert [entry.round for entry in ledger.to_file().rounds] == [0]
+        assert len(ledger.track_records()) == 3
+    assert "holds a round that cannot be read" in caplog.text
+    ledger.close()
