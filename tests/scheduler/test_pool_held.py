@@ -50,6 +50,9 @@ class OneWorker:
     def learn(self, ref: PeerRef) -> None:
         assert ref == WORKER
 
+    def prefer(self, is_partner: Callable[[str], bool]) -> None:
+        assert not is_partner("worker"), "there is no lease yet"
+
     def answer(self, kind: type, handler: Callable[..., Awaitable[Response]], roles: object = None) -> None:
         assert kind is WorkerOffer
         self._offer = handler
