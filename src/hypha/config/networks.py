@@ -20,6 +20,15 @@ _THIS_HOST = ipaddress.IPv4Network("0.0.0.0/8")
 _LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
 
 
+def is_address(host: str) -> bool:
+    """Whether ``host`` is an address, and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class ExcludedNetworks:
     """The networks of one ``exclude_cidr``. ValueError when one of them is none."""
 

@@ -30,7 +30,8 @@ from hypha.executor.spares import Spares
 CHUNK = 1 << 18
 _MAX_HEADER_BYTES = 100 << 20
 
-_DTYPES = {
+#: Of a column or a tensor, by its name in safetensors.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -46,7 +47,7 @@ _DTYPES = {
     "U32": torch.uint32,
     "U64": torch.uint64,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def is_supported(dtype: torch.dtype) -> bool:
@@ -296,7 +297,7 @@ class TensorFile:
         self.entries: dict[str, Entry] = {}
         at = 0
         for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-            dtype = _DTYPES.get(entry.dtype)
+            dtype = DTYPES.get(entry.dtype)
             if dtype is None:
                 raise self._bad(f"{name} has the dtype {entry.dtype}")
             spec = Spec(dtype, entry.shape)

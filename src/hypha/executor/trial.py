@@ -34,6 +34,7 @@ from hypha.executor.diagnosis import explain, out_of_range
 from hypha.executor.forward import Forward
 from hypha.executor.inner import Inner, Processor
 from hypha.executor.preprocessing import Preprocessor
+from hypha.executor.tensors import DTYPES
 from hypha.executor.weights import weight_file
 from hypha.messages import Column, ColumnRange, Trial, TrialReport
 
@@ -44,18 +45,6 @@ SMALL_BYTES = 200 << 20
 MOST_NUMBERS = 1 << 25
 #: whoever asks has given up, or was killed
 _LIMIT_S = 120
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 #: what torch says of shapes and types, which it knows without any numbers
 _OF_SHAPES = re.compile(
     r"shapes? cannot be multiplied|reduction dim|size mismatch|must match|doesn't match|but got"
@@ -231,7 +220,7 @@ def _text(column: Column, rows: int) -> Tensor:
 
 def _extremes(column: Column, found: ColumnRange | None, rows: int) -> Tensor:
     """The largest numbers in the first row, the smallest in the others; ones where nothing is known."""
-    dtype = _DTYPES.get(column.dtype)
+    dtype = DTYPES.get(column.dtype)
     if dtype is None:
         raise _UntriedError(f"the column {column.name} is {column.dtype}, of which no numbers are made up")
     low, high = (0.0, 1.0) if found is None else (found.low, found.high)

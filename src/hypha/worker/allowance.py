@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from hypha.config.models import AllowConfig
-from hypha.config.networks import ExcludedNetworks
+from hypha.config.networks import ExcludedNetworks, is_address
 from hypha.config.url_patterns import UrlPattern, split_place
 from hypha.errors import Refused
 from hypha.messages import AggregateJob, HuggingFace, Job, Local, ModelSpec, Peers, Reference, Uri
@@ -93,7 +93,7 @@ class Allowance:
         if not self._excluded.holds(ip):
             return True
         literal = f"[{url.host}]" if ":" in url.host else url.host
-        return _is_address(url.host) and any(
+        return is_address(url.host) and any(
             pattern.names_host(literal) for pattern in self._uris if _matches_url(pattern, url)
         )
 
@@ -201,14 +201,6 @@ def _matches_url(pattern: UrlPattern, url: httpx.URL) -> bool:
     path, _, query = url.raw_path.decode("ascii").partition("?")
     host = f"[{url.host}]" if ":" in url.host else url.host
     return pattern.matches(url.scheme, "", host, str(url.port or ""), path, query)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _matches_repository(repository: str, patterns: Sequence[str]) -> bool:

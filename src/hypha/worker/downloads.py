@@ -7,7 +7,6 @@ not only afterwards; a file has its name only once it is whole. What third parti
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import posixpath
@@ -26,6 +25,7 @@ import trio
 
 from hypha import beneath
 from hypha.config.environment import goes_by_proxy
+from hypha.config.networks import is_address
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import HuggingFace
 from hypha.runtime import chance, check_cancelled, in_thread
@@ -95,7 +95,7 @@ async def _download(value: str, directory: Path, allowance: Allowance, attempt: 
                 place = url.copy_with(host=addresses[(attempt - 1) % len(addresses)])
                 headers["host"] = url.netloc.decode("ascii")
                 extensions["sni_hostname"] = url.host
-            elif not allowance.may_reach(url, url.host) and _is_address(url.host):
+            elif not allowance.may_reach(url, url.host) and is_address(url.host):
                 raise _excluded(url, url.host)
             try:
                 async with client.stream("GET", place, headers=headers, extensions=extensions) as response:
@@ -131,14 +131,6 @@ def _excluded(url: httpx.URL, addresses: str) -> Refused:
         f"{url.host} is {addresses}, inside exclude_cidr; take that network out of it, or name the address "
         "itself in allow.uri",
     )
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_status(response: httpx.Response, url: httpx.URL) -> None:
