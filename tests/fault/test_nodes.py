@@ -29,6 +29,7 @@ from tests.support.system import System, keep_system
 
 from hypha.cli.chaos.network import base
 from hypha.cli.demo.children import Child
+from hypha.naming import shown
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 
@@ -196,7 +197,7 @@ async def test_all_gateways_die_and_one_of_them_returns(system: System, job: Job
     await system.logged(scheduler, "Looking for 1 more workers")
     # those who are connected go on by themselves
     await system.reached(scheduler, lambda seen: seen.round >= worker.before.round + 2)
-    line = f"Connected to gateway {system.peer_id('gateway-2', 'gateway')}"
+    line = f"Connected to gateway {shown(system.peer_id('gateway-2', 'gateway'), 'gateway-2')}"
     nodes = [*alive(system, "server"), *alive(system, "worker"), scheduler]
     before = {node.name: node.log.read_text().count(line) for node in nodes}
     await recover(system, gateway)

@@ -16,6 +16,7 @@ from tests.support.system import SMALL, System, digits_dataset, digits_job, pace
 
 from hypha.cli.demo.children import Child
 from hypha.messages import LedgerFile
+from hypha.naming import shown
 
 pytestmark = [pytest.mark.real, pytest.mark.fault, pytest.mark.timeout(400)]
 
@@ -184,7 +185,7 @@ async def test_one_gateway_dies_then_all_and_one_returns(system: System, lab: La
         await until(lambda: scheduler.log.read_text().count(text) > before, 120.0, scheduler.tail)
 
     async def connected_with(name: str) -> None:
-        line = f"Connected to gateway {system.peer_id(name, 'gateway')}"
+        line = f"Connected to gateway {shown(system.peer_id(name, 'gateway'), name)}"
         for child in nodes:
             await system.logged(child, line)
 

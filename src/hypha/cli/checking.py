@@ -15,7 +15,7 @@ from hypha.config.models import JobConfig, SchedulerConfig
 from hypha.errors import ConfigError, NetworkError, Problem
 from hypha.messages import Manifest
 from hypha.net import Libp2pNode, open_node, options_from
-from hypha.scheduler.datasets import Dataset, find_dataset
+from hypha.scheduler.datasets import Dataset, Wanted, find_dataset
 from hypha.scheduler.pins import Pins
 from hypha.scheduler.preflight.checking import Checked, check_job
 from hypha.scheduler.preflight.finding import described, number
@@ -53,7 +53,8 @@ async def _check(config: SchedulerConfig, job: JobConfig) -> None:
         await node.wait_connected()
         wait_s = min(job.dataset.wait_s or DATASET_S, DATASET_S)
         typer.echo(f"looking for the dataset {job.dataset.dataset}, for {wait_s:g} s at most")
-        dataset = await find_dataset(node, job.dataset.dataset, wait_s, pins=Pins.of(job.dataset))
+        pins, wanted = Pins.of(job.dataset), Wanted(job.dataset.manifest_hash)
+        dataset = await find_dataset(node, job.dataset.dataset, wait_s, pins=pins, wanted=wanted)
         _show_dataset(dataset)
         run_trial = None if trial is None else partial(trial.run, timeout_s=TRIAL_S)
         checked = await check_job(job, dataset.manifest, run_trial)

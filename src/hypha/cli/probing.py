@@ -4,6 +4,7 @@ there, more lines how it is. Where nothing can be said of it, one line on standa
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from dataclasses import dataclass
@@ -18,10 +19,14 @@ from hypha.config.log_filter import parse_filter
 from hypha.errors import ConfigError, NetworkError, PeerUnreachable, RequestTimeout
 from hypha.messages import Health, HealthReport, PeerRef
 from hypha.naming import shown as named_peer
-from hypha.net import NodeOptions, open_node
+from hypha.net import Libp2pNode, NodeOptions, open_node
 from hypha.net.addresses import parse
+from hypha.net.reasons import root_of
 from hypha.pki.identity import Identity
 from hypha.telemetry.logs import configure_logging
+
+#: between two looks at an address where nothing listens yet
+_PAUSE_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ async def _ask(address: str, identity: Identity, timeout_s: float) -> Found:
     options = NodeOptions(identity=identity, component="hypha-probe", listen=(), reserve=False, guest=True)
     async with open_node(options) as node:
         # without a PeerID: whoever answers there with a certificate that is trusted
-        peer = known.peer or await node.who_is_at(address)
+        peer = known.peer or await _who_is_at(node, address, trio.current_time() + timeout_s - _PAUSE_S)
         if peer == identity.peer_id:
             raise PeerUnreachable(
                 peer,
@@ -88,6 +93,18 @@ async def _ask(address: str, identity: Identity, timeout_s: float) -> Found:
     if of_it is None:
         return Found(report, round_trip_s=took_s)
     return Found(report, of_it.name, of_it.organization, of_it.roles, took_s)
+
+
+async def _who_is_at(node: Libp2pNode, address: str, deadline: float) -> str:
+    """As the node's, but one that is only starting is waited for: nothing listens there yet."""
+    while True:
+        try:
+            return await node.who_is_at(address)
+        except NetworkError as exc:
+            starting = getattr(root_of(exc), "errno", None) == errno.ECONNREFUSED
+            if not starting or trio.current_time() + _PAUSE_S > deadline:
+                raise
+        await trio.sleep(_PAUSE_S)
 
 
 def summary(found: Found) -> str:

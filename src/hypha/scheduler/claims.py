@@ -30,11 +30,12 @@ def bounded_loss(loss: float, otherwise: float) -> float:
     return loss if math.isfinite(loss) and abs(loss) <= _MOST_LOSS else otherwise
 
 
-def contribution_problem(part: Contribution, batch_size: int, tracker: SliceTracker, held: bool) -> str:
+def contribution_problem(part: Contribution, batch_size: int, tracker: SliceTracker) -> str:
     """Why an update cannot stand for what ``part`` says; empty where it can. ``batch_size`` is that of its
-    worker's job. With ``held`` the rows must be of slices that are assigned to its worker now.
+    worker's job. Whose the slices are now says nothing: one that was left out, or out of reach, may have been
+    relieved of them, and trains on until it hears of it.
     """
-    return count_problem(part, batch_size) or _row_problem(part, tracker, held)
+    return count_problem(part, batch_size) or _row_problem(part, tracker)
 
 
 def count_problem(part: Contribution, batch_size: int) -> str:
@@ -49,7 +50,7 @@ def count_problem(part: Contribution, batch_size: int) -> str:
     return ""
 
 
-def _row_problem(part: Contribution, tracker: SliceTracker, held: bool) -> str:
+def _row_problem(part: Contribution, tracker: SliceTracker) -> str:
     ends: dict[tuple[int, int], int] = {}
     rows = 0
     for span in part.ranges:
@@ -57,11 +58,8 @@ def _row_problem(part: Contribution, tracker: SliceTracker, held: bool) -> str:
         if not inside or not 0 <= span.start < span.stop <= tracker.samples[span.slice]:
             return f"slice {span.slice} has no rows {span.start} to {span.stop}"
         key = (span.epoch, span.slice)
-        if span.start < ends.get(key, 0):
-            return f"it names rows of slice {span.slice} of epoch {span.epoch} twice"
-        if held and not tracker.holds(part.worker, *key):
-            return f"slice {span.slice} of epoch {span.epoch} is not assigned to it"
-        ends[key] = span.stop
+        # a slice that was taken back and given again is trained on from its beginning
+        ends[key] = max(ends.get(key, 0), span.stop)
         rows += span.stop - span.start
     if rows < part.samples:
         return f"it names {rows} rows for {part.samples} samples"

@@ -219,17 +219,17 @@ class RoundState:
         begun = min(part.steps, self.steps)
         self.steps = max(self.steps, begun + math.ceil(part.batches / self.rules.multiple))
 
-    def claim_problem(self, part: Contribution, of_this_round: bool) -> str:
+    def claim_problem(self, part: Contribution) -> str:
         """Why ``part``, which an update is said to stand for, cannot be true; empty where it can."""
         member = self.members.get(part.worker)
         size = member.batch_size if member is not None else part.batch_size
-        return contribution_problem(part, size, self.tracker, of_this_round and member is not None)
+        return contribution_problem(part, size, self.tracker)
 
     def plan_problem(self, member: Member, part: Contribution) -> str:
         """Why an update of the open round is none that was asked for; empty where it is one."""
         if self.open_before or part.attempt > 0:
             return ""
-        most = member.most_samples(self.round, False, self._may_use(member))
+        most = member.most_samples(self.round, False, self.may_use(member))
         if most is not None:
             # what the parameter server was told holds, even if the worker turns out to be slower
             most = max(most, self.limits.get(member.peer, 0))
@@ -238,14 +238,12 @@ class RoundState:
         return f"{part.samples} samples, and its plans allow {most}" if part.samples > most else ""
 
     def note(self, part: Contribution) -> None:
-        """What the parameter server read in an update that it has accepted, if that can be true."""
+        """What the parameter server read in an update that it has accepted, if that can be true. Theta has it
+        now, so no plan is asked any more: a replay needs it.
+        """
         if self.books.contributions.get(part.worker) == part:
             return
-        member = self.members.get(part.worker)
-        there = member is not None and not member.left_out
-        problem = self.claim_problem(part, there)
-        if member is not None and there:
-            problem = problem or self.plan_problem(member, part)
+        problem = self.claim_problem(part)
         if not problem:
             self.books.note(part)
             return
@@ -303,7 +301,8 @@ class RoundState:
         """Slices that each worker may fetch before they are needed: all hold half an epoch at most."""
         return max(1, len(self.tracker.samples) // (2 * max(1, len(self.members))))
 
-    def _may_use(self, member: Member) -> int:
+    def may_use(self, member: Member) -> int:
+        """Rows that it may have trained on in this round, some of which may have been taken back since."""
         return max(self._may_hold(member), self.tracker.rows_held(member.peer))
 
     def _may_hold(self, member: Member) -> int:
@@ -344,7 +343,7 @@ class RoundState:
         more = False
         for member in self.participants:
             most = member.most_samples(
-                self.round, self.open_before or member.attempt > 0, self._may_use(member)
+                self.round, self.open_before or member.attempt > 0, self.may_use(member)
             )
             if most is not None and most > self.limits.get(member.peer, 0):
                 self.limits[member.peer] = most

@@ -293,8 +293,7 @@ class RoundMachine(Phases):
         return []
 
     def _take_progress(self, member: Member, report: Progress, now: float) -> bool | None:
-        rows = self.tracker.rows_held(member.peer)
-        return member.progress(report, now, rows, self.open_before)
+        return member.progress(report, now, self.may_use(member), self.open_before)
 
     def _impossible(self, member: Member, what: str) -> list[Action]:
         """What a worker says of itself cannot be; who goes on like that is replaced."""
@@ -315,7 +314,7 @@ class RoundMachine(Phases):
             self.early.append(told)
         elif part.round == self.round and part.attempt < member.attempt:
             self.counts["stale attempt"] += 1
-        elif problem := self.claim_problem(part, part.round == self.round and not member.left_out):
+        elif problem := self.claim_problem(part):
             self.counts["wrong contribution"] += 1
             text = f"its update of round {part.round} cannot be what it says: {problem}"
             if part.round != self.round or member.left_out:
@@ -325,7 +324,8 @@ class RoundMachine(Phases):
                 return self._refuse_update(member, "invalid", text)
             return self.failed(member.peer, "train", text, "claims")
         elif part.round == self.round and member.in_round and not member.left_out:
-            if problem := self.plan_problem(member, part):
+            accepted = part.worker in self.books.accepted
+            if not accepted and (problem := self.plan_problem(member, part)):
                 self.counts["wrong contribution"] += 1
                 return self._refuse_update(member, "invalid", problem)
             member.sent = self.books.note(part)
