@@ -344,6 +344,10 @@ class RoundsConfig(Section):
     #: fixed batch size; ``None``: 16, and where resources.worker says what one sample needs and a worker
     #: offers twice as much or more (offer.strategy = "whole"), as many as fit; at most ``max_batch_size``
     batch_size: int | None = Field(default=None, ge=1)
+    #: rows of a batch that go through the model at a time, on each device; the gradients of the rest are
+    #: added to theirs, so that the batch stays what it is. ``None``: all, and where they do not fit into
+    #: memory half as many, until they do
+    micro_batch_size: int | None = Field(default=None, ge=1)
     #: batches an optimizer step
     gradient_accumulation: int = Field(default=1, ge=1)
     #: share of the members' updates with which a round may be closed after ``grace_s``

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from opentelemetry import trace
 
 from hypha.errors import (
@@ -24,6 +23,7 @@ from hypha.errors import (
     Refused,
 )
 from hypha.executor.bridge_client import BridgeClient
+from hypha.executor.out_of_memory import is_out_of_memory
 from hypha.executor.spans import SpanRecorder, Traces
 from hypha.messages import ExecutorError, Job
 
@@ -92,8 +92,7 @@ def kind_of(exc: BaseException) -> str:
     full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or (isinstance(exc, Refused) and exc.code == "no-space"):
         return "disk"
-    # on a CPU torch has no type of its own for this
-    if isinstance(exc, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(exc):
+    if is_out_of_memory(exc):
         return "oom"
     return "internal"
 
