@@ -197,6 +197,9 @@ class ExecutorConfig(Section):
     cmd: str | None = None
     args: list[str] = []
     env: dict[str, str] = {}
+    #: for Hypha's own training executor: the file that ``accelerate config`` writes, so that it trains on
+    #: several devices of this machine, with a process each (distributed_type MULTI_GPU, FSDP or MULTI_CPU)
+    accelerate: Path | None = None
     #: as the worker's, for this program alone; a foreign one is then watched from its start, not only from
     #: the first ``alive`` that it says on its bridge
     hang_s: float | None = Field(default=None, ge=0)

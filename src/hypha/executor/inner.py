@@ -26,6 +26,7 @@ from hypha.errors import BatchFailed, DataError, ModelError
 from hypha.executor.diagnosis import explain, out_of_range
 from hypha.executor.forward import Forward
 from hypha.executor.out_of_memory import RowsAtATime, free_cached_memory, is_out_of_memory
+from hypha.executor.process_group import is_lost
 from hypha.messages import LrSchedule, TrainJob
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class Together(Protocol):
 def is_of_machine(exc: Exception) -> bool:
     """Might another machine, or the same one later, succeed with the same batch?"""
     text = str(exc)
-    if isinstance(exc, OSError) or is_out_of_memory(exc):
+    if isinstance(exc, OSError) or is_out_of_memory(exc) or is_lost(exc):
         return True
     return (
         "CUDA error" in text or "HIP error" in text or "CUBLAS" in text
