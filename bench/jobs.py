@@ -6,7 +6,7 @@ What a job's executors did is read from its ledger and from the clock of :mod:`b
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,15 @@ SLICE_SAMPLES = 4096
 
 @dataclass(frozen=True)
 class Round:
-    """One round of one worker: when its first forward pass began and its last step ended, and its samples."""
+    """One round of one worker: when its first forward pass began and its last step ended, and its samples;
+    and when its last forward pass began.
+    """
 
     began: float
     ended: float
     batches: int
     samples: int
+    last_began: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,21 @@ def cut(events: list[tuple[str, float]], sizes: list[tuple[int, int]]) -> list[R
         own = events[start : start + 2 * batches]
         if [kind for kind, _ in own] != ["forward", "step"] * batches:
             raise RuntimeError("the clock and the batches that were counted disagree")
-        found.append(Round(own[0][1], own[-1][1], batches, samples))
+        found.append(Round(own[0][1], own[-1][1], batches, samples, own[-2][1]))
         start += 2 * batches
     return found
 
 
 @asynccontextmanager
 async def open_rig(
-    root: Path, workers: int, columns: Mapping[str, np.ndarray[Any, Any]]
+    root: Path,
+    workers: int,
+    columns: Mapping[str, np.ndarray[Any, Any]],
+    steps_s: Sequence[float] | None = None,
 ) -> AsyncIterator[Rig]:
-    """A network in ``root`` with one dataset of ``columns``; all its processes are gone at the end."""
+    """A network in ``root`` with one dataset of ``columns``; all its processes are gone at the end.
+    ``steps_s``: how long a batch of each worker takes at least.
+    """
     raw = root / "raw"
     raw.mkdir(parents=True)
     (root / "times").mkdir()
@@ -125,13 +133,14 @@ async def open_rig(
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         TIMES: str(root / "times"),
     }
-    train = {"class": "train", "name": "diloco-transformer", "env": environment}
     aggregate = {"class": "aggregate", "name": "parameter-server", "env": environment}
     allow = {"entrypoints": ["bench.models:*"]}
     async with open_system(root) as system:
         await system.gateway()
         await system.data("data", root / "dataset")
         for number in range(workers):
+            paced = {} if steps_s is None else {"HYPHA_STEP_S": str(steps_s[number])}
+            train = {"class": "train", "name": "diloco-transformer", "env": environment | paced}
             await system.worker(f"worker-{number + 1}", executors=[train], allow=allow, warm=False)
         await system.worker("server", executors=[aggregate], allow=allow, warm=False)
         yield Rig(system)
