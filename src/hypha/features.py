@@ -142,8 +142,11 @@ FEATURES = (
 #: Fields, values and tasks of job descriptions that came after the baseline and that executors which do not
 #: know them may ignore, in the form of :func:`words`.
 #: Without max_update_ratio huge updates count as they are, as they did before there was one; without
-#: micro_batch_size a batch goes through the model at once, as it did.
-MAY_BE_IGNORED: frozenset[str] = frozenset({"aggregate.max_update_ratio", "train.micro_batch_size"})
+#: micro_batch_size a batch goes through the model at once, and without most_batch_size it stays as large as
+#: it is, as they did.
+MAY_BE_IGNORED: frozenset[str] = frozenset(
+    {"aggregate.max_update_ratio", "train.micro_batch_size", "train.most_batch_size"}
+)
 
 #: Names of all features of this version.
 NAMES = tuple(feature.name for feature in FEATURES)

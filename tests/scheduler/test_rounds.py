@@ -199,6 +199,32 @@ def test_a_worker_that_slows_down_by_half_is_planned_again_within_the_round() ->
     assert isinstance(world.ended, Publish)
 
 
+def test_batches_that_grow_are_planned_with_and_impossible_ones_are_not_believed() -> None:
+    world = World(rules(samples=4000, most_batch_size=16))
+    world.begin()
+    world.add(Worker("a", 0.05, batch_size=4))
+    machine = world.machine
+    world.run(600, until=lambda: machine.round == 1 and machine.members["a"].started == 0)
+    member = machine.members["a"]
+    learnt = member.batch_time.value_s
+    assert learnt is not None
+    stamp = JobStamp(job_id="job", round=1)
+
+    def started(size: int, attempt: int) -> None:
+        event = RoundStarted(round=1, theta=machine.theta, attempt=attempt, batch_size=size)
+        machine.handle(Told("a", "train", member.incarnation, stamp, event), world.now)
+
+    started(8, 1)
+    assert (member.batch_size, member.attempt, member.batches) == (8, 1, 0)
+    # twice the rows are thought to take twice the time, until one batch was measured
+    assert member.batch_time.value_s == pytest.approx(2 * learnt)
+    started(17, 2)
+    assert (member.batch_size, member.impossible) == (8, 1)
+    report = Progress(round=1, batches=1, samples=8, busy_s=learnt, loss=1.0, attempt=1)
+    machine.handle(Reported("a", member.incarnation, stamp, report), world.now + 0.1)
+    assert member.batch_time.value_s < 1.6 * learnt
+
+
 def test_nobody_passes_its_last_plan_by_more_than_a_batch_and_refinements_are_few() -> None:
     world = World(rules(rounds=6, samples=4000), delay=(0.05, 0.15))
     world.begin()

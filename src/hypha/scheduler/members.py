@@ -145,6 +145,13 @@ class Member:
         self.reached_at = None
         self.batch_time.start_round()
 
+    def resize(self, batch_size: int) -> None:
+        """Its batches have so many samples from now on. Until one was measured they are thought to take as
+        much longer.
+        """
+        self.batch_time.scale(batch_size / self.batch_size)
+        self.batch_size = batch_size
+
     def progress(
         self, report: Progress, now: float, rows: int | None = None, open_before: bool = False
     ) -> bool | None:

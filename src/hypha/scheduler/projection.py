@@ -45,6 +45,12 @@ class BatchTime:
         self._batches = 0
         self._busy_s = 0.0
 
+    def scale(self, factor: float) -> None:
+        """Batches are ``factor`` times as large: what was learnt of them is worth little."""
+        if self._mean is not None:
+            self._mean *= factor
+        self._weight = min(self._weight, 1.0 - self._decay)
+
     def update(self, batches: int, busy_s: float) -> None:
         """``batches`` took ``busy_s`` seconds since the round's start."""
         new, seconds = batches - self._batches, busy_s - self._busy_s

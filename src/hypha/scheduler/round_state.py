@@ -223,7 +223,7 @@ class RoundState:
         """Why ``part``, which an update is said to stand for, cannot be true; empty where it can."""
         member = self.members.get(part.worker)
         size = member.batch_size if member is not None else part.batch_size
-        return contribution_problem(part, size, self.tracker)
+        return contribution_problem(part, size, self.tracker, self.rules.most_batch_size)
 
     def plan_problem(self, member: Member, part: Contribution) -> str:
         """Why an update of the open round is none that was asked for; empty where it is one."""
