@@ -41,6 +41,7 @@ async def idle_shares(rig: Rig, round_s: float, rounds: int) -> tuple[dict[int, 
         {"entrypoint": "bench.models:transformer", "arguments": MODEL},
         {"update_rounds": rounds, "avg_samples_between_updates": samples, "batch_size": BATCH_SIZE},
         len(SPEEDS),
+        within_s=120.0 + 2.0 * round_s * rounds,
     )
     shares: dict[int, float] = {}
     lengths = []

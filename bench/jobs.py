@@ -17,6 +17,7 @@ from tests.support.system import System, open_system
 
 from bench.gloo_server import SERVER_THREADS
 from bench.models import TIMES
+from hypha.cli.chaos.network import JOB_S
 from hypha.data import PrepareOptions, prepare
 from hypha.messages import LedgerFile
 
@@ -53,8 +54,10 @@ class Rig:
         self.system = system
         self._jobs = 0
 
-    async def run(self, model: Mapping[str, Any], rounds: Mapping[str, Any], workers: int) -> Course:
-        """Run one job to its end."""
+    async def run(
+        self, model: Mapping[str, Any], rounds: Mapping[str, Any], workers: int, within_s: float = JOB_S
+    ) -> Course:
+        """Run one job to its end, which is to come ``within_s`` seconds."""
         self._jobs += 1
         name = f"job-{self._jobs}"
         times = self.system.root / "times"
@@ -72,7 +75,7 @@ class Rig:
             "output": str(self.system.root / f"model-{name}"),
         }
         scheduler = await self.system.scheduler(job, name=f"scheduler-{self._jobs}")
-        code = await self.system.ended(scheduler)
+        code = await self.system.ended(scheduler, within_s)
         if code:
             raise RuntimeError(f"the job failed with exit code {code}:\n{scheduler.tail()}")
         self.system.group.running.remove(scheduler)
