@@ -117,6 +117,26 @@ def test_hyphens_everywhere(tmp_path: Path) -> None:
     assert (config.work_dir, config.offer.temporary_lease_s) == (Path("/w"), 7)
 
 
+def test_limits_may_be_the_enforcement_alone_as_in_earlier_versions(tmp_path: Path) -> None:
+    file = write(tmp_path, 'limits = "cgroup"\n' + GOOD)
+    config = load_config(WorkerConfig, file, environ={"HYPHA_LIMITS__UPLOAD_MBIT": "5"})
+    assert (config.limits.enforce, config.limits.upload_mbit) == ("cgroup", 5)
+    assert load_config(WorkerConfig, file, environ={"HYPHA_LIMITS": "none"}).limits.enforce == "none"
+    assert problems(WorkerConfig, write(tmp_path, 'limits = "much"\n' + GOOD)) == [
+        "config.toml:1: limits.enforce: it should be 'auto', 'cgroup', 'rlimit' or 'none', not 'much'"
+    ]
+
+
+def test_hours_of_caps(tmp_path: Path) -> None:
+    hours = '[[limits.schedule]]\nfrom = {}\nto = "24:00"\nupload_mbit = 5\n'
+    for clock in ('"8:00"', "08:00:00"):
+        config = load_config(WorkerConfig, write(tmp_path, GOOD + hours.format(clock)), environ={})
+        assert (config.limits.schedule[0].start, config.limits.schedule[0].to) == ("08:00", "24:00")
+    for wrong in ('"24:01"', '"8:60"', '"8"', "8"):
+        (told,) = problems(WorkerConfig, write(tmp_path, GOOD + hours.format(wrong)))
+        assert 'limits.schedule[0].from: it should be a time of day such as "08:00"' in told
+
+
 # --- precedence -----------------------------------------------------------------------------------------
 
 

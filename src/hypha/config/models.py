@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from hypha.config.bandwidth import LimitsConfig, WorkerLimitsConfig
 from hypha.config.pairs import pairs_of
+from hypha.config.section import Section as Section
 
 #: Addresses a node neither dials nor announces unless told otherwise: loopback, private, link-local.
 RESERVED_CIDR = (
@@ -34,22 +36,10 @@ class Place:
     words: tuple[str, ...] = ()
 
 
-def _hyphen(name: str) -> str:
-    return name.replace("_", "-")
-
-
 #: samples in a batch of a job that says nothing about it, on workers whose offer says nothing either
 DEFAULT_BATCH_SIZE = 16
 #: the training executor that comes with Hypha
 DEFAULT_EXECUTOR = "diloco-transformer"
-
-
-class Section(BaseModel):
-    """A table of the file: frozen, no unknown keys, ``a_b`` or ``a-b``."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=_hyphen, populate_by_name=True, allow_inf_nan=False
-    )
 
 
 # --- every node -----------------------------------------------------------------------------------
@@ -109,6 +99,7 @@ class NodeConfig(Section):
     telemetry_attributes: Annotated[dict[str, str | int | float | bool], BeforeValidator(pairs_of)] = {}
     #: HTTP headers (gRPC metadata) for the endpoint, such as Authorization; a table, or "key=value,key=value"
     telemetry_headers: Annotated[dict[str, str], BeforeValidator(pairs_of)] = {}
+    limits: LimitsConfig = LimitsConfig()
 
 
 class LeafConfig(NodeConfig):
@@ -264,8 +255,7 @@ class WorkerConfig(LeafConfig):
     #: an executor that gave no sign of life for so long is killed, and reported; longer than the longest
     #: batch and outer step. 0: never. Jobs may ask for less
     hang_s: float = Field(default=600.0, ge=0)
-    #: how a job's resource limits are enforced; ``auto`` takes the strongest that works here
-    limits: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
+    limits: WorkerLimitsConfig = WorkerLimitsConfig()
     #: Hypha's own executors are forked by a host, a process that has imported what they need (some 330 MB,
     #: shared with them), and start in a fraction of a second; those with a ``cmd`` are started as ever
     warm: bool = True

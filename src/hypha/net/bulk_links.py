@@ -12,6 +12,7 @@ import outcome
 import trio
 
 from hypha.messages import TransferMeta
+from hypha.net.bandwidth import Caps
 from hypha.net.bulk_files import PartFile, SourceFile
 from hypha.net.bulk_wire import WORKING_INTERVAL_S, Frame, Go, LinkBroken, Verdict, Working
 from hypha.net.byte_counts import ByteCounts
@@ -21,10 +22,11 @@ T = TypeVar("T")
 
 class Tally:
     """Bytes of files sent and received, counted from many threads; ``sockets`` counts those that the bulk
-    plane's own connections carry.
+    plane's own connections carry. ``caps`` are those of the node.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, caps: Caps | None = None) -> None:
+        self.caps = caps or Caps()
         self._lock = threading.Lock()
         self.sockets = ByteCounts("bulk")
         self.sent = 0
@@ -45,9 +47,9 @@ class Link(ABC):
         #: how it was made, and whether it was kept from an earlier transfer; for the log and for traces
         self.way = ""
         self.was_kept = False
-        #: bytes that came so far, whatever they were, and bytes of files that went
+        #: bytes that came and went so far, whatever they were
         self.heard = 0
-        self.sent = 0
+        self.went = 0
         self._tally = tally
 
     @property
@@ -82,7 +84,6 @@ class Link(ABC):
         """End it, also while being cancelled; never raises."""
 
     def _count_sent(self, count: int) -> None:
-        self.sent += count
         self._tally.add(sent=count)
 
     async def while_working(self, work: Callable[[], Awaitable[T]]) -> T:

@@ -389,7 +389,7 @@ class _Attempt:
 
     def moved(self) -> object:
         """Changes while something moves."""
-        return None if self.link is None else (self.link.sent, self.link.heard)
+        return None if self.link is None else (self.link.went, self.link.heard)
 
 
 def _nobody(caller: str, request: PullFile, error: Exception | None) -> None:

@@ -139,13 +139,22 @@ class SocketLink(Link):
     # --- beside TLS ---------------------------------------------------------------------------------
 
     def _read_raw(self, view: memoryview) -> int:
-        return socket.socket.recv_into(self._sock, view)
+        cap = self._tally.caps.down
+        if cap is None:
+            return socket.socket.recv_into(self._sock, view)
+        count = socket.socket.recv_into(self._sock, view[: cap.portion])
+        cap.wait(count)
+        return count
 
     def _write_raw(self, view: memoryview) -> None:
+        cap = self._tally.caps.up
         while view:
             # not sendall, for all of which the time-out would count
-            count = socket.socket.send(self._sock, view)
+            count = socket.socket.send(self._sock, view if cap is None else view[: cap.portion])
             self._tally.sockets.add(sent=count)
+            self.went += count
+            if cap is not None:
+                cap.wait(count)
             view = view[count:]
 
     def _deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:

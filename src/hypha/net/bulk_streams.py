@@ -108,6 +108,7 @@ class StreamLink(Link):
                 raise LinkBroken(f"the peer said {type(frame).__name__} where its verdict was due")
 
     async def _send_blocks(self, source: SourceFile, meta: TransferMeta, offset: int) -> None:
+        cap = self._tally.caps.up
         packer = BlockPacker() if meta.encoding == "zstd" else None
         buffer = memoryview(bytearray(BLOCK_BYTES))
         left = meta.size - offset
@@ -121,8 +122,12 @@ class StreamLink(Link):
 
         while left:
             count, data = await self._call(next_block)
-            for start in range(0, len(data), _WRITE_BYTES):
-                await self._write(bytes(data[start : start + _WRITE_BYTES]))
+            while data:
+                size = _WRITE_BYTES if cap is None else min(cap.portion, _WRITE_BYTES)
+                await self._write(bytes(data[:size]))
+                if cap is not None:
+                    await cap.sleep(len(data[:size]))
+                data = data[size:]
             left -= count
             self._count_sent(count)
 
@@ -171,16 +176,20 @@ class StreamLink(Link):
                 raise LinkBroken(f"the stream broke: {exc!r}") from exc
         if scope.cancelled_caught:
             raise LinkBroken(f"no byte moved for {STALL_TIMEOUT_S:g} s")
+        self.went += len(data)
 
     async def _read_block(self, limit: int) -> bytes:
         head = await self._read_exactly(LENGTH_BYTES, None)
         return await self._read_exactly(decode_length(head, limit), None)
 
     async def _read_exactly(self, count: int, quiet_from: trio.Event | None) -> bytes:
+        cap = self._tally.caps.down
         while len(self._buffer) < count:
+            data = b""
             with trio.move_on_after(STALL_TIMEOUT_S) as scope:
                 try:
-                    data = await self._stream.read(max(count - len(self._buffer), 1))
+                    wanted = count - len(self._buffer)
+                    data = await self._stream.read(wanted if cap is None else min(wanted, cap.portion))
                 except STREAM_ERRORS as exc:
                     raise LinkBroken(f"the stream broke: {exc!r}") from exc
                 if not data:
@@ -189,6 +198,8 @@ class StreamLink(Link):
                 self.heard += len(data)
             if scope.cancelled_caught and (quiet_from is None or quiet_from.is_set()):
                 raise LinkBroken(f"no byte moved for {STALL_TIMEOUT_S:g} s")
+            if cap is not None:
+                await cap.sleep(len(data))
         data = bytes(self._buffer[:count])
         del self._buffer[:count]
         return data

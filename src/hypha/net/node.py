@@ -30,6 +30,7 @@ from hypha.messages import (
 from hypha.naming import learn, shown
 from hypha.net.addresses import Address, AddressBook, host_and_port, ip_of, parse
 from hypha.net.arrivals import MAX_ANONYMOUS_PER_SOURCE
+from hypha.net.bandwidth import Caps
 from hypha.net.dht import DhtClient, DhtServer
 from hypha.net.dialing import Dialer
 from hypha.net.doubles import Doubles
@@ -88,10 +89,15 @@ class Libp2pNode:
             options.gateways, self._book, self._dialer, self._peers, self._relay, timings
         )
         self._dialer.own_relays = self._gateways.connected
+        caps = Caps(options.limits)
         self.hop: RelayHop | None = None
         if options.hop:
             self.hop = RelayHop(
-                self._host, self._streams, options.relay_limits, lambda stream: is_relayed(stream.swarm_conn)
+                self._host,
+                self._streams,
+                options.relay_limits,
+                lambda stream: is_relayed(stream.swarm_conn),
+                caps,
             )
             self._peers.on_lost.append(self.hop.forget)
         self._rpc = Rpc(self._streams, self._dialer.connect, nursery)
@@ -107,7 +113,7 @@ class Libp2pNode:
             self._streams, self._dialer, self._gateways, self._peers, self.ref, self.learn, timings.lookup_s
         )
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
-        self.transfers = BulkTransfers(self)
+        self.transfers = BulkTransfers(self, caps=caps)
         self._port.serve_bulk = self.transfers.serve_socket
         self.health_details: list[Callable[[], dict[str, str]]] = []
         if (hop := self.hop) is not None:

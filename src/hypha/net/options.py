@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hypha.config.bandwidth import LimitsConfig
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
 from hypha.net.relay import RelayLimits
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
@@ -60,6 +61,8 @@ class NodeOptions:
     max_connections: int = 1024
     relay_limits: RelayLimits = field(default_factory=RelayLimits)
     timings: Timings = field(default_factory=Timings)
+    #: of the line
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
 def options_from(config: NodeConfig, component: str, identity: Identity | None = None) -> NodeOptions:
@@ -89,4 +92,5 @@ def options_from(config: NodeConfig, component: str, identity: Identity | None =
         require_roles=config.require_roles,
         max_connections=config.max_connections,
         relay_limits=limits,
+        limits=config.limits,
     )

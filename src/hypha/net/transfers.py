@@ -29,6 +29,7 @@ from hypha.errors import (
     TransferFailed,
 )
 from hypha.messages import QUICK_KINDS, BulkOffer, JobStamp, PeerRef, PullFile, TransferMeta
+from hypha.net.bandwidth import Caps
 from hypha.net.bulk_files import (
     DiskFailed,
     Hasher,
@@ -58,12 +59,15 @@ class BulkTransfers:
     """Sends, pulls, serves and accepts files.
 
     ``run`` must be running (``await nursery.start(transfers.run)``) before the node listens;
-    ``serve_socket`` is for the listener. ``limits``: bytes allowed per kind for what others send.
+    ``serve_socket`` is for the listener. ``limits``: bytes allowed per kind for what others send. ``caps``
+    are those of the node's line.
     """
 
-    def __init__(self, links: BulkLinks, limits: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, links: BulkLinks, limits: Mapping[str, int] | None = None, caps: Caps | None = None
+    ) -> None:
         self._links = links
-        self._tally = Tally()
+        self._tally = Tally(caps)
         self._meeting = Meeting(links, self._tally, trio.CapacityLimiter(MAX_THREADS))
         self._receiving = Receiving(links, self._meeting, limits or {})
         self._sending = Sending(links, self._meeting)

@@ -135,6 +135,12 @@ TRANSFER_DURATION = Histogram(
 TRANSFER_BYTES = Counter(
     "hypha.transfer.bytes", "{byte}", "Bytes of files that arrived.", _transfer, _direction
 )
+CAPPED = Counter(
+    "hypha.transfer.capped",
+    "{second}",
+    "Seconds that transfers, and at a gateway circuits, have waited for a cap of the line ([limits]).",
+    _direction,
+)
 CERTIFICATE_EXPIRES = Gauge(
     "hypha.certificate.expires",
     "{second}",

@@ -296,7 +296,9 @@ class Execution:
         pinned = self._shop.gpus.pin(self.lease.resources.gpu)
         limits: Limits | None = None
         try:
-            limits = apply_limits(config.limits, self._shop.cgroups, self.incarnation, self.lease.resources)
+            limits = apply_limits(
+                config.limits.enforce, self._shop.cgroups, self.incarnation, self.lease.resources
+            )
             logger.info("Starting the executor under %s.", limits.description, extra=self._fields)
             environment = {**self._shop.environment, **limits.environment, **pinned}
             launch = prepare_launch(self._executor, self._job, self._directory, environment)

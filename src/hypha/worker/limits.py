@@ -226,9 +226,9 @@ def no_cgroups() -> ConfigError:
     """For a configuration that insists on what this machine lacks."""
     message = (
         "no writable cgroup with the memory and cpu controllers here; delegate one (systemd: Delegate=yes), "
-        'or set limits = "auto"'
+        'or set limits.enforce = "auto"'
     )
-    return ConfigError([Problem("limits", message)])
+    return ConfigError([Problem("limits.enforce", message)])
 
 
 def apply_limits(mode: Mode, places: CgroupPlaces, name: str, resources: Resources) -> Limits:

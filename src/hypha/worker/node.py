@@ -62,7 +62,7 @@ async def work(
         keeper.deny_inspection()
     _check_work_dir(config.work_dir)
     cgroups = usable_cgroups()
-    if config.limits == "cgroup" and not cgroups:
+    if config.limits.enforce == "cgroup" and not cgroups:
         raise no_cgroups()
     await in_thread(check_bubblewrap, config)
     for path in remove_stale(config.work_dir):
