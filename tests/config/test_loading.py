@@ -137,6 +137,45 @@ def test_hours_of_caps(tmp_path: Path) -> None:
         assert 'limits.schedule[0].from: it should be a time of day such as "08:00"' in told
 
 
+def test_tuning_that_does_not_fit_together(tmp_path: Path) -> None:
+    text = """
+[tuning.gossip]
+degree = 8
+degree_low = 9
+[tuning.connections]
+unproven_per_address = 300
+[tuning.liveness]
+reconnect_min_s = 40
+round_trip_s = 2
+silence_s = 0.5
+[[limits.schedule]]
+from = "08:00"
+to = "08:00"
+"""
+    told = problems(WorkerConfig, write(tmp_path, GOOD + text))
+    start = len(GOOD.splitlines())
+    assert [(int(one.split(":")[1]) - start, one.split(": ", 1)[1]) for one in told] == [
+        (4, "tuning.gossip.degree_low: it is more than tuning.gossip.degree (8)"),
+        (6, "tuning.connections.unproven_per_address: it is more than tuning.connections.unproven (256)"),
+        (8, "tuning.liveness.reconnect_min_s: it is more than tuning.liveness.reconnect_max_s (30)"),
+        (10, "tuning.liveness.silence_s: it should be greater than or equal to 1, not 0.5"),
+        (11, 'limits.schedule[0]: it begins and ends at 08:00; for the whole day write "00:00" to "24:00"'),
+        (11, "limits.schedule[0]: it changes nothing; set upload_mbit or download_mbit"),
+    ]
+
+
+def test_a_lease_outlives_its_renewal(tmp_path: Path) -> None:
+    text = "[offer]\nlease_s = 30\n[tuning.liveness]\nround_trip_s = {}\n"
+    load_config(WorkerConfig, write(tmp_path, GOOD + text.format(2.5)), environ={})
+    told = problems(WorkerConfig, write(tmp_path, GOOD + text.format(8)))
+    assert [one.split(": ", 1)[1] for one in told] == [
+        "offer.temporary_lease_s: an offer would be over before it is accepted: it must be 2 times "
+        "tuning.liveness.round_trip_s (8 s), 16 s at least, not 5",
+        "offer.lease_s: a renewal would come too late: it must be 4 times "
+        "tuning.liveness.round_trip_s (8 s), 32 s at least, not 30",
+    ]
+
+
 # --- precedence -----------------------------------------------------------------------------------------
 
 

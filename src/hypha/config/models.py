@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 from hypha.config.bandwidth import LimitsConfig, WorkerLimitsConfig
 from hypha.config.pairs import pairs_of
 from hypha.config.section import Section as Section
+from hypha.config.tuning import GatewayTuningConfig, TuningConfig
 
 #: Addresses a node neither dials nor announces unless told otherwise: loopback, private, link-local.
 RESERVED_CIDR = (
@@ -79,6 +80,7 @@ class NodeConfig(Section):
     exclude_cidr: list[str] = list(RESERVED_CIDR)
     #: local HTTP: /health, and /metrics for Prometheus; ``host:port``
     http_address: str | None = None
+    #: of peers with a certificate; each takes a file descriptor (`ulimit -n`)
     max_connections: int = Field(default=1024, ge=1)
     #: error, warn, info, debug, trace, or a filter such as "info,hypha_network=debug"
     log_level: str = "info"
@@ -100,6 +102,7 @@ class NodeConfig(Section):
     #: HTTP headers (gRPC metadata) for the endpoint, such as Authorization; a table, or "key=value,key=value"
     telemetry_headers: Annotated[dict[str, str], BeforeValidator(pairs_of)] = {}
     limits: LimitsConfig = LimitsConfig()
+    tuning: TuningConfig = TuningConfig()
 
 
 class LeafConfig(NodeConfig):
@@ -122,6 +125,7 @@ class GatewayConfig(NodeConfig):
     max_circuits: int = Field(default=256, ge=1)
     #: nodes that may be reached through this gateway
     max_reservations: int = Field(default=1024, ge=1)
+    tuning: GatewayTuningConfig = GatewayTuningConfig()
 
 
 # --- data node --------------------------------------------------------------------------------------
@@ -167,7 +171,10 @@ class OfferConfig(Section):
     #: flexible: exactly what was asked for; whole: to training jobs all that is free, for larger batches
     strategy: Literal["flexible", "whole"] = "flexible"
     request_window_s: float = Field(default=0.2, ge=0)
+    #: how long an offer is good; twice tuning.liveness.round_trip_s at least
     temporary_lease_s: float = Field(default=5.0, gt=0)
+    #: a lease that is not renewed is over after so long; four times tuning.liveness.round_trip_s at least.
+    #: More rides out interruptions of a quarter of it, less notices sooner that a scheduler has died
     lease_s: float = Field(default=30.0, gt=0)
 
 
@@ -219,7 +226,9 @@ class AllowConfig(Section):
 class CacheConfig(Section):
     """The slice cache, least recently used out first; whichever bound is hit first."""
 
+    #: raise both where workers fetch again what they have had (hypha_data_cache_lookups_total)
     max_slices: int = Field(default=10, ge=2)
+    #: of disk, in work_dir
     max_gb: float = Field(default=20.0, gt=0)
     #: slices for so many seconds of training are fetched ahead (half of max_gb at most), and one at least
     prefetch_s: float = Field(default=10.0, ge=0)
@@ -448,6 +457,8 @@ class JobConfig(Section):
     resources: JobResourcesConfig = JobResourcesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Literal["no", "fp16", "bf16"] = "no"
+    #: of what workers send for each round: bf16 halves it and int8 quarters it, with rounding; for lines on
+    #: which sending takes longer than a tenth of a round
     update_encoding: Literal["none", "bf16", "int8"] = "none"
     seed: int = 0
     #: before anybody is leased: full compares the dataset with the model and tries a batch on it, in a child

@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 Way = Literal["direct", "dial-back", "stream"]
 
-#: Sent at once, where bytes move.
-MAX_AT_ONCE = 2
 #: Attempts without progress before a transfer fails.
 MAX_ATTEMPTS = 3
 #: A peer that is busy is asked again for so long, and after pauses no longer than that: it may be a parameter
@@ -80,12 +78,13 @@ class _Served:
 class Sending:
     """Sends files, also those that others pull."""
 
-    def __init__(self, links: BulkLinks, meeting: Meeting) -> None:
+    def __init__(self, links: BulkLinks, meeting: Meeting, at_once: int) -> None:
+        """``at_once`` are sent, where bytes move."""
         self._links = links
         self._meeting = meeting
-        self.places = Places(MAX_AT_ONCE)
+        self.places = Places(at_once)
         self.kept = KeptLinks(SENDER_KEEPS_S)
-        self._limiter = trio.CapacityLimiter(2 * MAX_AT_ONCE)
+        self._limiter = trio.CapacityLimiter(2 * at_once)
         self._ways: dict[str, tuple[Way, float]] = {}
         #: until when, and what was wrong
         self._failed_ways: dict[tuple[str, Way], tuple[float, str]] = {}

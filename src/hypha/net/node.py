@@ -29,7 +29,6 @@ from hypha.messages import (
 )
 from hypha.naming import learn, shown
 from hypha.net.addresses import Address, AddressBook, host_and_port, ip_of, parse
-from hypha.net.arrivals import MAX_ANONYMOUS_PER_SOURCE
 from hypha.net.bandwidth import Caps
 from hypha.net.dht import DhtClient, DhtServer
 from hypha.net.dialing import Dialer
@@ -44,6 +43,7 @@ from hypha.net.relay import RelayClient, RelayHop
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
 from hypha.net.shared_port import SharedPortTcp
+from hypha.net.socket_buffers import Buffers
 from hypha.net.streams import StreamHandler, Streams
 from hypha.net.transfers import BulkTransfers
 from hypha.net.transport import MutualTls
@@ -55,9 +55,6 @@ from hypha.telemetry import health_of
 logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Request)
-#: Threads in which peers prove who they are and say what their bulk connection is for: twice as many as one
-#: address may have of them. Transfers queue for their own, smaller limit behind it.
-MAX_BULK_CONNECTIONS = 2 * MAX_ANONYMOUS_PER_SOURCE
 #: Shutting down may take this long before what is left is cut.
 CLOSE_S = 1.0
 
@@ -75,8 +72,12 @@ class Libp2pNode:
         self.ended = trio.Event()
         learn(self.peer_id, options.identity.name)
         instance = None if options.guest else new_id()
-        self._security = MutualTls(options.identity, options.require_roles, instance)
-        self._port = SharedPortTcp(options.max_connections, MAX_BULK_CONNECTIONS)
+        tuning = options.tuning
+        self._buffers = Buffers.of(tuning.sockets)
+        self._security = MutualTls(
+            options.identity, options.require_roles, instance, tuning.connections.streams
+        )
+        self._port = SharedPortTcp(options.max_connections, tuning.connections, self._buffers)
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
         self._swarm = self._host.get_network()
         self._book = AddressBook(self.peer_id, options.exclude_cidr)
@@ -100,20 +101,25 @@ class Libp2pNode:
                 caps,
             )
             self._peers.on_lost.append(self.hop.forget)
-        self._rpc = Rpc(self._streams, self._dialer.connect, nursery)
+        self._rpc = Rpc(self._streams, self._dialer.connect, nursery, tuning.connections)
         doubles = Doubles(self.peer_id, self._peers, self._rpc.request, nursery)
         self._security.admit = doubles.admit
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         publishers = Publishers(options.identity, options.require_roles, self._peers)
         self._gossip = Gossip(
-            self._host, self._gateways.connected, self._gossips_with, publishers, self.connect
+            self._host,
+            self._gateways.connected,
+            self._gossips_with,
+            publishers,
+            self.connect,
+            tuning.gossip,
         )
         self._gateways.joined.append(self._gossip.include)
         self._dht = DhtClient(
             self._streams, self._dialer, self._gateways, self._peers, self.ref, self.learn, timings.lookup_s
         )
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
-        self.transfers = BulkTransfers(self, caps=caps)
+        self.transfers = BulkTransfers(self, None, caps, tuning.transfers, self._buffers)
         self._port.serve_bulk = self.transfers.serve_socket
         self.health_details: list[Callable[[], dict[str, str]]] = []
         if (hop := self.hop) is not None:
@@ -342,6 +348,7 @@ class Libp2pNode:
 
     async def listen(self, stack: AsyncExitStack) -> None:
         """Start the services, into ``stack``, and listen; ConfigError when that cannot be."""
+        self._buffers.warn()
         await self._nursery.start(self.transfers.run)
         addresses = [Multiaddr(text) for text in self.options.listen]
         await stack.enter_async_context(self._host.run(listen_addrs=[]))
