@@ -6,6 +6,8 @@ elsewhere. The defaults are those with which Hypha is measured and tested.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from hypha.config.section import Section
@@ -103,6 +105,11 @@ class TransferTuning(Section):
     sends: int = Field(default=2, ge=1, le=64)
     #: received at once; raise it at a parameter server whose workers are many and slow
     receives: int = Field(default=2, ge=1, le=64)
+    #: compress slices with zstd: auto tries a block now and then, and goes on where that saves more time on
+    #: the line than it costs here; always; none
+    compression: Literal["auto", "always", "none"] = "auto"
+    #: of zstd: 1 is quickest, beyond 6 it hardly shrinks data further
+    compression_level: int = Field(default=3, ge=1, le=19)
 
 
 class TuningConfig(Section):

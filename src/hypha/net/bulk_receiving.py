@@ -189,6 +189,7 @@ class Receiving:
         if inbound.caller != caller or inbound.meta != offer.meta:
             raise Refused("not-found", "this token belongs to another transfer")
         inbound.offered_at = trio.current_time()
+        inbound.zstd_blocks = offer.zstd_blocks
         inbound.cut = False
         if inbound.waiting is not None:
             inbound.waiting.deadline = inbound.offered_at + CONNECT_S
@@ -345,7 +346,7 @@ class Receiving:
 
         try:
             offset = await link.while_working(open_part)
-            await link.collect(part, meta)
+            await link.collect(part, meta, inbound.zstd_blocks)
             inbound.settling = True
             await link.while_working(lambda: trio.to_thread.run_sync(part.finish, limiter=self._limiter))
         except WrongHash as exc:

@@ -79,7 +79,7 @@ class BulkTransfers:
         threads = MAX_THREADS + 2 * (tuning.sends + tuning.receives)
         self._meeting = Meeting(links, self._tally, trio.CapacityLimiter(threads), buffers)
         self._receiving = Receiving(links, self._meeting, limits or {}, tuning.receives)
-        self._sending = Sending(links, self._meeting, tuning.sends)
+        self._sending = Sending(links, self._meeting, tuning)
 
     @property
     def bytes_sent(self) -> int:

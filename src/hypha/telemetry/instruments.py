@@ -135,6 +135,12 @@ TRANSFER_DURATION = Histogram(
 TRANSFER_BYTES = Counter(
     "hypha.transfer.bytes", "{byte}", "Bytes of files that arrived.", _transfer, _direction
 )
+PACKED_BYTES = Counter(
+    "hypha.transfer.packed.bytes",
+    "{byte}",
+    "Blocks of files that were compressed on their way, before and after; the others do not count.",
+    Label("stage", ("before", "after")),
+)
 CAPPED = Counter(
     "hypha.transfer.capped",
     "{second}",
