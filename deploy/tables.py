@@ -107,6 +107,7 @@ def kinds() -> str:
 #: keys that tune and stand in tables of their own, by component and table
 ELSEWHERE = (
     ("worker", "offer", ("temporary_lease_s", "lease_s")),
+    ("worker", "executors", ("threads",)),
     ("worker", "cache", ("max_slices", "max_gb", "prefetch_s")),
     ("gateway", "", ("max_connections", "max_circuits", "max_reservations")),
     ("scheduler", "scheduler.job", ("update_encoding",)),

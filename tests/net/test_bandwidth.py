@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.support.network import Network
+from tests.support.network import Network, until
 
 from hypha.config.bandwidth import HoursConfig, LimitsConfig
-from hypha.messages import TransferMeta
+from hypha.messages import Health, TransferMeta
 from hypha.net.bandwidth import (
     CREDIT_S,
     LEAST_PORTION_BYTES,
@@ -121,6 +121,7 @@ def test_a_cap_follows_the_hours_of_the_day() -> None:
     clock = {"now": 100.0, "hour": 7}
     caps = Caps(limits, today=lambda: datetime(2026, 11, 30, clock["hour"]))  # type: ignore[arg-type]
     assert caps.up is not None
+    assert caps.details() == {"bandwidth": "sent 40 Mbit/s, received as much as goes"}
     cap = Cap("outbound", caps.up._rate_now, clock=lambda: clock["now"])
     assert cap.portion == int(40 * MBIT * 0.05)
     clock["hour"] = 9
@@ -132,7 +133,7 @@ def test_a_cap_follows_the_hours_of_the_day() -> None:
 
 
 def test_without_caps_there_is_nothing_to_ask() -> None:
-    assert (Caps().up, Caps().down, Caps().splice_bytes) == (None, None, None)
+    assert (Caps().up, Caps().down, Caps().splice_bytes, Caps().details()) == (None, None, None, {})
     up_only = Caps(LimitsConfig(upload_mbit=8))
     assert up_only.down is None
     assert up_only.splice_bytes == int(8 * MBIT * 0.05)
@@ -186,3 +187,48 @@ async def test_a_transfer_stays_under_its_cap_within_five_percent(
     assert took_s >= 0.95 * seconds - CREDIT_S
     assert max(ended) - min(ended) <= 0.35 * took_s, "the two had equal shares, so they end together"
     print(f"{direction}: {2 * size * 8 / 1e6 / took_s:.1f} of {mbit:g} Mbit/s")
+
+
+@pytest.mark.loopback
+async def test_a_gateway_caps_what_it_relays_and_requests_get_through(
+    network: Network, tmp_path: Path
+) -> None:
+    """A file fills the circuit, and what the same two nodes ask each other goes through that circuit too."""
+    mbit, seconds = 16.0, 3.0
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(int(mbit * MBIT * seconds)))
+    took: list[float] = []
+
+    async def gate(caller: str, meta: TransferMeta) -> Path:
+        return tmp_path / "received"
+
+    async def arrived(caller: str, meta: TransferMeta, path: Path) -> None:
+        pass
+
+    hidden = ("127.0.0.0/8",)
+    async with (
+        network.gateway(limits=LimitsConfig(upload_mbit=mbit)) as gateway,
+        network.leaf("worker", [gateway], exclude_cidr=hidden) as near,
+        network.leaf("worker", [gateway], exclude_cidr=hidden) as far,
+    ):
+        await until(lambda: any("p2p-circuit" in one for one in far.ref().addresses))
+        far.transfers.accept("update", None, gate, arrived)
+        meta = await meta_of(source, "update", "source")
+        await near.connect(far.ref())
+
+        async def ask() -> None:
+            while True:
+                await trio.sleep(0.2)
+                before = trio.current_time()
+                await near.request(far.peer_id, Health())
+                took.append(trio.current_time() - before)
+
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await near.transfers.send(far.ref(), source, meta)
+            took_s = trio.current_time() - began
+            nursery.cancel_scope.cancel()
+    assert took_s >= 0.95 * seconds - CREDIT_S
+    # not behind the file, nor behind what of it would fill ordinary windows
+    assert sorted(took)[len(took) // 2] < seconds / 2

@@ -199,14 +199,19 @@ async def test_a_slice_over_a_slow_line_is_compressed_and_arrives_whole(
 
 
 @pytest.mark.loopback
-async def test_over_a_fast_line_slices_go_as_they_are(
+async def test_what_does_not_shrink_goes_as_it_is(
     network: Network, tmp_path: Path, sent: list[_Attempt]
 ) -> None:
-    served = await slice_of(tmp_path / "slice", 24 << 20)
-    async with network.gateway(roles=()) as data, network.leaf("worker", [data]) as worker:
+    served = await slice_of(tmp_path / "slice", 0)
+    served.path.write_bytes(os.urandom(3 << 20))
+    served.meta = await meta_of(served.path, "slice", "set/0")
+    slow = LimitsConfig(upload_mbit=40)
+    async with network.gateway(roles=(), limits=slow) as data, network.leaf("worker", [data]) as worker:
         await served.pulled(worker, data, tmp_path / "0")
-    assert sent[0].packing is not None
-    assert sent[0].packing.plain_bytes <= 2 * BLOCK_BYTES
+        await served.pulled(worker, data, tmp_path / "1")
+    for attempt in sent:
+        assert attempt.packing is not None
+        assert attempt.packing.plain_bytes == 0
 
 
 @pytest.mark.loopback

@@ -195,6 +195,9 @@ class ExecutorConfig(Section):
     cmd: str | None = None
     args: list[str] = []
     env: dict[str, str] = {}
+    #: of its libraries, each (OMP_NUM_THREADS and so on); ``None``: as many as its lease has whole cores.
+    #: Fewer where several libraries take turns on the same cores; more than there are cores never helps
+    threads: int | None = Field(default=None, ge=1)
     #: as the worker's, for this program alone; a foreign one is then watched from its start, not only from
     #: the first ``alive`` that it says on its bridge
     hang_s: float | None = Field(default=None, ge=0)

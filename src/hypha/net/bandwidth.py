@@ -34,6 +34,9 @@ LOOK_S = 1.0
 #: A relay cannot see what it carries. What comes in pieces no longer than this is taken for words, and passed
 #: on at once; it is counted all the same.
 WORD_BYTES = 1 << 10
+#: What waits in a relay is through within this, where that is enough for the journey to the sender and back.
+WINDOW_S = 0.1
+LEAST_WINDOW_BYTES = 32 << 10
 
 
 class Bucket:
@@ -93,6 +96,11 @@ class Cap:
         """So many bytes may be moved at a time."""
         return self._bucket.portion
 
+    @property
+    def rate(self) -> float | None:
+        """Bytes a second in force."""
+        return self._bucket.rate
+
     def owed_s(self, count: int) -> float:
         """``count`` bytes have moved: seconds that the caller has to wait before it moves more."""
         with self._lock:
@@ -109,7 +117,7 @@ class Cap:
         rate = self._rate_now()
         if rate != self._bucket.rate:
             self._bucket.set_rate(rate, now)
-            logger.info("The %s cap of bulk transfers is %s from now on.", self._direction, in_words(rate))
+            logger.info("Transfers: %s %s from now on ([limits]).", self._direction, in_words(rate))
 
     def wait(self, count: int) -> None:
         """The same, and wait in this thread."""
@@ -128,20 +136,37 @@ class Caps:
     def __init__(
         self, limits: LimitsConfig | None = None, today: Callable[[], datetime] = datetime.now
     ) -> None:
-        limits = limits or LimitsConfig()
+        self._limits = limits or LimitsConfig()
+        self._today = today
+        self.up = Cap("outbound", lambda: self._in_force()[0]) if self._limits.caps_upload else None
+        self.down = Cap("inbound", lambda: self._in_force()[1]) if self._limits.caps_download else None
 
-        def in_force() -> tuple[float | None, float | None]:
-            local = today()
-            return limits.at(local.weekday(), 60 * local.hour + local.minute + local.second / 60)
+    def details(self) -> dict[str, str]:
+        """What a node's health says of them; nothing where there never is one."""
+        if self.up is None and self.down is None:
+            return {}
+        up, down = self._in_force()
+        return {"bandwidth": f"sent {in_words(up)}, received {in_words(down)}"}
 
-        self.up = Cap("outbound", lambda: _bytes_a_second(in_force()[0])) if limits.caps_upload else None
-        self.down = Cap("inbound", lambda: _bytes_a_second(in_force()[1])) if limits.caps_download else None
+    def _in_force(self) -> tuple[float | None, float | None]:
+        """Bytes a second that may be sent and received now."""
+        local = self._today()
+        up, down = self._limits.at(local.weekday(), 60 * local.hour + local.minute + local.second / 60)
+        return _bytes_a_second(up), _bytes_a_second(down)
 
     @property
     def splice_bytes(self) -> int | None:
         """So much may a relay pass on at a time; None: as much as it likes."""
         found = [cap.portion for cap in (self.up, self.down) if cap is not None]
         return min(found) if found else None
+
+    @property
+    def window_bytes(self) -> int | None:
+        """So much of a circuit may wait in a relay: it is in the way of requests between the same two nodes.
+        None: as much as they like.
+        """
+        rates = [cap.rate for cap in (self.up, self.down) if cap is not None and cap.rate is not None]
+        return max(LEAST_WINDOW_BYTES, int(min(rates) * WINDOW_S)) if rates else None
 
     async def relayed(self, count: int) -> None:
         """A relay has received ``count`` bytes and sent them on: wait as long as both directions want."""
@@ -152,7 +177,7 @@ class Caps:
 
 def in_words(rate: float | None) -> str:
     """A rate in bytes a second, for people."""
-    return "lifted" if rate is None else f"{rate * 8 / 1e6:g} Mbit/s"
+    return "as much as goes" if rate is None else f"{rate * 8 / 1e6:g} Mbit/s"
 
 
 def _bytes_a_second(mbit: float | None) -> float | None:

@@ -41,8 +41,11 @@ from hypha.net.streams import STREAM_ERRORS, discard
 
 T = TypeVar("T")
 
-#: Written at a time: what a slow link must take within the stall time-out.
+#: Written at a time, at most and at least: what a slow link must take within the stall time-out. Requests to
+#: the same peer wait behind it, so it is made smaller where it takes longer than that.
 _WRITE_BYTES = 128 << 10
+_LEAST_WRITE_BYTES = 16 << 10
+_WRITE_S = 0.05
 #: A receiver that gives up reads on for this long, so that its verdict is not lost in a reset.
 _DRAIN_S = 3.0
 
@@ -121,6 +124,7 @@ class StreamLink(Link):
         packer = BlockPacker() if whole else BlockPacker(packing.level) if packing is not None else None
         buffer = memoryview(bytearray(BLOCK_BYTES))
         left = meta.size - offset
+        size = _WRITE_BYTES
 
         def next_block() -> tuple[int, memoryview]:
             block = buffer[: source.read_into(buffer[: min(left, BLOCK_BYTES)])]
@@ -133,11 +137,16 @@ class StreamLink(Link):
             count, data = await self._call(next_block)
             began, wire = time.perf_counter(), len(data)
             while data:
-                size = _WRITE_BYTES if cap is None else min(cap.portion, _WRITE_BYTES)
-                await self._write(bytes(data[:size]))
+                piece = data[: size if cap is None else min(cap.portion, size)]
+                started = trio.current_time()
+                await self._write(bytes(piece))
+                if trio.current_time() - started > _WRITE_S:
+                    size = max(size // 2, _LEAST_WRITE_BYTES)
+                elif len(piece) == size:
+                    size = min(2 * size, _WRITE_BYTES)
                 if cap is not None:
-                    await cap.sleep(len(data[:size]))
-                data = data[size:]
+                    await cap.sleep(len(piece))
+                data = data[len(piece) :]
             if packing is not None:
                 packing.sent(count, wire, time.perf_counter() - began)
             left -= count

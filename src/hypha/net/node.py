@@ -90,7 +90,7 @@ class Libp2pNode:
             options.gateways, self._book, self._dialer, self._peers, self._relay, timings
         )
         self._dialer.own_relays = self._gateways.connected
-        caps = Caps(options.limits)
+        self._caps = caps = Caps(options.limits)
         self.hop: RelayHop | None = None
         if options.hop:
             self.hop = RelayHop(
@@ -121,7 +121,7 @@ class Libp2pNode:
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
         self.transfers = BulkTransfers(self, None, caps, tuning.transfers, self._buffers)
         self._port.serve_bulk = self.transfers.serve_socket
-        self.health_details: list[Callable[[], dict[str, str]]] = []
+        self.health_details: list[Callable[[], dict[str, str]]] = [caps.details]
         if (hop := self.hop) is not None:
             self.health_details.append(
                 lambda: {"circuits": str(hop.circuits), "reservations": str(hop.reservations)}
@@ -349,6 +349,8 @@ class Libp2pNode:
     async def listen(self, stack: AsyncExitStack) -> None:
         """Start the services, into ``stack``, and listen; ConfigError when that cannot be."""
         self._buffers.warn()
+        for text in self._caps.details().values():
+            logger.info("Transfers are capped: %s ([limits]).", text)
         await self._nursery.start(self.transfers.run)
         addresses = [Multiaddr(text) for text in self.options.listen]
         await stack.enter_async_context(self._host.run(listen_addrs=[]))

@@ -37,6 +37,7 @@ from hypha.net.library_messages import MAX_RELAY_BYTES, peer_id_in, read_message
 from hypha.net.over_limit import OverLimit
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
 from hypha.net.traced_messages import add_traceparent, traceparent_of
+from hypha.net.yamux_incoming import narrow
 from hypha.telemetry.instruments import CIRCUITS_OPENED, RELAY_BYTES
 from hypha.tracing import failed, start_span, trace_context
 from hypha.tracing.operations import RELAY_CIRCUIT
@@ -299,6 +300,9 @@ class RelayHop:
             await self._answer(stream, StatusCode.OK)
             CIRCUITS_OPENED.add(status="accepted")
             logger.debug("Relaying to %s.", target, extra={"peer_id": caller})
+            if (window_bytes := self._caps.window_bytes) is not None:
+                for one in (stream, onward):
+                    narrow(one.muxed_stream, window_bytes)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_pump, stream, onward, self._caps, nursery.cancel_scope)
                 nursery.start_soon(_pump, onward, stream, self._caps, nursery.cancel_scope)

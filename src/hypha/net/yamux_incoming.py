@@ -47,8 +47,18 @@ def breach_of(connection: Any) -> str | None:
     return reason
 
 
+def narrow(stream: Any, window_bytes: int) -> None:
+    """From now on the peer may send so much of ``stream`` before it is read, and no more. What it was
+    promised already it may send still.
+    """
+    stream.target_recv_window = min(stream.target_recv_window, window_bytes)
+    stream.__dict__["_narrow"] = True
+
+
 def may_grow(stream: Any) -> bool:
     """Whether the window of ``stream`` may be doubled."""
+    if stream.__dict__.get("_narrow"):
+        return False
     grown = sum(one.target_recv_window - yamux.DEFAULT_WINDOW_SIZE for one in stream.conn.streams.values())
     more = min(stream.target_recv_window, yamux.MAX_WINDOW_SIZE - stream.target_recv_window)
     return bool(grown + more <= MAX_GROWTH_BYTES)

@@ -217,9 +217,13 @@ def _make_groups(places: CgroupPlaces, name: str, resources: Resources) -> tuple
 def _threads(resources: Resources) -> dict[str, str]:
     if not resources.cpu:
         return {}
-    count = str(max(1, math.floor(resources.cpu)))
+    return thread_environment(max(1, math.floor(resources.cpu)))
+
+
+def thread_environment(count: int) -> dict[str, str]:
+    """What tells an executor's libraries to use so many threads each."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    return dict.fromkeys((*names, "VECLIB_MAXIMUM_THREADS", "RAYON_NUM_THREADS"), count)
+    return dict.fromkeys((*names, "VECLIB_MAXIMUM_THREADS", "RAYON_NUM_THREADS"), str(count))
 
 
 def no_cgroups() -> ConfigError:
