@@ -84,7 +84,7 @@ class LivenessTuning(Section):
     silence_s: float = Field(default=10.0, ge=1, le=600)
     #: the longest that a request and its answer take here while nothing fails. A worker's offer.lease_s must
     #: be four times that at least, and offer.temporary_lease_s twice; raise all of them on crowded lines
-    round_trip_s: float = Field(default=1.0, gt=0, le=60)
+    round_trip_s: float = Field(default=0.5, gt=0, le=60)
     #: one address of a peer is given so long; the next one is tried beside it after a quarter of a second
     dial_s: float = Field(default=5.0, ge=0.5, le=120)
     #: and a relayed way after so long
