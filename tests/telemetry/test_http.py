@@ -17,6 +17,7 @@ from hypha.errors import ConfigError
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
 from hypha.telemetry.hosts import foreign_host
+from hypha.telemetry.http import KEEP_ALIVE_S
 
 
 def report(healthy: bool) -> HealthReport:
@@ -170,6 +171,13 @@ async def test_so_many_connections_and_no_more(
         nursery.cancel_scope.cancel()
 
 
+def test_idle_connections_are_kept_longer_than_clients_use_them_again() -> None:
+    """Both let go after five seconds once: a request every five seconds met the end of its connection."""
+    expiry = httpx.Limits().keepalive_expiry
+    assert expiry is not None
+    assert expiry + 5 < KEEP_ALIVE_S
+
+
 async def test_http_2_is_not_spoken() -> None:
     async with trio.open_nursery() as nursery:
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
@@ -201,6 +209,6 @@ async def test_a_client_that_has_left_leaves_nothing() -> None:
             await stream.aclose()
         began = Stopwatch()
         await until(lambda: trio.lowlevel.current_statistics().tasks_living == before)
-        # a connection that nobody uses any more lives for 5 s
+        # a connection that nobody uses any more lives longer
         assert began.elapsed_s() < 4
         nursery.cancel_scope.cancel()

@@ -29,6 +29,10 @@ from hypha.telemetry.serving import BoundedConfig, serve
 
 logger = logging.getLogger(__name__)
 
+#: How long a connection may be idle. Clients keep theirs for 5 s (httpx) to 15 s (aiohttp): the client must be
+#: the one that closes first, or its next request may meet the end of the connection.
+KEEP_ALIVE_S = 30.0
+
 
 async def serve_http(
     address: str,
@@ -72,6 +76,7 @@ async def serve_http(
     # bound here: hypercorn would leave the socket open when it cannot be
     config.bind = [f"fd://{_listen(address).detach()}"]
     config.accesslog = None
+    config.keep_alive_timeout = KEEP_ALIVE_S
     # its "Running on ... (CTRL + C to quit)" is below the level third parties log at
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
