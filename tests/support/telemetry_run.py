@@ -1,4 +1,5 @@
-"""A short life of a node that sends all its telemetry, in a process of its own: a process has one tracer provider.
+"""A short life of a node that sends all its telemetry, in a process of its own, as a process has one tracer
+provider.
 
 It is forked from one that has imported the SDK and all exporters, which takes a second of processor time.
 """

@@ -29,8 +29,8 @@ from hypha.telemetry.serving import BoundedConfig, serve
 
 logger = logging.getLogger(__name__)
 
-#: How long a connection may be idle. Clients keep theirs for 5 s (httpx) to 15 s (aiohttp): the client must be
-#: the one that closes first, or its next request may meet the end of the connection.
+#: How long a connection may be idle. Clients keep theirs for 5 s (httpx) to 15 s (aiohttp): the client must
+#: be the one that closes first, or its next request may meet the end of the connection.
 KEEP_ALIVE_S = 30.0
 
 
