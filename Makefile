@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 ARGS ?=
 # tests at once: they mostly wait for real clocks
-JOBS ?= 3
+JOBS ?= 4
 # how many seeds are simulated
 SEEDS ?= 100
 # seconds for each fuzzer

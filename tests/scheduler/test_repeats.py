@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import msgspec
+import pytest
 from hypothesis import strategies as st
 from tests.scheduler.world import SCHEDULER, Worker, World
 from tests.support.examples import few_and_many
@@ -136,6 +137,7 @@ def replayed(order: list[tuple[Said, bool]], deduplicated: bool) -> tuple[Books,
 
 
 @few_and_many(
+    pytest.mark.simulated,
     speeds=st.lists(st.floats(0.02, 0.3), min_size=1, max_size=4),
     seed=st.integers(0, 1000),
     shifts=st.lists(st.integers(0, 12), min_size=5, max_size=60),

@@ -604,6 +604,7 @@ def exactly_once_after(world: World, rounds: int) -> None:
 
 
 @few_and_many(
+    pytest.mark.simulated,
     seed=st.integers(0, 10**6),
     speeds=st.lists(st.floats(0.02, 0.5), min_size=2, max_size=4),
     slow_net=st.booleans(),
@@ -693,6 +694,7 @@ def test_an_executor_that_loads_its_model_is_waited_for_in_another_life() -> Non
 
 
 @few_and_many(
+    pytest.mark.simulated,
     seed=st.integers(0, 10**6),
     speeds=st.lists(st.floats(0.02, 0.5), min_size=2, max_size=5),
     slow_net=st.booleans(),

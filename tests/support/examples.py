@@ -1,4 +1,4 @@
-"""Property tests of two lengths: a few examples in the default tier, many beside the simulated world."""
+"""Property tests of two lengths: a few examples in the default tier, many in another one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from hypothesis import HealthCheck, given, settings
 FEW, MANY = 20, 100
 
 
-def few_and_many(**strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """As hypothesis's ``given`` for a test that takes seconds; ``@example`` goes below it."""
+def few_and_many(
+    marking_many: pytest.MarkDecorator, **strategies: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """As hypothesis's ``given`` for a test that takes seconds; ``@example`` goes below it. The longer one is
+    of the tier that ``marking_many`` names.
+    """
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @pytest.mark.parametrize(
             "examples",
-            [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.simulated)],
+            [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=marking_many)],
         )
         def of_some_length(examples: int) -> None:
             length = settings(
