@@ -26,6 +26,7 @@ ROWS = (
         "runtime",
         "journal",
         "keeper",
+        "left_out",
         "manifests",
         "naming",
         "tracing",
