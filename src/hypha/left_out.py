@@ -1,8 +1,8 @@
 """What libraries import and Hypha never uses: it is left out, which halves the start of a node.
 
-libp2p imports everything that it has, and with it QUIC, ACME, two HTTP clients, WebSockets, mDNS, a DNS resolver
-and ciphers for keys that no node has; Hypercorn imports HTTP/2 and WebSockets. Such modules are replaced, before
-the library is imported, by modules whose every name is a class that does nothing.
+libp2p imports everything that it has, and with it QUIC, ACME, two HTTP clients, WebSockets, mDNS, a DNS
+resolver and ciphers for keys that no node has; Hypercorn imports HTTP/2 and WebSockets. Such modules are
+replaced, before the library is imported, by modules whose every name is a class that does nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 
 class LeftOut(ValueError):
-    """Something that was left out was used after all, because of what a peer has sent, a key of another kind for
-    example: libraries expect a ValueError of such.
+    """Something that was left out was used after all, because of what a peer has sent, a key of another kind
+    for example: libraries expect a ValueError of such.
     """
 
 
@@ -66,7 +66,7 @@ _finder = _Finder()
 
 
 def leave_out(*names: str) -> None:
-    """Do so with these modules, and all below them, from now on; what was imported before stays what it is."""
+    """Do so with these modules, and all below them, from now on; what was imported before stays."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     _finder.names += names
