@@ -10,7 +10,7 @@ from tests.fault.conftest import SERVER_ONLY, TRAINING_ONLY, Job
 from tests.support.faults import check_ledger, counted, durations, executors, fail_at
 from tests.support.system import System, keep_system
 
-from hypha.worker.limits import usable_cgroups
+from hypha.worker.cgroups import usable_cgroups
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 

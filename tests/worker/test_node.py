@@ -10,7 +10,7 @@ import pytest
 from hypha.config.models import WorkerConfig
 from hypha.errors import ConfigError
 from hypha.worker import run_worker
-from hypha.worker.limits import usable_cgroups
+from hypha.worker.cgroups import usable_cgroups
 
 
 def config(**keys: Any) -> WorkerConfig:

@@ -66,8 +66,8 @@ from hypha.simulation.process import (
     this_process,
 )
 from hypha.simulation.scenario import Scenario
+from hypha.worker.cgroups import CgroupPlaces
 from hypha.worker.directory import remove_stale
-from hypha.worker.limits import CgroupPlaces
 from hypha.worker.node import serve as worker_serve
 
 DATASET = "rows"

@@ -89,6 +89,11 @@ class JobDirectory:
             raise Refused("no-space", f"the job directory {path} cannot be made: {exc}") from exc
         return cls(path, socket_path, lock)
 
+    @property
+    def occupied(self) -> tuple[Path, ...]:
+        """Where the job's files are: the executor's, and those that the worker has for it."""
+        return (self.path, self._own)
+
     def part(self, name: str) -> Path:
         """One of :data:`PARTS`."""
         return self.path / name

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import trio
+from msgspec import structs
 
 from hypha import keeper
 from hypha.config.inherited import child_environment
@@ -26,13 +27,17 @@ from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.cache import SliceCache
+from hypha.worker.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
 from hypha.worker.connectors import Connectors
-from hypha.worker.devices import GpuPins, list_gpus
+from hypha.worker.cores import CorePins
+from hypha.worker.detecting import Machine, detect, lowered, usable_cores
+from hypha.worker.devices import Visibility, memory_of_each
 from hypha.worker.directory import remove_stale
 from hypha.worker.execution import Workshop
+from hypha.worker.gpus import Gpu
 from hypha.worker.isolation import check_bubblewrap
 from hypha.worker.jobs import Jobs
-from hypha.worker.limits import CgroupPlaces, no_cgroups, usable_cgroups
+from hypha.worker.limits import mechanisms, no_cgroups, suffice
 from hypha.worker.offers import LeaseDesk, serve_offers
 from hypha.worker.orphans import Orphans
 from hypha.worker.replicas import ReplicaStore
@@ -62,8 +67,13 @@ async def work(
         keeper.deny_inspection()
     _check_work_dir(config.work_dir)
     cgroups = usable_cgroups()
-    if config.limits == "cgroup" and not cgroups:
+    if config.limits == "cgroup" and not suffice(cgroups):
         raise no_cgroups()
+    if removed := remove_stale_groups(cgroups):
+        logger.info("Removed %d cgroups that workers which were killed have left behind.", removed)
+    machine = await in_thread(detect, config.work_dir, child_environment())
+    config, words = _offered(config, machine)
+    words |= _in_force(config, cgroups, machine.gpus)
     await in_thread(check_bubblewrap, config)
     for path in remove_stale(config.work_dir):
         logger.warning("Removed %s, which an earlier worker left behind.", path)
@@ -86,9 +96,40 @@ async def work(
                             orphans=orphans if alone else None,
                         )
                         async with watch_resources(config.work_dir, lambda: dict(running)):
+                            node.health_details.append(lambda: words)
                             await serve(
-                                config, node, cgroups, run, emit_spans=emit_spans, task_status=task_status
+                                config,
+                                node,
+                                cgroups,
+                                run,
+                                gpus=machine.gpus,
+                                emit_spans=emit_spans,
+                                task_status=task_status,
                             )
+
+
+def _offered(config: WorkerConfig, machine: Machine) -> tuple[WorkerConfig, dict[str, str]]:
+    """``config`` with what may be offered of its resources on ``machine``, and that in words, for its
+    health; what is lowered is logged.
+    """
+    configured = Resources(**config.resources.model_dump())
+    resources, claims = lowered(configured, machine) if config.detect_resources else (configured, ())
+    for claim in claims:
+        logger.warning("%s. Set detect_resources = false where that is wrong.", claim)
+    words = {}
+    for name, found in machine.describe().items():
+        amount = getattr(resources, name)
+        words[f"resource {name}"] = f"{amount:g} offered; there: {found}"
+        logger.info("Offering %s %g; there: %s.", name, amount, found)
+    section = config.resources.model_copy(update=structs.asdict(resources))
+    return config.model_copy(update={"resources": section}), words
+
+
+def _in_force(config: WorkerConfig, cgroups: CgroupPlaces, gpus: Sequence[Gpu]) -> dict[str, str]:
+    """By what each resource is enforced, for the health of the node; logged, too."""
+    found = mechanisms(config.limits, cgroups, gpus, config.cache.max_gb)
+    logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
+    return {f"limit {name}": by for name, by in found.items()}
 
 
 def _check_work_dir(path: Path) -> None:
@@ -130,10 +171,12 @@ async def serve(
     journal: Journal | None = None,
     emit_spans: EmitSpans | None = None,
     *,
+    gpus: tuple[Gpu, ...] = (),
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``journal`` is
-    that of its arbiter and its leases; ``emit_spans`` exports the executors' spans.
+    that of its arbiter and its leases; ``emit_spans`` exports the executors' spans; ``gpus`` are those that
+    leases are given.
     """
     bind(worker_peer_id=node.peer_id)
     environment = child_environment()
@@ -150,9 +193,10 @@ async def serve(
         allowance=allowance,
         connectors=Connectors(allowance, node.request, node.transfers.pull),
         cgroups=cgroups,
-        gpus=GpuPins(list_gpus(environment)),
+        gpus=Visibility(gpus),
         environment=environment,
         run_executor=run_executor,
+        cores=None if is_simulated() else CorePins(usable_cores()),
         emit_spans=emit_spans,
     )
     arbiter = Arbiter(
@@ -161,6 +205,7 @@ async def serve(
         config.offer,
         node.ref,
         journal=journal,
+        gpus=memory_of_each(gpus, config.resources.gpu),
     )
     with contextlib.ExitStack() as gauges:
         async with trio.open_nursery() as nursery:

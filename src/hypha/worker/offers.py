@@ -93,6 +93,11 @@ class LeaseDesk:
         """What the worker has."""
         return self._arbiter.book.total
 
+    def gpus_of(self, lease_id: str) -> tuple[tuple[int, ...], float]:
+        """The numbers of the GPUs that this lease was given, and GB of each."""
+        board = self._arbiter.gpus
+        return board.gpus_of(lease_id), board.share_of(lease_id)
+
     def lease_for_dispatch(
         self, lease_id: str, caller: str, kind: ExecutorClass, job_id: str | None = None
     ) -> Lease:
