@@ -113,6 +113,39 @@ async def test_cgroup_holds_and_is_removed(tmp_path: Path) -> None:
         await roomy.remove()
 
 
+BURNS = """
+    import os, time
+    ends = time.monotonic() + 3.0
+    while time.monotonic() < ends: sum(range(10_000))
+    print(sum(os.times()[:2]))
+"""
+
+
+@pytest.mark.real
+async def test_cores_are_shared_as_leased(tmp_path: Path) -> None:
+    """Two busy executors, one with twice the lease of the other, on one core: within a tenth."""
+    places = usable_cgroups()
+    if places.version("cpu") is None:
+        pytest.skip("no writable cgroup with the cpu controller here")
+    leased = (0.4, 0.2)
+    used = [0.0, 0.0]
+
+    async def burn(which: int) -> None:
+        limits = apply_limits("auto", places, f"hypha-{os.getpid()}-{which}", Resources(cpu=leased[which]))
+        argv = (sys.executable, "-c", textwrap.dedent(BURNS))
+        launch = Launch("job", argv, child_environment(), tmp_path, limits.launch_options())
+        try:
+            used[which] = float((await run_executor(launch, trio.Event(), 1.0)).tail)
+        finally:
+            await limits.remove()
+
+    async with trio.open_nursery() as nursery:
+        for which in (0, 1):
+            nursery.start_soon(burn, which)
+    assert used[0] / used[1] == pytest.approx(leased[0] / leased[1], rel=0.1), used
+    assert used[0] <= 1.1 * 3.0 * leased[0]
+
+
 # --- what is found, and what is said of it ------------------------------------------------------------
 
 

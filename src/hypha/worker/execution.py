@@ -52,6 +52,7 @@ from hypha.messages import (
 from hypha.net.transfers import meta_of
 from hypha.node import Node
 from hypha.runtime import is_simulated
+from hypha.telemetry.instruments import LIMITS_EXCEEDED
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
 from hypha.worker.allowance import Allowance
@@ -337,9 +338,12 @@ class Execution:
             if self._executor.runtime == "bwrap":
                 launch = isolate(launch, self._executor, self._directory, config)
             ended = await self._serve_process(launch, limits)
-            why = self._excess.message if self._excess is not None else self._watch.verdict
-            if not why and ended.code != 0 and not ended.stopped:
-                why = limits.verdict()
+            if self._excess is None and not self._watch.verdict and ended.code != 0 and not ended.stopped:
+                self._excess = limits.denied()
+            why = self._watch.verdict
+            if self._excess is not None:
+                why = self._excess.message
+                LIMITS_EXCEEDED.add(resource=self._excess.resource)
             return replace(ended, tail=f"{why}\n{ended.tail}".rstrip()) if why else ended
         except (HyphaError, OSError) as exc:
             return Exit(

@@ -22,7 +22,7 @@ from hypha.messages import Resources
 from hypha.worker.cgroups import GB, Bounds, CgroupPlaces, counted, make_groups, remove_group
 from hypha.worker.cores import CorePins
 from hypha.worker.gpus import VISIBLE, Gpu
-from hypha.worker.usage import LOOK_S, Quota
+from hypha.worker.usage import LOOK_S, Excess, Quota
 
 logger = logging.getLogger(__name__)
 
@@ -69,27 +69,32 @@ class Limits:
             options += ["--cores", ",".join(map(str, self.cores))]
         return options
 
-    def verdict(self) -> str:
-        """What these cgroups have denied the executor, and what helps; empty when nothing. An executor that
-        was killed by anybody else is not told that it was for want of memory.
+    def denied(self) -> Excess | None:
+        """What these cgroups have denied the executor, in words that say what helps. One that was killed by
+        anybody else is not told that it was for want of memory.
         """
         for group in self.groups:
             # v2 and v1 give the file other names and write the same line
-            if counted(group, "memory.events", "oom_kill") or counted(
-                group, "memory.oom_control", "oom_kill"
-            ):
-                return (
-                    f"the kernel killed it for want of memory (its limits: {self.description}); "
-                    "the job's resources.worker.memory, or resources.parameter_server.memory, "
-                    "may be too low"
+            if any(counted(group, file, "oom_kill") for file in ("memory.events", "memory.oom_control")):
+                return Excess(
+                    "oom",
+                    f"the kernel killed it for want of memory (its limits: {self.description}); the job's "
+                    "resources.worker.memory, or resources.parameter_server.memory, may be too low",
+                    "memory",
                 )
         for group in self.groups:
             if times := counted(group, "pids.events", "max"):
-                return (
+                return Excess(
+                    "internal",
                     f"it was refused another process or thread {times} times (its limits: "
-                    f"{self.description}); if it needs so many, set max_processes of its worker higher"
+                    f"{self.description}); if it needs so many, set max_processes of its worker higher",
+                    "processes",
                 )
-        return ""
+        return None
+
+    def verdict(self) -> str:
+        """What :meth:`denied` says; empty when nothing was."""
+        return "" if (found := self.denied()) is None else found.message
 
     async def remove(self) -> None:
         """Delete the cgroups, give back the cores."""

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import trio
 
@@ -40,10 +41,13 @@ class Quota:
 
 @dataclass(frozen=True)
 class Excess:
-    """Why an executor was ended: ``kind`` is that of an :class:`~hypha.messages.ExecutorError`."""
+    """Why an executor was ended: ``kind`` is that of an :class:`~hypha.messages.ExecutorError`, ``resource``
+    what it had too much of.
+    """
 
     kind: str
     message: str
+    resource: Literal["memory", "disk", "processes"]
 
 
 def excess(quota: Quota, disk_bytes: int, processes: int) -> Excess | None:
@@ -54,12 +58,14 @@ def excess(quota: Quota, disk_bytes: int, processes: int) -> Excess | None:
             f"disk quota exceeded: its files in the job directory take {disk_bytes / GB:.3g} GB, and its "
             f"lease reserves {quota.disk_bytes / GB:.3g} GB; the job's resources.worker.storage, or "
             "resources.parameter_server.storage, may be too low",
+            "disk",
         )
     if quota.processes and processes > quota.processes:
         return Excess(
             "internal",
             f"it had {processes} processes and threads, and may have {quota.processes}; if it needs so many, "
             "set max_processes of its worker higher",
+            "processes",
         )
     return None
 
