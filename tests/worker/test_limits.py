@@ -14,7 +14,15 @@ import trio
 from hypha.config.inherited import child_environment
 from hypha.errors import ConfigError
 from hypha.messages import Resources
-from hypha.worker.cgroups import CgroupPlaces, find_cgroups, remove_stale_groups, usable_cgroups
+from hypha.worker.cgroups import (
+    Bounds,
+    CgroupPlaces,
+    find_cgroups,
+    make_groups,
+    remove_stale_groups,
+    usable_cgroups,
+    usable_v2,
+)
 from hypha.worker.cores import CorePins
 from hypha.worker.keepers import Launch
 from hypha.worker.limits import Limits, apply_limits, mechanisms, most_processes
@@ -235,3 +243,38 @@ async def test_affinity_holds(tmp_path: Path) -> None:
         "job", (sys.executable, "-c", script), child_environment(), tmp_path, limits.launch_options()
     )
     assert (await run_executor(launch, trio.Event(), 1.0)).tail == f"[{core}]"
+
+
+def delegated(root: Path, controllers: str, given: str = "") -> Path:
+    """A cgroup v2 as systemd delegates it, with this process alone in it."""
+    root.mkdir()
+    files = {"cgroup.controllers": controllers, "cgroup.subtree_control": given, "cgroup.procs": os.getpid()}
+    for name, text in files.items():
+        (root / name).write_text(f"{text}\n")
+    return root
+
+
+def test_a_delegated_v2_gives_what_it_has_to_executors(tmp_path: Path) -> None:
+    place = delegated(tmp_path / "whole", "cpuset cpu io memory pids")
+    assert usable_v2(place) == {"cpu", "memory", "pids"}
+    # this process moved into a leaf, as a group with processes of its own gives its children nothing
+    assert (place / "hypha-worker" / "cgroup.procs").read_text() == str(os.getpid())
+    assert (place / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+    groups = make_groups(CgroupPlaces(place, {}, usable_v2(place)), "hypha-x", Bounds(2.0, 0.001, 64))
+    assert groups == (place / "hypha-x",)
+    written = {path.name: path.read_text() for path in groups[0].iterdir()}
+    assert written == {
+        "memory.max": "2000000000",
+        "memory.oom.group": "1",
+        "memory.swap.max": "0",
+        "cpu.max": "1000 100000",
+        "cpu.weight": "1",
+        "pids.max": "64",
+    }
+
+
+def test_a_v2_may_have_less_or_nothing(tmp_path: Path) -> None:
+    assert usable_v2(delegated(tmp_path / "user", "memory pids", "memory pids")) == {"memory", "pids"}
+    assert not (tmp_path / "user" / "hypha-worker").exists(), "all was given already"
+    assert usable_v2(delegated(tmp_path / "empty", "")) == frozenset()
+    assert usable_v2(tmp_path / "nowhere") == frozenset()

@@ -29,7 +29,7 @@ def _describe(config: WorkerConfig) -> Iterator[str]:
     configured = Resources(**config.resources.model_dump())
     offered, claims = lowered(configured, machine) if config.detect_resources else (configured, ())
     for name, found in machine.describe().items():
-        yield f"resource {name}: {getattr(offered, name):g} offered; there: {found}"
+        yield f"resource {name}: {getattr(offered, name):g} offered ({found})"
     for name, by in mechanisms(config.limits, usable_cgroups(), machine.gpus, config.cache.max_gb).items():
         yield f"limit {name}: {by}"
     for claim in claims:

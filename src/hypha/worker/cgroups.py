@@ -92,7 +92,7 @@ def find_cgroups(mountinfo: str, membership: str) -> tuple[Path | None, dict[str
     return v2, v1
 
 
-def _usable_v2(place: Path) -> frozenset[str]:
+def usable_v2(place: Path) -> frozenset[str]:
     """The controllers that children of ``place`` have, once they were given all that there are. A cgroup with
     processes of its own cannot give any (but for the root), so when this worker is the only one, it moves
     into a leaf first.
@@ -119,7 +119,7 @@ def usable_cgroups() -> CgroupPlaces:
         v2, v1 = find_cgroups(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
     except (OSError, ValueError):
         return CgroupPlaces()
-    has = frozenset[str]() if v2 is None else _usable_v2(v2)
+    has = frozenset[str]() if v2 is None else usable_v2(v2)
     # The owner of a file may write to it whatever its mode says, so only trying tells.
     usable = {}
     for controller, place in v1.items():

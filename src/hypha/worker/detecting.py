@@ -117,16 +117,14 @@ def detect(
     cpu, cpu_by = _least([_cores(), *_cpu_limits(roots)])
     memory, memory_by = _least([_memory(roots), *_memory_limits(roots)])
     free, held = _free_bytes(work_dir), _held_bytes(work_dir / "cache")
-    storage_by = f"free in {work_dir}" + (
-        f", {held / GB:.1f} GB of it held by the slice cache" if held else ""
-    )
+    cached = f", {held / GB:.1f} GB of it held by the slice cache" if held else ""
     return Machine(
         cpu=cpu,
         cpu_by=cpu_by,
         memory=memory / GB,
         memory_by=memory_by,
         storage=(free + held) / GB,
-        storage_by=storage_by,
+        storage_by=f"free in work_dir{cached}",
         gpus=find_gpus(environment or {}, roots.proc, roots.sys, memory),
     )
 

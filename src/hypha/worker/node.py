@@ -119,8 +119,8 @@ def _offered(config: WorkerConfig, machine: Machine) -> tuple[WorkerConfig, dict
     words = {}
     for name, found in machine.describe().items():
         amount = getattr(resources, name)
-        words[f"resource {name}"] = f"{amount:g} offered; there: {found}"
-        logger.info("Offering %s %g; there: %s.", name, amount, found)
+        words[f"resource {name}"] = f"{amount:g} offered ({found})"
+    logger.info("Resources: %s.", "; ".join(f"{name.split()[1]} {text}" for name, text in words.items()))
     section = config.resources.model_copy(update=structs.asdict(resources))
     return config.model_copy(update={"resources": section}), words
 
