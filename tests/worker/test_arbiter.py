@@ -243,7 +243,7 @@ def test_an_offer_that_would_come_too_late_is_not_made() -> None:
 def gpus_of(actions: list[ArbiterAction], worker: Arbiter) -> list[tuple[float, tuple[int, ...]]]:
     """Of each offer: GB of GPU memory, and the GPUs that its lease was given."""
     offers = [action.offer for action in actions if isinstance(action, SendOffer)]
-    return [(offer.resources.gpu, worker.gpus.gpus_of(offer.lease_id)) for offer in offers]
+    return [(offer.resources.gpu, worker.gpus.share_of(offer.lease_id).numbers) for offer in offers]
 
 
 def test_each_job_gets_a_gpu_and_none_gets_what_is_left_of_two() -> None:

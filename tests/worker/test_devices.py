@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hypha.worker.devices import MEMORY_VARIABLE, GpuBoard, Visibility, memory_of_each, sees_no_gpu
+from hypha.worker.devices import MEMORY_VARIABLE, GpuBoard, GpuShare, Visibility, memory_of_each, sees_no_gpu
 from hypha.worker.gpus import Gpu
 
 A = Gpu("nvidia", "0", "A", 24 * 10**9, "here", "GPU-a")
@@ -18,11 +18,11 @@ def test_jobs_get_gpus_of_their_own_first_and_share_later() -> None:
     for lease in ("a", "b", "c"):
         assert board.fits(10.0)
         board.place(lease, 10.0)
-    assert [board.gpus_of(lease) for lease in ("a", "b", "c")] == [(0,), (1,), (0,)]
-    assert board.share_of("c") == 10.0
+    assert [board.share_of(lease).numbers for lease in ("a", "b", "c")] == [(0,), (1,), (0,)]
+    assert board.share_of("c").gb == 10.0
     board.keep_only(["b"])
     board.place("d", 10.0)
-    assert board.gpus_of("d") == (0,)
+    assert board.share_of("d").numbers == (0,)
 
 
 def test_what_is_free_on_no_gpu_by_itself_does_not_fit() -> None:
@@ -40,20 +40,20 @@ def test_more_than_any_has_is_taken_of_several_that_nobody_uses() -> None:
     assert board.largest(71.0) == 48.0
     assert not board.fits(49.0)
     board.place("b", 40.0)
-    assert (board.gpus_of("b"), board.share_of("b")) == ((1, 2), 20.0)
+    assert board.share_of("b") == GpuShare((1, 2), 20.0)
     assert board.largest(31.0) == 23.0
 
 
 def test_unequal_ones_are_taken_whole() -> None:
     board = GpuBoard((24.0, 8.0))
     board.place("a", 32.0)
-    assert (board.gpus_of("a"), board.share_of("a")) == ((0, 1), 8.0)
+    assert board.share_of("a") == GpuShare((0, 1), 8.0)
 
 
 def test_the_tightest_fit_is_taken() -> None:
     board = GpuBoard((80.0, 24.0))
     board.place("a", 20.0)
-    assert board.gpus_of("a") == (1,)
+    assert board.share_of("a").numbers == (1,)
 
 
 def test_without_gpus_and_without_a_wish_everything_fits() -> None:
@@ -63,7 +63,7 @@ def test_without_gpus_and_without_a_wish_everything_fits() -> None:
     board.place("a", 24.0)
     assert board.fits(0.0)
     board.place("b", 0.0)
-    assert board.gpus_of("b") == ()
+    assert board.share_of("b").numbers == ()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -81,10 +81,10 @@ def test_no_gpu_is_ever_promised_twice(seed: int) -> None:
             continue
         held[str(number)] = wanted
         board.place(str(number), wanted)
-        assert board.gpus_of(str(number)), "whoever fits gets a GPU"
-        shares = {lease: (board.gpus_of(lease), board.share_of(lease)) for lease in held}
+        assert board.share_of(str(number)).numbers, "whoever fits gets a GPU"
+        shares = [board.share_of(lease) for lease in held]
         for gpu, there in enumerate(gpus):
-            assert sum(share for which, share in shares.values() if gpu in which) <= there + 1e-6
+            assert sum(share.gb for share in shares if gpu in share.numbers) <= there + 1e-6
 
 
 def test_memory_that_nobody_tells_is_what_the_configuration_offers() -> None:
@@ -96,21 +96,23 @@ def test_memory_that_nobody_tells_is_what_the_configuration_offers() -> None:
 
 def test_an_executor_sees_its_own_and_is_told_what_it_may_use() -> None:
     shown = Visibility((A, B))
-    assert shown.environment((1,), 12.0, capped=True) == {
+    assert shown.environment(GpuShare((1,), 12.0), capped=True) == {
         "CUDA_VISIBLE_DEVICES": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         MEMORY_VARIABLE: "12000000000",
     }
-    assert shown.environment((0, 1), 24.0, capped=False)["CUDA_VISIBLE_DEVICES"] == "0,1"
-    none = shown.environment((), 0.0, capped=True)
+    assert shown.environment(GpuShare((0, 1), 24.0), capped=False)["CUDA_VISIBLE_DEVICES"] == "0,1"
+    none = shown.environment(GpuShare(), capped=True)
     assert none == {"CUDA_VISIBLE_DEVICES": ""}
     assert sees_no_gpu(none)
-    assert Visibility().environment((), 0.0, capped=True) == {}
+    assert Visibility().environment(GpuShare(), capped=True) == {}
     assert not sees_no_gpu({})
 
 
 def test_rocms_second_filter_is_not_inherited() -> None:
     shown = Visibility((Gpu("amd", "0", "MI300", 192 * 10**9, "here"),))
-    assert shown.environment((0,), 100.0, capped=False) == {"ROCR_VISIBLE_DEVICES": "0"}
+    assert shown.environment(GpuShare((0,), 100.0), capped=False) == {"ROCR_VISIBLE_DEVICES": "0"}
     assert "HIP_VISIBLE_DEVICES" in shown.hidden()
-    assert Visibility((A,)).hidden() == frozenset()
+    assert "HIP_VISIBLE_DEVICES" not in Visibility((A,)).hidden()
+    assert "CUDA_VISIBLE_DEVICES" in Visibility((A,)).hidden(), "the worker's own, which names more"
+    assert Visibility().hidden() == frozenset()

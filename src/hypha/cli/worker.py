@@ -24,14 +24,17 @@ def _describe(config: WorkerConfig) -> Iterator[str]:
     from hypha.worker.cgroups import usable_cgroups
     from hypha.worker.detecting import detect, lowered
     from hypha.worker.limits import mechanisms
+    from hypha.worker.quotas import usable_quotas
 
     machine = detect(config.work_dir, child_environment())
     configured = Resources(**config.resources.model_dump())
     offered, claims = lowered(configured, machine) if config.detect_resources else (configured, ())
     for name, found in machine.describe().items():
         yield f"resource {name}: {getattr(offered, name):g} offered ({found})"
-    for name, by in mechanisms(config.limits, usable_cgroups(), machine.gpus, config.cache.max_gb).items():
-        yield f"limit {name}: {by}"
+    quotas = usable_quotas(config.work_dir) if config.work_dir.is_dir() else None
+    volume = None if quotas is None else quotas.volume
+    enforced = mechanisms(config.limits, usable_cgroups(), machine.gpus, config.cache.max_gb, volume)
+    yield from (f"limit {name}: {by}" for name, by in enforced.items())
     for claim in claims:
         yield f"advice: {claim}"
 

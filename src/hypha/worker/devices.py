@@ -18,6 +18,14 @@ GB = 10**9
 MEMORY_VARIABLE = "HYPHA_GPU_MEMORY_BYTES"
 
 
+@dataclass(frozen=True)
+class GpuShare:
+    """What one lease has: the ``numbers`` of its GPUs, in order, and ``gb`` of each of them."""
+
+    numbers: tuple[int, ...] = ()
+    gb: float = 0.0
+
+
 class GpuBoard:
     """``gpus_gb`` is the memory of each GPU. Without any nothing is placed, and everything fits: then only
     the sum counts, as for cores.
@@ -34,13 +42,10 @@ class GpuBoard:
         for lease_id in [one for one in self._placed if one not in living]:
             del self._placed[lease_id]
 
-    def gpus_of(self, lease_id: str) -> tuple[int, ...]:
-        """By number, in order."""
-        return tuple(sorted(self._placed.get(lease_id, ())))
-
-    def share_of(self, lease_id: str) -> float:
-        """GB that the lease has of each of its GPUs."""
-        return min(self._placed.get(lease_id, {}).values(), default=0.0)
+    def share_of(self, lease_id: str) -> GpuShare:
+        """What the lease has."""
+        parts = self._placed.get(lease_id, {})
+        return GpuShare(tuple(sorted(parts)), min(parts.values(), default=0.0))
 
     def fits(self, gpu_gb: float) -> bool:
         """Whether a lease of so much can be placed now."""
@@ -109,27 +114,32 @@ class Visibility:
 
     gpus: tuple[Gpu, ...] = ()
 
-    def environment(self, numbers: Sequence[int], share_gb: float, capped: bool) -> dict[str, str]:
-        """For an executor that has these GPUs, and ``share_gb`` of each; ``capped``: its framework is to hold
-        it to that. Without any it sees none.
+    def environment(self, share: GpuShare, capped: bool) -> dict[str, str]:
+        """For an executor that has ``share``; ``capped``: its framework is to hold it to the memory of that.
+        Without any GPU it sees none.
         """
         if not self.gpus:
             return {}
         found: dict[str, str] = {}
         if (name := VISIBLE.get(self.gpus[0].vendor)) is not None:
-            found[name] = ",".join(self.gpus[number].name for number in numbers)
-            if name == "CUDA_VISIBLE_DEVICES" and any(self.gpus[number].name.isdigit() for number in numbers):
+            found[name] = ",".join(self.gpus[number].name for number in share.numbers)
+            if name == "CUDA_VISIBLE_DEVICES" and any(
+                self.gpus[number].name.isdigit() for number in share.numbers
+            ):
                 # the order in which they were numbered; CUDA's own would be by speed
                 found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        if numbers and capped and share_gb > 0:
-            found[MEMORY_VARIABLE] = str(int(share_gb * GB))
+        if capped and share.gb > 0:
+            found[MEMORY_VARIABLE] = str(int(share.gb * GB))
         return found
 
     def hidden(self) -> frozenset[str]:
-        """Variables that an executor must not inherit beside its own."""
-        if not self.gpus or self.gpus[0].vendor != "amd":
+        """Variables that an executor must not inherit: what it gets of its own, and second filters. An order
+        of devices that the owner has chosen is inherited.
+        """
+        if not self.gpus:
             return frozenset()
-        return frozenset(SECOND_FILTERS)
+        second = SECOND_FILTERS if self.gpus[0].vendor == "amd" else ()
+        return frozenset((*VISIBLE.values(), *second, MEMORY_VARIABLE))
 
 
 def sees_no_gpu(environment: Mapping[str, str]) -> bool:

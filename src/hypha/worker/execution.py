@@ -7,7 +7,7 @@ nothing is left of it. Whoever wants it to stop sets :meth:`Execution.stop` and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,24 +51,20 @@ from hypha.messages import (
 )
 from hypha.net.transfers import meta_of
 from hypha.node import Node
-from hypha.runtime import is_simulated
-from hypha.telemetry.instruments import LIMITS_EXCEEDED
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
 from hypha.worker.allowance import Allowance
 from hypha.worker.cache import SliceCache
-from hypha.worker.cgroups import CgroupPlaces
+from hypha.worker.confining import Confined, Means
 from hypha.worker.connectors import Connectors
-from hypha.worker.cores import CorePins
 from hypha.worker.deliveries import Deliveries
-from hypha.worker.devices import Visibility
+from hypha.worker.devices import GpuShare
 from hypha.worker.directory import JobDirectory
 from hypha.worker.execution_signals import ExecutionSignals
 from hypha.worker.feeds import Arrivals, Directives, Feed
 from hypha.worker.inbox import Inbox
 from hypha.worker.isolation import isolate
 from hypha.worker.keepers import Launch
-from hypha.worker.limits import Limits, apply_limits
 from hypha.worker.outbox import Outbox
 from hypha.worker.process import Exit, prepare_launch
 from hypha.worker.room import lack_of_room
@@ -76,7 +72,7 @@ from hypha.worker.slices import SlicePrefetcher
 from hypha.worker.spans import EmitSpans
 from hypha.worker.starting import EndSignals, RunExecutor
 from hypha.worker.storing import Keeping, store_local
-from hypha.worker.usage import Excess, keep_within
+from hypha.worker.usage import Excess
 from hypha.worker.watch import Patience, Watch, keep_watch
 
 logger = logging.getLogger(__name__)
@@ -96,20 +92,15 @@ class Workshop:
     cache: SliceCache
     allowance: Allowance
     connectors: Connectors
-    cgroups: CgroupPlaces
-    gpus: Visibility
+    means: Means
     environment: Mapping[str, str]
     run_executor: RunExecutor
-    #: hands out cores where no cgroup holds executors to their share; without, they run on all
-    cores: CorePins | None = None
     #: exports the executors' own spans; without, they are not asked for any
     emit_spans: EmitSpans | None = None
 
 
 class Execution:
-    """``job`` under ``lease``, run by ``executor`` on the GPUs numbered ``gpus``, with ``gpu_gb`` of each.
-    :meth:`run` is its life.
-    """
+    """``job`` under ``lease``, run by ``executor`` on ``gpus``. :meth:`run` is its life."""
 
     def __init__(
         self,
@@ -117,13 +108,11 @@ class Execution:
         lease: Lease,
         job: Job,
         executor: ExecutorConfig,
-        gpus: Sequence[int] = (),
-        gpu_gb: float = 0.0,
+        gpus: GpuShare,
     ) -> None:
         self.lease = lease
-        self._gpus = (tuple(gpus), gpu_gb)
-        #: what it had more of than it may
-        self._excess: Excess | None = None
+        self._gpus = gpus
+        self._confined: Confined | None = None
         self._job = job
         self._shop = workshop
         self._executor = executor
@@ -282,7 +271,8 @@ class Execution:
                     extra=self._fields,
                 )
                 # what filled the disk is no help there
-                full = self._excess is not None and self._excess.kind == "disk"
+                excess = None if self._confined is None else self._confined.excess
+                full = excess is not None and excess.kind == "disk"
                 if failed and self._shop.config.keep_failed_jobs and not full:
                     path = self._directory.keep(ended.tail)
                     kept = True
@@ -314,82 +304,51 @@ class Execution:
             logger.warning("The scheduler was not told of the executor's end.", extra=self._fields)
 
     async def _run_process(self) -> Exit:
-        config = self._shop.config
-        limits: Limits | None = None
+        confined: Confined | None = None
         try:
-            limits = apply_limits(
-                config.limits,
-                self._shop.cgroups,
-                self.incarnation,
-                self.lease.resources,
-                cores=self._shop.cores,
-                max_processes=config.max_processes,
+            confined = self._confined = Confined(
+                self._shop.means, self.incarnation, self.lease.resources, self._gpus, self._directory
             )
-            logger.info(
-                "Starting the executor under these limits: %s.", limits.description, extra=self._fields
-            )
-            hidden = self._shop.gpus.hidden()
-            environment = {
-                **{name: value for name, value in self._shop.environment.items() if name not in hidden},
-                **limits.environment,
-                **self._shop.gpus.environment(*self._gpus, capped=config.limits != "none"),
-            }
+            logger.info("Starting the executor. Limits: %s.", confined.description, extra=self._fields)
+            environment = confined.environment(self._shop.environment)
             launch = prepare_launch(self._executor, self._job, self._directory, environment)
             if self._executor.runtime == "bwrap":
-                launch = isolate(launch, self._executor, self._directory, config)
-            ended = await self._serve_process(launch, limits)
-            if self._excess is None and not self._watch.verdict and ended.code != 0 and not ended.stopped:
-                self._excess = limits.denied()
-            why = self._watch.verdict
-            if self._excess is not None:
-                why = self._excess.message
-                LIMITS_EXCEEDED.add(resource=self._excess.resource)
+                launch = isolate(launch, self._executor, self._directory, self._shop.config)
+            ended = await self._serve_process(confined.launch(launch), confined)
+            if not (why := self._watch.verdict):
+                confined.judge(ended)
+                why = "" if confined.excess is None else confined.excess.message
             return replace(ended, tail=f"{why}\n{ended.tail}".rstrip()) if why else ended
         except (HyphaError, OSError) as exc:
             return Exit(
                 code=NOT_STARTED, tail=f"the worker could not start the executor: {exc}", stopped=False
             )
         finally:
-            if limits is not None:
+            if confined is not None:
                 with trio.CancelScope(shield=True):
-                    await limits.remove()
+                    await confined.remove()
 
-    async def _serve_process(self, launch: Launch, limits: Limits) -> Exit:
+    async def _serve_process(self, launch: Launch, confined: Confined) -> Exit:
         kind = "theta" if self.kind == "train" else "update"
-        hung = trio.Event()
-        keepers: list[int] = []
+        kill = trio.Event()
 
-        def exceeded(found: Excess) -> None:
+        def exceeded(excess: Excess) -> None:
             # said before the end is, so that the scheduler knows why there is one
-            self._excess = found
-            self._outbox.put(self.stamp(), ExecutorError(kind=found.kind, message=found.message))
-            hung.set()
+            self._outbox.put(self.stamp(), ExecutorError(kind=excess.kind, message=excess.message))
+            kill.set()
 
         stop_accepting = self._shop.node.transfers.accept(kind, self._job.job_id, self._gate, self._arrived)
         try:
             async with trio.open_nursery() as nursery:
                 if self._slices is not None:
                     nursery.start_soon(self._slices.run)
-                nursery.start_soon(keep_watch, self._watch, hung)
-                if not is_simulated():
-                    nursery.start_soon(
-                        keep_within,
-                        limits.quota,
-                        self._directory.occupied,
-                        self._directory.part("slices"),
-                        lambda: keepers[-1] if keepers else None,
-                        exceeded,
-                    )
+                nursery.start_soon(keep_watch, self._watch, kill)
+                nursery.start_soon(confined.watch, exceeded)
                 ended = await self._shop.run_executor(
                     self,
                     self._directory.socket_path,
-                    replace(
-                        launch,
-                        keeper_options=(*launch.keeper_options, *limits.launch_options()),
-                        output_fields=lambda: self._signals.fields,
-                        on_start=keepers.append,
-                    ),
-                    EndSignals(self._stop, self._shop.config.stop_grace_s, hung),
+                    replace(launch, output_fields=lambda: self._signals.fields),
+                    EndSignals(self._stop, self._shop.config.stop_grace_s, kill),
                 )
                 nursery.cancel_scope.cancel()
                 return ended

@@ -22,7 +22,8 @@ from hypha.messages import Resources
 from hypha.worker.cgroups import GB, Bounds, CgroupPlaces, counted, make_groups, remove_group
 from hypha.worker.cores import CorePins
 from hypha.worker.gpus import VISIBLE, Gpu
-from hypha.worker.usage import LOOK_S, Excess, Quota
+from hypha.worker.quotas import ProjectQuotas, Volume
+from hypha.worker.usage import LOOK_S, Excess, Quota, excess
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ Mode = Literal["auto", "cgroup", "rlimit", "none"]
 
 #: of an executor, unless the worker's owner says otherwise; and so many a core where that is more
 DEFAULT_PROCESSES, PROCESSES_A_CORE = 512, 64
+#: whoever was refused more than this share of a quota has filled it
+_FULL = 0.99
 #: how the kernel calls the bound, for those who look for it
 _FILES = {
     ("memory", "v2"): "memory.max",
@@ -57,6 +60,8 @@ class Limits:
     #: by a cgroup; 0: none
     processes: int = 0
     pins: CorePins | None = None
+    #: the file system's own quota, and its number there
+    project: tuple[ProjectQuotas, int] | None = None
 
     def launch_options(self) -> list[str]:
         """For :mod:`hypha.keeper`, which applies them in the child before it becomes the executor."""
@@ -82,6 +87,10 @@ class Limits:
                     "resources.worker.memory, or resources.parameter_server.memory, may be too low",
                     "memory",
                 )
+        if self.project is not None and self.quota.disk_bytes:
+            quotas, number = self.project
+            if (used := quotas.used_bytes(number)) >= _FULL * self.quota.disk_bytes:
+                return excess(Quota(self.quota.disk_bytes), max(used, self.quota.disk_bytes + 1), 0)
         for group in self.groups:
             if times := counted(group, "pids.events", "max"):
                 return Excess(
@@ -100,6 +109,9 @@ class Limits:
         """Delete the cgroups, give back the cores."""
         if self.pins is not None:
             self.pins.release(self.cores)
+        if self.project is not None:
+            quotas, number = self.project
+            quotas.release(number)
         for group in self.groups:
             await remove_group(group)
 
@@ -134,7 +146,11 @@ def most_processes(cpu: float, wanted: int | None) -> int:
 
 
 def mechanisms(
-    mode: Mode, places: CgroupPlaces, gpus: Sequence[Gpu] = (), cache_gb: float = 0.0
+    mode: Mode,
+    places: CgroupPlaces,
+    gpus: Sequence[Gpu] = (),
+    cache_gb: float = 0.0,
+    volume: Volume | None = None,
 ) -> dict[str, str]:
     """By what each resource is enforced on this machine, in words."""
     if mode == "none":
@@ -160,7 +176,7 @@ def mechanisms(
         "cores": found["cpu"],
         "processes": found["pids"],
         "gpus": _gpu_mechanism(gpus, capped=True),
-        "disk": watched,
+        "disk": f"project quota ({volume.kind})" if volume is not None else watched,
         "cache": f"the worker lets go of slices at {cache_gb:g} GB",
     }
 
@@ -172,6 +188,18 @@ def _gpu_mechanism(gpus: Sequence[Gpu], capped: bool) -> str:
     return f"{shown}; memory by the cap of torch" if capped else shown
 
 
+def _bound(
+    quotas: ProjectQuotas | None, directories: Sequence[Path], size_bytes: int
+) -> tuple[ProjectQuotas, int] | None:
+    if quotas is None:
+        return None
+    try:
+        return quotas, quotas.bound(directories, size_bytes)
+    except OSError as exc:
+        logger.warning("The job directory is watched, as it can have no project quota: %s", exc)
+        return None
+
+
 def apply_limits(
     mode: Mode,
     places: CgroupPlaces,
@@ -180,9 +208,11 @@ def apply_limits(
     *,
     cores: CorePins | None = None,
     max_processes: int | None = None,
+    quotas: ProjectQuotas | None = None,
+    directories: Sequence[Path] = (),
 ) -> Limits:
     """Limits for an executor under ``resources``; ``name`` names its cgroups. Without ``cores`` it is pinned
-    to none, ``max_processes`` is the owner's own number.
+    to none; ``max_processes`` is the owner's own number; ``quotas`` bound what comes into ``directories``.
 
     Raises :class:`ConfigError` when the configuration insists on cgroups and there are none.
     """
@@ -228,7 +258,9 @@ def apply_limits(
             watched = processes
             said.append(f"{processes} processes, watched")
     if resources.storage:
-        said.append(f"{resources.storage:g} GB in its directory, watched")
+        limits.project = _bound(quotas, directories, int(resources.storage * GB))
+        by = "watched" if limits.project is None else "by a project quota"
+        said.append(f"{resources.storage:g} GB in its directory, {by}")
     limits.quota = Quota(int(resources.storage * GB), watched)
     limits.description = ", ".join(said) or "no limits: the lease reserves nothing that can be enforced"
     return limits

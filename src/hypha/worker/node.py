@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -28,18 +28,19 @@ from hypha.worker.allowance import Allowance
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.cache import SliceCache
 from hypha.worker.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
+from hypha.worker.confining import Means
 from hypha.worker.connectors import Connectors
 from hypha.worker.cores import CorePins
 from hypha.worker.detecting import Machine, detect, lowered, usable_cores
 from hypha.worker.devices import Visibility, memory_of_each
 from hypha.worker.directory import remove_stale
 from hypha.worker.execution import Workshop
-from hypha.worker.gpus import Gpu
 from hypha.worker.isolation import check_bubblewrap
 from hypha.worker.jobs import Jobs
 from hypha.worker.limits import mechanisms, no_cgroups, suffice
 from hypha.worker.offers import LeaseDesk, serve_offers
 from hypha.worker.orphans import Orphans
+from hypha.worker.quotas import ProjectQuotas, usable_quotas
 from hypha.worker.replicas import ReplicaStore
 from hypha.worker.room import lack_of_room
 from hypha.worker.signals import shown, watch_resources
@@ -72,8 +73,17 @@ async def work(
     if removed := remove_stale_groups(cgroups):
         logger.info("Removed %d cgroups that workers which were killed have left behind.", removed)
     machine = await in_thread(detect, config.work_dir, child_environment())
-    config, words = _offered(config, machine)
-    words |= _in_force(config, cgroups, machine.gpus)
+    config, words = offered(config, machine)
+    quotas = await in_thread(usable_quotas, config.work_dir)
+    words |= _in_force(config, cgroups, machine, quotas)
+    means = Means(
+        mode=config.limits,
+        cgroups=cgroups,
+        max_processes=config.max_processes,
+        gpus=Visibility(machine.gpus),
+        cores=CorePins(usable_cores()),
+        quotas=quotas,
+    )
     await in_thread(check_bubblewrap, config)
     for path in remove_stale(config.work_dir):
         logger.warning("Removed %s, which an earlier worker left behind.", path)
@@ -100,15 +110,14 @@ async def work(
                             await serve(
                                 config,
                                 node,
-                                cgroups,
+                                means,
                                 run,
-                                gpus=machine.gpus,
                                 emit_spans=emit_spans,
                                 task_status=task_status,
                             )
 
 
-def _offered(config: WorkerConfig, machine: Machine) -> tuple[WorkerConfig, dict[str, str]]:
+def offered(config: WorkerConfig, machine: Machine) -> tuple[WorkerConfig, dict[str, str]]:
     """``config`` with what may be offered of its resources on ``machine``, and that in words, for its
     health; what is lowered is logged.
     """
@@ -125,9 +134,12 @@ def _offered(config: WorkerConfig, machine: Machine) -> tuple[WorkerConfig, dict
     return config.model_copy(update={"resources": section}), words
 
 
-def _in_force(config: WorkerConfig, cgroups: CgroupPlaces, gpus: Sequence[Gpu]) -> dict[str, str]:
+def _in_force(
+    config: WorkerConfig, cgroups: CgroupPlaces, machine: Machine, quotas: ProjectQuotas | None
+) -> dict[str, str]:
     """By what each resource is enforced, for the health of the node; logged, too."""
-    found = mechanisms(config.limits, cgroups, gpus, config.cache.max_gb)
+    volume = None if quotas is None else quotas.volume
+    found = mechanisms(config.limits, cgroups, machine.gpus, config.cache.max_gb, volume)
     logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
     return {f"limit {name}": by for name, by in found.items()}
 
@@ -166,17 +178,16 @@ async def _in_order() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]
 async def serve(
     config: WorkerConfig,
     node: Node,
-    cgroups: CgroupPlaces,
+    means: Means,
     run_executor: RunExecutor = run_process,
     journal: Journal | None = None,
     emit_spans: EmitSpans | None = None,
     *,
-    gpus: tuple[Gpu, ...] = (),
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``journal`` is
     that of its arbiter and its leases; ``emit_spans`` exports the executors' spans; ``gpus`` are those that
-    leases are given.
+    leases are given, ``quotas`` those of the file system of its ``work_dir``.
     """
     bind(worker_peer_id=node.peer_id)
     environment = child_environment()
@@ -192,11 +203,9 @@ async def serve(
         cache=SliceCache(config.work_dir.resolve() / "cache", config.cache),
         allowance=allowance,
         connectors=Connectors(allowance, node.request, node.transfers.pull),
-        cgroups=cgroups,
-        gpus=Visibility(gpus),
+        means=means,
         environment=environment,
         run_executor=run_executor,
-        cores=None if is_simulated() else CorePins(usable_cores()),
         emit_spans=emit_spans,
     )
     arbiter = Arbiter(
@@ -205,7 +214,7 @@ async def serve(
         config.offer,
         node.ref,
         journal=journal,
-        gpus=memory_of_each(gpus, config.resources.gpu),
+        gpus=memory_of_each(means.gpus.gpus, config.resources.gpu),
     )
     with contextlib.ExitStack() as gauges:
         async with trio.open_nursery() as nursery:

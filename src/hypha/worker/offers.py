@@ -46,6 +46,7 @@ from hypha.worker.arbiter import (
     RenewAsked,
     SendOffer,
 )
+from hypha.worker.devices import GpuShare
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +94,9 @@ class LeaseDesk:
         """What the worker has."""
         return self._arbiter.book.total
 
-    def gpus_of(self, lease_id: str) -> tuple[tuple[int, ...], float]:
-        """The numbers of the GPUs that this lease was given, and GB of each."""
-        board = self._arbiter.gpus
-        return board.gpus_of(lease_id), board.share_of(lease_id)
+    def gpus_of(self, lease_id: str) -> GpuShare:
+        """What this lease was given of the worker's GPUs."""
+        return self._arbiter.gpus.share_of(lease_id)
 
     def lease_for_dispatch(
         self, lease_id: str, caller: str, kind: ExecutorClass, job_id: str | None = None
