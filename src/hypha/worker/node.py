@@ -72,6 +72,9 @@ async def work(
         raise no_cgroups()
     if removed := remove_stale_groups(cgroups):
         logger.info("Removed %d cgroups that workers which were killed have left behind.", removed)
+    # before anybody looks how much room there is
+    for path in remove_stale(config.work_dir):
+        logger.warning("Removed %s, which an earlier worker left behind.", path)
     machine = await in_thread(detect, config.work_dir, child_environment())
     config, words = offered(config, machine)
     quotas = await in_thread(usable_quotas, config.work_dir)
@@ -85,8 +88,6 @@ async def work(
         quotas=quotas,
     )
     await in_thread(check_bubblewrap, config)
-    for path in remove_stale(config.work_dir):
-        logger.warning("Removed %s, which an earlier worker left behind.", path)
     options = options_from(config, "hypha-worker")
     async with _in_order() as (first, last):
         with last:
