@@ -88,6 +88,18 @@ def test_the_commented_defaults_are_the_defaults(program: str, here: Path, pki: 
     assert different <= {"work_dir", "state_dir"}
 
 
+def test_a_worker_says_what_was_found_and_what_is_more_than_that(here: Path, pki: Path) -> None:
+    arguments = ("-n", "worker", "--pki", str(pki), *ARGUMENTS["worker"], "--cpu", "4096")
+    made = run("worker", "init", *arguments)
+    assert "  found memory: " in made
+    assert "note: resources.cpu = 4096 is more than this machine has (" in made
+    assert tomllib.loads(Path("config.toml").read_text())["resources"]["cpu"] == 4096
+    told = run("worker", "validate")
+    assert "limit memory: " in told
+    assert "advice: resources.cpu = 4096 is more than this machine has (" in told
+    assert "resource cpu: 4096 offered" in run("worker", "validate", "--set", "detect_resources=false")
+
+
 def test_without_what_only_the_operator_knows_it_says_what_to_fill_in(here: Path) -> None:
     output = run("worker", "init")
     assert "fill in gateway_addresses" in output

@@ -160,7 +160,7 @@ class DataConfig(LeafConfig):
 
 
 class ResourcesConfig(Section):
-    """What the worker has to offer: cores, and GB of the rest."""
+    """What the worker has to offer: cores, and GB of the rest. No more than there is (`detect_resources`)."""
 
     cpu: float = Field(default=1.0, ge=0)
     memory: float = Field(default=8.0, ge=0)
@@ -264,8 +264,14 @@ class WorkerConfig(LeafConfig):
     #: an executor that gave no sign of life for so long is killed, and reported; longer than the longest
     #: batch and outer step. 0: never. Jobs may ask for less
     hang_s: float = Field(default=600.0, ge=0)
+    #: no more is offered than this machine is found to have when the worker starts; false: what ``resources``
+    #: says is believed, for machines whose devices cannot be looked at
+    detect_resources: bool = True
     #: how a job's resource limits are enforced; ``auto`` takes the strongest that works here
     limits: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
+    #: processes and threads that one executor may have, 0: any number; ``None``: 512, or 64 for each core of
+    #: its lease where that is more
+    max_processes: int | None = Field(default=None, ge=0)
     #: Hypha's own executors are forked by a host, a process that has imported what they need (some 330 MB,
     #: shared with them), and start in a fraction of a second; those with a ``cmd`` are started as ever
     warm: bool = True

@@ -24,6 +24,7 @@ from hypha.config.environment import variable
 from hypha.errors import DataError, HyphaError, ModelError, PeerUnreachable, Refused
 from hypha.executor import models, tensors, updates
 from hypha.executor.bridge_client import BridgeClient
+from hypha.executor.device_memory import cap_memory
 from hypha.executor.forward import Forward
 from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
 from hypha.executor.inner import Inner, accelerator_for, is_of_machine, round_seed
@@ -101,6 +102,7 @@ class Trainer:
         padding = padding_of(None, config=getattr(model, "config", None))
         self._stream = RowStream(padding if self._preprocess is None else self._preprocess.padding)
         self._accelerator = accelerator_for(job)
+        cap_memory(self._accelerator.device)
         try:
             self._forward = Forward(model, job.model)
             self._model = self._accelerator.prepare(model)

@@ -14,6 +14,9 @@ while, which grows until it accepts one. What a strategy offers:
   worker hosts both under two leases when the parameter server comes first, and never when it does not:
   an owner who wants both in any order takes ``flexible``.
 
+GPU memory is given of one GPU, or of several that nobody uses (:mod:`hypha.worker.devices`): what is free on
+no GPU by itself is not offered.
+
 The price offered is the owner's, or the bid where that is higher: a scheduler pays what it bids, else
 outbidding others would cost nothing.
 """
@@ -25,7 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from hypha.config.models import OfferConfig
 from hypha.features import OURS, Abilities, printable
@@ -49,6 +52,7 @@ from hypha.leases import (
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
 from hypha.resources import fits, is_valid, weighted_capacity
 from hypha.runtime import new_id
+from hypha.worker.devices import GpuBoard
 
 #: of an arbiter's entries in a journal
 NAME = "arbiter"
@@ -113,6 +117,7 @@ class ArbiterBegan(Struct, frozen=True, tag=True):
     executors: tuple[ExecutorDescriptor, ...]
     terms: dict[str, str | float]
     abilities: Abilities = Abilities()
+    gpus: tuple[float, ...] = ()
 
 
 ArbiterEvent = Heard | Reached | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close
@@ -160,7 +165,8 @@ class _Waiting:
 
 
 class Arbiter:
-    """Decides for one worker with ``total`` resources that runs ``executors``, on the terms ``terms``.
+    """Decides for one worker with ``total`` resources that runs ``executors``, on the terms ``terms``; the
+    GPU memory among them is that of ``gpus``, GB of each, where these are known.
 
     ``worker`` gives its own reference at the moment of an offer (addresses change), ``new_id`` lease ids.
     ``abilities`` go with every offer, and nothing is offered to who needs others.
@@ -175,13 +181,16 @@ class Arbiter:
         new_id: Callable[[], str] = lambda: new_id(),
         journal: Journal | None = None,
         abilities: Abilities = OURS,
+        gpus: Sequence[float] = (),
     ) -> None:
         executors = tuple(executors)
         self._journal = journal
         if journal is not None:
-            began = ArbiterBegan(total, executors, terms.model_dump(mode="json"), abilities)
+            began = ArbiterBegan(total, executors, terms.model_dump(mode="json"), abilities, tuple(gpus))
             journal.note(NAME, 0.0, began, (), {})
         self.book = LeaseBook(total, journal)
+        #: which lease has which of them
+        self.gpus = GpuBoard(gpus)
         self._executors = frozenset((executor.kind, executor.name) for executor in executors)
         self._terms = terms
         self._abilities = abilities
@@ -410,9 +419,14 @@ class Arbiter:
             reason = "its scheduler has not answered another offer yet"
             return [Ignored(request.request_id, scheduler.peer, reason, "duplicate")]
         free = self.book.free
+        self.gpus.keep_only(lease.lease_id for lease in (*self.book, *self.book.draining))
         if not fits(request.resources, free):
             reason = "what it asks for is not free now"
             return [Ignored(request.request_id, scheduler.peer, reason, "resources")]
+        if not self.gpus.fits(request.resources.gpu):
+            reason = "no GPU has as much memory free as it asks for"
+            return [Ignored(request.request_id, scheduler.peer, reason, "resources")]
+        free = structs.replace(free, gpu=self.gpus.largest(free.gpu))
         whole = self._terms.strategy == "whole" and request.executor.kind == "train"
         lease_id, worker = self._new_id(), self._worker()
         self._drawn.append((lease_id, worker))
@@ -429,6 +443,7 @@ class Arbiter:
         actions: list[ArbiterAction] = []
         for answer in self.book.handle(Reserve(lease, life_s), now):
             if isinstance(answer, Granted):
+                self.gpus.place(lease.lease_id, lease.resources.gpu)
                 offer = WorkerOffer(
                     lease_id=lease.lease_id,
                     request_id=request.request_id,

@@ -46,6 +46,7 @@ from hypha.worker.arbiter import (
     RenewAsked,
     SendOffer,
 )
+from hypha.worker.devices import GpuShare
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,10 @@ class LeaseDesk:
     def total(self) -> Resources:
         """What the worker has."""
         return self._arbiter.book.total
+
+    def gpus_of(self, lease_id: str) -> GpuShare:
+        """What this lease was given of the worker's GPUs."""
+        return self._arbiter.gpus.share_of(lease_id)
 
     def lease_for_dispatch(
         self, lease_id: str, caller: str, kind: ExecutorClass, job_id: str | None = None

@@ -207,6 +207,8 @@ async def run_executor(
     )
     if running is not None:
         running[keeper.pid] = launch.kind
+    if launch.on_start is not None:
+        launch.on_start(keeper.pid)
     try:
         return await _attend(keeper, launch, stop, grace_s, kill, task_status)
     finally:
