@@ -34,6 +34,10 @@ FeatureNames = Annotated[
     tuple[Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)], ...], Meta(max_length=MAX_FEATURES)
 ]
 
+#: The number of a node that runs, and of how many of them a gateway asks another one in one request.
+MAX_INSTANCE_LENGTH = 256
+MAX_NODE_RUNS = 500
+
 #: Few, so that looking for a path among them costs little.
 MAX_CERTIFICATES = 4
 MAX_CERTIFICATE_BYTES = 16 << 10
@@ -580,11 +584,32 @@ class Health(Message):
 
 
 class SameCertificate(Message):
-    """Another node uses the certificate of the one that is told so; it has come from ``address``, and was
-    turned away. Answered by every component.
+    """Another node uses the certificate of the one that is told so; it has come from ``address`` to
+    ``gateway``, where it did not come to the one that tells it, and was turned away. Answered by every
+    component.
     """
 
     address: str = ""
+    gateway: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)] = ""
+
+
+class NodeRun(Value):
+    """A node that a gateway is connected with, for ``connected_s`` by now, or that asks to be let in, without
+    it. ``instance`` is the number that the node states in its handshake.
+    """
+
+    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)]
+    instance: Annotated[str, Meta(max_length=MAX_INSTANCE_LENGTH)]
+    address: Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)] = ""
+    connected_s: float | None = None
+
+
+class FindDoubles(Message):
+    """A gateway asks another: which of ``nodes`` are there as well, as other nodes with the same certificate
+    that have been connected for longer and are alive?
+    """
+
+    nodes: Annotated[tuple[NodeRun, ...], Meta(max_length=MAX_NODE_RUNS)] = ()
 
 
 class WorkerOffer(Message):
@@ -954,6 +979,12 @@ class BulkAnswer(Message):
     wait_s: float = 0.0
 
 
+class DoublesFound(Message):
+    """Those that are, each with its address there."""
+
+    found: Annotated[tuple[NodeRun, ...], Meta(max_length=MAX_NODE_RUNS)] = ()
+
+
 class RefusedReply(Message):
     """The typed no."""
 
@@ -964,6 +995,7 @@ class RefusedReply(Message):
 Request = (
     Health
     | SameCertificate
+    | FindDoubles
     | WorkerOffer
     | RenewLease
     | ReleaseLease
@@ -992,6 +1024,7 @@ Response = (
     | FileList
     | CheckpointHeld
     | CheckpointList
+    | DoublesFound
     | BulkOffer
     | BulkAnswer
     | RefusedReply

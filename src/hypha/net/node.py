@@ -18,8 +18,10 @@ from multiaddr import Multiaddr
 from hypha import __version__
 from hypha.errors import ConfigError, Problem
 from hypha.messages import (
+    FindDoubles,
     Health,
     HealthReport,
+    NodeRun,
     PeerRef,
     Report,
     Request,
@@ -74,6 +76,8 @@ class Libp2pNode:
         self.ended = trio.Event()
         learn(self.peer_id, options.identity.name)
         instance = None if options.guest else new_id()
+        #: tells this node from another one with the same certificate
+        self.instance = instance or ""
         self._security = MutualTls(options.identity, options.require_roles, instance)
         self._port = SharedPortTcp(options.max_connections, MAX_BULK_CONNECTIONS)
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
@@ -95,8 +99,14 @@ class Libp2pNode:
             )
             self._peers.on_lost.append(self.hop.forget)
         self._rpc = Rpc(self._streams, self._dialer.connect, nursery)
-        doubles = Doubles(self.peer_id, self._peers, self._rpc.request, nursery)
-        self._security.admit = doubles.admit
+        others = self._gateways.linked if options.hop else None
+        run = NodeRun(peer=self.peer_id, instance=self.instance)
+        self._doubles = Doubles(run, self._peers, self._rpc.request, others, nursery)
+        self._security.admit = self._doubles.admit
+        if options.hop:
+            self.answer(FindDoubles, self._doubles.find)
+            # however many nodes come to another gateway, its questions about them are answered
+            self._rpc.prefer(lambda peer: "gateway" in self.roles_of(peer))
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         publishers = Publishers(options.identity, options.require_roles, self._peers)
         self._gossip = Gossip(
@@ -115,7 +125,7 @@ class Libp2pNode:
                 lambda: {"circuits": str(hop.circuits), "reservations": str(hop.reservations)}
             )
         self.answer(Health, self._health)
-        self.answer(SameCertificate, doubles.answer)
+        self.answer(SameCertificate, self._doubles.answer)
 
     # --- who and where ------------------------------------------------------------------------------
 
@@ -380,6 +390,8 @@ class Libp2pNode:
         self._nursery.start_soon(self._dht.renew)
         if self.options.hop:
             self._nursery.start_soon(self._gateways.link_all)
+            changed, every_s = self._gateways.changed, self.options.timings.doubles_check_s
+            self._nursery.start_soon(self._doubles.compare, changed, every_s)
         else:
             self._nursery.start_soon(self._gateways.use_one, self.options.reserve)
 

@@ -109,6 +109,8 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         self.certificate = certificate
         #: trio time at which the last bytes came in
         self.last_received = trio.current_time()
+        #: and at which it was made
+        self.since = self.last_received
         self.roles = vouched.roles
         self.name = cleaned(common_name_of(parse_der(certificate)))
         #: as it is written there, so that it can be compared
