@@ -16,7 +16,7 @@ from libp2p.utils.address_validation import get_available_interfaces
 from multiaddr import Multiaddr
 
 from hypha import __version__
-from hypha.errors import ConfigError, Problem
+from hypha.errors import listening_failed
 from hypha.messages import (
     FindDoubles,
     Health,
@@ -151,6 +151,14 @@ class Libp2pNode:
     def _announced(self) -> list[str]:
         """External addresses, then those it listens on, an unspecified one as each interface's."""
         found = [str(parse(text).transport) for text in self.options.external]
+        for one in self._own_addresses():
+            if not self._book.excluded(one) and str(one) not in found:
+                found.append(str(one))
+        return found
+
+    def _own_addresses(self) -> list[Address]:
+        """Those it listens on, an unspecified one as each interface's."""
+        found: list[Address] = []
         for text in self.listen_addresses():
             address = parse(text)
             ip = ip_of(address)
@@ -159,7 +167,7 @@ class Libp2pNode:
                 port = int(address.transport.rpartition("/")[2])
                 interfaces = [parse(str(one)) for one in get_available_interfaces(port)]
                 places = [one for one in interfaces if (other := ip_of(one)) and other.version == ip.version]
-            found += [str(one) for one in places if not self._book.excluded(one) and str(one) not in found]
+            found += places
         return found
 
     def bulk_addresses(self) -> list[str]:
@@ -354,14 +362,7 @@ class Libp2pNode:
             with trio.CancelScope(shield=True):  # cancelled here, the library would leave a socket open
                 listening = await self._swarm.listen(address)
             if not listening:
-                raise ConfigError(
-                    [
-                        Problem(
-                            key="listen_addresses",
-                            message=f"cannot listen on {address}; is its port in use, or not this machine's?",
-                        )
-                    ]
-                )
+                raise listening_failed("listen_addresses", str(address), self._port.listening_failed)
         # circuit addresses included, which the library would cut short
         self._host.get_addrs = lambda: [Multiaddr(text) for text in self.ref().addresses]
         await self._gossip.start(stack, self._nursery)
@@ -380,7 +381,7 @@ class Libp2pNode:
             logger.info(
                 "Other nodes reach this one through a relay only: all its addresses (%s) lie in "
                 "exclude_cidr. For direct transfers take their network out of it, or set external_addresses.",
-                ", ".join(self.listen_addresses()),
+                ", ".join(dict.fromkeys(map(str, self._own_addresses()))),
             )
 
     def start(self) -> None:

@@ -82,6 +82,8 @@ class Peers(INotifee):  # type: ignore[misc]
         self._cuts: dict[Any, Cut] = {}
         self.on_connected: list[Callable[[str], None]] = []
         self.on_lost: list[Callable[[str], None]] = []
+        #: called when certificate, trust bundle or revocation lists were read again
+        self.on_identity: list[Callable[[], None]] = []
         swarm.register_notifee(self)
 
     # --- asking -------------------------------------------------------------------------------------
@@ -328,6 +330,8 @@ class Peers(INotifee):  # type: ignore[misc]
             logger.error("The changed identity files cannot be used, the old ones stay in force: %s", exc)
         if changed:
             logger.info("The identity files were read again.")
+            for call in self.on_identity:
+                call()
         if changed or check:
             for connection in self._swarm.get_connections():
                 try:
