@@ -158,7 +158,7 @@ class ModelSpec(Value):
     importable where the executor runs and allowed by the worker's owner, called with ``arguments``, which
     for the other tasks change ``config.json`` (another ``num_labels`` gives a fresh head). ``inputs`` maps
     model argument -> dataset column (empty: same names). ``loss`` is needed by models whose forward returns
-    no ``loss``.
+    no ``loss``. ``class_names`` are those of the dataset's labels, for the export of a parameter server.
     """
 
     task: str
@@ -169,6 +169,7 @@ class ModelSpec(Value):
     loss: Literal["cross-entropy", "mse", "l1", "bce-with-logits"] | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 class PreprocessorSpec(Value):
@@ -897,9 +898,17 @@ class ColumnRange(Value):
     ignored: int = 0
 
 
+class ClassNames(Value):
+    """What the classes of a ``column`` are called: the first name is that of class 0, and so on."""
+
+    column: str
+    names: tuple[str, ...]
+
+
 class Manifest(Value):
     """``manifest.json`` of a prepared dataset. ``ranges`` are empty, or lack columns, where nobody has looked
-    (as in manifests of earlier versions); they follow from the slices, and are no part of the hash.
+    (as in manifests of earlier versions); they follow from the slices, and are no part of the hash. Neither
+    are ``labels``, which a data node takes from ``labels.json`` beside it.
     """
 
     name: str
@@ -907,6 +916,7 @@ class Manifest(Value):
     slices: tuple[SliceInfo, ...]
     version: int = 1
     ranges: tuple[ColumnRange, ...] = ()
+    labels: tuple[ClassNames, ...] = ()
 
     @property
     def samples(self) -> int:
