@@ -255,7 +255,9 @@ class CheckpointPolicy(Value):
 
 
 class AggregateJob(Message, tag="aggregate"):
-    """What a parameter server is to do. It starts at ``round`` from the model, or from ``restore``."""
+    """What a parameter server is to do. It starts at ``round`` from the model, or from ``restore``.
+    ``slice_rows`` are those of each slice of the dataset: an update of rows that do not exist is refused.
+    """
 
     job_id: str
     generation: int
@@ -274,6 +276,7 @@ class AggregateJob(Message, tag="aggregate"):
     round: int = 0
     restore: Reference | None = None
     traced: Traced | None = None
+    slice_rows: tuple[int, ...] = ()
 
 
 Job = TrainJob | AggregateJob
@@ -314,12 +317,13 @@ class Members(Message):
 
     ``most_samples`` says for how many samples their updates of ``round`` may stand at most: a larger one is
     refused, and one of a worker that is not named in it waits for the next of these messages. Without
-    ``round`` nothing is said about that.
+    ``round`` nothing is said about that. ``batch_sizes`` are those that the workers were told.
     """
 
     peers: tuple[PeerRef, ...]
     round: int | None = None
     most_samples: dict[str, int] = {}
+    batch_sizes: dict[str, int] = {}
 
 
 class SendModel(Message):
@@ -408,7 +412,7 @@ class UpdateStatistics(Value):
     """What a parameter server measured of one update: its L2 norm, its cosine to the weighted mean of all
     updates of the round (estimated, see :mod:`hypha.executor.agreement`; None where there is none, as of
     zeros), the size of its file, and what it was multiplied by before it was added, as it was larger than it
-    may be (None: this version does not say).
+    may be (None: this version does not say). ``buffer_clips`` are the same for buffers that it moved too far.
     """
 
     worker: str
@@ -416,6 +420,7 @@ class UpdateStatistics(Value):
     cosine: float | None = None
     size_bytes: int = 0
     clip: float | None = None
+    buffer_clips: dict[str, float] | None = None
 
 
 class Alive(Message):

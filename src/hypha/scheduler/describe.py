@@ -136,8 +136,10 @@ class Descriptions:
     config: JobConfig
     start: Start
     scheduler: PeerRef
-    #: what the dataset calls the classes of its labels; the ledger's descriptions go without
+    #: what the dataset calls the classes of its labels, and rows of each of its slices; the ledger has the
+    #: manifest, and its descriptions go without
     class_names: tuple[str, ...] = ()
+    slice_rows: tuple[int, ...] = ()
 
     def batch_size(self, offered: Resources) -> int:
         """Of a worker that offered these resources."""
@@ -208,6 +210,7 @@ class Descriptions:
             ),
             round=self.start.round,
             restore=restore,
+            slice_rows=self.slice_rows,
         )
 
 

@@ -162,9 +162,10 @@ class Working:
     # --- lives ----------------------------------------------------------------------------------------
 
     def _descriptions(self, life: Life) -> Descriptions:
-        config = self._context.config
-        names = class_names(config.model, self.dataset.manifest)
-        return Descriptions(config, life.start, self._context.node.ref(), names)
+        config, manifest = self._context.config, self.dataset.manifest
+        rows = tuple(part.samples for part in manifest.slices)
+        names = class_names(config.model, manifest)
+        return Descriptions(config, life.start, self._context.node.ref(), names, rows)
 
     def _living(self, life: Life, carried: CarriedOver) -> CurrentLife:
         tracker = SliceTracker.from_state(life.tracker)
