@@ -21,6 +21,7 @@ from hypha.messages import (
     DispatchJob,
     DropCheckpoints,
     FindCheckpoints,
+    FindDoubles,
     Health,
     HoldCheckpoint,
     ListFiles,
@@ -70,6 +71,7 @@ class Transfer:
 REQUESTS: Mapping[type, Use] = {
     Health: Use(EVERYBODY, "how the node is"),
     SameCertificate: Use(EVERYBODY, "whether a second node uses the caller's certificate"),
+    FindDoubles: Use(GATEWAY, "at a gateway: whether other nodes with the same certificates are there"),
     WorkerOffer: Use(WORKER, "a worker offers a temporary lease to the scheduler that asked for workers"),
     RenewLease: Use(SCHEDULER, "take up or renew a lease of the worker that is asked"),
     ReleaseLease: Use(SCHEDULER, "give a lease back"),

@@ -34,6 +34,10 @@ FeatureNames = Annotated[
     tuple[Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)], ...], Meta(max_length=MAX_FEATURES)
 ]
 
+#: The number of a node that runs, and of how many of them a gateway asks another one in one request.
+MAX_INSTANCE_LENGTH = 256
+MAX_NODE_RUNS = 500
+
 #: Few, so that looking for a path among them costs little.
 MAX_CERTIFICATES = 4
 MAX_CERTIFICATE_BYTES = 16 << 10
@@ -154,7 +158,7 @@ class ModelSpec(Value):
     importable where the executor runs and allowed by the worker's owner, called with ``arguments``, which
     for the other tasks change ``config.json`` (another ``num_labels`` gives a fresh head). ``inputs`` maps
     model argument -> dataset column (empty: same names). ``loss`` is needed by models whose forward returns
-    no ``loss``.
+    no ``loss``. ``class_names`` are those of the dataset's labels, for the export of a parameter server.
     """
 
     task: str
@@ -165,6 +169,7 @@ class ModelSpec(Value):
     loss: Literal["cross-entropy", "mse", "l1", "bce-with-logits"] | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 class PreprocessorSpec(Value):
@@ -250,7 +255,9 @@ class CheckpointPolicy(Value):
 
 
 class AggregateJob(Message, tag="aggregate"):
-    """What a parameter server is to do. It starts at ``round`` from the model, or from ``restore``."""
+    """What a parameter server is to do. It starts at ``round`` from the model, or from ``restore``.
+    ``slice_rows`` are those of each slice of the dataset: an update of rows that do not exist is refused.
+    """
 
     job_id: str
     generation: int
@@ -269,6 +276,7 @@ class AggregateJob(Message, tag="aggregate"):
     round: int = 0
     restore: Reference | None = None
     traced: Traced | None = None
+    slice_rows: tuple[int, ...] = ()
 
 
 Job = TrainJob | AggregateJob
@@ -309,12 +317,13 @@ class Members(Message):
 
     ``most_samples`` says for how many samples their updates of ``round`` may stand at most: a larger one is
     refused, and one of a worker that is not named in it waits for the next of these messages. Without
-    ``round`` nothing is said about that.
+    ``round`` nothing is said about that. ``batch_sizes`` are those that the workers were told.
     """
 
     peers: tuple[PeerRef, ...]
     round: int | None = None
     most_samples: dict[str, int] = {}
+    batch_sizes: dict[str, int] = {}
 
 
 class SendModel(Message):
@@ -403,7 +412,7 @@ class UpdateStatistics(Value):
     """What a parameter server measured of one update: its L2 norm, its cosine to the weighted mean of all
     updates of the round (estimated, see :mod:`hypha.executor.agreement`; None where there is none, as of
     zeros), the size of its file, and what it was multiplied by before it was added, as it was larger than it
-    may be (None: this version does not say).
+    may be (None: this version does not say). ``buffer_clips`` are the same for buffers that it moved too far.
     """
 
     worker: str
@@ -411,6 +420,7 @@ class UpdateStatistics(Value):
     cosine: float | None = None
     size_bytes: int = 0
     clip: float | None = None
+    buffer_clips: dict[str, float] | None = None
 
 
 class Alive(Message):
@@ -580,11 +590,32 @@ class Health(Message):
 
 
 class SameCertificate(Message):
-    """Another node uses the certificate of the one that is told so; it has come from ``address``, and was
-    turned away. Answered by every component.
+    """Another node uses the certificate of the one that is told so; it has come from ``address`` to
+    ``gateway``, where it did not come to the one that tells it, and was turned away. Answered by every
+    component.
     """
 
     address: str = ""
+    gateway: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)] = ""
+
+
+class NodeRun(Value):
+    """A node that a gateway is connected with, for ``connected_s`` by now, or that asks to be let in, without
+    it. ``instance`` is the number that the node states in its handshake.
+    """
+
+    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)]
+    instance: Annotated[str, Meta(max_length=MAX_INSTANCE_LENGTH)]
+    address: Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)] = ""
+    connected_s: float | None = None
+
+
+class FindDoubles(Message):
+    """A gateway asks another: which of ``nodes`` are there as well, as other nodes with the same certificate
+    that have been connected for longer and are alive?
+    """
+
+    nodes: Annotated[tuple[NodeRun, ...], Meta(max_length=MAX_NODE_RUNS)] = ()
 
 
 class WorkerOffer(Message):
@@ -872,9 +903,17 @@ class ColumnRange(Value):
     ignored: int = 0
 
 
+class ClassNames(Value):
+    """What the classes of a ``column`` are called: the first name is that of class 0, and so on."""
+
+    column: str
+    names: tuple[str, ...]
+
+
 class Manifest(Value):
     """``manifest.json`` of a prepared dataset. ``ranges`` are empty, or lack columns, where nobody has looked
-    (as in manifests of earlier versions); they follow from the slices, and are no part of the hash.
+    (as in manifests of earlier versions); they follow from the slices, and are no part of the hash. Neither
+    are ``labels``, which a data node takes from ``labels.json`` beside it.
     """
 
     name: str
@@ -882,6 +921,7 @@ class Manifest(Value):
     slices: tuple[SliceInfo, ...]
     version: int = 1
     ranges: tuple[ColumnRange, ...] = ()
+    labels: tuple[ClassNames, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -954,6 +994,12 @@ class BulkAnswer(Message):
     wait_s: float = 0.0
 
 
+class DoublesFound(Message):
+    """Those that are, each with its address there."""
+
+    found: Annotated[tuple[NodeRun, ...], Meta(max_length=MAX_NODE_RUNS)] = ()
+
+
 class RefusedReply(Message):
     """The typed no."""
 
@@ -964,6 +1010,7 @@ class RefusedReply(Message):
 Request = (
     Health
     | SameCertificate
+    | FindDoubles
     | WorkerOffer
     | RenewLease
     | ReleaseLease
@@ -992,6 +1039,7 @@ Response = (
     | FileList
     | CheckpointHeld
     | CheckpointList
+    | DoublesFound
     | BulkOffer
     | BulkAnswer
     | RefusedReply

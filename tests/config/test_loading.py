@@ -96,7 +96,40 @@ def test_a_missing_file_is_named_and_hides_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "line"), [("a = 1\nb = \n", 2), ("a = 1\na = 2\n", 2), ('\n\na = "x', 3)])
 def test_broken_toml_is_told_with_its_line(tmp_path: Path, text: str, line: int) -> None:
     (told,) = problems(WorkerConfig, write(tmp_path, text))
-    assert told.startswith(f"config.toml:{line}: it is not TOML: ")
+    assert told.startswith(f"config.toml:{line}: it is not TOML, ")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "a = 1\nname = yes\n",
+            "config.toml:2: it is not TOML, column 8: Invalid value in `name = yes`; a value is a",
+        ),
+        (
+            'path = "a" or "b"',
+            "config.toml:1: it is not TOML, column 12: Expected newline or end of document after a statement "
+            'in `path = "a" or "b"`; one `key = value` a line',
+        ),
+        (
+            "a = [1, 2\n\n",
+            "config.toml:1: it is not TOML, at its end: Unclosed array in `a = [1, 2`; the list",
+        ),
+        ("[table\na = 1", "config.toml:1: it is not TOML, column 7: Expected ']' at the end of a table"),
+        ("", None),
+    ],
+)
+def test_broken_toml_is_told_with_the_line_and_what_is_expected(
+    tmp_path: Path, text: str, told: str | None
+) -> None:
+    found = problems(WorkerConfig, write(tmp_path, text))
+    assert any(one.startswith(told) for one in found) if told else "TOML" not in str(found)
+
+
+def test_a_line_of_broken_toml_that_holds_a_secret_is_not_shown(tmp_path: Path) -> None:
+    (told,) = problems(WorkerConfig, write(tmp_path, "hub_token = hf_abc\n"))
+    assert "in `hub_token = ...`" in told
+    assert "hf_abc" not in told
 
 
 def test_a_file_that_is_a_directory_or_not_text(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from tests.support.polling import until
 from tests.support.stopwatch import Stopwatch
 
-from hypha.errors import ConfigError
+from hypha.errors import AddressTaken, ConfigError
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
 from hypha.telemetry.hosts import foreign_host
@@ -76,13 +76,16 @@ async def test_without_a_status_there_is_none() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_an_address_in_use_is_a_configuration_error() -> None:
+async def test_an_address_in_use_may_pass() -> None:
     with trio.socket.socket() as taken:
         await taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(ConfigError, match="http_address: cannot listen on"):
+        with pytest.raises(AddressTaken, match=f"http_address: cannot listen on {address}: Address already"):
             await serve_http(address, lambda: report(True))
+    with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:no") as raised:
+        await serve_http("127.0.0.1:no", lambda: report(True))
+    assert raised.value.exit_code == 2
 
 
 async def test_it_ends_at_once_with_a_client_connected() -> None:

@@ -412,6 +412,20 @@ async def test_kill_9_of_the_host_is_survived(bridges: Network, caplog: pytest.L
         await forked.aclose()
 
 
+async def test_the_last_line_of_a_host_that_cannot_start_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "sitecustomize.py"
+    said = "ImportError: libcudart.so.12: \x1b[1m missing"
+    broken.write_text(f"import os\nos.write(2, {said!r}.encode())\nos._exit(1)")
+    host = OwnHost({**run_environment(), "PYTHONPATH": str(tmp_path)})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(host.run)
+        await until(lambda: "The executor host ended" in caplog.text)
+        nursery.cancel_scope.cancel()
+    assert "again in 1 s. Its last line: ImportError: libcudart.so.12: [1m missing" in caplog.text
+
+
 async def test_a_host_that_does_not_answer_is_replaced(
     bridges: Network, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

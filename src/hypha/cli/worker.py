@@ -56,6 +56,7 @@ def init(
     listen: common.ListenOption = None,
     external: common.ExternalOption = None,
     exclude_cidr: common.ExcludeOption = None,
+    allow_cidr: common.AllowOption = None,
     http: common.HttpOption = None,
     pki: common.PkiOption = Path(),
     cert: common.CertOption = None,
@@ -78,7 +79,7 @@ def init(
     here = detect(output.parent / (work_dir or "work"), child_environment())
     given = {
         **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
-        **common.leaf_keys(gateway, listen, external, exclude_cidr),
+        **common.leaf_keys(gateway, listen, external, exclude_cidr, allow_cidr),
         "http_address": common.local_http(PROGRAM, name, http),
         "work_dir": work_dir,
         "resources.cpu": here.cpu if cpu is None else cpu,

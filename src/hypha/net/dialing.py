@@ -27,6 +27,7 @@ from hypha.net.options import Timings
 from hypha.net.peers import Peers, address_of, direction_of, is_relayed
 from hypha.net.reasons import failure_of, reason_of, root_of, says_refused
 from hypha.net.relay import RelayClient
+from hypha.net.shut_out import ShutOut, is_of_certificate
 from hypha.net.streams import STREAM_ERRORS
 from hypha.net.transport import MutualTls, OtherPeer
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
@@ -69,6 +70,8 @@ class _Race:
     #: of the direct addresses that failed, did each refuse the connection?
     refused: list[bool] = field(default_factory=list)
     met: bool = False
+    #: whether the peer itself refuses this node's certificate, or this node the peer's
+    shut_out: bool = False
     #: why the last address failed, in the words that failures are counted by
     reason: str = "unreachable"
 
@@ -81,6 +84,7 @@ class _Race:
         self.failures.append(f"{address}: {exc}")
         self.refused.append(says_refused(exc))
         self.reason = failure_of(exc)
+        self.shut_out = self.shut_out or is_of_certificate(root_of(exc))
         self.note("failed", address, str(exc))
         self.pending -= 1
         self.progress.set()
@@ -107,6 +111,9 @@ class Dialer:
         self._nursery = nursery
         self._attempts: dict[str, _Attempt] = {}
         self.relay_client: RelayClient | None = None
+        self._shut_out = ShutOut(timings.reconnect_max_s)
+        # certificates and revocation lists are others now
+        peers.on_identity.append(self._shut_out.clear)
         #: why, as it was said last, by peer
         self._relayed_for: dict[str, str] = {}
         self.own_relays: Callable[[], list[str]] = list
@@ -130,6 +137,7 @@ class Dialer:
             )
         attempt = self._attempts.get(peer)
         if attempt is None:
+            self._shut_out.check(peer)
             attempt = self._attempts[peer] = _Attempt()
             connecting = start_span(CONNECT, {"hypha.peer": peer}, kind=SpanKind.CLIENT)
             with untraced():  # the library's tasks that serve the connection outlive it
@@ -147,12 +155,16 @@ class Dialer:
                 reason = race.reason
                 attempt.failure = "; ".join(race.failures) or "no address of it is known"
                 attempt.gone = bool(race.refused) and all(race.refused)
+                if race.shut_out:
+                    self._shut_out.note(peer, attempt.failure)
                 # both sides dialled at once and each gave its own connection up for the other's
                 if self._peers.is_connected(peer) or not race.met:
                     break
         finally:
             del self._attempts[peer]
             attempt.done.set()
+            if self._peers.is_connected(peer):
+                self._shut_out.forget(peer)
             if not self._peers.is_connected(peer) and reason != "cancelled":
                 CONNECTIONS_FAILED.add(direction="outbound", reason=reason)
                 connecting.set_attribute("error.type", reason)

@@ -16,10 +16,12 @@ from libp2p.utils.address_validation import get_available_interfaces
 from multiaddr import Multiaddr
 
 from hypha import __version__
-from hypha.errors import ConfigError, Problem
+from hypha.errors import listening_failed
 from hypha.messages import (
+    FindDoubles,
     Health,
     HealthReport,
+    NodeRun,
     PeerRef,
     Report,
     Request,
@@ -74,6 +76,8 @@ class Libp2pNode:
         self.ended = trio.Event()
         learn(self.peer_id, options.identity.name)
         instance = None if options.guest else new_id()
+        #: tells this node from another one with the same certificate
+        self.instance = instance or ""
         self._security = MutualTls(options.identity, options.require_roles, instance)
         self._port = SharedPortTcp(options.max_connections, MAX_BULK_CONNECTIONS)
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
@@ -95,8 +99,14 @@ class Libp2pNode:
             )
             self._peers.on_lost.append(self.hop.forget)
         self._rpc = Rpc(self._streams, self._dialer.connect, nursery)
-        doubles = Doubles(self.peer_id, self._peers, self._rpc.request, nursery)
-        self._security.admit = doubles.admit
+        others = self._gateways.linked if options.hop else None
+        run = NodeRun(peer=self.peer_id, instance=self.instance)
+        self._doubles = Doubles(run, self._peers, self._rpc.request, others, nursery)
+        self._security.admit = self._doubles.admit
+        if options.hop:
+            self.answer(FindDoubles, self._doubles.find)
+            # however many nodes come to another gateway, its questions about them are answered
+            self._rpc.prefer(lambda peer: "gateway" in self.roles_of(peer))
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         publishers = Publishers(options.identity, options.require_roles, self._peers)
         self._gossip = Gossip(
@@ -115,7 +125,7 @@ class Libp2pNode:
                 lambda: {"circuits": str(hop.circuits), "reservations": str(hop.reservations)}
             )
         self.answer(Health, self._health)
-        self.answer(SameCertificate, doubles.answer)
+        self.answer(SameCertificate, self._doubles.answer)
 
     # --- who and where ------------------------------------------------------------------------------
 
@@ -141,6 +151,14 @@ class Libp2pNode:
     def _announced(self) -> list[str]:
         """External addresses, then those it listens on, an unspecified one as each interface's."""
         found = [str(parse(text).transport) for text in self.options.external]
+        for one in self._own_addresses():
+            if not self._book.excluded(one) and str(one) not in found:
+                found.append(str(one))
+        return found
+
+    def _own_addresses(self) -> list[Address]:
+        """Those it listens on, an unspecified one as each interface's."""
+        found: list[Address] = []
         for text in self.listen_addresses():
             address = parse(text)
             ip = ip_of(address)
@@ -149,7 +167,7 @@ class Libp2pNode:
                 port = int(address.transport.rpartition("/")[2])
                 interfaces = [parse(str(one)) for one in get_available_interfaces(port)]
                 places = [one for one in interfaces if (other := ip_of(one)) and other.version == ip.version]
-            found += [str(one) for one in places if not self._book.excluded(one) and str(one) not in found]
+            found += places
         return found
 
     def bulk_addresses(self) -> list[str]:
@@ -344,14 +362,7 @@ class Libp2pNode:
             with trio.CancelScope(shield=True):  # cancelled here, the library would leave a socket open
                 listening = await self._swarm.listen(address)
             if not listening:
-                raise ConfigError(
-                    [
-                        Problem(
-                            key="listen_addresses",
-                            message=f"cannot listen on {address}; is its port in use, or not this machine's?",
-                        )
-                    ]
-                )
+                raise listening_failed("listen_addresses", str(address), self._port.listening_failed)
         # circuit addresses included, which the library would cut short
         self._host.get_addrs = lambda: [Multiaddr(text) for text in self.ref().addresses]
         await self._gossip.start(stack, self._nursery)
@@ -370,7 +381,7 @@ class Libp2pNode:
             logger.info(
                 "Other nodes reach this one through a relay only: all its addresses (%s) lie in "
                 "exclude_cidr. For direct transfers take their network out of it, or set external_addresses.",
-                ", ".join(self.listen_addresses()),
+                ", ".join(dict.fromkeys(map(str, self._own_addresses()))),
             )
 
     def start(self) -> None:
@@ -380,6 +391,8 @@ class Libp2pNode:
         self._nursery.start_soon(self._dht.renew)
         if self.options.hop:
             self._nursery.start_soon(self._gateways.link_all)
+            changed, every_s = self._gateways.changed, self.options.timings.doubles_check_s
+            self._nursery.start_soon(self._doubles.compare, changed, every_s)
         else:
             self._nursery.start_soon(self._gateways.use_one, self.options.reserve)
 

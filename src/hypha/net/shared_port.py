@@ -101,8 +101,15 @@ class WatchedStream(TrioTCPStream):  # type: ignore[misc]
 
 class _OwnPortListener(TCPListener):  # type: ignore[misc]
     """A listener that has its port for itself. The library's own sets SO_REUSEPORT, for hole punching, with
-    which a second node on the same port starts happily and takes half of the connections.
+    which a second node on the same port starts happily and takes half of the connections. ``note_failure`` is
+    called with why it cannot listen: the library says only that it could not.
     """
+
+    def __init__(
+        self, handler: Callable[[TrioTCPStream], Awaitable[None]], note_failure: Callable[[OSError], None]
+    ) -> None:
+        super().__init__(handler)
+        self.note_failure = note_failure
 
     async def listen(self, maddr: Multiaddr) -> None:
         async def handle(stream: trio.SocketStream) -> None:
@@ -116,6 +123,7 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
         try:
             opened = await trio.open_tcp_listeners(port, host=host)
         except OSError as exc:
+            self.note_failure(exc)
             raise OpenConnectionError(f"cannot listen on {maddr}: {exc}") from exc
         async with self._lifecycle_lock:
             if self._nursery is None:
@@ -135,6 +143,8 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
     def __init__(self, max_connections: int, max_bulk: int) -> None:
         super().__init__()
         self.serve_bulk: ServeSocket | None = None
+        #: why it could not listen the last time
+        self.listening_failed: OSError | None = None
         self._arrivals = Arrivals(max_connections)
         self._threads = trio.CapacityLimiter(max_bulk)
         self._streams: set[WatchedStream] = set()
@@ -168,7 +178,10 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             if scope.cancelled_caught:
                 self._note_refused(host, "it took too long, and its place was needed")
 
-        return _OwnPortListener(accept)
+        return _OwnPortListener(accept, self._note_failure)
+
+    def _note_failure(self, exc: OSError) -> None:
+        self.listening_failed = exc
 
     def _note_refused(self, host: str, why: str) -> None:
         CONNECTIONS_FAILED.add(direction="inbound", reason="limit")

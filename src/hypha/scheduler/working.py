@@ -17,7 +17,7 @@ from hypha.messages import JobStamp
 from hypha.runtime import chance, in_thread
 from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.crew import Crew, lost
-from hypha.scheduler.describe import Descriptions
+from hypha.scheduler.describe import Descriptions, class_names
 from hypha.scheduler.desk import Desk, KeptSlices
 from hypha.scheduler.events import (
     Action,
@@ -162,7 +162,10 @@ class Working:
     # --- lives ----------------------------------------------------------------------------------------
 
     def _descriptions(self, life: Life) -> Descriptions:
-        return Descriptions(self._context.config, life.start, self._context.node.ref())
+        config, manifest = self._context.config, self.dataset.manifest
+        rows = tuple(part.samples for part in manifest.slices)
+        names = class_names(config.model, manifest)
+        return Descriptions(config, life.start, self._context.node.ref(), names, rows)
 
     def _living(self, life: Life, carried: CarriedOver) -> CurrentLife:
         tracker = SliceTracker.from_state(life.tracker)

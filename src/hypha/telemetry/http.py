@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from hypha.errors import ConfigError, Problem
+from hypha.errors import ConfigError, Problem, listening_failed
 from hypha.messages import HealthReport
 from hypha.runtime import in_thread
 from hypha.telemetry.hosts import LocalNames
@@ -97,7 +97,10 @@ def _listen(address: str) -> socket.socket:
         return socket.create_server(
             (host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET
         )
-    except (OSError, ValueError, OverflowError) as exc:
+    except OSError as exc:
+        advice = "; choose another host:port, or port 0 for any"
+        raise listening_failed("http_address", address, exc, advice) from exc
+    except (ValueError, OverflowError) as exc:
         message = f"cannot listen on {address} ({exc}); choose another host:port, or port 0 for any"
         raise ConfigError([Problem(key="http_address", message=message)]) from exc
 

@@ -67,7 +67,7 @@ CONNECTIONS_LOST = Counter(
     "hypha.network.connections.lost",
     "{connection}",
     "Connections that ended.",
-    Label("reason", ("closed", "silent", "revoked", "limit", OTHER)),
+    Label("reason", ("closed", "silent", "revoked", "double", "limit", OTHER)),
 )
 STREAMS_REFUSED = Counter(
     "hypha.network.streams.refused",
