@@ -31,6 +31,7 @@ from hypha.messages import (
     ReportEvent,
     SameCertificate,
     Steer,
+    WorkerLeaving,
     WorkerOffer,
     is_replica_name,
 )
@@ -73,6 +74,7 @@ REQUESTS: Mapping[type, Use] = {
     WorkerOffer: Use(WORKER, "a worker offers a temporary lease to the scheduler that asked for workers"),
     RenewLease: Use(SCHEDULER, "take up or renew a lease of the worker that is asked"),
     ReleaseLease: Use(SCHEDULER, "give a lease back"),
+    WorkerLeaving: Use(WORKER, "a worker that ends tells its scheduler by when, or hands a lease back"),
     DispatchJob: Use(SCHEDULER, "start an executor under a lease"),
     CancelJob: Use(SCHEDULER, "stop it"),
     Steer: Use(SCHEDULER, "tell it what to do next"),

@@ -614,6 +614,18 @@ class ReleaseLease(Message):
     lease_id: str
 
 
+class WorkerLeaving(Message):
+    """A worker tells a scheduler that it ends in ``left_s`` seconds, and with it what runs under its lease:
+    until then the open round's update can be sent, and another worker looked for. Repeated once a second,
+    each time with what is left. With ``left_s = 0`` the lease is handed back now: it is over at the worker. A
+    scheduler older than this message refuses it, and notices the end as it ever did.
+    """
+
+    lease_id: str
+    left_s: float
+    reason: str = ""
+
+
 class DispatchJob(Message):
     """Start this job's executor under that lease. Idempotent by lease and job id; with ``instead_of`` it
     replaces the executor of that incarnation, however far that one has got with its end.
@@ -967,6 +979,7 @@ Request = (
     | WorkerOffer
     | RenewLease
     | ReleaseLease
+    | WorkerLeaving
     | DispatchJob
     | CancelJob
     | Steer
