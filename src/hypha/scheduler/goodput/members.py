@@ -134,6 +134,8 @@ class Members(Leases):
         if number is not None and self.places[number].peer == peer:
             place = self.places[number]
             self._counted.add(place.lease)
+            self._trainer.pop(number, None)
+            self._finished.pop(number, None)
             if place.effort is not None:
                 place.turn("waiting-for-theta", now)
 
