@@ -415,7 +415,7 @@ class Pool:
 
     async def _answer_leaving(self, caller: str, leaving: WorkerLeaving) -> Acknowledged:
         held = self._held.get(leaving.lease_id)
-        if held is None or held.offer.worker.peer != caller:
+        if held is None or held.offer.worker.peer != caller or self._running.cancel_called:
             return Acknowledged()  # it is over here already, or was never this worker's
         if not (math.isfinite(leaving.left_s) and leaving.left_s >= 0):
             raise Refused("invalid", f"{leaving.left_s} is no time to be left")
