@@ -9,6 +9,7 @@ worker itself says that it has ended, or its machine says for a while that nobod
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -581,8 +582,10 @@ class Pool:
             logger.info("An offer could not be accepted: %s.", reason, extra=held.log_fields)
 
     def _tell(self, held: _Held, event: PoolEvent) -> None:
-        if held.gained:
-            self._send.send_nowait(event)
+        # while the job ends, workers may say something still
+        with contextlib.suppress(trio.ClosedResourceError):
+            if held.gained:
+                self._send.send_nowait(event)
 
     async def _release(self, worker: PeerRef, lease_id: str) -> None:
         async with self._releasing:

@@ -221,11 +221,16 @@ class World:
 
     async def _count_tasks(self, computer: Computer, process: SimulatedProcess) -> None:
         """How many a node has before the job uses it."""
-        while computer.name not in self.network.nodes and process.alive:  # noqa: ASYNC110
+        while not self._is_connected(computer.name) and process.alive:  # noqa: ASYNC110
             await trio.sleep(_IDLE_AFTER_S)
         await trio.sleep(_IDLE_AFTER_S)
         if process.alive and not process.children:
             computer.idle_tasks = process.tasks
+
+    def _is_connected(self, name: str) -> bool:
+        """Its node is there, and has found a gateway: only then all its tasks are there, too."""
+        node = self.network.nodes.get(name)
+        return node is not None and (node.gateway is not None or not node.options.gateways)
 
     def _runtime(self, computer: Computer, what: str) -> SimulatedRuntime:
         seed = self.random(what).getrandbits(64)
