@@ -24,6 +24,7 @@ from hypha.messages import (
     Health,
     HoldCheckpoint,
     ListFiles,
+    ListPeers,
     NextSlice,
     PullFile,
     ReleaseLease,
@@ -71,6 +72,7 @@ class Transfer:
 REQUESTS: Mapping[type, Use] = {
     Health: Use(EVERYBODY, "how the node is"),
     SameCertificate: Use(EVERYBODY, "whether a second node uses the caller's certificate"),
+    ListPeers: Use(EVERYBODY, "which nodes are connected with the gateway that is asked"),
     WorkerOffer: Use(WORKER, "a worker offers a temporary lease to the scheduler that asked for workers"),
     RenewLease: Use(SCHEDULER, "take up or renew a lease of the worker that is asked"),
     ReleaseLease: Use(SCHEDULER, "give a lease back"),

@@ -587,6 +587,32 @@ class SameCertificate(Message):
     address: str = ""
 
 
+#: In one answer: more say how many they are.
+MAX_LISTED_PEERS = 1000
+
+
+class ListPeers(Message):
+    """Which nodes are connected with the gateway that is asked? With ``peer``: that one alone, and where it
+    may be dialled.
+    """
+
+    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)] = ""
+
+
+class ListedPeer(Value):
+    """A node that is connected with a gateway, by its certificate, and by which ``way``. ``addresses`` are
+    what it says of itself.
+    """
+
+    peer: str
+    name: str = ""
+    organization: str = ""
+    roles: tuple[str, ...] = ()
+    way: Literal["direct", "relayed"] = "direct"
+    round_trip_s: float | None = None
+    addresses: tuple[str, ...] = ()
+
+
 class WorkerOffer(Message):
     """A worker holds ``resources`` for the scheduler under a temporary lease of ``expires_in_s``. ``version``
     and ``features`` (:mod:`hypha.features`) are the worker's; without them it is older than these fields.
@@ -826,6 +852,13 @@ class HealthReport(Message):
     details: dict[str, str] = {}
 
 
+class PeerList(Message):
+    """Those connected with a gateway, in order of their PeerIDs, and how many ``more`` there are."""
+
+    peers: tuple[ListedPeer, ...] = ()
+    more: int = 0
+
+
 class LeaseRenewed(Message):
     """The lease now lives ``expires_in_s`` from when the answer was sent."""
 
@@ -976,6 +1009,7 @@ class RefusedReply(Message):
 Request = (
     Health
     | SameCertificate
+    | ListPeers
     | WorkerOffer
     | RenewLease
     | ReleaseLease
@@ -998,6 +1032,7 @@ Request = (
 Response = (
     Acknowledged
     | HealthReport
+    | PeerList
     | LeaseRenewed
     | SliceAssigned
     | NoSlice

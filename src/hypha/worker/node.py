@@ -31,6 +31,7 @@ from hypha.worker.control import serve_control
 from hypha.worker.devices import GpuPins, list_gpus
 from hypha.worker.directory import remove_stale
 from hypha.worker.execution import Workshop
+from hypha.worker.given import given_leases
 from hypha.worker.isolation import check_bubblewrap
 from hypha.worker.jobs import Jobs
 from hypha.worker.leaving import Leaving
@@ -187,7 +188,9 @@ async def serve(
                 storage.answer()
                 await nursery.start(serve_offers, node, desk, lambda: lack_of_room(config.work_dir))
                 if config.http_address is not None:
-                    await nursery.start(serve_http, config.http_address, lambda: health_of(node))
+                    leases = {"leases": lambda: given_leases(desk, leaving)}
+                    health = partial(serve_http, config.http_address, lambda: health_of(node), lookups=leases)
+                    await nursery.start(health)
                 task_status.started(node.ref())
                 await node.wait_connected()
                 nursery.start_soon(storage.announce)
