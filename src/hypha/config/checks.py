@@ -182,7 +182,7 @@ def _preemption(partial: Partial) -> Found:
     if ways and notice_s is None:
         yield (
             ("preemption", "notice_s"),
-            f"say how many seconds before the machine's end {' and '.join(ways)} gives notice (AWS 120, "
+            f"say how many seconds before the machine's end a notice ({', '.join(ways)}) comes (AWS 120, "
             "Google Cloud and Azure 30)",
         )
     if ways and notice_s is not None and poll_s is not None and poll_s > notice_s / 2:
