@@ -618,6 +618,32 @@ class FindDoubles(Message):
     nodes: Annotated[tuple[NodeRun, ...], Meta(max_length=MAX_NODE_RUNS)] = ()
 
 
+#: In one answer: more say how many they are.
+MAX_LISTED_PEERS = 1000
+
+
+class ListPeers(Message):
+    """Which nodes are connected with the gateway that is asked? With ``peer``: that one alone, and where it
+    may be dialled.
+    """
+
+    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)] = ""
+
+
+class ListedPeer(Value):
+    """A node that is connected with a gateway, by its certificate, and by which ``way``. ``addresses`` are
+    what it says of itself.
+    """
+
+    peer: str
+    name: str = ""
+    organization: str = ""
+    roles: tuple[str, ...] = ()
+    way: Literal["direct", "relayed"] = "direct"
+    round_trip_s: float | None = None
+    addresses: tuple[str, ...] = ()
+
+
 class WorkerOffer(Message):
     """A worker holds ``resources`` for the scheduler under a temporary lease of ``expires_in_s``. ``version``
     and ``features`` (:mod:`hypha.features`) are the worker's; without them it is older than these fields.
@@ -643,6 +669,18 @@ class ReleaseLease(Message):
     """A courtesy: the resources may go to somebody else before the lease expires."""
 
     lease_id: str
+
+
+class WorkerLeaving(Message):
+    """A worker tells a scheduler that it ends in ``left_s`` seconds, and with it what runs under its lease:
+    until then the open round's update can be sent, and another worker looked for. Repeated once a second,
+    each time with what is left. With ``left_s = 0`` the lease is handed back now: it is over at the worker. A
+    scheduler older than this message refuses it, and notices the end as it ever did.
+    """
+
+    lease_id: str
+    left_s: float
+    reason: str = ""
 
 
 class DispatchJob(Message):
@@ -845,6 +883,13 @@ class HealthReport(Message):
     details: dict[str, str] = {}
 
 
+class PeerList(Message):
+    """Those connected with a gateway, in order of their PeerIDs, and how many ``more`` there are."""
+
+    peers: tuple[ListedPeer, ...] = ()
+    more: int = 0
+
+
 class LeaseRenewed(Message):
     """The lease now lives ``expires_in_s`` from when the answer was sent."""
 
@@ -1011,9 +1056,11 @@ Request = (
     Health
     | SameCertificate
     | FindDoubles
+    | ListPeers
     | WorkerOffer
     | RenewLease
     | ReleaseLease
+    | WorkerLeaving
     | DispatchJob
     | CancelJob
     | Steer
@@ -1032,6 +1079,7 @@ Request = (
 Response = (
     Acknowledged
     | HealthReport
+    | PeerList
     | LeaseRenewed
     | SliceAssigned
     | NoSlice

@@ -409,3 +409,30 @@ def test_further_checks_see_what_is_valid_and_are_placed(tmp_path: Path) -> None
         f"{file}:2: key_pem: /k.pem: bad None",
         f"{file}:5: max_connections: it should be greater than or equal to 1, not 0",
     ]
+
+
+def test_a_notice_without_its_length_is_of_no_use(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        GOOD
+        + """\
+[preemption]
+file = "notice"
+url = "169.254.169.254/spot"
+url_pattern = "("
+""",
+    )
+    assert problems(WorkerConfig, file) == [
+        "config.toml:5: preemption.notice_s: say how many seconds before the machine's end a notice (file, "
+        "url) comes (AWS 120, Google Cloud and Azure 30)",
+        "config.toml:7: preemption.url: 169.254.169.254/spot is no http or https address",
+        "config.toml:8: preemption.url_pattern: it is no regular expression: missing ), unterminated "
+        "subpattern at position 0",
+    ]
+    file = write(tmp_path, GOOD + '[preemption]\nfile = "notice"\nnotice_s = 10\npoll_s = 6\n')
+    assert problems(WorkerConfig, file) == [
+        "config.toml:8: preemption.poll_s: a notice of 10 s may be seen after 6; look at least twice in that "
+        "time"
+    ]
+    file = write(tmp_path, GOOD + '[preemption]\nfile = "notice"\nnotice_s = 10\n')
+    assert load_config(WorkerConfig, file, environ={}).preemption.file == tmp_path / "notice"

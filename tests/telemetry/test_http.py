@@ -215,3 +215,17 @@ async def test_a_client_that_has_left_leaves_nothing() -> None:
         # a connection that nobody uses any more lives longer
         assert began.elapsed_s() < 4
         nursery.cancel_scope.cancel()
+
+
+async def test_look_ups_are_for_this_machine_alone() -> None:
+    looks = {"leases": lambda: Resources(cpu=3.0)}
+    async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as client:
+        local = partial(serve_http, "127.0.0.1:0", lambda: report(True), lookups=looks)
+        address = await nursery.start(local)
+        assert (await client.get(f"http://{address}/leases")).json() == {"cpu": 3.0}
+        assert (await client.get(f"http://{address}/peers")).status_code == 404
+        anywhere = partial(serve_http, "0.0.0.0:0", lambda: report(True), lookups=looks)
+        port = (await nursery.start(anywhere)).rpartition(":")[2]
+        refused = await client.get(f"http://127.0.0.1:{port}/leases")
+        assert (refused.status_code, refused.text) == (403, "This is told on a loopback address only.\n")
+        nursery.cancel_scope.cancel()

@@ -407,5 +407,5 @@ def test_a_stopping_worker_offers_nothing_but_keeps_its_leases() -> None:
     worker.handle(Heard("T", request("T")), 2.0)
     worker.handle(Close(), 2.1)
     assert worker.handle(Tick(), 2.2) == []
-    assert reasons(hear(worker, 3.0, request("U"))) == ["this worker is stopping"]
+    assert reasons(hear(worker, 3.0, request("U"))) == ["this worker is drained, or stopping"]
     assert isinstance(worker.handle(RenewAsked("lease-1", "S"), 4.0)[-1], Granted)

@@ -1,5 +1,5 @@
 """``hypha``: what concerns a whole network or a whole job: the demo, faults, a job's status, its replay, its
-time line and its report."""
+time line and its report; and who is in the network, where, and who holds which lease."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 
 from hypha.cli.chaos.command import chaos
 from hypha.cli.demo.command import demo
+from hypha.cli.lookups import leases, lookup, peers
 from hypha.cli.replay import replay
 from hypha.cli.report import report
 from hypha.cli.running import run_program
@@ -26,6 +27,9 @@ app.command()(status)
 app.command()(replay)
 app.command()(timeline)
 app.command()(report)
+app.command()(peers)
+app.command()(lookup)
+app.command()(leases)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import typer
 
 from hypha.cli import component as common
 from hypha.cli.running import run_program
+from hypha.errors import HyphaError
 
 if TYPE_CHECKING:
     from hypha.config.models import WorkerConfig
@@ -41,6 +42,8 @@ def _describe(config: WorkerConfig) -> Iterator[str]:
 
 app = common.make_app(PROGRAM, describe=_describe)
 
+#: ``drain --now`` leaves so many seconds, and waits so many more for the worker's process
+DRAIN_S, STOPPED_S = 30.0, 10.0
 #: of memory and disk, what ``init`` offers
 OFFERED = 0.8
 
@@ -127,14 +130,56 @@ def run(
             *common.settings(PROGRAM, set_),
         ],
     )
-    from hypha.cli.running import run_service
+    from hypha.cli.running import STOP_S, run_service
     from hypha.telemetry.running import emit_spans
     from hypha.worker import run_worker
 
     async def service() -> None:
         await run_worker(loaded, emit_spans=emit_spans(), alone=True)
 
-    raise typer.Exit(run_service("hypha-worker", loaded, service))
+    # a notice of the machine's end leaves more time, and what was trained is handed over in it
+    stop_s = STOP_S + (loaded.preemption.notice_s or 0.0)
+    raise typer.Exit(run_service("hypha-worker", loaded, service, stop_s))
+
+
+@app.command()
+def drain(
+    config: common.ConfigOption = None,
+    work_dir: WorkDirOption = None,
+    now: Annotated[
+        bool, typer.Option("--now", help="Also hand over what was trained, give leases back, and end it.")
+    ] = False,
+    within: Annotated[
+        float | None,
+        typer.Option(help="With --now: seconds; default: preemption.notice_s, else 30.", min=2),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Make offers again.")] = False,
+) -> None:
+    """Have the worker that runs here make no new offers; what is leased goes on, unless --now."""
+    from hypha.worker.control import Call, tell
+
+    if now and undo:
+        raise typer.BadParameter("--now ends the worker, and that cannot be undone")
+    if within is not None and not now:
+        raise typer.BadParameter("--within goes with --now")
+    notice_s: float | None = None
+    if work_dir is None:
+        loaded = common.load(PROGRAM, config, [])
+        work_dir, notice_s = loaded.work_dir, loaded.preemption.notice_s
+    if not now:
+        answer, _ = tell(work_dir, Call(what="resume" if undo else "drain"))
+    else:
+        within_s = within or notice_s or DRAIN_S
+        typer.echo(f"the worker hands over what it has trained, for {within_s:g} s at most")
+        answer, ended = tell(work_dir, Call(what="leave", within_s=within_s), within_s + STOPPED_S)
+        if ended:
+            typer.echo("the worker has ended")
+            return
+    if answer.refused:
+        raise HyphaError(answer.refused)
+    typer.echo(f"the worker {answer.state}; it has {answer.leases} leases")
+    if now:
+        raise HyphaError("the worker has not ended in time; see its log")
 
 
 def main() -> None:

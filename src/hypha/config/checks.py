@@ -168,10 +168,35 @@ def _worker(partial: Partial) -> Found:
             if not path.is_absolute():
                 yield ("executors", index, "read_only", number), f"{path} must be an absolute path"
     yield from _patterns(partial)
+    yield from _preemption(partial)
     yield from _hang(partial.get("hang_s"), ())
     work_dir: Path | None = partial.get("work_dir")
     if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
         yield ("work_dir",), f"{work_dir} is a file; a directory is needed"
+
+
+def _preemption(partial: Partial) -> Found:
+    """What is polled is of no use without the time that a notice leaves."""
+    ways = [key for key in ("file", "command", "url") if partial.get("preemption", key)]
+    notice_s, poll_s = (partial.get("preemption", key) for key in ("notice_s", "poll_s"))
+    if ways and notice_s is None:
+        yield (
+            ("preemption", "notice_s"),
+            f"say how many seconds before the machine's end a notice ({', '.join(ways)}) comes (AWS 120, "
+            "Google Cloud and Azure 30)",
+        )
+    if ways and notice_s is not None and poll_s is not None and poll_s > notice_s / 2:
+        yield (
+            ("preemption", "poll_s"),
+            f"a notice of {notice_s:g} s may be seen after {poll_s:g}; look at least twice in that time",
+        )
+    url = partial.get("preemption", "url")
+    if url is not None and not re.match(r"https?://[^/]+", url):
+        yield ("preemption", "url"), f"{url} is no http or https address"
+    try:
+        re.compile(partial.get("preemption", "url_pattern") or "")
+    except re.error as exc:
+        yield ("preemption", "url_pattern"), f"it is no regular expression: {exc}"
 
 
 def _patterns(partial: Partial) -> Found:

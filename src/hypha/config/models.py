@@ -243,6 +243,27 @@ class StorageConfig(Section):
     keep_days: float = Field(default=30.0, gt=0)
 
 
+class PreemptionConfig(Section):
+    """How this worker learns that its machine ends soon, as spot machines do: what it has trained is handed
+    over then, and its leases given back, before it ends.
+    """
+
+    #: seconds from a notice to the machine's end (AWS 120, Google Cloud and Azure 30); SIGTERM is such a
+    #: notice then. ``None``: none is expected, and SIGTERM ends the worker within 5 s
+    notice_s: float | None = Field(default=None, ge=2)
+    #: a file that appears
+    file: Path | None = None
+    #: a program and its arguments: exit code 0 is the notice
+    command: list[str] = []
+    #: an address of the cloud's metadata service: an answer with status 200 is the notice ...
+    url: str | None = None
+    #: ... if its text holds this regular expression
+    url_pattern: str = ""
+    url_headers: dict[str, str] = {}
+    #: how often all these are looked at
+    poll_s: float = Field(default=2.0, ge=0.1)
+
+
 class WorkerConfig(LeafConfig):
     """``hypha-worker``."""
 
@@ -257,6 +278,7 @@ class WorkerConfig(LeafConfig):
     allow: AllowConfig = AllowConfig()
     cache: CacheConfig = CacheConfig()
     storage: StorageConfig = StorageConfig()
+    preemption: PreemptionConfig = PreemptionConfig()
     #: keep the job directory of an executor that failed
     keep_failed_jobs: bool = True
     #: seconds between SIGTERM and SIGKILL for an executor's process group

@@ -12,6 +12,8 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, TypeVar
 
 import trio
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.utils.address_validation import get_available_interfaces
 from multiaddr import Multiaddr
 
@@ -21,6 +23,7 @@ from hypha.messages import (
     FindDoubles,
     Health,
     HealthReport,
+    ListPeers,
     NodeRun,
     PeerRef,
     Report,
@@ -30,7 +33,7 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.naming import learn, shown
-from hypha.net.addresses import Address, AddressBook, host_and_port, ip_of, parse
+from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, ip_of, parse
 from hypha.net.arrivals import MAX_ANONYMOUS_PER_SOURCE
 from hypha.net.dht import DhtClient, DhtServer
 from hypha.net.dialing import Dialer
@@ -38,6 +41,7 @@ from hypha.net.doubles import Doubles
 from hypha.net.gateways import Gateways
 from hypha.net.gossip import Gossip
 from hypha.net.library import make_host
+from hypha.net.listing import Listing
 from hypha.net.options import NodeOptions
 from hypha.net.peers import Peers, is_relayed
 from hypha.net.publishers import Publishers
@@ -126,6 +130,8 @@ class Libp2pNode:
             )
         self.answer(Health, self._health)
         self.answer(SameCertificate, self._doubles.answer)
+        if options.hop:
+            self.answer(ListPeers, Listing(self.connections, self._said_addresses).answer)
 
     # --- who and where ------------------------------------------------------------------------------
 
@@ -201,6 +207,14 @@ class Libp2pNode:
     def ref_of(self, peer: str) -> PeerRef:
         """What the address book knows of ``peer``."""
         return self._book.ref(peer)
+
+    def _said_addresses(self, peer: str) -> list[str]:
+        """What ``peer`` has said by identify of where it is, as far as anybody may be told."""
+        try:
+            found = self._host.get_peerstore().addrs(ID.from_string(peer))
+        except (PeerStoreError, ValueError):
+            return []
+        return [str(one) for one in found][:MAX_ADDRESSES]
 
     def learn(self, ref: PeerRef) -> None:
         """Remember the addresses of a peer."""

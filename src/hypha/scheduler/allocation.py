@@ -89,6 +89,12 @@ class Lost(Struct, frozen=True, tag=True):
     avoid: bool = True
 
 
+class Leaves(Struct, frozen=True, tag=True):
+    """The worker of this lease ends soon: it is held on, and another one is looked for meanwhile."""
+
+    lease_id: str
+
+
 class Worked(Struct, frozen=True, tag=True):
     """A round was applied, with updates of these workers: who did how many samples a second."""
 
@@ -108,7 +114,9 @@ class AllocatorBegan(Struct, frozen=True, tag=True):
     pace: Pace
 
 
-AllocatorEvent = Want | Offered | Gained | Adopted | Lost | TrackRecord | Worked | GatewayChanged | Tick
+AllocatorEvent = (
+    Want | Offered | Gained | Adopted | Lost | Leaves | TrackRecord | Worked | GatewayChanged | Tick
+)
 
 
 # --- out --------------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 For every executor class it is told whom to ask for (:class:`Ask`) and how many (:class:`Want`). While fewer
 are held it advertises, collects offers until the deadline it gave, checks each against what was asked, ranks
 them by capacity for the price, takes the best and releases the others at once. What is still missing is
-advertised again with growing pauses; a lost worker is replaced without pause. A worker that failed lately is
-taken only when nobody else offers, for longer each time. What an offer claims is weighed by what was seen of
-its worker (:mod:`hypha.scheduler.standing`): capacity beyond what the job can use counts for nothing, a price
-under half of the bid is no better than that, and a parameter server is chosen by reliability before all else.
+advertised again with growing pauses; a lost worker is replaced without pause, and one that ends soon as soon
+as it says so. A worker that failed lately is taken only when nobody else offers, for longer each time. What
+an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.standing`): capacity beyond
+what the job can use counts for nothing, a price under half of the bid is no better than that, and a parameter
+server is chosen by reliability before all else.
 Every call costs at most O(n log n) in the number of open offers, so ten thousand workers can be driven.
 """
 
@@ -35,6 +36,7 @@ from hypha.scheduler.allocation import (
     Gained,
     GatewayChanged,
     Keep,
+    Leaves,
     Lost,
     Offered,
     Pace,
@@ -67,6 +69,8 @@ class _Search:
         #: lease -> worker, acceptance confirmed or not
         self.taken: dict[str, str] = {}
         self.confirmed: set[str] = set()
+        #: of those in ``taken``, whose workers end soon: they count as missing already
+        self.leaving: set[str] = set()
         #: worker -> its lease in ``taken``; one lease a worker
         self.workers: dict[str, str] = {}
         #: worker -> its newest offer
@@ -80,7 +84,7 @@ class _Search:
 
     @property
     def missing(self) -> int:
-        return max(0, self.wanted - len(self.taken))
+        return max(0, self.wanted - len(self.taken) + len(self.leaving))
 
     @property
     def next_wake(self) -> float | None:
@@ -148,6 +152,7 @@ class Allocator:
             assert search.workers == taken, f"{kind}: {search.workers} are not {taken}"
             assert len(taken) == len(search.taken), f"{kind}: a worker is taken twice"
             assert search.confirmed <= search.taken.keys(), f"{kind}: a lease that is over was confirmed"
+            assert search.leaving <= search.taken.keys(), f"{kind}: a lease that is over leaves"
             assert list(search.candidates) == list(offered.values()), f"{kind}: an offer of another worker"
             assert not search.candidates or search.decide_at is not None, f"{kind}: offers lie for ever"
             assert not search.missing or search.advertise_at is not None, f"{kind}: nobody is looked for"
@@ -195,6 +200,11 @@ class Allocator:
                 for search in self._searches.values():
                     if lease_id in search.taken:
                         self._lose(search, lease_id, avoid, now)
+            case Leaves(lease_id):
+                for search in self._searches.values():
+                    if lease_id in search.taken and lease_id not in search.leaving:
+                        search.leaving.add(lease_id)
+                        self._hurry(search, now)
             case TrackRecord():
                 self._standings.know(event)
             case Worked(speeds):
@@ -218,6 +228,7 @@ class Allocator:
     def _lose(self, search: _Search, lease_id: str, avoid: bool, now: float) -> None:
         worker = search.taken.pop(lease_id)
         del search.workers[worker], self._known[lease_id]
+        search.leaving.discard(lease_id)
         if avoid:
             self._avoid_until = {peer: until for peer, until in self._avoid_until.items() if until > now}
             times = min(self._standings.failed(worker), _LONGEST_AVOIDANCE)

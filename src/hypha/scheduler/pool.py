@@ -9,6 +9,7 @@ worker itself says that it has ended, or its machine says for a while that nobod
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from msgspec import Struct
 
 from hypha.config.models import JobResourcesConfig
 from hypha.errors import NetworkError, PeerUnreachable, Refused
-from hypha.features import stated
+from hypha.features import printable, stated
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import (
@@ -33,6 +34,7 @@ from hypha.messages import (
     ReleaseLease,
     RenewLease,
     Resources,
+    WorkerLeaving,
     WorkerOffer,
 )
 from hypha.node import Node
@@ -49,6 +51,7 @@ from hypha.scheduler.allocation import (
     Gained,
     GatewayChanged,
     Keep,
+    Leaves,
     Lost,
     Offered,
     Pace,
@@ -83,6 +86,8 @@ logger = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S = 2.0
 #: Releases at once: few, since acceptances are more urgent.
 MAX_RELEASES = 4
+#: What a worker says of its end is passed on at most this often; it says so once a second.
+LEAVING_PAUSE_S = 0.2
 #: While workers are missing, it is said again after this long.
 REMIND_S = 15.0
 
@@ -112,6 +117,8 @@ class HeldLease:
     lease: LeaseGained
     expires_at: float
     suspected: bool
+    #: when its worker ends, where that has said so
+    leaves_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,20 @@ class LeaseLost:
     to_blame: bool = True
 
 
-PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLost
+@dataclass(frozen=True)
+class LeaseLeaving:
+    """The worker ends in ``left_s`` seconds; its lease lives until then, and another worker is looked for.
+    Told again whenever the worker says so.
+    """
+
+    lease_id: str
+    worker: PeerRef
+    kind: ExecutorClass
+    left_s: float
+    reason: str
+
+
+PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLeaving | LeaseLost
 
 
 def asks_from(
@@ -192,6 +212,11 @@ class _Held:
     suspected: bool = False
     connection_lost: bool = False
     revoked: bool = False
+    #: when its worker ends, where that has said so; and why it has ended the lease itself
+    leaves_at: float | None = None
+    handed_back: str | None = None
+    #: when that was passed on last
+    leaving_told_at: float = -math.inf
     nudge: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: the ``traceparent`` of the span in which its offer was received
@@ -261,7 +286,7 @@ class Pool:
     def held(self) -> tuple[HeldLease, ...]:
         """All leases held now, and how long they live."""
         return tuple(
-            HeldLease(_gained(held), held.expires_at, held.suspected)
+            HeldLease(_gained(held), held.expires_at, held.suspected, held.leaves_at)
             for held in self._held.values()
             if held.gained
         )
@@ -339,6 +364,7 @@ class Pool:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the pool; ``started`` once offers are answered."""
         self._node.answer(WorkerOffer, self._answer_offer)
+        self._node.answer(WorkerLeaving, self._answer_leaving)
         self._node.prefer(self._is_partner)
         with self._send, self._running:
             async with trio.open_nursery() as nursery:
@@ -386,6 +412,37 @@ class Pool:
             )
             if offer.lease_id not in self._held and (parent := traceparent()) is not None:
                 self._offered_in[offer.lease_id] = parent
+        return Acknowledged()
+
+    async def _answer_leaving(self, caller: str, leaving: WorkerLeaving) -> Acknowledged:
+        held = self._held.get(leaving.lease_id)
+        if held is None or held.offer.worker.peer != caller or self._running.cancel_called:
+            return Acknowledged()  # it is over here already, or was never this worker's
+        if not (math.isfinite(leaving.left_s) and leaving.left_s >= 0):
+            raise Refused("invalid", f"{leaving.left_s} is no time to be left")
+        reason = printable(leaving.reason)
+        if leaving.left_s == 0:
+            held.handed_back = reason
+            held.nudge.set()
+            return Acknowledged()
+        if not held.gained:
+            raise Refused("busy", "the lease is just being accepted")
+        if held.leaves_at is None:
+            logger.info(
+                "A leased worker ends in %.1f s (%s); another one is looked for.",
+                leaving.left_s,
+                reason,
+                extra=held.log_fields,
+            )
+            self._apply(Leaves(leaving.lease_id))
+        now = trio.current_time()
+        held.leaves_at = now + leaving.left_s
+        # events are never dropped, so a worker must not be able to make many
+        if now >= held.leaving_told_at + LEAVING_PAUSE_S:
+            held.leaving_told_at = now
+            self._tell(
+                held, LeaseLeaving(leaving.lease_id, held.offer.worker, held.kind, leaving.left_s, reason)
+            )
         return Acknowledged()
 
     def _carry_out(self, action: AllocatorAction, nursery: trio.Nursery) -> None:
@@ -473,6 +530,8 @@ class Pool:
                     events.append(Tick())
                 if held.revoked:
                     events = [CertificateRevoked()]
+                elif held.handed_back is not None:
+                    events = [RenewalRefused("lease", f"its worker hands it back: {held.handed_back}")]
                 elif held.connection_lost:
                     held.connection_lost = False
                     # after an answer the lessor may have died; before a failure it explains that one
@@ -513,15 +572,20 @@ class Pool:
             # it may have heard the renewals whose answers were lost, and keep its resources for nobody
             self._todo.append(Dismiss(held.offer.lease_id, held.offer.worker))
         if held.gained:
-            logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
+            if held.handed_back is not None:
+                logger.info("A worker handed its lease back: %s.", held.handed_back, extra=held.log_fields)
+            else:
+                logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
             lost = LeaseLost(held.offer.lease_id, held.offer.worker, held.kind, reason, not refused)
             self._tell(held, lost)
         else:
             logger.info("An offer could not be accepted: %s.", reason, extra=held.log_fields)
 
     def _tell(self, held: _Held, event: PoolEvent) -> None:
-        if held.gained:
-            self._send.send_nowait(event)
+        # while the job ends, workers may say something still
+        with contextlib.suppress(trio.ClosedResourceError):
+            if held.gained:
+                self._send.send_nowait(event)
 
     async def _release(self, worker: PeerRef, lease_id: str) -> None:
         async with self._releasing:

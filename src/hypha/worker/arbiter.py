@@ -110,6 +110,10 @@ class Close(Struct, frozen=True, tag=True):
     """Offer nothing any more; leases go on (a worker that is about to stop)."""
 
 
+class Reopen(Struct, frozen=True, tag=True):
+    """Make offers again, after :class:`Close`."""
+
+
 class ArbiterBegan(Struct, frozen=True, tag=True):
     """What an arbiter was made from: the first entry of its journal."""
 
@@ -120,7 +124,9 @@ class ArbiterBegan(Struct, frozen=True, tag=True):
     gpus: tuple[float, ...] = ()
 
 
-ArbiterEvent = Heard | Reached | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close
+ArbiterEvent = (
+    Heard | Reached | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close | Reopen
+)
 
 
 # --- out ------------------------------------------------------------------------------------------------
@@ -210,6 +216,11 @@ class Arbiter:
         self._drawn: list[tuple[str, PeerRef]] = []
 
     @property
+    def is_closed(self) -> bool:
+        """It makes no offers any more."""
+        return self._closed
+
+    @property
     def next_wake(self) -> float | None:
         """When the next :class:`Tick` is due: the window's end or an expiry; None when nothing is."""
         moments = [moment for moment in (self._window_ends, self.book.next_wake) if moment is not None]
@@ -276,6 +287,9 @@ class Arbiter:
                 self._waiting.clear()
                 self._unreached.clear()
                 self._window_ends, self._over = None, False
+                actions.extend(self.book.handle(Tick(), now))
+            case Reopen():
+                self._closed = False
                 actions.extend(self.book.handle(Tick(), now))
             case _:
                 ended = self.book.handle(event, now)
@@ -344,7 +358,7 @@ class Arbiter:
     def _unfit(self, publisher: str, request: WorkerRequest) -> tuple[str, Cause] | None:
         """Why this worker will never serve ``request``, whatever is free."""
         if self._closed:
-            return "this worker is stopping", "closed"
+            return "this worker is drained, or stopping", "closed"
         if request.scheduler.peer != publisher:
             return "it names another scheduler than the one that published it", "other"
         if (request.executor.kind, request.executor.name) not in self._executors:

@@ -28,7 +28,7 @@ from hypha.messages import (
     WorkerOffer,
     WorkerRequest,
 )
-from hypha.node import Node
+from hypha.node import Changes, Node
 from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import failed, span, start_span, traceparent
 from hypha.tracing.operations import EVALUATE, SEND_OFFER
@@ -44,6 +44,7 @@ from hypha.worker.arbiter import (
     OfferFailed,
     Reached,
     RenewAsked,
+    Reopen,
     SendOffer,
 )
 from hypha.worker.devices import GpuShare
@@ -78,6 +79,8 @@ class LeaseDesk:
         self._evaluated_in: dict[str, str] = {}
         #: what this version lacks, as it was logged
         self._told: set[str] = set()
+        #: notes everything that happens to leases
+        self.changes = Changes()
 
     @property
     def leases(self) -> tuple[Lease, ...]:
@@ -124,6 +127,20 @@ class LeaseDesk:
         for evaluating in self._evaluating.values():
             evaluating.end()
         self._evaluating.clear()
+
+    def reopen(self) -> None:
+        """Make offers again."""
+        self.handle(Reopen())
+
+    @property
+    def is_closed(self) -> bool:
+        """Nothing is offered any more."""
+        return self._arbiter.is_closed
+
+    @property
+    def draining(self) -> bool:
+        """An executor whose lease is over has not ended yet."""
+        return bool(self._arbiter.book.draining)
 
     def hear(
         self, publisher: str, request: WorkerRequest, heard_in: str | None = None, reached: bool = True
@@ -181,6 +198,7 @@ class LeaseDesk:
                 case Granted() | Denied():
                     pass  # what whoever asked is told, from what is returned
         self._wake.set()
+        self.changes.note()
         return actions
 
     async def run(self, deliver: Callable[[SendOffer], None]) -> None:
