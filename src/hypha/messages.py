@@ -853,12 +853,14 @@ class TransferMeta(Value):
 class BulkOffer(Message):
     """I will send this. ``addresses``: where you may dial me for it. ``traceparent``: of which operation the
     transfer is part; over a connection that was kept an offer has no envelope that could say so.
+    ``zstd_blocks``: I would compress single blocks, and say of each whether it is.
     """
 
     token: str
     meta: TransferMeta
     addresses: tuple[str, ...]
     traceparent: str | None = None
+    zstd_blocks: bool = False
 
 
 class BulkDial(Message):

@@ -48,7 +48,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def keys_of(model: type[Section], prefix: str = "") -> set[str]:
     keys = set()
     for name, info in model.model_fields.items():
-        keys.add("class" if info.alias == "class" else name)
+        keys.add(info.alias if info.alias and "-" not in info.alias else name)
         for part in (info.annotation, *get_args(info.annotation)):
             if isinstance(part, type) and issubclass(part, Section):
                 keys |= keys_of(part)

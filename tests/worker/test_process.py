@@ -34,6 +34,7 @@ from hypha.messages import (
 )
 from hypha.worker.directory import JobDirectory
 from hypha.worker.keepers import KEEPER, Launch
+from hypha.worker.limits import thread_environment
 from hypha.worker.process import (
     MAX_LINE_BYTES,
     TAIL_LINES,
@@ -340,6 +341,21 @@ def test_placeholders_and_environment(tmp_path: Path) -> None:
     assert TOKEN not in "".join(ready.argv) + (directory.path / "job.json").read_text()
     assert (directory.path / "job.json").read_text() == ready.argv[4]
     assert ready.secrets == (TOKEN, TOKEN + "2")
+    directory.remove()
+
+
+def test_threads_are_those_of_the_lease_unless_the_entry_says_otherwise(tmp_path: Path) -> None:
+    directory = JobDirectory.create(tmp_path)
+    for own, wanted in (
+        ({}, ("4", "4")),
+        ({"threads": 2}, ("2", "2")),
+        ({"threads": 2, "env": {"OMP_NUM_THREADS": "1"}}, ("1", "2")),
+    ):
+        config = ExecutorConfig.model_validate(
+            {"class": "train", "name": "toy", "cmd": "/usr/bin/toy", **own}
+        )
+        ready = prepare_launch(config, train_job(), directory, thread_environment(4))
+        assert (ready.environment["OMP_NUM_THREADS"], ready.environment["MKL_NUM_THREADS"]) == wanted
     directory.remove()
 
 

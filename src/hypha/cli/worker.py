@@ -34,7 +34,7 @@ def _describe(config: WorkerConfig) -> Iterator[str]:
         yield f"resource {name}: {getattr(offered, name):g} offered ({found})"
     quotas = usable_quotas(config.work_dir) if config.work_dir.is_dir() else None
     volume = None if quotas is None else quotas.volume
-    enforced = mechanisms(config.limits, usable_cgroups(), machine.gpus, config.cache.max_gb, volume)
+    enforced = mechanisms(config.limits.enforce, usable_cgroups(), machine.gpus, config.cache.max_gb, volume)
     yield from (f"limit {name}: {by}" for name, by in enforced.items())
     for claim in claims:
         yield f"advice: {claim}"

@@ -30,6 +30,7 @@ from hypha.config.otel import endpoint_problem
 from hypha.config.partial import Partial
 from hypha.config.sinks import sink_problems
 from hypha.config.tasks import unknown_task
+from hypha.config.tuning import ROUND_TRIPS_A_LEASE
 from hypha.config.url_patterns import UrlPattern
 from hypha.decoding import decode
 from hypha.errors import Undecodable
@@ -48,12 +49,14 @@ def cross_checks(partial: Partial) -> Found:
     model = partial.model
     if issubclass(model, NodeConfig):
         yield from _node(partial)
+        yield from _tuning(partial)
     if issubclass(model, LeafConfig | GatewayConfig):
         yield from _gateways(partial)
     if issubclass(model, DataConfig):
         yield from _data(partial)
     if issubclass(model, WorkerConfig):
         yield from _worker(partial)
+        yield from _leases(partial)
     if issubclass(model, SchedulerConfig):
         yield from _job(partial)
         yield from sink_problems(partial)
@@ -89,6 +92,45 @@ def _node(partial: Partial) -> Found:
             parse_filter(text)
         except ValueError as exc:
             yield ("log_level",), str(exc)
+
+
+def _tuning(partial: Partial) -> Found:
+    """What must not be more than what."""
+    for table, lower, upper in (
+        ("gossip", "degree_low", "degree"),
+        ("gossip", "degree", "degree_high"),
+        ("connections", "unproven_per_address", "unproven"),
+        ("liveness", "reconnect_min_s", "reconnect_max_s"),
+    ):
+        less, more = partial.get("tuning", table, lower), partial.get("tuning", table, upper)
+        if less is not None and more is not None and less > more:
+            yield ("tuning", table, lower), f"it is more than tuning.{table}.{upper} ({more:g})"
+    for index, hours in enumerate(partial.get("limits", "schedule") or ()):
+        at = ("limits", "schedule", index)
+        if hours.start == hours.to:
+            yield at, f'it begins and ends at {hours.to}; for the whole day write "00:00" to "24:00"'
+        if hours.upload_mbit is None and hours.download_mbit is None:
+            yield at, "it changes nothing; set upload_mbit or download_mbit"
+
+
+def _leases(partial: Partial) -> Found:
+    """A renewal is sent when three quarters of a lease are over, and one whole attempt must fit into what is
+    left; the acceptance of an offer takes a journey there and one back.
+    """
+    round_trip_s = partial.get("tuning", "liveness", "round_trip_s")
+    if round_trip_s is None:
+        return
+    for key, least, why in (
+        ("lease_s", ROUND_TRIPS_A_LEASE, "a renewal would come too late"),
+        ("temporary_lease_s", 2, "an offer would be over before it is accepted"),
+    ):
+        life_s = partial.get("offer", key)
+        if life_s is not None and life_s < least * round_trip_s:
+            yield (
+                ("offer", key),
+                f"{why}: it must be {least} times tuning.liveness.round_trip_s ({round_trip_s:g} s), "
+                f"{least * round_trip_s:g} s at least, not {life_s:g}",
+            )
 
 
 def _address_problem(text: str) -> str | None:

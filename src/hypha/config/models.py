@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from hypha.config.bandwidth import LimitsConfig, WorkerLimitsConfig
 from hypha.config.pairs import pairs_of
+from hypha.config.section import Section as Section
+from hypha.config.tuning import GatewayTuningConfig, TuningConfig
 
 #: Addresses a node neither dials nor announces unless told otherwise: loopback, private, link-local.
 RESERVED_CIDR = (
@@ -34,22 +37,10 @@ class Place:
     words: tuple[str, ...] = ()
 
 
-def _hyphen(name: str) -> str:
-    return name.replace("_", "-")
-
-
 #: samples in a batch of a job that says nothing about it, on workers whose offer says nothing either
 DEFAULT_BATCH_SIZE = 16
 #: the training executor that comes with Hypha
 DEFAULT_EXECUTOR = "diloco-transformer"
-
-
-class Section(BaseModel):
-    """A table of the file: frozen, no unknown keys, ``a_b`` or ``a-b``."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=_hyphen, populate_by_name=True, allow_inf_nan=False
-    )
 
 
 # --- every node -----------------------------------------------------------------------------------
@@ -89,6 +80,7 @@ class NodeConfig(Section):
     exclude_cidr: list[str] = list(RESERVED_CIDR)
     #: local HTTP: /health, and /metrics for Prometheus; ``host:port``
     http_address: str | None = None
+    #: of peers with a certificate; each takes a file descriptor (`ulimit -n`)
     max_connections: int = Field(default=1024, ge=1)
     #: error, warn, info, debug, trace, or a filter such as "info,hypha_network=debug"
     log_level: str = "info"
@@ -109,6 +101,8 @@ class NodeConfig(Section):
     telemetry_attributes: Annotated[dict[str, str | int | float | bool], BeforeValidator(pairs_of)] = {}
     #: HTTP headers (gRPC metadata) for the endpoint, such as Authorization; a table, or "key=value,key=value"
     telemetry_headers: Annotated[dict[str, str], BeforeValidator(pairs_of)] = {}
+    limits: LimitsConfig = LimitsConfig()
+    tuning: TuningConfig = TuningConfig()
 
 
 class LeafConfig(NodeConfig):
@@ -131,6 +125,7 @@ class GatewayConfig(NodeConfig):
     max_circuits: int = Field(default=256, ge=1)
     #: nodes that may be reached through this gateway
     max_reservations: int = Field(default=1024, ge=1)
+    tuning: GatewayTuningConfig = GatewayTuningConfig()
 
 
 # --- data node --------------------------------------------------------------------------------------
@@ -176,7 +171,10 @@ class OfferConfig(Section):
     #: flexible: exactly what was asked for; whole: to training jobs all that is free, for larger batches
     strategy: Literal["flexible", "whole"] = "flexible"
     request_window_s: float = Field(default=0.2, ge=0)
+    #: how long an offer is good; twice tuning.liveness.round_trip_s at least
     temporary_lease_s: float = Field(default=5.0, gt=0)
+    #: a lease that is not renewed is over after so long; four times tuning.liveness.round_trip_s at least.
+    #: More rides out interruptions of a quarter of it, less notices sooner that a scheduler has died
     lease_s: float = Field(default=30.0, gt=0)
 
 
@@ -197,6 +195,9 @@ class ExecutorConfig(Section):
     cmd: str | None = None
     args: list[str] = []
     env: dict[str, str] = {}
+    #: of its libraries, each (OMP_NUM_THREADS and so on); ``None``: as many as its lease has whole cores.
+    #: Fewer where several libraries take turns on the same cores; more than there are cores never helps
+    threads: int | None = Field(default=None, ge=1)
     #: as the worker's, for this program alone; a foreign one is then watched from its start, not only from
     #: the first ``alive`` that it says on its bridge
     hang_s: float | None = Field(default=None, ge=0)
@@ -228,7 +229,9 @@ class AllowConfig(Section):
 class CacheConfig(Section):
     """The slice cache, least recently used out first; whichever bound is hit first."""
 
+    #: raise both where workers fetch again what they have had (hypha_data_cache_lookups_total)
     max_slices: int = Field(default=10, ge=2)
+    #: of disk, in work_dir
     max_gb: float = Field(default=20.0, gt=0)
     #: slices for so many seconds of training are fetched ahead (half of max_gb at most), and one at least
     prefetch_s: float = Field(default=10.0, ge=0)
@@ -289,11 +292,7 @@ class WorkerConfig(LeafConfig):
     #: no more is offered than this machine is found to have when the worker starts; false: what ``resources``
     #: says is believed, for machines whose devices cannot be looked at
     detect_resources: bool = True
-    #: how a job's resource limits are enforced; ``auto`` takes the strongest that works here
-    limits: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
-    #: processes and threads that one executor may have, 0: any number; ``None``: 512, or 64 for each core of
-    #: its lease where that is more
-    max_processes: int | None = Field(default=None, ge=0)
+    limits: WorkerLimitsConfig = WorkerLimitsConfig()
     #: Hypha's own executors are forked by a host, a process that has imported what they need (some 330 MB,
     #: shared with them), and start in a fraction of a second; those with a ``cmd`` are started as ever
     warm: bool = True
@@ -486,6 +485,8 @@ class JobConfig(Section):
     resources: JobResourcesConfig = JobResourcesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Literal["no", "fp16", "bf16"] = "no"
+    #: of what workers send for each round: bf16 halves it and int8 quarters it, with rounding; for lines on
+    #: which sending takes longer than a tenth of a round
     update_encoding: Literal["none", "bf16", "int8"] = "none"
     seed: int = 0
     #: before anybody is leased: full compares the dataset with the model and tries a batch on it, in a child

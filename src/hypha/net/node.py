@@ -34,7 +34,7 @@ from hypha.messages import (
 )
 from hypha.naming import learn, shown
 from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, ip_of, parse
-from hypha.net.arrivals import MAX_ANONYMOUS_PER_SOURCE
+from hypha.net.bandwidth import Caps
 from hypha.net.dht import DhtClient, DhtServer
 from hypha.net.dialing import Dialer
 from hypha.net.doubles import Doubles
@@ -49,6 +49,7 @@ from hypha.net.relay import RelayClient, RelayHop
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
 from hypha.net.shared_port import SharedPortTcp
+from hypha.net.socket_buffers import Buffers
 from hypha.net.streams import StreamHandler, Streams
 from hypha.net.transfers import BulkTransfers
 from hypha.net.transport import MutualTls
@@ -60,9 +61,6 @@ from hypha.telemetry import health_of
 logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Request)
-#: Threads in which peers prove who they are and say what their bulk connection is for: twice as many as one
-#: address may have of them. Transfers queue for their own, smaller limit behind it.
-MAX_BULK_CONNECTIONS = 2 * MAX_ANONYMOUS_PER_SOURCE
 #: Shutting down may take this long before what is left is cut.
 CLOSE_S = 1.0
 
@@ -82,8 +80,12 @@ class Libp2pNode:
         instance = None if options.guest else new_id()
         #: tells this node from another one with the same certificate
         self.instance = instance or ""
-        self._security = MutualTls(options.identity, options.require_roles, instance)
-        self._port = SharedPortTcp(options.max_connections, MAX_BULK_CONNECTIONS)
+        tuning = options.tuning
+        self._buffers = Buffers.of(tuning.sockets)
+        self._security = MutualTls(
+            options.identity, options.require_roles, instance, tuning.connections.streams
+        )
+        self._port = SharedPortTcp(options.max_connections, tuning.connections, self._buffers)
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
         self._swarm = self._host.get_network()
         self._book = AddressBook(self.peer_id, options.exclude_cidr)
@@ -96,13 +98,18 @@ class Libp2pNode:
             options.gateways, self._book, self._dialer, self._peers, self._relay, timings
         )
         self._dialer.own_relays = self._gateways.connected
+        self._caps = caps = Caps(options.limits)
         self.hop: RelayHop | None = None
         if options.hop:
             self.hop = RelayHop(
-                self._host, self._streams, options.relay_limits, lambda stream: is_relayed(stream.swarm_conn)
+                self._host,
+                self._streams,
+                options.relay_limits,
+                lambda stream: is_relayed(stream.swarm_conn),
+                caps,
             )
             self._peers.on_lost.append(self.hop.forget)
-        self._rpc = Rpc(self._streams, self._dialer.connect, nursery)
+        self._rpc = Rpc(self._streams, self._dialer.connect, nursery, tuning.connections)
         others = self._gateways.linked if options.hop else None
         run = NodeRun(peer=self.peer_id, instance=self.instance)
         self._doubles = Doubles(run, self._peers, self._rpc.request, others, nursery)
@@ -114,16 +121,21 @@ class Libp2pNode:
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         publishers = Publishers(options.identity, options.require_roles, self._peers)
         self._gossip = Gossip(
-            self._host, self._gateways.connected, self._gossips_with, publishers, self.connect
+            self._host,
+            self._gateways.connected,
+            self._gossips_with,
+            publishers,
+            self.connect,
+            tuning.gossip,
         )
         self._gateways.joined.append(self._gossip.include)
         self._dht = DhtClient(
             self._streams, self._dialer, self._gateways, self._peers, self.ref, self.learn, timings.lookup_s
         )
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
-        self.transfers = BulkTransfers(self)
+        self.transfers = BulkTransfers(self, None, caps, tuning.transfers, self._buffers)
         self._port.serve_bulk = self.transfers.serve_socket
-        self.health_details: list[Callable[[], dict[str, str]]] = []
+        self.health_details: list[Callable[[], dict[str, str]]] = [caps.details]
         if (hop := self.hop) is not None:
             self.health_details.append(
                 lambda: {"circuits": str(hop.circuits), "reservations": str(hop.reservations)}
@@ -368,6 +380,9 @@ class Libp2pNode:
 
     async def listen(self, stack: AsyncExitStack) -> None:
         """Start the services, into ``stack``, and listen; ConfigError when that cannot be."""
+        self._buffers.warn()
+        for text in self._caps.details().values():
+            logger.info("Transfers are capped: %s ([limits]).", text)
         await self._nursery.start(self.transfers.run)
         addresses = [Multiaddr(text) for text in self.options.listen]
         await stack.enter_async_context(self._host.run(listen_addrs=[]))

@@ -135,6 +135,18 @@ TRANSFER_DURATION = Histogram(
 TRANSFER_BYTES = Counter(
     "hypha.transfer.bytes", "{byte}", "Bytes of files that arrived.", _transfer, _direction
 )
+PACKED_BYTES = Counter(
+    "hypha.transfer.packed.bytes",
+    "{byte}",
+    "Blocks of files that were compressed on their way, before and after; the others do not count.",
+    Label("stage", ("before", "after")),
+)
+CAPPED = Counter(
+    "hypha.transfer.capped",
+    "{second}",
+    "Seconds that transfers, and at a gateway circuits, have waited for a cap of the line ([limits]).",
+    _direction,
+)
 CERTIFICATE_EXPIRES = Gauge(
     "hypha.certificate.expires",
     "{second}",

@@ -96,7 +96,7 @@ class Limits:
                 return Excess(
                     "internal",
                     f"it was refused another process or thread {times} times (its limits: "
-                    f"{self.description}); if it needs so many, set max_processes of its worker higher",
+                    f"{self.description}); if it needs so many, set its worker's limits.max_processes higher",
                     "processes",
                 )
         return None
@@ -119,18 +119,22 @@ class Limits:
 def _threads(resources: Resources) -> dict[str, str]:
     if not resources.cpu:
         return {}
-    count = str(max(1, math.floor(resources.cpu)))
+    return thread_environment(max(1, math.floor(resources.cpu)))
+
+
+def thread_environment(count: int) -> dict[str, str]:
+    """What tells an executor's libraries to use so many threads each."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    return dict.fromkeys((*names, "VECLIB_MAXIMUM_THREADS", "RAYON_NUM_THREADS"), count)
+    return dict.fromkeys((*names, "VECLIB_MAXIMUM_THREADS", "RAYON_NUM_THREADS"), str(count))
 
 
 def no_cgroups() -> ConfigError:
     """For a configuration that insists on what this machine lacks."""
     message = (
         "no writable cgroup with the memory and cpu controllers here; delegate one (systemd: Delegate=yes), "
-        'or set limits = "auto"'
+        'or set limits.enforce = "auto"'
     )
-    return ConfigError([Problem("limits", message)])
+    return ConfigError([Problem("limits.enforce", message)])
 
 
 def suffice(places: CgroupPlaces) -> bool:

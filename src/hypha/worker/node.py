@@ -74,7 +74,7 @@ async def work(
         keeper.deny_inspection()
     _check_work_dir(config.work_dir)
     cgroups = usable_cgroups()
-    if config.limits == "cgroup" and not suffice(cgroups):
+    if config.limits.enforce == "cgroup" and not suffice(cgroups):
         raise no_cgroups()
     if removed := remove_stale_groups(cgroups):
         logger.info("Removed %d cgroups that workers which were killed have left behind.", removed)
@@ -86,9 +86,9 @@ async def work(
     quotas = await in_thread(usable_quotas, config.work_dir)
     words |= _in_force(config, cgroups, machine, quotas)
     means = Means(
-        mode=config.limits,
+        mode=config.limits.enforce,
         cgroups=cgroups,
-        max_processes=config.max_processes,
+        max_processes=config.limits.max_processes,
         gpus=Visibility(machine.gpus),
         cores=CorePins(usable_cores()),
         quotas=quotas,
@@ -146,7 +146,7 @@ def _in_force(
 ) -> dict[str, str]:
     """By what each resource is enforced, for the health of the node; logged, too."""
     volume = None if quotas is None else quotas.volume
-    found = mechanisms(config.limits, cgroups, machine.gpus, config.cache.max_gb, volume)
+    found = mechanisms(config.limits.enforce, cgroups, machine.gpus, config.cache.max_gb, volume)
     logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
     return {f"limit {name}": by for name, by in found.items()}
 

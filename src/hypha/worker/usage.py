@@ -64,7 +64,7 @@ def excess(quota: Quota, disk_bytes: int, processes: int) -> Excess | None:
         return Excess(
             "internal",
             f"it had {processes} processes and threads, and may have {quota.processes}; if it needs so many, "
-            "set max_processes of its worker higher",
+            "set limits.max_processes of its worker higher",
             "processes",
         )
     return None
