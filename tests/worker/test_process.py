@@ -275,6 +275,16 @@ trio.run(main)
 """
 
 
+async def line_of(stream: trio.abc.ReceiveStream) -> bytes:
+    """One line, in however many pieces it comes: an unbuffered program writes its end by itself."""
+    line = b""
+    while not line.endswith(b"\n"):
+        more = bytes(await stream.receive_some())
+        assert more, line
+        line += more
+    return line
+
+
 async def test_whoever_kills_its_keeper_is_found_all_the_same(tmp_path: Path) -> None:
     """In a session of its own, below a process that has ended; other executors are left alone."""
     (tmp_path / "grows.py").write_text(textwrap.dedent(GROWS))
@@ -285,10 +295,10 @@ async def test_whoever_kills_its_keeper_is_found_all_the_same(tmp_path: Path) ->
     assert worker.stdout is not None
     try:
         pids = await family(tmp_path)
-        others = int((await worker.stdout.receive_some()).split()[-1])
+        others = int((await line_of(worker.stdout)).split()[-1])
         os.kill(psutil.Process(pids[0]).ppid(), signal.SIGKILL)
         with trio.fail_after(20):
-            assert await worker.stdout.receive_some() == f"ended {-signal.SIGKILL}\n".encode()
+            assert await line_of(worker.stdout) == f"ended {-signal.SIGKILL}\n".encode()
         assert not any(map(running, pids))
         assert running(others)
         assert psutil.Process(others).children()
