@@ -276,11 +276,11 @@ trio.run(main)
 
 
 async def line_of(stream: trio.abc.ReceiveStream) -> bytes:
-    """One line, in however many pieces it comes: an unbuffered program writes its end by itself."""
+    """What a process prints until it ends a line; it may come in pieces."""
     line = b""
     while not line.endswith(b"\n"):
-        more = bytes(await stream.receive_some())
-        assert more, line
+        more = await stream.receive_some()
+        assert more, f"it ended after {line!r}"
         line += more
     return line
 
@@ -304,7 +304,7 @@ async def test_whoever_kills_its_keeper_is_found_all_the_same(tmp_path: Path) ->
         assert psutil.Process(others).children()
         await worker.stdin.send_all(b"\n")
         with trio.fail_after(20):
-            assert await worker.stdout.receive_some() == f"other {-signal.SIGTERM}\n".encode()
+            assert await line_of(worker.stdout) == f"other {-signal.SIGTERM}\n".encode()
             assert await worker.wait() == 0
     finally:
         worker.kill()
