@@ -143,12 +143,14 @@ FEATURES = (
 #: know them may ignore, in the form of :func:`words`.
 #: Without max_update_ratio huge updates count as they are, as they did before there was one. Without
 #: class_names the export calls its classes as config.json does. Without slice_rows an update of rows that do
-#: not exist is added, and only the scheduler does not believe it.
+#: not exist is added, and only the scheduler does not believe it. Without manifest_hash a worker takes the
+#: scheduler's word for what the slices are.
 MAY_BE_IGNORED: frozenset[str] = frozenset(
     {
         "aggregate.max_update_ratio",
         "aggregate.slice_rows",
         "aggregate.model.class_names",
+        "train.manifest_hash",
         "train.model.class_names",
     }
 )

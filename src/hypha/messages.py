@@ -221,7 +221,7 @@ class TrainJob(Message, tag="train"):
 
     ``steps`` is the number of inner steps taken by earlier lives, for the learning-rate schedule. An executor
     that gives no sign of life for ``hang_s`` may be taken for hung (see :class:`Alive`), but only sooner than
-    by its worker's own rule.
+    by its worker's own rule. Its worker trains on nothing that is not in the manifest of ``manifest_hash``.
     """
 
     job_id: str
@@ -244,6 +244,7 @@ class TrainJob(Message, tag="train"):
     update_encoding: Literal["none", "bf16", "int8"] = "none"
     hang_s: float | None = None
     traced: Traced | None = None
+    manifest_hash: str = ""
 
 
 class CheckpointPolicy(Value):

@@ -158,6 +158,11 @@ class Libp2pNode:
         return self.options.identity.roles
 
     @property
+    def organization(self) -> str:
+        """The organisation that vouches for this node; empty where it has no name."""
+        return self.options.identity.organization
+
+    @property
     def uptime_s(self) -> float:
         """Seconds since the node was opened."""
         return trio.current_time() - self._started

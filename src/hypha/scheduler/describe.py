@@ -136,10 +136,11 @@ class Descriptions:
     config: JobConfig
     start: Start
     scheduler: PeerRef
-    #: what the dataset calls the classes of its labels, and rows of each of its slices; the ledger has the
-    #: manifest, and its descriptions go without
+    #: what the dataset calls the classes of its labels, rows of each of its slices, and its manifest's hash;
+    #: the ledger has the manifest, and its descriptions go without
     class_names: tuple[str, ...] = ()
     slice_rows: tuple[int, ...] = ()
+    manifest_hash: str = ""
 
     def batch_size(self, offered: Resources) -> int:
         """Of a worker that offered these resources."""
@@ -186,6 +187,7 @@ class Descriptions:
             steps=self.start.steps if steps is None else steps,
             update_encoding=config.update_encoding,
             hang_s=config.resources.hang_s,
+            manifest_hash=self.manifest_hash,
         )
 
     def aggregate(self, me: str, restore: Reference | None) -> AggregateJob:

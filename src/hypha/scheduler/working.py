@@ -167,7 +167,9 @@ class Working:
         config, manifest = self._context.config, self.dataset.manifest
         rows = tuple(part.samples for part in manifest.slices)
         names = class_names(config.model, manifest)
-        return Descriptions(config, life.start, self._context.node.ref(), names, rows)
+        return Descriptions(
+            config, life.start, self._context.node.ref(), names, rows, self.dataset.manifest_hash
+        )
 
     def _living(self, life: Life, carried: CarriedOver) -> CurrentLife:
         tracker = SliceTracker.from_state(life.tracker)

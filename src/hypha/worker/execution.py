@@ -65,6 +65,7 @@ from hypha.worker.feeds import Arrivals, Directives, Feed
 from hypha.worker.inbox import Inbox
 from hypha.worker.isolation import isolate
 from hypha.worker.keepers import Launch
+from hypha.worker.manifest_check import ManifestCheck
 from hypha.worker.outbox import Outbox
 from hypha.worker.process import Exit, prepare_launch
 from hypha.worker.room import lack_of_room
@@ -156,6 +157,7 @@ class Execution:
                 self.incarnation,
                 workshop.config.cache.prefetch_s,
                 self._signals.trace_of,
+                ManifestCheck(workshop.node.request, job.dataset, job.manifest_hash),
             )
         self._fetches = 0
 
