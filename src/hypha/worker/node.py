@@ -165,7 +165,7 @@ async def serve(
     with contextlib.ExitStack() as gauges:
         async with trio.open_nursery() as nursery:
             jobs = Jobs(workshop, nursery)
-            desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended)
+            desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended, workshop.cache.datasets)
             jobs.answer()
             if not is_simulated():
                 gauges.enter_context(shown(jobs, desk, workshop.cache))

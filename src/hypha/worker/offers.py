@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import trio
 from msgspec import structs
@@ -61,12 +61,19 @@ class LeaseDesk:
     """The leases of one worker, under trio's monotonic clock.
 
     ``on_expired`` is called, once and from within the loop, with every lease that ended while it was
-    accepted, whether it expired or was released; it must not block.
+    accepted, whether it expired or was released; it must not block. ``datasets`` gives the names of those of
+    which slices are in the cache.
     """
 
-    def __init__(self, arbiter: Arbiter, on_expired: Callable[[Lease], None]) -> None:
+    def __init__(
+        self,
+        arbiter: Arbiter,
+        on_expired: Callable[[Lease], None],
+        datasets: Callable[[], Collection[str]] = frozenset,
+    ) -> None:
         self._arbiter = arbiter
         self._on_expired = on_expired
+        self._datasets = datasets
         self._wake = trio.Event()
         #: requests for workers since a lease was last there, and why the last one got no offer
         self._requests, self._no_offer = 0, ""
@@ -145,7 +152,8 @@ class LeaseDesk:
             request.bid,
             extra={"request_id": request.request_id, "peer_id": publisher},
         )
-        return self.handle(Heard(publisher, request, reached))
+        cached = request.dataset is not None and request.dataset in self._datasets()
+        return self.handle(Heard(publisher, request, reached, cached))
 
     def evaluated_in(self, lease_id: str) -> str | None:
         """The ``traceparent`` of the span that the offer of that lease came out of; returned once."""
