@@ -478,6 +478,10 @@ class JobResourcesConfig(Section):
     parameter_server_executor: str = "parameter-server"
     #: how long one request collects offers
     offer_deadline_s: float = Field(default=0.5, gt=0)
+    #: before it begins, a job with fewer than ``min_workers`` gives those back that other schedulers ask for,
+    #: so long (up to twice) after it got the last one, and asks again later: two jobs that hold half each
+    #: would wait for each other for ever. ``None``: it keeps them
+    yield_after_s: float | None = Field(default=60.0, gt=0)
     #: give up when the pool is not full after this long; ``None``: wait, and say so
     wait_s: float | None = Field(default=None, gt=0)
 

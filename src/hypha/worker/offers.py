@@ -46,6 +46,7 @@ from hypha.worker.arbiter import (
     RenewAsked,
     SendOffer,
 )
+from hypha.worker.pricing import Pricing
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,15 @@ class LeaseDesk:
     def total(self) -> Resources:
         """What the worker has."""
         return self._arbiter.book.total
+
+    @property
+    def pricing(self) -> Pricing:
+        """What is asked for now, and the load that it follows."""
+        return self._arbiter.pricing
+
+    def contended(self, scheduler: str, now: float) -> bool:
+        """Whether others than ``scheduler`` ask for what is leased."""
+        return self._arbiter.contended(scheduler, now)
 
     def lease_for_dispatch(
         self, lease_id: str, caller: str, kind: ExecutorClass, job_id: str | None = None
@@ -280,8 +290,11 @@ async def serve_offers(
     async def renew(caller: str, request: RenewLease) -> LeaseRenewed:
         lease = granted(desk.handle(RenewAsked(request.lease_id, caller)), request.lease_id)
         logger.debug("Lease renewed successfully", extra={"lease_id": lease.lease_id, "peer_id": caller})
+        now = trio.current_time()
         return LeaseRenewed(
-            lease_id=lease.lease_id, expires_in_s=max(0.0, lease.expires_at - trio.current_time())
+            lease_id=lease.lease_id,
+            expires_in_s=max(0.0, lease.expires_at - now),
+            contended=desk.contended(caller, now),
         )
 
     async def release(caller: str, request: ReleaseLease) -> Acknowledged:

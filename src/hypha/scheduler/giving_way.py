@@ -1,0 +1,79 @@
+"""When a job that cannot begin gives its workers back: :class:`GivingWay`, a part of its allocator. Pure.
+
+Two jobs of which each holds half of the workers would wait for each other for ever. So one that has too few
+to begin, gets no more, and holds what others ask for gives all of it back after a while, and asks for nothing
+for long enough that the others get it. How long that while is differs by job and by time, so that not all
+give way at once. Whether others ask is what the workers say when a lease is renewed: a job that is alone
+waits for as long as it takes. One that trains never gives way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from hashlib import blake2b
+
+from hypha.scheduler.allocation import Ask, Pace
+
+#: the first pause, as multiples of the longest one between two requests: the others have been heard by then
+_FIRST_PAUSE = 2.0
+#: a pause is twice as long as the one before, up to so many times the first
+_LONGEST = 16.0
+
+
+class GivingWay:
+    """For all searches of one job."""
+
+    def __init__(self, asks: Iterable[Ask], pace: Pace) -> None:
+        self._names = " ".join(ask.request_id for ask in asks)
+        self._pace = pace
+        self._begun = False
+        self._contended: set[str] = set()
+        self._yield_at: float | None = None
+        #: how often it gave way
+        self.times = 0
+
+    @property
+    def next_wake(self) -> float | None:
+        """When it gives way, unless something happens before."""
+        return self._yield_at
+
+    def contended(self, lease_id: str, contended: bool) -> None:
+        """Whether others ask for what this lease holds. One that is over is not contended."""
+        if contended:
+            self._contended.add(lease_id)
+        else:
+            self._contended.discard(lease_id)
+
+    def gained(self) -> None:
+        """The job got another worker: it goes on hoping."""
+        self._yield_at = None
+
+    def begun(self) -> None:
+        """The job trains."""
+        self._begun = True
+
+    def pause_s(self, short: bool, now: float) -> float | None:
+        """Whether to give way now, and for how long; ``short``: it has too few workers to begin."""
+        after_s = self._pace.yield_after_s
+        if after_s is None or self._begun or not (short and self._contended):
+            self._yield_at = None
+            return None
+        if self._yield_at is None:
+            self._yield_at = now + after_s * (1.0 + self._share())
+        if now < self._yield_at:
+            return None
+        self._yield_at = None
+        self._contended.clear()
+        self.times += 1
+        longer = min(_LONGEST, 2.0 ** min(self.times - 1, 16))
+        return _FIRST_PAUSE * self._pace.longest_pause_s * longer
+
+    def validate(self, held: Collection[str]) -> None:
+        """Assert what always holds. For tests and simulation."""
+        assert self._contended <= set(held), f"{self._contended} are contended, and {held} are held"
+        assert self._yield_at is None or self._contended, "nobody is there to give way to"
+
+    def _share(self) -> float:
+        """0 to 1, another one for each job and each time."""
+        digest = blake2b(f"{self._names} {self.times}".encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "big") / 2.0**32
