@@ -816,12 +816,13 @@ class HealthReport(Message):
 
 class LeaseRenewed(Message):
     """The lease now lives ``expires_in_s`` from when the answer was sent. ``contended``: other schedulers ask
-    for what it holds; they are not told whose it is, and it is not ended for them.
+    for what it holds, ``outranked``: one of them for longer than its owner. It is not ended for them.
     """
 
     lease_id: str
     expires_in_s: float
     contended: bool = False
+    outranked: bool = False
 
 
 class SliceAssigned(Message):

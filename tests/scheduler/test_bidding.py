@@ -116,8 +116,8 @@ def test_bids_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
 PATIENT = Pace(yield_after_s=60.0)
 
 
-def short(pace: Pace = PATIENT, request_id: str = "rt") -> Allocator:
-    """It needs two to begin, holds one, and others ask for that one; since 1.0."""
+def short(pace: Pace = PATIENT, request_id: str = "rt", outranked: bool = True) -> Allocator:
+    """It needs two to begin, holds one, and others have asked for that one for longer; since 1.0."""
     train = msgspec.structs.replace(TRAIN, least=2, request_id=request_id)
     server = msgspec.structs.replace(SERVER, least=1)
     allocator = Allocator([train, server], pace, Journal(checked=True))
@@ -125,7 +125,7 @@ def short(pace: Pace = PATIENT, request_id: str = "rt") -> Allocator:
     give(allocator, offer("W1", request_id=request_id, lease_id="l1"))
     assert accepted(allocator.handle(Tick(), 0.5)) == ["W1"]
     allocator.handle(Gained("l1"), 0.6)
-    allocator.handle(Contended("l1", True), 1.0)
+    allocator.handle(Contended("l1", True, outranked), 1.0)
     return allocator
 
 
@@ -160,11 +160,18 @@ def test_a_job_that_cannot_begin_gives_back_what_others_ask_for_and_is_silent_fo
     give(allocator, offer("W1", lease_id="l2"), at=at + 60.0)
     allocator.handle(Tick(), at + 61.0)
     allocator.handle(Gained("l2"), at + 61.0)
-    allocator.handle(Contended("l2", True), at + 61.0)
+    allocator.handle(Contended("l2", True, True), at + 61.0)
     again = until_given_back(allocator, at + 500.0)
     assert again is not None
     allocator.handle(Lost("l2", avoid=False), again)
     assert advertisements(allocator, again + 60.0)[0] == again + 20.0
+
+
+def test_the_job_that_asked_first_gives_way_ten_times_as_late() -> None:
+    younger, older = until_given_back(short(), 500.0), until_given_back(short(outranked=False), 5000.0)
+    assert younger is not None
+    assert older is not None
+    assert older - 1.0 == pytest.approx(10.0 * (younger - 1.0))
 
 
 def test_two_jobs_do_not_give_way_at_the_same_time() -> None:
@@ -195,13 +202,31 @@ def test_a_lease_of_an_earlier_scheduler_is_given_back_too() -> None:
     allocator = short()
     allocator.handle(Want("aggregate", 1), 2.0)
     allocator.handle(Adopted("train", "l9", "W9"), 2.0)
-    # two are held; what lacks is the parameter server
+    # two are held, and two are needed; what lacks is the parameter server
     at = until_given_back(allocator, 500.0)
     assert at is not None
     for lease in ("l1", "l9"):
         allocator.handle(Lost(lease, avoid=False), at)
     allocator.handle(Contended("l9", True), at)
     assert until_given_back(allocator, at + 500.0) is None, "nothing is held"
+
+
+def test_a_job_whose_own_workers_leave_no_place_for_its_parameter_server_gives_one_back() -> None:
+    train, server = msgspec.structs.replace(TRAIN, least=2), msgspec.structs.replace(SERVER, least=1)
+    allocator = Allocator([train, server], PATIENT, Journal(checked=True))
+    allocator.handle(Want("aggregate", 1), 0.0)
+    allocator.handle(Want("train", 3), 0.0)
+    give(allocator, *(offer(f"W{number}", lease_id=f"l{number}") for number in range(3)))
+    assert len(accepted(allocator.handle(Tick(), 0.5))) == 3
+    for number in range(3):
+        allocator.handle(Gained(f"l{number}"), 0.6)
+    given: list[str] = []
+    while (wake := allocator.next_wake) is not None and wake <= 1000.0:
+        for action in allocator.handle(Tick(), wake):
+            if isinstance(action, GiveBack):
+                given.append(action.lease_id)
+                allocator.handle(Lost(action.lease_id, avoid=False), wake)
+    assert given == ["l2"], "two are as many as it needs to begin"
 
 
 # --- the ledger's word ------------------------------------------------------------------------------------

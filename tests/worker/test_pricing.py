@@ -293,12 +293,52 @@ def test_a_lease_that_runs_is_not_taken_away_for_a_higher_bid_or_an_older_reques
     worker = arbiter(ageing_s=1.0, keep_after_s=1.0, lease_s=10_000.0)
     [running] = accept(worker, 0.0, request("poor", bid=1.0, resources=TOTAL))
     for second in range(1, 300, 5):
-        actions = hear(worker, float(second), request("rich", "r", bid=1e9, resources=TOTAL))
+        actions = hear(worker, float(second), request("rich", "z", bid=1e9, resources=TOTAL))
         assert [type(action) for action in actions] == [Ignored]
     assert worker.book.get(running) is not None
-    assert worker.contended("poor", 300.0)
-    assert not worker.contended("rich", 300.0)
-    assert not worker.contended("poor", 300.0 + FORGOTTEN_S)
+    lease = worker.book.get(running)
+    assert lease is not None
+    assert worker.contention(lease, 300.0) == (True, False), "others ask, and began later"
+    assert worker.contention(lease, 300.0 + FORGOTTEN_S) == (False, False)
+
+
+def test_a_lease_is_outranked_by_whoever_began_to_ask_before_its_owner_did() -> None:
+    worker = arbiter(lease_s=10_000.0)
+    blocking = accept(worker, 0.0, request("first", "f", bid=9.0, resources=HALF))
+    large = request("old", "o", resources=TOTAL)
+    hear(worker, 1.0, large)
+    [young] = accept(worker, 20.0, request("young", "y", resources=HALF))
+    hear(worker, 21.0, large)
+    lease = worker.book.get(young)
+    assert lease is not None
+    assert worker.contention(lease, 22.0) == (True, True)
+    # what gives way and asks again soon is as old as it was; another request of its is not
+    worker.handle(Release(blocking[0], "first"), 30.0)
+    hear(worker, 40.0, large)
+    assert accept(worker, 50.0, request("first", "f", resources=HALF)) != []
+    first = worker.book.live_for("first", "f")
+    assert first is not None
+    hear(worker, 51.0, large)
+    assert worker.contention(first, 52.0) == (True, False)
+    worker.handle(Release(first.lease_id, "first"), 53.0)
+    assert accept(worker, 54.0, request("first", "another", resources=HALF)) != []
+    another = worker.book.live_for("first", "another")
+    assert another is not None
+    hear(worker, 55.0, large)
+    assert worker.contention(another, 56.0) == (True, True)
+
+
+def test_of_two_that_began_to_ask_at_the_same_time_all_workers_take_the_same_one_for_the_older() -> None:
+    outranked = {}
+    for owner, other in (("a", "b"), ("b", "a")):
+        worker = arbiter()
+        # whoever was heard first was served first
+        [lease_id] = accept(worker, 0.0, request(f"S{owner}", owner, resources=TOTAL))
+        hear(worker, 1.0, request(f"S{other}", other, resources=TOTAL))
+        lease = worker.book.get(lease_id)
+        assert lease is not None
+        outranked[owner] = worker.contention(lease, 2.0)
+    assert outranked == {"a": (True, False), "b": (True, True)}
 
 
 @pytest.mark.parametrize("bid", [1e308, 1e-308, 5e-324])

@@ -47,8 +47,9 @@ class Ask(Struct, frozen=True, tag=True):
 class Pace(Struct, frozen=True, tag=True):
     """How long a request collects offers (pauses between requests begin with twice that and grow),
     for how long no further one may come when offers come after that deadline, how long a worker that
-    failed is avoided. A job that cannot begin for lack of workers, and holds some that others ask for, gives
-    them back ``yield_after_s`` (up to twice that) after it got the last one; ``None``: never.
+    failed is avoided. A job that cannot begin for lack of workers, and holds some that others have asked for
+    before it did, gives them back ``yield_after_s`` (up to twice that) after it got the last one, and ten
+    times as late where all others asked after it did; ``None``: never.
     """
 
     offer_deadline_s: float = 0.5
@@ -103,10 +104,13 @@ class Worked(Struct, frozen=True, tag=True):
 
 
 class Contended(Struct, frozen=True, tag=True):
-    """The worker of this lease says whether others ask it for what the lease holds."""
+    """The worker of this lease says whether others ask it for what the lease holds, and whether one of them
+    has asked for longer than this job.
+    """
 
     lease_id: str
     contended: bool
+    outranked: bool = False
 
 
 class Begun(Struct, frozen=True, tag=True):

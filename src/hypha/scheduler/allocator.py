@@ -222,9 +222,9 @@ class Allocator:
                 self._standings.know(event, self._most_useful())
             case Worked(speeds):
                 self._standings.worked(speeds)
-            case Contended(lease_id, contended):
+            case Contended(lease_id, contended, outranked):
                 if any(lease_id in search.taken for search in self._searches.values()):
-                    self._giving_way.contended(lease_id, contended)
+                    self._giving_way.contended(lease_id, contended, outranked)
             case Begun():
                 self._giving_way.begun()
             case GatewayChanged():
@@ -250,13 +250,21 @@ class Allocator:
         search.advertise_at = max(at, search.paused_until) if search.missing else None
 
     def _give_way(self, now: float) -> list[AllocatorAction]:
-        """Give back everything, and ask for nothing for a while, where that is due."""
-        short = any(
-            search.wanted and len(search.confirmed) < search.ask.least for search in self._searches.values()
-        )
-        pause_s = self._giving_way.pause_s(short, now)
+        """Where that is due, give back what the job has too much of to begin with, else everything, and ask
+        for no more of it for a while.
+        """
+        wanted = [search for search in self._searches.values() if search.wanted and search.ask.least]
+        short = any(len(search.confirmed) < search.ask.least for search in wanted)
+        surplus = [search for search in wanted if len(search.confirmed) > search.ask.least]
+        pause_s = self._giving_way.pause_s(short, bool(surplus), now)
         if pause_s is None:
             return []
+        if surplus:
+            search = surplus[0]
+            search.paused_until = now + pause_s
+            self._hurry(search, now)
+            # the newest: those before it may have loaded the model
+            return [GiveBack([lease_id for lease_id in search.taken if lease_id in search.confirmed][-1])]
         actions: list[AllocatorAction] = []
         for search in self._searches.values():
             actions.extend(self._dismiss(candidate) for candidate in search.candidates.values())

@@ -201,8 +201,8 @@ class _Held:
     suspected: bool = False
     connection_lost: bool = False
     revoked: bool = False
-    #: others ask its worker for what it holds
-    contended: bool = False
+    #: others ask its worker for what it holds; one of them has asked for longer
+    contention: tuple[bool, bool] = (False, False)
     nudge: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: the ``traceparent`` of the span in which its offer was received
@@ -532,9 +532,9 @@ class Pool:
         if not isinstance(answer, LeaseRenewed) or answer.lease_id != lease_id:
             return RenewalFailed(f"the answer was {type(answer).__name__}")
         logger.info("Lease renewed successfully", extra=held.log_fields)
-        if answer.contended != held.contended:
-            held.contended = answer.contended
-            self._apply(Contended(lease_id, held.contended))
+        if (contention := (answer.contended, answer.outranked)) != held.contention:
+            held.contention = contention
+            self._apply(Contended(lease_id, *contention))
         return Renewed(answer.expires_in_s)
 
     def _gain(self, held: _Held) -> None:

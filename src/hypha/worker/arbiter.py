@@ -196,7 +196,7 @@ class Arbiter:
         self._executors = frozenset((executor.kind, executor.name) for executor in executors)
         self._terms = terms
         self.pricing = Pricing(terms)
-        self._ageing = Ageing(terms)
+        self._ageing = Ageing(terms, self.book)
         self._abilities = abilities
         self._worker = worker
         self._new_id = new_id
@@ -257,9 +257,11 @@ class Arbiter:
         self.pricing.validate()
         self._ageing.validate(now)
 
-    def contended(self, scheduler: str, now: float) -> bool:
-        """Whether another scheduler than this one was refused for lack of what is leased, and still asks."""
-        return self._ageing.others_wait(scheduler, now)
+    def contention(self, lease: Lease, now: float) -> tuple[bool, bool]:
+        """Whether another scheduler was refused for lack of what is leased, and still asks; and whether one
+        of them has asked for longer than that of ``lease``.
+        """
+        return self._ageing.contention((lease.scheduler, lease.request_id), now)
 
     def _summary(self) -> dict[str, object]:
         """Of its state, for the journal."""
@@ -349,6 +351,8 @@ class Arbiter:
         not ``refused``, its scheduler begins to wait anew.
         """
         for action in actions:
+            if isinstance(action, Ended):
+                self._ageing.seen((action.lease.scheduler, action.lease.request_id), now)
             if isinstance(action, Ended) and not action.lease.accepted:
                 if refused:
                     self._ageing.over((action.lease.scheduler, action.lease.kind))
@@ -448,7 +452,7 @@ class Arbiter:
         order = self._heard if known is None else known.order
         waiting = _Waiting(request, now + request.offer_within_s, order, reached, cached)
         self._waiting[key] = waiting
-        self._ageing.heard(waiting.waiter, request.resources, now)
+        self._ageing.heard(waiting.waiter, request.request_id, request.resources, now)
         # half of the time it allows is kept for the way: a short deadline shortens the window
         ends = now + min(self._terms.request_window_s, request.offer_within_s / 2)
         self._window_ends = ends if self._window_ends is None else min(self._window_ends, ends)

@@ -106,9 +106,9 @@ class LeaseDesk:
         """What is asked for now, and the load that it follows."""
         return self._arbiter.pricing
 
-    def contended(self, scheduler: str, now: float) -> bool:
-        """Whether others than ``scheduler`` ask for what is leased."""
-        return self._arbiter.contended(scheduler, now)
+    def contention(self, lease: Lease, now: float) -> tuple[bool, bool]:
+        """Whether other schedulers ask for what is leased, and whether one has asked for longer."""
+        return self._arbiter.contention(lease, now)
 
     def lease_for_dispatch(
         self, lease_id: str, caller: str, kind: ExecutorClass, job_id: str | None = None
@@ -291,10 +291,12 @@ async def serve_offers(
         lease = granted(desk.handle(RenewAsked(request.lease_id, caller)), request.lease_id)
         logger.debug("Lease renewed successfully", extra={"lease_id": lease.lease_id, "peer_id": caller})
         now = trio.current_time()
+        contended, outranked = desk.contention(lease, now)
         return LeaseRenewed(
             lease_id=lease.lease_id,
             expires_in_s=max(0.0, lease.expires_at - now),
-            contended=desk.contended(caller, now),
+            contended=contended,
+            outranked=outranked,
         )
 
     async def release(caller: str, request: ReleaseLease) -> Acknowledged:
