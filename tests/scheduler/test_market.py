@@ -184,7 +184,7 @@ def test_a_low_bid_is_served_though_higher_ones_come_back_for_ever() -> None:
         market.run(1000.0)
         served[ageing_s] = job.begun_at
     assert served[None] is None
-    # the rich wait for each other, 40 s at most, in which 5 becomes 5 (1 + 40 / 60); 1 (1 + t / 60) is as much
+    # the rich wait for each other, 40 s at most, and 5 becomes 5 (1 + 40 / 60); 1 (1 + t / 60) is as much
     # after 440 s, and then a job has to end
     assert served[60.0] is not None
     assert served[60.0] < 440.0 + 20.0
