@@ -894,10 +894,14 @@ class PeerList(Message):
 
 
 class LeaseRenewed(Message):
-    """The lease now lives ``expires_in_s`` from when the answer was sent."""
+    """The lease now lives ``expires_in_s`` from when the answer was sent. ``contended``: other schedulers ask
+    for what it holds, ``outranked``: one of them for longer than its owner. It is not ended for them.
+    """
 
     lease_id: str
     expires_in_s: float
+    contended: bool = False
+    outranked: bool = False
 
 
 class SliceAssigned(Message):

@@ -57,6 +57,7 @@ def cross_checks(partial: Partial) -> Found:
     if issubclass(model, WorkerConfig):
         yield from _worker(partial)
         yield from _leases(partial)
+        yield from _offer(partial)
     if issubclass(model, SchedulerConfig):
         yield from _job(partial)
         yield from sink_problems(partial)
@@ -251,6 +252,18 @@ def _patterns(partial: Partial) -> Found:
                 UrlPattern.parse(text)
             except ValueError as exc:
                 yield ("allow", key, index), str(exc)
+
+
+def _offer(partial: Partial) -> Found:
+    load = partial.get("offer", "utilization")
+    if load is not None and load.low >= load.high:
+        wrong = f"it must be less than high ({load.high:g}): the price stays as it is between the two"
+        yield ("offer", "utilization", "low"), wrong
+    affinity = partial.get("offer", "affinity")
+    for index, text in enumerate(affinity.schedulers if affinity is not None else ()):
+        if not _PEER_ID.fullmatch(text):
+            wrong = f"{text!r} is no PeerID, such as 12D3KooW..."
+            yield ("offer", "affinity", "schedulers", index), wrong
 
 
 def _job(partial: Partial) -> Found:

@@ -366,6 +366,9 @@ class Working:
             self._tell_once(DataServed(bool(self.dataset.providers)))
             self._tell_once(self._held())
             self.handle(Tick())
+            # one that goes on after a restart has executors that are worth keeping
+            if self.current.machine.phase != "loading" or self.current.start.generation:
+                self._context.pool.begin()
             await trio.sleep(_TICK_S)
 
     def _tell_once(self, event: DataServed | LeasesHeld) -> None:

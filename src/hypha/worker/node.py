@@ -230,7 +230,7 @@ async def serve(
         with trio.CancelScope(shield=True), contextlib.ExitStack() as gauges:
             async with trio.open_nursery() as nursery:
                 jobs = Jobs(workshop, nursery)
-                desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended)
+                desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended, workshop.cache.datasets)
                 leaving = Leaving(node, desk)
                 nursery.start_soon(_end_when_left, leaving, config.preemption, stopped, nursery.cancel_scope)
                 jobs.answer()
