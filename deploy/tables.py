@@ -1,5 +1,5 @@
-"""``python -m deploy.tables``: write the tables of docs/observability.md and docs/security.md anew, from the
-registries.
+"""``python -m deploy.tables``: write the tables of docs/observability.md, docs/security.md and
+docs/troubleshooting.md anew, from the registries.
 """
 
 from __future__ import annotations
@@ -7,10 +7,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from deploy.promql import label_name
 from hypha import access
+from hypha.cli.doctor.checks import CHECKS
+from hypha.cli.doctor.finding import Symptom
 from hypha.telemetry import instruments
 from hypha.telemetry.metrics import OTHER, Instrument, Label
 from hypha.tracing.operations import Operation
@@ -18,6 +21,7 @@ from hypha.tracing.operations import Operation
 _DOCS = Path(__file__).parent.parent / "docs"
 PAGE = _DOCS / "observability.md"
 SECURITY = _DOCS / "security.md"
+TROUBLESHOOTING = _DOCS / "troubleshooting.md"
 #: a label with more values than this is described by their number
 _MANY = 10
 
@@ -105,6 +109,28 @@ def _uses(head: str, uses: Mapping[str, access.Use]) -> str:
     return _table((head, *access.ROLES, "What for"), rows)
 
 
+def found_with(symptom: Symptom) -> str:
+    """What `hypha doctor` finds where somebody sees ``symptom``, and how to mend it."""
+    rows = (
+        (f"`{one.name}`", one.severity, one.what, one.why, _PLACEHOLDER.sub(r"*\1*", one.mend))
+        for one in CHECKS.values()
+        if one.symptom == symptom
+    )
+    return _table(("Check", "Severity", "What is found", "Why it matters", "To mend it"), rows)
+
+
+#: ``<name>`` outside of code, which a reader of the page would not see
+_PLACEHOLDER = re.compile(r"<(\w+)>(?=[^`]*(?:`[^`]*`[^`]*)*$)")
+
+
+def table_of(symptom: Symptom) -> str:
+    """What its table is called on the page."""
+    return re.sub(r"\W+", "_", symptom.title.lower())
+
+
+#: in the order of the page
+SYMPTOMS = tuple(dict.fromkeys(one.symptom for one in CHECKS.values()))
+
 #: by page
 PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
     PAGE: {"metrics": metrics, "operations": traced, "badput": badput},
@@ -116,6 +142,7 @@ PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
         "services": services,
         "kinds": kinds,
     },
+    TROUBLESHOOTING: {table_of(one): partial(found_with, one) for one in SYMPTOMS},
 }
 TABLES = {name: table for tables in PAGES.values() for name, table in tables.items()}
 

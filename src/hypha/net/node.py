@@ -117,7 +117,13 @@ class Libp2pNode:
         self.health_details: list[Callable[[], dict[str, str]]] = []
         if (hop := self.hop) is not None:
             self.health_details.append(
-                lambda: {"circuits": str(hop.circuits), "reservations": str(hop.reservations)}
+                lambda: {
+                    "circuits": str(hop.circuits),
+                    "reservations": str(hop.reservations),
+                    "max_connections": str(options.max_connections),
+                    "max_circuits": str(options.relay_limits.circuits),
+                    "max_reservations": str(options.relay_limits.reservations),
+                }
             )
         self.answer(Health, self._health)
         self.answer(SameCertificate, doubles.answer)
@@ -196,6 +202,10 @@ class Libp2pNode:
     def learn(self, ref: PeerRef) -> None:
         """Remember the addresses of a peer."""
         self._book.learn(ref)
+
+    def remember(self, address: str) -> None:
+        """Remember an address with a PeerID that the operator has given: ``exclude_cidr`` is for others'."""
+        self._book.configure(address)
 
     def direct_addresses(self, peer: str) -> list[str]:
         """Where ``peer`` might be dialled directly, as far as known, without ``/p2p``."""
