@@ -208,7 +208,7 @@ GPU_UNUSABLE = _check(
     "gpu-unusable",
     "error",
     SLOW_TRAINING,
-    "GPU memory is offered, or a GPU is here, and torch cannot use it",
+    "a GPU is here, or its memory is offered, and torch cannot use it",
     "Jobs fail, or train on the processor, tens of times slower",
     "install a torch for this GPU (https://pytorch.org), or set resources.gpu to 0",
 )
@@ -217,7 +217,7 @@ GPU_DRIVER = _check(
     "error",
     SLOW_TRAINING,
     "the GPU's driver is older than what torch was built for",
-    "torch finds no GPU with it",
+    "With it torch finds no GPU",
     "upgrade the driver to at least <version>, or install a torch for an earlier CUDA",
 )
 GPU_IDLE = _check(
@@ -256,7 +256,7 @@ DISK_SLOW = _check(
     "disk-slow",
     "warning",
     SLOW_TRAINING,
-    "less than 10 MB a second can be written where a node writes",
+    "less than 5 MB a second can be written where a node writes",
     "Slices, updates and checkpoints go through the disk",
     "move work_dir or state_dir to a faster disk",
 )

@@ -26,7 +26,7 @@ def doctor(
         str | None, typer.Option(help="Is this dataset announced and served, and how fast does it come?")
     ] = None,
     peer: Annotated[
-        list[str] | None, typer.Option(help="Multiaddr of a node to look at, too. May be repeated.")
+        list[str] | None, typer.Option(help="Multiaddr or PeerID of a node to look at, too. May be repeated.")
     ] = None,
     line_mbit: Annotated[
         float | None, typer.Option(help="What the line can carry: are the socket buffers enough?", min=0)

@@ -104,11 +104,11 @@ Failure = Literal["name", "unreachable", "other", "trust"]
 
 @dataclass(frozen=True)
 class Contact:
-    """A gateway or a peer, as it was found at ``address``. ``failure`` and ``reason`` say why it could not be
-    asked. ``round_trips_s`` are those of a row of small requests, infinite where no answer came;
-    ``late_s`` is by how much this process itself was late meanwhile. ``clock_s`` is the peer's time less
-    ours, give or take half of a round trip. ``up`` and ``down`` are bytes a second; ``stalled``: a large
-    request got no answer though small ones did. ``mtu`` is that of the path, in bytes.
+    """A gateway or a peer, as it was found at ``address``, or by its PeerID. ``failure`` and ``reason`` say
+    why it could not be asked. ``round_trips_s`` are those of a row of small requests, infinite where no
+    answer came; ``late_s`` is by how much this process itself was late meanwhile. ``clock_s`` is the peer's
+    time less ours, give or take half of a round trip. ``up`` and ``down`` are bytes a second; ``stalled``: a
+    large request got no answer though small ones did. ``mtu`` is that of the path, in bytes.
     """
 
     address: str
@@ -153,6 +153,7 @@ class NetworkFacts:
     ports: tuple[Port, ...] = ()
     gateways: tuple[Contact, ...] = ()
     peers: tuple[Contact, ...] = ()
+    data_nodes: tuple[Contact, ...] = ()
     dialled: tuple[Dialled, ...] = ()
     running: bool = False
 

@@ -50,7 +50,12 @@ def seen(subject: Subject, facts: Facts) -> Iterator[str]:
         free = "?" if directory.free_bytes is None else f"{directory.free_bytes / 1e9:.1f}"
         yield f"{directory.key} {directory.path}: {free} GB free{rate}"
     if facts.network is not None:
-        for what, contacts in (("gateway", facts.network.gateways), ("peer", facts.network.peers)):
+        found = facts.network
+        for what, contacts in (
+            ("gateway", found.gateways),
+            ("peer", found.peers),
+            ("data node", found.data_nodes),
+        ):
             for contact in contacts:
                 yield f"{what} {contact.address}: {_contact(contact)}"
         for one in facts.network.dialled:
@@ -58,13 +63,12 @@ def seen(subject: Subject, facts: Facts) -> Iterator[str]:
             how = "not tried" if not one.tried else one.reason or "it can"
             yield f"can {who} dial this node at {one.address}? {how}"
     if facts.dataset is not None:
-        found = facts.dataset
-        serving = [one for one in found.providers if one.manifest_hash]
-        yield f"dataset {found.name}: {len(found.providers)} announce it, {len(serving)} serve it"
+        wanted = facts.dataset
+        serving = [one for one in wanted.providers if one.manifest_hash]
+        yield f"dataset {wanted.name}: {len(wanted.providers)} announce it, {len(serving)} serve it"
         for provider in serving:
-            rate = "" if provider.rate is None else f", {_mbit(provider.rate)} at least"
-            way = "through a relay" if provider.relayed else "directly"
-            yield f"data node {provider.name or provider.peer}: reached {way}{rate}"
+            if provider.rate is not None:
+                yield f"slices from {provider.name or provider.peer}: {_mbit(provider.rate)} at least"
 
 
 def _mbit(rate: float) -> str:

@@ -27,6 +27,8 @@ from hypha.pki.identity import Identity
 from hypha.runtime import in_thread
 
 PORTS_S, JOIN_S, DATASET_S, RUNNING_S, EXTERNAL_S = 15.0, 10.0, 60.0, 10.0, 15.0
+#: of many that serve the dataset so many are looked at
+MOST_DATA_NODES = 3
 #: what may ask a data node for a dataset
 _CONSUMERS = ("scheduler", "worker")
 
@@ -68,9 +70,15 @@ async def gather_network(
         running = any(one.state == "own" for one in found)
         gateways, others = await _contacts(node, gathering, config, peers)
         dialled = await _dialled(node, gathering, config, found, gateways, running)
+        served = await _dataset(node, gathering, subject, dataset, gateways)
+        data_nodes = [
+            await look_at(node, gathering, provider.peer)
+            for provider in (served.providers if served is not None else ())[:MOST_DATA_NODES]
+            if not provider.reason
+        ]
         return Around(
-            NetworkFacts(found, gateways, others, tuple(dialled), running),
-            await _dataset(node, gathering, subject, dataset, gateways),
+            NetworkFacts(found, gateways, others, tuple(data_nodes), tuple(dialled), running),
+            served,
             await _running(gathering, subject, config, found),
         )
 
@@ -81,6 +89,8 @@ async def _contacts(
     gateways = config.gateway_addresses if isinstance(config, LeafConfig | GatewayConfig) else []
     found: dict[int, Contact] = {}
     wanted = [*((address, True) for address in gateways), *((address, False) for address in peers)]
+    if any(not one.startswith("/") for one in peers):
+        await gathering.within(JOIN_S, "who has the PeerIDs", lambda: _joined(node))
     # one after the other: they would take each other's bandwidth
     for number, (address, gateway) in enumerate(wanted):
         found[number] = await look_at(node, gathering, address, gateway)
@@ -97,13 +107,13 @@ async def _dialled(
     running: bool,
 ) -> list[Dialled]:
     """By gateways, and from here where this is one itself, or where somebody was told to dial it."""
-    if any(one.state == "other" and one.key == "listen_addresses" for one in ports):
-        return []  # who is there is not this node
+    if any(one.state in ("other", "foreign") and one.key == "listen_addresses" for one in ports):
+        return []  # there it is not this node that listens
     found: list[Dialled] = []
     numbers = await _ports_of(node, config, running)
     external = [place for address in config.external_addresses for place in await _places(address)]
     for gateway in gateways:
-        if gateway.failure is not None or gateway.relayed or not gateway.seen_at:
+        if gateway.failure is not None or gateway.stalled or gateway.relayed or not gateway.seen_at:
             continue
         host, _ = host_and_port(gateway.seen_at)
         kind = "ip6" if ":" in host else "ip4"

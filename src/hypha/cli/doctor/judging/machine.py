@@ -16,7 +16,7 @@ MB = 10**6
 LITTLE_BYTES = 2 * GB
 #: below it a worker offers nothing
 NOTHING_BYTES = 32 << 20
-SLOW_DISK = 10.0 * MB
+SLOW_DISK = 5.0 * MB
 #: beside its connections a node has some files open: logs, sockets, slices, executors' pipes
 OTHER_FILES = 128
 #: a leaf talks with its gateways and its job

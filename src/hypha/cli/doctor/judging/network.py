@@ -24,6 +24,8 @@ LATE_SHARE = 0.15
 TOO_LATE_S = 0.1
 #: of what a limit allows, the share at which it is what bounds
 AT_ITS_LIMIT = 0.7
+#: over less than this buffers bound nothing, and what is measured is the machine
+FAR_S = 0.02
 LEAST_MTU = 1280
 FULL = 0.9
 _FAILURES: dict[str, Check] = {
@@ -55,7 +57,8 @@ def judge_network(
     for peer in facts.peers:
         if peer.failure is not None:
             yield checks.PEER_UNREACHABLE.found(f"{peer.address}: {peer.reason}")
-    contacts = [one for one in (*facts.gateways, *facts.peers) if one.failure is None]
+    everybody = (*facts.gateways, *facts.peers, *facts.data_nodes)
+    contacts = [one for one in everybody if one.failure is None]
     yield from _clock(contacts)
     for contact in contacts:
         yield from _way(contact, machine, line)
@@ -173,7 +176,8 @@ def _buffers(contact: Contact, machine: MachineFacts, line: float | None) -> Ite
             continue
         most = buffer / 2 / trip_s
         bounds = line is not None and line > most
-        if bounds or (line is None and rate is not None and rate >= AT_ITS_LIMIT * most):
+        far = trip_s >= FAR_S and line is None
+        if bounds or (far and rate is not None and rate >= AT_ITS_LIMIT * most):
             wanted = max(line or 0.0, 2 * (rate or 0.0)) * trip_s * 2
             key = "tcp_rmem" if name == "receive" else "tcp_wmem"
             middle = "87380" if name == "receive" else "65536"
@@ -192,7 +196,8 @@ def _power(least: float) -> int:
 def _lease(config: WorkerConfig, contacts: list[Contact]) -> Iterator[Finding]:
     """A lease is renewed at three quarters of its life; what is left must outlast a pause on the way."""
     trips = [one for contact in contacts for one in contact.round_trips_s if math.isfinite(one)]
-    pause_s = 1.0 + 10 * max(trips, default=0.0)
+    # a packet that is sent again, the slowest journey that was seen, and two there and back of the usual ones
+    pause_s = 0.5 + max(trips, default=0.0) + 4 * (median(trips) if trips else 0.0)
     if config.offer.lease_s / 4 < pause_s:
         least_s = math.ceil(4 * pause_s)
         yield checks.LEASE_SHORT.found(

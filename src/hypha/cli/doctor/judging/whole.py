@@ -34,7 +34,7 @@ def _all(subject: Subject, facts: Facts, line: float | None) -> Iterator[Finding
         yield from judge_identity(facts.identity, subject.component, require_roles)
     if facts.network is not None and config is not None:
         yield from judge_network(facts.network, facts.machine, config, line)
-        contacts = (*facts.network.gateways, *facts.network.peers)
+        contacts = (*facts.network.gateways, *facts.network.peers, *facts.network.data_nodes)
         yield from judge_versions(facts.machine.versions, contacts)
     if facts.dataset is not None:
         yield from judge_dataset(facts.dataset)
