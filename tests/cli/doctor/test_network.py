@@ -114,6 +114,7 @@ async def test_nothing_is_found_of_a_healthy_node_whether_it_runs_or_not(
         assert facts.network.running is False
         (contact,) = facts.network.gateways
         assert min(contact.up or 0.0, contact.down or 0.0) > 0
+        assert (contact.mtu or 0) > 1280
         assert [one.reason for one in facts.network.dialled] == [""]
         (provider,) = facts.dataset.providers
         assert (provider.relayed, bool(provider.rate)) == (False, True)

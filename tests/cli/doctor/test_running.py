@@ -83,6 +83,20 @@ def test_fetches_that_fail_or_take_long() -> None:
     only(judge_running(Running(fetches=20, mean_fetch_s=95.0)), checks.FETCHES_FAIL)
 
 
+def test_requests_and_offers_of_which_nothing_came() -> None:
+    metrics = b"""\
+# TYPE hypha_worker_offers_total counter
+hypha_worker_offers_total{outcome="price"} 12.0
+hypha_worker_offers_total{outcome="duplicate"} 3.0
+hypha_worker_offers_total{outcome="resources"} 1.0
+"""
+    one = only(judge_running(counted({}, metrics)), checks.OFFER_PRICE)
+    assert "of 16 requests that this worker has heard none got an offer, 12 of them for price" in one.what
+    assert list(judge_running(Running(requests={"price": 12, "offered": 1}))) == []
+    only(judge_running(Running(offers={"resources": 4, "late": 1})), checks.OFFER_RESOURCES)
+    assert list(judge_running(Running(offers={"not-needed": 4}))) == []
+
+
 def test_a_gpu_that_idles_while_an_executor_trains() -> None:
     only(judge_running(Running(training=1, gpu_utilization=(0.12, 0.3))), checks.GPU_IDLE)
     assert list(judge_running(Running(training=0, gpu_utilization=(0.0,)))) == []

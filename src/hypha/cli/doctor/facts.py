@@ -203,7 +203,9 @@ class ServedFacts:
 
 @dataclass(frozen=True)
 class Running:
-    """What the running node says of itself. Shares are of all worker seconds, by reason."""
+    """What the running node says of itself. Shares are of all worker seconds, by reason. ``requests`` are
+    those for workers that a worker has received, ``offers`` those that a scheduler has, by what came of them.
+    """
 
     badput: dict[str, float] = field(default_factory=dict)
     renewals: int = 0
@@ -212,6 +214,8 @@ class Running:
     failed_fetches: int = 0
     mean_fetch_s: float | None = None
     announcements: int = 0
+    requests: dict[str, int] = field(default_factory=dict)
+    offers: dict[str, int] = field(default_factory=dict)
     training: int = 0
     gpu_utilization: tuple[float, ...] = ()
 

@@ -68,7 +68,9 @@ def seen(subject: Subject, facts: Facts) -> Iterator[str]:
         yield f"dataset {wanted.name}: {len(wanted.providers)} announce it, {len(serving)} serve it"
         for provider in serving:
             if provider.rate is not None:
-                yield f"slices from {provider.name or provider.peer}: {_mbit(provider.rate)} at least"
+                size = f"{provider.largest_slice / 1e6:.2g} MB"
+                who = provider.name or provider.peer
+                yield f"slices of up to {size} come from {who} with {_mbit(provider.rate)} at least"
 
 
 def _mbit(rate: float) -> str:

@@ -241,14 +241,19 @@ async def _rate(node: Libp2pNode, peer: str, up: bool, usual_s: float) -> float:
 
 
 async def _path_mtu(address: Address) -> int | None:
-    """What the kernel knows of the path, over a connection of its own that says nothing."""
+    """What the kernel knows of the path by now, from the interface and from what routers have said; nothing
+    is sent for it.
+    """
     host, port = host_and_port(address.transport)
     with trio.move_on_after(NAME_S):
         try:
-            async with await trio.open_tcp_stream(host, port) as stream:
-                v6 = stream.socket.family == socket.AF_INET6
-                level, option = (socket.IPPROTO_IPV6, _IPV6_MTU) if v6 else (socket.IPPROTO_IP, _IP_MTU)
-                return stream.socket.getsockopt(level, option)
+            places = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+            family, kind, *_, place = places[0]
+            with socket.socket(family, kind) as asking:
+                asking.connect(place)
+                if family == socket.AF_INET6:
+                    return asking.getsockopt(socket.IPPROTO_IPV6, _IPV6_MTU)
+                return asking.getsockopt(socket.IPPROTO_IP, _IP_MTU)
         except OSError:
             return None
     return None

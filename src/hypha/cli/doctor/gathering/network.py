@@ -178,7 +178,8 @@ async def _dataset(
         return None
     what = f"who serves {dataset.dataset!r}"
     if not any(one.failure is None for one in gateways):
-        gathering.note(what, "no gateway can be asked")
+        why = "no gateway can be asked" if gateways else "this configuration names no gateway to ask"
+        gathering.note(what, why)
         return None
     if await gathering.within(JOIN_S, what, lambda: _joined(node)) is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -57,6 +58,8 @@ def counted(badput: dict[str, float], metrics: bytes) -> Running:
         announcements=int(
             total("hypha_dht_queries_total", side="client", operation="provide", status="success")
         ),
+        requests=_by_outcome(samples, "hypha_worker_offers_total"),
+        offers=_by_outcome(samples, "hypha_scheduler_offers_total"),
         training=int(total("hypha_worker_jobs", kind="train")),
         gpu_utilization=tuple(_values(samples, "hypha_worker_gpu_utilization")),
     )
@@ -64,6 +67,14 @@ def counted(badput: dict[str, float], metrics: bytes) -> Running:
 
 def _samples(text: str) -> list[Sample]:
     return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
+def _by_outcome(samples: Iterable[Sample], name: str) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for one in samples:
+        if one.name == name and one.value > 0:
+            found[one.labels.get("outcome", "other")] += int(one.value)
+    return dict(found)
 
 
 def _values(samples: Iterable[Sample], name: str) -> Iterable[float]:
