@@ -152,6 +152,13 @@ async def test_a_guest_beside_a_node_leaves_its_gossip_and_reservation_as_they_w
         ) as guest:
             guest.learn(gateway.ref())
             await guest.request(gateway.ref(), Health())
+            # what is meant for the node never goes to who looks on beside it, though that came later
+            for far in (gateway, scheduler):
+                await worker.connect(far.ref())
+                await guest.connect(far.ref())
+                report = await far.request(worker.peer_id, Health())
+                assert isinstance(report, HealthReport)
+                assert report.component == "hypha-worker"
             await scheduler.publish(worker_request(scheduler, "meanwhile"))
             with trio.fail_after(20):
                 assert (await heard.receive()).request.request_id == "meanwhile"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
@@ -25,17 +25,23 @@ ASK_S = 10.0
 PULL_S = 5.0
 
 
-async def gather_dataset(node: Libp2pNode, wanted: DatasetRef, consumes: bool) -> DatasetFacts:
-    """``consumes``: this node's role may ask what the dataset is, and be sent slices of it. Raises
-    NetworkError where nobody can be asked.
-    """
+@dataclass(frozen=True)
+class Asking:
+    """What this node may do: ``describe``, that is ask what the dataset is, and ``pull`` a slice of it."""
+
+    describe: bool
+    pull: bool
+
+
+async def gather_dataset(node: Libp2pNode, wanted: DatasetRef, asking: Asking) -> DatasetFacts:
+    """Raises NetworkError where nobody can be asked."""
     name = wanted.dataset
     refs = await node.find_providers(name)
     near = [] if refs else [one for one in _alike(name) if await node.find_providers(one)]
     found: dict[str, Provider] = {}
 
     async def look(ref: PeerRef) -> None:
-        found[ref.peer] = await _provider(node, ref, wanted, consumes)
+        found[ref.peer] = await _provider(node, ref, wanted, asking)
 
     async with trio.open_nursery() as nursery:
         for ref in refs:
@@ -58,8 +64,8 @@ def _alike(name: str) -> list[str]:
     return [one for one in dict.fromkeys(changed) if one and one != name]
 
 
-async def _provider(node: Libp2pNode, ref: PeerRef, wanted: DatasetRef, consumes: bool) -> Provider:
-    if not consumes:
+async def _provider(node: Libp2pNode, ref: PeerRef, wanted: DatasetRef, asking: Asking) -> Provider:
+    if not asking.describe:
         return await _reached(node, ref)
     try:
         answer = await node.request(ref, DescribeDataset(dataset=wanted.dataset), ASK_S)
@@ -78,7 +84,7 @@ async def _provider(node: Libp2pNode, ref: PeerRef, wanted: DatasetRef, consumes
         provider,
         manifest_hash=answer.manifest_hash,
         largest_slice=max((one.size for one in answer.manifest.slices), default=0),
-        rate=await _pull_rate(node, ref, wanted.dataset, answer.manifest),
+        rate=await _pull_rate(node, ref, wanted.dataset, answer.manifest) if asking.pull else None,
     )
 
 

@@ -15,7 +15,7 @@ import trio
 from hypha.cli.doctor.facts import Contact, DatasetFacts, Dialled, NetworkFacts, Port, Running
 from hypha.cli.doctor.gathering.bounded import Gathering, readable
 from hypha.cli.doctor.gathering.contacts import NAME_S, dial_back, look_at
-from hypha.cli.doctor.gathering.dataset import gather_dataset
+from hypha.cli.doctor.gathering.dataset import Asking, gather_dataset
 from hypha.cli.doctor.gathering.ports import ask_health, free_ports, owned
 from hypha.cli.doctor.gathering.running import gather_running
 from hypha.cli.doctor.subject import Subject
@@ -70,7 +70,10 @@ async def gather_network(
         running = any(one.state == "own" for one in found)
         gateways, others = await _contacts(node, gathering, config, peers)
         dialled = await _dialled(node, gathering, config, found, gateways, running)
-        served = await _dataset(node, gathering, subject, dataset, gateways)
+        # what a data node sends goes to the node that runs, never to a guest beside it
+        consumes = subject.component in _CONSUMERS
+        pull = consumes and not running
+        served = await _dataset(node, gathering, subject, dataset, gateways, Asking(consumes, pull))
         data_nodes = [
             await look_at(node, gathering, provider.peer)
             for provider in (served.providers if served is not None else ())[:MOST_DATA_NODES]
@@ -173,6 +176,7 @@ async def _dataset(
     subject: Subject,
     dataset: DatasetRef | None,
     gateways: tuple[Contact, ...],
+    asking: Asking,
 ) -> DatasetFacts | None:
     if dataset is None or subject.component == "data":
         return None
@@ -183,8 +187,7 @@ async def _dataset(
         return None
     if await gathering.within(JOIN_S, what, lambda: _joined(node)) is None:
         return None
-    consumes = subject.component in _CONSUMERS
-    return await gathering.within(DATASET_S, what, lambda: gather_dataset(node, dataset, consumes))
+    return await gathering.within(DATASET_S, what, lambda: gather_dataset(node, dataset, asking))
 
 
 async def _joined(node: Libp2pNode) -> bool:
