@@ -45,6 +45,13 @@ CertificateChain = Annotated[
     tuple[Annotated[bytes, Meta(max_length=MAX_CERTIFICATE_BYTES)], ...], Meta(max_length=MAX_CERTIFICATES)
 ]
 
+#: Of one :class:`MeasureBandwidth`, each way; the request with its envelope stays below MAX_REQUEST_BYTES.
+MAX_MEASURED_BYTES = 1 << 19
+#: Addresses that one :class:`DialBack` may name.
+MAX_DIALLED_BACK = 8
+#: Packages of which a node states the version it runs with.
+MAX_PACKAGES = 32
+
 
 def _kebab(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
@@ -645,6 +652,25 @@ class ListedPeer(Value):
     addresses: tuple[str, ...] = ()
 
 
+class DialBack(Message):
+    """Can the caller be dialled at these addresses? Answered by gateways, which try those alone whose host is
+    the IP address that a connection of the caller comes from: nobody has a third party dialled.
+    """
+
+    addresses: Annotated[
+        tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...], Meta(max_length=MAX_DIALLED_BACK)
+    ]
+
+
+class MeasureBandwidth(Message):
+    """How fast is the way between us? The answer to ``payload`` has ``reply_bytes`` bytes. Answered by every
+    component, for one caller at a time and within a budget.
+    """
+
+    payload: Annotated[bytes, Meta(max_length=MAX_MEASURED_BYTES)] = b""
+    reply_bytes: Annotated[int, Meta(ge=0, le=MAX_MEASURED_BYTES)] = 0
+
+
 class WorkerOffer(Message):
     """A worker holds ``resources`` for the scheduler under a temporary lease of ``expires_in_s``. ``version``
     and ``features`` (:mod:`hypha.features`) are the worker's; without them it is older than these fields.
@@ -876,7 +902,12 @@ class Acknowledged(Message):
 
 
 class HealthReport(Message):
-    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words."""
+    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words.
+
+    The rest is for whoever looks for a fault, nothing is decided by it: ``time_s`` is the sender's time of
+    day in seconds since 1970, the only one on the wire, ``seen_at`` (a multiaddr) where the connection of
+    the caller comes from as the sender sees it, and ``packages`` has the versions that it runs with.
+    """
 
     healthy: bool
     component: str
@@ -884,6 +915,35 @@ class HealthReport(Message):
     peer: str
     uptime_s: float
     details: dict[str, str] = {}
+    time_s: float | None = None
+    seen_at: Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)] = ""
+    packages: Annotated[
+        dict[
+            Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)],
+            Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)],
+        ],
+        Meta(max_length=MAX_PACKAGES),
+    ] = {}
+
+
+class DialResult(Value):
+    """What came of dialling ``address``: the PeerID of the node there, or why there is none."""
+
+    address: str
+    peer: str = ""
+    reason: str = ""
+
+
+class DialedBack(Message):
+    """One result for each address that was asked for, in that order."""
+
+    results: tuple[DialResult, ...]
+
+
+class BandwidthMeasured(Message):
+    """As many bytes as were asked for."""
+
+    payload: bytes = b""
 
 
 class PeerList(Message):
@@ -1064,6 +1124,8 @@ Request = (
     | SameCertificate
     | FindDoubles
     | ListPeers
+    | DialBack
+    | MeasureBandwidth
     | WorkerOffer
     | RenewLease
     | ReleaseLease
@@ -1087,6 +1149,8 @@ Response = (
     Acknowledged
     | HealthReport
     | PeerList
+    | DialedBack
+    | BandwidthMeasured
     | LeaseRenewed
     | SliceAssigned
     | NoSlice

@@ -7,7 +7,7 @@ life and ends is in :mod:`hypha.net.life`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, TypeVar
 
@@ -15,15 +15,18 @@ import trio
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.utils.address_validation import get_available_interfaces
+from msgspec import structs
 from multiaddr import Multiaddr
 
 from hypha import __version__
 from hypha.errors import listening_failed
 from hypha.messages import (
+    DialBack,
     FindDoubles,
     Health,
     HealthReport,
     ListPeers,
+    MeasureBandwidth,
     NodeRun,
     PeerRef,
     Report,
@@ -36,6 +39,7 @@ from hypha.naming import learn, shown
 from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, ip_of, parse
 from hypha.net.bandwidth import Caps
 from hypha.net.dht import DhtClient, DhtServer
+from hypha.net.diagnosing import Diagnosing
 from hypha.net.dialing import Dialer
 from hypha.net.doubles import Doubles
 from hypha.net.gateways import Gateways
@@ -55,8 +59,9 @@ from hypha.net.transfers import BulkTransfers
 from hypha.net.transport import MutualTls
 from hypha.node import Changes, ConnectionInfo, Heard, PeerLost, ReportHandler
 from hypha.pki.identity import Identity
-from hypha.runtime import new_id
+from hypha.runtime import in_thread, new_id, wall_time
 from hypha.telemetry import health_of
+from hypha.telemetry.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +143,21 @@ class Libp2pNode:
         self.health_details: list[Callable[[], dict[str, str]]] = [caps.details]
         if (hop := self.hop) is not None:
             self.health_details.append(
-                lambda: {"circuits": str(hop.circuits), "reservations": str(hop.reservations)}
+                lambda: {
+                    "circuits": str(hop.circuits),
+                    "reservations": str(hop.reservations),
+                    "max_connections": str(options.max_connections),
+                    "max_circuits": str(options.relay_limits.circuits),
+                    "max_reservations": str(options.relay_limits.reservations),
+                }
             )
         self.answer(Health, self._health)
         self.answer(SameCertificate, self._doubles.answer)
+        diagnosing = Diagnosing(self._dialer.who_is_at, self._hosts_of)
+        self.answer(MeasureBandwidth, diagnosing.measure)
         if options.hop:
             self.answer(ListPeers, Listing(self.connections, self._said_addresses).answer)
+            self.answer(DialBack, diagnosing.dial_back)
 
     # --- who and where ------------------------------------------------------------------------------
 
@@ -237,6 +251,10 @@ class Libp2pNode:
         """Remember the addresses of a peer."""
         self._book.learn(ref)
 
+    def remember(self, address: str) -> None:
+        """Remember an address with a PeerID that the operator has given: ``exclude_cidr`` is for others'."""
+        self._book.configure(address)
+
     def direct_addresses(self, peer: str) -> list[str]:
         """Where ``peer`` might be dialled directly, as far as known, without ``/p2p``."""
         return [address.transport for address in self._book.direct(peer)]
@@ -318,7 +336,18 @@ class Libp2pNode:
         self._rpc.prefer(is_partner)
 
     async def _health(self, caller: str, request: Health) -> HealthReport:
-        return health_of(self)
+        came_from = next(self._came_from(caller), "")
+        packages = await in_thread(versions)
+        return structs.replace(health_of(self), time_s=wall_time(), seen_at=came_from, packages=packages)
+
+    def _came_from(self, peer: str) -> Iterator[str]:
+        """Where direct connections that ``peer`` made come from."""
+        for one in self.connections():
+            if one.peer == peer and one.kind == "direct" and one.direction == "inbound" and one.address:
+                yield one.address
+
+    def _hosts_of(self, peer: str) -> list[str]:
+        return [host_and_port(address)[0] for address in self._came_from(peer)]
 
     def report(self, peer: str, report: Report) -> None:
         """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
