@@ -1,5 +1,5 @@
-"""``python -m deploy.tables``: write the tables of docs/observability.md, docs/security.md and docs/tuning.md
-anew, from the registries and the configuration's models.
+"""``python -m deploy.tables``: write the tables of docs/observability.md, docs/security.md, docs/tuning.md
+and docs/troubleshooting.md anew, from the registries and the configuration's models.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -14,6 +15,8 @@ from pydantic.fields import FieldInfo
 
 from deploy.promql import label_name
 from hypha import access
+from hypha.cli.doctor.checks import CHECKS
+from hypha.cli.doctor.finding import Symptom
 from hypha.config.models import COMPONENTS, Section
 from hypha.config.partial import section_in
 from hypha.config.template import notes_of
@@ -25,6 +28,7 @@ _DOCS = Path(__file__).parent.parent / "docs"
 PAGE = _DOCS / "observability.md"
 SECURITY = _DOCS / "security.md"
 TUNING = _DOCS / "tuning.md"
+TROUBLESHOOTING = _DOCS / "troubleshooting.md"
 #: a label with more values than this is described by their number
 _MANY = 10
 
@@ -187,6 +191,28 @@ def _uses(head: str, uses: Mapping[str, access.Use]) -> str:
     return _table((head, *access.ROLES, "What for"), rows)
 
 
+def found_with(symptom: Symptom) -> str:
+    """What `hypha doctor` finds where somebody sees ``symptom``, and how to mend it."""
+    rows = (
+        (f"`{one.name}`", one.severity, one.what, one.why, _PLACEHOLDER.sub(r"*\1*", one.mend))
+        for one in CHECKS.values()
+        if one.symptom == symptom
+    )
+    return _table(("Check", "Severity", "What is found", "Why it matters", "To mend it"), rows)
+
+
+#: ``<name>`` outside of code, which a reader of the page would not see
+_PLACEHOLDER = re.compile(r"<(\w+)>(?=[^`]*(?:`[^`]*`[^`]*)*$)")
+
+
+def table_of(symptom: Symptom) -> str:
+    """What its table is called on the page."""
+    return re.sub(r"\W+", "_", symptom.title.lower())
+
+
+#: in the order of the page
+SYMPTOMS = tuple(dict.fromkeys(one.symptom for one in CHECKS.values()))
+
 #: by page
 PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
     PAGE: {"metrics": metrics, "operations": traced, "badput": badput},
@@ -199,6 +225,7 @@ PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
         "kinds": kinds,
     },
     TUNING: {"limits": limits, "tuning": tuning, "elsewhere": elsewhere},
+    TROUBLESHOOTING: {table_of(one): partial(found_with, one) for one in SYMPTOMS},
 }
 TABLES = {name: table for tables in PAGES.values() for name, table in tables.items()}
 

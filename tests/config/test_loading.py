@@ -96,7 +96,40 @@ def test_a_missing_file_is_named_and_hides_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "line"), [("a = 1\nb = \n", 2), ("a = 1\na = 2\n", 2), ('\n\na = "x', 3)])
 def test_broken_toml_is_told_with_its_line(tmp_path: Path, text: str, line: int) -> None:
     (told,) = problems(WorkerConfig, write(tmp_path, text))
-    assert told.startswith(f"config.toml:{line}: it is not TOML: ")
+    assert told.startswith(f"config.toml:{line}: it is not TOML, ")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "a = 1\nname = yes\n",
+            "config.toml:2: it is not TOML, column 8: Invalid value in `name = yes`; a value is a",
+        ),
+        (
+            'path = "a" or "b"',
+            "config.toml:1: it is not TOML, column 12: Expected newline or end of document after a statement "
+            'in `path = "a" or "b"`; one `key = value` a line',
+        ),
+        (
+            "a = [1, 2\n\n",
+            "config.toml:1: it is not TOML, at its end: Unclosed array in `a = [1, 2`; the list",
+        ),
+        ("[table\na = 1", "config.toml:1: it is not TOML, column 7: Expected ']' at the end of a table"),
+        ("", None),
+    ],
+)
+def test_broken_toml_is_told_with_the_line_and_what_is_expected(
+    tmp_path: Path, text: str, told: str | None
+) -> None:
+    found = problems(WorkerConfig, write(tmp_path, text))
+    assert any(one.startswith(told) for one in found) if told else "TOML" not in str(found)
+
+
+def test_a_line_of_broken_toml_that_holds_a_secret_is_not_shown(tmp_path: Path) -> None:
+    (told,) = problems(WorkerConfig, write(tmp_path, "hub_token = hf_abc\n"))
+    assert "in `hub_token = ...`" in told
+    assert "hf_abc" not in told
 
 
 def test_a_file_that_is_a_directory_or_not_text(tmp_path: Path) -> None:
@@ -295,6 +328,35 @@ hang_s = 2
     assert (never.hang_s, never.executors[0].hang_s) == (0.0, 0.0)
 
 
+def test_accelerate_is_for_the_training_executor_of_hypha_and_its_file_is_there(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text("num_processes: 2")
+    text = """
+[[executors]]
+class = "train"
+name = "a"
+accelerate = "two.yaml"
+[[executors]]
+class = "train"
+name = "b"
+accelerate = "none.yaml"
+[[executors]]
+class = "train"
+name = "c"
+cmd = "mine"
+accelerate = "two.yaml"
+[[executors]]
+class = "aggregate"
+name = "d"
+accelerate = "two.yaml"
+"""
+    told = problems(WorkerConfig, write(tmp_path, GOOD + text))
+    assert ["executors[1].accelerate" in told[0], "there is no file" in told[0]] == [True, True]
+    assert all(
+        f"executors[{number}].accelerate: it is for" in one
+        for number, one in zip((2, 3), told[1:], strict=True)
+    )
+
+
 def test_patterns_of_urls_that_would_match_nothing_or_too_much(tmp_path: Path) -> None:
     text = """
 [allow]
@@ -435,3 +497,30 @@ def test_further_checks_see_what_is_valid_and_are_placed(tmp_path: Path) -> None
         f"{file}:2: key_pem: /k.pem: bad None",
         f"{file}:5: max_connections: it should be greater than or equal to 1, not 0",
     ]
+
+
+def test_a_notice_without_its_length_is_of_no_use(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        GOOD
+        + """\
+[preemption]
+file = "notice"
+url = "169.254.169.254/spot"
+url_pattern = "("
+""",
+    )
+    assert problems(WorkerConfig, file) == [
+        "config.toml:5: preemption.notice_s: say how many seconds before the machine's end a notice (file, "
+        "url) comes (AWS 120, Google Cloud and Azure 30)",
+        "config.toml:7: preemption.url: 169.254.169.254/spot is no http or https address",
+        "config.toml:8: preemption.url_pattern: it is no regular expression: missing ), unterminated "
+        "subpattern at position 0",
+    ]
+    file = write(tmp_path, GOOD + '[preemption]\nfile = "notice"\nnotice_s = 10\npoll_s = 6\n')
+    assert problems(WorkerConfig, file) == [
+        "config.toml:8: preemption.poll_s: a notice of 10 s may be seen after 6; look at least twice in that "
+        "time"
+    ]
+    file = write(tmp_path, GOOD + '[preemption]\nfile = "notice"\nnotice_s = 10\n')
+    assert load_config(WorkerConfig, file, environ={}).preemption.file == tmp_path / "notice"

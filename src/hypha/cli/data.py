@@ -35,6 +35,7 @@ def init(
     listen: common.ListenOption = None,
     external: common.ExternalOption = None,
     exclude_cidr: common.ExcludeOption = None,
+    allow_cidr: common.AllowOption = None,
     http: common.HttpOption = None,
     pki: common.PkiOption = Path(),
     cert: common.CertOption = None,
@@ -46,7 +47,7 @@ def init(
     """Write a configuration file with every key, its default and what it means."""
     given = {
         **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
-        **common.leaf_keys(gateway, listen, external, exclude_cidr),
+        **common.leaf_keys(gateway, listen, external, exclude_cidr, allow_cidr),
         "http_address": common.local_http(PROGRAM, name, http),
         **_datasets(dataset_path or [Path("dataset")]),
     }

@@ -106,6 +106,9 @@ class WorkerLimitsConfig(LimitsConfig):
 
     #: how a job's resource limits are enforced; ``auto`` takes the strongest that works here
     enforce: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
+    #: processes and threads that one executor may have, 0: any number; ``None``: 512, or 64 for each core of
+    #: its lease where that is more
+    max_processes: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="before")
     @classmethod

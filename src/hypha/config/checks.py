@@ -20,6 +20,7 @@ from hypha.config.models import (
     DEFAULT_EXECUTOR,
     DataConfig,
     DatasetConfig,
+    ExecutorConfig,
     GatewayConfig,
     LeafConfig,
     NodeConfig,
@@ -57,6 +58,7 @@ def cross_checks(partial: Partial) -> Found:
     if issubclass(model, WorkerConfig):
         yield from _worker(partial)
         yield from _leases(partial)
+        yield from _offer(partial)
     if issubclass(model, SchedulerConfig):
         yield from _job(partial)
         yield from sink_problems(partial)
@@ -206,14 +208,51 @@ def _worker(partial: Partial) -> Found:
                 ("executors", index, "read_only"),
                 'a process reads all that this worker may; add runtime = "bwrap"',
             )
+        if executor.accelerate is not None:
+            yield from _accelerate(executor, ("executors", index, "accelerate"))
         for number, path in enumerate(executor.read_only):
             if not path.is_absolute():
                 yield ("executors", index, "read_only", number), f"{path} must be an absolute path"
     yield from _patterns(partial)
+    yield from _preemption(partial)
     yield from _hang(partial.get("hang_s"), ())
     work_dir: Path | None = partial.get("work_dir")
     if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
         yield ("work_dir",), f"{work_dir} is a file; a directory is needed"
+
+
+def _preemption(partial: Partial) -> Found:
+    """What is polled is of no use without the time that a notice leaves."""
+    ways = [key for key in ("file", "command", "url") if partial.get("preemption", key)]
+    notice_s, poll_s = (partial.get("preemption", key) for key in ("notice_s", "poll_s"))
+    if ways and notice_s is None:
+        yield (
+            ("preemption", "notice_s"),
+            f"say how many seconds before the machine's end a notice ({', '.join(ways)}) comes (AWS 120, "
+            "Google Cloud and Azure 30)",
+        )
+    if ways and notice_s is not None and poll_s is not None and poll_s > notice_s / 2:
+        yield (
+            ("preemption", "poll_s"),
+            f"a notice of {notice_s:g} s may be seen after {poll_s:g}; look at least twice in that time",
+        )
+    url = partial.get("preemption", "url")
+    if url is not None and not re.match(r"https?://[^/]+", url):
+        yield ("preemption", "url"), f"{url} is no http or https address"
+    try:
+        re.compile(partial.get("preemption", "url_pattern") or "")
+    except re.error as exc:
+        yield ("preemption", "url_pattern"), f"it is no regular expression: {exc}"
+
+
+def _accelerate(executor: ExecutorConfig, at: KeyPath) -> Found:
+    if executor.cmd is not None or executor.kind != "train":
+        yield (
+            at,
+            "it is for Hypha's own training executor; leave out cmd, or start accelerate in cmd and args",
+        )
+    elif executor.accelerate is not None and not executor.accelerate.is_file():
+        yield at, f"there is no file {executor.accelerate}; write it with `accelerate config --config_file`"
 
 
 def _patterns(partial: Partial) -> Found:
@@ -226,6 +265,18 @@ def _patterns(partial: Partial) -> Found:
                 UrlPattern.parse(text)
             except ValueError as exc:
                 yield ("allow", key, index), str(exc)
+
+
+def _offer(partial: Partial) -> Found:
+    load = partial.get("offer", "utilization")
+    if load is not None and load.low >= load.high:
+        wrong = f"it must be less than high ({load.high:g}): the price stays as it is between the two"
+        yield ("offer", "utilization", "low"), wrong
+    affinity = partial.get("offer", "affinity")
+    for index, text in enumerate(affinity.schedulers if affinity is not None else ()):
+        if not _PEER_ID.fullmatch(text):
+            wrong = f"{text!r} is no PeerID, such as 12D3KooW..."
+            yield ("offer", "affinity", "schedulers", index), wrong
 
 
 def _job(partial: Partial) -> Found:

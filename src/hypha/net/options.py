@@ -30,6 +30,8 @@ class Timings:
     identity_poll_s: float = 5.0
     #: how often live connections' certificates are checked again (for expiry)
     identity_check_s: float = 60.0
+    #: how often a gateway asks the others about all nodes that it is connected with
+    doubles_check_s: float = 60.0
     #: a relay reservation is refreshed at least this often
     reservation_refresh_s: float = 300.0
     #: reports are flushed this often

@@ -103,11 +103,18 @@ class WatchedStream(TrioTCPStream):  # type: ignore[misc]
 
 class _OwnPortListener(TCPListener):  # type: ignore[misc]
     """A listener that has its port for itself. The library's own sets SO_REUSEPORT, for hole punching, with
-    which a second node on the same port starts happily and takes half of the connections.
+    which a second node on the same port starts happily and takes half of the connections. ``note_failure`` is
+    called with why it cannot listen: the library says only that it could not.
     """
 
-    def __init__(self, handler_function: Callable[[Any], Awaitable[None]], buffers: Buffers) -> None:
-        super().__init__(handler_function)
+    def __init__(
+        self,
+        handler: Callable[[TrioTCPStream], Awaitable[None]],
+        note_failure: Callable[[OSError], None],
+        buffers: Buffers,
+    ) -> None:
+        super().__init__(handler)
+        self.note_failure = note_failure
         self._buffers = buffers
 
     async def listen(self, maddr: Multiaddr) -> None:
@@ -124,6 +131,7 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
             for listener in opened:
                 self._buffers.apply(listener.socket)  # what it accepts has the same
         except OSError as exc:
+            self.note_failure(exc)
             raise OpenConnectionError(f"cannot listen on {maddr}: {exc}") from exc
         async with self._lifecycle_lock:
             if self._nursery is None:
@@ -150,6 +158,8 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
         super().__init__()
         self._buffers = buffers
         self.serve_bulk: ServeSocket | None = None
+        #: why it could not listen the last time
+        self.listening_failed: OSError | None = None
         self._arrivals = Arrivals(max_connections, limits)
         # in these threads peers prove who they are and say what their bulk connection is for: twice as many
         # as one address may have of them. Transfers queue for their own, smaller limit behind it
@@ -186,7 +196,10 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             if scope.cancelled_caught:
                 self._note_refused(host, "it took too long, and its place was needed")
 
-        return _OwnPortListener(accept, self._buffers)
+        return _OwnPortListener(accept, self._note_failure, self._buffers)
+
+    def _note_failure(self, exc: OSError) -> None:
+        self.listening_failed = exc
 
     def _note_refused(self, host: str, why: str) -> None:
         CONNECTIONS_FAILED.add(direction="inbound", reason="limit")
