@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hypha.errors import HyphaError, ModelError
 from hypha.executor import models, tensors
+from hypha.executor.device_memory import cap_memory
 from hypha.executor.forward import Forward
 from hypha.executor.hashing import Digests
 from hypha.executor.inner import Inner, accelerator_for, is_of_machine, round_seed
@@ -76,6 +77,7 @@ class LocalModel:
         self.config = getattr(model, "config", None)
         self._job = job
         self._accelerator = accelerator_for(job)
+        cap_memory(self._accelerator.device)
         with making_ready():
             self._forward = Forward(model, job.model)
             self._model = self._accelerator.prepare(model)

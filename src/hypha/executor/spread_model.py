@@ -20,6 +20,7 @@ from hypha.config.environment import process_environment
 from hypha.decoding import decode, decode_json
 from hypha.errors import ModelError
 from hypha.executor import models, sharding, tensors
+from hypha.executor.device_memory import cap_memory
 from hypha.executor.forward import Forward
 from hypha.executor.hashing import Digests
 from hypha.executor.inner import Inner, Processor, Together, in_parts, round_seed
@@ -130,6 +131,7 @@ class _Member:
         self.config = getattr(model, "config", None)
         #: of the whole model, where somebody wants it
         self.base = tensors.theta_of(model).copy() if group.rank == 0 else None
+        cap_memory(group.device)
         self._device = _Device(group.device, job.precision)
         self._together: Together = _Sharded(group) if self.sharded else _Summed(group)
         with making_ready():

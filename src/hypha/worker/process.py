@@ -24,6 +24,7 @@ from hypha.messages import AggregateJob, ExecutorClass, HuggingFace, Job, Refere
 from hypha.telemetry.instruments import EXECUTOR_STARTS
 from hypha.worker.directory import JobDirectory
 from hypha.worker.keepers import KILLED_WITHIN_S, Keeper, Launch, OwnExecutor, end_keeper, start_keeper
+from hypha.worker.limits import thread_environment
 from hypha.worker.orphans import Orphans
 from hypha.worker.warm import ExecutorHost
 
@@ -123,6 +124,7 @@ def prepare_launch(
         argv=tuple(_substitute(part, values) for part in command),
         environment={
             **environment,
+            **({} if config.threads is None else thread_environment(config.threads)),
             **{name: _substitute(value, values) for name, value in config.env.items()},
             "SOCKET_PATH": values["{SOCKET_PATH}"],
             "WORK_DIR": values["{WORK_DIR}"],
@@ -216,6 +218,8 @@ async def run_executor(
     )
     if running is not None:
         running[keeper.pid] = launch.kind
+    if launch.on_start is not None:
+        launch.on_start(keeper.pid)
     try:
         return await _attend(keeper, launch, stop, grace_s, kill, task_status)
     finally:
