@@ -19,6 +19,7 @@ from multiaddr import Multiaddr
 from hypha import __version__
 from hypha.errors import ConfigError, Problem
 from hypha.messages import (
+    MAX_DIALLED_BACK,
     DialBack,
     Health,
     HealthReport,
@@ -288,7 +289,7 @@ class Libp2pNode:
         self._rpc.prefer(is_partner)
 
     async def _health(self, caller: str, request: Health) -> HealthReport:
-        came_from = next(self._came_from(caller), "")
+        came_from = tuple(self._came_from(caller))[-MAX_DIALLED_BACK:]
         packages = await in_thread(versions)
         return structs.replace(health_of(self), time_s=wall_time(), seen_at=came_from, packages=packages)
 

@@ -273,6 +273,10 @@ async def test_an_external_address_that_leads_nowhere(network: Network, tmp_path
         )
         _, findings = await look(config)
         assert wrong in only(findings, checks.EXTERNAL_ADDRESS).what
+        Names()
+        named = config.model_copy(update={"external_addresses": ["/dns4/worker.lab/tcp/4001"]})
+        _, findings = await look(named)
+        assert "its name has no address here" in only(findings, checks.EXTERNAL_ADDRESS).what
 
 
 async def test_ports_that_are_in_use_or_not_of_this_machine(network: Network, tmp_path: Path) -> None:

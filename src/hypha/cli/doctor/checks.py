@@ -118,6 +118,14 @@ CLOCK_SKEW = _check(
     "Certificates are judged by the clock, and logs of several nodes cannot be put in order",
     "`timedatectl set-ntp true`",
 )
+SAME_CERTIFICATE = _check(
+    "same-certificate",
+    "warning",
+    CANNOT_CONNECT,
+    "another machine is connected with the certificate of this node",
+    "Two nodes with one certificate are one to everybody else, so the second one is turned away",
+    "make a certificate for each machine: `hypha-certutil node --name <name> --role <component>`",
+)
 NOT_DIALABLE = _check(
     "not-dialable",
     "warning",

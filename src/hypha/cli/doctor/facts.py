@@ -108,7 +108,8 @@ class Contact:
     why it could not be asked. ``round_trips_s`` are those of a row of small requests, infinite where no
     answer came; ``late_s`` is by how much this process itself was late meanwhile. ``clock_s`` is the peer's
     time less ours, give or take half of a round trip. ``up`` and ``down`` are bytes a second; ``stalled``: a
-    large request got no answer though small ones did. ``mtu`` is that of the path, in bytes.
+    large request got no answer though small ones did. ``seen_at`` are the ends of this node's connections as
+    that one sees them, the doctor's own at the end. ``mtu`` is that of the path, in bytes.
     """
 
     address: str
@@ -122,7 +123,7 @@ class Contact:
     healthy: bool = True
     details: dict[str, str] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
-    seen_at: str = ""
+    seen_at: tuple[str, ...] = ()
     clock_s: float | None = None
     round_trips_s: tuple[float, ...] = ()
     late_s: float = 0.0

@@ -57,7 +57,10 @@ async def gather_machine(
     has: list[Resources] = []
 
     async def look_at_resources(work_dir: Path) -> None:
-        has.append(await in_thread(detect, work_dir))
+        found = await gathering.within(
+            DISK_S, "what this machine has", lambda: in_thread(detect, work_dir, abandon_on_cancel=True)
+        )
+        has.extend([found] if found is not None else [])
 
     async with trio.open_nursery() as nursery:
         for number, (key, path) in enumerate(places):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import trio
 
@@ -19,7 +20,10 @@ from hypha.config.models import DataConfig, DatasetRef
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread
 
-SERVED_S, MODEL_S = 20.0, 10.0
+A = TypeVar("A")
+T = TypeVar("T")
+
+IDENTITY_S, SERVED_S, MODEL_S = 10.0, 20.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,10 @@ async def gather(subject: Subject, wanted: Wanted) -> Facts:
     gathering = Gathering()
     identity_facts, identity = None, None
     if subject.files is not None:
-        identity_facts, identity = await in_thread(gather_identity, subject.files)
+        files = subject.files
+        identity_facts, identity = await gathering.within(
+            IDENTITY_S, "the identity", lambda: _in_thread(gather_identity, files)
+        ) or (None, None)
     machine: list[MachineFacts] = []
     around: list[Around] = []
     served: list[ServedFacts] = []
@@ -56,14 +63,16 @@ async def gather(subject: Subject, wanted: Wanted) -> Facts:
 
     async def look_at_data(config: DataConfig) -> None:
         found = await gathering.within(
-            SERVED_S, "the datasets to serve", lambda: in_thread(gather_served, config)
+            SERVED_S,
+            "the datasets to serve",
+            lambda: _in_thread(gather_served, config),
         )
         served.extend([found] if found is not None else [])
 
     async def look_at_model() -> None:
         if (job := subject.job) is not None:
             parameters.append(
-                await gathering.within(MODEL_S, "the model's size", lambda: in_thread(parameters_of, job))
+                await gathering.within(MODEL_S, "the model's size", lambda: _in_thread(parameters_of, job))
             )
 
     async with trio.open_nursery() as nursery:
@@ -85,6 +94,11 @@ async def gather(subject: Subject, wanted: Wanted) -> Facts:
         served=_announced(served, around),
         unknown=tuple(gathering.unknown),
     )
+
+
+async def _in_thread(call: Callable[[A], T], argument: A) -> T:
+    """As :func:`in_thread`; a call that hangs is left behind."""
+    return await in_thread(call, argument, abandon_on_cancel=True)
 
 
 def _why_not(subject: Subject, identity: IdentityFacts | None) -> str:

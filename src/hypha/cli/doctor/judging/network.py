@@ -60,6 +60,7 @@ def judge_network(
     everybody = (*facts.gateways, *facts.peers, *facts.data_nodes)
     contacts = [one for one in everybody if one.failure is None]
     yield from _clock(contacts)
+    yield from _doubles(contacts)
     for contact in contacts:
         yield from _way(contact, machine, line)
     if isinstance(config, WorkerConfig):
@@ -108,6 +109,21 @@ def _gateway(contact: Contact) -> Iterator[Finding]:
                     f"{_called(contact)} has {used} of {places} {taken}",
                     f"raise {there} of that gateway, or start another one",
                 )
+
+
+def _doubles(contacts: list[Contact]) -> Iterator[Finding]:
+    """The doctor comes from this machine, as a node here does; over IPv4 and IPv6 it has two addresses."""
+    for contact in contacts:
+        if not contact.seen_at:
+            continue
+        kind, here = contact.seen_at[-1].split("/")[1:3]
+        hosts = {one.split("/")[2] for one in contact.seen_at if one.split("/")[1] == kind}
+        if others := sorted(hosts - {here}):
+            yield checks.SAME_CERTIFICATE.found(
+                f"{_called(contact)} is connected with a node that has this certificate at "
+                f"{', '.join(others)}, and sees this machine at {here}"
+            )
+            return
 
 
 def _called(contact: Contact) -> str:
