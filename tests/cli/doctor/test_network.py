@@ -151,11 +151,21 @@ async def test_nothing_is_found_of_a_gateway_or_a_data_node(network: Network, tm
         )
         _, findings = await look(gateway, "gateway")
         assert findings == [], "\n".join(map(str, findings))
-        data = DataConfig(**network.settings("data", [other]), dataset_path=directory)
-        facts, findings = await look(data, "data")
-        assert findings == [], "\n".join(map(str, findings))
-        assert facts.served is not None
-        assert facts.served.names == ("digits",)
+        settings = network.settings("data", [other])
+        data = DataConfig(**settings, dataset_path=directory, http_address=f"127.0.0.1:{free_port()}")
+        async with trio.open_nursery() as nursery:
+            for running in (False, True):
+                facts, findings = await look(data, "data")
+                assert findings == [], "\n".join(map(str, findings))
+                assert facts.network is not None
+                assert facts.network.running is running
+                assert facts.served is not None
+                assert facts.served.names == ("digits",)
+                if not running:
+                    await nursery.start(run_data, data)
+            # its port is any free one: its own local HTTP tells which
+            assert [one.reason for one in facts.network.dialled] == [""]
+            nursery.cancel_scope.cancel()
 
 
 # --- gateways --------------------------------------------------------------------------------------------

@@ -214,7 +214,8 @@ class Running:
     fetches: int = 0
     failed_fetches: int = 0
     mean_fetch_s: float | None = None
-    announcements: int = 0
+    #: those that gateways have taken; None where nothing is counted
+    announcements: int | None = None
     requests: dict[str, int] = field(default_factory=dict)
     offers: dict[str, int] = field(default_factory=dict)
     training: int = 0

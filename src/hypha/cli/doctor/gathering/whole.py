@@ -112,4 +112,6 @@ def _announced(served: list[ServedFacts], around: list[Around]) -> ServedFacts |
     if not served:
         return None
     running = around[0].running if around else None
-    return served[0] if running is None else replace(served[0], announced=running.announcements > 0)
+    if running is None or running.announcements is None:
+        return served[0]
+    return replace(served[0], announced=running.announcements > 0)
