@@ -33,12 +33,14 @@ from hypha.config.models import (
     NodeConfig,
 )
 from hypha.data import run_data
-from hypha.messages import PeerRef
+from hypha.errors import Refused
+from hypha.messages import DialBack, Health, MeasureBandwidth, PeerRef, Response
 from hypha.net import Libp2pNode as Node
 from hypha.net.addresses import host_and_port
 from hypha.net.relay import RelayLimits
 from hypha.pki.identity import IdentityFiles, load_identity
 from hypha.runtime import Runtime, use_runtime
+from hypha.telemetry import health_of
 
 pytestmark = pytest.mark.loopback
 
@@ -214,6 +216,27 @@ async def test_a_gateway_that_does_not_accept_this_nodes_certificate(
         config.trust_pem.write_bytes(both)
         _, findings = await look(config)
         assert "CA" in only(findings, checks.GATEWAY_TRUST).what
+
+
+async def test_gateways_of_an_earlier_version_are_no_fault(network: Network, tmp_path: Path) -> None:
+    """They know neither of the requests, and say of themselves what they said then."""
+
+    async def unknown(caller: str, request: object) -> Response:
+        raise Refused("malformed", "the request does not decode")
+
+    async def as_before(caller: str, request: object) -> Response:
+        return health_of(gateway)
+
+    async with network.gateway() as gateway:
+        gateway.answer(MeasureBandwidth, unknown)
+        gateway.answer(DialBack, unknown)
+        gateway.answer(Health, as_before)
+        config = worker_config(network.pki, tmp_path, gateway_addresses=[address_of(gateway)])
+        facts, findings = await look(config)
+        assert findings == [], "\n".join(map(str, findings))
+        assert facts.network is not None
+        (contact,) = facts.network.gateways
+        assert (contact.component, contact.up, contact.clock_s) == ("hypha-gateway", None, None)
 
 
 class Early(Runtime):

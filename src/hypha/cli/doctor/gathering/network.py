@@ -50,8 +50,8 @@ async def gather_network(
     peers: Sequence[str] = (),
     dataset: DatasetRef | None = None,
 ) -> Around:
-    """All of it; ``peers`` are addresses to look at beside the gateways. Raises ConfigError for one that is
-    none.
+    """All of it; ``peers`` are addresses to look at beside the gateways. Raises ConfigError where the node
+    cannot listen.
     """
     ports = (
         await gathering.within(

@@ -17,12 +17,14 @@ from hypha.cli.doctor.gathering.network import Around, gather_network
 from hypha.cli.doctor.gathering.served import gather_served
 from hypha.cli.doctor.subject import Subject
 from hypha.config.models import DataConfig, DatasetRef
+from hypha.errors import HyphaError
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread
 
 A = TypeVar("A")
 T = TypeVar("T")
 
+_NETWORK = "the network"
 IDENTITY_S, SERVED_S, MODEL_S = 10.0, 20.0, 10.0
 
 
@@ -38,7 +40,7 @@ class Wanted:
 
 
 async def gather(subject: Subject, wanted: Wanted) -> Facts:
-    """All facts of ``subject``. Raises ConfigError where an address to look at is none."""
+    """All facts of ``subject``."""
     gathering = Gathering()
     identity_facts, identity = None, None
     if subject.files is not None:
@@ -57,9 +59,13 @@ async def gather(subject: Subject, wanted: Wanted) -> Facts:
     async def look_at_network(found: Identity) -> None:
         if subject.config is None:
             return
-        around.append(
-            await gather_network(gathering, subject, subject.config, found, wanted.peers, wanted.dataset)
-        )
+        try:
+            around.append(
+                await gather_network(gathering, subject, subject.config, found, wanted.peers, wanted.dataset)
+            )
+        except HyphaError as exc:
+            # such as a port that somebody has taken since it was looked at
+            gathering.note(_NETWORK, str(exc))
 
     async def look_at_data(config: DataConfig) -> None:
         found = await gathering.within(
@@ -82,8 +88,9 @@ async def gather(subject: Subject, wanted: Wanted) -> Facts:
             nursery.start_soon(look_at_data, subject.config)
         if identity is not None and not wanted.offline:
             nursery.start_soon(look_at_network, identity)
-    if not around and not wanted.offline and subject.path is not None:
-        gathering.note("the network", _why_not(subject, identity_facts))
+    told = any(one.what == _NETWORK for one in gathering.unknown)
+    if not around and not told and not wanted.offline and subject.path is not None:
+        gathering.note(_NETWORK, _why_not(subject, identity_facts))
     return Facts(
         machine=machine[0],
         identity=identity_facts,
