@@ -2,7 +2,8 @@
 
 HyphaError                      exit code 1
 ├── ConfigError                 exit code 2   a file, key or value the operator must change
-│   └── IdentityError                         a certificate, key, trust bundle or CRL
+│   ├── IdentityError                         a certificate, key, trust bundle or CRL
+│   └── AddressTaken            exit code 75  an address to listen on is in use: that may pass
 ├── NetworkError
 │   ├── PeerUnreachable                       no address, direct or relayed, answered
 │   ├── RequestTimeout                        connected, but no answer in time
@@ -33,6 +34,8 @@ Third-party exceptions are translated into these in the room that imports the th
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 
 
@@ -74,6 +77,23 @@ class ConfigError(HyphaError):
 
 class IdentityError(ConfigError):
     """A certificate, private key, trust bundle or CRL cannot be used."""
+
+
+class AddressTaken(ConfigError):
+    """Another program listens at an address of this node, or the address is not this machine's now: its
+    network may not be up yet. Both may pass, so a service manager is to start the node again (75 is the
+    ``EX_TEMPFAIL`` of sysexits.h).
+    """
+
+    exit_code = 75
+
+
+def listening_failed(key: str, address: str, exc: OSError | None, advice: str = "") -> ConfigError:
+    """What to raise where ``exc`` came of listening at ``address``, which ``key`` names."""
+    reason = "" if exc is None else f": {os.strerror(exc.errno) if exc.errno else exc}"
+    passes = exc is not None and exc.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+    kind = AddressTaken if passes else ConfigError
+    return kind([Problem(key=key, message=f"cannot listen on {address}{reason}{advice}")])
 
 
 class NetworkError(HyphaError):

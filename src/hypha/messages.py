@@ -34,6 +34,10 @@ FeatureNames = Annotated[
     tuple[Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)], ...], Meta(max_length=MAX_FEATURES)
 ]
 
+#: The number of a node that runs, and of how many of them a gateway asks another one in one request.
+MAX_INSTANCE_LENGTH = 256
+MAX_NODE_RUNS = 500
+
 #: Few, so that looking for a path among them costs little.
 MAX_CERTIFICATES = 4
 MAX_CERTIFICATE_BYTES = 16 << 10
@@ -161,7 +165,7 @@ class ModelSpec(Value):
     importable where the executor runs and allowed by the worker's owner, called with ``arguments``, which
     for the other tasks change ``config.json`` (another ``num_labels`` gives a fresh head). ``inputs`` maps
     model argument -> dataset column (empty: same names). ``loss`` is needed by models whose forward returns
-    no ``loss``.
+    no ``loss``. ``class_names`` are those of the dataset's labels, for the export of a parameter server.
     """
 
     task: str
@@ -172,6 +176,7 @@ class ModelSpec(Value):
     loss: Literal["cross-entropy", "mse", "l1", "bce-with-logits"] | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 class PreprocessorSpec(Value):
@@ -223,7 +228,7 @@ class TrainJob(Message, tag="train"):
 
     ``steps`` is the number of inner steps taken by earlier lives, for the learning-rate schedule. An executor
     that gives no sign of life for ``hang_s`` may be taken for hung (see :class:`Alive`), but only sooner than
-    by its worker's own rule.
+    by its worker's own rule. Its worker trains on nothing that is not in the manifest of ``manifest_hash``.
     """
 
     job_id: str
@@ -239,6 +244,8 @@ class TrainJob(Message, tag="train"):
     optimizer: InnerOptimizer = InnerOptimizer()
     schedule: LrSchedule = LrSchedule()
     gradient_accumulation: int = 1
+    #: rows of a batch that go through the model at a time; None: all, or as many as fit into memory
+    micro_batch_size: int | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
     shuffle: bool = True
     seed: int = 0
@@ -246,6 +253,7 @@ class TrainJob(Message, tag="train"):
     update_encoding: Literal["none", "bf16", "int8"] = "none"
     hang_s: float | None = None
     traced: Traced | None = None
+    manifest_hash: str = ""
 
 
 class CheckpointPolicy(Value):
@@ -257,7 +265,9 @@ class CheckpointPolicy(Value):
 
 
 class AggregateJob(Message, tag="aggregate"):
-    """What a parameter server is to do. It starts at ``round`` from the model, or from ``restore``."""
+    """What a parameter server is to do. It starts at ``round`` from the model, or from ``restore``.
+    ``slice_rows`` are those of each slice of the dataset: an update of rows that do not exist is refused.
+    """
 
     job_id: str
     generation: int
@@ -276,6 +286,7 @@ class AggregateJob(Message, tag="aggregate"):
     round: int = 0
     restore: Reference | None = None
     traced: Traced | None = None
+    slice_rows: tuple[int, ...] = ()
 
 
 Job = TrainJob | AggregateJob
@@ -316,12 +327,13 @@ class Members(Message):
 
     ``most_samples`` says for how many samples their updates of ``round`` may stand at most: a larger one is
     refused, and one of a worker that is not named in it waits for the next of these messages. Without
-    ``round`` nothing is said about that.
+    ``round`` nothing is said about that. ``batch_sizes`` are those that the workers were told.
     """
 
     peers: tuple[PeerRef, ...]
     round: int | None = None
     most_samples: dict[str, int] = {}
+    batch_sizes: dict[str, int] = {}
 
 
 class SendModel(Message):
@@ -410,7 +422,7 @@ class UpdateStatistics(Value):
     """What a parameter server measured of one update: its L2 norm, its cosine to the weighted mean of all
     updates of the round (estimated, see :mod:`hypha.executor.agreement`; None where there is none, as of
     zeros), the size of its file, and what it was multiplied by before it was added, as it was larger than it
-    may be (None: this version does not say).
+    may be (None: this version does not say). ``buffer_clips`` are the same for buffers that it moved too far.
     """
 
     worker: str
@@ -418,6 +430,7 @@ class UpdateStatistics(Value):
     cosine: float | None = None
     size_bytes: int = 0
     clip: float | None = None
+    buffer_clips: dict[str, float] | None = None
 
 
 class Alive(Message):
@@ -587,11 +600,58 @@ class Health(Message):
 
 
 class SameCertificate(Message):
-    """Another node uses the certificate of the one that is told so; it has come from ``address``, and was
-    turned away. Answered by every component.
+    """Another node uses the certificate of the one that is told so; it has come from ``address`` to
+    ``gateway``, where it did not come to the one that tells it, and was turned away. Answered by every
+    component.
     """
 
     address: str = ""
+    gateway: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)] = ""
+
+
+class NodeRun(Value):
+    """A node that a gateway is connected with, for ``connected_s`` by now, or that asks to be let in, without
+    it. ``instance`` is the number that the node states in its handshake.
+    """
+
+    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)]
+    instance: Annotated[str, Meta(max_length=MAX_INSTANCE_LENGTH)]
+    address: Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)] = ""
+    connected_s: float | None = None
+
+
+class FindDoubles(Message):
+    """A gateway asks another: which of ``nodes`` are there as well, as other nodes with the same certificate
+    that have been connected for longer and are alive?
+    """
+
+    nodes: Annotated[tuple[NodeRun, ...], Meta(max_length=MAX_NODE_RUNS)] = ()
+
+
+#: In one answer: more say how many they are.
+MAX_LISTED_PEERS = 1000
+
+
+class ListPeers(Message):
+    """Which nodes are connected with the gateway that is asked? With ``peer``: that one alone, and where it
+    may be dialled.
+    """
+
+    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)] = ""
+
+
+class ListedPeer(Value):
+    """A node that is connected with a gateway, by its certificate, and by which ``way``. ``addresses`` are
+    what it says of itself.
+    """
+
+    peer: str
+    name: str = ""
+    organization: str = ""
+    roles: tuple[str, ...] = ()
+    way: Literal["direct", "relayed"] = "direct"
+    round_trip_s: float | None = None
+    addresses: tuple[str, ...] = ()
 
 
 class DialBack(Message):
@@ -638,6 +698,18 @@ class ReleaseLease(Message):
     """A courtesy: the resources may go to somebody else before the lease expires."""
 
     lease_id: str
+
+
+class WorkerLeaving(Message):
+    """A worker tells a scheduler that it ends in ``left_s`` seconds, and with it what runs under its lease:
+    until then the open round's update can be sent, and another worker looked for. Repeated once a second,
+    each time with what is left. With ``left_s = 0`` the lease is handed back now: it is over at the worker. A
+    scheduler older than this message refuses it, and notices the end as it ever did.
+    """
+
+    lease_id: str
+    left_s: float
+    reason: str = ""
 
 
 class DispatchJob(Message):
@@ -810,12 +882,14 @@ class TransferMeta(Value):
 class BulkOffer(Message):
     """I will send this. ``addresses``: where you may dial me for it. ``traceparent``: of which operation the
     transfer is part; over a connection that was kept an offer has no envelope that could say so.
+    ``zstd_blocks``: I would compress single blocks, and say of each whether it is.
     """
 
     token: str
     meta: TransferMeta
     addresses: tuple[str, ...]
     traceparent: str | None = None
+    zstd_blocks: bool = False
 
 
 class BulkDial(Message):
@@ -877,11 +951,22 @@ class BandwidthMeasured(Message):
     payload: bytes = b""
 
 
+class PeerList(Message):
+    """Those connected with a gateway, in order of their PeerIDs, and how many ``more`` there are."""
+
+    peers: tuple[ListedPeer, ...] = ()
+    more: int = 0
+
+
 class LeaseRenewed(Message):
-    """The lease now lives ``expires_in_s`` from when the answer was sent."""
+    """The lease now lives ``expires_in_s`` from when the answer was sent. ``contended``: other schedulers ask
+    for what it holds, ``outranked``: one of them for longer than its owner. It is not ended for them.
+    """
 
     lease_id: str
     expires_in_s: float
+    contended: bool = False
+    outranked: bool = False
 
 
 class SliceAssigned(Message):
@@ -935,9 +1020,17 @@ class ColumnRange(Value):
     ignored: int = 0
 
 
+class ClassNames(Value):
+    """What the classes of a ``column`` are called: the first name is that of class 0, and so on."""
+
+    column: str
+    names: tuple[str, ...]
+
+
 class Manifest(Value):
     """``manifest.json`` of a prepared dataset. ``ranges`` are empty, or lack columns, where nobody has looked
-    (as in manifests of earlier versions); they follow from the slices, and are no part of the hash.
+    (as in manifests of earlier versions); they follow from the slices, and are no part of the hash. Neither
+    are ``labels``, which a data node takes from ``labels.json`` beside it.
     """
 
     name: str
@@ -945,6 +1038,7 @@ class Manifest(Value):
     slices: tuple[SliceInfo, ...]
     version: int = 1
     ranges: tuple[ColumnRange, ...] = ()
+    labels: tuple[ClassNames, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -1017,6 +1111,12 @@ class BulkAnswer(Message):
     wait_s: float = 0.0
 
 
+class DoublesFound(Message):
+    """Those that are, each with its address there."""
+
+    found: Annotated[tuple[NodeRun, ...], Meta(max_length=MAX_NODE_RUNS)] = ()
+
+
 class RefusedReply(Message):
     """The typed no."""
 
@@ -1027,11 +1127,14 @@ class RefusedReply(Message):
 Request = (
     Health
     | SameCertificate
+    | FindDoubles
+    | ListPeers
     | DialBack
     | MeasureBandwidth
     | WorkerOffer
     | RenewLease
     | ReleaseLease
+    | WorkerLeaving
     | DispatchJob
     | CancelJob
     | Steer
@@ -1050,6 +1153,7 @@ Request = (
 Response = (
     Acknowledged
     | HealthReport
+    | PeerList
     | DialedBack
     | BandwidthMeasured
     | LeaseRenewed
@@ -1059,6 +1163,7 @@ Response = (
     | FileList
     | CheckpointHeld
     | CheckpointList
+    | DoublesFound
     | BulkOffer
     | BulkAnswer
     | RefusedReply

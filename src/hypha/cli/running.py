@@ -16,7 +16,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
-from hypha.errors import ConfigError, HyphaError
+from hypha.errors import AddressTaken, ConfigError, HyphaError
 from hypha.naming import named
 
 if TYPE_CHECKING:
@@ -64,8 +64,13 @@ def print_error(exc: HyphaError) -> None:
         print(f"error: {named(str(exc))}", file=sys.stderr)
 
 
-def run_service(component: str, config: NodeConfig, service: Callable[[], Awaitable[int | None]]) -> int:
-    """Run a component until it ends or a signal comes; returns the exit code.
+def run_service(
+    component: str,
+    config: NodeConfig,
+    service: Callable[[], Awaitable[int | None]],
+    stop_s: float = STOP_S,
+) -> int:
+    """Run a component until it ends, or a signal comes and then ``stop_s`` at most; returns the exit code.
 
     Logs and telemetry are as ``config`` says. Raises the HyphaError that ended it.
     """
@@ -93,10 +98,10 @@ def run_service(component: str, config: NodeConfig, service: Callable[[], Awaita
         style = "text" if sys.stderr is not None and sys.stderr.isatty() else "json"
     configure_logging(component, parse_filter(config.log_level), style)
     if not settings.on:
-        return run_until_signal(service)
+        return run_until_signal(service, stop_s)
     files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
     with telemetry(settings.of_instance(load_identity(files, warn=False).peer_id)):
-        return run_until_signal(observed)
+        return run_until_signal(observed, stop_s)
 
 
 def check_installed(what: str, *packages: str) -> None:
@@ -201,5 +206,6 @@ def _one_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     ours = [exc for exc in leaves if isinstance(exc, HyphaError)]
     problems = [problem for exc in ours if isinstance(exc, ConfigError) for problem in exc.problems]
     if len(problems) > 1:
-        return ConfigError(problems)
+        passes = all(isinstance(exc, AddressTaken) for exc in ours)
+        return AddressTaken(problems) if passes else ConfigError(problems)
     return ours[0] if ours else leaves[0]

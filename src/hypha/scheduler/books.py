@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import msgspec
 
+from hypha.contributions import MOST_COUNT
 from hypha.messages import Contribution, LedgerRound, RoundApplied, UpdateStatistics
-from hypha.scheduler.claims import MOST_COUNT, bounded_loss
+from hypha.scheduler.claims import bounded_loss
 
 #: applied rounds whose late contributions still enter the ledger
 _REMEMBERED_ROUNDS = 4
@@ -23,6 +24,9 @@ class Books:
         self.complete_since: float | None = None
         self.accepted: dict[str, int] = {}
         self.contributions: dict[str, Contribution] = {}
+        #: of those in ``accepted``, whose update came early, as they leave: it says nothing of how far the
+        #: others are
+        self.departed: set[str] = set()
         self._applied: dict[int, tuple[LedgerRound, set[str], tuple[str, ...]]] = {}
 
     def open_round(self, now: float) -> None:
@@ -31,6 +35,12 @@ class Books:
         self.quorum_since = self.complete_since = None
         self.accepted = {}
         self.contributions = {}
+        self.departed = set()
+
+    @property
+    def stayed(self) -> list[str]:
+        """Whose update is in, without those who have left."""
+        return [worker for worker in self.accepted if worker not in self.departed]
 
     def note(self, part: Contribution) -> Contribution:
         """A worker's word of its update; a loss that is no number becomes 0, as JSON knows none."""
@@ -83,7 +93,10 @@ def _finite(found: UpdateStatistics) -> UpdateStatistics:
     cosine = found.cosine if found.cosine is not None and math.isfinite(found.cosine) else None
     norm = found.norm if math.isfinite(found.norm) else 0.0
     size = min(max(0, found.size_bytes), MOST_COUNT)
-    return msgspec.structs.replace(found, norm=norm, cosine=cosine, size_bytes=size)
+    clips = found.buffer_clips
+    if clips is not None:
+        clips = {name: clip for name, clip in clips.items() if math.isfinite(clip)}
+    return msgspec.structs.replace(found, norm=norm, cosine=cosine, size_bytes=size, buffer_clips=clips)
 
 
 def _with(entry: LedgerRound, contributors: Iterable[Contribution], order: tuple[str, ...]) -> LedgerRound:

@@ -17,7 +17,7 @@ from hypha.messages import JobStamp
 from hypha.runtime import chance, in_thread
 from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.crew import Crew, lost
-from hypha.scheduler.describe import Descriptions
+from hypha.scheduler.describe import Descriptions, class_names
 from hypha.scheduler.desk import Desk, KeptSlices
 from hypha.scheduler.events import (
     Action,
@@ -32,6 +32,8 @@ from hypha.scheduler.events import (
     Input,
     KeepSlices,
     LeasesHeld,
+    Leaves,
+    LetGo,
     Publish,
     Reachable,
     Record,
@@ -42,7 +44,7 @@ from hypha.scheduler.events import (
 )
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.lives import Life, next_life
-from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseRecovered, LeaseSuspect
+from hypha.scheduler.pool import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
 from hypha.scheduler.preparing import Opened
 from hypha.scheduler.publishing import publish
 from hypha.scheduler.replicating import Replicating
@@ -162,7 +164,12 @@ class Working:
     # --- lives ----------------------------------------------------------------------------------------
 
     def _descriptions(self, life: Life) -> Descriptions:
-        return Descriptions(self._context.config, life.start, self._context.node.ref())
+        config, manifest = self._context.config, self.dataset.manifest
+        rows = tuple(part.samples for part in manifest.slices)
+        names = class_names(config.model, manifest)
+        return Descriptions(
+            config, life.start, self._context.node.ref(), names, rows, self.dataset.manifest_hash
+        )
 
     def _living(self, life: Life, carried: CarriedOver) -> CurrentLife:
         tracker = SliceTracker.from_state(life.tracker)
@@ -236,6 +243,12 @@ class Working:
                     await self.ledger.run(Ledger.lease_ended, lease.lease_id)
                     await self.ledger.run(Ledger.failed, peer, reason)
                     self._nursery.start_soon(self._context.pool.release, lease.lease_id, True)
+            case LetGo(peer=peer, kind=kind, reason=reason):
+                logger.info("A lease is given back: %s", reason, extra={"worker_peer_id": peer})
+                lease = self._crew.lost(peer, kind)
+                if lease is not None:
+                    await self.ledger.run(Ledger.lease_ended, lease.lease_id)
+                    self._nursery.start_soon(self._context.pool.release, lease.lease_id)
             case Again(peer=peer, reason=reason, instead_of=instead_of):
                 # not all at once, when all failed at once
                 pause_s = action.pause_s * chance().uniform(1.0, 1.5)
@@ -325,6 +338,8 @@ class Working:
                         self.handle(lost(lease, reason))
                 case LeaseSuspect():
                     self.handle(Unreachable(event.worker.peer, event.kind))
+                case LeaseLeaving(left_s=left_s):
+                    self.handle(Leaves(event.worker.peer, event.kind, left_s))
                 case LeaseRecovered():
                     self.handle(Reachable(event.worker.peer, event.kind))
 
@@ -351,6 +366,9 @@ class Working:
             self._tell_once(DataServed(bool(self.dataset.providers)))
             self._tell_once(self._held())
             self.handle(Tick())
+            # one that goes on after a restart has executors that are worth keeping
+            if self.current.machine.phase != "loading" or self.current.start.generation:
+                self._context.pool.begin()
             await trio.sleep(_TICK_S)
 
     def _tell_once(self, event: DataServed | LeasesHeld) -> None:

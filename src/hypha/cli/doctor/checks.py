@@ -334,8 +334,8 @@ RESOURCES_MISSING = _check(
     "resources-missing",
     "warning",
     NO_OFFERS,
-    "the worker offers more than this machine has",
-    "Jobs that take it at its word are slow, or are ended for want of memory",
+    "the worker is configured to offer more than this machine has",
+    "Jobs that ask for so much get no offer, or, with detect_resources = false, are ended for want of memory",
     "set [resources] to what there is; `hypha-worker init` finds it out",
 )
 DISK_FULL = _check(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-from hypha.messages import Resources
 from hypha.pki.identity import IdentityFiles
+from hypha.worker.detecting import Machine
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class MachineFacts:
     open_files: int | None = None
     receive_buffer: int | None = None
     send_buffer: int | None = None
-    has: Resources | None = None
+    has: Machine | None = None
+    #: what of the buffers in [tuning.sockets] the kernel does not give, in sentences
+    buffer_shortfalls: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     directories: tuple[Directory, ...] = ()
     accelerators: Accelerators | None = None

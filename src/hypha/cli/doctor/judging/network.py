@@ -182,7 +182,7 @@ def _way(contact: Contact, machine: MachineFacts, line: float | None) -> Iterato
 def _buffers(contact: Contact, machine: MachineFacts, line: float | None) -> Iterator[Finding]:
     """Of a buffer a half holds data, the rest the kernel's own words of it (tcp_adv_win_scale)."""
     trip_s = min(contact.round_trips_s, default=math.inf)
-    if not (0 < trip_s < math.inf):
+    if not (0 < trip_s < math.inf) or _is_here(contact):
         return
     for name, buffer, rate in (
         ("receive", machine.receive_buffer, contact.down),
@@ -202,6 +202,11 @@ def _buffers(contact: Contact, machine: MachineFacts, line: float | None) -> Ite
                 f"{trip_s * 1000:.0f} ms to {_called(contact)}",
                 f'`sysctl -w net.ipv4.{key}="4096 {middle} {_power(max(wanted, 2.0 * buffer))}"`',
             )
+
+
+def _is_here(contact: Contact) -> bool:
+    """Whether it is on this very machine, where nothing is ever on its way."""
+    return any(one.startswith(("/ip4/127.", "/ip6/::1/")) for one in (contact.address, *contact.seen_at))
 
 
 def _power(least: float) -> int:
