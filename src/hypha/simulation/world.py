@@ -55,7 +55,7 @@ from hypha.executor.toy import COLUMN
 from hypha.journal import Entry, Journal
 from hypha.leases import NAME as LEASES
 from hypha.messages import Column
-from hypha.scheduler import JobResult, JobSnapshot, run_job
+from hypha.scheduler import JobResult, JobSnapshot, finished_job, run_job
 from hypha.simulation.executors.processes import SimulatedExecutors
 from hypha.simulation.network import Machine, SimulatedNetwork
 from hypha.simulation.node import SimulatedOptions, open_simulated_node
@@ -408,7 +408,8 @@ class World:
         journal.checked = True
         journal.listeners.append(self._noted)
         try:
-            self.result = await run_job(
+            # as the program does: one that is started again after its job is done says so
+            self.result = await finished_job(config.state_dir, job) or await run_job(
                 config,
                 observe=self._seen,
                 open_=lambda: open_simulated_node(self.network, computer.machine, process, options),
