@@ -244,6 +244,8 @@ class TrainJob(Message, tag="train"):
     optimizer: InnerOptimizer = InnerOptimizer()
     schedule: LrSchedule = LrSchedule()
     gradient_accumulation: int = 1
+    #: rows of a batch that go through the model at a time; None: all, or as many as fit into memory
+    micro_batch_size: int | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
     shuffle: bool = True
     seed: int = 0

@@ -328,6 +328,35 @@ hang_s = 2
     assert (never.hang_s, never.executors[0].hang_s) == (0.0, 0.0)
 
 
+def test_accelerate_is_for_the_training_executor_of_hypha_and_its_file_is_there(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text("num_processes: 2")
+    text = """
+[[executors]]
+class = "train"
+name = "a"
+accelerate = "two.yaml"
+[[executors]]
+class = "train"
+name = "b"
+accelerate = "none.yaml"
+[[executors]]
+class = "train"
+name = "c"
+cmd = "mine"
+accelerate = "two.yaml"
+[[executors]]
+class = "aggregate"
+name = "d"
+accelerate = "two.yaml"
+"""
+    told = problems(WorkerConfig, write(tmp_path, GOOD + text))
+    assert ["executors[1].accelerate" in told[0], "there is no file" in told[0]] == [True, True]
+    assert all(
+        f"executors[{number}].accelerate: it is for" in one
+        for number, one in zip((2, 3), told[1:], strict=True)
+    )
+
+
 def test_patterns_of_urls_that_would_match_nothing_or_too_much(tmp_path: Path) -> None:
     text = """
 [allow]

@@ -367,6 +367,18 @@ def test_own_executors_by_default(tmp_path: Path) -> None:
     directory.remove()
 
 
+def test_on_several_devices_accelerate_starts_the_training_executor(tmp_path: Path) -> None:
+    directory = JobDirectory.create(tmp_path)
+    config = ExecutorConfig(kind="train", name="diloco-transformer", accelerate=tmp_path / "two.yaml")
+    ready = prepare_launch(config, train_job(), directory, {})
+    socket = str(directory.socket_path)
+    module = "hypha.executor.launch"
+    assert ready.argv == (sys.executable, "-m", module, str(tmp_path / "two.yaml"), socket)
+    # a host has nothing to fork for it
+    assert ready.own is None
+    directory.remove()
+
+
 def test_job_json_too_long_for_an_argument(tmp_path: Path) -> None:
     directory = JobDirectory.create(tmp_path)
     long = train_job({f"argument-{number}": "x" * 100 for number in range(1200)})

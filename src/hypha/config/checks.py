@@ -20,6 +20,7 @@ from hypha.config.models import (
     DEFAULT_EXECUTOR,
     DataConfig,
     DatasetConfig,
+    ExecutorConfig,
     GatewayConfig,
     LeafConfig,
     NodeConfig,
@@ -207,6 +208,8 @@ def _worker(partial: Partial) -> Found:
                 ("executors", index, "read_only"),
                 'a process reads all that this worker may; add runtime = "bwrap"',
             )
+        if executor.accelerate is not None:
+            yield from _accelerate(executor, ("executors", index, "accelerate"))
         for number, path in enumerate(executor.read_only):
             if not path.is_absolute():
                 yield ("executors", index, "read_only", number), f"{path} must be an absolute path"
@@ -240,6 +243,16 @@ def _preemption(partial: Partial) -> Found:
         re.compile(partial.get("preemption", "url_pattern") or "")
     except re.error as exc:
         yield ("preemption", "url_pattern"), f"it is no regular expression: {exc}"
+
+
+def _accelerate(executor: ExecutorConfig, at: KeyPath) -> Found:
+    if executor.cmd is not None or executor.kind != "train":
+        yield (
+            at,
+            "it is for Hypha's own training executor; leave out cmd, or start accelerate in cmd and args",
+        )
+    elif executor.accelerate is not None and not executor.accelerate.is_file():
+        yield at, f"there is no file {executor.accelerate}; write it with `accelerate config --config_file`"
 
 
 def _patterns(partial: Partial) -> Found:

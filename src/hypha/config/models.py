@@ -242,6 +242,9 @@ class ExecutorConfig(Section):
     #: of its libraries, each (OMP_NUM_THREADS and so on); ``None``: as many as its lease has whole cores.
     #: Fewer where several libraries take turns on the same cores; more than there are cores never helps
     threads: int | None = Field(default=None, ge=1)
+    #: for Hypha's own training executor: the file that ``accelerate config`` writes, so that it trains on
+    #: several devices of this machine, with a process each (distributed_type MULTI_GPU, FSDP or MULTI_CPU)
+    accelerate: Path | None = None
     #: as the worker's, for this program alone; a foreign one is then watched from its start, not only from
     #: the first ``alive`` that it says on its bridge
     hang_s: float | None = Field(default=None, ge=0)
@@ -415,6 +418,10 @@ class RoundsConfig(Section):
     #: fixed batch size; ``None``: 16, and where resources.worker says what one sample needs and a worker
     #: offers twice as much or more (offer.strategy = "whole"), as many as fit; at most ``max_batch_size``
     batch_size: int | None = Field(default=None, ge=1)
+    #: rows of a batch that go through the model at a time, on each device; the gradients of the rest are
+    #: added to theirs, so that the batch stays what it is. ``None``: all, and where they do not fit into
+    #: memory half as many, until they do
+    micro_batch_size: int | None = Field(default=None, ge=1)
     #: batches an optimizer step
     gradient_accumulation: int = Field(default=1, ge=1)
     #: share of the members' updates with which a round may be closed after ``grace_s``

@@ -154,6 +154,7 @@ def _read_only(launch: Launch, executor: ExecutorConfig, config: WorkerConfig) -
     for name in _SEARCHED:
         wanted += map(Path, filter(None, launch.environment.get(name, "").split(os.pathsep)))
     wanted += executor.read_only
+    wanted += [] if executor.accelerate is None else [executor.accelerate.absolute()]
     if program := shutil.which(launch.argv[0], path=launch.environment.get("PATH")):
         wanted += _hops(Path(program))
     shown = _outermost(path for path in wanted if path.is_absolute() and path.exists())

@@ -33,6 +33,9 @@ logger = logging.getLogger("hypha.worker.executor")
 #: Hypha's own executors, for a configuration without ``cmd``.
 OWN_EXECUTORS = {"train": "hypha.executor.training", "aggregate": "hypha.executor.parameter_server"}
 
+#: Starts the training one on several devices.
+LAUNCHER = "hypha.executor.launch"
+
 #: An isolated executor that signal N ended has the exit code 128 + N.
 SIGNALLED = 128
 TAIL_LINES = 50
@@ -100,7 +103,13 @@ def prepare_launch(
         "{JOB_FILE}": str(job_file),
     }
     own: OwnExecutor | None = None
-    if config.cmd is None:
+    if config.accelerate is not None:
+        # it has a process for each device: nothing that a host could fork
+        command = [
+            *(sys.executable, "-m", LAUNCHER, str(config.accelerate.absolute())),
+            *(config.args or ["{SOCKET_PATH}"]),
+        ]
+    elif config.cmd is None:
         own = OwnExecutor(OWN_EXECUTORS[config.kind], torch_only=_torch_only(job))
         command = [sys.executable, "-m", own.module, *(config.args or ["{SOCKET_PATH}"])]
     else:

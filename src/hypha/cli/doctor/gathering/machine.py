@@ -15,6 +15,7 @@ import trio
 
 from hypha.cli.doctor.facts import Accelerators, Directory, MachineFacts
 from hypha.cli.doctor.gathering.bounded import Gathering
+from hypha.config.inherited import child_environment
 from hypha.config.models import DataConfig, NodeConfig, SchedulerConfig, WorkerConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
@@ -57,7 +58,7 @@ async def gather_machine(
     has: list[Resources] = []
 
     async def look_at_resources(work_dir: Path) -> None:
-        has.append(await in_thread(detect, work_dir))
+        has.append((await in_thread(detect, work_dir, child_environment())).resources)
 
     async with trio.open_nursery() as nursery:
         for number, (key, path) in enumerate(places):
