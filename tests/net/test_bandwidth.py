@@ -91,6 +91,8 @@ def test_a_change_of_the_rate_counts_from_then_on() -> None:
     assert bucket.take(2100, 0.0) == pytest.approx(2.0)
     bucket.set_rate(2000.0, 0.0)
     assert bucket.take(0, 0.0) == pytest.approx(1.0)
+    bucket.set_rate(10.0, 0.0)
+    assert bucket.take(0, 0.0) == pytest.approx(1.0)
     bucket.set_rate(None, 0.0)
     assert bucket.take(10**9, 0.0) == 0.0
     bucket.set_rate(1000.0, 5.0)
@@ -157,7 +159,7 @@ async def test_a_transfer_stays_under_its_cap_within_five_percent(
     network: Network, tmp_path: Path, direction: str
 ) -> None:
     """Two files at once, so that the cap is seen to be the node's and not a transfer's."""
-    mbit, seconds = 64.0, 3.0
+    mbit, seconds = 64.0, 2.0
     size = int(mbit * MBIT * seconds / 2)
     capped = LimitsConfig(upload_mbit=mbit) if direction == "upload" else LimitsConfig(download_mbit=mbit)
     free = LimitsConfig()
@@ -194,7 +196,7 @@ async def test_a_gateway_caps_what_it_relays_and_requests_get_through(
     network: Network, tmp_path: Path
 ) -> None:
     """A file fills the circuit, and what the same two nodes ask each other goes through that circuit too."""
-    mbit, seconds = 16.0, 3.0
+    mbit, seconds = 16.0, 2.5
     source = tmp_path / "source"
     source.write_bytes(os.urandom(int(mbit * MBIT * seconds)))
     took: list[float] = []

@@ -60,9 +60,11 @@ class Bucket:
         return int(min(max(self._rate * PORTION_S, LEAST_PORTION_BYTES), MOST_PORTION_BYTES))
 
     def set_rate(self, rate: float | None, now: float) -> None:
-        """From ``now`` on. What is owed stays owed, and is paid at the new rate."""
+        """From ``now`` on. What is owed stays owed, and is paid at the new rate where that is higher: nobody
+        waits longer than it was told, or a connection would stand still for so long that it is given up.
+        """
         if self._rate is not None and rate is not None and self._paid_at > now:
-            self._paid_at = now + (self._paid_at - now) * self._rate / rate
+            self._paid_at = now + (self._paid_at - now) * min(1.0, self._rate / rate)
         elif rate is None:
             self._paid_at = float("-inf")
         self._rate = rate
