@@ -27,7 +27,7 @@ def test_the_same_seed_gives_the_same_market_byte_for_byte(runner: Runner) -> No
 
 
 def test_a_rival_gets_what_a_dead_scheduler_held(runner: Runner) -> None:
-    """It holds all workers, and is killed; its leases end by themselves, and both jobs are done in the end."""
+    """It holds all workers and is killed; its leases end by themselves, and both jobs are done at last."""
     scenario = Scenario(
         workers=2,
         spares=0,
