@@ -43,12 +43,27 @@ def test_a_job_that_asks_for_more_than_the_worker_has(worker: WorkerConfig) -> N
 
 
 def test_a_bid_below_the_workers_floor(worker: WorkerConfig) -> None:
-    prices = {"worker_price": {"bid": 2, "max": 9}, "parameter_server_price": {"bid": 9, "max": 9}}
+    fixed = {"bid": 2, "max": 9, "raise_after_s": None}
+    prices = {"worker_price": fixed, "parameter_server_price": {"bid": 9, "max": 9}}
     resources = {"worker": {"memory": 0.1}, "parameter_server": {"memory": 0.1}, **prices}
     cheap = changed(worker, offer={"floor": 3.0, "price": 3.0})
     one = only(judge_offers(cheap, job_config(resources=resources)), checks.OFFER_PRICE)
     assert "below this worker's floor of 3 and the job bids 2" in one.what
     assert one.mend == "lower offer.floor to 2, or raise scheduler.job.resources.worker_price.bid to 3"
+
+
+def test_a_bid_that_will_be_raised_counts_as_what_it_is_raised_to(worker: WorkerConfig) -> None:
+    def found(most: float, **offer: object) -> list[str | None]:
+        prices = {"worker_price": {"bid": 2, "max": most}, "parameter_server_price": {"bid": 9, "max": 9}}
+        resources = {"worker": {"memory": 0.1}, "parameter_server": {"memory": 0.1}, **prices}
+        return [
+            one.mend for one in judge_offers(changed(worker, offer=offer), job_config(resources=resources))
+        ]
+
+    price = "scheduler.job.resources.worker_price.max"
+    assert found(3, floor=3.0, price=3.0) == []
+    assert found(2.5, floor=3.0, price=3.0) == [f"lower offer.floor to 2.5, or raise {price} to 3"]
+    assert found(2.5, price=3.0, counter=False) == [f"lower offer.price to 2.5, or raise {price} to 3"]
 
 
 def test_a_price_above_what_the_job_pays(worker: WorkerConfig) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from msgspec import structs
+
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.finding import Check, Finding, Severity
 from hypha.config.models import JobConfig, WorkerConfig
@@ -74,7 +76,8 @@ def _outcome(worker: WorkerConfig, job: JobConfig, ask: Ask) -> Outcome:
         worker.offer,
         lambda: _WORKER,
     )
-    request = published.request(_SCHEDULER)
+    # one that is refused at first may be raised until it is not
+    request = structs.replace(published.request(_SCHEDULER), bid=_highest(ask))
     decided = [
         *arbiter.handle(Heard(_SCHEDULER.peer, request), 0.0),
         *arbiter.handle(Tick(), min(worker.offer.request_window_s, request.offer_within_s / 2)),
@@ -85,6 +88,11 @@ def _outcome(worker: WorkerConfig, job: JobConfig, ask: Ask) -> Outcome:
         if isinstance(one, SendOffer):
             return _considered(allocator, ask, one.offer)
     return Outcome(ask, "other", "it makes no offer")
+
+
+def _highest(ask: Ask) -> float:
+    """What is bid in the end, while workers are missing."""
+    return ask.bid if ask.raise_after_s is None else ask.max_price
 
 
 def _considered(allocator: Allocator, ask: Ask, offer: WorkerOffer) -> Outcome:
@@ -133,10 +141,15 @@ def _finding(worker: WorkerConfig, job: JobConfig, outcome: Outcome, severity: S
             names = " and ".join(name for name, _ in short)
             mend = f"raise {names} in the worker's [resources], or lower it in scheduler.job.resources.{role}"
     elif term == "price":
-        bid, price = ask.bid, f"scheduler.job.resources.{role}_price"
+        bid, price = _highest(ask), f"scheduler.job.resources.{role}_price"
         if outcome.by == "worker":
-            what += f" and the job bids {bid:g}"
-            mend = f"lower offer.floor to {bid:g}, or raise {price}.bid to {worker.offer.floor:g}"
+            at_most, key = ("", "bid") if ask.raise_after_s is None else (" at most", "max")
+            what += f" and the job bids {bid:g}{at_most}"
+            asked = (
+                worker.offer.floor if worker.offer.counter else max(worker.offer.floor, worker.offer.price)
+            )
+            names = "offer.floor" if asked == worker.offer.floor else "offer.price"
+            mend = f"lower {names} to {bid:g}, or raise {price}.{key} to {asked:g}"
         else:
             mend = f"lower offer.price to {ask.max_price:g}, or raise {price}.max to {worker.offer.price:g}"
     elif term == "executor":
