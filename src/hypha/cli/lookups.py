@@ -156,6 +156,10 @@ def leases(
         _print_json(given)
         return
     print(shown(f"the worker {given.state}; free are {_resources(given.free)}").plain)
+    if (price := given.price) is not None:
+        load = f"{price.strategy}, load {100 * price.load:.0f} %"
+        told = f"it asks for {price.asked:g} a lease: {price.rest:g} at rest, floor {price.floor:g}, {load}"
+        print(shown(told).plain)
     table = _table("lease", "scheduler", "for", "state", "reserved", "price", "expires in", "job")
     for one in given.leases:
         _add(

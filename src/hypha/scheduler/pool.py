@@ -273,7 +273,8 @@ class Pool:
         self._unwanted: dict[str, PeerRef] = {}
         #: lease on the table -> ``traceparent`` of the span in which its offer was received
         self._offered_in: dict[str, str] = {}
-        self._reminded: dict[ExecutorClass, float] = {}
+        #: when it was last said that workers are missing, and at which raised bid
+        self._reminded: dict[ExecutorClass, tuple[float, float | None]] = {}
         self._publishing: set[ExecutorClass] = set()
         self._begun = False
         #: those that nobody renews yet
@@ -506,8 +507,9 @@ class Pool:
             # the one before still waits for a gateway to pass it on; it says the same
             return
         now = trio.current_time()
-        if now >= self._reminded.get(kind, -math.inf) + REMIND_S:
-            self._reminded[kind] = now
+        said_at, said_bid = self._reminded.get(kind, (-math.inf, None))
+        if now >= said_at + REMIND_S or said_bid != action.raised_bid:
+            self._reminded[kind] = now, action.raised_bid
             raised = (
                 "" if action.raised_bid is None else f", at a bid that was raised to {action.raised_bid:g}"
             )

@@ -227,9 +227,10 @@ def missing(config: JobConfig, pool: Pool) -> str:
             asked = section.worker if kind == "train" else section.parameter_server
             price = section.worker_price if kind == "train" else section.parameter_server_price
             what = "a parameter server" if kind == "aggregate" else "a worker"
-            parts.append(
-                f"nobody else offered {in_words(resources_of(asked))} for {what} at up to {price.max:g}"
-            )
+            bid = pool.bid(kind)
+            raised = f", though the bid was raised to {bid:g}" if bid > price.bid else ""
+            offered = in_words(resources_of(asked))
+            parts.append(f"nobody else offered {offered} for {what} at up to {price.max:g}{raised}")
             if shortage := pool.shortage(kind):
                 parts.append(shortage)
     detail = "; ".join(parts)
