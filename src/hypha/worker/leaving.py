@@ -16,6 +16,7 @@ from hypha.errors import NetworkError, Refused
 from hypha.leases import Lease, Release
 from hypha.messages import WorkerLeaving
 from hypha.node import Node
+from hypha.worker.arbiter import OfferFailed
 from hypha.worker.offers import LeaseDesk
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,10 @@ class Leaving:
             return
         self.ends_at, self.reason, self._patient = ends_at, reason, patient
         self._hand_back_at = ends_at - min(HAND_BACK_S, HAND_BACK_SHARE * within_s)
+        for lease in self._desk.leases:
+            if not lease.accepted:
+                # whoever takes this offer up is refused, and takes the next one
+                self._desk.handle(OfferFailed(lease.lease_id, reason))
         if leases := self._accepted():
             logger.info(
                 "This worker leaves within %.1f s (%s): %d leases are handed back, with what was trained.",
