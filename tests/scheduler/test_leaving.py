@@ -129,7 +129,7 @@ async def test_drained_it_keeps_its_leases_and_makes_offers_again_when_told(netw
     ):
         lease = await leased(pool)
         leaving.drain()
-        assert leaving.in_words == "drained: it makes no new offers"
+        assert leaving.in_words == "is drained, and makes no new offers"
         await trio.sleep(1000.0)
         assert [one.lease_id for one in pool.leases] == [lease]
         await pool.release(lease)

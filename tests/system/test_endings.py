@@ -159,7 +159,7 @@ async def test_an_operator_looks_around_and_drains_a_worker(system: System) -> N
     assert len(held) == 2
 
     # what is leased goes on, and another job waits until the worker makes offers again
-    assert "drained: it makes no new offers; it has 2 leases" in await drain()
+    assert "is drained, and makes no new offers; it has 2 leases" in await drain()
     before = (await system.status(scheduler)).round
     await system.reached(scheduler, lambda seen: seen.round > before)
     assert "makes offers" in await drain("--undo")

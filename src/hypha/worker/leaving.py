@@ -56,7 +56,7 @@ class Leaving:
         if self.ends_at is not None:
             left_s = max(0.0, self.ends_at - trio.current_time())
             return f"ends in {left_s:.1f} s ({self.reason})"
-        return "drained: it makes no new offers" if self._desk.is_closed else "makes offers"
+        return "is drained, and makes no new offers" if self._desk.is_closed else "makes offers"
 
     def drain(self) -> None:
         """Make no more offers; what is leased goes on."""
