@@ -2,7 +2,8 @@
 
 HyphaError                      exit code 1
 ├── ConfigError                 exit code 2   a file, key or value the operator must change
-│   └── IdentityError                         a certificate, key, trust bundle or CRL
+│   ├── IdentityError                         a certificate, key, trust bundle or CRL
+│   └── AddressTaken            exit code 75  an address to listen on is in use: that may pass
 ├── NetworkError
 │   ├── PeerUnreachable                       no address, direct or relayed, answered
 │   ├── RequestTimeout                        connected, but no answer in time
@@ -24,12 +25,17 @@ HyphaError                      exit code 1
     ├── OutputError             exit code 6   the output place cannot be written
     └── ExecutorFailed                        a child process died; its exit code and last lines
 
+`hypha doctor` exits with 7 when it finds warnings at most, and with 8 when it finds errors in what it looks
+at; errors of its own have the codes above.
+
 Third-party exceptions are translated into these in the room that imports the third party, with
 ``from exc``. A message says what happened, to which peer, file or key, and what to do next.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 
 
@@ -71,6 +77,23 @@ class ConfigError(HyphaError):
 
 class IdentityError(ConfigError):
     """A certificate, private key, trust bundle or CRL cannot be used."""
+
+
+class AddressTaken(ConfigError):
+    """Another program listens at an address of this node, or the address is not this machine's now: its
+    network may not be up yet. Both may pass, so a service manager is to start the node again (75 is the
+    ``EX_TEMPFAIL`` of sysexits.h).
+    """
+
+    exit_code = 75
+
+
+def listening_failed(key: str, address: str, exc: OSError | None, advice: str = "") -> ConfigError:
+    """What to raise where ``exc`` came of listening at ``address``, which ``key`` names."""
+    reason = "" if exc is None else f": {os.strerror(exc.errno) if exc.errno else exc}"
+    passes = exc is not None and exc.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+    kind = AddressTaken if passes else ConfigError
+    return kind([Problem(key=key, message=f"cannot listen on {address}{reason}{advice}")])
 
 
 class NetworkError(HyphaError):

@@ -34,12 +34,23 @@ FeatureNames = Annotated[
     tuple[Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)], ...], Meta(max_length=MAX_FEATURES)
 ]
 
+#: The number of a node that runs, and of how many of them a gateway asks another one in one request.
+MAX_INSTANCE_LENGTH = 256
+MAX_NODE_RUNS = 500
+
 #: Few, so that looking for a path among them costs little.
 MAX_CERTIFICATES = 4
 MAX_CERTIFICATE_BYTES = 16 << 10
 CertificateChain = Annotated[
     tuple[Annotated[bytes, Meta(max_length=MAX_CERTIFICATE_BYTES)], ...], Meta(max_length=MAX_CERTIFICATES)
 ]
+
+#: Of one :class:`MeasureBandwidth`, each way; the request with its envelope stays below MAX_REQUEST_BYTES.
+MAX_MEASURED_BYTES = 1 << 19
+#: Addresses that one :class:`DialBack` may name.
+MAX_DIALLED_BACK = 8
+#: Packages of which a node states the version it runs with.
+MAX_PACKAGES = 32
 
 
 def _kebab(name: str) -> str:
@@ -154,7 +165,7 @@ class ModelSpec(Value):
     importable where the executor runs and allowed by the worker's owner, called with ``arguments``, which
     for the other tasks change ``config.json`` (another ``num_labels`` gives a fresh head). ``inputs`` maps
     model argument -> dataset column (empty: same names). ``loss`` is needed by models whose forward returns
-    no ``loss``.
+    no ``loss``. ``class_names`` are those of the dataset's labels, for the export of a parameter server.
     """
 
     task: str
@@ -165,6 +176,7 @@ class ModelSpec(Value):
     loss: Literal["cross-entropy", "mse", "l1", "bce-with-logits"] | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 class PreprocessorSpec(Value):
@@ -216,7 +228,7 @@ class TrainJob(Message, tag="train"):
 
     ``steps`` is the number of inner steps taken by earlier lives, for the learning-rate schedule. An executor
     that gives no sign of life for ``hang_s`` may be taken for hung (see :class:`Alive`), but only sooner than
-    by its worker's own rule.
+    by its worker's own rule. Its worker trains on nothing that is not in the manifest of ``manifest_hash``.
     """
 
     job_id: str
@@ -232,6 +244,8 @@ class TrainJob(Message, tag="train"):
     optimizer: InnerOptimizer = InnerOptimizer()
     schedule: LrSchedule = LrSchedule()
     gradient_accumulation: int = 1
+    #: rows of a batch that go through the model at a time; None: all, or as many as fit into memory
+    micro_batch_size: int | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
     shuffle: bool = True
     seed: int = 0
@@ -239,6 +253,7 @@ class TrainJob(Message, tag="train"):
     update_encoding: Literal["none", "bf16", "int8"] = "none"
     hang_s: float | None = None
     traced: Traced | None = None
+    manifest_hash: str = ""
 
 
 class CheckpointPolicy(Value):
@@ -250,7 +265,9 @@ class CheckpointPolicy(Value):
 
 
 class AggregateJob(Message, tag="aggregate"):
-    """What a parameter server is to do. It starts at ``round`` from the model, or from ``restore``."""
+    """What a parameter server is to do. It starts at ``round`` from the model, or from ``restore``.
+    ``slice_rows`` are those of each slice of the dataset: an update of rows that do not exist is refused.
+    """
 
     job_id: str
     generation: int
@@ -269,6 +286,7 @@ class AggregateJob(Message, tag="aggregate"):
     round: int = 0
     restore: Reference | None = None
     traced: Traced | None = None
+    slice_rows: tuple[int, ...] = ()
 
 
 Job = TrainJob | AggregateJob
@@ -309,12 +327,13 @@ class Members(Message):
 
     ``most_samples`` says for how many samples their updates of ``round`` may stand at most: a larger one is
     refused, and one of a worker that is not named in it waits for the next of these messages. Without
-    ``round`` nothing is said about that.
+    ``round`` nothing is said about that. ``batch_sizes`` are those that the workers were told.
     """
 
     peers: tuple[PeerRef, ...]
     round: int | None = None
     most_samples: dict[str, int] = {}
+    batch_sizes: dict[str, int] = {}
 
 
 class SendModel(Message):
@@ -403,7 +422,7 @@ class UpdateStatistics(Value):
     """What a parameter server measured of one update: its L2 norm, its cosine to the weighted mean of all
     updates of the round (estimated, see :mod:`hypha.executor.agreement`; None where there is none, as of
     zeros), the size of its file, and what it was multiplied by before it was added, as it was larger than it
-    may be (None: this version does not say).
+    may be (None: this version does not say). ``buffer_clips`` are the same for buffers that it moved too far.
     """
 
     worker: str
@@ -411,6 +430,7 @@ class UpdateStatistics(Value):
     cosine: float | None = None
     size_bytes: int = 0
     clip: float | None = None
+    buffer_clips: dict[str, float] | None = None
 
 
 class Alive(Message):
@@ -580,11 +600,32 @@ class Health(Message):
 
 
 class SameCertificate(Message):
-    """Another node uses the certificate of the one that is told so; it has come from ``address``, and was
-    turned away. Answered by every component.
+    """Another node uses the certificate of the one that is told so; it has come from ``address`` to
+    ``gateway``, where it did not come to the one that tells it, and was turned away. Answered by every
+    component.
     """
 
     address: str = ""
+    gateway: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)] = ""
+
+
+class NodeRun(Value):
+    """A node that a gateway is connected with, for ``connected_s`` by now, or that asks to be let in, without
+    it. ``instance`` is the number that the node states in its handshake.
+    """
+
+    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)]
+    instance: Annotated[str, Meta(max_length=MAX_INSTANCE_LENGTH)]
+    address: Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)] = ""
+    connected_s: float | None = None
+
+
+class FindDoubles(Message):
+    """A gateway asks another: which of ``nodes`` are there as well, as other nodes with the same certificate
+    that have been connected for longer and are alive?
+    """
+
+    nodes: Annotated[tuple[NodeRun, ...], Meta(max_length=MAX_NODE_RUNS)] = ()
 
 
 #: In one answer: more say how many they are.
@@ -611,6 +652,25 @@ class ListedPeer(Value):
     way: Literal["direct", "relayed"] = "direct"
     round_trip_s: float | None = None
     addresses: tuple[str, ...] = ()
+
+
+class DialBack(Message):
+    """Can the caller be dialled at these addresses? Answered by gateways, which try those alone whose host is
+    the IP address that a connection of the caller comes from: nobody has a third party dialled.
+    """
+
+    addresses: Annotated[
+        tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...], Meta(max_length=MAX_DIALLED_BACK)
+    ]
+
+
+class MeasureBandwidth(Message):
+    """How fast is the way between us? The answer to ``payload`` has ``reply_bytes`` bytes. Answered by every
+    component, for one caller at a time and within a budget.
+    """
+
+    payload: Annotated[bytes, Meta(max_length=MAX_MEASURED_BYTES)] = b""
+    reply_bytes: Annotated[int, Meta(ge=0, le=MAX_MEASURED_BYTES)] = 0
 
 
 class WorkerOffer(Message):
@@ -822,12 +882,14 @@ class TransferMeta(Value):
 class BulkOffer(Message):
     """I will send this. ``addresses``: where you may dial me for it. ``traceparent``: of which operation the
     transfer is part; over a connection that was kept an offer has no envelope that could say so.
+    ``zstd_blocks``: I would compress single blocks, and say of each whether it is.
     """
 
     token: str
     meta: TransferMeta
     addresses: tuple[str, ...]
     traceparent: str | None = None
+    zstd_blocks: bool = False
 
 
 class BulkDial(Message):
@@ -842,7 +904,12 @@ class Acknowledged(Message):
 
 
 class HealthReport(Message):
-    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words."""
+    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words.
+
+    The rest is for whoever looks for a fault, nothing is decided by it: ``time_s`` is the sender's time of
+    day in seconds since 1970, the only one on the wire, ``seen_at`` (a multiaddr) where the connection of
+    the caller comes from as the sender sees it, and ``packages`` has the versions that it runs with.
+    """
 
     healthy: bool
     component: str
@@ -850,6 +917,35 @@ class HealthReport(Message):
     peer: str
     uptime_s: float
     details: dict[str, str] = {}
+    time_s: float | None = None
+    seen_at: Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)] = ""
+    packages: Annotated[
+        dict[
+            Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)],
+            Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)],
+        ],
+        Meta(max_length=MAX_PACKAGES),
+    ] = {}
+
+
+class DialResult(Value):
+    """What came of dialling ``address``: the PeerID of the node there, or why there is none."""
+
+    address: str
+    peer: str = ""
+    reason: str = ""
+
+
+class DialedBack(Message):
+    """One result for each address that was asked for, in that order."""
+
+    results: tuple[DialResult, ...]
+
+
+class BandwidthMeasured(Message):
+    """As many bytes as were asked for."""
+
+    payload: bytes = b""
 
 
 class PeerList(Message):
@@ -860,10 +956,14 @@ class PeerList(Message):
 
 
 class LeaseRenewed(Message):
-    """The lease now lives ``expires_in_s`` from when the answer was sent."""
+    """The lease now lives ``expires_in_s`` from when the answer was sent. ``contended``: other schedulers ask
+    for what it holds, ``outranked``: one of them for longer than its owner. It is not ended for them.
+    """
 
     lease_id: str
     expires_in_s: float
+    contended: bool = False
+    outranked: bool = False
 
 
 class SliceAssigned(Message):
@@ -917,9 +1017,17 @@ class ColumnRange(Value):
     ignored: int = 0
 
 
+class ClassNames(Value):
+    """What the classes of a ``column`` are called: the first name is that of class 0, and so on."""
+
+    column: str
+    names: tuple[str, ...]
+
+
 class Manifest(Value):
     """``manifest.json`` of a prepared dataset. ``ranges`` are empty, or lack columns, where nobody has looked
-    (as in manifests of earlier versions); they follow from the slices, and are no part of the hash.
+    (as in manifests of earlier versions); they follow from the slices, and are no part of the hash. Neither
+    are ``labels``, which a data node takes from ``labels.json`` beside it.
     """
 
     name: str
@@ -927,6 +1035,7 @@ class Manifest(Value):
     slices: tuple[SliceInfo, ...]
     version: int = 1
     ranges: tuple[ColumnRange, ...] = ()
+    labels: tuple[ClassNames, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -999,6 +1108,12 @@ class BulkAnswer(Message):
     wait_s: float = 0.0
 
 
+class DoublesFound(Message):
+    """Those that are, each with its address there."""
+
+    found: Annotated[tuple[NodeRun, ...], Meta(max_length=MAX_NODE_RUNS)] = ()
+
+
 class RefusedReply(Message):
     """The typed no."""
 
@@ -1009,7 +1124,10 @@ class RefusedReply(Message):
 Request = (
     Health
     | SameCertificate
+    | FindDoubles
     | ListPeers
+    | DialBack
+    | MeasureBandwidth
     | WorkerOffer
     | RenewLease
     | ReleaseLease
@@ -1033,6 +1151,8 @@ Response = (
     Acknowledged
     | HealthReport
     | PeerList
+    | DialedBack
+    | BandwidthMeasured
     | LeaseRenewed
     | SliceAssigned
     | NoSlice
@@ -1040,6 +1160,7 @@ Response = (
     | FileList
     | CheckpointHeld
     | CheckpointList
+    | DoublesFound
     | BulkOffer
     | BulkAnswer
     | RefusedReply

@@ -208,6 +208,10 @@ class Node(Protocol):
         PeerUnreachable when it never was.
         """
 
+    @property
+    def organization(self) -> str:
+        """The organisation that vouches for this node; empty where it has no name."""
+
     def watch_peers(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PeerLost]]:
         """A channel that says when the last connection to a peer ended."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import ipaddress
 import json
 import re
 import socket
@@ -47,7 +48,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def keys_of(model: type[Section], prefix: str = "") -> set[str]:
     keys = set()
     for name, info in model.model_fields.items():
-        keys.add("class" if info.alias == "class" else name)
+        keys.add(info.alias if info.alias and "-" not in info.alias else name)
         for part in (info.annotation, *get_args(info.annotation)):
             if isinstance(part, type) and issubclass(part, Section):
                 keys |= keys_of(part)
@@ -86,6 +87,18 @@ def test_the_commented_defaults_are_the_defaults(program: str, here: Path, pki: 
     different = {key for key, value in plain.items() if other[key] != value}
     # written into a file, a path is relative to it
     assert different <= {"work_dir", "state_dir"}
+
+
+def test_a_worker_says_what_was_found_and_what_is_more_than_that(here: Path, pki: Path) -> None:
+    arguments = ("-n", "worker", "--pki", str(pki), *ARGUMENTS["worker"], "--cpu", "4096")
+    made = run("worker", "init", *arguments)
+    assert "  found memory: " in made
+    assert "note: resources.cpu = 4096 is more than this machine has (" in made
+    assert tomllib.loads(Path("config.toml").read_text())["resources"]["cpu"] == 4096
+    told = run("worker", "validate")
+    assert "limit memory: " in told
+    assert "advice: resources.cpu = 4096 is more than this machine has (" in told
+    assert "resource cpu: 4096 offered" in run("worker", "validate", "--set", "detect_resources=false")
 
 
 def test_without_what_only_the_operator_knows_it_says_what_to_fill_in(here: Path) -> None:
@@ -278,6 +291,20 @@ def test_the_task_is_that_of_the_model(here: Path, pki: Path) -> None:
     file.write_text("[")
     assert task("--model", "model") == "image-classification"
     assert "causal-lm?" in run("scheduler", "init", "--model-type", "casual-lm", ok=False)
+
+
+@pytest.mark.parametrize("component", ["gateway", "worker", "data", "scheduler"])
+def test_a_network_of_the_operators_own_is_taken_out_of_the_excluded(here: Path, component: str) -> None:
+    allowed = ["--allow-cidr", "10.0.0.0/8", "--allow-cidr", "192.168.4.0/24"]
+    run(component, "init", *allowed)
+    excluded = tomllib.loads(Path("config.toml").read_text())["exclude_cidr"]
+    assert "10.0.0.0/8" not in excluded
+    assert "172.16.0.0/12" in excluded
+    networks = [ipaddress.ip_network(text) for text in excluded]
+    for address, is_out in (("192.168.4.7", False), ("192.168.5.7", True), ("127.0.0.1", True)):
+        assert any(ipaddress.ip_address(address) in one for one in networks) is is_out
+    with pytest.raises(ConfigError, match="--allow-cidr lab: it is no network"):
+        run(component, "init", "--force", "--allow-cidr", "lab")
 
 
 def test_a_gateway_by_its_name_in_a_private_network_is_dialled_directly(

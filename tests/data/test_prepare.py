@@ -18,10 +18,12 @@ import pytest
 from tests.data.reading import read_dataset
 
 from hypha.data import PrepareOptions, load_dataset_directory, prepare, staging, verify
+from hypha.data.labels import read_labels
 from hypha.data.locks import take
-from hypha.data.manifest import MANIFEST_FILE
+from hypha.data.manifest import MANIFEST_FILE, read_manifest
 from hypha.errors import ConfigError, DataError, InputUnusable
-from hypha.messages import Column
+from hypha.manifests import manifest_hash
+from hypha.messages import ClassNames, Column
 
 
 def digits(directory: Path, samples: int = 200) -> tuple[Path, Path]:
@@ -479,6 +481,23 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
     assert int(result.stdout) < 100_000
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "is not what prepare writes"),
+        ('{"labels": {"a": 1, "b": 2}}', "does not number the classes of labels from 0 on"),
+        ('{"labels": {"a": 0, "b": 0}}', "does not number the classes"),
+        ('{"labels": {"' + "a" * (1 << 20) + '": 0}}', "is larger than"),
+    ],
+)
+def test_names_of_classes_that_cannot_be_used_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str, told: str
+) -> None:
+    (tmp_path / "labels.json").write_text(content)
+    assert read_labels(tmp_path) == ()
+    assert told in caplog.text
+
+
 def test_labels_are_named_in_a_file(tmp_path: Path) -> None:
     source = tmp_path / "in.csv"
     source.write_text("size,kind\n1,cat\n2,dog\n3,cat\n4,ant\n")
@@ -487,6 +506,11 @@ def test_labels_are_named_in_a_file(tmp_path: Path) -> None:
     for directory in (tmp_path / "out", tmp_path / "out" / "holdout"):
         found = msgspec.json.decode((directory / "labels.json").read_bytes())
         assert found == {"labels": {"ant": 0, "cat": 1, "dog": 2}}
+        # a data node says so in its manifest, whose hash and file are as they were
+        served = load_dataset_directory(directory)
+        assert served.manifest.labels == (ClassNames(column="labels", names=("ant", "cat", "dog")),)
+        assert read_manifest(directory).labels == ()
+        assert served.manifest_hash == manifest_hash(read_manifest(directory))
     train = read_dataset(tmp_path / "out")
     held = read_dataset(tmp_path / "out" / "holdout")
     names = dict(zip([*train["size"], *held["size"]], [*train["labels"], *held["labels"]], strict=True))

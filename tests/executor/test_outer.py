@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ import torch
 
 from hypha.errors import Refused
 from hypha.executor import tensors, updates
-from hypha.executor.outer import OuterStep, clips_of
+from hypha.executor.outer import OuterStep, recorded_in
 from hypha.executor.outliers import MOST_ASIDE
 from hypha.executor.tensors import Theta
 from hypha.messages import (
@@ -268,10 +269,10 @@ def test_what_was_scaled_down_is_replayed_to_the_bit(update: object) -> None:
         entry = LedgerRound(
             round=round_, theta="", contributors=(), generation=0, samples=12, updates=outer.statistics
         )
-        clips = clips_of(msgspec.json.decode(msgspec.json.encode(entry), type=LedgerRound))
-        assert clips["w1"] < 0.01
+        recorded = recorded_in(msgspec.json.decode(msgspec.json.encode(entry), type=LedgerRound))
+        assert (recorded["w1"].clip or 0.0) < 0.01
         for number, copy in enumerate(copies):
-            again.add(f"w{number}", 4, copy, clips[f"w{number}"])
+            again.add(f"w{number}", 4, copy, recorded[f"w{number}"])
         again.apply()
         assert torch.equal(outer.theta.parameters["w"], again.theta.parameters["w"])
 
@@ -403,3 +404,97 @@ def test_the_cosine_is_that_to_the_mean_but_for_a_few_hundredths(
     assert [one.norm for one in outer.statistics] == pytest.approx(
         [float(one.double().norm()) for one in vectors]
     )
+
+
+def moved_by(outer: OuterStep, update: object, moves: dict[str, dict[str, torch.Tensor]]) -> None:
+    """A round in which each worker sends these buffers, beside a small update."""
+    for worker, buffers in moves.items():
+        outer.add(worker, 4, update(outer.theta, [0.1], **buffers))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("huge", [1e6, 1e30, -1e30])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_worker_does_not_move_buffers_further_than_the_others(
+    update: object, place: int, huge: float
+) -> None:
+    """In the first round and later on, whichever update comes first."""
+    theta = theta_with([0.0], mean=torch.zeros(2), still=torch.ones(1), count=torch.tensor(0))
+    outer = OuterStep(theta, job(max_update_ratio=10.0))
+    for step in range(1, 3):
+        moves = {
+            f"w{number}": {
+                "mean": torch.tensor([step + 0.1 * number, 0.0]),
+                "still": torch.ones(1),
+                "count": torch.tensor(10 * step + number),
+            }
+            for number in range(3)
+        }
+        moves[f"w{place}"] = {
+            "mean": torch.tensor([huge, huge]),
+            "still": torch.tensor([huge]),
+            "count": torch.tensor(1 << 62),
+        }
+        moved_by(outer, update, moves)
+        outer.apply()
+        assert theta.buffers["mean"].abs().max() <= 2 * step
+        # what most leave alone stays, bit by bit
+        assert theta.buffers["still"].tolist() == [1.0]
+        assert 0 < int(theta.buffers["count"]) <= 40 * step
+        clips = {one.worker: one.buffer_clips for one in outer.statistics}
+        assert set(clips.pop(f"w{place}") or {}) == {"mean", "still", "count"}
+        assert clips == {worker: {} for worker in moves if worker != f"w{place}"}
+
+
+def test_of_two_workers_earlier_rounds_say_what_is_usual(update: object) -> None:
+    theta = theta_with([0.0], var=torch.ones(1))
+    outer = OuterStep(theta, job(max_update_ratio=10.0))
+    for step in range(3):
+        moved_by(outer, update, {name: {"var": torch.tensor([1.5 + step])} for name in ("a", "b")})
+        outer.apply()
+    moved_by(outer, update, {"a": {"var": torch.tensor([1e20])}, "b": {"var": torch.tensor([4.0])}})
+    outer.apply()
+    assert float(theta.buffers["var"]) < 5.0
+
+
+def test_flags_and_counters_may_be_moved_by_one_worker_alone(update: object) -> None:
+    """That is what their maximum is for: which entries of a table were used, say."""
+    theta = theta_with(
+        [0.0], seen=torch.tensor([False, False, False]), used=torch.zeros(3, dtype=torch.int64)
+    )
+    outer = OuterStep(theta, job(max_update_ratio=10.0))
+    moved_by(
+        outer,
+        update,
+        {
+            f"w{number}": {"seen": torch.arange(3) == number, "used": 3 * (torch.arange(3) == number)}
+            for number in range(3)
+        },
+    )
+    outer.apply()
+    assert theta.buffers["seen"].all()
+    assert theta.buffers["used"].tolist() == [3, 3, 3]
+
+
+def test_a_replay_scales_buffers_as_the_ledger_says(update: object, tmp_path: Path) -> None:
+    """Bit by bit, and as an entry of an earlier version, which says nothing of them, believed them."""
+
+    def fresh() -> tuple[Theta, OuterStep]:
+        theta = theta_with([0.0], mean=torch.zeros(3))
+        return theta, OuterStep(theta, job(max_update_ratio=10.0))
+
+    theta, outer = fresh()
+    means = {"a": [0.3, 0.1, 0.7], "b": [1e7, 3.0, -2.0], "c": [0.2, 0.9, 0.4]}
+    paths = {name: update(theta, [0.1], mean=torch.tensor(mean)) for name, mean in means.items()}  # type: ignore[operator]
+    for number, (name, path) in enumerate(paths.items()):
+        outer.add(name, 3 + number, Path(shutil.copy(path, tmp_path / f"live-{name}")))
+    outer.apply()
+    entry = LedgerRound(round=0, theta="", contributors=(), updates=outer.statistics)
+    recorded = recorded_in(msgspec.json.decode(msgspec.json.encode(entry), type=LedgerRound))
+    for plain in (False, True):
+        again, replayed = fresh()
+        for number, (name, path) in enumerate(paths.items()):
+            said = msgspec.structs.replace(recorded[name], **({"buffer_clips": None} if plain else {}))
+            replayed.add(name, 3 + number, Path(shutil.copy(path, tmp_path / "again")), said)
+        replayed.apply()
+        assert torch.equal(again.buffers["mean"], theta.buffers["mean"]) is not plain
+    assert not list(tmp_path.glob("*.buffers"))

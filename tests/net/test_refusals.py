@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
+from tests.net.test_reports import report
 from tests.net.test_transport import end_within
 from tests.support.network import LOOPBACK, Network, Pki, address_of
 
-from hypha.errors import NetworkError
+from hypha.errors import NetworkError, PeerUnreachable
 from hypha.messages import PeerRef
 from hypha.net.addresses import host_and_port
 from hypha.net.refusals import CERTIFICATE, SAME_CERTIFICATE, Refusal, encoded, refusal_in
@@ -147,3 +150,39 @@ async def test_a_node_that_is_dialled_by_itself(network: Network) -> None:
         with pytest.raises(NetworkError, match="uses the same certificate"):
             await node.connect(node.peer_id)
         assert host_and_port(address_of(node))
+
+
+async def test_whoever_refuses_this_nodes_certificate_is_dialled_less_and_less(
+    network: Network, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until its own files have changed: what wants something of the peer asks several times a second."""
+    bystander, revoked = network.pki.files("bystander"), network.pki.files("revoked", ("worker",))
+    crl = tmp_path / "crls.pem"
+    revoke(network.pki.org, [bystander.cert, revoked.cert], crl)
+    good = network.pki.files("good", ("scheduler",))
+    strict = load_identity(IdentityFiles(good.cert, good.key, good.trust, crl))
+    patient = replace(network.timings, reconnect_max_s=30.0, identity_poll_s=600.0)
+    async with (
+        network.leaf("scheduler", identity=strict) as scheduler,
+        network.leaf("worker", identity=load_identity(revoked), timings=patient) as worker,
+    ):
+        worker.learn(PeerRef(peer=scheduler.peer_id, addresses=(address_of(scheduler),)))
+        with caplog.at_level(logging.DEBUG, "hypha.net"):
+            began = trio.current_time()
+            while trio.current_time() - began < 2.5:
+                with pytest.raises(PeerUnreachable, match="was revoked"):
+                    await worker.connect(scheduler.peer_id)
+                worker.report(scheduler.peer_id, report(1))
+                await trio.sleep(0.05)
+            dialled = [line for line in caplog.messages if line.startswith("No connection after")]
+            assert len(dialled) == 2
+            loud = [one for one in caplog.records if one.levelno > logging.DEBUG]
+            assert len([one for one in loud if "Reports to" in one.getMessage()]) == 1
+            assert len([one for one in loud if "handshake" in one.getMessage()]) == 1
+            # it has another certificate, perhaps
+            revoked.cert.write_bytes(revoked.cert.read_bytes() + b"\n")
+            assert await worker.reload_identity()
+            with pytest.raises(PeerUnreachable, match="was revoked"):
+                await worker.connect(scheduler.peer_id)
+            dialled = [line for line in caplog.messages if line.startswith("No connection after")]
+            assert len(dialled) == 3

@@ -14,8 +14,9 @@ from tests.scheduler.test_ledger import opening
 from tests.scheduler.test_rounds import check_books, rules
 from tests.scheduler.world import Worker, World
 
+from hypha.contributions import MOST_COUNT, contribution_problem
 from hypha.errors import ModelError, Refused
-from hypha.executor.admission import admit
+from hypha.executor.admission import admit, check_contribution
 from hypha.messages import (
     AggregateJob,
     Contribution,
@@ -32,7 +33,6 @@ from hypha.messages import (
     TransferMeta,
     UpdateSent,
 )
-from hypha.scheduler.claims import MOST_COUNT, contribution_problem
 from hypha.scheduler.events import AnswerSlice, Drop, Fail, Publish, Record, Reported, Send, SliceAsked, Told
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.slices import SliceTracker
@@ -78,7 +78,7 @@ def held() -> SliceTracker:
 )
 def test_an_update_stands_for_rows_that_there_are(changes: dict[str, Any], problem: str) -> None:
     part = msgspec.structs.replace(GOOD, **changes)
-    found = contribution_problem(part, 4, held())
+    found = contribution_problem(part, 4, held().samples)
     assert (found == "") == (problem == "")
     assert problem in found
 
@@ -345,3 +345,48 @@ def test_a_round_that_holds_odd_claims_is_written_and_read_and_the_job_resumed(
         assert len(ledger.track_records()) == 3
     assert "holds a round that cannot be read" in caplog.text
     ledger.close()
+
+
+def test_a_parameter_server_adds_nothing_that_cannot_be_replayed() -> None:
+    server = ExecutorDescriptor(kind="aggregate", name="parameter-server")
+    nobody = PeerRef(peer="s")
+    job = AggregateJob(
+        job_id="job",
+        generation=1,
+        executor=server,
+        me="ps",
+        scheduler=nobody,
+        model=ModelSpec(task="torch"),
+        slice_rows=(40,) * 4,
+    )
+    told = Members(peers=(PeerRef(peer="a"),), round=0, most_samples={"a": 60}, batch_sizes={"a": 4})
+    check_contribution("a", GOOD, job, told)
+    for part, reason in (
+        (None, "does not say what it stands for"),
+        (
+            msgspec.structs.replace(GOOD, ranges=(SliceRange(epoch=0, slice=9, start=0, stop=60),)),
+            "slice 9 has no rows",
+        ),
+        (msgspec.structs.replace(GOOD, batch_size=60, batches=1), "and was told 4"),
+        (msgspec.structs.replace(GOOD, samples=56, batches=14), "60 rows for 56 samples"),
+    ):
+        with pytest.raises(Refused, match=reason) as caught:
+            check_contribution("a", part, job, told)
+        assert caught.value.code == "invalid"
+        # a scheduler of an earlier version says nothing of rows
+        check_contribution("a", part, msgspec.structs.replace(job, slice_rows=()), told)
+
+
+def test_the_parameter_server_is_told_what_batches_its_members_train_on() -> None:
+    world = World(rules(samples=400, rounds=1))
+    sizes: dict[str, int] = {}
+
+    def hear(action: object) -> None:
+        if isinstance(action, Send) and isinstance(action.directive, Members):
+            sizes.update(action.directive.batch_sizes)
+
+    world.hooks.append(hear)
+    world.begin()
+    world.add(Worker("a", 0.05))
+    world.run(600)
+    assert sizes == {"a": 4}

@@ -107,8 +107,6 @@ async def test_a_job_may_name_its_data_nodes(
         data_node(network, gateway, organization="Lab") as ours,
         data_node(network, gateway, manifest=OTHER, organization="Other Lab") as theirs,
     ):
-        with pytest.raises(DatasetMismatch):
-            await find_dataset(scheduler, "digits", 10.0)
         for pins, wanted in (
             (Pins(organizations=frozenset({"Lab"})), ours),
             (Pins(organizations=frozenset({"Other Lab"})), theirs),
@@ -163,11 +161,36 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
         assert any("does not serve digits as it says" in text and peer == liar.peer_id for text, peer in said)
         with pytest.raises(DatasetMismatch, match=f"{'ab' * 32} of the job"):
             await find_dataset(scheduler, "digits", 1.0, wanted=Wanted(pinned="ab" * 32))
-        # one of each: nobody but the user can say which is meant, and that is what is said meanwhile
-        told: list[str] = []
-        with pytest.raises(DatasetMismatch, match="serve different data"):
-            await find_dataset(scheduler, "digits", 1.0, told.append)
-        assert meant in told[-1]
-        assert other in told[-1]
         async with data_node(network, gateway):
             assert (await find_dataset(scheduler, "digits", 10.0)).manifest_hash == meant
+
+
+@virtual_time
+@pytest.mark.parametrize("wait_s", [None, 4.0])
+@pytest.mark.parametrize("own", ["", "Lab", "Other Lab"])
+async def test_where_as_many_serve_one_as_another_none_wins_silently_and_none_stops_the_job(
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture, own: str, wait_s: float | None
+) -> None:
+    meant, other = manifest_hash(MANIFEST), manifest_hash(OTHER)
+    told: list[str] = []
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",), organization=own) as scheduler,
+        data_node(network, gateway, organization="Lab") as ours,
+        data_node(network, gateway, manifest=OTHER, organization="Other Lab") as theirs,
+    ):
+        began = trio.current_time()
+        dataset = await find_dataset(scheduler, "digits", wait_s, told.append)
+        # another one might have come
+        assert trio.current_time() - began >= (10.0 if wait_s is None else 2.0)
+    used = {"Lab": meant, "Other Lab": other}.get(own, min(meant, other))
+    assert dataset.manifest_hash == used
+    assert set(dataset.providers) == {ours.peer_id if used == meant else theirs.peer_id}
+    # that is what is said meanwhile, and then which it is
+    assert meant in told[-1]
+    assert other in told[-1]
+    (said,) = [line for line in caplog.messages if "As many data nodes serve different data" in line]
+    assert f"The manifest {used} is used" in said
+    assert ("of this scheduler's own organisation" in said) is bool(own)
+    assert "dataset.manifest_hash" in said
+    assert "A data node serves different data under the name digits" in caplog.text

@@ -5,12 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from hypha.config.models import JobConfig
 from hypha.errors import ConfigError
-from hypha.messages import HuggingFace, Local, OuterOptimizer, PeerRef, Peers, Resources
-from hypha.scheduler.describe import Descriptions, outer_optimizer
-from hypha.scheduler.lives import Life
+from hypha.messages import (
+    ClassNames,
+    Column,
+    HuggingFace,
+    Local,
+    Manifest,
+    OuterOptimizer,
+    PeerRef,
+    Peers,
+    Resources,
+)
+from hypha.scheduler.describe import Descriptions, class_names, outer_optimizer
+from hypha.scheduler.lives import Life, described
 from hypha.scheduler.rules import Rules, Start
 from hypha.scheduler.slices import SliceTracker
 from hypha.scheduler.view import in_words
@@ -131,3 +142,28 @@ def test_rules() -> None:
 def test_resources_in_words() -> None:
     assert in_words(Resources(cpu=2, gpu=10)) == "cpu=2 gpu=10"
     assert in_words(Resources()) == "anything"
+
+
+def test_the_datasets_names_of_classes_go_to_whoever_exports() -> None:
+    manifest = Manifest(
+        name="flowers",
+        columns=(Column(name="labels", dtype="I64", shape=()), Column(name="kind", dtype="I64", shape=())),
+        slices=(),
+        labels=(
+            ClassNames(column="kind", names=("rose", "tulip")),
+            ClassNames(column="labels", names=("a", "b", "c")),
+        ),
+    )
+    assert class_names(config().model, manifest) == ("a", "b", "c")
+    named = {"type": "image-classification", "path": "m", "input-names": {"labels": "kind"}}
+    model = config(model=named).model
+    assert class_names(model, manifest) == ("rose", "tulip")
+    assert class_names(model, replace(manifest, labels=())) == ()
+    # a description is sent in one request
+    many = (ClassNames(column="kind", names=tuple(f"{number:050}" for number in range(5000))),)
+    assert class_names(model, replace(manifest, labels=many)) == ()
+    job = Descriptions(config(), Start("job"), SCHEDULER, ("a", "b"))
+    assert job.aggregate("p", None).model.class_names == ("a", "b")
+    # neither what is compared when the job is taken up again, nor what trainers are told, has them
+    assert job.train("w", PeerRef(peer="p"), 16).model.class_names == ()
+    assert described(config(), SCHEDULER, "job")[1].model.class_names == ()

@@ -28,7 +28,6 @@ from hypha.config.outer import chosen
 from hypha.errors import (
     AllocationFailed,
     ConfigError,
-    DatasetMismatch,
     DatasetNotFound,
     HyphaError,
     ModelError,
@@ -102,7 +101,6 @@ MANIFEST = Manifest(
     columns=(),
     slices=tuple(SliceInfo(file=f"{i}", samples=20, size=9, blake3="00" * 32) for i in range(8)),
 )
-OTHER = msgspec.structs.replace(MANIFEST, slices=MANIFEST.slices[1:])
 
 
 @dataclass
@@ -937,14 +935,6 @@ async def test_what_cannot_be_had_ends_with_its_own_exit_code(
         (failed,) = [entry for entry in entries if "Fail" in {one["type"] for one in entry["actions"]}]
         assert failed["actions"][0]["error"] == {"error": "AllocationFailed", "text": str(caught.value)}
         assert failed["state"]["phase"] == "failed"
-
-
-@virtual_time
-async def test_replicas_that_differ_are_refused(network: VirtualNetwork, tmp_path: Path) -> None:
-    async with network.gateway() as gateway, data_node(network, gateway):
-        async with data_node(network, gateway, [OTHER]):
-            with trio.fail_after(20), pytest.raises(DatasetMismatch, match="different data"):
-                await network.run_job(config_for(network, gateway, tmp_path))
 
 
 @virtual_time

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example
 from hypothesis import strategies as st
 from tests.scheduler.world import Worker, World
+from tests.support.examples import few_and_many
 
 from hypha.errors import JobFailed, ModelError
 from hypha.messages import (
@@ -755,8 +756,8 @@ def exactly_once_after(world: World, rounds: int) -> None:
 # --- other lives --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
+@few_and_many(
+    pytest.mark.simulated,
     seed=st.integers(0, 10**6),
     speeds=st.lists(st.floats(0.02, 0.5), min_size=2, max_size=4),
     slow_net=st.booleans(),
@@ -845,8 +846,8 @@ def test_an_executor_that_loads_its_model_is_waited_for_in_another_life() -> Non
 # --- everything at once --------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
+@few_and_many(
+    pytest.mark.simulated,
     seed=st.integers(0, 10**6),
     speeds=st.lists(st.floats(0.02, 0.5), min_size=2, max_size=5),
     slow_net=st.booleans(),

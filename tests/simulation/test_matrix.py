@@ -60,7 +60,7 @@ def struck_at(role: Role, way: Way, phase: Phase, for_s: float = 4.0) -> Fault:
 def test_one_fault(runner: Runner, role: Role, way: Way, phase: Phase) -> None:
     # longer and shorter than liveness and leases, by turns
     for_s = 500.0 if way == "stall" else 4.0 if PHASES.index(phase) % 2 else 14.0
-    verdict = runner.run(Scenario(seed=1, rounds=5, faults=(struck_at(role, way, phase, for_s),)))
+    verdict = runner.run(Scenario(seed=1, rounds=4, faults=(struck_at(role, way, phase, for_s),)))
     assert verdict.problems == (), "\n".join(verdict.log[-60:])
 
 

@@ -121,6 +121,7 @@ def honest_s(runner: Runner) -> float:
     return verdict.lasted_s
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("way", LIES)
 def test_a_worker_among_four_that_lies_costs_its_share_and_a_deadline_and_is_named(
     runner: Runner, honest_s: float, way: Way

@@ -13,10 +13,11 @@ from starlette.routing import Route
 from tests.support.polling import until
 from tests.support.stopwatch import Stopwatch
 
-from hypha.errors import ConfigError
+from hypha.errors import AddressTaken, ConfigError
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
 from hypha.telemetry.hosts import foreign_host
+from hypha.telemetry.http import KEEP_ALIVE_S
 
 
 def report(healthy: bool) -> HealthReport:
@@ -75,13 +76,16 @@ async def test_without_a_status_there_is_none() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_an_address_in_use_is_a_configuration_error() -> None:
+async def test_an_address_in_use_may_pass() -> None:
     with trio.socket.socket() as taken:
         await taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(ConfigError, match="http_address: cannot listen on"):
+        with pytest.raises(AddressTaken, match=f"http_address: cannot listen on {address}: Address already"):
             await serve_http(address, lambda: report(True))
+    with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:no") as raised:
+        await serve_http("127.0.0.1:no", lambda: report(True))
+    assert raised.value.exit_code == 2
 
 
 async def test_it_ends_at_once_with_a_client_connected() -> None:
@@ -170,6 +174,13 @@ async def test_so_many_connections_and_no_more(
         nursery.cancel_scope.cancel()
 
 
+def test_idle_connections_are_kept_longer_than_clients_use_them_again() -> None:
+    """Both let go after five seconds once: a request every five seconds met the end of its connection."""
+    expiry = httpx.Limits().keepalive_expiry
+    assert expiry is not None
+    assert expiry + 5 < KEEP_ALIVE_S
+
+
 async def test_http_2_is_not_spoken() -> None:
     async with trio.open_nursery() as nursery:
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
@@ -201,7 +212,7 @@ async def test_a_client_that_has_left_leaves_nothing() -> None:
             await stream.aclose()
         began = Stopwatch()
         await until(lambda: trio.lowlevel.current_statistics().tasks_living == before)
-        # a connection that nobody uses any more lives for 5 s
+        # a connection that nobody uses any more lives longer
         assert began.elapsed_s() < 4
         nursery.cancel_scope.cancel()
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -14,8 +15,12 @@ from tests.worker.test_cache import assigned, content
 
 from hypha.config.models import CacheConfig
 from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
+from hypha.manifests import manifest_hash
 from hypha.messages import (
+    DatasetDescription,
+    DescribeDataset,
     JobStamp,
+    Manifest,
     NextSlice,
     NoSlice,
     PeerRef,
@@ -23,11 +28,13 @@ from hypha.messages import (
     Request,
     Response,
     SliceAssigned,
+    SliceInfo,
     TransferMeta,
 )
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
 from hypha.worker.cache import SliceCache
+from hypha.worker.manifest_check import ManifestCheck
 from hypha.worker.slices import AVOID_S, KEPT_LINKS, MAX_AHEAD, MAX_HOLD_S, STILL_S, SlicePrefetcher
 
 
@@ -459,3 +466,74 @@ async def test_a_long_wait_for_a_slice_is_told_once_a_minute(
     told = [one for one in caplog.messages if "Waiting for a slice of digits since" in one]
     assert len(world.asked) > 50
     assert 0 < len(told) <= (trio.current_time() - began) / 60.0
+
+
+def manifest_of(world: World, count: int = 8) -> Manifest:
+    parts = [world.slice(index) for index in range(count)]
+    return Manifest(
+        name="digits",
+        columns=(),
+        slices=tuple(
+            SliceInfo(file=f"{one.index}", samples=one.samples, size=one.size, blake3=one.blake3)
+            for one in parts
+        ),
+    )
+
+
+@pytest.mark.parametrize("trouble", ["", "other manifest", "silent"])
+async def test_a_slice_that_is_not_in_the_manifest_is_not_used(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    autojump_clock: trio.testing.MockClock,
+    trouble: str,
+) -> None:
+    """Whoever assigns it: the manifest is asked for at a data node, and its hash is computed here."""
+    world = World(tmp_path)
+    manifest = manifest_of(world)
+    described: list[str] = []
+
+    async def request(peer: PeerRef, request: Request, timeout_s: float) -> Response:
+        described.append(peer.peer)
+        assert request == DescribeDataset(dataset="digits")
+        if peer.peer == "a" and trouble == "silent":
+            raise PeerUnreachable("a", "it is gone")
+        if peer.peer == "a" and trouble:
+            return DatasetDescription(manifest=manifest_of(world, 3), manifest_hash=manifest_hash(manifest))
+        return DatasetDescription(manifest=manifest, manifest_hash="what it says is not asked")
+
+    check = ManifestCheck(request, "digits", manifest_hash(manifest))
+    world.prefetcher = SlicePrefetcher(
+        world.ask, world.pull, world.cache, world.directory, world.stamp, "digits", "life", manifest=check
+    )
+    good = world.slice(0)
+    world.answers = [
+        msgspec.structs.replace(good, samples=2),
+        msgspec.structs.replace(good, blake3=world.slice(1).blake3, size=world.slice(1).size),
+        msgspec.structs.replace(good, index=8),
+        good,
+    ]
+    async with world.running():
+        found = await world.prefetcher.next()
+        assert found.assigned == good
+    assert caplog.text.count("is not in the manifest") == 3
+    # once: all slices are known then
+    assert described == (["a", "b"] if trouble else ["a"])
+    assert ("Data node a does not serve digits as the job says" in caplog.text) is (
+        trouble == "other manifest"
+    )
+
+
+async def test_where_no_data_node_says_what_the_manifest_is_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path)
+
+    async def request(peer: PeerRef, request: Request, timeout_s: float) -> Response:
+        raise PeerUnreachable(peer.peer, "it is busy")
+
+    check = ManifestCheck(request, "digits", "a" * 64)
+    assert await check.problem(world.slice(0)) == ""
+    assert await check.problem(world.slice(1)) == ""
+    assert caplog.text.count("The manifest of digits cannot be checked yet") == 1
+    # a scheduler of an earlier version names none
+    assert await ManifestCheck(request, "digits", "").problem(world.slice(0)) == ""

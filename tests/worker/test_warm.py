@@ -29,8 +29,9 @@ from hypha.config.inherited import child_environment, inherited_state
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.executor import host as host_module
 from hypha.messages import ExecutorDescriptor, ForkRequest, ModelSpec, PeerRef, Resources, TrainJob
+from hypha.worker.cgroups import CgroupPlaces, usable_cgroups
 from hypha.worker.keepers import Launch, OwnExecutor
-from hypha.worker.limits import CgroupPlaces, Limits, apply_limits, usable_cgroups
+from hypha.worker.limits import Limits, apply_limits
 from hypha.worker.process import Exit, run_executor
 from hypha.worker.warm import ForkedKeeper, OwnHost, SharedHost, open_host
 
@@ -236,7 +237,7 @@ async def test_cgroups_hold(bridges: Network) -> None:
     try:
         ended = await run(launch(bridges, EATS, *limits.launch_options()))
         assert ended.code == -9, ended.tail
-        assert "want of memory (its limits: cgroup" in limits.verdict()
+        assert "want of memory (its limits: 0.2 GB memory by cgroup" in limits.verdict()
     finally:
         await limits.remove()
 
@@ -409,6 +410,20 @@ async def test_kill_9_of_the_host_is_survived(bridges: Network, caplog: pytest.L
         await forked.wait()
         assert forked.code == 4
         await forked.aclose()
+
+
+async def test_the_last_line_of_a_host_that_cannot_start_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "sitecustomize.py"
+    said = "ImportError: libcudart.so.12: \x1b[1m missing"
+    broken.write_text(f"import os\nos.write(2, {said!r}.encode())\nos._exit(1)")
+    host = OwnHost({**run_environment(), "PYTHONPATH": str(tmp_path)})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(host.run)
+        await until(lambda: "The executor host ended" in caplog.text)
+        nursery.cancel_scope.cancel()
+    assert "again in 1 s. Its last line: ImportError: libcudart.so.12: [1m missing" in caplog.text
 
 
 async def test_a_host_that_does_not_answer_is_replaced(

@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import ipaddress
 import os
 import re
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from hypha.cli.excluding import excluded_for
 from hypha.errors import ConfigError, IdentityError, Problem
 
 if TYPE_CHECKING:
@@ -47,6 +45,13 @@ ExternalOption = Annotated[
 ]
 ExcludeOption = Annotated[
     list[str] | None, typer.Option("--exclude-cidr", help="Network never to dial. May be repeated.")
+]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-cidr",
+        help="Network to take out of the default exclude_cidr, such as 10.0.0.0/8. May be repeated.",
+    ),
 ]
 HttpOption = Annotated[
     str | None, typer.Option("--http", help="host:port for local HTTP: /health, and /status where there is.")
@@ -84,10 +89,14 @@ class Program:
         return COMPONENTS[self.name]
 
 
-def make_app(program: Program, check_network: Callable[[Any], int] | None = None) -> typer.Typer:
+def make_app(
+    program: Program,
+    check_network: Callable[[Any], int] | None = None,
+    describe: Callable[[Any], Iterable[str]] = lambda _: (),
+) -> typer.Typer:
     """A Typer app with ``probe``, ``validate`` and ``--validate``; the caller adds the other commands.
     ``check_network`` does what ``validate --network`` does with a valid configuration, where there is that,
-    and gives the exit code.
+    and gives the exit code. ``describe`` gives the lines that ``validate`` prints of a valid one besides.
     """
     app = typer.Typer(
         name=f"hypha-{program.name}",
@@ -113,7 +122,7 @@ def make_app(program: Program, check_network: Callable[[Any], int] | None = None
             if config is not None or check:
                 raise typer.BadParameter(f"write the options after {context.invoked_subcommand}")
         elif check:
-            validate_config(program, config, [])
+            validate_config(program, config, [], describe)
         else:
             typer.echo(context.get_help())
             raise typer.Exit(2)
@@ -123,7 +132,7 @@ def make_app(program: Program, check_network: Callable[[Any], int] | None = None
         @app.command()
         def validate(config: ConfigOption = None, set_: SetOption = None) -> None:
             """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
-            validate_config(program, config, settings(program, set_))
+            validate_config(program, config, settings(program, set_), describe)
 
     else:
 
@@ -136,7 +145,7 @@ def make_app(program: Program, check_network: Callable[[Any], int] | None = None
             ] = False,
         ) -> None:
             """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
-            loaded = validate_config(program, config, settings(program, set_))
+            loaded = validate_config(program, config, settings(program, set_), describe)
             if network:
                 raise typer.Exit(check_network(loaded))
 
@@ -260,14 +269,23 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
         yield Problem("cert_pem", message)
 
 
-def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
-    """Print OK and what is advised, and return the configuration, or raise ConfigError."""
+def validate_config(
+    program: Program,
+    config: Path | None,
+    given: Sequence[Flag],
+    describe: Callable[[Any], Iterable[str]] = lambda _: (),
+) -> Any:
+    """Print OK, what ``describe`` says of it and what is advised, and return the configuration, or raise
+    ConfigError.
+    """
     from hypha.config.advice import advice
     from hypha.pki.identity import IdentityFiles, load_identity
 
     loaded = load(program, config, given)
     load_identity(IdentityFiles(loaded.cert_pem, loaded.key_pem, loaded.trust_pem, loaded.crls_pem))
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
+    for line in describe(loaded):
+        typer.echo(line)
     for one in advice(loaded):
         typer.echo(f"advice: {one}")
     return loaded
@@ -330,13 +348,14 @@ def leaf_keys(
     listen: list[str] | None,
     external: list[str] | None,
     exclude_cidr: list[str] | None,
+    allow_cidr: list[str] | None,
 ) -> dict[str, Any]:
     """The network keys of every component but the gateway."""
     return {
         "gateway_addresses": gateway or ["/dns4/gateway.example.org/tcp/8080"],
         "listen_addresses": listen,
         "external_addresses": external,
-        "exclude_cidr": excluded_for([*(gateway or ()), *(external or ())], exclude_cidr),
+        "exclude_cidr": excluded_for([*(gateway or ()), *(external or ())], exclude_cidr, allow_cidr),
     }
 
 
@@ -357,39 +376,6 @@ def local_http(program: Program, name: str | None, given: str | None) -> str:
 def leaf_fill_in(gateway: list[str] | None) -> dict[str, str]:
     """What the operator of a leaf has to write when no gateway was given."""
     return {} if gateway else {"gateway_addresses": "the addresses your gateway prints when it starts"}
-
-
-def excluded_for(addresses: Iterable[str], given: list[str] | None) -> list[str] | None:
-    """The default ``exclude_cidr`` without the networks that ``addresses`` lie in; ``None``: as it is. Names
-    are looked up: a gateway given by its name in a private network leads to direct connections as one given
-    by its address does. A name that has no address here is told.
-    """
-    from hypha.config.models import RESERVED_CIDR
-
-    if given:
-        return given
-    hosts = set[ipaddress.IPv4Address | ipaddress.IPv6Address]()
-    for text in addresses:
-        parts = text.split("/")
-        if len(parts) > 2 and parts[1] in ("ip4", "ip6"):
-            with contextlib.suppress(ValueError):
-                hosts.add(ipaddress.ip_address(parts[2]))
-        elif len(parts) > 2 and parts[1] in ("dns", "dns4", "dns6"):
-            hosts |= _looked_up(parts[2])
-    kept = [cidr for cidr in RESERVED_CIDR if not any(host in ipaddress.ip_network(cidr) for host in hosts)]
-    return kept if len(kept) < len(RESERVED_CIDR) else None
-
-
-def _looked_up(name: str) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError as exc:
-        typer.echo(
-            f"note: {name} has no address here now ({exc.strerror or exc}); if it is in a private network, "
-            "take that out of exclude_cidr, or all traffic is relayed"
-        )
-        return set()
-    return {ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in found}
 
 
 def _beside(output: Path, path: Path) -> str:

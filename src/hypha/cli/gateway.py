@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hypha.cli import component as common
+from hypha.cli.excluding import excluded_for
 from hypha.cli.running import run_program
 
 PROGRAM = common.Program("gateway", "The entry point of a Hypha network; relays for nodes behind NAT.")
@@ -25,6 +26,7 @@ def init(
     external: common.ExternalOption = None,
     gateway: common.GatewayOption = None,
     exclude_cidr: common.ExcludeOption = None,
+    allow_cidr: common.AllowOption = None,
     http: common.HttpOption = None,
     pki: common.PkiOption = Path(),
     cert: common.CertOption = None,
@@ -38,7 +40,7 @@ def init(
         "listen_addresses": listen or [DEFAULT_ADDRESS],
         "external_addresses": external or ["/dns4/gateway.example.org/tcp/8080"],
         "gateway_addresses": gateway,
-        "exclude_cidr": common.excluded_for([*(external or ()), *(gateway or ())], exclude_cidr),
+        "exclude_cidr": excluded_for([*(external or ()), *(gateway or ())], exclude_cidr, allow_cidr),
         "http_address": common.local_http(PROGRAM, name, http),
     }
     fill_in = {} if external else {"external_addresses": "where the nodes of your network dial this gateway"}

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
-from hypha.errors import ConfigError, HyphaError
+from hypha.errors import AddressTaken, ConfigError, HyphaError
 from hypha.naming import named
 
 if TYPE_CHECKING:
@@ -206,5 +206,6 @@ def _one_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     ours = [exc for exc in leaves if isinstance(exc, HyphaError)]
     problems = [problem for exc in ours if isinstance(exc, ConfigError) for problem in exc.problems]
     if len(problems) > 1:
-        return ConfigError(problems)
+        passes = all(isinstance(exc, AddressTaken) for exc in ours)
+        return AddressTaken(problems) if passes else ConfigError(problems)
     return ours[0] if ours else leaves[0]

@@ -45,6 +45,7 @@ def init(
     listen: common.ListenOption = None,
     external: common.ExternalOption = None,
     exclude_cidr: common.ExcludeOption = None,
+    allow_cidr: common.AllowOption = None,
     http: common.HttpOption = None,
     pki: common.PkiOption = Path(),
     cert: common.CertOption = None,
@@ -85,7 +86,7 @@ def init(
         source = {"entrypoint": entrypoint}
     given = {
         **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
-        **common.leaf_keys(gateway, listen, external, exclude_cidr),
+        **common.leaf_keys(gateway, listen, external, exclude_cidr, allow_cidr),
         "http_address": common.local_http(PROGRAM, name, http),
         "state_dir": state_dir,
         f"{job}.model.type": model_type or ("torch" if entrypoint else _task_in(model)),

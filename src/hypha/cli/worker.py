@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,8 +12,35 @@ from hypha.cli import component as common
 from hypha.cli.running import run_program
 from hypha.errors import HyphaError
 
+if TYPE_CHECKING:
+    from hypha.config.models import WorkerConfig
+
 PROGRAM = common.Program("worker", "Offers this machine's resources and runs executors under leases.")
-app = common.make_app(PROGRAM)
+
+
+def _describe(config: WorkerConfig) -> Iterator[str]:
+    """What this machine has, what of it is offered, and by what an executor is held to its lease."""
+    from hypha.config.inherited import child_environment
+    from hypha.messages import Resources
+    from hypha.worker.cgroups import usable_cgroups
+    from hypha.worker.detecting import detect, lowered
+    from hypha.worker.limits import mechanisms
+    from hypha.worker.quotas import usable_quotas
+
+    machine = detect(config.work_dir, child_environment())
+    configured = Resources(**config.resources.model_dump())
+    offered, claims = lowered(configured, machine) if config.detect_resources else (configured, ())
+    for name, found in machine.describe().items():
+        yield f"resource {name}: {getattr(offered, name):g} offered ({found})"
+    quotas = usable_quotas(config.work_dir) if config.work_dir.is_dir() else None
+    volume = None if quotas is None else quotas.volume
+    enforced = mechanisms(config.limits.enforce, usable_cgroups(), machine.gpus, config.cache.max_gb, volume)
+    yield from (f"limit {name}: {by}" for name, by in enforced.items())
+    for claim in claims:
+        yield f"advice: {claim}"
+
+
+app = common.make_app(PROGRAM, describe=_describe)
 
 #: ``drain --now`` leaves so many seconds, and waits so many more for the worker's process
 DRAIN_S, STOPPED_S = 30.0, 10.0
@@ -31,6 +59,7 @@ def init(
     listen: common.ListenOption = None,
     external: common.ExternalOption = None,
     exclude_cidr: common.ExcludeOption = None,
+    allow_cidr: common.AllowOption = None,
     http: common.HttpOption = None,
     pki: common.PkiOption = Path(),
     cert: common.CertOption = None,
@@ -46,12 +75,14 @@ def init(
     """Write a configuration file with every key, its default and what it means; of this machine's resources
     a little is left to others.
     """
-    from hypha.worker.detecting import detect
+    from hypha.config.inherited import child_environment
+    from hypha.messages import Resources
+    from hypha.worker.detecting import detect, lowered
 
-    here = detect(output.parent / (work_dir or "work"))
+    here = detect(output.parent / (work_dir or "work"), child_environment())
     given = {
         **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
-        **common.leaf_keys(gateway, listen, external, exclude_cidr),
+        **common.leaf_keys(gateway, listen, external, exclude_cidr, allow_cidr),
         "http_address": common.local_http(PROGRAM, name, http),
         "work_dir": work_dir,
         "resources.cpu": here.cpu if cpu is None else cpu,
@@ -60,6 +91,12 @@ def init(
         "resources.storage": round(OFFERED * here.storage, 1) if storage is None else storage,
     }
     common.write_config(PROGRAM, output, force, given, common.leaf_fill_in(gateway))
+    for name, found in here.describe().items():
+        typer.echo(f"  found {name}: {found}")
+    asked = {name: float(given[f"resources.{name}"] or 0.0) for name in ("cpu", "memory", "gpu", "storage")}
+    # it may be for another machine, so what was asked for is written
+    for claim in lowered(Resources(**asked), here)[1]:
+        typer.echo(f"note: {claim} when a worker starts here")
 
 
 @app.command()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from hypha.config.layers import Layer, Origin, Value, fold, merge
 from hypha.config.lines import KeyPath, key_lines
 from hypha.config.otel import otel_settings
 from hypha.config.partial import Partial, canonical_path, fields_at, is_text, shown
+from hypha.config.syntax import syntax_problem
 from hypha.errors import ConfigError, Problem
 
 M = TypeVar("M", bound=models.Section)
@@ -108,10 +108,7 @@ def _file_layer(model: type[models.Section], path: Path, problems: list[Problem]
         problems.append(Problem(key="", source=str(path), message="it is not UTF-8 text"))
         return Layer()
     except tomllib.TOMLDecodeError as exc:
-        match = re.search(r"\(at line (\d+), column (\d+)\)", str(exc))
-        line = int(match.group(1)) if match else text.count("\n") + 1
-        words = str(exc).split(" (at ")[0]
-        problems.append(Problem(key="", source=str(path), line=line, message=f"it is not TOML: {words}"))
+        problems.append(syntax_problem(str(path), text, exc))
         return Layer()
     lines = key_lines(text)
     return fold(

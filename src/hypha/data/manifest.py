@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from hypha.data.labels import read_labels
 from hypha.data.ranges import Ranges
 from hypha.data.slices import (
     SUFFIX,
@@ -199,6 +200,8 @@ def load_dataset_directory(directory: Path, name: str | None = None, progress: P
             )
     if name is not None:
         manifest = msgspec.structs.replace(manifest, name=name)
+    if labels := read_labels(directory):
+        manifest = msgspec.structs.replace(manifest, labels=labels)
     if len(msgspec.msgpack.encode(manifest)) > MAX_MANIFEST_BYTES:
         raise DataError(f"{directory} has too many slices to describe; prepare it again with larger ones")
     return Dataset(manifest.name, directory, manifest, manifest_hash(manifest))

@@ -14,13 +14,14 @@ from shlex import quote
 import msgspec
 
 from hypha.data.columns import Shaper, listed
+from hypha.data.labels import LABELS_FILE
 from hypha.data.manifest import Progress, silent
 from hypha.data.options import DEFAULT_SLICE_MB, PrepareOptions, check_options
 from hypha.data.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_for
 from hypha.data.slices import Array, sync
 from hypha.data.sources.layout import find_layout
 from hypha.data.sources.opening import open_source
-from hypha.data.staging import HOLDOUT, LABELS_FILE, Staging, check_target
+from hypha.data.staging import HOLDOUT, Staging, check_target
 from hypha.data.summary import Summary, Tally
 from hypha.errors import DataError, InputUnusable
 from hypha.manifests import manifest_hash

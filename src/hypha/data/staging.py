@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from hypha.data.labels import LABELS_FILE
 from hypha.data.locks import take
 from hypha.data.manifest import MANIFEST_FILE
 from hypha.data.slices import SUFFIX, sync
@@ -28,7 +29,6 @@ from hypha.errors import DataError, InputUnusable
 
 logger = logging.getLogger(__name__)
 
-LABELS_FILE = "labels.json"
 HOLDOUT = "holdout"
 #: of Linux's <fcntl.h> and <linux/fs.h>
 AT_FDCWD = -100

@@ -1,12 +1,14 @@
-"""Which updates a parameter server adds to its sum: of this job and round, of members, and of no more samples
-than the scheduler says that their workers can have trained on. A sum cannot be taken back, so each is judged
-before it is added; one about which the scheduler has not said anything yet waits until it has. Pure.
+"""Which updates a parameter server adds to its sum: of this job and round, of members, of no more samples
+than the scheduler says that their workers can have trained on, and of rows that there are. A sum cannot be
+taken back, so each is judged before it is added; one about which the scheduler has not said anything yet
+waits until it has. Pure.
 """
 
 from __future__ import annotations
 
+from hypha.contributions import contribution_problem
 from hypha.errors import Refused
-from hypha.messages import AggregateJob, Members, ReceivedFile
+from hypha.messages import AggregateJob, Contribution, Members, ReceivedFile
 
 
 def admit(file: ReceivedFile, job: AggregateJob, round_: int, members: Members | None) -> bool:
@@ -38,3 +40,25 @@ def admit(file: ReceivedFile, job: AggregateJob, round_: int, members: Members |
             worker,
         )
     return True
+
+
+def check_contribution(
+    worker: str, contribution: Contribution | None, job: AggregateJob, members: Members | None
+) -> None:
+    """Raises :class:`Refused` for an update that does not say what it stands for, or says what cannot be, so
+    that what is added to the sum is in the ledger, and is replayed. ``contribution`` is what its file says. A
+    scheduler of an earlier version does not say which rows there are: then nothing is asked.
+    """
+    if not job.slice_rows:
+        return
+    if contribution is None:
+        raise Refused("invalid", "its file does not say what it stands for, as its transfer does", worker)
+    told = None if members is None else members.batch_sizes.get(worker)
+    size = contribution.batch_size if told is None else told
+    problem = contribution_problem(contribution, size, job.slice_rows)
+    rows = sum(span.stop - span.start for span in contribution.ranges)
+    if not problem and rows != contribution.samples:
+        # which of them it has trained on, nobody could tell
+        problem = f"it names {rows} rows for {contribution.samples} samples"
+    if problem:
+        raise Refused("invalid", f"it cannot be what it says: {problem}", worker)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypha.config.tasks import A_LABEL_A_PLACE, ALIASES
+from hypha.config.tasks import A_LABEL_A_PLACE, ALIASES, IGNORED
 from hypha.errors import DataError, ModelError
 from hypha.executor.label_types import LabelTypes, loss_of, whole
 from hypha.messages import ModelSpec
@@ -95,6 +95,36 @@ class Forward:
         assert first is not None
         raise first
 
+    def logits(self, model: nn.Module, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the model says of the rows, and their labels. Raises :class:`DataError` when the columns do
+        not suit the model, or have no labels.
+        """
+        if self._types is None:
+            self.loss(model, columns)
+        assert self._types is not None
+        arguments, labels = self._typed(columns, self._types)
+        if labels is None:
+            raise DataError("the dataset has no column of labels to compare with (--input labels=NAME)")
+        if self._own_loss:
+            arguments["labels"] = labels
+        return _logits(model(**arguments)), labels
+
+    def terms(self, columns: Mapping[str, Tensor]) -> int:
+        """Over how much the loss of these rows is a mean: labels that count where labels are classes, of
+        texts those of the next token; else rows. The gradients of a batch's parts add up to its own in these
+        proportions. Raises :class:`DataError` when the columns do not suit the model.
+        """
+        rows = len(next(iter(columns.values())))
+        if not rows:
+            return 0
+        _, labels = self.arguments(columns)
+        if labels is None or labels.is_floating_point() or labels.dtype == torch.bool:
+            return rows
+        if self._own_loss and self._causal and labels.dim() > 1:
+            # the label of a place is that of the place after it
+            labels = labels[:, 1:]
+        return int((labels != IGNORED).sum())
+
     def check(self, columns: Mapping[str, Tensor]) -> None:
         """Raises :class:`DataError` for labels that the loss would take without complaint, though they mean
         nothing to it. ``columns`` are on the CPU.
@@ -105,12 +135,7 @@ class Forward:
             self._label_types.check(labels)
 
     def _loss(self, model: nn.Module, columns: Mapping[str, Tensor], types: _Types) -> Tensor:
-        arguments, labels = self.arguments(columns)
-        if types.inputs is not None:
-            arguments = {name: _converted(name, value, types.inputs) for name, value in arguments.items()}
-        if types.labels is not None and labels is not None:
-            to_class = types.labels == torch.int64 and labels.is_floating_point()
-            labels = whole(labels) if to_class else labels.to(types.labels)
+        arguments, labels = self._typed(columns, types)
         if self._own_loss and labels is not None:
             if "labels" not in self.names:
                 raise ModelError("the model's forward takes no labels; the job must name a loss (model.loss)")
@@ -127,6 +152,15 @@ class Forward:
         if not isinstance(loss, Tensor):
             raise ModelError("the model's forward returned no loss; the job must name one (model.loss)")
         return loss
+
+    def _typed(self, columns: Mapping[str, Tensor], types: _Types) -> tuple[dict[str, Tensor], Tensor | None]:
+        arguments, labels = self.arguments(columns)
+        if types.inputs is not None:
+            arguments = {name: _converted(name, value, types.inputs) for name, value in arguments.items()}
+        if types.labels is not None and labels is not None:
+            to_class = types.labels == torch.int64 and labels.is_floating_point()
+            labels = whole(labels) if to_class else labels.to(types.labels)
+        return arguments, labels
 
     def arguments(self, columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """What forward gets by keyword, and the labels."""

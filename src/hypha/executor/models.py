@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from hypha.config.tasks import ALIASES, TASKS, unknown_task
+from hypha.config.tasks import A_LABEL_A_PLACE, ALIASES, ONE_LABEL_A_ROW, TASKS, unknown_task
 from hypha.errors import ModelError
 from hypha.executor.model_tensors import check_finite, settle
 from hypha.executor.weights import Loaded, is_weight_file, tie_in_doubt, weight_file
@@ -112,6 +112,35 @@ def _configuration(spec: ModelSpec, source: Path, remote: Mapping[str, bool]) ->
     return config
 
 
+def _name_classes(config: Any, spec: ModelSpec) -> list[str]:
+    """Call the classes of ``config`` as the dataset does, where nobody else has named them; what differs, in
+    lines for the user.
+    """
+    names, task = spec.class_names, ALIASES.get(spec.task, spec.task)
+    classes = getattr(config, "num_labels", None)
+    if not names or task not in ONE_LABEL_A_ROW | A_LABEL_A_PLACE or not isinstance(classes, int):
+        return []
+    if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+        return []
+    if classes != len(names):
+        return [
+            f"the model has {classes} classes and the dataset {len(names)}: the trained model calls them as "
+            "its own config.json does (id2label)"
+        ]
+    own = [config.id2label.get(number) for number in range(classes)]
+    if own == list(names):
+        return []
+    if own != [f"LABEL_{number}" for number in range(classes)]:
+        number = next(number for number in range(classes) if own[number] != names[number])
+        return [
+            f"config.json calls class {number} {own[number]!r} and the dataset {names[number]!r}: the "
+            "trained model keeps config.json's names (id2label); take them out to have the dataset's"
+        ]
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    return []
+
+
 def _build_torch(spec: ModelSpec, source: Path | None, tell: Callable[[str], None]) -> nn.Module:
     if spec.entrypoint is None or spec.entrypoint.count(":") != 1:
         raise ModelError("a model of the task torch needs an entrypoint package.module:callable")
@@ -159,6 +188,8 @@ def _build_transformers(
     auto, remote, source = auto_class(spec.task), _remote(spec), _configured(spec, source)
     try:
         config = _configuration(spec, source, remote)
+        for note in _name_classes(config, spec):
+            tell(note)
         file = weight_file(source, spec.task)
         if file is None and weights:
             tell(

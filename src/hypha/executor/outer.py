@@ -6,9 +6,7 @@ Delta_i) / sum(w_i), m <- mu m + g (so m_0 = g), theta <- theta + lr (mu m + g),
 accumulator, so memory is theta, momentum and accumulator, however many workers there are; only those of the
 first round wait on the disk for a while, see :mod:`hypha.executor.outliers`.
 
-Buffers are no parameters and take no momentum: floating and complex ones (BatchNorm's statistics) become the
-weighted mean of the workers' values, integer and boolean ones (``num_batches_tracked``) their maximum. What
-no worker has changed stays as it is, infinite or NaN though it may be.
+Buffers are no parameters and take no momentum, see :mod:`hypha.executor.buffers`.
 """
 
 from __future__ import annotations
@@ -20,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
+import msgspec
 import torch
 from torch import Tensor
 
 from hypha.errors import DataError, Refused
 from hypha.executor.agreement import WIDTH, Agreement
-from hypha.executor.model_tensors import unchanged
+from hypha.executor.buffers import BufferSum
 from hypha.executor.outliers import MOST_ASIDE, NormLimit
 from hypha.executor.tensors import CHUNK, TensorFile, Theta, one_thread
 from hypha.executor.updates import UpdateFile
@@ -70,9 +68,7 @@ class OuterStep:
         self._aside: list[_Aside] = []
         self._added = False
         self._sum: dict[str, Tensor] = {}
-        self._buffers: dict[str, Tensor] = {}
-        #: elements of buffers that no update so far has changed
-        self._constant: dict[str, Tensor] = {}
+        self._buffers = BufferSum(theta, job.max_update_ratio)
         self._weight = 0.0
         # by name: norms are the same bits, whether theta came from a model or from a checkpoint
         self._spans = [
@@ -99,12 +95,14 @@ class OuterStep:
 
     @one_thread()
     @torch.no_grad()
-    def add(self, worker: str, samples: int, path: Path, clip: float | None = None) -> float:
-        """Add a worker's update file to the sum; return its norm. ``clip`` is what it is multiplied by, if
-        that is known, as in a replay. The file may be moved: it is deleted when it is in the sum.
+    def add(self, worker: str, samples: int, path: Path, recorded: UpdateStatistics | None = None) -> float:
+        """Add a worker's update file to the sum; return its norm. ``recorded`` says what it and its buffers
+        are multiplied by, if that is known, as in a replay. The file may be moved: it is deleted when it is
+        in the sum.
 
         Raises :class:`Refused` (``duplicate``, ``invalid``) before anything was added.
         """
+        clip = None if recorded is None else recorded.clip
         if worker in self.contributors:
             raise Refused("duplicate", "this round already has an update of this worker", worker)
         if samples <= 0:
@@ -114,11 +112,7 @@ class OuterStep:
                 update = UpdateFile(file, self.theta)
                 # the whole file is judged before its first tensor is added: a sum cannot be taken back
                 norm, sketch = self._norm(update)
-                buffers = {name: update.buffer(name) for name in self.theta.buffers}
-                for name, value in buffers.items():
-                    # a constant may be what it is, such as a mask of -inf
-                    if not (torch.isfinite(value) | unchanged(value, self.theta.buffers[name])).all():
-                        raise DataError(f"the buffer {name} holds values that are not finite")
+                buffers = self._buffers.read(update)
                 size_bytes = path.stat().st_size
                 weight = 1.0 if self._uniform else float(samples)
                 part = _Aside(worker, norm, sketch, weight, size_bytes, path)
@@ -131,7 +125,9 @@ class OuterStep:
             aside = path.with_name(f"{path.name}.aside")
             path.rename(aside)
             self._aside.append(replace(part, path=aside))
-        self._accumulate_buffers(buffers, weight)
+        # an entry of an earlier version says nothing of them: they were believed
+        clips = None if clip is None or recorded is None else recorded.buffer_clips or {}
+        self._buffers.add(worker, samples, weight, buffers, path, clips)
         self._weight += weight
         self.contributors[worker] = samples
         if len(self._aside) >= MOST_ASIDE:
@@ -208,22 +204,6 @@ class OuterStep:
 
         self._over_chunks(accumulate)
 
-    def _accumulate_buffers(self, values: dict[str, Tensor], weight: float) -> None:
-        for name, value in values.items():
-            same = unchanged(value, self.theta.buffers[name])
-            total = self._buffers.get(name)
-            if _is_averaged(value.dtype):
-                # a sum of halves would overflow
-                value = value.to(torch.promote_types(value.dtype, torch.float32)) * weight
-            if total is None:
-                self._buffers[name], self._constant[name] = value, same
-                continue
-            self._constant[name] &= same
-            if _is_averaged(value.dtype):
-                total.add_(value)
-            else:
-                self._buffers[name] = _maximum(total, value)
-
     @one_thread()
     @torch.no_grad()
     def apply(self) -> float:
@@ -256,14 +236,11 @@ class OuterStep:
         squares = 0.0
         for square in self._over_chunks(step):
             squares += square
-        for name, buffer in self.theta.buffers.items():
-            total = self._buffers[name]
-            new = (total / self._weight).to(buffer.dtype) if _is_averaged(buffer.dtype) else total
-            # what nobody has changed stays bit by bit what it is: infinities too, which make NaN of a sum
-            buffer.copy_(torch.where(self._constant[name], buffer, new))
-        self._buffers.clear()
-        self._constant.clear()
-        self.statistics = self._agreement.close()
+        scaled = self._buffers.apply(self._weight)
+        self.statistics = tuple(
+            msgspec.structs.replace(one, buffer_clips=scaled.get(one.worker, {}))
+            for one in self._agreement.close()
+        )
         self.contributors.clear()
         self._weight = 0.0
         self._added = False
@@ -281,15 +258,6 @@ class OuterStep:
         self.momentum = {name: momentum[name].view(-1) for name in self.theta.parameters}
 
 
-def clips_of(entry: LedgerRound) -> dict[str, float]:
-    """What each update of an applied round was multiplied by, as far as the ledger says that."""
-    return {one.worker: one.clip for one in entry.updates if one.clip is not None}
-
-
-def _is_averaged(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
-
-
-def _maximum(one: Tensor, other: Tensor) -> Tensor:
-    # torch cannot compare all unsigned integers
-    return torch.from_numpy(np.asarray(np.maximum(one.numpy(), other.numpy())))
+def recorded_in(entry: LedgerRound) -> dict[str, UpdateStatistics]:
+    """What the ledger says of each update of an applied round."""
+    return {one.worker: one for one in entry.updates}

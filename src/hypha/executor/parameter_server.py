@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hypha.errors import CheckpointUnusable, DataError, ModelError, PeerUnreachable, Refused
 from hypha.executor import tensors
-from hypha.executor.admission import admit
+from hypha.executor.admission import admit, check_contribution
 from hypha.executor.bridge_client import ALIVE_S, BridgeClient
 from hypha.executor.broadcast import Broadcasts
 from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
@@ -268,6 +268,7 @@ class ParameterServer:
             return
         try:
             contribution = contribution_in(path, file.from_peer, round, file.meta.samples)
+            check_contribution(file.from_peer, contribution, self._job, self._members)
             norm = self._outer.add(file.from_peer, file.meta.samples, path)
         except Refused as exc:
             self._refused(file, round, exc)

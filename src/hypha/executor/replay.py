@@ -25,10 +25,10 @@ from hypha.executor import models, tensors, updates
 from hypha.executor.forward import Forward
 from hypha.executor.inner import Inner, accelerator_for, round_seed
 from hypha.executor.model_tensors import ModelTensors
-from hypha.executor.outer import OuterStep, clips_of
+from hypha.executor.outer import OuterStep, recorded_in
 from hypha.executor.preprocessing import Preprocessor, padding_of
 from hypha.executor.slices_reader import RowStream, Slice, read_columns, slice_order
-from hypha.messages import Contribution, LedgerFile
+from hypha.messages import Contribution, LedgerFile, UpdateStatistics
 
 #: slices kept in memory; a worker's ranges mostly follow one another
 _CACHED_SLICES = 8
@@ -75,9 +75,9 @@ class Replay:
         for entry in self._ledger.rounds:
             if entry.discarded:
                 continue
-            clips = clips_of(entry)
+            recorded = recorded_in(entry)
             for part in entry.contributors:
-                self._contribute(part, clips.get(part.worker))
+                self._contribute(part, recorded.get(part.worker))
             self._outer.apply()
             yield self._hash()
 
@@ -87,10 +87,8 @@ class Replay:
     def _hash(self) -> str:
         return tensors.write(self._scratch / "theta.safetensors", self._theta.all()).blake3
 
-    def _contribute(self, part: Contribution, clip: float | None) -> None:
-        """Train one worker's share of a round and add its update, multiplied by ``clip`` where that is in the
-        ledger.
-        """
+    def _contribute(self, part: Contribution, recorded: UpdateStatistics | None) -> None:
+        """Train one worker's share of a round and add its update, multiplied by what was ``recorded``."""
         self._tensors.theta().assign(self._theta)
         inner = self._optimizers.get((part.incarnation, part.restarts))
         if inner is None:
@@ -115,7 +113,7 @@ class Replay:
         inner.flush()
         path = self._scratch / "update.safetensors"
         updates.write_update(path, self._tensors.theta(), self._theta, self._job.update_encoding)
-        self._outer.add(part.worker, part.samples, path, clip)
+        self._outer.add(part.worker, part.samples, path, recorded)
 
     def _slice(self, epoch: int, index: int, start: int, stop: int) -> Slice:
         """Positions ``start:stop`` of a slice in its order, as a slice of its own."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hypha.errors import DataError
 from hypha.executor import tensors, updates
-from hypha.executor.outer import OuterStep, clips_of
+from hypha.executor.outer import OuterStep, recorded_in
 from hypha.executor.slices_reader import RowStream, Slice, read_columns, slice_order
 from hypha.executor.tensors import Theta
 from hypha.executor.updates import Written
@@ -110,7 +110,7 @@ def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:
     for entry in ledger.rounds:
         if entry.discarded:
             continue
-        clips = clips_of(entry)
+        recorded = recorded_in(entry)
         for part in entry.contributors:
             key = (part.incarnation, part.restarts)
             if key not in optimizers:
@@ -136,7 +136,7 @@ def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:
                 inner.batch(columns)
             path = scratch / "update.safetensors"
             updates.write_update(path, local, theta, ledger.job.update_encoding)
-            outer.add(part.worker, part.samples, path, clips.get(part.worker))
+            outer.add(part.worker, part.samples, path, recorded.get(part.worker))
         outer.apply()
         hashes.append(tensors.write(scratch / "theta.safetensors", theta.all()).blake3)
     return hashes

@@ -24,9 +24,10 @@ from hypha.messages import MAX_PEER_ID_LENGTH, PeerRef
 from hypha.naming import shown
 from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, ip_of, parse
 from hypha.net.options import Timings
-from hypha.net.peers import Peers
+from hypha.net.peers import Peers, address_of, direction_of, is_relayed
 from hypha.net.reasons import failure_of, reason_of, root_of, says_refused
 from hypha.net.relay import RelayClient
+from hypha.net.shut_out import ShutOut, is_of_certificate
 from hypha.net.streams import STREAM_ERRORS
 from hypha.net.transport import MutualTls, OtherPeer
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
@@ -64,9 +65,13 @@ class _Race:
     pending: int = 0
     progress: trio.Event = field(default_factory=trio.Event)
     failures: list[str] = field(default_factory=list)
+    #: those of them that were known when relays were tried
+    direct: list[str] = field(default_factory=list)
     #: of the direct addresses that failed, did each refuse the connection?
     refused: list[bool] = field(default_factory=list)
     met: bool = False
+    #: whether the peer itself refuses this node's certificate, or this node the peer's
+    shut_out: bool = False
     #: why the last address failed, in the words that failures are counted by
     reason: str = "unreachable"
 
@@ -79,6 +84,7 @@ class _Race:
         self.failures.append(f"{address}: {exc}")
         self.refused.append(says_refused(exc))
         self.reason = failure_of(exc)
+        self.shut_out = self.shut_out or is_of_certificate(root_of(exc))
         self.note("failed", address, str(exc))
         self.pending -= 1
         self.progress.set()
@@ -105,6 +111,9 @@ class Dialer:
         self._nursery = nursery
         self._attempts: dict[str, _Attempt] = {}
         self.relay_client: RelayClient | None = None
+        self._shut_out = ShutOut(timings.reconnect_max_s)
+        # certificates and revocation lists are others now
+        peers.on_identity.append(self._shut_out.clear)
         #: why, as it was said last, by peer
         self._relayed_for: dict[str, str] = {}
         self.own_relays: Callable[[], list[str]] = list
@@ -128,6 +137,7 @@ class Dialer:
             )
         attempt = self._attempts.get(peer)
         if attempt is None:
+            self._shut_out.check(peer)
             attempt = self._attempts[peer] = _Attempt()
             connecting = start_span(CONNECT, {"hypha.peer": peer}, kind=SpanKind.CLIENT)
             with untraced():  # the library's tasks that serve the connection outlive it
@@ -145,12 +155,16 @@ class Dialer:
                 reason = race.reason
                 attempt.failure = "; ".join(race.failures) or "no address of it is known"
                 attempt.gone = bool(race.refused) and all(race.refused)
+                if race.shut_out:
+                    self._shut_out.note(peer, attempt.failure)
                 # both sides dialled at once and each gave its own connection up for the other's
                 if self._peers.is_connected(peer) or not race.met:
                     break
         finally:
             del self._attempts[peer]
             attempt.done.set()
+            if self._peers.is_connected(peer):
+                self._shut_out.forget(peer)
             if not self._peers.is_connected(peer) and reason != "cancelled":
                 CONNECTIONS_FAILED.add(direction="outbound", reason=reason)
                 connecting.set_attribute("error.type", reason)
@@ -181,13 +195,22 @@ class Dialer:
             while race.pending:
                 await race.progress.wait()
             race.scope.cancel()
+        # said here, as whoever has brought the connection may be cancelled before it hears of that
+        for connection in self._peers.connections_of(peer)[:1]:
+            race.note("connected", address_of(connection))
+            if is_relayed(connection) and direction_of(connection) == "outbound":
+                self._say_why_relayed(peer, race.direct)
         return race
 
     async def _end_when_connected(self, peer: str, race: _Race) -> None:
         """The peer may reach us first. When both dial at once, one side must hold on to its own dial, or
-        each would give up the connection that the other has just settled for: the smaller PeerID does.
+        each would give up the connection that the other has just settled for: the smaller PeerID does. A
+        connection of our own is left to the dial that has made it: cancelled before it returns, it would
+        close that connection again.
         """
         await self._peers.wait_connected(peer)
+        if any(direction_of(one) == "outbound" for one in self._peers.connections_of(peer)):
+            return
         race.met = True
         if str(self._swarm.get_peer_id()) < peer:
             await trio.sleep(MEETING_S)
@@ -200,7 +223,6 @@ class Dialer:
         except NetworkError as exc:
             race.failed(address.transport, exc)
         else:
-            race.note("connected", address.transport)
             race.scope.cancel()
 
     async def _dial(self, peer: str, address: Address) -> None:
@@ -292,7 +314,7 @@ class Dialer:
         candidates = [relay for relay in named if self._peers.is_connected(relay)]
         candidates += [relay for relay in self.own_relays() if relay not in candidates]
         candidates += [relay for relay in named if relay not in candidates]
-        direct = list(race.failures)
+        race.direct = list(race.failures)
         for relay in candidates:
             if relay == peer:
                 continue
@@ -315,8 +337,6 @@ class Dialer:
                 race.failures.append(f"relay {relay} brought no connection in time")
                 race.note("failed", circuit, "it brought no connection in time")
             else:
-                race.note("connected", circuit)
-                self._say_why_relayed(peer, direct)
                 race.scope.cancel()
                 return
 

@@ -92,6 +92,12 @@ class Gateways:
         found = [peer for peer in self.known if self._peers.is_connected(peer) and self.is_one(peer)]
         return sorted(found, key=lambda peer: peer != self.active)
 
+    def linked(self) -> list[str]:
+        """PeerIDs of connected gateways, also of those that have dialled and are not configured here: their
+        certificates say what they are.
+        """
+        return list(dict.fromkeys((*self.connected(), *self._peers.carrying("gateway"))))
+
     def is_one(self, peer: str) -> bool:
         """Whether the certificate of a peer that is or was connected makes it a gateway."""
         return self._peers.may_serve_as("gateway", peer)

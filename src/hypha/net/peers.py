@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: What a watcher may leave unread; the oldest losses go first (who is connected can be asked).
 WATCH_BACKLOG = 4096
+#: Why this node ends a connection: a label of a metric.
+Cut = Literal["silent", "revoked", "double"]
 REMEMBERED_ROLES = 20_000
 
 
@@ -57,6 +59,12 @@ def direction_of(connection: Any) -> Literal["inbound", "outbound"]:
     return "inbound" if connection.direction == Direction.INBOUND else "outbound"
 
 
+def address_of(connection: Any) -> str:
+    """The transport address at the other end of a swarm connection, "" when the socket has none."""
+    addresses = secured(connection).get_transport_addresses()
+    return str(addresses[0]) if addresses else ""
+
+
 def round_trip_of(connection: Any) -> float | None:
     """Seconds that its pings take, each of them counting twice as much as the one before."""
     return connection.muxed_conn.rtt() or None
@@ -77,9 +85,11 @@ class Peers(INotifee):  # type: ignore[misc]
         #: of peers that are or were connected: their roles, and the organisation that vouches for them
         self._vouched: dict[str, tuple[frozenset[str], str]] = {}
         #: connections that this node ended, and why
-        self._cuts: dict[Any, Literal["silent", "revoked"]] = {}
+        self._cuts: dict[Any, Cut] = {}
         self.on_connected: list[Callable[[str], None]] = []
         self.on_lost: list[Callable[[str], None]] = []
+        #: called when certificate, trust bundle or revocation lists were read again
+        self.on_identity: list[Callable[[], None]] = []
         swarm.register_notifee(self)
 
     # --- asking -------------------------------------------------------------------------------------
@@ -105,11 +115,10 @@ class Peers(INotifee):  # type: ignore[misc]
         found = []
         for connection in self._swarm.get_connections():
             tls = secured(connection)
-            addresses = tls.get_transport_addresses()
             found.append(
                 ConnectionInfo(
                     peer=str(connection.muxed_conn.peer_id),
-                    address=str(addresses[0]) if addresses else "",
+                    address=address_of(connection),
                     kind=way_of(connection),
                     direction=direction_of(connection),
                     roles=tls.roles,
@@ -130,6 +139,16 @@ class Peers(INotifee):  # type: ignore[misc]
     def organization_of(self, peer: str) -> str:
         """The organisation that vouches for a peer, as of its last connection; as :meth:`roles_of`."""
         return self._vouched_of(peer)[1]
+
+    def inbound(self) -> list[Any]:
+        """The swarm's live connections that others have dialled."""
+        found = self._swarm.get_connections()
+        return [one for one in found if not one.is_closed and one.direction == Direction.INBOUND]
+
+    def carrying(self, role: str) -> list[str]:
+        """PeerIDs of connected peers whose certificates carry ``role``."""
+        found = [one for one in self._swarm.get_connections() if not one.is_closed]
+        return list(dict.fromkeys(str(one.muxed_conn.peer_id) for one in found if role in secured(one).roles))
 
     def may_serve_as(self, service: str, peer: str) -> bool:
         """Whether a peer that is or was connected may be used as ``service``."""
@@ -255,7 +274,7 @@ class Peers(INotifee):  # type: ignore[misc]
             for connection in self._swarm.get_connections():
                 nursery.start_soon(connection.close)
 
-    async def cut(self, connection: Any, reason: Literal["silent", "revoked"], why: str) -> None:
+    async def cut(self, connection: Any, reason: Cut, why: str) -> None:
         """End a connection at once, without a goodbye; ``why`` is for people."""
         peer = str(connection.muxed_conn.peer_id)
         if not connection.is_closed:
@@ -316,6 +335,8 @@ class Peers(INotifee):  # type: ignore[misc]
             logger.error("The changed identity files cannot be used, the old ones stay in force: %s", exc)
         if changed:
             logger.info("The identity files were read again.")
+            for call in self.on_identity:
+                call()
         if changed or check:
             for connection in self._swarm.get_connections():
                 try:

@@ -26,6 +26,7 @@ from hypha.node import ReportHandler
 from hypha.telemetry.instruments import REPORTS
 from hypha.tracing import span, traceparent, untraced
 from hypha.tracing.operations import REPORT_STREAM
+from hypha.waiting import SILENT_S
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,9 @@ class Reports:
                     logger.log(TRACE, "Sent %d reports.", len(reports), extra={"peer_id": peer})
                     pause_s, reached_at = RETRY_MIN_S, trio.current_time()
                 except (*STREAM_ERRORS, PeerUnreachable, trio.TooSlowError) as exc:
-                    logger.info("Reports to %s wait: %s.", peer, exc, extra={"peer_id": peer})
+                    due = self._over_limit.is_first(peer, "waiting", SILENT_S)
+                    level = logging.INFO if due else logging.DEBUG
+                    logger.log(level, "Reports to %s wait: %s.", peer, exc, extra={"peer_id": peer})
                     if stream is not None:
                         await discard(stream)
                         stream = None

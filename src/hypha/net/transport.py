@@ -27,9 +27,11 @@ from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.errors import IdentityError
 from hypha.naming import cleaned, learn
+from hypha.net.over_limit import OverLimit
 from hypha.net.reasons import NoPlace, failure_of, reason_of
 from hypha.net.refusals import BUSY, CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
-from hypha.net.shared_port import level_of, take_place
+from hypha.net.shared_port import TELL_AGAIN_S, level_of, take_place
+from hypha.net.yamux_incoming import MAX_INBOUND_STREAMS
 from hypha.pki.certificates import common_name_of, parse_der, presented_chain
 from hypha.pki.contexts import asked_name_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
@@ -107,8 +109,12 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         self.raw = raw
         self.is_initiator = not tls.server_side
         self.certificate = certificate
+        #: streams that the peer may have open here at once
+        self.max_streams = MAX_INBOUND_STREAMS
         #: trio time at which the last bytes came in
         self.last_received = trio.current_time()
+        #: and at which it was made
+        self.since = self.last_received
         self.roles = vouched.roles
         self.name = cleaned(common_name_of(parse_der(certificate)))
         #: as it is written there, so that it can be compared
@@ -275,9 +281,17 @@ def public_key_of(certificate: bytes) -> Ed25519PublicKey:
 class MutualTls(ISecureTransport):  # type: ignore[misc]
     """Makes :class:`TlsConnection` of raw connections, or refuses."""
 
-    def __init__(self, identity: Identity, require_roles: bool = False, instance: str | None = None) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        require_roles: bool = False,
+        instance: str | None = None,
+        max_streams: int = MAX_INBOUND_STREAMS,
+    ) -> None:
         self._identity = identity
+        self._max_streams = max_streams
         self._require_roles = require_roles
+        self._over_limit = OverLimit()
         self._asked_name = None if instance is None else instance + _INSTANCE_SUFFIX
         #: asked about each peer that has dialled and is let in otherwise
         self.admit: Callable[[TlsConnection], Awaitable[Refusal | None]] | None = None
@@ -307,7 +321,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             self._count_refused(server, exc)
             # said first: closing may end the task that serves this connection
             logger.log(
-                level_of(raw, failure_of(exc)),
+                self._level_of(raw, str(expected or place), exc),
                 "The mutual-TLS handshake with %s failed: %s.",
                 expected or place,
                 reason,
@@ -320,7 +334,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             # whoever did not admit it has said so, and not for each of its attempts; and a node dials several
             # addresses at once, and gives up the others when one is there
             expected_here = isinstance(exc, NotAdmitted | NoPlace) or (server and isinstance(exc, _GaveUp))
-            level = logging.DEBUG if expected_here else level_of(raw, failure_of(exc))
+            level = logging.DEBUG if expected_here else self._level_of(raw, str(expected or place), exc)
             logger.log(level, "Refused the connection with %s: %s.", place, exc)
             await trio.aclose_forcefully(_Closing(raw))
             raise
@@ -362,6 +376,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
                 await _turn_away(raw, tls, outgoing, Refusal(CERTIFICATE, exc.problems[0].message))
             raise
         connection = TlsConnection(raw, tls, incoming, outgoing, self.key_pair, certificate, vouched)
+        connection.max_streams = self._max_streams
         learn(str(connection.get_remote_peer()), connection.name)
         if expected is not None and connection.get_remote_peer() != expected:
             raise OtherPeer(
@@ -381,6 +396,13 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             await _turn_away(raw, tls, outgoing, Refusal(BUSY, crowded))
             raise NoPlace(crowded)
         return connection
+
+    def _level_of(self, raw: IRawConnection, who: str, exc: BaseException) -> int:
+        """What this node dials again and again is a warning once a minute, as what dials it is."""
+        failure = failure_of(exc)
+        if self._over_limit.is_first(who, failure, TELL_AGAIN_S):
+            return level_of(raw, failure)
+        return logging.DEBUG
 
     @staticmethod
     def _count_refused(server: bool, exc: BaseException) -> None:

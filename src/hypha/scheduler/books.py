@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import msgspec
 
+from hypha.contributions import MOST_COUNT
 from hypha.messages import Contribution, LedgerRound, RoundApplied, UpdateStatistics
-from hypha.scheduler.claims import MOST_COUNT, bounded_loss
+from hypha.scheduler.claims import bounded_loss
 
 #: applied rounds whose late contributions still enter the ledger
 _REMEMBERED_ROUNDS = 4
@@ -92,7 +93,10 @@ def _finite(found: UpdateStatistics) -> UpdateStatistics:
     cosine = found.cosine if found.cosine is not None and math.isfinite(found.cosine) else None
     norm = found.norm if math.isfinite(found.norm) else 0.0
     size = min(max(0, found.size_bytes), MOST_COUNT)
-    return msgspec.structs.replace(found, norm=norm, cosine=cosine, size_bytes=size)
+    clips = found.buffer_clips
+    if clips is not None:
+        clips = {name: clip for name, clip in clips.items() if math.isfinite(clip)}
+    return msgspec.structs.replace(found, norm=norm, cosine=cosine, size_bytes=size, buffer_clips=clips)
 
 
 def _with(entry: LedgerRound, contributors: Iterable[Contribution], order: tuple[str, ...]) -> LedgerRound:

@@ -1,68 +1,17 @@
-"""What a worker states about itself is a claim: here are its bounds, and what it is held against.
-
-Nobody can see from outside whether a batch was trained. But a worker trains on rows that it was assigned,
-until the sync point that it was told, and its numbers are numbers: what is not so is not believed. Pure.
+"""What a worker states about itself is a claim: here are bounds of its times and losses. What an update may
+stand for is in :mod:`hypha.contributions`. Pure.
 """
 
 from __future__ import annotations
 
 import math
 
-from hypha.messages import Contribution
-from hypha.scheduler.slices import SliceTracker
-
-#: no count is larger: beyond it JSON and floats lose the last digit, and SQLite the number
-MOST_COUNT = (1 << 53) - 1
 #: seconds a batch: no step of any model is quicker, and none that is awaited takes longer
 LEAST_BATCH_S, MOST_BATCH_S = 1e-4, 1e7
 #: a larger loss is as good as none
 _MOST_LOSS = 1e15
-_MOST_THREADS = 4096
-
-
-def is_count(number: int) -> bool:
-    """Something can have been counted so often."""
-    return 0 <= number <= MOST_COUNT
 
 
 def bounded_loss(loss: float, otherwise: float) -> float:
     """``loss``, or ``otherwise`` where it is no number that can be shown, added up or written as JSON."""
     return loss if math.isfinite(loss) and abs(loss) <= _MOST_LOSS else otherwise
-
-
-def contribution_problem(part: Contribution, batch_size: int, tracker: SliceTracker) -> str:
-    """Why an update cannot stand for what ``part`` says; empty where it can. ``batch_size`` is that of its
-    worker's job. Whose the slices are now says nothing: one that was left out, or out of reach, may have been
-    relieved of them, and trains on until it hears of it.
-    """
-    return count_problem(part, batch_size) or _row_problem(part, tracker)
-
-
-def count_problem(part: Contribution, batch_size: int) -> str:
-    """What no worker that is well would say of its update, whatever happened; empty where there is none."""
-    counts = (part.round, part.samples, part.batches, part.steps, part.restarts, part.attempt)
-    if not all(is_count(count) for count in counts) or not 1 <= part.threads <= _MOST_THREADS:
-        return "its counts are no counts"
-    if part.batch_size != batch_size:
-        return f"it names batches of {part.batch_size} samples, and was told {batch_size}"
-    if not 0 < part.samples <= part.batches * batch_size:
-        return f"{part.samples} samples are not what {part.batches} batches of {batch_size} hold"
-    return ""
-
-
-def _row_problem(part: Contribution, tracker: SliceTracker) -> str:
-    ends: dict[tuple[int, int], int] = {}
-    rows = 0
-    for span in part.ranges:
-        inside = 0 <= span.slice < len(tracker.samples) and span.epoch >= 0
-        if not inside or not 0 <= span.start < span.stop <= tracker.samples[span.slice]:
-            return f"slice {span.slice} has no rows {span.start} to {span.stop}"
-        key = (span.epoch, span.slice)
-        # a slice that was taken back and given again is trained on from its beginning
-        ends[key] = max(ends.get(key, 0), span.stop)
-        rows += span.stop - span.start
-    if rows < part.samples:
-        return f"it names {rows} rows for {part.samples} samples"
-    if any(ends.get(key) != tracker.samples[key[1]] for key in part.finished):
-        return "it calls slices finished whose last rows it does not name"
-    return ""

@@ -137,14 +137,17 @@ async def find_dataset(
     not there yet.
 
     Where replicas differ, what is ``wanted`` is used, else what most data nodes serve, and the others are
-    named in the log. Raises :class:`DatasetNotFound`, or :class:`DatasetMismatch` when only other data than
-    the pinned one is served, or for a while as many serve one as another: then the user has to say which is
-    meant.
+    named in the log. Where as many serve one as another for a while, what data nodes of this node's own
+    organisation serve is used, else the one whose hash is the smallest: nobody who serves other data under a
+    name is to stop a job, and it is the same one each time. Raises :class:`DatasetNotFound`, or
+    :class:`DatasetMismatch` when only other data than the pinned one is served.
     """
     pause_s, said = _FIRST_PAUSE_S, False
     refused: set[str] = set()
     silent: list[PeerRef] = []
-    choice = _Choice(name, wanted, pins)
+    # the last moment is too late to decide
+    undecided_s = _UNDECIDED_S if wait_s is None else min(_UNDECIDED_S, wait_s / 2)
+    choice = _Choice(name, wanted, pins, node, undecided_s)
     with trio.move_on_after(float("inf") if wait_s is None else wait_s):
         while True:
             refs = await _announced(node, name)
@@ -187,12 +190,16 @@ def _why_not(silent: list[PeerRef], refused: set[str]) -> str:
 
 
 class _Choice:
-    """Among data that differs under one ``name``: which is used."""
+    """Among data that differs under one ``name``: which is used. ``node`` asks for it; for ``undecided_s`` it
+    is waited for what would decide.
+    """
 
-    def __init__(self, name: str, wanted: Wanted, pins: Pins) -> None:
+    def __init__(self, name: str, wanted: Wanted, pins: Pins, node: Node, undecided_s: float) -> None:
         self._name = name
         self._pins = pins
         self._wanted = wanted
+        self._node = node
+        self._undecided_s = undecided_s
         self._since: float | None = None
         #: why nothing is used though something is served
         self.open_because = ""
@@ -200,14 +207,12 @@ class _Choice:
     def of(
         self, answers: dict[str, DatasetDescription], refs: dict[str, PeerRef], now: float
     ) -> Dataset | None:
-        """What is used of ``answers``, which were given at ``now``; None: look again. Raises
-        :class:`DatasetMismatch`.
-        """
+        """What is used of ``answers``, which were given at ``now``; None: look again."""
         by_hash: dict[str, list[str]] = {}
         for peer, answer in sorted(answers.items()):
             by_hash.setdefault(answer.manifest_hash, []).append(peer)
         self._since = now if self._since is None else self._since
-        waited = now >= self._since + _UNDECIDED_S
+        waited = now >= self._since + self._undecided_s
         chosen = self._chosen(by_hash, waited)
         if chosen is None:
             return None
@@ -235,17 +240,29 @@ class _Choice:
         if known is not None and not waited:
             self.open_because = f"nobody serves {self._name} as this job has trained on it so far; {groups}"
             return None
-        first, *others = sorted(by_hash, key=lambda value: (-len(by_hash[value]), value))
-        if not others or len(by_hash[first]) > len(by_hash[others[0]]):
+        most = max(len(peers) for peers in by_hash.values())
+        first, *others = sorted(value for value, peers in by_hash.items() if len(peers) == most)
+        if not others:
             return first
-        self.open_because = (
-            f"data nodes serve different data under the name {self._name}: {groups}. Set "
-            "dataset.manifest_hash to the one that is meant, give one of them another name, or make their "
-            "directories equal"
+        self.open_because = f"data nodes serve different data under the name {self._name}: {groups}"
+        if not waited:
+            return None
+        ours = [value for value in (first, *others) if self._is_ours(by_hash[value])]
+        chosen, why = (
+            (ours[0], "as it is of this scheduler's own organisation") if len(ours) == 1 else (first, "")
         )
-        if waited:
-            raise DatasetMismatch(self.open_because)
-        return None
+        logger.error(
+            "As many %s. The manifest %s is used%s. If another one is meant, stop the job and set "
+            "dataset.manifest_hash to it, give one of them another name, or make their directories equal",
+            self.open_because,
+            chosen,
+            why,
+        )
+        return chosen
+
+    def _is_ours(self, peers: list[str]) -> bool:
+        own = self._node.organization
+        return bool(own) and any(self._node.organization_of(peer) == own for peer in peers)
 
 
 async def _announced(node: Node, name: str) -> list[PeerRef]:

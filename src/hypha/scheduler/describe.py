@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import msgspec
@@ -22,6 +23,7 @@ from hypha.messages import (
     HuggingFace,
     InnerOptimizer,
     LrSchedule,
+    Manifest,
     ModelSpec,
     OuterOptimizer,
     PeerRef,
@@ -37,6 +39,12 @@ from hypha.scheduler.rules import Start
 #: names under which the scheduler serves local directories
 MODEL = "model"
 PREPROCESSOR = "preprocessor"
+#: columns that go to a model's labels where the job does not name one
+_LABELS = ("labels", "label")
+#: a job description is sent in one request of a megabyte
+MAX_CLASS_NAMES_BYTES = 128 << 10
+
+logger = logging.getLogger(__name__)
 
 
 def resources_of(config: ResourcesConfig) -> Resources:
@@ -65,8 +73,22 @@ def _source(config: ModelConfig | PreprocessorConfig, resource: str, scheduler: 
     return None
 
 
-def model_spec(config: ModelConfig, scheduler: PeerRef) -> ModelSpec:
-    """The model; raises :class:`ConfigError` when it has no source at all."""
+def class_names(config: ModelConfig, manifest: Manifest) -> tuple[str, ...]:
+    """What the classes of the column are called that goes to the model's labels; empty where nobody knows, or
+    where they are too long to be sent around.
+    """
+    column = inputs_of(config.input_names).get("labels")
+    columns = {one.name for one in manifest.columns}
+    column = column or next((name for name in _LABELS if name in columns), None)
+    names = next((one.names for one in manifest.labels if one.column == column), ())
+    if sum(len(name.encode("utf-8", "replace")) + 4 for name in names) > MAX_CLASS_NAMES_BYTES:
+        logger.warning("The names of %d classes are too long to be part of the trained model", len(names))
+        return ()
+    return names
+
+
+def model_spec(config: ModelConfig, scheduler: PeerRef, names: tuple[str, ...] = ()) -> ModelSpec:
+    """The model, whose classes are called ``names``; raises :class:`ConfigError` when it has no source."""
     source = _source(config, MODEL, scheduler)
     if source is None and config.entrypoint is None:
         raise ConfigError(
@@ -81,6 +103,7 @@ def model_spec(config: ModelConfig, scheduler: PeerRef) -> ModelSpec:
         loss=config.loss,
         seed=config.seed,
         trust_remote_code=config.trust_remote_code,
+        class_names=names,
     )
 
 
@@ -113,6 +136,11 @@ class Descriptions:
     config: JobConfig
     start: Start
     scheduler: PeerRef
+    #: what the dataset calls the classes of its labels, rows of each of its slices, and its manifest's hash;
+    #: the ledger has the manifest, and its descriptions go without
+    class_names: tuple[str, ...] = ()
+    slice_rows: tuple[int, ...] = ()
+    manifest_hash: str = ""
 
     def batch_size(self, offered: Resources) -> int:
         """Of a worker that offered these resources."""
@@ -138,6 +166,7 @@ class Descriptions:
             model=model_spec(config.model, self.scheduler),
             dataset=config.dataset.dataset,
             batch_size=batch,
+            micro_batch_size=config.rounds.micro_batch_size,
             preprocessor=preprocessor_spec(config.preprocessor, self.scheduler),
             optimizer=InnerOptimizer(
                 learning_rate=inner.learning_rate,
@@ -159,6 +188,7 @@ class Descriptions:
             steps=self.start.steps if steps is None else steps,
             update_encoding=config.update_encoding,
             hang_s=config.resources.hang_s,
+            manifest_hash=self.manifest_hash,
         )
 
     def aggregate(self, me: str, restore: Reference | None) -> AggregateJob:
@@ -172,7 +202,7 @@ class Descriptions:
             executor=ExecutorDescriptor(kind="aggregate", name=config.resources.parameter_server_executor),
             me=me,
             scheduler=self.scheduler,
-            model=model_spec(config.model, self.scheduler),
+            model=model_spec(config.model, self.scheduler, self.class_names),
             preprocessor=preprocessor_spec(config.preprocessor, self.scheduler),
             optimizer=optimizer,
             weighting=outer.weighting,
@@ -183,6 +213,7 @@ class Descriptions:
             ),
             round=self.start.round,
             restore=restore,
+            slice_rows=self.slice_rows,
         )
 
 

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hypha.contributions import is_count
 from hypha.messages import Contribution, PeerRef, Progress
-from hypha.scheduler.claims import bounded_loss, is_count
+from hypha.scheduler.claims import bounded_loss
 from hypha.scheduler.projection import BatchTime, Pace
 
 #: longest time that a silent worker is believed to go on at its pace, if its batches are shorter

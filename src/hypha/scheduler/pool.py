@@ -46,10 +46,13 @@ from hypha.scheduler.allocation import (
     AllocatorAction,
     AllocatorEvent,
     Ask,
+    Begun,
+    Contended,
     Decline,
     Dismiss,
     Gained,
     GatewayChanged,
+    GiveBack,
     Keep,
     Leaves,
     Lost,
@@ -190,6 +193,9 @@ def asks_from(
             dataset=dataset,
             needs=needs.get("train", ()),
             useful=most_batch,
+            raise_after_s=resources.worker_price.raise_after_s,
+            raise_by=resources.worker_price.raise_by,
+            least=resources.min_workers or resources.num_workers,
         ),
         Ask(
             request_id=new_id(),
@@ -199,6 +205,9 @@ def asks_from(
             max_price=resources.parameter_server_price.max,
             needs=needs.get("aggregate", ()),
             useful=1.0,
+            raise_after_s=resources.parameter_server_price.raise_after_s,
+            raise_by=resources.parameter_server_price.raise_by,
+            least=1,
         ),
     )
 
@@ -219,6 +228,8 @@ class _Held:
     handed_back: str | None = None
     #: when that was passed on last
     leaving_told_at: float = -math.inf
+    #: others ask its worker for what it holds; one of them has asked for longer
+    contention: tuple[bool, bool] = (False, False)
     nudge: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: the ``traceparent`` of the span in which its offer was received
@@ -271,6 +282,7 @@ class Pool:
         self._offered_in: dict[str, str] = {}
         self._reminded: dict[ExecutorClass, float] = {}
         self._publishing: set[ExecutorClass] = set()
+        self._begun = False
         #: those that nobody renews yet
         self._adopted: list[_Held] = []
         # unbounded, so that renewals never wait for whoever reads; a few events a lease
@@ -309,6 +321,16 @@ class Pool:
     def want(self, kind: ExecutorClass, count: int) -> None:
         """Hold ``count`` workers of ``kind``. With fewer than are held nothing is released by itself."""
         self._apply(Want(kind, count))
+
+    def bid(self, kind: ExecutorClass) -> float:
+        """What is bid for a worker of ``kind`` now."""
+        return self._allocator.bid(kind)
+
+    def begin(self) -> None:
+        """The job trains: what it holds is not given back any more for lack of the rest. Repeats are free."""
+        if not self._begun:
+            self._begun = True
+            self._apply(Begun())
 
     def know(self, record: TrackRecord) -> None:
         """What the ledger has of a worker: it counts when offers are compared."""
@@ -467,8 +489,24 @@ class Pool:
                 self._offered_in.pop(lease_id, None)
                 self._unwanted[lease_id] = worker
                 nursery.start_soon(self._release, worker, lease_id)
+            case GiveBack(lease_id):
+                self._give_back(lease_id, nursery)
             case Keep() | Decline():
                 pass
+
+    def _give_back(self, lease_id: str, nursery: trio.Nursery) -> None:
+        """A job that cannot begin gives way to others."""
+        held = self._held.pop(lease_id, None)
+        if held is None:
+            return
+        held.scope.cancel()
+        self._apply(Lost(lease_id, avoid=False))
+        reason = "given back, as there are too few workers to begin, and other schedulers ask for this one"
+        if held.gained:
+            logger.info("A worker is %s.", reason, extra=held.log_fields)
+            self._tell(held, LeaseLost(lease_id, held.offer.worker, held.kind, reason, False))
+        self._unwanted[lease_id] = held.offer.worker
+        nursery.start_soon(self._release, held.offer.worker, lease_id)
 
     async def _advertise(self, action: Advertise) -> None:
         kind = action.ask.kind
@@ -478,7 +516,10 @@ class Pool:
         now = trio.current_time()
         if now >= self._reminded.get(kind, -math.inf) + REMIND_S:
             self._reminded[kind] = now
-            logger.info("Looking for %d more workers for %s jobs.", action.count, kind)
+            raised = (
+                "" if action.raised_bid is None else f", at a bid that was raised to {action.raised_bid:g}"
+            )
+            logger.info("Looking for %d more workers for %s jobs%s.", action.count, kind, raised)
         self._publishing.add(kind)
         attributes = {"hypha.executor.class": kind, "hypha.request": action.ask.request_id}
         try:
@@ -561,6 +602,9 @@ class Pool:
         if not isinstance(answer, LeaseRenewed) or answer.lease_id != lease_id:
             return RenewalFailed(f"the answer was {type(answer).__name__}")
         logger.info("Lease renewed successfully", extra=held.log_fields)
+        if (contention := (answer.contended, answer.outranked)) != held.contention:
+            held.contention = contention
+            self._apply(Contended(lease_id, *contention))
         return Renewed(answer.expires_in_s)
 
     def _gain(self, held: _Held) -> None:

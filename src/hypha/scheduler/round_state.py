@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from typing import Literal
 
+from hypha.contributions import contribution_problem
 from hypha.messages import (
     Contribution,
     Directive,
@@ -20,7 +21,6 @@ from hypha.messages import (
     SendModel,
 )
 from hypha.scheduler.books import Books
-from hypha.scheduler.claims import contribution_problem
 from hypha.scheduler.events import (
     Action,
     Drop,
@@ -260,7 +260,7 @@ class RoundState:
         """Why ``part``, which an update is said to stand for, cannot be true; empty where it can."""
         member = self.members.get(part.worker)
         size = member.batch_size if member is not None else part.batch_size
-        return contribution_problem(part, size, self.tracker)
+        return contribution_problem(part, size, self.tracker.samples)
 
     def plan_problem(self, member: Member, part: Contribution) -> str:
         """Why an update of the open round is none that was asked for; empty where it is one."""
@@ -368,7 +368,9 @@ class RoundState:
         if not self.server_ready:
             return []
         peers = tuple(member.ref for member in self.loaded)
-        return self.to_server(Members(peers=peers, round=self.round, most_samples=dict(self.limits)))
+        sizes = {member.peer: member.batch_size for member in self.loaded}
+        limits = dict(self.limits)
+        return self.to_server(Members(peers=peers, round=self.round, most_samples=limits, batch_sizes=sizes))
 
     @property
     def open_before(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 
+from hypha.contributions import MOST_COUNT, count_problem
 from hypha.journal import Journal
 from hypha.messages import (
     CheckpointSaved,
@@ -28,7 +29,6 @@ from hypha.messages import (
     UpdateSent,
 )
 from hypha.messages import Event as ExecutorEvent
-from hypha.scheduler.claims import MOST_COUNT, count_problem
 from hypha.scheduler.closing import PATIENCE, STALLED
 from hypha.scheduler.events import (
     Action,

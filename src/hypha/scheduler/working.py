@@ -17,7 +17,7 @@ from hypha.messages import JobStamp
 from hypha.runtime import chance, in_thread
 from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.crew import Crew, lost
-from hypha.scheduler.describe import Descriptions
+from hypha.scheduler.describe import Descriptions, class_names
 from hypha.scheduler.desk import Desk, KeptSlices
 from hypha.scheduler.events import (
     Action,
@@ -164,7 +164,12 @@ class Working:
     # --- lives ----------------------------------------------------------------------------------------
 
     def _descriptions(self, life: Life) -> Descriptions:
-        return Descriptions(self._context.config, life.start, self._context.node.ref())
+        config, manifest = self._context.config, self.dataset.manifest
+        rows = tuple(part.samples for part in manifest.slices)
+        names = class_names(config.model, manifest)
+        return Descriptions(
+            config, life.start, self._context.node.ref(), names, rows, self.dataset.manifest_hash
+        )
 
     def _living(self, life: Life, carried: CarriedOver) -> CurrentLife:
         tracker = SliceTracker.from_state(life.tracker)
@@ -361,6 +366,9 @@ class Working:
             self._tell_once(DataServed(bool(self.dataset.providers)))
             self._tell_once(self._held())
             self.handle(Tick())
+            # one that goes on after a restart has executors that are worth keeping
+            if self.current.machine.phase != "loading" or self.current.start.generation:
+                self._context.pool.begin()
             await trio.sleep(_TICK_S)
 
     def _tell_once(self, event: DataServed | LeasesHeld) -> None:

@@ -158,6 +158,11 @@ class SimulatedNode:
         except KeyError:
             raise PeerUnreachable(peer, "it never was connected") from None
 
+    @property
+    def organization(self) -> str:
+        """The organisation that vouches for this node."""
+        return self.network.machines[self.peer_id].organization
+
     def organization_of(self, peer: str) -> str:
         """The organisation of a peer that is or was connected; PeerUnreachable when it never was."""
         self.roles_of(peer)

@@ -67,8 +67,8 @@ from hypha.simulation.process import (
     this_process,
 )
 from hypha.simulation.scenario import Scenario, gives_notice
+from hypha.worker.confining import Means
 from hypha.worker.directory import remove_stale
-from hypha.worker.limits import CgroupPlaces
 from hypha.worker.node import serve as worker_serve
 
 DATASET = "rows"
@@ -365,7 +365,7 @@ class World:
             for listener in self.worker_listeners:
                 computer.journal.listeners.append(listener(computer.name))
 
-            await worker_serve(config, node, CgroupPlaces(), computer.executors, journal=computer.journal)
+            await worker_serve(config, node, Means(), computer.executors, journal=computer.journal)
 
     def _executors(self, number: int) -> list[ExecutorConfig]:
         train = ExecutorConfig(kind="train", name=DEFAULT_EXECUTOR)

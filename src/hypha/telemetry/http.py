@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from hypha.errors import ConfigError, Problem
+from hypha.errors import ConfigError, Problem, listening_failed
 from hypha.messages import HealthReport
 from hypha.runtime import in_thread
 from hypha.telemetry.hosts import LocalNames
@@ -31,6 +31,10 @@ from hypha.telemetry.running import exposition
 from hypha.telemetry.serving import BoundedConfig, serve
 
 logger = logging.getLogger(__name__)
+
+#: How long a connection may be idle. Clients keep theirs for 5 s (httpx) to 15 s (aiohttp): the client must
+#: be the one that closes first, or its next request may meet the end of the connection.
+KEEP_ALIVE_S = 30.0
 
 
 async def serve_http(
@@ -78,6 +82,7 @@ async def serve_http(
     # bound here: hypercorn would leave the socket open when it cannot be
     config.bind = [f"fd://{_listen(address).detach()}"]
     config.accesslog = None
+    config.keep_alive_timeout = KEEP_ALIVE_S
     # its "Running on ... (CTRL + C to quit)" is below the level third parties log at
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
@@ -107,7 +112,10 @@ def _listen(address: str) -> socket.socket:
         return socket.create_server(
             (host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET
         )
-    except (OSError, ValueError, OverflowError) as exc:
+    except OSError as exc:
+        advice = "; choose another host:port, or port 0 for any"
+        raise listening_failed("http_address", address, exc, advice) from exc
+    except (ValueError, OverflowError) as exc:
         message = f"cannot listen on {address} ({exc}); choose another host:port, or port 0 for any"
         raise ConfigError([Problem(key="http_address", message=message)]) from exc
 

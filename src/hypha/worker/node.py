@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import trio
+from msgspec import structs
 
 from hypha import keeper
 from hypha.config.inherited import child_environment
@@ -26,19 +27,24 @@ from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.cache import SliceCache
+from hypha.worker.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
+from hypha.worker.confining import Means
 from hypha.worker.connectors import Connectors
 from hypha.worker.control import serve_control
-from hypha.worker.devices import GpuPins, list_gpus
+from hypha.worker.cores import CorePins
+from hypha.worker.detecting import Machine, detect, lowered, usable_cores
+from hypha.worker.devices import Visibility, memory_of_each
 from hypha.worker.directory import remove_stale
 from hypha.worker.execution import Workshop
 from hypha.worker.given import given_leases
 from hypha.worker.isolation import check_bubblewrap
 from hypha.worker.jobs import Jobs
 from hypha.worker.leaving import Leaving
-from hypha.worker.limits import CgroupPlaces, no_cgroups, usable_cgroups
+from hypha.worker.limits import mechanisms, no_cgroups, suffice
 from hypha.worker.offers import LeaseDesk, serve_offers
 from hypha.worker.orphans import Orphans
 from hypha.worker.preemption import notice_left_s, watch_for_notice
+from hypha.worker.quotas import ProjectQuotas, usable_quotas
 from hypha.worker.replicas import ReplicaStore
 from hypha.worker.room import lack_of_room
 from hypha.worker.signals import shown, watch_resources
@@ -68,11 +74,26 @@ async def work(
         keeper.deny_inspection()
     _check_work_dir(config.work_dir)
     cgroups = usable_cgroups()
-    if config.limits == "cgroup" and not cgroups:
+    if config.limits.enforce == "cgroup" and not suffice(cgroups):
         raise no_cgroups()
-    await in_thread(check_bubblewrap, config)
+    if removed := remove_stale_groups(cgroups):
+        logger.info("Removed %d cgroups that workers which were killed have left behind.", removed)
+    # before anybody looks how much room there is
     for path in remove_stale(config.work_dir):
         logger.warning("Removed %s, which an earlier worker left behind.", path)
+    machine = await in_thread(detect, config.work_dir, child_environment())
+    config, words = offered(config, machine)
+    quotas = await in_thread(usable_quotas, config.work_dir)
+    words |= _in_force(config, cgroups, machine, quotas)
+    means = Means(
+        mode=config.limits.enforce,
+        cgroups=cgroups,
+        max_processes=config.limits.max_processes,
+        gpus=Visibility(machine.gpus),
+        cores=CorePins(usable_cores()),
+        quotas=quotas,
+    )
+    await in_thread(check_bubblewrap, config)
     options = options_from(config, "hypha-worker")
     async with _in_order(LAST_S + (config.preemption.notice_s or 0.0)) as (first, last):
         with last:
@@ -92,9 +113,42 @@ async def work(
                             orphans=orphans if alone else None,
                         )
                         async with watch_resources(config.work_dir, lambda: dict(running)):
+                            node.health_details.append(lambda: words)
                             await serve(
-                                config, node, cgroups, run, emit_spans=emit_spans, task_status=task_status
+                                config,
+                                node,
+                                means,
+                                run,
+                                emit_spans=emit_spans,
+                                task_status=task_status,
                             )
+
+
+def offered(config: WorkerConfig, machine: Machine) -> tuple[WorkerConfig, dict[str, str]]:
+    """``config`` with what may be offered of its resources on ``machine``, and that in words, for its
+    health; what is lowered is logged.
+    """
+    configured = Resources(**config.resources.model_dump())
+    resources, claims = lowered(configured, machine) if config.detect_resources else (configured, ())
+    for claim in claims:
+        logger.warning("%s. Set detect_resources = false where that is wrong.", claim)
+    words = {}
+    for name, found in machine.describe().items():
+        amount = getattr(resources, name)
+        words[f"resource {name}"] = f"{amount:g} offered ({found})"
+    logger.info("Resources: %s.", "; ".join(f"{name.split()[1]} {text}" for name, text in words.items()))
+    section = config.resources.model_copy(update=structs.asdict(resources))
+    return config.model_copy(update={"resources": section}), words
+
+
+def _in_force(
+    config: WorkerConfig, cgroups: CgroupPlaces, machine: Machine, quotas: ProjectQuotas | None
+) -> dict[str, str]:
+    """By what each resource is enforced, for the health of the node; logged, too."""
+    volume = None if quotas is None else quotas.volume
+    found = mechanisms(config.limits.enforce, cgroups, machine.gpus, config.cache.max_gb, volume)
+    logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
+    return {f"limit {name}": by for name, by in found.items()}
 
 
 def _check_work_dir(path: Path) -> None:
@@ -131,7 +185,7 @@ async def _in_order(last_s: float) -> AsyncIterator[tuple[trio.CancelScope, trio
 async def serve(
     config: WorkerConfig,
     node: Node,
-    cgroups: CgroupPlaces,
+    means: Means,
     run_executor: RunExecutor = run_process,
     journal: Journal | None = None,
     emit_spans: EmitSpans | None = None,
@@ -139,7 +193,8 @@ async def serve(
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``journal`` is
-    that of its arbiter and its leases; ``emit_spans`` exports the executors' spans.
+    that of its arbiter and its leases; ``emit_spans`` exports the executors' spans; ``gpus`` are those that
+    leases are given, ``quotas`` those of the file system of its ``work_dir``.
     """
     bind(worker_peer_id=node.peer_id)
     environment = child_environment()
@@ -155,8 +210,7 @@ async def serve(
         cache=SliceCache(config.work_dir.resolve() / "cache", config.cache),
         allowance=allowance,
         connectors=Connectors(allowance, node.request, node.transfers.pull),
-        cgroups=cgroups,
-        gpus=GpuPins(list_gpus(environment)),
+        means=means,
         environment=environment,
         run_executor=run_executor,
         emit_spans=emit_spans,
@@ -167,6 +221,7 @@ async def serve(
         config.offer,
         node.ref,
         journal=journal,
+        gpus=memory_of_each(means.gpus.gpus, config.resources.gpu),
     )
     stopped = trio.Event()
     # cancelled from outside, the worker goes on for a moment: it leaves first
@@ -175,7 +230,7 @@ async def serve(
         with trio.CancelScope(shield=True), contextlib.ExitStack() as gauges:
             async with trio.open_nursery() as nursery:
                 jobs = Jobs(workshop, nursery)
-                desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended)
+                desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended, workshop.cache.datasets)
                 leaving = Leaving(node, desk)
                 nursery.start_soon(_end_when_left, leaving, config.preemption, stopped, nursery.cancel_scope)
                 jobs.answer()

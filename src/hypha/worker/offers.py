@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import trio
 from msgspec import structs
@@ -47,6 +47,8 @@ from hypha.worker.arbiter import (
     Reopen,
     SendOffer,
 )
+from hypha.worker.devices import GpuShare
+from hypha.worker.pricing import Pricing
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +64,19 @@ class LeaseDesk:
     """The leases of one worker, under trio's monotonic clock.
 
     ``on_expired`` is called, once and from within the loop, with every lease that ended while it was
-    accepted, whether it expired or was released; it must not block.
+    accepted, whether it expired or was released; it must not block. ``datasets`` gives the names of those of
+    which slices are in the cache.
     """
 
-    def __init__(self, arbiter: Arbiter, on_expired: Callable[[Lease], None]) -> None:
+    def __init__(
+        self,
+        arbiter: Arbiter,
+        on_expired: Callable[[Lease], None],
+        datasets: Callable[[], Collection[str]] = frozenset,
+    ) -> None:
         self._arbiter = arbiter
         self._on_expired = on_expired
+        self._datasets = datasets
         self._wake = trio.Event()
         #: requests for workers since a lease was last there, and why the last one got no offer
         self._requests, self._no_offer = 0, ""
@@ -95,6 +104,19 @@ class LeaseDesk:
     def total(self) -> Resources:
         """What the worker has."""
         return self._arbiter.book.total
+
+    def gpus_of(self, lease_id: str) -> GpuShare:
+        """What this lease was given of the worker's GPUs."""
+        return self._arbiter.gpus.share_of(lease_id)
+
+    @property
+    def pricing(self) -> Pricing:
+        """What is asked for now, and the load that it follows."""
+        return self._arbiter.pricing
+
+    def contention(self, lease: Lease, now: float) -> tuple[bool, bool]:
+        """Whether other schedulers ask for what is leased, and whether one has asked for longer."""
+        return self._arbiter.contention(lease, now)
 
     def lease_for_dispatch(
         self, lease_id: str, caller: str, kind: ExecutorClass, job_id: str | None = None
@@ -162,7 +184,8 @@ class LeaseDesk:
             request.bid,
             extra={"request_id": request.request_id, "peer_id": publisher},
         )
-        return self.handle(Heard(publisher, request, reached))
+        cached = request.dataset is not None and request.dataset in self._datasets()
+        return self.handle(Heard(publisher, request, reached, cached))
 
     def evaluated_in(self, lease_id: str) -> str | None:
         """The ``traceparent`` of the span that the offer of that lease came out of; returned once."""
@@ -290,8 +313,13 @@ async def serve_offers(
     async def renew(caller: str, request: RenewLease) -> LeaseRenewed:
         lease = granted(desk.handle(RenewAsked(request.lease_id, caller)), request.lease_id)
         logger.debug("Lease renewed successfully", extra={"lease_id": lease.lease_id, "peer_id": caller})
+        now = trio.current_time()
+        contended, outranked = desk.contention(lease, now)
         return LeaseRenewed(
-            lease_id=lease.lease_id, expires_in_s=max(0.0, lease.expires_at - trio.current_time())
+            lease_id=lease.lease_id,
+            expires_in_s=max(0.0, lease.expires_at - now),
+            contended=contended,
+            outranked=outranked,
         )
 
     async def release(caller: str, request: ReleaseLease) -> Acknowledged:

@@ -14,6 +14,7 @@ import trio
 from hypha.errors import NetworkError, Refused
 from hypha.messages import Event, ExecutorClass, JobStamp, ReportEvent, Request, Response
 from hypha.tracing import trace_context, traceparent
+from hypha.waiting import Reminder
 from hypha.worker.backoff import Backoff
 
 logger = logging.getLogger("hypha.worker.events")
@@ -68,7 +69,7 @@ class Outbox:
 
     async def run(self) -> None:
         """Deliver until cancelled."""
-        backoff = Backoff(longest_s=MAX_PAUSE_S)
+        backoff, reminder = Backoff(longest_s=MAX_PAUSE_S), Reminder(at_once=True)
         while True:
             while not self._waiting:
                 self._some = trio.Event()
@@ -80,23 +81,25 @@ class Outbox:
                     await self._ask(report)
             except Refused as exc:
                 if exc.code not in _SETTLED:
-                    await self._pause(backoff, exc, fields)
+                    await self._pause(backoff, reminder, exc, fields)
                     continue
                 logger.warning("The scheduler wants no %s: %s", fields["event"], exc, extra=fields)
             except NetworkError as exc:
-                await self._pause(backoff, exc, fields)
+                await self._pause(backoff, reminder, exc, fields)
                 continue
             else:
                 logger.debug("The scheduler was told of %s.", fields["event"], extra=fields)
             backoff.reset()
+            reminder.reset()
             self._waiting.popleft()
             if not self._waiting:
                 self._empty.set()
 
     @staticmethod
-    async def _pause(backoff: Backoff, exc: NetworkError, fields: dict[str, str]) -> None:
+    async def _pause(backoff: Backoff, reminder: Reminder, exc: NetworkError, fields: dict[str, str]) -> None:
         pause_s = backoff.next_s()
-        logger.warning(
-            "Event %s not delivered, again in %.1f s: %s", fields["event"], pause_s, exc, extra=fields
+        level = logging.WARNING if reminder.due() else logging.DEBUG
+        logger.log(
+            level, "Event %s not delivered, again in %.1f s: %s", fields["event"], pause_s, exc, extra=fields
         )
         await trio.sleep(pause_s)

@@ -49,6 +49,7 @@ from hypha.waiting import Reminder, in_words
 from hypha.worker.backoff import Backoff
 from hypha.worker.cache import SliceCache
 from hypha.worker.connectors import Pull
+from hypha.worker.manifest_check import ManifestCheck
 
 logger = logging.getLogger("hypha.worker.slices")
 
@@ -82,7 +83,7 @@ class PrefetchedSlice:
 class SlicePrefetcher:
     """``ask`` puts a request to the job's scheduler, ``stamp`` gives the job's current one, ``directory``
     is the job's for slices. Held are slices for ``prefetch_s`` seconds of training, or one. ``trace_of``
-    names the trace of what is asked for under a stamp.
+    names the trace of what is asked for under a stamp. What ``manifest`` does not know is not used.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class SlicePrefetcher:
         incarnation: str,
         prefetch_s: float = 0.0,
         trace_of: Callable[[JobStamp], str | None] = lambda stamp: None,
+        manifest: ManifestCheck | None = None,
     ) -> None:
         self._ask = ask
         self._pull = pull
@@ -106,6 +108,7 @@ class SlicePrefetcher:
         self._incarnation = incarnation
         self._prefetch_s = prefetch_s
         self._trace_of = trace_of
+        self._manifest = manifest
         self._seq = 0
         #: what was got for an earlier one is dropped
         self._held_from = 0
@@ -116,6 +119,8 @@ class SlicePrefetcher:
         #: when slices were handed out
         self._used_at: deque[float] = deque(maxlen=_PACES + 1)
         self._avoided: dict[str, float] = {}
+        #: what was said last of a slice that the manifest does not know
+        self._foreign = ""
         self._changed = trio.Event()
         self._handed_out: list[Path] = []
         self._asking: trio.CancelScope | None = None
@@ -213,8 +218,10 @@ class SlicePrefetcher:
                 fetching.set_attributes({"hypha.dataset": assigned.dataset, "hypha.slice": assigned.index})
                 path = self._directory / f"{self._seq:06}-{assigned.epoch}-{assigned.index}.safetensors"
                 try:
-                    if await self._take_cached(assigned, path) or await self._pull_from_any(
-                        assigned, path, patience_s
+                    usable = await self._is_in_manifest(assigned)
+                    if usable and (
+                        await self._take_cached(assigned, path)
+                        or await self._pull_from_any(assigned, path, patience_s)
                     ):
                         if scope.cancel_called:
                             # dropped after the last moment at which trio could have said so
@@ -271,6 +278,14 @@ class SlicePrefetcher:
             # The round may move on while there is nothing: then this is no longer a request of the old one.
             self._pending = self._stamp()
             await trio.sleep(min(max(wait_s, 0.05), MAX_RETRY_S))
+
+    async def _is_in_manifest(self, assigned: SliceAssigned) -> bool:
+        problem = "" if self._manifest is None else await self._manifest.problem(assigned)
+        if problem and problem != self._foreign:
+            fields = {"job_id": self._stamp().job_id, "dataset": assigned.dataset}
+            logger.error("Not used: %s", problem, extra=fields)
+        self._foreign = problem
+        return not problem
 
     async def _take_cached(self, assigned: SliceAssigned, path: Path) -> bool:
         """Put the slice at ``path`` if it is here, and still what was pulled."""

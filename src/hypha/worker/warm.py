@@ -33,6 +33,7 @@ from hypha.config.models import WorkerConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import Forked, ForkReply, ForkRequest, KeeperEnded, NotForked, encode
+from hypha.naming import cleaned
 from hypha.worker.keepers import KEEPER, KILLED_WITHIN_S, Launch, OwnExecutor, signal_group
 
 logger = logging.getLogger("hypha.worker.executor")
@@ -44,6 +45,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 #: See :mod:`hypha.executor.host`.
 UNUSABLE = 3
 _MAX_REPLY_BYTES = 4096
+#: Characters of a line that is repeated in the log.
+_MAX_LINE = 300
 _reply: msgspec.msgpack.Decoder[ForkReply] = msgspec.msgpack.Decoder(ForkReply)
 
 
@@ -273,6 +276,8 @@ class OwnHost(_Host):
         self._connection: socket.socket | None = None
         self._process: trio.Process | None = None
         self._ready = False
+        #: of what it has written that is no entry of a log, as a traceback ends with
+        self._last_line = ""
 
     @property
     def pid(self) -> int | None:
@@ -308,13 +313,17 @@ class OwnHost(_Host):
                 if self._ready:
                     pause_s = FIRST_PAUSE_S
                 logger.warning(
-                    "The executor host ended with exit code %d; it is started again in %g s.", code, pause_s
+                    "The executor host ended with exit code %d; it is started again in %g s.%s",
+                    code,
+                    pause_s,
+                    f" Its last line: {self._last_line}" if self._last_line else "",
                 )
             self._ready = False
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _run_once(self) -> int:
+        self._last_line = ""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
             ours.setblocking(False)
@@ -351,6 +360,8 @@ class OwnHost(_Host):
             for line in lines:
                 self._say(line.decode("utf-8", "replace"))
             rest = rest[-_MAX_REPLY_BYTES:]
+        if rest:
+            self._say(rest.decode("utf-8", "replace"))
 
     def _say(self, line: str) -> None:
         try:
@@ -358,6 +369,7 @@ class OwnHost(_Host):
             level, message = logging.getLevelNamesMapping()[entry["level"]], str(entry["message"])
         except (Undecodable, KeyError, TypeError):
             logger.debug("The executor host says: %s", line)
+            self._last_line = cleaned(line, _MAX_LINE) or self._last_line
             return
         self._ready = self._ready or bool(entry.get("ready"))
         logger.log(level, "%s", message)
@@ -370,7 +382,9 @@ async def open_host(
     """The host that ``config`` says, if any. It is gone when the block ends, a shared one excepted.
     ``starting`` is held while one is started and not known yet.
     """
-    forked = any(one.cmd is None and one.runtime == "process" for one in config.executors)
+    forked = any(
+        one.cmd is None and one.accelerate is None and one.runtime == "process" for one in config.executors
+    )
     if not config.warm or sys.platform != "linux" or not forked:
         yield None
     elif config.warm_host is not None:

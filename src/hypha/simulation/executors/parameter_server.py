@@ -19,7 +19,7 @@ import trio
 
 from hypha.errors import CheckpointUnusable, DataError, PeerUnreachable, Refused
 from hypha.executor import tensors
-from hypha.executor.admission import admit
+from hypha.executor.admission import admit, check_contribution
 from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 from hypha.executor.outer import OuterStep
 from hypha.executor.toy import toy_theta
@@ -181,6 +181,7 @@ class SimulatedParameterServer:
                 self._early.append(file)
                 return
             contribution = contribution_in(path, file.from_peer, round_, file.meta.samples)
+            check_contribution(file.from_peer, contribution, self._job, self._members)
             self._outer.add(file.from_peer, file.meta.samples, path)
         except (Refused, DataError) as exc:
             code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
