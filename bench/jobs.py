@@ -6,7 +6,7 @@ What a job's executors did is read from its ledger and from the clock of :mod:`b
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from tests.support.system import System, open_system
 
 from bench.gloo_server import SERVER_THREADS
 from bench.models import TIMES
+from hypha.cli.chaos.network import JOB_S
 from hypha.data import PrepareOptions, prepare
 from hypha.messages import LedgerFile
 
@@ -27,12 +28,15 @@ SLICE_SAMPLES = 4096
 
 @dataclass(frozen=True)
 class Round:
-    """One round of one worker: when its first forward pass began and its last step ended, and its samples."""
+    """One round of one worker: when its first forward pass began and its last step ended, and its samples;
+    and when its last forward pass began.
+    """
 
     began: float
     ended: float
     batches: int
     samples: int
+    last_began: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,10 @@ class Rig:
         self.system = system
         self._jobs = 0
 
-    async def run(self, model: Mapping[str, Any], rounds: Mapping[str, Any], workers: int) -> Course:
-        """Run one job to its end."""
+    async def run(
+        self, model: Mapping[str, Any], rounds: Mapping[str, Any], workers: int, within_s: float = JOB_S
+    ) -> Course:
+        """Run one job to its end, which is to come ``within_s`` seconds."""
         self._jobs += 1
         name = f"job-{self._jobs}"
         times = self.system.root / "times"
@@ -69,7 +75,7 @@ class Rig:
             "output": str(self.system.root / f"model-{name}"),
         }
         scheduler = await self.system.scheduler(job, name=f"scheduler-{self._jobs}")
-        code = await self.system.ended(scheduler)
+        code = await self.system.ended(scheduler, within_s)
         if code:
             raise RuntimeError(f"the job failed with exit code {code}:\n{scheduler.tail()}")
         self.system.group.running.remove(scheduler)
@@ -105,16 +111,21 @@ def cut(events: list[tuple[str, float]], sizes: list[tuple[int, int]]) -> list[R
         own = events[start : start + 2 * batches]
         if [kind for kind, _ in own] != ["forward", "step"] * batches:
             raise RuntimeError("the clock and the batches that were counted disagree")
-        found.append(Round(own[0][1], own[-1][1], batches, samples))
+        found.append(Round(own[0][1], own[-1][1], batches, samples, own[-2][1]))
         start += 2 * batches
     return found
 
 
 @asynccontextmanager
 async def open_rig(
-    root: Path, workers: int, columns: Mapping[str, np.ndarray[Any, Any]]
+    root: Path,
+    workers: int,
+    columns: Mapping[str, np.ndarray[Any, Any]],
+    steps_s: Sequence[float] | None = None,
 ) -> AsyncIterator[Rig]:
-    """A network in ``root`` with one dataset of ``columns``; all its processes are gone at the end."""
+    """A network in ``root`` with one dataset of ``columns``; all its processes are gone at the end.
+    ``steps_s``: how long a batch of each worker takes at least.
+    """
     raw = root / "raw"
     raw.mkdir(parents=True)
     (root / "times").mkdir()
@@ -125,13 +136,14 @@ async def open_rig(
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         TIMES: str(root / "times"),
     }
-    train = {"class": "train", "name": "diloco-transformer", "env": environment}
     aggregate = {"class": "aggregate", "name": "parameter-server", "env": environment}
     allow = {"entrypoints": ["bench.models:*"]}
     async with open_system(root) as system:
         await system.gateway()
         await system.data("data", root / "dataset")
         for number in range(workers):
+            paced = {} if steps_s is None else {"HYPHA_STEP_S": str(steps_s[number])}
+            train = {"class": "train", "name": "diloco-transformer", "env": environment | paced}
             await system.worker(f"worker-{number + 1}", executors=[train], allow=allow, warm=False)
         await system.worker("server", executors=[aggregate], allow=allow, warm=False)
         yield Rig(system)

@@ -16,6 +16,7 @@ def test_every_benchmark_is_found() -> None:
     assert command.names() == [
         "bulk",
         "chaos",
+        "idle",
         "leases",
         "memory",
         "outer_defaults",

@@ -68,6 +68,13 @@ JOB = Board(
                     more=((quantile(0.95, "hypha_job_round_duration", of_job=True), "p95"),),
                 ),
                 Panel("Time of a batch", "s", one_job("hypha_worker_batch_time"), "{{worker}}"),
+                Panel(
+                    "Idle",
+                    "percentunit",
+                    one_job("hypha_worker_idle_ratio"),
+                    "{{worker}}",
+                    note="Of a worker's rounds, from its last batch to the first of the next round.",
+                ),
                 Panel("Bytes of the last round", "bytes", one_job("hypha_job_round_bytes"), "{{kind}}"),
                 Panel("State", "short", one_job("hypha_job_state == 1"), "{{state}}"),
             ),

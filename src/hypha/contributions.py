@@ -22,20 +22,25 @@ def is_count(number: int) -> bool:
     return 0 <= number <= MOST_COUNT
 
 
-def contribution_problem(part: Contribution, batch_size: int, slice_rows: Sequence[int]) -> str:
+def contribution_problem(
+    part: Contribution, batch_size: int, slice_rows: Sequence[int], most_batch_size: int | None = None
+) -> str:
     """Why an update cannot stand for what ``part`` says; empty where it can. ``batch_size`` is that of its
-    worker's job, ``slice_rows`` are those of each slice of the dataset. Whose the slices are now says
-    nothing: one that was left out, or out of reach, may have been relieved of them, and trains on until it
-    hears of it.
+    worker's job, ``most_batch_size`` what that may grow to; ``slice_rows`` are those of each slice of the
+    dataset. Whose the slices are now says nothing: one that was left out, or out of reach, may have been
+    relieved of them, and trains on until it hears of it.
     """
-    return count_problem(part, batch_size) or _row_problem(part, slice_rows)
+    return count_problem(part, batch_size, most_batch_size) or _row_problem(part, slice_rows)
 
 
-def count_problem(part: Contribution, batch_size: int) -> str:
+def count_problem(part: Contribution, batch_size: int, most_batch_size: int | None = None) -> str:
     """What no worker that is well would say of its update, whatever happened; empty where there is none."""
     counts = (part.round, part.samples, part.batches, part.steps, part.restarts, part.attempt)
     if not all(is_count(count) for count in counts) or not 1 <= part.threads <= _MOST_THREADS:
         return "its counts are no counts"
+    if most_batch_size is not None and 0 < part.batch_size <= most_batch_size:
+        # which size it was in that round nobody need have heard yet
+        batch_size = part.batch_size
     if part.batch_size != batch_size:
         return f"it names batches of {part.batch_size} samples, and was told {batch_size}"
     if not 0 < part.samples <= part.batches * batch_size:

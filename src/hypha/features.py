@@ -144,7 +144,8 @@ FEATURES = (
 #: Without max_update_ratio huge updates count as they are, as they did before there was one. Without
 #: class_names the export calls its classes as config.json does. Without slice_rows an update of rows that do
 #: not exist is added, and only the scheduler does not believe it. Without manifest_hash a worker takes the
-#: scheduler's word for what the slices are. Without micro_batch_size a batch goes through the model at once.
+#: scheduler's word for what the slices are. Without micro_batch_size a batch goes through the model at once,
+#: and without most_batch_size it stays as large as it is.
 MAY_BE_IGNORED: frozenset[str] = frozenset(
     {
         "aggregate.max_update_ratio",
@@ -152,6 +153,7 @@ MAY_BE_IGNORED: frozenset[str] = frozenset(
         "aggregate.model.class_names",
         "train.manifest_hash",
         "train.micro_batch_size",
+        "train.most_batch_size",
         "train.model.class_names",
     }
 )

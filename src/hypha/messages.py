@@ -246,6 +246,8 @@ class TrainJob(Message, tag="train"):
     gradient_accumulation: int = 1
     #: rows of a batch that go through the model at a time; None: all, or as many as fit into memory
     micro_batch_size: int | None = None
+    #: to how many rows the executor may let its batches grow, from round to round; None: they stay
+    most_batch_size: int | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
     shuffle: bool = True
     seed: int = 0
@@ -447,11 +449,14 @@ class Loaded(Message):
 
 
 class RoundStarted(Message):
-    """A training executor runs on theta of ``round``, whose hash is ``theta``."""
+    """A training executor runs on theta of ``round``, whose hash is ``theta``. ``batch_size``: how many rows
+    its batches have in it, where they may grow (None: as many as its job says).
+    """
 
     round: int
     theta: str
     attempt: int = 0
+    batch_size: int | None = None
 
 
 class Progress(Message):

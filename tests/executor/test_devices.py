@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,10 @@ from tests.executor.test_processes import (
     train_job,
 )
 
+from hypha.errors import ConfigError, ModelError
+from hypha.executor.launch import launch_arguments
 from hypha.executor.replay import largest_difference, replay
+from hypha.executor.sharding import shard
 from hypha.executor.slices_reader import slice_order
 from hypha.messages import (
     CloseRound,
@@ -204,3 +208,36 @@ def test_what_one_process_cannot_do_is_the_executors_failure_with_that_ones_word
     assert worker.exit_code() not in (0, 128 + signal.SIGTERM)
     assert "process 1 of 2: " in worker.output().splitlines()[-1]
     assert [one for one in worker.events if isinstance(one, ExecutorError)] == [error]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("num_machines: 2", "num_machines: an executor runs on one machine"),
+        ("num_processes: 0", "num_processes: set it to the number of devices"),
+        ("distributed_type: DEEPSPEED", "distributed_type: it must be one of NO, MULTI_CPU, MULTI_GPU, FSDP"),
+        ("no: such key", "accelerate cannot read it"),
+    ],
+)
+def test_what_accelerates_file_cannot_mean_names_file_and_key(
+    tmp_path: Path, changed: str, said: str
+) -> None:
+    path = configuration(tmp_path, "MULTI_CPU")
+    path.write_text(re.sub(rf"^{changed.partition(':')[0]}:.*\n", "", path.read_text(), flags=re.M) + changed)
+    with pytest.raises(ConfigError, match=re.escape(said)) as failed:
+        launch_arguments(path, "bridge.sock")
+    assert str(path) in str(failed.value)
+
+
+def test_cores_of_a_lease_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    args = launch_arguments(configuration(tmp_path, "MULTI_CPU"), "bridge.sock")
+    assert args.num_cpu_threads_per_process == 2
+    # one that is free: there may be other executors on this machine
+    assert args.main_process_port == 0
+
+
+def test_what_of_sharding_is_not_supported_is_refused() -> None:
+    model, cpu = torch.nn.Linear(2, 2), torch.device("cpu")
+    with pytest.raises(ModelError, match="fsdp_offload_params"):
+        shard(model, cpu, 2, {"FSDP_OFFLOAD_PARAMS": "true"})

@@ -311,6 +311,44 @@ def test_a_job_can_be_replayed_from_its_ledger(finished: Finished) -> None:
     assert largest_difference(again.theta, final) == 0.0
 
 
+def test_batches_that_may_grow_do_from_round_to_round_and_can_be_replayed(
+    network: Network, tmp_path: Path
+) -> None:
+    manifest = dataset(tmp_path / "data", 4)
+    job = train_job("first", most_batch_size=20)
+    server, worker = network.add(server_job()), network.add(job)
+    for bridge in (server, worker):
+        bridge.start()
+    for index in range(4):
+        give_slice(worker, manifest, tmp_path / "data", index)
+    first = theta = server.wait(ModelReady).theta
+    server.direct(Members(peers=(PeerRef(peer="first"),)))
+    worker.wait(Loaded)
+    worker.direct(Plan(round=0, batches=4))
+    server.direct(SendModel(to=PeerRef(peer="first")))
+    rounds = []
+    # a batch takes as long as the test's pace, however many rows it has
+    for number, rows in enumerate((8, 16, 20)):
+        part = handed_in(worker, server, number, theta)
+        assert worker.wait(RoundStarted, lambda event, at=number: event.round == at).batch_size == rows
+        assert (part.batch_size, part.batches, part.samples) == (rows, 4, 4 * rows)
+        worker.direct(Plan(round=number + 1, batches=4))
+        server.direct(CloseRound(round=number, final=number == 2))
+        theta = applied_in(server, number).theta
+        rounds.append(LedgerRound(round=number, theta=theta, contributors=(part,)))
+    worker.direct(Finish())
+    assert worker.exit_code() == 0
+    ledger = LedgerFile(
+        job=job,
+        aggregate=server_job(),
+        manifest=manifest,
+        manifest_hash="",
+        theta=first,
+        rounds=tuple(rounds),
+    )
+    assert replay(ledger, tmp_path / "data").hashes == [first, *(entry.theta for entry in rounds)]
+
+
 def test_what_was_trained_on_is_told_sample_by_sample(finished: Finished) -> None:
     for part in finished.contributions:
         rows = sum(piece.stop - piece.start for piece in part.ranges)

@@ -83,6 +83,15 @@ def test_an_update_stands_for_rows_that_there_are(changes: dict[str, Any], probl
     assert problem in found
 
 
+def test_batches_that_may_grow_are_believed_up_to_what_they_may_grow_to() -> None:
+    grown = msgspec.structs.replace(GOOD, batch_size=8, batches=8)
+    assert contribution_problem(grown, 4, held().samples, most_batch_size=8) == ""
+    assert "batches of 8" in contribution_problem(grown, 4, held().samples, most_batch_size=7)
+    assert "are not what" in contribution_problem(
+        msgspec.structs.replace(grown, batches=7), 4, held().samples, most_batch_size=8
+    )
+
+
 def training(*peers: str, **changes: object) -> World:
     world = World(rules(**{"samples": 4000, "rounds": 3, **changes}))
     world.begin()

@@ -157,6 +157,81 @@ def test_idle_time_at_speed_ratio_seven(fast_s: float, target: int) -> None:
     assert all(batches > 0 for batches in planned)
 
 
+@pytest.mark.parametrize("round_s", [5.0, 60.0])
+@pytest.mark.parametrize("slow_s", [0.4, 2.0])
+def test_idle_time_of_each_at_speeds_of_one_to_ten(round_s: float, slow_s: float) -> None:
+    """Batches of the slowest are up to two fifths of a round: nobody waits for a twentieth of its time."""
+    speeds = (1, 2, 4, 10)
+    rounds = 12 if round_s < 10 else 6
+    samples = round(sum(8 * speed / slow_s for speed in speeds) * round_s)
+    world = World(
+        rules(rounds=rounds, samples=samples, deadline_s=1000.0, grace_s=100.0),
+        samples=(64,) * 2000,
+        # as executors report
+        report_s=0.05,
+    )
+    world.begin()
+    workers = [world.add(Worker(f"{speed}", slow_s / speed, batch_size=8, upload_s=0.02)) for speed in speeds]
+    world.run(1e4, until=lambda: world.machine.round >= 2)
+    began, idle = world.now, [worker.idle_s for worker in workers]
+    world.run(1e4, until=lambda: world.machine.round == rounds - 1)
+    told = {peer: member.idle_share for peer, member in world.machine.members.items()}
+    world.run(1e4)
+    assert isinstance(world.ended, Publish)
+    length_s = world.now - began
+    shares = {
+        worker.peer: (worker.idle_s - before) / length_s for worker, before in zip(workers, idle, strict=True)
+    }
+    assert max(shares.values()) < 0.05, shares
+    assert round_s <= length_s / (rounds - 2) < 1.3 * round_s
+    # what the machine says of them is what they have seen
+    assert told == pytest.approx(shares, abs=0.02)
+
+
+def test_a_worker_that_slows_down_by_half_is_planned_again_within_the_round() -> None:
+    world = World(rules(rounds=4, samples=4000, deadline_s=1000.0, grace_s=100.0), samples=(64,) * 200)
+    world.begin()
+    slowing, steady = world.add(Worker("slowing", 0.05)), world.add(Worker("steady", 0.05))
+    world.run(1e4, until=lambda: world.machine.round == 2 and slowing.batches > 60)
+    first, began, idle = slowing.plan[2], world.now, steady.idle_s
+    assert first is not None
+    slowing.batch_s *= 2.0
+    world.run(1e4, until=lambda: world.machine.round == 3 and bool(steady.batches))
+    assert slowing.plan[2] < 0.75 * first
+    parts = {part.worker: part.batches for part in world.applied[2][1]}
+    assert parts["steady"] > 1.2 * first
+    # the other one did the rest, and did not wait
+    assert steady.idle_s - idle < 0.05 * (world.now - began)
+    world.run(1e4)
+    assert isinstance(world.ended, Publish)
+
+
+def test_batches_that_grow_are_planned_with_and_impossible_ones_are_not_believed() -> None:
+    world = World(rules(samples=4000, most_batch_size=16))
+    world.begin()
+    world.add(Worker("a", 0.05, batch_size=4))
+    machine = world.machine
+    world.run(600, until=lambda: machine.round == 1 and machine.members["a"].started == 0)
+    member = machine.members["a"]
+    learnt = member.batch_time.value_s
+    assert learnt is not None
+    stamp = JobStamp(job_id="job", round=1)
+
+    def started(size: int, attempt: int) -> None:
+        event = RoundStarted(round=1, theta=machine.theta, attempt=attempt, batch_size=size)
+        machine.handle(Told("a", "train", member.incarnation, stamp, event), world.now)
+
+    started(8, 1)
+    assert (member.batch_size, member.attempt, member.batches) == (8, 1, 0)
+    # twice the rows are thought to take twice the time, until one batch was measured
+    assert member.batch_time.value_s == pytest.approx(2 * learnt)
+    started(17, 2)
+    assert (member.batch_size, member.impossible) == (8, 1)
+    report = Progress(round=1, batches=1, samples=8, busy_s=learnt, loss=1.0, attempt=1)
+    machine.handle(Reported("a", member.incarnation, stamp, report), world.now + 0.1)
+    assert member.batch_time.value_s < 1.6 * learnt
+
+
 def test_nobody_passes_its_last_plan_by_more_than_a_batch_and_refinements_are_few() -> None:
     world = World(rules(rounds=6, samples=4000), delay=(0.05, 0.15))
     world.begin()

@@ -104,7 +104,7 @@ def _add(table: Table, *cells: str) -> None:
 
 def _workers(job: JobSnapshot) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("worker", "state", "batch", "of", "size", "samples/s", "samples", "loss"):
+    for name in ("worker", "state", "batch", "of", "size", "samples/s", "idle", "samples", "loss"):
         table.add_column(name, justify="left" if name in ("worker", "state") else "right")
     for worker in job.workers[:MAX_ROWS]:
         _add(
@@ -115,11 +115,12 @@ def _workers(job: JobSnapshot) -> Table:
             str(worker.planned) if worker.planned is not None else "-",
             str(worker.batch_size),
             f"{worker.samples_per_s:.0f}",
+            f"{worker.idle_share:.1%}" if worker.idle_share is not None else "-",
             str(worker.samples),
             f"{worker.loss:.4f}" if worker.loss is not None else "-",
         )
     if len(job.workers) > MAX_ROWS:
-        _add(table, f"and {len(job.workers) - MAX_ROWS} more", *[""] * 7)
+        _add(table, f"and {len(job.workers) - MAX_ROWS} more", *[""] * 8)
     return table
 
 

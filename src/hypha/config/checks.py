@@ -351,6 +351,11 @@ def _rounds(partial: Partial, job: KeyPath) -> Found:
             (*job, "rounds"),
             "exactly one of avg_samples_between_updates and inner_steps says how long a round is",
         )
+    if rounds.batch_size is not None and rounds.grow_batch_size:
+        yield (
+            (*job, "rounds", "grow_batch_size"),
+            "batch_size says how large batches are; leave one of them out",
+        )
     if rounds.batch_size is not None and rounds.batch_size > rounds.max_batch_size:
         yield (*job, "rounds", "batch_size"), f"it is more than max_batch_size ({rounds.max_batch_size})"
     schedule = partial.get(*at, "schedule")

@@ -418,6 +418,9 @@ class RoundsConfig(Section):
     #: fixed batch size; ``None``: 16, and where resources.worker says what one sample needs and a worker
     #: offers twice as much or more (offer.strategy = "whole"), as many as fit; at most ``max_batch_size``
     batch_size: int | None = Field(default=None, ge=1)
+    #: without ``batch_size``: let each worker's batches grow to ``max_batch_size`` samples, doubled from
+    #: round to round, while they fit into its memory and make it faster. Larger batches train otherwise
+    grow_batch_size: bool = False
     #: rows of a batch that go through the model at a time, on each device; the gradients of the rest are
     #: added to theirs, so that the batch stays what it is. ``None``: all, and where they do not fit into
     #: memory half as many, until they do

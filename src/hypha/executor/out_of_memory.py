@@ -50,6 +50,11 @@ class RowsAtATime:
         #: they are more again than the last time that some did not fit
         self._grown = False
 
+    @property
+    def limited(self) -> bool:
+        """Did some not fit, and were as many not tried again yet?"""
+        return self._limit is not None
+
     def parts(self, rows: int) -> int:
         """Into how many parts a batch of ``rows`` rows is cut."""
         at_a_time = min(one for one in (rows, self._most, self._limit) if one is not None)

@@ -25,9 +25,10 @@ import torch
 from hypha.config.environment import variable
 from hypha.errors import DataError, ModelError, PeerUnreachable, Refused
 from hypha.executor import models, updates
+from hypha.executor.batch_size import BatchSize
 from hypha.executor.bridge_client import BridgeClient
 from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
-from hypha.executor.local_model import LocalModel, SpreadModel, TrainedModel, follow
+from hypha.executor.local_model import LocalModel, TrainedModel
 from hypha.executor.losses import Losses
 from hypha.executor.model_tensors import check_buffers, check_same_model
 from hypha.executor.preprocessing import Preprocessor, padding_of
@@ -103,6 +104,8 @@ class Trainer:
         self._round, self._attempt, self._generation = -1, 0, job.generation
         self._hash = ""
         self._restarts = 0
+        # what does not fit in another process of several is not known here
+        self._batch_size = BatchSize(job.batch_size, job.most_batch_size if group is None else None)
         #: the open round was lost: nothing of it counts
         self._lost = False
         #: inner steps before the round from which another life of the job began
@@ -120,7 +123,13 @@ class Trainer:
         if job.preprocessor is not None:
             self._preprocess = Preprocessor(job.preprocessor, self._fetched(job.preprocessor.source))
         self._model: TrainedModel
-        self._model = LocalModel(job, source) if group is None else SpreadModel(group, job, source)
+        if group is None:
+            self._model = LocalModel(job, source)
+        else:
+            # what it imports few executors need
+            from hypha.executor.spread_model import SpreadModel
+
+            self._model = SpreadModel(group, job, source)
         padding = padding_of(None, config=self._model.config)
         self._stream = RowStream(padding if self._preprocess is None else self._preprocess.padding)
         self._slices = SlicePrefetcher(self._next_slice, inbox.touch)
@@ -271,6 +280,7 @@ class Trainer:
         self._hash, self._lost = file.meta.blake3, False
         self._first_steps = self._model.steps
         self._batches = self._samples = 0
+        self._rows = self._batch_size.rows
         self._busy_s = 0.0
         self._stream.start_round()
         self._losses = Losses(time.monotonic())
@@ -278,7 +288,10 @@ class Trainer:
         self._started()
 
     def _started(self) -> None:
-        self._bridge.report(RoundStarted(round=self._round, theta=self._hash, attempt=self._attempt))
+        grown = self._rows if self._job.most_batch_size is not None else None
+        self._bridge.report(
+            RoundStarted(round=self._round, theta=self._hash, attempt=self._attempt, batch_size=grown)
+        )
 
     @property
     def _me(self) -> str:
@@ -344,7 +357,7 @@ class Trainer:
 
     def _next_batch(self) -> dict[str, torch.Tensor] | None:
         """None when something happened while the trainer waited for data: it has to look around first."""
-        while (columns := self._stream.take(self._job.batch_size)) is None:
+        while (columns := self._stream.take(self._rows)) is None:
             part = self._slices.take()
             if part is not None:
                 self._stream.push(part)
@@ -440,7 +453,7 @@ class Trainer:
             attempt=self._attempt,
             samples=self._samples,
             batches=self._batches,
-            batch_size=self._job.batch_size,
+            batch_size=self._rows,
             steps=self._first_steps,
             ranges=tuple(self._stream.ranges),
             finished=tuple(self._stream.finished),
@@ -465,6 +478,7 @@ class Trainer:
             self._spares,
         )
         self._sender.start()
+        self._batch_size.round_ended(self._batches, self._busy_s, self._model.fits)
 
 
 def _same_theta(one: ReceivedFile, other: ReceivedFile) -> bool:
@@ -531,6 +545,8 @@ def _end_with(bridge: BridgeClient, words: LastWords) -> NoReturn:
 
 def _follow(group: ProcessGroup) -> int:
     """The life of another process than rank 0."""
+    from hypha.executor.spread_model import follow
+
     set_up_log()
     try:
         follow(group)

@@ -167,6 +167,7 @@ class Descriptions:
             dataset=config.dataset.dataset,
             batch_size=batch,
             micro_batch_size=config.rounds.micro_batch_size,
+            most_batch_size=config.rounds.max_batch_size if config.rounds.grow_batch_size else None,
             preprocessor=preprocessor_spec(config.preprocessor, self.scheduler),
             optimizer=InnerOptimizer(
                 learning_rate=inner.learning_rate,

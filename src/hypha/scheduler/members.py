@@ -108,6 +108,10 @@ class Member:
     #: learnt seconds from the last batch to the accepted update, and from the outer step to the start
     sync_s: float | None = None
     theta_s: float | None = None
+    #: smoothed share of its rounds from its last batch to the first of the next round
+    idle_share: float | None = None
+    #: since when it has waited for the open round; None where that is not known
+    waits_since: float | None = None
 
     @property
     def peer(self) -> str:
@@ -175,6 +179,7 @@ class Member:
             self.resend_after_s = resend_after_s
             self.resend_at = now + resend_after_s
         self.batches = self.samples = 0
+        self.waits_since = self.reached_at
         self.plan = self.last = self.reached_at = self.sent = None
         self.early = False
         self.due_by = math.inf
@@ -185,12 +190,23 @@ class Member:
         """It runs on theta of ``round_``."""
         if self.started < round_:
             self.theta_s = _smooth(self.theta_s, max(0.0, now - self.since))
+            if self.waits_since is not None and self.started == round_ - 1 and now > self.started_at:
+                waited_s = max(0.0, now - max(self.waits_since, self.started_at))
+                self.idle_share = _smooth(self.idle_share, waited_s / (now - self.started_at))
+        self.waits_since = None
         self.started = round_
         self.started_at = self.reported_at = now
         self.resend_at = math.inf
         self.batches = self.samples = 0
         self.reached_at = None
         self.batch_time.start_round()
+
+    def resize(self, batch_size: int) -> None:
+        """Its batches have so many samples from now on. Until one was measured they are thought to take as
+        much longer.
+        """
+        self.batch_time.scale(batch_size / self.batch_size)
+        self.batch_size = batch_size
 
     def progress(
         self, report: Progress, now: float, rows: int | None = None, open_before: bool = False

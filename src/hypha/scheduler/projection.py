@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from hypha.scheduler.claims import LEAST_BATCH_S, MOST_BATCH_S
 
+#: Nobody is to wait for a larger share of a round than this; synchronising takes about as much again.
+_BEARABLE = 0.02
 #: guards against calling 2.9999999 finished batches two
 _SLACK = 1e-9
 
@@ -42,6 +44,12 @@ class BatchTime:
         """Counts begin at zero again; what was learnt stays."""
         self._batches = 0
         self._busy_s = 0.0
+
+    def scale(self, factor: float) -> None:
+        """Batches are ``factor`` times as large: what was learnt of them is worth little."""
+        if self._mean is not None:
+            self._mean *= factor
+        self._weight = min(self._weight, 1.0 - self._decay)
 
     def update(self, batches: int, busy_s: float) -> None:
         """``batches`` took ``busy_s`` seconds since the round's start."""
@@ -110,20 +118,21 @@ def project(paces: Sequence[Pace], wanted: int, elapsed_s: float = 0.0) -> Proje
         wanted = min(wanted, int(sum(pace.limit * pace.batch_size for pace in paces)))
     earliest = _time_for(paces, wanted)
     best: tuple[float, float, dict[str, int]] | None = None
-    for time_s in _candidates(paces, earliest):
+    for time_s in _candidates(paces, earliest, elapsed_s):
         counts = {pace.worker: max(pace.multiple, pace.batches_at(time_s)) for pace in paces}
         arrivals = [pace.finish_s(counts[pace.worker]) for pace in paces]
         end = max(arrivals)
         length = max(elapsed_s + end, _SLACK)
         # who can do no more does not idle for want of a later end
-        idle_s = sum(
-            end - arrival
+        idles_s = [
+            end - arrival if counts[pace.worker] < pace.limit else 0.0
             for pace, arrival in zip(paces, arrivals, strict=True)
-            if counts[pace.worker] < pace.limit
-        )
-        idle = idle_s / (len(paces) * length)
-        # a round that lasts longer than asked costs half of what idling does
-        cost = idle + 0.5 * (end - earliest) / length
+        ]
+        idle = sum(idles_s) / (len(paces) * length)
+        # the mean alone would let one of many wait for most of a batch of its own
+        longest = max(0.0, max(idles_s) / length - _BEARABLE)
+        # a round that lasts longer than asked costs little: the others train meanwhile
+        cost = idle + 4.0 * longest + 0.25 * (end - earliest) / length
         if best is None or cost < best[0] - _SLACK:
             best = (cost, end, counts)
     assert best is not None
@@ -153,8 +162,10 @@ def _time_for(paces: Sequence[Pace], wanted: int) -> float:
     return high
 
 
-def _candidates(paces: Sequence[Pace], earliest: float) -> list[float]:
-    """``earliest`` and every worker's next arrival after it: the best moment is one of them."""
+def _candidates(paces: Sequence[Pace], earliest: float, elapsed_s: float) -> list[float]:
+    """``earliest`` and every worker's next arrival after it: the best moment is one of them, or a little
+    later, so that who would arrive right after it is waited for, instead of waiting for a batch of its own.
+    """
     times = [earliest]
     for pace in paces:
         if pace.batches_at(earliest) >= pace.limit:
@@ -163,4 +174,4 @@ def _candidates(paces: Sequence[Pace], earliest: float) -> list[float]:
         after = pace.finish_s(pace.batches_at(earliest) + step)
         if after > earliest:
             insort(times, after)
-    return times
+    return [*times, *(time_s + 0.5 * _BEARABLE * (elapsed_s + time_s) for time_s in times)]

@@ -260,7 +260,7 @@ class RoundState:
         """Why ``part``, which an update is said to stand for, cannot be true; empty where it can."""
         member = self.members.get(part.worker)
         size = member.batch_size if member is not None else part.batch_size
-        return contribution_problem(part, size, self.tracker.samples)
+        return contribution_problem(part, size, self.tracker.samples, self.rules.most_batch_size)
 
     def plan_problem(self, member: Member, part: Contribution) -> str:
         """Why an update of the open round is none that was asked for; empty where it is one."""
@@ -368,7 +368,9 @@ class RoundState:
         if not self.server_ready:
             return []
         peers = tuple(member.ref for member in self.loaded)
-        sizes = {member.peer: member.batch_size for member in self.loaded}
+        grow = self.rules.most_batch_size is not None
+        # of batches that grow the parameter server may have an update before their size is heard of here
+        sizes = {} if grow else {member.peer: member.batch_size for member in self.loaded}
         limits = dict(self.limits)
         return self.to_server(Members(peers=peers, round=self.round, most_samples=limits, batch_sizes=sizes))
 

@@ -277,8 +277,13 @@ class RoundMachine(Phases):
             )
             return self.send_model(member, now)
         elif not member.fixed and not (member.started == self.round and member.batches):
+            size = member.batch_size if event.batch_size is None else event.batch_size
+            if size != member.batch_size and not 0 < size <= (self.rules.most_batch_size or 0):
+                return self._impossible(member, f"its batches have {size} samples")
             # a higher one is from an earlier life
             member.attempt = event.attempt
+            if size != member.batch_size:
+                member.resize(size)
             member.start(self.round, now)
             self.planner.upset()
         return []
@@ -327,7 +332,7 @@ class RoundMachine(Phases):
             text = f"its update of round {part.round} cannot be what it says: {problem}"
             if part.round != self.round or member.left_out:
                 return []
-            if not count_problem(part, member.batch_size):
+            if not count_problem(part, member.batch_size, self.rules.most_batch_size):
                 # its slices may have been taken back, and it has not heard of it
                 return self._refuse_update(member, "invalid", text)
             return self.failed(member.peer, "train", text, "claims")

@@ -27,6 +27,8 @@ class Rules:
     samples: int
     inner_steps: int | None = None
     multiple: int = 1
+    #: how many samples a worker may let its batches grow to; None: they stay as they are
+    most_batch_size: int | None = None
     quorum: float = 1.0
     grace_s: float = 10.0
     deadline_s: float = 60.0
@@ -52,6 +54,7 @@ class Rules:
             samples=rounds.avg_samples_between_updates or 100 * batch * pool.num_workers,
             inner_steps=rounds.inner_steps,
             multiple=rounds.gradient_accumulation,
+            most_batch_size=rounds.max_batch_size if rounds.grow_batch_size else None,
             quorum=rounds.quorum,
             grace_s=rounds.grace_s,
             deadline_s=rounds.deadline_s,

@@ -227,6 +227,7 @@ class JobMetrics:
                 (metrics.ROUNDS, lambda: float(self._rounds_wanted)),
                 (metrics.ROUND_AGE, lambda: trio.current_time() - self._applied_at),
                 (metrics.BATCH_TIME, self._batch_times),
+                (metrics.IDLE, self._idle_shares),
                 (metrics.CHECKPOINT_ROUND, self._checkpoint_round),
                 (metrics.CHECKPOINT_AGE, self._checkpoint_age),
                 (metrics.JOB_STATE, lambda: _states(state())),
@@ -276,6 +277,15 @@ class JobMetrics:
             ({"worker": member.peer}, member.batch_time.value_s)
             for member in members
             if member.batch_time.value_s is not None
+        ]
+
+    def _idle_shares(self) -> Iterable[Reading]:
+        machine = self._machine()
+        members = machine.members.values() if machine is not None else ()
+        return [
+            ({"worker": member.peer}, member.idle_share)
+            for member in members
+            if member.idle_share is not None
         ]
 
     def _checkpoint_round(self) -> Iterable[Reading]:

@@ -26,7 +26,8 @@ JobState = Literal["allocating", "loading", "training", "paused", "exporting", "
 class WorkerSnapshot(Struct, frozen=True):
     """A training worker; ``batches`` of ``planned`` in the open round. ``update_norm`` is the L2 norm of its
     update in the last round and ``update_cosine`` that update's cosine to the mean of all, where known.
-    ``version`` is Hypha's there, where the worker states it.
+    ``version`` is Hypha's there, where the worker states it; ``idle_share`` the share of its rounds, 0 to 1,
+    in which it waits for the others and for theta, once that is known.
     """
 
     peer: str
@@ -42,6 +43,7 @@ class WorkerSnapshot(Struct, frozen=True):
     update_cosine: float | None = None
     version: str = ""
     name: str = ""
+    idle_share: float | None = None
 
 
 class LeaseSnapshot(Struct, frozen=True):
@@ -154,6 +156,7 @@ def worker_snapshot(
         update_cosine=update.cosine if update is not None else None,
         version=version,
         name=name_of(member.peer),
+        idle_share=member.idle_share,
     )
 
 

@@ -262,6 +262,12 @@ UPDATE_COSINE = Gauge(
     _worker,
 )
 BATCH_TIME = Gauge("hypha.worker.batch.time", "{second}", "Smoothed time of a worker's batches.", _worker)
+IDLE = Gauge(
+    "hypha.worker.idle.ratio",
+    "1",
+    "Smoothed share of a worker's rounds from its last batch to the first of the next round.",
+    _worker,
+)
 GOODPUT = Gauge(
     "hypha.job.goodput",
     "{sample_per_second}",

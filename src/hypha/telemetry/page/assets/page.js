@@ -195,10 +195,11 @@ function workers() {
     },
     n(number(worker.batch_size)),
     n(number(worker.samples_per_s)),
+    n(worker.idle_share === null || worker.idle_share === undefined ? "–" : `${(100 * worker.idle_share).toFixed(1)} %`),
     n(number(worker.samples)),
     n(loss(worker.loss)),
   ]);
-  fill(get("workers"), rows, "No worker takes part yet.", 8);
+  fill(get("workers"), rows, "No worker takes part yet.", 9);
 }
 
 function hardware(lease) {
