@@ -106,7 +106,7 @@ class Libp2pNode:
         if options.hop:
             self.answer(FindDoubles, self._doubles.find)
             # however many nodes come to another gateway, its questions about them are answered
-            self._rpc.prefer(lambda peer: "gateway" in self.roles_of(peer))
+            self.prefer(lambda peer: "gateway" in self.roles_of(peer))
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         publishers = Publishers(options.identity, options.require_roles, self._peers)
         self._gossip = Gossip(
@@ -288,8 +288,12 @@ class Libp2pNode:
         self._rpc.answer(kind, handler)
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        """Keep places for requests of those of whom ``is_partner`` says so, as they share a lease with us."""
+        """Keep places for those of whom ``is_partner`` says so, as they share a lease with this node: of
+        connections, streams, bytes and requests.
+        """
         self._rpc.prefer(is_partner)
+        self._port.prefer(is_partner)
+        self._security.budget.is_partner = is_partner
 
     async def _health(self, caller: str, request: Health) -> HealthReport:
         return health_of(self)

@@ -155,6 +155,10 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
         raw.stream = WatchedStream(raw.stream.stream, self._streams, self._counts)
         return raw
 
+    def prefer(self, is_partner: Callable[[str], bool]) -> None:
+        """Where all places of connections are taken, make room for those of whom ``is_partner`` says so."""
+        self._arrivals.is_partner = is_partner
+
     async def sever(self) -> None:
         """Close every connection that is still open: the library forgets some when it is cancelled."""
         for stream in list(self._streams):
