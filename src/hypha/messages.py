@@ -836,7 +836,9 @@ class Acknowledged(Message):
 
 
 class HealthReport(Message):
-    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words."""
+    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words. ``features``
+    (:mod:`hypha.features`): without them it is older than that field.
+    """
 
     healthy: bool
     component: str
@@ -844,6 +846,7 @@ class HealthReport(Message):
     peer: str
     uptime_s: float
     details: dict[str, str] = {}
+    features: FeatureNames = ()
 
 
 class LeaseRenewed(Message):
@@ -961,10 +964,14 @@ class TrialReport(Value):
 
 
 class DatasetDescription(Message):
-    """The manifest, and its hash: replicas are interchangeable when that is the same."""
+    """The manifest, and its hash: replicas are interchangeable when that is the same. ``version`` and
+    ``features`` are the data node's; without them it is older than these fields.
+    """
 
     manifest: Manifest
     manifest_hash: str
+    version: VersionName = ""
+    features: FeatureNames = ()
 
 
 class FileList(Message):
