@@ -180,7 +180,8 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
                 finally:
                     arrival.leave()
             if scope.cancelled_caught:
-                self._note_refused(host, "it took too long, and its place was needed")
+                late = "it took too long, and " if arrival.peer is None else ""
+                self._note_refused(host, f"{late}its place was needed")
 
         return _OwnPortListener(accept, self._note_failure)
 
