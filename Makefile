@@ -2,15 +2,17 @@
 PYTHON ?= python3.11
 ARGS ?=
 # tests at once: they mostly wait for real clocks
-JOBS ?= 3
+JOBS ?= 4
 # how many seeds are simulated
 SEEDS ?= 100
+# how many markets
+MARKETS ?= 10000
 # seconds for each fuzzer
 FUZZ_S ?= 600
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test simulate fault fuzz check bench clean
+.PHONY: demo test simulate market fault fuzz check bench clean
 .DEFAULT_GOAL := test
 
 # Again when what is to be installed has changed. trio-typing (which libp2p pulls in) brings stubs of an
@@ -44,6 +46,10 @@ check: $(STAMP)
 # random schedules of faults in memory, under a virtual clock; what fails is shrunk and printed as a test
 simulate: $(STAMP)
 	$(BIN)/hypha chaos --simulated --seeds $(SEEDS) $(ARGS)
+
+# random markets in memory: schedulers that compete for workers
+market: $(STAMP)
+	$(BIN)/python -m hypha.simulation --market --seeds $(MARKETS) $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(ARGS)

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ import trio
 
 from bench.nodes import NodeFiles, Pki, child, gateway, options
 from bench.report import Bound, Report, Row
+from hypha.config.bandwidth import LimitsConfig
 from hypha.messages import PeerRef, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net import open_node
 from hypha.net.transfers import meta_of
 from hypha.pki.identity import load_identity
 
-KIND = "bench"
+KIND = "slice"
+SENDER, RECEIVER = "data", "worker"
 SIZE_BYTES = 256 << 20
 RELAYED_BYTES = 32 << 20
+#: Under a cap, so that it takes about five seconds.
+CAPPED_MBIT = 400.0
 REPEATS = 7
 RELAYED_REPEATS = 3
 BLOCK_BYTES = 1 << 20
@@ -45,7 +50,7 @@ async def receiver(files: NodeFiles, ready: Callable[[Any], None]) -> None:
     threading.Thread(target=_receive_plain, args=(listener, context, files.directory), daemon=True).start()
 
     async def gate(caller: str, meta: TransferMeta) -> Path:
-        return files.directory / "received"
+        return files.directory / f"received-{meta.name}"
 
     async def arrived(caller: str, meta: TransferMeta, path: Path) -> None:
         await trio.to_thread.run_sync(path.unlink)
@@ -104,10 +109,10 @@ async def send_bulk(node: Node, peer: PeerRef, path: Path, meta: TransferMeta) -
 async def direct(report: Report, pki: Pki, directory: Path) -> None:
     """Both ways over loopback."""
     path = _random_file(directory, SIZE_BYTES)
-    files = NodeFiles(pki.files("sender", ("scheduler",)))
-    there = NodeFiles(pki.files("receiver", ("worker",)), directory=directory)
+    files = NodeFiles(pki.files("sender", (SENDER,)))
+    there = NodeFiles(pki.files("receiver", (RECEIVER,)), directory=directory)
     with child(receiver, there) as (peer, port):
-        async with open_node(options(files, "hypha-scheduler")) as node:
+        async with open_node(options(files, "hypha-data")) as node:
             context = load_identity(files.identity).client_context()
             meta = await meta_of(path, KIND, "payload")
             bulk, plain, dropped = [], [], []
@@ -141,14 +146,50 @@ async def direct(report: Report, pki: Pki, directory: Path) -> None:
     )
 
 
+async def capped(report: Report, pki: Pki, directory: Path) -> None:
+    """With a cap on what the sender sends, and on what the receiver receives; two files at once."""
+    path = _random_file(directory, SIZE_BYTES // 2)
+    limits = {
+        "upload": LimitsConfig(upload_mbit=CAPPED_MBIT),
+        "download": LimitsConfig(download_mbit=CAPPED_MBIT),
+    }
+    for direction, limit in limits.items():
+        files = NodeFiles(pki.files("sender", (SENDER,)))
+        there = NodeFiles(pki.files("receiver", (RECEIVER,)), directory=directory)
+        if direction == "download":
+            there = replace(there, limits=limit)
+        else:
+            files = replace(files, limits=limit)
+        with child(receiver, there) as (peer, _):
+            async with open_node(options(files, "hypha-data")) as node:
+                metas = [await meta_of(path, KIND, name) for name in ("one", "another")]
+                began = time.perf_counter()
+                async with trio.open_nursery() as nursery:
+                    for meta in metas:
+                        nursery.start_soon(send_bulk, node, peer, path, meta)
+                took_s = time.perf_counter() - began
+        rate = 2 * path.stat().st_size * 8 / 1e6 / took_s
+        for bound in (Bound(">=", 0.95), Bound("<=", 1.05)):
+            report.add(
+                Row(
+                    name=f"{direction} under its cap",
+                    value=rate,
+                    unit="Mbit/s",
+                    reference=CAPPED_MBIT,
+                    bound=bound,
+                    note="two files at once, from the first offer to the last acknowledgement",
+                )
+            )
+
+
 async def relayed(report: Report, pki: Pki, directory: Path) -> None:
     """Through a gateway's circuit."""
     path = _random_file(directory, RELAYED_BYTES)
     with child(gateway, NodeFiles(pki.files("gateway", ("gateway",)))) as address:
-        files = NodeFiles(pki.files("sender", ("scheduler",)), (address,), relayed=True)
-        there = NodeFiles(pki.files("receiver", ("worker",)), (address,), relayed=True, directory=directory)
+        files = NodeFiles(pki.files("sender", (SENDER,)), (address,), relayed=True)
+        there = NodeFiles(pki.files("receiver", (RECEIVER,)), (address,), relayed=True, directory=directory)
         with child(receiver, there) as (peer, _):
-            async with open_node(options(files, "hypha-scheduler")) as node:
+            async with open_node(options(files, "hypha-data")) as node:
                 await node.wait_connected()
                 meta = await meta_of(path, KIND, "payload")
                 taken = [await send_bulk(node, peer, path, meta) for _ in range(RELAYED_REPEATS)]
@@ -180,6 +221,7 @@ def main() -> int:
         directory = Path(name)
         pki = Pki(directory / "pki")
         trio.run(direct, report, pki, directory)
+        trio.run(capped, report, pki, directory)
         trio.run(relayed, report, pki, directory)
     return report.finish()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import trio
 from tests.support.network import LOOPBACK, Pki, address_of
 
+from hypha.config.bandwidth import LimitsConfig
 from hypha.net import Libp2pNode as Node
 from hypha.net import NodeOptions, open_node
 from hypha.pki.identity import IdentityFiles, load_identity
@@ -32,6 +33,7 @@ class NodeFiles:
     directory: Path = Path(".")
     #: of further nodes in the same process
     more: tuple[IdentityFiles, ...] = ()
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
 def options(files: NodeFiles, component: str) -> NodeOptions:
@@ -44,6 +46,7 @@ def options(files: NodeFiles, component: str) -> NodeOptions:
         hop=component == "hypha-gateway",
         reserve=component != "hypha-gateway",
         exclude_cidr=("127.0.0.0/8",) if files.relayed else (),
+        limits=files.limits,
     )
 
 

@@ -1,20 +1,19 @@
-"""What telemetry costs: training with all of it on beside training with none, at the same time.
+"""What telemetry costs: training with all of it on against training with none, by turns of half a second.
 
 Three networks of real processes stand side by side, each a gateway, a data node, a parameter server and one
-training worker that computes as fast as it can. Two of them have a job at a time, each worker on a core of
-its own; in the second half of a turn they change cores. With telemetry on, every node sends traces (all of
+training worker that computes as fast as it can. One sends nothing. In another every node sends traces (all of
 them), metrics and logs over OTLP to a process that throws them away, and is scraped as often as it exports
-metrics. In the third network the collector is a black hole: it accepts connections and never reads. The first
-rounds are left out; the rows have the median over the turns. The bound is on samples by the processor time
-that worker and executor take: on a machine with other work, the wall clock varies by ten times what is to be
-found; it is reported beside. What a span and a counter cost while telemetry is off is measured in a loop,
-against one log call that the filter leaves out.
+metrics. In the third the collector is a black hole: it accepts connections and never reads. The three workers
+share one core and take turns on it: two are always stopped (SIGSTOP), so that whatever else the machine
+does meets all three alike; the other nodes have the other core. What counts are samples by the processor time
+of worker and executor. The first rounds are left out; a job is cut into parts, whose spread is told. What a
+span and a counter cost while telemetry is off is measured in a loop, against one log call that the filter
+leaves out.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import statistics
@@ -24,8 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -45,12 +44,14 @@ from hypha.telemetry.instruments import RENEWALS
 from hypha.tracing import span
 from hypha.tracing.operations import CONNECT
 
-#: each has four jobs by two: either network with telemetry, on either core, beside the one without
-TURNS = 3
-ROUNDS = 8
+ROUNDS = 32
 #: rounds that are not counted: processors, caches and the projection of the next round warm up
 FIRST = 2
+#: parts of a job that are compared each by itself
+PARTS = 5
 SAMPLES = 4000
+#: how long a worker computes before it is the next one's turn
+TURN_S = 0.5
 #: of the dataset of 1797 digits, each a slice
 COPIES = 12
 #: between two exports of metrics, and between two scrapes: a third of what is usual
@@ -81,14 +82,6 @@ def receive() -> None:
     server.serve_forever()
 
 
-@dataclass(frozen=True)
-class Rate:
-    """Samples by the wall clock, and by the processor time of the worker and its executor."""
-
-    each_s: float
-    each_computed_s: float
-
-
 class Lab:
     """One of the three networks."""
 
@@ -115,18 +108,37 @@ class Lab:
             for node in (gateway, data, worker, server):
                 self._addresses.append(await system.said(node, "http_address"))
 
-    def move(self, core: int) -> None:
-        """Let the worker, and whatever it starts, compute on that core alone."""
+    def processes(self) -> list[psutil.Process]:
+        """The worker and whatever it has started."""
         if self._worker is None:
             raise RuntimeError("the network was not started")
-        process = psutil.Process(self._worker.process.pid)
-        for one in (process, *process.children(recursive=True)):
+        worker = psutil.Process(self._worker.process.pid)
+        return [worker, *worker.children(recursive=True)]
+
+    def move(self, core: int) -> None:
+        """Let the worker, and whatever it starts, compute on that core alone."""
+        for one in self.processes():
             for thread in one.threads():
                 with suppress(ProcessLookupError):
                     os.sched_setaffinity(thread.id, {core})
 
-    async def rate(self, name: str, model: Path) -> Rate:
-        """What one job did, after its first rounds."""
+    def stop(self) -> None:
+        """Stop the worker and its processes, those too that are being started."""
+        stopped: set[int] = set()
+        while more := [one for one in self.processes() if one.pid not in stopped]:
+            for one in more:
+                with suppress(psutil.NoSuchProcess):
+                    one.suspend()
+                stopped.add(one.pid)
+
+    def go_on(self) -> None:
+        """The opposite of ``stop``."""
+        for one in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                one.resume()
+
+    async def rates(self, name: str, model: Path) -> list[float]:
+        """Samples a second of the processor time of worker and executor, in each part of one job."""
         job = digits_job(model, 1, ROUNDS, name=name)
         job["rounds"]["avg_samples_between_updates"] = SAMPLES
         async with trio.open_nursery() as nursery:
@@ -137,26 +149,23 @@ class Lab:
             computed: dict[int, float] = {}
             nursery.start_soon(self._watch, state, computed)
             scheduler = await self._system.job(job, state_dir=str(state), **self._keys)
-            if await self._system.ended(scheduler) != 0:
+            if await self._system.ended(scheduler, 1200) != 0:
                 raise RuntimeError(scheduler.tail())
             nursery.cancel_scope.cancel()
         rounds = [one for one in read_ledger(next(state.rglob("job.db"))).rounds if not one.discarded]
-        # the last one may be over before it was seen
-        last = max(computed)
-        return Rate(
-            sum(one.samples for one in rounds[FIRST:]) / sum(one.duration_s for one in rounds[FIRST:]),
-            sum(one.samples for one in rounds[FIRST:last]) / (computed[last] - computed[FIRST]),
-        )
+        seen = sorted(one for one in computed if one >= FIRST)
+        cuts = [seen[len(seen) * part // PARTS] for part in range(PARTS)] + [seen[-1]]
+        return [
+            sum(one.samples for one in rounds[begin:end]) / (computed[end] - computed[begin])
+            for begin, end in pairwise(cuts)
+        ]
 
     async def _watch(self, state: Path, computed: dict[int, float]) -> None:
-        if self._worker is None:
-            raise RuntimeError("the network was not started")
-        worker = psutil.Process(self._worker.process.pid)
         # what an ended process had used stays in the sum
         used: dict[int, float] = {}
         while True:
             await trio.sleep(0.05)
-            for one in (worker, *worker.children(recursive=True)):
+            for one in self.processes():
                 with suppress(psutil.NoSuchProcess):
                     times = one.cpu_times()
                     used[one.pid] = times.user + times.system
@@ -197,8 +206,8 @@ def _read(url: str) -> bytes:
         return found
 
 
-async def measure(directory: Path, endpoint: str, hole: str) -> list[dict[str, Rate]]:
-    """Of each turn, by network: its rates over those of the network without telemetry."""
+async def measure(directory: Path, endpoint: str, hole: str) -> dict[str, list[float]]:
+    """Of each network, its rates in the parts of its job over those of the network without telemetry."""
     model = digits_model(directory)
     common = {
         "telemetry_sampler": "always_on",
@@ -210,8 +219,9 @@ async def measure(directory: Path, endpoint: str, hole: str) -> list[dict[str, R
         "on": {**common, "telemetry_endpoint": endpoint},
         "black hole": {**common, "telemetry_endpoint": hole},
     }
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    found = []
+    first, *others = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, others or [first])
+    found: dict[str, list[float]] = {}
     async with AsyncExitStack() as stack:
         labs = {}
         for name, more in keys.items():
@@ -219,34 +229,38 @@ async def measure(directory: Path, endpoint: str, hole: str) -> list[dict[str, R
             root.mkdir()
             labs[name] = Lab(await stack.enter_async_context(open_system(root)), more)
             await labs[name].start()
-        for turn in range(TURNS):
-            ratios = {}
-            for name in ("on", "black hole"):
-                halves = []
-                for swapped, order in enumerate((cores, cores[::-1])):
-                    halves.append(await beside(labs, name, order, f"{turn}-{swapped}-{name[:2]}", model))
-                ratios[name] = Rate(
-                    math.sqrt(math.prod(one.each_s for one in halves)),
-                    math.sqrt(math.prod(one.each_computed_s for one in halves)),
-                )
-                print(name, *halves, flush=True)
-            found.append(ratios)
-    return found
+            labs[name].move(first)
+
+        async def run(name: str) -> None:
+            found[name] = await labs[name].rates("job", model)
+
+        async with trio.open_nursery() as nursery:
+            turns = trio.CancelScope()
+            nursery.start_soon(take_turns, list(labs.values()), turns)
+            async with trio.open_nursery() as jobs:
+                for name in labs:
+                    jobs.start_soon(run, name)
+            turns.cancel()
+    return {
+        name: [one / plain for one, plain in zip(found[name], found["off"], strict=True)]
+        for name in keys
+        if name != "off"
+    }
 
 
-async def beside(labs: dict[str, Lab], name: str, cores: list[int], job: str, model: Path) -> Rate:
-    """The ratios of two jobs at the same time: of that network, to the one without telemetry."""
-    rates: dict[str, Rate] = {}
-
-    async def one(which: str) -> None:
-        rates[which] = await labs[which].rate(f"job-{job}", model)
-
-    async with trio.open_nursery() as nursery:
-        for which, core in zip(("off", name), cores, strict=True):
-            labs[which].move(core)
-            nursery.start_soon(one, which)
-    traced, plain = rates[name], rates["off"]
-    return Rate(traced.each_s / plain.each_s, traced.each_computed_s / plain.each_computed_s)
+async def take_turns(labs: list[Lab], scope: trio.CancelScope) -> None:
+    """Let one worker after the other compute, until ``scope`` is cancelled."""
+    for lab in labs:
+        lab.stop()
+    try:
+        with scope:
+            for lab in cycle(labs):
+                lab.go_on()
+                await trio.sleep(TURN_S)
+                lab.stop()
+    finally:
+        for lab in labs:
+            lab.go_on()
 
 
 def each_ns(call: Callable[[], object]) -> float:
@@ -282,20 +296,22 @@ def main() -> int:
             endpoint = f"http://127.0.0.1:{int(sink.stdout.readline())}"
             with socket.create_server(("127.0.0.1", 0), backlog=512) as hole:
                 black_hole = f"http://127.0.0.1:{hole.getsockname()[1]}"
-                turns = trio.run(measure, Path(name), endpoint, black_hole)
+                ratios = trio.run(measure, Path(name), endpoint, black_hole)
         finally:
             sink.kill()
             sink.wait()
     for name, kept in (("on", KEPT), ("black hole", KEPT_ANYWAY)):
-        for what, ratios in (
-            ("processor time", sorted(one[name].each_computed_s for one in turns)),
-            ("wall clock", sorted(one[name].each_s for one in turns)),
-        ):
-            spread = f"of {len(ratios)} turns, {ratios[0]:.3f} to {ratios[-1]:.3f}"
-            middle = statistics.median(ratios)
-            # other work of this machine takes more from one core than from the other
-            bound = Bound(">=", kept) if what == "processor time" else None
-            report.add(Row(f"training by {what}, {name}, over without", middle, "", bound=bound, note=spread))
+        parts = sorted(ratios[name])
+        spread = f"of {PARTS} parts, {parts[0]:.3f} to {parts[-1]:.3f}"
+        report.add(
+            Row(
+                f"training by processor time, {name}, over without",
+                statistics.median(parts),
+                "",
+                bound=Bound(">=", kept),
+                note=spread,
+            )
+        )
     return report.finish()
 
 

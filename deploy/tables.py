@@ -1,5 +1,5 @@
-"""``python -m deploy.tables``: write the tables of docs/observability.md and docs/security.md anew, from the
-registries.
+"""``python -m deploy.tables``: write the tables of docs/observability.md, docs/security.md, docs/tuning.md
+and docs/troubleshooting.md anew, from the registries and the configuration's models.
 """
 
 from __future__ import annotations
@@ -7,10 +7,19 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from deploy.promql import label_name
 from hypha import access
+from hypha.cli.doctor.checks import CHECKS
+from hypha.cli.doctor.finding import Symptom
+from hypha.config.models import COMPONENTS, Section
+from hypha.config.partial import section_in
+from hypha.config.template import notes_of
 from hypha.telemetry import instruments
 from hypha.telemetry.metrics import OTHER, Instrument, Label
 from hypha.tracing.operations import Operation
@@ -18,6 +27,8 @@ from hypha.tracing.operations import Operation
 _DOCS = Path(__file__).parent.parent / "docs"
 PAGE = _DOCS / "observability.md"
 SECURITY = _DOCS / "security.md"
+TUNING = _DOCS / "tuning.md"
+TROUBLESHOOTING = _DOCS / "troubleshooting.md"
 #: a label with more values than this is described by their number
 _MANY = 10
 
@@ -97,6 +108,81 @@ def kinds() -> str:
     return _table(("Kind", "From", "To", "What it is"), rows)
 
 
+#: keys that tune and stand in tables of their own, by component and table
+ELSEWHERE = (
+    ("worker", "offer", ("temporary_lease_s", "lease_s")),
+    ("worker", "executors", ("threads",)),
+    ("worker", "cache", ("max_slices", "max_gb", "prefetch_s")),
+    ("gateway", "", ("max_connections", "max_circuits", "max_reservations")),
+    ("scheduler", "scheduler.job", ("update_encoding",)),
+)
+
+
+def tuning() -> str:
+    """All keys of ``[tuning]``; those of gateways alone are named so."""
+    everywhere = dict(_keys(COMPONENTS["worker"], "tuning"))
+    gateways = dict(_keys(COMPONENTS["gateway"], "tuning"))
+    rows = [
+        (f"`{key}`" + ("" if key in everywhere else " (gateways)"), *told) for key, told in gateways.items()
+    ]
+    return _table(("Key", "Default", "Range", "What it is, and when to turn it"), rows)
+
+
+def limits() -> str:
+    """All keys of ``[limits]`` that every component has."""
+    rows = ((f"`{key}`", *told) for key, told in _keys(COMPONENTS["data"], "limits"))
+    return _table(("Key", "Default", "Range", "What it is"), rows)
+
+
+def elsewhere() -> str:
+    """Keys of other tables that tune."""
+    rows = []
+    for component, table, names in ELSEWHERE:
+        found = dict(_keys(COMPONENTS[component], table))
+        for name in names:
+            key = f"{table}.{name}" if table else name
+            rows.append((f"`{key}`", component, *found[key]))
+    return _table(("Key", "Of", "Default", "Range", "What it is"), rows)
+
+
+def _keys(model: type[Section], table: str) -> Iterator[tuple[str, tuple[str, str, str]]]:
+    """Of ``table`` and what is below it: dotted key, and default, range and notes."""
+    for part in table.split(".") if table else ():
+        inner, _ = section_in(model, part)
+        if inner is None:
+            raise KeyError(f"{part} of {table} is no table")
+        model = inner
+    notes = notes_of(model)
+    for name, info in model.model_fields.items():
+        inner, many = section_in(model, name)
+        key = f"{table}.{name}" if table else name
+        if inner is None:
+            default = "" if info.is_required() else _default(info.get_default(call_default_factory=True))
+            bounds = _bounds(info)
+            yield key.replace(".start", ".from"), (default, bounds, " ".join(notes.get(name, [])))
+        elif many or table.partition(".")[0] == "tuning":
+            for below, told in _keys(inner, ""):
+                yield f"{key}.{below}", told
+
+
+def _default(value: object) -> str:
+    return "" if value is None or value == [] else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _bounds(info: FieldInfo) -> str:
+    """Such as ``1 to 64``, or the words that may stand there."""
+    words = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+    if words:
+        return ", ".join(map(str, words))
+    found: dict[str, float] = {}
+    for mark in info.metadata:
+        found.update({name: getattr(mark, name) for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)})
+    text = {name: f"{bound:.15g}" for name, bound in found.items()}
+    low = text["ge"] if "ge" in text else f"above {text['gt']}" if "gt" in text else ""
+    high = text["le"] if "le" in text else f"below {text['lt']}" if "lt" in text else ""
+    return f"{low} to {high}" if low and high else f"{low} or more" if "ge" in found else low or high
+
+
 def _uses(head: str, uses: Mapping[str, access.Use]) -> str:
     def marks(use: access.Use) -> Iterator[str]:
         return ("yes" if use.by is None or role in use.by else "" for role in access.ROLES)
@@ -104,6 +190,28 @@ def _uses(head: str, uses: Mapping[str, access.Use]) -> str:
     rows = ((f"`{name}`", *marks(use), use.what) for name, use in uses.items())
     return _table((head, *access.ROLES, "What for"), rows)
 
+
+def found_with(symptom: Symptom) -> str:
+    """What `hypha doctor` finds where somebody sees ``symptom``, and how to mend it."""
+    rows = (
+        (f"`{one.name}`", one.severity, one.what, one.why, _PLACEHOLDER.sub(r"*\1*", one.mend))
+        for one in CHECKS.values()
+        if one.symptom == symptom
+    )
+    return _table(("Check", "Severity", "What is found", "Why it matters", "To mend it"), rows)
+
+
+#: ``<name>`` outside of code, which a reader of the page would not see
+_PLACEHOLDER = re.compile(r"<(\w+)>(?=[^`]*(?:`[^`]*`[^`]*)*$)")
+
+
+def table_of(symptom: Symptom) -> str:
+    """What its table is called on the page."""
+    return re.sub(r"\W+", "_", symptom.title.lower())
+
+
+#: in the order of the page
+SYMPTOMS = tuple(dict.fromkeys(one.symptom for one in CHECKS.values()))
 
 #: by page
 PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
@@ -116,6 +224,8 @@ PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
         "services": services,
         "kinds": kinds,
     },
+    TUNING: {"limits": limits, "tuning": tuning, "elsewhere": elsewhere},
+    TROUBLESHOOTING: {table_of(one): partial(found_with, one) for one in SYMPTOMS},
 }
 TABLES = {name: table for tables in PAGES.values() for name, table in tables.items()}
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from bench import __main__ as command
-from bench import outer_defaults, outer_tasks, report
+from bench import bulk, outer_defaults, outer_tasks, report
 from bench.report import Bound, Report, Row
+
+from hypha.access import KINDS, may_act_as
 
 
 def test_every_benchmark_is_found() -> None:
@@ -23,6 +25,12 @@ def test_every_benchmark_is_found() -> None:
         "warm",
     ]
     assert command.run(["nothing"]) == 2
+
+
+def test_what_the_bulk_benchmark_sends_may_be_sent() -> None:
+    """It once sent files of a kind of its own, which nobody takes any more."""
+    assert may_act_as(frozenset({bulk.SENDER}), KINDS[bulk.KIND].senders)
+    assert may_act_as(frozenset({bulk.RECEIVER}), KINDS[bulk.KIND].receivers)
 
 
 @pytest.mark.parametrize(("value", "missed"), [(95.0, 0), (94.0, 1)])

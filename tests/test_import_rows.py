@@ -27,6 +27,7 @@ ROWS = (
         "runtime",
         "journal",
         "keeper",
+        "left_out",
         "manifests",
         "naming",
         "tracing",

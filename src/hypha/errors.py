@@ -25,6 +25,9 @@ HyphaError                      exit code 1
     ├── OutputError             exit code 6   the output place cannot be written
     └── ExecutorFailed                        a child process died; its exit code and last lines
 
+`hypha doctor` exits with 7 when it finds warnings at most, and with 8 when it finds errors in what it looks
+at; errors of its own have the codes above.
+
 Third-party exceptions are translated into these in the room that imports the third party, with
 ``from exc``. A message says what happened, to which peer, file or key, and what to do next.
 """

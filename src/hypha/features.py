@@ -171,13 +171,14 @@ _KINDS = {"hypha-gateway": "gateway", "hypha-data": "data node"}
 #: Without max_update_ratio huge updates count as they are, as they did before there was one. Without
 #: class_names the export calls its classes as config.json does. Without slice_rows an update of rows that do
 #: not exist is added, and only the scheduler does not believe it. Without manifest_hash a worker takes the
-#: scheduler's word for what the slices are.
+#: scheduler's word for what the slices are. Without micro_batch_size a batch goes through the model at once.
 MAY_BE_IGNORED: frozenset[str] = frozenset(
     {
         "aggregate.max_update_ratio",
         "aggregate.slice_rows",
         "aggregate.model.class_names",
         "train.manifest_hash",
+        "train.micro_batch_size",
         "train.model.class_names",
     }
 )

@@ -128,19 +128,22 @@ def end_like(status: int) -> NoReturn:
 
 class Confinement:
     """What is applied to an executor before it runs: ``--cgroup FILE`` (its PID is written there),
-    ``--rlimit NAME=VALUE`` and ``--ignore SIGNAL``, in any number. No dataclass: that import would double the
-    keeper's start.
+    ``--rlimit NAME=VALUE``, ``--cores 0,1`` (it runs on no others) and ``--ignore SIGNAL``, in any number. No
+    dataclass: that import would double the keeper's start.
     """
 
     def __init__(self, options: Sequence[str]) -> None:
         self.groups: list[str] = []
         self.limits: list[tuple[int, int]] = []
         self.ignored: list[signal.Signals] = []
+        self.cores: set[int] = set()
         for option, value in zip(options[::2], options[1::2], strict=True):
             if option == "--cgroup":
                 self.groups.append(value)
             elif option == "--ignore":
                 self.ignored.append(signal.Signals[value])
+            elif option == "--cores":
+                self.cores.update(map(int, value.split(",")))
             else:
                 name, _, amount = value.partition("=")
                 self.limits.append((int(getattr(resource, name)), int(amount)))
@@ -154,6 +157,8 @@ class Confinement:
             hard = resource.getrlimit(name)[1]
             amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
             resource.setrlimit(name, (amount, amount))
+        if self.cores and sys.platform == "linux":
+            os.sched_setaffinity(0, self.cores)
         for number in self.ignored:
             signal.signal(number, signal.SIG_IGN)
 

@@ -45,6 +45,13 @@ CertificateChain = Annotated[
     tuple[Annotated[bytes, Meta(max_length=MAX_CERTIFICATE_BYTES)], ...], Meta(max_length=MAX_CERTIFICATES)
 ]
 
+#: Of one :class:`MeasureBandwidth`, each way; the request with its envelope stays below MAX_REQUEST_BYTES.
+MAX_MEASURED_BYTES = 1 << 19
+#: Addresses that one :class:`DialBack` may name.
+MAX_DIALLED_BACK = 8
+#: Packages of which a node states the version it runs with.
+MAX_PACKAGES = 32
+
 
 def _kebab(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
@@ -237,6 +244,8 @@ class TrainJob(Message, tag="train"):
     optimizer: InnerOptimizer = InnerOptimizer()
     schedule: LrSchedule = LrSchedule()
     gradient_accumulation: int = 1
+    #: rows of a batch that go through the model at a time; None: all, or as many as fit into memory
+    micro_batch_size: int | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
     shuffle: bool = True
     seed: int = 0
@@ -619,6 +628,51 @@ class FindDoubles(Message):
     nodes: Annotated[tuple[NodeRun, ...], Meta(max_length=MAX_NODE_RUNS)] = ()
 
 
+#: In one answer: more say how many they are.
+MAX_LISTED_PEERS = 1000
+
+
+class ListPeers(Message):
+    """Which nodes are connected with the gateway that is asked? With ``peer``: that one alone, and where it
+    may be dialled.
+    """
+
+    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)] = ""
+
+
+class ListedPeer(Value):
+    """A node that is connected with a gateway, by its certificate, and by which ``way``. ``addresses`` are
+    what it says of itself.
+    """
+
+    peer: str
+    name: str = ""
+    organization: str = ""
+    roles: tuple[str, ...] = ()
+    way: Literal["direct", "relayed"] = "direct"
+    round_trip_s: float | None = None
+    addresses: tuple[str, ...] = ()
+
+
+class DialBack(Message):
+    """Can the caller be dialled at these addresses? Answered by gateways, which try those alone whose host is
+    the IP address that a connection of the caller comes from: nobody has a third party dialled.
+    """
+
+    addresses: Annotated[
+        tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...], Meta(max_length=MAX_DIALLED_BACK)
+    ]
+
+
+class MeasureBandwidth(Message):
+    """How fast is the way between us? The answer to ``payload`` has ``reply_bytes`` bytes. Answered by every
+    component, for one caller at a time and within a budget.
+    """
+
+    payload: Annotated[bytes, Meta(max_length=MAX_MEASURED_BYTES)] = b""
+    reply_bytes: Annotated[int, Meta(ge=0, le=MAX_MEASURED_BYTES)] = 0
+
+
 class WorkerOffer(Message):
     """A worker holds ``resources`` for the scheduler under a temporary lease of ``expires_in_s``. ``version``
     and ``features`` (:mod:`hypha.features`) are the worker's; without them it is older than these fields.
@@ -644,6 +698,18 @@ class ReleaseLease(Message):
     """A courtesy: the resources may go to somebody else before the lease expires."""
 
     lease_id: str
+
+
+class WorkerLeaving(Message):
+    """A worker tells a scheduler that it ends in ``left_s`` seconds, and with it what runs under its lease:
+    until then the open round's update can be sent, and another worker looked for. Repeated once a second,
+    each time with what is left. With ``left_s = 0`` the lease is handed back now: it is over at the worker. A
+    scheduler older than this message refuses it, and notices the end as it ever did.
+    """
+
+    lease_id: str
+    left_s: float
+    reason: str = ""
 
 
 class DispatchJob(Message):
@@ -816,12 +882,14 @@ class TransferMeta(Value):
 class BulkOffer(Message):
     """I will send this. ``addresses``: where you may dial me for it. ``traceparent``: of which operation the
     transfer is part; over a connection that was kept an offer has no envelope that could say so.
+    ``zstd_blocks``: I would compress single blocks, and say of each whether it is.
     """
 
     token: str
     meta: TransferMeta
     addresses: tuple[str, ...]
     traceparent: str | None = None
+    zstd_blocks: bool = False
 
 
 class BulkDial(Message):
@@ -838,6 +906,10 @@ class Acknowledged(Message):
 class HealthReport(Message):
     """``component`` is ``hypha-worker`` and so on; ``details`` says more in words. ``features``
     (:mod:`hypha.features`): without them it is older than that field.
+
+    The rest is for whoever looks for a fault, nothing is decided by it: ``time_s`` is the sender's time of
+    day in seconds since 1970, the only one on the wire, ``seen_at`` (a multiaddr) where the connection of
+    the caller comes from as the sender sees it, and ``packages`` has the versions that it runs with.
     """
 
     healthy: bool
@@ -847,13 +919,53 @@ class HealthReport(Message):
     uptime_s: float
     details: dict[str, str] = {}
     features: FeatureNames = ()
+    time_s: float | None = None
+    seen_at: Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)] = ""
+    packages: Annotated[
+        dict[
+            Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)],
+            Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)],
+        ],
+        Meta(max_length=MAX_PACKAGES),
+    ] = {}
+
+
+class DialResult(Value):
+    """What came of dialling ``address``: the PeerID of the node there, or why there is none."""
+
+    address: str
+    peer: str = ""
+    reason: str = ""
+
+
+class DialedBack(Message):
+    """One result for each address that was asked for, in that order."""
+
+    results: tuple[DialResult, ...]
+
+
+class BandwidthMeasured(Message):
+    """As many bytes as were asked for."""
+
+    payload: bytes = b""
+
+
+class PeerList(Message):
+    """Those connected with a gateway, in order of their PeerIDs, and how many ``more`` there are."""
+
+    peers: tuple[ListedPeer, ...] = ()
+    more: int = 0
 
 
 class LeaseRenewed(Message):
-    """The lease now lives ``expires_in_s`` from when the answer was sent."""
+    """The lease now lives ``expires_in_s`` from when the answer was sent. ``contended``: other schedulers ask
+    for what it holds, ``outranked``: one of them for longer than its owner. It is not ended for them.
+    """
 
     lease_id: str
     expires_in_s: float
+    contended: bool = False
+    outranked: bool = False
 
 
 class SliceAssigned(Message):
@@ -1019,9 +1131,13 @@ Request = (
     Health
     | SameCertificate
     | FindDoubles
+    | ListPeers
+    | DialBack
+    | MeasureBandwidth
     | WorkerOffer
     | RenewLease
     | ReleaseLease
+    | WorkerLeaving
     | DispatchJob
     | CancelJob
     | Steer
@@ -1040,6 +1156,9 @@ Request = (
 Response = (
     Acknowledged
     | HealthReport
+    | PeerList
+    | DialedBack
+    | BandwidthMeasured
     | LeaseRenewed
     | SliceAssigned
     | NoSlice

@@ -48,7 +48,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def keys_of(model: type[Section], prefix: str = "") -> set[str]:
     keys = set()
     for name, info in model.model_fields.items():
-        keys.add("class" if info.alias == "class" else name)
+        keys.add(info.alias if info.alias and "-" not in info.alias else name)
         for part in (info.annotation, *get_args(info.annotation)):
             if isinstance(part, type) and issubclass(part, Section):
                 keys |= keys_of(part)
@@ -87,6 +87,18 @@ def test_the_commented_defaults_are_the_defaults(program: str, here: Path, pki: 
     different = {key for key, value in plain.items() if other[key] != value}
     # written into a file, a path is relative to it
     assert different <= {"work_dir", "state_dir"}
+
+
+def test_a_worker_says_what_was_found_and_what_is_more_than_that(here: Path, pki: Path) -> None:
+    arguments = ("-n", "worker", "--pki", str(pki), *ARGUMENTS["worker"], "--cpu", "4096")
+    made = run("worker", "init", *arguments)
+    assert "  found memory: " in made
+    assert "note: resources.cpu = 4096 is more than this machine has (" in made
+    assert tomllib.loads(Path("config.toml").read_text())["resources"]["cpu"] == 4096
+    told = run("worker", "validate")
+    assert "limit memory: " in told
+    assert "advice: resources.cpu = 4096 is more than this machine has (" in told
+    assert "resource cpu: 4096 offered" in run("worker", "validate", "--set", "detect_resources=false")
 
 
 def test_without_what_only_the_operator_knows_it_says_what_to_fill_in(here: Path) -> None:

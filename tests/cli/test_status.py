@@ -127,11 +127,31 @@ async def test_beyond_loopback_it_needs_the_token(tmp_path: Path) -> None:
     assert "the token cannot be read" in missing.stderr.decode()
 
 
-async def test_what_is_no_scheduler_is_said() -> None:
+async def test_a_worker_says_what_it_has_and_how_it_is_enforced() -> None:
+    def of_a_worker() -> HealthReport:
+        details = {"resource cpu": "2 offered; there: 2 cores", "limit memory": "cgroup v1"}
+        return msgspec.structs.replace(health(), component="hypha-worker", details=details)
+
     async with trio.open_nursery() as nursery:
-        address = await nursery.start(serve_http, "127.0.0.1:0", health)
+        address = await nursery.start(serve_http, "127.0.0.1:0", of_a_worker)
+        told = await hypha("status", address)
+        nursery.cancel_scope.cancel()
+    assert told.returncode == 0, told.stderr
+    for text in ("hypha-worker 1: healthy", "limit memory", "2 offered; there: 2 cores"):
+        assert text in told.stdout.decode()
+
+
+async def test_what_is_no_node_is_said() -> None:
+    async def foreign(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await stream.send_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno")
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(partial(trio.serve_tcp, foreign, 0, host="127.0.0.1"))
+        address = f"127.0.0.1:{listener.socket.getsockname()[1]}"
         other = await hypha("status", address)
-        assert (other.returncode, "404" in other.stderr.decode()) == (1, True)
+        assert (other.returncode, "is not what a node says" in other.stderr.decode()) == (1, True)
         nursery.cancel_scope.cancel()
     gone = await hypha("status", address)
     assert gone.returncode == 1

@@ -150,6 +150,65 @@ def test_hyphens_everywhere(tmp_path: Path) -> None:
     assert (config.work_dir, config.offer.temporary_lease_s) == (Path("/w"), 7)
 
 
+def test_limits_may_be_the_enforcement_alone_as_in_earlier_versions(tmp_path: Path) -> None:
+    file = write(tmp_path, 'limits = "cgroup"\n' + GOOD)
+    config = load_config(WorkerConfig, file, environ={"HYPHA_LIMITS__UPLOAD_MBIT": "5"})
+    assert (config.limits.enforce, config.limits.upload_mbit) == ("cgroup", 5)
+    assert load_config(WorkerConfig, file, environ={"HYPHA_LIMITS": "none"}).limits.enforce == "none"
+    assert problems(WorkerConfig, write(tmp_path, 'limits = "much"\n' + GOOD)) == [
+        "config.toml:1: limits.enforce: it should be 'auto', 'cgroup', 'rlimit' or 'none', not 'much'"
+    ]
+
+
+def test_hours_of_caps(tmp_path: Path) -> None:
+    hours = '[[limits.schedule]]\nfrom = {}\nto = "24:00"\nupload_mbit = 5\n'
+    for clock in ('"8:00"', "08:00:00"):
+        config = load_config(WorkerConfig, write(tmp_path, GOOD + hours.format(clock)), environ={})
+        assert (config.limits.schedule[0].start, config.limits.schedule[0].to) == ("08:00", "24:00")
+    for wrong in ('"24:01"', '"8:60"', '"8"', "8"):
+        (told,) = problems(WorkerConfig, write(tmp_path, GOOD + hours.format(wrong)))
+        assert 'limits.schedule[0].from: it should be a time of day such as "08:00"' in told
+
+
+def test_tuning_that_does_not_fit_together(tmp_path: Path) -> None:
+    text = """
+[tuning.gossip]
+degree = 8
+degree_low = 9
+[tuning.connections]
+unproven_per_address = 300
+[tuning.liveness]
+reconnect_min_s = 40
+round_trip_s = 2
+silence_s = 0.5
+[[limits.schedule]]
+from = "08:00"
+to = "08:00"
+"""
+    told = problems(WorkerConfig, write(tmp_path, GOOD + text))
+    start = len(GOOD.splitlines())
+    assert [(int(one.split(":")[1]) - start, one.split(": ", 1)[1]) for one in told] == [
+        (4, "tuning.gossip.degree_low: it is more than tuning.gossip.degree (8)"),
+        (6, "tuning.connections.unproven_per_address: it is more than tuning.connections.unproven (256)"),
+        (8, "tuning.liveness.reconnect_min_s: it is more than tuning.liveness.reconnect_max_s (30)"),
+        (10, "tuning.liveness.silence_s: it should be greater than or equal to 1, not 0.5"),
+        (11, 'limits.schedule[0]: it begins and ends at 08:00; for the whole day write "00:00" to "24:00"'),
+        (11, "limits.schedule[0]: it changes nothing; set upload_mbit or download_mbit"),
+    ]
+
+
+def test_a_lease_outlives_its_renewal(tmp_path: Path) -> None:
+    text = "[offer]\nlease_s = 30\n[tuning.liveness]\nround_trip_s = {}\n"
+    load_config(WorkerConfig, write(tmp_path, GOOD + text.format(2.5)), environ={})
+    told = problems(WorkerConfig, write(tmp_path, GOOD + text.format(8)))
+    assert [one.split(": ", 1)[1] for one in told] == [
+        "offer.temporary_lease_s: an offer would be over before it is accepted: it must be 2 times "
+        "tuning.liveness.round_trip_s (8 s), 16 s at least, not 5",
+        "offer.lease_s: a renewal would come too late: it must be 4 times "
+        "tuning.liveness.round_trip_s (8 s), 32 s at least, not 30",
+    ]
+
+
 # --- precedence -----------------------------------------------------------------------------------------
 
 
@@ -267,6 +326,35 @@ hang_s = 2
         WorkerConfig, write(tmp_path, GOOD + text.replace("1", "0").replace("2", "0")), environ={}
     )
     assert (never.hang_s, never.executors[0].hang_s) == (0.0, 0.0)
+
+
+def test_accelerate_is_for_the_training_executor_of_hypha_and_its_file_is_there(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text("num_processes: 2")
+    text = """
+[[executors]]
+class = "train"
+name = "a"
+accelerate = "two.yaml"
+[[executors]]
+class = "train"
+name = "b"
+accelerate = "none.yaml"
+[[executors]]
+class = "train"
+name = "c"
+cmd = "mine"
+accelerate = "two.yaml"
+[[executors]]
+class = "aggregate"
+name = "d"
+accelerate = "two.yaml"
+"""
+    told = problems(WorkerConfig, write(tmp_path, GOOD + text))
+    assert ["executors[1].accelerate" in told[0], "there is no file" in told[0]] == [True, True]
+    assert all(
+        f"executors[{number}].accelerate: it is for" in one
+        for number, one in zip((2, 3), told[1:], strict=True)
+    )
 
 
 def test_patterns_of_urls_that_would_match_nothing_or_too_much(tmp_path: Path) -> None:
@@ -409,3 +497,30 @@ def test_further_checks_see_what_is_valid_and_are_placed(tmp_path: Path) -> None
         f"{file}:2: key_pem: /k.pem: bad None",
         f"{file}:5: max_connections: it should be greater than or equal to 1, not 0",
     ]
+
+
+def test_a_notice_without_its_length_is_of_no_use(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        GOOD
+        + """\
+[preemption]
+file = "notice"
+url = "169.254.169.254/spot"
+url_pattern = "("
+""",
+    )
+    assert problems(WorkerConfig, file) == [
+        "config.toml:5: preemption.notice_s: say how many seconds before the machine's end a notice (file, "
+        "url) comes (AWS 120, Google Cloud and Azure 30)",
+        "config.toml:7: preemption.url: 169.254.169.254/spot is no http or https address",
+        "config.toml:8: preemption.url_pattern: it is no regular expression: missing ), unterminated "
+        "subpattern at position 0",
+    ]
+    file = write(tmp_path, GOOD + '[preemption]\nfile = "notice"\nnotice_s = 10\npoll_s = 6\n')
+    assert problems(WorkerConfig, file) == [
+        "config.toml:8: preemption.poll_s: a notice of 10 s may be seen after 6; look at least twice in that "
+        "time"
+    ]
+    file = write(tmp_path, GOOD + '[preemption]\nfile = "notice"\nnotice_s = 10\n')
+    assert load_config(WorkerConfig, file, environ={}).preemption.file == tmp_path / "notice"

@@ -53,3 +53,15 @@ def test_each_metric_operation_and_reason_has_a_row() -> None:
 )
 def test_the_specifications_queries_are_on_the_page_word_for_word(query: str) -> None:
     assert re.search(rf"^```promql\n#.*\n{re.escape(query)}\n```$", PAGE, re.MULTILINE)
+
+
+def test_every_key_that_tunes_says_what_it_is() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for table in (tables.tuning(), tables.elsewhere())
+        for line in table.splitlines()[2:]
+    ]
+    assert len(rows) > 25
+    assert [row[0] for row in rows if not row[-1].strip("| ")] == []
+    # and what it may be
+    assert [row[0] for row in rows if not row[-2]] == []

@@ -98,13 +98,17 @@ class Bridge:
 
     # --- the test's side ----------------------------------------------------------------------------
 
-    def start(self, warm: bool = True) -> None:
-        """Its executor, forked by the executor host unless ``warm`` is false."""
+    def start(self, warm: bool = True, accelerate: Path | None = None) -> None:
+        """Its executor, forked by the executor host unless ``warm`` is false; of several processes with
+        accelerate's configuration file.
+        """
         module = "training" if self.job.__class__.__name__ == "TrainJob" else "parameter_server"
         name, arguments = f"hypha.executor.{module}", [str(self.directory / "bridge.sock")]
         # a directive that was sent before a file is read by another thread: steps of a millisecond could be
         # over before it has had its turn
         environment = {"OMP_NUM_THREADS": "1", "HYPHA_STEP_S": "0.02"}
+        if accelerate is not None:
+            name, arguments, warm = "hypha.executor.launch", [str(accelerate), *arguments], False
         with (self.directory / "output").open("wb") as output:
             if warm:
                 self.process = ForkedExecutor(name, arguments, self.directory, environment, output)

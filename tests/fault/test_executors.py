@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from tests.fault.conftest import SERVER_ONLY, TRAINING_ONLY, Job
 from tests.support.faults import check_ledger, counted, durations, executors, fail_at
-from tests.support.system import System, keep_system
+from tests.support.system import System, keep_system, paced
 
-from hypha.worker.limits import usable_cgroups
+from hypha.worker.cgroups import usable_cgroups
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 
@@ -19,6 +22,15 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 ENDLESS = 10_000
 #: a training executor that one worker has. It is started, not forked, for it shall pay for its imports itself
 ONLY_HERE = {"class": "train", "name": "only-here", "env": {"MALLOC_ARENA_MAX": "2"}}
+#: one that each worker has: on one of them it takes more than its lease before it trains
+GREEDY = "greedy"
+
+
+def greedy(root: Path) -> dict[str, Any]:
+    """See :mod:`tests.support.greedy`."""
+    args = ["-m", "tests.support.greedy", "{SOCKET_PATH}"]
+    env = {"GREEDY": str(root / GREEDY), "HYPHA_STEP_S": "0.015"}
+    return {"class": "train", "name": GREEDY, "cmd": sys.executable, "args": args, "env": env}
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +43,9 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, 
             await system.gateway()
             await system.data("data", job.dataset)
             await system.worker("server", **SERVER_ONLY)
-            await system.worker("worker-0", **TRAINING_ONLY)
-            await system.worker("worker-1", executors=[*TRAINING_ONLY["executors"], ONLY_HERE])
+            own = TRAINING_ONLY["executors"]
+            await system.worker("worker-0", executors=[*own, {**paced(0.015), "name": GREEDY}])
+            await system.worker("worker-1", executors=[*own, ONLY_HERE, greedy(system.root)])
 
         trio.run(start)
         yield system, job
@@ -94,6 +107,44 @@ async def test_an_executor_killed_for_want_of_memory_says_so(system: System, job
         assert "killed it for want of memory" in log
         assert "resources.worker.memory" in log
     assert "exit code -9" in scheduler.tail()
+
+
+async def test_an_executor_that_takes_more_than_its_lease_is_stopped_and_the_job_goes_on(
+    system: System, job: Job
+) -> None:
+    """It allocates, fills its quota and forks a thousand children, each in a life of its own, then it trains:
+    meanwhile the other worker does, and both are in the last round.
+    """
+    needs = {"cpu": 1, "memory": 1.2, "storage": 0.05, "gpu": 0}
+    wanted = {"worker": needs, "worker_executor": GREEDY, "executor_restarts": 3}
+    scheduler = await system.job(
+        job(2, ENDLESS, 960, name=GREEDY, min_workers=1, start_grace_s=0.5, **wanted)
+    )
+    await system.reached(
+        scheduler, lambda seen: len(seen.workers) == 2 and all(one.batches for one in seen.workers)
+    )
+    there = await system.reached(scheduler, lambda seen: seen.round >= 2)
+    await system.reached(scheduler, lambda seen: seen.round >= there.round + 2)
+    await system.stop_job(scheduler)
+
+    places = usable_cgroups()
+    by_cgroup, forked = places.version("memory"), places.version("pids")
+    texts = (
+        "killed it for want of memory" if by_cgroup else "MemoryError",
+        "disk quota exceeded: its files in the job directory take",
+        "refused another process or thread" if forked else "processes and threads, and may have 512",
+    )
+    [worker] = [one for one in system.group.running if one.name == "worker-1"]
+    for log in (scheduler.log.read_text(), worker.log.read_text()):
+        for text in texts:
+            assert text in log
+        assert "nobody minded" not in log
+    assert "A worker is replaced" not in scheduler.log.read_text()
+    _, ledger = system.ledger(GREEDY)
+    print(durations(ledger))
+    crews = [len(entry.contributors) for entry in counted(ledger)]
+    assert crews[0] == 1, "the other worker did not wait"
+    assert crews[-1] == 2
 
 
 async def test_training_that_diverges_ends_the_job_after_it_was_tried_again(system: System, job: Job) -> None:

@@ -8,6 +8,7 @@ dies in one test is there again in the next.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import trio
@@ -54,8 +55,13 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, 
             for number in range(2):
                 await system.worker(f"server-{number}", **SERVER_ONLY)
             for number in range(4):
-                # few slices are kept, so that data nodes matter
-                await system.worker(f"worker-{number}", **TRAINING_ONLY, cache={"max_slices": 2})
+                # few slices are kept, so that data nodes matter; a file takes the machine away
+                await system.worker(
+                    f"worker-{number}",
+                    **TRAINING_ONLY,
+                    cache={"max_slices": 2},
+                    preemption={"notice_s": 10.0, "file": notice_of(system, number), "poll_s": 0.5},
+                )
 
         trio.run(start)
         yield system, job
@@ -73,6 +79,11 @@ async def system(network: tuple[System, Job]) -> AsyncIterator[System]:
 def job(network: tuple[System, Job]) -> Job:
     """Makes jobs for it."""
     return network[1]
+
+
+def notice_of(system: System, number: int) -> str:
+    """The file by which ``worker-<number>`` learns that its machine is taken away."""
+    return str(system.root / f"notice-{number}")
 
 
 def alive(system: System, kind: str) -> list[Child]:
@@ -108,6 +119,58 @@ async def test_a_killed_worker_is_not_waited_for_and_is_replaced(system: System,
     workers = {part.worker for entry in entries for part in entry.contributors}
     assert len(workers) == 4, "the spare worker never joined"
     assert await system.replay("worker", job.dataset, None, "worker") <= 1e-5
+
+
+async def test_a_machine_that_is_taken_away_with_notice_loses_nothing_that_it_trained(
+    system: System, job: Job
+) -> None:
+    """Ten seconds of notice, in rounds of four: its part of the round in which it goes is in the ledger,
+    another worker is there before it is gone, and nobody waits for a lease to expire.
+    """
+    rounds = 6
+    scheduler = await system.job(job(3, rounds, samples=12_800, name="spot", min_workers=2))
+    await system.reached(scheduler, lambda seen: seen.round == 1 and all(one.batches for one in seen.workers))
+    seen = await system.status(scheduler)
+    leased = {one.peer for one in seen.held if one.kind == "train"}
+    number = next(one for one in range(4) if system.peer_id(f"worker-{one}", "worker") in leased)
+    worker = next(one for one in alive(system, "worker") if base(one.name) == f"worker-{number}")
+    peer = system.peer_id(f"worker-{number}", "worker")
+    told = trio.current_time()
+    Path(notice_of(system, number)).touch()
+    await system.reached(scheduler, lambda seen: any(one.state == "leaving" for one in seen.workers))
+    await system.logged(scheduler, "A lease is given back: its worker leaves")
+    assert trio.current_time() - told <= 10.0
+    assert await system.ended(worker, timeout_s=15.0) == 0, worker.tail()
+    print(f"The worker ended {trio.current_time() - told:.1f} s after the notice.")
+    Path(notice_of(system, number)).unlink()
+    left_in = (await system.status(scheduler)).round
+    after = await system.reached(scheduler, lambda seen: seen.round > left_in)
+    assert await system.ended(scheduler) == 0, scheduler.tail()
+
+    # of the time of three places, in the rounds from the notice on, next to nothing was for nothing
+    assert seen.goodput is not None
+    assert after.goodput is not None
+    reasons = ("failure", "replayed", "allocating", "loading")
+    lost_s = sum(after.goodput.badput_s[reason] - seen.goodput.badput_s[reason] for reason in reasons)
+    share = lost_s / (after.goodput.places * (after.goodput.wall_s - seen.goodput.wall_s))
+    print(f"Goodput loss: {share:.1%}.")
+    assert share < 0.03
+    assert not after.refused.get("lost samples")
+
+    ledger = check_ledger(system, "spot", rounds)
+    print(durations(ledger))
+    entries = counted(ledger)
+    parts = {entry.round: {part.worker: part for part in entry.contributors} for entry in entries}
+    last = max(round_ for round_, inside in parts.items() if peer in inside)
+    # a round may be over between its last update and the end of its process
+    assert last in (left_in - 1, left_in)
+    assert all(peer in parts[round_] for round_ in range(last))
+    everybody = {one for inside in parts.values() for one in inside}
+    assert len(everybody) == 4, "nobody has taken its place"
+    text = scheduler.log.read_text()
+    assert "expired" not in text
+    assert "A lease was lost" not in text
+    assert await system.replay("spot", job.dataset, None, "spot") <= 1e-5
 
 
 async def test_killed_executors_are_started_again_or_replaced(system: System, job: Job) -> None:

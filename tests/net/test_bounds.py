@@ -32,6 +32,7 @@ from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr
 from tests.support.network import Network, Pki, address_of, until
 
+from hypha.config.tuning import ConnectionTuning
 from hypha.errors import PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import (
     Acknowledged,
@@ -50,9 +51,6 @@ from hypha.net import bulk_meeting, identify_bounds, rpc
 from hypha.net.addresses import MAX_ADDRESSES, host_and_port
 from hypha.net.arrivals import (
     GRACE_S,
-    MAX_ANONYMOUS,
-    MAX_ANONYMOUS_PER_SOURCE,
-    MAX_PER_PEER,
     Arrival,
     Arrivals,
     source_of,
@@ -69,11 +67,16 @@ from hypha.net.dht_records import (
 from hypha.net.inbound_budget import OWN_STREAMS, InboundBudget
 from hypha.net.inbound_streams import limit_of
 from hypha.net.relay import RelayLimits, RelayRefused
-from hypha.net.rpc import MAX_INBOUND_PER_PEER, MAX_SHARED, OWN_PER_PEER
+from hypha.net.rpc import OWN_PER_PEER
 from hypha.net.streams import STREAM_ERRORS, discard
 from hypha.net.yamux_incoming import MAX_GROWTH_BYTES, MAX_INBOUND_STREAMS
 
 pytestmark = pytest.mark.loopback
+
+_LIMITS = ConnectionTuning()
+MAX_ANONYMOUS, MAX_ANONYMOUS_PER_SOURCE = _LIMITS.unproven, _LIMITS.unproven_per_address
+MAX_PER_PEER = _LIMITS.per_peer
+MAX_SHARED, MAX_INBOUND_PER_PEER = _LIMITS.requests, _LIMITS.requests_per_peer
 
 KIB = 1 << 10
 #: what each stream may send before it is read

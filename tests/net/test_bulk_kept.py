@@ -15,10 +15,11 @@ from tests.net.bulk_proxy import BulkProxy, Trouble, bulk_proxy
 from tests.support.network import Network, until
 from tests.support.stopwatch import Stopwatch
 
+from hypha.config.tuning import TransferTuning, TuningConfig
 from hypha.errors import IdentityError, Problem, Refused, TransferFailed
 from hypha.messages import BulkAnswer, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
-from hypha.net import bulk_kept, bulk_receiving, bulk_sending
+from hypha.net import bulk_kept, bulk_sending
 from hypha.net.addresses import host_and_port
 from hypha.net.bulk_kept import KeptLinks
 from hypha.net.bulk_meeting import Meeting
@@ -76,12 +77,14 @@ async def open_rig(
     monkeypatch: pytest.MonkeyPatch,
     near_is: Identity | None = None,
     far_is: Identity | None = None,
+    tuning: TuningConfig | None = None,
 ) -> AsyncIterator[Rig]:
+    tuning = tuning or TuningConfig()
     real = Sending._offer
-    async with network.gateway(identity=far_is, roles=()) as far:
+    async with network.gateway(identity=far_is, roles=(), tuning=tuning) as far:
         async with bulk_proxy(host_and_port(far.listen_addresses()[0])) as proxy:
             gateway = f"{proxy.address}/p2p/{far.peer_id}"
-            async with network.leaf("worker", [gateway], identity=near_is) as near:
+            async with network.leaf("worker", [gateway], identity=near_is, tuning=tuning) as near:
                 rig = Rig(near, far, proxy, directory)
 
                 async def offer(self: Sending, attempt: bulk_sending._Attempt) -> BulkAnswer:
@@ -292,9 +295,8 @@ async def test_nothing_is_kept_for_ever(
 async def test_few_of_a_peer_are_kept(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk_sending, "MAX_AT_ONCE", 6)
-    monkeypatch.setattr(bulk_receiving, "MAX_AT_ONCE", 6)
-    async with open_rig(network, tmp_path, monkeypatch) as rig:
+    tuning = TuningConfig(transfers=TransferTuning(sends=6, receives=6))
+    async with open_rig(network, tmp_path, monkeypatch, tuning=tuning) as rig:
         async with trio.open_nursery() as nursery:
             for number in range(6):
                 nursery.start_soon(rig.send, f"file-{number}", 1_000_000)

@@ -7,7 +7,13 @@ import os
 import pytest
 
 from hypha.net.bulk_seal import KEY_BYTES, TAG_BYTES, Opener, Sealer, new_key
-from hypha.net.bulk_wire import LENGTH_BYTES, MAX_BLOCK_BYTES, LinkBroken, decode_length
+from hypha.net.bulk_wire import (
+    LENGTH_BYTES,
+    MAX_BLOCK_BYTES,
+    LinkBroken,
+    decode_block_length,
+    decode_length,
+)
 
 BLOCKS = [b"the first block", b"x" * 100_000, b"the last one"]
 
@@ -50,6 +56,17 @@ def test_an_altered_block_does_not_open(at: int) -> None:
     sealed[at] ^= 1
     with pytest.raises(LinkBroken, match="altered"):
         opened(Opener(key), bytes(sealed))
+
+
+def test_nobody_on_the_way_says_that_a_block_is_compressed() -> None:
+    for packed in (False, True):
+        key = new_key()
+        sealed = bytes(Sealer(key).seal(b"a block", packed))
+        assert decode_block_length(sealed[:LENGTH_BYTES]) == (7, packed)
+        rest = memoryview(sealed)[LENGTH_BYTES:]
+        with pytest.raises(LinkBroken, match="altered"):
+            Opener(key).open(rest, not packed)
+        assert bytes(Opener(key).open(rest, packed)) == b"a block"
 
 
 def test_blocks_that_are_left_out_repeated_or_exchanged_do_not_open() -> None:

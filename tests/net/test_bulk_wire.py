@@ -22,8 +22,10 @@ from hypha.net.bulk_wire import (
     LinkBroken,
     Verdict,
     Working,
+    decode_block_length,
     decode_frame,
     decode_length,
+    encode_block_length,
     encode_frame,
 )
 
@@ -34,6 +36,7 @@ from hypha.net.bulk_wire import (
         Hello("token"),
         Go(1 << 40, bytes(range(32))),
         Go(0),
+        Go(7, bytes(range(32)), zstd_blocks=True),
         Working(),
         Verdict("refused", "stale", "round 2 is over", again=True),
     ],
@@ -56,6 +59,17 @@ def test_nonsense_is_a_broken_link(payload: bytes) -> None:
 def test_lengths_are_bounded(length: int) -> None:
     with pytest.raises(LinkBroken, match=str(length)):
         decode_length(struct.pack(">I", length), MAX_FRAME_BYTES)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [0, 1, MAX_BLOCK_BYTES, MAX_BLOCK_BYTES + 1, (1 << 31) - 1])
+def test_the_highest_bit_of_a_blocks_length_says_that_it_is_compressed(length: int, packed: bool) -> None:
+    head = encode_block_length(length, packed)
+    if 0 < length <= MAX_BLOCK_BYTES:
+        assert decode_block_length(head) == (length, packed)
+    else:
+        with pytest.raises(LinkBroken, match=str(length)):
+            decode_block_length(head)
 
 
 @pytest.mark.parametrize("plain", [b"x", bytes(BLOCK_BYTES), os.urandom(BLOCK_BYTES)])

@@ -10,8 +10,8 @@ import trio
 from tests.support.network import Network, address_of, until
 from tests.support.stopwatch import Stopwatch
 
-from hypha.errors import PeerUnreachable
-from hypha.messages import Health, HealthReport, PeerRef
+from hypha.errors import PeerUnreachable, Refused
+from hypha.messages import Health, HealthReport, ListPeers, PeerList, PeerRef
 from hypha.net.addresses import host_and_port
 from hypha.net.gateways import Backoff
 
@@ -173,3 +173,35 @@ async def test_a_relay_gives_no_more_than_its_limits(network: Network) -> None:
         await until(lambda: gateway.hop is not None and gateway.hop.circuits == 0)
         await second.request(worker.peer_id, Health())
         assert "p2p-circuit" not in str(late.ref())
+
+
+@pytest.mark.loopback
+async def test_a_gateway_says_who_is_connected_with_it_and_where_one_that_is_asked_for_may_be_dialled(
+    network: Network,
+) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("worker", [gateway], roles=("worker",)) as worker,
+        network.leaf("data", [gateway], roles=("data",)) as data,
+    ):
+        await until(lambda: len(gateway.connections()) == 2)
+        listed = await data.request(gateway.peer_id, ListPeers())
+        assert isinstance(listed, PeerList)
+        (one,) = listed.peers
+        assert (one.peer, one.roles, one.way, one.addresses) == (worker.peer_id, ("worker",), "direct", ())
+        assert one.name.startswith("worker")
+        # what it says of itself by identify comes a moment after the connection
+
+        async def where() -> tuple[str, ...]:
+            found = await data.request(gateway.peer_id, ListPeers(peer=worker.peer_id))
+            assert isinstance(found, PeerList)
+            return found.peers[0].addresses
+
+        with trio.fail_after(10.0):
+            while not (addresses := await where()):
+                await trio.sleep(0.05)
+        port = host_and_port(worker.listen_addresses()[0])[1]
+        assert any(f"/tcp/{port}" in address for address in addresses)
+        assert await data.request(gateway.peer_id, ListPeers(peer=data.peer_id)) == PeerList()
+        with pytest.raises(Refused, match="does not answer"):
+            await worker.request(data.ref(), ListPeers())

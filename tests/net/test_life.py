@@ -249,7 +249,7 @@ async def test_who_asks_a_closing_node_where_it_listens_hears_of_open_sockets_on
 
     async def nobody(stream: object) -> None: ...
 
-    listener = SharedPortTcp(1, 1).create_listener(nobody)
+    listener = SharedPortTcp(1).create_listener(nobody)
     opened = await trio.open_tcp_listeners(0, host="127.0.0.1")
     listener.listeners.extend(opened)
     [address] = listener.get_addrs()

@@ -12,13 +12,16 @@ import trio
 from tests.support.network import Network, until
 from tests.support.stopwatch import Stopwatch
 
+from hypha.config.tuning import TransferTuning
 from hypha.errors import Refused
 from hypha.messages import PeerRef, TransferMeta
 from hypha.net import meta_of
 from hypha.net.bulk_links import Link
-from hypha.net.bulk_sending import BUSY_PAUSE_S, MAX_AT_ONCE, SLOW_WAY_S, Sending, Way
+from hypha.net.bulk_sending import BUSY_PAUSE_S, SLOW_WAY_S, Sending, Way
 
 pytestmark = pytest.mark.loopback
+
+MAX_AT_ONCE = TransferTuning().sends
 
 
 @pytest.mark.parametrize("relayed", [False, True])

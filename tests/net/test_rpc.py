@@ -11,6 +11,7 @@ from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from tests.support.network import Network, address_of, until
 
+from hypha.config.tuning import ConnectionTuning
 from hypha.errors import PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import (
     MAX_RESPONSE_BYTES,
@@ -30,9 +31,11 @@ from hypha.messages import (
     TransferMeta,
 )
 from hypha.net import Libp2pNode as Node
-from hypha.net.rpc import MAX_INBOUND_PER_PEER, PROTOCOL, frame, may_act_as, read_frame
+from hypha.net.rpc import PROTOCOL, frame, may_act_as, read_frame
 
 pytestmark = pytest.mark.loopback
+
+MAX_INBOUND_PER_PEER = ConnectionTuning().requests_per_peer
 
 
 def ref_of(node: Node) -> PeerRef:

@@ -31,6 +31,7 @@ from hypha.messages import (
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net import meta_of
+from hypha.net.peers import Peers
 from hypha.net.rpc import PROTOCOL, frame, read_frame
 from hypha.tracing import span, traceparent
 from hypha.tracing.operations import ADVERTISE, FETCH_SLICE, SEND_UPDATE
@@ -113,11 +114,23 @@ async def test_a_connection_is_no_part_of_the_operation_that_made_it(
         assert answer.parent is None
 
 
-async def test_connecting_tells_what_was_tried(network: Network, signals: Signals) -> None:
+@pytest.mark.parametrize("larger", [False, True], ids=["smaller PeerID dials", "larger PeerID dials"])
+async def test_connecting_tells_what_was_tried(
+    network: Network, signals: Signals, monkeypatch: pytest.MonkeyPatch, larger: bool
+) -> None:
+    """Also where the dial that has connected is cancelled before it returns."""
+    connected = Peers.connected
+
+    async def told_slowly(peers: Peers, swarm: object, connection: object) -> None:
+        await connected(peers, swarm, connection)
+        await trio.sleep(0.05)
+
+    monkeypatch.setattr(Peers, "connected", told_slowly)
     with trio.socket.socket() as closed:
         await closed.bind(("127.0.0.1", 0))
         nobody = f"/ip4/127.0.0.1/tcp/{closed.getsockname()[1]}"
-    async with network.leaf("a") as one, network.leaf("b") as other:
+    async with network.leaf("a") as a, network.leaf("b") as b:
+        one, other = sorted((a, b), key=lambda node: node.peer_id, reverse=larger)
         there = (f"{nobody}/p2p/{other.peer_id}", address_of(other))
         with span(ADVERTISE):
             await one.connect(PeerRef(peer=other.peer_id, addresses=there))

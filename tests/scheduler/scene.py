@@ -29,7 +29,7 @@ from hypha.messages import (
 )
 from hypha.scheduler import allocation
 from hypha.scheduler.allocator import NAME as ALLOCATOR
-from hypha.scheduler.events import CarriedOver, Input, Joined, Lost, Reported, SliceAsked, Told
+from hypha.scheduler.events import CarriedOver, Input, Joined, Leaves, Lost, Reported, SliceAsked, Told
 from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.report import GoodputNews, GoodputReport
 from hypha.scheduler.renewal import NAME as RENEWAL
@@ -118,6 +118,17 @@ class Scene:
         lapsed = (Lapsed(reason),)
         self.journal.note(f"{RENEWAL}:of-{peer}", self.now, RenewalFailed(reason), lapsed, {})
         self.journal.note(ALLOCATOR, self.now, allocation.Lost(f"of-{peer}"), (), {})
+
+    def leaves(self, peer: str, left_s: float, spare: str = "") -> None:
+        """It ends soon; ``spare`` is leased meanwhile."""
+        self.feed(Leaves(peer, "train", left_s))
+        if spare:
+            self.leased(spare)
+            self.joined(spare)
+
+    def let_go(self, peer: str) -> None:
+        """What was gone from the round machine is gone from the allocator, too."""
+        self.journal.note(ALLOCATOR, self.now, allocation.Lost(f"of-{peer}", False), (), {})
 
     def give_everything_back(self) -> None:
         self.journal.note(ALLOCATOR, self.now, allocation.Want("train", 0), (), {})

@@ -25,6 +25,7 @@ from hypha.scheduler.allocation import (
     Gained,
     GatewayChanged,
     Keep,
+    Leaves,
     Lost,
     Offered,
     Pace,
@@ -116,6 +117,26 @@ def test_offers_are_collected_until_the_deadline_however_many_there_are() -> Non
     assert accepted(actions) == ["W3"]
     assert dismissed(actions) == ["W1", "W2"]
     assert allocator.next_wake is None
+
+
+def test_another_is_looked_for_as_soon_as_a_worker_says_that_it_ends() -> None:
+    allocator = wanting(1)
+    give(allocator, offer("first"))
+    assert accepted(allocator.handle(Tick(), 1.0)) == ["first"]
+    taken, other = (f"lease of {name} for rt" for name in ("first", "second"))
+    allocator.handle(Gained(taken), 1.1)
+    assert allocator.missing("train") == 0
+    # said again and again, it is one worker that is missing
+    assert advertised(allocator.handle(Leaves(taken), 5.0)) == [1]
+    allocator.handle(Leaves(taken), 6.0)
+    assert allocator.missing("train") == 1
+    give(allocator, offer("second"), at=6.1)
+    assert accepted(allocator.handle(Tick(), 7.0)) == ["second"]
+    allocator.handle(Gained(other), 7.1)
+    assert allocator.missing("train") == 0
+    # its end changes nothing any more, and is no fault of it
+    assert advertised(allocator.handle(Lost(taken, avoid=False), 9.0)) == []
+    assert allocator.missing("train") == 0
 
 
 def test_ranking_is_by_capacity_for_the_price() -> None:

@@ -143,6 +143,43 @@ def test_who_reports_before_the_round_machine_hears_that_its_lease_is_over_train
     assert scene.at(11).split()["failure"] > 0
 
 
+def test_who_leaves_costs_nothing_where_another_is_there_before() -> None:
+    """What it has trained counts, and is no failure; the one that comes has its place from then on."""
+    scene = Scene().opened().trains(4, "a", "b").at(6)
+    scene.leaves("b", 1.1, spare="c")
+    scene.at(8).update("a")
+    scene.update("b")
+    assert "b" not in scene.machine.members
+    scene.let_go("b")
+    assert scene.goodput.places[1].peer == "c"
+    scene.at(8.5).loaded("c")
+    scene.at(9).applied("a", "b")
+    scene.started("a", "c")
+    scene.trains(9, "a", "c").at(13).update("a")
+    scene.update("c")
+    scene.applied("a", "c")
+    split = scene.split()
+    # with a second left it was told to hand over at once what it had done by 6 s
+    assert split["goodput"] == 4.0 + 2.0 + 4.0 + 4.0
+    assert "failure" not in split
+    assert "replayed" not in split
+    assert scene.report().recoveries == ()
+
+
+def test_who_trains_already_when_its_place_becomes_free_is_counted_from_then_on() -> None:
+    scene = Scene().opened().at(4.5)
+    scene.leaves("b", 2.0, spare="c")
+    scene.at(5).loaded("c")
+    scene.started("c")
+    scene.trains(4, "a").trains(5, "c").at(7).update("b")
+    scene.let_go("b")
+    scene.at(8).update("a")
+    scene.at(9).update("c")
+    scene.applied("a", "b", "c")
+    # a and b from 4 s on, for 4 and 3 s; c at the place of b from 7 s on
+    assert scene.split()["goodput"] == 4.0 + 3.0 + 2.0
+
+
 def test_an_update_counts_though_its_worker_is_lost_before_the_round_is_closed() -> None:
     scene = Scene().opened().trains(4, "a", "b")
     scene.at(8).update("a")

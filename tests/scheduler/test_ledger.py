@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +301,14 @@ async def test_rounds_of_an_earlier_version_are_read_and_what_is_measured_now_is
     file = await ledger.run(Ledger.to_file)
     ledger.close()
     assert [one.updates for one in file.rounds] == [(), (measured,)]
+
+
+def test_what_a_worker_had_under_its_last_lease_is_remembered_beside_its_speed(tmp_path: Path) -> None:
+    with closing(Ledger(tmp_path / "job.db")) as ledger:
+        worker = PeerRef(peer="W")
+        ledger.lease_gained(LeaseGained("l1", worker, Resources(cpu=2), 1.0, "train"))
+        ledger.lease_gained(LeaseGained("l2", worker, Resources(cpu=64), 1.0, "aggregate"))
+        ledger.lease_ended()
+        ledger.failed("W", "its executor failed")
+        [known] = ledger.track_records()
+    assert (known.worker, known.capacity) == ("W", 2.0)

@@ -1,287 +1,225 @@
-"""Arbiters and allocators against each other under a virtual clock: no network, the real decisions.
+"""Schedulers that compete for workers under a virtual clock: no network, the real decisions.
 
-Every message takes a random while, some are lost. What must hold whatever happens: no worker promises
-more than it has, no scheduler believes in a lease that its worker has ended, and everybody gets what
-there is.
+Every message takes a random while, some are lost. What must hold whatever happens: no worker promises more
+than it has, no scheduler believes in a lease that its worker has ended, everybody gets what there is, and
+nobody waits for ever.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable
-from functools import partial
-from itertools import count
-from random import Random
-
 import pytest
 
-from hypha.config.models import OfferConfig
-from hypha.journal import Journal
-from hypha.leases import Denied, Granted, Release, Tick
-from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer
-from hypha.resources import fits
-from hypha.scheduler.allocation import Accept, Advertise, Ask, Dismiss, Gained, Lost, Offered, Want
-from hypha.scheduler.allocator import Allocator
-from hypha.scheduler.allocator import Decline as OfferDeclined
-from hypha.scheduler.renewal import Attempt, Lapsed, Renewal, RenewalFailed, RenewalRefused, Renewed
-from hypha.worker.arbiter import Arbiter, Heard, OfferFailed, RenewAsked, SendOffer
+from hypha.config.models import OfferConfig, UtilizationConfig
+from hypha.messages import Resources
+from hypha.scheduler.allocation import Pace, Want
+from hypha.simulation.market import Job, Market, MarketScheduler, MarketWorker, Purse
+from hypha.simulation.market_search import run_market
 
-TRAIN = ExecutorDescriptor(kind="train", name="t")
 NEED = Resources(cpu=1, memory=1)
-
-
-class World:
-    """A heap of what happens when; ``loss`` is the chance that a message or its answer is lost."""
-
-    def __init__(self, seed: int, loss: float = 0.0, delay_s: float = 0.05) -> None:
-        self.random = Random(seed)
-        self.loss = loss
-        self.delay_s = delay_s
-        self.now = 0.0
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = count()
-        self.workers: dict[str, Worker] = {}
-        self.schedulers: dict[str, Scheduler] = {}
-
-    def at(self, when: float, what: Callable[[], None]) -> None:
-        heapq.heappush(self._heap, (max(when, self.now), next(self._order), what))
-
-    def travel(self, what: Callable[[], None]) -> None:
-        """One way through the network."""
-        if self.random.random() >= self.loss:
-            self.at(self.now + self.random.uniform(0.2, 1.8) * self.delay_s, what)
-
-    def run(self, until: float) -> None:
-        while self._heap and self._heap[0][0] <= until:
-            self.now, _, what = heapq.heappop(self._heap)
-            what()
-        self.now = until
-
-
-class Worker:
-    def __init__(self, world: World, name: str, total: Resources, price: float) -> None:
-        self.world, self.name = world, name
-        numbers = count()
-        self.arbiter = Arbiter(
-            total,
-            [TRAIN],
-            OfferConfig(price=price),
-            lambda: PeerRef(peer=name),
-            lambda: f"{name}/{next(numbers)}",
-            Journal(checked=True),
-        )
-        self.alive = True
-
-    def tell(self, event: object) -> list[object]:
-        if not self.alive:
-            return []
-        actions = self.arbiter.handle(event, self.world.now)  # type: ignore[arg-type]
-        assert fits(self.arbiter.book.used, self.arbiter.book.total)
-        for action in actions:
-            if isinstance(action, SendOffer):
-                self.send(action)
-        if self.arbiter.next_wake is not None:
-            self.world.at(self.arbiter.next_wake, self.tick)
-        return list(actions)
-
-    def tick(self) -> None:
-        wake = self.arbiter.next_wake
-        if wake is not None and wake <= self.world.now:
-            self.tell(Tick())
-
-    def send(self, action: SendOffer) -> None:
-        scheduler = self.world.schedulers[action.scheduler.peer]
-        lease_id = action.offer.lease_id
-
-        def arrive() -> None:
-            for answer in scheduler.tell(Offered(self.name, action.offer)):
-                if isinstance(answer, OfferDeclined):
-                    self.world.travel(lambda: self.ignore(OfferFailed(lease_id, "declined")))
-
-        self.world.travel(arrive)
-
-    def ignore(self, event: object) -> None:
-        self.tell(event)
-
-
-class Scheduler:
-    def __init__(self, world: World, name: str, bid: float, max_price: float) -> None:
-        self.world, self.name = world, name
-        ask = Ask(f"request of {name}", TRAIN, NEED, bid, max_price)
-        self.allocator = Allocator([ask], journal=Journal(checked=True))
-        self.renewals: dict[str, tuple[WorkerOffer, Renewal]] = {}
-        self.held: dict[str, str] = {}
-
-    def tell(self, event: object) -> list[object]:
-        actions = self.allocator.handle(event, self.world.now)  # type: ignore[arg-type]
-        for action in actions:
-            match action:
-                case Advertise():
-                    heard = Heard(self.name, action.request(PeerRef(peer=self.name)))
-                    for worker in self.world.workers.values():
-                        self.world.travel(partial(worker.ignore, heard))
-                case Accept(_, offer, expires_at):
-                    now = self.world.now
-                    journal = Journal(checked=True)
-                    renewal = Renewal(expires_at - now, now, self.world.random, journal=journal)
-                    self.renewals[offer.lease_id] = (offer, renewal)
-                    self.renew(offer.lease_id, Tick())
-                case Dismiss(lease_id, worker):
-                    self.release(worker.peer, lease_id)
-                case _:
-                    pass
-        if self.allocator.next_wake is not None:
-            self.world.at(self.allocator.next_wake, self.tick)
-        return list(actions)
-
-    def tick(self) -> None:
-        wake = self.allocator.next_wake
-        if wake is not None and wake <= self.world.now:
-            self.tell(Tick())
-
-    def release(self, worker: str, lease_id: str) -> None:
-        self.world.travel(lambda: self.world.workers[worker].ignore(Release(lease_id, self.name)))
-
-    def renew(self, lease_id: str, event: object) -> None:
-        if lease_id not in self.renewals:
-            return
-        offer, renewal = self.renewals[lease_id]
-        if isinstance(event, Renewed) and lease_id not in self.held:
-            self.held[lease_id] = offer.worker.peer
-            self.tell(Gained(lease_id))
-        for action in renewal.handle(event, self.world.now):  # type: ignore[arg-type]
-            if isinstance(action, Attempt):
-                self.attempt(offer, action.timeout_s)
-            elif isinstance(action, Lapsed):
-                del self.renewals[lease_id]
-                self.held.pop(lease_id, None)
-                self.tell(Lost(lease_id, avoid=not action.refused))
-                if not action.refused:
-                    self.release(offer.worker.peer, lease_id)
-        self.world.at(min(renewal.next_wake, self.world.now + 1e6), lambda: self.wake(lease_id))
-
-    def wake(self, lease_id: str) -> None:
-        if lease_id in self.renewals and self.renewals[lease_id][1].next_wake <= self.world.now:
-            self.renew(lease_id, Tick())
-
-    def attempt(self, offer: WorkerOffer, timeout_s: float) -> None:
-        lease_id = offer.lease_id
-        answered = False
-
-        def answer(event: object) -> None:
-            nonlocal answered
-            if not answered:
-                answered = True
-                self.renew(lease_id, event)
-
-        def arrive() -> None:
-            for action in self.world.workers[offer.worker.peer].tell(RenewAsked(lease_id, self.name)):
-                if isinstance(action, Granted):
-                    self.world.travel(partial(answer, Renewed(action.lease.expires_at - self.world.now)))
-                elif isinstance(action, Denied):
-                    self.world.travel(partial(answer, RenewalRefused(action.code, action.reason)))
-
-        self.world.travel(arrive)
-        self.world.at(self.world.now + timeout_s, lambda: answer(RenewalFailed("no answer")))
-
-    def check(self) -> None:
-        """Whoever is believed to be held really is: its worker has that lease for this scheduler."""
-        for lease_id, peer in self.held.items():
-            worker = self.world.workers[peer]
-            if worker.alive:
-                lease = worker.arbiter.book.get(lease_id)
-                assert lease is not None
-                assert lease.scheduler == self.name
-                assert lease.accepted
+FOR_EVER_S = 1e9
 
 
 def build(
-    world: World, workers: int, schedulers: dict[str, tuple[float, float]], cpu: float = 1.0
-) -> list[Scheduler]:
+    market: Market, workers: int, purses: dict[str, Purse], cpu: float = 1.0, **terms: object
+) -> list[MarketScheduler]:
     for index in range(workers):
-        name = f"W{index:05}"
-        price = 0.5 + 0.5 * world.random.random()
-        world.workers[name] = Worker(world, name, Resources(cpu=cpu, memory=4), price)
-    for name, (bid, max_price) in schedulers.items():
-        world.schedulers[name] = Scheduler(world, name, bid, max_price)
-    return list(world.schedulers.values())
+        price = 0.5 + 0.5 * market.random.random()
+        made = OfferConfig(**{"price": price, **terms})  # type: ignore[arg-type]
+        MarketWorker(market, f"W{index:05}", Resources(cpu=cpu, memory=4), made)
+    return [MarketScheduler(market, name, purse) for name, purse in purses.items()]
+
+
+def hold(scheduler: MarketScheduler, count: int, least: int = 1, lasts_s: float = FOR_EVER_S) -> Job:
+    """Have it look for so many, from now on."""
+    job = Job(count, NEED, least, lasts_s)
+    scheduler.work_for(job)
+    return job
+
+
+def taken(scheduler: MarketScheduler) -> list[str]:
+    return sorted(offer.worker.peer for offer in scheduler.held.values())
 
 
 def test_twenty_workers_are_held_within_a_second_and_stay_held() -> None:
-    world = World(1)
-    [scheduler] = build(world, 20, {"S": (1.0, 1.0)})
-    scheduler.tell(Want("train", 20))
-    world.run(1.0)
+    market = Market(1)
+    [scheduler] = build(market, 20, {"S": Purse(1.0, 1.0)})
+    hold(scheduler, 20)
+    market.run(1.0)
     assert len(scheduler.held) == 20
     leases = set(scheduler.held)
     for second in range(1, 300):
-        world.run(float(second))
-        scheduler.check()
+        market.run(float(second))
+        market.check()
     assert set(scheduler.held) == leases
 
 
 def test_the_higher_bid_gets_the_workers_when_there_are_not_enough() -> None:
-    world = World(2, delay_s=0.02)
-    poor, rich = build(world, 10, {"poor": (1.0, 5.0), "rich": (2.0, 5.0)})
-    poor.tell(Want("train", 10))
-    rich.tell(Want("train", 10))
-    world.run(10.0)
+    market = Market(2, delay_s=0.02)
+    poor, rich = build(market, 10, {"poor": Purse(1.0, 5.0), "rich": Purse(2.0, 5.0)})
+    hold(poor, 10)
+    hold(rich, 10)
+    market.run(10.0)
     assert len(rich.held) == 10
     assert len(poor.held) == 0
 
 
 def test_what_one_scheduler_leaves_the_other_gets() -> None:
-    world = World(3)
-    poor, rich = build(world, 10, {"poor": (1.0, 5.0), "rich": (2.0, 5.0)})
-    poor.tell(Want("train", 6))
-    rich.tell(Want("train", 4))
-    world.run(20.0)
+    market = Market(3)
+    poor, rich = build(market, 10, {"poor": Purse(1.0, 5.0), "rich": Purse(2.0, 5.0)})
+    hold(poor, 6)
+    hold(rich, 4)
+    market.run(20.0)
     assert (len(poor.held), len(rich.held)) == (6, 4)
-    assert not set(poor.held.values()) & set(rich.held.values())
+    assert not set(taken(poor)) & set(taken(rich))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_with_a_tenth_of_all_messages_lost_nothing_is_promised_twice_and_pools_fill(
-    seed: int,
-) -> None:
-    world = World(seed, loss=0.1, delay_s=0.2)
-    first, second = build(world, 12, {"A": (1.0, 2.0), "B": (1.0, 2.0)})
-    first.tell(Want("train", 6))
-    second.tell(Want("train", 6))
+def test_with_a_tenth_of_all_messages_lost_nothing_is_promised_twice_and_pools_fill(seed: int) -> None:
+    market = Market(seed, loss=0.1, delay_s=0.2)
+    first, second = build(market, 12, {"A": Purse(1.0, 2.0), "B": Purse(1.0, 2.0)})
+    hold(first, 6)
+    hold(second, 6)
     filled = 0
     for half_second in range(1, 600):
-        world.run(half_second / 2)
-        first.check()
-        second.check()
+        market.run(half_second / 2)
+        market.check()
         filled += len(first.held) + len(second.held) == 12
     assert filled > 500
 
 
 def test_dead_workers_are_replaced_and_their_leases_end_by_themselves() -> None:
-    world = World(5)
-    [scheduler] = build(world, 15, {"S": (1.0, 1.0)})
-    scheduler.tell(Want("train", 10))
-    world.run(5.0)
-    dead = list(scheduler.held.values())[:4]
+    market = Market(5)
+    [scheduler] = build(market, 15, {"S": Purse(1.0, 1.0)})
+    hold(scheduler, 10)
+    market.run(5.0)
+    dead = taken(scheduler)[:4]
     for name in dead:
-        world.workers[name].alive = False
-    world.run(40.0)
+        market.workers[name].die()
+    market.run(40.0)
     assert len(scheduler.held) == 10
-    assert not set(dead) & set(scheduler.held.values())
+    assert not set(dead) & set(taken(scheduler))
     # the scheduler dies: without a word from it everything is free again
-    scheduler.renewals.clear()
-    scheduler.held.clear()
-    world.schedulers["S"].allocator = Allocator([Ask("none", TRAIN, NEED, 1.0, 1.0)])
-    world.run(80.0)
-    for worker in world.workers.values():
+    scheduler.die()
+    market.run(80.0)
+    for worker in market.workers.values():
         if worker.alive:
             assert worker.arbiter.book.free == worker.arbiter.book.total
 
 
 def test_two_thousand_workers_in_one_market() -> None:
-    world = World(6)
-    everyone = build(world, 2000, {f"S{index}": (1.0, 1.0) for index in range(3)})
+    market = Market(6)
+    everyone = build(market, 2000, {f"S{index}": Purse(1.0, 1.0) for index in range(3)})
     for scheduler in everyone:
-        scheduler.tell(Want("train", 300))
-    world.run(5.0)
+        hold(scheduler, 300)
+    market.run(5.0)
     assert [len(scheduler.held) for scheduler in everyone] == [300, 300, 300]
+
+
+# --- prices -----------------------------------------------------------------------------------------------
+
+
+def test_prices_rise_with_the_load_and_fall_back_when_a_scheduler_is_gone() -> None:
+    market = Market(7)
+    load = UtilizationConfig(step=0.5, every_s=10.0, least=0.5, most=2.0)
+    poor, rich = build(
+        market,
+        6,
+        {"poor": Purse(1.0, 1.2), "rich": Purse(3.0, 3.0)},
+        price=1.0,
+        strategy="utilization",
+        utilization=load,
+    )
+    hold(rich, 4, lasts_s=100.0)
+    market.run(5.0)
+    hold(poor, 6)
+    market.run(50.0)
+    asked = {name: worker.arbiter.pricing.asked for name, worker in market.workers.items()}
+    assert all(asked[name] == 2.0 for name in (*taken(rich), *taken(poor)))
+    # the poor one got what was left before it became dearer
+    assert len(taken(poor)) == 2
+    market.run(100.0)
+    assert len(taken(poor)) == 2
+    market.run(200.0)
+    assert len(taken(rich)) == 0
+    assert len(taken(poor)) == 6, "at 2.0 it was too dear; the idle ones lowered their price"
+    assert all(offer.price <= 1.2 for offer in poor.held.values())
+    poor.end()
+    market.run(400.0)
+    assert {worker.arbiter.pricing.asked for worker in market.workers.values()} == {0.5}
+
+
+def test_a_bid_that_is_raised_takes_the_workers_from_one_that_is_not() -> None:
+    for raise_after_s, winner in ((None, "fixed"), (5.0, "raising")):
+        market = Market(8)
+        purses = {"fixed": Purse(2.0, 2.0), "raising": Purse(1.0, 4.0, raise_after_s)}
+        fixed, raising = build(market, 4, purses, ageing_s=None)
+        # somebody holds all of them at first
+        first = MarketScheduler(market, "first", Purse(3.0, 3.0))
+        hold(first, 4, lasts_s=30.0)
+        market.run(1.0)
+        hold(fixed, 4)
+        hold(raising, 4)
+        market.run(60.0)
+        assert {one.name for one in (fixed, raising) if one.held} == {winner}
+
+
+# --- nobody waits for ever --------------------------------------------------------------------------------
+
+
+def test_a_low_bid_is_served_though_higher_ones_come_back_for_ever() -> None:
+    served = {}
+    for ageing_s in (60.0, None):
+        market = Market(9)
+        poor, *rich = build(
+            market,
+            2,
+            {"poor": Purse(1.0, 1.0), "rich": Purse(4.0, 4.0), "richer": Purse(5.0, 5.0)},
+            ageing_s=ageing_s,
+            keep_after_s=None,
+        )
+        for scheduler in rich:
+            scheduler.on_end = lambda _, scheduler=scheduler: hold(scheduler, 2, lasts_s=20.0)  # type: ignore[misc]
+            hold(scheduler, 2, lasts_s=20.0)
+        job = hold(poor, 1, lasts_s=10.0)
+        market.run(1000.0)
+        served[ageing_s] = job.begun_at
+    assert served[None] is None
+    # the rich wait for each other, 40 s at most, and 5 becomes 5 (1 + 40 / 60); 1 (1 + t / 60) is as much
+    # after 440 s, and then a job has to end
+    assert served[60.0] is not None
+    assert served[60.0] < 440.0 + 20.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_jobs_that_hold_half_of_what_each_needs_do_not_wait_for_each_other_for_ever(seed: int) -> None:
+    begun = {}
+    for yield_after_s in (60.0, None):
+        market = Market(seed)
+        first, second = build(market, 4, {"A": Purse(1.0, 1.0), "B": Purse(1.0, 1.0)})
+        for scheduler in (first, second):
+            scheduler.pace = Pace(yield_after_s=yield_after_s)
+        # each has two before it asks for the rest
+        jobs = [hold(scheduler, 2, least=4, lasts_s=30.0) for scheduler in (first, second)]
+        market.run(5.0)
+        assert (len(first.held), len(second.held)) == (2, 2)
+        for scheduler in (first, second):
+            scheduler.tell(Want("train", 4))
+        market.run(600.0)
+        market.check()
+        begun[yield_after_s] = [job.begun_at for job in jobs]
+    assert begun[None] == [None, None]
+    assert None not in begun[60.0]
+
+
+@pytest.mark.parametrize("first", range(0, 200, 25))
+def test_random_markets_book_nothing_twice_leak_no_lease_and_starve_nobody(first: int) -> None:
+    for seed in range(first, first + 25):
+        outcome = run_market(seed)
+        assert outcome.problems == (), f"python -m hypha.simulation --market --first {seed} --seeds 1"
+
+
+def test_the_same_seed_is_the_same_market() -> None:
+    once, again, other = run_market(5), run_market(5), run_market(6)
+    assert once == again
+    assert once.events > 100
+    assert once.digest != other.digest

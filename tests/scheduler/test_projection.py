@@ -63,6 +63,20 @@ def test_what_is_done_counts_and_the_horizon_is_relative_to_now() -> None:
     assert got.ends_in_s == pytest.approx(20.0, abs=1.1)
 
 
+def test_who_leaves_early_does_what_it_can_and_the_others_the_rest() -> None:
+    stays, leaves = Pace("stays", 0, 0.0, 0.1, 4), Pace("leaves", 20, 0.0, 0.1, 4, most=50)
+    found = project([stays, leaves], 800)
+    assert found.batches == {"stays": 150, "leaves": 50}
+    assert found.ends_in_s == pytest.approx(15.0)
+
+
+def test_where_everybody_leaves_the_round_is_what_they_can_do() -> None:
+    found = project([Pace(name, 0, 0.0, 0.1, 4, 2, most=31) for name in "ab"], 10_000)
+    assert found.batches == {"a": 30, "b": 30}
+    # one that has done more than it could is at its end
+    assert project([Pace("a", 7, 0.0, 0.1, 4, most=3)], 10_000).batches == {"a": 7}
+
+
 def test_a_target_already_reached_is_now() -> None:
     got = project([Pace("a", 50, 0.0, 1.0, 4), Pace("b", 0, 0.0, 9.0, 4)], 100)
     assert got.batches["a"] >= 50

@@ -13,9 +13,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import msgspec
-from hypothesis import HealthCheck, given, settings
+import pytest
 from hypothesis import strategies as st
 from tests.scheduler.world import SCHEDULER, Worker, World
+from tests.support.examples import few_and_many
 
 from hypha.journal import Journal
 from hypha.messages import LedgerRound
@@ -135,8 +136,8 @@ def replayed(order: list[tuple[Said, bool]], deduplicated: bool) -> tuple[Books,
     return books_of(machine, records), machine.counts
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
+@few_and_many(
+    pytest.mark.simulated,
     speeds=st.lists(st.floats(0.02, 0.3), min_size=1, max_size=4),
     seed=st.integers(0, 1000),
     shifts=st.lists(st.integers(0, 12), min_size=5, max_size=60),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example
 from hypothesis import strategies as st
 from tests.scheduler.world import Worker, World
+from tests.support.examples import few_and_many
 
 from hypha.errors import JobFailed, ModelError
 from hypha.messages import (
+    CheckpointSaved,
     CloseRound,
     ExecutorError,
     JobStamp,
@@ -21,15 +23,20 @@ from hypha.messages import (
     Progress,
     RoundApplied,
     RoundStarted,
+    SaveCheckpoint,
     SendModel,
     UpdateReceived,
 )
 from hypha.scheduler.events import (
+    Again,
     AnswerSlice,
     Drop,
     Fail,
     Joined,
     KeepSlices,
+    LeasesHeld,
+    Leaves,
+    LetGo,
     Lost,
     Publish,
     Reachable,
@@ -180,6 +187,126 @@ def test_a_worker_that_dies_mid_round_is_not_waited_for_and_its_slices_return() 
     for epoch in range(world.machine.tracker.epoch):
         for index in range(10):
             assert all(world.rows[epoch, index, row] >= 1 for row in range(40))
+
+
+def test_whoever_ends_soon_hands_over_what_it_has_trained_and_the_round_goes_on() -> None:
+    """A round of 40 s, of three equal workers: one is told 10 s after its beginning that it has 10 s left."""
+    world = World(rules(rounds=3, samples=9600, quorum=0.5, min_workers=2))
+    world.begin()
+    for peer in "abc":
+        world.add(Worker(peer, 0.05))
+    world.run(600, until=lambda: world.workers["c"].round == 1 and world.workers["c"].batches >= 200)
+    told = world.now
+    world.leave("c", 10.0)
+    world.run(60, until=lambda: world.let_go == ["c"])
+    # a second is kept for the update, and half a batch
+    assert 8.5 < world.now - told < 9.5
+    (part,) = [part for part in world.updates.values() if part.worker == "c"]
+    assert 370 <= part.batches <= 382
+    # neither the quorum nor its early update ends the round of those who stay, and who comes joins it
+    assert world.machine.phase == "training"
+    world.add(Worker("d", 0.05))
+    world.run(600, until=lambda: world.machine.round == 2)
+    assert {one.worker for one in world.applied[1][1]} == {"a", "b", "c", "d"}
+    assert 9600 <= sum(one.samples for one in world.applied[1][1]) <= 9700
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    assert world.let_go == ["c"]
+    assert world.dropped == []
+    check_books(world, 3)
+
+
+@pytest.mark.parametrize("inner_steps", [None, 400])
+def test_whoever_has_a_second_hands_its_update_over_at_once(inner_steps: int | None) -> None:
+    world = World(rules(rounds=2, samples=4800, inner_steps=inner_steps))
+    world.begin()
+    for peer in "ab":
+        world.add(Worker(peer, 0.05))
+    world.run(600, until=lambda: world.machine.round == 0 and world.workers["b"].batches >= 100)
+    told = world.now
+    world.leave("b", 1.2)
+    world.run(60, until=lambda: world.let_go == ["b"])
+    assert world.now - told < 0.3
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    assert [part.batches for part in world.applied[0][1] if part.worker == "b"] in ([101], [102], [103])
+    check_books(world, 2)
+
+
+def test_the_only_worker_that_leaves_keeps_its_round_open_for_the_next() -> None:
+    world = World(rules(rounds=2, samples=800))
+    world.begin()
+    world.add(Worker("a", 0.05))
+    world.run(600, until=lambda: world.workers["a"].round == 1 and world.workers["a"].batches >= 20)
+    world.leave("a", 3.0)
+    world.run(10)
+    assert world.let_go == ["a"]
+    assert world.machine.round == 1
+    assert world.machine.paused
+    world.add(Worker("b", 0.05))
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    # what it has trained counts, whether the next one comes in time for that round or for the next
+    assert "a" in {part.worker for part in world.applied[1][1]}
+    check_books(world, 2)
+
+
+def test_a_long_notice_is_used_for_more_rounds_and_none_is_begun_that_cannot_be_ended() -> None:
+    world = World(rules(rounds=12, samples=400))
+    world.begin()
+    for peer in "ab":
+        world.add(Worker(peer, 0.05))
+    world.run(600, until=lambda: world.workers["b"].round == 1 and world.workers["b"].batches >= 10)
+    world.leave("b", 12.0)
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    assert world.let_go == ["b"]
+    inside = [number for number, parts in world.applied if any(part.worker == "b" for part in parts)]
+    # a round takes 2.6 s: those that were over before, and the one in which it left
+    assert inside == list(range(inside[-1] + 1))
+    assert inside[-1] >= 4
+    check_books(world, 12)
+    assert not world.machine.counts["lost samples"]
+
+
+def test_a_parameter_server_that_leaves_saves_itself_and_goes_when_there_is_another() -> None:
+    world = World(rules(rounds=3, samples=4000))
+    world.begin()
+    for peer in "ab":
+        world.add(Worker(peer, 0.05))
+    world.run(600, until=lambda: world.workers["a"].round == 1 and world.workers["a"].batches >= 10)
+    world.feed(LeasesHeld(2, 1, ""))
+    world.feed(Leaves("ps", "aggregate", 20.0))
+    asked = [
+        one for one in world.actions if isinstance(one, Send) and isinstance(one.directive, SaveCheckpoint)
+    ]
+    assert [(one.to.peer, one.directive) for one in asked] == [("ps", SaveCheckpoint(round=1))]
+    world.feed(Leaves("ps", "aggregate", 19.0))
+    world.feed(LeasesHeld(2, 2, ""))
+    assert world.ended is None
+    world.say_server(CheckpointSaved(round=1, place="scheduler"))
+    world.run(5, until=lambda: world.ended is not None)
+    assert isinstance(world.ended, Restart)
+    (went,) = [one for one in world.actions if isinstance(one, LetGo)]
+    assert (went.peer, went.kind) == ("ps", "aggregate")
+    assert (
+        len([one for one in world.actions if isinstance(one, Send) and one.directive == asked[0].directive])
+        == 1
+    )
+
+
+def test_an_executor_that_ends_while_its_worker_leaves_is_not_started_again() -> None:
+    world = World(rules(rounds=2, samples=800))
+    world.begin()
+    for peer in "ab":
+        world.add(Worker(peer, 0.05))
+    world.run(600, until=lambda: world.workers["b"].batches >= 10)
+    world.leave("b", 20.0)
+    world.crash("b")
+    world.run(600)
+    assert isinstance(world.ended, Publish)
+    assert world.let_go == ["b"]
+    assert not [one for one in world.actions if isinstance(one, Again | Drop)]
 
 
 def test_who_cannot_be_reached_is_not_waited_for_and_the_others_do_its_part() -> None:
@@ -602,8 +729,8 @@ def exactly_once_after(world: World, rounds: int) -> None:
 # --- other lives --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
+@few_and_many(
+    pytest.mark.simulated,
     seed=st.integers(0, 10**6),
     speeds=st.lists(st.floats(0.02, 0.5), min_size=2, max_size=4),
     slow_net=st.booleans(),
@@ -692,13 +819,15 @@ def test_an_executor_that_loads_its_model_is_waited_for_in_another_life() -> Non
 # --- everything at once --------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
+@few_and_many(
+    pytest.mark.simulated,
     seed=st.integers(0, 10**6),
     speeds=st.lists(st.floats(0.02, 0.5), min_size=2, max_size=5),
     slow_net=st.booleans(),
     faults=st.lists(
-        st.tuples(st.floats(0.5, 30), st.integers(0, 4), st.sampled_from(["kill", "crash", "hang", "join"])),
+        st.tuples(
+            st.floats(0.5, 30), st.integers(0, 4), st.sampled_from(["kill", "crash", "hang", "join", "leave"])
+        ),
         max_size=5,
     ),
     fixed=st.booleans(),
@@ -724,9 +853,12 @@ def test_any_faults_any_order_the_job_ends_and_the_books_are_right(
             names.append(f"w{next(extra)}")
             world.add(Worker(names[-1], 0.1))
         elif world.workers[name].alive and name in world.machine.members:
-            {"kill": lambda: world.kill(name), "crash": lambda: world.crash(name)}.get(
-                what, lambda: setattr(world.workers[name], "hung", True)
-            )()
+            {
+                "kill": lambda: world.kill(name),
+                "crash": lambda: world.crash(name),
+                "leave": lambda: world.leave(name, 1.0 + victim),
+                "hang": lambda: setattr(world.workers[name], "hung", True),
+            }[what]()
 
     for when, victim, what in faults:
         world.at(when, lambda victim=victim, what=what: strike(victim, what))

@@ -51,6 +51,8 @@ from hypha.scheduler.events import (
     Input,
     Joined,
     KeepSlices,
+    Leaves,
+    LetGo,
     Lost,
     Publish,
     Record,
@@ -139,6 +141,7 @@ class World:
         self.records: dict[int, LedgerRound] = {}
         self.actions: list[Action] = []
         self.dropped: list[str] = []
+        self.let_go: list[str] = []
         self.ended: Publish | Fail | Restart | None = None
         self.hooks: list[Callable[[Action], None]] = []
         self.lives = itertools.count()
@@ -199,6 +202,9 @@ class World:
                     self.book = (*self.book[:2], tracker)
                 case Drop(peer=peer, kind="train"):
                     self.dropped.append(peer)
+                    self.workers[peer].alive = False
+                case LetGo(peer=peer, kind="train"):
+                    self.let_go.append(peer)
                     self.workers[peer].alive = False
                 case Again(peer=peer, pause_s=pause_s):
                     self.at(pause_s, lambda peer=peer: self.restart(peer))
@@ -311,6 +317,21 @@ class World:
     def kill(self, peer: str, noticed_s: float = 0.5) -> None:
         self.workers[peer].alive = False
         self.at(noticed_s, lambda: self.feed(Lost(peer, "train", "its lease ended")))
+
+    def leave(self, peer: str, left_s: float) -> None:
+        """It says once a second that it ends, and does; its lease is handed back then."""
+        worker, ends_at = self.workers[peer], self.now + left_s
+
+        def say() -> None:
+            if not worker.alive:
+                return
+            if self.now >= ends_at - 1e-9:
+                self.kill(peer, noticed_s=0.05)
+                return
+            self.feed(Leaves(peer, "train", ends_at - self.now))
+            self.at(min(1.0, ends_at - self.now), say)
+
+        say()
 
     def restart(self, peer: str) -> None:
         """Another process on the same machine."""

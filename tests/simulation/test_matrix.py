@@ -11,6 +11,7 @@ from hypha.simulation.scenario import (
     NODE_WAYS,
     PHASES,
     ROLES,
+    WORKER_WAYS,
     Fault,
     Phase,
     Role,
@@ -27,7 +28,7 @@ CELLS = [
     for way in (EXECUTOR_WAYS if role.endswith("executor") else NODE_WAYS)
     for phase in PHASES
     if (role, way) != ("parameter-server-executor", "stall")
-]
+] + [(role, way, phase) for role in ("worker", "parameter-server") for way in WORKER_WAYS for phase in PHASES]
 #: faults that meet while the first is still in force
 PAIRS: list[tuple[tuple[Role, Way], tuple[Role, Way]]] = [
     (("parameter-server", "kill"), ("scheduler", "kill")),
@@ -59,7 +60,7 @@ def struck_at(role: Role, way: Way, phase: Phase, for_s: float = 4.0) -> Fault:
 def test_one_fault(runner: Runner, role: Role, way: Way, phase: Phase) -> None:
     # longer and shorter than liveness and leases, by turns
     for_s = 500.0 if way == "stall" else 4.0 if PHASES.index(phase) % 2 else 14.0
-    verdict = runner.run(Scenario(seed=1, rounds=5, faults=(struck_at(role, way, phase, for_s),)))
+    verdict = runner.run(Scenario(seed=1, rounds=4, faults=(struck_at(role, way, phase, for_s),)))
     assert verdict.problems == (), "\n".join(verdict.log[-60:])
 
 

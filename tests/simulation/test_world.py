@@ -72,6 +72,28 @@ def test_an_update_of_an_executor_that_has_not_come_back_counts_in_its_round_alo
     assert runner.run(scenario).problems == ()
 
 
+@pytest.mark.parametrize(("behind_nat", "way"), [(4, "restart"), (0, "notice")])
+def test_a_worker_that_ends_is_missed_at_once_and_its_lease_does_not_expire(
+    behind_nat: int, way: Way
+) -> None:
+    """Relayed or not: nobody waits for its lease, which would live for ten minutes."""
+    fault = Fault(role="worker", way=way, round=1, phase="training", for_s=1.0)
+    scenario = Scenario(
+        rounds=4, apart=True, lease_s=600.0, samples_a_round=200, behind_nat=behind_nat, faults=(fault,)
+    )
+    verdict = run_scenario(scenario)
+    assert verdict.problems == ()
+    (struck,) = verdict.struck
+    name, at = struck.split()[1], float(struck.split()[-1])
+    told = [line for line in verdict.log if "A leased worker ends in" in line and name in line]
+    assert at < float(told[0].split()[0]) < at + 1.0
+    ends = ("A worker handed its lease back", "A lease is given back: its worker leaves")
+    gone = [line for line in verdict.log if any(text in line for text in ends) and name in line]
+    assert float(gone[0].split()[0]) < at + (2.0 if way == "restart" else scenario.notice_s)
+    assert not any("A lease was lost" in line or "expired" in line for line in verdict.log)
+    assert verdict.lasted_s < 60.0
+
+
 def test_a_checkpoint_is_forgotten_before_it_is_deleted(runner: Runner) -> None:
     """On a slow disk there was time to be killed between its deletion and the ledger's word of it."""
     scenario = Scenario(seed=3, workers=2, rounds=7, disk_s=0.1, checkpoint_every=1)
@@ -99,6 +121,7 @@ def honest_s(runner: Runner) -> float:
     return verdict.lasted_s
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("way", LIES)
 def test_a_worker_among_four_that_lies_costs_its_share_and_a_deadline_and_is_named(
     runner: Runner, honest_s: float, way: Way

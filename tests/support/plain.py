@@ -40,5 +40,15 @@ class Small(_Classifier):
         )
 
 
+class Unnormed(_Classifier):
+    """As small, and no row's output depends on the other rows: the same whatever processes a batch is spread
+    over.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
 def _convolution(channels: int, width: int, stride: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(channels, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()

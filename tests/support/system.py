@@ -42,14 +42,17 @@ from hypha.scheduler import read_ledger
 PLAIN: dict[str, Any] = {"type": "torch", "entrypoint": "tests.support.plain:Digits"}
 #: the same for jobs of :func:`paced` executors: a tenth of the work a step, also of their replays
 SMALL: dict[str, Any] = {"type": "torch", "entrypoint": "tests.support.plain:Small"}
+#: and without batch norm
+UNNORMED: dict[str, Any] = {"type": "torch", "entrypoint": "tests.support.plain:Unnormed"}
 
 
 class System(Network):
     """Starts nodes in ``root``, as any :class:`~hypha.cli.chaos.network.Network`; reads what a job left."""
 
     async def worker(self, name: str, **keys: Any) -> Child:
-        """As any network's, and the models ``PLAIN`` and ``SMALL`` are allowed."""
-        allow = {"entrypoints": [PLAIN["entrypoint"], SMALL["entrypoint"]], **keys.pop("allow", {})}
+        """As any network's, and the models ``PLAIN``, ``SMALL`` and ``UNNORMED`` are allowed."""
+        models = [one["entrypoint"] for one in (PLAIN, SMALL, UNNORMED)]
+        allow = {"entrypoints": models, **keys.pop("allow", {})}
         return await super().worker(name, allow=allow, **keys)
 
     async def stop_job(self, scheduler: Child) -> None:

@@ -5,6 +5,7 @@ One network for all of them, with one worker: each job has the worker to itself.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import trio
 from tests.support.faults import again
 from tests.support.system import SMALL, System, digits_dataset, digits_job, digits_model, keep_system, paced
+
+from hypha.cli.demo.children import DemoFailed
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -29,7 +32,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
             await system.gateway()
             await system.data("data", digits_dataset(system.root))
             # a round of 30 batches takes half a second
-            await system.worker("worker", executors=[paced(0.02), SERVER])
+            await system.worker("worker", executors=[paced(0.02), SERVER], http_address="127.0.0.1:0")
 
         trio.run(start)
         yield system
@@ -122,3 +125,51 @@ async def test_a_corrupt_slice_is_refused_and_another_replica_serves(system: Sys
     _, ledger = system.ledger("damaged")
     used = {part.slice for entry in ledger.rounds for one in entry.contributors for part in one.ranges}
     assert used == set(range(30))
+
+
+async def test_an_operator_looks_around_and_drains_a_worker(system: System) -> None:
+    async def hypha(*arguments: str) -> str:
+        return await system.group.run("hypha", "hypha.cli.hypha", *arguments)
+
+    async def drain(*arguments: str) -> str:
+        place = ("--work-dir", str(system.root / "work-worker"))
+        return await system.group.run("drain", "hypha.cli.worker", "drain", *place, *arguments)
+
+    worker = next(one for one in system.group.running if one.name == "worker")
+    peer = system.peer_id("worker", "worker")
+    scheduler = await system.job(small("drained", 10_000))
+    await system.reached(scheduler, lambda seen: any(one.batches for one in seen.workers))
+
+    # who is there, as any component's certificate may ask
+    data = ("-c", str(system.root / "data.toml"))
+    (listed,) = json.loads(await hypha("peers", *data, "--json")).values()
+    known = {one["peer"]: one for one in listed["peers"]}
+    assert (known[peer]["name"], known[peer]["roles"]) == ("worker", ["worker"])
+    assert len(known) == 2, "the worker and the scheduler"
+    assert "worker" in await hypha("peers", *data)
+    (found,) = json.loads(await hypha("lookup", peer, *data, "--json"))
+    assert (found["reached"], found["roles"]) == ("directly", ["worker"])
+    (found,) = json.loads(await hypha("lookup", "digits", "-c", str(system.root / "worker.toml"), "--json"))
+    assert (found["name"], found["reached"]) == ("data", "directly")
+    given = json.loads(await hypha("leases", await system.said(worker, "http_address"), "--json"))
+    assert {one["state"] for one in given["leases"]} == {"bound"}
+    assert given["state"] == "makes offers"
+    held = json.loads(await hypha("leases", await system.said(scheduler, "http_address"), "--json"))
+    assert {one["lease"] for one in held} == {one["lease"] for one in given["leases"]}
+    assert len(held) == 2
+
+    # what is leased goes on, and another job waits until the worker makes offers again
+    assert "drained: it makes no new offers; it has 2 leases" in await drain()
+    before = (await system.status(scheduler)).round
+    await system.reached(scheduler, lambda seen: seen.round > before)
+    assert "makes offers" in await drain("--undo")
+
+    told = trio.current_time()
+    assert "the worker has ended" in await drain("--now", "--within", "5")
+    assert await system.ended(worker) == 0, worker.tail()
+    print(f"It took {trio.current_time() - told:.1f} s.")
+    text = scheduler.log.read_text()
+    assert "A leased worker ends in" in text
+    assert "expired" not in text
+    with pytest.raises(DemoFailed, match="no worker runs with the work directory"):
+        await drain()

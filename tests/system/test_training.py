@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
-from tests.support.system import SMALL, System, digits_dataset, digits_job
+from tests.support.system import UNNORMED, System, digits_dataset, digits_job
 
 from hypha.config.outer import chosen
 from hypha.data import PrepareOptions, prepare
@@ -92,11 +92,22 @@ async def test_a_tiny_language_model_with_tied_embeddings(system: System, tmp_pa
     assert await system.replay("job", output, directory) <= 1e-5
 
 
-async def test_nodes_start_in_any_order_and_two_data_nodes_serve(system: System, tmp_path: Path) -> None:
+async def test_nodes_start_in_any_order_two_data_nodes_serve_and_two_processes_train(
+    system: System, tmp_path: Path
+) -> None:
     dataset = digits_dataset(tmp_path)
     planned = system.plan_gateway()
-    scheduler = await system.scheduler(digits_job(None, 1, 3) | {"model": SMALL})
-    worker = await system.worker("worker")
+    scheduler = await system.scheduler(digits_job(None, 1, 3) | {"model": UNNORMED})
+    two = tmp_path / "two.yaml"
+    two.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 1\n"
+        "num_processes: 2\nuse_cpu: true\n"
+    )
+    spread = {"class": "train", "name": "diloco-transformer", "accelerate": str(two)}
+    aggregate = {"class": "aggregate", "name": "parameter-server"}
+    worker = await system.worker(
+        "worker", executors=[spread, aggregate], log_level="info,hypha.worker.executor=debug"
+    )
     for child in (scheduler, worker):
         await system.logged(child, "gateway")
     await system.data("data-1", dataset)
@@ -105,3 +116,5 @@ async def test_nodes_start_in_any_order_and_two_data_nodes_serve(system: System,
     found = await system.reached(scheduler, lambda snapshot: snapshot.providers == 2)
     assert found.state not in ("failed",)
     assert await system.ended(scheduler) == 0, scheduler.tail()
+    assert "trained by 2 processes" in worker.log.read_text()
+    assert await system.replay("job", dataset, None) <= 1e-5

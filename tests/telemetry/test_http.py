@@ -17,6 +17,7 @@ from hypha.errors import AddressTaken, ConfigError
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
 from hypha.telemetry.hosts import foreign_host
+from hypha.telemetry.http import KEEP_ALIVE_S
 
 
 def report(healthy: bool) -> HealthReport:
@@ -173,6 +174,13 @@ async def test_so_many_connections_and_no_more(
         nursery.cancel_scope.cancel()
 
 
+def test_idle_connections_are_kept_longer_than_clients_use_them_again() -> None:
+    """Both let go after five seconds once: a request every five seconds met the end of its connection."""
+    expiry = httpx.Limits().keepalive_expiry
+    assert expiry is not None
+    assert expiry + 5 < KEEP_ALIVE_S
+
+
 async def test_http_2_is_not_spoken() -> None:
     async with trio.open_nursery() as nursery:
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
@@ -204,6 +212,20 @@ async def test_a_client_that_has_left_leaves_nothing() -> None:
             await stream.aclose()
         began = Stopwatch()
         await until(lambda: trio.lowlevel.current_statistics().tasks_living == before)
-        # a connection that nobody uses any more lives for 5 s
+        # a connection that nobody uses any more lives longer
         assert began.elapsed_s() < 4
+        nursery.cancel_scope.cancel()
+
+
+async def test_look_ups_are_for_this_machine_alone() -> None:
+    looks = {"leases": lambda: Resources(cpu=3.0)}
+    async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as client:
+        local = partial(serve_http, "127.0.0.1:0", lambda: report(True), lookups=looks)
+        address = await nursery.start(local)
+        assert (await client.get(f"http://{address}/leases")).json() == {"cpu": 3.0}
+        assert (await client.get(f"http://{address}/peers")).status_code == 404
+        anywhere = partial(serve_http, "0.0.0.0:0", lambda: report(True), lookups=looks)
+        port = (await nursery.start(anywhere)).rpartition(":")[2]
+        refused = await client.get(f"http://127.0.0.1:{port}/leases")
+        assert (refused.status_code, refused.text) == (403, "This is told on a loopback address only.\n")
         nursery.cancel_scope.cancel()

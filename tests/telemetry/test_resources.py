@@ -93,6 +93,7 @@ async def test_gpus_are_shown_by_both_names(signals: Signals, monkeypatch: pytes
         "nvmlDeviceGetCount": lambda: 2,
         "nvmlDeviceGetHandleByIndex": lambda index: index,
         "nvmlDeviceGetUUID": lambda handle: f"GPU-{handle}",
+        "nvmlDeviceGetName": lambda handle: "NVIDIA H200",
         "nvmlDeviceGetUtilizationRates": utilization,
         "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=5_000, total=80_000_000_000),
     }

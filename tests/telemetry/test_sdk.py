@@ -1,6 +1,6 @@
 """Everything really sent, over each protocol; and a collector that fails, which is in nobody's way.
 
-Each run is a process of its own: a process has one tracer provider.
+Each run is a process of its own: see ``tests/support/telemetry_run.py``.
 """
 
 from __future__ import annotations
@@ -11,65 +11,25 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from tests.support import telemetry_run
 from tests.support.otlp import Received, attributes, grpc_receiver, http_receiver
-
-CHILD = """
-import logging, sys, time
-from hypha.config.models import GatewayConfig
-from hypha.config.otel import resolve_telemetry
-from hypha.telemetry.logs import configure_logging
-from hypha.config.log_filter import parse_filter
-from hypha.telemetry.running import telemetry
-from hypha.telemetry import instruments, metrics
-from hypha.tracing import operations, span, start_span
-from tests.support.stopwatch import Stopwatch
-
-endpoint, protocol, runs_s, sampler = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4]
-config = GatewayConfig(
-    cert_pem="c", key_pem="k", trust_pem="t", external_addresses=["/ip4/127.0.0.1/tcp/1"],
-    telemetry_endpoint=endpoint, telemetry_protocol=protocol, telemetry_interval_s=0.2,
-    telemetry_sampler=sampler, telemetry_sample_ratio=0.5,
-    telemetry_attributes='deployment.environment=test,service.name=hypha-{component}',
-    telemetry_headers={"Authorization": "Bearer sesame", "X-Scope-OrgID": "seven"},
-)
-configure_logging("hypha-gateway", parse_filter("info"), "text")
-settings = resolve_telemetry("hypha-gateway", config, {}).of_instance("12D3KooWme")
-slowest = 0.0
-with telemetry(settings):
-    with instruments.UPTIME.watch(lambda: 7.0):
-        until = time.monotonic() + runs_s
-        turns = 0
-        while True:
-            turns += 1
-            metrics.sample()
-            began = Stopwatch()
-            with span(operations.CONNECT, {"hypha.peer": "12D3KooWyou"}):
-                with span(operations.OPEN_STREAM):
-                    logging.getLogger("hypha.net").info("A line.", extra={"peer_id": "12D3KooWyou"})
-            instruments.RENEWALS.add(status="success")
-            instruments.FETCH_DURATION.record(0.3, status="success")
-            slowest = max(slowest, began.elapsed_s())
-            # a busy machine lets this have few turns, too few to tell how many are sampled
-            if time.monotonic() > until and turns >= 60:
-                break
-            time.sleep(0.005)
-    ended = Stopwatch()
-print(f"closed={ended.elapsed_s():.2f} slowest={slowest:.3f}")
-"""
 
 
 def run(
-    endpoint: str, protocol: str, runs_s: float = 0.5, sampler: str = "always_on"
+    directory: Path, endpoint: str, protocol: str, runs_s: float = 0.5, sampler: str = "always_on"
 ) -> tuple[str, float, float]:
     """Its log; how long it took to close; how long its slowest span, log entry and records took together, as
     if it had the machine for itself.
     """
-    arguments = [sys.executable, "-c", CHILD, endpoint, protocol, str(runs_s), sampler]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
-    closed, slowest = (float(part.split("=")[1]) for part in done.stdout.split())
-    return done.stderr, closed, slowest
+    output, log = directory / "output", directory / "log"
+    process = telemetry_run.start(output, log, endpoint, protocol, runs_s, sampler)
+    process.join(60)
+    assert process.exitcode == 0, log.read_text()
+    closed, slowest = (float(part.split("=")[1]) for part in output.read_text().split())
+    return log.read_text(), closed, slowest
 
 
 @contextmanager
@@ -79,9 +39,9 @@ def receiver(protocol: str) -> Iterator[tuple[str, Received]]:
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf", "http/json"])
-def test_all_signals_arrive_by_each_protocol(protocol: str) -> None:
+def test_all_signals_arrive_by_each_protocol(protocol: str, tmp_path: Path) -> None:
     with receiver(protocol) as (endpoint, received):
-        log, closed, _ = run(endpoint, protocol)
+        log, closed, _ = run(tmp_path, endpoint, protocol)
     assert closed < 3
     assert "collector" not in log
     assert {name for name, _, _ in received.requests} == {"traces", "metrics", "logs"}
@@ -118,9 +78,9 @@ def test_all_signals_arrive_by_each_protocol(protocol: str) -> None:
 
 
 @pytest.mark.parametrize(("sampler", "least", "most"), [("always_off", 0.0, 0.0), ("traceidratio", 0.2, 0.8)])
-def test_samplers_are_those_that_were_named(sampler: str, least: float, most: float) -> None:
+def test_samplers_are_those_that_were_named(sampler: str, least: float, most: float, tmp_path: Path) -> None:
     with receiver("http/protobuf") as (endpoint, received):
-        run(endpoint, "http/protobuf", sampler=sampler)
+        run(tmp_path, endpoint, "http/protobuf", sampler=sampler)
     made = int(received.metrics()["hypha.lease.renewals"]["sum"]["dataPoints"][0]["asInt"])
     assert made > 10
     sent = sum(one["name"] == "Connect" for one in received.spans())
@@ -140,9 +100,9 @@ def test_samplers_are_those_that_were_named(sampler: str, least: float, most: fl
         ("http/json", "429"),
     ],
 )
-def test_a_collector_that_fails_is_in_nobodys_way(protocol: str, how: str) -> None:
+def test_a_collector_that_fails_is_in_nobodys_way(protocol: str, how: str, tmp_path: Path) -> None:
     with failing(protocol, how) as endpoint:
-        log, closed, slowest = run(endpoint, protocol)
+        log, closed, slowest = run(tmp_path, endpoint, protocol)
     assert closed < 3
     # an export takes much longer
     assert slowest < 0.5
@@ -172,26 +132,28 @@ def failing(protocol: str, how: str) -> Iterator[str]:
         yield endpoint
 
 
-def test_a_collector_that_comes_back_is_reported_once_more() -> None:
+def test_a_collector_that_comes_back_is_reported_once_more(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    arguments = [sys.executable, "-c", CHILD, f"http://127.0.0.1:{port}", "http/protobuf", "6", "always_on"]
-    child = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert child.stderr is not None
+    log = tmp_path / "log"
+    process = telemetry_run.start(
+        tmp_path / "output", log, f"http://127.0.0.1:{port}", "http/protobuf", 60.0, "always_on"
+    )
+
+    def wait_for(word: str) -> None:
+        until = time.monotonic() + 30
+        while not (log.exists() and word in log.read_text()):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
     try:
-        seen = ""
-        while "does not take" not in seen:
-            seen = child.stderr.readline()
+        wait_for("does not take")
         with http_receiver(port) as (_, received):
-            until = time.monotonic() + 20
-            while "again" not in seen:
-                seen = child.stderr.readline()
-                assert time.monotonic() < until
+            wait_for("again")
             assert received.requests
     finally:
-        child.kill()
-        child.wait()
-        child.stderr.close()
+        process.kill()
+        process.join()
 
 
 def test_nothing_of_the_sdk_is_imported_while_telemetry_is_off() -> None:

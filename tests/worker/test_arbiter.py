@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import count
 
 import msgspec
@@ -34,7 +35,9 @@ TRAIN = ExecutorDescriptor(kind="train", name="diloco-transformer")
 AGGREGATE = ExecutorDescriptor(kind="aggregate", name="parameter-server")
 
 
-def arbiter(total: Resources = TOTAL, journal: Journal | None = None, **terms: object) -> Arbiter:
+def arbiter(
+    total: Resources = TOTAL, journal: Journal | None = None, gpus: Sequence[float] = (), **terms: object
+) -> Arbiter:
     numbers = count(1)
     return Arbiter(
         total,
@@ -43,6 +46,7 @@ def arbiter(total: Resources = TOTAL, journal: Journal | None = None, **terms: o
         lambda: PeerRef(peer="W"),
         lambda: f"lease-{next(numbers)}",
         journal or Journal(checked=True),
+        gpus=gpus,
     )
 
 
@@ -236,6 +240,37 @@ def test_an_offer_that_would_come_too_late_is_not_made() -> None:
     assert worker.book.free == TOTAL
 
 
+def gpus_of(actions: list[ArbiterAction], worker: Arbiter) -> list[tuple[float, tuple[int, ...]]]:
+    """Of each offer: GB of GPU memory, and the GPUs that its lease was given."""
+    offers = [action.offer for action in actions if isinstance(action, SendOffer)]
+    return [(offer.resources.gpu, worker.gpus.share_of(offer.lease_id).numbers) for offer in offers]
+
+
+def test_each_job_gets_a_gpu_and_none_gets_what_is_left_of_two() -> None:
+    worker = arbiter(gpus=(8.0, 8.0))
+    one, other, third = (
+        request(f"S{number}", f"r{number}", resources=Resources(cpu=1, gpu=gpu))
+        for number, gpu in enumerate((6, 6, 4))
+    )
+    assert gpus_of(hear(worker, 0.0, one, other), worker) == [(6, (0,)), (6, (1,))]
+    (ignored,) = hear(worker, 1.0, third)
+    assert isinstance(ignored, Ignored)
+    assert (ignored.cause, ignored.reason) == ("resources", "no GPU has as much memory free as it asks for")
+    # temporary leases are over
+    assert gpus_of(hear(worker, 20.0, msgspec.structs.replace(third, request_id="again")), worker) == [
+        (4, (0,))
+    ]
+
+
+def test_whole_gives_what_one_job_can_use() -> None:
+    worker = arbiter(strategy="whole", gpus=(8.0, 8.0))
+    small = request("S1", "r1", kind="aggregate", resources=Resources(cpu=1, gpu=2))
+    assert gpus_of(hear(worker, 0.0, small), worker) == [(2, (0,))]
+    assert gpus_of(hear(worker, 0.5, request("S2", "r2")), worker) == [(8, (1,))], "not 14, of two"
+    alone = arbiter(strategy="whole", gpus=(8.0, 8.0))
+    assert gpus_of(hear(alone, 0.0, request()), alone) == [(16, (0, 1))]
+
+
 def test_whole_gives_a_training_job_all_that_is_free_and_a_parameter_server_what_it_asked_for() -> None:
     worker = arbiter(strategy="whole")
     [server] = offers(hear(worker, 0.0, request(kind="aggregate", resources=Resources(cpu=1, memory=2))))
@@ -372,5 +407,5 @@ def test_a_stopping_worker_offers_nothing_but_keeps_its_leases() -> None:
     worker.handle(Heard("T", request("T")), 2.0)
     worker.handle(Close(), 2.1)
     assert worker.handle(Tick(), 2.2) == []
-    assert reasons(hear(worker, 3.0, request("U"))) == ["this worker is stopping"]
+    assert reasons(hear(worker, 3.0, request("U"))) == ["this worker is drained, or stopping"]
     assert isinstance(worker.handle(RenewAsked("lease-1", "S"), 4.0)[-1], Granted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,20 @@ import trio
 from hypha.config.inherited import child_environment
 from hypha.errors import ConfigError
 from hypha.messages import Resources
-from hypha.worker.devices import GpuPins, list_gpus
+from hypha.worker.cgroups import (
+    Bounds,
+    CgroupPlaces,
+    find_cgroups,
+    make_groups,
+    remove_stale_groups,
+    usable_cgroups,
+    usable_v2,
+)
+from hypha.worker.cores import CorePins
 from hypha.worker.keepers import Launch
-from hypha.worker.limits import CgroupPlaces, Limits, apply_limits, find_cgroups, usable_cgroups
+from hypha.worker.limits import Limits, apply_limits, mechanisms, most_processes
 from hypha.worker.process import Exit, run_executor
+from hypha.worker.usage import Quota
 
 V1 = """\
 30 23 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro
@@ -98,7 +109,7 @@ async def test_cgroup_holds_and_is_removed(tmp_path: Path) -> None:
         assert all(group.is_dir() for group in limits.groups)
         ended = await eat(tmp_path, limits)
         assert ended.code == -9
-        assert "want of memory (its limits: cgroup" in limits.verdict()
+        assert "want of memory (its limits: 0.2 GB memory by cgroup" in limits.verdict()
     finally:
         await limits.remove()
     assert not any(group.exists() for group in limits.groups)
@@ -110,16 +121,160 @@ async def test_cgroup_holds_and_is_removed(tmp_path: Path) -> None:
         await roomy.remove()
 
 
-def test_gpus_are_pinned_and_given_back(tmp_path: Path) -> None:
-    assert list_gpus({"CUDA_VISIBLE_DEVICES": "2, GPU-abc"}) == ["2", "GPU-abc"]
-    assert list_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
-    assert list_gpus({}, tmp_path / "nothing") == []
-    (tmp_path / "0000:01:00.0").mkdir()
-    assert list_gpus({}, tmp_path) == ["0"]
-    pins = GpuPins(["0", "1"])
-    first, second = pins.pin(10.0), pins.pin(5.0)
-    assert {first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]} == {"0", "1"}
-    pins.release(second)
-    assert pins.pin(1.0) == second
-    assert pins.pin(0.0) == {"CUDA_VISIBLE_DEVICES": ""}
-    assert GpuPins([]).pin(1.0) == {}
+BURNS = """
+    import os, time
+    ends = time.monotonic() + 3.0
+    while time.monotonic() < ends: sum(range(10_000))
+    print(sum(os.times()[:2]))
+"""
+
+
+@pytest.mark.real
+async def test_cores_are_shared_as_leased(tmp_path: Path) -> None:
+    """Two busy executors, one with twice the lease of the other, on one core: within a tenth."""
+    places = usable_cgroups()
+    if places.version("cpu") is None:
+        pytest.skip("no writable cgroup with the cpu controller here")
+    leased = (0.4, 0.2)
+    used = [0.0, 0.0]
+
+    async def burn(which: int) -> None:
+        limits = apply_limits("auto", places, f"hypha-{os.getpid()}-{which}", Resources(cpu=leased[which]))
+        argv = (sys.executable, "-c", textwrap.dedent(BURNS))
+        launch = Launch("job", argv, child_environment(), tmp_path, limits.launch_options())
+        try:
+            used[which] = float((await run_executor(launch, trio.Event(), 1.0)).tail)
+        finally:
+            await limits.remove()
+
+    async with trio.open_nursery() as nursery:
+        for which in (0, 1):
+            nursery.start_soon(burn, which)
+    assert used[0] / used[1] == pytest.approx(leased[0] / leased[1], rel=0.1), used
+    assert used[0] <= 1.1 * 3.0 * leased[0]
+
+
+# --- what is found, and what is said of it ------------------------------------------------------------
+
+
+def test_each_controller_is_used_where_it_is(tmp_path: Path) -> None:
+    """Memory by cgroup v2, processes by v1, cores by neither."""
+    (tmp_path / "v2").mkdir()
+    (tmp_path / "pids").mkdir()
+    places = CgroupPlaces(tmp_path / "v2", {"pids": tmp_path / "pids"}, frozenset({"memory"}))
+    pins = CorePins((3, 4), tmp_path / "cores")
+    limits = apply_limits("auto", places, "hypha-x", Resources(cpu=1, memory=1, storage=2), cores=pins)
+    assert sorted(str(group.relative_to(tmp_path)) for group in limits.groups) == [
+        "pids/hypha-x",
+        "v2/hypha-x",
+    ]
+    assert (tmp_path / "pids" / "hypha-x" / "pids.max").read_text() == "512"
+    assert not (tmp_path / "v2" / "hypha-x" / "cpu.max").exists()
+    assert limits.launch_options()[-2:] == ["--cores", "3"]
+    assert limits.quota == Quota(disk_bytes=2 * 10**9)
+    assert limits.description == (
+        "1 GB memory by cgroup v2, 1 cores by affinity (3) and thread counts, 512 processes by cgroup v1, "
+        "2 GB in its directory, watched"
+    )
+    said = mechanisms("auto", places, cache_gb=20)
+    assert said["memory"] == "cgroup v2 (memory.max)"
+    assert said["cores"] == "affinity and thread counts"
+    assert said["processes"] == "cgroup v1 (pids.max)"
+    assert said["gpus"] == "there are none"
+    with pytest.raises(ConfigError, match="Delegate=yes"):
+        apply_limits("cgroup", places, "x", Resources(cpu=1))
+
+
+def test_without_cgroups_processes_are_watched() -> None:
+    limits = apply_limits("auto", CgroupPlaces(), "x", Resources(cpu=2, memory=1), max_processes=7)
+    assert limits.quota == Quota(processes=7)
+    assert not apply_limits("auto", CgroupPlaces(), "x", Resources(cpu=2), max_processes=0).quota
+    said = mechanisms("rlimit", CgroupPlaces(v1={"memory": Path("/nowhere")}))
+    assert said["memory"] == "RLIMIT_DATA of each process"
+    assert said["processes"] == said["disk"] == "watched by the worker every 1 s"
+    assert set(mechanisms("none", CgroupPlaces())) == set(said)
+    assert "not enforced" in mechanisms("none", CgroupPlaces())["memory"]
+
+
+def test_the_bound_of_processes_grows_with_the_cores() -> None:
+    assert [most_processes(cpu, None) for cpu in (0, 1, 8, 32.5)] == [512, 512, 512, 2112]
+    assert most_processes(64, 3) == 3
+
+
+def test_a_kill_for_want_of_memory_is_told_apart(tmp_path: Path) -> None:
+    limits = Limits("1 GB memory by cgroup v2", groups=(tmp_path,))
+    (tmp_path / "memory.events").write_text("low 0\nhigh 3\nmax 9\noom 0\noom_kill 0\n")
+    assert limits.verdict() == ""
+    (tmp_path / "pids.events").write_text("max 4\n")
+    assert "refused another process or thread 4 times" in limits.verdict()
+    (tmp_path / "memory.events").write_text("max 9\noom 1\noom_kill 1\n")
+    assert "want of memory" in limits.verdict()
+
+
+def test_groups_of_workers_that_were_killed_are_removed(tmp_path: Path) -> None:
+    for name, age_s in (("hypha-old", 3600), ("hypha-new", 1), ("other-old", 3600), ("hypha-worker", 3600)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    assert remove_stale_groups(CgroupPlaces(v1={"memory": tmp_path})) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hypha-new", "hypha-worker", "other-old"]
+
+
+def test_cores_are_handed_out_among_all_workers_of_a_machine(tmp_path: Path) -> None:
+    one, other = CorePins((0, 1, 2, 3), tmp_path / "cores"), CorePins((0, 1, 2, 3), tmp_path / "cores")
+    assert one.pin(1) == (0,)
+    assert other.pin(1.5) == (1, 2)
+    assert one.pin(2) == (0, 3), "one that nobody uses, then one that is shared"
+    one.release((0, 3))
+    assert other.pin(1) == (3,)
+    assert other.pin(4) == (), "all of them: no restriction"
+    one.release((0,))
+    for cores in ((1, 2), (3,), ()):
+        other.release(cores)
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "open").chmod(0o777)
+    assert CorePins((0, 1), tmp_path / "open").pin(1) == (), "anybody could hold its locks"
+
+
+async def test_affinity_holds(tmp_path: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+    limits = Limits("", cores=(core,))
+    script = "import os; print(sorted(os.sched_getaffinity(0)))"
+    launch = Launch(
+        "job", (sys.executable, "-c", script), child_environment(), tmp_path, limits.launch_options()
+    )
+    assert (await run_executor(launch, trio.Event(), 1.0)).tail == f"[{core}]"
+
+
+def delegated(root: Path, controllers: str, given: str = "") -> Path:
+    """A cgroup v2 as systemd delegates it, with this process alone in it."""
+    root.mkdir()
+    files = {"cgroup.controllers": controllers, "cgroup.subtree_control": given, "cgroup.procs": os.getpid()}
+    for name, text in files.items():
+        (root / name).write_text(f"{text}\n")
+    return root
+
+
+def test_a_delegated_v2_gives_what_it_has_to_executors(tmp_path: Path) -> None:
+    place = delegated(tmp_path / "whole", "cpuset cpu io memory pids")
+    assert usable_v2(place) == {"cpu", "memory", "pids"}
+    # this process moved into a leaf, as a group with processes of its own gives its children nothing
+    assert (place / "hypha-worker" / "cgroup.procs").read_text() == str(os.getpid())
+    assert (place / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+    groups = make_groups(CgroupPlaces(place, {}, usable_v2(place)), "hypha-x", Bounds(2.0, 0.001, 64))
+    assert groups == (place / "hypha-x",)
+    written = {path.name: path.read_text() for path in groups[0].iterdir()}
+    assert written == {
+        "memory.max": "2000000000",
+        "memory.oom.group": "1",
+        "memory.swap.max": "0",
+        "cpu.max": "1000 100000",
+        "cpu.weight": "1",
+        "pids.max": "64",
+    }
+
+
+def test_a_v2_may_have_less_or_nothing(tmp_path: Path) -> None:
+    assert usable_v2(delegated(tmp_path / "user", "memory pids", "memory pids")) == {"memory", "pids"}
+    assert not (tmp_path / "user" / "hypha-worker").exists(), "all was given already"
+    assert usable_v2(delegated(tmp_path / "empty", "")) == frozenset()
+    assert usable_v2(tmp_path / "nowhere") == frozenset()

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from hypha.config.models import WorkerConfig
+from hypha.config.models import ResourcesConfig, WorkerConfig
 from hypha.errors import ConfigError
 from hypha.worker import run_worker
-from hypha.worker.limits import usable_cgroups
+from hypha.worker.cgroups import usable_cgroups
+from hypha.worker.detecting import Machine
+from hypha.worker.node import offered
 
 
 def config(**keys: Any) -> WorkerConfig:
@@ -25,6 +27,18 @@ async def test_a_work_dir_that_cannot_be_written(tmp_path: Path) -> None:
     (problem,) = caught.value.problems
     assert problem.key == "work_dir"
     assert f"{tmp_path}/file/work cannot be written" in problem.message
+
+
+def test_no_more_is_offered_than_there_is(caplog: pytest.LogCaptureFixture) -> None:
+    machine = Machine(2, "all", 25.3, "all", 67.8, "free")
+    asked = ResourcesConfig(cpu=64, memory=8, gpu=0, storage=20)
+    lowered, words = offered(config(resources=asked), machine)
+    assert lowered.resources == ResourcesConfig(cpu=2, memory=8, gpu=0, storage=20)
+    assert words["resource cpu"] == "2 offered (2 cores: all)"
+    assert "resources.cpu = 64 is more than this machine has" in caplog.text
+    believed, words = offered(config(resources=asked, detect_resources=False), machine)
+    assert believed.resources == asked
+    assert words["resource cpu"] == "64 offered (2 cores: all)"
 
 
 @pytest.mark.skipif(bool(usable_cgroups()), reason="there are cgroups here")

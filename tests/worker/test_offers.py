@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from hypha.config.models import OfferConfig
 from hypha.errors import Refused
-from hypha.leases import Lease
+from hypha.leases import Lease, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
 from hypha.worker.arbiter import Arbiter, Heard, RenewAsked, SendOffer
 from hypha.worker.offers import MAX_TOLD, LeaseDesk, granted
@@ -153,3 +153,17 @@ async def test_what_this_version_lacks_is_told_once_and_only_so_much_of_it(
     for number in range(2 * MAX_TOLD):
         desk.hear("S", needing(f"feature-{number}"))
     assert len(caplog.records) == MAX_TOLD
+
+
+async def test_less_is_asked_for_a_dataset_of_which_slices_are_in_the_cache(
+    autojump_clock: MockClock,
+) -> None:
+    terms = OfferConfig(price=3.0, strategy="affinity")
+    for cached, price in ((frozenset({"digits"}), 2.0), (frozenset({"others"}), 3.0)):
+        arbiter = Arbiter(Resources(cpu=3), [TRAIN], terms, lambda: PeerRef(peer="W"))
+        desk = LeaseDesk(arbiter, lambda _: None, lambda cached=cached: cached)  # type: ignore[misc]
+        heard = request(0)
+        desk.hear("S", replace(heard.request, dataset="digits"))
+        await trio.sleep(0.3)
+        [offered] = [one for one in desk.handle(Tick()) if isinstance(one, SendOffer)]
+        assert offered.offer.price == price

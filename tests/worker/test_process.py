@@ -34,6 +34,7 @@ from hypha.messages import (
 )
 from hypha.worker.directory import JobDirectory
 from hypha.worker.keepers import KEEPER, Launch
+from hypha.worker.limits import thread_environment
 from hypha.worker.process import (
     MAX_LINE_BYTES,
     TAIL_LINES,
@@ -275,6 +276,16 @@ trio.run(main)
 """
 
 
+async def line_of(stream: trio.abc.ReceiveStream) -> bytes:
+    """What a process prints until it ends a line; it may come in pieces."""
+    line = b""
+    while not line.endswith(b"\n"):
+        more = await stream.receive_some()
+        assert more, f"it ended after {line!r}"
+        line += more
+    return line
+
+
 async def test_whoever_kills_its_keeper_is_found_all_the_same(tmp_path: Path) -> None:
     """In a session of its own, below a process that has ended; other executors are left alone."""
     (tmp_path / "grows.py").write_text(textwrap.dedent(GROWS))
@@ -285,16 +296,16 @@ async def test_whoever_kills_its_keeper_is_found_all_the_same(tmp_path: Path) ->
     assert worker.stdout is not None
     try:
         pids = await family(tmp_path)
-        others = int((await worker.stdout.receive_some()).split()[-1])
+        others = int((await line_of(worker.stdout)).split()[-1])
         os.kill(psutil.Process(pids[0]).ppid(), signal.SIGKILL)
         with trio.fail_after(20):
-            assert await worker.stdout.receive_some() == f"ended {-signal.SIGKILL}\n".encode()
+            assert await line_of(worker.stdout) == f"ended {-signal.SIGKILL}\n".encode()
         assert not any(map(running, pids))
         assert running(others)
         assert psutil.Process(others).children()
         await worker.stdin.send_all(b"\n")
         with trio.fail_after(20):
-            assert await worker.stdout.receive_some() == f"other {-signal.SIGTERM}\n".encode()
+            assert await line_of(worker.stdout) == f"other {-signal.SIGTERM}\n".encode()
             assert await worker.wait() == 0
     finally:
         worker.kill()
@@ -333,11 +344,38 @@ def test_placeholders_and_environment(tmp_path: Path) -> None:
     directory.remove()
 
 
+def test_threads_are_those_of_the_lease_unless_the_entry_says_otherwise(tmp_path: Path) -> None:
+    directory = JobDirectory.create(tmp_path)
+    for own, wanted in (
+        ({}, ("4", "4")),
+        ({"threads": 2}, ("2", "2")),
+        ({"threads": 2, "env": {"OMP_NUM_THREADS": "1"}}, ("1", "2")),
+    ):
+        config = ExecutorConfig.model_validate(
+            {"class": "train", "name": "toy", "cmd": "/usr/bin/toy", **own}
+        )
+        ready = prepare_launch(config, train_job(), directory, thread_environment(4))
+        assert (ready.environment["OMP_NUM_THREADS"], ready.environment["MKL_NUM_THREADS"]) == wanted
+    directory.remove()
+
+
 def test_own_executors_by_default(tmp_path: Path) -> None:
     directory = JobDirectory.create(tmp_path)
     config = ExecutorConfig(kind="aggregate", name="parameter-server")
     argv = prepare_launch(config, train_job(), directory, {}).argv
     assert argv == (sys.executable, "-m", "hypha.executor.parameter_server", str(directory.socket_path))
+    directory.remove()
+
+
+def test_on_several_devices_accelerate_starts_the_training_executor(tmp_path: Path) -> None:
+    directory = JobDirectory.create(tmp_path)
+    config = ExecutorConfig(kind="train", name="diloco-transformer", accelerate=tmp_path / "two.yaml")
+    ready = prepare_launch(config, train_job(), directory, {})
+    socket = str(directory.socket_path)
+    module = "hypha.executor.launch"
+    assert ready.argv == (sys.executable, "-m", module, str(tmp_path / "two.yaml"), socket)
+    # a host has nothing to fork for it
+    assert ready.own is None
     directory.remove()
 
 

@@ -29,8 +29,9 @@ from hypha.config.inherited import child_environment, inherited_state
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.executor import host as host_module
 from hypha.messages import ExecutorDescriptor, ForkRequest, ModelSpec, PeerRef, Resources, TrainJob
+from hypha.worker.cgroups import CgroupPlaces, usable_cgroups
 from hypha.worker.keepers import Launch, OwnExecutor
-from hypha.worker.limits import CgroupPlaces, Limits, apply_limits, usable_cgroups
+from hypha.worker.limits import Limits, apply_limits
 from hypha.worker.process import Exit, run_executor
 from hypha.worker.warm import ForkedKeeper, OwnHost, SharedHost, open_host
 
@@ -236,7 +237,7 @@ async def test_cgroups_hold(bridges: Network) -> None:
     try:
         ended = await run(launch(bridges, EATS, *limits.launch_options()))
         assert ended.code == -9, ended.tail
-        assert "want of memory (its limits: cgroup" in limits.verdict()
+        assert "want of memory (its limits: 0.2 GB memory by cgroup" in limits.verdict()
     finally:
         await limits.remove()
 

@@ -89,10 +89,14 @@ class Program:
         return COMPONENTS[self.name]
 
 
-def make_app(program: Program, check_network: Callable[[Any], int] | None = None) -> typer.Typer:
+def make_app(
+    program: Program,
+    check_network: Callable[[Any], int] | None = None,
+    describe: Callable[[Any], Iterable[str]] = lambda _: (),
+) -> typer.Typer:
     """A Typer app with ``probe``, ``validate`` and ``--validate``; the caller adds the other commands.
     ``check_network`` does what ``validate --network`` does with a valid configuration, where there is that,
-    and gives the exit code.
+    and gives the exit code. ``describe`` gives the lines that ``validate`` prints of a valid one besides.
     """
     app = typer.Typer(
         name=f"hypha-{program.name}",
@@ -118,7 +122,7 @@ def make_app(program: Program, check_network: Callable[[Any], int] | None = None
             if config is not None or check:
                 raise typer.BadParameter(f"write the options after {context.invoked_subcommand}")
         elif check:
-            validate_config(program, config, [])
+            validate_config(program, config, [], describe)
         else:
             typer.echo(context.get_help())
             raise typer.Exit(2)
@@ -128,7 +132,7 @@ def make_app(program: Program, check_network: Callable[[Any], int] | None = None
         @app.command()
         def validate(config: ConfigOption = None, set_: SetOption = None) -> None:
             """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
-            validate_config(program, config, settings(program, set_))
+            validate_config(program, config, settings(program, set_), describe)
 
     else:
 
@@ -141,7 +145,7 @@ def make_app(program: Program, check_network: Callable[[Any], int] | None = None
             ] = False,
         ) -> None:
             """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
-            loaded = validate_config(program, config, settings(program, set_))
+            loaded = validate_config(program, config, settings(program, set_), describe)
             if network:
                 raise typer.Exit(check_network(loaded))
 
@@ -265,14 +269,23 @@ def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
         yield Problem("cert_pem", message)
 
 
-def validate_config(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
-    """Print OK and what is advised, and return the configuration, or raise ConfigError."""
+def validate_config(
+    program: Program,
+    config: Path | None,
+    given: Sequence[Flag],
+    describe: Callable[[Any], Iterable[str]] = lambda _: (),
+) -> Any:
+    """Print OK, what ``describe`` says of it and what is advised, and return the configuration, or raise
+    ConfigError.
+    """
     from hypha.config.advice import advice
     from hypha.pki.identity import IdentityFiles, load_identity
 
     loaded = load(program, config, given)
     load_identity(IdentityFiles(loaded.cert_pem, loaded.key_pem, loaded.trust_pem, loaded.crls_pem))
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
+    for line in describe(loaded):
+        typer.echo(line)
     for one in advice(loaded):
         typer.echo(f"advice: {one}")
     return loaded

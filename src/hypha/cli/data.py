@@ -116,6 +116,66 @@ def verify(
     typer.echo(f"OK: {directory} is whole; its manifest_hash is {manifest_hash(read_manifest(directory))}")
 
 
+@app.command()
+def advise(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(help="A prepared dataset: its samples count, and whether it fits is said."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers that train at once.")] = 2,
+    batch_s: Annotated[
+        float, typer.Option("--batch-s", help="Seconds that a worker takes for one batch.")
+    ] = 0.5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 16,
+    mbit: Annotated[float, typer.Option(help="What one data node can send, in Mbit/s.")] = 100.0,
+    data_nodes: Annotated[int, typer.Option(min=1, help="Data nodes with this dataset.")] = 1,
+    worker_mbit: Annotated[
+        float | None, typer.Option(help="What one worker can receive, in Mbit/s; default: any amount.")
+    ] = None,
+    sample_bytes: Annotated[
+        float | None, typer.Option(help="Bytes of one sample, where no dataset is given.")
+    ] = None,
+    round_trip_ms: Annotated[float, typer.Option(help="Between worker and data node.")] = 50.0,
+    start_s: Annotated[float, typer.Option(help="How long the first slices may take.")] = 10.0,
+    cache_gb: Annotated[float, typer.Option(help="The workers' cache.max_gb.")] = 20.0,
+    cache_slices: Annotated[int, typer.Option(min=2, help="The workers' cache.max_slices.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Say how large slices should be, and why; and whether those of a prepared dataset are."""
+    from hypha.cli.advising import advise_slices
+    from hypha.data.slice_advice import Pace
+
+    positive = {
+        "--batch-s": batch_s,
+        "--mbit": mbit,
+        "--worker-mbit": worker_mbit,
+        "--sample-bytes": sample_bytes,
+        "--start-s": start_s,
+        "--cache-gb": cache_gb,
+    }
+    for flag, value in positive.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise typer.BadParameter(f"{flag} is more than 0, not {value:g}")
+    if not 0 <= round_trip_ms < float("inf"):
+        raise typer.BadParameter(f"--round-trip-ms is 0 or more, not {round_trip_ms:g}")
+    if (directory is None) == (sample_bytes is None):
+        raise typer.BadParameter("give a prepared dataset, or --sample-bytes")
+    pace = Pace(
+        workers=workers,
+        sample_bytes=sample_bytes or 1.0,
+        batch_size=batch_size,
+        batch_s=batch_s,
+        mbit=mbit,
+        data_nodes=data_nodes,
+        worker_mbit=worker_mbit,
+        round_trip_s=round_trip_ms / 1000,
+        start_s=start_s,
+        cache_gb=cache_gb,
+        cache_slices=cache_slices,
+    )
+    typer.echo(advise_slices(pace, directory, as_json))
+
+
 def _pairs(name: str, texts: list[str] | None) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for text in texts or ():

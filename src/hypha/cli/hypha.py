@@ -1,5 +1,6 @@
-"""``hypha``: what concerns a whole network or a whole job: the demo, faults, a job's status, its replay, its
-time line and its report."""
+"""``hypha``: what concerns a whole network, a whole job or any node: the demo, faults, the doctor, a job's
+status, its replay, its time line and its report; who is in the network, where, and who holds which lease.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import typer
 
 from hypha.cli.chaos.command import chaos
 from hypha.cli.demo.command import demo
+from hypha.cli.doctor.command import doctor
+from hypha.cli.lookups import leases, lookup, peers
 from hypha.cli.replay import replay
 from hypha.cli.report import report
 from hypha.cli.running import run_program
@@ -22,10 +25,14 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(chaos)
+app.command()(doctor)
 app.command()(status)
 app.command()(replay)
 app.command()(timeline)
 app.command()(report)
+app.command()(peers)
+app.command()(lookup)
+app.command()(leases)
 
 
 @app.command()

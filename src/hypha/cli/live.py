@@ -134,6 +134,8 @@ def _leases(job: JobSnapshot) -> Table:
         )
         hardware = ", ".join(f"{amount:g} {unit}" for amount, unit in amounts if amount)
         ends = f"{lease.expires_in_s:.0f} s" + (", unreachable" if lease.suspected else "")
+        if lease.leaves_in_s is not None:
+            ends = f"{lease.leaves_in_s:.0f} s, its worker leaves"
         purpose = "training" if lease.kind == "train" else "server"
         worker, version = node(lease.peer, lease.name), lease.version or "not stated"
         _add(table, lease.lease[:8], worker, version, purpose, hardware, f"{lease.price:g}", ends)

@@ -121,7 +121,16 @@ def summary(found: Found) -> str:
 
 def show_report(address: str, found: Found) -> None:
     """Print what the node at ``address`` is, and what it says of its health."""
-    report = found.report
+    _print(summary(found), address, found.report)
+
+
+def show_health(address: str, report: HealthReport) -> None:
+    """Print what the node whose local HTTP is at ``address`` says of its health."""
+    health = "healthy" if report.healthy else "NOT HEALTHY"
+    _print(f"{report.component} {report.version}: {health}", address, report)
+
+
+def _print(first: str, address: str, report: HealthReport) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {"address": address, "peer": report.peer, "up": f"{report.uptime_s:.0f} s", **report.details}
     if report.features:
@@ -131,5 +140,5 @@ def show_report(address: str, found: Found) -> None:
     for name, value in rows.items():
         table.add_row(shown(name), shown(value))
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(shown(summary(found)), soft_wrap=True)
+    console.print(shown(first), soft_wrap=True)
     console.print(table)

@@ -203,7 +203,14 @@ def _arbiter(raw: Any, _: float) -> _Machine:
     began, journal, given = msgspec.convert(raw, arbiter.ArbiterBegan), Journal(), _Given()
     terms = OfferConfig.model_validate(began.terms)
     machine = arbiter.Arbiter(
-        began.total, began.executors, terms, given.worker, given.lease_id, journal, began.abilities
+        began.total,
+        began.executors,
+        terms,
+        given.worker,
+        given.lease_id,
+        journal,
+        began.abilities,
+        began.gpus,
     )
     kind = arbiter.ArbiterEvent
     return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, kind), now), journal, given)

@@ -64,8 +64,13 @@ def print_error(exc: HyphaError) -> None:
         print(f"error: {named(str(exc))}", file=sys.stderr)
 
 
-def run_service(component: str, config: NodeConfig, service: Callable[[], Awaitable[int | None]]) -> int:
-    """Run a component until it ends or a signal comes; returns the exit code.
+def run_service(
+    component: str,
+    config: NodeConfig,
+    service: Callable[[], Awaitable[int | None]],
+    stop_s: float = STOP_S,
+) -> int:
+    """Run a component until it ends, or a signal comes and then ``stop_s`` at most; returns the exit code.
 
     Logs and telemetry are as ``config`` says. Raises the HyphaError that ended it.
     """
@@ -93,10 +98,10 @@ def run_service(component: str, config: NodeConfig, service: Callable[[], Awaita
         style = "text" if sys.stderr is not None and sys.stderr.isatty() else "json"
     configure_logging(component, parse_filter(config.log_level), style)
     if not settings.on:
-        return run_until_signal(service)
+        return run_until_signal(service, stop_s)
     files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
     with telemetry(settings.of_instance(load_identity(files, warn=False).peer_id)):
-        return run_until_signal(observed)
+        return run_until_signal(observed, stop_s)
 
 
 def check_installed(what: str, *packages: str) -> None:

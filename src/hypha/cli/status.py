@@ -1,5 +1,6 @@
 """``hypha status``: what a scheduler's local HTTP says of its job, once or as it goes on: rounds, throughput,
-nodes and leases, what it waits for, and the log's last warnings.
+nodes and leases, what it waits for, and the log's last warnings. Of a node without a job, such as a worker,
+it prints what that says of its health: its resources and by what they are enforced, among other things.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from rich.console import Console
 from hypha.cli.component import HTTP_PORTS
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError, JobFailed, Undecodable
+from hypha.messages import HealthReport
 from hypha.scheduler.snapshot import JobSnapshot
 
 _INTERVAL_S = 0.5
@@ -25,7 +27,8 @@ _PATIENCE_S = 10.0
 
 def status(
     address: Annotated[
-        str, typer.Argument(help="The scheduler's http_address; default: the one that init writes.")
+        str,
+        typer.Argument(help="A node's http_address; default: the one that init writes for a scheduler."),
     ] = f"127.0.0.1:{HTTP_PORTS['scheduler']}",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended.")] = False,
     token: Annotated[
@@ -33,14 +36,19 @@ def status(
         typer.Option(help="For an address beyond loopback: the file page-token of the job's state."),
     ] = None,
 ) -> None:
-    """Print what a scheduler's job is doing."""
+    """Print what a scheduler's job is doing, or how another node is."""
     from hypha.cli.live import live_view, status_panel
+    from hypha.cli.probing import show_health
 
     url = f"{address if '://' in address else f'http://{address}'}".rstrip("/") + "/status"
     console = Console()
     headers = {} if token is None else {"authorization": f"Bearer {_read(token)}"}
     with httpx.Client(timeout=_TIMEOUT_S, trust_env=False, headers=headers) as client:
-        seen = _ask(client, url)
+        first = _ask_any(client, url)
+        if isinstance(first, HealthReport):
+            show_health(address, first)
+            return
+        seen = first
         if not follow:
             # what reads a pipe looks for words in a line, however narrow the terminal it was started from
             console.print(status_panel(seen), soft_wrap=not console.is_terminal)
@@ -65,11 +73,30 @@ class Unanswered(HyphaError):
     """There is no scheduler at the address, or not any more."""
 
 
-def _ask(client: httpx.Client, url: str) -> JobSnapshot:
+def _ask_any(client: httpx.Client, url: str) -> JobSnapshot | HealthReport:
+    """A node that is no scheduler has no ``/status``, and every node has ``/health``."""
+    answer = _get(client, url)
+    if answer.status_code != httpx.codes.NOT_FOUND:
+        return _snapshot(url, answer)
+    health = url.removesuffix("/status") + "/health"
     try:
-        answer = client.get(url)
+        return decode_json(_get(client, health).content, HealthReport)
+    except Undecodable as exc:
+        raise HyphaError(f"{health} is not what a node says of its health: {exc}") from exc
+
+
+def _get(client: httpx.Client, url: str) -> httpx.Response:
+    try:
+        return client.get(url)
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise Unanswered(f"{url} does not answer: {exc}") from exc
+
+
+def _ask(client: httpx.Client, url: str) -> JobSnapshot:
+    return _snapshot(url, _get(client, url))
+
+
+def _snapshot(url: str, answer: httpx.Response) -> JobSnapshot:
     if answer.status_code == httpx.codes.UNAUTHORIZED:
         raise HyphaError(f"{url} asks for the token of its job's state directory: --token FILE")
     if answer.status_code != httpx.codes.OK:

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hypha.cli import component as common
 from hypha.cli.running import run_program
+from hypha.errors import HyphaError
+
+if TYPE_CHECKING:
+    from hypha.config.models import WorkerConfig
 
 PROGRAM = common.Program("worker", "Offers this machine's resources and runs executors under leases.")
-app = common.make_app(PROGRAM)
 
+
+def _describe(config: WorkerConfig) -> Iterator[str]:
+    """What this machine has, what of it is offered, and by what an executor is held to its lease."""
+    from hypha.config.inherited import child_environment
+    from hypha.messages import Resources
+    from hypha.worker.cgroups import usable_cgroups
+    from hypha.worker.detecting import detect, lowered
+    from hypha.worker.limits import mechanisms
+    from hypha.worker.quotas import usable_quotas
+
+    machine = detect(config.work_dir, child_environment())
+    configured = Resources(**config.resources.model_dump())
+    offered, claims = lowered(configured, machine) if config.detect_resources else (configured, ())
+    for name, found in machine.describe().items():
+        yield f"resource {name}: {getattr(offered, name):g} offered ({found})"
+    quotas = usable_quotas(config.work_dir) if config.work_dir.is_dir() else None
+    volume = None if quotas is None else quotas.volume
+    enforced = mechanisms(config.limits.enforce, usable_cgroups(), machine.gpus, config.cache.max_gb, volume)
+    yield from (f"limit {name}: {by}" for name, by in enforced.items())
+    for claim in claims:
+        yield f"advice: {claim}"
+
+
+app = common.make_app(PROGRAM, describe=_describe)
+
+#: ``drain --now`` leaves so many seconds, and waits so many more for the worker's process
+DRAIN_S, STOPPED_S = 30.0, 10.0
 #: of memory and disk, what ``init`` offers
 OFFERED = 0.8
 
@@ -44,9 +75,11 @@ def init(
     """Write a configuration file with every key, its default and what it means; of this machine's resources
     a little is left to others.
     """
-    from hypha.worker.detecting import detect
+    from hypha.config.inherited import child_environment
+    from hypha.messages import Resources
+    from hypha.worker.detecting import detect, lowered
 
-    here = detect(output.parent / (work_dir or "work"))
+    here = detect(output.parent / (work_dir or "work"), child_environment())
     given = {
         **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
         **common.leaf_keys(gateway, listen, external, exclude_cidr, allow_cidr),
@@ -58,6 +91,12 @@ def init(
         "resources.storage": round(OFFERED * here.storage, 1) if storage is None else storage,
     }
     common.write_config(PROGRAM, output, force, given, common.leaf_fill_in(gateway))
+    for name, found in here.describe().items():
+        typer.echo(f"  found {name}: {found}")
+    asked = {name: float(given[f"resources.{name}"] or 0.0) for name in ("cpu", "memory", "gpu", "storage")}
+    # it may be for another machine, so what was asked for is written
+    for claim in lowered(Resources(**asked), here)[1]:
+        typer.echo(f"note: {claim} when a worker starts here")
 
 
 @app.command()
@@ -91,14 +130,56 @@ def run(
             *common.settings(PROGRAM, set_),
         ],
     )
-    from hypha.cli.running import run_service
+    from hypha.cli.running import STOP_S, run_service
     from hypha.telemetry.running import emit_spans
     from hypha.worker import run_worker
 
     async def service() -> None:
         await run_worker(loaded, emit_spans=emit_spans(), alone=True)
 
-    raise typer.Exit(run_service("hypha-worker", loaded, service))
+    # a notice of the machine's end leaves more time, and what was trained is handed over in it
+    stop_s = STOP_S + (loaded.preemption.notice_s or 0.0)
+    raise typer.Exit(run_service("hypha-worker", loaded, service, stop_s))
+
+
+@app.command()
+def drain(
+    config: common.ConfigOption = None,
+    work_dir: WorkDirOption = None,
+    now: Annotated[
+        bool, typer.Option("--now", help="Also hand over what was trained, give leases back, and end it.")
+    ] = False,
+    within: Annotated[
+        float | None,
+        typer.Option(help="With --now: seconds; default: preemption.notice_s, else 30.", min=2),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Make offers again.")] = False,
+) -> None:
+    """Have the worker that runs here make no new offers; what is leased goes on, unless --now."""
+    from hypha.worker.control import Call, tell
+
+    if now and undo:
+        raise typer.BadParameter("--now ends the worker, and that cannot be undone")
+    if within is not None and not now:
+        raise typer.BadParameter("--within goes with --now")
+    notice_s: float | None = None
+    if work_dir is None:
+        loaded = common.load(PROGRAM, config, [])
+        work_dir, notice_s = loaded.work_dir, loaded.preemption.notice_s
+    if not now:
+        answer, _ = tell(work_dir, Call(what="resume" if undo else "drain"))
+    else:
+        within_s = within or notice_s or DRAIN_S
+        typer.echo(f"the worker hands over what it has trained, for {within_s:g} s at most")
+        answer, ended = tell(work_dir, Call(what="leave", within_s=within_s), within_s + STOPPED_S)
+        if ended:
+            typer.echo("the worker has ended")
+            return
+    if answer.refused:
+        raise HyphaError(answer.refused)
+    typer.echo(f"the worker {answer.state}; it has {answer.leases} leases")
+    if now:
+        raise HyphaError("the worker has not ended in time; see its log")
 
 
 def main() -> None:

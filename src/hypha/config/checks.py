@@ -20,6 +20,7 @@ from hypha.config.models import (
     DEFAULT_EXECUTOR,
     DataConfig,
     DatasetConfig,
+    ExecutorConfig,
     GatewayConfig,
     LeafConfig,
     NodeConfig,
@@ -30,6 +31,7 @@ from hypha.config.otel import endpoint_problem
 from hypha.config.partial import Partial
 from hypha.config.sinks import sink_problems
 from hypha.config.tasks import unknown_task
+from hypha.config.tuning import ROUND_TRIPS_A_LEASE
 from hypha.config.url_patterns import UrlPattern
 from hypha.decoding import decode
 from hypha.errors import Undecodable
@@ -48,12 +50,15 @@ def cross_checks(partial: Partial) -> Found:
     model = partial.model
     if issubclass(model, NodeConfig):
         yield from _node(partial)
+        yield from _tuning(partial)
     if issubclass(model, LeafConfig | GatewayConfig):
         yield from _gateways(partial)
     if issubclass(model, DataConfig):
         yield from _data(partial)
     if issubclass(model, WorkerConfig):
         yield from _worker(partial)
+        yield from _leases(partial)
+        yield from _offer(partial)
     if issubclass(model, SchedulerConfig):
         yield from _job(partial)
         yield from sink_problems(partial)
@@ -89,6 +94,45 @@ def _node(partial: Partial) -> Found:
             parse_filter(text)
         except ValueError as exc:
             yield ("log_level",), str(exc)
+
+
+def _tuning(partial: Partial) -> Found:
+    """What must not be more than what."""
+    for table, lower, upper in (
+        ("gossip", "degree_low", "degree"),
+        ("gossip", "degree", "degree_high"),
+        ("connections", "unproven_per_address", "unproven"),
+        ("liveness", "reconnect_min_s", "reconnect_max_s"),
+    ):
+        less, more = partial.get("tuning", table, lower), partial.get("tuning", table, upper)
+        if less is not None and more is not None and less > more:
+            yield ("tuning", table, lower), f"it is more than tuning.{table}.{upper} ({more:g})"
+    for index, hours in enumerate(partial.get("limits", "schedule") or ()):
+        at = ("limits", "schedule", index)
+        if hours.start == hours.to:
+            yield at, f'it begins and ends at {hours.to}; for the whole day write "00:00" to "24:00"'
+        if hours.upload_mbit is None and hours.download_mbit is None:
+            yield at, "it changes nothing; set upload_mbit or download_mbit"
+
+
+def _leases(partial: Partial) -> Found:
+    """A renewal is sent when three quarters of a lease are over, and one whole attempt must fit into what is
+    left; the acceptance of an offer takes a journey there and one back.
+    """
+    round_trip_s = partial.get("tuning", "liveness", "round_trip_s")
+    if round_trip_s is None:
+        return
+    for key, least, why in (
+        ("lease_s", ROUND_TRIPS_A_LEASE, "a renewal would come too late"),
+        ("temporary_lease_s", 2, "an offer would be over before it is accepted"),
+    ):
+        life_s = partial.get("offer", key)
+        if life_s is not None and life_s < least * round_trip_s:
+            yield (
+                ("offer", key),
+                f"{why}: it must be {least} times tuning.liveness.round_trip_s ({round_trip_s:g} s), "
+                f"{least * round_trip_s:g} s at least, not {life_s:g}",
+            )
 
 
 def _address_problem(text: str) -> str | None:
@@ -164,14 +208,51 @@ def _worker(partial: Partial) -> Found:
                 ("executors", index, "read_only"),
                 'a process reads all that this worker may; add runtime = "bwrap"',
             )
+        if executor.accelerate is not None:
+            yield from _accelerate(executor, ("executors", index, "accelerate"))
         for number, path in enumerate(executor.read_only):
             if not path.is_absolute():
                 yield ("executors", index, "read_only", number), f"{path} must be an absolute path"
     yield from _patterns(partial)
+    yield from _preemption(partial)
     yield from _hang(partial.get("hang_s"), ())
     work_dir: Path | None = partial.get("work_dir")
     if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
         yield ("work_dir",), f"{work_dir} is a file; a directory is needed"
+
+
+def _preemption(partial: Partial) -> Found:
+    """What is polled is of no use without the time that a notice leaves."""
+    ways = [key for key in ("file", "command", "url") if partial.get("preemption", key)]
+    notice_s, poll_s = (partial.get("preemption", key) for key in ("notice_s", "poll_s"))
+    if ways and notice_s is None:
+        yield (
+            ("preemption", "notice_s"),
+            f"say how many seconds before the machine's end a notice ({', '.join(ways)}) comes (AWS 120, "
+            "Google Cloud and Azure 30)",
+        )
+    if ways and notice_s is not None and poll_s is not None and poll_s > notice_s / 2:
+        yield (
+            ("preemption", "poll_s"),
+            f"a notice of {notice_s:g} s may be seen after {poll_s:g}; look at least twice in that time",
+        )
+    url = partial.get("preemption", "url")
+    if url is not None and not re.match(r"https?://[^/]+", url):
+        yield ("preemption", "url"), f"{url} is no http or https address"
+    try:
+        re.compile(partial.get("preemption", "url_pattern") or "")
+    except re.error as exc:
+        yield ("preemption", "url_pattern"), f"it is no regular expression: {exc}"
+
+
+def _accelerate(executor: ExecutorConfig, at: KeyPath) -> Found:
+    if executor.cmd is not None or executor.kind != "train":
+        yield (
+            at,
+            "it is for Hypha's own training executor; leave out cmd, or start accelerate in cmd and args",
+        )
+    elif executor.accelerate is not None and not executor.accelerate.is_file():
+        yield at, f"there is no file {executor.accelerate}; write it with `accelerate config --config_file`"
 
 
 def _patterns(partial: Partial) -> Found:
@@ -184,6 +265,18 @@ def _patterns(partial: Partial) -> Found:
                 UrlPattern.parse(text)
             except ValueError as exc:
                 yield ("allow", key, index), str(exc)
+
+
+def _offer(partial: Partial) -> Found:
+    load = partial.get("offer", "utilization")
+    if load is not None and load.low >= load.high:
+        wrong = f"it must be less than high ({load.high:g}): the price stays as it is between the two"
+        yield ("offer", "utilization", "low"), wrong
+    affinity = partial.get("offer", "affinity")
+    for index, text in enumerate(affinity.schedulers if affinity is not None else ()):
+        if not _PEER_ID.fullmatch(text):
+            wrong = f"{text!r} is no PeerID, such as 12D3KooW..."
+            yield ("offer", "affinity", "schedulers", index), wrong
 
 
 def _job(partial: Partial) -> Found:

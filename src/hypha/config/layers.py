@@ -89,6 +89,9 @@ class _Folding:
                 }
             elif isinstance(value, dict):
                 tree[name] = self.table(section, value, here, there)
+            elif isinstance(value, str) and section.shorthand is not None:
+                tree[name] = {section.shorthand: value}
+                self.layer.origins[(*here, section.shorthand)] = self.origin_of(there)
             else:
                 tree[name] = value
         return tree

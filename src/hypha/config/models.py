@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from hypha.config.bandwidth import LimitsConfig, WorkerLimitsConfig
 from hypha.config.pairs import pairs_of
+from hypha.config.section import Section as Section
+from hypha.config.tuning import GatewayTuningConfig, TuningConfig
 
 #: Addresses a node neither dials nor announces unless told otherwise: loopback, private, link-local.
 RESERVED_CIDR = (
@@ -34,22 +37,10 @@ class Place:
     words: tuple[str, ...] = ()
 
 
-def _hyphen(name: str) -> str:
-    return name.replace("_", "-")
-
-
 #: samples in a batch of a job that says nothing about it, on workers whose offer says nothing either
 DEFAULT_BATCH_SIZE = 16
 #: the training executor that comes with Hypha
 DEFAULT_EXECUTOR = "diloco-transformer"
-
-
-class Section(BaseModel):
-    """A table of the file: frozen, no unknown keys, ``a_b`` or ``a-b``."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=_hyphen, populate_by_name=True, allow_inf_nan=False
-    )
 
 
 # --- every node -----------------------------------------------------------------------------------
@@ -89,6 +80,7 @@ class NodeConfig(Section):
     exclude_cidr: list[str] = list(RESERVED_CIDR)
     #: local HTTP: /health, and /metrics for Prometheus; ``host:port``
     http_address: str | None = None
+    #: of peers with a certificate; each takes a file descriptor (`ulimit -n`)
     max_connections: int = Field(default=1024, ge=1)
     #: error, warn, info, debug, trace, or a filter such as "info,hypha_network=debug"
     log_level: str = "info"
@@ -109,6 +101,8 @@ class NodeConfig(Section):
     telemetry_attributes: Annotated[dict[str, str | int | float | bool], BeforeValidator(pairs_of)] = {}
     #: HTTP headers (gRPC metadata) for the endpoint, such as Authorization; a table, or "key=value,key=value"
     telemetry_headers: Annotated[dict[str, str], BeforeValidator(pairs_of)] = {}
+    limits: LimitsConfig = LimitsConfig()
+    tuning: TuningConfig = TuningConfig()
 
 
 class LeafConfig(NodeConfig):
@@ -131,6 +125,7 @@ class GatewayConfig(NodeConfig):
     max_circuits: int = Field(default=256, ge=1)
     #: nodes that may be reached through this gateway
     max_reservations: int = Field(default=1024, ge=1)
+    tuning: GatewayTuningConfig = GatewayTuningConfig()
 
 
 # --- data node --------------------------------------------------------------------------------------
@@ -160,7 +155,7 @@ class DataConfig(LeafConfig):
 
 
 class ResourcesConfig(Section):
-    """What the worker has to offer: cores, and GB of the rest."""
+    """What the worker has to offer: cores, and GB of the rest. No more than there is (`detect_resources`)."""
 
     cpu: float = Field(default=1.0, ge=0)
     memory: float = Field(default=8.0, ge=0)
@@ -168,16 +163,63 @@ class ResourcesConfig(Section):
     storage: float = Field(default=20.0, ge=0)
 
 
-class OfferConfig(Section):
-    """On what terms. ``price`` is asked for, bids below ``floor`` are not answered."""
+#: prices and bids are numbers up to this; what they count is between schedulers and owners
+MAX_PRICE = 1e12
 
-    price: float = Field(default=1.0, ge=0)
-    floor: float = Field(default=0.0, ge=0)
-    #: flexible: exactly what was asked for; whole: to training jobs all that is free, for larger batches
-    strategy: Literal["flexible", "whole"] = "flexible"
+
+class UtilizationConfig(Section):
+    """With ``offer.strategy = "utilization"``: the price asked follows the load, which is the share of the
+    worker's most used resource that is leased. It moves by ``step`` every ``every_s`` while the load is
+    ``high`` or more (up) or ``low`` or less (down), and stays where it is in between.
+    """
+
+    low: float = Field(default=0.3, ge=0, le=1)
+    high: float = Field(default=0.8, gt=0, le=1)
+    #: 0.25: a quarter dearer each time, and back
+    step: float = Field(default=0.25, ge=0.01, le=10)
+    every_s: float = Field(default=30.0, ge=0.1)
+    #: as multiples of ``offer.price``; never below ``offer.floor``
+    least: float = Field(default=0.5, gt=0, le=1)
+    most: float = Field(default=4.0, ge=1, le=1000)
+
+
+class AffinityConfig(Section):
+    """With ``offer.strategy = "affinity"``: for whom and for what this worker works at a lower price."""
+
+    #: PeerIDs of schedulers
+    schedulers: list[str] = []
+    #: jobs on a dataset of which slices are in this worker's cache
+    cached: bool = True
+    #: their bids count as so many times as high as they are, and so much less is asked of them
+    preference: float = Field(default=1.5, ge=1, le=1000)
+
+
+class OfferConfig(Section):
+    """On what terms. ``price`` is asked for one lease, whatever it reserves; bids below ``floor`` are not
+    answered. docs/prices.md has the rules.
+    """
+
+    price: float = Field(default=1.0, ge=0, le=MAX_PRICE)
+    floor: float = Field(default=0.0, ge=0, le=MAX_PRICE)
+    #: flexible: exactly what was asked for; whole: to training jobs all that is free, for larger batches;
+    #: utilization: as flexible, at a price that follows the load; affinity: as flexible, cheaper for some
+    strategy: Literal["flexible", "whole", "utilization", "affinity"] = "flexible"
+    #: a bid below the price is answered with an offer at the price; false: not at all
+    counter: bool = True
+    #: a request that has waited for so long here counts as if it had bid twice as much (three times after
+    #: twice as long ...), so that nobody waits for ever; ``None``: bids alone count
+    ageing_s: float | None = Field(default=60.0, ge=0.1)
+    #: for a request that has waited for so long here, and needs more than is free, what becomes free is
+    #: kept, so that smaller ones do not overtake it for ever; ``None``: never
+    keep_after_s: float | None = Field(default=600.0, ge=0.1)
     request_window_s: float = Field(default=0.2, ge=0)
+    #: how long an offer is good; twice tuning.liveness.round_trip_s at least
     temporary_lease_s: float = Field(default=5.0, gt=0)
+    #: a lease that is not renewed is over after so long; four times tuning.liveness.round_trip_s at least.
+    #: More rides out interruptions of a quarter of it, less notices sooner that a scheduler has died
     lease_s: float = Field(default=30.0, gt=0)
+    utilization: UtilizationConfig = UtilizationConfig()
+    affinity: AffinityConfig = AffinityConfig()
 
 
 class ExecutorConfig(Section):
@@ -197,6 +239,12 @@ class ExecutorConfig(Section):
     cmd: str | None = None
     args: list[str] = []
     env: dict[str, str] = {}
+    #: of its libraries, each (OMP_NUM_THREADS and so on); ``None``: as many as its lease has whole cores.
+    #: Fewer where several libraries take turns on the same cores; more than there are cores never helps
+    threads: int | None = Field(default=None, ge=1)
+    #: for Hypha's own training executor: the file that ``accelerate config`` writes, so that it trains on
+    #: several devices of this machine, with a process each (distributed_type MULTI_GPU, FSDP or MULTI_CPU)
+    accelerate: Path | None = None
     #: as the worker's, for this program alone; a foreign one is then watched from its start, not only from
     #: the first ``alive`` that it says on its bridge
     hang_s: float | None = Field(default=None, ge=0)
@@ -228,7 +276,9 @@ class AllowConfig(Section):
 class CacheConfig(Section):
     """The slice cache, least recently used out first; whichever bound is hit first."""
 
+    #: raise both where workers fetch again what they have had (hypha_data_cache_lookups_total)
     max_slices: int = Field(default=10, ge=2)
+    #: of disk, in work_dir
     max_gb: float = Field(default=20.0, gt=0)
     #: slices for so many seconds of training are fetched ahead (half of max_gb at most), and one at least
     prefetch_s: float = Field(default=10.0, ge=0)
@@ -241,6 +291,27 @@ class StorageConfig(Section):
     checkpoints_gb: float = Field(default=0.0, ge=0)
     #: copies that no scheduler has asked about for so many days are deleted
     keep_days: float = Field(default=30.0, gt=0)
+
+
+class PreemptionConfig(Section):
+    """How this worker learns that its machine ends soon, as spot machines do: what it has trained is handed
+    over then, and its leases given back, before it ends.
+    """
+
+    #: seconds from a notice to the machine's end (AWS 120, Google Cloud and Azure 30); SIGTERM is such a
+    #: notice then. ``None``: none is expected, and SIGTERM ends the worker within 5 s
+    notice_s: float | None = Field(default=None, ge=2)
+    #: a file that appears
+    file: Path | None = None
+    #: a program and its arguments: exit code 0 is the notice
+    command: list[str] = []
+    #: an address of the cloud's metadata service: an answer with status 200 is the notice ...
+    url: str | None = None
+    #: ... if its text holds this regular expression
+    url_pattern: str = ""
+    url_headers: dict[str, str] = {}
+    #: how often all these are looked at
+    poll_s: float = Field(default=2.0, ge=0.1)
 
 
 class WorkerConfig(LeafConfig):
@@ -257,6 +328,7 @@ class WorkerConfig(LeafConfig):
     allow: AllowConfig = AllowConfig()
     cache: CacheConfig = CacheConfig()
     storage: StorageConfig = StorageConfig()
+    preemption: PreemptionConfig = PreemptionConfig()
     #: keep the job directory of an executor that failed
     keep_failed_jobs: bool = True
     #: seconds between SIGTERM and SIGKILL for an executor's process group
@@ -264,8 +336,10 @@ class WorkerConfig(LeafConfig):
     #: an executor that gave no sign of life for so long is killed, and reported; longer than the longest
     #: batch and outer step. 0: never. Jobs may ask for less
     hang_s: float = Field(default=600.0, ge=0)
-    #: how a job's resource limits are enforced; ``auto`` takes the strongest that works here
-    limits: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
+    #: no more is offered than this machine is found to have when the worker starts; false: what ``resources``
+    #: says is believed, for machines whose devices cannot be looked at
+    detect_resources: bool = True
+    limits: WorkerLimitsConfig = WorkerLimitsConfig()
     #: Hypha's own executors are forked by a host, a process that has imported what they need (some 330 MB,
     #: shared with them), and start in a fraction of a second; those with a ``cmd`` are started as ever
     warm: bool = True
@@ -344,6 +418,10 @@ class RoundsConfig(Section):
     #: fixed batch size; ``None``: 16, and where resources.worker says what one sample needs and a worker
     #: offers twice as much or more (offer.strategy = "whole"), as many as fit; at most ``max_batch_size``
     batch_size: int | None = Field(default=None, ge=1)
+    #: rows of a batch that go through the model at a time, on each device; the gradients of the rest are
+    #: added to theirs, so that the batch stays what it is. ``None``: all, and where they do not fit into
+    #: memory half as many, until they do
+    micro_batch_size: int | None = Field(default=None, ge=1)
     #: batches an optimizer step
     gradient_accumulation: int = Field(default=1, ge=1)
     #: share of the members' updates with which a round may be closed after ``grace_s``
@@ -391,8 +469,13 @@ class ScheduleConfig(Section):
 class PriceConfig(Section):
     """``bid`` is published, ``max`` is private: dearer offers are not taken."""
 
-    bid: float = Field(default=1.0, ge=0)
-    max: float = Field(default=1.0, ge=0)
+    bid: float = Field(default=1.0, ge=0, le=MAX_PRICE)
+    max: float = Field(default=1.0, ge=0, le=MAX_PRICE)
+    #: while workers are missing, the published bid is raised each time so many seconds have passed, up to
+    #: ``max``; once none is missing it is ``bid`` again. ``None``: it stays
+    raise_after_s: float | None = Field(default=10.0, ge=0.1)
+    #: of the way from ``bid`` to ``max``, how much at a time
+    raise_by: float = Field(default=0.25, gt=0, le=1)
 
 
 class NeedsConfig(ResourcesConfig):
@@ -429,6 +512,10 @@ class JobResourcesConfig(Section):
     parameter_server_executor: str = "parameter-server"
     #: how long one request collects offers
     offer_deadline_s: float = Field(default=0.5, gt=0)
+    #: before it begins, a job with fewer than ``min_workers`` gives those back that other schedulers ask for,
+    #: so long (up to twice) after it got the last one, and asks again later: two jobs that hold half each
+    #: would wait for each other for ever. ``None``: it keeps them
+    yield_after_s: float | None = Field(default=60.0, gt=0)
     #: give up when the pool is not full after this long; ``None``: wait, and say so
     wait_s: float | None = Field(default=None, gt=0)
 
@@ -458,6 +545,8 @@ class JobConfig(Section):
     resources: JobResourcesConfig = JobResourcesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Literal["no", "fp16", "bf16"] = "no"
+    #: of what workers send for each round: bf16 halves it and int8 quarters it, with rounding; for lines on
+    #: which sending takes longer than a tenth of a round
     update_encoding: Literal["none", "bf16", "int8"] = "none"
     seed: int = 0
     #: before anybody is leased: full compares the dataset with the model and tries a batch on it, in a child

@@ -102,8 +102,12 @@ def shown(loc: KeyPath) -> str:
         if isinstance(key, int):
             words += f"[{key}]"
         else:
-            words += ("." if words else "") + ("class" if key == "kind" and words.startswith("exec") else key)
+            words += ("." if words else "") + _WRITTEN.get((words.split("[")[0], key), key)
     return words
+
+
+#: how a field is written whose name in a file is a word of Python: by the table that it is in
+_WRITTEN = {("executors", "kind"): "class", ("limits.schedule", "start"): "from"}
 
 
 class Partial:

@@ -43,7 +43,7 @@ def _table(
 ) -> list[str]:
     lines: list[str] = []
     tables: list[str] = []
-    notes = _notes(model)
+    notes = notes_of(model)
     for name, info in model.model_fields.items():
         section, many = section_in(model, name)
         if section is None:
@@ -140,8 +140,8 @@ def _plainly(text: str) -> str:
 
 
 @functools.cache
-def _notes(model: type[Section]) -> dict[str, list[str]]:
-    """The ``#:`` comments above each field, base classes' included."""
+def notes_of(model: type[Section]) -> dict[str, list[str]]:
+    """The ``#:`` comments above each field, base classes' included, line by line."""
     notes: dict[str, list[str]] = {}
     for kind in reversed(model.__mro__):
         if not (isinstance(kind, type) and issubclass(kind, Section)):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypha.config.tasks import A_LABEL_A_PLACE, ALIASES
+from hypha.config.tasks import A_LABEL_A_PLACE, ALIASES, IGNORED
 from hypha.errors import DataError, ModelError
 from hypha.executor.label_types import LabelTypes, loss_of, whole
 from hypha.messages import ModelSpec
@@ -108,6 +108,22 @@ class Forward:
         if self._own_loss:
             arguments["labels"] = labels
         return _logits(model(**arguments)), labels
+
+    def terms(self, columns: Mapping[str, Tensor]) -> int:
+        """Over how much the loss of these rows is a mean: labels that count where labels are classes, of
+        texts those of the next token; else rows. The gradients of a batch's parts add up to its own in these
+        proportions. Raises :class:`DataError` when the columns do not suit the model.
+        """
+        rows = len(next(iter(columns.values())))
+        if not rows:
+            return 0
+        _, labels = self.arguments(columns)
+        if labels is None or labels.is_floating_point() or labels.dtype == torch.bool:
+            return rows
+        if self._own_loss and self._causal and labels.dim() > 1:
+            # the label of a place is that of the place after it
+            labels = labels[:, 1:]
+        return int((labels != IGNORED).sum())
 
     def check(self, columns: Mapping[str, Tensor]) -> None:
         """Raises :class:`DataError` for labels that the loss would take without complaint, though they mean

@@ -3,14 +3,19 @@
 One batch is one forward and backward pass over ``batch_size`` rows. With ``gradient_accumulation`` k an
 optimizer step is taken every k batches; what is left over at the sync point makes a last, smaller step of
 its own, with the mean of its gradients. Training and replay run this very code.
+
+Rows that do not fit into memory at a time go through the model one part of the batch after the other, with
+each part's gradients in proportion to what its loss is a mean over. In an executor of several processes each
+has a part of the batch, and what they have is added up before a step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import blake3
 import torch
@@ -20,6 +25,8 @@ from hypha.config.environment import process_environment
 from hypha.errors import BatchFailed, DataError, ModelError
 from hypha.executor.diagnosis import explain, out_of_range
 from hypha.executor.forward import Forward
+from hypha.executor.out_of_memory import RowsAtATime, free_cached_memory, is_out_of_memory
+from hypha.executor.process_group import is_lost
 from hypha.messages import LrSchedule, TrainJob
 
 if TYPE_CHECKING:
@@ -106,10 +113,22 @@ def accelerator_for(job: TrainJob) -> Accelerator | Processor:
         raise ModelError(f"precision {job.precision} does not work here: {exc}") from exc
 
 
+class Together(Protocol):
+    """What an optimizer does together with those of other processes that train the same model."""
+
+    #: by what a loss is multiplied, where whoever adds up the gradients divides them
+    factor: float
+    #: Is each process free to cut its rows as it likes? Not where a forward pass waits for that of others.
+    independent: bool
+
+    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Before a step: let all processes have the sum of their gradients."""
+
+
 def is_of_machine(exc: Exception) -> bool:
     """Might another machine, or the same one later, succeed with the same batch?"""
     text = str(exc)
-    if isinstance(exc, MemoryError | torch.OutOfMemoryError | OSError) or "not enough memory" in text:
+    if isinstance(exc, OSError) or is_out_of_memory(exc) or is_lost(exc):
         return True
     return (
         "CUDA error" in text or "HIP error" in text or "CUBLAS" in text
@@ -126,14 +145,20 @@ class Inner:
         job: TrainJob,
         accelerator: Accelerator | Processor,
         steps: int,
+        together: Together | None = None,
+        rows: RowsAtATime | None = None,
     ) -> None:
+        """``rows`` is what another incarnation has learnt of how many fit into memory."""
         self._model = model
         self._forward = forward
         self._job = job
         self._accelerator = accelerator
+        self._together = together
+        self.rows = RowsAtATime(job.micro_batch_size, _least_rows(model)) if rows is None else rows
         #: inner steps so far, those of earlier lives included
         self.steps = steps
-        self._waiting = 0
+        #: the batches since the last step, and what each is a part of
+        self._batches: list[tuple[Mapping[str, Tensor], int | None]] = []
         options = job.optimizer
         self._parameters = [value for value in model.parameters() if value.requires_grad]
         if not self._parameters:
@@ -161,12 +186,56 @@ class Inner:
         """That of the next step."""
         return self._job.optimizer.learning_rate * learning_rate_factor(self._job.schedule, self.steps)
 
-    def batch(self, columns: Mapping[str, Tensor]) -> Tensor:
+    def batch(self, columns: Mapping[str, Tensor], terms: int | None = None) -> Tensor:
         """Train on one batch of ``columns``, on the CPU; returns its loss, detached and still on its device.
 
-        Raises :class:`BatchFailed`, in one line that says what to change, where model and data do not go
-        together.
+        With ``terms`` they are a part of a batch whose loss is a mean over so many (:meth:`Forward.terms`):
+        gradients and loss are this part's share of the whole. A batch that does not fit into memory is tried
+        again in smaller parts, the others since the last step with it. Raises :class:`BatchFailed`, in one
+        line that says what to change, where model and data do not go together.
         """
+        self._batches.append((columns, terms))
+        rows = _rows(columns)
+        left = self._batches[-1:]
+        while True:
+            try:
+                for one, of in left:
+                    loss = self._gradients(one, of)
+                break
+            except Exception as exc:
+                shared = self._together is not None and not self._together.independent
+                if shared or not is_out_of_memory(exc) or not self.rows.failed(rows):
+                    raise
+            # a part of the gradients may have been added: begin with none; the error, and with it what its
+            # frames hold, is gone
+            self._optimizer.zero_grad()
+            free_cached_memory()
+            left = self._batches
+        self.rows.fitted(rows)
+        self._after_batch()
+        return loss
+
+    def shares(self, parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> Tensor:
+        """As :meth:`batch`, cut into parts by whoever knows those of the other processes; each part's loss
+        counts as often as is said.
+        """
+        self._batches.append(({}, None))
+        losses = [self._part(columns, weight) for columns, weight in parts]
+        self._after_batch()
+        return torch.stack(losses).sum()
+
+    def _gradients(self, columns: Mapping[str, Tensor], terms: int | None) -> Tensor:
+        """Add them up; the loss."""
+        parts = self.rows.parts(_rows(columns))
+        if terms is None and parts == 1:
+            return self._part(columns, None)
+        weighed = [(part, self._forward.terms(part)) for part in in_parts(columns, parts)]
+        whole = max(1, sum(of for _, of in weighed)) if terms is None else terms
+        losses = [self._part(part, of / whole) for part, of in weighed if of]
+        # of rows that count for nothing the loss is not even a number
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self._accelerator.device)
+
+    def _part(self, columns: Mapping[str, Tensor], weight: float | None) -> Tensor:
         device, spec = self._accelerator.device, self._job.model
         moved = {name: value.to(device, non_blocking=True) for name, value in columns.items()}
         try:
@@ -177,7 +246,11 @@ class Inner:
                 raise BatchFailed(wrong)
             with self._accelerator.autocast():
                 loss = self._forward.loss(self._model, moved)
+            if weight is not None:
+                loss = loss * weight
             share = loss / self._job.gradient_accumulation
+            if self._together is not None:
+                share = share * self._together.factor
             if self._bare:
                 torch.autograd.backward(share)
             else:
@@ -196,22 +269,25 @@ class Inner:
                 ) from exc
             told = explain(exc, self._model, spec, columns, self._forward.classes)
             raise BatchFailed(told) from exc
-        self._waiting += 1
-        if self._waiting == self._job.gradient_accumulation:
-            self._step()
         return loss.detach()
+
+    def _after_batch(self) -> None:
+        if len(self._batches) == self._job.gradient_accumulation:
+            self._step()
 
     def flush(self) -> None:
         """Take the step of the batches that are left over, at a sync point."""
-        if self._waiting:
+        if self._batches:
             # each was divided by the full number
-            scale = self._job.gradient_accumulation / self._waiting
+            scale = self._job.gradient_accumulation / len(self._batches)
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
             self._step()
 
     def _step(self) -> None:
+        if self._together is not None:
+            self._together.add_up(self._parameters)
         if self._job.optimizer.max_grad_norm is not None:
             self._accelerator.unscale_gradients(self._optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._job.optimizer.max_grad_norm)
@@ -220,4 +296,23 @@ class Inner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.steps += 1
-        self._waiting = 0
+        self._batches.clear()
+
+
+def in_parts(columns: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """The rows of ``columns`` in so many parts of nearly the same size, in order; some may have no rows."""
+    rows = _rows(columns)
+    bounds = [number * rows // parts for number in range(parts + 1)]
+    return [
+        {name: value[start:stop] for name, value in columns.items()}
+        for start, stop in itertools.pairwise(bounds)
+    ]
+
+
+def _rows(columns: Mapping[str, Tensor]) -> int:
+    return len(next(iter(columns.values())))
+
+
+def _least_rows(model: nn.Module) -> int:
+    """Layers that normalise a batch want two."""
+    return 2 if any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in model.modules()) else 1

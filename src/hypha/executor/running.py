@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from opentelemetry import trace
 
 from hypha.errors import (
@@ -24,13 +23,14 @@ from hypha.errors import (
     Refused,
 )
 from hypha.executor.bridge_client import BridgeClient
+from hypha.executor.out_of_memory import is_out_of_memory
 from hypha.executor.spans import SpanRecorder, Traces
 from hypha.messages import ExecutorError, Job
 
 logger = logging.getLogger("hypha.executor")
 
 #: how long the last words may take; a worker that stops an executor is patient for about as long
-_FLUSH_S = 3.0
+FLUSH_S = 3.0
 #: the last ones of a traceback say most
 _TRACE_CHARACTERS = 1500
 #: how long the last spans may take
@@ -44,28 +44,43 @@ def run_executor(
 
     ``failed`` hears of a lost bridge. What ``work`` raises is logged, and reported to the scheduler.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_log()
     bridge = BridgeClient(socket.absolute(), Path.cwd(), failed)
     code = 0
     try:
         work(bridge)
     except Exception as exc:
         logger.exception("The executor cannot go on.")
-        text = str(exc) if isinstance(exc, HyphaError) else f"{type(exc).__name__}: {exc}"
-        kind = kind_of(exc)
-        if kind == "oom":
-            text += "; the job should ask for more memory (resources.worker.memory) or take smaller batches"
-        if kind == "batch":
-            # the line that says what to change comes first; what a developer needs follows
-            lines = "".join(traceback.format_exception(exc.__cause__ or exc)).rstrip()
-            text += f"\n{lines[-_TRACE_CHARACTERS:]}"
-        bridge.report(ExecutorError(kind=kind, message=text))
-        code = exc.exit_code if isinstance(exc, HyphaError) else 1
-    bridge.flush(_FLUSH_S)
+        bridge.report(last_words(exc))
+        code = exit_code_of(exc)
+    bridge.flush(FLUSH_S)
     if isinstance(recorder := trace.get_tracer_provider(), SpanRecorder):
         recorder.flush(_SPANS_S)
     return code
+
+
+def set_up_log() -> None:
+    """To the executor's output, which its worker reads."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def last_words(exc: Exception) -> ExecutorError:
+    """Why an executor cannot go on, for the scheduler."""
+    text = str(exc) if isinstance(exc, HyphaError) else f"{type(exc).__name__}: {exc}"
+    kind = kind_of(exc)
+    if kind == "oom":
+        text += "; the job should ask for more memory (resources.worker.memory) or take smaller batches"
+    if kind == "batch":
+        # the line that says what to change comes first; what a developer needs follows
+        lines = "".join(traceback.format_exception(exc.__cause__ or exc)).rstrip()
+        text += f"\n{lines[-_TRACE_CHARACTERS:]}"
+    return ExecutorError(kind=kind, message=text)
+
+
+def exit_code_of(exc: Exception) -> int:
+    """Of an executor that cannot go on."""
+    return exc.exit_code if isinstance(exc, HyphaError) else 1
 
 
 def begin_traces(bridge: BridgeClient, job: Job) -> Traces:
@@ -92,8 +107,7 @@ def kind_of(exc: BaseException) -> str:
     full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or (isinstance(exc, Refused) and exc.code == "no-space"):
         return "disk"
-    # on a CPU torch has no type of its own for this
-    if isinstance(exc, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(exc):
+    if is_out_of_memory(exc):
         return "oom"
     return "internal"
 

@@ -16,21 +16,39 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from hypha.config.environment import variable
-from hypha.errors import DataError, HyphaError, ModelError, PeerUnreachable, Refused
-from hypha.executor import models, tensors, updates
+from hypha.errors import DataError, ModelError, PeerUnreachable, Refused
+from hypha.executor import models, updates
 from hypha.executor.bridge_client import BridgeClient
-from hypha.executor.forward import Forward
 from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
-from hypha.executor.inner import Inner, accelerator_for, is_of_machine, round_seed
+from hypha.executor.local_model import LocalModel, SpreadModel, TrainedModel, follow
 from hypha.executor.losses import Losses
-from hypha.executor.model_tensors import ModelTensors, check_buffers, check_same_model
+from hypha.executor.model_tensors import check_buffers, check_same_model
 from hypha.executor.preprocessing import Preprocessor, padding_of
-from hypha.executor.running import begin_traces, leave, run_executor
+from hypha.executor.process_group import (
+    HEARD_WITHIN_S,
+    WORDS_WITHIN_S,
+    LastWords,
+    ProcessGroup,
+    ProcessLost,
+    is_lost,
+    number_of_processes,
+)
+from hypha.executor.running import (
+    FLUSH_S,
+    begin_traces,
+    exit_code_of,
+    last_words,
+    leave,
+    run_executor,
+    set_up_log,
+)
 from hypha.executor.slices_reader import RowStream, Slice, SlicePrefetcher, read_columns, slice_order
 from hypha.executor.spans import Traces
 from hypha.executor.spares import Spares
@@ -69,13 +87,18 @@ class Trainer:
     """One training job, from its model to ``Finish``."""
 
     def __init__(
-        self, bridge: BridgeClient, job: TrainJob, inbox: Inbox, incarnation: str, traces: Traces
+        self,
+        bridge: BridgeClient,
+        job: TrainJob,
+        inbox: Inbox,
+        traces: Traces,
+        group: ProcessGroup | None = None,
     ) -> None:
         self._bridge = bridge
         self._job = job
         self._traces = traces
         self._inbox = inbox
-        self._incarnation = incarnation
+        self._incarnation = bridge.directory.name
         #: the open round, which attempt at it, and the life of the job in which its theta came
         self._round, self._attempt, self._generation = -1, 0, job.generation
         self._hash = ""
@@ -96,24 +119,10 @@ class Trainer:
         self._preprocess: Preprocessor | None = None
         if job.preprocessor is not None:
             self._preprocess = Preprocessor(job.preprocessor, self._fetched(job.preprocessor.source))
-        # theta comes from the parameter server, so that a fresh head is the same everywhere
-        model = models.build(job.model, source, weights=False)
-        padding = padding_of(None, config=getattr(model, "config", None))
+        self._model: TrainedModel
+        self._model = LocalModel(job, source) if group is None else SpreadModel(group, job, source)
+        padding = padding_of(None, config=self._model.config)
         self._stream = RowStream(padding if self._preprocess is None else self._preprocess.padding)
-        self._accelerator = accelerator_for(job)
-        try:
-            self._forward = Forward(model, job.model)
-            self._model = self._accelerator.prepare(model)
-            self._tensors = ModelTensors(self._accelerator.unwrap_model(self._model))
-            self._base = self._tensors.theta().copy()
-            self._inner = self._fresh_inner(job.steps)
-        except Exception as exc:
-            if isinstance(exc, HyphaError) or is_of_machine(exc):
-                raise
-            # any other worker would say the same
-            raise ModelError(
-                f"the model cannot be made ready for training: {type(exc).__name__}: {exc}"
-            ) from exc
         self._slices = SlicePrefetcher(self._next_slice, inbox.touch)
 
     def _fetched(self, reference: Reference) -> Path:
@@ -126,9 +135,6 @@ class Trainer:
                 raise
             raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
 
-    def _fresh_inner(self, steps: int) -> Inner:
-        return Inner(self._model, self._forward, self._job, self._accelerator, steps)
-
     def run(self) -> None:
         """Train until ``Finish``. Raises what makes going on impossible."""
         self._bridge.report(Loaded(incarnation=self._incarnation))
@@ -137,6 +143,7 @@ class Trainer:
             while (theta := self._wait_for_theta()) is not None:
                 self._adopt(theta)
                 self._train_round()
+            self._model.end()
         finally:
             if self._sender is not None:
                 self._sender.stop()
@@ -246,8 +253,8 @@ class Trainer:
     def _load_weights(self, file: ReceivedFile, generation: int, round: int, attempt: int) -> None:
         path = self._bridge.directory / file.path
         if not self._hash:
-            check_same_model(path, self._base)
-        found = tensors.read(path, self._base.all(), self._tensors.theta().all(), quick=True)
+            check_same_model(path, self._model.base)
+        found = self._model.load(path)
         if found.xxh3 != file.meta.xxh3:
             raise DataError(f"theta in {path.name} is not what was sent; the worker's disk may be failing")
         self._spares.give(path)
@@ -262,12 +269,12 @@ class Trainer:
             self._start_over((generation, round, attempt))
         self._round, self._attempt, self._generation = round, attempt, generation
         self._hash, self._lost = file.meta.blake3, False
-        self._first_steps = self._inner.steps
+        self._first_steps = self._model.steps
         self._batches = self._samples = 0
         self._busy_s = 0.0
         self._stream.start_round()
         self._losses = Losses(time.monotonic())
-        torch.manual_seed(round_seed(self._job.seed, self._me, round))
+        self._model.start_round(round)
         self._started()
 
     def _started(self) -> None:
@@ -300,7 +307,7 @@ class Trainer:
     def _forget_steps(self, steps: int) -> None:
         """They are in no theta: no ledger has them, so neither may the optimizer."""
         self._restarts += 1
-        self._inner = self._fresh_inner(steps)
+        self._model.start_over(steps)
 
     # --- a round ------------------------------------------------------------------------------------
 
@@ -389,7 +396,7 @@ class Trainer:
 
     def _train(self, columns: dict[str, torch.Tensor]) -> None:
         started = time.perf_counter()
-        loss = self._inner.batch(columns)
+        loss = self._model.batch(columns)
         if self._step_s:
             time.sleep(max(0.0, started + self._step_s - time.perf_counter()))
         self._losses.add(loss)
@@ -415,7 +422,7 @@ class Trainer:
                 samples=self._samples,
                 busy_s=self._busy_s,
                 loss=loss,
-                learning_rate=self._inner.learning_rate,
+                learning_rate=self._model.learning_rate,
                 attempt=self._attempt,
             )
         )
@@ -423,7 +430,7 @@ class Trainer:
     def _synchronise(self) -> None:
         """Write the update and have it sent."""
         self._tell_all()
-        self._inner.flush()
+        self._model.flush()
         path = self._bridge.directory / "outgoing" / f"update-{self._round}-{self._restarts}.safetensors"
         contribution = Contribution(
             round=self._round,
@@ -440,10 +447,10 @@ class Trainer:
             loss=self._losses.mean(),
             threads=torch.get_num_threads(),
         )
-        local = self._tensors.theta()
-        check_buffers(local, self._base)
+        local, base = self._model.theta(), self._model.base
+        check_buffers(local, base)
         written = updates.write_update(
-            path, local, self._base, self._job.update_encoding, self._spares, contribution
+            path, local, base, self._job.update_encoding, self._spares, contribution
         )
         self._sender = UpdateSender(
             self._bridge,
@@ -469,7 +476,10 @@ def _same_theta(one: ReceivedFile, other: ReceivedFile) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point."""
+    """Entry point: of the executor, or of one of its processes."""
+    group = ProcessGroup(Path.cwd()) if number_of_processes() > 1 else None
+    if group is not None and group.rank:
+        return _follow(group)
     inbox: Inbox | None = None
 
     def failed(exc: Exception) -> None:
@@ -478,6 +488,8 @@ def main(arguments: list[str]) -> int:
 
     def work(bridge: BridgeClient) -> None:
         nonlocal inbox
+        if group is not None:
+            group.watch(lambda words: _end_with(bridge, words))
         job = bridge.job()
         if not isinstance(job, TrainJob):
             raise ModelError(f"a training executor cannot do a job of type {type(job).__name__}")
@@ -485,10 +497,55 @@ def main(arguments: list[str]) -> int:
         bridge.directives(inbox.direct)
         traces = begin_traces(bridge, job)
         with span(LOAD_MODEL, {"hypha.job": job.job_id}, parent=traces.dispatch):
-            trainer = Trainer(bridge, job, inbox, bridge.directory.name, traces)
+            trainer = Trainer(bridge, job, inbox, traces, group)
         trainer.run()
 
-    return run_executor(Path(arguments[0]), failed, work)
+    return run_executor(Path(arguments[0]), failed, work if group is None else _with_others(group, work))
+
+
+def _with_others(group: ProcessGroup, work: Callable[[BridgeClient], None]) -> Callable[[BridgeClient], None]:
+    """``work``, that says of another process's end what that one said."""
+
+    def working(bridge: BridgeClient) -> None:
+        try:
+            work(bridge)
+        except RuntimeError as exc:
+            if not is_lost(exc):
+                raise
+            if (words := group.last_words(WORDS_WITHIN_S)) is not None:
+                _end_with(bridge, words)
+            raise ProcessLost(
+                f"one of the {group.size} processes of this executor was ended from outside, or crashed: "
+                "what the executor wrote says which"
+            ) from exc
+
+    return working
+
+
+def _end_with(bridge: BridgeClient, words: LastWords) -> NoReturn:
+    """Report why another process cannot go on, as the end of the executor."""
+    bridge.report(words.error)
+    bridge.flush(FLUSH_S)
+    leave(words.exit_code)
+
+
+def _follow(group: ProcessGroup) -> int:
+    """The life of another process than rank 0."""
+    set_up_log()
+    try:
+        follow(group)
+    except Exception as exc:
+        if is_lost(exc):
+            # it has said why, or the launcher does
+            logger.warning("Process %d of this executor ends, as another one has.", group.rank)
+            return 1
+        logger.exception("Process %d of this executor cannot go on.", group.rank)
+        code = exit_code_of(exc)
+        group.say_last(last_words(exc), code)
+        # rank 0 reports it, and with its end the launcher ends this one
+        time.sleep(HEARD_WITHIN_S)
+        return code
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ All of that is the node's own (``hop=True``); what is left here is to say where 
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import trio
 
 from hypha.config.models import GatewayConfig
 from hypha.messages import PeerRef
 from hypha.net import Libp2pNode, open_node, options_from
+from hypha.net.listing import Listing
 from hypha.telemetry import health_of, serve_http
 from hypha.waiting import IDLE_S, Reminder
 
@@ -24,7 +26,9 @@ async def run_gateway(
     """Run until cancelled; started with the gateway's PeerID and addresses. Raises ConfigError."""
     async with open_node(options_from(config, "hypha-gateway")) as node, trio.open_nursery() as nursery:
         if config.http_address is not None:
-            await nursery.start(serve_http, config.http_address, lambda: health_of(node))
+            peers = {"peers": lambda: Listing(node.connections, lambda _: ()).all()}
+            health = partial(serve_http, config.http_address, lambda: health_of(node), lookups=peers)
+            await nursery.start(health)
         ref = node.ref()
         logger.info(
             "Gateway is ready; nodes reach it at %s.",

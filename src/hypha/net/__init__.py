@@ -1,6 +1,6 @@
 """The network room: :func:`open_node` and what comes out of it. Only here is libp2p imported."""
 
-import hypha.net.unused  # noqa: F401  before anything that imports libp2p
+import hypha.net.without  # noqa: F401  before anything that imports libp2p
 from hypha.net.life import open_node
 from hypha.net.node import Libp2pNode
 from hypha.net.options import NodeOptions, Timings, options_from

@@ -17,22 +17,15 @@ from dataclasses import dataclass, field
 
 import trio
 
+from hypha.config.tuning import ConnectionTuning
 from hypha.naming import shown
 from hypha.net.over_limit import OverLimit
 
 logger = logging.getLogger(__name__)
 
-#: Connections whose certificate is not verified yet, in all and from one address. A handshake takes about ten
-#: milliseconds of processor time, so sixty-four workers behind one address are through within a second; who
-#: is refused dials again.
-MAX_ANONYMOUS = 256
-MAX_ANONYMOUS_PER_SOURCE = 64
 #: A place that is needed is not taken from who has had it for a shorter time: a handshake over a long way
 #: takes five round trips.
 GRACE_S = 2.0
-#: Inbound connections of one peer. Two sides that dial each other at once have one each, and one more is
-#: there while the end of the one before has not been noticed.
-MAX_PER_PEER = 4
 
 
 def source_of(host: str) -> str:
@@ -71,10 +64,16 @@ class Arrival:
 
 
 class Arrivals:
-    """``max_connections`` of peers that are known; the anonymous ones come on top of them."""
+    """``max_connections`` of peers that are known; the anonymous ones come on top of them.
 
-    def __init__(self, max_connections: int) -> None:
+    Two sides that dial each other at once have a connection each, and one more is there while the end of the
+    one before has not been noticed. A handshake takes about ten milliseconds of processor time, so sixty-four
+    workers behind one address are through within a second; who is refused dials again.
+    """
+
+    def __init__(self, max_connections: int, limits: ConnectionTuning | None = None) -> None:
         self._max_known = max_connections
+        self._limits = limits or ConnectionTuning()
         #: in the order in which they came
         self._anonymous: dict[Arrival, None] = {}
         self._per_source: Counter[str] = Counter()
@@ -92,9 +91,9 @@ class Arrivals:
     def arrive(self, host: str, cut: Callable[[], None] | None) -> Arrival | None:
         """A place for a connection from ``host``; None when there is none."""
         source = source_of(host)
-        if self._per_source[source] >= MAX_ANONYMOUS_PER_SOURCE:
+        if self._per_source[source] >= self._limits.unproven_per_address:
             crowded: str | None = source
-        elif len(self._anonymous) >= MAX_ANONYMOUS:
+        elif len(self._anonymous) >= self._limits.unproven:
             crowded = None
         else:
             return self._admit(source, cut)
@@ -129,8 +128,8 @@ class Arrivals:
         full = len(self._known) >= self._max_known
         if full and not (self.is_partner(peer) and self._make_known_room()):
             reason = f"it has {self._max_known} connections, as many as it may"
-        elif self._per_peer[peer] >= MAX_PER_PEER:
-            reason = f"it has {MAX_PER_PEER} connections of this node already"
+        elif self._per_peer[peer] >= self._limits.per_peer:
+            reason = f"it has {self._limits.per_peer} connections of this node already"
         if reason is not None:
             if self.over_limit.is_first(peer, "connections"):
                 logger.warning(

@@ -61,6 +61,8 @@ class Inbound:
     settling: bool = False
     #: of which operation of its sender it is part
     traceparent: str | None = None
+    #: its sender would compress single blocks
+    zstd_blocks: bool = False
     #: what its sender is told in the end
     verdict: Verdict | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -12,19 +13,30 @@ import outcome
 import trio
 
 from hypha.messages import TransferMeta
+from hypha.net.bandwidth import Caps
 from hypha.net.bulk_files import PartFile, SourceFile
-from hypha.net.bulk_wire import WORKING_INTERVAL_S, Frame, Go, LinkBroken, Verdict, Working
+from hypha.net.bulk_wire import (
+    WORKING_INTERVAL_S,
+    BlockPacker,
+    Frame,
+    Go,
+    LinkBroken,
+    Verdict,
+    Working,
+)
 from hypha.net.byte_counts import ByteCounts
+from hypha.net.packing import SAMPLE_BYTES, Packing
 
 T = TypeVar("T")
 
 
 class Tally:
     """Bytes of files sent and received, counted from many threads; ``sockets`` counts those that the bulk
-    plane's own connections carry.
+    plane's own connections carry. ``caps`` are those of the node.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, caps: Caps | None = None) -> None:
+        self.caps = caps or Caps()
         self._lock = threading.Lock()
         self.sockets = ByteCounts("bulk")
         self.sent = 0
@@ -45,9 +57,9 @@ class Link(ABC):
         #: how it was made, and whether it was kept from an earlier transfer; for the log and for traces
         self.way = ""
         self.was_kept = False
-        #: bytes that came so far, whatever they were, and bytes of files that went
+        #: bytes that came and went so far, whatever they were
         self.heard = 0
-        self.sent = 0
+        self.went = 0
         self._tally = tally
 
     @property
@@ -64,13 +76,17 @@ class Link(ABC):
         """The next frame. LinkBroken, also when nothing comes within the stall time-out."""
 
     @abstractmethod
-    async def deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
-        """Send the file as ``go`` wants it; the receiver's verdict. LinkBroken, FileChanged."""
+    async def deliver(
+        self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None = None
+    ) -> Verdict:
+        """Send the file as ``go`` wants it, where that allows it compressed as ``packing`` thinks fit; the
+        receiver's verdict. LinkBroken, FileChanged.
+        """
 
     @abstractmethod
-    async def collect(self, part: PartFile, meta: TransferMeta) -> None:
+    async def collect(self, part: PartFile, meta: TransferMeta, zstd_blocks: bool = False) -> None:
         """Say ``Go`` and receive the file into ``part``, which is open and knows how much is there.
-        LinkBroken, DiskFailed.
+        ``zstd_blocks``: its sender has offered to compress single blocks. LinkBroken, DiskFailed.
         """
 
     @abstractmethod
@@ -82,8 +98,27 @@ class Link(ABC):
         """End it, also while being cancelled; never raises."""
 
     def _count_sent(self, count: int) -> None:
-        self.sent += count
         self._tally.add(sent=count)
+
+    @staticmethod
+    def _packed(
+        packer: BlockPacker | None, packing: Packing | None, block: memoryview
+    ) -> tuple[memoryview | bytes, bool]:
+        """A block as it is to go, and whether its length has to say that it is compressed."""
+        if packer is None:
+            return block, False
+        if packing is None:
+            return packer.pack(block), False
+        if packing.wants_sample(len(block)):
+            began = time.perf_counter()
+            sample = packer.pack(block[:SAMPLE_BYTES])
+            packing.sampled(SAMPLE_BYTES, len(sample), time.perf_counter() - began)
+        if packing.pays:
+            began = time.perf_counter()
+            packed = packer.pack(block)
+            if packing.packed(len(block), len(packed), time.perf_counter() - began):
+                return packed, True
+        return block, False
 
     async def while_working(self, work: Callable[[], Awaitable[T]]) -> T:
         """The result of ``work``; the other end hears ``Working`` now and then meanwhile."""

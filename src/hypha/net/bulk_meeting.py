@@ -38,6 +38,7 @@ from hypha.net.bulk_wire import (
     encode_frame,
 )
 from hypha.net.shared_port import resend_soon
+from hypha.net.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
 from hypha.pki.certificates import peer_id_of, presented_chain
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,15 @@ class Expected:
 class Meeting:
     """Makes connections and hands them to those who expect them."""
 
-    def __init__(self, links: BulkLinks, tally: Tally, limiter: trio.CapacityLimiter) -> None:
+    def __init__(
+        self,
+        links: BulkLinks,
+        tally: Tally,
+        limiter: trio.CapacityLimiter,
+        buffers: Buffers = AS_THE_KERNEL_LIKES,
+    ) -> None:
         self._links = links
+        self._buffers = buffers
         self._tally = tally
         self._limiter = limiter
         self._expected: dict[str, Expected] = {}
@@ -226,6 +234,7 @@ class Meeting:
         if scope.cancelled_caught:
             raise LinkBroken(f"no answer within {DIAL_TIMEOUT_S:g} s")
         sock = socket.socket(fileno=stream.socket.detach())
+        self._buffers.apply(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         resend_soon(sock)
         sock.settimeout(HANDSHAKE_TIMEOUT_S)

@@ -33,6 +33,7 @@ class Places:
         self._count = count
         self._limiter = trio.CapacityLimiter(count)
         self._held: dict[_Held, None] = {}
+        self._taken = trio.Event()
 
     @property
     def held(self) -> int:
@@ -46,6 +47,7 @@ class Places:
         await self._limiter.acquire_on_behalf_of(held)
         held.seen, held.since = moved(), trio.current_time()
         self._held[held] = None
+        self._taken.set()
         try:
             yield
         finally:
@@ -55,6 +57,7 @@ class Places:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            await self._taken.wait()
             await trio.sleep(_LOOK_S)
             now = trio.current_time()
             for held in self._held:
@@ -63,3 +66,5 @@ class Places:
                     held.seen, held.since = seen, now
             still = sum(now - held.since >= STILL_S for held in self._held)
             self._limiter.total_tokens = self._count + min(still, MAX_LENT)
+            if not self._held:
+                self._taken = trio.Event()

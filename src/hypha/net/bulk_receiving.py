@@ -30,8 +30,6 @@ from hypha.node import Arrived, Gate
 
 logger = logging.getLogger(__name__)
 
-#: Received at once, where bytes move.
-MAX_AT_ONCE = 2
 #: Offers that may wait for their turn, in all and from one peer.
 MAX_WAITING = 4096
 MAX_WAITING_PER_PEER = 64
@@ -58,12 +56,13 @@ RESERVE_BYTES = 16 << 20
 class Receiving:
     """Answers offers."""
 
-    def __init__(self, links: BulkLinks, meeting: Meeting, limits: Mapping[str, int]) -> None:
+    def __init__(self, links: BulkLinks, meeting: Meeting, limits: Mapping[str, int], at_once: int) -> None:
+        """``at_once`` are received, where bytes move."""
         self._links = links
         self._meeting = meeting
         self._limits = limits
-        self.places = Places(MAX_AT_ONCE)
-        self._limiter = trio.CapacityLimiter(2 * MAX_AT_ONCE)
+        self.places = Places(at_once)
+        self._limiter = trio.CapacityLimiter(2 * at_once)
         self._acceptors: dict[tuple[str, str | None], Acceptor] = {}
         #: offers that a pull of ours asked for, by token: the peer, and who takes it
         self._wanted: dict[str, tuple[str, Acceptor]] = {}
@@ -190,6 +189,7 @@ class Receiving:
         if inbound.caller != caller or inbound.meta != offer.meta:
             raise Refused("not-found", "this token belongs to another transfer")
         inbound.offered_at = trio.current_time()
+        inbound.zstd_blocks = offer.zstd_blocks
         inbound.cut = False
         if inbound.waiting is not None:
             inbound.waiting.deadline = inbound.offered_at + CONNECT_S
@@ -346,7 +346,7 @@ class Receiving:
 
         try:
             offset = await link.while_working(open_part)
-            await link.collect(part, meta)
+            await link.collect(part, meta, inbound.zstd_blocks)
             inbound.settling = True
             await link.while_working(lambda: trio.to_thread.run_sync(part.finish, limiter=self._limiter))
         except WrongHash as exc:

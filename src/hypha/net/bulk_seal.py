@@ -6,9 +6,9 @@ cipher, a file takes half of the processor time (``bench/bulk.py``), and that is
 
 The receiver of a file makes a key for it and says it in ``Go``, within TLS: so it is as secret as the
 handshake, and of that file on that connection alone. A block is its length (4 bytes, big-endian) and then
-its sealed bytes with their tag of 16; the nonce is its number (NIST SP 800-38D, section 8.2.1: no nonce comes
-twice under one key). Blocks that are altered, repeated, left out or exchanged do not open; one that is
-missing at the end is missed by the file's length.
+its sealed bytes with their tag of 16; whether it is compressed is sealed with it. The nonce is its number
+(NIST SP 800-38D, section 8.2.1: no nonce comes twice under one key). Blocks that are altered, repeated, left
+out or exchanged do not open; one that is missing at the end is missed by the file's length.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from itertools import count
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from hypha.net.bulk_wire import LENGTH_BYTES, MAX_BLOCK_BYTES, LinkBroken, encode_length
+from hypha.net.bulk_wire import LENGTH_BYTES, MAX_BLOCK_BYTES, LinkBroken, encode_block_length
 
 KEY_BYTES = 32
 TAG_BYTES = 16
 _NONCE_BYTES = 12
+#: Authenticated beside a block that is compressed.
+_TOLD_PACKED = b"zstd"
 
 
 def new_key() -> bytes:
@@ -40,11 +42,14 @@ class Sealer:
         self._numbers = count()
         self._buffer = memoryview(bytearray(LENGTH_BYTES + MAX_BLOCK_BYTES + TAG_BYTES))
 
-    def seal(self, block: memoryview | bytes) -> memoryview:
-        """A block of at most ``MAX_BLOCK_BYTES`` as it goes on the wire; good until the next one."""
+    def seal(self, block: memoryview | bytes, packed: bool = False) -> memoryview:
+        """A block of at most ``MAX_BLOCK_BYTES`` as it goes on the wire; good until the next one. ``packed``
+        says that it alone of the others is compressed.
+        """
         sealed = self._buffer[: LENGTH_BYTES + len(block) + TAG_BYTES]
-        sealed[:LENGTH_BYTES] = encode_length(len(block))
-        self._cipher.encrypt_into(_nonce(next(self._numbers)), block, None, sealed[LENGTH_BYTES:])
+        sealed[:LENGTH_BYTES] = encode_block_length(len(block), packed)
+        told = _TOLD_PACKED if packed else None
+        self._cipher.encrypt_into(_nonce(next(self._numbers)), block, told, sealed[LENGTH_BYTES:])
         return sealed
 
 
@@ -56,13 +61,14 @@ class Opener:
         self._numbers = count()
         self._buffer = memoryview(bytearray(MAX_BLOCK_BYTES))
 
-    def open(self, sealed: memoryview) -> memoryview:
+    def open(self, sealed: memoryview, packed: bool = False) -> memoryview:
         """The block behind its length; good until the next one. LinkBroken when it is not the one that is
-        due.
+        due, or was not sealed as ``packed``.
         """
         block = self._buffer[: len(sealed) - TAG_BYTES]
         try:
-            self._cipher.decrypt_into(_nonce(next(self._numbers)), sealed, None, block)
+            told = _TOLD_PACKED if packed else None
+            self._cipher.decrypt_into(_nonce(next(self._numbers)), sealed, told, block)
         except InvalidTag as exc:
             raise LinkBroken("what came was altered on its way") from exc
         return block

@@ -20,6 +20,7 @@ from typing import Literal
 
 import trio
 
+from hypha.config.tuning import TransferTuning
 from hypha.errors import (
     NetworkError,
     PeerUnreachable,
@@ -37,15 +38,16 @@ from hypha.net.bulk_places import Places
 from hypha.net.bulk_roles import require_receiver
 from hypha.net.bulk_signals import note_link, sending
 from hypha.net.bulk_wire import BulkLinks, Frame, Go, LinkBroken, Verdict, Working, fits
+from hypha.net.packing import KINDS as PACKED_KINDS
+from hypha.net.packing import Known, Packing
 from hypha.node import Provider, Served
+from hypha.telemetry.instruments import PACKED_BYTES
 from hypha.tracing import traceparent
 
 logger = logging.getLogger(__name__)
 
 Way = Literal["direct", "dial-back", "stream"]
 
-#: Sent at once, where bytes move.
-MAX_AT_ONCE = 2
 #: Attempts without progress before a transfer fails.
 MAX_ATTEMPTS = 3
 #: A peer that is busy is asked again for so long, and after pauses no longer than that: it may be a parameter
@@ -65,6 +67,8 @@ DIAL_BACK_TIMEOUT_S = 15.0
 FIRST_WORD_S = 10.0
 #: How long the end of a served pull is remembered for a puller that asks.
 REMEMBER_S = 60.0
+#: Peers of which it is remembered how fast the way to them is.
+MAX_LINES = 1024
 _WAYS: tuple[Way, ...] = ("direct", "dial-back", "stream")
 
 
@@ -80,12 +84,16 @@ class _Served:
 class Sending:
     """Sends files, also those that others pull."""
 
-    def __init__(self, links: BulkLinks, meeting: Meeting) -> None:
+    def __init__(self, links: BulkLinks, meeting: Meeting, tuning: TransferTuning) -> None:
         self._links = links
         self._meeting = meeting
-        self.places = Places(MAX_AT_ONCE)
+        self._tuning = tuning
+        #: what is known of the ways to peers, for whether compressing pays; the oldest go first
+        self._lines: dict[str, Known] = {}
+        at_once = tuning.sends
+        self.places = Places(at_once)
         self.kept = KeptLinks(SENDER_KEEPS_S)
-        self._limiter = trio.CapacityLimiter(2 * MAX_AT_ONCE)
+        self._limiter = trio.CapacityLimiter(2 * at_once)
         self._ways: dict[str, tuple[Way, float]] = {}
         #: until when, and what was wrong
         self._failed_ways: dict[tuple[str, Way], tuple[float, str]] = {}
@@ -123,7 +131,7 @@ class Sending:
         while failures < MAX_ATTEMPTS:
             if failures:
                 await trio.sleep(0.2 * 2**failures * random.uniform(0.5, 1.0))
-            attempt = _Attempt(peer, peer_id, path, meta, token)
+            attempt = _Attempt(peer, peer_id, path, meta, token, packing=self._packing(peer_id, meta))
             try:
                 async with self.places.hold(attempt.moved):
                     verdict = await self._attempt(attempt)
@@ -184,8 +192,9 @@ class Sending:
                     attempt.offset = before
                     attempt.link = link
                     note_link(link, before)
-                    verdict = await link.deliver(source, meta, go)
+                    verdict = await link.deliver(source, meta, go, attempt.packing)
                 finally:
+                    self._learn(attempt)
                     if not (verdict is not None and verdict.outcome == "ok" and self.kept.give(link)):
                         await link.close()
             if verdict.outcome == "ok":
@@ -201,11 +210,43 @@ class Sending:
         finally:
             source.close()
 
+    def _packing(self, peer: str, meta: TransferMeta) -> Packing | None:
+        """Who decides whether its blocks are compressed; None: nobody, they are not."""
+        mode = self._tuning.compression
+        if mode == "none" or meta.encoding != "none" or meta.kind not in PACKED_KINDS:
+            return None
+        return Packing(mode, self._tuning.compression_level, self._lines.get(peer))
+
+    def _learn(self, attempt: _Attempt) -> None:
+        packing = attempt.packing
+        if packing is None:
+            return
+        self._lines.pop(attempt.peer_id, None)
+        self._lines[attempt.peer_id] = packing.known
+        if len(self._lines) > MAX_LINES:
+            del self._lines[next(iter(self._lines))]
+        if packing.plain_bytes:
+            PACKED_BYTES.add(packing.plain_bytes, stage="before")
+            PACKED_BYTES.add(packing.packed_bytes, stage="after")
+            logger.debug(
+                "Of %s, %d bytes were compressed to %d.",
+                attempt.meta.name,
+                packing.plain_bytes,
+                packing.packed_bytes,
+                extra={"peer_id": attempt.peer_id},
+            )
+
     async def _offer_over_kept(self, attempt: _Attempt) -> tuple[Link, Go | Verdict] | None:
         """A link that was kept and the receiver's word for this file; None when it has to be offered by a
         request. Refused.
         """
-        offer = BulkOffer(token=attempt.token, meta=attempt.meta, addresses=(), traceparent=traceparent())
+        offer = BulkOffer(
+            token=attempt.token,
+            meta=attempt.meta,
+            addresses=(),
+            traceparent=traceparent(),
+            zstd_blocks=attempt.packing is not None,
+        )
         link = self.kept.take(attempt.peer_id, self._links.identity) if fits(offer) else None
         if link is None:
             return None
@@ -230,6 +271,7 @@ class Sending:
             meta=attempt.meta,
             addresses=tuple(self._links.bulk_addresses()),
             traceparent=traceparent(),
+            zstd_blocks=attempt.packing is not None,
         )
         while True:
             answer = await self._links.request(attempt.peer, offer)
@@ -386,10 +428,11 @@ class _Attempt:
     token: str
     offset: int = 0
     link: Link | None = None
+    packing: Packing | None = None
 
     def moved(self) -> object:
         """Changes while something moves."""
-        return None if self.link is None else (self.link.sent, self.link.heard)
+        return None if self.link is None else (self.link.went, self.link.heard)
 
 
 def _nobody(caller: str, request: PullFile, error: Exception | None) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import select
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -34,10 +35,12 @@ from hypha.net.bulk_wire import (
     LinkBroken,
     Verdict,
     Working,
+    decode_block_length,
     decode_frame,
     decode_length,
     encode_frame,
 )
+from hypha.net.packing import Packing
 
 T = TypeVar("T")
 
@@ -82,11 +85,13 @@ class SocketLink(Link):
         """That of the other end (DER)."""
         return self._sock.getpeercert(binary_form=True) or b""
 
-    async def deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
-        return await self._in_thread(lambda: self._deliver(source, meta, go))
+    async def deliver(
+        self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None = None
+    ) -> Verdict:
+        return await self._in_thread(lambda: self._deliver(source, meta, go, packing))
 
-    async def collect(self, part: PartFile, meta: TransferMeta) -> None:
-        await self._in_thread(lambda: self._collect(part, meta))
+    async def collect(self, part: PartFile, meta: TransferMeta, zstd_blocks: bool = False) -> None:
+        await self._in_thread(lambda: self._collect(part, meta, zstd_blocks))
 
     async def drain(self) -> None:
         # bounded as a whole by shutting the socket down, which cancelling does
@@ -139,28 +144,44 @@ class SocketLink(Link):
     # --- beside TLS ---------------------------------------------------------------------------------
 
     def _read_raw(self, view: memoryview) -> int:
-        return socket.socket.recv_into(self._sock, view)
+        cap = self._tally.caps.down
+        if cap is None:
+            return socket.socket.recv_into(self._sock, view)
+        count = socket.socket.recv_into(self._sock, view[: cap.portion])
+        cap.wait(count)
+        return count
 
     def _write_raw(self, view: memoryview) -> None:
+        cap = self._tally.caps.up
         while view:
             # not sendall, for all of which the time-out would count
-            count = socket.socket.send(self._sock, view)
+            count = socket.socket.send(self._sock, view if cap is None else view[: cap.portion])
             self._tally.sockets.add(sent=count)
+            self.went += count
+            if cap is not None:
+                cap.wait(count)
             view = view[count:]
 
-    def _deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
+    def _deliver(self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None) -> Verdict:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        packer = BlockPacker() if meta.encoding == "zstd" else None
+        if not go.zstd_blocks:
+            packing = None
+        whole = meta.encoding == "zstd"
+        packer = BlockPacker() if whole else BlockPacker(packing.level) if packing is not None else None
         sealer = Sealer(go.key)
-        count = BLOCK_BYTES if packer is not None else _FIRST_SEALED_BYTES
+        count = BLOCK_BYTES if whole else _FIRST_SEALED_BYTES
         buffer = memoryview(bytearray(BLOCK_BYTES))
         source.seek(go.offset)
         left = meta.size - go.offset
         # an early word from the receiver is a refusal: stop and listen
         while left and not self._sock.pending() and not poll.poll(0):
             block = buffer[: source.read_into(buffer[: min(left, count)])]
-            self._write_raw(sealer.seal(packer.pack(block) if packer is not None else block))
+            data, packed = self._packed(packer, packing, block)
+            began = time.perf_counter()
+            self._write_raw(sealer.seal(data, packed))
+            if packing is not None:
+                packing.sent(len(block), len(data), time.perf_counter() - began)
             left -= len(block)
             count = min(2 * count, BLOCK_BYTES)
             self._count_sent(len(block))
@@ -171,19 +192,25 @@ class SocketLink(Link):
             if not isinstance(frame, Working):
                 raise LinkBroken(f"the peer said {type(frame).__name__} where its verdict was due")
 
-    def _collect(self, part: PartFile, meta: TransferMeta) -> None:
-        unpacker = BlockUnpacker() if meta.encoding == "zstd" else None
+    def _collect(self, part: PartFile, meta: TransferMeta, zstd_blocks: bool) -> None:
+        whole = meta.encoding == "zstd"
+        unpacker = BlockUnpacker()
         key = new_key()
         opener = Opener(key)
         head = bytearray(LENGTH_BYTES)
         buffer = memoryview(bytearray(MAX_BLOCK_BYTES + TAG_BYTES))
-        self._send_frame(Go(part.received, key))
+        self._send_frame(Go(part.received, key, zstd_blocks))
         while left := meta.size - part.received:
             self._read_exactly(self._read_raw, memoryview(head))
-            sealed = buffer[: decode_length(bytes(head), MAX_BLOCK_BYTES) + TAG_BYTES]
+            packed = False
+            if zstd_blocks:
+                length, packed = decode_block_length(bytes(head))
+            else:
+                length = decode_length(bytes(head), MAX_BLOCK_BYTES)
+            sealed = buffer[: length + TAG_BYTES]
             self._read_exactly(self._read_raw, sealed)
-            block: memoryview | bytes = opener.open(sealed)
-            if unpacker is not None:
+            block: memoryview | bytes = opener.open(sealed, packed)
+            if whole or packed:
                 block = unpacker.unpack(block)
             if len(block) > left:
                 raise LinkBroken("the peer sent more than it promised")

@@ -7,6 +7,7 @@ carries a connection that the two ends have encrypted between themselves.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,7 +21,6 @@ from hypha.net.bulk_links import Link, Tally
 from hypha.net.bulk_wire import (
     BLOCK_BYTES,
     LENGTH_BYTES,
-    MAX_BLOCK_BYTES,
     MAX_FRAME_BYTES,
     STALL_TIMEOUT_S,
     BlockPacker,
@@ -30,17 +30,22 @@ from hypha.net.bulk_wire import (
     LinkBroken,
     Verdict,
     Working,
+    decode_block_length,
     decode_frame,
     decode_length,
+    encode_block_length,
     encode_frame,
-    encode_length,
 )
+from hypha.net.packing import Packing
 from hypha.net.streams import STREAM_ERRORS, discard
 
 T = TypeVar("T")
 
-#: Written at a time: what a slow link must take within the stall time-out.
+#: Written at a time, at most and at least: what a slow link must take within the stall time-out. Requests to
+#: the same peer wait behind it, so it is made smaller where it takes longer than that.
 _WRITE_BYTES = 128 << 10
+_LEAST_WRITE_BYTES = 16 << 10
+_WRITE_S = 0.05
 #: A receiver that gives up reads on for this long, so that its verdict is not lost in a reset.
 _DRAIN_S = 3.0
 
@@ -67,7 +72,11 @@ class StreamLink(Link):
     async def hear(self) -> Frame:
         return decode_frame(await self._read_block(MAX_FRAME_BYTES))
 
-    async def deliver(self, source: SourceFile, meta: TransferMeta, go: Go) -> Verdict:
+    async def deliver(
+        self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None = None
+    ) -> Verdict:
+        if not go.zstd_blocks:
+            packing = None
         await self._call(source.seek, go.offset)
         heard: outcome.Outcome[Verdict] | None = None
         writing = trio.CancelScope()
@@ -83,7 +92,7 @@ class StreamLink(Link):
             nursery.start_soon(listen)
             sent: outcome.Outcome[None] = outcome.Value(None)
             with writing:
-                sent = await outcome.acapture(self._send_blocks, source, meta, go.offset)
+                sent = await outcome.acapture(self._send_blocks, source, meta, go.offset, packing)
             written.set()
             if isinstance(sent, outcome.Error) and not writing.cancel_called:
                 # it may have failed because the receiver gave up: what it said last may still arrive
@@ -107,31 +116,52 @@ class StreamLink(Link):
             if not isinstance(frame, Working):
                 raise LinkBroken(f"the peer said {type(frame).__name__} where its verdict was due")
 
-    async def _send_blocks(self, source: SourceFile, meta: TransferMeta, offset: int) -> None:
-        packer = BlockPacker() if meta.encoding == "zstd" else None
+    async def _send_blocks(
+        self, source: SourceFile, meta: TransferMeta, offset: int, packing: Packing | None
+    ) -> None:
+        cap = self._tally.caps.up
+        whole = meta.encoding == "zstd"
+        packer = BlockPacker() if whole else BlockPacker(packing.level) if packing is not None else None
         buffer = memoryview(bytearray(BLOCK_BYTES))
         left = meta.size - offset
+        size = _WRITE_BYTES
 
         def next_block() -> tuple[int, memoryview]:
             block = buffer[: source.read_into(buffer[: min(left, BLOCK_BYTES)])]
+            data, packed = self._packed(packer, packing, block)
             if packer is None:
                 return len(block), block
-            packed = packer.pack(block)
-            return len(block), memoryview(encode_length(len(packed)) + packed)
+            return len(block), memoryview(encode_block_length(len(data), packed) + bytes(data))
 
         while left:
             count, data = await self._call(next_block)
-            for start in range(0, len(data), _WRITE_BYTES):
-                await self._write(bytes(data[start : start + _WRITE_BYTES]))
+            began, wire = time.perf_counter(), len(data)
+            while data:
+                piece = data[: size if cap is None else min(cap.portion, size)]
+                started = trio.current_time()
+                await self._write(bytes(piece))
+                if trio.current_time() - started > _WRITE_S:
+                    size = max(size // 2, _LEAST_WRITE_BYTES)
+                elif len(piece) == size:
+                    size = min(2 * size, _WRITE_BYTES)
+                if cap is not None:
+                    await cap.sleep(len(piece))
+                data = data[len(piece) :]
+            if packing is not None:
+                packing.sent(count, wire, time.perf_counter() - began)
             left -= count
             self._count_sent(count)
 
-    async def collect(self, part: PartFile, meta: TransferMeta) -> None:
-        await self.say(Go(part.received))
-        unpacker = BlockUnpacker() if meta.encoding == "zstd" else None
+    async def collect(self, part: PartFile, meta: TransferMeta, zstd_blocks: bool = False) -> None:
+        await self.say(Go(part.received, zstd_blocks=zstd_blocks))
+        whole = meta.encoding == "zstd"
+        unpacker = BlockUnpacker()
         while left := meta.size - part.received:
-            if unpacker is not None:
-                data = unpacker.unpack(await self._read_block(MAX_BLOCK_BYTES))
+            if whole or zstd_blocks:
+                length, packed = decode_block_length(await self._read_exactly(LENGTH_BYTES, None))
+                data = await self._read_exactly(length, None)
+                if whole or packed:
+                    data = unpacker.unpack(data)
                 if len(data) > left:
                     raise LinkBroken("the peer sent more than it promised")
             else:
@@ -171,16 +201,20 @@ class StreamLink(Link):
                 raise LinkBroken(f"the stream broke: {exc!r}") from exc
         if scope.cancelled_caught:
             raise LinkBroken(f"no byte moved for {STALL_TIMEOUT_S:g} s")
+        self.went += len(data)
 
     async def _read_block(self, limit: int) -> bytes:
         head = await self._read_exactly(LENGTH_BYTES, None)
         return await self._read_exactly(decode_length(head, limit), None)
 
     async def _read_exactly(self, count: int, quiet_from: trio.Event | None) -> bytes:
+        cap = self._tally.caps.down
         while len(self._buffer) < count:
+            data = b""
             with trio.move_on_after(STALL_TIMEOUT_S) as scope:
                 try:
-                    data = await self._stream.read(max(count - len(self._buffer), 1))
+                    wanted = count - len(self._buffer)
+                    data = await self._stream.read(wanted if cap is None else min(wanted, cap.portion))
                 except STREAM_ERRORS as exc:
                     raise LinkBroken(f"the stream broke: {exc!r}") from exc
                 if not data:
@@ -189,6 +223,8 @@ class StreamLink(Link):
                 self.heard += len(data)
             if scope.cancelled_caught and (quiet_from is None or quiet_from.is_set()):
                 raise LinkBroken(f"no byte moved for {STALL_TIMEOUT_S:g} s")
+            if cap is not None:
+                await cap.sleep(len(data))
         data = bytes(self._buffer[:count])
         del self._buffer[:count]
         return data

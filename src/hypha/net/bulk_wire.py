@@ -7,7 +7,8 @@ sender's :class:`~hypha.messages.BulkOffer` of another file, answered by ``Go`` 
 frame is its length (4 bytes, big-endian) and a MessagePack struct. On a stream the file's bytes follow
 ``Go`` as they are, with the encoding ``zstd`` in blocks of at most ``BLOCK_BYTES`` plain bytes, each
 compressed on its own behind its length. On a socket they follow in blocks that :mod:`hypha.net.bulk_seal`
-seals, each perhaps compressed before.
+seals, each perhaps compressed before. Where offer and ``Go`` both say ``zstd_blocks`` the bytes follow in
+blocks on streams as well, and the highest bit of a block's length says whether that one is compressed.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ WORKING_INTERVAL_S = 5.0
 
 _LENGTH = struct.Struct(">I")
 LENGTH_BYTES = _LENGTH.size
+#: The bit of a length that says that the block behind it is compressed.
+_PACKED = 1 << 31
 
 
 class BulkLinks(Protocol):
@@ -91,10 +94,13 @@ class Hello(Struct, frozen=True, tag="hello"):
 
 
 class Go(Struct, frozen=True, tag="go"):
-    """The receiver wants the bytes from ``offset`` on, on a socket sealed with ``key``."""
+    """The receiver wants the bytes from ``offset`` on, on a socket sealed with ``key``; with ``zstd_blocks``,
+    which only answers an offer that says so, single blocks may be compressed.
+    """
 
     offset: int
     key: bytes = b""
+    zstd_blocks: bool = False
 
 
 class Working(Struct, frozen=True, tag="working"):
@@ -153,11 +159,23 @@ def decode_length(head: bytes, limit: int) -> int:
     return int(length)
 
 
+def encode_block_length(length: int, packed: bool) -> bytes:
+    """What goes before a block that may be compressed."""
+    return _LENGTH.pack(length | _PACKED if packed else length)
+
+
+def decode_block_length(head: bytes) -> tuple[int, bool]:
+    """Length of such a block, and whether it is compressed; LinkBroken over ``MAX_BLOCK_BYTES``."""
+    (length,) = _LENGTH.unpack(head)
+    packed = bool(length & _PACKED)
+    return decode_length(_LENGTH.pack(length & ~_PACKED), MAX_BLOCK_BYTES), packed
+
+
 class BlockPacker:
     """Compresses blocks, for one connection."""
 
-    def __init__(self) -> None:
-        self._compressor = zstandard.ZstdCompressor(level=3)
+    def __init__(self, level: int = 3) -> None:
+        self._compressor = zstandard.ZstdCompressor(level=level)
 
     def pack(self, block: memoryview) -> bytes:
         """The block, compressed."""

@@ -24,7 +24,7 @@ from hypha.messages import MAX_PEER_ID_LENGTH, PeerRef
 from hypha.naming import shown
 from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, ip_of, parse
 from hypha.net.options import Timings
-from hypha.net.peers import Peers
+from hypha.net.peers import Peers, address_of, direction_of, is_relayed
 from hypha.net.reasons import failure_of, reason_of, root_of, says_refused
 from hypha.net.relay import RelayClient
 from hypha.net.shut_out import ShutOut, is_of_certificate
@@ -65,6 +65,8 @@ class _Race:
     pending: int = 0
     progress: trio.Event = field(default_factory=trio.Event)
     failures: list[str] = field(default_factory=list)
+    #: those of them that were known when relays were tried
+    direct: list[str] = field(default_factory=list)
     #: of the direct addresses that failed, did each refuse the connection?
     refused: list[bool] = field(default_factory=list)
     met: bool = False
@@ -193,13 +195,22 @@ class Dialer:
             while race.pending:
                 await race.progress.wait()
             race.scope.cancel()
+        # said here, as whoever has brought the connection may be cancelled before it hears of that
+        for connection in self._peers.connections_of(peer)[:1]:
+            race.note("connected", address_of(connection))
+            if is_relayed(connection) and direction_of(connection) == "outbound":
+                self._say_why_relayed(peer, race.direct)
         return race
 
     async def _end_when_connected(self, peer: str, race: _Race) -> None:
         """The peer may reach us first. When both dial at once, one side must hold on to its own dial, or
-        each would give up the connection that the other has just settled for: the smaller PeerID does.
+        each would give up the connection that the other has just settled for: the smaller PeerID does. A
+        connection of our own is left to the dial that has made it: cancelled before it returns, it would
+        close that connection again.
         """
         await self._peers.wait_connected(peer)
+        if any(direction_of(one) == "outbound" for one in self._peers.connections_of(peer)):
+            return
         race.met = True
         if str(self._swarm.get_peer_id()) < peer:
             await trio.sleep(MEETING_S)
@@ -212,7 +223,6 @@ class Dialer:
         except NetworkError as exc:
             race.failed(address.transport, exc)
         else:
-            race.note("connected", address.transport)
             race.scope.cancel()
 
     async def _dial(self, peer: str, address: Address) -> None:
@@ -304,7 +314,7 @@ class Dialer:
         candidates = [relay for relay in named if self._peers.is_connected(relay)]
         candidates += [relay for relay in self.own_relays() if relay not in candidates]
         candidates += [relay for relay in named if relay not in candidates]
-        direct = list(race.failures)
+        race.direct = list(race.failures)
         for relay in candidates:
             if relay == peer:
                 continue
@@ -327,8 +337,6 @@ class Dialer:
                 race.failures.append(f"relay {relay} brought no connection in time")
                 race.note("failed", circuit, "it brought no connection in time")
             else:
-                race.note("connected", circuit)
-                self._say_why_relayed(peer, direct)
                 race.scope.cancel()
                 return
 

@@ -21,6 +21,7 @@ from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
 from libp2p.tools.anyio_service import background_trio_service
 from opentelemetry.trace import SpanKind
 
+from hypha.config.tuning import GossipTuning
 from hypha.decoding import decode
 from hypha.errors import NetworkError, Undecodable
 from hypha.messages import WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, PeerRef, WorkerRequest
@@ -56,7 +57,9 @@ class Gossip:
         concerns: Callable[[str], bool],
         publishers: Publishers,
         connect: Callable[[PeerRef], Awaitable[None]],
+        mesh: GossipTuning | None = None,
     ) -> None:
+        mesh = mesh or GossipTuning()
         self._gateways = gateways
         self._publishers = publishers
         self._connect = connect
@@ -65,10 +68,10 @@ class Gossip:
         pubsub_flow.install()
         self._router = pubsub_flow.Router(
             protocols=[PROTOCOL_ID_V12],
-            degree=128,
-            degree_low=1,
-            degree_high=256,
-            heartbeat_interval=1,
+            degree=mesh.degree,
+            degree_low=mesh.degree_low,
+            degree_high=mesh.degree_high,
+            heartbeat_interval=mesh.heartbeat_s,
             adaptive_gossip_enabled=False,
             max_messages_per_topic_per_second=1000,
         )

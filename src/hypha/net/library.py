@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -16,7 +17,7 @@ from hypha.net.inbound_streams import InboundStreams
 from hypha.net.negotiation import EagerClient
 from hypha.net.shared_port import SharedPortTcp
 from hypha.net.streams import contained
-from hypha.net.transport import PROTOCOL_ID, MutualTls
+from hypha.net.transport import PROTOCOL_ID, MutualTls, TlsConnection
 
 
 class _NoAutoConnector:
@@ -65,6 +66,7 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     # its places would be taken by whoever connects, certificate or not; ours are in ``arrivals``
     swarm._inbound_limiter = trio.CapacityLimiter(math.inf)
     swarm.retry_config = RetryConfig(max_retries=0)
+    swarm._select_connection = _passing_guests_over(swarm._select_connection)
     host.multiselect_client = EagerClient()
     host.multiselect = InboundStreams(host.multiselect)
     identify_bounds.stop_pushes(host)
@@ -73,6 +75,23 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     # it would dial whomever identify ever told of, hundreds at a time
     swarm.auto_connector = _NoAutoConnector()
     return host
+
+
+def _passing_guests_over(select: Callable[[list[Any], ID], Any]) -> Callable[[list[Any], ID], Any]:
+    """``select``, which chooses the connection for a new stream, without those of guests while there is
+    another: who looks on beside a node, with its certificate, is not to be asked in its place.
+    """
+
+    def select_node(connections: list[Any], peer_id: ID) -> Any:
+        return select([one for one in connections if not _is_guest(one)] or connections, peer_id)
+
+    return select_node
+
+
+def _is_guest(connection: Any) -> bool:
+    """Whoever has dialled, and did not say which node it is."""
+    tls: TlsConnection = connection.muxed_conn.secured_conn
+    return not tls.is_initiator and tls.instance is None
 
 
 def quiet_library() -> None:

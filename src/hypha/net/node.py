@@ -7,20 +7,26 @@ life and ends is in :mod:`hypha.net.life`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, TypeVar
 
 import trio
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.utils.address_validation import get_available_interfaces
+from msgspec import structs
 from multiaddr import Multiaddr
 
 from hypha import __version__
-from hypha.errors import listening_failed
+from hypha.errors import PeerUnreachable, listening_failed
 from hypha.messages import (
+    DialBack,
     FindDoubles,
     Health,
     HealthReport,
+    ListPeers,
+    MeasureBandwidth,
     NodeRun,
     PeerRef,
     Report,
@@ -30,14 +36,16 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.naming import learn, shown
-from hypha.net.addresses import Address, AddressBook, host_and_port, ip_of, parse
-from hypha.net.arrivals import MAX_ANONYMOUS_PER_SOURCE
+from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, ip_of, parse
+from hypha.net.bandwidth import Caps
 from hypha.net.dht import DhtClient, DhtServer
+from hypha.net.diagnosing import Diagnosing
 from hypha.net.dialing import Dialer
 from hypha.net.doubles import Doubles
 from hypha.net.gateways import Gateways
 from hypha.net.gossip import Gossip
 from hypha.net.library import make_host
+from hypha.net.listing import Listing
 from hypha.net.options import NodeOptions
 from hypha.net.peers import Peers, is_relayed
 from hypha.net.publishers import Publishers
@@ -45,20 +53,19 @@ from hypha.net.relay import RelayClient, RelayHop
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
 from hypha.net.shared_port import SharedPortTcp
+from hypha.net.socket_buffers import Buffers
 from hypha.net.streams import StreamHandler, Streams
 from hypha.net.transfers import BulkTransfers
 from hypha.net.transport import MutualTls
 from hypha.node import Changes, ConnectionInfo, Heard, PeerLost, ReportHandler
 from hypha.pki.identity import Identity
-from hypha.runtime import new_id
+from hypha.runtime import in_thread, new_id, wall_time
 from hypha.telemetry import health_of
+from hypha.telemetry.versions import versions
 
 logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Request)
-#: Threads in which peers prove who they are and say what their bulk connection is for: twice as many as one
-#: address may have of them. Transfers queue for their own, smaller limit behind it.
-MAX_BULK_CONNECTIONS = 2 * MAX_ANONYMOUS_PER_SOURCE
 #: Shutting down may take this long before what is left is cut.
 CLOSE_S = 1.0
 
@@ -78,8 +85,12 @@ class Libp2pNode:
         instance = None if options.guest else new_id()
         #: tells this node from another one with the same certificate
         self.instance = instance or ""
-        self._security = MutualTls(options.identity, options.require_roles, instance)
-        self._port = SharedPortTcp(options.max_connections, MAX_BULK_CONNECTIONS)
+        tuning = options.tuning
+        self._buffers = Buffers.of(tuning.sockets)
+        self._security = MutualTls(
+            options.identity, options.require_roles, instance, tuning.connections.streams
+        )
+        self._port = SharedPortTcp(options.max_connections, tuning.connections, self._buffers)
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
         self._swarm = self._host.get_network()
         self._book = AddressBook(self.peer_id, options.exclude_cidr)
@@ -92,13 +103,18 @@ class Libp2pNode:
             options.gateways, self._book, self._dialer, self._peers, self._relay, timings
         )
         self._dialer.own_relays = self._gateways.connected
+        self._caps = caps = Caps(options.limits)
         self.hop: RelayHop | None = None
         if options.hop:
             self.hop = RelayHop(
-                self._host, self._streams, options.relay_limits, lambda stream: is_relayed(stream.swarm_conn)
+                self._host,
+                self._streams,
+                options.relay_limits,
+                lambda stream: is_relayed(stream.swarm_conn),
+                caps,
             )
             self._peers.on_lost.append(self.hop.forget)
-        self._rpc = Rpc(self._streams, self._dialer.connect, nursery)
+        self._rpc = Rpc(self._streams, self._dialer.connect, nursery, tuning.connections)
         others = self._gateways.linked if options.hop else None
         run = NodeRun(peer=self.peer_id, instance=self.instance)
         self._doubles = Doubles(run, self._peers, self._rpc.request, others, nursery)
@@ -106,26 +122,42 @@ class Libp2pNode:
         if options.hop:
             self.answer(FindDoubles, self._doubles.find)
             # however many nodes come to another gateway, its questions about them are answered
-            self.prefer(lambda peer: "gateway" in self.roles_of(peer))
+            self.prefer(self._is_gateway)
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         publishers = Publishers(options.identity, options.require_roles, self._peers)
         self._gossip = Gossip(
-            self._host, self._gateways.connected, self._gossips_with, publishers, self.connect
+            self._host,
+            self._gateways.connected,
+            self._gossips_with,
+            publishers,
+            self.connect,
+            tuning.gossip,
         )
         self._gateways.joined.append(self._gossip.include)
         self._dht = DhtClient(
             self._streams, self._dialer, self._gateways, self._peers, self.ref, self.learn, timings.lookup_s
         )
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
-        self.transfers = BulkTransfers(self)
+        self.transfers = BulkTransfers(self, None, caps, tuning.transfers, self._buffers)
         self._port.serve_bulk = self.transfers.serve_socket
-        self.health_details: list[Callable[[], dict[str, str]]] = []
+        self.health_details: list[Callable[[], dict[str, str]]] = [caps.details]
         if (hop := self.hop) is not None:
             self.health_details.append(
-                lambda: {"circuits": str(hop.circuits), "reservations": str(hop.reservations)}
+                lambda: {
+                    "circuits": str(hop.circuits),
+                    "reservations": str(hop.reservations),
+                    "max_connections": str(options.max_connections),
+                    "max_circuits": str(options.relay_limits.circuits),
+                    "max_reservations": str(options.relay_limits.reservations),
+                }
             )
         self.answer(Health, self._health)
         self.answer(SameCertificate, self._doubles.answer)
+        diagnosing = Diagnosing(self._dialer.who_is_at, self._hosts_of)
+        self.answer(MeasureBandwidth, diagnosing.measure)
+        if options.hop:
+            self.answer(ListPeers, Listing(self.connections, self._said_addresses).answer)
+            self.answer(DialBack, diagnosing.dial_back)
 
     # --- who and where ------------------------------------------------------------------------------
 
@@ -207,9 +239,21 @@ class Libp2pNode:
         """What the address book knows of ``peer``."""
         return self._book.ref(peer)
 
+    def _said_addresses(self, peer: str) -> list[str]:
+        """What ``peer`` has said by identify of where it is, as far as anybody may be told."""
+        try:
+            found = self._host.get_peerstore().addrs(ID.from_string(peer))
+        except (PeerStoreError, ValueError):
+            return []
+        return [str(one) for one in found][:MAX_ADDRESSES]
+
     def learn(self, ref: PeerRef) -> None:
         """Remember the addresses of a peer."""
         self._book.learn(ref)
+
+    def remember(self, address: str) -> None:
+        """Remember an address with a PeerID that the operator has given: ``exclude_cidr`` is for others'."""
+        self._book.configure(address)
 
     def direct_addresses(self, peer: str) -> list[str]:
         """Where ``peer`` might be dialled directly, as far as known, without ``/p2p``."""
@@ -296,7 +340,18 @@ class Libp2pNode:
         self._security.budget.is_partner = is_partner
 
     async def _health(self, caller: str, request: Health) -> HealthReport:
-        return health_of(self)
+        came_from = next(self._came_from(caller), "")
+        packages = await in_thread(versions)
+        return structs.replace(health_of(self), time_s=wall_time(), seen_at=came_from, packages=packages)
+
+    def _came_from(self, peer: str) -> Iterator[str]:
+        """Where direct connections that ``peer`` made come from."""
+        for one in self.connections():
+            if one.peer == peer and one.kind == "direct" and one.direction == "inbound" and one.address:
+                yield one.address
+
+    def _hosts_of(self, peer: str) -> list[str]:
+        return [host_and_port(address)[0] for address in self._came_from(peer)]
 
     def report(self, peer: str, report: Report) -> None:
         """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
@@ -348,6 +403,13 @@ class Libp2pNode:
         """``await handler(stream, caller)`` for each stream of ``protocol`` that a peer opens."""
         self._streams.handle(protocol, handler)
 
+    def _is_gateway(self, peer: str) -> bool:
+        """Whether the certificate of a peer that is or was connected says that it is a gateway."""
+        try:
+            return "gateway" in self.roles_of(peer)
+        except PeerUnreachable:
+            return False
+
     def _gossips_with(self, peer: str) -> bool:
         if self.options.hop or not self.options.gateways:
             return True
@@ -363,6 +425,9 @@ class Libp2pNode:
 
     async def listen(self, stack: AsyncExitStack) -> None:
         """Start the services, into ``stack``, and listen; ConfigError when that cannot be."""
+        self._buffers.warn()
+        for text in self._caps.details().values():
+            logger.info("Transfers are capped: %s ([limits]).", text)
         await self._nursery.start(self.transfers.run)
         addresses = [Multiaddr(text) for text in self.options.listen]
         await stack.enter_async_context(self._host.run(listen_addrs=[]))

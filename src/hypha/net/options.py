@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hypha.config.bandwidth import LimitsConfig
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
+from hypha.config.tuning import LivenessTuning, TuningConfig
 from hypha.net.relay import RelayLimits
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 
@@ -62,6 +64,21 @@ class NodeOptions:
     max_connections: int = 1024
     relay_limits: RelayLimits = field(default_factory=RelayLimits)
     timings: Timings = field(default_factory=Timings)
+    #: of the line
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    #: but for what is in ``timings`` and ``relay_limits``
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+
+
+def _timings(liveness: LivenessTuning) -> Timings:
+    return Timings(
+        liveness_s=liveness.silence_s,
+        dial_s=liveness.dial_s,
+        relay_after_s=liveness.relay_after_s,
+        reconnect_min_s=liveness.reconnect_min_s,
+        reconnect_max_s=liveness.reconnect_max_s,
+        lookup_s=liveness.lookup_s,
+    )
 
 
 def options_from(config: NodeConfig, component: str, identity: Identity | None = None) -> NodeOptions:
@@ -78,7 +95,11 @@ def options_from(config: NodeConfig, component: str, identity: Identity | None =
     if isinstance(config, (LeafConfig, GatewayConfig)):
         gateways = tuple(config.gateway_addresses)
     if isinstance(config, GatewayConfig):
-        limits = RelayLimits(reservations=config.max_reservations, circuits=config.max_circuits)
+        limits = RelayLimits(
+            reservations=config.max_reservations,
+            circuits=config.max_circuits,
+            per_peer=config.tuning.connections.circuits_per_peer,
+        )
     return NodeOptions(
         identity=identity,
         component=component,
@@ -91,4 +112,7 @@ def options_from(config: NodeConfig, component: str, identity: Identity | None =
         require_roles=config.require_roles,
         max_connections=config.max_connections,
         relay_limits=limits,
+        timings=_timings(config.tuning.liveness),
+        limits=config.limits,
+        tuning=config.tuning,
     )

@@ -59,6 +59,12 @@ def direction_of(connection: Any) -> Literal["inbound", "outbound"]:
     return "inbound" if connection.direction == Direction.INBOUND else "outbound"
 
 
+def address_of(connection: Any) -> str:
+    """The transport address at the other end of a swarm connection, "" when the socket has none."""
+    addresses = secured(connection).get_transport_addresses()
+    return str(addresses[0]) if addresses else ""
+
+
 def round_trip_of(connection: Any) -> float | None:
     """Seconds that its pings take, each of them counting twice as much as the one before."""
     return connection.muxed_conn.rtt() or None
@@ -109,11 +115,10 @@ class Peers(INotifee):  # type: ignore[misc]
         found = []
         for connection in self._swarm.get_connections():
             tls = secured(connection)
-            addresses = tls.get_transport_addresses()
             found.append(
                 ConnectionInfo(
                     peer=str(connection.muxed_conn.peer_id),
-                    address=str(addresses[0]) if addresses else "",
+                    address=address_of(connection),
                     kind=way_of(connection),
                     direction=direction_of(connection),
                     roles=tls.roles,

@@ -32,10 +32,12 @@ from hypha.access import HOP_PROTOCOL as HOP
 from hypha.access import STOP_PROTOCOL as STOP
 from hypha.config.log_filter import TRACE
 from hypha.errors import NetworkError, PeerUnreachable, Undecodable
+from hypha.net.bandwidth import Caps
 from hypha.net.library_messages import MAX_RELAY_BYTES, peer_id_in, read_message
 from hypha.net.over_limit import OverLimit
 from hypha.net.streams import STREAM_ERRORS, Streams, discard
 from hypha.net.traced_messages import add_traceparent, traceparent_of
+from hypha.net.yamux_incoming import narrow
 from hypha.telemetry.instruments import CIRCUITS_OPENED, RELAY_BYTES
 from hypha.tracing import failed, start_span, trace_context
 from hypha.tracing.operations import RELAY_CIRCUIT
@@ -192,11 +194,17 @@ class RelayHop:
     """The gateway's side. Streams carry no byte or time limit: leases end jobs, not relays."""
 
     def __init__(
-        self, host: Any, streams: Streams, limits: RelayLimits, is_relayed: Callable[[Any], bool]
+        self,
+        host: Any,
+        streams: Streams,
+        limits: RelayLimits,
+        is_relayed: Callable[[Any], bool],
+        caps: Caps | None = None,
     ) -> None:
         self._host = host
         self._streams = streams
         self._limits = limits
+        self._caps = caps or Caps()
         self._is_relayed = is_relayed
         self._reservations: dict[str, _Reservation] = {}
         self._callers: Counter[str] = Counter()
@@ -292,9 +300,12 @@ class RelayHop:
             await self._answer(stream, StatusCode.OK)
             CIRCUITS_OPENED.add(status="accepted")
             logger.debug("Relaying to %s.", target, extra={"peer_id": caller})
+            if (window_bytes := self._caps.window_bytes) is not None:
+                for one in (stream, onward):
+                    narrow(one.muxed_stream, window_bytes)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_pump, stream, onward, nursery.cancel_scope)
-                nursery.start_soon(_pump, onward, stream, nursery.cancel_scope)
+                nursery.start_soon(_pump, stream, onward, self._caps, nursery.cancel_scope)
+                nursery.start_soon(_pump, onward, stream, self._caps, nursery.cancel_scope)
             return "accepted"
         finally:
             self._callers[caller] -= 1
@@ -351,13 +362,14 @@ class RelayHop:
                 await stream.read(1)
 
 
-async def _pump(source: Any, sink: Any, scope: trio.CancelScope) -> None:
+async def _pump(source: Any, sink: Any, caps: Caps, scope: trio.CancelScope) -> None:
     """Copy until ``source`` ends; then pass the end on, and give the other direction a moment."""
     try:
-        while data := await source.read(SPLICE_BYTES):
+        while data := await source.read(caps.splice_bytes or SPLICE_BYTES):
             await sink.write(data)
             RELAY_BYTES.add(len(data))
             logger.log(TRACE, "Relayed %d bytes.", len(data))
+            await caps.relayed(len(data))
         await sink.close_write()
     except StreamEOF:
         await sink.close_write()

@@ -23,6 +23,7 @@ from libp2p.network.stream.exceptions import StreamEOF
 from opentelemetry.trace import SpanKind
 
 from hypha.access import REQUESTS, Allowed, carries, may_act_as, named
+from hypha.config.tuning import ConnectionTuning
 from hypha.decoding import decode
 from hypha.errors import REFUSALS, NetworkError, PeerUnreachable, Refused, RequestTimeout, Undecodable
 from hypha.messages import (
@@ -44,12 +45,9 @@ from hypha.tracing.operations import ANSWER, REQUEST
 logger = logging.getLogger(__name__)
 
 PROTOCOL = "/hypha/rpc/1"
-#: At once, from one peer; what is more is answered ``busy``.
-MAX_INBOUND_PER_PEER = 16
-#: Of these so many are a peer's own. The others are taken from those that all peers share: when a few peers
-#: use all of them, the rest have their own.
+#: Of a peer's requests at once so many have places of its own. The others are taken from those that all peers
+#: share: when a few peers use all of them, the rest have their own.
 OWN_PER_PEER = 2
-MAX_SHARED = 64
 #: A caller must have sent its request within this, and taken the answer within this.
 READ_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 60.0
@@ -116,7 +114,9 @@ class Rpc:
         streams: Streams,
         connect: Callable[[str], Awaitable[None]],
         nursery: trio.Nursery,
+        limits: ConnectionTuning | None = None,
     ) -> None:
+        self._limits = limits or ConnectionTuning()
         self._streams = streams
         self._connect = connect
         self._nursery = nursery
@@ -226,7 +226,7 @@ class Rpc:
         """A place among the requests that are served; False: there is none."""
         mine = self._inbound[caller]
         shares = mine >= OWN_PER_PEER and not self._is_partner(caller)
-        if mine >= MAX_INBOUND_PER_PEER or (shares and self._shared >= MAX_SHARED):
+        if mine >= self._limits.requests_per_peer or (shares and self._shared >= self._limits.requests):
             self._over_limit.note(caller, "rpc", "there are too many requests at once")
             yield False
             return

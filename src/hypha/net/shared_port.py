@@ -23,9 +23,11 @@ from libp2p.transport.tcp.tcp import TCP, TCPListener
 from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
+from hypha.config.tuning import ConnectionTuning
 from hypha.net.addresses import host_and_port, parse
 from hypha.net.arrivals import Arrival, Arrivals
 from hypha.net.byte_counts import ByteCounts
+from hypha.net.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 logger = logging.getLogger(__name__)
@@ -106,10 +108,14 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
     """
 
     def __init__(
-        self, handler: Callable[[TrioTCPStream], Awaitable[None]], note_failure: Callable[[OSError], None]
+        self,
+        handler: Callable[[TrioTCPStream], Awaitable[None]],
+        note_failure: Callable[[OSError], None],
+        buffers: Buffers,
     ) -> None:
         super().__init__(handler)
         self.note_failure = note_failure
+        self._buffers = buffers
 
     async def listen(self, maddr: Multiaddr) -> None:
         async def handle(stream: trio.SocketStream) -> None:
@@ -122,6 +128,8 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
         host, port = host_and_port(address.transport)
         try:
             opened = await trio.open_tcp_listeners(port, host=host)
+            for listener in opened:
+                self._buffers.apply(listener.socket)  # what it accepts has the same
         except OSError as exc:
             self.note_failure(exc)
             raise OpenConnectionError(f"cannot listen on {maddr}: {exc}") from exc
@@ -140,18 +148,28 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
 class SharedPortTcp(TCP):  # type: ignore[misc]
     """The TCP transport of both planes. ``serve_bulk`` may be set later; until then bulk is refused."""
 
-    def __init__(self, max_connections: int, max_bulk: int) -> None:
+    def __init__(
+        self,
+        max_connections: int,
+        limits: ConnectionTuning | None = None,
+        buffers: Buffers = AS_THE_KERNEL_LIKES,
+    ) -> None:
+        limits = limits or ConnectionTuning()
         super().__init__()
+        self._buffers = buffers
         self.serve_bulk: ServeSocket | None = None
         #: why it could not listen the last time
         self.listening_failed: OSError | None = None
-        self._arrivals = Arrivals(max_connections)
-        self._threads = trio.CapacityLimiter(max_bulk)
+        self._arrivals = Arrivals(max_connections, limits)
+        # in these threads peers prove who they are and say what their bulk connection is for: twice as many
+        # as one address may have of them. Transfers queue for their own, smaller limit behind it
+        self._threads = trio.CapacityLimiter(2 * limits.unproven_per_address)
         self._streams: set[WatchedStream] = set()
         self._counts = ByteCounts("control")
 
     async def dial(self, maddr: Multiaddr) -> RawConnection:
         raw = await super().dial(maddr)
+        self._buffers.apply(raw.stream.stream.socket)
         raw.stream = WatchedStream(raw.stream.stream, self._streams, self._counts)
         return raw
 
@@ -180,10 +198,10 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
                 finally:
                     arrival.leave()
             if scope.cancelled_caught:
-                late = "it took too long, and " if arrival.peer is None else ""
+                late = "" if arrival is not None and arrival.peer else "it took too long, and "
                 self._note_refused(host, f"{late}its place was needed")
 
-        return _OwnPortListener(accept, self._note_failure)
+        return _OwnPortListener(accept, self._note_failure, self._buffers)
 
     def _note_failure(self, exc: OSError) -> None:
         self.listening_failed = exc

@@ -20,6 +20,7 @@ from typing import Literal
 import msgspec
 import trio
 
+from hypha.config.tuning import TransferTuning
 from hypha.errors import (
     NetworkError,
     PeerUnreachable,
@@ -29,6 +30,7 @@ from hypha.errors import (
     TransferFailed,
 )
 from hypha.messages import QUICK_KINDS, BulkOffer, JobStamp, PeerRef, PullFile, TransferMeta
+from hypha.net.bandwidth import Caps
 from hypha.net.bulk_files import (
     DiskFailed,
     Hasher,
@@ -44,29 +46,40 @@ from hypha.net.bulk_receiving import Receiving
 from hypha.net.bulk_roles import require_sender
 from hypha.net.bulk_sending import BUSY_FOR_S, BUSY_PAUSE_S, Sending, new_token
 from hypha.net.bulk_wire import BulkLinks
+from hypha.net.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
 from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import chance, in_thread
 
 __all__ = ["BulkLinks", "BulkTransfers", "meta_of"]
 
-#: Threads of the bulk plane: transfers each way, those in which nothing moves included, and handshakes of
-#: connections being made.
-MAX_THREADS = 64
+#: Threads of the bulk plane beyond those of transfers in which bytes move: for transfers in which nothing
+#: does, and handshakes of connections being made.
+MAX_THREADS = 56
 
 
 class BulkTransfers:
     """Sends, pulls, serves and accepts files.
 
     ``run`` must be running (``await nursery.start(transfers.run)``) before the node listens;
-    ``serve_socket`` is for the listener. ``limits``: bytes allowed per kind for what others send.
+    ``serve_socket`` is for the listener. ``limits``: bytes allowed per kind for what others send. ``caps``
+    are those of the node's line, ``tuning`` what ``[tuning.transfers]`` says.
     """
 
-    def __init__(self, links: BulkLinks, limits: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        links: BulkLinks,
+        limits: Mapping[str, int] | None = None,
+        caps: Caps | None = None,
+        tuning: TransferTuning | None = None,
+        buffers: Buffers = AS_THE_KERNEL_LIKES,
+    ) -> None:
+        tuning = tuning or TransferTuning()
         self._links = links
-        self._tally = Tally()
-        self._meeting = Meeting(links, self._tally, trio.CapacityLimiter(MAX_THREADS))
-        self._receiving = Receiving(links, self._meeting, limits or {})
-        self._sending = Sending(links, self._meeting)
+        self._tally = Tally(caps)
+        threads = MAX_THREADS + 2 * (tuning.sends + tuning.receives)
+        self._meeting = Meeting(links, self._tally, trio.CapacityLimiter(threads), buffers)
+        self._receiving = Receiving(links, self._meeting, limits or {}, tuning.receives)
+        self._sending = Sending(links, self._meeting, tuning)
 
     @property
     def bytes_sent(self) -> int:

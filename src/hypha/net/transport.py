@@ -32,6 +32,7 @@ from hypha.net.over_limit import OverLimit
 from hypha.net.reasons import NoPlace, failure_of, reason_of
 from hypha.net.refusals import BUSY, CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
 from hypha.net.shared_port import TELL_AGAIN_S, level_of, take_place
+from hypha.net.yamux_incoming import MAX_INBOUND_STREAMS
 from hypha.pki.certificates import common_name_of, parse_der, presented_chain
 from hypha.pki.contexts import asked_name_of
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
@@ -109,6 +110,8 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         self.raw = raw
         self.is_initiator = not tls.server_side
         self.certificate = certificate
+        #: streams that the peer may have open here at once
+        self.max_streams = MAX_INBOUND_STREAMS
         #: trio time at which the last bytes came in
         self.last_received = trio.current_time()
         #: and at which it was made
@@ -286,8 +289,15 @@ def public_key_of(certificate: bytes) -> Ed25519PublicKey:
 class MutualTls(ISecureTransport):  # type: ignore[misc]
     """Makes :class:`TlsConnection` of raw connections, or refuses."""
 
-    def __init__(self, identity: Identity, require_roles: bool = False, instance: str | None = None) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        require_roles: bool = False,
+        instance: str | None = None,
+        max_streams: int = MAX_INBOUND_STREAMS,
+    ) -> None:
         self._identity = identity
+        self._max_streams = max_streams
         self._require_roles = require_roles
         self._over_limit = OverLimit()
         self.budget = InboundBudget()
@@ -376,6 +386,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             raise
         connection = TlsConnection(raw, tls, incoming, outgoing, self.key_pair, certificate, vouched)
         connection.budget = self.budget
+        connection.max_streams = self._max_streams
         learn(str(connection.get_remote_peer()), connection.name)
         if expected is not None and connection.get_remote_peer() != expected:
             raise OtherPeer(

@@ -24,7 +24,8 @@ from hypha.telemetry.instruments import STREAMS_REFUSED
 
 logger = logging.getLogger(__name__)
 
-#: Open at once by the other end of a connection. Its own end opens no more, either.
+#: Open at once by the other end of a connection, unless its node allows it fewer. Its own end opens no more,
+#: either.
 MAX_INBOUND_STREAMS = 256
 #: By so much all windows of a connection may grow beyond their first 256 KiB: two streams reach the most that
 #: one can have (16 MiB), which is what a fast and distant transfer through a relay needs.
@@ -51,8 +52,18 @@ def breach_of(connection: Any) -> str | None:
     return reason
 
 
+def narrow(stream: Any, window_bytes: int) -> None:
+    """From now on the peer may send so much of ``stream`` before it is read, and no more. What it was
+    promised already it may send still.
+    """
+    stream.target_recv_window = min(stream.target_recv_window, window_bytes)
+    stream.__dict__["_narrow"] = True
+
+
 def may_grow(stream: Any) -> bool:
     """Whether the window of ``stream`` may be doubled."""
+    if stream.__dict__.get("_narrow"):
+        return False
     budget = budget_of(stream.conn)
     if budget is not None and budget.is_tight:
         return False
@@ -203,9 +214,10 @@ async def _opened(connection: Any, flags: int, stream_id: int, data: bytes) -> A
 
 
 def _is_full(connection: Any) -> bool:
-    if len(connection.streams) < MAX_INBOUND_STREAMS:
+    limit: int = getattr(connection.secured_conn, "max_streams", MAX_INBOUND_STREAMS)
+    if len(connection.streams) < limit:
         return False
-    if sum(not one.is_initiator for one in connection.streams.values()) < MAX_INBOUND_STREAMS:
+    if sum(not one.is_initiator for one in connection.streams.values()) < limit:
         return False
     STREAMS_REFUSED.add(service="any")
     if not connection.__dict__.setdefault("_told_full", False):
@@ -213,7 +225,7 @@ def _is_full(connection: Any) -> bool:
         logger.warning(
             "%s has %d open streams on one connection, and is refused more. This is logged once.",
             shown(str(connection.peer_id)),
-            MAX_INBOUND_STREAMS,
+            limit,
             extra={"peer_id": str(connection.peer_id)},
         )
     return True

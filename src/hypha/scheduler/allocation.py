@@ -16,8 +16,9 @@ Cause = Literal["late", "price", "resources", "features", "avoided", "not-needed
 
 
 class Ask(Struct, frozen=True, tag=True):
-    """Whom to look for. ``bid`` is published, ``max_price`` is private. ``needs`` are the features
-    (:mod:`hypha.features`) that a worker must have.
+    """Whom to look for. ``bid`` is published, ``max_price`` is private: while workers are missing the bid is
+    raised every ``raise_after_s`` by the share ``raise_by`` of what lies between the two. ``needs`` are the
+    features (:mod:`hypha.features`) that a worker must have.
 
     ``request_id`` stays the same as long as the scheduler looks for these workers, so that one that
     already holds a lease for it does not offer again.
@@ -32,6 +33,10 @@ class Ask(Struct, frozen=True, tag=True):
     needs: tuple[str, ...] = ()
     #: a worker can make use of so many times ``resources``; what it offers beyond that counts for nothing
     useful: float | None = None
+    raise_after_s: float | None = None
+    raise_by: float = 0.0
+    #: with fewer the job cannot begin; 0: nobody knows how many it needs
+    least: int = 0
 
     @property
     def kind(self) -> ExecutorClass:
@@ -42,13 +47,16 @@ class Ask(Struct, frozen=True, tag=True):
 class Pace(Struct, frozen=True, tag=True):
     """How long a request collects offers (pauses between requests begin with twice that and grow),
     for how long no further one may come when offers come after that deadline, how long a worker that
-    failed is avoided.
+    failed is avoided. A job that cannot begin for lack of workers, and holds some that others have asked for
+    before it did, gives them back ``yield_after_s`` (up to twice that) after it got the last one, and ten
+    times as late where all others asked after it did; ``None``: never.
     """
 
     offer_deadline_s: float = 0.5
     lull_s: float = 0.1
     longest_pause_s: float = 5.0
     avoid_s: float = 120.0
+    yield_after_s: float | None = None
 
 
 # --- in -------------------------------------------------------------------------------------------------
@@ -89,10 +97,30 @@ class Lost(Struct, frozen=True, tag=True):
     avoid: bool = True
 
 
+class Leaves(Struct, frozen=True, tag=True):
+    """The worker of this lease ends soon: it is held on, and another one is looked for meanwhile."""
+
+    lease_id: str
+
+
 class Worked(Struct, frozen=True, tag=True):
     """A round was applied, with updates of these workers: who did how many samples a second."""
 
     speeds: tuple[tuple[str, float], ...]
+
+
+class Contended(Struct, frozen=True, tag=True):
+    """The worker of this lease says whether others ask it for what the lease holds, and whether one of them
+    has asked for longer than this job.
+    """
+
+    lease_id: str
+    contended: bool
+    outranked: bool = False
+
+
+class Begun(Struct, frozen=True, tag=True):
+    """The job trains: what it holds is not given back any more for lack of the rest."""
 
 
 class GatewayChanged(Struct, frozen=True, tag=True):
@@ -108,18 +136,39 @@ class AllocatorBegan(Struct, frozen=True, tag=True):
     pace: Pace
 
 
-AllocatorEvent = Want | Offered | Gained | Adopted | Lost | TrackRecord | Worked | GatewayChanged | Tick
+AllocatorEvent = (
+    Want
+    | Offered
+    | Gained
+    | Adopted
+    | Lost
+    | Leaves
+    | TrackRecord
+    | Worked
+    | Contended
+    | Begun
+    | GatewayChanged
+    | Tick
+)
 
 
 # --- out --------------------------------------------------------------------------------------------------
 
 
 class Advertise(Struct, frozen=True, tag=True):
-    """Publish ``ask`` for ``count`` more workers; offers are collected for ``offer_within_s``."""
+    """Publish ``ask`` for ``count`` more workers; offers are collected for ``offer_within_s``. A
+    ``raised_bid`` is published in place of the bid of ``ask``.
+    """
 
     ask: Ask
     count: int
     offer_within_s: float
+    raised_bid: float | None = None
+
+    @property
+    def bid(self) -> float:
+        """What is published."""
+        return self.ask.bid if self.raised_bid is None else self.raised_bid
 
     def request(self, scheduler: PeerRef) -> WorkerRequest:
         """The message to publish."""
@@ -129,7 +178,7 @@ class Advertise(Struct, frozen=True, tag=True):
             resources=self.ask.resources,
             executor=self.ask.executor,
             count=self.count,
-            bid=self.ask.bid,
+            bid=self.bid,
             offer_within_s=self.offer_within_s,
             dataset=self.ask.dataset,
             version=__version__,
@@ -168,4 +217,10 @@ class Dismiss(Struct, frozen=True, tag=True):
     cause: Cause = "other"
 
 
-AllocatorAction = Advertise | Keep | Decline | Accept | Dismiss
+class GiveBack(Struct, frozen=True, tag=True):
+    """Give way: release this lease, which is taken, and maybe confirmed; :class:`Lost` follows."""
+
+    lease_id: str
+
+
+AllocatorAction = Advertise | Keep | Decline | Accept | Dismiss | GiveBack

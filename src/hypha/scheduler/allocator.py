@@ -3,10 +3,14 @@
 For every executor class it is told whom to ask for (:class:`Ask`) and how many (:class:`Want`). While fewer
 are held it advertises, collects offers until the deadline it gave, checks each against what was asked, ranks
 them by capacity for the price, takes the best and releases the others at once. What is still missing is
-advertised again with growing pauses; a lost worker is replaced without pause. A worker that failed lately is
-taken only when nobody else offers, for longer each time. What an offer claims is weighed by what was seen of
-its worker (:mod:`hypha.scheduler.standing`): capacity beyond what the job can use counts for nothing, a price
-under half of the bid is no better than that, and a parameter server is chosen by reliability before all else.
+advertised again with growing pauses; a lost worker is replaced without pause, and one that ends soon as soon
+as it says so. A worker that failed lately is taken only when nobody else offers, for longer each time. What
+an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.standing`): capacity beyond
+what the job can use counts for nothing, a price under half of the bid is no better than that, and a parameter
+server is chosen by reliability before all else.
+While workers are missing the bid is raised in steps up to the private maximum
+(:mod:`hypha.scheduler.bidding`), and a job that cannot begin gives way to others
+(:mod:`hypha.scheduler.giving_way`).
 Every call costs at most O(n log n) in the number of open offers, so ten thousand workers can be driven.
 """
 
@@ -29,18 +33,24 @@ from hypha.scheduler.allocation import (
     AllocatorBegan,
     AllocatorEvent,
     Ask,
+    Begun,
     Cause,
+    Contended,
     Decline,
     Dismiss,
     Gained,
     GatewayChanged,
+    GiveBack,
     Keep,
+    Leaves,
     Lost,
     Offered,
     Pace,
     Want,
     Worked,
 )
+from hypha.scheduler.bidding import Bidding
+from hypha.scheduler.giving_way import GivingWay
 from hypha.scheduler.standing import Standings, TrackRecord
 
 #: a worker that fails again and again is avoided for so many times as long, at most
@@ -62,13 +72,18 @@ class _Search:
 
     def __init__(self, ask: Ask, pace: Pace) -> None:
         self.ask = ask
+        self.bidding = Bidding(ask)
         self.wanted = 0
         self.pause_s = 2 * pace.offer_deadline_s
         #: lease -> worker, acceptance confirmed or not
         self.taken: dict[str, str] = {}
         self.confirmed: set[str] = set()
+        #: of those in ``taken``, whose workers end soon: they count as missing already
+        self.leaving: set[str] = set()
         #: worker -> its lease in ``taken``; one lease a worker
         self.workers: dict[str, str] = {}
+        #: nobody is taken before then: others are given way
+        self.paused_until = -math.inf
         #: worker -> its newest offer
         self.candidates: dict[str, _Candidate] = {}
         self.advertised_at = -math.inf
@@ -80,11 +95,12 @@ class _Search:
 
     @property
     def missing(self) -> int:
-        return max(0, self.wanted - len(self.taken))
+        return max(0, self.wanted - len(self.taken) + len(self.leaving))
 
     @property
     def next_wake(self) -> float | None:
-        moments = [moment for moment in (self.decide_at, self.advertise_at) if moment is not None]
+        raise_at = self.bidding.raise_at if self.missing else None
+        moments = [moment for moment in (self.decide_at, self.advertise_at, raise_at) if moment is not None]
         return min(moments, default=None)
 
 
@@ -99,6 +115,7 @@ class Allocator:
         self._by_request: dict[str, _Search] = {}
         self._avoid_until: dict[str, float] = {}
         self._standings = Standings()
+        self._giving_way = GivingWay(asks, self._pace)
         #: every lease on the table or taken -> its worker
         self._known: dict[str, str] = {}
         for ask in asks:
@@ -113,6 +130,7 @@ class Allocator:
     def next_wake(self) -> float | None:
         """When the next :class:`Tick` is due; None while nothing is missing."""
         moments = [search.next_wake for search in self._searches.values()]
+        moments.append(self._giving_way.next_wake)
         return min((moment for moment in moments if moment is not None), default=None)
 
     @property
@@ -123,6 +141,10 @@ class Allocator:
     def missing(self, kind: ExecutorClass) -> int:
         """How many more workers of ``kind`` are wanted than taken."""
         return self._searches[kind].missing
+
+    def bid(self, kind: ExecutorClass) -> float:
+        """What is bid for a worker of ``kind`` now."""
+        return self._searches[kind].bidding.bid
 
     def handle(self, event: AllocatorEvent, now: float) -> list[AllocatorAction]:
         """Apply ``event`` at ``now``."""
@@ -148,10 +170,14 @@ class Allocator:
             assert search.workers == taken, f"{kind}: {search.workers} are not {taken}"
             assert len(taken) == len(search.taken), f"{kind}: a worker is taken twice"
             assert search.confirmed <= search.taken.keys(), f"{kind}: a lease that is over was confirmed"
+            assert search.leaving <= search.taken.keys(), f"{kind}: a lease that is over leaves"
             assert list(search.candidates) == list(offered.values()), f"{kind}: an offer of another worker"
             assert not search.candidates or search.decide_at is not None, f"{kind}: offers lie for ever"
             assert not search.missing or search.advertise_at is not None, f"{kind}: nobody is looked for"
             assert search.missing or search.advertise_at is None, f"{kind}: more are looked for than wanted"
+            search.bidding.validate()
+        held = set().union(*(search.taken for search in self._searches.values()))
+        self._giving_way.validate(held)
         assert self._known == seen, f"{self._known} are not {seen}"
 
     def _summary(self) -> dict[str, object]:
@@ -162,6 +188,7 @@ class Allocator:
                 "taken": len(search.taken),
                 "confirmed": len(search.confirmed),
                 "candidates": len(search.candidates),
+                "raised": search.bidding.raised,
             }
             for kind, search in self._searches.items()
         }
@@ -184,6 +211,7 @@ class Allocator:
                 for search in self._searches.values():
                     if lease_id in search.taken:
                         search.confirmed.add(lease_id)
+                        self._giving_way.gained()
                         search.pause_s = 2 * self._pace.offer_deadline_s
             case Adopted(kind, lease_id, worker):
                 search = self._searches[kind]
@@ -195,10 +223,20 @@ class Allocator:
                 for search in self._searches.values():
                     if lease_id in search.taken:
                         self._lose(search, lease_id, avoid, now)
+            case Leaves(lease_id):
+                for search in self._searches.values():
+                    if lease_id in search.taken and lease_id not in search.leaving:
+                        search.leaving.add(lease_id)
+                        self._hurry(search, now)
             case TrackRecord():
-                self._standings.know(event)
+                self._standings.know(event, self._most_useful())
             case Worked(speeds):
                 self._standings.worked(speeds)
+            case Contended(lease_id, contended, outranked):
+                if any(lease_id in search.taken for search in self._searches.values()):
+                    self._giving_way.contended(lease_id, contended, outranked)
+            case Begun():
+                self._giving_way.begun()
             case GatewayChanged():
                 for search in self._searches.values():
                     # a job's first request coincides with its node's reservation at the relay: all would
@@ -206,18 +244,52 @@ class Allocator:
                     self._hurry(search, max(now, search.advertised_at + 2 * self._pace.offer_deadline_s))
             case Tick():
                 pass
+        actions.extend(self._give_way(now))
         for search in self._searches.values():
             actions.extend(self._advance(search, now))
         return actions
 
+    def _most_useful(self) -> float:
+        """The weighted capacity that a training worker can make use of, at most."""
+        search = self._searches.get("train")
+        return math.inf if search is None else _useful(search.ask)
+
     def _hurry(self, search: _Search, at: float) -> None:
         """Advertise at ``at`` if anything is missing then, with short pauses again."""
         search.pause_s = 2 * self._pace.offer_deadline_s
-        search.advertise_at = at if search.missing else None
+        search.advertise_at = max(at, search.paused_until) if search.missing else None
+
+    def _give_way(self, now: float) -> list[AllocatorAction]:
+        """Where that is due, give back what the job has too much of to begin with, else everything, and ask
+        for no more of it for a while.
+        """
+        wanted = [search for search in self._searches.values() if search.wanted and search.ask.least]
+        short = any(len(search.confirmed) < search.ask.least for search in wanted)
+        surplus = [search for search in wanted if len(search.confirmed) > search.ask.least]
+        pause_s = self._giving_way.pause_s(short, bool(surplus), now)
+        if pause_s is None:
+            return []
+        if surplus:
+            search = surplus[0]
+            search.paused_until = now + pause_s
+            self._hurry(search, now)
+            # the newest: those before it may have loaded the model
+            return [GiveBack([lease_id for lease_id in search.taken if lease_id in search.confirmed][-1])]
+        actions: list[AllocatorAction] = []
+        for search in self._searches.values():
+            actions.extend(self._dismiss(candidate) for candidate in search.candidates.values())
+            search.candidates.clear()
+            search.decide_at = None
+            actions.extend(GiveBack(lease_id) for lease_id in search.taken)
+            search.paused_until = now + pause_s
+            self._hurry(search, now)
+        return actions
 
     def _lose(self, search: _Search, lease_id: str, avoid: bool, now: float) -> None:
         worker = search.taken.pop(lease_id)
         del search.workers[worker], self._known[lease_id]
+        search.leaving.discard(lease_id)
+        self._giving_way.contended(lease_id, False)
         if avoid:
             self._avoid_until = {peer: until for peer, until in self._avoid_until.items() if until > now}
             times = min(self._standings.failed(worker), _LONGEST_AVOIDANCE)
@@ -227,7 +299,8 @@ class Allocator:
             self._hurry(search, now)
         elif search.missing:
             # offers that cannot be accepted must not make the network hear a request without end
-            search.advertise_at = max(now, search.advertised_at + search.pause_s / 2)
+            again_at = max(now, search.advertised_at + search.pause_s / 2)
+            search.advertise_at = max(again_at, search.paused_until)
 
     def _consider(self, caller: str, offer: WorkerOffer, now: float) -> list[AllocatorAction]:
         search = self._by_request.get(offer.request_id)
@@ -247,7 +320,7 @@ class Allocator:
             ]
         if caller in search.workers:
             return [Decline(offer.lease_id, "duplicate", "this worker is already taken for that job")]
-        if not search.missing:
+        if not search.missing or now < search.paused_until:
             reason = "no more workers are wanted for this request"
             return [Decline(offer.lease_id, "not-found", reason, "not-needed")]
         actions: list[AllocatorAction] = [Keep(offer.lease_id)]
@@ -280,11 +353,17 @@ class Allocator:
             search.decide_at = now
         if search.decide_at is not None and now >= search.decide_at:
             actions.extend(self._decide(search, now))
+        complete = len(search.confirmed) >= search.wanted
+        if search.bidding.follow(complete, bool(search.missing), now):
+            # heard at once, but for one that was heard a moment ago
+            soon = max(now, search.advertised_at + 2 * self._pace.offer_deadline_s, search.paused_until)
+            search.advertise_at = soon if search.advertise_at is None else min(search.advertise_at, soon)
         if not search.missing:
             search.advertise_at = None
         elif search.advertise_at is not None and now >= search.advertise_at:
             within_s = self._pace.offer_deadline_s
-            actions.append(Advertise(search.ask, search.missing, within_s))
+            raised_bid = search.bidding.bid if search.bidding.raised else None
+            actions.append(Advertise(search.ask, search.missing, within_s, raised_bid))
             # the answers to this request and what lies on the table compete
             search.late = False
             search.decide_by = min(now + within_s, math.inf if search.decide_at is None else search.decide_by)
@@ -339,8 +418,12 @@ class Allocator:
 
 def _capacity(offer: WorkerOffer, ask: Ask) -> float:
     """What the job can use of what is offered, as one number."""
-    offered = weighted_capacity(offer.resources)
-    return offered if ask.useful is None else min(offered, ask.useful * weighted_capacity(ask.resources))
+    return min(weighted_capacity(offer.resources), _useful(ask))
+
+
+def _useful(ask: Ask) -> float:
+    """How much capacity of one worker the job can use."""
+    return math.inf if ask.useful is None else ask.useful * weighted_capacity(ask.resources)
 
 
 def _unfit(caller: str, offer: WorkerOffer, ask: Ask) -> tuple[str, Cause] | None:

@@ -24,6 +24,9 @@ class Books:
         self.complete_since: float | None = None
         self.accepted: dict[str, int] = {}
         self.contributions: dict[str, Contribution] = {}
+        #: of those in ``accepted``, whose update came early, as they leave: it says nothing of how far the
+        #: others are
+        self.departed: set[str] = set()
         self._applied: dict[int, tuple[LedgerRound, set[str], tuple[str, ...]]] = {}
 
     def open_round(self, now: float) -> None:
@@ -32,6 +35,12 @@ class Books:
         self.quorum_since = self.complete_since = None
         self.accepted = {}
         self.contributions = {}
+        self.departed = set()
+
+    @property
+    def stayed(self) -> list[str]:
+        """Whose update is in, without those who have left."""
+        return [worker for worker in self.accepted if worker not in self.departed]
 
     def note(self, part: Contribution) -> Contribution:
         """A worker's word of its update; a loss that is no number becomes 0, as JSON knows none."""

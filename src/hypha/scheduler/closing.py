@@ -45,8 +45,9 @@ def may_close(
         for member in expected
         if not (member.absent or starved or is_overdue(member, rules, round_, now))
     ]
-    everybody = len(books.accepted) + len(waiting)
-    quorum = not coming and len(books.accepted) >= math.ceil(rules.quorum * everybody - 1e-9)
+    # an update that came early, as its worker leaves, is in the round, and hurries nobody
+    here = len(books.stayed)
+    quorum = not coming and here >= math.ceil(rules.quorum * (here + len(waiting)) - 1e-9)
     books.complete_since = _since(books.complete_since, not awaited, now)
     books.quorum_since = _since(books.quorum_since, quorum, now)
     if books.complete_since is not None:

@@ -132,6 +132,9 @@ class Crew:
         if not self._begun or server is None:
             return
         for key, lease in self.leases.items():
+            if lease.kind == "aggregate" and lease.worker != server:
+                # it takes the place of the one that leaves, once that is gone
+                continue
             if key not in self._executors:
                 steering = self._steering(lease, descriptions)
                 rejoins = lease.lease_id in self._started and (

@@ -166,6 +166,7 @@ class Descriptions:
             model=model_spec(config.model, self.scheduler),
             dataset=config.dataset.dataset,
             batch_size=batch,
+            micro_batch_size=config.rounds.micro_batch_size,
             preprocessor=preprocessor_spec(config.preprocessor, self.scheduler),
             optimizer=InnerOptimizer(
                 learning_rate=inner.learning_rate,

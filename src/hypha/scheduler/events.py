@@ -52,6 +52,14 @@ class Reachable(Struct, frozen=True, tag=True):
     kind: ExecutorClass
 
 
+class Leaves(Struct, frozen=True, tag=True):
+    """The worker ``peer`` ends in ``left_s`` seconds, and its executor of ``kind`` with it; told again."""
+
+    peer: str
+    kind: ExecutorClass
+    left_s: float
+
+
 class Told(Struct, frozen=True, tag=True):
     """A :class:`hypha.messages.ReportEvent`, deduplicated, from the authenticated ``sender``."""
 
@@ -128,6 +136,7 @@ Input = (
     | GoesOn
     | Unreachable
     | Reachable
+    | Leaves
     | Told
     | Reported
     | Tick
@@ -151,6 +160,16 @@ class Send(Struct, frozen=True, tag=True):
 
 class Drop(Struct, frozen=True, tag=True):
     """Release the lease of ``kind`` at ``peer``, do not take that peer again for a while, replace it."""
+
+    peer: str
+    kind: ExecutorClass
+    reason: str
+
+
+class LetGo(Struct, frozen=True, tag=True):
+    """Release the lease of ``kind`` at ``peer``, which ends soon and has nothing more to contribute. That is
+    no fault of its worker.
+    """
 
     peer: str
     kind: ExecutorClass
@@ -238,6 +257,7 @@ class AnswerSlice(Struct, frozen=True, tag=True):
 Action = (
     Send
     | Drop
+    | LetGo
     | Again
     | Record
     | FirstTheta

@@ -37,6 +37,7 @@ from hypha.scheduler.events import (
     Fail,
     JobRefused,
     Joined,
+    LetGo,
     LifeBegan,
     Lost,
     Reachable,
@@ -271,6 +272,9 @@ class History:
             case Drop(peer=peer, kind=kind, reason=reason):
                 self._gone(opened, peer, kind, now)
                 self._fault(opened, now, peer, "replaced", reason)
+            case LetGo(peer=peer, kind=kind, reason=reason):
+                self._gone(opened, peer, kind, now)
+                self._fault(opened, now, peer, "left", reason)
             case Again(peer=peer, reason=reason):
                 self._fault(opened, now, peer, "executor started again", reason)
             case Restart(reason=reason):

@@ -32,6 +32,7 @@ from hypha.messages import (
     TrainJob,
     encode_json,
 )
+from hypha.resources import weighted_capacity
 from hypha.runtime import in_thread
 from hypha.scheduler.pool import LeaseGained
 from hypha.scheduler.slices import TrackerState
@@ -77,6 +78,9 @@ CREATE TABLE IF NOT EXISTS pool (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS slices (
     one INTEGER PRIMARY KEY CHECK (one = 1), version INTEGER NOT NULL, tracker TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS capacities (
+    peer TEXT PRIMARY KEY, capacity REAL NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS failures (
     peer TEXT PRIMARY KEY, times INTEGER NOT NULL, reason TEXT NOT NULL
@@ -317,6 +321,12 @@ class Ledger:
             self._db.execute(
                 "INSERT OR REPLACE INTO pool (lease_id, lease) VALUES (?, ?)", (lease.lease_id, _text(lease))
             )
+            if lease.kind == "train":
+                # what its speed is to be compared with, long after the lease
+                self._db.execute(
+                    "INSERT OR REPLACE INTO capacities (peer, capacity) VALUES (?, ?)",
+                    (lease.worker.peer, weighted_capacity(lease.resources)),
+                )
 
     def lease_ended(self, lease_id: str | None = None) -> None:
         """It is held no more; ``None``: none is."""
@@ -351,12 +361,14 @@ class Ledger:
                 samples[part.worker] += part.samples
                 seconds[part.worker] = seconds.get(part.worker, 0.0) + max(0.0, entry.duration_s)
         failures = dict(self._db.execute("SELECT peer, times FROM failures").fetchall())
+        capacities = dict(self._db.execute("SELECT peer, capacity FROM capacities").fetchall())
         return [
             TrackRecord(
                 worker=worker,
                 rounds=rounds[worker],
                 failures=failures.get(worker, 0),
                 samples_per_s=samples[worker] / seconds[worker] if seconds.get(worker) else 0.0,
+                capacity=capacities.get(worker, 0.0),
             )
             for worker in sorted(rounds.keys() | failures.keys())
         ]

@@ -17,12 +17,36 @@ _BELIEVED_S = 1.0
 _OVERSHOOT_S = 1.0
 #: a round may begin at a worker so much earlier than here, as the scheduler may stand still
 _EARLY_S = 30.0
+#: a worker that ends hands its update over so long before, at least
+_LEAST_RESERVE_S = 1.0
 #: batches that a worker may take before anything of them is known here
 _UNKNOWN_BATCHES = 16
 
 MemberState = Literal[
-    "loading", "waiting", "training", "scheduled", "updating", "synchronised", "left-out", "unreachable"
+    "loading",
+    "waiting",
+    "training",
+    "scheduled",
+    "updating",
+    "synchronised",
+    "left-out",
+    "unreachable",
+    "leaving",
 ]
+
+
+@dataclass(frozen=True)
+class Leave:
+    """That somebody ends ``at``, which was heard at ``since``."""
+
+    at: float
+    since: float
+
+    def reserve_s(self, sync_s: float | None) -> float:
+        """What is kept of the time for a synchronisation; half of it while its length is not known."""
+        if sync_s is None:
+            return max(_LEAST_RESERVE_S, (self.at - self.since) / 2.0)
+        return max(_LEAST_RESERVE_S, 3.0 * sync_s)
 
 
 @dataclass
@@ -64,6 +88,11 @@ class Member:
     samples: int = 0
     loss: float = math.nan
     plan: int | None = None
+    #: when it ends, and since when that is known; how many batches of the open round it can do until then
+    leaves: Leave | None = None
+    last: int | None = None
+    #: its plan is as short as it is because it leaves
+    early: bool = False
     #: the largest plan of the round ``most_in``, and when its update of that is to be here
     most: int = 0
     most_in: int = -1
@@ -95,10 +124,34 @@ class Member:
         """At its learnt pace, without synchronisation."""
         return self.batch_size / self.batch_time.value_s if self.batch_time.value_s else 0.0
 
+    def can_begin(self, now: float) -> bool:
+        """There is time for an update of another round before it leaves, as far as is known."""
+        if self.leaves is None:
+            return True
+        needs_s = (self.theta_s or 0.0) + self.multiple * (self.batch_time.value_s or 0.0)
+        return now + needs_s + self.leaves.reserve_s(self.sync_s) < self.leaves.at
+
+    def foresee(self, now: float, round_: int) -> None:
+        """Count anew how many batches of the open round it can do before it leaves, if it does: what it has
+        done by then is to be with the parameter server.
+        """
+        self.last = None
+        if self.leaves is None:
+            return
+        left_s = self.leaves.at - self.leaves.reserve_s(self.sync_s) - now
+        pace = self.pace(now, round_)
+        if pace is not None:
+            # half a batch more, as one may take longer than it did
+            self.last = max(self.multiple, pace.batches_at(max(0.0, left_s - 0.5 * pace.batch_s)))
+        elif left_s <= 0:
+            self.last = max(self.multiple, self.batches)
+
     def state(self, round_: int) -> MemberState:
         """In one word."""
         if self.absent:
             return "unreachable"
+        if self.leaves is not None:
+            return "leaving"
         if not self.loaded:
             return "loading"
         if self.left_out:
@@ -121,7 +174,8 @@ class Member:
             self.resend_after_s = resend_after_s
             self.resend_at = now + resend_after_s
         self.batches = self.samples = 0
-        self.plan = self.reached_at = self.sent = None
+        self.plan = self.last = self.reached_at = self.sent = None
+        self.early = False
         self.due_by = math.inf
         self.accepted = False
         self.batch_time.start_round()
@@ -169,6 +223,7 @@ class Member:
     def set_plan(self, batches: int, now: float, round_: int) -> None:
         """It was told to synchronise after ``batches`` of ``round_``."""
         self.plan = batches
+        self.early = self.last is not None and batches >= self.last
         self.expect(now)
         self.most = max(batches, self.most if self.most_in == round_ else 0)
         self.most_in = round_
@@ -230,9 +285,9 @@ class Member:
             return None
         if self.started < round_:
             since_s = min(0.0, now - self.since - (self.theta_s or 0.0))
-            return Pace(self.peer, 0, since_s, batch_s, self.batch_size, self.multiple)
+            return Pace(self.peer, 0, since_s, batch_s, self.batch_size, self.multiple, self.last)
         since_s = min(now - self.reported_at, max(batch_s, _BELIEVED_S))
-        return Pace(self.peer, self.batches, since_s, batch_s, self.batch_size, self.multiple)
+        return Pace(self.peer, self.batches, since_s, batch_s, self.batch_size, self.multiple, self.last)
 
     def due_at(self, deadline_s: float, round_: int) -> float | None:
         """When waiting for its update ends; ``None`` while its sync point is not known.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from hypha.errors import AllocationFailed
-from hypha.messages import CloseRound, Plan, RoundApplied, SendModel
+from hypha.messages import CloseRound, Plan, RoundApplied, SaveCheckpoint, SendModel
 from hypha.scheduler.closing import given_up, is_overdue, may_close, never_loaded, stuck
 from hypha.scheduler.events import Action, Fail, Send, Told
 from hypha.scheduler.round_state import OPEN, RoundState
@@ -56,6 +56,9 @@ class Phases(RoundState, ABC):
             if self.phase != "failed":
                 text = f"it has not loaded the model after {now - member.joined_at:.0f} s, and others have"
                 actions += self.failed(member.peer, "train", text, "overdue")
+        actions += self._see_off(now)
+        if self.over:
+            return actions
         if self.phase == "loading" and self._may_begin(now):
             self.broadcast = self.holders()
             actions += [*self.tell_members(), *self.open_round(now)]
@@ -80,10 +83,45 @@ class Phases(RoundState, ABC):
         everybody = len(self.present) >= self.rules.workers or self.start.taken_over
         return self.server_ready and (everybody or now >= self.enough_since + self.rules.start_grace_s)
 
+    def _see_off(self, now: float) -> list[Action]:
+        """Whoever leaves and has nothing more to contribute is let go; a parameter server that leaves saves
+        what it holds, and goes when another worker is there for it.
+        """
+        actions: list[Action] = []
+        for member in list(self.members.values()):
+            if member.leaves is None or member.absent:
+                continue
+            trains = member.in_round and not member.left_out and member.started == self.round
+            under_way = not member.accepted and (trains or member.fixed)
+            last = member.accepted and member.early
+            if last or not (under_way or member.can_begin(now)):
+                actions += self.let_go(member.peer, "train", "its worker leaves")
+        server, held = self.server, self.leases
+        if self.server_leaves is None or server is None or self.phase not in OPEN:
+            return actions
+        if self.saving < self.round:
+            self.saving = self.round
+            actions += self.to_server(SaveCheckpoint(round=self.round))
+        if self.saved == self.round and held is not None and held.aggregate > 1:
+            actions += self.let_go(server.peer, "aggregate", "its worker leaves")
+        return actions
+
     def _plan(self, now: float) -> list[Action]:
-        accepted = self.books.accepted
+        accepted = self.books.stayed
         members = [one for one in self.participants if not (one.accepted or one.absent)]
-        changed = self.planner.plan(members, sum(accepted.values()), self.round, now, close=bool(accepted))
+        for member in members:
+            if not member.fixed:
+                member.foresee(now, self.round)
+        samples = sum(self.books.accepted.values())
+        changed = self.planner.plan(members, samples, self.round, now, close=bool(accepted))
+        for member in members:
+            planned = changed.get(member.peer, member.plan)
+            if member.last is None or member.fixed or (planned is not None and planned <= member.last):
+                continue
+            # it cannot wait for the others
+            changed.pop(member.peer, None)
+            if member.plan != member.last:
+                changed[member.peer] = member.last
         actions: list[Action] = []
         for peer, batches in changed.items():
             member = self.members[peer]

@@ -9,6 +9,7 @@ worker itself says that it has ended, or its machine says for a while that nobod
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from msgspec import Struct
 
 from hypha.config.models import JobResourcesConfig
 from hypha.errors import NetworkError, PeerUnreachable, Refused
-from hypha.features import stated
+from hypha.features import printable, stated
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import (
@@ -33,6 +34,7 @@ from hypha.messages import (
     ReleaseLease,
     RenewLease,
     Resources,
+    WorkerLeaving,
     WorkerOffer,
 )
 from hypha.node import Node
@@ -44,11 +46,15 @@ from hypha.scheduler.allocation import (
     AllocatorAction,
     AllocatorEvent,
     Ask,
+    Begun,
+    Contended,
     Decline,
     Dismiss,
     Gained,
     GatewayChanged,
+    GiveBack,
     Keep,
+    Leaves,
     Lost,
     Offered,
     Pace,
@@ -83,6 +89,8 @@ logger = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S = 2.0
 #: Releases at once: few, since acceptances are more urgent.
 MAX_RELEASES = 4
+#: What a worker says of its end is passed on at most this often; it says so once a second.
+LEAVING_PAUSE_S = 0.2
 #: While workers are missing, it is said again after this long.
 REMIND_S = 15.0
 
@@ -112,6 +120,8 @@ class HeldLease:
     lease: LeaseGained
     expires_at: float
     suspected: bool
+    #: when its worker ends, where that has said so
+    leaves_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,20 @@ class LeaseLost:
     to_blame: bool = True
 
 
-PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLost
+@dataclass(frozen=True)
+class LeaseLeaving:
+    """The worker ends in ``left_s`` seconds; its lease lives until then, and another worker is looked for.
+    Told again whenever the worker says so.
+    """
+
+    lease_id: str
+    worker: PeerRef
+    kind: ExecutorClass
+    left_s: float
+    reason: str
+
+
+PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLeaving | LeaseLost
 
 
 def asks_from(
@@ -168,6 +191,9 @@ def asks_from(
             dataset=dataset,
             needs=needs.get("train", ()),
             useful=most_batch,
+            raise_after_s=resources.worker_price.raise_after_s,
+            raise_by=resources.worker_price.raise_by,
+            least=resources.min_workers or resources.num_workers,
         ),
         Ask(
             request_id=new_id(),
@@ -177,6 +203,9 @@ def asks_from(
             max_price=resources.parameter_server_price.max,
             needs=needs.get("aggregate", ()),
             useful=1.0,
+            raise_after_s=resources.parameter_server_price.raise_after_s,
+            raise_by=resources.parameter_server_price.raise_by,
+            least=1,
         ),
     )
 
@@ -192,6 +221,13 @@ class _Held:
     suspected: bool = False
     connection_lost: bool = False
     revoked: bool = False
+    #: when its worker ends, where that has said so; and why it has ended the lease itself
+    leaves_at: float | None = None
+    handed_back: str | None = None
+    #: when that was passed on last
+    leaving_told_at: float = -math.inf
+    #: others ask its worker for what it holds; one of them has asked for longer
+    contention: tuple[bool, bool] = (False, False)
     nudge: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: the ``traceparent`` of the span in which its offer was received
@@ -239,6 +275,7 @@ class Pool:
         self._offered_in: dict[str, str] = {}
         self._reminded: dict[ExecutorClass, float] = {}
         self._publishing: set[ExecutorClass] = set()
+        self._begun = False
         #: those that nobody renews yet
         self._adopted: list[_Held] = []
         # unbounded, so that renewals never wait for whoever reads; a few events a lease
@@ -261,7 +298,7 @@ class Pool:
     def held(self) -> tuple[HeldLease, ...]:
         """All leases held now, and how long they live."""
         return tuple(
-            HeldLease(_gained(held), held.expires_at, held.suspected)
+            HeldLease(_gained(held), held.expires_at, held.suspected, held.leaves_at)
             for held in self._held.values()
             if held.gained
         )
@@ -277,6 +314,16 @@ class Pool:
     def want(self, kind: ExecutorClass, count: int) -> None:
         """Hold ``count`` workers of ``kind``. With fewer than are held nothing is released by itself."""
         self._apply(Want(kind, count))
+
+    def bid(self, kind: ExecutorClass) -> float:
+        """What is bid for a worker of ``kind`` now."""
+        return self._allocator.bid(kind)
+
+    def begin(self) -> None:
+        """The job trains: what it holds is not given back any more for lack of the rest. Repeats are free."""
+        if not self._begun:
+            self._begun = True
+            self._apply(Begun())
 
     def know(self, record: TrackRecord) -> None:
         """What the ledger has of a worker: it counts when offers are compared."""
@@ -339,6 +386,7 @@ class Pool:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the pool; ``started`` once offers are answered."""
         self._node.answer(WorkerOffer, self._answer_offer)
+        self._node.answer(WorkerLeaving, self._answer_leaving)
         self._node.prefer(self._is_partner)
         with self._send, self._running:
             async with trio.open_nursery() as nursery:
@@ -388,6 +436,37 @@ class Pool:
                 self._offered_in[offer.lease_id] = parent
         return Acknowledged()
 
+    async def _answer_leaving(self, caller: str, leaving: WorkerLeaving) -> Acknowledged:
+        held = self._held.get(leaving.lease_id)
+        if held is None or held.offer.worker.peer != caller or self._running.cancel_called:
+            return Acknowledged()  # it is over here already, or was never this worker's
+        if not (math.isfinite(leaving.left_s) and leaving.left_s >= 0):
+            raise Refused("invalid", f"{leaving.left_s} is no time to be left")
+        reason = printable(leaving.reason)
+        if leaving.left_s == 0:
+            held.handed_back = reason
+            held.nudge.set()
+            return Acknowledged()
+        if not held.gained:
+            raise Refused("busy", "the lease is just being accepted")
+        if held.leaves_at is None:
+            logger.info(
+                "A leased worker ends in %.1f s (%s); another one is looked for.",
+                leaving.left_s,
+                reason,
+                extra=held.log_fields,
+            )
+            self._apply(Leaves(leaving.lease_id))
+        now = trio.current_time()
+        held.leaves_at = now + leaving.left_s
+        # events are never dropped, so a worker must not be able to make many
+        if now >= held.leaving_told_at + LEAVING_PAUSE_S:
+            held.leaving_told_at = now
+            self._tell(
+                held, LeaseLeaving(leaving.lease_id, held.offer.worker, held.kind, leaving.left_s, reason)
+            )
+        return Acknowledged()
+
     def _carry_out(self, action: AllocatorAction, nursery: trio.Nursery) -> None:
         match action:
             case Advertise():
@@ -402,8 +481,24 @@ class Pool:
                 self._offered_in.pop(lease_id, None)
                 self._unwanted[lease_id] = worker
                 nursery.start_soon(self._release, worker, lease_id)
+            case GiveBack(lease_id):
+                self._give_back(lease_id, nursery)
             case Keep() | Decline():
                 pass
+
+    def _give_back(self, lease_id: str, nursery: trio.Nursery) -> None:
+        """A job that cannot begin gives way to others."""
+        held = self._held.pop(lease_id, None)
+        if held is None:
+            return
+        held.scope.cancel()
+        self._apply(Lost(lease_id, avoid=False))
+        reason = "given back, as there are too few workers to begin, and other schedulers ask for this one"
+        if held.gained:
+            logger.info("A worker is %s.", reason, extra=held.log_fields)
+            self._tell(held, LeaseLost(lease_id, held.offer.worker, held.kind, reason, False))
+        self._unwanted[lease_id] = held.offer.worker
+        nursery.start_soon(self._release, held.offer.worker, lease_id)
 
     async def _advertise(self, action: Advertise) -> None:
         kind = action.ask.kind
@@ -413,7 +508,10 @@ class Pool:
         now = trio.current_time()
         if now >= self._reminded.get(kind, -math.inf) + REMIND_S:
             self._reminded[kind] = now
-            logger.info("Looking for %d more workers for %s jobs.", action.count, kind)
+            raised = (
+                "" if action.raised_bid is None else f", at a bid that was raised to {action.raised_bid:g}"
+            )
+            logger.info("Looking for %d more workers for %s jobs%s.", action.count, kind, raised)
         self._publishing.add(kind)
         attributes = {"hypha.executor.class": kind, "hypha.request": action.ask.request_id}
         try:
@@ -473,6 +571,8 @@ class Pool:
                     events.append(Tick())
                 if held.revoked:
                     events = [CertificateRevoked()]
+                elif held.handed_back is not None:
+                    events = [RenewalRefused("lease", f"its worker hands it back: {held.handed_back}")]
                 elif held.connection_lost:
                     held.connection_lost = False
                     # after an answer the lessor may have died; before a failure it explains that one
@@ -491,6 +591,9 @@ class Pool:
         if not isinstance(answer, LeaseRenewed) or answer.lease_id != lease_id:
             return RenewalFailed(f"the answer was {type(answer).__name__}")
         logger.info("Lease renewed successfully", extra=held.log_fields)
+        if (contention := (answer.contended, answer.outranked)) != held.contention:
+            held.contention = contention
+            self._apply(Contended(lease_id, *contention))
         return Renewed(answer.expires_in_s)
 
     def _gain(self, held: _Held) -> None:
@@ -513,15 +616,20 @@ class Pool:
             # it may have heard the renewals whose answers were lost, and keep its resources for nobody
             self._todo.append(Dismiss(held.offer.lease_id, held.offer.worker))
         if held.gained:
-            logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
+            if held.handed_back is not None:
+                logger.info("A worker handed its lease back: %s.", held.handed_back, extra=held.log_fields)
+            else:
+                logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
             lost = LeaseLost(held.offer.lease_id, held.offer.worker, held.kind, reason, not refused)
             self._tell(held, lost)
         else:
             logger.info("An offer could not be accepted: %s.", reason, extra=held.log_fields)
 
     def _tell(self, held: _Held, event: PoolEvent) -> None:
-        if held.gained:
-            self._send.send_nowait(event)
+        # while the job ends, workers may say something still
+        with contextlib.suppress(trio.ClosedResourceError):
+            if held.gained:
+                self._send.send_nowait(event)
 
     async def _release(self, worker: PeerRef, lease_id: str) -> None:
         async with self._releasing:

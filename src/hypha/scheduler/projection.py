@@ -60,7 +60,7 @@ class BatchTime:
 class Pace:
     """A worker in the projection: ``done`` batches as of ``since_s`` seconds ago (negative: it starts
     that much later), ``batch_s`` per batch of ``batch_size`` samples; plans are multiples of ``multiple``
-    (gradient accumulation).
+    (gradient accumulation). One that leaves before the round ends can do ``most`` batches of it.
     """
 
     worker: str
@@ -69,12 +69,20 @@ class Pace:
     batch_s: float
     batch_size: int
     multiple: int = 1
+    most: int | None = None
 
     def batches_at(self, time_s: float) -> int:
         """Batches done in all when ``time_s`` seconds have passed from now, a multiple of ``multiple``."""
         more = math.floor((time_s + self.since_s) / self.batch_s + _SLACK)
         total = max(self.done, self.done + more)
+        if self.most is not None:
+            total = min(total, max(self.done, self.most))
         return total // self.multiple * self.multiple
+
+    @property
+    def limit(self) -> float:
+        """Batches that it can do in all."""
+        return math.inf if self.most is None else max(self.done, self.most) // self.multiple * self.multiple
 
     def finish_s(self, batches: int) -> float:
         """Seconds from now until that many batches are done; never in the past."""
@@ -97,6 +105,9 @@ def project(paces: Sequence[Pace], wanted: int, elapsed_s: float = 0.0) -> Proje
     """
     if not paces:
         return Projection({}, 0.0)
+    if all(pace.most is not None for pace in paces):
+        # nobody stays: what is reached is what they can do
+        wanted = min(wanted, int(sum(pace.limit * pace.batch_size for pace in paces)))
     earliest = _time_for(paces, wanted)
     best: tuple[float, float, dict[str, int]] | None = None
     for time_s in _candidates(paces, earliest):
@@ -104,7 +115,13 @@ def project(paces: Sequence[Pace], wanted: int, elapsed_s: float = 0.0) -> Proje
         arrivals = [pace.finish_s(counts[pace.worker]) for pace in paces]
         end = max(arrivals)
         length = max(elapsed_s + end, _SLACK)
-        idle = sum(end - arrival for arrival in arrivals) / (len(paces) * length)
+        # who can do no more does not idle for want of a later end
+        idle_s = sum(
+            end - arrival
+            for pace, arrival in zip(paces, arrivals, strict=True)
+            if counts[pace.worker] < pace.limit
+        )
+        idle = idle_s / (len(paces) * length)
         # a round that lasts longer than asked costs half of what idling does
         cost = idle + 0.5 * (end - earliest) / length
         if best is None or cost < best[0] - _SLACK:
@@ -140,6 +157,8 @@ def _candidates(paces: Sequence[Pace], earliest: float) -> list[float]:
     """``earliest`` and every worker's next arrival after it: the best moment is one of them."""
     times = [earliest]
     for pace in paces:
+        if pace.batches_at(earliest) >= pace.limit:
+            continue
         step = pace.multiple
         after = pace.finish_s(pace.batches_at(earliest) + step)
         if after > earliest:

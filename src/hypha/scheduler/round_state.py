@@ -28,13 +28,15 @@ from hypha.scheduler.events import (
     Joined,
     KeepSlices,
     LeasesHeld,
+    Leaves,
+    LetGo,
     Restart,
     Send,
     SliceAsked,
     Told,
 )
 from hypha.scheduler.failing import Failing
-from hypha.scheduler.members import Member
+from hypha.scheduler.members import Leave, Member
 from hypha.scheduler.planning import Planner
 from hypha.scheduler.rules import CarriedOver, Failures, Rules, Start
 from hypha.scheduler.slices import Assignment, SliceTracker
@@ -76,6 +78,9 @@ class RoundState:
         self.server_ready = False
         #: where the parameter server was when it had the model; None before
         self.server_at: int | None = None
+        #: when its worker ends; the newest round as which it was asked to save itself, and has
+        self.server_leaves: Leave | None = None
+        self.saving = self.saved = -1
         self.members: dict[str, Member] = {}
         self.counts: Counter[str] = Counter()
         self.books = Books()
@@ -122,6 +127,7 @@ class RoundState:
         """An executor was started."""
         if event.kind == "aggregate":
             self.server, self.server_ready, self.server_at = event.ref, False, None
+            self.server_leaves = None
         elif event.ref.peer not in self.members:
             self.members[event.ref.peer] = Member(event.ref, event.batch_size, self.rules.multiple, now)
         else:
@@ -145,6 +151,23 @@ class RoundState:
             self.failing.over(member.incarnation)
         self.planner.upset()
         return self.tell_members() if member.loaded else []
+
+    def leaves(self, event: Leaves, now: float) -> None:
+        """Its worker ends soon: what it has trained by then is to count, and the others share the rest."""
+        server = self.server is not None and self.server.peer == event.peer
+        member = self.members.get(event.peer)
+        if event.kind == "aggregate" and server:
+            known = self.server_leaves
+            self.server_leaves = Leave(now + event.left_s, now if known is None else known.since)
+        elif event.kind == "train" and member is not None:
+            if member.leaves is None:
+                self.planner.upset()
+            since = now if member.leaves is None else member.leaves.since
+            member.leaves = Leave(now + event.left_s, since)
+
+    def let_go(self, peer: str, kind: ExecutorClass, reason: str) -> list[Action]:
+        """It ends soon, and nothing more can come of it."""
+        return [LetGo(peer, kind, reason), *self.lose(peer, kind, reason)]
 
     def set_absent(self, peer: str, absent: bool) -> None:
         """The others share its part of the open round while it is away."""

@@ -16,7 +16,7 @@ from opentelemetry.trace import Span, use_span
 from hypha.journal import Entry
 from hypha.messages import CloseRound, ExecutorClass, JobStamp, Plan, RoundStarted, Traced, UpdateReceived
 from hypha.scheduler import allocation, allocator, renewal, rounds
-from hypha.scheduler.events import Again, Drop, Fail, LifeBegan, Lost, Record, Restart, Send, Told
+from hypha.scheduler.events import Again, Drop, Fail, LetGo, LifeBegan, Lost, Record, Restart, Send, Told
 from hypha.scheduler.round_state import OPEN
 from hypha.tracing import failed, round_traceparent, start_span, traceparent
 from hypha.tracing.operations import ROUND, RUN_JOB
@@ -142,6 +142,8 @@ class RoundTraces:
                 self._happened("round closed", {})
             case Drop(peer=peer, reason=reason):
                 self._happened("worker replaced", {"hypha.peer": peer, "hypha.reason": reason})
+            case LetGo(peer=peer, reason=reason):
+                self._happened("worker left", {"hypha.peer": peer, "hypha.reason": reason})
             case Again(peer=peer, reason=reason):
                 self._happened("executor started again", {"hypha.peer": peer, "hypha.reason": reason})
             case Record(entry=applied, tracker=tracker) if tracker is not None:

@@ -43,6 +43,8 @@ from hypha.scheduler.events import (
     JobRefused,
     Joined,
     LeasesHeld,
+    Leaves,
+    LetGo,
     LifeBegan,
     Lost,
     Publish,
@@ -135,6 +137,8 @@ class RoundMachine(Phases):
                     self.members[peer].expect(now)
             case GoesOn() | Unreachable() | Reachable():
                 pass
+            case Leaves():
+                self.leaves(event, now)
             case Reported():
                 return self._progress(event, now)
             case Told():
@@ -204,6 +208,9 @@ class RoundMachine(Phases):
                 gone = self.lose(member.peer, "train", "its executor failed")
                 if self.phase == "exporting":
                     return gone  # nobody needs it any more
+                if member.leaves is not None:
+                    text = "its worker leaves, and its executor has ended"
+                    return [LetGo(member.peer, "train", text), *gone]
                 failed = self.failing.failed(member.peer, told.incarnation, event, now, tuple(self.members))
                 return [*self.judged(failed), *gone]
             case _:
@@ -225,6 +232,7 @@ class RoundMachine(Phases):
             case RoundApplied():
                 return self._round_applied(event, now)
             case CheckpointSaved():
+                self.saved = max(self.saved, event.round)
                 return [Checkpointed(event.round, event.place)]
             case Exported() if self.phase == "exporting":
                 self.phase = "done"
@@ -381,6 +389,8 @@ class RoundMachine(Phases):
         if member is not None:
             member.overtake(self.round)
             member.accept(now)
+            if member.early:
+                self.books.departed.add(member.peer)
         return []
 
     def _update_refused(self, event: UpdateRefused) -> list[Action]:

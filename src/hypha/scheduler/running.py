@@ -67,7 +67,7 @@ class RunningJob:
         trace_ratio: float | None = None,
     ) -> None:
         resources, journal = config.resources, journal or Journal()
-        pace = Pace(offer_deadline_s=resources.offer_deadline_s)
+        pace = Pace(offer_deadline_s=resources.offer_deadline_s, yield_after_s=resources.yield_after_s)
         traces = RoundTraces(trace_ratio)
         train, aggregate = described(config, PeerRef(peer=""), "")
         asks = asks_from(

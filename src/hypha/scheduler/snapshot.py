@@ -61,6 +61,8 @@ class LeaseSnapshot(Struct, frozen=True):
     suspected: bool = False
     version: str = ""
     name: str = ""
+    #: when its worker ends, where it has said so
+    leaves_in_s: float | None = None
 
 
 class ServiceSnapshot(Struct, frozen=True):

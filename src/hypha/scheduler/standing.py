@@ -5,6 +5,7 @@ offers. Pure.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,12 +25,15 @@ _REMEMBERED = 10_000
 
 
 class TrackRecord(Struct, frozen=True, tag=True):
-    """Of ``worker``: ``rounds`` hold its updates, of ``samples_per_s`` in the mean; so many ``failures``."""
+    """Of ``worker``: ``rounds`` hold its updates, of ``samples_per_s`` in the mean; so many ``failures``.
+    ``capacity`` is the weighted one of its last lease, 0.0 where it is not known.
+    """
 
     worker: str
     rounds: int = 0
     failures: int = 0
     samples_per_s: float = 0.0
+    capacity: float = 0.0
 
 
 @dataclass
@@ -54,11 +58,13 @@ class Standings:
             del self._seen[next(iter(self._seen))]
         return found
 
-    def know(self, record: TrackRecord) -> None:
-        """What a ledger has of a worker."""
+    def know(self, record: TrackRecord, most: float = math.inf) -> None:
+        """What a ledger has of a worker. Of its capacity the job can use ``most``."""
         seen = self._of(record.worker)
         seen.rounds, seen.failures = record.rounds, record.failures
         seen.samples_per_s = record.samples_per_s
+        # it may be held already, under a lease of which more is known
+        seen.capacity = seen.capacity or min(record.capacity, most)
 
     def took(self, worker: str, capacity: float) -> None:
         """It trains under a lease of that weighted capacity."""

@@ -180,6 +180,7 @@ def _lease_snapshot(held: HeldLease, now: float) -> LeaseSnapshot:
         storage=reserved.storage,
         expires_in_s=max(0.0, held.expires_at - now),
         suspected=held.suspected,
+        leaves_in_s=None if held.leaves_at is None else max(0.0, held.leaves_at - now),
         version=printable(lease.version),
         name=name_of(lease.worker.peer),
     )

@@ -32,6 +32,8 @@ from hypha.scheduler.events import (
     Input,
     KeepSlices,
     LeasesHeld,
+    Leaves,
+    LetGo,
     Publish,
     Reachable,
     Record,
@@ -42,7 +44,7 @@ from hypha.scheduler.events import (
 )
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.lives import Life, next_life
-from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseRecovered, LeaseSuspect
+from hypha.scheduler.pool import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
 from hypha.scheduler.preparing import Opened
 from hypha.scheduler.publishing import publish
 from hypha.scheduler.replicating import Replicating
@@ -241,6 +243,12 @@ class Working:
                     await self.ledger.run(Ledger.lease_ended, lease.lease_id)
                     await self.ledger.run(Ledger.failed, peer, reason)
                     self._nursery.start_soon(self._context.pool.release, lease.lease_id, True)
+            case LetGo(peer=peer, kind=kind, reason=reason):
+                logger.info("A lease is given back: %s", reason, extra={"worker_peer_id": peer})
+                lease = self._crew.lost(peer, kind)
+                if lease is not None:
+                    await self.ledger.run(Ledger.lease_ended, lease.lease_id)
+                    self._nursery.start_soon(self._context.pool.release, lease.lease_id)
             case Again(peer=peer, reason=reason, instead_of=instead_of):
                 # not all at once, when all failed at once
                 pause_s = action.pause_s * chance().uniform(1.0, 1.5)
@@ -330,6 +338,8 @@ class Working:
                         self.handle(lost(lease, reason))
                 case LeaseSuspect():
                     self.handle(Unreachable(event.worker.peer, event.kind))
+                case LeaseLeaving(left_s=left_s):
+                    self.handle(Leaves(event.worker.peer, event.kind, left_s))
                 case LeaseRecovered():
                     self.handle(Reachable(event.worker.peer, event.kind))
 
@@ -356,6 +366,9 @@ class Working:
             self._tell_once(DataServed(bool(self.dataset.providers)))
             self._tell_once(self._held())
             self.handle(Tick())
+            # one that goes on after a restart has executors that are worth keeping
+            if self.current.machine.phase != "loading" or self.current.start.generation:
+                self._context.pool.begin()
             await trio.sleep(_TICK_S)
 
     def _tell_once(self, event: DataServed | LeasesHeld) -> None:

@@ -11,7 +11,7 @@ import trio
 from hypha.journal import Entry
 from hypha.runtime import in_thread
 from hypha.simulation.process import SimulatedProcess
-from hypha.simulation.scenario import LIES, PHASES, Fault, Scenario
+from hypha.simulation.scenario import LIES, PHASES, Fault, Scenario, gives_notice
 from hypha.simulation.world import SCHEDULER, Computer, World, fill_databases
 
 #: a node that was told to end is to be gone within this
@@ -141,7 +141,11 @@ async def _strike_machine(world: World, computer: Computer, fault: Fault, random
                 await trio.sleep(fault.for_s)
                 world.start(name)
         case "restart":
-            await world.stop(name, STOP_S)
+            await world.stop(name, STOP_S + (world.scenario.notice_s if _has_notice(world, name) else 0.0))
+            await trio.sleep(fault.for_s)
+            world.start(name)
+        case "notice":
+            await world.give_notice(name, STOP_S)
             await trio.sleep(fault.for_s)
             world.start(name)
         case "freeze":
@@ -189,6 +193,11 @@ async def _strike_machine(world: World, computer: Computer, fault: Fault, random
             world.slow_disk(computer, -_SLOW_DISK_S)
         case "clock":
             computer.clock_offset_s += random.choice((-1, 1)) * _CLOCK_S
+
+
+def _has_notice(world: World, name: str) -> bool:
+    """SIGTERM is a notice, too, where one is expected."""
+    return name in world.workers and gives_notice(world.scenario)
 
 
 async def _corrupt(world: World, computer: Computer, fault: Fault, random: Random) -> None:

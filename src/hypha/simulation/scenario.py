@@ -28,7 +28,8 @@ Role = Literal[
 #: the workers do not reach each other, all others do; ``slow``: a hundredth of its line's speed is left;
 #: ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has another byte; ``full-disk``:
 #: no byte is free; ``slow-disk``: every blocking call takes half a second more; ``clock``: its time of day
-#: jumps; ``stall``: a training executor lives, and its batches take for ever
+#: jumps; ``notice``: a worker's machine is taken away, as spot machines are, ``notice_s`` after it was told
+#: so, and another one comes in its place; ``stall``: a training executor lives, and its batches take for ever
 Way = Literal[
     "kill",
     "lose",
@@ -44,6 +45,7 @@ Way = Literal[
     "full-disk",
     "slow-disk",
     "clock",
+    "notice",
     "stall",
     "claim",
     "blow-up",
@@ -82,6 +84,9 @@ NODE_WAYS: tuple[Way, ...] = (
     "clock",
 )
 
+
+#: those of a worker's machine alone
+WORKER_WAYS: tuple[Way, ...] = ("notice",)
 
 #: what a worker does from then on: its updates stand for 10^12 samples (``claim``), or are huge
 #: (``blow-up``); it reports progress and sends no update (``withhold``), never has the model
@@ -129,11 +134,18 @@ class Scenario(Struct, frozen=True):
     replicas: int = 0
     lease_s: float = 10.0
     hang_s: float | None = 8.0
+    #: of the machines of workers, where one is taken away in the scenario
+    notice_s: float = 10.0
     model_s: float = 30.0
     deadline_s: float = 15.0
     faults: tuple[Fault, ...] = ()
     #: the job must be over so long after the last fault was mended
     patience_s: float = 600.0
+
+
+def gives_notice(scenario: Scenario) -> bool:
+    """Whether the machines of its workers may be taken away."""
+    return any(fault.way == "notice" for fault in scenario.faults)
 
 
 def random_scenario(seed: int) -> Scenario:
@@ -215,6 +227,8 @@ def _random_fault(random: Random, rounds: int) -> Fault:
     way: Way = random.choice(EXECUTOR_WAYS if role.endswith("executor") else NODE_WAYS)
     if way == "kill" and role == "worker" and random.random() < 0.3:
         way = "lose"
+    if way == "restart" and role in ("worker", "parameter-server") and random.random() < 0.5:
+        way = "notice"
     if way == "stall":
         role = "training-executor"
     for_s = round(random.choice((random.uniform(0.1, 3.0), random.uniform(3.0, 25.0))), 3)

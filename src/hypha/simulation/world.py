@@ -39,6 +39,7 @@ from hypha.config.models import (
     JobResourcesConfig,
     ModelConfig,
     OfferConfig,
+    PreemptionConfig,
     ResourcesConfig,
     RoundsConfig,
     SchedulerConfig,
@@ -65,14 +66,16 @@ from hypha.simulation.process import (
     forget_generators,
     this_process,
 )
-from hypha.simulation.scenario import Scenario
+from hypha.simulation.scenario import Scenario, gives_notice
+from hypha.worker.confining import Means
 from hypha.worker.directory import remove_stale
-from hypha.worker.limits import CgroupPlaces
 from hypha.worker.node import serve as worker_serve
 
 DATASET = "rows"
 JOB = "job"
 SCHEDULER = "scheduler"
+#: a file that tells a worker that its machine is taken away, and how often it looks for that
+NOTICE, _POLL_S = "notice", 0.5
 ENTRYPOINT = "hypha.executor.toy:toy_theta"
 #: of every machine's disk, unless it is full
 _FREE_BYTES = 1 << 40
@@ -218,11 +221,16 @@ class World:
 
     async def _count_tasks(self, computer: Computer, process: SimulatedProcess) -> None:
         """How many a node has before the job uses it."""
-        while computer.name not in self.network.nodes and process.alive:  # noqa: ASYNC110
+        while not self._is_connected(computer.name) and process.alive:  # noqa: ASYNC110
             await trio.sleep(_IDLE_AFTER_S)
         await trio.sleep(_IDLE_AFTER_S)
         if process.alive and not process.children:
             computer.idle_tasks = process.tasks
+
+    def _is_connected(self, name: str) -> bool:
+        """Its node is there, and has found a gateway: only then all its tasks are there, too."""
+        node = self.network.nodes.get(name)
+        return node is not None and (node.gateway is not None or not node.options.gateways)
 
     def _runtime(self, computer: Computer, what: str) -> SimulatedRuntime:
         seed = self.random(what).getrandbits(64)
@@ -254,10 +262,29 @@ class World:
         ended = trio.Event()
         process.on_end.append(ended.set)
         computer.scope.cancel()
+        await self._end_within(computer, ended, within_s)
+
+    async def give_notice(self, name: str, late_s: float) -> None:
+        """Its machine tells that it ends, and does so ``notice_s`` later. Its process is to have ended by
+        then, or ``late_s`` later, as a disk may be slow.
+        """
+        computer = self.computers[name]
+        process = computer.process
+        if process is None or not process.alive:
+            return
+        ended = trio.Event()
+        process.on_end.append(ended.set)
+        notice = computer.directory / NOTICE
+        notice.touch()
+        await self._end_within(computer, ended, self.scenario.notice_s + late_s)
+        notice.unlink()
+
+    async def _end_within(self, computer: Computer, ended: trio.Event, within_s: float) -> None:
+        name, process = computer.name, computer.process
         with trio.move_on_after(within_s) as waiting:
             await ended.wait()
         if waiting.cancelled_caught:
-            if not process.frozen:
+            if process is not None and not process.frozen:
                 self.problems.append(f"{name} did not end within {within_s:g} s")
             self.kill(name)
 
@@ -307,6 +334,11 @@ class World:
             allow=AllowConfig(entrypoints=[ENTRYPOINT]),
             cache=CacheConfig(max_slices=6),
             storage=StorageConfig(checkpoints_gb=0.1 if wanted.replicas else 0.0),
+            preemption=PreemptionConfig(
+                notice_s=wanted.notice_s, file=computer.directory / NOTICE, poll_s=_POLL_S
+            )
+            if gives_notice(wanted)
+            else PreemptionConfig(),
             stop_grace_s=1.0,
             limits="none",
         )
@@ -333,7 +365,7 @@ class World:
             for listener in self.worker_listeners:
                 computer.journal.listeners.append(listener(computer.name))
 
-            await worker_serve(config, node, CgroupPlaces(), computer.executors, journal=computer.journal)
+            await worker_serve(config, node, Means(), computer.executors, journal=computer.journal)
 
     def _executors(self, number: int) -> list[ExecutorConfig]:
         train = ExecutorConfig(kind="train", name=DEFAULT_EXECUTOR)

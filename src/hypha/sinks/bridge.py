@@ -9,6 +9,7 @@ import httpx
 from hypha.errors import HyphaError
 from hypha.sinks.interface import Destination, RoundValues, RunInfo
 
+_IDLE_S = 1.0
 _TIMEOUT_S = 10
 
 
@@ -20,8 +21,10 @@ class StatusBridge:
         headers = {"Authorization": f"Bearer {destination.token}"} if destination.token else {}
         self._url = f"{(destination.url or '').rstrip('/')}/status"
         self._job = destination.name
-        # the bridge that was named, and no proxy of the environment
-        self._client = httpx.Client(headers=headers, timeout=_TIMEOUT_S, trust_env=False)
+        # the bridge that was named, and no proxy of the environment. Rounds are further apart than servers
+        # keep idle connections, mostly five seconds: one that is being closed would cost a figure
+        limits = httpx.Limits(keepalive_expiry=_IDLE_S)
+        self._client = httpx.Client(headers=headers, timeout=_TIMEOUT_S, trust_env=False, limits=limits)
 
     def record(self, values: RoundValues) -> None:
         """Send one request for each figure, over one connection."""

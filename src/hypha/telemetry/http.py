@@ -1,7 +1,8 @@
 """Local HTTP of a node, on the address the operator gave as ``http_address``.
 
 ``GET /health`` answers 200 or 503 with the node's health report, ``GET /metrics`` what Prometheus asks for,
-``GET /status`` (where a component has one) a JSON snapshot. Nothing can be changed through it, and it answers
+``GET /status`` (where a component has one) a JSON snapshot; on a loopback address also what operators look up
+(``/peers``, ``/leases``). Nothing can be changed through it, and it answers
 from memory, so that a slow reader cannot hold up the node.
 """
 
@@ -9,14 +10,15 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 import trio
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from hypha.errors import ConfigError, Problem, listening_failed
@@ -24,10 +26,15 @@ from hypha.messages import HealthReport
 from hypha.runtime import in_thread
 from hypha.telemetry.hosts import LocalNames
 from hypha.telemetry.metrics import sample
+from hypha.telemetry.page.access import is_loopback
 from hypha.telemetry.running import exposition
 from hypha.telemetry.serving import BoundedConfig, serve
 
 logger = logging.getLogger(__name__)
+
+#: How long a connection may be idle. Clients keep theirs for 5 s (httpx) to 15 s (aiohttp): the client must
+#: be the one that closes first, or its next request may meet the end of the connection.
+KEEP_ALIVE_S = 30.0
 
 
 async def serve_http(
@@ -35,16 +42,18 @@ async def serve_http(
     health: Callable[[], HealthReport],
     status: Callable[[], object] | None = None,
     routes: Sequence[Route] = (),
+    lookups: Mapping[str, Callable[[], object]] = MappingProxyType({}),
     *,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve ``host:port`` (port 0: any free one) until cancelled; started with the actual ``host:port``.
 
     ``health`` and ``status`` are called for each request, in the trio thread; ``status`` returns anything
-    msgspec can write as JSON. ``routes`` are served besides. Whoever does not read is disconnected, and
-    the number of connections is bounded: see :class:`BoundedConfig`. Over loopback the ``Host`` header must
-    name this machine: see :class:`~hypha.telemetry.hosts.LocalNames`. Raises ConfigError when the address
-    cannot be bound.
+    msgspec can write as JSON. ``routes`` are served besides; ``lookups``, by name, as ``status`` is, but only
+    where nobody beyond this machine can ask. Whoever does not read is disconnected, and the number of
+    connections is bounded: see :class:`BoundedConfig`. Over loopback the ``Host`` header must name this
+    machine: see :class:`~hypha.telemetry.hosts.LocalNames`. Raises ConfigError when the address cannot be
+    bound.
     """
 
     async def get_health(_: Request) -> Response:
@@ -68,10 +77,12 @@ async def serve_http(
             return _json(snapshot(), 200)
 
         served.append(Route("/status", get_status))
+    served += [_lookup(name, look, is_loopback(address)) for name, look in lookups.items()]
     config = BoundedConfig()
     # bound here: hypercorn would leave the socket open when it cannot be
     config.bind = [f"fd://{_listen(address).detach()}"]
     config.accesslog = None
+    config.keep_alive_timeout = KEEP_ALIVE_S
     # its "Running on ... (CTRL + C to quit)" is below the level third parties log at
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
@@ -83,6 +94,15 @@ async def serve_http(
         actual = binds[0].split("//", 1)[-1]
         logger.info("Local HTTP listens on http://%s.", actual, extra={"http_address": actual})
         task_status.started(actual)
+
+
+def _lookup(name: str, look: Callable[[], object], local: bool) -> Route:
+    async def get(_: Request) -> Response:
+        if not local:
+            return PlainTextResponse("This is told on a loopback address only.\n", 403)
+        return _json(look(), 200)
+
+    return Route(f"/{name}", get)
 
 
 def _listen(address: str) -> socket.socket:

@@ -135,6 +135,18 @@ TRANSFER_DURATION = Histogram(
 TRANSFER_BYTES = Counter(
     "hypha.transfer.bytes", "{byte}", "Bytes of files that arrived.", _transfer, _direction
 )
+PACKED_BYTES = Counter(
+    "hypha.transfer.packed.bytes",
+    "{byte}",
+    "Blocks of files that were compressed on their way, before and after; the others do not count.",
+    Label("stage", ("before", "after")),
+)
+CAPPED = Counter(
+    "hypha.transfer.capped",
+    "{second}",
+    "Seconds that transfers, and at a gateway circuits, have waited for a cap of the line ([limits]).",
+    _direction,
+)
 CERTIFICATE_EXPIRES = Gauge(
     "hypha.certificate.expires",
     "{second}",
@@ -354,6 +366,18 @@ RESOURCES_FREE = Gauge(
     "{unit}",
     "What could be offered now: cores, and GB of the rest.",
     Label("resource", ("cpu", "memory", "gpu", "storage")),
+)
+RESOURCES_CAPACITY = Gauge(
+    "hypha.worker.resources.capacity",
+    "{unit}",
+    "What there is to offer: as configured, and no more than this machine has.",
+    Label("resource", ("cpu", "memory", "gpu", "storage")),
+)
+LIMITS_EXCEEDED = Counter(
+    "hypha.executor.limits.exceeded",
+    "{executor}",
+    "Executors that ended for what they took beyond their lease.",
+    Label("resource", ("memory", "disk", "processes")),
 )
 SYSTEM_CPU = Gauge("system.cpu.utilization", "{ratio}", "OpenTelemetry's name for the same.")
 SYSTEM_MEMORY = Gauge(

@@ -127,8 +127,8 @@ def watch_process() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class GpuReading:
-    """A GPU: its number, its driver's identifier, what share of the time it computes, bytes in use and bytes
-    that there are.
+    """A GPU: its number, its driver's identifier, what share of the time it computes, bytes in use, bytes
+    that there are, and its model.
     """
 
     index: str
@@ -136,6 +136,7 @@ class GpuReading:
     utilization: float
     used_bytes: int
     total_bytes: int
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,13 +207,13 @@ class _Gpus:
 
     def __init__(self) -> None:
         self._library: Any = None
-        self._devices: list[tuple[str, str, Any]] | None = None
+        self._devices: list[tuple[str, str, str, Any]] | None = None
 
     def read(self) -> tuple[GpuReading, ...]:
         if self._devices is None:
             self._devices = self._find()
         found = []
-        for index, identifier, handle in self._devices:
+        for index, identifier, model, handle in self._devices:
             with contextlib.suppress(self._library.NVMLError):
                 memory = self._library.nvmlDeviceGetMemoryInfo(handle)
                 found.append(
@@ -222,11 +223,12 @@ class _Gpus:
                         self._library.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
                         int(memory.used),
                         int(memory.total),
+                        model,
                     )
                 )
         return tuple(found)
 
-    def _find(self) -> list[tuple[str, str, Any]]:
+    def _find(self) -> list[tuple[str, str, str, Any]]:
         try:
             import pynvml
         except ImportError:
@@ -237,7 +239,12 @@ class _Gpus:
                 pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
             ]
             devices = [
-                (str(index), str(pynvml.nvmlDeviceGetUUID(handle)), handle)
+                (
+                    str(index),
+                    str(pynvml.nvmlDeviceGetUUID(handle)),
+                    str(pynvml.nvmlDeviceGetName(handle)),
+                    handle,
+                )
                 for index, handle in enumerate(handles)
             ]
         except pynvml.NVMLError as exc:

@@ -45,6 +45,14 @@ class _Http1(H11Protocol):
         if not isinstance(self.config, BoundedConfig):
             await super()._check_protocol(event)
 
+    async def _create_stream(self, request: h11.Request) -> None:
+        # there is nothing to change to: whoever asks for it is answered as if they had not
+        kept = [(name, value) for name, value in request.headers.raw_items() if name.lower() != b"upgrade"]
+        plain = h11.Request(
+            method=request.method, target=request.target, headers=kept, http_version=request.http_version
+        )
+        await super()._create_stream(plain)
+
 
 class _Server(TCPServer):
     _client_left = False

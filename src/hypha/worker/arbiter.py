@@ -2,20 +2,27 @@
 
 Requests heard within a short window compete: those this worker can and wants to serve are ordered by bid per
 weighted unit of what they ask for, and as long as something is free each gets an offer with a temporary lease
-behind it, so nothing is promised twice. A request heard again (schedulers repeat them) gets no second offer
-while a lease for it lives, and a scheduler holds one temporary lease at most for each class of executor.
-Nothing is held for a scheduler that cannot be reached: its request waits until it is. One whose offers come
-to nothing again and again (they cannot be delivered, or are kept without an answer) is offered nothing for a
-while, which grows until it accepts one. What a strategy offers:
+behind it, so nothing is promised twice. A bid counts for more the longer its scheduler has waited here
+(:mod:`hypha.worker.ageing`), so that nobody waits for ever; a lease that runs is never taken away for it. A
+request heard again (schedulers repeat them) gets no second offer while a lease for it lives, and a scheduler
+holds one temporary lease at most for each class of executor. Nothing is held for a scheduler that cannot be
+reached: its request waits until it is. One whose offers come to nothing again and again (they cannot be
+delivered, or are kept without an answer) is offered nothing for a while, which grows until it accepts one.
+What a strategy offers:
 
-- ``flexible``: exactly what was asked for.
+- ``flexible``: exactly what was asked for. ``utilization`` and ``affinity`` offer the same, at a price that
+  follows the load, or is lower for some (:mod:`hypha.worker.pricing`).
 - ``whole``: to a training job everything that is free at that moment, since a larger batch is what it
   can use it for; to a parameter server, which has no use for more, exactly what was asked for. So a
   worker hosts both under two leases when the parameter server comes first, and never when it does not:
   an owner who wants both in any order takes ``flexible``.
 
-The price offered is the owner's, or the bid where that is higher: a scheduler pays what it bids, else
-outbidding others would cost nothing.
+GPU memory is given of one GPU, or of several that nobody uses (:mod:`hypha.worker.devices`): what is free on
+no GPU by itself is not offered.
+
+The price offered is the worker's at that moment, or the bid where that is higher: a scheduler pays what it
+bids, else outbidding others would cost nothing. An offer above the bid is a counter-offer: its scheduler
+takes it where it is within its private maximum, and refuses it at once where it is not.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from hypha.config.models import OfferConfig
 from hypha.features import OURS, Abilities, printable
@@ -47,8 +54,11 @@ from hypha.leases import (
     Tick,
 )
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
-from hypha.resources import fits, is_valid, weighted_capacity
+from hypha.resources import add_up, fits, is_valid, weighted_capacity
 from hypha.runtime import new_id
+from hypha.worker.ageing import Ageing, Waiter
+from hypha.worker.devices import GpuBoard
+from hypha.worker.pricing import Pricing, load_of
 
 #: of an arbiter's entries in a journal
 NAME = "arbiter"
@@ -72,12 +82,13 @@ _REMEMBERED = 1024
 
 class Heard(Struct, frozen=True, tag=True):
     """``request`` was published by the authenticated ``publisher``. Unless it is ``reached``, a connection to
-    it is being made, and :class:`Reached` follows.
+    it is being made, and :class:`Reached` follows. ``cached``: slices of its dataset are here.
     """
 
     publisher: str
     request: WorkerRequest
     reached: bool = True
+    cached: bool = False
 
 
 class Reached(Struct, frozen=True, tag=True):
@@ -106,16 +117,27 @@ class Close(Struct, frozen=True, tag=True):
     """Offer nothing any more; leases go on (a worker that is about to stop)."""
 
 
+class Reopen(Struct, frozen=True, tag=True):
+    """Make offers again, after :class:`Close`."""
+
+
+#: of a table of the configuration
+Value = str | float | bool | list[str] | None
+
+
 class ArbiterBegan(Struct, frozen=True, tag=True):
     """What an arbiter was made from: the first entry of its journal."""
 
     total: Resources
     executors: tuple[ExecutorDescriptor, ...]
-    terms: dict[str, str | float]
+    terms: dict[str, str | float | bool | dict[str, Value] | None]
     abilities: Abilities = Abilities()
+    gpus: tuple[float, ...] = ()
 
 
-ArbiterEvent = Heard | Reached | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close
+ArbiterEvent = (
+    Heard | Reached | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close | Reopen
+)
 
 
 # --- out ------------------------------------------------------------------------------------------------
@@ -151,16 +173,17 @@ class _Waiting:
     before: float
     order: int
     reached: bool = True
+    cached: bool = False
 
     @property
-    def key(self) -> tuple[float, int]:
-        """Best first: bid per weighted unit asked for; a request for nothing comes last."""
-        weight = weighted_capacity(self.request.resources)
-        return (-(self.request.bid / weight) if weight > 0 else 0.0, self.order)
+    def waiter(self) -> Waiter:
+        """Who waits, to :class:`~hypha.worker.ageing.Ageing`."""
+        return self.request.scheduler.peer, self.request.executor.kind
 
 
 class Arbiter:
-    """Decides for one worker with ``total`` resources that runs ``executors``, on the terms ``terms``.
+    """Decides for one worker with ``total`` resources that runs ``executors``, on the terms ``terms``; the
+    GPU memory among them is that of ``gpus``, GB of each, where these are known.
 
     ``worker`` gives its own reference at the moment of an offer (addresses change), ``new_id`` lease ids.
     ``abilities`` go with every offer, and nothing is offered to who needs others.
@@ -175,15 +198,20 @@ class Arbiter:
         new_id: Callable[[], str] = lambda: new_id(),
         journal: Journal | None = None,
         abilities: Abilities = OURS,
+        gpus: Sequence[float] = (),
     ) -> None:
         executors = tuple(executors)
         self._journal = journal
         if journal is not None:
-            began = ArbiterBegan(total, executors, terms.model_dump(mode="json"), abilities)
+            began = ArbiterBegan(total, executors, terms.model_dump(mode="json"), abilities, tuple(gpus))
             journal.note(NAME, 0.0, began, (), {})
         self.book = LeaseBook(total, journal)
+        #: which lease has which of them
+        self.gpus = GpuBoard(gpus)
         self._executors = frozenset((executor.kind, executor.name) for executor in executors)
         self._terms = terms
+        self.pricing = Pricing(terms)
+        self._ageing = Ageing(terms, self.book)
         self._abilities = abilities
         self._worker = worker
         self._new_id = new_id
@@ -201,9 +229,17 @@ class Arbiter:
         self._drawn: list[tuple[str, PeerRef]] = []
 
     @property
+    def is_closed(self) -> bool:
+        """It makes no offers any more."""
+        return self._closed
+
+    @property
     def next_wake(self) -> float | None:
-        """When the next :class:`Tick` is due: the window's end or an expiry; None when nothing is."""
-        moments = [moment for moment in (self._window_ends, self.book.next_wake) if moment is not None]
+        """When the next :class:`Tick` is due: the window's end, an expiry or another price; None when nothing
+        is.
+        """
+        due = (self._window_ends, self.book.next_wake, self.pricing.next_wake)
+        moments = [moment for moment in due if moment is not None]
         moments.extend(waiting.before for waiting in self._unreached.values())
         return min(moments, default=None)
 
@@ -211,6 +247,9 @@ class Arbiter:
         """Apply ``event`` at ``now``."""
         self._drawn.clear()
         actions = self._apply(event, now)
+        # what is only held with an offer is no load yet
+        used = add_up(lease.resources for lease in (*self.book, *self.book.draining) if lease.accepted)
+        self.pricing.follow(load_of(used, self.book.total), now)
         if self._journal is not None:
             self._journal.note(NAME, now, event, actions, self._summary(), self._drawn)
             if self._journal.checked:
@@ -233,18 +272,37 @@ class Arbiter:
             assert self.book.live_for(*key) is None, f"{request.request_id} waits and has a lease"
         held = [(lease.scheduler, lease.request_id) for lease in self.book]
         assert len(held) == len(set(held)), "a request has two leases"
+        for lease in self.book:
+            assert lease.price >= self._terms.floor, f"{lease.lease_id} is below the owner's floor"
+        self.pricing.validate()
+        self._ageing.validate(now)
+
+    def contention(self, lease: Lease, now: float) -> tuple[bool, bool]:
+        """Whether another scheduler was refused for lack of what is leased, and still asks; and whether one
+        of them has asked for longer than that of ``lease``.
+        """
+        return self._ageing.contention((lease.scheduler, lease.request_id), now)
 
     def _summary(self) -> dict[str, object]:
         """Of its state, for the journal."""
-        return {"waiting": len(self._waiting), "leases": len(self.book), "closed": self._closed}
+        return {
+            "waiting": len(self._waiting),
+            "leases": len(self.book),
+            "closed": self._closed,
+            "price_level": self.pricing.level,
+        }
 
     def _apply(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
         actions: list[ArbiterAction] = []
         match event:
-            case Heard(publisher, request, reached):
+            case Heard(publisher, request, reached, cached):
                 actions.extend(self.book.handle(Tick(), now))
                 self._notice(actions, now)
-                refusal = self._unfit(publisher, request) or self._enter(request, reached, now)
+                refusal = (
+                    self._unfit(publisher, request)
+                    or self._too_low(request, cached)
+                    or self._enter(request, reached, cached, now)
+                )
                 if refusal is not None:
                     actions.append(Ignored(request.request_id, publisher, *refusal))
             case Reached(scheduler, reached):
@@ -252,14 +310,17 @@ class Arbiter:
             case OfferFailed(lease_id, _, undelivered):
                 lease = self.book.get(lease_id)
                 revoked = self.book.handle(Revoke(lease_id), now)
-                self._notice(revoked, now)
+                # who was not reached has not refused anything, and goes on waiting
+                self._notice(revoked, now, refused=not undelivered)
                 if undelivered and lease is not None and not lease.accepted:
                     self._blame(lease.scheduler, now)
                 actions.extend(revoked)
             case RenewAsked(lease_id, caller):
                 renewed = self.book.handle(Renew(lease_id, caller, self._terms.lease_s), now)
-                if any(isinstance(one, Granted) and one.lease.lease_id == lease_id for one in renewed):
-                    self._failures.pop(caller, None)
+                for one in renewed:
+                    if isinstance(one, Granted) and one.lease.lease_id == lease_id:
+                        self._failures.pop(caller, None)
+                        self._ageing.over((caller, one.lease.kind))
                 self._notice(renewed, now)
                 actions.extend(renewed)
             case Close():
@@ -268,12 +329,15 @@ class Arbiter:
                 self._unreached.clear()
                 self._window_ends, self._over = None, False
                 actions.extend(self.book.handle(Tick(), now))
+            case Reopen():
+                self._closed = False
+                actions.extend(self.book.handle(Tick(), now))
             case _:
                 ended = self.book.handle(event, now)
                 self._notice(ended, now)
                 actions.extend(ended)
         if self._window_ends is not None and now >= self._window_ends:
-            wait_until = self._better_ones_by()
+            wait_until = self._better_ones_by(now)
             if wait_until is not None and now < wait_until:
                 self._window_ends = wait_until
                 self._over = True
@@ -284,20 +348,37 @@ class Arbiter:
             actions.append(Ignored(key[1], key[0], "its scheduler could not be reached in time"))
         return actions
 
-    def _better_ones_by(self) -> float | None:
+    def _rank(self, waiting: _Waiting, now: float) -> tuple[float, int]:
+        """Best first: what its bid is worth to the owner, grown with its age, per weighted unit asked for; a
+        request for nothing comes last.
+        """
+        request = waiting.request
+        weight = weighted_capacity(request.resources)
+        if not weight > 0:
+            return 0.0, waiting.order
+        worth = self.pricing.worth(request.bid, request.scheduler.peer, waiting.cached)
+        return -(worth * self._ageing.factor(waiting.waiter, now) / weight), waiting.order
+
+    def _better_ones_by(self, now: float) -> float | None:
         """Until when the decision may wait for a connection to who bids more than all that are reached, so
         that it does not lose for being connected a moment later; None where there is nothing to wait for.
         """
         reached = [waiting for waiting in self._waiting.values() if waiting.reached]
-        best = min((waiting.key for waiting in reached), default=None)
-        if best is None or all(one.reached or one.key > best for one in self._waiting.values()):
+        best = min((self._rank(waiting, now) for waiting in reached), default=None)
+        if best is None or all(one.reached or self._rank(one, now) > best for one in self._waiting.values()):
             return None
         return min(one.before - (1.0 - _CONNECTED_BY) * one.request.offer_within_s for one in reached)
 
-    def _notice(self, actions: Sequence[object], now: float) -> None:
-        """Temporary leases among what has ended that nobody took, and nobody gave back in time."""
+    def _notice(self, actions: Sequence[object], now: float, refused: bool = True) -> None:
+        """Temporary leases among what has ended that nobody took, and nobody gave back in time. Unless it was
+        not ``refused``, its scheduler begins to wait anew.
+        """
         for action in actions:
+            if isinstance(action, Ended):
+                self._ageing.seen((action.lease.scheduler, action.lease.request_id), now)
             if isinstance(action, Ended) and not action.lease.accepted:
+                if refused:
+                    self._ageing.over((action.lease.scheduler, action.lease.kind))
                 left_s = action.lease.expires_at - now
                 if left_s <= (1.0 - _TOO_LATE) * self._terms.temporary_lease_s:
                     self._blame(action.lease.scheduler, now)
@@ -320,11 +401,11 @@ class Arbiter:
                 late.append(self._waiting.pop(key))
         if not self._waiting:
             self._window_ends, self._over = None, False
-        elif self._over and self._better_ones_by() is None:
+        elif self._over and self._better_ones_by(now) is None:
             self._window_ends = now
         if not reached:
             self._blame(scheduler, now)
-        for waiting in sorted(late, key=lambda one: one.key):
+        for waiting in sorted(late, key=lambda one: self._rank(one, now)):
             if reached:
                 actions.extend(self._offer(waiting, now))
             else:
@@ -335,7 +416,7 @@ class Arbiter:
     def _unfit(self, publisher: str, request: WorkerRequest) -> tuple[str, Cause] | None:
         """Why this worker will never serve ``request``, whatever is free."""
         if self._closed:
-            return "this worker is stopping", "closed"
+            return "this worker is drained, or stopping", "closed"
         if request.scheduler.peer != publisher:
             return "it names another scheduler than the one that published it", "other"
         if (request.executor.kind, request.executor.name) not in self._executors:
@@ -359,12 +440,21 @@ class Arbiter:
             return "it asks for more than this worker has", "resources"
         return None
 
+    def _too_low(self, request: WorkerRequest, cached: bool) -> tuple[str, Cause] | None:
+        """Why its bid gets no offer at this moment, not even one at another price."""
+        asked = self.pricing.asked_of(request.scheduler.peer, cached)
+        if self._terms.counter or request.bid >= asked:
+            return None
+        return f"its bid is below this worker's price of {asked:g}", "price"
+
     def _has_an_offer(self, request: WorkerRequest) -> bool:
         """A temporary lease for its scheduler and class of executor lives."""
         asks = (request.scheduler.peer, request.executor.kind)
         return any((lease.scheduler, lease.kind) == asks and not lease.accepted for lease in self.book)
 
-    def _enter(self, request: WorkerRequest, reached: bool, now: float) -> tuple[str, Cause] | None:
+    def _enter(
+        self, request: WorkerRequest, reached: bool, cached: bool, now: float
+    ) -> tuple[str, Cause] | None:
         """Put ``request`` into the window, or say why not."""
         key = (request.scheduler.peer, request.request_id)
         if self.book.live_for(*key) is not None:
@@ -383,14 +473,16 @@ class Arbiter:
             return "its scheduler asks under too many names", "other"
         self._heard += 1
         order = self._heard if known is None else known.order
-        self._waiting[key] = _Waiting(request, now + request.offer_within_s, order, reached)
+        waiting = _Waiting(request, now + request.offer_within_s, order, reached, cached)
+        self._waiting[key] = waiting
+        self._ageing.heard(waiting.waiter, request.request_id, request.resources, now)
         # half of the time it allows is kept for the way: a short deadline shortens the window
         ends = now + min(self._terms.request_window_s, request.offer_within_s / 2)
         self._window_ends = ends if self._window_ends is None else min(self._window_ends, ends)
         return None
 
     def _decide(self, now: float) -> list[ArbiterAction]:
-        contenders = sorted(self._waiting.values(), key=lambda waiting: waiting.key)
+        contenders = sorted(self._waiting.values(), key=lambda waiting: self._rank(waiting, now))
         self._waiting.clear()
         self._window_ends, self._over = None, False
         actions: list[ArbiterAction] = []
@@ -409,11 +501,25 @@ class Arbiter:
         if self._has_an_offer(request):
             reason = "its scheduler has not answered another offer yet"
             return [Ignored(request.request_id, scheduler.peer, reason, "duplicate")]
+        if (low := self._too_low(request, contender.cached)) is not None:
+            return [Ignored(request.request_id, scheduler.peer, *low)]
         free = self.book.free
-        if not fits(request.resources, free):
+        self.gpus.keep_only(lease.lease_id for lease in (*self.book, *self.book.draining))
+        kept = self._ageing.kept_for(now)
+        kept = None if kept is None or kept[0] == contender.waiter else kept
+        taken = request.resources if kept is None else add_up([request.resources, kept[1]])
+        if not fits(taken, free):
             reason = "what it asks for is not free now"
+            if kept is not None and fits(request.resources, free):
+                reason = "what is free is kept for a request that has waited for longer"
+            self._ageing.blocked(contender.waiter)
             return [Ignored(request.request_id, scheduler.peer, reason, "resources")]
-        whole = self._terms.strategy == "whole" and request.executor.kind == "train"
+        if not self.gpus.fits(request.resources.gpu):
+            reason = "no GPU has as much memory free as it asks for"
+            self._ageing.blocked(contender.waiter)
+            return [Ignored(request.request_id, scheduler.peer, reason, "resources")]
+        free = structs.replace(free, gpu=self.gpus.largest(free.gpu))
+        whole = self._terms.strategy == "whole" and request.executor.kind == "train" and kept is None
         lease_id, worker = self._new_id(), self._worker()
         self._drawn.append((lease_id, worker))
         lease = Lease(
@@ -422,13 +528,14 @@ class Arbiter:
             scheduler=scheduler.peer,
             executor=request.executor,
             resources=free if whole else request.resources,
-            price=max(self._terms.price, request.bid),
+            price=max(self.pricing.asked_of(scheduler.peer, contender.cached), request.bid),
             expires_at=now,
         )
         life_s = self._terms.temporary_lease_s
         actions: list[ArbiterAction] = []
         for answer in self.book.handle(Reserve(lease, life_s), now):
             if isinstance(answer, Granted):
+                self.gpus.place(lease.lease_id, lease.resources.gpu)
                 offer = WorkerOffer(
                     lease_id=lease.lease_id,
                     request_id=request.request_id,
@@ -439,6 +546,7 @@ class Arbiter:
                     version=self._abilities.version,
                     features=self._abilities.features,
                 )
+                self._ageing.offered(contender.waiter)
                 # an offer whose lease has ended by then is no offer
                 actions.append(SendOffer(scheduler, offer, min(contender.before, now + life_s)))
             elif isinstance(answer, Denied):

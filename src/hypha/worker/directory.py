@@ -89,6 +89,20 @@ class JobDirectory:
             raise Refused("no-space", f"the job directory {path} cannot be made: {exc}") from exc
         return cls(path, socket_path, lock)
 
+    @property
+    def occupied(self) -> tuple[Path, ...]:
+        """Where the job's files are: the executor's, and those that the worker has for it."""
+        return (self.path, self._own)
+
+    @property
+    def bounded(self) -> tuple[Path, ...]:
+        """Directories for a quota of the file system: all but that of the slices, which are links to files of
+        the cache, and no file may have names in two quotas.
+        """
+        own = (self._own / name for name in (_RECEIVING, _FETCHING, _SENDING))
+        parts = (self.part(name) for name in PARTS if name != "slices")
+        return (self.path, *parts, self._own, *own)
+
     def part(self, name: str) -> Path:
         """One of :data:`PARTS`."""
         return self.path / name

@@ -55,16 +55,16 @@ from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
 from hypha.worker.allowance import Allowance
 from hypha.worker.cache import SliceCache
+from hypha.worker.confining import Confined, Means
 from hypha.worker.connectors import Connectors
 from hypha.worker.deliveries import Deliveries
-from hypha.worker.devices import GpuPins
+from hypha.worker.devices import GpuShare
 from hypha.worker.directory import JobDirectory
 from hypha.worker.execution_signals import ExecutionSignals
 from hypha.worker.feeds import Arrivals, Directives, Feed
 from hypha.worker.inbox import Inbox
 from hypha.worker.isolation import isolate
 from hypha.worker.keepers import Launch
-from hypha.worker.limits import CgroupPlaces, Limits, apply_limits
 from hypha.worker.manifest_check import ManifestCheck
 from hypha.worker.outbox import Outbox
 from hypha.worker.process import Exit, prepare_launch
@@ -73,6 +73,7 @@ from hypha.worker.slices import SlicePrefetcher
 from hypha.worker.spans import EmitSpans
 from hypha.worker.starting import EndSignals, RunExecutor
 from hypha.worker.storing import Keeping, store_local
+from hypha.worker.usage import Excess
 from hypha.worker.watch import Patience, Watch, keep_watch
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,7 @@ class Workshop:
     cache: SliceCache
     allowance: Allowance
     connectors: Connectors
-    cgroups: CgroupPlaces
-    gpus: GpuPins
+    means: Means
     environment: Mapping[str, str]
     run_executor: RunExecutor
     #: exports the executors' own spans; without, they are not asked for any
@@ -101,10 +101,19 @@ class Workshop:
 
 
 class Execution:
-    """``job`` under ``lease``, run by ``executor``. :meth:`run` is its life."""
+    """``job`` under ``lease``, run by ``executor`` on ``gpus``. :meth:`run` is its life."""
 
-    def __init__(self, workshop: Workshop, lease: Lease, job: Job, executor: ExecutorConfig) -> None:
+    def __init__(
+        self,
+        workshop: Workshop,
+        lease: Lease,
+        job: Job,
+        executor: ExecutorConfig,
+        gpus: GpuShare,
+    ) -> None:
         self.lease = lease
+        self._gpus = gpus
+        self._confined: Confined | None = None
         self._job = job
         self._shop = workshop
         self._executor = executor
@@ -263,7 +272,10 @@ class Execution:
                     f" Its last output:\n{ended.tail}" if failed else "",
                     extra=self._fields,
                 )
-                if failed and self._shop.config.keep_failed_jobs:
+                # what filled the disk is no help there
+                excess = None if self._confined is None else self._confined.excess
+                full = excess is not None and excess.kind == "disk"
+                if failed and self._shop.config.keep_failed_jobs and not full:
                     path = self._directory.keep(ended.tail)
                     kept = True
                     logger.info("The failed executor's files are in %s.", path, extra=self._fields)
@@ -294,49 +306,51 @@ class Execution:
             logger.warning("The scheduler was not told of the executor's end.", extra=self._fields)
 
     async def _run_process(self) -> Exit:
-        config = self._shop.config
-        pinned = self._shop.gpus.pin(self.lease.resources.gpu)
-        limits: Limits | None = None
+        confined: Confined | None = None
         try:
-            limits = apply_limits(config.limits, self._shop.cgroups, self.incarnation, self.lease.resources)
-            logger.info("Starting the executor under %s.", limits.description, extra=self._fields)
-            environment = {**self._shop.environment, **limits.environment, **pinned}
+            confined = self._confined = Confined(
+                self._shop.means, self.incarnation, self.lease.resources, self._gpus, self._directory
+            )
+            logger.info("Starting the executor. Limits: %s.", confined.description, extra=self._fields)
+            environment = confined.environment(self._shop.environment)
             launch = prepare_launch(self._executor, self._job, self._directory, environment)
             if self._executor.runtime == "bwrap":
-                launch = isolate(launch, self._executor, self._directory, config)
-            ended = await self._serve_process(launch, limits)
-            why = self._watch.verdict
-            if not why and ended.code != 0 and not ended.stopped:
-                why = limits.verdict()
+                launch = isolate(launch, self._executor, self._directory, self._shop.config)
+            ended = await self._serve_process(confined.launch(launch), confined)
+            if not (why := self._watch.verdict):
+                confined.judge(ended)
+                why = "" if confined.excess is None else confined.excess.message
             return replace(ended, tail=f"{why}\n{ended.tail}".rstrip()) if why else ended
         except (HyphaError, OSError) as exc:
             return Exit(
                 code=NOT_STARTED, tail=f"the worker could not start the executor: {exc}", stopped=False
             )
         finally:
-            self._shop.gpus.release(pinned)
-            if limits is not None:
+            if confined is not None:
                 with trio.CancelScope(shield=True):
-                    await limits.remove()
+                    await confined.remove()
 
-    async def _serve_process(self, launch: Launch, limits: Limits) -> Exit:
+    async def _serve_process(self, launch: Launch, confined: Confined) -> Exit:
         kind = "theta" if self.kind == "train" else "update"
-        hung = trio.Event()
+        kill = trio.Event()
+
+        def exceeded(excess: Excess) -> None:
+            # said before the end is, so that the scheduler knows why there is one
+            self._outbox.put(self.stamp(), ExecutorError(kind=excess.kind, message=excess.message))
+            kill.set()
+
         stop_accepting = self._shop.node.transfers.accept(kind, self._job.job_id, self._gate, self._arrived)
         try:
             async with trio.open_nursery() as nursery:
                 if self._slices is not None:
                     nursery.start_soon(self._slices.run)
-                nursery.start_soon(keep_watch, self._watch, hung)
+                nursery.start_soon(keep_watch, self._watch, kill)
+                nursery.start_soon(confined.watch, exceeded)
                 ended = await self._shop.run_executor(
                     self,
                     self._directory.socket_path,
-                    replace(
-                        launch,
-                        keeper_options=(*launch.keeper_options, *limits.launch_options()),
-                        output_fields=lambda: self._signals.fields,
-                    ),
-                    EndSignals(self._stop, self._shop.config.stop_grace_s, hung),
+                    replace(launch, output_fields=lambda: self._signals.fields),
+                    EndSignals(self._stop, self._shop.config.stop_grace_s, kill),
                 )
                 nursery.cancel_scope.cancel()
                 return ended

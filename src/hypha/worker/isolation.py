@@ -22,6 +22,7 @@ from pathlib import Path
 
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.errors import ConfigError, HyphaError, Problem
+from hypha.worker.devices import sees_no_gpu
 from hypha.worker.directory import READ_PARTS, JobDirectory
 from hypha.worker.keepers import KEEPER, Launch
 
@@ -153,6 +154,7 @@ def _read_only(launch: Launch, executor: ExecutorConfig, config: WorkerConfig) -
     for name in _SEARCHED:
         wanted += map(Path, filter(None, launch.environment.get(name, "").split(os.pathsep)))
     wanted += executor.read_only
+    wanted += [] if executor.accelerate is None else [executor.accelerate.absolute()]
     if program := shutil.which(launch.argv[0], path=launch.environment.get("PATH")):
         wanted += _hops(Path(program))
     shown = _outermost(path for path in wanted if path.is_absolute() and path.exists())
@@ -167,7 +169,7 @@ def _read_only(launch: Launch, executor: ExecutorConfig, config: WorkerConfig) -
 
 def _devices(environment: Mapping[str, str]) -> Iterator[str]:
     """GPUs; none for a lease that reserved none."""
-    if environment.get("CUDA_VISIBLE_DEVICES") == "":
+    if sees_no_gpu(environment):
         return
     devices = sorted(name for pattern in _GPU_DEVICES for name in glob(pattern))
     for name in devices:

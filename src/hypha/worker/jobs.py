@@ -93,7 +93,7 @@ class Jobs:
         desk.lease_for_dispatch(request.lease_id, caller, kind, job.job_id)
         desk.hold(lease.lease_id, self._shop.config.stop_grace_s + KILL_MARGIN_S)
         self._shop.node.learn(job.scheduler)
-        execution = Execution(self._shop, lease, job, executor)
+        execution = Execution(self._shop, lease, job, executor, desk.gpus_of(lease.lease_id))
         self._executions[execution.key] = execution
         if running is not None:
             running.stop("its job is started anew")

@@ -50,6 +50,8 @@ class Launch:
     isolated: bool = False
     #: fields of the log entry of each line of its output, as they are when it is written
     output_fields: Callable[[], Mapping[str, object]] | None = None
+    #: is told the keeper's PID once there is a keeper
+    on_start: Callable[[int], None] | None = None
 
 
 class Keeper(Protocol):

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import trio
+from msgspec import structs
 
 from hypha import keeper
 from hypha.config.inherited import child_environment
-from hypha.config.models import WorkerConfig
+from hypha.config.models import PreemptionConfig, WorkerConfig
 from hypha.errors import ConfigError, Problem
 from hypha.journal import Journal
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
@@ -26,15 +27,24 @@ from hypha.telemetry.logs import bind
 from hypha.worker.allowance import Allowance
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.cache import SliceCache
+from hypha.worker.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
+from hypha.worker.confining import Means
 from hypha.worker.connectors import Connectors
-from hypha.worker.devices import GpuPins, list_gpus
+from hypha.worker.control import serve_control
+from hypha.worker.cores import CorePins
+from hypha.worker.detecting import Machine, detect, lowered, usable_cores
+from hypha.worker.devices import Visibility, memory_of_each
 from hypha.worker.directory import remove_stale
 from hypha.worker.execution import Workshop
+from hypha.worker.given import given_leases
 from hypha.worker.isolation import check_bubblewrap
 from hypha.worker.jobs import Jobs
-from hypha.worker.limits import CgroupPlaces, no_cgroups, usable_cgroups
+from hypha.worker.leaving import Leaving
+from hypha.worker.limits import mechanisms, no_cgroups, suffice
 from hypha.worker.offers import LeaseDesk, serve_offers
 from hypha.worker.orphans import Orphans
+from hypha.worker.preemption import notice_left_s, watch_for_notice
+from hypha.worker.quotas import ProjectQuotas, usable_quotas
 from hypha.worker.replicas import ReplicaStore
 from hypha.worker.room import lack_of_room
 from hypha.worker.signals import shown, watch_resources
@@ -45,8 +55,10 @@ from hypha.worker.warm import ExecutorHost, open_host
 
 logger = logging.getLogger(__name__)
 
-#: Once cancelled, whatever is left is cut after this long.
+#: Once cancelled, whatever is left is cut after this long, and after the time of a notice.
 LAST_S = 4.0
+#: Of that, what it takes at most to hand over what was trained, and leases, where no notice is configured.
+STOP_LEAVE_S = 1.5
 
 
 async def work(
@@ -62,13 +74,28 @@ async def work(
         keeper.deny_inspection()
     _check_work_dir(config.work_dir)
     cgroups = usable_cgroups()
-    if config.limits == "cgroup" and not cgroups:
+    if config.limits.enforce == "cgroup" and not suffice(cgroups):
         raise no_cgroups()
-    await in_thread(check_bubblewrap, config)
+    if removed := remove_stale_groups(cgroups):
+        logger.info("Removed %d cgroups that workers which were killed have left behind.", removed)
+    # before anybody looks how much room there is
     for path in remove_stale(config.work_dir):
         logger.warning("Removed %s, which an earlier worker left behind.", path)
+    machine = await in_thread(detect, config.work_dir, child_environment())
+    config, words = offered(config, machine)
+    quotas = await in_thread(usable_quotas, config.work_dir)
+    words |= _in_force(config, cgroups, machine, quotas)
+    means = Means(
+        mode=config.limits.enforce,
+        cgroups=cgroups,
+        max_processes=config.limits.max_processes,
+        gpus=Visibility(machine.gpus),
+        cores=CorePins(usable_cores()),
+        quotas=quotas,
+    )
+    await in_thread(check_bubblewrap, config)
     options = options_from(config, "hypha-worker")
-    async with _in_order() as (first, last):
+    async with _in_order(LAST_S + (config.preemption.notice_s or 0.0)) as (first, last):
         with last:
             async with open_node(options) as node:
                 with first:
@@ -86,9 +113,42 @@ async def work(
                             orphans=orphans if alone else None,
                         )
                         async with watch_resources(config.work_dir, lambda: dict(running)):
+                            node.health_details.append(lambda: words)
                             await serve(
-                                config, node, cgroups, run, emit_spans=emit_spans, task_status=task_status
+                                config,
+                                node,
+                                means,
+                                run,
+                                emit_spans=emit_spans,
+                                task_status=task_status,
                             )
+
+
+def offered(config: WorkerConfig, machine: Machine) -> tuple[WorkerConfig, dict[str, str]]:
+    """``config`` with what may be offered of its resources on ``machine``, and that in words, for its
+    health; what is lowered is logged.
+    """
+    configured = Resources(**config.resources.model_dump())
+    resources, claims = lowered(configured, machine) if config.detect_resources else (configured, ())
+    for claim in claims:
+        logger.warning("%s. Set detect_resources = false where that is wrong.", claim)
+    words = {}
+    for name, found in machine.describe().items():
+        amount = getattr(resources, name)
+        words[f"resource {name}"] = f"{amount:g} offered ({found})"
+    logger.info("Resources: %s.", "; ".join(f"{name.split()[1]} {text}" for name, text in words.items()))
+    section = config.resources.model_copy(update=structs.asdict(resources))
+    return config.model_copy(update={"resources": section}), words
+
+
+def _in_force(
+    config: WorkerConfig, cgroups: CgroupPlaces, machine: Machine, quotas: ProjectQuotas | None
+) -> dict[str, str]:
+    """By what each resource is enforced, for the health of the node; logged, too."""
+    volume = None if quotas is None else quotas.volume
+    found = mechanisms(config.limits.enforce, cgroups, machine.gpus, config.cache.max_gb, volume)
+    logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
+    return {f"limit {name}": by for name, by in found.items()}
 
 
 def _check_work_dir(path: Path) -> None:
@@ -103,9 +163,9 @@ def _check_work_dir(path: Path) -> None:
 
 
 @asynccontextmanager
-async def _in_order() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]]:
-    """Two scopes: cancelled from outside, the first is cancelled at once, the second, shielded, later. So
-    executors are gone and connections closed before the node is cut off.
+async def _in_order(last_s: float) -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]]:
+    """Two scopes: cancelled from outside, the first is cancelled at once, the second, shielded, ``last_s``
+    later. So executors are gone and connections closed before the node is cut off.
     """
     first, last = trio.CancelScope(), trio.CancelScope(shield=True)
 
@@ -114,7 +174,7 @@ async def _in_order() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]
             await trio.sleep_forever()
         finally:
             first.cancel()
-            last.deadline = trio.current_time() + LAST_S
+            last.deadline = trio.current_time() + last_s
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pass_on)
@@ -125,7 +185,7 @@ async def _in_order() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]
 async def serve(
     config: WorkerConfig,
     node: Node,
-    cgroups: CgroupPlaces,
+    means: Means,
     run_executor: RunExecutor = run_process,
     journal: Journal | None = None,
     emit_spans: EmitSpans | None = None,
@@ -133,7 +193,8 @@ async def serve(
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``journal`` is
-    that of its arbiter and its leases; ``emit_spans`` exports the executors' spans.
+    that of its arbiter and its leases; ``emit_spans`` exports the executors' spans; ``gpus`` are those that
+    leases are given, ``quotas`` those of the file system of its ``work_dir``.
     """
     bind(worker_peer_id=node.peer_id)
     environment = child_environment()
@@ -149,8 +210,7 @@ async def serve(
         cache=SliceCache(config.work_dir.resolve() / "cache", config.cache),
         allowance=allowance,
         connectors=Connectors(allowance, node.request, node.transfers.pull),
-        cgroups=cgroups,
-        gpus=GpuPins(list_gpus(environment)),
+        means=means,
         environment=environment,
         run_executor=run_executor,
         emit_spans=emit_spans,
@@ -161,21 +221,67 @@ async def serve(
         config.offer,
         node.ref,
         journal=journal,
+        gpus=memory_of_each(means.gpus.gpus, config.resources.gpu),
     )
-    with contextlib.ExitStack() as gauges:
-        async with trio.open_nursery() as nursery:
-            jobs = Jobs(workshop, nursery)
-            desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended)
-            jobs.answer()
-            if not is_simulated():
-                gauges.enter_context(shown(jobs, desk, workshop.cache))
-            store = ReplicaStore(config.work_dir.resolve() / "checkpoints", config.storage)
-            storage = StorageDesk(node, store, lambda: desk.leases)
-            storage.answer()
-            await nursery.start(serve_offers, node, desk, lambda: lack_of_room(config.work_dir))
-            if config.http_address is not None:
-                await nursery.start(serve_http, config.http_address, lambda: health_of(node))
-            task_status.started(node.ref())
-            await node.wait_connected()
-            nursery.start_soon(storage.announce)
-            logger.info("The worker is connected and waits for requests.", extra={"peer_id": node.peer_id})
+    stopped = trio.Event()
+    # cancelled from outside, the worker goes on for a moment: it leaves first
+    async with trio.open_nursery() as outside:
+        outside.start_soon(_set_when_cancelled, stopped)
+        with trio.CancelScope(shield=True), contextlib.ExitStack() as gauges:
+            async with trio.open_nursery() as nursery:
+                jobs = Jobs(workshop, nursery)
+                desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended, workshop.cache.datasets)
+                leaving = Leaving(node, desk)
+                nursery.start_soon(_end_when_left, leaving, config.preemption, stopped, nursery.cancel_scope)
+                jobs.answer()
+                node.health_details.append(lambda: {"offers": leaving.in_words})
+                if not is_simulated():
+                    gauges.enter_context(shown(jobs, desk, workshop.cache))
+                    await nursery.start(serve_control, config.work_dir, leaving, lambda: len(desk.leases))
+                store = ReplicaStore(config.work_dir.resolve() / "checkpoints", config.storage)
+                storage = StorageDesk(node, store, lambda: desk.leases)
+                storage.answer()
+                await nursery.start(serve_offers, node, desk, lambda: lack_of_room(config.work_dir))
+                if config.http_address is not None:
+                    leases = {"leases": lambda: given_leases(desk, leaving)}
+                    health = partial(serve_http, config.http_address, lambda: health_of(node), lookups=leases)
+                    await nursery.start(health)
+                task_status.started(node.ref())
+                await node.wait_connected()
+                nursery.start_soon(storage.announce)
+                logger.info(
+                    "The worker is connected and waits for requests.", extra={"peer_id": node.peer_id}
+                )
+        outside.cancel_scope.cancel()
+
+
+async def _set_when_cancelled(event: trio.Event) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        event.set()
+
+
+async def _end_when_left(
+    leaving: Leaving, config: PreemptionConfig, stopped: trio.Event, scope: trio.CancelScope
+) -> None:
+    """Have the worker leave when it is ``stopped``, or there is notice of its machine's end, and cancel
+    ``scope`` once it has left, whoever had it leave.
+    """
+
+    async def when_stopped() -> None:
+        await stopped.wait()
+        within_s = notice_left_s(config, polled=False)
+        told = "it was told to stop"
+        leaving.begin(STOP_LEAVE_S if within_s is None else within_s, told, patient=within_s is not None)
+
+    async def at_notice() -> None:
+        notice = await watch_for_notice(config)
+        leaving.begin(notice_left_s(config, polled=True) or STOP_LEAVE_S, notice)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(when_stopped)
+        nursery.start_soon(at_notice)
+        await leaving.run()
+        nursery.cancel_scope.cancel()
+    scope.cancel()

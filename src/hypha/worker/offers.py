@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import trio
 from msgspec import structs
@@ -28,7 +28,7 @@ from hypha.messages import (
     WorkerOffer,
     WorkerRequest,
 )
-from hypha.node import Node
+from hypha.node import Changes, Node
 from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import failed, span, start_span, traceparent
 from hypha.tracing.operations import EVALUATE, SEND_OFFER
@@ -44,8 +44,11 @@ from hypha.worker.arbiter import (
     OfferFailed,
     Reached,
     RenewAsked,
+    Reopen,
     SendOffer,
 )
+from hypha.worker.devices import GpuShare
+from hypha.worker.pricing import Pricing
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +64,19 @@ class LeaseDesk:
     """The leases of one worker, under trio's monotonic clock.
 
     ``on_expired`` is called, once and from within the loop, with every lease that ended while it was
-    accepted, whether it expired or was released; it must not block.
+    accepted, whether it expired or was released; it must not block. ``datasets`` gives the names of those of
+    which slices are in the cache.
     """
 
-    def __init__(self, arbiter: Arbiter, on_expired: Callable[[Lease], None]) -> None:
+    def __init__(
+        self,
+        arbiter: Arbiter,
+        on_expired: Callable[[Lease], None],
+        datasets: Callable[[], Collection[str]] = frozenset,
+    ) -> None:
         self._arbiter = arbiter
         self._on_expired = on_expired
+        self._datasets = datasets
         self._wake = trio.Event()
         #: requests for workers since a lease was last there, and why the last one got no offer
         self._requests, self._no_offer = 0, ""
@@ -77,6 +87,8 @@ class LeaseDesk:
         self._evaluated_in: dict[str, str] = {}
         #: what this version lacks, as it was logged
         self._told: set[str] = set()
+        #: notes everything that happens to leases
+        self.changes = Changes()
 
     @property
     def leases(self) -> tuple[Lease, ...]:
@@ -92,6 +104,19 @@ class LeaseDesk:
     def total(self) -> Resources:
         """What the worker has."""
         return self._arbiter.book.total
+
+    def gpus_of(self, lease_id: str) -> GpuShare:
+        """What this lease was given of the worker's GPUs."""
+        return self._arbiter.gpus.share_of(lease_id)
+
+    @property
+    def pricing(self) -> Pricing:
+        """What is asked for now, and the load that it follows."""
+        return self._arbiter.pricing
+
+    def contention(self, lease: Lease, now: float) -> tuple[bool, bool]:
+        """Whether other schedulers ask for what is leased, and whether one has asked for longer."""
+        return self._arbiter.contention(lease, now)
 
     def lease_for_dispatch(
         self, lease_id: str, caller: str, kind: ExecutorClass, job_id: str | None = None
@@ -120,6 +145,20 @@ class LeaseDesk:
             evaluating.end()
         self._evaluating.clear()
 
+    def reopen(self) -> None:
+        """Make offers again."""
+        self.handle(Reopen())
+
+    @property
+    def is_closed(self) -> bool:
+        """Nothing is offered any more."""
+        return self._arbiter.is_closed
+
+    @property
+    def draining(self) -> bool:
+        """An executor whose lease is over has not ended yet."""
+        return bool(self._arbiter.book.draining)
+
     def hear(
         self, publisher: str, request: WorkerRequest, heard_in: str | None = None, reached: bool = True
     ) -> list[ArbiterAction]:
@@ -145,7 +184,8 @@ class LeaseDesk:
             request.bid,
             extra={"request_id": request.request_id, "peer_id": publisher},
         )
-        return self.handle(Heard(publisher, request, reached))
+        cached = request.dataset is not None and request.dataset in self._datasets()
+        return self.handle(Heard(publisher, request, reached, cached))
 
     def evaluated_in(self, lease_id: str) -> str | None:
         """The ``traceparent`` of the span that the offer of that lease came out of; returned once."""
@@ -176,6 +216,7 @@ class LeaseDesk:
                 case Granted() | Denied():
                     pass  # what whoever asked is told, from what is returned
         self._wake.set()
+        self.changes.note()
         return actions
 
     async def run(self, deliver: Callable[[SendOffer], None]) -> None:
@@ -272,8 +313,13 @@ async def serve_offers(
     async def renew(caller: str, request: RenewLease) -> LeaseRenewed:
         lease = granted(desk.handle(RenewAsked(request.lease_id, caller)), request.lease_id)
         logger.debug("Lease renewed successfully", extra={"lease_id": lease.lease_id, "peer_id": caller})
+        now = trio.current_time()
+        contended, outranked = desk.contention(lease, now)
         return LeaseRenewed(
-            lease_id=lease.lease_id, expires_in_s=max(0.0, lease.expires_at - trio.current_time())
+            lease_id=lease.lease_id,
+            expires_in_s=max(0.0, lease.expires_at - now),
+            contended=contended,
+            outranked=outranked,
         )
 
     async def release(caller: str, request: ReleaseLease) -> Acknowledged:

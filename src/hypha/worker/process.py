@@ -24,6 +24,7 @@ from hypha.messages import AggregateJob, ExecutorClass, HuggingFace, Job, Refere
 from hypha.telemetry.instruments import EXECUTOR_STARTS
 from hypha.worker.directory import JobDirectory
 from hypha.worker.keepers import KILLED_WITHIN_S, Keeper, Launch, OwnExecutor, end_keeper, start_keeper
+from hypha.worker.limits import thread_environment
 from hypha.worker.orphans import Orphans
 from hypha.worker.warm import ExecutorHost
 
@@ -31,6 +32,9 @@ logger = logging.getLogger("hypha.worker.executor")
 
 #: Hypha's own executors, for a configuration without ``cmd``.
 OWN_EXECUTORS = {"train": "hypha.executor.training", "aggregate": "hypha.executor.parameter_server"}
+
+#: Starts the training one on several devices.
+LAUNCHER = "hypha.executor.launch"
 
 #: An isolated executor that signal N ended has the exit code 128 + N.
 SIGNALLED = 128
@@ -99,7 +103,13 @@ def prepare_launch(
         "{JOB_FILE}": str(job_file),
     }
     own: OwnExecutor | None = None
-    if config.cmd is None:
+    if config.accelerate is not None:
+        # it has a process for each device: nothing that a host could fork
+        command = [
+            *(sys.executable, "-m", LAUNCHER, str(config.accelerate.absolute())),
+            *(config.args or ["{SOCKET_PATH}"]),
+        ]
+    elif config.cmd is None:
         own = OwnExecutor(OWN_EXECUTORS[config.kind], torch_only=_torch_only(job))
         command = [sys.executable, "-m", own.module, *(config.args or ["{SOCKET_PATH}"])]
     else:
@@ -114,6 +124,7 @@ def prepare_launch(
         argv=tuple(_substitute(part, values) for part in command),
         environment={
             **environment,
+            **({} if config.threads is None else thread_environment(config.threads)),
             **{name: _substitute(value, values) for name, value in config.env.items()},
             "SOCKET_PATH": values["{SOCKET_PATH}"],
             "WORK_DIR": values["{WORK_DIR}"],
@@ -207,6 +218,8 @@ async def run_executor(
     )
     if running is not None:
         running[keeper.pid] = launch.kind
+    if launch.on_start is not None:
+        launch.on_start(keeper.pid)
     try:
         return await _attend(keeper, launch, stop, grace_s, kill, task_status)
     finally:

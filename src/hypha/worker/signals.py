@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from hypha.messages import ExecutorClass
+from hypha.messages import ExecutorClass, Resources
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import Reading
 from hypha.telemetry.resources import watch_disks, watch_machine
@@ -28,16 +28,21 @@ def shown(jobs: Jobs, desk: LeaseDesk, cache: SliceCache) -> Iterator[None]:
             ({"state": "temporary"}, accepted.count(False)),
         ]
 
-    def free() -> Iterable[Reading]:
-        now = desk.free
-        return [({"resource": name}, getattr(now, name)) for name in ("cpu", "memory", "gpu", "storage")]
+    def amounts(of: Resources) -> Iterable[Reading]:
+        return [({"resource": name}, getattr(of, name)) for name in ("cpu", "memory", "gpu", "storage")]
 
-    for counter in (metrics.TRAINING_SAMPLES, metrics.WORKER_OFFERS, metrics.CACHE_LOOKUPS):
+    for counter in (
+        metrics.TRAINING_SAMPLES,
+        metrics.WORKER_OFFERS,
+        metrics.CACHE_LOOKUPS,
+        metrics.LIMITS_EXCEEDED,
+    ):
         counter.begin()
     with (
         metrics.WORKER_JOBS.watch(lambda: [({"kind": kind}, jobs.running(kind)) for kind in _KINDS]),
         metrics.WORKER_LEASES.watch(leases),
-        metrics.RESOURCES_FREE.watch(free),
+        metrics.RESOURCES_FREE.watch(lambda: amounts(desk.free)),
+        metrics.RESOURCES_CAPACITY.watch(lambda: amounts(desk.total)),
         metrics.CACHE_BYTES.watch(lambda: float(cache.size_bytes)),
     ):
         yield

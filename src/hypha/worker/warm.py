@@ -382,7 +382,9 @@ async def open_host(
     """The host that ``config`` says, if any. It is gone when the block ends, a shared one excepted.
     ``starting`` is held while one is started and not known yet.
     """
-    forked = any(one.cmd is None and one.runtime == "process" for one in config.executors)
+    forked = any(
+        one.cmd is None and one.accelerate is None and one.runtime == "process" for one in config.executors
+    )
     if not config.warm or sys.platform != "linux" or not forked:
         yield None
     elif config.warm_host is not None:

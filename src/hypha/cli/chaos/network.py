@@ -157,6 +157,8 @@ class Network:
         keys = {
             "work_dir": str(self.root / f"work-{name}"),
             "resources": offered,
+            # it plays a machine of its own, and all of them are on one
+            "detect_resources": False,
             **warm_keys(self.executor_host),
             **keys,
         }

@@ -135,7 +135,9 @@ def write_leaves(place: Place, gateway: str, job: Job, warm: Mapping[str, Any]) 
         name = worker_name(number)
         # room for a training job and a parameter server
         offered = {"cpu": 2, "memory": 8, "storage": 2, "gpu": 0}
-        _write(place, name, {**network, "work_dir": name, "resources": offered, **warm})
+        # each plays a machine of its own, and all of them are on one
+        mine = {"work_dir": name, "resources": offered, "detect_resources": False}
+        _write(place, name, {**network, **mine, **warm})
     _write(
         place,
         "scheduler",

@@ -47,6 +47,8 @@ class Following(Members):
                     self._planned(to.peer, round_, batches, now)
                 case events.Drop(peer=peer, kind="train"):
                     self._gone(peer, "dropped", None, now)
+                case events.LetGo(peer=peer, kind="train"):
+                    self._left(peer, now)
                 case events.Record(entry=record, tracker=tracker):
                     self._recorded(record, tracker is not None, now)
                 case events.Checkpointed(round=round_):

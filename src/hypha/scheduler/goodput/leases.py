@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from hypha.journal import Entry
 from hypha.messages import ExecutorClass
 from hypha.scheduler import allocation
@@ -18,7 +20,7 @@ def nanoseconds(seconds: float) -> int:
     return round(seconds * NANOSECONDS)
 
 
-class Leases:
+class Leases(ABC):
     """The part of :class:`hypha.scheduler.goodput.machine.Goodput` that the others stand on."""
 
     def __init__(self, places: int, began: float) -> None:
@@ -33,6 +35,8 @@ class Leases:
         #: by lease: what was offered, where it is used, why it ended
         self._offered: dict[str, tuple[ExecutorClass, str]] = {}
         self._under: dict[str, int] = {}
+        #: leases for which there is no place yet, in the order in which they were gained
+        self._spare: dict[str, str] = {}
         self._lapsed: dict[str, str] = {}
         #: places that an earlier scheduler had leased
         self._adopted: set[int] = set()
@@ -87,7 +91,11 @@ class Leases:
             self._server_lease, self._server_sign = lease, now
             return None
         vacant = [number for number, place in enumerate(self.places) if not place.peer]
-        if not vacant or any(place.peer == peer for place in self.places):
+        if any(place.peer == peer for place in self.places):
+            return None
+        if not vacant:
+            # it is to take the place of a worker that leaves, which has that still
+            self._spare[lease] = peer
             return None
         number = min(vacant, key=lambda one: not self.places[one].failed)
         self.places[number].occupy(peer, lease, now)
@@ -97,6 +105,7 @@ class Leases:
 
     def _lease_lost(self, lease: str, now: int) -> None:
         self._offered.pop(lease, None)
+        self._spare.pop(lease, None)
         why = self._lapsed.pop(lease, None)
         if lease == self._server_lease:
             self._server_lease = None
@@ -112,6 +121,16 @@ class Leases:
         self._adopted.discard(number)
         place.vacate(now)
         self._touched.add(number)
+        if self._spare:
+            lease, peer = next(iter(self._spare.items()))
+            del self._spare[lease]
+            place.occupy(peer, lease, now)
+            self._under[lease] = number
+            self._spare_used(number, now)
+
+    @abstractmethod
+    def _spare_used(self, number: int, now: int) -> None:
+        """The place is that of a worker that was leased before."""
 
     def fail(self, number: int, reason: FailureReason, sign: int, now: int) -> None:
         """What is at the place is lost; its last sign of life was at ``sign``."""

@@ -122,6 +122,36 @@ class Members(Leases):
         place = self.places[number]
         self.fail(number, reason, max(place.heard, place.alive) if sign is None else sign, now)
 
+    def _left(self, peer: str, now: int) -> None:
+        """It was let go, as its worker ends: that is no failure."""
+        member = self._members.pop(peer, None)
+        if member is None:
+            return
+        if member.incarnation:
+            self._past.add(member.incarnation)
+        self._touched.update(range(len(self.places)))
+        number = member.place
+        if number is not None and self.places[number].peer == peer:
+            place = self.places[number]
+            self._counted.add(place.lease)
+            self._trainer.pop(number, None)
+            self._finished.pop(number, None)
+            if place.effort is not None:
+                place.turn("waiting-for-theta", now)
+
+    def _spare_used(self, number: int, now: int) -> None:
+        """Who was leased before its place was free has that now, and may train there already."""
+        peer = self.places[number].peer
+        member = self._members.get(peer)
+        if member is None:
+            return
+        member.place = number
+        if member.started == self._round and not member.done and self._phase in (*OPEN, "closing"):
+            self._trainer[number] = member.incarnation
+            effort = Effort(peer, member.started, member.attempt, member.incarnation, self._unserved_by(now))
+            self._back(number, now)
+            self.places[number].train(effort, now)
+
     def _heard(self, member: TrainingMember, incarnation: str, now: int) -> None:
         """Its executor lives. Where another one trained last, that one is over, and nobody has said so."""
         if member.place is None:

@@ -211,13 +211,21 @@ function hardware(lease) {
   return parts.filter(([amount]) => amount).map(([amount, unit]) => `${amount} ${unit}`).join(", ") || "–";
 }
 
+function ends(lease) {
+  if (lease.leaves_in_s !== null && lease.leaves_in_s !== undefined) {
+    return { text: `${duration(lease.leaves_in_s)}, its worker leaves`, className: "n bad" };
+  }
+  const left = duration(lease.expires_in_s);
+  return lease.suspected ? { text: `${left}, unreachable`, className: "n bad" } : n(left);
+}
+
 function leases() {
   const rows = job.held.map((lease) => [
     mono(peer(lease.peer), lease.peer),
     lease.kind === "aggregate" ? "parameter server" : "training",
     n(String(lease.price)),
     hardware(lease),
-    lease.suspected ? { text: `${duration(lease.expires_in_s)}, unreachable`, className: "n bad" } : n(duration(lease.expires_in_s)),
+    ends(lease),
     mono(lease.lease.slice(0, 8), lease.lease),
   ]);
   fill(get("leases"), rows, "No lease is held yet.", 6);

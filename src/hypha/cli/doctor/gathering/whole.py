@@ -1,0 +1,101 @@
+"""All facts, at the same time as far as they do not disturb each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import trio
+
+from hypha.cli.doctor.facts import Facts, IdentityFacts, MachineFacts, ServedFacts
+from hypha.cli.doctor.gathering.bounded import Gathering
+from hypha.cli.doctor.gathering.identity import gather_identity
+from hypha.cli.doctor.gathering.machine import gather_machine
+from hypha.cli.doctor.gathering.model import parameters_of
+from hypha.cli.doctor.gathering.network import Around, gather_network
+from hypha.cli.doctor.gathering.served import gather_served
+from hypha.cli.doctor.subject import Subject
+from hypha.config.models import DataConfig, DatasetRef
+from hypha.pki.identity import Identity
+from hypha.runtime import in_thread
+
+SERVED_S, MODEL_S = 20.0, 10.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What else to look at: addresses of ``peers``, a ``dataset``; and, ``offline``, nothing beyond this
+    machine.
+    """
+
+    peers: Sequence[str] = ()
+    dataset: DatasetRef | None = None
+    offline: bool = False
+
+
+async def gather(subject: Subject, wanted: Wanted) -> Facts:
+    """All facts of ``subject``. Raises ConfigError where an address to look at is none."""
+    gathering = Gathering()
+    identity_facts, identity = None, None
+    if subject.files is not None:
+        identity_facts, identity = await in_thread(gather_identity, subject.files)
+    machine: list[MachineFacts] = []
+    around: list[Around] = []
+    served: list[ServedFacts] = []
+    parameters: list[int | None] = []
+
+    async def look_at_machine() -> None:
+        machine.append(await gather_machine(gathering, subject.config))
+
+    async def look_at_network(found: Identity) -> None:
+        if subject.config is None:
+            return
+        around.append(
+            await gather_network(gathering, subject, subject.config, found, wanted.peers, wanted.dataset)
+        )
+
+    async def look_at_data(config: DataConfig) -> None:
+        found = await gathering.within(
+            SERVED_S, "the datasets to serve", lambda: in_thread(gather_served, config)
+        )
+        served.extend([found] if found is not None else [])
+
+    async def look_at_model() -> None:
+        if (job := subject.job) is not None:
+            parameters.append(
+                await gathering.within(MODEL_S, "the model's size", lambda: in_thread(parameters_of, job))
+            )
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look_at_machine)
+        nursery.start_soon(look_at_model)
+        if isinstance(subject.config, DataConfig):
+            nursery.start_soon(look_at_data, subject.config)
+        if identity is not None and not wanted.offline:
+            nursery.start_soon(look_at_network, identity)
+    if not around and not wanted.offline and subject.path is not None:
+        gathering.note("the network", _why_not(subject, identity_facts))
+    return Facts(
+        machine=machine[0],
+        identity=identity_facts,
+        network=around[0].network if around else None,
+        dataset=around[0].dataset if around else None,
+        running=around[0].running if around else None,
+        parameters=next(iter(parameters), None),
+        served=_announced(served, around),
+        unknown=tuple(gathering.unknown),
+    )
+
+
+def _why_not(subject: Subject, identity: IdentityFacts | None) -> str:
+    if subject.config is None:
+        return "the configuration is not valid"
+    return "this node has no identity" if identity is None else "its identity cannot be used"
+
+
+def _announced(served: list[ServedFacts], around: list[Around]) -> ServedFacts | None:
+    """A running data node counts the announcements that gateways have taken."""
+    if not served:
+        return None
+    running = around[0].running if around else None
+    return served[0] if running is None else replace(served[0], announced=running.announcements > 0)

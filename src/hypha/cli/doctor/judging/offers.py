@@ -1,0 +1,154 @@
+"""Would this worker's offer be taken by that scheduler's request, and if not, which term fails.
+
+Nothing is compared here that the two do not compare: the worker's own arbiter is told of the request that
+the job's scheduler would publish, and the scheduler's own allocator of the offer that comes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from hypha.cli.doctor import checks
+from hypha.cli.doctor.finding import Check, Finding, Severity
+from hypha.config.models import JobConfig, WorkerConfig
+from hypha.features import needs
+from hypha.leases import Tick
+from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
+from hypha.resources import TOLERANCE
+from hypha.scheduler.allocation import Advertise, Ask, Decline, Offered, Pace, Want
+from hypha.scheduler.allocator import Allocator
+from hypha.scheduler.lives import described
+from hypha.scheduler.pool import asks_from
+from hypha.worker.arbiter import Arbiter, Heard, Ignored, SendOffer
+
+#: nobody's: only that they differ counts
+_SCHEDULER, _WORKER = PeerRef(peer="scheduler"), PeerRef(peer="worker")
+#: between an offer and its acceptance lie a journey there and one back, over the slowest line
+_JOURNEYS_S = 1.0
+Term = Literal["executor", "features", "resources", "price", "other"]
+_CHECKS: dict[Term, Check] = {
+    "executor": checks.OFFER_EXECUTOR,
+    "features": checks.OFFER_FEATURES,
+    "resources": checks.OFFER_RESOURCES,
+    "price": checks.OFFER_PRICE,
+    "other": checks.OFFER_RESOURCES,
+}
+_ROLES: dict[ExecutorClass, str] = {"train": "worker", "aggregate": "parameter_server"}
+_WORDS: dict[ExecutorClass, str] = {"train": "train", "aggregate": "be the parameter server"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a request for ``ask``: an offer that is taken (``term`` is None), or which term fails, and
+    in whose words.
+    """
+
+    ask: Ask
+    term: Term | None = None
+    reason: str = ""
+    by: Literal["worker", "scheduler"] = "worker"
+
+
+def try_offers(worker: WorkerConfig, job: JobConfig) -> tuple[Outcome, Outcome]:
+    """For a training executor, and for a parameter server. Raises ConfigError for a job that is none."""
+    train, aggregate = described(job, _SCHEDULER, "job")
+    asks = asks_from(
+        job.resources,
+        job.dataset.dataset,
+        {"train": needs(train), "aggregate": needs(aggregate)},
+        job.rounds.max_batch_size if job.rounds.batch_size is None else 1,
+    )
+    first, second = (_outcome(worker, job, ask) for ask in asks)
+    return first, second
+
+
+def _outcome(worker: WorkerConfig, job: JobConfig, ask: Ask) -> Outcome:
+    pace = Pace(offer_deadline_s=job.resources.offer_deadline_s)
+    allocator = Allocator((ask,), pace)
+    (published,) = (one for one in allocator.handle(Want(ask.kind, 1), 0.0) if isinstance(one, Advertise))
+    arbiter = Arbiter(
+        Resources(**worker.resources.model_dump()),
+        [ExecutorDescriptor(kind=one.kind, name=one.name) for one in worker.executors],
+        worker.offer,
+        lambda: _WORKER,
+    )
+    request = published.request(_SCHEDULER)
+    decided = [
+        *arbiter.handle(Heard(_SCHEDULER.peer, request), 0.0),
+        *arbiter.handle(Tick(), min(worker.offer.request_window_s, request.offer_within_s / 2)),
+    ]
+    for one in decided:
+        if isinstance(one, Ignored):
+            return Outcome(ask, _term(one.cause), one.reason)
+        if isinstance(one, SendOffer):
+            return _considered(allocator, ask, one.offer)
+    return Outcome(ask, "other", "it makes no offer")
+
+
+def _considered(allocator: Allocator, ask: Ask, offer: WorkerOffer) -> Outcome:
+    for one in allocator.handle(Offered(_WORKER.peer, offer), 0.1):
+        if isinstance(one, Decline):
+            reason = one.reason
+            if one.cause == "price":
+                reason = f"its price is {offer.price:g}, and the job pays {ask.max_price:g} at most"
+            return Outcome(ask, _term(one.cause), reason, "scheduler")
+    return Outcome(ask)
+
+
+def _term(cause: str) -> Term:
+    return cause if cause in ("executor", "features", "resources", "price") else "other"  # type: ignore[return-value]
+
+
+def judge_offers(worker: WorkerConfig, job: JobConfig) -> Iterator[Finding]:
+    """Which term fails, for both classes of executors; a worker need not be good for both."""
+    outcomes = try_offers(worker, job)
+    good = any(one.term is None for one in outcomes)
+    for outcome in outcomes:
+        if outcome.term is None:
+            continue
+        severity: Severity = "error"
+        if good:
+            severity = "note" if outcome.term == "executor" else "warning"
+        yield _finding(worker, job, outcome, severity)
+    deadline_s = job.resources.offer_deadline_s
+    if good and worker.offer.temporary_lease_s < deadline_s + _JOURNEYS_S:
+        yield checks.LEASE_SHORT.found(
+            f"offer.temporary_lease_s is {worker.offer.temporary_lease_s:g} s, and the job collects offers "
+            f"for {deadline_s:g} s before it takes one",
+            f"set offer.temporary_lease_s to at least {deadline_s + 4 * _JOURNEYS_S:g} (the default is 5)",
+        )
+
+
+def _finding(worker: WorkerConfig, job: JobConfig, outcome: Outcome, severity: Severity) -> Finding:
+    ask, kind = outcome.ask, outcome.ask.kind
+    term, role = outcome.term or "other", _ROLES[outcome.ask.kind]
+    what = f"this worker would not {_WORDS[kind]} for {job.name!r}: {outcome.reason}"
+    mend = None
+    if term == "resources":
+        short = list(_short(ask.resources, Resources(**worker.resources.model_dump())))
+        if short:
+            what += f" ({'; '.join(words for _, words in short)})"
+            names = " and ".join(name for name, _ in short)
+            mend = f"raise {names} in the worker's [resources], or lower it in scheduler.job.resources.{role}"
+    elif term == "price":
+        bid, price = ask.bid, f"scheduler.job.resources.{role}_price"
+        if outcome.by == "worker":
+            what += f" and the job bids {bid:g}"
+            mend = f"lower offer.floor to {bid:g}, or raise {price}.bid to {worker.offer.floor:g}"
+        else:
+            mend = f"lower offer.price to {ask.max_price:g}, or raise {price}.max to {worker.offer.price:g}"
+    elif term == "executor":
+        mend = (
+            f'add an [[executors]] entry with class = "{kind}" and name = "{ask.executor.name}", or correct '
+            f"scheduler.job.resources.{role}_executor"
+        )
+    return _CHECKS[term].found(what, mend, severity)
+
+
+def _short(asked: Resources, offered: Resources) -> Iterator[tuple[str, str]]:
+    for name in ("cpu", "memory", "gpu", "storage"):
+        wanted, there = getattr(asked, name), getattr(offered, name)
+        if wanted > there + TOLERANCE:
+            yield name, f"{name}: {wanted:g} is asked for, {there:g} offered"

@@ -1,0 +1,67 @@
+"""A node that runs, by what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hypha.cli.doctor import checks
+from hypha.cli.doctor.facts import Running
+from hypha.cli.doctor.finding import Finding
+
+#: of all worker seconds
+MUCH = 0.2
+#: as the alert HighLeaseRenewalFailures
+FAILING = 0.1
+SLOW_FETCH_S = 60.0
+IDLE = 0.5
+#: of fewer nothing follows
+ENOUGH = 10
+_BADPUT = {
+    "waiting-for-stragglers": (checks.STRAGGLERS, "waiting for slower workers"),
+    "waiting-for-data": (checks.WAITING_FOR_DATA, "waiting for data"),
+    "waiting-for-theta": (checks.SYNCHRONIZATION_OVERHEAD, "synchronising"),
+}
+
+
+_TERMS = {
+    "executor": checks.OFFER_EXECUTOR,
+    "features": checks.OFFER_FEATURES,
+    "resources": checks.OFFER_RESOURCES,
+    "price": checks.OFFER_PRICE,
+    "disk": checks.DISK_FULL,
+}
+
+
+def judge_running(facts: Running) -> Iterator[Finding]:
+    """All of it."""
+    for reason, share in facts.badput.items():
+        if reason in _BADPUT and share > MUCH:
+            check, words = _BADPUT[reason]
+            yield check.found(f"{share:.0%} of the workers' time so far went to {words}")
+    if facts.renewals >= ENOUGH and facts.failed_renewals > FAILING * facts.renewals:
+        yield checks.RENEWALS_FAIL.found(
+            f"{facts.failed_renewals} of {facts.renewals} lease renewals of this scheduler have failed"
+        )
+    if facts.fetches >= ENOUGH and facts.failed_fetches > FAILING * facts.fetches:
+        yield checks.FETCHES_FAIL.found(f"{facts.failed_fetches} of {facts.fetches} fetches of slices failed")
+    elif facts.mean_fetch_s is not None and facts.mean_fetch_s > SLOW_FETCH_S:
+        yield checks.FETCHES_FAIL.found(f"a slice takes {facts.mean_fetch_s:.0f} s to fetch in the mean")
+    yield from _outcomes(facts.requests, "offered", "requests that this worker has heard none got an offer")
+    yield from _outcomes(facts.offers, "accepted", "offers that this scheduler has received none was taken")
+    if facts.training and facts.gpu_utilization and max(facts.gpu_utilization) < IDLE:
+        yield checks.GPU_IDLE.found(
+            f"an executor trains, and the GPU is used for {max(facts.gpu_utilization):.0%}"
+        )
+
+
+def _outcomes(counts: dict[str, int], good: str, words: str) -> Iterator[Finding]:
+    """Where nothing came of all of them: the term that failed most often."""
+    failed = {outcome: count for outcome, count in counts.items() if outcome in _TERMS}
+    if counts.get(good) or not failed:
+        return
+    worst = max(failed, key=lambda outcome: failed[outcome])
+    yield _TERMS[worst].found(
+        f"of {sum(counts.values())} {words}, {failed[worst]} of them for {worst}",
+        "look at the log for which amounts, or `hypha doctor -c <worker.toml> --job <scheduler.toml>`",
+        "warning",
+    )

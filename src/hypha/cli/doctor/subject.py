@@ -1,0 +1,129 @@
+"""Whom the doctor looks at: a configuration of any component, and perhaps a job's.
+
+A configuration that is not valid is no reason to stop: its problems are findings, and the machine and the
+identity files that it names are looked at all the same.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+
+from hypha.access import ROLES
+from hypha.config.loading import load_config
+from hypha.config.models import (
+    COMPONENTS,
+    JobConfig,
+    LeafConfig,
+    NodeConfig,
+    SchedulerConfig,
+    SchedulerSection,
+    Section,
+)
+from hypha.errors import ConfigError, IdentityError, Problem
+from hypha.pki.facts import describe
+from hypha.pki.identity import IdentityFiles
+
+
+class _JobFile(Section):
+    """Of a scheduler's configuration the job alone: certificates, paths and addresses are of its machine."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    scheduler: SchedulerSection
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``config`` is None where ``problems`` say why; ``files`` are named by a file that can be read at all.
+    Without ``path`` only the machine is looked at.
+    """
+
+    component: str = ""
+    path: Path | None = None
+    config: NodeConfig | None = None
+    files: IdentityFiles | None = None
+    problems: tuple[Problem, ...] = ()
+    job: JobConfig | None = None
+
+    @property
+    def program(self) -> str:
+        """``hypha-worker`` and so on."""
+        return f"hypha-{self.component}" if self.component else "hypha"
+
+
+def read_subject(path: Path | None, component: str | None = None, job: Path | None = None) -> Subject:
+    """Raises ConfigError where nothing can be said of whom to look at: no file, no TOML, nobody's keys, or no
+    job in ``job``.
+    """
+    wanted = read_job(job) if job is not None else None
+    if path is None:
+        return Subject(component or "", job=wanted)
+    raw = _read(path)
+    name = component or component_of(raw, path)
+    files = _identity_files(raw, path)
+    try:
+        config = load_config(COMPONENTS[name], path)
+    except ConfigError as exc:
+        return Subject(name, path, None, files, tuple(exc.problems), wanted)
+    files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
+    if wanted is None and isinstance(config, SchedulerConfig):
+        wanted = config.scheduler.job
+    return Subject(name, path, config, files, (), wanted)
+
+
+def read_job(path: Path) -> JobConfig:
+    """The job in a scheduler's configuration. Raises ConfigError."""
+    return load_config(_JobFile, path).scheduler.job
+
+
+def component_of(raw: dict[str, Any], path: Path) -> str:
+    """Whose configuration it is: that component's which alone knows the most of its keys, else that of its
+    certificate's role. Raises ConfigError.
+    """
+    keys = {key.replace("-", "_") for key in raw}
+    shared = set(LeafConfig.model_fields)
+    own = {name: len(keys & (set(model.model_fields) - shared)) for name, model in COMPONENTS.items()}
+    best, second = sorted(own, key=lambda name: -own[name])[:2]
+    if own[best] > own[second]:
+        return best
+    if len(roles := _roles_in(_identity_files(raw, path))) == 1:
+        return roles[0]
+    message = (
+        f"neither its keys nor its certificate's role tell whose it is; say --component {'|'.join(ROLES)}"
+    )
+    raise ConfigError([Problem("", message, str(path))])
+
+
+def _roles_in(files: IdentityFiles | None) -> tuple[str, ...]:
+    """Of the certificate, whether it is good or not."""
+    if files is None:
+        return ()
+    try:
+        return tuple(one for one in describe(files.cert).certificates[0].roles if one in ROLES)
+    except (IdentityError, IndexError):
+        return ()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as exc:
+        raise ConfigError([Problem("", f"it cannot be read: {exc.strerror}", str(path))]) from exc
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise ConfigError([Problem("", f"it is not TOML: {exc}", str(path))]) from exc
+
+
+def _identity_files(raw: dict[str, Any], path: Path) -> IdentityFiles | None:
+    """As the file itself names them, whatever else is wrong in it."""
+    base = path.absolute().parent
+    named = {key.replace("-", "_"): value for key, value in raw.items() if isinstance(value, str)}
+    found = [base / named[key] for key in ("cert_pem", "key_pem", "trust_pem") if key in named]
+    if len(found) != 3:
+        return None
+    crls = base / named["crls_pem"] if "crls_pem" in named else None
+    return IdentityFiles(found[0], found[1], found[2], crls)

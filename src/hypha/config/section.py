@@ -1,0 +1,22 @@
+"""What every table of a configuration file is: frozen, without unknown keys, written with ``_`` or ``-``."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+def _hyphen(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, no unknown keys, ``a_b`` or ``a-b``."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=_hyphen, populate_by_name=True, allow_inf_nan=False
+    )
+
+    #: the key that is meant where text stands in place of the table, as earlier versions had it
+    shorthand: ClassVar[str | None] = None

@@ -1,0 +1,201 @@
+"""The processes of an executor that trains on several devices: one each, joined by torch.distributed.
+
+Rank 0 speaks to the worker; the others do what it broadcasts. Commands and rows go over gloo on this
+machine, gradients and theta over NCCL between GPUs. All of them end together: a process that cannot go on
+leaves its last words in the job directory, where rank 0 finds them, reports them and ends; the launcher ends
+the others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from hypha.config.environment import process_environment
+from hypha.decoding import decode_json
+from hypha.errors import HyphaError, Undecodable
+from hypha.messages import ExecutorError, encode_json
+
+logger = logging.getLogger("hypha.executor.training")
+
+#: A job may be paused for days, and the others wait for a command meanwhile. That one of them is gone shows
+#: by its connections, and that one hangs the worker's watch sees.
+_PATIENCE = datetime.timedelta(days=30)
+#: Gradients are added up in pieces of so many bytes, so that one is on its way while the next is packed.
+_PIECE_BYTES = 25 << 20
+_LOOK_S = 0.2
+#: how long whoever lost another process looks for the last words of that one
+WORDS_WITHIN_S = 2.0
+#: how long a process that said them waits for rank 0 to pass them on
+HEARD_WITHIN_S = 15.0
+#: how gloo, NCCL and TCP say that another process is gone
+_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
+
+
+class ProcessLost(HyphaError):
+    """Another process of this executor is gone, and has not said why."""
+
+
+def is_lost(exc: BaseException) -> bool:
+    """Does ``exc`` say no more than that another process of this executor is gone?"""
+    return isinstance(exc, RuntimeError) and any(text in str(exc) for text in _GONE)
+
+
+class LastWords(msgspec.Struct, frozen=True):
+    """Why the process of ``rank`` cannot go on."""
+
+    rank: int
+    error: ExecutorError
+    exit_code: int
+
+
+def number_of_processes() -> int:
+    """As the launcher has said; 1 without one."""
+    text = process_environment().get("WORLD_SIZE", "1")
+    return int(text) if text.isdigit() else 1
+
+
+class ProcessGroup:
+    """This process as one of ``size``, with ``rank`` from 0, and its device."""
+
+    def __init__(self, directory: Path) -> None:
+        """Joins the others, which join at the same time. ``directory`` is the job's."""
+        self._directory = directory
+        told = process_environment()
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cpu")
+        if cuda:
+            self.device = torch.device("cuda", int(told.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    # --- what rank 0 gives to the others ------------------------------------------------------------
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """``data`` of rank 0, in all processes."""
+        length = torch.tensor([len(data or b"")])
+        dist.broadcast(length, 0)
+        buffer = torch.empty(int(length), dtype=torch.uint8)
+        if data:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if len(buffer):
+            dist.broadcast(buffer, 0)
+        return buffer.numpy().tobytes()
+
+    def send_rows(self, columns: Mapping[str, Tensor], to: int) -> None:
+        """For :meth:`receive_rows` of rank ``to``."""
+        data = save({name: value.contiguous() for name, value in columns.items()})
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.send(torch.tensor([len(buffer)]), to)
+        dist.send(buffer, to)
+
+    def receive_rows(self) -> dict[str, Tensor]:
+        """From rank 0."""
+        length = torch.empty(1, dtype=torch.int64)
+        dist.recv(length, 0)
+        buffer = torch.empty(int(length), dtype=torch.uint8)
+        dist.recv(buffer, 0)
+        found: dict[str, Tensor] = load(buffer.numpy().tobytes())
+        return found
+
+    def broadcast(self, value: Tensor) -> None:
+        """Overwrite the contiguous ``value``, on this process's device, with that of rank 0."""
+        if value.numel():
+            # of bytes there is no type that a backend lacks
+            dist.broadcast(value.reshape(-1).view(torch.uint8), 0)
+
+    # --- sums ---------------------------------------------------------------------------------------
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Over all processes, in place."""
+        dist.all_reduce(value)
+        return value
+
+    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let each process have the sum of all their gradients. What had none anywhere keeps none: an
+        optimizer leaves it alone.
+        """
+        has = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        dist.all_reduce(has, dist.ReduceOp.MAX)
+        pieces: list[list[Tensor]] = [[]]
+        size = 0
+        for parameter, one in zip(parameters, has.tolist(), strict=True):
+            if not one:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if size and size + parameter.grad.nbytes > _PIECE_BYTES:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(parameter.grad)
+            size += parameter.grad.nbytes
+        under_way = []
+        for piece in pieces:
+            if piece:
+                flat = torch.cat([gradient.reshape(-1) for gradient in piece])
+                under_way.append((piece, flat, dist.all_reduce(flat, async_op=True)))
+        for piece, flat, work in under_way:
+            if work is not None:
+                work.wait()
+            at = 0
+            for gradient in piece:
+                gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+                at += gradient.numel()
+
+    # --- ends ---------------------------------------------------------------------------------------
+
+    def say_last(self, error: ExecutorError, exit_code: int) -> None:
+        """Leave the last words of this process where rank 0 looks for them."""
+        path = self._directory / f"last-words-{self.rank}.json"
+        partial = path.with_suffix(".part")
+        partial.write_bytes(encode_json(LastWords(self.rank, error, exit_code)))
+        partial.replace(path)
+
+    def last_words(self, within_s: float = 0.0) -> LastWords | None:
+        """Of the process that failed first, if one has."""
+        return find_last_words(self._directory, within_s)
+
+    def watch(self, end: Callable[[LastWords], None]) -> None:
+        """Call ``end``, in a thread, once another process has said its last words: this one may wait for it
+        in the middle of a step, and would for ever.
+        """
+
+        def look() -> None:
+            while (words := self.last_words()) is None:
+                time.sleep(_LOOK_S)
+            end(words)
+
+        threading.Thread(target=look, name="other processes", daemon=True).start()
+
+
+def find_last_words(directory: Path, within_s: float = WORDS_WITHIN_S) -> LastWords | None:
+    """Of the process that failed first, if one has, or does ``within_s`` seconds from now."""
+    until = time.monotonic() + within_s
+    while True:
+        found = sorted(directory.glob("last-words-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        for path in found:
+            try:
+                return decode_json(path.read_bytes(), LastWords)
+            except Undecodable as exc:
+                logger.warning("%s cannot be read: %s", path.name, exc)
+        if time.monotonic() >= until:
+            return None
+        time.sleep(_LOOK_S / 4)

@@ -1,0 +1,63 @@
+"""The leases that a worker has given, as its operator sees them: ``/leases`` and ``hypha leases``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from hypha.messages import ExecutorClass, Resources, Value
+from hypha.naming import name_of
+
+if TYPE_CHECKING:
+    from hypha.worker.leaving import Leaving
+    from hypha.worker.offers import LeaseDesk
+
+
+class GivenLease(Value, frozen=True):
+    """A lease that a worker has given: to whom, for what, and for how long yet. ``state`` is ``temporary``
+    (held with an offer), ``accepted``, or ``bound`` (a job was dispatched to it).
+    """
+
+    lease: str
+    scheduler: str
+    name: str
+    kind: ExecutorClass
+    executor: str
+    state: str
+    price: float
+    resources: Resources
+    expires_in_s: float
+    job: str = ""
+
+
+class GivenLeases(Value, frozen=True):
+    """What ``/leases`` of a worker answers: its leases, what is free, and whether it makes offers."""
+
+    state: str
+    free: Resources
+    leases: tuple[GivenLease, ...] = ()
+
+
+def given_leases(desk: LeaseDesk, leaving: Leaving) -> GivenLeases:
+    """As they are now."""
+    now = trio.current_time()
+    return GivenLeases(
+        state=leaving.in_words,
+        free=desk.free,
+        leases=tuple(
+            GivenLease(
+                lease=lease.lease_id,
+                scheduler=lease.scheduler,
+                name=name_of(lease.scheduler),
+                kind=lease.kind,
+                executor=lease.executor.name,
+                state="bound" if lease.job_id else "accepted" if lease.accepted else "temporary",
+                price=lease.price,
+                resources=lease.resources,
+                expires_in_s=max(0.0, lease.expires_at - now),
+                job=lease.job_id or "",
+            )
+            for lease in desk.leases
+        ),
+    )

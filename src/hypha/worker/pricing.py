@@ -1,0 +1,112 @@
+"""What a worker asks for one lease at this moment, as a pure machine: :class:`Pricing`.
+
+At rest that is ``offer.price``. With the strategy ``utilization`` it follows the load in steps, so that an
+overloaded worker becomes dearer and an idle one cheaper; between the two thresholds of the load it stays as
+it is (hysteresis), so that one lease more or less does not make it swing. With ``affinity`` it is lower for
+schedulers and data that the owner prefers. It is never below ``offer.floor``.
+"""
+
+from __future__ import annotations
+
+from hypha.config.models import OfferConfig
+from hypha.messages import Resources
+
+#: a bid below this share of the price counts as this share when requests are put in order: one of nothing
+#: would count as nothing however long it waits
+LEAST_SHARE = 0.01
+
+
+def load_of(used: Resources, total: Resources) -> float:
+    """The share of the most used resource, 0 to 1; what there is nothing of does not count."""
+    shares = (
+        min(1.0, getattr(used, name) / getattr(total, name))
+        for name in ("cpu", "memory", "gpu", "storage")
+        if getattr(total, name) > 0
+    )
+    return max(shares, default=0.0)
+
+
+class Pricing:
+    """On the terms ``terms``, from a load of nothing."""
+
+    def __init__(self, terms: OfferConfig) -> None:
+        self._terms = terms
+        self.load = 0.0
+        #: steps above (below) the price at rest
+        self.level = 0
+        self._next_at: float | None = None
+        #: whether the load was looked at before
+        self._begun = False
+
+    @property
+    def next_wake(self) -> float | None:
+        """When the next step is due; None while the price stays."""
+        return self._next_at
+
+    @property
+    def asked(self) -> float:
+        """For one lease, of whoever is not preferred."""
+        return self._at(self.level)
+
+    def asked_of(self, scheduler: str, cached: bool) -> float:
+        """For one lease of ``scheduler``; ``cached``: its job's dataset is in the worker's cache."""
+        return max(self._terms.floor, self.asked / self.preference(scheduler, cached))
+
+    def preference(self, scheduler: str, cached: bool) -> float:
+        """How many times as much its bids count."""
+        if self._terms.strategy != "affinity":
+            return 1.0
+        affinity = self._terms.affinity
+        preferred = scheduler in affinity.schedulers or (cached and affinity.cached)
+        return affinity.preference if preferred else 1.0
+
+    def worth(self, bid: float, scheduler: str, cached: bool) -> float:
+        """What ``bid`` counts as when requests are put in order, before anybody has waited."""
+        least = LEAST_SHARE * (self.asked or 1.0)
+        return max(bid, least) * self.preference(scheduler, cached)
+
+    def follow(self, load: float, now: float) -> None:
+        """The load is ``load`` from ``now`` on; steps that were due before are taken first."""
+        if self._terms.strategy != "utilization":
+            self.load = load
+            return
+        every_s = self._terms.utilization.every_s
+        direction = self._direction(self.load)
+        while self._next_at is not None and now >= self._next_at:
+            self.level += direction
+            self._next_at = self._next_at + every_s if self._moves(direction) else None
+        wanted = self._direction(load)
+        self.load = load
+        if wanted != direction or not self._begun:
+            self._next_at = now + every_s if self._moves(wanted) else None
+        self._begun = True
+
+    def validate(self) -> None:
+        """Assert what always holds. For tests and simulation."""
+        least, most = self._bounds()
+        assert 0.0 <= self.load <= 1.0, f"a load of {self.load}"
+        assert least <= self.asked <= most, f"{self.asked} is asked, which is not in {least} to {most}"
+        moves = self._begun and self._moves(self._direction(self.load))
+        assert (self._next_at is not None) == moves, "the price stands still, or moves for no reason"
+
+    def _bounds(self) -> tuple[float, float]:
+        price, floor = self._terms.price, self._terms.floor
+        if self._terms.strategy != "utilization":
+            return max(floor, price), max(floor, price)
+        load = self._terms.utilization
+        return max(floor, price * load.least), max(floor, price * load.most)
+
+    def _at(self, level: int) -> float:
+        least, most = self._bounds()
+        # beyond the bounds no step is taken, so the power stays small
+        return min(most, max(least, self._terms.price * (1.0 + self._terms.utilization.step) ** level))
+
+    def _direction(self, load: float) -> int:
+        thresholds = self._terms.utilization
+        return (load >= thresholds.high) - (load <= thresholds.low)
+
+    def _moves(self, direction: int) -> bool:
+        """Whether a step in ``direction`` changes the price."""
+        if self._terms.strategy != "utilization" or direction == 0:
+            return False
+        return self._at(self.level + direction) != self.asked

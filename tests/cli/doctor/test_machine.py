@@ -1,0 +1,150 @@
+"""Faults of the machine: full disks, small limits, GPUs that torch cannot use, other versions."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.cli.doctor.staging import among, only, worker_config
+from tests.support.disks import small_disks
+from tests.support.network import Pki
+
+from hypha.cli.doctor import checks
+from hypha.cli.doctor.facts import Accelerators, Contact, Directory, MachineFacts
+from hypha.cli.doctor.gathering.bounded import Gathering
+from hypha.cli.doctor.gathering.machine import gather_machine, read_accelerators
+from hypha.cli.doctor.judging.machine import judge_machine, judge_versions
+from hypha.config.models import GatewayConfig, WorkerConfig
+from hypha.messages import Resources
+
+DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> WorkerConfig:
+    return worker_config(Pki(tmp_path / "pki"), tmp_path)
+
+
+async def test_nothing_is_found_on_this_machine(worker: WorkerConfig) -> None:
+    gathering = Gathering()
+    facts = await gather_machine(gathering, worker)
+    assert gathering.unknown == []
+    assert facts.directories[0].write_rate is not None
+    assert (facts.receive_buffer or 0) > 4096
+    assert {"hypha", "python", "libp2p"} <= facts.versions.keys()
+    # how fast this machine's disk is while other tests use it is no matter of the doctor's
+    quick = replace(facts.directories[0], write_rate=None)
+    assert list(judge_machine(replace(facts, directories=(quick,)), worker)) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+async def test_a_disk_that_is_full(worker: WorkerConfig) -> None:
+    with tempfile.TemporaryDirectory() as root, small_disks(Path(root), "disk", megabytes=8) as (disk,):
+        disk.fill()
+        full = worker.model_copy(update={"work_dir": disk.path / "work"})
+        facts = await gather_machine(Gathering(), full)
+        one = among(judge_machine(facts, full), checks.DISK_FULL)
+    assert (one.severity, "has 0 MB left" in one.what) == ("error", True)
+
+
+def test_a_disk_that_is_nearly_full(worker: WorkerConfig) -> None:
+    facts = MachineFacts(directories=(Directory("work_dir", "/w", free_bytes=10**9),))
+    assert only(judge_machine(facts, worker), checks.DISK_FULL).severity == "warning"
+
+
+def test_a_disk_that_is_slow(worker: WorkerConfig) -> None:
+    facts = MachineFacts(directories=(Directory("work_dir", "/w", 10**12, write_rate=2.5e6),))
+    assert "2.5 MB a second" in only(judge_machine(facts, worker), checks.DISK_SLOW).what
+
+
+async def test_a_directory_that_is_none(worker: WorkerConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    inside = worker.model_copy(update={"work_dir": tmp_path / "file" / "work"})
+    facts = await gather_machine(Gathering(), inside)
+    assert "is no directory" in among(judge_machine(facts, inside), checks.DIRECTORY).what
+
+
+def test_fewer_files_than_connections(worker: WorkerConfig) -> None:
+    gateway = GatewayConfig(
+        **worker.model_dump(include={"cert_pem", "key_pem", "trust_pem"}),
+        external_addresses=["/ip4/192.0.2.1/tcp/8080"],
+    )
+    facts = MachineFacts(open_files=1024)
+    assert list(judge_machine(facts, worker)) == []
+    one = only(judge_machine(facts, gateway), checks.FILE_DESCRIPTORS)
+    assert "1024 files may be open (`ulimit -n`), and max_connections is 1024" in one.what
+    assert only(judge_machine(MachineFacts(open_files=256), worker), checks.FILE_DESCRIPTORS)
+
+
+def test_a_worker_that_offers_more_than_there_is(worker: WorkerConfig) -> None:
+    facts = MachineFacts(has=Resources(cpu=1, memory=0.05, storage=5))
+    one = only(judge_machine(facts, worker), checks.RESOURCES_MISSING)
+    assert "resources.memory is 0.1 GB, and this machine has 0.05" in one.what
+    facts = MachineFacts(has=Resources(cpu=1, memory=1, storage=0.01))
+    roomy = worker.model_copy(update={"cache": worker.cache.model_copy(update={"max_gb": 0.01})})
+    assert "resources.storage" in only(judge_machine(facts, roomy), checks.RESOURCES_MISSING).what
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------
+
+
+async def test_what_torch_says_of_this_machine(tmp_path: Path) -> None:
+    """In a child process that imports it: the only test that takes the time."""
+    (tmp_path / "version").write_text(DRIVER)
+    found = await read_accelerators(tmp_path / "version")
+    assert (found.problem, found.driver) == ("", "535.104.05")
+    assert found.torch
+
+
+async def test_a_torch_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: WorkerConfig
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudnn.so.9: cannot open shared object file')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    facts = MachineFacts(accelerators=await read_accelerators(tmp_path / "none"))
+    assert "libcudnn.so.9" in only(judge_machine(facts, worker), checks.TORCH_BROKEN).what
+
+
+@pytest.mark.parametrize(
+    ("found", "gpu", "severity", "words"),
+    [
+        (Accelerators("535.104.05", "2.13.0+cpu", "", 0), 8.0, "error", "has no CUDA in it"),
+        (Accelerators("535.104.05", "2.13.0+cpu", "", 0), 0.0, "warning", "has no CUDA in it"),
+        (Accelerators("580.95.05", "2.13.0", "13.0", 0), 8.0, "error", "finds none that it can use"),
+        (Accelerators("", "2.13.0", "12.8", 0), 8.0, "error", "finds no GPU here"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use(
+    worker: WorkerConfig, found: Accelerators, gpu: float, severity: str, words: str
+) -> None:
+    offering = worker.model_copy(update={"resources": worker.resources.model_copy(update={"gpu": gpu})})
+    one = only(judge_machine(MachineFacts(accelerators=found), offering), checks.GPU_UNUSABLE)
+    assert (one.severity, words in one.what) == (severity, True)
+
+
+def test_a_driver_that_is_older_than_what_torch_was_built_for(worker: WorkerConfig) -> None:
+    facts = MachineFacts(accelerators=Accelerators("470.57.02", "2.13.0", "12.8", 0))
+    one = only(judge_machine(facts, worker), checks.GPU_DRIVER)
+    assert "needs driver 525.60, and this machine has 470.57.02" in one.what
+
+
+def test_a_gpu_that_works_is_no_finding(worker: WorkerConfig) -> None:
+    facts = MachineFacts(accelerators=Accelerators("580.95.05", "2.13.0", "13.0", 1))
+    assert list(judge_machine(facts, worker)) == []
+
+
+# --- versions --------------------------------------------------------------------------------------------
+
+
+def test_versions_of_peers_that_differ() -> None:
+    own = {"hypha": "0.2.1", "python": "3.11.2", "torch": "2.13.0+cpu", "numpy": "2.1.0"}
+    same = Contact("a", packages={"hypha": "0.2.4", "python": "3.11.9", "torch": "2.13.0", "trio": "1"})
+    assert list(judge_versions(own, (same, Contact("b")))) == []
+    other = Contact("c", packages={**own, "torch": "2.12.1"})
+    one = only(judge_versions(own, (same, other)), checks.VERSIONS_DIFFER)
+    assert (one.severity, "torch 2.12.1 (here 2.13.0+cpu)" in one.what) == ("note", True)
+    older = Contact("d", packages={**own, "hypha": "0.1.0"})
+    assert only(judge_versions(own, (older,)), checks.VERSIONS_DIFFER).severity == "warning"

@@ -1,0 +1,103 @@
+"""Would this worker's offer be taken by that job's request, and if not, which term fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli.doctor.staging import job_config, only, worker_config
+from tests.support.network import Pki
+
+from hypha.cli.doctor import checks
+from hypha.cli.doctor.judging.offers import judge_offers, try_offers
+from hypha.config.models import WorkerConfig
+from hypha.worker import arbiter
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> WorkerConfig:
+    return worker_config(Pki(tmp_path / "pki"), tmp_path)
+
+
+def changed(worker: WorkerConfig, **sections: dict[str, Any]) -> WorkerConfig:
+    return worker.model_copy(
+        update={name: getattr(worker, name).model_copy(update=changes) for name, changes in sections.items()}
+    )
+
+
+def test_a_worker_that_suits_the_job(worker: WorkerConfig) -> None:
+    assert [one.term for one in try_offers(worker, job_config())] == [None, None]
+    assert list(judge_offers(worker, job_config())) == []
+
+
+def test_a_job_that_asks_for_more_than_the_worker_has(worker: WorkerConfig) -> None:
+    job = job_config(resources={"worker": {"memory": 64, "gpu": 8}, "parameter_server": {"memory": 0.1}})
+    one = only(judge_offers(worker, job), checks.OFFER_RESOURCES)
+    assert "memory: 64 is asked for, 0.1 offered; gpu: 8 is asked for, 0 offered" in one.what
+    assert one.mend == (
+        "raise memory and gpu in the worker's [resources], or lower it in scheduler.job.resources.worker"
+    )
+    # it could still be the parameter server
+    assert one.severity == "warning"
+
+
+def test_a_bid_below_the_workers_floor(worker: WorkerConfig) -> None:
+    prices = {"worker_price": {"bid": 2, "max": 9}, "parameter_server_price": {"bid": 9, "max": 9}}
+    resources = {"worker": {"memory": 0.1}, "parameter_server": {"memory": 0.1}, **prices}
+    cheap = changed(worker, offer={"floor": 3.0, "price": 3.0})
+    one = only(judge_offers(cheap, job_config(resources=resources)), checks.OFFER_PRICE)
+    assert "below this worker's floor of 3 and the job bids 2" in one.what
+    assert one.mend == "lower offer.floor to 2, or raise scheduler.job.resources.worker_price.bid to 3"
+
+
+def test_a_price_above_what_the_job_pays(worker: WorkerConfig) -> None:
+    prices = {"worker_price": {"bid": 2, "max": 4}, "parameter_server_price": {"bid": 2, "max": 9}}
+    resources = {"worker": {"memory": 0.1}, "parameter_server": {"memory": 0.1}, **prices}
+    dear = changed(worker, offer={"price": 5.0})
+    one = only(judge_offers(dear, job_config(resources=resources)), checks.OFFER_PRICE)
+    assert "its price is 5, and the job pays 4 at most" in one.what
+    assert one.mend == "lower offer.price to 4, or raise scheduler.job.resources.worker_price.max to 5"
+
+
+def test_an_executor_that_the_worker_does_not_have(worker: WorkerConfig) -> None:
+    job = job_config(
+        resources={
+            "worker": {"memory": 0.1},
+            "parameter_server": {"memory": 0.1},
+            "worker_executor": "jax-trainer",
+            "parameter_server_executor": "jax-server",
+        }
+    )
+    first, second = judge_offers(worker, job)
+    one = only([first], checks.OFFER_EXECUTOR)
+    # good for nothing of that job
+    assert (one.severity, second.severity) == ("error", "error")
+    assert 'class = "train" and name = "jax-trainer"' in one.mend
+
+
+def test_a_worker_that_only_trains_lacks_nothing_grave(worker: WorkerConfig) -> None:
+    trainer = worker.model_copy(update={"executors": worker.executors[:1]})
+    assert only(judge_offers(trainer, job_config()), checks.OFFER_EXECUTOR).severity == "note"
+
+
+def test_a_job_that_needs_what_this_version_does_not_have(
+    worker: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker's arbiter as that of an earlier version, which knew of no bf16."""
+    from hypha.features import OURS, Abilities
+
+    features = tuple(one for one in OURS.features if one != "bf16")
+    init = arbiter.Arbiter.__init__
+    monkeypatch.setattr(
+        arbiter.Arbiter,
+        "__init__",
+        lambda self, *args: init(self, *args, abilities=Abilities("0.0.9", features)),
+    )
+    one = only(judge_offers(worker, job_config(precision="bf16")), checks.OFFER_FEATURES)
+    assert "bf16" in one.what
+
+
+def test_an_offer_that_ends_before_the_job_takes_it(worker: WorkerConfig) -> None:
+    brief = changed(worker, offer={"temporary_lease_s": 1.0})
+    assert "temporary_lease_s" in only(judge_offers(brief, job_config()), checks.LEASE_SHORT).what
