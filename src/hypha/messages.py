@@ -909,7 +909,8 @@ class Acknowledged(Message):
 
 
 class HealthReport(Message):
-    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words.
+    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words. ``features``
+    (:mod:`hypha.features`): without them it is older than that field.
 
     The rest is for whoever looks for a fault, nothing is decided by it: ``time_s`` is the sender's time of
     day in seconds since 1970, the only one on the wire, ``seen_at`` (multiaddrs, the newest last) where
@@ -923,6 +924,7 @@ class HealthReport(Message):
     peer: str
     uptime_s: float
     details: dict[str, str] = {}
+    features: FeatureNames = ()
     time_s: float | None = None
     seen_at: Annotated[
         tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...], Meta(max_length=MAX_DIALLED_BACK)
@@ -1082,10 +1084,14 @@ class TrialReport(Value):
 
 
 class DatasetDescription(Message):
-    """The manifest, and its hash: replicas are interchangeable when that is the same."""
+    """The manifest, and its hash: replicas are interchangeable when that is the same. ``version`` and
+    ``features`` are the data node's; without them it is older than these fields.
+    """
 
     manifest: Manifest
     manifest_hash: str
+    version: VersionName = ""
+    features: FeatureNames = ()
 
 
 class FileList(Message):

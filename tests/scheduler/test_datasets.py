@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -10,12 +11,15 @@ import trio
 from tests.support.network import until
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
+from hypha import __version__
 from hypha.errors import DatasetMismatch, DatasetNotFound, Refused
+from hypha.features import Abilities, features_of
 from hypha.manifests import manifest_hash
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, SliceInfo
 from hypha.node import Node
 from hypha.scheduler.datasets import REFRESH_S, Wanted, find_dataset
 from hypha.scheduler.pins import Pins
+from hypha.scheduler.services import Services
 
 MANIFEST = Manifest(
     name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00" * 32),)
@@ -163,6 +167,36 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
             await find_dataset(scheduler, "digits", 1.0, wanted=Wanted(pinned="ab" * 32))
         async with data_node(network, gateway):
             assert (await find_dataset(scheduler, "digits", 10.0)).manifest_hash == meant
+
+
+@virtual_time
+async def test_gateways_and_data_nodes_state_what_they_run(
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    services = Services()
+    caplog.set_level(logging.INFO, "hypha.scheduler")
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        data_node(network, gateway) as data,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(services.run, scheduler)
+        dataset = await find_dataset(scheduler, "digits", 10.0)
+        await until(lambda: services.gateways)
+        # one of a version that says nothing of itself, and one of this
+        assert dataset.stated == {data.peer_id: Abilities()}
+        for _ in range(2):
+            for peer, abilities in dataset.stated.items():
+                services.note("data node", peer, abilities)
+        found = {one.kind: one for one in services.snapshot(dataset.stated)}
+        assert (found["gateway"].peer, found["gateway"].version) == (gateway.peer_id, __version__)
+        assert found["gateway"].features == features_of("hypha-gateway")
+        assert (found["data node"].peer, found["data node"].version) == (data.peer_id, "")
+        nursery.cancel_scope.cancel()
+    (said,) = [line for line in caplog.messages if "it lacks" in line]
+    assert "runs a version of Hypha that states none" in said
+    assert "class-names (a version with it says what the classes of a dataset are called)" in said
 
 
 @virtual_time

@@ -182,6 +182,11 @@ def _versions(job: JobSnapshot) -> str:
         return ""
     others = len({lease.peer for lease in job.held if lease.version != job.version})
     differing = f"; {others} of its workers run other versions" if others else ""
+    for one in job.services:
+        if one.version != job.version:
+            differing += (
+                f"; {one.kind} {node(one.peer, one.name)} runs {one.version or 'one that states none'}"
+            )
     return f"the scheduler runs Hypha {job.version}{differing}"
 
 

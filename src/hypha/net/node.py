@@ -19,7 +19,7 @@ from msgspec import structs
 from multiaddr import Multiaddr
 
 from hypha import __version__
-from hypha.errors import listening_failed
+from hypha.errors import PeerUnreachable, listening_failed
 from hypha.messages import (
     MAX_DIALLED_BACK,
     DialBack,
@@ -123,7 +123,7 @@ class Libp2pNode:
         if options.hop:
             self.answer(FindDoubles, self._doubles.find)
             # however many nodes come to another gateway, its questions about them are answered
-            self._rpc.prefer(lambda peer: "gateway" in self.roles_of(peer))
+            self.prefer(self._is_gateway)
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         publishers = Publishers(options.identity, options.require_roles, self._peers)
         self._gossip = Gossip(
@@ -333,8 +333,12 @@ class Libp2pNode:
         self._rpc.answer(kind, handler)
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        """Keep places for requests of those of whom ``is_partner`` says so, as they share a lease with us."""
+        """Keep places for those of whom ``is_partner`` says so, as they share a lease with this node: of
+        connections, streams, bytes and requests.
+        """
         self._rpc.prefer(is_partner)
+        self._port.prefer(is_partner)
+        self._security.budget.is_partner = is_partner
 
     async def _health(self, caller: str, request: Health) -> HealthReport:
         came_from = tuple(self._came_from(caller))[-MAX_DIALLED_BACK:]
@@ -399,6 +403,13 @@ class Libp2pNode:
     def set_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
         """``await handler(stream, caller)`` for each stream of ``protocol`` that a peer opens."""
         self._streams.handle(protocol, handler)
+
+    def _is_gateway(self, peer: str) -> bool:
+        """Whether the certificate of a peer that is or was connected says that it is a gateway."""
+        try:
+            return "gateway" in self.roles_of(peer)
+        except PeerUnreachable:
+            return False
 
     def _gossips_with(self, peer: str) -> bool:
         if self.options.hop or not self.options.gateways:

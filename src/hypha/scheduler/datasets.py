@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import trio
 
 from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable, Refused
+from hypha.features import Abilities, stated
 from hypha.manifests import manifest_problem
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef
 from hypha.naming import shown
@@ -47,6 +48,8 @@ class Dataset:
         self.manifest: Manifest = description.manifest
         self.manifest_hash = description.manifest_hash
         self.providers: dict[str, PeerRef] = {ref.peer: ref for ref in providers}
+        #: what each says of its version
+        self.stated: dict[str, Abilities] = {}
         self._silent: dict[str, int] = {}
         self._refused: set[str] = set()
         self._missed = trio.Event()
@@ -113,6 +116,8 @@ class Dataset:
             if peer not in self.providers:
                 logger.info("Another data node serves %s", self.name, extra={"peer_id": peer})
             self.providers[peer] = ref
+            self.stated[peer] = stated(answer)
+        self.stated = {peer: one for peer, one in self.stated.items() if peer in self.providers}
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,7 @@ class _Choice:
         self.open_because = ""
         providers = [refs[peer] for peer in by_hash[chosen]]
         dataset = Dataset(self._name, answers[by_hash[chosen][0]], providers, self._pins)
+        dataset.stated = {peer: stated(answers[peer]) for peer in by_hash[chosen]}
         for peer, answer in sorted(answers.items()):
             if answer.manifest_hash != chosen:
                 dataset.refuse(peer, answer.manifest_hash)

@@ -22,6 +22,7 @@ from hypha.scheduler.snapshot import (
     JobSnapshot,
     JobState,
     LeaseSnapshot,
+    ServiceSnapshot,
     SliceCounts,
     connection_snapshots,
     worker_snapshot,
@@ -144,9 +145,16 @@ def snapshot_of(
 
 
 def with_surroundings(
-    job: JobSnapshot, machine: RoundMachine | None, pool: Pool, node: Node, now: float
+    job: JobSnapshot,
+    machine: RoundMachine | None,
+    pool: Pool,
+    node: Node,
+    now: float,
+    services: tuple[ServiceSnapshot, ...] = (),
 ) -> JobSnapshot:
-    """``job`` and what is around it: leases, slices and connections. ``now`` is of trio's clock."""
+    """``job`` and what is around it: leases, slices, connections, and gateways and data nodes. ``now`` is of
+    trio's clock.
+    """
     counts = machine.tracker.counts() if machine is not None else None
     return msgspec.structs.replace(
         job,
@@ -155,6 +163,7 @@ def with_surroundings(
         held=tuple(_lease_snapshot(held, now) for held in pool.held),
         slices=SliceCounts(**counts) if counts is not None else None,
         connections=connection_snapshots(node.connections()),
+        services=services,
     )
 
 
