@@ -702,13 +702,15 @@ class CheckpointFile(Value):
 
 class CheckpointIndex(Value):
     """``index.json``: all files of the checkpoint from which ``round`` is started, and the life of the job
-    that saved it.
+    that saved it. ``signature`` (hex) is that of the scheduler which left a copy with a worker: by it the
+    scheduler knows the copy again when it has lost its ledger (:mod:`hypha.scheduler.replicas`).
     """
 
     job_id: str
     round: int
     files: tuple[CheckpointFile, ...]
     generation: int = 0
+    signature: Annotated[str, Meta(max_length=256)] = ""
 
     @property
     def size(self) -> int:

@@ -129,6 +129,10 @@ class Libp2pNode:
         """Roles of this node's own certificate; empty: any."""
         return self.options.identity.roles
 
+    def sign(self, data: bytes) -> bytes:
+        """The Ed25519 signature of this node's key; not of what TLS or pubsub have signed with it."""
+        return self.identity.private_key.sign(b"hypha:" + data)
+
     @property
     def uptime_s(self) -> float:
         """Seconds since the node was opened."""
