@@ -24,6 +24,7 @@ from tests.worker.test_process import TOKEN, train_job
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.messages import (
+    MAX_EVENT_BYTES,
     Delivery,
     Directive,
     Event,
@@ -55,7 +56,6 @@ from hypha.worker.bridge import (
     MAX_BODY_BYTES,
     MAX_CALLS,
     MAX_CONNECTIONS,
-    MAX_EVENT_BYTES,
     MAX_STREAMS,
     bind_bridge,
     serve_bridge,

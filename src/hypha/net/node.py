@@ -18,6 +18,7 @@ from multiaddr import Multiaddr
 from hypha import __version__
 from hypha.errors import ConfigError, Problem
 from hypha.messages import (
+    MAX_ADDRESSES_SENT,
     Health,
     HealthReport,
     PeerRef,
@@ -158,7 +159,7 @@ class Libp2pNode:
 
     def bulk_addresses(self) -> list[str]:
         """Where peers may dial this node for a bulk transfer: the same port as libp2p's."""
-        return self._announced()
+        return self._announced()[:MAX_ADDRESSES_SENT]
 
     def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
         """Host and port to dial ``peer`` for bulk, best first: where a connection of ours leads already,
@@ -182,7 +183,7 @@ class Libp2pNode:
         """This node and its current addresses: direct ones, then through its gateway."""
         direct = [str(Address(text, self.peer_id)) for text in self._announced()]
         circuits = self._gateways.circuit_addresses(self.peer_id)
-        return PeerRef(peer=self.peer_id, addresses=(*direct, *circuits))
+        return PeerRef(peer=self.peer_id, addresses=(*direct, *circuits)[:MAX_ADDRESSES_SENT])
 
     def ref_of(self, peer: str) -> PeerRef:
         """What the address book knows of ``peer``."""

@@ -136,8 +136,8 @@ class Copies:
         if index == self.signed(index):
             return True
         logger.warning(
-            "A worker says that it has a copy of round %d which this scheduler has not signed; it is not used "
-            "(workers of earlier versions do not keep the signature)",
+            "A worker says that it has a copy of round %d which this scheduler has not signed; it is not "
+            "used (workers of earlier versions do not keep the signature)",
             index.round,
             extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round},
         )
