@@ -51,6 +51,7 @@ from hypha.messages import (
 )
 from hypha.net.transfers import meta_of
 from hypha.node import Node
+from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
 from hypha.worker.allowance import Allowance
@@ -80,6 +81,8 @@ logger = logging.getLogger(__name__)
 FAREWELL_S, FAREWELL_WITHOUT_LEASE_S = 120.0, 10.0
 #: The exit code reported for an executor that could not even be started.
 NOT_STARTED = 126
+#: Threads that work on job directories: those of one job may take all of them, and no others of the worker.
+_FILES = trio.CapacityLimiter(4)
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ class Execution:
                 self._signals.trace_of,
             )
         self._fetches = 0
+        #: a file of an executor may be as long as it likes, and the worker has some threads for all
+        self._hashing = trio.CapacityLimiter(2)
 
     @property
     def job(self) -> Job:
@@ -262,7 +267,7 @@ class Execution:
                     extra=self._fields,
                 )
                 if failed and self._shop.config.keep_failed_jobs:
-                    path = self._directory.keep(ended.tail)
+                    path = await in_thread(self._directory.keep, ended.tail, limiter=_FILES)
                     kept = True
                     logger.info("The failed executor's files are in %s.", path, extra=self._fields)
                 self._outbox.put(
@@ -275,7 +280,9 @@ class Execution:
             self.ended.set()
             self._signals.close()
             if not kept:
-                self._directory.remove()
+                # an executor may have left any number of files
+                with trio.CancelScope(shield=True):
+                    await in_thread(self._directory.remove, limiter=_FILES)
 
     async def _farewell(self) -> None:
         async def shorten(scope: trio.CancelScope) -> None:
@@ -400,8 +407,18 @@ class Execution:
 
     async def send(self, call: SendCall) -> Sent:
         """Send a file of the job directory to peers, or store it at a place that the owner allows."""
-        with self._directory.pinned(call.path, directory=isinstance(call.resource, Local)) as path:
+        directory = isinstance(call.resource, Local)
+        if isinstance(call.resource, Local):
+            # nothing is done for what is not allowed
+            self._shop.allowance.write_local(call.resource.url)
+        # in threads: there may be many files
+        pinned = self._directory.pinned(call.path, directory=directory)
+        path = await in_thread(pinned.__enter__, limiter=_FILES)
+        try:
             return await self._send_pinned(call, path)
+        finally:
+            with trio.CancelScope(shield=True):
+                await in_thread(pinned.__exit__, None, None, None, limiter=_FILES)
 
     async def _send_pinned(self, call: SendCall, path: Path) -> Sent:
         resource = call.resource
@@ -416,22 +433,21 @@ class Execution:
         name = call.name or path.name
         if call.generation is not None and call.generation != self.generation:
             raise Refused("stale", f"generation {self.generation} of the job runs here now")
+        stamp = JobStamp(
+            job_id=self._job.job_id, generation=self.generation, round=call.round, attempt=call.attempt
+        )
         try:
-            meta = await meta_of(
-                path,
-                kind,
-                f"{prefix}/{name}" if prefix else name,
-                stamp=JobStamp(
-                    job_id=self._job.job_id,
-                    generation=self.generation,
-                    round=call.round,
-                    attempt=call.attempt,
-                ),
-                samples=call.samples,
-                contributors=call.contributors,
-                blake3=call.blake3,
-                xxh3=call.xxh3,
-            )
+            async with self._hashing:
+                meta = await meta_of(
+                    path,
+                    kind,
+                    f"{prefix}/{name}" if prefix else name,
+                    stamp=stamp,
+                    samples=call.samples,
+                    contributors=call.contributors,
+                    blake3=call.blake3,
+                    xxh3=call.xxh3,
+                )
         except OSError as exc:
             raise Refused("not-found", f"{call.path} cannot be read: {exc}") from exc
         return Sent(deliveries=await self._deliveries.deliver(path, meta, resource.peers, resource.strategy))
