@@ -35,6 +35,7 @@ from hypha.messages import (
     Response,
     ResponseEnvelope,
 )
+from hypha.naming import cleaned
 from hypha.net.over_limit import OverLimit
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
 from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
@@ -53,6 +54,8 @@ MAX_SHARED = 64
 #: A caller must have sent its request within this, and taken the answer within this.
 READ_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 60.0
+#: A refusal's reason goes into logs and records.
+MAX_REASON_LENGTH = 4096
 #: What is not to be answered is read, and dropped, in pieces of this size.
 _DROP_BYTES = 64 << 10
 
@@ -159,7 +162,8 @@ class Rpc:
         if call.response is None:
             raise RequestTimeout(peer, type(request).__name__, timeout_s)
         if isinstance(call.response, RefusedReply):
-            raise Refused(call.response.code, call.response.reason, peer)
+            said = call.response
+            raise Refused(cleaned(said.code), said.reason[:MAX_REASON_LENGTH], peer)
         return call.response
 
     async def _ask(self, peer: str, payload: bytes, call: _Call) -> None:
