@@ -32,6 +32,8 @@ from hypha.messages import (
     ExecutorDescriptor,
     ExecutorExited,
     Finish,
+    Health,
+    HealthReport,
     Job,
     JobStamp,
     Loaded,
@@ -360,6 +362,9 @@ async def test_parameter_server_and_training_on_one_worker(network: Network, tmp
         await scheduler.dispatch(aggregate, it.server("gather"))
         await scheduler.dispatch(train, it.train())
         await until(lambda: scheduler.heard(Loaded) and scheduler.heard(ModelReady), 20)
+        health = await scheduler.node.request(worker, Health())
+        assert isinstance(health, HealthReport)
+        assert health.details["jobs"] == "aggregate, train"
         path = scheduler.directory / "mine"
         path.write_bytes(b"x")
         stamp = JobStamp(job_id="job", round=6)

@@ -196,24 +196,26 @@ class Execution:
         self._lease_over.set()
         self.stop("its lease ended")
 
-    def steer(self, seq: int, directive: Directive) -> None:
-        """Pass on a directive of the scheduler; an old one is ignored."""
+    def steer(self, seq: int, directive: Directive) -> tuple[PeerRef, ...]:
+        """Pass on a directive of the scheduler; an old one is ignored. Returns the peers whose addresses it
+        tells: there may be so many that learning them takes seconds.
+        """
         if isinstance(directive, Rejoin):
             # before the executor hears of it: it answers in the new life
             self._rejoin(directive)
         if not self._directives.put(seq, directive):
-            return
+            return ()
         self._signals.steered(directive)
         match directive:
             case Members(peers=peers):
                 self._partners = frozenset(peer.peer for peer in peers)
                 self._deliveries.keep_only("theta", self._partners | self._joiners)
-                self._learn(*peers)
+                return peers
             case SendModel(to=to):
                 self._joiners |= {to.peer}
-                self._learn(to)
+                return (to,)
             case _:
-                pass
+                return ()
 
     def _rejoin(self, rejoin: Rejoin) -> None:
         if rejoin.generation <= self.generation:
@@ -226,16 +228,12 @@ class Execution:
         if rejoin.parameter_server is not None:
             self._partners = frozenset({rejoin.parameter_server.peer})
             self._deliveries.keep_only("update", self._partners)
-            self._learn(rejoin.parameter_server)
+            self._shop.node.learn(rejoin.parameter_server)
         if rejoin.start_over:
             self._round, self._attempt, self._theta = rejoin.round, 0, None
             self._slices.start_over()
         else:
             self._slices.begin_life()
-
-    def _learn(self, *peers: PeerRef) -> None:
-        for peer in peers:
-            self._shop.node.learn(peer)
 
     async def _ask_scheduler(self, request: Request) -> Response:
         return await self._shop.node.request(self._job.scheduler, request)
@@ -429,7 +427,9 @@ class Execution:
         if not isinstance(resource, Peers) or not resource.resource or not resource.peers:
             raise Refused("invalid", "files are sent to peers, under a resource's name, or to a local place")
         kind, _, prefix = resource.resource.partition("/")
-        self._check_receivers(kind, resource.peers)
+        # each once, whatever the executor says
+        receivers = tuple({receiver.peer: receiver for receiver in resource.peers}.values())
+        self._check_receivers(kind, receivers)
         name = call.name or path.name
         if call.generation is not None and call.generation != self.generation:
             raise Refused("stale", f"generation {self.generation} of the job runs here now")
@@ -450,7 +450,7 @@ class Execution:
                 )
         except OSError as exc:
             raise Refused("not-found", f"{call.path} cannot be read: {exc}") from exc
-        return Sent(deliveries=await self._deliveries.deliver(path, meta, resource.peers, resource.strategy))
+        return Sent(deliveries=await self._deliveries.deliver(path, meta, receivers, resource.strategy))
 
     def _check_receivers(self, kind: str, receivers: tuple[PeerRef, ...]) -> None:
         """An executor is somebody else's program: it sends nothing to those outside its job."""
