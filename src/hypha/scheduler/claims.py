@@ -18,6 +18,8 @@ LEAST_BATCH_S, MOST_BATCH_S = 1e-4, 1e7
 #: a larger loss is as good as none
 _MOST_LOSS = 1e15
 _MOST_THREADS = 4096
+#: ranges of rows, and slices finished, in one round: each is kept in the ledger
+_MOST_RANGES = 10_000
 
 
 def is_count(number: int) -> bool:
@@ -43,6 +45,8 @@ def count_problem(part: Contribution, batch_size: int) -> str:
     counts = (part.round, part.samples, part.batches, part.steps, part.restarts, part.attempt)
     if not all(is_count(count) for count in counts) or not 1 <= part.threads <= _MOST_THREADS:
         return "its counts are no counts"
+    if max(len(part.ranges), len(part.finished)) > _MOST_RANGES:
+        return f"it names {len(part.ranges)} ranges of rows, and {len(part.finished)} finished slices"
     if part.batch_size != batch_size:
         return f"it names batches of {part.batch_size} samples, and was told {batch_size}"
     if not 0 < part.samples <= part.batches * batch_size:
