@@ -110,6 +110,7 @@ class Libp2pNode:
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
         self.transfers = BulkTransfers(self)
         self._port.serve_bulk = self.transfers.serve_socket
+        self._peers.on_doubt.append(self.transfers.cut_untrusted)
         self.health_details: list[Callable[[], dict[str, str]]] = []
         if (hop := self.hop) is not None:
             self.health_details.append(

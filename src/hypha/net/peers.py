@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -86,6 +86,8 @@ class Peers(INotifee):  # type: ignore[misc]
         self._cuts: dict[Any, Literal["silent", "revoked"]] = {}
         self.on_connected: list[Callable[[str], None]] = []
         self.on_lost: list[Callable[[str], None]] = []
+        #: called when it may be that certificates are not accepted any more which were
+        self.on_doubt: list[Callable[[], Awaitable[None]]] = []
         swarm.register_notifee(self)
 
     # --- asking -------------------------------------------------------------------------------------
@@ -329,4 +331,6 @@ class Peers(INotifee):  # type: ignore[misc]
                     why = f"its certificate is refused now ({exc})"
                     self._nursery.start_soon(self.cut, connection, "revoked", why)
                 await trio.lowlevel.checkpoint()
+            for call in self.on_doubt:
+                await call()
         return changed
