@@ -31,11 +31,13 @@ from hypha.messages import (
     ExecutorClass,
     ExecutorDescriptor,
     ExecutorExited,
+    FileList,
     Finish,
     Health,
     HealthReport,
     Job,
     JobStamp,
+    ListFiles,
     Loaded,
     Members,
     ModelReady,
@@ -232,6 +234,7 @@ def configuration(network: Network, gateway: Node, work_dir: Path, **changes: An
             ("train", "echo"),
             ("train", "crash"),
             ("train", "sleep"),
+            ("train", "peek"),
             ("train", "hang"),
             ("aggregate", "gather"),
             ("aggregate", "pulse"),
@@ -352,6 +355,30 @@ async def test_crash_is_reported_and_its_directory_kept(network: Network, tmp_pa
         # the end is known, so the same dispatch now means: once more
         await it.scheduler.dispatch(offer, job)
         assert (await it.scheduler.exit(2)).incarnation != ended.incarnation
+
+
+async def test_an_executor_does_not_get_at_the_files_of_its_workers_other_jobs(
+    network: Network, tmp_path: Path
+) -> None:
+    """Another scheduler knows the worker by its own lease, and would give it its model."""
+    async with (
+        system(network, tmp_path) as it,
+        network.leaf("scheduler", [it.gateway], roles=("scheduler",)) as other,
+    ):
+        asked: list[str] = []
+
+        async def list_files(caller: str, request: ListFiles) -> FileList:
+            asked.append(caller)
+            return FileList(files=())
+
+        other.answer(ListFiles, list_files)
+        offer = await it.scheduler.lease("train", "peek", "r")
+        executor = ExecutorDescriptor(kind="train", name="peek")
+        await it.scheduler.dispatch(offer, it.train(other.ref(), executor=executor))
+        ended = await it.scheduler.exit()
+        assert "403" in ended.tail
+        assert "the scheduler of its own job alone" in ended.tail
+        assert asked == []
 
 
 async def test_parameter_server_and_training_on_one_worker(network: Network, tmp_path: Path) -> None:

@@ -376,6 +376,10 @@ class Execution:
         """Files of ``resource``, in a directory of their own; or the next slice."""
         if isinstance(resource, SchedulerData):
             return [await self._next_slice(resource)]
+        scheduler = self._job.scheduler.peer
+        if isinstance(resource, Peers) and any(one.peer != scheduler for one in resource.peers):
+            # others would take this worker for one that asks for the job that it does for them
+            raise Refused("uninvited", "an executor fetches files from the scheduler of its own job alone")
         self._fetches += 1
         number = self._fetches
         with self._directory.fetching(number) as directory:
