@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import msgspec
 import pytest
 import trio
 from tests.support.network import until
@@ -15,7 +16,14 @@ from hypha import __version__
 from hypha.errors import DatasetMismatch, DatasetNotFound, Refused
 from hypha.features import Abilities, features_of
 from hypha.manifests import manifest_hash
-from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, SliceInfo
+from hypha.messages import (
+    ColumnRange,
+    DatasetDescription,
+    DescribeDataset,
+    Manifest,
+    PeerRef,
+    SliceInfo,
+)
 from hypha.node import Node
 from hypha.scheduler.datasets import REFRESH_S, Wanted, find_dataset
 from hypha.scheduler.pins import Pins
@@ -228,3 +236,28 @@ async def test_where_as_many_serve_one_as_another_none_wins_silently_and_none_st
     assert ("of this scheduler's own organisation" in said) is bool(own)
     assert "dataset.manifest_hash" in said
     assert "A data node serves different data under the name digits" in caplog.text
+
+
+@virtual_time
+async def test_what_the_hash_does_not_cover_is_believed_where_all_say_it(
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One data node could have a job refused by what it says of the numbers in a column."""
+    true = (ColumnRange(column="labels", low=0, high=9),)
+    false = (ColumnRange(column="labels", low=0, high=1e9),)
+    ranges = [(), true, true, false]
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        AsyncExitStack() as stack,
+    ):
+        for number, stated in enumerate(ranges):
+            manifest = msgspec.structs.replace(MANIFEST, ranges=stated)
+            await stack.enter_async_context(data_node(network, gateway, manifest=manifest))
+            if number == len(ranges) - 2:
+                assert (await find_dataset(scheduler, "digits", 10.0)).manifest.ranges == true
+        assert "are not checked" not in caplog.text
+        dataset = await find_dataset(scheduler, "digits", 10.0)
+    assert dataset.manifest.ranges == ()
+    assert len(dataset.providers) == len(ranges)
+    assert "say different things of the numbers in the columns of digits" in caplog.text

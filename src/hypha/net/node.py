@@ -21,6 +21,7 @@ from multiaddr import Multiaddr
 from hypha import __version__
 from hypha.errors import PeerUnreachable, listening_failed
 from hypha.messages import (
+    MAX_ADDRESSES_SENT,
     MAX_DIALLED_BACK,
     DialBack,
     FindDoubles,
@@ -141,6 +142,7 @@ class Libp2pNode:
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
         self.transfers = BulkTransfers(self, None, caps, tuning.transfers, self._buffers)
         self._port.serve_bulk = self.transfers.serve_socket
+        self._peers.on_doubt.append(self.transfers.cut_untrusted)
         self.health_details: list[Callable[[], dict[str, str]]] = [caps.details]
         if (hop := self.hop) is not None:
             self.health_details.append(
@@ -171,6 +173,10 @@ class Libp2pNode:
     def roles(self) -> frozenset[str]:
         """Roles of this node's own certificate; empty: any."""
         return self.options.identity.roles
+
+    def sign(self, data: bytes) -> bytes:
+        """The Ed25519 signature of this node's key; not of what TLS or pubsub have signed with it."""
+        return self.identity.private_key.sign(b"hypha:" + data)
 
     @property
     def organization(self) -> str:
@@ -210,7 +216,7 @@ class Libp2pNode:
 
     def bulk_addresses(self) -> list[str]:
         """Where peers may dial this node for a bulk transfer: the same port as libp2p's."""
-        return self._announced()
+        return self._announced()[:MAX_ADDRESSES_SENT]
 
     def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
         """Host and port to dial ``peer`` for bulk, best first: where a connection of ours leads already,
@@ -234,7 +240,7 @@ class Libp2pNode:
         """This node and its current addresses: direct ones, then through its gateway."""
         direct = [str(Address(text, self.peer_id)) for text in self._announced()]
         circuits = self._gateways.circuit_addresses(self.peer_id)
-        return PeerRef(peer=self.peer_id, addresses=(*direct, *circuits))
+        return PeerRef(peer=self.peer_id, addresses=(*direct, *circuits)[:MAX_ADDRESSES_SENT])
 
     def ref_of(self, peer: str) -> PeerRef:
         """What the address book knows of ``peer``."""

@@ -36,6 +36,7 @@ from hypha.messages import (
     Response,
     ResponseEnvelope,
 )
+from hypha.naming import cleaned
 from hypha.net.over_limit import OverLimit
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
 from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
@@ -55,6 +56,8 @@ WRITE_TIMEOUT_S = 60.0
 #: case, and a partner's.
 MAX_HELD_BYTES = 64 << 20
 SMALL_BYTES = 16 << 10
+#: A refusal's reason goes into logs and records.
+MAX_REASON_LENGTH = 4096
 #: What is not to be answered is read, and dropped, in pieces of this size.
 _DROP_BYTES = 64 << 10
 
@@ -165,7 +168,8 @@ class Rpc:
         if call.response is None:
             raise RequestTimeout(peer, type(request).__name__, timeout_s)
         if isinstance(call.response, RefusedReply):
-            raise Refused(call.response.code, call.response.reason, peer)
+            said = call.response
+            raise Refused(cleaned(said.code), said.reason[:MAX_REASON_LENGTH], peer)
         return call.response
 
     async def _ask(self, peer: str, payload: bytes, call: _Call) -> None:
