@@ -908,8 +908,9 @@ class HealthReport(Message):
     (:mod:`hypha.features`): without them it is older than that field.
 
     The rest is for whoever looks for a fault, nothing is decided by it: ``time_s`` is the sender's time of
-    day in seconds since 1970, the only one on the wire, ``seen_at`` (a multiaddr) where the connection of
-    the caller comes from as the sender sees it, and ``packages`` has the versions that it runs with.
+    day in seconds since 1970, the only one on the wire, ``seen_at`` (multiaddrs, the newest last) where
+    direct connections of the caller come from as the sender sees it, and ``packages`` has the versions that
+    it runs with.
     """
 
     healthy: bool
@@ -920,7 +921,9 @@ class HealthReport(Message):
     details: dict[str, str] = {}
     features: FeatureNames = ()
     time_s: float | None = None
-    seen_at: Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)] = ""
+    seen_at: Annotated[
+        tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...], Meta(max_length=MAX_DIALLED_BACK)
+    ] = ()
     packages: Annotated[
         dict[
             Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)],

@@ -21,6 +21,7 @@ from multiaddr import Multiaddr
 from hypha import __version__
 from hypha.errors import PeerUnreachable, listening_failed
 from hypha.messages import (
+    MAX_DIALLED_BACK,
     DialBack,
     FindDoubles,
     Health,
@@ -340,7 +341,7 @@ class Libp2pNode:
         self._security.budget.is_partner = is_partner
 
     async def _health(self, caller: str, request: Health) -> HealthReport:
-        came_from = next(self._came_from(caller), "")
+        came_from = tuple(self._came_from(caller))[-MAX_DIALLED_BACK:]
         packages = await in_thread(versions)
         return structs.replace(health_of(self), time_s=wall_time(), seen_at=came_from, packages=packages)
 
