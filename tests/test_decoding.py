@@ -18,7 +18,18 @@ from hypha.data.manifest import MANIFEST_FILE, read_manifest
 from hypha.decoding import MAX_REASON, decode, decode_json
 from hypha.errors import DataError, HyphaError, Refused, Undecodable
 from hypha.executor.tensors import TensorFile
-from hypha.messages import PeerRef, StatusCall
+from hypha.messages import (
+    MAX_ADDRESSES_SENT,
+    BulkDial,
+    Id,
+    JobStamp,
+    NextSlice,
+    PeerRef,
+    RenewLease,
+    ReportEvent,
+    StatusCall,
+    WorkerOffer,
+)
 from hypha.net.addresses import parse
 from hypha.scheduler.ledger import read_ledger
 from hypha.worker.bridge import _decode
@@ -172,10 +183,37 @@ def test_an_odd_journal_is_an_error_that_names_it(tmp_path: Path) -> None:
         rerun(path)
 
 
-@pytest.mark.parametrize("body", [b'{"event": {"type": "\xff"}}', b'{"event":' + b"[" * 100_000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"event": {"type": "\xff"}}',
+        b'{"event":' + b"[" * 100_000,
+        # it would be sent on in MessagePack, whose integers have 64 bits
+        b'{"event": {"type": "checkpoint-saved", "place": "p", "round": 1%s}}' % (b"0" * 30),
+    ],
+)
 def test_a_spoilt_call_of_an_executor_is_refused(body: bytes) -> None:
     with pytest.raises(Refused, match="the call is no StatusCall"):
         _decode(body, StatusCall)
+
+
+@pytest.mark.parametrize("kind", [JobStamp, RenewLease, ReportEvent, NextSlice, WorkerOffer, BulkDial])
+def test_what_a_peer_has_others_remember_is_short(kind: type[msgspec.Struct]) -> None:
+    """Schedulers and workers keep the names of leases, jobs and processes that they were told."""
+    names = [field for field in msgspec.structs.fields(kind) if field.type == Id]
+    assert names
+    stamp, ref = {"job_id": "j"}, {"peer": "p"}
+    said = {
+        "v": 1, "kind": "train", "seq": 1, "stamp": stamp, "worker": ref, "resources": {}, "price": 1.0,
+        "expires_in_s": 1.0, "addresses": [], "event": {"type": "alive"},
+    }  # fmt: skip
+    said |= {field.encode_name: "n" for field in names}
+    if (tag := kind.__struct_config__.tag) is not None:
+        said["type"] = tag
+    assert isinstance(decode_json(msgspec.json.encode(said), kind), kind)
+    for field in names:
+        with pytest.raises(Undecodable, match="length <= 256"):
+            decode_json(msgspec.json.encode(said | {field.encode_name: "n" * 300}), kind)
 
 
 def test_a_name_that_is_too_long_is_refused_at_once() -> None:
@@ -184,5 +222,8 @@ def test_a_name_that_is_too_long_is_refused_at_once() -> None:
         decode_json(msgspec.json.encode({"peer": "1" * 200}), PeerRef)
     with pytest.raises(Undecodable):
         decode_json(msgspec.json.encode({"peer": "p", "addresses": ["/p2p/" + "1" * 1000]}), PeerRef)
+    many = {"peer": "p", "addresses": ["/ip4/10.0.0.1/tcp/1"] * (MAX_ADDRESSES_SENT + 1)}
+    with pytest.raises(Undecodable):
+        decode_json(msgspec.json.encode(many), PeerRef)
     with pytest.raises(ValueError, match="longer than any address"):
         parse("/ip4/127.0.0.1/tcp/1/p2p/" + "1" * 1000)

@@ -20,9 +20,13 @@ from hypha.features import (
     OURS,
     Abilities,
     advice,
+    features_of,
     in_words,
+    kind_of,
+    missing_services,
     needs,
     printable,
+    services_in_words,
     words,
 )
 from hypha.messages import (
@@ -199,3 +203,19 @@ def test_what_a_peer_states_is_bounded() -> None:
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(sent | more, WorkerOffer)
     assert printable("0.1\x1b[2J" + "x" * 100) == "0.1\N{REPLACEMENT CHARACTER}[2J" + "x" * 54 + "..."
+
+
+def test_each_component_states_its_own_features() -> None:
+    assert features_of("hypha-worker") == NAMES
+    gateway, data = features_of("hypha-gateway"), features_of("hypha-data")
+    assert gateway
+    assert data
+    assert not {*gateway} & {*data}
+    assert not {*gateway, *data} & {*NAMES}
+    assert features_of("hypha-scheduler") == features_of("hypha-probe") == ()
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in (*gateway, *data))
+    # what an earlier gateway lacks is all that; of a later one nothing is missed, whatever else it has
+    assert missing_services("gateway", Abilities("0.0.9")) == gateway
+    assert missing_services("gateway", Abilities("9.0", (*gateway, "more"))) == ()
+    assert missing_services(kind_of("hypha-worker"), Abilities()) == ()
+    assert services_in_words(data).startswith(f"{data[0]} (a version with it says ")

@@ -18,7 +18,7 @@ from tests.worker.test_arbiter import arbiter, hear, request
 
 from hypha.cli.rerun import rerun
 from hypha.errors import HyphaError, JobFailed
-from hypha.journal import Entry, Journal, encode_line, write_entries
+from hypha.journal import KEPT_BYTES, Entry, Journal, encode_line, write_entries
 from hypha.leases import Release, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Progress, Resources, WorkerOffer
 from hypha.scheduler.allocation import Ask, Gained, Lost, Offered, Want
@@ -66,6 +66,19 @@ def test_a_run_has_one_text_whatever_its_hashes_are() -> None:
     }
     assert len(texts) == 1
     assert len(texts.pop()) == 64
+
+
+def test_what_peers_have_sent_does_not_fill_the_memory() -> None:
+    """A worker's offer, or what it reports, is an event: each of its messages stays here for a while."""
+    journal = Journal(kept=100)
+    for number in range(150):
+        journal.note("m", 0.0, Fail(f"{number}"), (), {})
+    assert [entry.number for entry in journal.entries] == list(range(50, 150))
+    for _ in range(100):
+        journal.note("m", 0.0, Fail("x" * (1 << 20)), (), {})
+    assert 1 < len(journal.entries) < 1 + KEPT_BYTES // (1 << 20)
+    journal.note("m", 0.0, Fail("the last"), (), {})
+    assert journal.entries[-1].event == Fail("the last")
 
 
 def test_the_round_machine_decides_the_same_again(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from hypha.messages import Contribution
 #: no count is larger: beyond it JSON and floats lose the last digit, and SQLite the number
 MOST_COUNT = (1 << 53) - 1
 _MOST_THREADS = 4096
+#: ranges of rows, and slices finished, in one round: each is kept in the ledger
+_MOST_RANGES = 10_000
 
 
 def is_count(number: int) -> bool:
@@ -38,6 +40,8 @@ def count_problem(part: Contribution, batch_size: int, most_batch_size: int | No
     counts = (part.round, part.samples, part.batches, part.steps, part.restarts, part.attempt)
     if not all(is_count(count) for count in counts) or not 1 <= part.threads <= _MOST_THREADS:
         return "its counts are no counts"
+    if max(len(part.ranges), len(part.finished)) > _MOST_RANGES:
+        return f"it names {len(part.ranges)} ranges of rows, and {len(part.finished)} finished slices"
     if most_batch_size is not None and 0 < part.batch_size <= most_batch_size:
         # which size it was in that round nobody need have heard yet
         batch_size = part.batch_size

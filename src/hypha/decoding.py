@@ -32,8 +32,17 @@ def decode(read: Callable[[Input], T], data: Input) -> T:
 
 
 def decode_json(text: bytes | str, kind: type[T]) -> T:
-    """The JSON document ``text``, which others wrote, as a ``kind``. Raises :class:`Undecodable`."""
-    return decode(lambda one: msgspec.json.decode(one, type=kind), text)
+    """The JSON document ``text``, which others wrote, as a ``kind``. Raises :class:`Undecodable`, also for an
+    integer of more than 64 bits, which JSON may have: where it is sent on, in MessagePack, it would be an
+    error of the task that sends it.
+    """
+
+    def read(one: bytes | str) -> T:
+        value = msgspec.json.decode(one, type=kind)
+        msgspec.msgpack.encode(value)
+        return value
+
+    return decode(read, text)
 
 
 def _reason(exc: Exception) -> str:

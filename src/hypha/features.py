@@ -5,6 +5,9 @@ scheduler states in its request which of them the job needs, and a worker that l
 job. What a job needs follows from its description alone (:func:`needs`). A peer that states no version is
 older than this module, and has the features of :data:`BASELINE`.
 
+Gateways and data nodes state theirs, too (:data:`SERVICES`), with their health and their manifests. Nothing
+is refused for what they lack: it is shown, and said once, as somebody will wonder why it is not there.
+
 Whoever adds to job descriptions a field, a value or a task that an executor must not ignore adds a feature
 here, with ``baseline=False``; ``tests/test_features.py`` fails until that is decided for each of them. A
 feature that is taken away leaves the list: other versions see from then on that it is not there.
@@ -19,7 +22,14 @@ import msgspec
 from msgspec import Struct
 
 from hypha import __version__
-from hypha.messages import MAX_VERSION_LENGTH, Job, WorkerOffer, WorkerRequest
+from hypha.messages import (
+    MAX_VERSION_LENGTH,
+    DatasetDescription,
+    HealthReport,
+    Job,
+    WorkerOffer,
+    WorkerRequest,
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,23 @@ FEATURES = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class Service:
+    """What gateways or data nodes do since they have stated it. ``says`` completes "it ..."."""
+
+    name: str
+    kind: str
+    says: str
+
+
+SERVICES = (
+    Service("finds-doubles", "gateway", "finds a certificate that is used on two machines at two gateways"),
+    Service("bounds-all-peers", "gateway", "bounds what all peers together take of its memory"),
+    Service("class-names", "data node", "says what the classes of a dataset are called"),
+)
+_KINDS = {"hypha-gateway": "gateway", "hypha-data": "data node"}
+
 #: Fields, values and tasks of job descriptions that came after the baseline and that executors which do not
 #: know them may ignore, in the form of :func:`words`.
 #: Without max_update_ratio huge updates count as they are, as they did before there was one. Without
@@ -190,11 +217,34 @@ class Abilities(Struct, frozen=True):
 OURS = Abilities(__version__, NAMES)
 
 
-def stated(message: WorkerOffer | WorkerRequest) -> Abilities:
+def stated(message: WorkerOffer | WorkerRequest | HealthReport | DatasetDescription) -> Abilities:
     """What the sender of ``message`` states of itself; a scheduler states no features."""
-    if isinstance(message, WorkerOffer):
-        return Abilities(message.version, message.features)
-    return Abilities(message.version)
+    if isinstance(message, WorkerRequest):
+        return Abilities(message.version)
+    return Abilities(message.version, message.features)
+
+
+def features_of(component: str) -> tuple[str, ...]:
+    """What a node of this version states, by its component: ``hypha-worker`` and so on."""
+    if component == "hypha-worker":
+        return NAMES
+    return tuple(one.name for one in SERVICES if one.kind == _KINDS.get(component))
+
+
+def kind_of(component: str) -> str:
+    """``gateway`` or ``data node``; empty for another ``component``."""
+    return _KINDS.get(component, "")
+
+
+def missing_services(kind: str, abilities: Abilities) -> tuple[str, ...]:
+    """What a ``gateway`` or a ``data node`` lacks of that which one of this version has."""
+    return tuple(one.name for one in SERVICES if one.kind == kind and one.name not in abilities.features)
+
+
+def services_in_words(lacking: Collection[str]) -> str:
+    """``class-names (a version with it says ...)``."""
+    says = {one.name: one.says for one in SERVICES}
+    return ", ".join(f"{name} (a version with it {says[name]})" for name in lacking)
 
 
 def needs(job: Job) -> tuple[str, ...]:

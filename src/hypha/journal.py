@@ -25,6 +25,8 @@ logger = logging.getLogger("hypha.journal")
 
 #: entries kept in memory
 KEPT = 2000
+#: And so many bytes of them, as MessagePack: events hold what peers have sent.
+KEPT_BYTES = 16 << 20
 
 State = Mapping[str, object] | str
 
@@ -68,7 +70,10 @@ class Journal:
     """
 
     def __init__(self, *, kept: int = KEPT, file: Path | None = None, checked: bool = False) -> None:
-        self.entries: deque[Entry] = deque(maxlen=kept)
+        self.entries: deque[Entry] = deque()
+        self._kept = kept
+        self._sizes: deque[int] = deque()
+        self._size = 0
         self.listeners: list[Callable[[Entry], None]] = []
         self.checked = checked
         self._number = 0
@@ -88,7 +93,7 @@ class Journal:
         """``machine`` handled ``event``; never raises for what cannot be written."""
         entry = Entry(self._number, now, machine, event, tuple(actions), state, tuple(drawn))
         self._number += 1
-        self.entries.append(entry)
+        self._keep(entry)
         if self._sink is not None:
             self._write(self._sink, entry)
         for listener in list(self.listeners):
@@ -99,6 +104,15 @@ class Journal:
                     raise
                 logger.exception("A listener of the journal failed, and is told nothing any more.")
                 self.leave(listener)
+
+    def _keep(self, entry: Entry) -> None:
+        size = _size_of(entry)
+        self.entries.append(entry)
+        self._sizes.append(size)
+        self._size += size
+        while len(self.entries) > self._kept or self._size > KEPT_BYTES:
+            self.entries.popleft()
+            self._size -= self._sizes.popleft()
 
     def leave(self, listener: Callable[[Entry], None]) -> None:
         """``listener`` is told nothing any more; it may have failed, and been left out, before."""
@@ -143,6 +157,15 @@ def write_entries(path: Path, about: object, entries: Sequence[Entry]) -> None:
         for entry in entries:
             file.write(entry.line() + b"\n")
     part.replace(path)
+
+
+def _size_of(entry: Entry) -> int:
+    """As MessagePack; of what has none, a guess."""
+    try:
+        said = (entry.event, entry.actions, entry.state, entry.drawn)
+        return len(msgspec.msgpack.encode(said, enc_hook=_hook))
+    except (NotImplementedError, TypeError, ValueError, OverflowError):
+        return 1024
 
 
 def plain(value: object) -> Any:

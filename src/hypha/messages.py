@@ -21,6 +21,11 @@ WORKER_TOPIC = "hypha/worker"
 
 MAX_REQUEST_BYTES = 1 << 20
 MAX_RESPONSE_BYTES = 10 << 20
+#: An executor's event, as JSON. It goes to the scheduler in one request, beside its envelope, which also has
+#: to take what the contributions of a thousand workers to one round take.
+MAX_EVENT_BYTES = 512 << 10
+#: What one update may say of what it stands for, as JSON: some five hundred slices.
+MAX_CONTRIBUTION_BYTES = 32 << 10
 
 #: Bounds of what a peer states of itself (:mod:`hypha.features`); a message beyond them is ``malformed``.
 MAX_VERSION_LENGTH = 64
@@ -29,9 +34,18 @@ MAX_FEATURES = 256
 #: so would take time that grows with the square of its length.
 MAX_PEER_ID_LENGTH = 128
 MAX_ADDRESS_LENGTH = 512
+#: Addresses of one peer: those of all its network interfaces, and through each of its gateways.
+MAX_ADDRESSES_SENT = 128
+#: Of a job, a lease, a request or an executor process. Others remember them.
+MAX_ID_LENGTH = 256
+Id = Annotated[str, Meta(max_length=MAX_ID_LENGTH)]
 VersionName = Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)]
 FeatureNames = Annotated[
     tuple[Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)], ...], Meta(max_length=MAX_FEATURES)
+]
+
+Addresses = Annotated[
+    tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...], Meta(max_length=MAX_ADDRESSES_SENT)
 ]
 
 #: The number of a node that runs, and of how many of them a gateway asks another one in one request.
@@ -72,7 +86,7 @@ class PeerRef(Value):
     """A peer and where it may be reached; ``addresses`` are multiaddrs, circuit addresses included."""
 
     peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)]
-    addresses: tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...] = ()
+    addresses: Addresses = ()
 
 
 class Resources(Value):
@@ -101,7 +115,7 @@ class JobStamp(Value):
     (see :class:`SendModel`).
     """
 
-    job_id: str
+    job_id: Id
     generation: int = 0
     round: int = 0
     attempt: int = 0
@@ -231,7 +245,7 @@ class TrainJob(Message, tag="train"):
     by its worker's own rule. Its worker trains on nothing that is not in the manifest of ``manifest_hash``.
     """
 
-    job_id: str
+    job_id: Id
     generation: int
     executor: ExecutorDescriptor
     me: str
@@ -271,7 +285,7 @@ class AggregateJob(Message, tag="aggregate"):
     ``slice_rows`` are those of each slice of the dataset: an update of rows that do not exist is refused.
     """
 
-    job_id: str
+    job_id: Id
     generation: int
     executor: ExecutorDescriptor
     me: str
@@ -406,7 +420,7 @@ class Contribution(Value):
 
     round: int
     worker: str
-    incarnation: str
+    incarnation: Id
     samples: int
     batches: int
     batch_size: int
@@ -445,7 +459,7 @@ class Alive(Message):
 class Loaded(Message):
     """A training executor has built its model and waits for theta."""
 
-    incarnation: str
+    incarnation: Id
 
 
 class RoundStarted(Message):
@@ -556,7 +570,7 @@ class ExecutorExited(Message):
 
     exit_code: int
     tail: str
-    incarnation: str = ""
+    incarnation: Id = ""
 
 
 Event = (
@@ -585,7 +599,7 @@ class WorkerRequest(Message):
     the scheduler's, ``needs`` the features (:mod:`hypha.features`) without which a worker need not offer.
     """
 
-    request_id: str
+    request_id: Id
     scheduler: PeerRef
     resources: Resources
     executor: ExecutorDescriptor
@@ -683,8 +697,8 @@ class WorkerOffer(Message):
     and ``features`` (:mod:`hypha.features`) are the worker's; without them it is older than these fields.
     """
 
-    lease_id: str
-    request_id: str
+    lease_id: Id
+    request_id: Id
     worker: PeerRef
     resources: Resources
     price: float
@@ -696,13 +710,13 @@ class WorkerOffer(Message):
 class RenewLease(Message):
     """First renewal = acceptance."""
 
-    lease_id: str
+    lease_id: Id
 
 
 class ReleaseLease(Message):
     """A courtesy: the resources may go to somebody else before the lease expires."""
 
-    lease_id: str
+    lease_id: Id
 
 
 class WorkerLeaving(Message):
@@ -722,15 +736,15 @@ class DispatchJob(Message):
     replaces the executor of that incarnation, however far that one has got with its end.
     """
 
-    lease_id: str
+    lease_id: Id
     job: Job
-    instead_of: str = ""
+    instead_of: Id = ""
 
 
 class CancelJob(Message):
     """Stop the executor of this job of this class; the lease stays."""
 
-    job_id: str
+    job_id: Id
     kind: ExecutorClass
 
 
@@ -750,7 +764,7 @@ class ReportEvent(Message):
 
     stamp: JobStamp
     kind: ExecutorClass
-    incarnation: str
+    incarnation: Id
     seq: int
     event: Event
 
@@ -762,7 +776,7 @@ class NextSlice(Message):
     """
 
     stamp: JobStamp
-    incarnation: str
+    incarnation: Id
     seq: int
     cached: tuple[int, ...] = ()
     held_from: int = 0
@@ -784,7 +798,7 @@ class PullFile(Message):
     kind: str
     name: str
     job_id: str | None = None
-    token: str = ""
+    token: Id = ""
 
 
 class ListFiles(Message):
@@ -805,13 +819,15 @@ class CheckpointFile(Value):
 
 class CheckpointIndex(Value):
     """``index.json``: all files of the checkpoint from which ``round`` is started, and the life of the job
-    that saved it.
+    that saved it. ``signature`` (hex) is that of the scheduler which left a copy with a worker: by it the
+    scheduler knows the copy again when it has lost its ledger (:mod:`hypha.scheduler.replicas`).
     """
 
-    job_id: str
+    job_id: Id
     round: int
     files: tuple[CheckpointFile, ...]
     generation: int = 0
+    signature: Annotated[str, Meta(max_length=256)] = ""
 
     @property
     def size(self) -> int:
@@ -847,7 +863,7 @@ class HoldCheckpoint(Message):
 class DropCheckpoints(Message):
     """No copy of that job's checkpoints is needed any more."""
 
-    job_id: str
+    job_id: Id
 
 
 class FindCheckpoints(Message):
@@ -890,9 +906,9 @@ class BulkOffer(Message):
     ``zstd_blocks``: I would compress single blocks, and say of each whether it is.
     """
 
-    token: str
+    token: Id
     meta: TransferMeta
-    addresses: tuple[str, ...]
+    addresses: Addresses
     traceparent: str | None = None
     zstd_blocks: bool = False
 
@@ -900,8 +916,8 @@ class BulkOffer(Message):
 class BulkDial(Message):
     """My dial failed: please dial me for the transfer with this token."""
 
-    token: str
-    addresses: tuple[str, ...]
+    token: Id
+    addresses: Addresses
 
 
 class Acknowledged(Message):
@@ -909,11 +925,13 @@ class Acknowledged(Message):
 
 
 class HealthReport(Message):
-    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words.
+    """``component`` is ``hypha-worker`` and so on; ``details`` says more in words. ``features``
+    (:mod:`hypha.features`): without them it is older than that field.
 
     The rest is for whoever looks for a fault, nothing is decided by it: ``time_s`` is the sender's time of
-    day in seconds since 1970, the only one on the wire, ``seen_at`` (a multiaddr) where the connection of
-    the caller comes from as the sender sees it, and ``packages`` has the versions that it runs with.
+    day in seconds since 1970, the only one on the wire, ``seen_at`` (multiaddrs, the newest last) where
+    direct connections of the caller come from as the sender sees it, and ``packages`` has the versions that
+    it runs with.
     """
 
     healthy: bool
@@ -922,8 +940,11 @@ class HealthReport(Message):
     peer: str
     uptime_s: float
     details: dict[str, str] = {}
+    features: FeatureNames = ()
     time_s: float | None = None
-    seen_at: Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)] = ""
+    seen_at: Annotated[
+        tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...], Meta(max_length=MAX_DIALLED_BACK)
+    ] = ()
     packages: Annotated[
         dict[
             Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)],
@@ -965,7 +986,7 @@ class LeaseRenewed(Message):
     for what it holds, ``outranked``: one of them for longer than its owner. It is not ended for them.
     """
 
-    lease_id: str
+    lease_id: Id
     expires_in_s: float
     contended: bool = False
     outranked: bool = False
@@ -1079,10 +1100,14 @@ class TrialReport(Value):
 
 
 class DatasetDescription(Message):
-    """The manifest, and its hash: replicas are interchangeable when that is the same."""
+    """The manifest, and its hash: replicas are interchangeable when that is the same. ``version`` and
+    ``features`` are the data node's; without them it is older than these fields.
+    """
 
     manifest: Manifest
     manifest_hash: str
+    version: VersionName = ""
+    features: FeatureNames = ()
 
 
 class FileList(Message):
@@ -1107,7 +1132,7 @@ class BulkAnswer(Message):
     """Send from ``offset`` on; ``done`` when it is all here already. ``addresses``: dial me there."""
 
     offset: int
-    addresses: tuple[str, ...]
+    addresses: Addresses
     done: bool = False
     #: not 0: others are served first; offer again, with the same token, after this long
     wait_s: float = 0.0
@@ -1204,7 +1229,7 @@ class Report(Value):
     """
 
     stamp: JobStamp
-    incarnation: str
+    incarnation: Id
     progress: Progress
     v: int = WIRE_VERSION
     traceparent: str | None = None

@@ -28,6 +28,13 @@ def cleaned(name: str, most: int = MAX_NAME) -> str:
     return " ".join(visible.split())[:most].rstrip()
 
 
+def legible(text: str) -> str:
+    """``text``, its lines and all, without what controls a terminal or changes the direction of text."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in "\n\t" else "\ufffd" for one in text)
+
+
 def learn(peer: str, name: str) -> None:
     """``peer`` has shown a verified certificate with ``name``; an empty one says nothing."""
     known = _names.pop(peer, "")

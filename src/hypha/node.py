@@ -178,6 +178,9 @@ class Node(Protocol):
     def gateway_changed(self) -> Changes:
         """Notes every change of the active gateway or of the relay reservation."""
 
+    def sign(self, data: bytes) -> bytes:
+        """The signature of this node's key over ``data``, the same each time; ``data`` says what it is."""
+
     def ref(self) -> PeerRef:
         """This node and its current addresses."""
 

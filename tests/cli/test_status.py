@@ -26,6 +26,7 @@ from hypha.scheduler.snapshot import (
 )
 from hypha.telemetry import serve_http
 from hypha.telemetry.page import Access, Feed, page_routes
+from hypha.worker.given import GivenLease, GivenLeases
 
 TRAINING = JobSnapshot(
     name="digits",
@@ -125,6 +126,59 @@ async def test_beyond_loopback_it_needs_the_token(tmp_path: Path) -> None:
         nursery.cancel_scope.cancel()
     missing = await hypha("status", address, "--token", str(tmp_path / "nothing"))
     assert "the token cannot be read" in missing.stderr.decode()
+
+
+async def test_leases_that_a_worker_has_given_and_that_a_scheduler_holds(tmp_path: Path) -> None:
+    given = GivenLeases(
+        state="is drained, and makes no new offers",
+        free=Resources(cpu=2.0),
+        leases=(
+            GivenLease(
+                lease="0123456789abcdef",
+                scheduler="12D3KooWabcdefgh",
+                name="lab",
+                kind="train",
+                executor="diloco-transformer",
+                state="bound",
+                price=1.5,
+                resources=Resources(cpu=1.0, memory=4.0),
+                expires_in_s=12.3,
+                job="job-1",
+            ),
+        ),
+    )
+    async with trio.open_nursery() as nursery:
+        local = partial(serve_http, "127.0.0.1:0", health, lookups={"leases": lambda: given})
+        shown = await hypha("leases", await nursery.start(local))
+        assert shown.returncode == 0, shown.stderr
+        told = (
+            "the worker is drained, and makes no new offers; free are cpu=2",
+            "01234567",
+            "lab (…abcdefgh)",
+        )
+        for words in (*told, "train (diloco-transformer)", "cpu=1 memory=4", "1.5", "12 s", "job-1"):
+            assert words in shown.stdout.decode(), shown.stdout.decode()
+        held = (*TRAINING.held, LeaseSnapshot("l", "12D3KooWgoinggoo", "train", leaves_in_s=7.0))
+        job = msgspec.structs.replace(TRAINING, held=held)
+        shown = await hypha(
+            "leases", await nursery.start(partial(serve_http, "127.0.0.1:0", health, lambda: job))
+        )
+        assert shown.returncode == 0, shown.stderr
+        for words in ("job digits holds 3 leases", "…goinggoo", "leaves in 7 s", "cpu=4", "2.5", "held"):
+            assert words in shown.stdout.decode(), shown.stdout.decode()
+        nursery.cancel_scope.cancel()
+    unset = tmp_path / "worker.toml"
+    unset.write_text(
+        'cert_pem = "c.pem"\nkey_pem = "k.pem"\ntrust_pem = "t.pem"\n'
+        'gateway_addresses = ["/ip4/192.0.2.1/tcp/8080"]\n'
+    )
+    refused = await hypha("leases", "-c", str(unset))
+    assert (refused.returncode, "its http_address is not set" in refused.stderr.decode()) == (1, True)
+    missing = await hypha("peers", "-c", str(tmp_path / "nothing.toml"))
+    assert (missing.returncode, "name the configuration of a component" in missing.stderr.decode()) == (
+        2,
+        True,
+    )
 
 
 async def test_a_worker_says_what_it_has_and_how_it_is_enforced() -> None:

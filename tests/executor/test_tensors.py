@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 import blake3
+import msgspec
 import pytest
 import torch
 import xxhash
@@ -18,6 +19,7 @@ from hypha.executor.hashing import Digests
 from hypha.executor.running import kind_of
 from hypha.executor.tensors import TensorFile, Theta
 from hypha.executor.updates import UpdateFile
+from hypha.messages import MAX_EVENT_BYTES, Contribution, RoundApplied, SliceRange, encode_json
 
 
 def theta(seed: int = 0) -> Theta:
@@ -134,6 +136,40 @@ def test_encoded_updates_are_as_small_as_promised(tmp_path: Path) -> None:
         sizes[encoding] = (tmp_path / encoding).stat().st_size  # type: ignore[index]
     assert sizes["bf16"] < 0.51 * sizes["none"]
     assert sizes["int8"] < 0.26 * sizes["none"]
+
+
+def contribution(worker: str, ranges: int = 1) -> Contribution:
+    rows = tuple(SliceRange(epoch=0, slice=number, start=0, stop=1) for number in range(ranges))
+    return Contribution(
+        round=3, worker=worker, incarnation="i", samples=1, batches=1, batch_size=1, steps=0, ranges=rows
+    )
+
+
+def test_what_an_update_says_of_itself_is_bounded(tmp_path: Path) -> None:
+    """Parameter servers tell it to the scheduler: an event that is too large would never arrive."""
+    path = tmp_path / "u"
+    for ranges, listened_to in ((1, True), (20_000, False)):
+        updates.write_update(path, theta(1), theta(0), contribution=contribution("w", ranges))
+        assert (updates.contribution_in(path, "w", 3, 1) is not None) == listened_to
+    content = path.read_bytes()
+    header = b'{"__metadata__":{"a":"' + b" " * updates.MAX_HEADER_BYTES + b'"}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[-4:])
+    with pytest.raises(DataError, match="its header would take"):
+        updates.contribution_in(path, "w", 3, 1)
+
+
+def test_that_a_round_is_applied_can_always_be_told() -> None:
+    parts = tuple(contribution(f"w{number}", 450 if number % 2 else 1) for number in range(60))
+    names = tuple(part.worker for part in parts)
+    applied = RoundApplied(round=3, theta="t", contributors=names, contributions=parts)
+    assert len(encode_json(applied)) > MAX_EVENT_BYTES
+    told = updates.deliverable(applied)
+    assert MAX_EVENT_BYTES - 64_000 < len(encode_json(told)) < MAX_EVENT_BYTES
+    # who says little is told of in any case, in the order in which they were added
+    assert {part.worker for part in told.contributions} >= {f"w{number}" for number in range(0, 60, 2)}
+    assert [part for part in parts if part in told.contributions] == list(told.contributions)
+    few = msgspec.structs.replace(applied, contributions=parts[:3])
+    assert updates.deliverable(few) == few
 
 
 @pytest.mark.parametrize("encoding", ["none", "bf16", "int8"])

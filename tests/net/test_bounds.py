@@ -7,7 +7,8 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,7 @@ from hypha.net import bulk_meeting, identify_bounds, rpc
 from hypha.net.addresses import MAX_ADDRESSES, host_and_port
 from hypha.net.arrivals import (
     GRACE_S,
+    Arrival,
     Arrivals,
     source_of,
 )
@@ -62,6 +64,7 @@ from hypha.net.dht_records import (
     Records,
     trimmed_query,
 )
+from hypha.net.inbound_budget import OWN_STREAMS, InboundBudget
 from hypha.net.inbound_streams import limit_of
 from hypha.net.relay import RelayLimits, RelayRefused
 from hypha.net.rpc import OWN_PER_PEER
@@ -647,3 +650,136 @@ def test_the_newest_addresses_of_a_peer_are_kept() -> None:
         data.add_addrs(many[start : start + 10])
         data.add_addrs(many[start : start + 10])
     assert data.get_addrs() == many[-MAX_ADDRESSES:]
+
+
+# --- all peers together -----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def crowd(network: Network, victim: Node, size: int) -> AsyncIterator[list[Node]]:
+    """Attackers, each with a certificate of its own, connected with ``victim``."""
+    async with AsyncExitStack() as stack:
+        found = []
+        for _ in range(size):
+            node = await stack.enter_async_context(network.leaf("attacker"))
+            await node.connect(ref_of(victim))
+            found.append(node)
+        yield found
+
+
+async def test_bytes_of_all_peers_together_are_bounded_and_who_has_most_waiting_is_ended(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    most = 4 << 20
+    async with network.leaf("victim") as victim, network.leaf("partner") as partner:
+        budget = victim._security.budget = InboundBudget(max_bytes=most)
+        victim.set_stream_handler("/test/idle", never_reads)
+        await partner.connect(ref_of(victim))
+        victim.prefer(lambda peer: peer == partner.peer_id)
+        held = await partner.open_stream(ref_of(victim), "/test/idle")
+        await held.write(bytes(WINDOW // 2))
+        async with crowd(network, victim, 4) as attackers:
+            seen = 0
+            for attacker in attackers:
+                for _ in range(24):
+                    with suppress(*STREAM_ERRORS, PeerUnreachable):
+                        with trio.move_on_after(5):
+                            stream = await attacker.open_stream(ref_of(victim), "/test/idle")
+                            await stream.write(bytes(WINDOW // 2))
+                    budget._count()
+                    seen = max(seen, budget._waiting)
+            # what came since the last count, and a frame of each
+            assert seen <= most + budget._recount_bytes + 5 * WINDOW
+            assert "the most of all peers'" in caplog.text
+            # whoever shares a lease has its bytes there still, and is served
+            assert victim.is_connected(partner.peer_id)
+            assert buffered(muxed(victim, partner)) >= WINDOW // 2
+            assert await is_served(partner, victim)
+
+
+async def test_streams_of_all_peers_together_are_bounded_and_each_has_a_few(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with network.leaf("victim") as victim, network.leaf("partner") as partner:
+        budget = victim._security.budget = InboundBudget(max_streams=40)
+        victim.set_stream_handler("/test/idle", never_reads)
+        await partner.connect(ref_of(victim))
+        async with crowd(network, victim, 3) as attackers:
+            for attacker in attackers:
+                ours = muxed(attacker, victim)
+                for number in range(30):
+                    at = ours.next_stream_id + 1000 + 2 * number
+                    await ours._write_frame(frame(TYPE_DATA, FLAG_SYN, at, 1, b"x"))
+            # whoever comes late is served, too
+            async with network.leaf("late") as late:
+                assert await is_served(late, victim)
+            open_ = {str(one.peer_id): len(one.streams) for one in budget._connections}
+            assert sum(open_.values()) <= 40 + OWN_STREAMS * len(open_)
+            assert "all peers together have 40 open" in caplog.text
+            victim.prefer(lambda peer: peer == partner.peer_id)
+            for _ in range(2 * OWN_STREAMS):
+                await partner.open_stream(ref_of(victim), "/test/idle")
+            assert await is_served(partner, victim)
+
+
+def test_a_leases_partner_has_a_connection_where_all_places_are_taken() -> None:
+    async def main() -> None:
+        arrivals = Arrivals(max_connections=3)
+        arrivals.is_partner = lambda peer: peer in ("scheduler", "other")
+        cut: list[str] = []
+
+        def arrive(name: str, peer: str) -> tuple[Arrival, str | None]:
+            arrival = arrivals.arrive("192.0.2.1", lambda: cut.append(name))
+            assert arrival is not None
+            return arrival, arrival.authenticate(peer)
+
+        first, refused = arrive("other-1", "other")
+        assert refused is None
+        for number in (1, 2):
+            assert arrive(f"greedy-{number}", "greedy")[1] is None
+        assert "it has 3 connections" in (arrive("late", "somebody")[1] or "")
+        assert arrive("scheduler-1", "scheduler")[1] is None
+        assert arrive("scheduler-2", "scheduler")[1] is None
+        assert cut == ["greedy-1", "greedy-2"]
+        # of those who all share one, none gives way
+        assert "it has 3 connections" in (arrive("scheduler-3", "scheduler")[1] or "")
+        first.leave()
+        assert arrive("scheduler-4", "scheduler")[1] is None
+
+    trio.run(main)
+
+
+async def test_large_requests_of_many_peers_are_bounded_together(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "MAX_HELD_BYTES", 100 * KIB)
+    waiting = trio.Event()
+
+    async def slow(caller: str, request: ListFiles) -> FileList:
+        await waiting.wait()
+        return FileList(files=())
+
+    async with network.leaf("victim") as victim, network.leaf("partner") as partner:
+        victim.answer(ListFiles, slow)
+        large = ListFiles(kind="slice", name="x" * (60 * KIB))
+        async with crowd(network, victim, 3) as attackers, trio.open_nursery() as nursery:
+            refused: list[str] = []
+
+            async def ask(node: Node) -> None:
+                try:
+                    await node.request(ref_of(victim), large, timeout_s=20)
+                except Refused as exc:
+                    refused.append(exc.code)
+
+            for attacker in attackers:
+                nursery.start_soon(ask, attacker)
+            await until(lambda: len(refused) == 2)
+            assert set(refused) == {"busy"}
+            # small ones have their places, and partners
+            assert await is_served(attackers[0], victim)
+            victim.prefer(lambda peer: peer == partner.peer_id)
+            nursery.start_soon(ask, partner)
+            await until(lambda: victim._rpc._held_bytes > 100 * KIB)
+            waiting.set()
+        assert refused == ["busy", "busy"]
+        await until(lambda: victim._rpc._held_bytes == 0)

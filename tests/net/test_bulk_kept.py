@@ -262,6 +262,31 @@ async def test_a_sender_that_was_revoked_cannot_use_what_was_kept(
     assert rig.arrived == ["first"]
 
 
+@pytest.mark.parametrize("revoked", ["sender", "receiver"])
+async def test_a_file_that_goes_to_or_from_who_is_revoked_meanwhile_is_cut(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revoked: str
+) -> None:
+    bystander, victim, good = (network.pki.files(name) for name in ("bystander", "victim", "good"))
+    crl = tmp_path / "crls.pem"
+    revoke(network.pki.org, [bystander.cert], crl)
+    aware = load_identity(IdentityFiles(good.cert, good.key, good.trust, crl))
+    ends = (load_identity(victim), aware) if revoked == "sender" else (aware, load_identity(victim))
+    async with open_rig(network, tmp_path, monkeypatch, *ends) as rig:
+        rig.proxy.trouble = Trouble(rate=500_000)
+
+        async def send() -> None:
+            with pytest.raises(TransferFailed):
+                await rig.send("long", 4_000_000)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            await until(lambda: sum(rig.proxy.passed) > 200_000)
+            revoke(network.pki.org, [victim.cert], crl)
+            await (rig.far if revoked == "sender" else rig.near).reload_identity()
+        assert sum(rig.proxy.passed) < 3_000_000
+    assert rig.arrived == []
+
+
 async def test_nothing_is_sent_to_who_is_not_trusted_any_more(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

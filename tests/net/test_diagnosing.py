@@ -113,7 +113,8 @@ async def test_a_gateway_says_what_it_sees_of_who_asks(network: Network) -> None
         assert isinstance(report, HealthReport)
         assert report.time_s is not None
         assert before_s - 1 <= report.time_s <= time.time() + 1
-        assert report.seen_at.startswith("/ip4/127.0.0.1/tcp/")
+        (seen,) = report.seen_at
+        assert seen.startswith("/ip4/127.0.0.1/tcp/")
         assert {"hypha", "python", "libp2p"} <= report.packages.keys()
 
         listening = worker.listen_addresses()[0]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import trio
 from libp2p.peer.envelope import seal_record
 from libp2p.peer.peer_record import PeerRecord
 from tests.support.network import Network, address_of, until
 
-from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
+from hypha.messages import (
+    WORKER_TOPIC,
+    ExecutorDescriptor,
+    GossipEnvelope,
+    PeerRef,
+    Resources,
+    WorkerRequest,
+)
 from hypha.net import Libp2pNode as Node
+from hypha.net.gossip import MAX_MESSAGE_BYTES
 
 pytestmark = pytest.mark.loopback
 
@@ -40,6 +49,27 @@ async def test_a_request_published_right_after_connecting_reaches_everybody(netw
             with trio.fail_after(20):
                 item = await heard.receive()
             assert (item.publisher, item.request.request_id) == (scheduler.peer_id, "r1")
+
+
+async def test_a_message_of_more_than_any_request_needs_is_not_passed_on(network: Network) -> None:
+    """Fields that nobody knows are ignored, and would be kept by everybody all the same."""
+    async with (
+        network.gateway() as gateway,
+        network.leaf("worker", [gateway]) as worker,
+        worker.subscribe() as heard,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+    ):
+        # joins the mesh
+        await scheduler.publish(worker_request(scheduler, "first"))
+        for name, padding in (("large", MAX_MESSAGE_BYTES), ("small", 100)):
+            envelope = GossipEnvelope(body=worker_request(scheduler, name))
+            padded = msgspec.to_builtins(envelope) | {"unknown": "x" * padding}
+            await scheduler._gossip._pubsub.publish(WORKER_TOPIC, msgspec.msgpack.encode(padded))
+        names: set[str] = set()
+        with trio.fail_after(20):
+            while not names >= {"first", "small"}:
+                names.add((await heard.receive()).request.request_id)
+        assert "large" not in names
 
 
 async def test_gossip_crosses_linked_gateways(network: Network) -> None:

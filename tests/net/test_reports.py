@@ -57,6 +57,20 @@ async def test_reports_survive_a_broken_connection(network: Network) -> None:
         await until(lambda: newest == 2)
 
 
+async def test_a_report_that_cannot_be_sent_ends_nobody(
+    network: Network, caplog: pytest.LogCaptureFixture
+) -> None:
+    arrived: list[int] = []
+    async with network.leaf("worker") as worker, network.leaf("scheduler") as scheduler:
+        scheduler.answer_reports(lambda caller, reports: arrived.extend(r.progress.batches for r in reports))
+        worker.learn(PeerRef(peer=scheduler.peer_id, addresses=(address_of(scheduler),)))
+        # MessagePack has integers of 64 bits
+        worker.report(scheduler.peer_id, report(1, round_=1 << 70))
+        await until(lambda: "are lost" in caplog.text)
+        worker.report(scheduler.peer_id, report(2))
+        await until(lambda: arrived == [2])
+
+
 async def test_reports_to_nobody_block_nobody(network: Network) -> None:
     async with network.leaf("worker") as worker:
         started = Stopwatch()

@@ -29,11 +29,25 @@ from hypha.messages import (
     Progress,
     ReceivedFile,
     RoundApplied,
+    RoundStarted,
     SliceRange,
     TransferMeta,
+    UpdateReceived,
+    UpdateRefused,
     UpdateSent,
 )
-from hypha.scheduler.events import AnswerSlice, Drop, Fail, Publish, Record, Reported, Send, SliceAsked, Told
+from hypha.scheduler.events import (
+    AnswerSlice,
+    Drop,
+    Fail,
+    Publish,
+    Record,
+    Reported,
+    Send,
+    SliceAsked,
+    Told,
+    with_early,
+)
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.slices import SliceTracker
 
@@ -73,6 +87,7 @@ def held() -> SliceTracker:
         ({"ranges": (SliceRange(epoch=0, slice=9, start=0, stop=40),)}, "slice 9 has no rows"),
         ({"ranges": (SliceRange(epoch=0, slice=0, start=0, stop=60),)}, "slice 0 has no rows 0 to 60"),
         ({"finished": ((0, 1),)}, "calls slices finished"),
+        ({"ranges": (SliceRange(epoch=0, slice=0, start=0, stop=1),) * 10_001}, "10001 ranges of rows"),
         ({"finished": ((0, 3),)}, "calls slices finished"),
     ],
 )
@@ -159,6 +174,36 @@ def test_an_update_of_a_trillion_samples_costs_its_worker_its_place_and_nothing_
     assert isinstance(world.ended, Publish)
     assert {part.worker for part in world.records[0].contributors} == {"a", "b", "c"}
     check_books(world, 3)
+
+
+def test_what_is_said_without_end_takes_no_more_room() -> None:
+    """Of rounds that are not open yet, of workers that there are not, with ever new codes."""
+    world = training("a", "b")
+    machine = world.machine
+    for number in range(3000):
+        names = {"round": machine.round, "worker": f"nobody-{number}"}
+        for event in (
+            UpdateReceived(**names, samples=4, contribution=msgspec.structs.replace(GOOD, **names)),
+            UpdateRefused(**names, code=f"code-{number}", reason="none"),
+        ):
+            world.feed(Told("ps", "aggregate", "ps-1", stamp(world), event))
+    assert len(machine.books.accepted) <= 110
+    assert len(machine.books.contributions) <= 110
+    assert len(machine.counts) < 20
+    early: list[Told] = []
+    for number in range(3000):
+        part = msgspec.structs.replace(GOOD, batches=number)
+        for said in (UpdateSent(contribution=part), RoundStarted(round=0, theta="t")):
+            early = with_early(early, Told("a", "train", "a-1", stamp(world), said))
+        known = UpdateReceived(round=0, worker=f"{number}", samples=1)
+        early = with_early(early, Told("ps", "aggregate", "ps-1", stamp(world), known))
+    assert [told.event for told in early if told.sender == "a"] == [
+        UpdateSent(contribution=part),
+        RoundStarted(round=0, theta="t"),
+    ]
+    assert len(early) < 1100
+    world.run(600)
+    assert isinstance(world.ended, Publish)
 
 
 def test_the_parameter_server_knows_for_how_many_samples_an_update_may_stand_before_it_comes() -> None:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import msgspec
 import pytest
 import trio
 from tests.support.network import until
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
+from hypha import __version__
 from hypha.errors import DatasetMismatch, DatasetNotFound, Refused
+from hypha.features import Abilities, features_of
 from hypha.manifests import manifest_hash
-from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, SliceInfo
+from hypha.messages import (
+    ColumnRange,
+    DatasetDescription,
+    DescribeDataset,
+    Manifest,
+    PeerRef,
+    SliceInfo,
+)
 from hypha.node import Node
 from hypha.scheduler.datasets import REFRESH_S, Wanted, find_dataset
 from hypha.scheduler.pins import Pins
+from hypha.scheduler.services import Services
 
 MANIFEST = Manifest(
     name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00" * 32),)
@@ -166,6 +178,36 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
 
 
 @virtual_time
+async def test_gateways_and_data_nodes_state_what_they_run(
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    services = Services()
+    caplog.set_level(logging.INFO, "hypha.scheduler")
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        data_node(network, gateway) as data,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(services.run, scheduler)
+        dataset = await find_dataset(scheduler, "digits", 10.0)
+        await until(lambda: services.gateways)
+        # one of a version that says nothing of itself, and one of this
+        assert dataset.stated == {data.peer_id: Abilities()}
+        for _ in range(2):
+            for peer, abilities in dataset.stated.items():
+                services.note("data node", peer, abilities)
+        found = {one.kind: one for one in services.snapshot(dataset.stated)}
+        assert (found["gateway"].peer, found["gateway"].version) == (gateway.peer_id, __version__)
+        assert found["gateway"].features == features_of("hypha-gateway")
+        assert (found["data node"].peer, found["data node"].version) == (data.peer_id, "")
+        nursery.cancel_scope.cancel()
+    (said,) = [line for line in caplog.messages if "it lacks" in line]
+    assert "runs a version of Hypha that states none" in said
+    assert "class-names (a version with it says what the classes of a dataset are called)" in said
+
+
+@virtual_time
 @pytest.mark.parametrize("wait_s", [None, 4.0])
 @pytest.mark.parametrize("own", ["", "Lab", "Other Lab"])
 async def test_where_as_many_serve_one_as_another_none_wins_silently_and_none_stops_the_job(
@@ -194,3 +236,28 @@ async def test_where_as_many_serve_one_as_another_none_wins_silently_and_none_st
     assert ("of this scheduler's own organisation" in said) is bool(own)
     assert "dataset.manifest_hash" in said
     assert "A data node serves different data under the name digits" in caplog.text
+
+
+@virtual_time
+async def test_what_the_hash_does_not_cover_is_believed_where_all_say_it(
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One data node could have a job refused by what it says of the numbers in a column."""
+    true = (ColumnRange(column="labels", low=0, high=9),)
+    false = (ColumnRange(column="labels", low=0, high=1e9),)
+    ranges = [(), true, true, false]
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        AsyncExitStack() as stack,
+    ):
+        for number, stated in enumerate(ranges):
+            manifest = msgspec.structs.replace(MANIFEST, ranges=stated)
+            await stack.enter_async_context(data_node(network, gateway, manifest=manifest))
+            if number == len(ranges) - 2:
+                assert (await find_dataset(scheduler, "digits", 10.0)).manifest.ranges == true
+        assert "are not checked" not in caplog.text
+        dataset = await find_dataset(scheduler, "digits", 10.0)
+    assert dataset.manifest.ranges == ()
+    assert len(dataset.providers) == len(ranges)
+    assert "say different things of the numbers in the columns of digits" in caplog.text

@@ -16,7 +16,7 @@ from hypha.config.models import OfferConfig
 from hypha.errors import Refused
 from hypha.messages import Acknowledged, WorkerLeaving
 from hypha.node import Node
-from hypha.scheduler.pool import LeaseLeaving, LeaseLost, Pool, PoolEvent
+from hypha.scheduler.pool import OVERSTAY_S, LeaseLeaving, LeaseLost, Pool, PoolEvent
 from hypha.worker.leaving import Leaving
 from hypha.worker.offers import serve_offers
 
@@ -129,7 +129,7 @@ async def test_drained_it_keeps_its_leases_and_makes_offers_again_when_told(netw
     ):
         lease = await leased(pool)
         leaving.drain()
-        assert leaving.in_words == "drained: it makes no new offers"
+        assert leaving.in_words == "is drained, and makes no new offers"
         await trio.sleep(1000.0)
         assert [one.lease_id for one in pool.leases] == [lease]
         await pool.release(lease)
@@ -220,3 +220,45 @@ async def test_a_time_that_is_none_is_refused(network: VirtualNetwork) -> None:
         for left_s in (float("nan"), float("inf"), -1.0):
             with pytest.raises(Refused, match="no time to be left"):
                 await worker.node.request(scheduler.peer_id, WorkerLeaving(lease_id=lease, left_s=left_s))
+
+
+@virtual_time
+async def test_a_worker_that_says_so_and_stays_is_given_back_and_cannot_put_it_off(
+    network: VirtualNetwork,
+) -> None:
+    """Else whoever says so for ever has a second worker leased for its place."""
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        opened_worker(network, gateway) as (worker, _),
+        opened_pool(scheduler) as (pool, seen),
+    ):
+        lease = await leased(pool)
+        worker.desk.close()
+        began = trio.current_time()
+        for _ in range(20):
+            notice = WorkerLeaving(lease_id=lease, left_s=10.0)
+            await worker.node.request(scheduler.peer_id, notice)
+            await trio.sleep(1.0)
+        assert trio.current_time() > began + 10.0 + OVERSTAY_S
+        assert held(pool) == set()
+        assert worker.is_free
+        assert len(losses(seen)) == 1
+
+
+@virtual_time
+async def test_an_offer_on_the_table_goes_with_its_worker(network: VirtualNetwork) -> None:
+    async with (
+        network.gateway() as gateway,
+        network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        opened_worker(network, gateway) as (worker, leaving),
+        opened_pool(scheduler) as (pool, _),
+    ):
+        pool.want("train", 1)
+        await until(lambda: worker.desk.leases)
+        assert not worker.desk.leases[0].accepted
+        leaving.begin(10.0, "a test")
+        await leaving.left.wait()
+        assert worker.is_free
+        await trio.sleep(5.0)
+        assert held(pool) == set()

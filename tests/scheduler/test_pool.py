@@ -219,6 +219,44 @@ async def test_rivals_the_higher_bid_wins_and_the_other_gets_what_is_left(networ
 
 
 @virtual_time
+async def test_of_two_jobs_that_hold_half_of_what_they_need_one_gives_way_and_is_served_later(
+    network: VirtualNetwork, caplog: pytest.LogCaptureFixture
+) -> None:
+    pace = Pace(longest_pause_s=1.0, yield_after_s=5.0)
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(network.gateway())
+        workers = [await stack.enter_async_context(opened_worker(network, [gateway])) for _ in range(2)]
+        nodes = [
+            await stack.enter_async_context(network.leaf("scheduler", [gateway], roles=("scheduler",)))
+            for _ in range(2)
+        ]
+        pools = [await stack.enter_async_context(opened_pool(node, NEED, pace)) for node in nodes]
+        for pool, _ in pools:
+            pool.want("train", 1)
+            await until(lambda pool=pool: len(held(pool)) == 1)
+        with caplog.at_level(logging.INFO, logger="hypha.scheduler"):
+            # each needs two to begin
+            for pool, _ in pools:
+                pool.want("train", 2)
+            await until(lambda: any(len(held(pool)) == 2 for pool, _ in pools), 60)
+        assert "A worker is given back, as there are too few workers to begin" in caplog.text
+        (first, kept), (second, gave) = sorted(pools, key=lambda one: -len(held(one[0])))
+        assert losses(kept) == []
+        await until(lambda: losses(gave))
+        [lost] = losses(gave)
+        assert isinstance(lost, LeaseLost)
+        assert not lost.to_blame
+        # the other has begun, and keeps what it holds whoever asks for it
+        first.begin()
+        await trio.sleep(60.0)
+        assert len(held(first)) == 2
+        assert held(second) == set()
+        await first.close()
+        await until(lambda: len(held(second)) == 2)
+        assert all(len(worker.desk.leases) == 1 for worker in workers)
+
+
+@virtual_time
 async def test_losers_are_free_at_once_and_closing_frees_the_others(network: VirtualNetwork) -> None:
     terms = OfferConfig(lease_s=60.0, temporary_lease_s=60.0)
     async with AsyncExitStack() as stack:

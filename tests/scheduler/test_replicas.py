@@ -16,12 +16,20 @@ from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.config.models import StorageConfig
 from hypha.errors import ConfigError
-from hypha.messages import PeerRef, Resources
+from hypha.messages import (
+    CheckpointFile,
+    CheckpointIndex,
+    CheckpointList,
+    FindCheckpoints,
+    PeerRef,
+    Resources,
+    replica_name,
+)
 from hypha.node import Node
 from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
 from hypha.scheduler.ledger import Ledger
 from hypha.scheduler.pool import LeaseGained
-from hypha.scheduler.replicas import LIVES_SKIPPED
+from hypha.scheduler.replicas import BOOK, LIVES_SKIPPED
 from hypha.scheduler.replicating import ranked
 from hypha.worker.replicas import ReplicaStore
 from hypha.worker.storage_desk import StorageDesk
@@ -161,6 +169,39 @@ async def test_a_damaged_copy_is_not_taken(
     assert stage.restored == [], "from theta of round 0"
     assert "A copy of round" in caplog.text
     assert {entry.generation for entry in read_ledger(result.ledger).rounds if not entry.discarded} == {1}
+
+
+@virtual_time
+async def test_copies_that_a_worker_makes_up_are_not_taken(
+    network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Any worker may announce copies of any job: none that the scheduler has not signed becomes its state."""
+    stage, asked = Stage(tmp_path), list[str]()
+    async with network.gateway() as gateway, data_node(network, gateway):
+        async with (
+            actor(network, gateway, stage),
+            actor(network, gateway, stage),
+            network.leaf("liar", [gateway], roles=("worker",)) as liar,
+        ):
+            config = config_for(network, gateway, tmp_path, checkpoint=KEPT)
+            scheduler = config.cert_pem.stem
+            book = CheckpointFile(name=BOOK, size=7, blake3="0" * 64)
+            made_up = [
+                CheckpointIndex(job_id=job_id, round=99, files=(book,), signature=signature)
+                for job_id, signature in (("digits-1", ""), ("digits-2", "00" * 64))
+            ]
+
+            async def find(caller: str, request: FindCheckpoints) -> CheckpointList:
+                asked.append(caller)
+                return CheckpointList(found=tuple(made_up))
+
+            liar.answer(FindCheckpoints, find)
+            await liar.provide(replica_name(scheduler, "digits"))
+            with trio.fail_after(120):
+                result = await network.run_job(config)
+    assert asked == [scheduler]
+    assert result.theta == "t4"
+    assert caplog.text.count("a copy of round 99 which this scheduler has not signed") == 2
 
 
 @virtual_time

@@ -370,6 +370,33 @@ def test_a_parameter_server_that_leaves_saves_itself_and_goes_when_there_is_anot
     )
 
 
+def test_a_machine_with_worker_and_parameter_server_ends_the_round_before_it_goes() -> None:
+    """Nobody could send the update of a worker that is gone again to another parameter server."""
+    world = World(rules(rounds=3, samples=9600, checkpoint_every=100))
+    world.begin()
+    for peer in "abc":
+        world.add(Worker(peer, 0.05))
+    world.run(600, until=lambda: world.workers["c"].round == 1 and world.workers["c"].batches >= 50)
+    told = world.now
+    world.feed(LeasesHeld(3, 1, ""))
+    world.feed(Leaves("ps", "aggregate", 10.0))
+    world.say_server(CheckpointSaved(round=1, place="scheduler"))
+    world.leave("c", 10.0)
+    world.run(5)
+    # there is another one for the parameter server, and the round is finished with this one nevertheless
+    world.feed(LeasesHeld(4, 2, ""))
+    world.run(60, until=lambda: world.machine.round == 2 or world.ended is not None)
+    assert world.machine.round == 2
+    assert 5.0 < world.now - told < 9.0
+    assert {part.worker for part in world.applied[1][1]} == set("abc")
+    world.run(10, until=lambda: world.ended is not None)
+    assert isinstance(world.ended, Restart)
+    assert world.book[0] == 2
+    assert world.let_go == ["c"]
+    closes = [one.directive for one in world.actions if isinstance(one, Send)]
+    assert CloseRound(round=1, final=False, checkpoint=True) in closes
+
+
 def test_an_executor_that_ends_while_its_worker_leaves_is_not_started_again() -> None:
     world = World(rules(rounds=2, samples=800))
     world.begin()

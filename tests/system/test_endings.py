@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import trio
 from tests.support.faults import again
 from tests.support.system import SMALL, System, digits_dataset, digits_job, digits_model, keep_system, paced
 
+from hypha.cli.chaos.network import base
 from hypha.cli.demo.children import DemoFailed
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
@@ -159,7 +161,7 @@ async def test_an_operator_looks_around_and_drains_a_worker(system: System) -> N
     assert len(held) == 2
 
     # what is leased goes on, and another job waits until the worker makes offers again
-    assert "drained: it makes no new offers; it has 2 leases" in await drain()
+    assert "is drained, and makes no new offers; it has 2 leases" in await drain()
     before = (await system.status(scheduler)).round
     await system.reached(scheduler, lambda seen: seen.round > before)
     assert "makes offers" in await drain("--undo")
@@ -173,3 +175,21 @@ async def test_an_operator_looks_around_and_drains_a_worker(system: System) -> N
     assert "expired" not in text
     with pytest.raises(DemoFailed, match="no worker runs with the work directory"):
         await drain()
+
+
+async def test_a_worker_that_is_stopped_ends_within_seconds_and_its_leases_with_it(system: System) -> None:
+    running = [one for one in system.group.running if one.process.poll() is None]
+    worker = next(one for one in running if base(one.name) == "worker")
+    scheduler = await system.job(small("stopped", 10_000))
+    await system.reached(scheduler, lambda seen: any(one.batches for one in seen.workers))
+    stopped = trio.current_time()
+    worker.process.terminate()
+    assert await system.ended(worker) == 128 + signal.SIGTERM, worker.tail()
+    print(f"It took {trio.current_time() - stopped:.1f} s.")
+    assert trio.current_time() - stopped < 5.5
+    # of a lease of half a minute nobody waits for the end
+    await system.reached(scheduler, lambda seen: not seen.held, timeout_s=3.0)
+    text = scheduler.log.read_text()
+    assert "A leased worker ends in" in text
+    assert "expired" not in text
+    assert "nobody is there any more" not in text

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import trio
@@ -24,7 +25,7 @@ import hypha
 from hypha.config.log_filter import TRACE, LogFilter, parse_filter
 from hypha.net import dialing
 from hypha.telemetry.instruments import LOG_ENTRIES
-from hypha.telemetry.logs import bind, configure_logging
+from hypha.telemetry.logs import MAX_TEXT, bind, configure_logging
 from hypha.telemetry.logs import logged as bound
 from hypha.telemetry.metrics import bind as bind_metrics
 from hypha.telemetry.metrics import unbind
@@ -99,6 +100,32 @@ def test_text() -> None:
     logger, stream = logged("text")
     logger.warning("Slow.", extra={"peer_id": "12D3"})
     assert re.fullmatch(r"\S+Z WARN  hypha\.scheduler: Slow\. peer_id=12D3\n", stream.getvalue())
+
+
+#: as the reason for which a peer refuses something
+SPOILT = "no\n2026-11-29T00:00:00.000Z ERROR hypha.pki: All is lost.\x1b[2J\x1b]0;t\x07\x9b31m\u202e"
+
+
+def test_what_a_peer_says_is_no_entry_and_controls_no_terminal() -> None:
+    logger, stream = logged("text")
+    logger.warning("Refused: %s", SPOILT, extra={"dataset": SPOILT})
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith(" WARN  hypha.scheduler: Refused: no")
+    assert second.startswith("    2026-")
+    assert second.isprintable()
+    logger, stream = logged("json")
+    logger.warning("Refused: %s", SPOILT, extra={"dataset": SPOILT})
+    (line,) = stream.getvalue().splitlines()
+    assert line.isprintable()
+    entry = json.loads(line)
+    assert (entry["message"], entry["dataset"]) == (f"Refused: {SPOILT}", SPOILT)
+
+
+@pytest.mark.parametrize("style", ["json", "text"])
+def test_what_a_peer_says_does_not_fill_the_log(style: Literal["json", "text"]) -> None:
+    logger, stream = logged(style)
+    logger.warning("Refused: %s", "x" * (10 << 20), extra={"dataset": "y" * (10 << 20)})
+    assert 2 * MAX_TEXT < len(stream.getvalue()) < 2 * MAX_TEXT + 1000
 
 
 @pytest.mark.parametrize(

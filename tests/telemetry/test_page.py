@@ -17,7 +17,7 @@ from tests.support.stopwatch import Stopwatch
 
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
-from hypha.telemetry.page import Access, Feed, Message, is_loopback, page_routes, token_in
+from hypha.telemetry.page import Access, Feed, Message, is_loopback, page_routes, token_in, worker_routes
 from hypha.telemetry.page.routes import ASSETS
 
 TOKEN = "a-token-that-nobody-guesses"
@@ -173,6 +173,27 @@ async def test_nothing_of_the_page_comes_from_elsewhere() -> None:
         assert not re.search(r"<style|style=|\son\w+=|<script(?![^>]*src=)", page.text)
         for path in ("/assets/../page.py", "/assets/%2e%2e/routes.py", "/assets/nothing.js"):
             assert (await http.get(path)).status_code == 404
+
+
+async def test_the_page_of_a_worker_has_all_that_it_names_and_nothing_of_the_worker_in_it() -> None:
+    asked = {"leases": lambda: Resources(cpu=2.0)}
+    async with trio.open_nursery() as nursery:
+        serve = partial(serve_http, "127.0.0.1:0", health, routes=worker_routes(), lookups=asked)
+        address = await nursery.start(serve)
+        async with client(address) as http:
+            page = await http.get("/")
+            assert page.headers["content-security-policy"].startswith("default-src 'self';")
+            assert not re.search(r"<style|style=|\son\w+=|<script(?![^>]*src=)", page.text)
+            script = (await http.get("/assets/worker.js")).text
+            named = set(re.findall(r'(?:src|href)="([^"#]+)"', page.text))
+            named |= set(re.findall(r'from "([^"]+)"', script)) | set(re.findall(r'ask\("([^"]+)"\)', script))
+            assert {"/assets/text.js", "/leases", "/health"} < named
+            for name in named:
+                assert (await http.get(name)).status_code == 200, name
+            for name in re.findall(r'get\("([a-z-]+)"\)', script):
+                assert f'id="{name}"' in page.text, name
+            assert (await http.get("/assets/page.js")).status_code == 404
+        nursery.cancel_scope.cancel()
 
 
 def test_what_peers_say_never_becomes_markup() -> None:

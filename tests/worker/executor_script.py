@@ -2,8 +2,8 @@
 
 ``executor_script.py SOCKET MODE``; modes: ``echo`` (take part as a training executor that sends its slice
 back as its update), ``gather`` (a parameter server that sends every update on as theta), ``crash``,
-``sleep`` (deaf to SIGTERM), ``pulse`` (a parameter server with nothing to do, which says so), ``hang``
-(caught in a dead loop).
+``peek`` (asks for the model of somebody who is not its scheduler), ``sleep`` (deaf to SIGTERM), ``pulse`` (a
+parameter server with nothing to do, which says so), ``hang`` (caught in a dead loop).
 """
 
 from __future__ import annotations
@@ -113,6 +113,10 @@ def main() -> None:
     if mode == "crash":
         print("something is wrong", flush=True)
         sys.exit(3)
+    if mode == "peek":
+        other = call("GET", "/job")["parameter_server"]
+        resource = {"type": "peers", "peers": [other], "resource": "model"}
+        call("POST", "/resources/fetch", {"resource": resource})
     if mode == "sleep":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         say(type="loaded", incarnation=str(os.getpid()))

@@ -24,6 +24,7 @@ from tests.worker.test_process import TOKEN, train_job
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.messages import (
+    MAX_EVENT_BYTES,
     Delivery,
     Directive,
     Event,
@@ -55,13 +56,12 @@ from hypha.worker.bridge import (
     MAX_BODY_BYTES,
     MAX_CALLS,
     MAX_CONNECTIONS,
-    MAX_EVENT_BYTES,
     MAX_STREAMS,
     bind_bridge,
     serve_bridge,
 )
 from hypha.worker.directory import JobDirectory
-from hypha.worker.feeds import MAX_NEWEST, MAX_WAITING, Arrivals, Directives, Feed
+from hypha.worker.feeds import MAX_NEWEST, MAX_WAITING, MAX_WAITING_BYTES, Arrivals, Directives, Feed
 
 
 class FileDesk:
@@ -491,6 +491,18 @@ async def test_a_stream_that_nobody_reads_ends_and_may_be_opened_again() -> None
     for number in range(2 * MAX_NEWEST):
         directives.put(number, SendModel(to=PeerRef(peer=f"peer-{number}")))
     assert len(directives._newest) == MAX_NEWEST
+
+
+async def test_what_waits_in_a_stream_is_bounded_in_bytes_too() -> None:
+    large = Members(peers=tuple(PeerRef(peer=f"{number:0>64}") for number in range(10_000)))
+    directives = Directives()
+    with directives.open() as feed:
+        for number in range(MAX_WAITING_BYTES // (64 * len(large.peers))):
+            directives.put(number, large)
+        with pytest.raises(trio.EndOfChannel):
+            await feed.get()
+    with directives.open() as feed:
+        assert await feed.get() == large
 
 
 async def test_a_client_hears_that_its_stream_was_ended(tmp_path: Path) -> None:

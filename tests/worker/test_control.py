@@ -55,7 +55,7 @@ async def test_a_worker_is_drained_and_makes_offers_again(network: Network, tmp_
     async with controlled(network, tmp_path) as (leaving, desk):
         assert stat.S_IMODE(socket_in(tmp_path).stat().st_mode) == 0o600
         answer, _ = await asked(lambda: tell(tmp_path, Call(what="drain")))
-        assert (answer.state, answer.leases, answer.refused) == ("drained: it makes no new offers", 0, "")
+        assert (answer.state, answer.leases, answer.refused) == ("is drained, and makes no new offers", 0, "")
         assert desk.is_closed
         answer, _ = await asked(lambda: tell(tmp_path, Call(what="resume")))
         assert answer.state == "makes offers"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hypha import beneath
 from hypha.errors import HyphaError, Refused
 from hypha.worker.directory import KEPT_FAILURES, MAX_SOCKET_PATH_BYTES, PARTS, JobDirectory, remove_stale
 
@@ -76,6 +77,66 @@ print(directory.path, directory.socket_path.parent)
     assert (deep / "hypha-not-ours").exists()
     live.remove()
     assert remove_stale(tmp_path / "nothing") == []
+
+
+def nested(directory: Path, depth: int) -> None:
+    """Directories in directories, deeper than any path or stack of calls."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("1", dir_fd=descriptor)
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor))
+        below = os.open("1", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = below
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(("end", "depth"), [("removed", 1100), ("kept", 20), ("stale", 20)])
+def test_an_executor_cannot_make_what_nobody_can_remove(tmp_path: Path, end: str, depth: int) -> None:
+    work = tmp_path / "work"
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("stays")
+    directories = [JobDirectory.create(work) for _ in range(KEPT_FAILURES + 1 if end == "kept" else 1)]
+    for directory in directories:
+        nested(directory.part("outgoing"), depth)
+        (directory.part("outgoing") / "2").symlink_to(outside)
+        closed = directory.part("outgoing") / "3"
+        (closed / "inner").mkdir(parents=True)
+        (closed / "inner").chmod(0)
+        closed.chmod(0)
+        if end == "kept":
+            directory.keep("")
+        elif end == "removed":
+            directory.remove()
+    if end == "stale":
+        # its worker was killed
+        os.close(directories[0]._lock)
+        assert remove_stale(work) == [directories[0].path]
+    assert len(list(work.iterdir())) == (KEPT_FAILURES if end == "kept" else 0)
+    assert (outside / "file").read_text() == "stays"
+
+
+def test_a_directory_is_sent_only_while_it_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beneath, "MAX_LINKED", 100)
+    directory = JobDirectory.create(tmp_path / "work")
+    many, deep = directory.part("outgoing") / "many", directory.part("outgoing") / "deep"
+    many.mkdir()
+    for number in range(beneath.MAX_LINKED):
+        (many / str(number)).touch()
+    with directory.pinned("outgoing/many", directory=True) as path:
+        assert len(list(path.iterdir())) == beneath.MAX_LINKED
+    (many / "one-more").touch()
+    deep.mkdir()
+    nested(deep, beneath.MAX_DEPTH + 1)
+    for name in ("many", "deep"):
+        with (
+            pytest.raises(Refused, match="more than 100 files"),
+            directory.pinned(f"outgoing/{name}", True),
+        ):
+            pass
+    directory.remove()
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_only_the_newest_failures_are_kept(tmp_path: Path) -> None:

@@ -31,9 +31,13 @@ from hypha.messages import (
     ExecutorClass,
     ExecutorDescriptor,
     ExecutorExited,
+    FileList,
     Finish,
+    Health,
+    HealthReport,
     Job,
     JobStamp,
+    ListFiles,
     Loaded,
     Members,
     ModelReady,
@@ -230,6 +234,7 @@ def configuration(network: Network, gateway: Node, work_dir: Path, **changes: An
             ("train", "echo"),
             ("train", "crash"),
             ("train", "sleep"),
+            ("train", "peek"),
             ("train", "hang"),
             ("aggregate", "gather"),
             ("aggregate", "pulse"),
@@ -352,6 +357,30 @@ async def test_crash_is_reported_and_its_directory_kept(network: Network, tmp_pa
         assert (await it.scheduler.exit(2)).incarnation != ended.incarnation
 
 
+async def test_an_executor_does_not_get_at_the_files_of_its_workers_other_jobs(
+    network: Network, tmp_path: Path
+) -> None:
+    """Another scheduler knows the worker by its own lease, and would give it its model."""
+    async with (
+        system(network, tmp_path) as it,
+        network.leaf("scheduler", [it.gateway], roles=("scheduler",)) as other,
+    ):
+        asked: list[str] = []
+
+        async def list_files(caller: str, request: ListFiles) -> FileList:
+            asked.append(caller)
+            return FileList(files=())
+
+        other.answer(ListFiles, list_files)
+        offer = await it.scheduler.lease("train", "peek", "r")
+        executor = ExecutorDescriptor(kind="train", name="peek")
+        await it.scheduler.dispatch(offer, it.train(other.ref(), executor=executor))
+        ended = await it.scheduler.exit()
+        assert "403" in ended.tail
+        assert "the scheduler of its own job alone" in ended.tail
+        assert asked == []
+
+
 async def test_parameter_server_and_training_on_one_worker(network: Network, tmp_path: Path) -> None:
     async with system(network, tmp_path) as it:
         scheduler, worker = it.scheduler, it.worker
@@ -360,6 +389,9 @@ async def test_parameter_server_and_training_on_one_worker(network: Network, tmp
         await scheduler.dispatch(aggregate, it.server("gather"))
         await scheduler.dispatch(train, it.train())
         await until(lambda: scheduler.heard(Loaded) and scheduler.heard(ModelReady), 20)
+        health = await scheduler.node.request(worker, Health())
+        assert isinstance(health, HealthReport)
+        assert health.details["jobs"] == "aggregate, train"
         path = scheduler.directory / "mine"
         path.write_bytes(b"x")
         stamp = JobStamp(job_id="job", round=6)

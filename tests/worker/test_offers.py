@@ -10,12 +10,13 @@ import trio
 from msgspec.structs import replace
 from trio.testing import MockClock
 
-from hypha.config.models import OfferConfig
+from hypha.config.models import OfferConfig, UtilizationConfig
 from hypha.errors import Refused
 from hypha.leases import Lease, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
 from hypha.worker.arbiter import Arbiter, Heard, RenewAsked, SendOffer
 from hypha.worker.offers import MAX_TOLD, LeaseDesk, granted
+from hypha.worker.signals import prices
 
 TRAIN = ExecutorDescriptor(kind="train", name="t")
 
@@ -167,3 +168,37 @@ async def test_less_is_asked_for_a_dataset_of_which_slices_are_in_the_cache(
         await trio.sleep(0.3)
         [offered] = [one for one in desk.handle(Tick()) if isinstance(one, SendOffer)]
         assert offered.offer.price == price
+
+
+async def test_a_worker_shows_its_price_its_load_and_what_its_leases_bring(
+    autojump_clock: MockClock,
+) -> None:
+    load = UtilizationConfig(step=0.5, every_s=10.0)
+    terms = OfferConfig(price=2.0, floor=0.5, strategy="utilization", utilization=load, lease_s=1000.0)
+    desk = LeaseDesk(Arbiter(Resources(cpu=1), [TRAIN], terms, lambda: PeerRef(peer="W")), lambda _: None)
+    heard = request(0)
+    desk.handle(replace(heard, request=replace(heard.request, bid=2.5)))
+    await trio.sleep(0.3)
+    [sent] = [one for one in desk.handle(Tick()) if isinstance(one, SendOffer)]
+    desk.handle(RenewAsked(sent.offer.lease_id, "S"))
+    await trio.sleep(10.0)
+    desk.handle(Tick())
+    assert desk.pricing.in_words == "3 a lease (2 at rest, floor 0.5, utilization, load 100 %)"
+    shown = {labels["of"]: amount for labels, amount in prices(desk)}
+    assert shown == {"floor": 0.5, "rest": 2.0, "threshold": 3.0, "leases": 2.5}
+
+
+async def test_a_renewal_says_whether_others_ask_for_what_is_leased(autojump_clock: MockClock) -> None:
+    desk = desk_with([])
+    now = trio.current_time()
+    desk.handle(Heard("S", replace(request(0).request, resources=Resources(cpu=3))))
+    await trio.sleep(0.3)
+    [sent] = [one for one in desk.handle(Tick()) if isinstance(one, SendOffer)]
+    lease = granted(desk.handle(RenewAsked(sent.offer.lease_id, "S")), sent.offer.lease_id)
+    assert desk.contention(lease, now) == (False, False)
+    await trio.sleep(10.0)
+    other = replace(request(1).request, scheduler=PeerRef(peer="T"))
+    desk.handle(Heard("T", other))
+    await trio.sleep(0.3)
+    desk.handle(Tick())
+    assert desk.contention(lease, trio.current_time()) == (True, False)

@@ -61,6 +61,22 @@ async def test_what_the_scheduler_will_never_take_does_not_stop_the_rest(
     assert await deliver(Scheduler(Refused(code, "no")), "a", "b") == [(1, a), (2, b)]
 
 
+async def test_large_events_wait_in_smaller_numbers() -> None:
+    scheduler = Scheduler()
+    outbox = Outbox(scheduler.ask, "train", "life")
+    large = events("x" * (1 << 20))[0]
+    for _ in range(16):
+        outbox.check_room()
+        outbox.put(STAMP, large)
+    with pytest.raises(Refused, match="16 events wait"):
+        outbox.check_room()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        await outbox.wait_empty()
+        nursery.cancel_scope.cancel()
+    outbox.check_room()
+
+
 async def test_what_waits_is_bounded() -> None:
     outbox = Outbox(Scheduler().ask, "train", "life")
     for event in events(*map(str, range(MAX_WAITING))):

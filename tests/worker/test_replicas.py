@@ -11,6 +11,7 @@ from blake3 import blake3
 from hypha.config.models import StorageConfig
 from hypha.errors import Refused
 from hypha.messages import CheckpointFile, CheckpointIndex, HoldCheckpoint, JobStamp, TransferMeta
+from hypha.worker import replicas
 from hypha.worker.replicas import ReplicaStore
 
 ME, OTHER = "scheduler", "another"
@@ -152,6 +153,22 @@ def test_what_the_owner_offers_is_not_exceeded(tmp_path: Path) -> None:
     assert store.hold(OTHER, request(waiting), frozenset({OTHER})) != ()
     with pytest.raises(Refused, match="announced"):
         store.place_for(ME, meta_of(index, index.files[0]))
+
+
+def test_empty_files_take_places_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take no bytes of what the owner offers, and are remembered all the same."""
+    monkeypatch.setattr(replicas, "MAX_FILES_KEPT", 10)
+    store = opened(tmp_path)
+    empty = {f"{number}": b"" for number in range(4)}
+    for job_id in ("job-1", "job-2"):
+        assert len(store.hold(ME, request(index_of(1, empty, job_id)), LEASED)) == 4
+    with pytest.raises(Refused, match="10 files of checkpoints at most") as refused:
+        store.hold(ME, request(index_of(1, empty, "job-3")), LEASED)
+    assert refused.value.code == "no-space"
+    # again: what was announced and never sent gives way to another announcement of that job
+    assert len(store.hold(ME, request(index_of(2, empty, "job-2")), LEASED)) == 4
+    store.drop(ME, "job-1")
+    assert len(store.hold(OTHER, request(index_of(1, empty, "job-3")), LEASED)) == 4
 
 
 def test_only_who_holds_a_lease_may_leave_one_where_storage_is_offered(tmp_path: Path) -> None:

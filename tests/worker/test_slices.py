@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -305,12 +306,14 @@ async def test_scheduler_that_is_away_or_has_nothing(
         PeerUnreachable("scheduler", "restarting"),
         Refused("busy", "later"),
         NoSlice(retry_in_s=7.0, reason="all are with others"),
+        NoSlice(retry_in_s=math.nan, reason="never"),
+        NoSlice(retry_in_s=-1.0, reason="at once"),
     ]
     async with world.running() as prefetcher:
         before = trio.current_time()
         assert (await prefetcher.next()).assigned.index == 0
         assert trio.current_time() - before > 7.0
-    assert [request.seq for request in world.asked[:4]] == [1, 1, 1, 1]
+    assert [request.seq for request in world.asked[:6]] == [1] * 6
 
 
 async def test_disk_that_is_full_is_waited_for(

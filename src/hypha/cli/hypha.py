@@ -9,7 +9,8 @@ import typer
 from hypha.cli.chaos.command import chaos
 from hypha.cli.demo.command import demo
 from hypha.cli.doctor.command import doctor
-from hypha.cli.lookups import leases, lookup, peers
+from hypha.cli.leases import leases
+from hypha.cli.lookups import lookup, peers
 from hypha.cli.replay import replay
 from hypha.cli.report import report
 from hypha.cli.running import run_program

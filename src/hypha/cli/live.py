@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hypha.naming import named
+from hypha.naming import legible, named
 from hypha.naming import shown as node
 from hypha.scheduler.snapshot import JobSnapshot
 
@@ -95,7 +95,7 @@ def headline(job: JobSnapshot) -> Text:
 
 def shown(text: str, style: str = "") -> Text:
     """``text`` as it is, though a peer may have written it: no markup, nothing that controls a terminal."""
-    return Text("".join(one if one.isprintable() or one in "\n\t" else "\ufffd" for one in text), style=style)
+    return Text(legible(text), style=style)
 
 
 def _add(table: Table, *cells: str) -> None:
@@ -182,6 +182,11 @@ def _versions(job: JobSnapshot) -> str:
         return ""
     others = len({lease.peer for lease in job.held if lease.version != job.version})
     differing = f"; {others} of its workers run other versions" if others else ""
+    for one in job.services:
+        if one.version != job.version:
+            differing += (
+                f"; {one.kind} {node(one.peer, one.name)} runs {one.version or 'one that states none'}"
+            )
     return f"the scheduler runs Hypha {job.version}{differing}"
 
 

@@ -1,8 +1,7 @@
-"""``hypha peers``, ``hypha lookup`` and ``hypha leases``: who is there, where it is, and who holds what.
+"""``hypha peers`` and ``hypha lookup``: who is in the network, and where.
 
 The network is asked with the certificate of any component's configuration, as a guest beside the node that
-may run with it. A gateway does not dial itself: it is asked over its local HTTP, and so is a node for its
-leases.
+may run with it. A gateway does not dial itself: it is asked over its local HTTP.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from hypha.decoding import decode_json
 from hypha.errors import ConfigError, HyphaError, NetworkError, PeerUnreachable, RequestTimeout, Undecodable
 from hypha.messages import ListedPeer, ListPeers, PeerList, PeerRef
 from hypha.naming import shown as named_peer
-from hypha.scheduler.snapshot import JobSnapshot
-from hypha.worker.given import GivenLeases
 
 if TYPE_CHECKING:
     from hypha.config.models import NodeConfig
@@ -69,7 +66,7 @@ def peers(
     found: dict[str, PeerList] = {}
     if not _gateways(loaded):
         address = loaded.http_address or f"127.0.0.1:{HTTP_PORTS['gateway']}"
-        found[address] = _get(address, "peers", PeerList)
+        found[address] = ask_local(address, "peers", PeerList)
     else:
 
         async def ask(node: Libp2pNode) -> None:
@@ -77,14 +74,14 @@ def peers(
 
         _as_guest(loaded, "hypha-peers", timeout_s, ask)
     if json_:
-        _print_json(found)
+        print_json(found)
         return
     for gateway, listed in found.items():
         print(f"{len(listed.peers) + listed.more} nodes are connected with {_gateway_in_words(gateway)}")
-        table = _table("node", "roles", "organisation", "connected", "round trip", "PeerID")
+        table = table_of("node", "roles", "organisation", "connected", "round trip", "PeerID")
         for one in listed.peers:
-            _add(table, _peer_row(one))
-        _print(table)
+            add_row(table, _peer_row(one))
+        print_table(table)
         if listed.more:
             print(f"and {listed.more} more")
 
@@ -112,7 +109,7 @@ def lookup(
 
     _as_guest(loaded, "hypha-lookup", timeout_s * 2.0, ask)
     if json_:
-        _print_json(found)
+        print_json(found)
     for one in found if not json_ else ():
         roles = " and ".join(one.roles) or "node"
         organization = f" of {one.organization}" if one.organization else ""
@@ -129,73 +126,6 @@ def lookup(
             if by_id
             else f"no data node announces a dataset called {what!r}: compare the name with a data node's log"
         )
-
-
-def leases(
-    address: Annotated[
-        str | None,
-        typer.Argument(help="A worker's or scheduler's http_address; default: the configuration's."),
-    ] = None,
-    config: ConfigOption = None,
-    json_: JsonOption = False,
-) -> None:
-    """Show the leases that a worker has given, or that a scheduler holds."""
-    if address is None:
-        loaded = any_component(config)
-        if loaded.http_address is None:
-            raise HyphaError(
-                "its http_address is not set, and leases are told there: set it, or name an address"
-            )
-        address = loaded.http_address
-    try:
-        given = _get(address, "leases", GivenLeases)
-    except _NotThere:
-        _show_held(_get(address, "status", JobSnapshot), json_)
-        return
-    if json_:
-        _print_json(given)
-        return
-    print(shown(f"the worker {given.state}; free are {_resources(given.free)}").plain)
-    table = _table("lease", "scheduler", "for", "state", "reserved", "price", "expires in", "job")
-    for one in given.leases:
-        _add(
-            table,
-            (
-                one.lease[:8],
-                named_peer(one.scheduler, one.name),
-                f"{one.kind} ({one.executor})",
-                one.state,
-                _resources(one.resources),
-                f"{one.price:g}",
-                f"{one.expires_in_s:.0f} s",
-                one.job,
-            ),
-        )
-    _print(table)
-
-
-def _show_held(job: JobSnapshot, json_: bool) -> None:
-    if json_:
-        _print_json(job.held)
-        return
-    print(shown(f"job {job.name} holds {len(job.held)} leases").plain)
-    table = _table("lease", "worker", "for", "state", "reserved", "price", "expires in")
-    for one in job.held:
-        leaves = "" if one.leaves_in_s is None else f"leaves in {one.leaves_in_s:.0f} s"
-        reserved = {"cpu": one.cpu, "memory": one.memory, "gpu": one.gpu, "storage": one.storage}
-        _add(
-            table,
-            (
-                one.lease[:8],
-                named_peer(one.peer, one.name),
-                one.kind,
-                leaves or ("unreachable" if one.suspected else "held"),
-                " ".join(f"{name}={amount:g}" for name, amount in reserved.items() if amount),
-                f"{one.price:g}",
-                f"{one.expires_in_s:.0f} s",
-            ),
-        )
-    _print(table)
 
 
 # --- asking ---------------------------------------------------------------------------------------------
@@ -363,11 +293,14 @@ def _ways(node: Libp2pNode) -> list[str]:
     ]
 
 
-class _NotThere(HyphaError):
-    """The address answers, and has no such path."""
+class NotThere(HyphaError):
+    """An address answers, and has no such path."""
 
 
-def _get(address: str, path: str, kind: type[T]) -> T:
+def ask_local(address: str, path: str, kind: type[T]) -> T:
+    """What a node answers over its local HTTP at ``address``. Raises HyphaError: :class:`NotThere` for a path
+    that it does not have.
+    """
     url = f"{address if '://' in address else f'http://{address}'}".rstrip("/") + f"/{path}"
     try:
         answer = httpx.get(url, timeout=_HTTP_S, trust_env=False)
@@ -376,7 +309,7 @@ def _get(address: str, path: str, kind: type[T]) -> T:
             f"{url} does not answer: {exc}; is that the http_address of a running node?"
         ) from exc
     if answer.status_code == httpx.codes.NOT_FOUND:
-        raise _NotThere(f"{url} is not there: is that the address of another component, or an older one?")
+        raise NotThere(f"{url} is not there: is that the address of another component, or an older one?")
     if answer.status_code != httpx.codes.OK:
         raise HyphaError(f"{url} answers with HTTP status {answer.status_code}: {answer.text.strip()[:200]}")
     try:
@@ -404,26 +337,24 @@ def _peer_row(one: ListedPeer) -> tuple[str, ...]:
     )
 
 
-def _resources(resources: msgspec.Struct) -> str:
-    amounts = msgspec.structs.asdict(resources)
-    return " ".join(f"{name}={amount:g}" for name, amount in amounts.items() if amount) or "nothing"
-
-
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
+    """An empty one."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in columns:
         table.add_column(name, overflow="fold")
     return table
 
 
-def _add(table: Table, row: tuple[str, ...]) -> None:
+def add_row(table: Table, row: tuple[str, ...]) -> None:
+    """What peers have written is shown as it is."""
     table.add_row(*(shown(cell) for cell in row))
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
     if table.row_count:
         Console(width=None if sys.stdout.isatty() else 240, highlight=False).print(table)
 
 
-def _print_json(value: object) -> None:
+def print_json(value: object) -> None:
+    """For programs."""
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

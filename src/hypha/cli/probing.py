@@ -17,6 +17,7 @@ from hypha.cli.live import shown
 from hypha.cli.running import run_until_signal
 from hypha.config.log_filter import parse_filter
 from hypha.errors import ConfigError, NetworkError, PeerUnreachable, RequestTimeout
+from hypha.features import kind_of, missing_services, printable, services_in_words, stated
 from hypha.messages import Health, HealthReport, PeerRef
 from hypha.naming import shown as named_peer
 from hypha.net import Libp2pNode, NodeOptions, open_node
@@ -132,6 +133,10 @@ def show_health(address: str, report: HealthReport) -> None:
 def _print(first: str, address: str, report: HealthReport) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {"address": address, "peer": report.peer, "up": f"{report.uptime_s:.0f} s", **report.details}
+    if report.features:
+        rows["features"] = ", ".join(map(printable, report.features))
+    if lacking := missing_services(kind_of(report.component), stated(report)):
+        rows["lacks"] = services_in_words(lacking)
     for name, value in rows.items():
         table.add_row(shown(name), shown(value))
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)

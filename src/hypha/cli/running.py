@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from hypha.errors import AddressTaken, ConfigError, HyphaError
-from hypha.naming import named
+from hypha.naming import legible, named
 
 if TYPE_CHECKING:
     import typer
@@ -59,9 +59,9 @@ def print_error(exc: HyphaError) -> None:
     if isinstance(exc, ConfigError) and len(exc.problems) > 1:
         print(f"error: {len(exc.problems)} problems", file=sys.stderr)
         for problem in exc.problems:
-            print(f"  {named(str(problem))}", file=sys.stderr)
+            print(f"  {legible(named(str(problem)))}", file=sys.stderr)
     else:
-        print(f"error: {named(str(exc))}", file=sys.stderr)
+        print(f"error: {legible(named(str(exc)))}", file=sys.stderr)
 
 
 def run_service(

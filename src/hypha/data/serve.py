@@ -16,6 +16,7 @@ from pathlib import Path
 
 import trio
 
+from hypha import __version__
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data.locks import take
 from hypha.data.manifest import (
@@ -27,6 +28,7 @@ from hypha.data.manifest import (
 from hypha.data.served import ServedSlices
 from hypha.data.verify import slice_problem
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
+from hypha.features import features_of
 from hypha.manifests import manifest_hash
 from hypha.messages import (
     DatasetDescription,
@@ -267,7 +269,12 @@ class Shelf:
     async def describe(self, caller: str, request: DescribeDataset) -> DatasetDescription:
         """The manifest of a dataset. Refused when it is not here."""
         dataset = self._named(request.dataset, caller)
-        return DatasetDescription(manifest=dataset.manifest, manifest_hash=dataset.manifest_hash)
+        return DatasetDescription(
+            manifest=dataset.manifest,
+            manifest_hash=dataset.manifest_hash,
+            version=__version__,
+            features=features_of("hypha-data"),
+        )
 
     async def list_files(self, caller: str, request: ListFiles) -> FileList:
         """The slices of the dataset ``name``, as :meth:`provide` would give them."""

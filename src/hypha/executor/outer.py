@@ -27,7 +27,7 @@ from hypha.executor.agreement import WIDTH, Agreement
 from hypha.executor.buffers import BufferSum
 from hypha.executor.outliers import MOST_ASIDE, NormLimit
 from hypha.executor.tensors import CHUNK, TensorFile, Theta, one_thread
-from hypha.executor.updates import UpdateFile
+from hypha.executor.updates import MAX_HEADER_BYTES, UpdateFile
 from hypha.messages import AggregateJob, LedgerRound, UpdateStatistics
 
 logger = logging.getLogger("hypha.executor.parameter_server")
@@ -108,7 +108,7 @@ class OuterStep:
         if samples <= 0:
             raise Refused("invalid", f"an update of {samples} samples cannot be weighted", worker)
         try:
-            with TensorFile(path) as file:
+            with TensorFile(path, MAX_HEADER_BYTES) as file:
                 update = UpdateFile(file, self.theta)
                 # the whole file is judged before its first tensor is added: a sum cannot be taken back
                 norm, sketch = self._norm(update)

@@ -27,6 +27,7 @@ import torch
 from opentelemetry.trace import Span
 from torch import Tensor
 
+from hypha.decoding import MAX_REASON
 from hypha.errors import CheckpointUnusable, DataError, ModelError, PeerUnreachable, Refused
 from hypha.executor import tensors
 from hypha.executor.admission import admit, check_contribution
@@ -38,7 +39,7 @@ from hypha.executor.outer import OuterStep
 from hypha.executor.running import begin_traces, leave, run_executor
 from hypha.executor.spans import Traces
 from hypha.executor.spares import Spares
-from hypha.executor.updates import contribution_in
+from hypha.executor.updates import contribution_in, deliverable
 from hypha.messages import (
     AggregateJob,
     Alive,
@@ -64,6 +65,7 @@ from hypha.messages import (
     UpdateReceived,
     UpdateRefused,
 )
+from hypha.naming import cleaned
 from hypha.tracing import span
 from hypha.tracing.operations import (
     BROADCAST,
@@ -293,10 +295,10 @@ class ParameterServer:
         self._early.append(file)
 
     def _refused(self, file: ReceivedFile, round: int, exc: Refused) -> None:
-        logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, exc.reason)
-        self._bridge.report(
-            UpdateRefused(round=round, worker=file.from_peer, code=exc.code, reason=exc.reason)
-        )
+        # it may quote the file, which is the worker's
+        reason = cleaned(exc.reason, MAX_REASON)
+        logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
+        self._bridge.report(UpdateRefused(round=round, worker=file.from_peer, code=exc.code, reason=reason))
 
     def _received(self, worker: str, samples: int) -> None:
         self._bridge.report(
@@ -342,14 +344,16 @@ class ParameterServer:
         )
         due = self.round % self._job.checkpoint.every_rounds == 0
         checkpoint = directive.checkpoint or directive.final or due
-        self._applied = RoundApplied(
-            round=directive.round,
-            theta=self._hashes.blake3,
-            contributors=contributors,
-            contributions=tuple(self._contributions.values()),
-            update_norm=norm,
-            checkpoint=checkpoint,
-            updates=self._outer.statistics,
+        self._applied = deliverable(
+            RoundApplied(
+                round=directive.round,
+                theta=self._hashes.blake3,
+                contributors=contributors,
+                contributions=tuple(self._contributions.values()),
+                update_norm=norm,
+                checkpoint=checkpoint,
+                updates=self._outer.statistics,
+            )
         )
         self._contributions = {}
         self._bridge.report(self._applied)

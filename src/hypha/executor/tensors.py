@@ -259,8 +259,9 @@ class TensorFile:
     Raises :class:`DataError` for anything else. A context manager that closes the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, most_header_bytes: int = _MAX_HEADER_BYTES) -> None:
         self.path = path
+        self._most_header_bytes = most_header_bytes
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         try:
             self._parse()
@@ -286,7 +287,7 @@ class TensorFile:
         size = os.fstat(self._file.fileno()).st_size
         prefix = self._file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+        if len(prefix) < 8 or length > min(self._most_header_bytes, size - 8):
             raise self._bad(f"its header would take {length} of {size} bytes")
         text = self._file.read(length)
         try:

@@ -7,6 +7,7 @@ or ``int8`` with one scale a tensor); buffers hold their local values, never enc
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,10 +32,21 @@ from hypha.executor.tensors import (
     pieces,
     write_pieces,
 )
-from hypha.messages import Contribution, encode_json
+from hypha.messages import (
+    MAX_CONTRIBUTION_BYTES,
+    MAX_EVENT_BYTES,
+    Contribution,
+    RoundApplied,
+    encode_json,
+)
+
+logger = logging.getLogger("hypha.executor.parameter_server")
 
 Encoding = Literal["none", "bf16", "int8"]
 _CONTRIBUTION = "contribution"
+#: Far more than the header of a model with fifty thousand tensors; read, it takes ten times the memory, and
+#: it is the worker's.
+MAX_HEADER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -112,16 +124,40 @@ def _differences(local: Theta, base: Theta, name: str) -> Iterator[Tensor]:
 
 
 def contribution_in(path: Path, worker: str, round: int, samples: int) -> Contribution | None:
-    """What an update file says that it stands for; None where it does not, or says something else than its
-    transfer did. Raises :class:`DataError` when it is no tensor file.
+    """What an update file says that it stands for; None where it does not, says more than anybody has to, or
+    something else than its transfer did. Raises :class:`DataError` when it is no tensor file.
     """
-    with TensorFile(path) as file:
+    with TensorFile(path, MAX_HEADER_BYTES) as file:
         text = file.metadata.get(_CONTRIBUTION, "")
+    if len(text) > MAX_CONTRIBUTION_BYTES:
+        logger.warning(
+            "The update of %s says in %d characters what it stands for; it is not read, as %d are enough.",
+            worker,
+            len(text),
+            MAX_CONTRIBUTION_BYTES,
+        )
+        return None
     try:
         found = decode_json(text, Contribution)
     except Undecodable:
         return None
     return found if (found.worker, found.round, found.samples) == (worker, round, samples) else None
+
+
+def deliverable(applied: RoundApplied) -> RoundApplied:
+    """``applied`` with as many of its contributions as one event takes, the smallest first: workers write
+    them, and without this event the job stands still. What is left out was told when its update arrived.
+    """
+    room = MAX_EVENT_BYTES - len(encode_json(msgspec.structs.replace(applied, contributions=()))) - 1024
+    sizes = {part.worker: len(encode_json(part)) + 1 for part in applied.contributions}
+    told = set()
+    for worker in sorted(sizes, key=sizes.__getitem__):
+        room -= sizes[worker]
+        if room < 0:
+            break
+        told.add(worker)
+    kept = tuple(part for part in applied.contributions if part.worker in told)
+    return msgspec.structs.replace(applied, contributions=kept)
 
 
 class UpdateFile:

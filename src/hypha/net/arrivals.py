@@ -2,7 +2,9 @@
 verified, and apart from them those of peers that are known.
 
 So whoever has no certificate takes no place of those who have one, and from one address only a part of the
-anonymous ones. Where these are full, the oldest that has had time enough for a handshake gives way.
+anonymous ones. Where these are full, the oldest that has had time enough for a handshake gives way. Where
+those of known peers are full, one of the peer that has the most gives way to whoever shares a lease with this
+node.
 """
 
 from __future__ import annotations
@@ -78,6 +80,8 @@ class Arrivals:
         self._known: dict[Arrival, None] = {}
         self._per_peer: Counter[str] = Counter()
         self.over_limit = OverLimit()
+        #: who shares a lease with this node
+        self.is_partner: Callable[[str], bool] = lambda peer: False
 
     @property
     def anonymous(self) -> int:
@@ -121,7 +125,8 @@ class Arrivals:
         if arrival not in self._anonymous:
             return "it took too long, and its place was needed"
         reason = None
-        if len(self._known) >= self._max_known:
+        full = len(self._known) >= self._max_known
+        if full and not (self.is_partner(peer) and self._make_known_room()):
             reason = f"it has {self._max_known} connections, as many as it may"
         elif self._per_peer[peer] >= self._limits.per_peer:
             reason = f"it has {self._limits.per_peer} connections of this node already"
@@ -139,6 +144,23 @@ class Arrivals:
         self._known[arrival] = None
         self._per_peer[peer] += 1
         return None
+
+    def _make_known_room(self) -> bool:
+        """End one of the connections of the peer with the most, no partner's; False where there is none."""
+        for peer, _ in self._per_peer.most_common():
+            if self.is_partner(peer):
+                continue
+            for one in self._known:
+                if one.peer == peer and one.cut is not None:
+                    one.cut()
+                    self._leave(one)
+                    logger.warning(
+                        "Ended a connection of %s: all places are taken, and a lease's partner needs one.",
+                        shown(peer),
+                        extra={"peer_id": peer},
+                    )
+                    return True
+        return False
 
     def _leave(self, arrival: Arrival) -> None:
         if arrival in self._anonymous:

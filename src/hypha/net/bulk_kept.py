@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import trio
 
-from hypha.errors import IdentityError, Refused
+from hypha.errors import Refused
 from hypha.messages import BulkOffer
 from hypha.net.bulk_inbound import Inbound
 from hypha.net.bulk_links import Link
-from hypha.net.bulk_sockets import SocketLink
+from hypha.net.bulk_sockets import SocketLink, is_trusted
 from hypha.net.bulk_wire import (
     HANDSHAKE_TIMEOUT_S,
     WORKING_INTERVAL_S,
@@ -174,13 +174,3 @@ class OfferedOver:
                     pause_s = WORKING_INTERVAL_S
             return True
         return False
-
-
-def is_trusted(link: SocketLink, identity: Identity) -> bool:
-    """Whether the certificate at the other end of ``link`` is still good; it was when they shook hands."""
-    try:
-        identity.check(link.certificate)
-    except IdentityError as exc:
-        logger.info("A bulk connection is not used any more: %s", exc, extra={"peer_id": link.peer})
-        return False
-    return True

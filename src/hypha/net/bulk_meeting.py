@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import trio
 
 from hypha.errors import IdentityError, NetworkError
 from hypha.net.bulk_links import Link, Tally
-from hypha.net.bulk_sockets import SocketLink, in_thread
+from hypha.net.bulk_sockets import SocketLink, in_thread, is_trusted
 from hypha.net.bulk_streams import StreamLink
 from hypha.net.bulk_wire import (
     BULK_ALPN,
@@ -111,6 +112,8 @@ class Meeting:
         self._expected: dict[str, Expected] = {}
         self._lock = threading.Lock()
         self._open_sockets: set[socket.socket] = set()
+        #: those that somebody has, as long as he has them
+        self._proven: WeakSet[SocketLink] = WeakSet()
         self._loop: trio.lowlevel.TrioToken | None = None
         #: per peer, the address at which it was last reached
         self._reached: dict[str, tuple[str, int]] = {}
@@ -130,6 +133,19 @@ class Meeting:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
         for expected in list(self._expected.values()):
             expected.close()
+
+    async def cut_untrusted(self) -> None:
+        """End the connections whose certificate at the other end is not trusted any more, also those over
+        which something goes.
+        """
+        for link in list(self._proven):
+            if not is_trusted(link, self._links.identity):
+                link.cut()
+            await trio.lowlevel.checkpoint()
+
+    def _arrived(self, token: str, link: SocketLink) -> None:
+        self._proven.add(link)
+        self._hand_over(token, link)
 
     @contextmanager
     def expect(self, token: str, expected: Expected) -> Iterator[Expected]:
@@ -168,7 +184,7 @@ class Meeting:
                 token = _read_hello(tls, deadline)
                 link = SocketLink(tls, peer, self._tally, self._limiter)
                 link.way = "direct"
-                loop.run_sync_soon(self._hand_over, token, link)
+                loop.run_sync_soon(self._arrived, token, link)
                 tls = None
         except (OSError, ValueError, IdentityError, LinkBroken, trio.RunFinishedError) as exc:
             logger.info("Refused an incoming bulk connection: %s", exc)
@@ -259,7 +275,9 @@ class Meeting:
         finally:
             if not done:
                 tls.close()
-        return SocketLink(tls, peer, self._tally, self._limiter)
+        link = SocketLink(tls, peer, self._tally, self._limiter)
+        self._proven.add(link)
+        return link
 
     async def dial_and_arrive(self, peer: str, offered: tuple[str, ...], token: str) -> None:
         """Dial for a transfer that is expected *here*. LinkBroken when that fails."""

@@ -8,6 +8,7 @@ Cancelling a call shuts the socket down, which ends the thread at once; the call
 from __future__ import annotations
 
 import contextlib
+import logging
 import select
 import socket
 import ssl
@@ -18,6 +19,7 @@ from typing import TypeVar
 import outcome
 import trio
 
+from hypha.errors import IdentityError
 from hypha.messages import TransferMeta
 from hypha.net.bulk_files import PartFile, SourceFile
 from hypha.net.bulk_links import Link, Tally
@@ -41,6 +43,9 @@ from hypha.net.bulk_wire import (
     encode_frame,
 )
 from hypha.net.packing import Packing
+from hypha.pki.identity import Identity
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -58,6 +63,8 @@ class SocketLink(Link):
         super().__init__(peer, tally)
         self._sock = sock
         self._limiter = limiter
+        #: that of the other end (DER)
+        self.certificate = sock.getpeercert(binary_form=True) or b""
         sock.settimeout(STALL_TIMEOUT_S)
 
     async def say(self, frame: Frame) -> None:
@@ -80,11 +87,6 @@ class SocketLink(Link):
         if not self._sock.pending():
             await trio.lowlevel.wait_readable(self._sock)
 
-    @property
-    def certificate(self) -> bytes:
-        """That of the other end (DER)."""
-        return self._sock.getpeercert(binary_form=True) or b""
-
     async def deliver(
         self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None = None
     ) -> Verdict:
@@ -105,6 +107,12 @@ class SocketLink(Link):
         """End it, from whichever thread owns it."""
         with contextlib.suppress(OSError):
             self._sock.close()
+
+    def cut(self) -> None:
+        """Break it, whatever goes on over it, in whichever thread."""
+        with contextlib.suppress(OSError):
+            # not that of TLS, whose state is the thread's
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def refuse_now(self, verdict: Verdict) -> None:
         """Say why, if that goes at once, and end it; from the event loop."""
@@ -222,6 +230,16 @@ class SocketLink(Link):
         buffer = memoryview(bytearray(BLOCK_BYTES))
         while self._read_raw(buffer):
             pass
+
+
+def is_trusted(link: SocketLink, identity: Identity) -> bool:
+    """Whether the certificate at the other end of ``link`` is still good; it was when they shook hands."""
+    try:
+        identity.check(link.certificate)
+    except IdentityError as exc:
+        logger.info("A bulk connection is not used any more: %s", exc, extra={"peer_id": link.peer})
+        return False
+    return True
 
 
 async def in_thread(sock: socket.socket, work: Callable[[], T], limiter: trio.CapacityLimiter) -> T:

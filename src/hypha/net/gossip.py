@@ -40,6 +40,9 @@ BACKLOG = 256
 MAX_MEETING = 16
 #: How long :meth:`Gossip.publish` waits for somebody to publish to.
 MESH_WAIT_S = 3.0
+#: A request with its publisher's certificates has some kilobytes. Pubsub keeps the messages of the last
+#: seconds, and a thousand more, so that it can give them out again.
+MAX_MESSAGE_BYTES = 32 << 10
 
 _decoder = msgspec.msgpack.Decoder(GossipEnvelope)
 
@@ -147,6 +150,9 @@ class Gossip:
         publisher = ID(raw.from_id)
         if publisher == self._pubsub.my_id:
             return True
+        if len(raw.data) > MAX_MESSAGE_BYTES:
+            GOSSIP_MESSAGES.add(event="dropped")
+            return False
         try:
             certificates = decode(_decoder.decode, raw.data).certificates
         except Undecodable:

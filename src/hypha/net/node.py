@@ -19,8 +19,10 @@ from msgspec import structs
 from multiaddr import Multiaddr
 
 from hypha import __version__
-from hypha.errors import listening_failed
+from hypha.errors import PeerUnreachable, listening_failed
 from hypha.messages import (
+    MAX_ADDRESSES_SENT,
+    MAX_DIALLED_BACK,
     DialBack,
     FindDoubles,
     Health,
@@ -122,7 +124,7 @@ class Libp2pNode:
         if options.hop:
             self.answer(FindDoubles, self._doubles.find)
             # however many nodes come to another gateway, its questions about them are answered
-            self._rpc.prefer(lambda peer: "gateway" in self.roles_of(peer))
+            self.prefer(self._is_gateway)
         self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
         publishers = Publishers(options.identity, options.require_roles, self._peers)
         self._gossip = Gossip(
@@ -140,6 +142,7 @@ class Libp2pNode:
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
         self.transfers = BulkTransfers(self, None, caps, tuning.transfers, self._buffers)
         self._port.serve_bulk = self.transfers.serve_socket
+        self._peers.on_doubt.append(self.transfers.cut_untrusted)
         self.health_details: list[Callable[[], dict[str, str]]] = [caps.details]
         if (hop := self.hop) is not None:
             self.health_details.append(
@@ -170,6 +173,10 @@ class Libp2pNode:
     def roles(self) -> frozenset[str]:
         """Roles of this node's own certificate; empty: any."""
         return self.options.identity.roles
+
+    def sign(self, data: bytes) -> bytes:
+        """The Ed25519 signature of this node's key; not of what TLS or pubsub have signed with it."""
+        return self.identity.private_key.sign(b"hypha:" + data)
 
     @property
     def organization(self) -> str:
@@ -209,7 +216,7 @@ class Libp2pNode:
 
     def bulk_addresses(self) -> list[str]:
         """Where peers may dial this node for a bulk transfer: the same port as libp2p's."""
-        return self._announced()
+        return self._announced()[:MAX_ADDRESSES_SENT]
 
     def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
         """Host and port to dial ``peer`` for bulk, best first: where a connection of ours leads already,
@@ -233,7 +240,7 @@ class Libp2pNode:
         """This node and its current addresses: direct ones, then through its gateway."""
         direct = [str(Address(text, self.peer_id)) for text in self._announced()]
         circuits = self._gateways.circuit_addresses(self.peer_id)
-        return PeerRef(peer=self.peer_id, addresses=(*direct, *circuits))
+        return PeerRef(peer=self.peer_id, addresses=(*direct, *circuits)[:MAX_ADDRESSES_SENT])
 
     def ref_of(self, peer: str) -> PeerRef:
         """What the address book knows of ``peer``."""
@@ -332,11 +339,15 @@ class Libp2pNode:
         self._rpc.answer(kind, handler)
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        """Keep places for requests of those of whom ``is_partner`` says so, as they share a lease with us."""
+        """Keep places for those of whom ``is_partner`` says so, as they share a lease with this node: of
+        connections, streams, bytes and requests.
+        """
         self._rpc.prefer(is_partner)
+        self._port.prefer(is_partner)
+        self._security.budget.is_partner = is_partner
 
     async def _health(self, caller: str, request: Health) -> HealthReport:
-        came_from = next(self._came_from(caller), "")
+        came_from = tuple(self._came_from(caller))[-MAX_DIALLED_BACK:]
         packages = await in_thread(versions)
         return structs.replace(health_of(self), time_s=wall_time(), seen_at=came_from, packages=packages)
 
@@ -398,6 +409,13 @@ class Libp2pNode:
     def set_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
         """``await handler(stream, caller)`` for each stream of ``protocol`` that a peer opens."""
         self._streams.handle(protocol, handler)
+
+    def _is_gateway(self, peer: str) -> bool:
+        """Whether the certificate of a peer that is or was connected says that it is a gateway."""
+        try:
+            return "gateway" in self.roles_of(peer)
+        except PeerUnreachable:
+            return False
 
     def _gossips_with(self, peer: str) -> bool:
         if self.options.hop or not self.options.gateways:

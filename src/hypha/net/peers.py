@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -90,6 +90,8 @@ class Peers(INotifee):  # type: ignore[misc]
         self.on_lost: list[Callable[[str], None]] = []
         #: called when certificate, trust bundle or revocation lists were read again
         self.on_identity: list[Callable[[], None]] = []
+        #: called when it may be that certificates are not accepted any more which were
+        self.on_doubt: list[Callable[[], Awaitable[None]]] = []
         swarm.register_notifee(self)
 
     # --- asking -------------------------------------------------------------------------------------
@@ -345,4 +347,6 @@ class Peers(INotifee):  # type: ignore[misc]
                     why = f"its certificate is refused now ({exc})"
                     self._nursery.start_soon(self.cut, connection, "revoked", why)
                 await trio.lowlevel.checkpoint()
+            for cut in self.on_doubt:
+                await cut()
         return changed

@@ -131,6 +131,8 @@ class Reports:
                     self._wakers[peer].set()
                     await trio.sleep(pause_s)
                     pause_s = min(2 * pause_s, RETRY_MAX_S)
+                except Exception:  # the edge of a task of the node: an odd report must not end it
+                    logger.exception("Reports to %s are lost.", peer, extra={"peer_id": peer})
         finally:
             self._wakers.pop(peer, None)
             if stream is not None:

@@ -36,6 +36,7 @@ from hypha.messages import (
     Response,
     ResponseEnvelope,
 )
+from hypha.naming import cleaned
 from hypha.net.over_limit import OverLimit
 from hypha.net.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
 from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
@@ -51,6 +52,12 @@ OWN_PER_PEER = 2
 #: A caller must have sent its request within this, and taken the answer within this.
 READ_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 60.0
+#: Requests of all peers together that are served have so many bytes at most; a small one has its place in any
+#: case, and a partner's.
+MAX_HELD_BYTES = 64 << 20
+SMALL_BYTES = 16 << 10
+#: A refusal's reason goes into logs and records.
+MAX_REASON_LENGTH = 4096
 #: What is not to be answered is read, and dropped, in pieces of this size.
 _DROP_BYTES = 64 << 10
 
@@ -68,17 +75,18 @@ class Oversized(Exception):
 
 async def read_frame(stream: Any, limit: int) -> bytes:
     """One frame; Oversized when it says that it is over ``limit``, EOFError when the stream ends."""
+    return await read_exactly(stream, await _read_length(stream, limit))
+
+
+async def _read_length(stream: Any, limit: int) -> int:
     (size,) = _LENGTH.unpack(await read_exactly(stream, _LENGTH.size))
     if size > limit:
         raise Oversized(f"{size} bytes, over the limit of {limit}")
-    return await read_exactly(stream, size)
+    return int(size)
 
 
-async def _drop_frame(stream: Any, limit: int) -> None:
-    """Read one frame and keep nothing of it; as :func:`read_frame`."""
-    (size,) = _LENGTH.unpack(await read_exactly(stream, _LENGTH.size))
-    if size > limit:
-        raise Oversized(f"{size} bytes, over the limit of {limit}")
+async def _drop(stream: Any, size: int) -> None:
+    """Read the rest of a frame, and keep nothing of it."""
     while size:
         data = await stream.read(min(size, _DROP_BYTES))
         if not data:
@@ -118,6 +126,7 @@ class Rpc:
         self._handlers: dict[type, tuple[Handler, Allowed]] = {}
         self._inbound: Counter[str] = Counter()
         self._shared = 0
+        self._held_bytes = 0
         self._over_limit = OverLimit()
         self._is_partner: Callable[[str], bool] = lambda peer: False
         streams.handle(PROTOCOL, self._serve)
@@ -159,7 +168,8 @@ class Rpc:
         if call.response is None:
             raise RequestTimeout(peer, type(request).__name__, timeout_s)
         if isinstance(call.response, RefusedReply):
-            raise Refused(call.response.code, call.response.reason, peer)
+            said = call.response
+            raise Refused(cleaned(said.code), said.reason[:MAX_REASON_LENGTH], peer)
         return call.response
 
     async def _ask(self, peer: str, payload: bytes, call: _Call) -> None:
@@ -238,16 +248,27 @@ class Rpc:
         with self._place(caller) as has_place:
             await self._serve_one(stream, caller, not has_place)
 
+    def _may_hold(self, caller: str, size: int) -> bool:
+        """Whether a request of ``size`` bytes may be kept while it is served."""
+        if size <= SMALL_BYTES or self._held_bytes + size <= MAX_HELD_BYTES or self._is_partner(caller):
+            return True
+        self._over_limit.note(caller, "rpc", "the requests of all peers have too many bytes together")
+        return False
+
     async def _serve_one(self, stream: Any, caller: str, busy: bool) -> None:
+        held = 0
         try:
             with trio.move_on_after(READ_TIMEOUT_S) as reading:
                 payload, refusal = b"", None
                 try:
-                    if busy:
+                    size = await _read_length(stream, MAX_REQUEST_BYTES)
+                    if busy := busy or not self._may_hold(caller, size):
                         # to the end, or the answer would be lost in a reset; how many it may open is bounded
-                        await _drop_frame(stream, MAX_REQUEST_BYTES)
+                        await _drop(stream, size)
                     else:
-                        payload = await read_frame(stream, MAX_REQUEST_BYTES)
+                        self._held_bytes += size
+                        held = size
+                        payload = await read_exactly(stream, size)
                 except Oversized as exc:
                     refusal = RefusedReply(code="too-large", reason=f"the request has {exc}")
             if reading.cancelled_caught:
@@ -277,6 +298,8 @@ class Rpc:
         except (*STREAM_ERRORS, EOFError) as exc:
             logger.debug("A request broke off: %r", exc, extra={"peer_id": caller})
             await discard(stream)
+        finally:
+            self._held_bytes -= held
 
     async def _reply(self, stream: Any, reply: Response) -> None:
         encoded = msgspec.msgpack.encode(ResponseEnvelope(body=reply))

@@ -173,6 +173,10 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
         raw.stream = WatchedStream(raw.stream.stream, self._streams, self._counts)
         return raw
 
+    def prefer(self, is_partner: Callable[[str], bool]) -> None:
+        """Where all places of connections are taken, make room for those of whom ``is_partner`` says so."""
+        self._arrivals.is_partner = is_partner
+
     async def sever(self) -> None:
         """Close every connection that is still open: the library forgets some when it is cancelled."""
         for stream in list(self._streams):
@@ -194,7 +198,8 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
                 finally:
                     arrival.leave()
             if scope.cancelled_caught:
-                self._note_refused(host, "it took too long, and its place was needed")
+                late = "" if arrival is not None and arrival.peer else "it took too long, and "
+                self._note_refused(host, f"{late}its place was needed")
 
         return _OwnPortListener(accept, self._note_failure, self._buffers)
 

@@ -118,6 +118,10 @@ class BulkTransfers:
         """
         self._meeting.serve_socket(sock)
 
+    async def cut_untrusted(self) -> None:
+        """End connections with peers whose certificates are not trusted any more."""
+        await self._meeting.cut_untrusted()
+
     async def send(self, peer: PeerRef | str, path: Path, meta: TransferMeta) -> None:
         """Send a file; returns when the receiver has verified and acknowledged it.
 

@@ -27,6 +27,7 @@ from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.errors import IdentityError
 from hypha.naming import cleaned, learn
+from hypha.net.inbound_budget import InboundBudget
 from hypha.net.over_limit import OverLimit
 from hypha.net.reasons import NoPlace, failure_of, reason_of
 from hypha.net.refusals import BUSY, CERTIFICATE, Refusal, TurnedAway, encoded, refusal_in
@@ -115,6 +116,8 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         self.last_received = trio.current_time()
         #: and at which it was made
         self.since = self.last_received
+        #: what all connections of this node may take together
+        self.budget: InboundBudget | None = None
         self.roles = vouched.roles
         self.name = cleaned(common_name_of(parse_der(certificate)))
         #: as it is written there, so that it can be compared
@@ -246,6 +249,11 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         return received
 
     @property
+    def pending_bytes(self) -> int:
+        """Of plaintext that nobody has read."""
+        return len(self._buffer) - self._consumed
+
+    @property
     def ended(self) -> bool:
         """Whether either end has closed it."""
         return self._at_eof or self._closed
@@ -292,6 +300,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         self._max_streams = max_streams
         self._require_roles = require_roles
         self._over_limit = OverLimit()
+        self.budget = InboundBudget()
         self._asked_name = None if instance is None else instance + _INSTANCE_SUFFIX
         #: asked about each peer that has dialled and is let in otherwise
         self.admit: Callable[[TlsConnection], Awaitable[Refusal | None]] | None = None
@@ -376,6 +385,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
                 await _turn_away(raw, tls, outgoing, Refusal(CERTIFICATE, exc.problems[0].message))
             raise
         connection = TlsConnection(raw, tls, incoming, outgoing, self.key_pair, certificate, vouched)
+        connection.budget = self.budget
         connection.max_streams = self._max_streams
         learn(str(connection.get_remote_peer()), connection.name)
         if expected is not None and connection.get_remote_peer() != expected:

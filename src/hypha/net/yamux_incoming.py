@@ -19,6 +19,7 @@ import trio
 from libp2p.io.utils import read_exactly
 
 from hypha.naming import shown
+from hypha.net.inbound_budget import budget_of
 from hypha.telemetry.instruments import STREAMS_REFUSED
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ class Breach(Exception):
     """The peer does what no peer may; the text says what."""
 
 
+class _TooMuch(Breach):
+    """All peers together are over a limit of this node, and most of it is this one's."""
+
+
 def breach_of(connection: Any) -> str | None:
     """Why a yamux connection was ended here, where its peer had broken the rules."""
     reason: str | None = connection.__dict__.get("_breach")
@@ -59,6 +64,9 @@ def may_grow(stream: Any) -> bool:
     """Whether the window of ``stream`` may be doubled."""
     if stream.__dict__.get("_narrow"):
         return False
+    budget = budget_of(stream.conn)
+    if budget is not None and budget.is_tight:
+        return False
     grown = sum(one.target_recv_window - yamux.DEFAULT_WINDOW_SIZE for one in stream.conn.streams.values())
     more = min(stream.target_recv_window, yamux.MAX_WINDOW_SIZE - stream.target_recv_window)
     return bool(grown + more <= MAX_GROWTH_BYTES)
@@ -66,6 +74,18 @@ def may_grow(stream: Any) -> bool:
 
 async def _handle_incoming(connection: Any) -> None:
     """Until the connection ends; then nothing of it is left."""
+    budget = budget_of(connection)
+    if budget is None:
+        await _serve(connection)
+        return
+    budget.opened(connection)
+    try:
+        await _serve(connection)
+    finally:
+        budget.closed(connection)
+
+
+async def _serve(connection: Any) -> None:
     try:
         while not connection.event_shutting_down.is_set():
             header = await read_exactly(connection.secured_conn, _HEADER.size)
@@ -87,6 +107,8 @@ async def _handle_incoming(connection: Any) -> None:
                 break
             else:
                 raise Breach(f"it sent a frame of the unknown kind {kind}")
+    except _TooMuch as exc:
+        connection.__dict__["_breach"] = str(exc)  # it was logged where all peers are looked at
     except Breach as exc:
         connection.__dict__["_breach"] = str(exc)
         logger.warning(
@@ -141,6 +163,16 @@ async def _data(connection: Any, flags: int, stream_id: int, length: int) -> Non
         buffer += data
         connection.stream_events[stream_id].set()
         _note_end(connection, stream, flags)
+    await _account(connection, length)
+
+
+async def _account(connection: Any, length: int) -> None:
+    """Raises :class:`_TooMuch` where all peers together have more bytes waiting than they may, and this one
+    has most of them.
+    """
+    budget = budget_of(connection)
+    if budget is not None and (why := await budget.received(connection, length)) is not None:
+        raise _TooMuch(why)
 
 
 async def _body(connection: Any, length: int) -> bytes:
@@ -162,7 +194,9 @@ async def _opened(connection: Any, flags: int, stream_id: int, data: bytes) -> A
     # whoever dialled has the odd numbers
     if stream_id == 0 or stream_id % 2 == connection.is_initiator_value:
         raise Breach(f"it opened stream {stream_id}, a number that is not its own")
-    if stream_id in connection.streams or _is_full(connection):
+    budget = budget_of(connection)
+    refused = stream_id in connection.streams or _is_full(connection)
+    if refused or (budget is not None and not budget.admit(connection)):
         await connection._write_frame(_HEADER.pack(0, yamux.TYPE_WINDOW_UPDATE, yamux.FLAG_RST, stream_id, 0))
         return None
     if flags & yamux.FLAG_RST:
@@ -175,6 +209,7 @@ async def _opened(connection: Any, flags: int, stream_id: int, data: bytes) -> A
     stream.recv_closed = bool(flags & yamux.FLAG_FIN)
     await connection._write_frame(_HEADER.pack(0, yamux.TYPE_WINDOW_UPDATE, yamux.FLAG_ACK, stream_id, 0))
     await connection.new_stream_send_channel.send(stream)
+    await _account(connection, len(data))
     return stream
 
 

@@ -353,7 +353,7 @@ class Allocator:
             search.decide_at = now
         if search.decide_at is not None and now >= search.decide_at:
             actions.extend(self._decide(search, now))
-        complete = len(search.confirmed) >= search.wanted
+        complete = not search.missing and len(search.confirmed) == len(search.taken)
         if search.bidding.follow(complete, bool(search.missing), now):
             # heard at once, but for one that was heard a moment ago
             soon = max(now, search.advertised_at + 2 * self._pace.offer_deadline_s, search.paused_until)

@@ -10,9 +10,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import trio
 
 from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable, Refused
+from hypha.features import Abilities, stated
 from hypha.manifests import manifest_problem
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef
 from hypha.naming import shown
@@ -47,6 +49,8 @@ class Dataset:
         self.manifest: Manifest = description.manifest
         self.manifest_hash = description.manifest_hash
         self.providers: dict[str, PeerRef] = {ref.peer: ref for ref in providers}
+        #: what each says of its version
+        self.stated: dict[str, Abilities] = {}
         self._silent: dict[str, int] = {}
         self._refused: set[str] = set()
         self._missed = trio.Event()
@@ -113,6 +117,8 @@ class Dataset:
             if peer not in self.providers:
                 logger.info("Another data node serves %s", self.name, extra={"peer_id": peer})
             self.providers[peer] = ref
+            self.stated[peer] = stated(answer)
+        self.stated = {peer: one for peer, one in self.stated.items() if peer in self.providers}
 
 
 @dataclass(frozen=True)
@@ -218,7 +224,9 @@ class _Choice:
             return None
         self.open_because = ""
         providers = [refs[peer] for peer in by_hash[chosen]]
-        dataset = Dataset(self._name, answers[by_hash[chosen][0]], providers, self._pins)
+        described = _agreed(self._name, {peer: answers[peer] for peer in by_hash[chosen]})
+        dataset = Dataset(self._name, described, providers, self._pins)
+        dataset.stated = {peer: stated(answers[peer]) for peer in by_hash[chosen]}
         for peer, answer in sorted(answers.items()):
             if answer.manifest_hash != chosen:
                 dataset.refuse(peer, answer.manifest_hash)
@@ -263,6 +271,24 @@ class _Choice:
     def _is_ours(self, peers: list[str]) -> bool:
         own = self._node.organization
         return bool(own) and any(self._node.organization_of(peer) == own for peer in peers)
+
+
+def _agreed(name: str, answers: dict[str, DatasetDescription]) -> DatasetDescription:
+    """What data nodes say of the same data. The hash does not cover the ranges of its columns, by which a job
+    is refused before it begins: where they differ, some are wrong, and none is used.
+    """
+    described = next(iter(answers.values()))
+    stating = {peer: one for peer, one in answers.items() if one.manifest.ranges}
+    stated = {msgspec.json.encode(one.manifest.ranges): one for one in stating.values()}
+    if len(stated) < 2:
+        return next(iter(stated.values()), described)
+    logger.warning(
+        "Data nodes say different things of the numbers in the columns of %s, so they are not checked: %s",
+        name,
+        ", ".join(map(shown, stating)),
+    )
+    manifest = msgspec.structs.replace(described.manifest, ranges=())
+    return msgspec.structs.replace(described, manifest=manifest)
 
 
 async def _announced(node: Node, name: str) -> list[PeerRef]:

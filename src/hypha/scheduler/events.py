@@ -5,7 +5,16 @@ from __future__ import annotations
 from msgspec import Struct
 
 from hypha.errors import HyphaError
-from hypha.messages import Directive, ExecutorClass, JobStamp, LedgerRound, NextSlice, PeerRef, Progress
+from hypha.messages import (
+    Directive,
+    ExecutorClass,
+    JobStamp,
+    LedgerRound,
+    NextSlice,
+    PeerRef,
+    Progress,
+    UpdateSent,
+)
 from hypha.messages import Event as ExecutorEvent
 from hypha.scheduler.rules import CarriedOver, Rules, Start
 from hypha.scheduler.slices import Assignment, TrackerState
@@ -68,6 +77,28 @@ class Told(Struct, frozen=True, tag=True):
     incarnation: str
     stamp: JobStamp
     event: ExecutorEvent
+
+
+#: What one sender may say of rounds that are not open yet: a parameter server names each worker.
+_MOST_EARLY = 1024
+
+
+def with_early(early: list[Told], told: Told) -> list[Told]:
+    """``early``, what was said of rounds that are not open yet, with ``told``: in the place of an earlier one
+    that said the like, so that whoever repeats it without end takes no more room.
+    """
+    said = _said(told)
+    if any(_said(one) == said for one in early):
+        return [told if _said(one) == said else one for one in early]
+    if sum(one.sender == told.sender for one in early) >= _MOST_EARLY:
+        return early
+    return [*early, told]
+
+
+def _said(told: Told) -> tuple[object, ...]:
+    event = told.event
+    about = event.contribution if isinstance(event, UpdateSent) else event
+    return (told.sender, told.kind, type(event), getattr(about, "round", 0), getattr(event, "worker", ""))
 
 
 class Reported(Struct, frozen=True, tag=True):

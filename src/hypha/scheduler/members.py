@@ -135,14 +135,15 @@ class Member:
         needs_s = (self.theta_s or 0.0) + self.multiple * (self.batch_time.value_s or 0.0)
         return now + needs_s + self.leaves.reserve_s(self.sync_s) < self.leaves.at
 
-    def foresee(self, now: float, round_: int) -> None:
-        """Count anew how many batches of the open round it can do before it leaves, if it does: what it has
-        done by then is to be with the parameter server.
+    def foresee(self, now: float, round_: int, ends: Leave | None = None) -> None:
+        """Count anew how many batches of the open round it can do before it leaves, if it does, or the round
+        ``ends``: what it has done by then is to be with the parameter server.
         """
         self.last = None
-        if self.leaves is None:
+        until = [one.at - one.reserve_s(self.sync_s) for one in (self.leaves, ends) if one is not None]
+        if not until:
             return
-        left_s = self.leaves.at - self.leaves.reserve_s(self.sync_s) - now
+        left_s = min(until) - now
         pace = self.pace(now, round_)
         if pace is not None:
             # half a batch more, as one may take longer than it did
@@ -239,7 +240,7 @@ class Member:
     def set_plan(self, batches: int, now: float, round_: int) -> None:
         """It was told to synchronise after ``batches`` of ``round_``."""
         self.plan = batches
-        self.early = self.last is not None and batches >= self.last
+        self.early = self.leaves is not None and self.last is not None and batches >= self.last
         self.expect(now)
         self.most = max(batches, self.most if self.most_in == round_ else 0)
         self.most_in = round_

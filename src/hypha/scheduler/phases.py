@@ -102,7 +102,7 @@ class Phases(RoundState, ABC):
         if self.saving < self.round:
             self.saving = self.round
             actions += self.to_server(SaveCheckpoint(round=self.round))
-        if self.saved == self.round and held is not None and held.aggregate > 1:
+        if self.saved == self.round and held is not None and held.aggregate > 1 and not self.hurried:
             actions += self.let_go(server.peer, "aggregate", "its worker leaves")
         return actions
 
@@ -111,7 +111,7 @@ class Phases(RoundState, ABC):
         members = [one for one in self.participants if not (one.accepted or one.absent)]
         for member in members:
             if not member.fixed:
-                member.foresee(now, self.round)
+                member.foresee(now, self.round, self.hurried)
         samples = sum(self.books.accepted.values())
         changed = self.planner.plan(members, samples, self.round, now, close=bool(accepted))
         for member in members:
@@ -163,7 +163,8 @@ class Phases(RoundState, ABC):
             member.overdue = begun and is_overdue(member, rules, self.round, now)
         self.broadcast = frozenset(member.peer for member in self.loaded)
         final = self.round + 1 >= rules.rounds
-        checkpoint = final or (self.round + 1) % rules.checkpoint_every == 0
+        due = (self.round + 1) % rules.checkpoint_every == 0
+        checkpoint = final or due or self.server_leaves is not None
         return self.to_server(CloseRound(round=self.round, final=final, checkpoint=checkpoint))
 
     def wait_for_leases(self, now: float) -> list[Action]:

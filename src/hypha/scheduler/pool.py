@@ -91,6 +91,8 @@ RELEASE_TIMEOUT_S = 2.0
 MAX_RELEASES = 4
 #: What a worker says of its end is passed on at most this often; it says so once a second.
 LEAVING_PAUSE_S = 0.2
+#: A worker that has not ended so long after it was to, is given back.
+OVERSTAY_S = 5.0
 #: While workers are missing, it is said again after this long.
 REMIND_S = 15.0
 
@@ -234,6 +236,11 @@ class _Held:
     offered_in: str | None = None
 
     @property
+    def overstays_at(self) -> float:
+        """When it should have ended for a while, if it ends."""
+        return math.inf if self.leaves_at is None else self.leaves_at + OVERSTAY_S
+
+    @property
     def log_fields(self) -> dict[str, str]:
         return {"lease_id": self.offer.lease_id, "worker_peer_id": self.offer.worker.peer}
 
@@ -273,7 +280,8 @@ class Pool:
         self._unwanted: dict[str, PeerRef] = {}
         #: lease on the table -> ``traceparent`` of the span in which its offer was received
         self._offered_in: dict[str, str] = {}
-        self._reminded: dict[ExecutorClass, float] = {}
+        #: when it was last said that workers are missing, and at which raised bid
+        self._reminded: dict[ExecutorClass, tuple[float, float | None]] = {}
         self._publishing: set[ExecutorClass] = set()
         self._begun = False
         #: those that nobody renews yet
@@ -458,13 +466,14 @@ class Pool:
             )
             self._apply(Leaves(leaving.lease_id))
         now = trio.current_time()
-        held.leaves_at = now + leaving.left_s
+        # said again it may be sooner, never later: a place is not to be doubled for ever
+        held.leaves_at = min(now + leaving.left_s, math.inf if held.leaves_at is None else held.leaves_at)
+        held.nudge.set()
         # events are never dropped, so a worker must not be able to make many
         if now >= held.leaving_told_at + LEAVING_PAUSE_S:
             held.leaving_told_at = now
-            self._tell(
-                held, LeaseLeaving(leaving.lease_id, held.offer.worker, held.kind, leaving.left_s, reason)
-            )
+            left_s = max(0.0, held.leaves_at - now)
+            self._tell(held, LeaseLeaving(leaving.lease_id, held.offer.worker, held.kind, left_s, reason))
         return Acknowledged()
 
     def _carry_out(self, action: AllocatorAction, nursery: trio.Nursery) -> None:
@@ -506,8 +515,9 @@ class Pool:
             # the one before still waits for a gateway to pass it on; it says the same
             return
         now = trio.current_time()
-        if now >= self._reminded.get(kind, -math.inf) + REMIND_S:
-            self._reminded[kind] = now
+        said_at, said_bid = self._reminded.get(kind, (-math.inf, None))
+        if now >= said_at + REMIND_S or said_bid != action.raised_bid:
+            self._reminded[kind] = now, action.raised_bid
             raised = (
                 "" if action.raised_bid is None else f", at a bid that was raised to {action.raised_bid:g}"
             )
@@ -565,10 +575,13 @@ class Pool:
                         spans.renewed()
                     events.append(answer)
                 else:
-                    with trio.move_on_at(renewal.next_wake):
+                    with trio.move_on_at(min(renewal.next_wake, held.overstays_at)):
                         await held.nudge.wait()
                     held.nudge = trio.Event()
                     events.append(Tick())
+                if trio.current_time() >= held.overstays_at and held.handed_back is None:
+                    held.handed_back = "it was to have ended by now"
+                    self._todo.append(Dismiss(held.offer.lease_id, held.offer.worker))
                 if held.revoked:
                     events = [CertificateRevoked()]
                 elif held.handed_back is not None:

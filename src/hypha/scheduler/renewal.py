@@ -113,6 +113,9 @@ class Renewal:
     SUSPECT_AFTER = 2
     #: a lessor that has been gone for so long is dead: its leases died with it, whatever they promised
     GONE_FOR_S = 1.0
+    #: A worker may promise what it likes; one that falls silent afterwards holds up the job for so long at
+    #: most. Longer leases are renewed more often.
+    LONGEST_LIFE_S = 120.0
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class Renewal:
         lease_id: str = "",
         journal: Journal | None = None,
     ) -> None:
-        self.expires_at = now + expires_in_s
+        self.expires_at = now + min(expires_in_s, self.LONGEST_LIFE_S)
         self.suspected = False
         self._random = random
         self._next_at = now
@@ -236,7 +239,7 @@ class Renewal:
         if not (math.isfinite(expires_in_s) and expires_in_s > 0):
             self._retry(f"answered with a life of {expires_in_s} s", now)
             return []
-        self.expires_at = max(self.expires_at, sent_at + expires_in_s)
+        self.expires_at = max(self.expires_at, sent_at + min(expires_in_s, self.LONGEST_LIFE_S))
         life = self.expires_at - sent_at
         self._next_at = sent_at + life * self.RENEW_AT * (1 - self.JITTER * self._draw())
         self._failures = self._unreachable = 0

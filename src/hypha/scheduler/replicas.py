@@ -3,7 +3,8 @@
 Where copies are is in the ledger; where their workers are now, in the DHT. Every file is verified against
 the hash that the ledger has of it. A copy holds the ledger itself too, as it was when the copy was made, so
 that a job goes on even when the whole state directory is gone: then the DHT alone says who has copies, and
-they are given to nobody but the PeerID that left them there.
+they are given to nobody but the PeerID that left them there. Any worker may announce that it has some, so
+the scheduler signs the index of each copy, and then believes what its own key has signed.
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ class Copies:
         #: who was asked to keep one in this life of the scheduler, whatever came of it
         self.asked: dict[str, PeerRef] = {}
 
+    def signed(self, index: CheckpointIndex) -> CheckpointIndex:
+        """``index`` as it is left with workers, by which this scheduler knows it again."""
+        unsigned = msgspec.structs.replace(index, signature="")
+        data = f"checkpoint of {self._job}:".encode() + msgspec.json.encode(unsigned, order="deterministic")
+        return msgspec.structs.replace(index, signature=self._node.sign(data).hex())
+
     async def bring_back(self, ledger: Ledger, store: CheckpointStore, round_: int) -> bool:
         """Fetch the checkpoint for ``round_`` into ``store``; False when nobody has it undamaged."""
         copies = await ledger.run(Ledger.replicas, round_)
@@ -82,7 +89,7 @@ class Copies:
         """
         if state.ledger.exists():
             return
-        copies = await self._ask_around(self._patience_s)
+        copies = [copy for copy in await self._ask_around(self._patience_s) if self._is_own(*copy)]
         jobs = sorted({index.job_id for _, index in copies})
         if not jobs:
             return
@@ -123,6 +130,18 @@ class Copies:
             index.round,
             extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round},
         )
+
+    def _is_own(self, worker: PeerRef, index: CheckpointIndex) -> bool:
+        """Whether this scheduler has left that copy there, in whatever life."""
+        if index == self.signed(index):
+            return True
+        logger.warning(
+            "A worker says that it has a copy of round %d which this scheduler has not signed; it is not "
+            "used (workers of earlier versions do not keep the signature)",
+            index.round,
+            extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round},
+        )
+        return False
 
     async def forget(self, ledger: Ledger, job_id: str) -> None:
         """The job is done: ask whoever has copies, or was asked, to drop them. Who does not hear it deletes
@@ -237,7 +256,7 @@ def with_book(index: CheckpointIndex, book: CheckpointFile) -> CheckpointIndex:
 def without_book(index: CheckpointIndex) -> CheckpointIndex:
     """What the checkpoint itself consists of."""
     files = tuple(file for file in index.files if file.name != BOOK)
-    return msgspec.structs.replace(index, files=files)
+    return msgspec.structs.replace(index, files=files, signature="")
 
 
 def only_book(index: CheckpointIndex) -> CheckpointIndex:

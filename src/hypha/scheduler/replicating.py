@@ -161,7 +161,8 @@ class Replicating:
             old.unlink()
         await self._ledger.run(Ledger.copy_to, book)
         meta = await meta_of(book, "checkpoint", BOOK)
-        return with_book(index, CheckpointFile(name=BOOK, size=meta.size, blake3=meta.blake3))
+        whole = with_book(index, CheckpointFile(name=BOOK, size=meta.size, blake3=meta.blake3))
+        return self._copies.signed(whole)
 
     async def _copy_to(
         self, worker: PeerRef, index: CheckpointIndex, store: CheckpointStore, round_: int, book: Path

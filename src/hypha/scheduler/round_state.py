@@ -52,6 +52,8 @@ OPEN = ("training", "scheduled", "updating")
 _HOARDING = 10
 #: slices that a worker fetches before they are needed, however short they are
 _MOST_AHEAD = 32
+#: what is kept of a notice for an outer step and a checkpoint
+_OUTER_STEP_S = 1.0
 #: theta is sent again when nobody said RoundStarted; doubled each time
 _RESEND_S = 10.0
 
@@ -120,6 +122,18 @@ class RoundState:
     def paused(self) -> bool:
         """The open round is kept, but not closed: there are too few workers."""
         return self.phase in OPEN and len(self.present) < self.rules.min_workers
+
+    @property
+    def hurried(self) -> Leave | None:
+        """By when the open round is to be over, as its parameter server ends, and with it the update of a
+        worker that ends, too: nobody could send that again. None where there is no such haste.
+        """
+        leaves = self.server_leaves
+        if leaves is None or not (self.books.departed or any(one.leaves for one in self.participants)):
+            return None
+        # the outer step takes about as long as a synchronisation, and the new theta is to be saved
+        spent_s = min(_OUTER_STEP_S, (leaves.at - leaves.since) / 4.0)
+        return Leave(leaves.at - spent_s, leaves.since)
 
     # --- who is here ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 
 from hypha.contributions import MOST_COUNT, count_problem
+from hypha.errors import REFUSALS
 from hypha.journal import Journal
 from hypha.messages import (
     CheckpointSaved,
@@ -55,6 +56,7 @@ from hypha.scheduler.events import (
     Tick,
     Told,
     Unreachable,
+    with_early,
 )
 from hypha.scheduler.failing import exit_text
 from hypha.scheduler.members import Member
@@ -67,6 +69,9 @@ logger = logging.getLogger(__name__)
 
 #: of the entries in a journal
 NAME = "rounds"
+#: Workers that may be gone by the time that the parameter server has their updates of the open round; it
+#: could name others without end.
+_MOST_GONE = 100
 
 
 class RoundMachine(Phases):
@@ -227,7 +232,7 @@ class RoundMachine(Phases):
             case UpdateRefused():
                 return self._update_refused(event)
             case RoundApplied() if self.start.taken_over and self.is_early(event.round):
-                self.early.append(told)
+                self.early = with_early(self.early, told)
                 return []
             case RoundApplied():
                 return self._round_applied(event, now)
@@ -263,7 +268,7 @@ class RoundMachine(Phases):
 
     def _round_started(self, member: Member, told: Told, event: RoundStarted, now: float) -> list[Action]:
         if self.is_early(event.round):
-            self.early.append(told)
+            self.early = with_early(self.early, told)
         elif event.round != self.round or not member.in_round:
             self.counts["stale round"] += 1
         elif event.attempt < member.attempt:
@@ -324,7 +329,7 @@ class RoundMachine(Phases):
         if part.worker != member.peer or part.incarnation != member.incarnation:
             self.counts["wrong contribution"] += 1
         elif self.is_early(part.round):
-            self.early.append(told)
+            self.early = with_early(self.early, told)
         elif part.round == self.round and part.attempt < member.attempt:
             self.counts["stale attempt"] += 1
         elif problem := self.claim_problem(part):
@@ -381,12 +386,17 @@ class RoundMachine(Phases):
 
     def _update_received(self, told: Told, event: UpdateReceived, now: float) -> list[Action]:
         if self.is_early(event.round):
-            self.early.append(told)
+            self.early = with_early(self.early, told)
             return []
         if event.round != self.round or self.phase not in (*OPEN, "closing"):
             self.counts["stale round"] += 1
             return []
-        self.books.accepted.setdefault(event.worker, min(max(0, event.samples), MOST_COUNT))
+        accepted = self.books.accepted
+        known = event.worker in self.members or event.worker in accepted
+        if not known and len(accepted) >= len(self.members) + _MOST_GONE:
+            self.counts["uninvited"] += 1
+            return []
+        accepted.setdefault(event.worker, min(max(0, event.samples), MOST_COUNT))
         member = self.members.get(event.worker)
         if event.contribution is not None and event.contribution.worker == event.worker:
             # its worker may be gone before it says so itself
@@ -399,7 +409,8 @@ class RoundMachine(Phases):
         return []
 
     def _update_refused(self, event: UpdateRefused) -> list[Action]:
-        self.counts[f"update refused: {event.code}"] += 1
+        code = event.code if event.code in REFUSALS else "another code"
+        self.counts[f"update refused: {code}"] += 1
         member = self.members.get(event.worker)
         # of a stale one, what was applied tells the rest: it may be a second copy of one that counts
         settled = event.code in ("duplicate", "stale")

@@ -33,6 +33,7 @@ from hypha.scheduler.preparing import Opened, Preparing, open_job, take_up
 from hypha.scheduler.replicas import Copies
 from hypha.scheduler.round_traces import RoundTraces
 from hypha.scheduler.rules import Rules
+from hypha.scheduler.services import Services
 from hypha.scheduler.serving import ServedDirectory
 from hypha.scheduler.signals import JobMetrics
 from hypha.scheduler.snapshot import JobSnapshot
@@ -99,6 +100,7 @@ class RunningJob:
         )
         self._goodput = GoodputSignals(journal, resources.num_workers, self._context.began)
         self._awaiting = Awaiting()
+        self._services = Services()
         self._observe = observe
         self._stage: Preparing | Opened | Working = Preparing("starting")
         self._outcome: JobResult | HyphaError | None = None
@@ -140,6 +142,7 @@ class RunningJob:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._observing)
+                    nursery.start_soon(self._services.run, self._context.node)
                     self._stage = opened = await open_job(self._context, fresh, nursery, self._enter)
                     await take_up(self._context, opened, fresh)
                     self._goodput.resume(self._context.progressed.rounds)
@@ -209,7 +212,11 @@ class RunningJob:
             now - context.began,
             self._goodput.report(now),
         )
-        return with_surroundings(job, machine, context.pool, context.node, now)
+        stated = {} if isinstance(stage, Preparing) else stage.dataset.stated
+        for peer, abilities in stated.items():
+            self._services.note("data node", peer, abilities)
+        services = self._services.snapshot(stated)
+        return with_surroundings(job, machine, context.pool, context.node, now, services)
 
     def _look(self) -> None:
         if self._observe is not None:

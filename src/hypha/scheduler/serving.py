@@ -97,12 +97,14 @@ class Serving:
         self._node.transfers.accept("checkpoint", job_id, self._checkpoint_gate, self._checkpoint_arrived)
         self._node.transfers.accept("export", job_id, self._export_gate, self._export_arrived)
 
-    def _invited(self, caller: str) -> None:
+    def _invited(self, caller: str, request: ListFiles | PullFile) -> None:
         if not self._is_member(caller):
             raise Refused("uninvited", "you hold no lease for this scheduler's job")
+        if request.job_id not in (None, self._job_id):
+            raise Refused("uninvited", f"that is for job {request.job_id}, which is not this scheduler's")
 
     async def _list_files(self, caller: str, request: ListFiles) -> FileList:
-        self._invited(caller)
+        self._invited(caller, request)
         kind, _, rest = request.kind.partition("/")
         name = request.name or rest
         if kind == "checkpoint" and name.isdecimal():
@@ -112,14 +114,14 @@ class Serving:
         return await self._directories[kind].list()
 
     async def _directory_file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
-        self._invited(caller)
+        self._invited(caller, request)
         directory = self._directories.get(request.kind)
         if directory is None:
             raise Refused("not-found", f"there is no resource {request.kind}")
         return await directory.file(request.name)
 
     async def _checkpoint_file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
-        self._invited(caller)
+        self._invited(caller, request)
         return await in_thread(self._store.file, request.name)
 
     def _from_server(self, caller: str, meta: TransferMeta) -> None:

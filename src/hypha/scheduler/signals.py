@@ -218,6 +218,7 @@ class JobMetrics:
                 (metrics.ACTIVE_WORKERS, lambda: float(self._leases("train"))),
                 (metrics.LEASES, lambda: [({"kind": kind}, self._leases(kind)) for kind in KINDS]),
                 (metrics.LEASES_WANTED, self._leases_wanted),
+                (metrics.PRICES, self._prices),
                 (metrics.ALLOCATION_WAIT, self._waits),
                 (metrics.SLICES, self._slices),
                 (metrics.EPOCH, self._epoch),
@@ -239,6 +240,12 @@ class JobMetrics:
 
     def _leases_wanted(self) -> Iterable[Reading]:
         return [({"kind": kind}, count) for kind, count in self._wanted.items()]
+
+    def _prices(self) -> Iterable[Reading]:
+        for kind in KINDS:
+            yield {"kind": kind, "of": "bid"}, self._pool.bid(kind)
+            paid = sum(lease.price for lease in self._pool.leases if lease.kind == kind)
+            yield {"kind": kind, "of": "leases"}, paid
 
     def _waits(self) -> Iterable[Reading]:
         now = trio.current_time()

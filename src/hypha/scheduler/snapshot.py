@@ -67,6 +67,18 @@ class LeaseSnapshot(Struct, frozen=True):
     leaves_in_s: float | None = None
 
 
+class ServiceSnapshot(Struct, frozen=True):
+    """A gateway or a data node that the job uses, and what it states of its version; empty: it is older than
+    that.
+    """
+
+    kind: str
+    peer: str
+    name: str = ""
+    version: str = ""
+    features: tuple[str, ...] = ()
+
+
 class SliceCounts(Struct, frozen=True):
     """The slices of the oldest epoch that is not complete, by state; together they are the whole dataset."""
 
@@ -136,6 +148,7 @@ class JobSnapshot(Struct, frozen=True):
     version: str = ""
     scheduler_name: str = ""
     parameter_server_name: str = ""
+    services: tuple[ServiceSnapshot, ...] = ()
 
 
 def worker_snapshot(

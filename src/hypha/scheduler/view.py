@@ -22,6 +22,7 @@ from hypha.scheduler.snapshot import (
     JobSnapshot,
     JobState,
     LeaseSnapshot,
+    ServiceSnapshot,
     SliceCounts,
     connection_snapshots,
     worker_snapshot,
@@ -144,9 +145,16 @@ def snapshot_of(
 
 
 def with_surroundings(
-    job: JobSnapshot, machine: RoundMachine | None, pool: Pool, node: Node, now: float
+    job: JobSnapshot,
+    machine: RoundMachine | None,
+    pool: Pool,
+    node: Node,
+    now: float,
+    services: tuple[ServiceSnapshot, ...] = (),
 ) -> JobSnapshot:
-    """``job`` and what is around it: leases, slices and connections. ``now`` is of trio's clock."""
+    """``job`` and what is around it: leases, slices, connections, and gateways and data nodes. ``now`` is of
+    trio's clock.
+    """
     counts = machine.tracker.counts() if machine is not None else None
     return msgspec.structs.replace(
         job,
@@ -155,6 +163,7 @@ def with_surroundings(
         held=tuple(_lease_snapshot(held, now) for held in pool.held),
         slices=SliceCounts(**counts) if counts is not None else None,
         connections=connection_snapshots(node.connections()),
+        services=services,
     )
 
 
@@ -227,9 +236,10 @@ def missing(config: JobConfig, pool: Pool) -> str:
             asked = section.worker if kind == "train" else section.parameter_server
             price = section.worker_price if kind == "train" else section.parameter_server_price
             what = "a parameter server" if kind == "aggregate" else "a worker"
-            parts.append(
-                f"nobody else offered {in_words(resources_of(asked))} for {what} at up to {price.max:g}"
-            )
+            bid = pool.bid(kind)
+            raised = f", though the bid was raised to {bid:g}" if bid > price.bid else ""
+            offered = in_words(resources_of(asked))
+            parts.append(f"nobody else offered {offered} for {what} at up to {price.max:g}{raised}")
             if shortage := pool.shortage(kind):
                 parts.append(shortage)
     detail = "; ".join(parts)

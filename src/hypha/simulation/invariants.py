@@ -21,6 +21,7 @@ from hypha.leases import NAME as LEASES
 from hypha.leases import Ended, Freed, Granted, Reserve
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk_files import hash_file
+from hypha.scheduler import JobResult
 from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.ledger import read_ledger
 from hypha.scheduler.rounds import NAME as ROUNDS
@@ -40,15 +41,20 @@ def counted(ledger: LedgerFile) -> list[LedgerRound]:
     return [entry for entry in ledger.rounds if not entry.discarded]
 
 
-def check_ledger(world: World) -> list[str]:
-    """Every round was applied once; theta is what the ledger says that it is, unless a worker made up its
-    updates, which nobody can see.
+def check_ledgers(world: World) -> list[str]:
+    """Of each job that is done: every round was applied once; theta is what the ledger says that it is,
+    unless a worker made up its updates, which nobody can see.
     """
-    result = world.result
-    if result is None:
-        return []
+    return [
+        problem if name == SCHEDULER else f"{name}: {problem}"
+        for name, result in world.results.items()
+        for problem in _check_ledger(world, name, result)
+    ]
+
+
+def _check_ledger(world: World, scheduler: str, result: JobResult) -> list[str]:
     found: list[str] = []
-    state = world.computers[SCHEDULER].directory / "state" / JOB
+    state = world.computers[scheduler].directory / "state" / JOB
     ledger = read_ledger(state / "job.db")
     entries = counted(ledger)
     rounds = [entry.round for entry in entries]
@@ -292,7 +298,7 @@ async def watch_checkpoints(world: World) -> None:
 
 async def settled(world: World) -> list[str]:
     """After the job: every lease ends, every executor, file and place is given back, no task is left over."""
-    if world.result is None:
+    if len(world.results) < len(world.schedulers):
         return []
     found: list[str] = []
     with trio.move_on_after(_SETTLE_S):

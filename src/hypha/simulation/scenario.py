@@ -54,6 +54,8 @@ Way = Literal[
     "hoard",
     "boast",
 ]
+#: as ``offer.strategy`` of a worker
+Strategy = Literal["flexible", "whole", "utilization", "affinity"]
 Phase = Literal["loading", "training", "scheduled", "updating", "closing", "exporting"]
 
 ROLES: tuple[Role, ...] = (
@@ -138,6 +140,12 @@ class Scenario(Struct, frozen=True):
     notice_s: float = 10.0
     model_s: float = 30.0
     deadline_s: float = 15.0
+    #: other schedulers with the same job, each of which wants a worker less; a worker trains for one of them
+    rivals: int = 0
+    #: public bid and private maximum of each scheduler, one after the other, and what workers ask
+    bids: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
+    prices: tuple[float, ...] = (1.0,)
+    strategies: tuple[Strategy, ...] = ("flexible",)
     faults: tuple[Fault, ...] = ()
     #: the job must be over so long after the last fault was mended
     patience_s: float = 600.0
@@ -187,6 +195,34 @@ def random_scenario(seed: int) -> Scenario:
     if seed % 10 != 9:
         return scenario
     return random.choice((_two_deaths, _no_way_back))(scenario, random)
+
+
+def random_market(seed: int) -> Scenario:
+    """Two or three schedulers that compete for workers on different terms, and maybe a fault."""
+    random = Random(f"market {seed}")
+    workers = random.choice((2, 3))
+    rounds = random.choice((2, 3))
+    bids = tuple(
+        (bid, bid * random.choice((2.0, 4.0))) for bid in (random.uniform(0.5, 2.0) for _ in range(3))
+    )
+    strategies: tuple[Strategy, ...] = ("flexible", "whole", "utilization", "affinity")
+    return Scenario(
+        seed=seed,
+        workers=workers,
+        spares=random.choice((0, 1)),
+        rivals=random.choice((1, 1, 2)),
+        bids=bids,
+        # nobody is too dear for anybody at rest
+        prices=tuple(round(random.uniform(0.1, 1.0), 2) for _ in range(4)),
+        # where all give all that they have to training there is no place for a parameter server
+        strategies=("flexible", *(random.choice(strategies) for _ in range(3))),
+        rounds=rounds,
+        load_s=random.choice((0.5, 2.0)),
+        latency_s=random.choice((0.001, 0.01, 0.08)),
+        min_workers=random.choice((None, 1)),
+        faults=tuple(_random_fault(random, rounds) for _ in range(random.choice((0, 1)))),
+        patience_s=1200.0,
+    )
 
 
 def _a_liar(scenario: Scenario, random: Random) -> Scenario:

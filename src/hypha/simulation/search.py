@@ -27,7 +27,7 @@ from hypha.simulation.invariants import (
     RoundWatch,
     check_checkpoints,
     check_goodput,
-    check_ledger,
+    check_ledgers,
     settled,
     watch_checkpoints,
 )
@@ -67,12 +67,14 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
         world.checks.append(check_checkpoints)
         world.nursery.start_soon(watch_checkpoints, world)
         struck.extend(await story(world))
-        world.problems += rounds.check(struck, trio.current_time())
+        # how long others keep the workers is not known
+        if not scenario.rivals:
+            world.problems += rounds.check(struck, trio.current_time())
         if world.failure is not None:
             world.problems.append(f"the job failed: {world.failure}")
         world.problems += await settled(world)
         world.problems += check_checkpoints(world)
-        world.problems += check_ledger(world)
+        world.problems += check_ledgers(world)
         world.problems += check_goodput(world)
 
     ending = run_world(scenario, live, root, level)

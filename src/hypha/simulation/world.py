@@ -38,8 +38,10 @@ from hypha.config.models import (
     JobConfig,
     JobResourcesConfig,
     ModelConfig,
+    NeedsConfig,
     OfferConfig,
     PreemptionConfig,
+    PriceConfig,
     ResourcesConfig,
     RoundsConfig,
     SchedulerConfig,
@@ -55,7 +57,7 @@ from hypha.executor.toy import COLUMN
 from hypha.journal import Entry, Journal
 from hypha.leases import NAME as LEASES
 from hypha.messages import Column
-from hypha.scheduler import JobResult, JobSnapshot, run_job
+from hypha.scheduler import JobResult, JobSnapshot, finished_job, run_job
 from hypha.simulation.executors.processes import SimulatedExecutors
 from hypha.simulation.network import Machine, SimulatedNetwork
 from hypha.simulation.node import SimulatedOptions, open_simulated_node
@@ -141,7 +143,8 @@ class World:
         self.network = SimulatedNetwork(nursery, self.random("network"))
         self.computers: dict[str, Computer] = {}
         self.problems: list[str] = []
-        self.result: JobResult | None = None
+        #: of each scheduler whose job is done
+        self.results: dict[str, JobResult] = {}
         self.failure: HyphaError | None = None
         self.snapshot: JobSnapshot | None = None
         #: called with each snapshot of the job
@@ -159,6 +162,11 @@ class World:
         #: looked at whenever the scheduler's process has died
         self.checks: list[Callable[[World], list[str]]] = []
         self._make()
+
+    @property
+    def result(self) -> JobResult | None:
+        """Of the scheduler that is not a rival of another."""
+        return self.results.get(SCHEDULER)
 
     def random(self, what: str) -> Random:
         """Chance for one purpose, independent of all others."""
@@ -180,7 +188,10 @@ class World:
             shutil.copytree(self.root / "dataset", self.computers[name].directory / "dataset")
         for number, name in enumerate(self.workers):
             self._add(name, "worker", self._worker, behind_nat=number < wanted.behind_nat)
-        self._add(SCHEDULER, "scheduler", self._scheduler)
+        rivals = (f"{SCHEDULER}-{number}" for number in range(2, wanted.rivals + 2))
+        self.schedulers = (SCHEDULER, *rivals)
+        for name in self.schedulers:
+            self._add(name, "scheduler", self._scheduler)
 
     def _add(
         self, name: str, role: str, main: Callable[[Computer], object], behind_nat: bool = False
@@ -328,7 +339,10 @@ class World:
             work_dir=computer.directory / "work",
             resources=ResourcesConfig(cpu=1e6 if boasts else 2, memory=1e6 if boasts else 4, storage=1),
             offer=OfferConfig(
-                lease_s=wanted.lease_s, temporary_lease_s=5.0, strategy="whole" if boasts else "flexible"
+                lease_s=wanted.lease_s,
+                temporary_lease_s=5.0,
+                price=wanted.prices[number % len(wanted.prices)],
+                strategy="whole" if boasts else wanted.strategies[number % len(wanted.strategies)],
             ),
             executors=self._executors(number),
             allow=AllowConfig(entrypoints=[ENTRYPOINT]),
@@ -376,6 +390,17 @@ class World:
 
     async def _scheduler(self, computer: Computer) -> None:
         wanted = self.scenario
+        number = self.schedulers.index(computer.name)
+        bid, most = wanted.bids[number % len(wanted.bids)]
+        price = PriceConfig(bid=bid, max=most)
+        workers = max(1, wanted.workers - number)
+        needs = {}
+        if wanted.rivals:
+            # a simulated worker runs one executor of each class
+            needs = {
+                "worker": NeedsConfig(cpu=1.5, memory=1.0),
+                "parameter_server": NeedsConfig(cpu=0.5, memory=2.1),
+            }
         job = JobConfig(
             name=JOB,
             model=ModelConfig(type="torch", entrypoint=ENTRYPOINT),
@@ -388,8 +413,11 @@ class World:
                 deadline_s=wanted.deadline_s,
             ),
             resources=JobResourcesConfig(
-                num_workers=wanted.workers,
+                num_workers=workers,
                 min_workers=wanted.min_workers,
+                worker_price=price,
+                parameter_server_price=price,
+                **needs,
                 hang_s=wanted.hang_s,
                 load_s=wanted.model_s,
             ),
@@ -406,22 +434,28 @@ class World:
         process = this_process()
         journal = Journal()
         journal.checked = True
-        journal.listeners.append(self._noted)
+        main = computer.name == SCHEDULER
+        journal.listeners.append(self._noted if main else self._noted_of_rival)
         try:
-            self.result = await run_job(
+            # as the program does: one that is started again after its job is done says so
+            self.results[computer.name] = await finished_job(config.state_dir, job) or await run_job(
                 config,
-                observe=self._seen,
+                observe=self._seen if main else None,
                 open_=lambda: open_simulated_node(self.network, computer.machine, process, options),
                 journal=journal,
             )
         except HyphaError as exc:
             self.failure = exc
-        self.over.set()
+        if self.failure is not None or len(self.results) == len(self.schedulers):
+            self.over.set()
 
     def _seen(self, snapshot: JobSnapshot) -> None:
         self.snapshot = snapshot
         for observer in self.observers:
             observer(snapshot)
+
+    def _noted_of_rival(self, entry: Entry) -> None:
+        self.entries.append(entry.line())
 
     def _noted(self, entry: Entry) -> None:
         self.entries.append(entry.line())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import trio
 
 from hypha import __version__
+from hypha.features import features_of
 from hypha.messages import HealthReport
 from hypha.node import Node
 
@@ -27,4 +28,5 @@ def health_of(node: Node) -> HealthReport:
         peer=node.peer_id,
         uptime_s=node.uptime_s,
         details=details,
+        features=features_of(node.options.component),
     )

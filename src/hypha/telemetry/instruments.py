@@ -203,6 +203,13 @@ OFFERS_RECEIVED = Counter(
         ("accepted", "late", "price", "resources", "features", "avoided", "not-needed", "lost", OTHER),
     ),
 )
+PRICES = Gauge(
+    "hypha.scheduler.price",
+    "{price}",
+    "What is bid for a worker now, and what all leases that the job holds cost.",
+    _kind,
+    Label("of", ("bid", "leases")),
+)
 ALLOCATION_WAIT = Gauge(
     "hypha.scheduler.waiting", "{second}", "How long the job has been short of leases, by kind.", _kind
 )
@@ -332,6 +339,16 @@ WORKER_OFFERS = Counter(
         "outcome",
         ("offered", "price", "resources", "executor", "features", "disk", "duplicate", "closed", OTHER),
     ),
+)
+WORKER_PRICE = Gauge(
+    "hypha.worker.price",
+    "{price}",
+    "What this worker takes for a lease: its floor, its price at rest, the threshold that it asks for "
+    "now, and what all of its leases bring.",
+    Label("of", ("floor", "rest", "threshold", "leases")),
+)
+WORKER_LOAD = Gauge(
+    "hypha.worker.load", "{ratio}", "The share of this worker's most used resource that is leased, 0 to 1."
 )
 FETCH_DURATION = Histogram(
     "hypha.data.fetch.duration",

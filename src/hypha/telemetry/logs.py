@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import select
 import sys
 import traceback
@@ -26,7 +27,7 @@ from opentelemetry import trace
 
 from hypha.config.environment import variable
 from hypha.config.log_filter import TRACE, LogFilter
-from hypha.naming import name_of, named
+from hypha.naming import cleaned, legible, name_of, named
 from hypha.telemetry.instruments import LOG_ENTRIES
 from hypha.tracing.spans import current_operation
 
@@ -37,6 +38,10 @@ _FIRST = ("worker_peer_id", "lease_id", "job_id", "round", "operation")
 #: fields that hold a PeerID, and where its name goes
 _NAMED = {"worker_peer_id": "worker_name", "peer_id": "peer_name"}
 _COLOURS = {"error": "31", "warn": "33", "info": "32", "debug": "34", "trace": "2"}
+#: Characters of an entry's message, and of each of its fields, that are written: peers have a part in them.
+MAX_TEXT = 64 << 10
+#: What a terminal obeys, or what turns the direction of text round, and JSON does not escape by itself.
+_CONTROLS = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 #: what a pipe takes at once if it takes anything
 _PIECE_BYTES = select.PIPE_BUF
 
@@ -172,7 +177,7 @@ class JsonFormatter(logging.Formatter):
             "timestamp": _timestamp(record),
             "level": level_name(record.levelno),
             "component": self.component,
-            "message": named(record.getMessage()),
+            "message": named(_cut(record.getMessage())),
             **current_span_ids(),
         }
         fields = _fields(record)
@@ -185,25 +190,29 @@ class JsonFormatter(logging.Formatter):
         entry.setdefault("logger", record.name)
         if record.exc_info:
             entry["exception"] = _exception(record)
-        return json.dumps(entry, default=str, ensure_ascii=False)
+        text = json.dumps(entry, default=str, ensure_ascii=False)
+        return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class TextFormatter(logging.Formatter):
-    """The same for eyes: time, level, logger, message, fields; with ``colour`` by level."""
+    """The same for eyes: time, level, logger, message, fields; with ``colour`` by level. Further lines of an
+    entry are indented, so that none of them looks like another entry, whoever wrote it.
+    """
 
     def __init__(self, colour: Callable[[], bool] = lambda: False) -> None:
         super().__init__()
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = named("".join(f" {name}={value}" for name, value in _fields(record).items()))
+        told = (f" {name}={_in_a_line(str(value))}" for name, value in _fields(record).items())
+        fields = named("".join(told))
         time, level, name = _timestamp(record), level_name(record.levelno), record.name
         shown = f"{level.upper():5}"
         if self._colour():
             time, shown, name = _painted("2", time), _painted(_COLOURS[level], shown), _painted("2", name)
             fields = _painted("2", fields) if fields else ""
-        text = f"{time} {shown} {name}: {named(record.getMessage())}{fields}"
-        return f"{text}\n{_exception(record)}" if record.exc_info else text
+        text = f"{time} {shown} {name}: {_lines(named(_cut(record.getMessage())))}{fields}"
+        return f"{text}\n{_lines(_exception(record))}" if record.exc_info else text
 
 
 def _painted(colour: str, text: str) -> str:
@@ -277,7 +286,22 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 def _plain(value: object) -> object:
     """JSON knows no NaN and no infinity."""
+    if isinstance(value, str):
+        return _cut(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}... ({len(text)} characters)"
+
+
+def _in_a_line(text: str) -> str:
+    text = text[:MAX_TEXT]
+    return text if text.isprintable() else cleaned(text, MAX_TEXT)
+
+
+def _lines(text: str) -> str:
+    return legible(text).replace("\n", "\n    ")
 
 
 def _exception(record: logging.LogRecord) -> str:

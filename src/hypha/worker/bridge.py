@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 from hypha.decoding import decode_json
 from hypha.errors import NetworkError, Refused, Undecodable
 from hypha.messages import (
+    MAX_EVENT_BYTES,
     BridgeError,
     Directive,
     Event,
@@ -52,9 +53,6 @@ from hypha.worker.feeds import Feed
 logger = logging.getLogger("hypha.worker.bridge")
 
 MAX_BODY_BYTES = 1 << 20
-#: An event goes to the scheduler in one request, beside its envelope (MAX_REQUEST_BYTES of messages), which
-#: also has to take what the contributions of a thousand workers to one round take.
-MAX_EVENT_BYTES = 512 << 10
 #: Calls of one executor under way at once, streams left out. Ours make a few: a parameter server one for
 #: theta and one for each worker that joins.
 MAX_CALLS = 64

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import shutil
@@ -55,7 +56,7 @@ class JobDirectory:
         self.socket_path = socket_path
         self._own = _own_of(path)
         self._lock = lock
-        self._sent = 0
+        self._sendings = itertools.count(1)
 
     @classmethod
     def create(cls, work_dir: Path) -> JobDirectory:
@@ -122,15 +123,14 @@ class JobDirectory:
         pure = PurePosixPath(name)
         if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or not pure.name:
             raise Refused("invalid", f"path {name!r} must be relative to the job directory, without '..'")
-        self._sent += 1
-        place = self._own / _SENDING / str(self._sent)
+        place = self._own / _SENDING / str(next(self._sendings))
         target = place / pure.name
         try:
             place.mkdir(mode=0o700)
             self._pin(pure, target, directory)
             yield target
         finally:
-            shutil.rmtree(place, onerror=_log_failure)
+            _remove(place)
 
     def _pin(self, pure: PurePosixPath, target: Path, directory: bool) -> None:
         try:
@@ -164,14 +164,16 @@ class JobDirectory:
         own.mkdir(mode=0o700, exist_ok=True)
         with beneath.directory_below(self.path, ("incoming", _SPARE)) as spares:
             with os.scandir(spares) as entries:
-                name = next((entry.name for entry in entries), None)
+                name = next((one.name for one in entries if one.is_file(follow_symlinks=False)), None)
             if name is None or len(os.listdir(own)) >= _MOST_SPARES:
                 return
-            # moved before it is looked at, as it could be another one a moment later
             os.rename(name, own / name, src_dir_fd=spares)
+            # looked at once it is moved: it may be another one than a moment ago, and stays where it is then
             found = (own / name).lstat()
-            if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
-                _delete(own / name)
+            if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+                return
+            if not stat.S_ISDIR(found.st_mode):
+                (own / name).unlink()
 
     def deliver(self, path: Path) -> str:
         """Move what was received at ``path`` to the executor; how that calls it. ``Refused`` when the
@@ -207,7 +209,7 @@ class JobDirectory:
     def remove(self) -> None:
         """Delete everything; what cannot be deleted is logged."""
         self._remove_short_socket()
-        shutil.rmtree(self.path, onerror=_log_failure)
+        _remove(self.path)
         self._unlock()
 
     def keep(self, output: str) -> Path:
@@ -220,33 +222,26 @@ class JobDirectory:
         except OSError as exc:  # it may have failed because the disk is full
             logger.warning("The output of a failed executor is not kept: %s", exc)
         # Slices are in the cache, or were; they are the bulk of a job directory.
-        shutil.rmtree(self.path / "slices", onerror=_log_failure)
+        _remove(self.path / "slices")
         kept = self.path.rename(self.path.with_name(f"failed-{self.path.name}"))
         self._unlock()
         older = sorted(kept.parent.glob(f"{_FAILED_PREFIX}*"), key=lambda path: path.stat().st_mtime)
         for path in older[:-KEPT_FAILURES]:
-            shutil.rmtree(path, onerror=_log_failure)
+            _remove(path)
         return kept
 
     def _remove_short_socket(self) -> None:
         if self.socket_path.parent != self.path:
-            shutil.rmtree(self.socket_path.parent, onerror=_log_failure)
+            _remove(self.socket_path.parent)
 
     def _unlock(self) -> None:
-        shutil.rmtree(self._own, onerror=_log_failure)
+        _remove(self._own)
         os.close(self._lock)
 
 
 def _own_of(path: Path) -> Path:
     """The worker's own directory beside the job directory ``path``."""
     return path.with_name(f"{_OWN_PREFIX}{path.name.removeprefix(_PREFIX)}")
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _short_places() -> list[Path]:
@@ -270,16 +265,20 @@ def _short_directory() -> Path:
     )
 
 
-def _log_failure(function: object, path: str, failure: object) -> None:
-    if not (isinstance(failure, tuple) and isinstance(failure[1], FileNotFoundError)):
-        logger.warning("Cannot remove %s.", path, extra={"path": path})
+def _remove(path: Path) -> None:
+    try:
+        beneath.remove_tree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as exc:
+        logger.warning("Cannot remove %s: %s", path, exc.strerror or exc, extra={"path": path})
 
 
 def _remove_stale_socket(path: Path) -> None:
     with contextlib.suppress(OSError):
         elsewhere = Path((path / _ELSEWHERE).read_text())
         if elsewhere.name.startswith(_PREFIX) and elsewhere.parent in _short_places():
-            shutil.rmtree(elsewhere, onerror=_log_failure)
+            _remove(elsewhere)
 
 
 def remove_stale(work_dir: Path) -> list[Path]:
@@ -306,7 +305,7 @@ def _remove_dead(own: Path, path: Path) -> list[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _remove_stale_socket(own)
         for one in {path, own}:
-            shutil.rmtree(one, onerror=_log_failure)
+            _remove(one)
         return [path]
     except BlockingIOError:
         return []

@@ -51,6 +51,7 @@ from hypha.messages import (
 )
 from hypha.net.transfers import meta_of
 from hypha.node import Node
+from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
 from hypha.worker.allowance import Allowance
@@ -82,6 +83,8 @@ logger = logging.getLogger(__name__)
 FAREWELL_S, FAREWELL_WITHOUT_LEASE_S = 120.0, 10.0
 #: The exit code reported for an executor that could not even be started.
 NOT_STARTED = 126
+#: Threads that work on job directories: those of one job may take all of them, and no others of the worker.
+_FILES = trio.CapacityLimiter(4)
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,8 @@ class Execution:
                 ManifestCheck(workshop.node.request, job.dataset, job.manifest_hash),
             )
         self._fetches = 0
+        #: a file of an executor may be as long as it likes, and the worker has some threads for all
+        self._hashing = trio.CapacityLimiter(2)
 
     @property
     def job(self) -> Job:
@@ -202,24 +207,26 @@ class Execution:
         self._lease_over.set()
         self.stop("its lease ended")
 
-    def steer(self, seq: int, directive: Directive) -> None:
-        """Pass on a directive of the scheduler; an old one is ignored."""
+    def steer(self, seq: int, directive: Directive) -> tuple[PeerRef, ...]:
+        """Pass on a directive of the scheduler; an old one is ignored. Returns the peers whose addresses it
+        tells: there may be so many that learning them takes seconds.
+        """
         if isinstance(directive, Rejoin):
             # before the executor hears of it: it answers in the new life
             self._rejoin(directive)
         if not self._directives.put(seq, directive):
-            return
+            return ()
         self._signals.steered(directive)
         match directive:
             case Members(peers=peers):
                 self._partners = frozenset(peer.peer for peer in peers)
                 self._deliveries.keep_only("theta", self._partners | self._joiners)
-                self._learn(*peers)
+                return peers
             case SendModel(to=to):
                 self._joiners |= {to.peer}
-                self._learn(to)
+                return (to,)
             case _:
-                pass
+                return ()
 
     def _rejoin(self, rejoin: Rejoin) -> None:
         if rejoin.generation <= self.generation:
@@ -232,16 +239,12 @@ class Execution:
         if rejoin.parameter_server is not None:
             self._partners = frozenset({rejoin.parameter_server.peer})
             self._deliveries.keep_only("update", self._partners)
-            self._learn(rejoin.parameter_server)
+            self._shop.node.learn(rejoin.parameter_server)
         if rejoin.start_over:
             self._round, self._attempt, self._theta = rejoin.round, 0, None
             self._slices.start_over()
         else:
             self._slices.begin_life()
-
-    def _learn(self, *peers: PeerRef) -> None:
-        for peer in peers:
-            self._shop.node.learn(peer)
 
     async def _ask_scheduler(self, request: Request) -> Response:
         return await self._shop.node.request(self._job.scheduler, request)
@@ -276,7 +279,7 @@ class Execution:
                 excess = None if self._confined is None else self._confined.excess
                 full = excess is not None and excess.kind == "disk"
                 if failed and self._shop.config.keep_failed_jobs and not full:
-                    path = self._directory.keep(ended.tail)
+                    path = await in_thread(self._directory.keep, ended.tail, limiter=_FILES)
                     kept = True
                     logger.info("The failed executor's files are in %s.", path, extra=self._fields)
                 self._outbox.put(
@@ -289,7 +292,9 @@ class Execution:
             self.ended.set()
             self._signals.close()
             if not kept:
-                self._directory.remove()
+                # an executor may have left any number of files
+                with trio.CancelScope(shield=True):
+                    await in_thread(self._directory.remove, limiter=_FILES)
 
     async def _farewell(self) -> None:
         async def shorten(scope: trio.CancelScope) -> None:
@@ -387,6 +392,10 @@ class Execution:
         """Files of ``resource``, in a directory of their own; or the next slice."""
         if isinstance(resource, SchedulerData):
             return [await self._next_slice(resource)]
+        scheduler = self._job.scheduler.peer
+        if isinstance(resource, Peers) and any(one.peer != scheduler for one in resource.peers):
+            # others would take this worker for one that asks for the job that it does for them
+            raise Refused("uninvited", "an executor fetches files from the scheduler of its own job alone")
         self._fetches += 1
         number = self._fetches
         with self._directory.fetching(number) as directory:
@@ -416,8 +425,18 @@ class Execution:
 
     async def send(self, call: SendCall) -> Sent:
         """Send a file of the job directory to peers, or store it at a place that the owner allows."""
-        with self._directory.pinned(call.path, directory=isinstance(call.resource, Local)) as path:
+        directory = isinstance(call.resource, Local)
+        if isinstance(call.resource, Local):
+            # nothing is done for what is not allowed
+            self._shop.allowance.write_local(call.resource.url)
+        # in threads: there may be many files
+        pinned = self._directory.pinned(call.path, directory=directory)
+        path = await in_thread(pinned.__enter__, limiter=_FILES)
+        try:
             return await self._send_pinned(call, path)
+        finally:
+            with trio.CancelScope(shield=True):
+                await in_thread(pinned.__exit__, None, None, None, limiter=_FILES)
 
     async def _send_pinned(self, call: SendCall, path: Path) -> Sent:
         resource = call.resource
@@ -428,29 +447,30 @@ class Execution:
         if not isinstance(resource, Peers) or not resource.resource or not resource.peers:
             raise Refused("invalid", "files are sent to peers, under a resource's name, or to a local place")
         kind, _, prefix = resource.resource.partition("/")
-        self._check_receivers(kind, resource.peers)
+        # each once, whatever the executor says
+        receivers = tuple({receiver.peer: receiver for receiver in resource.peers}.values())
+        self._check_receivers(kind, receivers)
         name = call.name or path.name
         if call.generation is not None and call.generation != self.generation:
             raise Refused("stale", f"generation {self.generation} of the job runs here now")
+        stamp = JobStamp(
+            job_id=self._job.job_id, generation=self.generation, round=call.round, attempt=call.attempt
+        )
         try:
-            meta = await meta_of(
-                path,
-                kind,
-                f"{prefix}/{name}" if prefix else name,
-                stamp=JobStamp(
-                    job_id=self._job.job_id,
-                    generation=self.generation,
-                    round=call.round,
-                    attempt=call.attempt,
-                ),
-                samples=call.samples,
-                contributors=call.contributors,
-                blake3=call.blake3,
-                xxh3=call.xxh3,
-            )
+            async with self._hashing:
+                meta = await meta_of(
+                    path,
+                    kind,
+                    f"{prefix}/{name}" if prefix else name,
+                    stamp=stamp,
+                    samples=call.samples,
+                    contributors=call.contributors,
+                    blake3=call.blake3,
+                    xxh3=call.xxh3,
+                )
         except OSError as exc:
             raise Refused("not-found", f"{call.path} cannot be read: {exc}") from exc
-        return Sent(deliveries=await self._deliveries.deliver(path, meta, resource.peers, resource.strategy))
+        return Sent(deliveries=await self._deliveries.deliver(path, meta, receivers, resource.strategy))
 
     def _check_receivers(self, kind: str, receivers: tuple[PeerRef, ...]) -> None:
         """An executor is somebody else's program: it sends nothing to those outside its job."""

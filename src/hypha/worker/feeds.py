@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import msgspec
 import trio
 
 from hypha.messages import Directive, ReceivedFile, SendModel
@@ -24,27 +25,35 @@ T = TypeVar("T")
 #: What may come to wait in a stream, beside what it begins with. Ours read at once; there are a few
 #: directives a round, and a file of each worker.
 MAX_WAITING = 1024
+#: and so many bytes of it, as MessagePack: in memory it is several times that
+MAX_WAITING_BYTES = 16 << 20
 #: Directives that are kept for whoever opens a stream: one of each type, and of ``SendModel`` one for each
 #: worker that is joining.
 MAX_NEWEST = 256
 
 
 class Feed(Generic[T]):
-    """An open stream: ``first``, then what is put in, in order, until :data:`MAX_WAITING` items more wait."""
+    """An open stream: ``first``, then what is put in, in order, until :data:`MAX_WAITING` items or
+    :data:`MAX_WAITING_BYTES` more wait.
+    """
 
     def __init__(self, first: Iterable[T] = ()) -> None:
-        self._items: deque[T] = deque(first)
+        #: with their sizes; of the first ones nobody asks
+        self._items: deque[tuple[T, int]] = deque((item, 0) for item in first)
         self._most = len(self._items) + MAX_WAITING
+        self._size = 0
         self._some = trio.Event()
         self._overrun = False
 
     def put(self, item: T) -> None:
         """Never blocks."""
-        if len(self._items) >= self._most:
+        size = len(msgspec.msgpack.encode(item))
+        if len(self._items) >= self._most or self._size + size > MAX_WAITING_BYTES:
             self._overrun = True
             self._items.clear()
         if not self._overrun:
-            self._items.append(item)
+            self._items.append((item, size))
+            self._size += size
         self._some.set()
 
     async def get(self) -> T:
@@ -56,7 +65,9 @@ class Feed(Generic[T]):
                 raise trio.EndOfChannel
             self._some = trio.Event()
             await self._some.wait()
-        return self._items.popleft()
+        item, size = self._items.popleft()
+        self._size -= size
+        return item
 
 
 def _key(directive: Directive) -> tuple[str, str]:

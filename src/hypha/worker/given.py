@@ -31,19 +31,43 @@ class GivenLease(Value, frozen=True):
     job: str = ""
 
 
+class AskedPrice(Value, frozen=True):
+    """What a worker takes for one lease: ``asked`` now, at a ``load`` of 0 to 1, ``rest`` without any."""
+
+    asked: float
+    rest: float
+    floor: float
+    load: float
+    strategy: str
+
+
 class GivenLeases(Value, frozen=True):
-    """What ``/leases`` of a worker answers: its leases, what is free, and whether it makes offers."""
+    """What ``/leases`` of a worker answers: its leases, what is free, whether it makes offers, and at what
+    price.
+    """
 
     state: str
     free: Resources
     leases: tuple[GivenLease, ...] = ()
+    price: AskedPrice | None = None
+    worker: str = ""
+    name: str = ""
 
 
-def given_leases(desk: LeaseDesk, leaving: Leaving) -> GivenLeases:
-    """As they are now."""
-    now = trio.current_time()
+def given_leases(desk: LeaseDesk, leaving: Leaving, worker: str = "") -> GivenLeases:
+    """Of ``worker`` (its PeerID), as they are now."""
+    now, pricing = trio.current_time(), desk.pricing
     return GivenLeases(
         state=leaving.in_words,
+        worker=worker,
+        name=name_of(worker),
+        price=AskedPrice(
+            asked=pricing.asked,
+            rest=pricing.at_rest,
+            floor=pricing.floor,
+            load=pricing.load,
+            strategy=pricing.strategy,
+        ),
         free=desk.free,
         leases=tuple(
             GivenLease(

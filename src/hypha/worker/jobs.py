@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 #: An executor that was told to stop may hold its resources for this long beyond the grace it is given.
 KILL_MARGIN_S = 10.0
+#: Peers whose addresses are learnt before others have their turn: some milliseconds.
+_LEARNT_AT_ONCE = 64
 
 
 class Jobs:
@@ -64,8 +66,9 @@ class Jobs:
         return sum(one.kind == kind and not one.ended.is_set() for one in self._executions.values())
 
     def _health(self) -> dict[str, str]:
-        running = [key for key, execution in self._executions.items() if not execution.ended.is_set()]
-        return {"jobs": ", ".join(f"{job_id} ({kind})" for job_id, kind in running) or "none"}
+        # not their ids: anybody may ask, and who knows the id of a job can take its place here
+        kinds = [one.kind for one in self._executions.values() if not one.ended.is_set()]
+        return {"jobs": ", ".join(sorted(kinds)) or "none"}
 
     async def _dispatch(self, caller: str, request: DispatchJob) -> Acknowledged:
         job = request.job
@@ -131,7 +134,10 @@ class Jobs:
             raise Refused("stale", f"generation {execution.generation} of the job runs here")
         if execution.ended.is_set():
             raise Refused("not-found", f"the executor of job {request.stamp.job_id} has ended")
-        execution.steer(request.seq, request.directive)
+        for number, peer in enumerate(execution.steer(request.seq, request.directive), 1):
+            self._shop.node.learn(peer)
+            if number % _LEARNT_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
         return Acknowledged()
 
     def _of(self, caller: str, job_id: str, kind: ExecutorClass) -> Execution:

@@ -16,13 +16,14 @@ from hypha.errors import NetworkError, Refused
 from hypha.leases import Lease, Release
 from hypha.messages import WorkerLeaving
 from hypha.node import Node
+from hypha.worker.arbiter import OfferFailed
 from hypha.worker.offers import LeaseDesk
 
 logger = logging.getLogger(__name__)
 
 #: A scheduler is told again after this long, one that did not answer sooner.
 REPEAT_S, RETRY_S = 1.0, 0.2
-#: Of the time that is left, what handing leases back may take: this share, so long at most.
+#: Of the time that is left, what is kept for handing leases back: this share, so long at most.
 HAND_BACK_SHARE, HAND_BACK_S = 0.2, 1.0
 #: A scheduler that refuses the notice for one of these reasons does not know it, or not this worker.
 _UNKNOWN = frozenset({"malformed", "unsupported", "role", "invalid"})
@@ -55,7 +56,7 @@ class Leaving:
         if self.ends_at is not None:
             left_s = max(0.0, self.ends_at - trio.current_time())
             return f"ends in {left_s:.1f} s ({self.reason})"
-        return "drained: it makes no new offers" if self._desk.is_closed else "makes offers"
+        return "is drained, and makes no new offers" if self._desk.is_closed else "makes offers"
 
     def drain(self) -> None:
         """Make no more offers; what is leased goes on."""
@@ -81,6 +82,10 @@ class Leaving:
             return
         self.ends_at, self.reason, self._patient = ends_at, reason, patient
         self._hand_back_at = ends_at - min(HAND_BACK_S, HAND_BACK_SHARE * within_s)
+        for lease in self._desk.leases:
+            if not lease.accepted:
+                # whoever takes this offer up is refused, and takes the next one
+                self._desk.handle(OfferFailed(lease.lease_id, reason))
         if leases := self._accepted():
             logger.info(
                 "This worker leaves within %.1f s (%s): %d leases are handed back, with what was trained.",
@@ -121,15 +126,17 @@ class Leaving:
                 await self._desk.changes.wait(seen)
 
     async def _tell(self, lease: Lease) -> None:
-        """Its scheduler, again and again while the lease lives."""
+        """Its scheduler, again and again while the lease lives; cancelled when that is handed back."""
         fields = {"lease_id": lease.lease_id, "peer_id": lease.scheduler, "job_id": lease.job_id}
+        heard = False
         while any(one.lease_id == lease.lease_id for one in self._accepted()):
             if (left_s := self._hand_back_at - trio.current_time()) <= 0:
                 return
             pause_s = REPEAT_S
             notice = WorkerLeaving(lease_id=lease.lease_id, left_s=left_s, reason=self.reason)
             try:
-                await self._node.request(lease.scheduler, notice, timeout_s=min(2.0 * REPEAT_S, left_s))
+                await self._node.request(lease.scheduler, notice, timeout_s=2.0 * REPEAT_S)
+                heard = True
             except Refused as exc:
                 logger.debug("A scheduler did not take the notice: %s", exc, extra=fields)
                 pause_s = RETRY_S
@@ -139,12 +146,12 @@ class Leaving:
             except NetworkError as exc:
                 logger.info("A scheduler could not be told that this worker ends: %s", exc, extra=fields)
                 pause_s = RETRY_S
-                if not self._patient:
+                if not heard:
                     self._not_heard(lease)
-                    return
             await trio.sleep(pause_s)
 
     def _not_heard(self, lease: Lease) -> None:
+        """Who has a moment only does not spend it on a scheduler that cannot hear."""
         if not self._patient:
             self._unheard.add(lease.lease_id)
             self._desk.changes.note()
@@ -153,7 +160,8 @@ class Leaving:
         leases = self._accepted()
         for lease in leases:
             self._desk.handle(Release(lease.lease_id, lease.scheduler))
-        with trio.move_on_at(self.ends_at or 0.0):
+        # on a busy machine that takes longer than what is left: it is worth that
+        with trio.move_on_after(HAND_BACK_S):
             async with trio.open_nursery() as nursery:
                 for lease in leases:
                     if lease.lease_id not in self._unheard:

@@ -24,6 +24,7 @@ from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.logs import bind
+from hypha.telemetry.page import worker_routes
 from hypha.worker.allowance import Allowance
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.cache import SliceCache
@@ -234,7 +235,9 @@ async def serve(
                 leaving = Leaving(node, desk)
                 nursery.start_soon(_end_when_left, leaving, config.preemption, stopped, nursery.cancel_scope)
                 jobs.answer()
-                node.health_details.append(lambda: {"offers": leaving.in_words})
+                node.health_details.append(
+                    lambda: {"offers": leaving.in_words, "price": desk.pricing.in_words}
+                )
                 if not is_simulated():
                     gauges.enter_context(shown(jobs, desk, workshop.cache))
                     await nursery.start(serve_control, config.work_dir, leaving, lambda: len(desk.leases))
@@ -243,9 +246,10 @@ async def serve(
                 storage.answer()
                 await nursery.start(serve_offers, node, desk, lambda: lack_of_room(config.work_dir))
                 if config.http_address is not None:
-                    leases = {"leases": lambda: given_leases(desk, leaving)}
-                    health = partial(serve_http, config.http_address, lambda: health_of(node), lookups=leases)
-                    await nursery.start(health)
+                    leases = {"leases": lambda: given_leases(desk, leaving, node.peer_id)}
+                    routes = await in_thread(worker_routes)
+                    health = partial(serve_http, config.http_address, lambda: health_of(node))
+                    await nursery.start(partial(health, routes=routes, lookups=leases))
                 task_status.started(node.ref())
                 await node.wait_connected()
                 nursery.start_soon(storage.announce)

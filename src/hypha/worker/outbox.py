@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from hypha.errors import NetworkError, Refused
-from hypha.messages import Event, ExecutorClass, JobStamp, ReportEvent, Request, Response
+from hypha.messages import Event, ExecutorClass, JobStamp, ReportEvent, Request, Response, encode
 from hypha.tracing import trace_context, traceparent
 from hypha.waiting import Reminder
 from hypha.worker.backoff import Backoff
@@ -22,6 +22,8 @@ logger = logging.getLogger("hypha.worker.events")
 MAX_PAUSE_S = 5.0
 #: Events that may wait for their scheduler. An executor has about ten a round, and no round ends without it.
 MAX_WAITING = 512
+#: And so many bytes of them: in memory they are several times that.
+MAX_WAITING_BYTES = 16 << 20
 #: Refusals after which repeating an event makes no sense: it came already, or the job has moved on.
 _SETTLED = frozenset({"duplicate", "stale", "invalid", "malformed", "unsupported", "too-large"})
 
@@ -38,6 +40,8 @@ class Outbox:
         self._seq = 0
         #: with the ``traceparent`` of the span in which the executor reported it
         self._waiting: deque[tuple[ReportEvent, str | None]] = deque()
+        #: their bytes, as they are sent
+        self._sizes: deque[int] = deque()
         self._some = trio.Event()
         self._empty = trio.Event()
         self._empty.set()
@@ -49,14 +53,15 @@ class Outbox:
             stamp=stamp, kind=self._kind, incarnation=self._incarnation, seq=self._seq, event=event
         )
         self._waiting.append((report, traceparent()))
+        self._sizes.append(len(encode(report)))
         if self._empty.is_set():
             self._empty = trio.Event()
         self._some.set()
 
     def check_room(self) -> None:
         """Raise Refused (``busy``) when as many events wait as may."""
-        if len(self._waiting) >= MAX_WAITING:
-            raise Refused("busy", f"{MAX_WAITING} events wait for the scheduler")
+        if len(self._waiting) >= MAX_WAITING or sum(self._sizes) > MAX_WAITING_BYTES:
+            raise Refused("busy", f"{len(self._waiting)} events wait for the scheduler")
 
     @property
     def waiting(self) -> int:
@@ -92,6 +97,7 @@ class Outbox:
             backoff.reset()
             reminder.reset()
             self._waiting.popleft()
+            self._sizes.popleft()
             if not self._waiting:
                 self._empty.set()
 

@@ -44,6 +44,30 @@ class Pricing:
         return self._next_at
 
     @property
+    def floor(self) -> float:
+        """Lower bids are not answered."""
+        return self._terms.floor
+
+    @property
+    def at_rest(self) -> float:
+        """What is asked for without any load, and of nobody in particular."""
+        return max(self._terms.floor, self._terms.price)
+
+    @property
+    def in_words(self) -> str:
+        """For people: ``1.5 a lease (1 at rest, floor 0.2, utilization, load 80 %)``."""
+        terms = self._terms
+        return (
+            f"{self.asked:g} a lease ({self.at_rest:g} at rest, floor {terms.floor:g}, {terms.strategy}, "
+            f"load {100 * self.load:.0f} %)"
+        )
+
+    @property
+    def strategy(self) -> str:
+        """As ``offer.strategy``."""
+        return self._terms.strategy
+
+    @property
     def asked(self) -> float:
         """For one lease, of whoever is not preferred."""
         return self._at(self.level)
@@ -92,7 +116,7 @@ class Pricing:
     def _bounds(self) -> tuple[float, float]:
         price, floor = self._terms.price, self._terms.floor
         if self._terms.strategy != "utilization":
-            return max(floor, price), max(floor, price)
+            return self.at_rest, self.at_rest
         load = self._terms.utilization
         return max(floor, price * load.least), max(floor, price * load.most)
 

@@ -34,6 +34,10 @@ logger = logging.getLogger("hypha.worker.storage")
 GB = 10**9
 INDEX, OWNER = "index.json", "owner.json"
 MAX_FILES = 1024
+#: Of all copies together, however small they are: what is known of each is in memory.
+MAX_FILES_KEPT = 50_000
+#: of a file's name in a copy, and of a job's
+MAX_NAME_LENGTH = 255
 _DAY_S = 86400.0
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -68,6 +72,11 @@ class _Job:
         coming = self.incoming.index.size if self.incoming is not None else 0
         return coming + sum(index.size for index in self.complete.values())
 
+    @property
+    def files(self) -> int:
+        coming = len(self.incoming.index.files) if self.incoming is not None else 0
+        return coming + sum(len(index.files) for index in self.complete.values())
+
 
 class ReplicaStore:
     """``directory`` belongs to this worker alone."""
@@ -88,6 +97,11 @@ class ReplicaStore:
     def used_bytes(self) -> int:
         """Bytes of all copies, those on their way included."""
         return sum(job.size for job in self._jobs.values())
+
+    @property
+    def _files(self) -> int:
+        """In all copies, those on their way included."""
+        return sum(job.files for job in self._jobs.values())
 
     @property
     def max_bytes(self) -> int:
@@ -218,7 +232,7 @@ class ReplicaStore:
 
     def _open(self, owner: Owner, index: CheckpointIndex) -> _Job:
         job = _Job(owner, wall_time())
-        self._make_room(job, index.size)
+        self._make_room(job, index)
         self._path(job).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_durably(self._path(job) / OWNER, encode_json(owner))
         sync_directory(self._directory)
@@ -232,12 +246,12 @@ class ReplicaStore:
         if any(round_ in keep and round_ != index.round for round_ in job.complete):
             # another content of the same round is of a life that does not count any more
             self._prune(job, keep - {index.round})
-        self._make_room(job, index.size)
+        self._make_room(job, index)
         self._incoming(job).mkdir(mode=0o700)
         job.incoming = _Incoming(index)
         self._touch(job)
 
-    def _make_room(self, job: _Job, needed: int) -> None:
+    def _make_room(self, job: _Job, index: CheckpointIndex) -> None:
         """:class:`Refused` when the owner does not offer so much, or somebody else has it."""
         self._forget_old()
         for other in list(self._jobs.values()):
@@ -245,7 +259,9 @@ class ReplicaStore:
             if other.incoming is not None and other is not job and other.owner.peer not in self._leased:
                 other.incoming = None
                 shutil.rmtree(self._incoming(other), ignore_errors=True)
-        free = self._max_bytes - self.used_bytes
+        if self._files + len(index.files) > MAX_FILES_KEPT:
+            raise Refused("no-space", f"this worker keeps {MAX_FILES_KEPT} files of checkpoints at most")
+        needed, free = index.size, self._max_bytes - self.used_bytes
         if needed > free:
             raise Refused(
                 "no-space",
@@ -342,7 +358,8 @@ def _remove(directory: Path) -> None:
 def _check(request: HoldCheckpoint) -> None:
     """:class:`Refused` for what is no checkpoint, or would lead out of our directory."""
     index = request.index
-    if request.stamp.job_id != index.job_id or not _JOB_ID.fullmatch(index.job_id) or not request.job:
+    named = 0 < len(request.job) <= MAX_NAME_LENGTH
+    if request.stamp.job_id != index.job_id or not _JOB_ID.fullmatch(index.job_id) or not named:
         raise Refused("malformed", f"{index.job_id!r} is not the id of the job that the request is about")
     if index.round < 0 or not 0 < len(index.files) <= MAX_FILES:
         raise Refused("malformed", f"a checkpoint has a round, and 1 to {MAX_FILES} files")
@@ -354,7 +371,8 @@ def _check(request: HoldCheckpoint) -> None:
         inside = (
             bool(path.name) and str(path) == file.name and not path.is_absolute() and ".." not in path.parts
         )
-        if not inside or "\0" in file.name or file.name == INDEX or path.name.endswith(".part"):
+        short = len(file.name.encode()) <= MAX_NAME_LENGTH
+        if not inside or not short or "\0" in file.name or file.name == INDEX or path.name.endswith(".part"):
             raise Refused("invalid", f"{file.name!r} is no name for a file of a checkpoint")
         if file.size < 0 or not _HASH.fullmatch(file.blake3):
             raise Refused("malformed", f"{file.name} needs a size and a BLAKE3 hash")

@@ -44,8 +44,21 @@ def shown(jobs: Jobs, desk: LeaseDesk, cache: SliceCache) -> Iterator[None]:
         metrics.RESOURCES_FREE.watch(lambda: amounts(desk.free)),
         metrics.RESOURCES_CAPACITY.watch(lambda: amounts(desk.total)),
         metrics.CACHE_BYTES.watch(lambda: float(cache.size_bytes)),
+        metrics.WORKER_PRICE.watch(lambda: prices(desk)),
+        metrics.WORKER_LOAD.watch(lambda: desk.pricing.load),
     ):
         yield
+
+
+def prices(desk: LeaseDesk) -> list[Reading]:
+    """What the worker takes for a lease, and gets for those that it has given."""
+    pricing = desk.pricing
+    return [
+        ({"of": "floor"}, pricing.floor),
+        ({"of": "rest"}, pricing.at_rest),
+        ({"of": "threshold"}, pricing.asked),
+        ({"of": "leases"}, sum(lease.price for lease in desk.leases if lease.accepted)),
+    ]
 
 
 @contextlib.asynccontextmanager

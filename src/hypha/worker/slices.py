@@ -277,7 +277,8 @@ class SlicePrefetcher:
             wait_s = answer.retry_in_s if isinstance(answer, NoSlice) else MAX_RETRY_S
             # The round may move on while there is nothing: then this is no longer a request of the old one.
             self._pending = self._stamp()
-            await trio.sleep(min(max(wait_s, 0.05), MAX_RETRY_S))
+            # a comparison with NaN is always False
+            await trio.sleep(min(max(wait_s, 0.05), MAX_RETRY_S) if wait_s >= 0 else MAX_RETRY_S)
 
     async def _is_in_manifest(self, assigned: SliceAssigned) -> bool:
         problem = "" if self._manifest is None else await self._manifest.problem(assigned)

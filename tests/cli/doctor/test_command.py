@@ -135,7 +135,7 @@ def test_without_a_configuration_the_machine_is_looked_at(tmp_path: Path, monkey
 
 
 def test_several_faults_are_told_the_gravest_first_with_exit_code_8(pki: Pki, tmp_path: Path) -> None:
-    more = gateways(1) + f'work_dir = "{tmp_path}"\n[offer]\nlease_s = 1\n' + FOREIGN
+    more = gateways(1) + f'work_dir = "{tmp_path}"\n[resources]\nmemory = 999999\n' + FOREIGN
     path = write(pki, tmp_path / "worker.toml", "worker", more)
     result = doctor("-c", path)
     lines = result.stdout.splitlines()
@@ -143,7 +143,7 @@ def test_several_faults_are_told_the_gravest_first_with_exit_code_8(pki: Pki, tm
     assert lines[0].startswith(f"worker of {path} ")
     assert lines[0].endswith("), not running here")
     told = [line for line in lines if line.startswith(("error", "warning", "note"))]
-    assert [line.split(": ")[1] for line in told] == ["gateway-unreachable", "lease-short"]
+    assert [line.split(": ")[1] for line in told] == ["gateway-unreachable", "resources-missing"]
     assert "To mend it: start the gateway" in told[0]
     assert lines[-1] == "1 error, 1 warning, 0 notes"
     assert result.stderr == ""

@@ -18,7 +18,9 @@ from hypha.cli.doctor.gathering.bounded import Gathering
 from hypha.cli.doctor.gathering.machine import gather_machine, read_accelerators
 from hypha.cli.doctor.judging.machine import judge_machine, judge_versions
 from hypha.config.models import GatewayConfig, WorkerConfig
-from hypha.messages import Resources
+from hypha.config.tuning import SocketTuning
+from hypha.worker.detecting import Machine
+from hypha.worker.gpus import Gpu
 
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
 
@@ -79,13 +81,26 @@ def test_fewer_files_than_connections(worker: WorkerConfig) -> None:
     assert only(judge_machine(MachineFacts(open_files=256), worker), checks.FILE_DESCRIPTORS)
 
 
+def machine(memory: float, storage: float = 50.0) -> Machine:
+    return Machine(1.0, "the machine", memory, "a cgroup", storage, "the file system")
+
+
 def test_a_worker_that_offers_more_than_there_is(worker: WorkerConfig) -> None:
-    facts = MachineFacts(has=Resources(cpu=1, memory=0.05, storage=5))
+    facts = MachineFacts(has=machine(0.05))
     one = only(judge_machine(facts, worker), checks.RESOURCES_MISSING)
-    assert "resources.memory is 0.1 GB, and this machine has 0.05" in one.what
-    facts = MachineFacts(has=Resources(cpu=1, memory=1, storage=0.01))
-    roomy = worker.model_copy(update={"cache": worker.cache.model_copy(update={"max_gb": 0.01})})
-    assert "resources.storage" in only(judge_machine(facts, roomy), checks.RESOURCES_MISSING).what
+    assert "resources.memory is 0.1, more than this machine has (0.1 GB: a cgroup)" in one.what
+    believed = worker.model_copy(update={"detect_resources": False})
+    assert only(judge_machine(facts, believed), checks.RESOURCES_MISSING).what.endswith("and is offered")
+    only(judge_machine(MachineFacts(has=machine(1.0, storage=0.01)), worker), checks.RESOURCES_MISSING)
+
+
+async def test_buffers_that_the_kernel_does_not_give(worker: WorkerConfig) -> None:
+    sockets = SocketTuning(receive_buffer_kb=1 << 20)
+    tuned = worker.model_copy(update={"tuning": worker.tuning.model_copy(update={"sockets": sockets})})
+    facts = await gather_machine(Gathering(), tuned)
+    one = among(judge_machine(facts, tuned), checks.SOCKET_BUFFERS)
+    assert "tuning.sockets.receive_buffer_kb asks for 1048576 KB" in one.what
+    assert "sysctl -w net.core.rmem_max" in one.mend
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------
@@ -111,8 +126,8 @@ async def test_a_torch_that_cannot_be_imported(
 @pytest.mark.parametrize(
     ("found", "gpu", "severity", "words"),
     [
-        (Accelerators("535.104.05", "2.13.0+cpu", "", 0), 8.0, "error", "has no CUDA in it"),
-        (Accelerators("535.104.05", "2.13.0+cpu", "", 0), 0.0, "warning", "has no CUDA in it"),
+        (Accelerators("535.104.05", "2.13.0+cpu", "", 0), 8.0, "error", "is built for none"),
+        (Accelerators("535.104.05", "2.13.0+cpu", "", 0), 0.0, "warning", "is built for none"),
         (Accelerators("580.95.05", "2.13.0", "13.0", 0), 8.0, "error", "finds none that it can use"),
         (Accelerators("", "2.13.0", "12.8", 0), 8.0, "error", "finds no GPU here"),
     ],
@@ -123,6 +138,15 @@ def test_a_gpu_that_torch_cannot_use(
     offering = worker.model_copy(update={"resources": worker.resources.model_copy(update={"gpu": gpu})})
     one = only(judge_machine(MachineFacts(accelerators=found), offering), checks.GPU_UNUSABLE)
     assert (one.severity, words in one.what) == (severity, True)
+
+
+def test_a_gpu_of_another_vendor_that_torch_cannot_use(worker: WorkerConfig) -> None:
+    radeon = Gpu("amd", "0", "Radeon", 16 * 10**9, "the kernel")
+    facts = MachineFacts(
+        has=replace(machine(1.0), gpus=(radeon,)), accelerators=Accelerators("", "2.13.0", "12.8", 0)
+    )
+    one = only(judge_machine(facts, worker), checks.GPU_UNUSABLE)
+    assert "has Radeon (16.0 GB), and torch 2.13.0 finds none that it can use" in one.what
 
 
 def test_a_driver_that_is_older_than_what_torch_was_built_for(worker: WorkerConfig) -> None:

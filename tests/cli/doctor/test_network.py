@@ -33,12 +33,14 @@ from hypha.config.models import (
     NodeConfig,
 )
 from hypha.data import run_data
-from hypha.messages import PeerRef
+from hypha.errors import Refused
+from hypha.messages import DialBack, Health, MeasureBandwidth, PeerRef, Response
 from hypha.net import Libp2pNode as Node
 from hypha.net.addresses import host_and_port
 from hypha.net.relay import RelayLimits
 from hypha.pki.identity import IdentityFiles, load_identity
 from hypha.runtime import Runtime, use_runtime
+from hypha.telemetry import health_of
 
 pytestmark = pytest.mark.loopback
 
@@ -151,11 +153,21 @@ async def test_nothing_is_found_of_a_gateway_or_a_data_node(network: Network, tm
         )
         _, findings = await look(gateway, "gateway")
         assert findings == [], "\n".join(map(str, findings))
-        data = DataConfig(**network.settings("data", [other]), dataset_path=directory)
-        facts, findings = await look(data, "data")
-        assert findings == [], "\n".join(map(str, findings))
-        assert facts.served is not None
-        assert facts.served.names == ("digits",)
+        settings = network.settings("data", [other])
+        data = DataConfig(**settings, dataset_path=directory, http_address=f"127.0.0.1:{free_port()}")
+        async with trio.open_nursery() as nursery:
+            for running in (False, True):
+                facts, findings = await look(data, "data")
+                assert findings == [], "\n".join(map(str, findings))
+                assert facts.network is not None
+                assert facts.network.running is running
+                assert facts.served is not None
+                assert facts.served.names == ("digits",)
+                if not running:
+                    await nursery.start(run_data, data)
+            # its port is any free one: its own local HTTP tells which
+            assert [one.reason for one in facts.network.dialled] == [""]
+            nursery.cancel_scope.cancel()
 
 
 # --- gateways --------------------------------------------------------------------------------------------
@@ -204,6 +216,27 @@ async def test_a_gateway_that_does_not_accept_this_nodes_certificate(
         config.trust_pem.write_bytes(both)
         _, findings = await look(config)
         assert "CA" in only(findings, checks.GATEWAY_TRUST).what
+
+
+async def test_gateways_of_an_earlier_version_are_no_fault(network: Network, tmp_path: Path) -> None:
+    """They know neither of the requests, and say of themselves what they said then."""
+
+    async def unknown(caller: str, request: object) -> Response:
+        raise Refused("malformed", "the request does not decode")
+
+    async def as_before(caller: str, request: object) -> Response:
+        return health_of(gateway)
+
+    async with network.gateway() as gateway:
+        gateway.answer(MeasureBandwidth, unknown)
+        gateway.answer(DialBack, unknown)
+        gateway.answer(Health, as_before)
+        config = worker_config(network.pki, tmp_path, gateway_addresses=[address_of(gateway)])
+        facts, findings = await look(config)
+        assert findings == [], "\n".join(map(str, findings))
+        assert facts.network is not None
+        (contact,) = facts.network.gateways
+        assert (contact.component, contact.up, contact.clock_s) == ("hypha-gateway", None, None)
 
 
 class Early(Runtime):
@@ -273,6 +306,10 @@ async def test_an_external_address_that_leads_nowhere(network: Network, tmp_path
         )
         _, findings = await look(config)
         assert wrong in only(findings, checks.EXTERNAL_ADDRESS).what
+        Names()
+        named = config.model_copy(update={"external_addresses": ["/dns4/worker.lab/tcp/4001"]})
+        _, findings = await look(named)
+        assert "its name has no address here" in only(findings, checks.EXTERNAL_ADDRESS).what
 
 
 async def test_ports_that_are_in_use_or_not_of_this_machine(network: Network, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from tests.support.network import Pki
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.judging.offers import judge_offers, try_offers
 from hypha.config.models import WorkerConfig
-from hypha.worker import arbiter
+from hypha.features import OURS, Abilities
+from hypha.worker.detecting import Machine
+from hypha.worker.gpus import Gpu
 
 
 @pytest.fixture
@@ -43,7 +45,8 @@ def test_a_job_that_asks_for_more_than_the_worker_has(worker: WorkerConfig) -> N
 
 
 def test_a_bid_below_the_workers_floor(worker: WorkerConfig) -> None:
-    prices = {"worker_price": {"bid": 2, "max": 9}, "parameter_server_price": {"bid": 9, "max": 9}}
+    # it raises its bid to its maximum while nobody comes, and that is not enough either
+    prices = {"worker_price": {"bid": 2, "max": 2.5}, "parameter_server_price": {"bid": 9, "max": 9}}
     resources = {"worker": {"memory": 0.1}, "parameter_server": {"memory": 0.1}, **prices}
     cheap = changed(worker, offer={"floor": 3.0, "price": 3.0})
     one = only(judge_offers(cheap, job_config(resources=resources)), checks.OFFER_PRICE)
@@ -58,6 +61,53 @@ def test_a_price_above_what_the_job_pays(worker: WorkerConfig) -> None:
     one = only(judge_offers(dear, job_config(resources=resources)), checks.OFFER_PRICE)
     assert "its price is 5, and the job pays 4 at most" in one.what
     assert one.mend == "lower offer.price to 4, or raise scheduler.job.resources.worker_price.max to 5"
+
+
+def test_a_floor_that_the_job_will_bid_in_time(worker: WorkerConfig) -> None:
+    price = {"bid": 2, "max": 9}
+    resources = {"worker": {"memory": 0.1}, "parameter_server": {"memory": 0.1}}
+    prices = {"worker_price": price, "parameter_server_price": price}
+    choosy = changed(worker, offer={"floor": 3.0, "price": 3.0})
+    first, second = judge_offers(choosy, job_config(resources={**resources, **prices}))
+    one = only([first], checks.OFFER_PRICE)
+    assert (one.severity, second.severity) == ("note", "note")
+    assert "it will, once the job has raised its bid towards 9" in one.what
+    never = {name: {**price, "raise_after_s": None} for name in prices}
+    assert [one.severity for one in judge_offers(choosy, job_config(resources={**resources, **never}))] == [
+        "error",
+        "error",
+    ]
+
+
+def test_a_price_that_is_not_talked_about(worker: WorkerConfig) -> None:
+    """Without counter-offers a bid below the price is not answered."""
+    prices = {"worker_price": {"bid": 2, "max": 2}, "parameter_server_price": {"bid": 9, "max": 9}}
+    resources = {"worker": {"memory": 0.1}, "parameter_server": {"memory": 0.1}, **prices}
+    silent = changed(worker, offer={"price": 5.0, "counter": False})
+    one = only(judge_offers(silent, job_config(resources=resources)), checks.OFFER_PRICE)
+    assert "below this worker's price of 5 and the job bids 2" in one.what
+    assert "set offer.counter = true" in one.mend
+
+
+def test_what_the_machine_does_not_have_is_not_offered(worker: WorkerConfig) -> None:
+    small = Machine(1.0, "", 0.05, "", 50.0, "")
+    first, second = judge_offers(worker, job_config(), small)
+    assert only([first], checks.OFFER_RESOURCES).what.endswith("(memory: 0.1 is asked for, 0 offered)")
+    assert second.check == checks.OFFER_RESOURCES
+
+
+@pytest.mark.parametrize(("asked_gb", "terms"), [(24, [None, None]), (40, ["resources", None])])
+def test_gpu_memory_is_offered_as_the_worker_gives_it(
+    worker: WorkerConfig, asked_gb: float, terms: list[str | None]
+) -> None:
+    """Of two GPUs with 16 GB each."""
+    two = tuple(Gpu("nvidia", str(index), "A4", 16 * 10**9, "its driver") for index in range(2))
+    offering = changed(worker, resources={"gpu": 64.0})
+    job = job_config(
+        resources={"worker": {"memory": 0.1, "gpu": asked_gb}, "parameter_server": {"memory": 0.1}}
+    )
+    outcomes = try_offers(offering, job, Machine(4.0, "", 8.0, "", 50.0, "", two))
+    assert [one.term for one in outcomes] == terms
 
 
 def test_an_executor_that_the_worker_does_not_have(worker: WorkerConfig) -> None:
@@ -81,20 +131,9 @@ def test_a_worker_that_only_trains_lacks_nothing_grave(worker: WorkerConfig) -> 
     assert only(judge_offers(trainer, job_config()), checks.OFFER_EXECUTOR).severity == "note"
 
 
-def test_a_job_that_needs_what_this_version_does_not_have(
-    worker: WorkerConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The worker's arbiter as that of an earlier version, which knew of no bf16."""
-    from hypha.features import OURS, Abilities
-
-    features = tuple(one for one in OURS.features if one != "bf16")
-    init = arbiter.Arbiter.__init__
-    monkeypatch.setattr(
-        arbiter.Arbiter,
-        "__init__",
-        lambda self, *args: init(self, *args, abilities=Abilities("0.0.9", features)),
-    )
-    one = only(judge_offers(worker, job_config(precision="bf16")), checks.OFFER_FEATURES)
+def test_a_job_that_needs_what_the_workers_version_does_not_have(worker: WorkerConfig) -> None:
+    older = Abilities("0.0.9", tuple(one for one in OURS.features if one != "bf16"))
+    one = only(judge_offers(worker, job_config(precision="bf16"), abilities=older), checks.OFFER_FEATURES)
     assert "bf16" in one.what
 
 

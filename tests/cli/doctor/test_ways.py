@@ -87,6 +87,16 @@ def test_a_clock_is_not_judged_more_exactly_than_the_round_trip_allows(worker: W
     assert "is 15 s ahead of that of a" in only(findings(worker, near), checks.CLOCK_SKEW).what
 
 
+def test_a_certificate_that_another_machine_uses(worker: WorkerConfig) -> None:
+    here = "/ip4/192.0.2.7/tcp/4001"
+    beside = Contact("a", seen_at=("/ip4/192.0.2.7/tcp/4000", "/ip6/2001:db8::7/tcp/4000", here))
+    assert findings(worker, beside) == []
+    one = only(
+        findings(worker, Contact("a", seen_at=("/ip4/192.0.2.8/tcp/1", here))), checks.SAME_CERTIFICATE
+    )
+    assert "at 192.0.2.8, and sees this machine at 192.0.2.7" in one.what
+
+
 def test_slices_that_are_too_large_for_the_way_to_their_data_node() -> None:
     provider = Provider("p", "data-1", "00", largest_slice=64 * 10**6, rate=8 * MBIT)
     one = only(judge_dataset(DatasetFacts("digits", (provider,))), checks.SLICE_SLOW)

@@ -118,6 +118,14 @@ CLOCK_SKEW = _check(
     "Certificates are judged by the clock, and logs of several nodes cannot be put in order",
     "`timedatectl set-ntp true`",
 )
+SAME_CERTIFICATE = _check(
+    "same-certificate",
+    "warning",
+    CANNOT_CONNECT,
+    "another machine is connected with the certificate of this node",
+    "Two nodes with one certificate are one to everybody else, so the second one is turned away",
+    "make a certificate for each machine: `hypha-certutil node --name <name> --role <component>`",
+)
 NOT_DIALABLE = _check(
     "not-dialable",
     "warning",
@@ -326,8 +334,8 @@ RESOURCES_MISSING = _check(
     "resources-missing",
     "warning",
     NO_OFFERS,
-    "the worker offers more than this machine has",
-    "Jobs that take it at its word are slow, or are ended for want of memory",
+    "the worker is configured to offer more than this machine has",
+    "Jobs that ask for so much get no offer, or, with detect_resources = false, are ended for want of memory",
     "set [resources] to what there is; `hypha-worker init` finds it out",
 )
 DISK_FULL = _check(

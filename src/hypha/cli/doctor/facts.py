@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-from hypha.messages import Resources
 from hypha.pki.identity import IdentityFiles
+from hypha.worker.detecting import Machine
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class MachineFacts:
     open_files: int | None = None
     receive_buffer: int | None = None
     send_buffer: int | None = None
-    has: Resources | None = None
+    has: Machine | None = None
+    #: what of the buffers in [tuning.sockets] the kernel does not give, in sentences
+    buffer_shortfalls: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     directories: tuple[Directory, ...] = ()
     accelerators: Accelerators | None = None
@@ -108,7 +110,8 @@ class Contact:
     why it could not be asked. ``round_trips_s`` are those of a row of small requests, infinite where no
     answer came; ``late_s`` is by how much this process itself was late meanwhile. ``clock_s`` is the peer's
     time less ours, give or take half of a round trip. ``up`` and ``down`` are bytes a second; ``stalled``: a
-    large request got no answer though small ones did. ``mtu`` is that of the path, in bytes.
+    large request got no answer though small ones did. ``seen_at`` are the ends of this node's connections as
+    that one sees them, the doctor's own at the end. ``mtu`` is that of the path, in bytes.
     """
 
     address: str
@@ -122,7 +125,7 @@ class Contact:
     healthy: bool = True
     details: dict[str, str] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
-    seen_at: str = ""
+    seen_at: tuple[str, ...] = ()
     clock_s: float | None = None
     round_trips_s: tuple[float, ...] = ()
     late_s: float = 0.0
@@ -213,7 +216,8 @@ class Running:
     fetches: int = 0
     failed_fetches: int = 0
     mean_fetch_s: float | None = None
-    announcements: int = 0
+    #: those that gateways have taken; None where nothing is counted
+    announcements: int | None = None
     requests: dict[str, int] = field(default_factory=dict)
     offers: dict[str, int] = field(default_factory=dict)
     training: int = 0

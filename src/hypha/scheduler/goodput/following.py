@@ -161,16 +161,20 @@ class Following(Members):
                 member.loaded = True
             case RoundStarted(round=round_):
                 if self._is_early(round_):
-                    self._early.append((told, now))
+                    self._keep_early(told, now)
                 else:
                     self._started(told.sender, member, event, now)
             case UpdateSent(contribution=part):
                 if self._is_early(part.round):
-                    self._early.append((told, now))
+                    self._keep_early(told, now)
                 else:
                     self._sent(told.sender, member, part, now)
             case _:
                 pass
+
+    def _keep_early(self, told: events.Told, now: int) -> None:
+        at = {id(one): when for one, when in self._early} | {id(told): now}
+        self._early = [(one, at[id(one)]) for one in events.with_early([one for one, _ in self._early], told)]
 
     def _is_early(self, round_: int) -> bool:
         return round_ == self._round + 1 or (round_ == self._round and self._phase == "loading")
@@ -179,7 +183,7 @@ class Following(Members):
         match told.event:
             case UpdateReceived(round=round_, worker=worker):
                 if self._is_early(round_):
-                    self._early.append((told, now))
+                    self._keep_early(told, now)
                 elif round_ == self._round and worker in self._members:
                     member = self._members[worker]
                     member.started = self._round
@@ -190,7 +194,8 @@ class Following(Members):
                     if member.place is not None:
                         self._touched.add(member.place)
             case RoundApplied(round=round_, contributors=contributors):
-                self._said[round_] = contributors
+                if round_ == self._round or self._is_early(round_):
+                    self._said[round_] = contributors
             case _:
                 pass
 

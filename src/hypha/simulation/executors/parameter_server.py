@@ -23,7 +23,7 @@ from hypha.executor.admission import admit, check_contribution
 from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 from hypha.executor.outer import OuterStep
 from hypha.executor.toy import toy_theta
-from hypha.executor.updates import contribution_in
+from hypha.executor.updates import contribution_in, deliverable
 from hypha.messages import (
     AggregateJob,
     CheckpointSaved,
@@ -216,14 +216,16 @@ class SimulatedParameterServer:
         self._hashes = tensors.write(self._theta_path(), self._theta.all())
         due = self.round % self._job.checkpoint.every_rounds == 0
         checkpoint = directive.checkpoint or directive.final or due
-        self._applied = RoundApplied(
-            round=directive.round,
-            theta=self._hashes.blake3,
-            contributors=contributors,
-            contributions=tuple(self._contributions.values()),
-            update_norm=norm,
-            checkpoint=checkpoint,
-            updates=self._outer.statistics,
+        self._applied = deliverable(
+            RoundApplied(
+                round=directive.round,
+                theta=self._hashes.blake3,
+                contributors=contributors,
+                contributions=tuple(self._contributions.values()),
+                update_norm=norm,
+                checkpoint=checkpoint,
+                updates=self._outer.statistics,
+            )
         )
         self._contributions = {}
         self._bridge.report(self._applied)

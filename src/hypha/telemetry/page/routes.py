@@ -61,6 +61,22 @@ def page_routes(feed: Feed, status: Callable[[], object], access: Access) -> lis
     ]
 
 
+def worker_routes() -> list[Route]:
+    """The page of a worker, for :func:`hypha.telemetry.serve_http`. Nothing of the worker is in it: what it
+    shows it asks for, and gets where that is told. Reads the page's files: call it once, at the start.
+    """
+    wanted = ("worker.html", "worker.js", "text.js", "page.css", "icon.svg")
+    files = {name: (ASSETS / name).read_bytes() for name in wanted}
+
+    async def get_page(_: Request) -> Response:
+        return _file(files, "worker.html")
+
+    async def get_asset(request: Request) -> Response:
+        return _file(files, request.path_params["name"])
+
+    return [Route("/", get_page), Route("/assets/{name}", get_asset)]
+
+
 class _Guarded:
     """``app`` for whom ``access`` lets in."""
 

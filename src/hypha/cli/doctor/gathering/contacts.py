@@ -182,7 +182,7 @@ async def _row(node: Libp2pNode, contact: Contact) -> Contact:
         healthy=report.healthy,
         details={readable(key): readable(value) for key, value in report.details.items()},
         packages={readable(key): readable(value) for key, value in report.packages.items()},
-        seen_at=readable(report.seen_at),
+        seen_at=tuple(map(readable, report.seen_at)),
         # of the quickest answer, which says it most exactly
         clock_s=min(clocks)[1] if clocks else None,
         round_trips_s=tuple(trips),

@@ -19,10 +19,10 @@ from hypha.config.inherited import child_environment
 from hypha.config.models import DataConfig, NodeConfig, SchedulerConfig, WorkerConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
-from hypha.messages import Resources
+from hypha.net.socket_buffers import Buffers
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.versions import versions
-from hypha.worker.detecting import detect
+from hypha.worker.detecting import Machine, detect
 
 DISK_S = 30.0
 ACCELERATORS_S = 60.0
@@ -55,10 +55,11 @@ async def gather_machine(
             await gathering.within(ACCELERATORS_S, "what torch can use", lambda: read_accelerators(driver))
         )
 
-    has: list[Resources] = []
+    has: list[Machine] = []
 
     async def look_at_resources(work_dir: Path) -> None:
-        has.append((await in_thread(detect, work_dir, child_environment())).resources)
+        found = await gathering.within(DISK_S, "what this machine has", lambda: _detected(work_dir))
+        has.extend([found] if found is not None else [])
 
     async with trio.open_nursery() as nursery:
         for number, (key, path) in enumerate(places):
@@ -72,10 +73,15 @@ async def gather_machine(
         receive_buffer=_largest("tcp_rmem"),
         send_buffer=_largest("tcp_wmem"),
         has=has[0] if has else None,
+        buffer_shortfalls=() if config is None else tuple(Buffers.of(config.tuning.sockets).shortfalls()),
         versions=await in_thread(versions),
         directories=tuple(directories[number] for number in sorted(directories)),
         accelerators=next(iter(accelerators), None),
     )
+
+
+async def _detected(work_dir: Path) -> Machine:
+    return await in_thread(detect, work_dir, child_environment(), abandon_on_cancel=True)
 
 
 def writing_places(config: NodeConfig | None) -> list[tuple[str, Path]]:

@@ -50,10 +50,15 @@ async def gather_network(
     peers: Sequence[str] = (),
     dataset: DatasetRef | None = None,
 ) -> Around:
-    """All of it; ``peers`` are addresses to look at beside the gateways. Raises ConfigError for one that is
-    none.
+    """All of it; ``peers`` are addresses to look at beside the gateways. Raises ConfigError where the node
+    cannot listen.
     """
-    ports = await in_thread(free_ports, config)
+    ports = (
+        await gathering.within(
+            PORTS_S, "which ports are free", lambda: in_thread(free_ports, config, abandon_on_cancel=True)
+        )
+        or []
+    )
     taken = any(one.state != "free" and one.key == "listen_addresses" for one in ports)
     options = replace(
         options_from(config, "hypha-doctor", identity),
@@ -114,11 +119,16 @@ async def _dialled(
         return []  # there it is not this node that listens
     found: list[Dialled] = []
     numbers = await _ports_of(node, config, running)
-    external = [place for address in config.external_addresses for place in await _places(address)]
+    external: list[str] = []
+    for address in config.external_addresses:
+        places = await _places(address)
+        external += places
+        if not places and not isinstance(config, GatewayConfig):
+            found.append(Dialled(address, reason="its name has no address here", external=True))
     for gateway in gateways:
         if gateway.failure is not None or gateway.stalled or gateway.relayed or not gateway.seen_at:
             continue
-        host, _ = host_and_port(gateway.seen_at)
+        host, _ = host_and_port(gateway.seen_at[-1])
         kind = "ip6" if ":" in host else "ip4"
         here = [f"/{kind}/{host}/tcp/{number}" for number in numbers]
         if wanted := list(dict.fromkeys([*external, *here])):

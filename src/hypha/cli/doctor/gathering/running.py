@@ -21,7 +21,7 @@ async def gather_running(http_address: str, scheduler: bool) -> Running:
     if scheduler and (body := await ask_http(http_address, "/status")) is not None:
         badput = shares_in(body)
     body = await ask_http(http_address, "/metrics")
-    return counted(badput, b"" if body is None else body)
+    return Running(badput) if body is None else counted(badput, body)
 
 
 def shares_in(status: bytes) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import trio
 
@@ -16,10 +17,15 @@ from hypha.cli.doctor.gathering.network import Around, gather_network
 from hypha.cli.doctor.gathering.served import gather_served
 from hypha.cli.doctor.subject import Subject
 from hypha.config.models import DataConfig, DatasetRef
+from hypha.errors import HyphaError
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread
 
-SERVED_S, MODEL_S = 20.0, 10.0
+A = TypeVar("A")
+T = TypeVar("T")
+
+_NETWORK = "the network"
+IDENTITY_S, SERVED_S, MODEL_S = 10.0, 20.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,14 @@ class Wanted:
 
 
 async def gather(subject: Subject, wanted: Wanted) -> Facts:
-    """All facts of ``subject``. Raises ConfigError where an address to look at is none."""
+    """All facts of ``subject``."""
     gathering = Gathering()
     identity_facts, identity = None, None
     if subject.files is not None:
-        identity_facts, identity = await in_thread(gather_identity, subject.files)
+        files = subject.files
+        identity_facts, identity = await gathering.within(
+            IDENTITY_S, "the identity", lambda: _in_thread(gather_identity, files)
+        ) or (None, None)
     machine: list[MachineFacts] = []
     around: list[Around] = []
     served: list[ServedFacts] = []
@@ -50,20 +59,26 @@ async def gather(subject: Subject, wanted: Wanted) -> Facts:
     async def look_at_network(found: Identity) -> None:
         if subject.config is None:
             return
-        around.append(
-            await gather_network(gathering, subject, subject.config, found, wanted.peers, wanted.dataset)
-        )
+        try:
+            around.append(
+                await gather_network(gathering, subject, subject.config, found, wanted.peers, wanted.dataset)
+            )
+        except HyphaError as exc:
+            # such as a port that somebody has taken since it was looked at
+            gathering.note(_NETWORK, str(exc))
 
     async def look_at_data(config: DataConfig) -> None:
         found = await gathering.within(
-            SERVED_S, "the datasets to serve", lambda: in_thread(gather_served, config)
+            SERVED_S,
+            "the datasets to serve",
+            lambda: _in_thread(gather_served, config),
         )
         served.extend([found] if found is not None else [])
 
     async def look_at_model() -> None:
         if (job := subject.job) is not None:
             parameters.append(
-                await gathering.within(MODEL_S, "the model's size", lambda: in_thread(parameters_of, job))
+                await gathering.within(MODEL_S, "the model's size", lambda: _in_thread(parameters_of, job))
             )
 
     async with trio.open_nursery() as nursery:
@@ -73,8 +88,9 @@ async def gather(subject: Subject, wanted: Wanted) -> Facts:
             nursery.start_soon(look_at_data, subject.config)
         if identity is not None and not wanted.offline:
             nursery.start_soon(look_at_network, identity)
-    if not around and not wanted.offline and subject.path is not None:
-        gathering.note("the network", _why_not(subject, identity_facts))
+    told = any(one.what == _NETWORK for one in gathering.unknown)
+    if not around and not told and not wanted.offline and subject.path is not None:
+        gathering.note(_NETWORK, _why_not(subject, identity_facts))
     return Facts(
         machine=machine[0],
         identity=identity_facts,
@@ -85,6 +101,11 @@ async def gather(subject: Subject, wanted: Wanted) -> Facts:
         served=_announced(served, around),
         unknown=tuple(gathering.unknown),
     )
+
+
+async def _in_thread(call: Callable[[A], T], argument: A) -> T:
+    """As :func:`in_thread`; a call that hangs is left behind."""
+    return await in_thread(call, argument, abandon_on_cancel=True)
 
 
 def _why_not(subject: Subject, identity: IdentityFacts | None) -> str:
@@ -98,4 +119,6 @@ def _announced(served: list[ServedFacts], around: list[Around]) -> ServedFacts |
     if not served:
         return None
     running = around[0].running if around else None
-    return served[0] if running is None else replace(served[0], announced=running.announcements > 0)
+    if running is None or running.announcements is None:
+        return served[0]
+    return replace(served[0], announced=running.announcements > 0)

@@ -9,6 +9,9 @@ from hypha.cli.doctor import checks
 from hypha.cli.doctor.facts import Accelerators, Contact, Directory, MachineFacts
 from hypha.cli.doctor.finding import Finding
 from hypha.config.models import GatewayConfig, NodeConfig, WorkerConfig
+from hypha.messages import Resources
+from hypha.worker.detecting import Claim, Machine, lowered
+from hypha.worker.gpus import Gpu
 
 GB = 10**9
 MB = 10**6
@@ -28,13 +31,17 @@ LEAST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 def judge_machine(facts: MachineFacts, config: NodeConfig | None) -> Iterator[Finding]:
     """All of it; ``config`` says what the node wants of the machine."""
     yield from _files(facts, config)
+    for shortfall in facts.buffer_shortfalls:
+        what, _, mend = shortfall.partition("; ")
+        yield checks.SOCKET_BUFFERS.found(what, mend)
     for directory in facts.directories:
         yield from _directory(directory)
     if isinstance(config, WorkerConfig):
         yield from _resources(facts, config)
     if facts.accelerators is not None:
         wanted = config.resources.gpu if isinstance(config, WorkerConfig) else 0.0
-        yield from _accelerators(facts.accelerators, wanted)
+        gpus = facts.has.gpus if facts.has is not None else ()
+        yield from _accelerators(facts.accelerators, wanted, gpus)
 
 
 def _files(facts: MachineFacts, config: NodeConfig | None) -> Iterator[Finding]:
@@ -70,29 +77,28 @@ def _directory(directory: Directory) -> Iterator[Finding]:
         )
 
 
+def offered_by(config: WorkerConfig, machine: Machine | None) -> tuple[Resources, tuple[Claim, ...]]:
+    """What a worker offers of what it is configured to, and what of that is more than there is."""
+    configured = Resources(**config.resources.model_dump())
+    if machine is None:
+        return configured, ()
+    resources, claims = lowered(configured, machine)
+    return (resources if config.detect_resources else configured), claims
+
+
 def _resources(facts: MachineFacts, config: WorkerConfig) -> Iterator[Finding]:
-    if facts.has is None:
-        return
-    offers, has = config.resources, facts.has
-    for name, unit in (("cpu", "cores"), ("memory", "GB"), ("gpu", "GB")):
-        offered, there = getattr(offers, name), getattr(has, name)
-        if name == "gpu" and not there:
-            continue  # told with the GPU, if there is any
-        if offered > there * 1.001:
-            yield checks.RESOURCES_MISSING.found(
-                f"resources.{name} is {offered:g} {unit}, and this machine has {there:.3g}",
-                f"set resources.{name} to {there:.3g} or less",
-            )
-    # the cache lies on the same disk and is let go of for jobs; what it holds is not free any more
-    kept = min(config.cache.max_gb, offers.storage)
-    if offers.storage - kept > has.storage:
+    for claim in offered_by(config, facts.has)[1]:
+        if claim.resource == "gpu" and not claim.used:
+            continue  # told with what torch can use
+        instead = f"{claim.used:g} is offered instead" if config.detect_resources else "and is offered"
         yield checks.RESOURCES_MISSING.found(
-            f"resources.storage is {offers.storage:g} GB, and work_dir has {has.storage:.3g} GB left",
-            f"set resources.storage to {has.storage:.3g} or less, or move work_dir",
+            f"resources.{claim.resource} is {claim.asked:g}, more than this machine has ({claim.why}); "
+            f"{instead}",
+            f"set resources.{claim.resource} to {claim.used:g} or less",
         )
 
 
-def _accelerators(found: Accelerators, wanted_gb: float) -> Iterator[Finding]:
+def _accelerators(found: Accelerators, wanted_gb: float, gpus: tuple[Gpu, ...]) -> Iterator[Finding]:
     if found.problem:
         yield checks.TORCH_BROKEN.found(found.problem)
         return
@@ -108,10 +114,12 @@ def _accelerators(found: Accelerators, wanted_gb: float) -> Iterator[Finding]:
                 f"upgrade the driver to at least {version}, or install a torch for an earlier CUDA",
             )
             return
-    if found.driver:
-        why = "has no CUDA in it" if not found.built_for else "finds none that it can use"
+    if found.driver or gpus:
+        why = "is built for none" if not found.built_for else "finds none that it can use"
+        what = ", ".join(map(str, gpus)) or "a GPU"
+        driver = f" with driver {found.driver}" if found.driver else ""
         yield checks.GPU_UNUSABLE.found(
-            f"this machine has a GPU (driver {found.driver}), and torch {found.torch} {why}",
+            f"this machine has {what}{driver}, and torch {found.torch} {why}",
             severity="error" if wanted_gb else "warning",
         )
     elif wanted_gb:

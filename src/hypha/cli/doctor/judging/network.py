@@ -60,6 +60,7 @@ def judge_network(
     everybody = (*facts.gateways, *facts.peers, *facts.data_nodes)
     contacts = [one for one in everybody if one.failure is None]
     yield from _clock(contacts)
+    yield from _doubles(contacts)
     for contact in contacts:
         yield from _way(contact, machine, line)
     if isinstance(config, WorkerConfig):
@@ -108,6 +109,21 @@ def _gateway(contact: Contact) -> Iterator[Finding]:
                     f"{_called(contact)} has {used} of {places} {taken}",
                     f"raise {there} of that gateway, or start another one",
                 )
+
+
+def _doubles(contacts: list[Contact]) -> Iterator[Finding]:
+    """The doctor comes from this machine, as a node here does; over IPv4 and IPv6 it has two addresses."""
+    for contact in contacts:
+        if not contact.seen_at:
+            continue
+        kind, here = contact.seen_at[-1].split("/")[1:3]
+        hosts = {one.split("/")[2] for one in contact.seen_at if one.split("/")[1] == kind}
+        if others := sorted(hosts - {here}):
+            yield checks.SAME_CERTIFICATE.found(
+                f"{_called(contact)} is connected with a node that has this certificate at "
+                f"{', '.join(others)}, and sees this machine at {here}"
+            )
+            return
 
 
 def _called(contact: Contact) -> str:
@@ -166,7 +182,7 @@ def _way(contact: Contact, machine: MachineFacts, line: float | None) -> Iterato
 def _buffers(contact: Contact, machine: MachineFacts, line: float | None) -> Iterator[Finding]:
     """Of a buffer a half holds data, the rest the kernel's own words of it (tcp_adv_win_scale)."""
     trip_s = min(contact.round_trips_s, default=math.inf)
-    if not (0 < trip_s < math.inf):
+    if not (0 < trip_s < math.inf) or _is_here(contact):
         return
     for name, buffer, rate in (
         ("receive", machine.receive_buffer, contact.down),
@@ -186,6 +202,11 @@ def _buffers(contact: Contact, machine: MachineFacts, line: float | None) -> Ite
                 f"{trip_s * 1000:.0f} ms to {_called(contact)}",
                 f'`sysctl -w net.ipv4.{key}="4096 {middle} {_power(max(wanted, 2.0 * buffer))}"`',
             )
+
+
+def _is_here(contact: Contact) -> bool:
+    """Whether it is on this very machine, where nothing is ever on its way."""
+    return any(one.startswith(("/ip4/127.", "/ip6/::1/")) for one in (contact.address, *contact.seen_at))
 
 
 def _power(least: float) -> int:

@@ -7,13 +7,16 @@ the job's scheduler would publish, and the scheduler's own allocator of the offe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from msgspec import structs
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.finding import Check, Finding, Severity
+from hypha.cli.doctor.judging.machine import offered_by
 from hypha.config.models import JobConfig, WorkerConfig
-from hypha.features import needs
+from hypha.features import OURS, Abilities, needs
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
 from hypha.resources import TOLERANCE
@@ -22,6 +25,8 @@ from hypha.scheduler.allocator import Allocator
 from hypha.scheduler.lives import described
 from hypha.scheduler.pool import asks_from
 from hypha.worker.arbiter import Arbiter, Heard, Ignored, SendOffer
+from hypha.worker.detecting import Machine
+from hypha.worker.devices import memory_of_each
 
 #: nobody's: only that they differ counts
 _SCHEDULER, _WORKER = PeerRef(peer="scheduler"), PeerRef(peer="worker")
@@ -49,10 +54,16 @@ class Outcome:
     term: Term | None = None
     reason: str = ""
     by: Literal["worker", "scheduler"] = "worker"
+    #: nothing fails any more once the job has raised its bid to its maximum
+    once_raised: bool = False
 
 
-def try_offers(worker: WorkerConfig, job: JobConfig) -> tuple[Outcome, Outcome]:
-    """For a training executor, and for a parameter server. Raises ConfigError for a job that is none."""
+def try_offers(
+    worker: WorkerConfig, job: JobConfig, machine: Machine | None = None, abilities: Abilities = OURS
+) -> tuple[Outcome, Outcome]:
+    """For a training executor, and for a parameter server; ``machine`` bounds what the worker offers, where
+    it is known, and ``abilities`` are those of its version. Raises ConfigError for a job that is none.
+    """
     train, aggregate = described(job, _SCHEDULER, "job")
     asks = asks_from(
         job.resources,
@@ -60,19 +71,35 @@ def try_offers(worker: WorkerConfig, job: JobConfig) -> tuple[Outcome, Outcome]:
         {"train": needs(train), "aggregate": needs(aggregate)},
         job.rounds.max_batch_size if job.rounds.batch_size is None else 1,
     )
-    first, second = (_outcome(worker, job, ask) for ask in asks)
+    first, second = (_best(worker, job, ask, machine, abilities) for ask in asks)
     return first, second
 
 
-def _outcome(worker: WorkerConfig, job: JobConfig, ask: Ask) -> Outcome:
+def _best(
+    worker: WorkerConfig, job: JobConfig, ask: Ask, machine: Machine | None, abilities: Abilities
+) -> Outcome:
+    """At the job's bid, else at what it raises that to while nobody comes."""
+    outcome = _outcome(worker, job, ask, machine, abilities)
+    if outcome.term != "price" or ask.raise_after_s is None or not ask.max_price > ask.bid:
+        return outcome
+    later = _outcome(worker, job, structs.replace(ask, bid=ask.max_price), machine, abilities)
+    return outcome if later.term is not None else replace(outcome, once_raised=True)
+
+
+def _outcome(
+    worker: WorkerConfig, job: JobConfig, ask: Ask, machine: Machine | None, abilities: Abilities
+) -> Outcome:
     pace = Pace(offer_deadline_s=job.resources.offer_deadline_s)
     allocator = Allocator((ask,), pace)
     (published,) = (one for one in allocator.handle(Want(ask.kind, 1), 0.0) if isinstance(one, Advertise))
+    offered, _ = offered_by(worker, machine)
     arbiter = Arbiter(
-        Resources(**worker.resources.model_dump()),
+        offered,
         [ExecutorDescriptor(kind=one.kind, name=one.name) for one in worker.executors],
         worker.offer,
         lambda: _WORKER,
+        abilities=abilities,
+        gpus=() if machine is None else memory_of_each(machine.gpus, offered.gpu),
     )
     request = published.request(_SCHEDULER)
     decided = [
@@ -101,17 +128,19 @@ def _term(cause: str) -> Term:
     return cause if cause in ("executor", "features", "resources", "price") else "other"  # type: ignore[return-value]
 
 
-def judge_offers(worker: WorkerConfig, job: JobConfig) -> Iterator[Finding]:
+def judge_offers(
+    worker: WorkerConfig, job: JobConfig, machine: Machine | None = None, abilities: Abilities = OURS
+) -> Iterator[Finding]:
     """Which term fails, for both classes of executors; a worker need not be good for both."""
-    outcomes = try_offers(worker, job)
-    good = any(one.term is None for one in outcomes)
+    outcomes = try_offers(worker, job, machine, abilities)
+    good = any(one.term is None or one.once_raised for one in outcomes)
     for outcome in outcomes:
         if outcome.term is None:
             continue
         severity: Severity = "error"
         if good:
-            severity = "note" if outcome.term == "executor" else "warning"
-        yield _finding(worker, job, outcome, severity)
+            severity = "note" if outcome.term == "executor" or outcome.once_raised else "warning"
+        yield _finding(worker, job, outcome, severity, offered_by(worker, machine)[0])
     deadline_s = job.resources.offer_deadline_s
     if good and worker.offer.temporary_lease_s < deadline_s + _JOURNEYS_S:
         yield checks.LEASE_SHORT.found(
@@ -121,13 +150,15 @@ def judge_offers(worker: WorkerConfig, job: JobConfig) -> Iterator[Finding]:
         )
 
 
-def _finding(worker: WorkerConfig, job: JobConfig, outcome: Outcome, severity: Severity) -> Finding:
+def _finding(
+    worker: WorkerConfig, job: JobConfig, outcome: Outcome, severity: Severity, offered: Resources
+) -> Finding:
     ask, kind = outcome.ask, outcome.ask.kind
     term, role = outcome.term or "other", _ROLES[outcome.ask.kind]
     what = f"this worker would not {_WORDS[kind]} for {job.name!r}: {outcome.reason}"
     mend = None
     if term == "resources":
-        short = list(_short(ask.resources, Resources(**worker.resources.model_dump())))
+        short = list(_short(ask.resources, offered))
         if short:
             what += f" ({'; '.join(words for _, words in short)})"
             names = " and ".join(name for name, _ in short)
@@ -137,6 +168,10 @@ def _finding(worker: WorkerConfig, job: JobConfig, outcome: Outcome, severity: S
         if outcome.by == "worker":
             what += f" and the job bids {bid:g}"
             mend = f"lower offer.floor to {bid:g}, or raise {price}.bid to {worker.offer.floor:g}"
+            if bid >= worker.offer.floor:
+                mend = f"lower offer.price to {bid:g}, set offer.counter = true, or raise {price}.bid"
+            if outcome.once_raised:
+                what += f"; it will, once the job has raised its bid towards {ask.max_price:g}"
         else:
             mend = f"lower offer.price to {ask.max_price:g}, or raise {price}.max to {worker.offer.price:g}"
     elif term == "executor":

@@ -46,6 +46,6 @@ def _all(subject: Subject, facts: Facts, line: float | None) -> Iterator[Finding
         gateways = facts.network.gateways if facts.network is not None else ()
         yield from judge_job(job, facts.parameters, gateways)
         if isinstance(config, WorkerConfig):
-            yield from judge_offers(config, job)
+            yield from judge_offers(config, job, facts.machine.has)
     for one in facts.unknown:
         yield checks.NOT_CHECKED.found(f"{one.what} could not be found out: {one.why.rstrip('.')}")

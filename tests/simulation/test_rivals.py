@@ -1,0 +1,47 @@
+"""Several schedulers in one simulated world: whole jobs that compete for workers, and all of them end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from hypha.simulation.scenario import Fault, Scenario, random_market
+from hypha.simulation.search import Runner
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with Runner() as one:
+        yield one
+
+
+def test_the_same_seed_gives_the_same_market_byte_for_byte(runner: Runner) -> None:
+    scenario = Scenario(workers=2, spares=0, rivals=1, rounds=2, bids=((1.0, 3.0), (2.0, 2.0)), load_s=0.5)
+    with Runner() as another:
+        one, two = runner.run(scenario, journal=True), another.run(scenario, journal=True)
+    assert one.problems == ()
+    assert one.journal == two.journal
+    # the job of the one scheduler and that of the other
+    assert one.journal.count(b'"LifeBegan"') == 2
+
+
+def test_a_rival_gets_what_a_dead_scheduler_held(runner: Runner) -> None:
+    """It holds all workers and is killed; its leases end by themselves, and both jobs are done at last."""
+    scenario = Scenario(
+        workers=2,
+        spares=0,
+        rivals=1,
+        rounds=2,
+        bids=((2.0, 2.0), (1.0, 1.0)),
+        load_s=0.5,
+        faults=(Fault("scheduler", "kill", 0, "training", for_s=60.0),),
+    )
+    verdict = runner.run(scenario)
+    assert verdict.problems == ()
+    assert verdict.struck[0].startswith("kill scheduler at")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_markets(runner: Runner, seed: int) -> None:
+    assert runner.run(random_market(seed)).problems == ()
