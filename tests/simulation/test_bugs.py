@@ -34,7 +34,6 @@ FOUND_BY: dict[Callable[[], None], Scenario] = {
     ),
     bugs.update_counted_twice: Scenario(
         seed=6,
-        seed=4,
         workers=2,
         data_nodes=1,
         rounds=4,
