@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import trio
+from fsspec.implementations.memory import MemoryFileSystem
 from tests.support.hub import Answer, Hub, Repository, http_server
 
 from hypha.config.models import RESERVED_CIDR, AllowConfig
@@ -296,6 +298,33 @@ async def test_fsspec_file_directory_limit_and_errors(tmp_path: Path) -> None:
         await fetch_local("memory://worker-test/none", tmp_path / "3", rules)
     with pytest.raises(TransferFailed, match="nonsense"):
         await fetch_local("nonsense://x", tmp_path / "3", rules)
+
+
+async def test_what_cannot_be_interrupted_leaves_the_workers_threads_alone(
+    tmp_path: Path,
+) -> None:
+    """An executor asks, hangs up and asks again; what it asked for is silent."""
+    silent, asked = threading.Event(), threading.Semaphore(0)
+
+    class Silent(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "silent"
+
+        def isfile(self, path: str) -> bool:
+            asked.release()
+            silent.wait(30)
+            return False
+
+    fsspec.register_implementation("silent", Silent, clobber=True)
+    (tmp_path / "out").mkdir()
+    rules, default = allowance(local=["silent://x/*"]), trio.to_thread.current_default_thread_limiter()
+    try:
+        for _ in range(3):
+            with trio.move_on_after(0.05):
+                await fetch_local("silent://x/y", tmp_path / "out", rules)
+        assert default.borrowed_tokens == 0
+    finally:
+        silent.set()
+    await trio.to_thread.run_sync(asked.acquire)
 
 
 async def test_cancelled_copy_stops(tmp_path: Path) -> None:

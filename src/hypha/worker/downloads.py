@@ -41,6 +41,9 @@ MAX_REDIRECTS = 5
 HTTP_ATTEMPTS = 4
 CONNECT_S = 10.0
 HTTP_S = 30.0
+#: What cannot be interrupted may go on for long after its executor has hung up: not in the threads that all
+#: of the worker needs.
+_THREADS = trio.CapacityLimiter(16)
 
 
 def safe_name(name: str, fallback: str) -> str:
@@ -172,7 +175,13 @@ async def fetch_hub(
     """
     # The library cannot be interrupted; after a cancellation its thread ends by itself, unheeded.
     return await in_thread(
-        _download_repository, reference, directory, max_bytes, endpoint, abandon_on_cancel=True
+        _download_repository,
+        reference,
+        directory,
+        max_bytes,
+        endpoint,
+        abandon_on_cancel=True,
+        limiter=_THREADS,
     )
 
 
@@ -245,9 +254,11 @@ async def fetch_local(url: str, directory: Path, allowance: Allowance) -> list[P
     """Copy a file, or all files below a directory, from a local path or any fsspec URL."""
     place = allowance.read_local(url)
     if isinstance(place, Path):
-        return await in_thread(_copy_path, place, directory, allowance)
+        return await in_thread(_copy_path, place, directory, allowance, limiter=_THREADS)
     # Back ends may be silent for minutes; after a cancellation the thread ends by itself.
-    return await in_thread(_copy_url, place, directory, allowance.max_file_bytes, abandon_on_cancel=True)
+    return await in_thread(
+        _copy_url, place, directory, allowance.max_file_bytes, abandon_on_cancel=True, limiter=_THREADS
+    )
 
 
 def _copy_path(place: Path, directory: Path, allowance: Allowance) -> list[Path]:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import trio
+
 from hypha.durable import sync_directory
 from hypha.errors import HyphaError, Refused, TransferFailed
 from hypha.places import UrlPlace
@@ -26,6 +28,8 @@ from hypha.worker.allowance import Allowance
 logger = logging.getLogger("hypha.worker.send")
 
 CHUNK_BYTES = 1 << 20
+#: A back end that is silent holds one of these, and none of those that all of the worker needs.
+_THREADS = trio.CapacityLimiter(16)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ async def store_local(path: Path, url: str, allowance: Allowance, keeping: Keepi
         return True
 
     # Back ends may be silent for minutes; after a cancellation the thread ends by itself.
-    await in_thread(_store, path, place, keeping, may_remove, abandon_on_cancel=True)
+    await in_thread(_store, path, place, keeping, may_remove, abandon_on_cancel=True, limiter=_THREADS)
 
 
 @contextmanager
