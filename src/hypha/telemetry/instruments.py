@@ -264,7 +264,7 @@ UPDATE_COSINE = Gauge(
 BATCH_TIME = Gauge("hypha.worker.batch.time", "{second}", "Smoothed time of a worker's batches.", _worker)
 IDLE = Gauge(
     "hypha.worker.idle.ratio",
-    "1",
+    "{ratio}",
     "Smoothed share of a worker's rounds from its last batch to the first of the next round.",
     _worker,
 )
