@@ -105,7 +105,8 @@ async def test_a_killed_worker_is_not_waited_for_and_is_replaced(system: System,
     with asleep(*executors(server, "parameter_server")):
         await system.reached(
             scheduler,
-            lambda seen: any(one.state == "waiting" and one.peer not in known for one in seen.workers),
+            # on a busy machine it has begun before the parameter server fell asleep
+            lambda seen: any(one.state != "loading" and one.peer not in known for one in seen.workers),
         )
     assert await system.ended(scheduler) == 0, scheduler.tail()
 

