@@ -15,8 +15,8 @@ async def test_a_killed_scheduler_goes_on_at_once_and_resumes_after_its_leases_e
 ) -> None:
     await system.gateway()
     await system.data("data", job.dataset)
-    # nobody has room for a second lease beside the first. On a busy machine the two schedulers that start until
-    # the leases are renewed take ten seconds each
+    # nobody has room for a second lease beside the first. On a busy machine the two schedulers that start
+    # until the leases are renewed take ten seconds each
     tight = {"resources": {"cpu": 1, "memory": 2}, "offer": {"lease_s": 40.0}}
     nodes = [await system.worker("server", **SERVER_ONLY, **tight)]
     for number in range(2):
