@@ -19,6 +19,7 @@ ROWS = (
         "messages",
         "beneath",
         "features",
+        "forking",
         "config",
         "contributions",
         "decoding",
@@ -48,6 +49,7 @@ SIDEWAYS = {
     ("config", "messages"),
     ("node", "messages"),
     ("decoding", "errors"),
+    ("forking", "keeper"),
     ("config", "decoding"),
 }
 #: Libraries that one room alone imports.

@@ -1,7 +1,7 @@
-"""One executor host for all networks of a test run, started by the first that wants one.
+"""One executor host and one node host for all networks of a test run, started by the first that wants one.
 
-Its environment is that of every executor: a directory of this run as the cache of Hugging Face, and the tests
-themselves on the path.
+The executor host's environment is that of every executor: a directory of this run as the cache of Hugging
+Face, and the tests themselves on the path.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from hypha.cli.demo.forked import NodeHost
 from hypha.config.environment import process_environment
 from hypha.config.inherited import child_environment
 
@@ -73,3 +74,11 @@ def shared_host() -> Path:
         assert process.poll() is None, (run_directory() / "log").read_text()
         time.sleep(0.01)
     return path
+
+
+@cache
+def shared_node_host() -> NodeHost:
+    """A host that forks the nodes of all networks; it may still be importing."""
+    host = NodeHost(run_directory() / "node-host.log", run_environment())
+    atexit.register(host.close)
+    return host

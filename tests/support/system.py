@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import trio
 from safetensors.torch import load_file
-from tests.support.host import run_environment, shared_host
+from tests.support.host import run_environment, shared_host, shared_node_host
 
 from hypha.cli.chaos.faults import again
 from hypha.cli.chaos.lab import Star
@@ -107,7 +107,7 @@ async def open_system(root: Path, star: Star | None = None) -> AsyncIterator[Sys
     """A system in ``root`` whose processes are all gone when the block ends; in a star its nodes can be cut
     off and slowed down.
     """
-    async with open_network(System, root, run_environment(), star) as system:
+    async with open_network(System, root, run_environment(), star, shared_node_host()) as system:
         system.executor_host = shared_host()
         yield system
 
@@ -117,7 +117,7 @@ def keep_system(root: Path, star: Star | None = None) -> Iterator[System]:
     """A system for many tests: processes outlive the run of trio that started them, nothing else does. All
     are gone when the block ends, which checks that.
     """
-    system = System(root, Children(root, run_environment()), star)
+    system = System(root, Children(root, run_environment(), shared_node_host()), star)
     system.executor_host = shared_host()
 
     async def close() -> None:

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import os
-import random
 import signal
 import socket
 import sys
-import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +25,7 @@ import torch
 from hypha import keeper
 from hypha.config.environment import replace_environment
 from hypha.executor.running import leave
+from hypha.forking import close_all_but, set_command_line, start_afresh
 from hypha.messages import Forked, ForkRequest, KeeperEnded, encode
 
 _SET_BLAS_THREADS = (
@@ -45,7 +42,7 @@ def become_keeper(request: ForkRequest, reply: int, lifeline: int, output: int) 
         os.setsid()
         for source, target in ((lifeline, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
-        _close_all_but(reply)
+        close_all_but(reply)
         signal.set_wakeup_fd(-1)
         told = socket.socket(fileno=reply)
         command = [request.python, "-m", request.module, *request.arguments]
@@ -104,22 +101,7 @@ def _be_executor(request: ForkRequest, prepare: Callable[[], None], command: Seq
 
 def become_executor(request: ForkRequest, command: Sequence[str]) -> None:
     """Give this fork what a fresh process has."""
-    signal.set_wakeup_fd(-1)
-    for number in (*keeper.KEPT_SIGNALS, signal.SIGIO):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    _close_all_but()
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    set_command_line(command)
-    time.tzset()
-    tempfile.tempdir = None
-    # as ``python -m`` has it
-    sys.path.insert(0, os.getcwd())
-    sys.argv = [str(sys.modules[request.module].__file__), *request.arguments]
-    importlib.invalidate_caches()
-    random.seed()
+    start_afresh(command, request.module, request.arguments)
     np.random.seed()
     torch.manual_seed(int.from_bytes(os.urandom(7), "big"))
     set_threads(request.environment)
@@ -155,31 +137,3 @@ def _loaded(name: str) -> set[str]:
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
     return {path for path in paths if name in os.path.basename(path)}
-
-
-def _close_all_but(*kept: int) -> None:
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) not in kept:
-            with contextlib.suppress(OSError):  # that of the listing itself
-                os.close(int(name))
-
-
-def set_command_line(words: Sequence[str]) -> None:
-    """Let ``/proc/self/cmdline`` say ``words``, for those who look for an executor by its name.
-
-    The kernel shows the memory in which the arguments were given to this process, and, where the last byte of
-    that is no zero, goes on into the memory of the environment, which nobody uses any more (see
-    :func:`~hypha.config.environment.replace_environment`); words are then separated by spaces.
-    """
-    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
-    # proc(5) counts from 1, and the first two are before the bracket
-    start, end, environment, limit = (int(fields[number - 3]) for number in (48, 49, 50, 51))
-    text = b"\0".join(map(os.fsencode, words)) + b"\0"
-    if not start:
-        return
-    room = end - start
-    if len(text) > room and environment == end:
-        room = limit - start
-        text = text[: room - 1].replace(b"\0", b" ").rstrip() + b"\0"
-    ctypes.memset(start, 0, room)
-    ctypes.memmove(start, text[:room], min(len(text), room))

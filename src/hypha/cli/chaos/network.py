@@ -22,6 +22,7 @@ import trio
 from hypha.cli.chaos.lab import Star, inside
 from hypha.cli.demo.children import Child, Children, children
 from hypha.cli.demo.files import free_port
+from hypha.cli.demo.forked import NodeHost
 from hypha.cli.demo.workplace import warm_keys
 from hypha.errors import HyphaError
 from hypha.pki.authority import CaFiles, make_node, make_org, make_root
@@ -126,13 +127,12 @@ class Network:
 
     async def start(self, name: str, program: str, path: Path) -> Child:
         """Run that configuration."""
-        place = self.places.get(base(name))
-        prefix = (
-            *(("ip", "netns", "exec", place) if place is not None else ()),
-            *self.prefixes.get(base(name), ()),
-        )
         return await self.group.start(
-            name, f"hypha.cli.{program}", "run", "--config", str(path), prefix=prefix
+            name,
+            f"hypha.cli.{program}",
+            *("run", "--config", str(path)),
+            prefix=self.prefixes.get(base(name), ()),
+            network_namespace=self.places.get(base(name)),
         )
 
     def plan_gateway(self, name: str = "gateway", host: str | None = None) -> dict[str, Any]:
@@ -253,12 +253,16 @@ class Network:
 
 @asynccontextmanager
 async def open_network(
-    kind: type[N], root: Path, environment: Mapping[str, str], star: Star | None = None
+    kind: type[N],
+    root: Path,
+    environment: Mapping[str, str],
+    star: Star | None = None,
+    node_host: NodeHost | None = None,
 ) -> AsyncIterator[N]:
-    """A network of that class in ``root``."""
+    """A network of that class in ``root``; its nodes are forked by ``node_host``, or a host of its own."""
     network: N | None = None
     try:
-        async with children(root, environment) as group:
+        async with children(root, environment, node_host) as group:
             network = kind(root, group, star)
             try:
                 yield network

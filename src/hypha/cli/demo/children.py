@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
+from hypha.cli.demo.forked import NodeHost
 from hypha.errors import HyphaError
 
 #: A component stops within 5 s of SIGTERM.
@@ -33,12 +35,39 @@ class DemoFailed(HyphaError):
         super().__init__(message)
 
 
+class Process(Protocol):
+    """What is used of a :class:`trio.Process`; a forked node has it too."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or minus the number of the signal that ended it, once that is known."""
+
+    def poll(self) -> int | None:
+        """The same, as of now; ``None`` while it runs."""
+
+    async def wait(self) -> int:
+        """The same, once it has ended."""
+
+    def send_signal(self, number: signal.Signals, /) -> None:
+        """To it alone, if it still runs."""
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
 @dataclass
 class Child:
     """A running process and its log."""
 
     name: str
-    process: trio.Process
+    process: Process
     log: Path
     #: nothing can go on without it
     needed: bool = True
@@ -78,9 +107,12 @@ def _readable(line: str) -> str:
 
 
 class Children:
-    """Starts and watches; made by :func:`children`."""
+    """Starts and watches; made by :func:`children`. ``node_host`` forks nodes where it can do that."""
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, directory: Path, environment: Mapping[str, str], node_host: NodeHost | None = None
+    ) -> None:
+        self._node_host = node_host
         self._logs = directory / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         self.environment = dict(environment)
@@ -92,29 +124,37 @@ class Children:
         module: str,
         *arguments: str,
         prefix: Sequence[str] = (),
+        network_namespace: str | None = None,
         environment: Mapping[str, str] | None = None,
         needed: bool = True,
     ) -> Child:
         """Run ``python -m module arguments``; its output goes to ``logs/<name>.log``.
 
-        ``prefix`` is a command that runs another one in its own place, such as ``ip netns exec NAME``.
-        Without ``needed`` nobody minds its end.
+        ``prefix`` is a command that runs another one in its own place, such as ``env A=B``; in a
+        ``network_namespace`` both do. Without ``needed`` nobody minds its end.
         """
         log = self._logs / f"{name}.log"
-        with log.open("wb") as file:
-            # shielded, so that no process can start without being on the list
-            with trio.CancelScope(shield=True):
+        variables = self.environment if environment is None else dict(environment)
+        inside = () if network_namespace is None else ("ip", "netns", "exec", network_namespace)
+        # shielded, so that no process can start without being on the list
+        with log.open("wb") as file, trio.CancelScope(shield=True):
+            process: Process | None = None
+            if self._node_host is not None and not prefix:
+                process = await self._node_host.fork(
+                    module, arguments, variables, file.fileno(), network_namespace
+                )
+            if process is None:
                 process = await trio.lowlevel.open_process(
-                    [*prefix, sys.executable, "-m", module, *arguments],
+                    [*inside, *prefix, sys.executable, "-m", module, *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=file,
-                    env=self.environment if environment is None else dict(environment),
+                    env=variables,
                     # Ctrl-C in the terminal goes to the demo alone, which ends the others in order
                     start_new_session=True,
                 )
-                child = Child(name, process, log, needed)
-                self.running.append(child)
+            child = Child(name, process, log, needed)
+            self.running.append(child)
         await trio.lowlevel.checkpoint()
         return child
 
@@ -162,11 +202,19 @@ def _kill_group(pid: int) -> None:
 
 
 @asynccontextmanager
-async def children(directory: Path, environment: Mapping[str, str]) -> AsyncIterator[Children]:
-    """Processes that are all gone when the block ends, however it ends."""
-    group = Children(directory, environment)
-    try:
-        yield group
-    finally:
-        with trio.CancelScope(shield=True):
-            await group.stop()
+async def children(
+    directory: Path, environment: Mapping[str, str], node_host: NodeHost | None = None
+) -> AsyncIterator[Children]:
+    """Processes that are all gone when the block ends, however it ends. Without a ``node_host`` they have one
+    of their own.
+    """
+    with ExitStack() as stack:
+        if node_host is None and sys.platform == "linux":
+            node_host = NodeHost(directory / "logs" / "node-host.log", environment)
+            stack.callback(node_host.close)
+        group = Children(directory, environment, node_host)
+        try:
+            yield group
+        finally:
+            with trio.CancelScope(shield=True):
+                await group.stop()
