@@ -28,7 +28,7 @@ from hypha.config.bandwidth import LimitsConfig
 from hypha.messages import PeerRef, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net import open_node
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.transfers import meta_of
 from hypha.pki.identity import load_identity
 
 KIND = "slice"

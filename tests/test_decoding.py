@@ -30,7 +30,7 @@ from hypha.messages import (
     StatusCall,
     WorkerOffer,
 )
-from hypha.net.addresses import parse
+from hypha.net.peers.addresses import parse
 from hypha.scheduler.ledger import read_ledger
 from hypha.worker.bridge import _decode
 

@@ -22,7 +22,7 @@ from tests.recorded.states import JOB, copied, read_states
 from hypha import __version__, messages
 from hypha.cli.rerun import rerun
 from hypha.messages import GossipEnvelope, Message, RequestEnvelope, Value, WorkerOffer, WorkerRequest
-from hypha.net import bulk_wire
+from hypha.net.bulk import wire as bulk_wire
 
 RECORDED = sorted(VERSIONS.iterdir())
 KINDS = {kind.name: kind for kind in kinds()}

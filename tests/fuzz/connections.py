@@ -32,11 +32,11 @@ from hypha.errors import NetworkError
 from hypha.messages import WORKER_TOPIC, Health, HealthReport, PeerRef, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net import rpc
-from hypha.net.addresses import host_and_port
-from hypha.net.bulk_wire import BULK_ALPN, BULK_PROTOCOL, encode_length
-from hypha.net.relay import HOP, STOP
+from hypha.net.bulk.wire import BULK_ALPN, BULK_PROTOCOL, encode_length
+from hypha.net.libp2p.relay import HOP, STOP
+from hypha.net.libp2p.streams import STREAM_ERRORS
+from hypha.net.peers.addresses import host_and_port
 from hypha.net.reports import PROTOCOL as REPORTS
-from hypha.net.streams import STREAM_ERRORS
 
 MESHSUB = "/meshsub/1.2.0"
 #: Streams that are open at once.

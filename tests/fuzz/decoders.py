@@ -35,12 +35,12 @@ from hypha.executor.tensors import TensorFile
 from hypha.executor.updates import contribution_in
 from hypha.executor.weights import keys_in
 from hypha.messages import GossipEnvelope, PeerRef
-from hypha.net import bulk_wire
-from hypha.net.addresses import AddressBook, host_and_port, ip_of, parse
-from hypha.net.dht import _check, _refs
-from hypha.net.gossip import _hop
-from hypha.net.library_messages import decode_message, peer_id_in
-from hypha.net.traced_messages import traceparent_of
+from hypha.net.bulk import wire as bulk_wire
+from hypha.net.discovery.dht import _check, _refs
+from hypha.net.discovery.gossip import _hop
+from hypha.net.libp2p.protobuf_messages import decode_message, peer_id_in
+from hypha.net.libp2p.traced_messages import traceparent_of
+from hypha.net.peers.addresses import AddressBook, host_and_port, ip_of, parse
 from hypha.pki.certificates import peer_id_of, roles_of
 from hypha.pki.identity import IdentityFiles, load_identity
 from hypha.scheduler.history_file import read_history

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hypha.messages import PeerRef
-from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, parse
+from hypha.net.peers.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, parse
 
 ME = "12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
 GATEWAY = "12D3KooWHdiAxVd8uMQR1hGWXccidmfCwLqcMpGwR6QcTP6QRMuD"

@@ -13,7 +13,7 @@ from tests.support.network import Network, until
 
 from hypha.config.bandwidth import HoursConfig, LimitsConfig
 from hypha.messages import Health, TransferMeta
-from hypha.net.bandwidth import (
+from hypha.net.bulk.bandwidth import (
     CREDIT_S,
     LEAST_PORTION_BYTES,
     LOOK_S,
@@ -23,7 +23,7 @@ from hypha.net.bandwidth import (
     Cap,
     Caps,
 )
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.transfers import meta_of
 
 MBIT = 1e6 / 8
 

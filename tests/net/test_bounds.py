@@ -47,29 +47,31 @@ from hypha.messages import (
     Report,
 )
 from hypha.net import Libp2pNode as Node
-from hypha.net import bulk_meeting, identify_bounds, rpc
-from hypha.net.addresses import MAX_ADDRESSES, host_and_port
-from hypha.net.arrivals import (
-    GRACE_S,
-    Arrival,
-    Arrivals,
-    source_of,
-)
-from hypha.net.bulk_wire import BULK_ALPN
-from hypha.net.dht import key_of
-from hypha.net.dht_records import (
+from hypha.net import rpc
+from hypha.net.bulk import rendezvous as bulk_meeting
+from hypha.net.bulk.wire import BULK_ALPN
+from hypha.net.discovery.dht import key_of
+from hypha.net.discovery.dht_records import (
     MAX_KEYS_PER_PEER,
     MAX_PROVIDERS,
     MAX_RECORD_ADDRESSES,
     Records,
     trimmed_query,
 )
-from hypha.net.inbound_budget import OWN_STREAMS, InboundBudget
-from hypha.net.inbound_streams import limit_of
-from hypha.net.relay import RelayLimits, RelayRefused
+from hypha.net.libp2p import identify_bounds
+from hypha.net.libp2p.inbound_streams import limit_of
+from hypha.net.libp2p.relay import RelayLimits, RelayRefused
+from hypha.net.libp2p.streams import STREAM_ERRORS, discard
+from hypha.net.libp2p.yamux_reader import MAX_GROWTH_BYTES, MAX_INBOUND_STREAMS
+from hypha.net.peers.addresses import MAX_ADDRESSES, host_and_port
+from hypha.net.peers.inbound_budget import OWN_STREAMS, InboundBudget
+from hypha.net.peers.inbound_connections import (
+    GRACE_S,
+    Arrival,
+    Arrivals,
+    source_of,
+)
 from hypha.net.rpc import OWN_PER_PEER
-from hypha.net.streams import STREAM_ERRORS, discard
-from hypha.net.yamux_incoming import MAX_GROWTH_BYTES, MAX_INBOUND_STREAMS
 
 pytestmark = pytest.mark.loopback
 

@@ -10,7 +10,7 @@ from blake3 import blake3
 from xxhash import xxh3_128
 
 from hypha.messages import TransferMeta
-from hypha.net.bulk_files import (
+from hypha.net.bulk.files import (
     DiskFailed,
     FileChanged,
     PartFile,

@@ -19,14 +19,15 @@ from hypha.config.tuning import TransferTuning, TuningConfig
 from hypha.errors import IdentityError, Problem, Refused, TransferFailed
 from hypha.messages import BulkAnswer, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
-from hypha.net import bulk_kept, bulk_sending
-from hypha.net.addresses import host_and_port
-from hypha.net.bulk_kept import KeptLinks
-from hypha.net.bulk_meeting import Meeting
-from hypha.net.bulk_sending import Sending
-from hypha.net.bulk_sockets import SocketLink
-from hypha.net.bulk_wire import LinkBroken, Working
-from hypha.net.transfers import meta_of
+from hypha.net.bulk import kept_connections as bulk_kept
+from hypha.net.bulk import sending as bulk_sending
+from hypha.net.bulk.kept_connections import KeptLinks
+from hypha.net.bulk.rendezvous import Meeting
+from hypha.net.bulk.sending import Sending
+from hypha.net.bulk.sockets import SocketLink
+from hypha.net.bulk.transfers import meta_of
+from hypha.net.bulk.wire import LinkBroken, Working
+from hypha.net.peers.addresses import host_and_port
 from hypha.pki.authority import revoke
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 

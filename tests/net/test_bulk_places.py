@@ -11,9 +11,9 @@ import trio
 import trio.testing
 
 from hypha.messages import TransferMeta
-from hypha.net.bulk_inbound import TRICKLE_BYTES, Acceptor, Inbound
-from hypha.net.bulk_meeting import Expected
-from hypha.net.bulk_places import MAX_LENT, STILL_S, Places
+from hypha.net.bulk.inbound import TRICKLE_BYTES, Acceptor, Inbound
+from hypha.net.bulk.rendezvous import Expected
+from hypha.net.bulk.slots import MAX_LENT, STILL_S, Places
 
 
 class Hall:

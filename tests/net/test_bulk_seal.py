@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from hypha.net.bulk_seal import KEY_BYTES, TAG_BYTES, Opener, Sealer, new_key
-from hypha.net.bulk_wire import (
+from hypha.net.bulk.sealing import KEY_BYTES, TAG_BYTES, Opener, Sealer, new_key
+from hypha.net.bulk.wire import (
     LENGTH_BYTES,
     MAX_BLOCK_BYTES,
     LinkBroken,

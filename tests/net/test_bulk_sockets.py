@@ -8,8 +8,8 @@ import socket
 import pytest
 import trio
 
-from hypha.net.bulk_sockets import in_thread
-from hypha.net.bulk_wire import LinkBroken
+from hypha.net.bulk.sockets import in_thread
+from hypha.net.bulk.wire import LinkBroken
 
 
 async def test_a_socket_that_was_closed_under_its_thread_is_a_broken_link() -> None:

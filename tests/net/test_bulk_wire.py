@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import zstandard
 
-from hypha.net.bulk_wire import (
+from hypha.net.bulk.wire import (
     BLOCK_BYTES,
     LENGTH_BYTES,
     MAX_BLOCK_BYTES,

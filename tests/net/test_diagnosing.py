@@ -19,8 +19,8 @@ from hypha.messages import (
     HealthReport,
     MeasureBandwidth,
 )
-from hypha.net.addresses import Address
-from hypha.net.diagnosing import BUDGET_BYTES, BUDGET_S, MAX_AT_ONCE, Diagnosing
+from hypha.net.peers.addresses import Address
+from hypha.net.peers.diagnosing import BUDGET_BYTES, BUDGET_S, MAX_AT_ONCE, Diagnosing
 
 
 def diagnosing(*hosts: str) -> Diagnosing:

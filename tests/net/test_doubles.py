@@ -16,8 +16,8 @@ from tests.support.proxy import proxy_to
 from hypha.messages import Health, HealthReport, PeerRef
 from hypha.naming import shown
 from hypha.net import Libp2pNode as Node
-from hypha.net.addresses import host_and_port
-from hypha.net.doubles import ASK_S
+from hypha.net.peers.addresses import host_and_port
+from hypha.net.peers.duplicates import ASK_S
 
 pytestmark = pytest.mark.loopback
 

@@ -12,8 +12,8 @@ from tests.support.stopwatch import Stopwatch
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.messages import Health, HealthReport, ListPeers, PeerList, PeerRef
-from hypha.net.addresses import host_and_port
-from hypha.net.gateways import Backoff
+from hypha.net.peers.addresses import host_and_port
+from hypha.net.peers.gateways import Backoff
 
 
 def test_backoff_doubles_up_to_its_limit_with_jitter() -> None:

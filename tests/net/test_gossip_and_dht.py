@@ -18,7 +18,7 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.net import Libp2pNode as Node
-from hypha.net.gossip import MAX_MESSAGE_BYTES
+from hypha.net.discovery.gossip import MAX_MESSAGE_BYTES
 
 pytestmark = pytest.mark.loopback
 

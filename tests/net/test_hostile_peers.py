@@ -41,13 +41,14 @@ from hypha.messages import (
     TransferMeta,
 )
 from hypha.net import Libp2pNode as Node
-from hypha.net import bulk_sockets, rpc
-from hypha.net.addresses import host_and_port
-from hypha.net.bulk_wire import BULK_ALPN, BULK_PROTOCOL, encode_length
-from hypha.net.relay import HOP, STOP
+from hypha.net import rpc
+from hypha.net.bulk import sockets as bulk_sockets
+from hypha.net.bulk.transfers import meta_of
+from hypha.net.bulk.wire import BULK_ALPN, BULK_PROTOCOL, encode_length
+from hypha.net.libp2p.relay import HOP, STOP
+from hypha.net.libp2p.streams import STREAM_ERRORS
+from hypha.net.peers.addresses import host_and_port
 from hypha.net.reports import PROTOCOL as REPORTS
-from hypha.net.streams import STREAM_ERRORS
-from hypha.net.transfers import meta_of
 
 pytestmark = pytest.mark.loopback
 

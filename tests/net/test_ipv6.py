@@ -9,7 +9,7 @@ import trio
 from tests.support.network import Network
 
 from hypha.messages import Health, HealthReport, TransferMeta
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.transfers import meta_of
 
 pytestmark = pytest.mark.loopback
 

@@ -16,9 +16,9 @@ from tests.support.stopwatch import Stopwatch
 from hypha.errors import PeerUnreachable, RequestTimeout
 from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, RenewLease
 from hypha.net import Libp2pNode as Node
-from hypha.net import yamux_flow
-from hypha.net.addresses import host_and_port
-from hypha.net.streams import STREAM_ERRORS, discard, read_exactly
+from hypha.net.libp2p import yamux
+from hypha.net.libp2p.streams import STREAM_ERRORS, discard, read_exactly
+from hypha.net.peers.addresses import host_and_port
 
 pytestmark = pytest.mark.loopback
 
@@ -295,7 +295,7 @@ class Echo:
 
 async def test_a_ping_whose_reply_is_quick_is_timed_from_its_own_beginning() -> None:
     """As shipped, it is counted from the zero of trio's clock: a round trip of days."""
-    yamux_flow.install()
+    yamux.install()
     echo = Echo()
     echo.muxed = muxed = Yamux(echo, ID(b"peer"), is_initiator=True)  # type: ignore[arg-type]
     async with trio.open_nursery() as nursery:

@@ -19,8 +19,8 @@ from hypha.errors import AddressTaken, ConfigError, DatasetNotFound, PeerUnreach
 from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, ReleaseLease
 from hypha.net import Libp2pNode as Node
 from hypha.net import open_node, options_from
-from hypha.net.addresses import host_and_port
-from hypha.net.shared_port import SharedPortTcp
+from hypha.net.libp2p.shared_port import SharedPortTcp
+from hypha.net.peers.addresses import host_and_port
 
 
 def ref_of(node: Node) -> PeerRef:

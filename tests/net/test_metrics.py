@@ -304,13 +304,13 @@ async def test_debug_tells_of_connections_requests_and_files(
             await near.publish(worker_request(near))
     said = {(record.name, record.getMessage().split()[0]) for record in caplog.records}
     assert said >= {
-        ("hypha.net.peers", "Connected"),
-        ("hypha.net.peers", "The"),
+        ("hypha.net.peers.table", "Connected"),
+        ("hypha.net.peers.table", "The"),
         ("hypha.net.rpc", "Request"),
         ("hypha.net.rpc", "Answered"),
-        ("hypha.net.bulk_signals", "first"),
-        ("hypha.net.dht", "DHT"),
-        ("hypha.net.gossip", "Published"),
+        ("hypha.net.bulk.signals", "first"),
+        ("hypha.net.discovery.dht", "DHT"),
+        ("hypha.net.discovery.gossip", "Published"),
     }
 
 

@@ -16,8 +16,8 @@ from hypha.config.tuning import TransferTuning
 from hypha.errors import Refused
 from hypha.messages import PeerRef, TransferMeta
 from hypha.net import meta_of
-from hypha.net.bulk_links import Link
-from hypha.net.bulk_sending import BUSY_PAUSE_S, SLOW_WAY_S, Sending, Way
+from hypha.net.bulk.connection import Link
+from hypha.net.bulk.sending import BUSY_PAUSE_S, SLOW_WAY_S, Sending, Way
 
 pytestmark = pytest.mark.loopback
 

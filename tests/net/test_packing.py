@@ -15,11 +15,11 @@ from hypha.config.tuning import TransferTuning, TuningConfig
 from hypha.errors import TransferFailed
 from hypha.messages import PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
-from hypha.net.bulk_inbound import Inbound
-from hypha.net.bulk_sending import Sending, _Attempt
-from hypha.net.bulk_wire import BLOCK_BYTES, BlockPacker
-from hypha.net.packing import MARGIN, MEASURE_ANEW_BYTES, SAMPLE_BYTES, Known, Packing
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.compression import MARGIN, MEASURE_ANEW_BYTES, SAMPLE_BYTES, Known, Packing
+from hypha.net.bulk.inbound import Inbound
+from hypha.net.bulk.sending import Sending, _Attempt
+from hypha.net.bulk.transfers import meta_of
+from hypha.net.bulk.wire import BLOCK_BYTES, BlockPacker
 
 MB = 1e6
 
@@ -246,6 +246,6 @@ async def test_a_block_that_swells_breaks_the_connection(
     monkeypatch.setattr(BlockPacker, "pack", lambda self, block: bomb)
     always = TuningConfig(transfers=TransferTuning(compression="always"))
     async with network.gateway(roles=(), tuning=always) as data, network.leaf("worker", [data]) as worker:
-        with caplog.at_level("INFO", "hypha.net.bulk_receiving"), pytest.raises(TransferFailed):
+        with caplog.at_level("INFO", "hypha.net.bulk.receiving"), pytest.raises(TransferFailed):
             await served.pulled(worker, data, tmp_path / "0")
     assert "the peer sent a compressed block of 67108864 bytes" in caplog.text

@@ -15,7 +15,7 @@ from hypha.cli.component import excluded_for
 from hypha.config.models import RESERVED_CIDR
 from hypha.messages import Health, PeerRef
 from hypha.net import Libp2pNode
-from hypha.net.addresses import host_and_port
+from hypha.net.peers.addresses import host_and_port
 
 pytestmark = pytest.mark.loopback
 

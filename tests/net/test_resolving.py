@@ -14,7 +14,7 @@ from tests.support.network import Network, address_of, until
 
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.messages import Health, PeerRef
-from hypha.net.addresses import host_and_port
+from hypha.net.peers.addresses import host_and_port
 
 pytestmark = pytest.mark.loopback
 

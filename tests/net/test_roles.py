@@ -40,8 +40,8 @@ from hypha.messages import (
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net import meta_of
-from hypha.net.dht import DhtClient, key_of
-from hypha.net.streams import STREAM_ERRORS, discard
+from hypha.net.discovery.dht import DhtClient, key_of
+from hypha.net.libp2p.streams import STREAM_ERRORS, discard
 from hypha.pki import authority, certificates, identity
 from hypha.pki.authority import CaFiles, make_org
 from hypha.pki.identity import load_identity

@@ -31,7 +31,7 @@ from hypha.messages import (
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net import meta_of
-from hypha.net.peers import Peers
+from hypha.net.peers.table import Peers
 from hypha.net.rpc import PROTOCOL, frame, read_frame
 from hypha.tracing import span, traceparent
 from hypha.tracing.operations import ADVERTISE, FETCH_SLICE, SEND_UPDATE

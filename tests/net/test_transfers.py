@@ -19,8 +19,8 @@ from tests.support.stopwatch import Stopwatch
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
 from hypha.messages import BulkAnswer, BulkOffer, JobStamp, PeerRef, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
-from hypha.net.bulk_wire import BULK_ALPN, Hello, Verdict, decode_frame, encode_frame
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.transfers import meta_of
+from hypha.net.bulk.wire import BULK_ALPN, Hello, Verdict, decode_frame, encode_frame
 from hypha.pki.identity import load_identity
 
 pytestmark = pytest.mark.loopback

@@ -19,9 +19,9 @@ from tests.support.stopwatch import Stopwatch
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import Health, PeerRef, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
-from hypha.net import bulk_sockets
-from hypha.net.addresses import host_and_port
-from hypha.net.transfers import meta_of
+from hypha.net.bulk import sockets as bulk_sockets
+from hypha.net.bulk.transfers import meta_of
+from hypha.net.peers.addresses import host_and_port
 
 pytestmark = pytest.mark.loopback
 

@@ -87,7 +87,7 @@ from hypha.messages import (
     UpdateReceived,
     UpdateSent,
 )
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
 from hypha.scheduler import JobResult, JobSnapshot, finished_job, read_ledger, run_job
 from hypha.scheduler.ledger import Ledger

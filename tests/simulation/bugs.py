@@ -14,7 +14,7 @@ import msgspec
 
 from hypha.leases import BookAction, BookEvent, Drained, LeaseBook
 from hypha.messages import Contribution, LedgerRound, UpdateReceived
-from hypha.net.bulk_places import Places
+from hypha.net.bulk.slots import Places
 from hypha.runtime import in_thread
 from hypha.scheduler.books import Books
 from hypha.scheduler.events import Action, Again, Told

@@ -23,7 +23,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
 import hypha
 from hypha.config.log_filter import TRACE, LogFilter, parse_filter
-from hypha.net import dialing
+from hypha.net.peers import dialing
 from hypha.telemetry.instruments import LOG_ENTRIES
 from hypha.telemetry.logs import MAX_TEXT, bind, configure_logging
 from hypha.telemetry.logs import logged as bound
@@ -138,7 +138,7 @@ def test_what_a_peer_says_does_not_fill_the_log(style: Literal["json", "text"]) 
         ("error, hypha::net = trace", LogFilter(logging.ERROR, (("hypha.net", TRACE),))),
         ("hypha_scheduler=off", LogFilter(logging.INFO, (("hypha.scheduler", logging.CRITICAL + 10),))),
         ("hypha-network=debug", LogFilter(logging.INFO, (("hypha.net", logging.DEBUG),))),
-        ("hypha::network::dialing=trace", LogFilter(logging.INFO, (("hypha.net.dialing", TRACE),))),
+        ("hypha::network::dialing=trace", LogFilter(logging.INFO, (("hypha.net.peers.dialing", TRACE),))),
         ("warn,hypha_network", LogFilter(logging.WARNING, (("hypha.net", TRACE),))),
         ("hypha", LogFilter(TRACE)),
         ("off", LogFilter(logging.CRITICAL + 10)),
@@ -157,15 +157,15 @@ def test_filters_that_are_none(text: str) -> None:
 
 def test_what_a_filter_lets_through() -> None:
     _, stream = logged(levels="hypha=info,hypha_network=debug")
-    for name in ("hypha.net.dialing", "hypha.worker", "libp2p", "other"):
+    for name in ("hypha.net.peers.dialing", "hypha.worker", "libp2p", "other"):
         logging.getLogger(name).debug("debug")
         logging.getLogger(name).info("info")
         logging.getLogger(name).warning("warn")
     heard = [(entry["logger"], entry["message"]) for entry in map(json.loads, stream.getvalue().splitlines())]
     assert heard == [
-        ("hypha.net.dialing", "debug"),
-        ("hypha.net.dialing", "info"),
-        ("hypha.net.dialing", "warn"),
+        ("hypha.net.peers.dialing", "debug"),
+        ("hypha.net.peers.dialing", "info"),
+        ("hypha.net.peers.dialing", "warn"),
         ("hypha.worker", "info"),
         ("hypha.worker", "warn"),
         ("other", "warn"),
@@ -254,10 +254,10 @@ def test_a_filter_reaches_every_module_by_its_path() -> None:
         room = path.relative_to(source).parts[0].removesuffix(".py")
         for name in re.findall(r"^logger = logging\.getLogger\((.+)\)", path.read_text(), re.MULTILINE):
             assert name == "__name__" or name.strip('"').startswith(f"hypha.{room}"), path
-    assert dialing.logger.name == "hypha.net.dialing"
+    assert dialing.logger.name == "hypha.net.peers.dialing"
     _, stream = logged(levels="hypha_network=info,hypha::network::dialing=debug")
     dialing.logger.debug("heard")
-    logging.getLogger("hypha.net.peers").debug("not heard")
+    logging.getLogger("hypha.net.peers.table").debug("not heard")
     assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["heard"]
 
 

@@ -24,8 +24,8 @@ from hypha.messages import (
     TransferMeta,
 )
 from hypha.net import Libp2pNode as Node
-from hypha.net.addresses import host_and_port
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.transfers import meta_of
+from hypha.net.peers.addresses import host_and_port
 from hypha.worker.cache import SliceCache
 from hypha.worker.slices import SlicePrefetcher
 

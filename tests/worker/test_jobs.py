@@ -61,7 +61,7 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.net import Libp2pNode as Node
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.transfers import meta_of
 from hypha.worker import run_worker
 
 pytestmark = pytest.mark.loopback

@@ -197,7 +197,7 @@ async def _each_gateway(node: Libp2pNode, config: NodeConfig, request: ListPeers
     """The answer of each gateway, by its PeerID; of one that cannot be reached, standard error tells.
     Raises NetworkError when none answers.
     """
-    from hypha.net.addresses import parse
+    from hypha.net.peers.addresses import parse
 
     found: dict[str, PeerList] = {}
     last: NetworkError | None = None

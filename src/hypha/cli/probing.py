@@ -21,8 +21,8 @@ from hypha.features import kind_of, missing_services, printable, services_in_wor
 from hypha.messages import Health, HealthReport, PeerRef
 from hypha.naming import shown as named_peer
 from hypha.net import Libp2pNode, NodeOptions, open_node
-from hypha.net.addresses import parse
-from hypha.net.reasons import root_of
+from hypha.net.peers.addresses import parse
+from hypha.net.peers.reasons import root_of
 from hypha.pki.identity import Identity
 from hypha.telemetry.logs import configure_logging
 

@@ -1,7 +1,7 @@
 """``Node``: one libp2p host with mutual TLS, and everything Hypha's components say to each other.
 
 Any public call may be cancelled at any time without harm to the connection it uses. How a node comes to
-life and ends is in :mod:`hypha.net.life`.
+life and ends is in :mod:`hypha.net.opening`.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.naming import learn, shown
-from hypha.net.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, ip_of, parse
-from hypha.net.bandwidth import Caps
-from hypha.net.dht import DhtClient, DhtServer
-from hypha.net.diagnosing import Diagnosing
-from hypha.net.dialing import Dialer
-from hypha.net.doubles import Doubles
-from hypha.net.gateways import Gateways
-from hypha.net.gossip import Gossip
-from hypha.net.library import make_host
-from hypha.net.listing import Listing
+from hypha.net.bulk.bandwidth import Caps
+from hypha.net.bulk.socket_buffers import Buffers
+from hypha.net.bulk.transfers import BulkTransfers
+from hypha.net.discovery.dht import DhtClient, DhtServer
+from hypha.net.discovery.gossip import Gossip
+from hypha.net.discovery.publishers import Publishers
+from hypha.net.libp2p.host import make_host
+from hypha.net.libp2p.mutual_tls import MutualTls
+from hypha.net.libp2p.relay import RelayClient, RelayHop
+from hypha.net.libp2p.shared_port import SharedPortTcp
+from hypha.net.libp2p.streams import StreamHandler, Streams
 from hypha.net.options import NodeOptions
-from hypha.net.peers import Peers, is_relayed
-from hypha.net.publishers import Publishers
-from hypha.net.relay import RelayClient, RelayHop
+from hypha.net.peers.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, ip_of, parse
+from hypha.net.peers.diagnosing import Diagnosing
+from hypha.net.peers.dialing import Dialer
+from hypha.net.peers.duplicates import Doubles
+from hypha.net.peers.gateways import Gateways
+from hypha.net.peers.listing import Listing
+from hypha.net.peers.table import Peers, is_relayed
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
-from hypha.net.shared_port import SharedPortTcp
-from hypha.net.socket_buffers import Buffers
-from hypha.net.streams import StreamHandler, Streams
-from hypha.net.transfers import BulkTransfers
-from hypha.net.transport import MutualTls
 from hypha.node import Changes, ConnectionInfo, Heard, PeerLost, ReportHandler
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread, new_id, wall_time

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypha.config.bandwidth import LimitsConfig
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
 from hypha.config.tuning import LivenessTuning, TuningConfig
-from hypha.net.relay import RelayLimits
+from hypha.net.libp2p.relay import RelayLimits
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 
 

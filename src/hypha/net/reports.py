@@ -19,9 +19,9 @@ from hypha.config.log_filter import TRACE
 from hypha.decoding import decode
 from hypha.errors import PeerUnreachable, Undecodable
 from hypha.messages import WIRE_VERSION, Report
-from hypha.net.over_limit import OverLimit
+from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard
+from hypha.net.peers.over_limit import OverLimit
 from hypha.net.rpc import Oversized, frame, read_frame
-from hypha.net.streams import STREAM_ERRORS, Streams, discard
 from hypha.node import ReportHandler
 from hypha.telemetry.instruments import REPORTS
 from hypha.tracing import span, traceparent, untraced

@@ -37,8 +37,8 @@ from hypha.messages import (
     ResponseEnvelope,
 )
 from hypha.naming import cleaned
-from hypha.net.over_limit import OverLimit
-from hypha.net.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
+from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
+from hypha.net.peers.over_limit import OverLimit
 from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
 from hypha.tracing import span, traceparent
 from hypha.tracing.operations import ANSWER, REQUEST

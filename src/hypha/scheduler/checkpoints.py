@@ -18,7 +18,7 @@ from hypha.decoding import decode_json
 from hypha.durable import sync_directory, write_durably
 from hypha.errors import HyphaError, Refused, Undecodable
 from hypha.messages import CheckpointFile, CheckpointIndex, FileList, TransferMeta, encode_json
-from hypha.net.bulk_files import hash_file
+from hypha.net.bulk.files import hash_file
 from hypha.scheduler.state import StateDirectory
 
 logger = logging.getLogger(__name__)

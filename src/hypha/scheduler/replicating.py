@@ -24,7 +24,7 @@ from hypha.messages import (
     PeerRef,
     TransferMeta,
 )
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler.checkpoints import CheckpointStore

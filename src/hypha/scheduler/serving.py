@@ -14,7 +14,7 @@ import trio
 from hypha.config.models import JobConfig
 from hypha.errors import ModelError, Refused
 from hypha.messages import FileList, JobStamp, ListFiles, PullFile, TransferMeta
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
 from hypha.runtime import free_bytes, in_thread
 from hypha.scheduler.checkpoints import CheckpointStore, safe_relative

@@ -20,7 +20,7 @@ from hypha.journal import Entry
 from hypha.leases import NAME as LEASES
 from hypha.leases import Ended, Freed, Granted, Reserve
 from hypha.messages import LedgerFile, LedgerRound
-from hypha.net.bulk_files import hash_file
+from hypha.net.bulk.files import hash_file
 from hypha.scheduler import JobResult
 from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.ledger import read_ledger

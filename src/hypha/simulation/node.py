@@ -46,7 +46,7 @@ logger = logging.getLogger("hypha.simulation")
 
 #: as in hypha.net.rpc
 _MAX_INBOUND_PER_PEER, _OWN_PER_PEER, _MAX_SHARED = 16, 2, 64
-#: as in hypha.net.gossip and hypha.net.options.Timings
+#: as in hypha.net.discovery.gossip and hypha.net.options.Timings
 _BACKLOG = 256
 _MESH_WAIT_S = 3.0
 _REPORTS = "/hypha/report/1"

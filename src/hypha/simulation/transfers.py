@@ -19,8 +19,8 @@ import trio
 from hypha.access import KINDS, Allowed, named
 from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
 from hypha.messages import PeerRef, PullFile, TransferMeta
-from hypha.net.bulk_files import Hasher, quick_hasher, strong_hasher
-from hypha.net.bulk_places import Places
+from hypha.net.bulk.files import Hasher, quick_hasher, strong_hasher
+from hypha.net.bulk.slots import Places
 from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import chance, free_bytes, in_thread, new_id
 from hypha.simulation.network import STALL_S, LinkBroken
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hypha.simulation")
 
-#: as in hypha.net.bulk_sending and hypha.net.bulk_receiving
+#: as in hypha.net.bulk.sending and hypha.net.bulk.receiving
 _MAX_AT_ONCE = 2
 _MAX_ATTEMPTS = 3
 _BUSY_FOR_S, _BUSY_PAUSE_S = 40.0, 1.0

@@ -49,7 +49,7 @@ from hypha.messages import (
     TrainJob,
     TransferMeta,
 )
-from hypha.net.transfers import meta_of
+from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind

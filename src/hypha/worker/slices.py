@@ -39,7 +39,7 @@ from hypha.messages import (
     SliceAssigned,
     TransferMeta,
 )
-from hypha.net.bulk_files import hash_file
+from hypha.net.bulk.files import hash_file
 from hypha.runtime import in_thread
 from hypha.telemetry.instruments import CACHE_LOOKUPS, FETCH_DURATION
 from hypha.tracing import span

@@ -22,8 +22,8 @@ from hypha.messages import (
     MeasureBandwidth,
 )
 from hypha.net import Libp2pNode
-from hypha.net.addresses import Address, host_and_port, parse
-from hypha.net.reasons import NO_HYPHA_NODE, failure_of
+from hypha.net.peers.addresses import Address, host_and_port, parse
+from hypha.net.peers.reasons import NO_HYPHA_NODE, failure_of
 from hypha.runtime import wall_time
 
 #: a whole contact takes no longer

@@ -22,7 +22,7 @@ from hypha.cli.doctor.subject import Subject
 from hypha.config.models import DatasetRef, GatewayConfig, LeafConfig, NodeConfig
 from hypha.errors import NetworkError
 from hypha.net import Libp2pNode, open_node, options_from
-from hypha.net.addresses import host_and_port
+from hypha.net.peers.addresses import host_and_port
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread
 

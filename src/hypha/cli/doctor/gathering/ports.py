@@ -14,7 +14,7 @@ from hypha.config.models import NodeConfig
 from hypha.decoding import decode_json
 from hypha.errors import NetworkError, Undecodable
 from hypha.messages import HealthReport
-from hypha.net.addresses import host_and_port
+from hypha.net.peers.addresses import host_and_port
 
 HTTP_S = 3.0
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}

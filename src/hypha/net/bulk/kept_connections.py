@@ -1,0 +1,176 @@
+"""Connections that have carried a file and are kept for the next one, whose offer goes over them.
+
+To offer a file by a request, to connect and to shake hands takes five journeys to the other end and back,
+and over a connection that is there one. Slices come so one after the other, and so do the updates and thetas
+of short rounds. A file goes over such a connection from the same end as the first one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from hypha.errors import Refused
+from hypha.messages import BulkOffer
+from hypha.net.bulk.connection import Link
+from hypha.net.bulk.inbound import Inbound
+from hypha.net.bulk.sockets import SocketLink, is_trusted
+from hypha.net.bulk.wire import (
+    HANDSHAKE_TIMEOUT_S,
+    WORKING_INTERVAL_S,
+    BulkLinks,
+    LinkBroken,
+    Verdict,
+    Working,
+)
+from hypha.pki.identity import Identity
+from hypha.tracing import untraced
+
+logger = logging.getLogger(__name__)
+
+#: Idle for longer, it is closed: what is on the way forgets connections on which nothing moves. Whoever
+#: sends closes first, so that no offer meets the end of its connection.
+SENDER_KEEPS_S = 120.0
+RECEIVER_KEEPS_S = 150.0
+#: Kept at once by each end, in all and of one peer; the oldest go first.
+MAX_KEPT = 64
+MAX_KEPT_PER_PEER = 2
+#: A sender whose offer has to wait hears so after this, and then every ``WORKING_INTERVAL_S``.
+SOON_S = 0.5
+
+
+@dataclass(eq=False)
+class _Kept:
+    link: SocketLink
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    #: somebody else owns the link
+    taken: bool = False
+
+
+class KeptLinks:
+    """Idle links. Nothing is kept without ``nursery``; when that ends, all are closed.
+
+    ``spoken`` gets a link on which the other end speaks (or which it closes), and has to close it; without
+    ``spoken`` such a link is closed.
+    """
+
+    def __init__(self, keeps_s: float, spoken: Callable[[SocketLink], Awaitable[None]] | None = None) -> None:
+        self._keeps_s = keeps_s
+        self._spoken = spoken
+        self._kept: list[_Kept] = []
+        self.nursery: trio.Nursery | None = None
+
+    def give(self, link: Link) -> bool:
+        """Keep ``link``, on which nothing is under way; False when the caller has to close it."""
+        if self.nursery is None or not isinstance(link, SocketLink):
+            return False
+        same = [one for one in self._kept if one.link.peer == link.peer]
+        for kept, most in ((same, MAX_KEPT_PER_PEER), (self._kept, MAX_KEPT)):
+            for one in kept[: max(0, len(kept) + 1 - most)]:
+                one.scope.cancel()
+        new = _Kept(link)
+        self._kept.append(new)
+        link.was_kept = True
+        with untraced():  # whatever it carries next is part of another operation
+            self.nursery.start_soon(self._watch, new)
+        return True
+
+    def take(self, peer: str, identity: Identity) -> SocketLink | None:
+        """The newest link to ``peer``, for the caller to close or to give back; None when there is none
+        whose certificate ``identity`` trusts now.
+        """
+        for kept in reversed(self._kept):
+            if kept.link.peer == peer and not kept.scope.cancel_called:
+                kept.scope.cancel()
+                if is_trusted(kept.link, identity):
+                    self._release(kept)
+                    return kept.link
+        return None
+
+    def drop(self, peer: str) -> None:
+        """Close what is kept of ``peer``: another connection to it has just failed."""
+        for kept in self._kept:
+            if kept.link.peer == peer:
+                kept.scope.cancel()
+
+    def _release(self, kept: _Kept) -> None:
+        kept.taken = True
+        self._kept.remove(kept)
+
+    async def _watch(self, kept: _Kept) -> None:
+        spoke = False
+        try:
+            with kept.scope, trio.move_on_after(self._keeps_s):
+                await kept.link.wait_word()
+                spoke = True
+        finally:
+            ours = not kept.taken
+            if ours:
+                self._release(kept)
+                if not spoke or self._spoken is None:
+                    kept.link.close_now()
+        if ours and spoke and self._spoken is not None:
+            await self._spoken(kept.link)
+
+
+class OfferedOver:
+    """Takes the offers that come over kept links. ``agree`` gives the transfer that an offer of a peer begins
+    or goes on with, or None when it is done already; it raises Refused.
+    """
+
+    def __init__(
+        self, links: BulkLinks, agree: Callable[[str, BulkOffer], Awaitable[Inbound | None]]
+    ) -> None:
+        self._links = links
+        self._agree = agree
+
+    async def spoken(self, link: SocketLink) -> None:
+        """Hear an offer (or the link's end), and give the link to the transfer when its turn has come."""
+        handed_over = False
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                offer = await link.hear()
+            if not isinstance(offer, BulkOffer):
+                raise LinkBroken(f"the peer said {type(offer).__name__} where an offer was due")
+            if not is_trusted(link, self._links.identity):
+                raise LinkBroken("the peer's certificate is not trusted any more")
+            answer = await self._answer(link, offer)
+            if isinstance(answer, Verdict):
+                await link.say(answer)
+            else:
+                handed_over = await self._wait_for_turn(link, answer) and answer.expected.arrive(link)
+        except (LinkBroken, trio.TooSlowError) as exc:
+            logger.debug("A connection that was kept has ended: %s", exc, extra={"peer_id": link.peer})
+        except Exception:  # the edge of a task for a peer: its connection ends, and the node does not
+            logger.exception("A connection that was kept failed.", extra={"peer_id": link.peer})
+        finally:
+            if not handed_over:
+                await link.close()
+
+    async def _answer(self, link: SocketLink, offer: BulkOffer) -> Inbound | Verdict:
+        try:
+            return await self._agree(link.peer, offer) or Verdict("ok")
+        except Refused as exc:
+            return Verdict("refused", exc.code, exc.reason)
+        except Exception:  # the edge of the service: one bad offer must not end the node
+            logger.exception("An offer of %s failed.", offer.meta.name, extra={"peer_id": link.peer})
+            return Verdict("refused", "internal", "the offer failed there; its log says more")
+
+    @staticmethod
+    async def _wait_for_turn(link: SocketLink, inbound: Inbound) -> bool:
+        """False when the sender has come by another way meanwhile."""
+        inbound.come_another_way()
+        pause_s = SOON_S
+        with trio.CancelScope() as inbound.offering:
+            while not inbound.turn.is_set():
+                with trio.move_on_after(pause_s):
+                    await inbound.turn.wait()
+                if not inbound.turn.is_set():
+                    inbound.offered_at = trio.current_time()
+                    await link.say(Working())
+                    pause_s = WORKING_INTERVAL_S
+            return True
+        return False

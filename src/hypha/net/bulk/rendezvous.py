@@ -1,0 +1,351 @@
+"""How the two ends of a transfer find each other: connections are made, proven and matched by token.
+
+Either end expects a token from one certain peer. A connection with that token from anybody else is
+refused, whoever stole it: what counts is the certificate. Direct connections are dialled and accepted
+here in threads with short time-outs; :meth:`Meeting.close` ends them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import trio
+
+from hypha.errors import IdentityError, NetworkError
+from hypha.net.bulk.connection import Link, Tally
+from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
+from hypha.net.bulk.sockets import SocketLink, in_thread, is_trusted
+from hypha.net.bulk.streams import StreamLink
+from hypha.net.bulk.wire import (
+    BULK_ALPN,
+    BULK_PROTOCOL,
+    HANDSHAKE_TIMEOUT_S,
+    LENGTH_BYTES,
+    MAX_FRAME_BYTES,
+    BulkLinks,
+    Hello,
+    LinkBroken,
+    Verdict,
+    decode_frame,
+    decode_length,
+    encode_frame,
+)
+from hypha.net.libp2p.shared_port import resend_soon
+from hypha.pki.certificates import peer_id_of, presented_chain
+
+logger = logging.getLogger(__name__)
+
+DIAL_TIMEOUT_S = 3.0
+#: Addresses of one peer that are tried.
+MAX_TARGETS = 4
+
+_NOT_EXPECTED = Verdict("refused", "not-found", "this transfer is not expected here, or no longer")
+
+
+class Expected:
+    """A place where the connection of one transfer arrives. One at a time; a newer one replaces one that
+    nobody took yet.
+    """
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self._arrived = trio.Event()
+        self._link: Link | None = None
+        self._closed = False
+
+    def arrive(self, link: Link) -> bool:
+        """Hand a connection over; False when nobody wants it any more."""
+        if self._closed:
+            return False
+        if self._link is not None:
+            self._dismiss(self._link)
+        self._link = link
+        self._arrived.set()
+        return True
+
+    async def take(self) -> Link:
+        """The next connection; it is the caller's to close."""
+        while self._link is None:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        link, self._link = self._link, None
+        return link
+
+    def close(self) -> None:
+        """Want no more."""
+        self._closed = True
+        if self._link is not None:
+            self._dismiss(self._link)
+            self._link = None
+
+    @staticmethod
+    def _dismiss(link: Link) -> None:
+        if isinstance(link, SocketLink):
+            link.close_now()
+        elif isinstance(link, StreamLink):
+            link.closed.set()  # its handler closes the stream then
+
+
+class Meeting:
+    """Makes connections and hands them to those who expect them."""
+
+    def __init__(
+        self,
+        links: BulkLinks,
+        tally: Tally,
+        limiter: trio.CapacityLimiter,
+        buffers: Buffers = AS_THE_KERNEL_LIKES,
+    ) -> None:
+        self._links = links
+        self._buffers = buffers
+        self._tally = tally
+        self._limiter = limiter
+        self._expected: dict[str, Expected] = {}
+        self._lock = threading.Lock()
+        self._open_sockets: set[socket.socket] = set()
+        #: those that somebody has, as long as he has them
+        self._proven: WeakSet[SocketLink] = WeakSet()
+        self._loop: trio.lowlevel.TrioToken | None = None
+        #: per peer, the address at which it was last reached
+        self._reached: dict[str, tuple[str, int]] = {}
+        links.set_stream_handler(BULK_PROTOCOL, self._serve_stream)
+
+    def start(self) -> None:
+        """Called in the event loop before the first connection may arrive."""
+        self._loop = trio.lowlevel.current_trio_token()
+
+    def close(self) -> None:
+        """End all connections that nobody has taken, and the threads that work on them."""
+        with self._lock:
+            self._loop = None
+            sockets = list(self._open_sockets)
+        for sock in sockets:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for expected in list(self._expected.values()):
+            expected.close()
+
+    async def cut_untrusted(self) -> None:
+        """End the connections whose certificate at the other end is not trusted any more, also those over
+        which something goes.
+        """
+        for link in list(self._proven):
+            if not is_trusted(link, self._links.identity):
+                link.cut()
+            await trio.lowlevel.checkpoint()
+
+    def _arrived(self, token: str, link: SocketLink) -> None:
+        self._proven.add(link)
+        self._hand_over(token, link)
+
+    @contextmanager
+    def expect(self, token: str, expected: Expected) -> Iterator[Expected]:
+        """Take connections for ``token`` while inside."""
+        self._expected[token] = expected
+        try:
+            yield expected
+        finally:
+            expected.close()
+            if self._expected.get(token) is expected:
+                del self._expected[token]
+
+    def is_expected(self, token: str, peer: str) -> bool:
+        """Whether a connection of that peer for that token would be taken."""
+        expected = self._expected.get(token)
+        return expected is not None and expected.peer == peer
+
+    # --- accepting ----------------------------------------------------------------------------------
+
+    def serve_socket(self, sock: socket.socket) -> None:
+        """Take over an accepted blocking connection (a thread's main function); returns soon: at the
+        latest after ``HANDSHAKE_TIMEOUT_S``, the first message included and however it is dealt out, at once
+        after :meth:`close`. Never raises.
+        """
+        tls: ssl.SSLSocket | None = None
+        deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            resend_soon(sock)
+            context = self._links.identity.server_context(BULK_ALPN)
+            sock.settimeout(HANDSHAKE_TIMEOUT_S)
+            tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            with self._tracked(tls) as loop:
+                tls.do_handshake()
+                peer = self._prove(tls)
+                token = _read_hello(tls, deadline)
+                link = SocketLink(tls, peer, self._tally, self._limiter)
+                link.way = "direct"
+                loop.run_sync_soon(self._arrived, token, link)
+                tls = None
+        except (OSError, ValueError, IdentityError, LinkBroken, trio.RunFinishedError) as exc:
+            logger.info("Refused an incoming bulk connection: %s", exc)
+        except Exception:  # the edge of a thread that serves a stranger
+            logger.exception("An incoming bulk connection failed.")
+        finally:
+            with contextlib.suppress(OSError):
+                (tls if tls is not None else sock).close()
+
+    def _hand_over(self, token: str, link: SocketLink) -> None:
+        if not (self.is_expected(token, link.peer) and self._expected[token].arrive(link)):
+            self._log_stranger(token, link.peer)
+            link.refuse_now(_NOT_EXPECTED)
+
+    def _log_stranger(self, token: str, peer: str) -> None:
+        if token in self._expected:
+            logger.warning(
+                "A peer came with the transfer token of another one and was refused.", extra={"peer_id": peer}
+            )
+        else:
+            logger.info("A bulk connection came for a transfer that is over.", extra={"peer_id": peer})
+
+    async def _serve_stream(self, stream: Any, caller: str) -> None:
+        link = StreamLink(stream, caller, self._tally, self._limiter)
+        link.way = "stream"
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                hello = await link.hear()
+            if not isinstance(hello, Hello):
+                raise LinkBroken("the peer did not say which transfer its stream is for")
+            if self.is_expected(hello.token, caller) and self._expected[hello.token].arrive(link):
+                await link.closed.wait()
+            else:
+                self._log_stranger(hello.token, caller)
+                await link.say(_NOT_EXPECTED)
+        except (LinkBroken, trio.TooSlowError) as exc:
+            logger.info("Refused an incoming bulk stream: %s", exc, extra={"peer_id": caller})
+        finally:
+            await link.close()
+
+    # --- dialling -----------------------------------------------------------------------------------
+
+    async def dial(self, peer: str, offered: tuple[str, ...], token: str) -> Link:
+        """A direct connection to ``peer``, greeted with ``token``. LinkBroken says what was tried."""
+        targets = self._links.bulk_targets(peer, offered)[:MAX_TARGETS]
+        if (last := self._reached.get(peer)) in targets:
+            targets.remove(last)
+            targets.insert(0, last)
+        problems = []
+        for host, port in targets:
+            try:
+                link = await self._dial_one(peer, host, port, token)
+            except (OSError, ValueError, LinkBroken, IdentityError) as exc:
+                problems.append(f"{host}:{port}: {exc}")
+            else:
+                self._reached[peer] = (host, port)
+                return link
+        raise LinkBroken("; ".join(problems) or "no direct address of it is known")
+
+    async def _dial_one(self, peer: str, host: str, port: int, token: str) -> Link:
+        with trio.move_on_after(DIAL_TIMEOUT_S) as scope:
+            stream = await trio.open_tcp_stream(host, port)
+        if scope.cancelled_caught:
+            raise LinkBroken(f"no answer within {DIAL_TIMEOUT_S:g} s")
+        sock = socket.socket(fileno=stream.socket.detach())
+        self._buffers.apply(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        resend_soon(sock)
+        sock.settimeout(HANDSHAKE_TIMEOUT_S)
+        context = self._links.identity.client_context(BULK_ALPN)
+        try:
+            tls = context.wrap_socket(sock, do_handshake_on_connect=False)
+        except BaseException:
+            sock.close()
+            raise
+
+        def greet() -> None:
+            tls.do_handshake()
+            found = self._prove(tls)
+            if found != peer:
+                raise LinkBroken(f"another node, {found}, answers there")
+            tls.sendall(encode_frame(Hello(token)))
+
+        done = False
+        try:
+            await in_thread(tls, greet, self._limiter)
+            done = True
+        finally:
+            if not done:
+                tls.close()
+        link = SocketLink(tls, peer, self._tally, self._limiter)
+        self._proven.add(link)
+        return link
+
+    async def dial_and_arrive(self, peer: str, offered: tuple[str, ...], token: str) -> None:
+        """Dial for a transfer that is expected *here*. LinkBroken when that fails."""
+        link = await self.dial(peer, offered, token)
+        link.way = "dial-back"
+        if not (self.is_expected(token, peer) and self._expected[token].arrive(link)):
+            await link.close()
+            raise LinkBroken("nobody waits for that connection any more")
+
+    async def open_stream(self, peer: str, token: str) -> Link:
+        """A libp2p stream to ``peer``, through a relay when need be. LinkBroken when it cannot be had."""
+        try:
+            stream = await self._links.open_stream(peer, BULK_PROTOCOL)
+        except NetworkError as exc:
+            raise LinkBroken(str(exc)) from exc
+        link = StreamLink(stream, peer, self._tally, self._limiter)
+        done = False
+        try:
+            await link.say(Hello(token))
+            done = True
+        finally:
+            if not done:
+                await link.close()
+        return link
+
+    # --- both ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _tracked(self, sock: socket.socket) -> Iterator[trio.lowlevel.TrioToken]:
+        with self._lock:
+            loop = self._loop
+            if loop is None:
+                raise LinkBroken("this node is closing")
+            self._open_sockets.add(sock)
+        try:
+            yield loop
+        finally:
+            with self._lock:
+                self._open_sockets.discard(sock)
+
+    def _prove(self, tls: ssl.SSLSocket) -> str:
+        """The PeerID behind a finished handshake; IdentityError when it is not (any more) trusted."""
+        certificate = tls.getpeercert(binary_form=True)
+        if certificate is None:
+            raise LinkBroken("the peer showed no certificate")
+        self._links.identity.check(certificate, presented_chain(tls))
+        return peer_id_of(certificate)
+
+
+def _read_hello(tls: ssl.SSLSocket, deadline: float) -> str:
+    """The token, which is here before ``time.monotonic()`` is ``deadline``: one time-out a byte would let
+    a peer keep the thread for hours.
+    """
+
+    def read(count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise LinkBroken(f"the peer did not say within {HANDSHAKE_TIMEOUT_S:g} s what it came for")
+            tls.settimeout(left_s)
+            more = tls.recv(count - len(data))
+            if not more:
+                raise LinkBroken("the peer closed the connection before it said anything")
+            data += more
+        return data
+
+    hello = decode_frame(read(decode_length(read(LENGTH_BYTES), min(MAX_FRAME_BYTES, 256))))
+    if not isinstance(hello, Hello):
+        raise LinkBroken("the peer did not say which transfer its connection is for")
+    return hello.token

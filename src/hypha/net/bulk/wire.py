@@ -1,0 +1,200 @@
+"""The words of the bulk plane: what is said on a connection around the bytes of a file.
+
+The dialler says :class:`Hello`, the receiver of the file :class:`Go` (preceded by any number of
+:class:`Working` while it is busy), the sender sends the bytes from that offset on, and the receiver ends
+with a :class:`Verdict`, at any time. After an ``ok`` a socket may be kept; the next words on it are the
+sender's :class:`~hypha.messages.BulkOffer` of another file, answered by ``Go`` or ``Verdict`` as above. A
+frame is its length (4 bytes, big-endian) and a MessagePack struct. On a stream the file's bytes follow
+``Go`` as they are, with the encoding ``zstd`` in blocks of at most ``BLOCK_BYTES`` plain bytes, each
+compressed on its own behind its length. On a socket they follow in blocks that :mod:`hypha.net.bulk.sealing`
+seals, each perhaps compressed before. Where offer and ``Go`` both say ``zstd_blocks`` the bytes follow in
+blocks on streams as well, and the highest bit of a block's length says whether that one is compressed.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Protocol
+
+import msgspec
+import zstandard
+from msgspec import Struct
+
+from hypha.decoding import decode
+from hypha.errors import Undecodable
+from hypha.messages import WIRE_VERSION, BulkOffer, PeerRef, Request, Response
+from hypha.pki.identity import Identity
+
+BULK_PROTOCOL = "/hypha/bulk/1"
+BULK_ALPN = "hypha-bulk/2"
+
+#: Read, written and compressed at a time.
+BLOCK_BYTES = 1 << 20
+#: No frame is longer than this: it holds a token or a sentence.
+MAX_FRAME_BYTES = 16 << 10
+#: A compressed block may be a little longer than what is in it.
+MAX_BLOCK_BYTES = BLOCK_BYTES + (BLOCK_BYTES >> 4)
+
+HANDSHAKE_TIMEOUT_S = 5.0
+#: No byte for this long, and the connection is given up.
+STALL_TIMEOUT_S = 30.0
+#: A busy receiver says ``Working`` this often.
+WORKING_INTERVAL_S = 5.0
+
+_LENGTH = struct.Struct(">I")
+LENGTH_BYTES = _LENGTH.size
+#: The bit of a length that says that the block behind it is compressed.
+_PACKED = 1 << 31
+
+
+class BulkLinks(Protocol):
+    """What the bulk plane needs of its node; ``hypha.net.node.Node`` is one."""
+
+    @property
+    def identity(self) -> Identity:
+        """This node's identity; its contexts are asked for anew for each connection."""
+
+    async def request(self, peer: PeerRef | str, request: Request, timeout_s: float = 10.0) -> Response:
+        """As ``Node.request``: Refused, PeerUnreachable, RequestTimeout."""
+
+    def answer(self, kind: type[Any], handler: Any) -> None:
+        """As ``Node.answer``, for anybody who may connect."""
+
+    async def open_stream(self, peer: PeerRef | str, protocol: str) -> Any:
+        """A libp2p stream (``read(n)``, ``write(data)``, ``close()``, ``reset()``), through a relay when
+        there is no other way; PeerUnreachable when it cannot be had.
+        """
+
+    def set_stream_handler(self, protocol: str, handler: Any) -> None:
+        """``async handler(stream, caller)`` for each stream that a peer opens; the handler closes it."""
+
+    def bulk_addresses(self) -> list[str]:
+        """Direct multiaddrs of this node that others may dial; no circuits."""
+
+    def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
+        """``(host, port)`` to dial for bulk, best first: the remote end of live direct connections to
+        ``peer`` that *this* node dialled, then ``offered`` and known direct addresses that are not
+        excluded. Empty when only a relay leads there.
+        """
+
+    def roles_of(self, peer: str) -> frozenset[str]:
+        """As ``Node.roles_of``: PeerUnreachable for a peer that never was connected."""
+
+    def reached_by(self, peer: str) -> bool:
+        """Whether ``peer`` has a live direct connection to this node that *it* dialled, and there is
+        none that this node dialled: so it can reach us, and whether we can reach it is unknown.
+        """
+
+
+class Hello(Struct, frozen=True, tag="hello"):
+    """The dialler's first words: this connection is for the transfer ``token``."""
+
+    token: str
+    v: int = WIRE_VERSION
+
+
+class Go(Struct, frozen=True, tag="go"):
+    """The receiver wants the bytes from ``offset`` on, on a socket sealed with ``key``; with ``zstd_blocks``,
+    which only answers an offer that says so, single blocks may be compressed.
+    """
+
+    offset: int
+    key: bytes = b""
+    zstd_blocks: bool = False
+
+
+class Working(Struct, frozen=True, tag="working"):
+    """The receiver is busy (hashing, syncing, checking), not dead."""
+
+
+class Verdict(Struct, frozen=True, tag="verdict"):
+    """The end. ``ok``; ``corrupt``; ``refused`` with a refusal code; ``failed`` on the receiver's side.
+    ``again``: another attempt may well succeed.
+    """
+
+    outcome: str
+    code: str = ""
+    reason: str = ""
+    again: bool = False
+
+
+Frame = Hello | Go | Working | Verdict | BulkOffer
+
+_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
+
+
+class LinkBroken(Exception):
+    """A connection of the bulk plane ended, stalled or said nonsense."""
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """Length and struct."""
+    payload = msgspec.msgpack.encode(frame)
+    return encode_length(len(payload)) + payload
+
+
+def fits(frame: Frame) -> bool:
+    """Whether it is short enough to be a frame: an offer that names hundreds of contributors is not."""
+    return len(msgspec.msgpack.encode(frame)) <= MAX_FRAME_BYTES
+
+
+def decode_frame(payload: bytes) -> Frame:
+    """The struct; LinkBroken when it is none."""
+    try:
+        return decode(_decoder.decode, payload)
+    except Undecodable as exc:
+        raise LinkBroken(f"the peer sent nonsense: {exc}") from exc
+
+
+def encode_length(length: int) -> bytes:
+    """What goes before a frame or block."""
+    return _LENGTH.pack(length)
+
+
+def decode_length(head: bytes, limit: int) -> int:
+    """Length of a frame or block; LinkBroken over ``limit``."""
+    (length,) = _LENGTH.unpack(head)
+    if not 0 < length <= limit:
+        raise LinkBroken(f"the peer announced {length} bytes where at most {limit} may come")
+    return int(length)
+
+
+def encode_block_length(length: int, packed: bool) -> bytes:
+    """What goes before a block that may be compressed."""
+    return _LENGTH.pack(length | _PACKED if packed else length)
+
+
+def decode_block_length(head: bytes) -> tuple[int, bool]:
+    """Length of such a block, and whether it is compressed; LinkBroken over ``MAX_BLOCK_BYTES``."""
+    (length,) = _LENGTH.unpack(head)
+    packed = bool(length & _PACKED)
+    return decode_length(_LENGTH.pack(length & ~_PACKED), MAX_BLOCK_BYTES), packed
+
+
+class BlockPacker:
+    """Compresses blocks, for one connection."""
+
+    def __init__(self, level: int = 3) -> None:
+        self._compressor = zstandard.ZstdCompressor(level=level)
+
+    def pack(self, block: memoryview) -> bytes:
+        """The block, compressed."""
+        return self._compressor.compress(block)
+
+
+class BlockUnpacker:
+    """Decompresses blocks, for one connection."""
+
+    def __init__(self) -> None:
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def unpack(self, data: bytes | memoryview) -> bytes:
+        """The plain bytes, at most BLOCK_BYTES; LinkBroken when there would be more, or none."""
+        try:
+            # what a frame promises is allocated before it is read: look at it first
+            promised = zstandard.get_frame_parameters(data).content_size
+            if not 0 < promised <= BLOCK_BYTES:
+                raise LinkBroken(f"the peer sent a compressed block of {promised} bytes")
+            return self._decompressor.decompress(data)
+        except zstandard.ZstdError as exc:
+            raise LinkBroken(f"the peer sent a block that cannot be decompressed: {exc}") from exc

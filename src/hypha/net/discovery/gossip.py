@@ -1,0 +1,286 @@
+"""The gossip topic on which schedulers ask for workers.
+
+Every node is subscribed and drains at once (the library's queue holds 32 and then drops); gateways
+forward, and a leaf that has gateways gossips with them alone. The settings were measured: the library's
+defaults isolate leaves of a hub for good, its rate limit drops silently, and its adaptive mode stretches
+the heartbeat to a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import msgspec
+import trio
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
+from libp2p.tools.anyio_service import background_trio_service
+from opentelemetry.trace import SpanKind
+
+from hypha.config.tuning import GossipTuning
+from hypha.decoding import decode
+from hypha.errors import NetworkError, Undecodable
+from hypha.messages import WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, PeerRef, WorkerRequest
+from hypha.net.discovery.publishers import Publishers
+from hypha.net.libp2p import pubsub
+from hypha.node import Heard
+from hypha.telemetry.instruments import GOSSIP_MESSAGES
+from hypha.tracing import hop_traceparent, span, start_span, traceparent
+from hypha.tracing.operations import GOSSIP_PUBLISH, GOSSIP_RECEIVE, GOSSIP_RELAY
+
+logger = logging.getLogger(__name__)
+
+#: Messages a slow subscriber may leave unread; the oldest go first.
+BACKLOG = 256
+#: Publishers whose role has to be asked for, at once.
+MAX_MEETING = 16
+#: How long :meth:`Gossip.publish` waits for somebody to publish to.
+MESH_WAIT_S = 3.0
+#: A request with its publisher's certificates has some kilobytes. Pubsub keeps the messages of the last
+#: seconds, and a thousand more, so that it can give them out again.
+MAX_MESSAGE_BYTES = 32 << 10
+
+_decoder = msgspec.msgpack.Decoder(GossipEnvelope)
+
+
+class Gossip:
+    """Publishes and hears :class:`WorkerRequest`; ``gateways`` says who is worth waiting for,
+    ``concerns`` with whom gossip is exchanged at all, ``publishers`` whose certificate allows to publish. A
+    publisher of whom nothing is known is connected with by ``connect``, and heard when it may be.
+    """
+
+    def __init__(
+        self,
+        host: Any,
+        gateways: Callable[[], list[str]],
+        concerns: Callable[[str], bool],
+        publishers: Publishers,
+        connect: Callable[[PeerRef], Awaitable[None]],
+        mesh: GossipTuning | None = None,
+    ) -> None:
+        mesh = mesh or GossipTuning()
+        self._gateways = gateways
+        self._publishers = publishers
+        self._connect = connect
+        #: publishers of which nothing is known yet, while they are being connected with
+        self._meeting: set[str] = set()
+        pubsub.install()
+        self._router = pubsub.Router(
+            protocols=[PROTOCOL_ID_V12],
+            degree=mesh.degree,
+            degree_low=mesh.degree_low,
+            degree_high=mesh.degree_high,
+            heartbeat_interval=mesh.heartbeat_s,
+            adaptive_gossip_enabled=False,
+            max_messages_per_topic_per_second=1000,
+        )
+        self._router.begin_relaying = self._begin_relaying
+        self._pubsub = pubsub.Company(host, self._router, concerns)
+        self._pubsub.set_topic_validator(WORKER_TOPIC, self._may_publish, False)
+        # message numbers of a restarted node must not repeat those its peers still remember
+        self._pubsub.counter = time.time_ns()
+        self._listeners: set[tuple[trio.MemorySendChannel[Heard], trio.MemoryReceiveChannel[Heard]]] = set()
+
+    async def start(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
+        """Run until ``stack`` is unwound."""
+        await stack.enter_async_context(background_trio_service(self._pubsub))
+        await stack.enter_async_context(background_trio_service(self._router))
+        await self._pubsub.wait_until_ready()
+        subscription = await self._pubsub.subscribe(WORKER_TOPIC)
+        nursery.start_soon(self._drain, subscription, nursery)
+
+    def close(self) -> None:
+        """End the library's thread that forgets old message numbers; nobody else would."""
+        self._pubsub.seen_messages.stop()
+
+    async def include(self, peer: str) -> None:
+        """Exchange gossip with ``peer``, a gateway that is in use from now on.
+
+        Which peer is at a gateway's address is known once it was dialled. When something else has connected
+        this node with it before (a circuit through it is enough), pubsub took it for nobody's concern.
+        """
+        await self._pubsub.include(ID.from_string(peer))
+
+    async def publish(self, message: WorkerRequest) -> None:
+        """Tell everybody. Waits a moment for the mesh; without one the message reaches nobody."""
+        with span(GOSSIP_PUBLISH, _attributes("send"), kind=SpanKind.PRODUCER):
+            await self._wait_for_mesh()
+            envelope = GossipEnvelope(
+                body=message, traceparent=traceparent(), certificates=self._publishers.own_certificates
+            )
+            await self._pubsub.publish(WORKER_TOPIC, msgspec.msgpack.encode(envelope))
+        GOSSIP_MESSAGES.add(event="published")
+        logger.debug("Published request %s for workers.", message.request_id)
+
+    @property
+    def mesh_size(self) -> int:
+        """Peers to which messages are passed on."""
+        return len(self._router.mesh.get(WORKER_TOPIC, ()))
+
+    async def _wait_for_mesh(self) -> None:
+        with trio.move_on_after(MESH_WAIT_S) as scope:
+            while True:
+                mesh = self._router.mesh.get(WORKER_TOPIC, set())
+                gateways = self._gateways()
+                if any(ID.from_string(one) in mesh for one in gateways) or (mesh and not gateways):
+                    return
+                # the library has an event for one peer's joining only; gateways come and go
+                await trio.sleep(0.02)
+        if scope.cancelled_caught:
+            logger.warning("Nobody is there to pass a worker request on; it is published all the same.")
+
+    @asynccontextmanager
+    async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[Heard]]:
+        """A channel of (publisher, message), from now on; for a slow reader the oldest are dropped."""
+        channel = trio.open_memory_channel[Heard](BACKLOG)
+        self._listeners.add(channel)
+        try:
+            async with channel[1]:
+                yield channel[1]
+        finally:
+            self._listeners.discard(channel)
+            channel[0].close()
+
+    def _may_publish(self, forwarder: ID, raw: Any) -> bool:
+        """What the library asks, once for each message, before it is passed on or taken."""
+        publisher = ID(raw.from_id)
+        if publisher == self._pubsub.my_id:
+            return True
+        if len(raw.data) > MAX_MESSAGE_BYTES:
+            GOSSIP_MESSAGES.add(event="dropped")
+            return False
+        try:
+            certificates = decode(_decoder.decode, raw.data).certificates
+        except Undecodable:
+            certificates = ()  # whoever takes it says so; a gateway may be of an older version than both ends
+        if self._publishers.refused(WORKER_TOPIC, str(publisher), certificates):
+            GOSSIP_MESSAGES.add(event="dropped")
+            return False
+        return True
+
+    async def _drain(self, subscription: Any, nursery: trio.Nursery) -> None:
+        while True:
+            raw = await subscription.get()
+            try:
+                self._hear(raw, nursery)
+            except Exception:  # the edge of a service loop: what one peer published must not end it
+                GOSSIP_MESSAGES.add(event="dropped")
+                logger.exception("A gossip message could not be taken.")
+
+    def _hear(self, raw: Any, nursery: trio.Nursery) -> None:
+        if ID(raw.from_id) == self._pubsub.my_id:
+            return
+        # who it is has been proven by the signature
+        publisher = str(ID(raw.from_id))
+        try:
+            envelope = decode(_decoder.decode, raw.data)
+        except Undecodable as exc:
+            GOSSIP_MESSAGES.add(event="dropped")
+            logger.warning("A gossip message does not decode: %s", exc, extra={"peer_id": publisher})
+            return
+        if envelope.v != WIRE_VERSION:
+            GOSSIP_MESSAGES.add(event="dropped")
+            logger.warning("A gossip message has version %d.", envelope.v, extra={"peer_id": publisher})
+            return
+        if envelope.body.scheduler.peer != publisher:
+            GOSSIP_MESSAGES.add(event="dropped")
+            logger.warning(
+                "A worker request names another scheduler than its publisher; it is dropped.",
+                extra={"peer_id": publisher},
+            )
+            return
+        forwarder = self._pubsub.forwarder_of(raw)
+        if self._publishers.are_known(publisher, envelope.certificates):
+            self._take(envelope, publisher, forwarder)
+        elif self._listeners and len(self._meeting) < MAX_MEETING and publisher not in self._meeting:
+            self._meeting.add(publisher)
+            nursery.start_soon(self._meet, envelope, publisher, forwarder)
+
+    async def _meet(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
+        """Take a request whose publisher, of an older version, does not say who it is, once that is known."""
+        try:
+            await self._connect(envelope.body.scheduler)
+        except NetworkError as exc:
+            logger.debug("A scheduler cannot be reached: %s", exc, extra={"peer_id": publisher})
+        else:
+            if self._publishers.refused(WORKER_TOPIC, publisher, ()):
+                GOSSIP_MESSAGES.add(event="dropped")
+            else:
+                self._take(envelope, publisher, forwarder)
+        finally:
+            self._meeting.discard(publisher)
+
+    def _take(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
+        GOSSIP_MESSAGES.add(event="received")
+        request = envelope.body.request_id
+        logger.debug("Request %s for workers arrived.", request, extra={"peer_id": publisher})
+        if not self._listeners:
+            return
+        attributes = {**_attributes("receive"), "hypha.peer": publisher}
+        parent = _passed_on(envelope.traceparent, publisher, forwarder)
+        with span(GOSSIP_RECEIVE, attributes, kind=SpanKind.CONSUMER, parent=parent):
+            for send, receive in self._listeners:
+                _put(send, receive, Heard(publisher, envelope.body, traceparent()))
+
+    def _begin_relaying(self, raw: Any, forwarder: str) -> Callable[[set[str]], None]:
+        """A message of somebody else is about to be passed on."""
+        publisher = str(ID(raw.from_id))
+        try:
+            sent_in = decode(_decoder.decode, raw.data).traceparent
+        except Undecodable:
+            sent_in = None  # whoever takes it says so
+        relaying = start_span(
+            GOSSIP_RELAY,
+            {**_attributes("send"), "hypha.peer": publisher},
+            kind=SpanKind.PRODUCER,
+            parent=_passed_on(sent_in, publisher, forwarder),
+            identity=_hop(sent_in, str(self._pubsub.my_id)),
+        )
+
+        def done(receivers: set[str]) -> None:
+            if not receivers:
+                return  # a span that never ends is never seen: nothing was passed on
+            GOSSIP_MESSAGES.add(event="relayed")
+            relaying.set_attribute("hypha.receivers", len(receivers))
+            relaying.end()
+            logger.debug(
+                "Passed a request for workers on to %d peers.", len(receivers), extra={"peer_id": publisher}
+            )
+
+        return done
+
+
+def _attributes(operation: str) -> dict[str, str]:
+    return {"messaging.operation.name": operation, "messaging.destination.name": WORKER_TOPIC}
+
+
+def _passed_on(sent_in: str | None, publisher: str, forwarder: str | None) -> str | None:
+    """The ``traceparent`` of the operation by which a message came here: its publication, or its relay."""
+    if forwarder is None or forwarder == publisher:
+        return sent_in
+    return _hop(sent_in, forwarder)
+
+
+def _hop(sent_in: str | None, peer: str) -> str | None:
+    """As :func:`hop_traceparent`, of what a peer has sent; None where that is no ``traceparent``."""
+    try:
+        return hop_traceparent(sent_in, peer) if sent_in else None
+    except ValueError:
+        return None
+
+
+def _put(
+    send: trio.MemorySendChannel[Heard], receive: trio.MemoryReceiveChannel[Heard], heard: Heard
+) -> None:
+    try:
+        send.send_nowait(heard)
+    except trio.WouldBlock:
+        receive.receive_nowait()  # this very moment full, so there is an oldest one
+        GOSSIP_MESSAGES.add(event="dropped")
+        send.send_nowait(heard)
+    except trio.BrokenResourceError:
+        logger.debug("A listener has just left.")
