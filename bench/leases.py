@@ -23,9 +23,9 @@ from hypha.config.models import JobResourcesConfig, OfferConfig
 from hypha.leases import Lease
 from hypha.messages import ExecutorDescriptor, Resources
 from hypha.net import open_node
-from hypha.scheduler.pool import LeaseGained, Pool, asks_from
-from hypha.worker.arbiter import Arbiter
-from hypha.worker.offers import LeaseDesk, serve_offers
+from hypha.scheduler.leasing.pool import LeaseGained, Pool, asks_from
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.offers import LeaseDesk, serve_offers
 
 WORKERS = 20
 PROCESSES = 2

@@ -1,13 +1,13 @@
 """How the outer optimizer is best set, by task, number of rounds and number of workers: the table of
 ``docs/defaults.md``, which is written from here.
 
-DiLoCo as the executors do it, with three seeds or more of everything: each worker takes inner steps of
-AdamW, whose state it keeps, from the theta of the round; the mean of what they have changed goes through the
-outer step. All settings, seeds and workers are trained at once, as slices of stacked tensors, on batches
-that are the same for every setting. Few rounds are long and many are short, as in jobs of people. The outer
-step is that of :class:`hypha.executor.outer.OuterStep`, on stacked tensors; that the two agree is checked
-before anything is measured. One process trains on as many samples as all workers of a cell have had, in
-batches of the same size.
+DiLoCo as the executors do it, with three seeds or more of everything: each worker takes inner steps of AdamW,
+whose state it keeps, from the theta of the round; the mean of what they have changed goes through the outer
+step. All settings, seeds and workers are trained at once, as slices of stacked tensors, on batches that are
+the same for every setting. Few rounds are long and many are short, as in jobs of people. The outer step is
+that of :class:`hypha.executor.outer.step.OuterStep`, on stacked tensors; that the two agree is checked before
+anything is measured. One process trains on as many samples as all workers of a cell have had, in batches of
+the same size.
 
 What has been measured stays in ``bench/results/outer_defaults/``: a study that was interrupted goes on, and
 only what is missing is measured. It takes a quarter of an hour of one core, and more where the core is
@@ -29,9 +29,9 @@ from torch import Tensor
 from bench.outer_tasks import TASKS, Stack, Task, held_out_losses, initial, losses
 from bench.report import RESULTS, Bound, Report, Row
 from hypha.config.outer import chosen
-from hypha.executor.outer import OuterStep
-from hypha.executor.tensors import Theta
-from hypha.executor.updates import write_update
+from hypha.executor.files.tensors import Theta
+from hypha.executor.files.updates import write_update
+from hypha.executor.outer.step import OuterStep
 from hypha.messages import AggregateJob, ExecutorDescriptor, ModelSpec, OuterOptimizer, PeerRef
 
 PAGE = Path(__file__).parent.parent / "docs" / "defaults.md"

@@ -26,9 +26,9 @@ from tests.support.system import digits_dataset, digits_job, digits_model, open_
 from bench.report import Bound, Report, Row
 from hypha.config.inherited import child_environment
 from hypha.messages import ExecutorDescriptor, Loaded, ModelSpec, PeerRef, Peers, TrainJob
-from hypha.worker.keepers import Launch, OwnExecutor
-from hypha.worker.process import run_executor
-from hypha.worker.warm import SharedHost
+from hypha.worker.processes.keepers import Launch, OwnExecutor
+from hypha.worker.processes.process import run_executor
+from hypha.worker.processes.warm import SharedHost
 
 REPEATS = 5
 LOADED_S = 0.5

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypha.cli.rerun import rerun
+from hypha.cli.job.rerun import rerun
 from hypha.data.manifest import MANIFEST_FILE, read_manifest
 from hypha.decoding import MAX_REASON, decode, decode_json
 from hypha.errors import DataError, HyphaError, Refused, Undecodable
-from hypha.executor.tensors import TensorFile
+from hypha.executor.files.tensors import TensorFile
 from hypha.messages import (
     MAX_ADDRESSES_SENT,
     BulkDial,
@@ -31,8 +31,8 @@ from hypha.messages import (
     WorkerOffer,
 )
 from hypha.net.peers.addresses import parse
-from hypha.scheduler.ledger import read_ledger
-from hypha.worker.bridge import _decode
+from hypha.scheduler.durable.ledger import read_ledger
+from hypha.worker.bridge.server import _decode
 
 SOURCE = Path(__file__).parent.parent / "src" / "hypha"
 #: Who decodes by itself, and why: what nobody else wrote.
@@ -44,8 +44,8 @@ TRUSTED = {
     "sinks": "parent and child speak over a pipe of their own",
     "executor/host.py": "its parent is the worker",
     "executor/trial.py": "its parent is the scheduler",
-    "config/loading.py": "the operator's own words",
-    "cli/rerun.py": "an entry that it has written a moment ago",
+    "config/reading/loading.py": "the operator's own words",
+    "cli/job/rerun.py": "an entry that it has written a moment ago",
 }
 CALLS = {"json.loads", "json.load", "msgspec.json.decode", "msgspec.msgpack.decode"}
 METHODS = {"ParseFromString", "FromString"}

@@ -16,17 +16,17 @@ from tests.scheduler.test_rounds import rules
 from tests.scheduler.world import Worker, World
 from tests.worker.test_arbiter import arbiter, hear, request
 
-from hypha.cli.rerun import rerun
+from hypha.cli.job.rerun import rerun
 from hypha.errors import HyphaError, JobFailed
 from hypha.journal import KEPT_BYTES, Entry, Journal, encode_line, write_entries
 from hypha.leases import Release, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Progress, Resources, WorkerOffer
-from hypha.scheduler.allocation import Ask, Gained, Lost, Offered, Want
-from hypha.scheduler.allocator import Allocator
-from hypha.scheduler.events import Fail, Publish, Record
-from hypha.scheduler.events import Tick as RoundTick
-from hypha.scheduler.renewal import ConnectionLost, Renewal, RenewalFailed, Renewed
-from hypha.worker.arbiter import OfferFailed, RenewAsked
+from hypha.scheduler.leasing.allocator import Allocator
+from hypha.scheduler.leasing.events import Ask, Gained, Lost, Offered, Want
+from hypha.scheduler.leasing.renewal import ConnectionLost, Renewal, RenewalFailed, Renewed
+from hypha.scheduler.rounds.events import Fail, Publish, Record
+from hypha.scheduler.rounds.events import Tick as RoundTick
+from hypha.worker.leasing.arbiter import OfferFailed, RenewAsked
 
 
 def eventful(journal: Journal, seed: int = 5) -> World:

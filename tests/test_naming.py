@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 
 from hypha import naming
-from hypha.cli.job_page import LastWarnings
+from hypha.cli.job.page import LastWarnings
+from hypha.cli.job.timeline import trace_events
 from hypha.cli.running import print_error
-from hypha.cli.timeline import trace_events
 from hypha.errors import ConfigError, PeerUnreachable, Problem
-from hypha.scheduler.open_round import OpenRound, Track
-from hypha.scheduler.round_record import RoundRecord, WorkerRound, without_spans
+from hypha.scheduler.status.open_round import OpenRound, Track
+from hypha.scheduler.status.round_record import RoundRecord, WorkerRound, without_spans
 from hypha.telemetry.logs import JsonFormatter, TextFormatter
 
 KNOWN = "12D3KooWNaefi5RhPsS2899hvqtCuA1bPzkLUcs5c8UZQCrQZawm"

@@ -20,7 +20,7 @@ from tests.recorded.record import VERSIONS, recorded_messages
 from tests.recorded.states import JOB, copied, read_states
 
 from hypha import __version__, messages
-from hypha.cli.rerun import rerun
+from hypha.cli.job.rerun import rerun
 from hypha.messages import GossipEnvelope, Message, RequestEnvelope, Value, WorkerOffer, WorkerRequest
 from hypha.net.bulk import wire as bulk_wire
 

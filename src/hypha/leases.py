@@ -6,8 +6,8 @@ once dispatched to, one job. Expiry alone frees it: no message is needed. What i
 exceeds the total. A lease may ask to be *held while draining*: when it ends, its resources stay
 reserved until its executor is gone, at most for the time it asked for.
 
-The lessee's side is :mod:`hypha.scheduler.renewal`. There is no clock in here: times are seconds of one
-node's monotonic clock and never cross the wire.
+The lessee's side is :mod:`hypha.scheduler.leasing.renewal`. There is no clock in here: times are seconds of
+one node's monotonic clock and never cross the wire.
 """
 
 from __future__ import annotations

@@ -296,7 +296,7 @@ class AggregateJob(Message, tag="aggregate"):
     weighting: Literal["samples", "uniform"] = "samples"
     max_update_norm: float | None = None
     #: without ``max_update_norm``: how many times the median norm of recent updates one may have before it is
-    #: scaled down to that (:mod:`hypha.executor.outliers`)
+    #: scaled down to that (:mod:`hypha.executor.outer.outliers`)
     max_update_ratio: float | None = None
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     round: int = 0
@@ -436,9 +436,10 @@ class Contribution(Value):
 
 class UpdateStatistics(Value):
     """What a parameter server measured of one update: its L2 norm, its cosine to the weighted mean of all
-    updates of the round (estimated, see :mod:`hypha.executor.agreement`; None where there is none, as of
-    zeros), the size of its file, and what it was multiplied by before it was added, as it was larger than it
-    may be (None: this version does not say). ``buffer_clips`` are the same for buffers that it moved too far.
+    updates of the round (estimated, see :mod:`hypha.executor.outer.agreement`; None where there is none, as
+    of zeros), the size of its file, and what it was multiplied by before it was added, as it was larger than
+    it may be (None: this version does not say). ``buffer_clips`` are the same for buffers that it moved too
+    far.
     """
 
     worker: str
@@ -820,7 +821,7 @@ class CheckpointFile(Value):
 class CheckpointIndex(Value):
     """``index.json``: all files of the checkpoint from which ``round`` is started, and the life of the job
     that saved it. ``signature`` (hex) is that of the scheduler which left a copy with a worker: by it the
-    scheduler knows the copy again when it has lost its ledger (:mod:`hypha.scheduler.replicas`).
+    scheduler knows the copy again when it has lost its ledger (:mod:`hypha.scheduler.durable.copies`).
     """
 
     job_id: Id

@@ -69,7 +69,7 @@ def test_what_init_writes_validates_and_names_every_key(program: str, here: Path
 
 @pytest.mark.parametrize("program", COMPONENTS)
 def test_the_commented_defaults_are_the_defaults(program: str, here: Path, pki: Path) -> None:
-    from hypha.config.loading import load_config
+    from hypha.config.reading.loading import load_config
 
     run(program, "init", "-o", "c.toml", "-n", program, "--pki", str(pki), *ARGUMENTS[program])
     text = (here / "c.toml").read_text()

@@ -9,12 +9,12 @@ import pytest
 import trio
 from tests.scheduler.test_history import watched
 
-from hypha.cli.job_page import KEPT_LINES, JobPage, LastWarnings
-from hypha.cli.redaction import MARK, redacted, redacted_config, secrets_in
+from hypha.cli.job.page import KEPT_LINES, JobPage, LastWarnings
+from hypha.cli.job.redaction import MARK, redacted, redacted_config, secrets_in
 from hypha.config.models import DatasetRef, JobConfig, ModelConfig
-from hypha.scheduler.history import History
-from hypha.scheduler.round_record import Now, Past
-from hypha.scheduler.snapshot import JobSnapshot
+from hypha.scheduler.status.history import History
+from hypha.scheduler.status.round_record import Now, Past
+from hypha.scheduler.status.snapshot import JobSnapshot
 
 SECRET = "hf_abcdefghijklmnop"
 

@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from hypha.cli.demo.showing import Show
-from hypha.cli.live import status_panel
+from hypha.cli.job.live import status_panel
 from hypha.cli.probing import Found, show_report
 from hypha.features import features_of
 from hypha.messages import HealthReport
-from hypha.scheduler.snapshot import (
+from hypha.scheduler.status.snapshot import (
     ConnectionSnapshot,
     JobSnapshot,
     LeaseSnapshot,

@@ -11,7 +11,7 @@ import pytest
 from tests.scheduler.test_history import ledger
 from tests.scheduler.test_ledger import entry
 
-from hypha.cli.report import report
+from hypha.cli.job.report import report
 from hypha.errors import HyphaError
 
 #: of every kind, and one that JSON writes otherwise

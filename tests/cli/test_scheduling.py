@@ -12,11 +12,11 @@ import trio
 from tests.support.polling import until
 from tests.telemetry.test_page import read
 
-from hypha.cli.job_page import JobPage
-from hypha.cli.scheduling import serve_page
+from hypha.cli.job.page import JobPage
+from hypha.cli.job.scheduling import serve_page
 from hypha.errors import JobFailed
-from hypha.scheduler.history import History
-from hypha.scheduler.snapshot import JobSnapshot
+from hypha.scheduler.status.history import History
+from hypha.scheduler.status.snapshot import JobSnapshot
 
 
 async def address_in(caplog: pytest.LogCaptureFixture) -> str:

@@ -16,7 +16,7 @@ from hypha.journal import Entry, Journal
 from hypha.leases import Freed, Lease, LeaseBook, Tick
 from hypha.messages import ExecutorDescriptor, HealthReport, Resources
 from hypha.scheduler.goodput.report import GoodputReport
-from hypha.scheduler.snapshot import (
+from hypha.scheduler.status.snapshot import (
     ConnectionSnapshot,
     JobSnapshot,
     LeaseSnapshot,
@@ -26,7 +26,7 @@ from hypha.scheduler.snapshot import (
 )
 from hypha.telemetry import serve_http
 from hypha.telemetry.page import Access, Feed, page_routes
-from hypha.worker.given import GivenLease, GivenLeases
+from hypha.worker.leasing.given import GivenLease, GivenLeases
 
 TRAINING = JobSnapshot(
     name="digits",

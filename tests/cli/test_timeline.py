@@ -11,8 +11,8 @@ from tests.cli.test_status import hypha
 from tests.scheduler.test_history import ledger, watched
 from tests.scheduler.test_ledger import entry
 
-from hypha.cli.timeline import TraceEvent, trace_events
-from hypha.scheduler.round_record import Fault, RoundRecord, Span, WorkerRound
+from hypha.cli.job.timeline import TraceEvent, trace_events
+from hypha.scheduler.status.round_record import Fault, RoundRecord, Span, WorkerRound
 
 WALL = 1_700_000_000.0
 

@@ -9,7 +9,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypha.config.lines import key_lines
+from hypha.config.reading.lines import key_lines
 
 TEXT = '''\
 # comment with [brackets] = "x"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hypha.config.loading import Flag, load_config, parse_setting
 from hypha.config.models import DataConfig, GatewayConfig, NodeConfig, SchedulerConfig, WorkerConfig
+from hypha.config.reading.loading import Flag, load_config, parse_setting
 from hypha.errors import ConfigError, Problem
 
 GOOD = """\

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hypha.config.loading import Flag, load_config
 from hypha.config.models import GatewayConfig, SchedulerConfig
 from hypha.config.otel import TelemetrySettings, resolve_telemetry
+from hypha.config.reading.loading import Flag, load_config
 from hypha.errors import ConfigError
 
 BASE = """

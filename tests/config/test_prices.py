@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tests.config.test_loading import GOOD, problems, write
 
-from hypha.config.loading import load_config
 from hypha.config.models import SchedulerConfig, WorkerConfig
+from hypha.config.reading.loading import load_config
 
 
 @pytest.mark.parametrize(

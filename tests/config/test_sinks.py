@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hypha.config import sinks
-from hypha.config.loading import load_config
 from hypha.config.models import SchedulerConfig
+from hypha.config.reading.loading import load_config
 from hypha.errors import ConfigError
 
 JOB = """\

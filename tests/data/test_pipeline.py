@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypha.data import pipeline
-from hypha.data.pipeline import Holdout, Shuffle, SliceWriter, samples_for
+from hypha.data.preparing import pipeline
+from hypha.data.preparing.pipeline import Holdout, Shuffle, SliceWriter, samples_for
 from hypha.data.slices import hash_file
 from hypha.messages import Column
 

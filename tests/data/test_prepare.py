@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from tests.data.reading import read_dataset
 
-from hypha.data import PrepareOptions, load_dataset_directory, prepare, staging, verify
+from hypha.data import PrepareOptions, load_dataset_directory, prepare, verify
 from hypha.data.labels import read_labels
-from hypha.data.locks import take
 from hypha.data.manifest import MANIFEST_FILE, read_manifest
+from hypha.data.preparing import staging
+from hypha.data.serving.locks import take
 from hypha.errors import ConfigError, DataError, InputUnusable
 from hypha.manifests import manifest_hash
 from hypha.messages import ClassNames, Column
@@ -335,7 +336,7 @@ def test_where_there_are_no_locks_nothing_is_removed_but_what_was_replaced_is_re
 KILLED_AT_EACH_LINE = """
 import os, signal, sys
 from pathlib import Path
-from hypha.data import staging
+from hypha.data.preparing import staging
 from hypha.errors import InputUnusable
 
 target = Path(sys.argv[1])
@@ -416,7 +417,7 @@ SLOW = """
 import signal, sys, time
 from pathlib import Path
 from hypha.data import PrepareOptions, prepare
-from hypha.data import pipeline
+from hypha.data.preparing import pipeline
 
 cut = pipeline.SliceWriter._cut
 

@@ -16,19 +16,12 @@ from tests.support.polling import until
 from tests.support.signals import Signals
 
 from hypha.config.models import DataConfig, DatasetConfig
-from hypha.data import (
-    Dataset,
-    PrepareOptions,
-    load_dataset_directory,
-    prepare,
-    read_manifest,
-    run_data,
-    serve,
-)
-from hypha.data.locks import take
-from hypha.data.serve import Shelf, load_datasets
-from hypha.data.served import ServedSlices
-from hypha.data.staging import Staging
+from hypha.data import Dataset, PrepareOptions, load_dataset_directory, prepare, read_manifest, run_data
+from hypha.data.preparing.staging import Staging
+from hypha.data.serving import serve
+from hypha.data.serving.locks import take
+from hypha.data.serving.serve import Shelf, load_datasets
+from hypha.data.serving.served import ServedSlices
 from hypha.errors import ConfigError, DataError, InputUnusable, PeerUnreachable, Refused
 from hypha.messages import (
     DatasetDescription,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.data.test_command import command
 
-from hypha.data.slice_advice import BUSY, LEAST_PER_WORKER, Pace, advise, fit
+from hypha.data.serving.slice_advice import BUSY, LEAST_PER_WORKER, Pace, advise, fit
 from hypha.messages import Manifest, SliceInfo
 
 PACE = Pace(workers=4, sample_bytes=3136, batch_size=32, batch_s=0.05, mbit=100)

@@ -9,13 +9,14 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from hypha.executor import models, tensors, updates
-from hypha.executor.forward import Forward
-from hypha.executor.inner import Inner, Processor, round_seed
-from hypha.executor.model_tensors import ModelTensors, check_buffers, check_same_model
-from hypha.executor.outer import OuterStep
-from hypha.executor.preprocessing import Preprocessor, padding_of
-from hypha.executor.slices_reader import RowStream, Slice, slice_order
+from hypha.executor.files import tensors, updates
+from hypha.executor.inner.loop import Inner, Processor, round_seed
+from hypha.executor.inner.slices_reader import RowStream, Slice, slice_order
+from hypha.executor.models import loading as models
+from hypha.executor.models.forward import Forward
+from hypha.executor.models.model_tensors import ModelTensors, check_buffers, check_same_model
+from hypha.executor.models.preprocessing import Preprocessor, padding_of
+from hypha.executor.outer.step import OuterStep
 from hypha.messages import (
     AggregateJob,
     ExecutorDescriptor,

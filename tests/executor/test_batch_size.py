@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hypha.executor.batch_size import BatchSize
+from hypha.executor.inner.batch_size import BatchSize
 
 
 def sizes(size: BatchSize, seconds: Callable[[int], float], fits: Callable[[int], bool]) -> list[int]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hypha.executor.bridge_client import BridgeClient
-from hypha.executor.bridge_http import Answer, Connection, Unanswered, lines
+from hypha.executor.bridge.client import BridgeClient
+from hypha.executor.bridge.http import Answer, Connection, Unanswered, lines
 from hypha.messages import Uri
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hypha.errors import CheckpointUnusable
-from hypha.executor import tensors
-from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
+from hypha.executor.files import tensors
+from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 
 
 class Tied(nn.Module):

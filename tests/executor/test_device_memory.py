@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hypha.errors import ModelError
-from hypha.executor.device_memory import VARIABLE, bytes_allowed, cap_memory, share_of
-from hypha.worker.devices import MEMORY_VARIABLE
+from hypha.executor.inner.device_memory import VARIABLE, bytes_allowed, cap_memory, share_of
+from hypha.worker.limits.devices import MEMORY_VARIABLE
 
 
 def test_worker_and_executor_mean_the_same_variable() -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from hypha.errors import DataError, ModelError
-from hypha.executor import models
 from hypha.executor.evaluate import accuracy, evaluate, main
+from hypha.executor.models import loading as models
 from hypha.messages import ModelSpec
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hypha.errors import BatchFailed, DataError, ModelError
-from hypha.executor.forward import Forward
-from hypha.executor.label_types import loss_of
-from hypha.executor.models import build
+from hypha.executor.models.forward import Forward
+from hypha.executor.models.label_types import loss_of
+from hypha.executor.models.loading import build
 from hypha.messages import ModelSpec
 
 BERT: dict[str, object] = {

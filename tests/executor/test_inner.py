@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from hypha.errors import ModelError
-from hypha.executor.forward import Forward
-from hypha.executor.inner import Inner, accelerator_for, learning_rate_factor, round_seed
+from hypha.executor.inner.loop import Inner, accelerator_for, learning_rate_factor, round_seed
+from hypha.executor.models.forward import Forward
 from hypha.messages import (
     ExecutorDescriptor,
     InnerOptimizer,

@@ -13,11 +13,12 @@ from torch import nn
 
 from hypha.config.tasks import ALIASES, TASKS
 from hypha.errors import DataError, ModelError
-from hypha.executor import models, tensors
-from hypha.executor.forward import Forward
-from hypha.executor.label_types import loss_of
-from hypha.executor.models import build
-from hypha.executor.preprocessing import Preprocessor
+from hypha.executor.files import tensors
+from hypha.executor.models import loading as models
+from hypha.executor.models.forward import Forward
+from hypha.executor.models.label_types import loss_of
+from hypha.executor.models.loading import build
+from hypha.executor.models.preprocessing import Preprocessor
 from hypha.messages import Local, ModelSpec, PreprocessorSpec
 
 GPT2 = {
@@ -161,10 +162,10 @@ def test_sources_that_hold_no_model_are_explained(tmp_path: Path) -> None:
         ("torch.nn:Linear", "missing"),
         ("builtins:dict", "returned a dict"),
         # what a package has imported is not its own, and is reached neither by its name nor by a walk
-        ("hypha.executor.models:shutil.rmtree", "no attribute 'shutil.rmtree'"),
-        ("hypha.executor.models:shutil", "a module; an entrypoint is a class or a function"),
-        ("hypha.executor.models:save_model", r"defined in safetensors.torch, not in hypha"),
-        ("hypha.executor.models:TASKS", "a dict; an entrypoint is"),
+        ("hypha.executor.models.loading:shutil.rmtree", "no attribute 'shutil.rmtree'"),
+        ("hypha.executor.models.loading:shutil", "a module; an entrypoint is a class or a function"),
+        ("hypha.executor.models.loading:save_model", r"defined in safetensors.torch, not in hypha"),
+        ("hypha.executor.models.loading:TASKS", "a dict; an entrypoint is"),
     ],
 )
 def test_entrypoints_that_build_nothing_are_explained(entrypoint: str | None, words: str) -> None:

@@ -11,10 +11,11 @@ from tests.executor import small_job
 from torch import Tensor
 
 from hypha.errors import HyphaError, ModelError, NotFinite
-from hypha.executor import models, tensors
-from hypha.executor.model_tensors import ModelTensors
-from hypha.executor.outer import OuterStep
-from hypha.executor.tensors import Theta
+from hypha.executor.files import tensors
+from hypha.executor.files.tensors import Theta
+from hypha.executor.models import loading as models
+from hypha.executor.models.model_tensors import ModelTensors
+from hypha.executor.outer.step import OuterStep
 from hypha.messages import AggregateJob, ExecutorDescriptor, ModelSpec, PeerRef
 
 

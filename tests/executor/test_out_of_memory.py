@@ -9,9 +9,9 @@ import torch
 from tests.executor.test_inner import batches, inner_of, job
 from torch import Tensor, nn
 
-from hypha.executor.forward import Forward
-from hypha.executor.inner import Inner, Processor
-from hypha.executor.out_of_memory import RowsAtATime, is_out_of_memory
+from hypha.executor.inner.loop import Inner, Processor
+from hypha.executor.inner.out_of_memory import RowsAtATime, is_out_of_memory
+from hypha.executor.models.forward import Forward
 from hypha.executor.running import kind_of
 from hypha.messages import InnerOptimizer, ModelSpec
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from hypha.errors import Refused
-from hypha.executor import tensors, updates
-from hypha.executor.outer import OuterStep, recorded_in
-from hypha.executor.outliers import MOST_ASIDE
-from hypha.executor.tensors import Theta
+from hypha.executor.files import tensors, updates
+from hypha.executor.files.tensors import Theta
+from hypha.executor.outer.outliers import MOST_ASIDE
+from hypha.executor.outer.step import OuterStep, recorded_in
 from hypha.messages import (
     AggregateJob,
     ExecutorDescriptor,

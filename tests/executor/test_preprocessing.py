@@ -12,7 +12,7 @@ from tests.executor.test_models import GPT2, directory
 from torch import Tensor
 
 from hypha.errors import BatchFailed, ModelError
-from hypha.executor.preprocessing import Preprocessor
+from hypha.executor.models.preprocessing import Preprocessor
 from hypha.messages import Local, ModelSpec, PreprocessorSpec
 
 WORDS = {"[PAD]": 0, "[UNK]": 1, "good": 2, "day": 3, "night": 4, "[END]": 5}

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hypha.errors import BatchFailed, SliceCorrupt
-from hypha.executor.joining import Padding, joined
-from hypha.executor.slices_reader import (
+from hypha.executor.inner.joining import Padding, joined
+from hypha.executor.inner.slices_reader import (
     RowStream,
     Slice,
     SlicePrefetcher,

@@ -13,7 +13,7 @@ from opentelemetry.trace import Span
 from tests.support.stopwatch import Stopwatch
 
 from hypha.errors import PeerUnreachable, Refused
-from hypha.executor.spans import MAX_EVENTS, MAX_TEXT, MAX_WAITING, SpanRecorder
+from hypha.executor.bridge.spans import MAX_EVENTS, MAX_TEXT, MAX_WAITING, SpanRecorder
 from hypha.messages import MAX_SPANS_A_CALL, FinishedSpan
 from hypha.tracing import event, span, start_span, trace_context, traceparent
 from hypha.tracing.operations import SEND_UPDATE, TRAIN

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hypha.errors import DataError, ModelError, NotFinite, Refused
-from hypha.executor import tensors, updates
-from hypha.executor.hashing import Digests
+from hypha.executor.files import tensors, updates
+from hypha.executor.files.hashing import Digests
+from hypha.executor.files.tensors import TensorFile, Theta
+from hypha.executor.files.updates import UpdateFile
 from hypha.executor.running import kind_of
-from hypha.executor.tensors import TensorFile, Theta
-from hypha.executor.updates import UpdateFile
 from hypha.messages import MAX_EVENT_BYTES, Contribution, RoundApplied, SliceRange, encode_json
 
 

@@ -14,9 +14,10 @@ from tests.executor.test_models import GPT2, RESNET, directory
 from torch import Tensor
 
 from hypha.errors import ModelError
-from hypha.executor import models, tensors
-from hypha.executor.model_tensors import check_same_model
-from hypha.executor.models import build
+from hypha.executor.files import tensors
+from hypha.executor.models import loading as models
+from hypha.executor.models.loading import build
+from hypha.executor.models.model_tensors import check_same_model
 from hypha.messages import ModelSpec
 
 CAUSAL = ModelSpec(task="causal-lm", seed=1)

@@ -13,7 +13,7 @@ from tests.fault.conftest import SERVER_ONLY, TRAINING_ONLY, Job
 from tests.support.faults import check_ledger, counted, durations, executors, fail_at
 from tests.support.system import System, keep_system, paced
 
-from hypha.worker.cgroups import usable_cgroups
+from hypha.worker.limits.cgroups import usable_cgroups
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 

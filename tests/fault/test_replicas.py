@@ -16,8 +16,8 @@ from tests.support.system import System
 from hypha.cli.chaos.network import JOB_S
 from hypha.cli.demo.children import Child
 from hypha.messages import CheckpointIndex
-from hypha.scheduler.ledger import Ledger
-from hypha.scheduler.replicas import LIVES_SKIPPED
+from hypha.scheduler.durable.copies import LIVES_SKIPPED
+from hypha.scheduler.durable.ledger import Ledger
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 

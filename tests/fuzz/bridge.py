@@ -14,8 +14,8 @@ from tests.recorded.examples import kinds
 from tests.worker.test_bridge import FileDesk
 
 from hypha.messages import FetchCall, ReceiveCall, SendCall, SpansCall, StatusCall
-from hypha.worker.bridge import bind_bridge, serve_bridge
-from hypha.worker.directory import JobDirectory
+from hypha.worker.bridge.server import bind_bridge, serve_bridge
+from hypha.worker.jobs.directory import JobDirectory
 
 PATHS = {
     StatusCall: "/status/send",

@@ -18,7 +18,7 @@ from tests.recorded.record import VERSIONS
 from tests.support.network import Pki
 from tests.worker.test_arbiter import arbiter, hear
 
-from hypha.cli.rerun import rerun
+from hypha.cli.job.rerun import rerun
 from hypha.data.manifest import read_manifest
 from hypha.data.slices import describe_slice
 from hypha.decoding import decode
@@ -30,10 +30,10 @@ from hypha.errors import (
     ModelError,
     Undecodable,
 )
-from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, read_checkpoint
-from hypha.executor.tensors import TensorFile
-from hypha.executor.updates import contribution_in
-from hypha.executor.weights import keys_in
+from hypha.executor.files.tensors import TensorFile
+from hypha.executor.files.updates import contribution_in
+from hypha.executor.models.weights import keys_in
+from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, read_checkpoint
 from hypha.messages import GossipEnvelope, PeerRef
 from hypha.net.bulk import wire as bulk_wire
 from hypha.net.discovery.dht import _check, _refs
@@ -43,8 +43,8 @@ from hypha.net.libp2p.traced_messages import traceparent_of
 from hypha.net.peers.addresses import AddressBook, host_and_port, ip_of, parse
 from hypha.pki.certificates import peer_id_of, roles_of
 from hypha.pki.identity import IdentityFiles, load_identity
-from hypha.scheduler.history_file import read_history
-from hypha.scheduler.ledger import read_ledger
+from hypha.scheduler.durable.ledger import read_ledger
+from hypha.scheduler.status.history_file import read_history
 from hypha.tracing import span
 from hypha.tracing.operations import ANSWER
 

@@ -40,9 +40,9 @@ from hypha.messages import (
     Steer,
     TrainJob,
 )
-from hypha.net import bulk_wire
-from hypha.scheduler.round_record import Now, Past
-from hypha.scheduler.snapshot import JobSnapshot
+from hypha.net.bulk import wire as bulk_wire
+from hypha.scheduler.status.round_record import Now, Past
+from hypha.scheduler.status.snapshot import JobSnapshot
 
 #: A valid PeerID: some code looks into them.
 PEER = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"

@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from tests.recorded.examples import PEER, descriptor, example, peer
 from tests.scheduler.scene import Scene
 
-from hypha.cli.rerun import rerun
+from hypha.cli.job.rerun import rerun
 from hypha.config.models import CacheConfig, OfferConfig, StorageConfig
 from hypha.data.manifest import load_dataset_directory, make_manifest, write_manifest
-from hypha.executor import tensors
-from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
+from hypha.executor.files import tensors
+from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 from hypha.journal import Journal, write_entries
 from hypha.leases import Renew, Tick
 from hypha.messages import (
@@ -41,22 +41,22 @@ from hypha.messages import (
     WorkerOffer,
     WorkerRequest,
 )
-from hypha.net.bulk_files import hash_file
-from hypha.net.dht import _refs, key_of
-from hypha.scheduler.allocation import Ask, Gained, Lost, Offered, Want
-from hypha.scheduler.allocator import Allocator
-from hypha.scheduler.checkpoints import CheckpointStore
-from hypha.scheduler.export import Published
-from hypha.scheduler.history_file import FILE, HistoryFile, read_history
-from hypha.scheduler.ledger import Ledger, Opening, export_ledger, read_ledger
-from hypha.scheduler.pool import LeaseGained
-from hypha.scheduler.renewal import Renewal, Renewed
-from hypha.scheduler.round_record import RoundRecord
-from hypha.scheduler.slices import SliceTracker, TrackerState
-from hypha.scheduler.state import StateDirectory
-from hypha.worker.arbiter import Arbiter, Heard, RenewAsked
-from hypha.worker.cache import SliceCache
-from hypha.worker.replicas import Owner, ReplicaStore
+from hypha.net.bulk.files import hash_file
+from hypha.net.discovery.dht import _refs, key_of
+from hypha.scheduler.data.slices import SliceTracker, TrackerState
+from hypha.scheduler.durable.checkpoints import CheckpointStore
+from hypha.scheduler.durable.export import Published
+from hypha.scheduler.durable.ledger import Ledger, Opening, export_ledger, read_ledger
+from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.leasing.allocator import Allocator
+from hypha.scheduler.leasing.events import Ask, Gained, Lost, Offered, Want
+from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.leasing.renewal import Renewal, Renewed
+from hypha.scheduler.status.history_file import FILE, HistoryFile, read_history
+from hypha.scheduler.status.round_record import RoundRecord
+from hypha.worker.leasing.arbiter import Arbiter, Heard, RenewAsked
+from hypha.worker.slices.cache import SliceCache
+from hypha.worker.storage.replicas import Owner, ReplicaStore
 
 JOB, ROUND = "recorded", 2
 STORAGE = StorageConfig(checkpoints_gb=1.0, keep_days=36500.0)

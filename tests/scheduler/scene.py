@@ -27,16 +27,16 @@ from hypha.messages import (
     UpdateSent,
     UpdateStatistics,
 )
-from hypha.scheduler import allocation
-from hypha.scheduler.allocator import NAME as ALLOCATOR
-from hypha.scheduler.events import CarriedOver, Input, Joined, Leaves, Lost, Reported, SliceAsked, Told
+from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.report import GoodputNews, GoodputReport
-from hypha.scheduler.renewal import NAME as RENEWAL
-from hypha.scheduler.renewal import Lapsed, RenewalFailed, Renewed
-from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.rules import Rules, Start
-from hypha.scheduler.slices import SliceTracker
+from hypha.scheduler.leasing import events as allocation
+from hypha.scheduler.leasing.allocator import NAME as ALLOCATOR
+from hypha.scheduler.leasing.renewal import NAME as RENEWAL
+from hypha.scheduler.leasing.renewal import Lapsed, RenewalFailed, Renewed
+from hypha.scheduler.rounds.events import CarriedOver, Input, Joined, Leaves, Lost, Reported, SliceAsked, Told
+from hypha.scheduler.rounds.machine import RoundMachine
+from hypha.scheduler.rounds.policy import Rules, Start
 from hypha.telemetry.instruments import BADPUT_REASONS
 
 BATCHES, BATCH = 4, 10

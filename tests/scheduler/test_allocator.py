@@ -15,7 +15,8 @@ from hypha.features import NAMES
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer
-from hypha.scheduler.allocation import (
+from hypha.scheduler.leasing.allocator import Allocator
+from hypha.scheduler.leasing.events import (
     Accept,
     Advertise,
     AllocatorAction,
@@ -32,8 +33,7 @@ from hypha.scheduler.allocation import (
     Want,
     Worked,
 )
-from hypha.scheduler.allocator import Allocator
-from hypha.scheduler.standing import TrackRecord
+from hypha.scheduler.leasing.track_records import TrackRecord
 
 NEED = Resources(cpu=1, memory=4, gpu=2)
 TRAIN = Ask(

@@ -11,7 +11,8 @@ from tests.scheduler.test_allocator import NEED, SERVER, TRAIN, accepted, choose
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import PeerRef, Resources
-from hypha.scheduler.allocation import (
+from hypha.scheduler.leasing.allocator import Allocator
+from hypha.scheduler.leasing.events import (
     Adopted,
     Advertise,
     AllocatorAction,
@@ -26,8 +27,7 @@ from hypha.scheduler.allocation import (
     Want,
     Worked,
 )
-from hypha.scheduler.allocator import Allocator
-from hypha.scheduler.standing import TrackRecord
+from hypha.scheduler.leasing.track_records import TrackRecord
 
 
 def raising(**changes: object) -> Ask:

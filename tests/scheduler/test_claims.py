@@ -16,7 +16,7 @@ from tests.scheduler.world import Worker, World
 
 from hypha.contributions import MOST_COUNT, contribution_problem
 from hypha.errors import ModelError, Refused
-from hypha.executor.admission import admit, check_contribution
+from hypha.executor.outer.admission import admit, check_contribution
 from hypha.messages import (
     AggregateJob,
     Contribution,
@@ -36,7 +36,9 @@ from hypha.messages import (
     UpdateRefused,
     UpdateSent,
 )
-from hypha.scheduler.events import (
+from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.rounds.events import (
     AnswerSlice,
     Drop,
     Fail,
@@ -48,8 +50,6 @@ from hypha.scheduler.events import (
     Told,
     with_early,
 )
-from hypha.scheduler.ledger import Ledger
-from hypha.scheduler.slices import SliceTracker
 
 GOOD = Contribution(
     round=0,

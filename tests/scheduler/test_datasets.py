@@ -25,9 +25,9 @@ from hypha.messages import (
     SliceInfo,
 )
 from hypha.node import Node
-from hypha.scheduler.datasets import REFRESH_S, Wanted, find_dataset
-from hypha.scheduler.pins import Pins
-from hypha.scheduler.services import Services
+from hypha.scheduler.data.datasets import REFRESH_S, Wanted, find_dataset
+from hypha.scheduler.data.pins import Pins
+from hypha.scheduler.status.services import Services
 
 MANIFEST = Manifest(
     name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00" * 32),)

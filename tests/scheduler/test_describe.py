@@ -20,11 +20,11 @@ from hypha.messages import (
     Peers,
     Resources,
 )
-from hypha.scheduler.describe import Descriptions, class_names, outer_optimizer
-from hypha.scheduler.lives import Life, described
-from hypha.scheduler.rules import Rules, Start
-from hypha.scheduler.slices import SliceTracker
-from hypha.scheduler.view import in_words
+from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.descriptions import Descriptions, class_names, outer_optimizer
+from hypha.scheduler.durable.starts import Life, described
+from hypha.scheduler.rounds.policy import Rules, Start
+from hypha.scheduler.status.view import in_words
 
 SCHEDULER = PeerRef(peer="s", addresses=("/ip4/10.0.0.1/tcp/4",))
 

@@ -13,7 +13,7 @@ from tests.support.bucket import bucket
 from tests.support.hub import Hub
 
 from hypha.errors import OutputError
-from hypha.scheduler.export import (
+from hypha.scheduler.durable.export import (
     MARKER,
     HubOutput,
     LocalOutput,

@@ -8,8 +8,8 @@ from tests.scheduler.world import Worker, World
 
 from hypha.errors import ExecutorFailed, JobFailed, ModelError, NotFinite
 from hypha.messages import ExecutorExited, Loaded, PeerRef
-from hypha.scheduler import failing
-from hypha.scheduler.events import Again, Drop, Fail, Joined, Lost, Publish
+from hypha.scheduler.rounds import failures as failing
+from hypha.scheduler.rounds.events import Again, Drop, Fail, Joined, Lost, Publish
 
 NAN = "the loss is not finite"
 

@@ -11,10 +11,10 @@ from hypha.messages import (
     ExecutorExited,
     UpdateRefused,
 )
-from hypha.scheduler.events import DataServed, GoesOn, JobRefused, Reachable, Tick, Unreachable
 from hypha.scheduler.goodput.place import Place
 from hypha.scheduler.goodput.report import FailureNoticed, RecoveryStep
-from hypha.scheduler.rules import Rules, Start
+from hypha.scheduler.rounds.events import DataServed, GoesOn, JobRefused, Reachable, Tick, Unreachable
+from hypha.scheduler.rounds.policy import Rules, Start
 
 
 def test_a_round_that_nothing_disturbs() -> None:

@@ -13,10 +13,10 @@ from tests.scheduler.scene import Scene
 
 from hypha.journal import Journal
 from hypha.messages import CheckpointSaved, LedgerRound, UpdateStatistics
-from hypha.scheduler.events import Tick
 from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.signals import GoodputSignals
-from hypha.scheduler.rules import Start
+from hypha.scheduler.rounds.events import Tick
+from hypha.scheduler.rounds.policy import Start
 from hypha.telemetry import metrics
 
 

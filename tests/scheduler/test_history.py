@@ -15,14 +15,14 @@ from tests.support.polling import until
 
 from hypha.journal import Entry, Journal
 from hypha.messages import LedgerRound
-from hypha.scheduler import history as history_module
-from hypha.scheduler.events import JobRefused, LifeBegan
-from hypha.scheduler.history import DETAILED, History
-from hypha.scheduler.history_file import FILE, HistoryFile, keep_history, read_history
-from hypha.scheduler.ledger import Ledger
-from hypha.scheduler.round_record import Fault, RoundRecord, Span
-from hypha.scheduler.rules import Start
-from hypha.scheduler.slices import SliceTracker
+from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.rounds.events import JobRefused, LifeBegan
+from hypha.scheduler.rounds.policy import Start
+from hypha.scheduler.status import history as history_module
+from hypha.scheduler.status.history import DETAILED, History
+from hypha.scheduler.status.history_file import FILE, HistoryFile, keep_history, read_history
+from hypha.scheduler.status.round_record import Fault, RoundRecord, Span
 
 WALL = 1_700_000_000.0
 
@@ -198,7 +198,7 @@ def test_rounds_are_read_from_ledger_and_file_together(tmp_path: Path) -> None:
 
 
 def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypha.scheduler.history_file.MAX_BYTES", 4000)
+    monkeypatch.setattr("hypha.scheduler.status.history_file.MAX_BYTES", 4000)
     store = HistoryFile(tmp_path / FILE)
     for number in range(200):
         store.append([record(number)])

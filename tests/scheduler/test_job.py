@@ -22,7 +22,7 @@ from tests.support.network import Network, until
 from tests.support.signals import Signals
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
-from hypha.cli.rerun import rerun
+from hypha.cli.job.rerun import rerun
 from hypha.config.models import OfferConfig, SchedulerConfig
 from hypha.config.outer import chosen
 from hypha.errors import (
@@ -90,11 +90,11 @@ from hypha.messages import (
 from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
 from hypha.scheduler import JobResult, JobSnapshot, finished_job, read_ledger, run_job
-from hypha.scheduler.ledger import Ledger
+from hypha.scheduler.durable.ledger import Ledger
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
-from hypha.worker.arbiter import Arbiter
-from hypha.worker.offers import LeaseDesk, serve_offers
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.offers import LeaseDesk, serve_offers
 
 MANIFEST = Manifest(
     name="digits",

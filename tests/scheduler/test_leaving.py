@@ -16,9 +16,9 @@ from hypha.config.models import OfferConfig
 from hypha.errors import Refused
 from hypha.messages import Acknowledged, WorkerLeaving
 from hypha.node import Node
-from hypha.scheduler.pool import OVERSTAY_S, LeaseLeaving, LeaseLost, Pool, PoolEvent
-from hypha.worker.leaving import Leaving
-from hypha.worker.offers import serve_offers
+from hypha.scheduler.leasing.pool import OVERSTAY_S, LeaseLeaving, LeaseLost, Pool, PoolEvent
+from hypha.worker.leasing.leaving import Leaving
+from hypha.worker.leasing.offers import serve_offers
 
 #: Expiry would be noticed by no test here.
 TERMS = OfferConfig(lease_s=600.0, temporary_lease_s=2.0)

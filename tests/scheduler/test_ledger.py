@@ -28,11 +28,18 @@ from hypha.messages import (
     SliceRange,
     UpdateStatistics,
 )
-from hypha.scheduler.describe import Descriptions, without_secrets
-from hypha.scheduler.ledger import Ledger, Opening, export_ledger, held_leases, open_ledger, read_ledger
-from hypha.scheduler.pool import LeaseGained
-from hypha.scheduler.rules import Start
-from hypha.scheduler.slices import SliceTracker
+from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.descriptions import Descriptions, without_secrets
+from hypha.scheduler.durable.ledger import (
+    Ledger,
+    Opening,
+    export_ledger,
+    held_leases,
+    open_ledger,
+    read_ledger,
+)
+from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.rounds.policy import Start
 
 MANIFEST = Manifest(name="d", columns=(), slices=(SliceInfo(file="a", samples=4, size=1, blake3="00"),))
 

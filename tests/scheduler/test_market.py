@@ -11,7 +11,7 @@ import pytest
 
 from hypha.config.models import OfferConfig, UtilizationConfig
 from hypha.messages import Resources
-from hypha.scheduler.allocation import Pace, Want
+from hypha.scheduler.leasing.events import Pace, Want
 from hypha.simulation.market import Job, Market, MarketScheduler, MarketWorker, Purse
 from hypha.simulation.market_search import run_market
 

@@ -36,11 +36,11 @@ from hypha.naming import shown
 from hypha.node import Node
 from hypha.pki.authority import revoke
 from hypha.pki.identity import load_identity
-from hypha.scheduler.allocation import Pace
-from hypha.scheduler.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, PoolEvent, asks_from
+from hypha.scheduler.leasing.events import Pace
+from hypha.scheduler.leasing.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, PoolEvent, asks_from
 from hypha.telemetry import instruments as metrics
-from hypha.worker.arbiter import Arbiter
-from hypha.worker.offers import LeaseDesk, serve_offers
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.offers import LeaseDesk, serve_offers
 
 EXECUTORS = (
     ExecutorDescriptor(kind="train", name="diloco-transformer"),

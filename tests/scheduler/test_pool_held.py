@@ -22,8 +22,8 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.node import Changes, Node, PeerLost
-from hypha.scheduler.allocation import Ask
-from hypha.scheduler.pool import LeaseGained, LeaseLost, Pool, PoolEvent
+from hypha.scheduler.leasing.events import Ask
+from hypha.scheduler.leasing.pool import LeaseGained, LeaseLost, Pool, PoolEvent
 
 WORKER = PeerRef(peer="worker")
 LIFE_S = 10.0

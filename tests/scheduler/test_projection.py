@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.stopwatch import Stopwatch
 
-from hypha.scheduler.projection import BatchTime, Pace, project
+from hypha.scheduler.rounds.projection import BatchTime, Pace, project
 
 
 def test_batch_time_follows_a_jump_within_a_few_batches() -> None:

@@ -12,11 +12,11 @@ from tests.support.polling import until
 from hypha.config.models import SchedulerConfig
 from hypha.journal import Journal
 from hypha.messages import Contribution, LedgerRound, OuterOptimizer, PeerRef
-from hypha.scheduler.events import LifeBegan, Record, Tick
-from hypha.scheduler.recording import recording, settings_of
-from hypha.scheduler.rules import CarriedOver, Rules, Start
-from hypha.scheduler.slices import SliceTracker
-from hypha.scheduler.snapshot import JobSnapshot
+from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.rounds.events import LifeBegan, Record, Tick
+from hypha.scheduler.rounds.policy import CarriedOver, Rules, Start
+from hypha.scheduler.status.recording import recording, settings_of
+from hypha.scheduler.status.snapshot import JobSnapshot
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hypha.journal import Journal
 from hypha.leases import Tick
-from hypha.scheduler.renewal import (
+from hypha.scheduler.leasing.renewal import (
     Attempt,
     CertificateRevoked,
     ConnectionLost,

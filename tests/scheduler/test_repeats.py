@@ -20,8 +20,9 @@ from tests.support.examples import few_and_many
 
 from hypha.journal import Journal
 from hypha.messages import LedgerRound
-from hypha.scheduler.desk import Seen
-from hypha.scheduler.events import (
+from hypha.scheduler.data.requests import Seen
+from hypha.scheduler.data.slices import SliceTracker, TrackerState
+from hypha.scheduler.rounds.events import (
     Action,
     AnswerSlice,
     Input,
@@ -32,9 +33,8 @@ from hypha.scheduler.events import (
     SliceAsked,
     Told,
 )
-from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.rules import Rules, Start
-from hypha.scheduler.slices import SliceTracker, TrackerState
+from hypha.scheduler.rounds.machine import RoundMachine
+from hypha.scheduler.rounds.policy import Rules, Start
 
 SAMPLES = (40,) * 10
 RULES = Rules(rounds=4, samples=600, inner_steps=9, min_workers=1)

@@ -27,12 +27,12 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
-from hypha.scheduler.ledger import Ledger
-from hypha.scheduler.pool import LeaseGained
-from hypha.scheduler.replicas import BOOK, LIVES_SKIPPED
-from hypha.scheduler.replicating import ranked
-from hypha.worker.replicas import ReplicaStore
-from hypha.worker.storage_desk import StorageDesk
+from hypha.scheduler.durable.copies import BOOK, LIVES_SKIPPED
+from hypha.scheduler.durable.copying import ranked
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.worker.storage.replicas import ReplicaStore
+from hypha.worker.storage.requests import StorageDesk
 
 KEPT = {"every_rounds": 2, "keep": 2, "replicas": 1}
 #: long enough to be stopped in

@@ -27,7 +27,8 @@ from hypha.messages import (
     SendModel,
     UpdateReceived,
 )
-from hypha.scheduler.events import (
+from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.rounds.events import (
     Again,
     AnswerSlice,
     Drop,
@@ -48,9 +49,8 @@ from hypha.scheduler.events import (
     Told,
     Unreachable,
 )
-from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.rules import CarriedOver, Rules, Start
-from hypha.scheduler.slices import SliceTracker
+from hypha.scheduler.rounds.machine import RoundMachine
+from hypha.scheduler.rounds.policy import CarriedOver, Rules, Start
 
 
 def rules(**changes: object) -> Rules:

@@ -10,10 +10,10 @@ from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.errors import Refused
 from hypha.messages import FileList, ListFiles, PullFile
-from hypha.scheduler.checkpoints import CheckpointStore
-from hypha.scheduler.describe import MODEL
-from hypha.scheduler.serving import ServedDirectory, Serving
-from hypha.scheduler.state import StateDirectory
+from hypha.scheduler.descriptions import MODEL
+from hypha.scheduler.durable.checkpoints import CheckpointStore
+from hypha.scheduler.durable.serving import ServedDirectory, Serving
+from hypha.scheduler.durable.state_directory import StateDirectory
 
 
 @virtual_time

@@ -16,15 +16,15 @@ from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import JobStamp, Resources
 from hypha.node import Node
-from hypha.scheduler.allocation import Adopted, Gained, Lost, Offered, Want
-from hypha.scheduler.allocator import Allocator
-from hypha.scheduler.events import Lost as ServerLost
-from hypha.scheduler.events import Publish
-from hypha.scheduler.pool import Pool
-from hypha.scheduler.renewal import Renewal, RenewalFailed, RenewalRefused, Renewed
-from hypha.scheduler.round_traces import RoundTraces
-from hypha.scheduler.signals import JobMetrics
-from hypha.scheduler.view import Progressed
+from hypha.scheduler.leasing.allocator import Allocator
+from hypha.scheduler.leasing.events import Adopted, Gained, Lost, Offered, Want
+from hypha.scheduler.leasing.pool import Pool
+from hypha.scheduler.leasing.renewal import Renewal, RenewalFailed, RenewalRefused, Renewed
+from hypha.scheduler.rounds.events import Lost as ServerLost
+from hypha.scheduler.rounds.events import Publish
+from hypha.scheduler.status.round_traces import RoundTraces
+from hypha.scheduler.status.signals import JobMetrics
+from hypha.scheduler.status.view import Progressed
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import Instrument
 from hypha.tracing import round_traceparent

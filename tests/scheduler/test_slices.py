@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from hypha.errors import DataError
-from hypha.scheduler.slices import Assignment, SliceTracker, TrackerState
+from hypha.scheduler.data.slices import Assignment, SliceTracker, TrackerState
 
 
 @pytest.mark.parametrize("samples", [(), (3, 0), (-1,)])

@@ -9,8 +9,9 @@ from tests.scheduler.world import Worker, World
 
 from hypha.errors import AllocationFailed, JobFailed, ModelError
 from hypha.messages import ExecutorError, JobStamp, ModelReady, NextSlice, PeerRef, UpdateReceived
-from hypha.scheduler.desk import KeptSlices
-from hypha.scheduler.events import (
+from hypha.scheduler.data.requests import KeptSlices
+from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.rounds.events import (
     AnswerSlice,
     DataServed,
     Disregarded,
@@ -28,9 +29,8 @@ from hypha.scheduler.events import (
     Tick,
     Told,
 )
-from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.rules import CarriedOver, Start
-from hypha.scheduler.slices import SliceTracker
+from hypha.scheduler.rounds.machine import RoundMachine
+from hypha.scheduler.rounds.policy import CarriedOver, Start
 
 SERVER = PeerRef(peer="ps")
 

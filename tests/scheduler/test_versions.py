@@ -10,7 +10,7 @@ from tests.scheduler.test_allocator import SERVER, TRAIN, offer
 
 from hypha import __version__
 from hypha.features import NAMES, OURS, Abilities
-from hypha.scheduler.versions import MAX_WORKERS, StatedVersions
+from hypha.scheduler.status.versions import MAX_WORKERS, StatedVersions
 
 NEEDY = msgspec.structs.replace(TRAIN, needs=("bf16", "multi-label"))
 OLD = "12D3KooWoldoldold"

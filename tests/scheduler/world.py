@@ -41,7 +41,8 @@ from hypha.messages import (
     UpdateRefused,
     UpdateSent,
 )
-from hypha.scheduler.events import (
+from hypha.scheduler.data.slices import Assignment, SliceTracker, TrackerState
+from hypha.scheduler.rounds.events import (
     Action,
     Again,
     AnswerSlice,
@@ -63,9 +64,8 @@ from hypha.scheduler.events import (
     Tick,
     Told,
 )
-from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.rules import Rules, Start
-from hypha.scheduler.slices import Assignment, SliceTracker, TrackerState
+from hypha.scheduler.rounds.machine import RoundMachine
+from hypha.scheduler.rounds.policy import Rules, Start
 
 SCHEDULER = PeerRef(peer="scheduler")
 

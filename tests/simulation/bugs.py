@@ -16,13 +16,13 @@ from hypha.leases import BookAction, BookEvent, Drained, LeaseBook
 from hypha.messages import Contribution, LedgerRound, UpdateReceived
 from hypha.net.bulk.slots import Places
 from hypha.runtime import in_thread
-from hypha.scheduler.books import Books
-from hypha.scheduler.events import Action, Again, Told
-from hypha.scheduler.ledger import Ledger
-from hypha.scheduler.members import Member
-from hypha.scheduler.phases import Phases
-from hypha.scheduler.renewal import Renewal
-from hypha.scheduler.rounds import RoundMachine
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.leasing.renewal import Renewal
+from hypha.scheduler.rounds.contributions import Books
+from hypha.scheduler.rounds.events import Action, Again, Told
+from hypha.scheduler.rounds.machine import RoundMachine
+from hypha.scheduler.rounds.participants import Member
+from hypha.scheduler.rounds.phases import Phases
 from hypha.scheduler.working import Working
 
 

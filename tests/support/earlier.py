@@ -12,8 +12,8 @@ from hypha.config.models import OfferConfig
 from hypha.features import Abilities
 from hypha.leases import Lease
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.worker.arbiter import Arbiter, ArbiterAction
-from hypha.worker.offers import LeaseDesk
+from hypha.worker.leasing.arbiter import Arbiter, ArbiterAction
+from hypha.worker.leasing.offers import LeaseDesk
 
 
 class EarlierDesk(LeaseDesk):

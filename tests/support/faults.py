@@ -11,7 +11,7 @@ from tests.support.system import System
 
 from hypha.cli.chaos.faults import Fault, again, asleep, candidates, executors, fail_at, recover, strike
 from hypha.messages import LedgerFile, LedgerRound
-from hypha.scheduler.slices import TrackerState
+from hypha.scheduler.data.slices import TrackerState
 
 __all__ = [
     "Fault",

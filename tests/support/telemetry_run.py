@@ -17,9 +17,9 @@ import opentelemetry.exporter.otlp.proto.grpc.metric_exporter
 import opentelemetry.exporter.otlp.proto.http.metric_exporter  # noqa: F401
 from tests.support.stopwatch import Stopwatch
 
-from hypha.config.log_filter import parse_filter
 from hypha.config.models import GatewayConfig
 from hypha.config.otel import resolve_telemetry
+from hypha.config.reading.log_filter import parse_filter
 from hypha.telemetry import instruments, metrics
 from hypha.telemetry.logs import configure_logging
 from hypha.telemetry.running import telemetry

@@ -17,7 +17,7 @@ from tests.executor.test_preprocessing import tokenizer
 from tests.support.system import PLAIN, System, digits_dataset, digits_job, digits_model, paced
 
 from hypha.data import PrepareOptions, prepare
-from hypha.executor import models
+from hypha.executor.models import loading as models
 from hypha.messages import ModelSpec
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]

@@ -17,8 +17,8 @@ from tests.support.system import SMALL, System, digits_dataset, digits_job, pace
 
 from hypha.cli.demo.children import Child
 from hypha.decoding import decode_json
-from hypha.scheduler.snapshot import JobSnapshot, LeaseSnapshot
-from hypha.worker.given import GivenLeases
+from hypha.scheduler.status.snapshot import JobSnapshot, LeaseSnapshot
+from hypha.worker.leasing.given import GivenLeases
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

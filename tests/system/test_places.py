@@ -12,7 +12,7 @@ from tests.support.bucket import s3_server
 from tests.support.hub import Hub, Repository
 from tests.support.system import System, digits_dataset, digits_job, digits_model
 
-from hypha.executor import models
+from hypha.executor.models import loading as models
 from hypha.messages import LedgerRound, ModelSpec
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]

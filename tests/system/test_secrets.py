@@ -16,7 +16,7 @@ from tests.sinks.endpoints import hanging
 from tests.support.hub import Hub, Repository
 from tests.support.system import SMALL, System, digits_dataset, digits_job, digits_model, paced
 
-from hypha.executor import models
+from hypha.executor.models import loading as models
 from hypha.messages import ModelSpec
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]

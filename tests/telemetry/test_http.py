@@ -16,8 +16,8 @@ from tests.support.stopwatch import Stopwatch
 from hypha.errors import AddressTaken, ConfigError
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
-from hypha.telemetry.hosts import foreign_host
-from hypha.telemetry.http import KEEP_ALIVE_S
+from hypha.telemetry.http.hosts import foreign_host
+from hypha.telemetry.http.server import KEEP_ALIVE_S
 
 
 def report(healthy: bool) -> HealthReport:
@@ -115,7 +115,7 @@ async def gone(stream: trio.SocketStream) -> bool:
 
 
 async def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypha.telemetry.serving.BoundedConfig.write_timeout_s", 0.3, raising=False)
+    monkeypatch.setattr("hypha.telemetry.http.hypercorn.BoundedConfig.write_timeout_s", 0.3, raising=False)
 
     asked = trio.Event()
 
@@ -133,7 +133,7 @@ async def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch
             await asked.wait()
             await until(lambda: trio.lowlevel.current_statistics().tasks_living == before)
         # who reads has all of it, in the time that a busy machine takes
-        monkeypatch.setattr("hypha.telemetry.serving.BoundedConfig.write_timeout_s", 60.0)
+        monkeypatch.setattr("hypha.telemetry.http.hypercorn.BoundedConfig.write_timeout_s", 60.0)
         async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
             assert len((await client.get("/much")).content) == 32 << 20
         nursery.cancel_scope.cancel()
@@ -142,7 +142,7 @@ async def test_who_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch
 async def test_so_many_connections_and_no_more(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hypha.telemetry.serving.BoundedConfig.max_connections", 3, raising=False)
+    monkeypatch.setattr("hypha.telemetry.http.hypercorn.BoundedConfig.max_connections", 3, raising=False)
     async with trio.open_nursery() as nursery:
         address = await nursery.start(serve_http, "127.0.0.1:0", lambda: report(True))
         kept = [await open_to(address) for _ in range(3)]

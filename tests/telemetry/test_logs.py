@@ -22,7 +22,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
 import hypha
-from hypha.config.log_filter import TRACE, LogFilter, parse_filter
+from hypha.config.reading.log_filter import TRACE, LogFilter, parse_filter
 from hypha.net.peers import dialing
 from hypha.telemetry.instruments import LOG_ENTRIES
 from hypha.telemetry.logs import MAX_TEXT, bind, configure_logging
@@ -138,7 +138,10 @@ def test_what_a_peer_says_does_not_fill_the_log(style: Literal["json", "text"]) 
         ("error, hypha::net = trace", LogFilter(logging.ERROR, (("hypha.net", TRACE),))),
         ("hypha_scheduler=off", LogFilter(logging.INFO, (("hypha.scheduler", logging.CRITICAL + 10),))),
         ("hypha-network=debug", LogFilter(logging.INFO, (("hypha.net", logging.DEBUG),))),
-        ("hypha::network::dialing=trace", LogFilter(logging.INFO, (("hypha.net.peers.dialing", TRACE),))),
+        (
+            "hypha::network::peers::dialing=trace",
+            LogFilter(logging.INFO, (("hypha.net.peers.dialing", TRACE),)),
+        ),
         ("warn,hypha_network", LogFilter(logging.WARNING, (("hypha.net", TRACE),))),
         ("hypha", LogFilter(TRACE)),
         ("off", LogFilter(logging.CRITICAL + 10)),
@@ -248,14 +251,14 @@ def test_what_json_does_not_know() -> None:
 
 
 def test_a_filter_reaches_every_module_by_its_path() -> None:
-    """``hypha_network::dialing`` is a logger of its own, below that of its room."""
+    """``hypha_network::peers::dialing`` is a logger of its own, below that of its room."""
     source = Path(hypha.__file__).parent
     for path in source.rglob("*.py"):
         room = path.relative_to(source).parts[0].removesuffix(".py")
         for name in re.findall(r"^logger = logging\.getLogger\((.+)\)", path.read_text(), re.MULTILINE):
             assert name == "__name__" or name.strip('"').startswith(f"hypha.{room}"), path
     assert dialing.logger.name == "hypha.net.peers.dialing"
-    _, stream = logged(levels="hypha_network=info,hypha::network::dialing=debug")
+    _, stream = logged(levels="hypha_network=info,hypha::network::peers::dialing=debug")
     dialing.logger.debug("heard")
     logging.getLogger("hypha.net.peers.table").debug("not heard")
     assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["heard"]
@@ -265,7 +268,7 @@ def test_a_filter_reaches_every_module_by_its_path() -> None:
 
 _PROGRAM = """\
 import sys, os, logging, time
-from hypha.config.log_filter import parse_filter
+from hypha.config.reading.log_filter import parse_filter
 from hypha.telemetry.logs import configure_logging
 configure_logging("hypha-worker", parse_filter("info"), "{style}")
 logger = logging.getLogger("hypha.worker")

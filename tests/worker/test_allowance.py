@@ -23,7 +23,7 @@ from hypha.messages import (
     Reference,
     Uri,
 )
-from hypha.worker.allowance import Allowance
+from hypha.worker.fetch.allowance import Allowance
 
 
 def code_of(reference: Reference, **config: object) -> str | None:

@@ -15,7 +15,7 @@ from hypha.features import NAMES
 from hypha.journal import Journal
 from hypha.leases import Bind, Ended, Granted, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.worker.arbiter import (
+from hypha.worker.leasing.arbiter import (
     LONGEST_PAUSE_S,
     MAX_WAITING,
     MAX_WAITING_OF_ONE,

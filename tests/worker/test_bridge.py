@@ -52,7 +52,8 @@ from hypha.messages import (
     Uri,
 )
 from hypha.tracing import traceparent
-from hypha.worker.bridge import (
+from hypha.worker.bridge.feeds import MAX_NEWEST, MAX_WAITING, MAX_WAITING_BYTES, Arrivals, Directives, Feed
+from hypha.worker.bridge.server import (
     MAX_BODY_BYTES,
     MAX_CALLS,
     MAX_CONNECTIONS,
@@ -60,8 +61,7 @@ from hypha.worker.bridge import (
     bind_bridge,
     serve_bridge,
 )
-from hypha.worker.directory import JobDirectory
-from hypha.worker.feeds import MAX_NEWEST, MAX_WAITING, MAX_WAITING_BYTES, Arrivals, Directives, Feed
+from hypha.worker.jobs.directory import JobDirectory
 
 
 class FileDesk:

@@ -10,8 +10,8 @@ from blake3 import blake3
 
 from hypha.config.models import CacheConfig
 from hypha.messages import SliceAssigned
-from hypha.worker import room
-from hypha.worker.cache import SliceCache
+from hypha.worker.slices.cache import SliceCache
+from hypha.worker.storage import free_space as room
 
 
 def content(index: int, size: int = 1000) -> bytes:

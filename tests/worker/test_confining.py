@@ -11,13 +11,13 @@ import trio
 
 from hypha.config.inherited import child_environment
 from hypha.messages import Resources
-from hypha.worker.confining import Confined, Means
-from hypha.worker.devices import GpuShare, Visibility
-from hypha.worker.directory import JobDirectory
-from hypha.worker.gpus import Gpu
-from hypha.worker.keepers import Launch
-from hypha.worker.process import Exit, run_executor
-from hypha.worker.usage import Excess
+from hypha.worker.jobs.directory import JobDirectory
+from hypha.worker.limits.confining import Confined, Means
+from hypha.worker.limits.devices import GpuShare, Visibility
+from hypha.worker.limits.gpus import Gpu
+from hypha.worker.limits.usage import Excess
+from hypha.worker.processes.keepers import Launch
+from hypha.worker.processes.process import Exit, run_executor
 
 FILLS = """
     import time

@@ -10,8 +10,8 @@ from blake3 import blake3
 from hypha.config.models import AllowConfig
 from hypha.errors import PeerUnreachable, Refused, TransferFailed
 from hypha.messages import FileList, ListFiles, PeerRef, Peers, PullFile, Request, Response, TransferMeta
-from hypha.worker.allowance import Allowance
-from hypha.worker.connectors import Connectors
+from hypha.worker.fetch.allowance import Allowance
+from hypha.worker.fetch.connectors import Connectors
 
 FILES = {"config.json": b"{}", "sub/vocab.txt": b"words"}
 A, B = PeerRef(peer="a"), PeerRef(peer="b")

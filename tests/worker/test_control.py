@@ -16,10 +16,10 @@ from hypha.config.models import OfferConfig
 from hypha.errors import HyphaError
 from hypha.journal import Journal
 from hypha.messages import ExecutorDescriptor, Resources
-from hypha.worker.arbiter import Arbiter
 from hypha.worker.control import Call, serve_control, socket_in, tell
-from hypha.worker.leaving import Leaving
-from hypha.worker.offers import LeaseDesk
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.leaving import Leaving
+from hypha.worker.leasing.offers import LeaseDesk
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ import pytest
 
 from hypha.messages import Resources
 from hypha.telemetry.resources import GpuReading
-from hypha.worker.detecting import Machine, Roots, detect, lowered
-from hypha.worker.gpus import Gpu, find_gpus
+from hypha.worker.limits.detecting import Machine, Roots, detect, lowered
+from hypha.worker.limits.gpus import Gpu, find_gpus
 
 
 def tree(root: Path, files: dict[str, str]) -> Roots:

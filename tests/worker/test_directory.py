@@ -13,7 +13,13 @@ import pytest
 
 from hypha import beneath
 from hypha.errors import HyphaError, Refused
-from hypha.worker.directory import KEPT_FAILURES, MAX_SOCKET_PATH_BYTES, PARTS, JobDirectory, remove_stale
+from hypha.worker.jobs.directory import (
+    KEPT_FAILURES,
+    MAX_SOCKET_PATH_BYTES,
+    PARTS,
+    JobDirectory,
+    remove_stale,
+)
 
 
 def test_everything_is_private(tmp_path: Path) -> None:
@@ -50,7 +56,7 @@ def test_a_long_temporary_directory_does_not_matter(tmp_path: Path, monkeypatch:
     directory.remove()
     assert not elsewhere.exists()
     assert list(deep.iterdir()) == []
-    monkeypatch.setattr("hypha.worker.directory._short_places", lambda: [tmp_path / "nowhere", deep])
+    monkeypatch.setattr("hypha.worker.jobs.directory._short_places", lambda: [tmp_path / "nowhere", deep])
     with pytest.raises(HyphaError, match="too long"):
         JobDirectory.create(tmp_path / ("d" * 100))
     assert list(deep.iterdir()) == []
@@ -60,7 +66,7 @@ def test_stale_directories_are_removed_and_live_ones_are_not(tmp_path: Path) -> 
     deep = tmp_path / ("d" * 100)
     script = f"""
 from pathlib import Path
-from hypha.worker.directory import JobDirectory
+from hypha.worker.jobs.directory import JobDirectory
 directory = JobDirectory.create(Path({str(deep)!r}))
 print(directory.path, directory.socket_path.parent)
 """

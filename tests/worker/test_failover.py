@@ -26,8 +26,8 @@ from hypha.messages import (
 from hypha.net import Libp2pNode as Node
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.peers.addresses import host_and_port
-from hypha.worker.cache import SliceCache
-from hypha.worker.slices import SlicePrefetcher
+from hypha.worker.slices.cache import SliceCache
+from hypha.worker.slices.prefetching import SlicePrefetcher
 
 __all__ = ["network"]
 

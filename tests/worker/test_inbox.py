@@ -9,9 +9,9 @@ import pytest
 
 from hypha.errors import Refused
 from hypha.messages import JobStamp, TransferMeta
-from hypha.worker.directory import JobDirectory
-from hypha.worker.feeds import Arrivals
-from hypha.worker.inbox import MAX_WAITING, Inbox
+from hypha.worker.bridge.feeds import Arrivals
+from hypha.worker.jobs.directory import JobDirectory
+from hypha.worker.jobs.inbox import MAX_WAITING, Inbox
 
 
 class Setting:

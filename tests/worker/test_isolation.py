@@ -26,10 +26,10 @@ from hypha.config.inherited import child_environment
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.errors import ConfigError, HyphaError
 from hypha.messages import Finish, Loaded, Progress, RoundStarted
-from hypha.worker.directory import JobDirectory
-from hypha.worker.isolation import check_bubblewrap, isolate
-from hypha.worker.keepers import Launch
-from hypha.worker.process import prepare_launch, run_executor
+from hypha.worker.jobs.directory import JobDirectory
+from hypha.worker.processes.isolation import check_bubblewrap, isolate
+from hypha.worker.processes.keepers import Launch
+from hypha.worker.processes.process import prepare_launch, run_executor
 
 real = pytest.mark.real
 
@@ -283,7 +283,9 @@ def test_where_bubblewrap_is_not_to_be_had_it_is_said_at_the_start(
 def test_neither_the_whole_machine_nor_the_workers_own_is_shown(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hypha.worker.isolation.shutil.which", lambda name, path=None: f"/usr/bin/{name}")
+    monkeypatch.setattr(
+        "hypha.worker.processes.isolation.shutil.which", lambda name, path=None: f"/usr/bin/{name}"
+    )
     made = prepare_launch(place.executor, train_job(), place.directory, child_environment())
     everything = place.executor.model_copy(update={"read_only": [Path("/")]})
     with pytest.raises(HyphaError, match="all of /"):
@@ -299,9 +301,12 @@ def test_neither_the_whole_machine_nor_the_workers_own_is_shown(
 
 
 def test_it_is_started_cold_and_gpus_are_for_who_pays(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypha.worker.isolation.shutil.which", lambda name, path=None: f"/usr/bin/{name}")
     monkeypatch.setattr(
-        "hypha.worker.isolation.glob", lambda pattern: ["/dev/nvidia0"] if pattern == "/dev/nvidia*" else []
+        "hypha.worker.processes.isolation.shutil.which", lambda name, path=None: f"/usr/bin/{name}"
+    )
+    monkeypatch.setattr(
+        "hypha.worker.processes.isolation.glob",
+        lambda pattern: ["/dev/nvidia0"] if pattern == "/dev/nvidia*" else [],
     )
     own = place.executor.model_copy(update={"cmd": None})
     made = prepare_launch(own, train_job(), place.directory, child_environment())

@@ -14,7 +14,7 @@ import trio
 from hypha.config.inherited import child_environment
 from hypha.errors import ConfigError
 from hypha.messages import Resources
-from hypha.worker.cgroups import (
+from hypha.worker.limits.cgroups import (
     Bounds,
     CgroupPlaces,
     find_cgroups,
@@ -23,11 +23,11 @@ from hypha.worker.cgroups import (
     usable_cgroups,
     usable_v2,
 )
-from hypha.worker.cores import CorePins
-from hypha.worker.keepers import Launch
-from hypha.worker.limits import Limits, apply_limits, mechanisms, most_processes
-from hypha.worker.process import Exit, run_executor
-from hypha.worker.usage import Quota
+from hypha.worker.limits.cores import CorePins
+from hypha.worker.limits.limits import Limits, apply_limits, mechanisms, most_processes
+from hypha.worker.limits.usage import Quota
+from hypha.worker.processes.keepers import Launch
+from hypha.worker.processes.process import Exit, run_executor
 
 V1 = """\
 30 23 0:26 / /sys/fs/cgroup ro - tmpfs tmpfs ro

@@ -10,8 +10,8 @@ import pytest
 from hypha.config.models import ResourcesConfig, WorkerConfig
 from hypha.errors import ConfigError
 from hypha.worker import run_worker
-from hypha.worker.cgroups import usable_cgroups
-from hypha.worker.detecting import Machine
+from hypha.worker.limits.cgroups import usable_cgroups
+from hypha.worker.limits.detecting import Machine
 from hypha.worker.node import offered
 
 

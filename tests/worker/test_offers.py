@@ -14,8 +14,8 @@ from hypha.config.models import OfferConfig, UtilizationConfig
 from hypha.errors import Refused
 from hypha.leases import Lease, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.worker.arbiter import Arbiter, Heard, RenewAsked, SendOffer
-from hypha.worker.offers import MAX_TOLD, LeaseDesk, granted
+from hypha.worker.leasing.arbiter import Arbiter, Heard, RenewAsked, SendOffer
+from hypha.worker.leasing.offers import MAX_TOLD, LeaseDesk, granted
 from hypha.worker.signals import prices
 
 TRAIN = ExecutorDescriptor(kind="train", name="t")

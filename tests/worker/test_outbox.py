@@ -8,7 +8,7 @@ import trio.testing
 
 from hypha.errors import PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import Acknowledged, JobStamp, Loaded, ReportEvent, Request, Response
-from hypha.worker.outbox import MAX_WAITING, Outbox
+from hypha.worker.bridge.outbox import MAX_WAITING, Outbox
 
 STAMP = JobStamp(job_id="job")
 

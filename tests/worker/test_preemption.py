@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from hypha.config.models import PreemptionConfig
-from hypha.worker import preemption
-from hypha.worker.preemption import notice_left_s, watch_for_notice
+from hypha.worker.leasing import preemption
+from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
 
 POLL_S = 0.1
 

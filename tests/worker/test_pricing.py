@@ -13,9 +13,9 @@ from hypha.config.models import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.journal import Journal
 from hypha.leases import Release, Tick
 from hypha.messages import ExecutorClass, PeerRef, Resources, WorkerRequest
-from hypha.worker.ageing import FORGOTTEN_S
-from hypha.worker.arbiter import Arbiter, Heard, Ignored, OfferFailed, RenewAsked
-from hypha.worker.pricing import Pricing, load_of
+from hypha.worker.leasing.ageing import FORGOTTEN_S
+from hypha.worker.leasing.arbiter import Arbiter, Heard, Ignored, OfferFailed, RenewAsked
+from hypha.worker.leasing.pricing import Pricing, load_of
 
 HALF = Resources(cpu=4, memory=16, gpu=8)
 

@@ -32,10 +32,10 @@ from hypha.messages import (
     PreprocessorSpec,
     TrainJob,
 )
-from hypha.worker.directory import JobDirectory
-from hypha.worker.keepers import KEEPER, Launch
-from hypha.worker.limits import thread_environment
-from hypha.worker.process import (
+from hypha.worker.jobs.directory import JobDirectory
+from hypha.worker.limits.limits import thread_environment
+from hypha.worker.processes.keepers import KEEPER, Launch
+from hypha.worker.processes.process import (
     MAX_LINE_BYTES,
     TAIL_LINES,
     prepare_launch,
@@ -209,8 +209,8 @@ async def test_kill_9_of_the_worker_leaves_no_executor(tmp_path: Path) -> None:
 import sys, trio
 from pathlib import Path
 from hypha.config.inherited import child_environment
-from hypha.worker.keepers import Launch
-from hypha.worker.process import run_executor
+from hypha.worker.processes.keepers import Launch
+from hypha.worker.processes.process import run_executor
 launch = Launch("job", (sys.executable, "grows.py", "deaf"), child_environment(), Path({str(tmp_path)!r}))
 trio.run(run_executor, launch, trio.Event(), 60.0)
 """
@@ -244,9 +244,9 @@ ADOPTS = """
 import sys, trio
 from pathlib import Path
 from hypha.config.inherited import child_environment
-from hypha.worker.keepers import Launch
-from hypha.worker.orphans import Orphans
-from hypha.worker.process import run_executor
+from hypha.worker.processes.keepers import Launch
+from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.process import run_executor
 
 async def main():
     running = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hypha.config.environment import variable
-from hypha.worker.quotas import (
+from hypha.worker.limits.quotas import (
     ProjectQuotas,
     Volume,
     find_volume,

@@ -11,8 +11,8 @@ from blake3 import blake3
 from hypha.config.models import StorageConfig
 from hypha.errors import Refused
 from hypha.messages import CheckpointFile, CheckpointIndex, HoldCheckpoint, JobStamp, TransferMeta
-from hypha.worker import replicas
-from hypha.worker.replicas import ReplicaStore
+from hypha.worker.storage import replicas
+from hypha.worker.storage.replicas import ReplicaStore
 
 ME, OTHER = "scheduler", "another"
 LEASED = frozenset({ME, OTHER})

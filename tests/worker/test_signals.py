@@ -28,8 +28,8 @@ from hypha.messages import (
 )
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
-from hypha.worker.execution_signals import ExecutionSignals
-from hypha.worker.spans import SPANS_A_WINDOW, WINDOW_S, ExecutorSpans
+from hypha.worker.bridge.spans import SPANS_A_WINDOW, WINDOW_S, ExecutorSpans
+from hypha.worker.jobs.execution_signals import ExecutionSignals
 
 DISPATCH = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 JOB = msgspec.structs.replace(train_job(), traced=Traced(traceparent=DISPATCH, ratio=1.0))

@@ -34,9 +34,16 @@ from hypha.messages import (
 )
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
-from hypha.worker.cache import SliceCache
-from hypha.worker.manifest_check import ManifestCheck
-from hypha.worker.slices import AVOID_S, KEPT_LINKS, MAX_AHEAD, MAX_HOLD_S, STILL_S, SlicePrefetcher
+from hypha.worker.slices.cache import SliceCache
+from hypha.worker.slices.manifest_check import ManifestCheck
+from hypha.worker.slices.prefetching import (
+    AVOID_S,
+    KEPT_LINKS,
+    MAX_AHEAD,
+    MAX_HOLD_S,
+    STILL_S,
+    SlicePrefetcher,
+)
 
 
 class World:

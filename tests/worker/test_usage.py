@@ -10,7 +10,7 @@ from pathlib import Path
 import trio
 import trio.testing
 
-from hypha.worker.usage import LOOK_S, Excess, Quota, count_tasks, disk_usage, excess, keep_within
+from hypha.worker.limits.usage import LOOK_S, Excess, Quota, count_tasks, disk_usage, excess, keep_within
 
 MB = 10**6
 

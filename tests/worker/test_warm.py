@@ -29,11 +29,11 @@ from hypha.config.inherited import child_environment, inherited_state
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.executor import host as host_module
 from hypha.messages import ExecutorDescriptor, ForkRequest, ModelSpec, PeerRef, Resources, TrainJob
-from hypha.worker.cgroups import CgroupPlaces, usable_cgroups
-from hypha.worker.keepers import Launch, OwnExecutor
-from hypha.worker.limits import Limits, apply_limits
-from hypha.worker.process import Exit, run_executor
-from hypha.worker.warm import ForkedKeeper, OwnHost, SharedHost, open_host
+from hypha.worker.limits.cgroups import CgroupPlaces, usable_cgroups
+from hypha.worker.limits.limits import Limits, apply_limits
+from hypha.worker.processes.keepers import Launch, OwnExecutor
+from hypha.worker.processes.process import Exit, run_executor
+from hypha.worker.processes.warm import ForkedKeeper, OwnHost, SharedHost, open_host
 
 MODULE = "hypha.executor.training"
 TOKEN = "hf_very_secret"
@@ -433,7 +433,7 @@ async def test_a_host_that_does_not_answer_is_replaced(
         first = host.pid
         assert first is not None
         os.kill(first, signal.SIGSTOP)
-        monkeypatch.setattr("hypha.worker.warm.IMPORTS_WITHIN_S", 0.2)
+        monkeypatch.setattr("hypha.worker.processes.warm.IMPORTS_WITHIN_S", 0.2)
         assert await host.fork(launch(bridges, "")) is None
         assert "it has not answered for 0.2 s" in caplog.text
         await until(lambda: not running(first))
@@ -445,9 +445,9 @@ async def test_kill_9_of_the_worker_leaves_nothing(bridges: Network, tmp_path: P
 import sys, trio
 from pathlib import Path
 from hypha.config.inherited import child_environment
-from hypha.worker.keepers import Launch, OwnExecutor
-from hypha.worker.process import run_executor
-from hypha.worker.warm import OwnHost
+from hypha.worker.processes.keepers import Launch, OwnExecutor
+from hypha.worker.processes.process import run_executor
+from hypha.worker.processes.warm import OwnHost
 async def main():
     async with trio.open_nursery() as nursery:
         host = OwnHost(child_environment())

@@ -10,7 +10,7 @@ from tests.worker.test_process import train_job
 
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.messages import Alive, Event, Loaded, Progress
-from hypha.worker.watch import LOADING_S, Patience, Watch
+from hypha.worker.jobs.watch import LOADING_S, Patience, Watch
 
 PROGRESS = Progress(round=0, batches=1, samples=1, busy_s=0.1, loss=1.0)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from hypha.data.manifest import read_manifest
-from hypha.data.slice_advice import Fit, Pace, SliceAdvice, advise, fit
+from hypha.data.serving.slice_advice import Fit, Pace, SliceAdvice, advise, fit
 from hypha.errors import DataError
 from hypha.messages import Manifest
 

@@ -19,9 +19,9 @@ from hypha.cli.excluding import excluded_for
 from hypha.errors import ConfigError, IdentityError, Problem
 
 if TYPE_CHECKING:
-    from hypha.config.loading import Flag
     from hypha.config.models import NodeConfig
-    from hypha.config.partial import Partial
+    from hypha.config.reading.loading import Flag
+    from hypha.config.reading.partial import Partial
 
 M = TypeVar("M", bound="NodeConfig")
 
@@ -184,14 +184,14 @@ def _probe_identity(program: Program, config: Path | None, given: Sequence[Path 
 
 def settings(program: Program, pairs: Iterable[str] | None) -> list[Flag]:
     """Flags of ``--set``."""
-    from hypha.config.loading import parse_setting
+    from hypha.config.reading.loading import parse_setting
 
     return [parse_setting(program.model, pair) for pair in pairs or ()]
 
 
 def flags(*given: tuple[str, str, Any]) -> list[Flag]:
     """Flags (name, key, value) of those that were given."""
-    from hypha.config.loading import Flag
+    from hypha.config.reading.loading import Flag
 
     return [
         Flag(name, key, str(value) if isinstance(value, Path) else value)
@@ -203,8 +203,8 @@ def flags(*given: tuple[str, str, Any]) -> list[Flag]:
 def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
     """The component's configuration, its identity files checked too. Raises ConfigError."""
     from hypha.config.environment import process_environment
-    from hypha.config.loading import load_config
     from hypha.config.otel import resolve_telemetry
+    from hypha.config.reading.loading import load_config
 
     path = config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     try:
@@ -302,7 +302,7 @@ def write_config(
     fill_in: Mapping[str, str],
 ) -> None:
     """Write a commented configuration. Refuses to overwrite unless ``force``."""
-    from hypha.config.template import write_template
+    from hypha.config.reading.template import write_template
 
     if output.exists() and not force:
         raise ConfigError(f"{output} exists; add --force to overwrite it, or choose another --output")

@@ -143,7 +143,7 @@ def advise(
 ) -> None:
     """Say how large slices should be, and why; and whether those of a prepared dataset are."""
     from hypha.cli.advising import advise_slices
-    from hypha.data.slice_advice import Pace
+    from hypha.data.serving.slice_advice import Pace
 
     positive = {
         "--batch-s": batch_s,
@@ -270,7 +270,7 @@ def prepare(
 
     from hypha.data import prepare as prepare_dataset
     from hypha.data import survey
-    from hypha.data.options import PrepareOptions, SourceKind
+    from hypha.data.preparing.options import PrepareOptions, SourceKind
 
     if kind is not None and kind not in get_args(SourceKind):
         raise typer.BadParameter(f"--kind is one of {', '.join(get_args(SourceKind))}")

@@ -9,13 +9,13 @@ import typer
 from hypha.cli.chaos.command import chaos
 from hypha.cli.demo.command import demo
 from hypha.cli.doctor.command import doctor
+from hypha.cli.job.replay import replay
+from hypha.cli.job.report import report
+from hypha.cli.job.status import status
+from hypha.cli.job.timeline import timeline
 from hypha.cli.leases import leases
 from hypha.cli.lookups import lookup, peers
-from hypha.cli.replay import replay
-from hypha.cli.report import report
 from hypha.cli.running import run_program
-from hypha.cli.status import status
-from hypha.cli.timeline import timeline
 
 app = typer.Typer(
     name="hypha",

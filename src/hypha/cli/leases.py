@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from hypha.cli.component import ConfigOption
-from hypha.cli.live import shown
+from hypha.cli.job.live import shown
 from hypha.cli.lookups import (
     JsonOption,
     NotThere,
@@ -21,8 +21,8 @@ from hypha.cli.lookups import (
 )
 from hypha.errors import HyphaError
 from hypha.naming import shown as named_peer
-from hypha.scheduler.snapshot import JobSnapshot
-from hypha.worker.given import GivenLeases
+from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.worker.leasing.given import GivenLeases
 
 
 def leases(

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hypha.cli.component import DEFAULT_CONFIG, HTTP_PORTS, ConfigOption
-from hypha.cli.live import shown
+from hypha.cli.job.live import shown
 from hypha.decoding import decode_json
 from hypha.errors import ConfigError, HyphaError, NetworkError, PeerUnreachable, RequestTimeout, Undecodable
 from hypha.messages import ListedPeer, ListPeers, PeerList, PeerRef
@@ -135,8 +135,8 @@ def any_component(path: Path | None) -> NodeConfig:
     """The configuration at ``path`` (``config.toml``), whichever component's it is. Raises ConfigError: of
     the component that fits best.
     """
-    from hypha.config.loading import load_config
     from hypha.config.models import COMPONENTS
+    from hypha.config.reading.loading import load_config
 
     path = path or DEFAULT_CONFIG
     if not path.exists():
@@ -159,7 +159,7 @@ def _as_guest(
 ) -> None:
     """Have ``ask`` use a node with the certificate of ``config``. Raises NetworkError."""
     from hypha.cli.running import run_until_signal
-    from hypha.config.log_filter import parse_filter
+    from hypha.config.reading.log_filter import parse_filter
     from hypha.net import NodeOptions, open_node
     from hypha.pki.identity import IdentityFiles, load_identity
     from hypha.telemetry.logs import configure_logging

@@ -13,9 +13,9 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from hypha.cli.live import shown
+from hypha.cli.job.live import shown
 from hypha.cli.running import run_until_signal
-from hypha.config.log_filter import parse_filter
+from hypha.config.reading.log_filter import parse_filter
 from hypha.errors import ConfigError, NetworkError, PeerUnreachable, RequestTimeout
 from hypha.features import kind_of, missing_services, printable, services_in_words, stated
 from hypha.messages import Health, HealthReport, PeerRef

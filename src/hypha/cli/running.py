@@ -77,8 +77,8 @@ def run_service(
     import trio
 
     from hypha.config.environment import process_environment
-    from hypha.config.log_filter import parse_filter
     from hypha.config.otel import resolve_telemetry
+    from hypha.config.reading.log_filter import parse_filter
     from hypha.pki.identity import IdentityFiles, load_identity
     from hypha.telemetry.logs import configure_logging
     from hypha.telemetry.resources import watch_process

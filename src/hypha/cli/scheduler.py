@@ -19,7 +19,7 @@ PROGRAM = common.Program("scheduler", "Finds workers for a job, trains its model
 
 
 def _check_network(config: Any) -> int:
-    from hypha.cli.checking import check_network
+    from hypha.cli.job.checking import check_network
 
     return check_network(config)
 
@@ -172,8 +172,8 @@ def run(
             *common.settings(PROGRAM, set_),
         ],
     )
+    from hypha.cli.job.scheduling import run_scheduler
     from hypha.cli.running import run_service
-    from hypha.cli.scheduling import run_scheduler
     from hypha.scheduler import finished_job
 
     if loaded.log_format == "auto" and sys.stdout.isatty():

@@ -22,10 +22,10 @@ def _describe(config: WorkerConfig) -> Iterator[str]:
     """What this machine has, what of it is offered, and by what an executor is held to its lease."""
     from hypha.config.inherited import child_environment
     from hypha.messages import Resources
-    from hypha.worker.cgroups import usable_cgroups
-    from hypha.worker.detecting import detect, lowered
-    from hypha.worker.limits import mechanisms
-    from hypha.worker.quotas import usable_quotas
+    from hypha.worker.limits.cgroups import usable_cgroups
+    from hypha.worker.limits.detecting import detect, lowered
+    from hypha.worker.limits.limits import mechanisms
+    from hypha.worker.limits.quotas import usable_quotas
 
     machine = detect(config.work_dir, child_environment())
     configured = Resources(**config.resources.model_dump())
@@ -77,7 +77,7 @@ def init(
     """
     from hypha.config.inherited import child_environment
     from hypha.messages import Resources
-    from hypha.worker.detecting import detect, lowered
+    from hypha.worker.limits.detecting import detect, lowered
 
     here = detect(output.parent / (work_dir or "work"), child_environment())
     given = {

@@ -14,8 +14,6 @@ from pathlib import Path
 from multiaddr import Multiaddr
 from multiaddr.exceptions import BinaryParseError, ProtocolLookupError, StringParseError
 
-from hypha.config.lines import KeyPath
-from hypha.config.log_filter import parse_filter
 from hypha.config.models import (
     DEFAULT_EXECUTOR,
     DataConfig,
@@ -28,7 +26,9 @@ from hypha.config.models import (
     WorkerConfig,
 )
 from hypha.config.otel import endpoint_problem
-from hypha.config.partial import Partial
+from hypha.config.reading.lines import KeyPath
+from hypha.config.reading.log_filter import parse_filter
+from hypha.config.reading.partial import Partial
 from hypha.config.sinks import sink_problems
 from hypha.config.tasks import unknown_task
 from hypha.config.tuning import ROUND_TRIPS_A_LEASE

@@ -1,7 +1,7 @@
 """What each component can be told: one pydantic model a component, the names of operations.md.
 
 Keys may be written with underscores or hyphens. Unknown keys are errors. Sizes are GB unless the name
-says otherwise, durations seconds (``_s``). Loading and layering are in :mod:`hypha.config.loading`.
+says otherwise, durations seconds (``_s``). Loading and layering are in :mod:`hypha.config.reading.loading`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from hypha.config.bandwidth import LimitsConfig, WorkerLimitsConfig
-from hypha.config.pairs import pairs_of
+from hypha.config.reading.pairs import pairs_of
 from hypha.config.section import Section as Section
 from hypha.config.tuning import GatewayTuningConfig, TuningConfig
 

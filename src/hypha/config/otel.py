@@ -14,9 +14,9 @@ from typing import Any, cast, get_args
 from urllib.parse import urlsplit
 
 from hypha import __version__
-from hypha.config.lines import KeyPath
 from hypha.config.models import NodeConfig, OtlpProtocol, Sampler, SchedulerConfig
-from hypha.config.pairs import pairs_of
+from hypha.config.reading.lines import KeyPath
+from hypha.config.reading.pairs import pairs_of
 from hypha.errors import ConfigError, Problem
 
 SIGNALS = ("traces", "metrics", "logs")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
-from hypha.config.lines import KeyPath
 from hypha.config.models import SinkConfig
-from hypha.config.partial import Partial
+from hypha.config.reading.lines import KeyPath
+from hypha.config.reading.partial import Partial
 
 #: sinks that are an optional package of that name
 PACKAGES = ("tensorboard", "trackio", "wandb", "aim")

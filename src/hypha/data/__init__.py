@@ -1,9 +1,9 @@
 """The data room: prepare datasets, verify them, and :func:`run_data`, a data node's life."""
 
 from hypha.data.manifest import Dataset, load_dataset_directory, read_manifest
-from hypha.data.options import PrepareOptions
-from hypha.data.prepare import Prepared, Survey, prepare, survey
-from hypha.data.serve import run_data
+from hypha.data.preparing.options import PrepareOptions
+from hypha.data.preparing.prepare import Prepared, Survey, prepare, survey
+from hypha.data.serving.serve import run_data
 from hypha.data.verify import verify
 from hypha.manifests import manifest_hash
 

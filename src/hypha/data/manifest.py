@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from hypha.data.labels import read_labels
-from hypha.data.ranges import Ranges
+from hypha.data.preparing.ranges import Ranges
 from hypha.data.slices import (
     SUFFIX,
     columns_of,

@@ -12,8 +12,8 @@ from hypha.data.manifest import (
     silent,
     slice_files,
 )
+from hypha.data.preparing.staging import HOLDOUT
 from hypha.data.slices import describe_slice, hash_file
-from hypha.data.staging import HOLDOUT
 from hypha.errors import DataError, Problem, SliceCorrupt
 from hypha.messages import Manifest, SliceInfo
 

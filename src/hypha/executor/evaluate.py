@@ -29,8 +29,8 @@ from torch.nn import functional
 from hypha.config.tasks import A_LABEL_A_PLACE, IGNORED, ONE_LABEL_A_ROW, task_of, unknown_task
 from hypha.decoding import decode
 from hypha.errors import DataError, HyphaError, ModelError, Undecodable
-from hypha.executor import models
-from hypha.executor.forward import Forward
+from hypha.executor.models import loading as models
+from hypha.executor.models.forward import Forward
 from hypha.messages import ModelSpec
 
 #: rows at a time; of tokens fewer, as each has a number for each word of the vocabulary

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from hypha.config.environment import set_variable, variable
 from hypha.errors import ConfigError, HyphaError, Problem
-from hypha.executor.process_group import find_last_words
+from hypha.executor.inner.process_group import find_last_words
 from hypha.executor.running import leave, set_up_log
 
 logger = logging.getLogger("hypha.executor.launch")

@@ -29,17 +29,17 @@ from torch import Tensor
 
 from hypha.decoding import MAX_REASON
 from hypha.errors import CheckpointUnusable, DataError, ModelError, PeerUnreachable, Refused
-from hypha.executor import tensors
-from hypha.executor.admission import admit, check_contribution
-from hypha.executor.bridge_client import ALIVE_S, BridgeClient
-from hypha.executor.broadcast import Broadcasts
-from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
-from hypha.executor.model_files import ModelFiles
-from hypha.executor.outer import OuterStep
+from hypha.executor.bridge.client import ALIVE_S, BridgeClient
+from hypha.executor.bridge.spans import Traces
+from hypha.executor.files import tensors
+from hypha.executor.files.reused import Spares
+from hypha.executor.files.updates import contribution_in, deliverable
+from hypha.executor.models.model_files import ModelFiles
+from hypha.executor.outer.admission import admit, check_contribution
+from hypha.executor.outer.broadcast import Broadcasts
+from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
+from hypha.executor.outer.step import OuterStep
 from hypha.executor.running import begin_traces, leave, run_executor
-from hypha.executor.spans import Traces
-from hypha.executor.spares import Spares
-from hypha.executor.updates import contribution_in, deliverable
 from hypha.messages import (
     AggregateJob,
     Alive,

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from hypha.decoding import decode_json
 from hypha.errors import DataError, HyphaError, Undecodable
-from hypha.executor import models, tensors, updates
-from hypha.executor.forward import Forward
-from hypha.executor.inner import Inner, accelerator_for, round_seed
-from hypha.executor.model_tensors import ModelTensors
-from hypha.executor.outer import OuterStep, recorded_in
-from hypha.executor.preprocessing import Preprocessor, padding_of
-from hypha.executor.slices_reader import RowStream, Slice, read_columns, slice_order
+from hypha.executor.files import tensors, updates
+from hypha.executor.inner.loop import Inner, accelerator_for, round_seed
+from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
+from hypha.executor.models import loading as models
+from hypha.executor.models.forward import Forward
+from hypha.executor.models.model_tensors import ModelTensors
+from hypha.executor.models.preprocessing import Preprocessor, padding_of
+from hypha.executor.outer.step import OuterStep, recorded_in
 from hypha.messages import Contribution, LedgerFile, UpdateStatistics
 
 #: slices kept in memory; a worker's ranges mostly follow one another

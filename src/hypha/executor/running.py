@@ -22,9 +22,9 @@ from hypha.errors import (
     NotFinite,
     Refused,
 )
-from hypha.executor.bridge_client import BridgeClient
-from hypha.executor.out_of_memory import is_out_of_memory
-from hypha.executor.spans import SpanRecorder, Traces
+from hypha.executor.bridge.client import BridgeClient
+from hypha.executor.bridge.spans import SpanRecorder, Traces
+from hypha.executor.inner.out_of_memory import is_out_of_memory
 from hypha.messages import ExecutorError, Job
 
 logger = logging.getLogger("hypha.executor")

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from hypha.errors import DataError
-from hypha.executor import tensors, updates
-from hypha.executor.outer import OuterStep, recorded_in
-from hypha.executor.slices_reader import RowStream, Slice, read_columns, slice_order
-from hypha.executor.tensors import Theta
-from hypha.executor.updates import Written
+from hypha.executor.files import tensors, updates
+from hypha.executor.files.tensors import Theta
+from hypha.executor.files.updates import Written
+from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
+from hypha.executor.outer.step import OuterStep, recorded_in
 from hypha.messages import Contribution, LedgerFile, TrainJob
 
 SIZE = 8

@@ -24,15 +24,15 @@ import torch
 
 from hypha.config.environment import variable
 from hypha.errors import DataError, ModelError, PeerUnreachable, Refused
-from hypha.executor import models, updates
-from hypha.executor.batch_size import BatchSize
-from hypha.executor.bridge_client import BridgeClient
-from hypha.executor.handover import Inbox, UpdateSender, UpdateToSend
-from hypha.executor.local_model import LocalModel, TrainedModel
-from hypha.executor.losses import Losses
-from hypha.executor.model_tensors import check_buffers, check_same_model
-from hypha.executor.preprocessing import Preprocessor, padding_of
-from hypha.executor.process_group import (
+from hypha.executor.bridge.client import BridgeClient
+from hypha.executor.bridge.spans import Traces
+from hypha.executor.files import updates
+from hypha.executor.files.reused import Spares
+from hypha.executor.inner.batch_size import BatchSize
+from hypha.executor.inner.handover import Inbox, UpdateSender, UpdateToSend
+from hypha.executor.inner.local_model import LocalModel, TrainedModel
+from hypha.executor.inner.losses import Losses
+from hypha.executor.inner.process_group import (
     HEARD_WITHIN_S,
     WORDS_WITHIN_S,
     LastWords,
@@ -41,6 +41,10 @@ from hypha.executor.process_group import (
     is_lost,
     number_of_processes,
 )
+from hypha.executor.inner.slices_reader import RowStream, Slice, SlicePrefetcher, read_columns, slice_order
+from hypha.executor.models import loading as models
+from hypha.executor.models.model_tensors import check_buffers, check_same_model
+from hypha.executor.models.preprocessing import Preprocessor, padding_of
 from hypha.executor.running import (
     FLUSH_S,
     begin_traces,
@@ -50,9 +54,6 @@ from hypha.executor.running import (
     run_executor,
     set_up_log,
 )
-from hypha.executor.slices_reader import RowStream, Slice, SlicePrefetcher, read_columns, slice_order
-from hypha.executor.spans import Traces
-from hypha.executor.spares import Spares
 from hypha.messages import (
     Alive,
     Contribution,
@@ -127,7 +128,7 @@ class Trainer:
             self._model = LocalModel(job, source)
         else:
             # what it imports few executors need
-            from hypha.executor.spread_model import SpreadModel
+            from hypha.executor.inner.spread_model import SpreadModel
 
             self._model = SpreadModel(group, job, source)
         padding = padding_of(None, config=self._model.config)
@@ -545,7 +546,7 @@ def _end_with(bridge: BridgeClient, words: LastWords) -> NoReturn:
 
 def _follow(group: ProcessGroup) -> int:
     """The life of another process than rank 0."""
-    from hypha.executor.spread_model import follow
+    from hypha.executor.inner.spread_model import follow
 
     set_up_log()
     try:

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from hypha.errors import BatchFailed, DataError, HyphaError, ModelError
-from hypha.executor import models
-from hypha.executor.diagnosis import explain, out_of_range
-from hypha.executor.forward import Forward
-from hypha.executor.inner import Inner, Processor
-from hypha.executor.preprocessing import Preprocessor
-from hypha.executor.tensors import DTYPES
-from hypha.executor.weights import weight_file
+from hypha.executor.files.tensors import DTYPES
+from hypha.executor.inner.loop import Inner, Processor
+from hypha.executor.models import loading as models
+from hypha.executor.models.diagnosis import explain, out_of_range
+from hypha.executor.models.forward import Forward
+from hypha.executor.models.preprocessing import Preprocessor
+from hypha.executor.models.weights import weight_file
 from hypha.messages import Column, ColumnRange, Trial, TrialReport
 
 #: models with more parameters are not built just for this, nor are larger files of weights read

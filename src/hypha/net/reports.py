@@ -15,7 +15,7 @@ import msgspec
 import trio
 from opentelemetry.trace import SpanKind
 
-from hypha.config.log_filter import TRACE
+from hypha.config.reading.log_filter import TRACE
 from hypha.decoding import decode
 from hypha.errors import PeerUnreachable, Undecodable
 from hypha.messages import WIRE_VERSION, Report

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hypha.scheduler.snapshot import JobSnapshot, WorkerSnapshot
+from hypha.scheduler.status.snapshot import JobSnapshot, WorkerSnapshot
 
 if TYPE_CHECKING:
     from hypha.scheduler.context import JobResult
-    from hypha.scheduler.finished import finished_job
+    from hypha.scheduler.durable.finished import finished_job
+    from hypha.scheduler.durable.ledger import read_ledger
     from hypha.scheduler.job import run_job
-    from hypha.scheduler.ledger import read_ledger
 
 __all__ = ["JobResult", "JobSnapshot", "WorkerSnapshot", "finished_job", "read_ledger", "run_job"]
 
 #: what needs the network, or the ledger, is imported by who asks for it: looking at a job takes neither
 _LATER = {
     "JobResult": "context",
-    "finished_job": "finished",
-    "read_ledger": "ledger",
+    "finished_job": "durable.finished",
+    "read_ledger": "durable.ledger",
     "run_job": "job",
 }
 

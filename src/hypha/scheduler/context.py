@@ -8,14 +8,14 @@ from pathlib import Path
 from hypha.config.models import JobConfig
 from hypha.journal import Journal
 from hypha.node import Node
-from hypha.scheduler.export import Output
-from hypha.scheduler.pool import Pool
-from hypha.scheduler.replicas import Copies
-from hypha.scheduler.round_traces import RoundTraces
-from hypha.scheduler.rules import Rules
-from hypha.scheduler.serving import ServedDirectory
-from hypha.scheduler.state import StateDirectory
-from hypha.scheduler.view import Progressed
+from hypha.scheduler.durable.copies import Copies
+from hypha.scheduler.durable.export import Output
+from hypha.scheduler.durable.serving import ServedDirectory
+from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.leasing.pool import Pool
+from hypha.scheduler.rounds.policy import Rules
+from hypha.scheduler.status.round_traces import RoundTraces
+from hypha.scheduler.status.view import Progressed
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.context import JobResult
-from hypha.scheduler.events import LifeBegan, Record
-from hypha.scheduler.export import output_for
-from hypha.scheduler.recording import recording
+from hypha.scheduler.durable.export import output_for
+from hypha.scheduler.durable.serving import served_directories
+from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.rounds.events import LifeBegan, Record
 from hypha.scheduler.running import Observer, RunningJob
-from hypha.scheduler.serving import served_directories
-from hypha.scheduler.snapshot import JobSnapshot
-from hypha.scheduler.state import StateDirectory
+from hypha.scheduler.status.recording import recording
+from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.telemetry.logs import logged
 from hypha.telemetry.resources import watch_disks
 

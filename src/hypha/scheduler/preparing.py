@@ -11,14 +11,14 @@ import trio
 from hypha.config.models import JobConfig
 from hypha.messages import OuterOptimizer
 from hypha.runtime import is_simulated, new_id
-from hypha.scheduler.checkpoints import CheckpointStore
 from hypha.scheduler.context import JobContext
-from hypha.scheduler.datasets import Dataset, Wanted, find_dataset
-from hypha.scheduler.describe import outer_optimizer
-from hypha.scheduler.ledger import Ledger, has_trained, held_leases, known_manifest
-from hypha.scheduler.lives import Life, begins_anew, first_life
-from hypha.scheduler.pins import Pins
-from hypha.scheduler.pool import LeaseGained, Pool
+from hypha.scheduler.data.datasets import Dataset, Wanted, find_dataset
+from hypha.scheduler.data.pins import Pins
+from hypha.scheduler.descriptions import outer_optimizer
+from hypha.scheduler.durable.checkpoints import CheckpointStore
+from hypha.scheduler.durable.ledger import Ledger, has_trained, held_leases, known_manifest
+from hypha.scheduler.durable.starts import Life, begins_anew, first_life
+from hypha.scheduler.leasing.pool import LeaseGained, Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
 from hypha.scheduler.preflight.trial import ModelTrial, open_trial
 

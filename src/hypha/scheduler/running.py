@@ -21,24 +21,24 @@ from hypha.journal import Journal, write_entries
 from hypha.messages import PeerRef
 from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
-from hypha.scheduler.allocation import Pace
-from hypha.scheduler.awaited import Awaiting, awaited
 from hypha.scheduler.context import JobContext, JobResult
-from hypha.scheduler.export import Output
+from hypha.scheduler.durable.copies import Copies
+from hypha.scheduler.durable.export import Output
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.serving import ServedDirectory
+from hypha.scheduler.durable.starts import described
+from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.goodput.signals import GoodputSignals
-from hypha.scheduler.ledger import Ledger
-from hypha.scheduler.lives import described
-from hypha.scheduler.pool import Pool, asks_from
+from hypha.scheduler.leasing.events import Pace
+from hypha.scheduler.leasing.pool import Pool, asks_from
 from hypha.scheduler.preparing import Opened, Preparing, open_job, take_up
-from hypha.scheduler.replicas import Copies
-from hypha.scheduler.round_traces import RoundTraces
-from hypha.scheduler.rules import Rules
-from hypha.scheduler.services import Services
-from hypha.scheduler.serving import ServedDirectory
-from hypha.scheduler.signals import JobMetrics
-from hypha.scheduler.snapshot import JobSnapshot
-from hypha.scheduler.state import StateDirectory
-from hypha.scheduler.view import Progressed, sentence, snapshot_of, with_surroundings
+from hypha.scheduler.rounds.policy import Rules
+from hypha.scheduler.status.awaited import Awaiting, awaited
+from hypha.scheduler.status.round_traces import RoundTraces
+from hypha.scheduler.status.services import Services
+from hypha.scheduler.status.signals import JobMetrics
+from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.scheduler.status.view import Progressed, sentence, snapshot_of, with_surroundings
 from hypha.scheduler.working import Working
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.runtime import chance
-from hypha.scheduler.round_traces import RoundTraces
+from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.tracing import span, trace_context
 from hypha.tracing.operations import PLAN
 from hypha.tracing.spans import Attribute

@@ -16,10 +16,19 @@ from hypha.errors import HyphaError
 from hypha.messages import JobStamp
 from hypha.runtime import chance, in_thread
 from hypha.scheduler.context import JobContext, JobResult
-from hypha.scheduler.crew import Crew, lost
-from hypha.scheduler.describe import Descriptions, class_names
-from hypha.scheduler.desk import Desk, KeptSlices
-from hypha.scheduler.events import (
+from hypha.scheduler.data.requests import Desk, KeptSlices
+from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.descriptions import Descriptions, class_names
+from hypha.scheduler.durable.copying import Replicating
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.publishing import publish
+from hypha.scheduler.durable.serving import Serving
+from hypha.scheduler.durable.starts import Life, next_life
+from hypha.scheduler.durable.stopping import save_last
+from hypha.scheduler.executors import Crew, lost
+from hypha.scheduler.leasing.pool import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
+from hypha.scheduler.preparing import Opened
+from hypha.scheduler.rounds.events import (
     Action,
     Again,
     AnswerSlice,
@@ -42,18 +51,9 @@ from hypha.scheduler.events import (
     Tick,
     Unreachable,
 )
-from hypha.scheduler.ledger import Ledger
-from hypha.scheduler.lives import Life, next_life
-from hypha.scheduler.pool import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
-from hypha.scheduler.preparing import Opened
-from hypha.scheduler.publishing import publish
-from hypha.scheduler.replicating import Replicating
-from hypha.scheduler.rounds import RoundMachine
-from hypha.scheduler.rules import CarriedOver, Start
-from hypha.scheduler.serving import Serving
-from hypha.scheduler.slices import SliceTracker
-from hypha.scheduler.stopping import save_last
-from hypha.scheduler.view import sentence
+from hypha.scheduler.rounds.machine import RoundMachine
+from hypha.scheduler.rounds.policy import CarriedOver, Start
+from hypha.scheduler.status.view import sentence
 
 logger = logging.getLogger(__name__)
 

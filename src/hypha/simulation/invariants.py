@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from hypha.errors import HyphaError
-from hypha.executor.checkpoint import THETA
+from hypha.executor.outer.checkpoint import THETA
 from hypha.executor.toy import replay_toy
 from hypha.journal import Entry
 from hypha.leases import NAME as LEASES
@@ -22,12 +22,12 @@ from hypha.leases import Ended, Freed, Granted, Reserve
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk.files import hash_file
 from hypha.scheduler import JobResult
-from hypha.scheduler.checkpoints import CheckpointStore
-from hypha.scheduler.ledger import read_ledger
-from hypha.scheduler.rounds import NAME as ROUNDS
-from hypha.scheduler.slices import TrackerState
-from hypha.scheduler.snapshot import JobSnapshot
-from hypha.scheduler.state import StateDirectory
+from hypha.scheduler.data.slices import TrackerState
+from hypha.scheduler.durable.checkpoints import CheckpointStore
+from hypha.scheduler.durable.ledger import read_ledger
+from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.rounds.machine import NAME as ROUNDS
+from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.simulation.faults import Struck
 from hypha.simulation.scenario import LIES
 from hypha.simulation.world import JOB, SCHEDULER, World

@@ -18,7 +18,8 @@ from hypha.config.models import OfferConfig
 from hypha.journal import Journal
 from hypha.leases import Denied, Granted, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
-from hypha.scheduler.allocation import (
+from hypha.scheduler.leasing.allocator import Allocator
+from hypha.scheduler.leasing.events import (
     Accept,
     Advertise,
     AllocatorAction,
@@ -35,8 +36,7 @@ from hypha.scheduler.allocation import (
     Pace,
     Want,
 )
-from hypha.scheduler.allocator import Allocator
-from hypha.scheduler.renewal import (
+from hypha.scheduler.leasing.renewal import (
     Attempt,
     Lapsed,
     Renewal,
@@ -45,7 +45,7 @@ from hypha.scheduler.renewal import (
     RenewalRefused,
     Renewed,
 )
-from hypha.worker.arbiter import (
+from hypha.worker.leasing.arbiter import (
     Arbiter,
     ArbiterAction,
     ArbiterEvent,

@@ -19,7 +19,7 @@ from msgspec import Struct
 from hypha.config.models import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.messages import Resources
 from hypha.resources import fits
-from hypha.scheduler.allocation import Pace
+from hypha.scheduler.leasing.events import Pace
 from hypha.simulation.market import Job, Market, MarketScheduler, MarketWorker, Purse
 
 #: a job that has not begun so long after it first asked starves: jobs last for ten seconds at most, so it

@@ -49,8 +49,8 @@ from hypha.config.models import (
     StorageConfig,
     WorkerConfig,
 )
-from hypha.data import serve as data_serve
 from hypha.data.manifest import make_manifest, write_manifest
+from hypha.data.serving import serve as data_serve
 from hypha.data.slices import write_slice
 from hypha.errors import HyphaError
 from hypha.executor.toy import COLUMN
@@ -69,8 +69,8 @@ from hypha.simulation.process import (
     this_process,
 )
 from hypha.simulation.scenario import Scenario, gives_notice
-from hypha.worker.confining import Means
-from hypha.worker.directory import remove_stale
+from hypha.worker.jobs.directory import remove_stale
+from hypha.worker.limits.confining import Means
 from hypha.worker.node import serve as worker_serve
 
 DATASET = "rows"

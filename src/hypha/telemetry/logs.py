@@ -26,7 +26,7 @@ from typing import Literal, TextIO
 from opentelemetry import trace
 
 from hypha.config.environment import variable
-from hypha.config.log_filter import TRACE, LogFilter
+from hypha.config.reading.log_filter import TRACE, LogFilter
 from hypha.naming import cleaned, legible, name_of, named
 from hypha.telemetry.instruments import LOG_ENTRIES
 from hypha.tracing.spans import current_operation

@@ -14,7 +14,7 @@ from hypha.messages import FinishedSpan
 from hypha.telemetry.metrics import sample
 
 if TYPE_CHECKING:
-    from hypha.telemetry.exposition import Exposition
+    from hypha.telemetry.http.exposition import Exposition
     from hypha.telemetry.sdk import Telemetry
 
 #: seconds between two readings of the gauges

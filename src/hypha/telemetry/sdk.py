@@ -29,7 +29,7 @@ from hypha.config.otel import Signal, TelemetrySettings
 from hypha.telemetry import metrics
 from hypha.telemetry.executors import ExecutorSpanExport
 from hypha.telemetry.exporters import make_exporter
-from hypha.telemetry.exposition import Exposition
+from hypha.telemetry.http.exposition import Exposition
 from hypha.telemetry.logs import ContextFilter, unreadable
 from hypha.tracing.spans import MAX_TEXT, chosen_identifiers
 

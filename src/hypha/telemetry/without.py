@@ -1,5 +1,5 @@
-"""What of Hypercorn is never imported: HTTP/2 and WebSockets, which :mod:`hypha.telemetry.serving` does not
-speak. Comes before anything of Hypercorn.
+"""What of Hypercorn is never imported: HTTP/2 and WebSockets, which :mod:`hypha.telemetry.http.hypercorn`
+does not speak. Comes before anything of Hypercorn.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ import trio
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Refused, Undecodable
 from hypha.messages import Value
-from hypha.worker.directory import MAX_SOCKET_PATH_BYTES
-from hypha.worker.leaving import Leaving
+from hypha.worker.jobs.directory import MAX_SOCKET_PATH_BYTES
+from hypha.worker.leasing.leaving import Leaving
 
 logger = logging.getLogger(__name__)
 

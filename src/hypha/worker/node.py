@@ -25,34 +25,34 @@ from hypha.runtime import in_thread, is_simulated
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.logs import bind
 from hypha.telemetry.page import worker_routes
-from hypha.worker.allowance import Allowance
-from hypha.worker.arbiter import Arbiter
-from hypha.worker.cache import SliceCache
-from hypha.worker.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
-from hypha.worker.confining import Means
-from hypha.worker.connectors import Connectors
+from hypha.worker.bridge.spans import EmitSpans
 from hypha.worker.control import serve_control
-from hypha.worker.cores import CorePins
-from hypha.worker.detecting import Machine, detect, lowered, usable_cores
-from hypha.worker.devices import Visibility, memory_of_each
-from hypha.worker.directory import remove_stale
-from hypha.worker.execution import Workshop
-from hypha.worker.given import given_leases
-from hypha.worker.isolation import check_bubblewrap
-from hypha.worker.jobs import Jobs
-from hypha.worker.leaving import Leaving
-from hypha.worker.limits import mechanisms, no_cgroups, suffice
-from hypha.worker.offers import LeaseDesk, serve_offers
-from hypha.worker.orphans import Orphans
-from hypha.worker.preemption import notice_left_s, watch_for_notice
-from hypha.worker.quotas import ProjectQuotas, usable_quotas
-from hypha.worker.replicas import ReplicaStore
-from hypha.worker.room import lack_of_room
+from hypha.worker.fetch.allowance import Allowance
+from hypha.worker.fetch.connectors import Connectors
+from hypha.worker.jobs.directory import remove_stale
+from hypha.worker.jobs.execution import Workshop
+from hypha.worker.jobs.jobs import Jobs
+from hypha.worker.jobs.starting import RunExecutor, run_process
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.given import given_leases
+from hypha.worker.leasing.leaving import Leaving
+from hypha.worker.leasing.offers import LeaseDesk, serve_offers
+from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
+from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
+from hypha.worker.limits.confining import Means
+from hypha.worker.limits.cores import CorePins
+from hypha.worker.limits.detecting import Machine, detect, lowered, usable_cores
+from hypha.worker.limits.devices import Visibility, memory_of_each
+from hypha.worker.limits.limits import mechanisms, no_cgroups, suffice
+from hypha.worker.limits.quotas import ProjectQuotas, usable_quotas
+from hypha.worker.processes.isolation import check_bubblewrap
+from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.warm import ExecutorHost, open_host
 from hypha.worker.signals import shown, watch_resources
-from hypha.worker.spans import EmitSpans
-from hypha.worker.starting import RunExecutor, run_process
-from hypha.worker.storage_desk import StorageDesk
-from hypha.worker.warm import ExecutorHost, open_host
+from hypha.worker.slices.cache import SliceCache
+from hypha.worker.storage.free_space import lack_of_room
+from hypha.worker.storage.replicas import ReplicaStore
+from hypha.worker.storage.requests import StorageDesk
 
 logger = logging.getLogger(__name__)
 

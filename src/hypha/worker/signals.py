@@ -10,9 +10,9 @@ from hypha.messages import ExecutorClass, Resources
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import Reading
 from hypha.telemetry.resources import watch_disks, watch_machine
-from hypha.worker.cache import SliceCache
-from hypha.worker.jobs import Jobs
-from hypha.worker.offers import LeaseDesk
+from hypha.worker.jobs.jobs import Jobs
+from hypha.worker.leasing.offers import LeaseDesk
+from hypha.worker.slices.cache import SliceCache
 
 _KINDS: tuple[ExecutorClass, ...] = ("train", "aggregate")
 

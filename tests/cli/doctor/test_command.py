@@ -15,7 +15,7 @@ from tests.support.network import Pki
 from typer.testing import CliRunner
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import Facts, Unknown
+from hypha.cli.doctor.gathered import Facts, Unknown
 from hypha.cli.doctor.judging.whole import judge
 from hypha.cli.doctor.subject import Subject, read_job, read_subject
 from hypha.cli.hypha import app
@@ -113,7 +113,7 @@ def test_what_could_not_be_found_out_is_a_note() -> None:
 
 
 def test_a_data_node_that_does_not_serve_what_the_job_wants(pki: Pki, tmp_path: Path) -> None:
-    from hypha.cli.doctor.facts import ServedFacts
+    from hypha.cli.doctor.gathered import ServedFacts
 
     path = write(pki, tmp_path / "data.toml", "data", gateways(1) + 'dataset-path = "."\n')
     subject = Subject("data", path, read_subject(path).config, job=job_config())

@@ -13,14 +13,14 @@ from tests.support.disks import small_disks
 from tests.support.network import Pki
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import Accelerators, Contact, Directory, MachineFacts
+from hypha.cli.doctor.gathered import Accelerators, Contact, Directory, MachineFacts
 from hypha.cli.doctor.gathering.bounded import Gathering
 from hypha.cli.doctor.gathering.machine import gather_machine, read_accelerators
 from hypha.cli.doctor.judging.machine import judge_machine, judge_versions
 from hypha.config.models import GatewayConfig, WorkerConfig
 from hypha.config.tuning import SocketTuning
-from hypha.worker.detecting import Machine
-from hypha.worker.gpus import Gpu
+from hypha.worker.limits.detecting import Machine
+from hypha.worker.limits.gpus import Gpu
 
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
 

@@ -18,8 +18,8 @@ from tests.support.network import Network, address_of, until
 from tests.support.proxy import proxy_to
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import Facts
 from hypha.cli.doctor.finding import Finding
+from hypha.cli.doctor.gathered import Facts
 from hypha.cli.doctor.gathering import contacts
 from hypha.cli.doctor.gathering.whole import Wanted, gather
 from hypha.cli.doctor.judging.network import judge_network

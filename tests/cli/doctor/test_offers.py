@@ -13,8 +13,8 @@ from hypha.cli.doctor import checks
 from hypha.cli.doctor.judging.offers import judge_offers, try_offers
 from hypha.config.models import WorkerConfig
 from hypha.features import OURS, Abilities
-from hypha.worker.detecting import Machine
-from hypha.worker.gpus import Gpu
+from hypha.worker.limits.detecting import Machine
+from hypha.worker.limits.gpus import Gpu
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from tests.cli.doctor.staging import only, worker_config
 from tests.support.network import Pki
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import Contact, DatasetFacts, MachineFacts, NetworkFacts, Provider
 from hypha.cli.doctor.finding import Finding
+from hypha.cli.doctor.gathered import Contact, DatasetFacts, MachineFacts, NetworkFacts, Provider
 from hypha.cli.doctor.judging.data import judge_dataset
 from hypha.cli.doctor.judging.network import judge_network
 from hypha.config.models import WorkerConfig

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.data.sources.running import refused, run, told
 
-from hypha.data.sources import csv_table
+from hypha.data.sources.tables import csv_table
 
 NAMES = {";": "a semicolon", "\t": "a tab", "|": "a pipe"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.data.sources.running import refused, run, told
 
-from hypha.data.sources import json_table
+from hypha.data.sources.tables import json_table
 
 ROWS = [{"x": i, "y": i / 2, "kind": "ab"[i % 2], "v": [i, i + 1]} for i in range(30)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

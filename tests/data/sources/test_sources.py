@@ -15,7 +15,8 @@ from PIL import Image
 from tests.data.reading import Array, read_dataset
 
 from hypha.data import Prepared, PrepareOptions, prepare, verify
-from hypha.data.sources import csv_table, tables, text
+from hypha.data.sources import text
+from hypha.data.sources.tables import csv_table, tables
 from hypha.errors import ConfigError, DataError
 from hypha.messages import Column
 

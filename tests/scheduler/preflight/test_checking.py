@@ -17,11 +17,11 @@ from tests.support.hub import Hub, Repository
 from hypha.config.models import JobConfig
 from hypha.errors import ConfigError
 from hypha.messages import Column, DatasetDescription, Manifest, PeerRef, Trial, TrialReport
-from hypha.scheduler.datasets import Dataset
-from hypha.scheduler.ledger import Ledger, Opening, has_trained
-from hypha.scheduler.lives import begins_anew, described
+from hypha.scheduler.data.datasets import Dataset
+from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.durable.ledger import Ledger, Opening, has_trained
+from hypha.scheduler.durable.starts import begins_anew, described
 from hypha.scheduler.preflight.checking import Checked, RunTrial, check_before_leasing, check_job
-from hypha.scheduler.slices import SliceTracker
 
 PASSED = TrialReport(outcome="passed")
 LLAMA = {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 8}

@@ -9,9 +9,9 @@ import pytest
 
 from hypha.config.models import JobConfig
 from hypha.messages import Column, ColumnRange, Manifest, SliceInfo
-from hypha.scheduler.preflight.facts import ModelFacts, facts_of
 from hypha.scheduler.preflight.finding import Finding
 from hypha.scheduler.preflight.findings import findings
+from hypha.scheduler.preflight.known import ModelFacts, facts_of
 
 RESNET = {"model_type": "resnet", "num_channels": 1, "id2label": {str(n): str(n) for n in range(10)}}
 VIT = {**RESNET, "model_type": "vit", "image_size": 8}

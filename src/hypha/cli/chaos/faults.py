@@ -26,7 +26,7 @@ import trio
 from hypha.cli.chaos.damage import corrupt, fill_disk
 from hypha.cli.chaos.network import JOB_S, Network, NetworkFailed, base
 from hypha.cli.demo.children import Child
-from hypha.scheduler.snapshot import JobSnapshot
+from hypha.scheduler.status.snapshot import JobSnapshot
 
 Role = Literal[
     "worker",

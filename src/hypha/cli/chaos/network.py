@@ -27,7 +27,7 @@ from hypha.cli.demo.workplace import warm_keys
 from hypha.errors import HyphaError
 from hypha.pki.authority import CaFiles, make_node, make_org, make_root
 from hypha.pki.identity import IdentityFiles, load_identity
-from hypha.scheduler.snapshot import JobSnapshot
+from hypha.scheduler.status.snapshot import JobSnapshot
 
 N = TypeVar("N", bound="Network")
 

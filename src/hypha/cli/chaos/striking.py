@@ -13,7 +13,7 @@ from hypha.cli.chaos.network import NO_ANSWER, Network, NetworkFailed, base
 from hypha.cli.chaos.report import Ended, Struck
 from hypha.cli.chaos.schedule import RESTART_S, Planned
 from hypha.cli.demo.children import Child
-from hypha.scheduler.snapshot import JobSnapshot
+from hypha.scheduler.status.snapshot import JobSnapshot
 
 _LOOK_S = 0.1
 #: How long somebody is looked for who has the role; the parameter server's may be vacant for a while.

@@ -30,9 +30,9 @@ from hypha.forking import close_all_but, start_afresh
 COMPONENTS = ("hypha.cli.gateway", "hypha.cli.data", "hypha.cli.worker", "hypha.cli.scheduler")
 #: what they import when they run
 _LATER = (
-    "hypha.cli.checking",
-    "hypha.cli.scheduling",
-    "hypha.config.loading",
+    "hypha.cli.job.checking",
+    "hypha.cli.job.scheduling",
+    "hypha.config.reading.loading",
     "hypha.data",
     "hypha.gateway",
     "hypha.scheduler",

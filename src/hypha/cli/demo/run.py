@@ -34,10 +34,10 @@ from hypha.cli.demo.workplace import (
 )
 from hypha.config.inherited import child_environment
 from hypha.errors import OutputError
-from hypha.scheduler.snapshot import JobSnapshot
-from hypha.worker.keepers import Launch, OwnExecutor
-from hypha.worker.process import run_executor
-from hypha.worker.warm import SharedHost
+from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.worker.processes.keepers import Launch, OwnExecutor
+from hypha.worker.processes.process import run_executor
+from hypha.worker.processes.warm import SharedHost
 
 POLL_S = 0.2
 #: A gateway that has not said its addresses by then never will.

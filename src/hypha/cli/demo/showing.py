@@ -9,8 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from hypha.cli.live import headline, job_panel, shown
-from hypha.scheduler.snapshot import JobSnapshot
+from hypha.cli.job.live import headline, job_panel, shown
+from hypha.scheduler.status.snapshot import JobSnapshot
 
 
 class Show:

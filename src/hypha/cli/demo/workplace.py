@@ -19,7 +19,7 @@ from hypha.cli.demo import files
 from hypha.cli.demo.children import Children, DemoFailed
 from hypha.config.environment import process_environment
 from hypha.config.inherited import child_environment
-from hypha.worker.directory import MAX_SOCKET_PATH_BYTES
+from hypha.worker.jobs.directory import MAX_SOCKET_PATH_BYTES
 
 #: Its name among the network's processes.
 HOST = "executor-host"

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 import msgspec
 from rich.console import Console
 
-from hypha.cli.doctor.facts import Contact, Facts
 from hypha.cli.doctor.finding import SEVERITIES, Finding, Severity, exit_code_of
+from hypha.cli.doctor.gathered import Contact, Facts
 from hypha.cli.doctor.subject import Subject
-from hypha.cli.live import shown
+from hypha.cli.job.live import shown
 from hypha.naming import named
 
 _STYLES: dict[Severity, str] = {"note": "dim", "warning": "yellow", "error": "bold red"}

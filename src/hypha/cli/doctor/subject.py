@@ -14,7 +14,6 @@ from typing import Any
 from pydantic import ConfigDict
 
 from hypha.access import ROLES
-from hypha.config.loading import load_config
 from hypha.config.models import (
     COMPONENTS,
     JobConfig,
@@ -24,6 +23,7 @@ from hypha.config.models import (
     SchedulerSection,
     Section,
 )
+from hypha.config.reading.loading import load_config
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.pki.facts import describe
 from hypha.pki.identity import IdentityFiles

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from hypha.data.columns import Block
-from hypha.data.options import PrepareOptions
+from hypha.data.preparing.columns import Block
+from hypha.data.preparing.options import PrepareOptions
 from hypha.data.sources.layout import Layout
 from hypha.errors import ConfigError
 
@@ -49,8 +49,8 @@ def _open(layout: Layout, options: PrepareOptions) -> Source:
 
         return ArraySource(layout.paths, options)
     if layout.kind == "images":
-        from hypha.data.sources.image_folder import DescribedImages, ImageFolder
-        from hypha.data.sources.tables import TableSource
+        from hypha.data.sources.images.folders import DescribedImages, ImageFolder
+        from hypha.data.sources.tables.tables import TableSource
 
         return (
             TableSource(DescribedImages(layout, options), options)
@@ -61,10 +61,10 @@ def _open(layout: Layout, options: PrepareOptions) -> Source:
         from hypha.data.sources.text import FileDocuments, TextSource
 
         return TextSource(FileDocuments(layout.paths, options.encoding), options)
-    from hypha.data.sources.arrow_tables import ParquetTable, saved_dataset
-    from hypha.data.sources.csv_table import CsvTable
-    from hypha.data.sources.json_table import JsonTable
-    from hypha.data.sources.tables import Table, TableSource
+    from hypha.data.sources.tables.arrow_tables import ParquetTable, saved_dataset
+    from hypha.data.sources.tables.csv_table import CsvTable
+    from hypha.data.sources.tables.json_table import JsonTable
+    from hypha.data.sources.tables.tables import Table, TableSource
 
     table: Table
     if layout.kind == "csv":

@@ -17,7 +17,7 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 
 from hypha.access import LIBRARY_STREAMS, NOBODY, STREAMS, Allowed, carries, may_act_as, named
-from hypha.config.log_filter import TRACE
+from hypha.config.reading.log_filter import TRACE
 from hypha.errors import PeerUnreachable
 from hypha.naming import shown
 from hypha.tracing import span

@@ -20,11 +20,11 @@ from hypha.messages import (
     UpdateReceived,
     UpdateSent,
 )
-from hypha.scheduler import events
 from hypha.scheduler.goodput.members import Members, TrainingMember
 from hypha.scheduler.goodput.place import Place
 from hypha.scheduler.goodput.recovery import reason_of
-from hypha.scheduler.round_state import OPEN
+from hypha.scheduler.rounds import events
+from hypha.scheduler.rounds.state import OPEN
 
 
 class Following(Members):

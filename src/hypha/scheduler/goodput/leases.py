@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 
 from hypha.journal import Entry
 from hypha.messages import ExecutorClass
-from hypha.scheduler import allocation
 from hypha.scheduler.goodput.place import Place
 from hypha.scheduler.goodput.recovery import Recoveries, reason_of
 from hypha.scheduler.goodput.report import FailureReason, GoodputNews
-from hypha.scheduler.renewal import Lapsed, Renewed
+from hypha.scheduler.leasing import events as allocation
+from hypha.scheduler.leasing.renewal import Lapsed, Renewed
 
 NANOSECONDS = 1_000_000_000
 

@@ -28,13 +28,13 @@ from collections.abc import Mapping
 from statistics import median
 
 from hypha.journal import Entry
-from hypha.scheduler.allocator import NAME as ALLOCATOR
 from hypha.scheduler.goodput.following import Following
 from hypha.scheduler.goodput.leases import NANOSECONDS, nanoseconds
 from hypha.scheduler.goodput.place import TRAINING
 from hypha.scheduler.goodput.report import GoodputNews, GoodputReport
-from hypha.scheduler.renewal import NAME as RENEWAL
-from hypha.scheduler.rounds import NAME as ROUNDS
+from hypha.scheduler.leasing.allocator import NAME as ALLOCATOR
+from hypha.scheduler.leasing.renewal import NAME as RENEWAL
+from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.telemetry.instruments import BADPUT_REASONS
 
 

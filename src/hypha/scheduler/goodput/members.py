@@ -7,12 +7,12 @@ from collections import deque
 from dataclasses import dataclass
 
 from hypha.messages import Contribution, ExecutorError, ExecutorExited, RoundStarted
-from hypha.scheduler import events
 from hypha.scheduler.goodput.leases import Leases, nanoseconds
 from hypha.scheduler.goodput.place import Effort
 from hypha.scheduler.goodput.recovery import hung_for_s
 from hypha.scheduler.goodput.report import FailureReason
-from hypha.scheduler.round_state import OPEN
+from hypha.scheduler.rounds import events
+from hypha.scheduler.rounds.state import OPEN
 
 #: of whose rates the median is what an undisturbed job does
 CALM_ROUNDS = 50

@@ -17,7 +17,7 @@ from hypha.scheduler.goodput.report import (
 
 #: failures that a report tells of, the newest
 _TOLD = 100
-#: as :mod:`hypha.worker.watch` says it
+#: as :mod:`hypha.worker.jobs.watch` says it
 _HUNG = re.compile(r"it hung: no sign of life for (\d{1,9}) s")
 
 

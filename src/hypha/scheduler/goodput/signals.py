@@ -14,10 +14,10 @@ from collections.abc import Iterable
 
 from hypha.journal import Entry, Journal
 from hypha.messages import LedgerRound, ModelReady, SendModel
-from hypha.scheduler import events
 from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.report import FailureNoticed, GoodputReport, RecoveryStep
-from hypha.scheduler.rounds import NAME as ROUNDS
+from hypha.scheduler.rounds import events
+from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.telemetry.instruments import (
     BADPUT_SECONDS,
     FAILURES,

@@ -23,11 +23,11 @@ from hypha.decoding import decode
 from hypha.errors import ConfigError, Problem, Undecodable
 from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
 from hypha.runtime import in_thread
-from hypha.scheduler.lives import described
-from hypha.scheduler.preflight.facts import ModelFacts, facts_of
+from hypha.scheduler.durable.starts import described
 from hypha.scheduler.preflight.finding import JOB, Finding, printable
 from hypha.scheduler.preflight.findings import findings
 from hypha.scheduler.preflight.hub import HUB_S, HubFinding, ask_hub
+from hypha.scheduler.preflight.known import ModelFacts, facts_of
 from hypha.scheduler.preflight.trial import ModelTrial
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from shlex import quote
 from hypha.config.models import JobConfig
 from hypha.config.tasks import ALIASES, IGNORED, ONE_LABEL_A_ROW
 from hypha.messages import Column, ColumnRange, Manifest
-from hypha.scheduler.describe import inputs_of
-from hypha.scheduler.preflight.facts import ModelFacts
+from hypha.scheduler.descriptions import inputs_of
 from hypha.scheduler.preflight.finding import JOB, Finding, described, number
+from hypha.scheduler.preflight.known import ModelFacts
 
 _ARGUMENTS = f"{JOB}.model.arguments"
 _INPUTS = f"{JOB}.model.input_names"

@@ -25,8 +25,8 @@ from hypha.messages import (
 )
 from hypha.node import Changes
 from hypha.simulation.process import SimulatedProcess
-from hypha.worker.bridge import Desk
-from hypha.worker.feeds import Feed
+from hypha.worker.bridge.feeds import Feed
+from hypha.worker.bridge.server import Desk
 
 T = TypeVar("T")
 

@@ -18,12 +18,12 @@ import msgspec
 import trio
 
 from hypha.errors import CheckpointUnusable, DataError, PeerUnreachable, Refused
-from hypha.executor import tensors
-from hypha.executor.admission import admit, check_contribution
-from hypha.executor.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
-from hypha.executor.outer import OuterStep
+from hypha.executor.files import tensors
+from hypha.executor.files.updates import contribution_in, deliverable
+from hypha.executor.outer.admission import admit, check_contribution
+from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
+from hypha.executor.outer.step import OuterStep
 from hypha.executor.toy import toy_theta
-from hypha.executor.updates import contribution_in, deliverable
 from hypha.messages import (
     AggregateJob,
     CheckpointSaved,

@@ -23,10 +23,10 @@ from hypha.simulation.executors.bridge import Bridge
 from hypha.simulation.executors.parameter_server import SimulatedParameterServer
 from hypha.simulation.executors.training import SimulatedTrainer
 from hypha.simulation.process import SimulatedProcess, this_process
-from hypha.worker.bridge import Desk
-from hypha.worker.keepers import Launch
-from hypha.worker.process import Exit
-from hypha.worker.starting import EndSignals
+from hypha.worker.bridge.server import Desk
+from hypha.worker.jobs.starting import EndSignals
+from hypha.worker.processes.keepers import Launch
+from hypha.worker.processes.process import Exit
 
 _ALIVE_S = 1.0
 _SIGKILL, _SIGTERM = 9, 15

@@ -12,9 +12,9 @@ import msgspec
 import trio
 
 from hypha.errors import DataError, PeerUnreachable, Refused
-from hypha.executor.handover import Inbox, UpdateToSend
-from hypha.executor.losses import Losses
-from hypha.executor.slices_reader import Slice
+from hypha.executor.inner.handover import Inbox, UpdateToSend
+from hypha.executor.inner.losses import Losses
+from hypha.executor.inner.slices_reader import Slice
 from hypha.executor.toy import ToyTrainer, toy_slice
 from hypha.messages import (
     Contribution,
@@ -32,7 +32,7 @@ from hypha.messages import (
 from hypha.node import Changes
 from hypha.simulation.executors.bridge import Bridge
 
-#: as in hypha.executor.handover
+#: as in hypha.executor.inner.handover
 _SEND_RETRY_S = 1.0
 #: what liars say: samples, and how far theta has moved
 _CLAIMED, _BLOWN_UP = 10**12, 1e6

@@ -2,8 +2,8 @@
 
 It knows nothing of jobs. A worker has a page of its own, ``worker.html``, which asks for its ``/leases`` and
 ``/health`` now and then. Whoever serves it says what viewers receive (:class:`Feed`) and what ``/status``
-answers; the page's script reads the shapes of :mod:`hypha.scheduler.snapshot` and of
-:mod:`hypha.scheduler.round_record`. It loads nothing from anywhere else, so it works
+answers; the page's script reads the shapes of :mod:`hypha.scheduler.status.snapshot` and of
+:mod:`hypha.scheduler.status.round_record`. It loads nothing from anywhere else, so it works
 without the internet.
 
 ``assets/uPlot.*`` is uPlot 1.6.32, unchanged, under the licence beside it.

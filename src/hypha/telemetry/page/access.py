@@ -19,7 +19,7 @@ from urllib.parse import parse_qs
 from starlette.types import Scope
 
 from hypha.errors import ConfigError, Problem
-from hypha.telemetry.hosts import names_address
+from hypha.telemetry.http.hosts import names_address
 
 _FILE = "page-token"
 _TOKEN_BYTES = 32

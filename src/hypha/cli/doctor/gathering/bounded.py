@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import trio
 
-from hypha.cli.doctor.facts import Unknown
+from hypha.cli.doctor.gathered import Unknown
 from hypha.errors import HyphaError
 from hypha.naming import cleaned
 

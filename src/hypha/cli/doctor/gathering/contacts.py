@@ -9,7 +9,7 @@ from dataclasses import replace
 import trio
 
 from hypha.access import SERVICES, carries, may_act_as
-from hypha.cli.doctor.facts import Contact, Dialled, Failure
+from hypha.cli.doctor.gathered import Contact, Dialled, Failure
 from hypha.cli.doctor.gathering.bounded import Gathering, readable
 from hypha.errors import NetworkError, Refused, RequestTimeout
 from hypha.messages import (

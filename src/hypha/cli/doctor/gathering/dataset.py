@@ -8,17 +8,17 @@ from pathlib import Path
 
 import trio
 
-from hypha.cli.doctor.facts import DatasetFacts, Provider
+from hypha.cli.doctor.gathered import DatasetFacts, Provider
 from hypha.cli.doctor.gathering.bounded import readable
 from hypha.config.models import DatasetRef
-from hypha.data.serve import KIND
+from hypha.data.serving.serve import KIND
 from hypha.errors import NetworkError, Refused
 from hypha.manifests import manifest_problem
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, PullFile
 from hypha.naming import name_of
 from hypha.net import Libp2pNode
 from hypha.runtime import in_thread
-from hypha.scheduler.pins import Pins
+from hypha.scheduler.data.pins import Pins
 
 ASK_S = 10.0
 #: a slice is pulled for so long at most: what came until then says how fast it comes

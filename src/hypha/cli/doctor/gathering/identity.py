@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from datetime import UTC, datetime
 
-from hypha.cli.doctor.facts import IdentityFacts
+from hypha.cli.doctor.gathered import IdentityFacts
 from hypha.errors import IdentityError
 from hypha.pki.facts import CertificateFacts, describe
 from hypha.pki.identity import Identity, IdentityFiles, load_identity

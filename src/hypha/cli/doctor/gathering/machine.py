@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from hypha.cli.doctor.facts import Accelerators, Directory, MachineFacts
+from hypha.cli.doctor.gathered import Accelerators, Directory, MachineFacts
 from hypha.cli.doctor.gathering.bounded import Gathering
 from hypha.config.inherited import child_environment
 from hypha.config.models import DataConfig, NodeConfig, SchedulerConfig, WorkerConfig
@@ -22,7 +22,7 @@ from hypha.errors import HyphaError, Undecodable
 from hypha.net.bulk.socket_buffers import Buffers
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.versions import versions
-from hypha.worker.detecting import Machine, detect
+from hypha.worker.limits.detecting import Machine, detect
 
 DISK_S = 30.0
 ACCELERATORS_S = 60.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from hypha.cli.doctor.facts import Contact, DatasetFacts, Dialled, NetworkFacts, Port, Running
+from hypha.cli.doctor.gathered import Contact, DatasetFacts, Dialled, NetworkFacts, Port, Running
 from hypha.cli.doctor.gathering.bounded import Gathering, readable
 from hypha.cli.doctor.gathering.contacts import NAME_S, dial_back, look_at
 from hypha.cli.doctor.gathering.dataset import Asking, gather_dataset

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import httpx
 import trio
 
-from hypha.cli.doctor.facts import Port
+from hypha.cli.doctor.gathered import Port
 from hypha.config.models import NodeConfig
 from hypha.decoding import decode_json
 from hypha.errors import NetworkError, Undecodable

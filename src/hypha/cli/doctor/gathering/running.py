@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from hypha.cli.doctor.facts import Running
+from hypha.cli.doctor.gathered import Running
 from hypha.cli.doctor.gathering.ports import ask_http
 from hypha.decoding import decode, decode_json
 from hypha.errors import Undecodable
-from hypha.scheduler.snapshot import JobSnapshot
+from hypha.scheduler.status.snapshot import JobSnapshot
 
 
 async def gather_running(http_address: str, scheduler: bool) -> Running:

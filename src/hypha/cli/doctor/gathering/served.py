@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypha.cli.doctor.facts import ServedFacts
+from hypha.cli.doctor.gathered import ServedFacts
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data.manifest import MANIFEST_FILE, load_dataset_directory
 from hypha.data.slices import SUFFIX

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import trio
 
-from hypha.cli.doctor.facts import Facts, IdentityFacts, MachineFacts, ServedFacts
+from hypha.cli.doctor.gathered import Facts, IdentityFacts, MachineFacts, ServedFacts
 from hypha.cli.doctor.gathering.bounded import Gathering
 from hypha.cli.doctor.gathering.identity import gather_identity
 from hypha.cli.doctor.gathering.machine import gather_machine

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import DatasetFacts, Provider, ServedFacts
 from hypha.cli.doctor.finding import Finding
+from hypha.cli.doctor.gathered import DatasetFacts, Provider, ServedFacts
 
 #: as the alert SlowDataFetch
 SLOW_S = 60.0

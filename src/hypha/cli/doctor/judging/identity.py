@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import IdentityFacts
 from hypha.cli.doctor.finding import Finding
+from hypha.cli.doctor.gathered import IdentityFacts
 
 #: as the alerts CertificateExpiresSoon and CrlExpiresSoon
 SOON = timedelta(days=14)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import Contact
 from hypha.cli.doctor.finding import Finding
+from hypha.cli.doctor.gathered import Contact
 from hypha.config.models import JobConfig
 
 GB = 10**9

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import Accelerators, Contact, Directory, MachineFacts
 from hypha.cli.doctor.finding import Finding
+from hypha.cli.doctor.gathered import Accelerators, Contact, Directory, MachineFacts
 from hypha.config.models import GatewayConfig, NodeConfig, WorkerConfig
 from hypha.messages import Resources
-from hypha.worker.detecting import Claim, Machine, lowered
-from hypha.worker.gpus import Gpu
+from hypha.worker.limits.detecting import Claim, Machine, lowered
+from hypha.worker.limits.gpus import Gpu
 
 GB = 10**9
 MB = 10**6

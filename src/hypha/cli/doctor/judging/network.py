@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from statistics import median
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import Contact, Dialled, MachineFacts, NetworkFacts, Port
 from hypha.cli.doctor.finding import Check, Finding, Severity
+from hypha.cli.doctor.gathered import Contact, Dialled, MachineFacts, NetworkFacts, Port
 from hypha.config.models import NodeConfig, WorkerConfig
 
 MBIT = 10**6 / 8

@@ -20,13 +20,13 @@ from hypha.features import OURS, Abilities, needs
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
 from hypha.resources import TOLERANCE
-from hypha.scheduler.allocation import Advertise, Ask, Decline, Offered, Pace, Want
-from hypha.scheduler.allocator import Allocator
-from hypha.scheduler.lives import described
-from hypha.scheduler.pool import asks_from
-from hypha.worker.arbiter import Arbiter, Heard, Ignored, SendOffer
-from hypha.worker.detecting import Machine
-from hypha.worker.devices import memory_of_each
+from hypha.scheduler.durable.starts import described
+from hypha.scheduler.leasing.allocator import Allocator
+from hypha.scheduler.leasing.events import Advertise, Ask, Decline, Offered, Pace, Want
+from hypha.scheduler.leasing.pool import asks_from
+from hypha.worker.leasing.arbiter import Arbiter, Heard, Ignored, SendOffer
+from hypha.worker.limits.detecting import Machine
+from hypha.worker.limits.devices import memory_of_each
 
 #: nobody's: only that they differ counts
 _SCHEDULER, _WORKER = PeerRef(peer="scheduler"), PeerRef(peer="worker")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import Running
 from hypha.cli.doctor.finding import Finding
+from hypha.cli.doctor.gathered import Running
 
 #: of all worker seconds
 MUCH = 0.2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.facts import Facts
 from hypha.cli.doctor.finding import Finding, in_order
+from hypha.cli.doctor.gathered import Facts
 from hypha.cli.doctor.judging.data import judge_dataset, judge_served
 from hypha.cli.doctor.judging.identity import judge_identity
 from hypha.cli.doctor.judging.job import judge_job

@@ -1,0 +1,1 @@
+"""Commands and pages about one job: running, following, reporting and repeating it."""

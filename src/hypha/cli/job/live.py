@@ -1,0 +1,200 @@
+"""A job in the terminal: one panel that follows the scheduler's snapshots, above it the log; and for
+``hypha status`` a longer one, with leases, connections and warnings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hypha.naming import legible, named
+from hypha.naming import shown as node
+from hypha.scheduler.status.snapshot import JobSnapshot
+
+#: Worker rows shown; a hundred would push the rest off the screen.
+MAX_ROWS = 12
+#: and warnings
+MAX_LINES = 5
+
+
+def job_panel(job: JobSnapshot) -> RenderableType:
+    """The short panel."""
+    parts: list[RenderableType] = [headline(job), ProgressBar(total=max(job.rounds, 1), completed=job.round)]
+    if job.message:
+        parts.append(shown(named(job.message), "yellow" if job.state == "paused" else "dim"))
+    if job.workers:
+        parts.append(_workers(job))
+    return Group(*parts)
+
+
+def status_panel(job: JobSnapshot) -> RenderableType:
+    """The long panel."""
+    parts = [job_panel(job)]
+    if job.held:
+        parts.append(_leases(job))
+    if job.connections:
+        parts.append(_connections(job))
+    facts = [_goodput(job), _data(job), _refused(job), _versions(job)]
+    parts += [shown(fact, "dim") for fact in facts if fact]
+    for line in job.warnings[-MAX_LINES:]:
+        when = datetime.fromtimestamp(line.at).strftime("%H:%M:%S")
+        style = "red" if line.level == "error" else "yellow"
+        peer = f" [{node(line.peer, line.name)}]" if line.peer else ""
+        parts.append(shown(f"{when} {line.level} {line.message}{peer}", style))
+    return Group(*parts)
+
+
+@contextmanager
+def live_view(
+    console: Console, panel: Callable[[JobSnapshot], RenderableType] = job_panel
+) -> Iterator[Callable[[JobSnapshot], None]]:
+    """Show what is passed to the yielded function. Standard error goes above the panel meanwhile.
+
+    Where no terminal is, a line is printed for each round and each other message, and the panel at the end.
+    """
+    if not console.is_terminal:
+        last: JobSnapshot | None = None
+
+        def tell(snapshot: JobSnapshot) -> None:
+            nonlocal last
+            seen = None if last is None else (last.state, last.round, last.message)
+            if seen != (snapshot.state, snapshot.round, snapshot.message):
+                console.print(headline(snapshot), shown(snapshot.message), soft_wrap=True)
+                console.file.flush()
+            last = snapshot
+
+        yield tell
+        if last is not None:
+            console.print(panel(last), soft_wrap=True)
+        return
+    with Live(console=console, refresh_per_second=4, transient=False) as live:
+        yield lambda snapshot: live.update(panel(snapshot))
+
+
+def headline(job: JobSnapshot) -> Text:
+    """``job training, round 3/20, loss 0.41, 812 samples/s, 3 workers, 4 leases, 12 s``."""
+    words = [
+        f"{job.name} {job.state}",
+        f"round {job.round}/{job.rounds}",
+        f"loss {job.loss:.4f}" if job.loss is not None else "loss -",
+        f"{job.samples_per_s:.0f} samples/s",
+        f"{job.samples} samples",
+        f"{len(job.workers)} workers",
+        f"{job.leases} leases",
+        f"{job.elapsed_s:.0f} s",
+    ]
+    return shown(", ".join(words))
+
+
+def shown(text: str, style: str = "") -> Text:
+    """``text`` as it is, though a peer may have written it: no markup, nothing that controls a terminal."""
+    return Text(legible(text), style=style)
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*(shown(cell) for cell in cells))
+
+
+def _workers(job: JobSnapshot) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("worker", "state", "batch", "of", "size", "samples/s", "idle", "samples", "loss"):
+        table.add_column(name, justify="left" if name in ("worker", "state") else "right")
+    for worker in job.workers[:MAX_ROWS]:
+        _add(
+            table,
+            node(worker.peer, worker.name),
+            worker.state,
+            str(worker.batches),
+            str(worker.planned) if worker.planned is not None else "-",
+            str(worker.batch_size),
+            f"{worker.samples_per_s:.0f}",
+            f"{worker.idle_share:.1%}" if worker.idle_share is not None else "-",
+            str(worker.samples),
+            f"{worker.loss:.4f}" if worker.loss is not None else "-",
+        )
+    if len(job.workers) > MAX_ROWS:
+        _add(table, f"and {len(job.workers) - MAX_ROWS} more", *[""] * 8)
+    return table
+
+
+def _leases(job: JobSnapshot) -> Table:
+    table = _table("lease", "worker", "version", "for", "hardware", right=("price", "expires in"))
+    for lease in job.held[:MAX_ROWS]:
+        amounts = (
+            (lease.cpu, "cores"),
+            (lease.memory, "GB"),
+            (lease.gpu, "GB of GPU"),
+            (lease.storage, "GB of disk"),
+        )
+        hardware = ", ".join(f"{amount:g} {unit}" for amount, unit in amounts if amount)
+        ends = f"{lease.expires_in_s:.0f} s" + (", unreachable" if lease.suspected else "")
+        if lease.leaves_in_s is not None:
+            ends = f"{lease.leaves_in_s:.0f} s, its worker leaves"
+        purpose = "training" if lease.kind == "train" else "server"
+        worker, version = node(lease.peer, lease.name), lease.version or "not stated"
+        _add(table, lease.lease[:8], worker, version, purpose, hardware, f"{lease.price:g}", ends)
+    if len(job.held) > MAX_ROWS:
+        _add(table, f"and {len(job.held) - MAX_ROWS} more", *[""] * 6)
+    return table
+
+
+def _connections(job: JobSnapshot) -> Table:
+    table = _table("node", "role", "path", right=("round trip",))
+    for one in job.connections[:MAX_ROWS]:
+        trip = "-" if one.round_trip_s is None else f"{one.round_trip_s * 1000:.1f} ms"
+        _add(table, node(one.peer, one.name), ", ".join(one.roles) or "any", one.kind, trip)
+    if len(job.connections) > MAX_ROWS:
+        _add(table, f"and {len(job.connections) - MAX_ROWS} more", "", "", "")
+    return table
+
+
+def _table(*left: str, right: tuple[str, ...]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _data(job: JobSnapshot) -> str:
+    if job.slices is None:
+        return ""
+    counts = job.slices
+    states = f"{counts.available} available, {counts.assigned} with workers, {counts.used} used"
+    return f"{job.dataset}: epoch {job.epoch + 1}, slices {states}; {job.providers} data nodes"
+
+
+def _refused(job: JobSnapshot) -> str:
+    counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(job.refused.items()) if count)
+    return f"ignored or refused: {counts}" if counts else ""
+
+
+def _versions(job: JobSnapshot) -> str:
+    if not job.version:
+        return ""
+    others = len({lease.peer for lease in job.held if lease.version != job.version})
+    differing = f"; {others} of its workers run other versions" if others else ""
+    for one in job.services:
+        if one.version != job.version:
+            differing += (
+                f"; {one.kind} {node(one.peer, one.name)} runs {one.version or 'one that states none'}"
+            )
+    return f"the scheduler runs Hypha {job.version}{differing}"
+
+
+def _goodput(job: JobSnapshot) -> str:
+    report = job.goodput
+    if report is None:
+        return ""
+    lost = sorted(report.badput_s.items(), key=lambda one: -one[1])
+    parts = [f"{reason.replace('-', ' ')} {seconds:.0f} s" for reason, seconds in lost if seconds >= 0.5]
+    total = f"goodput {report.share:.0%} of {report.wall_s * report.places:.0f} worker seconds"
+    return f"{total}; lost: {', '.join(parts)}" if parts else total

@@ -1,0 +1,228 @@
+"""A journal once more: the machines are made anew and told the same events; what they answer now is compared
+with what they answered then. ``hypha replay --journal`` does it.
+
+After a machine has answered otherwise its state is another one, so the first difference is where to look.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+
+from hypha import leases
+from hypha.config.models import OfferConfig
+from hypha.decoding import decode
+from hypha.errors import HyphaError, Undecodable
+from hypha.journal import Entry, Journal
+from hypha.messages import PeerRef
+from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.leasing import allocator, renewal
+from hypha.scheduler.leasing import events as allocation
+from hypha.scheduler.rounds import events
+from hypha.scheduler.rounds import machine as rounds
+from hypha.worker.leasing import arbiter
+
+#: of a line that is shown
+_SHOWN = 2000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Entry ``number`` of the journal: ``machine`` made of ``event`` what is in ``now``, and not what was
+    ``then``; ``what``: its actions, or its state.
+    """
+
+    number: int
+    machine: str
+    event: str
+    what: str
+    then: str
+    now: str
+
+
+@dataclass
+class Rerun:
+    """``entries`` were told once more to ``machines`` machines. Of those ``without_beginning`` the machines
+    are not known, as their first entries are missing.
+    """
+
+    entries: int = 0
+    machines: int = 0
+    without_beginning: int = 0
+    difference: Difference | None = None
+
+
+class _Given(Random):
+    """Gives what chance gave then. Where the machine asks for more it is 0: that is a difference."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.left: deque[Any] = deque()
+
+    def random(self) -> float:
+        return float(self.left.popleft()) if self.left else 0.0
+
+    def lease_id(self) -> str:
+        return str(self.left[0][0]) if self.left else ""
+
+    def worker(self) -> PeerRef:
+        return msgspec.convert(self.left.popleft()[1], PeerRef) if self.left else PeerRef(peer="")
+
+
+@dataclass
+class _Machine:
+    """``tell`` decodes an event and tells it; what follows is noted in ``journal``."""
+
+    tell: Callable[[Any, float], object]
+    journal: Journal
+    given: _Given = field(default_factory=_Given)
+
+
+def rerun(path: Path) -> Rerun:
+    """Until the first difference. Raises :class:`HyphaError` when ``path`` cannot be read."""
+    result = Rerun()
+    machines: dict[str, _Machine] = {}
+    for line in _lines(path):
+        try:
+            entry = decode(json.loads, line)
+        except Undecodable:
+            # whoever wrote it was killed meanwhile: what follows does not go on from what was before
+            machines.clear()
+            continue
+        if not isinstance(entry, dict) or "machine" not in entry:
+            continue
+        try:
+            difference = _tell(machines, entry, result)
+        except Exception as exc:  # whoever wrote the file: a machine is told what none ever was
+            raise HyphaError(f"{path} is no journal of this version: {exc}, in {_short(entry)}") from exc
+        if difference is not None:
+            result.difference = difference
+            break
+    return result
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as exc:
+        raise HyphaError(f"the journal {path} cannot be read: {exc}") from exc
+
+
+def _tell(machines: dict[str, _Machine], entry: dict[str, Any], result: Rerun) -> Difference | None:
+    name, event, now = entry["machine"], entry["event"], float(entry["at_s"])
+    kind = name.partition(":")[0]
+    if event["type"] in _BEGIN:
+        machines[name] = machine = _BEGIN[event["type"]](event, now)
+        result.machines += 1
+    elif name in machines:
+        machine = machines[name]
+        machine.given.left = deque(entry["drawn"])
+        machine.tell(event, now)
+    else:
+        result.without_beginning += 1
+        return None
+    result.entries += 1
+    again = _noted(machine.journal, kind)
+    if again is None:
+        return Difference(
+            entry["number"], name, _short(event), "actions", _short(entry["actions"]), "nothing"
+        )
+    for what in ("actions", "state"):
+        if not _equal(entry[what], again[what]):
+            then, differs = _short(entry[what]), _short(again[what])
+            return Difference(entry["number"], name, _short(event), what, then, differs)
+    return None
+
+
+def _noted(journal: Journal, kind: str) -> dict[str, Any] | None:
+    """What ``kind`` noted last; an arbiter's journal has its leases' entries, too."""
+    found: Entry | None = None
+    for entry in journal.entries:
+        if entry.machine.partition(":")[0] == kind:
+            found = entry
+    journal.entries.clear()
+    return json.loads(found.line()) if found is not None else None
+
+
+def _equal(then: object, now: object) -> bool:
+    if isinstance(then, dict) and isinstance(now, dict):
+        # an earlier version may have noted less: what it did not know is as it is where nobody says it
+        same = all(key in now and _equal(then[key], now[key]) for key in then)
+        return same and not any(now[key] for key in now.keys() - then.keys())
+    if isinstance(then, list) and isinstance(now, list):
+        return len(then) == len(now) and all(map(_equal, then, now))
+    if isinstance(then, float) and isinstance(now, float) and math.isnan(then):
+        return math.isnan(now)
+    return then == now
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+# --- how each machine is made anew ------------------------------------------------------------------------
+
+
+def _rounds(raw: Any, _: float) -> _Machine:
+    began = msgspec.convert(raw, events.LifeBegan)
+    journal, tracker = Journal(), SliceTracker.from_state(began.tracker)
+    machine = rounds.RoundMachine(
+        began.rules, began.start, tracker, began.scheduler, began.carried, journal=journal
+    )
+    return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, events.Input), now), journal)
+
+
+def _allocator(raw: Any, _: float) -> _Machine:
+    began, journal = msgspec.convert(raw, allocation.AllocatorBegan), Journal()
+    machine = allocator.Allocator(began.asks, began.pace, journal)
+    kind = allocation.AllocatorEvent
+    return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, kind), now), journal)
+
+
+def _renewal(raw: Any, now: float) -> _Machine:
+    began, journal, given = msgspec.convert(raw, renewal.RenewalBegan), Journal(), _Given()
+    machine = renewal.Renewal(began.expires_in_s, now, given, journal=journal)
+    kind = renewal.RenewalEvent
+    return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, kind), now), journal, given)
+
+
+def _book(raw: Any, _: float) -> _Machine:
+    began, journal = msgspec.convert(raw, leases.BookBegan), Journal()
+    machine = leases.LeaseBook(began.total, journal)
+    return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, leases.BookEvent), now), journal)
+
+
+def _arbiter(raw: Any, _: float) -> _Machine:
+    began, journal, given = msgspec.convert(raw, arbiter.ArbiterBegan), Journal(), _Given()
+    terms = OfferConfig.model_validate(began.terms)
+    machine = arbiter.Arbiter(
+        began.total,
+        began.executors,
+        terms,
+        given.worker,
+        given.lease_id,
+        journal,
+        began.abilities,
+        began.gpus,
+    )
+    kind = arbiter.ArbiterEvent
+    return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, kind), now), journal, given)
+
+
+_BEGIN: dict[str, Callable[[Any, float], _Machine]] = {
+    "LifeBegan": _rounds,
+    "AllocatorBegan": _allocator,
+    "RenewalBegan": _renewal,
+    "BookBegan": _book,
+    "ArbiterBegan": _arbiter,
+}

@@ -1,0 +1,1 @@
+"""From files, ``HYPHA_*`` variables and flags to a checked configuration; templates of one."""

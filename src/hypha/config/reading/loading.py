@@ -1,0 +1,246 @@
+"""Layering: TOML file, then ``HYPHA_*`` variables, then ``OTEL_*`` ones, then flags; the later wins, key by
+key.
+
+:func:`load_config` gives a checked configuration or one ConfigError with *every* problem, each with its
+key path and the file and line, variable or flag it came from. Keys may be written ``a_b`` or ``a-b``.
+``HYPHA_RESOURCES__MEMORY=16`` sets ``resources.memory``; values are TOML or JSON, else plain text.
+Relative paths in a file are relative to that file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from hypha.config import models
+from hypha.config.checks import cross_checks
+from hypha.config.environment import process_environment
+from hypha.config.otel import otel_settings
+from hypha.config.reading.layers import Layer, Origin, Value, fold, merge
+from hypha.config.reading.lines import KeyPath, key_lines
+from hypha.config.reading.partial import Partial, canonical_path, fields_at, is_text, shown
+from hypha.config.reading.syntax import syntax_problem
+from hypha.errors import ConfigError, Problem
+
+M = TypeVar("M", bound=models.Section)
+
+#: A further check, made by a room that configuration may not import: it sees what is valid so far.
+Check = Callable[[Partial], Iterable[Problem]]
+
+#: Filters in the manner of RUST_LOG; the later named wins.
+_LOG_VARIABLES = ("RUST_LOG", "HYPHA_LOG")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag given on the command line: ``name`` as typed (``--listen``), the dotted ``key`` it sets."""
+
+    name: str
+    key: str
+    value: Value
+
+
+def load_config(
+    model: type[M],
+    path: Path | None = None,
+    flags: Sequence[Flag] = (),
+    environ: Mapping[str, str] | None = None,
+    checks: Sequence[Check] = (),
+) -> M:
+    """Read, layer and check; raises ConfigError with all problems. ``environ``: the process's."""
+    problems: list[Problem] = []
+    environ = process_environment() if environ is None else environ
+    layers = [
+        _file_layer(model, path, problems) if path is not None else Layer(),
+        *_environment_layers(model, environ, problems),
+        *(_flag_layer(model, flag) for flag in flags),
+    ]
+    merged = Layer()
+    for layer in layers:
+        problems += layer.problems
+        merged = merge(merged, layer)
+    where = _Where(merged, str(path) if path is not None else "")
+    config: M | None = None
+    try:
+        config = model.model_validate(merged.tree)
+    except ValidationError as exc:
+        # without the file every required key would be "missing", which hides the one real problem
+        if path is None or merged.tree or not problems:
+            problems += _pydantic_problems(model, exc, where)
+    partial = Partial(model, merged.tree)
+    if merged.tree:
+        problems += [where.problem(loc, message) for loc, message in cross_checks(partial)]
+    for check in checks:
+        problems += [_placed(problem, where) for problem in check(partial)]
+    if problems or config is None:
+        raise ConfigError(_ordered(problems))
+    return config
+
+
+# --- the layers -----------------------------------------------------------------------------------
+
+
+def _file_layer(model: type[models.Section], path: Path, problems: list[Problem]) -> Layer:
+    try:
+        # with or without the mark that some editors put before UTF-8
+        text = path.read_text(encoding="utf-8-sig")
+        raw = tomllib.loads(text)
+    except FileNotFoundError:
+        problems.append(
+            Problem(
+                key="",
+                source=str(path),
+                message="there is no such file; write one with `init`, or correct --config",
+            )
+        )
+        return Layer()
+    except OSError as exc:
+        problems.append(Problem(key="", source=str(path), message=f"it cannot be read: {exc.strerror}"))
+        return Layer()
+    except UnicodeDecodeError:
+        problems.append(Problem(key="", source=str(path), message="it is not UTF-8 text"))
+        return Layer()
+    except tomllib.TOMLDecodeError as exc:
+        problems.append(syntax_problem(str(path), text, exc))
+        return Layer()
+    lines = key_lines(text)
+    return fold(
+        model,
+        raw,
+        lambda loc: Origin(str(path), lines.get(loc)),
+        base=path.absolute().parent,
+    )
+
+
+def _environment_layers(
+    model: type[models.Section], environ: Mapping[str, str], problems: list[Problem]
+) -> list[Layer]:
+    layers = []
+    for name in _LOG_VARIABLES:
+        if text := environ.get(name):
+            layers.append(_single(model, ("log_level",), text, Origin(name)))
+    for name in sorted(environ):
+        if not name.startswith("HYPHA_") or name in _LOG_VARIABLES:
+            continue
+        keys = tuple(name.removeprefix("HYPHA_").lower().split("__"))
+        if keys[0] in model.model_fields:
+            path: KeyPath = tuple(int(key) if key.isdigit() else key for key in keys)
+            wants_text = is_text(model, canonical_path(model, path))
+            layers.append(_single(model, path, _parse_value(environ[name], wants_text), Origin(name)))
+        elif not any(keys[0] in other.model_fields for other in models.COMPONENTS.values()):
+            # one meant for another component on this machine is no mistake; this is
+            known = [f"HYPHA_{field.upper()}" for field in model.model_fields]
+            problems.append(Problem(key="", source=name, message=_unknown(name, [*known, "HYPHA_LOG"])))
+    for name, otel_path, value in otel_settings(environ):
+        layers.append(_single(model, otel_path, value, Origin(name)))
+    return layers
+
+
+def _flag_layer(model: type[models.Section], flag: Flag) -> Layer:
+    path: KeyPath = tuple(int(key) if key.isdigit() else key for key in flag.key.split("."))
+    return _single(model, path, flag.value, Origin(flag.name))
+
+
+def _single(model: type[models.Section], path: KeyPath, value: Value, origin: Origin) -> Layer:
+    raw: Value = value
+    for key in reversed(path):
+        raw = {str(key): raw}
+    return fold(model, raw if isinstance(raw, dict) else {}, lambda _: origin, base=None)
+
+
+def parse_setting(model: type[models.Section], text: str) -> Flag:
+    """``KEY=VALUE`` of ``--set``; ConfigError when there is no ``=``."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError([Problem(key="", source=f"--set {text}", message="write KEY=VALUE")])
+    key = key.strip()
+    path = canonical_path(model, tuple(int(part) if part.isdigit() else part for part in key.split(".")))
+    return Flag(f"--set {key}", key, _parse_value(value.strip(), is_text(model, path)))
+
+
+def _parse_value(text: str, wants_text: bool) -> Value:
+    """A value as TOML, else JSON, else as it is; text stays text where text is wanted."""
+    stripped = text.strip()
+    if wants_text and stripped[:1] not in ('"', "'"):
+        return text
+    try:
+        value: Any = tomllib.loads(f"value = {stripped}")["value"]
+    except tomllib.TOMLDecodeError:
+        try:
+            value = json.loads(stripped)
+        except ValueError:
+            return text
+    return value  # type: ignore[no-any-return]
+
+
+# --- telling problems -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Where in the layers a key was set."""
+
+    layer: Layer
+    file: str
+
+    def problem(self, loc: KeyPath, message: str) -> Problem:
+        for length in range(len(loc), 0, -1):
+            if (origin := self.layer.origins.get(loc[:length])) is not None:
+                return Problem(key=shown(loc), source=origin.source, line=origin.line, message=message)
+        return Problem(key=shown(loc), source=self.file, message=message)
+
+
+def _placed(problem: Problem, where: _Where) -> Problem:
+    """A problem found in a file that a key names, told where that key stands."""
+    message = f"{problem.source}: {problem.message}" if problem.source else problem.message
+    return where.problem(tuple(problem.key.split(".")), message) if problem.key else problem
+
+
+def _pydantic_problems(model: type[models.Section], exc: ValidationError, where: _Where) -> list[Problem]:
+    found: dict[KeyPath, list[str]] = {}
+    for error in exc.errors(include_url=False):
+        loc = canonical_path(model, tuple(error["loc"]))
+        if error["type"] == "extra_forbidden":
+            message = _unknown_key(model, loc)
+        elif error["type"] == "missing":
+            message = "it is required and not set"
+        elif error["type"] == "path_type":
+            message = f"it should be a path, not {error['input']!r}"
+        else:
+            message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            if message != error["msg"]:
+                message = f"it should be {message}"
+            given = error["input"]
+            secret = any(word in shown(loc) for word in ("token", "headers"))
+            if isinstance(given, str | int | float | bool) and not secret:
+                message += f", not {given!r}"
+        found.setdefault(loc, []).append(message)
+    return [where.problem(loc, " or ".join(dict.fromkeys(messages))) for loc, messages in found.items()]
+
+
+def _unknown_key(model: type[models.Section], loc: KeyPath) -> str:
+    key = str(loc[-1])
+    here = fields_at(model, loc[:-1])
+    if len(loc) > 1 and key.replace("-", "_") in model.model_fields:
+        return "it belongs to the top level: write it above the first [table]"
+    return _unknown(key, here)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)
+    if near:
+        return f"there is no such key; did you mean {near[0]}?"
+    return f"there is no such key; known are {', '.join(sorted(known))}"
+
+
+def _ordered(problems: list[Problem]) -> list[Problem]:
+    """By file and line, each once."""
+    unique = dict.fromkeys(problems)
+    return sorted(unique, key=lambda problem: (problem.source, problem.line or 0))

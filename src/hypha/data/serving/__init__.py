@@ -1,0 +1,1 @@
+"""A data node's life: datasets announced, slices handed out and counted."""

@@ -1,0 +1,1 @@
+"""Rows of named columns: CSV, JSON, Parquet and saved datasets."""

@@ -1,0 +1,294 @@
+"""The executor's end of the bridge: HTTP over the worker's Unix socket, from threads, never in a step's way.
+
+Calls block their own thread; streams (directives, received files) and the reporting of events run in daemon
+threads. Events are delivered in order and repeated until the worker has them; only a ``Progress`` that a
+newer one follows is skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from opentelemetry.trace import SpanKind
+
+from hypha.decoding import decode, decode_json
+from hypha.errors import HyphaError, PeerUnreachable, Refused, Undecodable
+from hypha.executor.bridge.http import Answer, Connection, Unanswered, lines
+from hypha.messages import (
+    Alive,
+    BridgeError,
+    Directive,
+    Event,
+    FetchCall,
+    FetchedFile,
+    FinishedSpan,
+    Job,
+    Progress,
+    ReceiveCall,
+    ReceivedFile,
+    Reference,
+    SendCall,
+    Sent,
+    SpansCall,
+    StatusCall,
+    encode_json,
+)
+from hypha.tracing import span, traceparent
+from hypha.tracing.operations import BRIDGE
+
+logger = logging.getLogger("hypha.executor")
+
+#: At most this often a ``Progress`` crosses the bridge: each takes time of the trainer's interpreter.
+PROGRESS_INTERVAL_S = 0.05
+#: So often whoever waits says that it is well.
+ALIVE_S = 1.0
+#: The worker is the executor's parent, on the same machine: silent for so long, it is gone.
+BRIDGE_LOST_S = 30.0
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.05, 2.0
+_OK = 200
+
+T = TypeVar("T")
+
+_DIRECTIVE: msgspec.json.Decoder[Directive] = msgspec.json.Decoder(Directive)
+_JOB: msgspec.json.Decoder[Job] = msgspec.json.Decoder(Job)
+_RECEIVED = msgspec.json.Decoder(ReceivedFile)
+
+
+class BridgeLost(HyphaError):
+    """The worker does not answer any more."""
+
+
+class BridgeClient:
+    """One executor's connection to its worker. ``directory`` is the job directory: paths are relative to it.
+
+    ``failed`` is called once, from any thread, when the bridge is lost or a stream handler raised.
+    """
+
+    def __init__(self, socket: Path, directory: Path, failed: Callable[[Exception], None]) -> None:
+        self.directory = directory
+        self._failed = failed
+        self._socket = socket
+        #: with the ``traceparent`` of the span in which each was reported
+        self._events: deque[tuple[Event, str | None]] = deque()
+        self._lock = threading.Condition()
+        self._reporting = False
+        #: on which no call is under way
+        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self._start("status", self._report_events)
+
+    def _start(self, name: str, target: Callable[[], None]) -> None:
+        threading.Thread(target=target, name=name, daemon=True).start()
+
+    # --- calls --------------------------------------------------------------------------------------
+
+    def job(self) -> Job:
+        """What this executor is to do."""
+        return decode(_JOB.decode, self._call("GET", "/job"))
+
+    def fetch(self, reference: Reference) -> list[tuple[Path, FetchedFile]]:
+        """Have the worker fetch ``reference``; the files' absolute paths, and what was said about each.
+
+        Blocks until they are there. Raises :class:`Refused` and :class:`PeerUnreachable`.
+        """
+        answer = self._call("POST", "/resources/fetch", FetchCall(resource=reference))
+        files = decode_json(answer, list[FetchedFile])
+        return [(self.directory / file.path, file) for file in files]
+
+    def send(self, call: SendCall) -> Sent:
+        """Returns when it is decided for every receiver. Raises :class:`Refused` or, after the worker's own
+        retries, :class:`PeerUnreachable` when nobody acknowledged.
+        """
+        return decode_json(self._call("POST", "/resources/send", call), Sent)
+
+    def post_spans(self, spans: Sequence[FinishedSpan]) -> None:
+        """Have the worker export ``spans``. Raises :class:`Refused`, :class:`PeerUnreachable` and, when the
+        worker is gone, :class:`Unanswered`.
+        """
+        self._ask_idle("POST", "/spans", SpansCall(spans=tuple(spans)), None)
+
+    def relative(self, path: Path) -> str:
+        """``path`` as the bridge wants it."""
+        return path.relative_to(self.directory).as_posix()
+
+    def _call(self, method: str, path: str, body: msgspec.Struct | None = None) -> bytes:
+        attributes = {"http.request.method": method, "url.path": path}
+        with span(BRIDGE, attributes, kind=SpanKind.CLIENT):
+            return self._ask_idle(method, path, body, traceparent())
+
+    def _ask_idle(self, method: str, path: str, body: msgspec.Struct | None, parent: str | None) -> bytes:
+        try:
+            connection = self._idle.get_nowait()
+        except queue.Empty:
+            connection = Connection(self._socket)
+        try:
+            return _ask(connection, method, path, body, parent)
+        finally:
+            # one that failed has closed itself, and connects again
+            self._idle.put(connection)
+
+    # --- streams ------------------------------------------------------------------------------------
+
+    def directives(self, handler: Callable[[Directive], None]) -> None:
+        """Call ``handler`` for each directive from now on, in a thread. The newest of each kind comes again
+        after a reconnection.
+        """
+        self._start(
+            "directives",
+            lambda: self._follow(
+                "GET", "/directives", None, lambda data: handler(decode(_DIRECTIVE.decode, data))
+            ),
+        )
+
+    def receive(self, kinds: tuple[str, ...], handler: Callable[[ReceivedFile], None]) -> None:
+        """Call ``handler`` for each file of ``kinds`` that arrives, in a thread."""
+        call = ReceiveCall(kinds=kinds)
+        self._start(
+            "receive",
+            lambda: self._follow(
+                "POST", "/resources/receive", call, lambda data: handler(decode(_RECEIVED.decode, data))
+            ),
+        )
+
+    def _follow(
+        self, method: str, path: str, body: msgspec.Struct | None, handler: Callable[[str], None]
+    ) -> None:
+        retry = _Retry()
+        while True:
+            try:
+                content = None if body is None else encode_json(body)
+                with lines(self._socket, method, path, content) as answer:
+                    if isinstance(answer, Answer):
+                        raise _error(path, answer)
+                    retry = _Retry()
+                    for data in server_sent_data(answer):
+                        handler(data)
+            except Unanswered as exc:
+                logger.warning("The bridge's stream %s broke (%s); it is opened again.", path, exc)
+            except Exception as exc:  # noqa: BLE001 - the thread's edge
+                self._failed(exc)
+                return
+            if not retry.wait():
+                self._failed(BridgeLost(f"the worker has not answered {path} for {BRIDGE_LOST_S:g} s"))
+                return
+
+    # --- events -------------------------------------------------------------------------------------
+
+    def report(self, event: Event) -> None:
+        """Have ``event`` delivered to the scheduler. Never blocks."""
+        with self._lock:
+            if isinstance(event, Progress) and self._events and isinstance(self._events[-1][0], Progress):
+                self._events.pop()
+            if isinstance(event, Alive) and self._events:
+                return  # what waits to be said says so too
+            reported_in = None if isinstance(event, Progress | Alive) else traceparent()
+            self._events.append((event, reported_in))
+            self._lock.notify()
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """Do ``call`` in another thread, and have the worker know meanwhile that this one waits for it."""
+        pool = ThreadPoolExecutor(1)
+        # what it calls is below the span of whoever waits
+        pending: Future[T] = pool.submit(copy_context().run, call)
+        pool.shutdown(wait=False)
+        while not wait([pending], ALIVE_S).done:
+            self.report(Alive())
+        return pending.result()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the worker has all events; False when it took longer."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._events and not self._reporting, timeout_s)
+
+    def _report_events(self) -> None:
+        quiet_until = 0.0
+        connection = Connection(self._socket)
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: bool(self._events))
+                pause = quiet_until - time.monotonic()
+                if pause > 0 and len(self._events) == 1 and isinstance(self._events[0][0], Progress):
+                    # anything but another Progress is reported at once
+                    self._lock.wait_for(lambda: not isinstance(self._events[-1][0], Progress), pause)
+                event, reported_in = self._events.popleft()
+                self._reporting = True
+            delivered = self._deliver(connection, event, reported_in)
+            if isinstance(event, Progress):
+                quiet_until = time.monotonic() + PROGRESS_INTERVAL_S
+            with self._lock:
+                self._reporting = False
+                self._lock.notify_all()
+            if not delivered:
+                return
+
+    def _deliver(self, connection: Connection, event: Event, reported_in: str | None) -> bool:
+        retry = _Retry()
+        while True:
+            try:
+                _ask(connection, "POST", "/status/send", StatusCall(event=event), reported_in)
+                return True
+            except (Unanswered, PeerUnreachable) as exc:
+                if isinstance(event, Progress | Alive):
+                    return True
+                logger.warning("The worker did not take a %s (%s); trying again.", type(event).__name__, exc)
+                if not retry.wait():
+                    self._failed(BridgeLost(f"the worker has taken no event for {BRIDGE_LOST_S:g} s"))
+                    return False
+            except Refused as exc:
+                logger.error("The worker refused a %s: %s", type(event).__name__, exc)
+                return True
+
+
+class _Retry:
+    """Exponential backoff that gives up after :data:`BRIDGE_LOST_S`."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._pause_s = _FIRST_RETRY_S
+
+    def wait(self) -> bool:
+        if time.monotonic() - self._started > BRIDGE_LOST_S:
+            return False
+        time.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, _LAST_RETRY_S)
+        return True
+
+
+def _ask(
+    connection: Connection, method: str, path: str, body: msgspec.Struct | None, parent: str | None
+) -> bytes:
+    """The body of the answer. Raises :class:`Refused`, :class:`PeerUnreachable` and :class:`Unanswered`."""
+    answer = connection.ask(method, path, None if body is None else encode_json(body), parent)
+    if answer.status == _OK:
+        return answer.content
+    raise _error(path, answer)
+
+
+def _error(path: str, answer: Answer) -> HyphaError:
+    try:
+        body = decode_json(answer.content, BridgeError)
+    except Undecodable:
+        body = BridgeError(error="internal", detail=answer.content.decode(errors="replace")[:500])
+    if answer.status >= 500:
+        return PeerUnreachable("behind the bridge", f"{path}: {body.detail} ({body.error})")
+    return Refused(body.error, body.detail)
+
+
+def server_sent_data(lines: Iterator[str]) -> Iterator[str]:
+    """The data of each server-sent event (WHATWG HTML, section 9.2), other fields skipped."""
+    data: list[str] = []
+    for line in lines:
+        if line.startswith("data:"):
+            data.append(line[5:].removeprefix(" "))
+        elif not line and data:
+            yield "\n".join(data)
+            data = []

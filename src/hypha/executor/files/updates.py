@@ -1,0 +1,222 @@
+"""Update files: what a round of training did, as it travels from a worker to the parameter server.
+
+An update has theta's names and shapes. Parameters hold theta_local - theta_r, in fp32 or encoded (``bf16``,
+or ``int8`` with one scale a tensor); buffers hold their local values, never encoded. The header holds the
+:class:`~hypha.messages.Contribution` that it stands for.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from hypha.decoding import decode_json
+from hypha.errors import DataError, NotFinite, Undecodable
+from hypha.executor.files.hashing import Hasher
+from hypha.executor.files.reused import Spares
+from hypha.executor.files.tensors import (
+    CHUNK,
+    Spec,
+    TensorFile,
+    Theta,
+    difference,
+    one_thread,
+    pieces,
+    write_pieces,
+)
+from hypha.messages import (
+    MAX_CONTRIBUTION_BYTES,
+    MAX_EVENT_BYTES,
+    Contribution,
+    RoundApplied,
+    encode_json,
+)
+
+logger = logging.getLogger("hypha.executor.parameter_server")
+
+Encoding = Literal["none", "bf16", "int8"]
+_CONTRIBUTION = "contribution"
+#: Far more than the header of a model with fifty thousand tensors; read, it takes ten times the memory, and
+#: it is the worker's.
+MAX_HEADER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is in an update file: its L2 norm, and the file's XXH3 in hex."""
+
+    norm: float
+    xxh3: str
+
+
+@one_thread()
+@torch.no_grad()
+def write_update(
+    path: Path,
+    local: Theta,
+    base: Theta,
+    encoding: Encoding = "none",
+    spares: Spares | None = None,
+    contribution: Contribution | None = None,
+) -> Written:
+    """Write the update ``local - base`` to ``path``, leaving both alone, perhaps over one of ``spares``; the
+    file says itself what it stands for.
+
+    Raises :class:`NotFinite` when the model has diverged; then no file is left.
+    """
+    specs = base.specs()
+    metadata: dict[str, str] = {}
+    scales: dict[str, float] = {}
+    if encoding == "int8":
+        for name in base.parameters:
+            peak = max((float(piece.abs().max()) for piece in _differences(local, base, name)), default=0.0)
+            scales[name] = peak / 127.0
+        ordered = dict(sorted(scales.items()))
+        metadata = {"encoding": "int8", "scales": msgspec.json.encode(ordered).decode()}
+        specs |= {name: Spec(torch.int8, specs[name].shape) for name in base.parameters}
+    elif encoding == "bf16":
+        metadata = {"encoding": "bf16"}
+        specs |= {name: Spec(torch.bfloat16, specs[name].shape) for name in base.parameters}
+
+    if contribution is not None:
+        metadata[_CONTRIBUTION] = encode_json(contribution).decode()
+
+    squares = 0.0
+
+    def encoded(name: str) -> Iterator[Tensor]:
+        nonlocal squares
+        if name not in base.parameters:
+            yield from pieces(local.buffers[name])
+            return
+        for piece in _differences(local, base, name):
+            squares += float(torch.dot(piece, piece))
+            if encoding == "int8":
+                scale = scales[name]
+                piece = (piece / scale).round_().clamp_(-127, 127) if scale > 0 else torch.zeros_like(piece)
+                yield piece.to(torch.int8)
+            else:
+                yield piece.to(torch.bfloat16) if encoding == "bf16" else piece
+
+    hasher = Hasher(quick=True)
+    write_pieces(path, specs, encoded, metadata, hasher, spares)
+    if not math.isfinite(squares):
+        path.unlink()
+        raise NotFinite("the local model holds values that are not finite; the learning rate may be too high")
+    return Written(math.sqrt(squares), hasher.digests().xxh3)
+
+
+def _differences(local: Theta, base: Theta, name: str) -> Iterator[Tensor]:
+    """In pieces that are good until the next one."""
+    start = base.parameters[name].reshape(-1)
+    end = local.parameters[name].to("cpu", torch.float32).reshape(-1)
+    buffer = torch.empty(min(start.numel(), CHUNK))
+    for at in range(0, start.numel(), CHUNK):
+        piece = start[at : at + CHUNK]
+        yield torch.sub(end[at : at + CHUNK], piece, out=buffer[: piece.numel()])
+
+
+def contribution_in(path: Path, worker: str, round: int, samples: int) -> Contribution | None:
+    """What an update file says that it stands for; None where it does not, says more than anybody has to, or
+    something else than its transfer did. Raises :class:`DataError` when it is no tensor file.
+    """
+    with TensorFile(path, MAX_HEADER_BYTES) as file:
+        text = file.metadata.get(_CONTRIBUTION, "")
+    if len(text) > MAX_CONTRIBUTION_BYTES:
+        logger.warning(
+            "The update of %s says in %d characters what it stands for; it is not read, as %d are enough.",
+            worker,
+            len(text),
+            MAX_CONTRIBUTION_BYTES,
+        )
+        return None
+    try:
+        found = decode_json(text, Contribution)
+    except Undecodable:
+        return None
+    return found if (found.worker, found.round, found.samples) == (worker, round, samples) else None
+
+
+def deliverable(applied: RoundApplied) -> RoundApplied:
+    """``applied`` with as many of its contributions as one event takes, the smallest first: workers write
+    them, and without this event the job stands still. What is left out was told when its update arrived.
+    """
+    room = MAX_EVENT_BYTES - len(encode_json(msgspec.structs.replace(applied, contributions=()))) - 1024
+    sizes = {part.worker: len(encode_json(part)) + 1 for part in applied.contributions}
+    told = set()
+    for worker in sorted(sizes, key=sizes.__getitem__):
+        room -= sizes[worker]
+        if room < 0:
+            break
+        told.add(worker)
+    kept = tuple(part for part in applied.contributions if part.worker in told)
+    return msgspec.structs.replace(applied, contributions=kept)
+
+
+class UpdateFile:
+    """An update as the parameter server reads it: checked against theta, decoded to fp32 chunk by chunk."""
+
+    def __init__(self, file: TensorFile, theta: Theta) -> None:
+        """Raises :class:`DataError` when names, shapes, dtypes or the encoding's data do not fit."""
+        self._file = file
+        encoding = file.metadata.get("encoding", "none")
+        expected = theta.specs()
+        self._scales: dict[str, float] = {}
+        if encoding == "int8":
+            try:
+                scales = file.metadata.get("scales", "{}")
+                self._scales = decode_json(scales, dict[str, float])
+            except Undecodable as exc:
+                raise DataError(f"the scales of an int8 update cannot be read: {exc}") from exc
+            if self._scales.keys() != theta.parameters.keys():
+                raise DataError("an int8 update needs one scale for each parameter")
+            expected |= {name: Spec(torch.int8, expected[name].shape) for name in theta.parameters}
+        elif encoding == "bf16":
+            expected |= {name: Spec(torch.bfloat16, expected[name].shape) for name in theta.parameters}
+        elif encoding != "none":
+            raise DataError(f"the update encoding {encoding} is unknown")
+        if problem := difference(file.specs(), expected):
+            raise DataError(f"the update does not fit the model: {problem}")
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """A parameter's decoded elements; each piece is good until the next one."""
+        reader = self.reader()
+        for at in range(0, math.prod(self._file.entries[name].spec.shape), CHUNK):
+            yield reader.chunk(name, at)
+
+    def reader(self) -> ChunkReader:
+        """For one thread."""
+        return ChunkReader(self._file, self._scales)
+
+    def buffer(self, name: str) -> Tensor:
+        """A whole buffer."""
+        spec = self._file.entries[name].spec
+        out = torch.empty(spec.shape, dtype=spec.dtype)
+        self._file.read_into(name, out)
+        return out
+
+
+class ChunkReader:
+    """Reads decoded chunks of an update, for one thread; each is good until the next one."""
+
+    def __init__(self, file: TensorFile, scales: Mapping[str, float]) -> None:
+        self._file = file
+        self._scales = scales
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def chunk(self, name: str, at: int) -> Tensor:
+        """At most ``CHUNK`` elements of the parameter ``name``, from ``at`` on."""
+        dtype = self._file.entries[name].spec.dtype
+        buffer = self._buffers.get(dtype)
+        if buffer is None:
+            buffer = self._buffers[dtype] = torch.empty(CHUNK, dtype=dtype)
+        piece = self._file.read_chunk(name, at, buffer).to(torch.float32)
+        scale = self._scales.get(name)
+        return piece if scale is None else piece.mul_(scale)

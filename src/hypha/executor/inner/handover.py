@@ -1,0 +1,202 @@
+"""Between the trainer and its threads: what they have heard, and the update that one of them sends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from hypha.errors import PeerUnreachable, Refused
+from hypha.executor.bridge.client import ALIVE_S, BridgeClient
+from hypha.executor.files.reused import Spares
+from hypha.messages import (
+    Contribution,
+    Directive,
+    Finish,
+    PeerRef,
+    Peers,
+    Plan,
+    ReceivedFile,
+    Rejoin,
+    SendCall,
+    UpdateSent,
+)
+from hypha.tracing import span
+from hypha.tracing.operations import SEND_UPDATE
+from hypha.tracing.spans import Attribute
+
+logger = logging.getLogger("hypha.executor.training")
+
+_SEND_RETRY_S = 1.0
+#: refusals that pass: of a full disk, and of a parameter server that is not there yet or is being restored
+_PASSING = frozenset({"no-space", "busy", "not-found"})
+
+
+class Inbox:
+    """What the threads have heard and the trainer looks up. ``changed`` guards and announces all of it."""
+
+    def __init__(self, parameter_server: PeerRef, generation: int) -> None:
+        self.changed = threading.Condition()
+        self.plan: Plan | None = None
+        self.theta: ReceivedFile | None = None
+        self.parameter_server = parameter_server
+        self.generation = generation
+        #: the newest, until the trainer has done what it says
+        self.rejoin: Rejoin | None = None
+        #: how many lives began with another parameter server
+        self.servers = 0
+        #: the newest life before which rounds were lost; what was made in an earlier one is void
+        self.lost_before = generation
+        self.finished = False
+        self.failure: Exception | None = None
+
+    def direct(self, directive: Directive) -> None:
+        with self.changed:
+            match directive:
+                case Plan():
+                    self.plan = directive
+                case Rejoin():
+                    self._rejoin(directive)
+                case Finish():
+                    self.finished = True
+                case _:
+                    logger.warning("A training executor does not handle %s.", type(directive).__name__)
+            self.changed.notify_all()
+
+    def _rejoin(self, rejoin: Rejoin) -> None:
+        if rejoin.generation <= self.generation:
+            return  # repeated, as the stream of directives was opened again
+        if self.rejoin is not None and self.rejoin.start_over:
+            # the trainer has not come to it yet
+            rejoin = msgspec.structs.replace(rejoin, start_over=True)
+        self.rejoin = rejoin
+        self.generation = rejoin.generation
+        if rejoin.parameter_server is not None:
+            self.parameter_server = rejoin.parameter_server
+        self.servers += rejoin.resend
+        if rejoin.start_over:
+            self.plan = None
+            self.lost_before = rejoin.generation
+
+    def fail(self, failure: Exception) -> None:
+        with self.changed:
+            self.failure = self.failure or failure
+            self.changed.notify_all()
+
+    def wait_for(self, holds: Callable[[], bool], meanwhile: Callable[[], None]) -> None:
+        """Wait, under ``changed``, until ``holds()``; ``meanwhile`` is called every now and then."""
+        while not self.changed.wait_for(holds, ALIVE_S):
+            meanwhile()
+
+    def touch(self) -> None:
+        """Something else happened."""
+        with self.changed:
+            self.changed.notify_all()
+
+
+@dataclass(frozen=True)
+class UpdateToSend:
+    """A file, its XXH3 in hex, and what it stands for; the ``traceparent`` of its round, and what a span in
+    that is to say.
+    """
+
+    path: Path
+    xxh3: str
+    contribution: Contribution
+    trace: str | None = None
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Where to send, in which life of the job, and to which of its parameter servers (counted)."""
+
+    server: PeerRef
+    generation: int
+    number: int
+
+
+class UpdateSender(threading.Thread):
+    """Sends the update of the open round to wherever the parameter server is, and to another one again, until
+    told to stop or until the round is lost. In each life of the job it says once that it has.
+    """
+
+    def __init__(self, bridge: BridgeClient, inbox: Inbox, update: UpdateToSend, spares: Spares) -> None:
+        super().__init__(name="update", daemon=True)
+        self._bridge = bridge
+        self._inbox = inbox
+        self._path = update.path
+        self._xxh3 = update.xxh3
+        self.contribution = update.contribution
+        self._trace = update.trace
+        self._attributes = update.attributes
+        self._spares = spares
+        self._stopped = False
+        self._lost_before = inbox.lost_before
+        #: a parameter server has it
+        self.acknowledged = False
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except Exception as exc:  # noqa: BLE001 - the thread's edge
+            self._inbox.fail(exc)
+        finally:
+            self._spares.give(self._path)
+
+    def stop(self) -> None:
+        """The round is over; the file goes as soon as no call uses it."""
+        with self._inbox.changed:
+            self._stopped = True
+            self._inbox.changed.notify_all()
+
+    def _run(self) -> None:
+        said_in = reached = -1
+        while (call := self._wait(said_in, None)) is not None:
+            try:
+                sends = call.number != reached
+                with span(SEND_UPDATE, self._attributes, parent=self._trace) if sends else nullcontext():
+                    if sends:
+                        self._send(call)
+                        reached, self.acknowledged = call.number, True
+                    said_in = call.generation
+                    self._bridge.report(UpdateSent(contribution=self.contribution))
+            except Refused as exc:
+                if exc.code in _PASSING:
+                    logger.warning("The update of round %d has to wait: %s", self.contribution.round, exc)
+                    self._wait(call.generation, _SEND_RETRY_S)
+                    continue
+                # theta of a later round is on its way, or another life, or the scheduler has yet to notice
+                said_in = call.generation
+                logger.warning("The update of round %d was refused: %s", self.contribution.round, exc)
+            except PeerUnreachable as exc:
+                logger.warning("The update of round %d is not sent yet: %s", self.contribution.round, exc)
+                self._wait(call.generation, _SEND_RETRY_S)
+
+    def _send(self, call: _Call) -> None:
+        self._bridge.send(
+            SendCall(
+                resource=Peers(peers=(call.server,), resource="update"),
+                path=self._bridge.relative(self._path),
+                round=self.contribution.round,
+                samples=self.contribution.samples,
+                xxh3=self._xxh3,
+                generation=call.generation,
+            )
+        )
+
+    def _wait(self, said_in: int, timeout_s: float | None) -> _Call | None:
+        """Wait for another life of the job than ``said_in``; None when there is nothing more to send."""
+        inbox = self._inbox
+
+        def over() -> bool:
+            return self._stopped or inbox.lost_before != self._lost_before
+
+        with inbox.changed:
+            inbox.changed.wait_for(lambda: over() or inbox.generation != said_in, timeout_s)
+            return None if over() else _Call(inbox.parameter_server, inbox.generation, inbox.servers)

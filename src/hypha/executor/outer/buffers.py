@@ -1,0 +1,222 @@
+"""Buffers of a model in the outer step: BatchNorm's statistics, counters, what a model keeps beside its
+parameters. They take no momentum: floating and complex ones become the weighted mean of the workers' values,
+integer and boolean ones their maximum. What no worker has changed stays as it is, infinite or NaN though it
+may be.
+
+As with updates (:mod:`hypha.executor.outer.outliers`) a huge change is scaled down, not believed: what one
+worker states must not move a buffer further than the others' do. Each buffer is judged by itself when the
+round is closed, as all that it is compared with is known then: the median of the round's changes where there
+are three or more, else that of the last rounds. A change of more than ``max_update_ratio`` times that counts
+as one of its size; so what most leave alone stays. Flags and counters may be moved by one worker alone, a
+counter as far as the rows that it has trained on: the maximum is for those. Until the end of the round the
+values wait in a file, so that memory does not grow with the number of workers. By how much each was scaled is
+in the ledger (``UpdateStatistics.buffer_clips``), and a replay does the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hypha.errors import DataError
+from hypha.executor.files import tensors
+from hypha.executor.files.tensors import Theta
+from hypha.executor.files.updates import UpdateFile
+from hypha.executor.models.model_tensors import unchanged
+from hypha.executor.outer.outliers import ROUNDS
+
+logger = logging.getLogger("hypha.executor.parameter_server")
+
+#: of so many updates the round itself says what is usual: most of them are right
+_ENOUGH = 3
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of one update: how far it moves each buffer, and its values, in the file at ``path``. ``clips``: by how
+    much it is scaled, where that is known, as in a replay.
+    """
+
+    worker: str
+    samples: int
+    weight: float
+    moved: dict[str, float]
+    path: Path
+    clips: Mapping[str, float] | None
+
+
+class BufferSum:
+    """The buffers of a round's updates. ``ratio``: how many times the usual change one may have; None: all
+    are believed.
+    """
+
+    def __init__(self, theta: Theta, ratio: float | None) -> None:
+        self._buffers = theta.buffers
+        self._ratio = ratio
+        self._parts: list[_Part] = []
+        #: changes of the last rounds, by buffer
+        self._rounds: dict[str, deque[tuple[float, ...]]] = {
+            name: deque(maxlen=ROUNDS) for name in theta.buffers
+        }
+
+    def read(self, update: UpdateFile) -> dict[str, Tensor]:
+        """The buffers of ``update``. Raises :class:`DataError` where training has made them infinite or NaN,
+        or their file ends too early.
+        """
+        found = {name: update.buffer(name) for name in self._buffers}
+        for name, value in found.items():
+            # a constant may be what it is, such as a mask of -inf
+            if not (torch.isfinite(value) | unchanged(value, self._buffers[name])).all():
+                raise DataError(f"the buffer {name} holds values that are not finite")
+        return found
+
+    def add(
+        self,
+        worker: str,
+        samples: int,
+        weight: float,
+        values: dict[str, Tensor],
+        path: Path,
+        clips: Mapping[str, float] | None,
+    ) -> None:
+        """Keep the ``values`` of an update, whose file is at ``path``, beside that until the round is closed.
+        Each is multiplied as ``clips`` say, where they are given.
+        """
+        if not values:
+            return
+        # the next update may have a file of the same name
+        beside = path.with_name(f"{path.name}.{len(self._parts)}.buffers")
+        tensors.write(beside, values)
+        moved = {name: _change(value, self._buffers[name]) for name, value in values.items()}
+        self._parts.append(_Part(worker, samples, weight, moved, beside, clips))
+
+    def apply(self, total_weight: float) -> dict[str, dict[str, float]]:
+        """Set the buffers to the round's; what was scaled, by worker and buffer. A new round begins."""
+        parts, self._parts = self._parts, []
+        sums: dict[str, Tensor] = {}
+        #: elements that no update so far has changed
+        constant: dict[str, Tensor] = {}
+        scaled: dict[str, dict[str, float]] = {}
+        for part in parts:
+            clips = self._judged(part, parts) if part.clips is None else dict(part.clips)
+            if clips:
+                scaled[part.worker] = clips
+            for name, value in self._kept(part).items():
+                base = self._buffers[name]
+                _accumulate(
+                    sums, constant, name, _scaled(value, base, clips.get(name, 1.0)), part.weight, base
+                )
+        for name, buffer in self._buffers.items() if parts else ():
+            new = sums[name]
+            new = (new / total_weight).to(buffer.dtype) if _is_averaged(buffer.dtype) else new
+            # what nobody has changed stays bit by bit what it is: infinities too, which make NaN of a sum
+            buffer.copy_(torch.where(constant[name], buffer, new))
+            self._rounds[name].append(tuple(part.moved[name] for part in parts))
+        return scaled
+
+    def _kept(self, part: _Part) -> dict[str, Tensor]:
+        values = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in self._buffers.items()}
+        tensors.read(part.path, values, quick=True)
+        part.path.unlink()
+        return values
+
+    def _judged(self, part: _Part, parts: list[_Part]) -> dict[str, float]:
+        if self._ratio is None:
+            return {}
+        found = {}
+        for name, moved in part.moved.items():
+            usual = self._usual(name, [one.moved[name] for one in parts])
+            dtype = self._buffers[name].dtype
+            if dtype == torch.bool:
+                continue
+            if not _is_averaged(dtype):
+                usual = max(usual, float(part.samples))
+            if moved > self._ratio * usual:
+                found[name] = usual / moved
+        if found:
+            name = min(found, key=lambda one: found[one])
+            logger.warning(
+                "The update of %s moves %d buffers further than is usual, %s by %g: they count with %.3g of "
+                "that at least",
+                part.worker,
+                len(found),
+                name,
+                part.moved[name],
+                found[name],
+            )
+        return found
+
+    def _usual(self, name: str, now: list[float]) -> float:
+        before = [moved for moves in self._rounds[name] for moved in moves if moved > 0.0]
+        known = now if len(now) >= _ENOUGH or not before else before
+        return statistics.median_low(known)
+
+
+def _change(value: Tensor, base: Tensor) -> float:
+    """The L2 norm of what changed; infinite where something that was not finite is now."""
+    moved = _moved(value, base)
+    return float(torch.nan_to_num(moved, nan=math.inf, posinf=math.inf).square().sum().sqrt())
+
+
+def _moved(value: Tensor, base: Tensor) -> Tensor:
+    """By how much each element changed, whatever its type, as a float64."""
+    wide = torch.complex128 if value.is_complex() else torch.float64
+    difference = (value.to(wide) - base.to(wide)).abs()
+    return torch.where(unchanged(value, base), torch.zeros_like(difference), difference)
+
+
+def _scaled(value: Tensor, base: Tensor, clip: float) -> Tensor:
+    """``value`` moved only so far from ``base``; a counter in whole steps, towards where it was."""
+    if clip >= 1.0:
+        return value
+    if clip <= 0.0:
+        return base.clone()
+    if _is_averaged(value.dtype):
+        wide = torch.complex128 if value.is_complex() else torch.float64
+        moved = base.to(wide) + (value.to(wide) - base.to(wide)) * clip
+        return torch.where(unchanged(value, base), base, moved.to(value.dtype))
+    # torch cannot compute with all unsigned integers
+    one, other = base.numpy(), value.numpy()
+    steps = np.trunc((other.astype(np.float64) - one.astype(np.float64)) * clip)
+    return torch.from_numpy(np.asarray((one.astype(np.float64) + steps).astype(one.dtype)))
+
+
+def _accumulate(
+    sums: dict[str, Tensor],
+    constant: dict[str, Tensor],
+    name: str,
+    value: Tensor,
+    weight: float,
+    base: Tensor,
+) -> None:
+    same = unchanged(value, base)
+    if _is_averaged(value.dtype):
+        # a sum of halves would overflow
+        value = value.to(torch.promote_types(value.dtype, torch.float32)) * weight
+    total = sums.get(name)
+    if total is None:
+        sums[name], constant[name] = value, same
+        return
+    constant[name] &= same
+    if _is_averaged(value.dtype):
+        total.add_(value)
+    else:
+        sums[name] = _maximum(total, value)
+
+
+def _is_averaged(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _maximum(one: Tensor, other: Tensor) -> Tensor:
+    # torch cannot compare all unsigned integers
+    return torch.from_numpy(np.asarray(np.maximum(one.numpy(), other.numpy())))

@@ -1,0 +1,1 @@
+"""Who serves the dataset of a job, and which worker trains on which of its slices."""

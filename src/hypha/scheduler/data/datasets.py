@@ -1,0 +1,352 @@
+"""Finding who serves the dataset, and making sure that all of them serve the same one.
+
+A DHT answer is a hint: every provider is asked for its manifest, whose hash is computed here again. Those
+whose manifest has the same hash are interchangeable; one that differs is refused, loudly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import trio
+
+from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable, Refused
+from hypha.features import Abilities, stated
+from hypha.manifests import manifest_problem
+from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef
+from hypha.naming import shown
+from hypha.node import Node, PeerLost
+from hypha.runtime import in_thread
+from hypha.scheduler.data.pins import Pins
+
+logger = logging.getLogger(__name__)
+
+_ANY = Pins()
+_ASK_TIMEOUT_S = 5.0
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 5.0
+#: how often further providers are looked for, and known ones asked whether they are still there
+REFRESH_S = 15.0
+#: a provider that did not answer so often in a row is not named any more
+_PATIENCE = 2
+#: for so long the data that the ledger names is waited for, or a decision between two that as many serve
+_UNDECIDED_S = 10.0
+#: until the next look, while somebody is missed
+_MISSED_PAUSE_S = 1.0
+
+
+class Dataset:
+    """A dataset and who serves it now. ``providers`` may become empty, and fill again."""
+
+    def __init__(
+        self, name: str, description: DatasetDescription, providers: list[PeerRef], pins: Pins = _ANY
+    ) -> None:
+        self.name = name
+        self._pins = pins
+        self.manifest: Manifest = description.manifest
+        self.manifest_hash = description.manifest_hash
+        self.providers: dict[str, PeerRef] = {ref.peer: ref for ref in providers}
+        #: what each says of its version
+        self.stated: dict[str, Abilities] = {}
+        self._silent: dict[str, int] = {}
+        self._refused: set[str] = set()
+        self._missed = trio.Event()
+
+    def providers_for(self, index: int) -> tuple[PeerRef, ...]:
+        """All providers, each slice beginning with another one, so that the load is spread."""
+        refs = [self.providers[peer] for peer in sorted(self.providers)]
+        first = index % len(refs) if refs else 0
+        return tuple(refs[first:] + refs[:first])
+
+    def refuse(self, peer: str, other_hash: str) -> None:
+        """That node serves other data under the name; it is told of once."""
+        if peer not in self._refused:
+            logger.error(
+                "A data node serves different data under the name %s (manifest %s, not %s); it is not used",
+                self.name,
+                other_hash[:16],
+                self.manifest_hash[:16],
+                extra={"peer_id": peer},
+            )
+        self._refused.add(peer)
+
+    async def watch(self, node: Node) -> None:
+        """Keep ``providers`` true until cancelled. One that is lost is asked at once if it still lives."""
+        pause_s = _MISSED_PAUSE_S
+        async with node.watch_peers() as lost, trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen, lost)
+            while True:
+                missed = not self.providers or bool(self._silent)
+                with trio.move_on_after(_MISSED_PAUSE_S if missed else pause_s):
+                    await self._missed.wait()
+                self._missed = trio.Event()
+                await self.refresh(node)
+                pause_s = min(REFRESH_S, pause_s * 2.0)
+
+    async def _listen(self, lost: trio.MemoryReceiveChannel[PeerLost]) -> None:
+        async for event in lost:
+            if event.peer in self.providers:
+                self._missed.set()
+
+    async def refresh(self, node: Node) -> None:
+        """Ask the known ones and look for more, once."""
+        known = dict(self.providers)
+        for ref in await _announced(node, self.name):
+            known[ref.peer] = ref
+        answers, gone = await _describe(node, self.name, list(known.values()), self._refused, self._pins)
+        self._silent = {peer: count for peer, count in self._silent.items() if peer in self.providers}
+        for peer, ref in known.items():
+            answer = answers.get(peer)
+            if answer is None:
+                if peer not in self.providers:
+                    continue
+                self._silent[peer] = self._silent.get(peer, 0) + 1
+                if peer in gone or self._silent[peer] >= _PATIENCE:
+                    del self.providers[peer], self._silent[peer]
+                    logger.warning("A data node does not answer any more", extra={"peer_id": peer})
+                continue
+            self._silent.pop(peer, None)
+            if answer.manifest_hash != self.manifest_hash:
+                self.providers.pop(peer, None)
+                self.refuse(peer, answer.manifest_hash)
+                continue
+            self._refused.discard(peer)
+            if peer not in self.providers:
+                logger.info("Another data node serves %s", self.name, extra={"peer_id": peer})
+            self.providers[peer] = ref
+            self.stated[peer] = stated(answer)
+        self.stated = {peer: one for peer, one in self.stated.items() if peer in self.providers}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which data is meant where several are served under one name, by the hashes of their manifests: the one
+    that is ``pinned`` by the job, else the one ``known`` from its ledger.
+    """
+
+    pinned: str | None = None
+    known: str | None = None
+
+
+async def find_dataset(
+    node: Node,
+    name: str,
+    wait_s: float | None,
+    say: Callable[[str], None] = lambda why: None,
+    pins: Pins = _ANY,
+    wanted: Wanted = Wanted(),
+) -> Dataset:
+    """Wait until somebody whom ``pins`` allow serves ``name``, at most ``wait_s``; ``say`` is told why it is
+    not there yet.
+
+    Where replicas differ, what is ``wanted`` is used, else what most data nodes serve, and the others are
+    named in the log. Where as many serve one as another for a while, what data nodes of this node's own
+    organisation serve is used, else the one whose hash is the smallest: nobody who serves other data under a
+    name is to stop a job, and it is the same one each time. Raises :class:`DatasetNotFound`, or
+    :class:`DatasetMismatch` when only other data than the pinned one is served.
+    """
+    pause_s, said = _FIRST_PAUSE_S, False
+    refused: set[str] = set()
+    silent: list[PeerRef] = []
+    # the last moment is too late to decide
+    undecided_s = _UNDECIDED_S if wait_s is None else min(_UNDECIDED_S, wait_s / 2)
+    choice = _Choice(name, wanted, pins, node, undecided_s)
+    with trio.move_on_after(float("inf") if wait_s is None else wait_s):
+        while True:
+            refs = await _announced(node, name)
+            answers, _ = await _describe(node, name, refs, refused, pins)
+            silent = [ref for ref in refs if ref.peer not in answers and ref.peer not in refused]
+            if answers:
+                # one more look: the nearest peers of the DHT may not all have heard of all replicas
+                await trio.sleep(_FIRST_PAUSE_S)
+                more = [ref for ref in await _announced(node, name) if ref.peer not in answers]
+                answers |= (await _describe(node, name, more, refused, pins))[0]
+                refs = [*refs, *more]
+                dataset = choice.of(answers, {ref.peer: ref for ref in refs}, trio.current_time())
+                if dataset is not None:
+                    return dataset
+            say(choice.open_because or _why_not(silent, refused))
+            if not said:
+                said = True
+                logger.info(
+                    "Nobody serves the dataset %s yet; waiting for a data node%s",
+                    name,
+                    f" ({choice.open_because})" if choice.open_because else "",
+                )
+            await trio.sleep(pause_s)
+            pause_s = min(_LONGEST_PAUSE_S, pause_s * 1.5)
+    if choice.open_because:
+        raise DatasetMismatch(f"within {wait_s:g} s {choice.open_because}")
+    raise DatasetNotFound(
+        f"nobody served the dataset {name} within {wait_s:g} s; {_why_not(silent, refused)}"
+    )
+
+
+def _why_not(silent: list[PeerRef], refused: set[str]) -> str:
+    if not silent and refused:
+        names = ", ".join(shown(peer) for peer in sorted(refused))
+        return f"{len(refused)} node(s) announce it that this job does not use (the log says why): {names}"
+    if not silent:
+        return "no data node announces it: is the name right, and does its data node reach the same gateway?"
+    names = ", ".join(shown(ref.peer) for ref in silent)
+    return f"{len(silent)} data node(s) announce it but do not answer: {names}"
+
+
+class _Choice:
+    """Among data that differs under one ``name``: which is used. ``node`` asks for it; for ``undecided_s`` it
+    is waited for what would decide.
+    """
+
+    def __init__(self, name: str, wanted: Wanted, pins: Pins, node: Node, undecided_s: float) -> None:
+        self._name = name
+        self._pins = pins
+        self._wanted = wanted
+        self._node = node
+        self._undecided_s = undecided_s
+        self._since: float | None = None
+        #: why nothing is used though something is served
+        self.open_because = ""
+
+    def of(
+        self, answers: dict[str, DatasetDescription], refs: dict[str, PeerRef], now: float
+    ) -> Dataset | None:
+        """What is used of ``answers``, which were given at ``now``; None: look again."""
+        by_hash: dict[str, list[str]] = {}
+        for peer, answer in sorted(answers.items()):
+            by_hash.setdefault(answer.manifest_hash, []).append(peer)
+        self._since = now if self._since is None else self._since
+        waited = now >= self._since + self._undecided_s
+        chosen = self._chosen(by_hash, waited)
+        if chosen is None:
+            return None
+        self.open_because = ""
+        providers = [refs[peer] for peer in by_hash[chosen]]
+        described = _agreed(self._name, {peer: answers[peer] for peer in by_hash[chosen]})
+        dataset = Dataset(self._name, described, providers, self._pins)
+        dataset.stated = {peer: stated(answers[peer]) for peer in by_hash[chosen]}
+        for peer, answer in sorted(answers.items()):
+            if answer.manifest_hash != chosen:
+                dataset.refuse(peer, answer.manifest_hash)
+        return dataset
+
+    def _chosen(self, by_hash: dict[str, list[str]], waited: bool) -> str | None:
+        groups = "; ".join(
+            f"manifest {value} at {', '.join(shown(peer) for peer in peers)}"
+            for value, peers in sorted(by_hash.items())
+        )
+        pinned, known = self._wanted.pinned, self._wanted.known
+        if pinned is not None:
+            if pinned in by_hash:
+                return pinned
+            self.open_because = f"nobody serves {self._name} with the manifest {pinned} of the job; {groups}"
+            return None
+        if known in by_hash:
+            return known
+        if known is not None and not waited:
+            self.open_because = f"nobody serves {self._name} as this job has trained on it so far; {groups}"
+            return None
+        most = max(len(peers) for peers in by_hash.values())
+        first, *others = sorted(value for value, peers in by_hash.items() if len(peers) == most)
+        if not others:
+            return first
+        self.open_because = f"data nodes serve different data under the name {self._name}: {groups}"
+        if not waited:
+            return None
+        ours = [value for value in (first, *others) if self._is_ours(by_hash[value])]
+        chosen, why = (
+            (ours[0], "as it is of this scheduler's own organisation") if len(ours) == 1 else (first, "")
+        )
+        logger.error(
+            "As many %s. The manifest %s is used%s. If another one is meant, stop the job and set "
+            "dataset.manifest_hash to it, give one of them another name, or make their directories equal",
+            self.open_because,
+            chosen,
+            why,
+        )
+        return chosen
+
+    def _is_ours(self, peers: list[str]) -> bool:
+        own = self._node.organization
+        return bool(own) and any(self._node.organization_of(peer) == own for peer in peers)
+
+
+def _agreed(name: str, answers: dict[str, DatasetDescription]) -> DatasetDescription:
+    """What data nodes say of the same data. The hash does not cover the ranges of its columns, by which a job
+    is refused before it begins: where they differ, some are wrong, and none is used.
+    """
+    described = next(iter(answers.values()))
+    stating = {peer: one for peer, one in answers.items() if one.manifest.ranges}
+    stated = {msgspec.json.encode(one.manifest.ranges): one for one in stating.values()}
+    if len(stated) < 2:
+        return next(iter(stated.values()), described)
+    logger.warning(
+        "Data nodes say different things of the numbers in the columns of %s, so they are not checked: %s",
+        name,
+        ", ".join(map(shown, stating)),
+    )
+    manifest = msgspec.structs.replace(described.manifest, ranges=())
+    return msgspec.structs.replace(described, manifest=manifest)
+
+
+async def _announced(node: Node, name: str) -> list[PeerRef]:
+    try:
+        return await node.find_providers(name)
+    except NetworkError as exc:
+        logger.debug("Looking for providers of %s failed: %s", name, exc)
+        return []
+
+
+async def _describe(
+    node: Node, name: str, refs: list[PeerRef], refused: set[str], pins: Pins
+) -> tuple[dict[str, DatasetDescription], set[str]]:
+    """What each says of the dataset, and on whose machine nobody listens any more. Who is no data node, or
+    none that the job uses, is added to ``refused``, and told of once.
+    """
+    answers: dict[str, DatasetDescription] = {}
+    gone: set[str] = set()
+
+    async def ask(ref: PeerRef) -> None:
+        try:
+            answer = await node.request(ref, DescribeDataset(dataset=name), timeout_s=_ASK_TIMEOUT_S)
+        except NetworkError as exc:
+            if isinstance(exc, Refused) and exc.code in ("role", "not-allowed"):
+                if ref.peer not in refused:
+                    logger.warning(
+                        "%s serves %s and not to this job: %s",
+                        shown(ref.peer),
+                        name,
+                        exc.reason,
+                        extra={"peer_id": ref.peer},
+                    )
+                refused.add(ref.peer)
+            logger.debug("Provider %s of %s: %s", ref.peer, name, exc)
+            if isinstance(exc, PeerUnreachable) and exc.gone:
+                gone.add(ref.peer)
+            return
+        if (problem := pins.problem(node, ref.peer)) is not None:
+            if ref.peer not in refused:
+                logger.warning(
+                    "%s announces %s and %s; it is not used",
+                    shown(ref.peer),
+                    name,
+                    problem,
+                    extra={"peer_id": ref.peer},
+                )
+            refused.add(ref.peer)
+        elif isinstance(answer, DatasetDescription):
+            problem = await in_thread(manifest_problem, answer.manifest, answer.manifest_hash)
+            if not problem:
+                answers[ref.peer] = answer
+                return
+            if ref.peer not in refused:
+                text = "A data node does not serve %s as it says: %s; it is not used"
+                logger.error(text, name, problem, extra={"peer_id": ref.peer})
+            refused.add(ref.peer)
+
+    async with trio.open_nursery() as nursery:
+        for ref in refs:
+            nursery.start_soon(ask, ref)
+    return answers, gone

@@ -1,0 +1,241 @@
+"""From the job's configuration to the job descriptions that workers get."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import msgspec
+
+from hypha.config.models import (
+    DEFAULT_BATCH_SIZE,
+    JobConfig,
+    ModelConfig,
+    PreprocessorConfig,
+    ResourcesConfig,
+)
+from hypha.config.outer import outer_values
+from hypha.errors import ConfigError, Problem
+from hypha.messages import (
+    AggregateJob,
+    CheckpointPolicy,
+    ExecutorDescriptor,
+    HuggingFace,
+    InnerOptimizer,
+    LrSchedule,
+    Manifest,
+    ModelSpec,
+    OuterOptimizer,
+    PeerRef,
+    Peers,
+    PreprocessorSpec,
+    Reference,
+    Resources,
+    TrainJob,
+)
+from hypha.resources import batch_size
+from hypha.scheduler.rounds.policy import Start
+
+#: names under which the scheduler serves local directories
+MODEL = "model"
+PREPROCESSOR = "preprocessor"
+#: columns that go to a model's labels where the job does not name one
+_LABELS = ("labels", "label")
+#: a job description is sent in one request of a megabyte
+MAX_CLASS_NAMES_BYTES = 128 << 10
+
+logger = logging.getLogger(__name__)
+
+
+def resources_of(config: ResourcesConfig) -> Resources:
+    """As on the wire."""
+    return Resources(cpu=config.cpu, memory=config.memory, gpu=config.gpu, storage=config.storage)
+
+
+def inputs_of(names: dict[str, str] | list[str]) -> dict[str, str]:
+    """Argument -> column, however it was written."""
+    return dict(names) if isinstance(names, dict) else {name: name for name in names}
+
+
+def _source(config: ModelConfig | PreprocessorConfig, resource: str, scheduler: PeerRef) -> Reference | None:
+    if config.path is not None and config.repository is not None:
+        where = f"scheduler.job.{resource}"
+        raise ConfigError([Problem(where, "give either path or repository, not both")])
+    if config.path is not None:
+        return Peers(peers=(scheduler,), resource=resource)
+    if config.repository is not None:
+        return HuggingFace(
+            repository=config.repository,
+            revision=config.revision,
+            filenames=tuple(config.filenames),
+            token=config.token,
+        )
+    return None
+
+
+def class_names(config: ModelConfig, manifest: Manifest) -> tuple[str, ...]:
+    """What the classes of the column are called that goes to the model's labels; empty where nobody knows, or
+    where they are too long to be sent around.
+    """
+    column = inputs_of(config.input_names).get("labels")
+    columns = {one.name for one in manifest.columns}
+    column = column or next((name for name in _LABELS if name in columns), None)
+    names = next((one.names for one in manifest.labels if one.column == column), ())
+    if sum(len(name.encode("utf-8", "replace")) + 4 for name in names) > MAX_CLASS_NAMES_BYTES:
+        logger.warning("The names of %d classes are too long to be part of the trained model", len(names))
+        return ()
+    return names
+
+
+def model_spec(config: ModelConfig, scheduler: PeerRef, names: tuple[str, ...] = ()) -> ModelSpec:
+    """The model, whose classes are called ``names``; raises :class:`ConfigError` when it has no source."""
+    source = _source(config, MODEL, scheduler)
+    if source is None and config.entrypoint is None:
+        raise ConfigError(
+            [Problem("scheduler.job.model", "one of path, repository and entrypoint is needed")]
+        )
+    return ModelSpec(
+        task=config.type,
+        source=source,
+        entrypoint=config.entrypoint,
+        arguments=dict(config.arguments),
+        inputs=inputs_of(config.input_names),
+        loss=config.loss,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+        class_names=names,
+    )
+
+
+def preprocessor_spec(config: PreprocessorConfig | None, scheduler: PeerRef) -> PreprocessorSpec | None:
+    """The preprocessor, if there is one; :class:`ConfigError` when it has no source."""
+    if config is None:
+        return None
+    source = _source(config, PREPROCESSOR, scheduler)
+    if source is None:
+        raise ConfigError([Problem("scheduler.job.preprocessor", "path or repository is needed")])
+    return PreprocessorSpec(kind=config.type, source=source, inputs=inputs_of(config.input_names))
+
+
+def outer_optimizer(config: JobConfig, began: OuterOptimizer | None = None) -> OuterOptimizer:
+    """Of a job that ``began`` with this one, if it did: what the configuration leaves open stays as it was,
+    for a job has one outer optimizer, by which it is replayed. Of a new one: chosen by its number of rounds.
+    """
+    given = config.outer_optimizer
+    rate, momentum = outer_values(given, config.rounds.update_rounds)
+    if began is not None:
+        rate = began.learning_rate if given.learning_rate is None else rate
+        momentum = began.momentum if given.momentum is None else momentum
+    return OuterOptimizer(learning_rate=rate, momentum=momentum)
+
+
+@dataclass(frozen=True)
+class Descriptions:
+    """Job descriptions of one life of a job, but for what differs by worker."""
+
+    config: JobConfig
+    start: Start
+    scheduler: PeerRef
+    #: what the dataset calls the classes of its labels, rows of each of its slices, and its manifest's hash;
+    #: the ledger has the manifest, and its descriptions go without
+    class_names: tuple[str, ...] = ()
+    slice_rows: tuple[int, ...] = ()
+    manifest_hash: str = ""
+
+    def batch_size(self, offered: Resources) -> int:
+        """Of a worker that offered these resources."""
+        rounds, needs = self.config.rounds, self.config.resources.worker
+        if rounds.batch_size is not None:
+            return rounds.batch_size
+        by_offer = batch_size(offered, resources_of(needs), rounds.max_batch_size, DEFAULT_BATCH_SIZE)
+        if needs.model_fields_set & {"gpu", "memory"}:
+            return by_offer
+        # nobody has said what a sample needs: a larger offer is no reason for a smaller batch
+        return max(by_offer, min(DEFAULT_BATCH_SIZE, rounds.max_batch_size))
+
+    def train(self, me: str, parameter_server: PeerRef, batch: int, steps: int | None = None) -> TrainJob:
+        """For the training executor of worker ``me``; ``steps`` were taken by the job before."""
+        config, inner, schedule = self.config, self.config.inner_optimizer, self.config.schedule
+        return TrainJob(
+            job_id=self.start.job_id,
+            generation=self.start.generation,
+            executor=ExecutorDescriptor(kind="train", name=config.resources.worker_executor),
+            me=me,
+            scheduler=self.scheduler,
+            parameter_server=parameter_server,
+            model=model_spec(config.model, self.scheduler),
+            dataset=config.dataset.dataset,
+            batch_size=batch,
+            micro_batch_size=config.rounds.micro_batch_size,
+            most_batch_size=config.rounds.max_batch_size if config.rounds.grow_batch_size else None,
+            preprocessor=preprocessor_spec(config.preprocessor, self.scheduler),
+            optimizer=InnerOptimizer(
+                learning_rate=inner.learning_rate,
+                betas=inner.betas,
+                epsilon=inner.epsilon,
+                weight_decay=inner.weight_decay,
+                max_grad_norm=inner.max_grad_norm,
+            ),
+            schedule=LrSchedule(
+                kind=schedule.type,
+                warmup_steps=schedule.warmup_steps,
+                training_steps=schedule.training_steps,
+                decay_steps=schedule.decay_steps,
+            ),
+            gradient_accumulation=config.rounds.gradient_accumulation,
+            precision=config.precision,
+            shuffle=config.dataset.shuffle,
+            seed=config.seed,
+            steps=self.start.steps if steps is None else steps,
+            update_encoding=config.update_encoding,
+            hang_s=config.resources.hang_s,
+            manifest_hash=self.manifest_hash,
+        )
+
+    def aggregate(self, me: str, restore: Reference | None) -> AggregateJob:
+        """For the parameter server on worker ``me``; ``restore`` from a checkpoint of ``start.round``."""
+        config, outer = self.config, self.config.outer_optimizer
+        optimizer = outer_optimizer(config) if self.start.optimizer is None else self.start.optimizer
+        checkpoint = config.checkpoint
+        return AggregateJob(
+            job_id=self.start.job_id,
+            generation=self.start.generation,
+            executor=ExecutorDescriptor(kind="aggregate", name=config.resources.parameter_server_executor),
+            me=me,
+            scheduler=self.scheduler,
+            model=model_spec(config.model, self.scheduler, self.class_names),
+            preprocessor=preprocessor_spec(config.preprocessor, self.scheduler),
+            optimizer=optimizer,
+            weighting=outer.weighting,
+            max_update_norm=outer.max_update_norm,
+            max_update_ratio=outer.max_update_ratio,
+            checkpoint=CheckpointPolicy(
+                every_rounds=checkpoint.every_rounds, keep=checkpoint.keep, place=checkpoint.place
+            ),
+            round=self.start.round,
+            restore=restore,
+            slice_rows=self.slice_rows,
+        )
+
+
+def without_secrets(job: TrainJob | AggregateJob) -> TrainJob | AggregateJob:
+    """The description without tokens and without what differs by life and place, for the ledger."""
+    nobody = PeerRef(peer=job.scheduler.peer)
+    replace = msgspec.structs.replace
+    model = replace(job.model, source=_anonymous(job.model.source, nobody))
+    preprocessor = job.preprocessor
+    if preprocessor is not None:
+        source = _anonymous(preprocessor.source, nobody)
+        preprocessor = replace(preprocessor, source=source) if source is not None else preprocessor
+    plain = replace(job, me="", generation=0, scheduler=nobody, model=model, preprocessor=preprocessor)
+    if isinstance(plain, TrainJob):
+        return replace(plain, batch_size=0, steps=0, hang_s=None, parameter_server=PeerRef(peer=""))
+    return replace(plain, round=0, restore=None)
+
+
+def _anonymous(source: Reference | None, scheduler: PeerRef) -> Reference | None:
+    if isinstance(source, HuggingFace):
+        return msgspec.structs.replace(source, token=None)
+    if isinstance(source, Peers):
+        return msgspec.structs.replace(source, peers=(scheduler,))
+    return source

@@ -1,0 +1,1 @@
+"""What outlives a scheduler: ledger, checkpoints and their copies, the published model."""

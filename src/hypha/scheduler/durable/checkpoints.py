@@ -1,0 +1,160 @@
+"""Checkpoints that the parameter server sends: kept whole or not at all, K deep, verified when loaded.
+
+Files arrive in ``incoming/``, each life of the job apart: what a dead parameter server left half-way may
+still be waited for, and must not stand in its successor's way. When the parameter server says that the
+checkpoint of a round is complete, its files get an index with sizes and BLAKE3 hashes and become
+``checkpoints/round-N`` in one rename. All methods block (files, hashes): call them in a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+
+from hypha.decoding import decode_json
+from hypha.durable import sync_directory, write_durably
+from hypha.errors import HyphaError, Refused, Undecodable
+from hypha.messages import CheckpointFile, CheckpointIndex, FileList, TransferMeta, encode_json
+from hypha.net.bulk.files import hash_file
+from hypha.scheduler.durable.state_directory import StateDirectory
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index.json"
+
+
+def safe_relative(name: str) -> PurePosixPath:
+    """``name`` as a path that stays inside a directory; :class:`Refused` otherwise."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\0" in name or path.name in ("", INDEX):
+        raise Refused("invalid", f"{name!r} is no file name")
+    return path
+
+
+class CheckpointStore:
+    """The checkpoints of one job in its state directory."""
+
+    def __init__(self, state: StateDirectory, job_id: str, keep: int) -> None:
+        self._state = state
+        self._job_id = job_id
+        self._keep = keep
+        #: by generation and round
+        self._arrived: dict[tuple[int, int], dict[str, TransferMeta]] = {}
+
+    def _directory(self, round_: int) -> Path:
+        return self._state.checkpoints / f"round-{round_}"
+
+    def _incoming(self, life: tuple[int, int]) -> Path:
+        return self._state.incoming / "generation-{}-round-{}".format(*life)
+
+    def place_for(self, meta: TransferMeta) -> Path:
+        """Where an offered file is to be written; what was never finished makes room."""
+        generation, round_ = life = _life(meta)
+        for stale in [key for key in self._arrived if key[0] < generation or key[1] < round_ - 1]:
+            del self._arrived[stale]
+            shutil.rmtree(self._incoming(stale), ignore_errors=True)
+        path = self._incoming(life) / self._name(meta.name)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path
+
+    @staticmethod
+    def _name(name: str) -> PurePosixPath:
+        """``12/theta.safetensors`` and ``theta.safetensors`` are the same file of a checkpoint."""
+        return safe_relative(re.sub(r"^(round-)?\d+/", "", name))
+
+    def arrived(self, meta: TransferMeta) -> None:
+        """A file is here, verified by its transfer."""
+        self._arrived.setdefault(_life(meta), {})[str(self._name(meta.name))] = meta
+
+    def complete(self, round_: int) -> bool:
+        """The parameter server says that all files for ``round_`` were sent. False: they are not here."""
+        # the sender may stamp the round that it closed, or the one that can be started
+        stamped = [key for key in self._arrived if key[1] in (round_, round_ - 1)]
+        if not stamped:
+            return self._directory(round_).is_dir()
+        life = max(stamped)
+        files = self._arrived.pop(life)
+        listed = tuple(
+            CheckpointFile(name=name, size=meta.size, blake3=meta.blake3)
+            for name, meta in sorted(files.items())
+        )
+        index = CheckpointIndex(job_id=self._job_id, round=round_, files=listed, generation=life[0])
+        self.adopt(index, self._incoming(life))
+        return True
+
+    def adopt(self, index: CheckpointIndex, source: Path) -> None:
+        """The files in ``source``, durable and verified, become the checkpoint."""
+        target = self._directory(index.round)
+        write_durably(source / INDEX, encode_json(index))
+        shutil.rmtree(target, ignore_errors=True)
+        source.rename(target)
+        sync_directory(self._state.checkpoints)
+
+    def path(self, round_: int, name: str) -> Path:
+        """Where a file of a checkpoint lies."""
+        return self._directory(round_) / safe_relative(name)
+
+    def returning(self, round_: int) -> Path:
+        """Where the files of a lost checkpoint come back to before :meth:`adopt`."""
+        return self._state.incoming / f"returning-{round_}"
+
+    def outdated(self, rounds: Iterable[int]) -> list[int]:
+        """All but the newest K of ``rounds``. They are to be forgotten before they are deleted: what the
+        ledger names is there, whenever its scheduler is killed.
+        """
+        return sorted(rounds, reverse=True)[self._keep :]
+
+    def keep_only(self, rounds: Collection[int]) -> None:
+        """Delete the checkpoints of all other rounds, and what a scheduler forgot before it was killed."""
+        for path in self._state.checkpoints.glob("round-*"):
+            if path.name.removeprefix("round-") not in {str(round_) for round_ in rounds}:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def verify(self, round_: int) -> bool:
+        """Is the checkpoint for ``round_`` here, and are its bytes those that arrived?"""
+        directory = self._directory(round_)
+        try:
+            index = decode_json((directory / INDEX).read_bytes(), CheckpointIndex)
+            for entry in index.files:
+                path = directory / safe_relative(entry.name)
+                if path.stat().st_size != entry.size or hash_file(path)[1] != entry.blake3:
+                    raise HyphaError(f"{path} has changed since it was written")
+        except (OSError, HyphaError) as exc:
+            logger.error("The checkpoint in %s cannot be used: %s", directory, exc)
+            return False
+        return bool(index.files) and index.job_id == self._job_id
+
+    def files(self, round_: int) -> FileList:
+        """What a restoring parameter server pulls; names are ``<round>/<file>``. :class:`Refused`."""
+        index = self.index(round_)
+        return FileList(
+            files=tuple(
+                TransferMeta(
+                    kind="checkpoint", name=f"{round_}/{entry.name}", size=entry.size, blake3=entry.blake3
+                )
+                for entry in index.files
+            )
+        )
+
+    def file(self, name: str) -> tuple[Path, TransferMeta]:
+        """The file ``<round>/<file>``. :class:`Refused`."""
+        number, _, _ = name.partition("/")
+        if number.isdecimal():
+            for meta in self.files(int(number)).files:
+                if meta.name == name:
+                    return self._directory(int(number)) / safe_relative(name[len(number) + 1 :]), meta
+        raise Refused("not-found", f"there is no checkpoint file {name}")
+
+    def index(self, round_: int) -> CheckpointIndex:
+        """What the checkpoint for ``round_`` consists of. :class:`Refused` when there is none."""
+        try:
+            return decode_json((self._directory(round_) / INDEX).read_bytes(), CheckpointIndex)
+        except (OSError, Undecodable) as exc:
+            raise Refused("not-found", f"there is no checkpoint for round {round_}") from exc
+
+
+def _life(meta: TransferMeta) -> tuple[int, int]:
+    return (meta.stamp.generation, meta.stamp.round) if meta.stamp is not None else (0, 0)

@@ -1,0 +1,528 @@
+"""The job's book in SQLite: what was asked for, every applied round, every checkpoint, and what is under
+way: the pool's leases and who trains on which slice.
+
+One transaction a round, durable before the next directive depends on it (WAL, synchronous FULL). Good
+enough to replay the run in one process (:class:`hypha.messages.LedgerFile`) and to resume the job. All
+methods block: call them in a thread, one at a time (:meth:`Ledger.run` does).
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+import msgspec
+import trio
+from msgspec import Struct
+
+from hypha.decoding import decode, decode_json
+from hypha.errors import HyphaError, Undecodable
+from hypha.messages import (
+    AggregateJob,
+    CheckpointIndex,
+    LedgerFile,
+    LedgerRound,
+    Manifest,
+    PeerRef,
+    TrainJob,
+    encode_json,
+)
+from hypha.resources import weighted_capacity
+from hypha.runtime import in_thread
+from hypha.scheduler.data.slices import TrackerState
+from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.leasing.track_records import TrackRecord
+from hypha.waiting import Reminder
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+#: SQLite says the second when the index of its log cannot grow
+_NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+_ROOM_RETRY_S = 1.0
+#: rounds that say how fast workers are, and what is kept of why one failed
+_RECENT_ROUNDS, _LONGEST_REASON = 200, 500
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS job (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    job_id TEXT NOT NULL, generation INTEGER NOT NULL, state TEXT NOT NULL,
+    theta TEXT NOT NULL DEFAULT '', manifest_hash TEXT NOT NULL,
+    train TEXT NOT NULL, aggregate TEXT NOT NULL, manifest TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS rounds (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    generation INTEGER NOT NULL, round INTEGER NOT NULL, discarded INTEGER NOT NULL DEFAULT 0,
+    samples INTEGER NOT NULL, theta TEXT NOT NULL, entry TEXT NOT NULL,
+    UNIQUE (generation, round)
+) STRICT;
+CREATE TABLE IF NOT EXISTS starts (
+    round INTEGER PRIMARY KEY, steps INTEGER NOT NULL, tracker TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS checkpoints (
+    round INTEGER PRIMARY KEY, place TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS replicas (
+    round INTEGER NOT NULL, peer TEXT NOT NULL, worker TEXT NOT NULL, content TEXT NOT NULL,
+    PRIMARY KEY (round, peer)
+) STRICT;
+CREATE TABLE IF NOT EXISTS pool (
+    lease_id TEXT PRIMARY KEY, lease TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS slices (
+    one INTEGER PRIMARY KEY CHECK (one = 1), version INTEGER NOT NULL, tracker TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS capacities (
+    peer TEXT PRIMARY KEY, capacity REAL NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS failures (
+    peer TEXT PRIMARY KEY, times INTEGER NOT NULL, reason TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS published (
+    one INTEGER PRIMARY KEY CHECK (one = 1), place TEXT NOT NULL, shown TEXT NOT NULL
+) STRICT;
+PRAGMA user_version = 2;
+"""
+
+
+class Opening(Struct, frozen=True):
+    """What is written when a job begins."""
+
+    job_id: str
+    train: TrainJob
+    aggregate: AggregateJob
+    manifest: Manifest
+    manifest_hash: str
+
+
+class Standing(Struct, frozen=True):
+    """What a ledger says about its job: ``state`` is ``running`` or ``done``."""
+
+    job_id: str
+    generation: int
+    state: str
+    manifest_hash: str
+    train: TrainJob
+    aggregate: AggregateJob
+
+
+class RoundStart(Struct, frozen=True):
+    """From here a round can be started again; ``place`` holds the checkpoint."""
+
+    round: int
+    steps: int
+    tracker: TrackerState
+    place: str
+
+
+class Ledger:
+    """``path`` is created if it is not there. Raises :class:`HyphaError`, or what SQLite says of a full disk:
+    :func:`open_ledger` waits for room.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._limiter = trio.CapacityLimiter(1)
+        self._db = _connect(path)
+        try:
+            with self._db:
+                self._db.executescript(_SCHEMA)
+        except sqlite3.Error as exc:
+            self._db.close()
+            if _is_full(exc):
+                raise
+            raise HyphaError(f"the job's ledger {path} cannot be opened: {exc}") from exc
+
+    async def run(self, call: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``call`` (a method of this class) in a thread; never two at a time; not cancelled half-way.
+
+        While the disk is full it waits for room, and so does all that must not happen before it is written.
+        """
+        return await _with_room(self.path, lambda: call(self, *args, **kwargs), self._limiter)
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        self._db.close()
+
+    def standing(self) -> Standing | None:
+        """Which job this is the book of; ``None`` in a new one."""
+        row = self._db.execute(
+            "SELECT job_id, generation, state, manifest_hash, train, aggregate FROM job"
+        ).fetchone()
+        if row is None:
+            return None
+        train = decode_json(row[4], TrainJob)
+        aggregate = decode_json(row[5], AggregateJob)
+        return Standing(row[0], row[1], row[2], row[3], train, aggregate)
+
+    def open_job(self, opening: Opening, tracker: TrackerState) -> None:
+        """A new job begins with round 0."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO job (one, job_id, generation, state, manifest_hash, train, aggregate, manifest)"
+                " VALUES (1, ?, 0, 'running', ?, ?, ?, ?)",
+                (
+                    opening.job_id,
+                    opening.manifest_hash,
+                    _text(opening.train),
+                    _text(opening.aggregate),
+                    _text(opening.manifest),
+                ),
+            )
+            self._start(0, 0, tracker)
+            self._set_slices(tracker)
+
+    def begin_life(self, generation: int, round_: int, tracker: TrackerState) -> None:
+        """A later life starts from ``round_``: what was applied from there on does not count any more."""
+        with self._db:
+            self._set_slices(tracker)
+            self._db.execute("UPDATE job SET generation = ?, state = 'running'", (generation,))
+            self._db.execute("UPDATE rounds SET discarded = 1 WHERE round >= ?", (round_,))
+            self._db.execute("DELETE FROM checkpoints WHERE round > ?", (round_,))
+            self._db.execute("DELETE FROM replicas WHERE round > ?", (round_,))
+            self._db.execute("DELETE FROM starts WHERE round > ?", (round_,))
+
+    def first_theta(self, theta: str) -> None:
+        """The hash of theta of round 0, from the parameter server."""
+        with self._db:
+            self._db.execute("UPDATE job SET theta = ?", (theta,))
+
+    def record(self, entry: LedgerRound, tracker: TrackerState | None, steps: int) -> None:
+        """A round was applied, or more became known of it."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO rounds (generation, round, samples, theta, entry) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (generation, round) DO UPDATE SET samples = excluded.samples,"
+                " entry = excluded.entry",
+                (entry.generation, entry.round, entry.samples, entry.theta, _text(entry)),
+            )
+            if tracker is not None:
+                self._start(entry.round + 1, steps, tracker.unassigned())
+                self._update_slices(tracker)
+                # only rounds with a checkpoint can be started again, and this one may get one
+                self._db.execute(
+                    "DELETE FROM starts WHERE round > 0 AND round < ? "
+                    "AND round NOT IN (SELECT round FROM checkpoints)",
+                    (entry.round - 8,),
+                )
+
+    def _start(self, round_: int, steps: int, tracker: TrackerState) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO starts (round, steps, tracker) VALUES (?, ?, ?)",
+            (round_, steps, _text(tracker)),
+        )
+
+    def keep_slices(self, tracker: TrackerState) -> None:
+        """Who trains on which slice now; an older state than is here already changes nothing."""
+        with self._db:
+            self._update_slices(tracker)
+
+    def _update_slices(self, tracker: TrackerState) -> None:
+        self._db.execute(
+            "UPDATE slices SET version = ?1, tracker = ?2 WHERE version < ?1",
+            (tracker.version, _text(tracker)),
+        )
+
+    def _set_slices(self, tracker: TrackerState) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO slices (one, version, tracker) VALUES (1, ?, ?)",
+            (tracker.version, _text(tracker)),
+        )
+
+    def slices(self) -> TrackerState:
+        """Who trains on which slice. :class:`HyphaError` when no job was begun."""
+        row = self._db.execute("SELECT tracker FROM slices").fetchone()
+        if row is None:
+            raise HyphaError(f"{self.path} is the ledger of no job")
+        return decode_json(row[0], TrackerState)
+
+    def checkpoint(self, round_: int, place: str) -> None:
+        """``round_`` can be started from the files at ``place``."""
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO checkpoints (round, place) VALUES (?, ?)", (round_, place)
+            )
+
+    def forget_checkpoint(self, round_: int) -> None:
+        """Its files are gone or wrong."""
+        with self._db:
+            self._db.execute("DELETE FROM checkpoints WHERE round = ?", (round_,))
+            self._db.execute("DELETE FROM replicas WHERE round = ?", (round_,))
+
+    def replicated(self, worker: PeerRef, index: CheckpointIndex) -> None:
+        """``worker`` has a complete copy of the checkpoint."""
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO replicas (round, peer, worker, content) VALUES (?, ?, ?, ?)",
+                (index.round, worker.peer, _text(worker), _text(index)),
+            )
+
+    def replicas(self, round_: int | None = None) -> list[tuple[PeerRef, CheckpointIndex]]:
+        """Who has a copy of the checkpoint for ``round_`` (of any), newest first."""
+        rows = self._db.execute(
+            "SELECT worker, content FROM replicas WHERE ?1 IS NULL OR round = ?1 ORDER BY round DESC",
+            (round_,),
+        ).fetchall()
+        return [
+            (
+                decode_json(worker, PeerRef),
+                decode_json(content, CheckpointIndex),
+            )
+            for worker, content in rows
+        ]
+
+    def skip_lives(self, count: int) -> None:
+        """The next life is another ``count`` generations later."""
+        with self._db:
+            self._db.execute("UPDATE job SET generation = generation + ?", (count,))
+
+    def copy_to(self, path: Path) -> None:
+        """A copy of the whole book as it is now."""
+        path.unlink(missing_ok=True)
+        with closing(sqlite3.connect(path)) as copy:
+            self._db.backup(copy)
+
+    def starts(self) -> list[RoundStart]:
+        """The rounds that can be started again, newest first; round 0 needs no checkpoint."""
+        rows = self._db.execute(
+            "SELECT starts.round, steps, tracker, COALESCE(place, '') FROM starts"
+            " LEFT JOIN checkpoints ON checkpoints.round = starts.round"
+            " WHERE place IS NOT NULL OR starts.round = 0 ORDER BY starts.round DESC"
+        ).fetchall()
+        return [RoundStart(row[0], row[1], decode_json(row[2], TrackerState), row[3]) for row in rows]
+
+    def open_round(self) -> tuple[int, int, str]:
+        """The round after the last one that counts, the inner steps before it, and the hash of its theta
+        (empty where nobody has said it yet).
+        """
+        round_, steps = self._db.execute("SELECT round, steps FROM starts ORDER BY round DESC").fetchone()
+        theta = self.theta_of(round_)
+        if not round_:
+            (theta,) = self._db.execute("SELECT theta FROM job").fetchone()
+        return int(round_), int(steps), str(theta)
+
+    def newest_start(self) -> int:
+        """The newest round that can be started again."""
+        row = self._db.execute(
+            "SELECT MAX(starts.round) FROM starts JOIN checkpoints ON checkpoints.round = starts.round"
+        ).fetchone()
+        return int(row[0] or 0)
+
+    def lease_gained(self, lease: LeaseGained) -> None:
+        """This lease is held, so that another scheduler can go on with it if this one is killed."""
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO pool (lease_id, lease) VALUES (?, ?)", (lease.lease_id, _text(lease))
+            )
+            if lease.kind == "train":
+                # what its speed is to be compared with, long after the lease
+                self._db.execute(
+                    "INSERT OR REPLACE INTO capacities (peer, capacity) VALUES (?, ?)",
+                    (lease.worker.peer, weighted_capacity(lease.resources)),
+                )
+
+    def lease_ended(self, lease_id: str | None = None) -> None:
+        """It is held no more; ``None``: none is."""
+        with self._db:
+            self._db.execute("DELETE FROM pool WHERE ?1 IS NULL OR lease_id = ?1", (lease_id,))
+
+    def leases(self) -> list[LeaseGained]:
+        """What was held, by whoever wrote this book."""
+        rows = self._db.execute("SELECT lease FROM pool").fetchall()
+        return [decode_json(row[0], LeaseGained) for row in rows]
+
+    def failed(self, peer: str, reason: str) -> None:
+        """That worker failed, or was lost: it counts when offers are compared."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO failures (peer, times, reason) VALUES (?, 1, ?)"
+                " ON CONFLICT (peer) DO UPDATE SET times = times + 1, reason = excluded.reason",
+                (peer, reason[:_LONGEST_REASON]),
+            )
+
+    def track_records(self) -> list[TrackRecord]:
+        """What was seen of each worker: the newest rounds, and all failures."""
+        rows = self._db.execute(
+            "SELECT entry FROM rounds WHERE discarded = 0 ORDER BY number DESC LIMIT ?", (_RECENT_ROUNDS,)
+        ).fetchall()
+        rounds: Counter[str] = Counter()
+        samples: Counter[str] = Counter()
+        seconds: dict[str, float] = {}
+        for entry in self._entries(text for (text,) in rows):
+            for part in entry.contributors:
+                rounds[part.worker] += 1
+                samples[part.worker] += part.samples
+                seconds[part.worker] = seconds.get(part.worker, 0.0) + max(0.0, entry.duration_s)
+        failures = dict(self._db.execute("SELECT peer, times FROM failures").fetchall())
+        capacities = dict(self._db.execute("SELECT peer, capacity FROM capacities").fetchall())
+        return [
+            TrackRecord(
+                worker=worker,
+                rounds=rounds[worker],
+                failures=failures.get(worker, 0),
+                samples_per_s=samples[worker] / seconds[worker] if seconds.get(worker) else 0.0,
+                capacity=capacities.get(worker, 0.0),
+            )
+            for worker in sorted(rounds.keys() | failures.keys())
+        ]
+
+    def _entries(self, texts: Iterable[str]) -> Iterator[LedgerRound]:
+        """What can be read of them: an odd one, of another version, is told of, and does not stop the job."""
+        for text in texts:
+            try:
+                yield decode_json(text, LedgerRound)
+            except Undecodable as exc:
+                logger.error("The ledger %s holds a round that cannot be read: %s", self.path, exc)
+
+    def theta_of(self, round_: int) -> str:
+        """The hash of theta at the start of ``round_``; empty where only the model says (round 0)."""
+        row = self._db.execute(
+            "SELECT theta FROM rounds WHERE round = ? AND discarded = 0 ORDER BY number DESC", (round_ - 1,)
+        ).fetchone()
+        return str(row[0]) if row is not None else ""
+
+    def done(self, place: str, shown: str) -> None:
+        """The model is published at ``place``, as the configuration names it; ``shown`` is what users see."""
+        with self._db:
+            self._db.execute("UPDATE job SET state = 'done'")
+            self._db.execute(
+                "INSERT OR REPLACE INTO published (one, place, shown) VALUES (1, ?, ?)", (place, shown)
+            )
+
+    def published(self) -> tuple[str, str] | None:
+        """Where the model is (see :meth:`done`); ``None`` where that was not noted."""
+        row = self._db.execute("SELECT place, shown FROM published").fetchone()
+        return None if row is None else (str(row[0]), str(row[1]))
+
+    def to_file(self) -> LedgerFile:
+        """All of it, for replay. :class:`HyphaError` when no job was begun."""
+        row = self._db.execute("SELECT train, aggregate, manifest, manifest_hash, theta FROM job").fetchone()
+        if row is None:
+            raise HyphaError(f"{self.path} is the ledger of no job")
+        entries = self._db.execute("SELECT entry, discarded FROM rounds ORDER BY number").fetchall()
+        return LedgerFile(
+            job=decode_json(row[0], TrainJob),
+            aggregate=decode_json(row[1], AggregateJob),
+            manifest=decode_json(row[2], Manifest),
+            manifest_hash=row[3],
+            theta=row[4],
+            rounds=tuple(
+                msgspec.structs.replace(entry, discarded=bool(discarded))
+                for text, discarded in entries
+                for entry in self._entries((text,))
+            ),
+        )
+
+
+async def open_ledger(path: Path) -> Ledger:
+    """The ledger in ``path``, once there is room for it. Raises :class:`HyphaError`."""
+    return await _with_room(path, lambda: Ledger(path), trio.CapacityLimiter(1))
+
+
+async def held_leases(path: Path) -> list[LeaseGained]:
+    """The leases that a scheduler which was killed left in ``path``; none where there is no ledger. On a full
+    disk not even that can be read: it waits for room. Raises :class:`HyphaError`.
+    """
+    rows = await _with_room(path, lambda: _rows(path, "SELECT lease FROM pool"), trio.CapacityLimiter(1))
+    return [decode_json(row[0], LeaseGained) for row in rows]
+
+
+async def has_trained(path: Path) -> bool:
+    """Whether the job of the ledger in ``path`` has applied a round; waits as :func:`held_leases` does."""
+    query = "SELECT 1 FROM rounds LIMIT 1"
+    return bool(await _with_room(path, lambda: _rows(path, query), trio.CapacityLimiter(1)))
+
+
+async def known_manifest(path: Path) -> str | None:
+    """The hash of the manifest that the job of the ledger in ``path`` trains on, if that is not done; waits
+    as :func:`held_leases` does.
+    """
+    query = "SELECT manifest_hash FROM job WHERE state != 'done'"
+    rows = await _with_room(path, lambda: _rows(path, query), trio.CapacityLimiter(1))
+    return rows[0][0] if rows else None
+
+
+def _rows(path: Path, query: str) -> list[tuple[str]]:
+    if not path.is_file():
+        return []
+    with closing(_connect(path)) as db:
+        try:
+            return db.execute(query).fetchall()
+        except sqlite3.OperationalError as exc:
+            if _is_full(exc):
+                raise
+            return []  # killed before it had tables
+
+
+def read_ledger(path: Path) -> LedgerFile:
+    """The ledger in ``path``: a ``job.db`` or an exported ``ledger.json``. Raises :class:`HyphaError`."""
+    if not path.is_file():
+        raise HyphaError(f"there is no ledger at {path}")
+    try:
+        if path.suffix == ".json":
+            return decode_json(path.read_bytes(), LedgerFile)
+        # somebody may have sent it, and SQLite's own errors may quote what is no text
+        return decode(_read_book, path)
+    except (Undecodable, OSError) as exc:
+        raise HyphaError(f"{path} is no readable ledger: {exc}") from exc
+
+
+def _read_book(path: Path) -> LedgerFile:
+    with closing(_connect(path)) as connection:
+        ledger = Ledger.__new__(Ledger)
+        ledger.path, ledger._db = path, connection
+        return ledger.to_file()
+
+
+def export_ledger(file: LedgerFile, path: Path) -> None:
+    """Write ``ledger.json``, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(msgspec.json.format(encode_json(file), indent=1))
+    part.replace(path)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(path, check_same_thread=False, timeout=10.0)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+    except (sqlite3.Error, UnicodeDecodeError) as exc:
+        if _is_full(exc):
+            raise
+        raise HyphaError(f"the job's ledger {path} cannot be opened: {exc}") from exc
+    return db
+
+
+def _is_full(exc: Exception) -> bool:
+    return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _NO_ROOM
+
+
+async def _with_room(path: Path, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+    """``call`` in a thread, not cancelled half-way, again until the disk is not full any more."""
+    told: Reminder | None = None
+    while True:
+        try:
+            result = await in_thread(call, abandon_on_cancel=False, limiter=limiter)
+        except sqlite3.OperationalError as exc:
+            if not _is_full(exc):
+                raise
+            told = told or Reminder(at_once=True)
+            if told.due():
+                text = "The job stands still, as its ledger %s cannot be written (%s): make room there"
+                logger.error(text, path, exc)
+            await trio.sleep(_ROOM_RETRY_S)
+            continue
+        if told:
+            logger.info("The ledger %s can be written again", path)
+        return result
+
+
+def _text(value: Struct) -> str:
+    return encode_json(value).decode()

@@ -1,0 +1,231 @@
+"""Where a life of a job begins: at round 0, where an earlier scheduler left it, or at the newest checkpoint
+whose bytes are all there.
+
+A job is resumed by a scheduler that finds its unfinished ledger, and by one that lost its parameter
+server; each time under the next generation, so that nothing said in the earlier life is believed. While a
+lease on the parameter server may live, its theta is the newest there is, and the job goes on from that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec import Struct
+
+from hypha.config.models import JobConfig
+from hypha.errors import ConfigError, HyphaError, JobFailed, Problem
+from hypha.messages import AggregateJob, Local, OuterOptimizer, PeerRef, Peers, Reference, TrainJob
+from hypha.runtime import in_thread
+from hypha.scheduler.data.datasets import Dataset
+from hypha.scheduler.data.slices import SliceTracker, TrackerState
+from hypha.scheduler.descriptions import Descriptions, outer_optimizer, without_secrets
+from hypha.scheduler.durable.checkpoints import CheckpointStore
+from hypha.scheduler.durable.copies import Copies
+from hypha.scheduler.durable.ledger import Ledger, Opening, Standing, open_ledger
+from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.rounds.policy import Start
+
+logger = logging.getLogger(__name__)
+
+#: of a description: what a resumed job may have otherwise (a new key makes a new PeerID, and jobs of earlier
+#: versions have no max_update_ratio)
+_MAY_DIFFER = frozenset({"job_id", "checkpoint", "scheduler", "peers", "max_update_ratio"})
+
+
+@dataclass(frozen=True)
+class Life:
+    """``place`` holds the checkpoint: ``scheduler``, a path or URL, or nothing at round 0 and where the
+    parameter server lives. ``rounds_lost``: the job was further; what workers hold of those rounds is void.
+    """
+
+    start: Start
+    tracker: TrackerState
+    place: str = ""
+    rounds_lost: bool = False
+
+    def restore(self, scheduler: PeerRef) -> Reference | None:
+        """Where the parameter server finds the checkpoint."""
+        if not self.place:
+            return None
+        if self.place == "scheduler":
+            return Peers(peers=(scheduler,), resource=f"checkpoint/{self.start.round}")
+        return Local(url=self.place)
+
+
+async def first_life(
+    state: StateDirectory,
+    config: JobConfig,
+    scheduler: PeerRef,
+    dataset: Dataset,
+    job_id: str,
+    copies: Copies,
+    fresh: bool,
+) -> tuple[Ledger, Life]:
+    """Resume the unfinished job in ``state``, or one that is done and shall have more rounds; else begin
+    ``job_id``. The state of another job that is done, or has not finished a round, and with ``fresh`` of any,
+    is kept aside. ``copies`` take the place of what is lost. :class:`ConfigError` when the job that is to go
+    on is another one. A job that goes on has the outer optimizer that it began with.
+    """
+    opening = _opening(config, scheduler, dataset, job_id)
+    if fresh:
+        await in_thread(state.move_aside, "A fresh start was asked for")
+    if config.checkpoint.replicas:
+        await (copies.forget_all() if fresh else copies.bring_back_ledger(state))
+    ledger = await open_ledger(state.ledger)
+    try:
+        standing = await ledger.run(Ledger.standing)
+        if standing is not None:
+            applied, _, _ = await ledger.run(Ledger.open_round)
+            began = standing.aggregate.optimizer
+            # before the first round nothing is lost by choosing anew
+            goes_on = _opening(config, scheduler, dataset, job_id, began) if applied else opening
+            other = differences(goes_on, standing)
+            extended = config.rounds.update_rounds > applied
+            if other and applied and (standing.state != "done" or extended):
+                raise _another(other, state.path)
+            if not other:
+                if standing.state == "done" and extended:
+                    logger.info(
+                        "The job had %d rounds; it goes on to %d", applied, config.rounds.update_rounds
+                    )
+                await in_thread(state.prepare)
+                last = Start(standing.job_id, standing.generation, optimizer=began)
+                if any(lease.kind == "aggregate" for lease in await ledger.run(Ledger.leases)):
+                    return ledger, await taken_over(ledger, last)
+                store = CheckpointStore(state, standing.job_id, config.checkpoint.keep)
+                return ledger, await next_life(ledger, store, last, copies)
+            ledger.close()
+            why = "is done" if standing.state == "done" else "has not finished a round"
+            reason = f"The earlier job of this name {why}, and was another one ({'; '.join(other)})"
+            await in_thread(state.move_aside, reason)
+            ledger = await open_ledger(state.ledger)
+        await in_thread(state.prepare)
+        tracker = SliceTracker([part.samples for part in dataset.manifest.slices]).to_state()
+        await ledger.run(Ledger.open_job, opening, tracker)
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger, Life(Start(job_id, optimizer=opening.aggregate.optimizer), tracker)
+
+
+async def begins_anew(path: Path, config: JobConfig, scheduler: PeerRef, dataset: Dataset) -> bool:
+    """Whether the job in the ledger at ``path`` is done and another one than that of ``config``, so that
+    :func:`first_life` will not go on from it. Raises :class:`HyphaError` for a ledger that cannot be read.
+    """
+    ledger = await open_ledger(path)
+    try:
+        standing = await ledger.run(Ledger.standing)
+    finally:
+        ledger.close()
+    if standing is None or standing.state != "done":
+        return False
+    return bool(differences(_opening(config, scheduler, dataset, standing.job_id), standing))
+
+
+async def taken_over(ledger: Ledger, last: Start) -> Life:
+    """The life after ``last``, whose scheduler was killed: it goes on where it was."""
+    round_, steps, theta = await ledger.run(Ledger.open_round)
+    start = Start(last.job_id, last.generation + 1, round_, steps, theta, True, last.optimizer)
+    tracker = await ledger.run(Ledger.slices)
+    await ledger.run(Ledger.begin_life, start.generation, start.round, tracker)
+    return Life(start, tracker)
+
+
+async def next_life(ledger: Ledger, store: CheckpointStore, last: Start, copies: Copies) -> Life:
+    """The life after ``last``, from the newest checkpoint that can be used, or of which there is a copy."""
+    open_round, _, _ = await ledger.run(Ledger.open_round)
+    for begin in await ledger.run(Ledger.starts):
+        kept = begin.place != "scheduler" or await in_thread(store.verify, begin.round)
+        if not (kept or await copies.bring_back(ledger, store, begin.round)):
+            await ledger.run(Ledger.forget_checkpoint, begin.round)
+            continue
+        theta = await ledger.run(Ledger.theta_of, begin.round)
+        start = Start(
+            last.job_id, last.generation + 1, begin.round, begin.steps, theta, optimizer=last.optimizer
+        )
+        lost = begin.round < open_round
+        # of the open round the workers keep what they have, so their slices stay theirs
+        tracker = begin.tracker.unassigned() if lost else await ledger.run(Ledger.slices)
+        await ledger.run(Ledger.begin_life, start.generation, start.round, tracker)
+        return Life(start, tracker, begin.place, rounds_lost=lost)
+    raise JobFailed(f"the ledger {ledger.path} has no round to begin from; start the job with --fresh")
+
+
+def _opening(
+    config: JobConfig,
+    scheduler: PeerRef,
+    dataset: Dataset,
+    job_id: str,
+    began: OuterOptimizer | None = None,
+) -> Opening:
+    train, aggregate = described(config, scheduler, job_id, began)
+    return Opening(
+        job_id=job_id,
+        train=train,
+        aggregate=aggregate,
+        manifest=dataset.manifest,
+        manifest_hash=dataset.manifest_hash,
+    )
+
+
+def described(
+    config: JobConfig, scheduler: PeerRef, job_id: str, began: OuterOptimizer | None = None
+) -> tuple[TrainJob, AggregateJob]:
+    """What executors of the job are told, but for what is different for each, and for secrets; ``began`` is
+    the outer optimizer that the job had so far.
+    """
+    descriptions = Descriptions(config, Start(job_id, optimizer=outer_optimizer(config, began)), scheduler)
+    train = without_secrets(descriptions.train("", PeerRef(peer=""), 0))
+    aggregate = without_secrets(descriptions.aggregate("", None))
+    if not isinstance(train, TrainJob) or not isinstance(aggregate, AggregateJob):
+        raise HyphaError("a job description changed its kind")
+    return train, aggregate
+
+
+def differences(opening: Opening, standing: Standing) -> list[str]:
+    """In what ``opening`` describes another job than the ``standing`` one, in words."""
+    return different(
+        (opening.train, opening.aggregate, opening.manifest_hash),
+        (standing.train, standing.aggregate, standing.manifest_hash),
+    )
+
+
+def different(now: tuple[object, ...], before: tuple[object, ...]) -> list[str]:
+    """The differences of two descriptions, or of their first parts, each once."""
+    names = ("train", "aggregate", "the dataset's manifest hash")
+    found = [
+        f"{path} is {new!r} now and was {old!r}"
+        for name, one, other in zip(names, before, now, strict=False)
+        for path, old, new in _differences(name, _plain(one), _plain(other))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _another(found: Iterable[str], place: Path) -> ConfigError:
+    advice = (
+        f"the job in {place} is another one; undo the change to go on with it, give this job another name, "
+        "or start anew with --fresh (what is there is kept aside)"
+    )
+    return ConfigError([Problem("scheduler.job", text) for text in (advice, *found)])
+
+
+def _plain(value: object) -> object:
+    """Structs as dicts with all their fields: msgspec would leave out those that have their default."""
+    if isinstance(value, Struct):
+        fields = {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+        return fields | {"type": type(value).__name__}
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return value
+
+
+def _differences(path: str, before: object, now: object) -> Iterator[tuple[str, object, object]]:
+    """Where two descriptions differ, and how."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
+            yield from _differences(f"{path}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        yield path, before, now

@@ -1,0 +1,314 @@
+"""The executors of a job: started under their leases, steered, replaced, and all told to finish.
+
+A crew belongs to one life (generation) of the job. Everything it does for one executor happens in tasks
+of that executor alone, so a slow worker delays nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+import trio
+
+from hypha.config.models import DEFAULT_BATCH_SIZE, RoundsConfig
+from hypha.errors import NetworkError, Refused
+from hypha.messages import (
+    CancelJob,
+    DispatchJob,
+    ExecutorClass,
+    Finish,
+    JobStamp,
+    PeerRef,
+    Rejoin,
+    Steer,
+)
+from hypha.node import Node
+from hypha.scheduler.descriptions import Descriptions
+from hypha.scheduler.durable.starts import Life
+from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.rounds.events import GoesOn, Input, JobRefused, Joined, Lost, Send
+from hypha.scheduler.status.round_traces import RoundTraces
+from hypha.scheduler.steering import Steering
+from hypha.tracing import span
+from hypha.tracing.operations import DISPATCH
+from hypha.tracing.spans import Attribute
+
+logger = logging.getLogger(__name__)
+
+_DISPATCH_TIMEOUT_S = 30.0
+_CANCEL_TIMEOUT_S = 15.0
+_PAUSE_S = 0.5
+#: a first directive number for the farewell that is higher than any before it
+_LAST_SEQ = 1 << 62
+#: the worker may be able to start the job a moment later
+_PASSING = frozenset({"busy", "internal"})
+
+Key = tuple[str, ExecutorClass]
+
+
+@dataclass
+class _Executor:
+    lease: LeaseGained
+    steering: Steering
+    #: runs since an earlier life, as far as is known here
+    rejoins: bool
+    #: the incarnation that it replaces, after a pause
+    instead_of: str = ""
+    pause_s: float = 0.0
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+class Crew:
+    """``handle`` gets what happens here as events of the round machine. Leases ``left`` by an earlier
+    scheduler may have executors. What is dispatched is traced as ``traces`` say. Nothing is started before
+    the first :meth:`begin_life`; ``life`` is described by ``descriptions`` until another one begins.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        nursery: trio.Nursery,
+        handle: Callable[[Input], object],
+        life: Life,
+        descriptions: Descriptions,
+        left: Iterable[LeaseGained],
+        traces: RoundTraces,
+    ) -> None:
+        self._node = node
+        self._nursery = nursery
+        self._handle = handle
+        self._traces = traces
+        self._executors: dict[Key, _Executor] = {}
+        self.leases: dict[Key, LeaseGained] = {(lease.worker.peer, lease.kind): lease for lease in left}
+        self._life = life
+        self._descriptions = descriptions
+        self._steps: Callable[[], int] = lambda: 0
+        #: leases under which an executor of this job may run
+        self._started = {lease.lease_id for lease in self.leases.values()}
+        self._begun = False
+        self._told_of_batches = False
+
+    @property
+    def server(self) -> PeerRef | None:
+        """Where the parameter server is to run."""
+        for (_, kind), lease in self.leases.items():
+            if kind == "aggregate":
+                return lease.worker
+        return None
+
+    def begin_life(self, descriptions: Descriptions, life: Life, steps: Callable[[], int]) -> None:
+        """From now on executors are as this life needs them: training executors that run go on in it, and so
+        does a parameter server that lives; others are started.
+        """
+        for key in list(self._executors):
+            self._executors.pop(key).scope.cancel()
+        self._descriptions, self._life, self._steps = descriptions, life, steps
+        self._begun = True
+        self._start_waiting()
+
+    def gained(self, lease: LeaseGained) -> None:
+        """A lease to use."""
+        self.leases[lease.worker.peer, lease.kind] = lease
+        self._start_waiting()
+
+    def lost(self, peer: str, kind: ExecutorClass) -> LeaseGained | None:
+        """Nothing more is to be done there."""
+        executor = self._executors.pop((peer, kind), None)
+        if executor is not None:
+            executor.scope.cancel()
+        return self.leases.pop((peer, kind), None)
+
+    def send(self, action: Send) -> None:
+        """Steer; for who is gone it does nothing."""
+        executor = self._executors.get((action.to.peer, action.kind))
+        if executor is not None:
+            executor.steering.put(action.directive)
+
+    def _start_waiting(self) -> None:
+        descriptions, server = self._descriptions, self.server
+        if not self._begun or server is None:
+            return
+        for key, lease in self.leases.items():
+            if lease.kind == "aggregate" and lease.worker != server:
+                # it takes the place of the one that leaves, once that is gone
+                continue
+            if key not in self._executors:
+                steering = self._steering(lease, descriptions)
+                rejoins = lease.lease_id in self._started and (
+                    lease.kind == "train" or self._life.start.taken_over
+                )
+                executor = _Executor(lease, steering, rejoins)
+                self._executors[key] = executor
+                batch = descriptions.batch_size(lease.resources) if lease.kind == "train" else 1
+                if lease.kind == "train":
+                    self._tell_of_batches(descriptions.config.rounds, batch, lease)
+                # told before the worker is, as its first event may overtake the answer
+                self._handle(Joined(lease.worker, lease.kind, batch))
+                self._nursery.start_soon(self._run, executor, descriptions, self._life, server, batch)
+
+    def again(self, peer: str, instead_of: str, pause_s: float) -> None:
+        """Start the training executor there once more; nothing when its lease, or the life, is over."""
+        key: Key = (peer, "train")
+        failed, server = self._executors.get(key), self.server
+        descriptions, life = self._descriptions, self._life
+        if failed is None or server is None:
+            return
+        failed.scope.cancel()
+        steering = self._steering(failed.lease, descriptions)
+        executor = _Executor(failed.lease, steering, False, instead_of, pause_s)
+        self._executors[key] = executor
+        batch = descriptions.batch_size(failed.lease.resources)
+        self._nursery.start_soon(self._run, executor, descriptions, life, server, batch)
+
+    def _steering(self, lease: LeaseGained, descriptions: Descriptions) -> Steering:
+        before = descriptions.start.generation << 32
+        return Steering(self._node, lease.worker, lease.kind, self._stamp, before, self._traces)
+
+    def _tell_of_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
+        """Once, how large batches are where the configuration leaves it open."""
+        if rounds.batch_size is not None or self._told_of_batches:
+            return
+        self._told_of_batches = True
+        logger.info(
+            "The first worker trains with batches of %d samples, by what it offers and the default of %d; "
+            "rounds.batch_size sets another size for all",
+            batch,
+            min(DEFAULT_BATCH_SIZE, rounds.max_batch_size),
+            extra={"worker_peer_id": lease.worker.peer, "lease_id": lease.lease_id},
+        )
+
+    def _stamp(self) -> JobStamp:
+        start = self._descriptions.start
+        return JobStamp(job_id=start.job_id, generation=start.generation)
+
+    async def _run(
+        self, executor: _Executor, descriptions: Descriptions, life: Life, server: PeerRef, batch: int
+    ) -> None:
+        lease, peer = executor.lease, executor.lease.worker.peer
+        with executor.scope:
+            if executor.rejoins and await self._rejoin(executor, life, server):
+                await executor.steering.run()
+                return
+            if executor.rejoins and lease.kind == "aggregate":
+                # what it held is gone; from its own life on it is started anew
+                self._started.discard(lease.lease_id)
+                self._handle(lost(lease, "its executor does not run any more"))
+                return
+            if executor.instead_of:
+                await trio.sleep(executor.pause_s)
+                self._handle(Joined(lease.worker, lease.kind, batch))
+            elif lease.lease_id in self._started:
+                await self._stop(lease, descriptions.start.job_id)
+            self._started.add(lease.lease_id)
+            if lease.kind == "train":
+                job = descriptions.train(peer, server, batch, self._steps())
+                request = DispatchJob(lease_id=lease.lease_id, job=job, instead_of=executor.instead_of)
+                dispatched = await self._dispatch(request, lease)
+            else:
+                restore = life.restore(descriptions.scheduler)
+                aggregate = descriptions.aggregate(peer, restore)
+                dispatched = await self._dispatch(DispatchJob(lease_id=lease.lease_id, job=aggregate), lease)
+            if dispatched:
+                await executor.steering.run()
+
+    async def _rejoin(self, executor: _Executor, life: Life, server: PeerRef) -> bool:
+        """Have the executor that runs there go on in this life; False when there is none."""
+        start, lease = life.start, executor.lease
+        directive = Rejoin(
+            generation=start.generation,
+            round=start.round,
+            steps=start.steps,
+            parameter_server=server if lease.kind == "train" else None,
+            resend=not life.start.taken_over,
+            start_over=life.rounds_lost,
+        )
+        fields = {"worker_peer_id": lease.worker.peer, "job_id": start.job_id, "lease_id": lease.lease_id}
+        while True:
+            try:
+                await executor.steering.say(directive)
+            except Refused as exc:
+                if exc.code not in _PASSING:
+                    logger.info("The %s executor cannot go on: %s", lease.kind, exc, extra=fields)
+                    return False
+            except NetworkError as exc:
+                # the lease decides how long that is worth trying
+                logger.debug("The %s executor is not asked yet: %s", lease.kind, exc, extra=fields)
+            else:
+                logger.info("The %s executor goes on", lease.kind, extra=fields)
+                self._handle(GoesOn(lease.worker.peer, lease.kind))
+                return True
+            await trio.sleep(_PAUSE_S)
+
+    async def _stop(self, lease: LeaseGained, job_id: str) -> None:
+        """End the executor of an earlier life; if that cannot be delivered, the new job replaces it."""
+        try:
+            cancel = CancelJob(job_id=job_id, kind=lease.kind)
+            await self._node.request(lease.worker.peer, cancel, timeout_s=_CANCEL_TIMEOUT_S)
+        except NetworkError as exc:
+            logger.debug("Stopping an earlier executor: %s", exc, extra={"worker_peer_id": lease.worker.peer})
+
+    async def _dispatch(self, request: DispatchJob, lease: LeaseGained) -> bool:
+        attributes: dict[str, Attribute] = {
+            "hypha.job": request.job.job_id,
+            "hypha.job.generation": request.job.generation,
+            "hypha.lease": lease.lease_id,
+            "hypha.peer": lease.worker.peer,
+        }
+        with span(DISPATCH, attributes, parent=self._traces.of_job):
+            if (traced := self._traces.dispatching(lease.worker.peer, lease.kind)) is not None:
+                job = msgspec.structs.replace(request.job, traced=traced)
+                request = msgspec.structs.replace(request, job=job)
+            return await self._deliver(request, lease)
+
+    async def _deliver(self, request: DispatchJob, lease: LeaseGained) -> bool:
+        fields = {
+            "worker_peer_id": lease.worker.peer,
+            "job_id": request.job.job_id,
+            "lease_id": lease.lease_id,
+        }
+        while True:
+            try:
+                await self._node.request(lease.worker.peer, request, timeout_s=_DISPATCH_TIMEOUT_S)
+            except Refused as exc:
+                if exc.code not in _PASSING:
+                    logger.warning("A worker refused the %s job: %s", lease.kind, exc, extra=fields)
+                    refused = JobRefused(lease.worker.peer, lease.kind, f"{exc.reason} ({exc.code})")
+                    self._handle(refused)
+                    return False
+                logger.info("A worker cannot start the %s job yet: %s", lease.kind, exc, extra=fields)
+            except NetworkError as exc:
+                # the lease decides how long that is worth trying
+                logger.warning("The %s job was not delivered: %s", lease.kind, exc, extra=fields)
+            else:
+                logger.info("The %s job was dispatched", lease.kind, extra=fields)
+                return True
+            await trio.sleep(_PAUSE_S)
+
+    async def finish(self, reason: str, timeout_s: float) -> None:
+        """Tell all executors to end, for at most ``timeout_s``."""
+        stamp = self._stamp()
+        executors = list(self._executors.values())
+        self._executors.clear()
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                for executor in executors:
+                    executor.scope.cancel()
+                    lease = executor.lease
+                    farewell = Steer(
+                        stamp=stamp, kind=lease.kind, seq=_LAST_SEQ, directive=Finish(reason=reason)
+                    )
+                    nursery.start_soon(self._say, lease.worker.peer, farewell, timeout_s)
+
+    async def _say(self, peer: str, farewell: Steer, timeout_s: float) -> None:
+        try:
+            await self._node.request(peer, farewell, timeout_s=timeout_s)
+        except NetworkError as exc:
+            logger.debug("A farewell was not delivered: %s", exc, extra={"worker_peer_id": peer})
+
+
+def lost(lease: LeaseGained, reason: str) -> Lost:
+    """As the round machine hears it."""
+    return Lost(lease.worker.peer, lease.kind, reason)

@@ -1,0 +1,214 @@
+"""The phases of a round: it is opened, planned and closed, as time or the sum of what was said asks for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from hypha.errors import AllocationFailed
+from hypha.messages import CloseRound, Plan, RoundApplied, SaveCheckpoint, SendModel
+from hypha.scheduler.rounds.closing import given_up, is_overdue, may_close, never_loaded, stuck
+from hypha.scheduler.rounds.events import Action, Fail, Send, Told
+from hypha.scheduler.rounds.state import OPEN, RoundState
+
+
+class Phases(RoundState, ABC):
+    """The part of the round machine that moves from one phase to the next."""
+
+    @abstractmethod
+    def told(self, told: Told, now: float) -> list[Action]:
+        """What follows from an executor's event."""
+
+    def open_round(self, now: float, again: bool = False) -> list[Action]:
+        """Everybody loaded takes part; who was not in the parameter server's broadcast is sent theta.
+
+        ``again``: the same round, as no update counts; whose was refused begins it anew.
+        """
+        self.phase = "training"
+        self.books.open_round(now)
+        self.planner.open_round(now)
+        self.limits = {}
+        actions: list[Action] = []
+        for member in self.members.values():
+            # of who has an update in the last round, and has not said in this life that it is loaded, too
+            member.accepted = False
+        for member in self.loaded:
+            member.attempt = (member.attempt + member.left_out) if again else 0
+            if member.peer in self.broadcast:
+                self.enter(member, now)
+            else:
+                actions += self.send_model(member, now)
+        early, self.early = self.early, []
+        # of a round that was closed already, what was said of it comes first
+        for told in sorted(early, key=lambda told: isinstance(told.event, RoundApplied)):
+            actions += self.told(told, now)
+        return actions
+
+    def advance(self, now: float) -> list[Action]:
+        """What time, or the sum of what was said, asks for."""
+        if self.over or self.phase in ("exporting", "done", "failed"):
+            return []
+        actions = self.judged(self.failing.advance(now))
+        for member in stuck(self.members.values(), self.rules, now):
+            if self.phase != "failed":
+                text = "the job goes on, and the batch it was in does not end"
+                actions += self.failed(member.peer, "train", text, "overdue")
+        for member in never_loaded(self.members.values(), self.rules, now):
+            if self.phase != "failed":
+                text = f"it has not loaded the model after {now - member.joined_at:.0f} s, and others have"
+                actions += self.failed(member.peer, "train", text, "overdue")
+        actions += self._see_off(now)
+        if self.over:
+            return actions
+        if self.phase == "loading" and self._may_begin(now):
+            self.broadcast = self.holders()
+            actions += [*self.tell_members(), *self.open_round(now)]
+        if self.phase in OPEN and not self.participants and not self.books.accepted and self.loaded:
+            self.broadcast = frozenset()
+            actions += self.open_round(now, again=True)
+        if self.phase in OPEN:
+            actions += self._plan(now)
+            actions += self.tell_limits()
+            actions += self._resend(now)
+            actions += self._close(now)
+        return actions
+
+    def _may_begin(self, now: float) -> bool:
+        """With all workers that are wanted; with fewer only when the others do not come soon. A round that an
+        earlier life has begun is open in any case.
+        """
+        if len(self.present) < self.rules.min_workers:
+            self.enough_since = None
+            return False
+        self.enough_since = now if self.enough_since is None else self.enough_since
+        everybody = len(self.present) >= self.rules.workers or self.start.taken_over
+        return self.server_ready and (everybody or now >= self.enough_since + self.rules.start_grace_s)
+
+    def _see_off(self, now: float) -> list[Action]:
+        """Whoever leaves and has nothing more to contribute is let go; a parameter server that leaves saves
+        what it holds, and goes when another worker is there for it.
+        """
+        actions: list[Action] = []
+        for member in list(self.members.values()):
+            if member.leaves is None or member.absent:
+                continue
+            trains = member.in_round and not member.left_out and member.started == self.round
+            under_way = not member.accepted and (trains or member.fixed)
+            last = member.accepted and member.early
+            if last or not (under_way or member.can_begin(now)):
+                actions += self.let_go(member.peer, "train", "its worker leaves")
+        server, held = self.server, self.leases
+        if self.server_leaves is None or server is None or self.phase not in OPEN:
+            return actions
+        if self.saving < self.round:
+            self.saving = self.round
+            actions += self.to_server(SaveCheckpoint(round=self.round))
+        if self.saved == self.round and held is not None and held.aggregate > 1 and not self.hurried:
+            actions += self.let_go(server.peer, "aggregate", "its worker leaves")
+        return actions
+
+    def _plan(self, now: float) -> list[Action]:
+        accepted = self.books.stayed
+        members = [one for one in self.participants if not (one.accepted or one.absent)]
+        for member in members:
+            if not member.fixed:
+                member.foresee(now, self.round, self.hurried)
+        samples = sum(self.books.accepted.values())
+        changed = self.planner.plan(members, samples, self.round, now, close=bool(accepted))
+        for member in members:
+            planned = changed.get(member.peer, member.plan)
+            if member.last is None or member.fixed or (planned is not None and planned <= member.last):
+                continue
+            # it cannot wait for the others
+            changed.pop(member.peer, None)
+            if member.plan != member.last:
+                changed[member.peer] = member.last
+        actions: list[Action] = []
+        for peer, batches in changed.items():
+            member = self.members[peer]
+            member.set_plan(batches, now, self.round)
+            actions.append(Send(member.ref, "train", Plan(round=self.round, batches=batches)))
+        if self.phase == "training" and (self.planner.final or accepted):
+            self.phase = "scheduled"
+        if self.phase == "scheduled" and accepted:
+            self.phase = "updating"
+        return actions
+
+    def _resend(self, now: float) -> list[Action]:
+        """A theta that did not arrive is sent again, ever more seldom."""
+        actions: list[Action] = []
+        for member in self.participants:
+            if member.started < self.round and now >= member.resend_at:
+                member.resend_after_s *= 2.0
+                member.resend_at = now + member.resend_after_s
+                actions += self.to_server(SendModel(to=member.ref, attempt=member.attempt))
+        return actions
+
+    def _close(self, now: float) -> list[Action]:
+        books, rules = self.books, self.rules
+        if not books.accepted:
+            actions: list[Action] = []
+            for member in given_up(self.participants, rules, self.round, now) if self.served else []:
+                if self.phase in OPEN:
+                    text = "its update did not come, and nobody else's did"
+                    actions += self.failed(member.peer, "train", text, "overdue")
+            return actions
+        if self.paused or not self.loaded:
+            books.quorum_since = books.complete_since = None
+            return []
+        if not may_close(books, self.participants, rules, self.round, now, not self.served):
+            return []
+        self.phase = "closing"
+        for member in self.participants:
+            begun = member.started == self.round and not (member.accepted or member.absent)
+            member.overdue = begun and is_overdue(member, rules, self.round, now)
+        self.broadcast = frozenset(member.peer for member in self.loaded)
+        final = self.round + 1 >= rules.rounds
+        due = (self.round + 1) % rules.checkpoint_every == 0
+        checkpoint = final or due or self.server_leaves is not None
+        return self.to_server(CloseRound(round=self.round, final=final, checkpoint=checkpoint))
+
+    def wait_for_leases(self, now: float) -> list[Action]:
+        """The job ends when there were too few leases for longer than it wants to wait."""
+        held, wait_s = self.leases, self.rules.wait_s
+        if held is None:
+            return []
+        if held.train >= self.rules.min_workers and held.aggregate:
+            self.short_since = None
+            return []
+        self.short_since = now if self.short_since is None else self.short_since
+        if wait_s is None or now - self.short_since < wait_s:
+            return []
+        self.phase = "failed"
+        advice = "start more workers, ask for less or raise price.max"
+        return [Fail(AllocationFailed(f"after {wait_s:g} s still {held.missing}; {advice}"))]
+
+    def validate(self) -> None:
+        """Assert what always holds between two events. For tests and simulation."""
+        self.tracker.validate()
+        rules, start = self.rules, self.start
+        assert start.round <= self.round <= max(rules.rounds, start.round), f"round {self.round}"
+        assert self.steps >= start.steps, "inner steps went back"
+        assert not self.server_ready or self.server is not None, "a parameter server that is gone is ready"
+        if not self.over and self.phase in (*OPEN, "closing", "exporting"):
+            assert self.server_ready, f"{self.phase} without a parameter server"
+        if self.phase in OPEN:
+            assert self.round < rules.rounds, "a round after the last one is open"
+            assert self.theta, "a round without theta is open"
+        if self.phase == "exporting":
+            assert self.round >= rules.rounds, f"exported before round {self.round} was applied"
+        assert self.kept <= self.tracker.version, "slices were kept that are not there yet"
+        assert self.failures.in_a_row >= 0
+        self._validate_members()
+
+    def _validate_members(self) -> None:
+        for peer, member in self.members.items():
+            assert peer == member.peer, f"{member.peer} is known as {peer}"
+            assert member.started <= self.round, f"{peer} is in a round that was not opened"
+            assert not member.accepted or peer in self.books.accepted, f"{peer} was not accepted"
+            assert member.sent is None or peer in self.books.contributions, f"{peer} sent nothing"
+            assert not (member.left_out and member.sent), f"{peer} is left out, but its update counts"
+            assert member.plan is None or member.plan >= 0, f"{peer} is to do {member.plan} batches"
+            assert member.batches >= 0, f"{peer} has done {member.batches} batches"
+        assert all(samples >= 0 for samples in self.books.accepted.values()), "an update of under no samples"
+        for told in self.early:
+            assert told.stamp.generation == self.start.generation, "what another life said is waiting"

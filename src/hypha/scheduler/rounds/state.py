@@ -1,0 +1,412 @@
+"""What the round machine knows, and the smallest steps that change it: who takes part, whose update counts.
+
+:class:`RoundState` is the part of :class:`hypha.scheduler.rounds.machine.RoundMachine` that the other parts
+stand on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from typing import Literal
+
+from hypha.contributions import contribution_problem
+from hypha.messages import (
+    Contribution,
+    Directive,
+    ExecutorClass,
+    Members,
+    PeerRef,
+    RoundStarted,
+    SendModel,
+)
+from hypha.scheduler.data.slices import Assignment, SliceTracker
+from hypha.scheduler.rounds.contributions import Books
+from hypha.scheduler.rounds.events import (
+    Action,
+    Drop,
+    Fail,
+    Joined,
+    KeepSlices,
+    LeasesHeld,
+    Leaves,
+    LetGo,
+    Restart,
+    Send,
+    SliceAsked,
+    Told,
+)
+from hypha.scheduler.rounds.failures import Failing
+from hypha.scheduler.rounds.participants import Leave, Member
+from hypha.scheduler.rounds.planning import Planner
+from hypha.scheduler.rounds.policy import CarriedOver, Failures, Rules, Start
+
+logger = logging.getLogger(__name__)
+
+Phase = Literal["loading", "training", "scheduled", "updating", "closing", "exporting", "done", "failed"]
+#: phases in which a round is open
+OPEN = ("training", "scheduled", "updating")
+
+#: a worker that was refused slices so often, as it holds enough, is named; half of it is forgotten with each
+#: round. An honest one asks for one at a time, and holds less
+_HOARDING = 10
+#: slices that a worker fetches before they are needed, however short they are
+_MOST_AHEAD = 32
+#: what is kept of a notice for an outer step and a checkpoint
+_OUTER_STEP_S = 1.0
+#: theta is sent again when nobody said RoundStarted; doubled each time
+_RESEND_S = 10.0
+
+
+class RoundState:
+    """One life (generation) of a job. ``counts`` counts what was ignored or refused, by reason."""
+
+    def __init__(
+        self, rules: Rules, start: Start, tracker: SliceTracker, scheduler: PeerRef, carried: CarriedOver
+    ) -> None:
+        self.rules = rules
+        self.start = start
+        self.tracker = tracker
+        self.scheduler = scheduler
+        self.failures = Failures.of(carried, rules.max_failures)
+        self.failing = Failing(self.failures, rules.executor_restarts)
+        self.round = start.round
+        self.steps = start.steps
+        self.phase: Phase = "loading"
+        #: this life is at its end: another one begins
+        self.over = False
+        self.theta = ""
+        self.server: PeerRef | None = None
+        self.server_ready = False
+        #: where the parameter server was when it had the model; None before
+        self.server_at: int | None = None
+        #: when its worker ends; the newest round as which it was asked to save itself, and has
+        self.server_leaves: Leave | None = None
+        self.saving = self.saved = -1
+        self.members: dict[str, Member] = {}
+        self.counts: Counter[str] = Counter()
+        self.books = Books()
+        #: whether any data node serves the dataset
+        self.served = True
+        #: as was said last
+        self.leases: LeasesHeld | None = None
+        self.short_since = carried.short_since
+        #: whose executors had it in the life before; those of others may load it for as long as it takes
+        self.had_model = frozenset(carried.had_model)
+        self.planner = Planner(rules.samples, rules.inner_steps)
+        self.broadcast: frozenset[str] = frozenset()
+        #: what was said before its round was opened here
+        self.early: list[Told] = []
+        self.enough_since: float | None = None
+        #: for how many samples updates of the open round may stand, as the parameter server was told
+        self.limits: dict[str, int] = {}
+        #: the newest version of the slices' state that is to be made durable
+        self.kept = -1
+
+    @property
+    def loaded(self) -> list[Member]:
+        """Workers that have a model."""
+        return [member for member in self.members.values() if member.loaded]
+
+    @property
+    def present(self) -> list[Member]:
+        """Workers that have a model and can be reached."""
+        return [member for member in self.loaded if not member.absent]
+
+    @property
+    def participants(self) -> list[Member]:
+        """Workers whose update of the open round is hoped for or here."""
+        return [member for member in self.loaded if member.in_round and not member.left_out]
+
+    @property
+    def paused(self) -> bool:
+        """The open round is kept, but not closed: there are too few workers."""
+        return self.phase in OPEN and len(self.present) < self.rules.min_workers
+
+    @property
+    def hurried(self) -> Leave | None:
+        """By when the open round is to be over, as its parameter server ends, and with it the update of a
+        worker that ends, too: nobody could send that again. None where there is no such haste.
+        """
+        leaves = self.server_leaves
+        if leaves is None or not (self.books.departed or any(one.leaves for one in self.participants)):
+            return None
+        # the outer step takes about as long as a synchronisation, and the new theta is to be saved
+        spent_s = min(_OUTER_STEP_S, (leaves.at - leaves.since) / 4.0)
+        return Leave(leaves.at - spent_s, leaves.since)
+
+    # --- who is here ----------------------------------------------------------------------------------
+
+    def join(self, event: Joined, now: float) -> None:
+        """An executor was started."""
+        if event.kind == "aggregate":
+            self.server, self.server_ready, self.server_at = event.ref, False, None
+            self.server_leaves = None
+        elif event.ref.peer not in self.members:
+            self.members[event.ref.peer] = Member(event.ref, event.batch_size, self.rules.multiple, now)
+        else:
+            # another executor was started there: how long it loads, nobody knows
+            self.members[event.ref.peer].told_at = None
+            self.members[event.ref.peer].joined_at = now
+
+    def lose(self, peer: str, kind: ExecutorClass, reason: str) -> list[Action]:
+        """An executor takes part no more."""
+        if kind == "aggregate":
+            if self.server is None or self.server.peer != peer:
+                return []
+            return self.restart(reason)
+        sent = self.books.contributions.get(peer) if peer in self.books.accepted else None
+        # it may hold slices of an earlier life
+        self.tracker.forget(peer, keep=sent.finished if sent is not None else ())
+        member = self.members.pop(peer, None)
+        if member is None:
+            return []
+        if member.incarnation:
+            self.failing.over(member.incarnation)
+        self.planner.upset()
+        return self.tell_members() if member.loaded else []
+
+    def leaves(self, event: Leaves, now: float) -> None:
+        """Its worker ends soon: what it has trained by then is to count, and the others share the rest."""
+        server = self.server is not None and self.server.peer == event.peer
+        member = self.members.get(event.peer)
+        if event.kind == "aggregate" and server:
+            known = self.server_leaves
+            self.server_leaves = Leave(now + event.left_s, now if known is None else known.since)
+        elif event.kind == "train" and member is not None:
+            if member.leaves is None:
+                self.planner.upset()
+            since = now if member.leaves is None else member.leaves.since
+            member.leaves = Leave(now + event.left_s, since)
+
+    def let_go(self, peer: str, kind: ExecutorClass, reason: str) -> list[Action]:
+        """It ends soon, and nothing more can come of it."""
+        return [LetGo(peer, kind, reason), *self.lose(peer, kind, reason)]
+
+    def set_absent(self, peer: str, absent: bool) -> None:
+        """The others share its part of the open round while it is away."""
+        member = self.members.get(peer)
+        if member is not None and member.absent != absent:
+            member.absent = absent
+            self.planner.upset()
+
+    def leave_out(self, member: Member) -> None:
+        """Its part of the open round does not count; it starts over from the next theta it is sent."""
+        member.left_out = True
+        # of who cannot be reached its lease decides, not how short rounds are
+        member.missed = max(member.missed, 1) if member.absent else member.missed + 1
+        member.sent = None
+        self.books.contributions.pop(member.peer, None)
+        self.tracker.lose(member.peer)
+        self.planner.upset()
+
+    # --- failures and ends ----------------------------------------------------------------------------
+
+    def failed(self, peer: str, kind: ExecutorClass, message: str, cause: str) -> list[Action]:
+        """Release it, replace it; give the job up when that happened too often."""
+        # of parameter servers there is one at a time, perhaps on the same machine again
+        others = [] if kind == "aggregate" else [one for one in self.members if one != peer]
+        error = self.failures.add(peer, kind, message, cause, others)
+        if error is not None:
+            self.phase = "failed"
+            return [Fail(error)]
+        return [Drop(peer, kind, message), *self.lose(peer, kind, message)]
+
+    def judged(self, actions: list[Action]) -> list[Action]:
+        """What :class:`Failing` decided: where that is the job's end, it is the machine's too."""
+        if any(isinstance(action, Fail) for action in actions):
+            self.phase = "failed"
+        return actions
+
+    def restart(self, reason: str, unusable: bool = False) -> list[Action]:
+        """The parameter server is gone: this life ends, and what is known of slices is kept for the next."""
+        self.server, self.server_ready, self.server_at = None, False, None
+        self.over = True
+        had_model = [one.peer for one in self.members.values() if one.loaded or one.told_at is not None]
+        restart = Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model))
+        return [self.keep_slices(), restart]
+
+    # --- what was said --------------------------------------------------------------------------------
+
+    def is_early(self, round_: int) -> bool:
+        """Is what was said of ``round_`` to be taken up when that is opened here? While a round is closing
+        the next one begins elsewhere. A life that goes on with another's executors hears of its first round
+        before it has opened it, and of the next one if the parameter server had closed the first; if it had
+        not, that next one was begun with a parameter server that was lost since, and nobody recorded it.
+        """
+        if round_ == self.round:
+            return self.phase == "loading"
+        first = self.phase == "loading" or self.round == self.start.round
+        closed = self.start.taken_over and self.server_at in (None, self.start.round + 1)
+        return round_ == self.round + 1 and (self.phase == "closing" or (first and closed))
+
+    def holders(self) -> frozenset[str]:
+        """Who has said that it runs on theta of the round that is about to be opened, or of the next one."""
+        return frozenset(
+            told.sender
+            for told in self.early
+            if isinstance(told.event, RoundStarted)
+            and (told.event.round > self.round or told.event.theta == self.theta)
+        )
+
+    def count_steps(self, part: Contribution) -> None:
+        """The inner steps taken by the end of an applied round; nobody begins it with more than were taken
+        by anybody before.
+        """
+        begun = min(part.steps, self.steps)
+        self.steps = max(self.steps, begun + math.ceil(part.batches / self.rules.multiple))
+
+    def claim_problem(self, part: Contribution) -> str:
+        """Why ``part``, which an update is said to stand for, cannot be true; empty where it can."""
+        member = self.members.get(part.worker)
+        size = member.batch_size if member is not None else part.batch_size
+        return contribution_problem(part, size, self.tracker.samples, self.rules.most_batch_size)
+
+    def plan_problem(self, member: Member, part: Contribution) -> str:
+        """Why an update of the open round is none that was asked for; empty where it is one."""
+        if self.open_before or part.attempt > 0:
+            return ""
+        most = member.most_samples(self.round, False, self.may_use(member))
+        if most is not None:
+            # what the parameter server was told holds, even if the worker turns out to be slower
+            most = max(most, self.limits.get(member.peer, 0))
+        if most is None:
+            return "it was not told yet when to synchronise"
+        return f"{part.samples} samples, and its plans allow {most}" if part.samples > most else ""
+
+    def note(self, part: Contribution) -> None:
+        """What the parameter server read in an update that it has accepted, if that can be true. Theta has it
+        now, so no plan is asked any more: a replay needs it.
+        """
+        if self.books.contributions.get(part.worker) == part:
+            return
+        problem = self.claim_problem(part)
+        if not problem:
+            self.books.note(part)
+            return
+        self.counts["wrong contribution"] += 1
+        logger.warning(
+            "An update of round %d cannot be what it says: %s; what it stands for is not in the books",
+            self.round,
+            problem,
+            extra={"worker_peer_id": part.worker, "job_id": self.start.job_id},
+        )
+
+    # --- slices ---------------------------------------------------------------------------------------
+
+    def next_slice(self, asked: SliceAsked) -> Assignment | str:
+        """The next slice of whoever asks, or why there is none right now."""
+        caller, request = asked.caller, asked.request
+        member, stamp = self.members.get(caller), request.stamp
+        if member is None or (stamp.job_id, stamp.generation) != (self.start.job_id, self.start.generation):
+            self.counts["uninvited"] += 1
+            return "you take no part in this life of the job"
+        if self.over:
+            return "this life of the job is over"
+        if member.incarnation and request.incarnation != member.incarnation:
+            self.counts["stale incarnation"] += 1
+            return "another process of yours takes part in the job"
+        behind = member.started < self.round and stamp.round < self.round
+        before = stamp.round == self.round and stamp.attempt < member.attempt
+        if member.left_out or before or (member.missed and behind):
+            return "your update was left out: wait for theta, then ask again"
+        if stamp.round > self.round and caller not in self.books.accepted:
+            # it trains in the next round already; should its update turn out to be left out of this one, all
+            # that it was given until then is taken back
+            return "the round that you are in has not begun here yet: ask again"
+        if request.held_from:
+            sent = self.books.contributions.get(caller) if caller in self.books.accepted else None
+            keep = sent.finished if sent is not None else ()
+            self.tracker.dropped(caller, request.incarnation, request.held_from, keep)
+        told = self.tracker.was_told(caller, request.incarnation, request.seq)
+        if not told and self.tracker.rows_held(caller) >= self._may_hold(member):
+            self.counts["slices held"] += 1
+            member.hoarding += 1
+            held = self.tracker.slices_held(caller)
+            if member.hoarding >= _HOARDING and not member.named:
+                member.named = True
+                logger.warning(
+                    "A worker asks for more slices again and again, and holds %d: more than it can use",
+                    held,
+                    extra={"worker_peer_id": caller, "job_id": self.start.job_id},
+                )
+            return f"{held} slices are yours: train on them first"
+        return self.tracker.next(caller, request.incarnation, request.seq, request.cached)
+
+    @property
+    def ahead(self) -> int:
+        """Slices that each worker may fetch before they are needed: all hold half an epoch at most."""
+        return max(1, len(self.tracker.samples) // (2 * max(1, len(self.members))))
+
+    def may_use(self, member: Member) -> int:
+        """Rows that it may have trained on in this round, some of which may have been taken back since."""
+        return max(self._may_hold(member), self.tracker.rows_held(member.peer))
+
+    def _may_hold(self, member: Member) -> int:
+        target = max(self.rules.samples, (self.rules.inner_steps or 0) * member.multiple * member.batch_size)
+        return member.may_hold(min(self.ahead, _MOST_AHEAD), target, max(self.tracker.samples))
+
+    def keep_slices(self) -> KeepSlices:
+        """As they are now."""
+        self.kept = self.tracker.version
+        return KeepSlices(self.start.generation, self.tracker.to_state())
+
+    # --- what is said ---------------------------------------------------------------------------------
+
+    def send_model(self, member: Member, now: float) -> list[Action]:
+        """Theta of the open round for ``member``, which begins it."""
+        self.enter(member, now)
+        self.planner.upset()
+        return self.to_server(SendModel(to=member.ref, attempt=member.attempt))
+
+    def enter(self, member: Member, now: float) -> None:
+        """Theta of the open round is on its way to ``member``."""
+        member.enter(now, max(_RESEND_S, 3.0 * (member.theta_s or 0.0)))
+
+    def tell_members(self) -> list[Action]:
+        """Whom the parameter server is to let in."""
+        if not self.server_ready:
+            return []
+        peers = tuple(member.ref for member in self.loaded)
+        grow = self.rules.most_batch_size is not None
+        # of batches that grow the parameter server may have an update before their size is heard of here
+        sizes = {} if grow else {member.peer: member.batch_size for member in self.loaded}
+        limits = dict(self.limits)
+        return self.to_server(Members(peers=peers, round=self.round, most_samples=limits, batch_sizes=sizes))
+
+    @property
+    def open_before(self) -> bool:
+        """An earlier life has begun the open round, so that there may be updates by plans of that one."""
+        return self.start.generation > 0 and self.round == self.start.round
+
+    def tell_limits(self) -> list[Action]:
+        """For how many samples updates may stand, once somebody's may stand for more than was told."""
+        more = False
+        for member in self.participants:
+            most = member.most_samples(
+                self.round, self.open_before or member.attempt > 0, self.may_use(member)
+            )
+            if most is not None and most > self.limits.get(member.peer, 0):
+                self.limits[member.peer] = most
+                more = True
+        return self.tell_members() if more else []
+
+    def to_server(self, directive: Directive) -> list[Action]:
+        """Steer the parameter server."""
+        return [Send(self.server, "aggregate", directive)] if self.server is not None else []
+
+    # --- for tests and simulation ---------------------------------------------------------------------
+
+    def summary(self) -> dict[str, object]:
+        """For the journal."""
+        return {
+            "phase": self.phase,
+            "round": self.round,
+            "generation": self.start.generation,
+            "members": len(self.members),
+            "accepted": len(self.books.accepted),
+            "server_ready": self.server_ready,
+            "steps": self.steps,
+            "kept": self.kept,
+        }

@@ -1,0 +1,1 @@
+"""A job as people and metrics see it: snapshot, history, figures of each round."""

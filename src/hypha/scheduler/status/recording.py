@@ -1,0 +1,164 @@
+"""The figures of each applied round, for metric sinks: read from what the round machine decided and from the
+job's snapshots. Neither knows that anybody reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import trio
+
+from hypha.config.models import JobConfig, SchedulerConfig, SinkConfig
+from hypha.journal import Entry, Journal
+from hypha.messages import LedgerRound
+from hypha.runtime import wall_time
+from hypha.scheduler.rounds.events import LifeBegan, Record
+from hypha.scheduler.rounds.policy import Start
+from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.sinks import Destination, RoundValues, RunInfo, SinkProcess, close_all
+
+#: a job that is done waits so long for its sinks; one that is told to stop has promised to be gone soon
+_CLOSE_S = 4.0
+_STOP_S = 0.4
+#: of a job's keys, those that researchers compare runs by; none of them holds a secret
+_SETTINGS: dict[str, Any] = {
+    "model": {"type", "repository", "revision", "entrypoint", "seed"},
+    "dataset": {"dataset", "shuffle"},
+    "rounds": True,
+    "inner_optimizer": True,
+    "outer_optimizer": True,
+    "schedule": True,
+    "resources": {"num_workers", "min_workers"},
+    "precision": True,
+    "update_encoding": True,
+    "seed": True,
+}
+#: what a worker's snapshot shows of its last update, where it was measured
+_OF_UPDATES = ("update_norm", "update_cosine")
+
+
+def settings_of(job: JobConfig, start: Start) -> dict[str, Any]:
+    """By which runs are compared; with what was chosen where the configuration leaves it open."""
+    settings = job.model_dump(mode="json", include=_SETTINGS)
+    if start.optimizer is not None:
+        settings["outer_optimizer"] |= msgspec.structs.asdict(start.optimizer)
+    return settings
+
+
+class Recording:
+    """Feeds sinks. A round is recorded once, with what was known when it was applied: a worker whose report
+    of its update comes later is missing in it. :meth:`listen` to the journal, :meth:`see` snapshots.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._job = config.scheduler.job
+        root = config.state_dir.absolute() / self._job.name / "sinks"
+        self._destinations = [
+            _destination(one, self._job, str(root / one.type)) for one in config.scheduler.sinks
+        ]
+        self.sinks: list[SinkProcess] = []
+        self._recorded: tuple[int, int] | None = None
+        self._waiting: list[tuple[LedgerRound, float]] = []
+        self._samples_before: int | None = None
+
+    def listen(self, entry: Entry) -> None:
+        """The sinks are opened when a job's first life begins."""
+        if isinstance(entry.event, LifeBegan) and not self.sinks:
+            start = entry.event.start
+            run = RunInfo(start.job_id, settings_of(self._job, start))
+            self.sinks = [SinkProcess(one, run) for one in self._destinations]
+        for action in entry.actions:
+            if isinstance(action, Record) and self._is_new(action.entry):
+                self._waiting.append((action.entry, wall_time()))
+
+    def _is_new(self, entry: LedgerRound) -> bool:
+        """The same round is in the books again when more became known of it."""
+        at = (entry.generation, entry.round)
+        if self._recorded is not None and at <= self._recorded:
+            return False
+        self._recorded = at
+        return True
+
+    def see(self, snapshot: JobSnapshot) -> None:
+        """Send the rounds that were applied since the last snapshot, with what this one knows."""
+        if snapshot.job_id and self._samples_before is None:
+            self._samples_before = snapshot.samples - sum(entry.samples for entry, _ in self._waiting)
+        for entry, at in self._waiting:
+            values = RoundValues(
+                round=entry.round + 1,
+                at=at,
+                values=_finite(self._of_job(entry, snapshot)),
+                workers=_of_workers(entry, snapshot),
+            )
+            for sink in self.sinks:
+                sink.put(values)
+        self._waiting.clear()
+
+    def _of_job(self, entry: LedgerRound, snapshot: JobSnapshot) -> dict[str, float]:
+        values = {
+            "loss": entry.loss,
+            "samples": float(snapshot.samples),
+            "round_samples": float(entry.samples),
+            "round_seconds": entry.duration_s,
+            "update_norm": entry.update_norm,
+            "workers": float(len(entry.contributors)),
+            "epoch": float(snapshot.epoch),
+        }
+        if entry.duration_s > 0:
+            values["samples_per_second"] = entry.samples / entry.duration_s
+        if snapshot.elapsed_s > 0:
+            counted = snapshot.samples - (self._samples_before or 0)
+            values["goodput"] = counted / snapshot.elapsed_s
+        if self._job.schedule.type == "constant":
+            values["learning_rate"] = self._job.inner_optimizer.learning_rate
+        return values
+
+
+def _of_workers(entry: LedgerRound, snapshot: JobSnapshot) -> dict[str, dict[str, float]]:
+    shown = {worker.peer: worker for worker in snapshot.workers}
+    found = {}
+    for part in entry.contributors:
+        figures = {"loss": part.loss, "samples": float(part.samples)}
+        for name in _OF_UPDATES:
+            value = getattr(shown.get(part.worker), name, None)
+            if value is not None:
+                figures[name] = value
+        found[part.worker] = _finite(figures)
+    return found
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    """JSON knows no other numbers."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _destination(config: SinkConfig, job: JobConfig, directory: str) -> Destination:
+    return Destination(
+        type=config.type,
+        project=config.project,
+        name=config.name or job.name,
+        directory=directory if config.directory is None else str(config.directory.absolute()),
+        url=config.url,
+        token=config.token,
+        offline=config.offline,
+    )
+
+
+@asynccontextmanager
+async def recording(config: SchedulerConfig, journal: Journal) -> AsyncIterator[Recording | None]:
+    """Feed the sinks of ``config`` meanwhile; nothing at all where it has none."""
+    if not config.scheduler.sinks:
+        yield None
+        return
+    feeding = Recording(config)
+    journal.listeners.append(feeding.listen)
+    try:
+        yield feeding
+    finally:
+        journal.leave(feeding.listen)
+        stopped = trio.current_effective_deadline() == -math.inf
+        await close_all(feeding.sinks, _STOP_S if stopped else _CLOSE_S)

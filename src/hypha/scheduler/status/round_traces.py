@@ -1,0 +1,202 @@
+"""A span for a job, and one for each of its rounds, made from what its machines note in the journal.
+
+The job's own is the root of the trace that its requests for workers and its dispatches are in. It does not
+grow with the rounds: each of those is a trace, linked to the dispatches. The round machine knows nothing of
+it. A round's identifiers follow from the job, its generation and the round
+(:mod:`hypha.tracing.identifiers`), so that workers and the parameter server put their own spans below it
+without having heard of it. What happens to leases meanwhile is an event of the open round's span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from opentelemetry.trace import Span, use_span
+
+from hypha.journal import Entry
+from hypha.messages import CloseRound, ExecutorClass, JobStamp, Plan, RoundStarted, Traced, UpdateReceived
+from hypha.scheduler.leasing import allocator, renewal
+from hypha.scheduler.leasing import events as allocation
+from hypha.scheduler.rounds import machine as rounds
+from hypha.scheduler.rounds.events import (
+    Again,
+    Drop,
+    Fail,
+    LetGo,
+    LifeBegan,
+    Lost,
+    Record,
+    Restart,
+    Send,
+    Told,
+)
+from hypha.scheduler.rounds.state import OPEN
+from hypha.tracing import failed, round_traceparent, start_span, traceparent
+from hypha.tracing.operations import ROUND, RUN_JOB
+from hypha.tracing.spans import Attribute
+
+
+class RoundTraces:
+    """``ratio`` of the rounds are sampled; with ``None`` the scheduler does not trace, and nobody is told to.
+    :meth:`note` is a listener of the job's journal.
+    """
+
+    def __init__(self, ratio: float | None) -> None:
+        self._ratio = ratio
+        self._job_id = ""
+        self._job: Span | None = None
+        self._job_in: str | None = None
+        #: the open round: its generation and number
+        self._at: tuple[int, int] | None = None
+        #: this life of the job is at its end: the next one opens the round anew
+        self._over = False
+        self._span: Span | None = None
+        self._dispatches: dict[tuple[str, ExecutorClass], str] = {}
+
+    def begin(self, job: str) -> None:
+        """The job called ``job`` is run from now on."""
+        if self._ratio is None:
+            return
+        self._job = start_span(RUN_JOB, {"hypha.job.name": job})
+        with use_span(self._job):
+            self._job_in = traceparent()
+
+    @property
+    def of_job(self) -> str | None:
+        """The ``traceparent`` of the job's span; None when nothing is traced."""
+        return self._job_in
+
+    def of_round(self, stamp: JobStamp, round_: int) -> str | None:
+        """The ``traceparent`` of ``round_`` in that life of the job; None when nothing is traced."""
+        if self._ratio is None:
+            return None
+        return round_traceparent(stamp.job_id, stamp.generation, round_, self._ratio)
+
+    def dispatching(self, worker: str, kind: ExecutorClass) -> Traced | None:
+        """What is to be said in the job that is dispatched in the current span. Rounds link to it."""
+        parent = traceparent()
+        if self._ratio is None or parent is None:
+            return None
+        self._dispatches[worker, kind] = parent
+        return Traced(traceparent=parent, ratio=self._ratio)
+
+    def note(self, entry: Entry) -> None:
+        """A machine has handled an event."""
+        if self._ratio is None:
+            return
+        if entry.machine == rounds.NAME:
+            self._round_machine(entry)
+        elif entry.machine == allocator.NAME:
+            self._allocator(entry.event)
+        elif entry.machine.startswith(f"{renewal.NAME}:"):
+            self._renewal(entry)
+
+    def close(self) -> None:
+        """The job has ended, or this run of it."""
+        self._end("the job ended")
+        job, self._job = self._job, None
+        if job is not None:
+            job.end()
+
+    # --- leases ---------------------------------------------------------------------------------------
+
+    def _allocator(self, event: object) -> None:
+        match event:
+            case allocation.Gained(lease_id):
+                self._happened("lease gained", {"hypha.lease": lease_id})
+            case allocation.Lost(lease_id):
+                self._happened("lease lost", {"hypha.lease": lease_id})
+
+    def _renewal(self, entry: Entry) -> None:
+        lease = {"hypha.lease": entry.machine.partition(":")[2]}
+        for action in entry.actions:
+            match action:
+                case renewal.Suspected(reason):
+                    self._happened("lease suspect", {**lease, "hypha.reason": reason})
+                case renewal.Recovered():
+                    self._happened("lease recovered", lease)
+
+    # --- rounds ---------------------------------------------------------------------------------------
+
+    def _round_machine(self, entry: Entry) -> None:
+        if isinstance(entry.event, LifeBegan):
+            self._job_id = entry.event.start.job_id
+            if self._job is not None:
+                self._job.set_attribute("hypha.job", self._job_id)
+            self._end("the life of the job ended")
+            self._over = False
+        self._told(entry.event)
+        for action in entry.actions:
+            self._decided(action)
+        state = entry.state
+        if isinstance(state, Mapping) and state["phase"] in OPEN and not self._over:
+            self._open(int(str(state["generation"])), int(str(state["round"])))
+
+    def _told(self, event: object) -> None:
+        match event:
+            case Told(sender=sender, event=RoundStarted(round=round_)) if self._is_open(round_):
+                self._happened("worker started", {"hypha.peer": sender})
+            case Told(event=UpdateReceived() as update) if self._is_open(update.round):
+                self._happened(
+                    "update received", {"hypha.peer": update.worker, "hypha.samples": update.samples}
+                )
+            case Lost(peer=peer, kind=kind, reason=reason):
+                # rounds are not linked any more to what was dispatched there
+                self._dispatches.pop((peer, kind), None)
+                self._happened(f"{kind} executor lost", {"hypha.peer": peer, "hypha.reason": reason})
+            case Told(sender=sender, kind=kind, event=event) if type(event).__name__.startswith("Executor"):
+                self._happened(f"{kind} executor ended", {"hypha.peer": sender})
+
+    def _decided(self, action: object) -> None:
+        match action:
+            case Send(to=to, directive=Plan(batches=int(batches))):
+                self._happened("round planned", {"hypha.peer": to.peer, "hypha.batches": batches})
+            case Send(directive=CloseRound()):
+                self._happened("round closed", {})
+            case Drop(peer=peer, reason=reason):
+                self._happened("worker replaced", {"hypha.peer": peer, "hypha.reason": reason})
+            case LetGo(peer=peer, reason=reason):
+                self._happened("worker left", {"hypha.peer": peer, "hypha.reason": reason})
+            case Again(peer=peer, reason=reason):
+                self._happened("executor started again", {"hypha.peer": peer, "hypha.reason": reason})
+            case Record(entry=applied, tracker=tracker) if tracker is not None:
+                if self._is_open(applied.round):
+                    counts = {
+                        "hypha.samples": applied.samples,
+                        "hypha.workers": len(applied.contributors),
+                    }
+                    self._happened("round applied", counts)
+                    self._end("")
+            case Restart(reason=reason):
+                self._happened("restart", {"hypha.reason": reason})
+                self._end(reason)
+                self._over = True
+            case Fail(error=error):
+                self._end(str(error))
+
+    def _is_open(self, round_: int) -> bool:
+        return self._at is not None and self._at[1] == round_
+
+    def _open(self, generation: int, round_: int) -> None:
+        if self._ratio is None or self._at == (generation, round_):
+            return
+        self._end("another round began")
+        self._at = (generation, round_)
+        self._span = start_span(
+            ROUND,
+            {"hypha.job": self._job_id, "hypha.job.generation": generation, "hypha.round": round_},
+            identity=round_traceparent(self._job_id, generation, round_, self._ratio),
+            links=tuple(self._dispatches.values()),
+        )
+
+    def _happened(self, name: str, attributes: Mapping[str, Attribute]) -> None:
+        if self._span is not None:
+            self._span.add_event(name, attributes)
+
+    def _end(self, why: str) -> None:
+        """End the open round's span; ``why`` it was never applied, empty when it was."""
+        span, self._span, self._at = self._span, None, None
+        if span is not None:
+            if why:
+                failed(span, why)
+            span.end()

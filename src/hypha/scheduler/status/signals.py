@@ -1,0 +1,307 @@
+"""The metrics of a job: counted from what its machines note in the journal, and read from what it is now.
+
+:meth:`JobMetrics.note` listens to the journal, so that no machine knows of metrics; :meth:`JobMetrics.shown`
+puts up what is looked at about once a second. Offers are counted by what became of them, with the machine's
+own cause: that is what says why a job waits for workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import trio
+
+from hypha.journal import Entry
+from hypha.messages import ExecutorClass
+from hypha.scheduler.data.datasets import Dataset
+from hypha.scheduler.data.slices import Assignment
+from hypha.scheduler.leasing import allocator, renewal
+from hypha.scheduler.leasing import events as allocation
+from hypha.scheduler.leasing.pool import Pool
+from hypha.scheduler.rounds import machine as rounds
+from hypha.scheduler.rounds.events import AnswerSlice, Record, SliceAsked
+from hypha.scheduler.rounds.machine import RoundMachine
+from hypha.scheduler.status.snapshot import JobState
+from hypha.scheduler.status.view import Progressed
+from hypha.telemetry import instruments as metrics
+from hypha.telemetry.metrics import OTHER, Reading
+
+KINDS: tuple[ExecutorClass, ...] = ("train", "aggregate")
+#: what the round machine counts besides messages
+_NO_MESSAGES = frozenset({"foreign slices", "lost samples"})
+#: of so many rounds it is known how many samples were counted: entries are completed soon or never
+_REMEMBERED_ROUNDS = 16
+
+
+class JobMetrics:
+    """Of one run of a job that ``began`` then, of trio's clock, and is to have ``rounds_wanted`` rounds.
+    ``machine`` and ``dataset`` give the present ones, None before there is one.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        progressed: Progressed,
+        rounds_wanted: int,
+        began: float,
+        machine: Callable[[], RoundMachine | None],
+        dataset: Callable[[], Dataset | None],
+    ) -> None:
+        self._pool = pool
+        self._progressed = progressed
+        self._rounds_wanted = rounds_wanted
+        self._began = began
+        self._applied_at = began
+        self._machine = machine
+        self._dataset = dataset
+        self._kinds: dict[str, ExecutorClass] = {}
+        #: leases: offered, accepted and not confirmed yet, held
+        self._offered: dict[str, str] = {}
+        self._accepted: dict[str, str] = {}
+        self._held: dict[str, str] = {}
+        #: why a held lease lapsed, until the allocator hears of it
+        self._lapsed: dict[str, str] = {}
+        self._attempted: dict[str, float] = {}
+        self._wanted: dict[str, int] = {}
+        self._short_since: dict[str, float] = {}
+        #: the newest question of each worker for a slice
+        self._asked: dict[str, tuple[str, int]] = {}
+        self._samples: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._refused: tuple[RoundMachine | None, Counter[str]] = (None, Counter())
+
+    def note(self, entry: Entry) -> None:
+        """A machine has handled an event."""
+        if entry.machine == rounds.NAME:
+            self._round_machine(entry)
+        elif entry.machine == allocator.NAME:
+            self._allocator(entry)
+        elif entry.machine.startswith(f"{renewal.NAME}:"):
+            self._renewal(entry.machine.partition(":")[2], entry)
+
+    def ended(self, status: str, now: float) -> None:
+        """The run is over: ``done``, ``failed`` or ``stopped``."""
+        self._count_refused()
+        metrics.JOB_DURATION.record(now - self._began, status=status)
+
+    # --- offers and leases ----------------------------------------------------------------------------
+
+    def _allocator(self, entry: Entry) -> None:
+        kind: str = OTHER
+        match entry.event:
+            case allocation.AllocatorBegan(asks):
+                self._kinds = {ask.request_id: ask.kind for ask in asks}
+            case allocation.Offered(_, offer):
+                kind = self._kinds.get(offer.request_id, OTHER)
+            case allocation.Adopted(adopted_kind, lease_id, _):
+                self._held[lease_id] = adopted_kind
+            case allocation.Gained(lease_id) if lease_id in self._accepted:
+                self._held[lease_id] = gained = self._accepted.pop(lease_id)
+                metrics.OFFERS_RECEIVED.add(kind=gained, outcome="accepted")
+            case allocation.Lost(lease_id):
+                self._lost(lease_id)
+        for action in entry.actions:
+            match action:
+                case allocation.Keep(lease_id):
+                    if lease_id not in self._accepted and lease_id not in self._held:
+                        self._offered[lease_id] = kind
+                case allocation.Decline(_, _, _, cause):
+                    metrics.OFFERS_RECEIVED.add(kind=kind, outcome=cause)
+                case allocation.Dismiss(lease_id, _, cause):
+                    offered = self._offered.pop(lease_id, OTHER)
+                    metrics.OFFERS_RECEIVED.add(kind=offered, outcome=cause)
+                case allocation.Accept(accepted_kind, offer, _):
+                    self._offered.pop(offer.lease_id, None)
+                    self._accepted[offer.lease_id] = accepted_kind
+        self._look_for_missing(entry)
+
+    def _lost(self, lease_id: str) -> None:
+        self._attempted.pop(lease_id, None)
+        lapsed = self._lapsed.pop(lease_id, "dropped")
+        if (kind := self._accepted.pop(lease_id, None)) is not None:
+            metrics.OFFERS_RECEIVED.add(kind=kind, outcome="lost")
+        if (kind := self._held.pop(lease_id, None)) is not None:
+            metrics.LEASES_LOST.add(kind=kind, reason=lapsed)
+
+    def _look_for_missing(self, entry: Entry) -> None:
+        if not isinstance(entry.state, Mapping):
+            return
+        for kind, summary in entry.state.items():
+            if not isinstance(summary, Mapping):
+                continue
+            self._wanted[kind] = summary["wanted"]
+            if summary["confirmed"] < summary["wanted"]:
+                self._short_since.setdefault(kind, entry.at_s)
+            else:
+                self._short_since.pop(kind, None)
+
+    def _renewal(self, lease_id: str, entry: Entry) -> None:
+        match entry.event:
+            case renewal.Renewed():
+                self._attempt_ended(lease_id, entry.at_s, "success")
+            case renewal.RenewalFailed() | renewal.RenewalRefused():
+                self._attempt_ended(lease_id, entry.at_s, "failure")
+        for action in entry.actions:
+            match action:
+                case renewal.Attempt():
+                    self._attempted[lease_id] = entry.at_s
+                case renewal.Lapsed(_, _, cause):
+                    self._lapsed[lease_id] = cause
+
+    def _attempt_ended(self, lease_id: str, now: float, status: str) -> None:
+        metrics.RENEWALS.add(status=status)
+        if (began := self._attempted.pop(lease_id, None)) is not None:
+            metrics.RENEWAL_DURATION.record(now - began, status=status)
+
+    # --- rounds and slices ----------------------------------------------------------------------------
+
+    def _round_machine(self, entry: Entry) -> None:
+        for action in entry.actions:
+            match action:
+                case AnswerSlice(slice=Assignment() as given) if isinstance(entry.event, SliceAsked):
+                    self._slice(entry.event, given)
+                case Record():
+                    self._applied(action, entry.at_s)
+
+    def _slice(self, asked: SliceAsked, given: Assignment) -> None:
+        request = asked.request
+        newest = self._asked.get(asked.caller)
+        if newest is not None and newest[0] == request.incarnation and request.seq <= newest[1]:
+            source = "repeated"
+        else:
+            self._asked[asked.caller] = (request.incarnation, request.seq)
+            source = "cached" if given.index in request.cached else "fresh"
+        metrics.SLICES_ASSIGNED.add(source=source)
+
+    def _applied(self, record: Record, now: float) -> None:
+        entry = record.entry
+        at = (entry.generation, entry.round)
+        known = self._samples.get(at, 0)
+        # an entry that became more complete replaces the one before
+        metrics.JOB_SAMPLES.add(max(0, entry.samples - known))
+        self._samples[at] = max(known, entry.samples)
+        while len(self._samples) > _REMEMBERED_ROUNDS:
+            self._samples.popitem(last=False)
+        if record.tracker is not None:
+            self._applied_at = now
+            metrics.SYNCHRONIZATIONS.add()
+            metrics.ROUND_DURATION.record(entry.duration_s)
+
+    def _count_refused(self) -> None:
+        """The machine only counts; what it counted since the last look is added."""
+        known, counted = self._refused
+        machine = self._machine()
+        if machine is None:
+            return
+        if known is not machine:
+            counted = Counter()
+        for what, count in machine.counts.items():
+            if count > counted[what] and what not in _NO_MESSAGES:
+                metrics.MESSAGES_REFUSED.add(count - counted[what], reason=what)
+        self._refused = (machine, Counter(machine.counts))
+
+    # --- what is so now -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def shown(self, state: Callable[[], JobState]) -> Iterator[None]:
+        """The gauges show this run meanwhile, which is in ``state()``; its counters begin at 0."""
+        for counter in (
+            metrics.RENEWALS,
+            metrics.LEASES_LOST,
+            metrics.OFFERS_RECEIVED,
+            metrics.FAILURES,
+            metrics.SYNCHRONIZATIONS,
+            metrics.JOB_SAMPLES,
+        ):
+            counter.begin()
+        with contextlib.ExitStack() as stack:
+            for gauge, source in (
+                (metrics.ACTIVE_WORKERS, lambda: float(self._leases("train"))),
+                (metrics.LEASES, lambda: [({"kind": kind}, self._leases(kind)) for kind in KINDS]),
+                (metrics.LEASES_WANTED, self._leases_wanted),
+                (metrics.PRICES, self._prices),
+                (metrics.ALLOCATION_WAIT, self._waits),
+                (metrics.SLICES, self._slices),
+                (metrics.EPOCH, self._epoch),
+                (metrics.PROVIDERS, self._providers),
+                (metrics.ROUND, self._round),
+                (metrics.ROUNDS, lambda: float(self._rounds_wanted)),
+                (metrics.ROUND_AGE, lambda: trio.current_time() - self._applied_at),
+                (metrics.BATCH_TIME, self._batch_times),
+                (metrics.IDLE, self._idle_shares),
+                (metrics.CHECKPOINT_ROUND, self._checkpoint_round),
+                (metrics.CHECKPOINT_AGE, self._checkpoint_age),
+                (metrics.JOB_STATE, lambda: _states(state())),
+            ):
+                stack.enter_context(gauge.watch(source))
+            yield
+
+    def _leases(self, kind: ExecutorClass) -> int:
+        return sum(lease.kind == kind for lease in self._pool.leases)
+
+    def _leases_wanted(self) -> Iterable[Reading]:
+        return [({"kind": kind}, count) for kind, count in self._wanted.items()]
+
+    def _prices(self) -> Iterable[Reading]:
+        for kind in KINDS:
+            yield {"kind": kind, "of": "bid"}, self._pool.bid(kind)
+            paid = sum(lease.price for lease in self._pool.leases if lease.kind == kind)
+            yield {"kind": kind, "of": "leases"}, paid
+
+    def _waits(self) -> Iterable[Reading]:
+        now = trio.current_time()
+        return [({"kind": kind}, max(0.0, now - since)) for kind, since in self._short_since.items()]
+
+    def _slices(self) -> Iterable[Reading]:
+        self._count_refused()
+        machine = self._machine()
+        if machine is None:
+            return []
+        return [({"state": state}, count) for state, count in machine.tracker.counts().items()]
+
+    def _epoch(self) -> Iterable[Reading]:
+        machine = self._machine()
+        return _only(machine.tracker.epoch if machine is not None else None)
+
+    def _providers(self) -> Iterable[Reading]:
+        dataset = self._dataset()
+        return _only(len(dataset.providers) if dataset is not None else None)
+
+    def _round(self) -> Iterable[Reading]:
+        machine = self._machine()
+        return _only(machine.round if machine is not None else None)
+
+    def _batch_times(self) -> Iterable[Reading]:
+        machine = self._machine()
+        members = machine.members.values() if machine is not None else ()
+        return [
+            ({"worker": member.peer}, member.batch_time.value_s)
+            for member in members
+            if member.batch_time.value_s is not None
+        ]
+
+    def _idle_shares(self) -> Iterable[Reading]:
+        machine = self._machine()
+        members = machine.members.values() if machine is not None else ()
+        return [
+            ({"worker": member.peer}, member.idle_share)
+            for member in members
+            if member.idle_share is not None
+        ]
+
+    def _checkpoint_round(self) -> Iterable[Reading]:
+        return _only(self._progressed.checkpoint)
+
+    def _checkpoint_age(self) -> Iterable[Reading]:
+        saved_at = self._progressed.checkpoint_at
+        return _only(None if saved_at is None else trio.current_time() - saved_at)
+
+
+def _only(value: float | None) -> Iterable[Reading]:
+    """One value without labels, where there is one."""
+    return [] if value is None else [({}, value)]
+
+
+def _states(state: JobState) -> Iterable[Reading]:
+    return [({"state": one}, float(one == state)) for one in metrics.JOB_STATES]

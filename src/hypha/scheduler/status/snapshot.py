@@ -1,0 +1,190 @@
+"""What a user sees of a job: in the terminal, under ``/status``, on the live page and in the demo.
+
+:class:`JobSnapshot` is the contract: it is what ``/status`` answers, and the ``job`` of every message that
+the live page receives (:class:`hypha.scheduler.status.round_record.Now`). Fields are only ever added, each
+with a default, so that an older reader still reads a newer scheduler. A ``name`` is that of the certificate
+of the peer beside it, empty where it is not known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+from msgspec import Struct
+
+from hypha.messages import ExecutorClass, UpdateStatistics
+from hypha.naming import name_of
+from hypha.node import ConnectionInfo
+from hypha.scheduler.goodput.report import GoodputReport
+from hypha.scheduler.rounds.participants import Member
+
+JobState = Literal["allocating", "loading", "training", "paused", "exporting", "done", "failed"]
+
+
+class WorkerSnapshot(Struct, frozen=True):
+    """A training worker; ``batches`` of ``planned`` in the open round. ``update_norm`` is the L2 norm of its
+    update in the last round and ``update_cosine`` that update's cosine to the mean of all, where known.
+    ``version`` is Hypha's there, where the worker states it; ``idle_share`` the share of its rounds, 0 to 1,
+    in which it waits for the others and for theta, once that is known.
+    """
+
+    peer: str
+    state: str
+    batches: int = 0
+    planned: int | None = None
+    batch_size: int = 0
+    samples_per_s: float = 0.0
+    samples: int = 0
+    loss: float | None = None
+    lease: str = ""
+    update_norm: float | None = None
+    update_cosine: float | None = None
+    version: str = ""
+    name: str = ""
+    idle_share: float | None = None
+
+
+class LeaseSnapshot(Struct, frozen=True):
+    """A lease that the job holds: what it reserves (GB, and cores), for which price, and for how long yet.
+    ``suspected``: its worker cannot be reached.
+    """
+
+    lease: str
+    peer: str
+    kind: ExecutorClass
+    price: float = 0.0
+    cpu: float = 0.0
+    memory: float = 0.0
+    gpu: float = 0.0
+    storage: float = 0.0
+    expires_in_s: float = 0.0
+    suspected: bool = False
+    version: str = ""
+    name: str = ""
+    #: when its worker ends, where it has said so
+    leaves_in_s: float | None = None
+
+
+class ServiceSnapshot(Struct, frozen=True):
+    """A gateway or a data node that the job uses, and what it states of its version; empty: it is older than
+    that.
+    """
+
+    kind: str
+    peer: str
+    name: str = ""
+    version: str = ""
+    features: tuple[str, ...] = ()
+
+
+class SliceCounts(Struct, frozen=True):
+    """The slices of the oldest epoch that is not complete, by state; together they are the whole dataset."""
+
+    available: int = 0
+    assigned: int = 0
+    used: int = 0
+
+
+class ConnectionSnapshot(Struct, frozen=True):
+    """A connection of the scheduler. ``round_trip_s`` is None where nobody has measured it."""
+
+    peer: str
+    kind: str
+    direction: str = ""
+    address: str = ""
+    roles: tuple[str, ...] = ()
+    round_trip_s: float | None = None
+    name: str = ""
+
+
+class LogLine(Struct, frozen=True):
+    """A warning or an error of the scheduler's log, without secrets. ``at`` is in seconds since 1970."""
+
+    number: int
+    at: float
+    level: str
+    logger: str
+    message: str
+    peer: str = ""
+    name: str = ""
+
+
+class JobSnapshot(Struct, frozen=True):
+    """A job at a moment. ``message`` is the sentence a user needs; ``loss`` that of the last round;
+    ``warnings`` are the log's last ones, the newest at the end. ``version`` is the scheduler's.
+    """
+
+    name: str
+    job_id: str = ""
+    state: JobState = "allocating"
+    phase: str = ""
+    message: str = ""
+    generation: int = 0
+    round: int = 0
+    rounds: int = 0
+    samples: int = 0
+    samples_per_s: float = 0.0
+    loss: float | None = None
+    theta: str = ""
+    workers: tuple[WorkerSnapshot, ...] = ()
+    parameter_server: str | None = None
+    dataset: str = ""
+    dataset_samples: int = 0
+    providers: int = 0
+    epoch: int = 0
+    leases: int = 0
+    checkpoint: int | None = None
+    output: str = ""
+    elapsed_s: float = 0.0
+    refused: dict[str, int] = {}
+    goodput: GoodputReport | None = None
+    scheduler: str = ""
+    held: tuple[LeaseSnapshot, ...] = ()
+    slices: SliceCounts | None = None
+    connections: tuple[ConnectionSnapshot, ...] = ()
+    warnings: tuple[LogLine, ...] = ()
+    version: str = ""
+    scheduler_name: str = ""
+    parameter_server_name: str = ""
+    services: tuple[ServiceSnapshot, ...] = ()
+
+
+def worker_snapshot(
+    member: Member, round_: int, lease: str, update: UpdateStatistics | None = None, version: str = ""
+) -> WorkerSnapshot:
+    """Of one member of the round machine."""
+    return WorkerSnapshot(
+        peer=member.peer,
+        state=member.state(round_),
+        batches=member.batches,
+        planned=member.plan,
+        batch_size=member.batch_size,
+        samples_per_s=member.samples_per_s,
+        samples=member.total_samples,
+        loss=member.loss if math.isfinite(member.loss) else None,
+        lease=lease,
+        update_norm=update.norm if update is not None else None,
+        update_cosine=update.cosine if update is not None else None,
+        version=version,
+        name=name_of(member.peer),
+        idle_share=member.idle_share,
+    )
+
+
+def connection_snapshots(connections: Iterable[ConnectionInfo]) -> tuple[ConnectionSnapshot, ...]:
+    """In order of peers."""
+    found = [
+        ConnectionSnapshot(
+            peer=one.peer,
+            kind=one.kind,
+            direction=one.direction,
+            address=one.address,
+            roles=tuple(sorted(one.roles)),
+            round_trip_s=one.round_trip_s,
+            name=name_of(one.peer),
+        )
+        for one in connections
+    ]
+    return tuple(sorted(found, key=lambda one: (one.peer, one.address)))

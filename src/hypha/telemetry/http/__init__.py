@@ -1,0 +1,1 @@
+"""Local HTTP of a node: ``/health``, ``/status``, ``/metrics`` and what a component adds."""

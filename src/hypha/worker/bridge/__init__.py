@@ -1,0 +1,1 @@
+"""Between an executor and the network: HTTP on a private Unix socket, and what waits there."""

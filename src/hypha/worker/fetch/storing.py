@@ -1,0 +1,211 @@
+"""Writing to a local path or an fsspec URL, whole or not at all, and pruning what is older.
+
+A directory appears at a path by one rename. Where there is no rename the file that makes it complete, its
+marker, goes first when something is replaced or deleted and comes last when it is written. What third
+parties raise comes out as :class:`TransferFailed`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import posixpath
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from hypha.durable import sync_directory
+from hypha.errors import HyphaError, Refused, TransferFailed
+from hypha.places import UrlPlace
+from hypha.runtime import check_cancelled, in_thread, new_id
+from hypha.worker.fetch.allowance import Allowance
+
+logger = logging.getLogger("hypha.worker.send")
+
+CHUNK_BYTES = 1 << 20
+#: A back end that is silent holds one of these, and none of those that all of the worker needs.
+_THREADS = trio.CapacityLimiter(16)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """``marker`` is the file with which a directory is complete. With ``newest``, the directory's siblings
+    are pruned: of those with a number for a name, up to its own, so many complete ones stay.
+    """
+
+    marker: str = ""
+    newest: int | None = None
+
+
+async def store_local(path: Path, url: str, allowance: Allowance, keeping: Keeping | None = None) -> None:
+    """Write the file or directory ``path`` to ``url``, replacing what is there."""
+    keeping = keeping or Keeping()
+    place = allowance.write_local(url)
+    if "/" in keeping.marker or keeping.marker in (".", ".."):
+        raise Refused("invalid", f"{keeping.marker!r} is no file name")
+    if keeping.newest is not None and (keeping.newest < 1 or _number(posixpath.basename(url)) is None):
+        raise Refused("invalid", "what is pruned has a number for a name, and at least one stays")
+
+    def may_remove(sibling: str) -> bool:
+        try:
+            allowance.write_local(sibling)
+        except Refused:
+            return False
+        return True
+
+    # Back ends may be silent for minutes; after a cancellation the thread ends by itself.
+    await in_thread(_store, path, place, keeping, may_remove, abandon_on_cancel=True, limiter=_THREADS)
+
+
+@contextmanager
+def translated(place: Path | str) -> Iterator[None]:
+    """Any error of a place as :class:`TransferFailed`: each back end of fsspec raises its own."""
+    try:
+        yield
+    except HyphaError:
+        raise
+    except Exception as exc:
+        raise TransferFailed("this node", str(place), f"{type(exc).__name__}: {exc}") from exc
+
+
+def _store(path: Path, place: Path | str, keeping: Keeping, may_remove: Callable[[str], bool]) -> None:
+    if path.is_dir() and not (path / keeping.marker).is_file():
+        raise Refused("invalid", f"{path.name} is a directory, but has no file {keeping.marker!r}")
+    with translated(place):
+        store = _Directory(place, keeping.marker) if isinstance(place, Path) else _Url(place, keeping.marker)
+        store.store(path)
+    if keeping.newest is not None and path.is_dir():
+        try:
+            with translated(place):
+                store.prune_siblings(keeping.newest, may_remove)
+        except TransferFailed as exc:
+            # what was to be stored is; the next one prunes again
+            logger.warning("Older ones than %s could not be deleted: %s", place, exc.reason)
+
+
+# --- local paths ---------------------------------------------------------------------------------------
+
+
+class _Directory:
+    """The path ``place``."""
+
+    def __init__(self, place: Path, marker: str) -> None:
+        self._place = place
+        self._marker = marker
+
+    def store(self, path: Path) -> None:
+        place = self._place
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f".{place.name}.{new_id()}.part")
+        try:
+            if path.is_dir():
+                for name in _names(path):
+                    (part / name).parent.mkdir(parents=True, exist_ok=True)
+                    _copy(path / name, part / name)
+                sync_directory(part)
+                check_cancelled()
+                self._remove(place)
+            else:
+                _copy(path, part)
+            part.replace(place)
+        finally:
+            _delete(part)
+        sync_directory(place.parent)
+
+    def prune_siblings(self, newest: int, may_remove: Callable[[str], bool]) -> None:
+        parent = self._place.parent
+        siblings = {one.name: (one / self._marker).is_file() for one in parent.iterdir()}
+        for name in _outdated(siblings, self._place.name, newest):
+            if may_remove(str(parent / name)):
+                self._remove(parent / name)
+        # what a worker left of one when it was killed
+        for left in parent.glob(".*.part"):
+            if re.fullmatch(r"\.\d+\.[0-9a-f]{32}\.part", left.name) and may_remove(str(left)):
+                _delete(left)
+
+    def _remove(self, directory: Path) -> None:
+        if directory.is_dir():
+            (directory / self._marker).unlink(missing_ok=True)
+            shutil.rmtree(directory)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while data := reader.read(CHUNK_BYTES):
+            check_cancelled()
+            writer.write(data)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- URLs ----------------------------------------------------------------------------------------------
+
+
+class _Url:
+    """The place ``url`` of a file system without renames."""
+
+    def __init__(self, url: str, marker: str) -> None:
+        parent, self._name = posixpath.split(url.rstrip("/"))
+        self._parent = UrlPlace(parent)
+        self._marker = marker
+
+    def store(self, path: Path) -> None:
+        if not path.is_dir():
+            self._parent.put(path, self._name)
+            return
+        self._remove(self._name)
+        for name in [*(name for name in _names(path) if name != self._marker), self._marker]:
+            check_cancelled()
+            self._parent.put(path / name, f"{self._name}/{name}")
+
+    def prune_siblings(self, newest: int, may_remove: Callable[[str], bool]) -> None:
+        siblings = {
+            name: self._parent.exists(f"{name}/{self._marker}")
+            for name in self._parent.list()
+            if _number(name) is not None
+        }
+        for name in _outdated(siblings, self._name, newest):
+            check_cancelled()
+            if may_remove(f"{self._parent.url}/{name}"):
+                self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        self._parent.remove(f"{name}/{self._marker}")
+        self._parent.remove_directory(name)
+
+
+def _names(directory: Path) -> list[str]:
+    """Files of the directory itself: an executor's link shall not carry away what lies elsewhere."""
+    return sorted(
+        (Path(place) / name).relative_to(directory).as_posix()
+        for place, _, names in os.walk(directory)
+        for name in names
+        if not (Path(place) / name).is_symlink()
+    )
+
+
+def _number(name: str) -> int | None:
+    return int(name) if re.fullmatch(r"0|[1-9][0-9]*", name) else None
+
+
+def _outdated(siblings: Mapping[str, bool], name: str, newest: int) -> list[str]:
+    """Names of numbered directories to delete; the value says whether one is complete. Those above
+    ``name`` are of an earlier life, which went further, and will be replaced.
+    """
+    numbers = {one: number for one in siblings if (number := _number(one)) is not None}
+    last = int(name)
+    older = [one for one in sorted(numbers, key=numbers.__getitem__) if numbers[one] <= last]
+    kept = [one for one in older if siblings[one]][-newest:]
+    return [one for one in older if one not in kept]

@@ -1,0 +1,193 @@
+"""What one executor's life shows: its span, in which trace its rounds are, and what is counted of it."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import trio
+from opentelemetry.trace import Span, use_span
+
+from hypha import tracing
+from hypha.messages import (
+    CloseRound,
+    Contribution,
+    Directive,
+    Event,
+    ExecutorClass,
+    Job,
+    JobStamp,
+    Loaded,
+    ModelReady,
+    Plan,
+    Progress,
+    RoundApplied,
+    RoundStarted,
+    Traced,
+    UpdateReceived,
+    UpdateSent,
+)
+from hypha.telemetry import instruments as metrics
+from hypha.tracing import round_traceparent, start_span, traceparent
+from hypha.tracing.operations import EXECUTE
+from hypha.worker.bridge.spans import EmitSpans, ExecutorSpans
+from hypha.worker.processes.process import secrets_of
+
+logger = logging.getLogger("hypha.worker")
+
+
+class ExecutionSignals:
+    """Of the executor of ``kind`` that was dispatched now, for ``job`` under the lease ``lease_id``.
+    ``emit`` exports its own spans; without, it is not asked for any.
+    """
+
+    def __init__(self, job: Job, kind: ExecutorClass, lease_id: str, emit: EmitSpans | None) -> None:
+        self.spans = ExecutorSpans(emit, job.job_id, secrets_of(job))
+        self._job = job
+        self._kind: ExecutorClass = kind
+        self._lease_id = lease_id
+        self._emits = emit is not None
+        self._began = trio.current_time()
+        self._span: Span | None = None
+        #: what was told of the last progress: (round, attempt), samples
+        self._progress: tuple[tuple[int, int], int] = ((-1, 0), 0)
+        self._loaded = False
+        #: the round that is being closed, and since when
+        self._closing: tuple[int, float] | None = None
+        self._round_since: float | None = None
+        self.round: int | None = None
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """Of each line of its output: job, worker, and the round where that is known."""
+        known: dict[str, object] = {"job_id": self._job.job_id, "worker_peer_id": self._job.me}
+        return known if self.round is None else {**known, "round": self.round}
+
+    def begin(self) -> Traced | None:
+        """The executor is about to be started; what it is to be told of traces."""
+        traced = self._job.traced
+        self._span = start_span(
+            EXECUTE,
+            {
+                "hypha.job": self._job.job_id,
+                "hypha.job.generation": self._job.generation,
+                "hypha.lease": self._lease_id,
+                "hypha.executor": self._job.executor.name,
+                "hypha.executor.class": self._kind,
+            },
+            parent=traced.traceparent if traced is not None else None,
+        )
+        if traced is None or not self._emits:
+            return None
+        with use_span(self._span):
+            return msgspec.structs.replace(traced, traceparent=traceparent() or traced.traceparent)
+
+    def end(self, code: int, stopped: bool) -> None:
+        """It has ended with that exit code, or was ``stopped``."""
+        failed = code != 0 and not stopped
+        lasted_s = trio.current_time() - self._began
+        metrics.EXECUTION_DURATION.record(
+            lasted_s, kind=self._kind, status="failure" if failed else "success"
+        )
+        if self._span is not None:
+            self._span.set_attribute("process.exit.code", code)
+            if failed:
+                tracing.failed(self._span, f"exit code {code}")
+        self.close()
+
+    def close(self) -> None:
+        """Nothing more comes of it, whatever became of it. May be called twice."""
+        span, self._span = self._span, None
+        if span is not None:
+            span.end()
+
+    def trace_of(self, stamp: JobStamp) -> str | None:
+        """The trace of the round of ``stamp``; that of the job before there is one."""
+        traced = self._job.traced
+        if traced is None:
+            return None
+        if self.round is None:
+            return traced.traceparent
+        return round_traceparent(stamp.job_id, stamp.generation, stamp.round, traced.ratio)
+
+    def steered(self, directive: Directive) -> None:
+        """A directive was passed on."""
+        what = directive if isinstance(directive, Plan | CloseRound) else type(directive).__name__
+        logger.debug("Passing on %s.", what, extra=self.fields)
+        if isinstance(directive, CloseRound) and (
+            self._closing is None or self._closing[0] != directive.round
+        ):
+            self._closing = (directive.round, trio.current_time())
+
+    def theta_arrived(self, round_: int, size: int) -> None:
+        """Theta of ``round_`` is here."""
+        self.round = round_
+        logger.debug("Theta of round %d was received: %d bytes.", round_, size, extra=self.fields)
+
+    def said(self, event: Event) -> None:
+        """The executor reported ``event``."""
+        now = trio.current_time()
+        match event:
+            case Progress():
+                self._count(event)
+            case Loaded() | ModelReady():
+                if not self._loaded:
+                    self._loaded = True
+                    metrics.EXECUTOR_LOADING.record(now - self._began, kind=self._kind)
+                    logger.debug(
+                        "The executor has its model, %.2f s after the dispatch.",
+                        now - self._began,
+                        extra=self.fields,
+                    )
+                if isinstance(event, ModelReady):
+                    self.round = event.round
+            case RoundStarted():
+                self.round = event.round
+                self._round_since = now
+                logger.debug("Round %d has started.", event.round, extra=self.fields)
+            case UpdateSent(contribution=part):
+                self._trained(part, now)
+            case UpdateReceived():
+                logger.debug(
+                    "The update of %s was added: %d samples.", event.worker, event.samples, extra=self.fields
+                )
+            case RoundApplied():
+                self._applied(event, now)
+            case _:
+                logger.debug("The executor reports %s.", type(event).__name__, extra=self.fields)
+
+    def _count(self, report: Progress) -> None:
+        at, before = self._progress
+        reported = (report.round, report.attempt)
+        # a round that begins anew counts from nothing
+        counted = before if at == reported and report.samples >= before else 0
+        metrics.TRAINING_SAMPLES.add(max(0, report.samples - counted))
+        self._progress = (reported, max(0, report.samples))
+
+    def _trained(self, part: Contribution, now: float) -> None:
+        since, self._round_since = self._round_since, None
+        if since is not None:
+            logger.debug(
+                "Round %d was trained, and its update sent, within %.2f s: %d samples in %d batches, "
+                "loss %.4f.",
+                part.round,
+                now - since,
+                part.samples,
+                part.batches,
+                part.loss,
+                extra=self.fields,
+            )
+
+    def _applied(self, event: RoundApplied, now: float) -> None:
+        closing, self._closing = self._closing, None
+        self.round = event.round + 1
+        if closing is not None and closing[0] == event.round:
+            metrics.OUTER_STEP_DURATION.record(now - closing[1])
+            logger.debug(
+                "The outer step of round %d took %.3f s: %d updates, norm %g.",
+                event.round,
+                now - closing[1],
+                len(event.contributors),
+                event.update_norm,
+                extra=self.fields,
+            )

@@ -1,0 +1,66 @@
+"""How an executor is run: as a process behind its bridge, or as whatever a :class:`RunExecutor` makes of it.
+
+A worker is given one of these; a simulated world gives it executors that live in the world's own loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from hypha.messages import ExecutorClass
+from hypha.worker.bridge.server import Desk, bind_bridge, serve_bridge
+from hypha.worker.processes.keepers import Launch
+from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.process import Exit, run_executor
+from hypha.worker.processes.warm import ExecutorHost
+
+
+@dataclass(frozen=True)
+class EndSignals:
+    """How an executor is told to end: politely once ``stop`` is set, with ``grace_s`` to do so; not politely
+    once ``kill`` is.
+    """
+
+    stop: trio.Event
+    grace_s: float
+    kill: trio.Event
+
+
+class RunExecutor(Protocol):
+    """Runs one executor, which may ask ``desk``, until it has ended; cancelled, nothing of it is left."""
+
+    async def __call__(self, desk: Desk, socket_path: Path, launch: Launch, ends: EndSignals) -> Exit: ...
+
+
+async def run_process(
+    desk: Desk,
+    socket_path: Path,
+    launch: Launch,
+    ends: EndSignals,
+    host: ExecutorHost | None = None,
+    running: dict[int, ExecutorClass] | None = None,
+    orphans: Orphans | None = None,
+) -> Exit:
+    """A process, forked by ``host`` where that can be, with its bridge at ``socket_path``; the process group
+    is in ``running`` meanwhile. ``orphans`` ends what is left of it.
+
+    Raises OSError when there can be no socket.
+    """
+    listener = bind_bridge(socket_path)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_bridge, desk, listener)
+        ended = await run_executor(
+            launch,
+            ends.stop,
+            ends.grace_s,
+            kill=ends.kill,
+            host=host,
+            running=running,
+            orphans=orphans,
+        )
+        nursery.cancel_scope.cancel()
+    return ended

@@ -1,0 +1,1 @@
+"""Who gets this machine, at what price and for how long."""

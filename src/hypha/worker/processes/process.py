@@ -1,0 +1,288 @@
+"""Running one executor: its command, its environment, its output, its end.
+
+Between worker and executor stands a keeper (:mod:`hypha.keeper`) that makes sure that nothing of the executor
+survives: not the executor's end, not a stop, not even ``kill -9`` of the worker. Secrets of a job are in
+none of argv, environment, files and log: an executor asks for them over its bridge (``GET /job``).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import msgspec
+import trio
+
+from hypha.config.models import ExecutorConfig
+from hypha.errors import ExecutorFailed
+from hypha.messages import AggregateJob, ExecutorClass, HuggingFace, Job, Reference
+from hypha.telemetry.instruments import EXECUTOR_STARTS
+from hypha.worker.jobs.directory import JobDirectory
+from hypha.worker.limits.limits import thread_environment
+from hypha.worker.processes.keepers import (
+    KILLED_WITHIN_S,
+    Keeper,
+    Launch,
+    OwnExecutor,
+    end_keeper,
+    start_keeper,
+)
+from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.warm import ExecutorHost
+
+logger = logging.getLogger("hypha.worker.executor")
+
+#: Hypha's own executors, for a configuration without ``cmd``.
+OWN_EXECUTORS = {"train": "hypha.executor.training", "aggregate": "hypha.executor.parameter_server"}
+
+#: Starts the training one on several devices.
+LAUNCHER = "hypha.executor.launch"
+
+#: An isolated executor that signal N ended has the exit code 128 + N.
+SIGNALLED = 128
+TAIL_LINES = 50
+MAX_LINE_BYTES = 4096
+#: The kernel takes 128 KiB for one argument.
+MAX_JOB_JSON_BYTES = 100 * 1024
+
+
+def references_of(job: Job) -> list[Reference]:
+    """Every reference in ``job`` that its executor is going to fetch."""
+    found = [job.model.source, job.preprocessor.source if job.preprocessor is not None else None]
+    if isinstance(job, AggregateJob):
+        found.append(job.restore)
+    return [reference for reference in found if reference is not None]
+
+
+def secrets_of(job: Job) -> tuple[str, ...]:
+    """Every token in ``job``."""
+    hubs = (reference for reference in references_of(job) if isinstance(reference, HuggingFace))
+    return tuple(dict.fromkeys(hub.token for hub in hubs if hub.token))
+
+
+def without_secrets(job: Job) -> Job:
+    """``job`` with every token gone: what may be written down."""
+    model = msgspec.structs.replace(job.model, source=_without_token(job.model.source))
+    preprocessor = job.preprocessor
+    if preprocessor is not None:
+        source = _without_token(preprocessor.source) or preprocessor.source
+        preprocessor = msgspec.structs.replace(preprocessor, source=source)
+    if isinstance(job, AggregateJob):
+        job = msgspec.structs.replace(job, restore=_without_token(job.restore))
+    return msgspec.structs.replace(job, model=model, preprocessor=preprocessor)
+
+
+def _without_token(reference: Reference | None) -> Reference | None:
+    return msgspec.structs.replace(reference, token=None) if isinstance(reference, HuggingFace) else reference
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How an executor ended: its exit code (negative: the signal that killed it), its last lines, and
+    whether that was because it was told to stop.
+    """
+
+    code: int
+    tail: str
+    stopped: bool
+
+
+def prepare_launch(
+    config: ExecutorConfig, job: Job, directory: JobDirectory, environment: Mapping[str, str]
+) -> Launch:
+    """Fill in the placeholders and write ``job.json``. ``environment`` is the base and the limits'.
+
+    Raises :class:`ExecutorFailed` when ``{JOB_JSON}`` would not fit into an argument.
+    """
+    text = msgspec.json.encode(without_secrets(job)).decode()
+    job_file = directory.path / "job.json"
+    job_file.write_text(text)
+    job_file.chmod(0o600)
+    values = {
+        "{SOCKET_PATH}": str(directory.socket_path),
+        "{WORK_DIR}": str(directory.path),
+        "{JOB_JSON}": text,
+        "{JOB_FILE}": str(job_file),
+    }
+    own: OwnExecutor | None = None
+    if config.accelerate is not None:
+        # it has a process for each device: nothing that a host could fork
+        command = [
+            *(sys.executable, "-m", LAUNCHER, str(config.accelerate.absolute())),
+            *(config.args or ["{SOCKET_PATH}"]),
+        ]
+    elif config.cmd is None:
+        own = OwnExecutor(OWN_EXECUTORS[config.kind], torch_only=_torch_only(job))
+        command = [sys.executable, "-m", own.module, *(config.args or ["{SOCKET_PATH}"])]
+    else:
+        command = [config.cmd, *config.args]
+    if any("{JOB_JSON}" in part for part in command) and len(text.encode()) > MAX_JOB_JSON_BYTES:
+        raise ExecutorFailed(
+            f"the job's description has {len(text.encode())} bytes, too many for an argument; "
+            f"use {{JOB_FILE}} instead of {{JOB_JSON}} in the args of executor {config.name!r}"
+        )
+    return Launch(
+        job_id=job.job_id,
+        argv=tuple(_substitute(part, values) for part in command),
+        environment={
+            **environment,
+            **({} if config.threads is None else thread_environment(config.threads)),
+            **{name: _substitute(value, values) for name, value in config.env.items()},
+            "SOCKET_PATH": values["{SOCKET_PATH}"],
+            "WORK_DIR": values["{WORK_DIR}"],
+        },
+        work_dir=directory.path,
+        secrets=secrets_of(job),
+        own=own,
+        kind=config.kind,
+    )
+
+
+def _torch_only(job: Job) -> bool:
+    """Does it do without transformers?"""
+    return job.model.task == "torch" and job.preprocessor is None
+
+
+def _substitute(text: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace(name, value)
+    return text
+
+
+@dataclass
+class _Output:
+    """Cuts output into lines, logs each, keeps the last ones."""
+
+    fields: Callable[[], Mapping[str, object]]
+    secrets: tuple[str, ...]
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
+    _rest: bytes = b""
+
+    def feed(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._say(line)
+        while len(self._rest) > MAX_LINE_BYTES:
+            self._say(self._rest[:MAX_LINE_BYTES])
+            self._rest = self._rest[MAX_LINE_BYTES:]
+
+    def end(self) -> str:
+        if self._rest:
+            self._say(self._rest)
+            self._rest = b""
+        return "\n".join(self.lines)
+
+    def _say(self, line: bytes) -> None:
+        text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        self.lines.append(text)
+        logger.log(_level_of(text), "%s", text, extra=dict(self.fields()))
+
+
+def _level_of(line: str) -> int:
+    """Our own executors begin a line with its level; what goes wrong there is the operator's business."""
+    return {"WARNING": logging.WARNING, "ERROR": logging.ERROR}.get(line.partition(" ")[0], logging.DEBUG)
+
+
+async def run_executor(
+    launch: Launch,
+    stop: trio.Event,
+    grace_s: float,
+    *,
+    kill: trio.Event | None = None,
+    host: ExecutorHost | None = None,
+    running: dict[int, ExecutorClass] | None = None,
+    orphans: Orphans | None = None,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> Exit:
+    """Run it until it ends, forked by ``host`` where that can be; ``task_status`` gives the process group,
+    whose number is in ``running`` meanwhile. ``orphans`` ends what is left when it has ended.
+
+    Once ``stop`` is set its group gets SIGTERM, and all that is left after ``grace_s`` SIGKILL. When ``kill``
+    is set, or this is cancelled, it is killed at once, and gone when this returns.
+    """
+    began = trio.current_time()
+    keeper: Keeper | None = await host.fork(launch) if host is not None else None
+    way = "cold" if keeper is None else "warm"
+    if keeper is None:
+        async with orphans.starting if orphans is not None else nullcontext():
+            keeper = await start_keeper(launch)
+            if running is not None:
+                running[keeper.pid] = launch.kind
+    EXECUTOR_STARTS.add(kind=launch.kind, way=way)
+    logger.debug(
+        "The executor was %s within %.3f s; its keeper is process %d.",
+        "forked by the executor host" if way == "warm" else "started",
+        trio.current_time() - began,
+        keeper.pid,
+        extra={"job_id": launch.job_id, "pid": keeper.pid, "way": way},
+    )
+    if running is not None:
+        running[keeper.pid] = launch.kind
+    if launch.on_start is not None:
+        launch.on_start(keeper.pid)
+    try:
+        return await _attend(keeper, launch, stop, grace_s, kill, task_status)
+    finally:
+        if running is not None:
+            running.pop(keeper.pid, None)
+        if orphans is not None:
+            with trio.CancelScope(shield=True):
+                await orphans.end()
+
+
+async def _attend(
+    keeper: Keeper,
+    launch: Launch,
+    stop: trio.Event,
+    grace_s: float,
+    kill: trio.Event | None,
+    task_status: trio.TaskStatus[int],
+) -> Exit:
+    output = _Output(launch.output_fields or (lambda: {"job_id": launch.job_id}), launch.secrets)
+    drained = trio.Event()
+    stopped = False
+
+    async def stop_when_told() -> None:
+        nonlocal stopped
+        await stop.wait()
+        stopped = True
+        keeper.signal_group(signal.SIGTERM)
+        await trio.sleep(grace_s)
+        await end_keeper(keeper)
+
+    async def kill_when_told(told: trio.Event) -> None:
+        await told.wait()
+        await end_keeper(keeper)
+
+    async def read() -> None:
+        async for data in keeper.output:
+            output.feed(bytes(data))
+        drained.set()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop_when_told)
+            if kill is not None:
+                nursery.start_soon(kill_when_told, kill)
+            nursery.start_soon(read)
+            task_status.started(keeper.pid)
+            await keeper.wait()
+            # Everybody who had the pipe is dead, so this only empties it.
+            with trio.move_on_after(KILLED_WITHIN_S):
+                await drained.wait()
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await end_keeper(keeper)
+            await keeper.aclose()
+    code = -signal.SIGKILL if keeper.code is None else keeper.code
+    if launch.isolated and code > SIGNALLED:
+        code = SIGNALLED - code
+    return Exit(code=code, tail=output.end(), stopped=stopped)

@@ -1,0 +1,399 @@
+"""Executors that start in milliseconds: forked by an executor host (:mod:`hypha.executor.host`), a process
+that has imported what they need.
+
+A worker has a host of its own, started in the background and again when it ends, or shares one with other
+nodes of its machine (``warm_host``). A dispatch waits for a host that is still importing: it has begun
+before, and does what an executor started now would do, in the same order. Where a host is not to be had, or
+would not make the same executor, :meth:`ExecutorHost.fork` gives None: it is started as any other program.
+
+A host's end disturbs no running executor: its keeper has its lifeline at the worker, and tells the worker
+itself how it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import trio
+
+from hypha.config.inherited import inherited_state
+from hypha.config.models import WorkerConfig
+from hypha.decoding import decode
+from hypha.errors import HyphaError, Undecodable
+from hypha.messages import Forked, ForkReply, ForkRequest, KeeperEnded, NotForked, encode
+from hypha.naming import cleaned
+from hypha.worker.processes.keepers import KEEPER, KILLED_WITHIN_S, Launch, OwnExecutor, signal_group
+
+logger = logging.getLogger("hypha.worker.executor")
+
+#: How long a host may take to answer: while it may still be importing, and later.
+IMPORTS_WITHIN_S, FORKS_WITHIN_S = 30.0, 5.0
+#: Between the end of a host and the next one; doubled each time, but for one that was ready meanwhile.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+#: See :mod:`hypha.executor.host`.
+UNUSABLE = 3
+_MAX_REPLY_BYTES = 4096
+#: Characters of a line that is repeated in the log.
+_MAX_LINE = 300
+_reply: msgspec.msgpack.Decoder[ForkReply] = msgspec.msgpack.Decoder(ForkReply)
+
+
+class HostUnusable(HyphaError):
+    """An executor host does not answer, or cannot be reached."""
+
+
+class ForkedKeeper:
+    """A keeper that a host has forked (:class:`~hypha.worker.processes.keepers.Keeper`); ``told`` is its
+    connection.
+    """
+
+    def __init__(self, told: trio.socket.SocketType, lifeline: int, output: int) -> None:
+        self._told = told
+        self._lifeline = trio.lowlevel.FdStream(lifeline)
+        self._reading = trio.Lock()
+        self._ended = False
+        self.output = trio.lowlevel.FdStream(output)
+        self.pid = 0
+        self.code: int | None = None
+
+    async def forked(self) -> None:
+        """Until it runs. Raises :class:`HostUnusable` when the host has ended, and :class:`_Refused`."""
+        match await self._receive():
+            case Forked(pid=pid):
+                self.pid = pid
+            case NotForked(reason=reason):
+                self._ended = True
+                raise _Refused(reason)
+            case _:
+                raise HostUnusable("the host ended while it was asked")
+
+    async def wait(self) -> None:
+        """Until it has ended, and closed its connection."""
+        async with self._reading:
+            while not self._ended:
+                match await self._receive():
+                    case Forked(pid=pid):
+                        self.pid = pid
+                    case KeeperEnded(status=status):
+                        self.code = os.waitstatus_to_exitcode(status)
+                    case None:
+                        self._ended = True
+                        # as it does not say how its executor ended, it was killed
+                        self.code = -signal.SIGKILL if self.code is None else self.code
+
+    async def abandon(self, asked: bool) -> None:
+        """Nobody wants it any more; once this returns it is gone. If it was asked for and the host does not
+        look, it will not be forked, as the host sees that nobody waits for it.
+        """
+        await self.cut_lifeline()
+        if asked:
+            with trio.move_on_after(KILLED_WITHIN_S):
+                await self.wait()
+            self.signal_group(signal.SIGKILL)
+        await self.aclose()
+
+    async def _receive(self) -> ForkReply | None:
+        try:
+            data = await self._told.recv(_MAX_REPLY_BYTES)
+        except OSError:
+            data = b""
+        try:
+            return decode(_reply.decode, data) if data else None
+        except Undecodable as exc:
+            logger.error("What the executor host says cannot be read: %s", exc)
+            return None
+
+    async def cut_lifeline(self) -> None:
+        """See :class:`~hypha.worker.processes.keepers.Keeper`."""
+        await self._lifeline.aclose()
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """See :class:`~hypha.worker.processes.keepers.Keeper`."""
+        if self.code is None and self.pid:
+            signal_group(self.pid, number)
+
+    async def aclose(self) -> None:
+        """See :class:`~hypha.worker.processes.keepers.Keeper`."""
+        await self._lifeline.aclose()
+        await self.output.aclose()
+        self._told.close()
+
+
+class _Refused(Exception):
+    """A host would not make the same executor; the message says why."""
+
+
+class ExecutorHost(Protocol):
+    """Forks executors."""
+
+    @property
+    def pid(self) -> int | None:
+        """Of a host that is this process's child, while it runs."""
+
+    async def fork(self, launch: Launch) -> ForkedKeeper | None:
+        """A running keeper; None: start it without a host. Cancelled, nothing is left of it."""
+
+
+class _Host:
+    """What a worker's own host and a shared one have in common."""
+
+    def __init__(self) -> None:
+        #: said already that executors are started without it
+        self._warned = False
+
+    @property
+    def pid(self) -> int | None:
+        """See :class:`ExecutorHost`."""
+        return None
+
+    async def fork(self, launch: Launch) -> ForkedKeeper | None:
+        """See :class:`ExecutorHost`."""
+        if launch.own is None:
+            return None
+        fields = {"job_id": launch.job_id}
+        try:
+            keeper = await self._ask(launch, launch.own)
+        except _Refused as exc:
+            logger.debug("The executor is not forked, but started: %s.", exc, extra=fields)
+            return None
+        except (HostUnusable, OSError) as exc:
+            level = logging.DEBUG if self._warned else logging.WARNING
+            logger.log(level, "Executors are started without their host: %s.", exc, extra=fields)
+            self._warned = True
+            return None
+        self._warned = False
+        return keeper
+
+    async def _ask(self, launch: Launch, own: OwnExecutor) -> ForkedKeeper:
+        request = ForkRequest(
+            module=own.module,
+            # beyond ``python -m module``
+            arguments=launch.argv[3:],
+            directory=str(launch.work_dir),
+            environment=dict(launch.environment),
+            keeper_options=tuple(launch.keeper_options),
+            torch_only=own.torch_only,
+            python=sys.executable,
+            package=str(KEEPER),
+            inherited=inherited_state(),
+        )
+        with self._control() as control, _channels() as (keeper, theirs):
+            asked = False
+            try:
+                with trio.move_on_after(self._patience_s()):
+                    rights = struct.pack(f"{len(theirs)}i", *theirs)
+                    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+                    await trio.lowlevel.wait_writable(control)
+                    control.sendmsg([encode(request)], ancillary)
+                    asked = True
+                    # ours of these must be gone, or their ends would not be seen
+                    for descriptor in theirs:
+                        os.close(descriptor)
+                    theirs.clear()
+                    await keeper.forked()
+                    return keeper
+                self._silent()
+                raise HostUnusable(f"it has not answered for {self._patience_s():g} s")
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await keeper.abandon(asked)
+                raise
+
+    @contextmanager
+    def _control(self) -> Iterator[socket.socket]:
+        """A connection for one request. Raises OSError and :class:`HostUnusable`."""
+        raise NotImplementedError
+
+    def _patience_s(self) -> float:
+        raise NotImplementedError
+
+    def _silent(self) -> None:
+        """It did not answer."""
+
+
+@contextmanager
+def _channels() -> Iterator[tuple[ForkedKeeper, list[int]]]:
+    """A keeper that is yet to be forked, and the descriptors it gets: connection, lifeline, output."""
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lifeline, held = os.pipe()
+    read, output = os.pipe()
+    descriptors = [theirs.detach(), lifeline, output]
+    try:
+        yield ForkedKeeper(trio.socket.from_stdlib_socket(mine), held, read), descriptors
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+class SharedHost(_Host):
+    """One that somebody else has started, listening at ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._silent_until = -float("inf")
+
+    @contextmanager
+    def _control(self) -> Iterator[socket.socket]:
+        if trio.current_time() < self._silent_until:
+            raise HostUnusable(f"{self._path} does not answer")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
+            control.setblocking(False)
+            try:
+                control.connect(str(self._path))
+            except OSError as exc:
+                raise HostUnusable(f"{self._path}: {exc.strerror}") from exc
+            credentials = control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            if struct.unpack("3i", credentials)[1] != os.getuid():
+                raise HostUnusable(f"{self._path} belongs to another user")
+            yield control
+
+    def _patience_s(self) -> float:
+        return IMPORTS_WITHIN_S
+
+    def _silent(self) -> None:
+        self._silent_until = trio.current_time() + LONGEST_PAUSE_S
+
+
+class OwnHost(_Host):
+    """A worker's own, with ``environment``: :meth:`run` starts it, and again when it has ended."""
+
+    def __init__(self, environment: Mapping[str, str], starting: trio.Lock | None = None) -> None:
+        super().__init__()
+        #: held until :attr:`pid` is that of the process
+        self._starting = starting or trio.Lock()
+        self._environment = dict(environment)
+        self._connection: socket.socket | None = None
+        self._process: trio.Process | None = None
+        self._ready = False
+        #: of what it has written that is no entry of a log, as a traceback ends with
+        self._last_line = ""
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    @contextmanager
+    def _control(self) -> Iterator[socket.socket]:
+        if self._connection is None:
+            raise HostUnusable("it has ended")
+        # a descriptor of its own: the host may end, and be started again, while this one is waited for
+        with self._connection.dup() as control:
+            yield control
+
+    def _patience_s(self) -> float:
+        return FORKS_WITHIN_S if self._ready else IMPORTS_WITHIN_S
+
+    def _silent(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    async def run(self) -> None:
+        """Until cancelled; no host is left then. Returns when it can never be used here."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                code = await self._run_once()
+            except OSError as exc:
+                logger.warning("The executor host cannot be started: %s.", exc)
+            else:
+                if code == UNUSABLE:
+                    return
+                if self._ready:
+                    pause_s = FIRST_PAUSE_S
+                logger.warning(
+                    "The executor host ended with exit code %d; it is started again in %g s.%s",
+                    code,
+                    pause_s,
+                    f" Its last line: {self._last_line}" if self._last_line else "",
+                )
+            self._ready = False
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _run_once(self) -> int:
+        self._last_line = ""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            ours.setblocking(False)
+            async with self._starting:
+                process = await trio.lowlevel.open_process(
+                    # without its directory on the path: a fork has its own
+                    [sys.executable, "-P", "-m", "hypha.executor.host"],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                    # Ctrl-C is the worker's
+                    start_new_session=True,
+                )
+                self._process, self._connection = process, ours
+            theirs.close()
+            try:
+                await self._read(process)
+                return await process.wait()
+            finally:
+                self._connection = self._process = None
+                with trio.CancelScope(shield=True):
+                    process.kill()
+                    with trio.move_on_after(KILLED_WITHIN_S):
+                        await process.wait()
+                    if process.stdout is not None:
+                        await process.stdout.aclose()
+
+    async def _read(self, process: trio.Process) -> None:
+        rest = b""
+        assert process.stdout is not None
+        async for data in process.stdout:
+            *lines, rest = (rest + bytes(data)).split(b"\n")
+            for line in lines:
+                self._say(line.decode("utf-8", "replace"))
+            rest = rest[-_MAX_REPLY_BYTES:]
+        if rest:
+            self._say(rest.decode("utf-8", "replace"))
+
+    def _say(self, line: str) -> None:
+        try:
+            entry = decode(json.loads, line)
+            level, message = logging.getLevelNamesMapping()[entry["level"]], str(entry["message"])
+        except (Undecodable, KeyError, TypeError):
+            logger.debug("The executor host says: %s", line)
+            self._last_line = cleaned(line, _MAX_LINE) or self._last_line
+            return
+        self._ready = self._ready or bool(entry.get("ready"))
+        logger.log(level, "%s", message)
+
+
+@asynccontextmanager
+async def open_host(
+    config: WorkerConfig, environment: Mapping[str, str], starting: trio.Lock | None = None
+) -> AsyncIterator[ExecutorHost | None]:
+    """The host that ``config`` says, if any. It is gone when the block ends, a shared one excepted.
+    ``starting`` is held while one is started and not known yet.
+    """
+    forked = any(
+        one.cmd is None and one.accelerate is None and one.runtime == "process" for one in config.executors
+    )
+    if not config.warm or sys.platform != "linux" or not forked:
+        yield None
+    elif config.warm_host is not None:
+        yield SharedHost(config.warm_host)
+    else:
+        own = OwnHost(environment, starting)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(own.run)
+            yield own
+            nursery.cancel_scope.cancel()

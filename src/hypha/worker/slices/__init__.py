@@ -1,0 +1,1 @@
+"""Slices on their way to executors: fetched ahead, checked against the manifest, cached."""

@@ -1,0 +1,369 @@
+"""The next slices are here before the current one ends: one prefetcher a training job.
+
+It asks the scheduler for a slice, takes it from the cache or from one of its providers in turn, and holds
+it until the executor asks. At least one is held; where slices are short, as many as the executor uses in
+``prefetch_s`` seconds, so that it trains on while the scheduler or a data node is away. It never gives up by
+itself: a scheduler or provider that is away is asked again, with pauses, until the job ends. A provider that
+sends nothing for a while is left for another one, which goes on where it stopped, and is tried last from then
+on.
+
+When the job goes on from a theta that this worker's work is not in, the scheduler has taken back the slices
+it had assigned until then. What was asked for before is then dropped here too, and nothing is handed out
+until the executor has said that it started over (:meth:`SlicePrefetcher.start_over`, ``resume``), so that
+it cannot mistake a new slice for one to drop. Each slice says under which round, and which attempt at it, it
+was asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import trio
+
+from hypha.errors import NetworkError, Refused, TransferCorrupt
+from hypha.messages import (
+    JobStamp,
+    NextSlice,
+    NoSlice,
+    PeerRef,
+    PullFile,
+    Request,
+    Response,
+    SliceAssigned,
+    TransferMeta,
+)
+from hypha.net.bulk.files import hash_file
+from hypha.runtime import in_thread
+from hypha.telemetry.instruments import CACHE_LOOKUPS, FETCH_DURATION
+from hypha.tracing import span
+from hypha.tracing.operations import FETCH_SLICE
+from hypha.tracing.spans import Attribute
+from hypha.waiting import Reminder, in_words
+from hypha.worker.backoff import Backoff
+from hypha.worker.fetch.connectors import Pull
+from hypha.worker.slices.cache import SliceCache
+from hypha.worker.slices.manifest_check import ManifestCheck
+
+logger = logging.getLogger("hypha.worker.slices")
+
+#: Slices whose files stay in the job directory; the executor has long read older ones.
+KEPT_LINKS = 16
+MAX_RETRY_S = 30.0
+#: While no provider can be pulled from: training stands still, and one may be back at any moment.
+MAX_PULL_RETRY_S = 5.0
+MAX_HOLD_S = 10.0
+#: Slices held for the executor, however short they are.
+MAX_AHEAD = 32
+#: The pace at which slices are used is the median time between so many, and known from a few on.
+_PACES = 9
+_LEAST_PACES = 3
+#: With another provider at hand, one that sends nothing is left after this; doubled each time, as all may be
+#: busy with others.
+STILL_S = 2.0
+#: It is tried last for so long.
+AVOID_S = 30.0
+
+
+@dataclass(frozen=True)
+class PrefetchedSlice:
+    """A slice in the job directory, asked for while the newest theta was that of ``stamp``."""
+
+    path: Path
+    assigned: SliceAssigned
+    stamp: JobStamp
+
+
+class SlicePrefetcher:
+    """``ask`` puts a request to the job's scheduler, ``stamp`` gives the job's current one, ``directory``
+    is the job's for slices. Held are slices for ``prefetch_s`` seconds of training, or one. ``trace_of``
+    names the trace of what is asked for under a stamp. What ``manifest`` does not know is not used.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[Request], Awaitable[Response]],
+        pull: Pull,
+        cache: SliceCache,
+        directory: Path,
+        stamp: Callable[[], JobStamp],
+        dataset: str,
+        incarnation: str,
+        prefetch_s: float = 0.0,
+        trace_of: Callable[[JobStamp], str | None] = lambda stamp: None,
+        manifest: ManifestCheck | None = None,
+    ) -> None:
+        self._ask = ask
+        self._pull = pull
+        self._cache = cache
+        self._directory = directory
+        self._stamp = stamp
+        self._dataset = dataset
+        self._incarnation = incarnation
+        self._prefetch_s = prefetch_s
+        self._trace_of = trace_of
+        self._manifest = manifest
+        self._seq = 0
+        #: what was got for an earlier one is dropped
+        self._held_from = 0
+        self._another_life = trio.Event()
+        self._ready: deque[PrefetchedSlice] = deque()
+        #: the scheduler allows so many, lest few workers hold a small dataset
+        self._allowed = 1
+        #: when slices were handed out
+        self._used_at: deque[float] = deque(maxlen=_PACES + 1)
+        self._avoided: dict[str, float] = {}
+        #: what was said last of a slice that the manifest does not know
+        self._foreign = ""
+        self._changed = trio.Event()
+        self._handed_out: list[Path] = []
+        self._asking: trio.CancelScope | None = None
+        self._held: trio.Event | None = None
+        self._pending = stamp()
+
+    async def run(self) -> None:
+        """Prefetch until cancelled."""
+        while True:
+            while not self._wants_more():
+                await self._changed.wait()
+            found = await self._fetch_next()
+            self._asking = None
+            if found is not None:
+                self._ready.append(found)
+                self._notify()
+
+    async def next(self) -> PrefetchedSlice:
+        """The next slice; waits while there is none. A cancelled call takes none."""
+        while not self._ready or self._held is not None:
+            if self._held is None:
+                await self._changed.wait()
+            else:
+                # An executor that cannot listen while it waits here must not wait for ever.
+                with trio.move_on_after(MAX_HOLD_S):
+                    await self._held.wait()
+                self._held = None
+        found = self._ready.popleft()
+        self._used_at.append(trio.current_time())
+        self._notify()
+        self._handed_out.append(found.path)
+        while len(self._handed_out) > KEPT_LINKS:
+            self._handed_out.pop(0).unlink(missing_ok=True)
+        return found
+
+    def start_over(self) -> None:
+        """Drop what was asked for so far, and hand out nothing until :meth:`resume`."""
+        if self._held is None:
+            self._held = trio.Event()
+        self._held_from = self._seq + 1
+        while self._ready:
+            self._ready.popleft().path.unlink(missing_ok=True)
+        if self._asking is not None:
+            self._asking.cancel()
+        self._notify()
+
+    def begin_life(self) -> None:
+        """The job goes on in another life: what is asked for is asked for in that one."""
+        self._pending = self._stamp()
+        self._another_life.set()
+        self._another_life = trio.Event()
+
+    def resume(self) -> None:
+        """The executor has started the round it goes on from."""
+        if self._held is not None:
+            self._held.set()
+            self._held = None
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _wants_more(self) -> bool:
+        """One is always wanted; more while they are for less than the time to be covered, and fit."""
+        if not self._ready:
+            return True
+        times = list(self._used_at)
+        paces = [later - earlier for earlier, later in pairwise(times)]
+        if len(paces) < _LEAST_PACES:
+            return False
+        wanted = min(math.ceil(self._prefetch_s / max(statistics.median(paces), 1e-3)), MAX_AHEAD)
+        held_bytes = sum(one.assigned.size for one in self._ready)
+        fits = held_bytes + self._ready[-1].assigned.size <= self._cache.max_bytes // 2
+        return fits and len(self._ready) < min(wanted, self._allowed)
+
+    async def _fetch_next(self) -> PrefetchedSlice | None:
+        """None when it was dropped meanwhile."""
+        self._seq += 1
+        self._pending = self._stamp()
+        attributes: dict[str, Attribute] = {
+            "hypha.job": self._pending.job_id,
+            "hypha.round": self._pending.round,
+        }
+        with (
+            trio.CancelScope() as scope,
+            span(FETCH_SLICE, attributes, parent=self._trace_of(self._pending)) as fetching,
+        ):
+            self._asking = scope
+            backoff = Backoff(longest_s=MAX_PULL_RETRY_S)
+            told = ""
+            patience_s = STILL_S
+            while True:
+                assigned = await self._ask_until_assigned()
+                self._allowed = assigned.ahead
+                fetching.set_attributes({"hypha.dataset": assigned.dataset, "hypha.slice": assigned.index})
+                path = self._directory / f"{self._seq:06}-{assigned.epoch}-{assigned.index}.safetensors"
+                try:
+                    usable = await self._is_in_manifest(assigned)
+                    if usable and (
+                        await self._take_cached(assigned, path)
+                        or await self._pull_from_any(assigned, path, patience_s)
+                    ):
+                        if scope.cancel_called:
+                            # dropped after the last moment at which trio could have said so
+                            path.unlink(missing_ok=True)
+                            return None
+                        return PrefetchedSlice(path, assigned, self._pending)
+                except (OSError, ValueError) as exc:  # the disk, or a hash that is none
+                    if str(exc) != told:
+                        told = str(exc)
+                        fields = {"job_id": self._stamp().job_id, "dataset": assigned.dataset}
+                        logger.error("Slice %d cannot be stored: %s", assigned.index, exc, extra=fields)
+                # Providers may come and go, so ask again; the same seq gets the same slice.
+                patience_s *= 2.0
+                await trio.sleep(backoff.next_s())
+        return None
+
+    async def _ask_until_assigned(self) -> SliceAssigned:
+        backoff, reminder, began = Backoff(longest_s=MAX_RETRY_S), Reminder(), trio.current_time()
+        while True:
+            stamp = self._pending
+            request = NextSlice(
+                stamp=stamp,
+                incarnation=self._incarnation,
+                seq=self._seq,
+                cached=self._cache.cached(self._dataset),
+                held_from=self._held_from,
+            )
+            try:
+                answer = await self._ask(request)
+            except NetworkError as exc:
+                pause_s = backoff.next_s()
+                logger.warning(
+                    "The scheduler gave no slice: %s. Asking again in %.1f s.",
+                    exc,
+                    pause_s,
+                    extra={"job_id": stamp.job_id},
+                )
+                # a scheduler that comes back says so
+                with trio.move_on_after(pause_s):
+                    await self._another_life.wait()
+                continue
+            if isinstance(answer, SliceAssigned):
+                return answer
+            backoff.reset()
+            if reminder.due():
+                logger.info(
+                    "Waiting for a slice of %s since %s: the scheduler has none to give now (%s).",
+                    self._dataset,
+                    in_words(trio.current_time() - began),
+                    answer.reason if isinstance(answer, NoSlice) else type(answer).__name__,
+                    extra={"job_id": stamp.job_id},
+                )
+            wait_s = answer.retry_in_s if isinstance(answer, NoSlice) else MAX_RETRY_S
+            # The round may move on while there is nothing: then this is no longer a request of the old one.
+            self._pending = self._stamp()
+            # a comparison with NaN is always False
+            await trio.sleep(min(max(wait_s, 0.05), MAX_RETRY_S) if wait_s >= 0 else MAX_RETRY_S)
+
+    async def _is_in_manifest(self, assigned: SliceAssigned) -> bool:
+        problem = "" if self._manifest is None else await self._manifest.problem(assigned)
+        if problem and problem != self._foreign:
+            fields = {"job_id": self._stamp().job_id, "dataset": assigned.dataset}
+            logger.error("Not used: %s", problem, extra=fields)
+        self._foreign = problem
+        return not problem
+
+    async def _take_cached(self, assigned: SliceAssigned, path: Path) -> bool:
+        """Put the slice at ``path`` if it is here, and still what was pulled."""
+        hit = await self._find_cached(assigned, path)
+        CACHE_LOOKUPS.add(result="hit" if hit else "miss")
+        logger.debug(
+            "Slice %d of epoch %d was assigned: %s.",
+            assigned.index,
+            assigned.epoch,
+            "it is in the cache" if hit else "it is to be fetched",
+            extra={"job_id": self._pending.job_id, "dataset": assigned.dataset},
+        )
+        return hit
+
+    async def _find_cached(self, assigned: SliceAssigned, path: Path) -> bool:
+        if not self._cache.link(assigned, path):
+            return False
+        # to its end, so that a link is never forgotten
+        with trio.CancelScope(shield=True):
+            found = await in_thread(hash_file, path)
+        if found == (assigned.size, assigned.blake3):
+            return True
+        self._cache.drop(assigned, path)
+        return False
+
+    async def _pull_from_any(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
+        """Have one of the providers send it, whole; False when none did."""
+        began, status = trio.current_time(), ""
+        try:
+            pulled = await self._pull_in_turn(assigned, path, patience_s)
+            status = "success" if pulled else "failure"
+            return pulled
+        except Exception:
+            status = "failure"
+            raise
+        finally:
+            # neither where it was cancelled, which may come as a group
+            if status:
+                FETCH_DURATION.record(trio.current_time() - began, status=status)
+
+    async def _pull_in_turn(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
+        name = f"{assigned.dataset}/{assigned.index}"
+        expect = TransferMeta(kind="slice", name=name, size=assigned.size, blake3=assigned.blake3)
+        incoming = self._cache.incoming(assigned)
+        self._cache.require_room(assigned.size)
+        what = PullFile(kind="slice", name=name, job_id=self._stamp().job_id)
+        still_s = patience_s if len(assigned.providers) > 1 else None
+        for provider in self._in_order(assigned.providers):
+            fields = {"job_id": self._stamp().job_id, "peer_id": provider.peer, "dataset": assigned.dataset}
+            began = trio.current_time()
+            try:
+                await self._pull(provider, what, incoming, expect, assigned.size, still_s)
+            except TransferCorrupt as exc:
+                logger.error(
+                    "Data node %s sent a corrupt slice %s: %s", provider.peer, name, exc, extra=fields
+                )
+            except Refused as exc:
+                logger.warning("Data node %s: no slice %s: %s", provider.peer, name, exc, extra=fields)
+            except NetworkError as exc:
+                logger.warning("Slice %s could not be pulled: %s", name, exc, extra=fields)
+            else:
+                lasted_s = trio.current_time() - began
+                logger.debug(
+                    "Slice %s was fetched within %.3f s: %d bytes.",
+                    name,
+                    lasted_s,
+                    assigned.size,
+                    extra=fields,
+                )
+                self._avoided.pop(provider.peer, None)
+                self._cache.insert(assigned, incoming)
+                return self._cache.link(assigned, path)
+            self._avoided[provider.peer] = trio.current_time() + AVOID_S
+        return False
+
+    def _in_order(self, providers: tuple[PeerRef, ...]) -> list[PeerRef]:
+        """As the scheduler named them, those that failed lately last, the longest ago first."""
+        now = trio.current_time()
+        self._avoided = {peer: until for peer, until in self._avoided.items() if until > now}
+        return sorted(providers, key=lambda provider: self._avoided.get(provider.peer, 0.0))

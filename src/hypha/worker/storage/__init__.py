@@ -1,0 +1,1 @@
+"""Copies of checkpoints that this worker keeps for schedulers."""
