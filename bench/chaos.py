@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 
 from bench.report import Bound, Report, Row
-from hypha.cli.chaos.report import Report as Outcome
-from hypha.cli.chaos.run import Options, run_chaos
+from hypha.cli.chaos.report import ChaosReport as Outcome
+from hypha.cli.chaos.run import ChaosOptions, run_chaos
 from hypha.cli.running import run_until_signal
 
 MINUTES = 10
@@ -53,7 +53,7 @@ def main() -> int:
     outcomes: list[Outcome] = []
 
     async def service() -> None:
-        options = Options(MINUTES * 60, WORKERS, INTERVAL_S, SEED, ("kill", "stop", "cut"), None, None)
+        options = ChaosOptions(MINUTES * 60, WORKERS, INTERVAL_S, SEED, ("kill", "stop", "cut"), None, None)
         outcomes.append(await run_chaos(options))
 
     code = run_until_signal(service, stop_s=None, hangup=True)

@@ -25,7 +25,7 @@ from hypha.messages import ExecutorDescriptor, Resources
 from hypha.net import open_node
 from hypha.scheduler.leasing.pool import LeaseGained, Pool, asks_from
 from hypha.worker.leasing.arbiter import Arbiter
-from hypha.worker.leasing.offers import LeaseDesk, serve_offers
+from hypha.worker.leasing.offers import LeaseService, serve_offers
 
 WORKERS = 20
 PROCESSES = 2
@@ -54,7 +54,7 @@ async def _worker(files: NodeFiles, *, task_status: trio.TaskStatus[None] = trio
     async with open_node(options(files, "hypha-worker")) as node, trio.open_nursery() as nursery:
         # room for one executor of each kind, as on a machine that may host the parameter server too
         arbiter = Arbiter(Resources(cpu=2, memory=2, storage=1), _EXECUTORS, OfferConfig(), node.ref)
-        await nursery.start(serve_offers, node, LeaseDesk(arbiter, _ignore))
+        await nursery.start(serve_offers, node, LeaseService(arbiter, _ignore))
         await node.wait_connected()
         task_status.started()
         await trio.sleep_forever()

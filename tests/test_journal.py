@@ -18,14 +18,14 @@ from tests.worker.test_arbiter import arbiter, hear, request
 
 from hypha.cli.job.rerun import rerun
 from hypha.errors import HyphaError, JobFailed
-from hypha.journal import KEPT_BYTES, Entry, Journal, encode_line, write_entries
+from hypha.journal import KEPT_BYTES, Journal, JournalEntry, encode_line, write_entries
 from hypha.leases import Release, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Progress, Resources, WorkerOffer
 from hypha.scheduler.leasing.allocator import Allocator
-from hypha.scheduler.leasing.events import Ask, Gained, Lost, Offered, Want
+from hypha.scheduler.leasing.events import Gained, LeaseFailed, Offered, Search, Want
 from hypha.scheduler.leasing.renewal import ConnectionLost, Renewal, RenewalFailed, Renewed
 from hypha.scheduler.rounds.events import Fail, Publish, Record
-from hypha.scheduler.rounds.events import Tick as RoundTick
+from hypha.scheduler.rounds.events import TimePassed as RoundTick
 from hypha.worker.leasing.arbiter import OfferFailed, RenewAsked
 
 
@@ -172,7 +172,7 @@ def test_an_arbiter_and_its_leases_decide_the_same_again(tmp_path: Path) -> None
 def test_an_allocator_and_a_renewal_decide_the_same_again(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(file=path, checked=True)
-    ask = Ask("r", ExecutorDescriptor(kind="train", name="x"), Resources(cpu=1), 1.0, 1.0)
+    ask = Search("r", ExecutorDescriptor(kind="train", name="x"), Resources(cpu=1), 1.0, 1.0)
     allocator = Allocator([ask], journal=journal)
     allocator.handle(Want("train", 1), 0.0)
     for name in ("one", "two"):
@@ -187,7 +187,7 @@ def test_an_allocator_and_a_renewal_decide_the_same_again(tmp_path: Path) -> Non
         allocator.handle(Offered(name, offer), 0.1)
     allocator.handle(Tick(), 0.5)
     allocator.handle(Gained("one"), 0.6)
-    allocator.handle(Lost("one"), 9.0)
+    allocator.handle(LeaseFailed("one"), 9.0)
     renewal = Renewal(5.0, 0.5, Random(3), "one", journal)
     renewal.handle(Tick(), 0.5)
     renewal.handle(Renewed(30.0), 0.6)
@@ -216,7 +216,7 @@ def test_a_field_that_an_earlier_version_did_not_note_is_no_difference_where_it_
 ) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(file=path)
-    ask = Ask("r", ExecutorDescriptor(kind="train", name="x"), Resources(cpu=1), 1.0, 1.0, needs=noted)
+    ask = Search("r", ExecutorDescriptor(kind="train", name="x"), Resources(cpu=1), 1.0, 1.0, needs=noted)
     Allocator([ask], journal=journal).handle(Want("train", 1), 0.0)
     journal.close()
     began, advertised = map(json.loads, path.read_bytes().splitlines())
@@ -230,7 +230,7 @@ def test_a_field_that_an_earlier_version_did_not_note_is_no_difference_where_it_
 
 
 def test_an_entry_is_written_with_sets_in_order_errors_by_name_and_no_number_lost() -> None:
-    entry = Entry(0, 0.1, "m", Fail(JobFailed("over")), (), {"some": {"b", "a"}, "none": float("inf")})
+    entry = JournalEntry(0, 0.1, "m", Fail(JobFailed("over")), (), {"some": {"b", "a"}, "none": float("inf")})
     line = json.loads(entry.line())
     assert line["event"] == {"type": "Fail", "error": {"error": "JobFailed", "text": "over"}}
     assert line["state"] == {"some": ["a", "b"], "none": float("inf")}
@@ -260,11 +260,11 @@ def test_a_disk_that_is_full_ends_the_file_and_not_the_job(caplog: pytest.LogCap
 
 def test_what_is_left_of_a_failed_job_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    good = Entry(0, 0.0, "m", Tick(), (), "")
+    good = JournalEntry(0, 0.0, "m", Tick(), (), "")
     write_entries(path, "first", (good,))
     before = path.read_bytes()
     with pytest.raises(NotImplementedError):
-        write_entries(path, "second", (good, Entry(1, 0.0, "m", object(), (), "")))
+        write_entries(path, "second", (good, JournalEntry(1, 0.0, "m", object(), (), "")))
     assert path.read_bytes() == before
 
 
@@ -298,7 +298,7 @@ def test_entries_name_the_round_and_its_phase_for_whoever_listens() -> None:
     seen: list[tuple[str, int]] = []
     journal = Journal()
 
-    def listen(entry: Entry) -> None:
+    def listen(entry: JournalEntry) -> None:
         assert isinstance(entry.state, dict)
         place = (entry.state["phase"], entry.state["round"])
         if not seen or seen[-1] != place:
@@ -323,7 +323,7 @@ def test_entries_name_the_round_and_its_phase_for_whoever_listens() -> None:
 def test_a_listener_that_fails_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[int] = []
 
-    def broken(entry: Entry) -> None:
+    def broken(entry: JournalEntry) -> None:
         raise RuntimeError("no more threads")
 
     journal = Journal()

@@ -15,12 +15,12 @@ from hypha.leases import (
     BookAction,
     Denied,
     Drained,
-    Ended,
     Freed,
     Granted,
     Hold,
     Lease,
     LeaseBook,
+    LeaseEnded,
     Release,
     Renew,
     Reserve,
@@ -76,7 +76,7 @@ def test_a_temporary_lease_expires_by_itself() -> None:
     assert book.free == Resources(cpu=2, memory=4, gpu=1, storage=10)
     assert book.next_wake == 105.0
     assert book.handle(Tick(), 104.9) == []
-    assert book.handle(Tick(), 105.0) == [Ended(granted.lease, "expired")]
+    assert book.handle(Tick(), 105.0) == [LeaseEnded(granted.lease, "expired")]
     assert book.free == TOTAL
     assert book.next_wake is None
 
@@ -88,7 +88,7 @@ def test_the_first_renewal_accepts_and_renewals_carry_it_on() -> None:
     book.handle(Renew("l1", "S", 30.0), 23.0)
     assert held(book).expires_at == 53.0
     [ended] = book.handle(Tick(), 53.0)
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, LeaseEnded)
     assert ended.reason == "expired"
 
 
@@ -101,7 +101,7 @@ def test_a_renewal_never_shortens_a_life() -> None:
 def test_a_renewal_at_or_after_expiry_is_refused_even_when_nobody_looked_before() -> None:
     book = accepted()
     actions = book.handle(Renew("l1", "S", 30.0), 31.0)
-    assert [type(action) for action in actions] == [Ended, Denied]
+    assert [type(action) for action in actions] == [LeaseEnded, Denied]
     assert codes(actions) == ["lease"]
     assert len(book) == 0
 
@@ -142,7 +142,7 @@ def test_training_and_parameter_server_live_side_by_side_and_end_apart() -> None
     book.handle(Renew("l2", "S", 30.0), 2.0)
     assert book.free == Resources(cpu=0, memory=0, gpu=1, storage=10)
     [ended] = book.handle(Release("l1", "S"), 3.0)
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, LeaseEnded)
     assert (ended.lease.lease_id, ended.reason) == ("l1", "released")
     assert held(book, "l2").kind == "aggregate"
 
@@ -164,7 +164,7 @@ def test_an_id_is_not_given_twice() -> None:
 def test_an_undelivered_offer_frees_at_once_but_an_accepted_lease_stays() -> None:
     book = LeaseBook(TOTAL, Journal(checked=True))
     book.handle(Reserve(lease(), 5.0), 0.0)
-    assert isinstance(book.handle(Revoke("l1"), 1.0)[0], Ended)
+    assert isinstance(book.handle(Revoke("l1"), 1.0)[0], LeaseEnded)
     assert book.free == TOTAL
     book = accepted()
     assert book.handle(Revoke("l1"), 2.0) == []
@@ -175,7 +175,7 @@ def test_a_held_lease_keeps_its_resources_until_its_executor_is_gone() -> None:
     book = accepted()
     book.handle(Hold("l1", 10.0), 2.0)
     [ended] = book.handle(Tick(), 31.0)
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, LeaseEnded)
     assert book.get("l1") is None
     assert book.free.cpu == 2
     assert codes(book.handle(Renew("l1", "S", 30.0), 32.0)) == ["lease"]
@@ -214,7 +214,7 @@ def test_many_that_expire_together_end_in_one_call_the_oldest_first() -> None:
     book = LeaseBook(TOTAL, Journal(checked=True))
     for index, life_s in enumerate((3.0, 1.0, 2.0)):
         book.handle(Reserve(lease(f"l{index}", resources=Resources(cpu=1)), life_s), 0.0)
-    ended = [action.lease.lease_id for action in book.handle(Tick(), 9.0) if isinstance(action, Ended)]
+    ended = [action.lease.lease_id for action in book.handle(Tick(), 9.0) if isinstance(action, LeaseEnded)]
     assert ended == ["l1", "l2", "l0"]
 
 
@@ -241,7 +241,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     def do(self, event: object) -> list[BookAction]:
         actions = self.book.handle(event, self.now)  # type: ignore[arg-type]
-        self.ended += sum(isinstance(action, Ended) for action in actions)
+        self.ended += sum(isinstance(action, LeaseEnded) for action in actions)
         return actions
 
     @rule(lease_id=ids, scheduler=callers, cpu=sizes, memory=sizes, life_s=lives)

@@ -48,7 +48,7 @@ def read(directory: Path) -> None:
         assert kind is not None, f"{where}: there is no such message any more, but some nodes send it"
         try:
             value = kind.decode(bytes_of(kind, entry["encoded"]))
-        except (msgspec.MsgspecError, bulk_wire.LinkBroken) as exc:
+        except (msgspec.MsgspecError, bulk_wire.ConnectionBroken) as exc:
             raise AssertionError(f"{where} cannot be read any more: {exc}") from exc
         check(entry["says"], value, where)
 

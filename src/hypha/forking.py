@@ -64,9 +64,9 @@ def set_command_line(words: Sequence[str]) -> None:
     text = b"\0".join(map(os.fsencode, words)) + b"\0"
     if not start:
         return
-    room = end - start
-    if len(text) > room and environment == end:
-        room = limit - start
-        text = text[: room - 1].replace(b"\0", b" ").rstrip() + b"\0"
-    ctypes.memset(start, 0, room)
-    ctypes.memmove(start, text[:room], min(len(text), room))
+    capacity = end - start
+    if len(text) > capacity and environment == end:
+        capacity = limit - start
+        text = text[: capacity - 1].replace(b"\0", b" ").rstrip() + b"\0"
+    ctypes.memset(start, 0, capacity)
+    ctypes.memmove(start, text[:capacity], min(len(text), capacity))

@@ -32,7 +32,7 @@ State = Mapping[str, object] | str
 
 
 @dataclass(frozen=True)
-class Entry:
+class JournalEntry:
     """``machine`` handled ``event`` at ``at_s`` (of the node's monotonic clock), returned ``actions`` and is
     in ``state`` since then. ``drawn``: what the machine got from chance meanwhile, in order. The first entry
     of a machine has what it was made from as its event, at 0 where it was given no time.
@@ -70,11 +70,11 @@ class Journal:
     """
 
     def __init__(self, *, kept: int = KEPT, file: Path | None = None, checked: bool = False) -> None:
-        self.entries: deque[Entry] = deque()
+        self.entries: deque[JournalEntry] = deque()
         self._kept = kept
         self._sizes: deque[int] = deque()
         self._size = 0
-        self.listeners: list[Callable[[Entry], None]] = []
+        self.listeners: list[Callable[[JournalEntry], None]] = []
         self.checked = checked
         self._number = 0
         self._path = file
@@ -91,7 +91,7 @@ class Journal:
         drawn: Sequence[object] = (),
     ) -> None:
         """``machine`` handled ``event``; never raises for what cannot be written."""
-        entry = Entry(self._number, now, machine, event, tuple(actions), state, tuple(drawn))
+        entry = JournalEntry(self._number, now, machine, event, tuple(actions), state, tuple(drawn))
         self._number += 1
         self._keep(entry)
         if self._sink is not None:
@@ -105,7 +105,7 @@ class Journal:
                 logger.exception("A listener of the journal failed, and is told nothing any more.")
                 self.leave(listener)
 
-    def _keep(self, entry: Entry) -> None:
+    def _keep(self, entry: JournalEntry) -> None:
         size = _size_of(entry)
         self.entries.append(entry)
         self._sizes.append(size)
@@ -114,12 +114,12 @@ class Journal:
             self.entries.popleft()
             self._size -= self._sizes.popleft()
 
-    def leave(self, listener: Callable[[Entry], None]) -> None:
+    def leave(self, listener: Callable[[JournalEntry], None]) -> None:
         """``listener`` is told nothing any more; it may have failed, and been left out, before."""
         if listener in self.listeners:
             self.listeners.remove(listener)
 
-    def _write(self, sink: FileIO, entry: Entry) -> None:
+    def _write(self, sink: FileIO, entry: JournalEntry) -> None:
         try:
             left = memoryview(entry.line() + b"\n")
             while left:
@@ -147,7 +147,7 @@ def _appendable(path: Path) -> FileIO:
     return file
 
 
-def write_entries(path: Path, about: object, entries: Sequence[Entry]) -> None:
+def write_entries(path: Path, about: object, entries: Sequence[JournalEntry]) -> None:
     """Write ``entries``, after a line with what they are ``about``; whole or not at all. Blocks; raises
     OSError.
     """
@@ -159,7 +159,7 @@ def write_entries(path: Path, about: object, entries: Sequence[Entry]) -> None:
     part.replace(path)
 
 
-def _size_of(entry: Entry) -> int:
+def _size_of(entry: JournalEntry) -> int:
     """As MessagePack; of what has none, a guess."""
     try:
         said = (entry.event, entry.actions, entry.state, entry.drawn)

@@ -137,7 +137,7 @@ class Denied(Struct, frozen=True, tag=True):
     reason: str
 
 
-class Ended(Struct, frozen=True, tag=True):
+class LeaseEnded(Struct, frozen=True, tag="Ended"):
     """The lease is over: whoever works under it must stop."""
 
     lease: Lease
@@ -150,7 +150,7 @@ class Freed(Struct, frozen=True, tag=True):
     lease: Lease
 
 
-BookAction = Granted | Denied | Ended | Freed
+BookAction = Granted | Denied | LeaseEnded | Freed
 
 
 class LeaseBook:
@@ -331,7 +331,7 @@ class LeaseBook:
         del self._live[lease.lease_id]
         if lease.hold_s > 0:
             self._draining[lease.lease_id] = (lease, at + lease.hold_s)
-        return [Ended(lease, reason)]
+        return [LeaseEnded(lease, reason)]
 
 
 def _by_expiry(lease: Lease) -> tuple[float, str]:

@@ -109,7 +109,7 @@ class ExecutorDescriptor(Value):
 
 
 class JobStamp(Value):
-    """Which job, which life of it, which round: what fences off late and foreign messages.
+    """Which job, which generation of it, which round: what fences off late and foreign messages.
 
     ``attempt``, of theta and of what depends on it: how often its receiver has begun the round anew
     (see :class:`SendModel`).
@@ -240,9 +240,10 @@ class Traced(Value):
 class TrainJob(Message, tag="train"):
     """What a training executor is to do. ``me`` is its own worker's PeerID.
 
-    ``steps`` is the number of inner steps taken by earlier lives, for the learning-rate schedule. An executor
-    that gives no sign of life for ``hang_s`` may be taken for hung (see :class:`Alive`), but only sooner than
-    by its worker's own rule. Its worker trains on nothing that is not in the manifest of ``manifest_hash``.
+    ``steps`` is the number of inner steps taken by earlier generations, for the learning-rate schedule. An
+    executor that gives no sign of life for ``hang_s`` may be taken for hung (see :class:`Alive`), but only
+    sooner than by its worker's own rule. Its worker trains on nothing that is not in the manifest of
+    ``manifest_hash``.
     """
 
     job_id: Id
@@ -321,8 +322,8 @@ class Plan(Message):
 
 
 class Rejoin(Message):
-    """The job goes on in another life, ``generation``, after its parameter server or its scheduler was lost.
-    Everybody says again what it holds: a training executor ``Loaded``, the last ``UpdateSent`` and
+    """The job goes on in another generation, ``generation``, after its parameter server or its scheduler was
+    lost. Everybody says again what it holds: a training executor ``Loaded``, the last ``UpdateSent`` and
     ``RoundStarted``; a parameter server ``RoundApplied``, ``ModelReady`` and each ``UpdateReceived``.
 
     For a training executor, ``parameter_server`` is where it is now; with ``resend`` it is a new one, which
@@ -819,8 +820,8 @@ class CheckpointFile(Value):
 
 
 class CheckpointIndex(Value):
-    """``index.json``: all files of the checkpoint from which ``round`` is started, and the life of the job
-    that saved it. ``signature`` (hex) is that of the scheduler which left a copy with a worker: by it the
+    """``index.json``: all files of the checkpoint from which ``round`` is started, and the generation of the
+    job that saved it. ``signature`` (hex) is that of the scheduler which left a copy with a worker: by it the
     scheduler knows the copy again when it has lost its ledger (:mod:`hypha.scheduler.durable.copies`).
     """
 
@@ -1267,7 +1268,7 @@ class SendCall(Value):
     so many complete ones of its siblings whose names are numbers stay, and older ones are deleted.
     ``blake3`` and ``xxh3`` (hex) spare the worker the hashing, where the executor knows them; see
     :class:`TransferMeta`.
-    ``generation`` is that of the job's life in which the file was made; ``None``: the present one.
+    ``generation`` is that of the job's generation in which the file was made; ``None``: the present one.
     ``name`` is what the receiver is to call it, a relative path; else it is the last part of ``path``.
     """
 
@@ -1422,8 +1423,8 @@ ForkReply = Forked | NotForked | KeeperEnded
 
 class LedgerRound(Value):
     """One outer step. ``theta`` is the hash of theta of ``round + 1``, that is, after this step (as in
-    :class:`RoundApplied`). ``contributors`` are in the mean; ``left_out`` trained (so their optimizers
-    moved on) but are not in the mean. ``generation`` is the job's life; after a restore from a checkpoint
+    :class:`RoundApplied`). ``contributors`` are in the mean; ``left_out`` trained (so their optimizers moved
+    on) but are not in the mean. ``generation`` is the job's generation; after a restore from a checkpoint
     rounds occur again under a higher one, and the earlier ones are ``discarded``.
     """
 

@@ -30,7 +30,7 @@ ReportHandler = Callable[[str, list[Report]], None]
 
 
 @dataclass(frozen=True)
-class Heard:
+class PublishedRequest:
     """A request for workers and who published it, authenticated; ``traceparent`` names the span in which it
     arrived here.
     """
@@ -247,9 +247,9 @@ class Node(Protocol):
     async def publish(self, message: WorkerRequest) -> None:
         """Ask everybody for workers; waits a moment for a gateway to pass it on."""
 
-    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Heard]]:
-        """A channel of :class:`Heard`; the publisher is the request's scheduler, and its certificate makes it
-        one: both verified.
+    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PublishedRequest]]:
+        """A channel of :class:`PublishedRequest`; the publisher is the request's scheduler, and its
+        certificate makes it one: both verified.
         """
 
     async def provide(self, dataset: str) -> int:

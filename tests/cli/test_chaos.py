@@ -22,10 +22,10 @@ from tests.support.system import leftovers
 
 from hypha.cli.chaos.account import Account, Reading, account
 from hypha.cli.chaos.faults import How
-from hypha.cli.chaos.goodput import Applied, Stretch, costs_s, gaps, goodput, recovery_s
+from hypha.cli.chaos.goodput import Applied, RoundSpan, costs_s, gaps, goodput, recovery_s
 from hypha.cli.chaos.network import NetworkFailed
-from hypha.cli.chaos.report import Report, Struck, judge, show
-from hypha.cli.chaos.run import Options, parse_faults, run_chaos
+from hypha.cli.chaos.report import ChaosReport, InjectedFault, judge, show
+from hypha.cli.chaos.run import ChaosOptions, parse_faults, run_chaos
 from hypha.cli.chaos.schedule import RESTART_S, TARGETS, plan
 from hypha.errors import ConfigError
 from hypha.scheduler.goodput.report import GoodputReport
@@ -78,7 +78,7 @@ async def test_where_there_are_no_namespaces_cuts_are_left_out(
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(NetworkFailed, match="no fault is left"):
-        await run_chaos(Options(60.0, 2, 20.0, 0, ("cut", "slow"), None, None))
+        await run_chaos(ChaosOptions(60.0, 2, 20.0, 0, ("cut", "slow"), None, None))
     assert "Left out: cut, slow (needs root)." in capsys.readouterr().out
 
 
@@ -90,7 +90,7 @@ def applied(*pairs: tuple[float, int]) -> list[Applied]:
 
 
 def test_goodput_is_of_rounds_that_count_over_the_wall_clock() -> None:
-    stretch = Stretch(100.0, 110.0, first=2, stop=5)
+    stretch = RoundSpan(100.0, 110.0, first=2, stop=5)
     assert goodput(stretch, {0: 900, 1: 900, 2: 100, 3: 150, 4: 250, 5: 900}) == 50.0
     assert goodput(stretch, {2: 100, 4: 250}) == 35.0
 
@@ -126,9 +126,9 @@ def test_of_a_round_that_was_applied_again_the_last_time_counts() -> None:
 
 
 def test_goodput_is_measured_against_the_faster_calm_stretch() -> None:
-    stretches = [Stretch(0, 10, 0, 10), Stretch(10, 30, 10, 26), Stretch(30, 40, 26, 34)]
+    stretches = [RoundSpan(0, 10, 0, 10), RoundSpan(10, 30, 10, 26), RoundSpan(30, 40, 26, 34)]
     seen = applied(*((float(number + 1), number) for number in range(34)))
-    struck = [Struck(12.5, 2.5, "worker", "kill", "worker-1", 12)]
+    struck = [InjectedFault(12.5, 2.5, "worker", "kill", "worker-1", 12)]
     report = judge(stretches, seen, dict.fromkeys(range(34), 100), struck, [], 0, "")
     assert report.undisturbed == (100.0, 80.0)
     assert report.goodput == pytest.approx(0.8)
@@ -138,7 +138,7 @@ def test_goodput_is_measured_against_the_faster_calm_stretch() -> None:
 
 
 def test_a_gap_in_the_ledger_is_a_failure() -> None:
-    report = judge([Stretch(0, 3, 0, 3)], applied((3.0, 2)), {0: 100, 2: 100}, [], [], 0, "")
+    report = judge([RoundSpan(0, 3, 0, 3)], applied((3.0, 2)), {0: 100, 2: 100}, [], [], 0, "")
     assert "rounds [1] are missing" in report.failure
 
 
@@ -172,7 +172,7 @@ def test_an_account_is_between_the_readings_that_show_the_stretch_s_ends() -> No
         reading(110.2, 7, 20.2, 700),
         reading(120.0, 9, 30.0, 900),
     ]
-    found = account(readings, Stretch(100.0, 110.0, first=2, stop=7))
+    found = account(readings, RoundSpan(100.0, 110.0, first=2, stop=7))
     assert found is not None
     assert (found.samples, found.places) == (500, 2)
     assert found.wall_s == pytest.approx(10.0)
@@ -189,7 +189,7 @@ def test_accounts_of_schedulers_that_follow_each_other_are_added_up() -> None:
         reading(105.0, 3, 0.5, 300, "scheduler+1"),  # it began at 104.5
         reading(110.0, 5, 5.5, 500, "scheduler+1"),
     ]
-    found = account(readings, Stretch(100.0, 110.0, first=2, stop=5))
+    found = account(readings, RoundSpan(100.0, 110.0, first=2, stop=5))
     assert found is not None
     assert (found.wall_s, found.seen_s) == (10.0, 8.5)
     assert found.samples_per_s == 30.0
@@ -199,17 +199,17 @@ def test_accounts_of_schedulers_that_follow_each_other_are_added_up() -> None:
 
 def test_without_a_reading_after_the_end_there_is_no_account() -> None:
     readings = [reading(100.0, 2, 10.0, 200), reading(109.0, 4, 19.0, 400)]
-    assert account(readings, Stretch(100.0, 110.0, first=2, stop=5)) is None
-    assert account([], Stretch(100.0, 110.0, first=2, stop=5)) is None
+    assert account(readings, RoundSpan(100.0, 110.0, first=2, stop=5)) is None
+    assert account([], RoundSpan(100.0, 110.0, first=2, stop=5)) is None
 
 
-def judged(own: Account | None) -> Report:
-    stretches = [Stretch(0, 10, 0, 10), Stretch(10, 30, 10, 26), Stretch(30, 40, 26, 34)]
+def judged(own: Account | None) -> ChaosReport:
+    stretches = [RoundSpan(0, 10, 0, 10), RoundSpan(10, 30, 10, 26), RoundSpan(30, 40, 26, 34)]
     seen = applied(*((float(number + 1), number) for number in range(34)))
     return judge(stretches, seen, dict.fromkeys(range(34), 100), [], [], 0, "", own)
 
 
-def shown(report: Report) -> str:
+def shown(report: ChaosReport) -> str:
     console = Console(width=200, record=True, quiet=False, file=io.StringIO())
     show(console, report)
     return console.export_text()

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import trio
 
-from hypha.journal import Entry, Journal
+from hypha.journal import Journal, JournalEntry
 from hypha.leases import Freed, Lease, LeaseBook, Tick
 from hypha.messages import ExecutorDescriptor, HealthReport, Resources
 from hypha.scheduler.goodput.report import GoodputReport
@@ -25,7 +25,7 @@ from hypha.scheduler.status.snapshot import (
     WorkerSnapshot,
 )
 from hypha.telemetry import serve_http
-from hypha.telemetry.page import Access, Feed, page_routes
+from hypha.telemetry.page import Access, PageFeed, page_routes
 from hypha.worker.leasing.given import GivenLease, GivenLeases
 
 TRAINING = JobSnapshot(
@@ -115,7 +115,7 @@ async def test_status_once_and_until_the_end() -> None:
 
 async def test_beyond_loopback_it_needs_the_token(tmp_path: Path) -> None:
     (tmp_path / "page-token").write_text("a-token-that-nobody-guesses\n")
-    feed = Feed(lambda: lambda: ())
+    feed = PageFeed(lambda: lambda: ())
     routes = page_routes(feed, lambda: TRAINING, Access("a-token-that-nobody-guesses"))
     async with trio.open_nursery() as nursery:
         address = await nursery.start(partial(serve_http, "127.0.0.1:0", health, routes=routes))
@@ -232,7 +232,9 @@ async def test_a_journal_is_replayed(tmp_path: Path) -> None:
     same = await hypha("replay", "--journal", str(path))
     assert same.returncode == 0, same.stderr
     assert b"2 entries of 1 machines: all decide as they did" in same.stdout
-    other = Entry(2, 2.0, "leases", Tick(), (Freed(LEASE),), {"leases": 0, "accepted": 0, "draining": 0})
+    other = JournalEntry(
+        2, 2.0, "leases", Tick(), (Freed(LEASE),), {"leases": 0, "accepted": 0, "draining": 0}
+    )
     path.write_bytes(path.read_bytes() + other.line() + b"\n")
     differs = await hypha("replay", "--journal", str(path))
     assert differs.returncode == 1

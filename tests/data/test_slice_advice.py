@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tests.data.test_command import command
 
-from hypha.data.serving.slice_advice import BUSY, LEAST_PER_WORKER, Pace, advise, fit
+from hypha.data.serving.slice_advice import BUSY, LEAST_PER_WORKER, TrainingPace, advise, fit
 from hypha.messages import Manifest, SliceInfo
 
-PACE = Pace(workers=4, sample_bytes=3136, batch_size=32, batch_s=0.05, mbit=100)
+PACE = TrainingPace(workers=4, sample_bytes=3136, batch_size=32, batch_s=0.05, mbit=100)
 
 
 def manifest(count: int, size: int) -> Manifest:
@@ -21,7 +21,7 @@ def manifest(count: int, size: int) -> Manifest:
     return Manifest(name="set", columns=(), slices=parts)
 
 
-def fetched_in_s(pace: Pace, size_mb: float) -> float:
+def fetched_in_s(pace: TrainingPace, size_mb: float) -> float:
     return pace.fixed_s + size_mb * 1e6 / pace.share
 
 

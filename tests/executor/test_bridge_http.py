@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hypha.executor.bridge.client import BridgeClient
-from hypha.executor.bridge.http import Answer, Connection, Unanswered, lines
+from hypha.executor.bridge.http import BridgeConnection, BridgeReply, BridgeUnanswered, lines
 from hypha.messages import Uri
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
@@ -80,10 +80,10 @@ def server(path: Path) -> Iterator[Server]:
 
 def test_one_connection_for_several_requests(server: Server, path: Path) -> None:
     server.replies = [OK, OK, b"HTTP/1.1 409 Conflict\r\ncontent-length: 4\r\n\r\noops"]
-    with closing(Connection(path)) as connection:
-        assert connection.ask("POST", "/one", b'{"a":1}') == Answer(200, b"{}")
-        assert connection.ask("GET", "/two", None) == Answer(200, b"{}")
-        assert connection.ask("GET", "/three", None) == Answer(409, b"oops")
+    with closing(BridgeConnection(path)) as connection:
+        assert connection.ask("POST", "/one", b'{"a":1}') == BridgeReply(200, b"{}")
+        assert connection.ask("GET", "/two", None) == BridgeReply(200, b"{}")
+        assert connection.ask("GET", "/three", None) == BridgeReply(409, b"oops")
     assert server.connections == 1
     assert server.requests[0].startswith(b"POST /one HTTP/1.1\r\n")
     assert server.requests[0].endswith(b'\r\n\r\n{"a":1}')
@@ -91,18 +91,18 @@ def test_one_connection_for_several_requests(server: Server, path: Path) -> None
 
 def test_a_connection_that_was_closed_meanwhile_is_made_anew(server: Server, path: Path) -> None:
     server.replies = [OK, None, OK]
-    with closing(Connection(path)) as connection:
+    with closing(BridgeConnection(path)) as connection:
         connection.ask("GET", "/", None)
-        assert connection.ask("GET", "/", None) == Answer(200, b"{}")
+        assert connection.ask("GET", "/", None) == BridgeReply(200, b"{}")
     assert server.connections == 2
 
 
 def test_a_fresh_connection_is_not_tried_twice(server: Server, path: Path) -> None:
     server.replies = [None, OK]
-    with closing(Connection(path)) as connection:
-        with pytest.raises(Unanswered, match="the worker does not answer"):
+    with closing(BridgeConnection(path)) as connection:
+        with pytest.raises(BridgeUnanswered, match="the worker does not answer"):
             connection.ask("GET", "/", None)
-        assert connection.ask("GET", "/", None) == Answer(200, b"{}")
+        assert connection.ask("GET", "/", None) == BridgeReply(200, b"{}")
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,14 @@ def test_a_fresh_connection_is_not_tried_twice(server: Server, path: Path) -> No
 )
 def test_nonsense_and_half_an_answer_are_none(server: Server, path: Path, reply: bytes) -> None:
     server.replies = [reply]
-    with pytest.raises(Unanswered):
-        Connection(path).ask("GET", "/", None)
+    with pytest.raises(BridgeUnanswered):
+        BridgeConnection(path).ask("GET", "/", None)
 
 
 def test_nobody_is_there(path: Path) -> None:
-    with pytest.raises(Unanswered, match="No such file"):
-        Connection(path).ask("GET", "/", None)
-    with pytest.raises(Unanswered, match="No such file"), lines(path, "GET", "/", None):
+    with pytest.raises(BridgeUnanswered, match="No such file"):
+        BridgeConnection(path).ask("GET", "/", None)
+    with pytest.raises(BridgeUnanswered, match="No such file"), lines(path, "GET", "/", None):
         pass
 
 
@@ -144,12 +144,12 @@ def test_lines_come_as_they_are_said_and_a_cut_is_no_end(path: Path, end: bytes,
         listener.listen()
         threading.Thread(target=serve, daemon=True).start()
         with lines(path, "GET", "/", None) as said:
-            assert not isinstance(said, Answer)
+            assert not isinstance(said, BridgeReply)
             assert [next(said), next(said)] == ["data: one", ""]
             goes_on.set()
             assert [next(said), next(said)] == ["data: two", ""]
             if cut_off:
-                with pytest.raises(Unanswered):
+                with pytest.raises(BridgeUnanswered):
                     list(said)
             else:
                 assert list(said) == []
@@ -158,7 +158,7 @@ def test_lines_come_as_they_are_said_and_a_cut_is_no_end(path: Path, end: bytes,
 def test_a_refused_stream_is_an_answer(server: Server, path: Path) -> None:
     server.replies = [b"HTTP/1.1 404 Not Found\r\ncontent-length: 2\r\n\r\nno"]
     with lines(path, "POST", "/", b"{}") as said:
-        assert said == Answer(404, b"no")
+        assert said == BridgeReply(404, b"no")
 
 
 def test_what_the_reader_raises_is_its_own(server: Server, path: Path) -> None:
@@ -170,7 +170,7 @@ def test_what_the_reader_raises_is_its_own(server: Server, path: Path) -> None:
 
     def read(handler: Callable[[str], None]) -> None:
         with lines(path, "GET", "/", None) as said:
-            assert not isinstance(said, Answer)
+            assert not isinstance(said, BridgeReply)
             for line in said:
                 handler(line)
 

@@ -18,7 +18,7 @@ from hypha.executor.inner.joining import Padding, joined
 from hypha.executor.inner.slices_reader import (
     RowStream,
     Slice,
-    SlicePrefetcher,
+    SliceReadAhead,
     read_columns,
     slice_order,
 )
@@ -174,7 +174,7 @@ class Source:
 
 def test_one_slice_is_kept_ready_and_no_more() -> None:
     source, changed = Source(), threading.Semaphore(0)
-    prefetcher = SlicePrefetcher(source.fetch, changed.release)
+    prefetcher = SliceReadAhead(source.fetch, changed.release)
     prefetcher.start()
     assert source.asked.acquire(timeout=5)
     assert prefetcher.take() is None
@@ -203,7 +203,7 @@ def test_one_slice_is_kept_ready_and_no_more() -> None:
 
 def test_a_ready_slice_of_an_old_round_is_dropped() -> None:
     source, changed = Source(), threading.Semaphore(0)
-    prefetcher = SlicePrefetcher(source.fetch, changed.release)
+    prefetcher = SliceReadAhead(source.fetch, changed.release)
     prefetcher.start()
     source.items.put(part(0, 3, round=2))
     assert changed.acquire(timeout=5)

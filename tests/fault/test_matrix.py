@@ -22,7 +22,7 @@ import pytest
 import trio
 from blake3 import blake3
 from tests.fault.conftest import SERVER_ONLY, Job
-from tests.support.faults import Fault, check_ledger, counted, durations, fail_at, recover
+from tests.support.faults import StruckNode, check_ledger, counted, durations, fail_at, recover
 from tests.support.namespaces import Star, open_lab
 from tests.support.system import System, keep_system, paced
 
@@ -113,7 +113,7 @@ def _applied(system: System, name: str, after: int) -> list[tuple[int, LedgerRou
     return [(number, msgspec.json.decode(entry, type=LedgerRound)) for number, entry in rows]
 
 
-async def _recovered(system: System, scheduler: Child, name: str, fault: Fault, after: int) -> None:
+async def _recovered(system: System, scheduler: Child, name: str, fault: StruckNode, after: int) -> None:
     """All workers contributed to a round that began after the fault."""
     before = fault.before
 
@@ -131,7 +131,7 @@ async def _recovered(system: System, scheduler: Child, name: str, fault: Fault, 
     raise AssertionError(f"no recovery within {RECOVERY_S:g} s of {fault}\n{tails}")
 
 
-async def _restored(system: System, scheduler: Child, name: str, fault: Fault) -> None:
+async def _restored(system: System, scheduler: Child, name: str, fault: StruckNode) -> None:
     """The new parameter server holds the very bytes of the checkpoint, and of the ledger's last round."""
     seen = await system.reached(
         scheduler, lambda now: now.generation > fault.before.generation and now.theta != ""
@@ -142,7 +142,7 @@ async def _restored(system: System, scheduler: Child, name: str, fault: Fault) -
     assert booked[-1].theta == seen.theta
 
 
-async def _undo(system: System, fault: Fault, silent_s: float) -> Child:
+async def _undo(system: System, fault: StruckNode, silent_s: float) -> Child:
     """Start it again at once, or end its silence after a while."""
     if fault.how != "kill":
         await trio.sleep(silent_s)

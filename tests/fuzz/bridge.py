@@ -11,7 +11,7 @@ import msgspec
 import trio
 from tests.fuzz.mutation import ODD_VALUES, drawn, mutated, oddly_encoded
 from tests.recorded.examples import kinds
-from tests.worker.test_bridge import FileDesk
+from tests.worker.test_bridge import FileHandlers
 
 from hypha.messages import FetchCall, ReceiveCall, SendCall, SpansCall, StatusCall
 from hypha.worker.bridge.server import bind_bridge, serve_bridge
@@ -79,7 +79,7 @@ async def fuzz_bridge(directory: Path, seed: int, seconds: float) -> int:
     fuzzer, count = _BridgeFuzzer(Random(seed), job.socket_path), 0
     until = time.monotonic() + seconds
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve_bridge, FileDesk(job), bind_bridge(job.socket_path))
+        await nursery.start(serve_bridge, FileHandlers(job), bind_bridge(job.socket_path))
         while time.monotonic() < until:
             async with trio.open_nursery() as several:
                 for _ in range(8):

@@ -111,7 +111,7 @@ def _requests() -> Iterator[Target]:
 
 def _wire() -> Iterator[Target]:
     frames = [kind.example(False) for kind in kinds() if kind.encoding == "frame"]
-    broken = (bulk_wire.LinkBroken,)
+    broken = (bulk_wire.ConnectionBroken,)
     yield Target(
         "bulk frame",
         bulk_wire.decode_frame,

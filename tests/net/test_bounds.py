@@ -48,7 +48,7 @@ from hypha.messages import (
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net import rpc
-from hypha.net.bulk import rendezvous as bulk_meeting
+from hypha.net.bulk import rendezvous as rendezvous
 from hypha.net.bulk.wire import BULK_ALPN
 from hypha.net.discovery.dht import key_of
 from hypha.net.discovery.dht_records import (
@@ -67,8 +67,8 @@ from hypha.net.peers.addresses import MAX_ADDRESSES, host_and_port
 from hypha.net.peers.inbound_budget import OWN_STREAMS, InboundBudget
 from hypha.net.peers.inbound_connections import (
     GRACE_S,
-    Arrival,
-    Arrivals,
+    InboundConnection,
+    InboundConnections,
     source_of,
 )
 from hypha.net.rpc import OWN_PER_PEER
@@ -305,7 +305,7 @@ async def test_one_peer_has_a_few_connections_only(network: Network) -> None:
 
 
 async def test_places_of_addresses(autojump_clock: trio.testing.MockClock) -> None:
-    arrivals = Arrivals(max_connections=2)
+    arrivals = InboundConnections(max_connections=2)
     ended: list[int] = []
     held = [arrivals.arrive("10.0.0.1", lambda n=n: ended.append(n)) for n in range(MAX_ANONYMOUS_PER_SOURCE)]  # type: ignore[misc]
     assert None not in held
@@ -339,7 +339,7 @@ async def test_a_first_message_dealt_out_by_bytes_ends_with_the_handshakes_deadl
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it was, each byte had a time-out of its own, and the thread was held for twenty minutes."""
-    monkeypatch.setattr(bulk_meeting, "HANDSHAKE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(rendezvous, "HANDSHAKE_TIMEOUT_S", 1.0)
     async with network.leaf("b") as victim, network.leaf("a") as attacker:
 
         def deal_out() -> float:
@@ -537,7 +537,7 @@ def test_records_of_one_peer_and_of_one_key_are_bounded() -> None:
 
     def keep(number: int, peer: str, at: float = 0) -> None:
         key = key_of(str(number))
-        records.make_room(key, peer)
+        records.make_space(key, peer)
         table.setdefault(key, {})[peer] = SimpleNamespace(timestamp=at)
 
     keep(0, "honest")
@@ -726,11 +726,11 @@ async def test_streams_of_all_peers_together_are_bounded_and_each_has_a_few(
 
 def test_a_leases_partner_has_a_connection_where_all_places_are_taken() -> None:
     async def main() -> None:
-        arrivals = Arrivals(max_connections=3)
+        arrivals = InboundConnections(max_connections=3)
         arrivals.is_partner = lambda peer: peer in ("scheduler", "other")
         cut: list[str] = []
 
-        def arrive(name: str, peer: str) -> tuple[Arrival, str | None]:
+        def arrive(name: str, peer: str) -> tuple[InboundConnection, str | None]:
             arrival = arrivals.arrive("192.0.2.1", lambda: cut.append(name))
             assert arrival is not None
             return arrival, arrival.authenticate(peer)

@@ -21,12 +21,12 @@ from hypha.messages import BulkAnswer, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net.bulk import kept_connections as bulk_kept
 from hypha.net.bulk import sending as bulk_sending
-from hypha.net.bulk.kept_connections import KeptLinks
-from hypha.net.bulk.rendezvous import Meeting
+from hypha.net.bulk.kept_connections import KeptConnections
+from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.sending import Sending
-from hypha.net.bulk.sockets import SocketLink
+from hypha.net.bulk.sockets import SocketConnection
 from hypha.net.bulk.transfers import meta_of
-from hypha.net.bulk.wire import LinkBroken, Working
+from hypha.net.bulk.wire import ConnectionBroken, Working
 from hypha.net.peers.addresses import host_and_port
 from hypha.pki.authority import revoke
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
@@ -128,13 +128,13 @@ async def test_slices_come_over_one_connection_to_a_worker_that_cannot_be_dialle
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dialled: Counter[str] = Counter()
-    real = Meeting.dial
+    real = Rendezvous.dial
 
-    async def dial(self: Meeting, peer: str, offered: tuple[str, ...], token: str) -> object:
+    async def dial(self: Rendezvous, peer: str, offered: tuple[str, ...], token: str) -> object:
         dialled[self._links.identity.peer_id] += 1
         return await real(self, peer, offered, token)
 
-    monkeypatch.setattr(Meeting, "dial", dial)
+    monkeypatch.setattr(Rendezvous, "dial", dial)
     source = tmp_path / "source"
     source.write_bytes(os.urandom(300_000))
     served = await meta_of(source, "slice", "set/0")
@@ -334,7 +334,7 @@ async def test_few_of_a_peer_are_kept(
         assert len(rig.proxy.passed) - before <= 1
 
 
-class IdleLink(SocketLink):
+class IdleLink(SocketConnection):
     """On which nobody ever speaks."""
 
     def __init__(self, peer: str) -> None:
@@ -350,7 +350,7 @@ class IdleLink(SocketLink):
 
 async def test_few_are_kept_in_all_and_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk_kept, "MAX_KEPT", 3)
-    kept = KeptLinks(100.0)
+    kept = KeptConnections(100.0)
     links = [IdleLink(f"peer-{number}") for number in range(5)]
     assert not kept.give(links[0])
     async with trio.open_nursery() as nursery:
@@ -371,7 +371,7 @@ async def test_nonsense_on_a_kept_connection_is_its_end(
         link = rig.near.transfers._sending.kept.take(rig.far.peer_id, rig.near.identity)
         assert link is not None
         await link.say(Working())
-        with pytest.raises(LinkBroken):
+        with pytest.raises(ConnectionBroken):
             await link.hear()
         await link.close()
         await rig.send("second")

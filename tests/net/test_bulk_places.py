@@ -13,14 +13,14 @@ import trio.testing
 from hypha.messages import TransferMeta
 from hypha.net.bulk.inbound import TRICKLE_BYTES, Acceptor, Inbound
 from hypha.net.bulk.rendezvous import Expected
-from hypha.net.bulk.slots import MAX_LENT, STILL_S, Places
+from hypha.net.bulk.slots import MAX_LENT, STILL_S, TransferSlots
 
 
 class Hall:
     """Holders of places, by name."""
 
     def __init__(self, count: int, nursery: trio.Nursery) -> None:
-        self.places = Places(count)
+        self.places = TransferSlots(count)
         self.nursery = nursery
         self.entered: set[str] = set()
         self.leave: dict[str, trio.Event] = {}

@@ -10,7 +10,7 @@ from hypha.net.bulk.sealing import KEY_BYTES, TAG_BYTES, Opener, Sealer, new_key
 from hypha.net.bulk.wire import (
     LENGTH_BYTES,
     MAX_BLOCK_BYTES,
-    LinkBroken,
+    ConnectionBroken,
     decode_block_length,
     decode_length,
 )
@@ -54,7 +54,7 @@ def test_an_altered_block_does_not_open(at: int) -> None:
     key = new_key()
     sealed = bytearray(sealed_blocks(key)[0])
     sealed[at] ^= 1
-    with pytest.raises(LinkBroken, match="altered"):
+    with pytest.raises(ConnectionBroken, match="altered"):
         opened(Opener(key), bytes(sealed))
 
 
@@ -64,7 +64,7 @@ def test_nobody_on_the_way_says_that_a_block_is_compressed() -> None:
         sealed = bytes(Sealer(key).seal(b"a block", packed))
         assert decode_block_length(sealed[:LENGTH_BYTES]) == (7, packed)
         rest = memoryview(sealed)[LENGTH_BYTES:]
-        with pytest.raises(LinkBroken, match="altered"):
+        with pytest.raises(ConnectionBroken, match="altered"):
             Opener(key).open(rest, not packed)
         assert bytes(Opener(key).open(rest, packed)) == b"a block"
 
@@ -76,16 +76,16 @@ def test_blocks_that_are_left_out_repeated_or_exchanged_do_not_open() -> None:
         opener = Opener(key)
         for sealed in order[:-1]:
             opened(opener, sealed)
-        with pytest.raises(LinkBroken, match="altered"):
+        with pytest.raises(ConnectionBroken, match="altered"):
             opened(opener, order[-1])
 
 
 def test_a_block_of_another_connection_does_not_open() -> None:
-    with pytest.raises(LinkBroken, match="altered"):
+    with pytest.raises(ConnectionBroken, match="altered"):
         opened(Opener(new_key()), sealed_blocks(new_key())[0])
 
 
 @pytest.mark.parametrize("key", [b"", bytes(16), bytes(KEY_BYTES + 1)])
 def test_what_is_no_key_is_refused(key: bytes) -> None:
-    with pytest.raises(LinkBroken, match="a key of"):
+    with pytest.raises(ConnectionBroken, match="a key of"):
         Sealer(key)

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from hypha.net.bulk.sockets import in_thread
-from hypha.net.bulk.wire import LinkBroken
+from hypha.net.bulk.wire import ConnectionBroken
 
 
 async def test_a_socket_that_was_closed_under_its_thread_is_a_broken_link() -> None:
@@ -17,7 +17,7 @@ async def test_a_socket_that_was_closed_under_its_thread_is_a_broken_link() -> N
     one, other = socket.socketpair()
     other.close()
     one.close()
-    with pytest.raises(LinkBroken, match="closed"):
+    with pytest.raises(ConnectionBroken, match="closed"):
         await in_thread(one, lambda: select.poll().register(one), trio.CapacityLimiter(1))
 
 

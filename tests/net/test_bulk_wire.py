@@ -16,10 +16,10 @@ from hypha.net.bulk.wire import (
     MAX_FRAME_BYTES,
     BlockPacker,
     BlockUnpacker,
+    ConnectionBroken,
     Frame,
     Go,
     Hello,
-    LinkBroken,
     Verdict,
     Working,
     decode_block_length,
@@ -51,13 +51,13 @@ def test_frames_come_back_as_they_went(frame: Frame) -> None:
     "payload", [b"", b"\xff", b"hello", msgspec.msgpack.encode({"type": "boss"}), msgspec.msgpack.encode([1])]
 )
 def test_nonsense_is_a_broken_link(payload: bytes) -> None:
-    with pytest.raises(LinkBroken):
+    with pytest.raises(ConnectionBroken):
         decode_frame(payload)
 
 
 @pytest.mark.parametrize("length", [0, MAX_FRAME_BYTES + 1, (1 << 32) - 1])
 def test_lengths_are_bounded(length: int) -> None:
-    with pytest.raises(LinkBroken, match=str(length)):
+    with pytest.raises(ConnectionBroken, match=str(length)):
         decode_length(struct.pack(">I", length), MAX_FRAME_BYTES)
 
 
@@ -68,7 +68,7 @@ def test_the_highest_bit_of_a_blocks_length_says_that_it_is_compressed(length: i
     if 0 < length <= MAX_BLOCK_BYTES:
         assert decode_block_length(head) == (length, packed)
     else:
-        with pytest.raises(LinkBroken, match=str(length)):
+        with pytest.raises(ConnectionBroken, match=str(length)):
             decode_block_length(head)
 
 
@@ -92,5 +92,5 @@ def test_blocks_come_back_as_they_went(plain: bytes) -> None:
     ids=["junk", "too-large", "bomb", "unknown", "cut"],
 )
 def test_bad_blocks_are_a_broken_link(block: bytes) -> None:
-    with pytest.raises(LinkBroken):
+    with pytest.raises(ConnectionBroken):
         BlockUnpacker().unpack(block)

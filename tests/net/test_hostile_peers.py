@@ -416,7 +416,7 @@ def speak_bulk(hostile: Node, victim: Node, data: bytes) -> None:
             tls.recv(1000)
 
 
-async def a_kept_link(case: Case) -> bulk_sockets.SocketLink:
+async def a_kept_link(case: Case) -> bulk_sockets.SocketConnection:
     """Of the hostile node to the victim, over which it has sent a file."""
 
     async def gate(caller: str, meta: TransferMeta) -> Path:
@@ -468,7 +468,7 @@ async def bulk_answers(case: Case) -> None:
 
         stop = case.hostile.transfers.accept("update", None, gate, take)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bulk_sockets.SocketLink, "_collect", speak)
+            patch.setattr(bulk_sockets.SocketConnection, "_collect", speak)
             # over a stream it may arrive all the same
             with trio.move_on_after(0.5), contextlib.suppress(NetworkError):
                 await case.victim.transfers.send(ref_of(case.hostile), source, meta)

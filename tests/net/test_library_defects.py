@@ -14,7 +14,16 @@ from tests.support.proxy import proxy_to
 from tests.support.stopwatch import Stopwatch
 
 from hypha.errors import PeerUnreachable, RequestTimeout
-from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, RenewLease
+from hypha.messages import (
+    Acknowledged,
+    DispatchJob,
+    ExecutorDescriptor,
+    Health,
+    HealthReport,
+    ModelSpec,
+    PeerRef,
+    TrainJob,
+)
 from hypha.net import Libp2pNode as Node
 from hypha.net.libp2p import yamux
 from hypha.net.libp2p.streams import STREAM_ERRORS, discard, read_exactly
@@ -61,19 +70,32 @@ async def test_a_reader_that_pauses_does_not_kill_its_writer(network: Network) -
 async def test_cancelled_requests_leave_the_connection_whole(network: Network) -> None:
     """As shipped, the connection dies of a half-written frame, and stream entries leak."""
 
-    async def never(caller: str, request: RenewLease) -> Acknowledged:
+    job = TrainJob(
+        job_id="job",
+        generation=0,
+        executor=ExecutorDescriptor(kind="train", name="diloco-transformer"),
+        me="a",
+        scheduler=PeerRef(peer="a"),
+        parameter_server=PeerRef(peer="b"),
+        model=ModelSpec(task="image-classification", arguments={"large": "x" * 50_000}),
+        dataset="digits",
+        batch_size=4,
+    )
+    large = DispatchJob(lease_id="lease", job=job)
+
+    async def never(caller: str, request: DispatchJob) -> Acknowledged:
         await trio.sleep_forever()
         raise AssertionError
 
     async with network.leaf("a") as one, network.leaf("b") as two:
-        two.answer(RenewLease, never)
+        two.answer(DispatchJob, never)
         await one.request(ref_of(two), Health())
         (connection,) = one._swarm.get_connections(ID.from_string(two.peer_id))
         for number in range(120):
             with trio.move_on_after(0.0002 * (number % 25)):
-                await one.request(two.peer_id, RenewLease(lease_id="x" * 50_000))
+                await one.request(two.peer_id, large)
         with pytest.raises(RequestTimeout):
-            await one.request(two.peer_id, RenewLease(lease_id="x"), timeout_s=0.05)
+            await one.request(two.peer_id, large, timeout_s=0.05)
         # the other side works no more for callers that left; before, it might rightly be busy with them
         await until(lambda: two._rpc._inbound.total() == 0)
         assert isinstance(await one.request(two.peer_id, Health(), timeout_s=5), HealthReport)

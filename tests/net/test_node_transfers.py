@@ -16,7 +16,7 @@ from hypha.config.tuning import TransferTuning
 from hypha.errors import Refused
 from hypha.messages import PeerRef, TransferMeta
 from hypha.net import meta_of
-from hypha.net.bulk.connection import Link
+from hypha.net.bulk.connection import BulkConnection
 from hypha.net.bulk.sending import BUSY_PAUSE_S, SLOW_WAY_S, Sending, Way
 
 pytestmark = pytest.mark.loopback
@@ -145,7 +145,7 @@ async def test_a_way_that_was_given_up_is_tried_last(
     tried: list[str] = []
     real = Sending._try_way
 
-    async def slow(self: Sending, way: Way, *arguments: Any) -> Link:
+    async def slow(self: Sending, way: Way, *arguments: Any) -> BulkConnection:
         tried.append(way)
         if way == "direct":
             await trio.sleep_forever()

@@ -31,7 +31,7 @@ from hypha.messages import (
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net import meta_of
-from hypha.net.peers.table import Peers
+from hypha.net.peers.table import PeerTable
 from hypha.net.rpc import PROTOCOL, frame, read_frame
 from hypha.tracing import span, traceparent
 from hypha.tracing.operations import ADVERTISE, FETCH_SLICE, SEND_UPDATE
@@ -119,13 +119,13 @@ async def test_connecting_tells_what_was_tried(
     network: Network, signals: Signals, monkeypatch: pytest.MonkeyPatch, larger: bool
 ) -> None:
     """Also where the dial that has connected is cancelled before it returns."""
-    connected = Peers.connected
+    connected = PeerTable.connected
 
-    async def told_slowly(peers: Peers, swarm: object, connection: object) -> None:
+    async def told_slowly(peers: PeerTable, swarm: object, connection: object) -> None:
         await connected(peers, swarm, connection)
         await trio.sleep(0.05)
 
-    monkeypatch.setattr(Peers, "connected", told_slowly)
+    monkeypatch.setattr(PeerTable, "connected", told_slowly)
     with trio.socket.socket() as closed:
         await closed.bind(("127.0.0.1", 0))
         nobody = f"/ip4/127.0.0.1/tcp/{closed.getsockname()[1]}"

@@ -29,7 +29,7 @@ from hypha.net import Libp2pNode as Node
 from hypha.net import open_node
 from hypha.net.libp2p.shared_port import RESEND_WITHIN_MS, TCP_RTO_MAX_MS, resend_soon
 from hypha.net.peers.addresses import host_and_port
-from hypha.net.peers.table import Peers
+from hypha.net.peers.table import PeerTable
 from hypha.pki.authority import revoke
 from hypha.pki.identity import IdentityFiles, load_identity
 
@@ -240,14 +240,14 @@ async def test_roles_are_known_as_soon_as_somebody_counts_as_connected(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = trio.Event()
-    connected = Peers.connected
+    connected = PeerTable.connected
 
-    async def late(peers: Peers, swarm: object, connection: object) -> None:
+    async def late(peers: PeerTable, swarm: object, connection: object) -> None:
         await told.wait()
         await connected(peers, swarm, connection)
 
     async with pair(network) as (one, two):
-        monkeypatch.setattr(Peers, "connected", late)
+        monkeypatch.setattr(PeerTable, "connected", late)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one.connect, ref_of(two))
             await until(lambda: one.is_connected(two.peer_id))

@@ -87,14 +87,14 @@ def test_openssl_accepts_the_chain_under_its_strict_rules(org: CaFiles, tmp_path
 
 def test_subjects_inherit_country_and_organisation(org: CaFiles, tmp_path: Path) -> None:
     node = make_node("n", org, tmp_path, roles={"worker"}, san=["node.example.org"])
-    (facts,) = describe(node.cert).certificates
-    assert facts.subject == "CN=n,O=Acme Lab,C=DE"
-    assert facts.issuer == "CN=Acme Lab CA,O=Acme Lab,C=DE"
-    assert facts.roles == ("worker",)
-    assert facts.names == ("urn:hypha:role:worker", "node.example.org")
-    assert facts.problems == ()
-    assert facts.peer_id is not None
-    assert (facts.not_after - facts.not_before).days == 366
+    (inspected,) = describe(node.cert).certificates
+    assert inspected.subject == "CN=n,O=Acme Lab,C=DE"
+    assert inspected.issuer == "CN=Acme Lab CA,O=Acme Lab,C=DE"
+    assert inspected.roles == ("worker",)
+    assert inspected.names == ("urn:hypha:role:worker", "node.example.org")
+    assert inspected.problems == ()
+    assert inspected.peer_id is not None
+    assert (inspected.not_after - inspected.not_before).days == 366
 
 
 def test_a_root_and_an_organisation_of_one_name_never_clobber_each_other(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_describe_tells_of_a_key_with_problems(org: CaFiles, tmp_path: Path) -> 
     (problem,) = describe(node.cert).key_problems
     assert "chmod 600" in problem
     chain = describe(tmp_path / "n-trust.pem")
-    assert [facts.is_root for facts in chain.certificates] == [False, True]
+    assert [inspected.is_root for inspected in chain.certificates] == [False, True]
     assert chain.key is None
     with pytest.raises(IdentityError, match="n-key"):
         describe(node.key)

@@ -187,8 +187,8 @@ def test_a_limited_organisation_vouches_for_its_roles_only(
 
 def test_a_limit_is_shown_and_no_problem_to_openssl(root: CaFiles, judge: Identity, tmp_path: Path) -> None:
     limited = org(root, "Lab", "data", "worker")
-    (facts,) = describe(limited.cert).certificates
-    assert facts.may_issue == ("data", "worker")
+    (inspected,) = describe(limited.cert).certificates
+    assert inspected.may_issue == ("data", "worker")
     assert describe(root.cert).certificates[0].may_issue is None
     node = make_node("n", limited, tmp_path / "n", roles=["data"])
     ran = subprocess.run(

@@ -73,7 +73,7 @@ async def small(network: Small) -> AsyncIterator[Small]:
     """The same network, with room everywhere."""
     yield network
     for disk in network.disks.values():
-        disk.make_room()
+        disk.make_space()
     await network.system.settle()
 
 
@@ -95,7 +95,7 @@ async def test_a_workers_disk_is_full_and_emptied_again(small: Small) -> None:
     alone = await system.reached(scheduler, lambda seen: len(seen.workers) == 1)
     await system.reached(scheduler, lambda seen: seen.round >= alone.round + 2)
     assert worker.process.poll() is None
-    disk.make_room()
+    disk.make_space()
     await system.logged(worker, "There is room again")
     back = await system.reached(
         scheduler, lambda seen: len(seen.workers) == 2 and all(worker.batches for worker in seen.workers)
@@ -144,7 +144,7 @@ async def test_the_schedulers_disk_is_full_even_when_it_is_started_again(small: 
             scheduler = await again(system, scheduler, "scheduler")
             await stands_still(scheduler, disk, "state")
         before = scheduler.log.read_text().count(GOES_ON)
-        disk.make_room()
+        disk.make_space()
         await until(
             lambda scheduler=scheduler, before=before: scheduler.log.read_text().count(GOES_ON) > before,
             30.0,
@@ -182,7 +182,7 @@ async def test_there_is_no_room_for_the_model(small: Small) -> None:
     assert f"publishing the model to {disk.path / 'model'} failed" in scheduler.tail()
     # nothing that looks like a model, and nothing left behind
     assert [path.name for path in disk.path.iterdir()] == ["filler"]
-    disk.make_room()
+    disk.make_space()
     scheduler = await again(system, scheduler, "scheduler")
     assert await system.ended(scheduler) == 0, scheduler.tail()
     await until(lambda: (disk.path / "model" / "model.safetensors").is_file())

@@ -49,12 +49,12 @@ from hypha.scheduler.durable.export import Published
 from hypha.scheduler.durable.ledger import Ledger, Opening, export_ledger, read_ledger
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.leasing.allocator import Allocator
-from hypha.scheduler.leasing.events import Ask, Gained, Lost, Offered, Want
+from hypha.scheduler.leasing.events import Gained, LeaseFailed, Offered, Search, Want
 from hypha.scheduler.leasing.pool import LeaseGained
 from hypha.scheduler.leasing.renewal import Renewal, Renewed
 from hypha.scheduler.status.history_file import FILE, HistoryFile, read_history
 from hypha.scheduler.status.round_record import RoundRecord
-from hypha.worker.leasing.arbiter import Arbiter, Heard, RenewAsked
+from hypha.worker.leasing.arbiter import Arbiter, RenewAsked, RequestHeard
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.storage.replicas import Owner, ReplicaStore
 
@@ -230,7 +230,7 @@ def _write_journal(path: Path) -> None:
         scene.update(name)
     scene.applied("a", "b")
     need = Resources(cpu=1, memory=2)
-    ask = Ask("request", descriptor(), need, 1.0, 2.0, "tiny")
+    ask = Search("request", descriptor(), need, 1.0, 2.0, "tiny")
     allocator = Allocator([ask], journal=journal)
     allocator.handle(Want("train", 1), 100.0)
     arbiter = Arbiter(
@@ -246,7 +246,7 @@ def _write_journal(path: Path) -> None:
         offer_within_s=0.5,
         dataset="tiny",
     )
-    arbiter.handle(Heard("S", asked), 100.0)
+    arbiter.handle(RequestHeard("S", asked), 100.0)
     [sent] = [action for action in arbiter.handle(Tick(), 100.3) if hasattr(action, "offer")]
     offer: WorkerOffer = sent.offer
     allocator.handle(Offered(PEER, offer), 100.35)
@@ -257,7 +257,7 @@ def _write_journal(path: Path) -> None:
     renewal = Renewal(5.0, 100.6, Random(1), LEASE, journal)
     renewal.handle(Tick(), 100.6)
     renewal.handle(Renewed(30.0), 100.7)
-    allocator.handle(Lost(LEASE), 140.0)
+    allocator.handle(LeaseFailed(LEASE), 140.0)
     write_entries(path, {"why": "recorded"}, tuple(journal.entries))
 
 

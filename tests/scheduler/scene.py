@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from hypha.journal import Entry, Journal
+from hypha.journal import Journal, JournalEntry
 from hypha.messages import (
     Contribution,
     Event,
@@ -34,7 +34,16 @@ from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.allocator import NAME as ALLOCATOR
 from hypha.scheduler.leasing.renewal import NAME as RENEWAL
 from hypha.scheduler.leasing.renewal import Lapsed, RenewalFailed, Renewed
-from hypha.scheduler.rounds.events import CarriedOver, Input, Joined, Leaves, Lost, Reported, SliceAsked, Told
+from hypha.scheduler.rounds.events import (
+    CarriedOver,
+    Input,
+    Joined,
+    ParticipantLeaves,
+    ParticipantLost,
+    Reported,
+    SliceAsked,
+    Told,
+)
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import Rules, Start
 from hypha.telemetry.instruments import BADPUT_REASONS
@@ -76,7 +85,7 @@ class Scene:
         if self.start is not None:
             self.begin(self.start)
 
-    def _listen(self, entry: Entry) -> None:
+    def _listen(self, entry: JournalEntry) -> None:
         self.news += self.goodput.handle(entry)
         self.goodput.validate()
 
@@ -85,7 +94,7 @@ class Scene:
         scheduler, tracker = PeerRef(peer="scheduler"), SliceTracker((40,) * 9)
         self.machine = RoundMachine(self.rules, start, tracker, scheduler, CarriedOver(), self.journal)
 
-    def next_life(self, round_: int) -> None:
+    def next_generation(self, round_: int) -> None:
         """After the loss of a parameter server: the job goes on from ``round_``."""
         self.begin(Start("job", self.machine.start.generation + 1, round_, 0, f"t{round_}"))
 
@@ -111,24 +120,24 @@ class Scene:
     def lease_lost(self, peer: str, reason: str) -> None:
         """The renewal gives up, the allocator hears of it, and then the round machine."""
         self.lease_expired(peer, reason)
-        self.feed(Lost(peer, "aggregate" if peer == "ps" else "train", reason))
+        self.feed(ParticipantLost(peer, "aggregate" if peer == "ps" else "train", reason))
 
     def lease_expired(self, peer: str, reason: str = "expired; the last renewal: timed out") -> None:
         """The same, and the round machine has not heard of it yet."""
         lapsed = (Lapsed(reason),)
         self.journal.note(f"{RENEWAL}:of-{peer}", self.now, RenewalFailed(reason), lapsed, {})
-        self.journal.note(ALLOCATOR, self.now, allocation.Lost(f"of-{peer}"), (), {})
+        self.journal.note(ALLOCATOR, self.now, allocation.LeaseFailed(f"of-{peer}"), (), {})
 
     def leaves(self, peer: str, left_s: float, spare: str = "") -> None:
         """It ends soon; ``spare`` is leased meanwhile."""
-        self.feed(Leaves(peer, "train", left_s))
+        self.feed(ParticipantLeaves(peer, "train", left_s))
         if spare:
             self.leased(spare)
             self.joined(spare)
 
     def let_go(self, peer: str) -> None:
         """What was gone from the round machine is gone from the allocator, too."""
-        self.journal.note(ALLOCATOR, self.now, allocation.Lost(f"of-{peer}", False), (), {})
+        self.journal.note(ALLOCATOR, self.now, allocation.LeaseFailed(f"of-{peer}", False), (), {})
 
     def give_everything_back(self) -> None:
         self.journal.note(ALLOCATOR, self.now, allocation.Want("train", 0), (), {})

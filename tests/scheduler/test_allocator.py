@@ -20,23 +20,23 @@ from hypha.scheduler.leasing.events import (
     Accept,
     Advertise,
     AllocatorAction,
-    Ask,
     Decline,
     Dismiss,
     Gained,
     GatewayChanged,
     Keep,
-    Leaves,
-    Lost,
+    LeaseFailed,
     Offered,
-    Pace,
+    Search,
+    SearchTimes,
     Want,
     Worked,
+    WorkerLeaves,
 )
 from hypha.scheduler.leasing.track_records import TrackRecord
 
 NEED = Resources(cpu=1, memory=4, gpu=2)
-TRAIN = Ask(
+TRAIN = Search(
     request_id="rt",
     executor=ExecutorDescriptor(kind="train", name="t"),
     resources=NEED,
@@ -44,7 +44,7 @@ TRAIN = Ask(
     max_price=2.0,
     dataset="digits",
 )
-SERVER = Ask(
+SERVER = Search(
     request_id="ra",
     executor=ExecutorDescriptor(kind="aggregate", name="a"),
     resources=Resources(cpu=1),
@@ -127,15 +127,15 @@ def test_another_is_looked_for_as_soon_as_a_worker_says_that_it_ends() -> None:
     allocator.handle(Gained(taken), 1.1)
     assert allocator.missing("train") == 0
     # said again and again, it is one worker that is missing
-    assert advertised(allocator.handle(Leaves(taken), 5.0)) == [1]
-    allocator.handle(Leaves(taken), 6.0)
+    assert advertised(allocator.handle(WorkerLeaves(taken), 5.0)) == [1]
+    allocator.handle(WorkerLeaves(taken), 6.0)
     assert allocator.missing("train") == 1
     give(allocator, offer("second"), at=6.1)
     assert accepted(allocator.handle(Tick(), 7.0)) == ["second"]
     allocator.handle(Gained(other), 7.1)
     assert allocator.missing("train") == 0
     # its end changes nothing any more, and is no fault of it
-    assert advertised(allocator.handle(Lost(taken, avoid=False), 9.0)) == []
+    assert advertised(allocator.handle(LeaseFailed(taken, avoid=False), 9.0)) == []
     assert allocator.missing("train") == 0
 
 
@@ -349,7 +349,7 @@ def test_a_lost_worker_is_replaced_at_once_by_another_if_there_is_one() -> None:
     give(allocator, offer("W1"))
     allocator.handle(Tick(), 0.5)
     allocator.handle(Gained("lease of W1 for rt"), 0.6)
-    assert advertised(allocator.handle(Lost("lease of W1 for rt"), 50.0)) == [1]
+    assert advertised(allocator.handle(LeaseFailed("lease of W1 for rt"), 50.0)) == [1]
     give(allocator, offer("W1", lease_id="again", price=0.1), offer("W2", price=2.0), at=50.1)
     actions = allocator.handle(Tick(), 50.5)
     assert accepted(actions) == ["W2"]
@@ -360,11 +360,11 @@ def test_a_failed_worker_is_taken_when_nobody_else_offers_and_forgiven_later() -
     allocator = wanting()
     give(allocator, offer("W1"))
     allocator.handle(Tick(), 0.5)
-    allocator.handle(Lost("lease of W1 for rt"), 1.0)
+    allocator.handle(LeaseFailed("lease of W1 for rt"), 1.0)
     give(allocator, offer("W1", lease_id="again"), at=1.1)
     assert accepted(allocator.handle(Tick(), 1.6)) == ["W1"]
-    allocator.handle(Lost("again", avoid=False), 2.0)
-    late = 1.0 + Pace().avoid_s
+    allocator.handle(LeaseFailed("again", avoid=False), 2.0)
+    late = 1.0 + SearchTimes().avoid_s
     allocator.handle(Tick(), late - 1)
     allocator.handle(Tick(), late - 0.5)
     give(allocator, offer("W1", lease_id="third", price=0.1), offer("W2"), at=late)
@@ -380,7 +380,7 @@ def test_acceptances_that_always_fail_do_not_flood_the_network() -> None:
         now += 0.7
         for action in allocator.handle(Tick(), now):
             if isinstance(action, Accept):
-                requests += len(advertised(allocator.handle(Lost(action.offer.lease_id), now)))
+                requests += len(advertised(allocator.handle(LeaseFailed(action.offer.lease_id), now)))
             requests += isinstance(action, Advertise)
     assert 10 < requests < 35
 
@@ -472,7 +472,7 @@ def test_never_more_than_wanted_and_every_offer_ends_somewhere(
             worker = f"W{argument}"
             follow(allocator.handle(Offered(worker, offer(worker, lease_id=f"l{number}")), now))
         elif what == 3 and taken:
-            follow(allocator.handle(Lost(lost := min(taken)), now))
+            follow(allocator.handle(LeaseFailed(lost := min(taken)), now))
             taken.discard(lost)
         elif what == 4 and taken:
             follow(allocator.handle(Gained(min(taken)), now))
@@ -522,7 +522,7 @@ def test_an_absurd_offer_for_nothing_does_not_win_for_ever() -> None:
             )
         taken += accepted(allocator.handle(Tick(), now + 5.0))
         # whoever was taken is lost again: the one by its own fault, the other as the job is over
-        allocator.handle(Lost(f"{taken[-1]} {number}", avoid=taken[-1] == "moon"), now + 6.0)
+        allocator.handle(LeaseFailed(f"{taken[-1]} {number}", avoid=taken[-1] == "moon"), now + 6.0)
         # long after it was forgiven
         now += 3600.0
         allocator.handle(Tick(), now - 1.0)
@@ -538,7 +538,7 @@ def test_who_fails_again_and_again_is_avoided_for_longer_each_time() -> None:
         allocator.handle(Tick(), at)
         give(allocator, offer("W1", lease_id=f"l{number}"), at=at + 0.1)
         assert accepted(allocator.handle(Tick(), at + 5.0)) == ["W1"]
-        allocator.handle(Lost(f"l{number}"), at + 10.0)
+        allocator.handle(LeaseFailed(f"l{number}"), at + 10.0)
         assert not allocator._is_avoided("W1", at + 11.0 + until)
         assert allocator._is_avoided("W1", at + 9.0 + until)
 
@@ -552,7 +552,7 @@ def test_a_measured_speed_goes_before_a_claimed_capacity() -> None:
         allocator.handle(Worked((("slow", 1.0), ("fast", 40.0))), 1.0)
     allocator.handle(Want("train", 0), 2.0)
     for worker in ("slow", "fast"):
-        allocator.handle(Lost(f"lease of {worker} for rt", avoid=False), 2.0)
+        allocator.handle(LeaseFailed(f"lease of {worker} for rt", avoid=False), 2.0)
     allocator.handle(Want("train", 1), 3.0)
     offers = [offer("slow", lease_id="s2", resources=large), offer("fast", lease_id="f2", resources=NEED)]
     assert choose(allocator, *offers, at=3.0) == "fast"

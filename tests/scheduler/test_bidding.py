@@ -16,21 +16,21 @@ from hypha.scheduler.leasing.events import (
     Adopted,
     Advertise,
     AllocatorAction,
-    Ask,
     Begun,
     Contended,
     Decline,
     Gained,
     GiveBack,
-    Lost,
-    Pace,
+    LeaseFailed,
+    Search,
+    SearchTimes,
     Want,
     Worked,
 )
 from hypha.scheduler.leasing.track_records import TrackRecord
 
 
-def raising(**changes: object) -> Ask:
+def raising(**changes: object) -> Search:
     asked = {"bid": 1.0, "max_price": 3.0, "raise_after_s": 10.0, "raise_by": 0.25, **changes}
     return msgspec.structs.replace(TRAIN, **asked)
 
@@ -74,7 +74,9 @@ def test_once_all_are_held_the_next_search_begins_with_the_bid() -> None:
     assert allocator.bid("train") == 1.0
     allocator.handle(Tick(), 500.0)
     [again] = [
-        one for one in allocator.handle(Lost("lease of W1 for rt"), 500.0) if isinstance(one, Advertise)
+        one
+        for one in allocator.handle(LeaseFailed("lease of W1 for rt"), 500.0)
+        if isinstance(one, Advertise)
     ]
     assert again.bid == 1.0
     assert [bid for _, bid in bids(allocator, 515.0)] == [1.0, 1.5]
@@ -113,10 +115,10 @@ def test_bids_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
 
 # --- giving way -------------------------------------------------------------------------------------------
 
-PATIENT = Pace(yield_after_s=60.0)
+PATIENT = SearchTimes(yield_after_s=60.0)
 
 
-def short(pace: Pace = PATIENT, request_id: str = "rt", outranked: bool = True) -> Allocator:
+def short(pace: SearchTimes = PATIENT, request_id: str = "rt", outranked: bool = True) -> Allocator:
     """It needs two to begin, holds one, and others have asked for that one for longer; since 1.0."""
     train = msgspec.structs.replace(TRAIN, least=2, request_id=request_id)
     server = msgspec.structs.replace(SERVER, least=1)
@@ -152,7 +154,7 @@ def test_a_job_that_cannot_begin_gives_back_what_others_ask_for_and_is_silent_fo
     [declined] = give(allocator, offer("W2"), at=at)
     assert isinstance(declined, Decline)
     assert declined.cause == "not-needed"
-    actions: list[AllocatorAction] = allocator.handle(Lost("l1", avoid=False), at)
+    actions: list[AllocatorAction] = allocator.handle(LeaseFailed("l1", avoid=False), at)
     assert actions == []
     asked = advertisements(allocator, at + 60.0)
     assert asked[0] == at + 10.0, "twice the longest pause between two requests: the others have been heard"
@@ -163,7 +165,7 @@ def test_a_job_that_cannot_begin_gives_back_what_others_ask_for_and_is_silent_fo
     allocator.handle(Contended("l2", True, True), at + 61.0)
     again = until_given_back(allocator, at + 500.0)
     assert again is not None
-    allocator.handle(Lost("l2", avoid=False), again)
+    allocator.handle(LeaseFailed("l2", avoid=False), again)
     assert advertisements(allocator, again + 60.0)[0] == again + 20.0
 
 
@@ -184,7 +186,7 @@ def test_a_job_that_is_alone_trains_or_gets_more_keeps_what_it_has() -> None:
         allocator = short()
         allocator.handle(event, 2.0)
         assert until_given_back(allocator, 1000.0) is None, event
-    assert until_given_back(short(Pace()), 1000.0) is None, "nobody told it to give way"
+    assert until_given_back(short(SearchTimes()), 1000.0) is None, "nobody told it to give way"
     # another worker begins the time anew
     allocator = short()
     at = until_given_back(short(), 500.0)
@@ -206,7 +208,7 @@ def test_a_lease_of_an_earlier_scheduler_is_given_back_too() -> None:
     at = until_given_back(allocator, 500.0)
     assert at is not None
     for lease in ("l1", "l9"):
-        allocator.handle(Lost(lease, avoid=False), at)
+        allocator.handle(LeaseFailed(lease, avoid=False), at)
     allocator.handle(Contended("l9", True), at)
     assert until_given_back(allocator, at + 500.0) is None, "nothing is held"
 
@@ -225,7 +227,7 @@ def test_a_job_whose_own_workers_leave_no_place_for_its_parameter_server_gives_o
         for action in allocator.handle(Tick(), wake):
             if isinstance(action, GiveBack):
                 given.append(action.lease_id)
-                allocator.handle(Lost(action.lease_id, avoid=False), wake)
+                allocator.handle(LeaseFailed(action.lease_id, avoid=False), wake)
     assert given == ["l2"], "two are as many as it needs to begin"
 
 

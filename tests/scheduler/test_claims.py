@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.scheduler.test_ledger import opening
-from tests.scheduler.test_rounds import check_books, rules
+from tests.scheduler.test_rounds import check_contributions, rules
 from tests.scheduler.world import Worker, World
 
 from hypha.contributions import MOST_COUNT, contribution_problem
@@ -147,7 +147,7 @@ def test_progress_that_cannot_be_is_not_believed_and_its_worker_replaced(
     assert {getattr(record, "worker_peer_id", "") for record in caplog.records} == {"d"}
     world.run(600)
     assert isinstance(world.ended, Publish)
-    check_books(world, 3)
+    check_contributions(world, 3)
     assert sum(record.samples for record in world.records.values()) < 3 * 4400
 
 
@@ -173,7 +173,7 @@ def test_an_update_of_a_trillion_samples_costs_its_worker_its_place_and_nothing_
     world.run(600)
     assert isinstance(world.ended, Publish)
     assert {part.worker for part in world.records[0].contributors} == {"a", "b", "c"}
-    check_books(world, 3)
+    check_contributions(world, 3)
 
 
 def test_what_is_said_without_end_takes_no_more_room() -> None:
@@ -187,8 +187,8 @@ def test_what_is_said_without_end_takes_no_more_room() -> None:
             UpdateRefused(**names, code=f"code-{number}", reason="none"),
         ):
             world.feed(Told("ps", "aggregate", "ps-1", stamp(world), event))
-    assert len(machine.books.accepted) <= 110
-    assert len(machine.books.contributions) <= 110
+    assert len(machine.updates.accepted) <= 110
+    assert len(machine.updates.contributions) <= 110
     assert len(machine.counts) < 20
     early: list[Told] = []
     for number in range(3000):
@@ -348,7 +348,7 @@ def test_two_of_four_that_call_the_model_wrong_do_not_end_a_job_that_the_others_
     assert set(replaced(world)) == {"c", "d"}
     world.run(600)
     assert isinstance(world.ended, Publish)
-    check_books(world, 2)
+    check_contributions(world, 2)
     # most of them are right
     world = training("a", "b", "c", "d", rounds=2)
     for peer in "bcd":
@@ -363,7 +363,7 @@ def test_a_round_that_holds_odd_claims_is_written_and_read_and_the_job_resumed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = training("a", "b", samples=400)
-    world.run(60, until=lambda: len(world.machine.books.accepted) == 2)
+    world.run(60, until=lambda: len(world.machine.updates.accepted) == 2)
     odd = msgspec.structs.replace(
         GOOD, incarnation=world.workers["a"].incarnation, samples=1 << 63, loss=float("nan"), steps=1 << 62
     )

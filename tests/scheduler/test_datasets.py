@@ -25,7 +25,7 @@ from hypha.messages import (
     SliceInfo,
 )
 from hypha.node import Node
-from hypha.scheduler.data.datasets import REFRESH_S, Wanted, find_dataset
+from hypha.scheduler.data.datasets import REFRESH_S, ManifestChoice, find_dataset
 from hypha.scheduler.data.pins import Pins
 from hypha.scheduler.status.services import Services
 
@@ -163,7 +163,11 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
         data_node(network, gateway, manifest=OTHER) as differs,
         data_node(network, gateway, manifest=OTHER, stated=meant) as liar,
     ):
-        for wanted in (Wanted(pinned=meant), Wanted(known=meant), Wanted(pinned=meant, known=other)):
+        for wanted in (
+            ManifestChoice(pinned=meant),
+            ManifestChoice(known=meant),
+            ManifestChoice(pinned=meant, known=other),
+        ):
             dataset = await find_dataset(scheduler, "digits", 10.0, wanted=wanted)
             assert (dataset.manifest_hash, set(dataset.providers)) == (meant, {honest.peer_id})
             await dataset.refresh(scheduler)
@@ -172,7 +176,7 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
         assert any("serves different data" in text and peer == differs.peer_id for text, peer in said)
         assert any("does not serve digits as it says" in text and peer == liar.peer_id for text, peer in said)
         with pytest.raises(DatasetMismatch, match=f"{'ab' * 32} of the job"):
-            await find_dataset(scheduler, "digits", 1.0, wanted=Wanted(pinned="ab" * 32))
+            await find_dataset(scheduler, "digits", 1.0, wanted=ManifestChoice(pinned="ab" * 32))
         async with data_node(network, gateway):
             assert (await find_dataset(scheduler, "digits", 10.0)).manifest_hash == meant
 

@@ -22,7 +22,7 @@ from hypha.messages import (
 )
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, class_names, outer_optimizer
-from hypha.scheduler.durable.starts import Life, described
+from hypha.scheduler.durable.starts import Generation, described
 from hypha.scheduler.rounds.policy import Rules, Start
 from hypha.scheduler.status.view import in_words
 
@@ -63,11 +63,11 @@ def test_a_training_job() -> None:
 
 
 def test_an_aggregate_job_starts_where_the_life_starts() -> None:
-    life = Life(Start("job", round=5), SliceTracker([1]).to_state(), "scheduler")
+    generation = Generation(Start("job", round=5), SliceTracker([1]).to_state(), "scheduler")
     job = descriptions(
         outer_optimizer={"weighting": "uniform", "learning_rate": 0.5},
         checkpoint={"every-rounds": 3, "keep": 1, "place": "s3://b/c"},
-    ).aggregate("p", life.restore(SCHEDULER))
+    ).aggregate("p", generation.restore(SCHEDULER))
     assert job.restore == Peers(peers=(SCHEDULER,), resource="checkpoint/5")
     assert (job.round, job.weighting, job.optimizer.learning_rate) == (5, "uniform", 0.5)
     assert (job.checkpoint.every_rounds, job.checkpoint.keep, job.checkpoint.place) == (3, 1, "s3://b/c")
@@ -75,8 +75,8 @@ def test_an_aggregate_job_starts_where_the_life_starts() -> None:
 
 def test_where_a_checkpoint_is_restored_from() -> None:
     tracker = SliceTracker([1]).to_state()
-    assert Life(Start("j"), tracker).restore(SCHEDULER) is None
-    assert Life(Start("j", round=2), tracker, "/mnt/c/round-2").restore(SCHEDULER) == Local(
+    assert Generation(Start("j"), tracker).restore(SCHEDULER) is None
+    assert Generation(Start("j", round=2), tracker, "/mnt/c/round-2").restore(SCHEDULER) == Local(
         url="/mnt/c/round-2"
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from tests.scheduler.test_rounds import check_books, rules
+from tests.scheduler.test_rounds import check_contributions, rules
 from tests.scheduler.world import Worker, World
 
 from hypha.errors import ExecutorFailed, JobFailed, ModelError, NotFinite
 from hypha.messages import ExecutorExited, Loaded, PeerRef
 from hypha.scheduler.rounds import failures as failing
-from hypha.scheduler.rounds.events import Again, Drop, Fail, Joined, Lost, Publish
+from hypha.scheduler.rounds.events import Again, Drop, Fail, Joined, ParticipantLost, Publish
 
 NAN = "the loss is not finite"
 
@@ -53,7 +53,7 @@ def test_an_executor_is_started_again_with_growing_pauses_and_then_its_worker_re
     assert isinstance(answers(world)[-1], Drop)
     world.run(3000)
     assert isinstance(world.ended, Publish)
-    check_books(world, 3)
+    check_contributions(world, 3)
 
 
 def test_a_round_with_its_update_clears_its_account() -> None:
@@ -123,7 +123,7 @@ def test_with_its_lease_an_executor_is_not_started_again() -> None:
     world = world_of("a", "b")
     world.fail("a", "internal", "the disk is gone", ends=False)
     world.run(1)
-    world.feed(Lost("a", "train", "expired"))
+    world.feed(ParticipantLost("a", "train", "expired"))
     world.run(30)
     assert answers(world) == []
 
@@ -271,7 +271,7 @@ def test_the_start_does_not_wait_longer_and_who_is_late_joins() -> None:
     world.run(600)
     assert isinstance(world.ended, Publish)
     assert {part.worker for part in world.applied[-1][1]} == {"a", "b", "c"}
-    check_books(world, 5)
+    check_contributions(world, 5)
 
 
 def test_the_wait_begins_anew_when_there_are_too_few_again() -> None:
@@ -279,7 +279,7 @@ def test_the_wait_begins_anew_when_there_are_too_few_again() -> None:
     for peer in "ab":
         world.add(Worker(peer, 0.05))
     world.run(4)
-    world.feed(Lost("b", "train", "expired"))
+    world.feed(ParticipantLost("b", "train", "expired"))
     world.run(4)
     assert world.machine.phase == "loading"
     world.machine.handle(Joined(PeerRef(peer="x"), "train"), world.now)

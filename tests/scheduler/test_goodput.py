@@ -11,9 +11,9 @@ from hypha.messages import (
     ExecutorExited,
     UpdateRefused,
 )
-from hypha.scheduler.goodput.place import Place
+from hypha.scheduler.goodput.place import GoodputPlace
 from hypha.scheduler.goodput.report import FailureNoticed, RecoveryStep
-from hypha.scheduler.rounds.events import DataServed, GoesOn, JobRefused, Reachable, Tick, Unreachable
+from hypha.scheduler.rounds.events import DataServed, GoesOn, JobRefused, Reachable, TimePassed, Unreachable
 from hypha.scheduler.rounds.policy import Rules, Start
 
 
@@ -290,7 +290,7 @@ def test_a_parameter_server_that_is_lost_takes_rounds_with_it() -> None:
     scene.at(10).renewed("ps")
     assert scene.report().goodput_s == 12.0
     scene.at(11).lease_lost("ps", "nobody is there any more: refused")
-    scene.next_life(0)
+    scene.next_generation(0)
     assert scene.split()["replayed"] == 8.0 + 6.0
     assert scene.report().samples == 0
     scene.at(12).leased("ps")
@@ -315,7 +315,7 @@ def test_who_trains_while_the_parameter_server_is_away_loses_nothing_where_no_ro
     scene.at(8).update("a")
     scene.at(8.5).renewed("ps")
     scene.at(9).lease_lost("ps", "nobody is there any more: refused")
-    scene.next_life(0)
+    scene.next_generation(0)
     scene.at(9).leased("ps")
     scene.at(9).joined("ps", "a", "b")
     scene.feed(GoesOn("a", "train"))
@@ -337,7 +337,7 @@ def test_of_an_executor_that_did_not_outlive_another_life_nobody_says_that_it_is
     scene = Scene().opened()
     scene.at(5).reported("b", 1)
     scene.at(9).lease_lost("ps", "nobody is there any more: refused")
-    scene.next_life(0)
+    scene.next_generation(0)
     scene.at(9).leased("ps")
     scene.at(9).joined("ps", "a", "b")
     scene.lives["b"] = 1
@@ -390,7 +390,7 @@ def test_after_the_end_no_time_passes() -> None:
     scene = Scene().opened()
     scene.at(6).give_everything_back()
     ended = scene.report()
-    scene.at(60).feed(Tick())
+    scene.at(60).feed(TimePassed())
     assert scene.report() == ended
     assert ended.wall_s == 6.0
 
@@ -418,15 +418,15 @@ def test_a_stretch_that_is_lost_is_found() -> None:
     scene = Scene().opened()
     scene.goodput.places[0].pending.pop()
     with pytest.raises(AssertionError, match="do not make"):
-        scene.at(6).feed(Tick())
+        scene.at(6).feed(TimePassed())
 
 
 def test_a_stretch_that_nobody_closed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def turn(place: Place, what: str, at: int) -> None:
+    def turn(place: GoodputPlace, what: str, at: int) -> None:
         place.what, place.effort, place.since = what, None, at
 
     scene = Scene().opened()
-    monkeypatch.setattr(Place, "turn", turn)
+    monkeypatch.setattr(GoodputPlace, "turn", turn)
     with pytest.raises(AssertionError, match="do not make"):
         scene.trains(4, "a").at(8)
 
@@ -435,11 +435,11 @@ def test_an_unknown_reason_is_found() -> None:
     scene = Scene().opened()
     scene.goodput.places[1].turn("idling", 105_000_000_000)
     with pytest.raises(AssertionError, match="no reasons"):
-        scene.at(6).feed(Tick())
+        scene.at(6).feed(TimePassed())
 
 
 def test_a_member_that_was_missed_is_found() -> None:
     scene = Scene().opened()
     scene.goodput._members.pop("b")
     with pytest.raises(AssertionError, match="are not"):
-        scene.at(6).feed(Tick())
+        scene.at(6).feed(TimePassed())

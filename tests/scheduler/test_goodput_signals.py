@@ -15,7 +15,7 @@ from hypha.journal import Journal
 from hypha.messages import CheckpointSaved, LedgerRound, UpdateStatistics
 from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.signals import GoodputSignals
-from hypha.scheduler.rounds.events import Tick
+from hypha.scheduler.rounds.events import TimePassed
 from hypha.scheduler.rounds.policy import Start
 from hypha.telemetry import metrics
 
@@ -99,7 +99,7 @@ def test_a_counter_never_goes_back_where_the_job_does(told: Told, meter: Meter) 
     scene.tell("ps", CheckpointSaved(round=1, place="scheduler"))
     signals.report(scene.now)
     scene.at(9).lease_lost("ps", "nobody is there any more: refused")
-    scene.next_life(0)
+    scene.next_generation(0)
     report = signals.report(scene.now)
     assert report is not None
     assert (report.goodput_s, report.badput_s["replayed"]) == (0.0, 8.0)
@@ -152,7 +152,7 @@ def test_an_account_that_fails_is_given_up_and_ends_nothing(
     signals = GoodputSignals(journal, 2, 0.0)
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
-            journal.note("rounds", 1.0, Tick(), (), {})
+            journal.note("rounds", 1.0, TimePassed(), (), {})
     assert signals.report(2.0) is None
     assert [one.getMessage() for one in caplog.records] == ["Goodput is not known any more: KeyError('no')"]
 

@@ -13,11 +13,11 @@ from tests.scheduler.test_rounds import rules
 from tests.scheduler.world import Worker, World
 from tests.support.polling import until
 
-from hypha.journal import Entry, Journal
+from hypha.journal import Journal, JournalEntry
 from hypha.messages import LedgerRound
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.rounds.events import JobRefused, LifeBegan
+from hypha.scheduler.rounds.events import GenerationBegan, JobRefused
 from hypha.scheduler.rounds.policy import Start
 from hypha.scheduler.status import history as history_module
 from hypha.scheduler.status.history import DETAILED, History
@@ -115,7 +115,9 @@ def test_faults_are_kept_without_secrets() -> None:
     world.run(60, until=lambda: world.machine.round == 1 and "b" not in world.machine.members)
     # half a secret is not kept either, and what is no Unicode can be written
     text = "\udc80" + "x" * 191 + " hf_secret"
-    history.note(Entry(9, world.now, "rounds", JobRefused("b", "train", text), (), world.machine.summary()))
+    history.note(
+        JournalEntry(9, world.now, "rounds", JobRefused("b", "train", text), (), world.machine.summary())
+    )
     open_round = history.open_round(world.now)
     assert open_round is not None
     assert open_round.faults[-1].text == "?" + "x" * 191 + " [secret"
@@ -152,9 +154,9 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_it_does_not_understand_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
     world, history = watched()
-    broken = Entry(0, 1.0, "rounds", object(), (object(),), "no state")
+    broken = JournalEntry(0, 1.0, "rounds", object(), (object(),), "no state")
     history.note(broken)
-    history.note(Entry(0, 1.0, "rounds", None, None, {}))  # type: ignore[arg-type]
+    history.note(JournalEntry(0, 1.0, "rounds", None, None, {}))  # type: ignore[arg-type]
     world.run(60, until=lambda: world.machine.round == 1)
     assert sum("something unforeseen" in record.getMessage() for record in caplog.records) <= 1
 
@@ -275,10 +277,10 @@ async def test_the_next_scheduler_shows_what_the_one_before_has_kept(tmp_path: P
     async with trio.open_nursery() as nursery:
         nursery.start_soon(keep_history, second, tmp_path)
         later = World(rules(), journal=life)
-        first_life = life.entries[0].event
-        assert isinstance(first_life, LifeBegan)
-        began = msgspec.structs.replace(first_life, start=Start("job-1", 1, 2))
-        second.note(Entry(1, 0.0, "rounds", began, (), later.machine.summary()))
+        first_generation = life.entries[0].event
+        assert isinstance(first_generation, GenerationBegan)
+        began = msgspec.structs.replace(first_generation, start=Start("job-1", 1, 2))
+        second.note(JournalEntry(1, 0.0, "rounds", began, (), later.machine.summary()))
         await until(lambda: second.replaced == 1)
         nursery.cancel_scope.cancel()
     assert [one.round for one in second.records] == [0, 1]

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 import trio
 from opentelemetry.sdk.trace import ReadableSpan
-from tests.support.earlier import earlier_desk
+from tests.support.earlier import earlier_lease_service
 from tests.support.network import Network, until
 from tests.support.signals import Signals
 from tests.support.virtual_network import VirtualNetwork, virtual_time
@@ -94,7 +94,7 @@ from hypha.scheduler.durable.ledger import Ledger
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
 from hypha.worker.leasing.arbiter import Arbiter
-from hypha.worker.leasing.offers import LeaseDesk, serve_offers
+from hypha.worker.leasing.offers import LeaseService, serve_offers
 
 MANIFEST = Manifest(
     name="digits",
@@ -147,7 +147,7 @@ class Actor:
     sent: Contribution | None = None
     applied: RoundApplied | None = None
     started: int = -1
-    desk: LeaseDesk | None = None
+    lease_service: LeaseService | None = None
     #: a parameter server sends a checkpoint whole before what it is asked for after that
     archive: trio.Lock = field(default_factory=trio.Lock)
 
@@ -440,7 +440,9 @@ async def actor(
     network: Network | VirtualNetwork,
     gateway: Node,
     stage: Stage,
-    desk_of: Callable[..., LeaseDesk] = lambda *of, on_expired: LeaseDesk(Arbiter(*of), on_expired),
+    lease_service_of: Callable[..., LeaseService] = lambda *of, on_expired: LeaseService(
+        Arbiter(*of), on_expired
+    ),
     **traits: Any,
 ) -> AsyncIterator[Actor]:
     executors = (
@@ -457,9 +459,9 @@ async def actor(
 
         terms = OfferConfig(lease_s=15.0, temporary_lease_s=5.0)
         total = Resources(cpu=2, memory=8, storage=1)
-        desk = desk_of(total, executors, terms, node.ref, on_expired=ended)
-        play.desk = desk
-        await nursery.start(serve_offers, node, desk)
+        lease_service = lease_service_of(total, executors, terms, node.ref, on_expired=ended)
+        play.lease_service = lease_service
+        await nursery.start(serve_offers, node, lease_service)
         yield play
         nursery.cancel_scope.cancel()
 
@@ -921,7 +923,7 @@ async def test_what_cannot_be_had_ends_with_its_own_exit_code(
     async with (
         network.gateway() as gateway,
         data_node(network, gateway),
-        actor(network, gateway, stage, desk_of=earlier_desk),
+        actor(network, gateway, stage, lease_service_of=earlier_lease_service),
     ):
         with trio.fail_after(20), pytest.raises(error, match=says) as caught:
             await network.run_job(config_for(network, gateway, tmp_path, **changes))

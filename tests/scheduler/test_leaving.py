@@ -28,8 +28,8 @@ TERMS = OfferConfig(lease_s=600.0, temporary_lease_s=2.0)
 async def opened_worker(network: VirtualNetwork, gateway: Node) -> AsyncIterator[tuple[Worker, Leaving]]:
     async with network.leaf("worker", [gateway], roles=("worker",)) as node, trio.open_nursery() as nursery:
         worker = Worker(node, TERMS, 1.0)
-        leaving = Leaving(node, worker.desk)
-        await nursery.start(serve_offers, node, worker.desk)
+        leaving = Leaving(node, worker.lease_service)
+        await nursery.start(serve_offers, node, worker.lease_service)
         nursery.start_soon(leaving.run)
         yield worker, leaving
         nursery.cancel_scope.cancel()
@@ -234,7 +234,7 @@ async def test_a_worker_that_says_so_and_stays_is_given_back_and_cannot_put_it_o
         opened_pool(scheduler) as (pool, seen),
     ):
         lease = await leased(pool)
-        worker.desk.close()
+        worker.lease_service.close()
         began = trio.current_time()
         for _ in range(20):
             notice = WorkerLeaving(lease_id=lease, left_s=10.0)
@@ -255,8 +255,8 @@ async def test_an_offer_on_the_table_goes_with_its_worker(network: VirtualNetwor
         opened_pool(scheduler) as (pool, _),
     ):
         pool.want("train", 1)
-        await until(lambda: worker.desk.leases)
-        assert not worker.desk.leases[0].accepted
+        await until(lambda: worker.lease_service.leases)
+        assert not worker.lease_service.leases[0].accepted
         leaving.begin(10.0, "a test")
         await leaving.left.wait()
         assert worker.is_free

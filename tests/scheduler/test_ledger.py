@@ -117,7 +117,7 @@ async def test_a_later_life_discards_and_goes_on(tmp_path: Path) -> None:
             await ledger.run(Ledger.checkpoint, 2, "scheduler")
     starts = await ledger.run(Ledger.starts)
     assert [(start.round, start.steps, start.place) for start in starts] == [(2, 4, "scheduler"), (0, 0, "")]
-    await ledger.run(Ledger.begin_life, 1, 2, tracker)
+    await ledger.run(Ledger.begin_generation, 1, 2, tracker)
     await ledger.run(Ledger.record, entry(2, generation=1), tracker, 6)
     file = await ledger.run(Ledger.to_file)
     assert [(part.round, part.generation, part.discarded) for part in file.rounds] == [

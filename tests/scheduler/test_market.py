@@ -11,8 +11,8 @@ import pytest
 
 from hypha.config.models import OfferConfig, UtilizationConfig
 from hypha.messages import Resources
-from hypha.scheduler.leasing.events import Pace, Want
-from hypha.simulation.market import Job, Market, MarketScheduler, MarketWorker, Purse
+from hypha.scheduler.leasing.events import SearchTimes, Want
+from hypha.simulation.market import Market, MarketJob, MarketScheduler, MarketWorker, Purse
 from hypha.simulation.market_search import run_market
 
 NEED = Resources(cpu=1, memory=1)
@@ -29,9 +29,9 @@ def build(
     return [MarketScheduler(market, name, purse) for name, purse in purses.items()]
 
 
-def hold(scheduler: MarketScheduler, count: int, least: int = 1, lasts_s: float = FOR_EVER_S) -> Job:
+def hold(scheduler: MarketScheduler, count: int, least: int = 1, lasts_s: float = FOR_EVER_S) -> MarketJob:
     """Have it look for so many, from now on."""
-    job = Job(count, NEED, least, lasts_s)
+    job = MarketJob(count, NEED, least, lasts_s)
     scheduler.work_for(job)
     return job
 
@@ -197,7 +197,7 @@ def test_two_jobs_that_hold_half_of_what_each_needs_do_not_wait_for_each_other_f
         market = Market(seed)
         first, second = build(market, 4, {"A": Purse(1.0, 1.0), "B": Purse(1.0, 1.0)})
         for scheduler in (first, second):
-            scheduler.pace = Pace(yield_after_s=yield_after_s)
+            scheduler.pace = SearchTimes(yield_after_s=yield_after_s)
         # each has two before it asks for the rest
         jobs = [hold(scheduler, 2, least=4, lasts_s=30.0) for scheduler in (first, second)]
         market.run(5.0)

@@ -22,12 +22,12 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.node import Changes, Node, PeerLost
-from hypha.scheduler.leasing.events import Ask
+from hypha.scheduler.leasing.events import Search
 from hypha.scheduler.leasing.pool import LeaseGained, LeaseLost, Pool, PoolEvent
 
 WORKER = PeerRef(peer="worker")
 LIFE_S = 10.0
-ASK = Ask("request", ExecutorDescriptor(kind="train", name="x"), Resources(cpu=1.0), 1.0, 1.0)
+ASK = Search("request", ExecutorDescriptor(kind="train", name="x"), Resources(cpu=1.0), 1.0, 1.0)
 
 
 class OneWorker:

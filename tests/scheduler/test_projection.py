@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.stopwatch import Stopwatch
 
-from hypha.scheduler.rounds.projection import BatchTime, Pace, project
+from hypha.scheduler.rounds.projection import BatchTime, ProjectedWorker, project
 
 
 def test_batch_time_follows_a_jump_within_a_few_batches() -> None:
@@ -49,7 +49,7 @@ def test_a_new_round_counts_from_zero() -> None:
 
 
 def test_all_arrive_together_and_the_target_is_met() -> None:
-    paces = [Pace("fast", 0, 0.0, 1.0, 8), Pace("slow", 0, 0.0, 7.0, 8)]
+    paces = [ProjectedWorker("fast", 0, 0.0, 1.0, 8), ProjectedWorker("slow", 0, 0.0, 7.0, 8)]
     got = project(paces, 8 * 16)
     assert got.batches == {"fast": 14, "slow": 2}
     assert got.ends_in_s == pytest.approx(14.0)
@@ -57,35 +57,41 @@ def test_all_arrive_together_and_the_target_is_met() -> None:
 
 def test_what_is_done_counts_and_the_horizon_is_relative_to_now() -> None:
     # hours into the round, with 40 samples to go
-    paces = [Pace("a", 10_000, 0.0, 1.0, 1), Pace("b", 5_000, 0.0, 2.0, 1)]
+    paces = [ProjectedWorker("a", 10_000, 0.0, 1.0, 1), ProjectedWorker("b", 5_000, 0.0, 2.0, 1)]
     got = project(paces, 15_000 + 30, elapsed_s=10_000)
     assert got.batches == {"a": 10_020, "b": 5_010}
     assert got.ends_in_s == pytest.approx(20.0, abs=1.1)
 
 
 def test_who_leaves_early_does_what_it_can_and_the_others_the_rest() -> None:
-    stays, leaves = Pace("stays", 0, 0.0, 0.1, 4), Pace("leaves", 20, 0.0, 0.1, 4, most=50)
+    stays, leaves = (
+        ProjectedWorker("stays", 0, 0.0, 0.1, 4),
+        ProjectedWorker("leaves", 20, 0.0, 0.1, 4, most=50),
+    )
     found = project([stays, leaves], 800)
     assert found.batches == {"stays": 150, "leaves": 50}
     assert found.ends_in_s == pytest.approx(15.0)
 
 
 def test_where_everybody_leaves_the_round_is_what_they_can_do() -> None:
-    found = project([Pace(name, 0, 0.0, 0.1, 4, 2, most=31) for name in "ab"], 10_000)
+    found = project([ProjectedWorker(name, 0, 0.0, 0.1, 4, 2, most=31) for name in "ab"], 10_000)
     assert found.batches == {"a": 30, "b": 30}
     # one that has done more than it could is at its end
-    assert project([Pace("a", 7, 0.0, 0.1, 4, most=3)], 10_000).batches == {"a": 7}
+    assert project([ProjectedWorker("a", 7, 0.0, 0.1, 4, most=3)], 10_000).batches == {"a": 7}
 
 
 def test_a_target_already_reached_is_now() -> None:
-    got = project([Pace("a", 50, 0.0, 1.0, 4), Pace("b", 0, 0.0, 9.0, 4)], 100)
+    got = project([ProjectedWorker("a", 50, 0.0, 1.0, 4), ProjectedWorker("b", 0, 0.0, 9.0, 4)], 100)
     assert got.batches["a"] >= 50
     # whoever has nothing yet still takes part with one batch
     assert got.batches["b"] == 1
 
 
 def test_gradient_accumulation_is_never_cut() -> None:
-    got = project([Pace("a", 3, 0.0, 1.0, 1, multiple=4), Pace("b", 0, 0.0, 1.7, 1, multiple=4)], 21)
+    got = project(
+        [ProjectedWorker("a", 3, 0.0, 1.0, 1, multiple=4), ProjectedWorker("b", 0, 0.0, 1.7, 1, multiple=4)],
+        21,
+    )
     assert all(count % 4 == 0 and count > 0 for count in got.batches.values())
     assert sum(got.batches.values()) >= 21
 
@@ -96,7 +102,7 @@ paces_strategy = st.lists(
     max_size=8,
 ).map(
     lambda rows: [
-        Pace(str(i), done, share * batch_s, batch_s, size)
+        ProjectedWorker(str(i), done, share * batch_s, batch_s, size)
         for i, (batch_s, size, done, share) in enumerate(rows)
     ]
 )
@@ -104,7 +110,7 @@ paces_strategy = st.lists(
 
 @given(paces_strategy, st.integers(1, 100_000))
 def test_any_projection_meets_its_target_without_more_than_a_batch_of_waiting(
-    paces: list[Pace], wanted: int
+    paces: list[ProjectedWorker], wanted: int
 ) -> None:
     got = project(paces, wanted)
     assert sum(got.batches[pace.worker] * pace.batch_size for pace in paces) >= wanted
@@ -125,7 +131,7 @@ def test_idle_time_is_under_five_percent_at_speed_ratio_seven(scale: float, work
     idle = []
     for _ in range(50):
         times = [scale, 7 * scale, *(scale * dice.uniform(1, 7) for _ in range(workers - 2))]
-        paces = [Pace(str(i), 0, 0.0, batch_s, 8) for i, batch_s in enumerate(times)]
+        paces = [ProjectedWorker(str(i), 0, 0.0, batch_s, 8) for i, batch_s in enumerate(times)]
         wanted = math.ceil(sum(8 * 60 * scale / batch_s for batch_s in times))
         got = project(paces, wanted)
         ends = [pace.finish_s(got.batches[pace.worker]) for pace in paces]
@@ -135,7 +141,7 @@ def test_idle_time_is_under_five_percent_at_speed_ratio_seven(scale: float, work
 
 def test_a_hundred_workers_are_fast() -> None:
     dice = random.Random(1)
-    paces = [Pace(str(i), 0, dice.random(), dice.uniform(0.1, 0.7), 32) for i in range(100)]
+    paces = [ProjectedWorker(str(i), 0, dice.random(), dice.uniform(0.1, 0.7), 32) for i in range(100)]
     started = Stopwatch()
     project(paces, 1_000_000)
     assert started.elapsed_s() < 0.5

@@ -13,7 +13,7 @@ from hypha.config.models import SchedulerConfig
 from hypha.journal import Journal
 from hypha.messages import Contribution, LedgerRound, OuterOptimizer, PeerRef
 from hypha.scheduler.data.slices import SliceTracker
-from hypha.scheduler.rounds.events import LifeBegan, Record, Tick
+from hypha.scheduler.rounds.events import GenerationBegan, Record, TimePassed
 from hypha.scheduler.rounds.policy import CarriedOver, Rules, Start
 from hypha.scheduler.status.recording import recording, settings_of
 from hypha.scheduler.status.snapshot import JobSnapshot
@@ -75,8 +75,8 @@ def applied(round_: int, *parts: Contribution, generation: int = 0, loss: float 
     return Record(entry, None, 0)
 
 
-def began(config: SchedulerConfig, generation: int, round_: int) -> LifeBegan:
-    return LifeBegan(
+def began(config: SchedulerConfig, generation: int, round_: int) -> GenerationBegan:
+    return GenerationBegan(
         Rules.from_config(config.scheduler.job),
         Start("digits-0123", generation, round_),
         SliceTracker([60, 60]).to_state(),
@@ -106,18 +106,20 @@ async def test_each_round_once_with_all_that_is_known(tmp_path: Path, server: Br
     async with recording(config, journal) as feeding:
         assert feeding is not None
         journal.note("rounds", 0.0, began(config, 0, 0), (), {})
-        journal.note("rounds", 1.0, Tick(), (applied(0, part("a", 0, 1.0)),), {})
+        journal.note("rounds", 1.0, TimePassed(), (applied(0, part("a", 0, 1.0)),), {})
         # it is in the books again when a late report makes it complete
         both = applied(0, part("a", 0, 1.0), part("b", 0, 3.0))
-        journal.note("rounds", 1.1, Tick(), (both,), {})
+        journal.note("rounds", 1.1, TimePassed(), (both,), {})
         feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=64, elapsed_s=8.0, epoch=1))
-        journal.note("rounds", 2.0, Tick(), (applied(1, part("a", 1, 0.5), part("b", 1, float("nan"))),), {})
+        journal.note(
+            "rounds", 2.0, TimePassed(), (applied(1, part("a", 1, 0.5), part("b", 1, float("nan"))),), {}
+        )
         feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=192, elapsed_s=12.0, epoch=1))
         # nothing new
         feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=192, elapsed_s=12.2, epoch=1))
         # a life that goes back to round 1
         journal.note("rounds", 3.0, began(config, 1, 1), (), {})
-        journal.note("rounds", 4.0, Tick(), (applied(1, part("a", 1, 0.25), generation=1),), {})
+        journal.note("rounds", 4.0, TimePassed(), (applied(1, part("a", 1, 0.25), generation=1),), {})
         feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=128, elapsed_s=16.0, epoch=1))
         await until(lambda: len(of(server, "a", "loss")) == 3, 30)
     assert of(server, "a", "loss") == [(1, 1.0), (2, 0.5), (2, 0.25)]
@@ -138,7 +140,7 @@ async def test_a_resumed_job_counts_its_own_goodput(tmp_path: Path, server: Brid
         assert feeding is not None
         journal.note("rounds", 0.0, began(config, 1, 100), (), {})
         feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=6400, elapsed_s=1.0))
-        journal.note("rounds", 1.0, Tick(), (applied(100, part("a", 100, 1.0), generation=1),), {})
+        journal.note("rounds", 1.0, TimePassed(), (applied(100, part("a", 100, 1.0), generation=1),), {})
         feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=6464, elapsed_s=4.0))
         await until(lambda: bool(of(server, "a", "samples")), 30)
     assert of(server, "digits", "goodput") == [(101, 16.0)]

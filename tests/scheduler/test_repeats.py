@@ -74,7 +74,7 @@ class Books:
     round: int
 
 
-def books_of(machine: RoundMachine, records: dict[int, LedgerRound]) -> Books:
+def contributions_of(machine: RoundMachine, records: dict[int, LedgerRound]) -> Books:
     ledger = tuple(msgspec.structs.replace(records[number], duration_s=0.0) for number in sorted(records))
     return Books(ledger, machine.tracker.to_state().unassigned(), machine.steps, machine.round)
 
@@ -88,7 +88,7 @@ def recorded(speeds: list[float], seed: int) -> tuple[list[Said], Books]:
         world.add(Worker(f"w{number}", speed))
     world.run(5000)
     assert isinstance(world.ended, Publish)
-    return machine.said, books_of(machine, world.records)
+    return machine.said, contributions_of(machine, world.records)
 
 
 def disturbed(said: list[Said], shifts: list[int], repeats: list[int]) -> list[tuple[Said, bool]]:
@@ -133,7 +133,7 @@ def replayed(order: list[tuple[Said, bool]], deduplicated: bool) -> tuple[Books,
                 records[action.entry.round] = action.entry
             if isinstance(action, AnswerSlice) and action.slice is not None:
                 assert answers.setdefault((action.caller, action.seq), action.slice) == action.slice
-    return books_of(machine, records), machine.counts
+    return contributions_of(machine, records), machine.counts
 
 
 @few_and_many(
@@ -147,24 +147,24 @@ def replayed(order: list[tuple[Said, bool]], deduplicated: bool) -> tuple[Books,
 def test_repeated_and_reordered_words_change_no_book(
     speeds: list[float], seed: int, shifts: list[int], repeats: list[int], deduplicated: bool
 ) -> None:
-    said, books = recorded(speeds, seed)
+    said, updates = recorded(speeds, seed)
     used = Counter(
         (span.epoch, span.slice, row)
-        for entry in books.ledger
+        for entry in updates.ledger
         for part in entry.contributors
         for span in part.ranges
         for row in range(span.start, span.stop)
     )
     assert set(used.values()) == {1}, "a sample is used once an epoch"
-    assert [entry.round for entry in books.ledger] == list(range(RULES.rounds))
-    assert replayed([(one, False) for one in said], False)[0] == books, "the same words, the same books"
+    assert [entry.round for entry in updates.ledger] == list(range(RULES.rounds))
+    assert replayed([(one, False) for one in said], False)[0] == updates, "the same words, the same books"
     again, _ = replayed(disturbed(said, shifts, repeats), deduplicated)
-    assert again == books
+    assert again == updates
 
 
 def test_words_of_another_generation_change_nothing_and_are_counted() -> None:
     """A zombie repeats all of its life to the scheduler of the next one."""
-    said, books = recorded([0.1, 0.2], 1)
+    said, updates = recorded([0.1, 0.2], 1)
     life: list[tuple[Said, bool]] = []
     ghosts = 0
     for one in said:
@@ -182,5 +182,5 @@ def test_words_of_another_generation_change_nothing_and_are_counted() -> None:
             ghosts += 1
         life.append((one, False))
     again, counts = replayed(life, False)
-    assert again == books
+    assert again == updates
     assert counts["stale generation"] + counts["uninvited"] >= ghosts

@@ -32,7 +32,7 @@ from hypha.scheduler.durable.copying import ranked
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.leasing.pool import LeaseGained
 from hypha.worker.storage.replicas import ReplicaStore
-from hypha.worker.storage.requests import StorageDesk
+from hypha.worker.storage.requests import StorageService
 
 KEPT = {"every_rounds": 2, "keep": 2, "replicas": 1}
 #: long enough to be stopped in
@@ -57,12 +57,12 @@ async def keeper(
 ) -> AsyncIterator[Node]:
     """An actor whose owner offers storage."""
     async with actor(network, gateway, stage) as play, trio.open_nursery() as nursery:
-        leases = play.desk
+        leases = play.lease_service
         assert leases is not None
         store = ReplicaStore(place, StorageConfig(checkpoints_gb=gb))
-        desk = StorageDesk(play.node, store, lambda: leases.leases)
-        desk.answer()
-        nursery.start_soon(desk.announce)
+        lease_service = StorageService(play.node, store, lambda: leases.leases)
+        lease_service.answer()
+        nursery.start_soon(lease_service.announce)
         yield play.node
         nursery.cancel_scope.cancel()
 

@@ -36,9 +36,9 @@ from hypha.scheduler.rounds.events import (
     Joined,
     KeepSlices,
     LeasesHeld,
-    Leaves,
     LetGo,
-    Lost,
+    ParticipantLeaves,
+    ParticipantLost,
     Publish,
     Reachable,
     Record,
@@ -58,7 +58,7 @@ def rules(**changes: object) -> Rules:
     return Rules(**given_)  # type: ignore[arg-type]
 
 
-def check_books(world: World, rounds: int) -> None:
+def check_contributions(world: World, rounds: int) -> None:
     """Every round applied once; every sample of every complete epoch in exactly one applied update."""
     assert [number for number, _ in world.applied] == list(range(rounds))
     assert sorted(world.records) == list(range(rounds))
@@ -90,7 +90,7 @@ def test_a_job_of_five_rounds() -> None:
     world.run(600)
     assert isinstance(world.ended, Publish)
     assert world.machine.phase == "done"
-    check_books(world, 5)
+    check_contributions(world, 5)
     exactly_once(world, world.machine.tracker.epoch)
     for _, parts in world.applied[1:]:
         assert {part.worker for part in parts} == {"a", "b"}
@@ -109,7 +109,7 @@ def test_fixed_inner_steps_are_told_from_the_start() -> None:
     world.add(Worker("b", 0.35))
     world.run(600)
     assert isinstance(world.ended, Publish)
-    check_books(world, 5)
+    check_contributions(world, 5)
     for _, parts in world.applied:
         assert [part.batches for part in parts] == [12, 12]
     plans = [a.directive for a in world.actions if isinstance(a, Send) and isinstance(a.directive, Plan)]
@@ -150,7 +150,7 @@ def test_idle_time_at_speed_ratio_seven(fast_s: float, target: int) -> None:
     assert isinstance(world.ended, Publish)
     share = (fast.idle_s + slow.idle_s - idle) / (2 * (world.now - began))
     assert share < 0.05
-    check_books(world, 12)
+    check_contributions(world, 12)
     planned = [
         a.directive.batches for a in world.actions if isinstance(a, Send) and isinstance(a.directive, Plan)
     ]
@@ -256,7 +256,7 @@ def test_a_worker_that_dies_mid_round_is_not_waited_for_and_its_slices_return() 
     world.kill("b")
     world.run(600)
     assert isinstance(world.ended, Publish)
-    check_books(world, 6)
+    check_contributions(world, 6)
     assert world.machine.tracker.held("b") == []
     # what b had in applied rounds may occur again, because its slice was not finished; nothing is missing
     for epoch in range(world.machine.tracker.epoch):
@@ -288,7 +288,7 @@ def test_whoever_ends_soon_hands_over_what_it_has_trained_and_the_round_goes_on(
     assert isinstance(world.ended, Publish)
     assert world.let_go == ["c"]
     assert world.dropped == []
-    check_books(world, 3)
+    check_contributions(world, 3)
 
 
 @pytest.mark.parametrize("inner_steps", [None, 400])
@@ -305,7 +305,7 @@ def test_whoever_has_a_second_hands_its_update_over_at_once(inner_steps: int | N
     world.run(600)
     assert isinstance(world.ended, Publish)
     assert [part.batches for part in world.applied[0][1] if part.worker == "b"] in ([101], [102], [103])
-    check_books(world, 2)
+    check_contributions(world, 2)
 
 
 def test_the_only_worker_that_leaves_keeps_its_round_open_for_the_next() -> None:
@@ -323,7 +323,7 @@ def test_the_only_worker_that_leaves_keeps_its_round_open_for_the_next() -> None
     assert isinstance(world.ended, Publish)
     # what it has trained counts, whether the next one comes in time for that round or for the next
     assert "a" in {part.worker for part in world.applied[1][1]}
-    check_books(world, 2)
+    check_contributions(world, 2)
 
 
 def test_a_long_notice_is_used_for_more_rounds_and_none_is_begun_that_cannot_be_ended() -> None:
@@ -340,7 +340,7 @@ def test_a_long_notice_is_used_for_more_rounds_and_none_is_begun_that_cannot_be_
     # a round takes 2.6 s: those that were over before, and the one in which it left
     assert inside == list(range(inside[-1] + 1))
     assert inside[-1] >= 4
-    check_books(world, 12)
+    check_contributions(world, 12)
     assert not world.machine.counts["lost samples"]
 
 
@@ -351,12 +351,12 @@ def test_a_parameter_server_that_leaves_saves_itself_and_goes_when_there_is_anot
         world.add(Worker(peer, 0.05))
     world.run(600, until=lambda: world.workers["a"].round == 1 and world.workers["a"].batches >= 10)
     world.feed(LeasesHeld(2, 1, ""))
-    world.feed(Leaves("ps", "aggregate", 20.0))
+    world.feed(ParticipantLeaves("ps", "aggregate", 20.0))
     asked = [
         one for one in world.actions if isinstance(one, Send) and isinstance(one.directive, SaveCheckpoint)
     ]
     assert [(one.to.peer, one.directive) for one in asked] == [("ps", SaveCheckpoint(round=1))]
-    world.feed(Leaves("ps", "aggregate", 19.0))
+    world.feed(ParticipantLeaves("ps", "aggregate", 19.0))
     world.feed(LeasesHeld(2, 2, ""))
     assert world.ended is None
     world.say_server(CheckpointSaved(round=1, place="scheduler"))
@@ -379,7 +379,7 @@ def test_a_machine_with_worker_and_parameter_server_ends_the_round_before_it_goe
     world.run(600, until=lambda: world.workers["c"].round == 1 and world.workers["c"].batches >= 50)
     told = world.now
     world.feed(LeasesHeld(3, 1, ""))
-    world.feed(Leaves("ps", "aggregate", 10.0))
+    world.feed(ParticipantLeaves("ps", "aggregate", 10.0))
     world.say_server(CheckpointSaved(round=1, place="scheduler"))
     world.leave("c", 10.0)
     world.run(5)
@@ -431,7 +431,7 @@ def test_who_cannot_be_reached_is_not_waited_for_and_the_others_do_its_part() ->
     assert sum(part.samples for part in world.applied[1][1]) >= 2400
     world.run(600)
     assert isinstance(world.ended, Publish)
-    check_books(world, 3)
+    check_contributions(world, 3)
 
 
 def test_who_comes_back_before_the_round_is_over_is_in_it() -> None:
@@ -447,7 +447,7 @@ def test_who_comes_back_before_the_round_is_over_is_in_it() -> None:
     world.run(600)
     assert isinstance(world.ended, Publish)
     assert all({part.worker for part in parts} == {"a", "b"} for _, parts in world.applied)
-    check_books(world, 2)
+    check_contributions(world, 2)
 
 
 def test_what_somebody_says_shows_that_it_is_reachable() -> None:
@@ -493,7 +493,7 @@ def test_too_few_workers_pause_the_job_and_lose_no_round() -> None:
     world.add(Worker("c", 0.05))
     world.run(300)
     assert isinstance(world.ended, Publish)
-    check_books(world, 4)
+    check_contributions(world, 4)
     assert {part.worker for part in world.applied[3][1]} == {"a", "c"}
 
 
@@ -506,7 +506,7 @@ def test_a_late_joiner_in_training_joins_the_open_round() -> None:
     world.run(6000)
     assert isinstance(world.ended, Publish)
     assert {part.worker for part in world.applied[0][1]} == {"a", "late"}
-    check_books(world, 3)
+    check_contributions(world, 3)
     exactly_once(world, world.machine.tracker.epoch)
 
 
@@ -536,7 +536,7 @@ def test_a_hung_worker_is_left_out_at_the_deadline_and_then_replaced() -> None:
     world.run(600)
     assert isinstance(world.ended, Publish)
     assert "b" in world.dropped
-    check_books(world, 8)
+    check_contributions(world, 8)
 
 
 def test_a_quorum_closes_the_round_after_the_grace() -> None:
@@ -554,7 +554,7 @@ def test_a_quorum_closes_the_round_after_the_grace() -> None:
     world.workers["c"].upload_s = 0.01
     world.run(600)
     assert isinstance(world.ended, Publish)
-    check_books(world, 2)
+    check_contributions(world, 2)
 
 
 def test_rounds_shorter_than_the_way_of_theta_keep_nobody_out_for_ever() -> None:
@@ -569,7 +569,7 @@ def test_rounds_shorter_than_the_way_of_theta_keep_nobody_out_for_ever() -> None
     assert world.dropped == []
     with_it = [round_ for round_, parts in world.applied if "far" in {part.worker for part in parts}]
     assert len(with_it) >= 3
-    check_books(world, 12)
+    check_contributions(world, 12)
 
 
 def test_a_worker_that_theta_never_reaches_is_replaced_and_holds_the_others_up_once() -> None:
@@ -584,7 +584,7 @@ def test_a_worker_that_theta_never_reaches_is_replaced_and_holds_the_others_up_o
     assert world.dropped == ["deaf"]
     # seven rounds of five seconds by "a" alone
     assert world.now - began < 35 + 20 + 5
-    check_books(world, 8)
+    check_contributions(world, 8)
 
 
 def test_whoever_cannot_be_reached_is_kept_while_its_lease_lives() -> None:
@@ -602,7 +602,7 @@ def test_whoever_cannot_be_reached_is_kept_while_its_lease_lives() -> None:
     assert isinstance(world.ended, Publish)
     assert world.dropped == []
     assert any("b" in {part.worker for part in parts} for round_, parts in world.applied if round_ >= 7)
-    check_books(world, 12)
+    check_contributions(world, 12)
 
 
 def test_a_slow_upload_is_learnt_not_left_out() -> None:
@@ -629,7 +629,7 @@ def test_a_refused_update_is_not_in_the_round_and_the_worker_comes_back() -> Non
     assert isinstance(world.ended, Publish)
     assert [len(parts) for _, parts in world.applied] == [2, 1, 2, 2]
     assert world.machine.counts["update refused: invalid"] == 1
-    check_books(world, 4)
+    check_contributions(world, 4)
     assert world.machine.failures.in_a_row == 0
 
 
@@ -641,7 +641,7 @@ def test_when_all_updates_are_refused_the_round_is_tried_again_and_then_given_up
     world.workers["a"].poisoned = False
     world.run(60)
     assert isinstance(world.ended, Publish)
-    check_books(world, 2)
+    check_contributions(world, 2)
     # told apart from repetitions, and what the void attempts said is not taken for the last one's
     sent = [action.directive for action in world.actions if isinstance(action, Send)]
     attempts = [directive.attempt for directive in sent if isinstance(directive, SendModel)]
@@ -660,7 +660,7 @@ def test_words_of_a_refused_attempt_may_come_late_twice_and_out_of_order(seed: i
     world.workers["a"].poisoned = False
     world.run(300)
     assert isinstance(world.ended, Publish)
-    check_books(world, 3)
+    check_contributions(world, 3)
     exactly_once(world, world.machine.tracker.epoch)
 
     world = World(rules(rounds=2, max_failures=1))
@@ -706,7 +706,7 @@ def test_the_parameter_server_lost_asks_for_a_new_life() -> None:
     world.begin()
     world.add(Worker("a", 0.05))
     world.run(5)
-    world.feed(Lost("ps", "aggregate", "its lease ended"))
+    world.feed(ParticipantLost("ps", "aggregate", "its lease ended"))
     assert world.ended == Restart("its lease ended", carried=CarriedOver(had_model=("a",)))
 
 
@@ -808,7 +808,7 @@ def test_theta_that_never_arrived_is_sent_again(samples: int) -> None:
     assert isinstance(world.ended, Publish)
     assert world.lost_theta == set()
     assert {part.worker for part in world.applied[-1][1]} == {"a", "b"}
-    check_books(world, 10)
+    check_contributions(world, 10)
 
 
 def test_an_update_that_overtakes_the_start_of_its_round_needs_no_theta_again() -> None:
@@ -824,7 +824,7 @@ def test_an_update_that_overtakes_the_start_of_its_round_needs_no_theta_again() 
 
 
 def exactly_once_after(world: World, rounds: int) -> None:
-    check_books(world, rounds)
+    check_contributions(world, rounds)
     exactly_once(world, world.machine.tracker.epoch)
 
 
@@ -871,7 +871,7 @@ def test_whoever_dies_whenever_every_round_counts_once_and_no_sample_is_skipped(
             world.at(when, lambda back=back: world.lose_server(world.book[0] - back))
     world.run(5000)
     assert isinstance(world.ended, Publish), (world.machine.phase, world.machine.round, world.machine.counts)
-    check_books(world, 5)
+    check_contributions(world, 5)
     if world.rounds_lost:
         # of slices that spanned the checkpoint the first rows come again
         assert all(
@@ -901,7 +901,7 @@ def test_a_worker_whose_batch_does_not_end_is_not_waited_for_in_another_life() -
     world.add(Worker("d", 0.1))
     world.run(600)
     assert isinstance(world.ended, Publish)
-    check_books(world, 4)
+    check_contributions(world, 4)
 
 
 def test_an_executor_that_loads_its_model_is_waited_for_in_another_life() -> None:
@@ -915,7 +915,7 @@ def test_an_executor_that_loads_its_model_is_waited_for_in_another_life() -> Non
     world.run(5000)
     assert isinstance(world.ended, Publish)
     assert world.dropped == []
-    check_books(world, 3)
+    check_contributions(world, 3)
 
 
 # --- everything at once --------------------------------------------------------------------------------
@@ -975,7 +975,7 @@ def test_any_faults_any_order_the_job_ends_and_the_books_are_right(
     world.hooks.append(lambda action: seen.append(action.entry.round) if isinstance(action, Record) else None)
     world.run(5000)
     assert isinstance(world.ended, Publish), (world.machine.phase, world.machine.round)
-    check_books(world, 4)
+    check_contributions(world, 4)
     assert sorted(set(seen)) == [0, 1, 2, 3]
     if not faults and not slow_net:
         exactly_once(world, world.machine.tracker.epoch)

@@ -17,10 +17,10 @@ from hypha.leases import Tick
 from hypha.messages import JobStamp, Resources
 from hypha.node import Node
 from hypha.scheduler.leasing.allocator import Allocator
-from hypha.scheduler.leasing.events import Adopted, Gained, Lost, Offered, Want
+from hypha.scheduler.leasing.events import Adopted, Gained, LeaseFailed, Offered, Want
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.leasing.renewal import Renewal, RenewalFailed, RenewalRefused, Renewed
-from hypha.scheduler.rounds.events import Lost as ServerLost
+from hypha.scheduler.rounds.events import ParticipantLost as ServerLost
 from hypha.scheduler.rounds.events import Publish
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.status.signals import JobMetrics
@@ -91,7 +91,7 @@ def test_an_offer_whose_acceptance_fails_is_lost_and_its_worker_avoided(signals:
     allocator.handle(Want("train", 1), 0.0)
     allocator.handle(Offered("W1", offer("W1")), 0.1)
     allocator.handle(Tick(), 0.6)
-    allocator.handle(Lost("lease of W1 for rt"), 0.7)
+    allocator.handle(LeaseFailed("lease of W1 for rt"), 0.7)
     assert outcomes(signals) == {"lost": 1}
     # it failed lately, so another one is taken although it offers more for the price
     allocator.handle(Offered("W1", offer("W1", lease_id="again", price=0.1)), 2.0)
@@ -142,7 +142,7 @@ def test_a_lease_that_ends_before_its_job_is_counted_by_the_reason(signals: Sign
         renewal.handle(RenewalFailed("nobody listens", unreachable=True, gone=True), 8.0)
         # the next attempt was due at once
         renewal.handle(RenewalFailed("nobody listens", unreachable=True, gone=True), 9.5)
-    allocator.handle(Lost("L"), 20.0)
+    allocator.handle(LeaseFailed("L"), 20.0)
     assert signals.readings(metrics.LEASES_LOST) == {frozenset({("kind", "train"), ("reason", reason)}): 1}
     failures = {"expired": 1, "refused": 1, "gone": 2, "dropped": 0}[reason]
     assert signals.reading(metrics.RENEWALS, status="failure") == failures

@@ -26,7 +26,7 @@ from hypha.scheduler.rounds.events import (
     Record,
     Restart,
     SliceAsked,
-    Tick,
+    TimePassed,
     Told,
 )
 from hypha.scheduler.rounds.machine import RoundMachine
@@ -68,33 +68,33 @@ def kinds(actions: list[object]) -> list[type]:
 def test_too_few_leases_for_too_long_end_the_job_with_what_is_missing() -> None:
     one = machine(wait_s=2.0, min_workers=2)
     assert one.handle(LeasesHeld(1, 1, "waiting for workers: 2 of 3 leases"), 10.0) == []
-    one.handle(Tick(), 11.9)
+    one.handle(TimePassed(), 11.9)
     assert one.phase == "loading"
-    (fail,) = [action for action in one.handle(Tick(), 12.0) if isinstance(action, Fail)]
+    (fail,) = [action for action in one.handle(TimePassed(), 12.0) if isinstance(action, Fail)]
     assert isinstance(fail.error, AllocationFailed)
     assert str(fail.error) == (
         "after 2 s still waiting for workers: 2 of 3 leases; "
         "start more workers, ask for less or raise price.max"
     )
-    assert one.handle(Tick(), 13.0) == []
+    assert one.handle(TimePassed(), 13.0) == []
 
 
 def test_the_wait_for_leases_begins_anew_with_enough_of_them() -> None:
     one = machine(wait_s=2.0, min_workers=2)
     for held, at in [((1, 1), 0.0), ((2, 1), 1.9), ((2, 0), 2.0), ((3, 1), 3.9), ((0, 1), 9.0)]:
         one.handle(LeasesHeld(*held, "short"), at)
-    one.handle(Tick(), 10.9)
+    one.handle(TimePassed(), 10.9)
     assert one.phase == "loading"
-    assert Fail in kinds(one.handle(Tick(), 11.0))
+    assert Fail in kinds(one.handle(TimePassed(), 11.0))
 
 
 def test_without_a_limit_leases_are_waited_for_and_before_anything_is_known_nobody_is_blamed() -> None:
     one = machine(wait_s=2.0)
-    one.handle(Tick(), 100.0)
+    one.handle(TimePassed(), 100.0)
     assert one.phase == "loading", "nobody has said how many leases are held"
     one = machine(wait_s=None)
     one.handle(LeasesHeld(0, 0, "none"), 0.0)
-    one.handle(Tick(), 1e6)
+    one.handle(TimePassed(), 1e6)
     assert one.phase == "loading"
 
 
@@ -174,11 +174,11 @@ def test_theta_of_round_0_is_told_once() -> None:
     ready = ModelReady(round=0, theta="t0", parameters=1, size_bytes=4)
     told = Told("ps", "aggregate", "i", JobStamp(job_id="job"), ready)
     assert FirstTheta("t0") in one.handle(told, 1.0)
-    assert FirstTheta not in kinds(one.handle(told, 2.0) + one.handle(Tick(), 3.0))
+    assert FirstTheta not in kinds(one.handle(told, 2.0) + one.handle(TimePassed(), 3.0))
     later = machine(Start("job", 0, 2, 5, "t2"))
     ready = ModelReady(round=2, theta="t2", parameters=1, size_bytes=4)
     told = Told("ps", "aggregate", "i", JobStamp(job_id="job"), ready)
-    assert FirstTheta not in kinds(later.handle(told, 1.0) + later.handle(Tick(), 2.0))
+    assert FirstTheta not in kinds(later.handle(told, 1.0) + later.handle(TimePassed(), 2.0))
 
 
 def test_slices_are_kept_before_their_answer_and_only_when_they_changed() -> None:
@@ -186,16 +186,16 @@ def test_slices_are_kept_before_their_answer_and_only_when_they_changed() -> Non
     one, seq = world.machine, world.workers["a"].seq + 1
     stamp = JobStamp(job_id="job", round=one.round)
     question = NextSlice(stamp=stamp, incarnation=world.workers["a"].incarnation, seq=seq)
-    one.handle(Tick(), world.now)
+    one.handle(TimePassed(), world.now)
     keep, answer = one.handle(SliceAsked("a", question), world.now)
     assert isinstance(keep, KeepSlices)
     assert isinstance(answer, AnswerSlice)
     assert answer.slice is not None
     assert (answer.kept, keep.tracker) == (one.tracker.version, one.tracker.to_state())
     assert one.handle(SliceAsked("a", question), world.now) == [answer], "the same question"
-    assert KeepSlices not in kinds(one.handle(Tick(), world.now)), "nothing has changed since"
+    assert KeepSlices not in kinds(one.handle(TimePassed(), world.now)), "nothing has changed since"
     one.handle(JobRefused("b", "train", "no"), world.now)
-    assert KeepSlices in kinds(one.handle(Tick(), world.now))
+    assert KeepSlices in kinds(one.handle(TimePassed(), world.now))
 
 
 def test_a_round_that_is_recorded_has_its_slices_with_it() -> None:

@@ -52,16 +52,16 @@ from hypha.scheduler.rounds.events import (
     Input,
     Joined,
     KeepSlices,
-    Leaves,
     LetGo,
-    Lost,
+    ParticipantLeaves,
+    ParticipantLost,
     Publish,
     Record,
     Reported,
     Restart,
     Send,
     SliceAsked,
-    Tick,
+    TimePassed,
     Told,
 )
 from hypha.scheduler.rounds.machine import RoundMachine
@@ -316,7 +316,7 @@ class World:
 
     def kill(self, peer: str, noticed_s: float = 0.5) -> None:
         self.workers[peer].alive = False
-        self.at(noticed_s, lambda: self.feed(Lost(peer, "train", "its lease ended")))
+        self.at(noticed_s, lambda: self.feed(ParticipantLost(peer, "train", "its lease ended")))
 
     def leave(self, peer: str, left_s: float) -> None:
         """It says once a second that it ends, and does; its lease is handed back then."""
@@ -328,7 +328,7 @@ class World:
             if self.now >= ends_at - 1e-9:
                 self.kill(peer, noticed_s=0.05)
                 return
-            self.feed(Leaves(peer, "train", ends_at - self.now))
+            self.feed(ParticipantLeaves(peer, "train", ends_at - self.now))
             self.at(min(1.0, ends_at - self.now), say)
 
         say()
@@ -515,7 +515,7 @@ class World:
         if not self.scheduler_alive or self.ended is not None:
             return
         self.server_alive = False
-        self.feed(Lost("ps", "aggregate", "its lease ended"))
+        self.feed(ParticipantLost("ps", "aggregate", "its lease ended"))
         if not isinstance(self.ended, Restart):
             return
         self.ended = None
@@ -628,4 +628,4 @@ class World:
             else:
                 self.now = tick
                 tick += 0.1 if limit_s < 1e5 else 0.25
-                self.feed(Tick())
+                self.feed(TimePassed())

@@ -14,27 +14,27 @@ import msgspec
 
 from hypha.leases import BookAction, BookEvent, Drained, LeaseBook
 from hypha.messages import Contribution, LedgerRound, UpdateReceived
-from hypha.net.bulk.slots import Places
+from hypha.net.bulk.slots import TransferSlots
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.leasing.renewal import Renewal
-from hypha.scheduler.rounds.contributions import Books
+from hypha.scheduler.rounds.contributions import RoundContributions
 from hypha.scheduler.rounds.events import Action, Again, Told
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.participants import Member
 from hypha.scheduler.rounds.phases import Phases
-from hypha.scheduler.working import Working
+from hypha.scheduler.working import WorkingJob
 
 
 def dropped_action() -> None:
     """An executor that failed is never started again: the action that says so is not carried out."""
-    right = Working._carry_out
+    right = WorkingJob._carry_out
 
-    async def carry_out(self: Working, action: Action) -> None:
+    async def carry_out(self: WorkingJob, action: Action) -> None:
         if not isinstance(action, Again):
             await right(self, action)
 
-    Working._carry_out = carry_out
+    WorkingJob._carry_out = carry_out
 
 
 def lease_freed_twice() -> None:
@@ -65,15 +65,15 @@ def slice_used_too_early() -> None:
 
 def update_counted_twice() -> None:
     """An update of an applied round that is told of once more is written into the ledger once more."""
-    right = Books.late
+    right = RoundContributions.late
 
-    def late(self: Books, contribution: Contribution) -> LedgerRound | None:
+    def late(self: RoundContributions, contribution: Contribution) -> LedgerRound | None:
         _, missing, order = self._applied.get(contribution.round, (None, set(), ()))
         if contribution.worker in order:
             missing.add(contribution.worker)
         return right(self, contribution)
 
-    Books.late = late
+    RoundContributions.late = late
 
 
 def stale_generation_accepted() -> None:
@@ -89,14 +89,14 @@ def stale_generation_accepted() -> None:
 
 def checkpoint_announced_too_early() -> None:
     """The ledger names a checkpoint before its files are in their place."""
-    right = Working._checkpointed
+    right = WorkingJob._checkpointed
 
-    async def checkpointed(self: Working, round_: int, place: str) -> None:
+    async def checkpointed(self: WorkingJob, round_: int, place: str) -> None:
         await self.ledger.run(Ledger.checkpoint, round_, "scheduler")
         await in_thread(int)
         await right(self, round_, place)
 
-    Working._checkpointed = checkpointed
+    WorkingJob._checkpointed = checkpointed
 
 
 def theta_never_sent_again() -> None:
@@ -121,13 +121,13 @@ def leaked_transfer_place() -> None:
     """The place of a transfer that fails is not given back."""
 
     @asynccontextmanager
-    async def hold(self: Places, moved: Callable[[], object]) -> AsyncIterator[None]:
+    async def hold(self: TransferSlots, moved: Callable[[], object]) -> AsyncIterator[None]:
         holder = object()
         await self._limiter.acquire_on_behalf_of(holder)
         yield
         self._limiter.release_on_behalf_of(holder)
 
-    Places.hold = hold
+    TransferSlots.hold = hold
 
 
 def cut_never_noticed() -> None:

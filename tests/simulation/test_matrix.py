@@ -12,10 +12,10 @@ from hypha.simulation.scenario import (
     PHASES,
     ROLES,
     WORKER_WAYS,
-    Fault,
     Phase,
     Role,
     Scenario,
+    Strike,
     Way,
 )
 from hypha.simulation.search import Runner
@@ -52,8 +52,8 @@ def runner() -> Iterator[Runner]:
         yield one
 
 
-def struck_at(role: Role, way: Way, phase: Phase, for_s: float = 4.0) -> Fault:
-    return Fault(role=role, way=way, round=0 if phase == "loading" else 2, phase=phase, for_s=for_s)
+def struck_at(role: Role, way: Way, phase: Phase, for_s: float = 4.0) -> Strike:
+    return Strike(role=role, way=way, round=0 if phase == "loading" else 2, phase=phase, for_s=for_s)
 
 
 @pytest.mark.parametrize(("role", "way", "phase"), CELLS, ids=["-".join(cell) for cell in CELLS])
@@ -72,7 +72,7 @@ def test_two_faults(runner: Runner, pair: tuple[tuple[Role, Way], tuple[Role, Wa
     for after_s in (0.0, 0.4, 2.0):
         faults = (
             struck_at(*first, phase="updating", for_s=6.0),
-            Fault(role=second[0], way=second[1], round=2, phase="updating", after_s=after_s, for_s=6.0),
+            Strike(role=second[0], way=second[1], round=2, phase="updating", after_s=after_s, for_s=6.0),
         )
         verdict = runner.run(Scenario(seed=2, rounds=6, faults=faults))
         assert verdict.problems == (), "\n".join(verdict.log[-60:])

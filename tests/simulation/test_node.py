@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from hypha.simulation.network import Machine, SimulatedNetwork
+from hypha.simulation.network import SimulatedMachine, SimulatedNetwork
 from hypha.simulation.node import SimulatedOptions, open_simulated_node
 from hypha.simulation.process import SimulatedProcess, SimulatedRuntime, Stepping, forget_generators
 
@@ -21,9 +21,9 @@ def test_connections_tell_their_way_and_the_latency_of_their_line() -> None:
         async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
             network = SimulatedNetwork(nursery, Random(1))
             machines = [
-                Machine("gateway", frozenset(), latency_s=0.01),
-                Machine("near", frozenset({"worker"}), latency_s=0.02),
-                Machine("far", frozenset({"scheduler"}), latency_s=0.03, behind_nat=True),
+                SimulatedMachine("gateway", frozenset(), latency_s=0.01),
+                SimulatedMachine("near", frozenset({"worker"}), latency_s=0.02),
+                SimulatedMachine("far", frozenset({"scheduler"}), latency_s=0.03, behind_nat=True),
             ]
             nodes = []
             for machine in machines:

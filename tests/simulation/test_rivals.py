@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hypha.simulation.scenario import Fault, Scenario, random_market
+from hypha.simulation.scenario import Scenario, Strike, random_market
 from hypha.simulation.search import Runner
 
 
@@ -17,7 +17,9 @@ def runner() -> Iterator[Runner]:
 
 
 def test_the_same_seed_gives_the_same_market_byte_for_byte(runner: Runner) -> None:
-    scenario = Scenario(workers=2, spares=0, rivals=1, rounds=2, bids=((1.0, 3.0), (2.0, 2.0)), load_s=0.5)
+    scenario = Scenario(
+        workers=2, spare_workers=0, rivals=1, rounds=2, bids=((1.0, 3.0), (2.0, 2.0)), load_s=0.5
+    )
     with Runner() as another:
         one, two = runner.run(scenario, journal=True), another.run(scenario, journal=True)
     assert one.problems == ()
@@ -30,12 +32,12 @@ def test_a_rival_gets_what_a_dead_scheduler_held(runner: Runner) -> None:
     """It holds all workers and is killed; its leases end by themselves, and both jobs are done at last."""
     scenario = Scenario(
         workers=2,
-        spares=0,
+        spare_workers=0,
         rivals=1,
         rounds=2,
         bids=((2.0, 2.0), (1.0, 1.0)),
         load_s=0.5,
-        faults=(Fault("scheduler", "kill", 0, "training", for_s=60.0),),
+        faults=(Strike("scheduler", "kill", 0, "training", for_s=60.0),),
     )
     verdict = runner.run(scenario)
     assert verdict.problems == ()

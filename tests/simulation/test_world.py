@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hypha.simulation.scenario import LIES, Fault, Scenario, Way, random_scenario
+from hypha.simulation.scenario import LIES, Scenario, Strike, Way, random_scenario
 from hypha.simulation.search import Runner, run_scenario
 
 
@@ -29,9 +29,9 @@ def test_the_same_seed_gives_the_same_run_byte_for_byte(runner: Runner) -> None:
     scenario = msgspec.structs.replace(
         random_scenario(59),
         faults=(
-            Fault(role="parameter-server", way="freeze", round=0, phase="training", for_s=6.0),
-            Fault(role="worker", way="kill", round=1, phase="training", for_s=3.0),
-            Fault(role="scheduler", way="lossy", round=1, phase="updating", for_s=9.0),
+            Strike(role="parameter-server", way="freeze", round=0, phase="training", for_s=6.0),
+            Strike(role="worker", way="kill", round=1, phase="training", for_s=3.0),
+            Strike(role="scheduler", way="lossy", round=1, phase="updating", for_s=9.0),
         ),
     )
     with Runner() as another:
@@ -54,20 +54,20 @@ def test_a_worker_that_has_begun_the_next_round_is_given_no_slice_that_is_taken_
         rounds=8,
         samples_a_round=160,
         batch_s=(0.044, 0.174, 0.381, 0.163),
-        faults=(Fault(role="data", way="mute", round=4, phase="loading", for_s=22.931),),
+        faults=(Strike(role="data", way="mute", round=4, phase="loading", for_s=22.931),),
     )
     assert runner.run(scenario).problems == ()
 
 
 def test_a_worker_that_is_left_out_twice_in_a_row_goes_on(runner: Runner) -> None:
     """Its second theta found its prefetcher waiting still, and was lost to an error."""
-    fault = Fault(role="training-executor", way="stall", round=2, phase="training", for_s=500.0)
+    fault = Strike(role="training-executor", way="stall", round=2, phase="training", for_s=500.0)
     assert runner.run(Scenario(seed=1, faults=(fault,))).problems == ()
 
 
 def test_an_update_of_an_executor_that_has_not_come_back_counts_in_its_round_alone(runner: Runner) -> None:
     """The scheduler was killed; a round was applied before one of its executors had answered the new one."""
-    fault = Fault(role="scheduler", way="kill", round=1, phase="loading", for_s=2.053)
+    fault = Strike(role="scheduler", way="kill", round=1, phase="loading", for_s=2.053)
     scenario = Scenario(seed=1173, workers=2, rounds=3, checkpoint_every=1, faults=(fault,))
     assert runner.run(scenario).problems == ()
 
@@ -77,7 +77,7 @@ def test_a_worker_that_ends_is_missed_at_once_and_its_lease_does_not_expire(
     behind_nat: int, way: Way
 ) -> None:
     """Relayed or not: nobody waits for its lease, which would live for ten minutes."""
-    fault = Fault(role="worker", way=way, round=1, phase="training", for_s=1.0)
+    fault = Strike(role="worker", way=way, round=1, phase="training", for_s=1.0)
     scenario = Scenario(
         rounds=4, apart=True, lease_s=600.0, samples_a_round=200, behind_nat=behind_nat, faults=(fault,)
     )
@@ -103,8 +103,8 @@ def test_a_checkpoint_is_forgotten_before_it_is_deleted(runner: Runner) -> None:
 def test_a_worker_that_stalls_is_replaced_when_the_job_goes_on(runner: Runner) -> None:
     """A job that wants all of its workers waited without end for one to report its model in the new life."""
     faults = (
-        Fault(role="training-executor", way="stall", round=1, phase="training", for_s=500.0),
-        Fault(role="parameter-server", way="kill", round=1, phase="training", after_s=0.5, for_s=13.0),
+        Strike(role="training-executor", way="stall", round=1, phase="training", for_s=500.0),
+        Strike(role="parameter-server", way="kill", round=1, phase="training", after_s=0.5, for_s=13.0),
     )
     assert runner.run(Scenario(seed=1, rounds=4, apart=True, faults=faults)).problems == ()
 
@@ -127,7 +127,7 @@ def test_a_worker_among_four_that_lies_costs_its_share_and_a_deadline_and_is_nam
     runner: Runner, honest_s: float, way: Way
 ) -> None:
     loading = way in ("never-load", "boast")
-    lie = Fault("worker", way, 0 if loading else 1, "loading" if loading else "training")
+    lie = Strike("worker", way, 0 if loading else 1, "loading" if loading else "training")
     with tempfile.TemporaryDirectory() as root:
         ending = run_scenario(msgspec.structs.replace(FOUR, faults=(lie,)), Path(root))
     assert ending.problems == ()

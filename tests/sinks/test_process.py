@@ -120,7 +120,7 @@ async def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
                 sink.put(RoundValues(round_, 1000.0, {"loss": 1 / round_, **long}))
             await until(lambda: len(said(caplog)) == 1, 30)
             assert "tensorboard does not work: OSError: [Errno 28] No space left" in said(caplog)[0]
-            disk.make_room()
+            disk.make_space()
             await until(lambda: not sink.waiting, 30)
             await until(lambda: len(said(caplog)) == 2)
         read = EventAccumulator(str(disk.path / RUN.job_id))

@@ -27,7 +27,7 @@ class Disk:
                     if exc.errno != errno.ENOSPC:
                         raise
 
-    def make_room(self) -> None:
+    def make_space(self) -> None:
         """As it was."""
         self._filler.unlink(missing_ok=True)
 

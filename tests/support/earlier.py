@@ -13,10 +13,10 @@ from hypha.features import Abilities
 from hypha.leases import Lease
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
 from hypha.worker.leasing.arbiter import Arbiter, ArbiterAction
-from hypha.worker.leasing.offers import LeaseDesk
+from hypha.worker.leasing.offers import LeaseService
 
 
-class EarlierDesk(LeaseDesk):
+class EarlierLeaseService(LeaseService):
     """Its desk."""
 
     def hear(
@@ -27,12 +27,12 @@ class EarlierDesk(LeaseDesk):
         return super().hear(publisher, plain, heard_in, reached)
 
 
-def earlier_desk(
+def earlier_lease_service(
     total: Resources,
     executors: Iterable[ExecutorDescriptor],
     terms: OfferConfig,
     worker: Callable[[], PeerRef],
     on_expired: Callable[[Lease], None],
-) -> EarlierDesk:
+) -> EarlierLeaseService:
     """The desk of such a worker."""
-    return EarlierDesk(Arbiter(total, executors, terms, worker, abilities=Abilities()), on_expired)
+    return EarlierLeaseService(Arbiter(total, executors, terms, worker, abilities=Abilities()), on_expired)

@@ -9,12 +9,12 @@ from contextlib import closing
 import msgspec
 from tests.support.system import System
 
-from hypha.cli.chaos.faults import Fault, again, asleep, candidates, executors, fail_at, recover, strike
+from hypha.cli.chaos.faults import StruckNode, again, asleep, candidates, executors, fail_at, recover, strike
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.scheduler.data.slices import TrackerState
 
 __all__ = [
-    "Fault",
+    "StruckNode",
     "again",
     "asleep",
     "candidates",

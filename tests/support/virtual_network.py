@@ -27,7 +27,7 @@ import trio.testing
 from hypha.config.models import SchedulerConfig
 from hypha.runtime import use_runtime
 from hypha.scheduler import JobResult, run_job
-from hypha.simulation.network import Machine, SimulatedNetwork
+from hypha.simulation.network import SimulatedMachine, SimulatedNetwork
 from hypha.simulation.node import SimulatedNode, SimulatedOptions, open_simulated_node
 from hypha.simulation.process import SimulatedProcess, SimulatedRuntime
 
@@ -110,7 +110,7 @@ class VirtualNetwork:
         hop: bool = False,
         organization: str = "",
     ) -> AsyncIterator[SimulatedNode]:
-        machine = Machine(name, frozenset(roles), organization=organization)
+        machine = SimulatedMachine(name, frozenset(roles), organization=organization)
         self.carrier.add(machine)
         async with trio.open_nursery() as nursery:
             process = SimulatedProcess(name, self.runtime, nursery, self._crashed)

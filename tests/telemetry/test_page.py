@@ -17,7 +17,7 @@ from tests.support.stopwatch import Stopwatch
 
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
-from hypha.telemetry.page import Access, Feed, Message, is_loopback, page_routes, token_in, worker_routes
+from hypha.telemetry.page import Access, Message, PageFeed, is_loopback, page_routes, token_in, worker_routes
 from hypha.telemetry.page.routes import ASSETS
 
 TOKEN = "a-token-that-nobody-guesses"
@@ -45,7 +45,7 @@ def health() -> HealthReport:
 
 
 @asynccontextmanager
-async def serving(feed: Feed, token: str | None = None) -> AsyncIterator[str]:
+async def serving(feed: PageFeed, token: str | None = None) -> AsyncIterator[str]:
     routes = page_routes(feed, lambda: Resources(cpu=2.0), Access(token))
     async with trio.open_nursery() as nursery:
         yield await nursery.start(partial(serve_http, "127.0.0.1:0", health, routes=routes))
@@ -87,14 +87,14 @@ async def read(address: str, count: int, query: str = "") -> list[tuple[str, dic
 
 
 async def test_a_viewer_is_told_the_past_and_then_what_is_new() -> None:
-    async with serving(Feed(Story().begin, interval_s=0.01)) as address:
+    async with serving(PageFeed(Story().begin, interval_s=0.01)) as address:
         events = await read(address, 4)
     assert [name for name, _ in events] == ["past", "now", "now", "now"]
     assert [event["number"] for _, event in events[1:]] == [0, 1, 2]
 
 
 async def test_everybody_is_told_the_end() -> None:
-    feed = Feed(Story().begin, interval_s=60.0)
+    feed = PageFeed(Story().begin, interval_s=60.0)
     found: list[list[tuple[str, dict[str, object]]]] = []
     async with serving(feed) as address, trio.open_nursery() as nursery:
 
@@ -114,7 +114,7 @@ async def test_everybody_is_told_the_end() -> None:
 
 
 async def test_viewers_are_bounded_and_one_that_leaves_makes_room() -> None:
-    feed = Feed(Story().begin, interval_s=0.01, max_viewers=2)
+    feed = PageFeed(Story().begin, interval_s=0.01, max_viewers=2)
     async with serving(feed) as address, client(address) as http:
         async with await open_events(address), await open_events(address):
             await until(lambda: feed.viewers == 2)
@@ -127,7 +127,7 @@ async def test_viewers_are_bounded_and_one_that_leaves_makes_room() -> None:
 
 async def test_one_that_does_not_read_is_dropped_and_holds_up_nobody() -> None:
     story = Story(size=200_000)
-    feed = Feed(story.begin, interval_s=0.001, slow_s=0.3)
+    feed = PageFeed(story.begin, interval_s=0.001, slow_s=0.3)
     async with serving(feed) as address:
         async with await open_events(address):
             await until(lambda: feed.viewers == 1)
@@ -143,7 +143,7 @@ async def test_one_that_does_not_read_is_dropped_and_holds_up_nobody() -> None:
 
 
 async def test_the_node_ends_at_once_while_one_does_not_read() -> None:
-    feed = Feed(Story(size=200_000).begin, interval_s=0.001, slow_s=60.0)
+    feed = PageFeed(Story(size=200_000).begin, interval_s=0.001, slow_s=60.0)
     with trio.fail_after(20):
         async with serving(feed) as address:
             stalled = await open_events(address)
@@ -155,7 +155,7 @@ async def test_the_node_ends_at_once_while_one_does_not_read() -> None:
 
 
 async def test_nothing_of_the_page_comes_from_elsewhere() -> None:
-    async with serving(Feed(Story().begin)) as address, client(address) as http:
+    async with serving(PageFeed(Story().begin)) as address, client(address) as http:
         page = await http.get("/")
         assert page.status_code == 200
         policy = page.headers["content-security-policy"]
@@ -206,7 +206,7 @@ def test_what_peers_say_never_becomes_markup() -> None:
 
 
 async def test_with_a_token_nobody_else_reads() -> None:
-    feed = Feed(Story().begin, interval_s=0.01)
+    feed = PageFeed(Story().begin, interval_s=0.01)
     async with serving(feed, TOKEN) as address, client(address) as http:
         for path in ("/status", "/events", "/status?token=other", "/status?token=", f"/status?x={TOKEN}"):
             refused = await http.get(path)
@@ -223,14 +223,14 @@ async def test_with_a_token_nobody_else_reads() -> None:
 
 
 async def test_another_sites_name_for_this_machine_is_refused() -> None:
-    async with serving(Feed(Story().begin)) as address, client(address) as http:
+    async with serving(PageFeed(Story().begin)) as address, client(address) as http:
         for host, status in (("evil.example", 403), ("localhost:1", 200), ("[::1]:9", 200), (address, 200)):
             answer = await http.get("/status", headers={"host": host})
             assert answer.status_code == status, host
 
 
 async def test_nothing_can_be_changed() -> None:
-    async with serving(Feed(Story().begin)) as address, client(address) as http:
+    async with serving(PageFeed(Story().begin)) as address, client(address) as http:
         for path in ("/", "/status", "/events", "/assets/page.js"):
             assert (await http.post(path)).status_code == 405, path
 

@@ -52,7 +52,14 @@ from hypha.messages import (
     Uri,
 )
 from hypha.tracing import traceparent
-from hypha.worker.bridge.feeds import MAX_NEWEST, MAX_WAITING, MAX_WAITING_BYTES, Arrivals, Directives, Feed
+from hypha.worker.bridge.feeds import (
+    MAX_NEWEST,
+    MAX_WAITING,
+    MAX_WAITING_BYTES,
+    Directives,
+    Feed,
+    FileArrivals,
+)
 from hypha.worker.bridge.server import (
     MAX_BODY_BYTES,
     MAX_CALLS,
@@ -64,13 +71,13 @@ from hypha.worker.bridge.server import (
 from hypha.worker.jobs.directory import JobDirectory
 
 
-class FileDesk:
+class FileHandlers:
     """A desk whose only network is this directory: what the bridge asks comes and goes as told."""
 
     def __init__(self, directory: JobDirectory) -> None:
         self.directory = directory
         self.directives = Directives()
-        self.arrivals = Arrivals(directory.path)
+        self.arrivals = FileArrivals(directory.path)
         self.events: list[Event] = []
         self.outcomes: tuple[Delivery, ...] = ()
         self.slices = Feed[FetchedFile]()
@@ -122,14 +129,14 @@ class FileDesk:
 
 
 @asynccontextmanager
-async def bridge(tmp_path: Path) -> AsyncIterator[tuple[FileDesk, httpx.AsyncClient]]:
+async def bridge(tmp_path: Path) -> AsyncIterator[tuple[FileHandlers, httpx.AsyncClient]]:
     directory = JobDirectory.create(tmp_path)
-    desk = FileDesk(directory)
+    handlers = FileHandlers(directory)
     transport = httpx.AsyncHTTPTransport(uds=str(directory.socket_path))
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve_bridge, desk, bind_bridge(directory.socket_path))
+        await nursery.start(serve_bridge, handlers, bind_bridge(directory.socket_path))
         async with httpx.AsyncClient(transport=transport, base_url="http://bridge", timeout=30) as client:
-            yield desk, client
+            yield handlers, client
         nursery.cancel_scope.cancel()
     directory.remove()
 
@@ -139,12 +146,12 @@ async def post(client: httpx.AsyncClient, path: str, call: msgspec.Struct) -> ht
 
 
 async def test_job_comes_with_its_secrets_through_a_private_socket(tmp_path: Path) -> None:
-    async with bridge(tmp_path) as (desk, client):
-        mode = desk.directory.socket_path.stat().st_mode
+    async with bridge(tmp_path) as (handlers, client):
+        mode = handlers.directory.socket_path.stat().st_mode
         assert stat.S_IMODE(mode) == 0o600
         answer = await client.get("/job")
         assert TOKEN in answer.text
-        assert msgspec.json.decode(answer.content, type=Job) == desk.job
+        assert msgspec.json.decode(answer.content, type=Job) == handlers.job
 
 
 async def test_openapi_is_valid_and_names_every_endpoint(tmp_path: Path) -> None:
@@ -192,26 +199,26 @@ EXITED = ExecutorExited(exit_code=0, tail="")
     ],
 )  # fmt: skip
 async def test_wrong_calls(tmp_path: Path, method: str, path: str, body: bytes, status: int) -> None:
-    async with bridge(tmp_path) as (desk, client):
+    async with bridge(tmp_path) as (handlers, client):
         answer = await client.request(method, path, content=body)
         assert answer.status_code == status
         assert set(answer.json()) == {"error", "detail"}
-        assert desk.events == []
+        assert handlers.events == []
 
 
 async def test_send_tells_what_became_of_each_receiver(tmp_path: Path) -> None:
     ok = Delivery(peer="a", acknowledged=True)
     refused = Delivery(peer="b", acknowledged=False, error="stale", detail="too late")
     away = Delivery(peer="c", acknowledged=False, error="unreachable", detail="gone")
-    async with bridge(tmp_path) as (desk, client):
-        (desk.directory.path / "outgoing/x").write_text("x")
+    async with bridge(tmp_path) as (handlers, client):
+        (handlers.directory.path / "outgoing/x").write_text("x")
         call = SendCall(resource=Peers(peers=(PeerRef(peer="a"),)), path="outgoing/x", round=0)
         for outcomes, status, error in [
             ((ok, refused, away), 200, None),
             ((away, refused), 409, "stale"),
             ((away,), 502, "unreachable"),
         ]:
-            desk.outcomes = outcomes
+            handlers.outcomes = outcomes
             answer = await post(client, "/resources/send", call)
             assert answer.status_code == status
             if error is None:
@@ -229,12 +236,12 @@ async def test_send_tells_what_became_of_each_receiver(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 async def test_paths_cannot_leave_the_job_directory(tmp_path: Path, path: str, status: int) -> None:
-    async with bridge(tmp_path) as (desk, client):
+    async with bridge(tmp_path) as (handlers, client):
         (tmp_path / "outside").write_text("secret")
-        (desk.directory.path / "link").symlink_to(tmp_path / "outside")
-        (desk.directory.path / "linked-dir").symlink_to(tmp_path)
-        (desk.directory.path / "loop").symlink_to(desk.directory.path / "loop")
-        desk.outcomes = (Delivery(peer="a", acknowledged=True),)
+        (handlers.directory.path / "link").symlink_to(tmp_path / "outside")
+        (handlers.directory.path / "linked-dir").symlink_to(tmp_path)
+        (handlers.directory.path / "loop").symlink_to(handlers.directory.path / "loop")
+        handlers.outcomes = (Delivery(peer="a", acknowledged=True),)
         call = SendCall(resource=Peers(peers=(PeerRef(peer="a"),)), path=path, round=0)
         answer = await post(client, "/resources/send", call)
         assert answer.status_code == status
@@ -268,66 +275,66 @@ class Stream:
 
 
 @asynccontextmanager
-async def stream(desk: FileDesk, method: str, path: str, body: bytes = b"") -> AsyncIterator[Stream]:
-    async with await trio.open_unix_socket(desk.directory.socket_path) as connection:
+async def stream(handlers: FileHandlers, method: str, path: str, body: bytes = b"") -> AsyncIterator[Stream]:
+    async with await trio.open_unix_socket(handlers.directory.socket_path) as connection:
         head = f"{method} {path} HTTP/1.1\r\nhost: b\r\ncontent-length: {len(body)}\r\n\r\n"
         await connection.send_all(head.encode() + body)
         yield Stream(connection)
 
 
 async def test_directives_start_with_the_newest_of_each(tmp_path: Path) -> None:
-    async with bridge(tmp_path) as (desk, _):
+    async with bridge(tmp_path) as (handlers, _):
         a, b = PeerRef(peer="a"), PeerRef(peer="b")
-        assert desk.directives.put(1, Plan(round=1))
-        assert desk.directives.put(2, SendModel(to=a))
-        assert desk.directives.put(3, SendModel(to=b))
-        assert desk.directives.put(4, Plan(round=1, batches=7))
-        assert not desk.directives.put(4, Plan(round=1, batches=8))
-        assert not desk.directives.put(1, Plan(round=0))
+        assert handlers.directives.put(1, Plan(round=1))
+        assert handlers.directives.put(2, SendModel(to=a))
+        assert handlers.directives.put(3, SendModel(to=b))
+        assert handlers.directives.put(4, Plan(round=1, batches=7))
+        assert not handlers.directives.put(4, Plan(round=1, batches=8))
+        assert not handlers.directives.put(1, Plan(round=0))
         newest: list[Directive] = [SendModel(to=a), SendModel(to=b), Plan(round=1, batches=7)]
         for seq in (5, 6):  # again after a reconnect
-            async with stream(desk, "GET", "/directives") as opened:
+            async with stream(handlers, "GET", "/directives") as opened:
                 texts = await opened.data(len(newest))
                 assert [msgspec.json.decode(text, type=Directive) for text in texts] == newest
                 members = Members(peers=(PeerRef(peer=f"peer-{seq}"),))
-                desk.directives.put(seq, members)
+                handlers.directives.put(seq, members)
                 (text,) = await opened.data(1)
                 assert msgspec.json.decode(text, type=Directive) == members
             newest = [*newest[:3], members]
 
 
-def received(desk: FileDesk, name: str, kind: str = "theta") -> ReceivedFile:
-    (desk.directory.part("incoming") / name).write_bytes(b"x")
+def received(handlers: FileHandlers, name: str, kind: str = "theta") -> ReceivedFile:
+    (handlers.directory.part("incoming") / name).write_bytes(b"x")
     meta = TransferMeta(kind=kind, name=name, size=1, blake3="0" * 64)
     return ReceivedFile(path=f"incoming/{name}", size=1, from_peer="ps", meta=meta)
 
 
 async def test_files_wait_for_their_executor_until_it_deletes_them(tmp_path: Path) -> None:
-    async with bridge(tmp_path) as (desk, _):
-        early, other = received(desk, "early"), received(desk, "other", "update")
-        desk.arrivals.put(early)
-        desk.arrivals.put(other)
+    async with bridge(tmp_path) as (handlers, _):
+        early, other = received(handlers, "early"), received(handlers, "other", "update")
+        handlers.arrivals.put(early)
+        handlers.arrivals.put(other)
         call = b'{"kinds": ["theta"]}'
-        async with stream(desk, "POST", "/resources/receive", call) as opened:
+        async with stream(handlers, "POST", "/resources/receive", call) as opened:
             assert [msgspec.json.decode(text, type=ReceivedFile) for text in await opened.data(1)] == [early]
-            late = received(desk, "late")
-            desk.arrivals.put(late)
+            late = received(handlers, "late")
+            handlers.arrivals.put(late)
             assert [msgspec.json.decode(text, type=ReceivedFile) for text in await opened.data(1)] == [late]
-        (desk.directory.path / early.path).unlink()
-        async with stream(desk, "POST", "/resources/receive", call) as opened:
+        (handlers.directory.path / early.path).unlink()
+        async with stream(handlers, "POST", "/resources/receive", call) as opened:
             assert [msgspec.json.decode(text, type=ReceivedFile) for text in await opened.data(1)] == [late]
 
 
 async def test_client_that_goes_away_takes_no_slice(tmp_path: Path) -> None:
-    async with bridge(tmp_path) as (desk, client):
+    async with bridge(tmp_path) as (handlers, client):
         call = FetchCall(resource=SchedulerData(peer="scheduler", dataset="digits"))
         with trio.move_on_after(0.2):
             await post(client, "/resources/fetch", call)
         with trio.fail_after(20):
-            while desk.fetching:
+            while handlers.fetching:
                 await trio.sleep(0.01)
         slice_ = FetchedFile(path="slices/1", size=1)
-        desk.slices.put(slice_)
+        handlers.slices.put(slice_)
         answer = await post(client, "/resources/fetch", call)
         assert msgspec.json.decode(answer.content, type=list[FetchedFile]) == [slice_]
 
@@ -343,10 +350,10 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 async def test_plain_standard_library_client(tmp_path: Path) -> None:
-    async with bridge(tmp_path) as (desk, _):
+    async with bridge(tmp_path) as (handlers, _):
 
         def talk() -> tuple[int, object]:
-            connection = UnixConnection(desk.directory.socket_path)
+            connection = UnixConnection(handlers.directory.socket_path)
             body = json.dumps({"event": {"type": "loaded", "incarnation": "i"}})
             try:
                 connection.request("POST", "/status/send", body, {"content-type": "application/json"})
@@ -356,14 +363,14 @@ async def test_plain_standard_library_client(tmp_path: Path) -> None:
                 connection.close()
 
         assert await trio.to_thread.run_sync(talk) == (200, {})
-        assert desk.events == [Loaded(incarnation="i")]
+        assert handlers.events == [Loaded(incarnation="i")]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 async def test_curl(tmp_path: Path) -> None:
-    async with bridge(tmp_path) as (desk, _):
-        desk.directives.put(1, Plan(round=3, batches=4))
-        socket_path = str(desk.directory.socket_path)
+    async with bridge(tmp_path) as (handlers, _):
+        handlers.directives.put(1, Plan(round=3, batches=4))
+        socket_path = str(handlers.directory.socket_path)
         done = await trio.run_process(
             ["curl", "-sN", "--max-time", "1", "--unix-socket", socket_path, "http://b/directives"],
             capture_stdout=True,
@@ -374,13 +381,13 @@ async def test_curl(tmp_path: Path) -> None:
 
 
 async def test_clients_that_left_leave_nothing(tmp_path: Path) -> None:
-    async with bridge(tmp_path) as (desk, client):
+    async with bridge(tmp_path) as (handlers, client):
         await client.get("/job")
         before = trio.lowlevel.current_statistics().tasks_living
 
         for path, end in ((b"/openapi.json", b"}"), (b"/directives", b": open\n\n\r\n")):
             for _ in range(3):
-                stream = await trio.open_unix_socket(desk.directory.socket_path)
+                stream = await trio.open_unix_socket(handlers.directory.socket_path)
                 await stream.send_all(b"GET " + path + b" HTTP/1.1\r\nHost: bridge\r\n\r\n")
                 answer = b""
                 while not answer.endswith(end):
@@ -393,8 +400,8 @@ async def test_clients_that_left_leave_nothing(tmp_path: Path) -> None:
 
 async def test_bridge_ends_with_streams_open(tmp_path: Path) -> None:
     with trio.fail_after(20):
-        async with bridge(tmp_path) as (desk, _):
-            connection = await trio.open_unix_socket(desk.directory.socket_path)
+        async with bridge(tmp_path) as (handlers, _):
+            connection = await trio.open_unix_socket(handlers.directory.socket_path)
             await connection.send_all(b"GET /directives HTTP/1.1\r\nhost: b\r\n\r\n")
             assert await connection.receive_some()
         while await connection.receive_some():
@@ -405,13 +412,13 @@ async def test_bridge_ends_with_streams_open(tmp_path: Path) -> None:
 async def test_a_call_is_carried_out_in_the_callers_span_and_spans_are_taken(tmp_path: Path) -> None:
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     said = msgspec.json.encode(StatusCall(event=Loaded(incarnation="i")))
-    async with bridge(tmp_path) as (desk, client):
+    async with bridge(tmp_path) as (handlers, client):
         for headers in ({}, {"traceparent": parent}, {"traceparent": "garbage"}):
             await client.post("/status/send", content=said, headers=headers)
-        assert desk.traces == [None, parent, None]
+        assert handlers.traces == [None, parent, None]
         span = FinishedSpan(name="Train", trace_id="a" * 32, span_id="b" * 16, start_ns=1, end_ns=2)
         assert (await post(client, "/spans", SpansCall(spans=(span,)))).status_code == 200
-        assert desk.spans == [span]
+        assert handlers.spans == [span]
         answer = await client.post("/spans", content=b'{"spans": [{}]}')
         assert (answer.status_code, answer.json()["error"]) == (400, "malformed")
 
@@ -425,9 +432,9 @@ UPGRADE = (
 @pytest.mark.parametrize("data", [UPGRADE + b"\x81\x85abcde", UPGRADE * 2])
 async def test_a_connection_that_fails_ends_alone(data: bytes, tmp_path: Path) -> None:
     """As shipped, the server ends with it, and so did the worker."""
-    async with bridge(tmp_path) as (desk, client):
+    async with bridge(tmp_path) as (handlers, client):
         for _ in range(2):
-            async with await trio.open_unix_socket(str(desk.directory.socket_path)) as stream:
+            async with await trio.open_unix_socket(str(handlers.directory.socket_path)) as stream:
                 with trio.move_on_after(1.0), contextlib.suppress(trio.BrokenResourceError):
                     await stream.send_all(data)
                     while await stream.receive_some():
@@ -437,31 +444,32 @@ async def test_a_connection_that_fails_ends_alone(data: bytes, tmp_path: Path) -
 
 async def test_calls_beyond_the_limit_are_told_to_come_again(tmp_path: Path) -> None:
     """An executor that calls without end takes so much of its worker, and may go on later."""
-    async with bridge(tmp_path) as (desk, client), AsyncExitStack() as stack:
+    async with bridge(tmp_path) as (handlers, client), AsyncExitStack() as stack:
         body = msgspec.json.encode(FetchCall(resource=SchedulerData(peer="s", dataset="d")))
         for _ in range(MAX_CALLS):
-            await stack.enter_async_context(stream(desk, "POST", "/resources/fetch", body))
-        await until(lambda: desk.fetching == MAX_CALLS)
+            await stack.enter_async_context(stream(handlers, "POST", "/resources/fetch", body))
+        await until(lambda: handlers.fetching == MAX_CALLS)
         answer = await client.get("/job")
         assert (answer.status_code, answer.json()["error"]) == (503, "busy")
-        desk.slices.put(FetchedFile(path="a", size=1))
-        await until(lambda: desk.fetching == MAX_CALLS - 1)
+        handlers.slices.put(FetchedFile(path="a", size=1))
+        await until(lambda: handlers.fetching == MAX_CALLS - 1)
         assert (await client.get("/job")).status_code == 200
-    assert desk.fetching == 0
+    assert handlers.fetching == 0
 
 
 async def test_streams_and_connections_are_bounded(tmp_path: Path) -> None:
-    async with bridge(tmp_path) as (desk, client), AsyncExitStack() as stack:
+    async with bridge(tmp_path) as (handlers, client), AsyncExitStack() as stack:
         streams = [
-            await stack.enter_async_context(stream(desk, "GET", "/directives")) for _ in range(MAX_STREAMS)
+            await stack.enter_async_context(stream(handlers, "GET", "/directives"))
+            for _ in range(MAX_STREAMS)
         ]
-        desk.directives.put(1, Plan(round=1))
+        handlers.directives.put(1, Plan(round=1))
         for one in streams:
             assert await one.data(1)
         answer = await client.get("/directives")
         assert (answer.status_code, answer.json()["error"]) == (503, "busy")
         silent = [
-            await stack.enter_async_context(await trio.open_unix_socket(desk.directory.socket_path))
+            await stack.enter_async_context(await trio.open_unix_socket(handlers.directory.socket_path))
             for _ in range(MAX_CONNECTIONS)
         ]
         with trio.fail_after(5):
@@ -470,13 +478,13 @@ async def test_streams_and_connections_are_bounded(tmp_path: Path) -> None:
 
 
 async def test_events_that_the_worker_has_no_room_for_may_be_said_again(tmp_path: Path) -> None:
-    async with bridge(tmp_path) as (desk, client):
+    async with bridge(tmp_path) as (handlers, client):
         call = StatusCall(event=Loaded(incarnation="x"))
-        desk.full = True
+        handlers.full = True
         assert (await post(client, "/status/send", call)).status_code == 503
-        desk.full = False
+        handlers.full = False
         assert (await post(client, "/status/send", call)).status_code == 200
-        assert desk.events == [call.event]
+        assert handlers.events == [call.event]
 
 
 async def test_a_stream_that_nobody_reads_ends_and_may_be_opened_again() -> None:
@@ -506,9 +514,9 @@ async def test_what_waits_in_a_stream_is_bounded_in_bytes_too() -> None:
 
 
 async def test_a_client_hears_that_its_stream_was_ended(tmp_path: Path) -> None:
-    async with bridge(tmp_path) as (desk, _), stream(desk, "GET", "/directives") as directives:
-        desk.directives.put(0, Plan(round=0))
+    async with bridge(tmp_path) as (handlers, _), stream(handlers, "GET", "/directives") as directives:
+        handlers.directives.put(0, Plan(round=0))
         assert await directives.data(1)
         for number in range(1, MAX_WAITING + 10):
-            desk.directives.put(number, Plan(round=number))
+            handlers.directives.put(number, Plan(round=number))
         await directives.ends()

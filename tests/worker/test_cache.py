@@ -104,12 +104,12 @@ def test_hash_from_the_network_is_no_path(tmp_path: Path) -> None:
 def test_slices_make_room_for_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = SliceCache(tmp_path / "cache", CacheConfig(max_slices=8))
     insert(cache, 0, 1, 2)
-    cache.require_room(1000)
+    cache.require_space(1000)
     assert len(cache) == 3
     # more than any disk has: all that is here goes, and it still is not enough
     monkeypatch.setattr(room, "RESERVE_BYTES", 1 << 62)
     with pytest.raises(OSError, match=f"the disk of {tmp_path / 'cache'} is full") as failed:
-        cache.require_room(1000)
+        cache.require_space(1000)
     assert "make room" in str(failed.value)
     assert len(cache) == 0
     assert not list((tmp_path / "cache").glob("*.safetensors"))

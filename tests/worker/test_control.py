@@ -19,13 +19,13 @@ from hypha.messages import ExecutorDescriptor, Resources
 from hypha.worker.control import Call, serve_control, socket_in, tell
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.leaving import Leaving
-from hypha.worker.leasing.offers import LeaseDesk
+from hypha.worker.leasing.offers import LeaseService
 
 T = TypeVar("T")
 
 
 @asynccontextmanager
-async def controlled(network: Network, work_dir: Path) -> AsyncIterator[tuple[Leaving, LeaseDesk]]:
+async def controlled(network: Network, work_dir: Path) -> AsyncIterator[tuple[Leaving, LeaseService]]:
     """A worker's leases and its socket, on a node that is connected with nobody."""
     async with network.leaf("worker", [], connected=False) as node, trio.open_nursery() as nursery:
         arbiter = Arbiter(
@@ -35,10 +35,10 @@ async def controlled(network: Network, work_dir: Path) -> AsyncIterator[tuple[Le
             node.ref,
             journal=Journal(checked=True),
         )
-        desk = LeaseDesk(arbiter, lambda _: None)
-        leaving = Leaving(node, desk)
-        await nursery.start(serve_control, work_dir, leaving, lambda: len(desk.leases))
-        yield leaving, desk
+        lease_service = LeaseService(arbiter, lambda _: None)
+        leaving = Leaving(node, lease_service)
+        await nursery.start(serve_control, work_dir, leaving, lambda: len(lease_service.leases))
+        yield leaving, lease_service
         nursery.cancel_scope.cancel()
 
 
@@ -52,14 +52,14 @@ def network(tmp_path: Path) -> Network:
 
 
 async def test_a_worker_is_drained_and_makes_offers_again(network: Network, tmp_path: Path) -> None:
-    async with controlled(network, tmp_path) as (leaving, desk):
+    async with controlled(network, tmp_path) as (leaving, lease_service):
         assert stat.S_IMODE(socket_in(tmp_path).stat().st_mode) == 0o600
         answer, _ = await asked(lambda: tell(tmp_path, Call(what="drain")))
         assert (answer.state, answer.leases, answer.refused) == ("is drained, and makes no new offers", 0, "")
-        assert desk.is_closed
+        assert lease_service.is_closed
         answer, _ = await asked(lambda: tell(tmp_path, Call(what="resume")))
         assert answer.state == "makes offers"
-        assert not desk.is_closed
+        assert not lease_service.is_closed
         for within_s in (0.0, -1.0):
             answer, _ = await asked(lambda: tell(tmp_path, Call(what="leave", within_s=within_s)))  # noqa: B023
             assert "no time to leave within" in answer.refused
@@ -95,9 +95,9 @@ async def test_a_worker_that_does_not_end_in_time_is_told_so(network: Network, t
 async def test_a_long_work_dir_is_no_obstacle(network: Network, tmp_path: Path) -> None:
     work_dir = tmp_path / ("long-" * 30)
     work_dir.mkdir()
-    async with controlled(network, work_dir) as (_, desk):
+    async with controlled(network, work_dir) as (_, lease_service):
         await asked(lambda: tell(work_dir, Call(what="drain")))
-        assert desk.is_closed
+        assert lease_service.is_closed
 
 
 async def test_a_socket_that_was_left_is_replaced_and_one_in_use_is_not(
@@ -112,14 +112,14 @@ async def test_a_socket_that_was_left_is_replaced_and_one_in_use_is_not(
 
 
 async def test_what_is_no_call_ends_its_connection_alone(network: Network, tmp_path: Path) -> None:
-    async with controlled(network, tmp_path) as (_, desk):
+    async with controlled(network, tmp_path) as (_, lease_service):
         for text in (b"{}\n", b"\xff" * 5000, b'{"what": "explode"}\n', b""):
             async with await trio.open_unix_socket(str(socket_in(tmp_path))) as stream:
                 await stream.send_all(text)
                 await stream.send_eof()
                 assert await stream.receive_some() == b""
         await asked(lambda: tell(tmp_path, Call(what="drain")))
-        assert desk.is_closed
+        assert lease_service.is_closed
 
 
 async def test_without_a_worker_the_error_says_where_it_was_looked_for(tmp_path: Path) -> None:

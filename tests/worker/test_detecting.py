@@ -10,7 +10,7 @@ import pytest
 
 from hypha.messages import Resources
 from hypha.telemetry.resources import GpuReading
-from hypha.worker.limits.detecting import Machine, Roots, detect, lowered
+from hypha.worker.limits.detecting import DetectedMachine, Roots, detect, lowered
 from hypha.worker.limits.gpus import Gpu, find_gpus
 
 
@@ -128,7 +128,7 @@ def test_without_it_the_driver_tells_what_there_is_but_not_the_memory(tmp_path: 
         ("0", "NVIDIA A10", 0),
         ("1", "NVIDIA T4", 0),
     ]
-    machine = Machine(1, "", 1, "", 1, "", found)
+    machine = DetectedMachine(1, "", 1, "", 1, "", found)
     assert "NVIDIA T4 (memory unknown): /proc/driver/nvidia" in machine.describe()["gpu"]
     # what is not known is believed
     assert lowered(Resources(gpu=99), machine) == (Resources(gpu=99), ())
@@ -166,7 +166,9 @@ def test_what_the_environment_hides_is_not_there(tmp_path: Path, visible: str, m
 
 # --- what may be offered ------------------------------------------------------------------------------
 
-MACHINE = Machine(4, "all", 25.37, "all", 67.8, "free", (Gpu("nvidia", "0", "T4", 16 * 10**9, "here"),))
+MACHINE = DetectedMachine(
+    4, "all", 25.37, "all", 67.8, "free", (Gpu("nvidia", "0", "T4", 16 * 10**9, "here"),)
+)
 
 
 def test_a_configuration_may_ask_for_less() -> None:

@@ -9,18 +9,18 @@ import pytest
 
 from hypha.errors import Refused
 from hypha.messages import JobStamp, TransferMeta
-from hypha.worker.bridge.feeds import Arrivals
+from hypha.worker.bridge.feeds import FileArrivals
 from hypha.worker.jobs.directory import JobDirectory
-from hypha.worker.jobs.inbox import MAX_WAITING, Inbox
+from hypha.worker.jobs.inbox import MAX_WAITING, ExecutorInbox
 
 
 class Setting:
     def __init__(self, tmp_path: Path) -> None:
         self.directory = JobDirectory.create(tmp_path)
-        self.arrivals = Arrivals(self.directory.path)
+        self.arrivals = FileArrivals(self.directory.path)
         self.senders: frozenset[str] | None = frozenset({"ps"})
         stamp = JobStamp(job_id="job", generation=3)
-        self.inbox = Inbox(stamp, self.directory, self.arrivals, lambda: self.senders, max_bytes=100)
+        self.inbox = ExecutorInbox(stamp, self.directory, self.arrivals, lambda: self.senders, max_bytes=100)
 
     async def send(self, caller: str, meta: TransferMeta) -> Path:
         path = await self.inbox.gate(caller, meta)

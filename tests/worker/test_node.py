@@ -11,7 +11,7 @@ from hypha.config.models import ResourcesConfig, WorkerConfig
 from hypha.errors import ConfigError
 from hypha.worker import run_worker
 from hypha.worker.limits.cgroups import usable_cgroups
-from hypha.worker.limits.detecting import Machine
+from hypha.worker.limits.detecting import DetectedMachine
 from hypha.worker.node import offered
 
 
@@ -30,7 +30,7 @@ async def test_a_work_dir_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_no_more_is_offered_than_there_is(caplog: pytest.LogCaptureFixture) -> None:
-    machine = Machine(2, "all", 25.3, "all", 67.8, "free")
+    machine = DetectedMachine(2, "all", 25.3, "all", 67.8, "free")
     asked = ResourcesConfig(cpu=64, memory=8, gpu=0, storage=20)
     lowered, words = offered(config(resources=asked), machine)
     assert lowered.resources == ResourcesConfig(cpu=2, memory=8, gpu=0, storage=20)

@@ -14,15 +14,15 @@ from hypha.config.models import OfferConfig, UtilizationConfig
 from hypha.errors import Refused
 from hypha.leases import Lease, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.worker.leasing.arbiter import Arbiter, Heard, RenewAsked, SendOffer
-from hypha.worker.leasing.offers import MAX_TOLD, LeaseDesk, granted
+from hypha.worker.leasing.arbiter import Arbiter, RenewAsked, RequestHeard, SendOffer
+from hypha.worker.leasing.offers import MAX_TOLD, LeaseService, granted
 from hypha.worker.signals import prices
 
 TRAIN = ExecutorDescriptor(kind="train", name="t")
 
 
-def request(number: int) -> Heard:
-    return Heard(
+def request(number: int) -> RequestHeard:
+    return RequestHeard(
         "S",
         WorkerRequest(
             request_id=f"r{number}",
@@ -36,14 +36,14 @@ def request(number: int) -> Heard:
     )
 
 
-def desk_with(ended: list[tuple[float, str]], fail: bool = False) -> LeaseDesk:
+def lease_service_with(ended: list[tuple[float, str]], fail: bool = False) -> LeaseService:
     def on_expired(lease: Lease) -> None:
         ended.append((trio.current_time(), lease.request_id))
         if fail:
             raise RuntimeError("this executor does not stop")
 
     arbiter = Arbiter(Resources(cpu=3), [TRAIN], OfferConfig(lease_s=30.0), lambda: PeerRef(peer="W"))
-    return LeaseDesk(arbiter, on_expired)
+    return LeaseService(arbiter, on_expired)
 
 
 @pytest.mark.parametrize("fail", [False, True])
@@ -52,23 +52,23 @@ async def test_leases_end_to_the_moment_even_when_stopping_one_fails(
 ) -> None:
     ended: list[tuple[float, str]] = []
     offers: list[SendOffer] = []
-    desk = desk_with(ended, fail)
-    nursery.start_soon(desk.run, offers.append)
+    lease_service = lease_service_with(ended, fail)
+    nursery.start_soon(lease_service.run, offers.append)
     start = trio.current_time()
     accepted_at: dict[str, float] = {}
     for number in range(3):
-        desk.handle(request(number))
+        lease_service.handle(request(number))
         await trio.sleep(1.0)
         offer = offers[-1].offer
-        granted(desk.handle(RenewAsked(offer.lease_id, "S")), offer.lease_id)
+        granted(lease_service.handle(RenewAsked(offer.lease_id, "S")), offer.lease_id)
         accepted_at[offer.request_id] = trio.current_time()
-    assert desk.free == Resources()
+    assert lease_service.free == Resources()
     with caplog.at_level(logging.CRITICAL if not fail else logging.ERROR, logger="hypha.worker"):
         await trio.sleep(60.0)
     assert [name for _, name in ended] == ["r0", "r1", "r2"]
     for when, name in ended:
         assert when == pytest.approx(accepted_at[name] + 30.0, abs=1e-3)
-    assert desk.free == desk.total
+    assert lease_service.free == lease_service.total
     assert start < ended[0][0]
     assert len([record for record in caplog.records if "could not be stopped" in record.message]) == 3 * fail
 
@@ -77,24 +77,24 @@ async def test_a_worker_without_leases_says_what_it_waits_for(
     autojump_clock: MockClock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     offers: list[SendOffer] = []
-    desk = desk_with([])
-    nursery.start_soon(desk.run, offers.append)
+    lease_service = lease_service_with([])
+    nursery.start_soon(lease_service.run, offers.append)
     with caplog.at_level(logging.INFO, logger="hypha.worker"):
         await trio.sleep(61.0)
         (idle,) = caplog.messages
         assert idle.endswith("waiting for a scheduler's request that fits cpu=3; none was heard.")
         caplog.clear()
         greedy = replace(request(0).request, resources=Resources(cpu=64))
-        desk.hear("S", greedy)
+        lease_service.hear("S", greedy)
         await trio.sleep(60.0)
         (idle,) = caplog.messages
         assert "; 1 requests were heard, and the last got no offer: " in idle
         caplog.clear()
-        desk.handle(request(1))
+        lease_service.handle(request(1))
         await trio.sleep(1.0)
         lease = offers[-1].offer.lease_id
         for _ in range(30):
-            granted(desk.handle(RenewAsked(lease, "S")), lease)
+            granted(lease_service.handle(RenewAsked(lease, "S")), lease)
             await trio.sleep(10.0)
         assert caplog.messages == []
 
@@ -104,18 +104,18 @@ async def test_a_temporary_lease_that_nobody_took_ends_silently(
 ) -> None:
     ended: list[tuple[float, str]] = []
     offers: list[SendOffer] = []
-    desk = desk_with(ended)
-    nursery.start_soon(desk.run, offers.append)
-    desk.handle(request(1))
+    lease_service = lease_service_with(ended)
+    nursery.start_soon(lease_service.run, offers.append)
+    lease_service.handle(request(1))
     await trio.sleep(0.3)
-    [lease] = desk.leases
+    [lease] = lease_service.leases
     with pytest.raises(Refused, match="never accepted"):
-        desk.lease_for_dispatch(lease.lease_id, "S", "train", "job")
+        lease_service.lease_for_dispatch(lease.lease_id, "S", "train", "job")
     await trio.sleep(5.0)
-    assert desk.leases == ()
+    assert lease_service.leases == ()
     assert ended == []
     with pytest.raises(Refused, match="no lease"):
-        desk.lease_for_dispatch(lease.lease_id, "S", "train", "job")
+        lease_service.lease_for_dispatch(lease.lease_id, "S", "train", "job")
 
 
 async def test_resources_of_an_ended_lease_stay_held_while_its_executor_stops(
@@ -123,36 +123,36 @@ async def test_resources_of_an_ended_lease_stay_held_while_its_executor_stops(
 ) -> None:
     ended: list[tuple[float, str]] = []
     offers: list[SendOffer] = []
-    desk = desk_with(ended)
-    nursery.start_soon(desk.run, offers.append)
-    desk.handle(request(1))
+    lease_service = lease_service_with(ended)
+    nursery.start_soon(lease_service.run, offers.append)
+    lease_service.handle(request(1))
     await trio.sleep(0.3)
     lease_id = offers[0].offer.lease_id
-    desk.handle(RenewAsked(lease_id, "S"))
-    desk.lease_for_dispatch(lease_id, "S", "train", "job")
-    desk.hold(lease_id, 10.0)
+    lease_service.handle(RenewAsked(lease_id, "S"))
+    lease_service.lease_for_dispatch(lease_id, "S", "train", "job")
+    lease_service.hold(lease_id, 10.0)
     await trio.sleep(31.0)
     assert len(ended) == 1
-    assert desk.free == Resources(cpu=2)
-    desk.drained(lease_id)
-    assert desk.free == desk.total
+    assert lease_service.free == Resources(cpu=2)
+    lease_service.drained(lease_id)
+    assert lease_service.free == lease_service.total
 
 
 async def test_what_this_version_lacks_is_told_once_and_only_so_much_of_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.WARNING, logger="hypha.worker")
-    desk = desk_with([])
+    lease_service = lease_service_with([])
 
     def needing(name: str) -> WorkerRequest:
         return msgspec.structs.replace(request(0).request, needs=(name,))
 
     for _ in range(3):
-        desk.hear("S", needing("of-a-later-version\x1b[2J"))
+        lease_service.hear("S", needing("of-a-later-version\x1b[2J"))
     [record] = caplog.records
     assert "(of-a-later-version\N{REPLACEMENT CHARACTER}[2J); upgrade this worker" in record.getMessage()
     for number in range(2 * MAX_TOLD):
-        desk.hear("S", needing(f"feature-{number}"))
+        lease_service.hear("S", needing(f"feature-{number}"))
     assert len(caplog.records) == MAX_TOLD
 
 
@@ -162,11 +162,11 @@ async def test_less_is_asked_for_a_dataset_of_which_slices_are_in_the_cache(
     terms = OfferConfig(price=3.0, strategy="affinity")
     for cached, price in ((frozenset({"digits"}), 2.0), (frozenset({"others"}), 3.0)):
         arbiter = Arbiter(Resources(cpu=3), [TRAIN], terms, lambda: PeerRef(peer="W"))
-        desk = LeaseDesk(arbiter, lambda _: None, lambda cached=cached: cached)  # type: ignore[misc]
+        lease_service = LeaseService(arbiter, lambda _: None, lambda cached=cached: cached)  # type: ignore[misc]
         heard = request(0)
-        desk.hear("S", replace(heard.request, dataset="digits"))
+        lease_service.hear("S", replace(heard.request, dataset="digits"))
         await trio.sleep(0.3)
-        [offered] = [one for one in desk.handle(Tick()) if isinstance(one, SendOffer)]
+        [offered] = [one for one in lease_service.handle(Tick()) if isinstance(one, SendOffer)]
         assert offered.offer.price == price
 
 
@@ -175,30 +175,32 @@ async def test_a_worker_shows_its_price_its_load_and_what_its_leases_bring(
 ) -> None:
     load = UtilizationConfig(step=0.5, every_s=10.0)
     terms = OfferConfig(price=2.0, floor=0.5, strategy="utilization", utilization=load, lease_s=1000.0)
-    desk = LeaseDesk(Arbiter(Resources(cpu=1), [TRAIN], terms, lambda: PeerRef(peer="W")), lambda _: None)
+    lease_service = LeaseService(
+        Arbiter(Resources(cpu=1), [TRAIN], terms, lambda: PeerRef(peer="W")), lambda _: None
+    )
     heard = request(0)
-    desk.handle(replace(heard, request=replace(heard.request, bid=2.5)))
+    lease_service.handle(replace(heard, request=replace(heard.request, bid=2.5)))
     await trio.sleep(0.3)
-    [sent] = [one for one in desk.handle(Tick()) if isinstance(one, SendOffer)]
-    desk.handle(RenewAsked(sent.offer.lease_id, "S"))
+    [sent] = [one for one in lease_service.handle(Tick()) if isinstance(one, SendOffer)]
+    lease_service.handle(RenewAsked(sent.offer.lease_id, "S"))
     await trio.sleep(10.0)
-    desk.handle(Tick())
-    assert desk.pricing.in_words == "3 a lease (2 at rest, floor 0.5, utilization, load 100 %)"
-    shown = {labels["of"]: amount for labels, amount in prices(desk)}
+    lease_service.handle(Tick())
+    assert lease_service.pricing.in_words == "3 a lease (2 at rest, floor 0.5, utilization, load 100 %)"
+    shown = {labels["of"]: amount for labels, amount in prices(lease_service)}
     assert shown == {"floor": 0.5, "rest": 2.0, "threshold": 3.0, "leases": 2.5}
 
 
 async def test_a_renewal_says_whether_others_ask_for_what_is_leased(autojump_clock: MockClock) -> None:
-    desk = desk_with([])
+    lease_service = lease_service_with([])
     now = trio.current_time()
-    desk.handle(Heard("S", replace(request(0).request, resources=Resources(cpu=3))))
+    lease_service.handle(RequestHeard("S", replace(request(0).request, resources=Resources(cpu=3))))
     await trio.sleep(0.3)
-    [sent] = [one for one in desk.handle(Tick()) if isinstance(one, SendOffer)]
-    lease = granted(desk.handle(RenewAsked(sent.offer.lease_id, "S")), sent.offer.lease_id)
-    assert desk.contention(lease, now) == (False, False)
+    [sent] = [one for one in lease_service.handle(Tick()) if isinstance(one, SendOffer)]
+    lease = granted(lease_service.handle(RenewAsked(sent.offer.lease_id, "S")), sent.offer.lease_id)
+    assert lease_service.contention(lease, now) == (False, False)
     await trio.sleep(10.0)
     other = replace(request(1).request, scheduler=PeerRef(peer="T"))
-    desk.handle(Heard("T", other))
+    lease_service.handle(RequestHeard("T", other))
     await trio.sleep(0.3)
-    desk.handle(Tick())
-    assert desk.contention(lease, trio.current_time()) == (True, False)
+    lease_service.handle(Tick())
+    assert lease_service.contention(lease, trio.current_time()) == (True, False)

@@ -66,21 +66,21 @@ async def test_large_events_wait_in_smaller_numbers() -> None:
     outbox = Outbox(scheduler.ask, "train", "life")
     large = events("x" * (1 << 20))[0]
     for _ in range(16):
-        outbox.check_room()
+        outbox.check_space()
         outbox.put(STAMP, large)
     with pytest.raises(Refused, match="16 events wait"):
-        outbox.check_room()
+        outbox.check_space()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(outbox.run)
         await outbox.wait_empty()
         nursery.cancel_scope.cancel()
-    outbox.check_room()
+    outbox.check_space()
 
 
 async def test_what_waits_is_bounded() -> None:
     outbox = Outbox(Scheduler().ask, "train", "life")
     for event in events(*map(str, range(MAX_WAITING))):
-        outbox.check_room()
+        outbox.check_space()
         outbox.put(STAMP, event)
     with pytest.raises(Refused, match="busy"):
-        outbox.check_room()
+        outbox.check_space()

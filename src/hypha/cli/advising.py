@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from hypha.data.manifest import read_manifest
-from hypha.data.serving.slice_advice import Fit, Pace, SliceAdvice, advise, fit
+from hypha.data.serving.slice_advice import Fit, SliceAdvice, TrainingPace, advise, fit
 from hypha.errors import DataError
 from hypha.messages import Manifest
 
 
-def advise_slices(pace: Pace, directory: Path | None, as_json: bool) -> str:
+def advise_slices(pace: TrainingPace, directory: Path | None, as_json: bool) -> str:
     """The advice for ``pace``, whose samples are those of the dataset in ``directory`` where one is given.
     Raises DataError.
     """

@@ -13,7 +13,7 @@ from hypha.cli.running import run_program
 
 if TYPE_CHECKING:
     from hypha.pki.authority import MadeFiles
-    from hypha.pki.facts import CertificateFacts
+    from hypha.pki.inspection import InspectedCertificate
 
 app = typer.Typer(
     name="hypha-certutil",
@@ -158,44 +158,43 @@ def revoke(
 @app.command()
 def show(path: Annotated[Path, typer.Argument(help="A PEM file with certificates.")]) -> None:
     """Print what certificates say; exit 1 when one is not usable."""
-    from hypha.pki.facts import describe
+    from hypha.pki.inspection import describe
 
-    facts = describe(path)
-    typer.echo(str(facts.path))
-    for certificate in facts.certificates:
+    inspected = describe(path)
+    typer.echo(str(inspected.path))
+    for certificate in inspected.certificates:
         _show(certificate)
-    if facts.key is not None:
-        typer.echo(
-            f"  key          {facts.key}{'' if facts.key_problems else ', belongs to the certificate'}"
-        )
-    for problem in facts.key_problems:
+    if inspected.key is not None:
+        belongs = "" if inspected.key_problems else ", belongs to the certificate"
+        typer.echo(f"  key          {inspected.key}{belongs}")
+    for problem in inspected.key_problems:
         typer.echo(f"  PROBLEM      {problem}")
-    if facts.key_problems or any(certificate.problems for certificate in facts.certificates):
+    if inspected.key_problems or any(certificate.problems for certificate in inspected.certificates):
         raise typer.Exit(1)
 
 
-def _show(facts: CertificateFacts) -> None:
-    kind = "root CA" if facts.is_root else "CA" if facts.is_ca else "node"
+def _show(inspected: InspectedCertificate) -> None:
+    kind = "root CA" if inspected.is_root else "CA" if inspected.is_ca else "node"
     rows = {
-        "certificate": f"{facts.subject} ({kind})",
-        "issuer": facts.issuer,
-        "valid": f"{facts.not_before:%Y-%m-%d} to {facts.not_after:%Y-%m-%d}",
-        "PeerID": facts.peer_id or "",
-        "roles": "" if facts.is_ca else ", ".join(facts.roles) or "none",
-        "may issue": ", ".join(facts.may_issue or ()),
-        "names": ", ".join(facts.names),
-        "serial": facts.serial,
-        "sha256": facts.fingerprint,
+        "certificate": f"{inspected.subject} ({kind})",
+        "issuer": inspected.issuer,
+        "valid": f"{inspected.not_before:%Y-%m-%d} to {inspected.not_after:%Y-%m-%d}",
+        "PeerID": inspected.peer_id or "",
+        "roles": "" if inspected.is_ca else ", ".join(inspected.roles) or "none",
+        "may issue": ", ".join(inspected.may_issue or ()),
+        "names": ", ".join(inspected.names),
+        "serial": inspected.serial,
+        "sha256": inspected.fingerprint,
     }
     for name, value in rows.items():
         if value:
             typer.echo(f"  {name:12} {value}")
-    for problem in facts.problems:
+    for problem in inspected.problems:
         typer.echo(f"  PROBLEM      {problem}")
 
 
 def _made(made: MadeFiles) -> None:
-    from hypha.pki.facts import describe
+    from hypha.pki.inspection import describe
 
     for path in (made.cert, made.key, made.trust):
         if path is not None:

@@ -143,7 +143,7 @@ def advise(
 ) -> None:
     """Say how large slices should be, and why; and whether those of a prepared dataset are."""
     from hypha.cli.advising import advise_slices
-    from hypha.data.serving.slice_advice import Pace
+    from hypha.data.serving.slice_advice import TrainingPace
 
     positive = {
         "--batch-s": batch_s,
@@ -160,7 +160,7 @@ def advise(
         raise typer.BadParameter(f"--round-trip-ms is 0 or more, not {round_trip_ms:g}")
     if (directory is None) == (sample_bytes is None):
         raise typer.BadParameter("give a prepared dataset, or --sample-bytes")
-    pace = Pace(
+    pace = TrainingPace(
         workers=workers,
         sample_bytes=sample_bytes or 1.0,
         batch_size=batch_size,

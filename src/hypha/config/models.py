@@ -31,7 +31,7 @@ RESERVED_CIDR = (
 
 
 @dataclass(frozen=True)
-class Place:
+class PathOrUrl:
     """Marks text that is a path or a URL; as a path it is relative to its file, but for ``words``."""
 
     words: tuple[str, ...] = ()
@@ -528,7 +528,7 @@ class CheckpointConfig(Section):
 
     every_rounds: int = Field(default=10, ge=1)
     keep: int = Field(default=3, ge=1)
-    place: Annotated[str, Place(("scheduler",))] = "scheduler"
+    place: Annotated[str, PathOrUrl(("scheduler",))] = "scheduler"
     #: copies of each on workers that offer storage (``storage.checkpoints_gb``), with place = "scheduler"
     replicas: int = Field(default=0, ge=0)
 
@@ -556,7 +556,7 @@ class JobConfig(Section):
     #: process of some seconds; quick only compares what both say of themselves; none checks nothing
     check: Literal["full", "quick", "none"] = "full"
     #: a directory, an fsspec URL or ``hf://<repository>``
-    output: Annotated[str, Place()]
+    output: Annotated[str, PathOrUrl()]
     #: token for an ``hf://`` output
     output_token: str | None = None
 

@@ -129,7 +129,7 @@ class _Asked:
         return bool(poll.poll(0))
 
 
-class Host:
+class ExecutorForkServer:
     """Takes requests from ``controls`` and whoever connects to ``listener``. Where ``lifeline``, a descriptor
     or one of the controls, ends, the process does.
     """
@@ -346,8 +346,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
         # where it was started is no place to import from; a fork adds its own directory
         del sys.path[0]
     if options.socket is None:
-        Host([socket.socket(fileno=0)], None, None).run()
-    Host([], listen(options.socket), 0 if options.lifeline else None).run()
+        ExecutorForkServer([socket.socket(fileno=0)], None, None).run()
+    ExecutorForkServer([], listen(options.socket), 0 if options.lifeline else None).run()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from hypha.errors import CheckpointUnusable, DataError, ModelError, PeerUnreacha
 from hypha.executor.bridge.client import ALIVE_S, BridgeClient
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import tensors
-from hypha.executor.files.reused import Spares
+from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.files.updates import contribution_in, deliverable
 from hypha.executor.models.model_files import ModelFiles
 from hypha.executor.outer.admission import admit, check_contribution
@@ -82,8 +82,8 @@ logger = logging.getLogger("hypha.executor.parameter_server")
 #: how long the last checkpoint may hold up the end
 _FINISH_GRACE_S = 30.0
 _EXPORT_RETRY_S = 2.0
-#: refusals of a scheduler that has begun another life of the job, which is not known here yet, or whose disk
-#: is full: a finished model is worth waiting for
+#: refusals of a scheduler that has begun another generation of the job, which is not known here yet, or whose
+#: disk is full: a finished model is worth waiting for
 _PASSING = ("uninvited", "stale", "no-space")
 
 
@@ -94,7 +94,7 @@ class ParameterServer:
         self._bridge = bridge
         self._job = job
         self._traces = traces
-        #: of the job's present life
+        #: of the job's current generation
         self._generation = job.generation
         self._inputs: queue.SimpleQueue[Directive | ReceivedFile | Exception] = queue.SimpleQueue()
         self._members: Members | None = None
@@ -115,8 +115,8 @@ class ParameterServer:
         #: what the updates of the open round stand for
         self._contributions: dict[str, Contribution] = {}
         #: done with, to be written over
-        self._updates = Spares(bridge.directory / "incoming" / ".spare")
-        self._thetas = Spares(bridge.directory / "outgoing" / ".spare", limit=1)
+        self._updates = ReusedFiles(bridge.directory / "incoming" / ".spare")
+        self._thetas = ReusedFiles(bridge.directory / "outgoing" / ".spare", limit=1)
 
     def put(self, item: Directive | ReceivedFile | Exception) -> None:
         """Something to handle, from any thread."""
@@ -161,8 +161,8 @@ class ParameterServer:
         )
 
     def _rejoin(self, rejoin: Rejoin) -> None:
-        """Another scheduler steers: say what is here. Updates of the life before are as good as ever, but
-        what was exported is not there any more.
+        """Another scheduler steers: say what is here. Updates of the generation before are as good as ever,
+        but what was exported is not there any more.
         """
         logger.info("The job goes on as generation %d; round %d is open.", rejoin.generation, self.round)
         self._generation = rejoin.generation
@@ -340,7 +340,7 @@ class ParameterServer:
         self.round += 1
         self._contributors = contributors
         self._hashes = tensors.write(
-            self._theta_path(), self._theta.all(), spares=self._thetas, beside=self._beside
+            self._theta_path(), self._theta.all(), reused=self._thetas, beside=self._beside
         )
         due = self.round % self._job.checkpoint.every_rounds == 0
         checkpoint = directive.checkpoint or directive.final or due

@@ -27,9 +27,9 @@ from hypha.errors import DataError, ModelError, PeerUnreachable, Refused
 from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import updates
-from hypha.executor.files.reused import Spares
+from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.inner.batch_size import BatchSize
-from hypha.executor.inner.handover import Inbox, UpdateSender, UpdateToSend
+from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend
 from hypha.executor.inner.local_model import LocalModel, TrainedModel
 from hypha.executor.inner.losses import Losses
 from hypha.executor.inner.process_group import (
@@ -41,7 +41,7 @@ from hypha.executor.inner.process_group import (
     is_lost,
     number_of_processes,
 )
-from hypha.executor.inner.slices_reader import RowStream, Slice, SlicePrefetcher, read_columns, slice_order
+from hypha.executor.inner.slices_reader import RowStream, Slice, SliceReadAhead, read_columns, slice_order
 from hypha.executor.models import loading as models
 from hypha.executor.models.model_tensors import check_buffers, check_same_model
 from hypha.executor.models.preprocessing import Preprocessor, padding_of
@@ -92,7 +92,7 @@ class Trainer:
         self,
         bridge: BridgeClient,
         job: TrainJob,
-        inbox: Inbox,
+        inbox: TrainerInbox,
         traces: Traces,
         group: ProcessGroup | None = None,
     ) -> None:
@@ -101,7 +101,7 @@ class Trainer:
         self._traces = traces
         self._inbox = inbox
         self._incarnation = bridge.directory.name
-        #: the open round, which attempt at it, and the life of the job in which its theta came
+        #: the open round, which attempt at it, and the generation of the job in which its theta came
         self._round, self._attempt, self._generation = -1, 0, job.generation
         self._hash = ""
         self._restarts = 0
@@ -109,13 +109,13 @@ class Trainer:
         self._batch_size = BatchSize(job.batch_size, job.most_batch_size if group is None else None)
         #: the open round was lost: nothing of it counts
         self._lost = False
-        #: inner steps before the round from which another life of the job began
+        #: inner steps before the round from which another generation of the job began
         self._steps_there = job.steps
         #: the last update that is in a theta
         self._last: Contribution | None = None
         self._sender: UpdateSender | None = None
         self._fetching = False
-        self._spares = Spares(bridge.directory / "incoming" / ".spare")
+        self._reused = ReusedFiles(bridge.directory / "incoming" / ".spare")
         self._step_s = least_step_s(variable("HYPHA_STEP_S"))
         bridge.receive(("theta",), self._theta_arrived)
 
@@ -133,7 +133,7 @@ class Trainer:
             self._model = SpreadModel(group, job, source)
         padding = padding_of(None, config=self._model.config)
         self._stream = RowStream(padding if self._preprocess is None else self._preprocess.padding)
-        self._slices = SlicePrefetcher(self._next_slice, inbox.touch)
+        self._slices = SliceReadAhead(self._next_slice, inbox.touch)
 
     def _fetched(self, reference: Reference) -> Path:
         try:
@@ -202,7 +202,9 @@ class Trainer:
         return inbox.finished or inbox.theta is not None or inbox.failure is not None
 
     def _rejoin(self) -> None:
-        """Do what the scheduler has said about another life of the job, if it has (the inbox is locked)."""
+        """Do what the scheduler has said about another generation of the job, if it has (the inbox is
+        locked).
+        """
         inbox = self._inbox
         rejoin, inbox.rejoin = inbox.rejoin, None
         if rejoin is None:
@@ -267,7 +269,7 @@ class Trainer:
         found = self._model.load(path)
         if found.xxh3 != file.meta.xxh3:
             raise DataError(f"theta in {path.name} is not what was sent; the worker's disk may be failing")
-        self._spares.give(path)
+        self._reused.give(path)
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.stop()
@@ -464,7 +466,7 @@ class Trainer:
         local, base = self._model.theta(), self._model.base
         check_buffers(local, base)
         written = updates.write_update(
-            path, local, base, self._job.update_encoding, self._spares, contribution
+            path, local, base, self._job.update_encoding, self._reused, contribution
         )
         self._sender = UpdateSender(
             self._bridge,
@@ -476,7 +478,7 @@ class Trainer:
                 self._round_trace(),
                 self._traces.attributes(self._generation, self._round),
             ),
-            self._spares,
+            self._reused,
         )
         self._sender.start()
         self._batch_size.round_ended(self._batches, self._busy_s, self._model.fits)
@@ -495,7 +497,7 @@ def main(arguments: list[str]) -> int:
     group = ProcessGroup(Path.cwd()) if number_of_processes() > 1 else None
     if group is not None and group.rank:
         return _follow(group)
-    inbox: Inbox | None = None
+    inbox: TrainerInbox | None = None
 
     def failed(exc: Exception) -> None:
         if inbox is not None:
@@ -508,7 +510,7 @@ def main(arguments: list[str]) -> int:
         job = bridge.job()
         if not isinstance(job, TrainJob):
             raise ModelError(f"a training executor cannot do a job of type {type(job).__name__}")
-        inbox = Inbox(job.parameter_server, job.generation)
+        inbox = TrainerInbox(job.parameter_server, job.generation)
         bridge.directives(inbox.direct)
         traces = begin_traces(bridge, job)
         with span(LOAD_MODEL, {"hypha.job": job.job_id}, parent=traces.dispatch):

@@ -96,7 +96,7 @@ def _tried(trial: Trial, notes: list[str]) -> TrialReport:
     # those that take their size from the first batch are refused when it is built
     known = (one for one in skeleton.parameters() if not isinstance(one, UninitializedParameter))
     parameters = sum(one.numel() for one in known)
-    notes += _unused(skeleton, trial, columns)
+    notes += _unexpected(skeleton, trial, columns)
     small = parameters <= SMALL_PARAMETERS and (file is None or _size_of(file) <= SMALL_BYTES)
     if not small:
         _shapes(skeleton, trial, columns)
@@ -136,7 +136,7 @@ def _size_of(file: Path) -> int:
     return sum(path.stat().st_size for path in beside)
 
 
-def _unused(model: nn.Module, trial: Trial, columns: Mapping[str, Tensor]) -> list[str]:
+def _unexpected(model: nn.Module, trial: Trial, columns: Mapping[str, Tensor]) -> list[str]:
     """What was meant for the model, and the model does not take. Raises :class:`BatchFailed`."""
     forward, inputs = Forward(model, trial.job.model), trial.job.model.inputs
     takes = ", ".join(forward.names)

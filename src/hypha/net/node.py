@@ -56,10 +56,10 @@ from hypha.net.peers.dialing import Dialer
 from hypha.net.peers.duplicates import Doubles
 from hypha.net.peers.gateways import Gateways
 from hypha.net.peers.listing import Listing
-from hypha.net.peers.table import Peers, is_relayed
+from hypha.net.peers.table import PeerTable, is_relayed
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
-from hypha.node import Changes, ConnectionInfo, Heard, PeerLost, ReportHandler
+from hypha.node import Changes, ConnectionInfo, PeerLost, PublishedRequest, ReportHandler
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread, new_id, wall_time
 from hypha.telemetry import health_of
@@ -96,7 +96,7 @@ class Libp2pNode:
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
         self._swarm = self._host.get_network()
         self._book = AddressBook(self.peer_id, options.exclude_cidr)
-        self._peers = Peers(self._swarm, options.identity, timings, nursery)
+        self._peers = PeerTable(self._swarm, options.identity, timings, nursery)
         self._streams = Streams(self._host, nursery)
         self._dialer = Dialer(self._swarm, self._security, self._book, self._peers, timings, nursery)
         self._relay = RelayClient(self._host, self._streams)
@@ -374,8 +374,8 @@ class Libp2pNode:
         """Ask everybody for workers; waits a moment for a gateway to pass it on."""
         await self._gossip.publish(message)
 
-    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Heard]]:
-        """A channel of :class:`Heard`; the publisher is the request's scheduler, verified."""
+    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PublishedRequest]]:
+        """A channel of :class:`PublishedRequest`; the publisher is the request's scheduler, verified."""
         return self._gossip.subscribe()
 
     @property

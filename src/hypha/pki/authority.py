@@ -42,8 +42,8 @@ from hypha.pki.certificates import (
     roles_in,
     roles_issued_by,
 )
-from hypha.pki.facts import describe
 from hypha.pki.files import check_absent, replace_file, write_new
+from hypha.pki.inspection import describe
 from hypha.pki.issuers import (
     Authority,
     CaFiles,

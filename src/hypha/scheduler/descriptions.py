@@ -131,7 +131,7 @@ def outer_optimizer(config: JobConfig, began: OuterOptimizer | None = None) -> O
 
 @dataclass(frozen=True)
 class Descriptions:
-    """Job descriptions of one life of a job, but for what differs by worker."""
+    """Job descriptions of one generation of a job, but for what differs by worker."""
 
     config: JobConfig
     start: Start
@@ -219,7 +219,7 @@ class Descriptions:
 
 
 def without_secrets(job: TrainJob | AggregateJob) -> TrainJob | AggregateJob:
-    """The description without tokens and without what differs by life and place, for the ledger."""
+    """The description without tokens and without what differs by generation and place, for the ledger."""
     nobody = PeerRef(peer=job.scheduler.peer)
     replace = msgspec.structs.replace
     model = replace(job.model, source=_anonymous(job.model.source, nobody))

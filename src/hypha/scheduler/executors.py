@@ -1,6 +1,6 @@
 """The executors of a job: started under their leases, steered, replaced, and all told to finish.
 
-A crew belongs to one life (generation) of the job. Everything it does for one executor happens in tasks
+A crew belongs to one generation of the job. Everything it does for one executor happens in tasks
 of that executor alone, so a slow worker delays nobody.
 """
 
@@ -27,9 +27,9 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.scheduler.descriptions import Descriptions
-from hypha.scheduler.durable.starts import Life
+from hypha.scheduler.durable.starts import Generation
 from hypha.scheduler.leasing.pool import LeaseGained
-from hypha.scheduler.rounds.events import GoesOn, Input, JobRefused, Joined, Lost, Send
+from hypha.scheduler.rounds.events import GoesOn, Input, JobRefused, Joined, ParticipantLost, Send
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.steering import Steering
 from hypha.tracing import span
@@ -53,7 +53,7 @@ Key = tuple[str, ExecutorClass]
 class _Executor:
     lease: LeaseGained
     steering: Steering
-    #: runs since an earlier life, as far as is known here
+    #: runs since an earlier generation, as far as is known here
     rejoins: bool
     #: the incarnation that it replaces, after a pause
     instead_of: str = ""
@@ -61,10 +61,10 @@ class _Executor:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
-class Crew:
+class JobExecutors:
     """``handle`` gets what happens here as events of the round machine. Leases ``left`` by an earlier
     scheduler may have executors. What is dispatched is traced as ``traces`` say. Nothing is started before
-    the first :meth:`begin_life`; ``life`` is described by ``descriptions`` until another one begins.
+    the first :meth:`begin_life`; ``generation`` is described by ``descriptions`` until another one begins.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Crew:
         node: Node,
         nursery: trio.Nursery,
         handle: Callable[[Input], object],
-        life: Life,
+        generation: Generation,
         descriptions: Descriptions,
         left: Iterable[LeaseGained],
         traces: RoundTraces,
@@ -83,7 +83,7 @@ class Crew:
         self._traces = traces
         self._executors: dict[Key, _Executor] = {}
         self.leases: dict[Key, LeaseGained] = {(lease.worker.peer, lease.kind): lease for lease in left}
-        self._life = life
+        self._generation = generation
         self._descriptions = descriptions
         self._steps: Callable[[], int] = lambda: 0
         #: leases under which an executor of this job may run
@@ -99,13 +99,15 @@ class Crew:
                 return lease.worker
         return None
 
-    def begin_life(self, descriptions: Descriptions, life: Life, steps: Callable[[], int]) -> None:
-        """From now on executors are as this life needs them: training executors that run go on in it, and so
-        does a parameter server that lives; others are started.
+    def begin_generation(
+        self, descriptions: Descriptions, generation: Generation, steps: Callable[[], int]
+    ) -> None:
+        """From now on executors are as this generation needs them: training executors that run go on in it,
+        and so does a parameter server that lives; others are started.
         """
         for key in list(self._executors):
             self._executors.pop(key).scope.cancel()
-        self._descriptions, self._life, self._steps = descriptions, life, steps
+        self._descriptions, self._generation, self._steps = descriptions, generation, steps
         self._begun = True
         self._start_waiting()
 
@@ -138,7 +140,7 @@ class Crew:
             if key not in self._executors:
                 steering = self._steering(lease, descriptions)
                 rejoins = lease.lease_id in self._started and (
-                    lease.kind == "train" or self._life.start.taken_over
+                    lease.kind == "train" or self._generation.start.taken_over
                 )
                 executor = _Executor(lease, steering, rejoins)
                 self._executors[key] = executor
@@ -147,13 +149,13 @@ class Crew:
                     self._tell_of_batches(descriptions.config.rounds, batch, lease)
                 # told before the worker is, as its first event may overtake the answer
                 self._handle(Joined(lease.worker, lease.kind, batch))
-                self._nursery.start_soon(self._run, executor, descriptions, self._life, server, batch)
+                self._nursery.start_soon(self._run, executor, descriptions, self._generation, server, batch)
 
     def again(self, peer: str, instead_of: str, pause_s: float) -> None:
-        """Start the training executor there once more; nothing when its lease, or the life, is over."""
+        """Start the training executor there once more; nothing when its lease, or the generation, is over."""
         key: Key = (peer, "train")
         failed, server = self._executors.get(key), self.server
-        descriptions, life = self._descriptions, self._life
+        descriptions, generation = self._descriptions, self._generation
         if failed is None or server is None:
             return
         failed.scope.cancel()
@@ -161,7 +163,7 @@ class Crew:
         executor = _Executor(failed.lease, steering, False, instead_of, pause_s)
         self._executors[key] = executor
         batch = descriptions.batch_size(failed.lease.resources)
-        self._nursery.start_soon(self._run, executor, descriptions, life, server, batch)
+        self._nursery.start_soon(self._run, executor, descriptions, generation, server, batch)
 
     def _steering(self, lease: LeaseGained, descriptions: Descriptions) -> Steering:
         before = descriptions.start.generation << 32
@@ -185,15 +187,20 @@ class Crew:
         return JobStamp(job_id=start.job_id, generation=start.generation)
 
     async def _run(
-        self, executor: _Executor, descriptions: Descriptions, life: Life, server: PeerRef, batch: int
+        self,
+        executor: _Executor,
+        descriptions: Descriptions,
+        generation: Generation,
+        server: PeerRef,
+        batch: int,
     ) -> None:
         lease, peer = executor.lease, executor.lease.worker.peer
         with executor.scope:
-            if executor.rejoins and await self._rejoin(executor, life, server):
+            if executor.rejoins and await self._rejoin(executor, generation, server):
                 await executor.steering.run()
                 return
             if executor.rejoins and lease.kind == "aggregate":
-                # what it held is gone; from its own life on it is started anew
+                # what it held is gone; from its own generation on it is started anew
                 self._started.discard(lease.lease_id)
                 self._handle(lost(lease, "its executor does not run any more"))
                 return
@@ -208,22 +215,22 @@ class Crew:
                 request = DispatchJob(lease_id=lease.lease_id, job=job, instead_of=executor.instead_of)
                 dispatched = await self._dispatch(request, lease)
             else:
-                restore = life.restore(descriptions.scheduler)
+                restore = generation.restore(descriptions.scheduler)
                 aggregate = descriptions.aggregate(peer, restore)
                 dispatched = await self._dispatch(DispatchJob(lease_id=lease.lease_id, job=aggregate), lease)
             if dispatched:
                 await executor.steering.run()
 
-    async def _rejoin(self, executor: _Executor, life: Life, server: PeerRef) -> bool:
-        """Have the executor that runs there go on in this life; False when there is none."""
-        start, lease = life.start, executor.lease
+    async def _rejoin(self, executor: _Executor, generation: Generation, server: PeerRef) -> bool:
+        """Have the executor that runs there go on in this generation; False when there is none."""
+        start, lease = generation.start, executor.lease
         directive = Rejoin(
             generation=start.generation,
             round=start.round,
             steps=start.steps,
             parameter_server=server if lease.kind == "train" else None,
-            resend=not life.start.taken_over,
-            start_over=life.rounds_lost,
+            resend=not generation.start.taken_over,
+            start_over=generation.rounds_lost,
         )
         fields = {"worker_peer_id": lease.worker.peer, "job_id": start.job_id, "lease_id": lease.lease_id}
         while True:
@@ -243,7 +250,7 @@ class Crew:
             await trio.sleep(_PAUSE_S)
 
     async def _stop(self, lease: LeaseGained, job_id: str) -> None:
-        """End the executor of an earlier life; if that cannot be delivered, the new job replaces it."""
+        """End the executor of an earlier generation; if that cannot be delivered, the new job replaces it."""
         try:
             cancel = CancelJob(job_id=job_id, kind=lease.kind)
             await self._node.request(lease.worker.peer, cancel, timeout_s=_CANCEL_TIMEOUT_S)
@@ -309,6 +316,6 @@ class Crew:
             logger.debug("A farewell was not delivered: %s", exc, extra={"worker_peer_id": peer})
 
 
-def lost(lease: LeaseGained, reason: str) -> Lost:
+def lost(lease: LeaseGained, reason: str) -> ParticipantLost:
     """As the round machine hears it."""
-    return Lost(lease.worker.peer, lease.kind, reason)
+    return ParticipantLost(lease.worker.peer, lease.kind, reason)

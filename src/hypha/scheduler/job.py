@@ -15,7 +15,7 @@ import trio
 
 from hypha.config.models import SchedulerConfig
 from hypha.errors import HyphaError, JobFailed
-from hypha.journal import Entry, Journal
+from hypha.journal import Journal, JournalEntry
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
@@ -23,7 +23,7 @@ from hypha.scheduler.context import JobResult
 from hypha.scheduler.durable.export import output_for
 from hypha.scheduler.durable.serving import served_directories
 from hypha.scheduler.durable.state_directory import StateDirectory
-from hypha.scheduler.rounds.events import LifeBegan, Record
+from hypha.scheduler.rounds.events import GenerationBegan, Record
 from hypha.scheduler.running import Observer, RunningJob
 from hypha.scheduler.status.recording import recording
 from hypha.scheduler.status.snapshot import JobSnapshot
@@ -102,9 +102,9 @@ class _Present:
         """Counted from 0."""
         return self._round
 
-    def listen(self, entry: Entry) -> None:
+    def listen(self, entry: JournalEntry) -> None:
         """One entry of the journal."""
-        if isinstance(entry.event, LifeBegan):
+        if isinstance(entry.event, GenerationBegan):
             self._job_id, self._round = entry.event.start.job_id, entry.event.start.round
         for action in entry.actions:
             if isinstance(action, Record) and action.tracker is not None:

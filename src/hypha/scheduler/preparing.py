@@ -12,12 +12,12 @@ from hypha.config.models import JobConfig
 from hypha.messages import OuterOptimizer
 from hypha.runtime import is_simulated, new_id
 from hypha.scheduler.context import JobContext
-from hypha.scheduler.data.datasets import Dataset, Wanted, find_dataset
+from hypha.scheduler.data.datasets import ManifestChoice, ServedDataset, find_dataset
 from hypha.scheduler.data.pins import Pins
 from hypha.scheduler.descriptions import outer_optimizer
 from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.ledger import Ledger, has_trained, held_leases, known_manifest
-from hypha.scheduler.durable.starts import Life, begins_anew, first_life
+from hypha.scheduler.durable.starts import Generation, begins_anew, first_generation
 from hypha.scheduler.leasing.pool import LeaseGained, Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
 from hypha.scheduler.preflight.trial import ModelTrial, open_trial
@@ -37,13 +37,13 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Opened:
-    """The second one: the dataset is known, the ledger open, and ``life`` begins. ``left`` are leases of an
-    earlier scheduler of the job, under which executors may run; those ``of_another`` job go back.
+    """The second one: the dataset is known, the ledger open, and ``generation`` begins. ``left`` are leases
+    of an earlier scheduler of the job, under which executors may run; those ``of_another`` job go back.
     """
 
-    dataset: Dataset
+    dataset: ServedDataset
     ledger: Ledger
-    life: Life
+    generation: Generation
     store: CheckpointStore
     left: tuple[LeaseGained, ...] = ()
     of_another: tuple[LeaseGained, ...] = ()
@@ -74,15 +74,17 @@ async def open_job(
     say(Preparing("reading the job's state"))
     job_id = f"{config.name}-{new_id()[:12]}"
     scheduler = context.node.ref()
-    ledger, life = await first_life(context.state, config, scheduler, dataset, job_id, context.copies, fresh)
-    store = CheckpointStore(context.state, life.start.job_id, config.checkpoint.keep)
-    if life.start.generation:
-        return Opened(dataset, ledger, life, store, left=left)
-    return Opened(dataset, ledger, life, store, of_another=left)
+    ledger, generation = await first_generation(
+        context.state, config, scheduler, dataset, job_id, context.copies, fresh
+    )
+    store = CheckpointStore(context.state, generation.start.job_id, config.checkpoint.keep)
+    if generation.start.generation:
+        return Opened(dataset, ledger, generation, store, left=left)
+    return Opened(dataset, ledger, generation, store, of_another=left)
 
 
 async def _check(
-    config: JobConfig, dataset: Dataset, trial: ModelTrial | None, say: Callable[[Preparing], None]
+    config: JobConfig, dataset: ServedDataset, trial: ModelTrial | None, say: Callable[[Preparing], None]
 ) -> None:
     say(Preparing(f"checking that the model goes with the dataset {dataset.name}"))
     await check_before_leasing(config, dataset.manifest, trial)
@@ -94,7 +96,7 @@ async def _find(
     left: tuple[LeaseGained, ...],
     nursery: trio.Nursery,
     say: Callable[[Preparing], None],
-) -> Dataset:
+) -> ServedDataset:
     config, node, pool = context.config, context.node, context.pool
     say(Preparing("waiting for a gateway"))
     await node.wait_connected()
@@ -111,7 +113,7 @@ async def _find(
         config.dataset.wait_s,
         lambda why: say(Preparing(f"looking for the dataset {name}: {why}")),
         Pins.of(config.dataset),
-        Wanted(config.dataset.manifest_hash, known),
+        ManifestChoice(config.dataset.manifest_hash, known),
     )
     logger.info(
         "The dataset %s has %d samples in %d slices at %d data nodes",
@@ -125,7 +127,7 @@ async def _find(
 
 async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:
     """What was left by an earlier scheduler: its rounds count, or its leases go back."""
-    start = opened.life.start
+    start = opened.generation.start
     if start.optimizer is not None:
         _tell_of(start.optimizer, context.config)
     if start.generation:

@@ -1,5 +1,5 @@
 """A run of a job from its configuration to its published model, through its states: :class:`Preparing`,
-:class:`Opened`, :class:`Working`.
+:class:`Opened`, :class:`WorkingJob`.
 
 What ends a job comes out as one :class:`HyphaError` with its exit code; what its machines did last is left
 beside the ledger then.
@@ -29,7 +29,7 @@ from hypha.scheduler.durable.serving import ServedDirectory
 from hypha.scheduler.durable.starts import described
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.goodput.signals import GoodputSignals
-from hypha.scheduler.leasing.events import Pace
+from hypha.scheduler.leasing.events import SearchTimes
 from hypha.scheduler.leasing.pool import Pool, asks_from
 from hypha.scheduler.preparing import Opened, Preparing, open_job, take_up
 from hypha.scheduler.rounds.policy import Rules
@@ -39,7 +39,7 @@ from hypha.scheduler.status.services import Services
 from hypha.scheduler.status.signals import JobMetrics
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.scheduler.status.view import Progressed, sentence, snapshot_of, with_surroundings
-from hypha.scheduler.working import Working
+from hypha.scheduler.working import WorkingJob
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class RunningJob:
         trace_ratio: float | None = None,
     ) -> None:
         resources, journal = config.resources, journal or Journal()
-        pace = Pace(offer_deadline_s=resources.offer_deadline_s, yield_after_s=resources.yield_after_s)
+        pace = SearchTimes(offer_deadline_s=resources.offer_deadline_s, yield_after_s=resources.yield_after_s)
         traces = RoundTraces(trace_ratio)
         train, aggregate = described(config, PeerRef(peer=""), "")
         asks = asks_from(
@@ -95,14 +95,14 @@ class RunningJob:
             self._context.progressed,
             config.rounds.update_rounds,
             self._context.began,
-            lambda: self._stage.current.machine if isinstance(self._stage, Working) else None,
+            lambda: self._stage.current.machine if isinstance(self._stage, WorkingJob) else None,
             lambda: None if isinstance(self._stage, Preparing) else self._stage.dataset,
         )
         self._goodput = GoodputSignals(journal, resources.num_workers, self._context.began)
         self._awaiting = Awaiting()
         self._services = Services()
         self._observe = observe
-        self._stage: Preparing | Opened | Working = Preparing("starting")
+        self._stage: Preparing | Opened | WorkingJob = Preparing("starting")
         self._outcome: JobResult | HyphaError | None = None
         self._scope = trio.CancelScope()
 
@@ -146,7 +146,7 @@ class RunningJob:
                     self._stage = opened = await open_job(self._context, fresh, nursery, self._enter)
                     await take_up(self._context, opened, fresh)
                     self._goodput.resume(self._context.progressed.rounds)
-                    self._stage = working = Working(self._context, opened, nursery, self._end)
+                    self._stage = working = WorkingJob(self._context, opened, nursery, self._end)
                     await working.run()
         except* HyphaError as group:
             self._outcome = _first(group)
@@ -169,7 +169,7 @@ class RunningJob:
     async def _leave(self) -> None:
         """Whatever was reached: the open round is saved, executors are told, leases and the ledger closed."""
         stage, done = self._stage, isinstance(self._outcome, JobResult)
-        if isinstance(stage, Working):
+        if isinstance(stage, WorkingJob):
             if not done:
                 await stage.save_last(_SAVE_S)
             await stage.finish("done" if done else "the scheduler stops", _FAREWELL_S)
@@ -199,7 +199,7 @@ class RunningJob:
     def _snapshot(self) -> JobSnapshot:
         stage, outcome, context = self._stage, self._outcome, self._context
         now = trio.current_time()
-        machine = stage.current.machine if isinstance(stage, Working) else None
+        machine = stage.current.machine if isinstance(stage, WorkingJob) else None
         job = snapshot_of(
             context.config,
             machine,
@@ -239,7 +239,7 @@ class RunningJob:
                 self._awaiting.look(step.partition(":")[0], lambda: step)
             case Opened():
                 self._awaiting.look("opened", lambda: "reading the job's state")
-            case Working(current=current, dataset=dataset):
+            case WorkingJob(current=current, dataset=dataset):
                 machine = current.machine
 
                 def what() -> str:

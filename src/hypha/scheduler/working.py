@@ -16,16 +16,16 @@ from hypha.errors import HyphaError
 from hypha.messages import JobStamp
 from hypha.runtime import chance, in_thread
 from hypha.scheduler.context import JobContext, JobResult
-from hypha.scheduler.data.requests import Desk, KeptSlices
+from hypha.scheduler.data.requests import KeptSlices, RequestHandlers
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, class_names
 from hypha.scheduler.durable.copying import Replicating
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.publishing import publish
 from hypha.scheduler.durable.serving import Serving
-from hypha.scheduler.durable.starts import Life, next_life
+from hypha.scheduler.durable.starts import Generation, next_generation
 from hypha.scheduler.durable.stopping import save_last
-from hypha.scheduler.executors import Crew, lost
+from hypha.scheduler.executors import JobExecutors, lost
 from hypha.scheduler.leasing.pool import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
 from hypha.scheduler.preparing import Opened
 from hypha.scheduler.rounds.events import (
@@ -41,14 +41,14 @@ from hypha.scheduler.rounds.events import (
     Input,
     KeepSlices,
     LeasesHeld,
-    Leaves,
     LetGo,
+    ParticipantLeaves,
     Publish,
     Reachable,
     Record,
     Restart,
     Send,
-    Tick,
+    TimePassed,
     Unreachable,
 )
 from hypha.scheduler.rounds.machine import RoundMachine
@@ -61,20 +61,20 @@ _TICK_S = 0.1
 
 
 @dataclass(frozen=True)
-class CurrentLife:
-    """The life of now, its machine, and what of its slices is durable."""
+class CurrentGeneration:
+    """The current generation, its machine, and what of its slices is durable."""
 
-    life: Life
+    generation: Generation
     machine: RoundMachine
     kept: KeptSlices
 
     @property
     def start(self) -> Start:
         """Where it began."""
-        return self.life.start
+        return self.generation.start
 
 
-class Working:
+class WorkingJob:
     """The third state of a run, after :class:`Opened`. ``end`` is called with what the job comes to; tasks
     run in ``nursery``. :meth:`run` once.
     """
@@ -93,23 +93,29 @@ class Working:
         self._nursery = nursery
         self._end = end
         self._actions, self._todo = trio.open_memory_channel[Action](math.inf)
-        config, node, life = context.config, context.node, opened.life
-        self._crew = Crew(
-            node, nursery, self.handle, life, self._descriptions(life), opened.left, context.traces
+        config, node, generation = context.config, context.node, opened.generation
+        self._executors = JobExecutors(
+            node,
+            nursery,
+            self.handle,
+            generation,
+            self._descriptions(generation),
+            opened.left,
+            context.traces,
         )
-        self.current = self._living(life, CarriedOver())
+        self.current = self._generation_of(generation, CarriedOver())
         #: what the present machine was told of its surroundings, by the event's name
         self._surroundings: dict[str, Input] = {}
         self._serving = Serving(
             node,
             context.directories,
-            life.start.job_id,
+            generation.start.job_id,
             opened.store,
             context.state,
             self._is_member,
             self._is_server,
         )
-        self._desk = Desk(
+        self._handlers = RequestHandlers(
             node,
             opened.dataset,
             lambda: (self.current.start, self.current.kept),
@@ -130,8 +136,8 @@ class Working:
     async def run(self) -> None:
         """Until ``end`` was called, or cancelled."""
         self._serving.start()
-        self._begin_life()
-        self._desk.open()
+        self._begin_generation()
+        self._handlers.open()
         pool = self._context.pool
         for record in await self.ledger.run(Ledger.track_records):
             pool.know(record)
@@ -159,33 +165,33 @@ class Working:
     async def finish(self, reason: str, timeout_s: float) -> None:
         """Tell all executors to end, for at most ``timeout_s``; who waits for a slice is told so."""
         self.current.kept.close()
-        await self._crew.finish(reason, timeout_s)
+        await self._executors.finish(reason, timeout_s)
 
-    # --- lives ----------------------------------------------------------------------------------------
+    # --- generations ----------------------------------------------------------------------------------------
 
-    def _descriptions(self, life: Life) -> Descriptions:
+    def _descriptions(self, generation: Generation) -> Descriptions:
         config, manifest = self._context.config, self.dataset.manifest
         rows = tuple(part.samples for part in manifest.slices)
         names = class_names(config.model, manifest)
         return Descriptions(
-            config, life.start, self._context.node.ref(), names, rows, self.dataset.manifest_hash
+            config, generation.start, self._context.node.ref(), names, rows, self.dataset.manifest_hash
         )
 
-    def _living(self, life: Life, carried: CarriedOver) -> CurrentLife:
-        tracker = SliceTracker.from_state(life.tracker)
+    def _generation_of(self, generation: Generation, carried: CarriedOver) -> CurrentGeneration:
+        tracker = SliceTracker.from_state(generation.tracker)
         for worker in tracker.holders:
             if not self._is_leased(worker, "train"):
                 tracker.forget(worker)
         context = self._context
         machine = RoundMachine(
-            context.rules, life.start, tracker, context.node.ref(), carried, context.journal
+            context.rules, generation.start, tracker, context.node.ref(), carried, context.journal
         )
-        return CurrentLife(life, machine, KeptSlices())
+        return CurrentGeneration(generation, machine, KeptSlices())
 
-    def _begin_life(self) -> None:
-        life, machine = self.current.life, self.current.machine
-        self._context.progressed.cut(life.start.round)
-        self._crew.begin_life(self._descriptions(life), life, lambda: machine.steps)
+    def _begin_generation(self) -> None:
+        generation, machine = self.current.generation, self.current.machine
+        self._context.progressed.cut(generation.start.round)
+        self._executors.begin_generation(self._descriptions(generation), generation, lambda: machine.steps)
 
     async def _restart(self, restart: Restart) -> None:
         """The parameter server is lost: a new generation from the newest checkpoint."""
@@ -194,22 +200,22 @@ class Working:
             logger.error(
                 "The checkpoint for round %d in %s cannot be used: %s",
                 start.round,
-                self.current.life.place,
+                self.current.generation.place,
                 restart.reason,
                 extra={"job_id": start.job_id, "round": start.round},
             )
             await self.ledger.run(Ledger.forget_checkpoint, start.round)
-        life = await next_life(self.ledger, self._store, start, context.copies)
+        generation = await next_generation(self.ledger, self._store, start, context.copies)
         logger.warning(
             "The parameter server was lost (%s); the job goes on from round %d",
             restart.reason,
-            life.start.round,
-            extra={"job_id": life.start.job_id},
+            generation.start.round,
+            extra={"job_id": generation.start.job_id},
         )
         self.current.kept.close()
-        self.current = self._living(life, restart.carried)
+        self.current = self._generation_of(generation, restart.carried)
         self._surroundings = {}
-        self._begin_life()
+        self._begin_generation()
 
     # --- events in, actions out -----------------------------------------------------------------------
 
@@ -235,17 +241,17 @@ class Working:
             case Record() | FirstTheta() | KeepSlices() | Checkpointed():
                 await self._carry_out_durable(action)
             case Send():
-                self._crew.send(action)
+                self._executors.send(action)
             case Drop(peer=peer, kind=kind, reason=reason):
                 logger.warning("A worker is replaced: %s", reason, extra={"worker_peer_id": peer})
-                lease = self._crew.lost(peer, kind)
+                lease = self._executors.lost(peer, kind)
                 if lease is not None:
                     await self.ledger.run(Ledger.lease_ended, lease.lease_id)
                     await self.ledger.run(Ledger.failed, peer, reason)
                     self._nursery.start_soon(self._context.pool.release, lease.lease_id, True)
             case LetGo(peer=peer, kind=kind, reason=reason):
                 logger.info("A lease is given back: %s", reason, extra={"worker_peer_id": peer})
-                lease = self._crew.lost(peer, kind)
+                lease = self._executors.lost(peer, kind)
                 if lease is not None:
                     await self.ledger.run(Ledger.lease_ended, lease.lease_id)
                     self._nursery.start_soon(self._context.pool.release, lease.lease_id)
@@ -254,7 +260,7 @@ class Working:
                 pause_s = action.pause_s * chance().uniform(1.0, 1.5)
                 fields = {"worker_peer_id": peer, "incarnation": instead_of}
                 logger.warning("An executor is started again in %.1f s: %s", pause_s, reason, extra=fields)
-                self._crew.again(peer, instead_of, pause_s)
+                self._executors.again(peer, instead_of, pause_s)
             case Restart():
                 await self._restart(action)
             case Publish(files=files):
@@ -318,28 +324,28 @@ class Working:
     # --- leases ---------------------------------------------------------------------------------------
 
     async def _leases(self) -> None:
-        crew, pool = self._crew, self._context.pool
+        executors, pool = self._executors, self._context.pool
         async for event in pool.events:
             fields = {"worker_peer_id": event.worker.peer, "lease_id": event.lease_id}
             match event:
                 case LeaseGained():
-                    if (event.worker.peer, event.kind) in crew.leases:
+                    if (event.worker.peer, event.kind) in executors.leases:
                         logger.warning("A worker gave two leases; one goes back", extra=fields)
                         await pool.release(event.lease_id, avoid=True)
                     else:
-                        crew.gained(event)
+                        executors.gained(event)
                         await self.ledger.run(Ledger.lease_gained, event)
                 case LeaseLost(reason=reason):
                     await self.ledger.run(Ledger.lease_ended, event.lease_id)
                     if event.to_blame:
                         await self.ledger.run(Ledger.failed, event.worker.peer, reason)
-                    lease = crew.lost(event.worker.peer, event.kind)
+                    lease = executors.lost(event.worker.peer, event.kind)
                     if lease is not None:
                         self.handle(lost(lease, reason))
                 case LeaseSuspect():
                     self.handle(Unreachable(event.worker.peer, event.kind))
                 case LeaseLeaving(left_s=left_s):
-                    self.handle(Leaves(event.worker.peer, event.kind, left_s))
+                    self.handle(ParticipantLeaves(event.worker.peer, event.kind, left_s))
                 case LeaseRecovered():
                     self.handle(Reachable(event.worker.peer, event.kind))
 
@@ -348,10 +354,10 @@ class Working:
         return JobStamp(job_id=start.job_id, generation=start.generation)
 
     def _is_member(self, peer: str) -> bool:
-        return any(holder == peer for holder, _ in self._crew.leases)
+        return any(holder == peer for holder, _ in self._executors.leases)
 
     def _is_leased(self, peer: str, kind: str) -> bool:
-        return any(key == (peer, kind) for key in self._crew.leases)
+        return any(key == (peer, kind) for key in self._executors.leases)
 
     def _is_server(self, peer: str, stamp: JobStamp | None) -> bool:
         server = self.current.machine.server
@@ -365,7 +371,7 @@ class Working:
         while True:
             self._tell_once(DataServed(bool(self.dataset.providers)))
             self._tell_once(self._held())
-            self.handle(Tick())
+            self.handle(TimePassed())
             # one that goes on after a restart has executors that are worth keeping
             if self.current.machine.phase != "loading" or self.current.start.generation:
                 self._context.pool.begin()

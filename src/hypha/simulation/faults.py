@@ -8,10 +8,10 @@ from random import Random
 
 import trio
 
-from hypha.journal import Entry
+from hypha.journal import JournalEntry
 from hypha.runtime import in_thread
 from hypha.simulation.process import SimulatedProcess
-from hypha.simulation.scenario import LIES, PHASES, Fault, Scenario, gives_notice
+from hypha.simulation.scenario import LIES, PHASES, Scenario, Strike, gives_notice
 from hypha.simulation.world import SCHEDULER, Computer, World, fill_databases
 
 #: a node that was told to end is to be gone within this
@@ -23,21 +23,21 @@ _CLOCK_S = 3e6
 
 
 @dataclass
-class Struck:
+class FaultOutcome:
     """What became of a fault: ``target`` is empty while its moment has not come, or nobody had that part."""
 
-    fault: Fault
+    fault: Strike
     target: str = ""
     struck_at: float | None = None
     mended_at: float | None = None
 
 
-def watch_for(world: World, fault: Fault) -> trio.Event:
+def watch_for(world: World, fault: Strike) -> trio.Event:
     """Set when the job is in that phase of that round, or further."""
     moment = trio.Event()
     wanted = (fault.round, PHASES.index(fault.phase))
 
-    def listen(entry: Entry) -> None:
+    def listen(entry: JournalEntry) -> None:
         if entry.machine != "rounds" or isinstance(entry.state, str):
             return
         phase, round_ = entry.state["phase"], entry.state["round"]
@@ -56,7 +56,7 @@ def watch_for(world: World, fault: Fault) -> trio.Event:
     return moment
 
 
-async def strike(world: World, number: int, fault: Fault, moment: trio.Event, struck: Struck) -> None:
+async def strike(world: World, number: int, fault: Strike, moment: trio.Event, struck: FaultOutcome) -> None:
     """Wait for ``moment``, do it, and mend it after a while."""
     await moment.wait()
     await trio.sleep(fault.after_s)
@@ -76,7 +76,7 @@ async def strike(world: World, number: int, fault: Fault, moment: trio.Event, st
     struck.mended_at = trio.current_time()
 
 
-def _have_lie(world: World, computer: Computer, fault: Fault) -> None:
+def _have_lie(world: World, computer: Computer, fault: Strike) -> None:
     computer.lies.add(fault.way)
     if fault.way == "boast":
         computer.lies.add("never-load")
@@ -84,7 +84,7 @@ def _have_lie(world: World, computer: Computer, fault: Fault) -> None:
         world.start(computer.name)
 
 
-def _machine(world: World, fault: Fault, random: Random) -> Computer | None:
+def _machine(world: World, fault: Strike, random: Random) -> Computer | None:
     computers = world.computers
     if fault.role == "scheduler":
         return computers[SCHEDULER]
@@ -105,7 +105,7 @@ def _runs(computer: Computer, kind: str) -> bool:
     return computer.executors is not None and kind in computer.executors.running
 
 
-async def _strike_executor(world: World, fault: Fault, random: Random, struck: Struck) -> None:
+async def _strike_executor(world: World, fault: Strike, random: Random, struck: FaultOutcome) -> None:
     kind = "aggregate" if fault.role.startswith("parameter-server") else "train"
     found: list[tuple[str, SimulatedProcess]] = []
     for name in world.workers:
@@ -131,7 +131,7 @@ async def _strike_executor(world: World, fault: Fault, random: Random, struck: S
     struck.mended_at = trio.current_time()
 
 
-async def _strike_machine(world: World, computer: Computer, fault: Fault, random: Random) -> None:
+async def _strike_machine(world: World, computer: Computer, fault: Strike, random: Random) -> None:
     name, network = computer.name, world.network
     others = [other for other in world.computers if other != name]
     match fault.way:
@@ -200,7 +200,7 @@ def _has_notice(world: World, name: str) -> bool:
     return name in world.workers and gives_notice(world.scenario)
 
 
-async def _corrupt(world: World, computer: Computer, fault: Fault, random: Random) -> None:
+async def _corrupt(world: World, computer: Computer, fault: Strike, random: Random) -> None:
     """Another byte in a file that it keeps: a slice, a cached one, a checkpoint. A data node's is mended."""
     patterns = ("dataset/slice-*", "work/cache/*.safetensors", "state/*/checkpoints/*/*.safetensors")
     files = sorted(path for pattern in patterns for path in computer.directory.glob(pattern))
@@ -222,11 +222,11 @@ async def _corrupt(world: World, computer: Computer, fault: Fault, random: Rando
         part.replace(path)
 
 
-async def story(world: World) -> list[Struck]:
+async def story(world: World) -> list[FaultOutcome]:
     """Start everybody, strike as the scenario says, and wait until the job is over."""
     scenario: Scenario = world.scenario
     random = world.random("story")
-    found = [Struck(fault) for fault in scenario.faults]
+    found = [FaultOutcome(fault) for fault in scenario.faults]
     moments = [watch_for(world, fault) for fault in scenario.faults]
     async with trio.open_nursery() as nursery:
         for name in world.computers:

@@ -16,9 +16,9 @@ import trio
 from hypha.errors import HyphaError
 from hypha.executor.outer.checkpoint import THETA
 from hypha.executor.toy import replay_toy
-from hypha.journal import Entry
+from hypha.journal import JournalEntry
 from hypha.leases import NAME as LEASES
-from hypha.leases import Ended, Freed, Granted, Reserve
+from hypha.leases import Freed, Granted, LeaseEnded, Reserve
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk.files import hash_file
 from hypha.scheduler import JobResult
@@ -28,7 +28,7 @@ from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.scheduler.status.snapshot import JobSnapshot
-from hypha.simulation.faults import Struck
+from hypha.simulation.faults import FaultOutcome
 from hypha.simulation.scenario import LIES
 from hypha.simulation.world import JOB, SCHEDULER, World
 
@@ -86,11 +86,12 @@ def _check_ledger(world: World, scheduler: str, result: JobResult) -> list[str]:
 
 def _check_samples(path: Path, entries: list[LedgerRound]) -> list[str]:
     """Every row of an epoch was used. Rows are used once: a slice is only begun again by somebody who was
-    left out of a round, or by another life of an executor, to which it was given after it was taken back.
+    left out of a round, or by another generation of an executor, to which it was given after it was taken
+    back.
     """
     found: list[str] = []
     used: dict[tuple[int, int], set[int]] = defaultdict(set)
-    #: where a life of an optimizer stopped in a slice, and in which round
+    #: where a generation of an optimizer stopped in a slice, and in which round
     stopped: dict[tuple[int, int, str, int], tuple[int, int]] = {}
     took_part: dict[int, dict[str, int]] = {}
     for entry in entries:
@@ -106,10 +107,10 @@ def _check_samples(path: Path, entries: list[LedgerRound]) -> list[str]:
                 round_, stop = stopped.get(key, (entry.round, 0))
                 between = range(round_, entry.round)
                 kept = all(part.incarnation in took_part.get(one, {}) for one in between)
-                same_life = (
+                same_generation = (
                     len({took_part[one].get(part.incarnation) for one in (*between, entry.round)}) == 1
                 )
-                if span.start != stop and not (span.start == 0 and not (kept and same_life)):
+                if span.start != stop and not (span.start == 0 and not (kept and same_generation)):
                     found.append(
                         f"{part.worker} went on at row {span.start} of slice {(span.epoch, span.slice)} "
                         f"in round {entry.round}, and had stopped at row {stop} in round {round_}"
@@ -186,7 +187,7 @@ class RoundWatch:
     def __init__(self) -> None:
         self._began: list[tuple[float, int]] = []
 
-    def listen(self, entry: Entry) -> None:
+    def listen(self, entry: JournalEntry) -> None:
         """A listener of journals."""
         if entry.machine != ROUNDS or isinstance(entry.state, str):
             return
@@ -194,7 +195,7 @@ class RoundWatch:
         if not self._began or self._began[-1][1] != round_:
             self._began.append((entry.at_s, round_))
 
-    def check(self, struck: list[Struck], now: float) -> list[str]:
+    def check(self, struck: list[FaultOutcome], now: float) -> list[str]:
         """The rounds that were stuck."""
         found = []
         ends = [*[began for began, _ in self._began[1:]], now]
@@ -225,7 +226,7 @@ class LeaseWatch:
         self._live: set[str] = set()
         self._draining: set[str] = set()
 
-    def listen(self, entry: Entry) -> None:
+    def listen(self, entry: JournalEntry) -> None:
         """A listener of that worker's journal."""
         if entry.machine != LEASES or isinstance(entry.state, str):
             return
@@ -233,7 +234,7 @@ class LeaseWatch:
             match action:
                 case Granted(lease=lease) if isinstance(entry.event, Reserve):
                     self._live.add(lease.lease_id)
-                case Ended(lease=lease):
+                case LeaseEnded(lease=lease):
                     if lease.lease_id not in self._live:
                         self._tell(f"{self._name}: a lease ended twice")
                     self._live.discard(lease.lease_id)

@@ -24,16 +24,16 @@ from hypha.scheduler.leasing.events import (
     Advertise,
     AllocatorAction,
     AllocatorEvent,
-    Ask,
     Begun,
     Contended,
     Decline,
     Dismiss,
     Gained,
     GiveBack,
-    Lost,
+    LeaseFailed,
     Offered,
-    Pace,
+    Search,
+    SearchTimes,
     Want,
 )
 from hypha.scheduler.leasing.renewal import (
@@ -49,9 +49,9 @@ from hypha.worker.leasing.arbiter import (
     Arbiter,
     ArbiterAction,
     ArbiterEvent,
-    Heard,
     OfferFailed,
     RenewAsked,
+    RequestHeard,
     SendOffer,
 )
 
@@ -211,7 +211,7 @@ class MarketWorker:
 
 
 @dataclass
-class Job:
+class MarketJob:
     """``wanted`` workers with ``need`` each, and a parameter server where ``server`` says what that needs. It
     begins with ``least`` of them, and lasts ``lasts_s``.
     """
@@ -252,14 +252,14 @@ class MarketScheduler:
     market: Market
     name: str
     purse: Purse
-    pace: Pace = field(default_factory=Pace)
+    pace: SearchTimes = field(default_factory=SearchTimes)
     alive: bool = True
     #: lease -> offer, of those that were confirmed
     held: dict[str, WorkerOffer] = field(default_factory=dict)
-    job: Job | None = None
+    job: MarketJob | None = None
     jobs: int = 0
     #: called with each job that has ended
-    on_end: Callable[[Job], None] = lambda _: None
+    on_end: Callable[[MarketJob], None] = lambda _: None
     #: how often leases were given back to make way
     gave_way: int = 0
 
@@ -269,7 +269,7 @@ class MarketScheduler:
         self.allocator = Allocator([])
         self._wake_at: float | None = None
 
-    def work_for(self, job: Job) -> None:
+    def work_for(self, job: MarketJob) -> None:
         """Look for its workers, keep them, and give them back when it is over."""
         self.job = job
         self.jobs += 1
@@ -281,9 +281,9 @@ class MarketScheduler:
             self.tell(Want("aggregate", 1))
         self.tell(Want("train", job.wanted))
 
-    def _ask(self, executor: ExecutorDescriptor, need: Resources, least: int, dataset: str | None) -> Ask:
+    def _ask(self, executor: ExecutorDescriptor, need: Resources, least: int, dataset: str | None) -> Search:
         purse = self.purse
-        return Ask(
+        return Search(
             f"{self.name}/{self.jobs}/{executor.kind}",
             executor,
             need,
@@ -295,7 +295,7 @@ class MarketScheduler:
             least=least,
         )
 
-    def _open(self, asks: Iterable[Ask]) -> None:
+    def _open(self, asks: Iterable[Search]) -> None:
         self.allocator = Allocator(asks, self.pace, _checked())
         self._wake_at = None
 
@@ -334,7 +334,7 @@ class MarketScheduler:
         request = action.request(PeerRef(peer=self.name))
         for worker in self.market.workers.values():
             cached = request.dataset is not None and request.dataset in worker.datasets
-            self.market.travel(partial(worker.tell, Heard(self.name, request, cached=cached)))
+            self.market.travel(partial(worker.tell, RequestHeard(self.name, request, cached=cached)))
 
     def _sleep(self) -> None:
         wake = self.allocator.next_wake
@@ -358,7 +358,7 @@ class MarketScheduler:
         renewing = self._renewing.pop(lease_id, None)
         self.held.pop(lease_id, None)
         if renewing is not None:
-            self.tell(Lost(lease_id, avoid))
+            self.tell(LeaseFailed(lease_id, avoid))
             self._release(renewing.offer.worker.peer, lease_id)
 
     def end(self) -> None:
@@ -392,7 +392,7 @@ class MarketScheduler:
             elif isinstance(action, Lapsed):
                 self._renewing.pop(lease_id, None)
                 self.held.pop(lease_id, None)
-                self.tell(Lost(lease_id, avoid=not action.refused))
+                self.tell(LeaseFailed(lease_id, avoid=not action.refused))
                 if not action.refused:
                     self._release(renewing.offer.worker.peer, lease_id)
                 return
@@ -442,6 +442,6 @@ class MarketScheduler:
         self.tell(Begun())
         self.market.at(self.market.now + job.lasts_s, partial(self._over, job))
 
-    def _over(self, job: Job) -> None:
+    def _over(self, job: MarketJob) -> None:
         if self.alive and self.job is job:
             self.end()

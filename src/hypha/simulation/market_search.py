@@ -19,8 +19,8 @@ from msgspec import Struct
 from hypha.config.models import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.messages import Resources
 from hypha.resources import fits
-from hypha.scheduler.leasing.events import Pace
-from hypha.simulation.market import Job, Market, MarketScheduler, MarketWorker, Purse
+from hypha.scheduler.leasing.events import SearchTimes
+from hypha.simulation.market import Market, MarketJob, MarketScheduler, MarketWorker, Purse
 
 #: a job that has not begun so long after it first asked starves: jobs last for ten seconds at most, so it
 #: could have been three hundred of them, one after the other
@@ -33,7 +33,7 @@ _LOOK_S = 1.0
 _STRATEGIES = ("flexible", "flexible", "whole", "utilization", "affinity")
 
 
-class Outcome(Struct, frozen=True):
+class MarketOutcome(Struct, frozen=True):
     """Of one market. ``problems`` is empty where all was as it must be; ``digest`` is of what happened."""
 
     seed: int
@@ -88,10 +88,10 @@ class _Run:
             worker.datasets.update(random.sample(("digits", "text"), random.randrange(3)))
         self.deaths = 0
         self.told: list[str] = []
-        self.first: list[Job] = []
+        self.first: list[MarketJob] = []
         self.asked_at: dict[int, float] = {}
         self.waits: list[float] = []
-        pace = Pace(
+        pace = SearchTimes(
             offer_deadline_s=random.choice((0.2, 0.5)),
             longest_pause_s=2.0,
             avoid_s=10.0,
@@ -149,13 +149,13 @@ class _Run:
         server = memory if able > least and random.random() < 0.5 else None
         wanted = least + random.randrange(3)
         dataset = random.choice((None, "digits", "text"))
-        job = Job(wanted, need, least, random.uniform(1.0, 10.0), server, dataset)
+        job = MarketJob(wanted, need, least, random.uniform(1.0, 10.0), server, dataset)
         self.asked_at[id(job)] = self.market.now
         if scheduler.jobs == 0:
             self.first.append(job)
         scheduler.work_for(job)
 
-    def _ended(self, job: Job) -> None:
+    def _ended(self, job: MarketJob) -> None:
         begun_at = self.market.now if job.begun_at is None else job.begun_at
         self.waits.append(begun_at - self.asked_at.pop(id(job)))
         self.told.append(f"{self.market.now:.6f} {job}")
@@ -171,7 +171,7 @@ class _Run:
         if scheduler.job is None and self.first:
             self._next_job(scheduler)
 
-    def run(self) -> Outcome:
+    def run(self) -> MarketOutcome:
         """To the end, with all checks."""
         market, problems = self.market, []
         try:
@@ -191,7 +191,7 @@ class _Run:
             lasted_s = market.now
             problems.append(f"at {market.now:.3f} s: {exc}")
         digest = hashlib.blake2b(repr((market.now, market.events, self.told)).encode(), digest_size=8)
-        return Outcome(
+        return MarketOutcome(
             seed=self.seed,
             problems=tuple(problems),
             workers=len(market.workers),
@@ -220,7 +220,7 @@ class _Run:
         return found
 
 
-def run_market(seed: int) -> Outcome:
+def run_market(seed: int) -> MarketOutcome:
     """The market that ``seed`` stands for, to its end."""
     return _Run(seed).run()
 
@@ -228,7 +228,7 @@ def run_market(seed: int) -> Outcome:
 def search_markets(first: int, count: int, processes: int, tell: Callable[[str], object]) -> int:
     """Run so many; ``tell`` what came of each that fails, and of all. How many failed."""
     began = time.monotonic()
-    outcomes: list[Outcome] = []
+    outcomes: list[MarketOutcome] = []
     failed = 0
     with ProcessPoolExecutor(max(1, processes)) as pool:
         for outcome in pool.map(run_market, range(first, first + count), chunksize=20):

@@ -35,12 +35,12 @@ _REPEAT_S, _LONGEST_REPEAT_S = 0.2, 2.0
 _OVERHEAD_BYTES = 100
 
 
-class LinkBroken(Exception):
+class SimulatedLinkBroken(Exception):
     """A file's way ended before the file did."""
 
 
 @dataclass(eq=False)
-class Machine:
+class SimulatedMachine:
     """A computer and its line: ``latency_s`` one way to the middle of the network, bytes a second."""
 
     peer: str
@@ -58,7 +58,7 @@ class Machine:
 
 
 @dataclass(eq=False)
-class Connection:
+class SimulatedConnection:
     """Between two nodes, perhaps through a gateway; each end knows by itself whether it lives."""
 
     ends: dict[str, SimulatedNode]
@@ -82,7 +82,7 @@ class Connection:
 class _Flow:
     """A file on its way."""
 
-    stages: tuple[tuple[Machine, str], ...]
+    stages: tuple[tuple[SimulatedMachine, str], ...]
     hops: tuple[tuple[str, str], ...]
     left: float
     rate: float = 0.0
@@ -96,20 +96,20 @@ class SimulatedNetwork:
     """All machines, and what lies between them. ``nursery`` is the world's; :meth:`run` lets time pass."""
 
     def __init__(self, nursery: trio.Nursery, random: Random) -> None:
-        self.machines: dict[str, Machine] = {}
+        self.machines: dict[str, SimulatedMachine] = {}
         #: those that are running now
         self.nodes: dict[str, SimulatedNode] = {}
         self._nursery = nursery
         self._random = random
         self._cuts: dict[tuple[str, str], int] = {}
-        self._connections: dict[tuple[str, str], Connection] = {}
+        self._connections: dict[tuple[str, str], SimulatedConnection] = {}
         self._dialing: dict[tuple[str, str], trio.Event] = {}
         self._flows: list[_Flow] = []
         self._changed = trio.Event()
         #: bytes of files that arrived
         self.carried = 0
 
-    def add(self, machine: Machine) -> None:
+    def add(self, machine: SimulatedMachine) -> None:
         """Connect a machine to the network."""
         self.machines[machine.peer] = machine
 
@@ -170,16 +170,16 @@ class SimulatedNetwork:
 
     # --- connections --------------------------------------------------------------------------------
 
-    def connection(self, peer: str, other: str) -> Connection | None:
+    def connection(self, peer: str, other: str) -> SimulatedConnection | None:
         """The one that ``peer`` believes in."""
         found = self._connections.get(_pair(peer, other))
         return found if found is not None and found.open_at.get(peer) else None
 
-    def connections_of(self, peer: str) -> list[Connection]:
+    def connections_of(self, peer: str) -> list[SimulatedConnection]:
         """All that ``peer`` believes in."""
         return [one for one in self._connections.values() if one.open_at.get(peer)]
 
-    async def connect(self, node: SimulatedNode, other: str, relays: tuple[str, ...]) -> Connection:
+    async def connect(self, node: SimulatedNode, other: str, relays: tuple[str, ...]) -> SimulatedConnection:
         """A connection from ``node`` to ``other``, directly or through one of the gateways ``relays``.
         Raises PeerUnreachable.
         """
@@ -198,7 +198,7 @@ class SimulatedNetwork:
         finally:
             self._dialing.pop(pair).set()
 
-    async def _dial(self, node: SimulatedNode, other: str, relays: tuple[str, ...]) -> Connection:
+    async def _dial(self, node: SimulatedNode, other: str, relays: tuple[str, ...]) -> SimulatedConnection:
         me = node.peer_id
         direct = not self.machines[other].behind_nat if other in self.machines else False
         ways: list[str | None] = [None] if direct else []
@@ -218,7 +218,7 @@ class SimulatedNetwork:
     def _reserved(self, relay: str, other: str) -> bool:
         return relay in self.nodes and self.connection(other, relay) is not None
 
-    async def _dial_by(self, node: SimulatedNode, other: str, relay: str | None) -> Connection:
+    async def _dial_by(self, node: SimulatedNode, other: str, relay: str | None) -> SimulatedConnection:
         me = node.peer_id
         there = _hops(me, other, relay)
         back = _hops(other, me, relay)
@@ -241,7 +241,7 @@ class SimulatedNetwork:
             # what one end has not noticed yet is over now
             self.drop(found, other)
             self.drop(found, me)
-        connection = Connection(ends={me: node, other: target}, relay=relay)
+        connection = SimulatedConnection(ends={me: node, other: target}, relay=relay)
         for peer in (me, other):
             connection.open_at[peer] = True
             connection.silent_s[peer] = 0.0
@@ -251,11 +251,11 @@ class SimulatedNetwork:
         target.connected(me)
         return connection
 
-    def hops(self, connection: Connection, source: str) -> tuple[tuple[str, str], ...]:
+    def hops(self, connection: SimulatedConnection, source: str) -> tuple[tuple[str, str], ...]:
         """The way of a message from ``source`` over it."""
         return _hops(source, connection.other(source), connection.relay)
 
-    def drop(self, connection: Connection, peer: str, reason: str = "the connection broke") -> None:
+    def drop(self, connection: SimulatedConnection, peer: str, reason: str = "the connection broke") -> None:
         """The end of ``peer`` notices that it is over."""
         if not connection.open_at.get(peer):
             return
@@ -274,7 +274,7 @@ class SimulatedNetwork:
         if connection.open_at.get(other):
             self._nursery.start_soon(self._reset, connection, other)
 
-    async def _reset(self, connection: Connection, peer: str) -> None:
+    async def _reset(self, connection: SimulatedConnection, peer: str) -> None:
         """Tell the end of ``peer`` that there is no connection any more."""
         with trio.move_on_after(LIVENESS_S):
             await self.carry(self.hops(connection, connection.other(peer)))
@@ -296,7 +296,7 @@ class SimulatedNetwork:
                 flow.done.set()
         self._note()
 
-    def _silent(self, connection: Connection, peer: str) -> bool:
+    def _silent(self, connection: SimulatedConnection, peer: str) -> bool:
         """Does nothing come to ``peer`` from the other end?"""
         other = connection.other(peer)
         node = connection.ends[other]
@@ -340,7 +340,7 @@ class SimulatedNetwork:
         connection = self.connection(source, target) or self.connection(target, source)
         relay = connection.relay if connection is not None else None
         hops = _hops(source, target, relay)
-        stages: list[tuple[Machine, str]] = []
+        stages: list[tuple[SimulatedMachine, str]] = []
         for start, end in hops:
             stages += [(self.machines[start], "up"), (self.machines[end], "down")]
         flow = _Flow(tuple(stages), hops, float(size + _OVERHEAD_BYTES), moved_at=trio.current_time())
@@ -349,7 +349,7 @@ class SimulatedNetwork:
             await self.carry(hops)
             await self.carry(tuple((end, start) for start, end in reversed(hops)))
         if shaking.cancelled_caught or source not in self.nodes or target not in self.nodes:
-            raise LinkBroken("it could not be begun")
+            raise SimulatedLinkBroken("it could not be begun")
         flow.moved_at = trio.current_time()
         self._flows.append(flow)
         self._note()
@@ -359,13 +359,13 @@ class SimulatedNetwork:
                     await flow.done.wait()
                 moved(flow.moved)
                 if not flow.done.is_set() and trio.current_time() - flow.moved_at >= stall_s:
-                    raise LinkBroken(f"nothing moved for {stall_s:g} s")
+                    raise SimulatedLinkBroken(f"nothing moved for {stall_s:g} s")
         finally:
             if flow in self._flows:
                 self._flows.remove(flow)
                 self._note()
         if flow.broken:
-            raise LinkBroken("the other end is gone")
+            raise SimulatedLinkBroken("the other end is gone")
         self.carried += size
 
     def _share(self) -> None:

@@ -35,9 +35,9 @@ from hypha.messages import (
     ResponseEnvelope,
     WorkerRequest,
 )
-from hypha.node import Changes, ConnectionInfo, Heard, PeerLost, ReportHandler
+from hypha.node import Changes, ConnectionInfo, PeerLost, PublishedRequest, ReportHandler
 from hypha.runtime import chance
-from hypha.simulation.network import Machine, SimulatedNetwork
+from hypha.simulation.network import SimulatedMachine, SimulatedNetwork
 from hypha.simulation.process import ProcessGone, SimulatedProcess
 from hypha.simulation.transfers import SimulatedTransfers
 from hypha.telemetry import health_of
@@ -97,7 +97,7 @@ class SimulatedNode:
     def __init__(
         self,
         network: SimulatedNetwork,
-        machine: Machine,
+        machine: SimulatedMachine,
         process: SimulatedProcess,
         options: SimulatedOptions,
     ) -> None:
@@ -119,7 +119,7 @@ class SimulatedNode:
         self._shared = 0
         self._is_partner: Callable[[str], bool] = lambda peer: False
         self._watchers: dict[trio.MemorySendChannel[PeerLost], None] = {}
-        self._listeners: dict[trio.MemorySendChannel[Heard], None] = {}
+        self._listeners: dict[trio.MemorySendChannel[PublishedRequest], None] = {}
         self._waiting: dict[str, dict[_ReportKey, Report]] = {}
         self._wakers: dict[str, trio.Event] = {}
         self._report_handler: ReportHandler | None = None
@@ -449,12 +449,12 @@ class SimulatedNode:
             return
         message = _gossip.decode(payload).body
         for channel in list(self._listeners):
-            _put(channel, Heard(publisher, message))
+            _put(channel, PublishedRequest(publisher, message))
 
     @asynccontextmanager
-    async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[Heard]]:
-        """A channel of :class:`hypha.node.Heard`."""
-        send, receive = trio.open_memory_channel[Heard](_BACKLOG)
+    async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[PublishedRequest]]:
+        """A channel of :class:`hypha.node.PublishedRequest`."""
+        send, receive = trio.open_memory_channel[PublishedRequest](_BACKLOG)
         self._listeners[send] = None
         try:
             yield receive
@@ -563,7 +563,7 @@ class SimulatedNode:
 
 @asynccontextmanager
 async def open_simulated_node(
-    network: SimulatedNetwork, machine: Machine, process: SimulatedProcess, options: SimulatedOptions
+    network: SimulatedNetwork, machine: SimulatedMachine, process: SimulatedProcess, options: SimulatedOptions
 ) -> AsyncIterator[SimulatedNode]:
     """A running node of ``process``; its gateways are being connected in the background."""
     node = SimulatedNode(network, machine, process, options)

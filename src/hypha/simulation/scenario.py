@@ -97,7 +97,7 @@ WORKER_WAYS: tuple[Way, ...] = ("notice",)
 LIES: tuple[Way, ...] = ("claim", "blow-up", "withhold", "never-load", "hoard", "boast")
 
 
-class Fault(Struct, frozen=True):
+class Strike(Struct, frozen=True):
     """``role`` is struck in ``phase`` of ``round`` (or as soon as the job is that far), ``after_s`` later."""
 
     role: Role
@@ -113,7 +113,7 @@ class Scenario(Struct, frozen=True):
 
     seed: int = 0
     workers: int = 3
-    spares: int = 1
+    spare_workers: int = 1
     gateways: int = 1
     data_nodes: int = 2
     rounds: int = 6
@@ -146,7 +146,7 @@ class Scenario(Struct, frozen=True):
     bids: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
     prices: tuple[float, ...] = (1.0,)
     strategies: tuple[Strategy, ...] = ("flexible",)
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[Strike, ...] = ()
     #: the job must be over so long after the last fault was mended
     patience_s: float = 600.0
 
@@ -170,7 +170,7 @@ def random_scenario(seed: int) -> Scenario:
     scenario = Scenario(
         seed=seed,
         workers=workers,
-        spares=random.choice((1, 1, 2)),
+        spare_workers=random.choice((1, 1, 2)),
         gateways=random.choice((1, 2)),
         data_nodes=random.choice((1, 2, 2)),
         rounds=rounds,
@@ -209,7 +209,7 @@ def random_market(seed: int) -> Scenario:
     return Scenario(
         seed=seed,
         workers=workers,
-        spares=random.choice((0, 1)),
+        spare_workers=random.choice((0, 1)),
         rivals=random.choice((1, 1, 2)),
         bids=bids,
         # nobody is too dear for anybody at rest
@@ -227,8 +227,8 @@ def random_market(seed: int) -> Scenario:
 
 def _a_liar(scenario: Scenario, random: Random) -> Scenario:
     """One worker lies from some moment on, and something else goes wrong as well."""
-    lie = Fault("worker", random.choice(LIES), random.randrange(scenario.rounds), random.choice(PHASES[:4]))
-    return msgspec.structs.replace(scenario, spares=2, faults=(lie, *scenario.faults[:1]))
+    lie = Strike("worker", random.choice(LIES), random.randrange(scenario.rounds), random.choice(PHASES[:4]))
+    return msgspec.structs.replace(scenario, spare_workers=2, faults=(lie, *scenario.faults[:1]))
 
 
 def _two_deaths(scenario: Scenario, random: Random) -> Scenario:
@@ -237,11 +237,11 @@ def _two_deaths(scenario: Scenario, random: Random) -> Scenario:
     phase: Phase = random.choice(("scheduled", "updating", "updating", "closing"))
     after_s = random.choice((0.0, 0.1))
     deaths = (
-        Fault(random.choice(("parameter-server", "scheduler")), "kill", round_, phase, after_s, 20.0),
-        Fault("worker", random.choice(("kill", "lose")), round_, phase, after_s, 1.0),
+        Strike(random.choice(("parameter-server", "scheduler")), "kill", round_, phase, after_s, 20.0),
+        Strike("worker", random.choice(("kill", "lose")), round_, phase, after_s, 1.0),
     )
     return msgspec.structs.replace(
-        scenario, spares=2, slices=5, rows=10, checkpoint_every=1, min_workers=None, faults=deaths
+        scenario, spare_workers=2, slices=5, rows=10, checkpoint_every=1, min_workers=None, faults=deaths
     )
 
 
@@ -250,15 +250,15 @@ def _no_way_back(scenario: Scenario, random: Random) -> Scenario:
     round_ = random.randrange(1, scenario.rounds - 1)
     cut_s = random.uniform(100.0, 200.0)
     outage = (
-        Fault("gateway", "kill", round_ - 1, "training", 0.0, cut_s + random.uniform(40.0, 100.0)),
-        Fault("parameter-server", "partition", round_, "closing", 0.0, cut_s),
+        Strike("gateway", "kill", round_ - 1, "training", 0.0, cut_s + random.uniform(40.0, 100.0)),
+        Strike("parameter-server", "partition", round_, "closing", 0.0, cut_s),
     )
     return msgspec.structs.replace(
         scenario, gateways=1, apart=True, behind_nat=0, deadline_s=200.0, faults=outage
     )
 
 
-def _random_fault(random: Random, rounds: int) -> Fault:
+def _random_fault(random: Random, rounds: int) -> Strike:
     role = random.choice(ROLES)
     way: Way = random.choice(EXECUTOR_WAYS if role.endswith("executor") else NODE_WAYS)
     if way == "kill" and role == "worker" and random.random() < 0.3:
@@ -272,7 +272,7 @@ def _random_fault(random: Random, rounds: int) -> Fault:
         for_s = random.choice((10.0, 500.0))
     if way == "partition":
         for_s *= 4.0
-    return Fault(
+    return Strike(
         role=role,
         way=way,
         round=random.randrange(rounds),

@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from hypha.config.inherited import child_environment
 from hypha.executor.toy import one_thread_only
-from hypha.simulation.faults import Struck, story
+from hypha.simulation.faults import FaultOutcome, story
 from hypha.simulation.invariants import (
     GoodputWatch,
     LeaseWatch,
@@ -41,7 +41,7 @@ _A_PROCESS = 20
 _LONGEST_CPU_S = 120
 
 
-class Verdict(Struct, frozen=True):
+class ScenarioVerdict(Struct, frozen=True):
     """What came of a scenario. ``problems`` is empty when all was as it must be."""
 
     scenario: Scenario
@@ -53,11 +53,11 @@ class Verdict(Struct, frozen=True):
     journal: bytes = b""
 
 
-def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logging.INFO) -> Verdict:
+def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logging.INFO) -> ScenarioVerdict:
     """Run it once, and check everything."""
     one_thread_only()
     began = time.monotonic()
-    struck: list[Struck] = []
+    struck: list[FaultOutcome] = []
 
     async def live(world: World) -> None:
         rounds = RoundWatch()
@@ -81,7 +81,7 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
     told = tuple(
         f"{one.fault.way} {one.target} at {one.struck_at}" for one in struck if one.struck_at is not None
     )
-    return Verdict(
+    return ScenarioVerdict(
         scenario,
         tuple(dict.fromkeys(ending.problems)),
         told,
@@ -141,7 +141,7 @@ class Runner:
                 child.stdin.close()
         return child.returncode
 
-    def run(self, scenario: Scenario, journal: bool = False) -> Verdict:
+    def run(self, scenario: Scenario, journal: bool = False) -> ScenarioVerdict:
         """Its verdict; a process that dies is one, too. With ``journal`` it is there in any case."""
         if self._child is None or self._runs >= _A_PROCESS:
             self._end()
@@ -163,12 +163,12 @@ class Runner:
         else:
             line = stdout.readline()
         if line:
-            return msgspec.json.decode(line, type=Verdict)
+            return msgspec.json.decode(line, type=ScenarioVerdict)
         problem = f"the process that ran it ended with exit code {self._end()}"
-        return Verdict(scenario, (problem,), (), 0.0, 0.0)
+        return ScenarioVerdict(scenario, (problem,), (), 0.0, 0.0)
 
 
-def run_many(scenarios: Sequence[Scenario], processes: int, change: str = "") -> Iterator[Verdict]:
+def run_many(scenarios: Sequence[Scenario], processes: int, change: str = "") -> Iterator[ScenarioVerdict]:
     """Verdicts as they come."""
     waiting: queue.SimpleQueue[Scenario] = queue.SimpleQueue()
     for scenario in scenarios:
@@ -176,11 +176,11 @@ def run_many(scenarios: Sequence[Scenario], processes: int, change: str = "") ->
     runners = threading.local()
     made: list[Runner] = []
 
-    def work(_: int) -> Verdict:
+    def work(_: int) -> ScenarioVerdict:
         if not hasattr(runners, "mine"):
             runners.mine = Runner(change)
             made.append(runners.mine)
-        verdict: Verdict = runners.mine.run(waiting.get_nowait())
+        verdict: ScenarioVerdict = runners.mine.run(waiting.get_nowait())
         return verdict
 
     with ThreadPoolExecutor(max(1, processes)) as pool:
@@ -195,10 +195,10 @@ def run_many(scenarios: Sequence[Scenario], processes: int, change: str = "") ->
 
 def search(
     first: int, count: int, processes: int, tell: Callable[[str], object], change: str = ""
-) -> list[Verdict]:
+) -> list[ScenarioVerdict]:
     """Run ``count`` random scenarios; ``tell`` each that fails, and the shortest that fails like it."""
     began = time.monotonic()
-    failed: list[Verdict] = []
+    failed: list[ScenarioVerdict] = []
     struck = done = 0
     virtual_s = 0.0
     scenarios = [random_scenario(seed) for seed in range(first, first + count)]

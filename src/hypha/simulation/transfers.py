@@ -19,11 +19,11 @@ import trio
 from hypha.access import KINDS, Allowed, named
 from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
 from hypha.messages import PeerRef, PullFile, TransferMeta
-from hypha.net.bulk.files import Hasher, quick_hasher, strong_hasher
-from hypha.net.bulk.slots import Places
+from hypha.net.bulk.files import StreamHash, quick_hasher, strong_hasher
+from hypha.net.bulk.slots import TransferSlots
 from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import chance, free_bytes, in_thread, new_id
-from hypha.simulation.network import STALL_S, LinkBroken
+from hypha.simulation.network import STALL_S, SimulatedLinkBroken
 
 if TYPE_CHECKING:
     from hypha.simulation.node import SimulatedNode
@@ -64,8 +64,8 @@ class SimulatedTransfers:
         self._providers: dict[str, Provider] = {}
         self._inbound: dict[_Inbound, None] = {}
         self._done: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self.sending = Places(_MAX_AT_ONCE)
-        self.receiving = Places(_MAX_AT_ONCE)
+        self.sending = TransferSlots(_MAX_AT_ONCE)
+        self.receiving = TransferSlots(_MAX_AT_ONCE)
 
     async def run(self) -> None:
         """Lend the places of transfers in which nothing moves, until cancelled."""
@@ -117,7 +117,7 @@ class SimulatedTransfers:
                 if exc.code != "busy" or now >= busy_until:
                     raise Refused(exc.code, exc.reason, name) from exc
                 await trio.sleep(_BUSY_PAUSE_S * chance().uniform(0.2, 1.0))
-            except (PeerUnreachable, LinkBroken) as exc:
+            except (PeerUnreachable, SimulatedLinkBroken) as exc:
                 attempts += 1
                 if attempts >= _MAX_ATTEMPTS:
                     raise TransferFailed(name, meta.name, str(exc)) from exc
@@ -173,7 +173,7 @@ class SimulatedTransfers:
             acceptor.inbound.pop(inbound, None)
             inbound.ended.set()
         if inbound.scope.cancelled_caught:
-            raise LinkBroken("the receiver does not want it any more")
+            raise SimulatedLinkBroken("the receiver does not want it any more")
 
     def _require(self, peer: str, allowed: Allowed, kind: str) -> None:
         if peer != self._node.peer_id and not self._node.may(peer, allowed):
@@ -201,7 +201,7 @@ class SimulatedTransfers:
         """Whole and verified, or not at all."""
         part = destination.with_name(destination.name + ".part")
         part.write_bytes(data)
-        hasher: Hasher = strong_hasher() if meta.checked == meta.blake3 else quick_hasher()
+        hasher: StreamHash = strong_hasher() if meta.checked == meta.blake3 else quick_hasher()
         hasher.update(data)
         if len(data) != meta.size or hasher.hexdigest() != meta.checked:
             part.unlink()
@@ -234,7 +234,7 @@ class SimulatedTransfers:
                 if exc.code != "busy" or trio.current_time() >= busy_until:
                     raise Refused(exc.code, exc.reason, name) from exc
                 await trio.sleep(_BUSY_PAUSE_S * chance().uniform(0.2, 1.0))
-            except (PeerUnreachable, LinkBroken) as exc:
+            except (PeerUnreachable, SimulatedLinkBroken) as exc:
                 raise TransferFailed(name, request.name, str(exc)) from exc
 
     async def _pull(
@@ -252,7 +252,7 @@ class SimulatedTransfers:
         with trio.move_on_after(10.0) as asking:
             provided = await self._node.ask_there(name, provide, None)
         if asking.cancelled_caught:
-            raise LinkBroken("it does not answer")
+            raise SimulatedLinkBroken("it does not answer")
         self._require(name, KINDS[request.kind].senders, request.kind)
         data: bytes = provided[0]
         meta: TransferMeta = provided[1]
@@ -268,7 +268,7 @@ class SimulatedTransfers:
         async with self.receiving.hold(lambda: held[0]):
             sender = self._node.network.nodes.get(name)
             if sender is None:
-                raise LinkBroken("the other end is gone")
+                raise SimulatedLinkBroken("the other end is gone")
             stall_s = STALL_S if still_s is None else min(STALL_S, still_s)
             async with trio.open_nursery() as nursery:
                 # the sender's end has few places, too
@@ -278,8 +278,8 @@ class SimulatedTransfers:
                 try:
                     await ready.wait()
                     await self._flow(name, len(data), stall_s, held, None)
-                except LinkBroken as exc:
-                    broken: LinkBroken | None = exc
+                except SimulatedLinkBroken as exc:
+                    broken: SimulatedLinkBroken | None = exc
                 else:
                     broken = None
                 over.set()

@@ -54,12 +54,12 @@ from hypha.data.serving import serve as data_serve
 from hypha.data.slices import write_slice
 from hypha.errors import HyphaError
 from hypha.executor.toy import COLUMN
-from hypha.journal import Entry, Journal
+from hypha.journal import Journal, JournalEntry
 from hypha.leases import NAME as LEASES
 from hypha.messages import Column
 from hypha.scheduler import JobResult, JobSnapshot, finished_job, run_job
 from hypha.simulation.executors.processes import SimulatedExecutors
-from hypha.simulation.network import Machine, SimulatedNetwork
+from hypha.simulation.network import SimulatedMachine, SimulatedNetwork
 from hypha.simulation.node import SimulatedOptions, open_simulated_node
 from hypha.simulation.process import (
     SimulatedProcess,
@@ -92,7 +92,7 @@ _IDLE_AFTER_S = 0.4
 class Computer:
     """A machine of the world, with all that outlives its process."""
 
-    machine: Machine
+    machine: SimulatedMachine
     directory: Path
     main: Callable[[Computer], object]
     process: SimulatedProcess | None = None
@@ -151,10 +151,10 @@ class World:
         self.observers: list[Callable[[JobSnapshot], None]] = []
         self.over = trio.Event()
         #: entries of the scheduler's machines, of all of its processes
-        self.listeners: list[Callable[[Entry], None]] = []
+        self.listeners: list[Callable[[JournalEntry], None]] = []
         self.entries: list[bytes] = []
         #: make a listener of a worker's journal, each time that the worker is started
-        self.worker_listeners: list[Callable[[str], Callable[[Entry], None]]] = []
+        self.worker_listeners: list[Callable[[str], Callable[[JournalEntry], None]]] = []
         #: checkpoints that were found to be right, and how their files looked
         self.verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
         #: files that a fault has damaged
@@ -178,7 +178,7 @@ class World:
         wanted = self.scenario
         self.gateways = tuple(f"gateway-{number}" for number in range(1, wanted.gateways + 1))
         self.data = tuple(f"data-{number}" for number in range(1, wanted.data_nodes + 1))
-        count = wanted.workers + wanted.spares + wanted.apart
+        count = wanted.workers + wanted.spare_workers + wanted.apart
         self.workers = tuple(f"worker-{number}" for number in range(1, count + 1))
         make_dataset(self.root / "dataset", wanted.slices, wanted.rows)
         for name in self.gateways:
@@ -197,7 +197,7 @@ class World:
         self, name: str, role: str, main: Callable[[Computer], object], behind_nat: bool = False
     ) -> None:
         wanted = self.scenario
-        machine = Machine(
+        machine = SimulatedMachine(
             peer=name,
             roles=frozenset({role}),
             latency_s=wanted.latency_s / 2,
@@ -454,10 +454,10 @@ class World:
         for observer in self.observers:
             observer(snapshot)
 
-    def _noted_of_rival(self, entry: Entry) -> None:
+    def _noted_of_rival(self, entry: JournalEntry) -> None:
         self.entries.append(entry.line())
 
-    def _noted(self, entry: Entry) -> None:
+    def _noted(self, entry: JournalEntry) -> None:
         self.entries.append(entry.line())
         for listener in list(self.listeners):
             listener(entry)

@@ -42,7 +42,7 @@ class Call(Value, frozen=True):
     within_s: float = 0.0
 
 
-class Answer(Value, frozen=True):
+class ControlReply(Value, frozen=True):
     """How the worker is now, in words; or why it did not do it. ``leases`` are those that go on."""
 
     state: str = ""
@@ -145,7 +145,7 @@ async def _answer(stream: trio.SocketStream, leaving: Leaving, leases: Callable[
                 leaving.begin(within_s, "its operator drains it")
     except Refused as exc:
         refused = exc.reason
-    answer = Answer(state=leaving.in_words, leases=leases(), refused=refused)
+    answer = ControlReply(state=leaving.in_words, leases=leases(), refused=refused)
     with trio.fail_after(_LINE_S):
         await stream.send_all(msgspec.json.encode(answer) + b"\n")
     if call.what == "leave" and not refused:
@@ -163,7 +163,7 @@ async def _line(stream: trio.SocketStream) -> bytes:
     return text
 
 
-def tell(work_dir: Path, call: Call, wait_s: float = 0.0) -> tuple[Answer, bool]:
+def tell(work_dir: Path, call: Call, wait_s: float = 0.0) -> tuple[ControlReply, bool]:
     """Tell the worker of ``work_dir``; its answer, and whether it has ended, for which ``wait_s`` is waited.
     Blocks. Raises HyphaError where no worker listens.
     """
@@ -176,7 +176,7 @@ def tell(work_dir: Path, call: Call, wait_s: float = 0.0) -> tuple[Answer, bool]
             stream.sendall(msgspec.json.encode(call) + b"\n")
             with stream.makefile("rb") as lines:
                 line = lines.readline(_MAX_LINE_BYTES)
-                answer = decode_json(line, Answer)
+                answer = decode_json(line, ControlReply)
                 if wait_s and not answer.refused:
                     stream.settimeout(wait_s)
                     return answer, _ended(stream)

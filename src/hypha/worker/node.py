@@ -30,18 +30,18 @@ from hypha.worker.control import serve_control
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 from hypha.worker.jobs.directory import remove_stale
-from hypha.worker.jobs.execution import Workshop
+from hypha.worker.jobs.execution import ExecutionContext
 from hypha.worker.jobs.jobs import Jobs
 from hypha.worker.jobs.starting import RunExecutor, run_process
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.given import given_leases
 from hypha.worker.leasing.leaving import Leaving
-from hypha.worker.leasing.offers import LeaseDesk, serve_offers
+from hypha.worker.leasing.offers import LeaseService, serve_offers
 from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
 from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
 from hypha.worker.limits.confining import Means
 from hypha.worker.limits.cores import CorePins
-from hypha.worker.limits.detecting import Machine, detect, lowered, usable_cores
+from hypha.worker.limits.detecting import DetectedMachine, detect, lowered, usable_cores
 from hypha.worker.limits.devices import Visibility, memory_of_each
 from hypha.worker.limits.limits import mechanisms, no_cgroups, suffice
 from hypha.worker.limits.quotas import ProjectQuotas, usable_quotas
@@ -50,9 +50,9 @@ from hypha.worker.processes.orphans import Orphans
 from hypha.worker.processes.warm import ExecutorHost, open_host
 from hypha.worker.signals import shown, watch_resources
 from hypha.worker.slices.cache import SliceCache
-from hypha.worker.storage.free_space import lack_of_room
+from hypha.worker.storage.free_space import lack_of_space
 from hypha.worker.storage.replicas import ReplicaStore
-from hypha.worker.storage.requests import StorageDesk
+from hypha.worker.storage.requests import StorageService
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ async def work(
                             )
 
 
-def offered(config: WorkerConfig, machine: Machine) -> tuple[WorkerConfig, dict[str, str]]:
+def offered(config: WorkerConfig, machine: DetectedMachine) -> tuple[WorkerConfig, dict[str, str]]:
     """``config`` with what may be offered of its resources on ``machine``, and that in words, for its
     health; what is lowered is logged.
     """
@@ -143,7 +143,7 @@ def offered(config: WorkerConfig, machine: Machine) -> tuple[WorkerConfig, dict[
 
 
 def _in_force(
-    config: WorkerConfig, cgroups: CgroupPlaces, machine: Machine, quotas: ProjectQuotas | None
+    config: WorkerConfig, cgroups: CgroupPlaces, machine: DetectedMachine, quotas: ProjectQuotas | None
 ) -> dict[str, str]:
     """By what each resource is enforced, for the health of the node; logged, too."""
     volume = None if quotas is None else quotas.volume
@@ -205,7 +205,7 @@ async def serve(
             "allow.local is the earlier name of two keys, and lets jobs both read and write what it lists: "
             "write allow.local_read and allow.local_write instead."
         )
-    workshop = Workshop(
+    context = ExecutionContext(
         node=node,
         config=config,
         cache=SliceCache(config.work_dir.resolve() / "cache", config.cache),
@@ -230,23 +230,27 @@ async def serve(
         outside.start_soon(_set_when_cancelled, stopped)
         with trio.CancelScope(shield=True), contextlib.ExitStack() as gauges:
             async with trio.open_nursery() as nursery:
-                jobs = Jobs(workshop, nursery)
-                desk = jobs.desk = LeaseDesk(arbiter, jobs.lease_ended, workshop.cache.datasets)
-                leaving = Leaving(node, desk)
+                jobs = Jobs(context, nursery)
+                lease_service = jobs.lease_service = LeaseService(
+                    arbiter, jobs.lease_ended, context.cache.datasets
+                )
+                leaving = Leaving(node, lease_service)
                 nursery.start_soon(_end_when_left, leaving, config.preemption, stopped, nursery.cancel_scope)
                 jobs.answer()
                 node.health_details.append(
-                    lambda: {"offers": leaving.in_words, "price": desk.pricing.in_words}
+                    lambda: {"offers": leaving.in_words, "price": lease_service.pricing.in_words}
                 )
                 if not is_simulated():
-                    gauges.enter_context(shown(jobs, desk, workshop.cache))
-                    await nursery.start(serve_control, config.work_dir, leaving, lambda: len(desk.leases))
+                    gauges.enter_context(shown(jobs, lease_service, context.cache))
+                    await nursery.start(
+                        serve_control, config.work_dir, leaving, lambda: len(lease_service.leases)
+                    )
                 store = ReplicaStore(config.work_dir.resolve() / "checkpoints", config.storage)
-                storage = StorageDesk(node, store, lambda: desk.leases)
+                storage = StorageService(node, store, lambda: lease_service.leases)
                 storage.answer()
-                await nursery.start(serve_offers, node, desk, lambda: lack_of_room(config.work_dir))
+                await nursery.start(serve_offers, node, lease_service, lambda: lack_of_space(config.work_dir))
                 if config.http_address is not None:
-                    leases = {"leases": lambda: given_leases(desk, leaving, node.peer_id)}
+                    leases = {"leases": lambda: given_leases(lease_service, leaving, node.peer_id)}
                     routes = await in_thread(worker_routes)
                     health = partial(serve_http, config.http_address, lambda: health_of(node))
                     await nursery.start(partial(health, routes=routes, lookups=leases))

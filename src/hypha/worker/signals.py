@@ -11,18 +11,18 @@ from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import Reading
 from hypha.telemetry.resources import watch_disks, watch_machine
 from hypha.worker.jobs.jobs import Jobs
-from hypha.worker.leasing.offers import LeaseDesk
+from hypha.worker.leasing.offers import LeaseService
 from hypha.worker.slices.cache import SliceCache
 
 _KINDS: tuple[ExecutorClass, ...] = ("train", "aggregate")
 
 
 @contextlib.contextmanager
-def shown(jobs: Jobs, desk: LeaseDesk, cache: SliceCache) -> Iterator[None]:
+def shown(jobs: Jobs, lease_service: LeaseService, cache: SliceCache) -> Iterator[None]:
     """The worker's gauges show these meanwhile."""
 
     def leases() -> Iterable[Reading]:
-        accepted = [lease.accepted for lease in desk.leases]
+        accepted = [lease.accepted for lease in lease_service.leases]
         return [
             ({"state": "accepted"}, accepted.count(True)),
             ({"state": "temporary"}, accepted.count(False)),
@@ -41,23 +41,23 @@ def shown(jobs: Jobs, desk: LeaseDesk, cache: SliceCache) -> Iterator[None]:
     with (
         metrics.WORKER_JOBS.watch(lambda: [({"kind": kind}, jobs.running(kind)) for kind in _KINDS]),
         metrics.WORKER_LEASES.watch(leases),
-        metrics.RESOURCES_FREE.watch(lambda: amounts(desk.free)),
-        metrics.RESOURCES_CAPACITY.watch(lambda: amounts(desk.total)),
+        metrics.RESOURCES_FREE.watch(lambda: amounts(lease_service.free)),
+        metrics.RESOURCES_CAPACITY.watch(lambda: amounts(lease_service.total)),
         metrics.CACHE_BYTES.watch(lambda: float(cache.size_bytes)),
-        metrics.WORKER_PRICE.watch(lambda: prices(desk)),
-        metrics.WORKER_LOAD.watch(lambda: desk.pricing.load),
+        metrics.WORKER_PRICE.watch(lambda: prices(lease_service)),
+        metrics.WORKER_LOAD.watch(lambda: lease_service.pricing.load),
     ):
         yield
 
 
-def prices(desk: LeaseDesk) -> list[Reading]:
+def prices(lease_service: LeaseService) -> list[Reading]:
     """What the worker takes for a lease, and gets for those that it has given."""
-    pricing = desk.pricing
+    pricing = lease_service.pricing
     return [
         ({"of": "floor"}, pricing.floor),
         ({"of": "rest"}, pricing.at_rest),
         ({"of": "threshold"}, pricing.asked),
-        ({"of": "leases"}, sum(lease.price for lease in desk.leases if lease.accepted)),
+        ({"of": "leases"}, sum(lease.price for lease in lease_service.leases if lease.accepted)),
     ]
 
 

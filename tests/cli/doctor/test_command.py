@@ -15,7 +15,7 @@ from tests.support.network import Pki
 from typer.testing import CliRunner
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.gathered import Facts, Unknown
+from hypha.cli.doctor.gathered import Observations, Unknown
 from hypha.cli.doctor.judging.whole import judge
 from hypha.cli.doctor.subject import Subject, read_job, read_subject
 from hypha.cli.hypha import app
@@ -102,25 +102,25 @@ def test_a_configuration_with_a_mistake_is_a_finding_and_its_certificate_is_look
     path = write(pki, tmp_path / "worker.toml", "worker", gateways(1) + "[resources]\nmemry = 1\n")
     subject = read_subject(path)
     assert subject.files is not None
-    one = only(judge(subject, Facts()), checks.CONFIGURATION)
+    one = only(judge(subject, Observations()), checks.CONFIGURATION)
     assert ("did you mean memory" in one.what, f"hypha-worker validate -c {path}" in one.mend) == (True, True)
 
 
 def test_what_could_not_be_found_out_is_a_note() -> None:
-    facts = Facts(unknown=(Unknown("who serves 'digits'", "no gateway can be asked"),))
-    one = only(judge(Subject(), facts), checks.NOT_CHECKED)
+    observed = Observations(unknown=(Unknown("who serves 'digits'", "no gateway can be asked"),))
+    one = only(judge(Subject(), observed), checks.NOT_CHECKED)
     assert one.what == "who serves 'digits' could not be found out: no gateway can be asked"
 
 
 def test_a_data_node_that_does_not_serve_what_the_job_wants(pki: Pki, tmp_path: Path) -> None:
-    from hypha.cli.doctor.gathered import ServedFacts
+    from hypha.cli.doctor.gathered import ServiceObservations
 
     path = write(pki, tmp_path / "data.toml", "data", gateways(1) + 'dataset-path = "."\n')
     subject = Subject("data", path, read_subject(path).config, job=job_config())
-    one = only(judge(subject, Facts(served=ServedFacts(("digits-2",)))), checks.DATASET_NAME)
+    one = only(judge(subject, Observations(served=ServiceObservations(("digits-2",)))), checks.DATASET_NAME)
     assert "wants 'digits', and this data node serves 'digits-2'" in one.what
-    silent = ServedFacts(("digits",), announced=False)
-    only(judge(subject, Facts(served=silent)), checks.DATASET_NOT_ANNOUNCED)
+    silent = ServiceObservations(("digits",), announced=False)
+    only(judge(subject, Observations(served=silent)), checks.DATASET_NOT_ANNOUNCED)
 
 
 # --- what it prints and how it ends ----------------------------------------------------------------------

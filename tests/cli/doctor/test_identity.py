@@ -61,8 +61,8 @@ def test_a_certificate_that_ends_soon(pki: Pki) -> None:
 
 
 def test_the_ca_above_ends_soon(files: IdentityFiles) -> None:
-    facts, _ = gather_identity(files)
-    soon = replace(facts, ends={**facts.ends, "issuer": facts.now + timedelta(days=2)})
+    observed, _ = gather_identity(files)
+    soon = replace(observed, ends={**observed.ends, "issuer": observed.now + timedelta(days=2)})
     assert str(files.trust) in only(judge_identity(soon, "worker"), checks.CERTIFICATE_EXPIRES).what
 
 
@@ -108,6 +108,8 @@ def test_a_revocation_list_that_nobody_has_renewed(
 ) -> None:
     crl = pki.directory / "crls.pem"
     revoke(pki.org, [pki.files("bad").cert], crl)
-    facts, _ = gather_identity(replace(files, crls=crl))
-    one = only(judge_identity(replace(facts, now=facts.now + timedelta(days=days)), "worker"), checks.CRL_OLD)
+    observed, _ = gather_identity(replace(files, crls=crl))
+    one = only(
+        judge_identity(replace(observed, now=observed.now + timedelta(days=days)), "worker"), checks.CRL_OLD
+    )
     assert (words in one.what, str(crl) in one.mend) == (True, True)

@@ -19,9 +19,9 @@ from tests.support.proxy import proxy_to
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.finding import Finding
-from hypha.cli.doctor.gathered import Facts
+from hypha.cli.doctor.gathered import Observations
 from hypha.cli.doctor.gathering import contacts
-from hypha.cli.doctor.gathering.whole import Wanted, gather
+from hypha.cli.doctor.gathering.whole import Subjects, gather
 from hypha.cli.doctor.judging.network import judge_network
 from hypha.cli.doctor.judging.whole import judge
 from hypha.cli.doctor.subject import Subject
@@ -50,14 +50,16 @@ def subject_of(config: NodeConfig, component: str) -> Subject:
     return Subject(component, Path(f"{component}.toml"), config, files)
 
 
-async def look(config: NodeConfig, component: str = "worker", **wanted: Any) -> tuple[Facts, list[Finding]]:
+async def look(
+    config: NodeConfig, component: str = "worker", **wanted: Any
+) -> tuple[Observations, list[Finding]]:
     """What the doctor sees and finds. How fast the disk is while other tests use it is left out."""
     subject = subject_of(config, component)
     with trio.fail_after(60):
-        facts = await gather(subject, Wanted(**wanted))
-    unhurried = tuple(replace(one, write_rate=None) for one in facts.machine.directories)
-    facts = replace(facts, machine=replace(facts.machine, directories=unhurried))
-    return facts, judge(subject, facts)
+        observed = await gather(subject, Subjects(**wanted))
+    unhurried = tuple(replace(one, write_rate=None) for one in observed.machine.directories)
+    observed = replace(observed, machine=replace(observed.machine, directories=unhurried))
+    return observed, judge(subject, observed)
 
 
 def free_port() -> int:
@@ -83,11 +85,11 @@ async def web_server() -> AsyncIterator[str]:
         nursery.cancel_scope.cancel()
 
 
-def of(facts: Facts, address: str, config: NodeConfig) -> list[Finding]:
+def of(observed: Observations, address: str, config: NodeConfig) -> list[Finding]:
     """What is found of one gateway alone."""
-    assert facts.network is not None
-    (contact,) = (one for one in facts.network.gateways if one.address == address)
-    return list(judge_network(replace(facts.network, gateways=(contact,)), facts.machine, config))
+    assert observed.network is not None
+    (contact,) = (one for one in observed.network.gateways if one.address == address)
+    return list(judge_network(replace(observed.network, gateways=(contact,)), observed.machine, config))
 
 
 # --- a healthy node --------------------------------------------------------------------------------------
@@ -109,30 +111,30 @@ async def test_nothing_is_found_of_a_healthy_node_whether_it_runs_or_not(
             http_address=f"127.0.0.1:{http}",
         )
         ref = DatasetRef(dataset="digits")
-        facts, findings = await look(config, dataset=ref)
+        observed, findings = await look(config, dataset=ref)
         assert findings == [], "\n".join(map(str, findings))
-        assert facts.network is not None
-        assert facts.dataset is not None
-        assert facts.network.running is False
-        (contact,) = facts.network.gateways
+        assert observed.network is not None
+        assert observed.dataset is not None
+        assert observed.network.running is False
+        (contact,) = observed.network.gateways
         assert min(contact.up or 0.0, contact.down or 0.0) > 0
         assert (contact.mtu or 0) > 1280
-        assert [one.reason for one in facts.network.dialled] == [""]
-        (provider,) = facts.dataset.providers
+        assert [one.reason for one in observed.network.dialled] == [""]
+        (provider,) = observed.dataset.providers
         assert (provider.relayed, bool(provider.rate)) == (False, True)
-        (data_node,) = facts.network.data_nodes
+        (data_node,) = observed.network.data_nodes
         assert (data_node.component, data_node.up is not None) == ("hypha-data", True)
 
         identity = load_identity(IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem))
         listening = tuple(config.listen_addresses)
         async with network.leaf("worker", [gateway], identity=identity, listen=listening) as worker:
             beside = config.model_copy(update={"http_address": None})
-            facts, findings = await look(beside, dataset=ref)
+            observed, findings = await look(beside, dataset=ref)
             assert findings == [], "\n".join(map(str, findings))
-            assert facts.network is not None
-            assert facts.network.running is True
+            assert observed.network is not None
+            assert observed.network.running is True
             # the very node was dialled, and is none the worse for it
-            assert [one.reason for one in facts.network.dialled] == [""]
+            assert [one.reason for one in observed.network.dialled] == [""]
             assert worker.gateway == gateway.peer_id
         nursery.cancel_scope.cancel()
 
@@ -157,16 +159,16 @@ async def test_nothing_is_found_of_a_gateway_or_a_data_node(network: Network, tm
         data = DataConfig(**settings, dataset_path=directory, http_address=f"127.0.0.1:{free_port()}")
         async with trio.open_nursery() as nursery:
             for running in (False, True):
-                facts, findings = await look(data, "data")
+                observed, findings = await look(data, "data")
                 assert findings == [], "\n".join(map(str, findings))
-                assert facts.network is not None
-                assert facts.network.running is running
-                assert facts.served is not None
-                assert facts.served.names == ("digits",)
+                assert observed.network is not None
+                assert observed.network.running is running
+                assert observed.served is not None
+                assert observed.served.names == ("digits",)
                 if not running:
                     await nursery.start(run_data, data)
             # its port is any free one: its own local HTTP tells which
-            assert [one.reason for one in facts.network.dialled] == [""]
+            assert [one.reason for one in observed.network.dialled] == [""]
             nursery.cancel_scope.cancel()
 
 
@@ -191,18 +193,18 @@ async def test_addresses_at_which_there_is_no_gateway(network: Network, tmp_path
             tmp_path,
             gateway_addresses=[good, name, closed, wrong, leaf, web, untrusted],
         )
-        facts, findings = await look(config)
+        observed, findings = await look(config)
         assert len(findings) == 6, "\n".join(map(str, findings))
         # one gateway is there, so that none of it keeps the node from the network
         assert {one.severity for one in findings} == {"warning"}
-        assert of(facts, good, config) == []
-        assert "has no address here" in only(of(facts, name, config), checks.GATEWAY_NAME).what
-        found = only(of(facts, closed, config), checks.GATEWAY_UNREACHABLE)
+        assert of(observed, good, config) == []
+        assert "has no address here" in only(of(observed, name, config), checks.GATEWAY_NAME).what
+        found = only(of(observed, closed, config), checks.GATEWAY_UNREACHABLE)
         assert (found.severity, "nothing listens there" in found.what) == ("error", True)
-        assert "not who the address names" in only(of(facts, wrong, config), checks.GATEWAY_OTHER).what
-        assert "is no gateway" in only(of(facts, leaf, config), checks.GATEWAY_OTHER).what
-        assert "no Hypha node" in only(of(facts, web, config), checks.GATEWAY_OTHER).what
-        assert "trust bundle" in only(of(facts, untrusted, config), checks.GATEWAY_TRUST).what
+        assert "not who the address names" in only(of(observed, wrong, config), checks.GATEWAY_OTHER).what
+        assert "is no gateway" in only(of(observed, leaf, config), checks.GATEWAY_OTHER).what
+        assert "no Hypha node" in only(of(observed, web, config), checks.GATEWAY_OTHER).what
+        assert "trust bundle" in only(of(observed, untrusted, config), checks.GATEWAY_TRUST).what
 
 
 async def test_a_gateway_that_does_not_accept_this_nodes_certificate(
@@ -232,10 +234,10 @@ async def test_gateways_of_an_earlier_version_are_no_fault(network: Network, tmp
         gateway.answer(DialBack, unknown)
         gateway.answer(Health, as_before)
         config = worker_config(network.pki, tmp_path, gateway_addresses=[address_of(gateway)])
-        facts, findings = await look(config)
+        observed, findings = await look(config)
         assert findings == [], "\n".join(map(str, findings))
-        assert facts.network is not None
-        (contact,) = facts.network.gateways
+        assert observed.network is not None
+        (contact,) = observed.network.gateways
         assert (contact.component, contact.up, contact.clock_s) == ("hypha-gateway", None, None)
 
 
@@ -377,10 +379,10 @@ async def test_peers_by_address_and_by_peer_id(network: Network, tmp_path: Path)
         config = worker_config(network.pki, tmp_path, gateway_addresses=[address_of(gateway)])
         closed = f"/ip4/127.0.0.1/tcp/{free_port()}"
         await until(lambda: gateway.hop is not None and gateway.hop.reservations == 2)
-        facts, findings = await look(config, peers=[address_of(other), hidden.peer_id, closed])
+        observed, findings = await look(config, peers=[address_of(other), hidden.peer_id, closed])
         assert closed in only(findings, checks.PEER_UNREACHABLE).what
-        assert facts.network is not None
-        direct, relayed, _ = facts.network.peers
+        assert observed.network is not None
+        direct, relayed, _ = observed.network.peers
         assert (direct.relayed, relayed.relayed) == (False, True)
         assert direct.up is not None
         assert relayed.up is not None

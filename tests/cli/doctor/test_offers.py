@@ -13,7 +13,7 @@ from hypha.cli.doctor import checks
 from hypha.cli.doctor.judging.offers import judge_offers, try_offers
 from hypha.config.models import WorkerConfig
 from hypha.features import OURS, Abilities
-from hypha.worker.limits.detecting import Machine
+from hypha.worker.limits.detecting import DetectedMachine
 from hypha.worker.limits.gpus import Gpu
 
 
@@ -90,7 +90,7 @@ def test_a_price_that_is_not_talked_about(worker: WorkerConfig) -> None:
 
 
 def test_what_the_machine_does_not_have_is_not_offered(worker: WorkerConfig) -> None:
-    small = Machine(1.0, "", 0.05, "", 50.0, "")
+    small = DetectedMachine(1.0, "", 0.05, "", 50.0, "")
     first, second = judge_offers(worker, job_config(), small)
     assert only([first], checks.OFFER_RESOURCES).what.endswith("(memory: 0.1 is asked for, 0 offered)")
     assert second.check == checks.OFFER_RESOURCES
@@ -106,7 +106,7 @@ def test_gpu_memory_is_offered_as_the_worker_gives_it(
     job = job_config(
         resources={"worker": {"memory": 0.1, "gpu": asked_gb}, "parameter_server": {"memory": 0.1}}
     )
-    outcomes = try_offers(offering, job, Machine(4.0, "", 8.0, "", 50.0, "", two))
+    outcomes = try_offers(offering, job, DetectedMachine(4.0, "", 8.0, "", 50.0, "", two))
     assert [one.term for one in outcomes] == terms
 
 

@@ -12,13 +12,19 @@ from tests.support.network import Pki
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.finding import Finding
-from hypha.cli.doctor.gathered import Contact, DatasetFacts, MachineFacts, NetworkFacts, Provider
+from hypha.cli.doctor.gathered import (
+    Contact,
+    DatasetObservations,
+    MachineObservations,
+    NetworkObservations,
+    Provider,
+)
 from hypha.cli.doctor.judging.data import judge_dataset
 from hypha.cli.doctor.judging.network import judge_network
 from hypha.config.models import WorkerConfig
 
 MBIT = 10**6 / 8
-MACHINE = MachineFacts(receive_buffer=6_291_456, send_buffer=4_194_304)
+MACHINE = MachineObservations(receive_buffer=6_291_456, send_buffer=4_194_304)
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def worker(tmp_path: Path) -> WorkerConfig:
 
 def findings(worker: WorkerConfig, contact: Contact, line_mbit: float | None = None) -> list[Finding]:
     line = None if line_mbit is None else line_mbit * MBIT
-    return list(judge_network(NetworkFacts(gateways=(contact,)), MACHINE, worker, line))
+    return list(judge_network(NetworkObservations(gateways=(contact,)), MACHINE, worker, line))
 
 
 def trips(usual_s: float, *odd: float) -> tuple[float, ...]:
@@ -99,7 +105,7 @@ def test_a_certificate_that_another_machine_uses(worker: WorkerConfig) -> None:
 
 def test_slices_that_are_too_large_for_the_way_to_their_data_node() -> None:
     provider = Provider("p", "data-1", "00", largest_slice=64 * 10**6, rate=8 * MBIT)
-    one = only(judge_dataset(DatasetFacts("digits", (provider,))), checks.SLICE_SLOW)
+    one = only(judge_dataset(DatasetObservations("digits", (provider,))), checks.SLICE_SLOW)
     assert "up to 64 MB, which take 64 s from data-1 to here" in one.what
     quick = Provider("p", "data-1", "00", largest_slice=64 * 10**6, rate=80 * MBIT)
-    assert list(judge_dataset(DatasetFacts("digits", (quick,)))) == []
+    assert list(judge_dataset(DatasetObservations("digits", (quick,)))) == []

@@ -9,9 +9,9 @@ import pytest
 
 from hypha.config.models import JobConfig
 from hypha.messages import Column, ColumnRange, Manifest, SliceInfo
-from hypha.scheduler.preflight.finding import Finding
+from hypha.scheduler.preflight.finding import PreflightFinding
 from hypha.scheduler.preflight.findings import findings
-from hypha.scheduler.preflight.known import ModelFacts, facts_of
+from hypha.scheduler.preflight.known import ModelDescription, describe_model
 
 RESNET = {"model_type": "resnet", "num_channels": 1, "id2label": {str(n): str(n) for n in range(10)}}
 VIT = {**RESNET, "model_type": "vit", "image_size": 8}
@@ -51,7 +51,7 @@ def found(
     preprocessor: dict[str, Any] | None = None,
     preprocessor_file: dict[str, object] | None = None,
     **model: Any,
-) -> list[Finding]:
+) -> list[PreflightFinding]:
     source = {"entrypoint": "package:Model"} if task == "torch" else {"path": "model"}
     keys: dict[str, Any] = {
         "model": {"type": task, **source, **model},
@@ -61,8 +61,8 @@ def found(
     }
     if preprocessor is not None:
         keys["preprocessor"] = {"path": "preprocessor", **preprocessor}
-    facts = None if described is None else facts_of(described, model.get("arguments", {}))
-    return findings(JobConfig.model_validate(keys), data, facts, preprocessor_file)
+    observed = None if described is None else describe_model(described, model.get("arguments", {}))
+    return findings(JobConfig.model_validate(keys), data, observed, preprocessor_file)
 
 
 TOKENIZER = {"type": "tokenizer", "input_names": {"text": "text"}}
@@ -352,18 +352,18 @@ def test_what_cannot_train_is_one_line_with_what_to_change(name: str) -> None:
 
 
 def test_what_may_be_meant_is_advice() -> None:
-    unused = found(RESNET, manifest(*DIGITS, labels=(0, 4)))
+    unexpected = found(RESNET, manifest(*DIGITS, labels=(0, 4)))
     few = found(RESNET, manifest(*DIGITS, slices=1, labels=(0, 9)))
     llama = {"model_type": "llama", "vocab_size": 64, "max_position_embeddings": 16}
     longer = found(llama, manifest("input_ids I32 32", input_ids=(0, 63)), task="causal-lm")
     other_size = {**RESNET, "model_type": "swin", "image_size": 224}
     images = found(other_size, manifest(*DIGITS, labels=(0, 9)))
-    for (one,), word in ((unused, "num_labels"), (few, "1 slices for 2 workers"), (longer, "32 tokens")):
+    for (one,), word in ((unexpected, "num_labels"), (few, "1 slices for 2 workers"), (longer, "32 tokens")):
         assert not one.error
         assert word in one.message
     assert longer[0].refutable
     assert images[0].refutable
-    assert not unused[0].refutable
+    assert not unexpected[0].refutable
 
 
 def test_pixels_that_would_be_scaled_twice_are_remarked_on() -> None:
@@ -394,9 +394,9 @@ def test_errors_come_first() -> None:
 
 
 def test_a_configuration_says_less_than_a_model_knows() -> None:
-    assert facts_of({}, {}) == ModelFacts(num_labels=2)
-    nested = facts_of({"model_type": "x", "text_config": {"vocab_size": 9}, "image_size": [4, 6]}, {})
+    assert describe_model({}, {}) == ModelDescription(num_labels=2)
+    nested = describe_model({"model_type": "x", "text_config": {"vocab_size": 9}, "image_size": [4, 6]}, {})
     assert (nested.vocab_size, nested.image_size) == (9, (4, 6))
-    changed = facts_of(GPT2, {"vocab_size": 100, "n_positions": 8, "num_labels": 5})
+    changed = describe_model(GPT2, {"vocab_size": 100, "n_positions": 8, "num_labels": 5})
     assert (changed.vocab_size, changed.positions, changed.num_labels) == (100, 8, 5)
-    assert facts_of({"image_size": "large", "num_channels": True}, {}) == ModelFacts(num_labels=2)
+    assert describe_model({"image_size": "large", "num_channels": True}, {}) == ModelDescription(num_labels=2)

@@ -15,7 +15,7 @@ from itertools import groupby
 import msgspec
 import trio
 
-from hypha.cli.chaos.goodput import Stretch
+from hypha.cli.chaos.goodput import RoundSpan
 from hypha.cli.chaos.network import NO_ANSWER, Network, NetworkFailed, base
 from hypha.cli.demo.children import Child
 from hypha.scheduler.goodput.report import GoodputReport
@@ -61,7 +61,7 @@ class Account:
         return abs(self.goodput_s + sum(self.badput_s.values()) - total_s) <= TOLERANCE * total_s
 
 
-def account(readings: Sequence[Reading], stretch: Stretch) -> Account | None:
+def account(readings: Sequence[Reading], stretch: RoundSpan) -> Account | None:
     """Of ``stretch``, from the first reading after its beginning to the first after its end. None without
     readings on both sides.
     """
@@ -116,7 +116,7 @@ class Accountant:
                 await self._read(scheduler)
             await trio.sleep(_LOOK_S)
 
-    async def caught_up(self, stretch: Stretch, timeout_s: float) -> None:
+    async def caught_up(self, stretch: RoundSpan, timeout_s: float) -> None:
         """Once the end of ``stretch`` was read, or after ``timeout_s``."""
         with trio.move_on_after(timeout_s):
             while True:

@@ -13,7 +13,7 @@ from hypha.cli.chaos.goodput import Applied
 _LOOK_S = 0.05
 
 
-class Book:
+class LedgerFollower:
     """Follows ``path``, a job's ``job.db``, without ever holding it up."""
 
     def __init__(self, path: Path) -> None:

@@ -39,9 +39,9 @@ def chaos(
     from hypha.errors import JobFailed
 
     check_installed("hypha chaos", "torch", "sklearn", "transformers", "accelerate")
-    from hypha.cli.chaos.run import Options, parse_faults, run_chaos
+    from hypha.cli.chaos.run import ChaosOptions, parse_faults, run_chaos
 
-    options = Options(minutes * 60, workers, interval, seed, parse_faults(faults), summary, directory)
+    options = ChaosOptions(minutes * 60, workers, interval, seed, parse_faults(faults), summary, directory)
 
     async def service() -> None:
         report = await run_chaos(options)

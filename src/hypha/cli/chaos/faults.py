@@ -59,7 +59,7 @@ _numbers = count()
 
 
 @dataclass(frozen=True)
-class Fault:
+class StruckNode:
     """What was struck: the node, the processes, and the job as it was seen just before."""
 
     role: Role
@@ -79,7 +79,7 @@ async def fail_at(
     phase: Phase = "training",
     how: How = "kill",
     name: str | None = None,
-) -> Fault:
+) -> StruckNode:
     """Strike ``role`` in that phase of round ``round_`` (from 0), or of a later one if it was over too
     soon to be seen. ``name`` chooses among several nodes of a role. ``none`` does nothing: what happens at
     that moment is the caller's.
@@ -103,7 +103,7 @@ async def fail_at(
 
 def strike(
     network: Network, scheduler: Child, role: Role, how: How, before: JobSnapshot, name: str | None = None
-) -> Fault:
+) -> StruckNode:
     """Strike now; ``before`` says who has which part in the job. NetworkFailed when nobody has that one."""
     node = candidates(network, scheduler, role, before, name)[0]
     number = next(_numbers)
@@ -119,10 +119,10 @@ def strike(
         raise NetworkFailed(f"a {role} is a process: {how} is for nodes")
     else:
         network.wounds[number] = _wound(network, role, how, node)
-    return Fault(role, node, how, pids, before, number)
+    return StruckNode(role, node, how, pids, before, number)
 
 
-async def recover(network: Network, fault: Fault) -> Child:
+async def recover(network: Network, fault: StruckNode) -> Child:
     """Heal it, or start a killed node again; the running node. (Executors are their worker's concern.)"""
     undo = network.wounds.pop(fault.number, None)
     if undo is not None:

@@ -15,7 +15,7 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class RoundSpan:
     """From the moment ``first`` was the open round to the moment ``stop`` was it."""
 
     began: float
@@ -29,7 +29,7 @@ class Stretch:
         return self.ended - self.began
 
 
-def goodput(stretch: Stretch, samples: Mapping[int, int]) -> float:
+def goodput(stretch: RoundSpan, samples: Mapping[int, int]) -> float:
     """Samples a second. ``samples`` are those of the rounds that count, by round; a round that is not in it
     adds nothing.
     """

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hypha.cli.chaos.account import TOLERANCE, Account
-from hypha.cli.chaos.goodput import Applied, Stretch, costs_s, gaps, goodput, recovery_s
+from hypha.cli.chaos.goodput import Applied, RoundSpan, costs_s, gaps, goodput, recovery_s
 
 
 @dataclass(frozen=True)
-class Struck:
+class InjectedFault:
     """A fault that was injected: when by the clock, and in the disturbed stretch."""
 
     struck: float
@@ -26,7 +26,7 @@ class Struck:
 
 
 @dataclass(frozen=True)
-class Ended:
+class UnexpectedEnd:
     """A process that ended without having been killed, and the end of its log."""
 
     name: str
@@ -50,7 +50,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class ChaosReport:
     """Rates are in samples a second; ``failure`` says why the job did not survive, empty when it did.
     ``own`` is the disturbed stretch by the scheduler's own account, where there is one.
     """
@@ -61,7 +61,7 @@ class Report:
     seconds: float
     rounds: int
     generation: int
-    ended: tuple[Ended, ...]
+    ended: tuple[UnexpectedEnd, ...]
     failure: str
     own: Account | None = None
 
@@ -107,15 +107,15 @@ class Report:
 
 
 def judge(
-    stretches: Sequence[Stretch],
+    stretches: Sequence[RoundSpan],
     applied: Sequence[Applied],
     samples: Mapping[int, int],
-    struck: Sequence[Struck],
-    ended: Sequence[Ended],
+    struck: Sequence[InjectedFault],
+    ended: Sequence[UnexpectedEnd],
     generation: int,
     failure: str,
     own: Account | None = None,
-) -> Report:
+) -> ChaosReport:
     """``stretches`` are calm, disturbed, calm; fewer when the job got stuck in one."""
     disturbed = [goodput(one, samples) for one in stretches[1:2]]
     calm = [goodput(one, samples) for one in (*stretches[:1], *stretches[2:])]
@@ -130,7 +130,7 @@ def judge(
         Row(one.at_s, one.role, one.how, one.node, one.round, recovery_s(one.struck, applied), cost)
         for one, cost in zip(struck, costs, strict=True)
     ]
-    return Report(
+    return ChaosReport(
         tuple(rows),
         tuple(calm),
         disturbed[0] if disturbed else 0.0,
@@ -143,7 +143,7 @@ def judge(
     )
 
 
-def show(console: Console, report: Report) -> None:
+def show(console: Console, report: ChaosReport) -> None:
     """The table of faults, then what it comes to."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("time", "role", "how", "node", "round", "next round after", "cost"):
@@ -178,7 +178,7 @@ def show(console: Console, report: Report) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _own_lines(report: Report) -> list[str]:
+def _own_lines(report: ChaosReport) -> list[str]:
     """What the scheduler says of the disturbed stretch, and whether that is right."""
     own = report.own
     if own is None:

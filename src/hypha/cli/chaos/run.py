@@ -20,11 +20,11 @@ from rich.console import Console
 
 from hypha.cli.chaos import lab
 from hypha.cli.chaos.account import Accountant, account
-from hypha.cli.chaos.book import Book
+from hypha.cli.chaos.book import LedgerFollower
 from hypha.cli.chaos.faults import How
-from hypha.cli.chaos.goodput import Applied, Stretch
+from hypha.cli.chaos.goodput import Applied, RoundSpan
 from hypha.cli.chaos.network import Network, NetworkFailed, open_network
-from hypha.cli.chaos.report import Report, Struck, judge, show
+from hypha.cli.chaos.report import ChaosReport, InjectedFault, judge, show
 from hypha.cli.chaos.schedule import Planned, plan
 from hypha.cli.chaos.striking import Striker, Supervisor
 from hypha.cli.demo import files
@@ -58,7 +58,7 @@ _AGGREGATE = {"class": "aggregate", "name": "parameter-server"}
 
 
 @dataclass(frozen=True)
-class Options:
+class ChaosOptions:
     """What the command line says."""
 
     seconds: float
@@ -81,7 +81,7 @@ def parse_faults(text: str) -> tuple[How, ...]:
     return tuple(how for how in known if how in words)
 
 
-async def run_chaos(options: Options) -> Report:
+async def run_chaos(options: ChaosOptions) -> ChaosReport:
     """Run it and tell how it went, well or badly; raises HyphaError when it could not be run at all."""
     console = Console()
     hows = options.hows
@@ -97,7 +97,7 @@ async def run_chaos(options: Options) -> Report:
         star = None
         if {"cut", "slow"} & set(hows):
             star = lab.Star(stack.enter_context(lab.open_lab()))
-        place = files.Place(root)
+        place = files.DemoFiles(root)
         network = await stack.enter_async_context(open_network(Network, root, clean_environment(place), star))
         report = await _course(console, place, network, options, hows)
     show(console, report)
@@ -110,17 +110,17 @@ async def run_chaos(options: Options) -> Report:
 
 
 async def _course(
-    console: Console, place: files.Place, network: Network, options: Options, hows: tuple[How, ...]
-) -> Report:
+    console: Console, place: files.DemoFiles, network: Network, options: ChaosOptions, hows: tuple[How, ...]
+) -> ChaosReport:
     _say(console, f"Preparing the data and starting {options.workers + 7} nodes in {place.root}")
     await _start(place, network, options.workers, "fill_disk" in hows)
-    book = Book(place.root / "state" / JOB / "job.db")
+    book = LedgerFollower(place.root / "state" / JOB / "job.db")
     supervisor, accountant = Supervisor(network), Accountant(network)
     striker = Striker(network, book, supervisor, lambda text: _say(console, text))
     planned = plan(options.seed, options.seconds, options.interval_s, hows)
     low, high = _CALM_S
     calm_s = max(low, min(high, options.seconds * _CALM_SHARE))
-    stretches: list[Stretch] = []
+    stretches: list[RoundSpan] = []
     failure = ""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(book.follow)
@@ -140,7 +140,7 @@ async def _course(
             failure = str(exc)
         nursery.cancel_scope.cancel()
     samples = book.samples()
-    struck: list[Struck] = striker.struck
+    struck: list[InjectedFault] = striker.struck
     own = account(accountant.readings, stretches[1]) if len(stretches) > 1 else None
     return judge(stretches, book.applied, samples, struck, supervisor.ended, book.generation(), failure, own)
 
@@ -154,7 +154,7 @@ async def _striking(striker: Striker, planned: list[Planned]) -> AsyncIterator[N
         nursery.cancel_scope.cancel()
 
 
-async def _warm_up(network: Network, book: Book) -> None:
+async def _warm_up(network: Network, book: LedgerFollower) -> None:
     with trio.move_on_after(_START_S):
         while book.round < _WARM_ROUNDS:
             if await book.next_round(_START_S) is None:
@@ -164,17 +164,17 @@ async def _warm_up(network: Network, book: Book) -> None:
         raise NetworkFailed(f"the job did not start within {_START_S:g} s:\n{scheduler.tail()}")
 
 
-async def _stretch(book: Book, seconds: float) -> Stretch:
+async def _stretch(book: LedgerFollower, seconds: float) -> RoundSpan:
     """From the application of a round to that of the first one after ``seconds``."""
     began, first = book.applied[-1].at, book.round
     with trio.move_on_at(began + seconds):
         while True:
             await _next(book)
     last = await _next(book)
-    return Stretch(began, last.at, first, last.round + 1)
+    return RoundSpan(began, last.at, first, last.round + 1)
 
 
-async def _next(book: Book) -> Applied:
+async def _next(book: LedgerFollower) -> Applied:
     applied = await book.next_round(_STUCK_S)
     if applied is None:
         raise NetworkFailed(
@@ -183,7 +183,7 @@ async def _next(book: Book) -> Applied:
     return applied
 
 
-async def _start(place: files.Place, network: Network, workers: int, small_disks: bool) -> None:
+async def _start(place: files.DemoFiles, network: Network, workers: int, small_disks: bool) -> None:
     """Two linked gateways, two data nodes with files of their own, workers, a node for the parameter server
     and a spare for either part, and the scheduler.
     """
@@ -214,7 +214,7 @@ async def _start(place: files.Place, network: Network, workers: int, small_disks
     await network.scheduler(_job(place, workers))
 
 
-def _job(place: files.Place, workers: int) -> dict[str, Any]:
+def _job(place: files.DemoFiles, workers: int) -> dict[str, Any]:
     needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
     return {
         "name": JOB,

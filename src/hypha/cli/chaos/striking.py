@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import trio
 
-from hypha.cli.chaos.book import Book
-from hypha.cli.chaos.faults import Fault, again, candidates, recover, strike
+from hypha.cli.chaos.book import LedgerFollower
+from hypha.cli.chaos.faults import StruckNode, again, candidates, recover, strike
 from hypha.cli.chaos.network import NO_ANSWER, Network, NetworkFailed, base
-from hypha.cli.chaos.report import Ended, Struck
+from hypha.cli.chaos.report import InjectedFault, UnexpectedEnd
 from hypha.cli.chaos.schedule import RESTART_S, Planned
 from hypha.cli.demo.children import Child
 from hypha.scheduler.status.snapshot import JobSnapshot
@@ -28,7 +28,7 @@ class Supervisor:
         #: processes that we have killed
         self.killed: set[int] = set()
         #: what ended without having been killed
-        self.ended: list[Ended] = []
+        self.ended: list[UnexpectedEnd] = []
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -44,7 +44,7 @@ class Supervisor:
     async def _restart(self, child: Child) -> None:
         if child.process.pid not in self.killed:
             code = child.process.poll()
-            self.ended.append(Ended(child.name, -1 if code is None else code, child.tail()))
+            self.ended.append(UnexpectedEnd(child.name, -1 if code is None else code, child.tail()))
         # what is left of its process group goes first
         await self._network.group.stop([child])
         await trio.sleep(RESTART_S)
@@ -56,12 +56,12 @@ class Striker:
     """Carries out a plan on a running job."""
 
     network: Network
-    book: Book
+    book: LedgerFollower
     supervisor: Supervisor
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self.struck: list[Struck] = []
+        self.struck: list[InjectedFault] = []
         self._seen = JobSnapshot(name="")
 
     async def run(self, planned: Sequence[Planned]) -> None:
@@ -83,7 +83,7 @@ class Striker:
                     await trio.sleep(_LOOK_S)
                     continue
                 at = trio.current_time()
-                row = Struck(at, at - began, one.role, one.how, base(fault.node.name), self.book.round)
+                row = InjectedFault(at, at - began, one.role, one.how, base(fault.node.name), self.book.round)
                 self.struck.append(row)
                 self.say(f"{row.at_s:6.1f} s  round {row.round}: {one.how} {one.role} {row.node}")
                 nursery.start_soon(self._heal, fault, one.hold_s)
@@ -91,7 +91,7 @@ class Striker:
                 return
         self.say(f"{trio.current_time() - began:6.1f} s  {one.how} {one.role} is skipped: {why}")
 
-    async def _try(self, one: Planned) -> Fault:
+    async def _try(self, one: Planned) -> StruckNode:
         scheduler = self._scheduler()
         if one.role not in ("scheduler", "data", "gateway"):
             try:
@@ -111,7 +111,7 @@ class Striker:
                 return child
         raise NetworkFailed("the scheduler is down")
 
-    async def _heal(self, fault: Fault, hold_s: float) -> None:
+    async def _heal(self, fault: StruckNode, hold_s: float) -> None:
         if fault.how == "kill":
             return  # the supervisor's, or its worker's
         try:
@@ -120,7 +120,7 @@ class Striker:
             with trio.CancelScope(shield=True):
                 await recover(self.network, fault)
 
-    async def _tell(self, row: Struck) -> None:
+    async def _tell(self, row: InjectedFault) -> None:
         applied = await self.book.next_round(float("inf"))
         if applied is not None:
             after_s = applied.at - row.struck

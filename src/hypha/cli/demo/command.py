@@ -27,9 +27,9 @@ def demo(
     from hypha.cli.running import check_installed, run_until_signal
 
     check_installed("hypha demo", "torch", "sklearn", "transformers", "accelerate")
-    from hypha.cli.demo.run import Options, run_demo
+    from hypha.cli.demo.run import DemoOptions, run_demo
 
-    options = Options(workers, rounds, output, summary, directory, keep, open_)
+    options = DemoOptions(workers, rounds, output, summary, directory, keep, open_)
 
     async def service() -> None:
         await run_demo(options)

@@ -39,7 +39,7 @@ MODEL = {
 
 
 @dataclass(frozen=True)
-class Place:
+class DemoFiles:
     """Where everything of a demo is."""
 
     root: Path
@@ -53,7 +53,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Job:
+class DemoJob:
     """What the demo trains."""
 
     workers: int
@@ -63,7 +63,7 @@ class Job:
     seed: int = 0
 
 
-def make_certificates(place: Place, workers: int) -> None:
+def make_certificates(place: DemoFiles, workers: int) -> None:
     """Root, organisation and one certificate a node, each with its role. Blocks."""
     pki = place["pki"]
     root = make_root("Demo", pki)
@@ -80,7 +80,7 @@ def worker_name(number: int) -> str:
     return f"worker-{number + 1}"
 
 
-def write_digits(place: Place, copies: int = 1) -> None:
+def write_digits(place: DemoFiles, copies: int = 1) -> None:
     """scikit-learn's digits (1797 images of 8 x 8) as the arrays a Hugging Face classifier takes, ``copies``
     times. Blocks.
     """
@@ -96,7 +96,7 @@ def write_digits(place: Place, copies: int = 1) -> None:
     np.save(raw / "labels.npy", np.concatenate([digits.target.astype(np.int64)] * copies))
 
 
-def write_model(place: Place) -> None:
+def write_model(place: DemoFiles) -> None:
     """A directory with a config.json and no weights: those come from training."""
     place["untrained"].mkdir()
     (place["untrained"] / "config.json").write_text(json.dumps(MODEL, indent=2))
@@ -118,13 +118,13 @@ def free_port(host: str = "127.0.0.1") -> int:
                 return port
 
 
-def write_gateway(place: Place, port: int) -> None:
+def write_gateway(place: DemoFiles, port: int) -> None:
     """Its configuration; the others need its address, so it takes a known port."""
     address = f"/ip4/127.0.0.1/tcp/{port}"
     _write(place, "gateway", {"listen_addresses": [address], "external_addresses": [address]})
 
 
-def write_leaves(place: Place, gateway: str, job: Job, warm: Mapping[str, Any]) -> None:
+def write_leaves(place: DemoFiles, gateway: str, job: DemoJob, warm: Mapping[str, Any]) -> None:
     """Configurations of the data node, the workers (with the keys ``warm``) and the scheduler."""
     network: dict[str, Any] = {
         "gateway_addresses": [gateway],
@@ -150,7 +150,7 @@ def write_leaves(place: Place, gateway: str, job: Job, warm: Mapping[str, Any]) 
     )
 
 
-def _job(job: Job) -> dict[str, Any]:
+def _job(job: DemoJob) -> dict[str, Any]:
     needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
     return {
         "name": "digits",
@@ -172,7 +172,7 @@ def _job(job: Job) -> dict[str, Any]:
     }
 
 
-def _write(place: Place, name: str, keys: dict[str, Any]) -> None:
+def _write(place: DemoFiles, name: str, keys: dict[str, Any]) -> None:
     identity = {f"{kind}_pem": f"pki/{name}-{kind}.pem" for kind in ("cert", "key", "trust")}
     config = {**identity, "exclude_cidr": [], **keys}
     place.config(name).write_text(tomli_w.dumps(config))

@@ -24,13 +24,15 @@ _MAX_REPLY_BYTES = 4096
 
 
 class ForkedNode:
-    """A node's process: of :class:`trio.Process` what those who start nodes use."""
+    """A node's process: of :class:`trio.Process` what those who start nodes use. ``descriptor`` is its pidfd;
+    how it ended is ``told``.
+    """
 
-    def __init__(self, pid: int, told: socket.socket) -> None:
+    def __init__(self, pid: int, descriptor: int, told: socket.socket) -> None:
         self.pid = pid
         self.returncode: int | None = None
         self._told = told
-        self._descriptor = os.pidfd_open(pid)
+        self._descriptor = descriptor
 
     def poll(self) -> int | None:
         """The exit code, or minus the number of the signal that ended it; ``None`` while it runs."""
@@ -117,13 +119,13 @@ class NodeHost:
             with theirs:
                 socket.send_fds(self._control, [json.dumps(request).encode()], [theirs.fileno(), output])
             await trio.lowlevel.wait_readable(told)
-            said = told.recv(_MAX_REPLY_BYTES)
+            said, descriptors, _, _ = socket.recv_fds(told, _MAX_REPLY_BYTES, 1)
         except OSError:
             said = b""
         if not said:
             told.close()
             return None
-        return ForkedNode(json.loads(said)["pid"], told)
+        return ForkedNode(json.loads(said)["pid"], descriptors[0], told)
 
     def _differs(self, environment: Mapping[str, str]) -> bool:
         return any(

@@ -42,7 +42,7 @@ MAX_REQUEST_BYTES = 1 << 17
 _CLONE_NEWNET = 0x40000000
 
 
-class Host:
+class NodeForkServer:
     """Forks what ``control`` asks for."""
 
     def __init__(self, control: socket.socket) -> None:
@@ -77,8 +77,11 @@ class Host:
         signal.pthread_sigmask(signal.SIG_SETMASK, every)
         os.close(output)
         self._told[pid] = told
+        # opened here: only the parent knows that the number is still this process's
+        descriptor = os.pidfd_open(pid)
         with contextlib.suppress(OSError):
-            told.send(json.dumps({"pid": pid}).encode())
+            socket.send_fds(told, [json.dumps({"pid": pid}).encode()], [descriptor])
+        os.close(descriptor)
 
     def _tell(self) -> None:
         while self._told:
@@ -92,7 +95,9 @@ class Host:
 
 
 def _noticed(number: int, frame: FrameType | None) -> None:
-    """For SIGCHLD, which is ignored without a handler; :meth:`Host.serve` is woken by its descriptor."""
+    """For SIGCHLD, which is ignored without a handler; :meth:`NodeForkServer.serve` is woken by its
+    descriptor.
+    """
 
 
 def _become_node(request: dict[str, Any], output: int) -> NoReturn:
@@ -157,7 +162,7 @@ def main() -> int:
         # what is there stays, and is shared as long as nobody writes to it
         gc.collect()
         gc.freeze()
-        Host(control).serve()
+        NodeForkServer(control).serve()
     return 0
 
 

@@ -55,7 +55,7 @@ print(model(pixel_values=images).logits.argmax(dim=-1).tolist())
 
 
 @dataclass(frozen=True)
-class Options:
+class DemoOptions:
     """What the command line says."""
 
     workers: int
@@ -69,7 +69,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DemoOutcome:
     """How it went."""
 
     accuracy: float
@@ -78,13 +78,13 @@ class Outcome:
     samples: int
 
 
-async def run_demo(options: Options) -> None:
+async def run_demo(options: DemoOptions) -> None:
     """Run it; raises HyphaError (DemoFailed with the end of a log) when something fails."""
     began = trio.current_time()
     console = Console()
     _check_output(options.output)
     async with open_directory("demo", options.directory, options.keep) as root:
-        place = files.Place(root)
+        place = files.DemoFiles(root)
         async with children(root, clean_environment(place)) as group:
             with show_on(console) as show:
                 outcome = await _train(place, group, options, show)
@@ -93,8 +93,8 @@ async def run_demo(options: Options) -> None:
     _conclude(console, options, outcome, wall_s)
 
 
-async def _train(place: files.Place, group: Children, options: Options, show: Show) -> Outcome:
-    job = files.Job(options.workers, options.rounds)
+async def _train(place: files.DemoFiles, group: Children, options: DemoOptions, show: Show) -> DemoOutcome:
+    job = files.DemoJob(options.workers, options.rounds)
     # first of all: it imports while everything else is made
     host = await start_host(place.root, group)
     show.stage(f"Making certificates for {options.workers + 3} nodes")
@@ -118,10 +118,10 @@ async def _train(place: files.Place, group: Children, options: Options, show: Sh
     show.stage("Evaluating the exported model on held-out digits")
     result = await _evaluate(place, group, host)
     about = json.loads((place["model"] / "hypha.json").read_text())
-    return Outcome(result["accuracy"], result["samples"], about["rounds"], about["samples"])
+    return DemoOutcome(result["accuracy"], result["samples"], about["rounds"], about["samples"])
 
 
-async def _evaluate(place: files.Place, group: Children, host: Path | None) -> dict[str, Any]:
+async def _evaluate(place: files.DemoFiles, group: Children, host: Path | None) -> dict[str, Any]:
     """What :mod:`hypha.executor.evaluate` says, in a process that the host has forked, if there is one."""
     module = "hypha.executor.evaluate"
     launch = Launch(
@@ -139,7 +139,7 @@ async def _evaluate(place: files.Place, group: Children, host: Path | None) -> d
     return found
 
 
-async def _start(place: files.Place, group: Children, name: str, program: str) -> Child:
+async def _start(place: files.DemoFiles, group: Children, name: str, program: str) -> Child:
     return await group.start(name, f"hypha.cli.{program}", "run", "--config", str(place.config(name)))
 
 
@@ -209,7 +209,7 @@ def _hand_over(model: Path, output: Path) -> None:
         raise OutputError(f"{output} cannot be written: {exc}") from exc
 
 
-def _conclude(console: Console, options: Options, outcome: Outcome, wall_s: float) -> None:
+def _conclude(console: Console, options: DemoOptions, outcome: DemoOutcome, wall_s: float) -> None:
     result = {
         "test_accuracy": outcome.accuracy,
         "rounds": outcome.rounds,

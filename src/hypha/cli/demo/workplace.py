@@ -52,7 +52,7 @@ def _empty(directory: Path) -> Path:
     return root
 
 
-def clean_environment(place: files.Place) -> dict[str, str]:
+def clean_environment(place: files.DemoFiles) -> dict[str, str]:
     """Nothing of the user's own Hypha set-up, nothing written outside the directory."""
     for name in ("tmp", "cache"):
         place[name].mkdir(exist_ok=True)
@@ -96,7 +96,7 @@ def warm_keys(host: Path | None) -> dict[str, Any]:
     return {"warm": False} if host is None else {"warm_host": str(host)}
 
 
-async def prepare_digits(place: files.Place, group: Children) -> None:
+async def prepare_digits(place: files.DemoFiles, group: Children) -> None:
     """Run `hypha-data prepare` on what :func:`files.write_digits` has written."""
     await group.run(
         "prepare",

@@ -41,7 +41,7 @@ def doctor(
     from hypha.access import ROLES
     from hypha.cli.doctor import showing
     from hypha.cli.doctor.finding import exit_code_of
-    from hypha.cli.doctor.gathering.whole import Wanted, gather
+    from hypha.cli.doctor.gathering.whole import Subjects, gather
     from hypha.cli.doctor.judging.whole import judge
     from hypha.cli.doctor.subject import read_subject
     from hypha.cli.running import run_until_signal
@@ -59,7 +59,7 @@ def doctor(
     ref = subject.job.dataset if subject.job is not None else None
     if dataset is not None:
         ref = DatasetRef(dataset=dataset)
-    wanted = Wanted(tuple(peer or ()), ref, offline)
+    wanted = Subjects(tuple(peer or ()), ref, offline)
     if not as_json and sys.stderr.isatty():
         typer.echo("looking around; this takes some seconds", err=True)
     found = []

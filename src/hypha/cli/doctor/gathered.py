@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Literal
 
 from hypha.pki.identity import IdentityFiles
-from hypha.worker.limits.detecting import Machine
+from hypha.worker.limits.detecting import DetectedMachine
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Accelerators:
 
 
 @dataclass(frozen=True)
-class MachineFacts:
+class MachineObservations:
     """Of the machine alone. ``receive_buffer`` and ``send_buffer`` are the largest that the kernel gives a
     TCP connection by itself, in bytes.
     """
@@ -59,7 +59,7 @@ class MachineFacts:
     open_files: int | None = None
     receive_buffer: int | None = None
     send_buffer: int | None = None
-    has: Machine | None = None
+    has: DetectedMachine | None = None
     #: what of the buffers in [tuning.sockets] the kernel does not give, in sentences
     buffer_shortfalls: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class MachineFacts:
 
 
 @dataclass(frozen=True)
-class IdentityFacts:
+class IdentityObservations:
     """What the identity files hold. ``problems`` are those for which a node would not start, as (key,
     sentence); ``ends`` says when what ends, as of :meth:`hypha.pki.identity.Identity.expirations`, and of a
     certificate that cannot be used, too.
@@ -150,7 +150,7 @@ class Dialled:
 
 
 @dataclass(frozen=True)
-class NetworkFacts:
+class NetworkObservations:
     """What of the network was looked at, with a configuration."""
 
     ports: tuple[Port, ...] = ()
@@ -181,7 +181,7 @@ class Provider:
 
 
 @dataclass(frozen=True)
-class DatasetFacts:
+class DatasetObservations:
     """Who serves ``name``; ``near`` are names like it under which somebody serves something."""
 
     name: str
@@ -191,7 +191,7 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True)
-class ServedFacts:
+class ServiceObservations:
     """What a data node is to serve: names of datasets, and (directory, sentence) of those that cannot be.
     ``announced``: whether it, running, has announced any; None where that is not known.
     """
@@ -225,15 +225,15 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Observations:
     """All of it; ``subject`` names whose, and ``unknown`` is what could not be found out."""
 
-    machine: MachineFacts = field(default_factory=MachineFacts)
-    identity: IdentityFacts | None = None
-    network: NetworkFacts | None = None
-    dataset: DatasetFacts | None = None
+    machine: MachineObservations = field(default_factory=MachineObservations)
+    identity: IdentityObservations | None = None
+    network: NetworkObservations | None = None
+    dataset: DatasetObservations | None = None
     running: Running | None = None
     #: of the job's model, numbers in all of its tensors
     parameters: int | None = None
-    served: ServedFacts | None = None
+    served: ServiceObservations | None = None
     unknown: tuple[Unknown, ...] = ()

@@ -10,7 +10,7 @@ import msgspec
 from rich.console import Console
 
 from hypha.cli.doctor.finding import SEVERITIES, Finding, Severity, exit_code_of
-from hypha.cli.doctor.gathered import Contact, Facts
+from hypha.cli.doctor.gathered import Contact, Observations
 from hypha.cli.doctor.subject import Subject
 from hypha.cli.job.live import shown
 from hypha.naming import named
@@ -19,10 +19,10 @@ _STYLES: dict[Severity, str] = {"note": "dim", "warning": "yellow", "error": "bo
 _MBIT = 10**6 / 8
 
 
-def show(subject: Subject, facts: Facts, findings: Sequence[Finding]) -> None:
+def show(subject: Subject, observed: Observations, findings: Sequence[Finding]) -> None:
     """What was looked at, one line a finding, and a sum of them."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
-    for line in seen(subject, facts):
+    for line in seen(subject, observed):
         console.print(shown(named(line)), soft_wrap=True)
     for finding in findings:
         console.print(shown(named(str(finding)), _STYLES[finding.severity]), soft_wrap=True)
@@ -37,20 +37,22 @@ def summary(findings: Sequence[Finding]) -> str:
     return ", ".join(f"{counts[one]} {one}{'' if counts[one] == 1 else 's'}" for one in reversed(SEVERITIES))
 
 
-def seen(subject: Subject, facts: Facts) -> Iterator[str]:
+def seen(subject: Subject, observed: Observations) -> Iterator[str]:
     """What was looked at, in lines."""
     if subject.path is not None:
         state = ""
-        if facts.network is not None:
-            state = ", running" if facts.network.running else ", not running here"
-        peer = f" ({facts.identity.peer})" if facts.identity is not None and facts.identity.peer else ""
+        if observed.network is not None:
+            state = ", running" if observed.network.running else ", not running here"
+        peer = (
+            f" ({observed.identity.peer})" if observed.identity is not None and observed.identity.peer else ""
+        )
         yield f"{subject.component} of {subject.path}{peer}{state}"
-    for directory in facts.machine.directories:
+    for directory in observed.machine.directories:
         rate = "" if directory.write_rate is None else f", {directory.write_rate / 1e6:.0f} MB/s"
         free = "?" if directory.free_bytes is None else f"{directory.free_bytes / 1e9:.1f}"
         yield f"{directory.key} {directory.path}: {free} GB free{rate}"
-    if facts.network is not None:
-        found = facts.network
+    if observed.network is not None:
+        found = observed.network
         for what, contacts in (
             ("gateway", found.gateways),
             ("peer", found.peers),
@@ -58,12 +60,12 @@ def seen(subject: Subject, facts: Facts) -> Iterator[str]:
         ):
             for contact in contacts:
                 yield f"{what} {contact.address}: {_contact(contact)}"
-        for one in facts.network.dialled:
+        for one in observed.network.dialled:
             who = f"gateway {one.by}" if one.by else "this machine"
             how = "not tried" if not one.tried else one.reason or "it can"
             yield f"can {who} dial this node at {one.address}? {how}"
-    if facts.dataset is not None:
-        wanted = facts.dataset
+    if observed.dataset is not None:
+        wanted = observed.dataset
         serving = [one for one in wanted.providers if one.manifest_hash]
         yield f"dataset {wanted.name}: {len(wanted.providers)} announce it, {len(serving)} serve it"
         for provider in serving:
@@ -89,9 +91,9 @@ def _contact(contact: Contact) -> str:
     return f"{'reached through a relay' if contact.relayed else 'reached'}: {', '.join(filter(None, words))}"
 
 
-def as_json(subject: Subject, facts: Facts, findings: Sequence[Finding]) -> str:
-    """One object: ``component``, ``configuration``, ``exit_code``, ``findings`` and ``facts``; numbers that
-    are not finite are null.
+def as_json(subject: Subject, observed: Observations, findings: Sequence[Finding]) -> str:
+    """One object: ``component``, ``configuration``, ``exit_code``, ``findings`` and ``facts``; numbers
+    that are not finite are null.
     """
     listed = [
         {
@@ -109,6 +111,6 @@ def as_json(subject: Subject, facts: Facts, findings: Sequence[Finding]) -> str:
         "configuration": None if subject.path is None else str(subject.path),
         "exit_code": exit_code_of(findings),
         "findings": listed,
-        "facts": msgspec.to_builtins(facts, enc_hook=str),
+        "facts": msgspec.to_builtins(observed, enc_hook=str),
     }
     return msgspec.json.format(msgspec.json.encode(whole, order="sorted"), indent=2).decode()

@@ -25,8 +25,8 @@ from hypha.config.models import (
 )
 from hypha.config.reading.loading import load_config
 from hypha.errors import ConfigError, IdentityError, Problem
-from hypha.pki.facts import describe
 from hypha.pki.identity import IdentityFiles
+from hypha.pki.inspection import describe
 
 
 class _JobFile(Section):

@@ -15,7 +15,7 @@ from hypha.config.reading.log_filter import parse_filter
 from hypha.errors import ConfigError, NetworkError, Problem
 from hypha.messages import Manifest
 from hypha.net import Libp2pNode, open_node, options_from
-from hypha.scheduler.data.datasets import Dataset, Wanted, find_dataset
+from hypha.scheduler.data.datasets import ManifestChoice, ServedDataset, find_dataset
 from hypha.scheduler.data.pins import Pins
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.preflight.checking import Checked, check_job
@@ -53,7 +53,7 @@ async def _check(config: SchedulerConfig, job: JobConfig) -> None:
         await node.wait_connected()
         wait_s = min(job.dataset.wait_s or DATASET_S, DATASET_S)
         typer.echo(f"looking for the dataset {job.dataset.dataset}, for {wait_s:g} s at most")
-        pins, wanted = Pins.of(job.dataset), Wanted(job.dataset.manifest_hash)
+        pins, wanted = Pins.of(job.dataset), ManifestChoice(job.dataset.manifest_hash)
         dataset = await find_dataset(node, job.dataset.dataset, wait_s, pins=pins, wanted=wanted)
         _show_dataset(dataset)
         run_trial = None if trial is None else partial(trial.run, timeout_s=TRIAL_S)
@@ -89,7 +89,7 @@ async def _reach_gateways(node: Libp2pNode, addresses: list[str]) -> None:
         raise NetworkError("no gateway can be reached: is one running, and are gateway_addresses right?")
 
 
-def _show_dataset(dataset: Dataset) -> None:
+def _show_dataset(dataset: ServedDataset) -> None:
     manifest: Manifest = dataset.manifest
     size = f"{manifest.samples} samples in {len(manifest.slices)} slices"
     typer.echo(f"dataset {dataset.name}: {size}, served by {', '.join(sorted(dataset.providers))}")

@@ -41,8 +41,8 @@ def status_panel(job: JobSnapshot) -> RenderableType:
         parts.append(_leases(job))
     if job.connections:
         parts.append(_connections(job))
-    facts = [_goodput(job), _data(job), _refused(job), _versions(job)]
-    parts += [shown(fact, "dim") for fact in facts if fact]
+    observed = [_goodput(job), _data(job), _refused(job), _versions(job)]
+    parts += [shown(field, "dim") for field in observed if field]
     for line in job.warnings[-MAX_LINES:]:
         when = datetime.fromtimestamp(line.at).strftime("%H:%M:%S")
         style = "red" if line.level == "error" else "yellow"

@@ -21,7 +21,7 @@ from hypha import leases
 from hypha.config.models import OfferConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
-from hypha.journal import Entry, Journal
+from hypha.journal import Journal, JournalEntry
 from hypha.messages import PeerRef
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.leasing import allocator, renewal
@@ -145,7 +145,7 @@ def _tell(machines: dict[str, _Machine], entry: dict[str, Any], result: Rerun) -
 
 def _noted(journal: Journal, kind: str) -> dict[str, Any] | None:
     """What ``kind`` noted last; an arbiter's journal has its leases' entries, too."""
-    found: Entry | None = None
+    found: JournalEntry | None = None
     for entry in journal.entries:
         if entry.machine.partition(":")[0] == kind:
             found = entry
@@ -174,7 +174,7 @@ def _short(value: object) -> str:
 
 
 def _rounds(raw: Any, _: float) -> _Machine:
-    began = msgspec.convert(raw, events.LifeBegan)
+    began = msgspec.convert(raw, events.GenerationBegan)
     journal, tracker = Journal(), SliceTracker.from_state(began.tracker)
     machine = rounds.RoundMachine(
         began.rules, began.start, tracker, began.scheduler, began.carried, journal=journal

@@ -31,7 +31,7 @@ from hypha.scheduler import JobResult, JobSnapshot, run_job
 from hypha.scheduler.status.history import History
 from hypha.scheduler.status.history_file import keep_history
 from hypha.telemetry import health_of, serve_http
-from hypha.telemetry.page import Access, Feed, is_loopback, page_routes, token_in
+from hypha.telemetry.page import Access, PageFeed, is_loopback, page_routes, token_in
 
 #: who looks at the page is told how the job ended within
 _LAST_NEWS_S = 0.3
@@ -108,7 +108,7 @@ async def serve_page(address: str, directory: Path, job: Job, page: JobPage) -> 
     token, file = None, None
     if not is_loopback(address):
         token, file = await in_thread(token_in, directory)
-    feed = Feed(page.begin)
+    feed = PageFeed(page.begin)
     routes = await in_thread(page_routes, feed, page.status, Access(token))
     async with trio.open_nursery() as nursery:
         try:

@@ -61,15 +61,15 @@ def status(
                 try:
                     seen = _ask(client, url)
                     asked = time.monotonic()
-                except Unanswered as exc:
+                except StatusUnanswered as exc:
                     if time.monotonic() - asked > _PATIENCE_S:
-                        raise Unanswered(f"{exc}; the job was last seen {seen.state}") from exc
+                        raise StatusUnanswered(f"{exc}; the job was last seen {seen.state}") from exc
             show(seen)
     if seen.state == "failed":
         raise JobFailed(seen.message or "the job failed")
 
 
-class Unanswered(HyphaError):
+class StatusUnanswered(HyphaError):
     """There is no scheduler at the address, or not any more."""
 
 
@@ -89,7 +89,7 @@ def _get(client: httpx.Client, url: str) -> httpx.Response:
     try:
         return client.get(url)
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
-        raise Unanswered(f"{url} does not answer: {exc}") from exc
+        raise StatusUnanswered(f"{url} does not answer: {exc}") from exc
 
 
 def _ask(client: httpx.Client, url: str) -> JobSnapshot:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from hypha.config.models import Place, Section
+from hypha.config.models import PathOrUrl, Section
 from hypha.config.reading.lines import KeyPath
 
 
@@ -47,7 +47,7 @@ def place_words(model: type[Section], name: str) -> tuple[str, ...] | None:
     info = model.model_fields[name]
     if Path in _alternatives(info.annotation):
         return ()
-    return next((mark.words for mark in info.metadata if isinstance(mark, Place)), None)
+    return next((mark.words for mark in info.metadata if isinstance(mark, PathOrUrl)), None)
 
 
 def canonical_path(model: type[Section], loc: KeyPath) -> KeyPath:

@@ -19,7 +19,7 @@ from hypha.data.preparing.columns import Shaper, listed
 from hypha.data.preparing.options import DEFAULT_SLICE_MB, PrepareOptions, check_options
 from hypha.data.preparing.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_for
 from hypha.data.preparing.staging import HOLDOUT, Staging, check_target
-from hypha.data.preparing.summary import Summary, Tally
+from hypha.data.preparing.summary import RowCounts, Summary
 from hypha.data.slices import Array, sync
 from hypha.data.sources.layout import find_layout
 from hypha.data.sources.opening import open_source
@@ -116,7 +116,7 @@ class _Run:
         self._source = open_source(self._layout, options)
         self._progress = progress
         self._shaper = Shaper(options)
-        self._tally = Tally()
+        self._tally = RowCounts()
 
     def write(self, staging: Staging, apart: Staging | None) -> Prepared:
         options = self._options

@@ -50,7 +50,7 @@ class Summary:
 
 
 @dataclass
-class Tally:
+class RowCounts:
     """Counts the rows that go by."""
 
     rows: int = 0

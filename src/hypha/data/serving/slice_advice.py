@@ -33,7 +33,7 @@ MOST_MB = 2048.0
 
 
 @dataclass(frozen=True)
-class Pace:
+class TrainingPace:
     """How workers train and what leads to them. Rates in megabits (10^6 bits) a second."""
 
     workers: int
@@ -111,7 +111,7 @@ class Fit:
         return not self.problems
 
 
-def advise(pace: Pace) -> SliceAdvice:
+def advise(pace: TrainingPace) -> SliceAdvice:
     """What suits ``pace``, all numbers of which are above 0."""
     load = pace.need / pace.share
     smallest, why_smallest = _smallest(pace, load)
@@ -142,7 +142,7 @@ def advise(pace: Pace) -> SliceAdvice:
     )
 
 
-def fit(manifest: Manifest, pace: Pace, advice: SliceAdvice) -> Fit:
+def fit(manifest: Manifest, pace: TrainingPace, advice: SliceAdvice) -> Fit:
     """Whether the slices of ``manifest`` are within what was advised."""
     sizes = [part.size for part in manifest.slices]
     mean, largest = sum(sizes) / len(sizes), max(sizes)
@@ -171,7 +171,7 @@ def fit(manifest: Manifest, pace: Pace, advice: SliceAdvice) -> Fit:
     return Fit(len(sizes), mean / 1e6, largest / 1e6, tuple(problems))
 
 
-def _smallest(pace: Pace, load: float) -> tuple[float, str]:
+def _smallest(pace: TrainingPace, load: float) -> tuple[float, str]:
     """Bytes below which the fixed cost of a fetch cannot be hidden behind the training, and why."""
     fixed = f"a fetch takes {pace.fixed_s:.2g} s besides its bytes"
     if load < BUSY:
@@ -182,7 +182,7 @@ def _smallest(pace: Pace, load: float) -> tuple[float, str]:
     return least, f"{fixed}, which is a tenth or less of the whole from {_size(least)} on"
 
 
-def _largest(pace: Pace) -> list[tuple[float, str]]:
+def _largest(pace: TrainingPace) -> list[tuple[float, str]]:
     """Bytes above which something else suffers, each with what."""
     start = max(pace.start_s - pace.fixed_s, 0.1) * pace.share
     found = [
@@ -201,7 +201,7 @@ def _largest(pace: Pace) -> list[tuple[float, str]]:
     return found
 
 
-def _problems(pace: Pace, load: float, smallest: float, largest: float) -> list[str]:
+def _problems(pace: TrainingPace, load: float, smallest: float, largest: float) -> list[str]:
     found = []
     if load >= 1.0:
         needed = pace.need * pace.workers * 8 / 1e6

@@ -23,7 +23,7 @@ from opentelemetry.trace import SpanKind
 
 from hypha.decoding import decode, decode_json
 from hypha.errors import HyphaError, PeerUnreachable, Refused, Undecodable
-from hypha.executor.bridge.http import Answer, Connection, Unanswered, lines
+from hypha.executor.bridge.http import BridgeConnection, BridgeReply, BridgeUnanswered, lines
 from hypha.messages import (
     Alive,
     BridgeError,
@@ -83,7 +83,7 @@ class BridgeClient:
         self._lock = threading.Condition()
         self._reporting = False
         #: on which no call is under way
-        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[BridgeConnection] = queue.SimpleQueue()
         self._start("status", self._report_events)
 
     def _start(self, name: str, target: Callable[[], None]) -> None:
@@ -112,7 +112,7 @@ class BridgeClient:
 
     def post_spans(self, spans: Sequence[FinishedSpan]) -> None:
         """Have the worker export ``spans``. Raises :class:`Refused`, :class:`PeerUnreachable` and, when the
-        worker is gone, :class:`Unanswered`.
+        worker is gone, :class:`BridgeUnanswered`.
         """
         self._ask_idle("POST", "/spans", SpansCall(spans=tuple(spans)), None)
 
@@ -129,7 +129,7 @@ class BridgeClient:
         try:
             connection = self._idle.get_nowait()
         except queue.Empty:
-            connection = Connection(self._socket)
+            connection = BridgeConnection(self._socket)
         try:
             return _ask(connection, method, path, body, parent)
         finally:
@@ -167,12 +167,12 @@ class BridgeClient:
             try:
                 content = None if body is None else encode_json(body)
                 with lines(self._socket, method, path, content) as answer:
-                    if isinstance(answer, Answer):
+                    if isinstance(answer, BridgeReply):
                         raise _error(path, answer)
                     retry = _Retry()
                     for data in server_sent_data(answer):
                         handler(data)
-            except Unanswered as exc:
+            except BridgeUnanswered as exc:
                 logger.warning("The bridge's stream %s broke (%s); it is opened again.", path, exc)
             except Exception as exc:  # noqa: BLE001 - the thread's edge
                 self._failed(exc)
@@ -211,7 +211,7 @@ class BridgeClient:
 
     def _report_events(self) -> None:
         quiet_until = 0.0
-        connection = Connection(self._socket)
+        connection = BridgeConnection(self._socket)
         while True:
             with self._lock:
                 self._lock.wait_for(lambda: bool(self._events))
@@ -230,13 +230,13 @@ class BridgeClient:
             if not delivered:
                 return
 
-    def _deliver(self, connection: Connection, event: Event, reported_in: str | None) -> bool:
+    def _deliver(self, connection: BridgeConnection, event: Event, reported_in: str | None) -> bool:
         retry = _Retry()
         while True:
             try:
                 _ask(connection, "POST", "/status/send", StatusCall(event=event), reported_in)
                 return True
-            except (Unanswered, PeerUnreachable) as exc:
+            except (BridgeUnanswered, PeerUnreachable) as exc:
                 if isinstance(event, Progress | Alive):
                     return True
                 logger.warning("The worker did not take a %s (%s); trying again.", type(event).__name__, exc)
@@ -264,16 +264,18 @@ class _Retry:
 
 
 def _ask(
-    connection: Connection, method: str, path: str, body: msgspec.Struct | None, parent: str | None
+    connection: BridgeConnection, method: str, path: str, body: msgspec.Struct | None, parent: str | None
 ) -> bytes:
-    """The body of the answer. Raises :class:`Refused`, :class:`PeerUnreachable` and :class:`Unanswered`."""
+    """The body of the answer. Raises :class:`Refused`, :class:`PeerUnreachable` and
+    :class:`BridgeUnanswered`.
+    """
     answer = connection.ask(method, path, None if body is None else encode_json(body), parent)
     if answer.status == _OK:
         return answer.content
     raise _error(path, answer)
 
 
-def _error(path: str, answer: Answer) -> HyphaError:
+def _error(path: str, answer: BridgeReply) -> HyphaError:
     try:
         body = decode_json(answer.content, BridgeError)
     except Undecodable:

@@ -21,19 +21,19 @@ _CONNECT_TIMEOUT_S = 5.0
 _HEADERS = {"content-type": "application/json"}
 
 
-class Unanswered(HyphaError):
+class BridgeUnanswered(HyphaError):
     """Nobody answers on the socket, or not to the end, or not in HTTP."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class BridgeReply:
     """A status code and the whole body."""
 
     status: int
     content: bytes
 
 
-class Connection(http.client.HTTPConnection):
+class BridgeConnection(http.client.HTTPConnection):
     """To the socket at ``path``; for one thread. Once connected it waits for answers without a limit: a fetch
     waits for data, a send for slow peers, a stream for news.
     """
@@ -54,9 +54,9 @@ class Connection(http.client.HTTPConnection):
             raise
         self.sock = sock
 
-    def ask(self, method: str, path: str, body: bytes | None, traceparent: str | None = None) -> Answer:
+    def ask(self, method: str, path: str, body: bytes | None, traceparent: str | None = None) -> BridgeReply:
         """One request, of the span that ``traceparent`` names; the connection may be used for another one.
-        Raises :class:`Unanswered`.
+        Raises :class:`BridgeUnanswered`.
         """
         # a server closes connections that were quiet for long: that is no failure, so once more
         attempts = 1 if self.sock is None else 2
@@ -69,23 +69,28 @@ class Connection(http.client.HTTPConnection):
                 if not attempts:
                     raise _unanswered(exc) from exc
 
-    def _ask(self, method: str, path: str, body: bytes | None, traceparent: str | None) -> Answer:
+    def _ask(self, method: str, path: str, body: bytes | None, traceparent: str | None) -> BridgeReply:
         headers = _HEADERS if traceparent is None else {**_HEADERS, "traceparent": traceparent}
         self.request(method, path, body, headers)
         response = self.getresponse()
-        return Answer(response.status, response.read())
+        return BridgeReply(response.status, response.read())
 
 
 @contextlib.contextmanager
-def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Iterator[Answer | Iterator[str]]:
+def lines(
+    socket_path: Path, method: str, path: str, body: bytes | None
+) -> Iterator[BridgeReply | Iterator[str]]:
     """The lines of a response that goes on for ever, without their ends, as they come; or, where the status
-    is not 200, the whole answer. Raises :class:`Unanswered`; reading lines may, too, when they are cut off.
+    is not 200, the whole answer. Raises :class:`BridgeUnanswered`; reading lines may, too, when they are cut
+    off.
     """
-    with contextlib.closing(Connection(socket_path)) as connection:
+    with contextlib.closing(BridgeConnection(socket_path)) as connection:
         try:
             connection.request(method, path, body, _HEADERS)
             response = connection.getresponse()
-            failed = None if response.status == http.client.OK else Answer(response.status, response.read())
+            failed = (
+                None if response.status == http.client.OK else BridgeReply(response.status, response.read())
+            )
         except _FAILURES as exc:
             raise _unanswered(exc) from exc
         yield _lines_of(response) if failed is None else failed
@@ -104,5 +109,5 @@ def _lines_of(response: http.client.HTTPResponse) -> Iterator[str]:
             yield line.rstrip("\r\n")
 
 
-def _unanswered(exc: Exception) -> Unanswered:
-    return Unanswered(f"the worker does not answer: {exc or type(exc).__name__}")
+def _unanswered(exc: Exception) -> BridgeUnanswered:
+    return BridgeUnanswered(f"the worker does not answer: {exc or type(exc).__name__}")

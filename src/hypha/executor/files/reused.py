@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 
-class Spares:
+class ReusedFiles:
     """At most ``limit`` files in ``directory``; what is given beyond that is deleted."""
 
     def __init__(self, directory: Path, limit: int = 2) -> None:

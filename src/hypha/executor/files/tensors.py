@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hypha.decoding import decode
 from hypha.errors import DataError, Undecodable
 from hypha.executor.files.hashing import Digests, Hasher, HasherBeside
-from hypha.executor.files.reused import Spares
+from hypha.executor.files.reused import ReusedFiles
 
 #: Elements handled at a time: 1 MiB of fp32, which stays in the second-level cache.
 CHUNK = 1 << 18
@@ -144,16 +144,16 @@ def write(
     path: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
-    spares: Spares | None = None,
+    reused: ReusedFiles | None = None,
     beside: bool = False,
 ) -> Digests:
     """Write ``tensors`` (on any device) to ``path`` and return the hashes of the file.
 
-    It may be written over one of ``spares``. ``beside``: another thread does the hashing.
+    It may be written over one of ``reused``. ``beside``: another thread does the hashing.
     """
     specs = {name: Spec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     with HasherBeside() if beside else Hasher() as hasher:
-        write_pieces(path, specs, lambda name: pieces(tensors[name]), metadata or {}, hasher, spares)
+        write_pieces(path, specs, lambda name: pieces(tensors[name]), metadata or {}, hasher, reused)
         return hasher.digests()
 
 
@@ -197,7 +197,7 @@ def write_pieces(
     source: Callable[[str], Iterator[Tensor]],
     metadata: Mapping[str, str],
     hasher: Hasher,
-    spares: Spares | None = None,
+    reused: ReusedFiles | None = None,
 ) -> None:
     """Write what ``source`` yields for each name, in the order of the file, and give it to ``hasher``.
 
@@ -206,8 +206,8 @@ def write_pieces(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    if spares is not None:
-        spares.take(partial)
+    if reused is not None:
+        reused.take(partial)
     try:
         # not truncated: there may be an old file to write over
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -246,7 +246,7 @@ class _HeaderEntry(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor in a file; ``start`` counts from the file's first byte."""
 
     spec: Spec
@@ -295,7 +295,7 @@ class TensorFile:
         except Undecodable as exc:
             raise self._bad(str(exc)) from exc
         self.header = prefix + text
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         at = 0
         for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
             dtype = DTYPES.get(entry.dtype)
@@ -304,7 +304,7 @@ class TensorFile:
             spec = Spec(dtype, entry.shape)
             if min(entry.shape, default=0) < 0 or entry.data_offsets != (at, at + spec.size_bytes):
                 raise self._bad(f"{name} claims bytes that are not its own")
-            self.entries[name] = Entry(spec, 8 + length + at)
+            self.entries[name] = TensorEntry(spec, 8 + length + at)
             at += spec.size_bytes
         if 8 + length + at != size:
             raise self._bad(f"it has {size} bytes where its header says {8 + length + at}")

@@ -21,7 +21,7 @@ from torch import Tensor
 from hypha.decoding import decode_json
 from hypha.errors import DataError, NotFinite, Undecodable
 from hypha.executor.files.hashing import Hasher
-from hypha.executor.files.reused import Spares
+from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.files.tensors import (
     CHUNK,
     Spec,
@@ -64,10 +64,10 @@ def write_update(
     local: Theta,
     base: Theta,
     encoding: Encoding = "none",
-    spares: Spares | None = None,
+    reused: ReusedFiles | None = None,
     contribution: Contribution | None = None,
 ) -> Written:
-    """Write the update ``local - base`` to ``path``, leaving both alone, perhaps over one of ``spares``; the
+    """Write the update ``local - base`` to ``path``, leaving both alone, perhaps over one of ``reused``; the
     file says itself what it stands for.
 
     Raises :class:`NotFinite` when the model has diverged; then no file is left.
@@ -106,7 +106,7 @@ def write_update(
                 yield piece.to(torch.bfloat16) if encoding == "bf16" else piece
 
     hasher = Hasher(quick=True)
-    write_pieces(path, specs, encoded, metadata, hasher, spares)
+    write_pieces(path, specs, encoded, metadata, hasher, reused)
     if not math.isfinite(squares):
         path.unlink()
         raise NotFinite("the local model holds values that are not finite; the learning rate may be too high")

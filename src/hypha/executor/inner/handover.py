@@ -13,7 +13,7 @@ import msgspec
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.executor.bridge.client import ALIVE_S, BridgeClient
-from hypha.executor.files.reused import Spares
+from hypha.executor.files.reused import ReusedFiles
 from hypha.messages import (
     Contribution,
     Directive,
@@ -37,7 +37,7 @@ _SEND_RETRY_S = 1.0
 _PASSING = frozenset({"no-space", "busy", "not-found"})
 
 
-class Inbox:
+class TrainerInbox:
     """What the threads have heard and the trainer looks up. ``changed`` guards and announces all of it."""
 
     def __init__(self, parameter_server: PeerRef, generation: int) -> None:
@@ -48,9 +48,9 @@ class Inbox:
         self.generation = generation
         #: the newest, until the trainer has done what it says
         self.rejoin: Rejoin | None = None
-        #: how many lives began with another parameter server
+        #: how many generations began with another parameter server
         self.servers = 0
-        #: the newest life before which rounds were lost; what was made in an earlier one is void
+        #: the newest generation before which rounds were lost; what was made in an earlier one is void
         self.lost_before = generation
         self.finished = False
         self.failure: Exception | None = None
@@ -114,7 +114,7 @@ class UpdateToSend:
 
 @dataclass(frozen=True)
 class _Call:
-    """Where to send, in which life of the job, and to which of its parameter servers (counted)."""
+    """Where to send, in which generation of the job, and to which of its parameter servers (counted)."""
 
     server: PeerRef
     generation: int
@@ -123,10 +123,12 @@ class _Call:
 
 class UpdateSender(threading.Thread):
     """Sends the update of the open round to wherever the parameter server is, and to another one again, until
-    told to stop or until the round is lost. In each life of the job it says once that it has.
+    told to stop or until the round is lost. In each generation of the job it says once that it has.
     """
 
-    def __init__(self, bridge: BridgeClient, inbox: Inbox, update: UpdateToSend, spares: Spares) -> None:
+    def __init__(
+        self, bridge: BridgeClient, inbox: TrainerInbox, update: UpdateToSend, reused: ReusedFiles
+    ) -> None:
         super().__init__(name="update", daemon=True)
         self._bridge = bridge
         self._inbox = inbox
@@ -135,7 +137,7 @@ class UpdateSender(threading.Thread):
         self.contribution = update.contribution
         self._trace = update.trace
         self._attributes = update.attributes
-        self._spares = spares
+        self._reused = reused
         self._stopped = False
         self._lost_before = inbox.lost_before
         #: a parameter server has it
@@ -147,7 +149,7 @@ class UpdateSender(threading.Thread):
         except Exception as exc:  # noqa: BLE001 - the thread's edge
             self._inbox.fail(exc)
         finally:
-            self._spares.give(self._path)
+            self._reused.give(self._path)
 
     def stop(self) -> None:
         """The round is over; the file goes as soon as no call uses it."""
@@ -171,7 +173,8 @@ class UpdateSender(threading.Thread):
                     logger.warning("The update of round %d has to wait: %s", self.contribution.round, exc)
                     self._wait(call.generation, _SEND_RETRY_S)
                     continue
-                # theta of a later round is on its way, or another life, or the scheduler has yet to notice
+                # theta of a later round is on its way, or another generation, or the scheduler has yet to
+                # notice
                 said_in = call.generation
                 logger.warning("The update of round %d was refused: %s", self.contribution.round, exc)
             except PeerUnreachable as exc:
@@ -191,7 +194,9 @@ class UpdateSender(threading.Thread):
         )
 
     def _wait(self, said_in: int, timeout_s: float | None) -> _Call | None:
-        """Wait for another life of the job than ``said_in``; None when there is nothing more to send."""
+        """Wait for another generation of the job than ``said_in``; None when there is nothing
+        more to send.
+        """
         inbox = self._inbox
 
         def over() -> bool:

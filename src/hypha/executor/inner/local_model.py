@@ -36,7 +36,7 @@ class TrainedModel(Protocol):
 
     @property
     def steps(self) -> int:
-        """Inner steps so far, those of earlier lives included."""
+        """Inner steps so far, those of earlier generations included."""
 
     @property
     def learning_rate(self) -> float:

@@ -155,7 +155,7 @@ class Inner:
         self._accelerator = accelerator
         self._together = together
         self.rows = RowsAtATime(job.micro_batch_size, _least_rows(model)) if rows is None else rows
-        #: inner steps so far, those of earlier lives included
+        #: inner steps so far, those of earlier generations included
         self.steps = steps
         #: the batches since the last step, and what each is a part of
         self._batches: list[tuple[Mapping[str, Tensor], int | None]] = []

@@ -35,8 +35,8 @@ def slice_order(seed: int, epoch: int, index: int, samples: int, shuffle: bool =
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice in memory; ``order`` are its rows as they are to be taken, ``asked`` the life of the job, the
-    round and the attempt at it under which it was asked for.
+    """A slice in memory; ``order`` are its rows as they are to be taken, ``asked`` the generation of the job,
+    the round and the attempt at it under which it was asked for.
     """
 
     epoch: int
@@ -121,7 +121,7 @@ class RowStream:
         self.ranges.append(SliceRange(epoch=part.epoch, slice=part.index, start=start, stop=stop))
 
 
-class SlicePrefetcher(threading.Thread):
+class SliceReadAhead(threading.Thread):
     """Keeps the next slice ready in memory, fetched and preprocessed, while another is trained on.
 
     ``fetch`` blocks until there is a slice; ``changed`` is called whenever one is ready or fetching failed.

@@ -27,7 +27,7 @@ from torch import nn
 from hypha.config.tasks import A_LABEL_A_PLACE, ALIASES, ONE_LABEL_A_ROW, TASKS, unknown_task
 from hypha.errors import ModelError
 from hypha.executor.models.model_tensors import check_finite, settle
-from hypha.executor.models.weights import Loaded, is_weight_file, tie_in_doubt, weight_file
+from hypha.executor.models.weights import LoadedWeights, is_weight_file, tie_in_doubt, weight_file
 from hypha.messages import ModelSpec
 
 #: files of a preprocessor's source that go with the model
@@ -211,7 +211,7 @@ def _build_transformers(
             )
             model = _checked(loaded)
             # a head for other labels is a fresh one; anything else must fit
-            notes = Loaded.of(file, info).notes(model, other_labels="num_labels" in spec.arguments)
+            notes = LoadedWeights.of(file, info).notes(model, other_labels="num_labels" in spec.arguments)
             for note in (*notes, *_untied(model)):
                 if weights:
                     tell(note)

@@ -137,7 +137,7 @@ def _holds(keys: Collection[str], name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedWeights:
     """What loading ``file`` into a model left over: names of the model's tensors that the file lacks, or has
     in other shapes, and keys of the file that the model lacks.
     """
@@ -145,15 +145,15 @@ class Loaded:
     file: str
     missing: tuple[str, ...]
     mismatched: tuple[str, ...]
-    unused: tuple[str, ...]
+    unexpected: tuple[str, ...]
 
     @classmethod
-    def of(cls, file: Path, info: Mapping[str, Iterable[object]]) -> Loaded:
+    def of(cls, file: Path, info: Mapping[str, Iterable[object]]) -> LoadedWeights:
         """From what ``from_pretrained`` gives with ``output_loading_info``."""
         mismatched = tuple(sorted(str(one[0]) for one in info["mismatched_keys"] if isinstance(one, tuple)))
         missing = {str(key) for key in info["missing_keys"]} - set(mismatched)
-        unused = {str(key) for key in info["unexpected_keys"]}
-        return cls(file.name, tuple(sorted(missing)), mismatched, tuple(sorted(unused)))
+        unexpected = {str(key) for key in info["unexpected_keys"]}
+        return cls(file.name, tuple(sorted(missing)), mismatched, tuple(sorted(unexpected)))
 
     def notes(self, model: nn.Module, other_labels: bool) -> list[str]:
         """What the user is to know, one line each: a head that begins fresh, weights that are not used.
@@ -172,16 +172,16 @@ class Loaded:
         notes = []
         if fresh := sorted((*self.missing, *self.mismatched)):
             notes.append(f"{self.file} does not give all of the model; fresh, from the seed: {listed(fresh)}")
-        if self.unused:
-            notes.append(f"the model has no use for {listed(self.unused)} of {self.file}")
+        if self.unexpected:
+            notes.append(f"the model has no use for {listed(self.unexpected)} of {self.file}")
         return notes
 
     def _problem(self, model: nn.Module, lost: list[str]) -> str:
         total = len(model.state_dict())
         what = " have another shape there" if set(lost) <= set(self.mismatched) else " are not in it"
         text = f"{self.file} does not fit the model: {len(lost)} of {total} tensors{what} ({listed(lost)})"
-        if self.unused:
-            text += f", and {len(self.unused)} of its own are not used ({listed(self.unused)})"
+        if self.unexpected:
+            text += f", and {len(self.unexpected)} of its own are not used ({listed(self.unexpected)})"
         if prefix := self._prefix(model):
             return (
                 f"{text}; its keys begin with {prefix!r}, which what the model was wrapped in has left: save "
@@ -197,13 +197,13 @@ class Loaded:
     def _prefix(self, model: nn.Module) -> str:
         """What the unused keys have in common before the name of a tensor of the model."""
         names = model.state_dict().keys()
-        for key in self.unused:
+        for key in self.unexpected:
             parts = key.split(".")
             for at in range(1, len(parts)):
                 prefix = ".".join(parts[:at]) + "."
                 found = ".".join(parts[at:])
                 known = found in names or any(name.endswith(f".{found}") for name in names)
-                if known and all(other.startswith(prefix) for other in self.unused):
+                if known and all(other.startswith(prefix) for other in self.unexpected):
                     return prefix
         return ""
 

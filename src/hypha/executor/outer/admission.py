@@ -13,8 +13,8 @@ from hypha.messages import AggregateJob, Contribution, Members, ReceivedFile
 
 def admit(file: ReceivedFile, job: AggregateJob, round_: int, members: Members | None) -> bool:
     """Whether the update in ``file`` is to be added to the sum of ``round_`` now; False: it waits for the
-    next ``members``. Raises :class:`Refused` for what is of another job, life or round, from a stranger, or
-    of too many samples.
+    next ``members``. Raises :class:`Refused` for what is of another job, generation or round, from a
+    stranger, or of too many samples.
     """
     if members is None:
         return False

@@ -19,9 +19,9 @@ from hypha.net.bulk.files import PartFile, SourceFile
 from hypha.net.bulk.wire import (
     WORKING_INTERVAL_S,
     BlockPacker,
+    ConnectionBroken,
     Frame,
     Go,
-    LinkBroken,
     Verdict,
     Working,
 )
@@ -30,7 +30,7 @@ from hypha.net.byte_counts import ByteCounts
 T = TypeVar("T")
 
 
-class Tally:
+class TransferredBytes:
     """Bytes of files sent and received, counted from many threads; ``sockets`` counts those that the bulk
     plane's own connections carry. ``caps`` are those of the node.
     """
@@ -49,10 +49,10 @@ class Tally:
             self.received += received
 
 
-class Link(ABC):
+class BulkConnection(ABC):
     """A connection whose other end is proven to be ``peer``."""
 
-    def __init__(self, peer: str, tally: Tally) -> None:
+    def __init__(self, peer: str, tally: TransferredBytes) -> None:
         self.peer = peer
         #: how it was made, and whether it was kept from an earlier transfer; for the log and for traces
         self.way = ""
@@ -133,5 +133,5 @@ class Link(ABC):
         while True:
             await trio.sleep(WORKING_INTERVAL_S)
             # shielded: a frame sent by half would be the end of the connection
-            with trio.CancelScope(shield=True), contextlib.suppress(LinkBroken):
+            with trio.CancelScope(shield=True), contextlib.suppress(ConnectionBroken):
                 await self.say(Working())

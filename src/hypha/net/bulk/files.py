@@ -45,7 +45,7 @@ class WrongHash(Exception):
     """All bytes are there and are not the promised ones; they were deleted."""
 
 
-class Hasher(Protocol):
+class StreamHash(Protocol):
     """As those of :mod:`hashlib`."""
 
     def update(self, data: bytes | memoryview, /) -> object:
@@ -55,18 +55,18 @@ class Hasher(Protocol):
         """Of all of them."""
 
 
-def strong_hasher() -> Hasher:
+def strong_hasher() -> StreamHash:
     """BLAKE3, in one thread: the training next to us needs the cores."""
     return blake3(max_threads=1)
 
 
-def quick_hasher() -> Hasher:
+def quick_hasher() -> StreamHash:
     """XXH3, 128 bits."""
     return xxh3_128()
 
 
 def hash_file(
-    path: Path, stop: threading.Event | None = None, hasher: Hasher | None = None
+    path: Path, stop: threading.Event | None = None, hasher: StreamHash | None = None
 ) -> tuple[int, str]:
     """Size and hash (hex; BLAKE3 unless by another ``hasher``) of a file."""
     hasher = hasher or strong_hasher()

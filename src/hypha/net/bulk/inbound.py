@@ -9,7 +9,7 @@ import trio
 
 from hypha.errors import Refused
 from hypha.messages import TransferMeta
-from hypha.net.bulk.connection import Link
+from hypha.net.bulk.connection import BulkConnection
 from hypha.net.bulk.files import DiskFailed, WrongHash
 from hypha.net.bulk.rendezvous import Expected
 from hypha.net.bulk.wire import Verdict
@@ -56,7 +56,7 @@ class Inbound:
     ended: trio.Event = field(default_factory=trio.Event)
     started_afresh: bool = False
     #: the connection in use, or the last one
-    link: Link | None = None
+    link: BulkConnection | None = None
     #: all bytes are here; it is being verified and taken, and must not be disturbed
     settling: bool = False
     #: of which operation of its sender it is part

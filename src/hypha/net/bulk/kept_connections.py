@@ -15,14 +15,14 @@ import trio
 
 from hypha.errors import Refused
 from hypha.messages import BulkOffer
-from hypha.net.bulk.connection import Link
+from hypha.net.bulk.connection import BulkConnection
 from hypha.net.bulk.inbound import Inbound
-from hypha.net.bulk.sockets import SocketLink, is_trusted
+from hypha.net.bulk.sockets import SocketConnection, is_trusted
 from hypha.net.bulk.wire import (
     HANDSHAKE_TIMEOUT_S,
     WORKING_INTERVAL_S,
-    BulkLinks,
-    LinkBroken,
+    BulkConnections,
+    ConnectionBroken,
     Verdict,
     Working,
 )
@@ -44,28 +44,30 @@ SOON_S = 0.5
 
 @dataclass(eq=False)
 class _Kept:
-    link: SocketLink
+    link: SocketConnection
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: somebody else owns the link
     taken: bool = False
 
 
-class KeptLinks:
+class KeptConnections:
     """Idle links. Nothing is kept without ``nursery``; when that ends, all are closed.
 
     ``spoken`` gets a link on which the other end speaks (or which it closes), and has to close it; without
     ``spoken`` such a link is closed.
     """
 
-    def __init__(self, keeps_s: float, spoken: Callable[[SocketLink], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self, keeps_s: float, spoken: Callable[[SocketConnection], Awaitable[None]] | None = None
+    ) -> None:
         self._keeps_s = keeps_s
         self._spoken = spoken
         self._kept: list[_Kept] = []
         self.nursery: trio.Nursery | None = None
 
-    def give(self, link: Link) -> bool:
+    def give(self, link: BulkConnection) -> bool:
         """Keep ``link``, on which nothing is under way; False when the caller has to close it."""
-        if self.nursery is None or not isinstance(link, SocketLink):
+        if self.nursery is None or not isinstance(link, SocketConnection):
             return False
         same = [one for one in self._kept if one.link.peer == link.peer]
         for kept, most in ((same, MAX_KEPT_PER_PEER), (self._kept, MAX_KEPT)):
@@ -78,7 +80,7 @@ class KeptLinks:
             self.nursery.start_soon(self._watch, new)
         return True
 
-    def take(self, peer: str, identity: Identity) -> SocketLink | None:
+    def take(self, peer: str, identity: Identity) -> SocketConnection | None:
         """The newest link to ``peer``, for the caller to close or to give back; None when there is none
         whose certificate ``identity`` trusts now.
         """
@@ -122,27 +124,27 @@ class OfferedOver:
     """
 
     def __init__(
-        self, links: BulkLinks, agree: Callable[[str, BulkOffer], Awaitable[Inbound | None]]
+        self, links: BulkConnections, agree: Callable[[str, BulkOffer], Awaitable[Inbound | None]]
     ) -> None:
         self._links = links
         self._agree = agree
 
-    async def spoken(self, link: SocketLink) -> None:
+    async def spoken(self, link: SocketConnection) -> None:
         """Hear an offer (or the link's end), and give the link to the transfer when its turn has come."""
         handed_over = False
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 offer = await link.hear()
             if not isinstance(offer, BulkOffer):
-                raise LinkBroken(f"the peer said {type(offer).__name__} where an offer was due")
+                raise ConnectionBroken(f"the peer said {type(offer).__name__} where an offer was due")
             if not is_trusted(link, self._links.identity):
-                raise LinkBroken("the peer's certificate is not trusted any more")
+                raise ConnectionBroken("the peer's certificate is not trusted any more")
             answer = await self._answer(link, offer)
             if isinstance(answer, Verdict):
                 await link.say(answer)
             else:
                 handed_over = await self._wait_for_turn(link, answer) and answer.expected.arrive(link)
-        except (LinkBroken, trio.TooSlowError) as exc:
+        except (ConnectionBroken, trio.TooSlowError) as exc:
             logger.debug("A connection that was kept has ended: %s", exc, extra={"peer_id": link.peer})
         except Exception:  # the edge of a task for a peer: its connection ends, and the node does not
             logger.exception("A connection that was kept failed.", extra={"peer_id": link.peer})
@@ -150,7 +152,7 @@ class OfferedOver:
             if not handed_over:
                 await link.close()
 
-    async def _answer(self, link: SocketLink, offer: BulkOffer) -> Inbound | Verdict:
+    async def _answer(self, link: SocketConnection, offer: BulkOffer) -> Inbound | Verdict:
         try:
             return await self._agree(link.peer, offer) or Verdict("ok")
         except Refused as exc:
@@ -160,7 +162,7 @@ class OfferedOver:
             return Verdict("refused", "internal", "the offer failed there; its log says more")
 
     @staticmethod
-    async def _wait_for_turn(link: SocketLink, inbound: Inbound) -> bool:
+    async def _wait_for_turn(link: SocketConnection, inbound: Inbound) -> bool:
         """False when the sender has come by another way meanwhile."""
         inbound.come_another_way()
         pause_s = SOON_S

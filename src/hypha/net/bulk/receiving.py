@@ -17,15 +17,15 @@ import trio
 
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
 from hypha.messages import Acknowledged, BulkAnswer, BulkDial, BulkOffer, TransferMeta
-from hypha.net.bulk.connection import Link
+from hypha.net.bulk.connection import BulkConnection
 from hypha.net.bulk.files import DiskFailed, FileChanged, PartFile, WrongHash, copy_verified, free_bytes
 from hypha.net.bulk.inbound import Acceptor, Inbound
-from hypha.net.bulk.kept_connections import RECEIVER_KEEPS_S, KeptLinks, OfferedOver
-from hypha.net.bulk.rendezvous import Expected, Meeting
+from hypha.net.bulk.kept_connections import RECEIVER_KEEPS_S, KeptConnections, OfferedOver
+from hypha.net.bulk.rendezvous import Expected, Rendezvous
 from hypha.net.bulk.roles import require_sender
 from hypha.net.bulk.signals import note_link, receiving
-from hypha.net.bulk.slots import Places
-from hypha.net.bulk.wire import BulkLinks, LinkBroken, Verdict
+from hypha.net.bulk.slots import TransferSlots
+from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, Verdict
 from hypha.node import Arrived, Gate
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,14 @@ RESERVE_BYTES = 16 << 20
 class Receiving:
     """Answers offers."""
 
-    def __init__(self, links: BulkLinks, meeting: Meeting, limits: Mapping[str, int], at_once: int) -> None:
+    def __init__(
+        self, links: BulkConnections, rendezvous: Rendezvous, limits: Mapping[str, int], at_once: int
+    ) -> None:
         """``at_once`` are received, where bytes move."""
         self._links = links
-        self._meeting = meeting
+        self._rendezvous = rendezvous
         self._limits = limits
-        self.places = Places(at_once)
+        self.places = TransferSlots(at_once)
         self._limiter = trio.CapacityLimiter(2 * at_once)
         self._acceptors: dict[tuple[str, str | None], Acceptor] = {}
         #: offers that a pull of ours asked for, by token: the peer, and who takes it
@@ -69,7 +71,7 @@ class Receiving:
         self._inbound: dict[str, Inbound] = {}
         self._done: dict[tuple[str, str], int] = {}
         self._held = 0
-        self.kept = KeptLinks(RECEIVER_KEEPS_S, OfferedOver(links, self._agree).spoken)
+        self.kept = KeptConnections(RECEIVER_KEEPS_S, OfferedOver(links, self._agree).spoken)
         #: what the .part files of this process are parts of
         self._parts: dict[Path, str] = {}
         self.nursery: trio.Nursery | None = None
@@ -267,11 +269,11 @@ class Receiving:
 
     async def _dial(self, caller: str, request: BulkDial) -> Acknowledged:
         """A sender could not dial us: we dial it."""
-        if not self._meeting.is_expected(request.token, caller):
+        if not self._rendezvous.is_expected(request.token, caller):
             raise Refused("not-found", "this transfer is not expected here, or no longer")
         try:
-            await self._meeting.dial_and_arrive(caller, request.addresses, request.token)
-        except LinkBroken as exc:
+            await self._rendezvous.dial_and_arrive(caller, request.addresses, request.token)
+        except ConnectionBroken as exc:
             raise Refused("unreachable", f"no direct connection to the caller: {exc}") from exc
         return Acknowledged()
 
@@ -279,7 +281,7 @@ class Receiving:
 
     async def _run(self, inbound: Inbound) -> None:
         try:
-            with receiving(inbound), inbound.scope, self._meeting.expect(inbound.token, inbound.expected):
+            with receiving(inbound), inbound.scope, self._rendezvous.expect(inbound.token, inbound.expected):
                 async with self.places.hold(inbound.moved):
                     if trio.current_time() - inbound.offered_at < FORGET_S:
                         inbound.turn.set()
@@ -307,7 +309,7 @@ class Receiving:
             with trio.CancelScope() as inbound.link_scope:
                 try:
                     verdict = await self._receive_over(link, inbound)
-                except LinkBroken as exc:
+                except ConnectionBroken as exc:
                     logger.info(
                         "Receiving %s was interrupted: %s.", inbound.meta.name, exc, extra=inbound.log_fields
                     )
@@ -319,7 +321,7 @@ class Receiving:
             inbound.cut = inbound.offered_at <= offered_at
             patience_s = BROKEN_S if inbound.cut else CONNECT_S
 
-    async def _receive_over(self, link: Link, inbound: Inbound) -> Verdict | None:
+    async def _receive_over(self, link: BulkConnection, inbound: Inbound) -> Verdict | None:
         """Receive over one connection; the verdict, or None when there is something left to try."""
         meta = inbound.meta
         inbound.link = link
@@ -357,7 +359,7 @@ class Receiving:
             code = "no-space" if exc.full else "internal"
             inbound.acceptor.failed(exc)
             refusal = Verdict("refused", code, str(exc))
-            with contextlib.suppress(LinkBroken):
+            with contextlib.suppress(ConnectionBroken):
                 await link.say(refusal)
             await link.drain()
             return refusal
@@ -369,11 +371,13 @@ class Receiving:
             self._done[inbound.caller, inbound.token] = inbound.meta.size
             if len(self._done) > MAX_REMEMBERED:
                 del self._done[next(iter(self._done))]
-        with contextlib.suppress(LinkBroken):  # a sender that misses it asks again
+        with contextlib.suppress(ConnectionBroken):  # a sender that misses it asks again
             await link.say(verdict)
         return verdict
 
-    async def _corrupt(self, link: Link, inbound: Inbound, exc: WrongHash, again: bool) -> Verdict | None:
+    async def _corrupt(
+        self, link: BulkConnection, inbound: Inbound, exc: WrongHash, again: bool
+    ) -> Verdict | None:
         # what an earlier process left behind may have been part of something else: once more, from 0
         inbound.started_afresh = True
         inbound.settling = False
@@ -382,7 +386,7 @@ class Receiving:
         if not again:
             inbound.acceptor.failed(exc)
         verdict = Verdict("corrupt", reason=str(exc), again=again)
-        with contextlib.suppress(LinkBroken):
+        with contextlib.suppress(ConnectionBroken):
             await link.say(verdict)
         return None if again else verdict
 

@@ -2,7 +2,7 @@
 
 Either end expects a token from one certain peer. A connection with that token from anybody else is
 refused, whoever stole it: what counts is the certificate. Direct connections are dialled and accepted
-here in threads with short time-outs; :meth:`Meeting.close` ends them all.
+here in threads with short time-outs; :meth:`Rendezvous.close` ends them all.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from weakref import WeakSet
 import trio
 
 from hypha.errors import IdentityError, NetworkError
-from hypha.net.bulk.connection import Link, Tally
+from hypha.net.bulk.connection import BulkConnection, TransferredBytes
 from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
-from hypha.net.bulk.sockets import SocketLink, in_thread, is_trusted
-from hypha.net.bulk.streams import StreamLink
+from hypha.net.bulk.sockets import SocketConnection, in_thread, is_trusted
+from hypha.net.bulk.streams import StreamConnection
 from hypha.net.bulk.wire import (
     BULK_ALPN,
     BULK_PROTOCOL,
     HANDSHAKE_TIMEOUT_S,
     LENGTH_BYTES,
     MAX_FRAME_BYTES,
-    BulkLinks,
+    BulkConnections,
+    ConnectionBroken,
     Hello,
-    LinkBroken,
     Verdict,
     decode_frame,
     decode_length,
@@ -59,10 +59,10 @@ class Expected:
     def __init__(self, peer: str) -> None:
         self.peer = peer
         self._arrived = trio.Event()
-        self._link: Link | None = None
+        self._link: BulkConnection | None = None
         self._closed = False
 
-    def arrive(self, link: Link) -> bool:
+    def arrive(self, link: BulkConnection) -> bool:
         """Hand a connection over; False when nobody wants it any more."""
         if self._closed:
             return False
@@ -72,7 +72,7 @@ class Expected:
         self._arrived.set()
         return True
 
-    async def take(self) -> Link:
+    async def take(self) -> BulkConnection:
         """The next connection; it is the caller's to close."""
         while self._link is None:
             self._arrived = trio.Event()
@@ -88,20 +88,20 @@ class Expected:
             self._link = None
 
     @staticmethod
-    def _dismiss(link: Link) -> None:
-        if isinstance(link, SocketLink):
+    def _dismiss(link: BulkConnection) -> None:
+        if isinstance(link, SocketConnection):
             link.close_now()
-        elif isinstance(link, StreamLink):
+        elif isinstance(link, StreamConnection):
             link.closed.set()  # its handler closes the stream then
 
 
-class Meeting:
+class Rendezvous:
     """Makes connections and hands them to those who expect them."""
 
     def __init__(
         self,
-        links: BulkLinks,
-        tally: Tally,
+        links: BulkConnections,
+        tally: TransferredBytes,
         limiter: trio.CapacityLimiter,
         buffers: Buffers = AS_THE_KERNEL_LIKES,
     ) -> None:
@@ -113,7 +113,7 @@ class Meeting:
         self._lock = threading.Lock()
         self._open_sockets: set[socket.socket] = set()
         #: those that somebody has, as long as he has them
-        self._proven: WeakSet[SocketLink] = WeakSet()
+        self._proven: WeakSet[SocketConnection] = WeakSet()
         self._loop: trio.lowlevel.TrioToken | None = None
         #: per peer, the address at which it was last reached
         self._reached: dict[str, tuple[str, int]] = {}
@@ -143,7 +143,7 @@ class Meeting:
                 link.cut()
             await trio.lowlevel.checkpoint()
 
-    def _arrived(self, token: str, link: SocketLink) -> None:
+    def _arrived(self, token: str, link: SocketConnection) -> None:
         self._proven.add(link)
         self._hand_over(token, link)
 
@@ -182,11 +182,11 @@ class Meeting:
                 tls.do_handshake()
                 peer = self._prove(tls)
                 token = _read_hello(tls, deadline)
-                link = SocketLink(tls, peer, self._tally, self._limiter)
+                link = SocketConnection(tls, peer, self._tally, self._limiter)
                 link.way = "direct"
                 loop.run_sync_soon(self._arrived, token, link)
                 tls = None
-        except (OSError, ValueError, IdentityError, LinkBroken, trio.RunFinishedError) as exc:
+        except (OSError, ValueError, IdentityError, ConnectionBroken, trio.RunFinishedError) as exc:
             logger.info("Refused an incoming bulk connection: %s", exc)
         except Exception:  # the edge of a thread that serves a stranger
             logger.exception("An incoming bulk connection failed.")
@@ -194,7 +194,7 @@ class Meeting:
             with contextlib.suppress(OSError):
                 (tls if tls is not None else sock).close()
 
-    def _hand_over(self, token: str, link: SocketLink) -> None:
+    def _hand_over(self, token: str, link: SocketConnection) -> None:
         if not (self.is_expected(token, link.peer) and self._expected[token].arrive(link)):
             self._log_stranger(token, link.peer)
             link.refuse_now(_NOT_EXPECTED)
@@ -208,26 +208,26 @@ class Meeting:
             logger.info("A bulk connection came for a transfer that is over.", extra={"peer_id": peer})
 
     async def _serve_stream(self, stream: Any, caller: str) -> None:
-        link = StreamLink(stream, caller, self._tally, self._limiter)
+        link = StreamConnection(stream, caller, self._tally, self._limiter)
         link.way = "stream"
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 hello = await link.hear()
             if not isinstance(hello, Hello):
-                raise LinkBroken("the peer did not say which transfer its stream is for")
+                raise ConnectionBroken("the peer did not say which transfer its stream is for")
             if self.is_expected(hello.token, caller) and self._expected[hello.token].arrive(link):
                 await link.closed.wait()
             else:
                 self._log_stranger(hello.token, caller)
                 await link.say(_NOT_EXPECTED)
-        except (LinkBroken, trio.TooSlowError) as exc:
+        except (ConnectionBroken, trio.TooSlowError) as exc:
             logger.info("Refused an incoming bulk stream: %s", exc, extra={"peer_id": caller})
         finally:
             await link.close()
 
     # --- dialling -----------------------------------------------------------------------------------
 
-    async def dial(self, peer: str, offered: tuple[str, ...], token: str) -> Link:
+    async def dial(self, peer: str, offered: tuple[str, ...], token: str) -> BulkConnection:
         """A direct connection to ``peer``, greeted with ``token``. LinkBroken says what was tried."""
         targets = self._links.bulk_targets(peer, offered)[:MAX_TARGETS]
         if (last := self._reached.get(peer)) in targets:
@@ -237,18 +237,18 @@ class Meeting:
         for host, port in targets:
             try:
                 link = await self._dial_one(peer, host, port, token)
-            except (OSError, ValueError, LinkBroken, IdentityError) as exc:
+            except (OSError, ValueError, ConnectionBroken, IdentityError) as exc:
                 problems.append(f"{host}:{port}: {exc}")
             else:
                 self._reached[peer] = (host, port)
                 return link
-        raise LinkBroken("; ".join(problems) or "no direct address of it is known")
+        raise ConnectionBroken("; ".join(problems) or "no direct address of it is known")
 
-    async def _dial_one(self, peer: str, host: str, port: int, token: str) -> Link:
+    async def _dial_one(self, peer: str, host: str, port: int, token: str) -> BulkConnection:
         with trio.move_on_after(DIAL_TIMEOUT_S) as scope:
             stream = await trio.open_tcp_stream(host, port)
         if scope.cancelled_caught:
-            raise LinkBroken(f"no answer within {DIAL_TIMEOUT_S:g} s")
+            raise ConnectionBroken(f"no answer within {DIAL_TIMEOUT_S:g} s")
         sock = socket.socket(fileno=stream.socket.detach())
         self._buffers.apply(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -265,7 +265,7 @@ class Meeting:
             tls.do_handshake()
             found = self._prove(tls)
             if found != peer:
-                raise LinkBroken(f"another node, {found}, answers there")
+                raise ConnectionBroken(f"another node, {found}, answers there")
             tls.sendall(encode_frame(Hello(token)))
 
         done = False
@@ -275,7 +275,7 @@ class Meeting:
         finally:
             if not done:
                 tls.close()
-        link = SocketLink(tls, peer, self._tally, self._limiter)
+        link = SocketConnection(tls, peer, self._tally, self._limiter)
         self._proven.add(link)
         return link
 
@@ -285,15 +285,15 @@ class Meeting:
         link.way = "dial-back"
         if not (self.is_expected(token, peer) and self._expected[token].arrive(link)):
             await link.close()
-            raise LinkBroken("nobody waits for that connection any more")
+            raise ConnectionBroken("nobody waits for that connection any more")
 
-    async def open_stream(self, peer: str, token: str) -> Link:
+    async def open_stream(self, peer: str, token: str) -> BulkConnection:
         """A libp2p stream to ``peer``, through a relay when need be. LinkBroken when it cannot be had."""
         try:
             stream = await self._links.open_stream(peer, BULK_PROTOCOL)
         except NetworkError as exc:
-            raise LinkBroken(str(exc)) from exc
-        link = StreamLink(stream, peer, self._tally, self._limiter)
+            raise ConnectionBroken(str(exc)) from exc
+        link = StreamConnection(stream, peer, self._tally, self._limiter)
         done = False
         try:
             await link.say(Hello(token))
@@ -310,7 +310,7 @@ class Meeting:
         with self._lock:
             loop = self._loop
             if loop is None:
-                raise LinkBroken("this node is closing")
+                raise ConnectionBroken("this node is closing")
             self._open_sockets.add(sock)
         try:
             yield loop
@@ -322,7 +322,7 @@ class Meeting:
         """The PeerID behind a finished handshake; IdentityError when it is not (any more) trusted."""
         certificate = tls.getpeercert(binary_form=True)
         if certificate is None:
-            raise LinkBroken("the peer showed no certificate")
+            raise ConnectionBroken("the peer showed no certificate")
         self._links.identity.check(certificate, presented_chain(tls))
         return peer_id_of(certificate)
 
@@ -337,15 +337,17 @@ def _read_hello(tls: ssl.SSLSocket, deadline: float) -> str:
         while len(data) < count:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise LinkBroken(f"the peer did not say within {HANDSHAKE_TIMEOUT_S:g} s what it came for")
+                raise ConnectionBroken(
+                    f"the peer did not say within {HANDSHAKE_TIMEOUT_S:g} s what it came for"
+                )
             tls.settimeout(left_s)
             more = tls.recv(count - len(data))
             if not more:
-                raise LinkBroken("the peer closed the connection before it said anything")
+                raise ConnectionBroken("the peer closed the connection before it said anything")
             data += more
         return data
 
     hello = decode_frame(read(decode_length(read(LENGTH_BYTES), min(MAX_FRAME_BYTES, 256))))
     if not isinstance(hello, Hello):
-        raise LinkBroken("the peer did not say which transfer its connection is for")
+        raise ConnectionBroken("the peer did not say which transfer its connection is for")
     return hello.token

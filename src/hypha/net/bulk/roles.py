@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from hypha.access import KINDS, NOBODY, Allowed, carries, may_act_as, named
 from hypha.errors import PeerUnreachable, Refused
-from hypha.net.bulk.wire import BulkLinks
+from hypha.net.bulk.wire import BulkConnections
 
 
-def require_sender(links: BulkLinks, peer: str, kind: str) -> None:
+def require_sender(links: BulkConnections, peer: str, kind: str) -> None:
     """Refused unless ``peer`` may send files of ``kind``."""
     allowed = KINDS[kind].senders if kind in KINDS else NOBODY
     _require(links, peer, allowed, f"files of kind {kind!r} come from a certificate with the role")
 
 
-def require_receiver(links: BulkLinks, peer: str, kind: str, met: bool = True) -> None:
+def require_receiver(links: BulkConnections, peer: str, kind: str, met: bool = True) -> None:
     """Refused unless ``peer`` may take files of ``kind``. Of one not ``met`` yet nothing need be known."""
     allowed = KINDS[kind].receivers if kind in KINDS else NOBODY
     _require(links, peer, allowed, f"files of kind {kind!r} go to a certificate with the role", met)
 
 
-def _require(links: BulkLinks, peer: str, allowed: Allowed, what: str, met: bool = True) -> None:
+def _require(links: BulkConnections, peer: str, allowed: Allowed, what: str, met: bool = True) -> None:
     if peer == links.identity.peer_id:
         return
     try:

@@ -19,7 +19,7 @@ from itertools import count
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from hypha.net.bulk.wire import LENGTH_BYTES, MAX_BLOCK_BYTES, LinkBroken, encode_block_length
+from hypha.net.bulk.wire import LENGTH_BYTES, MAX_BLOCK_BYTES, ConnectionBroken, encode_block_length
 
 KEY_BYTES = 32
 TAG_BYTES = 16
@@ -70,13 +70,13 @@ class Opener:
             told = _TOLD_PACKED if packed else None
             self._cipher.decrypt_into(_nonce(next(self._numbers)), sealed, told, block)
         except InvalidTag as exc:
-            raise LinkBroken("what came was altered on its way") from exc
+            raise ConnectionBroken("what came was altered on its way") from exc
         return block
 
 
 def _cipher(key: bytes) -> AESGCM:
     if len(key) != KEY_BYTES:
-        raise LinkBroken(f"the peer gave a key of {len(key)} bytes where one of {KEY_BYTES} was due")
+        raise ConnectionBroken(f"the peer gave a key of {len(key)} bytes where one of {KEY_BYTES} was due")
     return AESGCM(key)
 
 

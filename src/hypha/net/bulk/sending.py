@@ -33,14 +33,14 @@ from hypha.errors import (
 from hypha.messages import BulkAnswer, BulkDial, BulkOffer, PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.compression import KINDS as PACKED_KINDS
 from hypha.net.bulk.compression import Known, Packing
-from hypha.net.bulk.connection import Link
+from hypha.net.bulk.connection import BulkConnection
 from hypha.net.bulk.files import FileChanged, SourceFile
-from hypha.net.bulk.kept_connections import SENDER_KEEPS_S, KeptLinks
-from hypha.net.bulk.rendezvous import Expected, Meeting
+from hypha.net.bulk.kept_connections import SENDER_KEEPS_S, KeptConnections
+from hypha.net.bulk.rendezvous import Expected, Rendezvous
 from hypha.net.bulk.roles import require_receiver
 from hypha.net.bulk.signals import note_link, sending
-from hypha.net.bulk.slots import Places
-from hypha.net.bulk.wire import BulkLinks, Frame, Go, LinkBroken, Verdict, Working, fits
+from hypha.net.bulk.slots import TransferSlots
+from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, Frame, Go, Verdict, Working, fits
 from hypha.node import Provider, Served
 from hypha.telemetry.instruments import PACKED_BYTES
 from hypha.tracing import traceparent
@@ -85,15 +85,15 @@ class _Served:
 class Sending:
     """Sends files, also those that others pull."""
 
-    def __init__(self, links: BulkLinks, meeting: Meeting, tuning: TransferTuning) -> None:
+    def __init__(self, links: BulkConnections, rendezvous: Rendezvous, tuning: TransferTuning) -> None:
         self._links = links
-        self._meeting = meeting
+        self._rendezvous = rendezvous
         self._tuning = tuning
         #: what is known of the ways to peers, for whether compressing pays; the oldest go first
         self._lines: dict[str, Known] = {}
         at_once = tuning.sends
-        self.places = Places(at_once)
-        self.kept = KeptLinks(SENDER_KEEPS_S)
+        self.places = TransferSlots(at_once)
+        self.kept = KeptConnections(SENDER_KEEPS_S)
         self._limiter = trio.CapacityLimiter(2 * at_once)
         self._ways: dict[str, tuple[Way, float]] = {}
         #: until when, and what was wrong
@@ -147,7 +147,7 @@ class Sending:
                 busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
                 await trio.sleep(busy_s * random.uniform(0.5, 1.0))
                 continue
-            except (LinkBroken, PeerUnreachable, RequestTimeout) as exc:
+            except (ConnectionBroken, PeerUnreachable, RequestTimeout) as exc:
                 reason = str(exc)
                 self.kept.drop(peer_id)
                 logger.info("Sending %s was interrupted: %s.", meta.name, reason, extra={"peer_id": peer_id})
@@ -171,7 +171,7 @@ class Sending:
         # an offer is repeated while it waits; what is offered must be there first
         source = await trio.to_thread.run_sync(SourceFile, attempt.path, meta.size, limiter=self._limiter)
         try:
-            with self._meeting.expect(attempt.token, Expected(attempt.peer_id)) as expected:
+            with self._rendezvous.expect(attempt.token, Expected(attempt.peer_id)) as expected:
                 met = await self._offer_over_kept(attempt)
                 # without the wait for our turn there
                 started = trio.current_time()
@@ -189,7 +189,7 @@ class Sending:
                         return go
                     before = go.offset
                     if not 0 <= before <= meta.size:
-                        raise LinkBroken(f"the peer wants to start at byte {before} of {meta.size}")
+                        raise ConnectionBroken(f"the peer wants to start at byte {before} of {meta.size}")
                     attempt.offset = before
                     attempt.link = link
                     note_link(link, before)
@@ -237,7 +237,7 @@ class Sending:
                 extra={"peer_id": attempt.peer_id},
             )
 
-    async def _offer_over_kept(self, attempt: _Attempt) -> tuple[Link, Go | Verdict] | None:
+    async def _offer_over_kept(self, attempt: _Attempt) -> tuple[BulkConnection, Go | Verdict] | None:
         """A link that was kept and the receiver's word for this file; None when it has to be offered by a
         request. Refused.
         """
@@ -254,7 +254,7 @@ class Sending:
         word = None
         try:
             word = await _first_word(link, lambda: link.ask(offer))
-        except LinkBroken as exc:
+        except ConnectionBroken as exc:
             self.kept.drop(link.peer)
             # it may have cost a while
             logger.info("A connection that was kept is of no use: %s.", exc, extra={"peer_id": link.peer})
@@ -288,7 +288,7 @@ class Sending:
 
     async def _connect(
         self, attempt: _Attempt, answer: BulkAnswer, expected: Expected
-    ) -> tuple[Link, Go | Verdict]:
+    ) -> tuple[BulkConnection, Go | Verdict]:
         peer = attempt.peer_id
         problems = []
         for way in self._ways_to(peer):
@@ -297,7 +297,7 @@ class Sending:
             try:
                 link = await self._try_way(way, attempt, answer, expected)
                 word = await _first_word(link, link.hear)
-            except LinkBroken as exc:
+            except ConnectionBroken as exc:
                 problems.append(f"{way}: {exc}")
                 self._way_failed(peer, way, str(exc))
                 if link is not None:
@@ -318,7 +318,7 @@ class Sending:
                 link.way = way
                 return link, word
         self._ways.pop(peer, None)
-        raise LinkBroken("; ".join(problems))
+        raise ConnectionBroken("; ".join(problems))
 
     def _ways_to(self, peer: str) -> list[Way]:
         now = trio.current_time()
@@ -338,20 +338,22 @@ class Sending:
     def _way_failed(self, peer: str, way: Way, why: str) -> None:
         self._failed_ways[peer, way] = (trio.current_time() + FAILED_WAY_LIFE_S, why)
 
-    async def _try_way(self, way: Way, attempt: _Attempt, answer: BulkAnswer, expected: Expected) -> Link:
+    async def _try_way(
+        self, way: Way, attempt: _Attempt, answer: BulkAnswer, expected: Expected
+    ) -> BulkConnection:
         if way == "direct":
-            return await self._meeting.dial(attempt.peer_id, answer.addresses, attempt.token)
+            return await self._rendezvous.dial(attempt.peer_id, answer.addresses, attempt.token)
         if way == "stream":
-            return await self._meeting.open_stream(attempt.peer_id, attempt.token)
+            return await self._rendezvous.open_stream(attempt.peer_id, attempt.token)
         addresses = tuple(self._links.bulk_addresses())
         request = BulkDial(token=attempt.token, addresses=addresses)
         try:
             await self._links.request(attempt.peer, request, DIAL_BACK_TIMEOUT_S)
         except NetworkError as exc:
-            raise LinkBroken(str(exc)) from exc
+            raise ConnectionBroken(str(exc)) from exc
         with trio.move_on_after(FIRST_WORD_S):
             return await expected.take()
-        raise LinkBroken("the peer says that it connected, but nothing came")
+        raise ConnectionBroken("the peer says that it connected, but nothing came")
 
     async def provide(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         """The file that a pull names. Refused."""
@@ -428,7 +430,7 @@ class _Attempt:
     meta: TransferMeta
     token: str
     offset: int = 0
-    link: Link | None = None
+    link: BulkConnection | None = None
     packing: Packing | None = None
 
     def moved(self) -> object:
@@ -440,18 +442,18 @@ def _nobody(caller: str, request: PullFile, error: Exception | None) -> None:
     """Told of a file that was served where nobody wants to know."""
 
 
-async def _first_word(link: Link, hear: Callable[[], Awaitable[Frame]]) -> Go | Verdict:
+async def _first_word(link: BulkConnection, hear: Callable[[], Awaitable[Frame]]) -> Go | Verdict:
     """What the receiver says to a file. LinkBroken when it says nothing for ``FIRST_WORD_S``, or nonsense."""
     word: Frame | None = None
     with trio.move_on_after(FIRST_WORD_S):
         word = await hear()
     if word is None:
-        raise LinkBroken(f"no word within {FIRST_WORD_S:g} s")
+        raise ConnectionBroken(f"no word within {FIRST_WORD_S:g} s")
     while isinstance(word, Working):
         # hashing what it has already may take the receiver minutes
         word = await link.hear()
     if not isinstance(word, Go | Verdict):
-        raise LinkBroken(f"the peer said {type(word).__name__} where Go was due")
+        raise ConnectionBroken(f"the peer said {type(word).__name__} where Go was due")
     return word
 
 

@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, get_current_span
 
 from hypha.errors import NetworkError, Refused
 from hypha.messages import TransferMeta
-from hypha.net.bulk.connection import Link
+from hypha.net.bulk.connection import BulkConnection
 from hypha.net.bulk.inbound import Inbound
 from hypha.telemetry.instruments import TRANSFER_BYTES, TRANSFER_DURATION
 from hypha.tracing import event, failed, span
@@ -69,7 +69,7 @@ def receiving(inbound: Inbound) -> Iterator[None]:
         )
 
 
-def note_link(link: Link, offset: int | None = None) -> None:
+def note_link(link: BulkConnection, offset: int | None = None) -> None:
     """Note in the span of a transfer over which connection it goes, and what was there already."""
     found: dict[str, Attribute] = {
         "hypha.transfer.way": link.way,

@@ -26,7 +26,7 @@ class _Held:
     since: float = 0.0
 
 
-class Places:
+class TransferSlots:
     """``count`` places, first come, first served; ``run`` must be running for any to be lent."""
 
     def __init__(self, count: int) -> None:

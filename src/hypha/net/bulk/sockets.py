@@ -22,7 +22,7 @@ import trio
 from hypha.errors import IdentityError
 from hypha.messages import TransferMeta
 from hypha.net.bulk.compression import Packing
-from hypha.net.bulk.connection import Link, Tally
+from hypha.net.bulk.connection import BulkConnection, TransferredBytes
 from hypha.net.bulk.files import PartFile, SourceFile
 from hypha.net.bulk.sealing import TAG_BYTES, Opener, Sealer, new_key
 from hypha.net.bulk.wire import (
@@ -33,9 +33,9 @@ from hypha.net.bulk.wire import (
     STALL_TIMEOUT_S,
     BlockPacker,
     BlockUnpacker,
+    ConnectionBroken,
     Frame,
     Go,
-    LinkBroken,
     Verdict,
     Working,
     decode_block_length,
@@ -56,10 +56,12 @@ _FIRST_SEALED_BYTES = 16 << 10
 _DRAIN_S = 3.0
 
 
-class SocketLink(Link):
+class SocketConnection(BulkConnection):
     """Over a blocking TLS socket."""
 
-    def __init__(self, sock: ssl.SSLSocket, peer: str, tally: Tally, limiter: trio.CapacityLimiter) -> None:
+    def __init__(
+        self, sock: ssl.SSLSocket, peer: str, tally: TransferredBytes, limiter: trio.CapacityLimiter
+    ) -> None:
         super().__init__(peer, tally)
         self._sock = sock
         self._limiter = limiter
@@ -97,7 +99,7 @@ class SocketLink(Link):
 
     async def drain(self) -> None:
         # bounded as a whole by shutting the socket down, which cancelling does
-        with trio.move_on_after(_DRAIN_S), contextlib.suppress(LinkBroken):
+        with trio.move_on_after(_DRAIN_S), contextlib.suppress(ConnectionBroken):
             await self._in_thread(self._drain)
 
     async def close(self) -> None:
@@ -132,7 +134,7 @@ class SocketLink(Link):
         while view:
             count = read(view)
             if not count:
-                raise LinkBroken("the peer closed the connection")
+                raise ConnectionBroken("the peer closed the connection")
             self.heard += count
             self._tally.sockets.add(received=count)
             view = view[count:]
@@ -198,7 +200,7 @@ class SocketLink(Link):
             if isinstance(frame, Verdict):
                 return frame
             if not isinstance(frame, Working):
-                raise LinkBroken(f"the peer said {type(frame).__name__} where its verdict was due")
+                raise ConnectionBroken(f"the peer said {type(frame).__name__} where its verdict was due")
 
     def _collect(self, part: PartFile, meta: TransferMeta, zstd_blocks: bool) -> None:
         whole = meta.encoding == "zstd"
@@ -221,7 +223,7 @@ class SocketLink(Link):
             if whole or packed:
                 block = unpacker.unpack(block)
             if len(block) > left:
-                raise LinkBroken("the peer sent more than it promised")
+                raise ConnectionBroken("the peer sent more than it promised")
             part.write(block)
             self._tally.add(received=len(block))
 
@@ -232,7 +234,7 @@ class SocketLink(Link):
             pass
 
 
-def is_trusted(link: SocketLink, identity: Identity) -> bool:
+def is_trusted(link: SocketConnection, identity: Identity) -> bool:
     """Whether the certificate at the other end of ``link`` is still good; it was when they shook hands."""
     try:
         identity.check(link.certificate)
@@ -267,11 +269,11 @@ async def in_thread(sock: socket.socket, work: Callable[[], T], limiter: trio.Ca
     try:
         return result.unwrap()
     except TimeoutError as exc:
-        raise LinkBroken(f"no byte moved for {sock.gettimeout():g} s") from exc
+        raise ConnectionBroken(f"no byte moved for {sock.gettimeout():g} s") from exc
     except OSError as exc:
-        raise LinkBroken(str(exc) or repr(exc)) from exc
+        raise ConnectionBroken(str(exc) or repr(exc)) from exc
     except ValueError as exc:
         # what poll and ssl make of a socket that was closed under them
         if sock.fileno() >= 0:
             raise
-        raise LinkBroken("the connection was closed here") from exc
+        raise ConnectionBroken("the connection was closed here") from exc

@@ -17,7 +17,7 @@ from libp2p.abc import ConnectionType
 
 from hypha.messages import TransferMeta
 from hypha.net.bulk.compression import Packing
-from hypha.net.bulk.connection import Link, Tally
+from hypha.net.bulk.connection import BulkConnection, TransferredBytes
 from hypha.net.bulk.files import PartFile, SourceFile
 from hypha.net.bulk.wire import (
     BLOCK_BYTES,
@@ -26,9 +26,9 @@ from hypha.net.bulk.wire import (
     STALL_TIMEOUT_S,
     BlockPacker,
     BlockUnpacker,
+    ConnectionBroken,
     Frame,
     Go,
-    LinkBroken,
     Verdict,
     Working,
     decode_block_length,
@@ -50,10 +50,12 @@ _WRITE_S = 0.05
 _DRAIN_S = 3.0
 
 
-class StreamLink(Link):
+class StreamConnection(BulkConnection):
     """Over a libp2p stream."""
 
-    def __init__(self, stream: Any, peer: str, tally: Tally, limiter: trio.CapacityLimiter) -> None:
+    def __init__(
+        self, stream: Any, peer: str, tally: TransferredBytes, limiter: trio.CapacityLimiter
+    ) -> None:
         super().__init__(peer, tally)
         self._stream = stream
         self._limiter = limiter
@@ -103,7 +105,7 @@ class StreamLink(Link):
         if not isinstance(heard, outcome.Value):
             sent.unwrap()
         if heard is None:
-            raise LinkBroken("the stream broke")
+            raise ConnectionBroken("the stream broke")
         return heard.unwrap()
 
     async def _hear_verdict(self, written: trio.Event) -> Verdict:
@@ -114,7 +116,7 @@ class StreamLink(Link):
             if isinstance(frame, Verdict):
                 return frame
             if not isinstance(frame, Working):
-                raise LinkBroken(f"the peer said {type(frame).__name__} where its verdict was due")
+                raise ConnectionBroken(f"the peer said {type(frame).__name__} where its verdict was due")
 
     async def _send_blocks(
         self, source: SourceFile, meta: TransferMeta, offset: int, packing: Packing | None
@@ -163,11 +165,11 @@ class StreamLink(Link):
                 if whole or packed:
                     data = unpacker.unpack(data)
                 if len(data) > left:
-                    raise LinkBroken("the peer sent more than it promised")
+                    raise ConnectionBroken("the peer sent more than it promised")
             else:
                 try:
                     data = await self._read_exactly(min(left, BLOCK_BYTES), None)
-                except LinkBroken:
+                except ConnectionBroken:
                     await self._call(part.write, bytes(self._buffer[:left]))
                     raise
             await self._call(part.write, data)
@@ -198,9 +200,9 @@ class StreamLink(Link):
             try:
                 await self._stream.write(data)
             except STREAM_ERRORS as exc:
-                raise LinkBroken(f"the stream broke: {exc!r}") from exc
+                raise ConnectionBroken(f"the stream broke: {exc!r}") from exc
         if scope.cancelled_caught:
-            raise LinkBroken(f"no byte moved for {STALL_TIMEOUT_S:g} s")
+            raise ConnectionBroken(f"no byte moved for {STALL_TIMEOUT_S:g} s")
         self.went += len(data)
 
     async def _read_block(self, limit: int) -> bytes:
@@ -216,13 +218,13 @@ class StreamLink(Link):
                     wanted = count - len(self._buffer)
                     data = await self._stream.read(wanted if cap is None else min(wanted, cap.portion))
                 except STREAM_ERRORS as exc:
-                    raise LinkBroken(f"the stream broke: {exc!r}") from exc
+                    raise ConnectionBroken(f"the stream broke: {exc!r}") from exc
                 if not data:
-                    raise LinkBroken("the peer closed the stream")
+                    raise ConnectionBroken("the peer closed the stream")
                 self._buffer += data
                 self.heard += len(data)
             if scope.cancelled_caught and (quiet_from is None or quiet_from.is_set()):
-                raise LinkBroken(f"no byte moved for {STALL_TIMEOUT_S:g} s")
+                raise ConnectionBroken(f"no byte moved for {STALL_TIMEOUT_S:g} s")
             if cap is not None:
                 await cap.sleep(len(data))
         data = bytes(self._buffer[:count])

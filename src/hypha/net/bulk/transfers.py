@@ -4,7 +4,7 @@
 and its answer) and carried by a connection of its own, so that ten gigabytes do not delay the renewal of
 a lease: mutual TLS on a socket that either side may have dialled, or a libp2p stream through a relay. It
 is acknowledged when the receiver has verified it and taken it. The rest is in the ``bulk_*`` modules:
-what is said (``wire``), files (``files``), connections (``links``, ``sockets``, ``streams``, ``meeting``)
+what is said (``wire``), files (``files``), connections (``links``, ``sockets``, ``streams``, ``rendezvous``)
 and the two ends (``sending``, ``receiving``).
 """
 
@@ -31,10 +31,10 @@ from hypha.errors import (
 )
 from hypha.messages import QUICK_KINDS, BulkOffer, JobStamp, PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.bandwidth import Caps
-from hypha.net.bulk.connection import Tally
+from hypha.net.bulk.connection import TransferredBytes
 from hypha.net.bulk.files import (
     DiskFailed,
-    Hasher,
+    StreamHash,
     WrongHash,
     hash_file,
     quick_hasher,
@@ -42,15 +42,15 @@ from hypha.net.bulk.files import (
 )
 from hypha.net.bulk.inbound import Acceptor
 from hypha.net.bulk.receiving import Receiving
-from hypha.net.bulk.rendezvous import Meeting
+from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.roles import require_sender
 from hypha.net.bulk.sending import BUSY_FOR_S, BUSY_PAUSE_S, Sending, new_token
 from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
-from hypha.net.bulk.wire import BulkLinks
+from hypha.net.bulk.wire import BulkConnections
 from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import chance, in_thread
 
-__all__ = ["BulkLinks", "BulkTransfers", "meta_of"]
+__all__ = ["BulkConnections", "BulkTransfers", "meta_of"]
 
 #: Threads of the bulk plane beyond those of transfers in which bytes move: for transfers in which nothing
 #: does, and handshakes of connections being made.
@@ -67,7 +67,7 @@ class BulkTransfers:
 
     def __init__(
         self,
-        links: BulkLinks,
+        links: BulkConnections,
         limits: Mapping[str, int] | None = None,
         caps: Caps | None = None,
         tuning: TransferTuning | None = None,
@@ -75,11 +75,11 @@ class BulkTransfers:
     ) -> None:
         tuning = tuning or TransferTuning()
         self._links = links
-        self._tally = Tally(caps)
+        self._tally = TransferredBytes(caps)
         threads = MAX_THREADS + 2 * (tuning.sends + tuning.receives)
-        self._meeting = Meeting(links, self._tally, trio.CapacityLimiter(threads), buffers)
-        self._receiving = Receiving(links, self._meeting, limits or {}, tuning.receives)
-        self._sending = Sending(links, self._meeting, tuning)
+        self._rendezvous = Rendezvous(links, self._tally, trio.CapacityLimiter(threads), buffers)
+        self._receiving = Receiving(links, self._rendezvous, limits or {}, tuning.receives)
+        self._sending = Sending(links, self._rendezvous, tuning)
 
     @property
     def bytes_sent(self) -> int:
@@ -98,7 +98,7 @@ class BulkTransfers:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; then every thread and socket of the bulk plane is ended."""
-        self._meeting.start()
+        self._rendezvous.start()
         try:
             async with trio.open_nursery() as nursery:
                 self._receiving.nursery = self._sending.nursery = nursery
@@ -110,17 +110,17 @@ class BulkTransfers:
         finally:
             self._receiving.nursery = self._sending.nursery = None
             self._receiving.kept.nursery = self._sending.kept.nursery = None
-            self._meeting.close()
+            self._rendezvous.close()
 
     def serve_socket(self, sock: socket.socket) -> None:
         """Take over an incoming blocking connection; a thread's main function. Returns within the
         handshake time-outs, whatever the peer does, and at once when ``run`` ends. Never raises.
         """
-        self._meeting.serve_socket(sock)
+        self._rendezvous.serve_socket(sock)
 
     async def cut_untrusted(self) -> None:
         """End connections with peers whose certificates are not trusted any more."""
-        await self._meeting.cut_untrusted()
+        await self._rendezvous.cut_untrusted()
 
     async def send(self, peer: PeerRef | str, path: Path, meta: TransferMeta) -> None:
         """Send a file; returns when the receiver has verified and acknowledged it.
@@ -356,7 +356,7 @@ async def meta_of(
     )
 
 
-async def _hashed(path: Path, hasher: Hasher) -> tuple[int, str]:
+async def _hashed(path: Path, hasher: StreamHash) -> tuple[int, str]:
     stop = threading.Event()
     try:
         return await in_thread(hash_file, path, stop, hasher, abandon_on_cancel=True)

@@ -47,7 +47,7 @@ LENGTH_BYTES = _LENGTH.size
 _PACKED = 1 << 31
 
 
-class BulkLinks(Protocol):
+class BulkConnections(Protocol):
     """What the bulk plane needs of its node; ``hypha.net.node.Node`` is one."""
 
     @property
@@ -123,7 +123,7 @@ Frame = Hello | Go | Working | Verdict | BulkOffer
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 
-class LinkBroken(Exception):
+class ConnectionBroken(Exception):
     """A connection of the bulk plane ended, stalled or said nonsense."""
 
 
@@ -143,7 +143,7 @@ def decode_frame(payload: bytes) -> Frame:
     try:
         return decode(_decoder.decode, payload)
     except Undecodable as exc:
-        raise LinkBroken(f"the peer sent nonsense: {exc}") from exc
+        raise ConnectionBroken(f"the peer sent nonsense: {exc}") from exc
 
 
 def encode_length(length: int) -> bytes:
@@ -155,7 +155,7 @@ def decode_length(head: bytes, limit: int) -> int:
     """Length of a frame or block; LinkBroken over ``limit``."""
     (length,) = _LENGTH.unpack(head)
     if not 0 < length <= limit:
-        raise LinkBroken(f"the peer announced {length} bytes where at most {limit} may come")
+        raise ConnectionBroken(f"the peer announced {length} bytes where at most {limit} may come")
     return int(length)
 
 
@@ -194,7 +194,7 @@ class BlockUnpacker:
             # what a frame promises is allocated before it is read: look at it first
             promised = zstandard.get_frame_parameters(data).content_size
             if not 0 < promised <= BLOCK_BYTES:
-                raise LinkBroken(f"the peer sent a compressed block of {promised} bytes")
+                raise ConnectionBroken(f"the peer sent a compressed block of {promised} bytes")
             return self._decompressor.decompress(data)
         except zstandard.ZstdError as exc:
-            raise LinkBroken(f"the peer sent a block that cannot be decompressed: {exc}") from exc
+            raise ConnectionBroken(f"the peer sent a block that cannot be decompressed: {exc}") from exc

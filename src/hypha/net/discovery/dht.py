@@ -43,7 +43,7 @@ from hypha.net.libp2p.traced_messages import add_traceparent, traceparent_of
 from hypha.net.peers.addresses import MAX_ADDRESSES
 from hypha.net.peers.dialing import Dialer
 from hypha.net.peers.gateways import Gateways
-from hypha.net.peers.table import Peers
+from hypha.net.peers.table import PeerTable
 from hypha.telemetry.instruments import DHT_QUERIES, DHT_QUERY_DURATION
 from hypha.tracing import failed, span, start_span
 from hypha.tracing.operations import DHT_ANSWER, DHT_LOOKUP, DHT_PROVIDE
@@ -99,7 +99,7 @@ def query_of(message: Any) -> str | None:
 class DhtServer:
     """The gateway's side: the library's server, whose routing table holds servers only."""
 
-    def __init__(self, host: Any, streams: Streams, peers: Peers, nursery: trio.Nursery) -> None:
+    def __init__(self, host: Any, streams: Streams, peers: PeerTable, nursery: trio.Nursery) -> None:
         self._host = host
         self._streams = streams
         self._peers = peers
@@ -180,7 +180,7 @@ class DhtServer:
         return closest
 
     def _add_provider(self, key: bytes, provider: PeerInfo) -> None:
-        self._records.make_room(key, str(provider.peer_id))
+        self._records.make_space(key, str(provider.peer_id))
         self._library_add_provider(key, provider)
 
     async def _add_if_server(self, peer: str) -> None:
@@ -252,7 +252,7 @@ class DhtClient:
         streams: Streams,
         dialer: Dialer,
         gateways: Gateways,
-        peers: Peers,
+        peers: PeerTable,
         own_ref: Callable[[], PeerRef],
         learn: Callable[[PeerRef], None],
         timeout_s: float,

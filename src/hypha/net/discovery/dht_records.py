@@ -43,7 +43,7 @@ class Records:
         #: of each peer the keys under which it may be kept, the one announced longest ago first
         self._keys: dict[str, dict[bytes, None]] = {}
 
-    def make_room(self, key: bytes, peer: str) -> None:
+    def make_space(self, key: bytes, peer: str) -> None:
         """Before ``peer`` is kept under ``key``."""
         known = self._table.get(key, {})
         if len(known) >= MAX_PROVIDERS and peer not in known:

@@ -27,7 +27,7 @@ from hypha.errors import NetworkError, Undecodable
 from hypha.messages import WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, PeerRef, WorkerRequest
 from hypha.net.discovery.publishers import Publishers
 from hypha.net.libp2p import pubsub
-from hypha.node import Heard
+from hypha.node import PublishedRequest
 from hypha.telemetry.instruments import GOSSIP_MESSAGES
 from hypha.tracing import hop_traceparent, span, start_span, traceparent
 from hypha.tracing.operations import GOSSIP_PUBLISH, GOSSIP_RECEIVE, GOSSIP_RELAY
@@ -67,7 +67,7 @@ class Gossip:
         self._publishers = publishers
         self._connect = connect
         #: publishers of which nothing is known yet, while they are being connected with
-        self._meeting: set[str] = set()
+        self._connecting: set[str] = set()
         pubsub.install()
         self._router = pubsub.Router(
             protocols=[PROTOCOL_ID_V12],
@@ -79,11 +79,13 @@ class Gossip:
             max_messages_per_topic_per_second=1000,
         )
         self._router.begin_relaying = self._begin_relaying
-        self._pubsub = pubsub.Company(host, self._router, concerns)
+        self._pubsub = pubsub.ScopedPubsub(host, self._router, concerns)
         self._pubsub.set_topic_validator(WORKER_TOPIC, self._may_publish, False)
         # message numbers of a restarted node must not repeat those its peers still remember
         self._pubsub.counter = time.time_ns()
-        self._listeners: set[tuple[trio.MemorySendChannel[Heard], trio.MemoryReceiveChannel[Heard]]] = set()
+        self._listeners: set[
+            tuple[trio.MemorySendChannel[PublishedRequest], trio.MemoryReceiveChannel[PublishedRequest]]
+        ] = set()
 
     async def start(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
         """Run until ``stack`` is unwound."""
@@ -134,9 +136,9 @@ class Gossip:
             logger.warning("Nobody is there to pass a worker request on; it is published all the same.")
 
     @asynccontextmanager
-    async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[Heard]]:
+    async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[PublishedRequest]]:
         """A channel of (publisher, message), from now on; for a slow reader the oldest are dropped."""
-        channel = trio.open_memory_channel[Heard](BACKLOG)
+        channel = trio.open_memory_channel[PublishedRequest](BACKLOG)
         self._listeners.add(channel)
         try:
             async with channel[1]:
@@ -196,8 +198,8 @@ class Gossip:
         forwarder = self._pubsub.forwarder_of(raw)
         if self._publishers.are_known(publisher, envelope.certificates):
             self._take(envelope, publisher, forwarder)
-        elif self._listeners and len(self._meeting) < MAX_MEETING and publisher not in self._meeting:
-            self._meeting.add(publisher)
+        elif self._listeners and len(self._connecting) < MAX_MEETING and publisher not in self._connecting:
+            self._connecting.add(publisher)
             nursery.start_soon(self._meet, envelope, publisher, forwarder)
 
     async def _meet(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
@@ -212,7 +214,7 @@ class Gossip:
             else:
                 self._take(envelope, publisher, forwarder)
         finally:
-            self._meeting.discard(publisher)
+            self._connecting.discard(publisher)
 
     def _take(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
         GOSSIP_MESSAGES.add(event="received")
@@ -224,7 +226,7 @@ class Gossip:
         parent = _passed_on(envelope.traceparent, publisher, forwarder)
         with span(GOSSIP_RECEIVE, attributes, kind=SpanKind.CONSUMER, parent=parent):
             for send, receive in self._listeners:
-                _put(send, receive, Heard(publisher, envelope.body, traceparent()))
+                _put(send, receive, PublishedRequest(publisher, envelope.body, traceparent()))
 
     def _begin_relaying(self, raw: Any, forwarder: str) -> Callable[[set[str]], None]:
         """A message of somebody else is about to be passed on."""
@@ -274,7 +276,9 @@ def _hop(sent_in: str | None, peer: str) -> str | None:
 
 
 def _put(
-    send: trio.MemorySendChannel[Heard], receive: trio.MemoryReceiveChannel[Heard], heard: Heard
+    send: trio.MemorySendChannel[PublishedRequest],
+    receive: trio.MemoryReceiveChannel[PublishedRequest],
+    heard: PublishedRequest,
 ) -> None:
     try:
         send.send_nowait(heard)

@@ -13,7 +13,7 @@ from hypha.access import TOPICS, carries, may_act_as, named
 from hypha.errors import IdentityError, PeerUnreachable
 from hypha.messages import MAX_CERTIFICATES
 from hypha.naming import shown
-from hypha.net.peers.table import Peers
+from hypha.net.peers.table import PeerTable
 from hypha.pki.identity import Identity
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ MAX_TOLD = 1024
 class Publishers:
     """Judges publishers by ``identity``'s trust and by the connections of ``peers``."""
 
-    def __init__(self, identity: Identity, require_roles: bool, peers: Peers) -> None:
+    def __init__(self, identity: Identity, require_roles: bool, peers: PeerTable) -> None:
         self._identity = identity
         self._require_roles = require_roles
         self._peers = peers

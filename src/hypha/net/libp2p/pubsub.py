@@ -103,7 +103,7 @@ class Router(GossipSub):  # type: ignore[misc]
             receivers.add(str(peer_id))
 
 
-class Company(Pubsub):  # type: ignore[misc]
+class ScopedPubsub(Pubsub):  # type: ignore[misc]
     """Pubsub with those peers only that ``concerns`` names, by PeerID.
 
     The library's speaks it with every peer: a scheduler that twenty workers connect to would open twenty

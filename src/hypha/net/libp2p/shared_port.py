@@ -27,7 +27,7 @@ from hypha.config.tuning import ConnectionTuning
 from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
 from hypha.net.byte_counts import ByteCounts
 from hypha.net.peers.addresses import host_and_port, parse
-from hypha.net.peers.inbound_connections import Arrival, Arrivals
+from hypha.net.peers.inbound_connections import InboundConnection, InboundConnections
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class WatchedStream(TrioTCPStream):  # type: ignore[misc]
         stream: trio.SocketStream,
         registry: set[WatchedStream],
         counts: ByteCounts,
-        arrival: Arrival | None = None,
+        arrival: InboundConnection | None = None,
     ) -> None:
         super().__init__(stream)
         self.arrival = arrival
@@ -160,7 +160,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
         self.serve_bulk: ServeSocket | None = None
         #: why it could not listen the last time
         self.listening_failed: OSError | None = None
-        self._arrivals = Arrivals(max_connections, limits)
+        self._arrivals = InboundConnections(max_connections, limits)
         # in these threads peers prove who they are and say what their bulk connection is for: twice as many
         # as one address may have of them. Transfers queue for their own, smaller limit behind it
         self._threads = trio.CapacityLimiter(2 * limits.unproven_per_address)
@@ -214,7 +214,10 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             )
 
     async def _dispatch(
-        self, stream: TrioTCPStream, arrival: Arrival, libp2p_handler: Callable[[Any], Awaitable[None]]
+        self,
+        stream: TrioTCPStream,
+        arrival: InboundConnection,
+        libp2p_handler: Callable[[Any], Awaitable[None]],
     ) -> None:
         connection = stream.stream.socket
         first = b""
@@ -238,7 +241,10 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             )
 
     async def _serve_libp2p(
-        self, stream: TrioTCPStream, arrival: Arrival, libp2p_handler: Callable[[Any], Awaitable[None]]
+        self,
+        stream: TrioTCPStream,
+        arrival: InboundConnection,
+        libp2p_handler: Callable[[Any], Awaitable[None]],
     ) -> None:
         # The library's handler waits for the end of the whole swarm and keeps one of its inbound slots
         # until then: a long-lived gateway would run out of them. It is ended with its connection.

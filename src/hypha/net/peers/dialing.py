@@ -29,7 +29,7 @@ from hypha.net.options import Timings
 from hypha.net.peers.addresses import MAX_ADDRESSES, Address, AddressBook, ip_of, parse
 from hypha.net.peers.reasons import failure_of, reason_of, root_of, says_refused
 from hypha.net.peers.shut_out import ShutOut, is_of_certificate
-from hypha.net.peers.table import Peers, address_of, direction_of, is_relayed
+from hypha.net.peers.table import PeerTable, address_of, direction_of, is_relayed
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 from hypha.tracing import failed, start_span, traceparent, untraced
 from hypha.tracing.operations import CONNECT
@@ -99,7 +99,7 @@ class Dialer:
         swarm: Any,
         security: MutualTls,
         book: AddressBook,
-        peers: Peers,
+        peers: PeerTable,
         timings: Timings,
         nursery: trio.Nursery,
     ) -> None:

@@ -35,7 +35,7 @@ from hypha.messages import (
 from hypha.naming import cleaned, shown
 from hypha.net.libp2p.mutual_tls import HANDSHAKE_TIMEOUT_S, TlsConnection
 from hypha.net.peers.refusals import SAME_CERTIFICATE, Refusal
-from hypha.net.peers.table import Peers, secured
+from hypha.net.peers.table import PeerTable, secured
 from hypha.node import Changes
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Doubles:
     def __init__(
         self,
         own: NodeRun,
-        peers: Peers,
+        peers: PeerTable,
         request: Ask,
         gateways: Callable[[], list[str]] | None,
         nursery: trio.Nursery,

@@ -19,7 +19,7 @@ from hypha.net.libp2p.relay import RelayClient
 from hypha.net.options import Timings
 from hypha.net.peers.addresses import Address, AddressBook
 from hypha.net.peers.dialing import Dialer
-from hypha.net.peers.table import Peers
+from hypha.net.peers.table import PeerTable
 from hypha.node import Changes
 from hypha.waiting import Reminder
 
@@ -60,7 +60,7 @@ class Gateways:
         addresses: tuple[str, ...],
         book: AddressBook,
         dialer: Dialer,
-        peers: Peers,
+        peers: PeerTable,
         relay: RelayClient,
         timings: Timings,
     ) -> None:

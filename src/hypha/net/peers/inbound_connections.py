@@ -42,10 +42,10 @@ def source_of(host: str) -> str:
 
 
 @dataclass(eq=False)
-class Arrival:
+class InboundConnection:
     """A connection that was dialled from outside. ``cut`` ends it; None when nothing can end it early."""
 
-    places: Arrivals
+    places: InboundConnections
     source: str
     cut: Callable[[], None] | None
     since: float = field(default_factory=trio.current_time)
@@ -63,7 +63,7 @@ class Arrival:
         self.places._leave(self)
 
 
-class Arrivals:
+class InboundConnections:
     """``max_connections`` of peers that are known; the anonymous ones come on top of them.
 
     Two sides that dial each other at once have a connection each, and one more is there while the end of the
@@ -75,9 +75,9 @@ class Arrivals:
         self._max_known = max_connections
         self._limits = limits or ConnectionTuning()
         #: in the order in which they came
-        self._anonymous: dict[Arrival, None] = {}
+        self._anonymous: dict[InboundConnection, None] = {}
         self._per_source: Counter[str] = Counter()
-        self._known: dict[Arrival, None] = {}
+        self._known: dict[InboundConnection, None] = {}
         self._per_peer: Counter[str] = Counter()
         self.over_limit = OverLimit()
         #: who shares a lease with this node
@@ -88,7 +88,7 @@ class Arrivals:
         """How many are being looked at."""
         return len(self._anonymous)
 
-    def arrive(self, host: str, cut: Callable[[], None] | None) -> Arrival | None:
+    def arrive(self, host: str, cut: Callable[[], None] | None) -> InboundConnection | None:
         """A place for a connection from ``host``; None when there is none."""
         source = source_of(host)
         if self._per_source[source] >= self._limits.unproven_per_address:
@@ -97,17 +97,17 @@ class Arrivals:
             crowded = None
         else:
             return self._admit(source, cut)
-        if not self._make_room(crowded):
+        if not self._make_space(crowded):
             return None
         return self._admit(source, cut)
 
-    def _admit(self, source: str, cut: Callable[[], None] | None) -> Arrival:
-        arrival = Arrival(self, source, cut)
+    def _admit(self, source: str, cut: Callable[[], None] | None) -> InboundConnection:
+        arrival = InboundConnection(self, source, cut)
         self._anonymous[arrival] = None
         self._per_source[source] += 1
         return arrival
 
-    def _make_room(self, source: str | None) -> bool:
+    def _make_space(self, source: str | None) -> bool:
         """End the oldest one of ``source``, or of the one that has the most; False when all are young."""
         if source is None:
             ((source, _),) = self._per_source.most_common(1)
@@ -121,12 +121,12 @@ class Arrivals:
                 return True
         return False
 
-    def _authenticate(self, arrival: Arrival, peer: str) -> str | None:
+    def _authenticate(self, arrival: InboundConnection, peer: str) -> str | None:
         if arrival not in self._anonymous:
             return "it took too long, and its place was needed"
         reason = None
         full = len(self._known) >= self._max_known
-        if full and not (self.is_partner(peer) and self._make_known_room()):
+        if full and not (self.is_partner(peer) and self._make_known_slot()):
             reason = f"it has {self._max_known} connections, as many as it may"
         elif self._per_peer[peer] >= self._limits.per_peer:
             reason = f"it has {self._limits.per_peer} connections of this node already"
@@ -145,7 +145,7 @@ class Arrivals:
         self._per_peer[peer] += 1
         return None
 
-    def _make_known_room(self) -> bool:
+    def _make_known_slot(self) -> bool:
         """End one of the connections of the peer with the most, no partner's; False where there is none."""
         for peer, _ in self._per_peer.most_common():
             if self.is_partner(peer):
@@ -162,7 +162,7 @@ class Arrivals:
                     return True
         return False
 
-    def _leave(self, arrival: Arrival) -> None:
+    def _leave(self, arrival: InboundConnection) -> None:
         if arrival in self._anonymous:
             del self._anonymous[arrival]
             _less(self._per_source, arrival.source)

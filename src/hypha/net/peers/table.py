@@ -70,7 +70,7 @@ def round_trip_of(connection: Any) -> float | None:
     return connection.muxed_conn.rtt() or None
 
 
-class Peers(INotifee):  # type: ignore[misc]
+class PeerTable(INotifee):  # type: ignore[misc]
     """Who is connected. Listens to the swarm; ``on_lost`` are called when a peer is gone altogether."""
 
     def __init__(self, swarm: Any, identity: Identity, timings: Timings, nursery: trio.Nursery) -> None:

@@ -38,7 +38,7 @@ _UNDECIDED_S = 10.0
 _MISSED_PAUSE_S = 1.0
 
 
-class Dataset:
+class ServedDataset:
     """A dataset and who serves it now. ``providers`` may become empty, and fill again."""
 
     def __init__(
@@ -122,7 +122,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ManifestChoice:
     """Which data is meant where several are served under one name, by the hashes of their manifests: the one
     that is ``pinned`` by the job, else the one ``known`` from its ledger.
     """
@@ -137,8 +137,8 @@ async def find_dataset(
     wait_s: float | None,
     say: Callable[[str], None] = lambda why: None,
     pins: Pins = _ANY,
-    wanted: Wanted = Wanted(),
-) -> Dataset:
+    wanted: ManifestChoice = ManifestChoice(),
+) -> ServedDataset:
     """Wait until somebody whom ``pins`` allow serves ``name``, at most ``wait_s``; ``say`` is told why it is
     not there yet.
 
@@ -200,7 +200,7 @@ class _Choice:
     is waited for what would decide.
     """
 
-    def __init__(self, name: str, wanted: Wanted, pins: Pins, node: Node, undecided_s: float) -> None:
+    def __init__(self, name: str, wanted: ManifestChoice, pins: Pins, node: Node, undecided_s: float) -> None:
         self._name = name
         self._pins = pins
         self._wanted = wanted
@@ -212,7 +212,7 @@ class _Choice:
 
     def of(
         self, answers: dict[str, DatasetDescription], refs: dict[str, PeerRef], now: float
-    ) -> Dataset | None:
+    ) -> ServedDataset | None:
         """What is used of ``answers``, which were given at ``now``; None: look again."""
         by_hash: dict[str, list[str]] = {}
         for peer, answer in sorted(answers.items()):
@@ -225,7 +225,7 @@ class _Choice:
         self.open_because = ""
         providers = [refs[peer] for peer in by_hash[chosen]]
         described = _agreed(self._name, {peer: answers[peer] for peer in by_hash[chosen]})
-        dataset = Dataset(self._name, described, providers, self._pins)
+        dataset = ServedDataset(self._name, described, providers, self._pins)
         dataset.stated = {peer: stated(answers[peer]) for peer in by_hash[chosen]}
         for peer, answer in sorted(answers.items()):
             if answer.manifest_hash != chosen:

@@ -11,7 +11,7 @@ import trio
 from hypha.errors import Refused
 from hypha.messages import Acknowledged, ExecutorClass, NextSlice, NoSlice, Report, ReportEvent, SliceAssigned
 from hypha.node import Node
-from hypha.scheduler.data.datasets import Dataset
+from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.rounds.events import AnswerSlice, Disregarded, Input, Reported, SliceAsked, Told
 from hypha.scheduler.rounds.policy import Start
 
@@ -43,7 +43,7 @@ class Seen:
 
 
 class KeptSlices:
-    """Up to which version one life's slices are durable."""
+    """Up to which version one generation's slices are durable."""
 
     def __init__(self) -> None:
         self._version = -1
@@ -57,7 +57,7 @@ class KeptSlices:
         self._changed = trio.Event()
 
     def close(self) -> None:
-        """The life is over: nothing more is kept of it."""
+        """The generation is over: nothing more is kept of it."""
         self._closed = True
         self._changed.set()
 
@@ -68,15 +68,16 @@ class KeptSlices:
         return not self._closed
 
 
-class Desk:
-    """Answers ``ReportEvent`` and ``NextSlice``, and takes the report stream. ``current`` is the life of now:
-    where it begins, and what of its slices is kept. ``handle`` returns what the round machine answers.
+class RequestHandlers:
+    """Answers ``ReportEvent`` and ``NextSlice``, and takes the report stream. ``current`` is the current
+    generation: where it begins, and what of its slices is kept. ``handle`` returns what the round machine
+    answers.
     """
 
     def __init__(
         self,
         node: Node,
-        dataset: Dataset,
+        dataset: ServedDataset,
         current: Callable[[], tuple[Start, KeptSlices]],
         handle: Callable[[Input], AnswerSlice | None],
         is_leased: Callable[[str, str], bool],
@@ -111,14 +112,14 @@ class Desk:
             raise Refused("not-found", f"job {request.stamp.job_id} does not run here")
         if request.stamp.generation != start.generation:
             self._handle(Disregarded("stale generation"))
-            raise Refused("stale", "the job has begun another life")
+            raise Refused("stale", "the job has begun another generation")
         if not self._dataset.providers:
             return NoSlice(retry_in_s=1.0, reason="no data node serves the dataset right now")
         answer = self._handle(SliceAsked(caller, request))
         if answer is None or answer.slice is None:
             return NoSlice(retry_in_s=_RETRY_S, reason=answer.reason if answer is not None else "try again")
         if not await kept.wait(answer.kept):
-            raise Refused("stale", "the job has begun another life")
+            raise Refused("stale", "the job has begun another generation")
         got = answer.slice
         part = self._dataset.manifest.slices[got.index]
         return SliceAssigned(

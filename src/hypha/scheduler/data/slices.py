@@ -58,7 +58,7 @@ class TrackerState(Struct, frozen=True):
     next_epoch: int
     epochs: tuple[EpochState, ...] = ()
     answers: tuple[AnswerState, ...] = ()
-    #: counts the changes; of two states of one life the higher is the newer
+    #: counts the changes; of two states of one generation the higher is the newer
     version: int = 0
 
     def unassigned(self) -> TrackerState:

@@ -1,7 +1,7 @@
 """Checkpoints that the parameter server sends: kept whole or not at all, K deep, verified when loaded.
 
-Files arrive in ``incoming/``, each life of the job apart: what a dead parameter server left half-way may
-still be waited for, and must not stand in its successor's way. When the parameter server says that the
+Files arrive in ``incoming/``, each generation of the job apart: what a dead parameter server left half-way
+may still be waited for, and must not stand in its successor's way. When the parameter server says that the
 checkpoint of a round is complete, its files get an index with sizes and BLAKE3 hashes and become
 ``checkpoints/round-N`` in one rename. All methods block (files, hashes): call them in a thread.
 """
@@ -47,16 +47,16 @@ class CheckpointStore:
     def _directory(self, round_: int) -> Path:
         return self._state.checkpoints / f"round-{round_}"
 
-    def _incoming(self, life: tuple[int, int]) -> Path:
-        return self._state.incoming / "generation-{}-round-{}".format(*life)
+    def _incoming(self, stamp: tuple[int, int]) -> Path:
+        return self._state.incoming / "generation-{}-round-{}".format(*stamp)
 
     def place_for(self, meta: TransferMeta) -> Path:
         """Where an offered file is to be written; what was never finished makes room."""
-        generation, round_ = life = _life(meta)
+        generation, round_ = stamp = _stamp(meta)
         for stale in [key for key in self._arrived if key[0] < generation or key[1] < round_ - 1]:
             del self._arrived[stale]
             shutil.rmtree(self._incoming(stale), ignore_errors=True)
-        path = self._incoming(life) / self._name(meta.name)
+        path = self._incoming(stamp) / self._name(meta.name)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path
 
@@ -67,7 +67,7 @@ class CheckpointStore:
 
     def arrived(self, meta: TransferMeta) -> None:
         """A file is here, verified by its transfer."""
-        self._arrived.setdefault(_life(meta), {})[str(self._name(meta.name))] = meta
+        self._arrived.setdefault(_stamp(meta), {})[str(self._name(meta.name))] = meta
 
     def complete(self, round_: int) -> bool:
         """The parameter server says that all files for ``round_`` were sent. False: they are not here."""
@@ -75,14 +75,14 @@ class CheckpointStore:
         stamped = [key for key in self._arrived if key[1] in (round_, round_ - 1)]
         if not stamped:
             return self._directory(round_).is_dir()
-        life = max(stamped)
-        files = self._arrived.pop(life)
+        stamp = max(stamped)
+        files = self._arrived.pop(stamp)
         listed = tuple(
             CheckpointFile(name=name, size=meta.size, blake3=meta.blake3)
             for name, meta in sorted(files.items())
         )
-        index = CheckpointIndex(job_id=self._job_id, round=round_, files=listed, generation=life[0])
-        self.adopt(index, self._incoming(life))
+        index = CheckpointIndex(job_id=self._job_id, round=round_, files=listed, generation=stamp[0])
+        self.adopt(index, self._incoming(stamp))
         return True
 
     def adopt(self, index: CheckpointIndex, source: Path) -> None:
@@ -156,5 +156,5 @@ class CheckpointStore:
             raise Refused("not-found", f"there is no checkpoint for round {round_}") from exc
 
 
-def _life(meta: TransferMeta) -> tuple[int, int]:
+def _stamp(meta: TransferMeta) -> tuple[int, int]:
     return (meta.stamp.generation, meta.stamp.round) if meta.stamp is not None else (0, 0)

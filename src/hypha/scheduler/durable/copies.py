@@ -57,7 +57,7 @@ class Copies:
         self._node = node
         self._job = job
         self._patience_s = patience_s
-        #: who was asked to keep one in this life of the scheduler, whatever came of it
+        #: who was asked to keep one in this generation of the scheduler, whatever came of it
         self.asked: dict[str, PeerRef] = {}
 
     def signed(self, index: CheckpointIndex) -> CheckpointIndex:
@@ -102,8 +102,8 @@ class Copies:
         newest = max((index.generation, index.round) for _, index in copies)
         copies = [copy for copy in copies if (copy[1].generation, copy[1].round) == newest]
         place = state.path / "returning"
-        books = [(worker, only_book(index)) for worker, index in copies]
-        found = await self._fetch_one_of(books, place)
+        updates = [(worker, only_book(index)) for worker, index in copies]
+        found = await self._fetch_one_of(updates, place)
         if found is None:
             return
         worker, index = found
@@ -118,9 +118,9 @@ class Copies:
                 if only_book(whole) == index:
                     await ledger.run(Ledger.replicated, holder, whole)
             await ledger.run(Ledger.checkpoint, index.round, "scheduler")
-            # who wrote this book went on since: leases end by themselves, later lives are fenced off
+            # who wrote this book went on since: leases end by themselves, later generations are fenced off
             await ledger.run(Ledger.lease_ended)
-            await ledger.run(Ledger.skip_lives, LIVES_SKIPPED)
+            await ledger.run(Ledger.skip_generations, LIVES_SKIPPED)
         finally:
             ledger.close()
         logger.warning(
@@ -132,7 +132,7 @@ class Copies:
         )
 
     def _is_own(self, worker: PeerRef, index: CheckpointIndex) -> bool:
-        """Whether this scheduler has left that copy there, in whatever life."""
+        """Whether this scheduler has left that copy there, in whatever generation."""
         if index == self.signed(index):
             return True
         logger.warning(

@@ -143,14 +143,14 @@ class LocalOutput:
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
                 sync_directory(part)
-                self._make_room()
+                self._make_space()
                 part.rename(self.path)
                 sync_directory(self.path.parent)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         return str(self.path)
 
-    def _make_room(self) -> None:
+    def _make_space(self) -> None:
         if not self.path.exists():
             return
         if not any(self.path.iterdir()):

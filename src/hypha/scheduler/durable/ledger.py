@@ -145,7 +145,7 @@ class Ledger:
 
         While the disk is full it waits for room, and so does all that must not happen before it is written.
         """
-        return await _with_room(self.path, lambda: call(self, *args, **kwargs), self._limiter)
+        return await _with_space(self.path, lambda: call(self, *args, **kwargs), self._limiter)
 
     def close(self) -> None:
         """Close the file; may be called twice."""
@@ -179,8 +179,10 @@ class Ledger:
             self._start(0, 0, tracker)
             self._set_slices(tracker)
 
-    def begin_life(self, generation: int, round_: int, tracker: TrackerState) -> None:
-        """A later life starts from ``round_``: what was applied from there on does not count any more."""
+    def begin_generation(self, generation: int, round_: int, tracker: TrackerState) -> None:
+        """A later generation starts from ``round_``: what was applied from there on does not
+        count any more.
+        """
         with self._db:
             self._set_slices(tracker)
             self._db.execute("UPDATE job SET generation = ?, state = 'running'", (generation,))
@@ -278,8 +280,8 @@ class Ledger:
             for worker, content in rows
         ]
 
-    def skip_lives(self, count: int) -> None:
-        """The next life is another ``count`` generations later."""
+    def skip_generations(self, count: int) -> None:
+        """The next generation is another ``count`` generations later."""
         with self._db:
             self._db.execute("UPDATE job SET generation = generation + ?", (count,))
 
@@ -423,21 +425,21 @@ class Ledger:
 
 async def open_ledger(path: Path) -> Ledger:
     """The ledger in ``path``, once there is room for it. Raises :class:`HyphaError`."""
-    return await _with_room(path, lambda: Ledger(path), trio.CapacityLimiter(1))
+    return await _with_space(path, lambda: Ledger(path), trio.CapacityLimiter(1))
 
 
 async def held_leases(path: Path) -> list[LeaseGained]:
     """The leases that a scheduler which was killed left in ``path``; none where there is no ledger. On a full
     disk not even that can be read: it waits for room. Raises :class:`HyphaError`.
     """
-    rows = await _with_room(path, lambda: _rows(path, "SELECT lease FROM pool"), trio.CapacityLimiter(1))
+    rows = await _with_space(path, lambda: _rows(path, "SELECT lease FROM pool"), trio.CapacityLimiter(1))
     return [decode_json(row[0], LeaseGained) for row in rows]
 
 
 async def has_trained(path: Path) -> bool:
     """Whether the job of the ledger in ``path`` has applied a round; waits as :func:`held_leases` does."""
     query = "SELECT 1 FROM rounds LIMIT 1"
-    return bool(await _with_room(path, lambda: _rows(path, query), trio.CapacityLimiter(1)))
+    return bool(await _with_space(path, lambda: _rows(path, query), trio.CapacityLimiter(1)))
 
 
 async def known_manifest(path: Path) -> str | None:
@@ -445,7 +447,7 @@ async def known_manifest(path: Path) -> str | None:
     as :func:`held_leases` does.
     """
     query = "SELECT manifest_hash FROM job WHERE state != 'done'"
-    rows = await _with_room(path, lambda: _rows(path, query), trio.CapacityLimiter(1))
+    rows = await _with_space(path, lambda: _rows(path, query), trio.CapacityLimiter(1))
     return rows[0][0] if rows else None
 
 
@@ -504,7 +506,7 @@ def _is_full(exc: Exception) -> bool:
     return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _NO_ROOM
 
 
-async def _with_room(path: Path, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+async def _with_space(path: Path, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
     """``call`` in a thread, not cancelled half-way, again until the disk is not full any more."""
     told: Reminder | None = None
     while True:

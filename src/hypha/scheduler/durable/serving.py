@@ -66,7 +66,7 @@ def served_directories(job: JobConfig) -> dict[str, ServedDirectory]:
 
 class Serving:
     """Wires all of it to ``node``. ``is_member`` knows who holds a lease, ``is_server`` whether a stamp
-    is that of the parameter server's current life.
+    is that of the parameter server's current generation.
     """
 
     def __init__(
@@ -126,7 +126,9 @@ class Serving:
 
     def _from_server(self, caller: str, meta: TransferMeta) -> None:
         if not self._is_server(caller, meta.stamp):
-            raise Refused("uninvited", "only the parameter server of this job's current life may send that")
+            raise Refused(
+                "uninvited", "only the parameter server of this job's current generation may send that"
+            )
 
     async def _checkpoint_gate(self, caller: str, meta: TransferMeta) -> Path:
         self._from_server(caller, meta)

@@ -1,9 +1,9 @@
-"""Where a life of a job begins: at round 0, where an earlier scheduler left it, or at the newest checkpoint
-whose bytes are all there.
+"""Where a generation of a job begins: at round 0, where an earlier scheduler left it, or at the newest
+checkpoint whose bytes are all there.
 
-A job is resumed by a scheduler that finds its unfinished ledger, and by one that lost its parameter
-server; each time under the next generation, so that nothing said in the earlier life is believed. While a
-lease on the parameter server may live, its theta is the newest there is, and the job goes on from that.
+A job is resumed by a scheduler that finds its unfinished ledger, and by one that lost its parameter server;
+each time under the next generation, so that nothing said in the earlier generation is believed. While a lease
+on the parameter server may live, its theta is the newest there is, and the job goes on from that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypha.config.models import JobConfig
 from hypha.errors import ConfigError, HyphaError, JobFailed, Problem
 from hypha.messages import AggregateJob, Local, OuterOptimizer, PeerRef, Peers, Reference, TrainJob
 from hypha.runtime import in_thread
-from hypha.scheduler.data.datasets import Dataset
+from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import SliceTracker, TrackerState
 from hypha.scheduler.descriptions import Descriptions, outer_optimizer, without_secrets
 from hypha.scheduler.durable.checkpoints import CheckpointStore
@@ -36,7 +36,7 @@ _MAY_DIFFER = frozenset({"job_id", "checkpoint", "scheduler", "peers", "max_upda
 
 
 @dataclass(frozen=True)
-class Life:
+class Generation:
     """``place`` holds the checkpoint: ``scheduler``, a path or URL, or nothing at round 0 and where the
     parameter server lives. ``rounds_lost``: the job was further; what workers hold of those rounds is void.
     """
@@ -55,15 +55,15 @@ class Life:
         return Local(url=self.place)
 
 
-async def first_life(
+async def first_generation(
     state: StateDirectory,
     config: JobConfig,
     scheduler: PeerRef,
-    dataset: Dataset,
+    dataset: ServedDataset,
     job_id: str,
     copies: Copies,
     fresh: bool,
-) -> tuple[Ledger, Life]:
+) -> tuple[Ledger, Generation]:
     """Resume the unfinished job in ``state``, or one that is done and shall have more rounds; else begin
     ``job_id``. The state of another job that is done, or has not finished a round, and with ``fresh`` of any,
     is kept aside. ``copies`` take the place of what is lost. :class:`ConfigError` when the job that is to go
@@ -96,7 +96,7 @@ async def first_life(
                 if any(lease.kind == "aggregate" for lease in await ledger.run(Ledger.leases)):
                     return ledger, await taken_over(ledger, last)
                 store = CheckpointStore(state, standing.job_id, config.checkpoint.keep)
-                return ledger, await next_life(ledger, store, last, copies)
+                return ledger, await next_generation(ledger, store, last, copies)
             ledger.close()
             why = "is done" if standing.state == "done" else "has not finished a round"
             reason = f"The earlier job of this name {why}, and was another one ({'; '.join(other)})"
@@ -108,10 +108,10 @@ async def first_life(
     except BaseException:
         ledger.close()
         raise
-    return ledger, Life(Start(job_id, optimizer=opening.aggregate.optimizer), tracker)
+    return ledger, Generation(Start(job_id, optimizer=opening.aggregate.optimizer), tracker)
 
 
-async def begins_anew(path: Path, config: JobConfig, scheduler: PeerRef, dataset: Dataset) -> bool:
+async def begins_anew(path: Path, config: JobConfig, scheduler: PeerRef, dataset: ServedDataset) -> bool:
     """Whether the job in the ledger at ``path`` is done and another one than that of ``config``, so that
     :func:`first_life` will not go on from it. Raises :class:`HyphaError` for a ledger that cannot be read.
     """
@@ -125,17 +125,19 @@ async def begins_anew(path: Path, config: JobConfig, scheduler: PeerRef, dataset
     return bool(differences(_opening(config, scheduler, dataset, standing.job_id), standing))
 
 
-async def taken_over(ledger: Ledger, last: Start) -> Life:
-    """The life after ``last``, whose scheduler was killed: it goes on where it was."""
+async def taken_over(ledger: Ledger, last: Start) -> Generation:
+    """The generation after ``last``, whose scheduler was killed: it goes on where it was."""
     round_, steps, theta = await ledger.run(Ledger.open_round)
     start = Start(last.job_id, last.generation + 1, round_, steps, theta, True, last.optimizer)
     tracker = await ledger.run(Ledger.slices)
-    await ledger.run(Ledger.begin_life, start.generation, start.round, tracker)
-    return Life(start, tracker)
+    await ledger.run(Ledger.begin_generation, start.generation, start.round, tracker)
+    return Generation(start, tracker)
 
 
-async def next_life(ledger: Ledger, store: CheckpointStore, last: Start, copies: Copies) -> Life:
-    """The life after ``last``, from the newest checkpoint that can be used, or of which there is a copy."""
+async def next_generation(ledger: Ledger, store: CheckpointStore, last: Start, copies: Copies) -> Generation:
+    """The generation after ``last``, from the newest checkpoint that can be used, or of which there is a
+    copy.
+    """
     open_round, _, _ = await ledger.run(Ledger.open_round)
     for begin in await ledger.run(Ledger.starts):
         kept = begin.place != "scheduler" or await in_thread(store.verify, begin.round)
@@ -149,15 +151,15 @@ async def next_life(ledger: Ledger, store: CheckpointStore, last: Start, copies:
         lost = begin.round < open_round
         # of the open round the workers keep what they have, so their slices stay theirs
         tracker = begin.tracker.unassigned() if lost else await ledger.run(Ledger.slices)
-        await ledger.run(Ledger.begin_life, start.generation, start.round, tracker)
-        return Life(start, tracker, begin.place, rounds_lost=lost)
+        await ledger.run(Ledger.begin_generation, start.generation, start.round, tracker)
+        return Generation(start, tracker, begin.place, rounds_lost=lost)
     raise JobFailed(f"the ledger {ledger.path} has no round to begin from; start the job with --fresh")
 
 
 def _opening(
     config: JobConfig,
     scheduler: PeerRef,
-    dataset: Dataset,
+    dataset: ServedDataset,
     job_id: str,
     began: OuterOptimizer | None = None,
 ) -> Opening:

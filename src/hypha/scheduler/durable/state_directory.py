@@ -68,11 +68,13 @@ class StateDirectory:
             self._lock = -1
 
     def export_of(self, generation: int) -> Path:
-        """Where that life's parameter server puts the trained model; no two get into each other's way."""
+        """Where that generation's parameter server puts the trained model; no two get into each
+        other's way.
+        """
         return self.export / f"generation-{generation}"
 
     def prepare(self) -> None:
-        """Make what is missing and empty what is only of one life."""
+        """Make what is missing and empty what is only of one generation."""
         for directory in (self.incoming, self.export):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(mode=0o700)

@@ -31,17 +31,17 @@ async def save_last(
     machine: RoundMachine,
     ledger: Ledger,
     todo: trio.MemoryReceiveChannel[Action],
-    keep_books: Callable[[Durable], Awaitable[None]],
+    keep_ledger: Callable[[Durable], Awaitable[None]],
     timeout_s: float,
 ) -> None:
     """Have the open round of ``machine`` saved as it began, unless it is, for at most ``timeout_s``.
 
-    Takes what is left in ``todo``; ``keep_books`` carries out what of it the ledger is to have.
+    Takes what is left in ``todo``; ``keep_ledger`` carries out what of it the ledger is to have.
     """
     fields = {"job_id": machine.start.job_id}
     while (action := _next(todo)) is not None:
         if isinstance(action, Durable):
-            await keep_books(action)
+            await keep_ledger(action)
     newest = await ledger.run(Ledger.newest_start)
     if machine.server is None or not machine.server_ready or machine.phase in ("done", "failed"):
         _say_where(machine, newest, fields)
@@ -55,7 +55,7 @@ async def save_last(
                 while newest < machine.round:
                     action = await todo.receive()
                     if isinstance(action, Durable):
-                        await keep_books(action)
+                        await keep_ledger(action)
                         newest = await ledger.run(Ledger.newest_start)
                 nursery.cancel_scope.cancel()
     _say_where(machine, newest, fields)

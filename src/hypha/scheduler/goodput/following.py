@@ -1,14 +1,14 @@
 """What the round machine's events and actions mean for the time of places: who trains, waits, is lost.
 
 It keeps a picture of the machine's members, and believes what the machine believes: what is late, foreign or
-of another life of the job changes nothing.
+of another generation of the job changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hypha.journal import Entry
+from hypha.journal import JournalEntry
 from hypha.messages import (
     ExecutorError,
     ExecutorExited,
@@ -20,21 +20,21 @@ from hypha.messages import (
     UpdateReceived,
     UpdateSent,
 )
-from hypha.scheduler.goodput.members import Members, TrainingMember
-from hypha.scheduler.goodput.place import Place
+from hypha.scheduler.goodput.members import GoodputMembers, TrainingMember
+from hypha.scheduler.goodput.place import GoodputPlace
 from hypha.scheduler.goodput.recovery import reason_of
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.state import OPEN
 
 
-class Following(Members):
+class Following(GoodputMembers):
     """The part of :class:`hypha.scheduler.goodput.machine.Goodput` that follows the round machine."""
 
-    def take_round(self, entry: Entry, now: int) -> None:
+    def take_round(self, entry: JournalEntry, now: int) -> None:
         """An entry of the round machine."""
         event = entry.event
-        if isinstance(event, events.LifeBegan):
-            self._begin_life(event, now)
+        if isinstance(event, events.GenerationBegan):
+            self._begin_generation(event, now)
         elif isinstance(event, events.Reported):
             self._reported(event, now)
         elif isinstance(event, events.DataServed):
@@ -73,7 +73,7 @@ class Following(Members):
                 self._joined(ref.peer)
             case events.Joined(ref=ref):
                 self._server, self._server_sign = ref.peer, now
-            case events.Lost(peer=peer, kind="train", reason=reason):
+            case events.ParticipantLost(peer=peer, kind="train", reason=reason):
                 self._gone(peer, reason_of(reason), None, now)
             case events.JobRefused(peer=peer, kind="train"):
                 self._gone(peer, "refused", now, now)
@@ -88,9 +88,9 @@ class Following(Members):
             case _:
                 pass
 
-    def _begin_life(self, life: events.LifeBegan, now: int) -> None:
-        first, start = self._life is None, life.start
-        self._life, self._over, self._began_life = life, False, True
+    def _begin_generation(self, generation: events.GenerationBegan, now: int) -> None:
+        first, start = self._generation is None, generation.start
+        self._generation, self._over, self._began_generation = generation, False, True
         self._members, self._past, self._early, self._said = {}, set(), [], {}
         self._server = ""
         self._disturbed = True
@@ -116,7 +116,7 @@ class Following(Members):
         self._touched.update(range(len(self.places)))
 
     def _server_lost(self, event: object, reason: str, now: int) -> None:
-        """The parameter server is gone, and this life of the job with it."""
+        """The parameter server is gone, and this generation of the job with it."""
         self._over = self._server_down = self._disturbed = True
         sign, why = self._server_sign, reason_of(reason)
         if isinstance(event, events.Told):
@@ -139,8 +139,11 @@ class Following(Members):
             self._told(told, at)
 
     def _told(self, told: events.Told, now: int) -> None:
-        life, stamp, event = self._life, told.stamp, told.event
-        if life is None or (stamp.job_id, stamp.generation) != (life.start.job_id, life.start.generation):
+        generation, stamp, event = self._generation, told.stamp, told.event
+        if generation is None or (stamp.job_id, stamp.generation) != (
+            generation.start.job_id,
+            generation.start.generation,
+        ):
             return
         if told.kind == "aggregate":
             if told.sender == self._server:
@@ -228,7 +231,7 @@ class Following(Members):
             return
         members = self._members.values()
         present = sum(1 for member in members if member.loaded and not member.absent)
-        paused = self._life is not None and present < self._life.rules.min_workers
+        paused = self._generation is not None and present < self._generation.rules.min_workers
         short = self._server_lease is None or any(not place.peer for place in self.places)
         mood = (*around, paused, short)
         if mood != self._mood:
@@ -244,7 +247,7 @@ class Following(Members):
                 place.turn(self._reason(place, member, paused, short), now)
         self._touched.clear()
 
-    def _reason(self, place: Place, member: TrainingMember | None, paused: bool, short: bool) -> str:
+    def _reason(self, place: GoodputPlace, member: TrainingMember | None, paused: bool, short: bool) -> str:
         if place.failed:
             return "failure"
         if self._phase in ("exporting", "done", "failed"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from hypha.journal import Entry
+from hypha.journal import JournalEntry
 from hypha.messages import ExecutorClass
-from hypha.scheduler.goodput.place import Place
+from hypha.scheduler.goodput.place import GoodputPlace
 from hypha.scheduler.goodput.recovery import Recoveries, reason_of
 from hypha.scheduler.goodput.report import FailureReason, GoodputNews
 from hypha.scheduler.leasing import events as allocation
@@ -27,7 +27,7 @@ class Leases(ABC):
         self.began = self.now = nanoseconds(began)
         #: the job gave everything back; time does not count any more
         self.ended = False
-        self.places = [Place(self.began) for _ in range(places)]
+        self.places = [GoodputPlace(self.began) for _ in range(places)]
         self.recoveries = Recoveries(self.began)
         self._news: list[GoodputNews] = []
         #: places about which something changed
@@ -51,11 +51,11 @@ class Leases(ABC):
         self._finished: dict[int, tuple[str, int, int]] = {}
         #: places that wait for nothing but a parameter server, or for the scheduler to be told of them
         self._stalled: set[int] = set()
-        self._began_life = False
+        self._began_generation = False
         #: something was missing in the open round
         self._disturbed = True
 
-    def take_renewal(self, entry: Entry, lease: str, now: int) -> None:
+    def take_renewal(self, entry: JournalEntry, lease: str, now: int) -> None:
         if isinstance(entry.event, Renewed):
             number = self._under.get(lease)
             if number is not None:
@@ -66,7 +66,7 @@ class Leases(ABC):
             if isinstance(action, Lapsed):
                 self._lapsed[lease] = action.reason
 
-    def take_allocation(self, entry: Entry, now: int) -> None:
+    def take_allocation(self, entry: JournalEntry, now: int) -> None:
         for action in entry.actions:
             if isinstance(action, allocation.Accept):
                 self._offered[action.offer.lease_id] = (action.kind, action.offer.worker.peer)
@@ -77,7 +77,7 @@ class Leases(ABC):
                 number = self._gained(kind, peer, lease, now)
                 if number is not None:
                     self._adopted.add(number)
-            case allocation.Lost(lease_id=lease):
+            case allocation.LeaseFailed(lease_id=lease):
                 self._lease_lost(lease, now)
             case allocation.Want(kind="train", count=0):
                 # the job gives everything back
@@ -113,7 +113,7 @@ class Leases(ABC):
         if number is None:
             return
         place, peer = self.places[number], self.places[number].peer
-        if self._began_life and lease not in self._counted:
+        if self._began_generation and lease not in self._counted:
             reason: FailureReason = "dropped" if why is None else reason_of(why)
             self.fail(number, reason, max(place.heard, place.alive), now)
             self._counted_early.add(peer)

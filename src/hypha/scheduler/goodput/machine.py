@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Mapping
 from statistics import median
 
-from hypha.journal import Entry
+from hypha.journal import JournalEntry
 from hypha.scheduler.goodput.following import Following
 from hypha.scheduler.goodput.leases import NANOSECONDS, nanoseconds
 from hypha.scheduler.goodput.place import TRAINING
@@ -109,7 +109,7 @@ class Goodput(Following):
     def _at(self, now: float) -> int:
         return self.now if self.ended else max(self.now, nanoseconds(now))
 
-    def handle(self, entry: Entry) -> list[GoodputNews]:
+    def handle(self, entry: JournalEntry) -> list[GoodputNews]:
         """Take note of an entry, in order."""
         if self.ended:
             return []

@@ -43,12 +43,12 @@ class TrainingMember:
         self.done = self.accepted = False
 
 
-class Members(Leases):
+class GoodputMembers(Leases):
     """The part of :class:`hypha.scheduler.goodput.machine.Goodput` that knows who trains."""
 
     def __init__(self, places: int, began: float) -> None:
         super().__init__(places, began)
-        self._life: events.LifeBegan | None = None
+        self._generation: events.GenerationBegan | None = None
         self._over = False
         self._phase = "loading"
         self._round = 0
@@ -193,7 +193,7 @@ class Members(Leases):
         self._trainer[number] = member.incarnation
         effort = place.effort
         if self._finished.get(number) == now:
-            # told again after another life of the job began
+            # told again after another generation of the job began
             member.done = True
             self._back(number, at)
         elif effort is None or (effort.peer, effort.round, effort.attempt) != now:
@@ -204,7 +204,7 @@ class Members(Leases):
         self._touched.add(number)
 
     def _back(self, number: int, at: int) -> None:
-        """What failed there, or the job's life that it waited for, goes on."""
+        """What failed there, or the job's generation that it waited for, goes on."""
         place = self.places[number]
         if place.failed:
             place.failed = False
@@ -212,10 +212,13 @@ class Members(Leases):
         self._stalled.discard(number)
 
     def _reported(self, event: events.Reported, now: int) -> None:
-        life, report, member = self._life, event.progress, self._members.get(event.sender)
-        if life is None or member is None or event.incarnation != member.incarnation:
+        generation, report, member = self._generation, event.progress, self._members.get(event.sender)
+        if generation is None or member is None or event.incarnation != member.incarnation:
             return
-        if (event.stamp.job_id, event.stamp.generation) != (life.start.job_id, life.start.generation):
+        if (event.stamp.job_id, event.stamp.generation) != (
+            generation.start.job_id,
+            generation.start.generation,
+        ):
             return
         number = member.place
         if number is not None:

@@ -19,7 +19,7 @@ _MANY = 64
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Activity:
     """``what`` a place did from ``start`` to ``end``; training by whom, for which attempt at a round, and by
     which executor.
     """
@@ -51,7 +51,7 @@ class Effort:
 
 
 @dataclass
-class Place:
+class GoodputPlace:
     """Since ``began`` somebody is wanted here; ``peer`` is who is leased for it."""
 
     began: int
@@ -65,7 +65,7 @@ class Place:
     heard: int = 0
     alive: int = 0
     effort: Effort | None = None
-    pending: list[Stretch] = field(default_factory=list)
+    pending: list[Activity] = field(default_factory=list)
     #: nanoseconds that are certain, by reason
     badput: Counter[str] = field(default_factory=Counter)
     #: nanoseconds of training in applied rounds that count; and by round, for the newest
@@ -129,7 +129,7 @@ class Place:
         if len(self.pending) > _MANY:
             self._settle_pending(self.heard)
 
-    def under_way(self, now: int) -> list[Stretch]:
+    def under_way(self, now: int) -> list[Activity]:
         """What was done since it last turned. Of training, what was spent in no batch went to waiting for
         data; to a pause, as far as nobody served any.
         """
@@ -137,17 +137,17 @@ class Place:
         if end == self.since:
             return []
         if effort is None:
-            return [Stretch(self.what, self.since, end)]
+            return [Activity(self.what, self.since, end)]
         idle = max(0, min(effort.known, end - self.since) - effort.busy)
         paused = max(0, min(idle, effort.unserved))
         at, found = self.since, []
         for what, length in (("paused", paused), ("waiting-for-data", idle - paused)):
             if length:
-                found.append(Stretch(what, at, at + length))
+                found.append(Activity(what, at, at + length))
                 at += length
         if end > at:
             of = (effort.peer, effort.round, effort.attempt, effort.incarnation)
-            found.append(Stretch(TRAINING, at, end, *of))
+            found.append(Activity(TRAINING, at, end, *of))
         return found
 
     def lose(self, sign: int, now: int, keep_training: bool = False) -> None:
@@ -155,14 +155,14 @@ class Place:
         With ``keep_training`` what failed is the parameter server, and training may count nevertheless.
         """
         self._close(now)
-        kept: list[Stretch] = []
+        kept: list[Activity] = []
         for one in self.pending:
             if one.end <= sign or (keep_training and one.what == TRAINING):
                 kept.append(one)
                 continue
             if one.start < sign:
                 kept.append(replace(one, end=sign))
-            kept.append(Stretch("failure", max(one.start, sign), one.end))
+            kept.append(Activity("failure", max(one.start, sign), one.end))
         self.pending = kept
         self.what, self.failed = "failure", True
 
@@ -177,7 +177,7 @@ class Place:
         if self.effort is not None and is_lost(self.effort.round, self.effort.attempt):
             self.turn("replayed", now)
         self.pending = [
-            Stretch("replayed", one.start, one.end)
+            Activity("replayed", one.start, one.end)
             if one.what == TRAINING and is_lost(one.round, one.attempt)
             else one
             for one in self.pending
@@ -195,7 +195,7 @@ class Place:
         if self.effort is not None and self.effort.round <= round_:
             # in it or not: what is trained from now on is no part of that round
             self.turn("waiting-for-theta" if self.peer in contributors else "replayed", now)
-        kept: list[Stretch] = []
+        kept: list[Activity] = []
         for one in self.pending:
             if one.what != TRAINING or one.round > round_:
                 kept.append(one)
@@ -203,7 +203,7 @@ class Place:
                 self.goodput[round_] += one.end - one.start
                 self.good += one.end - one.start
             else:
-                kept.append(Stretch("replayed", one.start, one.end))
+                kept.append(Activity("replayed", one.start, one.end))
         self.pending = kept
         for old in [number for number in self.goodput if number <= round_ - KEPT_ROUNDS]:
             del self.goodput[old]
@@ -216,7 +216,7 @@ class Place:
             self.since = until
 
     def _settle_pending(self, until: int) -> None:
-        kept: list[Stretch] = []
+        kept: list[Activity] = []
         for one in self.pending:
             if one.what == TRAINING or one.start >= until:
                 kept.append(one)

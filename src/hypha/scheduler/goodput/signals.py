@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Iterable
 
-from hypha.journal import Entry, Journal
+from hypha.journal import Journal, JournalEntry
 from hypha.messages import LedgerRound, ModelReady, SendModel
 from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.report import FailureNoticed, GoodputReport, RecoveryStep
@@ -58,7 +58,7 @@ class GoodputSignals:
         """What an earlier scheduler of the job has left in the ledger."""
         self._goodput.resume({entry.round: entry.samples for entry in rounds})
 
-    def listen(self, entry: Entry) -> None:
+    def listen(self, entry: JournalEntry) -> None:
         """Called with each entry of the journal."""
         if self._broken:
             return
@@ -116,7 +116,7 @@ class GoodputSignals:
         self._broken = True
         logger.error("Goodput is not known any more: %r", exc)
 
-    def _show(self, entry: Entry) -> None:
+    def _show(self, entry: JournalEntry) -> None:
         if isinstance(entry.event, events.Told) and isinstance(entry.event.event, ModelReady):
             self._theta_bytes = entry.event.event.size_bytes
         for action in entry.actions:
@@ -128,7 +128,7 @@ class GoodputSignals:
                 case _:
                     pass
 
-    def _applied(self, record: LedgerRound, entry: Entry) -> None:
+    def _applied(self, record: LedgerRound, entry: JournalEntry) -> None:
         LOSS.set(record.loss)
         present = {part.worker for part in record.contributors}
         self._forget(self._shown - present)

@@ -1,8 +1,8 @@
 """The scheduler's allocator, a pure machine: which offers to take so that as many workers as wanted are held.
 
-For every executor class it is told whom to ask for (:class:`Ask`) and how many (:class:`Want`). While fewer
-are held it advertises, collects offers until the deadline it gave, checks each against what was asked, ranks
-them by capacity for the price, takes the best and releases the others at once. What is still missing is
+For every executor class it is told whom to ask for (:class:`Search`) and how many (:class:`Want`). While
+fewer are held it advertises, collects offers until the deadline it gave, checks each against what was asked,
+ranks them by capacity for the price, takes the best and releases the others at once. What is still missing is
 advertised again with growing pauses; a lost worker is replaced without pause, and one that ends soon as soon
 as it says so. A worker that failed lately is taken only when nobody else offers, for longer each time. What
 an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.track_records`):
@@ -32,7 +32,6 @@ from hypha.scheduler.leasing.events import (
     AllocatorAction,
     AllocatorBegan,
     AllocatorEvent,
-    Ask,
     Begun,
     Cause,
     Contended,
@@ -42,12 +41,13 @@ from hypha.scheduler.leasing.events import (
     GatewayChanged,
     GiveBack,
     Keep,
-    Leaves,
-    Lost,
+    LeaseFailed,
     Offered,
-    Pace,
+    Search,
+    SearchTimes,
     Want,
     Worked,
+    WorkerLeaves,
 )
 from hypha.scheduler.leasing.giving_way import GivingWay
 from hypha.scheduler.leasing.track_records import Standings, TrackRecord
@@ -69,7 +69,7 @@ class _Candidate:
 class _Search:
     """One ask: what is wanted, taken and on the table."""
 
-    def __init__(self, ask: Ask, pace: Pace) -> None:
+    def __init__(self, ask: Search, pace: SearchTimes) -> None:
         self.ask = ask
         self.bidding = Bidding(ask)
         self.wanted = 0
@@ -106,8 +106,10 @@ class _Search:
 class Allocator:
     """Finds workers for ``asks``, one ask an executor class."""
 
-    def __init__(self, asks: Iterable[Ask], pace: Pace | None = None, journal: Journal | None = None) -> None:
-        self._pace = pace or Pace()
+    def __init__(
+        self, asks: Iterable[Search], pace: SearchTimes | None = None, journal: Journal | None = None
+    ) -> None:
+        self._pace = pace or SearchTimes()
         self._journal = journal
         asks = tuple(asks)
         self._searches: dict[ExecutorClass, _Search] = {}
@@ -218,11 +220,11 @@ class Allocator:
                 search.workers[worker] = lease_id
                 search.confirmed.add(lease_id)
                 self._known[lease_id] = worker
-            case Lost(lease_id, avoid):
+            case LeaseFailed(lease_id, avoid):
                 for search in self._searches.values():
                     if lease_id in search.taken:
                         self._lose(search, lease_id, avoid, now)
-            case Leaves(lease_id):
+            case WorkerLeaves(lease_id):
                 for search in self._searches.values():
                     if lease_id in search.taken and lease_id not in search.leaving:
                         search.leaving.add(lease_id)
@@ -398,7 +400,7 @@ class Allocator:
         return self._avoid_until.get(worker, -math.inf) > now
 
     def _rank(
-        self, offer: WorkerOffer, ask: Ask, now: float
+        self, offer: WorkerOffer, ask: Search, now: float
     ) -> tuple[bool, float, float, float, float, str, str]:
         """Sorts the best first, in a total order: who failed lately comes last; of parameter servers the less
         reliable ones; then capacity for the price, weighed by what was seen of the worker, then capacity,
@@ -415,17 +417,17 @@ class Allocator:
         return (self._is_avoided(worker, now), first, -value, -capacity, offer.price, worker, offer.lease_id)
 
 
-def _capacity(offer: WorkerOffer, ask: Ask) -> float:
+def _capacity(offer: WorkerOffer, ask: Search) -> float:
     """What the job can use of what is offered, as one number."""
     return min(weighted_capacity(offer.resources), _useful(ask))
 
 
-def _useful(ask: Ask) -> float:
+def _useful(ask: Search) -> float:
     """How much capacity of one worker the job can use."""
     return math.inf if ask.useful is None else ask.useful * weighted_capacity(ask.resources)
 
 
-def _unfit(caller: str, offer: WorkerOffer, ask: Ask) -> tuple[str, Cause] | None:
+def _unfit(caller: str, offer: WorkerOffer, ask: Search) -> tuple[str, Cause] | None:
     """Why ``offer`` cannot answer ``ask``, in words and by cause. The private maximum is not told."""
     if offer.worker.peer != caller:
         return "it names another worker than the one that sent it", "other"

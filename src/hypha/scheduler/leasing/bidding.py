@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 
-from hypha.scheduler.leasing.events import Ask
+from hypha.scheduler.leasing.events import Search
 
 
 class Bidding:
     """For one ask. Raises ValueError where its numbers make no sense."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: Search) -> None:
         if not (math.isfinite(ask.bid) and math.isfinite(ask.max_price) and 0 <= ask.bid <= ask.max_price):
             raise ValueError(
                 f"a bid of {ask.bid} with a maximum of {ask.max_price} for {ask.kind} jobs: both must be "

@@ -15,7 +15,7 @@ from hypha.scheduler.leasing.track_records import TrackRecord
 Cause = Literal["late", "price", "resources", "features", "avoided", "not-needed", "other"]
 
 
-class Ask(Struct, frozen=True, tag=True):
+class Search(Struct, frozen=True, tag="Ask"):
     """Whom to look for. ``bid`` is published, ``max_price`` is private: while workers are missing the bid is
     raised every ``raise_after_s`` by the share ``raise_by`` of what lies between the two. ``needs`` are the
     features (:mod:`hypha.features`) that a worker must have.
@@ -44,7 +44,7 @@ class Ask(Struct, frozen=True, tag=True):
         return self.executor.kind
 
 
-class Pace(Struct, frozen=True, tag=True):
+class SearchTimes(Struct, frozen=True, tag="Pace"):
     """How long a request collects offers (pauses between requests begin with twice that and grow),
     for how long no further one may come when offers come after that deadline, how long a worker that
     failed is avoided. A job that cannot begin for lack of workers, and holds some that others have asked for
@@ -90,14 +90,14 @@ class Adopted(Struct, frozen=True, tag=True):
     worker: str
 
 
-class Lost(Struct, frozen=True, tag=True):
+class LeaseFailed(Struct, frozen=True, tag="Lost"):
     """This lease is over or could not be accepted. ``avoid``: its worker is to blame."""
 
     lease_id: str
     avoid: bool = True
 
 
-class Leaves(Struct, frozen=True, tag=True):
+class WorkerLeaves(Struct, frozen=True, tag="Leaves"):
     """The worker of this lease ends soon: it is held on, and another one is looked for meanwhile."""
 
     lease_id: str
@@ -132,8 +132,8 @@ class GatewayChanged(Struct, frozen=True, tag=True):
 class AllocatorBegan(Struct, frozen=True, tag=True):
     """What an allocator was made from: the first entry of its journal."""
 
-    asks: tuple[Ask, ...]
-    pace: Pace
+    asks: tuple[Search, ...]
+    pace: SearchTimes
 
 
 AllocatorEvent = (
@@ -141,8 +141,8 @@ AllocatorEvent = (
     | Offered
     | Gained
     | Adopted
-    | Lost
-    | Leaves
+    | LeaseFailed
+    | WorkerLeaves
     | TrackRecord
     | Worked
     | Contended
@@ -160,7 +160,7 @@ class Advertise(Struct, frozen=True, tag=True):
     ``raised_bid`` is published in place of the bid of ``ask``.
     """
 
-    ask: Ask
+    ask: Search
     count: int
     offer_within_s: float
     raised_bid: float | None = None
@@ -218,7 +218,7 @@ class Dismiss(Struct, frozen=True, tag=True):
 
 
 class GiveBack(Struct, frozen=True, tag=True):
-    """Give way: release this lease, which is taken, and maybe confirmed; :class:`Lost` follows."""
+    """Give way: release this lease, which is taken, and maybe confirmed; :class:`LeaseFailed` follows."""
 
     lease_id: str
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from hashlib import blake2b
 
-from hypha.scheduler.leasing.events import Ask, Pace
+from hypha.scheduler.leasing.events import Search, SearchTimes
 
 #: the first pause, as multiples of the longest one between two requests: the others have been heard by then
 _FIRST_PAUSE = 2.0
@@ -29,7 +29,7 @@ _SENIOR = 10.0
 class GivingWay:
     """For all searches of one job."""
 
-    def __init__(self, asks: Iterable[Ask], pace: Pace) -> None:
+    def __init__(self, asks: Iterable[Search], pace: SearchTimes) -> None:
         self._names = " ".join(ask.request_id for ask in asks)
         self._pace = pace
         self._begun = False

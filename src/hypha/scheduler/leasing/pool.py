@@ -46,7 +46,6 @@ from hypha.scheduler.leasing.events import (
     Advertise,
     AllocatorAction,
     AllocatorEvent,
-    Ask,
     Begun,
     Contended,
     Decline,
@@ -55,12 +54,13 @@ from hypha.scheduler.leasing.events import (
     GatewayChanged,
     GiveBack,
     Keep,
-    Leaves,
-    Lost,
+    LeaseFailed,
     Offered,
-    Pace,
+    Search,
+    SearchTimes,
     Want,
     Worked,
+    WorkerLeaves,
 )
 from hypha.scheduler.leasing.renewal import (
     Attempt,
@@ -178,13 +178,13 @@ def asks_from(
     dataset: str | None = None,
     needs: Mapping[ExecutorClass, tuple[str, ...]] | None = None,
     most_batch: int | None = None,
-) -> tuple[Ask, Ask]:
+) -> tuple[Search, Search]:
     """Whom a job looks for: training executors and a parameter server, under new request ids. ``needs`` are
     the features that each must have; ``most_batch`` is how often a worker can use what is asked of it.
     """
     needs = needs or {}
     return (
-        Ask(
+        Search(
             request_id=new_id(),
             executor=ExecutorDescriptor(kind="train", name=resources.worker_executor),
             resources=Resources(**resources.worker.model_dump()),
@@ -197,7 +197,7 @@ def asks_from(
             raise_by=resources.worker_price.raise_by,
             least=resources.min_workers or resources.num_workers,
         ),
-        Ask(
+        Search(
             request_id=new_id(),
             executor=ExecutorDescriptor(kind="aggregate", name=resources.parameter_server_executor),
             resources=Resources(**resources.parameter_server.model_dump()),
@@ -258,8 +258,8 @@ class Pool:
     def __init__(
         self,
         node: Node,
-        asks: Iterable[Ask],
-        pace: Pace | None = None,
+        asks: Iterable[Search],
+        pace: SearchTimes | None = None,
         random: Random | None = None,
         journal: Journal | None = None,
         traces: RoundTraces | None = None,
@@ -374,7 +374,7 @@ class Pool:
         if held is None:
             return
         held.scope.cancel()
-        self._apply(Lost(lease_id, avoid))
+        self._apply(LeaseFailed(lease_id, avoid))
         await self._release(held.offer.worker, lease_id)
 
     async def close(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
@@ -464,7 +464,7 @@ class Pool:
                 reason,
                 extra=held.log_fields,
             )
-            self._apply(Leaves(leaving.lease_id))
+            self._apply(WorkerLeaves(leaving.lease_id))
         now = trio.current_time()
         # said again it may be sooner, never later: a place is not to be doubled for ever
         held.leaves_at = min(now + leaving.left_s, math.inf if held.leaves_at is None else held.leaves_at)
@@ -501,7 +501,7 @@ class Pool:
         if held is None:
             return
         held.scope.cancel()
-        self._apply(Lost(lease_id, avoid=False))
+        self._apply(LeaseFailed(lease_id, avoid=False))
         reason = "given back, as there are too few workers to begin, and other schedulers ask for this one"
         if held.gained:
             logger.info("A worker is %s.", reason, extra=held.log_fields)
@@ -624,7 +624,7 @@ class Pool:
     def _lose(self, held: _Held, reason: str, refused: bool) -> None:
         self._held.pop(held.offer.lease_id, None)
         # one that says so itself is well, and may be taken again
-        self._apply(Lost(held.offer.lease_id, avoid=not refused))
+        self._apply(LeaseFailed(held.offer.lease_id, avoid=not refused))
         if not refused:
             # it may have heard the renewals whose answers were lost, and keep its resources for nobody
             self._todo.append(Dismiss(held.offer.lease_id, held.offer.worker))

@@ -237,7 +237,7 @@ class Renewal:
         sent_at = now if self._sent_at is None else self._sent_at
         self._sent_at = None
         if not (math.isfinite(expires_in_s) and expires_in_s > 0):
-            self._retry(f"answered with a life of {expires_in_s} s", now)
+            self._retry(f"answered with a generation of {expires_in_s} s", now)
             return []
         self.expires_at = max(self.expires_at, sent_at + min(expires_in_s, self.LONGEST_LIFE_S))
         life = self.expires_at - sent_at

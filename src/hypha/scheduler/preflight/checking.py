@@ -24,10 +24,10 @@ from hypha.errors import ConfigError, Problem, Undecodable
 from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.starts import described
-from hypha.scheduler.preflight.finding import JOB, Finding, printable
+from hypha.scheduler.preflight.finding import JOB, PreflightFinding, printable
 from hypha.scheduler.preflight.findings import findings
 from hypha.scheduler.preflight.hub import HUB_S, HubFinding, ask_hub
-from hypha.scheduler.preflight.known import ModelFacts, facts_of
+from hypha.scheduler.preflight.known import ModelDescription, describe_model
 from hypha.scheduler.preflight.trial import ModelTrial
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,11 @@ START_S = 10.0
 class Checked:
     """What was found, errors first, and what came of the trial, if there was one."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[PreflightFinding, ...]
     trial: TrialReport | None = None
 
     @property
-    def errors(self) -> list[Finding]:
+    def errors(self) -> list[PreflightFinding]:
         """Those for which every worker would fail."""
         return [one for one in self.findings if one.error]
 
@@ -75,7 +75,7 @@ async def check_job(job: JobConfig, manifest: Manifest, run_trial: RunTrial | No
         found = await in_thread(files.unreadable)
         if run_trial is not None:
             found += await files.ask_hub()
-        model, preprocessor = await in_thread(files.facts), await in_thread(files.preprocessor)
+        model, preprocessor = await in_thread(files.described), await in_thread(files.preprocessor)
         found += findings(job, manifest, model, preprocessor)
         found.sort(key=lambda one: not one.error)
         if run_trial is None or any(one.error for one in found):
@@ -101,14 +101,14 @@ def _trial(job: JobConfig, manifest: Manifest, files: _Files) -> Trial:
     )
 
 
-def _told(report: TrialReport) -> list[Finding]:
+def _told(report: TrialReport) -> list[PreflightFinding]:
     key = f"{JOB}.model"
-    found = [Finding(key, note, error=False) for note in report.notes]
+    found = [PreflightFinding(key, note, error=False) for note in report.notes]
     if report.outcome == "failed":
-        found.insert(0, Finding(key, report.reason))
+        found.insert(0, PreflightFinding(key, report.reason))
     elif report.outcome == "unknown":
         text = f"no batch could be tried here: {report.reason}; the first worker will tell"
-        found.append(Finding(key, text, error=False))
+        found.append(PreflightFinding(key, text, error=False))
     return found
 
 
@@ -122,7 +122,7 @@ class _Files:
         self._scratch = scratch
         self.model = job.model.path
 
-    def unreadable(self) -> list[Finding]:
+    def unreadable(self) -> list[PreflightFinding]:
         """Files that the scheduler is to serve and may not read."""
         found = []
         for name, path in (("model", self._job.model.path), ("preprocessor", self._preprocessor_path())):
@@ -132,10 +132,10 @@ class _Files:
             if refused:
                 more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
                 text = f"{refused[0]}{more} may not be read by this user; have it made readable (chmod a+r)"
-                found.append(Finding(f"{JOB}.{name}.path", text))
+                found.append(PreflightFinding(f"{JOB}.{name}.path", text))
         return found
 
-    async def ask_hub(self) -> list[Finding]:
+    async def ask_hub(self) -> list[PreflightFinding]:
         """Look for repositories on the hub; the model's config.json is here afterwards, if it has one."""
         found = []
         for name, given in (("model", self._job.model), ("preprocessor", self._job.preprocessor)):
@@ -147,17 +147,17 @@ class _Files:
                 answer = await in_thread(ask_hub, _reference(given), directory, abandon_on_cancel=True)
             if answer.problem:
                 key = f"{JOB}.{name}.repository"
-                found.append(Finding(key, answer.problem, error=answer.refused))
+                found.append(PreflightFinding(key, answer.problem, error=answer.refused))
             if answer.fetched:
                 self.model = self._scratch
         return found
 
-    def facts(self) -> ModelFacts | None:
+    def described(self) -> ModelDescription | None:
         """What the model's config.json says; ``None`` where there is none."""
         if self.model is None or self._job.model.entrypoint is not None:
             return None
         described = _json_in(self.model / "config.json")
-        return None if described is None else facts_of(described, self._job.model.arguments)
+        return None if described is None else describe_model(described, self._job.model.arguments)
 
     def preprocessor(self) -> Mapping[str, object] | None:
         """What preprocessor_config.json says."""

@@ -13,7 +13,7 @@ JOB = "scheduler.job"
 
 
 @dataclass(frozen=True)
-class Finding:
+class PreflightFinding:
     """One line about ``key`` of the job's configuration. ``refutable``: a batch that passes the model says
     that it is none.
     """
@@ -27,7 +27,7 @@ class Finding:
         return f"{self.key}: {self.message}"
 
 
-def printable(finding: Finding) -> Finding:
+def printable(finding: PreflightFinding) -> PreflightFinding:
     """The same on one line, with nothing that controls a terminal: peers choose the names of columns."""
     text = "".join(one if one.isprintable() else "\ufffd" for one in finding.message)
     return replace(finding, message=text)

@@ -14,8 +14,8 @@ from hypha.config.models import JobConfig
 from hypha.config.tasks import ALIASES, IGNORED, ONE_LABEL_A_ROW
 from hypha.messages import Column, ColumnRange, Manifest
 from hypha.scheduler.descriptions import inputs_of
-from hypha.scheduler.preflight.finding import JOB, Finding, described, number
-from hypha.scheduler.preflight.known import ModelFacts
+from hypha.scheduler.preflight.finding import JOB, PreflightFinding, described, number
+from hypha.scheduler.preflight.known import ModelDescription
 
 _ARGUMENTS = f"{JOB}.model.arguments"
 _INPUTS = f"{JOB}.model.input_names"
@@ -48,22 +48,22 @@ _ONE_SIZE = frozenset(("vit", "deit", "vit_msn"))
 def findings(
     job: JobConfig,
     manifest: Manifest,
-    model: ModelFacts | None,
+    model: ModelDescription | None,
     preprocessor: Mapping[str, object] | None = None,
-) -> list[Finding]:
+) -> list[PreflightFinding]:
     """All that is found, errors first. ``model`` is ``None`` where there is no config.json to read, as of
     plain PyTorch; ``preprocessor`` is the content of preprocessor_config.json, where that can be read.
     """
     if not manifest.columns:
         return []
-    compared = _Comparison(job, manifest, model or ModelFacts(), preprocessor or {})
+    compared = _Comparison(job, manifest, model or ModelDescription(), preprocessor or {})
     found = list(dict.fromkeys(compared.all()))
     return sorted(found, key=lambda one: not one.error)
 
 
 class _Comparison:
     def __init__(
-        self, job: JobConfig, manifest: Manifest, model: ModelFacts, preprocessor: Mapping[str, object]
+        self, job: JobConfig, manifest: Manifest, model: ModelDescription, preprocessor: Mapping[str, object]
     ) -> None:
         self._job = job
         self._task = ALIASES.get(job.model.type, job.model.type)
@@ -79,14 +79,14 @@ class _Comparison:
             name: column for name, column in self._all.items() if name not in self._consumes.values()
         }
 
-    def all(self) -> Iterator[Finding]:
+    def all(self) -> Iterator[PreflightFinding]:
         yield from self._names()
         yield from self._preprocessor()
         main_input, meant = list(self._main_input()), self._model.task
         if main_input and meant not in (None, self._task):
             # nothing that is found for the other task would help
             text = f"it is {self._task}, but config.json names a model for {meant}; set it to {meant}"
-            yield Finding(f"{JOB}.model.type", text)
+            yield PreflightFinding(f"{JOB}.model.type", text)
             return
         yield from main_input
         yield from self._labels()
@@ -94,7 +94,7 @@ class _Comparison:
         yield from self._images()
         workers = self._job.resources.num_workers
         if self._slices < workers:
-            yield Finding(
+            yield PreflightFinding(
                 f"{JOB}.resources.num_workers",
                 f"the dataset has {self._slices} slices for {workers} workers, and a slice goes to one "
                 "worker at a time: some will wait; prepare it with a smaller --slice-samples",
@@ -108,18 +108,18 @@ class _Comparison:
 
     # --- names -----------------------------------------------------------------------------------
 
-    def _names(self) -> Iterator[Finding]:
+    def _names(self) -> Iterator[PreflightFinding]:
         if self._job.preprocessor is not None:
             return
         for argument, name in self._given.items():
             if name not in self._columns:
-                yield Finding(
+                yield PreflightFinding(
                     _INPUTS,
                     f"{argument} is to be the column {name}, but the dataset has none of that name; it has "
                     f"{described(self._all)}",
                 )
 
-    def _main_input(self) -> Iterator[Finding]:
+    def _main_input(self) -> Iterator[PreflightFinding]:
         """Of the tasks whose models all begin with the same argument."""
         wanted = _IMAGE_INPUTS if self._task in _IMAGES else _TEXT_INPUTS if self._task in _TEXTS else ()
         if not wanted or self._job.preprocessor is not None:
@@ -138,24 +138,26 @@ class _Comparison:
                 f"{flat.name} seems to be text as bytes: give the job a preprocessor of type tokenizer, or "
                 "prepare the dataset with --tokenizer"
             )
-            yield Finding(_PREPROCESSOR, f"{text}; {advice}")
+            yield PreflightFinding(_PREPROCESSOR, f"{text}; {advice}")
         elif flat is not None:
             advice = (
                 f"{flat.name} seems to be files of images as bytes: have `hypha-data prepare` decode them, "
                 "from an image folder or a Parquet file"
             )
-            yield Finding(_DATASET, f"{text}; {advice}")
+            yield PreflightFinding(_DATASET, f"{text}; {advice}")
         else:
-            yield Finding(_INPUTS, f"{text}; set it, or prepare the dataset with --rename COLUMN={wanted[0]}")
+            yield PreflightFinding(
+                _INPUTS, f"{text}; set it, or prepare the dataset with --rename COLUMN={wanted[0]}"
+            )
 
     # --- the preprocessor ------------------------------------------------------------------------
 
-    def _preprocessor(self) -> Iterator[Finding]:
+    def _preprocessor(self) -> Iterator[PreflightFinding]:
         given = self._job.preprocessor
         if given is None:
             return
         if not self._consumes:
-            yield Finding(
+            yield PreflightFinding(
                 f"{_PREPROCESSOR}.input_names",
                 "it names no columns for the preprocessor to work on; of "
                 f"{described(self._all)} say which is which argument, such as {{text = 'COLUMN'}}",
@@ -163,13 +165,13 @@ class _Comparison:
         for argument, name in self._consumes.items():
             column = self._all.get(name)
             if column is None:
-                yield Finding(
+                yield PreflightFinding(
                     f"{_PREPROCESSOR}.input_names",
                     f"{argument} is to be the column {name}, but the dataset has none of that name; it has "
                     f"{described(self._all)}",
                 )
             elif argument.startswith("text") and (column.dtype != "U8" or len(column.shape) != 1):
-                yield Finding(
+                yield PreflightFinding(
                     _PREPROCESSOR,
                     f"a tokenizer takes text (U8, a row of bytes), but the column {name} is "
                     f"{described({name: column})}: tokens already, it seems; leave the preprocessor out, or "
@@ -178,9 +180,9 @@ class _Comparison:
             elif argument == "images":
                 yield from self._processed_images(column)
 
-    def _processed_images(self, column: Column) -> Iterator[Finding]:
+    def _processed_images(self, column: Column) -> Iterator[PreflightFinding]:
         if len(column.shape) < 2:
-            yield Finding(
+            yield PreflightFinding(
                 f"{_PREPROCESSOR}.input_names",
                 f"images are to be the column {described({column.name: column})}, whose rows are flat; have "
                 "`hypha-data prepare` decode them, or give them a shape (--shape)",
@@ -188,7 +190,7 @@ class _Comparison:
         found = self._ranges.get(column.name)
         rescales = self._preprocessor_file.get("do_rescale", bool(self._preprocessor_file))
         if found is not None and found.high <= 1 and column.dtype.startswith(("F", "BF")) and rescales:
-            yield Finding(
+            yield PreflightFinding(
                 _PREPROCESSOR,
                 f"it divides pixels by 255, but those of {column.name} run from {number(found.low)} to "
                 f"{number(found.high)} already; prepare them with --dtype {quote(column.name)}=U8, or set "
@@ -198,7 +200,7 @@ class _Comparison:
 
     # --- labels ----------------------------------------------------------------------------------
 
-    def _labels(self) -> Iterator[Finding]:
+    def _labels(self) -> Iterator[PreflightFinding]:
         given = self._job.model
         labels = self._column("labels") if self._given else self._column(*_LABELS)
         by_row, by_place = self._task in ONE_LABEL_A_ROW, self._task in _A_LABEL_A_PLACE
@@ -223,21 +225,21 @@ class _Comparison:
             # of pixels one class more is often left out, and which one only the model knows
             yield from self._classes(labels, found)
 
-    def _no_labels(self) -> Finding:
+    def _no_labels(self) -> PreflightFinding:
         if self._given:
-            return Finding(
+            return PreflightFinding(
                 _INPUTS,
                 f"it names {', '.join(sorted(self._given))}, but no labels, without which there is no loss; "
                 f"the dataset has {described(self._all)}",
             )
-        return Finding(
+        return PreflightFinding(
             _DATASET,
             "it has no column labels or label, without which there is no loss; it has "
             f"{described(self._all)}; "
             "prepare it with --rename COLUMN=labels, or set model.input_names",
         )
 
-    def _of_a_row(self, labels: Column, found: ColumnRange | None) -> Iterator[Finding]:
+    def _of_a_row(self, labels: Column, found: ColumnRange | None) -> Iterator[PreflightFinding]:
         """As transformers chooses a loss: by ``problem_type``, else by how many labels a row has."""
         classes, problem = self._model.num_labels, self._model.problem_type
         if classes is None or problem == "regression" or (problem is None and classes == 1):
@@ -246,7 +248,7 @@ class _Comparison:
         if problem == "multi_label_classification" or (problem is None and many):
             if labels.shape != (classes,):
                 have = f"{labels.shape[0]} columns" if many else "one number a row"
-                yield Finding(
+                yield PreflightFinding(
                     _ARGUMENTS,
                     f"the column {labels.name} has {have}, but with several labels a row the model wants "
                     f"{classes}, each 0 or 1; set num_labels to the number of columns, or problem_type to "
@@ -259,12 +261,12 @@ class _Comparison:
         if found is not None and found.whole:
             yield from self._classes(labels, found)
 
-    def _probable(self, labels: Column, found: ColumnRange | None, what: str) -> Iterator[Finding]:
+    def _probable(self, labels: Column, found: ColumnRange | None, what: str) -> Iterator[PreflightFinding]:
         if found is None or labels.dtype == "BOOL":
             return
         low = min(found.low, IGNORED) if found.ignored else found.low
         if low < 0 or found.high > 1:
-            yield Finding(
+            yield PreflightFinding(
                 f"{JOB}.model.loss",
                 f"the column {labels.name} runs from {number(low)} to {number(found.high)}, but {what} takes "
                 "0 "
@@ -273,10 +275,10 @@ class _Comparison:
                 "to single_label_classification",
             )
 
-    def _whole(self, labels: Column, found: ColumnRange | None, told: str) -> Iterator[Finding]:
+    def _whole(self, labels: Column, found: ColumnRange | None, told: str) -> Iterator[PreflightFinding]:
         # rows of several numbers may be a class's probabilities
         if found is not None and not found.whole and not labels.shape:
-            yield Finding(
+            yield PreflightFinding(
                 f"{JOB}.model.loss",
                 f"the column {labels.name} ({labels.dtype}, {number(found.low)} to {number(found.high)}) "
                 "does "
@@ -284,7 +286,7 @@ class _Comparison:
                 "model.loss to mse",
             )
 
-    def _classes(self, labels: Column, found: ColumnRange) -> Iterator[Finding]:
+    def _classes(self, labels: Column, found: ColumnRange) -> Iterator[PreflightFinding]:
         classes = self._model.num_labels
         if classes is None:
             return
@@ -296,26 +298,26 @@ class _Comparison:
         )
         if low >= 0 and high < classes:
             if high + 1 < classes:
-                yield Finding(
+                yield PreflightFinding(
                     _ARGUMENTS,
                     f"{text}: some are never trained; if that is not meant set num_labels to the number of "
                     f"classes, {number(high + 1)}",
                     error=False,
                 )
         elif low < 0:
-            yield Finding(
+            yield PreflightFinding(
                 _DATASET, f"{text}; number the classes from 0 when preparing it ({IGNORED} is left out)"
             )
         elif low > 0 and high - low < classes:
-            yield Finding(_DATASET, f"{text}; number the classes from 0 when preparing it")
+            yield PreflightFinding(_DATASET, f"{text}; number the classes from 0 when preparing it")
         else:
-            yield Finding(
+            yield PreflightFinding(
                 _ARGUMENTS, f"{text}; set num_labels to the number of classes, {number(high + 1)} at least"
             )
 
     # --- texts -----------------------------------------------------------------------------------
 
-    def _tokens(self) -> Iterator[Finding]:
+    def _tokens(self) -> Iterator[PreflightFinding]:
         names = self._given or {name: name for name in self._columns}
         for argument, name in names.items():
             column = self._columns.get(name)
@@ -326,9 +328,9 @@ class _Comparison:
             yield from self._ids(labels, may_be_ignored=True)
         yield from self._positions()
 
-    def _ids(self, column: Column, may_be_ignored: bool) -> Iterator[Finding]:
+    def _ids(self, column: Column, may_be_ignored: bool) -> Iterator[PreflightFinding]:
         if column.dtype.startswith(("F", "BF")):
-            yield Finding(
+            yield PreflightFinding(
                 _DATASET,
                 f"the column {column.name} is {column.dtype}, but ids of tokens are whole numbers; prepare "
                 "it "
@@ -340,7 +342,7 @@ class _Comparison:
             return
         low = min(found.low, IGNORED) if found.ignored and not may_be_ignored else found.low
         if low < 0 or found.high >= rows:
-            yield Finding(
+            yield PreflightFinding(
                 _DATASET,
                 f"the column {column.name} holds ids of tokens from {number(low)} to {number(found.high)}, "
                 "but "
@@ -349,12 +351,12 @@ class _Comparison:
                 f"from scratch, set model.arguments vocab_size = {number(found.high + 1)}",
             )
 
-    def _positions(self) -> Iterator[Finding]:
+    def _positions(self) -> Iterator[PreflightFinding]:
         ids, longest = self._column("input_ids"), self._model.positions
         if ids is None or longest is None or len(ids.shape) != 1 or ids.shape[0] <= longest:
             return
         certain = self._model.kind in _LEARNT_POSITIONS
-        yield Finding(
+        yield PreflightFinding(
             _DATASET,
             f"its rows have {ids.shape[0]} tokens, but the model has {longest} positions; prepare it with "
             f"--sequence-length {longest} or less",
@@ -364,12 +366,12 @@ class _Comparison:
 
     # --- images ----------------------------------------------------------------------------------
 
-    def _images(self) -> Iterator[Finding]:
+    def _images(self) -> Iterator[PreflightFinding]:
         pixels = self._column("pixel_values")
         if pixels is None or self._task not in _IMAGES:
             return
         if len(pixels.shape) != 3:
-            yield Finding(
+            yield PreflightFinding(
                 _DATASET,
                 f"the column {described({pixels.name: pixels})} holds no images of channels, height and "
                 "width; "
@@ -380,7 +382,7 @@ class _Comparison:
         wanted, size = self._model.channels, self._model.image_size
         if wanted is not None and channels != wanted:
             last = ", with the channels last" if width == wanted else ""
-            yield Finding(
+            yield PreflightFinding(
                 _DATASET,
                 f"its images ({pixels.name} {list(pixels.shape)}) have {channels} channels{last}, but the "
                 "model "
@@ -389,7 +391,7 @@ class _Comparison:
             )
         elif size is not None and size != (height, width):
             certain = self._model.kind in _ONE_SIZE
-            yield Finding(
+            yield PreflightFinding(
                 _DATASET,
                 f"its images are {height}x{width}, but the model takes {size[0]}x{size[1]}; prepare them "
                 "with "

@@ -16,7 +16,7 @@ _DEFAULT_LABELS = 2
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelDescription:
     """``None``: config.json does not say. ``task`` is that of its architecture; ``image_size`` is (height,
     width); ``num_labels`` is of those tasks that have labels.
     """
@@ -31,7 +31,7 @@ class ModelFacts:
     image_size: tuple[int, int] | None = None
 
 
-def facts_of(described: Mapping[str, object], arguments: Mapping[str, object]) -> ModelFacts:
+def describe_model(described: Mapping[str, object], arguments: Mapping[str, object]) -> ModelDescription:
     """From the content of config.json, as the job's ``model.arguments`` change it."""
     # of models of images and texts, what the text is made of stands one level further in
     text = described.get("text_config")
@@ -44,7 +44,7 @@ def facts_of(described: Mapping[str, object], arguments: Mapping[str, object]) -
     def words(name: str) -> str | None:
         return next((found for layer in layers[:2] if isinstance(found := layer.get(name), str)), None)
 
-    return ModelFacts(
+    return ModelDescription(
         kind=words("model_type") or "",
         task=task_of(described.get("architectures")),
         num_labels=_labels(described, arguments),

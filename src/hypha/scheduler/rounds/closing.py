@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from hypha.scheduler.rounds.contributions import Books
+from hypha.scheduler.rounds.contributions import RoundContributions
 from hypha.scheduler.rounds.participants import Member
 from hypha.scheduler.rounds.policy import Rules
 
@@ -27,9 +27,14 @@ _LAST_PATIENCE = 5.0
 
 
 def may_close(
-    books: Books, participants: Sequence[Member], rules: Rules, round_: int, now: float, starved: bool
+    updates: RoundContributions,
+    participants: Sequence[Member],
+    rules: Rules,
+    round_: int,
+    now: float,
+    starved: bool,
 ) -> bool:
-    """With at least one accepted update: shall ``round_`` be closed now? Notes in ``books`` since when it
+    """With at least one accepted update: shall ``round_`` be closed now? Notes in ``updates`` since when it
     has been complete, and had its quorum. ``starved``: nobody serves data, so deadlines do not run.
     """
     waiting = [member for member in participants if not member.accepted]
@@ -46,14 +51,14 @@ def may_close(
         if not (member.absent or starved or is_overdue(member, rules, round_, now))
     ]
     # an update that came early, as its worker leaves, is in the round, and hurries nobody
-    here = len(books.stayed)
+    here = len(updates.stayed)
     quorum = not coming and here >= math.ceil(rules.quorum * (here + len(waiting)) - 1e-9)
-    books.complete_since = _since(books.complete_since, not awaited, now)
-    books.quorum_since = _since(books.quorum_since, quorum, now)
-    if books.complete_since is not None:
-        explained = books.explained(member.peer for member in participants)
-        return explained or now >= books.complete_since + _CONTRIBUTION_GRACE_S
-    if books.quorum_since is not None and now >= books.quorum_since + rules.grace_s:
+    updates.complete_since = _since(updates.complete_since, not awaited, now)
+    updates.quorum_since = _since(updates.quorum_since, quorum, now)
+    if updates.complete_since is not None:
+        explained = updates.explained(member.peer for member in participants)
+        return explained or now >= updates.complete_since + _CONTRIBUTION_GRACE_S
+    if updates.quorum_since is not None and now >= updates.quorum_since + rules.grace_s:
         return True
     return not starved and all(is_overdue(member, rules, round_, now) for member in awaited)
 
@@ -71,7 +76,7 @@ def given_up(participants: Iterable[Member], rules: Rules, round_: int, now: flo
 
 
 def stuck(members: Iterable[Member], rules: Rules, now: float) -> list[Member]:
-    """Whose executor was told long ago that the job goes on in this life, and is in its batch still."""
+    """Whose executor was told long ago that the job goes on in this generation, and is in its batch still."""
     patience_s = _LAST_PATIENCE * rules.deadline_s
     return [
         member

@@ -15,7 +15,7 @@ from hypha.scheduler.rounds.claims import bounded_loss
 _REMEMBERED_ROUNDS = 4
 
 
-class Books:
+class RoundContributions:
     """``accepted``: samples by worker, as the parameter server said; ``contributions``: as workers said."""
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ class Joined(Struct, frozen=True, tag=True):
     batch_size: int = 1
 
 
-class Lost(Struct, frozen=True, tag=True):
+class ParticipantLost(Struct, frozen=True, tag="Lost"):
     """The lease of ``kind`` at ``peer`` ended, or the peer is gone."""
 
     peer: str
@@ -39,8 +39,8 @@ class Lost(Struct, frozen=True, tag=True):
 
 
 class GoesOn(Struct, frozen=True, tag=True):
-    """The executor of ``kind`` at ``peer``, started in an earlier life, has been told of this one. A training
-    executor that has its model reports that at the end of its batch.
+    """The executor of ``kind`` at ``peer``, started in an earlier generation, has been told of this one. A
+    training executor that has its model reports that at the end of its batch.
     """
 
     peer: str
@@ -61,7 +61,7 @@ class Reachable(Struct, frozen=True, tag=True):
     kind: ExecutorClass
 
 
-class Leaves(Struct, frozen=True, tag=True):
+class ParticipantLeaves(Struct, frozen=True, tag="Leaves"):
     """The worker ``peer`` ends in ``left_s`` seconds, and its executor of ``kind`` with it; told again."""
 
     peer: str
@@ -110,7 +110,7 @@ class Reported(Struct, frozen=True, tag=True):
     progress: Progress
 
 
-class Tick(Struct, frozen=True, tag=True):
+class TimePassed(Struct, frozen=True, tag="Tick"):
     """Time has passed."""
 
 
@@ -146,13 +146,13 @@ class SliceAsked(Struct, frozen=True, tag=True):
 
 
 class Disregarded(Struct, frozen=True, tag=True):
-    """Something was received that has no place in this life of the job: it is counted as ``what``."""
+    """Something was received that has no place in this generation of the job: it is counted as ``what``."""
 
     what: str
 
 
-class LifeBegan(Struct, frozen=True, tag=True):
-    """What the machine of one life was made from: its first entry in a journal."""
+class GenerationBegan(Struct, frozen=True, tag="LifeBegan"):
+    """What the machine of one generation was made from: its first entry in a journal."""
 
     rules: Rules
     start: Start
@@ -163,14 +163,14 @@ class LifeBegan(Struct, frozen=True, tag=True):
 
 Input = (
     Joined
-    | Lost
+    | ParticipantLost
     | GoesOn
     | Unreachable
     | Reachable
-    | Leaves
+    | ParticipantLeaves
     | Told
     | Reported
-    | Tick
+    | TimePassed
     | JobRefused
     | LeasesHeld
     | DataServed
@@ -237,8 +237,9 @@ class Checkpointed(Struct, frozen=True, tag=True):
 
 
 class Restart(Struct, frozen=True, tag=True):
-    """The parameter server is gone, and this life with it: begin a new generation from the last checkpoint;
-    from the one before that when it said that the last is ``unusable``. The machine is at its end.
+    """The parameter server is gone, and this generation with it: begin a new generation from the last
+    checkpoint; from the one before that when it said that the last is ``unusable``. The machine is at its
+    end.
     """
 
     reason: str

@@ -29,7 +29,7 @@ class _Failing:
 
 
 class Failing:
-    """Of one life of a job; ``restarts``: how often a worker's executor is started again."""
+    """Of one generation of a job; ``restarts``: how often a worker's executor is started again."""
 
     def __init__(self, failures: Failures, restarts: int) -> None:
         self._failures = failures

@@ -40,21 +40,21 @@ from hypha.scheduler.rounds.events import (
     Disregarded,
     Drop,
     FirstTheta,
+    GenerationBegan,
     GoesOn,
     Input,
     JobRefused,
     Joined,
     LeasesHeld,
-    Leaves,
     LetGo,
-    LifeBegan,
-    Lost,
+    ParticipantLeaves,
+    ParticipantLost,
     Publish,
     Reachable,
     Record,
     Reported,
     SliceAsked,
-    Tick,
+    TimePassed,
     Told,
     Unreachable,
     with_early,
@@ -75,8 +75,9 @@ _MOST_GONE = 100
 
 
 class RoundMachine(Phases):
-    """One life (generation) of a job. ``counts`` counts what was ignored or refused, by reason. It is at its
-    end with :class:`Publish`, :class:`Fail` or :class:`Restart`; of these the last goes on in another life.
+    """One generation of a job. ``counts`` counts what was ignored or refused, by reason. It is at its
+    end with :class:`Publish`, :class:`Fail` or :class:`Restart`; of these the last goes on in another
+    generation.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class RoundMachine(Phases):
         self._first_theta = ""
         self._journal = journal
         if journal is not None:
-            began = LifeBegan(rules, start, tracker.to_state(), scheduler, carried)
+            began = GenerationBegan(rules, start, tracker.to_state(), scheduler, carried)
             journal.note(NAME, 0.0, began, (), self.summary())
 
     def handle(self, event: Input, now: float) -> list[Action]:
@@ -114,7 +115,7 @@ class RoundMachine(Phases):
         if self.theta and self.round == 0 and not self._first_theta:
             self._first_theta = self.theta
             actions.append(FirstTheta(self.theta))
-        if isinstance(event, Tick) and self.tracker.version != self.kept and not self.over:
+        if isinstance(event, TimePassed) and self.tracker.version != self.kept and not self.over:
             actions.append(self.keep_slices())
         return actions
 
@@ -125,7 +126,7 @@ class RoundMachine(Phases):
             case GoesOn(peer=peer, kind="train"):
                 if peer in self.members and peer in self.had_model:
                     self.members[peer].told_at = now
-            case Lost():
+            case ParticipantLost():
                 if event.kind == "train":
                     self.failing.forget(event.peer)
                 return self.lose(event.peer, event.kind, event.reason)
@@ -142,7 +143,7 @@ class RoundMachine(Phases):
                     self.members[peer].expect(now)
             case GoesOn() | Unreachable() | Reachable():
                 pass
-            case Leaves():
+            case ParticipantLeaves():
                 self.leaves(event, now)
             case Reported():
                 return self._progress(event, now)
@@ -158,7 +159,7 @@ class RoundMachine(Phases):
                 self.served = served
             case Disregarded(what=what):
                 self.counts[what] += 1
-            case Tick():
+            case TimePassed():
                 return self.wait_for_leases(now)
             case SliceAsked():
                 pass
@@ -261,8 +262,9 @@ class RoundMachine(Phases):
         member.loaded, member.load_s = True, now - member.joined_at
         if self.phase not in (*OPEN, "closing"):
             return []
-        # past Training, or if an earlier life's update is in, it gets the next theta with everybody else
-        now_or_next = self.phase == "training" and member.peer not in self.books.accepted
+        # past Training, or if an earlier generation's update is in, it gets the next theta with everybody
+        # else
+        now_or_next = self.phase == "training" and member.peer not in self.updates.accepted
         join = self.send_model(member, now) if now_or_next else []
         return [*self.tell_members(), *join]
 
@@ -285,7 +287,7 @@ class RoundMachine(Phases):
             size = member.batch_size if event.batch_size is None else event.batch_size
             if size != member.batch_size and not 0 < size <= (self.rules.most_batch_size or 0):
                 return self._impossible(member, f"its batches have {size} samples")
-            # a higher one is from an earlier life
+            # a higher one is from an earlier generation
             member.attempt = event.attempt
             if size != member.batch_size:
                 member.resize(size)
@@ -342,14 +344,14 @@ class RoundMachine(Phases):
                 return self._refuse_update(member, "invalid", text)
             return self.failed(member.peer, "train", text, "claims")
         elif part.round == self.round and member.in_round and not member.left_out:
-            accepted = part.worker in self.books.accepted
+            accepted = part.worker in self.updates.accepted
             if not accepted and (problem := self.plan_problem(member, part)):
                 self.counts["wrong contribution"] += 1
                 return self._refuse_update(member, "invalid", problem)
-            member.sent = self.books.note(part)
+            member.sent = self.updates.note(part)
             member.overtake(self.round)
         else:
-            entry = self.books.late(part)
+            entry = self.updates.late(part)
             if entry is None:
                 self.counts["stale round"] += 1
                 return []
@@ -391,7 +393,7 @@ class RoundMachine(Phases):
         if event.round != self.round or self.phase not in (*OPEN, "closing"):
             self.counts["stale round"] += 1
             return []
-        accepted = self.books.accepted
+        accepted = self.updates.accepted
         known = event.worker in self.members or event.worker in accepted
         if not known and len(accepted) >= len(self.members) + _MOST_GONE:
             self.counts["uninvited"] += 1
@@ -405,7 +407,7 @@ class RoundMachine(Phases):
             member.overtake(self.round)
             member.accept(now)
             if member.early:
-                self.books.departed.add(member.peer)
+                self.updates.departed.add(member.peer)
         return []
 
     def _update_refused(self, event: UpdateRefused) -> list[Action]:
@@ -438,12 +440,12 @@ class RoundMachine(Phases):
         for part in event.contributions:
             if part.worker in event.contributors and part.round == event.round:
                 self.note(part)
-        entry = self.books.apply(event, self.start.generation, now)
+        entry = self.updates.apply(event, self.start.generation, now)
         for part in entry.contributors:
             foreign = self.tracker.finish(part.worker, part.finished)
             self.counts["foreign slices"] += len(foreign)
             self.count_steps(part)
-        for worker, part in self.books.contributions.items():
+        for worker, part in self.updates.contributions.items():
             if worker not in event.contributors:
                 self.tracker.give_back(worker, part.finished)
                 self.counts["lost samples"] += part.samples

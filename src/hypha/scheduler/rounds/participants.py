@@ -9,7 +9,7 @@ from typing import Literal
 from hypha.contributions import is_count
 from hypha.messages import Contribution, PeerRef, Progress
 from hypha.scheduler.rounds.claims import bounded_loss
-from hypha.scheduler.rounds.projection import BatchTime, Pace
+from hypha.scheduler.rounds.projection import BatchTime, ProjectedWorker
 
 #: longest time that a silent worker is believed to go on at its pace, if its batches are shorter
 _BELIEVED_S = 1.0
@@ -62,7 +62,7 @@ class Member:
     joined_at: float = 0.0
     incarnation: str = ""
     loaded: bool = False
-    #: its executor, which had the model in an earlier life, was told of this one
+    #: its executor, which had the model in an earlier generation, was told of this one
     told_at: float | None = None
     in_round: bool = False
     left_out: bool = False
@@ -213,7 +213,7 @@ class Member:
     ) -> bool | None:
         """Take newer, possible counts; False for old ones, None for such as cannot be. ``rows`` are those of
         the slices that are assigned to it, if that is known: it cannot have trained on more; nor for longer
-        than the round lasts, unless an earlier life has begun that.
+        than the round lasts, unless an earlier generation has begun that.
         """
         possible = (
             is_count(report.batches)
@@ -273,8 +273,8 @@ class Member:
     def most_samples(self, round_: int, open_before: bool, may_hold: int) -> int | None:
         """For how many samples its update of ``round_`` may stand at most: its largest plan, and what it may
         do before it hears of that, of the rows that it ``may_hold``; None where it was told none, so that
-        there can be no update yet. Of a round that was ``open_before``, in an earlier life, it may have an
-        update by a plan of that one.
+        there can be no update yet. Of a round that was ``open_before``, in an earlier generation, it may have
+        an update by a plan of that one.
         """
         found: int | None = None
         if self.most_in == round_:
@@ -295,16 +295,18 @@ class Member:
         planned = (self.plan or 0) * self.batch_size
         return min(batches * self.batch_size, max(target, planned)) + (ahead + 2) * rows_a_slice
 
-    def pace(self, now: float, round_: int) -> Pace | None:
+    def pace(self, now: float, round_: int) -> ProjectedWorker | None:
         """For the projection; ``None`` while its batch time is unknown."""
         batch_s = self.batch_time.value_s
         if batch_s is None:
             return None
         if self.started < round_:
             since_s = min(0.0, now - self.since - (self.theta_s or 0.0))
-            return Pace(self.peer, 0, since_s, batch_s, self.batch_size, self.multiple, self.last)
+            return ProjectedWorker(self.peer, 0, since_s, batch_s, self.batch_size, self.multiple, self.last)
         since_s = min(now - self.reported_at, max(batch_s, _BELIEVED_S))
-        return Pace(self.peer, self.batches, since_s, batch_s, self.batch_size, self.multiple, self.last)
+        return ProjectedWorker(
+            self.peer, self.batches, since_s, batch_s, self.batch_size, self.multiple, self.last
+        )
 
     def due_at(self, deadline_s: float, round_: int) -> float | None:
         """When waiting for its update ends; ``None`` while its sync point is not known.

@@ -24,12 +24,13 @@ class Phases(RoundState, ABC):
         ``again``: the same round, as no update counts; whose was refused begins it anew.
         """
         self.phase = "training"
-        self.books.open_round(now)
+        self.updates.open_round(now)
         self.planner.open_round(now)
         self.limits = {}
         actions: list[Action] = []
         for member in self.members.values():
-            # of who has an update in the last round, and has not said in this life that it is loaded, too
+            # of who has an update in the last round, and has not said in this generation that it is loaded,
+            # too
             member.accepted = False
         for member in self.loaded:
             member.attempt = (member.attempt + member.left_out) if again else 0
@@ -62,7 +63,7 @@ class Phases(RoundState, ABC):
         if self.phase == "loading" and self._may_begin(now):
             self.broadcast = self.holders()
             actions += [*self.tell_members(), *self.open_round(now)]
-        if self.phase in OPEN and not self.participants and not self.books.accepted and self.loaded:
+        if self.phase in OPEN and not self.participants and not self.updates.accepted and self.loaded:
             self.broadcast = frozenset()
             actions += self.open_round(now, again=True)
         if self.phase in OPEN:
@@ -74,7 +75,7 @@ class Phases(RoundState, ABC):
 
     def _may_begin(self, now: float) -> bool:
         """With all workers that are wanted; with fewer only when the others do not come soon. A round that an
-        earlier life has begun is open in any case.
+        earlier generation has begun is open in any case.
         """
         if len(self.present) < self.rules.min_workers:
             self.enough_since = None
@@ -107,12 +108,12 @@ class Phases(RoundState, ABC):
         return actions
 
     def _plan(self, now: float) -> list[Action]:
-        accepted = self.books.stayed
+        accepted = self.updates.stayed
         members = [one for one in self.participants if not (one.accepted or one.absent)]
         for member in members:
             if not member.fixed:
                 member.foresee(now, self.round, self.hurried)
-        samples = sum(self.books.accepted.values())
+        samples = sum(self.updates.accepted.values())
         changed = self.planner.plan(members, samples, self.round, now, close=bool(accepted))
         for member in members:
             planned = changed.get(member.peer, member.plan)
@@ -144,8 +145,8 @@ class Phases(RoundState, ABC):
         return actions
 
     def _close(self, now: float) -> list[Action]:
-        books, rules = self.books, self.rules
-        if not books.accepted:
+        updates, rules = self.updates, self.rules
+        if not updates.accepted:
             actions: list[Action] = []
             for member in given_up(self.participants, rules, self.round, now) if self.served else []:
                 if self.phase in OPEN:
@@ -153,9 +154,9 @@ class Phases(RoundState, ABC):
                     actions += self.failed(member.peer, "train", text, "overdue")
             return actions
         if self.paused or not self.loaded:
-            books.quorum_since = books.complete_since = None
+            updates.quorum_since = updates.complete_since = None
             return []
-        if not may_close(books, self.participants, rules, self.round, now, not self.served):
+        if not may_close(updates, self.participants, rules, self.round, now, not self.served):
             return []
         self.phase = "closing"
         for member in self.participants:
@@ -204,11 +205,13 @@ class Phases(RoundState, ABC):
         for peer, member in self.members.items():
             assert peer == member.peer, f"{member.peer} is known as {peer}"
             assert member.started <= self.round, f"{peer} is in a round that was not opened"
-            assert not member.accepted or peer in self.books.accepted, f"{peer} was not accepted"
-            assert member.sent is None or peer in self.books.contributions, f"{peer} sent nothing"
+            assert not member.accepted or peer in self.updates.accepted, f"{peer} was not accepted"
+            assert member.sent is None or peer in self.updates.contributions, f"{peer} sent nothing"
             assert not (member.left_out and member.sent), f"{peer} is left out, but its update counts"
             assert member.plan is None or member.plan >= 0, f"{peer} is to do {member.plan} batches"
             assert member.batches >= 0, f"{peer} has done {member.batches} batches"
-        assert all(samples >= 0 for samples in self.books.accepted.values()), "an update of under no samples"
+        assert all(samples >= 0 for samples in self.updates.accepted.values()), (
+            "an update of under no samples"
+        )
         for told in self.early:
-            assert told.stamp.generation == self.start.generation, "what another life said is waiting"
+            assert told.stamp.generation == self.start.generation, "what another generation said is waiting"

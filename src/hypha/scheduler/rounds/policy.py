@@ -1,4 +1,4 @@
-"""What the job's configuration says about rounds, and what outlives one life of a job."""
+"""What the job's configuration says about rounds, and what outlives one generation of a job."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Rules:
     grace_s: float = 10.0
     deadline_s: float = 60.0
     min_workers: int = 2
-    #: a life begins with ``min_workers``, ``start_grace_s`` after they are here, or with ``workers`` at once
+    #: a generation begins with ``min_workers``, ``start_grace_s`` after they are here, or with ``workers`` at
+    #: once
     workers: int = 1
     start_grace_s: float = 0.0
     checkpoint_every: int = 10
@@ -72,10 +73,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a life of the job begins: ``steps`` inner steps were taken before; ``theta`` is the hash of
-    what is to be restored, empty when nothing is. ``taken_over``: the parameter server is that of the life
-    before, and may have closed ``round`` already. ``optimizer`` is what the job began with, for good;
-    ``None`` in journals of before there was a choice.
+    """Where a generation of the job begins: ``steps`` inner steps were taken before; ``theta`` is the hash of
+    what is to be restored, empty when nothing is. ``taken_over``: the parameter server is that of the
+    generation before, and may have closed ``round`` already. ``optimizer`` is what the job began with, for
+    good; ``None`` in journals of before there was a choice.
     """
 
     job_id: str
@@ -88,8 +89,9 @@ class Start:
 
 
 class CarriedOver(Struct, frozen=True):
-    """What one life of a job hands on to the next: its executors' failures since the last applied round, as
-    in :class:`Failures`, since when there have been too few leases, and whose executors had their model.
+    """What one generation of a job hands on to the next: its executors' failures since the last applied
+    round, as in :class:`Failures`, since when there have been too few leases, and whose executors had their
+    model.
     """
 
     in_a_row: int = 0
@@ -104,7 +106,7 @@ class CarriedOver(Struct, frozen=True):
 @dataclass
 class Failures:
     """Failures of executors since the last applied round; ``limit`` of them end the job. The round machine of
-    one life owns them; those of the next life are made from what it hands on.
+    one generation owns them; those of the next generation are made from what it hands on.
     """
 
     limit: int = 5
@@ -119,7 +121,7 @@ class Failures:
 
     @classmethod
     def of(cls, carried: CarriedOver, limit: int) -> Failures:
-        """Those that an earlier life has handed on."""
+        """Those that an earlier generation has handed on."""
         model = {(peer, kind): message for peer, kind, message in carried.model}
         alike: dict[str, Counter[str]] = {}
         for what, peer, times in carried.alike:
@@ -128,7 +130,7 @@ class Failures:
         return cls(limit, carried.in_a_row, model, not_finite, restarts, alike)
 
     def hand_on(self, short_since: float | None, had_model: Iterable[str] = ()) -> CarriedOver:
-        """For the next life."""
+        """For the next generation."""
         return CarriedOver(
             in_a_row=self.in_a_row,
             model=tuple((peer, kind, message) for (peer, kind), message in self.model.items()),

@@ -65,7 +65,7 @@ class BatchTime:
 
 
 @dataclass(frozen=True)
-class Pace:
+class ProjectedWorker:
     """A worker in the projection: ``done`` batches as of ``since_s`` seconds ago (negative: it starts
     that much later), ``batch_s`` per batch of ``batch_size`` samples; plans are multiples of ``multiple``
     (gradient accumulation). One that leaves before the round ends can do ``most`` batches of it.
@@ -105,7 +105,7 @@ class Projection:
     ends_in_s: float
 
 
-def project(paces: Sequence[Pace], wanted: int, elapsed_s: float = 0.0) -> Projection:
+def project(paces: Sequence[ProjectedWorker], wanted: int, elapsed_s: float = 0.0) -> Projection:
     """Everybody's sync point such that at least ``wanted`` samples (all of the round) are reached.
 
     ``elapsed_s`` is how long the round lasts already: idle time is weighed against its whole length.
@@ -139,7 +139,7 @@ def project(paces: Sequence[Pace], wanted: int, elapsed_s: float = 0.0) -> Proje
     return Projection(best[2], best[1])
 
 
-def _time_for(paces: Sequence[Pace], wanted: int) -> float:
+def _time_for(paces: Sequence[ProjectedWorker], wanted: int) -> float:
     """The first moment from now on at which the wanted samples are reached."""
 
     def reached(time_s: float) -> bool:
@@ -162,7 +162,7 @@ def _time_for(paces: Sequence[Pace], wanted: int) -> float:
     return high
 
 
-def _candidates(paces: Sequence[Pace], earliest: float, elapsed_s: float) -> list[float]:
+def _candidates(paces: Sequence[ProjectedWorker], earliest: float, elapsed_s: float) -> list[float]:
     """``earliest`` and every worker's next arrival after it: the best moment is one of them, or a little
     later, so that who would arrive right after it is waited for, instead of waiting for a batch of its own.
     """

@@ -22,7 +22,7 @@ from hypha.messages import (
     SendModel,
 )
 from hypha.scheduler.data.slices import Assignment, SliceTracker
-from hypha.scheduler.rounds.contributions import Books
+from hypha.scheduler.rounds.contributions import RoundContributions
 from hypha.scheduler.rounds.events import (
     Action,
     Drop,
@@ -30,8 +30,8 @@ from hypha.scheduler.rounds.events import (
     Joined,
     KeepSlices,
     LeasesHeld,
-    Leaves,
     LetGo,
+    ParticipantLeaves,
     Restart,
     Send,
     SliceAsked,
@@ -60,7 +60,7 @@ _RESEND_S = 10.0
 
 
 class RoundState:
-    """One life (generation) of a job. ``counts`` counts what was ignored or refused, by reason."""
+    """One generation of a job. ``counts`` counts what was ignored or refused, by reason."""
 
     def __init__(
         self, rules: Rules, start: Start, tracker: SliceTracker, scheduler: PeerRef, carried: CarriedOver
@@ -74,7 +74,7 @@ class RoundState:
         self.round = start.round
         self.steps = start.steps
         self.phase: Phase = "loading"
-        #: this life is at its end: another one begins
+        #: this generation is at its end: another one begins
         self.over = False
         self.theta = ""
         self.server: PeerRef | None = None
@@ -86,13 +86,14 @@ class RoundState:
         self.saving = self.saved = -1
         self.members: dict[str, Member] = {}
         self.counts: Counter[str] = Counter()
-        self.books = Books()
+        self.updates = RoundContributions()
         #: whether any data node serves the dataset
         self.served = True
         #: as was said last
         self.leases: LeasesHeld | None = None
         self.short_since = carried.short_since
-        #: whose executors had it in the life before; those of others may load it for as long as it takes
+        #: whose executors had it in the generation before; those of others may load it for as long as it
+        #: takes
         self.had_model = frozenset(carried.had_model)
         self.planner = Planner(rules.samples, rules.inner_steps)
         self.broadcast: frozenset[str] = frozenset()
@@ -130,7 +131,7 @@ class RoundState:
         worker that ends, too: nobody could send that again. None where there is no such haste.
         """
         leaves = self.server_leaves
-        if leaves is None or not (self.books.departed or any(one.leaves for one in self.participants)):
+        if leaves is None or not (self.updates.departed or any(one.leaves for one in self.participants)):
             return None
         # the outer step takes about as long as a synchronisation, and the new theta is to be saved
         spent_s = min(_OUTER_STEP_S, (leaves.at - leaves.since) / 4.0)
@@ -156,8 +157,8 @@ class RoundState:
             if self.server is None or self.server.peer != peer:
                 return []
             return self.restart(reason)
-        sent = self.books.contributions.get(peer) if peer in self.books.accepted else None
-        # it may hold slices of an earlier life
+        sent = self.updates.contributions.get(peer) if peer in self.updates.accepted else None
+        # it may hold slices of an earlier generation
         self.tracker.forget(peer, keep=sent.finished if sent is not None else ())
         member = self.members.pop(peer, None)
         if member is None:
@@ -167,7 +168,7 @@ class RoundState:
         self.planner.upset()
         return self.tell_members() if member.loaded else []
 
-    def leaves(self, event: Leaves, now: float) -> None:
+    def leaves(self, event: ParticipantLeaves, now: float) -> None:
         """Its worker ends soon: what it has trained by then is to count, and the others share the rest."""
         server = self.server is not None and self.server.peer == event.peer
         member = self.members.get(event.peer)
@@ -197,7 +198,7 @@ class RoundState:
         # of who cannot be reached its lease decides, not how short rounds are
         member.missed = max(member.missed, 1) if member.absent else member.missed + 1
         member.sent = None
-        self.books.contributions.pop(member.peer, None)
+        self.updates.contributions.pop(member.peer, None)
         self.tracker.lose(member.peer)
         self.planner.upset()
 
@@ -220,7 +221,9 @@ class RoundState:
         return actions
 
     def restart(self, reason: str, unusable: bool = False) -> list[Action]:
-        """The parameter server is gone: this life ends, and what is known of slices is kept for the next."""
+        """The parameter server is gone: this generation ends, and what is known of slices is kept for the
+        next.
+        """
         self.server, self.server_ready, self.server_at = None, False, None
         self.over = True
         had_model = [one.peer for one in self.members.values() if one.loaded or one.told_at is not None]
@@ -231,9 +234,9 @@ class RoundState:
 
     def is_early(self, round_: int) -> bool:
         """Is what was said of ``round_`` to be taken up when that is opened here? While a round is closing
-        the next one begins elsewhere. A life that goes on with another's executors hears of its first round
-        before it has opened it, and of the next one if the parameter server had closed the first; if it had
-        not, that next one was begun with a parameter server that was lost since, and nobody recorded it.
+        the next one begins elsewhere. A generation that goes on with another's executors hears of its first
+        round before it has opened it, and of the next one if the parameter server had closed the first; if it
+        had not, that next one was begun with a parameter server that was lost since, and nobody recorded it.
         """
         if round_ == self.round:
             return self.phase == "loading"
@@ -279,11 +282,11 @@ class RoundState:
         """What the parameter server read in an update that it has accepted, if that can be true. Theta has it
         now, so no plan is asked any more: a replay needs it.
         """
-        if self.books.contributions.get(part.worker) == part:
+        if self.updates.contributions.get(part.worker) == part:
             return
         problem = self.claim_problem(part)
         if not problem:
-            self.books.note(part)
+            self.updates.note(part)
             return
         self.counts["wrong contribution"] += 1
         logger.warning(
@@ -301,9 +304,9 @@ class RoundState:
         member, stamp = self.members.get(caller), request.stamp
         if member is None or (stamp.job_id, stamp.generation) != (self.start.job_id, self.start.generation):
             self.counts["uninvited"] += 1
-            return "you take no part in this life of the job"
+            return "you take no part in this generation of the job"
         if self.over:
-            return "this life of the job is over"
+            return "this generation of the job is over"
         if member.incarnation and request.incarnation != member.incarnation:
             self.counts["stale incarnation"] += 1
             return "another process of yours takes part in the job"
@@ -311,12 +314,12 @@ class RoundState:
         before = stamp.round == self.round and stamp.attempt < member.attempt
         if member.left_out or before or (member.missed and behind):
             return "your update was left out: wait for theta, then ask again"
-        if stamp.round > self.round and caller not in self.books.accepted:
+        if stamp.round > self.round and caller not in self.updates.accepted:
             # it trains in the next round already; should its update turn out to be left out of this one, all
             # that it was given until then is taken back
             return "the round that you are in has not begun here yet: ask again"
         if request.held_from:
-            sent = self.books.contributions.get(caller) if caller in self.books.accepted else None
+            sent = self.updates.contributions.get(caller) if caller in self.updates.accepted else None
             keep = sent.finished if sent is not None else ()
             self.tracker.dropped(caller, request.incarnation, request.held_from, keep)
         told = self.tracker.was_told(caller, request.incarnation, request.seq)
@@ -377,7 +380,9 @@ class RoundState:
 
     @property
     def open_before(self) -> bool:
-        """An earlier life has begun the open round, so that there may be updates by plans of that one."""
+        """An earlier generation has begun the open round, so that there may be updates by plans
+        of that one.
+        """
         return self.start.generation > 0 and self.round == self.start.round
 
     def tell_limits(self) -> list[Action]:
@@ -405,7 +410,7 @@ class RoundState:
             "round": self.round,
             "generation": self.start.generation,
             "members": len(self.members),
-            "accepted": len(self.books.accepted),
+            "accepted": len(self.updates.accepted),
             "server_ready": self.server_ready,
             "steps": self.steps,
             "kept": self.kept,

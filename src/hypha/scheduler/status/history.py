@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from hypha.journal import Entry
+from hypha.journal import JournalEntry
 from hypha.messages import (
     CloseRound,
     ExecutorClass,
@@ -36,11 +36,11 @@ from hypha.scheduler.rounds.events import (
     DataServed,
     Drop,
     Fail,
+    GenerationBegan,
     JobRefused,
     Joined,
     LetGo,
-    LifeBegan,
-    Lost,
+    ParticipantLost,
     Reachable,
     Record,
     Reported,
@@ -84,7 +84,7 @@ class History:
         self._records: dict[Key, RoundRecord] = {}
         self._changed: dict[Key, int] = {}
         self._open: OpenRound | None = None
-        self._life: LifeBegan | None = None
+        self._generation: GenerationBegan | None = None
         #: who started the next round before it was opened here, and when
         self._early: dict[str, float] = {}
         self._unsaved: list[RoundRecord] = []
@@ -103,8 +103,12 @@ class History:
 
     @property
     def job(self) -> tuple[str, int] | None:
-        """The job's id and its generation; None before its first life has begun."""
-        return None if self._life is None else (self._life.start.job_id, self._life.start.generation)
+        """The job's id and its generation; None before its first generation has begun."""
+        return (
+            None
+            if self._generation is None
+            else (self._generation.start.job_id, self._generation.start.generation)
+        )
 
     def since(self, number: int) -> tuple[RoundRecord, ...]:
         """Those that have changed after :attr:`number` was ``number``."""
@@ -139,7 +143,7 @@ class History:
         self._changed = dict.fromkeys(self._records, self.number)
         self._trim()
 
-    def note(self, entry: Entry) -> None:
+    def note(self, entry: JournalEntry) -> None:
         """Listen to the journal. Never raises."""
         if entry.machine != NAME or self._broken:
             return
@@ -150,14 +154,14 @@ class History:
             self._broken = True
             logger.exception("The history of rounds is not kept any more, as it met something unforeseen.")
 
-    def _note(self, entry: Entry) -> None:
+    def _note(self, entry: JournalEntry) -> None:
         now, event = entry.at_s, entry.event
-        if isinstance(event, LifeBegan):
-            self._begin_life(event)
+        if isinstance(event, GenerationBegan):
+            self._begin_generation(event)
             return
-        if self._open is None and self._life is not None and _goes_on(entry):
-            # the first entry of a life has no time, so the record begins with the second
-            start = self._life.start
+        if self._open is None and self._generation is not None and _goes_on(entry):
+            # the first entry of a generation has no time, so the record begins with the second
+            start = self._generation.start
             self._open = self._begin(start.round, now)
         if self._open is None:
             return
@@ -175,14 +179,14 @@ class History:
         if applied is not None:
             self._applied(self._open, applied.entry, entry, now)
 
-    def _begin_life(self, event: LifeBegan) -> None:
+    def _begin_generation(self, event: GenerationBegan) -> None:
         if self._open is not None:
             # cut short: what is known of it is worth a look, as here something went wrong
             opened = self._open
             ends = [opened.at, *(fault.at_s + opened.at for fault in opened.faults)]
             ends += [track.since for track in (*opened.tracks.values(), opened.server_track)]
             self._put(opened.record(max(ends)))
-        self._open, self._life = None, event
+        self._open, self._generation = None, event
         self._early.clear()
         # whoever reads earlier schedulers' records can tell now whose they are
         self.finished.note()
@@ -191,8 +195,8 @@ class History:
                 self._put(msgspec.structs.replace(record, discarded=True), key)
 
     def _begin(self, round_: int, now: float) -> OpenRound:
-        assert self._life is not None
-        start = self._life.start
+        assert self._generation is not None
+        start = self._generation.start
         return OpenRound(start.job_id, start.generation, round_, now, self._wall())
 
     def _heard(self, opened: OpenRound, event: object, now: float) -> None:
@@ -210,7 +214,7 @@ class History:
                     track.batches, track.loss = progress.batches, progress.loss
                     track.reported_at, track.batch_s = now, progress.busy_s / progress.batches
                     self._look_at_plan(track, now)
-            case Lost(peer=peer, kind=kind, reason=reason):
+            case ParticipantLost(peer=peer, kind=kind, reason=reason):
                 self._gone(opened, peer, kind, now)
                 self._fault(opened, now, peer, "lost", reason)
             case JobRefused(peer=peer, reason=reason):
@@ -225,7 +229,7 @@ class History:
                 pass
 
     def _told(self, opened: OpenRound, sender: str, kind: ExecutorClass, event: object, now: float) -> None:
-        # an executor of an earlier life goes on without having joined this one
+        # an executor of an earlier generation goes on without having joined this one
         track = opened.tracks.setdefault(sender, Track()) if kind == "train" else None
         match event:
             case Loaded() if track is not None and track.kind in (None, "loading"):
@@ -288,7 +292,7 @@ class History:
             case _:
                 pass
 
-    def _applied(self, opened: OpenRound, entry: LedgerRound, noted: Entry, now: float) -> None:
+    def _applied(self, opened: OpenRound, entry: LedgerRound, noted: JournalEntry, now: float) -> None:
         opened.server_track.switch("broadcast", now)
         self._put(with_numbers(opened.record(now), entry))
         if not _goes_on(noted):
@@ -370,7 +374,7 @@ class History:
         return text[:_MAX_TEXT].encode("utf-8", "replace").decode()
 
 
-def _goes_on(entry: Entry) -> bool:
+def _goes_on(entry: JournalEntry) -> bool:
     """Whether the machine still trains."""
     state = entry.state
     return not isinstance(state, str) and state.get("phase") not in ("exporting", "done", "failed")

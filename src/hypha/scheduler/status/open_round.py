@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hypha.naming import names_of
-from hypha.scheduler.status.round_record import Fault, RoundRecord, Span, SpanKind, WorkerRound, rounded
+from hypha.scheduler.status.round_record import (
+    Fault,
+    RoundRecord,
+    Span,
+    SpanKind,
+    WorkerRound,
+    rounded,
+)
 
 
 @dataclass

@@ -13,10 +13,10 @@ import msgspec
 import trio
 
 from hypha.config.models import JobConfig, SchedulerConfig, SinkConfig
-from hypha.journal import Entry, Journal
+from hypha.journal import Journal, JournalEntry
 from hypha.messages import LedgerRound
 from hypha.runtime import wall_time
-from hypha.scheduler.rounds.events import LifeBegan, Record
+from hypha.scheduler.rounds.events import GenerationBegan, Record
 from hypha.scheduler.rounds.policy import Start
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.sinks import Destination, RoundValues, RunInfo, SinkProcess, close_all
@@ -65,9 +65,9 @@ class Recording:
         self._waiting: list[tuple[LedgerRound, float]] = []
         self._samples_before: int | None = None
 
-    def listen(self, entry: Entry) -> None:
-        """The sinks are opened when a job's first life begins."""
-        if isinstance(entry.event, LifeBegan) and not self.sinks:
+    def listen(self, entry: JournalEntry) -> None:
+        """The sinks are opened when a job's first generation begins."""
+        if isinstance(entry.event, GenerationBegan) and not self.sinks:
             start = entry.event.start
             run = RunInfo(start.job_id, settings_of(self._job, start))
             self.sinks = [SinkProcess(one, run) for one in self._destinations]

@@ -47,12 +47,12 @@ class WorkerRound(Struct, frozen=True, omit_defaults=True):
 
 
 class RoundRecord(Struct, frozen=True, omit_defaults=True):
-    """One round of one life (``generation``) of a job.
+    """One round of one generation (``generation``) of a job.
 
-    ``began`` is in seconds since 1970; ``length_s`` is how long the record is, which for the first round of
-    a life includes the loading of models; ``duration_s`` is the round itself, as in the ledger. A record that
-    is neither ``applied`` nor the open round's was cut short, and one that is ``discarded`` was done again.
-    ``names`` are those of the certificates of the nodes in it, by PeerID, as far as they are known.
+    ``began`` is in seconds since 1970; ``length_s`` is how long the record is, which for the first round of a
+    generation includes the loading of models; ``duration_s`` is the round itself, as in the ledger. A record
+    that is neither ``applied`` nor the open round's was cut short, and one that is ``discarded`` was done
+    again. ``names`` are those of the certificates of the nodes in it, by PeerID, as far as they are known.
     """
 
     job_id: str

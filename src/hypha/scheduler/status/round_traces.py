@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from opentelemetry.trace import Span, use_span
 
-from hypha.journal import Entry
+from hypha.journal import JournalEntry
 from hypha.messages import CloseRound, ExecutorClass, JobStamp, Plan, RoundStarted, Traced, UpdateReceived
 from hypha.scheduler.leasing import allocator, renewal
 from hypha.scheduler.leasing import events as allocation
@@ -22,9 +22,9 @@ from hypha.scheduler.rounds.events import (
     Again,
     Drop,
     Fail,
+    GenerationBegan,
     LetGo,
-    LifeBegan,
-    Lost,
+    ParticipantLost,
     Record,
     Restart,
     Send,
@@ -48,7 +48,7 @@ class RoundTraces:
         self._job_in: str | None = None
         #: the open round: its generation and number
         self._at: tuple[int, int] | None = None
-        #: this life of the job is at its end: the next one opens the round anew
+        #: this generation of the job is at its end: the next one opens the round anew
         self._over = False
         self._span: Span | None = None
         self._dispatches: dict[tuple[str, ExecutorClass], str] = {}
@@ -67,7 +67,7 @@ class RoundTraces:
         return self._job_in
 
     def of_round(self, stamp: JobStamp, round_: int) -> str | None:
-        """The ``traceparent`` of ``round_`` in that life of the job; None when nothing is traced."""
+        """The ``traceparent`` of ``round_`` in that generation of the job; None when nothing is traced."""
         if self._ratio is None:
             return None
         return round_traceparent(stamp.job_id, stamp.generation, round_, self._ratio)
@@ -80,7 +80,7 @@ class RoundTraces:
         self._dispatches[worker, kind] = parent
         return Traced(traceparent=parent, ratio=self._ratio)
 
-    def note(self, entry: Entry) -> None:
+    def note(self, entry: JournalEntry) -> None:
         """A machine has handled an event."""
         if self._ratio is None:
             return
@@ -104,10 +104,10 @@ class RoundTraces:
         match event:
             case allocation.Gained(lease_id):
                 self._happened("lease gained", {"hypha.lease": lease_id})
-            case allocation.Lost(lease_id):
+            case allocation.LeaseFailed(lease_id):
                 self._happened("lease lost", {"hypha.lease": lease_id})
 
-    def _renewal(self, entry: Entry) -> None:
+    def _renewal(self, entry: JournalEntry) -> None:
         lease = {"hypha.lease": entry.machine.partition(":")[2]}
         for action in entry.actions:
             match action:
@@ -118,12 +118,12 @@ class RoundTraces:
 
     # --- rounds ---------------------------------------------------------------------------------------
 
-    def _round_machine(self, entry: Entry) -> None:
-        if isinstance(entry.event, LifeBegan):
+    def _round_machine(self, entry: JournalEntry) -> None:
+        if isinstance(entry.event, GenerationBegan):
             self._job_id = entry.event.start.job_id
             if self._job is not None:
                 self._job.set_attribute("hypha.job", self._job_id)
-            self._end("the life of the job ended")
+            self._end("the generation of the job ended")
             self._over = False
         self._told(entry.event)
         for action in entry.actions:
@@ -140,7 +140,7 @@ class RoundTraces:
                 self._happened(
                     "update received", {"hypha.peer": update.worker, "hypha.samples": update.samples}
                 )
-            case Lost(peer=peer, kind=kind, reason=reason):
+            case ParticipantLost(peer=peer, kind=kind, reason=reason):
                 # rounds are not linked any more to what was dispatched there
                 self._dispatches.pop((peer, kind), None)
                 self._happened(f"{kind} executor lost", {"hypha.peer": peer, "hypha.reason": reason})

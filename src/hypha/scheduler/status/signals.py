@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import trio
 
-from hypha.journal import Entry
+from hypha.journal import JournalEntry
 from hypha.messages import ExecutorClass
-from hypha.scheduler.data.datasets import Dataset
+from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import Assignment
 from hypha.scheduler.leasing import allocator, renewal
 from hypha.scheduler.leasing import events as allocation
@@ -47,7 +47,7 @@ class JobMetrics:
         rounds_wanted: int,
         began: float,
         machine: Callable[[], RoundMachine | None],
-        dataset: Callable[[], Dataset | None],
+        dataset: Callable[[], ServedDataset | None],
     ) -> None:
         self._pool = pool
         self._progressed = progressed
@@ -71,7 +71,7 @@ class JobMetrics:
         self._samples: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._refused: tuple[RoundMachine | None, Counter[str]] = (None, Counter())
 
-    def note(self, entry: Entry) -> None:
+    def note(self, entry: JournalEntry) -> None:
         """A machine has handled an event."""
         if entry.machine == rounds.NAME:
             self._round_machine(entry)
@@ -87,7 +87,7 @@ class JobMetrics:
 
     # --- offers and leases ----------------------------------------------------------------------------
 
-    def _allocator(self, entry: Entry) -> None:
+    def _allocator(self, entry: JournalEntry) -> None:
         kind: str = OTHER
         match entry.event:
             case allocation.AllocatorBegan(asks):
@@ -99,7 +99,7 @@ class JobMetrics:
             case allocation.Gained(lease_id) if lease_id in self._accepted:
                 self._held[lease_id] = gained = self._accepted.pop(lease_id)
                 metrics.OFFERS_RECEIVED.add(kind=gained, outcome="accepted")
-            case allocation.Lost(lease_id):
+            case allocation.LeaseFailed(lease_id):
                 self._lost(lease_id)
         for action in entry.actions:
             match action:
@@ -124,7 +124,7 @@ class JobMetrics:
         if (kind := self._held.pop(lease_id, None)) is not None:
             metrics.LEASES_LOST.add(kind=kind, reason=lapsed)
 
-    def _look_for_missing(self, entry: Entry) -> None:
+    def _look_for_missing(self, entry: JournalEntry) -> None:
         if not isinstance(entry.state, Mapping):
             return
         for kind, summary in entry.state.items():
@@ -136,7 +136,7 @@ class JobMetrics:
             else:
                 self._short_since.pop(kind, None)
 
-    def _renewal(self, lease_id: str, entry: Entry) -> None:
+    def _renewal(self, lease_id: str, entry: JournalEntry) -> None:
         match entry.event:
             case renewal.Renewed():
                 self._attempt_ended(lease_id, entry.at_s, "success")
@@ -156,7 +156,7 @@ class JobMetrics:
 
     # --- rounds and slices ----------------------------------------------------------------------------
 
-    def _round_machine(self, entry: Entry) -> None:
+    def _round_machine(self, entry: JournalEntry) -> None:
         for action in entry.actions:
             match action:
                 case AnswerSlice(slice=Assignment() as given) if isinstance(entry.event, SliceAsked):

@@ -13,7 +13,7 @@ from hypha import __version__
 from hypha.features import BASELINE, OURS, Abilities, advice, in_words, printable, stated
 from hypha.messages import ExecutorClass, WorkerOffer
 from hypha.naming import shown
-from hypha.scheduler.leasing.events import Ask
+from hypha.scheduler.leasing.events import Search
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _NAMED = 3
 class StatedVersions:
     """Of the workers that answer ``asks``."""
 
-    def __init__(self, asks: Iterable[Ask]) -> None:
+    def __init__(self, asks: Iterable[Search]) -> None:
         self._asks = {ask.request_id: ask for ask in asks}
         self._lacking: dict[tuple[ExecutorClass, str], tuple[str, ...]] = {}
         self._told: set[str] = set()

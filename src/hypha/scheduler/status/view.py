@@ -13,7 +13,7 @@ from hypha.features import printable
 from hypha.messages import ExecutorClass, LedgerRound, Resources, UpdateStatistics
 from hypha.naming import name_of
 from hypha.node import Node
-from hypha.scheduler.data.datasets import Dataset
+from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.descriptions import resources_of
 from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.leasing.pool import HeldLease, Pool
@@ -72,7 +72,7 @@ class Progressed:
             self.samples_per_s = rate if not mean else mean + _SHARE * (rate - mean)
 
     def resume(self, entries: Iterable[LedgerRound]) -> None:
-        """From an earlier life."""
+        """From an earlier generation."""
         self._entries = {entry.round: entry for entry in entries if not entry.discarded}
 
     def cut(self, round_: int) -> None:
@@ -84,7 +84,7 @@ def snapshot_of(
     config: JobConfig,
     machine: RoundMachine | None,
     pool: Pool,
-    dataset: Dataset | None,
+    dataset: ServedDataset | None,
     progressed: Progressed,
     step: str,
     error: HyphaError | None,
@@ -202,7 +202,7 @@ def job_state(machine: RoundMachine | None, pool: Pool, config: JobConfig) -> Jo
 
 
 def sentence(
-    config: JobConfig, machine: RoundMachine, pool: Pool, dataset: Dataset | None, output: str
+    config: JobConfig, machine: RoundMachine, pool: Pool, dataset: ServedDataset | None, output: str
 ) -> str:
     """What is going on, and what is missing."""
     state = job_state(machine, pool, config)

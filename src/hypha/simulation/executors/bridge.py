@@ -26,7 +26,7 @@ from hypha.messages import (
 from hypha.node import Changes
 from hypha.simulation.process import SimulatedProcess
 from hypha.worker.bridge.feeds import Feed
-from hypha.worker.bridge.server import Desk
+from hypha.worker.bridge.server import BridgeHandlers
 
 T = TypeVar("T")
 
@@ -36,9 +36,9 @@ _FLUSH_S = 3.0
 class Bridge:
     """An executor's end of it: calls run in the worker's process, events go there in order."""
 
-    def __init__(self, desk: Desk, worker: SimulatedProcess, directory: Path) -> None:
+    def __init__(self, handlers: BridgeHandlers, worker: SimulatedProcess, directory: Path) -> None:
         self.directory = directory
-        self._desk = desk
+        self._handlers = handlers
         self._worker = worker
         self._events: deque[Event] = deque()
         self._changed = Changes()
@@ -46,16 +46,16 @@ class Bridge:
     @property
     def job(self) -> Job:
         """What this executor is to do."""
-        return self._desk.job
+        return self._handlers.job
 
     async def fetch(self, reference: Reference) -> list[tuple[Path, FetchedFile]]:
         """Have the worker fetch ``reference``. Raises Refused and PeerUnreachable."""
-        files = await self._asked(lambda: self._desk.fetch(reference))
+        files = await self._asked(lambda: self._handlers.fetch(reference))
         return [(self.directory / file.path, file) for file in files]
 
     async def send(self, call: SendCall) -> Sent:
         """Have the worker send a file. Raises Refused or PeerUnreachable when nobody acknowledged."""
-        sent = await self._asked(lambda: self._desk.send(call))
+        sent = await self._asked(lambda: self._handlers.send(call))
         if not any(delivery.acknowledged for delivery in sent.deliveries):
             refused = [delivery for delivery in sent.deliveries if delivery.error != "unreachable"]
             worst = (refused or list(sent.deliveries))[0]
@@ -92,7 +92,7 @@ class Bridge:
                 event = self._events[0]
 
                 async def say(event: Event = event) -> None:
-                    self._desk.say(event)
+                    self._handlers.say(event)
 
                 await self._worker.call(say)
                 if self._events and self._events[0] is event:
@@ -108,11 +108,11 @@ class Bridge:
 
     async def directives(self, handler: Callable[[Directive], None]) -> None:
         """Call ``handler`` for each, until cancelled."""
-        await self._follow(self._desk.open_directives, handler)
+        await self._follow(self._handlers.open_directives, handler)
 
     async def receive(self, kinds: tuple[str, ...], handler: Callable[[ReceivedFile], None]) -> None:
         """Call ``handler`` for each file that arrives, until cancelled."""
-        await self._follow(lambda: self._desk.open_arrivals(frozenset(kinds)), handler)
+        await self._follow(lambda: self._handlers.open_arrivals(frozenset(kinds)), handler)
 
     async def _follow(
         self, open_: Callable[[], AbstractContextManager[Feed[Any]]], handler: Callable[[Any], None]

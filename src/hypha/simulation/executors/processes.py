@@ -23,7 +23,7 @@ from hypha.simulation.executors.bridge import Bridge
 from hypha.simulation.executors.parameter_server import SimulatedParameterServer
 from hypha.simulation.executors.training import SimulatedTrainer
 from hypha.simulation.process import SimulatedProcess, this_process
-from hypha.worker.bridge.server import Desk
+from hypha.worker.bridge.server import BridgeHandlers
 from hypha.worker.jobs.starting import EndSignals
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit
@@ -55,9 +55,11 @@ class SimulatedExecutors:
         #: those that run now, by class
         self.running: dict[str, SimulatedProcess] = {}
 
-    async def __call__(self, desk: Desk, socket_path: Path, launch: Launch, ends: EndSignals) -> Exit:
+    async def __call__(
+        self, handlers: BridgeHandlers, socket_path: Path, launch: Launch, ends: EndSignals
+    ) -> Exit:
         """Run one executor to its end."""
-        job = desk.job
+        job = handlers.job
         kind = "train" if isinstance(job, TrainJob) else "aggregate"
         process = self._start(kind)
         self.running[kind] = process
@@ -67,7 +69,7 @@ class SimulatedExecutors:
 
         async def main() -> None:
             nonlocal code, tail
-            code, tail = await self._main(desk, launch.work_dir)
+            code, tail = await self._main(handlers, launch.work_dir)
             process.end()
 
         process.on_end.append(ended.set)
@@ -101,12 +103,12 @@ class SimulatedExecutors:
             code = -_SIGTERM if stopped else -_SIGKILL
         return Exit(code=code, tail=tail, stopped=stopped)
 
-    async def _main(self, desk: Desk, directory: Path) -> tuple[int, str]:
+    async def _main(self, handlers: BridgeHandlers, directory: Path) -> tuple[int, str]:
         """In the executor's process: its exit code and last words."""
         worker = this_process().parent
         if worker is None:
             raise LookupError("an executor is a child of its worker")
-        bridge = Bridge(desk, worker, directory)
+        bridge = Bridge(handlers, worker, directory)
         code, tail = 0, ""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(bridge.run)

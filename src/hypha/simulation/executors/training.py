@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from hypha.errors import DataError, PeerUnreachable, Refused
-from hypha.executor.inner.handover import Inbox, UpdateToSend
+from hypha.executor.inner.handover import TrainerInbox, UpdateToSend
 from hypha.executor.inner.losses import Losses
 from hypha.executor.inner.slices_reader import Slice
 from hypha.executor.toy import ToyTrainer, toy_slice
@@ -50,7 +50,7 @@ class SimulatedTrainer:
         self._batch_s = batch_s
         self._lies = lies
         self._incarnation = bridge.directory.name
-        self._inbox = Inbox(job.parameter_server, job.generation)
+        self._inbox = TrainerInbox(job.parameter_server, job.generation)
         self._changed = Changes()
         self._toy = ToyTrainer(job.steps)
         self._round, self._attempt, self._generation = -1, 0, job.generation
@@ -314,7 +314,7 @@ class SimulatedTrainer:
 class _UpdateSender:
     """Sends the update of the open round, and again to another parameter server, until told to stop."""
 
-    def __init__(self, bridge: Bridge, inbox: Inbox, changed: Changes, update: UpdateToSend) -> None:
+    def __init__(self, bridge: Bridge, inbox: TrainerInbox, changed: Changes, update: UpdateToSend) -> None:
         self._bridge = bridge
         self._inbox = inbox
         self._changed = changed
@@ -365,7 +365,7 @@ class _UpdateSender:
                 await self._wait(generation, _SEND_RETRY_S)
 
     async def _wait(self, said_in: int, timeout_s: float | None) -> bool:
-        """For another life of the job than ``said_in``; False when there is nothing more to send."""
+        """For another generation of the job than ``said_in``; False when there is nothing more to send."""
         inbox = self._inbox
 
         def over() -> bool:

@@ -1,7 +1,7 @@
 """The live page: static files, one stream of server-sent events, and who may read them.
 
 It knows nothing of jobs. A worker has a page of its own, ``worker.html``, which asks for its ``/leases`` and
-``/health`` now and then. Whoever serves it says what viewers receive (:class:`Feed`) and what ``/status``
+``/health`` now and then. Whoever serves it says what viewers receive (:class:`PageFeed`) and what ``/status``
 answers; the page's script reads the shapes of :mod:`hypha.scheduler.status.snapshot` and of
 :mod:`hypha.scheduler.status.round_record`. It loads nothing from anywhere else, so it works
 without the internet.
@@ -10,7 +10,7 @@ without the internet.
 """
 
 from hypha.telemetry.page.access import Access, is_loopback, token_in
-from hypha.telemetry.page.feed import Feed, Message
+from hypha.telemetry.page.feed import Message, PageFeed
 from hypha.telemetry.page.routes import page_routes, worker_routes
 
-__all__ = ["Access", "Feed", "Message", "is_loopback", "page_routes", "token_in", "worker_routes"]
+__all__ = ["Access", "Message", "PageFeed", "is_loopback", "page_routes", "token_in", "worker_routes"]

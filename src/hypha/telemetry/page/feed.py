@@ -36,7 +36,7 @@ _HEADERS = [
 ]
 
 
-class Feed:
+class PageFeed:
     """An ASGI application. ``begin`` is called for each viewer, and what it returns whenever that viewer can
     be written to, at most every ``interval_s``.
     """

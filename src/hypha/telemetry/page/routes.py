@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hypha.telemetry.page.access import Access
-from hypha.telemetry.page.feed import Feed
+from hypha.telemetry.page.feed import PageFeed
 
 ASSETS = Path(__file__).parent / "assets"
 _TYPES = {
@@ -37,7 +37,7 @@ SECURITY = {
 }
 
 
-def page_routes(feed: Feed, status: Callable[[], object], access: Access) -> list[Route]:
+def page_routes(feed: PageFeed, status: Callable[[], object], access: Access) -> list[Route]:
     """For :func:`hypha.telemetry.serve_http`. ``status`` is called for each request of ``/status``, and
     returns anything that msgspec can write as JSON. Reads the page's files: call it once, at the start.
     """

@@ -1,7 +1,7 @@
 """Streams from a worker to its executor that may be opened late, broken and opened again at no loss.
 
 A :class:`Feed` is one open stream. :class:`Directives` keeps the newest of each directive and says it
-first to whoever opens a stream; :class:`Arrivals` keeps every file that arrived until the executor has
+first to whoever opens a stream; :class:`FileArrivals` keeps every file that arrived until the executor has
 deleted it. Both are level-triggered: what is repeated after a reconnect does no harm. So a stream that nobody
 reads ends when too much waits in it, and an executor that opens it again has lost nothing.
 """
@@ -108,7 +108,7 @@ class Directives:
             del self._feeds[feed]
 
 
-class Arrivals:
+class FileArrivals:
     """Files that came from peers, in ``directory`` (the job's, which their paths are relative to)."""
 
     def __init__(self, directory: Path) -> None:

@@ -58,7 +58,7 @@ class Outbox:
             self._empty = trio.Event()
         self._some.set()
 
-    def check_room(self) -> None:
+    def check_space(self) -> None:
         """Raise Refused (``busy``) when as many events wait as may."""
         if len(self._waiting) >= MAX_WAITING or sum(self._sizes) > MAX_WAITING_BYTES:
             raise Refused("busy", f"{len(self._waiting)} events wait for the scheduler")

@@ -75,7 +75,7 @@ T = TypeVar("T")
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 
-class Desk(Protocol):
+class BridgeHandlers(Protocol):
     """Who does what the bridge is asked for. All may raise errors of the tree."""
 
     @property
@@ -115,7 +115,10 @@ def bind_bridge(socket_path: Path) -> socket.socket:
 
 
 async def serve_bridge(
-    desk: Desk, listener: socket.socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    handlers: BridgeHandlers,
+    listener: socket.socket,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve on ``listener``, which this closes, until cancelled. End the executor first: what it does
     not read could otherwise hold up the end.
@@ -132,25 +135,25 @@ async def serve_bridge(
     config.keep_alive_timeout = 24 * 3600.0  # clients keep connections in pools; they are few
     config.graceful_timeout = 0.5
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve, make_app(desk), config)
+        await nursery.start(serve, make_app(handlers), config)
         task_status.started()
 
 
-def make_app(desk: Desk) -> Starlette:
+def make_app(handlers: BridgeHandlers) -> Starlette:
     """The ASGI application, of one executor."""
     calls, streams = trio.CapacityLimiter(MAX_CALLS), trio.CapacityLimiter(MAX_STREAMS)
 
     async def get_job(_: bytes) -> Response:
-        return _json(desk.job)
+        return _json(handlers.job)
 
     async def get_openapi(_: bytes) -> Response:
         return _json(openapi())
 
     async def fetch(body: bytes) -> Response:
-        return _json(await desk.fetch(_decode(body, FetchCall).resource))
+        return _json(await handlers.fetch(_decode(body, FetchCall).resource))
 
     async def send(body: bytes) -> Response:
-        sent = await desk.send(_decode(body, SendCall))
+        sent = await handlers.send(_decode(body, SendCall))
         if any(delivery.acknowledged for delivery in sent.deliveries):
             return _json(sent)
         refused = [delivery for delivery in sent.deliveries if delivery.error != "unreachable"]
@@ -160,10 +163,10 @@ def make_app(desk: Desk) -> Starlette:
 
     async def receive(body: bytes) -> Response:
         kinds = frozenset(_decode(body, ReceiveCall).kinds)
-        return EventStream(lambda: desk.open_arrivals(kinds), streams)
+        return EventStream(lambda: handlers.open_arrivals(kinds), streams)
 
     async def directives(_: bytes) -> Response:
-        return EventStream(desk.open_directives, streams)
+        return EventStream(handlers.open_directives, streams)
 
     async def say(body: bytes) -> Response:
         if len(body) > MAX_EVENT_BYTES:
@@ -172,7 +175,7 @@ def make_app(desk: Desk) -> Starlette:
         if isinstance(event, ExecutorExited):
             raise Refused("invalid", "that an executor ended is said by its worker")
         try:
-            desk.say(event)
+            handlers.say(event)
         except Refused as exc:
             if exc.code == "busy":
                 return _busy(exc.reason)
@@ -180,7 +183,7 @@ def make_app(desk: Desk) -> Starlette:
         return _json({})
 
     async def take_spans(body: bytes) -> Response:
-        desk.take_spans(_decode(body, SpansCall).spans)
+        handlers.take_spans(_decode(body, SpansCall).spans)
         return _json({})
 
     def endpoint(call: Callable[[bytes], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:

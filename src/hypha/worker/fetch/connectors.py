@@ -46,7 +46,7 @@ class Pull(Protocol):
     ) -> TransferMeta: ...
 
 
-class Ask(Protocol):
+class Requester(Protocol):
     """As ``Node.request``."""
 
     async def __call__(self, peer: PeerRef, request: Request, timeout_s: float = ...) -> Response: ...
@@ -55,7 +55,9 @@ class Ask(Protocol):
 class Connectors:
     """``hub_endpoint``: another address of the Hugging Face hub than the environment's."""
 
-    def __init__(self, allowance: Allowance, ask: Ask, pull: Pull, hub_endpoint: str | None = None) -> None:
+    def __init__(
+        self, allowance: Allowance, ask: Requester, pull: Pull, hub_endpoint: str | None = None
+    ) -> None:
         self._allowance = allowance
         self._ask = ask
         self._pull = pull

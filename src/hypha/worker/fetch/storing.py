@@ -202,7 +202,7 @@ def _number(name: str) -> int | None:
 
 def _outdated(siblings: Mapping[str, bool], name: str, newest: int) -> list[str]:
     """Names of numbered directories to delete; the value says whether one is complete. Those above
-    ``name`` are of an earlier life, which went further, and will be replaced.
+    ``name`` are of an earlier generation, which went further, and will be replaced.
     """
     numbers = {one: number for one in siblings if (number := _number(one)) is not None}
     last = int(name)

@@ -167,7 +167,7 @@ def _record(meta: TransferMeta, receiver: PeerRef, outcome: Delivery, lasted_s: 
 
 
 def _turn(meta: TransferMeta) -> tuple[int, int, int]:
-    """A later one overtakes: the life of the job, the round in it, the attempt at that."""
+    """A later one overtakes: the generation of the job, the round in it, the attempt at that."""
     stamp = meta.stamp
     return (0, 0, 0) if stamp is None else (stamp.generation, stamp.round, stamp.attempt)
 

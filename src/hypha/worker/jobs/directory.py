@@ -162,12 +162,12 @@ class JobDirectory:
 
     def _take_spare(self, own: Path) -> None:
         own.mkdir(mode=0o700, exist_ok=True)
-        with beneath.directory_below(self.path, ("incoming", _SPARE)) as spares:
-            with os.scandir(spares) as entries:
+        with beneath.directory_below(self.path, ("incoming", _SPARE)) as reused:
+            with os.scandir(reused) as entries:
                 name = next((one.name for one in entries if one.is_file(follow_symlinks=False)), None)
             if name is None or len(os.listdir(own)) >= _MOST_SPARES:
                 return
-            os.rename(name, own / name, src_dir_fd=spares)
+            os.rename(name, own / name, src_dir_fd=reused)
             # looked at once it is moved: it may be another one than a moment ago, and stays where it is then
             found = (own / name).lstat()
             if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:

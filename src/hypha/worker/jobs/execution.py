@@ -54,7 +54,7 @@ from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
-from hypha.worker.bridge.feeds import Arrivals, Directives, Feed
+from hypha.worker.bridge.feeds import Directives, Feed, FileArrivals
 from hypha.worker.bridge.outbox import Outbox
 from hypha.worker.bridge.spans import EmitSpans
 from hypha.worker.fetch.allowance import Allowance
@@ -63,7 +63,7 @@ from hypha.worker.fetch.storing import Keeping, store_local
 from hypha.worker.jobs.deliveries import Deliveries
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.jobs.execution_signals import ExecutionSignals
-from hypha.worker.jobs.inbox import Inbox
+from hypha.worker.jobs.inbox import ExecutorInbox
 from hypha.worker.jobs.starting import EndSignals, RunExecutor
 from hypha.worker.jobs.watch import Patience, Watch, keep_watch
 from hypha.worker.limits.confining import Confined, Means
@@ -75,7 +75,7 @@ from hypha.worker.processes.process import Exit, prepare_launch
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.slices.manifest_check import ManifestCheck
 from hypha.worker.slices.prefetching import SlicePrefetcher
-from hypha.worker.storage.free_space import lack_of_room
+from hypha.worker.storage.free_space import lack_of_space
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ _FILES = trio.CapacityLimiter(4)
 
 
 @dataclass(frozen=True)
-class Workshop:
+class ExecutionContext:
     """What all executors of a worker share."""
 
     node: Node
@@ -108,7 +108,7 @@ class Execution:
 
     def __init__(
         self,
-        workshop: Workshop,
+        context: ExecutionContext,
         lease: Lease,
         job: Job,
         executor: ExecutorConfig,
@@ -118,49 +118,50 @@ class Execution:
         self._gpus = gpus
         self._confined: Confined | None = None
         self._job = job
-        self._shop = workshop
+        self._shop = context
         self._executor = executor
-        #: of the job's present life; the executor was started in an earlier one, if the job has rejoined
+        #: of the job's current generation; the executor was started in an earlier one, if the job has
+        #: rejoined
         self.generation = job.generation
         self._round = self._attempt = 0
         self._stop = trio.Event()
-        self._watch = Watch(Patience.of(workshop.config, executor, job), trio.current_time())
+        self._watch = Watch(Patience.of(context.config, executor, job), trio.current_time())
         self._lease_over = trio.Event()
         self.ended = trio.Event()
         self.reported = trio.Event()
-        self._directory = JobDirectory.create(workshop.config.work_dir)
+        self._directory = JobDirectory.create(context.config.work_dir)
         self.incarnation = self._directory.path.name
-        self._signals = ExecutionSignals(job, self.kind, lease.lease_id, workshop.emit_spans)
+        self._signals = ExecutionSignals(job, self.kind, lease.lease_id, context.emit_spans)
         self._directives = Directives()
-        self._arrivals = Arrivals(self._directory.path)
+        self._arrivals = FileArrivals(self._directory.path)
         self._outbox = Outbox(self._ask_scheduler, self.kind, self.incarnation)
-        self._deliveries = Deliveries(workshop.node.transfers.send)
+        self._deliveries = Deliveries(context.node.transfers.send)
         # Who takes part; for an aggregate job unknown until the scheduler says so.
         self._partners: frozenset[str] | None = None
         self._joiners: frozenset[str] = frozenset()
         if isinstance(job, TrainJob):
             self._partners = frozenset({job.parameter_server.peer})
-        self._inbox = Inbox(
+        self._inbox = ExecutorInbox(
             JobStamp(job_id=job.job_id, generation=job.generation),
             self._directory,
             self._arrivals,
             lambda: self._partners,
-            workshop.allowance.max_file_bytes,
+            context.allowance.max_file_bytes,
         )
         self._theta: tuple[int, int, str] | None = None
         self._slices: SlicePrefetcher | None = None
         if isinstance(job, TrainJob):
             self._slices = SlicePrefetcher(
                 self._ask_scheduler,
-                workshop.node.transfers.pull,
-                workshop.cache,
+                context.node.transfers.pull,
+                context.cache,
                 self._directory.part("slices"),
                 self.stamp,
                 job.dataset,
                 self.incarnation,
-                workshop.config.cache.prefetch_s,
+                context.config.cache.prefetch_s,
                 self._signals.trace_of,
-                ManifestCheck(workshop.node.request, job.dataset, job.manifest_hash),
+                ManifestCheck(context.node.request, job.dataset, job.manifest_hash),
             )
         self._fetches = 0
         #: a file of an executor may be as long as it likes, and the worker has some threads for all
@@ -212,7 +213,7 @@ class Execution:
         tells: there may be so many that learning them takes seconds.
         """
         if isinstance(directive, Rejoin):
-            # before the executor hears of it: it answers in the new life
+            # before the executor hears of it: it answers in the new generation
             self._rejoin(directive)
         if not self._directives.put(seq, directive):
             return ()
@@ -231,9 +232,9 @@ class Execution:
     def _rejoin(self, rejoin: Rejoin) -> None:
         if rejoin.generation <= self.generation:
             return
-        logger.info("The job goes on in its life %d.", rejoin.generation, extra=self._fields)
+        logger.info("The job goes on in its generation %d.", rejoin.generation, extra=self._fields)
         self.generation = rejoin.generation
-        self._inbox.begin_life(rejoin.generation)
+        self._inbox.begin_generation(rejoin.generation)
         if self._slices is None:
             return
         if rejoin.parameter_server is not None:
@@ -244,7 +245,7 @@ class Execution:
             self._round, self._attempt, self._theta = rejoin.round, 0, None
             self._slices.start_over()
         else:
-            self._slices.begin_life()
+            self._slices.begin_generation()
 
     async def _ask_scheduler(self, request: Request) -> Response:
         return await self._shop.node.request(self._job.scheduler, request)
@@ -367,7 +368,7 @@ class Execution:
         elsewhere: nobody else could say why nothing arrives here.
         """
         path = await self._inbox.gate(caller, meta)
-        if (lack := lack_of_room(self._directory.path, meta.size)) is not None:
+        if (lack := lack_of_space(self._directory.path, meta.size)) is not None:
             if not self._stop.is_set():
                 logger.error("%s of round %d: %s.", meta.kind, self._round, lack, extra=self._fields)
                 self._outbox.put(self.stamp(), ExecutorError(kind="disk", message=lack))
@@ -502,7 +503,7 @@ class Execution:
         if isinstance(event, Alive):
             return
         if not isinstance(event, Progress):
-            self._outbox.check_room()
+            self._outbox.check_space()
         self._signals.said(event)
         round_ = getattr(event, "round", None)
         stamp = self.stamp()

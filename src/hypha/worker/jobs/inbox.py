@@ -1,4 +1,4 @@
-"""What peers may send to an executor: only those who take part, only this life of the job.
+"""What peers may send to an executor: only those who take part, only this generation of the job.
 
 A file lands in ``incoming/``, once it is whole, under a name made of its round, hash and sender: two files
 never share one, and a transfer that was cut is resumed where it was. One that still waits for the executor is
@@ -15,7 +15,7 @@ import msgspec
 
 from hypha.errors import Refused
 from hypha.messages import JobStamp, ReceivedFile, TransferMeta
-from hypha.worker.bridge.feeds import Arrivals
+from hypha.worker.bridge.feeds import FileArrivals
 from hypha.worker.jobs.directory import JobDirectory
 
 logger = logging.getLogger("hypha.worker.receive")
@@ -24,14 +24,14 @@ logger = logging.getLogger("hypha.worker.receive")
 MAX_WAITING = 8
 
 
-class Inbox:
+class ExecutorInbox:
     """``senders`` gives the PeerIDs that may send now, None while that is not known yet."""
 
     def __init__(
         self,
         stamp: JobStamp,
         directory: JobDirectory,
-        arrivals: Arrivals,
+        arrivals: FileArrivals,
         senders: Callable[[], frozenset[str] | None],
         max_bytes: int,
     ) -> None:
@@ -42,10 +42,10 @@ class Inbox:
         self._max_bytes = max_bytes
         #: by sender: generation, round and attempt
         self._newest: dict[str, tuple[int, int, int]] = {}
-        #: files of an earlier life of the job
+        #: files of an earlier generation of the job
         self.refused = 0
 
-    def begin_life(self, generation: int) -> None:
+    def begin_generation(self, generation: int) -> None:
         """What is of an earlier generation is refused from now on."""
         self._stamp = msgspec.structs.replace(self._stamp, generation=generation)
 
@@ -94,7 +94,7 @@ class Inbox:
             raise Refused("stale", f"generation {stamp.generation} is over")
         if stamp.generation > self._stamp.generation:
             raise Refused("busy", f"generation {stamp.generation} has not started here yet")
-        # Per sender; another life of the job may go back to the round of a checkpoint.
+        # Per sender; another generation of the job may go back to the round of a checkpoint.
         newest = self._newest.get(caller)
         if newest is not None and (stamp.generation, stamp.round, stamp.attempt) < newest:
             raise Refused("stale", f"you have sent {meta.kind} of round {newest[1]} already")

@@ -23,8 +23,8 @@ from hypha.messages import (
     TrainJob,
 )
 from hypha.tracing import untraced
-from hypha.worker.jobs.execution import Execution, Workshop
-from hypha.worker.leasing.offers import LeaseDesk
+from hypha.worker.jobs.execution import Execution, ExecutionContext
+from hypha.worker.leasing.offers import LeaseService
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,14 @@ _LEARNT_AT_ONCE = 64
 class Jobs:
     """The jobs of one worker, at most one executor for each job and class at a time.
 
-    Executors run in ``nursery``. ``desk`` is set before anything is answered.
+    Executors run in ``nursery``. ``lease_service`` is set before anything is answered.
     """
 
-    def __init__(self, workshop: Workshop, nursery: trio.Nursery) -> None:
-        self._shop = workshop
+    def __init__(self, context: ExecutionContext, nursery: trio.Nursery) -> None:
+        self._shop = context
         self._nursery = nursery
         self._executions: dict[tuple[str, ExecutorClass], Execution] = {}
-        self.desk: LeaseDesk | None = None
+        self.lease_service: LeaseService | None = None
 
     def answer(self) -> None:
         """Let schedulers ask."""
@@ -73,8 +73,8 @@ class Jobs:
     async def _dispatch(self, caller: str, request: DispatchJob) -> Acknowledged:
         job = request.job
         kind: ExecutorClass = "train" if isinstance(job, TrainJob) else "aggregate"
-        desk = self._desk()
-        lease = desk.lease_for_dispatch(request.lease_id, caller, kind)
+        lease_service = self._lease_service()
+        lease = lease_service.lease_for_dispatch(request.lease_id, caller, kind)
         if job.scheduler.peer != caller or job.me != self._shop.node.peer_id:
             raise Refused("invalid", "the job names another scheduler or another worker")
         executor = self._executor_for(kind, job.executor.name, job.executor.kind, lease)
@@ -93,10 +93,10 @@ class Jobs:
             known = running.reported.is_set() and not request.instead_of
             if same and not known and request.instead_of != running.incarnation:
                 return Acknowledged()
-        desk.lease_for_dispatch(request.lease_id, caller, kind, job.job_id)
-        desk.hold(lease.lease_id, self._shop.config.stop_grace_s + KILL_MARGIN_S)
+        lease_service.lease_for_dispatch(request.lease_id, caller, kind, job.job_id)
+        lease_service.hold(lease.lease_id, self._shop.config.stop_grace_s + KILL_MARGIN_S)
         self._shop.node.learn(job.scheduler)
-        execution = Execution(self._shop, lease, job, executor, desk.gpus_of(lease.lease_id))
+        execution = Execution(self._shop, lease, job, executor, lease_service.gpus_of(lease.lease_id))
         self._executions[execution.key] = execution
         if running is not None:
             running.stop("its job is started anew")
@@ -118,8 +118,8 @@ class Jobs:
             lease_id = execution.lease.lease_id
             live = [other for other in self._executions.values() if other.lease.lease_id == lease_id]
             if all(other.ended.is_set() for other in live):
-                self._desk().drained(lease_id)
-            known = {lease.lease_id for lease in self._desk().leases}
+                self._lease_service().drained(lease_id)
+            known = {lease.lease_id for lease in self._lease_service().leases}
             if lease_id not in known and self._executions.get(execution.key) is execution:
                 del self._executions[execution.key]
 
@@ -158,7 +158,7 @@ class Jobs:
                 return executor
         raise Refused("unsupported", f"no executor {name!r} for {kind} jobs here")
 
-    def _desk(self) -> LeaseDesk:
-        if self.desk is None:
+    def _lease_service(self) -> LeaseService:
+        if self.lease_service is None:
             raise Refused("busy", "this worker is starting")
-        return self.desk
+        return self.lease_service

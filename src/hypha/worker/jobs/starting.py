@@ -12,7 +12,7 @@ from typing import Protocol
 import trio
 
 from hypha.messages import ExecutorClass
-from hypha.worker.bridge.server import Desk, bind_bridge, serve_bridge
+from hypha.worker.bridge.server import BridgeHandlers, bind_bridge, serve_bridge
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.orphans import Orphans
 from hypha.worker.processes.process import Exit, run_executor
@@ -31,13 +31,15 @@ class EndSignals:
 
 
 class RunExecutor(Protocol):
-    """Runs one executor, which may ask ``desk``, until it has ended; cancelled, nothing of it is left."""
+    """Runs one executor, which may ask ``handlers``, until it has ended; cancelled, nothing of it is left."""
 
-    async def __call__(self, desk: Desk, socket_path: Path, launch: Launch, ends: EndSignals) -> Exit: ...
+    async def __call__(
+        self, handlers: BridgeHandlers, socket_path: Path, launch: Launch, ends: EndSignals
+    ) -> Exit: ...
 
 
 async def run_process(
-    desk: Desk,
+    handlers: BridgeHandlers,
     socket_path: Path,
     launch: Launch,
     ends: EndSignals,
@@ -52,7 +54,7 @@ async def run_process(
     """
     listener = bind_bridge(socket_path)
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve_bridge, desk, listener)
+        await nursery.start(serve_bridge, handlers, listener)
         ended = await run_executor(
             launch,
             ends.stop,

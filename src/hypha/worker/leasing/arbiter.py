@@ -41,12 +41,12 @@ from hypha.leases import (
     Bind,
     Denied,
     Drained,
-    Ended,
     Freed,
     Granted,
     Hold,
     Lease,
     LeaseBook,
+    LeaseEnded,
     Release,
     Renew,
     Reserve,
@@ -80,7 +80,7 @@ _REMEMBERED = 1024
 # --- in -----------------------------------------------------------------------------------------------
 
 
-class Heard(Struct, frozen=True, tag=True):
+class RequestHeard(Struct, frozen=True, tag="Heard"):
     """``request`` was published by the authenticated ``publisher``. Unless it is ``reached``, a connection to
     it is being made, and :class:`Reached` follows. ``cached``: slices of its dataset are here.
     """
@@ -136,7 +136,17 @@ class ArbiterBegan(Struct, frozen=True, tag=True):
 
 
 ArbiterEvent = (
-    Heard | Reached | OfferFailed | RenewAsked | Release | Bind | Hold | Drained | Tick | Close | Reopen
+    RequestHeard
+    | Reached
+    | OfferFailed
+    | RenewAsked
+    | Release
+    | Bind
+    | Hold
+    | Drained
+    | Tick
+    | Close
+    | Reopen
 )
 
 
@@ -164,7 +174,7 @@ class Ignored(Struct, frozen=True, tag=True):
     cause: Cause = "other"
 
 
-ArbiterAction = SendOffer | Ignored | Granted | Denied | Ended | Freed
+ArbiterAction = SendOffer | Ignored | Granted | Denied | LeaseEnded | Freed
 
 
 @dataclass(frozen=True)
@@ -295,7 +305,7 @@ class Arbiter:
     def _apply(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
         actions: list[ArbiterAction] = []
         match event:
-            case Heard(publisher, request, reached, cached):
+            case RequestHeard(publisher, request, reached, cached):
                 actions.extend(self.book.handle(Tick(), now))
                 self._notice(actions, now)
                 refusal = (
@@ -374,9 +384,9 @@ class Arbiter:
         not ``refused``, its scheduler begins to wait anew.
         """
         for action in actions:
-            if isinstance(action, Ended):
+            if isinstance(action, LeaseEnded):
                 self._ageing.seen((action.lease.scheduler, action.lease.request_id), now)
-            if isinstance(action, Ended) and not action.lease.accepted:
+            if isinstance(action, LeaseEnded) and not action.lease.accepted:
                 if refused:
                     self._ageing.over((action.lease.scheduler, action.lease.kind))
                 left_s = action.lease.expires_at - now

@@ -11,7 +11,7 @@ from hypha.naming import name_of
 
 if TYPE_CHECKING:
     from hypha.worker.leasing.leaving import Leaving
-    from hypha.worker.leasing.offers import LeaseDesk
+    from hypha.worker.leasing.offers import LeaseService
 
 
 class GivenLease(Value, frozen=True):
@@ -54,9 +54,9 @@ class GivenLeases(Value, frozen=True):
     name: str = ""
 
 
-def given_leases(desk: LeaseDesk, leaving: Leaving, worker: str = "") -> GivenLeases:
+def given_leases(lease_service: LeaseService, leaving: Leaving, worker: str = "") -> GivenLeases:
     """Of ``worker`` (its PeerID), as they are now."""
-    now, pricing = trio.current_time(), desk.pricing
+    now, pricing = trio.current_time(), lease_service.pricing
     return GivenLeases(
         state=leaving.in_words,
         worker=worker,
@@ -68,7 +68,7 @@ def given_leases(desk: LeaseDesk, leaving: Leaving, worker: str = "") -> GivenLe
             load=pricing.load,
             strategy=pricing.strategy,
         ),
-        free=desk.free,
+        free=lease_service.free,
         leases=tuple(
             GivenLease(
                 lease=lease.lease_id,
@@ -82,6 +82,6 @@ def given_leases(desk: LeaseDesk, leaving: Leaving, worker: str = "") -> GivenLe
                 expires_in_s=max(0.0, lease.expires_at - now),
                 job=lease.job_id or "",
             )
-            for lease in desk.leases
+            for lease in lease_service.leases
         ),
     )

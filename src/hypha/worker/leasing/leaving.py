@@ -17,7 +17,7 @@ from hypha.leases import Lease, Release
 from hypha.messages import WorkerLeaving
 from hypha.node import Node
 from hypha.worker.leasing.arbiter import OfferFailed
-from hypha.worker.leasing.offers import LeaseDesk
+from hypha.worker.leasing.offers import LeaseService
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,13 @@ _UNKNOWN = frozenset({"malformed", "unsupported", "role", "invalid"})
 
 
 class Leaving:
-    """Of one worker, whose leases are at ``desk``. :meth:`run` does the work, beside the rest of the worker;
-    :attr:`left` is set when it is over.
+    """Of one worker, whose leases are at ``lease_service``. :meth:`run` does the work, beside the rest of the
+    worker; :attr:`left` is set when it is over.
     """
 
-    def __init__(self, node: Node, desk: LeaseDesk) -> None:
+    def __init__(self, node: Node, lease_service: LeaseService) -> None:
         self._node = node
-        self._desk = desk
+        self._lease_service = lease_service
         self._begun = trio.Event()
         #: when the worker ends, and why, once it leaves
         self.ends_at: float | None = None
@@ -56,36 +56,36 @@ class Leaving:
         if self.ends_at is not None:
             left_s = max(0.0, self.ends_at - trio.current_time())
             return f"ends in {left_s:.1f} s ({self.reason})"
-        return "is drained, and makes no new offers" if self._desk.is_closed else "makes offers"
+        return "is drained, and makes no new offers" if self._lease_service.is_closed else "makes offers"
 
     def drain(self) -> None:
         """Make no more offers; what is leased goes on."""
-        if not self._desk.is_closed:
+        if not self._lease_service.is_closed:
             logger.info("Drained: this worker makes no new offers; %d leases go on.", len(self._accepted()))
-        self._desk.close()
+        self._lease_service.close()
 
     def resume(self) -> None:
         """Make offers again. Raises Refused when the worker leaves already."""
         if self.ends_at is not None:
             raise Refused("invalid", f"this worker {self.in_words}, and that cannot be taken back")
-        if self._desk.is_closed:
+        if self._lease_service.is_closed:
             logger.info("This worker makes offers again.")
-        self._desk.reopen()
+        self._lease_service.reopen()
 
     def begin(self, within_s: float, reason: str, patient: bool = True) -> None:
         """Leave within that time. Said again, the sooner end holds. Unless ``patient``, no scheduler that
         cannot be reached at once is waited for.
         """
         ends_at = trio.current_time() + within_s
-        self._desk.close()
+        self._lease_service.close()
         if self.ends_at is not None and self.ends_at <= ends_at:
             return
         self.ends_at, self.reason, self._patient = ends_at, reason, patient
         self._hand_back_at = ends_at - min(HAND_BACK_S, HAND_BACK_SHARE * within_s)
-        for lease in self._desk.leases:
+        for lease in self._lease_service.leases:
             if not lease.accepted:
                 # whoever takes this offer up is refused, and takes the next one
-                self._desk.handle(OfferFailed(lease.lease_id, reason))
+                self._lease_service.handle(OfferFailed(lease.lease_id, reason))
         if leases := self._accepted():
             logger.info(
                 "This worker leaves within %.1f s (%s): %d leases are handed back, with what was trained.",
@@ -94,7 +94,7 @@ class Leaving:
                 len(leases),
             )
         self._begun.set()
-        self._desk.changes.note()
+        self._lease_service.changes.note()
 
     async def run(self) -> None:
         """Once it begins to leave: tell schedulers, wait until nothing runs, hand back what is left."""
@@ -108,22 +108,24 @@ class Leaving:
             self.left.set()
 
     def _accepted(self) -> list[Lease]:
-        return [lease for lease in self._desk.leases if lease.accepted]
+        return [lease for lease in self._lease_service.leases if lease.accepted]
 
     async def _until_nothing_runs(self, nursery: trio.Nursery) -> None:
         while True:
-            seen = self._desk.changes.count
+            seen = self._lease_service.changes.count
             leases = self._accepted()
             for lease in leases:
                 if lease.lease_id not in self._told:
                     self._told.add(lease.lease_id)
                     nursery.start_soon(self._tell, lease)
-            waits = any(lease.lease_id not in self._unheard for lease in leases) or self._desk.draining
+            waits = (
+                any(lease.lease_id not in self._unheard for lease in leases) or self._lease_service.draining
+            )
             if not waits or trio.current_time() >= self._hand_back_at:
                 return
             # it may become sooner
             with trio.move_on_at(self._hand_back_at):
-                await self._desk.changes.wait(seen)
+                await self._lease_service.changes.wait(seen)
 
     async def _tell(self, lease: Lease) -> None:
         """Its scheduler, again and again while the lease lives; cancelled when that is handed back."""
@@ -154,12 +156,12 @@ class Leaving:
         """Who has a moment only does not spend it on a scheduler that cannot hear."""
         if not self._patient:
             self._unheard.add(lease.lease_id)
-            self._desk.changes.note()
+            self._lease_service.changes.note()
 
     async def _hand_back(self) -> None:
         leases = self._accepted()
         for lease in leases:
-            self._desk.handle(Release(lease.lease_id, lease.scheduler))
+            self._lease_service.handle(Release(lease.lease_id, lease.scheduler))
         # on a busy machine that takes longer than what is left: it is worth that
         with trio.move_on_after(HAND_BACK_S):
             async with trio.open_nursery() as nursery:

@@ -1,6 +1,6 @@
 """The arbiter's loop: hears requests, delivers offers, answers renewals and releases, ends leases on time.
 
-:class:`LeaseDesk` is what the rest of the worker sees of leases; :func:`serve_offers` wires it to the
+:class:`LeaseService` is what the rest of the worker sees of leases; :func:`serve_offers` wires it to the
 network. Whoever must stop when a lease ends is told by a plain call that must not block, so however
 long an executor takes to stop, other leases expire on time.
 """
@@ -16,7 +16,7 @@ from msgspec import structs
 from opentelemetry.trace import Span, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
-from hypha.leases import Bind, Denied, Drained, Ended, Freed, Granted, Hold, Lease, Release, Tick
+from hypha.leases import Bind, Denied, Drained, Freed, Granted, Hold, Lease, LeaseEnded, Release, Tick
 from hypha.messages import (
     Acknowledged,
     ExecutorClass,
@@ -39,12 +39,12 @@ from hypha.worker.leasing.arbiter import (
     ArbiterEvent,
     Cause,
     Close,
-    Heard,
     Ignored,
     OfferFailed,
     Reached,
     RenewAsked,
     Reopen,
+    RequestHeard,
     SendOffer,
 )
 from hypha.worker.leasing.pricing import Pricing
@@ -60,7 +60,7 @@ REACH_S = 10.0
 MAX_TOLD = 64
 
 
-class LeaseDesk:
+class LeaseService:
     """The leases of one worker, under trio's monotonic clock.
 
     ``on_expired`` is called, once and from within the loop, with every lease that ended while it was
@@ -185,7 +185,7 @@ class LeaseDesk:
             extra={"request_id": request.request_id, "peer_id": publisher},
         )
         cached = request.dataset is not None and request.dataset in self._datasets()
-        return self.handle(Heard(publisher, request, reached, cached))
+        return self.handle(RequestHeard(publisher, request, reached, cached))
 
     def evaluated_in(self, lease_id: str) -> str | None:
         """The ``traceparent`` of the span that the offer of that lease came out of; returned once."""
@@ -199,7 +199,7 @@ class LeaseDesk:
                 case SendOffer(scheduler, offer):
                     self._outbox.append(action)
                     self._offered(scheduler.peer, offer)
-                case Ended(lease, reason):
+                case LeaseEnded(lease, reason):
                     self._ended(lease, reason)
                 case Freed(lease):
                     logger.info(
@@ -301,7 +301,7 @@ def granted(actions: list[ArbiterAction], lease_id: str) -> Lease:
 
 async def serve_offers(
     node: Node,
-    desk: LeaseDesk,
+    lease_service: LeaseService,
     unfit: Callable[[], str | None] = lambda: None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -311,10 +311,10 @@ async def serve_offers(
     """
 
     async def renew(caller: str, request: RenewLease) -> LeaseRenewed:
-        lease = granted(desk.handle(RenewAsked(request.lease_id, caller)), request.lease_id)
+        lease = granted(lease_service.handle(RenewAsked(request.lease_id, caller)), request.lease_id)
         logger.debug("Lease renewed successfully", extra={"lease_id": lease.lease_id, "peer_id": caller})
         now = trio.current_time()
-        contended, outranked = desk.contention(lease, now)
+        contended, outranked = lease_service.contention(lease, now)
         return LeaseRenewed(
             lease_id=lease.lease_id,
             expires_in_s=max(0.0, lease.expires_at - now),
@@ -324,10 +324,10 @@ async def serve_offers(
 
     async def release(caller: str, request: ReleaseLease) -> Acknowledged:
         # a courtesy that comes twice or late has its effect already
-        desk.handle(Release(request.lease_id, caller))
+        lease_service.handle(Release(request.lease_id, caller))
         return Acknowledged()
 
-    node.prefer(lambda peer: any(lease.scheduler == peer for lease in desk.leases))
+    node.prefer(lambda peer: any(lease.scheduler == peer for lease in lease_service.leases))
     node.answer(RenewLease, renew)
     node.answer(ReleaseLease, release)
     greeting: set[str] = set()
@@ -343,20 +343,22 @@ async def serve_offers(
             logger.debug("A scheduler cannot be reached yet: %s", exc, extra={"peer_id": scheduler.peer})
         finally:
             greeting.discard(scheduler.peer)
-        desk.handle(Reached(scheduler.peer, reached))
+        lease_service.handle(Reached(scheduler.peer, reached))
 
     async def end_those_of_the_revoked() -> None:
         async with node.watch_peers() as losses:
             async for lost in losses:
                 if not lost.revoked:
                     continue
-                for lease in desk.leases:
+                for lease in lease_service.leases:
                     if lease.scheduler == lost.peer:
-                        desk.handle(Release(lease.lease_id, lost.peer))
+                        lease_service.handle(Release(lease.lease_id, lost.peer))
 
     async with node.subscribe() as requests, trio.open_nursery() as nursery:
         nursery.start_soon(end_those_of_the_revoked)
-        nursery.start_soon(desk.run, lambda action: nursery.start_soon(_deliver, node, desk, action))
+        nursery.start_soon(
+            lease_service.run, lambda action: nursery.start_soon(_deliver, node, lease_service, action)
+        )
         task_status.started()
         said = False
         async for heard in requests:
@@ -372,7 +374,7 @@ async def serve_offers(
                 said = False
             reached = node.is_connected(publisher)
             try:
-                actions = desk.hear(publisher, request, heard.traceparent, reached)
+                actions = lease_service.hear(publisher, request, heard.traceparent, reached)
             except Exception:  # the edge of a service loop: anybody with a certificate may publish
                 logger.exception(
                     "A request for workers could not be considered.", extra={"peer_id": publisher}
@@ -386,15 +388,15 @@ async def serve_offers(
                 nursery.start_soon(greet, request.scheduler)
 
 
-async def _deliver(node: Node, desk: LeaseDesk, action: SendOffer) -> None:
+async def _deliver(node: Node, lease_service: LeaseService, action: SendOffer) -> None:
     """Bring one offer to its scheduler, or have its lease taken back at once."""
     attributes = {"hypha.peer": action.scheduler.peer, "hypha.lease": action.offer.lease_id}
-    with span(SEND_OFFER, attributes, parent=desk.evaluated_in(action.offer.lease_id)) as sending:
-        if (reason := await _attempt_delivery(node, desk, action)) is not None:
+    with span(SEND_OFFER, attributes, parent=lease_service.evaluated_in(action.offer.lease_id)) as sending:
+        if (reason := await _attempt_delivery(node, lease_service, action)) is not None:
             failed(sending, reason)
 
 
-async def _attempt_delivery(node: Node, desk: LeaseDesk, action: SendOffer) -> str | None:
+async def _attempt_delivery(node: Node, lease_service: LeaseService, action: SendOffer) -> str | None:
     """Why the offer was not taken; None when it was."""
     offer, peer = action.offer, action.scheduler.peer
     lease_ends = trio.current_time() + offer.expires_in_s
@@ -421,7 +423,7 @@ async def _attempt_delivery(node: Node, desk: LeaseDesk, action: SendOffer) -> s
         reason,
         extra={"lease_id": offer.lease_id, "request_id": offer.request_id, "peer_id": peer},
     )
-    desk.handle(OfferFailed(offer.lease_id, reason, undelivered))
+    lease_service.handle(OfferFailed(offer.lease_id, reason, undelivered))
     return reason
 
 

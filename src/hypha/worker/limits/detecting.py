@@ -34,7 +34,7 @@ class Roots:
 
 
 @dataclass(frozen=True)
-class Machine:
+class DetectedMachine:
     """What was found, and for cores and memory what bounds them: the machine, a cgroup, the affinity."""
 
     cpu: float
@@ -87,7 +87,7 @@ class Claim:
         )
 
 
-def lowered(configured: Resources, machine: Machine) -> tuple[Resources, tuple[Claim, ...]]:
+def lowered(configured: Resources, machine: DetectedMachine) -> tuple[Resources, tuple[Claim, ...]]:
     """What may be offered of ``configured`` on ``machine``, and what of it is more than there is.
 
     GPU memory that the driver does not tell is taken from the configuration.
@@ -109,7 +109,7 @@ def lowered(configured: Resources, machine: Machine) -> tuple[Resources, tuple[C
 
 def detect(
     work_dir: Path, environment: Mapping[str, str] | None = None, roots: Roots | None = None
-) -> Machine:
+) -> DetectedMachine:
     """All there is, for a process with ``environment``. ``work_dir`` need not exist; what the slice cache in
     it holds counts as free, as it makes room. Blocks for some milliseconds.
     """
@@ -118,7 +118,7 @@ def detect(
     memory, memory_by = _least([_memory(roots), *_memory_limits(roots)])
     free, held = _free_bytes(work_dir), _held_bytes(work_dir / "cache")
     cached = f", {held / GB:.1f} GB of it held by the slice cache" if held else ""
-    return Machine(
+    return DetectedMachine(
         cpu=cpu,
         cpu_by=cpu_by,
         memory=memory / GB,

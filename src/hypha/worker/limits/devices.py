@@ -57,9 +57,9 @@ class GpuBoard:
         if not self._gpus:
             return most_gb
         free = self._free()
-        unused = min(most_gb, sum(left for number, left in enumerate(free) if not self._users(number)))
+        idle = min(most_gb, sum(left for number, left in enumerate(free) if not self._users(number)))
         # several are for what no single one of them could hold
-        return unused if unused > max(self._gpus) + TOLERANCE else min(most_gb, max(free))
+        return idle if idle > max(self._gpus) + TOLERANCE else min(most_gb, max(free))
 
     def place(self, lease_id: str, gpu_gb: float) -> None:
         """Give ``lease_id`` what it is to have. Whoever has asked :meth:`fits` before gets it."""
@@ -74,18 +74,18 @@ class GpuBoard:
             return {chosen: gpu_gb}
         if gpu_gb <= max(self._gpus, default=0.0) + TOLERANCE:
             return None
-        unused = sorted(
+        idle = sorted(
             (number for number in range(len(free)) if not self._users(number)),
             key=lambda number: (-free[number], number),
         )
-        for count in range(2, len(unused) + 1):
-            some = unused[:count]
+        for count in range(2, len(idle) + 1):
+            some = idle[:count]
             # each has the same share, as each does the same work
             if gpu_gb <= count * min(free[number] for number in some) + TOLERANCE:
                 return dict.fromkeys(some, gpu_gb / count)
         # unequal ones: all of each, as far as is needed
-        if gpu_gb <= sum(free[number] for number in unused) + TOLERANCE:
-            return {number: free[number] for number in unused}
+        if gpu_gb <= sum(free[number] for number in idle) + TOLERANCE:
+            return {number: free[number] for number in idle}
         return None
 
     def _free(self) -> list[float]:

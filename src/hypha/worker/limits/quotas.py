@@ -74,7 +74,7 @@ class ProjectQuotas:
         """What comes into the empty ``directories`` takes ``size_bytes`` at most, in all of them together;
         the number of the project, for :meth:`release`.
         """
-        project = self._unused()
+        project = self._free_number()
         self._set_limit(project, size_bytes)
         try:
             for directory in directories:
@@ -93,7 +93,7 @@ class ProjectQuotas:
         with contextlib.suppress(OSError):
             self._set_limit(project, 0)
 
-    def _unused(self) -> int:
+    def _free_number(self) -> int:
         for _ in range(_TRIES):
             project = chance().randrange(_FIRST, _LAST)
             limit, _, used, *_ = self._read(project)

@@ -21,7 +21,7 @@ from hypha.config.models import CacheConfig
 from hypha.decoding import decode_json
 from hypha.errors import Undecodable
 from hypha.messages import SliceAssigned
-from hypha.worker.storage.free_space import lack_of_room
+from hypha.worker.storage.free_space import lack_of_space
 
 logger = logging.getLogger("hypha.worker.cache")
 
@@ -114,9 +114,9 @@ class SliceCache:
         self._path(assigned.blake3).unlink(missing_ok=True)
         self._save()
 
-    def require_room(self, size: int) -> None:
+    def require_space(self, size: int) -> None:
         """Let go of slices until ``size`` bytes more fit on the disk. OSError when they do not even then."""
-        while (lack := lack_of_room(self._directory, size)) is not None:
+        while (lack := lack_of_space(self._directory, size)) is not None:
             if not self._entries:
                 raise OSError(lack)
             blake3, _ = self._entries.popitem(last=False)

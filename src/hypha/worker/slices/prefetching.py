@@ -112,7 +112,7 @@ class SlicePrefetcher:
         self._seq = 0
         #: what was got for an earlier one is dropped
         self._held_from = 0
-        self._another_life = trio.Event()
+        self._another_generation = trio.Event()
         self._ready: deque[PrefetchedSlice] = deque()
         #: the scheduler allows so many, lest few workers hold a small dataset
         self._allowed = 1
@@ -167,11 +167,11 @@ class SlicePrefetcher:
             self._asking.cancel()
         self._notify()
 
-    def begin_life(self) -> None:
-        """The job goes on in another life: what is asked for is asked for in that one."""
+    def begin_generation(self) -> None:
+        """The job goes on in another generation: what is asked for is asked for in that one."""
         self._pending = self._stamp()
-        self._another_life.set()
-        self._another_life = trio.Event()
+        self._another_generation.set()
+        self._another_generation = trio.Event()
 
     def resume(self) -> None:
         """The executor has started the round it goes on from."""
@@ -261,7 +261,7 @@ class SlicePrefetcher:
                 )
                 # a scheduler that comes back says so
                 with trio.move_on_after(pause_s):
-                    await self._another_life.wait()
+                    await self._another_generation.wait()
                 continue
             if isinstance(answer, SliceAssigned):
                 return answer
@@ -331,7 +331,7 @@ class SlicePrefetcher:
         name = f"{assigned.dataset}/{assigned.index}"
         expect = TransferMeta(kind="slice", name=name, size=assigned.size, blake3=assigned.blake3)
         incoming = self._cache.incoming(assigned)
-        self._cache.require_room(assigned.size)
+        self._cache.require_space(assigned.size)
         what = PullFile(kind="slice", name=name, job_id=self._stamp().job_id)
         still_s = patience_s if len(assigned.providers) > 1 else None
         for provider in self._in_order(assigned.providers):

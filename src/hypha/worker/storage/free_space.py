@@ -10,7 +10,7 @@ from hypha.runtime import free_bytes
 RESERVE_BYTES = 32 << 20
 
 
-def lack_of_room(directory: Path, size: int = 0) -> str | None:
+def lack_of_space(directory: Path, size: int = 0) -> str | None:
     """Why ``size`` more bytes do not fit into the existing ``directory``; None when they do."""
     try:
         free = free_bytes(directory)

@@ -232,7 +232,7 @@ class ReplicaStore:
 
     def _open(self, owner: Owner, index: CheckpointIndex) -> _Job:
         job = _Job(owner, wall_time())
-        self._make_room(job, index)
+        self._make_space(job, index)
         self._path(job).mkdir(mode=0o700, parents=True, exist_ok=True)
         write_durably(self._path(job) / OWNER, encode_json(owner))
         sync_directory(self._directory)
@@ -244,14 +244,14 @@ class ReplicaStore:
         job.incoming = None
         shutil.rmtree(self._incoming(job), ignore_errors=True)
         if any(round_ in keep and round_ != index.round for round_ in job.complete):
-            # another content of the same round is of a life that does not count any more
+            # another content of the same round is of a generation that does not count any more
             self._prune(job, keep - {index.round})
-        self._make_room(job, index)
+        self._make_space(job, index)
         self._incoming(job).mkdir(mode=0o700)
         job.incoming = _Incoming(index)
         self._touch(job)
 
-    def _make_room(self, job: _Job, index: CheckpointIndex) -> None:
+    def _make_space(self, job: _Job, index: CheckpointIndex) -> None:
         """:class:`Refused` when the owner does not offer so much, or somebody else has it."""
         self._forget_old()
         for other in list(self._jobs.values()):

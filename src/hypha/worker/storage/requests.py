@@ -31,7 +31,7 @@ logger = logging.getLogger("hypha.worker.storage")
 ANNOUNCE_S = 300.0
 
 
-class StorageDesk:
+class StorageService:
     """Wires ``store`` to ``node``; ``leases`` are those of this worker now."""
 
     def __init__(self, node: Node, store: ReplicaStore, leases: Callable[[], Iterable[Lease]]) -> None:

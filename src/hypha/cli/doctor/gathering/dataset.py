@@ -8,7 +8,7 @@ from pathlib import Path
 
 import trio
 
-from hypha.cli.doctor.gathered import DatasetFacts, Provider
+from hypha.cli.doctor.gathered import DatasetObservations, Provider
 from hypha.cli.doctor.gathering.bounded import readable
 from hypha.config.models import DatasetRef
 from hypha.data.serving.serve import KIND
@@ -33,7 +33,7 @@ class Asking:
     pull: bool
 
 
-async def gather_dataset(node: Libp2pNode, wanted: DatasetRef, asking: Asking) -> DatasetFacts:
+async def gather_dataset(node: Libp2pNode, wanted: DatasetRef, asking: Asking) -> DatasetObservations:
     """Raises NetworkError where nobody can be asked."""
     name = wanted.dataset
     refs = await node.find_providers(name)
@@ -47,7 +47,9 @@ async def gather_dataset(node: Libp2pNode, wanted: DatasetRef, asking: Asking) -
         for ref in refs:
             if ref.peer != node.peer_id:
                 nursery.start_soon(look, ref)
-    return DatasetFacts(name, tuple(found[peer] for peer in sorted(found)), tuple(near), wanted.manifest_hash)
+    return DatasetObservations(
+        name, tuple(found[peer] for peer in sorted(found)), tuple(near), wanted.manifest_hash
+    )
 
 
 def _alike(name: str) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import stat
 from datetime import UTC, datetime
 
-from hypha.cli.doctor.gathered import IdentityFacts
+from hypha.cli.doctor.gathered import IdentityObservations
 from hypha.errors import IdentityError
-from hypha.pki.facts import CertificateFacts, describe
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
+from hypha.pki.inspection import InspectedCertificate, describe
 
 
-def gather_identity(files: IdentityFiles) -> tuple[IdentityFacts, Identity | None]:
+def gather_identity(files: IdentityFiles) -> tuple[IdentityObservations, Identity | None]:
     """What the files hold, and the identity where a node could be started with it. Blocks for a moment."""
     identity: Identity | None = None
     problems: tuple[tuple[str, str], ...] = ()
@@ -24,7 +24,7 @@ def gather_identity(files: IdentityFiles) -> tuple[IdentityFacts, Identity | Non
     if identity is not None:
         ends |= identity.expirations()
     roles = None if own is None else frozenset(own.roles)
-    facts = IdentityFacts(
+    observed = IdentityObservations(
         files=files,
         now=datetime.now(UTC),
         peer=identity.peer_id if identity is not None else (own.peer_id or "" if own is not None else ""),
@@ -34,10 +34,10 @@ def gather_identity(files: IdentityFiles) -> tuple[IdentityFacts, Identity | Non
         ends=ends,
         problems=problems,
     )
-    return facts, identity
+    return observed, identity
 
 
-def _own_certificate(files: IdentityFiles) -> CertificateFacts | None:
+def _own_certificate(files: IdentityFiles) -> InspectedCertificate | None:
     try:
         return describe(files.cert).certificates[0]
     except (IdentityError, IndexError):

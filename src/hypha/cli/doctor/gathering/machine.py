@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from hypha.cli.doctor.gathered import Accelerators, Directory, MachineFacts
+from hypha.cli.doctor.gathered import Accelerators, Directory, MachineObservations
 from hypha.cli.doctor.gathering.bounded import Gathering
 from hypha.config.inherited import child_environment
 from hypha.config.models import DataConfig, NodeConfig, SchedulerConfig, WorkerConfig
@@ -22,7 +22,7 @@ from hypha.errors import HyphaError, Undecodable
 from hypha.net.bulk.socket_buffers import Buffers
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.versions import versions
-from hypha.worker.limits.detecting import Machine, detect
+from hypha.worker.limits.detecting import DetectedMachine, detect
 
 DISK_S = 30.0
 ACCELERATORS_S = 60.0
@@ -37,7 +37,7 @@ _BUFFERS = Path("/proc/sys/net/ipv4")
 
 async def gather_machine(
     gathering: Gathering, config: NodeConfig | None, driver: Path = _DRIVER
-) -> MachineFacts:
+) -> MachineObservations:
     """All of it; ``driver`` is where the kernel's NVIDIA module says its version."""
     directories: dict[int, Directory] = {}
     accelerators: list[Accelerators | None] = []
@@ -55,7 +55,7 @@ async def gather_machine(
             await gathering.within(ACCELERATORS_S, "what torch can use", lambda: read_accelerators(driver))
         )
 
-    has: list[Machine] = []
+    has: list[DetectedMachine] = []
 
     async def look_at_resources(work_dir: Path) -> None:
         found = await gathering.within(DISK_S, "what this machine has", lambda: _detected(work_dir))
@@ -68,7 +68,7 @@ async def gather_machine(
             nursery.start_soon(look_at_resources, config.work_dir)
             if any(one.cmd is None for one in config.executors):
                 nursery.start_soon(look_at_accelerators)
-    return MachineFacts(
+    return MachineObservations(
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         receive_buffer=_largest("tcp_rmem"),
         send_buffer=_largest("tcp_wmem"),
@@ -80,7 +80,7 @@ async def gather_machine(
     )
 
 
-async def _detected(work_dir: Path) -> Machine:
+async def _detected(work_dir: Path) -> DetectedMachine:
     return await in_thread(detect, work_dir, child_environment(), abandon_on_cancel=True)
 
 

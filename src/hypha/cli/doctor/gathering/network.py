@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from hypha.cli.doctor.gathered import Contact, DatasetFacts, Dialled, NetworkFacts, Port, Running
+from hypha.cli.doctor.gathered import (
+    Contact,
+    DatasetObservations,
+    Dialled,
+    NetworkObservations,
+    Port,
+    Running,
+)
 from hypha.cli.doctor.gathering.bounded import Gathering, readable
 from hypha.cli.doctor.gathering.contacts import NAME_S, dial_back, look_at
 from hypha.cli.doctor.gathering.dataset import Asking, gather_dataset
@@ -37,8 +44,8 @@ _CONSUMERS = ("scheduler", "worker")
 class Around:
     """What was seen around a node."""
 
-    network: NetworkFacts
-    dataset: DatasetFacts | None = None
+    network: NetworkObservations
+    dataset: DatasetObservations | None = None
     running: Running | None = None
 
 
@@ -85,7 +92,7 @@ async def gather_network(
             if not provider.reason
         ]
         return Around(
-            NetworkFacts(found, gateways, others, tuple(data_nodes), tuple(dialled), running),
+            NetworkObservations(found, gateways, others, tuple(data_nodes), tuple(dialled), running),
             served,
             await _running(gathering, subject, config, found),
         )
@@ -187,7 +194,7 @@ async def _dataset(
     dataset: DatasetRef | None,
     gateways: tuple[Contact, ...],
     asking: Asking,
-) -> DatasetFacts | None:
+) -> DatasetObservations | None:
     if dataset is None or subject.component == "data":
         return None
     what = f"who serves {dataset.dataset!r}"

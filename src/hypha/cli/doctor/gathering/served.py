@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from hypha.cli.doctor.gathered import ServedFacts
+from hypha.cli.doctor.gathered import ServiceObservations
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data.manifest import MANIFEST_FILE, load_dataset_directory
 from hypha.data.slices import SUFFIX
 from hypha.errors import DataError
 
 
-def gather_served(config: DataConfig) -> ServedFacts:
+def gather_served(config: DataConfig) -> ServiceObservations:
     """Reads manifests and looks for the slices; hashes nothing. Blocks for a moment."""
     entries = [*config.datasets, *([DatasetConfig(path=config.dataset_path)] if config.dataset_path else [])]
     names: list[str] = []
@@ -19,7 +19,7 @@ def gather_served(config: DataConfig) -> ServedFacts:
             names.append(_name_of(entry))
         except DataError as exc:
             unusable.append((str(entry.path), "; ".join(str(exc).splitlines())))
-    return ServedFacts(tuple(names), tuple(unusable))
+    return ServiceObservations(tuple(names), tuple(unusable))
 
 
 def _name_of(entry: DatasetConfig) -> str:

@@ -8,7 +8,12 @@ from typing import TypeVar
 
 import trio
 
-from hypha.cli.doctor.gathered import Facts, IdentityFacts, MachineFacts, ServedFacts
+from hypha.cli.doctor.gathered import (
+    IdentityObservations,
+    MachineObservations,
+    Observations,
+    ServiceObservations,
+)
 from hypha.cli.doctor.gathering.bounded import Gathering
 from hypha.cli.doctor.gathering.identity import gather_identity
 from hypha.cli.doctor.gathering.machine import gather_machine
@@ -29,7 +34,7 @@ IDENTITY_S, SERVED_S, MODEL_S = 10.0, 20.0, 10.0
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Subjects:
     """What else to look at: addresses of ``peers``, a ``dataset``; and, ``offline``, nothing beyond this
     machine.
     """
@@ -39,18 +44,18 @@ class Wanted:
     offline: bool = False
 
 
-async def gather(subject: Subject, wanted: Wanted) -> Facts:
+async def gather(subject: Subject, wanted: Subjects) -> Observations:
     """All facts of ``subject``."""
     gathering = Gathering()
-    identity_facts, identity = None, None
+    identity_observations, identity = None, None
     if subject.files is not None:
         files = subject.files
-        identity_facts, identity = await gathering.within(
+        identity_observations, identity = await gathering.within(
             IDENTITY_S, "the identity", lambda: _in_thread(gather_identity, files)
         ) or (None, None)
-    machine: list[MachineFacts] = []
+    machine: list[MachineObservations] = []
     around: list[Around] = []
-    served: list[ServedFacts] = []
+    served: list[ServiceObservations] = []
     parameters: list[int | None] = []
 
     async def look_at_machine() -> None:
@@ -90,10 +95,10 @@ async def gather(subject: Subject, wanted: Wanted) -> Facts:
             nursery.start_soon(look_at_network, identity)
     told = any(one.what == _NETWORK for one in gathering.unknown)
     if not around and not told and not wanted.offline and subject.path is not None:
-        gathering.note(_NETWORK, _why_not(subject, identity_facts))
-    return Facts(
+        gathering.note(_NETWORK, _why_not(subject, identity_observations))
+    return Observations(
         machine=machine[0],
-        identity=identity_facts,
+        identity=identity_observations,
         network=around[0].network if around else None,
         dataset=around[0].dataset if around else None,
         running=around[0].running if around else None,
@@ -108,13 +113,13 @@ async def _in_thread(call: Callable[[A], T], argument: A) -> T:
     return await in_thread(call, argument, abandon_on_cancel=True)
 
 
-def _why_not(subject: Subject, identity: IdentityFacts | None) -> str:
+def _why_not(subject: Subject, identity: IdentityObservations | None) -> str:
     if subject.config is None:
         return "the configuration is not valid"
     return "this node has no identity" if identity is None else "its identity cannot be used"
 
 
-def _announced(served: list[ServedFacts], around: list[Around]) -> ServedFacts | None:
+def _announced(served: list[ServiceObservations], around: list[Around]) -> ServiceObservations | None:
     """A running data node counts the announcements that gateways have taken."""
     if not served:
         return None

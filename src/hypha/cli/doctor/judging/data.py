@@ -6,48 +6,47 @@ from collections.abc import Iterator
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.finding import Finding
-from hypha.cli.doctor.gathered import DatasetFacts, Provider, ServedFacts
+from hypha.cli.doctor.gathered import DatasetObservations, Provider, ServiceObservations
 
 #: as the alert SlowDataFetch
 SLOW_S = 60.0
 MB = 10**6
 
 
-def judge_dataset(facts: DatasetFacts) -> Iterator[Finding]:
+def judge_dataset(observed: DatasetObservations) -> Iterator[Finding]:
     """All of it."""
-    serving = [one for one in facts.providers if one.manifest_hash]
-    if not facts.providers:
-        if facts.near:
-            yield checks.DATASET_NAME.found(
-                f"nobody announces {facts.name!r}, but {' and '.join(map(repr, facts.near))} is announced"
-            )
+    serving = [one for one in observed.providers if one.manifest_hash]
+    if not observed.providers:
+        if observed.near:
+            near = " and ".join(map(repr, observed.near))
+            yield checks.DATASET_NAME.found(f"nobody announces {observed.name!r}, but {near} is announced")
         else:
-            yield checks.DATASET_NOT_ANNOUNCED.found(f"nobody announces {facts.name!r} at the gateways")
-    for one in facts.providers:
+            yield checks.DATASET_NOT_ANNOUNCED.found(f"nobody announces {observed.name!r} at the gateways")
+    for one in observed.providers:
         if one.reason:
             check = checks.DATASET_REFUSED if one.refused else checks.DATASET_UNREACHABLE
             yield check.found(
-                f"{_called(one)} announces {facts.name!r}: {one.reason}",
+                f"{_called(one)} announces {observed.name!r}: {one.reason}",
                 severity="warning" if serving else "error",
             )
-    yield from _hashes(facts, serving)
+    yield from _hashes(observed, serving)
     for one in serving:
-        yield from _way(one, facts.name)
+        yield from _way(one, observed.name)
 
 
-def judge_served(facts: ServedFacts, wanted: str | None) -> Iterator[Finding]:
+def judge_served(observed: ServiceObservations, wanted: str | None) -> Iterator[Finding]:
     """Whether a data node can serve what it is to, has announced it, and serves what a job ``wanted``."""
-    for place, problem in facts.unusable:
+    for place, problem in observed.unusable:
         yield checks.DATASET_UNUSABLE.found(
             f"{place}: {problem}", f"`hypha-data prepare <source> {place}`, or correct its path"
         )
-    served = ", ".join(map(repr, facts.names)) or "nothing"
-    if facts.announced is False and facts.names:
+    served = ", ".join(map(repr, observed.names)) or "nothing"
+    if observed.announced is False and observed.names:
         yield checks.DATASET_NOT_ANNOUNCED.found(
             f"this data node runs, and no gateway has taken its announcement of {served}",
             "look at the findings of its gateways, and at its log",
         )
-    if wanted is not None and wanted not in facts.names:
+    if wanted is not None and wanted not in observed.names:
         yield checks.DATASET_NAME.found(f"the job wants {wanted!r}, and this data node serves {served}")
 
 
@@ -55,16 +54,16 @@ def _called(one: Provider) -> str:
     return one.name or one.peer
 
 
-def _hashes(facts: DatasetFacts, serving: list[Provider]) -> Iterator[Finding]:
+def _hashes(observed: DatasetObservations, serving: list[Provider]) -> Iterator[Finding]:
     by_hash: dict[str, list[str]] = {}
     for one in serving:
         by_hash.setdefault(one.manifest_hash, []).append(_called(one))
     if len(by_hash) > 1:
         groups = "; ".join(f"{value[:16]} at {', '.join(who)}" for value, who in sorted(by_hash.items()))
-        yield checks.DATASET_DIFFERS.found(f"{facts.name!r} has several manifests: {groups}")
-    if facts.pinned is not None and by_hash and facts.pinned not in by_hash:
+        yield checks.DATASET_DIFFERS.found(f"{observed.name!r} has several manifests: {groups}")
+    if observed.pinned is not None and by_hash and observed.pinned not in by_hash:
         yield checks.DATASET_DIFFERS.found(
-            f"nobody serves {facts.name!r} with the manifest {facts.pinned[:16]} that the job names",
+            f"nobody serves {observed.name!r} with the manifest {observed.pinned[:16]} that the job names",
             "set scheduler.job.dataset.manifest_hash to what `hypha-data verify` says, or leave it out",
             "error",
         )

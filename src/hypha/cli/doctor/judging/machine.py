@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.finding import Finding
-from hypha.cli.doctor.gathered import Accelerators, Contact, Directory, MachineFacts
+from hypha.cli.doctor.gathered import Accelerators, Contact, Directory, MachineObservations
 from hypha.config.models import GatewayConfig, NodeConfig, WorkerConfig
 from hypha.messages import Resources
-from hypha.worker.limits.detecting import Claim, Machine, lowered
+from hypha.worker.limits.detecting import Claim, DetectedMachine, lowered
 from hypha.worker.limits.gpus import Gpu
 
 GB = 10**9
@@ -28,31 +28,31 @@ LEAF_FILES = 512
 LEAST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 
 
-def judge_machine(facts: MachineFacts, config: NodeConfig | None) -> Iterator[Finding]:
+def judge_machine(observed: MachineObservations, config: NodeConfig | None) -> Iterator[Finding]:
     """All of it; ``config`` says what the node wants of the machine."""
-    yield from _files(facts, config)
-    for shortfall in facts.buffer_shortfalls:
+    yield from _files(observed, config)
+    for shortfall in observed.buffer_shortfalls:
         what, _, mend = shortfall.partition("; ")
         yield checks.SOCKET_BUFFERS.found(what, mend)
-    for directory in facts.directories:
+    for directory in observed.directories:
         yield from _directory(directory)
     if isinstance(config, WorkerConfig):
-        yield from _resources(facts, config)
-    if facts.accelerators is not None:
+        yield from _resources(observed, config)
+    if observed.accelerators is not None:
         wanted = config.resources.gpu if isinstance(config, WorkerConfig) else 0.0
-        gpus = facts.has.gpus if facts.has is not None else ()
-        yield from _accelerators(facts.accelerators, wanted, gpus)
+        gpus = observed.has.gpus if observed.has is not None else ()
+        yield from _accelerators(observed.accelerators, wanted, gpus)
 
 
-def _files(facts: MachineFacts, config: NodeConfig | None) -> Iterator[Finding]:
-    if facts.open_files is None or config is None:
+def _files(observed: MachineObservations, config: NodeConfig | None) -> Iterator[Finding]:
+    if observed.open_files is None or config is None:
         return
     gateway = isinstance(config, GatewayConfig)
     needed = OTHER_FILES + config.max_connections if gateway else LEAF_FILES
-    if facts.open_files < needed:
+    if observed.open_files < needed:
         wants = f"max_connections is {config.max_connections}" if gateway else f"a node needs some {needed}"
         yield checks.FILE_DESCRIPTORS.found(
-            f"{facts.open_files} files may be open (`ulimit -n`), and {wants}"
+            f"{observed.open_files} files may be open (`ulimit -n`), and {wants}"
         )
 
 
@@ -77,7 +77,7 @@ def _directory(directory: Directory) -> Iterator[Finding]:
         )
 
 
-def offered_by(config: WorkerConfig, machine: Machine | None) -> tuple[Resources, tuple[Claim, ...]]:
+def offered_by(config: WorkerConfig, machine: DetectedMachine | None) -> tuple[Resources, tuple[Claim, ...]]:
     """What a worker offers of what it is configured to, and what of that is more than there is."""
     configured = Resources(**config.resources.model_dump())
     if machine is None:
@@ -86,8 +86,8 @@ def offered_by(config: WorkerConfig, machine: Machine | None) -> tuple[Resources
     return (resources if config.detect_resources else configured), claims
 
 
-def _resources(facts: MachineFacts, config: WorkerConfig) -> Iterator[Finding]:
-    for claim in offered_by(config, facts.has)[1]:
+def _resources(observed: MachineObservations, config: WorkerConfig) -> Iterator[Finding]:
+    for claim in offered_by(config, observed.has)[1]:
         if claim.resource == "gpu" and not claim.used:
             continue  # told with what torch can use
         instead = f"{claim.used:g} is offered instead" if config.detect_resources else "and is offered"

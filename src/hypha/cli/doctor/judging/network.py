@@ -8,7 +8,7 @@ from statistics import median
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.finding import Check, Finding, Severity
-from hypha.cli.doctor.gathered import Contact, Dialled, MachineFacts, NetworkFacts, Port
+from hypha.cli.doctor.gathered import Contact, Dialled, MachineObservations, NetworkObservations, Port
 from hypha.config.models import NodeConfig, WorkerConfig
 
 MBIT = 10**6 / 8
@@ -43,21 +43,21 @@ _PLACES = (
 
 
 def judge_network(
-    facts: NetworkFacts, machine: MachineFacts, config: NodeConfig, line: float | None = None
+    observed: NetworkObservations, machine: MachineObservations, config: NodeConfig, line: float | None = None
 ) -> Iterator[Finding]:
     """All of it; ``line`` is what the line can carry, in bytes a second, where somebody has said so."""
-    for port in facts.ports:
+    for port in observed.ports:
         yield from _port(port)
-    reached = any(one.failure is None for one in facts.gateways)
-    for gateway in facts.gateways:
+    reached = any(one.failure is None for one in observed.gateways)
+    for gateway in observed.gateways:
         if gateway.failure is not None:
             yield from _failed(gateway, "warning" if reached else "error")
         else:
             yield from _gateway(gateway)
-    for peer in facts.peers:
+    for peer in observed.peers:
         if peer.failure is not None:
             yield checks.PEER_UNREACHABLE.found(f"{peer.address}: {peer.reason}")
-    everybody = (*facts.gateways, *facts.peers, *facts.data_nodes)
+    everybody = (*observed.gateways, *observed.peers, *observed.data_nodes)
     contacts = [one for one in everybody if one.failure is None]
     yield from _clock(contacts)
     yield from _doubles(contacts)
@@ -65,7 +65,7 @@ def judge_network(
         yield from _way(contact, machine, line)
     if isinstance(config, WorkerConfig):
         yield from _lease(config, contacts)
-    yield from _dialled(facts.dialled, config)
+    yield from _dialled(observed.dialled, config)
 
 
 def _port(port: Port) -> Iterator[Finding]:
@@ -154,7 +154,7 @@ def _clock(contacts: list[Contact]) -> Iterator[Finding]:
     )
 
 
-def _way(contact: Contact, machine: MachineFacts, line: float | None) -> Iterator[Finding]:
+def _way(contact: Contact, machine: MachineObservations, line: float | None) -> Iterator[Finding]:
     trips = contact.round_trips_s
     if contact.stalled:
         yield checks.LARGE_PACKETS.found(
@@ -179,7 +179,7 @@ def _way(contact: Contact, machine: MachineFacts, line: float | None) -> Iterato
     yield from _buffers(contact, machine, line)
 
 
-def _buffers(contact: Contact, machine: MachineFacts, line: float | None) -> Iterator[Finding]:
+def _buffers(contact: Contact, machine: MachineObservations, line: float | None) -> Iterator[Finding]:
     """Of a buffer a half holds data, the rest the kernel's own words of it (tcp_adv_win_scale)."""
     trip_s = min(contact.round_trips_s, default=math.inf)
     if not (0 < trip_s < math.inf) or _is_here(contact):

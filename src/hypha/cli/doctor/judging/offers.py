@@ -22,10 +22,10 @@ from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
 from hypha.resources import TOLERANCE
 from hypha.scheduler.durable.starts import described
 from hypha.scheduler.leasing.allocator import Allocator
-from hypha.scheduler.leasing.events import Advertise, Ask, Decline, Offered, Pace, Want
+from hypha.scheduler.leasing.events import Advertise, Decline, Offered, Search, SearchTimes, Want
 from hypha.scheduler.leasing.pool import asks_from
-from hypha.worker.leasing.arbiter import Arbiter, Heard, Ignored, SendOffer
-from hypha.worker.limits.detecting import Machine
+from hypha.worker.leasing.arbiter import Arbiter, Ignored, RequestHeard, SendOffer
+from hypha.worker.limits.detecting import DetectedMachine
 from hypha.worker.limits.devices import memory_of_each
 
 #: nobody's: only that they differ counts
@@ -45,12 +45,12 @@ _WORDS: dict[ExecutorClass, str] = {"train": "train", "aggregate": "be the param
 
 
 @dataclass(frozen=True)
-class Outcome:
+class OfferOutcome:
     """What came of a request for ``ask``: an offer that is taken (``term`` is None), or which term fails, and
     in whose words.
     """
 
-    ask: Ask
+    ask: Search
     term: Term | None = None
     reason: str = ""
     by: Literal["worker", "scheduler"] = "worker"
@@ -59,8 +59,8 @@ class Outcome:
 
 
 def try_offers(
-    worker: WorkerConfig, job: JobConfig, machine: Machine | None = None, abilities: Abilities = OURS
-) -> tuple[Outcome, Outcome]:
+    worker: WorkerConfig, job: JobConfig, machine: DetectedMachine | None = None, abilities: Abilities = OURS
+) -> tuple[OfferOutcome, OfferOutcome]:
     """For a training executor, and for a parameter server; ``machine`` bounds what the worker offers, where
     it is known, and ``abilities`` are those of its version. Raises ConfigError for a job that is none.
     """
@@ -76,8 +76,8 @@ def try_offers(
 
 
 def _best(
-    worker: WorkerConfig, job: JobConfig, ask: Ask, machine: Machine | None, abilities: Abilities
-) -> Outcome:
+    worker: WorkerConfig, job: JobConfig, ask: Search, machine: DetectedMachine | None, abilities: Abilities
+) -> OfferOutcome:
     """At the job's bid, else at what it raises that to while nobody comes."""
     outcome = _outcome(worker, job, ask, machine, abilities)
     if outcome.term != "price" or ask.raise_after_s is None or not ask.max_price > ask.bid:
@@ -87,9 +87,9 @@ def _best(
 
 
 def _outcome(
-    worker: WorkerConfig, job: JobConfig, ask: Ask, machine: Machine | None, abilities: Abilities
-) -> Outcome:
-    pace = Pace(offer_deadline_s=job.resources.offer_deadline_s)
+    worker: WorkerConfig, job: JobConfig, ask: Search, machine: DetectedMachine | None, abilities: Abilities
+) -> OfferOutcome:
+    pace = SearchTimes(offer_deadline_s=job.resources.offer_deadline_s)
     allocator = Allocator((ask,), pace)
     (published,) = (one for one in allocator.handle(Want(ask.kind, 1), 0.0) if isinstance(one, Advertise))
     offered, _ = offered_by(worker, machine)
@@ -103,25 +103,25 @@ def _outcome(
     )
     request = published.request(_SCHEDULER)
     decided = [
-        *arbiter.handle(Heard(_SCHEDULER.peer, request), 0.0),
+        *arbiter.handle(RequestHeard(_SCHEDULER.peer, request), 0.0),
         *arbiter.handle(Tick(), min(worker.offer.request_window_s, request.offer_within_s / 2)),
     ]
     for one in decided:
         if isinstance(one, Ignored):
-            return Outcome(ask, _term(one.cause), one.reason)
+            return OfferOutcome(ask, _term(one.cause), one.reason)
         if isinstance(one, SendOffer):
             return _considered(allocator, ask, one.offer)
-    return Outcome(ask, "other", "it makes no offer")
+    return OfferOutcome(ask, "other", "it makes no offer")
 
 
-def _considered(allocator: Allocator, ask: Ask, offer: WorkerOffer) -> Outcome:
+def _considered(allocator: Allocator, ask: Search, offer: WorkerOffer) -> OfferOutcome:
     for one in allocator.handle(Offered(_WORKER.peer, offer), 0.1):
         if isinstance(one, Decline):
             reason = one.reason
             if one.cause == "price":
                 reason = f"its price is {offer.price:g}, and the job pays {ask.max_price:g} at most"
-            return Outcome(ask, _term(one.cause), reason, "scheduler")
-    return Outcome(ask)
+            return OfferOutcome(ask, _term(one.cause), reason, "scheduler")
+    return OfferOutcome(ask)
 
 
 def _term(cause: str) -> Term:
@@ -129,7 +129,7 @@ def _term(cause: str) -> Term:
 
 
 def judge_offers(
-    worker: WorkerConfig, job: JobConfig, machine: Machine | None = None, abilities: Abilities = OURS
+    worker: WorkerConfig, job: JobConfig, machine: DetectedMachine | None = None, abilities: Abilities = OURS
 ) -> Iterator[Finding]:
     """Which term fails, for both classes of executors; a worker need not be good for both."""
     outcomes = try_offers(worker, job, machine, abilities)
@@ -151,7 +151,7 @@ def judge_offers(
 
 
 def _finding(
-    worker: WorkerConfig, job: JobConfig, outcome: Outcome, severity: Severity, offered: Resources
+    worker: WorkerConfig, job: JobConfig, outcome: OfferOutcome, severity: Severity, offered: Resources
 ) -> Finding:
     ask, kind = outcome.ask, outcome.ask.kind
     term, role = outcome.term or "other", _ROLES[outcome.ask.kind]

@@ -32,25 +32,31 @@ _TERMS = {
 }
 
 
-def judge_running(facts: Running) -> Iterator[Finding]:
+def judge_running(observed: Running) -> Iterator[Finding]:
     """All of it."""
-    for reason, share in facts.badput.items():
+    for reason, share in observed.badput.items():
         if reason in _BADPUT and share > MUCH:
             check, words = _BADPUT[reason]
             yield check.found(f"{share:.0%} of the workers' time so far went to {words}")
-    if facts.renewals >= ENOUGH and facts.failed_renewals > FAILING * facts.renewals:
+    if observed.renewals >= ENOUGH and observed.failed_renewals > FAILING * observed.renewals:
         yield checks.RENEWALS_FAIL.found(
-            f"{facts.failed_renewals} of {facts.renewals} lease renewals of this scheduler have failed"
+            f"{observed.failed_renewals} of {observed.renewals} lease renewals of this scheduler have failed"
         )
-    if facts.fetches >= ENOUGH and facts.failed_fetches > FAILING * facts.fetches:
-        yield checks.FETCHES_FAIL.found(f"{facts.failed_fetches} of {facts.fetches} fetches of slices failed")
-    elif facts.mean_fetch_s is not None and facts.mean_fetch_s > SLOW_FETCH_S:
-        yield checks.FETCHES_FAIL.found(f"a slice takes {facts.mean_fetch_s:.0f} s to fetch in the mean")
-    yield from _outcomes(facts.requests, "offered", "requests that this worker has heard none got an offer")
-    yield from _outcomes(facts.offers, "accepted", "offers that this scheduler has received none was taken")
-    if facts.training and facts.gpu_utilization and max(facts.gpu_utilization) < IDLE:
+    if observed.fetches >= ENOUGH and observed.failed_fetches > FAILING * observed.fetches:
+        yield checks.FETCHES_FAIL.found(
+            f"{observed.failed_fetches} of {observed.fetches} fetches of slices failed"
+        )
+    elif observed.mean_fetch_s is not None and observed.mean_fetch_s > SLOW_FETCH_S:
+        yield checks.FETCHES_FAIL.found(f"a slice takes {observed.mean_fetch_s:.0f} s to fetch in the mean")
+    yield from _outcomes(
+        observed.requests, "offered", "requests that this worker has heard none got an offer"
+    )
+    yield from _outcomes(
+        observed.offers, "accepted", "offers that this scheduler has received none was taken"
+    )
+    if observed.training and observed.gpu_utilization and max(observed.gpu_utilization) < IDLE:
         yield checks.GPU_IDLE.found(
-            f"an executor trains, and the GPU is used for {max(facts.gpu_utilization):.0%}"
+            f"an executor trains, and the GPU is used for {max(observed.gpu_utilization):.0%}"
         )
 
 

@@ -24,7 +24,7 @@ from hypha.pki.certificates import (
 
 
 @dataclass(frozen=True)
-class CertificateFacts:
+class InspectedCertificate:
     """One certificate. ``peer_id`` is ``None`` for CAs and for keys that are not Ed25519; ``may_issue`` are
     the roles that a CA is limited to, ``None`` where it is not; ``problems`` are sentences, empty when all
     is well.
@@ -46,18 +46,18 @@ class CertificateFacts:
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class InspectedFile:
     """One file: its certificates in order, and what is wrong with the key beside it (``key`` is
     ``None`` when there is none).
     """
 
     path: Path
-    certificates: tuple[CertificateFacts, ...]
+    certificates: tuple[InspectedCertificate, ...]
     key: Path | None
     key_problems: tuple[str, ...]
 
 
-def describe(path: Path) -> FileFacts:
+def describe(path: Path) -> InspectedFile:
     """Facts about every certificate in the PEM file ``path``; IdentityError when there is none."""
     try:
         certificates = x509.load_pem_x509_certificates(path.read_bytes())
@@ -67,15 +67,15 @@ def describe(path: Path) -> FileFacts:
         raise IdentityError(f"{path}: it holds no certificate in PEM form") from exc
     key = path.with_name(path.name.removesuffix("-cert.pem") + "-key.pem")
     has_key = path.name.endswith("-cert.pem") and key.exists()
-    return FileFacts(
+    return InspectedFile(
         path=path,
-        certificates=tuple(_facts(certificate) for certificate in certificates),
+        certificates=tuple(_inspected(certificate) for certificate in certificates),
         key=key if has_key else None,
         key_problems=_key_problems(key, certificates[0]) if has_key else (),
     )
 
 
-def _facts(certificate: x509.Certificate) -> CertificateFacts:
+def _inspected(certificate: x509.Certificate) -> InspectedCertificate:
     authority = is_ca(certificate)
     problems = []
     peer_id = None
@@ -91,7 +91,7 @@ def _facts(certificate: x509.Certificate) -> CertificateFacts:
             roles = roles_in(certificate)
     except IdentityError as exc:
         problems.append(exc.problems[0].message)
-    return CertificateFacts(
+    return InspectedCertificate(
         subject=certificate.subject.rfc4514_string(),
         issuer=certificate.issuer.rfc4514_string(),
         serial=f"{certificate.serial_number:x}",
