@@ -1,7 +1,7 @@
 """Running the fuzzers: one example, and ``python -m tests.fuzz.running SECONDS`` for each of them in turn.
 
-A run ends at the first decoder that raises what it should not, takes longer than a loop may stand still, or
-keeps memory; hypothesis has shrunk the example by then.
+One fails where a decoder raises what it should not, takes longer than a loop may stand still, or keeps
+memory; hypothesis has shrunk the example by then, and the others go on.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import argparse
 import contextlib
 import gc
 import logging
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -77,26 +79,49 @@ def fuzz(target: Target, seconds: float) -> int:
     return count
 
 
+def names() -> list[str]:
+    """Of all fuzzers."""
+    with tempfile.TemporaryDirectory(prefix="hypha-fuzz-") as directory:
+        return [*(target.name for target in targets(Path(directory))), "bridge", "connections"]
+
+
+def run(name: str, seconds: float) -> str:
+    """Run one of them in this process; what came of it, in a line."""
+    number = time.time_ns() & 0xFFFF
+    with tempfile.TemporaryDirectory(prefix="hypha-fuzz-") as directory:
+        if name == "bridge":
+            return f"{name}: {trio.run(fuzz_bridge, Path(directory), number, seconds)} connections"
+        if name == "connections":
+            fuzzer = trio.run(fuzz_connections, Path(directory), number, seconds)
+            return f"{name}: {fuzzer.sent} messages with seed {number}: {fuzzer.by_way}"
+        [target] = (one for one in targets(Path(directory)) if one.name == name)
+        return f"{name}: {fuzz(target, seconds)} examples"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("seconds", type=float, nargs="?", default=600.0, help="for each of them")
     parser.add_argument("--only", default="", help="those whose names hold this text")
+    parser.add_argument("--at-once", type=int, default=1, help="each in a process of its own")
+    parser.add_argument("--name", help="this one, in this process")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory(prefix="hypha-fuzz-") as directory:
-        for target in targets(Path(directory)):
-            if options.only in target.name:
-                count = fuzz(target, options.seconds)
-                print(f"{target.name}: {count} examples", flush=True)
-        if options.only in "bridge":
-            count = trio.run(fuzz_bridge, Path(directory), time.time_ns() & 0xFFFF, options.seconds)
-            print(f"bridge: {count} connections", flush=True)
-        if options.only in "connections":
-            number = time.time_ns() & 0xFFFF
-            fuzzer = trio.run(fuzz_connections, Path(directory), number, options.seconds)
-            print(f"connections: {fuzzer.sent} messages with seed {number}: {fuzzer.by_way}", flush=True)
-    return 0
+    if options.name is not None:
+        print(run(options.name, options.seconds), flush=True)
+        return 0
+
+    def begin(name: str) -> int:
+        command = [sys.executable, "-m", "tests.fuzz.running", str(options.seconds), "--name", name]
+        return subprocess.run(command, check=False).returncode
+
+    chosen = [name for name in names() if options.only in name]
+    with ThreadPoolExecutor(options.at_once) as pool:
+        codes = list(pool.map(begin, chosen))
+    for name, code in zip(chosen, codes, strict=True):
+        if code:
+            print(f"{name}: FAILED", flush=True)
+    return max(codes, default=0)
 
 
 if __name__ == "__main__":
