@@ -87,6 +87,8 @@ class Lab:
     """One of the three networks."""
 
     def __init__(self, system: System, keys: dict[str, Any]) -> None:
+        # the worker's own child: forked by a shared host it would neither be counted nor take turns
+        system.executor_host = None
         self._system = system
         self._keys = keys
         self._addresses: list[str] = []

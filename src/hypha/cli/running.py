@@ -87,7 +87,7 @@ def run_service(
     async def observed() -> int | None:
         with watch_process():
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(keep_sampling)
+                nursery.start_soon(keep_sampling, settings.interval_s)
                 code = await service()
                 nursery.cancel_scope.cancel()
         return code

@@ -5,7 +5,7 @@ happens: ``RENEWALS.add(status="success")``. While metrics are off that is one c
 OpenTelemetry SDK is loaded. :func:`bind` gives all instruments of a process to a meter.
 
 Counters and histograms may be recorded from any thread. Gauges belong to the thread that runs the node: what
-they show is read there by :func:`sample`, about once a second, and the exporter's own thread gets the last
+they show is read there by :func:`sample`, every few seconds, and the exporter's own thread gets the last
 such reading. So nobody iterates over a node's state while it changes, and who has left is not shown any more.
 """
 

@@ -190,16 +190,22 @@ def _busy_share(before: Any, now: Any) -> float:
 
 def _resident(psutil: Any, leader: int) -> int:
     """Bytes that ``leader`` and its descendants hold."""
-    try:
-        process = psutil.Process(leader)
-        tree = [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return 0
-    held = 0
-    for one in tree:
-        with contextlib.suppress(psutil.Error):
-            held += one.memory_info().rss
+    held, left = 0, [leader]
+    while left:
+        with contextlib.suppress(psutil.Error, OSError):
+            process = psutil.Process(left.pop())
+            left += _children(process)
+            held += process.memory_info().rss
     return held
+
+
+def _children(process: Any) -> list[int]:
+    """Linux says whose children those of each thread are; elsewhere every process is looked at."""
+    try:
+        threads = list(Path(f"/proc/{process.pid}/task").iterdir())
+        return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
+    except FileNotFoundError:
+        return [child.pid for child in process.children()]
 
 
 class _Gpus:

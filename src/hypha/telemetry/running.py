@@ -1,4 +1,4 @@
-"""Telemetry for as long as a component runs: started from its configuration, gauges read once a second."""
+"""Telemetry for as long as a component runs: started from its configuration, gauges read regularly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hypha.telemetry.http.exposition import Exposition
     from hypha.telemetry.sdk import Telemetry
 
-#: seconds between two readings of the gauges
-SAMPLE_S = 1.0
+#: seconds between two readings of the gauges: a third of those between two exports, within these bounds
+LEAST_SAMPLE_S, MOST_SAMPLE_S = 1.0, 5.0
 
 #: what was started in this process
 _started: ContextVar[Telemetry | None] = ContextVar("telemetry", default=None)
@@ -56,8 +56,11 @@ def emit_spans() -> Callable[[Sequence[FinishedSpan]], None] | None:
     return None if started is None or started.executor_spans is None else started.executor_spans.emit
 
 
-async def keep_sampling() -> None:
-    """Read the gauges once a second, until cancelled."""
+async def keep_sampling(interval_s: float) -> None:
+    """Read the gauges of a process that exports them every ``interval_s``, until cancelled. Whoever scrapes
+    them has them read at that moment.
+    """
+    every_s = min(max(interval_s / 3, LEAST_SAMPLE_S), MOST_SAMPLE_S)
     while True:
         sample()
-        await trio.sleep(SAMPLE_S)
+        await trio.sleep(every_s)
