@@ -37,6 +37,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 
 class HyphaError(Exception):
@@ -121,7 +122,11 @@ class RequestTimeout(NetworkError):
 
 
 class Refused(NetworkError):
-    """``peer`` answered no. ``code`` is one of :data:`REFUSALS`, ``reason`` a sentence."""
+    """``peer`` answered no. ``code`` is one of :data:`REFUSALS`, ``reason`` a sentence.
+
+    ``retryable``: the same request may be repeated after a pause. ``final``: it would be refused each time.
+    Between the two are refusals that last until somebody has changed something at the peer.
+    """
 
     def __init__(self, code: str, reason: str, peer: str = "") -> None:
         self.code = code
@@ -129,25 +134,56 @@ class Refused(NetworkError):
         self.peer = peer
         super().__init__(f"{peer or 'this node'} refused ({code}): {reason}")
 
+    @property
+    def retryable(self) -> bool:
+        return retry_of(self.code) == "soon"
 
-#: Refusal codes on the wire, with what the caller should make of them.
+    @property
+    def final(self) -> bool:
+        return retry_of(self.code) == "never"
+
+
+#: When a refused request may be repeated. ``soon``: after a pause, as what stands in its way passes by
+#: itself. ``changed``: when something has changed at the peer; whoever has nothing else to do may wait for
+#: that. ``never``: the same request is refused each time.
+Retry = Literal["soon", "changed", "never"]
+
+
+@dataclass(frozen=True)
+class RefusalCode:
+    """What a refusal code means, and when the request may be repeated."""
+
+    meaning: str
+    retry: Retry
+
+
+#: Every refusal code on the wire. Whoever repeats requests asks this table (:attr:`Refused.retryable`,
+#: :attr:`Refused.final`); where a code means something else at one place, a comment there says why.
 REFUSALS = {
-    "busy": "over a concurrency limit; try again later",
-    "malformed": "the message does not decode; a version difference or a bug",
-    "unsupported": "this component does not answer such requests",
-    "role": "the caller's certificate does not carry the role this needs",
-    "lease": "no such lease, or it belongs to somebody else, or it has expired",
-    "stale": "an older generation or round; the sender must resynchronise",
-    "duplicate": "already received; nothing to do",
-    "uninvited": "the sender takes no part in this job",
-    "not-found": "no such job, dataset, slice or file here",
-    "too-large": "over a size limit",
-    "invalid": "the content is wrong: shape, dtype, a value that is not finite",
-    "not-allowed": "an allow-list of this node's owner forbids it",
-    "no-space": "its disk is full",
-    "unreachable": "it could not connect to the caller",
-    "internal": "the peer failed; its log says more",
+    "busy": RefusalCode("over a concurrency limit, or just starting", "soon"),
+    "unreachable": RefusalCode("it could not connect to the caller", "soon"),
+    "internal": RefusalCode("the peer failed; its log says more", "soon"),
+    "no-space": RefusalCode("its disk is full", "changed"),
+    "not-found": RefusalCode("no such job, dataset, slice or file here, or none yet", "changed"),
+    "lease": RefusalCode("no such lease, or it belongs to somebody else, or it has expired", "changed"),
+    "role": RefusalCode("the caller's certificate does not carry the role this needs", "changed"),
+    "uninvited": RefusalCode("the sender takes no part in this job", "changed"),
+    "not-allowed": RefusalCode("an allow-list of this node's owner forbids it", "changed"),
+    "malformed": RefusalCode("the message does not decode; a version difference or a bug", "never"),
+    "unsupported": RefusalCode("this component does not answer such requests", "never"),
+    "stale": RefusalCode("an older generation or round; the sender must resynchronise", "never"),
+    "duplicate": RefusalCode("already received; nothing to do", "never"),
+    "too-large": RefusalCode("over a size limit", "never"),
+    "invalid": RefusalCode("the content is wrong: shape, dtype, a value that is not finite", "never"),
 }
+
+
+def retry_of(code: str) -> Retry:
+    """When a request that was refused with ``code`` may be repeated. A code of a later version, which is not
+    known here, is neither repeated at once nor given up for good.
+    """
+    known = REFUSALS.get(code)
+    return "changed" if known is None else known.retry
 
 
 class TransferFailed(NetworkError):

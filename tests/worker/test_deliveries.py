@@ -56,6 +56,7 @@ async def test_all_at_once_each_with_its_own_outcome(autojump_clock: trio.testin
     [
         (PeerUnreachable("a", "down"), "unreachable", GIVE_UP_AFTER_S),
         (Refused("busy", "full", "a"), "busy", GIVE_UP_AFTER_S),
+        (Refused("internal", "its log says more", "a"), "internal", GIVE_UP_AFTER_S),
         (Refused("not-found", "no such job", "a"), "not-found", NOT_FOUND_PATIENCE_S),
     ],
 )

@@ -30,6 +30,7 @@ from torch import Tensor
 from hypha.decoding import MAX_REASON
 from hypha.errors import CheckpointUnusable, DataError, ModelError, PeerUnreachable, Refused
 from hypha.executor.bridge.client import ALIVE_S, BridgeClient
+from hypha.executor.bridge.refusals import export_waits
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import tensors
 from hypha.executor.files.reused import ReusedFiles
@@ -82,9 +83,6 @@ logger = logging.getLogger("hypha.executor.parameter_server")
 #: how long the last checkpoint may hold up the end
 _FINISH_GRACE_S = 30.0
 _EXPORT_RETRY_S = 2.0
-#: refusals of a scheduler that has begun another generation of the job, which is not known here yet, or whose
-#: disk is full: a finished model is worth waiting for
-_PASSING = ("uninvited", "stale", "no-space")
 
 
 class ParameterServer:
@@ -466,7 +464,7 @@ class ParameterServer:
                 self._bridge.send(call)
                 left.pop(0)
             except (Refused, PeerUnreachable) as exc:
-                if isinstance(exc, Refused) and exc.code not in _PASSING:
+                if isinstance(exc, Refused) and not export_waits(exc):
                     raise
                 # the scheduler is away; the one that comes back may have none of the files
                 logger.warning("The trained model is not delivered yet: %s", exc)

@@ -44,7 +44,6 @@ _PAUSE_S = 0.5
 #: a first directive number for the farewell that is higher than any before it
 _LAST_SEQ = 1 << 62
 #: the worker may be able to start the job a moment later
-_PASSING = frozenset({"busy", "internal"})
 
 Key = tuple[str, ExecutorClass]
 
@@ -237,7 +236,7 @@ class JobExecutors:
             try:
                 await executor.steering.say(directive)
             except Refused as exc:
-                if exc.code not in _PASSING:
+                if not exc.retryable:
                     logger.info("The %s executor cannot go on: %s", lease.kind, exc, extra=fields)
                     return False
             except NetworkError as exc:
@@ -280,7 +279,7 @@ class JobExecutors:
             try:
                 await self._node.request(lease.worker.peer, request, timeout_s=_DISPATCH_TIMEOUT_S)
             except Refused as exc:
-                if exc.code not in _PASSING:
+                if not exc.retryable:
                     logger.warning("A worker refused the %s job: %s", lease.kind, exc, extra=fields)
                     refused = JobRefused(lease.worker.peer, lease.kind, f"{exc.reason} ({exc.code})")
                     self._handle(refused)

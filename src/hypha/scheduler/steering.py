@@ -39,7 +39,6 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _TIMEOUT_S = 10.0
 #: refusals that may pass: the executor is only just starting, or the worker is busy
-_PASSING = frozenset({"busy", "not-found", "internal"})
 
 
 class Steering:
@@ -131,7 +130,8 @@ class Steering:
                 logger.debug("%s was delivered", type(directive).__name__, extra={**fields, "seq": seq})
                 return
             except Refused as exc:
-                if exc.code not in _PASSING:
+                # an executor that is being started is not found yet
+                if not exc.retryable and exc.code != "not-found":
                     logger.warning("%s was refused: %s", type(directive).__name__, exc, extra=fields)
                     return
                 logger.debug("%s has to wait: %s", type(directive).__name__, exc, extra=fields)

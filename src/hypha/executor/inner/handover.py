@@ -13,6 +13,7 @@ import msgspec
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.executor.bridge.client import ALIVE_S, BridgeClient
+from hypha.executor.bridge.refusals import update_waits
 from hypha.executor.files.reused import ReusedFiles
 from hypha.messages import (
     Contribution,
@@ -33,8 +34,6 @@ from hypha.tracing.spans import Attribute
 logger = logging.getLogger("hypha.executor.training")
 
 _SEND_RETRY_S = 1.0
-#: refusals that pass: of a full disk, and of a parameter server that is not there yet or is being restored
-_PASSING = frozenset({"no-space", "busy", "not-found"})
 
 
 class TrainerInbox:
@@ -169,7 +168,7 @@ class UpdateSender(threading.Thread):
                     said_in = call.generation
                     self._bridge.report(UpdateSent(contribution=self.contribution))
             except Refused as exc:
-                if exc.code in _PASSING:
+                if update_waits(exc):
                     logger.warning("The update of round %d has to wait: %s", self.contribution.round, exc)
                     self._wait(call.generation, _SEND_RETRY_S)
                     continue

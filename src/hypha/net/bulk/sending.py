@@ -141,6 +141,7 @@ class Sending:
             except Refused as exc:
                 now = trio.current_time()
                 give_up_at = min(give_up_at, now + BUSY_FOR_S)
+                # only a place is waited for here; what else may pass is for whoever sends the file
                 if exc.code != "busy" or now >= give_up_at:
                     raise
                 # without a place of ours: others are not busy

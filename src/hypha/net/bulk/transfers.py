@@ -226,6 +226,7 @@ class BulkTransfers:
                 if pull.over.is_set():
                     return
                 give_up_at = min(give_up_at, trio.current_time() + BUSY_FOR_S)
+                # only a place is waited for here, as in ``Sending``
                 if exc.code == "busy" and trio.current_time() < give_up_at:
                     busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
                     await trio.sleep(busy_s * chance().uniform(0.5, 1.0))

@@ -312,6 +312,7 @@ async def _describe(
         try:
             answer = await node.request(ref, DescribeDataset(dataset=name), timeout_s=_ASK_TIMEOUT_S)
         except NetworkError as exc:
+            # not about asking again: these refuse whoever asks, and the job is not to wait for them
             if isinstance(exc, Refused) and exc.code in ("role", "not-allowed"):
                 if ref.peer not in refused:
                     logger.warning(

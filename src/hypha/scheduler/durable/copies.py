@@ -45,7 +45,6 @@ LIVES_SKIPPED = 1000
 _PAUSE_S = 2.0
 _ASK_S = 10.0
 _DROP_S = 2.0
-_PASSING = frozenset({"busy", "unreachable", "internal"})
 
 Copy = tuple[PeerRef, CheckpointIndex]
 
@@ -223,10 +222,10 @@ class Copies:
                     await self._fetch(worker, index, place)
                     return copy
                 except NetworkError as exc:
-                    passing = not isinstance(exc, Refused | TransferCorrupt)
+                    final = isinstance(exc, TransferCorrupt)
                     if isinstance(exc, Refused):
-                        passing = exc.code in _PASSING
-                    if not passing:
+                        final = not exc.retryable
+                    if final:
                         left.remove(copy)
                     logger.warning("A copy of round %d was not had: %s", index.round, exc, extra=fields)
             if trio.current_time() + _PAUSE_S > deadline:

@@ -126,6 +126,7 @@ class Replicating:
             try:
                 await self._copy_to(lease.worker, index, store, round_, book)
             except Refused as exc:
+                # no copy of a later round is taken there either; any other refusal may be of this round alone
                 if exc.code in ("not-allowed", "unsupported"):
                     self._without.add(lease.lease_id)
                     continue

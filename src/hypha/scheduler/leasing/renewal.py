@@ -13,13 +13,12 @@ from typing import Literal
 
 from msgspec import Struct
 
+from hypha.errors import retry_of
 from hypha.journal import Journal
 from hypha.leases import Tick
 
 #: of the entries in a journal, before the lease's id
 NAME = "renewal"
-#: Refusals after which trying again is useless: the lease is gone, or was never ours.
-FINAL_REFUSALS = frozenset({"lease", "role", "unsupported", "malformed"})
 
 
 class Renewed(Struct, frozen=True, tag=True):
@@ -208,7 +207,8 @@ class Renewal:
                     self.suspected = True
                     actions.append(Suspected(reason))
             case RenewalRefused(code, reason):
-                if code in FINAL_REFUSALS:
+                # the lease is gone, or was never ours: nothing will change that
+                if retry_of(code) == "never" or code in ("lease", "role"):
                     return self._lapse(f"refused ({code}): {reason}", "refused")
                 self._retry(f"refused ({code}): {reason}", now)
                 self._unreachable = 0

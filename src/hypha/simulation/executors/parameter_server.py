@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from hypha.errors import CheckpointUnusable, DataError, PeerUnreachable, Refused
+from hypha.executor.bridge.refusals import export_waits
 from hypha.executor.files import tensors
 from hypha.executor.files.updates import contribution_in, deliverable
 from hypha.executor.outer.admission import admit, check_contribution
@@ -54,7 +55,6 @@ from hypha.simulation.executors.bridge import Bridge
 logger = logging.getLogger("hypha.simulation")
 
 #: as in hypha.executor.parameter_server
-_PASSING_EXPORT = frozenset({"uninvited", "stale", "no-space"})
 _EXPORT_RETRY_S = 2.0
 
 
@@ -354,7 +354,7 @@ class SimulatedParameterServer:
                 await self._bridge.send(call)
                 left.pop(0)
             except (Refused, PeerUnreachable) as exc:
-                if isinstance(exc, Refused) and exc.code not in _PASSING_EXPORT:
+                if isinstance(exc, Refused) and not export_waits(exc):
                     raise
                 left = list(names)
                 await trio.sleep(_EXPORT_RETRY_S)

@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from hypha.errors import DataError, PeerUnreachable, Refused
+from hypha.executor.bridge.refusals import update_waits
 from hypha.executor.inner.handover import TrainerInbox, UpdateToSend
 from hypha.executor.inner.losses import Losses
 from hypha.executor.inner.slices_reader import Slice
@@ -36,7 +37,6 @@ from hypha.simulation.executors.bridge import Bridge
 _SEND_RETRY_S = 1.0
 #: what liars say: samples, and how far theta has moved
 _CLAIMED, _BLOWN_UP = 10**12, 1e6
-_PASSING_UPDATE = frozenset({"no-space", "busy", "not-found"})
 
 
 class SimulatedTrainer:
@@ -357,7 +357,7 @@ class _UpdateSender:
                 said_in = generation
                 self._bridge.report(UpdateSent(contribution=self.contribution))
             except Refused as exc:
-                if exc.code in _PASSING_UPDATE:
+                if update_waits(exc):
                     await self._wait(generation, _SEND_RETRY_S)
                     continue
                 said_in = generation

@@ -24,8 +24,6 @@ MAX_PAUSE_S = 5.0
 MAX_WAITING = 512
 #: And so many bytes of them: in memory they are several times that.
 MAX_WAITING_BYTES = 16 << 20
-#: Refusals after which repeating an event makes no sense: it came already, or the job has moved on.
-_SETTLED = frozenset({"duplicate", "stale", "invalid", "malformed", "unsupported", "too-large"})
 
 
 class Outbox:
@@ -85,7 +83,8 @@ class Outbox:
                 with trace_context(reported_in):
                     await self._ask(report)
             except Refused as exc:
-                if exc.code not in _SETTLED:
+                # a scheduler that has just been started may not know the job or its leases yet
+                if not exc.final:
                     await self._pause(backoff, reminder, exc, fields)
                     continue
                 logger.warning("The scheduler wants no %s: %s", fields["event"], exc, extra=fields)

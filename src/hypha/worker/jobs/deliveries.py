@@ -125,10 +125,10 @@ class Deliveries:
             except Refused as exc:
                 if exc.code == "duplicate":
                     return  # it has it
-                if exc.code not in ("busy", "not-found"):
-                    raise
                 if exc.code == "not-found":
                     patience_s = min(patience_s, NOT_FOUND_PATIENCE_S)
+                elif not exc.retryable:
+                    raise
                 failure: NetworkError = exc
             except NetworkError as exc:
                 failure = exc

@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 REPEAT_S, RETRY_S = 1.0, 0.2
 #: Of the time that is left, what is kept for handing leases back: this share, so long at most.
 HAND_BACK_SHARE, HAND_BACK_S = 0.2, 1.0
-#: A scheduler that refuses the notice for one of these reasons does not know it, or not this worker.
-_UNKNOWN = frozenset({"malformed", "unsupported", "role", "invalid"})
 
 
 class Leaving:
@@ -142,7 +140,8 @@ class Leaving:
             except Refused as exc:
                 logger.debug("A scheduler did not take the notice: %s", exc, extra=fields)
                 pause_s = RETRY_S
-                if exc.code in _UNKNOWN:
+                # it does not know this notice, or takes none from this worker, while the lease lives
+                if exc.final or exc.code == "role":
                     self._not_heard(lease)
                     return
             except NetworkError as exc:

@@ -409,7 +409,7 @@ async def _attempt_delivery(node: Node, lease_service: LeaseService, action: Sen
             await node.request(peer, offer, timeout_s=lease_ends - trio.current_time())
         except Refused as exc:
             reason = str(exc)
-            if exc.code == "busy":
+            if exc.retryable:
                 await trio.sleep(BUSY_PAUSE_S)
                 continue
             break
