@@ -16,6 +16,7 @@ ROWS = (
     {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
     {
         "access",
+        "backoff",
         "messages",
         "beneath",
         "features",
@@ -40,6 +41,7 @@ SIDEWAYS = {
     ("net", "pki"),
     ("net", "telemetry"),
     ("leases", "resources"),
+    ("backoff", "runtime"),
     ("config", "errors"),
     ("messages", "errors"),
     ("features", "messages"),

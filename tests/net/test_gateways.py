@@ -13,18 +13,6 @@ from tests.support.stopwatch import Stopwatch
 from hypha.errors import PeerUnreachable, Refused
 from hypha.messages import Health, HealthReport, ListPeers, PeerList, PeerRef
 from hypha.net.peers.addresses import host_and_port
-from hypha.net.peers.gateways import Backoff
-
-
-def test_backoff_doubles_up_to_its_limit_with_jitter() -> None:
-    most = Backoff(1.0, 10.0, jitter=lambda: 1.0)
-    assert [most.next() for _ in range(6)] == [1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
-    most.reset()
-    assert most.next() == 1.0
-    least = Backoff(1.0, 10.0, jitter=lambda: 0.0)
-    assert [least.next() for _ in range(3)] == [0.5, 1.0, 2.0]
-    for _ in range(2000):  # a day of failures
-        assert most.next() <= 10.0
 
 
 @pytest.mark.loopback

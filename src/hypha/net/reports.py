@@ -15,6 +15,7 @@ import msgspec
 import trio
 from opentelemetry.trace import SpanKind
 
+from hypha.backoff import NO_JITTER, Backoff
 from hypha.config.reading.log_filter import TRACE
 from hypha.decoding import decode
 from hypha.errors import PeerUnreachable, Undecodable
@@ -89,7 +90,7 @@ class Reports:
 
     async def _send_all(self, peer: str) -> None:
         stream: Any = None
-        pause_s = RETRY_MIN_S
+        backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S, jitter=NO_JITTER)
         reached_at = trio.current_time()
         try:
             while True:
@@ -114,7 +115,8 @@ class Reports:
                         await _send(stream, reports)
                     REPORTS.add(len(reports), event="sent")
                     logger.log(TRACE, "Sent %d reports.", len(reports), extra={"peer_id": peer})
-                    pause_s, reached_at = RETRY_MIN_S, trio.current_time()
+                    backoff.reset()
+                    reached_at = trio.current_time()
                 except (*STREAM_ERRORS, PeerUnreachable, trio.TooSlowError) as exc:
                     due = self._over_limit.is_first(peer, "waiting", SILENT_S)
                     level = logging.INFO if due else logging.DEBUG
@@ -129,8 +131,7 @@ class Reports:
                     # what was handed over meanwhile is newer
                     self._waiting[peer] = {**batch, **self._waiting.get(peer, {})}
                     self._wakers[peer].set()
-                    await trio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, RETRY_MAX_S)
+                    await trio.sleep(backoff.next_s())
                 except Exception:  # the edge of a task of the node: an odd report must not end it
                     logger.exception("Reports to %s are lost.", peer, extra={"peer_id": peer})
         finally:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import trio
 
+from hypha.backoff import Backoff
 from hypha.errors import NetworkError, Refused
 from hypha.messages import (
     CloseRound,
@@ -27,7 +28,6 @@ from hypha.messages import (
     Steer,
 )
 from hypha.node import Node
-from hypha.runtime import chance
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.tracing import span, trace_context
 from hypha.tracing.operations import PLAN
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
+_JITTER = (0.7, 1.3)
 _TIMEOUT_S = 10.0
 #: refusals that may pass: the executor is only just starting, or the worker is busy
 
@@ -121,7 +122,7 @@ class Steering:
 
     async def _deliver(self, slot: tuple[str, str], directive: Directive, seq: int) -> None:
         """Until it is acknowledged, superseded or refused for good."""
-        pause_s = _FIRST_PAUSE_S
+        backoff = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, jitter=_JITTER)
         while self._waiting.get(slot) is directive:
             steer = Steer(stamp=self._stamp(), kind=self.kind, seq=seq, directive=directive)
             fields = {"worker_peer_id": self.to.peer, "job_id": steer.stamp.job_id}
@@ -137,5 +138,4 @@ class Steering:
                 logger.debug("%s has to wait: %s", type(directive).__name__, exc, extra=fields)
             except NetworkError as exc:
                 logger.debug("%s was not delivered: %s", type(directive).__name__, exc, extra=fields)
-            await trio.sleep(pause_s * chance().uniform(0.7, 1.3))
-            pause_s = min(_LONGEST_PAUSE_S, pause_s * 2.0)
+            await trio.sleep(backoff.next_s())

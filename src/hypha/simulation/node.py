@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from hypha.access import REQUESTS, STREAMS, TOPICS, Allowed, announcing, may_act_as, named
+from hypha.backoff import Backoff
 from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import (
     WORKER_TOPIC,
@@ -530,7 +531,7 @@ class SimulatedNode:
 
     async def keep_gateway(self) -> None:
         """Stay with one gateway, move on to the next at once, pause when none answers; until cancelled."""
-        pause_s = _RECONNECT_MIN_S
+        backoff = Backoff(_RECONNECT_MIN_S, _RECONNECT_MAX_S)
         while True:
             for peer in self.options.gateways:
                 try:
@@ -539,15 +540,14 @@ class SimulatedNode:
                     continue
                 self._gateway = peer
                 self.gateway_changed.note()
-                pause_s = _RECONNECT_MIN_S
+                backoff.reset()
                 for dataset in list(self._provided):
                     await self._announce(peer, dataset)
                 while self._gateway is not None:
                     await self.gateway_changed.wait()
                 break
             else:
-                await trio.sleep(pause_s * chance().uniform(0.5, 1.0))
-                pause_s = min(_RECONNECT_MAX_S, pause_s * 2.0)
+                await trio.sleep(backoff.next_s())
 
     async def link_gateways(self) -> None:
         """Of a gateway: stay linked with the others, until cancelled."""

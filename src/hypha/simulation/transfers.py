@@ -17,6 +17,7 @@ import msgspec
 import trio
 
 from hypha.access import KINDS, Allowed, named
+from hypha.backoff import Backoff
 from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.files import StreamHash, quick_hasher, strong_hasher
@@ -33,6 +34,7 @@ logger = logging.getLogger("hypha.simulation")
 #: as in hypha.net.bulk.sending and hypha.net.bulk.receiving
 _MAX_AT_ONCE = 2
 _MAX_ATTEMPTS = 3
+_FIRST_PAUSE_S = 1.0
 _BUSY_FOR_S, _BUSY_PAUSE_S = 40.0, 1.0
 _RESERVE_BYTES = 16 << 20
 _MAX_REMEMBERED = 512
@@ -104,7 +106,7 @@ class SimulatedTransfers:
         if name == self._node.peer_id:
             await self.take(name, meta, token, await in_thread(path.read_bytes))
             return
-        attempts = 0
+        attempts, backoff = 0, Backoff(_FIRST_PAUSE_S)
         busy_until: float | None = None
         while True:
             try:
@@ -121,7 +123,7 @@ class SimulatedTransfers:
                 attempts += 1
                 if attempts >= _MAX_ATTEMPTS:
                     raise TransferFailed(name, meta.name, str(exc)) from exc
-                await trio.sleep(0.5 * 2**attempts * chance().uniform(0.5, 1.0))
+                await trio.sleep(backoff.next_s())
 
     async def _attempt(self, name: str, path: Path, meta: TransferMeta, token: str) -> None:
         progress = [0.0]

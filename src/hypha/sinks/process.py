@@ -21,6 +21,7 @@ from collections.abc import Iterable
 import msgspec
 import trio
 
+from hypha.backoff import NO_JITTER, Backoff
 from hypha.runtime import in_thread
 from hypha.sinks.interface import Begin, Destination, Reply, RoundValues, RunInfo
 
@@ -54,7 +55,7 @@ class SinkProcess:
         #: rounds that the sink never got
         self.dropped = 0
         self._failing = False
-        self._pause_s = _FIRST_PAUSE_S
+        self._backoff = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, jitter=NO_JITTER)
         self._child: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name=f"sink {destination.type}", daemon=True)
         self._thread.start()
@@ -113,7 +114,7 @@ class SinkProcess:
             if self._waiting and self._waiting[0] is values:
                 self._waiting.popleft()
             dropped = self.dropped
-        self._pause_s = _FIRST_PAUSE_S
+        self._backoff.reset()
         if self._failing:
             self._failing = False
             logger.warning(
@@ -132,8 +133,7 @@ class SinkProcess:
                 exc,
                 KEPT,
             )
-        until = time.monotonic() + self._pause_s
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        until = time.monotonic() + self._backoff.next_s()
         with self._changed:
             while (left := until - time.monotonic()) > 0 and self._closing_at is None:
                 self._changed.wait(left)

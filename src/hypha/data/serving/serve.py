@@ -17,6 +17,7 @@ from pathlib import Path
 import trio
 
 from hypha import __version__
+from hypha.backoff import Backoff
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data.manifest import (
     Dataset,
@@ -52,6 +53,8 @@ KIND = "slice"
 #: Pauses between attempts to announce that failed.
 ANNOUNCE_RETRY_MIN_S = 0.5
 ANNOUNCE_RETRY_MAX_S = 30.0
+#: Of these pauses, and of those between two announcements.
+ANNOUNCE_JITTER = (0.75, 1.0)
 #: Slices read through at once; more would only make the disk seek.
 MAX_CHECKS = 2
 #: How long a start waits for a dataset that is being replaced: renaming takes a moment, a busy disk longer.
@@ -211,7 +214,7 @@ async def _verified(key: str, dataset: Dataset) -> list[Problem]:
 
 async def announce(node: Node, dataset: Dataset, interval_s: float) -> None:
     """Announce for ever: at once, again after ``interval_s`` or a change of gateway, sooner on failure."""
-    pause_s = ANNOUNCE_RETRY_MIN_S
+    backoff = Backoff(ANNOUNCE_RETRY_MIN_S, ANNOUNCE_RETRY_MAX_S, jitter=ANNOUNCE_JITTER)
     told = False
     while True:
         seen = node.gateway_changed.count
@@ -231,13 +234,14 @@ async def announce(node: Node, dataset: Dataset, interval_s: float) -> None:
                 gateways,
                 extra={"dataset": dataset.name, "manifest_hash": dataset.manifest_hash},
             )
-            wait_s, pause_s, told = interval_s, ANNOUNCE_RETRY_MIN_S, True
+            backoff.reset()
+            wait_s, told = interval_s * chance().uniform(*ANNOUNCE_JITTER), True
         else:
+            wait_s = backoff.next_s()
             logger.warning(
-                "No gateway took the announcement of %s; trying again in about %.1f s.", dataset.name, pause_s
+                "No gateway took the announcement of %s; trying again in %.1f s.", dataset.name, wait_s
             )
-            wait_s, pause_s = pause_s, min(2 * pause_s, ANNOUNCE_RETRY_MAX_S)
-        with trio.move_on_after(wait_s * chance().uniform(0.75, 1.0)):
+        with trio.move_on_after(wait_s):
             await node.gateway_changed.wait(seen)
 
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 import msgspec
 from opentelemetry.trace import SpanKind
 
+from hypha.backoff import NO_JITTER, Backoff
 from hypha.decoding import decode, decode_json
 from hypha.errors import HyphaError, PeerUnreachable, Refused, Undecodable
 from hypha.executor.bridge.http import BridgeConnection, BridgeReply, BridgeUnanswered, lines
@@ -249,17 +250,16 @@ class BridgeClient:
 
 
 class _Retry:
-    """Exponential backoff that gives up after :data:`BRIDGE_LOST_S`."""
+    """A backoff that gives up after :data:`BRIDGE_LOST_S`."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._pause_s = _FIRST_RETRY_S
+        self._backoff = Backoff(_FIRST_RETRY_S, _LAST_RETRY_S, jitter=NO_JITTER)
 
     def wait(self) -> bool:
         if time.monotonic() - self._started > BRIDGE_LOST_S:
             return False
-        time.sleep(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, _LAST_RETRY_S)
+        time.sleep(self._backoff.next_s())
         return True
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Literal
 
 import trio
 
+from hypha.backoff import Backoff
 from hypha.config.tuning import TransferTuning
 from hypha.errors import (
     NetworkError,
@@ -54,7 +54,9 @@ MAX_ATTEMPTS = 3
 #: A peer that is busy is asked again for so long, and after pauses no longer than that: it may be a parameter
 #: server that is being restored, and whoever comes late to it is left out of its first round.
 BUSY_FOR_S = 40.0
-BUSY_PAUSE_S = 1.0
+FIRST_BUSY_PAUSE_S, LONGEST_BUSY_PAUSE_S = 0.2, 1.0
+#: Before the second attempt at what was interrupted, and before further ones.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.4, 0.8
 #: Pulls being served, in all and to one peer.
 MAX_SERVED = 1024
 MAX_SERVED_PER_PEER = 64
@@ -128,10 +130,11 @@ class Sending:
         self, peer: PeerRef | str, peer_id: str, path: Path, meta: TransferMeta, token: str
     ) -> None:
         failures, best, reason = 0, 0, ""
-        busy_s, give_up_at = 0.1, math.inf
+        pauses = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
+        busy, give_up_at = Backoff(FIRST_BUSY_PAUSE_S, LONGEST_BUSY_PAUSE_S), math.inf
         while failures < MAX_ATTEMPTS:
             if failures:
-                await trio.sleep(0.2 * 2**failures * random.uniform(0.5, 1.0))
+                await trio.sleep(pauses.next_s())
             attempt = _Attempt(peer, peer_id, path, meta, token, packing=self._packing(peer_id, meta))
             try:
                 async with self.places.hold(attempt.moved):
@@ -145,15 +148,18 @@ class Sending:
                 if exc.code != "busy" or now >= give_up_at:
                     raise
                 # without a place of ours: others are not busy
-                busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
-                await trio.sleep(busy_s * random.uniform(0.5, 1.0))
+                await trio.sleep(busy.next_s())
                 continue
             except (ConnectionBroken, PeerUnreachable, RequestTimeout) as exc:
                 reason = str(exc)
                 self.kept.drop(peer_id)
                 logger.info("Sending %s was interrupted: %s.", meta.name, reason, extra={"peer_id": peer_id})
-                busy_s, give_up_at = 0.1, math.inf
-                failures = 1 if attempt.offset > best else failures + 1
+                busy.reset()
+                give_up_at = math.inf
+                if attempt.offset > best:
+                    pauses.reset()
+                    failures = 0
+                failures += 1
                 best = max(best, attempt.offset)
                 continue
             if verdict.outcome == "ok":

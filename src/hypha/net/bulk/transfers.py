@@ -20,6 +20,7 @@ from typing import Literal
 import msgspec
 import trio
 
+from hypha.backoff import NO_JITTER, Backoff
 from hypha.config.tuning import TransferTuning
 from hypha.errors import (
     NetworkError,
@@ -44,17 +45,19 @@ from hypha.net.bulk.inbound import Acceptor
 from hypha.net.bulk.receiving import Receiving
 from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.roles import require_sender
-from hypha.net.bulk.sending import BUSY_FOR_S, BUSY_PAUSE_S, Sending, new_token
+from hypha.net.bulk.sending import BUSY_FOR_S, FIRST_BUSY_PAUSE_S, LONGEST_BUSY_PAUSE_S, Sending, new_token
 from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
 from hypha.net.bulk.wire import BulkConnections
 from hypha.node import Arrived, Gate, Provider, Served
-from hypha.runtime import chance, in_thread
+from hypha.runtime import in_thread
 
 __all__ = ["BulkConnections", "BulkTransfers", "meta_of"]
 
 #: Threads of the bulk plane beyond those of transfers in which bytes move: for transfers in which nothing
 #: does, and handshakes of connections being made.
 MAX_THREADS = 56
+#: Who waits for a pulled file looks after so long whether it is still coming, and ever more seldom.
+FIRST_LOOK_S, LONGEST_LOOK_S = 0.5, 4.0
 
 
 class BulkTransfers:
@@ -211,9 +214,10 @@ class BulkTransfers:
 
     async def _follow(self, peer: PeerRef | str, request: PullFile, pull: _Pull, token: str) -> None:
         """Ask, and ask again how it goes, until the file is here or will not come."""
-        failures, busy_s, give_up_at = 0, 0.1, math.inf
+        failures, give_up_at = 0, math.inf
+        busy = Backoff(FIRST_BUSY_PAUSE_S, LONGEST_BUSY_PAUSE_S)
         heard = (0, 0)
-        pause_s = 0.5
+        looks = Backoff(FIRST_LOOK_S, LONGEST_LOOK_S, jitter=NO_JITTER)
         while not pull.over.is_set():
             try:
                 offer = await self._links.request(peer, request)
@@ -228,8 +232,7 @@ class BulkTransfers:
                 give_up_at = min(give_up_at, trio.current_time() + BUSY_FOR_S)
                 # only a place is waited for here, as in ``Sending``
                 if exc.code == "busy" and trio.current_time() < give_up_at:
-                    busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
-                    await trio.sleep(busy_s * chance().uniform(0.5, 1.0))
+                    await trio.sleep(busy.next_s())
                     continue
                 if exc.code == "unreachable":
                     raise TransferFailed(pull.peer, request.name, exc.reason) from exc
@@ -238,16 +241,15 @@ class BulkTransfers:
                 if self._receiving.heard(token) == heard:
                     # one that is silent in both ways has had its time
                     failures += 1 if isinstance(exc, PeerUnreachable) else 2
-                pause_s = 0.5
+                looks.reset()
                 # before anything was agreed there is nothing to wait for
                 if (failures > 1 or pull.meta is None) and not pull.over.is_set():
                     raise TransferFailed(pull.peer, request.name, str(exc)) from exc
             coming = True
             while coming and not pull.over.is_set():
                 heard = self._receiving.heard(token)
-                with trio.move_on_after(pause_s):
+                with trio.move_on_after(looks.next_s()):
                     await pull.over.wait()
-                pause_s = min(2 * pause_s, 4.0)
                 # a connection on which nothing moves may be one whose other end has vanished
                 moves = self._receiving.heard(token) != heard
                 coming = moves and self._receiving.is_coming(token)

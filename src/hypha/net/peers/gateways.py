@@ -9,11 +9,11 @@ active gateway.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Awaitable, Callable
 
 import trio
 
+from hypha.backoff import Backoff
 from hypha.errors import NetworkError
 from hypha.net.libp2p.relay import RelayClient
 from hypha.net.options import Timings
@@ -27,29 +27,6 @@ logger = logging.getLogger(__name__)
 
 #: A connection that held this long was a good one: the pause starts small again.
 STABLE_S = 10.0
-
-
-class Backoff:
-    """Exponential pauses with jitter: ``next()`` says how long to wait this time."""
-
-    def __init__(
-        self, shortest_s: float, longest_s: float, jitter: Callable[[], float] = random.random
-    ) -> None:
-        self._shortest_s = shortest_s
-        self._longest_s = longest_s
-        self._jitter = jitter
-        self._failures = 0
-
-    def next(self) -> float:
-        """Between half of and the whole of ``shortest * 2**failures``, at most ``longest``."""
-        # the exponent is bounded so that a week of failures does not overflow
-        pause = min(self._longest_s, self._shortest_s * 2.0 ** min(self._failures, 30))
-        self._failures += 1
-        return pause * (0.5 + 0.5 * self._jitter())
-
-    def reset(self) -> None:
-        """It worked."""
-        self._failures = 0
 
 
 class Gateways:
@@ -156,7 +133,7 @@ class Gateways:
             if len(failures) == len(self._targets) and reminder.due():
                 logger.warning("No gateway can be reached; trying on. %s", "; ".join(failures))
             if failures or len(self._targets) == 1:
-                await trio.sleep(backoff.next())
+                await trio.sleep(backoff.next_s())
 
     async def _use(self, peer: str, reserve: bool) -> None:
         self.active = peer
@@ -195,7 +172,7 @@ class Gateways:
                         exc,
                         extra={"peer_id": peer},
                     )
-                await trio.sleep(backoff.next())
+                await trio.sleep(backoff.next_s())
                 continue
             backoff.reset()
             logger.debug("Reserved at the relay for %.0f s.", lasts_s, extra={"peer_id": peer})
@@ -227,7 +204,7 @@ class Gateways:
             except NetworkError as exc:
                 if reminder.due():
                     logger.warning("Another gateway cannot be reached; trying on. %s", exc)
-                await trio.sleep(backoff.next())
+                await trio.sleep(backoff.next_s())
                 continue
             reminder.reset()
             backoff.reset()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import trio
 
+from hypha.backoff import pause_after
 from hypha.errors import IdentityError, PeerUnreachable
 from hypha.net.peers.refusals import CERTIFICATE, TurnedAway
 
@@ -21,7 +22,7 @@ MAX_REMEMBERED = 1000
 @dataclass(frozen=True)
 class _Pause:
     failure: str
-    lasts_s: float
+    times: int
     until: float
 
 
@@ -35,8 +36,9 @@ class ShutOut:
     def note(self, peer: str, failure: str) -> None:
         """``peer`` was dialled in vain; ``failure`` says why."""
         earlier = self._pauses.pop(peer, None)
-        lasts_s = min(self._longest_s, 2 * earlier.lasts_s if earlier else FIRST_PAUSE_S)
-        self._pauses[peer] = _Pause(failure, lasts_s, trio.current_time() + lasts_s)
+        times = earlier.times + 1 if earlier else 0
+        lasts_s = pause_after(times, FIRST_PAUSE_S, self._longest_s)
+        self._pauses[peer] = _Pause(failure, times, trio.current_time() + lasts_s)
         while len(self._pauses) > MAX_REMEMBERED:
             del self._pauses[next(iter(self._pauses))]
 

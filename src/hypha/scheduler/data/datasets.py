@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import msgspec
 import trio
 
+from hypha.backoff import NO_JITTER, Backoff
 from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable, Refused
 from hypha.features import Abilities, stated
 from hypha.manifests import manifest_problem
@@ -75,7 +76,8 @@ class ServedDataset:
 
     async def watch(self, node: Node) -> None:
         """Keep ``providers`` true until cancelled. One that is lost is asked at once if it still lives."""
-        pause_s = _MISSED_PAUSE_S
+        pauses = Backoff(_MISSED_PAUSE_S, REFRESH_S, jitter=NO_JITTER)
+        pause_s = pauses.next_s()
         async with node.watch_peers() as lost, trio.open_nursery() as nursery:
             nursery.start_soon(self._listen, lost)
             while True:
@@ -84,7 +86,7 @@ class ServedDataset:
                     await self._missed.wait()
                 self._missed = trio.Event()
                 await self.refresh(node)
-                pause_s = min(REFRESH_S, pause_s * 2.0)
+                pause_s = pauses.next_s()
 
     async def _listen(self, lost: trio.MemoryReceiveChannel[PeerLost]) -> None:
         async for event in lost:
@@ -148,7 +150,7 @@ async def find_dataset(
     name is to stop a job, and it is the same one each time. Raises :class:`DatasetNotFound`, or
     :class:`DatasetMismatch` when only other data than the pinned one is served.
     """
-    pause_s, said = _FIRST_PAUSE_S, False
+    backoff, said = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, 1.5, NO_JITTER), False
     refused: set[str] = set()
     silent: list[PeerRef] = []
     # the last moment is too late to decide
@@ -176,8 +178,7 @@ async def find_dataset(
                     name,
                     f" ({choice.open_because})" if choice.open_because else "",
                 )
-            await trio.sleep(pause_s)
-            pause_s = min(_LONGEST_PAUSE_S, pause_s * 1.5)
+            await trio.sleep(backoff.next_s())
     if choice.open_because:
         raise DatasetMismatch(f"within {wait_s:g} s {choice.open_because}")
     raise DatasetNotFound(

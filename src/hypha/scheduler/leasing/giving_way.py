@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from hashlib import blake2b
 
+from hypha.backoff import pause_after
 from hypha.scheduler.leasing.events import Search, SearchTimes
 
 #: the first pause, as multiples of the longest one between two requests: the others have been heard by then
@@ -84,7 +85,7 @@ class GivingWay:
             self._contended.clear()
             self._outranked.clear()
         self.times += 1
-        longer = min(_LONGEST, 2.0 ** min(self.times - 1, 16))
+        longer = pause_after(self.times - 1, 1.0, _LONGEST)
         return _FIRST_PAUSE * self._pace.longest_pause_s * longer
 
     def validate(self, held: Collection[str]) -> None:

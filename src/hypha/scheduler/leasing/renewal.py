@@ -13,6 +13,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from hypha.backoff import pause_after
 from hypha.errors import retry_of
 from hypha.journal import Journal
 from hypha.leases import Tick
@@ -255,7 +256,7 @@ class Renewal:
         sent_at = now if self._sent_at is None else self._sent_at
         self._sent_at = None
         self._why = reason
-        pause = min(self.LONGEST_RETRY_S, self.FIRST_RETRY_S * 2.0 ** min(self._failures, 16))
+        pause = pause_after(self._failures, self.FIRST_RETRY_S, self.LONGEST_RETRY_S)
         self._failures += 1
         # the time an attempt took is part of the pause: after one that timed out there is none
         self._next_at = now if self._nudged else max(now, sent_at + pause * (0.5 + 0.5 * self._draw()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from hypha.backoff import pause_after
 from hypha.messages import ExecutorError, ExecutorExited
 from hypha.scheduler.rounds.events import Action, Again, Drop, Fail
 from hypha.scheduler.rounds.policy import Failures
@@ -96,8 +97,8 @@ class Failing:
         if cause == "model" or self._failures.restarts[peer] >= self._restarts:
             return [Drop(peer, "train", message)]
         self._failures.restarts[peer] += 1
-        grown_s = _FIRST_PAUSE_S * _PAUSE_GROWTH ** (self._failures.restarts[peer] - 1)
-        pause_s = min(_LONGEST_PAUSE_S, grown_s)
+        earlier = self._failures.restarts[peer] - 1
+        pause_s = pause_after(earlier, _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PAUSE_GROWTH)
         return [Again(peer, message, pause_s, incarnation)]
 
 

@@ -11,15 +11,15 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from hypha.backoff import Backoff
 from hypha.errors import NetworkError, Refused
 from hypha.messages import Event, ExecutorClass, JobStamp, ReportEvent, Request, Response, encode
 from hypha.tracing import trace_context, traceparent
 from hypha.waiting import Reminder
-from hypha.worker.backoff import Backoff
 
 logger = logging.getLogger("hypha.worker.events")
 
-MAX_PAUSE_S = 5.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
 #: Events that may wait for their scheduler. An executor has about ten a round, and no round ends without it.
 MAX_WAITING = 512
 #: And so many bytes of them: in memory they are several times that.
@@ -72,7 +72,7 @@ class Outbox:
 
     async def run(self) -> None:
         """Deliver until cancelled."""
-        backoff, reminder = Backoff(longest_s=MAX_PAUSE_S), Reminder(at_once=True)
+        backoff, reminder = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S), Reminder(at_once=True)
         while True:
             while not self._waiting:
                 self._some = trio.Event()

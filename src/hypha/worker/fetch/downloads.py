@@ -24,11 +24,12 @@ import fsspec
 import trio
 
 from hypha import beneath
+from hypha.backoff import Backoff
 from hypha.config.environment import goes_by_proxy
 from hypha.config.networks import is_address
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import HuggingFace
-from hypha.runtime import chance, check_cancelled, in_thread
+from hypha.runtime import check_cancelled, in_thread
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.storing import CHUNK_BYTES, translated
 
@@ -39,6 +40,7 @@ logger = logging.getLogger("hypha.worker.fetch")
 
 MAX_REDIRECTS = 5
 HTTP_ATTEMPTS = 4
+HTTP_FIRST_PAUSE_S = 0.5
 CONNECT_S = 10.0
 HTTP_S = 30.0
 #: What cannot be interrupted may go on for long after its executor has hung up: not in the threads that all
@@ -68,7 +70,7 @@ async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[P
     that is connected to against ``exclude_cidr``. Broken connections and 5xx answers are tried again a few
     times.
     """
-    attempt = 0
+    attempt, backoff = 0, Backoff(HTTP_FIRST_PAUSE_S)
     while True:
         attempt += 1
         try:
@@ -76,7 +78,7 @@ async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[P
         except TransferFailed as exc:
             if attempt == HTTP_ATTEMPTS:
                 raise
-            pause_s = 0.25 * 2**attempt * chance().uniform(0.5, 1.0)
+            pause_s = backoff.next_s()
             logger.warning("Fetching %s failed: %s. Trying again in %.1f s.", value, exc.reason, pause_s)
             await trio.sleep(pause_s)
 

@@ -14,16 +14,17 @@ from typing import Literal
 
 import trio
 
+from hypha.backoff import Backoff
 from hypha.errors import NetworkError, Refused
 from hypha.messages import Delivery, PeerRef, TransferMeta
 from hypha.runtime import chance
 from hypha.telemetry.instruments import BROADCAST_DURATION, UPDATE_SEND_DURATION
-from hypha.worker.backoff import Backoff
 
 logger = logging.getLogger("hypha.worker.send")
 
 #: A receiver that fails is tried again for this long after its first failure.
 GIVE_UP_AFTER_S = 60.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 15.0
 #: ``not-found`` may mean that the receiver's job is just starting.
 NOT_FOUND_PATIENCE_S = 10.0
 
@@ -116,7 +117,7 @@ class Deliveries:
             return Delivery(peer=receiver.peer, acknowledged=False, error="unreachable", detail=str(exc))
 
     async def _attempt(self, path: Path, meta: TransferMeta, receiver: PeerRef) -> None:
-        backoff = Backoff()
+        backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         first_failure: float | None = None
         while True:
             patience_s = self._give_up_after_s

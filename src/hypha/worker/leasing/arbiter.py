@@ -34,6 +34,7 @@ from typing import Literal
 
 from msgspec import Struct, structs
 
+from hypha.backoff import pause_after
 from hypha.config.models import OfferConfig
 from hypha.features import OURS, Abilities, printable
 from hypha.journal import Journal
@@ -395,7 +396,7 @@ class Arbiter:
 
     def _blame(self, scheduler: str, now: float) -> None:
         times = self._failures.pop(scheduler, (0, 0.0))[0] + 1
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(times - 2, 16)) if times > 1 else 0.0
+        pause_s = pause_after(times - 2, FIRST_PAUSE_S, LONGEST_PAUSE_S) if times > 1 else 0.0
         self._failures[scheduler] = (times, now + pause_s)
         while len(self._failures) > _REMEMBERED:
             del self._failures[next(iter(self._failures))]

@@ -28,6 +28,7 @@ from typing import Protocol
 import msgspec
 import trio
 
+from hypha.backoff import NO_JITTER, Backoff
 from hypha.config.inherited import inherited_state
 from hypha.config.models import WorkerConfig
 from hypha.decoding import decode
@@ -303,17 +304,19 @@ class OwnHost(_Host):
 
     async def run(self) -> None:
         """Until cancelled; no host is left then. Returns when it can never be used here."""
-        pause_s = FIRST_PAUSE_S
+        backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S, jitter=NO_JITTER)
         while True:
             try:
                 code = await self._run_once()
             except OSError as exc:
                 logger.warning("The executor host cannot be started: %s.", exc)
+                pause_s = backoff.next_s()
             else:
                 if code == UNUSABLE:
                     return
                 if self._ready:
-                    pause_s = FIRST_PAUSE_S
+                    backoff.reset()
+                pause_s = backoff.next_s()
                 logger.warning(
                     "The executor host ended with exit code %d; it is started again in %g s.%s",
                     code,
@@ -322,7 +325,6 @@ class OwnHost(_Host):
                 )
             self._ready = False
             await trio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _run_once(self) -> int:
         self._last_line = ""

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import trio
 
+from hypha.backoff import Backoff
 from hypha.errors import NetworkError, Refused, TransferCorrupt
 from hypha.messages import (
     JobStamp,
@@ -46,7 +47,6 @@ from hypha.tracing import span
 from hypha.tracing.operations import FETCH_SLICE
 from hypha.tracing.spans import Attribute
 from hypha.waiting import Reminder, in_words
-from hypha.worker.backoff import Backoff
 from hypha.worker.fetch.connectors import Pull
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.slices.manifest_check import ManifestCheck
@@ -55,7 +55,7 @@ logger = logging.getLogger("hypha.worker.slices")
 
 #: Slices whose files stay in the job directory; the executor has long read older ones.
 KEPT_LINKS = 16
-MAX_RETRY_S = 30.0
+FIRST_RETRY_S, MAX_RETRY_S = 0.25, 30.0
 #: While no provider can be pulled from: training stands still, and one may be back at any moment.
 MAX_PULL_RETRY_S = 5.0
 MAX_HOLD_S = 10.0
@@ -209,7 +209,7 @@ class SlicePrefetcher:
             span(FETCH_SLICE, attributes, parent=self._trace_of(self._pending)) as fetching,
         ):
             self._asking = scope
-            backoff = Backoff(longest_s=MAX_PULL_RETRY_S)
+            backoff = Backoff(FIRST_RETRY_S, MAX_PULL_RETRY_S)
             told = ""
             patience_s = STILL_S
             while True:
@@ -239,7 +239,7 @@ class SlicePrefetcher:
         return None
 
     async def _ask_until_assigned(self) -> SliceAssigned:
-        backoff, reminder, began = Backoff(longest_s=MAX_RETRY_S), Reminder(), trio.current_time()
+        backoff, reminder, began = Backoff(FIRST_RETRY_S, MAX_RETRY_S), Reminder(), trio.current_time()
         while True:
             stamp = self._pending
             request = NextSlice(
