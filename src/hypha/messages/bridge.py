@@ -1,0 +1,144 @@
+"""The bridge between an executor and its worker: JSON over a Unix socket."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hypha.messages.data import SliceAssigned
+from hypha.messages.events import Event
+from hypha.messages.references import Reference
+from hypha.messages.transfers import TransferMeta
+from hypha.messages.values import Value
+
+
+class FetchCall(Value):
+    """POST /resources/fetch -> list of :class:`FetchedFile`."""
+
+    resource: Reference
+
+
+class FetchedFile(Value):
+    """A file in the job directory; ``path`` is relative to it. ``slice``: set for dataset slices, and
+    ``generation``, ``round`` and ``attempt`` then are those under which the slice was asked for: who starts
+    over with theta of a generation, round and attempt drops its slices of earlier ones, no others.
+    """
+
+    path: str
+    size: int
+    slice: SliceAssigned | None = None
+    round: int = 0
+    attempt: int = 0
+    generation: int = 0
+
+
+class SendCall(Value):
+    """POST /resources/send -> :class:`Sent`, once it is decided for every receiver; an error only when
+    nobody acknowledged.
+
+    A directory goes to a ``Local`` place only, where it is complete with its file ``marker``; with ``keep``
+    so many complete ones of its siblings whose names are numbers stay, and older ones are deleted.
+    ``blake3`` and ``xxh3`` (hex) spare the worker the hashing, where the executor knows them; see
+    :class:`TransferMeta`.
+    ``generation`` is that of the job's generation in which the file was made; ``None``: the present one.
+    ``name`` is what the receiver is to call it, a relative path; else it is the last part of ``path``.
+    """
+
+    resource: Reference
+    path: str
+    round: int
+    samples: int = 0
+    contributors: tuple[str, ...] = ()
+    marker: str = ""
+    keep: int | None = None
+    blake3: str = ""
+    attempt: int = 0
+    generation: int | None = None
+    xxh3: str = ""
+    name: str = ""
+
+
+class Delivery(Value):
+    """What became of a file at one receiver. ``error``: a refusal code, or ``unreachable``."""
+
+    peer: str
+    acknowledged: bool
+    error: str = ""
+    detail: str = ""
+
+
+class Sent(Value):
+    """One entry a receiver; at least one acknowledged."""
+
+    deliveries: tuple[Delivery, ...]
+
+
+class ReceiveCall(Value):
+    """POST /resources/receive -> SSE of :class:`ReceivedFile`; only ``peers`` may send (never empty,
+    ``members`` means those the scheduler named).
+    """
+
+    kinds: tuple[str, ...]
+
+
+class ReceivedFile(Value):
+    """A file that arrived whole and verified. The executor deletes it when it is done with it."""
+
+    path: str
+    size: int
+    from_peer: str
+    meta: TransferMeta
+
+
+class StatusCall(Value):
+    """POST /status/send: one event; ``Progress`` may be dropped for a newer one, others never are."""
+
+    event: Event
+
+
+#: Spans in one call; an executor posts the rest in the next one.
+MAX_SPANS_A_CALL = 256
+
+#: What an attribute of a span may be.
+SpanAttribute = bool | int | float | str
+
+
+class SpanEvent(Value):
+    """Something that happened during a span. Times are nanoseconds since 1970, as OpenTelemetry has them."""
+
+    name: str
+    time_ns: int
+    attributes: dict[str, SpanAttribute] = {}
+
+
+class FinishedSpan(Value):
+    """A span that has ended, as an executor hands it to its worker. Identifiers are lower-case hex: 32 digits
+    of the trace, 16 of a span. ``links`` are traceparents. ``error`` says what went wrong, where it did.
+    """
+
+    name: str
+    trace_id: str
+    span_id: str
+    start_ns: int
+    end_ns: int
+    parent_id: str | None = None
+    kind: Literal["internal", "client", "server", "producer", "consumer"] = "internal"
+    status: Literal["unset", "ok", "error"] = "unset"
+    error: str = ""
+    attributes: dict[str, SpanAttribute] = {}
+    events: tuple[SpanEvent, ...] = ()
+    links: tuple[str, ...] = ()
+
+
+class SpansCall(Value):
+    """POST /spans: spans that the worker exports for its executor. Too many at once are ``too-large``, too
+    many in a while ``busy``; neither is worth a repetition.
+    """
+
+    spans: tuple[FinishedSpan, ...]
+
+
+class BridgeError(Value):
+    """Body of every 4xx and 5xx answer of the bridge."""
+
+    error: str
+    detail: str

@@ -1,0 +1,216 @@
+"""Events: from an executor, or its worker, to the scheduler."""
+
+from __future__ import annotations
+
+from hypha.messages.values import ExecutorClass, Id, JobStamp, Message, Value
+
+#: An executor's event, as JSON. It goes to the scheduler in one request, beside its envelope, which also has
+#: to take what the contributions of a thousand workers to one round take.
+MAX_EVENT_BYTES = 512 << 10
+
+#: What one update may say of what it stands for, as JSON: some five hundred slices.
+MAX_CONTRIBUTION_BYTES = 32 << 10
+
+
+class SliceRange(Value):
+    """Rows ``start:stop`` of a slice in this epoch's order (shuffled by seed, epoch and slice)."""
+
+    epoch: int
+    slice: int
+    start: int
+    stop: int
+
+
+class Contribution(Value):
+    """What one update stands for: enough to compute it again (``hypha.executor.replay``).
+
+    ``incarnation`` names the executor process (its optimizer state lives and dies with it);
+    ``steps`` is its inner step count before this round's first step, ``finished`` the
+    (epoch, slice) pairs whose last row is in here. ``restarts`` counts how often the process has begun
+    a fresh optimizer, because a round went on without steps that it had taken. ``threads`` is what
+    torch computed with: sums come out otherwise with another number, and Adam makes much of that.
+    """
+
+    round: int
+    worker: str
+    incarnation: Id
+    samples: int
+    batches: int
+    batch_size: int
+    steps: int
+    ranges: tuple[SliceRange, ...]
+    finished: tuple[tuple[int, int], ...] = ()
+    loss: float = 0.0
+    restarts: int = 0
+    threads: int = 1
+    #: of the round, as in :class:`SendModel`
+    attempt: int = 0
+
+
+class UpdateStatistics(Value):
+    """What a parameter server measured of one update: its L2 norm, its cosine to the weighted mean of all
+    updates of the round (estimated, see :mod:`hypha.executor.outer.agreement`; None where there is none, as
+    of zeros), the size of its file, and what it was multiplied by before it was added, as it was larger than
+    it may be (None: this version does not say). ``buffer_clips`` are the same for buffers that it moved too
+    far.
+    """
+
+    worker: str
+    norm: float = 0.0
+    cosine: float | None = None
+    size_bytes: int = 0
+    clip: float | None = None
+    buffer_clips: dict[str, float] | None = None
+
+
+class Alive(Message):
+    """Said by the executor to its worker, which keeps it to itself: the thread that does the work goes on,
+    or has nothing to do (it waits for theta, a plan, data, updates). Every other event says so too. Who has
+    said it once is to give a sign of life every second or so; silent for ``hang_s``, it is killed.
+    """
+
+
+class Loaded(Message):
+    """A training executor has built its model and waits for theta."""
+
+    incarnation: Id
+
+
+class RoundStarted(Message):
+    """A training executor runs on theta of ``round``, whose hash is ``theta``. ``batch_size``: how many rows
+    its batches have in it, where they may grow (None: as many as its job says).
+    """
+
+    round: int
+    theta: str
+    attempt: int = 0
+    batch_size: int | None = None
+
+
+class Progress(Message):
+    """Counts since the round's start. ``busy_s`` is time spent in batches, ``loss`` the latest mean
+    over the batches since the previous report.
+    """
+
+    round: int
+    batches: int
+    samples: int
+    busy_s: float
+    loss: float
+    learning_rate: float = 0.0
+    attempt: int = 0
+
+
+class UpdateSent(Message):
+    """The update of a round is with the parameter server (acknowledged)."""
+
+    contribution: Contribution
+
+
+class ModelReady(Message):
+    """A parameter server holds theta of ``round``; it takes updates from now on. ``notes`` are lines for the
+    user: what was chosen when the model was built (a fresh head, weights that are not used, no weights at
+    all).
+    """
+
+    round: int
+    theta: str
+    parameters: int
+    size_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+class UpdateReceived(Message):
+    """A parameter server accepted the update of ``worker`` for ``round``. ``contribution`` is what the file
+    itself says that it stands for, so that an update that counts is known even if its worker is gone.
+    """
+
+    round: int
+    worker: str
+    samples: int
+    contribution: Contribution | None = None
+
+
+class UpdateRefused(Message):
+    """A parameter server refused an update; ``code`` as in ``errors.REFUSALS``."""
+
+    round: int
+    worker: str
+    code: str
+    reason: str
+
+
+class RoundApplied(Message):
+    """The outer step of ``round`` is done; ``theta`` is the hash of theta of ``round + 1``.
+    ``contributors`` in the order in which their updates were added, ``contributions`` as far as their files
+    say what they stand for, ``updates`` what was measured of each.
+    """
+
+    round: int
+    theta: str
+    contributors: tuple[str, ...]
+    contributions: tuple[Contribution, ...] = ()
+    update_norm: float = 0.0
+    checkpoint: bool = False
+    updates: tuple[UpdateStatistics, ...] = ()
+
+
+class CheckpointSaved(Message):
+    """A checkpoint from which ``round`` can be started is durable at ``place``."""
+
+    round: int
+    place: str
+
+
+class Exported(Message):
+    """All files of the trained model are with the scheduler, which acknowledged them."""
+
+    round: int
+    files: tuple[str, ...]
+
+
+class ExecutorError(Message):
+    """An executor cannot go on, and says why before it exits. ``kind``: ``model``, ``batch`` (model and data
+    do not go together; the first line of ``message`` says what to change), ``data``, ``oom``, ``not-finite``,
+    ``checkpoint`` (the one it was to restore is not there, or damaged), ``disk`` (it is full), ``internal``.
+    """
+
+    kind: str
+    message: str
+
+
+class ExecutorExited(Message):
+    """Said by the worker, never the executor: the process ended. ``tail`` is its last output."""
+
+    exit_code: int
+    tail: str
+    incarnation: Id = ""
+
+
+Event = (
+    Alive
+    | Loaded
+    | RoundStarted
+    | Progress
+    | UpdateSent
+    | ModelReady
+    | UpdateReceived
+    | UpdateRefused
+    | RoundApplied
+    | CheckpointSaved
+    | Exported
+    | ExecutorError
+    | ExecutorExited
+)
+
+
+class ReportEvent(Message):
+    """An event that must arrive (everything but ``Progress``), repeated until acknowledged.
+    ``seq`` counts per job, kind and incarnation: the scheduler handles each once.
+    """
+
+    stamp: JobStamp
+    kind: ExecutorClass
+    incarnation: Id
+    seq: int
+    event: Event
