@@ -119,3 +119,16 @@ def test_only_config_reads_the_environment(path: Path) -> None:
 def test_every_room_is_on_the_map() -> None:
     rooms = {room_of(path) for path in FILES} - {"__init__"}
     assert rooms <= {"executor"}.union(*ROWS)
+
+
+def test_the_modules_of_messages_form_no_circle() -> None:
+    imports = {
+        path.stem: {name.split(".")[2] for name in imports_of(path) if name.startswith("hypha.messages.")}
+        for path in (SOURCE / "messages").glob("*.py")
+        if path.stem != "__init__"
+    }
+    while imports:
+        ready = [name for name, needed in imports.items() if not needed & set(imports)]
+        assert ready, f"a circle: {imports}"
+        for name in ready:
+            del imports[name]
