@@ -15,7 +15,13 @@ class Section(BaseModel):
     """A table of the file: frozen, no unknown keys, ``a_b`` or ``a-b``."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=_hyphen, populate_by_name=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        alias_generator=_hyphen,
+        populate_by_name=True,
+        allow_inf_nan=False,
+        # what a key means stands below its field, and from there in templates and in the tables of docs/
+        use_attribute_docstrings=True,
     )
 
     #: the key that is meant where text stands in place of the table, as earlier versions had it
