@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hypha.cli.component import DEFAULT_CONFIG, ConfigOption
+from hypha.cli.options import DEFAULT_CONFIG, ConfigOption
 
 _MBIT = 10**6 / 8
 

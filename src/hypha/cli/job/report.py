@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from hypha.cli.component import DEFAULT_CONFIG
 from hypha.cli.job.redaction import redacted, redacted_config, secrets_in
 from hypha.cli.job.timeline import job_directory
+from hypha.cli.options import DEFAULT_CONFIG
 from hypha.decoding import decode
 from hypha.errors import ConfigError, HyphaError, OutputError, Undecodable
 
