@@ -236,7 +236,7 @@ def prepare(
 
     from hypha.data import prepare as prepare_dataset
     from hypha.data import survey
-    from hypha.data.preparing.options import PrepareOptions, SourceKind
+    from hypha.data.options import PrepareOptions, SourceKind
 
     if kind is not None and kind not in get_args(SourceKind):
         raise typer.BadParameter(f"--kind is one of {', '.join(get_args(SourceKind))}")

@@ -18,13 +18,13 @@ import trio
 
 from hypha import __version__
 from hypha.config.models import DataConfig, DatasetConfig
+from hypha.data.locks import take
 from hypha.data.manifest import (
     Dataset,
     load_dataset_directory,
     read_manifest,
     require_readable,
 )
-from hypha.data.serving.locks import take
 from hypha.data.serving.served import ServedSlices
 from hypha.data.verify import slice_problem
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused

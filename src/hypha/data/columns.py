@@ -14,7 +14,7 @@ from shlex import quote
 
 import numpy as np
 
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.options import PrepareOptions
 from hypha.data.slices import DTYPES, Array, record_dtype
 from hypha.errors import InputUnusable
 from hypha.messages import Column
