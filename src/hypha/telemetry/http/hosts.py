@@ -44,6 +44,12 @@ def foreign_host(scope: Scope, own: str = "localhost") -> str | None:
     return f"{host!r} is no address of this machine: ask for 127.0.0.1 or localhost.\n"
 
 
+def is_loopback(address: str) -> bool:
+    """Whether ``host:port`` is reached from this machine alone."""
+    host = address.rpartition(":")[0].strip("[]")
+    return host == "localhost" or _is_loopback(host)
+
+
 def names_address(host: str) -> bool:
     """Whether a ``Host`` header is an IP address or ``localhost``, with or without a port."""
     name = _without_port(host).strip("[]")
