@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import trio
 
-from hypha.cli.chaos.book import LedgerFollower
-from hypha.cli.chaos.faults import StruckNode, again, candidates, recover, strike
+from hypha.cli.chaos.faults import StruckNode, TargetJob, again, candidates, recover, strike
+from hypha.cli.chaos.ledger import LedgerFollower
 from hypha.cli.chaos.network import NO_ANSWER, Network, NetworkFailed, base
 from hypha.cli.chaos.report import InjectedFault, UnexpectedEnd
 from hypha.cli.chaos.schedule import RESTART_S, Planned
@@ -98,9 +98,9 @@ class Striker:
                 self._seen = await self.network.status(scheduler)
             except NO_ANSWER as exc:
                 raise NetworkFailed(f"the scheduler does not answer: {exc}") from exc
-        found = candidates(self.network, scheduler, one.role, self._seen)
+        found = candidates(TargetJob(self.network, scheduler), one.role, self._seen)
         node = found[int(one.pick * len(found))]
-        fault = strike(self.network, scheduler, one.role, one.how, self._seen, base(node.name))
+        fault = strike(TargetJob(self.network, scheduler), one.role, one.how, self._seen, base(node.name))
         if one.how == "kill":
             self.supervisor.killed.update(fault.pids)
         return fault
