@@ -28,9 +28,10 @@ from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.simulation.configurations import JOB
 from hypha.simulation.faults import FaultOutcome
 from hypha.simulation.scenario import LIES
-from hypha.simulation.world import JOB, SCHEDULER, World
+from hypha.simulation.world import SCHEDULER, World
 
 #: leases are released at once, executors end, and what was on its way arrives
 _SETTLE_S = 60.0
