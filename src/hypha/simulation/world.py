@@ -25,9 +25,9 @@ from hypha.scheduler import JobResult, JobSnapshot, finished_job, run_job
 from hypha.simulation.configurations import NOTICE, data_config, scheduler_config, worker_config
 from hypha.simulation.disks import close_files, make_dataset
 from hypha.simulation.executors.processes import SimulatedExecutors
-from hypha.simulation.lines import SimulatedMachine
-from hypha.simulation.network import SimulatedNetwork
-from hypha.simulation.node import SimulatedOptions, open_simulated_node
+from hypha.simulation.net.lines import SimulatedMachine
+from hypha.simulation.net.network import SimulatedNetwork
+from hypha.simulation.net.node import SimulatedOptions, open_simulated_node
 from hypha.simulation.process import (
     SimulatedProcess,
     SimulatedRuntime,

@@ -14,7 +14,7 @@ from hypha.errors import Refused
 from hypha.messages import RefusedReply, RequestEnvelope, Response, ResponseEnvelope
 
 if TYPE_CHECKING:
-    from hypha.simulation.node import SimulatedNode
+    from hypha.simulation.net.node import SimulatedNode
 
 logger = logging.getLogger("hypha.simulation")
 

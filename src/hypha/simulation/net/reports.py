@@ -14,7 +14,7 @@ from hypha.messages import Report
 from hypha.node import ReportHandler
 
 if TYPE_CHECKING:
-    from hypha.simulation.node import SimulatedNode
+    from hypha.simulation.net.node import SimulatedNode
 
 _REPORTS = "/hypha/report/1"
 _REPORT_FLUSH_S = 0.05

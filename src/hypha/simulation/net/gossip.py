@@ -16,7 +16,7 @@ from hypha.messages import WORKER_TOPIC, GossipEnvelope, WorkerRequest
 from hypha.node import PublishedRequest
 
 if TYPE_CHECKING:
-    from hypha.simulation.node import SimulatedNode
+    from hypha.simulation.net.node import SimulatedNode
 
 logger = logging.getLogger("hypha.simulation")
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from hypha.errors import PeerUnreachable
-from hypha.simulation.lines import SimulatedFlow, SimulatedMachine, share_lines
+from hypha.simulation.net.lines import SimulatedFlow, SimulatedMachine, share_lines
 
 if TYPE_CHECKING:
-    from hypha.simulation.node import SimulatedNode
+    from hypha.simulation.net.node import SimulatedNode
 
 #: as in hypha.net.options.Timings
 LIVENESS_S = 10.0

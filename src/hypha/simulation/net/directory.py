@@ -9,7 +9,7 @@ from hypha.errors import NetworkError
 from hypha.messages import PeerRef
 
 if TYPE_CHECKING:
-    from hypha.simulation.node import SimulatedNode
+    from hypha.simulation.net.node import SimulatedNode
 
 _LOOKUP_S = 5.0
 

@@ -1,5 +1,5 @@
 """A node of a simulated world, of the shape of :class:`hypha.node.Node`: requests, gossip, reports, a
-directory of providers, gateways and relay, over a :class:`~hypha.simulation.network.SimulatedNetwork`.
+directory of providers, gateways and relay, over a :class:`~hypha.simulation.net.network.SimulatedNetwork`.
 
 What a node decides runs in its process, what is under way outside of it. Messages are encoded and decoded as
 on the real wire. Gateways hold the directory in memory, pass gossip on and relay for machines behind NAT.
@@ -31,14 +31,14 @@ from hypha.messages import (
 )
 from hypha.node import Changes, ConnectionInfo, PeerLost
 from hypha.runtime import chance
-from hypha.simulation.answers import SimulatedAnswers
-from hypha.simulation.directory import SimulatedDirectory
-from hypha.simulation.gossip import SimulatedGossip, put_nowait
-from hypha.simulation.lines import SimulatedMachine
-from hypha.simulation.network import SimulatedNetwork
+from hypha.simulation.net.answers import SimulatedAnswers
+from hypha.simulation.net.directory import SimulatedDirectory
+from hypha.simulation.net.gossip import SimulatedGossip, put_nowait
+from hypha.simulation.net.lines import SimulatedMachine
+from hypha.simulation.net.network import SimulatedNetwork
+from hypha.simulation.net.reports import SimulatedReports
+from hypha.simulation.net.transfers import SimulatedTransfers
 from hypha.simulation.process import ProcessGone, SimulatedProcess
-from hypha.simulation.reports import SimulatedReports
-from hypha.simulation.transfers import SimulatedTransfers
 from hypha.telemetry import health_of
 
 logger = logging.getLogger("hypha.simulation")
