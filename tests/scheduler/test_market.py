@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from hypha.config.models import OfferConfig, UtilizationConfig
+from hypha.config.offers import OfferConfig, UtilizationConfig
 from hypha.messages import Resources
 from hypha.scheduler.leasing.events import SearchTimes, Want
 from hypha.simulation.market.market import Market

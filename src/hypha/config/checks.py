@@ -14,8 +14,8 @@ from pathlib import Path
 from multiaddr import Multiaddr
 from multiaddr.exceptions import BinaryParseError, ProtocolLookupError, StringParseError
 
+from hypha.config.job import DEFAULT_EXECUTOR
 from hypha.config.models import (
-    DEFAULT_EXECUTOR,
     DataConfig,
     DatasetConfig,
     ExecutorConfig,

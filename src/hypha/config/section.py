@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -26,3 +27,10 @@ class Section(BaseModel):
 
     #: the key that is meant where text stands in place of the table, as earlier versions had it
     shorthand: ClassVar[str | None] = None
+
+
+@dataclass(frozen=True)
+class PathOrUrl:
+    """Marks text that is a path or a URL; as a path it is relative to its file, but for ``words``."""
+
+    words: tuple[str, ...] = ()

@@ -5,29 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hypha.config.models import (
+from hypha.config.job import (
     DEFAULT_EXECUTOR,
-    AllowConfig,
-    CacheConfig,
     CheckpointConfig,
-    DataConfig,
-    DatasetConfig,
     DatasetRef,
-    ExecutorConfig,
     JobConfig,
     JobResourcesConfig,
     ModelConfig,
     NeedsConfig,
-    OfferConfig,
-    PreemptionConfig,
     PriceConfig,
-    ResourcesConfig,
     RoundsConfig,
+)
+from hypha.config.models import (
+    AllowConfig,
+    CacheConfig,
+    DataConfig,
+    DatasetConfig,
+    ExecutorConfig,
+    PreemptionConfig,
     SchedulerConfig,
     SchedulerSection,
     StorageConfig,
     WorkerConfig,
 )
+from hypha.config.offers import OfferConfig, ResourcesConfig
 from hypha.simulation.scenario import Scenario, gives_notice
 
 DATASET = "rows"

@@ -14,16 +14,10 @@ from typing import Any
 from pydantic import ConfigDict
 
 from hypha.access import ROLES
-from hypha.config.models import (
-    COMPONENTS,
-    JobConfig,
-    LeafConfig,
-    NodeConfig,
-    SchedulerConfig,
-    SchedulerSection,
-    Section,
-)
+from hypha.config.job import JobConfig
+from hypha.config.models import COMPONENTS, LeafConfig, NodeConfig, SchedulerConfig, SchedulerSection
 from hypha.config.reading.loading import load_config
+from hypha.config.section import Section
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.pki.identity import IdentityFiles
 from hypha.pki.inspection import describe

@@ -10,7 +10,8 @@ import typer
 
 from hypha.cli.job.live import shown
 from hypha.cli.running import run_until_signal
-from hypha.config.models import JobConfig, SchedulerConfig
+from hypha.config.job import JobConfig
+from hypha.config.models import SchedulerConfig
 from hypha.config.reading.log_filter import parse_filter
 from hypha.errors import ConfigError, NetworkError, Problem
 from hypha.messages import Manifest

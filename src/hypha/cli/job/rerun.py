@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from hypha import leases
-from hypha.config.models import OfferConfig
+from hypha.config.offers import OfferConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
 from hypha.journal import Journal, JournalEntry

@@ -16,7 +16,7 @@ from random import Random
 
 from msgspec import Struct
 
-from hypha.config.models import AffinityConfig, OfferConfig, UtilizationConfig
+from hypha.config.offers import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.messages import Resources
 from hypha.resources import fits
 from hypha.scheduler.leasing.events import SearchTimes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import partial
 
-from hypha.config.models import OfferConfig
+from hypha.config.offers import OfferConfig
 from hypha.leases import Tick
 from hypha.messages import PeerRef, Resources
 from hypha.scheduler.leasing.events import (

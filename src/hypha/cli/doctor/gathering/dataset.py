@@ -10,7 +10,7 @@ import trio
 
 from hypha.cli.doctor.gathered import DatasetObservations, Provider
 from hypha.cli.doctor.gathering.bounded import readable
-from hypha.config.models import DatasetRef
+from hypha.config.job import DatasetRef
 from hypha.data.serving.serve import KIND
 from hypha.errors import NetworkError, Refused
 from hypha.manifests import manifest_problem

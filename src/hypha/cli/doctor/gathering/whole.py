@@ -21,7 +21,8 @@ from hypha.cli.doctor.gathering.model import parameters_of
 from hypha.cli.doctor.gathering.network import Around, gather_network
 from hypha.cli.doctor.gathering.served import gather_served
 from hypha.cli.doctor.subject import Subject
-from hypha.config.models import DataConfig, DatasetRef
+from hypha.config.job import DatasetRef
+from hypha.config.models import DataConfig
 from hypha.errors import HyphaError
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread
