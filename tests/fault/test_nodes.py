@@ -50,7 +50,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, 
             for number, (name, keys) in enumerate(planned.items()):
                 others = {"gateway_addresses": [system.gateways[1 - number]]}
                 # everybody takes the first one that answers
-                await system.said(await system.gateway(name, {**keys, **others}), "addresses")
+                await system.logged_value(await system.gateway(name, {**keys, **others}), "addresses")
             for name in ("data-1", "data-2"):
                 await system.data(name, job.dataset)
             for number in range(2):

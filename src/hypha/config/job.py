@@ -1,4 +1,4 @@
-"""What a job is told: model, data, rounds, optimizers, whom it asks for, and where its figures go."""
+"""The keys of a job: model, data, rounds, optimizers, whom it asks for, and where its figures go."""
 
 from __future__ import annotations
 

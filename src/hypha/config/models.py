@@ -1,4 +1,4 @@
-"""What each component can be told: one pydantic model a component, the names of operations.md.
+"""The keys of each component: one pydantic model a component, the names of operations.md.
 
 Keys may be written with underscores or hyphens. Unknown keys are errors. Sizes are GB unless the name
 says otherwise, durations seconds (``_s``). Loading and layering are in :mod:`hypha.config.reading.loading`.

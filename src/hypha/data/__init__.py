@@ -1,4 +1,4 @@
-"""The data room: prepare datasets, verify them, and :func:`run_data`, a data node's life."""
+"""Prepare datasets, verify them, and serve them with :func:`run_data`, a data node from start to end."""
 
 from hypha.data.manifest import Dataset, load_dataset_directory, read_manifest
 from hypha.data.options import PrepareOptions

@@ -1,6 +1,6 @@
 """From what a source has to the columns of a dataset: grouped, chosen, renamed, scaled, shaped, cast.
 
-Nothing is lost on the way without being told: a value that its dtype cannot hold is an error that names
+Nothing is lost on the way without a message: a value that its dtype cannot hold is an error that names
 the file and row.
 """
 

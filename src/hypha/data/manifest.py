@@ -45,7 +45,7 @@ Progress = Callable[[str], None]
 
 
 def silent(message: str) -> None:
-    """A Progress that says nothing."""
+    """A Progress that prints nothing."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Is a prepared dataset whole? Every byte is read, every difference from the manifest told at once."""
+"""Is a prepared dataset whole? Every byte is read, every difference from the manifest reported at once."""
 
 from __future__ import annotations
 

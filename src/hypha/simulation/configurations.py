@@ -1,4 +1,4 @@
-"""What the programs of a simulated world are told, as its scenario says."""
+"""The configurations of the programs of a simulated world, by its scenario."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Ending:
 
 
 class _Log(logging.Handler):
-    """Keeps the last lines, with the world's time and the process that said them."""
+    """Keeps the last lines, with the world's time and the process that logged them."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)

@@ -188,7 +188,7 @@ def show(console: Console, report: ChaosReport) -> None:
 
 
 def _own_lines(report: ChaosReport) -> list[str]:
-    """What the scheduler says of the disturbed stretch, and whether that is right."""
+    """What the scheduler reports of the disturbed stretch, and whether that is right."""
     own = report.own
     if own is None:
         return ["The scheduler's own account of the disturbed stretch could not be read."]

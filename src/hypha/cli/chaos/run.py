@@ -59,7 +59,7 @@ _AGGREGATE = {"class": "aggregate", "name": "parameter-server"}
 
 @dataclass(frozen=True)
 class ChaosOptions:
-    """What the command line says."""
+    """The options of the command line."""
 
     seconds: float
     workers: int
@@ -207,7 +207,7 @@ async def _start(place: files.DemoFiles, network: Network, workers: int, small_d
         others = [address for at, address in enumerate(network.gateways) if at != number]
         gateway = await network.gateway(name, {**keys, "gateway_addresses": others})
         # one that cannot listen is told now, with the end of its log
-        await network.said(gateway, "addresses")
+        await network.logged_value(gateway, "addresses")
     for name in ("data-1", "data-2"):
         copy = place[f"dataset-{name}"]
         await trio.to_thread.run_sync(shutil.copytree, place["dataset"], copy)

@@ -105,8 +105,8 @@ def _lengths(records: Sequence[RoundRecord]) -> list[float]:
     lengths = []
     for record in records:
         later = bisect_right(begins, record.began)
-        room = begins[later] - record.began if later < len(begins) else record.length_s
-        lengths.append(min(record.length_s, room))
+        until_next_s = begins[later] - record.began if later < len(begins) else record.length_s
+        lengths.append(min(record.length_s, until_next_s))
     return lengths
 
 

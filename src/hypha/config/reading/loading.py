@@ -32,7 +32,7 @@ from hypha.errors import ConfigError, Problem
 
 M = TypeVar("M", bound=Section)
 
-#: A further check, made by a room that configuration may not import: it sees what is valid so far.
+#: A further check, made by a package that configuration may not import: it sees what is valid so far.
 Check = Callable[[Partial], Iterable[Problem]]
 
 #: Filters in the manner of RUST_LOG; the later named wins.

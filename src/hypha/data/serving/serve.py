@@ -1,4 +1,4 @@
-"""A data node's life: load its datasets, announce them for as long as it runs, hand out slices.
+"""A data node: load its datasets, announce them for as long as it runs, hand out slices.
 
 Nothing that a peer asks can end it: an unknown dataset or slice is refused. A slice whose content is not
 what the manifest says is never sent; it is read through before it is first served, and again whenever the
@@ -259,7 +259,7 @@ class Shelf:
         self._limit = trio.CapacityLimiter(MAX_CHECKS)
 
     def health_details(self) -> dict[str, str]:
-        """What the node's health says of the datasets."""
+        """What the node's health reports of the datasets."""
         return {
             f"dataset {name}": f"{len(dataset.manifest.slices)} slices, {dataset.manifest.samples} samples, "
             f"{self._checked[name].corrupt} found corrupt"

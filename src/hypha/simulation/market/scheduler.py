@@ -53,7 +53,6 @@ class MarketJob:
     server: Resources | None = None
     dataset: str | None = None
     begun_at: float | None = None
-    ended_at: float | None = None
 
 
 @dataclass
@@ -201,7 +200,6 @@ class MarketScheduler:
         assert not self.held, f"{self.name} still holds {list(self.held)}"
         self._open([])
         if job is not None:
-            job.ended_at = self.market.now
             self.on_end(job)
 
     def _release(self, worker: str, lease_id: str) -> None:

@@ -109,7 +109,7 @@ class _Run:
         self._plan_deaths()
 
     def _plan_deaths(self) -> None:
-        """The last worker always lives, so there is somebody to serve."""
+        """The last worker always stays, so there is somebody to serve."""
         random = self.random
         for worker in list(self.market.workers.values())[:-1]:
             if random.random() < 0.2:
@@ -142,8 +142,8 @@ class _Run:
         able = 0
         for worker in self.market.workers.values():
             asked = dearest(worker.terms)
-            heard = bid >= worker.terms.floor and (worker.terms.counter or bid >= asked)
-            able += fits(need, worker.total) and heard and purse.maximum >= asked
+            answered = bid >= worker.terms.floor and (worker.terms.counter or bid >= asked)
+            able += fits(need, worker.total) and answered and purse.maximum >= asked
         if not able:
             return
         least = random.randrange(1, able + 1)

@@ -42,7 +42,7 @@ class SimulatedLinkBroken(Exception):
 
 @dataclass(eq=False)
 class SimulatedConnection:
-    """Between two nodes, perhaps through a gateway; each end knows by itself whether it lives."""
+    """Between two nodes, perhaps through a gateway; each end knows by itself whether it is open."""
 
     ends: dict[str, SimulatedNode]
     relay: str | None = None
@@ -303,8 +303,8 @@ class SimulatedNetwork:
     async def flow(
         self, source: str, target: str, size: int, stall_s: float, moved: Callable[[float], None]
     ) -> None:
-        """Move ``size`` bytes; ``moved`` hears how many have arrived. Raises LinkBroken when nothing does for
-        ``stall_s``, or when one of the ends is gone.
+        """Move ``size`` bytes; ``moved`` is called with how many have arrived. Raises
+        SimulatedLinkBroken when nothing does for ``stall_s``, or when one of the ends is gone.
         """
         connection = self.connection(source, target) or self.connection(target, source)
         relay = connection.relay if connection is not None else None

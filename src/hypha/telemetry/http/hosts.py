@@ -32,7 +32,7 @@ class LocalNames:
 
 
 def foreign_host(scope: Scope, own: str = "localhost") -> str | None:
-    """What is to be said where a request over loopback names a foreign host, else None. A request
+    """What is to be answered where a request over loopback names a foreign host, else None. A request
     without a host is from no browser.
     """
     server = scope.get("server")

@@ -105,7 +105,7 @@ def _relayed(node: Libp2pNode, peer: str) -> bool:
 
 
 async def _pull_rate(node: Libp2pNode, ref: PeerRef, name: str, manifest: Manifest) -> float | None:
-    """Bytes a second, of the largest slice; None where nothing came, which is the provider's log's to say."""
+    """Bytes a second, of the largest slice; None where nothing came; why stands in the provider's log."""
     sizes = {index: one.size for index, one in enumerate(manifest.slices) if one.size > 0}
     if not sizes:
         return None

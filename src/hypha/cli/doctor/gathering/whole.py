@@ -1,4 +1,4 @@
-"""All facts, at the same time as far as they do not disturb each other."""
+"""All observations, at the same time as far as they do not disturb each other."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Subjects:
 
 
 async def gather(subject: Subject, wanted: Subjects) -> Observations:
-    """All facts of ``subject``."""
+    """All observations of ``subject``."""
     gathering = Gathering()
     identity_observations, identity = None, None
     if subject.files is not None:
