@@ -19,7 +19,8 @@ import trio
 
 from bench.nodes import NodeFiles, Pki, child, gateway, options
 from bench.report import Bound, Report, Row
-from hypha.config.models import JobResourcesConfig, OfferConfig
+from hypha.config.job import JobResourcesConfig
+from hypha.config.offers import OfferConfig
 from hypha.leases import Lease
 from hypha.messages import ExecutorDescriptor, Resources
 from hypha.net import open_node

@@ -109,7 +109,7 @@ class Lab:
         self._worker = worker
         if keys:
             for node in (gateway, data, worker, server):
-                self._addresses.append(await system.said(node, "http_address"))
+                self._addresses.append(await system.logged_value(node, "http_address"))
 
     def processes(self) -> list[psutil.Process]:
         """The worker and whatever it has started."""

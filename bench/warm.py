@@ -24,6 +24,7 @@ from tests.support.host import run_environment, shared_host
 from tests.support.system import digits_dataset, digits_job, digits_model, open_system, paced
 
 from bench.report import Bound, Report, Row
+from hypha.cli.chaos.faults import TargetJob
 from hypha.config.inherited import child_environment
 from hypha.messages import ExecutorDescriptor, Loaded, ModelSpec, PeerRef, Peers, TrainJob
 from hypha.worker.processes.keepers import Launch, OwnExecutor
@@ -112,7 +113,7 @@ async def measure_again(directory: Path, warm: bool) -> float:
         # a round that is not over before
         job["rounds"] |= {"avg_samples_between_updates": 10_000, "deadline_s": 300}
         scheduler = await system.scheduler(job)
-        fault = await fail_at(system, scheduler, "training-executor", 0)
+        fault = await fail_at(TargetJob(system, scheduler), "training-executor", 0)
         began = time.monotonic()
         await _until(lambda: bool(set(executors(fault.node, "training")) - set(fault.pids)))
         trains = ("training", "scheduled")

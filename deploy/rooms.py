@@ -57,7 +57,7 @@ def necessary(graph: Mapping[str, frozenset[str]]) -> list[tuple[str, str]]:
 
 
 def picture() -> str:
-    """A Mermaid flowchart. An arrow points to a room that is used; what follows from other arrows is left out."""
+    """A Mermaid flowchart: arrows point to what is used; what follows from other arrows is left out."""
     lines = ["```mermaid", "flowchart TD"]
     for row, rooms in ROWS.items():
         lines.append(f'    subgraph "{row}"')

@@ -17,9 +17,10 @@ from deploy.promql import label_name
 from hypha import access
 from hypha.cli.doctor.checks import CHECKS
 from hypha.cli.doctor.finding import Symptom
-from hypha.config.models import COMPONENTS, Section
+from hypha.config.models import COMPONENTS
 from hypha.config.reading.partial import section_in
 from hypha.config.reading.template import notes_of
+from hypha.config.section import Section
 from hypha.telemetry import instruments
 from hypha.telemetry.metrics import OTHER, Instrument, Label
 from hypha.tracing.operations import Operation
@@ -152,14 +153,13 @@ def _keys(model: type[Section], table: str) -> Iterator[tuple[str, tuple[str, st
         if inner is None:
             raise KeyError(f"{part} of {table} is no table")
         model = inner
-    notes = notes_of(model)
     for name, info in model.model_fields.items():
         inner, many = section_in(model, name)
         key = f"{table}.{name}" if table else name
         if inner is None:
             default = "" if info.is_required() else _default(info.get_default(call_default_factory=True))
             bounds = _bounds(info)
-            yield key.replace(".start", ".from"), (default, bounds, " ".join(notes.get(name, [])))
+            yield key.replace(".start", ".from"), (default, bounds, " ".join(notes_of(info)))
         elif many or table.partition(".")[0] == "tuning":
             for below, told in _keys(inner, ""):
                 yield f"{key}.{below}", told

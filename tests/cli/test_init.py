@@ -15,7 +15,8 @@ from typing import get_args
 import pytest
 from typer.testing import CliRunner
 
-from hypha.config.models import COMPONENTS, SchedulerConfig, Section
+from hypha.config.models import COMPONENTS, SchedulerConfig
+from hypha.config.section import Section
 from hypha.errors import ConfigError
 
 LOCAL = "/ip4/127.0.0.1/tcp/8080"

@@ -30,7 +30,7 @@ async def network_of(root: Path, host: NodeHost) -> AsyncIterator[Network]:
 async def gateway_of(network: Network) -> Child:
     """A gateway that listens."""
     gateway = await network.gateway()
-    await network.said(gateway, "addresses")
+    await network.logged_value(gateway, "addresses")
     return gateway
 
 
@@ -40,7 +40,7 @@ async def test_a_forked_node_is_like_one_that_was_started(tmp_path: Path) -> Non
         network.prefixes["gateway-2"] = ("env",)
         network.plan_gateway("gateway-2")
         started = await network.gateway("gateway-2")
-        await network.said(started, "addresses")
+        await network.logged_value(started, "addresses")
         assert isinstance(forked.process, ForkedNode)
         assert not isinstance(started.process, ForkedNode)
         one, other = psutil.Process(forked.process.pid), psutil.Process(started.process.pid)
@@ -76,7 +76,7 @@ async def test_its_end_is_known(tmp_path: Path) -> None:
         gateway.process.terminate()
         assert await gateway.process.wait() == 128 + signal.SIGTERM
         again = await network.start("gateway+1", "gateway", tmp_path / "gateway.toml")
-        await network.said(again, "addresses")
+        await network.logged_value(again, "addresses")
         again.process.kill()
         assert await again.process.wait() == -signal.SIGKILL
         assert again.process.poll() == again.process.returncode == -signal.SIGKILL

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hypha.config.models import OuterOptimizerConfig
+from hypha.config.job import OuterOptimizerConfig
 from hypha.config.outer import chosen, outer_values
 
 PAGE = Path(__file__).parents[2] / "docs" / "defaults.md"

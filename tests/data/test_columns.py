@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hypha.data.preparing.columns import Block, Shaper, cast, rows_from
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.columns import Block, Shaper, cast, rows_from
+from hypha.data.options import PrepareOptions
 from hypha.errors import DataError
 from hypha.messages import Column
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hypha.data.serving.locks import take
+from hypha.data.locks import take
 
 
 def test_a_lock_is_shared_or_had_alone(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from tests.data.reading import read_dataset
 
 from hypha.data import PrepareOptions, load_dataset_directory, prepare, verify
 from hypha.data.labels import read_labels
+from hypha.data.locks import take
 from hypha.data.manifest import MANIFEST_FILE, read_manifest
 from hypha.data.preparing import staging
-from hypha.data.serving.locks import take
 from hypha.errors import ConfigError, DataError, InputUnusable
 from hypha.manifests import manifest_hash
 from hypha.messages import ClassNames, Column

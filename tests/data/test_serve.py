@@ -17,9 +17,9 @@ from tests.support.signals import Signals
 
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data import Dataset, PrepareOptions, load_dataset_directory, prepare, read_manifest, run_data
+from hypha.data.locks import take
 from hypha.data.preparing.staging import Staging
 from hypha.data.serving import serve
-from hypha.data.serving.locks import take
 from hypha.data.serving.serve import Shelf, load_datasets
 from hypha.data.serving.served import ServedSlices
 from hypha.errors import ConfigError, DataError, InputUnusable, PeerUnreachable, Refused

@@ -13,6 +13,7 @@ from tests.fault.conftest import SERVER_ONLY, TRAINING_ONLY, Job
 from tests.support.faults import check_ledger, counted, durations, executors, fail_at
 from tests.support.system import System, keep_system, paced
 
+from hypha.cli.chaos.faults import TargetJob
 from hypha.worker.limits.cgroups import usable_cgroups
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
@@ -72,7 +73,7 @@ async def test_a_stopped_executor_is_found_and_started_again_on_the_same_worker(
     # nobody else tells of it: it has to be found long before
     made["rounds"] |= {"deadline_s": 200.0}
     scheduler = await system.job(made)
-    fault = await fail_at(system, scheduler, "training-executor", 2, how="stop")
+    fault = await fail_at(TargetJob(system, scheduler), "training-executor", 2, how="stop")
     struck = {one.peer for one in fault.before.workers}
     # its round is not over without it: both are needed
     await system.logged(scheduler, "An executor is started again")

@@ -26,7 +26,7 @@ from tests.support.faults import StruckNode, check_ledger, counted, durations, f
 from tests.support.namespaces import Star, open_lab
 from tests.support.system import System, keep_system, paced
 
-from hypha.cli.chaos.faults import How, Phase, Role
+from hypha.cli.chaos.faults import How, Phase, Role, TargetJob
 from hypha.cli.demo.children import Child
 from hypha.messages import LedgerRound
 
@@ -183,7 +183,7 @@ async def _survives(
     await system.reached(scheduler, lambda seen: (seen.checkpoint or 0) >= 1)
     print(f"{name}: the first round was over after {trio.current_time() - began:.1f} s.")
     for how, phase in strikes:
-        fault = await fail_at(system, scheduler, role, 1, phase, how)
+        fault = await fail_at(TargetJob(system, scheduler), role, 1, phase, how)
         after = max((number for number, _ in _applied(system, name, 0)), default=0)
         struck = trio.current_time()
         node = await _undo(system, fault, SILENT_S[phase])

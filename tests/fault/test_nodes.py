@@ -28,6 +28,7 @@ from tests.support.faults import (
 from tests.support.polling import until
 from tests.support.system import System, keep_system
 
+from hypha.cli.chaos.faults import TargetJob
 from hypha.cli.chaos.network import base
 from hypha.cli.demo.children import Child
 from hypha.naming import shown
@@ -49,7 +50,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, 
             for number, (name, keys) in enumerate(planned.items()):
                 others = {"gateway_addresses": [system.gateways[1 - number]]}
                 # everybody takes the first one that answers
-                await system.said(await system.gateway(name, {**keys, **others}), "addresses")
+                await system.logged_value(await system.gateway(name, {**keys, **others}), "addresses")
             for name in ("data-1", "data-2"):
                 await system.data(name, job.dataset)
             for number in range(2):
@@ -96,12 +97,12 @@ async def test_a_killed_worker_is_not_waited_for_and_is_replaced(system: System,
     rounds = 8
     scheduler = await system.job(job(3, rounds, name="worker", min_workers=2))
     # neither the first round nor the one after it: there nobody's pace is known yet
-    fault = await fail_at(system, scheduler, "worker", 2)
+    fault = await fail_at(TargetJob(system, scheduler), "worker", 2)
     struck = fault.before.round
     await system.reached(scheduler, lambda seen: seen.round >= struck + 2)
     # however fast this machine is: there is a round left for the spare worker
     known = {one.peer for one in fault.before.workers}
-    [server] = candidates(system, scheduler, "parameter-server", fault.before)
+    [server] = candidates(TargetJob(system, scheduler), "parameter-server", fault.before)
     with asleep(*executors(server, "parameter_server")):
         await system.reached(
             scheduler,
@@ -176,10 +177,10 @@ async def test_a_machine_that_is_taken_away_with_notice_loses_nothing_that_it_tr
 
 async def test_killed_executors_are_started_again_or_replaced(system: System, job: Job) -> None:
     scheduler = await system.job(job(2, 8, name="executors", min_workers=1))
-    await fail_at(system, scheduler, "training-executor", 1, "updating")
+    await fail_at(TargetJob(system, scheduler), "training-executor", 1, "updating")
     await system.logged(scheduler, "exit code -9")
     await system.reached(scheduler, lambda seen: len(seen.workers) == 2)
-    await fail_at(system, scheduler, "parameter-server-executor", 3, "broadcasting")
+    await fail_at(TargetJob(system, scheduler), "parameter-server-executor", 3, "broadcasting")
     assert await system.ended(scheduler) == 0, scheduler.tail()
 
     ledger = check_ledger(system, "executors", 8)
@@ -192,7 +193,7 @@ async def test_a_killed_parameter_server_is_restored_elsewhere(system: System, j
     made = job(2, 6, name="server")
     made["checkpoint"] = {"every_rounds": 2}
     scheduler = await system.job(made)
-    fault = await fail_at(system, scheduler, "parameter-server", 3, "updating")
+    fault = await fail_at(TargetJob(system, scheduler), "parameter-server", 3, "updating")
     struck = trio.current_time()
     workers = alive(system, "worker")
     trainers = [executors(worker, "training") for worker in workers]
@@ -220,8 +221,8 @@ async def test_deaths_while_theta_is_under_way_and_before_the_model_is_exported(
     system: System, job: Job
 ) -> None:
     scheduler = await system.job(job(3, 5, name="theta", min_workers=2))
-    worker = await fail_at(system, scheduler, "worker", 1, "broadcasting")
-    server = await fail_at(system, scheduler, "parameter-server", 4, "broadcasting")
+    worker = await fail_at(TargetJob(system, scheduler), "worker", 1, "broadcasting")
+    server = await fail_at(TargetJob(system, scheduler), "parameter-server", 4, "broadcasting")
     assert await system.ended(scheduler) == 0, scheduler.tail()
     assert server.before.round == 4
 
@@ -235,9 +236,9 @@ async def test_deaths_while_theta_is_under_way_and_before_the_model_is_exported(
 async def test_data_nodes_die_one_after_the_other_and_return(system: System, job: Job) -> None:
     scheduler = await system.job(job(2, 8, name="data"))
     await system.reached(scheduler, lambda seen: seen.providers == 2)
-    fault = await fail_at(system, scheduler, "data", 1, name="data-1")
+    fault = await fail_at(TargetJob(system, scheduler), "data", 1, name="data-1")
     await system.reached(scheduler, lambda seen: seen.round >= fault.before.round + 2)
-    last = await fail_at(system, scheduler, "data", 3, name="data-2")
+    last = await fail_at(TargetJob(system, scheduler), "data", 3, name="data-2")
     await system.reached(scheduler, lambda seen: "no data node serves" in seen.message)
     paused = await system.status(scheduler)
     await system.logged(await recover(system, last), "listening on")
@@ -255,9 +256,9 @@ async def test_data_nodes_die_one_after_the_other_and_return(system: System, job
 async def test_all_gateways_die_and_one_of_them_returns(system: System, job: Job) -> None:
     scheduler = await system.job(job(2, ENDLESS, name="gateways", min_workers=1))
     for name in ("gateway-1", "gateway-2"):
-        gateway = await fail_at(system, scheduler, "gateway", 1, name=name)
+        gateway = await fail_at(TargetJob(system, scheduler), "gateway", 1, name=name)
     # a worker is missed, and nobody is there to pass the request for another one on
-    worker = await fail_at(system, scheduler, "worker", 2)
+    worker = await fail_at(TargetJob(system, scheduler), "worker", 2)
     await system.logged(scheduler, "Looking for 1 more workers")
     # those who are connected go on by themselves
     await system.reached(scheduler, lambda seen: seen.round >= worker.before.round + 2)

@@ -7,6 +7,8 @@ from tests.fault.conftest import SERVER_ONLY, TRAINING_ONLY, Job
 from tests.support.faults import again, check_ledger, counted, durations, executors, fail_at, recover
 from tests.support.system import System
 
+from hypha.cli.chaos.faults import TargetJob
+
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 
 
@@ -22,7 +24,7 @@ async def test_a_killed_scheduler_goes_on_at_once_and_resumes_after_its_leases_e
     for number in range(2):
         nodes.append(await system.worker(f"worker-{number}", **TRAINING_ONLY, **tight))
     scheduler = await system.scheduler(job(2, 7))
-    first = await fail_at(system, scheduler, "scheduler", 1, "updating", how="stop")
+    first = await fail_at(TargetJob(system, scheduler), "scheduler", 1, "updating", how="stop")
     # it is only asleep: a second one would write the same books
     second = await system.start("scheduler+beside", "scheduler", system.root / "scheduler.toml")
     assert await system.ended(second) == 1
@@ -35,7 +37,7 @@ async def test_a_killed_scheduler_goes_on_at_once_and_resumes_after_its_leases_e
     scheduler = await again(system, scheduler, "scheduler")
     await system.logged(scheduler, "Going on with 3 leases")
 
-    fault = await fail_at(system, scheduler, "scheduler", 4)
+    fault = await fail_at(TargetJob(system, scheduler), "scheduler", 4)
     assert fault.before.generation == 1
     assert [executors(*pair) for pair in zip(nodes, modules, strict=True)] == running, "the same go on"
     for node in nodes:

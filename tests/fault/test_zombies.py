@@ -7,6 +7,8 @@ from tests.fault.conftest import SERVER_ONLY, SHORT_LEASE, TRAINING_ONLY, Job
 from tests.support.faults import check_ledger, counted, durations, fail_at, recover
 from tests.support.system import System
 
+from hypha.cli.chaos.faults import TargetJob
+
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 
 #: more rounds than the job here lives to see: it is stopped
@@ -25,9 +27,9 @@ async def test_a_parameter_server_and_a_worker_wake_in_the_jobs_next_life(system
     # without a checkpoint nothing of the first life would count
     await system.reached(scheduler, lambda seen: (seen.checkpoint or 0) >= 1)
     # a worker falls asleep within a round, the parameter server after it, perhaps while it sends theta
-    worker = await fail_at(system, scheduler, "worker", 1, how="stop")
+    worker = await fail_at(TargetJob(system, scheduler), "worker", 1, how="stop")
     server = await fail_at(
-        system, scheduler, "parameter-server", worker.before.round, "broadcasting", how="stop"
+        TargetJob(system, scheduler), "parameter-server", worker.before.round, "broadcasting", how="stop"
     )
     await system.worker("server-2", **SERVER_ONLY, **SHORT_LEASE)
     await system.logged(scheduler, "The parameter server was lost")

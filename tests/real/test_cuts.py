@@ -42,7 +42,7 @@ async def two_gateways(system: System, place: Place) -> dict[str, Child]:
         keys["gateway_addresses"] = [system.gateways[1 - number]]
         gateways[name] = await system.gateway(name, keys)
     for child in gateways.values():
-        await system.said(child, "addresses")
+        await system.logged_value(child, "addresses")
     return gateways
 
 

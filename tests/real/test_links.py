@@ -10,6 +10,8 @@ from tests.support.faults import counted, durations, fail_at, recover
 from tests.support.namespaces import Lab, Star
 from tests.support.system import System, digits_dataset, digits_job, leftovers, open_system
 
+from hypha.cli.chaos.faults import TargetJob
+
 pytestmark = [pytest.mark.real, pytest.mark.fault, pytest.mark.timeout(240)]
 
 TRAIN = {"class": "train", "name": "diloco-transformer"}
@@ -35,7 +37,7 @@ async def prepare(system: System, workers: int) -> None:
 async def test_a_slow_link_stretches_rounds_until_it_is_healed(system: System) -> None:
     await prepare(system, 2)
     scheduler = await system.scheduler(digits_job(None, 2, 12))
-    fault = await fail_at(system, scheduler, "worker", 3, how="slow")
+    fault = await fail_at(TargetJob(system, scheduler), "worker", 3, how="slow")
     seen = await system.reached(scheduler, lambda seen: seen.round >= fault.before.round + 2)
     await recover(system, fault)
     assert await system.ended(scheduler) == 0, scheduler.tail()

@@ -24,7 +24,8 @@ from tests.recorded.examples import PEER, descriptor, example, peer
 from tests.scheduler.scene import Scene
 
 from hypha.cli.job.rerun import rerun
-from hypha.config.models import CacheConfig, OfferConfig, StorageConfig
+from hypha.config.models import CacheConfig, StorageConfig
+from hypha.config.offers import OfferConfig
 from hypha.data.manifest import load_dataset_directory, make_manifest, write_manifest
 from hypha.executor.files import tensors
 from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.errors import ConfigError
 from hypha.messages import (
     ClassNames,

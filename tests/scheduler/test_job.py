@@ -23,7 +23,8 @@ from tests.support.signals import Signals
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.cli.job.rerun import rerun
-from hypha.config.models import OfferConfig, SchedulerConfig
+from hypha.config.models import SchedulerConfig
+from hypha.config.offers import OfferConfig
 from hypha.config.outer import chosen
 from hypha.errors import (
     AllocationFailed,

@@ -12,7 +12,7 @@ from tests.scheduler.test_pool import Worker, held, losses, opened_pool
 from tests.support.network import until
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
-from hypha.config.models import OfferConfig
+from hypha.config.offers import OfferConfig
 from hypha.errors import Refused
 from hypha.messages import Acknowledged, WorkerLeaving
 from hypha.node import Node

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 from tests.support.polling import until
 
-from hypha.config.models import DatasetRef, JobConfig, ModelConfig
+from hypha.config.job import DatasetRef, JobConfig, ModelConfig
 from hypha.errors import HyphaError
 from hypha.messages import (
     Contribution,

@@ -19,7 +19,8 @@ from tests.support.signals import Signals
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha import __version__
-from hypha.config.models import JobResourcesConfig, NeedsConfig, OfferConfig, PriceConfig
+from hypha.config.job import JobResourcesConfig, NeedsConfig, PriceConfig
+from hypha.config.offers import OfferConfig
 from hypha.errors import NetworkError, Refused
 from hypha.journal import Journal
 from hypha.leases import Lease

@@ -9,8 +9,9 @@ import pytest
 import trio
 import trio.testing
 
-from hypha.simulation.network import SimulatedMachine, SimulatedNetwork
-from hypha.simulation.node import SimulatedOptions, open_simulated_node
+from hypha.simulation.net.lines import SimulatedMachine
+from hypha.simulation.net.network import SimulatedNetwork
+from hypha.simulation.net.node import SimulatedOptions, open_simulated_node
 from hypha.simulation.process import SimulatedProcess, SimulatedRuntime, Stepping, forget_generators
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from hypha.config.models import OfferConfig
+from hypha.config.offers import OfferConfig
 from hypha.features import Abilities
 from hypha.leases import Lease
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest

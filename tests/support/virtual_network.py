@@ -27,8 +27,9 @@ import trio.testing
 from hypha.config.models import SchedulerConfig
 from hypha.runtime import use_runtime
 from hypha.scheduler import JobResult, run_job
-from hypha.simulation.network import SimulatedMachine, SimulatedNetwork
-from hypha.simulation.node import SimulatedNode, SimulatedOptions, open_simulated_node
+from hypha.simulation.net.lines import SimulatedMachine
+from hypha.simulation.net.network import SimulatedNetwork
+from hypha.simulation.net.node import SimulatedNode, SimulatedOptions, open_simulated_node
 from hypha.simulation.process import SimulatedProcess, SimulatedRuntime
 
 T = TypeVar("T")

@@ -74,7 +74,7 @@ class Competition:
 
     async def given(self, name: str) -> GivenLeases:
         """What the worker itself says."""
-        address = await self.system.said(self.workers[name], "http_address")
+        address = await self.system.logged_value(self.workers[name], "http_address")
         async with httpx.AsyncClient(trust_env=False, timeout=30.0) as client:
             return decode_json((await client.get(f"http://{address}/leases")).content, GivenLeases)
 

@@ -154,10 +154,10 @@ async def test_an_operator_looks_around_and_drains_a_worker(system: System) -> N
     assert (found["reached"], found["roles"]) == ("directly", ["worker"])
     (found,) = json.loads(await hypha("lookup", "digits", "-c", str(system.root / "worker.toml"), "--json"))
     assert (found["name"], found["reached"]) == ("data", "directly")
-    given = json.loads(await hypha("leases", await system.said(worker, "http_address"), "--json"))
+    given = json.loads(await hypha("leases", await system.logged_value(worker, "http_address"), "--json"))
     assert {one["state"] for one in given["leases"]} == {"bound"}
     assert given["state"] == "makes offers"
-    held = json.loads(await hypha("leases", await system.said(scheduler, "http_address"), "--json"))
+    held = json.loads(await hypha("leases", await system.logged_value(scheduler, "http_address"), "--json"))
     assert {one["lease"] for one in held} == {one["lease"] for one in given["leases"]}
     assert len(held) == 2
 

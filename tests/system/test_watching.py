@@ -84,7 +84,7 @@ async def test_status_and_a_replay_of_an_unfinished_job(system: System) -> None:
         return done.stdout.decode()
 
     await system.reached(scheduler, lambda seen: seen.round >= 3)
-    shown = await hypha("status", str(await system.said(scheduler, "http_address")))
+    shown = await hypha("status", str(await system.logged_value(scheduler, "http_address")))
     assert "watched training, round" in shown
     assert "2 workers" in shown
     scheduler.process.kill()

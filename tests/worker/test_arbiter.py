@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from hypha import __version__
-from hypha.config.models import OfferConfig
+from hypha.config.offers import OfferConfig
 from hypha.features import NAMES
 from hypha.journal import Journal
 from hypha.leases import Bind, Granted, LeaseEnded, Release, Tick

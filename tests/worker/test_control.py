@@ -12,7 +12,7 @@ import pytest
 import trio
 from tests.support.network import Network
 
-from hypha.config.models import OfferConfig
+from hypha.config.offers import OfferConfig
 from hypha.errors import HyphaError
 from hypha.journal import Journal
 from hypha.messages import ExecutorDescriptor, Resources

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hypha.config.models import ResourcesConfig, WorkerConfig
+from hypha.config.models import WorkerConfig
+from hypha.config.offers import ResourcesConfig
 from hypha.errors import ConfigError
 from hypha.worker import run_worker
 from hypha.worker.limits.cgroups import usable_cgroups

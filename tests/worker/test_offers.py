@@ -10,7 +10,7 @@ import trio
 from msgspec.structs import replace
 from trio.testing import MockClock
 
-from hypha.config.models import OfferConfig, UtilizationConfig
+from hypha.config.offers import OfferConfig, UtilizationConfig
 from hypha.errors import Refused
 from hypha.leases import Lease, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.worker.test_arbiter import TOTAL, TRAIN, arbiter, hear, offers, reasons, request
 
-from hypha.config.models import AffinityConfig, OfferConfig, UtilizationConfig
+from hypha.config.offers import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.journal import Journal
 from hypha.leases import Release, Tick
 from hypha.messages import ExecutorClass, PeerRef, Resources, WorkerRequest

@@ -1,1 +1,1 @@
-"""The commands: one file a program. Rooms are imported inside commands, so that ``--help`` is instant."""
+"""One file a program. Other packages are imported inside commands, so that ``--help`` is instant."""

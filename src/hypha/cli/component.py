@@ -16,6 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from hypha.cli.excluding import excluded_for
+from hypha.cli.options import (
+    DEFAULT_CONFIG,
+    CertOption,
+    ConfigOption,
+    CrlsOption,
+    InitOptions,
+    KeyOption,
+    LogOptions,
+    NodeOptions,
+    SetOption,
+    TrustOption,
+)
 from hypha.errors import ConfigError, IdentityError, Problem
 
 if TYPE_CHECKING:
@@ -24,54 +36,6 @@ if TYPE_CHECKING:
     from hypha.config.reading.partial import Partial
 
 M = TypeVar("M", bound="NodeConfig")
-
-DEFAULT_CONFIG = Path("config.toml")
-
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="TOML file; config.toml when there is one.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Any key: KEY=VALUE, such as resources.memory=4. May be repeated."),
-]
-GatewayOption = Annotated[
-    list[str] | None, typer.Option("--gateway", help="A gateway's multiaddr. May be repeated.")
-]
-ListenOption = Annotated[
-    list[str] | None, typer.Option("--listen", help="Multiaddr to listen on. May be repeated.")
-]
-ExternalOption = Annotated[
-    list[str] | None, typer.Option("--external", help="Multiaddr where others dial this node.")
-]
-ExcludeOption = Annotated[
-    list[str] | None, typer.Option("--exclude-cidr", help="Network never to dial. May be repeated.")
-]
-AllowOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-cidr",
-        help="Network to take out of the default exclude_cidr, such as 10.0.0.0/8. May be repeated.",
-    ),
-]
-HttpOption = Annotated[
-    str | None, typer.Option("--http", help="host:port for local HTTP: /health, and /status where there is.")
-]
-LogLevelOption = Annotated[
-    str | None, typer.Option("--log-level", help="A level, or a filter such as info,hypha_network=debug.")
-]
-LogFormatOption = Annotated[str | None, typer.Option("--log-format", help="auto, json or text.")]
-CertOption = Annotated[Path | None, typer.Option("--cert", help="This node's certificate.")]
-KeyOption = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
-TrustOption = Annotated[Path | None, typer.Option("--trust", help="The CAs to trust.")]
-CrlsOption = Annotated[Path | None, typer.Option("--crls", help="Revocation lists.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
-NameOption = Annotated[
-    str | None, typer.Option("--name", "-n", help="Node name: certificates are <name>-cert.pem and so on.")
-]
-PkiOption = Annotated[
-    Path, typer.Option("--pki", help="Directory with <name>-cert.pem, <name>-key.pem and <name>-trust.pem.")
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 
 
 @dataclass(frozen=True)
@@ -223,6 +187,23 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
         raise
 
 
+def load_to_run(program: Program, node: NodeOptions, logs: LogOptions, *own: tuple[str, str, Any]) -> Any:
+    """As :func:`load`, with what was given to ``run``: the options of all components, and ``own`` ones as
+    :func:`flags` takes them.
+    """
+    given = flags(
+        ("--gateway", "gateway_addresses", node.gateway),
+        ("--listen", "listen_addresses", node.listen),
+        ("--external", "external_addresses", node.external),
+        ("--exclude-cidr", "exclude_cidr", node.exclude_cidr),
+        ("--http", "http_address", node.http),
+        *own,
+        ("--log-level", "log_level", logs.log_level),
+        ("--log-format", "log_format", logs.log_format),
+    )
+    return load(program, node.config, [*given, *settings(program, logs.set_)])
+
+
 def _check_executors(loaded: NodeConfig) -> None:
     """ConfigError where a worker would offer what Hypha's own executors cannot do here, and fail each job."""
     from hypha.config.models import WorkerConfig
@@ -295,16 +276,13 @@ def validate_config(
 
 
 def write_config(
-    program: Program,
-    output: Path,
-    force: bool,
-    given: Mapping[str, Any],
-    fill_in: Mapping[str, str],
+    program: Program, options: InitOptions, given: Mapping[str, Any], fill_in: Mapping[str, str]
 ) -> None:
-    """Write a commented configuration. Refuses to overwrite unless ``force``."""
+    """Write a commented configuration of ``given``. Refuses to overwrite one unless ``--force`` was given."""
     from hypha.config.reading.template import write_template
 
-    if output.exists() and not force:
+    output = options.output
+    if output.exists() and not options.force:
         raise ConfigError(f"{output} exists; add --force to overwrite it, or choose another --output")
     values = {
         key: _beside(output, value) if isinstance(value, Path) else value
@@ -327,55 +305,47 @@ def write_config(
     typer.echo(f"then check it: hypha-{program.name} validate --config {output}")
 
 
-def identity_keys(
-    name: str | None, program: Program, pki: Path, certs: Sequence[Path | None]
-) -> dict[str, Path | None]:
-    """Paths of the identity files: as given, else ``<name>-cert.pem`` and so on in ``pki``. The revocation
-    list is there from the start, though nobody may be revoked yet: it is read as soon as it exists.
+def node_keys(program: Program, options: InitOptions) -> dict[str, Any]:
+    """The keys of every component, as ``init`` writes them. Identity files are as given, else
+    ``<name>-cert.pem`` and so on in ``--pki``. The revocation list is there from the start, though nobody may
+    be revoked yet: it is read as soon as it exists.
     """
-    stem = name or program.name
-    cert, key, trust, crls = certs
+    stem = options.name or program.name
+    dialled = [*(options.gateway or ()), *(options.external or ())]
     return {
-        "cert_pem": cert or pki / f"{stem}-cert.pem",
-        "key_pem": key or pki / f"{stem}-key.pem",
-        "trust_pem": trust or pki / f"{stem}-trust.pem",
-        "crls_pem": crls or pki / "crls.pem",
+        "cert_pem": options.cert or options.pki / f"{stem}-cert.pem",
+        "key_pem": options.key or options.pki / f"{stem}-key.pem",
+        "trust_pem": options.trust or options.pki / f"{stem}-trust.pem",
+        "crls_pem": options.crls or options.pki / "crls.pem",
+        "listen_addresses": options.listen,
+        "external_addresses": options.external,
+        "gateway_addresses": options.gateway,
+        "exclude_cidr": excluded_for(dialled, options.exclude_cidr, options.allow_cidr),
+        "http_address": _local_http(program, options.name) if options.http is None else options.http,
     }
 
 
-def leaf_keys(
-    gateway: list[str] | None,
-    listen: list[str] | None,
-    external: list[str] | None,
-    exclude_cidr: list[str] | None,
-    allow_cidr: list[str] | None,
-) -> dict[str, Any]:
-    """The network keys of every component but the gateway."""
-    return {
-        "gateway_addresses": gateway or ["/dns4/gateway.example.org/tcp/8080"],
-        "listen_addresses": listen,
-        "external_addresses": external,
-        "exclude_cidr": excluded_for([*(gateway or ()), *(external or ())], exclude_cidr, allow_cidr),
-    }
+def leaf_keys(program: Program, options: InitOptions) -> dict[str, Any]:
+    """:func:`node_keys` of every component but the gateway."""
+    gateways = options.gateway or ["/dns4/gateway.example.org/tcp/8080"]
+    return {**node_keys(program, options), "gateway_addresses": gateways}
+
+
+def leaf_fill_in(gateway: list[str] | None) -> dict[str, str]:
+    """What the operator of a leaf has to write when no gateway was given."""
+    return {} if gateway else {"gateway_addresses": "the addresses your gateway prints when it starts"}
 
 
 #: where each component's local HTTP listens unless told otherwise
 HTTP_PORTS = {"gateway": 9101, "scheduler": 9102, "worker": 9103, "data": 9104}
 
 
-def local_http(program: Program, name: str | None, given: str | None) -> str:
+def _local_http(program: Program, name: str | None) -> str:
     """The address for local HTTP that ``init`` writes: on this machine alone. Several nodes of one kind on
     one machine are told apart by the number at the end of their names: ``worker-2`` is ten ports further up.
     """
-    if given is not None:
-        return given
     number = re.search(r"(\d{1,3})$", name or "")
     return f"127.0.0.1:{HTTP_PORTS[program.name] + 10 * max(0, int(number[1]) - 1 if number else 0)}"
-
-
-def leaf_fill_in(gateway: list[str] | None) -> dict[str, str]:
-    """What the operator of a leaf has to write when no gateway was given."""
-    return {} if gateway else {"gateway_addresses": "the addresses your gateway prints when it starts"}
 
 
 def _beside(output: Path, path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hypha.cli import component as common
+from hypha.cli.options import InitOptions, LogOptions, NodeOptions, with_options
 from hypha.cli.running import run_program
 from hypha.errors import ConfigError, Problem
 
@@ -27,68 +28,33 @@ def _datasets(paths: list[Path] | None) -> dict[str, object]:
 
 
 @app.command()
+@with_options()
 def init(
-    output: common.OutputOption = common.DEFAULT_CONFIG,
-    name: common.NameOption = None,
-    force: common.ForceOption = False,
-    gateway: common.GatewayOption = None,
-    listen: common.ListenOption = None,
-    external: common.ExternalOption = None,
-    exclude_cidr: common.ExcludeOption = None,
-    allow_cidr: common.AllowOption = None,
-    http: common.HttpOption = None,
-    pki: common.PkiOption = Path(),
-    cert: common.CertOption = None,
-    key: common.KeyOption = None,
-    trust: common.TrustOption = None,
-    crls: common.CrlsOption = None,
+    options: InitOptions,
     dataset_path: DatasetPathOption = None,
 ) -> None:
     """Write a configuration file with every key, its default and what it means."""
     given = {
-        **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
-        **common.leaf_keys(gateway, listen, external, exclude_cidr, allow_cidr),
-        "http_address": common.local_http(PROGRAM, name, http),
+        **common.leaf_keys(PROGRAM, options),
         **_datasets(dataset_path or [Path("dataset")]),
     }
-    fill_in = common.leaf_fill_in(gateway)
+    fill_in = common.leaf_fill_in(options.gateway)
     if not dataset_path:
         fill_in["dataset_path"] = "a directory made by `hypha-data prepare`"
-    common.write_config(PROGRAM, output, force, given, fill_in)
+    common.write_config(PROGRAM, options, given, fill_in)
 
 
 @app.command()
+@with_options()
 def run(
-    config: common.ConfigOption = None,
-    gateway: common.GatewayOption = None,
-    listen: common.ListenOption = None,
-    external: common.ExternalOption = None,
-    exclude_cidr: common.ExcludeOption = None,
-    http: common.HttpOption = None,
+    node: NodeOptions,
+    *,
     dataset_path: DatasetPathOption = None,
-    log_level: common.LogLevelOption = None,
-    log_format: common.LogFormatOption = None,
-    set_: common.SetOption = None,
+    logs: LogOptions,
 ) -> None:
     """Serve datasets until SIGINT or SIGTERM."""
     served = next(iter(_datasets(dataset_path).items())) if dataset_path else ("dataset_path", None)
-    loaded = common.load(
-        PROGRAM,
-        config,
-        [
-            *common.flags(
-                ("--gateway", "gateway_addresses", gateway),
-                ("--listen", "listen_addresses", listen),
-                ("--external", "external_addresses", external),
-                ("--exclude-cidr", "exclude_cidr", exclude_cidr),
-                ("--http", "http_address", http),
-                ("--dataset-path", *served),
-                ("--log-level", "log_level", log_level),
-                ("--log-format", "log_format", log_format),
-            ),
-            *common.settings(PROGRAM, set_),
-        ],
-    )
+    loaded = common.load_to_run(PROGRAM, node, logs, ("--dataset-path", *served))
     from hypha.cli.running import run_service
     from hypha.data import run_data
 
@@ -270,7 +236,7 @@ def prepare(
 
     from hypha.data import prepare as prepare_dataset
     from hypha.data import survey
-    from hypha.data.preparing.options import PrepareOptions, SourceKind
+    from hypha.data.options import PrepareOptions, SourceKind
 
     if kind is not None and kind not in get_args(SourceKind):
         raise typer.BadParameter(f"--kind is one of {', '.join(get_args(SourceKind))}")

@@ -18,7 +18,7 @@ def excluded_for(
     """The default ``exclude_cidr`` without the networks that ``addresses`` lie in, and without those that are
     ``allowed``, or ``given`` without those; ``None``: as it is. Names are looked up: a gateway given by its
     name in a private network leads to direct connections as one given by its address does. A name that has no
-    address here is told. Raises
+    address here is printed. Raises
     ConfigError where one of ``allowed`` is no network.
     """
     from hypha.config.models import RESERVED_CIDR

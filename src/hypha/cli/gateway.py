@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.excluding import excluded_for
+from hypha.cli.options import InitOptions, LogOptions, NodeOptions, with_options
 from hypha.cli.running import run_program
 
 PROGRAM = common.Program("gateway", "The entry point of a Hypha network; relays for nodes behind NAT.")
@@ -18,66 +17,29 @@ DEFAULT_ADDRESS = "/ip4/0.0.0.0/tcp/8080"
 
 
 @app.command()
+@with_options("listen", "external", "gateway")
 def init(
-    output: common.OutputOption = common.DEFAULT_CONFIG,
-    name: common.NameOption = None,
-    force: common.ForceOption = False,
-    listen: common.ListenOption = None,
-    external: common.ExternalOption = None,
-    gateway: common.GatewayOption = None,
-    exclude_cidr: common.ExcludeOption = None,
-    allow_cidr: common.AllowOption = None,
-    http: common.HttpOption = None,
-    pki: common.PkiOption = Path(),
-    cert: common.CertOption = None,
-    key: common.KeyOption = None,
-    trust: common.TrustOption = None,
-    crls: common.CrlsOption = None,
+    options: InitOptions,
 ) -> None:
     """Write a configuration file with every key, its default and what it means."""
     given = {
-        **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
-        "listen_addresses": listen or [DEFAULT_ADDRESS],
-        "external_addresses": external or ["/dns4/gateway.example.org/tcp/8080"],
-        "gateway_addresses": gateway,
-        "exclude_cidr": excluded_for([*(external or ()), *(gateway or ())], exclude_cidr, allow_cidr),
-        "http_address": common.local_http(PROGRAM, name, http),
+        **common.node_keys(PROGRAM, options),
+        "listen_addresses": options.listen or [DEFAULT_ADDRESS],
+        "external_addresses": options.external or ["/dns4/gateway.example.org/tcp/8080"],
     }
-    fill_in = {} if external else {"external_addresses": "where the nodes of your network dial this gateway"}
-    common.write_config(PROGRAM, output, force, given, fill_in)
+    fill_in = {"external_addresses": "where the nodes of your network dial this gateway"}
+    common.write_config(PROGRAM, options, given, {} if options.external else fill_in)
 
 
 @app.command()
+@with_options("listen", "external", "gateway")
 def run(
-    config: common.ConfigOption = None,
-    listen: common.ListenOption = None,
-    external: common.ExternalOption = None,
-    gateway: common.GatewayOption = None,
-    exclude_cidr: common.ExcludeOption = None,
-    http: common.HttpOption = None,
-    log_level: common.LogLevelOption = None,
-    log_format: common.LogFormatOption = None,
-    set_: common.SetOption = None,
+    node: NodeOptions,
+    logs: LogOptions,
     max_circuits: Annotated[int | None, typer.Option(help="Relayed connections at once.")] = None,
 ) -> None:
     """Run until SIGINT or SIGTERM."""
-    loaded = common.load(
-        PROGRAM,
-        config,
-        [
-            *common.flags(
-                ("--listen", "listen_addresses", listen),
-                ("--external", "external_addresses", external),
-                ("--gateway", "gateway_addresses", gateway),
-                ("--exclude-cidr", "exclude_cidr", exclude_cidr),
-                ("--http", "http_address", http),
-                ("--log-level", "log_level", log_level),
-                ("--log-format", "log_format", log_format),
-                ("--max-circuits", "max_circuits", max_circuits),
-            ),
-            *common.settings(PROGRAM, set_),
-        ],
-    )
+    loaded = common.load_to_run(PROGRAM, node, logs, ("--max-circuits", "max_circuits", max_circuits))
     from hypha.cli.running import run_service
     from hypha.gateway import run_gateway
 

@@ -7,7 +7,6 @@ from typing import Annotated
 import msgspec
 import typer
 
-from hypha.cli.component import ConfigOption
 from hypha.cli.job.live import shown
 from hypha.cli.lookups import (
     JsonOption,
@@ -19,6 +18,7 @@ from hypha.cli.lookups import (
     print_table,
     table_of,
 )
+from hypha.cli.options import ConfigOption
 from hypha.errors import HyphaError
 from hypha.naming import shown as named_peer
 from hypha.scheduler.status.snapshot import JobSnapshot

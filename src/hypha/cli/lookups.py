@@ -20,8 +20,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hypha.cli.component import DEFAULT_CONFIG, HTTP_PORTS, ConfigOption
+from hypha.cli.component import HTTP_PORTS
 from hypha.cli.job.live import shown
+from hypha.cli.options import DEFAULT_CONFIG, ConfigOption
 from hypha.decoding import decode_json
 from hypha.errors import ConfigError, HyphaError, NetworkError, PeerUnreachable, RequestTimeout, Undecodable
 from hypha.messages import ListedPeer, ListPeers, PeerList, PeerRef

@@ -1,7 +1,7 @@
 """From a command to an exit code: signals, one readable message for an error, a bounded end.
 
 SIGINT and SIGTERM cancel what runs and exit with 130 and 143; a second signal, or an end that takes
-longer than ``STOP_S``, stops at once. Errors of Hypha's own tree are told in one message and give their
+longer than ``STOP_S``, stops at once. Errors of Hypha's own tree are printed as one message and give their
 exit code; anything else is a defect and is logged with its traceback.
 """
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hypha.cli import component as common
+from hypha.cli.options import InitOptions, LogOptions, NodeOptions, with_options
 from hypha.cli.running import run_program
 from hypha.config.tasks import task_of, unknown_task
 from hypha.decoding import decode
@@ -37,21 +38,9 @@ WorkersOption = Annotated[int | None, typer.Option("--workers", help="Training w
 
 
 @app.command()
+@with_options()
 def init(
-    output: common.OutputOption = common.DEFAULT_CONFIG,
-    name: common.NameOption = None,
-    force: common.ForceOption = False,
-    gateway: common.GatewayOption = None,
-    listen: common.ListenOption = None,
-    external: common.ExternalOption = None,
-    exclude_cidr: common.ExcludeOption = None,
-    allow_cidr: common.AllowOption = None,
-    http: common.HttpOption = None,
-    pki: common.PkiOption = Path(),
-    cert: common.CertOption = None,
-    key: common.KeyOption = None,
-    trust: common.TrustOption = None,
-    crls: common.CrlsOption = None,
+    options: InitOptions,
     state_dir: StateDirOption = None,
     save_to: SaveToOption = None,
     rounds: RoundsOption = None,
@@ -85,9 +74,7 @@ def init(
     elif entrypoint is not None:
         source = {"entrypoint": entrypoint}
     given = {
-        **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
-        **common.leaf_keys(gateway, listen, external, exclude_cidr, allow_cidr),
-        "http_address": common.local_http(PROGRAM, name, http),
+        **common.leaf_keys(PROGRAM, options),
         "state_dir": state_dir,
         f"{job}.model.type": model_type or ("torch" if entrypoint else _task_in(model)),
         **{f"{job}.model.{key}": value for key, value in source.items()},
@@ -98,12 +85,12 @@ def init(
         f"{job}.resources.num_workers": workers,
         f"{job}.output": _place(save_to) if save_to else "output",
     }
-    fill_in = common.leaf_fill_in(gateway)
+    fill_in = common.leaf_fill_in(options.gateway)
     if model is None and repository is None and entrypoint is None:
         fill_in[f"{job}.model.path"] = "a directory with the model's config.json, or `repository` instead"
     if dataset is None:
         fill_in[f"{job}.dataset.dataset"] = "the name your data node serves the dataset under"
-    common.write_config(PROGRAM, output, force, given, fill_in)
+    common.write_config(PROGRAM, options, given, fill_in)
 
 
 def _task_in(model: Path | None) -> str:
@@ -121,21 +108,16 @@ def _place(text: str) -> str | Path:
 
 
 @app.command()
+@with_options()
 def run(
-    config: common.ConfigOption = None,
-    gateway: common.GatewayOption = None,
-    listen: common.ListenOption = None,
-    external: common.ExternalOption = None,
-    exclude_cidr: common.ExcludeOption = None,
-    http: common.HttpOption = None,
+    node: NodeOptions,
+    *,
     state_dir: StateDirOption = None,
     save_to: SaveToOption = None,
     rounds: RoundsOption = None,
     workers: WorkersOption = None,
     batch_size: BatchOption = None,
-    log_level: common.LogLevelOption = None,
-    log_format: common.LogFormatOption = None,
-    set_: common.SetOption = None,
+    logs: LogOptions,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew; the state of an earlier run is kept aside.")
     ] = False,
@@ -150,27 +132,16 @@ def run(
 ) -> None:
     """Run the job to its end; SIGINT or SIGTERM stop it, and it resumes when run again."""
     job = "scheduler.job"
-    loaded = common.load(
+    loaded = common.load_to_run(
         PROGRAM,
-        config,
-        [
-            *common.flags(
-                ("--gateway", "gateway_addresses", gateway),
-                ("--listen", "listen_addresses", listen),
-                ("--external", "external_addresses", external),
-                ("--exclude-cidr", "exclude_cidr", exclude_cidr),
-                ("--http", "http_address", http),
-                ("--state-dir", "state_dir", state_dir),
-                ("--save-to", f"{job}.output", save_to),
-                ("--rounds", f"{job}.rounds.update_rounds", rounds),
-                ("--batch-size", f"{job}.rounds.batch_size", batch_size),
-                ("--workers", f"{job}.resources.num_workers", workers),
-                ("--no-check", f"{job}.check", "none" if no_check else None),
-                ("--log-level", "log_level", log_level),
-                ("--log-format", "log_format", log_format),
-            ),
-            *common.settings(PROGRAM, set_),
-        ],
+        node,
+        logs,
+        ("--state-dir", "state_dir", state_dir),
+        ("--save-to", f"{job}.output", save_to),
+        ("--rounds", f"{job}.rounds.update_rounds", rounds),
+        ("--batch-size", f"{job}.rounds.batch_size", batch_size),
+        ("--workers", f"{job}.resources.num_workers", workers),
+        ("--no-check", f"{job}.check", "none" if no_check else None),
     )
     from hypha.cli.job.scheduling import run_scheduler
     from hypha.cli.running import run_service

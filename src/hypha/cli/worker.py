@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hypha.cli import component as common
+from hypha.cli.options import ConfigOption, InitOptions, LogOptions, NodeOptions, with_options
 from hypha.cli.running import run_program
 from hypha.errors import HyphaError
 
@@ -51,21 +52,9 @@ WorkDirOption = Annotated[Path | None, typer.Option("--work-dir", help="For job 
 
 
 @app.command()
+@with_options()
 def init(
-    output: common.OutputOption = common.DEFAULT_CONFIG,
-    name: common.NameOption = None,
-    force: common.ForceOption = False,
-    gateway: common.GatewayOption = None,
-    listen: common.ListenOption = None,
-    external: common.ExternalOption = None,
-    exclude_cidr: common.ExcludeOption = None,
-    allow_cidr: common.AllowOption = None,
-    http: common.HttpOption = None,
-    pki: common.PkiOption = Path(),
-    cert: common.CertOption = None,
-    key: common.KeyOption = None,
-    trust: common.TrustOption = None,
-    crls: common.CrlsOption = None,
+    options: InitOptions,
     work_dir: WorkDirOption = None,
     cpu: Annotated[float | None, typer.Option(help="Cores to offer.", min=0)] = None,
     memory: Annotated[float | None, typer.Option(help="GB of memory to offer.", min=0)] = None,
@@ -79,18 +68,16 @@ def init(
     from hypha.messages import Resources
     from hypha.worker.limits.detecting import detect, lowered
 
-    here = detect(output.parent / (work_dir or "work"), child_environment())
+    here = detect(options.output.parent / (work_dir or "work"), child_environment())
     given = {
-        **common.identity_keys(name, PROGRAM, pki, (cert, key, trust, crls)),
-        **common.leaf_keys(gateway, listen, external, exclude_cidr, allow_cidr),
-        "http_address": common.local_http(PROGRAM, name, http),
+        **common.leaf_keys(PROGRAM, options),
         "work_dir": work_dir,
         "resources.cpu": here.cpu if cpu is None else cpu,
         "resources.memory": round(OFFERED * here.memory, 1) if memory is None else memory,
         "resources.gpu": round(OFFERED * here.gpu, 1) if gpu is None else gpu,
         "resources.storage": round(OFFERED * here.storage, 1) if storage is None else storage,
     }
-    common.write_config(PROGRAM, output, force, given, common.leaf_fill_in(gateway))
+    common.write_config(PROGRAM, options, given, common.leaf_fill_in(options.gateway))
     for name, found in here.describe().items():
         typer.echo(f"  found {name}: {found}")
     asked = {name: float(given[f"resources.{name}"] or 0.0) for name in ("cpu", "memory", "gpu", "storage")}
@@ -100,36 +87,15 @@ def init(
 
 
 @app.command()
+@with_options()
 def run(
-    config: common.ConfigOption = None,
-    gateway: common.GatewayOption = None,
-    listen: common.ListenOption = None,
-    external: common.ExternalOption = None,
-    exclude_cidr: common.ExcludeOption = None,
-    http: common.HttpOption = None,
+    node: NodeOptions,
+    *,
     work_dir: WorkDirOption = None,
-    log_level: common.LogLevelOption = None,
-    log_format: common.LogFormatOption = None,
-    set_: common.SetOption = None,
+    logs: LogOptions,
 ) -> None:
     """Run until SIGINT or SIGTERM."""
-    loaded = common.load(
-        PROGRAM,
-        config,
-        [
-            *common.flags(
-                ("--gateway", "gateway_addresses", gateway),
-                ("--listen", "listen_addresses", listen),
-                ("--external", "external_addresses", external),
-                ("--exclude-cidr", "exclude_cidr", exclude_cidr),
-                ("--http", "http_address", http),
-                ("--work-dir", "work_dir", work_dir),
-                ("--log-level", "log_level", log_level),
-                ("--log-format", "log_format", log_format),
-            ),
-            *common.settings(PROGRAM, set_),
-        ],
-    )
+    loaded = common.load_to_run(PROGRAM, node, logs, ("--work-dir", "work_dir", work_dir))
     from hypha.cli.running import STOP_S, run_service
     from hypha.telemetry.running import emit_spans
     from hypha.worker import run_worker
@@ -144,7 +110,7 @@ def run(
 
 @app.command()
 def drain(
-    config: common.ConfigOption = None,
+    config: ConfigOption = None,
     work_dir: WorkDirOption = None,
     now: Annotated[
         bool, typer.Option("--now", help="Also hand over what was trained, give leases back, and end it.")

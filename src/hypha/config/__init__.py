@@ -1,1 +1,1 @@
-"""Configuration: what each component can be told, and how files, environment and flags are layered."""
+"""Configuration: the keys of each component, and how files, environment and flags are layered."""

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hypha.config.models import DEFAULT_BATCH_SIZE, JobConfig, NodeConfig, SchedulerConfig
+from hypha.config.job import DEFAULT_BATCH_SIZE, JobConfig
+from hypha.config.models import NodeConfig, SchedulerConfig
 from hypha.config.outer import chosen, outer_values
 
 #: learning rate / (1 - momentum), how far a steady update carries theta in the end, may differ from the

@@ -48,11 +48,12 @@ class HoursConfig(Section):
     time, is as above.
     """
 
-    #: local time of this machine; an entry may run past midnight ("22:00" to "06:00")
     start: Clock = Field(alias="from")
+    """local time of this machine; an entry may run past midnight ("22:00" to "06:00")"""
     to: Clock
-    #: mon, tue, wed, thu, fri, sat, sun; of an entry that runs past midnight, when it begins; none: every day
     days: list[Day] = []
+    """mon, tue, wed, thu, fri, sat, sun; of an entry that runs past midnight, when it begins; none: every day
+    """
     upload_mbit: float | None = Field(default=None, gt=0)
     download_mbit: float | None = Field(default=None, gt=0)
 
@@ -72,8 +73,8 @@ class LimitsConfig(Section):
     at a gateway of what it relays. Leases, requests and gossip are not held up.
     """
 
-    #: ``None``: as much as goes
     upload_mbit: float | None = Field(default=None, gt=0)
+    """``None``: as much as goes"""
     download_mbit: float | None = Field(default=None, gt=0)
     schedule: list[HoursConfig] = []
 
@@ -104,11 +105,12 @@ class WorkerLimitsConfig(LimitsConfig):
 
     shorthand: ClassVar[str | None] = "enforce"
 
-    #: how a job's resource limits are enforced; ``auto`` takes the strongest that works here
     enforce: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
-    #: processes and threads that one executor may have, 0: any number; ``None``: 512, or 64 for each core of
-    #: its lease where that is more
+    """how a job's resource limits are enforced; ``auto`` takes the strongest that works here"""
     max_processes: int | None = Field(default=None, ge=0)
+    """processes and threads that one executor may have, 0: any number; ``None``: 512, or 64 for each core of
+    its lease where that is more
+    """
 
     @model_validator(mode="before")
     @classmethod

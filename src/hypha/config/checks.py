@@ -14,8 +14,8 @@ from pathlib import Path
 from multiaddr import Multiaddr
 from multiaddr.exceptions import BinaryParseError, ProtocolLookupError, StringParseError
 
+from hypha.config.job import DEFAULT_EXECUTOR
 from hypha.config.models import (
-    DEFAULT_EXECUTOR,
     DataConfig,
     DatasetConfig,
     ExecutorConfig,
@@ -285,10 +285,10 @@ def _job(partial: Partial) -> Found:
     if model is not None:
         given = [name for name in ("path", "repository", "entrypoint") if getattr(model, name) is not None]
         if len(given) != 1:
-            said = " and ".join(given) or "none"
+            listed = " and ".join(given) or "none"
             yield (
                 (*job, "model"),
-                f"exactly one of path, repository and entrypoint says where the model is from, not {said}",
+                f"exactly one of path, repository and entrypoint says where the model is from, not {listed}",
             )
         elif (model.type == "torch") != (given == ["entrypoint"]):
             yield (*job, "model", "type"), 'type = "torch" and entrypoint belong together'

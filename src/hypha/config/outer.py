@@ -7,7 +7,7 @@ Learning rate 1 and momentum 0.6 are near the best that was measured, from 8 rou
 
 from __future__ import annotations
 
-from hypha.config.models import OuterOptimizerConfig
+from hypha.config.job import OuterOptimizerConfig
 
 LEARNING_RATE, MOMENTUM = 1.0, 0.6
 #: number of rounds -> the momentum of a job that has no more than these

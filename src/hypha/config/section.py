@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -15,8 +16,21 @@ class Section(BaseModel):
     """A table of the file: frozen, no unknown keys, ``a_b`` or ``a-b``."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=_hyphen, populate_by_name=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        alias_generator=_hyphen,
+        populate_by_name=True,
+        allow_inf_nan=False,
+        # what a key means stands below its field, and from there in templates and in the tables of docs/
+        use_attribute_docstrings=True,
     )
 
     #: the key that is meant where text stands in place of the table, as earlier versions had it
     shorthand: ClassVar[str | None] = None
+
+
+@dataclass(frozen=True)
+class PathOrUrl:
+    """Marks text that is a path or a URL; as a path it is relative to its file, but for ``words``."""
+
+    words: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
-from hypha.config.models import SinkConfig
+from hypha.config.job import SinkConfig
 from hypha.config.reading.lines import KeyPath
 from hypha.config.reading.partial import Partial
 

@@ -22,15 +22,17 @@ class GossipTuning(Section):
     else, so these matter at gateways.
     """
 
-    #: neighbours that a node wants (D of gossipsub); lower it at gateways with thousands of leaves and a thin
-    #: line, as every request goes to each neighbour
     degree: int = Field(default=128, ge=1, le=4096)
-    #: with fewer it looks for more; more than 1 leaves the leaves of a lone gateway without a mesh
+    """neighbours that a node wants (D of gossipsub); lower it at gateways with thousands of leaves and a thin
+    line, as every request goes to each neighbour
+    """
     degree_low: int = Field(default=1, ge=1, le=4096)
-    #: with more it drops some, who then hear of requests late: above the leaves that one gateway has
+    """with fewer it looks for more; more than 1 leaves the leaves of a lone gateway without a mesh"""
     degree_high: int = Field(default=256, ge=1, le=8192)
-    #: seconds between two looks at the mesh; lower finds neighbours sooner and costs each of them a message
+    """with more it drops some, who then hear of requests late: above the leaves that one gateway has"""
     heartbeat_s: float = Field(default=1.0, ge=0.1, le=60)
+    """seconds between two looks at the mesh; lower finds neighbours sooner and costs each of them a message
+    """
 
 
 class SocketTuning(Section):
@@ -38,30 +40,33 @@ class SocketTuning(Section):
     with 125 * B * R KB: 1000 Mbit/s over 0.1 s need 12500.
     """
 
-    #: ``None``: the kernel decides and adapts, up to net.ipv4.tcp_wmem (sent) and tcp_rmem (received), which
-    #: suits nearly everybody; raise those first. A number here is fixed, and bounded by net.core.wmem_max
     send_buffer_kb: int | None = Field(default=None, ge=16, le=1 << 20)
-    #: the same, bounded by net.core.rmem_max
+    """``None``: the kernel decides and adapts, up to net.ipv4.tcp_wmem (sent) and tcp_rmem (received), which
+    suits nearly everybody; raise those first. A number here is fixed, and bounded by net.core.wmem_max
+    """
     receive_buffer_kb: int | None = Field(default=None, ge=16, le=1 << 20)
+    """the same, bounded by net.core.rmem_max"""
 
 
 class ConnectionTuning(Section):
     """How much of what peers open is served. More than that is refused, never queued without end."""
 
-    #: connections of one peer; two that dial each other at once have one each
     per_peer: int = Field(default=4, ge=2, le=64)
-    #: connections that have shown no certificate yet, which come on top of max_connections
+    """connections of one peer; two that dial each other at once have one each"""
     unproven: int = Field(default=256, ge=8, le=65536)
-    #: of these from one address; raise it where more than that many nodes start behind one NAT at once
+    """connections that have shown no certificate yet, which come on top of max_connections"""
     unproven_per_address: int = Field(default=64, ge=4, le=65536)
-    #: streams that the other end of a connection may have open (requests, reports, circuits), which opens 256
-    #: itself at most; lower it where memory is short
+    """of these from one address; raise it where more than that many nodes start behind one NAT at once"""
     streams: int = Field(default=256, ge=32, le=256)
-    #: requests served at once beyond the few that each peer has for itself; raise it at a scheduler or data
-    #: node whose peers are told `busy` (hypha_network_streams_refused_total{service="rpc"})
+    """streams that the other end of a connection may have open (requests, reports, circuits), which opens 256
+    itself at most; lower it where memory is short
+    """
     requests: int = Field(default=64, ge=8, le=4096)
-    #: of one peer
+    """requests served at once beyond the few that each peer has for itself; raise it at a scheduler or data
+    node whose peers are told `busy` (hypha_network_streams_refused_total{service="rpc"})
+    """
     requests_per_peer: int = Field(default=16, ge=2, le=256)
+    """of one peer"""
 
 
 class GatewayConnectionTuning(ConnectionTuning):
@@ -69,9 +74,10 @@ class GatewayConnectionTuning(ConnectionTuning):
     max_connections, max_circuits and max_reservations.
     """
 
-    #: relayed connections to one node; raise it where more than that many workers reach one parameter server
-    #: or data node through this gateway
     circuits_per_peer: int = Field(default=64, ge=1, le=65536)
+    """relayed connections to one node; raise it where more than that many workers reach one parameter server
+    or data node through this gateway
+    """
 
 
 class LivenessTuning(Section):
@@ -79,37 +85,41 @@ class LivenessTuning(Section):
     or crowded line for a dead one.
     """
 
-    #: a connection over which nothing came for so long is cut; it is asked for a sign of life before. Raise
-    #: it where lines drop out for seconds and come back (satellite, mobile)
     silence_s: float = Field(default=10.0, ge=1, le=600)
-    #: the longest that a request and its answer take here while nothing fails. A worker's offer.lease_s must
-    #: be four times that at least, and offer.temporary_lease_s twice; raise all of them on crowded lines
+    """a connection over which nothing came for so long is cut; it is asked for a sign of life before. Raise
+    it where lines drop out for seconds and come back (satellite, mobile)
+    """
     round_trip_s: float = Field(default=0.5, gt=0, le=60)
-    #: one address of a peer is given so long; the next one is tried beside it after a quarter of a second
+    """the longest that a request and its answer take here while nothing fails. A worker's offer.lease_s must
+    be four times that at least, and offer.temporary_lease_s twice; raise all of them on crowded lines
+    """
     dial_s: float = Field(default=5.0, ge=0.5, le=120)
-    #: and a relayed way after so long
+    """one address of a peer is given so long; the next one is tried beside it after a quarter of a second"""
     relay_after_s: float = Field(default=1.0, ge=0, le=60)
-    #: the first pause between attempts to reach a gateway, doubled each time
+    """and a relayed way after so long"""
     reconnect_min_s: float = Field(default=0.5, gt=0, le=60)
-    #: the longest of them; raise it where thousands of nodes would come back to one gateway at once
+    """the first pause between attempts to reach a gateway, doubled each time"""
     reconnect_max_s: float = Field(default=30.0, gt=0, le=3600)
-    #: one look-up of a dataset's data nodes
+    """the longest of them; raise it where thousands of nodes would come back to one gateway at once"""
     lookup_s: float = Field(default=5.0, ge=0.5, le=120)
+    """one look-up of a dataset's data nodes"""
 
 
 class TransferTuning(Section):
     """Files on their way: slices, updates, theta, checkpoints, models."""
 
-    #: sent at once, where bytes move; raise it at a data node whose line one or two workers cannot fill
-    #: (far away, or slow ones). Two fill a gigabit
     sends: int = Field(default=2, ge=1, le=64)
-    #: received at once; raise it at a parameter server whose workers are many and slow
+    """sent at once, where bytes move; raise it at a data node whose line one or two workers cannot fill
+    (far away, or slow ones). Two fill a gigabit
+    """
     receives: int = Field(default=2, ge=1, le=64)
-    #: compress slices with zstd: auto tries a block now and then, and goes on where that saves more time on
-    #: the line than it costs here; always; none
+    """received at once; raise it at a parameter server whose workers are many and slow"""
     compression: Literal["auto", "always", "none"] = "auto"
-    #: of zstd: 1 is quickest, beyond 6 it hardly shrinks data further
+    """compress slices with zstd: auto tries a block now and then, and goes on where that saves more time on
+    the line than it costs here; always; none
+    """
     compression_level: int = Field(default=3, ge=1, le=19)
+    """of zstd: 1 is quickest, beyond 6 it hardly shrinks data further"""
 
 
 class TuningConfig(Section):

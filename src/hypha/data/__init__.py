@@ -1,7 +1,7 @@
-"""The data room: prepare datasets, verify them, and :func:`run_data`, a data node's life."""
+"""Prepare datasets, verify them, and serve them with :func:`run_data`, a data node from start to end."""
 
 from hypha.data.manifest import Dataset, load_dataset_directory, read_manifest
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.options import PrepareOptions
 from hypha.data.preparing.prepare import Prepared, Survey, prepare, survey
 from hypha.data.serving.serve import run_data
 from hypha.data.verify import verify

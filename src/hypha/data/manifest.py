@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from hypha.data.labels import read_labels
-from hypha.data.preparing.ranges import Ranges
+from hypha.data.ranges import Ranges
 from hypha.data.slices import (
     SUFFIX,
     columns_of,
@@ -35,6 +35,8 @@ from hypha.messages import Column, Manifest, SliceInfo
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
+#: a dataset of its own in the directory of the one that it was held out of
+HOLDOUT = "holdout"
 MANIFEST_VERSION = 1
 #: A manifest is answered in one response; this is well under its limit and still some 50,000 slices.
 MAX_MANIFEST_BYTES = 9 << 20
@@ -43,7 +45,7 @@ Progress = Callable[[str], None]
 
 
 def silent(message: str) -> None:
-    """A Progress that says nothing."""
+    """A Progress that prints nothing."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Is a prepared dataset whole? Every byte is read, every difference from the manifest told at once."""
+"""Is a prepared dataset whole? Every byte is read, every difference from the manifest reported at once."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from hypha.data.manifest import (
+    HOLDOUT,
     MANIFEST_FILE,
     Progress,
     column_text,
@@ -12,7 +13,6 @@ from hypha.data.manifest import (
     silent,
     slice_files,
 )
-from hypha.data.preparing.staging import HOLDOUT
 from hypha.data.slices import describe_slice, hash_file
 from hypha.errors import DataError, Problem, SliceCorrupt
 from hypha.messages import Manifest, SliceInfo

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.journal import Journal
 from hypha.node import Node
 from hypha.scheduler.durable.copies import Copies

@@ -7,13 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from hypha.config.models import (
-    DEFAULT_BATCH_SIZE,
-    JobConfig,
-    ModelConfig,
-    PreprocessorConfig,
-    ResourcesConfig,
-)
+from hypha.config.job import DEFAULT_BATCH_SIZE, JobConfig, ModelConfig, PreprocessorConfig
+from hypha.config.offers import ResourcesConfig
 from hypha.config.outer import outer_values
 from hypha.errors import ConfigError, Problem
 from hypha.messages import (

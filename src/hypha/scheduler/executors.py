@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
-from hypha.config.models import DEFAULT_BATCH_SIZE, RoundsConfig
+from hypha.config.job import DEFAULT_BATCH_SIZE, RoundsConfig
 from hypha.errors import NetworkError, Refused
 from hypha.messages import (
     CancelJob,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import trio
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.messages import OuterOptimizer
 from hypha.runtime import is_simulated, new_id
 from hypha.scheduler.context import JobContext

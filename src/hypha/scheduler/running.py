@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.errors import HyphaError, JobFailed
 from hypha.features import needs
 from hypha.journal import Journal, write_entries

@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 
-from hypha.simulation.market_search import search_markets
+from hypha.simulation.market.search import search_markets
 from hypha.simulation.search import run_lines, search
 
 

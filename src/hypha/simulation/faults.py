@@ -10,9 +10,10 @@ import trio
 
 from hypha.journal import JournalEntry
 from hypha.runtime import in_thread
+from hypha.simulation.disks import fill_databases
 from hypha.simulation.process import SimulatedProcess
 from hypha.simulation.scenario import LIES, PHASES, Scenario, Strike, gives_notice
-from hypha.simulation.world import SCHEDULER, Computer, World, fill_databases
+from hypha.simulation.world import SCHEDULER, Computer, World
 
 #: a node that was told to end is to be gone within this
 STOP_S = 5.0

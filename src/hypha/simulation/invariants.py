@@ -28,9 +28,10 @@ from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.simulation.configurations import JOB
 from hypha.simulation.faults import FaultOutcome
 from hypha.simulation.scenario import LIES
-from hypha.simulation.world import JOB, SCHEDULER, World
+from hypha.simulation.world import SCHEDULER, World
 
 #: leases are released at once, executors end, and what was on its way arrives
 _SETTLE_S = 60.0
@@ -72,8 +73,8 @@ def _check_ledger(world: World, scheduler: str, result: JobResult) -> list[str]:
             recorded = [ledger.theta, *(entry.theta for entry in entries)]
             wrong = [
                 number
-                for number, (ours, told) in enumerate(zip(hashes, recorded, strict=False))
-                if ours != told
+                for number, (ours, theirs) in enumerate(zip(hashes, recorded, strict=False))
+                if ours != theirs
             ]
             made_up = any(fault.way == "blow-up" for fault in world.scenario.faults)
             if (wrong and not made_up) or len(hashes) != len(recorded):
@@ -218,7 +219,7 @@ class RoundWatch:
 
 
 class LeaseWatch:
-    """Keeps a book of a worker's leases beside its own: each is granted, ends and is freed once."""
+    """Keeps a record of a worker's leases beside its own: each is granted, ends and is freed once."""
 
     def __init__(self, name: str, tell: Callable[[str], None]) -> None:
         self._name = name

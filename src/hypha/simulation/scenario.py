@@ -1,6 +1,6 @@
 """What happens in a simulated world, as plain values: a network, a job, and faults, each at its moment.
 
-A :class:`Scenario` says everything: with its seed it is the same run every time. It is written and read as
+A :class:`Scenario` holds everything: with its seed it is the same run every time. It is written and read as
 JSON, and its ``repr`` can be pasted into a test.
 """
 
@@ -29,7 +29,7 @@ Role = Literal[
 #: ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has another byte; ``full-disk``:
 #: no byte is free; ``slow-disk``: every blocking call takes half a second more; ``clock``: its time of day
 #: jumps; ``notice``: a worker's machine is taken away, as spot machines are, ``notice_s`` after it was told
-#: so, and another one comes in its place; ``stall``: a training executor lives, and its batches take for ever
+#: so, and another one comes in its place; ``stall``: a training executor runs, and its batches take for ever
 Way = Literal[
     "kill",
     "lose",
@@ -232,7 +232,7 @@ def _a_liar(scenario: Scenario, random: Random) -> Scenario:
 
 
 def _two_deaths(scenario: Scenario, random: Random) -> Scenario:
-    """A worker dies with whoever keeps the books of its round, just when its update counts."""
+    """A worker dies with whoever holds the state of its round, just when its update counts."""
     round_ = random.randrange(1, scenario.rounds - 1)
     phase: Phase = random.choice(("scheduled", "updating", "updating", "closing"))
     after_s = random.choice((0.0, 0.1))

@@ -31,8 +31,9 @@ from hypha.simulation.invariants import (
     settled,
     watch_checkpoints,
 )
+from hypha.simulation.running import run_world
 from hypha.simulation.scenario import Scenario, random_scenario, simpler
-from hypha.simulation.world import World, run_world
+from hypha.simulation.world import World
 
 #: scenarios that one process runs: what was killed in them is only freed with it
 _A_PROCESS = 20

@@ -1,89 +1,48 @@
 """A world: real data nodes, workers and a scheduler on a simulated network, under a virtual clock.
 
 Each machine has a directory (its disk), a line, a clock and, while it runs, one process. What runs there is
-what the programs run: ``scheduler.run_job``, ``worker.node.serve``, ``data.serve.serve``. :func:`run_world`
-runs a :class:`Scenario` to its end and says what came of it.
+what the programs run: ``scheduler.run_job``, ``worker.node.serve``, ``data.serve.serve``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
-import os
 import shutil
-import sqlite3
-import tempfile
-import traceback
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import trio
 import trio.testing
-from trio._core import _run as trio_run
 
-from hypha.config.models import (
-    DEFAULT_EXECUTOR,
-    AllowConfig,
-    CacheConfig,
-    CheckpointConfig,
-    DataConfig,
-    DatasetConfig,
-    DatasetRef,
-    ExecutorConfig,
-    JobConfig,
-    JobResourcesConfig,
-    ModelConfig,
-    NeedsConfig,
-    OfferConfig,
-    PreemptionConfig,
-    PriceConfig,
-    ResourcesConfig,
-    RoundsConfig,
-    SchedulerConfig,
-    SchedulerSection,
-    StorageConfig,
-    WorkerConfig,
-)
-from hypha.data.manifest import make_manifest, write_manifest
 from hypha.data.serving import serve as data_serve
-from hypha.data.slices import write_slice
 from hypha.errors import HyphaError
-from hypha.executor.toy import COLUMN
 from hypha.journal import Journal, JournalEntry
 from hypha.leases import NAME as LEASES
-from hypha.messages import Column
 from hypha.scheduler import JobResult, JobSnapshot, finished_job, run_job
+from hypha.simulation.configurations import NOTICE, data_config, scheduler_config, worker_config
+from hypha.simulation.disks import close_files, make_dataset
 from hypha.simulation.executors.processes import SimulatedExecutors
-from hypha.simulation.network import SimulatedMachine, SimulatedNetwork
-from hypha.simulation.node import SimulatedOptions, open_simulated_node
+from hypha.simulation.net.lines import SimulatedMachine
+from hypha.simulation.net.network import SimulatedNetwork
+from hypha.simulation.net.node import SimulatedOptions, open_simulated_node
 from hypha.simulation.process import (
     SimulatedProcess,
     SimulatedRuntime,
-    Stepping,
-    forget_generators,
     this_process,
 )
-from hypha.simulation.scenario import Scenario, gives_notice
+from hypha.simulation.scenario import Scenario
 from hypha.worker.jobs.directory import remove_stale
 from hypha.worker.limits.confining import Means
 from hypha.worker.node import serve as worker_serve
 
-DATASET = "rows"
-JOB = "job"
 SCHEDULER = "scheduler"
-#: a file that tells a worker that its machine is taken away, and how often it looks for that
-NOTICE, _POLL_S = "notice", 0.5
-ENTRYPOINT = "hypha.executor.toy:toy_theta"
 #: of every machine's disk, unless it is full
 _FREE_BYTES = 1 << 40
 #: a day at which the world begins
 _BEGINS = 1_790_000_000.0
-_LOG_LINES = 5000
 #: a node has started by then, and no job has begun
 _IDLE_AFTER_S = 0.4
 
@@ -119,18 +78,6 @@ class Computer:
             if entry.machine == LEASES and not isinstance(entry.state, str):
                 return sum(int(str(entry.state[key])) for key in ("leases", "draining"))
         return 0
-
-
-@dataclass
-class Ending:
-    """What came of a run. ``problems`` is empty when all was as it must be."""
-
-    problems: list[str]
-    result: JobResult | None
-    failure: HyphaError | None
-    lasted_s: float
-    log: list[str]
-    journal: list[bytes]
 
 
 class World:
@@ -226,7 +173,7 @@ class World:
                 await computer.main(computer)  # type: ignore[misc]
             process.end()
 
-        process.on_end.append(lambda: _close_files(computer.directory))
+        process.on_end.append(lambda: close_files(computer.directory))
         process.spawn(main)
         self.nursery.start_soon(self._count_tasks, computer, process)
 
@@ -319,11 +266,7 @@ class World:
             await trio.sleep_forever()
 
     async def _data(self, computer: Computer) -> None:
-        config = DataConfig(
-            **_identity(computer.name),
-            gateway_addresses=list(self.gateways),
-            datasets=[DatasetConfig(path=computer.directory / "dataset", name=DATASET)],
-        )
+        config = data_config(self.gateways, computer.directory)
         datasets = await data_serve.load_datasets(config)
         options = SimulatedOptions("hypha-data", self.gateways)
         async with open_simulated_node(self.network, computer.machine, this_process(), options) as node:
@@ -332,29 +275,8 @@ class World:
     async def _worker(self, computer: Computer) -> None:
         wanted = self.scenario
         number = self.workers.index(computer.name)
-        boasts = "boast" in computer.lies
-        config = WorkerConfig(
-            **_identity(computer.name),
-            gateway_addresses=list(self.gateways),
-            work_dir=computer.directory / "work",
-            resources=ResourcesConfig(cpu=1e6 if boasts else 2, memory=1e6 if boasts else 4, storage=1),
-            offer=OfferConfig(
-                lease_s=wanted.lease_s,
-                temporary_lease_s=5.0,
-                price=wanted.prices[number % len(wanted.prices)],
-                strategy="whole" if boasts else wanted.strategies[number % len(wanted.strategies)],
-            ),
-            executors=self._executors(number),
-            allow=AllowConfig(entrypoints=[ENTRYPOINT]),
-            cache=CacheConfig(max_slices=6),
-            storage=StorageConfig(checkpoints_gb=0.1 if wanted.replicas else 0.0),
-            preemption=PreemptionConfig(
-                notice_s=wanted.notice_s, file=computer.directory / NOTICE, poll_s=_POLL_S
-            )
-            if gives_notice(wanted)
-            else PreemptionConfig(),
-            stop_grace_s=1.0,
-            limits="none",
+        config = worker_config(
+            wanted, number, self.gateways, computer.directory, boasts="boast" in computer.lies
         )
         config.work_dir.mkdir(exist_ok=True)
         remove_stale(config.work_dir)
@@ -381,55 +303,11 @@ class World:
 
             await worker_serve(config, node, Means(), computer.executors, journal=computer.journal)
 
-    def _executors(self, number: int) -> list[ExecutorConfig]:
-        train = ExecutorConfig(kind="train", name=DEFAULT_EXECUTOR)
-        aggregate = ExecutorConfig(kind="aggregate", name="parameter-server")
-        if not self.scenario.apart or number > self.scenario.workers:
-            return [train, aggregate]
-        return [train] if number else [aggregate]
-
     async def _scheduler(self, computer: Computer) -> None:
         wanted = self.scenario
         number = self.schedulers.index(computer.name)
-        bid, most = wanted.bids[number % len(wanted.bids)]
-        price = PriceConfig(bid=bid, max=most)
-        workers = max(1, wanted.workers - number)
-        needs = {}
-        if wanted.rivals:
-            # a simulated worker runs one executor of each class
-            needs = {
-                "worker": NeedsConfig(cpu=1.5, memory=1.0),
-                "parameter_server": NeedsConfig(cpu=0.5, memory=2.1),
-            }
-        job = JobConfig(
-            name=JOB,
-            model=ModelConfig(type="torch", entrypoint=ENTRYPOINT),
-            dataset=DatasetRef(dataset=DATASET, wait_s=None),
-            rounds=RoundsConfig(
-                update_rounds=wanted.rounds,
-                avg_samples_between_updates=wanted.samples_a_round,
-                batch_size=wanted.batch_size,
-                grace_s=3.0,
-                deadline_s=wanted.deadline_s,
-            ),
-            resources=JobResourcesConfig(
-                num_workers=workers,
-                min_workers=wanted.min_workers,
-                worker_price=price,
-                parameter_server_price=price,
-                **needs,
-                hang_s=wanted.hang_s,
-                load_s=wanted.model_s,
-            ),
-            checkpoint=CheckpointConfig(every_rounds=wanted.checkpoint_every, replicas=wanted.replicas),
-            output=str(computer.directory / "model"),
-        )
-        config = SchedulerConfig(
-            **_identity(computer.name),
-            gateway_addresses=list(self.gateways),
-            state_dir=computer.directory / "state",
-            scheduler=SchedulerSection(job=job),
-        )
+        config = scheduler_config(wanted, number, self.gateways, computer.directory)
+        job = config.scheduler.job
         options = SimulatedOptions("hypha-scheduler", self.gateways)
         process = this_process()
         journal = Journal()
@@ -461,135 +339,3 @@ class World:
         self.entries.append(entry.line())
         for listener in list(self.listeners):
             listener(entry)
-
-
-def _identity(name: str) -> dict[str, object]:
-    """Files that nobody reads here: nodes are given."""
-    return {"cert_pem": Path(f"{name}.pem"), "key_pem": Path(f"{name}.key"), "trust_pem": Path("trust.pem")}
-
-
-def make_dataset(directory: Path, slices: int, rows: int) -> None:
-    """``slices`` slices of ``rows`` numbered rows each."""
-    directory.mkdir()
-    columns = (Column(name=COLUMN, dtype="I64", shape=()),)
-    for index in range(slices):
-        record = np.zeros(rows, dtype=[(COLUMN, "<i8")])
-        record[COLUMN] = np.arange(index * rows, (index + 1) * rows)
-        write_slice(directory / f"slice-{index:04}.safetensors", columns, record)
-    write_manifest(directory, make_manifest(directory, DATASET))
-
-
-def _close_files(directory: Path) -> None:
-    """What the kernel does for a process that has ended: locks go with their descriptors. SQLite's are left:
-    a connection that is never used again locks nothing.
-    """
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            target = os.readlink(f"/proc/self/fd/{name}")
-            if target.startswith(f"{directory}/") and ".db" not in target:
-                os.close(int(name))
-
-
-def fill_databases(directory: Path, full: bool) -> None:
-    """SQLite's own limit of pages stands in for the disk's."""
-    for found in [one for one in gc.get_objects() if type(one) is sqlite3.Connection]:
-        with contextlib.suppress(sqlite3.Error):
-            ((_, _, path),) = found.execute("PRAGMA database_list").fetchall()[:1]
-            if path.startswith(f"{directory}/"):
-                (pages,) = found.execute("PRAGMA page_count").fetchone()
-                found.execute(f"PRAGMA max_page_count = {pages if full else 1 << 30}")
-
-
-class _Log(logging.Handler):
-    """Keeps the last lines, with the world's time and the process that said them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.lines: deque[str] = deque(maxlen=_LOG_LINES)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Called by logging."""
-        try:
-            at = f"{trio.current_time():9.3f}"
-            who = this_process().name
-        except (RuntimeError, LookupError):
-            at, who = "        -", "world"
-        text = record.getMessage()
-        if record.exc_info and record.exc_info[1] is not None:
-            text += f" [{record.exc_info[1]!r}]\n{''.join(traceback.format_exception(record.exc_info[1]))}"
-        peer = getattr(record, "peer_id", getattr(record, "worker_peer_id", ""))
-        self.lines.append(f"{at} {who}: {record.levelname} {text} {peer}".rstrip())
-
-
-@contextlib.contextmanager
-def _logged(level: int) -> Iterator[_Log]:
-    log = _Log()
-    root = logging.getLogger("hypha")
-    before, propagate = root.level, root.propagate
-    root.addHandler(log)
-    root.setLevel(level)
-    root.propagate = False
-    try:
-        yield log
-    finally:
-        root.removeHandler(log)
-        root.setLevel(before)
-        root.propagate = propagate
-
-
-@contextlib.contextmanager
-def _deterministic(seed: int) -> Iterator[None]:
-    """trio's own order of tasks follows from ``seed``."""
-    name = "_ALLOW_DETERMINISTIC_SCHEDULING"
-    before = getattr(trio_run, name)
-    state = trio_run._r.getstate()
-    setattr(trio_run, name, True)
-    trio_run._r.seed(seed)
-    try:
-        yield
-    finally:
-        setattr(trio_run, name, before)
-        trio_run._r.setstate(state)
-
-
-def scratch_directory() -> Path:
-    """A new directory, in memory where there is such a place: a run syncs files by the hundred."""
-    memory = Path("/dev/shm")
-    place = memory if os.access(memory, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="hypha-world-", dir=place))
-
-
-def run_world(
-    scenario: Scenario, live: Callable[[World], object], root: Path | None = None, level: int = logging.INFO
-) -> Ending:
-    """Make the world, have ``await live(world)`` be its story, end it, and delete ``root`` unless given."""
-    place = root or scratch_directory()
-    worlds: list[World] = []
-    lasted_s = 0.0
-
-    async def main() -> None:
-        nonlocal lasted_s
-        try:
-            async with trio.open_nursery() as nursery:
-                world = World(scenario, place, nursery)
-                worlds.append(world)
-                nursery.start_soon(world.network.run)
-                try:
-                    await live(world)  # type: ignore[misc]
-                finally:
-                    lasted_s = trio.current_time()
-                    for name in world.computers:
-                        world.kill(name)
-                    nursery.cancel_scope.cancel()
-        finally:
-            forget_generators()
-
-    try:
-        with _deterministic(scenario.seed), _logged(level) as log:
-            clock = trio.testing.MockClock(autojump_threshold=0)
-            trio.run(main, clock=clock, instruments=[Stepping()])
-    finally:
-        if root is None:
-            shutil.rmtree(place, ignore_errors=True)
-    (world,) = worlds
-    return Ending(world.problems, world.result, world.failure, lasted_s, list(log.lines), world.entries)

@@ -4,7 +4,7 @@ The table in docs/observability.md, the lint of rules, dashboards and documented
 this registry. Names that operations.md gives are exact; OpenTelemetry's own (``system.*``, ``process.*``,
 ``hw.gpu.*``) stand beside ours where there is one. In Prometheus dots become underscores, counters get
 ``_total``; the job that a scheduler or worker is of is the resource attribute ``hypha.job``
-(``target_info{hypha_job="..."}``).
+(``target_info{hypha_job="..."}``). Although long it is one module: one table, in the order of the page.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Logs: one entry a line, JSON or text, on standard error.
 
-Libraries are heard from ``warn`` on (libp2p from ``error`` on) unless the filter names them. What belongs to
+Libraries are logged from ``warn`` on (libp2p from ``error`` on) unless the filter names them. What belongs to
 all entries of a task and of those that it starts is bound once, with :func:`bind` or :func:`logged`; the
 operation is that of the span which is current. Standard error may be closed, broken, full or stuck: then
-entries are lost, which is said when it takes some again, and nothing else happens.
+entries are lost, which is logged when it takes some again, and nothing else happens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hypha.naming import cleaned, legible, name_of, named
 from hypha.telemetry.instruments import LOG_ENTRIES
 from hypha.tracing.spans import current_operation
 
-#: What every LogRecord has, so that the rest is what the caller said with ``extra=``.
+#: What every LogRecord has, so that the rest is what the caller gave with ``extra=``.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 #: fields of the specification, in its order; others follow
 _FIRST = ("worker_peer_id", "lease_id", "job_id", "round", "operation")
@@ -68,7 +68,7 @@ def logged(**fields: Bound) -> Iterator[None]:
 
 
 class ContextFilter(logging.Filter):
-    """Adds the bound fields and the operation to each record, where its caller did not say otherwise. For any
+    """Adds the bound fields and the operation to each record, where its caller did not set them. For any
     handler; lets everything through.
     """
 
@@ -164,7 +164,7 @@ def unreadable(record: logging.LogRecord, exc: Exception) -> logging.LogRecord:
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: timestamp, level, component, message, trace_id and span_id in a span, the
-    fields of the specification where they apply, the logger, and what else the caller said. Beside a PeerID
+    fields of the specification where they apply, the logger, and what else the caller gave. Beside a PeerID
     stands its name, where it is known.
     """
 
@@ -204,8 +204,8 @@ class TextFormatter(logging.Formatter):
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        told = (f" {name}={_in_a_line(str(value))}" for name, value in _fields(record).items())
-        fields = named("".join(told))
+        written = (f" {name}={_in_a_line(str(value))}" for name, value in _fields(record).items())
+        fields = named("".join(written))
         time, level, name = _timestamp(record), level_name(record.levelno), record.name
         shown = f"{level.upper():5}"
         if self._colour():
@@ -220,7 +220,7 @@ def _painted(colour: str, text: str) -> str:
 
 
 def wants_colour(stream: TextIO | None) -> bool:
-    """Whether ``stream`` is a terminal whose user has not said otherwise (``NO_COLOR``, ``TERM=dumb``)."""
+    """Whether ``stream`` is a terminal whose user has not declined colours (``NO_COLOR``, ``TERM=dumb``)."""
     if variable("NO_COLOR") or variable("TERM") == "dumb":
         return False
     try:

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from tests.support.network import Pki
 
 from hypha.cli.doctor.finding import Check, Finding
-from hypha.config.models import JobConfig, WorkerConfig
+from hypha.config.job import JobConfig
+from hypha.config.models import WorkerConfig
 from hypha.pki.authority import CaFiles
 from hypha.pki.identity import IdentityFiles
 

@@ -25,13 +25,8 @@ from hypha.cli.doctor.gathering.whole import Subjects, gather
 from hypha.cli.doctor.judging.network import judge_network
 from hypha.cli.doctor.judging.whole import judge
 from hypha.cli.doctor.subject import Subject
-from hypha.config.models import (
-    DataConfig,
-    DatasetConfig,
-    DatasetRef,
-    GatewayConfig,
-    NodeConfig,
-)
+from hypha.config.job import DatasetRef
+from hypha.config.models import DataConfig, DatasetConfig, GatewayConfig, NodeConfig
 from hypha.data import run_data
 from hypha.errors import Refused
 from hypha.messages import DialBack, Health, MeasureBandwidth, PeerRef, Response

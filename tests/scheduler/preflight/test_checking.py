@@ -14,7 +14,7 @@ import pytest
 from tests.scheduler.preflight.test_findings import DIGITS, RESNET, TOKENS, manifest
 from tests.support.hub import Hub, Repository
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.errors import ConfigError
 from hypha.messages import Column, DatasetDescription, Manifest, PeerRef, Trial, TrialReport
 from hypha.scheduler.data.datasets import ServedDataset

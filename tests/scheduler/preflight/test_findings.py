@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.messages import Column, ColumnRange, Manifest, SliceInfo
 from hypha.scheduler.preflight.finding import PreflightFinding
 from hypha.scheduler.preflight.findings import findings

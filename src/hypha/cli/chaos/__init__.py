@@ -1,1 +1,1 @@
-"""``hypha chaos``: a real local network that is killed, frozen and cut while it trains; and its words."""
+"""``hypha chaos``: a real local network that is killed, frozen and cut while it trains; its faults."""

@@ -28,7 +28,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Reading:
-    """What the ``scheduler`` of that name said ``at`` that time, in ``round``."""
+    """What the ``scheduler`` of that name reported ``at`` that time, in ``round``."""
 
     at: float
     scheduler: str
@@ -74,19 +74,19 @@ def account(readings: Sequence[Reading], stretch: RoundSpan) -> Account | None:
     badput: Counter[str] = Counter()
     last: Reading | None = None
     for _, group in groupby(window, key=lambda one: one.scheduler):
-        lives = list(group)
-        newest = lives[-1].report
+        readings_of_one = list(group)
+        newest = readings_of_one[-1].report
         if last is None:
-            oldest = lives[0].report
+            oldest = readings_of_one[0].report
             good_s += newest.goodput_s - oldest.goodput_s
             seen_s += newest.wall_s - oldest.wall_s
             badput.update({key: value - oldest.badput_s[key] for key, value in newest.badput_s.items()})
         else:
-            unseen_s += lives[0].at - lives[0].report.wall_s - last.at
+            unseen_s += readings_of_one[0].at - readings_of_one[0].report.wall_s - last.at
             good_s += newest.goodput_s
             seen_s += newest.wall_s
             badput.update(newest.badput_s)
-        last = lives[-1]
+        last = readings_of_one[-1]
     return Account(
         samples=end.report.samples - begin.report.samples,
         wall_s=seen_s + max(0.0, unseen_s),

@@ -1,8 +1,9 @@
 """A vocabulary of faults: who fails, when (round and phase), and how.
 
-``await fail_at(network, scheduler, "worker", 2, "training", "kill")`` waits for that moment of the running
-job and strikes a worker that trains but does not host the parameter server; :func:`strike` does not wait.
-:func:`recover` heals: it wakes, joins, repairs, or starts a killed node again with the same configuration.
+``await fail_at(TargetJob(network, scheduler), "worker", 2, "training", "kill")`` waits for that moment of the
+running job and strikes a worker that trains but does not host the parameter server; :func:`strike` does not
+wait. :func:`recover` heals: it wakes, joins, repairs, or starts a killed node again with the same
+configuration.
 
 ``kill`` and ``stop`` (a freeze, of the process and all its children) strike nodes and executors, the rest
 nodes only: ``cut`` and ``slow`` need a network in a :class:`~hypha.cli.chaos.lab.Star`, ``fill_disk`` a
@@ -59,6 +60,14 @@ _numbers = count()
 
 
 @dataclass(frozen=True)
+class TargetJob:
+    """The running job whose nodes are struck: the network, and its scheduler."""
+
+    network: Network
+    scheduler: Child
+
+
+@dataclass(frozen=True)
 class StruckNode:
     """What was struck: the node, the processes, and the job as it was seen just before."""
 
@@ -72,8 +81,7 @@ class StruckNode:
 
 
 async def fail_at(
-    network: Network,
-    scheduler: Child,
+    job: TargetJob,
     role: Role,
     round_: int,
     phase: Phase = "training",
@@ -85,27 +93,25 @@ async def fail_at(
     that moment is the caller's.
     """
     if phase == "updating":
-        before = await _updating(network, scheduler, role, round_)
+        before = await _updating(job, role, round_)
     elif phase == "broadcasting":
-        before = await _trained(network, scheduler, round_)
+        before = await _trained(job, round_)
         # the snapshot is a little old, so it may be the next round that ends first
-        await _written(scheduler, " was applied: ", JOB_S)
+        await _written(job.scheduler, " was applied: ", JOB_S)
     elif phase == "scheduled":
-        before = await network.reached(
-            scheduler, lambda seen: seen.round >= round_ and seen.phase == "scheduled"
+        before = await job.network.reached(
+            job.scheduler, lambda seen: seen.round >= round_ and seen.phase == "scheduled"
         )
     elif phase == "last-round":
-        before = await _trained(network, scheduler, None)
+        before = await _trained(job, None)
     else:
-        before = await _trained(network, scheduler, round_)
-    return strike(network, scheduler, role, how, before, name)
+        before = await _trained(job, round_)
+    return strike(job, role, how, before, name)
 
 
-def strike(
-    network: Network, scheduler: Child, role: Role, how: How, before: JobSnapshot, name: str | None = None
-) -> StruckNode:
+def strike(job: TargetJob, role: Role, how: How, before: JobSnapshot, name: str | None = None) -> StruckNode:
     """Strike now; ``before`` says who has which part in the job. NetworkFailed when nobody has that one."""
-    node = candidates(network, scheduler, role, before, name)[0]
+    node, network = candidates(job, role, before, name)[0], job.network
     number = next(_numbers)
     pids: tuple[int, ...] = ()
     if how in ("kill", "stop"):
@@ -139,12 +145,11 @@ async def again(network: Network, node: Child, program: str) -> Child:
     return await network.start(f"{name}+{int(number or 0) + 1}", program, network.root / f"{name}.toml")
 
 
-def candidates(
-    network: Network, scheduler: Child, role: Role, seen: JobSnapshot, name: str | None = None
-) -> list[Child]:
+def candidates(job: TargetJob, role: Role, seen: JobSnapshot, name: str | None = None) -> list[Child]:
     """The running nodes that have this part in the job; NetworkFailed when there is none."""
     if role == "scheduler":
-        return [scheduler]
+        return [job.scheduler]
+    network = job.network
     running = [child for child in network.group.running if child.process.poll() is None]
     program = _PROGRAMS[role]
     if name is not None:
@@ -269,7 +274,7 @@ def _tree(pid: int) -> list[int]:
     return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
-async def _trained(network: Network, scheduler: Child, round_: int | None) -> JobSnapshot:
+async def _trained(job: TargetJob, round_: int | None) -> JobSnapshot:
     """Every worker of the round has trained a little; ``None`` is the last round."""
 
     def holds(seen: JobSnapshot) -> bool:
@@ -281,16 +286,16 @@ async def _trained(network: Network, scheduler: Child, round_: int | None) -> Jo
             and all(worker.batches or worker.state in _AWAY for worker in seen.workers)
         )
 
-    return await network.reached(scheduler, holds)
+    return await job.network.reached(job.scheduler, holds)
 
 
-async def _updating(network: Network, scheduler: Child, role: Role, round_: int) -> JobSnapshot:
+async def _updating(job: TargetJob, role: Role, round_: int) -> JobSnapshot:
     """One update is in, another held back: a worker that is not the victim sleeps meanwhile. It is chosen
     again when rounds go by without it, as its executor may just have been replaced.
     """
     while True:
-        seen = await _trained(network, scheduler, round_)
-        bystander = _bystander(network, scheduler, role, seen)
+        seen = await _trained(job, round_)
+        bystander = _bystander(job, role, seen)
         if bystander is None:
             await trio.sleep(_LOOK_S)
             continue
@@ -299,14 +304,15 @@ async def _updating(network: Network, scheduler: Child, role: Role, round_: int)
             return now.phase == "updating" or now.round >= passed
 
         with asleep(bystander):
-            now = await network.reached(scheduler, shown)
+            now = await job.network.reached(job.scheduler, shown)
         if now.phase == "updating":
             return now
 
 
-def _bystander(network: Network, scheduler: Child, role: Role, seen: JobSnapshot) -> int | None:
+def _bystander(job: TargetJob, role: Role, seen: JobSnapshot) -> int | None:
     """The executor of somebody who trains and is not the victim, if there is one."""
-    [victim, *_] = candidates(network, scheduler, role, seen)
+    network = job.network
+    [victim, *_] = candidates(job, role, seen)
     trainers = {worker.peer for worker in seen.workers if worker.batches}
     return next(
         (

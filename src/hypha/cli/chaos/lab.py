@@ -77,8 +77,8 @@ class Lab:
 
     def packets(self, place: str, counter: str) -> int:
         """What the named counter of table ``inet hypha`` has counted."""
-        said = _run("ip", "netns", "exec", place, "nft", "list", "counter", "inet", "hypha", counter)
-        return int(said.split("packets")[1].split()[0])
+        listed = _run("ip", "netns", "exec", place, "nft", "list", "counter", "inet", "hypha", counter)
+        return int(listed.split("packets")[1].split()[0])
 
     def plug(self, place: str, cable_to: str, up: bool) -> None:
         """Pull the cable out of ``place``, or put it back, with the routes that the kernel forgot."""
@@ -176,7 +176,7 @@ class Star:
         return self._spots[name]
 
     def cut(self, name: str, off: bool) -> None:
-        """Let its packets vanish at the router, both ways and without a word; or let them through again."""
+        """Let its packets vanish at the router, both ways and without a reply; or let them through again."""
         self._filter(name, "cut", "drop" if off else None)
 
     def slow(self, name: str, bytes_per_s: int | None) -> None:

@@ -177,7 +177,7 @@ class Network:
         }
         return await self.start(name, "scheduler", self.write(name, "scheduler", **keys))
 
-    async def said(self, child: Child, key: str, timeout_s: float = START_S) -> Any:
+    async def logged_value(self, child: Child, key: str, timeout_s: float = START_S) -> Any:
         """The value of ``key`` in one of its log entries, as soon as there is one."""
         with trio.move_on_after(timeout_s):
             while True:
@@ -186,7 +186,7 @@ class Network:
                 await trio.sleep(_LOOK_S)
         if key not in child.look():
             ended = "ended" if child.process.poll() is not None else f"ran for {timeout_s:g} s"
-            raise NetworkFailed(f"{child.name} {ended} without saying {key}:\n{child.tail()}")
+            raise NetworkFailed(f"{child.name} {ended} without logging {key}:\n{child.tail()}")
         return child.fields[key]
 
     async def logged(self, child: Child, text: str, timeout_s: float = START_S) -> str:
@@ -198,11 +198,11 @@ class Network:
                 if found is not None:
                     return found
                 await trio.sleep(_LOOK_S)
-        raise NetworkFailed(f"{child.name} has not said {text!r} in {timeout_s:g} s:\n{child.tail()}")
+        raise NetworkFailed(f"{child.name} has not logged {text!r} in {timeout_s:g} s:\n{child.tail()}")
 
     async def status(self, scheduler: Child) -> JobSnapshot:
-        """What the scheduler's /status says. Raises one of ``NO_ANSWER`` when it does not answer."""
-        address = await self.said(scheduler, "http_address")
+        """The reply of the scheduler's /status. Raises one of ``NO_ANSWER`` when it does not answer."""
+        address = await self.logged_value(scheduler, "http_address")
 
         def get() -> bytes:
             # twenty times a second: a fifth of what an HTTP client of its own for each would take

@@ -106,17 +106,26 @@ class ChaosReport:
         }
 
 
-def judge(
-    stretches: Sequence[RoundSpan],
-    applied: Sequence[Applied],
-    samples: Mapping[int, int],
-    struck: Sequence[InjectedFault],
-    ended: Sequence[UnexpectedEnd],
-    generation: int,
-    failure: str,
-    own: Account | None = None,
-) -> ChaosReport:
-    """``stretches`` are calm, disturbed, calm; fewer when the job got stuck in one."""
+@dataclass(frozen=True)
+class ChaosMeasurements:
+    """What was seen of a run. ``stretches`` are calm, disturbed, calm; fewer when the job got stuck in one.
+    ``samples`` are those of the rounds that count, by round.
+    """
+
+    stretches: Sequence[RoundSpan]
+    applied: Sequence[Applied]
+    samples: Mapping[int, int]
+    struck: Sequence[InjectedFault] = ()
+    ended: Sequence[UnexpectedEnd] = ()
+    generation: int = 0
+    failure: str = ""
+    own: Account | None = None
+
+
+def judge(measured: ChaosMeasurements) -> ChaosReport:
+    """What it comes to."""
+    stretches, applied, samples = measured.stretches, measured.applied, measured.samples
+    failure, struck = measured.failure, measured.struck
     disturbed = [goodput(one, samples) for one in stretches[1:2]]
     calm = [goodput(one, samples) for one in (*stretches[:1], *stretches[2:])]
     stop = stretches[-1].stop if stretches else 0
@@ -136,10 +145,10 @@ def judge(
         disturbed[0] if disturbed else 0.0,
         stretches[1].wall_s if len(stretches) > 1 else 0.0,
         stop,
-        generation,
-        tuple(ended),
+        measured.generation,
+        tuple(measured.ended),
         failure,
-        own,
+        measured.own,
     )
 
 
@@ -179,7 +188,7 @@ def show(console: Console, report: ChaosReport) -> None:
 
 
 def _own_lines(report: ChaosReport) -> list[str]:
-    """What the scheduler says of the disturbed stretch, and whether that is right."""
+    """What the scheduler reports of the disturbed stretch, and whether that is right."""
     own = report.own
     if own is None:
         return ["The scheduler's own account of the disturbed stretch could not be read."]

@@ -20,11 +20,11 @@ from rich.console import Console
 
 from hypha.cli.chaos import lab
 from hypha.cli.chaos.account import Accountant, account
-from hypha.cli.chaos.book import LedgerFollower
 from hypha.cli.chaos.faults import How
 from hypha.cli.chaos.goodput import Applied, RoundSpan
+from hypha.cli.chaos.ledger import LedgerFollower
 from hypha.cli.chaos.network import Network, NetworkFailed, open_network
-from hypha.cli.chaos.report import ChaosReport, InjectedFault, judge, show
+from hypha.cli.chaos.report import ChaosMeasurements, ChaosReport, judge, show
 from hypha.cli.chaos.schedule import Planned, plan
 from hypha.cli.chaos.striking import Striker, Supervisor
 from hypha.cli.demo import files
@@ -59,7 +59,7 @@ _AGGREGATE = {"class": "aggregate", "name": "parameter-server"}
 
 @dataclass(frozen=True)
 class ChaosOptions:
-    """What the command line says."""
+    """The options of the command line."""
 
     seconds: float
     workers: int
@@ -114,35 +114,42 @@ async def _course(
 ) -> ChaosReport:
     _say(console, f"Preparing the data and starting {options.workers + 7} nodes in {place.root}")
     await _start(place, network, options.workers, "fill_disk" in hows)
-    book = LedgerFollower(place.root / "state" / JOB / "job.db")
+    ledger = LedgerFollower(place.root / "state" / JOB / "job.db")
     supervisor, accountant = Supervisor(network), Accountant(network)
-    striker = Striker(network, book, supervisor, lambda text: _say(console, text))
+    striker = Striker(network, ledger, supervisor, lambda text: _say(console, text))
     planned = plan(options.seed, options.seconds, options.interval_s, hows)
     low, high = _CALM_S
     calm_s = max(low, min(high, options.seconds * _CALM_SHARE))
     stretches: list[RoundSpan] = []
     failure = ""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(book.follow)
+        nursery.start_soon(ledger.follow)
         nursery.start_soon(supervisor.run)
         nursery.start_soon(accountant.run)
         try:
-            await _warm_up(network, book)
-            _say(console, f"Round {book.round}; undisturbed for {calm_s:g} s")
-            stretches.append(await _stretch(book, calm_s))
-            _say(console, f"Round {book.round}; {len(planned)} faults in {options.seconds:g} s")
+            await _warm_up(network, ledger)
+            _say(console, f"Round {ledger.round}; undisturbed for {calm_s:g} s")
+            stretches.append(await _stretch(ledger, calm_s))
+            _say(console, f"Round {ledger.round}; {len(planned)} faults in {options.seconds:g} s")
             async with _striking(striker, planned):
-                stretches.append(await _stretch(book, options.seconds))
-            _say(console, f"Round {book.round}; undisturbed for {calm_s:g} s again")
-            stretches.append(await _stretch(book, calm_s))
+                stretches.append(await _stretch(ledger, options.seconds))
+            _say(console, f"Round {ledger.round}; undisturbed for {calm_s:g} s again")
+            stretches.append(await _stretch(ledger, calm_s))
             await accountant.caught_up(stretches[1], _READ_S)
         except NetworkFailed as exc:
             failure = str(exc)
         nursery.cancel_scope.cancel()
-    samples = book.samples()
-    struck: list[InjectedFault] = striker.struck
-    own = account(accountant.readings, stretches[1]) if len(stretches) > 1 else None
-    return judge(stretches, book.applied, samples, struck, supervisor.ended, book.generation(), failure, own)
+    measured = ChaosMeasurements(
+        stretches,
+        ledger.applied,
+        ledger.samples(),
+        struck=striker.struck,
+        ended=supervisor.ended,
+        generation=ledger.generation(),
+        failure=failure,
+        own=account(accountant.readings, stretches[1]) if len(stretches) > 1 else None,
+    )
+    return judge(measured)
 
 
 @asynccontextmanager
@@ -154,31 +161,31 @@ async def _striking(striker: Striker, planned: list[Planned]) -> AsyncIterator[N
         nursery.cancel_scope.cancel()
 
 
-async def _warm_up(network: Network, book: LedgerFollower) -> None:
+async def _warm_up(network: Network, ledger: LedgerFollower) -> None:
     with trio.move_on_after(_START_S):
-        while book.round < _WARM_ROUNDS:
-            if await book.next_round(_START_S) is None:
+        while ledger.round < _WARM_ROUNDS:
+            if await ledger.next_round(_START_S) is None:
                 break
-    if book.round < _WARM_ROUNDS:
+    if ledger.round < _WARM_ROUNDS:
         scheduler = next(one for one in network.group.running if one.name.startswith("scheduler"))
         raise NetworkFailed(f"the job did not start within {_START_S:g} s:\n{scheduler.tail()}")
 
 
-async def _stretch(book: LedgerFollower, seconds: float) -> RoundSpan:
+async def _stretch(ledger: LedgerFollower, seconds: float) -> RoundSpan:
     """From the application of a round to that of the first one after ``seconds``."""
-    began, first = book.applied[-1].at, book.round
+    began, first = ledger.applied[-1].at, ledger.round
     with trio.move_on_at(began + seconds):
         while True:
-            await _next(book)
-    last = await _next(book)
+            await _next(ledger)
+    last = await _next(ledger)
     return RoundSpan(began, last.at, first, last.round + 1)
 
 
-async def _next(book: LedgerFollower) -> Applied:
-    applied = await book.next_round(_STUCK_S)
+async def _next(ledger: LedgerFollower) -> Applied:
+    applied = await ledger.next_round(_STUCK_S)
     if applied is None:
         raise NetworkFailed(
-            f"no round was applied for {_STUCK_S:g} s: the job is stuck at round {book.round}"
+            f"no round was applied for {_STUCK_S:g} s: the job is stuck at round {ledger.round}"
         )
     return applied
 
@@ -200,7 +207,7 @@ async def _start(place: files.DemoFiles, network: Network, workers: int, small_d
         others = [address for at, address in enumerate(network.gateways) if at != number]
         gateway = await network.gateway(name, {**keys, "gateway_addresses": others})
         # one that cannot listen is told now, with the end of its log
-        await network.said(gateway, "addresses")
+        await network.logged_value(gateway, "addresses")
     for name in ("data-1", "data-2"):
         copy = place[f"dataset-{name}"]
         await trio.to_thread.run_sync(shutil.copytree, place["dataset"], copy)

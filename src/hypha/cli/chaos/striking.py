@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import trio
 
-from hypha.cli.chaos.book import LedgerFollower
-from hypha.cli.chaos.faults import StruckNode, again, candidates, recover, strike
+from hypha.cli.chaos.faults import StruckNode, TargetJob, again, candidates, recover, strike
+from hypha.cli.chaos.ledger import LedgerFollower
 from hypha.cli.chaos.network import NO_ANSWER, Network, NetworkFailed, base
 from hypha.cli.chaos.report import InjectedFault, UnexpectedEnd
 from hypha.cli.chaos.schedule import RESTART_S, Planned
@@ -56,9 +56,9 @@ class Striker:
     """Carries out a plan on a running job."""
 
     network: Network
-    book: LedgerFollower
+    ledger: LedgerFollower
     supervisor: Supervisor
-    say: Callable[[str], None]
+    tell: Callable[[str], None]
 
     def __post_init__(self) -> None:
         self.struck: list[InjectedFault] = []
@@ -83,13 +83,15 @@ class Striker:
                     await trio.sleep(_LOOK_S)
                     continue
                 at = trio.current_time()
-                row = InjectedFault(at, at - began, one.role, one.how, base(fault.node.name), self.book.round)
+                row = InjectedFault(
+                    at, at - began, one.role, one.how, base(fault.node.name), self.ledger.round
+                )
                 self.struck.append(row)
-                self.say(f"{row.at_s:6.1f} s  round {row.round}: {one.how} {one.role} {row.node}")
+                self.tell(f"{row.at_s:6.1f} s  round {row.round}: {one.how} {one.role} {row.node}")
                 nursery.start_soon(self._heal, fault, one.hold_s)
                 nursery.start_soon(self._tell, row)
                 return
-        self.say(f"{trio.current_time() - began:6.1f} s  {one.how} {one.role} is skipped: {why}")
+        self.tell(f"{trio.current_time() - began:6.1f} s  {one.how} {one.role} is skipped: {why}")
 
     async def _try(self, one: Planned) -> StruckNode:
         scheduler = self._scheduler()
@@ -98,9 +100,9 @@ class Striker:
                 self._seen = await self.network.status(scheduler)
             except NO_ANSWER as exc:
                 raise NetworkFailed(f"the scheduler does not answer: {exc}") from exc
-        found = candidates(self.network, scheduler, one.role, self._seen)
+        found = candidates(TargetJob(self.network, scheduler), one.role, self._seen)
         node = found[int(one.pick * len(found))]
-        fault = strike(self.network, scheduler, one.role, one.how, self._seen, base(node.name))
+        fault = strike(TargetJob(self.network, scheduler), one.role, one.how, self._seen, base(node.name))
         if one.how == "kill":
             self.supervisor.killed.update(fault.pids)
         return fault
@@ -121,7 +123,7 @@ class Striker:
                 await recover(self.network, fault)
 
     async def _tell(self, row: InjectedFault) -> None:
-        applied = await self.book.next_round(float("inf"))
+        applied = await self.ledger.next_round(float("inf"))
         if applied is not None:
             after_s = applied.at - row.struck
-            self.say(f"{row.at_s:6.1f} s    round {applied.round} was applied {after_s:.1f} s later")
+            self.tell(f"{row.at_s:6.1f} s    round {applied.round} was applied {after_s:.1f} s later")

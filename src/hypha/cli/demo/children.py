@@ -1,6 +1,6 @@
 """The demo's processes: started in groups of their own, watched, and always ended.
 
-Each writes its log to a file, so that what a process said last can be shown when it fails. None outlives
+Each writes its log to a file, so that what a process logged last can be shown when it fails. None outlives
 the :func:`children` block: SIGTERM first, SIGKILL to the whole group after ``GRACE_S``.
 """
 
@@ -77,7 +77,7 @@ class Child:
     _rest: bytes = b""
 
     def look(self) -> dict[str, object]:
-        """Read on in its log; what its entries said so far (``addresses``, ``http_address`` ...)."""
+        """Read on in its log; what its entries have held so far (``addresses``, ``http_address`` ...)."""
         with self.log.open("rb") as file:
             file.seek(self._read)
             data = self._rest + file.read()

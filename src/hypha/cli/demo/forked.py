@@ -41,9 +41,9 @@ class ForkedNode:
         return self.returncode
 
     def _hear(self) -> None:
-        said = self._told.recv(_MAX_REPLY_BYTES)
-        if said:
-            self.returncode = os.waitstatus_to_exitcode(json.loads(said)["status"])
+        reply = self._told.recv(_MAX_REPLY_BYTES)
+        if reply:
+            self.returncode = os.waitstatus_to_exitcode(json.loads(reply)["status"])
         elif select.select([self._descriptor], [], [], 0)[0]:
             # the host has ended before it: how it ended nobody knows
             self.returncode = -signal.SIGKILL
@@ -119,13 +119,13 @@ class NodeHost:
             with theirs:
                 socket.send_fds(self._control, [json.dumps(request).encode()], [theirs.fileno(), output])
             await trio.lowlevel.wait_readable(told)
-            said, descriptors, _, _ = socket.recv_fds(told, _MAX_REPLY_BYTES, 1)
+            reply, descriptors, _, _ = socket.recv_fds(told, _MAX_REPLY_BYTES, 1)
         except OSError:
-            said = b""
-        if not said:
+            reply = b""
+        if not reply:
             told.close()
             return None
-        return ForkedNode(json.loads(said)["pid"], descriptors[0], told)
+        return ForkedNode(json.loads(reply)["pid"], descriptors[0], told)
 
     def _differs(self, environment: Mapping[str, str]) -> bool:
         return any(

@@ -40,7 +40,7 @@ from hypha.worker.processes.process import run_executor
 from hypha.worker.processes.warm import SharedHost
 
 POLL_S = 0.2
-#: A gateway that has not said its addresses by then never will.
+#: A gateway that has not logged its addresses by then never will.
 START_S = 30.0
 
 SNIPPET = """\
@@ -56,7 +56,7 @@ print(model(pixel_values=images).logits.argmax(dim=-1).tolist())
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the command line says."""
+    """The options of the command line."""
 
     workers: int
     rounds: int

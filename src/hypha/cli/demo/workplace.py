@@ -1,5 +1,5 @@
-"""Where a throw-away network lives: its directory, its environment, its executor host, scikit-learn's digits
-prepared in it.
+"""Where a throw-away network is kept: its directory, its environment, its executor host, and scikit-learn's
+digits, prepared in it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """All that the doctor can find, by what is seen of it: the registry of which docs/troubleshooting.md is made.
 
+Although long this is one module: it is one table, and what it says is read and kept together with its page.
 Each check has a judge in ``judging/`` that finds it, and a test that stages its cause
 (``tests/cli/doctor``). The symptoms are those of the specification, in its order, and two more of the
 machine below a node.
@@ -9,15 +10,15 @@ from __future__ import annotations
 
 from hypha.cli.doctor.finding import Check, Severity, Symptom
 
-CANNOT_CONNECT = Symptom("Nodes cannot connect to the network", "Connection issues")
-DISCONNECTS = Symptom("Intermittent disconnections", "Connection issues")
-SLOW_TRAINING = Symptom("Slow training progress", "Performance issues")
-SYNCHRONIZATION = Symptom("High synchronization overhead", "Performance issues")
-NO_OFFERS = Symptom("Workers not receiving offers", "Resource issues")
-LEASES = Symptom("Lease failures", "Resource issues")
-NO_DATASET = Symptom("Dataset not found", "Data issues")
-SLOW_FETCHES = Symptom("Slow data fetches", "Data issues")
-MACHINE = Symptom("A node does not start, or not for long", "The machine")
+CANNOT_CONNECT = Symptom("Nodes cannot connect to the network")
+DISCONNECTS = Symptom("Intermittent disconnections")
+SLOW_TRAINING = Symptom("Slow training progress")
+SYNCHRONIZATION = Symptom("High synchronization overhead")
+NO_OFFERS = Symptom("Workers not receiving offers")
+LEASES = Symptom("Lease failures")
+NO_DATASET = Symptom("Dataset not found")
+SLOW_FETCHES = Symptom("Slow data fetches")
+MACHINE = Symptom("A node does not start, or not for long")
 
 #: by name, in the order of the page
 CHECKS: dict[str, Check] = {}

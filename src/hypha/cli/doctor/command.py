@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hypha.cli.component import DEFAULT_CONFIG, ConfigOption
+from hypha.cli.options import DEFAULT_CONFIG, ConfigOption
 
 _MBIT = 10**6 / 8
 
@@ -45,7 +45,7 @@ def doctor(
     from hypha.cli.doctor.judging.whole import judge
     from hypha.cli.doctor.subject import read_subject
     from hypha.cli.running import run_until_signal
-    from hypha.config.models import DatasetRef
+    from hypha.config.job import DatasetRef
     from hypha.config.reading.log_filter import parse_filter
     from hypha.telemetry.logs import configure_logging
 

@@ -1,4 +1,4 @@
-"""What the doctor says: a check is what may be found anywhere, a finding is what was found here."""
+"""What the doctor reports: a check is what may be found anywhere, a finding is what was found here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ class Symptom:
     """What somebody sees who has one of the faults: a section of the page."""
 
     title: str
-    area: str
 
 
 @dataclass(frozen=True)

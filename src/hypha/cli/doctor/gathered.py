@@ -206,7 +206,7 @@ class ServiceObservations:
 
 @dataclass(frozen=True)
 class Running:
-    """What the running node says of itself. Shares are of all worker seconds, by reason. ``requests`` are
+    """What the running node reports of itself. Shares are of all worker seconds, by reason. ``requests`` are
     those for workers that a worker has received, ``offers`` those that a scheduler has, by what came of them.
     """
 

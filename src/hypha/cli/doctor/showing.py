@@ -1,4 +1,4 @@
-"""The doctor's words: lines for people, JSON for machines."""
+"""What the doctor prints: lines for people, JSON for machines."""
 
 from __future__ import annotations
 

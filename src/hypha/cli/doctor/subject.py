@@ -14,16 +14,10 @@ from typing import Any
 from pydantic import ConfigDict
 
 from hypha.access import ROLES
-from hypha.config.models import (
-    COMPONENTS,
-    JobConfig,
-    LeafConfig,
-    NodeConfig,
-    SchedulerConfig,
-    SchedulerSection,
-    Section,
-)
+from hypha.config.job import JobConfig
+from hypha.config.models import COMPONENTS, LeafConfig, NodeConfig, SchedulerConfig, SchedulerSection
 from hypha.config.reading.loading import load_config
+from hypha.config.section import Section
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.pki.identity import IdentityFiles
 from hypha.pki.inspection import describe
@@ -57,7 +51,7 @@ class Subject:
 
 
 def read_subject(path: Path | None, component: str | None = None, job: Path | None = None) -> Subject:
-    """Raises ConfigError where nothing can be said of whom to look at: no file, no TOML, nobody's keys, or no
+    """Raises ConfigError where it cannot be found out whom to look at: no file, no TOML, nobody's keys, or no
     job in ``job``.
     """
     wanted = read_job(job) if job is not None else None

@@ -10,7 +10,8 @@ import typer
 
 from hypha.cli.job.live import shown
 from hypha.cli.running import run_until_signal
-from hypha.config.models import JobConfig, SchedulerConfig
+from hypha.config.job import JobConfig
+from hypha.config.models import SchedulerConfig
 from hypha.config.reading.log_filter import parse_filter
 from hypha.errors import ConfigError, NetworkError, Problem
 from hypha.messages import Manifest
@@ -63,7 +64,7 @@ async def _check(config: SchedulerConfig, job: JobConfig) -> None:
 
 async def _reach_gateways(node: Libp2pNode, addresses: list[str]) -> None:
     """One line each, in their order. Raises NetworkError when none is there."""
-    said: dict[str, str] = {}
+    results: dict[str, str] = {}
     reached: set[str] = set()
 
     async def reach(address: str) -> None:
@@ -72,19 +73,19 @@ async def _reach_gateways(node: Libp2pNode, addresses: list[str]) -> None:
             found = await node.who_is_at(address)
         except NetworkError as exc:
             place = address.partition("/p2p/")[0]
-            said[address] = f"NOT reached: {str(exc).removeprefix(f'{place}: ')}"
+            results[address] = f"NOT reached: {str(exc).removeprefix(f'{place}: ')}"
             return
         if wanted and found != wanted:
-            said[address] = f"NOT reached: {found} is there instead; correct the address or its /p2p/ part"
+            results[address] = f"NOT reached: {found} is there instead; correct the address or its /p2p/ part"
             return
         reached.add(address)
-        said[address] = "reached" if wanted else f"reached: {found}"
+        results[address] = "reached" if wanted else f"reached: {found}"
 
     async with trio.open_nursery() as nursery:
         for address in addresses:
             nursery.start_soon(reach, address)
     for address in addresses:
-        typer.echo(f"gateway {address}: {said[address]}")
+        typer.echo(f"gateway {address}: {results[address]}")
     if not reached:
         raise NetworkError("no gateway can be reached: is one running, and are gateway_addresses right?")
 

@@ -60,7 +60,7 @@ class LastWarnings(logging.Handler):
 
 class JobPage:
     """What viewers of one job receive. ``warnings`` are asked for with every look, and have no secrets any
-    more, nor has ``history``; from what the job itself says, ``secrets`` are taken out here.
+    more, nor has ``history``; from what the job itself reports, ``secrets`` are taken out here.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class JobPage:
 
 
 class _Viewer:
-    """What one viewer has been told."""
+    """What one viewer has received."""
 
     def __init__(self, page: JobPage, history: History) -> None:
         self._page = page

@@ -70,8 +70,8 @@ def _rerun(journal: Path) -> int:
 
 
 def _ledger_in(job: Path) -> Path:
-    """The book itself where there is one: it knows of rounds that no file was written of yet."""
+    """The ledger's database where there is one: it has rounds of which no file was written yet."""
     if not job.is_dir():
         return job
-    book = job / "job.db"
-    return book if book.exists() else job / "ledger.json"
+    database = job / "job.db"
+    return database if database.exists() else job / "ledger.json"

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from hypha.cli.component import DEFAULT_CONFIG
 from hypha.cli.job.redaction import redacted, redacted_config, secrets_in
 from hypha.cli.job.timeline import job_directory
+from hypha.cli.options import DEFAULT_CONFIG
 from hypha.decoding import decode
 from hypha.errors import ConfigError, HyphaError, OutputError, Undecodable
 
@@ -152,13 +152,13 @@ def _gathered(
         yield name, redacted(text, secrets)
 
 
-def _tables(book: Path) -> dict[str, list[dict[str, object]]]:
+def _tables(ledger: Path) -> dict[str, list[dict[str, object]]]:
     """Every table of the ledger; what is JSON in a column stays JSON, so that nothing is escaped twice."""
-    if not book.exists():
+    if not ledger.exists():
         return {}
     try:
         # a copy in memory, so that a job that runs is not held up
-        with closing(sqlite3.connect(f"file:{book}?mode=ro", uri=True)) as kept:
+        with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as kept:
             with closing(sqlite3.connect(":memory:")) as db:
                 kept.backup(db)
                 db.row_factory = sqlite3.Row
@@ -170,7 +170,7 @@ def _tables(book: Path) -> dict[str, list[dict[str, object]]]:
                 ]
                 return {name: [_row(row) for row in db.execute(f'SELECT * FROM "{name}"')] for name in names}
     except sqlite3.Error as exc:
-        raise HyphaError(f"the job's ledger {book} cannot be read: {exc}") from exc
+        raise HyphaError(f"the job's ledger {ledger} cannot be read: {exc}") from exc
 
 
 def _row(row: sqlite3.Row) -> dict[str, object]:

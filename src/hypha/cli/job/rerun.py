@@ -1,4 +1,4 @@
-"""A journal once more: the machines are made anew and told the same events; what they answer now is compared
+"""A journal once more: the machines are made anew and given the same events; what they return now is compared
 with what they answered then. ``hypha replay --journal`` does it.
 
 After a machine has answered otherwise its state is another one, so the first difference is where to look.
@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from hypha import leases
-from hypha.config.models import OfferConfig
+from hypha.config.offers import OfferConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
 from hypha.journal import Journal, JournalEntry
@@ -50,7 +50,7 @@ class Difference:
 
 @dataclass
 class Rerun:
-    """``entries`` were told once more to ``machines`` machines. Of those ``without_beginning`` the machines
+    """``entries`` were given once more to ``machines`` machines. Of those ``without_beginning`` the machines
     are not known, as their first entries are missing.
     """
 
@@ -101,7 +101,7 @@ def rerun(path: Path) -> Rerun:
             continue
         try:
             difference = _tell(machines, entry, result)
-        except Exception as exc:  # whoever wrote the file: a machine is told what none ever was
+        except Exception as exc:  # whoever wrote the file: a machine is given what none ever was
             raise HyphaError(f"{path} is no journal of this version: {exc}, in {_short(entry)}") from exc
         if difference is not None:
             result.difference = difference

@@ -31,7 +31,8 @@ from hypha.scheduler import JobResult, JobSnapshot, run_job
 from hypha.scheduler.status.history import History
 from hypha.scheduler.status.history_file import keep_history
 from hypha.telemetry import health_of, serve_http
-from hypha.telemetry.page import Access, PageFeed, is_loopback, page_routes, token_in
+from hypha.telemetry.http.hosts import is_loopback
+from hypha.telemetry.page import Access, PageFeed, page_routes, token_in
 
 #: who looks at the page is told how the job ended within
 _LAST_NEWS_S = 0.3

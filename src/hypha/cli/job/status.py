@@ -1,6 +1,7 @@
-"""``hypha status``: what a scheduler's local HTTP says of its job, once or as it goes on: rounds, throughput,
-nodes and leases, what it waits for, and the log's last warnings. Of a node without a job, such as a worker,
-it prints what that says of its health: its resources and by what they are enforced, among other things.
+"""``hypha status``: what a scheduler's local HTTP reports of its job, once or as it goes on: rounds,
+throughput, nodes and leases, what it waits for, and the log's last warnings. Of a node without a job, such
+as a worker, it prints what that reports of its health: its resources and by what they are enforced, among
+other things.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -89,7 +90,7 @@ def trace_events(records: Sequence[RoundRecord]) -> list[TraceEvent]:
     events = [
         event
         for record, length_s in zip(records, _lengths(records), strict=True)
-        for event in _of_round(record, max(0.0, record.began - start), nodes, length_s)
+        for event in _of_round(record, _RoundTime(max(0.0, record.began - start), length_s), nodes)
     ]
     used = {(event.pid, event.tid) for event in events}
     # what is around something comes before it
@@ -104,8 +105,8 @@ def _lengths(records: Sequence[RoundRecord]) -> list[float]:
     lengths = []
     for record in records:
         later = bisect_right(begins, record.began)
-        room = begins[later] - record.began if later < len(begins) else record.length_s
-        lengths.append(min(record.length_s, room))
+        until_next_s = begins[later] - record.began if later < len(begins) else record.length_s
+        lengths.append(min(record.length_s, until_next_s))
     return lengths
 
 
@@ -128,9 +129,18 @@ def _metadata(
         yield TraceEvent("M", "thread_name", pid, tid, args={"name": name})
 
 
-def _of_round(
-    record: RoundRecord, at_s: float, nodes: dict[str, int], length_s: float
-) -> Iterator[TraceEvent]:
+@dataclass(frozen=True)
+class _RoundTime:
+    """Where a round lies in the timeline. What it holds is counted from its start, and cut at its end."""
+
+    at_s: float
+    length_s: float
+
+    def microseconds(self, within_s: float) -> int:
+        return _microseconds(self.at_s + min(within_s, self.length_s))
+
+
+def _of_round(record: RoundRecord, time: _RoundTime, nodes: dict[str, int]) -> Iterator[TraceEvent]:
     about: dict[str, str | int | float | None] = {
         "round": record.round + 1,
         "generation": record.generation,
@@ -139,8 +149,8 @@ def _of_round(
         "update_norm": record.update_norm,
         "outcome": "done again" if record.discarded else "applied" if record.applied else "cut short",
     }
-    whole = Span("waiting", 0.0, length_s)
-    yield _complete(f"round {record.round + 1}", _SCHEDULER, 0, at_s, whole, length_s, about)
+    whole = Span("waiting", 0.0, time.length_s)
+    yield _complete(f"round {record.round + 1}", _SCHEDULER, 0, time, whole, about)
     for worker in record.workers:
         part: dict[str, str | int | float | None] = {
             "round": record.round + 1,
@@ -149,30 +159,25 @@ def _of_round(
             "loss": worker.loss,
         }
         for span in worker.spans:
-            yield _complete(span.kind, nodes[worker.peer], _TRACKS[span.kind], at_s, span, length_s, part)
+            yield _complete(span.kind, nodes[worker.peer], _TRACKS[span.kind], time, span, part)
     for span in record.server_spans if record.server else ():
         track = _SERVER_LOADING if span.kind == "loading" else _TRACKS[span.kind]
-        yield _complete(
-            span.kind, nodes[record.server], track, at_s, span, length_s, {"round": record.round + 1}
-        )
+        yield _complete(span.kind, nodes[record.server], track, time, span, {"round": record.round + 1})
     for fault in record.faults:
         pid = nodes.get(fault.peer, _SCHEDULER)
         args: dict[str, str | int | float | None] = {"round": record.round + 1, "text": fault.text}
-        moment = _microseconds(at_s + min(fault.at_s, length_s))
-        yield TraceEvent("i", fault.what, pid, 0, ts=moment, s="p", args=args)
+        yield TraceEvent("i", fault.what, pid, 0, ts=time.microseconds(fault.at_s), s="p", args=args)
 
 
 def _complete(
     name: str,
     pid: int,
     tid: int,
-    at_s: float,
+    time: _RoundTime,
     span: Span,
-    length_s: float,
     args: dict[str, str | int | float | None],
 ) -> TraceEvent:
-    begin = _microseconds(at_s + min(span.from_s, length_s))
-    end = _microseconds(at_s + min(span.to_s, length_s))
+    begin, end = time.microseconds(span.from_s), time.microseconds(span.to_s)
     return TraceEvent("X", name, pid, tid, ts=begin, dur=max(0, end - begin), args=args)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from datetime import date, time
 from pathlib import Path
 
-from hypha.config.models import Section
 from hypha.config.reading.lines import KeyPath
 from hypha.config.reading.partial import field_named, place_words, section_in, shown
+from hypha.config.section import Section
 from hypha.errors import Problem
 
 Value = str | int | float | bool | date | time | None | list["Value"] | dict[str, "Value"]

@@ -19,19 +19,20 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from hypha.config import models
 from hypha.config.checks import cross_checks
 from hypha.config.environment import process_environment
+from hypha.config.models import COMPONENTS
 from hypha.config.otel import otel_settings
 from hypha.config.reading.layers import Layer, Origin, Value, fold, merge
 from hypha.config.reading.lines import KeyPath, key_lines
 from hypha.config.reading.partial import Partial, canonical_path, fields_at, is_text, shown
 from hypha.config.reading.syntax import syntax_problem
+from hypha.config.section import Section
 from hypha.errors import ConfigError, Problem
 
-M = TypeVar("M", bound=models.Section)
+M = TypeVar("M", bound=Section)
 
-#: A further check, made by a room that configuration may not import: it sees what is valid so far.
+#: A further check, made by a package that configuration may not import: it sees what is valid so far.
 Check = Callable[[Partial], Iterable[Problem]]
 
 #: Filters in the manner of RUST_LOG; the later named wins.
@@ -87,7 +88,7 @@ def load_config(
 # --- the layers -----------------------------------------------------------------------------------
 
 
-def _file_layer(model: type[models.Section], path: Path, problems: list[Problem]) -> Layer:
+def _file_layer(model: type[Section], path: Path, problems: list[Problem]) -> Layer:
     try:
         # with or without the mark that some editors put before UTF-8
         text = path.read_text(encoding="utf-8-sig")
@@ -120,7 +121,7 @@ def _file_layer(model: type[models.Section], path: Path, problems: list[Problem]
 
 
 def _environment_layers(
-    model: type[models.Section], environ: Mapping[str, str], problems: list[Problem]
+    model: type[Section], environ: Mapping[str, str], problems: list[Problem]
 ) -> list[Layer]:
     layers = []
     for name in _LOG_VARIABLES:
@@ -134,7 +135,7 @@ def _environment_layers(
             path: KeyPath = tuple(int(key) if key.isdigit() else key for key in keys)
             wants_text = is_text(model, canonical_path(model, path))
             layers.append(_single(model, path, _parse_value(environ[name], wants_text), Origin(name)))
-        elif not any(keys[0] in other.model_fields for other in models.COMPONENTS.values()):
+        elif not any(keys[0] in other.model_fields for other in COMPONENTS.values()):
             # one meant for another component on this machine is no mistake; this is
             known = [f"HYPHA_{field.upper()}" for field in model.model_fields]
             problems.append(Problem(key="", source=name, message=_unknown(name, [*known, "HYPHA_LOG"])))
@@ -143,19 +144,19 @@ def _environment_layers(
     return layers
 
 
-def _flag_layer(model: type[models.Section], flag: Flag) -> Layer:
+def _flag_layer(model: type[Section], flag: Flag) -> Layer:
     path: KeyPath = tuple(int(key) if key.isdigit() else key for key in flag.key.split("."))
     return _single(model, path, flag.value, Origin(flag.name))
 
 
-def _single(model: type[models.Section], path: KeyPath, value: Value, origin: Origin) -> Layer:
+def _single(model: type[Section], path: KeyPath, value: Value, origin: Origin) -> Layer:
     raw: Value = value
     for key in reversed(path):
         raw = {str(key): raw}
     return fold(model, raw if isinstance(raw, dict) else {}, lambda _: origin, base=None)
 
 
-def parse_setting(model: type[models.Section], text: str) -> Flag:
+def parse_setting(model: type[Section], text: str) -> Flag:
     """``KEY=VALUE`` of ``--set``; ConfigError when there is no ``=``."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -203,7 +204,7 @@ def _placed(problem: Problem, where: _Where) -> Problem:
     return where.problem(tuple(problem.key.split(".")), message) if problem.key else problem
 
 
-def _pydantic_problems(model: type[models.Section], exc: ValidationError, where: _Where) -> list[Problem]:
+def _pydantic_problems(model: type[Section], exc: ValidationError, where: _Where) -> list[Problem]:
     found: dict[KeyPath, list[str]] = {}
     for error in exc.errors(include_url=False):
         loc = canonical_path(model, tuple(error["loc"]))
@@ -225,7 +226,7 @@ def _pydantic_problems(model: type[models.Section], exc: ValidationError, where:
     return [where.problem(loc, " or ".join(dict.fromkeys(messages))) for loc, messages in found.items()]
 
 
-def _unknown_key(model: type[models.Section], loc: KeyPath) -> str:
+def _unknown_key(model: type[Section], loc: KeyPath) -> str:
     key = str(loc[-1])
     here = fields_at(model, loc[:-1])
     if len(loc) > 1 and key.replace("-", "_") in model.model_fields:

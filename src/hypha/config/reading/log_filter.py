@@ -1,8 +1,8 @@
-"""Which logs are wanted: the ``RUST_LOG`` way of saying it.
+"""Which logs are wanted: the ``RUST_LOG`` way to write it.
 
 A filter is a list such as ``info,hypha_network=debug``: a bare level is for Hypha itself, ``name=level``
-for one logger and those below it, ``hypha_network`` alone for all that it has to say. ``hypha_network``,
-``hypha-network``, ``hypha::network`` and ``hypha.net`` name the same room. Later entries win.
+for one logger and those below it, ``hypha_network`` alone for all that it logs. ``hypha_network``,
+``hypha-network``, ``hypha::network`` and ``hypha.net`` name the same package. Later entries win.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ LEVELS: Mapping[str, int] = {
     "off": logging.CRITICAL + 10,
 }
 
-#: Hypha, or a room of it
+#: Hypha, or a package of it
 _ROOM = re.compile(r"hypha(?:(?:[_.-]|::)\w+)*")
-#: Rooms under the name that operations.md calls them by.
+#: Packages under the name that operations.md calls them by.
 _ROOMS = {"network": "net", "certutil": "cli"}
 
 

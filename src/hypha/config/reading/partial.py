@@ -14,8 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from hypha.config.models import PathOrUrl, Section
 from hypha.config.reading.lines import KeyPath
+from hypha.config.section import PathOrUrl, Section
 
 
 def field_named(model: type[Section], key: str) -> str | None:

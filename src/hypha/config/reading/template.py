@@ -6,8 +6,6 @@ counts. What cannot be known is written as a placeholder under a line that says 
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 import textwrap
 from collections.abc import Mapping
@@ -18,9 +16,9 @@ import tomli_w
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hypha.config.models import Section
 from hypha.config.reading.layers import Value
 from hypha.config.reading.partial import section_in
+from hypha.config.section import Section
 
 FILL_IN = "FILL IN"
 
@@ -43,17 +41,16 @@ def _table(
 ) -> list[str]:
     lines: list[str] = []
     tables: list[str] = []
-    notes = notes_of(model)
     for name, info in model.model_fields.items():
         section, many = section_in(model, name)
         if section is None:
-            lines += _key((*at, name), info, notes.get(name, []), given, fill_in, active)
+            lines += _key((*at, name), info, given, fill_in, active)
             continue
         here = (*at, name)
         listed = given.get(".".join(here)) if many else None
         wanted = active and (bool(listed) or _is_given(here, given) or not (many or _optional(info)))
         head = f"[[{'.'.join(here)}]]" if many else f"[{'.'.join(here)}]"
-        tables += ["", *(f"# {line}" for line in (notes.get(name) or _summary(section)))]
+        tables += ["", *(f"# {line}" for line in (notes_of(info) or _summary(section)))]
         entries: list[dict[str, Value] | None] = _entries(info) if many and not wanted else [None]
         if isinstance(listed, list) and listed:
             entries = [one for one in listed if isinstance(one, dict)]
@@ -70,14 +67,13 @@ def _table(
 def _key(
     at: tuple[str, ...],
     info: FieldInfo,
-    notes: list[str],
     given: Mapping[str, Value],
     fill_in: Mapping[str, str],
     active: bool,
 ) -> list[str]:
     dotted = ".".join(at)
     name = info.alias if info.alias and "-" not in info.alias else at[-1]
-    lines = [f"# {line}" for line in notes]
+    lines = [f"# {line}" for line in notes_of(info)]
     if dotted in fill_in:
         lines.append(f"# {FILL_IN}: {fill_in[dotted]}")
     if dotted in given:
@@ -139,20 +135,6 @@ def _plainly(text: str) -> str:
     return text.replace("``None``", "not set").replace("``", "")
 
 
-@functools.cache
-def notes_of(model: type[Section]) -> dict[str, list[str]]:
-    """The ``#:`` comments above each field, base classes' included, line by line."""
-    notes: dict[str, list[str]] = {}
-    for kind in reversed(model.__mro__):
-        if not (isinstance(kind, type) and issubclass(kind, Section)):
-            continue
-        pending: list[str] = []
-        for line in inspect.getsource(kind).splitlines():
-            stripped = line.strip()
-            if stripped.startswith("#:"):
-                pending.append(_plainly(stripped.removeprefix("#:").strip()))
-                continue
-            if (match := re.match(r"    (\w+):", line)) and pending:
-                notes[match.group(1)] = pending
-            pending = []
-    return notes
+def notes_of(info: FieldInfo) -> list[str]:
+    """What the docstring below a field says of it, line by line."""
+    return _plainly((info.description or "").strip()).splitlines()

@@ -13,12 +13,12 @@ from shlex import quote
 
 import msgspec
 
+from hypha.data.columns import Shaper, listed
 from hypha.data.labels import LABELS_FILE
-from hypha.data.manifest import Progress, silent
-from hypha.data.preparing.columns import Shaper, listed
-from hypha.data.preparing.options import DEFAULT_SLICE_MB, PrepareOptions, check_options
+from hypha.data.manifest import HOLDOUT, Progress, silent
+from hypha.data.options import DEFAULT_SLICE_MB, PrepareOptions, check_options
 from hypha.data.preparing.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_for
-from hypha.data.preparing.staging import HOLDOUT, Staging, check_target
+from hypha.data.preparing.staging import Staging, check_target
 from hypha.data.preparing.summary import RowCounts, Summary
 from hypha.data.slices import Array, sync
 from hypha.data.sources.layout import find_layout

@@ -22,14 +22,13 @@ from pathlib import Path
 from types import TracebackType
 
 from hypha.data.labels import LABELS_FILE
-from hypha.data.manifest import MANIFEST_FILE
-from hypha.data.serving.locks import take
+from hypha.data.locks import take
+from hypha.data.manifest import HOLDOUT, MANIFEST_FILE
 from hypha.data.slices import SUFFIX, sync
 from hypha.errors import DataError, InputUnusable
 
 logger = logging.getLogger(__name__)
 
-HOLDOUT = "holdout"
 #: of Linux's <fcntl.h> and <linux/fs.h>
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hypha.data.preparing.options import SourceKind
+from hypha.data.options import SourceKind
 from hypha.data.slices import Array
 from hypha.messages import Column
 

@@ -1,1 +1,1 @@
-"""A data node's life: datasets announced, slices handed out and counted."""
+"""A data node: datasets announced, slices handed out and counted."""

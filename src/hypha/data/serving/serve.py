@@ -1,4 +1,4 @@
-"""A data node's life: load its datasets, announce them for as long as it runs, hand out slices.
+"""A data node: load its datasets, announce them for as long as it runs, hand out slices.
 
 Nothing that a peer asks can end it: an unknown dataset or slice is refused. A slice whose content is not
 what the manifest says is never sent; it is read through before it is first served, and again whenever the
@@ -19,13 +19,13 @@ import trio
 from hypha import __version__
 from hypha.backoff import Backoff
 from hypha.config.models import DataConfig, DatasetConfig
+from hypha.data.locks import take
 from hypha.data.manifest import (
     Dataset,
     load_dataset_directory,
     read_manifest,
     require_readable,
 )
-from hypha.data.serving.locks import take
 from hypha.data.serving.served import ServedSlices
 from hypha.data.verify import slice_problem
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
@@ -263,7 +263,7 @@ class Shelf:
         self._limit = trio.CapacityLimiter(MAX_CHECKS)
 
     def health_details(self) -> dict[str, str]:
-        """What the node's health says of the datasets."""
+        """What the node's health reports of the datasets."""
         return {
             f"dataset {name}": f"{len(dataset.manifest.slices)} slices, {dataset.manifest.samples} samples, "
             f"{self._checked[name].corrupt} found corrupt"

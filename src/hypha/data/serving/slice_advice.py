@@ -1,6 +1,6 @@
 """How large slices should be: from how fast workers train, how fast data reaches them, and how much there is.
 
-Pure arithmetic; ``hypha-data advise`` says it. Three things pull at the size of a slice:
+Pure arithmetic; ``hypha-data advise`` prints it. Three things pull at the size of a slice:
 
 * A worker fetches the next slice while it trains on the present one. Each fetch has a fixed cost besides its
   bytes (asking the scheduler, the data node, verifying), so slices must last long enough to hide it.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hypha.messages import Manifest
 
 #: Journeys there and back that a fetch takes besides its bytes: to the scheduler, the pull and its offer, the
-#: receiver's word and its acknowledgement; over a connection that was kept.
+#: receiver's answer and its acknowledgement; over a connection that was kept.
 JOURNEYS = 4
 #: Time of a fetch that is neither journeys nor the line: verifying, the disk, a busy machine.
 HANDLING_S = 0.05
@@ -158,7 +158,7 @@ def fit(manifest: Manifest, pace: TrainingPace, advice: SliceAdvice) -> Fit:
             f"it has {len(sizes)} slices, fewer than {LEAST_PER_WORKER} a worker: some wait at the end of "
             f"each epoch; {again}"
         )
-    # what only the number of slices says has been said
+    # what only the number of slices shows has been reported
     bounds = [(bound, why) for bound, why in _largest(pace) if "epoch" not in why]
     bound, why = min(bounds)
     if largest > 1.1 * bound:

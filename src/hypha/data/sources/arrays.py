@@ -15,8 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from hypha.data.preparing.columns import Block, listed, needed, rows_a_block, rows_from
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.columns import Block, listed, needed, rows_a_block, rows_from
+from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
 from hypha.errors import InputUnusable
 

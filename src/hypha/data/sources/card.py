@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypha.data.preparing.columns import listed
+from hypha.data.columns import listed
 from hypha.errors import ConfigError, InputUnusable, Problem
 
 CARD = "README.md"

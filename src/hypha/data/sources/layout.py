@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hypha.data.preparing.options import PrepareOptions, SourceKind
+from hypha.data.options import PrepareOptions, SourceKind
 from hypha.data.sources.card import read_card
 from hypha.data.sources.reading import data_suffix
 from hypha.data.sources.splits import Placed, choose, place

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from hypha.data.preparing.columns import Block
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.columns import Block
+from hypha.data.options import PrepareOptions
 from hypha.data.sources.layout import Layout
 from hypha.errors import ConfigError
 
@@ -49,7 +49,7 @@ def _open(layout: Layout, options: PrepareOptions) -> Source:
 
         return ArraySource(layout.paths, options)
     if layout.kind == "images":
-        from hypha.data.sources.images.folders import DescribedImages, ImageFolder
+        from hypha.data.sources.image_folders import DescribedImages, ImageFolder
         from hypha.data.sources.tables.tables import TableSource
 
         return (

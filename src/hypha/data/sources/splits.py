@@ -1,6 +1,6 @@
 """Which files are training data and which are kept for tests: by the names of directories and files.
 
-The words are those of the `datasets` library (`train`, `validation`, `test` and what else they are called),
+The names are those of the `datasets` library (`train`, `validation`, `test` and what else they are called),
 and so are the hub's names, such as ``data/train-00000-of-00004.parquet``. A directory called `test` beside
 others that are called otherwise is none: it may be a class.
 """

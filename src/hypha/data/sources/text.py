@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from hypha.data.preparing.columns import Block, listed, rows_a_block, rows_from
-from hypha.data.preparing.options import BYTES, PrepareOptions
+from hypha.data.columns import Block, listed, rows_a_block, rows_from
+from hypha.data.options import BYTES, PrepareOptions
 from hypha.data.slices import Array
 from hypha.data.sources.reading import BROKEN, not_in_encoding, open_text
 from hypha.data.sources.tables.arrow_columns import plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypha.access import SERVICES, carries, may_act_as
-from hypha.config.models import DatasetRef
+from hypha.config.job import DatasetRef
 from hypha.node import Node
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.messages import PeerRef
 from hypha.runtime import in_thread
 from hypha.scheduler.context import JobResult

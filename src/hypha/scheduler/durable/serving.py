@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.errors import ModelError, Refused
 from hypha.messages import FileList, JobStamp, ListFiles, PullFile, TransferMeta
 from hypha.net.bulk.transfers import meta_of

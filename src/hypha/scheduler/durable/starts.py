@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.errors import ConfigError, HyphaError, JobFailed, Problem
 from hypha.messages import AggregateJob, Local, OuterOptimizer, PeerRef, Peers, Reference, TrainJob
 from hypha.runtime import in_thread

@@ -19,7 +19,7 @@ from random import Random
 import trio
 from msgspec import Struct
 
-from hypha.config.models import JobResourcesConfig
+from hypha.config.job import JobResourcesConfig
 from hypha.errors import NetworkError, PeerUnreachable, Refused
 from hypha.features import printable, stated
 from hypha.journal import Journal

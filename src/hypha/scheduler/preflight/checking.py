@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from hypha.config.models import DEFAULT_EXECUTOR, JobConfig, ModelConfig, PreprocessorConfig
+from hypha.config.job import DEFAULT_EXECUTOR, JobConfig, ModelConfig, PreprocessorConfig
 from hypha.decoding import decode
 from hypha.errors import ConfigError, Problem, Undecodable
 from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport

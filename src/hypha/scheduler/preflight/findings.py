@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from shlex import quote
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.config.tasks import ALIASES, IGNORED, ONE_LABEL_A_ROW
 from hypha.messages import Column, ColumnRange, Manifest
 from hypha.scheduler.descriptions import inputs_of

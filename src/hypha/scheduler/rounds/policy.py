@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from msgspec import Struct
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.errors import ExecutorFailed, HyphaError, JobFailed, ModelError, NotFinite
 from hypha.messages import ExecutorClass, OuterOptimizer
 

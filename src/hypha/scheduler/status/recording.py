@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 import trio
 
-from hypha.config.models import JobConfig, SchedulerConfig, SinkConfig
+from hypha.config.job import JobConfig, SinkConfig
+from hypha.config.models import SchedulerConfig
 from hypha.journal import Journal, JournalEntry
 from hypha.messages import LedgerRound
 from hypha.runtime import wall_time

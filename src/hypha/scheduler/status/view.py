@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from hypha import __version__
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.errors import HyphaError
 from hypha.features import printable
 from hypha.messages import ExecutorClass, LedgerRound, Resources, UpdateStatistics

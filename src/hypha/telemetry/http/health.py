@@ -1,4 +1,4 @@
-"""What a node says of its own health, over local HTTP and to peers who ask."""
+"""What a node reports of its own health, over local HTTP and to peers who ask."""
 
 from __future__ import annotations
 

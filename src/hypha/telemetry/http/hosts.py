@@ -32,7 +32,7 @@ class LocalNames:
 
 
 def foreign_host(scope: Scope, own: str = "localhost") -> str | None:
-    """What is to be said where a request over loopback names a foreign host, else None. A request
+    """What is to be answered where a request over loopback names a foreign host, else None. A request
     without a host is from no browser.
     """
     server = scope.get("server")
@@ -42,6 +42,12 @@ def foreign_host(scope: Scope, own: str = "localhost") -> str | None:
     if host is None or names_address(host) or _without_port(host) == own.lower():
         return None
     return f"{host!r} is no address of this machine: ask for 127.0.0.1 or localhost.\n"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether ``host:port`` is reached from this machine alone."""
+    host = address.rpartition(":")[0].strip("[]")
+    return host == "localhost" or _is_loopback(host)
 
 
 def names_address(host: str) -> bool:

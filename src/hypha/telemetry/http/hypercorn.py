@@ -36,7 +36,7 @@ class BoundedConfig(Config):
     write_timeout_s: float = 10.0
     max_connections: int = 256
     connections: int = 0
-    told: bool = False
+    refusal_logged: bool = False
 
 
 class _Http1(H11Protocol):
@@ -70,8 +70,8 @@ class _Server(TCPServer):
             await super().run()
             return
         if config.connections >= config.max_connections:
-            if not config.told:
-                config.told = True
+            if not config.refusal_logged:
+                config.refusal_logged = True
                 logger.warning("Local HTTP has %d connections, and refuses more.", config.connections)
             await trio.aclose_forcefully(self.stream)
             return

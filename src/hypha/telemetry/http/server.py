@@ -24,10 +24,9 @@ from starlette.routing import Route
 from hypha.errors import ConfigError, Problem, listening_failed
 from hypha.messages import HealthReport
 from hypha.runtime import in_thread
-from hypha.telemetry.http.hosts import LocalNames
+from hypha.telemetry.http.hosts import LocalNames, is_loopback
 from hypha.telemetry.http.hypercorn import BoundedConfig, serve
 from hypha.telemetry.metrics import sample
-from hypha.telemetry.page.access import is_loopback
 from hypha.telemetry.running import exposition
 
 logger = logging.getLogger(__name__)

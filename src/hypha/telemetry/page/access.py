@@ -8,7 +8,6 @@ site, whose name its owner lets point here, could read it through the user's bro
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import os
 import secrets
 from collections.abc import Iterable
@@ -42,17 +41,6 @@ class Access:
         if any(hmac.compare_digest(given.encode(), expected) for given in _tokens(scope)):
             return None
         return 401, f"The token is missing or wrong: it is in {_FILE} in the job's state directory.\n"
-
-
-def is_loopback(address: str) -> bool:
-    """Whether ``host:port`` is reached from this machine alone."""
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def token_in(directory: Path) -> tuple[str, Path]:

@@ -1,6 +1,6 @@
 """Server-sent events for the page's viewers, each at its own pace.
 
-There is no queue: a viewer that can be written to is told what is new since it was told last, so one that
+There is no queue: a viewer that can be written to is sent what is new since the last message, so one that
 reads slowly receives fewer and larger messages, one that does not read at all is dropped, and neither
 takes memory or holds up anybody else. The number of viewers is bounded.
 """

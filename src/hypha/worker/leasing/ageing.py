@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypha.config.models import OfferConfig
+from hypha.config.offers import OfferConfig
 from hypha.leases import LeaseBook
 from hypha.messages import ExecutorClass, Resources
 

@@ -35,7 +35,7 @@ from typing import Literal
 from msgspec import Struct, structs
 
 from hypha.backoff import pause_after
-from hypha.config.models import OfferConfig
+from hypha.config.offers import OfferConfig
 from hypha.features import OURS, Abilities, printable
 from hypha.journal import Journal
 from hypha.leases import (

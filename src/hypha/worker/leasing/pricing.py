@@ -8,7 +8,7 @@ schedulers and data that the owner prefers. It is never below ``offer.floor``.
 
 from __future__ import annotations
 
-from hypha.config.models import OfferConfig
+from hypha.config.offers import OfferConfig
 from hypha.messages import Resources
 
 #: a bid below this share of the price counts as this share when requests are put in order: one of nothing

@@ -1,1 +1,1 @@
-"""Facts: input and output, each within a bounded time. What could not be found out is a fact, too."""
+"""Observations: input and output, each within a bounded time. What could not be found out is one, too."""

@@ -87,7 +87,7 @@ async def _connect(node: Libp2pNode, contact: Contact, peer: str) -> str | Conta
     try:
         await node.connect(peer)
     except NetworkError as exc:
-        # who refuses this node's certificate says so after the handshake
+        # who refuses this node's certificate sends the refusal after the handshake
         reason = readable(getattr(exc, "reason", "") or str(exc))
         refused = "certificate" in reason or "refuses" in reason
         return replace(contact, peer=peer, failure="trust" if refused else "unreachable", reason=reason)
@@ -241,8 +241,8 @@ async def _rate(node: Libp2pNode, peer: str, up: bool, usual_s: float) -> float:
 
 
 async def _path_mtu(address: Address) -> int | None:
-    """What the kernel knows of the path by now, from the interface and from what routers have said; nothing
-    is sent for it.
+    """What the kernel knows of the path by now, from the interface and from what routers have reported;
+    nothing is sent for it.
     """
     host, port = host_and_port(address.transport)
     with trio.move_on_after(NAME_S):

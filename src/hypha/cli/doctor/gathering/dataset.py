@@ -10,7 +10,7 @@ import trio
 
 from hypha.cli.doctor.gathered import DatasetObservations, Provider
 from hypha.cli.doctor.gathering.bounded import readable
-from hypha.config.models import DatasetRef
+from hypha.config.job import DatasetRef
 from hypha.data.serving.serve import KIND
 from hypha.errors import NetworkError, Refused
 from hypha.manifests import manifest_problem
@@ -105,7 +105,7 @@ def _relayed(node: Libp2pNode, peer: str) -> bool:
 
 
 async def _pull_rate(node: Libp2pNode, ref: PeerRef, name: str, manifest: Manifest) -> float | None:
-    """Bytes a second, of the largest slice; None where nothing came, which is the provider's log's to say."""
+    """Bytes a second, of the largest slice; None where nothing came; why stands in the provider's log."""
     sizes = {index: one.size for index, one in enumerate(manifest.slices) if one.size > 0}
     if not sizes:
         return None

@@ -16,7 +16,7 @@ import trio
 from hypha.cli.doctor.gathered import Accelerators, Directory, MachineObservations
 from hypha.cli.doctor.gathering.bounded import Gathering
 from hypha.config.inherited import child_environment
-from hypha.config.models import DataConfig, NodeConfig, SchedulerConfig, WorkerConfig
+from hypha.config.models import NodeConfig, SchedulerConfig, WorkerConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
 from hypha.net.bulk.socket_buffers import Buffers
@@ -93,13 +93,6 @@ def writing_places(config: NodeConfig | None) -> list[tuple[str, Path]]:
         found = [("state_dir", config.state_dir)]
         return found if "://" in output else [*found, ("scheduler.job.output", Path(output))]
     return []
-
-
-def data_places(config: NodeConfig | None) -> list[Path]:
-    """Directories that a data node serves."""
-    if not isinstance(config, DataConfig):
-        return []
-    return [*(one.path for one in config.datasets), *([config.dataset_path] if config.dataset_path else [])]
 
 
 def _directory(key: str, path: Path) -> Directory:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 from hypha.decoding import decode
 from hypha.errors import Undecodable
 

@@ -26,7 +26,8 @@ from hypha.cli.doctor.gathering.dataset import Asking, gather_dataset
 from hypha.cli.doctor.gathering.ports import ask_health, free_ports, owned
 from hypha.cli.doctor.gathering.running import gather_running
 from hypha.cli.doctor.subject import Subject
-from hypha.config.models import DatasetRef, GatewayConfig, LeafConfig, NodeConfig
+from hypha.config.job import DatasetRef
+from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
 from hypha.errors import NetworkError
 from hypha.net import Libp2pNode, open_node, options_from
 from hypha.net.peers.addresses import host_and_port

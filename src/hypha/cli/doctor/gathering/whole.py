@@ -1,4 +1,4 @@
-"""All facts, at the same time as far as they do not disturb each other."""
+"""All observations, at the same time as far as they do not disturb each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from hypha.cli.doctor.gathering.model import parameters_of
 from hypha.cli.doctor.gathering.network import Around, gather_network
 from hypha.cli.doctor.gathering.served import gather_served
 from hypha.cli.doctor.subject import Subject
-from hypha.config.models import DataConfig, DatasetRef
+from hypha.config.job import DatasetRef
+from hypha.config.models import DataConfig
 from hypha.errors import HyphaError
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread
@@ -45,7 +46,7 @@ class Subjects:
 
 
 async def gather(subject: Subject, wanted: Subjects) -> Observations:
-    """All facts of ``subject``."""
+    """All observations of ``subject``."""
     gathering = Gathering()
     identity_observations, identity = None, None
     if subject.files is not None:

@@ -1,1 +1,1 @@
-"""From facts to findings: pure functions, one module a subject."""
+"""From observations to findings: pure functions, one module a subject."""

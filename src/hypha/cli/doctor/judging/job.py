@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.finding import Finding
 from hypha.cli.doctor.gathered import Contact
-from hypha.config.models import JobConfig
+from hypha.config.job import JobConfig
 
 GB = 10**9
 #: theta, its momentum and one sum of updates, in fp32

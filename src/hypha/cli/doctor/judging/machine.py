@@ -89,7 +89,7 @@ def offered_by(config: WorkerConfig, machine: DetectedMachine | None) -> tuple[R
 def _resources(observed: MachineObservations, config: WorkerConfig) -> Iterator[Finding]:
     for claim in offered_by(config, observed.has)[1]:
         if claim.resource == "gpu" and not claim.used:
-            continue  # told with what torch can use
+            continue  # reported with what torch can use
         instead = f"{claim.used:g} is offered instead" if config.detect_resources else "and is offered"
         yield checks.RESOURCES_MISSING.found(
             f"resources.{claim.resource} is {claim.asked:g}, more than this machine has ({claim.why}); "

@@ -20,7 +20,7 @@ SKEW_S, GREAT_SKEW_S = 10.0, 300.0
 LATE_S = 0.2
 #: of the round trips so many must be late, and this process not
 LATE_SHARE = 0.15
-#: with a process that was held up by so much nothing can be said
+#: with a process that was held up by so much nothing can be judged
 TOO_LATE_S = 0.1
 #: of what a limit allows, the share at which it is what bounds
 AT_ITS_LIMIT = 0.7
@@ -45,7 +45,7 @@ _PLACES = (
 def judge_network(
     observed: NetworkObservations, machine: MachineObservations, config: NodeConfig, line: float | None = None
 ) -> Iterator[Finding]:
-    """All of it; ``line`` is what the line can carry, in bytes a second, where somebody has said so."""
+    """All of it; ``line`` is what the line can carry, in bytes a second, where the caller states it."""
     for port in observed.ports:
         yield from _port(port)
     reached = any(one.failure is None for one in observed.gateways)
@@ -215,7 +215,7 @@ def _power(least: float) -> int:
 
 
 def _lease(config: WorkerConfig, contacts: list[Contact]) -> Iterator[Finding]:
-    """A lease is renewed at three quarters of its life; what is left must outlast a pause on the way."""
+    """A lease is renewed at three quarters of its duration; what is left must outlast a pause on the way."""
     trips = [one for contact in contacts for one in contact.round_trips_s if math.isfinite(one)]
     # a packet that is sent again, the slowest journey that was seen, and two there and back of the usual ones
     pause_s = 0.5 + max(trips, default=0.0) + 4 * (median(trips) if trips else 0.0)
@@ -232,7 +232,7 @@ def _dialled(dialled: tuple[Dialled, ...], config: NodeConfig) -> Iterator[Findi
     by_gateway = [one for one in dialled if one.by and one.tried]
     if by_gateway and all(one.reason for one in by_gateway):
         tried = "; ".join(f"{one.address}: {one.reason}" for one in by_gateway)
-        # behind NAT that is how it is, unless somebody has said where the node can be dialled
+        # behind NAT that is how it is, unless the configuration states where the node can be dialled
         yield checks.NOT_DIALABLE.found(
             f"{by_gateway[0].by} cannot dial this node ({tried}), so others reach it through a relay only",
             severity="warning" if config.external_addresses else "note",

@@ -15,7 +15,8 @@ from msgspec import structs
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.finding import Check, Finding, Severity
 from hypha.cli.doctor.judging.machine import offered_by
-from hypha.config.models import JobConfig, WorkerConfig
+from hypha.config.job import JobConfig
+from hypha.config.models import WorkerConfig
 from hypha.features import OURS, Abilities, needs
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer

@@ -1,4 +1,4 @@
-"""A node that runs, by what it says of itself."""
+"""A node that runs, by what it reports of itself."""
 
 from __future__ import annotations
 

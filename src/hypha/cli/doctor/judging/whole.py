@@ -1,4 +1,4 @@
-"""All findings in all facts."""
+"""All findings in all observations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypha.config.models import WorkerConfig
 
 
 def judge(subject: Subject, observed: Observations, line: float | None = None) -> list[Finding]:
-    """The gravest first; ``line`` is what the line carries, in bytes a second, where somebody says so."""
+    """The gravest first; ``line`` is what the line carries, in bytes a second, where the caller states it."""
     return in_order(_all(subject, observed, line))
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from hypha.data.preparing.columns import listed, rows_a_block, rows_from
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.columns import listed, rows_a_block, rows_from
+from hypha.data.options import PrepareOptions
 from hypha.data.sources.splits import choose
 from hypha.data.sources.tables.arrow_columns import is_text, storage_of
 from hypha.data.sources.tables.tables import Batch, other_columns

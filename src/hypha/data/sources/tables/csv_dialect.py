@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hypha.data.preparing.columns import listed
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.columns import listed
+from hypha.data.options import PrepareOptions
 from hypha.data.sources.reading import BROKEN, data_suffix, encoding_of, head_of, not_in_encoding, open_text
 from hypha.data.sources.tables.csv_numbers import looks_numeric
 from hypha.errors import InputUnusable

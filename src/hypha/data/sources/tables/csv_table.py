@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from hypha.data.preparing.columns import listed
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.columns import listed
+from hypha.data.options import PrepareOptions
 from hypha.data.sources.reading import BROKEN, is_compressed, not_in_encoding, open_data, open_text
 from hypha.data.sources.tables.csv_dialect import (
     Dialect,

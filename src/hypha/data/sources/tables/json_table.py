@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from hypha.data.preparing.columns import listed
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.columns import listed
+from hypha.data.options import PrepareOptions
 from hypha.data.sources.reading import BROKEN, not_in_encoding, open_text
 from hypha.data.sources.tables.arrow_columns import is_text
 from hypha.data.sources.tables.tables import Batch, Place

@@ -1,6 +1,6 @@
 """From what a source has to the columns of a dataset: grouped, chosen, renamed, scaled, shaped, cast.
 
-Nothing is lost on the way without being told: a value that its dtype cannot hold is an error that names
+Nothing is lost on the way without a message: a value that its dtype cannot hold is an error that names
 the file and row.
 """
 
@@ -14,7 +14,7 @@ from shlex import quote
 
 import numpy as np
 
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.options import PrepareOptions
 from hypha.data.slices import DTYPES, Array, record_dtype
 from hypha.errors import InputUnusable
 from hypha.messages import Column

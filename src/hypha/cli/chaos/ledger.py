@@ -1,4 +1,4 @@
-"""The job as its own ledger tells it: whatever is done to the scheduler, the book can be read."""
+"""The job as its own ledger tells it: whatever is done to the scheduler, it can be read."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class LedgerFollower:
         return dict(self._rows("SELECT round, samples FROM rounds WHERE discarded = 0 ORDER BY number"))
 
     def generation(self) -> int:
-        """The job's life."""
+        """The job's generation."""
         return next((number for number, _ in self._rows("SELECT generation, 0 FROM job")), 0)
 
     def _rows(self, query: str, *values: int) -> list[tuple[int, int]]:
-        """Two numbers a row; nothing when the book is not there yet, or just being opened."""
+        """Two numbers a row; nothing when the ledger is not there yet, or just being opened."""
         if not self._path.exists():
             return []
         try:

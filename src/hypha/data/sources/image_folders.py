@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hypha.data.preparing.columns import Block, listed
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.columns import Block, listed
+from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
-from hypha.data.sources.images.decoding import Decoder
+from hypha.data.sources.image_decoding import Decoder
 from hypha.data.sources.layout import FILE_NAME, Layout, no_data, without_wrappers
 from hypha.data.sources.reading import data_suffix
 from hypha.data.sources.splits import split_word

@@ -1,5 +1,5 @@
 """A node of a simulated world, of the shape of :class:`hypha.node.Node`: requests, gossip, reports, a
-directory of providers, gateways and relay, over a :class:`~hypha.simulation.network.SimulatedNetwork`.
+directory of providers, gateways and relay, over a :class:`~hypha.simulation.net.network.SimulatedNetwork`.
 
 What a node decides runs in its process, what is under way outside of it. Messages are encoded and decoded as
 on the real wire. Gateways hold the directory in memory, pass gossip on and relay for machines behind NAT.
@@ -8,62 +8,45 @@ on the real wire. Gateways hold the directory in memory, pass gossip on and rela
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 import msgspec
 import trio
 
-from hypha.access import REQUESTS, STREAMS, TOPICS, Allowed, announcing, may_act_as, named
+from hypha.access import Allowed, may_act_as
 from hypha.backoff import Backoff
-from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout
+from hypha.errors import PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import (
-    WORKER_TOPIC,
-    GossipEnvelope,
     Health,
     HealthReport,
     PeerRef,
     RefusedReply,
-    Report,
     Request,
     RequestEnvelope,
     Response,
     ResponseEnvelope,
-    WorkerRequest,
 )
-from hypha.node import Changes, ConnectionInfo, PeerLost, PublishedRequest, ReportHandler
+from hypha.node import Changes, ConnectionInfo, PeerLost
 from hypha.runtime import chance
-from hypha.simulation.network import SimulatedMachine, SimulatedNetwork
+from hypha.simulation.net.answers import SimulatedAnswers
+from hypha.simulation.net.directory import SimulatedDirectory
+from hypha.simulation.net.gossip import SimulatedGossip, put_nowait
+from hypha.simulation.net.lines import SimulatedMachine
+from hypha.simulation.net.network import SimulatedNetwork
+from hypha.simulation.net.reports import SimulatedReports
+from hypha.simulation.net.transfers import SimulatedTransfers
 from hypha.simulation.process import ProcessGone, SimulatedProcess
-from hypha.simulation.transfers import SimulatedTransfers
 from hypha.telemetry import health_of
 
 logger = logging.getLogger("hypha.simulation")
 
-#: as in hypha.net.rpc
-_MAX_INBOUND_PER_PEER, _OWN_PER_PEER, _MAX_SHARED = 16, 2, 64
-#: as in hypha.net.discovery.gossip and hypha.net.options.Timings
-_BACKLOG = 256
-_MESH_WAIT_S = 3.0
-_REPORTS = "/hypha/report/1"
-_REPORT_FLUSH_S = 0.05
 _RECONNECT_MIN_S, _RECONNECT_MAX_S = 0.5, 30.0
-_REPORT_RETRY_S = 0.5
-_REPORT_IDLE_S = 10.0
-_LOOKUP_S = 5.0
 
-_requests = msgspec.msgpack.Decoder(RequestEnvelope)
 _responses = msgspec.msgpack.Decoder(ResponseEnvelope)
-_gossip = msgspec.msgpack.Decoder(GossipEnvelope)
-_reports = msgspec.msgpack.Decoder(list[Report])
-
-Handler = Callable[[str, Any], Awaitable[Response]]
-_ReportKey = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -111,23 +94,20 @@ class SimulatedNode:
         self.gateway_changed = Changes()
         self.health_details: list[Callable[[], dict[str, str]]] = []
         self.transfers = SimulatedTransfers(self)
+        self.answers = SimulatedAnswers(self)
+        self.answer, self.prefer = self.answers.answer, self.answers.prefer
+        self.reports = SimulatedReports(self)
+        self.report, self.answer_reports = self.reports.report, self.reports.answer
+        self.gossip = SimulatedGossip(self)
+        self.publish, self.subscribe = self.gossip.publish, self.gossip.subscribe
+        self.directory = SimulatedDirectory(self)
+        self.provide, self.withdraw = self.directory.provide, self.directory.withdraw
+        self.find_providers = self.directory.find_providers
         self._opened = trio.current_time()
         self._book: dict[str, PeerRef] = {peer: _ref(peer) for peer in options.gateways}
         self._met: dict[str, frozenset[str]] = {}
         self._gateway: str | None = None
-        self._handlers: dict[type, Handler] = {}
-        self._inbound: Counter[str] = Counter()
-        self._shared = 0
-        self._is_partner: Callable[[str], bool] = lambda peer: False
         self._watchers: dict[trio.MemorySendChannel[PeerLost], None] = {}
-        self._listeners: dict[trio.MemorySendChannel[PublishedRequest], None] = {}
-        self._waiting: dict[str, dict[_ReportKey, Report]] = {}
-        self._wakers: dict[str, trio.Event] = {}
-        self._report_handler: ReportHandler | None = None
-        self._admits_reports: Callable[[str], bool] | None = None
-        self._provided: dict[str, None] = {}
-        #: of a gateway: who serves what
-        self._records: dict[str, dict[str, PeerRef]] = {}
         self.answer(Health, self._health)
 
     # --- who and where ------------------------------------------------------------------------------
@@ -216,7 +196,7 @@ class SimulatedNode:
             self._gateway = None
             self.gateway_changed.note()
         for channel in list(self._watchers):
-            _put(channel, PeerLost(peer))
+            put_nowait(channel, PeerLost(peer))
 
     @asynccontextmanager
     async def watch_peers(self) -> AsyncIterator[trio.MemoryReceiveChannel[PeerLost]]:
@@ -242,7 +222,7 @@ class SimulatedNode:
         name = self._known(peer)
         payload = msgspec.msgpack.encode(RequestEnvelope(body=request))
         answer = await self.ask_there(
-            name, lambda node: node._serve(self.peer_id, payload), timeout_s, len(payload)
+            name, lambda node: node.answers.serve(self.peer_id, payload), timeout_s, len(payload)
         )
         if answer is None:
             raise RequestTimeout(name, type(request).__name__, timeout_s)
@@ -317,45 +297,6 @@ class SimulatedNode:
             # its machine says so, if that comes through; else the connection ends by silence
             await trio.sleep_forever()
 
-    def answer(self, kind: type[Any], handler: Handler) -> None:
-        """Answer requests of ``kind``."""
-        self._handlers[kind] = handler
-
-    def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        """Keep places for requests of those peers of whom ``is_partner`` says so."""
-        self._is_partner = is_partner
-
-    async def _serve(self, caller: str, payload: bytes) -> bytes:
-        return msgspec.msgpack.encode(ResponseEnvelope(body=await self._answer(caller, payload)))
-
-    async def _answer(self, caller: str, payload: bytes) -> Response:
-        shares = self._inbound[caller] >= _OWN_PER_PEER and not self._is_partner(caller)
-        if self._inbound[caller] >= _MAX_INBOUND_PER_PEER or (shares and self._shared >= _MAX_SHARED):
-            return RefusedReply(code="busy", reason="too many requests at once; try again later")
-        request = _requests.decode(payload).body
-        name = type(request).__name__
-        handler = self._handlers.get(type(request))
-        if handler is None:
-            return RefusedReply(code="unsupported", reason=f"this component does not answer {name}")
-        allowed = REQUESTS[type(request)].by
-        if not self.may(caller, allowed):
-            return RefusedReply(code="role", reason=f"{name} needs the role {named(allowed)}")
-        self._inbound[caller] += 1
-        self._shared += shares
-        try:
-            return await handler(caller, request)
-        except Refused as exc:
-            return RefusedReply(code=exc.code, reason=exc.reason)
-        except Exception as exc:
-            logger.exception("The handler of %s failed.", name)
-            self.process.crashed(exc)
-            return RefusedReply(code="internal", reason=f"{name} failed there; its log says more")
-        finally:
-            self._shared -= shares
-            self._inbound[caller] -= 1
-            if not self._inbound[caller]:
-                del self._inbound[caller]
-
     def may(self, peer: str, allowed: Allowed) -> bool:
         """Whether the certificate of ``peer`` lets it do what ``allowed`` may."""
         return may_act_as(self.network.machines[peer].roles, allowed)
@@ -363,165 +304,10 @@ class SimulatedNode:
     async def _health(self, caller: str, request: Health) -> HealthReport:
         return health_of(self)
 
-    # --- reports ------------------------------------------------------------------------------------
-
-    def report(self, peer: str, report: Report) -> None:
-        """Send ``report`` soon; a newer one of the same job and round replaces it."""
-        stamp = report.stamp
-        key = (stamp.job_id, stamp.generation, stamp.round, report.incarnation)
-        waiting = self._waiting.setdefault(peer, {})
-        waiting.pop(key, None)
-        waiting[key] = report
-        if peer not in self._wakers:
-            self._wakers[peer] = trio.Event()
-            self.process.spawn(self._send_reports, peer)
-        self._wakers[peer].set()
-
-    async def _send_reports(self, peer: str) -> None:
-        reached_at = trio.current_time()
-        while True:
-            with trio.move_on_after(_REPORT_IDLE_S) as idle:
-                await self._wakers[peer].wait()
-            if idle.cancelled_caught and not self._waiting.get(peer):
-                del self._wakers[peer]
-                return
-            self._wakers[peer] = trio.Event()
-            await trio.sleep(_REPORT_FLUSH_S)
-            batch = self._waiting.pop(peer, {})
-            payload = msgspec.msgpack.encode(list(batch.values()))
-
-            async def reported(node: SimulatedNode, payload: bytes = payload) -> bool:
-                return await node._reported(self.peer_id, payload)
-
-            try:
-                await self.ask_there(peer, reported, 15.0, len(payload))
-                reached_at = trio.current_time()
-            except NetworkError:
-                if trio.current_time() - reached_at > 2 * _REPORT_IDLE_S:
-                    self._waiting.pop(peer, None)
-                    del self._wakers[peer]
-                    return
-                self._waiting[peer] = {**batch, **self._waiting.get(peer, {})}
-                self._wakers[peer].set()
-                await trio.sleep(_REPORT_RETRY_S)
-
-    def answer_reports(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
-        """Call ``handler(caller, reports)`` for reports that arrive from whom ``admits`` admits."""
-        self._report_handler = handler
-        self._admits_reports = admits
-
-    async def _reported(self, caller: str, payload: bytes) -> bool:
-        admitted = self._admits_reports is None or self._admits_reports(caller)
-        if self._report_handler is not None and admitted and self.may(caller, STREAMS[_REPORTS].by):
-            self._report_handler(caller, _reports.decode(payload))
-        return True
-
-    # --- gossip and the directory -------------------------------------------------------------------
-
-    async def publish(self, message: WorkerRequest) -> None:
-        """Ask everybody for workers; waits a moment for a gateway to pass it on."""
-        with trio.move_on_after(_MESH_WAIT_S):
-            while self._gateway is None:
-                await self.gateway_changed.wait()
-        payload = msgspec.msgpack.encode(GossipEnvelope(body=message))
-        for gateway in self._connected_gateways():
-            self.network.start(partial(self._pass_on, gateway, self.peer_id, payload, {self.peer_id}))
-
-    async def _pass_on(self, to: str, publisher: str, payload: bytes, seen: set[str]) -> None:
-        """To one peer, and from a gateway to all of its peers; lost where there is no connection."""
-        connection = self.network.connection(self.peer_id, to)
-        if connection is None or to in seen:
-            return
-        seen.add(to)
-        with trio.move_on_after(10.0) as scope:
-            await self.network.carry(self.network.hops(connection, self.peer_id), len(payload))
-        target = self.network.nodes.get(to)
-        if scope.cancelled_caught or target is None:
-            return
-        target.process.spawn(target._heard, publisher, payload, seen)
-
-    async def _heard(self, publisher: str, payload: bytes, seen: set[str]) -> None:
-        if not self.may(publisher, TOPICS[WORKER_TOPIC].by):
-            return
-        if self.options.hop:
-            for connection in self.network.connections_of(self.peer_id):
-                to = connection.other(self.peer_id)
-                self.network.start(partial(self._pass_on, to, publisher, payload, seen))
-            return
-        message = _gossip.decode(payload).body
-        for channel in list(self._listeners):
-            _put(channel, PublishedRequest(publisher, message))
-
-    @asynccontextmanager
-    async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[PublishedRequest]]:
-        """A channel of :class:`hypha.node.PublishedRequest`."""
-        send, receive = trio.open_memory_channel[PublishedRequest](_BACKLOG)
-        self._listeners[send] = None
-        try:
-            yield receive
-        finally:
-            self._listeners.pop(send, None)
-            send.close()
-
-    async def provide(self, dataset: str) -> int:
-        """Announce that this node serves ``dataset``, now and whenever its gateway changes."""
-        self._provided[dataset] = None
-        taken = 0
-        for gateway in self._connected_gateways():
-            taken += await self._announce(gateway, dataset)
-        return taken
-
-    async def _announce(self, gateway: str, dataset: str) -> int:
-        ref = self.ref()
-        try:
-            return (
-                1
-                if await self.ask_there(gateway, lambda node: node._take_record(dataset, ref), _LOOKUP_S)
-                else 0
-            )
-        except NetworkError:
-            return 0
-
-    async def _take_record(self, dataset: str, ref: PeerRef) -> bool:
-        if not self.may(ref.peer, announcing(dataset).by):
-            return False
-        self._records.setdefault(dataset, {})[ref.peer] = ref
-        return True
-
-    def withdraw(self, dataset: str) -> None:
-        """Stop announcing ``dataset``."""
-        self._provided.pop(dataset, None)
-
-    async def find_providers(self, dataset: str) -> list[PeerRef]:
-        """Who says it serves ``dataset``. Hints: probe them."""
-        found: dict[str, PeerRef] = {}
-        for gateway in self._connected_gateways():
-            found |= await self._ask_records(gateway, dataset, linked=True)
-        refs = [found[peer] for peer in sorted(found) if peer != self.peer_id]
-        for ref in refs:
-            self.learn(ref)
-        return refs
-
-    async def _ask_records(self, gateway: str, dataset: str, linked: bool) -> dict[str, PeerRef]:
-        async def find(node: SimulatedNode) -> dict[str, PeerRef]:
-            return await node._find_records(dataset, linked)
-
-        try:
-            found: dict[str, PeerRef] | None = await self.ask_there(gateway, find, _LOOKUP_S)
-        except NetworkError:
-            return {}
-        return found or {}
-
-    async def _find_records(self, dataset: str, linked: bool) -> dict[str, PeerRef]:
-        """Of a gateway, and of those that it is ``linked`` with."""
-        found: dict[str, PeerRef] = {}
-        for gateway in self._connected_gateways() if linked else ():
-            found |= await self._ask_records(gateway, dataset, linked=False)
-        return found | self._records.get(dataset, {})
-
     # --- gateways -----------------------------------------------------------------------------------
 
-    def _connected_gateways(self) -> list[str]:
+    def connected_gateways(self) -> list[str]:
+        """Of its gateways, those that it is connected to."""
         return [one for one in self.options.gateways if self.is_connected(one)]
 
     async def wait_connected(self) -> None:
@@ -541,8 +327,7 @@ class SimulatedNode:
                 self._gateway = peer
                 self.gateway_changed.note()
                 backoff.reset()
-                for dataset in list(self._provided):
-                    await self._announce(peer, dataset)
+                await self.directory.announce_again(peer)
                 while self._gateway is not None:
                     await self.gateway_changed.wait()
                 break
@@ -584,10 +369,3 @@ async def open_simulated_node(
 
 def _ref(peer: str) -> PeerRef:
     return PeerRef(peer=peer, addresses=(f"/sim/{peer}",))
-
-
-def _put(channel: trio.MemorySendChannel[Any], item: object) -> None:
-    try:
-        channel.send_nowait(item)
-    except (trio.WouldBlock, trio.BrokenResourceError):
-        logger.warning("A slow listener misses something.")

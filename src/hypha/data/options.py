@@ -1,4 +1,4 @@
-"""What ``hypha-data prepare`` can be told, and what of it cannot be right."""
+"""The options of ``hypha-data prepare``, and what of it cannot be right."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ from hypha.net.bulk.files import StreamHash, quick_hasher, strong_hasher
 from hypha.net.bulk.slots import TransferSlots
 from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import chance, free_bytes, in_thread, new_id
-from hypha.simulation.network import STALL_S, SimulatedLinkBroken
+from hypha.simulation.net.network import STALL_S, SimulatedLinkBroken
 
 if TYPE_CHECKING:
-    from hypha.simulation.node import SimulatedNode
+    from hypha.simulation.net.node import SimulatedNode
 
 logger = logging.getLogger("hypha.simulation")
 

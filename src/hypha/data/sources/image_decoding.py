@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hypha.data.preparing.columns import rows_a_block
-from hypha.data.preparing.options import PrepareOptions
+from hypha.data.columns import rows_a_block
+from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
 from hypha.errors import InputUnusable
 

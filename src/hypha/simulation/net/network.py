@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from hypha.errors import PeerUnreachable
+from hypha.simulation.net.lines import SimulatedFlow, SimulatedMachine, share_lines
 
 if TYPE_CHECKING:
-    from hypha.simulation.node import SimulatedNode
+    from hypha.simulation.net.node import SimulatedNode
 
 #: as in hypha.net.options.Timings
 LIVENESS_S = 10.0
@@ -40,26 +41,8 @@ class SimulatedLinkBroken(Exception):
 
 
 @dataclass(eq=False)
-class SimulatedMachine:
-    """A computer and its line: ``latency_s`` one way to the middle of the network, bytes a second."""
-
-    peer: str
-    roles: frozenset[str]
-    latency_s: float = 0.005
-    up_bytes_s: float = 1e6
-    down_bytes_s: float = 1e6
-    behind_nat: bool = False
-    #: that vouches for its certificate
-    organization: str = ""
-    #: what is left of the line's speed
-    slowed: float = 1.0
-    #: chance that a packet on its way from here is lost
-    loss: float = 0.0
-
-
-@dataclass(eq=False)
 class SimulatedConnection:
-    """Between two nodes, perhaps through a gateway; each end knows by itself whether it lives."""
+    """Between two nodes, perhaps through a gateway; each end knows by itself whether it is open."""
 
     ends: dict[str, SimulatedNode]
     relay: str | None = None
@@ -78,20 +61,6 @@ class SimulatedConnection:
         return next(one for one in self.ends if one != peer)
 
 
-@dataclass(eq=False)
-class _Flow:
-    """A file on its way."""
-
-    stages: tuple[tuple[SimulatedMachine, str], ...]
-    hops: tuple[tuple[str, str], ...]
-    left: float
-    rate: float = 0.0
-    moved_at: float = 0.0
-    moved: float = 0.0
-    done: trio.Event = field(default_factory=trio.Event)
-    broken: bool = False
-
-
 class SimulatedNetwork:
     """All machines, and what lies between them. ``nursery`` is the world's; :meth:`run` lets time pass."""
 
@@ -104,7 +73,7 @@ class SimulatedNetwork:
         self._cuts: dict[tuple[str, str], int] = {}
         self._connections: dict[tuple[str, str], SimulatedConnection] = {}
         self._dialing: dict[tuple[str, str], trio.Event] = {}
-        self._flows: list[_Flow] = []
+        self._flows: list[SimulatedFlow] = []
         self._changed = trio.Event()
         #: bytes of files that arrived
         self.carried = 0
@@ -334,8 +303,8 @@ class SimulatedNetwork:
     async def flow(
         self, source: str, target: str, size: int, stall_s: float, moved: Callable[[float], None]
     ) -> None:
-        """Move ``size`` bytes; ``moved`` hears how many have arrived. Raises LinkBroken when nothing does for
-        ``stall_s``, or when one of the ends is gone.
+        """Move ``size`` bytes; ``moved`` is called with how many have arrived. Raises
+        SimulatedLinkBroken when nothing does for ``stall_s``, or when one of the ends is gone.
         """
         connection = self.connection(source, target) or self.connection(target, source)
         relay = connection.relay if connection is not None else None
@@ -343,7 +312,7 @@ class SimulatedNetwork:
         stages: list[tuple[SimulatedMachine, str]] = []
         for start, end in hops:
             stages += [(self.machines[start], "up"), (self.machines[end], "down")]
-        flow = _Flow(tuple(stages), hops, float(size + _OVERHEAD_BYTES), moved_at=trio.current_time())
+        flow = SimulatedFlow(tuple(stages), hops, float(size + _OVERHEAD_BYTES), moved_at=trio.current_time())
         # the handshake
         with trio.move_on_after(stall_s) as shaking:
             await self.carry(hops)
@@ -368,42 +337,17 @@ class SimulatedNetwork:
             raise SimulatedLinkBroken("the other end is gone")
         self.carried += size
 
-    def _share(self) -> None:
-        """Max-min fair rates: the fullest line is shared out first."""
-        open_flows = [flow for flow in self._flows if not flow.done.is_set()]
-        for flow in self._flows:
-            flow.rate = 0.0
-        moving = [flow for flow in open_flows if all(self.is_open(*hop) for hop in flow.hops)]
-        moving = [
-            flow
-            for flow in moving
-            if not any(
-                self.nodes[peer].process.frozen for hop in flow.hops for peer in hop if peer in self.nodes
-            )
-        ]
-        free: dict[tuple[str, str], float] = {}
-        for flow in moving:
-            for machine, way in flow.stages:
-                speed = machine.up_bytes_s if way == "up" else machine.down_bytes_s
-                free[machine.peer, way] = speed * machine.slowed
-        left = list(moving)
-        while left:
-            users: dict[tuple[str, str], int] = {}
-            for flow in left:
-                for machine, way in flow.stages:
-                    users[machine.peer, way] = users.get((machine.peer, way), 0) + 1
-            line = min(users, key=lambda one: (free[one] / users[one], one))
-            rate = free[line] / users[line]
-            for flow in [one for one in left if any((m.peer, w) == line for m, w in one.stages)]:
-                flow.rate = rate
-                left.remove(flow)
-                for machine, way in flow.stages:
-                    free[machine.peer, way] = max(0.0, free[machine.peer, way] - rate)
+    def _moves(self, flow: SimulatedFlow) -> bool:
+        """Whether its way is open, and nobody on it frozen."""
+        ends = (peer for hop in flow.hops for peer in hop if peer in self.nodes)
+        return all(self.is_open(*hop) for hop in flow.hops) and not any(
+            self.nodes[peer].process.frozen for peer in ends
+        )
 
     async def _move(self) -> None:
         then = trio.current_time()
         while True:
-            self._share()
+            share_lines(self._flows, self._moves)
             ends = [flow.left / flow.rate for flow in self._flows if flow.rate > 0]
             changed = self._changed
             with trio.move_on_after(min(ends, default=math.inf)):

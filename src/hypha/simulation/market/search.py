@@ -16,11 +16,13 @@ from random import Random
 
 from msgspec import Struct
 
-from hypha.config.models import AffinityConfig, OfferConfig, UtilizationConfig
+from hypha.config.offers import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.messages import Resources
 from hypha.resources import fits
 from hypha.scheduler.leasing.events import SearchTimes
-from hypha.simulation.market import Market, MarketJob, MarketScheduler, MarketWorker, Purse
+from hypha.simulation.market.market import Market
+from hypha.simulation.market.scheduler import MarketJob, MarketScheduler, Purse
+from hypha.simulation.market.worker import MarketWorker
 
 #: a job that has not begun so long after it first asked starves: jobs last for ten seconds at most, so it
 #: could have been three hundred of them, one after the other
@@ -107,7 +109,7 @@ class _Run:
         self._plan_deaths()
 
     def _plan_deaths(self) -> None:
-        """The last worker always lives, so there is somebody to serve."""
+        """The last worker always stays, so there is somebody to serve."""
         random = self.random
         for worker in list(self.market.workers.values())[:-1]:
             if random.random() < 0.2:
@@ -140,8 +142,8 @@ class _Run:
         able = 0
         for worker in self.market.workers.values():
             asked = dearest(worker.terms)
-            heard = bid >= worker.terms.floor and (worker.terms.counter or bid >= asked)
-            able += fits(need, worker.total) and heard and purse.maximum >= asked
+            answered = bid >= worker.terms.floor and (worker.terms.counter or bid >= asked)
+            able += fits(need, worker.total) and answered and purse.maximum >= asked
         if not able:
             return
         least = random.randrange(1, able + 1)

@@ -1,0 +1,1 @@
+"""Many workers and schedulers that compete, with nothing but their decisions."""

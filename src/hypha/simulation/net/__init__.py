@@ -1,0 +1,1 @@
+"""The network of a simulated world: lines, connections, nodes and what they do with each other."""
