@@ -38,7 +38,7 @@ from hypha.scheduler.durable.ledger import (
     open_ledger,
     read_ledger,
 )
-from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.rounds.policy import Start
 
 MANIFEST = Manifest(name="d", columns=(), slices=(SliceInfo(file="a", samples=4, size=1, blake3="00"),))

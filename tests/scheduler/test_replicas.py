@@ -30,7 +30,7 @@ from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
 from hypha.scheduler.durable.copies import BOOK, LIVES_SKIPPED
 from hypha.scheduler.durable.copying import ranked
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.worker.storage.replicas import ReplicaStore
 from hypha.worker.storage.requests import StorageService
 

@@ -1,8 +1,9 @@
-"""From the job's configuration to the job descriptions that workers get."""
+"""From the job's configuration to what is searched for, and to the job descriptions that workers get."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -10,6 +11,7 @@ import msgspec
 from hypha.config.models import (
     DEFAULT_BATCH_SIZE,
     JobConfig,
+    JobResourcesConfig,
     ModelConfig,
     PreprocessorConfig,
     ResourcesConfig,
@@ -19,6 +21,7 @@ from hypha.errors import ConfigError, Problem
 from hypha.messages import (
     AggregateJob,
     CheckpointPolicy,
+    ExecutorClass,
     ExecutorDescriptor,
     HuggingFace,
     InnerOptimizer,
@@ -34,6 +37,8 @@ from hypha.messages import (
     TrainJob,
 )
 from hypha.resources import batch_size
+from hypha.runtime import new_id
+from hypha.scheduler.leasing.events import Search
 from hypha.scheduler.rounds.policy import Start
 
 #: names under which the scheduler serves local directories
@@ -127,6 +132,45 @@ def outer_optimizer(config: JobConfig, began: OuterOptimizer | None = None) -> O
         rate = began.learning_rate if given.learning_rate is None else rate
         momentum = began.momentum if given.momentum is None else momentum
     return OuterOptimizer(learning_rate=rate, momentum=momentum)
+
+
+def searches_for(
+    resources: JobResourcesConfig,
+    dataset: str | None = None,
+    needs: Mapping[ExecutorClass, tuple[str, ...]] | None = None,
+    most_batch: int | None = None,
+) -> tuple[Search, Search]:
+    """Whom a job looks for: training executors and a parameter server, under new request ids. ``needs`` are
+    the features that each must have; ``most_batch`` is how often a worker can use what is asked of it.
+    """
+    needs = needs or {}
+    return (
+        Search(
+            request_id=new_id(),
+            executor=ExecutorDescriptor(kind="train", name=resources.worker_executor),
+            resources=resources_of(resources.worker),
+            bid=resources.worker_price.bid,
+            max_price=resources.worker_price.max,
+            dataset=dataset,
+            needs=needs.get("train", ()),
+            useful=most_batch,
+            raise_after_s=resources.worker_price.raise_after_s,
+            raise_by=resources.worker_price.raise_by,
+            least=resources.min_workers or resources.num_workers,
+        ),
+        Search(
+            request_id=new_id(),
+            executor=ExecutorDescriptor(kind="aggregate", name=resources.parameter_server_executor),
+            resources=resources_of(resources.parameter_server),
+            bid=resources.parameter_server_price.bid,
+            max_price=resources.parameter_server_price.max,
+            needs=needs.get("aggregate", ()),
+            useful=1.0,
+            raise_after_s=resources.parameter_server_price.raise_after_s,
+            raise_by=resources.parameter_server_price.raise_by,
+            least=1,
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from hypha.scheduler.descriptions import outer_optimizer
 from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.ledger import Ledger, has_trained, held_leases, known_manifest
 from hypha.scheduler.durable.starts import Generation, begins_anew, first_generation
-from hypha.scheduler.leasing.pool import LeaseGained, Pool
+from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
 from hypha.scheduler.preflight.trial import ModelTrial, open_trial
 

@@ -22,6 +22,7 @@ from hypha.messages import PeerRef
 from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.context import JobContext, JobResult
+from hypha.scheduler.descriptions import searches_for
 from hypha.scheduler.durable.copies import Copies
 from hypha.scheduler.durable.export import Output
 from hypha.scheduler.durable.ledger import Ledger
@@ -30,7 +31,7 @@ from hypha.scheduler.durable.starts import described
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.goodput.signals import GoodputSignals
 from hypha.scheduler.leasing.events import SearchTimes
-from hypha.scheduler.leasing.pool import Pool, asks_from
+from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.preparing import Opened, Preparing, open_job, take_up
 from hypha.scheduler.rounds.policy import Rules
 from hypha.scheduler.status.awaited import Awaiting, awaited
@@ -70,7 +71,7 @@ class RunningJob:
         pace = SearchTimes(offer_deadline_s=resources.offer_deadline_s, yield_after_s=resources.yield_after_s)
         traces = RoundTraces(trace_ratio)
         train, aggregate = described(config, PeerRef(peer=""), "")
-        asks = asks_from(
+        asks = searches_for(
             resources,
             config.dataset.dataset,
             {"train": needs(train), "aggregate": needs(aggregate)},

@@ -26,7 +26,7 @@ from hypha.scheduler.durable.serving import Serving
 from hypha.scheduler.durable.starts import Generation, next_generation
 from hypha.scheduler.durable.stopping import save_last
 from hypha.scheduler.executors import JobExecutors, lost
-from hypha.scheduler.leasing.pool import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
+from hypha.scheduler.leasing.leases import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
 from hypha.scheduler.preparing import Opened
 from hypha.scheduler.rounds.events import (
     Action,

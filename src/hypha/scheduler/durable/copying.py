@@ -31,7 +31,7 @@ from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.copies import BOOK, Copies, with_book
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.state_directory import StateDirectory
-from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.leasing.leases import LeaseGained
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from hypha.messages import (
 from hypha.resources import weighted_capacity
 from hypha.runtime import in_thread
 from hypha.scheduler.data.slices import TrackerState
-from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.track_records import TrackRecord
 from hypha.waiting import Reminder
 

@@ -16,7 +16,8 @@ from hypha.node import Node
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.descriptions import resources_of
 from hypha.scheduler.goodput.report import GoodputReport
-from hypha.scheduler.leasing.pool import HeldLease, Pool
+from hypha.scheduler.leasing.leases import HeldLease
+from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.status.snapshot import (
     JobSnapshot,
