@@ -9,7 +9,7 @@ from hypha.scheduler.status.snapshot import JobSnapshot, WorkerSnapshot
 if TYPE_CHECKING:
     from hypha.scheduler.context import JobResult
     from hypha.scheduler.durable.finished import finished_job
-    from hypha.scheduler.durable.ledger import read_ledger
+    from hypha.scheduler.durable.ledger_files import read_ledger
     from hypha.scheduler.job import run_job
 
 __all__ = ["JobResult", "JobSnapshot", "WorkerSnapshot", "finished_job", "read_ledger", "run_job"]
@@ -18,7 +18,7 @@ __all__ = ["JobResult", "JobSnapshot", "WorkerSnapshot", "finished_job", "read_l
 _LATER = {
     "JobResult": "context",
     "finished_job": "durable.finished",
-    "read_ledger": "durable.ledger",
+    "read_ledger": "durable.ledger_files",
     "run_job": "job",
 }
 

@@ -16,7 +16,8 @@ from hypha.scheduler.data.datasets import ManifestChoice, ServedDataset, find_da
 from hypha.scheduler.data.pins import Pins
 from hypha.scheduler.descriptions import outer_optimizer
 from hypha.scheduler.durable.checkpoints import CheckpointStore
-from hypha.scheduler.durable.ledger import Ledger, has_trained, held_leases, known_manifest
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.ledger_files import has_trained, held_leases, known_manifest
 from hypha.scheduler.durable.starts import Generation, begins_anew, first_generation
 from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.pool import Pool

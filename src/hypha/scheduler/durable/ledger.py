@@ -20,7 +20,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from hypha.decoding import decode, decode_json
+from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import (
     AggregateJob,
@@ -33,63 +33,18 @@ from hypha.messages import (
     encode_json,
 )
 from hypha.resources import weighted_capacity
-from hypha.runtime import in_thread
 from hypha.scheduler.data.slices import TrackerState
+from hypha.scheduler.durable.database import SCHEMA, connect, is_full, with_space
 from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.track_records import TrackRecord
-from hypha.waiting import Reminder
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: SQLite says the second when the index of its log cannot grow
-_NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-_ROOM_RETRY_S = 1.0
 #: rounds that say how fast workers are, and what is kept of why one failed
 _RECENT_ROUNDS, _LONGEST_REASON = 200, 500
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS job (
-    one INTEGER PRIMARY KEY CHECK (one = 1),
-    job_id TEXT NOT NULL, generation INTEGER NOT NULL, state TEXT NOT NULL,
-    theta TEXT NOT NULL DEFAULT '', manifest_hash TEXT NOT NULL,
-    train TEXT NOT NULL, aggregate TEXT NOT NULL, manifest TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS rounds (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    generation INTEGER NOT NULL, round INTEGER NOT NULL, discarded INTEGER NOT NULL DEFAULT 0,
-    samples INTEGER NOT NULL, theta TEXT NOT NULL, entry TEXT NOT NULL,
-    UNIQUE (generation, round)
-) STRICT;
-CREATE TABLE IF NOT EXISTS starts (
-    round INTEGER PRIMARY KEY, steps INTEGER NOT NULL, tracker TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS checkpoints (
-    round INTEGER PRIMARY KEY, place TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS replicas (
-    round INTEGER NOT NULL, peer TEXT NOT NULL, worker TEXT NOT NULL, content TEXT NOT NULL,
-    PRIMARY KEY (round, peer)
-) STRICT;
-CREATE TABLE IF NOT EXISTS pool (
-    lease_id TEXT PRIMARY KEY, lease TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS slices (
-    one INTEGER PRIMARY KEY CHECK (one = 1), version INTEGER NOT NULL, tracker TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS capacities (
-    peer TEXT PRIMARY KEY, capacity REAL NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS failures (
-    peer TEXT PRIMARY KEY, times INTEGER NOT NULL, reason TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS published (
-    one INTEGER PRIMARY KEY CHECK (one = 1), place TEXT NOT NULL, shown TEXT NOT NULL
-) STRICT;
-PRAGMA user_version = 2;
-"""
 
 
 class Opening(Struct, frozen=True):
@@ -130,13 +85,13 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._limiter = trio.CapacityLimiter(1)
-        self._db = _connect(path)
+        self._db = connect(path)
         try:
             with self._db:
-                self._db.executescript(_SCHEMA)
+                self._db.executescript(SCHEMA)
         except sqlite3.Error as exc:
             self._db.close()
-            if _is_full(exc):
+            if is_full(exc):
                 raise
             raise HyphaError(f"the job's ledger {path} cannot be opened: {exc}") from exc
 
@@ -145,7 +100,7 @@ class Ledger:
 
         While the disk is full it waits for room, and so does all that must not happen before it is written.
         """
-        return await _with_space(self.path, lambda: call(self, *args, **kwargs), self._limiter)
+        return await with_space(self.path, lambda: call(self, *args, **kwargs), self._limiter)
 
     def close(self) -> None:
         """Close the file; may be called twice."""
@@ -425,105 +380,7 @@ class Ledger:
 
 async def open_ledger(path: Path) -> Ledger:
     """The ledger in ``path``, once there is room for it. Raises :class:`HyphaError`."""
-    return await _with_space(path, lambda: Ledger(path), trio.CapacityLimiter(1))
-
-
-async def held_leases(path: Path) -> list[LeaseGained]:
-    """The leases that a scheduler which was killed left in ``path``; none where there is no ledger. On a full
-    disk not even that can be read: it waits for room. Raises :class:`HyphaError`.
-    """
-    rows = await _with_space(path, lambda: _rows(path, "SELECT lease FROM pool"), trio.CapacityLimiter(1))
-    return [decode_json(row[0], LeaseGained) for row in rows]
-
-
-async def has_trained(path: Path) -> bool:
-    """Whether the job of the ledger in ``path`` has applied a round; waits as :func:`held_leases` does."""
-    query = "SELECT 1 FROM rounds LIMIT 1"
-    return bool(await _with_space(path, lambda: _rows(path, query), trio.CapacityLimiter(1)))
-
-
-async def known_manifest(path: Path) -> str | None:
-    """The hash of the manifest that the job of the ledger in ``path`` trains on, if that is not done; waits
-    as :func:`held_leases` does.
-    """
-    query = "SELECT manifest_hash FROM job WHERE state != 'done'"
-    rows = await _with_space(path, lambda: _rows(path, query), trio.CapacityLimiter(1))
-    return rows[0][0] if rows else None
-
-
-def _rows(path: Path, query: str) -> list[tuple[str]]:
-    if not path.is_file():
-        return []
-    with closing(_connect(path)) as db:
-        try:
-            return db.execute(query).fetchall()
-        except sqlite3.OperationalError as exc:
-            if _is_full(exc):
-                raise
-            return []  # killed before it had tables
-
-
-def read_ledger(path: Path) -> LedgerFile:
-    """The ledger in ``path``: a ``job.db`` or an exported ``ledger.json``. Raises :class:`HyphaError`."""
-    if not path.is_file():
-        raise HyphaError(f"there is no ledger at {path}")
-    try:
-        if path.suffix == ".json":
-            return decode_json(path.read_bytes(), LedgerFile)
-        # somebody may have sent it, and SQLite's own errors may quote what is no text
-        return decode(_read_book, path)
-    except (Undecodable, OSError) as exc:
-        raise HyphaError(f"{path} is no readable ledger: {exc}") from exc
-
-
-def _read_book(path: Path) -> LedgerFile:
-    with closing(_connect(path)) as connection:
-        ledger = Ledger.__new__(Ledger)
-        ledger.path, ledger._db = path, connection
-        return ledger.to_file()
-
-
-def export_ledger(file: LedgerFile, path: Path) -> None:
-    """Write ``ledger.json``, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(msgspec.json.format(encode_json(file), indent=1))
-    part.replace(path)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        db = sqlite3.connect(path, check_same_thread=False, timeout=10.0)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-    except (sqlite3.Error, UnicodeDecodeError) as exc:
-        if _is_full(exc):
-            raise
-        raise HyphaError(f"the job's ledger {path} cannot be opened: {exc}") from exc
-    return db
-
-
-def _is_full(exc: Exception) -> bool:
-    return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _NO_ROOM
-
-
-async def _with_space(path: Path, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
-    """``call`` in a thread, not cancelled half-way, again until the disk is not full any more."""
-    told: Reminder | None = None
-    while True:
-        try:
-            result = await in_thread(call, abandon_on_cancel=False, limiter=limiter)
-        except sqlite3.OperationalError as exc:
-            if not _is_full(exc):
-                raise
-            told = told or Reminder(at_once=True)
-            if told.due():
-                text = "The job stands still, as its ledger %s cannot be written (%s): make room there"
-                logger.error(text, path, exc)
-            await trio.sleep(_ROOM_RETRY_S)
-            continue
-        if told:
-            logger.info("The ledger %s can be written again", path)
-        return result
+    return await with_space(path, lambda: Ledger(path), trio.CapacityLimiter(1))
 
 
 def _text(value: Struct) -> str:

@@ -10,7 +10,8 @@ from hypha.errors import JobFailed, OutputError
 from hypha.runtime import in_thread
 from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.durable.export import Published, absolute_place
-from hypha.scheduler.durable.ledger import Ledger, export_ledger
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.ledger_files import export_ledger
 from hypha.scheduler.rounds.machine import RoundMachine
 
 logger = logging.getLogger(__name__)

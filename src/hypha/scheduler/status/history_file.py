@@ -18,7 +18,7 @@ from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import LedgerFile
 from hypha.runtime import in_thread
-from hypha.scheduler.durable.ledger import read_ledger
+from hypha.scheduler.durable.ledger_files import read_ledger
 from hypha.scheduler.status.history import History
 from hypha.scheduler.status.round_record import RoundRecord, from_ledger, with_numbers
 
