@@ -8,8 +8,8 @@ from pathlib import Path
 from hypha.config.models import JobConfig
 from hypha.journal import Journal
 from hypha.node import Node
-from hypha.scheduler.durable.copies import Copies
 from hypha.scheduler.durable.export import Output
+from hypha.scheduler.durable.replicas import Replicas
 from hypha.scheduler.durable.serving import ServedDirectory
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.leasing.pool import Pool
@@ -45,7 +45,7 @@ class JobContext:
     output: Output
     directories: dict[str, ServedDirectory]
     pool: Pool
-    copies: Copies
+    replicas: Replicas
     progressed: Progressed
     journal: Journal
     traces: RoundTraces

@@ -10,7 +10,7 @@ import trio
 
 from hypha.config.models import JobConfig
 from hypha.messages import OuterOptimizer
-from hypha.runtime import is_simulated, new_id
+from hypha.runtime import is_simulated
 from hypha.scheduler.context import JobContext
 from hypha.scheduler.data.datasets import ManifestChoice, ServedDataset, find_dataset
 from hypha.scheduler.data.pins import Pins
@@ -74,10 +74,8 @@ async def open_job(
         async with open_trial(config.model.type if wanted == "full" else None) as trial:
             await _check(config, dataset, trial, say)
     say(Preparing("reading the job's state"))
-    job_id = f"{config.name}-{new_id()[:12]}"
-    scheduler = context.node.ref()
     ledger, generation = await first_generation(
-        context.state, config, scheduler, dataset, job_id, context.copies, fresh
+        context.state, config, context.node.ref(), dataset, context.replicas, fresh
     )
     store = CheckpointStore(context.state, generation.start.job_id, config.checkpoint.keep)
     if generation.start.generation:

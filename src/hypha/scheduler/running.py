@@ -23,9 +23,9 @@ from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.descriptions import searches_for
-from hypha.scheduler.durable.copies import Copies
 from hypha.scheduler.durable.export import Output
 from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.replicas import Replicas
 from hypha.scheduler.durable.serving import ServedDirectory
 from hypha.scheduler.durable.starts import described
 from hypha.scheduler.durable.state_directory import StateDirectory
@@ -85,7 +85,7 @@ class RunningJob:
             output=output,
             directories=directories,
             pool=Pool(node, asks, pace, journal=journal, traces=traces),
-            copies=Copies(node, config.name),
+            replicas=Replicas(node, config.name),
             progressed=Progressed(),
             journal=journal,
             traces=traces,

@@ -19,9 +19,9 @@ from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.data.requests import KeptSlices, RequestHandlers
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, class_names
-from hypha.scheduler.durable.copying import Replicating
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.publishing import publish
+from hypha.scheduler.durable.replicas import Replicating
 from hypha.scheduler.durable.serving import Serving
 from hypha.scheduler.durable.starts import Generation, next_generation
 from hypha.scheduler.durable.stopping import save_last
@@ -123,13 +123,11 @@ class WorkingJob:
             self._is_leased,
         )
         self._replicating = Replicating(
-            node,
-            context.copies,
+            context.replicas,
             opened.ledger,
             context.state,
             self._stamp,
             lambda: context.pool.leases,
-            config.name,
             config.checkpoint.replicas,
         )
 
@@ -205,7 +203,7 @@ class WorkingJob:
                 extra={"job_id": start.job_id, "round": start.round},
             )
             await self.ledger.run(Ledger.forget_checkpoint, start.round)
-        generation = await next_generation(self.ledger, self._store, start, context.copies)
+        generation = await next_generation(self.ledger, self._store, start, context.replicas)
         logger.warning(
             "The parameter server was lost (%s); the job goes on from round %d",
             restart.reason,
@@ -266,7 +264,7 @@ class WorkingJob:
             case Publish(files=files):
                 result = await publish(self._context, self.ledger, self.current.machine, files)
                 self._replicating.close()
-                await self._context.copies.forget(self.ledger, self.current.start.job_id)
+                await self._context.replicas.forget(self.ledger, self.current.start.job_id)
                 self._end(result)
             case Fail(error=error):
                 self._end(error)
