@@ -8,7 +8,7 @@ from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.errors import Refused
 from hypha.messages import Acknowledged, JobStamp, Members, PeerRef, Plan, SendModel, Steer
-from hypha.scheduler.data.requests import Seen
+from hypha.scheduler.handlers import Seen
 from hypha.scheduler.steering import Steering
 
 

@@ -10,8 +10,8 @@ from hypha.journal import Journal
 from hypha.node import Node
 from hypha.scheduler.durable.export import Output
 from hypha.scheduler.durable.replicas import Replicas
-from hypha.scheduler.durable.serving import ServedDirectory
 from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.handlers import ServedDirectory
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds.policy import Rules
 from hypha.scheduler.status.round_traces import RoundTraces

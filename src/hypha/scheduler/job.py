@@ -21,8 +21,8 @@ from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.context import JobResult
 from hypha.scheduler.durable.export import output_for
-from hypha.scheduler.durable.serving import served_directories
 from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.handlers import served_directories
 from hypha.scheduler.rounds.events import GenerationBegan, Record
 from hypha.scheduler.running import Observer, RunningJob
 from hypha.scheduler.status.recording import recording

@@ -26,10 +26,10 @@ from hypha.scheduler.descriptions import searches_for
 from hypha.scheduler.durable.export import Output
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.replicas import Replicas
-from hypha.scheduler.durable.serving import ServedDirectory
 from hypha.scheduler.durable.starts import described
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.goodput.signals import GoodputSignals
+from hypha.scheduler.handlers import ServedDirectory
 from hypha.scheduler.leasing.events import SearchTimes
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.preparing import Opened, Preparing, open_job, take_up

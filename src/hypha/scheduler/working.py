@@ -16,16 +16,15 @@ from hypha.errors import HyphaError
 from hypha.messages import JobStamp
 from hypha.runtime import chance, in_thread
 from hypha.scheduler.context import JobContext, JobResult
-from hypha.scheduler.data.requests import KeptSlices, RequestHandlers
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, class_names
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.publishing import publish
 from hypha.scheduler.durable.replicas import Replicating
-from hypha.scheduler.durable.serving import Serving
 from hypha.scheduler.durable.starts import Generation, next_generation
 from hypha.scheduler.durable.stopping import save_last
 from hypha.scheduler.executors import JobExecutors, lost
+from hypha.scheduler.handlers import FileHandlers, KeptSlices, RequestHandlers
 from hypha.scheduler.leasing.leases import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
 from hypha.scheduler.preparing import Opened
 from hypha.scheduler.rounds.events import (
@@ -106,14 +105,8 @@ class WorkingJob:
         self.current = self._generation_of(generation, CarriedOver())
         #: what the present machine was told of its surroundings, by the event's name
         self._surroundings: dict[str, Input] = {}
-        self._serving = Serving(
-            node,
-            context.directories,
-            generation.start.job_id,
-            opened.store,
-            context.state,
-            self._is_member,
-            self._is_server,
+        self._file_handlers = FileHandlers(
+            node, context.directories, opened.store, self._is_member, self._is_server
         )
         self._handlers = RequestHandlers(
             node,
@@ -133,7 +126,7 @@ class WorkingJob:
 
     async def run(self) -> None:
         """Until ``end`` was called, or cancelled."""
-        self._serving.start()
+        self._file_handlers.open()
         self._begin_generation()
         self._handlers.open()
         pool = self._context.pool
