@@ -777,7 +777,7 @@ async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
 async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(
     network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "hypha.scheduler.preparing")
+    caplog.set_level(logging.INFO, "hypha.scheduler.job.opening")
     stage = Stage(tmp_path)
 
     def config(rounds: int, **job: Any) -> SchedulerConfig:

@@ -8,10 +8,10 @@ import trio
 
 from hypha.errors import JobFailed, OutputError
 from hypha.runtime import in_thread
-from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.durable.export import Published, absolute_place
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.ledger_files import export_ledger
+from hypha.scheduler.job.states import JobContext, JobResult
 from hypha.scheduler.rounds.machine import RoundMachine
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ import trio
 from hypha.config.models import JobConfig
 from hypha.messages import OuterOptimizer
 from hypha.runtime import is_simulated
-from hypha.scheduler.context import JobContext
 from hypha.scheduler.data.datasets import ManifestChoice, ServedDataset, find_dataset
 from hypha.scheduler.data.pins import Pins
 from hypha.scheduler.descriptions import outer_optimizer
@@ -19,6 +18,7 @@ from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.ledger_files import has_trained, held_leases, known_manifest
 from hypha.scheduler.durable.starts import Generation, begins_anew, first_generation
+from hypha.scheduler.job.states import JobContext
 from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.preflight.checking import check_before_leasing

@@ -21,7 +21,6 @@ from hypha.journal import Journal, write_entries
 from hypha.messages import PeerRef
 from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
-from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.descriptions import searches_for
 from hypha.scheduler.durable.export import Output
 from hypha.scheduler.durable.ledger import Ledger
@@ -30,9 +29,11 @@ from hypha.scheduler.durable.starts import described
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.goodput.signals import GoodputSignals
 from hypha.scheduler.handlers import ServedDirectory
+from hypha.scheduler.job.opening import Opened, Preparing, open_job, take_up
+from hypha.scheduler.job.states import JobContext, JobResult
+from hypha.scheduler.job.working import WorkingJob
 from hypha.scheduler.leasing.events import SearchTimes
 from hypha.scheduler.leasing.pool import Pool
-from hypha.scheduler.preparing import Opened, Preparing, open_job, take_up
 from hypha.scheduler.rounds.policy import Rules
 from hypha.scheduler.status.awaited import Awaiting, awaited
 from hypha.scheduler.status.round_traces import RoundTraces
@@ -40,7 +41,6 @@ from hypha.scheduler.status.services import Services
 from hypha.scheduler.status.signals import JobMetrics
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.scheduler.status.view import Progressed, sentence, snapshot_of, with_surroundings
-from hypha.scheduler.working import WorkingJob
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from hypha.config.models import JobConfig
 from hypha.messages import PeerRef
 from hypha.runtime import in_thread
-from hypha.scheduler.context import JobResult
 from hypha.scheduler.durable.export import absolute_place, local_directory
 from hypha.scheduler.durable.ledger import Ledger, open_ledger
 from hypha.scheduler.durable.starts import described, different
 from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.job.states import JobResult
 
 
 async def finished_job(state_dir: Path, config: JobConfig) -> JobResult | None:

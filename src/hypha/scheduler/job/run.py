@@ -19,12 +19,12 @@ from hypha.journal import Journal, JournalEntry
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
-from hypha.scheduler.context import JobResult
 from hypha.scheduler.durable.export import output_for
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.handlers import served_directories
+from hypha.scheduler.job.running import Observer, RunningJob
+from hypha.scheduler.job.states import JobResult
 from hypha.scheduler.rounds.events import GenerationBegan, Record
-from hypha.scheduler.running import Observer, RunningJob
 from hypha.scheduler.status.recording import recording
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.telemetry.logs import logged

@@ -15,18 +15,18 @@ import trio
 from hypha.errors import HyphaError
 from hypha.messages import JobStamp
 from hypha.runtime import chance, in_thread
-from hypha.scheduler.context import JobContext, JobResult
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, class_names
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.publishing import publish
 from hypha.scheduler.durable.replicas import Replicating
 from hypha.scheduler.durable.starts import Generation, next_generation
-from hypha.scheduler.durable.stopping import save_last
 from hypha.scheduler.executors import JobExecutors, lost
 from hypha.scheduler.handlers import FileHandlers, KeptSlices, RequestHandlers
+from hypha.scheduler.job.opening import Opened
+from hypha.scheduler.job.states import JobContext, JobResult
+from hypha.scheduler.job.stopping import save_last
 from hypha.scheduler.leasing.leases import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
-from hypha.scheduler.preparing import Opened
 from hypha.scheduler.rounds.events import (
     Action,
     Again,
