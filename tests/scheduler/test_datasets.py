@@ -27,7 +27,7 @@ from hypha.messages import (
 from hypha.node import Node
 from hypha.scheduler.data.datasets import REFRESH_S, ManifestChoice, find_dataset
 from hypha.scheduler.data.pins import Pins
-from hypha.scheduler.status.services import Services
+from hypha.scheduler.status.versions import ServiceVersions
 
 MANIFEST = Manifest(
     name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00" * 32),)
@@ -185,7 +185,7 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
 async def test_gateways_and_data_nodes_state_what_they_run(
     network: VirtualNetwork, caplog: pytest.LogCaptureFixture
 ) -> None:
-    services = Services()
+    services = ServiceVersions()
     caplog.set_level(logging.INFO, "hypha.scheduler")
     async with (
         network.gateway() as gateway,

@@ -26,7 +26,7 @@ from hypha.messages import (
     replica_name,
 )
 from hypha.node import Node
-from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
+from hypha.scheduler import JobResult, JobSnapshot, Observation, read_ledger, run_job
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.replicas import GENERATIONS_SKIPPED, LEDGER, ranked
 from hypha.scheduler.leasing.leases import LeaseGained
@@ -84,7 +84,7 @@ async def stopped(run_job: Run, config: Any, *places: Path) -> None:
                 scope.cancel()
 
         with trio.fail_after(120):
-            await run_job(config, observe=stop)
+            await run_job(config, Observation(stop))
     assert scope.cancelled_caught
 
 

@@ -10,13 +10,22 @@ if TYPE_CHECKING:
     from hypha.scheduler.durable.ledger_files import read_ledger
     from hypha.scheduler.job.finishing import finished_job
     from hypha.scheduler.job.run import run_job
-    from hypha.scheduler.job.states import JobResult
+    from hypha.scheduler.job.states import JobResult, Observation
 
-__all__ = ["JobResult", "JobSnapshot", "WorkerSnapshot", "finished_job", "read_ledger", "run_job"]
+__all__ = [
+    "JobResult",
+    "JobSnapshot",
+    "Observation",
+    "WorkerSnapshot",
+    "finished_job",
+    "read_ledger",
+    "run_job",
+]
 
 #: what needs the network, or the ledger, is imported by who asks for it: looking at a job takes neither
 _LATER = {
     "JobResult": "job.states",
+    "Observation": "job.states",
     "finished_job": "job.finishing",
     "read_ledger": "durable.ledger_files",
     "run_job": "job.run",

@@ -57,7 +57,7 @@ from hypha.executor.toy import COLUMN
 from hypha.journal import Journal, JournalEntry
 from hypha.leases import NAME as LEASES
 from hypha.messages import Column
-from hypha.scheduler import JobResult, JobSnapshot, finished_job, run_job
+from hypha.scheduler import JobResult, JobSnapshot, Observation, finished_job, run_job
 from hypha.simulation.executors.processes import SimulatedExecutors
 from hypha.simulation.network import SimulatedMachine, SimulatedNetwork
 from hypha.simulation.node import SimulatedOptions, open_simulated_node
@@ -440,9 +440,8 @@ class World:
             # as the program does: one that is started again after its job is done says so
             self.results[computer.name] = await finished_job(config.state_dir, job) or await run_job(
                 config,
-                observe=self._seen if main else None,
+                Observation(self._seen if main else None, journal),
                 open_=lambda: open_simulated_node(self.network, computer.machine, process, options),
-                journal=journal,
             )
         except HyphaError as exc:
             self.failure = exc

@@ -1,17 +1,73 @@
-"""A job that an earlier scheduler has brought to its end: started again, there is nothing to do."""
+"""How a job ends: its ledger is written beside its state and its model published. And a job that an earlier
+scheduler has brought to that end: started again, there is nothing to do.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+import trio
+
 from hypha.config.models import JobConfig
+from hypha.errors import JobFailed, OutputError
 from hypha.messages import PeerRef
 from hypha.runtime import in_thread
-from hypha.scheduler.durable.export import absolute_place, local_directory
+from hypha.scheduler.durable.export import Published, absolute_place, local_directory
 from hypha.scheduler.durable.ledger import Ledger, open_ledger
+from hypha.scheduler.durable.ledger_files import export_ledger
 from hypha.scheduler.durable.starts import described, different
 from hypha.scheduler.durable.state_directory import StateDirectory
-from hypha.scheduler.job.states import JobResult
+from hypha.scheduler.job.states import JobContext, JobResult
+from hypha.scheduler.rounds.machine import RoundMachine
+
+logger = logging.getLogger(__name__)
+
+
+async def publish(
+    context: JobContext, ledger: Ledger, machine: RoundMachine, files: tuple[str, ...]
+) -> JobResult:
+    """Publish the ``files`` that the parameter server exported; the job is done then. Raises
+    :class:`hypha.errors.HyphaError`, after which the job can be started again.
+    """
+    start, state = machine.start, context.state
+    export = state.export_of(start.generation)
+    missing = [name for name in files if not (export / name).is_file()]
+    if missing or not files:
+        what = ", ".join(missing) or "any file"
+        raise JobFailed(f"the parameter server exported the model without {what}")
+    about = Published(
+        job=context.config.name,
+        job_id=start.job_id,
+        rounds=context.rules.rounds,
+        samples=context.progressed.samples,
+        theta=machine.theta,
+    )
+    # before the model: what fails here must not leave a model that is published once more
+    file = await ledger.run(Ledger.to_file)
+    path = state.path / "ledger.json"
+    try:
+        await in_thread(export_ledger, file, path)
+    except OSError as exc:
+        raise OutputError(
+            f"{path} cannot be written: {exc}; free space there and start the job again"
+        ) from exc
+    output = await in_thread(context.files.output.publish, export, about)
+    await ledger.run(Ledger.done, absolute_place(context.config.output), output)
+    logger.info("The trained model is in %s", output, extra={"job_id": start.job_id})
+    counted = [entry for entry in file.rounds if not entry.discarded]
+    return JobResult(
+        name=context.config.name,
+        job_id=start.job_id,
+        rounds=context.rules.rounds,
+        samples=context.progressed.samples,
+        loss=context.progressed.loss,
+        theta=machine.theta,
+        output=output,
+        ledger=path,
+        wall_s=trio.current_time() - context.began,
+        workers=len({part.worker for entry in counted for part in entry.contributors}),
+    )
 
 
 async def finished_job(state_dir: Path, config: JobConfig) -> JobResult | None:

@@ -15,65 +15,56 @@ import trio
 
 from hypha.config.models import SchedulerConfig
 from hypha.errors import HyphaError, JobFailed
-from hypha.journal import Journal, JournalEntry
+from hypha.journal import JournalEntry
 from hypha.net import open_node, options_from
 from hypha.node import Node
-from hypha.runtime import in_thread, is_simulated
-from hypha.scheduler.durable.export import output_for
+from hypha.runtime import is_simulated
 from hypha.scheduler.durable.state_directory import StateDirectory
-from hypha.scheduler.handlers import served_directories
-from hypha.scheduler.job.running import Observer, RunningJob
-from hypha.scheduler.job.states import JobResult
+from hypha.scheduler.job.running import RunningJob
+from hypha.scheduler.job.states import JobContext, JobFiles, JobResult, Observation, Observer, Outcome
 from hypha.scheduler.rounds.events import GenerationBegan, Record
 from hypha.scheduler.status.recording import recording
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.telemetry.logs import logged
 from hypha.telemetry.resources import watch_disks
 
-#: how long the node outlives a cancellation, to say goodbye
+#: how long the node outlives a cancellation, so that workers are told of its end
 _SHELTER_S = 3.8
 
 
 async def run_job(
     config: SchedulerConfig,
+    observation: Observation | None = None,
     *,
-    observe: Observer | None = None,
     fresh: bool = False,
     open_: Callable[[], AbstractAsyncContextManager[Node]] | None = None,
-    journal: Journal | None = None,
-    trace_ratio: float | None = None,
     task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
 ) -> JobResult:
-    """Run the job of ``config`` to its end. ``observe`` gets a snapshot a few times a second, ``task_status``
-    the node as soon as it listens; ``open_`` opens another node than one over libp2p; ``journal`` is the one
-    of all machines; ``trace_ratio`` the share of rounds that are traced, ``None`` where nothing is. An
-    unfinished job of the same name and description is resumed, unless ``fresh``. Raises a
-    :class:`HyphaError` whose ``exit_code`` says what went wrong.
+    """Run the job of ``config`` to its end, observed by ``observation``. ``task_status`` gets the node as
+    soon as it listens; ``open_`` opens another node than one over libp2p. An unfinished job of the same name
+    and description is resumed, unless ``fresh``. Raises a :class:`HyphaError` whose ``exit_code`` says what
+    went wrong.
     """
-    job = config.scheduler.job
-    output = output_for(job.output, job.output_token)
-    await in_thread(output.check)
-    directories = await in_thread(served_directories, job)
+    job, observation = config.scheduler.job, observation or Observation()
+    files = await JobFiles.checked(job)
     opened = open_ or partial(open_node, options_from(config, "hypha-scheduler"))
-    outcome: JobResult | HyphaError | None = None
-    journal, present = journal or Journal(), _Present()
+    outcome: Outcome = None
+    journal, present = observation.journal, _Present()
     journal.listeners.append(present.listen)
     with (
         StateDirectory(config.state_dir, job.name) as state,
         logged(job_id=present.job_id, round=present.round),
     ):
         async with recording(config, journal) as feeding, _farewell() as (work, shelter):
-            observers = _all(observe, None if feeding is None else feeding.see)
+            observe = _all(observation.observe, None if feeding is None else feeding.see)
             with shelter:
                 async with opened() as node, _watched(config.state_dir):
                     task_status.started(node)
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:
                         with work:
-                            running = RunningJob(
-                                job, node, state, output, directories, observers, journal, trace_ratio
-                            )
-                            outcome = await running.run(fresh)
+                            context = JobContext.create(job, node, state, files, observation)
+                            outcome = await RunningJob(context, observe).run(fresh)
                     except HyphaError as exc:
                         outcome = exc
     await trio.lowlevel.checkpoint_if_cancelled()
@@ -88,7 +79,7 @@ def _watched(state_dir: Path) -> AbstractAsyncContextManager[None]:
 
 
 class _Present:
-    """Which job it is and which round is open, for log entries: as the round machine says."""
+    """Which job it is and which round is open, for log entries: as the round machine decides."""
 
     def __init__(self) -> None:
         self._job_id: str | None = None
@@ -112,20 +103,20 @@ class _Present:
 
 
 def _all(*observers: Observer | None) -> Observer | None:
-    """One that tells all there are."""
+    """One that calls all there are."""
     found = [one for one in observers if one is not None]
 
-    def tell(snapshot: JobSnapshot) -> None:
+    def observe(snapshot: JobSnapshot) -> None:
         for one in found:
             one(snapshot)
 
-    return tell if found else None
+    return observe if found else None
 
 
 @asynccontextmanager
 async def _farewell() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]]:
     """Two scopes: when this is cancelled, the first is too, and the second, shielded, only a little later:
-    the node has to live long enough to say goodbye.
+    the node has to live long enough so that workers are told of its end.
     """
     work, shelter = trio.CancelScope(), trio.CancelScope(shield=True)
 

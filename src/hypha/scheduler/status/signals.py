@@ -23,8 +23,8 @@ from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds import machine as rounds
 from hypha.scheduler.rounds.events import AnswerSlice, Record, SliceAsked
 from hypha.scheduler.rounds.machine import RoundMachine
+from hypha.scheduler.status.progress import Progressed
 from hypha.scheduler.status.snapshot import JobState
-from hypha.scheduler.status.view import Progressed
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import OTHER, Reading
 
