@@ -25,8 +25,7 @@ from hypha.messages import (
     SliceInfo,
 )
 from hypha.node import Node
-from hypha.scheduler.data.datasets import REFRESH_S, ManifestChoice, find_dataset
-from hypha.scheduler.data.pins import Pins
+from hypha.scheduler.data.datasets import REFRESH_S, ManifestChoice, Pins, find_dataset
 from hypha.scheduler.status.versions import ServiceVersions
 
 MANIFEST = Manifest(

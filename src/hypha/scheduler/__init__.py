@@ -8,7 +8,7 @@ from hypha.scheduler.status.snapshot import JobSnapshot, WorkerSnapshot
 
 if TYPE_CHECKING:
     from hypha.scheduler.durable.ledger_files import read_ledger
-    from hypha.scheduler.job.finishing import finished_job
+    from hypha.scheduler.job.ending import finished_job
     from hypha.scheduler.job.run import run_job
     from hypha.scheduler.job.states import JobResult, Observation
 
@@ -26,7 +26,7 @@ __all__ = [
 _LATER = {
     "JobResult": "job.states",
     "Observation": "job.states",
-    "finished_job": "job.finishing",
+    "finished_job": "job.ending",
     "read_ledger": "durable.ledger_files",
     "run_job": "job.run",
 }

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import msgspec
 import trio
 
+from hypha.access import SERVICES, carries, may_act_as
+from hypha.config.models import DatasetRef
 from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable, Refused
 from hypha.features import Abilities, stated
 from hypha.manifests import manifest_problem
@@ -20,11 +22,9 @@ from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRe
 from hypha.naming import shown
 from hypha.node import Node, PeerLost
 from hypha.runtime import in_thread
-from hypha.scheduler.data.pins import Pins
 
 logger = logging.getLogger(__name__)
 
-_ANY = Pins()
 _ASK_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
@@ -36,6 +36,37 @@ _PATIENCE = 2
 _UNDECIDED_S = 10.0
 #: until the next look, while somebody is missed
 _MISSED_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Pins:
+    """A job's data nodes, by the organisations that vouch for them, or by PeerID; with neither, all."""
+
+    organizations: frozenset[str] = frozenset()
+    data_nodes: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, wanted: DatasetRef) -> Pins:
+        """As the job's configuration says."""
+        return cls(frozenset(wanted.organizations), frozenset(wanted.data_nodes))
+
+    def problem(self, node: Node, peer: str) -> str | None:
+        """Why ``peer``, which is or was connected, is not used, in words. PeerUnreachable when it was not."""
+        has = node.roles_of(peer)
+        if not may_act_as(has, SERVICES["dataset"].by):
+            # with other data under the name it would stop every job
+            return f"is no data node: its certificate has {carries(has)}"
+        if (not self.organizations and not self.data_nodes) or peer in self.data_nodes:
+            return None
+        organization = node.organization_of(peer)
+        if organization in self.organizations:
+            return None
+        if not self.organizations:
+            return "is not among scheduler.job.dataset.data_nodes"
+        return f"is of {organization!r}, which scheduler.job.dataset.organizations does not name"
+
+
+_ANY = Pins()
 
 
 class ServedDataset:

@@ -12,8 +12,7 @@ import trio
 from hypha.config.models import JobConfig
 from hypha.messages import OuterOptimizer
 from hypha.runtime import is_simulated
-from hypha.scheduler.data.datasets import ManifestChoice, ServedDataset, find_dataset
-from hypha.scheduler.data.pins import Pins
+from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, find_dataset
 from hypha.scheduler.descriptions import outer_optimizer
 from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.ledger import Ledger

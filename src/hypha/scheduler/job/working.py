@@ -21,9 +21,8 @@ from hypha.scheduler.durable.starts import Generation, next_generation
 from hypha.scheduler.executors import JobExecutors, lost
 from hypha.scheduler.handlers import FileHandlers, RequestHandlers
 from hypha.scheduler.job.driving import RoundDriver
-from hypha.scheduler.job.finishing import publish
+from hypha.scheduler.job.ending import publish, save_last
 from hypha.scheduler.job.states import JobContext, JobResult, Opened
-from hypha.scheduler.job.stopping import save_last
 from hypha.scheduler.leasing.leases import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
 from hypha.scheduler.rounds.events import (
     Action,

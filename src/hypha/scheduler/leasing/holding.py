@@ -6,12 +6,14 @@ pool carries out.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import trio
+from opentelemetry.trace import Span, Status, StatusCode, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
 from hypha.leases import Tick
@@ -32,7 +34,8 @@ from hypha.scheduler.leasing.renewal import (
     Renewed,
     Suspected,
 )
-from hypha.scheduler.leasing.renewal_spans import RenewalSpans
+from hypha.tracing import failed, start_span
+from hypha.tracing.operations import ACCEPT_OFFER, RENEW_LEASE
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +129,50 @@ class Holding:
             return None
         self.leaving_passed_on_at = now
         return max(0.0, self.leaves_at - now)
+
+
+class RenewalSpans:
+    """One span at a time, with ``attributes``. The first one accepts the offer that was received in the span
+    ``offered_in``, a ``traceparent``; of a lease that is ``held`` already it is a renewal like the others.
+    """
+
+    def __init__(self, attributes: Mapping[str, str], offered_in: str | None, held: bool) -> None:
+        self._attributes = attributes
+        self._offered_in = offered_in
+        self._operation = RENEW_LEASE if held else ACCEPT_OFFER
+        self._span: Span | None = None
+
+    def __enter__(self) -> RenewalSpans:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """An attempt goes on meanwhile; it is the first of a renewal, or one more."""
+        if self._span is None:
+            self._span = start_span(self._operation, self._attributes, parent=self._offered_in)
+        with use_span(self._span, record_exception=False, set_status_on_exception=False):
+            yield
+
+    def failed(self, what: str, reason: str) -> None:
+        """What became of the lease in a renewal that did not succeed: an event, and the span is an error."""
+        if self._span is not None:
+            self._span.add_event(what, {"hypha.reason": reason})
+            failed(self._span, reason)
+
+    def renewed(self) -> None:
+        """The renewal is over; the next one has nothing to do with the offer."""
+        if self._span is not None:
+            self._span.set_status(Status(StatusCode.OK))
+        self._end()
+        self._operation, self._offered_in = RENEW_LEASE, None
+
+    def _end(self) -> None:
+        span, self._span = self._span, None
+        if span is not None:
+            span.end()
 
 
 async def keep_renewed(

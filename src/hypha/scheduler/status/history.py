@@ -51,11 +51,12 @@ from hypha.scheduler.rounds.events import (
 )
 from hypha.scheduler.rounds.failures import exit_text
 from hypha.scheduler.rounds.machine import NAME
-from hypha.scheduler.status.open_round import OpenRound, Track
 from hypha.scheduler.status.round_record import (
     Fault,
     Key,
+    OpenRound,
     RoundRecord,
+    Track,
     rounded,
     with_numbers,
     without_spans,
