@@ -173,7 +173,9 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
             assert set(dataset.providers) == {honest.peer_id}
         said = {(record.getMessage(), getattr(record, "peer_id", "")) for record in caplog.records}
         assert any("serves different data" in text and peer == differs.peer_id for text, peer in said)
-        assert any("does not serve digits as it says" in text and peer == liar.peer_id for text, peer in said)
+        assert any(
+            "does not serve digits as it states" in text and peer == liar.peer_id for text, peer in said
+        )
         with pytest.raises(DatasetMismatch, match=f"{'ab' * 32} of the job"):
             await find_dataset(scheduler, "digits", 1.0, wanted=ManifestChoice(pinned="ab" * 32))
         async with data_node(network, gateway):
@@ -263,4 +265,4 @@ async def test_what_the_hash_does_not_cover_is_believed_where_all_say_it(
         dataset = await find_dataset(scheduler, "digits", 10.0)
     assert dataset.manifest.ranges == ()
     assert len(dataset.providers) == len(ranges)
-    assert "say different things of the numbers in the columns of digits" in caplog.text
+    assert "state different ranges of numbers for the columns of digits" in caplog.text

@@ -194,7 +194,7 @@ class Descriptions:
         by_offer = batch_size(offered, resources_of(needs), rounds.max_batch_size, DEFAULT_BATCH_SIZE)
         if needs.model_fields_set & {"gpu", "memory"}:
             return by_offer
-        # nobody has said what a sample needs: a larger offer is no reason for a smaller batch
+        # the configuration does not tell what a sample needs: a larger offer is no reason for a smaller batch
         return max(by_offer, min(DEFAULT_BATCH_SIZE, rounds.max_batch_size))
 
     def train(self, me: str, parameter_server: PeerRef, batch: int, steps: int | None = None) -> TrainJob:

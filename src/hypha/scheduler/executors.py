@@ -77,7 +77,7 @@ class _Begun:
 
 class JobExecutors:
     """``handle`` gets what happens here as events of the round machine. Leases ``left`` by an earlier
-    scheduler may have executors. What is dispatched is traced as ``traces`` say. Nothing is started before
+    scheduler may have executors. What is dispatched is traced as ``traces`` decide. Nothing is started before
     the first :meth:`begin_generation`.
     """
 
@@ -116,7 +116,7 @@ class JobExecutors:
         self, descriptions: Descriptions, generation: Generation, steps: Callable[[], int]
     ) -> None:
         """From now on executors are as this generation needs them: training executors that run go on in it,
-        and so does a parameter server that lives; others are started.
+        and so does a parameter server that runs; others are started.
         """
         for key in list(self._executors):
             self._executors.pop(key).scope.cancel()
@@ -238,11 +238,16 @@ class JobExecutors:
                 await executor.steering.send_first(directive)
             except Refused as exc:
                 if exc.code not in _PASSING:
-                    logger.info("The %s executor cannot go on: %s", lease.kind, exc, extra=fields)
+                    logger.info("The %s executor refused to go on: %s", lease.kind, exc, extra=fields)
                     return False
             except NetworkError as exc:
                 # the lease decides how long that is worth trying
-                logger.debug("The %s executor is not asked yet: %s", lease.kind, exc, extra=fields)
+                logger.debug(
+                    "The request to go on was not delivered to the %s executor: %s",
+                    lease.kind,
+                    exc,
+                    extra=fields,
+                )
             else:
                 logger.info("The %s executor goes on", lease.kind, extra=fields)
                 self._handle(GoesOn(lease.worker.peer, lease.kind))

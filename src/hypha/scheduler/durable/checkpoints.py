@@ -1,7 +1,7 @@
 """Checkpoints that the parameter server sends: kept whole or not at all, K deep, verified when loaded.
 
 Files arrive in ``incoming/``, each generation of the job apart: what a dead parameter server left half-way
-may still be waited for, and must not stand in its successor's way. When the parameter server says that the
+may still be waited for, and must not stand in its successor's way. When the parameter server reports that the
 checkpoint of a round is complete, its files get an index with sizes and BLAKE3 hashes and become
 ``checkpoints/round-N`` in one rename. All methods block (files, hashes): call them in a thread.
 """
@@ -51,7 +51,7 @@ class CheckpointStore:
         return self.state.incoming / "generation-{}-round-{}".format(*stamp)
 
     def place_for(self, meta: TransferMeta) -> Path:
-        """Where an offered file is to be written; what was never finished makes room."""
+        """Where an offered file is to be written; what was never finished is deleted."""
         generation, round_ = stamp = _stamp(meta)
         for stale in [key for key in self._arrived if key[0] < generation or key[1] < round_ - 1]:
             del self._arrived[stale]
@@ -70,7 +70,7 @@ class CheckpointStore:
         self._arrived.setdefault(_stamp(meta), {})[str(self._name(meta.name))] = meta
 
     def complete(self, round_: int) -> bool:
-        """The parameter server says that all files for ``round_`` were sent. False: they are not here."""
+        """The parameter server reports that all files for ``round_`` were sent. False: they are not here."""
         # the sender may stamp the round that it closed, or the one that can be started
         stamped = [key for key in self._arrived if key[1] in (round_, round_ - 1)]
         if not stamped:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: SQLite says the second when the index of its log cannot grow
+#: SQLite raises the second when the index of its log cannot grow
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 _SPACE_RETRY_S = 1.0
 
@@ -66,7 +66,7 @@ PRAGMA user_version = 2;
 
 def connect(path: Path) -> sqlite3.Connection:
     """Open the database, which is durable at the end of each transaction. Raises :class:`HyphaError`, or
-    what SQLite says of a full disk.
+    SQLite's error of a full disk.
     """
     try:
         db = sqlite3.connect(path, check_same_thread=False, timeout=10.0)
@@ -80,7 +80,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def is_full(exc: Exception) -> bool:
-    """Whether SQLite says that the disk is full."""
+    """Whether this is SQLite's error of a full disk."""
     return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _FULL
 
 
@@ -88,19 +88,19 @@ async def with_space(path: Path, call: Callable[[], T], limiter: trio.CapacityLi
     """``call`` in a thread, not cancelled half-way, again until the disk is not full any more; the database
     at ``path`` is the one that is logged.
     """
-    told: Reminder | None = None
+    reminder: Reminder | None = None
     while True:
         try:
             result = await in_thread(call, abandon_on_cancel=False, limiter=limiter)
         except sqlite3.OperationalError as exc:
             if not is_full(exc):
                 raise
-            told = told or Reminder(at_once=True)
-            if told.due():
-                text = "The job stands still, as its ledger %s cannot be written (%s): make room there"
+            reminder = reminder or Reminder(at_once=True)
+            if reminder.due():
+                text = "The job stands still, as its ledger %s cannot be written (%s): free space on its disk"
                 logger.error(text, path, exc)
             await trio.sleep(_SPACE_RETRY_S)
             continue
-        if told:
+        if reminder:
             logger.info("The ledger %s can be written again", path)
         return result

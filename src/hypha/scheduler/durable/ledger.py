@@ -1,4 +1,4 @@
-"""The job's book in SQLite: what was asked for, every applied round, every checkpoint, and what is under
+"""The job's ledger in SQLite: what was asked for, every applied round, every checkpoint, and what is under
 way: the pool's leases and who trains on which slice.
 
 One transaction a round, durable before the next directive depends on it (WAL, synchronous FULL). Good
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: rounds that say how fast workers are, and what is kept of why one failed
+#: rounds from which the speed of workers is computed, and how much is kept of why one failed
 _RECENT_ROUNDS, _LONGEST_REASON = 200, 500
 
 
@@ -58,7 +58,7 @@ class Opening(Struct, frozen=True):
 
 
 class Standing(Struct, frozen=True):
-    """What a ledger says about its job: ``state`` is ``running`` or ``done``."""
+    """What a ledger holds about its job: ``state`` is ``running`` or ``done``."""
 
     job_id: str
     generation: int
@@ -78,8 +78,8 @@ class RoundStart(Struct, frozen=True):
 
 
 class Ledger:
-    """``path`` is created if it is not there. Raises :class:`HyphaError`, or what SQLite says of a full disk:
-    :func:`open_ledger` waits for room.
+    """``path`` is created if it is not there. Raises :class:`HyphaError`, or SQLite's error of a full disk:
+    :func:`open_ledger` waits for space.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,7 +98,7 @@ class Ledger:
     async def run(self, call: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """``call`` (a method of this class) in a thread; never two at a time; not cancelled half-way.
 
-        While the disk is full it waits for room, and so does all that must not happen before it is written.
+        While the disk is full it waits for space, and so does all that must not happen before it is written.
         """
         return await with_space(self.path, lambda: call(self, *args, **kwargs), self._limiter)
 
@@ -107,7 +107,7 @@ class Ledger:
         self._db.close()
 
     def standing(self) -> Standing | None:
-        """Which job this is the book of; ``None`` in a new one."""
+        """Which job this is the ledger of; ``None`` in a new one."""
         row = self._db.execute(
             "SELECT job_id, generation, state, manifest_hash, train, aggregate FROM job"
         ).fetchone()
@@ -241,7 +241,7 @@ class Ledger:
             self._db.execute("UPDATE job SET generation = generation + ?", (count,))
 
     def copy_to(self, path: Path) -> None:
-        """A copy of the whole book as it is now."""
+        """Write a copy of the whole ledger as it is now."""
         path.unlink(missing_ok=True)
         with closing(sqlite3.connect(path)) as copy:
             self._db.backup(copy)
@@ -257,7 +257,7 @@ class Ledger:
 
     def open_round(self) -> tuple[int, int, str]:
         """The round after the last one that counts, the inner steps before it, and the hash of its theta
-        (empty where nobody has said it yet).
+        (empty where it was not reported yet).
         """
         round_, steps = self._db.execute("SELECT round, steps FROM starts ORDER BY round DESC").fetchone()
         theta = self.theta_of(round_)
@@ -291,12 +291,12 @@ class Ledger:
             self._db.execute("DELETE FROM pool WHERE ?1 IS NULL OR lease_id = ?1", (lease_id,))
 
     def leases(self) -> list[LeaseGained]:
-        """What was held, by whoever wrote this book."""
+        """What was held, by whichever scheduler wrote this ledger."""
         rows = self._db.execute("SELECT lease FROM pool").fetchall()
         return [decode_json(row[0], LeaseGained) for row in rows]
 
     def failed(self, peer: str, reason: str) -> None:
-        """That worker failed, or was lost: it counts when offers are compared."""
+        """That worker failed, or was lost: that counts when offers are compared."""
         with self._db:
             self._db.execute(
                 "INSERT INTO failures (peer, times, reason) VALUES (?, 1, ?)"
@@ -331,7 +331,7 @@ class Ledger:
         ]
 
     def _entries(self, texts: Iterable[str]) -> Iterator[LedgerRound]:
-        """What can be read of them: an odd one, of another version, is told of, and does not stop the job."""
+        """What can be read of them: an odd one, of another version, is logged, and does not stop the job."""
         for text in texts:
             try:
                 yield decode_json(text, LedgerRound)
@@ -339,7 +339,7 @@ class Ledger:
                 logger.error("The ledger %s holds a round that cannot be read: %s", self.path, exc)
 
     def theta_of(self, round_: int) -> str:
-        """The hash of theta at the start of ``round_``; empty where only the model says (round 0)."""
+        """The hash of theta at the start of ``round_``; empty where only the model tells it (round 0)."""
         row = self._db.execute(
             "SELECT theta FROM rounds WHERE round = ? AND discarded = 0 ORDER BY number DESC", (round_ - 1,)
         ).fetchone()
@@ -379,7 +379,7 @@ class Ledger:
 
 
 async def open_ledger(path: Path) -> Ledger:
-    """The ledger in ``path``, once there is room for it. Raises :class:`HyphaError`."""
+    """The ledger in ``path``, once there is space for it. Raises :class:`HyphaError`."""
     return await with_space(path, lambda: Ledger(path), trio.CapacityLimiter(1))
 
 

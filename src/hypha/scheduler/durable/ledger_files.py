@@ -21,7 +21,7 @@ from hypha.scheduler.leasing.leases import LeaseGained
 
 async def held_leases(path: Path) -> list[LeaseGained]:
     """The leases that a scheduler which was killed left in ``path``; none where there is no ledger. On a full
-    disk not even that can be read: it waits for room. Raises :class:`HyphaError`.
+    disk not even that can be read: it waits for space. Raises :class:`HyphaError`.
     """
     rows = await with_space(path, lambda: _rows(path, "SELECT lease FROM pool"), trio.CapacityLimiter(1))
     return [decode_json(row[0], LeaseGained) for row in rows]

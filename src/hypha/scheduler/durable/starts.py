@@ -2,8 +2,8 @@
 checkpoint whose bytes are all there.
 
 A job is resumed by a scheduler that finds its unfinished ledger, and by one that lost its parameter server;
-each time under the next generation, so that nothing said in the earlier generation is believed. While a lease
-on the parameter server may live, its theta is the newest there is, and the job goes on from that.
+each time under the next generation, so that no message of the earlier generation counts. While a lease
+on the parameter server may last, its theta is the newest there is, and the job goes on from that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _MAY_DIFFER = frozenset({"job_id", "checkpoint", "scheduler", "peers", "max_upda
 @dataclass(frozen=True)
 class Generation:
     """``place`` holds the checkpoint: ``scheduler``, a path or URL, or nothing at round 0 and where the
-    parameter server lives. ``rounds_lost``: the job was further; what workers hold of those rounds is void.
+    parameter server still runs. ``rounds_lost``: the job was further; what workers hold of those rounds is
+    void.
     """
 
     start: Start
@@ -179,8 +180,8 @@ def _opening(
 def described(
     config: JobConfig, scheduler: PeerRef, job_id: str, began: OuterOptimizer | None = None
 ) -> tuple[TrainJob, AggregateJob]:
-    """What executors of the job are told, but for what is different for each, and for secrets; ``began`` is
-    the outer optimizer that the job had so far.
+    """The job descriptions that executors get, but for what is different for each, and for secrets; ``began``
+    is the outer optimizer that the job had so far.
     """
     descriptions = Descriptions(config, Start(job_id, optimizer=outer_optimizer(config, began)), scheduler)
     train = without_secrets(descriptions.train("", PeerRef(peer=""), 0))

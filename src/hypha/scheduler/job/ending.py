@@ -120,7 +120,7 @@ def _is_there(place: str) -> bool:
     return directory is None or (directory / "hypha.json").is_file()
 
 
-#: above all that was said before, and below the farewell
+#: above the numbers of all directives before it, and below that of the last one
 _SEQ = (1 << 62) - 1
 _PAUSE_S = 0.1
 
@@ -143,21 +143,21 @@ async def save_last(
             await keep_ledger(action)
     newest = await ledger.run(Ledger.newest_start)
     if machine.server is None or not machine.server_ready or machine.phase in ("done", "failed"):
-        _say_where(machine, newest, fields)
+        _log_where(machine, newest, fields)
         return
     asked_for = machine.round
     if newest < asked_for:
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
                 stamp = JobStamp(job_id=machine.start.job_id, generation=machine.start.generation)
-                nursery.start_soon(_ask, node, machine.server, stamp, asked_for)
+                nursery.start_soon(_request_save, node, machine.server, stamp, asked_for)
                 while newest < machine.round:
                     action = await todo.receive()
                     if isinstance(action, Durable):
                         await keep_ledger(action)
                         newest = await ledger.run(Ledger.newest_start)
                 nursery.cancel_scope.cancel()
-    _say_where(machine, newest, fields)
+    _log_where(machine, newest, fields)
 
 
 def _next(todo: trio.MemoryReceiveChannel[Action]) -> Action | None:
@@ -167,7 +167,7 @@ def _next(todo: trio.MemoryReceiveChannel[Action]) -> Action | None:
         return None
 
 
-def _say_where(machine: RoundMachine, newest: int, fields: dict[str, str]) -> None:
+def _log_where(machine: RoundMachine, newest: int, fields: dict[str, str]) -> None:
     if newest < machine.round:
         logger.warning(
             "Round %d could not be saved in time; the job will go on from round %d",
@@ -179,8 +179,8 @@ def _say_where(machine: RoundMachine, newest: int, fields: dict[str, str]) -> No
         logger.info("The job will go on from round %d", newest, extra=fields)
 
 
-async def _ask(node: Node, server: PeerRef, stamp: JobStamp, round_: int) -> None:
-    """Until it is heard."""
+async def _request_save(node: Node, server: PeerRef, stamp: JobStamp, round_: int) -> None:
+    """Send it until it is delivered."""
     steer = Steer(stamp=stamp, kind="aggregate", seq=_SEQ, directive=SaveCheckpoint(round=round_))
     while True:
         try:
@@ -188,6 +188,8 @@ async def _ask(node: Node, server: PeerRef, stamp: JobStamp, round_: int) -> Non
             return
         except NetworkError as exc:
             logger.debug(
-                "The parameter server was not asked to save: %s", exc, extra={"worker_peer_id": server.peer}
+                "The request to save a checkpoint was not delivered: %s",
+                exc,
+                extra={"worker_peer_id": server.peer},
             )
         await trio.sleep(_PAUSE_S)

@@ -1,10 +1,10 @@
 """Running a job: :func:`run_job`, and its way through its states, :class:`Preparing`, :class:`Opened` and
 :class:`WorkingJob`.
 
-However a job ends, by success, error or cancellation, its workers are told and its leases given back while
-the node still lives, within about four seconds; an open round is saved first, as it began. What ends a job
-comes out as one :class:`HyphaError` with its exit code; what its machines did last is left beside the ledger
-then.
+However a job ends, by success, error or cancellation, its executors get a last directive and its leases are
+given back while the node still lives, within about four seconds; an open round is saved first, as it began.
+What ends a job comes out as one :class:`HyphaError` with its exit code; what its machines did last is left
+beside the ledger then.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ async def run_job(
 ) -> JobResult:
     """Run the job of ``config`` to its end, observed by ``observation``. ``task_status`` gets the node as
     soon as it listens; ``open_`` opens another node than one over libp2p. An unfinished job of the same name
-    and description is resumed, unless ``fresh``. Raises a :class:`HyphaError` whose ``exit_code`` says what
+    and description is resumed, unless ``fresh``. Raises a :class:`HyphaError` whose ``exit_code`` tells what
     went wrong.
     """
     job, observation = config.scheduler.job, observation or Observation()
@@ -199,7 +199,9 @@ class RunningJob:
         self._scope.cancel()
 
     async def _leave(self) -> None:
-        """Whatever was reached: the open round is saved, executors are told, leases and the ledger closed."""
+        """Whatever was reached: the open round is saved, executors are finished, leases and the ledger
+        closed.
+        """
         stage, done = self._stage, isinstance(self._outcome, JobResult)
         if isinstance(stage, Preparing):
             # what an earlier scheduler left is as it was

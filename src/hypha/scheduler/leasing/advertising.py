@@ -23,7 +23,7 @@ REMIND_S = 15.0
 
 
 class Advertising:
-    """Publishes what the allocator asks for through ``node``, traced as ``traces`` say."""
+    """Publishes what the allocator asks for through ``node``, traced as ``traces`` decide."""
 
     def __init__(self, node: Node, traces: RoundTraces) -> None:
         self._node = node

@@ -1,11 +1,11 @@
 """The scheduler's allocator, a pure machine: which offers to take so that as many workers as wanted are held.
 
-For every executor class it is told whom to ask for (:class:`Search`) and how many (:class:`Want`). While
+For every executor class it is given whom to ask for (:class:`Search`) and how many (:class:`Want`). While
 fewer are held it advertises, collects offers until the deadline it gave, checks each against what was asked,
 ranks them by capacity for the price, takes the best and releases the others at once. What is still missing is
 advertised again with growing pauses; a lost worker is replaced without pause, and one that ends soon as soon
-as it says so. A worker that failed lately is taken only when nobody else offers, for longer each time. What
-an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.track_records`):
+as it announces that. A worker that failed lately is taken only when nobody else offers, for longer each time.
+What an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.track_records`):
 capacity beyond what the job can use counts for nothing, a price under half of the bid is no better than that,
 and a parameter server is chosen by reliability before all else. While workers are missing the bid is raised
 in steps up to the private maximum (:mod:`hypha.scheduler.leasing.bidding`), and a job that cannot begin gives
@@ -72,7 +72,7 @@ class Allocator:
         self._avoid_until: dict[str, float] = {}
         self._standings = Standings()
         self._giving_way = GivingWay(asks, self._pace)
-        #: every lease on the table or taken -> its worker
+        #: every lease that is offered or taken -> its worker
         self._known: dict[str, str] = {}
         for ask in asks:
             check(ask.resources, f"resources asked for {ask.kind}")
@@ -182,7 +182,7 @@ class Allocator:
             case GatewayChanged():
                 for search in self._searches.values():
                     # a job's first request coincides with its node's reservation at the relay: all would
-                    # hear it twice while they are busy with the answer
+                    # receive it twice while they are busy with the offer
                     self._hurry(search, max(now, search.advertised_at + 2 * self._pace.offer_deadline_s))
             case Tick():
                 pass
@@ -240,7 +240,7 @@ class Allocator:
             search.confirmed.remove(lease_id)
             self._hurry(search, now)
         elif search.missing:
-            # offers that cannot be accepted must not make the network hear a request without end
+            # offers that cannot be accepted must not make the network carry requests without end
             again_at = max(now, search.advertised_at + search.pause_s / 2)
             search.advertise_at = max(again_at, search.paused_until)
 
@@ -287,7 +287,7 @@ class Allocator:
             actions.extend(self._decide(search, now))
         complete = not search.missing and len(search.confirmed) == len(search.taken)
         if search.bidding.follow(complete, bool(search.missing), now):
-            # heard at once, but for one that was heard a moment ago
+            # published at once, unless a request was published a moment ago
             soon = max(now, search.advertised_at + 2 * self._pace.offer_deadline_s, search.paused_until)
             search.advertise_at = soon if search.advertise_at is None else min(search.advertise_at, soon)
         if not search.missing:
@@ -296,7 +296,7 @@ class Allocator:
             within_s = self._pace.offer_deadline_s
             raised_bid = search.bidding.bid if search.bidding.raised else None
             actions.append(Advertise(search.ask, search.missing, within_s, raised_bid))
-            # the answers to this request and what lies on the table compete
+            # the offers for this request and those that are considered already compete
             search.late = False
             search.decide_by = min(now + within_s, math.inf if search.decide_at is None else search.decide_by)
             search.decide_at = search.decide_by

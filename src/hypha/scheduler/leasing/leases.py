@@ -29,13 +29,13 @@ class HeldLease:
     lease: LeaseGained
     expires_at: float
     suspected: bool
-    #: when its worker ends, where that has said so
+    #: when its worker ends, where the worker has announced it
     leaves_at: float | None = None
 
 
 @dataclass(frozen=True)
 class LeaseSuspect:
-    """The worker cannot be reached, repeatedly; its lease still lives."""
+    """The worker cannot be reached, repeatedly; its lease has not expired."""
 
     lease_id: str
     worker: PeerRef
@@ -54,7 +54,7 @@ class LeaseRecovered:
 
 @dataclass(frozen=True)
 class LeaseLost:
-    """The lease expired, or the worker ended it. Not said of a lease that :meth:`Pool.release` gave back."""
+    """The lease expired, or the worker ended it. One that :meth:`Pool.release` gave back is not reported."""
 
     lease_id: str
     worker: PeerRef
@@ -66,8 +66,8 @@ class LeaseLost:
 
 @dataclass(frozen=True)
 class LeaseLeaving:
-    """The worker ends in ``left_s`` seconds; its lease lives until then, and another worker is looked for.
-    Told again whenever the worker says so.
+    """The worker ends in ``left_s`` seconds; its lease lasts until then, and another worker is looked for.
+    Reported again whenever the worker announces it.
     """
 
     lease_id: str

@@ -1,10 +1,10 @@
 """The allocator's loop: a pool of leased workers that is kept full and kept alive.
 
 :class:`Pool` advertises while workers are missing, takes the best offers and renews every lease in a
-task of its own, so a slow worker never delays another's renewal. What becomes of leases is told through
+task of its own, so a slow worker never delays another's renewal. What becomes of leases is reported through
 :attr:`Pool.events`. A connection that breaks makes its leases be renewed at once: a dead worker is
 suspected within moments, long before its lease ends, but it is lost only when the lease expires, the
-worker itself says that it has ended, or its machine says for a while that nobody is there any more.
+worker itself reports that it has ended, or its machine refuses connections for a while.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ class Pool:
         self._wake = trio.Event()
         self._running = trio.CancelScope()
         self._releasing = trio.CapacityLimiter(MAX_RELEASES)
-        #: offers that were not taken and whose workers may not have heard it yet
+        #: offers that were not taken and whose workers may not know it yet
         self._unwanted: dict[str, PeerRef] = {}
-        #: lease on the table -> ``traceparent`` of the span in which its offer was received
+        #: lease of an offer that is considered -> ``traceparent`` of the span in which its offer was received
         self._offered_in: dict[str, str] = {}
         self._begun = False
         #: those that nobody renews yet
@@ -132,7 +132,7 @@ class Pool:
 
     @property
     def held(self) -> tuple[HeldLease, ...]:
-        """All leases held now, and how long they live."""
+        """All leases held now, and how long they last."""
         return tuple(held.held_lease for held in self._held.values() if held.gained)
 
     def missing(self, kind: ExecutorClass) -> int:
@@ -169,7 +169,7 @@ class Pool:
 
     def adopt(self, leases: Iterable[LeaseGained]) -> None:
         """Go on with leases of an earlier scheduler: they count as held, without :class:`LeaseGained`, and
-        are renewed at once; :class:`LeaseLost` is said of those that their workers do not know, or that
+        are renewed at once; :class:`LeaseLost` is reported of those that their workers do not know, or that
         nobody confirms. Before or while :meth:`run` runs.
         """
         now = trio.current_time()
@@ -198,7 +198,7 @@ class Pool:
             self._apply(Want(kind, 0))
         self._unwanted |= {one.lease_id: one.worker for one in self._todo if isinstance(one, Dismiss)}
         self._todo.clear()
-        self._running.cancel()  # which cuts off those that are just being told
+        self._running.cancel()  # which cuts off releases under way
         ending = {lease_id: held.offer.worker for lease_id, held in self._held.items()} | self._unwanted
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
@@ -250,7 +250,7 @@ class Pool:
                         self._versions.declined(caller, offer)
                     raise Refused(action.code, action.reason)
             logger.debug(
-                "An offer is on the table: %s at a price of %g.",
+                "An offer is considered: %s at a price of %g.",
                 offer.resources,
                 offer.price,
                 extra=fields,

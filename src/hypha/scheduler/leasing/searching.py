@@ -98,7 +98,7 @@ def most_capacity(ask: Search) -> float:
 
 
 def unfit(caller: str, offer: WorkerOffer, ask: Search) -> tuple[str, Cause] | None:
-    """Why ``offer`` cannot answer ``ask``, in words and by cause. The private maximum is not told."""
+    """Why ``offer`` cannot answer ``ask``, in words and by cause. The private maximum is not in it."""
     if offer.worker.peer != caller:
         return "it names another worker than the one that sent it", "other"
     if not is_valid(offer.resources) or not fits(ask.resources, offer.resources):

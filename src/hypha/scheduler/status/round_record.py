@@ -113,7 +113,7 @@ def from_ledger(entry: LedgerRound, job_id: str, began: float = 0.0) -> RoundRec
 
 
 def with_numbers(record: RoundRecord, entry: LedgerRound) -> RoundRecord:
-    """``record`` with what the ledger says of the round."""
+    """``record`` with what the ledger has of the round."""
     counted = {part.worker: part for part in entry.contributors}
     parts = {part.worker: part for part in entry.left_out} | counted
     known = {worker.peer: worker for worker in record.workers}

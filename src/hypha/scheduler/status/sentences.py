@@ -27,7 +27,7 @@ _MOST_NAMED = 5
 
 
 def job_state(machine: RoundMachine | None, pool: Pool, config: JobConfig) -> JobState:
-    """In one word."""
+    """The state of the job, as the snapshot names it."""
     if machine is None:
         return "allocating"
     if machine.phase in ("exporting", "done", "failed"):
@@ -111,7 +111,7 @@ class Awaiting:
         self._reminder = Reminder()
 
     def look(self, place: object, what: Callable[[], str]) -> None:
-        """The job is at ``place``; ``what`` says what it waits for there."""
+        """The job is at ``place``; ``what`` is called for what it waits for there."""
         if place != self._place:
             self._place, self._since = place, trio.current_time()
             self._reminder.reset()

@@ -58,7 +58,7 @@ class LeaseSnapshot(Struct, frozen=True):
     suspected: bool = False
     version: str = ""
     name: str = ""
-    #: when its worker ends, where it has said so
+    #: when its worker ends, where it has announced that
     leaves_in_s: float | None = None
 
 

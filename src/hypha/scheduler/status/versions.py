@@ -33,7 +33,7 @@ from hypha.scheduler.status.snapshot import ServiceSnapshot
 
 logger = logging.getLogger(__name__)
 
-#: Workers that are remembered; of more the job is as short as before, only without being told why.
+#: Workers that are remembered; of more the job is as short as before, only without a reason in its status.
 MAX_WORKERS = 1024
 #: Workers that are named in a sentence.
 _NAMED = 3
