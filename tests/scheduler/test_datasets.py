@@ -147,7 +147,7 @@ async def test_who_is_refused_a_dataset_is_told_why(
         data.answer(DescribeDataset, refuse)
         with pytest.raises(DatasetNotFound, match="that this job does not use"):
             await find_dataset(scheduler, "digits", 2.0)
-        assert caplog.text.count("serves digits and not to this job: it is for other organisations") == 1
+        assert caplog.text.count("serves digits, but not to this job: it is for other organisations") == 1
 
 
 @virtual_time

@@ -346,14 +346,14 @@ async def _describe(
             if isinstance(exc, Refused) and exc.code in ("role", "not-allowed"):
                 if ref.peer not in refused:
                     logger.warning(
-                        "%s serves %s and not to this job: %s",
+                        "%s serves %s, but not to this job: %s",
                         shown(ref.peer),
                         name,
                         exc.reason,
                         extra={"peer_id": ref.peer},
                     )
                 refused.add(ref.peer)
-            logger.debug("Provider %s of %s: %s", ref.peer, name, exc)
+            logger.debug("Provider %s did not describe %s: %s", ref.peer, name, exc)
             if isinstance(exc, PeerUnreachable) and exc.gone:
                 gone.add(ref.peer)
             return

@@ -114,9 +114,9 @@ async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:
         context.progressed.resume(file.rounds)
         logger.info("The job goes on from round %d", start.round, extra={"job_id": start.job_id})
     if opened.left:
-        logger.info("Going on with %d leases of this job's earlier scheduler", len(opened.left))
+        logger.info("The job goes on with %d leases of its earlier scheduler", len(opened.left))
     if opened.of_another:
-        logger.info("Giving back %d leases of an earlier job", len(opened.of_another))
+        logger.info("%d leases of an earlier job are given back", len(opened.of_another))
         context.pool.adopt(opened.of_another if fresh else ())
         await _give_back(context.pool, opened.of_another)
 

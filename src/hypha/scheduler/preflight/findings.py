@@ -1,8 +1,8 @@
 """What of a job does not go with its dataset, found by comparing what both state of themselves.
 
 Nothing is read or asked here. An *error* is certain: every worker would fail on it. Everything else is
-*advice*. What is not known (an old manifest lacks the numbers, config.json a default) is
-not judged.
+*advice*. What is not known (an old manifest lacks the numbers, config.json a default) is not judged. All
+findings are one module, as each depends on those before it for what is reported already.
 """
 
 from __future__ import annotations
