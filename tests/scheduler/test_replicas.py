@@ -118,10 +118,10 @@ async def restored(
         async with keeper(network, gateway, stage, places[0]), keeper(network, gateway, stage, places[1]):
             config = config_for(network, gateway, tmp_path, rounds=ROUNDS, checkpoint=KEPT)
             await stopped(run_job, config, *places)
-            with closing(Ledger(state / "job.db")) as book:
-                standing = book.standing()
-                newest = book.newest_start()
-                copies = book.replicas(newest)
+            with closing(Ledger(state / "job.db")) as opened:
+                standing = opened.standing()
+                newest = opened.newest_start()
+                copies = opened.replicas(newest)
             assert standing is not None
             assert len(copies) == 1, "one copy was wanted"
             match loss:
@@ -144,8 +144,8 @@ async def restored(
     ledger = read_ledger(result.ledger)
     counted = [entry for entry in ledger.rounds if not entry.discarded]
     assert [entry.round for entry in counted] == list(range(6))
-    life = 1 + (GENERATIONS_SKIPPED if loss == "everything" else 0)
-    assert {entry.generation for entry in counted if entry.round >= newest} == {life}
+    generation = 1 + (GENERATIONS_SKIPPED if loss == "everything" else 0)
+    assert {entry.generation for entry in counted if entry.round >= newest} == {generation}
     used = [pair for entry in counted for part in entry.contributors for pair in part.finished]
     assert len(used) == len(set(used))
 
@@ -184,9 +184,9 @@ async def test_copies_that_a_worker_makes_up_are_not_taken(
         ):
             config = config_for(network, gateway, tmp_path, checkpoint=KEPT)
             scheduler = config.cert_pem.stem
-            book = CheckpointFile(name=LEDGER, size=7, blake3="0" * 64)
+            ledger_file = CheckpointFile(name=LEDGER, size=7, blake3="0" * 64)
             made_up = [
-                CheckpointIndex(job_id=job_id, round=99, files=(book,), signature=signature)
+                CheckpointIndex(job_id=job_id, round=99, files=(ledger_file,), signature=signature)
                 for job_id, signature in (("digits-1", ""), ("digits-2", "00" * 64))
             ]
 

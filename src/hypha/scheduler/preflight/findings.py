@@ -2,7 +2,7 @@
 
 Nothing is read or asked here. An *error* is certain: every worker would fail on it. Everything else is
 *advice*. What is not known (an old manifest lacks the numbers, config.json a default) is not judged. All
-findings are one module, as each depends on those before it for what is reported already.
+are one module, as they share one comparison, and some findings leave others without a meaning.
 """
 
 from __future__ import annotations
