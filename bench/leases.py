@@ -24,7 +24,9 @@ from hypha.config.offers import OfferConfig
 from hypha.leases import Lease
 from hypha.messages import ExecutorDescriptor, Resources
 from hypha.net import open_node
-from hypha.scheduler.leasing.pool import LeaseGained, Pool, asks_from
+from hypha.scheduler.descriptions import searches_for
+from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.pool import Pool
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.offers import LeaseService, serve_offers
 
@@ -69,7 +71,7 @@ async def one_job(files: NodeFiles) -> float:
     """Seconds from the start of a pool to its last lease, by a scheduler that knows its gateway only."""
     async with open_node(options(files, "hypha-scheduler")) as node:
         await node.wait_connected()
-        pool = Pool(node, asks_from(_NEED))
+        pool = Pool(node, searches_for(_NEED))
         async with trio.open_nursery() as nursery:
             started = time.perf_counter()
             await nursery.start(pool.run)

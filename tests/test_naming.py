@@ -14,8 +14,7 @@ from hypha.cli.job.page import LastWarnings
 from hypha.cli.job.timeline import trace_events
 from hypha.cli.running import print_error
 from hypha.errors import ConfigError, PeerUnreachable, Problem
-from hypha.scheduler.status.open_round import OpenRound, Track
-from hypha.scheduler.status.round_record import RoundRecord, WorkerRound, without_spans
+from hypha.scheduler.status.round_record import OpenRound, RoundRecord, Track, WorkerRound, without_spans
 from hypha.telemetry.logs import JsonFormatter, TextFormatter
 
 KNOWN = "12D3KooWNaefi5RhPsS2899hvqtCuA1bPzkLUcs5c8UZQCrQZawm"

@@ -16,8 +16,8 @@ from tests.support.system import System
 from hypha.cli.chaos.network import JOB_S
 from hypha.cli.demo.children import Child
 from hypha.messages import CheckpointIndex
-from hypha.scheduler.durable.copies import LIVES_SKIPPED
 from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.replicas import GENERATIONS_SKIPPED
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
 
@@ -86,6 +86,6 @@ async def test_what_the_scheduler_kept_is_damaged_and_then_gone(system: System, 
     assert {round_: thetas[round_] for round_ in saved} == saved, "not what was saved, bit by bit"
     assert "another theta" not in scheduler.log.read_text()
     since = [entry for entry in counted(ledger) if entry.round >= index.round]
-    assert min(entry.generation for entry in since) > LIVES_SKIPPED
+    assert min(entry.generation for entry in since) > GENERATIONS_SKIPPED
     assert await system.replay("job", job.dataset, None) <= 1e-5
     assert list(system.root.glob("work-*/checkpoints/*")) == [], "the job is done"

@@ -35,7 +35,7 @@ async def test_a_killed_scheduler_goes_on_at_once_and_resumes_after_its_leases_e
     assert all(running)
     scheduler.process.kill()
     scheduler = await again(system, scheduler, "scheduler")
-    await system.logged(scheduler, "Going on with 3 leases")
+    await system.logged(scheduler, "The job goes on with 3 leases")
 
     fault = await fail_at(TargetJob(system, scheduler), "scheduler", 4)
     assert fault.before.generation == 1

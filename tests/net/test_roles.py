@@ -45,7 +45,7 @@ from hypha.net.libp2p.streams import STREAM_ERRORS, discard
 from hypha.pki import authority, certificates, identity
 from hypha.pki.authority import CaFiles, make_org
 from hypha.pki.identity import load_identity
-from hypha.scheduler.data.pins import Pins
+from hypha.scheduler.data.datasets import Pins
 
 pytestmark = pytest.mark.loopback
 

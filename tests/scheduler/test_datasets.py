@@ -25,9 +25,8 @@ from hypha.messages import (
     SliceInfo,
 )
 from hypha.node import Node
-from hypha.scheduler.data.datasets import REFRESH_S, ManifestChoice, find_dataset
-from hypha.scheduler.data.pins import Pins
-from hypha.scheduler.status.services import Services
+from hypha.scheduler.data.datasets import REFRESH_S, ManifestChoice, Pins, find_dataset
+from hypha.scheduler.status.versions import ServiceVersions
 
 MANIFEST = Manifest(
     name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="00" * 32),)
@@ -148,7 +147,7 @@ async def test_who_is_refused_a_dataset_is_told_why(
         data.answer(DescribeDataset, refuse)
         with pytest.raises(DatasetNotFound, match="that this job does not use"):
             await find_dataset(scheduler, "digits", 2.0)
-        assert caplog.text.count("serves digits and not to this job: it is for other organisations") == 1
+        assert caplog.text.count("serves digits, but not to this job: it is for other organisations") == 1
 
 
 @virtual_time
@@ -174,7 +173,9 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
             assert set(dataset.providers) == {honest.peer_id}
         said = {(record.getMessage(), getattr(record, "peer_id", "")) for record in caplog.records}
         assert any("serves different data" in text and peer == differs.peer_id for text, peer in said)
-        assert any("does not serve digits as it says" in text and peer == liar.peer_id for text, peer in said)
+        assert any(
+            "does not serve digits as it states" in text and peer == liar.peer_id for text, peer in said
+        )
         with pytest.raises(DatasetMismatch, match=f"{'ab' * 32} of the job"):
             await find_dataset(scheduler, "digits", 1.0, wanted=ManifestChoice(pinned="ab" * 32))
         async with data_node(network, gateway):
@@ -185,7 +186,7 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
 async def test_gateways_and_data_nodes_state_what_they_run(
     network: VirtualNetwork, caplog: pytest.LogCaptureFixture
 ) -> None:
-    services = Services()
+    services = ServiceVersions()
     caplog.set_level(logging.INFO, "hypha.scheduler")
     async with (
         network.gateway() as gateway,
@@ -264,4 +265,4 @@ async def test_what_the_hash_does_not_cover_is_believed_where_all_say_it(
         dataset = await find_dataset(scheduler, "digits", 10.0)
     assert dataset.manifest.ranges == ()
     assert len(dataset.providers) == len(ranges)
-    assert "say different things of the numbers in the columns of digits" in caplog.text
+    assert "state different ranges of numbers for the columns of digits" in caplog.text

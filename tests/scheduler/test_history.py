@@ -170,12 +170,12 @@ def record(round_: int, generation: int = 0, **changes: object) -> RoundRecord:
 
 
 def ledger(directory: Path, *entries: LedgerRound) -> None:
-    book = Ledger(directory / "job.db")
+    opened = Ledger(directory / "job.db")
     tracker = SliceTracker([4]).to_state()
-    book.open_job(opening(), tracker)
+    opened.open_job(opening(), tracker)
     for one in entries:
-        book.record(one, tracker, 10)
-    book.close()
+        opened.record(one, tracker, 10)
+    opened.close()
 
 
 def test_rounds_are_read_from_ledger_and_file_together(tmp_path: Path) -> None:
@@ -265,19 +265,19 @@ async def test_the_next_scheduler_shows_what_the_one_before_has_kept(tmp_path: P
     ]
     assert [one.round for one in kept] == [0, 1, 2]
 
-    # the ledger is that of job-1, and its lives go on
+    # the ledger is that of job-1, and its generations go on
     told = (Fault(0.5, "b", "lost", "hf_secret"),)
     lines = [msgspec.structs.replace(one, job_id="job-1", faults=told) for one in kept]
     (tmp_path / FILE).unlink()
     HistoryFile(tmp_path / FILE).append(lines)
     ledger(tmp_path, entry(0), entry(1))
     second = History(wall=lambda: WALL + 100, redact=lambda text: text.replace("hf_secret", "[secret]"))
-    life = Journal()
-    life.listeners.append(second.note)
+    journal = Journal()
+    journal.listeners.append(second.note)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(keep_history, second, tmp_path)
-        later = World(rules(), journal=life)
-        first_generation = life.entries[0].event
+        later = World(rules(), journal=journal)
+        first_generation = journal.entries[0].event
         assert isinstance(first_generation, GenerationBegan)
         began = msgspec.structs.replace(first_generation, start=Start("job-1", 1, 2))
         second.note(JournalEntry(1, 0.0, "rounds", began, (), later.machine.summary()))

@@ -90,7 +90,7 @@ from hypha.messages import (
 )
 from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
-from hypha.scheduler import JobResult, JobSnapshot, finished_job, read_ledger, run_job
+from hypha.scheduler import JobResult, JobSnapshot, Observation, finished_job, read_ledger, run_job
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
@@ -507,7 +507,7 @@ async def test_a_job_from_its_configuration_to_its_model(
             with trio.fail_after(40):
                 journal = Journal(file=tmp_path / "journal.jsonl", checked=True)
                 config = config_for(real_network, gateway, tmp_path)
-                result = await run_job(config, observe=seen.append, journal=journal, trace_ratio=1.0)
+                result = await run_job(config, Observation(seen.append, journal, 1.0))
                 journal.close()
             await until(lambda: one.finished | two.finished == {"train", "aggregate"})
             await until(lambda: "train" in one.finished and "train" in two.finished)
@@ -587,7 +587,7 @@ async def test_a_snapshot_shows_a_round_with_its_own_numbers(network: VirtualNet
     async with network.gateway() as gateway, data_node(network, gateway):
         async with actor(network, gateway, stage), actor(network, gateway, stage):
             with trio.fail_after(40):
-                await network.run_job(config_for(network, gateway, tmp_path), observe=seen.append)
+                await network.run_job(config_for(network, gateway, tmp_path), Observation(seen.append))
     rounds = {snapshot.round for snapshot in seen}
     numbers = {(snapshot.round, snapshot.samples, snapshot.loss) for snapshot in seen}
     assert 4 in rounds
@@ -605,7 +605,7 @@ async def test_a_failed_executor_is_started_again_under_its_lease_and_in_the_end
             one.mortal, two.mortal = [1], [2, 2]
             config = config_for(network, gateway, tmp_path, resources=resources | {"executor_restarts": 1})
             with trio.fail_after(40):
-                result = await network.run_job(config, observe=seen.append)
+                result = await network.run_job(config, Observation(seen.append))
     assert one.replaced == one.died
     # the second time its worker was replaced, in want of others by itself
     assert two.replaced == two.died[:1]
@@ -635,7 +635,7 @@ async def test_a_job_that_does_not_wait_begins_with_few_and_the_rest_joins(
 
             async def run() -> None:
                 made = config_for(network, gateway, tmp_path, **config)
-                results.append(await network.run_job(made, observe=seen.append))
+                results.append(await network.run_job(made, Observation(seen.append)))
 
             nursery.start_soon(run)
             await until(lambda: bool(seen) and seen[-1].round >= 2, 20)
@@ -718,7 +718,7 @@ async def test_a_stopped_job_is_resumed_and_leaves_no_lease(
 
                 began = trio.current_time()
                 with trio.fail_after(40):
-                    await network.run_job(config, observe=stop)
+                    await network.run_job(config, Observation(stop))
             assert scope.cancelled_caught
             assert trio.current_time() - began < 40
             assert not one.jobs
@@ -754,7 +754,7 @@ async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
                         scope.cancel()
 
                 with trio.fail_after(40):
-                    await network.run_job(config, observe=stop)
+                    await network.run_job(config, Observation(stop))
             assert scope.cancelled_caught
             # one more may have been applied meanwhile; it is not lost either
             applied = [entry.round for entry in read_ledger(tmp_path / "state/digits/job.db").rounds]
@@ -778,7 +778,7 @@ async def test_a_stopped_job_goes_on_from_the_round_it_was_in(
 async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(
     network: VirtualNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "hypha.scheduler.preparing")
+    caplog.set_level(logging.INFO, "hypha.scheduler.job.opening")
     stage = Stage(tmp_path)
 
     def config(rounds: int, **job: Any) -> SchedulerConfig:
@@ -874,7 +874,7 @@ async def test_an_unfinished_job_is_not_mistaken_for_another_one(
                         scope.cancel()
 
                 with trio.fail_after(40):
-                    await network.run_job(config_for(network, gateway, tmp_path), observe=stop)
+                    await network.run_job(config_for(network, gateway, tmp_path), Observation(stop))
             assert scope.cancelled_caught
             optimizer = {"learning_rate": 0.5, "momentum": 0.25}
             changed = config_for(network, gateway, tmp_path, outer_optimizer=optimizer)

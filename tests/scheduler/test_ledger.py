@@ -30,15 +30,9 @@ from hypha.messages import (
 )
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, without_secrets
-from hypha.scheduler.durable.ledger import (
-    Ledger,
-    Opening,
-    export_ledger,
-    held_leases,
-    open_ledger,
-    read_ledger,
-)
-from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.durable.ledger import Ledger, Opening, open_ledger
+from hypha.scheduler.durable.ledger_files import export_ledger, held_leases, read_ledger
+from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.rounds.policy import Start
 
 MANIFEST = Manifest(name="d", columns=(), slices=(SliceInfo(file="a", samples=4, size=1, blake3="00"),))

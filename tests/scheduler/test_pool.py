@@ -37,8 +37,10 @@ from hypha.naming import shown
 from hypha.node import Node
 from hypha.pki.authority import revoke
 from hypha.pki.identity import load_identity
+from hypha.scheduler.descriptions import searches_for
 from hypha.scheduler.leasing.events import SearchTimes
-from hypha.scheduler.leasing.pool import LeaseGained, LeaseLost, LeaseSuspect, Pool, PoolEvent, asks_from
+from hypha.scheduler.leasing.leases import LeaseGained, LeaseLost, LeaseSuspect, PoolEvent
+from hypha.scheduler.leasing.pool import Pool
 from hypha.telemetry import instruments as metrics
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.offers import LeaseService, serve_offers
@@ -93,7 +95,7 @@ async def opened_pool(
     node: Node, need: JobResourcesConfig = NEED, pace: SearchTimes | None = None
 ) -> AsyncIterator[tuple[Pool, list[PoolEvent]]]:
     """A running pool and everything it says."""
-    pool = Pool(node, asks_from(need), pace, journal=Journal(checked=True))
+    pool = Pool(node, searches_for(need), pace, journal=Journal(checked=True))
     seen: list[PoolEvent] = []
 
     async def listen() -> None:
@@ -457,7 +459,9 @@ async def test_a_worker_of_an_earlier_version_is_leased_for_what_it_can_do_and_t
 ) -> None:
     """It sends the offers that its version sent, over the real wire; the job's training needs more."""
     caplog.set_level(logging.INFO, logger="hypha")
-    asks = asks_from(NEED, needs={"train": ("multi-label",), "aggregate": ("served-files", "torch-models")})
+    asks = searches_for(
+        NEED, needs={"train": ("multi-label",), "aggregate": ("served-files", "torch-models")}
+    )
     async with (
         real_network.gateway() as gateway,
         real_network.leaf("worker", [gateway], roles=("worker",)) as old,

@@ -23,7 +23,8 @@ from hypha.messages import (
 )
 from hypha.node import Changes, Node, PeerLost
 from hypha.scheduler.leasing.events import Search
-from hypha.scheduler.leasing.pool import LeaseGained, LeaseLost, Pool, PoolEvent
+from hypha.scheduler.leasing.leases import LeaseGained, LeaseLost, PoolEvent
+from hypha.scheduler.leasing.pool import Pool
 
 WORKER = PeerRef(peer="worker")
 LIFE_S = 10.0

@@ -66,11 +66,11 @@ def test_a_life_counts_from_when_its_renewal_was_sent() -> None:
 
 def test_a_promise_for_ever_is_believed_for_a_while() -> None:
     renewal = Renewal(1e300, 0.0, Random(0))
-    assert renewal.expires_at == Renewal.LONGEST_LIFE_S
+    assert renewal.expires_at == Renewal.LONGEST_LEASE_S
     renewal.handle(Tick(), 0.0)
     renewal.handle(Renewed(1e300), 1.0)
-    assert renewal.expires_at == Renewal.LONGEST_LIFE_S
-    assert renewal.next_wake < Renewal.LONGEST_LIFE_S
+    assert renewal.expires_at == Renewal.LONGEST_LEASE_S
+    assert renewal.next_wake < Renewal.LONGEST_LEASE_S
     (lapsed,) = [one for one in renewal.handle(Tick(), 121.0) if isinstance(one, Lapsed)]
     assert lapsed.cause == "expired"
 

@@ -20,8 +20,8 @@ from tests.support.examples import few_and_many
 
 from hypha.journal import Journal
 from hypha.messages import LedgerRound
-from hypha.scheduler.data.requests import Seen
 from hypha.scheduler.data.slices import SliceTracker, TrackerState
+from hypha.scheduler.handlers import Seen
 from hypha.scheduler.rounds.events import (
     Action,
     AnswerSlice,

@@ -1,4 +1,4 @@
-"""Copies of checkpoints on workers: made, found again, brought back, dropped; once over real nodes."""
+"""Replicas of checkpoints on workers: made, found again, brought back, dropped; once over real nodes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ from hypha.messages import (
     replica_name,
 )
 from hypha.node import Node
-from hypha.scheduler import JobResult, JobSnapshot, read_ledger, run_job
-from hypha.scheduler.durable.copies import BOOK, LIVES_SKIPPED
-from hypha.scheduler.durable.copying import ranked
+from hypha.scheduler import JobResult, JobSnapshot, Observation, read_ledger, run_job
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.durable.replicas import GENERATIONS_SKIPPED, LEDGER, ranked
+from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.worker.storage.replicas import ReplicaStore
 from hypha.worker.storage.requests import StorageService
 
@@ -85,7 +84,7 @@ async def stopped(run_job: Run, config: Any, *places: Path) -> None:
                 scope.cancel()
 
         with trio.fail_after(120):
-            await run_job(config, observe=stop)
+            await run_job(config, Observation(stop))
     assert scope.cancelled_caught
 
 
@@ -119,10 +118,10 @@ async def restored(
         async with keeper(network, gateway, stage, places[0]), keeper(network, gateway, stage, places[1]):
             config = config_for(network, gateway, tmp_path, rounds=ROUNDS, checkpoint=KEPT)
             await stopped(run_job, config, *places)
-            with closing(Ledger(state / "job.db")) as book:
-                standing = book.standing()
-                newest = book.newest_start()
-                copies = book.replicas(newest)
+            with closing(Ledger(state / "job.db")) as opened:
+                standing = opened.standing()
+                newest = opened.newest_start()
+                copies = opened.replicas(newest)
             assert standing is not None
             assert len(copies) == 1, "one copy was wanted"
             match loss:
@@ -145,8 +144,8 @@ async def restored(
     ledger = read_ledger(result.ledger)
     counted = [entry for entry in ledger.rounds if not entry.discarded]
     assert [entry.round for entry in counted] == list(range(6))
-    life = 1 + (LIVES_SKIPPED if loss == "everything" else 0)
-    assert {entry.generation for entry in counted if entry.round >= newest} == {life}
+    generation = 1 + (GENERATIONS_SKIPPED if loss == "everything" else 0)
+    assert {entry.generation for entry in counted if entry.round >= newest} == {generation}
     used = [pair for entry in counted for part in entry.contributors for pair in part.finished]
     assert len(used) == len(set(used))
 
@@ -167,7 +166,7 @@ async def test_a_damaged_copy_is_not_taken(
             with trio.fail_after(60):
                 result = await network.run_job(config)
     assert stage.restored == [], "from theta of round 0"
-    assert "A copy of round" in caplog.text
+    assert "was not fetched" in caplog.text
     assert {entry.generation for entry in read_ledger(result.ledger).rounds if not entry.discarded} == {1}
 
 
@@ -185,9 +184,9 @@ async def test_copies_that_a_worker_makes_up_are_not_taken(
         ):
             config = config_for(network, gateway, tmp_path, checkpoint=KEPT)
             scheduler = config.cert_pem.stem
-            book = CheckpointFile(name=BOOK, size=7, blake3="0" * 64)
+            ledger_file = CheckpointFile(name=LEDGER, size=7, blake3="0" * 64)
             made_up = [
-                CheckpointIndex(job_id=job_id, round=99, files=(book,), signature=signature)
+                CheckpointIndex(job_id=job_id, round=99, files=(ledger_file,), signature=signature)
                 for job_id, signature in (("digits-1", ""), ("digits-2", "00" * 64))
             ]
 

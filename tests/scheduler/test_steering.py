@@ -8,7 +8,7 @@ from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.errors import Refused
 from hypha.messages import Acknowledged, JobStamp, Members, PeerRef, Plan, SendModel, Steer
-from hypha.scheduler.data.requests import Seen
+from hypha.scheduler.handlers import Seen
 from hypha.scheduler.steering import Steering
 
 
@@ -29,9 +29,7 @@ async def test_the_newest_of_each_kind_arrives_in_order_whatever_is_refused(netw
         async with network.leaf("scheduler", [gateway]) as scheduler:
             async with network.leaf("worker", [gateway]) as worker, trio.open_nursery() as nursery:
                 worker.answer(Steer, steer)
-                steering = Steering(
-                    scheduler, worker.ref(), "aggregate", lambda: JobStamp(job_id="j", generation=4)
-                )
+                steering = Steering(scheduler, worker.ref(), "aggregate", JobStamp(job_id="j", generation=4))
                 scheduler.learn(worker.ref())
                 for batches in range(5):
                     steering.put(Plan(round=1, batches=batches))

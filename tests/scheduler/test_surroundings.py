@@ -9,8 +9,8 @@ from tests.scheduler.world import Worker, World
 
 from hypha.errors import AllocationFailed, JobFailed, ModelError
 from hypha.messages import ExecutorError, JobStamp, ModelReady, NextSlice, PeerRef, UpdateReceived
-from hypha.scheduler.data.requests import KeptSlices
 from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.handlers import KeptSlices
 from hypha.scheduler.rounds.events import (
     AnswerSlice,
     DataServed,

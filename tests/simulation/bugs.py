@@ -17,13 +17,13 @@ from hypha.messages import Contribution, LedgerRound, UpdateReceived
 from hypha.net.bulk.slots import TransferSlots
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.job.working import WorkingJob
 from hypha.scheduler.leasing.renewal import Renewal
 from hypha.scheduler.rounds.contributions import RoundContributions
 from hypha.scheduler.rounds.events import Action, Again, Told
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.participants import Member
 from hypha.scheduler.rounds.phases import Phases
-from hypha.scheduler.working import WorkingJob
 
 
 def dropped_action() -> None:

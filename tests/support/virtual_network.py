@@ -26,7 +26,7 @@ import trio.testing
 
 from hypha.config.models import SchedulerConfig
 from hypha.runtime import use_runtime
-from hypha.scheduler import JobResult, run_job
+from hypha.scheduler import JobResult, Observation, run_job
 from hypha.simulation.net.lines import SimulatedMachine
 from hypha.simulation.net.network import SimulatedNetwork
 from hypha.simulation.net.node import SimulatedNode, SimulatedOptions, open_simulated_node
@@ -64,14 +64,16 @@ class VirtualNetwork:
         files = {f"{kind}_pem": Path(f"{name}.{kind}") for kind in ("cert", "key", "trust")}
         return {**files, "gateway_addresses": [one.peer_id for one in gateways]}
 
-    async def run_job(self, config: SchedulerConfig, **options: Any) -> JobResult:
+    async def run_job(
+        self, config: SchedulerConfig, observation: Observation | None = None, *, fresh: bool = False
+    ) -> JobResult:
         """:func:`hypha.scheduler.run_job` of a scheduler here, whose peer follows from its configuration."""
 
         def opened() -> Any:
             name = config.cert_pem.stem
             return self._open(name, "scheduler", config.gateway_addresses, ("scheduler",))
 
-        return await run_job(config, open_=opened, **options)
+        return await run_job(config, observation, open_=opened, fresh=fresh)
 
     @asynccontextmanager
     async def gateway(self, others: Sequence[SimulatedNode] = ()) -> AsyncIterator[SimulatedNode]:

@@ -20,7 +20,7 @@ class CheckpointFile(Value):
 class CheckpointIndex(Value):
     """``index.json``: all files of the checkpoint from which ``round`` is started, and the generation of the
     job that saved it. ``signature`` (hex) is that of the scheduler which left a copy with a worker: by it the
-    scheduler knows the copy again when it has lost its ledger (:mod:`hypha.scheduler.durable.copies`).
+    scheduler knows the copy again when it has lost its ledger (:mod:`hypha.scheduler.durable.replicas`).
     """
 
     job_id: Id

@@ -7,19 +7,28 @@ from typing import TYPE_CHECKING, Any
 from hypha.scheduler.status.snapshot import JobSnapshot, WorkerSnapshot
 
 if TYPE_CHECKING:
-    from hypha.scheduler.context import JobResult
-    from hypha.scheduler.durable.finished import finished_job
-    from hypha.scheduler.durable.ledger import read_ledger
-    from hypha.scheduler.job import run_job
+    from hypha.scheduler.durable.ledger_files import read_ledger
+    from hypha.scheduler.job.ending import finished_job
+    from hypha.scheduler.job.run import run_job
+    from hypha.scheduler.job.states import JobResult, Observation
 
-__all__ = ["JobResult", "JobSnapshot", "WorkerSnapshot", "finished_job", "read_ledger", "run_job"]
+__all__ = [
+    "JobResult",
+    "JobSnapshot",
+    "Observation",
+    "WorkerSnapshot",
+    "finished_job",
+    "read_ledger",
+    "run_job",
+]
 
 #: what needs the network, or the ledger, is imported by who asks for it: looking at a job takes neither
 _LATER = {
-    "JobResult": "context",
-    "finished_job": "durable.finished",
-    "read_ledger": "durable.ledger",
-    "run_job": "job",
+    "JobResult": "job.states",
+    "Observation": "job.states",
+    "finished_job": "job.ending",
+    "read_ledger": "durable.ledger_files",
+    "run_job": "job.run",
 }
 
 

@@ -1,19 +1,27 @@
-"""From the job's configuration to the job descriptions that workers get."""
+"""From the job's configuration to what is searched for, and to the job descriptions that workers get."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
 
-from hypha.config.job import DEFAULT_BATCH_SIZE, JobConfig, ModelConfig, PreprocessorConfig
+from hypha.config.job import (
+    DEFAULT_BATCH_SIZE,
+    JobConfig,
+    JobResourcesConfig,
+    ModelConfig,
+    PreprocessorConfig,
+)
 from hypha.config.offers import ResourcesConfig
 from hypha.config.outer import outer_values
 from hypha.errors import ConfigError, Problem
 from hypha.messages import (
     AggregateJob,
     CheckpointPolicy,
+    ExecutorClass,
     ExecutorDescriptor,
     HuggingFace,
     InnerOptimizer,
@@ -29,6 +37,8 @@ from hypha.messages import (
     TrainJob,
 )
 from hypha.resources import batch_size
+from hypha.runtime import new_id
+from hypha.scheduler.leasing.events import Search
 from hypha.scheduler.rounds.policy import Start
 
 #: names under which the scheduler serves local directories
@@ -124,6 +134,45 @@ def outer_optimizer(config: JobConfig, began: OuterOptimizer | None = None) -> O
     return OuterOptimizer(learning_rate=rate, momentum=momentum)
 
 
+def searches_for(
+    resources: JobResourcesConfig,
+    dataset: str | None = None,
+    needs: Mapping[ExecutorClass, tuple[str, ...]] | None = None,
+    most_batch: int | None = None,
+) -> tuple[Search, Search]:
+    """Whom a job looks for: training executors and a parameter server, under new request ids. ``needs`` are
+    the features that each must have; ``most_batch`` is how often a worker can use what is asked of it.
+    """
+    needs = needs or {}
+    return (
+        Search(
+            request_id=new_id(),
+            executor=ExecutorDescriptor(kind="train", name=resources.worker_executor),
+            resources=resources_of(resources.worker),
+            bid=resources.worker_price.bid,
+            max_price=resources.worker_price.max,
+            dataset=dataset,
+            needs=needs.get("train", ()),
+            useful=most_batch,
+            raise_after_s=resources.worker_price.raise_after_s,
+            raise_by=resources.worker_price.raise_by,
+            least=resources.min_workers or resources.num_workers,
+        ),
+        Search(
+            request_id=new_id(),
+            executor=ExecutorDescriptor(kind="aggregate", name=resources.parameter_server_executor),
+            resources=resources_of(resources.parameter_server),
+            bid=resources.parameter_server_price.bid,
+            max_price=resources.parameter_server_price.max,
+            needs=needs.get("aggregate", ()),
+            useful=1.0,
+            raise_after_s=resources.parameter_server_price.raise_after_s,
+            raise_by=resources.parameter_server_price.raise_by,
+            least=1,
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class Descriptions:
     """Job descriptions of one generation of a job, but for what differs by worker."""
@@ -145,7 +194,7 @@ class Descriptions:
         by_offer = batch_size(offered, resources_of(needs), rounds.max_batch_size, DEFAULT_BATCH_SIZE)
         if needs.model_fields_set & {"gpu", "memory"}:
             return by_offer
-        # nobody has said what a sample needs: a larger offer is no reason for a smaller batch
+        # the configuration does not tell what a sample needs: a larger offer is no reason for a smaller batch
         return max(by_offer, min(DEFAULT_BATCH_SIZE, rounds.max_batch_size))
 
     def train(self, me: str, parameter_server: PeerRef, batch: int, steps: int | None = None) -> TrainJob:

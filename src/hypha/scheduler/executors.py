@@ -1,7 +1,7 @@
-"""The executors of a job: started under their leases, steered, replaced, and all told to finish.
+"""The executors of a job: started under their leases, steered, replaced, and at last all finished.
 
-A crew belongs to one generation of the job. Everything it does for one executor happens in tasks
-of that executor alone, so a slow worker delays nobody.
+Everything that is done for one executor happens in tasks of that executor alone, so a slow worker delays
+nobody.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hypha.messages import (
 from hypha.node import Node
 from hypha.scheduler.descriptions import Descriptions
 from hypha.scheduler.durable.starts import Generation
-from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.rounds.events import GoesOn, Input, JobRefused, Joined, ParticipantLost, Send
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.steering import Steering
@@ -41,9 +41,8 @@ logger = logging.getLogger(__name__)
 _DISPATCH_TIMEOUT_S = 30.0
 _CANCEL_TIMEOUT_S = 15.0
 _PAUSE_S = 0.5
-#: a first directive number for the farewell that is higher than any before it
+#: the number of the last directive, which is higher than any before it
 _LAST_SEQ = 1 << 62
-#: the worker may be able to start the job a moment later
 
 Key = tuple[str, ExecutorClass]
 
@@ -60,10 +59,24 @@ class _Executor:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """The generation that executors are started for; ``steps`` are the inner steps of the job so far."""
+
+    descriptions: Descriptions
+    generation: Generation
+    steps: Callable[[], int]
+
+    @property
+    def stamp(self) -> JobStamp:
+        start = self.generation.start
+        return JobStamp(job_id=start.job_id, generation=start.generation)
+
+
 class JobExecutors:
     """``handle`` gets what happens here as events of the round machine. Leases ``left`` by an earlier
-    scheduler may have executors. What is dispatched is traced as ``traces`` say. Nothing is started before
-    the first :meth:`begin_life`; ``generation`` is described by ``descriptions`` until another one begins.
+    scheduler may have executors. What is dispatched is traced as ``traces`` decide. Nothing is started before
+    the first :meth:`begin_generation`.
     """
 
     def __init__(
@@ -71,8 +84,6 @@ class JobExecutors:
         node: Node,
         nursery: trio.Nursery,
         handle: Callable[[Input], object],
-        generation: Generation,
-        descriptions: Descriptions,
         left: Iterable[LeaseGained],
         traces: RoundTraces,
     ) -> None:
@@ -82,13 +93,14 @@ class JobExecutors:
         self._traces = traces
         self._executors: dict[Key, _Executor] = {}
         self.leases: dict[Key, LeaseGained] = {(lease.worker.peer, lease.kind): lease for lease in left}
-        self._generation = generation
-        self._descriptions = descriptions
-        self._steps: Callable[[], int] = lambda: 0
+        self._begun: _Begun | None = None
         #: leases under which an executor of this job may run
         self._started = {lease.lease_id for lease in self.leases.values()}
-        self._begun = False
-        self._told_of_batches = False
+        self._batches_logged = False
+
+    def holds(self, peer: str, kind: str | None = None) -> bool:
+        """Whether ``peer`` is leased, for executors of ``kind``."""
+        return any(holder == peer and kind in (None, of) for holder, of in self.leases)
 
     @property
     def server(self) -> PeerRef | None:
@@ -102,12 +114,11 @@ class JobExecutors:
         self, descriptions: Descriptions, generation: Generation, steps: Callable[[], int]
     ) -> None:
         """From now on executors are as this generation needs them: training executors that run go on in it,
-        and so does a parameter server that lives; others are started.
+        and so does a parameter server that runs; others are started.
         """
         for key in list(self._executors):
             self._executors.pop(key).scope.cancel()
-        self._descriptions, self._generation, self._steps = descriptions, generation, steps
-        self._begun = True
+        self._begun = _Begun(descriptions, generation, steps)
         self._start_waiting()
 
     def gained(self, lease: LeaseGained) -> None:
@@ -129,50 +140,48 @@ class JobExecutors:
             executor.steering.put(action.directive)
 
     def _start_waiting(self) -> None:
-        descriptions, server = self._descriptions, self.server
-        if not self._begun or server is None:
+        begun, server = self._begun, self.server
+        if begun is None or server is None:
             return
         for key, lease in self.leases.items():
             if lease.kind == "aggregate" and lease.worker != server:
                 # it takes the place of the one that leaves, once that is gone
                 continue
             if key not in self._executors:
-                steering = self._steering(lease, descriptions)
                 rejoins = lease.lease_id in self._started and (
-                    lease.kind == "train" or self._generation.start.taken_over
+                    lease.kind == "train" or begun.generation.start.taken_over
                 )
-                executor = _Executor(lease, steering, rejoins)
+                executor = _Executor(lease, self._steering(lease, begun), rejoins)
                 self._executors[key] = executor
-                batch = descriptions.batch_size(lease.resources) if lease.kind == "train" else 1
+                batch = begun.descriptions.batch_size(lease.resources) if lease.kind == "train" else 1
                 if lease.kind == "train":
-                    self._tell_of_batches(descriptions.config.rounds, batch, lease)
-                # told before the worker is, as its first event may overtake the answer
+                    self._log_batches(begun.descriptions.config.rounds, batch, lease)
+                # before the worker gets the job, as its first event may overtake the reply
                 self._handle(Joined(lease.worker, lease.kind, batch))
-                self._nursery.start_soon(self._run, executor, descriptions, self._generation, server, batch)
+                self._nursery.start_soon(self._run, executor, begun, server, batch)
 
     def again(self, peer: str, instead_of: str, pause_s: float) -> None:
         """Start the training executor there once more; nothing when its lease, or the generation, is over."""
         key: Key = (peer, "train")
-        failed, server = self._executors.get(key), self.server
-        descriptions, generation = self._descriptions, self._generation
-        if failed is None or server is None:
+        failed, begun, server = self._executors.get(key), self._begun, self.server
+        if failed is None or begun is None or server is None:
             return
         failed.scope.cancel()
-        steering = self._steering(failed.lease, descriptions)
+        steering = self._steering(failed.lease, begun)
         executor = _Executor(failed.lease, steering, False, instead_of, pause_s)
         self._executors[key] = executor
-        batch = descriptions.batch_size(failed.lease.resources)
-        self._nursery.start_soon(self._run, executor, descriptions, generation, server, batch)
+        batch = begun.descriptions.batch_size(failed.lease.resources)
+        self._nursery.start_soon(self._run, executor, begun, server, batch)
 
-    def _steering(self, lease: LeaseGained, descriptions: Descriptions) -> Steering:
-        before = descriptions.start.generation << 32
-        return Steering(self._node, lease.worker, lease.kind, self._stamp, before, self._traces)
+    def _steering(self, lease: LeaseGained, begun: _Begun) -> Steering:
+        before = begun.generation.start.generation << 32
+        return Steering(self._node, lease.worker, lease.kind, begun.stamp, before, self._traces)
 
-    def _tell_of_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
+    def _log_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
         """Once, how large batches are where the configuration leaves it open."""
-        if rounds.batch_size is not None or self._told_of_batches:
+        if rounds.batch_size is not None or self._batches_logged:
             return
-        self._told_of_batches = True
+        self._batches_logged = True
         logger.info(
             "The first worker trains with batches of %d samples, by what it offers and the default of %d; "
             "rounds.batch_size sets another size for all",
@@ -181,18 +190,8 @@ class JobExecutors:
             extra={"worker_peer_id": lease.worker.peer, "lease_id": lease.lease_id},
         )
 
-    def _stamp(self) -> JobStamp:
-        start = self._descriptions.start
-        return JobStamp(job_id=start.job_id, generation=start.generation)
-
-    async def _run(
-        self,
-        executor: _Executor,
-        descriptions: Descriptions,
-        generation: Generation,
-        server: PeerRef,
-        batch: int,
-    ) -> None:
+    async def _run(self, executor: _Executor, begun: _Begun, server: PeerRef, batch: int) -> None:
+        descriptions, generation = begun.descriptions, begun.generation
         lease, peer = executor.lease, executor.lease.worker.peer
         with executor.scope:
             if executor.rejoins and await self._rejoin(executor, generation, server):
@@ -210,7 +209,7 @@ class JobExecutors:
                 await self._stop(lease, descriptions.start.job_id)
             self._started.add(lease.lease_id)
             if lease.kind == "train":
-                job = descriptions.train(peer, server, batch, self._steps())
+                job = descriptions.train(peer, server, batch, begun.steps())
                 request = DispatchJob(lease_id=lease.lease_id, job=job, instead_of=executor.instead_of)
                 dispatched = await self._dispatch(request, lease)
             else:
@@ -234,14 +233,19 @@ class JobExecutors:
         fields = {"worker_peer_id": lease.worker.peer, "job_id": start.job_id, "lease_id": lease.lease_id}
         while True:
             try:
-                await executor.steering.say(directive)
+                await executor.steering.send_first(directive)
             except Refused as exc:
                 if not exc.retryable:
-                    logger.info("The %s executor cannot go on: %s", lease.kind, exc, extra=fields)
+                    logger.info("The %s executor refused to go on: %s", lease.kind, exc, extra=fields)
                     return False
             except NetworkError as exc:
                 # the lease decides how long that is worth trying
-                logger.debug("The %s executor is not asked yet: %s", lease.kind, exc, extra=fields)
+                logger.debug(
+                    "The request to go on was not delivered to the %s executor: %s",
+                    lease.kind,
+                    exc,
+                    extra=fields,
+                )
             else:
                 logger.info("The %s executor goes on", lease.kind, extra=fields)
                 self._handle(GoesOn(lease.worker.peer, lease.kind))
@@ -254,7 +258,11 @@ class JobExecutors:
             cancel = CancelJob(job_id=job_id, kind=lease.kind)
             await self._node.request(lease.worker.peer, cancel, timeout_s=_CANCEL_TIMEOUT_S)
         except NetworkError as exc:
-            logger.debug("Stopping an earlier executor: %s", exc, extra={"worker_peer_id": lease.worker.peer})
+            logger.debug(
+                "The request to stop an earlier executor was not delivered: %s",
+                exc,
+                extra={"worker_peer_id": lease.worker.peer},
+            )
 
     async def _dispatch(self, request: DispatchJob, lease: LeaseGained) -> bool:
         attributes: dict[str, Attribute] = {
@@ -294,27 +302,26 @@ class JobExecutors:
             await trio.sleep(_PAUSE_S)
 
     async def finish(self, reason: str, timeout_s: float) -> None:
-        """Tell all executors to end, for at most ``timeout_s``."""
-        stamp = self._stamp()
-        executors = list(self._executors.values())
+        """Send all executors their last directive, for at most ``timeout_s``."""
+        executors, begun = list(self._executors.values()), self._begun
         self._executors.clear()
+        if begun is None:
+            return
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
                 for executor in executors:
                     executor.scope.cancel()
-                    lease = executor.lease
-                    farewell = Steer(
-                        stamp=stamp, kind=lease.kind, seq=_LAST_SEQ, directive=Finish(reason=reason)
-                    )
-                    nursery.start_soon(self._say, lease.worker.peer, farewell, timeout_s)
+                    kind, finish = executor.lease.kind, Finish(reason=reason)
+                    last = Steer(stamp=begun.stamp, kind=kind, seq=_LAST_SEQ, directive=finish)
+                    nursery.start_soon(self._send_last, executor.lease.worker.peer, last, timeout_s)
 
-    async def _say(self, peer: str, farewell: Steer, timeout_s: float) -> None:
+    async def _send_last(self, peer: str, last: Steer, timeout_s: float) -> None:
         try:
-            await self._node.request(peer, farewell, timeout_s=timeout_s)
+            await self._node.request(peer, last, timeout_s=timeout_s)
         except NetworkError as exc:
-            logger.debug("A farewell was not delivered: %s", exc, extra={"worker_peer_id": peer})
+            logger.debug("The last directive was not delivered: %s", exc, extra={"worker_peer_id": peer})
 
 
 def lost(lease: LeaseGained, reason: str) -> ParticipantLost:
-    """As the round machine hears it."""
+    """As an event of the round machine."""
     return ParticipantLost(lease.worker.peer, lease.kind, reason)

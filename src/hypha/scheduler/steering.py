@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import trio
 
@@ -50,7 +50,7 @@ class Steering:
         node: Node,
         to: PeerRef,
         kind: ExecutorClass,
-        stamp: Callable[[], JobStamp],
+        stamp: JobStamp,
         seq: int = 0,
         traces: RoundTraces | None = None,
     ) -> None:
@@ -78,10 +78,10 @@ class Steering:
         while self._waiting:
             await self._idle.wait()
 
-    async def say(self, directive: Directive) -> None:
+    async def send_first(self, directive: Directive) -> None:
         """Send ``directive`` once, before all others. Raises :class:`NetworkError`."""
         self._seq += 1
-        steer = Steer(stamp=self._stamp(), kind=self.kind, seq=self._seq, directive=directive)
+        steer = Steer(stamp=self._stamp, kind=self.kind, seq=self._seq, directive=directive)
         await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)
 
     async def run(self) -> None:
@@ -101,7 +101,7 @@ class Steering:
     @contextlib.contextmanager
     def _traced(self, directive: Directive) -> Iterator[None]:
         """In the trace of the round that ``directive`` is about, if it names one."""
-        stamp = self._stamp()
+        stamp = self._stamp
         if not isinstance(directive, Plan | CloseRound | SaveCheckpoint):
             yield
             return
@@ -124,7 +124,7 @@ class Steering:
         """Until it is acknowledged, superseded or refused for good."""
         backoff = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, jitter=_JITTER)
         while self._waiting.get(slot) is directive:
-            steer = Steer(stamp=self._stamp(), kind=self.kind, seq=seq, directive=directive)
+            steer = Steer(stamp=self._stamp, kind=self.kind, seq=seq, directive=directive)
             fields = {"worker_peer_id": self.to.peer, "job_id": steer.stamp.job_id}
             try:
                 await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)

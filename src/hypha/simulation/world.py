@@ -21,7 +21,7 @@ from hypha.data.serving import serve as data_serve
 from hypha.errors import HyphaError
 from hypha.journal import Journal, JournalEntry
 from hypha.leases import NAME as LEASES
-from hypha.scheduler import JobResult, JobSnapshot, finished_job, run_job
+from hypha.scheduler import JobResult, JobSnapshot, Observation, finished_job, run_job
 from hypha.simulation.configurations import NOTICE, data_config, scheduler_config, worker_config
 from hypha.simulation.disks import close_files, make_dataset
 from hypha.simulation.executors.processes import SimulatedExecutors
@@ -318,9 +318,8 @@ class World:
             # as the program does: one that is started again after its job is done says so
             self.results[computer.name] = await finished_job(config.state_dir, job) or await run_job(
                 config,
-                observe=self._seen if main else None,
+                Observation(self._seen if main else None, journal),
                 open_=lambda: open_simulated_node(self.network, computer.machine, process, options),
-                journal=journal,
             )
         except HyphaError as exc:
             self.failure = exc

@@ -16,8 +16,7 @@ from hypha.config.reading.log_filter import parse_filter
 from hypha.errors import ConfigError, NetworkError, Problem
 from hypha.messages import Manifest
 from hypha.net import Libp2pNode, open_node, options_from
-from hypha.scheduler.data.datasets import ManifestChoice, ServedDataset, find_dataset
-from hypha.scheduler.data.pins import Pins
+from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, find_dataset
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.preflight.checking import Checked, check_job
 from hypha.scheduler.preflight.finding import described, number

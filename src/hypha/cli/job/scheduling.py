@@ -27,7 +27,7 @@ from hypha.journal import Journal
 from hypha.naming import named
 from hypha.node import Node
 from hypha.runtime import in_thread
-from hypha.scheduler import JobResult, JobSnapshot, run_job
+from hypha.scheduler import JobResult, JobSnapshot, Observation, run_job
 from hypha.scheduler.status.history import History
 from hypha.scheduler.status.history_file import keep_history
 from hypha.telemetry import health_of, serve_http
@@ -71,10 +71,8 @@ async def run_scheduler(
             results.append(
                 await run_job(
                     config,
-                    observe=observe,
+                    Observation(observe, noted, trace_ratio(config)),
                     fresh=fresh,
-                    journal=noted,
-                    trace_ratio=trace_ratio(config),
                     task_status=task_status,
                 )
             )

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import msgspec
 import trio
 
+from hypha.access import SERVICES, carries, may_act_as
 from hypha.backoff import NO_JITTER, Backoff
+from hypha.config.job import DatasetRef
 from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable, Refused
 from hypha.features import Abilities, stated
 from hypha.manifests import manifest_problem
@@ -21,11 +23,9 @@ from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRe
 from hypha.naming import shown
 from hypha.node import Node, PeerLost
 from hypha.runtime import in_thread
-from hypha.scheduler.data.pins import Pins
 
 logger = logging.getLogger(__name__)
 
-_ANY = Pins()
 _ASK_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
@@ -39,6 +39,37 @@ _UNDECIDED_S = 10.0
 _MISSED_PAUSE_S = 1.0
 
 
+@dataclass(frozen=True)
+class Pins:
+    """A job's data nodes, by the organisations that vouch for them, or by PeerID; with neither, all."""
+
+    organizations: frozenset[str] = frozenset()
+    data_nodes: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, wanted: DatasetRef) -> Pins:
+        """As the job's configuration names them."""
+        return cls(frozenset(wanted.organizations), frozenset(wanted.data_nodes))
+
+    def problem(self, node: Node, peer: str) -> str | None:
+        """Why ``peer``, which is or was connected, is not used, in words. PeerUnreachable when it was not."""
+        has = node.roles_of(peer)
+        if not may_act_as(has, SERVICES["dataset"].by):
+            # with other data under the name it would stop every job
+            return f"is no data node: its certificate has {carries(has)}"
+        if (not self.organizations and not self.data_nodes) or peer in self.data_nodes:
+            return None
+        organization = node.organization_of(peer)
+        if organization in self.organizations:
+            return None
+        if not self.organizations:
+            return "is not among scheduler.job.dataset.data_nodes"
+        return f"is of {organization!r}, which scheduler.job.dataset.organizations does not name"
+
+
+_ANY = Pins()
+
+
 class ServedDataset:
     """A dataset and who serves it now. ``providers`` may become empty, and fill again."""
 
@@ -50,7 +81,7 @@ class ServedDataset:
         self.manifest: Manifest = description.manifest
         self.manifest_hash = description.manifest_hash
         self.providers: dict[str, PeerRef] = {ref.peer: ref for ref in providers}
-        #: what each says of its version
+        #: what each states of its version
         self.stated: dict[str, Abilities] = {}
         self._silent: dict[str, int] = {}
         self._refused: set[str] = set()
@@ -63,7 +94,7 @@ class ServedDataset:
         return tuple(refs[first:] + refs[:first])
 
     def refuse(self, peer: str, other_hash: str) -> None:
-        """That node serves other data under the name; it is told of once."""
+        """That node serves other data under the name; that is logged once."""
         if peer not in self._refused:
             logger.error(
                 "A data node serves different data under the name %s (manifest %s, not %s); it is not used",
@@ -75,7 +106,7 @@ class ServedDataset:
         self._refused.add(peer)
 
     async def watch(self, node: Node) -> None:
-        """Keep ``providers`` true until cancelled. One that is lost is asked at once if it still lives."""
+        """Keep ``providers`` true until cancelled. A lost one is asked at once whether it still serves."""
         pauses = Backoff(_MISSED_PAUSE_S, REFRESH_S, jitter=NO_JITTER)
         pause_s = pauses.next_s()
         async with node.watch_peers() as lost, trio.open_nursery() as nursery:
@@ -137,12 +168,12 @@ async def find_dataset(
     node: Node,
     name: str,
     wait_s: float | None,
-    say: Callable[[str], None] = lambda why: None,
+    report: Callable[[str], None] = lambda why: None,
     pins: Pins = _ANY,
     wanted: ManifestChoice = ManifestChoice(),
 ) -> ServedDataset:
-    """Wait until somebody whom ``pins`` allow serves ``name``, at most ``wait_s``; ``say`` is told why it is
-    not there yet.
+    """Wait until somebody whom ``pins`` allow serves ``name``, at most ``wait_s``; ``report`` is called with
+    why it is not there yet.
 
     Where replicas differ, what is ``wanted`` is used, else what most data nodes serve, and the others are
     named in the log. Where as many serve one as another for a while, what data nodes of this node's own
@@ -162,7 +193,7 @@ async def find_dataset(
             answers, _ = await _describe(node, name, refs, refused, pins)
             silent = [ref for ref in refs if ref.peer not in answers and ref.peer not in refused]
             if answers:
-                # one more look: the nearest peers of the DHT may not all have heard of all replicas
+                # one more look: the nearest peers of the DHT may not all know of all replicas
                 await trio.sleep(_FIRST_PAUSE_S)
                 more = [ref for ref in await _announced(node, name) if ref.peer not in answers]
                 answers |= (await _describe(node, name, more, refused, pins))[0]
@@ -170,7 +201,7 @@ async def find_dataset(
                 dataset = choice.of(answers, {ref.peer: ref for ref in refs}, trio.current_time())
                 if dataset is not None:
                     return dataset
-            say(choice.open_because or _why_not(silent, refused))
+            report(choice.open_because or _why_not(silent, refused))
             if not said:
                 said = True
                 logger.info(
@@ -275,8 +306,8 @@ class _Choice:
 
 
 def _agreed(name: str, answers: dict[str, DatasetDescription]) -> DatasetDescription:
-    """What data nodes say of the same data. The hash does not cover the ranges of its columns, by which a job
-    is refused before it begins: where they differ, some are wrong, and none is used.
+    """What data nodes state of the same data. The hash does not cover the ranges of its columns, by which a
+    job is refused before it begins: where they differ, some are wrong, and none is used.
     """
     described = next(iter(answers.values()))
     stating = {peer: one for peer, one in answers.items() if one.manifest.ranges}
@@ -284,7 +315,7 @@ def _agreed(name: str, answers: dict[str, DatasetDescription]) -> DatasetDescrip
     if len(stated) < 2:
         return next(iter(stated.values()), described)
     logger.warning(
-        "Data nodes say different things of the numbers in the columns of %s, so they are not checked: %s",
+        "Data nodes state different ranges of numbers for the columns of %s, so they are not checked: %s",
         name,
         ", ".join(map(shown, stating)),
     )
@@ -303,8 +334,8 @@ async def _announced(node: Node, name: str) -> list[PeerRef]:
 async def _describe(
     node: Node, name: str, refs: list[PeerRef], refused: set[str], pins: Pins
 ) -> tuple[dict[str, DatasetDescription], set[str]]:
-    """What each says of the dataset, and on whose machine nobody listens any more. Who is no data node, or
-    none that the job uses, is added to ``refused``, and told of once.
+    """What each states of the dataset, and on whose machine nobody listens any more. Who is no data node, or
+    none that the job uses, is added to ``refused``, and logged once.
     """
     answers: dict[str, DatasetDescription] = {}
     gone: set[str] = set()
@@ -317,14 +348,14 @@ async def _describe(
             if isinstance(exc, Refused) and exc.code in ("role", "not-allowed"):
                 if ref.peer not in refused:
                     logger.warning(
-                        "%s serves %s and not to this job: %s",
+                        "%s serves %s, but not to this job: %s",
                         shown(ref.peer),
                         name,
                         exc.reason,
                         extra={"peer_id": ref.peer},
                     )
                 refused.add(ref.peer)
-            logger.debug("Provider %s of %s: %s", ref.peer, name, exc)
+            logger.debug("Provider %s did not describe %s: %s", ref.peer, name, exc)
             if isinstance(exc, PeerUnreachable) and exc.gone:
                 gone.add(ref.peer)
             return
@@ -344,7 +375,7 @@ async def _describe(
                 answers[ref.peer] = answer
                 return
             if ref.peer not in refused:
-                text = "A data node does not serve %s as it says: %s; it is not used"
+                text = "A data node does not serve %s as it states: %s; it is not used"
                 logger.error(text, name, problem, extra={"peer_id": ref.peer})
             refused.add(ref.peer)
 

@@ -16,12 +16,12 @@ from msgspec import Struct
 
 from hypha.errors import DataError
 
-#: answers kept per worker, so that a repeated question gets the same one, besides those whose slices it has.
-#: It asks one question after the other; all are kept, and written, with every state
+#: answers kept per worker, so that a repeated request gets the same one, besides those whose slices it has.
+#: It sends one request after the other; all are kept, and written, with every state
 _REMEMBERED_ANSWERS = 32
 #: how many AVAILABLE slices are looked at for one that no other worker has cached
 _LOOK_AHEAD = 64
-#: so many slices that a worker says it has cached are believed; the rest of what it says is not looked at
+#: of the slices that a worker reports as cached so many count; the rest of its report is not looked at
 _MOST_CACHED = 4096
 
 
@@ -42,7 +42,7 @@ class EpochState(Struct, frozen=True):
 
 
 class AnswerState(Struct, frozen=True):
-    """What ``worker`` was told when it asked with ``seq``."""
+    """What ``worker`` got for its request ``seq``."""
 
     worker: str
     incarnation: str
@@ -62,7 +62,7 @@ class TrackerState(Struct, frozen=True):
     version: int = 0
 
     def unassigned(self) -> TrackerState:
-        """The same after everybody was lost: ASSIGNED is AVAILABLE again, nobody was told anything."""
+        """The same after everybody was lost: ASSIGNED is AVAILABLE again, and no request was answered."""
         epochs = tuple(EpochState(epoch.epoch, epoch.used) for epoch in self.epochs)
         return TrackerState(self.samples, self.next_epoch, epochs)
 
@@ -128,7 +128,7 @@ class SliceTracker:
         self.samples = tuple(samples)
         self._epochs: dict[int, _Epoch] = {}
         self._next_epoch = 0
-        #: of each worker by its questions; the objects that states have, so that many states share them
+        #: of each worker by its requests; the objects that states have, so that many states share them
         self._answers: dict[str, OrderedDict[int, AnswerState]] = {}
         self._incarnation: dict[str, str] = {}
         self._cached: dict[str, tuple[int, ...]] = {}
@@ -210,15 +210,15 @@ class SliceTracker:
 
     def _forget_oldest(self, answers: OrderedDict[int, AnswerState]) -> None:
         """Of a worker's answers: what it holds it can still give back, see :meth:`dropped`."""
-        spent = [seq for seq, told in answers.items() if not self._holds(told)]
+        spent = [seq for seq, given in answers.items() if not self._holds(given)]
         for seq in spent[: max(0, len(spent) - _REMEMBERED_ANSWERS)]:
             del answers[seq]
 
-    def _holds(self, told: AnswerState) -> bool:
-        return self.holds(told.worker, told.epoch, told.index)
+    def _holds(self, given: AnswerState) -> bool:
+        return self.holds(given.worker, given.epoch, given.index)
 
-    def _assignment(self, told: AnswerState) -> Assignment:
-        return Assignment(told.epoch, told.index, self.samples[told.index])
+    def _assignment(self, given: AnswerState) -> Assignment:
+        return Assignment(given.epoch, given.index, self.samples[given.index])
 
     def dropped(self, worker: str, incarnation: str, held_from: int, keep: Iterable[tuple[int, int]]) -> None:
         """``worker`` holds nothing any more of what it got for a ``seq`` before ``held_from``: that returns,
@@ -316,7 +316,7 @@ class SliceTracker:
         assert self._rows.total() == sum(self.samples[index] for _, index in held), f"{self._rows}: {held}"
         for worker, answers in self._answers.items():
             assert not answers or worker in self._incarnation, f"{worker} was answered, but did not ask"
-            assert all(told.worker == worker for told in answers.values())
+            assert all(given.worker == worker for given in answers.values())
 
     def to_state(self) -> TrackerState:
         """All of it, to be kept with a checkpoint."""
@@ -327,7 +327,9 @@ class SliceTracker:
                 EpochState(number, epoch.used_state, tuple(sorted(epoch.assigned.items())))
                 for number, epoch in sorted(self._epochs.items())
             ),
-            answers=tuple(told for _, answers in sorted(self._answers.items()) for told in answers.values()),
+            answers=tuple(
+                given for _, answers in sorted(self._answers.items()) for given in answers.values()
+            ),
             version=self.version,
         )
 
@@ -344,7 +346,7 @@ class SliceTracker:
             for index, worker in epoch.assigned.items():
                 tracker._count(worker, index, 1)
             tracker._epochs[kept.epoch] = epoch
-        for told in state.answers:
-            tracker._incarnation[told.worker] = told.incarnation
-            tracker._answers.setdefault(told.worker, OrderedDict())[told.seq] = told
+        for given in state.answers:
+            tracker._incarnation[given.worker] = given.incarnation
+            tracker._answers.setdefault(given.worker, OrderedDict())[given.seq] = given
         return tracker

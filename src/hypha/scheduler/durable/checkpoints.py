@@ -1,7 +1,7 @@
 """Checkpoints that the parameter server sends: kept whole or not at all, K deep, verified when loaded.
 
 Files arrive in ``incoming/``, each generation of the job apart: what a dead parameter server left half-way
-may still be waited for, and must not stand in its successor's way. When the parameter server says that the
+may still be waited for, and must not stand in its successor's way. When the parameter server reports that the
 checkpoint of a round is complete, its files get an index with sizes and BLAKE3 hashes and become
 ``checkpoints/round-N`` in one rename. All methods block (files, hashes): call them in a thread.
 """
@@ -38,20 +38,20 @@ class CheckpointStore:
     """The checkpoints of one job in its state directory."""
 
     def __init__(self, state: StateDirectory, job_id: str, keep: int) -> None:
-        self._state = state
-        self._job_id = job_id
+        self.state = state
+        self.job_id = job_id
         self._keep = keep
         #: by generation and round
         self._arrived: dict[tuple[int, int], dict[str, TransferMeta]] = {}
 
     def _directory(self, round_: int) -> Path:
-        return self._state.checkpoints / f"round-{round_}"
+        return self.state.checkpoints / f"round-{round_}"
 
     def _incoming(self, stamp: tuple[int, int]) -> Path:
-        return self._state.incoming / "generation-{}-round-{}".format(*stamp)
+        return self.state.incoming / "generation-{}-round-{}".format(*stamp)
 
     def place_for(self, meta: TransferMeta) -> Path:
-        """Where an offered file is to be written; what was never finished makes room."""
+        """Where an offered file is to be written; what was never finished is deleted."""
         generation, round_ = stamp = _stamp(meta)
         for stale in [key for key in self._arrived if key[0] < generation or key[1] < round_ - 1]:
             del self._arrived[stale]
@@ -70,7 +70,7 @@ class CheckpointStore:
         self._arrived.setdefault(_stamp(meta), {})[str(self._name(meta.name))] = meta
 
     def complete(self, round_: int) -> bool:
-        """The parameter server says that all files for ``round_`` were sent. False: they are not here."""
+        """The parameter server reports that all files for ``round_`` were sent. False: they are not here."""
         # the sender may stamp the round that it closed, or the one that can be started
         stamped = [key for key in self._arrived if key[1] in (round_, round_ - 1)]
         if not stamped:
@@ -81,7 +81,7 @@ class CheckpointStore:
             CheckpointFile(name=name, size=meta.size, blake3=meta.blake3)
             for name, meta in sorted(files.items())
         )
-        index = CheckpointIndex(job_id=self._job_id, round=round_, files=listed, generation=stamp[0])
+        index = CheckpointIndex(job_id=self.job_id, round=round_, files=listed, generation=stamp[0])
         self.adopt(index, self._incoming(stamp))
         return True
 
@@ -91,7 +91,7 @@ class CheckpointStore:
         write_durably(source / INDEX, encode_json(index))
         shutil.rmtree(target, ignore_errors=True)
         source.rename(target)
-        sync_directory(self._state.checkpoints)
+        sync_directory(self.state.checkpoints)
 
     def path(self, round_: int, name: str) -> Path:
         """Where a file of a checkpoint lies."""
@@ -99,7 +99,7 @@ class CheckpointStore:
 
     def returning(self, round_: int) -> Path:
         """Where the files of a lost checkpoint come back to before :meth:`adopt`."""
-        return self._state.incoming / f"returning-{round_}"
+        return self.state.incoming / f"returning-{round_}"
 
     def outdated(self, rounds: Iterable[int]) -> list[int]:
         """All but the newest K of ``rounds``. They are to be forgotten before they are deleted: what the
@@ -109,7 +109,7 @@ class CheckpointStore:
 
     def keep_only(self, rounds: Collection[int]) -> None:
         """Delete the checkpoints of all other rounds, and what a scheduler forgot before it was killed."""
-        for path in self._state.checkpoints.glob("round-*"):
+        for path in self.state.checkpoints.glob("round-*"):
             if path.name.removeprefix("round-") not in {str(round_) for round_ in rounds}:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -125,7 +125,7 @@ class CheckpointStore:
         except (OSError, HyphaError) as exc:
             logger.error("The checkpoint in %s cannot be used: %s", directory, exc)
             return False
-        return bool(index.files) and index.job_id == self._job_id
+        return bool(index.files) and index.job_id == self.job_id
 
     def files(self, round_: int) -> FileList:
         """What a restoring parameter server pulls; names are ``<round>/<file>``. :class:`Refused`."""

@@ -91,7 +91,7 @@ def _translated(place: str, doing: str) -> Iterator[None]:
         raise
     except Exception as exc:
         text = f"{doing} {place} failed: {type(exc).__name__}: {exc}"
-        if exc.__cause__ is not None:  # the hub's library says only there what went wrong
+        if exc.__cause__ is not None:  # the hub's library tells only there what went wrong
             text += f" ({exc.__cause__})"
         raise OutputError(text) from exc
 

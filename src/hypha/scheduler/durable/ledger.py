@@ -1,4 +1,4 @@
-"""The job's book in SQLite: what was asked for, every applied round, every checkpoint, and what is under
+"""The job's ledger in SQLite: what was asked for, every applied round, every checkpoint, and what is under
 way: the pool's leases and who trains on which slice.
 
 One transaction a round, durable before the next directive depends on it (WAL, synchronous FULL). Good
@@ -20,7 +20,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from hypha.decoding import decode, decode_json
+from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import (
     AggregateJob,
@@ -33,63 +33,18 @@ from hypha.messages import (
     encode_json,
 )
 from hypha.resources import weighted_capacity
-from hypha.runtime import in_thread
 from hypha.scheduler.data.slices import TrackerState
-from hypha.scheduler.leasing.pool import LeaseGained
+from hypha.scheduler.durable.database import SCHEMA, connect, is_full, with_space
+from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.track_records import TrackRecord
-from hypha.waiting import Reminder
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: SQLite says the second when the index of its log cannot grow
-_NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-_ROOM_RETRY_S = 1.0
-#: rounds that say how fast workers are, and what is kept of why one failed
+#: rounds from which the speed of workers is computed, and how much is kept of why one failed
 _RECENT_ROUNDS, _LONGEST_REASON = 200, 500
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS job (
-    one INTEGER PRIMARY KEY CHECK (one = 1),
-    job_id TEXT NOT NULL, generation INTEGER NOT NULL, state TEXT NOT NULL,
-    theta TEXT NOT NULL DEFAULT '', manifest_hash TEXT NOT NULL,
-    train TEXT NOT NULL, aggregate TEXT NOT NULL, manifest TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS rounds (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    generation INTEGER NOT NULL, round INTEGER NOT NULL, discarded INTEGER NOT NULL DEFAULT 0,
-    samples INTEGER NOT NULL, theta TEXT NOT NULL, entry TEXT NOT NULL,
-    UNIQUE (generation, round)
-) STRICT;
-CREATE TABLE IF NOT EXISTS starts (
-    round INTEGER PRIMARY KEY, steps INTEGER NOT NULL, tracker TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS checkpoints (
-    round INTEGER PRIMARY KEY, place TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS replicas (
-    round INTEGER NOT NULL, peer TEXT NOT NULL, worker TEXT NOT NULL, content TEXT NOT NULL,
-    PRIMARY KEY (round, peer)
-) STRICT;
-CREATE TABLE IF NOT EXISTS pool (
-    lease_id TEXT PRIMARY KEY, lease TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS slices (
-    one INTEGER PRIMARY KEY CHECK (one = 1), version INTEGER NOT NULL, tracker TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS capacities (
-    peer TEXT PRIMARY KEY, capacity REAL NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS failures (
-    peer TEXT PRIMARY KEY, times INTEGER NOT NULL, reason TEXT NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS published (
-    one INTEGER PRIMARY KEY CHECK (one = 1), place TEXT NOT NULL, shown TEXT NOT NULL
-) STRICT;
-PRAGMA user_version = 2;
-"""
 
 
 class Opening(Struct, frozen=True):
@@ -103,7 +58,7 @@ class Opening(Struct, frozen=True):
 
 
 class Standing(Struct, frozen=True):
-    """What a ledger says about its job: ``state`` is ``running`` or ``done``."""
+    """What a ledger holds about its job: ``state`` is ``running`` or ``done``."""
 
     job_id: str
     generation: int
@@ -123,36 +78,36 @@ class RoundStart(Struct, frozen=True):
 
 
 class Ledger:
-    """``path`` is created if it is not there. Raises :class:`HyphaError`, or what SQLite says of a full disk:
-    :func:`open_ledger` waits for room.
+    """``path`` is created if it is not there. Raises :class:`HyphaError`, or SQLite's error of a full disk:
+    :func:`open_ledger` waits for space.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._limiter = trio.CapacityLimiter(1)
-        self._db = _connect(path)
+        self._db = connect(path)
         try:
             with self._db:
-                self._db.executescript(_SCHEMA)
+                self._db.executescript(SCHEMA)
         except sqlite3.Error as exc:
             self._db.close()
-            if _is_full(exc):
+            if is_full(exc):
                 raise
             raise HyphaError(f"the job's ledger {path} cannot be opened: {exc}") from exc
 
     async def run(self, call: Callable[Concatenate[Ledger, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """``call`` (a method of this class) in a thread; never two at a time; not cancelled half-way.
 
-        While the disk is full it waits for room, and so does all that must not happen before it is written.
+        While the disk is full it waits for space, and so does all that must not happen before it is written.
         """
-        return await _with_space(self.path, lambda: call(self, *args, **kwargs), self._limiter)
+        return await with_space(self.path, lambda: call(self, *args, **kwargs), self._limiter)
 
     def close(self) -> None:
         """Close the file; may be called twice."""
         self._db.close()
 
     def standing(self) -> Standing | None:
-        """Which job this is the book of; ``None`` in a new one."""
+        """Which job this is the ledger of; ``None`` in a new one."""
         row = self._db.execute(
             "SELECT job_id, generation, state, manifest_hash, train, aggregate FROM job"
         ).fetchone()
@@ -286,7 +241,7 @@ class Ledger:
             self._db.execute("UPDATE job SET generation = generation + ?", (count,))
 
     def copy_to(self, path: Path) -> None:
-        """A copy of the whole book as it is now."""
+        """Write a copy of the whole ledger as it is now."""
         path.unlink(missing_ok=True)
         with closing(sqlite3.connect(path)) as copy:
             self._db.backup(copy)
@@ -302,7 +257,7 @@ class Ledger:
 
     def open_round(self) -> tuple[int, int, str]:
         """The round after the last one that counts, the inner steps before it, and the hash of its theta
-        (empty where nobody has said it yet).
+        (empty where it was not reported yet).
         """
         round_, steps = self._db.execute("SELECT round, steps FROM starts ORDER BY round DESC").fetchone()
         theta = self.theta_of(round_)
@@ -336,12 +291,12 @@ class Ledger:
             self._db.execute("DELETE FROM pool WHERE ?1 IS NULL OR lease_id = ?1", (lease_id,))
 
     def leases(self) -> list[LeaseGained]:
-        """What was held, by whoever wrote this book."""
+        """What was held, by whichever scheduler wrote this ledger."""
         rows = self._db.execute("SELECT lease FROM pool").fetchall()
         return [decode_json(row[0], LeaseGained) for row in rows]
 
     def failed(self, peer: str, reason: str) -> None:
-        """That worker failed, or was lost: it counts when offers are compared."""
+        """That worker failed, or was lost: that counts when offers are compared."""
         with self._db:
             self._db.execute(
                 "INSERT INTO failures (peer, times, reason) VALUES (?, 1, ?)"
@@ -376,7 +331,7 @@ class Ledger:
         ]
 
     def _entries(self, texts: Iterable[str]) -> Iterator[LedgerRound]:
-        """What can be read of them: an odd one, of another version, is told of, and does not stop the job."""
+        """What can be read of them: an odd one, of another version, is logged, and does not stop the job."""
         for text in texts:
             try:
                 yield decode_json(text, LedgerRound)
@@ -384,7 +339,7 @@ class Ledger:
                 logger.error("The ledger %s holds a round that cannot be read: %s", self.path, exc)
 
     def theta_of(self, round_: int) -> str:
-        """The hash of theta at the start of ``round_``; empty where only the model says (round 0)."""
+        """The hash of theta at the start of ``round_``; empty where only the model tells it (round 0)."""
         row = self._db.execute(
             "SELECT theta FROM rounds WHERE round = ? AND discarded = 0 ORDER BY number DESC", (round_ - 1,)
         ).fetchone()
@@ -424,106 +379,8 @@ class Ledger:
 
 
 async def open_ledger(path: Path) -> Ledger:
-    """The ledger in ``path``, once there is room for it. Raises :class:`HyphaError`."""
-    return await _with_space(path, lambda: Ledger(path), trio.CapacityLimiter(1))
-
-
-async def held_leases(path: Path) -> list[LeaseGained]:
-    """The leases that a scheduler which was killed left in ``path``; none where there is no ledger. On a full
-    disk not even that can be read: it waits for room. Raises :class:`HyphaError`.
-    """
-    rows = await _with_space(path, lambda: _rows(path, "SELECT lease FROM pool"), trio.CapacityLimiter(1))
-    return [decode_json(row[0], LeaseGained) for row in rows]
-
-
-async def has_trained(path: Path) -> bool:
-    """Whether the job of the ledger in ``path`` has applied a round; waits as :func:`held_leases` does."""
-    query = "SELECT 1 FROM rounds LIMIT 1"
-    return bool(await _with_space(path, lambda: _rows(path, query), trio.CapacityLimiter(1)))
-
-
-async def known_manifest(path: Path) -> str | None:
-    """The hash of the manifest that the job of the ledger in ``path`` trains on, if that is not done; waits
-    as :func:`held_leases` does.
-    """
-    query = "SELECT manifest_hash FROM job WHERE state != 'done'"
-    rows = await _with_space(path, lambda: _rows(path, query), trio.CapacityLimiter(1))
-    return rows[0][0] if rows else None
-
-
-def _rows(path: Path, query: str) -> list[tuple[str]]:
-    if not path.is_file():
-        return []
-    with closing(_connect(path)) as db:
-        try:
-            return db.execute(query).fetchall()
-        except sqlite3.OperationalError as exc:
-            if _is_full(exc):
-                raise
-            return []  # killed before it had tables
-
-
-def read_ledger(path: Path) -> LedgerFile:
-    """The ledger in ``path``: a ``job.db`` or an exported ``ledger.json``. Raises :class:`HyphaError`."""
-    if not path.is_file():
-        raise HyphaError(f"there is no ledger at {path}")
-    try:
-        if path.suffix == ".json":
-            return decode_json(path.read_bytes(), LedgerFile)
-        # somebody may have sent it, and SQLite's own errors may quote what is no text
-        return decode(_read_book, path)
-    except (Undecodable, OSError) as exc:
-        raise HyphaError(f"{path} is no readable ledger: {exc}") from exc
-
-
-def _read_book(path: Path) -> LedgerFile:
-    with closing(_connect(path)) as connection:
-        ledger = Ledger.__new__(Ledger)
-        ledger.path, ledger._db = path, connection
-        return ledger.to_file()
-
-
-def export_ledger(file: LedgerFile, path: Path) -> None:
-    """Write ``ledger.json``, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(msgspec.json.format(encode_json(file), indent=1))
-    part.replace(path)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        db = sqlite3.connect(path, check_same_thread=False, timeout=10.0)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-    except (sqlite3.Error, UnicodeDecodeError) as exc:
-        if _is_full(exc):
-            raise
-        raise HyphaError(f"the job's ledger {path} cannot be opened: {exc}") from exc
-    return db
-
-
-def _is_full(exc: Exception) -> bool:
-    return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _NO_ROOM
-
-
-async def _with_space(path: Path, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
-    """``call`` in a thread, not cancelled half-way, again until the disk is not full any more."""
-    told: Reminder | None = None
-    while True:
-        try:
-            result = await in_thread(call, abandon_on_cancel=False, limiter=limiter)
-        except sqlite3.OperationalError as exc:
-            if not _is_full(exc):
-                raise
-            told = told or Reminder(at_once=True)
-            if told.due():
-                text = "The job stands still, as its ledger %s cannot be written (%s): make room there"
-                logger.error(text, path, exc)
-            await trio.sleep(_ROOM_RETRY_S)
-            continue
-        if told:
-            logger.info("The ledger %s can be written again", path)
-        return result
+    """The ledger in ``path``, once there is space for it. Raises :class:`HyphaError`."""
+    return await with_space(path, lambda: Ledger(path), trio.CapacityLimiter(1))
 
 
 def _text(value: Struct) -> str:

@@ -2,8 +2,8 @@
 checkpoint whose bytes are all there.
 
 A job is resumed by a scheduler that finds its unfinished ledger, and by one that lost its parameter server;
-each time under the next generation, so that nothing said in the earlier generation is believed. While a lease
-on the parameter server may live, its theta is the newest there is, and the job goes on from that.
+each time under the next generation, so that no message of the earlier generation counts. While a lease
+on the parameter server may last, its theta is the newest there is, and the job goes on from that.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from msgspec import Struct
 from hypha.config.job import JobConfig
 from hypha.errors import ConfigError, HyphaError, JobFailed, Problem
 from hypha.messages import AggregateJob, Local, OuterOptimizer, PeerRef, Peers, Reference, TrainJob
-from hypha.runtime import in_thread
+from hypha.runtime import in_thread, new_id
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import SliceTracker, TrackerState
 from hypha.scheduler.descriptions import Descriptions, outer_optimizer, without_secrets
 from hypha.scheduler.durable.checkpoints import CheckpointStore
-from hypha.scheduler.durable.copies import Copies
 from hypha.scheduler.durable.ledger import Ledger, Opening, Standing, open_ledger
+from hypha.scheduler.durable.replicas import Replicas
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.rounds.policy import Start
 
@@ -38,7 +38,8 @@ _MAY_DIFFER = frozenset({"job_id", "checkpoint", "scheduler", "peers", "max_upda
 @dataclass(frozen=True)
 class Generation:
     """``place`` holds the checkpoint: ``scheduler``, a path or URL, or nothing at round 0 and where the
-    parameter server lives. ``rounds_lost``: the job was further; what workers hold of those rounds is void.
+    parameter server still runs. ``rounds_lost``: the job was further; what workers hold of those rounds is
+    void.
     """
 
     start: Start
@@ -60,20 +61,20 @@ async def first_generation(
     config: JobConfig,
     scheduler: PeerRef,
     dataset: ServedDataset,
-    job_id: str,
-    copies: Copies,
+    replicas: Replicas,
     fresh: bool,
 ) -> tuple[Ledger, Generation]:
-    """Resume the unfinished job in ``state``, or one that is done and shall have more rounds; else begin
-    ``job_id``. The state of another job that is done, or has not finished a round, and with ``fresh`` of any,
-    is kept aside. ``copies`` take the place of what is lost. :class:`ConfigError` when the job that is to go
-    on is another one. A job that goes on has the outer optimizer that it began with.
+    """Resume the unfinished job in ``state``, or one that is done and shall have more rounds; else begin a
+    new one. The state of another job that is done, or has not finished a round, and with ``fresh`` of any,
+    is kept aside. ``replicas`` take the place of what is lost. :class:`ConfigError` when the job that is to
+    go on is another one. A job that goes on has the outer optimizer that it began with.
     """
+    job_id = f"{config.name}-{new_id()[:12]}"
     opening = _opening(config, scheduler, dataset, job_id)
     if fresh:
         await in_thread(state.move_aside, "A fresh start was asked for")
     if config.checkpoint.replicas:
-        await (copies.forget_all() if fresh else copies.bring_back_ledger(state))
+        await (replicas.forget_all() if fresh else replicas.bring_back_ledger(state))
     ledger = await open_ledger(state.ledger)
     try:
         standing = await ledger.run(Ledger.standing)
@@ -96,7 +97,7 @@ async def first_generation(
                 if any(lease.kind == "aggregate" for lease in await ledger.run(Ledger.leases)):
                     return ledger, await taken_over(ledger, last)
                 store = CheckpointStore(state, standing.job_id, config.checkpoint.keep)
-                return ledger, await next_generation(ledger, store, last, copies)
+                return ledger, await next_generation(ledger, store, last, replicas)
             ledger.close()
             why = "is done" if standing.state == "done" else "has not finished a round"
             reason = f"The earlier job of this name {why}, and was another one ({'; '.join(other)})"
@@ -113,7 +114,8 @@ async def first_generation(
 
 async def begins_anew(path: Path, config: JobConfig, scheduler: PeerRef, dataset: ServedDataset) -> bool:
     """Whether the job in the ledger at ``path`` is done and another one than that of ``config``, so that
-    :func:`first_life` will not go on from it. Raises :class:`HyphaError` for a ledger that cannot be read.
+    :func:`first_generation` will not go on from it. Raises :class:`HyphaError` for a ledger that cannot be
+    read.
     """
     ledger = await open_ledger(path)
     try:
@@ -134,14 +136,16 @@ async def taken_over(ledger: Ledger, last: Start) -> Generation:
     return Generation(start, tracker)
 
 
-async def next_generation(ledger: Ledger, store: CheckpointStore, last: Start, copies: Copies) -> Generation:
+async def next_generation(
+    ledger: Ledger, store: CheckpointStore, last: Start, replicas: Replicas
+) -> Generation:
     """The generation after ``last``, from the newest checkpoint that can be used, or of which there is a
     copy.
     """
     open_round, _, _ = await ledger.run(Ledger.open_round)
     for begin in await ledger.run(Ledger.starts):
         kept = begin.place != "scheduler" or await in_thread(store.verify, begin.round)
-        if not (kept or await copies.bring_back(ledger, store, begin.round)):
+        if not (kept or await replicas.bring_back(ledger, store, begin.round)):
             await ledger.run(Ledger.forget_checkpoint, begin.round)
             continue
         theta = await ledger.run(Ledger.theta_of, begin.round)
@@ -176,8 +180,8 @@ def _opening(
 def described(
     config: JobConfig, scheduler: PeerRef, job_id: str, began: OuterOptimizer | None = None
 ) -> tuple[TrainJob, AggregateJob]:
-    """What executors of the job are told, but for what is different for each, and for secrets; ``began`` is
-    the outer optimizer that the job had so far.
+    """The job descriptions that executors get, but for what is different for each, and for secrets; ``began``
+    is the outer optimizer that the job had so far.
     """
     descriptions = Descriptions(config, Start(job_id, optimizer=outer_optimizer(config, began)), scheduler)
     train = without_secrets(descriptions.train("", PeerRef(peer=""), 0))

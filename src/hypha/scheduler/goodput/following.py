@@ -101,7 +101,7 @@ class Following(GoodputMembers):
         self._first = start.round if first else min(self._first, start.round)
         self._checkpoint = min(self._checkpoint, start.round)
         if first and start.generation:
-            # whoever was leased before has nothing to do with this scheduler until it is told of it
+            # whoever was leased before has nothing to do with this scheduler until it is noted here
             for number in self._adopted:
                 self.places[number].lose(self.began, now)
                 self._stalled.add(number)
@@ -130,7 +130,7 @@ class Following(GoodputMembers):
         self._news += self.recoveries.failed(None, "aggregate", self._server, why, sign, now)
 
     def _opened(self, now: int) -> None:
-        """A round is open, or was: what was said of it too early is heard now."""
+        """A round is open, or was: reports of it that came too early count now."""
         if self._server_down:
             self._server_down = False
             self._news += self.recoveries.replaced(None, now)
@@ -210,7 +210,7 @@ class Following(GoodputMembers):
         self._here += more
         if not first:
             return
-        # of one that has not said what its update stands for it is not known which executor made it
+        # of one that has not reported what its update stands for it is not known which executor made it
         contributors = dict.fromkeys(self._said.pop(entry.round, ()), "")
         contributors |= {part.worker: part.incarnation for part in entry.contributors}
         inside = {one for one, place in enumerate(self.places) if place.peer in contributors}
@@ -259,7 +259,7 @@ class Following(GoodputMembers):
         if self._phase == "loading":
             return "allocating" if short else "loading"
         if place.what == "replayed" and member.started < self._round:
-            # it was left out, and goes on with what counts no more until it hears of that
+            # it was left out, and goes on with what counts no more until it gets the next theta
             return "replayed"
         if member.accepted and self._phase in OPEN:
             return "paused" if paused else "waiting-for-stragglers"

@@ -1,4 +1,4 @@
-"""The places of a job and who is leased for each, as the allocator and the renewals tell."""
+"""The places of a job and who is leased for each, as the allocator and the renewals note it."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Leases(ABC):
         self._server_lease: str | None = None
         self._server_sign = self.began
         #: leases under which something failed, that was counted; and workers whose loss the round machine has
-        #: not heard of yet
+        #: not noted yet
         self._counted: set[str] = set()
         self._counted_early: set[str] = set()
         #: who trained at a place last; for which round and attempt its batches are done
         self._trainer: dict[int, str] = {}
         self._finished: dict[int, tuple[str, int, int]] = {}
-        #: places that wait for nothing but a parameter server, or for the scheduler to be told of them
+        #: places that wait for nothing but a parameter server, or for the scheduler to receive them
         self._stalled: set[int] = set()
         self._began_generation = False
         #: something was missing in the open round

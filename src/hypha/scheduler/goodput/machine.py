@@ -114,7 +114,7 @@ class Goodput(Following):
         if self.ended:
             return []
         self._news = []
-        # a machine's first entry is made before it is told the time
+        # a machine's first entry is made before it gets the time
         now = self.now = max(self.now, nanoseconds(entry.at_s))
         if entry.machine == ROUNDS:
             self.take_round(entry, now)

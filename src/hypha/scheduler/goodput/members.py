@@ -1,4 +1,4 @@
-"""The training executors of a job, as the round machine knows them, and what each says of its round."""
+"""The training executors of a job, as the round machine knows them, and what each reports of its round."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class GoodputMembers(Leases):
         self._over = False
         self._phase = "loading"
         self._round = 0
-        #: how many members the machine says that it has; None while it takes no more notice of them
+        #: how many members the machine has by its own count; None while it takes no more notice of them
         self._known: int | None = None
         self._members: dict[str, TrainingMember] = {}
         #: executors that are over
         self._past: set[str] = set()
-        #: what was said of a round that is not open yet, and when
+        #: reports of a round that is not open yet, and when they came
         self._early: list[tuple[events.Told, int]] = []
-        #: who contributed to a round, as its parameter server said
+        #: who contributed to a round, as its parameter server reported
         self._said: dict[int, tuple[str, ...]] = {}
         self._server = ""
         self._server_down = False
@@ -81,7 +81,7 @@ class GoodputMembers(Leases):
         super()._lease_lost(lease, now)
         member = self._members.get(peer)
         if member is not None and member.place == number:
-            # the round machine has not heard of it yet, and may be told by the worker of a round meanwhile
+            # the round machine does not know it yet, and may receive the worker's report of a round meanwhile
             member.place = None
 
     def _served(self, served: bool, now: int) -> None:
@@ -153,7 +153,7 @@ class GoodputMembers(Leases):
             self.places[number].train(effort, now)
 
     def _heard(self, member: TrainingMember, incarnation: str, now: int) -> None:
-        """Its executor lives. Where another one trained last, that one is over, and nobody has said so."""
+        """Its executor runs. Where another one trained last, that one is over, and nobody has reported it."""
         if member.place is None:
             return
         place = self.places[member.place]
@@ -173,7 +173,7 @@ class GoodputMembers(Leases):
         if silent_s is not None:
             self._gone(peer, "hang", max(self.began, now - nanoseconds(silent_s)), now)
             return
-        # one that waits has no reason to say anything
+        # one that waits has nothing to report
         training = place is not None and place.effort is not None
         self._gone(peer, "executor", place.heard if place is not None and training else now, now)
 
@@ -193,7 +193,7 @@ class GoodputMembers(Leases):
         self._trainer[number] = member.incarnation
         effort = place.effort
         if self._finished.get(number) == now:
-            # told again after another generation of the job began
+            # reported again after another generation of the job began
             member.done = True
             self._back(number, at)
         elif effort is None or (effort.peer, effort.round, effort.attempt) != now:

@@ -36,7 +36,7 @@ class Activity:
 @dataclass
 class Effort:
     """What is known of the training under way: ``busy`` nanoseconds of ``known`` were spent in batches, and
-    in ``unserved`` of them no data node served. ``base``: busy before it was heard of.
+    in ``unserved`` of them no data node served. ``base``: busy before its first report.
     """
 
     peer: str
@@ -115,7 +115,7 @@ class GoodputPlace:
             return
         elapsed = now - self.since
         if effort.base is None:
-            # what was trained before it was heard of, as after a restart of the scheduler, is not in here
+            # what was trained before its first report, as after a restart of the scheduler, is not in here
             effort.base = max(0, busy - elapsed)
         effort.busy = max(effort.busy, busy - effort.base)
         effort.known = elapsed

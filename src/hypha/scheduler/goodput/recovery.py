@@ -15,14 +15,14 @@ from hypha.scheduler.goodput.report import (
     RecoveryStep,
 )
 
-#: failures that a report tells of, the newest
+#: failures in a report, the newest
 _TOLD = 100
-#: as :mod:`hypha.worker.jobs.watch` says it
+#: as :mod:`hypha.worker.jobs.watch` words it
 _HUNG = re.compile(r"it hung: no sign of life for (\d{1,9}) s")
 
 
 def reason_of(text: str) -> FailureReason:
-    """In one word, of what a lease's renewal or an executor's end was said to be."""
+    """In one word, from the text of a lease's renewal or an executor's end."""
     if "nobody is there any more" in text:
         return "unreachable"
     if _HUNG.search(text):

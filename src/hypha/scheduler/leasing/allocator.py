@@ -1,11 +1,11 @@
 """The scheduler's allocator, a pure machine: which offers to take so that as many workers as wanted are held.
 
-For every executor class it is told whom to ask for (:class:`Search`) and how many (:class:`Want`). While
+For every executor class it is given whom to ask for (:class:`Search`) and how many (:class:`Want`). While
 fewer are held it advertises, collects offers until the deadline it gave, checks each against what was asked,
 ranks them by capacity for the price, takes the best and releases the others at once. What is still missing is
 advertised again with growing pauses; a lost worker is replaced without pause, and one that ends soon as soon
-as it says so. A worker that failed lately is taken only when nobody else offers, for longer each time. What
-an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.track_records`):
+as it announces that. A worker that failed lately is taken only when nobody else offers, for longer each time.
+What an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.track_records`):
 capacity beyond what the job can use counts for nothing, a price under half of the bid is no better than that,
 and a parameter server is chosen by reliability before all else. While workers are missing the bid is raised
 in steps up to the private maximum (:mod:`hypha.scheduler.leasing.bidding`), and a job that cannot begin gives
@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from hypha.features import advice, stated
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, WorkerOffer
-from hypha.resources import check, fits, is_valid, weighted_capacity
-from hypha.scheduler.leasing.bidding import Bidding
+from hypha.resources import check
 from hypha.scheduler.leasing.events import (
     Accept,
     Adopted,
@@ -50,6 +47,7 @@ from hypha.scheduler.leasing.events import (
     WorkerLeaves,
 )
 from hypha.scheduler.leasing.giving_way import GivingWay
+from hypha.scheduler.leasing.searching import Candidate, WorkerSearch, most_capacity, unfit, usable_capacity
 from hypha.scheduler.leasing.track_records import Standings, TrackRecord
 
 #: a worker that fails again and again is avoided for so many times as long, at most
@@ -58,49 +56,6 @@ _LONGEST_AVOIDANCE = 30
 _LEAST_PRICE = 0.5
 #: of an allocator's entries in a journal
 NAME = "allocator"
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    offer: WorkerOffer
-    expires_at: float
-
-
-class _Search:
-    """One ask: what is wanted, taken and on the table."""
-
-    def __init__(self, ask: Search, pace: SearchTimes) -> None:
-        self.ask = ask
-        self.bidding = Bidding(ask)
-        self.wanted = 0
-        self.pause_s = 2 * pace.offer_deadline_s
-        #: lease -> worker, acceptance confirmed or not
-        self.taken: dict[str, str] = {}
-        self.confirmed: set[str] = set()
-        #: of those in ``taken``, whose workers end soon: they count as missing already
-        self.leaving: set[str] = set()
-        #: worker -> its lease in ``taken``; one lease a worker
-        self.workers: dict[str, str] = {}
-        #: nobody is taken before then: others are given way
-        self.paused_until = -math.inf
-        #: worker -> its newest offer
-        self.candidates: dict[str, _Candidate] = {}
-        self.advertised_at = -math.inf
-        self.decide_at: float | None = None
-        self.decide_by = math.inf
-        #: whether the open collection began with an offer after the deadline
-        self.late = False
-        self.advertise_at: float | None = None
-
-    @property
-    def missing(self) -> int:
-        return max(0, self.wanted - len(self.taken) + len(self.leaving))
-
-    @property
-    def next_wake(self) -> float | None:
-        raise_at = self.bidding.raise_at if self.missing else None
-        moments = [moment for moment in (self.decide_at, self.advertise_at, raise_at) if moment is not None]
-        return min(moments, default=None)
 
 
 class Allocator:
@@ -112,18 +67,18 @@ class Allocator:
         self._pace = pace or SearchTimes()
         self._journal = journal
         asks = tuple(asks)
-        self._searches: dict[ExecutorClass, _Search] = {}
-        self._by_request: dict[str, _Search] = {}
+        self._searches: dict[ExecutorClass, WorkerSearch] = {}
+        self._by_request: dict[str, WorkerSearch] = {}
         self._avoid_until: dict[str, float] = {}
         self._standings = Standings()
         self._giving_way = GivingWay(asks, self._pace)
-        #: every lease on the table or taken -> its worker
+        #: every lease that is offered or taken -> its worker
         self._known: dict[str, str] = {}
         for ask in asks:
             check(ask.resources, f"resources asked for {ask.kind}")
             if ask.kind in self._searches or ask.request_id in self._by_request:
                 raise ValueError(f"two asks for {ask.kind} executors or with id {ask.request_id}")
-            self._searches[ask.kind] = self._by_request[ask.request_id] = _Search(ask, self._pace)
+            self._searches[ask.kind] = self._by_request[ask.request_id] = WorkerSearch(ask, self._pace)
         if journal is not None:
             journal.note(NAME, 0.0, AllocatorBegan(asks, self._pace), (), self._summary())
 
@@ -159,24 +114,10 @@ class Allocator:
     def validate(self) -> None:
         """Assert what always holds between two events. For tests and simulation."""
         seen: dict[str, str] = {}
-        for kind, search in self._searches.items():
-            offered = {
-                candidate.offer.lease_id: candidate.offer.worker.peer
-                for candidate in search.candidates.values()
-            }
-            for lease_id, worker in (*search.taken.items(), *offered.items()):
+        for search in self._searches.values():
+            for lease_id, worker in search.validate():
                 assert lease_id not in seen, f"{lease_id} is in two places"
                 seen[lease_id] = worker
-            taken = {worker: lease_id for lease_id, worker in search.taken.items()}
-            assert search.workers == taken, f"{kind}: {search.workers} are not {taken}"
-            assert len(taken) == len(search.taken), f"{kind}: a worker is taken twice"
-            assert search.confirmed <= search.taken.keys(), f"{kind}: a lease that is over was confirmed"
-            assert search.leaving <= search.taken.keys(), f"{kind}: a lease that is over leaves"
-            assert list(search.candidates) == list(offered.values()), f"{kind}: an offer of another worker"
-            assert not search.candidates or search.decide_at is not None, f"{kind}: offers lie for ever"
-            assert not search.missing or search.advertise_at is not None, f"{kind}: nobody is looked for"
-            assert search.missing or search.advertise_at is None, f"{kind}: more are looked for than wanted"
-            search.bidding.validate()
         held = set().union(*(search.taken for search in self._searches.values()))
         self._giving_way.validate(held)
         assert self._known == seen, f"{self._known} are not {seen}"
@@ -241,7 +182,7 @@ class Allocator:
             case GatewayChanged():
                 for search in self._searches.values():
                     # a job's first request coincides with its node's reservation at the relay: all would
-                    # hear it twice while they are busy with the answer
+                    # receive it twice while they are busy with the offer
                     self._hurry(search, max(now, search.advertised_at + 2 * self._pace.offer_deadline_s))
             case Tick():
                 pass
@@ -253,9 +194,9 @@ class Allocator:
     def _most_useful(self) -> float:
         """The weighted capacity that a training worker can make use of, at most."""
         search = self._searches.get("train")
-        return math.inf if search is None else _useful(search.ask)
+        return math.inf if search is None else most_capacity(search.ask)
 
-    def _hurry(self, search: _Search, at: float) -> None:
+    def _hurry(self, search: WorkerSearch, at: float) -> None:
         """Advertise at ``at`` if anything is missing then, with short pauses again."""
         search.pause_s = 2 * self._pace.offer_deadline_s
         search.advertise_at = max(at, search.paused_until) if search.missing else None
@@ -286,7 +227,7 @@ class Allocator:
             self._hurry(search, now)
         return actions
 
-    def _lose(self, search: _Search, lease_id: str, avoid: bool, now: float) -> None:
+    def _lose(self, search: WorkerSearch, lease_id: str, avoid: bool, now: float) -> None:
         worker = search.taken.pop(lease_id)
         del search.workers[worker], self._known[lease_id]
         search.leaving.discard(lease_id)
@@ -299,7 +240,7 @@ class Allocator:
             search.confirmed.remove(lease_id)
             self._hurry(search, now)
         elif search.missing:
-            # offers that cannot be accepted must not make the network hear a request without end
+            # offers that cannot be accepted must not make the network carry requests without end
             again_at = max(now, search.advertised_at + search.pause_s / 2)
             search.advertise_at = max(again_at, search.paused_until)
 
@@ -307,7 +248,7 @@ class Allocator:
         search = self._by_request.get(offer.request_id)
         if search is None:
             return [Decline(offer.lease_id, "not-found", f"no request {offer.request_id} of this scheduler")]
-        refusal = _unfit(caller, offer, search.ask)
+        refusal = unfit(caller, offer, search.ask)
         if refusal is not None:
             code = "unsupported" if refusal[1] == "features" else "invalid"
             return [Decline(offer.lease_id, code, *refusal)]
@@ -329,26 +270,16 @@ class Allocator:
         if older is not None:
             # a worker offers again only when it gave up on its first offer
             actions.append(self._dismiss(older))
-        search.candidates[caller] = _Candidate(offer, now + offer.expires_in_s)
+        search.candidates[caller] = Candidate(offer, now + offer.expires_in_s)
         self._known[offer.lease_id] = caller
-        self._schedule(search, offer, now)
+        search.decide_on(offer, now)
         return actions
 
-    def _schedule(self, search: _Search, offer: WorkerOffer, now: float) -> None:
-        """When to decide, now that ``offer`` came."""
-        if search.decide_at is None:
-            # it comes after the deadline, and others with it, so waiting for long is of no use
-            search.late = True
-            search.decide_by = now + self._pace.offer_deadline_s
-        # at least half of its life is left for the way of the acceptance
-        search.decide_by = min(search.decide_by, now + offer.expires_in_s / 2)
-        search.decide_at = min(search.decide_by, now + self._pace.lull_s) if search.late else search.decide_by
-
-    def _dismiss(self, candidate: _Candidate, cause: Cause = "other") -> Dismiss:
+    def _dismiss(self, candidate: Candidate, cause: Cause = "other") -> Dismiss:
         del self._known[candidate.offer.lease_id]
         return Dismiss(candidate.offer.lease_id, candidate.offer.worker, cause)
 
-    def _advance(self, search: _Search, now: float) -> list[AllocatorAction]:
+    def _advance(self, search: WorkerSearch, now: float) -> list[AllocatorAction]:
         actions: list[AllocatorAction] = []
         if search.candidates and not search.missing:
             search.decide_at = now
@@ -356,7 +287,7 @@ class Allocator:
             actions.extend(self._decide(search, now))
         complete = not search.missing and len(search.confirmed) == len(search.taken)
         if search.bidding.follow(complete, bool(search.missing), now):
-            # heard at once, but for one that was heard a moment ago
+            # published at once, unless a request was published a moment ago
             soon = max(now, search.advertised_at + 2 * self._pace.offer_deadline_s, search.paused_until)
             search.advertise_at = soon if search.advertise_at is None else min(search.advertise_at, soon)
         if not search.missing:
@@ -365,7 +296,7 @@ class Allocator:
             within_s = self._pace.offer_deadline_s
             raised_bid = search.bidding.bid if search.bidding.raised else None
             actions.append(Advertise(search.ask, search.missing, within_s, raised_bid))
-            # the answers to this request and what lies on the table compete
+            # the offers for this request and those that are considered already compete
             search.late = False
             search.decide_by = min(now + within_s, math.inf if search.decide_at is None else search.decide_by)
             search.decide_at = search.decide_by
@@ -374,7 +305,7 @@ class Allocator:
             search.pause_s = min(self._pace.longest_pause_s, search.pause_s * 2)
         return actions
 
-    def _decide(self, search: _Search, now: float) -> list[AllocatorAction]:
+    def _decide(self, search: WorkerSearch, now: float) -> list[AllocatorAction]:
         everyone = sorted(
             search.candidates.values(), key=lambda candidate: self._rank(candidate.offer, search.ask, now)
         )
@@ -387,7 +318,7 @@ class Allocator:
                 search.taken[lease_id] = worker
                 search.workers[worker] = lease_id
                 if search.ask.kind == "train":
-                    self._standings.took(worker, _capacity(candidate.offer, search.ask))
+                    self._standings.took(worker, usable_capacity(candidate.offer, search.ask))
                 actions.append(Accept(search.ask.kind, candidate.offer, candidate.expires_at))
             elif candidate.expires_at <= now:
                 actions.append(self._dismiss(candidate, "late"))
@@ -407,7 +338,7 @@ class Allocator:
         then the lower price; equals by PeerID, so that a run can be repeated.
         """
         worker = offer.worker.peer
-        capacity, price = _capacity(offer, ask), max(offer.price, _LEAST_PRICE * ask.bid)
+        capacity, price = usable_capacity(offer, ask), max(offer.price, _LEAST_PRICE * ask.bid)
         free_of_charge = math.inf if capacity > 0 else 0.0
         value = capacity / price if price > 0 else free_of_charge
         reliability = self._standings.reliability(worker)
@@ -415,30 +346,3 @@ class Allocator:
         if ask.kind == "train":
             value *= reliability * self._standings.pace(worker)
         return (self._is_avoided(worker, now), first, -value, -capacity, offer.price, worker, offer.lease_id)
-
-
-def _capacity(offer: WorkerOffer, ask: Search) -> float:
-    """What the job can use of what is offered, as one number."""
-    return min(weighted_capacity(offer.resources), _useful(ask))
-
-
-def _useful(ask: Search) -> float:
-    """How much capacity of one worker the job can use."""
-    return math.inf if ask.useful is None else ask.useful * weighted_capacity(ask.resources)
-
-
-def _unfit(caller: str, offer: WorkerOffer, ask: Search) -> tuple[str, Cause] | None:
-    """Why ``offer`` cannot answer ``ask``, in words and by cause. The private maximum is not told."""
-    if offer.worker.peer != caller:
-        return "it names another worker than the one that sent it", "other"
-    if not is_valid(offer.resources) or not fits(ask.resources, offer.resources):
-        return "it holds less than was asked for", "resources"
-    if lacking := stated(offer).lacks(ask.needs):
-        return f"the worker lacks what the job needs ({', '.join(lacking)}); {advice(lacking)}", "features"
-    if not (math.isfinite(offer.price) and offer.price >= 0):
-        return f"its price {offer.price} makes no sense", "price"
-    if not offer.price <= ask.max_price:
-        return "it is too dear", "price"
-    if not (math.isfinite(offer.expires_in_s) and offer.expires_in_s > 0):
-        return "it has no time left", "late"
-    return None

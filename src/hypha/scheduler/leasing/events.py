@@ -110,8 +110,8 @@ class Worked(Struct, frozen=True, tag=True):
 
 
 class Contended(Struct, frozen=True, tag=True):
-    """The worker of this lease says whether others ask it for what the lease holds, and whether one of them
-    has asked for longer than this job.
+    """The worker of this lease reports whether others ask it for what the lease holds, and whether one of
+    them has asked for longer than this job.
     """
 
     lease_id: str
@@ -124,7 +124,7 @@ class Begun(Struct, frozen=True, tag=True):
 
 
 class GatewayChanged(Struct, frozen=True, tag=True):
-    """What was published may not have been heard: advertise again what is still wanted, now, or after the
+    """What was published may not have been received: advertise again what is still wanted, now, or after the
     usual pause where that is a moment ago.
     """
 

@@ -3,9 +3,9 @@
 Two jobs of which each holds half of the workers would wait for each other for ever. So one that has too few
 to begin, gets no more, and holds what others ask for gives all of it back after a while, and asks for nothing
 for long enough that the others get it: soon where one of them has asked for longer, so that the oldest job
-begins first, and much later where all have asked for less long, as workers may have heard them in another
+begins first, and much later where all have asked for less long, as workers may have received them in another
 order. How long that while is differs by job and by time, so that not all give way at once. Whether others ask
-is what the workers say when a lease is renewed: a job that is alone waits for as long as it takes.
+is what the workers report when a lease is renewed: a job that is alone waits for as long as it takes.
 
 A job can also be in its own way: where it lacks a parameter server and trains on more workers than it needs
 to begin, one of those goes back. One that trains never gives way.
@@ -19,7 +19,8 @@ from hashlib import blake2b
 from hypha.backoff import pause_after
 from hypha.scheduler.leasing.events import Search, SearchTimes
 
-#: the first pause, as multiples of the longest one between two requests: the others have been heard by then
+#: the first pause, as multiples of the longest one between two requests: the requests of the others have been
+#: received by then
 _FIRST_PAUSE = 2.0
 #: a pause is twice as long as the one before, up to so many times the first
 _LONGEST = 2.0

@@ -1,10 +1,10 @@
 """The allocator's loop: a pool of leased workers that is kept full and kept alive.
 
 :class:`Pool` advertises while workers are missing, takes the best offers and renews every lease in a
-task of its own, so a slow worker never delays another's renewal. What becomes of leases is told through
+task of its own, so a slow worker never delays another's renewal. What becomes of leases is reported through
 :attr:`Pool.events`. A connection that breaks makes its leases be renewed at once: a dead worker is
 suspected within moments, long before its lease ends, but it is lost only when the lease expires, the
-worker itself says that it has ended, or its machine says for a while that nobody is there any more.
+worker itself reports that it has ended, or its machine refuses connections for a while.
 """
 
 from __future__ import annotations
@@ -12,33 +12,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from random import Random
 
 import trio
-from msgspec import Struct
 
-from hypha.config.job import JobResourcesConfig
-from hypha.errors import NetworkError, PeerUnreachable, Refused
+from hypha.errors import NetworkError, Refused
 from hypha.features import printable, stated
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import (
     Acknowledged,
     ExecutorClass,
-    ExecutorDescriptor,
-    LeaseRenewed,
     LedgerRound,
     PeerRef,
     ReleaseLease,
-    RenewLease,
-    Resources,
     WorkerLeaving,
     WorkerOffer,
 )
 from hypha.node import Node
-from hypha.runtime import chance, new_id
+from hypha.runtime import chance
+from hypha.scheduler.leasing.advertising import Advertising
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import (
     Accept,
@@ -62,26 +56,22 @@ from hypha.scheduler.leasing.events import (
     Worked,
     WorkerLeaves,
 )
-from hypha.scheduler.leasing.renewal import (
-    Attempt,
-    CertificateRevoked,
-    ConnectionLost,
-    Lapsed,
-    Recovered,
-    Renewal,
-    RenewalEvent,
-    RenewalFailed,
-    RenewalRefused,
-    Renewed,
-    Suspected,
+from hypha.scheduler.leasing.holding import Holding, LeaseChange, keep_renewed
+from hypha.scheduler.leasing.leases import (
+    HeldLease,
+    LeaseGained,
+    LeaseLeaving,
+    LeaseLost,
+    LeaseRecovered,
+    LeaseSuspect,
+    PoolEvent,
 )
-from hypha.scheduler.leasing.renewal_spans import RenewalSpans
+from hypha.scheduler.leasing.renewal import Lapsed, Recovered, Renewal, Suspected
 from hypha.scheduler.leasing.track_records import TrackRecord
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.status.versions import StatedVersions
-from hypha.telemetry.instruments import WORKER_REQUESTS
 from hypha.tracing import span, traceparent
-from hypha.tracing.operations import ADVERTISE, RECEIVE_OFFER
+from hypha.tracing.operations import RECEIVE_OFFER
 
 logger = logging.getLogger(__name__)
 
@@ -89,165 +79,6 @@ logger = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S = 2.0
 #: Releases at once: few, since acceptances are more urgent.
 MAX_RELEASES = 4
-#: What a worker says of its end is passed on at most this often; it says so once a second.
-LEAVING_PAUSE_S = 0.2
-#: A worker that has not ended so long after it was to, is given back.
-OVERSTAY_S = 5.0
-#: While workers are missing, it is said again after this long.
-REMIND_S = 15.0
-
-
-class LeaseGained(Struct, frozen=True):
-    """A worker is held: jobs of ``kind`` may be dispatched under ``lease_id``. The ledger keeps it, so that
-    another scheduler of the job can go on with it. ``version`` is the worker's, where it states one.
-    """
-
-    lease_id: str
-    worker: PeerRef
-    resources: Resources
-    price: float
-    kind: ExecutorClass
-    version: str = ""
-
-
-#: How long a lease that an earlier scheduler gained is believed in until its worker confirms it. It may live
-#: for longer, but nobody is known to hold up the job for.
-ADOPT_S = 10.0
-
-
-@dataclass(frozen=True)
-class HeldLease:
-    """A lease that is held, as it stands: it ends at ``expires_at`` of trio's clock unless it is renewed."""
-
-    lease: LeaseGained
-    expires_at: float
-    suspected: bool
-    #: when its worker ends, where that has said so
-    leaves_at: float | None = None
-
-
-@dataclass(frozen=True)
-class LeaseSuspect:
-    """The worker cannot be reached, repeatedly; its lease still lives."""
-
-    lease_id: str
-    worker: PeerRef
-    kind: ExecutorClass
-    reason: str
-
-
-@dataclass(frozen=True)
-class LeaseRecovered:
-    """A suspected worker answered again."""
-
-    lease_id: str
-    worker: PeerRef
-    kind: ExecutorClass
-
-
-@dataclass(frozen=True)
-class LeaseLost:
-    """The lease expired, or the worker ended it. Not said of a lease that :meth:`Pool.release` gave back."""
-
-    lease_id: str
-    worker: PeerRef
-    kind: ExecutorClass
-    reason: str
-    #: it did not end the lease itself
-    to_blame: bool = True
-
-
-@dataclass(frozen=True)
-class LeaseLeaving:
-    """The worker ends in ``left_s`` seconds; its lease lives until then, and another worker is looked for.
-    Told again whenever the worker says so.
-    """
-
-    lease_id: str
-    worker: PeerRef
-    kind: ExecutorClass
-    left_s: float
-    reason: str
-
-
-PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLeaving | LeaseLost
-
-
-def asks_from(
-    resources: JobResourcesConfig,
-    dataset: str | None = None,
-    needs: Mapping[ExecutorClass, tuple[str, ...]] | None = None,
-    most_batch: int | None = None,
-) -> tuple[Search, Search]:
-    """Whom a job looks for: training executors and a parameter server, under new request ids. ``needs`` are
-    the features that each must have; ``most_batch`` is how often a worker can use what is asked of it.
-    """
-    needs = needs or {}
-    return (
-        Search(
-            request_id=new_id(),
-            executor=ExecutorDescriptor(kind="train", name=resources.worker_executor),
-            resources=Resources(**resources.worker.model_dump()),
-            bid=resources.worker_price.bid,
-            max_price=resources.worker_price.max,
-            dataset=dataset,
-            needs=needs.get("train", ()),
-            useful=most_batch,
-            raise_after_s=resources.worker_price.raise_after_s,
-            raise_by=resources.worker_price.raise_by,
-            least=resources.min_workers or resources.num_workers,
-        ),
-        Search(
-            request_id=new_id(),
-            executor=ExecutorDescriptor(kind="aggregate", name=resources.parameter_server_executor),
-            resources=Resources(**resources.parameter_server.model_dump()),
-            bid=resources.parameter_server_price.bid,
-            max_price=resources.parameter_server_price.max,
-            needs=needs.get("aggregate", ()),
-            useful=1.0,
-            raise_after_s=resources.parameter_server_price.raise_after_s,
-            raise_by=resources.parameter_server_price.raise_by,
-            least=1,
-        ),
-    )
-
-
-@dataclass(eq=False)
-class _Held:
-    """A lease that is being accepted, or held."""
-
-    kind: ExecutorClass
-    offer: WorkerOffer
-    expires_at: float
-    gained: bool = False
-    suspected: bool = False
-    connection_lost: bool = False
-    revoked: bool = False
-    #: when its worker ends, where that has said so; and why it has ended the lease itself
-    leaves_at: float | None = None
-    handed_back: str | None = None
-    #: when that was passed on last
-    leaving_told_at: float = -math.inf
-    #: others ask its worker for what it holds; one of them has asked for longer
-    contention: tuple[bool, bool] = (False, False)
-    nudge: trio.Event = field(default_factory=trio.Event)
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    #: the ``traceparent`` of the span in which its offer was received
-    offered_in: str | None = None
-
-    @property
-    def overstays_at(self) -> float:
-        """When it should have ended for a while, if it ends."""
-        return math.inf if self.leaves_at is None else self.leaves_at + OVERSTAY_S
-
-    @property
-    def log_fields(self) -> dict[str, str]:
-        return {"lease_id": self.offer.lease_id, "worker_peer_id": self.offer.worker.peer}
-
-    @property
-    def attributes(self) -> dict[str, str]:
-        """Of its spans."""
-        return {"hypha.lease": self.offer.lease_id, "hypha.peer": self.offer.worker.peer}
 
 
 class Pool:
@@ -266,26 +97,23 @@ class Pool:
     ) -> None:
         self._node = node
         self._journal = journal
-        self._traces = traces or RoundTraces(None)
+        self._advertising = Advertising(node, traces or RoundTraces(None))
         asks = tuple(asks)
         self._allocator = Allocator(asks, pace, journal)
         self._versions = StatedVersions(asks)
         self._random = random or chance()
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Holding] = {}
         self._todo: list[AllocatorAction] = []
         self._wake = trio.Event()
         self._running = trio.CancelScope()
         self._releasing = trio.CapacityLimiter(MAX_RELEASES)
-        #: offers that were not taken and whose workers may not have heard it yet
+        #: offers that were not taken and whose workers may not know it yet
         self._unwanted: dict[str, PeerRef] = {}
-        #: lease on the table -> ``traceparent`` of the span in which its offer was received
+        #: lease of an offer that is considered -> ``traceparent`` of the span in which its offer was received
         self._offered_in: dict[str, str] = {}
-        #: when it was last said that workers are missing, and at which raised bid
-        self._reminded: dict[ExecutorClass, tuple[float, float | None]] = {}
-        self._publishing: set[ExecutorClass] = set()
         self._begun = False
         #: those that nobody renews yet
-        self._adopted: list[_Held] = []
+        self._adopted: list[Holding] = []
         # unbounded, so that renewals never wait for whoever reads; a few events a lease
         self._send, self._receive = trio.open_memory_channel[PoolEvent](math.inf)
 
@@ -297,19 +125,15 @@ class Pool:
     @property
     def leases(self) -> tuple[LeaseGained, ...]:
         """All leases held now."""
-        return tuple(_gained(held) for held in self._held.values() if held.gained)
+        return tuple(held.lease for held in self._held.values() if held.gained)
 
     def _is_partner(self, peer: str) -> bool:
         return any(held.gained and held.offer.worker.peer == peer for held in self._held.values())
 
     @property
     def held(self) -> tuple[HeldLease, ...]:
-        """All leases held now, and how long they live."""
-        return tuple(
-            HeldLease(_gained(held), held.expires_at, held.suspected, held.leaves_at)
-            for held in self._held.values()
-            if held.gained
-        )
+        """All leases held now, and how long they last."""
+        return tuple(held.held_lease for held in self._held.values() if held.gained)
 
     def missing(self, kind: ExecutorClass) -> int:
         """How many more workers of ``kind`` are wanted than taken."""
@@ -345,21 +169,12 @@ class Pool:
 
     def adopt(self, leases: Iterable[LeaseGained]) -> None:
         """Go on with leases of an earlier scheduler: they count as held, without :class:`LeaseGained`, and
-        are renewed at once; :class:`LeaseLost` is said of those that their workers do not know, or that
+        are renewed at once; :class:`LeaseLost` is reported of those that their workers do not know, or that
         nobody confirms. Before or while :meth:`run` runs.
         """
         now = trio.current_time()
         for lease in leases:
-            offer = WorkerOffer(
-                lease_id=lease.lease_id,
-                request_id="",
-                worker=lease.worker,
-                resources=lease.resources,
-                price=lease.price,
-                expires_in_s=ADOPT_S,
-                version=lease.version,
-            )
-            held = _Held(lease.kind, offer, now + ADOPT_S, gained=True)
+            held = Holding.adopted(lease, now)
             self._held[lease.lease_id] = held
             self._node.learn(lease.worker)
             self._apply(Adopted(lease.kind, lease.lease_id, lease.worker.peer))
@@ -383,7 +198,7 @@ class Pool:
             self._apply(Want(kind, 0))
         self._unwanted |= {one.lease_id: one.worker for one in self._todo if isinstance(one, Dismiss)}
         self._todo.clear()
-        self._running.cancel()  # which cuts off those that are just being told
+        self._running.cancel()  # which cuts off releases under way
         ending = {lease_id: held.offer.worker for lease_id, held in self._held.items()} | self._unwanted
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
@@ -435,7 +250,7 @@ class Pool:
                         self._versions.declined(caller, offer)
                     raise Refused(action.code, action.reason)
             logger.debug(
-                "An offer is on the table: %s at a price of %g.",
+                "An offer is considered: %s at a price of %g.",
                 offer.resources,
                 offer.price,
                 extra=fields,
@@ -466,23 +281,17 @@ class Pool:
             )
             self._apply(WorkerLeaves(leaving.lease_id))
         now = trio.current_time()
-        # said again it may be sooner, never later: a place is not to be doubled for ever
-        held.leaves_at = min(now + leaving.left_s, math.inf if held.leaves_at is None else held.leaves_at)
-        held.nudge.set()
-        # events are never dropped, so a worker must not be able to make many
-        if now >= held.leaving_told_at + LEAVING_PAUSE_S:
-            held.leaving_told_at = now
-            left_s = max(0.0, held.leaves_at - now)
+        if (left_s := held.announced_end(leaving.left_s, now)) is not None:
             self._tell(held, LeaseLeaving(leaving.lease_id, held.offer.worker, held.kind, left_s, reason))
         return Acknowledged()
 
     def _carry_out(self, action: AllocatorAction, nursery: trio.Nursery) -> None:
         match action:
             case Advertise():
-                nursery.start_soon(self._advertise, action)
+                nursery.start_soon(self._advertising.publish, action)
             case Accept(kind, offer, expires_at):
                 offered_in = self._offered_in.pop(offer.lease_id, None)
-                held = _Held(kind, offer, expires_at, offered_in=offered_in)
+                held = Holding(kind, offer, expires_at, offered_in=offered_in)
                 self._held[offer.lease_id] = held
                 self._node.learn(offer.worker)
                 nursery.start_soon(self._hold, held)
@@ -509,137 +318,54 @@ class Pool:
         self._unwanted[lease_id] = held.offer.worker
         nursery.start_soon(self._release, held.offer.worker, lease_id)
 
-    async def _advertise(self, action: Advertise) -> None:
-        kind = action.ask.kind
-        if kind in self._publishing:
-            # the one before still waits for a gateway to pass it on; it says the same
-            return
+    # --- what becomes of one lease ------------------------------------------------------------------
+
+    async def _hold(self, held: Holding) -> None:
         now = trio.current_time()
-        said_at, said_bid = self._reminded.get(kind, (-math.inf, None))
-        if now >= said_at + REMIND_S or said_bid != action.raised_bid:
-            self._reminded[kind] = now, action.raised_bid
-            raised = (
-                "" if action.raised_bid is None else f", at a bid that was raised to {action.raised_bid:g}"
-            )
-            logger.info("Looking for %d more workers for %s jobs%s.", action.count, kind, raised)
-        self._publishing.add(kind)
-        attributes = {"hypha.executor.class": kind, "hypha.request": action.ask.request_id}
-        try:
-            with span(ADVERTISE, {**attributes, "hypha.workers": action.count}, parent=self._traces.of_job):
-                await self._node.publish(action.request(self._node.ref()))
-        except NetworkError as exc:
-            logger.debug("A request for workers was not published: %s", exc)
-        else:
-            WORKER_REQUESTS.add(kind=kind)
-            logger.debug("A request for %d more workers for %s jobs was published.", action.count, kind)
-        finally:
-            self._publishing.discard(kind)
+        renewal = Renewal(held.expires_at - now, now, self._random, held.offer.lease_id, self._journal)
+        await keep_renewed(held, renewal, self._node, lambda change: self._changed(held, change))
 
-    # --- holding one lease ----------------------------------------------------------------------------
+    def _changed(self, held: Holding, change: LeaseChange) -> None:
+        lease_id, worker, kind = held.offer.lease_id, held.offer.worker, held.kind
+        match change:
+            case Gained():
+                logger.info("A worker was leased for %s jobs.", kind, extra=held.log_fields)
+                self._versions.leased(kind, worker.peer, stated(held.offer))
+                self._apply(change)
+                self._tell(held, held.lease)
+            case Contended():
+                self._apply(change)
+            case Suspected(reason) if held.gained:
+                logger.warning("A leased worker cannot be reached: %s.", reason, extra=held.log_fields)
+                self._tell(held, LeaseSuspect(lease_id, worker, kind, reason))
+            case Suspected():
+                pass  # it is only an offer yet
+            case Recovered():
+                self._tell(held, LeaseRecovered(lease_id, worker, kind))
+            case Dismiss():
+                self._todo.append(change)
+            case Lapsed(reason, refused):
+                self._lose(held, reason, refused)
 
-    async def _hold(self, held: _Held) -> None:
-        with (
-            held.scope,
-            RenewalSpans(held.attributes, held.offered_in, held.gained) as spans,
-        ):
-            now = trio.current_time()
-            life_s, lease_id = held.expires_at - now, held.offer.lease_id
-            renewal = Renewal(life_s, now, self._random, lease_id, self._journal)
-            events: list[RenewalEvent] = [Tick()]
-            while True:
-                attempt: Attempt | None = None
-                for event in events:
-                    for action in renewal.handle(event, trio.current_time()):
-                        match action:
-                            case Attempt():
-                                attempt = action
-                            case Suspected(reason):
-                                spans.failed("lease suspect", reason)
-                                self._suspect(held, reason)
-                            case Recovered():
-                                self._tell(
-                                    held, LeaseRecovered(held.offer.lease_id, held.offer.worker, held.kind)
-                                )
-                            case Lapsed(reason, refused):
-                                spans.failed("lease lost", reason)
-                                self._lose(held, reason, refused)
-                                return
-                held.expires_at, held.suspected = renewal.expires_at, renewal.suspected
-                events = []
-                if attempt is not None:
-                    with spans.attempt():
-                        answer = await self._attempt(held, attempt.timeout_s)
-                    if isinstance(answer, Renewed):
-                        if not held.gained:
-                            self._gain(held)
-                        spans.renewed()
-                    events.append(answer)
-                else:
-                    with trio.move_on_at(min(renewal.next_wake, held.overstays_at)):
-                        await held.nudge.wait()
-                    held.nudge = trio.Event()
-                    events.append(Tick())
-                if trio.current_time() >= held.overstays_at and held.handed_back is None:
-                    held.handed_back = "it was to have ended by now"
-                    self._todo.append(Dismiss(held.offer.lease_id, held.offer.worker))
-                if held.revoked:
-                    events = [CertificateRevoked()]
-                elif held.handed_back is not None:
-                    events = [RenewalRefused("lease", f"its worker hands it back: {held.handed_back}")]
-                elif held.connection_lost:
-                    held.connection_lost = False
-                    # after an answer the lessor may have died; before a failure it explains that one
-                    events.insert(isinstance(events[0], Renewed), ConnectionLost())
-
-    async def _attempt(self, held: _Held, timeout_s: float) -> RenewalEvent:
-        lease_id, peer = held.offer.lease_id, held.offer.worker.peer
-        try:
-            answer = await self._node.request(peer, RenewLease(lease_id=lease_id), timeout_s=timeout_s)
-        except Refused as exc:
-            return RenewalRefused(exc.code, exc.reason)
-        except NetworkError as exc:
-            logger.debug("A renewal failed: %s", exc, extra=held.log_fields)
-            unreachable = isinstance(exc, PeerUnreachable)
-            return RenewalFailed(str(exc), unreachable, isinstance(exc, PeerUnreachable) and exc.gone)
-        if not isinstance(answer, LeaseRenewed) or answer.lease_id != lease_id:
-            return RenewalFailed(f"the answer was {type(answer).__name__}")
-        logger.info("Lease renewed successfully", extra=held.log_fields)
-        if (contention := (answer.contended, answer.outranked)) != held.contention:
-            held.contention = contention
-            self._apply(Contended(lease_id, *contention))
-        return Renewed(answer.expires_in_s)
-
-    def _gain(self, held: _Held) -> None:
-        held.gained = True
-        logger.info("A worker was leased for %s jobs.", held.kind, extra=held.log_fields)
-        self._versions.leased(held.kind, held.offer.worker.peer, stated(held.offer))
-        self._apply(Gained(held.offer.lease_id))
-        self._tell(held, _gained(held))
-
-    def _suspect(self, held: _Held, reason: str) -> None:
-        if held.gained:
-            logger.warning("A leased worker cannot be reached: %s.", reason, extra=held.log_fields)
-            self._tell(held, LeaseSuspect(held.offer.lease_id, held.offer.worker, held.kind, reason))
-
-    def _lose(self, held: _Held, reason: str, refused: bool) -> None:
-        self._held.pop(held.offer.lease_id, None)
-        # one that says so itself is well, and may be taken again
-        self._apply(LeaseFailed(held.offer.lease_id, avoid=not refused))
+    def _lose(self, held: Holding, reason: str, refused: bool) -> None:
+        lease_id, worker = held.offer.lease_id, held.offer.worker
+        self._held.pop(lease_id, None)
+        # a worker that ends its lease itself is well, and may be taken again
+        self._apply(LeaseFailed(lease_id, avoid=not refused))
         if not refused:
-            # it may have heard the renewals whose answers were lost, and keep its resources for nobody
-            self._todo.append(Dismiss(held.offer.lease_id, held.offer.worker))
-        if held.gained:
-            if held.handed_back is not None:
-                logger.info("A worker handed its lease back: %s.", held.handed_back, extra=held.log_fields)
-            else:
-                logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
-            lost = LeaseLost(held.offer.lease_id, held.offer.worker, held.kind, reason, not refused)
-            self._tell(held, lost)
-        else:
+            # it may have received the renewals whose replies were lost, and keep its resources for nobody
+            self._todo.append(Dismiss(lease_id, worker))
+        if not held.gained:
             logger.info("An offer could not be accepted: %s.", reason, extra=held.log_fields)
+            return
+        if held.handed_back is not None:
+            logger.info("A worker handed its lease back: %s.", held.handed_back, extra=held.log_fields)
+        else:
+            logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
+        self._tell(held, LeaseLost(lease_id, worker, held.kind, reason, not refused))
 
-    def _tell(self, held: _Held, event: PoolEvent) -> None:
-        # while the job ends, workers may say something still
+    def _tell(self, held: Holding, event: PoolEvent) -> None:
+        # while the job ends, workers may still send something
         with contextlib.suppress(trio.ClosedResourceError):
             if held.gained:
                 self._send.send_nowait(event)
@@ -670,8 +396,3 @@ class Pool:
         while True:
             seen = await self._node.gateway_changed.wait(seen)
             self._apply(GatewayChanged())
-
-
-def _gained(held: _Held) -> LeaseGained:
-    offer = held.offer
-    return LeaseGained(offer.lease_id, offer.worker, offer.resources, offer.price, held.kind, offer.version)

@@ -1,6 +1,6 @@
 """The lessee's side of one lease, as a pure machine: :class:`Renewal`.
 
-It says when to renew (at 75 % of the lease's life, earlier by some jitter so that leases gained together
+It says when to renew (after 75 % of the lease's time, earlier by some jitter so that leases gained together
 are not renewed together), how to repeat a failed renewal until the lease is over, and when to suspect
 that the other side died. Times are seconds of this node's monotonic clock.
 """
@@ -23,14 +23,14 @@ NAME = "renewal"
 
 
 class Renewed(Struct, frozen=True, tag=True):
-    """The lessor answered the attempt: the lease lives ``expires_in_s`` more."""
+    """The lessor answered the attempt: the lease lasts ``expires_in_s`` more."""
 
     expires_in_s: float
 
 
 class RenewalFailed(Struct, frozen=True, tag=True):
-    """No answer. ``unreachable``: no connection could be made at all. ``gone``: the lessor's machine says
-    that nobody listens there any more.
+    """No reply. ``unreachable``: no connection could be made at all. ``gone``: the lessor's machine refuses
+    connections, so nobody listens there any more.
     """
 
     reason: str
@@ -39,14 +39,14 @@ class RenewalFailed(Struct, frozen=True, tag=True):
 
 
 class RenewalRefused(Struct, frozen=True, tag=True):
-    """The lessor said no."""
+    """The lessor refused."""
 
     code: str
     reason: str
 
 
 class ConnectionLost(Struct, frozen=True, tag=True):
-    """The last connection to the lessor ended: find out at once whether it still lives."""
+    """The last connection to the lessor ended: find out at once whether it still runs."""
 
 
 class CertificateRevoked(Struct, frozen=True, tag=True):
@@ -73,7 +73,7 @@ class Attempt(Struct, frozen=True, tag=True):
 
 
 class Suspected(Struct, frozen=True, tag=True):
-    """The lessor was unreachable repeatedly; the lease itself still lives."""
+    """The lessor was unreachable repeatedly; the lease itself has not expired."""
 
     reason: str
 
@@ -83,8 +83,8 @@ class Recovered(Struct, frozen=True, tag=True):
 
 
 class Lapsed(Struct, frozen=True, tag=True):
-    """The lease is over. Said once; the machine is at its end. ``refused``: the lessor itself said so.
-    ``cause``: its time was up, or that, or the lessor's machine said that nobody is there any more, or its
+    """The lease is over. Reported once; the machine is at its end. ``refused``: the lessor itself ended it.
+    ``cause``: its time was up, or that, or the lessor's machine refused connections, or its
     certificate was revoked.
     """
 
@@ -99,7 +99,7 @@ RenewalAction = Attempt | Suspected | Recovered | Lapsed
 class Renewal:
     """Keeps one lease alive. The lessor promised ``expires_in_s`` at ``now``, by its offer.
 
-    The first attempt, which accepts the lease, is due at once. The life granted by an answer is
+    The first attempt, which accepts the lease, is due at once. The time granted by a reply is
     counted from when its attempt was *sent*: the lessor started counting later, so this side never
     believes in a lease that the other side has ended. ``lease_id`` names it in the journal.
     """
@@ -111,11 +111,11 @@ class Renewal:
     LONGEST_ATTEMPT_S = 10.0
     SHORTEST_ATTEMPT_S = 0.05
     SUSPECT_AFTER = 2
-    #: a lessor that has been gone for so long is dead: its leases died with it, whatever they promised
+    #: a lessor that has been gone for so long has ended, and its leases with it, whatever they promised
     GONE_FOR_S = 1.0
     #: A worker may promise what it likes; one that falls silent afterwards holds up the job for so long at
     #: most. Longer leases are renewed more often.
-    LONGEST_LIFE_S = 120.0
+    LONGEST_LEASE_S = 120.0
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Renewal:
         lease_id: str = "",
         journal: Journal | None = None,
     ) -> None:
-        self.expires_at = now + min(expires_in_s, self.LONGEST_LIFE_S)
+        self.expires_at = now + min(expires_in_s, self.LONGEST_LEASE_S)
         self.suspected = False
         self._random = random
         self._next_at = now
@@ -163,7 +163,7 @@ class Renewal:
 
     def validate(self, now: float) -> None:
         """Assert what always holds after an event at ``now``. For tests and simulation."""
-        assert self.expires_at >= self._longest, "a lease's life was shortened"
+        assert self.expires_at >= self._longest, "a lease's time was shortened"
         self._longest = self.expires_at
         assert self._over or self.expires_at > now, "a lease that has expired is believed in"
         assert self._over or self._sent_at is not None or self._next_at > now, "a renewal is overdue"
@@ -238,11 +238,11 @@ class Renewal:
         sent_at = now if self._sent_at is None else self._sent_at
         self._sent_at = None
         if not (math.isfinite(expires_in_s) and expires_in_s > 0):
-            self._retry(f"answered with a generation of {expires_in_s} s", now)
+            self._retry(f"the reply granted {expires_in_s} s, which is no time", now)
             return []
-        self.expires_at = max(self.expires_at, sent_at + min(expires_in_s, self.LONGEST_LIFE_S))
-        life = self.expires_at - sent_at
-        self._next_at = sent_at + life * self.RENEW_AT * (1 - self.JITTER * self._draw())
+        self.expires_at = max(self.expires_at, sent_at + min(expires_in_s, self.LONGEST_LEASE_S))
+        granted_s = self.expires_at - sent_at
+        self._next_at = sent_at + granted_s * self.RENEW_AT * (1 - self.JITTER * self._draw())
         self._failures = self._unreachable = 0
         self._gone_since = None
         self._nudged = False

@@ -1,5 +1,5 @@
 """What a scheduler has seen of workers itself: rounds that hold their updates, how fast they were, how often
-they failed. An offer says what a worker claims; this says what came of it, and counts in the choice among
+they failed. An offer is what a worker claims; this is what came of it, and counts in the choice among
 offers. Pure.
 """
 

@@ -1,4 +1,4 @@
-"""Everything that can be told of a job before anybody is leased, from its configuration, its model's files
+"""Everything that can be known of a job before anybody is leased, from its configuration, its model's files
 and its dataset's manifest.
 
 What is certain to fail is an error and ends the job with exit code 2, as any other error of its configuration
@@ -107,7 +107,7 @@ def _told(report: TrialReport) -> list[PreflightFinding]:
     if report.outcome == "failed":
         found.insert(0, PreflightFinding(key, report.reason))
     elif report.outcome == "unknown":
-        text = f"no batch could be tried here: {report.reason}; the first worker will tell"
+        text = f"no batch could be tried here: {report.reason}; the first worker tries one"
         found.append(PreflightFinding(key, text, error=False))
     return found
 
@@ -153,14 +153,14 @@ class _Files:
         return found
 
     def described(self) -> ModelDescription | None:
-        """What the model's config.json says; ``None`` where there is none."""
+        """What the model's config.json states; ``None`` where there is none."""
         if self.model is None or self._job.model.entrypoint is not None:
             return None
         described = _json_in(self.model / "config.json")
         return None if described is None else describe_model(described, self._job.model.arguments)
 
     def preprocessor(self) -> Mapping[str, object] | None:
-        """What preprocessor_config.json says."""
+        """What preprocessor_config.json states."""
         path = self._preprocessor_path()
         return None if path is None else _json_in(path / "preprocessor_config.json")
 

@@ -14,7 +14,7 @@ JOB = "scheduler.job"
 
 @dataclass(frozen=True)
 class PreflightFinding:
-    """One line about ``key`` of the job's configuration. ``refutable``: a batch that passes the model says
+    """One line about ``key`` of the job's configuration. ``refutable``: a batch that passes the model proves
     that it is none.
     """
 
@@ -42,5 +42,5 @@ def described(columns: Mapping[str, Column]) -> str:
 
 
 def number(value: float) -> str:
-    """Whole numbers with all their digits; what a peer says need not be finite."""
+    """Whole numbers with all their digits; what a peer states need not be finite."""
     return f"{value:.0f}" if math.isfinite(value) and value == int(value) else f"{value:g}"

@@ -1,8 +1,8 @@
-"""What of a job does not go with its dataset, found by comparing what both say of themselves.
+"""What of a job does not go with its dataset, found by comparing what both state of themselves.
 
 Nothing is read or asked here. An *error* is certain: every worker would fail on it. Everything else is
-*advice*. What is not known (an old manifest says nothing of the numbers, config.json nothing of a default) is
-not judged.
+*advice*. What is not known (an old manifest lacks the numbers, config.json a default) is not judged. All
+are one module, as they share one comparison, and some findings leave others without a meaning.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class _Comparison:
         if labels is None:
             # a preprocessor may make labels of a text, or of an image, but no class of a row
             made = self._job.preprocessor is not None and not by_row
-            # that of a name which the dataset does not have is said already
+            # that of a name which the dataset does not have is reported already
             missing = self._given.get("labels", "") not in ("", *self._columns)
             if (given.loss is not None or by_row or by_place) and not made and not missing:
                 yield self._no_labels()

@@ -1,6 +1,6 @@
-"""Is a repository on the Hugging Face hub, and what does its ``config.json`` say?
+"""Is a repository on the Hugging Face hub, and what does its ``config.json`` state?
 
-Workers fetch it themselves, so a hub that cannot be reached from here says nothing. That it refuses the
+Workers fetch it themselves, so a hub that cannot be reached from here proves nothing. That it refuses the
 repository does.
 """
 
@@ -18,7 +18,7 @@ HUB_S = 5.0
 
 @dataclass(frozen=True)
 class HubFinding:
-    """``refused``: the hub says no, so workers would fail; else it could not be asked. ``fetched``: its
+    """``refused``: the hub refuses, so workers would fail; else it could not be reached. ``fetched``: its
     config.json is in the directory that was given.
     """
 

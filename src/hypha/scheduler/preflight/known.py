@@ -1,5 +1,5 @@
-"""What a model's ``config.json`` says of its inputs and labels, as far as it can be read without building the
-model.
+"""What a model's ``config.json`` states of its inputs and labels, as far as it can be read without building
+the model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _DEFAULT_LABELS = 2
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """``None``: config.json does not say. ``task`` is that of its architecture; ``image_size`` is (height,
-    width); ``num_labels`` is of those tasks that have labels.
+    """``None``: config.json does not state it. ``task`` is that of its architecture; ``image_size`` is
+    (height, width); ``num_labels`` is of those tasks that have labels.
     """
 
     kind: str = ""

@@ -51,11 +51,12 @@ from hypha.scheduler.rounds.events import (
 )
 from hypha.scheduler.rounds.failures import exit_text
 from hypha.scheduler.rounds.machine import NAME
-from hypha.scheduler.status.open_round import OpenRound, Track
 from hypha.scheduler.status.round_record import (
     Fault,
     Key,
+    OpenRound,
     RoundRecord,
+    Track,
     rounded,
     with_numbers,
     without_spans,
@@ -73,7 +74,7 @@ _MAX_FAULTS, _MAX_TEXT = 50, 200
 class History:
     """Records of one job's rounds; :meth:`note` is a listener of the job's journal. ``finished`` notes every
     record that is complete, and :meth:`unsaved` hands those out once. ``redact`` takes secrets out of what
-    peers and errors say, before any of it is kept.
+    peers report and errors quote, before any of it is kept.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class History:
             self._put(opened.record(max(ends)))
         self._open, self._generation = None, event
         self._early.clear()
-        # whoever reads earlier schedulers' records can tell now whose they are
+        # whoever reads earlier schedulers' records knows now whose they are
         self.finished.note()
         for key, record in list(self._records.items()):
             if record.round >= event.start.round and record.applied and not record.discarded:
@@ -220,7 +221,9 @@ class History:
             case JobRefused(peer=peer, reason=reason):
                 self._fault(opened, now, peer, "refused", reason)
             case Unreachable(peer=peer):
-                self._fault(opened, now, peer, "unreachable", "it cannot be reached; its lease still lives")
+                self._fault(
+                    opened, now, peer, "unreachable", "it cannot be reached; its lease has not expired"
+                )
             case Reachable(peer=peer):
                 self._fault(opened, now, peer, "reachable", "it answers again")
             case DataServed(served=False):

@@ -1,8 +1,8 @@
 """The history of a job's rounds on disk: ``history.jsonl`` in its state directory, one record a line.
 
 Lines are whole or ignored, the file is bounded, and a disk that is full costs the history and never the job.
-What the ledger says of a round goes before what stands here, and rounds that only the ledger knows are there,
-too: they have no spans.
+What the ledger has of a round takes precedence over what is here, and rounds that only the ledger knows are
+there, too: they have no spans.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import LedgerFile
 from hypha.runtime import in_thread
-from hypha.scheduler.durable.ledger import read_ledger
+from hypha.scheduler.durable.ledger_files import read_ledger
 from hypha.scheduler.status.history import History
 from hypha.scheduler.status.round_record import RoundRecord, from_ledger, with_numbers
 
@@ -76,7 +76,7 @@ class HistoryFile:
         self._failing = False
 
     def append(self, records: Iterable[RoundRecord]) -> None:
-        """Whole lines; what cannot be written is lost, and said once."""
+        """Whole lines; what cannot be written is lost, and that is logged once."""
         try:
             # text that is no Unicode raises ValueError
             lines = b"".join(msgspec.json.encode(record) + b"\n" for record in records)
@@ -86,7 +86,7 @@ class HistoryFile:
                 if file.tell():
                     file.seek(-1, 2)
                     if file.read(1) != b"\n":
-                        # whoever wrote before was killed, or had no room
+                        # the scheduler before was killed, or its disk was full
                         lines = b"\n" + lines
                 file.write(lines)
             if self._path.stat().st_size > MAX_BYTES:
@@ -111,14 +111,14 @@ def read_history(directory: Path) -> list[RoundRecord]:
     """All rounds of the job in the state ``directory``, in the order in which they happened. Blocks. Raises
     :class:`HyphaError` where there is no ledger.
     """
-    book = directory / "job.db"
-    ledger = read_ledger(book if book.exists() else directory / "ledger.json")
+    database = directory / "job.db"
+    ledger = read_ledger(database if database.exists() else directory / "ledger.json")
     return merged(ledger, _read_lines(directory / FILE))
 
 
 def merged(ledger: LedgerFile, records: Iterable[RoundRecord]) -> list[RoundRecord]:
-    """What the ledger says, with the spans of ``records``, and those of its job that it does not know: rounds
-    that were cut short. A round that the ledger does not have was not applied, whatever a record says.
+    """What the ledger has, with the spans of ``records``, and those of its job that it does not know: rounds
+    that were cut short. A round that the ledger does not have was not applied, whatever a record has.
     """
     job_id = ledger.job.job_id
     known = {record.key: record for record in records if record.job_id == job_id}

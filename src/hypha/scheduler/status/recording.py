@@ -22,7 +22,7 @@ from hypha.scheduler.rounds.policy import Start
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.sinks import Destination, RoundValues, RunInfo, SinkProcess, close_all
 
-#: a job that is done waits so long for its sinks; one that is told to stop has promised to be gone soon
+#: a job that is done waits so long for its sinks; one that is to stop has promised to end soon
 _CLOSE_S = 4.0
 _STOP_S = 0.4
 #: of a job's keys, those that researchers compare runs by; none of them holds a secret
@@ -77,7 +77,7 @@ class Recording:
                 self._waiting.append((action.entry, wall_time()))
 
     def _is_new(self, entry: LedgerRound) -> bool:
-        """The same round is in the books again when more became known of it."""
+        """The same round is recorded again when more became known of it."""
         at = (entry.generation, entry.round)
         if self._recorded is not None and at <= self._recorded:
             return False

@@ -1,17 +1,20 @@
-"""What is known of one round, for people: :class:`RoundRecord`; and the live page's messages that carry it.
+"""What is known of one round, for people: :class:`RoundRecord`, complete or as :class:`OpenRound` makes it
+while the round is under way; and the live page's messages that carry it.
 
-:mod:`hypha.scheduler.status.history` makes records as a job goes on; what the ledger says of a round goes
-before what they say.
+:mod:`hypha.scheduler.status.history` makes records as a job goes on; what the ledger has of a round takes
+precedence over what they have.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
 from hypha.messages import Contribution, LedgerRound
+from hypha.naming import names_of
 from hypha.scheduler.status.snapshot import JobSnapshot
 
 SpanKind = Literal["loading", "waiting", "training", "sending", "collecting", "outer-step", "broadcast"]
@@ -110,7 +113,7 @@ def from_ledger(entry: LedgerRound, job_id: str, began: float = 0.0) -> RoundRec
 
 
 def with_numbers(record: RoundRecord, entry: LedgerRound) -> RoundRecord:
-    """``record`` with what the ledger says of the round."""
+    """``record`` with what the ledger has of the round."""
     counted = {part.worker: part for part in entry.contributors}
     parts = {part.worker: part for part in entry.left_out} | counted
     known = {worker.peer: worker for worker in record.workers}
@@ -141,3 +144,76 @@ def _with_part(worker: WorkerRound, part: Contribution, counted: bool) -> Worker
 def rounded(seconds: float) -> float:
     """Milliseconds are enough for a picture."""
     return round(max(0.0, seconds), 3)
+
+
+@dataclass
+class Track:
+    """Spans of one node in the open record, in seconds of the machine's clock."""
+
+    kind: SpanKind | None = None
+    since: float = 0.0
+    spans: list[tuple[SpanKind, float, float]] = field(default_factory=list)
+    batches: int = 0
+    plan: int | None = None
+    loss: float | None = None
+    reported_at: float = 0.0
+    batch_s: float = 0.0
+
+    def sent(self, batches: int | None, now: float) -> None:
+        """Its update of ``batches`` has arrived. Its last report may be older than its last batch: when that
+        ended is computed from how long its batches take.
+        """
+        if self.kind == "training" and self.batch_s:
+            left = max(0, (self.plan or self.batches if batches is None else batches) - self.batches)
+            self.switch("sending", max(self.since, min(now, self.reported_at + left * self.batch_s)))
+        self.switch("waiting", now)
+
+    def switch(self, kind: SpanKind | None, now: float) -> None:
+        """From now on it does ``kind``; nothing that is known with None."""
+        if kind == self.kind:
+            return
+        if self.kind is not None and now > self.since:
+            self.spans.append((self.kind, self.since, now))
+        self.kind, self.since = kind, now
+
+    def seen(self, began: float, now: float) -> tuple[Span, ...]:
+        """All of it up to ``now``."""
+        spans = list(self.spans)
+        if self.kind is not None and now > self.since:
+            spans.append((self.kind, self.since, now))
+        return tuple(
+            Span(kind, rounded(since - began), rounded(until - began)) for kind, since, until in spans
+        )
+
+
+@dataclass
+class OpenRound:
+    """The record that is under way; ``at`` of the machine's clock is its beginning."""
+
+    job_id: str
+    generation: int
+    round: int
+    at: float
+    began: float
+    server: str = ""
+    server_track: Track = field(default_factory=Track)
+    tracks: dict[str, Track] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    def record(self, now: float) -> RoundRecord:
+        """As it is at ``now``."""
+        return RoundRecord(
+            job_id=self.job_id,
+            generation=self.generation,
+            round=self.round,
+            began=self.began,
+            length_s=rounded(now - self.at),
+            server=self.server,
+            workers=tuple(
+                WorkerRound(peer, batches=track.batches, loss=track.loss, spans=track.seen(self.at, now))
+                for peer, track in sorted(self.tracks.items())
+            ),
+            server_spans=self.server_track.seen(self.at, now),
+            faults=tuple(self.faults),
+            names=names_of([*self.tracks, self.server, *(fault.peer for fault in self.faults)]),
+        )

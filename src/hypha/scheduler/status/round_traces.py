@@ -4,7 +4,7 @@ The job's own is the root of the trace that its requests for workers and its dis
 grow with the rounds: each of those is a trace, linked to the dispatches. The round machine knows nothing of
 it. A round's identifiers follow from the job, its generation and the round
 (:mod:`hypha.tracing.identifiers`), so that workers and the parameter server put their own spans below it
-without having heard of it. What happens to leases meanwhile is an event of the open round's span.
+without a message about it. What happens to leases meanwhile is an event of the open round's span.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hypha.tracing.spans import Attribute
 
 
 class RoundTraces:
-    """``ratio`` of the rounds are sampled; with ``None`` the scheduler does not trace, and nobody is told to.
+    """``ratio`` of the rounds are sampled; with ``None`` the scheduler does not trace, and no executor does.
     :meth:`note` is a listener of the job's journal.
     """
 
@@ -73,7 +73,7 @@ class RoundTraces:
         return round_traceparent(stamp.job_id, stamp.generation, round_, self._ratio)
 
     def dispatching(self, worker: str, kind: ExecutorClass) -> Traced | None:
-        """What is to be said in the job that is dispatched in the current span. Rounds link to it."""
+        """What goes into the job that is dispatched in the current span. Rounds link to it."""
         parent = traceparent()
         if self._ratio is None or parent is None:
             return None

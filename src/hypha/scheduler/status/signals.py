@@ -2,7 +2,7 @@
 
 :meth:`JobMetrics.note` listens to the journal, so that no machine knows of metrics; :meth:`JobMetrics.shown`
 puts up what is looked at about once a second. Offers are counted by what became of them, with the machine's
-own cause: that is what says why a job waits for workers.
+own cause: that is why a job waits for workers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds import machine as rounds
 from hypha.scheduler.rounds.events import AnswerSlice, Record, SliceAsked
 from hypha.scheduler.rounds.machine import RoundMachine
+from hypha.scheduler.status.progress import Progressed
 from hypha.scheduler.status.snapshot import JobState
-from hypha.scheduler.status.view import Progressed
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import OTHER, Reading
 
@@ -61,12 +61,12 @@ class JobMetrics:
         self._offered: dict[str, str] = {}
         self._accepted: dict[str, str] = {}
         self._held: dict[str, str] = {}
-        #: why a held lease lapsed, until the allocator hears of it
+        #: why a held lease lapsed, until the allocator handles it
         self._lapsed: dict[str, str] = {}
         self._attempted: dict[str, float] = {}
         self._wanted: dict[str, int] = {}
         self._short_since: dict[str, float] = {}
-        #: the newest question of each worker for a slice
+        #: the newest request of each worker for a slice
         self._asked: dict[str, tuple[str, int]] = {}
         self._samples: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._refused: tuple[RoundMachine | None, Counter[str]] = (None, Counter())

@@ -8,17 +8,12 @@ of the peer beside it, empty where it is not known.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Literal
 
 from msgspec import Struct
 
-from hypha.messages import ExecutorClass, UpdateStatistics
-from hypha.naming import name_of
-from hypha.node import ConnectionInfo
+from hypha.messages import ExecutorClass
 from hypha.scheduler.goodput.report import GoodputReport
-from hypha.scheduler.rounds.participants import Member
 
 JobState = Literal["allocating", "loading", "training", "paused", "exporting", "done", "failed"]
 
@@ -63,7 +58,7 @@ class LeaseSnapshot(Struct, frozen=True):
     suspected: bool = False
     version: str = ""
     name: str = ""
-    #: when its worker ends, where it has said so
+    #: when its worker ends, where it has announced that
     leaves_in_s: float | None = None
 
 
@@ -149,42 +144,3 @@ class JobSnapshot(Struct, frozen=True):
     scheduler_name: str = ""
     parameter_server_name: str = ""
     services: tuple[ServiceSnapshot, ...] = ()
-
-
-def worker_snapshot(
-    member: Member, round_: int, lease: str, update: UpdateStatistics | None = None, version: str = ""
-) -> WorkerSnapshot:
-    """Of one member of the round machine."""
-    return WorkerSnapshot(
-        peer=member.peer,
-        state=member.state(round_),
-        batches=member.batches,
-        planned=member.plan,
-        batch_size=member.batch_size,
-        samples_per_s=member.samples_per_s,
-        samples=member.total_samples,
-        loss=member.loss if math.isfinite(member.loss) else None,
-        lease=lease,
-        update_norm=update.norm if update is not None else None,
-        update_cosine=update.cosine if update is not None else None,
-        version=version,
-        name=name_of(member.peer),
-        idle_share=member.idle_share,
-    )
-
-
-def connection_snapshots(connections: Iterable[ConnectionInfo]) -> tuple[ConnectionSnapshot, ...]:
-    """In order of peers."""
-    found = [
-        ConnectionSnapshot(
-            peer=one.peer,
-            kind=one.kind,
-            direction=one.direction,
-            address=one.address,
-            roles=tuple(sorted(one.roles)),
-            round_trip_s=one.round_trip_s,
-            name=name_of(one.peer),
-        )
-        for one in connections
-    ]
-    return tuple(sorted(found, key=lambda one: (one.peer, one.address)))

@@ -18,7 +18,7 @@ from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRe
 from hypha.naming import name_of
 from hypha.net import Libp2pNode
 from hypha.runtime import in_thread
-from hypha.scheduler.data.pins import Pins
+from hypha.scheduler.data.datasets import Pins
 
 ASK_S = 10.0
 #: a slice is pulled for so long at most: what came until then says how fast it comes

@@ -21,10 +21,10 @@ from hypha.features import OURS, Abilities, needs
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
 from hypha.resources import TOLERANCE
+from hypha.scheduler.descriptions import searches_for
 from hypha.scheduler.durable.starts import described
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Advertise, Decline, Offered, Search, SearchTimes, Want
-from hypha.scheduler.leasing.pool import asks_from
 from hypha.worker.leasing.arbiter import Arbiter, Ignored, RequestHeard, SendOffer
 from hypha.worker.limits.detecting import DetectedMachine
 from hypha.worker.limits.devices import memory_of_each
@@ -66,7 +66,7 @@ def try_offers(
     it is known, and ``abilities`` are those of its version. Raises ConfigError for a job that is none.
     """
     train, aggregate = described(job, _SCHEDULER, "job")
-    asks = asks_from(
+    asks = searches_for(
         job.resources,
         job.dataset.dataset,
         {"train": needs(train), "aggregate": needs(aggregate)},

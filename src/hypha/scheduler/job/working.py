@@ -1,33 +1,29 @@
-"""A job at work: events go into the round machine, and every action that it returns is carried out here.
+"""A job at work: what becomes of its leases and the time go into the round machine, and every action that the
+machine returns is carried out here.
 
-What decides is in the pure modules; here are leases, files, threads and time.
+What decides is in the pure modules, what connects them to the network in the handlers and the executors; here
+are leases, files, threads and time.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import trio
 
 from hypha.errors import HyphaError
-from hypha.messages import JobStamp
 from hypha.runtime import chance, in_thread
-from hypha.scheduler.context import JobContext, JobResult
-from hypha.scheduler.data.requests import KeptSlices, RequestHandlers
-from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, class_names
-from hypha.scheduler.durable.copying import Replicating
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.durable.publishing import publish
-from hypha.scheduler.durable.serving import Serving
+from hypha.scheduler.durable.replicas import Replicating
 from hypha.scheduler.durable.starts import Generation, next_generation
-from hypha.scheduler.durable.stopping import save_last
 from hypha.scheduler.executors import JobExecutors, lost
-from hypha.scheduler.leasing.pool import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
-from hypha.scheduler.preparing import Opened
+from hypha.scheduler.handlers import FileHandlers, RequestHandlers
+from hypha.scheduler.job.driving import RoundDriver
+from hypha.scheduler.job.ending import publish, save_last
+from hypha.scheduler.job.states import JobContext, JobResult, Opened
+from hypha.scheduler.leasing.leases import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
 from hypha.scheduler.rounds.events import (
     Action,
     Again,
@@ -38,7 +34,6 @@ from hypha.scheduler.rounds.events import (
     Durable,
     Fail,
     FirstTheta,
-    Input,
     KeepSlices,
     LeasesHeld,
     LetGo,
@@ -52,32 +47,19 @@ from hypha.scheduler.rounds.events import (
     Unreachable,
 )
 from hypha.scheduler.rounds.machine import RoundMachine
-from hypha.scheduler.rounds.policy import CarriedOver, Start
-from hypha.scheduler.status.view import sentence
+from hypha.scheduler.status.sentences import sentence
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.1
 
 
-@dataclass(frozen=True)
-class CurrentGeneration:
-    """The current generation, its machine, and what of its slices is durable."""
-
-    generation: Generation
-    machine: RoundMachine
-    kept: KeptSlices
-
-    @property
-    def start(self) -> Start:
-        """Where it began."""
-        return self.generation.start
-
-
 class WorkingJob:
     """The third state of a run, after :class:`Opened`. ``end`` is called with what the job comes to; tasks
     run in ``nursery``. :meth:`run` once.
     """
+
+    step = ""
 
     def __init__(
         self,
@@ -92,52 +74,39 @@ class WorkingJob:
         self._store = opened.store
         self._nursery = nursery
         self._end = end
-        self._actions, self._todo = trio.open_memory_channel[Action](math.inf)
-        config, node, generation = context.config, context.node, opened.generation
-        self._executors = JobExecutors(
-            node,
-            nursery,
-            self.handle,
-            generation,
-            self._descriptions(generation),
-            opened.left,
-            context.traces,
+        node = context.node
+        leased = {lease.worker.peer for lease in opened.left if lease.kind == "train"}
+        self._driver = driver = RoundDriver(context, opened.generation, leased)
+        self._executors = JobExecutors(node, nursery, driver.handle, opened.left, context.traces)
+        self._file_handlers = FileHandlers(
+            node, context.files.directories, opened.store, self._executors.holds, driver.is_server
         )
-        self.current = self._generation_of(generation, CarriedOver())
-        #: what the present machine was told of its surroundings, by the event's name
-        self._surroundings: dict[str, Input] = {}
-        self._serving = Serving(
-            node,
-            context.directories,
-            generation.start.job_id,
-            opened.store,
-            context.state,
-            self._is_member,
-            self._is_server,
-        )
-        self._handlers = RequestHandlers(
+        self._request_handlers = RequestHandlers(
             node,
             opened.dataset,
-            lambda: (self.current.start, self.current.kept),
-            self.handle,
-            self._is_leased,
+            lambda: (driver.current.start, driver.current.kept),
+            driver.handle,
+            self._executors.holds,
         )
         self._replicating = Replicating(
-            node,
-            context.copies,
+            context.replicas,
             opened.ledger,
             context.state,
-            self._stamp,
+            lambda: driver.stamp,
             lambda: context.pool.leases,
-            config.name,
-            config.checkpoint.replicas,
+            context.config.checkpoint.replicas,
         )
+
+    @property
+    def machine(self) -> RoundMachine:
+        """Of the current generation."""
+        return self._driver.current.machine
 
     async def run(self) -> None:
         """Until ``end`` was called, or cancelled."""
-        self._serving.start()
+        self._file_handlers.open()
         self._begin_generation()
-        self._handlers.open()
+        self._request_handlers.open()
         pool = self._context.pool
         for record in await self.ledger.run(Ledger.track_records):
             pool.know(record)
@@ -150,21 +119,21 @@ class WorkingJob:
         if starts and starts[0].place == "scheduler":
             self._replicating.put(starts[0].round, self._store)
         self._nursery.start_soon(self._replicating.run)
-        async for action in self._todo:
-            # whenever the job is told to stop, what is begun in the books is finished
+        async for action in self._driver.actions:
+            # whenever the job is to stop, what the ledger has begun to write is finished
             with trio.CancelScope(shield=isinstance(action, Record | Checkpointed)):
                 await self._carry_out(action)
 
     async def save_last(self, timeout_s: float) -> None:
-        """When the job is told to stop: have the open round saved as it began."""
-        machine = self.current.machine
+        """The job is to stop: have the open round saved as it began."""
+        machine = self.machine
         await save_last(
-            self._context.node, machine, self.ledger, self._todo, self._carry_out_durable, timeout_s
+            self._context.node, machine, self.ledger, self._driver.actions, self._carry_out_durable, timeout_s
         )
 
     async def finish(self, reason: str, timeout_s: float) -> None:
-        """Tell all executors to end, for at most ``timeout_s``; who waits for a slice is told so."""
-        self.current.kept.close()
+        """Send all executors their end, for at most ``timeout_s``; refuse requests for slices that wait."""
+        self._driver.current.kept.close()
         await self._executors.finish(reason, timeout_s)
 
     # --- generations ----------------------------------------------------------------------------------------
@@ -177,64 +146,35 @@ class WorkingJob:
             config, generation.start, self._context.node.ref(), names, rows, self.dataset.manifest_hash
         )
 
-    def _generation_of(self, generation: Generation, carried: CarriedOver) -> CurrentGeneration:
-        tracker = SliceTracker.from_state(generation.tracker)
-        for worker in tracker.holders:
-            if not self._is_leased(worker, "train"):
-                tracker.forget(worker)
-        context = self._context
-        machine = RoundMachine(
-            context.rules, generation.start, tracker, context.node.ref(), carried, context.journal
-        )
-        return CurrentGeneration(generation, machine, KeptSlices())
-
     def _begin_generation(self) -> None:
-        generation, machine = self.current.generation, self.current.machine
+        generation, machine = self._driver.current.generation, self.machine
         self._context.progressed.cut(generation.start.round)
         self._executors.begin_generation(self._descriptions(generation), generation, lambda: machine.steps)
 
     async def _restart(self, restart: Restart) -> None:
         """The parameter server is lost: a new generation from the newest checkpoint."""
-        start, context = self.current.start, self._context
+        start, context = self._driver.current.start, self._context
         if restart.unusable:
             logger.error(
                 "The checkpoint for round %d in %s cannot be used: %s",
                 start.round,
-                self.current.generation.place,
+                self._driver.current.generation.place,
                 restart.reason,
                 extra={"job_id": start.job_id, "round": start.round},
             )
             await self.ledger.run(Ledger.forget_checkpoint, start.round)
-        generation = await next_generation(self.ledger, self._store, start, context.copies)
+        generation = await next_generation(self.ledger, self._store, start, context.replicas)
         logger.warning(
             "The parameter server was lost (%s); the job goes on from round %d",
             restart.reason,
             generation.start.round,
             extra={"job_id": generation.start.job_id},
         )
-        self.current.kept.close()
-        self.current = self._generation_of(generation, restart.carried)
-        self._surroundings = {}
+        leased = {peer for peer, kind in self._executors.leases if kind == "train"}
+        self._driver.begin(generation, restart.carried, leased)
         self._begin_generation()
 
-    # --- events in, actions out -----------------------------------------------------------------------
-
-    def handle(self, event: Input) -> AnswerSlice | None:
-        """Tell the round machine. What follows is carried out in order, and soon; the answer to a question
-        for a slice is returned.
-        """
-        answer: AnswerSlice | None = None
-        for action in self.current.machine.handle(event, trio.current_time()):
-            if isinstance(action, AnswerSlice):
-                answer = action
-                continue
-            if isinstance(action, Record):
-                # at once: a snapshot never shows the next round with the last one's numbers
-                self._context.progressed.add(action.entry)
-                if action.tracker is not None:
-                    self._context.pool.worked(action.entry)
-            self._actions.send_nowait(action)
-        return answer
+    # --- actions --------------------------------------------------------------------------------------
 
     async def _carry_out(self, action: Action) -> None:
         match action:
@@ -264,9 +204,9 @@ class WorkingJob:
             case Restart():
                 await self._restart(action)
             case Publish(files=files):
-                result = await publish(self._context, self.ledger, self.current.machine, files)
+                result = await publish(self._context, self.ledger, self.machine, files)
                 self._replicating.close()
-                await self._context.copies.forget(self.ledger, self.current.start.job_id)
+                await self._context.replicas.forget(self.ledger, self._driver.current.start.job_id)
                 self._end(result)
             case Fail(error=error):
                 self._end(error)
@@ -277,8 +217,8 @@ class WorkingJob:
         match action:
             case Record(entry=entry, tracker=tracker, steps=steps):
                 await self.ledger.run(Ledger.record, entry, tracker, steps)
-                if tracker is not None and entry.generation == self.current.start.generation:
-                    self.current.kept.note(tracker.version)
+                if tracker is not None and entry.generation == self._driver.current.start.generation:
+                    self._driver.current.kept.note(tracker.version)
                 logger.info(
                     "Round %d of %d was applied: %d samples of %d workers, loss %.4f",
                     entry.round + 1,
@@ -289,9 +229,9 @@ class WorkingJob:
                     extra={"round": entry.round},
                 )
             case KeepSlices(generation=generation, tracker=tracker):
-                if generation == self.current.start.generation:
+                if generation == self._driver.current.start.generation:
                     await self.ledger.run(Ledger.keep_slices, tracker)
-                    self.current.kept.note(tracker.version)
+                    self._driver.current.kept.note(tracker.version)
             case FirstTheta(theta=theta):
                 await self.ledger.run(Ledger.first_theta, theta)
             case Checkpointed(round=round_, place=place):
@@ -318,7 +258,6 @@ class WorkingJob:
             rounds.remove(old)
         if place == "scheduler":
             await in_thread(self._store.keep_only, rounds)
-        if place == "scheduler":
             self._replicating.put(round_, self._store)
 
     # --- leases ---------------------------------------------------------------------------------------
@@ -330,7 +269,9 @@ class WorkingJob:
             match event:
                 case LeaseGained():
                     if (event.worker.peer, event.kind) in executors.leases:
-                        logger.warning("A worker gave two leases; one goes back", extra=fields)
+                        logger.warning(
+                            "A worker gave two leases for one kind of job; one is released", extra=fields
+                        )
                         await pool.release(event.lease_id, avoid=True)
                     else:
                         executors.gained(event)
@@ -341,55 +282,30 @@ class WorkingJob:
                         await self.ledger.run(Ledger.failed, event.worker.peer, reason)
                     lease = executors.lost(event.worker.peer, event.kind)
                     if lease is not None:
-                        self.handle(lost(lease, reason))
+                        self._driver.handle(lost(lease, reason))
                 case LeaseSuspect():
-                    self.handle(Unreachable(event.worker.peer, event.kind))
+                    self._driver.handle(Unreachable(event.worker.peer, event.kind))
                 case LeaseLeaving(left_s=left_s):
-                    self.handle(ParticipantLeaves(event.worker.peer, event.kind, left_s))
+                    self._driver.handle(ParticipantLeaves(event.worker.peer, event.kind, left_s))
                 case LeaseRecovered():
-                    self.handle(Reachable(event.worker.peer, event.kind))
-
-    def _stamp(self) -> JobStamp:
-        start = self.current.start
-        return JobStamp(job_id=start.job_id, generation=start.generation)
-
-    def _is_member(self, peer: str) -> bool:
-        return any(holder == peer for holder, _ in self._executors.leases)
-
-    def _is_leased(self, peer: str, kind: str) -> bool:
-        return any(key == (peer, kind) for key in self._executors.leases)
-
-    def _is_server(self, peer: str, stamp: JobStamp | None) -> bool:
-        server = self.current.machine.server
-        if server is None or server.peer != peer:
-            return False
-        return stamp is not None and stamp.generation == self.current.start.generation
+                    self._driver.handle(Reachable(event.worker.peer, event.kind))
 
     # --- time -----------------------------------------------------------------------------------------
 
     async def _ticking(self) -> None:
         while True:
-            self._tell_once(DataServed(bool(self.dataset.providers)))
-            self._tell_once(self._held())
-            self.handle(TimePassed())
+            self._driver.handle_change(DataServed(bool(self.dataset.providers)))
+            self._driver.handle_change(self._held())
+            self._driver.handle(TimePassed())
             # one that goes on after a restart has executors that are worth keeping
-            if self.current.machine.phase != "loading" or self.current.start.generation:
+            if self.machine.phase != "loading" or self._driver.current.start.generation:
                 self._context.pool.begin()
             await trio.sleep(_TICK_S)
-
-    def _tell_once(self, event: DataServed | LeasesHeld) -> None:
-        """Tell the present machine, unless it knows."""
-        name = type(event).__name__
-        if self._surroundings.get(name) != event:
-            self._surroundings[name] = event
-            self.handle(event)
 
     def _held(self) -> LeasesHeld:
         context = self._context
         kinds = [lease.kind for lease in context.pool.leases]
         train, aggregate = kinds.count("train"), kinds.count("aggregate")
         enough = train >= context.rules.min_workers and aggregate > 0
-        what = (
-            "" if enough else sentence(context.config, self.current.machine, context.pool, self.dataset, "")
-        )
+        what = "" if enough else sentence(context.config, self.machine, context.pool, self.dataset, "")
         return LeasesHeld(train, aggregate, what)

@@ -12,8 +12,8 @@ from hypha.errors import Refused
 from hypha.messages import FileList, ListFiles, PullFile
 from hypha.scheduler.descriptions import MODEL
 from hypha.scheduler.durable.checkpoints import CheckpointStore
-from hypha.scheduler.durable.serving import ServedDirectory, Serving
 from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.handlers import FileHandlers, ServedDirectory
 
 
 @virtual_time
@@ -32,10 +32,8 @@ async def test_the_model_is_for_this_job_on_workers_that_it_has_leased(
     ):
         served = {MODEL: ServedDirectory(MODEL, tmp_path / "model")}
         store = CheckpointStore(state, "job-1", 1)
-        serving = Serving(
-            scheduler, served, "job-1", store, state, members.__contains__, lambda peer, stamp: False
-        )
-        serving.start()
+        handlers = FileHandlers(scheduler, served, store, members.__contains__, lambda peer, stamp: False)
+        handlers.open()
 
         async def refusal(job_id: str | None) -> str:
             file = PullFile(kind=MODEL, name="config.json", job_id=job_id)

@@ -1,24 +1,26 @@
-"""Before a job is at work: its dataset is found, its ledger opened, what was left before taken up."""
+"""From :class:`Preparing` to :class:`Opened`: the dataset is found, the ledger opened, and what an earlier
+scheduler left is taken up.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import trio
 
 from hypha.config.job import JobConfig
 from hypha.messages import OuterOptimizer
-from hypha.runtime import is_simulated, new_id
-from hypha.scheduler.context import JobContext
-from hypha.scheduler.data.datasets import ManifestChoice, ServedDataset, find_dataset
-from hypha.scheduler.data.pins import Pins
+from hypha.runtime import is_simulated
+from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, find_dataset
 from hypha.scheduler.descriptions import outer_optimizer
 from hypha.scheduler.durable.checkpoints import CheckpointStore
-from hypha.scheduler.durable.ledger import Ledger, has_trained, held_leases, known_manifest
-from hypha.scheduler.durable.starts import Generation, begins_anew, first_generation
-from hypha.scheduler.leasing.pool import LeaseGained, Pool
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.ledger_files import has_trained, held_leases, known_manifest
+from hypha.scheduler.durable.starts import begins_anew, first_generation
+from hypha.scheduler.job.states import JobContext, Opened, Preparing
+from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
 from hypha.scheduler.preflight.trial import ModelTrial, open_trial
 
@@ -28,32 +30,11 @@ logger = logging.getLogger(__name__)
 _RELEASE_S = 0.8
 
 
-@dataclass(frozen=True)
-class Preparing:
-    """The first state of a run: ``step`` is what is being done, in words."""
-
-    step: str
-
-
-@dataclass(frozen=True)
-class Opened:
-    """The second one: the dataset is known, the ledger open, and ``generation`` begins. ``left`` are leases
-    of an earlier scheduler of the job, under which executors may run; those ``of_another`` job go back.
-    """
-
-    dataset: ServedDataset
-    ledger: Ledger
-    generation: Generation
-    store: CheckpointStore
-    left: tuple[LeaseGained, ...] = ()
-    of_another: tuple[LeaseGained, ...] = ()
-
-
 async def open_job(
-    context: JobContext, fresh: bool, nursery: trio.Nursery, say: Callable[[Preparing], None]
+    context: JobContext, fresh: bool, nursery: trio.Nursery, enter: Callable[[Preparing], None]
 ) -> Opened:
-    """Start the pool in ``nursery``, then open the job; ``say`` is told each step. Whoever calls closes the
-    ledger. Raises :class:`hypha.errors.HyphaError`.
+    """Start the pool in ``nursery``, then open the job; ``enter`` is called with each step. Whoever calls
+    closes the ledger. Raises :class:`hypha.errors.HyphaError`.
     """
     config, ledger_path = context.config, context.state.ledger
     left = tuple(await held_leases(ledger_path))
@@ -63,19 +44,17 @@ async def open_job(
     checks = "none" if trained else wanted
     # what it imports takes as long as the look-up of the dataset
     async with open_trial(config.model.type if checks == "full" else None) as trial:
-        dataset = await _find(context, fresh, left, nursery, say)
+        dataset = await _find(context, fresh, left, nursery, enter)
         if checks != "none":
-            await _check(config, dataset, trial, say)
+            await _check(config, dataset, trial, enter)
     # the name of a job that is done, used for the next experiment: a new one for the check too
     check_anew = trained and wanted != "none"
     if check_anew and await begins_anew(ledger_path, config, context.node.ref(), dataset):
         async with open_trial(config.model.type if wanted == "full" else None) as trial:
-            await _check(config, dataset, trial, say)
-    say(Preparing("reading the job's state"))
-    job_id = f"{config.name}-{new_id()[:12]}"
-    scheduler = context.node.ref()
+            await _check(config, dataset, trial, enter)
+    enter(Preparing("reading the job's state"))
     ledger, generation = await first_generation(
-        context.state, config, scheduler, dataset, job_id, context.copies, fresh
+        context.state, config, context.node.ref(), dataset, context.replicas, fresh
     )
     store = CheckpointStore(context.state, generation.start.job_id, config.checkpoint.keep)
     if generation.start.generation:
@@ -84,9 +63,9 @@ async def open_job(
 
 
 async def _check(
-    config: JobConfig, dataset: ServedDataset, trial: ModelTrial | None, say: Callable[[Preparing], None]
+    config: JobConfig, dataset: ServedDataset, trial: ModelTrial | None, enter: Callable[[Preparing], None]
 ) -> None:
-    say(Preparing(f"checking that the model goes with the dataset {dataset.name}"))
+    enter(Preparing(f"checking that the model goes with the dataset {dataset.name}"))
     await check_before_leasing(config, dataset.manifest, trial)
 
 
@@ -95,23 +74,23 @@ async def _find(
     fresh: bool,
     left: tuple[LeaseGained, ...],
     nursery: trio.Nursery,
-    say: Callable[[Preparing], None],
+    enter: Callable[[Preparing], None],
 ) -> ServedDataset:
     config, node, pool = context.config, context.node, context.pool
-    say(Preparing("waiting for a gateway"))
+    enter(Preparing("waiting for a gateway"))
     await node.wait_connected()
     if not fresh:
-        # their time runs: they are renewed while everything else is looked for
+        # they expire: they are renewed while everything else is looked for
         pool.adopt(left)
     await nursery.start(pool.run)
     name = config.dataset.dataset
     known = None if fresh else await known_manifest(context.state.ledger)
-    say(Preparing(f"looking for the dataset {name}"))
+    enter(Preparing(f"looking for the dataset {name}"))
     dataset = await find_dataset(
         node,
         name,
         config.dataset.wait_s,
-        lambda why: say(Preparing(f"looking for the dataset {name}: {why}")),
+        lambda why: enter(Preparing(f"looking for the dataset {name}: {why}")),
         Pins.of(config.dataset),
         ManifestChoice(config.dataset.manifest_hash, known),
     )
@@ -129,21 +108,21 @@ async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:
     """What was left by an earlier scheduler: its rounds count, or its leases go back."""
     start = opened.generation.start
     if start.optimizer is not None:
-        _tell_of(start.optimizer, context.config)
+        _log_optimizer(start.optimizer, context.config)
     if start.generation:
         file = await opened.ledger.run(Ledger.to_file)
         context.progressed.resume(file.rounds)
         logger.info("The job goes on from round %d", start.round, extra={"job_id": start.job_id})
     if opened.left:
-        logger.info("Going on with %d leases of this job's earlier scheduler", len(opened.left))
+        logger.info("The job goes on with %d leases of its earlier scheduler", len(opened.left))
     if opened.of_another:
-        logger.info("Giving back %d leases of an earlier job", len(opened.of_another))
+        logger.info("%d leases of an earlier job are given back", len(opened.of_another))
         context.pool.adopt(opened.of_another if fresh else ())
         await _give_back(context.pool, opened.of_another)
 
 
-def _tell_of(optimizer: OuterOptimizer, config: JobConfig) -> None:
-    """What was chosen, where the configuration leaves it open."""
+def _log_optimizer(optimizer: OuterOptimizer, config: JobConfig) -> None:
+    """Log what was chosen, where the configuration leaves it open."""
     rounds, chosen = config.rounds.update_rounds, outer_optimizer(config)
     if None not in (config.outer_optimizer.learning_rate, config.outer_optimizer.momentum):
         return

@@ -1,0 +1,445 @@
+"""Replicas: copies of a job's checkpoints that workers keep, for when what the scheduler keeps is lost.
+
+:class:`Replicating` makes them in the background, of the newest checkpoint only. Who offers storage is found
+out by requests: a worker that keeps none refuses. Workers are asked one after the other, so the scheduler
+sends one copy at a time: first those who have copies of this job already, the parameter server's own worker
+last, for it and its copy would be lost together.
+
+:class:`Replicas` fetches them back. Where copies are is in the ledger; where their workers are now, in the
+DHT. Every file is verified against the hash that the ledger has of it. A copy holds the ledger itself too, as
+it was when the copy was made, so that a job goes on even when the whole state directory is gone: then the DHT
+alone knows who has copies, and they are given to nobody but the PeerID that left them there. Any worker may
+announce that it has some, so the scheduler signs the index of each copy, and then trusts what its own key has
+signed. Both are one module, as one must recognise what the other left.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypha.errors import ConfigError, NetworkError, Problem, Refused, TransferCorrupt
+from hypha.messages import (
+    CheckpointFile,
+    CheckpointHeld,
+    CheckpointIndex,
+    CheckpointList,
+    DropCheckpoints,
+    FindCheckpoints,
+    HoldCheckpoint,
+    JobStamp,
+    PeerRef,
+    PullFile,
+    TransferMeta,
+    replica_name,
+)
+from hypha.net.bulk.transfers import meta_of
+from hypha.node import Node
+from hypha.runtime import in_thread
+from hypha.scheduler.durable.checkpoints import CheckpointStore, safe_relative
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.leasing.leases import LeaseGained
+
+logger = logging.getLogger(__name__)
+
+#: the ledger's name among the files of a copy
+LEDGER = "job.db"
+#: workers that cannot be reached may be restarting: they are asked again for so long
+PATIENCE_S = 30.0
+#: more generations than a job can have begun between two of its checkpoints
+GENERATIONS_SKIPPED = 1000
+_PAUSE_S = 2.0
+_ASK_S = 10.0
+_DROP_S = 2.0
+#: while there are too few copies it is tried again this often
+RETRY_S = 5.0
+_HOLD_S = 30.0
+
+Copy = tuple[PeerRef, CheckpointIndex]
+
+
+class Replicas:
+    """Copies of the checkpoints of the job called ``job``, as ``node`` left them with workers."""
+
+    def __init__(self, node: Node, job: str, patience_s: float = PATIENCE_S) -> None:
+        self.node = node
+        self.job = job
+        self._patience_s = patience_s
+        #: who was asked by this scheduler to keep one, whatever came of it
+        self.asked: dict[str, PeerRef] = {}
+
+    def signed(self, index: CheckpointIndex) -> CheckpointIndex:
+        """``index`` as it is left with workers, by which this scheduler knows it again."""
+        unsigned = msgspec.structs.replace(index, signature="")
+        data = f"checkpoint of {self.job}:".encode() + msgspec.json.encode(unsigned, order="deterministic")
+        return msgspec.structs.replace(index, signature=self.node.sign(data).hex())
+
+    async def bring_back(self, ledger: Ledger, store: CheckpointStore, round_: int) -> bool:
+        """Fetch the checkpoint for ``round_`` into ``store``; False when nobody has it undamaged."""
+        copies = await ledger.run(Ledger.replicas, round_)
+        place = store.returning(round_)
+        copies = [(worker, _without_ledger(index)) for worker, index in copies]
+        found = await self._fetch_one_of(copies, place) if copies else None
+        if found is None:
+            return False
+        worker, index = found
+        await in_thread(store.adopt, index, place)
+        logger.warning(
+            "The checkpoint for round %d was lost here; the copy of a worker takes its place",
+            round_,
+            extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": round_},
+        )
+        return True
+
+    async def bring_back_ledger(self, state: StateDirectory) -> None:
+        """Put the ledger of the newest copy into ``state``, if there is none; do nothing when there is no
+        copy either. :class:`ConfigError` when there are copies of several jobs of this name.
+        """
+        if state.ledger.exists():
+            return
+        copies = [copy for copy in await self._ask_around(self._patience_s) if self._is_own(*copy)]
+        jobs = sorted({index.job_id for _, index in copies})
+        if not jobs:
+            return
+        if len(jobs) > 1:
+            text = (
+                f"{state.path} holds no ledger, and workers have checkpoints of several jobs of this name: "
+                f"{', '.join(jobs)}; start anew with --fresh, which drops them, or give the job another name"
+            )
+            raise ConfigError([Problem("scheduler.job.name", text)])
+        newest = max((index.generation, index.round) for _, index in copies)
+        copies = [copy for copy in copies if (copy[1].generation, copy[1].round) == newest]
+        place = state.path / "returning"
+        updates = [(worker, _only_ledger(index)) for worker, index in copies]
+        found = await self._fetch_one_of(updates, place)
+        if found is None:
+            return
+        worker, index = found
+        for stale in state.path.glob(f"{state.ledger.name}-*"):
+            stale.unlink()
+        (place / LEDGER).replace(state.ledger)
+        shutil.rmtree(place, ignore_errors=True)
+        ledger = await in_thread(Ledger, state.ledger)
+        try:
+            # this copy was not yet complete when the ledger in it was written
+            for holder, whole in copies:
+                if _only_ledger(whole) == index:
+                    await ledger.run(Ledger.replicated, holder, whole)
+            await ledger.run(Ledger.checkpoint, index.round, "scheduler")
+            # the scheduler went on after it wrote this ledger: its leases expire, its later generations are
+            # skipped
+            await ledger.run(Ledger.lease_ended)
+            await ledger.run(Ledger.skip_generations, GENERATIONS_SKIPPED)
+        finally:
+            ledger.close()
+        logger.warning(
+            "There is no ledger in %s; it is taken from the copy that a worker has of round %d (--fresh "
+            "would start anew)",
+            state.path,
+            index.round,
+            extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round},
+        )
+
+    def _is_own(self, worker: PeerRef, index: CheckpointIndex) -> bool:
+        """Whether this scheduler has left that copy there, in whatever generation."""
+        if index == self.signed(index):
+            return True
+        logger.warning(
+            "A worker reports a copy of round %d which this scheduler has not signed; it is not "
+            "used (workers of earlier versions do not keep the signature)",
+            index.round,
+            extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round},
+        )
+        return False
+
+    async def forget(self, ledger: Ledger, job_id: str) -> None:
+        """The job is done: ask whoever has copies, or was asked to keep one, to drop them. A worker that does
+        not receive the request deletes them after a while.
+        """
+        holders = {worker.peer: worker for worker, _ in await ledger.run(Ledger.replicas)} | self.asked
+        # an earlier scheduler may have been killed before its ledger had the copy
+        holders |= {worker.peer: worker for worker in await self.node.find_providers(self._name)}
+        await self._drop_all({(peer, job_id): worker for peer, worker in holders.items()})
+
+    async def forget_all(self) -> None:
+        """Have the copies of all jobs of this name dropped, wherever the DHT leads."""
+        copies = await self._ask_around()
+        await self._drop_all({(worker.peer, index.job_id): worker for worker, index in copies})
+
+    async def _drop_all(self, wanted: dict[tuple[str, str], PeerRef]) -> None:
+        with trio.move_on_after(_DROP_S):
+            async with trio.open_nursery() as nursery:
+                for (_, job_id), worker in wanted.items():
+                    nursery.start_soon(self._drop, worker, job_id)
+
+    async def _drop(self, worker: PeerRef, job_id: str) -> None:
+        try:
+            await self.node.request(worker, DropCheckpoints(job_id=job_id), timeout_s=_DROP_S)
+        except NetworkError as exc:
+            logger.debug(
+                "A request to drop copies was not delivered; the worker keeps them for now: %s",
+                exc,
+                extra={"worker_peer_id": worker.peer},
+            )
+
+    async def _ask_around(self, patience_s: float = 0.0) -> list[Copy]:
+        """All copies of jobs of this name that the DHT leads to; a worker that does not reply is asked
+        again for that long, for it may have the newest.
+        """
+        answered: dict[str, list[Copy]] = {}
+        silent: dict[str, str] = {}
+
+        async def ask(worker: PeerRef) -> None:
+            try:
+                answer = await self.node.request(worker, FindCheckpoints(job=self.job), timeout_s=_ASK_S)
+            except Refused as exc:
+                logger.info(
+                    "A worker refused to list its copies: %s", exc, extra={"worker_peer_id": worker.peer}
+                )
+                answered[worker.peer] = []
+            except NetworkError as exc:
+                silent[worker.peer] = str(exc)
+            else:
+                found = answer.found if isinstance(answer, CheckpointList) else ()
+                answered[worker.peer] = [(worker, index) for index in found if _only_ledger(index).files]
+
+        deadline = trio.current_time() + patience_s
+        while True:
+            silent.clear()
+            async with trio.open_nursery() as nursery:
+                for worker in await self.node.find_providers(self._name):
+                    if worker.peer not in answered:
+                        nursery.start_soon(ask, worker)
+            if not silent or trio.current_time() + _PAUSE_S > deadline:
+                break
+            await trio.sleep(_PAUSE_S)
+        for peer, reason in silent.items():
+            logger.warning(
+                "A worker may have copies, but does not reply: %s", reason, extra={"worker_peer_id": peer}
+            )
+        return [copy for copies in answered.values() for copy in copies]
+
+    @property
+    def _name(self) -> str:
+        return replica_name(self.node.peer_id, self.job)
+
+    async def _fetch_one_of(self, copies: list[Copy], place: Path) -> Copy | None:
+        """The first copy all of whose files came to ``place``. Unreachable workers are asked again for a
+        while.
+        """
+        await in_thread(shutil.rmtree, place, True)
+        left = list(copies)
+        deadline = trio.current_time() + self._patience_s
+        while left:
+            # they may have other addresses by now
+            await self.node.find_providers(self._name)
+            for copy in list(left):
+                worker, index = copy
+                fields = {"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round}
+                try:
+                    await self._fetch(worker, index, place)
+                    return copy
+                except NetworkError as exc:
+                    final = isinstance(exc, TransferCorrupt)
+                    if isinstance(exc, Refused):
+                        final = not exc.retryable
+                    if final:
+                        left.remove(copy)
+                    logger.warning(
+                        "The copy of the checkpoint for round %d was not fetched: %s",
+                        index.round,
+                        exc,
+                        extra=fields,
+                    )
+            if trio.current_time() + _PAUSE_S > deadline:
+                break
+            if left:
+                await trio.sleep(_PAUSE_S)
+        return None
+
+    async def _fetch(self, worker: PeerRef, index: CheckpointIndex, place: Path) -> None:
+        for file in index.files:
+            path = place / safe_relative(file.name)
+            if await in_thread(path.is_file):
+                # whole and verified, from another worker; the hash is the same
+                continue
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            name = f"{index.round}/{file.name}"
+            expect = TransferMeta(kind="checkpoint", name=name, size=file.size, blake3=file.blake3)
+            what = PullFile(kind="checkpoint", name=name, job_id=index.job_id)
+            await self.node.transfers.pull(worker, what, path, expect, file.size)
+
+
+def ranked(leases: Iterable[LeaseGained], holders: Collection[str]) -> list[LeaseGained]:
+    """One lease of each worker, in the order in which they are asked for storage."""
+    leases = list(leases)
+    servers = {lease.worker.peer for lease in leases if lease.kind == "aggregate"}
+    by_peer = {lease.worker.peer: lease for lease in leases}
+    return sorted(by_peer.values(), key=lambda lease: _rank(lease.worker.peer, servers, holders))
+
+
+def _rank(peer: str, servers: Collection[str], holders: Collection[str]) -> tuple[bool, bool, str]:
+    return (peer in servers, peer not in holders, peer)
+
+
+class Replicating:
+    """Keeps ``wanted`` copies of the newest checkpoint; :meth:`run` does the work. ``stamp`` is the job's
+    current one, ``leases`` are those held now, ``replicas`` remembers who was asked.
+    """
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        ledger: Ledger,
+        state: StateDirectory,
+        stamp: Callable[[], JobStamp],
+        leases: Callable[[], Iterable[LeaseGained]],
+        wanted: int,
+    ) -> None:
+        self._replicas = replicas
+        self._ledger = ledger
+        self._state = state
+        self._stamp = stamp
+        self._leases = leases
+        self._wanted = wanted
+        self._store: CheckpointStore | None = None
+        self._round = -1
+        self._changed = trio.Event()
+        self._scope = trio.CancelScope()
+        self._index: CheckpointIndex | None = None
+        #: leases of workers that keep nothing
+        self._without: set[str] = set()
+        self._logged: tuple[int, str] = (-1, "")
+
+    def put(self, round_: int, store: CheckpointStore) -> None:
+        """The checkpoint for ``round_``, in ``store``, is the newest one."""
+        self._round, self._store, self._index = round_, store, None
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Until :meth:`close`, or cancelled."""
+        with self._scope:
+            while self._wanted:
+                self._changed = trio.Event()
+                enough = self._store is None or await self._copy(self._store, self._round)
+                with trio.move_on_after(math.inf if enough else RETRY_S):
+                    await self._changed.wait()
+
+    def close(self) -> None:
+        """No more copies are wanted."""
+        self._scope.cancel()
+
+    async def _copy(self, store: CheckpointStore, round_: int) -> bool:
+        """True when there are as many copies as are wanted, or none is possible any more."""
+        ledger = self._state.incoming / f"ledger-{round_}.db"
+        try:
+            index = self._index or await self._describe(store, round_, ledger)
+        except (Refused, OSError) as exc:
+            logger.error("The checkpoint for round %d cannot be copied: %s", round_, exc)
+            return True
+        if round_ == self._round:
+            self._index = index
+        copies = await self._ledger.run(Ledger.replicas)
+        done = {worker.peer for worker, copy in copies if copy.round == round_}
+        reason = "nobody who is leased offers storage (storage.checkpoints_gb of workers)"
+        for lease in ranked(self._leases(), {worker.peer for worker, _ in copies}):
+            if len(done) >= self._wanted or round_ != self._round:
+                break
+            peer = lease.worker.peer
+            if peer in done or lease.lease_id in self._without:
+                continue
+            fields = {"worker_peer_id": peer, "job_id": index.job_id, "round": round_}
+            try:
+                await self._copy_to(lease.worker, index, store, round_, ledger)
+            except Refused as exc:
+                # no copy of a later round is taken there either; any other refusal may be of this round alone
+                if exc.code in ("not-allowed", "unsupported"):
+                    self._without.add(lease.lease_id)
+                    continue
+                reason = str(exc)
+            except NetworkError as exc:
+                reason = str(exc)
+            else:
+                await self._ledger.run(Ledger.replicated, lease.worker, index)
+                done.add(peer)
+                logger.info("A worker keeps a copy of the checkpoint for round %d", round_, extra=fields)
+                continue
+            logger.info("A worker did not take a copy of the checkpoint: %s", reason, extra=fields)
+        return round_ != self._round or self._enough(round_, len(done), reason)
+
+    def _enough(self, round_: int, count: int, reason: str) -> bool:
+        if count >= self._wanted:
+            return True
+        if self._logged != (round_, reason):
+            self._logged = (round_, reason)
+            logger.warning(
+                "There are %d of %d copies of the checkpoint for round %d: %s",
+                count,
+                self._wanted,
+                round_,
+                reason,
+            )
+        return False
+
+    async def _describe(self, store: CheckpointStore, round_: int, ledger: Path) -> CheckpointIndex:
+        """What is to be copied: the checkpoint, and the ledger as it is now, in ``ledger``."""
+        index = await in_thread(store.index, round_)
+        for old in self._state.incoming.glob("ledger-*.db"):
+            old.unlink()
+        await self._ledger.run(Ledger.copy_to, ledger)
+        meta = await meta_of(ledger, "checkpoint", LEDGER)
+        whole = _with_ledger(index, CheckpointFile(name=LEDGER, size=meta.size, blake3=meta.blake3))
+        return self._replicas.signed(whole)
+
+    async def _copy_to(
+        self, worker: PeerRef, index: CheckpointIndex, store: CheckpointStore, round_: int, ledger: Path
+    ) -> None:
+        starts = await self._ledger.run(Ledger.starts)
+        stamp = self._stamp()
+        keep = tuple(start.round for start in starts if start.place)
+        hold = HoldCheckpoint(stamp=stamp, job=self._replicas.job, index=index, keep=keep)
+        files = {file.name: file for file in index.files}
+        self._replicas.asked[worker.peer] = worker
+        # what is missing once more after it was sent is not going to come
+        for last in (False, True):
+            answer = await self._replicas.node.request(worker, hold, timeout_s=_HOLD_S)
+            if not isinstance(answer, CheckpointHeld) or not files.keys() >= set(answer.missing):
+                raise Refused("malformed", "its reply does not state which files it misses", worker.peer)
+            if not answer.missing:
+                return
+            if last:
+                raise Refused("internal", f"{', '.join(answer.missing)} did not stay there", worker.peer)
+            for name in answer.missing:
+                path = ledger if name == LEDGER else store.path(round_, name)
+                meta = TransferMeta(
+                    kind="checkpoint",
+                    name=f"{round_}/{name}",
+                    size=files[name].size,
+                    blake3=files[name].blake3,
+                    stamp=stamp,
+                )
+                await self._replicas.node.transfers.send(worker, path, meta)
+
+
+def _with_ledger(index: CheckpointIndex, ledger: CheckpointFile) -> CheckpointIndex:
+    """What a copy consists of."""
+    return msgspec.structs.replace(index, files=(*index.files, ledger))
+
+
+def _without_ledger(index: CheckpointIndex) -> CheckpointIndex:
+    """What the checkpoint itself consists of."""
+    files = tuple(file for file in index.files if file.name != LEDGER)
+    return msgspec.structs.replace(index, files=files, signature="")
+
+
+def _only_ledger(index: CheckpointIndex) -> CheckpointIndex:
+    """The ledger of a copy."""
+    files = tuple(file for file in index.files if file.name == LEDGER)
+    return msgspec.structs.replace(index, files=files)

@@ -1,0 +1,237 @@
+"""Running a job: :func:`run_job`, and its way through its states, :class:`Preparing`, :class:`Opened` and
+:class:`WorkingJob`.
+
+However a job ends, by success, error or cancellation, its executors get a last directive and its leases are
+given back while the node still lives, within about four seconds; an open round is saved first, as it began.
+What ends a job comes out as one :class:`HyphaError` with its exit code; what its machines did last is left
+beside the ledger then.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from hypha.config.models import SchedulerConfig
+from hypha.errors import HyphaError, JobFailed
+from hypha.journal import JournalEntry, write_entries
+from hypha.net import open_node, options_from
+from hypha.node import Node
+from hypha.runtime import in_thread, is_simulated
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.job.observing import JobObserver
+from hypha.scheduler.job.opening import open_job, take_up
+from hypha.scheduler.job.states import (
+    JobContext,
+    JobFiles,
+    JobResult,
+    Observation,
+    Observer,
+    Opened,
+    Outcome,
+    Preparing,
+)
+from hypha.scheduler.job.working import WorkingJob
+from hypha.scheduler.rounds.events import GenerationBegan, Record
+from hypha.scheduler.status.recording import recording
+from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.telemetry.logs import logged
+from hypha.telemetry.resources import watch_disks
+
+logger = logging.getLogger(__name__)
+
+#: how long the node outlives a cancellation, for the last directives to workers
+_SHELTER_S = 3.8
+#: SIGTERM to exit is promised within 5 s; this is our part
+_SAVE_S = 1.8
+_FAREWELL_S = 0.8
+_RELEASE_S = 0.8
+
+
+async def run_job(
+    config: SchedulerConfig,
+    observation: Observation | None = None,
+    *,
+    fresh: bool = False,
+    open_: Callable[[], AbstractAsyncContextManager[Node]] | None = None,
+    task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
+) -> JobResult:
+    """Run the job of ``config`` to its end, observed by ``observation``. ``task_status`` gets the node as
+    soon as it listens; ``open_`` opens another node than one over libp2p. An unfinished job of the same name
+    and description is resumed, unless ``fresh``. Raises a :class:`HyphaError` whose ``exit_code`` tells what
+    went wrong.
+    """
+    job, observation = config.scheduler.job, observation or Observation()
+    files = await JobFiles.checked(job)
+    opened = open_ or partial(open_node, options_from(config, "hypha-scheduler"))
+    outcome: Outcome = None
+    journal, present = observation.journal, _Present()
+    journal.listeners.append(present.listen)
+    with (
+        StateDirectory(config.state_dir, job.name) as state,
+        logged(job_id=present.job_id, round=present.round),
+    ):
+        async with recording(config, journal) as feeding, _farewell() as (work, shelter):
+            observe = _all(observation.observe, None if feeding is None else feeding.see)
+            with shelter:
+                async with opened() as node, _watched(config.state_dir):
+                    task_status.started(node)
+                    # raised only outside the nurseries, or it would arrive in an exception group
+                    try:
+                        with work:
+                            context = JobContext.create(job, node, state, files, observation)
+                            outcome = await RunningJob(context, observe).run(fresh)
+                    except HyphaError as exc:
+                        outcome = exc
+    await trio.lowlevel.checkpoint_if_cancelled()
+    if isinstance(outcome, JobResult):
+        return outcome
+    raise outcome or JobFailed("the job ended without a result")
+
+
+def _watched(state_dir: Path) -> AbstractAsyncContextManager[None]:
+    """The free space of the state directory is shown meanwhile."""
+    return nullcontext() if is_simulated() else watch_disks({"state_dir": [state_dir]})
+
+
+class _Present:
+    """Which job it is and which round is open, for log entries: as the round machine decides."""
+
+    def __init__(self) -> None:
+        self._job_id: str | None = None
+        self._round: int | None = None
+
+    def job_id(self) -> str | None:
+        """``None`` before it is known."""
+        return self._job_id
+
+    def round(self) -> int | None:
+        """Counted from 0."""
+        return self._round
+
+    def listen(self, entry: JournalEntry) -> None:
+        """One entry of the journal."""
+        if isinstance(entry.event, GenerationBegan):
+            self._job_id, self._round = entry.event.start.job_id, entry.event.start.round
+        for action in entry.actions:
+            if isinstance(action, Record) and action.tracker is not None:
+                self._round = action.entry.round + 1
+
+
+def _all(*observers: Observer | None) -> Observer | None:
+    """One that calls all there are."""
+    found = [one for one in observers if one is not None]
+
+    def observe(snapshot: JobSnapshot) -> None:
+        for one in found:
+            one(snapshot)
+
+    return observe if found else None
+
+
+@asynccontextmanager
+async def _farewell() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]]:
+    """Two scopes: when this is cancelled, the first is too, and the second, shielded, only a little later:
+    the node has to live until workers have their last directive.
+    """
+    work, shelter = trio.CancelScope(), trio.CancelScope(shield=True)
+
+    async def pass_on() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            work.cancel()
+            shelter.deadline = trio.current_time() + _SHELTER_S
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pass_on)
+        yield work, shelter
+        nursery.cancel_scope.cancel()
+
+
+class RunningJob:
+    """One run of a job; :meth:`run` once."""
+
+    def __init__(self, context: JobContext, observe: Observer | None) -> None:
+        self._context = context
+        self._stage: Preparing | Opened | WorkingJob = Preparing("starting")
+        self._outcome: Outcome = None
+        self._observer = JobObserver(context, observe, lambda: self._stage, lambda: self._outcome)
+        self._scope = trio.CancelScope()
+
+    async def run(self, fresh: bool) -> JobResult:
+        """To the end; raises what ended it."""
+        with self._observer.shown():
+            return await self._run(fresh)
+
+    async def _run(self, fresh: bool) -> JobResult:
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._observer.run)
+                    self._stage = opened = await open_job(self._context, fresh, nursery, self._enter)
+                    await take_up(self._context, opened, fresh)
+                    self._observer.resume()
+                    self._stage = working = WorkingJob(self._context, opened, nursery, self._end)
+                    await working.run()
+        except* HyphaError as group:
+            self._outcome = _first(group)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._leave()
+            self._observer.close()
+        if isinstance(self._outcome, JobResult):
+            return self._outcome
+        raise self._outcome or JobFailed("the job ended without a result")
+
+    def _enter(self, stage: Preparing) -> None:
+        self._stage = stage
+
+    def _end(self, outcome: JobResult | HyphaError) -> None:
+        self._outcome = self._outcome or outcome
+        self._scope.cancel()
+
+    async def _leave(self) -> None:
+        """Whatever was reached: the open round is saved, executors are finished, leases and the ledger
+        closed.
+        """
+        stage, done = self._stage, isinstance(self._outcome, JobResult)
+        if isinstance(stage, Preparing):
+            # what an earlier scheduler left is as it was
+            return
+        if isinstance(stage, WorkingJob):
+            if not done:
+                await stage.save_last(_SAVE_S)
+            await stage.finish("done" if done else "the scheduler stops", _FAREWELL_S)
+        await self._context.pool.close(_RELEASE_S)
+        # on a full disk it would wait; then the next scheduler gives back what is over
+        with trio.move_on_after(_RELEASE_S):
+            await stage.ledger.run(Ledger.lease_ended)
+        stage.ledger.close()
+        # an error of ours, or one that nobody foresaw; not a cancellation
+        if isinstance(self._outcome, HyphaError) or isinstance(sys.exception(), Exception):
+            await self._leave_journal()
+
+    async def _leave_journal(self) -> None:
+        """What the machines did last, for whoever wants to know why the job failed."""
+        path = self._context.state.path / "journal.jsonl"
+        entries = tuple(self._context.journal.entries)
+        try:
+            await in_thread(write_entries, path, self._observer.snapshot(), entries)
+        except OSError as exc:
+            logger.warning("The journal of the failed job is not kept in %s: %s", path, exc)
+        else:
+            logger.info("What the scheduler decided last is in %s", path)
+
+
+def _first(group: BaseExceptionGroup[HyphaError]) -> HyphaError:
+    for exc in group.exceptions:
+        return _first(exc) if isinstance(exc, BaseExceptionGroup) else exc
+    raise JobFailed("an empty group of errors")
