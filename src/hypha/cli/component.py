@@ -19,12 +19,12 @@ from hypha.cli.excluding import excluded_for
 from hypha.cli.options import (
     DEFAULT_CONFIG,
     CertOption,
+    CommonOptions,
     ConfigOption,
     CrlsOption,
     InitOptions,
     KeyOption,
     LogOptions,
-    NodeOptions,
     SetOption,
     TrustOption,
 )
@@ -187,7 +187,7 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
         raise
 
 
-def load_to_run(program: Program, node: NodeOptions, logs: LogOptions, *own: tuple[str, str, Any]) -> Any:
+def load_to_run(program: Program, node: CommonOptions, logs: LogOptions, *own: tuple[str, str, Any]) -> Any:
     """As :func:`load`, with what was given to ``run``: the options of all components, and ``own`` ones as
     :func:`flags` takes them.
     """

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import InitOptions, LogOptions, NodeOptions, with_options
+from hypha.cli.options import CommonOptions, InitOptions, LogOptions, with_options
 from hypha.cli.running import run_program
 from hypha.errors import ConfigError, Problem
 
@@ -47,7 +47,7 @@ def init(
 @app.command()
 @with_options()
 def run(
-    node: NodeOptions,
+    node: CommonOptions,
     *,
     dataset_path: DatasetPathOption = None,
     logs: LogOptions,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import InitOptions, LogOptions, NodeOptions, with_options
+from hypha.cli.options import CommonOptions, InitOptions, LogOptions, with_options
 from hypha.cli.running import run_program
 
 PROGRAM = common.Program("gateway", "The entry point of a Hypha network; relays for nodes behind NAT.")
@@ -34,7 +34,7 @@ def init(
 @app.command()
 @with_options("listen", "external", "gateway")
 def run(
-    node: NodeOptions,
+    node: CommonOptions,
     logs: LogOptions,
     max_circuits: Annotated[int | None, typer.Option(help="Relayed connections at once.")] = None,
 ) -> None:

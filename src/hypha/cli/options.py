@@ -85,7 +85,7 @@ class InitOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeOptions:
+class CommonOptions:
     """The configuration with which ``run`` starts a node, and what it overrides of its network."""
 
     config: ConfigOption = None

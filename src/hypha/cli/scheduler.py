@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import InitOptions, LogOptions, NodeOptions, with_options
+from hypha.cli.options import CommonOptions, InitOptions, LogOptions, with_options
 from hypha.cli.running import run_program
 from hypha.config.tasks import task_of, unknown_task
 from hypha.decoding import decode
@@ -110,7 +110,7 @@ def _place(text: str) -> str | Path:
 @app.command()
 @with_options()
 def run(
-    node: NodeOptions,
+    node: CommonOptions,
     *,
     state_dir: StateDirOption = None,
     save_to: SaveToOption = None,

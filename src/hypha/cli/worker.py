@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import ConfigOption, InitOptions, LogOptions, NodeOptions, with_options
+from hypha.cli.options import CommonOptions, ConfigOption, InitOptions, LogOptions, with_options
 from hypha.cli.running import run_program
 from hypha.errors import HyphaError
 
@@ -89,7 +89,7 @@ def init(
 @app.command()
 @with_options()
 def run(
-    node: NodeOptions,
+    node: CommonOptions,
     *,
     work_dir: WorkDirOption = None,
     logs: LogOptions,
