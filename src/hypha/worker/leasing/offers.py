@@ -409,7 +409,8 @@ async def _attempt_delivery(node: Node, lease_service: LeaseService, action: Sen
             await node.request(peer, offer, timeout_s=lease_ends - trio.current_time())
         except Refused as exc:
             reason = str(exc)
-            if exc.retryable:
+            # an offer lasts for a moment: only a place at the scheduler comes within it
+            if exc.code == "busy":
                 await trio.sleep(BUSY_PAUSE_S)
                 continue
             break
