@@ -112,6 +112,7 @@ STREAMS: Mapping[str, Use] = {
     "/hypha/rpc/1": Use(EVERYBODY, "one request; its type says by whom"),
     "/hypha/report/1": Use(WORKER, "progress, to the job's scheduler"),
     "/hypha/bulk/1": Use(_ENDS, "a file that was agreed on, where no socket can be had"),
+    "/hypha/bulk/want/1": Use(_CONSUMERS, "ask for a file there; its kind says of whom"),
     HOP_PROTOCOL: Use(EVERYBODY, "at a gateway: be reachable through it, or reach somebody who is"),
     STOP_PROTOCOL: Use(GATEWAY, "a circuit that arrives"),
     KADEMLIA_PROTOCOL: Use(EVERYBODY, "at a gateway: one query of the directory; its type says by whom"),

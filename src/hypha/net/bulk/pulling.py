@@ -1,0 +1,434 @@
+"""Pulls: whoever wants a file asks for it over a connection of its own, and has it come.
+
+The connection is one that was kept, else one that this node opens to the provider. The answer to what is
+asked over it is the file: one round trip on an open connection. What was cut is asked for again and goes on
+where it was cut. A provider that cannot be dialled, or that is of a version which knows no
+:class:`~hypha.net.bulk.wire.WantFile`, is asked by a request to send the file by whatever way leads here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypha.errors import (
+    NetworkError,
+    PeerUnreachable,
+    Refused,
+    RequestTimeout,
+    TransferCorrupt,
+    TransferFailed,
+)
+from hypha.messages import BulkOffer, PeerRef, PullFile, TransferMeta
+from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.files import DiskFailed, PartFile, WrongHash
+from hypha.net.bulk.inbound import Acceptor, Inbound
+from hypha.net.bulk.kept_connections import KeptConnections
+from hypha.net.bulk.receiving import Receiving
+from hypha.net.bulk.rendezvous import Expected, Rendezvous
+from hypha.net.bulk.roles import require_sender
+from hypha.net.bulk.sending import BUSY_FOR_S, BUSY_PAUSE_S, MAX_ATTEMPTS, first_word, new_token
+from hypha.net.bulk.signals import note_link, receiving
+from hypha.net.bulk.ways import WAY_LIFE_S, Ways
+from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, FileFound, Frame, Go, Verdict, WantFile
+from hypha.runtime import chance
+from hypha.tracing import traceparent
+
+logger = logging.getLogger(__name__)
+
+
+class Pulling:
+    """Pulls files from other nodes."""
+
+    def __init__(
+        self,
+        links: BulkConnections,
+        rendezvous: Rendezvous,
+        kept: KeptConnections,
+        ways: Ways,
+        receiving: Receiving,
+    ) -> None:
+        self._links = links
+        self._rendezvous = rendezvous
+        self._kept = kept
+        self._ways = ways
+        self._receiving = receiving
+        #: peers of a version that knows no ``WantFile``, and until when they are taken for such
+        self._earlier: dict[str, float] = {}
+
+    async def pull(self, pull: WantedFile, still_s: float | None) -> None:
+        """Have the file come; see ``pull`` for how that ended. Raises Refused and TransferFailed."""
+        if still_s is None:
+            return await self._pull(pull)
+        failure: NetworkError | None = TransferFailed(
+            pull.peer_id, pull.request.name, f"nothing came for {still_s:g} s"
+        )
+
+        async def pull_on() -> None:
+            nonlocal failure
+            try:
+                await self._pull(pull)
+                failure = None
+            except NetworkError as exc:
+                failure = exc
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pull_on)
+            await self._receiving.wait_still(pull.token, still_s)
+            nursery.cancel_scope.cancel()
+        if failure is not None and not pull.over.is_set():
+            raise failure
+
+    async def _pull(self, pull: WantedFile) -> None:
+        """Ask, and ask again where it was cut, until the file is here or will not come."""
+        failures, best = 0, 0
+        busy_s, give_up_at = 0.1, math.inf
+        while not pull.over.is_set():
+            pull.offset = 0
+            try:
+                if not await self._ask(pull):
+                    await self._be_sent(pull)
+                    return
+                # either it is over, or corrupt in a way that another attempt may mend
+                failures, reason = failures + 1, "it arrived with another hash"
+            except Refused as exc:
+                now = trio.current_time()
+                give_up_at = min(give_up_at, now + BUSY_FOR_S)
+                if exc.code != "busy" or now >= give_up_at:
+                    raise
+                # without a place of ours: others are not busy
+                busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
+                await trio.sleep(busy_s * chance().uniform(0.5, 1.0))
+                continue
+            except (ConnectionBroken, PeerUnreachable) as exc:
+                if isinstance(exc, PeerUnreachable) and not pull.agreed:
+                    raise TransferFailed(pull.peer_id, pull.request.name, str(exc)) from exc
+                reason = str(exc)
+                self._kept.drop(pull.peer_id)
+                logger.info(
+                    "Receiving %s was interrupted: %s.", pull.request.name, reason, extra=pull.log_fields
+                )
+                busy_s, give_up_at = 0.1, math.inf
+                failures = 1 if pull.offset > best else failures + 1
+                best = max(best, pull.offset)
+            if failures >= MAX_ATTEMPTS and not pull.over.is_set():
+                raise TransferFailed(pull.peer_id, pull.request.name, reason)
+            if not pull.over.is_set():
+                await trio.sleep(0.2 * 2**failures * chance().uniform(0.5, 1.0))
+
+    async def _ask(self, pull: WantedFile) -> bool:
+        """One attempt over a connection of ours; False when there can be none. Refused, ConnectionBroken."""
+        if self._earlier.get(pull.peer_id, 0.0) > trio.current_time():
+            return False
+        inbound = pull.begin()
+        asked = False
+        with self._receiving.tracked(inbound), inbound.scope:
+            async with self._receiving.places.hold(inbound.moved):
+                asked = await self._ask_in_turn(pull, inbound)
+        if inbound.scope.cancelled_caught:
+            raise TransferFailed(pull.peer_id, pull.request.name, "another transfer has taken its place")
+        return asked
+
+    async def _ask_in_turn(self, pull: WantedFile, inbound: Inbound) -> bool:
+        part: PartFile | None = None
+        known = pull.expect or pull.meta or self._receiving.part_of(pull.destination, pull.request)
+        if known is not None:
+            inbound.meta = known
+            try:
+                part = await self._open_part(pull, inbound)
+            except DiskFailed as exc:
+                pull.failed(exc)
+                return True
+        # from now on it is the provider that owes something
+        inbound.turn.set()
+        met = None
+        try:
+            met = await self._connect(pull, 0 if part is None else part.received)
+        finally:
+            if met is None and part is not None:
+                part.abandon()
+        if met is None:
+            return False
+        link, go, answer = met
+        if isinstance(answer, Verdict):
+            if part is not None:
+                part.abandon()
+            if not self._kept.give(link, speaks=True):
+                await link.close()
+            if answer.outcome == "refused":
+                raise Refused(answer.code, answer.reason, pull.peer_id)
+            raise TransferFailed(pull.peer_id, pull.request.name, answer.reason)
+        await self._take(pull, inbound, part, (link, go, answer))
+        return True
+
+    async def _open_part(self, pull: WantedFile, inbound: Inbound) -> PartFile:
+        """Refused, DiskFailed."""
+        try:
+            await self._receiving.admit(pull.peer_id, inbound.meta, inbound.token, pull)
+        except Refused:
+            pull.raise_if_failed()
+            raise
+        return await self._receiving.open_part(inbound)
+
+    async def _take(
+        self,
+        pull: WantedFile,
+        inbound: Inbound,
+        part: PartFile | None,
+        met: tuple[BulkConnection, Go, FileFound],
+    ) -> None:
+        link, go, found = met
+        known = inbound.meta
+        inbound.meta, inbound.traceparent, inbound.link = found.meta, found.traceparent, link
+        go = msgspec.structs.replace(go, zstd_blocks=found.zstd_blocks)
+        done, pull.agreed = False, True
+        try:
+            require_sender(self._links, pull.peer_id, pull.request.kind)
+            pull.check(found.meta)
+            if part is None:
+                # what lies there may be a part of anything
+                inbound.started_afresh = True
+                part = await self._open_part(pull, inbound)
+            elif known.checked != found.meta.checked:
+                raise ConnectionBroken("it is another file than it was")
+            pull.offset = go.offset
+            with receiving(inbound):
+                note_link(link)
+                verdict = inbound.verdict = await self._receiving.collect(link, inbound, part, go)
+            pull.afresh = inbound.started_afresh
+            done = verdict is not None and verdict.outcome == "ok"
+        except DiskFailed as exc:
+            pull.failed(exc)
+        finally:
+            if part is not None and not done:
+                part.abandon()
+            if not (done and self._kept.give(link, speaks=True)):
+                await link.close()
+
+    # --- ways ---------------------------------------------------------------------------------------
+
+    async def _connect(
+        self, pull: WantedFile, offset: int
+    ) -> tuple[BulkConnection, Go, FileFound | Verdict] | None:
+        """A connection over which the file was asked for, how, and the answer; None when the provider has to
+        be asked in another way.
+        """
+        peer = pull.peer_id
+        link: BulkConnection | None = self._kept.take(peer, self._links.identity, to_want=True)
+        if link is not None:
+            try:
+                return await _say(link, pull, offset)
+            except ConnectionBroken as exc:
+                # it may have cost a while
+                logger.info("A connection that was kept is of no use: %s.", exc, extra=pull.log_fields)
+                self._kept.drop(peer)
+            except BaseException:
+                self._kept.drop(peer)
+                raise
+        # each end has to know the other's roles
+        await self._links.connect(pull.peer)
+        for way in self._ways.to(peer):
+            if way == "dial-back":
+                return None
+            try:
+                with self._ways.trying(peer, way):
+                    if way == "direct":
+                        link = await self._rendezvous.dial(peer, (), None)
+                    else:
+                        link = await self._rendezvous.open_stream(peer, None)
+                    if link.knows_want:
+                        return await _say(link, pull, offset)
+            except ConnectionBroken as exc:
+                logger.debug("No file can be asked for by way of %s: %s", way, exc, extra=pull.log_fields)
+            else:
+                await link.close()
+                self._earlier = {one: at for one, at in self._earlier.items() if at > trio.current_time()}
+                self._earlier[peer] = trio.current_time() + WAY_LIFE_S
+                return None
+        return None
+
+    # --- asking to be sent it -------------------------------------------------------------------------
+
+    async def _be_sent(self, pull: WantedFile) -> None:
+        """Ask by a request to be sent the file, and again until it is here or will not come."""
+        self._receiving.want(pull.token, pull.peer_id, pull)
+        try:
+            await self._follow(pull)
+        finally:
+            await self._receiving.unwant(pull.token)
+        if pull.came_by == "stream":
+            self._ways.worked(pull.peer_id, "stream")
+
+    async def _follow(self, pull: WantedFile) -> None:
+        token, name = pull.token, pull.request.name
+        request = msgspec.structs.replace(pull.request, token=token)
+        failures, busy_s, give_up_at = 0, 0.1, math.inf
+        heard = (0, 0)
+        pause_s = 0.5
+        while not pull.over.is_set():
+            try:
+                offer = await self._links.request(pull.peer, request)
+                require_sender(self._links, pull.peer_id, request.kind)
+                if not isinstance(offer, BulkOffer):
+                    raise Refused(
+                        "malformed", f"it answered a pull with {type(offer).__name__}", pull.peer_id
+                    )
+                pull.check(offer.meta)
+                failures = 0
+            except Refused as exc:
+                if pull.over.is_set():
+                    return
+                give_up_at = min(give_up_at, trio.current_time() + BUSY_FOR_S)
+                if exc.code == "busy" and trio.current_time() < give_up_at:
+                    busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
+                    await trio.sleep(busy_s * chance().uniform(0.5, 1.0))
+                    continue
+                if exc.code == "unreachable":
+                    raise TransferFailed(pull.peer_id, name, exc.reason) from exc
+                raise
+            except (PeerUnreachable, RequestTimeout) as exc:
+                if self._receiving.heard(token) == heard:
+                    # one that is silent in both ways has had its time
+                    failures += 1 if isinstance(exc, PeerUnreachable) else 2
+                pause_s = 0.5
+                # before anything was agreed there is nothing to wait for
+                if (failures > 1 or pull.meta is None) and not pull.over.is_set():
+                    raise TransferFailed(pull.peer_id, name, str(exc)) from exc
+            coming = True
+            while coming and not pull.over.is_set():
+                heard = self._receiving.heard(token)
+                with trio.move_on_after(pause_s):
+                    await pull.over.wait()
+                pause_s = min(2 * pause_s, 4.0)
+                # a connection on which nothing moves may be one whose other end has vanished
+                moves = self._receiving.heard(token) != heard
+                coming = moves and self._receiving.is_coming(token)
+
+
+class WantedFile(Acceptor):
+    """One pull: what it is willing to take, and how it ended."""
+
+    def __init__(
+        self,
+        peer: PeerRef | str,
+        request: PullFile,
+        destination: Path,
+        expect: TransferMeta | None,
+        max_bytes: int,
+    ) -> None:
+        super().__init__(self._gate, self._arrived, max_bytes)
+        self.peer = peer
+        self.peer_id = peer.peer if isinstance(peer, PeerRef) else peer
+        self.token = new_token()
+        self.request = request
+        self.destination = destination
+        self.expect = expect
+        self.over = trio.Event()
+        self.error: NetworkError | None = None
+        #: what the provider said of the file
+        self.meta: TransferMeta | None = None
+        #: the provider has answered with the file
+        self.agreed = False
+        #: what lay here was a part of something else
+        self.afresh = False
+        #: what was here already when the last attempt began
+        self.offset = 0
+        #: by which way it came
+        self.came_by = ""
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """Of whom, for the log."""
+        return {"peer_id": self.peer_id}
+
+    def begin(self) -> Inbound:
+        """An attempt over a connection of ours, for which nothing need be offered."""
+        meta = self.expect or TransferMeta(kind=self.request.kind, name=self.request.name, size=0)
+        expected = Expected(self.peer_id)
+        expected.close()
+        return Inbound(
+            token=self.token,
+            caller=self.peer_id,
+            meta=meta,
+            acceptor=self,
+            destination=self.destination,
+            expected=expected,
+            offered_at=trio.current_time(),
+            started_afresh=self.afresh,
+            pulled=True,
+        )
+
+    def result(self) -> TransferMeta:
+        """What the provider said of the file, which is here; else raises why it is not."""
+        self.raise_if_failed()
+        if self.meta is None:
+            raise TransferFailed(self.peer_id, self.request.name, "it ended without a result")
+        return self.meta
+
+    def raise_if_failed(self) -> None:
+        """Raise why it will not come, where that is certain."""
+        if self.error is not None:
+            raise self.error
+
+    def check(self, meta: TransferMeta) -> None:
+        """Refused or TransferCorrupt when that is not what was asked for."""
+        name = self.request.name
+        if meta.size > self.limit:
+            raise Refused(
+                "too-large", f"{name} has {meta.size} bytes, over the limit of {self.limit}", self.peer_id
+            )
+        expect = self.expect
+        if meta.kind != self.request.kind:
+            # the kind decides how what arrives is checked and kept
+            raise TransferCorrupt(self.peer_id, name, f"it offers a file of the kind {meta.kind!r}")
+        if expect is not None and (meta.size, meta.blake3) != (expect.size, expect.blake3):
+            raise TransferCorrupt(self.peer_id, name, "it offers other content than was promised")
+        self.meta = meta
+
+    def came_over(self, link: BulkConnection) -> None:
+        self.came_by = link.way
+
+    def failed(self, reason: Refused | WrongHash | DiskFailed) -> None:
+        if isinstance(reason, WrongHash):
+            self._end(TransferCorrupt(self.peer_id, self.request.name, str(reason)))
+        else:
+            self._end(TransferFailed(self.peer_id, self.request.name, str(reason)))
+
+    async def _gate(self, caller: str, meta: TransferMeta) -> Path:
+        try:
+            self.check(meta)
+        except NetworkError as exc:
+            self._end(exc)
+            raise Refused("invalid", "that is not what was asked for") from exc
+        return self.destination
+
+    async def _arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
+        self._end(None)
+
+    def _end(self, error: NetworkError | None) -> None:
+        if not self.over.is_set():
+            self.error = error
+            self.over.set()
+
+
+async def _say(
+    link: BulkConnection, pull: WantedFile, offset: int
+) -> tuple[BulkConnection, Go, FileFound | Verdict]:
+    """Ask for the file over ``link``, which is closed when that fails."""
+    go = link.new_go(offset, zstd_blocks=True)
+    # a token of its own: what an attempt that was cut began is another one there
+    want = WantFile(msgspec.structs.replace(pull.request, token=new_token()), go, traceparent())
+    answer: Frame | None = None
+    try:
+        answer = await first_word(link, lambda: link.ask(want))
+        if not isinstance(answer, FileFound | Verdict):
+            raise ConnectionBroken(f"the peer said {type(answer).__name__} where an answer was due")
+        return link, go, answer
+    finally:
+        if not isinstance(answer, FileFound | Verdict):
+            await link.close()
