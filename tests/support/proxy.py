@@ -1,5 +1,5 @@
-"""A TCP proxy on loopback that can stop passing bytes on without closing anything, which is a silent partition,
-or pass them on later, as a long way does.
+"""A TCP proxy on loopback that can stop passing bytes on without closing anything, which is a silent
+partition, or pass them on later, as a long way does.
 """
 
 from __future__ import annotations

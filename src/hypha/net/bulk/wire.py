@@ -2,9 +2,9 @@
 
 A file that is offered: the dialler sends :class:`Hello`, the receiver :class:`Go` (preceded by any number of
 :class:`Working` while it is busy), the sender the bytes from that offset on, and the receiver ends with a
-:class:`Verdict`, at any time. A file that is asked for: the dialler sends :class:`WantFile`, which includes its
-``Go``, and the sender answers with :class:`FileFound` (or a ``Verdict``) and the bytes. After an ``ok`` a socket
-may be kept; the next frame on it is another ``WantFile`` of whoever asked, or the sender's
+:class:`Verdict`, at any time. A file that is asked for: the dialler sends :class:`WantFile`, which includes
+its ``Go``, and the sender answers with :class:`FileFound` (or a ``Verdict``) and the bytes. After an ``ok`` a
+socket may be kept; the next frame on it is another ``WantFile`` of whoever asked, or the sender's
 :class:`~hypha.messages.BulkOffer` of another file, answered by ``Go`` or ``Verdict`` as above.
 
 A frame is its length (4 bytes, big-endian) and a MessagePack struct. On a stream the file's bytes follow as
