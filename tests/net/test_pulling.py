@@ -223,7 +223,7 @@ async def test_too_many_are_told_that_it_is_busy(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving, "MAX_SERVED_PER_PEER", 0)
-    monkeypatch.setattr("hypha.net.bulk.pulling.BUSY_FOR_S", 0.3)
+    monkeypatch.setattr("hypha.net.bulk.retries.BUSY_FOR_S", 0.3)
     async with behind_proxy(network) as (worker, data, _):
         slice_ = await provided(data, tmp_path)
         with pytest.raises(Refused, match="too many files") as refused:

@@ -9,7 +9,6 @@ where it was cut. A provider that cannot be dialled, or that is of a version whi
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 
 import msgspec
@@ -30,12 +29,12 @@ from hypha.net.bulk.inbound import Acceptor, Inbound
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.receiving import Receiving
 from hypha.net.bulk.rendezvous import Expected, Rendezvous
+from hypha.net.bulk.retries import Retries
 from hypha.net.bulk.roles import require_sender
-from hypha.net.bulk.sending import BUSY_FOR_S, BUSY_PAUSE_S, MAX_ATTEMPTS, first_word, new_token
+from hypha.net.bulk.sending import first_word, new_token
 from hypha.net.bulk.signals import note_link, receiving
 from hypha.net.bulk.ways import WAY_LIFE_S, Ways
 from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, FileFound, Frame, Go, Verdict, WantFile
-from hypha.runtime import chance
 from hypha.tracing import traceparent
 
 logger = logging.getLogger(__name__)
@@ -86,40 +85,29 @@ class Pulling:
 
     async def _pull(self, pull: WantedFile) -> None:
         """Ask, and ask again where it was cut, until the file is here or will not come."""
-        failures, best = 0, 0
-        busy_s, give_up_at = 0.1, math.inf
-        while not pull.over.is_set():
+        retries = Retries()
+        while True:
             pull.offset = 0
             try:
                 if not await self._ask(pull):
-                    await self._be_sent(pull)
+                    return await self._be_sent(pull)
+                if pull.over.is_set():
                     return
-                # either it is over, or corrupt in a way that another attempt may mend
-                failures, reason = failures + 1, "it arrived with another hash"
+                reason = "it arrived with another hash"
             except Refused as exc:
-                now = trio.current_time()
-                give_up_at = min(give_up_at, now + BUSY_FOR_S)
-                if exc.code != "busy" or now >= give_up_at:
-                    raise
                 # without a place of ours: others are not busy
-                busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
-                await trio.sleep(busy_s * chance().uniform(0.5, 1.0))
+                await trio.sleep(retries.refused(exc, trio.current_time()))
                 continue
             except (ConnectionBroken, PeerUnreachable) as exc:
-                if isinstance(exc, PeerUnreachable) and not pull.agreed:
-                    raise TransferFailed(pull.peer_id, pull.request.name, str(exc)) from exc
                 reason = str(exc)
+                if isinstance(exc, PeerUnreachable) and not pull.agreed:
+                    raise TransferFailed(pull.peer_id, pull.request.name, reason) from exc
                 self._kept.drop(pull.peer_id)
                 logger.info(
                     "Receiving %s was interrupted: %s.", pull.request.name, reason, extra=pull.log_fields
                 )
-                busy_s, give_up_at = 0.1, math.inf
-                failures = 1 if pull.offset > best else failures + 1
-                best = max(best, pull.offset)
-            if failures >= MAX_ATTEMPTS and not pull.over.is_set():
-                raise TransferFailed(pull.peer_id, pull.request.name, reason)
-            if not pull.over.is_set():
-                await trio.sleep(0.2 * 2**failures * chance().uniform(0.5, 1.0))
+            failure = TransferFailed(pull.peer_id, pull.request.name, reason)
+            await trio.sleep(retries.broke(failure, trio.current_time(), pull.offset))
 
     async def _ask(self, pull: WantedFile) -> bool:
         """One attempt over a connection of ours; False when there can be none. Refused, ConnectionBroken."""
@@ -267,7 +255,7 @@ class Pulling:
     async def _follow(self, pull: WantedFile) -> None:
         token, name = pull.token, pull.request.name
         request = msgspec.structs.replace(pull.request, token=token)
-        failures, busy_s, give_up_at = 0, 0.1, math.inf
+        failures, retries = 0, Retries()
         heard = (0, 0)
         pause_s = 0.5
         while not pull.over.is_set():
@@ -283,14 +271,10 @@ class Pulling:
             except Refused as exc:
                 if pull.over.is_set():
                     return
-                give_up_at = min(give_up_at, trio.current_time() + BUSY_FOR_S)
-                if exc.code == "busy" and trio.current_time() < give_up_at:
-                    busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
-                    await trio.sleep(busy_s * chance().uniform(0.5, 1.0))
-                    continue
                 if exc.code == "unreachable":
                     raise TransferFailed(pull.peer_id, name, exc.reason) from exc
-                raise
+                await trio.sleep(retries.refused(exc, trio.current_time()))
+                continue
             except (PeerUnreachable, RequestTimeout) as exc:
                 if self._receiving.heard(token) == heard:
                     # one that is silent in both ways has had its time

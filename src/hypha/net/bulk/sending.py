@@ -9,8 +9,6 @@ first come first served, and one that needs another attempt queues anew.
 from __future__ import annotations
 
 import logging
-import math
-import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
@@ -35,6 +33,7 @@ from hypha.net.bulk.connection import BulkConnection
 from hypha.net.bulk.files import FileChanged, SourceFile
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.rendezvous import Expected, Rendezvous
+from hypha.net.bulk.retries import Retries
 from hypha.net.bulk.roles import require_receiver
 from hypha.net.bulk.signals import note_link, sending
 from hypha.net.bulk.slots import TransferSlots
@@ -45,12 +44,6 @@ from hypha.tracing import traceparent
 
 logger = logging.getLogger(__name__)
 
-#: Attempts without progress before a transfer fails.
-MAX_ATTEMPTS = 3
-#: A peer that is busy is asked again for so long, and after pauses no longer than that: it may be a parameter
-#: server that is being restored, and whoever comes late to it is left out of its first round.
-BUSY_FOR_S = 40.0
-BUSY_PAUSE_S = 1.0
 DIAL_BACK_TIMEOUT_S = 15.0
 #: From the greeting to the receiver's first word.
 FIRST_WORD_S = 10.0
@@ -85,12 +78,20 @@ class Sending:
     # --- sending ------------------------------------------------------------------------------------
 
     async def send(
-        self, peer: PeerRef | str, path: Path, meta: TransferMeta, token: str, pulled: bool = False
+        self,
+        peer: PeerRef | str,
+        path: Path,
+        meta: TransferMeta,
+        token: str,
+        patience_s: float = 0.0,
+        pulled: bool = False,
     ) -> None:
         """As ``BulkTransfers.send``; ``pulled``: the peer has asked for it."""
         peer_id = peer.peer if isinstance(peer, PeerRef) else peer
         with sending(peer_id, meta), self.counted():
-            await self._send(peer, SendAttempt(peer_id, path, meta, token, pulled=pulled))
+            await self._send(
+                peer, SendAttempt(peer_id, path, meta, token, pulled=pulled), Retries(patience_s)
+            )
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -101,45 +102,34 @@ class Sending:
         finally:
             self.under_way -= 1
 
-    async def _send(self, peer: PeerRef | str, wanted: SendAttempt) -> None:
+    async def _send(self, peer: PeerRef | str, wanted: SendAttempt, retries: Retries) -> None:
         peer_id, meta = wanted.peer_id, wanted.meta
-        failures, best, reason = 0, 0, ""
-        busy_s, give_up_at = 0.1, math.inf
-        while failures < MAX_ATTEMPTS:
-            if failures:
-                await trio.sleep(0.2 * 2**failures * random.uniform(0.5, 1.0))
+        while True:
             attempt = replace(wanted, packing=self.packing_for(peer_id, meta))
             try:
                 async with self.places.hold(attempt.moved):
                     verdict = await self._attempt(peer, attempt)
+                if verdict.outcome == "ok":
+                    return
+                if verdict.outcome == "refused":
+                    raise Refused(verdict.code, verdict.reason, peer_id)
+                if not verdict.again:
+                    raise TransferCorrupt(
+                        peer_id, meta.name, verdict.reason or "it arrived with another hash"
+                    )
+                reason = verdict.reason
             except FileChanged as exc:
                 raise TransferFailed(peer_id, meta.name, str(exc)) from exc
             except Refused as exc:
-                now = trio.current_time()
-                give_up_at = min(give_up_at, now + BUSY_FOR_S)
-                if exc.code != "busy" or now >= give_up_at:
-                    raise
                 # without a place of ours: others are not busy
-                busy_s = min(2.0 * busy_s, BUSY_PAUSE_S)
-                await trio.sleep(busy_s * random.uniform(0.5, 1.0))
+                await trio.sleep(retries.refused(exc, trio.current_time()))
                 continue
             except (ConnectionBroken, PeerUnreachable, RequestTimeout) as exc:
                 reason = str(exc)
                 self._kept.drop(peer_id)
                 logger.info("Sending %s was interrupted: %s.", meta.name, reason, extra={"peer_id": peer_id})
-                busy_s, give_up_at = 0.1, math.inf
-                failures = 1 if attempt.offset > best else failures + 1
-                best = max(best, attempt.offset)
-                continue
-            if verdict.outcome == "ok":
-                return
-            if verdict.outcome == "refused":
-                raise Refused(verdict.code, verdict.reason, peer_id)
-            if not verdict.again:
-                raise TransferCorrupt(peer_id, meta.name, verdict.reason or "it arrived with another hash")
-            failures += 1
-            reason = verdict.reason
-        raise TransferFailed(peer_id, meta.name, reason)
+            failure = TransferFailed(peer_id, meta.name, reason)
+            await trio.sleep(retries.broke(failure, trio.current_time(), attempt.offset))
 
     async def _attempt(self, peer: PeerRef | str, attempt: SendAttempt) -> Verdict:
         require_receiver(self._links, attempt.peer_id, attempt.meta.kind, met=False)

@@ -118,18 +118,21 @@ class BulkTransfers:
         """End connections with peers whose certificates are not trusted any more."""
         await self._rendezvous.cut_untrusted()
 
-    async def send(self, peer: PeerRef | str, path: Path, meta: TransferMeta) -> None:
+    async def send(
+        self, peer: PeerRef | str, path: Path, meta: TransferMeta, patience_s: float = 0.0
+    ) -> None:
         """Send a file; returns when the receiver has verified and acknowledged it.
 
-        Goes on by itself where a connection was cut, a few times. Raises Refused, TransferFailed, and
-        TransferCorrupt when the file is not (any more) what ``meta`` says.
+        Goes on by itself where a connection was cut, a few times, and for ``patience_s`` where the receiver
+        cannot be reached. Raises Refused, TransferFailed, and TransferCorrupt when the file is not (any more)
+        what ``meta`` says.
         """
         token = new_token()
         peer_id = _id_of(peer)
         if peer_id == self._links.identity.peer_id:
             await self._receiving.take_local(path, meta, token)
         else:
-            await self._sending.send(peer, path, meta, token)
+            await self._sending.send(peer, path, meta, token, patience_s)
 
     async def pull(
         self,
