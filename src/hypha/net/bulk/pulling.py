@@ -9,7 +9,6 @@ where it was cut. A provider that cannot be dialled, or that is of a version whi
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import msgspec
 import trio
@@ -19,20 +18,20 @@ from hypha.errors import (
     PeerUnreachable,
     Refused,
     RequestTimeout,
-    TransferCorrupt,
     TransferFailed,
 )
-from hypha.messages import BulkOffer, PeerRef, PullFile, TransferMeta
+from hypha.messages import BulkOffer
 from hypha.net.bulk.connection import BulkConnection
-from hypha.net.bulk.files import DiskFailed, PartFile, WrongHash
-from hypha.net.bulk.inbound import Acceptor, Inbound
+from hypha.net.bulk.files import DiskFailed, PartFile
+from hypha.net.bulk.inbound import Inbound
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.receiving import Receiving
-from hypha.net.bulk.rendezvous import Expected, Rendezvous
+from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.retries import Retries
 from hypha.net.bulk.roles import require_sender
 from hypha.net.bulk.sending import first_word, new_token
 from hypha.net.bulk.signals import note_link, receiving
+from hypha.net.bulk.wanted_file import WantedFile
 from hypha.net.bulk.ways import WAY_LIFE_S, Ways
 from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, FileFound, Frame, Go, Verdict, WantFile
 from hypha.tracing import traceparent
@@ -124,7 +123,7 @@ class Pulling:
 
     async def _ask_in_turn(self, pull: WantedFile, inbound: Inbound) -> bool:
         part: PartFile | None = None
-        known = pull.expect or pull.meta or self._receiving.part_of(pull.destination, pull.request)
+        known = pull.expect or pull.meta or self._receiving.collecting.part_of(pull.destination, pull.request)
         if known is not None:
             inbound.meta = known
             try:
@@ -161,7 +160,7 @@ class Pulling:
         except Refused:
             pull.raise_if_failed()
             raise
-        return await self._receiving.open_part(inbound)
+        return await self._receiving.collecting.open_part(inbound)
 
     async def _take(
         self,
@@ -187,7 +186,7 @@ class Pulling:
             pull.offset = go.offset
             with receiving(inbound):
                 note_link(link)
-                verdict = inbound.verdict = await self._receiving.collect(link, inbound, part, go)
+                verdict = inbound.verdict = await self._receiving.collecting.collect(link, inbound, part, go)
             pull.afresh = inbound.started_afresh
             done = verdict is not None and verdict.outcome == "ok"
         except DiskFailed as exc:
@@ -292,112 +291,6 @@ class Pulling:
                 # a connection on which nothing moves may be one whose other end has vanished
                 moves = self._receiving.heard(token) != heard
                 coming = moves and self._receiving.is_coming(token)
-
-
-class WantedFile(Acceptor):
-    """One pull: what it is willing to take, and how it ended."""
-
-    def __init__(
-        self,
-        peer: PeerRef | str,
-        request: PullFile,
-        destination: Path,
-        expect: TransferMeta | None,
-        max_bytes: int,
-    ) -> None:
-        super().__init__(self._gate, self._arrived, max_bytes)
-        self.peer = peer
-        self.peer_id = peer.peer if isinstance(peer, PeerRef) else peer
-        self.token = new_token()
-        self.request = request
-        self.destination = destination
-        self.expect = expect
-        self.over = trio.Event()
-        self.error: NetworkError | None = None
-        #: what the provider said of the file
-        self.meta: TransferMeta | None = None
-        #: the provider has answered with the file
-        self.agreed = False
-        #: what lay here was a part of something else
-        self.afresh = False
-        #: what was here already when the last attempt began
-        self.offset = 0
-        #: by which way it came
-        self.came_by = ""
-
-    @property
-    def log_fields(self) -> dict[str, str]:
-        """Of whom, for the log."""
-        return {"peer_id": self.peer_id}
-
-    def begin(self) -> Inbound:
-        """An attempt over a connection of ours, for which nothing need be offered."""
-        meta = self.expect or TransferMeta(kind=self.request.kind, name=self.request.name, size=0)
-        expected = Expected(self.peer_id)
-        expected.close()
-        return Inbound(
-            token=self.token,
-            caller=self.peer_id,
-            meta=meta,
-            acceptor=self,
-            destination=self.destination,
-            expected=expected,
-            offered_at=trio.current_time(),
-            started_afresh=self.afresh,
-            pulled=True,
-        )
-
-    def result(self) -> TransferMeta:
-        """What the provider said of the file, which is here; else raises why it is not."""
-        self.raise_if_failed()
-        if self.meta is None:
-            raise TransferFailed(self.peer_id, self.request.name, "it ended without a result")
-        return self.meta
-
-    def raise_if_failed(self) -> None:
-        """Raise why it will not come, where that is certain."""
-        if self.error is not None:
-            raise self.error
-
-    def check(self, meta: TransferMeta) -> None:
-        """Refused or TransferCorrupt when that is not what was asked for."""
-        name = self.request.name
-        if meta.size > self.limit:
-            raise Refused(
-                "too-large", f"{name} has {meta.size} bytes, over the limit of {self.limit}", self.peer_id
-            )
-        expect = self.expect
-        if meta.kind != self.request.kind:
-            # the kind decides how what arrives is checked and kept
-            raise TransferCorrupt(self.peer_id, name, f"it offers a file of the kind {meta.kind!r}")
-        if expect is not None and (meta.size, meta.blake3) != (expect.size, expect.blake3):
-            raise TransferCorrupt(self.peer_id, name, "it offers other content than was promised")
-        self.meta = meta
-
-    def came_over(self, link: BulkConnection) -> None:
-        self.came_by = link.way
-
-    def failed(self, reason: Refused | WrongHash | DiskFailed) -> None:
-        if isinstance(reason, WrongHash):
-            self._end(TransferCorrupt(self.peer_id, self.request.name, str(reason)))
-        else:
-            self._end(TransferFailed(self.peer_id, self.request.name, str(reason)))
-
-    async def _gate(self, caller: str, meta: TransferMeta) -> Path:
-        try:
-            self.check(meta)
-        except NetworkError as exc:
-            self._end(exc)
-            raise Refused("invalid", "that is not what was asked for") from exc
-        return self.destination
-
-    async def _arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
-        self._end(None)
-
-    def _end(self, error: NetworkError | None) -> None:
-        if not self.over.is_set():
-            self.error = error
-            self.over.set()
 
 
 async def _say(

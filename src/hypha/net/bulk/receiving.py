@@ -2,8 +2,7 @@
 
 An offer is admitted by the gate of whoever accepts such files (or by the pull that asked for it), waits
 for one of few places, is received, verified, handed to ``arrived``, and only then acknowledged. A sender
-whose turn has not come is told to ask again, so nothing but a token waits. What is cut stays in the
-``.part`` file for the next attempt; what is corrupt or refused is deleted.
+whose turn has not come is told to ask again, so nothing but a token waits.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from pathlib import Path
 import trio
 
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
-from hypha.messages import Acknowledged, BulkAnswer, BulkDial, BulkOffer, PullFile, TransferMeta
+from hypha.messages import Acknowledged, BulkAnswer, BulkDial, BulkOffer, TransferMeta
+from hypha.net.bulk.collecting import Collecting
 from hypha.net.bulk.connection import BulkConnection
 from hypha.net.bulk.files import DiskFailed, FileChanged, PartFile, WrongHash, copy_verified, free_bytes
 from hypha.net.bulk.inbound import Acceptor, Inbound
@@ -25,7 +25,7 @@ from hypha.net.bulk.rendezvous import Expected, Rendezvous
 from hypha.net.bulk.roles import require_sender
 from hypha.net.bulk.signals import note_link, receiving
 from hypha.net.bulk.slots import TransferSlots
-from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, Go, Verdict
+from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, Verdict
 from hypha.node import Arrived, Gate
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,6 @@ CONNECT_S = 40.0
 BROKEN_S = 5.0
 #: A pull that has its file lets the acknowledgement go out for this long.
 SETTLE_S = 2.0
-#: Finished transfers remembered, for a sender that did not hear the acknowledgement.
-MAX_REMEMBERED = 512
 #: Larger files need a limit of their own kind.
 DEFAULT_LIMIT_BYTES = 100 << 30
 #: This much of a disk is left to others.
@@ -74,11 +72,9 @@ class Receiving:
         #: offers that a pull of ours asked for, by token: the peer, and who takes it
         self._wanted: dict[str, tuple[str, Acceptor]] = {}
         self._inbound: dict[str, Inbound] = {}
-        self._done: dict[tuple[str, str], int] = {}
         self._held = 0
         self._kept = kept
-        #: what the .part files of this process are parts of
-        self._parts: dict[Path, TransferMeta] = {}
+        self.collecting = Collecting(self._limiter)
         self.nursery: trio.Nursery | None = None
         links.answer(BulkOffer, self._offered)
         links.answer(BulkDial, self._dial)
@@ -182,7 +178,7 @@ class Receiving:
         """The transfer that ``offer`` begins or goes on with; None when it is done already. Refused."""
         if not 16 <= len(offer.token) <= 64:
             raise Refused("malformed", "the token of an offer has 16 to 64 characters")
-        if (caller, offer.token) in self._done:
+        if (caller, offer.token) in self.collecting.done:
             return None
         inbound = self._inbound.get(offer.token)
         if inbound is None:
@@ -212,7 +208,7 @@ class Receiving:
                     await awaited.wait()
             finally:
                 self._held -= 1
-        if (inbound.caller, inbound.token) in self._done:
+        if (inbound.caller, inbound.token) in self.collecting.done:
             return BulkAnswer(offset=inbound.meta.size, addresses=(), done=True)
         if not inbound.turn.is_set() or inbound.ended.is_set() or inbound.settling:
             return BulkAnswer(offset=0, addresses=(), wait_s=ASK_AGAIN_S)
@@ -355,108 +351,13 @@ class Receiving:
         note_link(link)
         part: PartFile | None = None
         try:
-            part = await link.while_working(lambda: self.open_part(inbound))
+            part = await link.while_working(lambda: self.collecting.open_part(inbound))
             go = link.new_go(part.received, inbound.zstd_blocks)
             await link.say(go)
         except DiskFailed as exc:
-            return await self._disk_failed(link, inbound, exc)
+            return await self.collecting.disk_failed(link, inbound, exc)
         except ConnectionBroken:
             if part is not None:
                 part.abandon()
             raise
-        return await self.collect(link, inbound, part, go)
-
-    def part_of(self, destination: Path, request: PullFile) -> TransferMeta | None:
-        """What the part file of ``destination`` is a part of, if this process has begun it for such a
-        ``request``.
-        """
-        meta = self._parts.get(destination)
-        same = meta is not None and (meta.kind, meta.name) == (request.kind, request.name)
-        return meta if same else None
-
-    async def open_part(self, inbound: Inbound) -> PartFile:
-        """The part file of ``inbound``, open where it goes on; the caller has it filled by ``collect``, or
-        abandons it. DiskFailed.
-        """
-        meta, destination = inbound.meta, inbound.destination
-        part = PartFile(destination, meta)
-        known = self._parts.get(destination, meta)
-        fresh = inbound.started_afresh or known.checked != meta.checked
-        if len(self._parts) >= MAX_WAITING:
-            del self._parts[next(iter(self._parts))]
-        self._parts[destination] = meta
-        done = False
-        try:
-            await trio.to_thread.run_sync(part.open, fresh, abandon_on_cancel=True, limiter=self._limiter)
-            done = True
-        except DiskFailed:
-            part.discard()
-            raise
-        finally:
-            if not done:
-                part.abandon()
-        return part
-
-    async def collect(self, link: BulkConnection, inbound: Inbound, part: PartFile, go: Go) -> Verdict | None:
-        """Receive what ``go`` asks for, verify it, hand it over, and tell the other end: the verdict, or None
-        when there is something left to try. ConnectionBroken.
-        """
-        try:
-            await link.collect(part, inbound.meta, go)
-            inbound.settling = True
-            await link.while_working(lambda: trio.to_thread.run_sync(part.finish, limiter=self._limiter))
-        except WrongHash as exc:
-            return await self._corrupt(link, inbound, exc, again=go.offset > 0 and not inbound.started_afresh)
-        except DiskFailed as exc:
-            part.discard()
-            return await self._disk_failed(link, inbound, exc)
-        finally:
-            part.abandon()
-        verdict = await link.while_working(lambda: self._arrived(inbound))
-        self._parts.pop(inbound.destination, None)
-        if verdict.outcome == "ok":
-            inbound.acceptor.came_over(link)
-            self._done[inbound.caller, inbound.token] = inbound.meta.size
-            if len(self._done) > MAX_REMEMBERED:
-                del self._done[next(iter(self._done))]
-        with contextlib.suppress(ConnectionBroken):  # a sender that misses it asks again
-            await link.say(verdict)
-        return verdict
-
-    async def _disk_failed(self, link: BulkConnection, inbound: Inbound, exc: DiskFailed) -> Verdict:
-        logger.error("%s", exc, extra=inbound.log_fields)
-        refusal = Verdict("refused", "no-space" if exc.full else "internal", str(exc))
-        inbound.acceptor.failed(exc)
-        with contextlib.suppress(ConnectionBroken):
-            await link.say(refusal)
-        await link.drain()
-        return refusal
-
-    async def _corrupt(
-        self, link: BulkConnection, inbound: Inbound, exc: WrongHash, again: bool
-    ) -> Verdict | None:
-        # what an earlier process left behind may have been part of something else: once more, from 0
-        inbound.started_afresh = True
-        inbound.settling = False
-        self._parts.pop(inbound.destination, None)
-        logger.warning("What arrived is corrupt and was deleted: %s", exc, extra=inbound.log_fields)
-        if not again:
-            inbound.acceptor.failed(exc)
-        verdict = Verdict("corrupt", reason=str(exc), again=again)
-        with contextlib.suppress(ConnectionBroken):
-            await link.say(verdict)
-        return None if again else verdict
-
-    async def _arrived(self, inbound: Inbound) -> Verdict:
-        try:
-            await inbound.acceptor.arrived(inbound.caller, inbound.meta, inbound.destination)
-        except Refused as exc:
-            refused = exc
-        except Exception:  # the edge of the service: the receiver's own code failed
-            logger.exception("Taking %s failed.", inbound.meta.name, extra=inbound.log_fields)
-            refused = Refused("internal", f"taking {inbound.meta.name} failed there; its log says more")
-        else:
-            return Verdict("ok")
-        inbound.destination.unlink(missing_ok=True)
-        inbound.acceptor.failed(refused)
-        return Verdict("refused", refused.code, refused.reason)
+        return await self.collecting.collect(link, inbound, part, go)

@@ -31,12 +31,13 @@ from hypha.net.bulk.files import (
     strong_hasher,
 )
 from hypha.net.bulk.kept_connections import KeptConnections, SpokenOver
-from hypha.net.bulk.pulling import Pulling, WantedFile
+from hypha.net.bulk.pulling import Pulling
 from hypha.net.bulk.receiving import Receiving
 from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.sending import Sending, new_token
 from hypha.net.bulk.serving import ServingPulls
 from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
+from hypha.net.bulk.wanted_file import WantedFile
 from hypha.net.bulk.ways import Ways
 from hypha.net.bulk.wire import BulkConnections
 from hypha.node import Arrived, Gate, Provider, Served
