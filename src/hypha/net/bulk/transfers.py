@@ -15,7 +15,6 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import trio
@@ -43,7 +42,7 @@ from hypha.net.bulk.wire import BulkConnections
 from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import in_thread
 
-__all__ = ["BulkConnections", "BulkTransfers", "meta_of"]
+__all__ = ["BulkConnections", "BulkTransfers", "meta_of", "with_hashes"]
 
 #: Threads of the bulk plane beyond those of transfers in which bytes move: for transfers in which nothing
 #: does, and handshakes of connections being made.
@@ -189,37 +188,21 @@ def _id_of(peer: PeerRef | str) -> str:
     return peer.peer if isinstance(peer, PeerRef) else peer
 
 
-async def meta_of(
-    path: Path,
-    kind: str,
-    name: str,
-    *,
-    stamp: JobStamp | None = None,
-    samples: int = 0,
-    contributors: tuple[str, ...] = (),
-    encoding: Literal["none", "zstd"] = "none",
-    blake3: str = "",
-    xxh3: str = "",
-) -> TransferMeta:
-    """What to say of a file before sending it; hashed in a thread, unless the hashes that it needs are known.
+async def meta_of(path: Path, kind: str, name: str, stamp: JobStamp | None = None) -> TransferMeta:
+    """What to say of a file before sending it; as :func:`with_hashes`."""
+    return await with_hashes(path, TransferMeta(kind=kind, name=name, size=0, stamp=stamp))
+
+
+async def with_hashes(path: Path, meta: TransferMeta) -> TransferMeta:
+    """``meta`` with the size of the file and the hashes that it needs and lacks, which are made in a thread.
     OSError when it cannot be read.
     """
-    size = (await in_thread(path.stat)).st_size
-    if not blake3 and kind != "update":
+    size, blake3, xxh3 = (await in_thread(path.stat)).st_size, meta.blake3, meta.xxh3
+    if not blake3 and meta.kind != "update":
         size, blake3 = await _hashed(path, strong_hasher())
-    if not xxh3 and kind in QUICK_KINDS:
+    if not xxh3 and meta.kind in QUICK_KINDS:
         size, xxh3 = await _hashed(path, quick_hasher())
-    return TransferMeta(
-        kind=kind,
-        name=name,
-        size=size,
-        blake3=blake3,
-        stamp=stamp,
-        samples=samples,
-        contributors=contributors,
-        encoding=encoding,
-        xxh3=xxh3,
-    )
+    return msgspec.structs.replace(meta, size=size, blake3=blake3, xxh3=xxh3)
 
 
 async def _hashed(path: Path, hasher: StreamHash) -> tuple[int, str]:

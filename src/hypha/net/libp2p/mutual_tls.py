@@ -25,7 +25,13 @@ from libp2p.security.exceptions import HandshakeFailure
 from hypha.errors import IdentityError
 from hypha.naming import learn
 from hypha.net.libp2p.shared_port import TELL_AGAIN_S, level_of, take_place
-from hypha.net.libp2p.tls_connection import INSTANCE_SUFFIX, RECEIVE_BYTES, TlsConnection, close_at_once
+from hypha.net.libp2p.tls_connection import (
+    INSTANCE_SUFFIX,
+    RECEIVE_BYTES,
+    TlsConnection,
+    TlsSession,
+    close_at_once,
+)
 from hypha.net.libp2p.yamux_reader import MAX_INBOUND_STREAMS
 from hypha.net.peers.inbound_budget import InboundBudget
 from hypha.net.peers.over_limit import OverLimit
@@ -164,7 +170,8 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
             if server:
                 await _turn_away(raw, tls, outgoing, Refusal(CERTIFICATE, exc.problems[0].message))
             raise
-        connection = TlsConnection(raw, tls, incoming, outgoing, self.key_pair, certificate, vouched)
+        session = TlsSession(tls, incoming, outgoing)
+        connection = TlsConnection(raw, session, self.key_pair, certificate, vouched)
         connection.budget = self.budget
         connection.max_streams = self._max_streams
         learn(str(connection.get_remote_peer()), connection.name)

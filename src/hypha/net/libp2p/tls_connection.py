@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import ssl
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
@@ -57,6 +58,15 @@ async def close_at_once(raw: IRawConnection) -> None:
     await trio.aclose_forcefully(_Closing(raw))
 
 
+@dataclass(frozen=True)
+class TlsSession:
+    """A TLS session whose handshake is over, and the ciphertext that it reads and writes."""
+
+    tls: ssl.SSLObject
+    incoming: ssl.MemoryBIO
+    outgoing: ssl.MemoryBIO
+
+
 class TlsConnection(ISecureConn):  # type: ignore[misc]
     """An authenticated connection. ``certificate`` is the peer's, DER; ``roles`` and ``name`` are from it,
     ``organization`` is the one that vouches for it. ``instance`` tells which node with that certificate has
@@ -70,14 +80,13 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
     def __init__(
         self,
         raw: IRawConnection,
-        tls: ssl.SSLObject,
-        incoming: ssl.MemoryBIO,
-        outgoing: ssl.MemoryBIO,
+        session: TlsSession,
         key_pair: KeyPair,
         certificate: bytes,
         vouched: Vouched,
     ) -> None:
         self.raw = raw
+        tls = session.tls
         self.is_initiator = not tls.server_side
         self.certificate = certificate
         #: streams that the peer may have open here at once
@@ -95,8 +104,8 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         self.organization = cleaned(vouched.organization)
         self.instance = instance_of(tls) if tls.server_side else None
         self._tls = tls
-        self._incoming = incoming
-        self._outgoing = outgoing
+        self._incoming = session.incoming
+        self._outgoing = session.outgoing
         self._key_pair = key_pair
         self._remote_key = public_key_of(certificate)
         self._remote = ID.from_pubkey(self._remote_key)
