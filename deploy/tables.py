@@ -90,6 +90,11 @@ def streams() -> str:
     return _uses("Protocol", {**access.STREAMS, **access.LIBRARY_STREAMS})
 
 
+def frames() -> str:
+    """All frames that begin a file on a bulk connection, by who may send one."""
+    return _uses("Frame", access.FRAMES)
+
+
 def directory() -> str:
     """All queries of the directory, by who may ask."""
     return _uses("Query", access.DIRECTORY)
@@ -220,6 +225,7 @@ PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
         "requests": requests,
         "topics": topics,
         "streams": streams,
+        "frames": frames,
         "directory": directory,
         "services": services,
         "kinds": kinds,

@@ -103,6 +103,13 @@ TOPICS: Mapping[str, Use] = {
     WORKER_TOPIC: Use(SCHEDULER, "ask for workers"),
 }
 
+#: Frames that begin a file on a connection of the bulk plane, by the roles of whoever sends one.
+FRAMES: Mapping[str, Use] = {
+    "Hello": Use(_ENDS, "a new connection for a file that was agreed on"),
+    "BulkOffer": Use(_ENDS, "send a file over a connection that was kept; its kind says to whom"),
+    "WantFile": Use(_CONSUMERS, "ask for a file; its kind says of whom"),
+}
+
 HOP_PROTOCOL = "/libp2p/circuit/relay/0.2.0/hop"
 STOP_PROTOCOL = "/libp2p/circuit/relay/0.2.0/stop"
 KADEMLIA_PROTOCOL = "/ipfs/kad/1.0.0"
@@ -112,6 +119,7 @@ STREAMS: Mapping[str, Use] = {
     "/hypha/rpc/1": Use(EVERYBODY, "one request; its type says by whom"),
     "/hypha/report/1": Use(WORKER, "progress, to the job's scheduler"),
     "/hypha/bulk/1": Use(_ENDS, "a file that was agreed on, where no socket can be had"),
+    "/hypha/bulk/want/1": Use(_CONSUMERS, "ask for a file there; its kind says of whom"),
     HOP_PROTOCOL: Use(EVERYBODY, "at a gateway: be reachable through it, or reach somebody who is"),
     STOP_PROTOCOL: Use(GATEWAY, "a circuit that arrives"),
     KADEMLIA_PROTOCOL: Use(EVERYBODY, "at a gateway: one query of the directory; its type says by whom"),

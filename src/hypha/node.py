@@ -93,8 +93,11 @@ class Changes:
 class Transfers(Protocol):
     """Sends, pulls, serves and accepts files, whole and verified or not at all."""
 
-    async def send(self, peer: PeerRef | str, path: Path, meta: TransferMeta) -> None:
-        """Send a file; returns when the receiver has verified and acknowledged it.
+    async def send(
+        self, peer: PeerRef | str, path: Path, meta: TransferMeta, patience_s: float = 0.0
+    ) -> None:
+        """Send a file; returns when the receiver has verified and acknowledged it. One that cannot be reached
+        is tried again for ``patience_s``.
 
         Raises Refused, TransferFailed, and TransferCorrupt when the file is not what ``meta`` says.
         """

@@ -17,7 +17,9 @@ from hypha.errors import Refused
 from hypha.messages import PeerRef, TransferMeta
 from hypha.net import meta_of
 from hypha.net.bulk.connection import BulkConnection
-from hypha.net.bulk.sending import BUSY_PAUSE_S, SLOW_WAY_S, Sending, Way
+from hypha.net.bulk.retries import BUSY_PAUSE_S
+from hypha.net.bulk.sending import Sending
+from hypha.net.bulk.ways import SLOW_WAY_S, Way
 
 pytestmark = pytest.mark.loopback
 

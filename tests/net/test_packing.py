@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from tests.support.earlier import without_wants
 from tests.support.network import Network, until
 
 from hypha.config.bandwidth import LimitsConfig
@@ -17,7 +18,7 @@ from hypha.messages import PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net.bulk.compression import MARGIN, MEASURE_ANEW_BYTES, SAMPLE_BYTES, Known, Packing
 from hypha.net.bulk.inbound import Inbound
-from hypha.net.bulk.sending import Sending, _Attempt
+from hypha.net.bulk.sending import SendAttempt, Sending
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.bulk.wire import BLOCK_BYTES, BlockPacker
 
@@ -137,12 +138,12 @@ def readings(size: int) -> bytes:
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[_Attempt]:
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[SendAttempt]:
     """What was sent, each attempt."""
-    found: list[_Attempt] = []
+    found: list[SendAttempt] = []
     real = Sending._learn
 
-    def learn(self: Sending, attempt: _Attempt) -> None:
+    def learn(self: Sending, attempt: SendAttempt) -> None:
         found.append(attempt)
         real(self, attempt)
 
@@ -175,7 +176,7 @@ async def slice_of(path: Path, size: int) -> Served:
 @pytest.mark.loopback
 @pytest.mark.parametrize("relayed", [False, True])
 async def test_a_slice_over_a_slow_line_is_compressed_and_arrives_whole(
-    network: Network, tmp_path: Path, relayed: bool, sent: list[_Attempt]
+    network: Network, tmp_path: Path, relayed: bool, sent: list[SendAttempt]
 ) -> None:
     served = await slice_of(tmp_path / "slice", 4 << 20)
     hidden = ("127.0.0.0/8",) if relayed else ()
@@ -200,7 +201,7 @@ async def test_a_slice_over_a_slow_line_is_compressed_and_arrives_whole(
 
 @pytest.mark.loopback
 async def test_what_does_not_shrink_goes_as_it_is(
-    network: Network, tmp_path: Path, sent: list[_Attempt]
+    network: Network, tmp_path: Path, sent: list[SendAttempt]
 ) -> None:
     served = await slice_of(tmp_path / "slice", 0)
     served.path.write_bytes(os.urandom(3 << 20))
@@ -217,7 +218,7 @@ async def test_what_does_not_shrink_goes_as_it_is(
 @pytest.mark.loopback
 @pytest.mark.parametrize("older", ["sender", "receiver"])
 async def test_between_versions_blocks_go_as_they_are(
-    network: Network, tmp_path: Path, sent: list[_Attempt], older: str, monkeypatch: pytest.MonkeyPatch
+    network: Network, tmp_path: Path, sent: list[SendAttempt], older: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of them says the word, and who is of before neither says nor understands it."""
     served = await slice_of(tmp_path / "slice", 3 << 20)
@@ -227,6 +228,8 @@ async def test_between_versions_blocks_go_as_they_are(
         if older == "receiver":
             ignored = property(lambda self: False, lambda self, said: None)
             monkeypatch.setattr(Inbound, "zstd_blocks", ignored)
+            without_wants(worker)
+            worker.transfers._kept.drop(data.peer_id)
         else:
             data.transfers._sending._tuning = TransferTuning(compression="none")
         await served.pulled(worker, data, tmp_path / "1")
@@ -246,6 +249,6 @@ async def test_a_block_that_swells_breaks_the_connection(
     monkeypatch.setattr(BlockPacker, "pack", lambda self, block: bomb)
     always = TuningConfig(transfers=TransferTuning(compression="always"))
     async with network.gateway(roles=(), tuning=always) as data, network.leaf("worker", [data]) as worker:
-        with caplog.at_level("INFO", "hypha.net.bulk.receiving"), pytest.raises(TransferFailed):
+        with caplog.at_level("INFO", "hypha.net.bulk"), pytest.raises(TransferFailed):
             await served.pulled(worker, data, tmp_path / "0")
     assert "the peer sent a compressed block of 67108864 bytes" in caplog.text

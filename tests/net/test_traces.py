@@ -314,7 +314,7 @@ async def test_a_file_that_was_asked_for_is_sent_in_the_askers_trace(
             await worker.transfers.pull(data.peer_id, request, tmp_path / "slice", None, 1 << 20)
         await until(lambda: signals.spans("Receive file") and signals.spans("Send file"))
         (received,) = signals.spans("Receive file")
-        assert signals.path_to(received) == ["Fetch slice", "Request", "Answer", "Send file", "Receive file"]
+        assert signals.path_to(received) == ["Fetch slice", "Send file", "Receive file"]
 
 
 async def test_a_relayed_file_and_its_circuit(network: Network, signals: Signals, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+from msgspec.structs import replace
 from tests.support.network import Network, Pki, until
 from tests.support.stopwatch import Stopwatch
 
@@ -86,7 +87,7 @@ async def test_fifty_megabytes_go_both_ways(network: Network, tmp_path: Path, in
     source = write(tmp_path / "source", 50 << 20)
     async with pair(network) as ends:
         inbox.on(ends.far)
-        meta = await meta_of(source, "update", "one", stamp=JobStamp(job_id="j", round=3), samples=7)
+        meta = replace(await meta_of(source, "update", "one", JobStamp(job_id="j", round=3)), samples=7)
         await ends.near.transfers.send(ends.far.ref(), source, meta)
         assert inbox.arrived == [(ends.near.peer_id, meta, inbox.directory / "one")]
         assert (inbox.directory / "one").read_bytes() == source.read_bytes()
@@ -116,7 +117,9 @@ async def test_sizes_around_the_edges(
     source.write_bytes(bytes(size // 2) + os.urandom(size - size // 2))
     async with pair(network) as ends:
         inbox.on(ends.far)
-        meta = await meta_of(source, "update", "file", encoding="zstd" if encoding == "zstd" else "none")
+        meta = replace(
+            await meta_of(source, "update", "file"), encoding=encoding if encoding == "zstd" else "none"
+        )
         await ends.near.transfers.send(ends.far.ref(), source, meta)
     assert (inbox.directory / "file").read_bytes() == source.read_bytes()
 
@@ -337,7 +340,7 @@ async def test_two_nodes_that_cannot_dial_each_other_use_the_relay(
             await sender.transfers.send(receiver.ref(), source, await meta_of(source, "update", name))
             assert (inbox.directory / name).read_bytes() == source.read_bytes()
         assert {one.kind for one in sender.connections() if one.peer == receiver.peer_id} == {"relayed"}
-        packed = await meta_of(source, "update", "packed", encoding="zstd")
+        packed = replace(await meta_of(source, "update", "packed"), encoding="zstd")
         await sender.transfers.send(receiver.ref(), source, packed)
         assert (inbox.directory / "packed").read_bytes() == source.read_bytes()
         # refusals and lies are heard through the relay as well

@@ -1,19 +1,39 @@
-"""A worker of a version that stated none: its offers are, byte for byte, what such workers sent (see
-``tests/test_recorded.py``), and it passes over the fields of requests that came later.
+"""Nodes of earlier versions.
+
+A worker of a version that stated none: its offers are, byte for byte, what such workers sent (see
+``tests/test_recorded.py``), and it passes over the fields of requests that came later. A node whose bulk
+plane knows no ``WantFile`` agrees on the ALPN of such nodes, and has no such streams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import msgspec
+from libp2p.custom_types import TProtocol
 
 from hypha.config.offers import OfferConfig
 from hypha.features import Abilities
 from hypha.leases import Lease
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
+from hypha.net import Libp2pNode
+from hypha.net.bulk.wire import WANT_ALPN, WANT_PROTOCOL
 from hypha.worker.leasing.arbiter import Arbiter, ArbiterAction
 from hypha.worker.leasing.offers import LeaseService
+
+
+def without_wants(node: Libp2pNode) -> None:
+    """Make ``node`` one that neither asks for files over bulk connections nor is asked so."""
+    identity = node.identity
+    real_ones = {"server_context": identity.server_context, "client_context": identity.client_context}
+    for name, real in real_ones.items():
+
+        def context(alpn: tuple[str, ...] = (), real: Callable[..., Any] = real) -> Any:
+            return real(tuple(one for one in alpn if one != WANT_ALPN))
+
+        setattr(identity, name, context)
+    node._host.get_mux().handlers.pop(TProtocol(WANT_PROTOCOL), None)
 
 
 class EarlierLeaseService(LeaseService):

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import trio
 from blake3 import blake3
+from msgspec.structs import replace
 from tests.support.network import LOOPBACK, Network, address_of, until
 from tests.support.stopwatch import Stopwatch
 
@@ -173,7 +174,7 @@ class Scheduler:
         path = self.directory / f"theta-{round_}"
         path.write_bytes(b"t" * (round_ + 1))
         stamp = JobStamp(job_id="job", generation=generation, round=round_, attempt=attempt)
-        meta = await meta_of(path, "theta", path.name, stamp=stamp, contributors=contributors)
+        meta = replace(await meta_of(path, "theta", path.name, stamp), contributors=contributors)
         await self.node.transfers.send(worker, path, meta)
 
     def heard(self, kind: type[Event], incarnation: str | None = None) -> list[Any]:
@@ -395,7 +396,7 @@ async def test_parameter_server_and_training_on_one_worker(network: Network, tmp
         path = scheduler.directory / "mine"
         path.write_bytes(b"x")
         stamp = JobStamp(job_id="job", round=6)
-        mine = await meta_of(path, "update", "mine", stamp=stamp, samples=1)
+        mine = replace(await meta_of(path, "update", "mine", stamp), samples=1)
         await scheduler.steer(worker, "aggregate", Members(peers=(worker,)))
         with pytest.raises(Refused) as caught:  # the scheduler is no member
             await scheduler.node.transfers.send(worker, path, mine)

@@ -1,7 +1,8 @@
 """``Node``: one libp2p host with mutual TLS, and everything Hypha's components say to each other.
 
-Any public call may be cancelled at any time without harm to the connection it uses. How a node comes to
-life and ends is in :mod:`hypha.net.opening`.
+Any public call may be cancelled at any time without harm to the connection it uses. How a node comes to life
+and ends is in :mod:`hypha.net.opening`. It is one module as it is one object: it ties the parts of ``net``
+together, and each of its methods is a few lines on one of them.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class Libp2pNode:
         )
         self._gateways.joined.append(self._gossip.include)
         self._dht = DhtClient(
-            self._streams, self._dialer, self._gateways, self._peers, self.ref, self.learn, timings.lookup_s
+            self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
         )
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
         self.transfers = BulkTransfers(self, None, caps, tuning.transfers, self._buffers)

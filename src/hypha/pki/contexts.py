@@ -19,7 +19,7 @@ def make_context(
     anchors: Sequence[x509.Certificate],
     *,
     server: bool,
-    alpn: str | None,
+    alpn: tuple[str, ...],
 ) -> ssl.SSLContext:
     """A context that presents ``chain`` (own certificate first) and trusts what ``anchors`` issued."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
@@ -33,8 +33,8 @@ def make_context(
         # without tickets there is no resumption, which would skip looking at the certificate again
         context.num_tickets = 0
         context.sni_callback = _note_server_name
-    if alpn is not None:
-        context.set_alpn_protocols([alpn])
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
     context.load_verify_locations(cadata=b"".join(anchor.public_bytes(Encoding.DER) for anchor in anchors))
     key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     chain_pem = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in chain)

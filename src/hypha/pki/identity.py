@@ -90,7 +90,7 @@ class _Material:
     roles: frozenset[str]
     organization: str
     stamps: tuple[object, ...]
-    contexts: dict[tuple[bool, str | None], ssl.SSLContext] = field(default_factory=dict)
+    contexts: dict[tuple[bool, tuple[str, ...]], ssl.SSLContext] = field(default_factory=dict)
 
 
 class Identity:
@@ -152,17 +152,17 @@ class Identity:
             found["crl"] = min(lists)
         return found
 
-    def server_context(self, alpn: str | None = None) -> ssl.SSLContext:
+    def server_context(self, alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
         """For accepting: TLS 1.3 only, the client's certificate required. Ask again for each
         connection (it is cached), so that reloaded files count at once; do not change it.
         """
         return self._context(True, alpn)
 
-    def client_context(self, alpn: str | None = None) -> ssl.SSLContext:
+    def client_context(self, alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
         """For dialling; as :meth:`server_context`. No host name is checked: the PeerID is the name."""
         return self._context(False, alpn)
 
-    def _context(self, server: bool, alpn: str | None) -> ssl.SSLContext:
+    def _context(self, server: bool, alpn: tuple[str, ...]) -> ssl.SSLContext:
         material = self._material
         context = material.contexts.get((server, alpn))
         if context is None:

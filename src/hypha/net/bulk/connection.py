@@ -57,6 +57,8 @@ class BulkConnection(ABC):
         #: how it was made, and whether it was kept from an earlier transfer; for the log and for traces
         self.way = ""
         self.was_kept = False
+        #: whether the other end is of a version that knows ``WantFile``
+        self.knows_want = False
         #: bytes that came and went so far, whatever they were
         self.heard = 0
         self.went = 0
@@ -69,24 +71,33 @@ class BulkConnection(ABC):
 
     @abstractmethod
     async def say(self, frame: Frame) -> None:
-        """Send a frame. LinkBroken."""
+        """Send a frame. ConnectionBroken."""
 
     @abstractmethod
     async def hear(self) -> Frame:
-        """The next frame. LinkBroken, also when nothing comes within the stall time-out."""
+        """The next frame. ConnectionBroken, also when nothing comes within the stall time-out."""
+
+    async def ask(self, frame: Frame) -> Frame:
+        """Send a frame; the next one that comes. ConnectionBroken."""
+        await self.say(frame)
+        return await self.hear()
 
     @abstractmethod
     async def deliver(
         self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None = None
     ) -> Verdict:
         """Send the file as ``go`` wants it, where that allows it compressed as ``packing`` thinks fit; the
-        receiver's verdict. LinkBroken, FileChanged.
+        receiver's verdict. ConnectionBroken, FileChanged.
         """
 
+    def new_go(self, offset: int, zstd_blocks: bool) -> Go:
+        """What to say as the receiver of one file, once."""
+        return Go(offset, zstd_blocks=zstd_blocks)
+
     @abstractmethod
-    async def collect(self, part: PartFile, meta: TransferMeta, zstd_blocks: bool = False) -> None:
-        """Say ``Go`` and receive the file into ``part``, which is open and knows how much is there.
-        ``zstd_blocks``: its sender has offered to compress single blocks. LinkBroken, DiskFailed.
+    async def collect(self, part: PartFile, meta: TransferMeta, go: Go) -> None:
+        """Receive the file into ``part``, which is open, as ``go``, which was said, asks for it.
+        ConnectionBroken, DiskFailed.
         """
 
     @abstractmethod

@@ -28,6 +28,9 @@ class Acceptor:
     limit: int
     inbound: set[Inbound] = field(default_factory=set)
 
+    def came_over(self, link: BulkConnection) -> None:
+        """A file has arrived, over ``link``."""
+
     def failed(self, reason: Refused | WrongHash | DiskFailed) -> None:
         """An attempt came to an end that another one cannot mend."""
 
@@ -63,6 +66,8 @@ class Inbound:
     traceparent: str | None = None
     #: its sender would compress single blocks
     zstd_blocks: bool = False
+    #: a pull of this node has asked for it
+    pulled: bool = False
     #: what its sender is told in the end
     verdict: Verdict | None = None
 

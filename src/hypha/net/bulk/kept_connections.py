@@ -1,8 +1,9 @@
-"""Connections that have carried a file and are kept for the next one, whose offer goes over them.
+"""Connections that have carried a file and are kept for the next one.
 
-To offer a file by a request, to connect and to shake hands takes five journeys to the other end and back,
-and over a connection that is there one. Slices come so one after the other, and so do the updates and thetas
-of short rounds. A file goes over such a connection from the same end as the first one.
+To offer a file by a request, to connect and to shake hands takes five round trips, and over a connection that
+is there one. Slices come so one after the other, and so do the updates and thetas of short rounds. One end of
+such a connection speaks first each time, so that they never speak at once: whoever asked for the file that it
+carried, else whoever sent it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hypha.net.bulk.wire import (
     BulkConnections,
     ConnectionBroken,
     Verdict,
+    WantFile,
     Working,
 )
 from hypha.pki.identity import Identity
@@ -32,10 +34,11 @@ from hypha.tracing import untraced
 logger = logging.getLogger(__name__)
 
 #: Idle for longer, it is closed: what is on the way forgets connections on which nothing moves. Whoever
-#: sends closes first, so that no offer meets the end of its connection.
-SENDER_KEEPS_S = 120.0
-RECEIVER_KEEPS_S = 150.0
-#: Kept at once by each end, in all and of one peer; the oldest go first.
+#: speaks first closes first, so that nothing that is said meets the end of its connection.
+SPEAKER_KEEPS_S = 120.0
+LISTENER_KEEPS_S = 150.0
+#: Kept at once, of those on which this end speaks first and of the others: in all and of one peer; the oldest
+#: go first.
 MAX_KEPT = 64
 MAX_KEPT_PER_PEER = 2
 #: A sender whose offer has to wait hears so after this, and then every ``WORKING_INTERVAL_S``.
@@ -45,6 +48,8 @@ SOON_S = 0.5
 @dataclass(eq=False)
 class _Kept:
     link: SocketConnection
+    #: this end speaks first
+    speaks: bool
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: somebody else owns the link
     taken: bool = False
@@ -53,39 +58,40 @@ class _Kept:
 class KeptConnections:
     """Idle links. Nothing is kept without ``nursery``; when that ends, all are closed.
 
-    ``spoken`` gets a link on which the other end speaks (or which it closes), and has to close it; without
-    ``spoken`` such a link is closed.
+    ``spoken`` gets a link on which the other end is to speak first when it does (or closes it), and has to
+    close it.
     """
 
-    def __init__(
-        self, keeps_s: float, spoken: Callable[[SocketConnection], Awaitable[None]] | None = None
-    ) -> None:
-        self._keeps_s = keeps_s
-        self._spoken = spoken
+    def __init__(self) -> None:
         self._kept: list[_Kept] = []
+        self.spoken: Callable[[SocketConnection], Awaitable[None]] | None = None
         self.nursery: trio.Nursery | None = None
 
-    def give(self, link: BulkConnection) -> bool:
-        """Keep ``link``, on which nothing is under way; False when the caller has to close it."""
+    def give(self, link: BulkConnection, speaks: bool) -> bool:
+        """Keep ``link``, on which nothing is under way and this end ``speaks`` first; False when the caller
+        has to close it.
+        """
         if self.nursery is None or not isinstance(link, SocketConnection):
             return False
-        same = [one for one in self._kept if one.link.peer == link.peer]
-        for kept, most in ((same, MAX_KEPT_PER_PEER), (self._kept, MAX_KEPT)):
+        alike = [one for one in self._kept if one.speaks == speaks]
+        same = [one for one in alike if one.link.peer == link.peer]
+        for kept, most in ((same, MAX_KEPT_PER_PEER), (alike, MAX_KEPT)):
             for one in kept[: max(0, len(kept) + 1 - most)]:
                 one.scope.cancel()
-        new = _Kept(link)
+        new = _Kept(link, speaks)
         self._kept.append(new)
         link.was_kept = True
         with untraced():  # whatever it carries next is part of another operation
             self.nursery.start_soon(self._watch, new)
         return True
 
-    def take(self, peer: str, identity: Identity) -> SocketConnection | None:
-        """The newest link to ``peer``, for the caller to close or to give back; None when there is none
-        whose certificate ``identity`` trusts now.
+    def take(self, peer: str, identity: Identity, to_want: bool = False) -> SocketConnection | None:
+        """The newest link to ``peer`` on which this end speaks first (``to_want``: a ``WantFile``), for the
+        caller to close or to give back; None when there is none whose certificate ``identity`` trusts now.
         """
         for kept in reversed(self._kept):
-            if kept.link.peer == peer and not kept.scope.cancel_called:
+            fits = kept.speaks and (kept.link.knows_want or not to_want)
+            if fits and kept.link.peer == peer and not kept.scope.cancel_called:
                 kept.scope.cancel()
                 if is_trusted(kept.link, identity):
                     self._release(kept)
@@ -95,7 +101,7 @@ class KeptConnections:
     def drop(self, peer: str) -> None:
         """Close what is kept of ``peer``: another connection to it has just failed."""
         for kept in self._kept:
-            if kept.link.peer == peer:
+            if kept.link.peer == peer and kept.speaks:
                 kept.scope.cancel()
 
     def _release(self, kept: _Kept) -> None:
@@ -105,41 +111,52 @@ class KeptConnections:
     async def _watch(self, kept: _Kept) -> None:
         spoke = False
         try:
-            with kept.scope, trio.move_on_after(self._keeps_s):
+            with kept.scope, trio.move_on_after(SPEAKER_KEEPS_S if kept.speaks else LISTENER_KEEPS_S):
                 await kept.link.wait_word()
                 spoke = True
         finally:
             ours = not kept.taken
             if ours:
                 self._release(kept)
-                if not spoke or self._spoken is None:
+                if not spoke or kept.speaks:
                     kept.link.close_now()
-        if ours and spoke and self._spoken is not None:
-            await self._spoken(kept.link)
+        if ours and spoke and not kept.speaks and self.spoken is not None:
+            await self.spoken(kept.link)
 
 
-class OfferedOver:
-    """Takes the offers that come over kept links. ``agree`` gives the transfer that an offer of a peer begins
-    or goes on with, or None when it is done already; it raises Refused.
+class SpokenOver:
+    """Receives what comes over kept links. ``agree`` gives the transfer that an offer of a peer begins or
+    goes on with, or None when it is done already; it raises Refused. ``serve`` answers a ``WantFile``, and
+    owns the link.
     """
 
     def __init__(
-        self, links: BulkConnections, agree: Callable[[str, BulkOffer], Awaitable[Inbound | None]]
+        self,
+        links: BulkConnections,
+        agree: Callable[[str, BulkOffer], Awaitable[Inbound | None]],
+        serve: Callable[[BulkConnection, WantFile], Awaitable[None]],
     ) -> None:
         self._links = links
         self._agree = agree
+        self._serve = serve
 
     async def spoken(self, link: SocketConnection) -> None:
-        """Hear an offer (or the link's end), and give the link to the transfer when its turn has come."""
+        """Hear an offer, and give the link to the transfer when its turn has come; or a want, or the link's
+        end.
+        """
         handed_over = False
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-                offer = await link.hear()
-            if not isinstance(offer, BulkOffer):
-                raise ConnectionBroken(f"the peer said {type(offer).__name__} where an offer was due")
+                frame = await link.hear()
             if not is_trusted(link, self._links.identity):
                 raise ConnectionBroken("the peer's certificate is not trusted any more")
-            answer = await self._answer(link, offer)
+            if isinstance(frame, WantFile):
+                handed_over = True
+                await self._serve(link, frame)
+                return
+            if not isinstance(frame, BulkOffer):
+                raise ConnectionBroken(f"the peer said {type(frame).__name__} where an offer was due")
+            answer = await self._answer(link, frame)
             if isinstance(answer, Verdict):
                 await link.say(answer)
             else:

@@ -2,25 +2,25 @@
 
 An offer is admitted by the gate of whoever accepts such files (or by the pull that asked for it), waits
 for one of few places, is received, verified, handed to ``arrived``, and only then acknowledged. A sender
-whose turn has not come is told to ask again, so nothing but a token waits. What is cut stays in the
-``.part`` file for the next attempt; what is corrupt or refused is deleted.
+whose turn has not come is told to ask again, so nothing but a token waits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import trio
 
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
 from hypha.messages import Acknowledged, BulkAnswer, BulkDial, BulkOffer, TransferMeta
+from hypha.net.bulk.collecting import Collecting
 from hypha.net.bulk.connection import BulkConnection
 from hypha.net.bulk.files import DiskFailed, FileChanged, PartFile, WrongHash, copy_verified, free_bytes
 from hypha.net.bulk.inbound import Acceptor, Inbound
-from hypha.net.bulk.kept_connections import RECEIVER_KEEPS_S, KeptConnections, OfferedOver
+from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.rendezvous import Expected, Rendezvous
 from hypha.net.bulk.roles import require_sender
 from hypha.net.bulk.signals import note_link, receiving
@@ -45,8 +45,6 @@ CONNECT_S = 40.0
 BROKEN_S = 5.0
 #: A pull that has its file lets the acknowledgement go out for this long.
 SETTLE_S = 2.0
-#: Finished transfers remembered, for a sender that did not hear the acknowledgement.
-MAX_REMEMBERED = 512
 #: Larger files need a limit of their own kind.
 DEFAULT_LIMIT_BYTES = 100 << 30
 #: This much of a disk is left to others.
@@ -57,7 +55,12 @@ class Receiving:
     """Answers offers."""
 
     def __init__(
-        self, links: BulkConnections, rendezvous: Rendezvous, limits: Mapping[str, int], at_once: int
+        self,
+        links: BulkConnections,
+        rendezvous: Rendezvous,
+        kept: KeptConnections,
+        limits: Mapping[str, int],
+        at_once: int,
     ) -> None:
         """``at_once`` are received, where bytes move."""
         self._links = links
@@ -69,11 +72,9 @@ class Receiving:
         #: offers that a pull of ours asked for, by token: the peer, and who takes it
         self._wanted: dict[str, tuple[str, Acceptor]] = {}
         self._inbound: dict[str, Inbound] = {}
-        self._done: dict[tuple[str, str], int] = {}
         self._held = 0
-        self.kept = KeptConnections(RECEIVER_KEEPS_S, OfferedOver(links, self._agree).spoken)
-        #: what the .part files of this process are parts of
-        self._parts: dict[Path, str] = {}
+        self._kept = kept
+        self.collecting = Collecting(self._limiter)
         self.nursery: trio.Nursery | None = None
         links.answer(BulkOffer, self._offered)
         links.answer(BulkDial, self._dial)
@@ -148,7 +149,7 @@ class Receiving:
     async def take_local(self, path: Path, meta: TransferMeta, token: str) -> None:
         """A node sends to itself: the same gates and checks, and no network."""
         me = self._links.identity.peer_id
-        acceptor, destination = await self._admit(me, BulkOffer(token=token, meta=meta, addresses=()))
+        acceptor, destination = await self.admit(me, meta, token)
         async with self.places.hold(trio.current_time):
             try:
                 await trio.to_thread.run_sync(copy_verified, path, destination, meta, limiter=self._limiter)
@@ -167,21 +168,22 @@ class Receiving:
     # --- requests -----------------------------------------------------------------------------------
 
     async def _offered(self, caller: str, offer: BulkOffer) -> BulkAnswer:
-        inbound = await self._agree(caller, offer)
+        inbound = await self.agree(caller, offer)
         if inbound is None:
             return BulkAnswer(offset=offer.meta.size, addresses=(), done=True)
         inbound.come_another_way()
         return await self._answer(inbound)
 
-    async def _agree(self, caller: str, offer: BulkOffer) -> Inbound | None:
+    async def agree(self, caller: str, offer: BulkOffer) -> Inbound | None:
         """The transfer that ``offer`` begins or goes on with; None when it is done already. Refused."""
         if not 16 <= len(offer.token) <= 64:
             raise Refused("malformed", "the token of an offer has 16 to 64 characters")
-        if (caller, offer.token) in self._done:
+        if (caller, offer.token) in self.collecting.done:
             return None
         inbound = self._inbound.get(offer.token)
         if inbound is None:
-            acceptor, destination = await self._admit(caller, offer)
+            require_sender(self._links, caller, offer.meta.kind)
+            acceptor, destination = await self.admit(caller, offer.meta, offer.token)
             # the gate may have taken its time: the same offer could be here twice
             inbound = self._inbound.get(offer.token)
             if inbound is None:
@@ -206,21 +208,25 @@ class Receiving:
                     await awaited.wait()
             finally:
                 self._held -= 1
-        if (inbound.caller, inbound.token) in self._done:
+        if (inbound.caller, inbound.token) in self.collecting.done:
             return BulkAnswer(offset=inbound.meta.size, addresses=(), done=True)
         if not inbound.turn.is_set() or inbound.ended.is_set() or inbound.settling:
             return BulkAnswer(offset=0, addresses=(), wait_s=ASK_AGAIN_S)
         return BulkAnswer(offset=0, addresses=tuple(self._links.bulk_addresses()))
 
-    async def _admit(self, caller: str, offer: BulkOffer) -> tuple[Acceptor, Path]:
-        meta = offer.meta
-        require_sender(self._links, caller, meta.kind)
-        mine = sum(inbound.caller == caller for inbound in self._inbound.values())
-        if len(self._inbound) >= MAX_WAITING or mine >= MAX_WAITING_PER_PEER:
+    async def admit(
+        self, caller: str, meta: TransferMeta, token: str, taker: Acceptor | None = None
+    ) -> tuple[Acceptor, Path]:
+        """Who takes the file that ``caller`` would send, and where to; nothing else writes there. Refused."""
+        others = [inbound for inbound in self._inbound.values() if inbound.token != token]
+        mine = sum(inbound.caller == caller for inbound in others)
+        if len(others) >= MAX_WAITING or mine >= MAX_WAITING_PER_PEER:
             raise Refused("busy", "too many transfers are waiting here; try again later")
         acceptor: Acceptor | None
-        if offer.token in self._wanted:
-            peer, acceptor = self._wanted[offer.token]
+        if taker is not None:
+            acceptor = taker
+        elif token in self._wanted:
+            peer, acceptor = self._wanted[token]
             if peer != caller:
                 raise Refused("not-found", "this token belongs to another transfer")
         else:
@@ -237,7 +243,7 @@ class Receiving:
             text = f"{meta.name} has {meta.size} bytes; the disk of {destination.parent} has {free} left"
             logger.error("%s is not taken: %s", meta.kind, text, extra={"peer_id": caller})
             raise Refused("no-space", text)
-        await self._supersede(caller, offer.token, destination)
+        await self._supersede(caller, token, destination)
         return acceptor, destination
 
     async def _supersede(self, caller: str, token: str, destination: Path) -> None:
@@ -261,6 +267,7 @@ class Receiving:
             expected=Expected(caller),
             offered_at=trio.current_time(),
             traceparent=offer.traceparent,
+            pulled=offer.token in self._wanted,
         )
         self._inbound[offer.token] = inbound
         acceptor.inbound.add(inbound)
@@ -281,13 +288,26 @@ class Receiving:
 
     async def _run(self, inbound: Inbound) -> None:
         try:
-            with receiving(inbound), inbound.scope, self._rendezvous.expect(inbound.token, inbound.expected):
+            with (
+                self.tracked(inbound),
+                receiving(inbound),
+                inbound.scope,
+                self._rendezvous.expect(inbound.token, inbound.expected),
+            ):
                 async with self.places.hold(inbound.moved):
                     if trio.current_time() - inbound.offered_at < FORGET_S:
                         inbound.turn.set()
                         await self._receive(inbound)
         except Exception:  # the edge of a task for a sender: its transfer ends, and the node does not
             logger.exception("Receiving %s failed.", inbound.meta.name, extra=inbound.log_fields)
+
+    @contextlib.contextmanager
+    def tracked(self, inbound: Inbound) -> Iterator[None]:
+        """The transfer is under way meanwhile."""
+        self._inbound[inbound.token] = inbound
+        inbound.acceptor.inbound.add(inbound)
+        try:
+            yield
         finally:
             inbound.ended.set()
             inbound.turn.set()
@@ -314,7 +334,11 @@ class Receiving:
                         "Receiving %s was interrupted: %s.", inbound.meta.name, exc, extra=inbound.log_fields
                     )
                 finally:
-                    if not (verdict is not None and verdict.outcome == "ok" and self.kept.give(link)):
+                    # where both ends know how, whoever wanted this file asks for the next one over it
+                    speaks = inbound.pulled and link.knows_want
+                    if not (
+                        verdict is not None and verdict.outcome == "ok" and self._kept.give(link, speaks)
+                    ):
                         await link.close()
             inbound.link_scope, inbound.verdict = None, verdict
             # a sender that is still there offers again at once; if it did, it is about to connect
@@ -323,83 +347,17 @@ class Receiving:
 
     async def _receive_over(self, link: BulkConnection, inbound: Inbound) -> Verdict | None:
         """Receive over one connection; the verdict, or None when there is something left to try."""
-        meta = inbound.meta
         inbound.link = link
         note_link(link)
-        part = PartFile(inbound.destination, meta)
-        known = self._parts.get(inbound.destination, meta.checked)
-        fresh = inbound.started_afresh or known != meta.checked
-        if len(self._parts) >= MAX_WAITING:
-            del self._parts[next(iter(self._parts))]
-        self._parts[inbound.destination] = meta.checked
-        offset = 0
-
-        async def open_part() -> int:
-            done = False
-            try:
-                found = await trio.to_thread.run_sync(
-                    part.open, fresh, abandon_on_cancel=True, limiter=self._limiter
-                )
-                done = True
-            finally:
-                if not done:
-                    part.abandon()
-            return found
-
+        part: PartFile | None = None
         try:
-            offset = await link.while_working(open_part)
-            await link.collect(part, meta, inbound.zstd_blocks)
-            inbound.settling = True
-            await link.while_working(lambda: trio.to_thread.run_sync(part.finish, limiter=self._limiter))
-        except WrongHash as exc:
-            return await self._corrupt(link, inbound, exc, again=offset > 0 and not inbound.started_afresh)
+            part = await link.while_working(lambda: self.collecting.open_part(inbound))
+            go = link.new_go(part.received, inbound.zstd_blocks)
+            await link.say(go)
         except DiskFailed as exc:
-            part.discard()
-            logger.error("%s", exc, extra=inbound.log_fields)
-            code = "no-space" if exc.full else "internal"
-            inbound.acceptor.failed(exc)
-            refusal = Verdict("refused", code, str(exc))
-            with contextlib.suppress(ConnectionBroken):
-                await link.say(refusal)
-            await link.drain()
-            return refusal
-        finally:
-            part.abandon()
-        verdict = await link.while_working(lambda: self._arrived(inbound))
-        self._parts.pop(inbound.destination, None)
-        if verdict.outcome == "ok":
-            self._done[inbound.caller, inbound.token] = inbound.meta.size
-            if len(self._done) > MAX_REMEMBERED:
-                del self._done[next(iter(self._done))]
-        with contextlib.suppress(ConnectionBroken):  # a sender that misses it asks again
-            await link.say(verdict)
-        return verdict
-
-    async def _corrupt(
-        self, link: BulkConnection, inbound: Inbound, exc: WrongHash, again: bool
-    ) -> Verdict | None:
-        # what an earlier process left behind may have been part of something else: once more, from 0
-        inbound.started_afresh = True
-        inbound.settling = False
-        self._parts.pop(inbound.destination, None)
-        logger.warning("What arrived is corrupt and was deleted: %s", exc, extra=inbound.log_fields)
-        if not again:
-            inbound.acceptor.failed(exc)
-        verdict = Verdict("corrupt", reason=str(exc), again=again)
-        with contextlib.suppress(ConnectionBroken):
-            await link.say(verdict)
-        return None if again else verdict
-
-    async def _arrived(self, inbound: Inbound) -> Verdict:
-        try:
-            await inbound.acceptor.arrived(inbound.caller, inbound.meta, inbound.destination)
-        except Refused as exc:
-            refused = exc
-        except Exception:  # the edge of the service: the receiver's own code failed
-            logger.exception("Taking %s failed.", inbound.meta.name, extra=inbound.log_fields)
-            refused = Refused("internal", f"taking {inbound.meta.name} failed there; its log says more")
-        else:
-            return Verdict("ok")
-        inbound.destination.unlink(missing_ok=True)
-        inbound.acceptor.failed(refused)
-        return Verdict("refused", refused.code, refused.reason)
+            return await self.collecting.disk_failed(link, inbound, exc)
+        except ConnectionBroken:
+            if part is not None:
+                part.abandon()
+            raise
+        return await self.collecting.collect(link, inbound, part, go)

@@ -1,7 +1,8 @@
 """How the two ends of a transfer find each other: connections are made, proven and matched by token.
 
 Either end expects a token from one certain peer. A connection with that token from anybody else is
-refused, whoever stole it: what counts is the certificate. Direct connections are dialled and accepted
+refused, whoever stole it: what counts is the certificate. One on which a file is asked for needs no token:
+what it asks for is judged by the certificate. Direct connections are dialled and accepted
 here in threads with short time-outs; :meth:`Rendezvous.close` ends them all.
 """
 
@@ -13,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -31,10 +32,12 @@ from hypha.net.bulk.wire import (
     HANDSHAKE_TIMEOUT_S,
     LENGTH_BYTES,
     MAX_FRAME_BYTES,
+    WANT_PROTOCOL,
     BulkConnections,
     ConnectionBroken,
     Hello,
     Verdict,
+    WantFile,
     decode_frame,
     decode_length,
     encode_frame,
@@ -81,7 +84,7 @@ class Expected:
         return link
 
     def close(self) -> None:
-        """Want no more."""
+        """WantFile no more."""
         self._closed = True
         if self._link is not None:
             self._dismiss(self._link)
@@ -117,16 +120,21 @@ class Rendezvous:
         self._loop: trio.lowlevel.TrioToken | None = None
         #: per peer, the address at which it was last reached
         self._reached: dict[str, tuple[str, int]] = {}
+        #: answers what is asked for on a new connection, which it has to close
+        self.serve: Callable[[BulkConnection, WantFile], Awaitable[None]] | None = None
+        self._nursery: trio.Nursery | None = None
         links.set_stream_handler(BULK_PROTOCOL, self._serve_stream)
+        links.set_stream_handler(WANT_PROTOCOL, self._serve_wanting_stream)
 
-    def start(self) -> None:
+    def start(self, nursery: trio.Nursery) -> None:
         """Called in the event loop before the first connection may arrive."""
+        self._nursery = nursery
         self._loop = trio.lowlevel.current_trio_token()
 
     def close(self) -> None:
         """End all connections that nobody has taken, and the threads that work on them."""
         with self._lock:
-            self._loop = None
+            self._loop = self._nursery = None
             sockets = list(self._open_sockets)
         for sock in sockets:
             with contextlib.suppress(OSError):
@@ -143,9 +151,14 @@ class Rendezvous:
                 link.cut()
             await trio.lowlevel.checkpoint()
 
-    def _arrived(self, token: str, link: SocketConnection) -> None:
+    def _arrived(self, first: Hello | WantFile, link: SocketConnection) -> None:
         self._proven.add(link)
-        self._hand_over(token, link)
+        if isinstance(first, Hello):
+            self._hand_over(first.token, link)
+        elif self._nursery is None or self.serve is None:
+            link.close_now()
+        else:
+            self._nursery.start_soon(self.serve, link, first)
 
     @contextmanager
     def expect(self, token: str, expected: Expected) -> Iterator[Expected]:
@@ -181,10 +194,10 @@ class Rendezvous:
             with self._tracked(tls) as loop:
                 tls.do_handshake()
                 peer = self._prove(tls)
-                token = _read_hello(tls, deadline)
+                first = _read_first(tls, deadline)
                 link = SocketConnection(tls, peer, self._tally, self._limiter)
                 link.way = "direct"
-                loop.run_sync_soon(self._arrived, token, link)
+                loop.run_sync_soon(self._arrived, first, link)
                 tls = None
         except (OSError, ValueError, IdentityError, ConnectionBroken, trio.RunFinishedError) as exc:
             logger.info("Refused an incoming bulk connection: %s", exc)
@@ -225,10 +238,26 @@ class Rendezvous:
         finally:
             await link.close()
 
+    async def _serve_wanting_stream(self, stream: Any, caller: str) -> None:
+        link = StreamConnection(stream, caller, self._tally, self._limiter)
+        link.way, link.knows_want = "stream", True
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                want = await link.hear()
+            if not isinstance(want, WantFile) or self.serve is None:
+                raise ConnectionBroken("the peer did not say which file it wants")
+            await self.serve(link, want)
+        except (ConnectionBroken, trio.TooSlowError) as exc:
+            logger.info("Refused an incoming bulk stream: %s", exc, extra={"peer_id": caller})
+        finally:
+            await link.close()
+
     # --- dialling -----------------------------------------------------------------------------------
 
-    async def dial(self, peer: str, offered: tuple[str, ...], token: str) -> BulkConnection:
-        """A direct connection to ``peer``, greeted with ``token``. LinkBroken says what was tried."""
+    async def dial(self, peer: str, offered: tuple[str, ...], token: str | None) -> BulkConnection:
+        """A direct connection to ``peer``, greeted with ``token``; without one the caller is to say at once
+        what it wants. ConnectionBroken says what was tried.
+        """
         targets = self._links.bulk_targets(peer, offered)[:MAX_TARGETS]
         if (last := self._reached.get(peer)) in targets:
             targets.remove(last)
@@ -244,7 +273,7 @@ class Rendezvous:
                 return link
         raise ConnectionBroken("; ".join(problems) or "no direct address of it is known")
 
-    async def _dial_one(self, peer: str, host: str, port: int, token: str) -> BulkConnection:
+    async def _dial_one(self, peer: str, host: str, port: int, token: str | None) -> BulkConnection:
         with trio.move_on_after(DIAL_TIMEOUT_S) as scope:
             stream = await trio.open_tcp_stream(host, port)
         if scope.cancelled_caught:
@@ -266,7 +295,8 @@ class Rendezvous:
             found = self._prove(tls)
             if found != peer:
                 raise ConnectionBroken(f"another node, {found}, answers there")
-            tls.sendall(encode_frame(Hello(token)))
+            if token is not None:
+                tls.sendall(encode_frame(Hello(token)))
 
         done = False
         try:
@@ -276,24 +306,32 @@ class Rendezvous:
             if not done:
                 tls.close()
         link = SocketConnection(tls, peer, self._tally, self._limiter)
+        link.way = "direct"
         self._proven.add(link)
         return link
 
     async def dial_and_arrive(self, peer: str, offered: tuple[str, ...], token: str) -> None:
-        """Dial for a transfer that is expected *here*. LinkBroken when that fails."""
+        """Dial for a transfer that is expected *here*. ConnectionBroken when that fails."""
         link = await self.dial(peer, offered, token)
         link.way = "dial-back"
         if not (self.is_expected(token, peer) and self._expected[token].arrive(link)):
             await link.close()
             raise ConnectionBroken("nobody waits for that connection any more")
 
-    async def open_stream(self, peer: str, token: str) -> BulkConnection:
-        """A libp2p stream to ``peer``, through a relay when need be. LinkBroken when it cannot be had."""
+    async def open_stream(self, peer: str, token: str | None) -> BulkConnection:
+        """A libp2p stream to ``peer``, through a relay when need be, greeted as by :meth:`dial`.
+        ConnectionBroken when it cannot be had.
+        """
         try:
-            stream = await self._links.open_stream(peer, BULK_PROTOCOL)
+            protocol = WANT_PROTOCOL if token is None else BULK_PROTOCOL
+            stream = await self._links.open_stream(peer, protocol)
         except NetworkError as exc:
             raise ConnectionBroken(str(exc)) from exc
         link = StreamConnection(stream, peer, self._tally, self._limiter)
+        link.way = "stream"
+        if token is None:
+            link.knows_want = True
+            return link
         done = False
         try:
             await link.say(Hello(token))
@@ -327,9 +365,9 @@ class Rendezvous:
         return peer_id_of(certificate)
 
 
-def _read_hello(tls: ssl.SSLSocket, deadline: float) -> str:
-    """The token, which is here before ``time.monotonic()`` is ``deadline``: one time-out a byte would let
-    a peer keep the thread for hours.
+def _read_first(tls: ssl.SSLSocket, deadline: float) -> Hello | WantFile:
+    """What the connection is for, which is here before ``time.monotonic()`` is ``deadline``: one time-out a
+    byte would let a peer keep the thread for hours.
     """
 
     def read(count: int) -> bytes:
@@ -347,7 +385,7 @@ def _read_hello(tls: ssl.SSLSocket, deadline: float) -> str:
             data += more
         return data
 
-    hello = decode_frame(read(decode_length(read(LENGTH_BYTES), min(MAX_FRAME_BYTES, 256))))
-    if not isinstance(hello, Hello):
-        raise ConnectionBroken("the peer did not say which transfer its connection is for")
-    return hello.token
+    first = decode_frame(read(decode_length(read(LENGTH_BYTES), MAX_FRAME_BYTES)))
+    if not isinstance(first, Hello | WantFile):
+        raise ConnectionBroken("the peer did not say what its connection is for")
+    return first

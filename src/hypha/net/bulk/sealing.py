@@ -37,7 +37,7 @@ class Sealer:
     """Seals the blocks of one file, in their order."""
 
     def __init__(self, key: bytes) -> None:
-        """LinkBroken when ``key`` is none."""
+        """ConnectionBroken when ``key`` is none."""
         self._cipher = _cipher(key)
         self._numbers = count()
         self._buffer = memoryview(bytearray(LENGTH_BYTES + MAX_BLOCK_BYTES + TAG_BYTES))
@@ -62,8 +62,8 @@ class Opener:
         self._buffer = memoryview(bytearray(MAX_BLOCK_BYTES))
 
     def open(self, sealed: memoryview, packed: bool = False) -> memoryview:
-        """The block behind its length; good until the next one. LinkBroken when it is not the one that is
-        due, or was not sealed as ``packed``.
+        """The block behind its length; good until the next one. ConnectionBroken when it is not the one that
+        is due, or was not sealed as ``packed``.
         """
         block = self._buffer[: len(sealed) - TAG_BYTES]
         try:

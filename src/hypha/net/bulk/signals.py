@@ -17,6 +17,7 @@ from hypha.errors import NetworkError, Refused
 from hypha.messages import TransferMeta
 from hypha.net.bulk.connection import BulkConnection
 from hypha.net.bulk.inbound import Inbound
+from hypha.net.bulk.wire import ConnectionBroken
 from hypha.telemetry.instruments import TRANSFER_BYTES, TRANSFER_DURATION
 from hypha.tracing import event, failed, span
 from hypha.tracing.operations import RECEIVE_FILE, SEND_FILE
@@ -47,7 +48,11 @@ def receiving(inbound: Inbound) -> Iterator[None]:
     began, meta = trio.current_time(), inbound.meta
     attributes = _attributes(inbound.caller, meta)
     with span(RECEIVE_FILE, attributes, kind=SpanKind.CONSUMER, parent=inbound.traceparent) as received:
-        yield
+        try:
+            yield
+        except ConnectionBroken:
+            _count(meta, "inbound", "failure", began)
+            raise
         if inbound.scope.cancelled_caught:
             return
         verdict = inbound.verdict

@@ -31,6 +31,7 @@ from hypha.net.bulk.wire import (
     MAX_BLOCK_BYTES,
     MAX_FRAME_BYTES,
     STALL_TIMEOUT_S,
+    WANT_ALPN,
     BlockPacker,
     BlockUnpacker,
     ConnectionBroken,
@@ -67,6 +68,7 @@ class SocketConnection(BulkConnection):
         self._limiter = limiter
         #: that of the other end (DER)
         self.certificate = sock.getpeercert(binary_form=True) or b""
+        self.knows_want = sock.selected_alpn_protocol() == WANT_ALPN
         sock.settimeout(STALL_TIMEOUT_S)
 
     async def say(self, frame: Frame) -> None:
@@ -76,8 +78,7 @@ class SocketConnection(BulkConnection):
         return await self._in_thread(self._read_frame)
 
     async def ask(self, frame: Frame) -> Frame:
-        """Say it and hear the answer, in one thread."""
-
+        # in one thread
         def ask() -> Frame:
             self._send_frame(frame)
             return self._read_frame()
@@ -94,8 +95,11 @@ class SocketConnection(BulkConnection):
     ) -> Verdict:
         return await self._in_thread(lambda: self._deliver(source, meta, go, packing))
 
-    async def collect(self, part: PartFile, meta: TransferMeta, zstd_blocks: bool = False) -> None:
-        await self._in_thread(lambda: self._collect(part, meta, zstd_blocks))
+    def new_go(self, offset: int, zstd_blocks: bool) -> Go:
+        return Go(offset, new_key(), zstd_blocks)
+
+    async def collect(self, part: PartFile, meta: TransferMeta, go: Go) -> None:
+        await self._in_thread(lambda: self._collect(part, meta, go))
 
     async def drain(self) -> None:
         # bounded as a whole by shutting the socket down, which cancelling does
@@ -202,18 +206,16 @@ class SocketConnection(BulkConnection):
             if not isinstance(frame, Working):
                 raise ConnectionBroken(f"the peer said {type(frame).__name__} where its verdict was due")
 
-    def _collect(self, part: PartFile, meta: TransferMeta, zstd_blocks: bool) -> None:
+    def _collect(self, part: PartFile, meta: TransferMeta, go: Go) -> None:
         whole = meta.encoding == "zstd"
         unpacker = BlockUnpacker()
-        key = new_key()
-        opener = Opener(key)
+        opener = Opener(go.key)
         head = bytearray(LENGTH_BYTES)
         buffer = memoryview(bytearray(MAX_BLOCK_BYTES + TAG_BYTES))
-        self._send_frame(Go(part.received, key, zstd_blocks))
         while left := meta.size - part.received:
             self._read_exactly(self._read_raw, memoryview(head))
             packed = False
-            if zstd_blocks:
+            if go.zstd_blocks:
                 length, packed = decode_block_length(bytes(head))
             else:
                 length = decode_length(bytes(head), MAX_BLOCK_BYTES)
@@ -246,7 +248,7 @@ def is_trusted(link: SocketConnection, identity: Identity) -> bool:
 
 async def in_thread(sock: socket.socket, work: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
     """Run ``work``, which blocks on ``sock``, in a thread; when cancelled, shut ``sock`` down and wait
-    for the thread to end. Socket and TLS errors come out as LinkBroken.
+    for the thread to end. Socket and TLS errors come out as ConnectionBroken.
     """
     finished = False
 

@@ -154,12 +154,11 @@ class StreamConnection(BulkConnection):
             left -= count
             self._count_sent(count)
 
-    async def collect(self, part: PartFile, meta: TransferMeta, zstd_blocks: bool = False) -> None:
-        await self.say(Go(part.received, zstd_blocks=zstd_blocks))
+    async def collect(self, part: PartFile, meta: TransferMeta, go: Go) -> None:
         whole = meta.encoding == "zstd"
         unpacker = BlockUnpacker()
         while left := meta.size - part.received:
-            if whole or zstd_blocks:
+            if whole or go.zstd_blocks:
                 length, packed = decode_block_length(await self._read_exactly(LENGTH_BYTES, None))
                 data = await self._read_exactly(length, None)
                 if whole or packed:

@@ -1,14 +1,19 @@
 """The words of the bulk plane: what is said on a connection around the bytes of a file.
 
-The dialler says :class:`Hello`, the receiver of the file :class:`Go` (preceded by any number of
-:class:`Working` while it is busy), the sender sends the bytes from that offset on, and the receiver ends
-with a :class:`Verdict`, at any time. After an ``ok`` a socket may be kept; the next words on it are the
-sender's :class:`~hypha.messages.BulkOffer` of another file, answered by ``Go`` or ``Verdict`` as above. A
-frame is its length (4 bytes, big-endian) and a MessagePack struct. On a stream the file's bytes follow
-``Go`` as they are, with the encoding ``zstd`` in blocks of at most ``BLOCK_BYTES`` plain bytes, each
+A file that is offered: the dialler sends :class:`Hello`, the receiver :class:`Go` (preceded by any number of
+:class:`Working` while it is busy), the sender the bytes from that offset on, and the receiver ends with a
+:class:`Verdict`, at any time. A file that is asked for: the dialler sends :class:`WantFile`, which includes
+its ``Go``, and the sender answers with :class:`FileFound` (or a ``Verdict``) and the bytes. After an ``ok`` a
+socket may be kept; the next frame on it is another ``WantFile`` of whoever asked, or the sender's
+:class:`~hypha.messages.BulkOffer` of another file, answered by ``Go`` or ``Verdict`` as above.
+
+A frame is its length (4 bytes, big-endian) and a MessagePack struct. On a stream the file's bytes follow as
+they are, with the encoding ``zstd`` in blocks of at most ``BLOCK_BYTES`` plain bytes, each
 compressed on its own behind its length. On a socket they follow in blocks that :mod:`hypha.net.bulk.sealing`
-seals, each perhaps compressed before. Where offer and ``Go`` both say ``zstd_blocks`` the bytes follow in
+seals, each perhaps compressed before. Where sender and receiver both say ``zstd_blocks`` the bytes follow in
 blocks on streams as well, and the highest bit of a block's length says whether that one is compressed.
+
+Peers of versions before ``WantFile`` are told apart by ALPN on sockets, and by the protocol on streams.
 """
 
 from __future__ import annotations
@@ -22,11 +27,15 @@ from msgspec import Struct
 
 from hypha.decoding import decode
 from hypha.errors import Undecodable
-from hypha.messages import WIRE_VERSION, BulkOffer, PeerRef, Request, Response
+from hypha.messages import WIRE_VERSION, BulkOffer, PeerRef, PullFile, Request, Response, TransferMeta
 from hypha.pki.identity import Identity
 
 BULK_PROTOCOL = "/hypha/bulk/1"
-BULK_ALPN = "hypha-bulk/2"
+#: Streams on which :class:`WantFile` is the first frame.
+WANT_PROTOCOL = "/hypha/bulk/want/1"
+#: What is agreed on where both ends know :class:`WantFile`, and where one of them does not.
+WANT_ALPN = "hypha-bulk/3"
+BULK_ALPN = (WANT_ALPN, "hypha-bulk/2")
 
 #: Read, written and compressed at a time.
 BLOCK_BYTES = 1 << 20
@@ -59,6 +68,9 @@ class BulkConnections(Protocol):
 
     def answer(self, kind: type[Any], handler: Any) -> None:
         """As ``Node.answer``, for anybody who may connect."""
+
+    async def connect(self, peer: PeerRef | str) -> None:
+        """Be connected over libp2p, which tells each end the other's roles; PeerUnreachable."""
 
     async def open_stream(self, peer: PeerRef | str, protocol: str) -> Any:
         """A libp2p stream (``read(n)``, ``write(data)``, ``close()``, ``reset()``), through a relay when
@@ -103,8 +115,26 @@ class Go(Struct, frozen=True, tag="go"):
     zstd_blocks: bool = False
 
 
+class WantFile(Struct, frozen=True, tag="want"):
+    """Whoever wants the file that ``request`` names asks for it on this connection. ``go`` is what it would
+    say to an offer; its ``zstd_blocks`` says that the bytes may follow so.
+    """
+
+    request: PullFile
+    go: Go
+    traceparent: str | None = None
+
+
+class FileFound(Struct, frozen=True, tag="found"):
+    """The answer to :class:`WantFile`; the bytes follow at once, from the offset on that was asked for."""
+
+    meta: TransferMeta
+    zstd_blocks: bool = False
+    traceparent: str | None = None
+
+
 class Working(Struct, frozen=True, tag="working"):
-    """The receiver is busy (hashing, syncing, checking), not dead."""
+    """The other end is busy (hashing, syncing, checking, or with other files), not dead."""
 
 
 class Verdict(Struct, frozen=True, tag="verdict"):
@@ -118,7 +148,7 @@ class Verdict(Struct, frozen=True, tag="verdict"):
     again: bool = False
 
 
-Frame = Hello | Go | Working | Verdict | BulkOffer
+Frame = Hello | Go | Working | Verdict | BulkOffer | WantFile | FileFound
 
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
@@ -139,7 +169,7 @@ def fits(frame: Frame) -> bool:
 
 
 def decode_frame(payload: bytes) -> Frame:
-    """The struct; LinkBroken when it is none."""
+    """The struct; ConnectionBroken when it is none."""
     try:
         return decode(_decoder.decode, payload)
     except Undecodable as exc:
@@ -152,7 +182,7 @@ def encode_length(length: int) -> bytes:
 
 
 def decode_length(head: bytes, limit: int) -> int:
-    """Length of a frame or block; LinkBroken over ``limit``."""
+    """Length of a frame or block; ConnectionBroken over ``limit``."""
     (length,) = _LENGTH.unpack(head)
     if not 0 < length <= limit:
         raise ConnectionBroken(f"the peer announced {length} bytes where at most {limit} may come")
@@ -165,7 +195,7 @@ def encode_block_length(length: int, packed: bool) -> bytes:
 
 
 def decode_block_length(head: bytes) -> tuple[int, bool]:
-    """Length of such a block, and whether it is compressed; LinkBroken over ``MAX_BLOCK_BYTES``."""
+    """Length of such a block, and whether it is compressed; ConnectionBroken over ``MAX_BLOCK_BYTES``."""
     (length,) = _LENGTH.unpack(head)
     packed = bool(length & _PACKED)
     return decode_length(_LENGTH.pack(length & ~_PACKED), MAX_BLOCK_BYTES), packed
@@ -189,7 +219,7 @@ class BlockUnpacker:
         self._decompressor = zstandard.ZstdDecompressor()
 
     def unpack(self, data: bytes | memoryview) -> bytes:
-        """The plain bytes, at most BLOCK_BYTES; LinkBroken when there would be more, or none."""
+        """The plain bytes, at most BLOCK_BYTES; ConnectionBroken when there would be more, or none."""
         try:
             # what a frame promises is allocated before it is read: look at it first
             promised = zstandard.get_frame_parameters(data).content_size

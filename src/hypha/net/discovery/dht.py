@@ -252,7 +252,6 @@ class DhtClient:
         streams: Streams,
         dialer: Dialer,
         gateways: Gateways,
-        peers: PeerTable,
         own_ref: Callable[[], PeerRef],
         learn: Callable[[PeerRef], None],
         timeout_s: float,
@@ -260,7 +259,6 @@ class DhtClient:
         self._streams = streams
         self._dialer = dialer
         self._gateways = gateways
-        self._peers = peers
         self._own_ref = own_ref
         self._learn = learn
         self._timeout_s = timeout_s
@@ -359,7 +357,7 @@ class DhtClient:
     async def _ask(self, peer: str, request: Message) -> Message:
         await self._dialer.connect(peer, relays=False)
         # another gateway has named it
-        self._peers.require_service("directory", peer)
+        self._dialer.peers.require_service("directory", peer)
         stream = await self._streams.open(peer, str(PROTOCOL_ID))
         try:
             await stream.write(encode_varint_prefixed(request.SerializeToString()))

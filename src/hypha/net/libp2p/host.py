@@ -14,10 +14,11 @@ from libp2p.peer.id import ID
 
 from hypha.net.libp2p import identify_bounds, negotiation, yamux
 from hypha.net.libp2p.inbound_streams import InboundStreams
-from hypha.net.libp2p.mutual_tls import PROTOCOL_ID, MutualTls, TlsConnection
+from hypha.net.libp2p.mutual_tls import PROTOCOL_ID, MutualTls
 from hypha.net.libp2p.negotiation import EagerClient
 from hypha.net.libp2p.shared_port import SharedPortTcp
 from hypha.net.libp2p.streams import contained
+from hypha.net.libp2p.tls_connection import TlsConnection
 
 
 class _NoAutoConnector:

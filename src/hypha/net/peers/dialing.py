@@ -27,8 +27,9 @@ from hypha.net.libp2p.relay import RelayClient
 from hypha.net.libp2p.streams import STREAM_ERRORS
 from hypha.net.options import Timings
 from hypha.net.peers.addresses import MAX_ADDRESSES, Address, AddressBook, ip_of, parse
-from hypha.net.peers.reasons import failure_of, reason_of, root_of, says_refused
-from hypha.net.peers.shut_out import ShutOut, is_of_certificate
+from hypha.net.peers.dial_race import DialRace
+from hypha.net.peers.reasons import reason_of, root_of
+from hypha.net.peers.shut_out import ShutOut
 from hypha.net.peers.table import PeerTable, address_of, direction_of, is_relayed
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 from hypha.tracing import failed, start_span, traceparent, untraced
@@ -55,42 +56,6 @@ class _Attempt:
     gone: bool = False
 
 
-@dataclass
-class _Race:
-    """Addresses being tried at the same time; ``scope`` ends them all when one has won."""
-
-    scope: trio.CancelScope
-    #: what is tried, and how that ends, is noted here
-    span: Span
-    pending: int = 0
-    progress: trio.Event = field(default_factory=trio.Event)
-    failures: list[str] = field(default_factory=list)
-    #: those of them that were known when relays were tried
-    direct: list[str] = field(default_factory=list)
-    #: of the direct addresses that failed, did each refuse the connection?
-    refused: list[bool] = field(default_factory=list)
-    met: bool = False
-    #: whether the peer itself refuses this node's certificate, or this node the peer's
-    shut_out: bool = False
-    #: why the last address failed, in the words that failures are counted by
-    reason: str = "unreachable"
-
-    def note(self, what: str, address: str, reason: str = "") -> None:
-        """Note in the span what became of an address."""
-        more = {"hypha.reason": reason} if reason else {}
-        self.span.add_event(what, {"network.peer.address": address, **more})
-
-    def failed(self, address: str, exc: NetworkError) -> None:
-        self.failures.append(f"{address}: {exc}")
-        self.refused.append(says_refused(exc))
-        self.reason = failure_of(exc)
-        self.shut_out = self.shut_out or is_of_certificate(root_of(exc))
-        self.note("failed", address, str(exc))
-        self.pending -= 1
-        self.progress.set()
-        self.progress = trio.Event()
-
-
 class Dialer:
     """Connects to peers. ``own_relays`` names connected gateways to try as relays."""
 
@@ -106,7 +71,8 @@ class Dialer:
         self._swarm = swarm
         self._security = security
         self._book = book
-        self._peers = peers
+        #: who is connected, and may be used for what
+        self.peers = peers
         self._timings = timings
         self._nursery = nursery
         self._attempts: dict[str, _Attempt] = {}
@@ -121,7 +87,7 @@ class Dialer:
 
     async def connect(self, peer: str, relays: bool = True) -> None:
         """Return when ``peer`` is connected; PeerUnreachable when no address worked."""
-        if self._peers.is_connected(peer):
+        if self.peers.is_connected(peer):
             return
         try:
             if len(peer) > MAX_PEER_ID_LENGTH:
@@ -143,7 +109,7 @@ class Dialer:
             with untraced():  # the library's tasks that serve the connection outlive it
                 self._nursery.start_soon(self._try, peer, attempt, relays, connecting)
         await attempt.done.wait()
-        if not self._peers.is_connected(peer):
+        if not self.peers.is_connected(peer):
             raise PeerUnreachable(peer, attempt.failure or "the connection ended at once", attempt.gone)
 
     async def _try(self, peer: str, attempt: _Attempt, relays: bool, connecting: Span) -> None:
@@ -158,14 +124,14 @@ class Dialer:
                 if race.shut_out:
                     self._shut_out.note(peer, attempt.failure)
                 # both sides dialled at once and each gave its own connection up for the other's
-                if self._peers.is_connected(peer) or not race.met:
+                if self.peers.is_connected(peer) or not race.met:
                     break
         finally:
             del self._attempts[peer]
             attempt.done.set()
-            if self._peers.is_connected(peer):
+            if self.peers.is_connected(peer):
                 self._shut_out.forget(peer)
-            if not self._peers.is_connected(peer) and reason != "cancelled":
+            if not self.peers.is_connected(peer) and reason != "cancelled":
                 CONNECTIONS_FAILED.add(direction="outbound", reason=reason)
                 connecting.set_attribute("error.type", reason)
                 failed(connecting, attempt.failure)
@@ -175,9 +141,9 @@ class Dialer:
                 )
             connecting.end()
 
-    async def _race(self, peer: str, relays: bool, connecting: Span) -> _Race:
+    async def _race(self, peer: str, relays: bool, connecting: Span) -> DialRace:
         async with trio.open_nursery() as nursery:
-            race = _Race(nursery.cancel_scope, connecting)
+            race = DialRace(nursery.cancel_scope, connecting)
             nursery.start_soon(self._end_when_connected, peer, race)
             started = trio.current_time()
             for address in self._book.direct(peer):
@@ -196,27 +162,27 @@ class Dialer:
                 await race.progress.wait()
             race.scope.cancel()
         # said here, as whoever has brought the connection may be cancelled before it hears of that
-        for connection in self._peers.connections_of(peer)[:1]:
+        for connection in self.peers.connections_of(peer)[:1]:
             race.note("connected", address_of(connection))
             if is_relayed(connection) and direction_of(connection) == "outbound":
                 self._say_why_relayed(peer, race.direct)
         return race
 
-    async def _end_when_connected(self, peer: str, race: _Race) -> None:
+    async def _end_when_connected(self, peer: str, race: DialRace) -> None:
         """The peer may reach us first. When both dial at once, one side must hold on to its own dial, or
         each would give up the connection that the other has just settled for: the smaller PeerID does. A
         connection of our own is left to the dial that has made it: cancelled before it returns, it would
         close that connection again.
         """
-        await self._peers.wait_connected(peer)
-        if any(direction_of(one) == "outbound" for one in self._peers.connections_of(peer)):
+        await self.peers.wait_connected(peer)
+        if any(direction_of(one) == "outbound" for one in self.peers.connections_of(peer)):
             return
         race.met = True
         if str(self._swarm.get_peer_id()) < peer:
             await trio.sleep(MEETING_S)
         race.scope.cancel()
 
-    async def _contend(self, peer: str, address: Address, race: _Race) -> None:
+    async def _contend(self, peer: str, address: Address, race: DialRace) -> None:
         race.note("dialling", address.transport)
         try:
             await self._dial(peer, address)
@@ -307,11 +273,11 @@ class Dialer:
             for host in list(hosts)[:MAX_ADDRESSES]
         ]
 
-    async def _through_relays(self, peer: str, race: _Race) -> None:
+    async def _through_relays(self, peer: str, race: DialRace) -> None:
         if self.relay_client is None:
             return
         named = {one.relay: one for one in self._book.circuits(peer) if one.relay is not None}
-        candidates = [relay for relay in named if self._peers.is_connected(relay)]
+        candidates = [relay for relay in named if self.peers.is_connected(relay)]
         candidates += [relay for relay in self.own_relays() if relay not in candidates]
         candidates += [relay for relay in named if relay not in candidates]
         race.direct = list(race.failures)
@@ -325,7 +291,7 @@ class Dialer:
             try:
                 await self.connect(relay, relays=False)
                 # the peer itself has named it
-                self._peers.require_service("relay", relay)
+                self.peers.require_service("relay", relay)
                 with trio.fail_after(2 * self._timings.dial_s):
                     with use_span(race.span):
                         parent = traceparent()

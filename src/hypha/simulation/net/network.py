@@ -301,10 +301,17 @@ class SimulatedNetwork:
     # --- files --------------------------------------------------------------------------------------
 
     async def flow(
-        self, source: str, target: str, size: int, stall_s: float, moved: Callable[[float], None]
+        self,
+        source: str,
+        target: str,
+        size: int,
+        stall_s: float,
+        moved: Callable[[float], None],
+        kept: bool = False,
     ) -> None:
-        """Move ``size`` bytes; ``moved`` is called with how many have arrived. Raises
-        SimulatedLinkBroken when nothing does for ``stall_s``, or when one of the ends is gone.
+        """Move ``size`` bytes, without a handshake over a connection that was ``kept``; ``moved`` is called
+        with how many have arrived. Raises SimulatedLinkBroken when nothing does for ``stall_s``, or when one
+        of the two ends is gone.
         """
         connection = self.connection(source, target) or self.connection(target, source)
         relay = connection.relay if connection is not None else None
@@ -315,8 +322,9 @@ class SimulatedNetwork:
         flow = SimulatedFlow(tuple(stages), hops, float(size + _OVERHEAD_BYTES), moved_at=trio.current_time())
         # the handshake
         with trio.move_on_after(stall_s) as shaking:
-            await self.carry(hops)
-            await self.carry(tuple((end, start) for start, end in reversed(hops)))
+            if not kept:
+                await self.carry(hops)
+                await self.carry(tuple((end, start) for start, end in reversed(hops)))
         if shaking.cancelled_caught or source not in self.nodes or target not in self.nodes:
             raise SimulatedLinkBroken("it could not be begun")
         flow.moved_at = trio.current_time()

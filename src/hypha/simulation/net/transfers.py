@@ -1,12 +1,15 @@
 """The bulk plane of a simulated node: real files, gates, places and hashes, over simulated lines.
 
 A file's bytes are read when its turn comes, cross the network as a flow that shares bandwidth with others,
-and are written, verified and handed over in the receiver's process. What was cut begins anew.
+and are written, verified and handed over in the receiver's process. What was cut begins anew. Whoever pulls
+has a place here first, then asks, and the bytes follow the answer; a connection that carried the last file
+from there needs no handshake.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,13 +20,13 @@ import msgspec
 import trio
 
 from hypha.access import KINDS, Allowed, named
-from hypha.backoff import Backoff
 from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.files import StreamHash, quick_hasher, strong_hasher
+from hypha.net.bulk.retries import Retries
 from hypha.net.bulk.slots import TransferSlots
 from hypha.node import Arrived, Gate, Provider, Served
-from hypha.runtime import chance, free_bytes, in_thread, new_id
+from hypha.runtime import free_bytes, in_thread, new_id
 from hypha.simulation.net.network import STALL_S, SimulatedLinkBroken
 
 if TYPE_CHECKING:
@@ -33,10 +36,8 @@ logger = logging.getLogger("hypha.simulation")
 
 #: as in hypha.net.bulk.sending and hypha.net.bulk.receiving
 _MAX_AT_ONCE = 2
-_MAX_ATTEMPTS = 3
-_FIRST_PAUSE_S = 1.0
-_BUSY_FOR_S, _BUSY_PAUSE_S = 40.0, 1.0
 _RESERVE_BYTES = 16 << 20
+_FIRST_WORD_S = 10.0
 _MAX_REMEMBERED = 512
 
 
@@ -66,6 +67,8 @@ class SimulatedTransfers:
         self._providers: dict[str, Provider] = {}
         self._inbound: dict[_Inbound, None] = {}
         self._done: OrderedDict[tuple[str, str], None] = OrderedDict()
+        #: from whom the last pull came, so that a connection is kept
+        self._reached: dict[str, SimulatedNode] = {}
         self.sending = TransferSlots(_MAX_AT_ONCE)
         self.receiving = TransferSlots(_MAX_AT_ONCE)
 
@@ -97,7 +100,9 @@ class SimulatedTransfers:
 
     # --- sending ------------------------------------------------------------------------------------
 
-    async def send(self, peer: PeerRef | str, path: Path, meta: TransferMeta) -> None:
+    async def send(
+        self, peer: PeerRef | str, path: Path, meta: TransferMeta, patience_s: float = 0.0
+    ) -> None:
         """Send a file; returns when the receiver has verified and acknowledged it."""
         name = peer.peer if isinstance(peer, PeerRef) else peer
         if isinstance(peer, PeerRef):
@@ -106,24 +111,18 @@ class SimulatedTransfers:
         if name == self._node.peer_id:
             await self.take(name, meta, token, await in_thread(path.read_bytes))
             return
-        attempts, backoff = 0, Backoff(_FIRST_PAUSE_S)
-        busy_until: float | None = None
+        retries = Retries(patience_s)
         while True:
             try:
                 return await self._attempt(name, path, meta, token)
             except OSError as exc:
                 raise TransferFailed(name, meta.name, f"{path} cannot be read: {exc}") from exc
             except Refused as exc:
-                now = trio.current_time()
-                busy_until = now + _BUSY_FOR_S if busy_until is None else busy_until
-                if exc.code != "busy" or now >= busy_until:
-                    raise Refused(exc.code, exc.reason, name) from exc
-                await trio.sleep(_BUSY_PAUSE_S * chance().uniform(0.2, 1.0))
+                refusal = Refused(exc.code, exc.reason, name)
+                await trio.sleep(retries.refused(refusal, trio.current_time()))
             except (PeerUnreachable, SimulatedLinkBroken) as exc:
-                attempts += 1
-                if attempts >= _MAX_ATTEMPTS:
-                    raise TransferFailed(name, meta.name, str(exc)) from exc
-                await trio.sleep(backoff.next_s())
+                failure = TransferFailed(name, meta.name, str(exc))
+                await trio.sleep(retries.broke(failure, trio.current_time()))
 
     async def _attempt(self, name: str, path: Path, meta: TransferMeta, token: str) -> None:
         progress = [0.0]
@@ -190,14 +189,20 @@ class SimulatedTransfers:
                 await one.ended.wait()
 
     async def _flow(
-        self, source: str, size: int, stall_s: float, held: list[float], progress: list[float] | None
+        self,
+        source: str,
+        size: int,
+        stall_s: float,
+        held: list[float],
+        progress: list[float] | None,
+        kept: bool = False,
     ) -> None:
         def moved(bytes_: float) -> None:
             held[0] = bytes_
             if progress is not None:
                 progress[0] = bytes_
 
-        await self._node.network.flow(source, self._node.peer_id, size, stall_s, moved)
+        await self._node.network.flow(source, self._node.peer_id, size, stall_s, moved, kept)
 
     def _write(self, destination: Path, data: bytes, meta: TransferMeta, source: str) -> None:
         """Whole and verified, or not at all."""
@@ -226,16 +231,15 @@ class SimulatedTransfers:
         if isinstance(peer, PeerRef):
             self._node.learn(peer)
         request = msgspec.structs.replace(request, token=new_id())
-        busy_until = trio.current_time() + _BUSY_FOR_S
+        retries = Retries()
         while True:
             try:
                 return await self._pull(name, request, destination, expect, max_bytes, still_s)
             except Refused as exc:
                 if exc.code == "unreachable":
                     raise TransferFailed(name, request.name, exc.reason) from exc
-                if exc.code != "busy" or trio.current_time() >= busy_until:
-                    raise Refused(exc.code, exc.reason, name) from exc
-                await trio.sleep(_BUSY_PAUSE_S * chance().uniform(0.2, 1.0))
+                refusal = Refused(exc.code, exc.reason, name)
+                await trio.sleep(retries.refused(refusal, trio.current_time()))
             except (PeerUnreachable, SimulatedLinkBroken) as exc:
                 raise TransferFailed(name, request.name, str(exc)) from exc
 
@@ -248,48 +252,62 @@ class SimulatedTransfers:
         max_bytes: int,
         still_s: float | None,
     ) -> TransferMeta:
-        async def provide(node: SimulatedNode) -> tuple[bytes, TransferMeta]:
-            return await node.transfers.provide_to(self._node.peer_id, request)
-
-        with trio.move_on_after(10.0) as asking:
-            provided = await self._node.ask_there(name, provide, None)
-        if asking.cancelled_caught:
-            raise SimulatedLinkBroken("it does not answer")
-        self._require(name, KINDS[request.kind].senders, request.kind)
-        data: bytes = provided[0]
-        meta: TransferMeta = provided[1]
-        if meta.size > max_bytes:
-            raise Refused("too-large", f"{request.name} has {meta.size} bytes", name)
-        if meta.kind != request.kind or (
-            expect is not None and (meta.size, meta.blake3) != (expect.size, expect.blake3)
-        ):
-            raise TransferCorrupt(name, request.name, "it offers other content than was promised")
-        if meta.size > max(0, free_bytes(destination.parent) - _RESERVE_BYTES):
-            raise TransferFailed(name, request.name, "there is no room for it here")
         held = [0.0]
         async with self.receiving.hold(lambda: held[0]):
+            data, meta = await self._ask(name, request)
+            if meta.size > max_bytes:
+                raise Refused("too-large", f"{request.name} has {meta.size} bytes", name)
+            if meta.kind != request.kind or (
+                expect is not None and (meta.size, meta.blake3) != (expect.size, expect.blake3)
+            ):
+                raise TransferCorrupt(name, request.name, "it offers other content than was promised")
+            if meta.size > max(0, free_bytes(destination.parent) - _RESERVE_BYTES):
+                raise TransferFailed(name, request.name, "there is no room for it here")
             sender = self._node.network.nodes.get(name)
             if sender is None:
                 raise SimulatedLinkBroken("the other end is gone")
-            stall_s = STALL_S if still_s is None else min(STALL_S, still_s)
-            async with trio.open_nursery() as nursery:
-                # the sender's end has few places, too
-                over = trio.Event()
-                ready = trio.Event()
-                nursery.start_soon(self._lend, sender, held, ready, over)
-                try:
-                    await ready.wait()
-                    await self._flow(name, len(data), stall_s, held, None)
-                except SimulatedLinkBroken as exc:
-                    broken: SimulatedLinkBroken | None = exc
-                else:
-                    broken = None
-                over.set()
-                nursery.cancel_scope.cancel()
-            if broken is not None:
-                raise broken
+            kept = self._reached.pop(name, None) is sender
+            await self._flow_from(sender, len(data), still_s, held, kept)
+            self._reached[name] = sender
             self._write(destination, data, meta, name)
         return meta
+
+    async def _ask(self, name: str, request: PullFile) -> tuple[bytes, TransferMeta]:
+        """What the file is, and its bytes, which have still to come."""
+
+        async def provide(node: SimulatedNode) -> tuple[bytes, TransferMeta]:
+            return await node.transfers.provide_to(self._node.peer_id, request)
+
+        with trio.move_on_after(_FIRST_WORD_S) as asking:
+            provided: tuple[bytes, TransferMeta] = await self._node.ask_there(name, provide, None)
+        if asking.cancelled_caught:
+            raise SimulatedLinkBroken("it does not answer")
+        self._require(name, KINDS[request.kind].senders, request.kind)
+        return provided
+
+    async def _flow_from(
+        self, sender: SimulatedNode, size: int, still_s: float | None, held: list[float], kept: bool
+    ) -> None:
+        """Have the bytes come when it is their turn there."""
+        broken: SimulatedLinkBroken | None = None
+        async with trio.open_nursery() as nursery:
+            # the sender's end has few places, too
+            over = trio.Event()
+            ready = trio.Event()
+            nursery.start_soon(self._lend, sender, held, ready, over)
+            try:
+                with trio.move_on_after(math.inf if still_s is None else still_s) as waiting:
+                    await ready.wait()
+                if waiting.cancelled_caught:
+                    raise SimulatedLinkBroken(f"nothing came for {still_s:g} s")
+                stall_s = STALL_S if still_s is None else min(STALL_S, still_s)
+                await self._flow(sender.peer_id, size, stall_s, held, None, kept)
+            except SimulatedLinkBroken as exc:
+                broken = exc
+            over.set()
+            nursery.cancel_scope.cancel()
+        if broken is not None:
+            raise broken
 
     async def _lend(
         self, sender: SimulatedNode, held: list[float], ready: trio.Event, over: trio.Event

@@ -1,8 +1,8 @@
 """Sending an executor's files to peers: hashed once, to all receivers at a time, each with its own luck.
 
-A receiver that cannot be reached is tried again with pauses, up to a limit. A delivery that nobody needs
-any more (a newer round goes to the same receiver, the receiver left the job) is given up at once, so one
-dead worker does not hold up a round.
+A receiver that cannot be reached is tried again by the transfer itself, for a while. A delivery that nobody
+needs any more (a newer round goes to the same receiver, the receiver left the job) is given up at once, so
+one dead worker does not hold up a round.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Literal
 
 import trio
 
-from hypha.backoff import Backoff
 from hypha.errors import NetworkError, Refused
 from hypha.messages import Delivery, PeerRef, TransferMeta
 from hypha.runtime import chance
@@ -24,11 +23,9 @@ logger = logging.getLogger("hypha.worker.send")
 
 #: A receiver that fails is tried again for this long after its first failure.
 GIVE_UP_AFTER_S = 60.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 15.0
-#: ``not-found`` may mean that the receiver's job is just starting.
-NOT_FOUND_PATIENCE_S = 10.0
 
-Transfer = Callable[[PeerRef, Path, TransferMeta], Awaitable[None]]
+#: (receiver, file, what to say of it, for how many seconds to try again)
+Transfer = Callable[[PeerRef, Path, TransferMeta, float], Awaitable[None]]
 
 
 class Deliveries:
@@ -106,45 +103,17 @@ class Deliveries:
     ) -> Delivery:
         try:
             with delivering.scope:
-                await self._attempt(path, meta, receiver)
+                await self._transfer(receiver, path, meta, self._give_up_after_s)
                 return Delivery(peer=receiver.peer, acknowledged=True)
             return delivering.given_up
         except Refused as exc:
+            if exc.code == "duplicate":
+                return Delivery(peer=receiver.peer, acknowledged=True)  # it has it
             logger.warning("%s was refused: %s", meta.name, exc, extra={"peer_id": receiver.peer})
             return Delivery(peer=receiver.peer, acknowledged=False, error=exc.code, detail=exc.reason)
         except NetworkError as exc:
             logger.error("%s was not delivered: %s", meta.name, exc, extra={"peer_id": receiver.peer})
             return Delivery(peer=receiver.peer, acknowledged=False, error="unreachable", detail=str(exc))
-
-    async def _attempt(self, path: Path, meta: TransferMeta, receiver: PeerRef) -> None:
-        backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
-        first_failure: float | None = None
-        while True:
-            patience_s = self._give_up_after_s
-            try:
-                return await self._transfer(receiver, path, meta)
-            except Refused as exc:
-                if exc.code == "duplicate":
-                    return  # it has it
-                if exc.code == "not-found":
-                    patience_s = min(patience_s, NOT_FOUND_PATIENCE_S)
-                elif not exc.retryable:
-                    raise
-                failure: NetworkError = exc
-            except NetworkError as exc:
-                failure = exc
-            first_failure = trio.current_time() if first_failure is None else first_failure
-            pause_s = backoff.next_s()
-            if trio.current_time() + pause_s - first_failure > patience_s:
-                raise failure
-            logger.info(
-                "Sending %s failed, again in %.1f s: %s",
-                meta.name,
-                pause_s,
-                failure,
-                extra={"peer_id": receiver.peer},
-            )
-            await trio.sleep(pause_s)
 
 
 def _record(meta: TransferMeta, receiver: PeerRef, outcome: Delivery, lasted_s: float) -> None:

@@ -49,7 +49,7 @@ from hypha.messages import (
     TrainJob,
     TransferMeta,
 )
-from hypha.net.bulk.transfers import meta_of
+from hypha.net.bulk.transfers import with_hashes
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind
@@ -459,16 +459,17 @@ class Execution:
         )
         try:
             async with self._hashing:
-                meta = await meta_of(
-                    path,
-                    kind,
-                    f"{prefix}/{name}" if prefix else name,
+                said = TransferMeta(
+                    kind=kind,
+                    name=f"{prefix}/{name}" if prefix else name,
+                    size=0,
+                    blake3=call.blake3,
                     stamp=stamp,
                     samples=call.samples,
                     contributors=call.contributors,
-                    blake3=call.blake3,
                     xxh3=call.xxh3,
                 )
+                meta = await with_hashes(path, said)
         except OSError as exc:
             raise Refused("not-found", f"{call.path} cannot be read: {exc}") from exc
         return Sent(deliveries=await self._deliveries.deliver(path, meta, receivers, resource.strategy))
