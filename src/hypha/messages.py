@@ -323,8 +323,8 @@ class Plan(Message):
 
 class Rejoin(Message):
     """The job goes on in another generation, ``generation``, after its parameter server or its scheduler was
-    lost. Everybody says again what it holds: a training executor ``Loaded``, the last ``UpdateSent`` and
-    ``RoundStarted``; a parameter server ``RoundApplied``, ``ModelReady`` and each ``UpdateReceived``.
+    lost. Everybody reports again what it holds: a training executor ``Loaded`` and ``RoundStarted``; a
+    parameter server the last ``RoundApplied``, ``ModelReady``, and each ``UpdateReceived`` of both rounds.
 
     For a training executor, ``parameter_server`` is where it is now; with ``resend`` it is a new one, which
     needs the open round's update. With ``start_over`` rounds were lost: what is held of them (theta, slices,
@@ -344,13 +344,15 @@ class Members(Message):
 
     ``most_samples`` says for how many samples their updates of ``round`` may stand at most: a larger one is
     refused, and one of a worker that is not named in it waits for the next of these messages. Without
-    ``round`` nothing is said about that. ``batch_sizes`` are those that the workers were told.
+    ``round`` nothing is said about that. ``batch_sizes`` are those that the workers were told,
+    ``most_batch_size`` what they may grow to (None: they do not grow, or an earlier version does not say).
     """
 
     peers: tuple[PeerRef, ...]
     round: int | None = None
     most_samples: dict[str, int] = {}
     batch_sizes: dict[str, int] = {}
+    most_batch_size: int | None = None
 
 
 class SendModel(Message):
@@ -490,7 +492,9 @@ class Progress(Message):
 
 
 class UpdateSent(Message):
-    """The update of a round is with the parameter server (acknowledged)."""
+    """The update of a round is with the parameter server (acknowledged). Schedulers of earlier versions wait
+    for it; those of this one learn of updates from the parameter server alone, and pass over it.
+    """
 
     contribution: Contribution
 
@@ -509,8 +513,8 @@ class ModelReady(Message):
 
 
 class UpdateReceived(Message):
-    """A parameter server accepted the update of ``worker`` for ``round``. ``contribution`` is what the file
-    itself says that it stands for, so that an update that counts is known even if its worker is gone.
+    """A parameter server accepted the update of ``worker`` for ``round``. ``contribution`` is what the file's
+    header states, checked: all that the scheduler learns of the update, even if its worker is gone.
     """
 
     round: int
@@ -530,8 +534,9 @@ class UpdateRefused(Message):
 
 class RoundApplied(Message):
     """The outer step of ``round`` is done; ``theta`` is the hash of theta of ``round + 1``.
-    ``contributors`` in the order in which their updates were added, ``contributions`` as far as their files
-    say what they stand for, ``updates`` what was measured of each.
+    ``contributors`` in the order in which their updates were added, each after its ``UpdateReceived``;
+    ``updates`` is what was measured of each. ``contributions``: only parameter servers of earlier versions,
+    which do not report ``UpdateReceived`` again after a ``Rejoin``.
     """
 
     round: int
@@ -1423,9 +1428,9 @@ ForkReply = Forked | NotForked | KeeperEnded
 
 class LedgerRound(Value):
     """One outer step. ``theta`` is the hash of theta of ``round + 1``, that is, after this step (as in
-    :class:`RoundApplied`). ``contributors`` are in the mean; ``left_out`` trained (so their optimizers moved
-    on) but are not in the mean. ``generation`` is the job's generation; after a restore from a checkpoint
-    rounds occur again under a higher one, and the earlier ones are ``discarded``.
+    :class:`RoundApplied`). ``contributors`` are in the mean; ``left_out``, which only earlier versions wrote,
+    trained but are not. ``generation`` is the job's generation; after a restore from a checkpoint rounds
+    occur again under a higher one, and the earlier ones are ``discarded``.
     """
 
     round: int

@@ -33,7 +33,7 @@ from hypha.executor.bridge.client import ALIVE_S, BridgeClient
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import tensors
 from hypha.executor.files.reused import ReusedFiles
-from hypha.executor.files.updates import contribution_in, deliverable
+from hypha.executor.files.updates import contribution_in
 from hypha.executor.models.model_files import ModelFiles
 from hypha.executor.outer.admission import admit, check_contribution
 from hypha.executor.outer.broadcast import Broadcasts
@@ -45,7 +45,6 @@ from hypha.messages import (
     Alive,
     CheckpointSaved,
     CloseRound,
-    Contribution,
     Directive,
     Export,
     Exported,
@@ -103,7 +102,10 @@ class ParameterServer:
         self._broadcasts = Broadcasts(bridge, self._ended, lambda round_: self._span(BROADCAST, round_))
         #: one thread: checkpoints become durable in the order of their rounds
         self._archive = ThreadPoolExecutor(1, thread_name_prefix="archive")
-        self._applied: RoundApplied | None = None
+        #: what was reported of the updates of the open round, by worker; and of the round before it, which
+        #: ends with its RoundApplied
+        self._received: dict[str, UpdateReceived] = {}
+        self._applied: tuple[UpdateReceived | RoundApplied, ...] = ()
         self._exporting = -1
         self._finishing = threading.Event()
         self._exported: Exported | None = None
@@ -112,8 +114,6 @@ class ParameterServer:
         self._saved: CheckpointSaved | None = None
         self.round = job.round
         self._contributors: tuple[str, ...] = ()
-        #: what the updates of the open round stand for
-        self._contributions: dict[str, Contribution] = {}
         #: done with, to be written over
         self._updates = ReusedFiles(bridge.directory / "incoming" / ".spare")
         self._thetas = ReusedFiles(bridge.directory / "outgoing" / ".spare", limit=1)
@@ -168,15 +168,18 @@ class ParameterServer:
         self._generation = rejoin.generation
         if self._exported is not None:
             self._exporting = -1
-        if self._applied is not None:
-            self._bridge.report(self._applied)
+        self._report_applied()
         if self._saved is not None:
             self._bridge.report(self._saved)
         # that scheduler may not have it: asked again, it is saved again
         self._saving = -1
         self._ready()
-        for worker, samples in self._outer.contributors.items():
-            self._received(worker, samples)
+        for received in self._received.values():
+            self._bridge.report(received)
+
+    def _report_applied(self) -> None:
+        for event in self._applied:
+            self._bridge.report(event)
 
     @property
     def _peers(self) -> tuple[PeerRef, ...]:
@@ -269,20 +272,25 @@ class ParameterServer:
             self._updates.give(path)
             return
         try:
-            contribution = contribution_in(path, file.from_peer, round, file.meta.samples)
-            check_contribution(file.from_peer, contribution, self._job, self._members)
-            norm = self._outer.add(file.from_peer, file.meta.samples, path)
+            contribution = contribution_in(path)
+            check_contribution(file, contribution, self._job, self._members)
+            norm = self._outer.add(file.from_peer, contribution.samples, path)
         except Refused as exc:
             self._refused(file, round, exc)
         except DataError as exc:
             self._refused(file, round, Refused("invalid", str(exc), file.from_peer))
         else:
             logger.info(
-                "Added the update of %s (%d samples, norm %g).", file.from_peer, file.meta.samples, norm
+                "Added the update of %s (%d samples, norm %g).", file.from_peer, contribution.samples, norm
             )
-            if contribution is not None:
-                self._contributions[file.from_peer] = contribution
-            self._received(file.from_peer, file.meta.samples)
+            received = UpdateReceived(
+                round=round,
+                worker=file.from_peer,
+                samples=contribution.samples,
+                contribution=contribution,
+            )
+            self._received[file.from_peer] = received
+            self._bridge.report(received)
         finally:
             self._updates.give(path)
 
@@ -300,22 +308,12 @@ class ParameterServer:
         logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
         self._bridge.report(UpdateRefused(round=round, worker=file.from_peer, code=exc.code, reason=reason))
 
-    def _received(self, worker: str, samples: int) -> None:
-        self._bridge.report(
-            UpdateReceived(
-                round=self.round,
-                worker=worker,
-                samples=samples,
-                contribution=self._contributions.get(worker),
-            )
-        )
-
     # --- rounds -------------------------------------------------------------------------------------
 
     def _close(self, directive: CloseRound) -> None:
-        if directive.round == self.round - 1 and self._applied is not None:
-            # said again: then somebody did not hear of it
-            self._bridge.report(self._applied)
+        if directive.round == self.round - 1 and self._applied:
+            # sent again: then somebody has not received it
+            self._report_applied()
             self._send_theta(self._peers)
             return
         if directive.round != self.round:
@@ -344,19 +342,16 @@ class ParameterServer:
         )
         due = self.round % self._job.checkpoint.every_rounds == 0
         checkpoint = directive.checkpoint or directive.final or due
-        self._applied = deliverable(
-            RoundApplied(
-                round=directive.round,
-                theta=self._hashes.blake3,
-                contributors=contributors,
-                contributions=tuple(self._contributions.values()),
-                update_norm=norm,
-                checkpoint=checkpoint,
-                updates=self._outer.statistics,
-            )
+        applied = RoundApplied(
+            round=directive.round,
+            theta=self._hashes.blake3,
+            contributors=contributors,
+            update_norm=norm,
+            checkpoint=checkpoint,
+            updates=self._outer.statistics,
         )
-        self._contributions = {}
-        self._bridge.report(self._applied)
+        self._applied, self._received = (*self._received.values(), applied), {}
+        self._bridge.report(applied)
         return checkpoint, old
 
     def _send_theta(self, receivers: Iterable[PeerRef], attempt: int = 0) -> None:
@@ -397,7 +392,7 @@ class ParameterServer:
         (directory / STATE).write_bytes(msgspec.json.encode(state))
         round = self.round
         # it belongs to the round that was applied; the last one has none after it
-        applied = self._applied is not None and self._applied.round == round - 1
+        applied = bool(self._applied) and self._applied[-1].round == round - 1
         within = round - 1 if applied else round
         self._in_archive(lambda: self._save_in_span(directory, round, within))
 

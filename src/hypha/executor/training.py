@@ -64,7 +64,6 @@ from hypha.messages import (
     RoundStarted,
     SchedulerData,
     TrainJob,
-    UpdateSent,
 )
 from hypha.tracing import span
 from hypha.tracing.operations import LOAD_MODEL, LOAD_WEIGHTS, TRAIN
@@ -111,8 +110,6 @@ class Trainer:
         self._lost = False
         #: inner steps before the round from which another generation of the job began
         self._steps_there = job.steps
-        #: the last update that is in a theta
-        self._last: Contribution | None = None
         self._sender: UpdateSender | None = None
         self._fetching = False
         self._reused = ReusedFiles(bridge.directory / "incoming" / ".spare")
@@ -214,7 +211,6 @@ class Trainer:
         theta = inbox.theta
         if rejoin.start_over:
             self._lost = self._round >= 0
-            self._last = None
             if self._sender is not None:
                 self._sender.stop()
             if self._round < 0:
@@ -225,8 +221,6 @@ class Trainer:
                 inbox.theta = None
                 (self._bridge.directory / theta.path).unlink(missing_ok=True)
         self._bridge.report(Loaded(incarnation=self._incarnation))
-        if self._last is not None:
-            self._bridge.report(UpdateSent(contribution=self._last))
         if self._round >= 0 and not self._lost:
             self._started()
 
@@ -275,9 +269,7 @@ class Trainer:
             sender.stop()
         continued = round == self._round + 1 and not self._lost
         in_it = sender is not None and continued and self._me in file.meta.contributors
-        if sender is not None and in_it:
-            self._last = sender.contribution
-        elif self._round >= 0:
+        if self._round >= 0 and not in_it:
             self._start_over((generation, round, attempt))
         self._round, self._attempt, self._generation = round, attempt, generation
         self._hash, self._lost = file.meta.blake3, False
@@ -309,7 +301,6 @@ class Trainer:
             logger.warning(
                 "Round %d went on without this worker; it starts over from round %d.", self._round, round
             )
-        self._last = None
         self._drop_before(at)
         if self._lost or round < self._round:
             self._forget_steps(self._steps_there)

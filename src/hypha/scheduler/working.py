@@ -231,8 +231,7 @@ class WorkingJob:
             if isinstance(action, Record):
                 # at once: a snapshot never shows the next round with the last one's numbers
                 self._context.progressed.add(action.entry)
-                if action.tracker is not None:
-                    self._context.pool.worked(action.entry)
+                self._context.pool.worked(action.entry)
             self._actions.send_nowait(action)
         return answer
 
@@ -277,7 +276,7 @@ class WorkingJob:
         match action:
             case Record(entry=entry, tracker=tracker, steps=steps):
                 await self.ledger.run(Ledger.record, entry, tracker, steps)
-                if tracker is not None and entry.generation == self.current.start.generation:
+                if entry.generation == self.current.start.generation:
                     self.current.kept.note(tracker.version)
                 logger.info(
                     "Round %d of %d was applied: %d samples of %d workers, loss %.4f",

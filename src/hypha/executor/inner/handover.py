@@ -167,6 +167,7 @@ class UpdateSender(threading.Thread):
                         self._send(call)
                         reached, self.acknowledged = call.number, True
                     said_in = call.generation
+                    # for schedulers of earlier versions: those of this one learn it from the parameter server
                     self._bridge.report(UpdateSent(contribution=self.contribution))
             except Refused as exc:
                 if exc.code in _PASSING:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import logging
 
-from hypha.contributions import MOST_COUNT, count_problem
 from hypha.errors import REFUSALS
 from hypha.journal import Journal
 from hypha.messages import (
     CheckpointSaved,
-    Contribution,
     ExecutorError,
     ExecutorExited,
     Export,
@@ -208,7 +206,8 @@ class RoundMachine(Phases):
             case RoundStarted():
                 return self._round_started(member, told, event, now)
             case UpdateSent():
-                return self._update_sent(member, told, event.contribution)
+                # the parameter server reports it when it has added it
+                return []
             case ExecutorError() | ExecutorExited():
                 # the others do its part from now on, whatever becomes of it
                 gone = self.lose(member.peer, "train", "its executor failed")
@@ -327,39 +326,6 @@ class RoundMachine(Phases):
             return []
         return self.failed(member.peer, "train", f"it states what cannot be: {what}", "claims")
 
-    def _update_sent(self, member: Member, told: Told, part: Contribution) -> list[Action]:
-        if part.worker != member.peer or part.incarnation != member.incarnation:
-            self.counts["wrong contribution"] += 1
-        elif self.is_early(part.round):
-            self.early = with_early(self.early, told)
-        elif part.round == self.round and part.attempt < member.attempt:
-            self.counts["stale attempt"] += 1
-        elif problem := self.claim_problem(part):
-            self.counts["wrong contribution"] += 1
-            text = f"its update of round {part.round} cannot be what it says: {problem}"
-            if part.round != self.round or member.left_out:
-                return []
-            if not count_problem(part, member.batch_size, self.rules.most_batch_size):
-                # its slices may have been taken back, and it has not heard of it
-                return self._refuse_update(member, "invalid", text)
-            return self.failed(member.peer, "train", text, "claims")
-        elif part.round == self.round and member.in_round and not member.left_out:
-            accepted = part.worker in self.updates.accepted
-            if not accepted and (problem := self.plan_problem(member, part)):
-                self.counts["wrong contribution"] += 1
-                return self._refuse_update(member, "invalid", problem)
-            member.sent = self.updates.note(part)
-            member.overtake(self.round)
-        else:
-            entry = self.updates.late(part)
-            if entry is None:
-                self.counts["stale round"] += 1
-                return []
-            self.tracker.finish(part.worker, part.finished)
-            self.count_steps(part)
-            return [Record(entry, None, self.steps)]
-        return []
-
     # --- what the parameter server says -----------------------------------------------------------------
 
     def _model_ready(self, event: ModelReady) -> list[Action]:
@@ -393,16 +359,17 @@ class RoundMachine(Phases):
         if event.round != self.round or self.phase not in (*OPEN, "closing"):
             self.counts["stale round"] += 1
             return []
-        accepted = self.updates.accepted
-        known = event.worker in self.members or event.worker in accepted
-        if not known and len(accepted) >= len(self.members) + _MOST_GONE:
+        worker, accepted = event.worker, self.updates.accepted
+        if worker not in self.members and len(accepted) >= len(self.members) + _MOST_GONE:
             self.counts["uninvited"] += 1
             return []
-        accepted.setdefault(event.worker, min(max(0, event.samples), MOST_COUNT))
-        member = self.members.get(event.worker)
-        if event.contribution is not None and event.contribution.worker == event.worker:
-            # its worker may be gone before it says so itself
-            self.note(event.contribution)
+        if problem := self.claim_problem(worker, event.contribution):
+            self.counts["wrong contribution"] += 1
+            text = f"the parameter server accepted an update that cannot be what it states: {problem}"
+            return self.failed(told.sender, "aggregate", text, "claims")
+        if event.contribution is not None:
+            self.updates.accept(event.contribution)
+        member = self.members.get(worker)
         if member is not None:
             member.overtake(self.round)
             member.accept(now)
@@ -438,17 +405,18 @@ class RoundMachine(Phases):
             self.counts["stale round"] += 1
             return []
         for part in event.contributions:
-            if part.worker in event.contributors and part.round == event.round:
-                self.note(part)
-        entry = self.updates.apply(event, self.start.generation, now)
+            # of a parameter server of an earlier version, to a scheduler that takes over
+            if part.worker in event.contributors and not self.claim_problem(part.worker, part):
+                self.updates.accept(part)
+        entry = self.updates.entry(event, self.start.generation, now)
         for part in entry.contributors:
             foreign = self.tracker.finish(part.worker, part.finished)
             self.counts["foreign slices"] += len(foreign)
             self.count_steps(part)
-        for worker, part in self.updates.contributions.items():
-            if worker not in event.contributors:
-                self.tracker.give_back(worker, part.finished)
-                self.counts["lost samples"] += part.samples
+            if part.worker in self.members:
+                self.members[part.worker].total_samples += part.samples
+        for worker in self.updates.accepted.keys() - set(event.contributors):
+            self.tracker.give_back(worker, self.updates.finished(worker))
         drops: list[Action] = []
         for member in list(self.participants):
             if member.peer not in event.contributors:
@@ -460,8 +428,6 @@ class RoundMachine(Phases):
                     if member.stalled >= STALLED:
                         text = f"it began {member.stalled} rounds in a row, and sent no update in time"
                     drops += [Drop(member.peer, "train", text), *self.lose(member.peer, "train", text)]
-            elif member.sent is not None:
-                member.total_samples += member.sent.samples
         self.failures.applied(event.contributors)
         self.round, self.theta = self.round + 1, event.theta
         # the ledger has them with the round

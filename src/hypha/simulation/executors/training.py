@@ -58,7 +58,6 @@ class SimulatedTrainer:
         self._restarts = 0
         self._lost = False
         self._steps_there = job.steps
-        self._last: Contribution | None = None
         self._sender: _UpdateSender | None = None
         self._ready: Slice | None = None
         self._dropped_before = (0, 0, 0)
@@ -125,7 +124,6 @@ class SimulatedTrainer:
         theta = inbox.theta
         if rejoin.start_over:
             self._lost = self._round >= 0
-            self._last = None
             if self._sender is not None:
                 self._sender.stop()
             if self._round < 0:
@@ -135,8 +133,6 @@ class SimulatedTrainer:
                 inbox.theta = None
                 (self._bridge.directory / theta.path).unlink(missing_ok=True)
         self._bridge.report(Loaded(incarnation=self._incarnation))
-        if self._last is not None:
-            self._bridge.report(UpdateSent(contribution=self._last))
         if self._round >= 0 and not self._lost:
             self._started()
 
@@ -169,9 +165,8 @@ class SimulatedTrainer:
         at = (stamp.generation, stamp.round, stamp.attempt) if stamp is not None else (0, 0, 0)
         round_ = at[1]
         continued = round_ == self._round + 1 and not self._lost
-        if sender is not None and continued and self._job.me in file.meta.contributors:
-            self._last = sender.contribution
-        elif self._round >= 0:
+        in_it = sender is not None and continued and self._job.me in file.meta.contributors
+        if self._round >= 0 and not in_it:
             self._start_over(at)
         self._generation, self._round, self._attempt = at
         self._hash, self._lost = file.meta.blake3, False
@@ -186,7 +181,6 @@ class SimulatedTrainer:
         self._bridge.report(RoundStarted(round=self._round, theta=self._hash, attempt=self._attempt))
 
     def _start_over(self, at: tuple[int, int, int]) -> None:
-        self._last = None
         self._drop_before(at)
         if self._lost or at[1] < self._round:
             self._forget_steps(self._steps_there)
