@@ -103,7 +103,8 @@ class LocalModel:
 
     def start_over(self, steps: int) -> None:
         rows = self._inner.rows
-        self._inner = Inner(self._model, self._forward, self._job, self._accelerator, steps, rows=rows)
+        self._inner = Inner(self._model, self._forward, self._job, self._accelerator, steps)
+        self._inner.rows = rows
 
     def batch(self, columns: Mapping[str, Tensor]) -> Tensor:
         return self._inner.batch(columns)

@@ -33,6 +33,19 @@ class Sources:
     preprocessors: tuple[Path, ...]
 
 
+def fetched(bridge: BridgeClient, reference: Reference) -> Path:
+    """The directory of the files of ``reference``. Raises :class:`ModelError` where they are refused, and
+    :class:`PeerUnreachable`.
+    """
+    try:
+        return models.directory_of(path for path, _ in bridge.fetch(reference))
+    except Refused as exc:
+        if exc.code == "no-space":
+            # no fault of the model
+            raise
+        raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
+
+
 class ModelFiles:
     """A model that is to be trained from its beginning is needed at once; one that goes on from a checkpoint
     only when it is exported, and importing and building it takes longer than all the rest.
@@ -91,12 +104,7 @@ class ModelFiles:
     def _fetched(self, reference: Reference) -> Path:
         while True:
             try:
-                return models.directory_of(path for path, _ in self._bridge.fetch(reference))
-            except Refused as exc:
-                if exc.code == "no-space":
-                    # no fault of the model
-                    raise
-                raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
+                return fetched(self._bridge, reference)
             except PeerUnreachable as exc:
                 # only a model that is to be trained from its beginning is needed now
                 if self._job.restore is None or self._finishing.wait(_FETCH_RETRY_S):

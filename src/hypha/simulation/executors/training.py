@@ -13,15 +13,13 @@ import trio
 
 from hypha.errors import DataError, PeerUnreachable, Refused
 from hypha.executor.inner.handover import TrainerInbox, UpdateToSend
-from hypha.executor.inner.losses import Losses
+from hypha.executor.inner.round_counts import RoundCounts
 from hypha.executor.inner.slices_reader import Slice
 from hypha.executor.toy import ToyTrainer, toy_slice
 from hypha.messages import (
-    Contribution,
     Directive,
     Loaded,
     Peers,
-    Progress,
     ReceivedFile,
     RoundStarted,
     SchedulerData,
@@ -61,10 +59,6 @@ class SimulatedTrainer:
         self._sender: _UpdateSender | None = None
         self._ready: Slice | None = None
         self._dropped_before = (0, 0, 0)
-        self._batches = self._samples = 0
-        self._busy_s = 0.0
-        self._first_steps = job.steps
-        self._losses = Losses(trio.current_time())
 
     async def run(self, nursery: trio.Nursery) -> None:
         """Train until ``Finish``."""
@@ -83,20 +77,9 @@ class SimulatedTrainer:
     # --- theta --------------------------------------------------------------------------------------
 
     def _theta_arrived(self, file: ReceivedFile) -> None:
-        stamp, waiting = file.meta.stamp, self._inbox.theta
-        seen = (self._generation, self._round, self._attempt)
-        if waiting is not None and waiting.meta.stamp is not None:
-            told = waiting.meta.stamp
-            seen = (told.generation, told.round, told.attempt)
-        at = (stamp.generation, stamp.round, stamp.attempt) if stamp is not None else (-1, -1, -1)
-        superseded: ReceivedFile | None
-        if at < max(seen, (self._inbox.lost_before, -1, -1)) or (
-            waiting is not None and _same_theta(waiting, file)
-        ):
-            superseded = file
-        else:
-            superseded, self._inbox.theta = waiting, file
-        if superseded is not None and (superseded is file or superseded.path != file.path):
+        with self._inbox.changed:
+            superseded = self._inbox.take_theta(file, (self._generation, self._round, self._attempt))
+        if superseded is not None:
             (self._bridge.directory / superseded.path).unlink(missing_ok=True)
         self._changed.note()
 
@@ -170,11 +153,9 @@ class SimulatedTrainer:
             self._start_over(at)
         self._generation, self._round, self._attempt = at
         self._hash, self._lost = file.meta.blake3, False
-        self._first_steps = self._toy.inner.steps
-        self._batches = self._samples = 0
-        self._busy_s = 0.0
         self._toy.stream.start_round()
-        self._losses = Losses(trio.current_time())
+        rows, steps = self._job.batch_size, self._toy.inner.steps
+        self._done = RoundCounts(round_, self._attempt, rows, steps, trio.current_time())
         self._started()
 
     def _started(self) -> None:
@@ -184,8 +165,8 @@ class SimulatedTrainer:
         self._drop_before(at)
         if self._lost or at[1] < self._round:
             self._forget_steps(self._steps_there)
-        elif self._batches:
-            self._forget_steps(self._first_steps)
+        elif self._done.batches:
+            self._forget_steps(self._done.first_steps)
 
     def _drop_before(self, at: tuple[int, int, int]) -> None:
         self._toy.stream.drop_before(at)
@@ -214,7 +195,7 @@ class SimulatedTrainer:
         plan = self._inbox.plan
         if plan is None or plan.round != self._round or plan.batches is None:
             return False
-        return self._batches >= max(1, plan.batches)
+        return self._done.batches >= max(1, plan.batches)
 
     async def _more_rows(self) -> bool:
         if self._ready is None:
@@ -251,46 +232,20 @@ class SimulatedTrainer:
         loss = self._toy.batch(self._job.batch_size)
         await trio.sleep(self._batch_s())
         now = trio.current_time()
-        self._losses.add(loss)
-        self._batches += 1
-        self._samples += self._job.batch_size
-        self._busy_s += now - started
-        if self._losses.due(now):
-            self._progress(self._losses.latest(now))
+        self._done.add(loss, self._job.batch_size)
+        self._done.busy_s += now - started
+        if self._done.losses.due(now):
+            self._bridge.report(self._done.progress(self._done.losses.latest(now)))
 
     def _tell_all(self) -> None:
-        if self._losses.waiting:
-            self._progress(self._losses.latest(trio.current_time()))
-
-    def _progress(self, loss: float) -> None:
-        self._bridge.report(
-            Progress(
-                round=self._round,
-                batches=self._batches,
-                samples=self._samples,
-                busy_s=self._busy_s,
-                loss=loss,
-                attempt=self._attempt,
-            )
-        )
+        if self._done.losses.waiting:
+            self._bridge.report(self._done.progress(self._done.losses.latest(trio.current_time())))
 
     def _synchronise(self, nursery: trio.Nursery) -> None:
         self._tell_all()
         path = self._bridge.directory / "outgoing" / f"update-{self._round}-{self._restarts}.safetensors"
-        stream = self._toy.stream
-        contribution = Contribution(
-            round=self._round,
-            worker=self._job.me,
-            incarnation=self._incarnation,
-            restarts=self._restarts,
-            attempt=self._attempt,
-            samples=self._samples,
-            batches=self._batches,
-            batch_size=self._job.batch_size,
-            steps=self._first_steps,
-            ranges=tuple(stream.ranges),
-            finished=tuple(stream.finished),
-            loss=self._losses.mean(),
+        contribution = self._done.contribution(
+            self._job.me, self._incarnation, self._restarts, self._toy.stream
         )
         if "withhold" in self._lies:
             return
@@ -369,10 +324,3 @@ class _UpdateSender:
             while not (over() or inbox.generation != said_in):
                 await self._changed.wait()
         return not over()
-
-
-def _same_theta(one: ReceivedFile, other: ReceivedFile) -> bool:
-    left, right = one.meta.stamp, other.meta.stamp
-    if left is None or right is None or one.meta.blake3 != other.meta.blake3:
-        return False
-    return (left.round, left.attempt) == (right.round, right.attempt)
