@@ -15,7 +15,8 @@ from torch import nn
 from hypha.errors import DataError, ModelError, NotFinite, Refused
 from hypha.executor.files import tensors, updates
 from hypha.executor.files.hashing import Digests
-from hypha.executor.files.tensors import TensorFile, Theta
+from hypha.executor.files.tensors import TensorFile
+from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.files.updates import UpdateFile
 from hypha.executor.running import kind_of
 from hypha.messages import (
@@ -222,13 +223,13 @@ class Tied(nn.Module):
 
 def test_tied_tensors_appear_once_and_stay_tied(tmp_path: Path) -> None:
     model, other = Tied(), Tied()
-    held = tensors.theta_of(model)
+    held = theta_of(model)
     assert set(held.parameters) == {"embedding.weight", "norm.weight", "norm.bias"}
     assert set(held.buffers) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     tensors.write(tmp_path / "t", held.all())
-    copy = tensors.theta_of(other).copy()
+    copy = theta_of(other).copy()
     tensors.read(tmp_path / "t", copy.all())
-    tensors.theta_of(other).assign(copy)
+    theta_of(other).assign(copy)
     assert other.head.weight is other.embedding.weight
     assert torch.equal(other.head.weight, model.head.weight)
 

@@ -29,6 +29,7 @@ from hypha.executor.bridge.client import ALIVE_S, BridgeClient
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import tensors
 from hypha.executor.files.reused import ReusedFiles
+from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.files.updates import contribution_in
 from hypha.executor.models.model_files import ModelFiles
 from hypha.executor.outer.admission import admit, check_contribution
@@ -190,7 +191,7 @@ class ParameterServer:
         self._files = ModelFiles(self._bridge, job, self._archive.finishing)
         momentum: dict[str, Tensor] = {}
         if job.restore is None:
-            self._theta = tensors.theta_of(self._files.build())
+            self._theta = theta_of(self._files.build())
         else:
             # a checkpoint says what theta looks like; importing and building a model takes longer than all
             # the rest, and everybody waits
@@ -206,7 +207,7 @@ class ParameterServer:
         self._hashes = tensors.write(self._theta_path(), self._theta.all(), beside=self._beside)
         _give_memory_back()
 
-    def _restored(self, reference: Reference) -> tuple[tensors.Theta, dict[str, Tensor]]:
+    def _restored(self, reference: Reference) -> tuple[Theta, dict[str, Tensor]]:
         """Theta and momentum of a checkpoint, if all of it is there and is what was saved."""
         try:
             fetched = self._bridge.patiently(lambda: self._bridge.fetch(reference))

@@ -22,7 +22,7 @@ from hypha.decoding import decode, decode_json
 from hypha.errors import ModelError
 from hypha.executor.files import tensors
 from hypha.executor.files.hashing import Digests
-from hypha.executor.files.tensors import Theta
+from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.inner import sharding
 from hypha.executor.inner.device_memory import cap_memory
 from hypha.executor.inner.local_model import making_ready
@@ -132,7 +132,7 @@ class _Member:
         model = models.build(job.model, source, weights=False)
         self.config = getattr(model, "config", None)
         #: of the whole model, where somebody wants it
-        self.base = tensors.theta_of(model).copy() if group.rank == 0 else None
+        self.base = theta_of(model).copy() if group.rank == 0 else None
         cap_memory(group.device)
         self._device = _Device(group.device, job.precision)
         self._together: Together = _Sharded(group) if self.sharded else _Summed(group)

@@ -15,6 +15,7 @@ from torch import nn
 from hypha.errors import ModelError, PeerUnreachable, Refused
 from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.files import tensors
+from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.models import loading as models
 from hypha.messages import AggregateJob, Reference
 
@@ -73,13 +74,13 @@ class ModelFiles:
         self._model = model.requires_grad_(False)
         return model
 
-    def export(self, theta: tensors.Theta, directory: Path) -> list[str]:
+    def export(self, theta: Theta, directory: Path) -> list[str]:
         """Write the model with ``theta`` in it, and all that belongs to it; the names of the files.
 
         Where it was built at the beginning, ``theta`` is that of the model. Raises :class:`ModelError`.
         """
         if self._model is None:
-            place = tensors.theta_of(self.build())
+            place = theta_of(self.build())
             if problem := tensors.difference(theta.specs(), place.specs()):
                 raise ModelError(f"theta does not fit the model that it is to be exported with: {problem}")
             place.assign(theta)
