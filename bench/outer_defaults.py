@@ -29,7 +29,7 @@ from torch import Tensor
 from bench.outer_tasks import TASKS, Stack, Task, held_out_losses, initial, losses
 from bench.report import RESULTS, Bound, Report, Row
 from hypha.config.outer import chosen
-from hypha.executor.files.tensors import Theta
+from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import write_update
 from hypha.executor.outer.step import OuterStep
 from hypha.messages import AggregateJob, ExecutorDescriptor, ModelSpec, OuterOptimizer, PeerRef

@@ -8,6 +8,9 @@ first batch on the next theta. Blocks of the two are interleaved, medians compar
 Bytes on the wire are all that the loopback interface of a network namespace of our own carried, from before
 the job's scheduler starts until it has ended: TCP, TLS, requests, gossip, the dataset. Against them stand
 the bytes of tensors that have to move: updates, theta, the final checkpoint and the exported model.
+
+Two means that only this number justifies are measured with and without: files that are written over, rather
+than made anew and deleted, and XXH3 where BLAKE3 is not needed.
 """
 
 from __future__ import annotations
@@ -21,16 +24,23 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import blake3
 import numpy as np
+import torch
 import trio
+import xxhash
 
 from bench import gloo_server
 from bench.jobs import Course, Rig, open_rig
 from bench.report import Bound, Report, Row
+from hypha.executor.files import tensors
+from hypha.executor.files.reused import ReusedFiles
 
 WORKERS = 2
 MATRICES, SIDE = 25, 1000
@@ -39,10 +49,47 @@ PAYLOAD_BYTES = 4 * PARAMETERS
 BLOCKS = 4
 ROUNDS = 8
 GLOO_REPEATS = 6
+FILE_REPEATS = 9
 #: Set in the copy of this program that runs inside the namespace.
 _INSIDE = "HYPHA_BENCH_INSIDE"
 
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
+
+
+@dataclass
+class FileSeconds:
+    """Seconds that a file of theta takes: written and given away, by means, and hashed."""
+
+    reused: list[float] = field(default_factory=list)
+    anew: list[float] = field(default_factory=list)
+    xxh3: list[float] = field(default_factory=list)
+    blake3: list[float] = field(default_factory=list)
+
+
+def measure_files(directory: Path) -> FileSeconds:
+    """One after the other, in turn."""
+    measured = FileSeconds()
+    theta = {f"{number}": torch.rand(SIDE, SIDE) for number in range(MATRICES)}
+    content = memoryview(torch.rand(PARAMETERS).numpy()).cast("B")
+    reused = ReusedFiles(directory / ".spare")
+
+    def timed(into: list[float], work: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        work()
+        into.append(time.perf_counter() - began)
+
+    def write(over: bool) -> None:
+        path = directory / "theta"
+        tensors.write(path, theta, reused=reused if over else None)
+        reused.give(path) if over else path.unlink()
+
+    write(over=True)
+    for _ in range(FILE_REPEATS):
+        timed(measured.reused, lambda: write(over=True))
+        timed(measured.anew, lambda: write(over=False))
+        timed(measured.xxh3, lambda: xxhash.xxh3_128(content).digest())
+        timed(measured.blake3, lambda: blake3.blake3(content).digest())
+    return measured
 
 
 @dataclass
@@ -53,6 +100,7 @@ class Measured:
     gloo: list[float] = field(default_factory=list)
     carried: list[float] = field(default_factory=list)
     loads: list[float] = field(default_factory=list)
+    files: FileSeconds = field(default_factory=FileSeconds)
 
 
 def sync_seconds(course: Course) -> list[float]:
@@ -95,6 +143,7 @@ async def measure(directory: Path) -> Measured:
     """All blocks."""
     measured = Measured()
     data = np.random.default_rng(0).normal(size=(4096, 8)).astype(np.float32)
+    measured.files = measure_files(directory)
     async with open_rig(directory, WORKERS, {"x": data}) as rig:
         for _ in range(BLOCKS):
             measured.loads.append(os.getloadavg()[0])
@@ -131,6 +180,26 @@ def report_on(measured: Measured, alone: bool) -> int:
             note="what the two take when nothing disturbs them",
         )
     )
+    files = measured.files
+    for name, with_it, otherwise, without in (
+        (
+            "a file of theta, written over an old one",
+            files.reused,
+            "a new one, deleted",
+            files.anew,
+        ),
+        ("its hash, XXH3", files.xxh3, "BLAKE3", files.blake3),
+    ):
+        report.add(
+            Row(
+                name=name,
+                value=statistics.median(with_it),
+                unit="s",
+                reference=statistics.median(without),
+                bound=Bound("<=", 1.0),
+                note=f"medians of {FILE_REPEATS}, against {otherwise}",
+            )
+        )
     if alone:
         report.add(
             Row(

@@ -64,6 +64,29 @@ OWNERS = {
     "opentelemetry.sdk": "telemetry",
     "opentelemetry.exporter": "telemetry",
 }
+#: What pure machines have nothing to do with: waiting, input and output.
+IMPURE = {
+    "trio",
+    "os",
+    "io",
+    "pathlib",
+    "shutil",
+    "socket",
+    "sqlite3",
+    "subprocess",
+    "tempfile",
+    "threading",
+    "time",
+}
+PURE = sorted(
+    [
+        *(SOURCE / "scheduler" / "rounds").glob("*.py"),
+        *(
+            SOURCE / "scheduler" / "leasing" / f"{name}.py"
+            for name in ("allocator", "bidding", "giving_way", "renewal", "events", "track_records")
+        ),
+    ]
+)
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -122,6 +145,18 @@ def test_only_config_reads_the_environment(path: Path) -> None:
     assert not reads or room_of(path) == "config", (
         f"{path}:{min(reads, default=0)}: use hypha.config.environment"
     )
+
+
+@pytest.mark.parametrize("path", PURE, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_machines_neither_wait_nor_do_input_or_output(path: Path) -> None:
+    imported = {name.partition(".")[0] for name in imports_of(path)}
+    assert not imported & IMPURE, f"{path} imports {sorted(imported & IMPURE)}: a loop does that"
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not calls & {"open", "print", "input"}, f"{path} does input or output"
 
 
 def test_every_room_is_on_the_map() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hypha.executor.files import tensors, updates
+from hypha.executor.files.theta import theta_of
 from hypha.executor.inner.loop import Inner, Processor, round_seed
 from hypha.executor.inner.slices_reader import RowStream, Slice, slice_order
 from hypha.executor.models import loading as models
@@ -104,7 +105,7 @@ def run(
     )
     notes: list[str] = []
     model = models.build(spec, source, tell=notes.append).requires_grad_(False)
-    theta = tensors.theta_of(model)
+    theta = theta_of(model)
     outer = OuterStep(theta, aggregate)
     made = preprocessor_source or source or scratch
     workers = [_Worker(_for(train, me), source, made) for me in WORKERS]

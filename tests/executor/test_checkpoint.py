@@ -11,6 +11,7 @@ from torch import nn
 
 from hypha.errors import CheckpointUnusable
 from hypha.executor.files import tensors
+from hypha.executor.files.theta import theta_of
 from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 
 
@@ -30,7 +31,7 @@ def saved(directory: Path, **changes: object) -> dict[str, Path]:
     """The files of a checkpoint of round 3 of ``job``."""
     directory.mkdir(exist_ok=True)
     torch.manual_seed(1)
-    theta = tensors.theta_of(Tied())
+    theta = theta_of(Tied())
     momentum = {name: torch.randn_like(value) for name, value in theta.parameters.items()}
     state = CheckpointState(
         job_id="job",
@@ -49,12 +50,12 @@ def test_what_was_saved_is_read_and_fits_the_model(tmp_path: Path) -> None:
     theta, momentum, state = read_checkpoint(files, "job", 3)
     assert state.round == 3
     fresh = Tied()
-    place = tensors.theta_of(fresh)
+    place = theta_of(fresh)
     assert theta.parameters.keys() == place.parameters.keys() == momentum.keys()
     assert theta.buffers.keys() == place.buffers.keys()
     assert tensors.difference(theta.specs(), place.specs()) is None
     place.assign(theta)
-    assert tensors.write(tmp_path / "again", tensors.theta_of(fresh).all()).blake3 == state.theta
+    assert tensors.write(tmp_path / "again", theta_of(fresh).all()).blake3 == state.theta
     assert fresh.head.weight is fresh.embedding.weight
     # their place on the disk is given back
     assert [path.exists() for path in files.values()] == [False, False, True]

@@ -14,6 +14,7 @@ from torch import nn
 from hypha.config.tasks import ALIASES, TASKS
 from hypha.errors import DataError, ModelError
 from hypha.executor.files import tensors
+from hypha.executor.files.theta import theta_of
 from hypha.executor.models import loading as models
 from hypha.executor.models.forward import Forward
 from hypha.executor.models.label_types import loss_of
@@ -72,16 +73,16 @@ def test_a_tied_language_model_travels_as_theta_and_comes_out_whole(tmp_path: Pa
     spec = ModelSpec(task="causal-lm", seed=1)
     source = directory(tmp_path / "source", GPT2)
     server, worker = build(spec, source), build(ModelSpec(task="causal-lm", seed=2), source, weights=False)
-    theta = tensors.theta_of(server)
+    theta = theta_of(server)
     assert "transformer.wte.weight" in theta.parameters
     assert "lm_head.weight" not in theta.parameters
     written = tensors.write(tmp_path / "theta", theta.all())
-    local = tensors.theta_of(worker)
+    local = theta_of(worker)
     base = local.copy()
     assert tensors.read(tmp_path / "theta", base.all()) == written
     local.assign(base)
     assert worker.lm_head.weight is worker.transformer.wte.weight
-    assert tensors.write(tmp_path / "again", tensors.theta_of(worker).all()) == written
+    assert tensors.write(tmp_path / "again", theta_of(worker).all()) == written
     ids = torch.arange(10).view(2, 5)
     server.eval(), worker.eval()
     assert torch.equal(server(input_ids=ids).logits, worker(input_ids=ids).logits)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hypha.errors import HyphaError, ModelError, NotFinite
 from hypha.executor.files import tensors
-from hypha.executor.files.tensors import Theta
+from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.models import loading as models
 from hypha.executor.models.model_tensors import ModelTensors
 from hypha.executor.outer.step import OuterStep
@@ -54,7 +54,7 @@ def test_buffers_that_forward_sets_anew_are_those_that_it_changes_in_place(tmp_p
 
 def test_constant_buffers_stay_bit_by_bit_what_they_are(tmp_path: Path) -> None:
     exported = trained(tmp_path / "job", "Constants")
-    before = tensors.theta_of(models.build(spec("Constants"), None)).buffers
+    before = theta_of(models.build(spec("Constants"), None)).buffers
     assert before.keys() == exported.keys() - {"net.weight", "net.bias"}
     assert "left" in before, "and right is the same tensor"
     for name, value in before.items():
@@ -65,7 +65,7 @@ def test_constant_buffers_stay_bit_by_bit_what_they_are(tmp_path: Path) -> None:
 
 def test_parameters_of_any_layout_and_normalised_ones_are_trained(tmp_path: Path) -> None:
     exported = trained(tmp_path / "job", "ColumnMajor")
-    fresh = tensors.theta_of(models.build(spec("ColumnMajor"), None)).parameters
+    fresh = theta_of(models.build(spec("ColumnMajor"), None)).parameters
     assert exported.keys() == fresh.keys()
     assert all(not torch.equal(exported[name], fresh[name]) for name in fresh)
 

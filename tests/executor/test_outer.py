@@ -12,7 +12,7 @@ import torch
 
 from hypha.errors import Refused
 from hypha.executor.files import tensors, updates
-from hypha.executor.files.tensors import Theta
+from hypha.executor.files.theta import Theta
 from hypha.executor.outer.outliers import MOST_ASIDE
 from hypha.executor.outer.step import OuterStep, recorded_in
 from hypha.messages import (

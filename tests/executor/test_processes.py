@@ -52,11 +52,13 @@ from hypha.messages import (
     SendModel,
     SliceAssigned,
     SliceInfo,
+    SliceRange,
     Traced,
     TrainJob,
     UpdateReceived,
     UpdateRefused,
     UpdateSent,
+    encode_json,
 )
 from hypha.tracing import round_traceparent
 
@@ -174,9 +176,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
 def handed_in(worker: Bridge, server: Bridge, number: int, theta: str) -> Contribution:
     """The worker's part of the round, once the parameter server has it."""
     assert worker.wait(RoundStarted, lambda event: event.round == number).theta == theta
-    part = worker.wait(UpdateSent, lambda event: event.contribution.round == number).contribution
-    server.wait(UpdateReceived, lambda event: (event.round, event.worker) == (number, worker.job.me))
-    return part
+    received = server.wait(
+        UpdateReceived, lambda event: (event.round, event.worker) == (number, worker.job.me)
+    )
+    assert received.contribution is not None
+    return received.contribution
 
 
 def applied_in(server: Bridge, number: int) -> RoundApplied:
@@ -472,14 +476,36 @@ def test_refusals_of_a_parameter_server(network: Network, tmp_path: Path) -> Non
     server.start()
     theta = server.wait(ModelReady).theta
     good = {"weight": torch.ones(CLASSES, FEATURES), "bias": torch.ones(CLASSES)}
-    save_file(good, tmp_path / "good")
-    save_file(good | {"bias": torch.full((CLASSES,), float("nan"))}, tmp_path / "nan")
-    save_file({"weight": good["weight"]}, tmp_path / "lacking")
-    (tmp_path / "garbage").write_bytes(b"?" * 100)
+    states = {
+        "good": good,
+        "nan": good | {"bias": torch.full((CLASSES,), float("nan"))},
+        "lacking": {"weight": good["weight"]},
+    }
+
+    def update(worker: str, name: str, round_: int, samples: int = 10) -> Path:
+        part = Contribution(
+            round=round_,
+            worker=worker,
+            incarnation="i",
+            samples=samples,
+            batches=10,
+            batch_size=1,
+            steps=0,
+            ranges=(SliceRange(epoch=0, slice=0, start=0, stop=samples),),
+        )
+        path = tmp_path / name
+        path.write_bytes(b"?" * 100)
+        if name in states:
+            save_file(states[name], path, {"contribution": encode_json(part).decode()})
+        elif name == "silent":
+            save_file(good, path)
+        return path
+
     stamp = JobStamp(job_id="job", generation=0, round=0)
 
     def refused(worker: str, name: str, stamp: JobStamp, samples: int = 10) -> str:
-        file = server.deliver("update", worker, tmp_path / name, stamp, samples=samples)
+        path = update(worker, name, stamp.round, samples)
+        file = server.deliver("update", worker, path, stamp)
         before = len([event for event in server.events if isinstance(event, UpdateRefused)])
         server.wait(
             UpdateRefused,
@@ -495,7 +521,7 @@ def test_refusals_of_a_parameter_server(network: Network, tmp_path: Path) -> Non
         return told.code
 
     # before it is known who takes part an update waits; then it counts
-    server.deliver("update", "a", tmp_path / "good", stamp, samples=10)
+    server.deliver("update", "a", update("a", "good", 0), stamp)
     server.direct(Members(peers=(PeerRef(peer="a"), PeerRef(peer="b"))))
     server.wait(UpdateReceived, lambda event: event.worker == "a")
     assert refused("a", "good", stamp) == "duplicate"
@@ -506,6 +532,9 @@ def test_refusals_of_a_parameter_server(network: Network, tmp_path: Path) -> Non
     assert refused("b", "nan", stamp) == "invalid"
     assert refused("b", "lacking", stamp) == "invalid"
     assert refused("b", "garbage", stamp) == "invalid"
+    # as a worker of another version may send it
+    assert refused("b", "silent", stamp) == "invalid"
+    assert "upgrade Hypha on its worker" in server.events[-1].reason
     assert refused("b", "good", stamp, samples=0) == "invalid"
     server.direct(CloseRound(round=0))
     applied = server.wait(RoundApplied)
@@ -516,15 +545,18 @@ def test_refusals_of_a_parameter_server(network: Network, tmp_path: Path) -> Non
     server.direct(CloseRound(round=0))
     server.wait(RoundApplied, lambda event: server.events.count(event) == 2)
     server.direct(CloseRound(round=7))
-    server.deliver("update", "b", tmp_path / "good", JobStamp(job_id="job", round=1), samples=1)
+    server.deliver("update", "b", update("b", "good", 1), JobStamp(job_id="job", round=1))
     server.wait(UpdateReceived, lambda event: event.worker == "b")
     assert [event for event in server.events if isinstance(event, RoundApplied)] == [applied, applied]
     saved = server.wait(CheckpointSaved)
     assert saved.place == str(tmp_path / "kept" / "job" / "1")
     assert load_file(Path(saved.place) / "theta.safetensors").keys() == good.keys()
-    # another scheduler hears all of it: the last round, and what is in the open one
+    # another scheduler is told all of it: the last round with its updates, and what is in the open one
     server.direct(Rejoin(generation=1, round=0))
     server.wait(RoundApplied, lambda event: server.events.count(event) == 3)
+    again = [event for event in server.events if isinstance(event, UpdateReceived | RoundApplied)][-2:]
+    assert [type(event) for event in again] == [UpdateReceived, RoundApplied]
+    assert again[0].worker == "a"
     server.wait(CheckpointSaved, lambda event: server.events.count(event) == 2)
     ready = server.wait(ModelReady, lambda event: event.round == 1)
     assert ready.theta == applied.theta

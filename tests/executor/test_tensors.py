@@ -6,7 +6,6 @@ import errno
 from pathlib import Path
 
 import blake3
-import msgspec
 import pytest
 import torch
 import xxhash
@@ -16,10 +15,20 @@ from torch import nn
 from hypha.errors import DataError, ModelError, NotFinite, Refused
 from hypha.executor.files import tensors, updates
 from hypha.executor.files.hashing import Digests
-from hypha.executor.files.tensors import TensorFile, Theta
+from hypha.executor.files.tensors import TensorFile
+from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.files.updates import UpdateFile
 from hypha.executor.running import kind_of
-from hypha.messages import MAX_EVENT_BYTES, Contribution, RoundApplied, SliceRange, encode_json
+from hypha.messages import (
+    MAX_CONTRIBUTION_BYTES,
+    MAX_EVENT_BYTES,
+    Contribution,
+    RoundApplied,
+    SliceRange,
+    UpdateReceived,
+    UpdateStatistics,
+    encode_json,
+)
 
 
 def theta(seed: int = 0) -> Theta:
@@ -145,31 +154,37 @@ def contribution(worker: str, ranges: int = 1) -> Contribution:
     )
 
 
-def test_what_an_update_says_of_itself_is_bounded(tmp_path: Path) -> None:
-    """Parameter servers tell it to the scheduler: an event that is too large would never arrive."""
-    path = tmp_path / "u"
-    for ranges, listened_to in ((1, True), (20_000, False)):
-        updates.write_update(path, theta(1), theta(0), contribution=contribution("w", ranges))
-        assert (updates.contribution_in(path, "w", 3, 1) is not None) == listened_to
+def test_what_an_update_states_of_itself_is_bounded(tmp_path: Path) -> None:
+    """Parameter servers report it to the scheduler: an event that is too large would never arrive."""
+    path, part = tmp_path / "u", contribution("w", 450)
+    updates.write_update(path, theta(1), theta(0), contribution=part)
+    assert updates.contribution_in(path) == part
+    received = UpdateReceived(round=3, worker="w", samples=1, contribution=part)
+    assert len(encode_json(received)) < MAX_EVENT_BYTES / 8
+    updates.write_update(path, theta(1), theta(0), contribution=contribution("w", 20_000))
+    with pytest.raises(DataError, match=f"{MAX_CONTRIBUTION_BYTES} are enough"):
+        updates.contribution_in(path)
+    updates.write_update(path, theta(1), theta(0))
+    with pytest.raises(DataError, match="does not state what it stands for; upgrade"):
+        updates.contribution_in(path)
+    save_file({"w": torch.zeros(1)}, path, {"contribution": '{"round": "three"}'})
+    with pytest.raises(DataError, match="cannot be read"):
+        updates.contribution_in(path)
     content = path.read_bytes()
     header = b'{"__metadata__":{"a":"' + b" " * updates.MAX_HEADER_BYTES + b'"}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[-4:])
     with pytest.raises(DataError, match="its header would take"):
-        updates.contribution_in(path, "w", 3, 1)
+        updates.contribution_in(path)
 
 
-def test_that_a_round_is_applied_can_always_be_told() -> None:
-    parts = tuple(contribution(f"w{number}", 450 if number % 2 else 1) for number in range(60))
-    names = tuple(part.worker for part in parts)
-    applied = RoundApplied(round=3, theta="t", contributors=names, contributions=parts)
-    assert len(encode_json(applied)) > MAX_EVENT_BYTES
-    told = updates.deliverable(applied)
-    assert MAX_EVENT_BYTES - 64_000 < len(encode_json(told)) < MAX_EVENT_BYTES
-    # who says little is told of in any case, in the order in which they were added
-    assert {part.worker for part in told.contributions} >= {f"w{number}" for number in range(0, 60, 2)}
-    assert [part for part in parts if part in told.contributions] == list(told.contributions)
-    few = msgspec.structs.replace(applied, contributions=parts[:3])
-    assert updates.deliverable(few) == few
+def test_that_a_round_is_applied_can_always_be_reported() -> None:
+    names = tuple("12D3KooW" + f"{number}".rjust(44, "x") for number in range(1000))
+    found = tuple(
+        UpdateStatistics(worker=name, norm=1 / 3, cosine=1 / 3, size_bytes=1 << 40, clip=1 / 3)
+        for name in names
+    )
+    applied = RoundApplied(round=3, theta="t" * 64, contributors=names, updates=found)
+    assert len(encode_json(applied)) < MAX_EVENT_BYTES
 
 
 @pytest.mark.parametrize("encoding", ["none", "bf16", "int8"])
@@ -208,13 +223,13 @@ class Tied(nn.Module):
 
 def test_tied_tensors_appear_once_and_stay_tied(tmp_path: Path) -> None:
     model, other = Tied(), Tied()
-    held = tensors.theta_of(model)
+    held = theta_of(model)
     assert set(held.parameters) == {"embedding.weight", "norm.weight", "norm.bias"}
     assert set(held.buffers) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     tensors.write(tmp_path / "t", held.all())
-    copy = tensors.theta_of(other).copy()
+    copy = theta_of(other).copy()
     tensors.read(tmp_path / "t", copy.all())
-    tensors.theta_of(other).assign(copy)
+    theta_of(other).assign(copy)
     assert other.head.weight is other.embedding.weight
     assert torch.equal(other.head.weight, model.head.weight)
 

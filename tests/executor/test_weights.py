@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hypha.errors import ModelError
 from hypha.executor.files import tensors
+from hypha.executor.files.theta import theta_of
 from hypha.executor.models import loading as models
 from hypha.executor.models.loading import build
 from hypha.executor.models.model_tensors import check_same_model
@@ -189,29 +190,29 @@ def test_two_matrices_for_one_that_is_tied_are_two_for_all(tmp_path: Path, confi
     loaded = AutoModelForCausalLM.from_pretrained(result.output)
     assert not loaded.config.tie_word_embeddings
     assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
-    for name, value in tensors.theta_of(result.model).parameters.items():
+    for name, value in theta_of(result.model).parameters.items():
         assert torch.equal(loaded.get_parameter(name), value), name
     # a parameter server that goes on from a checkpoint builds it once more, without the weights
-    resumed = tensors.theta_of(build(CAUSAL, source, weights=False))
-    assert resumed.specs() == tensors.theta_of(result.model).specs()
+    resumed = theta_of(build(CAUSAL, source, weights=False))
+    assert resumed.specs() == theta_of(result.model).specs()
 
 
 def test_two_equal_matrices_are_one(tmp_path: Path) -> None:
     source = pretrained(tmp_path)
     changed(source, lambda weights: weights | {"lm_head.weight": weights["transformer.wte.weight"].clone()})
     server, trainer = build(CAUSAL, source), build(CAUSAL, source, weights=False)
-    assert tensors.theta_of(server).specs() == tensors.theta_of(trainer).specs()
-    assert "lm_head.weight" not in tensors.theta_of(server).parameters
+    assert theta_of(server).specs() == theta_of(trainer).specs()
+    assert "lm_head.weight" not in theta_of(server).parameters
 
 
 def test_a_worker_with_another_model_says_what_differs_before_it_trains(tmp_path: Path) -> None:
-    theta = tensors.theta_of(build(CAUSAL, directory(tmp_path / "a", GPT2)))
+    theta = theta_of(build(CAUSAL, directory(tmp_path / "a", GPT2)))
     tensors.write(tmp_path / "theta.safetensors", theta.all())
     other = build(CAUSAL, directory(tmp_path / "b", GPT2 | {"n_embd": 16}))
     with pytest.raises(
         ModelError, match=r"another model than this worker: .*where the model has F32\[128, 16\]"
     ):
-        check_same_model(tmp_path / "theta.safetensors", tensors.theta_of(other))
+        check_same_model(tmp_path / "theta.safetensors", theta_of(other))
 
 
 def test_every_file_of_the_source_is_exported_but_weights_and_what_is_hidden(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, StopMessage
+from safetensors.torch import save
 from tests.recorded.examples import PEER, kinds
 from tests.recorded.record import VERSIONS
 from tests.support.network import Pki
@@ -34,7 +35,7 @@ from hypha.executor.files.tensors import TensorFile
 from hypha.executor.files.updates import contribution_in
 from hypha.executor.models.weights import keys_in
 from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, read_checkpoint
-from hypha.messages import GossipEnvelope, PeerRef
+from hypha.messages import Contribution, GossipEnvelope, PeerRef, SliceRange, encode_json
 from hypha.net.bulk import wire as bulk_wire
 from hypha.net.discovery.dht import _check, _refs
 from hypha.net.discovery.gossip import _hop
@@ -197,8 +198,18 @@ def _files(directory: Path) -> Iterator[Target]:
             pass
 
     yield Target("safetensors header", of_file("t.safetensors", opened), tensors, data)
-    contribution = of_file("u.safetensors", lambda path: contribution_in(path, PEER, 1, 1))
-    yield Target("contribution", contribution, tensors, data)
+    part = Contribution(
+        round=1,
+        worker=PEER,
+        incarnation="i",
+        samples=8,
+        batches=2,
+        batch_size=4,
+        steps=0,
+        ranges=(SliceRange(epoch=0, slice=3, start=0, stop=8),),
+    )
+    update = save({}, {"contribution": encode_json(part).decode()})
+    yield Target("contribution", of_file("u.safetensors", contribution_in), (update,), data)
     yield Target("slice", of_file("s.safetensors", describe_slice), tensors, data)
     yield Target("weights", of_file("w.safetensors", keys_in), tensors, (ModelError,))
     index = b'{"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}'

@@ -24,7 +24,6 @@ from hypha.messages import (
     RoundStarted,
     SliceRange,
     UpdateReceived,
-    UpdateSent,
     UpdateStatistics,
 )
 from hypha.scheduler.data.slices import SliceTracker
@@ -197,7 +196,7 @@ class Scene:
         self.feed(Reported(peer, f"{peer}-{self.lives.get(peer, 0)}", stamp, progress))
 
     def update(self, peer: str, attempt: int = 0) -> None:
-        """It is with the parameter server, and its worker hears of that."""
+        """It is with the parameter server."""
         if not self.machine.tracker.held(peer):
             self.ask(peer, attempt)
         (epoch, index), *_ = self.machine.tracker.held(peer)
@@ -213,8 +212,8 @@ class Scene:
             finished=((epoch, index),),
             attempt=attempt,
         )
-        self.tell(peer, UpdateSent(contribution=part))
-        self.tell("ps", UpdateReceived(round=part.round, worker=peer, samples=part.samples))
+        received = UpdateReceived(round=part.round, worker=peer, samples=part.samples, contribution=part)
+        self.tell("ps", received)
 
     def applied(self, *contributors: str, updates: tuple[UpdateStatistics, ...] = ()) -> None:
         round_ = self.machine.round

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from tests.scheduler.test_ledger import opening
 from tests.scheduler.test_rounds import check_contributions, rules
-from tests.scheduler.world import Worker, World
+from tests.scheduler.world import Worker, World, received
 
 from hypha.contributions import MOST_COUNT, contribution_problem
 from hypha.errors import ModelError, Refused
@@ -34,10 +34,10 @@ from hypha.messages import (
     TransferMeta,
     UpdateReceived,
     UpdateRefused,
-    UpdateSent,
 )
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.rounds.closing import PATIENCE
 from hypha.scheduler.rounds.events import (
     AnswerSlice,
     Drop,
@@ -45,6 +45,7 @@ from hypha.scheduler.rounds.events import (
     Publish,
     Record,
     Reported,
+    Restart,
     Send,
     SliceAsked,
     Told,
@@ -62,6 +63,8 @@ GOOD = Contribution(
     ranges=(SliceRange(epoch=0, slice=0, start=0, stop=40), SliceRange(epoch=0, slice=1, start=0, stop=20)),
     finished=((0, 0),),
 )
+#: of a slice that was taken back, and given again
+AGAIN = SliceRange(epoch=0, slice=2, start=0, stop=20)
 
 
 def held() -> SliceTracker:
@@ -79,11 +82,13 @@ def held() -> SliceTracker:
         ({"samples": -1}, "no counts"),
         ({"batches": MOST_COUNT + 1}, "no counts"),
         ({"steps": 1 << 60}, "no counts"),
+        ({"batch_size": -4}, "no counts"),
         ({"threads": 0}, "no counts"),
         ({"batch_size": 8}, "batches of 8 samples"),
         ({"ranges": ()}, "0 rows for 60 samples"),
         # taken back, while its worker was out of reach; and given again, from its beginning
-        ({"ranges": (SliceRange(epoch=0, slice=2, start=0, stop=40),) * 2, "finished": ((0, 2),)}, ""),
+        ({"ranges": (SliceRange(epoch=0, slice=2, start=0, stop=40), AGAIN), "finished": ((0, 2),)}, ""),
+        ({"ranges": (SliceRange(epoch=0, slice=2, start=0, stop=40),) * 2}, "80 rows for 60 samples"),
         ({"ranges": (SliceRange(epoch=0, slice=9, start=0, stop=40),)}, "slice 9 has no rows"),
         ({"ranges": (SliceRange(epoch=0, slice=0, start=0, stop=60),)}, "slice 0 has no rows 0 to 60"),
         ({"finished": ((0, 1),)}, "calls slices finished"),
@@ -165,15 +170,64 @@ def test_absurd_batch_times_neither_end_the_scheduler_nor_stop_the_round(busy_s:
 
 
 def test_an_update_of_a_trillion_samples_costs_its_worker_its_place_and_nothing_else() -> None:
-    world = training("a", "b", "c", "d")
-    liar = world.workers["d"]
-    part = msgspec.structs.replace(GOOD, worker="d", incarnation=liar.incarnation, samples=10**12)
-    world.feed(Told("d", "train", liar.incarnation, stamp(world), UpdateSent(contribution=part)))
-    assert "1000000000000 samples are not what 15 batches of 4 hold" in replaced(world)["d"]
+    """The parameter server refuses it, and each that follows, as its worker starts over."""
+    world = training("a", "b", "c", "d", rounds=5)
+    for _ in range(PATIENCE):
+        refused = UpdateRefused(
+            round=world.machine.round, worker="d", code="invalid", reason="10**12 samples"
+        )
+        world.feed(Told("ps", "aggregate", "ps-1", stamp(world), refused))
+        open_ = world.machine.round
+        world.workers["d"].plan.clear()
+        world.run(600, until=lambda open_=open_: world.machine.round > open_)
+    assert "10**12 samples" in replaced(world)["d"]
     world.run(600)
     assert isinstance(world.ended, Publish)
     assert {part.worker for part in world.records[0].contributors} == {"a", "b", "c"}
-    check_contributions(world, 3)
+    check_contributions(world, 5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"samples": 10**12},
+        {"batch_size": 8, "batches": 8},
+        {"ranges": (SliceRange(epoch=0, slice=900, start=0, stop=60),)},
+        {"round": 1},
+        {"worker": "b"},
+        None,
+    ],
+    ids=str,
+)
+def test_a_parameter_server_that_adds_what_cannot_be_is_replaced(changes: dict[str, Any] | None) -> None:
+    """Theta has it then, and no ledger could say of what: the job goes on from its last checkpoint."""
+    world = training("a", "b")
+    part = None
+    if changes is not None:
+        good = msgspec.structs.replace(GOOD, incarnation=world.workers["a"].incarnation)
+        part = msgspec.structs.replace(good, **changes)
+    said = UpdateReceived(round=0, worker="a", samples=60, contribution=part)
+    world.feed(Told("ps", "aggregate", "ps-1", stamp(world), said))
+    assert isinstance(world.ended, Restart)
+    assert world.ended.reason.startswith("the parameter server accepted an update that cannot be")
+    assert "ps" in replaced(world)
+
+
+def test_an_update_of_an_executor_that_is_gone_may_have_had_other_batches() -> None:
+    world = training("a", "b")
+    part = msgspec.structs.replace(GOOD, batch_size=60, batches=1, incarnation="the one before")
+    world.feed(Told("ps", "aggregate", "ps-1", stamp(world), received(part)))
+    assert world.machine.updates.accepted == {"a": part}
+
+
+def test_a_parameter_server_of_an_earlier_version_says_what_was_added_when_it_says_what_was_applied() -> None:
+    """Not again as it came, where another scheduler takes over."""
+    world = training("a", "b")
+    part = msgspec.structs.replace(GOOD, incarnation=world.workers["a"].incarnation)
+    other = msgspec.structs.replace(part, worker="b", samples=10**12)
+    applied = RoundApplied(round=0, theta="t1", contributors=("a", "b"), contributions=(part, other))
+    world.feed(Told("ps", "aggregate", "ps-1", stamp(world), applied))
+    assert world.records[0].contributors == (part,)
 
 
 def test_what_is_said_without_end_takes_no_more_room() -> None:
@@ -188,20 +242,15 @@ def test_what_is_said_without_end_takes_no_more_room() -> None:
         ):
             world.feed(Told("ps", "aggregate", "ps-1", stamp(world), event))
     assert len(machine.updates.accepted) <= 110
-    assert len(machine.updates.contributions) <= 110
     assert len(machine.counts) < 20
     early: list[Told] = []
     for number in range(3000):
-        part = msgspec.structs.replace(GOOD, batches=number)
-        for said in (UpdateSent(contribution=part), RoundStarted(round=0, theta="t")):
-            early = with_early(early, Told("a", "train", "a-1", stamp(world), said))
+        started = RoundStarted(round=0, theta="t", attempt=number)
+        early = with_early(early, Told("a", "train", "a-1", stamp(world), started))
         known = UpdateReceived(round=0, worker=f"{number}", samples=1)
         early = with_early(early, Told("ps", "aggregate", "ps-1", stamp(world), known))
-    assert [told.event for told in early if told.sender == "a"] == [
-        UpdateSent(contribution=part),
-        RoundStarted(round=0, theta="t"),
-    ]
-    assert len(early) < 1100
+    assert [told.event for told in early if told.sender == "a"] == [started]
+    assert len(early) < 2100
     world.run(600)
     assert isinstance(world.ended, Publish)
 
@@ -226,40 +275,43 @@ def test_the_parameter_server_knows_for_how_many_samples_an_update_may_stand_bef
         for part in parts:
             assert part.samples <= limits[round_][part.worker]
             if round_:
-                # not much more than its share: what it may do in a second
-                assert limits[round_][part.worker] <= part.samples + 4 * 20 + 4
+                # not much more than its share: what it may do in a second, and two batches of a plan that
+                # was longer before
+                assert limits[round_][part.worker] <= part.samples + 4 * 20 + 4 * 2
 
 
-def received(samples: int, round_: int = 3, peer: str = "a", **changes: Any) -> ReceivedFile:
+def arrived(round_: int = 3, peer: str = "a", **changes: Any) -> ReceivedFile:
     fields = {"job_id": "job", "generation": 1, "round": round_, **changes}
-    meta = TransferMeta(kind="update", name="u", size=1, samples=samples, stamp=JobStamp(**fields))
+    meta = TransferMeta(kind="update", name="u", size=1, stamp=JobStamp(**fields))
     return ReceivedFile(path="u", size=1, from_peer=peer, meta=meta)
 
 
-def test_what_a_parameter_server_adds() -> None:
-    server = ExecutorDescriptor(kind="aggregate", name="parameter-server")
-    nobody = PeerRef(peer="s")
-    job = AggregateJob(
-        job_id="job", generation=1, executor=server, me="ps", scheduler=nobody, model=ModelSpec(task="torch")
+def aggregate_job(generation: int, slice_rows: tuple[int, ...]) -> AggregateJob:
+    return AggregateJob(
+        job_id="job",
+        generation=generation,
+        executor=ExecutorDescriptor(kind="aggregate", name="parameter-server"),
+        me="ps",
+        scheduler=PeerRef(peer="s"),
+        model=ModelSpec(task="torch"),
+        slice_rows=slice_rows,
     )
+
+
+def test_which_updates_a_parameter_server_judges() -> None:
+    job = aggregate_job(1, ())
     peers = (PeerRef(peer="a"), PeerRef(peer="b"))
     told = Members(peers=peers, round=3, most_samples={"a": 48})
-    assert not admit(received(48), job, 3, None), "nobody has said yet who takes part"
-    assert admit(received(48), job, 3, told)
-    assert not admit(received(1, peer="b"), job, 3, told), (
-        "b was not told when to synchronise, as far as is known"
-    )
-    assert not admit(received(48), job, 3, msgspec.structs.replace(told, round=2))
-    assert admit(received(10**12), job, 3, Members(peers=peers)), (
-        "an earlier scheduler says nothing about samples"
-    )
+    assert not admit(arrived(), job, 3, None), "nobody has said yet who takes part"
+    assert admit(arrived(), job, 3, told)
+    assert not admit(arrived(peer="b"), job, 3, told), "b was not sent a plan, as far as is known"
+    assert not admit(arrived(), job, 3, msgspec.structs.replace(told, round=2))
+    assert admit(arrived(), job, 3, Members(peers=peers)), "an earlier scheduler says nothing about samples"
     for file, code in (
-        (received(49), "invalid"),
-        (received(10**12), "invalid"),
-        (received(1, peer="stranger"), "uninvited"),
-        (received(1, round_=2), "stale"),
-        (received(1, generation=0), "stale"),
-        (received(1, job_id="another"), "uninvited"),
+        (arrived(peer="stranger"), "uninvited"),
+        (arrived(round_=2), "stale"),
+        (arrived(generation=0), "stale"),
+        (arrived(job_id="another"), "uninvited"),
     ):
         with pytest.raises(Refused) as caught:
             admit(file, job, 3, told)
@@ -363,17 +415,11 @@ def test_a_round_that_holds_odd_claims_is_written_and_read_and_the_job_resumed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = training("a", "b", samples=400)
-    world.run(60, until=lambda: len(world.machine.updates.accepted) == 2)
-    odd = msgspec.structs.replace(
-        GOOD, incarnation=world.workers["a"].incarnation, samples=1 << 63, loss=float("nan"), steps=1 << 62
-    )
-    applied = RoundApplied(
-        round=0,
-        theta="t1",
-        contributors=("a", "b"),
-        contributions=(odd, msgspec.structs.replace(odd, worker="b")),
-        update_norm=float("inf"),
-    )
+    odd = msgspec.structs.replace(GOOD, loss=float("nan"), steps=1 << 52)
+    for peer in "ab":
+        part = msgspec.structs.replace(odd, worker=peer, incarnation=world.workers[peer].incarnation)
+        world.feed(Told("ps", "aggregate", "ps-1", stamp(world), received(part)))
+    applied = RoundApplied(round=0, theta="t1", contributors=("a", "b"), update_norm=float("inf"))
     world.feed(Told("ps", "aggregate", "ps-1", stamp(world), applied))
     record = next(action for action in world.actions if isinstance(action, Record))
     assert 0 < record.entry.samples < 1000
@@ -402,33 +448,32 @@ def test_a_round_that_holds_odd_claims_is_written_and_read_and_the_job_resumed(
 
 
 def test_a_parameter_server_adds_nothing_that_cannot_be_replayed() -> None:
-    server = ExecutorDescriptor(kind="aggregate", name="parameter-server")
-    nobody = PeerRef(peer="s")
-    job = AggregateJob(
-        job_id="job",
-        generation=1,
-        executor=server,
-        me="ps",
-        scheduler=nobody,
-        model=ModelSpec(task="torch"),
-        slice_rows=(40,) * 4,
-    )
+    job = aggregate_job(0, (40,) * 4)
     told = Members(peers=(PeerRef(peer="a"),), round=0, most_samples={"a": 60}, batch_sizes={"a": 4})
-    check_contribution("a", GOOD, job, told)
+    file = arrived(0, generation=0)
+    check_contribution(file, GOOD, job, told)
+    beyond = msgspec.structs.replace(GOOD, ranges=(SliceRange(epoch=0, slice=9, start=0, stop=60),))
     for part, reason in (
-        (None, "does not say what it stands for"),
-        (
-            msgspec.structs.replace(GOOD, ranges=(SliceRange(epoch=0, slice=9, start=0, stop=60),)),
-            "slice 9 has no rows",
-        ),
+        (beyond, "slice 9 has no rows"),
         (msgspec.structs.replace(GOOD, batch_size=60, batches=1), "and was told 4"),
         (msgspec.structs.replace(GOOD, samples=56, batches=14), "60 rows for 56 samples"),
+        (msgspec.structs.replace(GOOD, worker="b"), "it is of round 0 of b"),
+        (msgspec.structs.replace(GOOD, round=1), "it is of round 1 of a"),
     ):
         with pytest.raises(Refused, match=reason) as caught:
-            check_contribution("a", part, job, told)
+            check_contribution(file, part, job, told)
         assert caught.value.code == "invalid"
-        # a scheduler of an earlier version says nothing of rows
-        check_contribution("a", part, msgspec.structs.replace(job, slice_rows=()), told)
+    with pytest.raises(Refused, match="its worker was given 59 at most"):
+        check_contribution(file, GOOD, job, msgspec.structs.replace(told, most_samples={"a": 59}))
+    # a scheduler of an earlier version says nothing of rows
+    check_contribution(file, beyond, msgspec.structs.replace(job, slice_rows=()), told)
+    # of batches that grow it says only what they may grow to
+    grows = msgspec.structs.replace(told, batch_sizes={}, most_batch_size=8)
+    grown = msgspec.structs.replace(GOOD, batch_size=8, batches=8)
+    check_contribution(file, GOOD, job, grows)
+    check_contribution(file, grown, job, grows)
+    with pytest.raises(Refused, match="batches of 9 samples, and was told 8"):
+        check_contribution(file, msgspec.structs.replace(grown, batch_size=9), job, grows)
 
 
 def test_the_parameter_server_is_told_what_batches_its_members_train_on() -> None:

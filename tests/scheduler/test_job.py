@@ -17,6 +17,7 @@ import msgspec
 import pytest
 import trio
 from opentelemetry.sdk.trace import ReadableSpan
+from tests.scheduler.world import received
 from tests.support.earlier import earlier_lease_service
 from tests.support.network import Network, until
 from tests.support.signals import Signals
@@ -85,8 +86,6 @@ from hypha.messages import (
     Steer,
     Traced,
     TrainJob,
-    UpdateReceived,
-    UpdateSent,
 )
 from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
@@ -145,8 +144,7 @@ class Actor:
     rejoined: list[Rejoin] = field(default_factory=list)
     traced: list[Traced | None] = field(default_factory=list)
     #: what was said of the last rounds, to be said again
-    sent: Contribution | None = None
-    applied: RoundApplied | None = None
+    applied: list[Event] = field(default_factory=list)
     started: int = -1
     lease_service: LeaseService | None = None
     #: a parameter server sends a checkpoint whole before what it is asked for after that
@@ -238,15 +236,13 @@ class Actor:
 
     async def rejoin(self, kind: ExecutorClass, job: TrainJob | AggregateJob, directive: Rejoin) -> None:
         if isinstance(job, AggregateJob):
-            if self.applied is not None:
-                await self.say(kind, self.applied)
+            for event in self.applied:
+                await self.say(kind, event)
             await self.say(
                 kind, ModelReady(round=self.round, theta=f"t{self.round}", parameters=1, size_bytes=4)
             )
             for part in self.stage.updates:
-                await self.say(
-                    kind, UpdateReceived(round=part.round, worker=part.worker, samples=part.samples)
-                )
+                await self.say(kind, received(part))
             return
         assert directive.parameter_server is not None
         moved = msgspec.structs.replace(job, parameter_server=directive.parameter_server)
@@ -255,8 +251,6 @@ class Actor:
         if directive.start_over:
             self.plan.clear()
             return
-        if self.sent is not None:
-            await self.say(kind, UpdateSent(contribution=self.sent))
         if self.started >= 0:
             await self.say(kind, RoundStarted(round=self.started, theta=f"t{self.started}"))
 
@@ -304,11 +298,12 @@ class Actor:
             await self.say("aggregate", ExecutorError(kind="internal", message="out of luck"))
             self.jobs.pop("aggregate", None)
             return
-        names = tuple(sorted(part.worker for part in self.stage.updates))
+        parts = sorted(self.stage.updates, key=lambda part: part.worker)
         self.stage.updates.clear()
         self.round += 1
+        names = tuple(part.worker for part in parts)
         applied = RoundApplied(round=directive.round, theta=f"t{self.round}", contributors=names)
-        self.applied = applied
+        self.applied = [*map(received, parts), applied]
         async with self.archive:
             await self.say("aggregate", applied, twice=True)
             if directive.checkpoint:
@@ -378,8 +373,10 @@ class Actor:
             if self.jobs.get("train") is not job:
                 return
             stamp = JobStamp(job_id=job.job_id, generation=self.generation["train"], round=round_)
-            ranges.append(SliceRange(epoch=got.epoch, slice=got.index, start=0, stop=got.samples))
-            finished.append((got.epoch, got.index))
+            rows = got.samples // job.batch_size * job.batch_size
+            ranges.append(SliceRange(epoch=got.epoch, slice=got.index, start=0, stop=rows))
+            if rows == got.samples:
+                finished.append((got.epoch, got.index))
             await trio.sleep(0.01)
             if self.mortal and round_ >= self.mortal[0]:
                 self.mortal.pop(0)
@@ -413,12 +410,9 @@ class Actor:
             loss=1.0 / (round_ + 1),
         )
         self.steps += batches
-        self.sent = part
         server = self.stage.actors[job.parameter_server.peer]
         self.stage.updates.append(part)
-        received = UpdateReceived(round=round_, worker=part.worker, samples=part.samples)
-        await server.say("aggregate", received, twice=True)
-        await self.say("train", UpdateSent(contribution=part), twice=True)
+        await server.say("aggregate", received(part), twice=True)
 
 
 @asynccontextmanager

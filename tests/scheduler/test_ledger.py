@@ -86,8 +86,7 @@ async def test_what_was_written_is_read_and_exported(tmp_path: Path) -> None:
     tracker = SliceTracker([4]).to_state()
     await ledger.run(Ledger.open_job, opening(), tracker)
     await ledger.run(Ledger.first_theta, "t0")
-    await ledger.run(Ledger.record, entry(0, workers="a"), tracker, 2)
-    await ledger.run(Ledger.record, entry(0), None, 2)  # a late contribution
+    await ledger.run(Ledger.record, entry(0), tracker, 2)
     await ledger.run(Ledger.record, entry(1), tracker, 4)
     file = await ledger.run(Ledger.to_file)
     ledger.close()

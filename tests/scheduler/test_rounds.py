@@ -192,7 +192,7 @@ def test_a_worker_that_slows_down_by_half_is_planned_again_within_the_round() ->
     world = World(rules(rounds=4, samples=4000, deadline_s=1000.0, grace_s=100.0), samples=(64,) * 200)
     world.begin()
     slowing, steady = world.add(Worker("slowing", 0.05)), world.add(Worker("steady", 0.05))
-    world.run(1e4, until=lambda: world.machine.round == 2 and slowing.batches > 60)
+    world.run(1e4, until=lambda: 2 in slowing.plan and slowing.round == 2 and slowing.batches > 60)
     first, began, idle = slowing.plan[2], world.now, steady.idle_s
     assert first is not None
     slowing.batch_s *= 2.0

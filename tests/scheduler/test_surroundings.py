@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import trio
 from tests.scheduler.test_rounds import rules
-from tests.scheduler.world import Worker, World
+from tests.scheduler.world import Worker, World, received
 
 from hypha.errors import AllocationFailed, JobFailed, ModelError
-from hypha.messages import ExecutorError, JobStamp, ModelReady, NextSlice, PeerRef, UpdateReceived
+from hypha.messages import Contribution, ExecutorError, JobStamp, ModelReady, NextSlice, PeerRef, SliceRange
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.handlers import KeptSlices
 from hypha.scheduler.rounds.events import (
@@ -234,8 +234,17 @@ def test_a_round_that_has_not_begun_here_gets_slices_only_with_an_update_in_this
     (answer,) = one.handle(SliceAsked("a", question), world.now)
     assert isinstance(answer, AnswerSlice)
     assert (answer.slice, "has not begun here yet" in answer.reason) == (None, True)
-    received = UpdateReceived(round=one.round, worker="a", samples=8)
-    one.handle(Told("ps", "aggregate", "ps-1", JobStamp(job_id="job"), received), world.now)
+    part = Contribution(
+        round=one.round,
+        worker="a",
+        incarnation=worker.incarnation,
+        samples=8,
+        batches=2,
+        batch_size=4,
+        steps=0,
+        ranges=(SliceRange(epoch=0, slice=0, start=0, stop=8),),
+    )
+    one.handle(Told("ps", "aggregate", "ps-1", JobStamp(job_id="job"), received(part)), world.now)
     (_, answer) = one.handle(SliceAsked("a", question), world.now)
     assert isinstance(answer, AnswerSlice)
     assert answer.slice is not None

@@ -39,7 +39,6 @@ from hypha.messages import (
     SliceRange,
     UpdateReceived,
     UpdateRefused,
-    UpdateSent,
 )
 from hypha.scheduler.data.slices import Assignment, SliceTracker, TrackerState
 from hypha.scheduler.rounds.events import (
@@ -104,11 +103,15 @@ class Worker:
     theta_life: int = 0
     held_from: int = 0
     loaded: bool = False
-    #: the update of the round before this one, and that of this one
-    last: Contribution | None = None
+    #: the update of this round
     current: Contribution | None = None
     #: a parameter server has it
     acknowledged: Contribution | None = None
+
+
+def received(part: Contribution) -> UpdateReceived:
+    """What the parameter server reports of an update that it has added."""
+    return UpdateReceived(round=part.round, worker=part.worker, samples=part.samples, contribution=part)
 
 
 @dataclass
@@ -151,7 +154,8 @@ class World:
         self.sent_theta: dict[str, tuple[int, int, int]] = {}
         self.contributors: tuple[str, ...] = ()
         self.server_generation = 0
-        self.said_applied: RoundApplied | None = None
+        #: what was reported of the round before the open one
+        self.said_applied: list[Event] = []
         #: what a ledger has: where the open round begins, the steps before it, and who trains on what
         self.book = (0, 0, self.machine.tracker.to_state())
         #: from where each round can be started again
@@ -250,8 +254,9 @@ class World:
         self.server_round += 1
         names = tuple(part.worker for part in parts)
         self.contributors = names
-        self.said_applied = RoundApplied(round=round_, theta=f"t{round_ + 1}", contributors=names)
-        self.say_server(self.said_applied)
+        applied = RoundApplied(round=round_, theta=f"t{round_ + 1}", contributors=names)
+        self.said_applied = [*map(received, parts), applied]
+        self.say_server(applied)
         if checkpoint:
             self.say_server(CheckpointSaved(round=self.server_round, place="scheduler"))
         for peer in self.members:
@@ -280,21 +285,16 @@ class World:
             return
         if self.updates.get(worker.peer) == part:
             # sent again, as the acknowledgement was lost
-            self.tell(worker.peer, "train", worker.incarnation, UpdateSent(contribution=part), part.round)
             return
         if worker.poisoned or part.round != self.server_round or worker.peer in self.updates:
             code = "stale" if part.round != self.server_round else "invalid"
-            if code == "invalid":
-                # it is acknowledged on arrival, and judged later
-                self.tell(worker.peer, "train", worker.incarnation, UpdateSent(contribution=part), part.round)
             self.say_server(
                 UpdateRefused(round=part.round, worker=worker.peer, code=code, reason="not finite")
             )
             return
         self.updates[worker.peer] = part
         worker.acknowledged = part
-        self.say_server(UpdateReceived(round=part.round, worker=worker.peer, samples=part.samples))
-        self.tell(worker.peer, "train", worker.incarnation, UpdateSent(contribution=part), part.round)
+        self.say_server(received(part))
 
     # --- workers
 
@@ -373,9 +373,6 @@ class World:
         if worker.round >= 0 and (peer not in contributors or round_ != worker.round + 1):
             worker.slices.clear()
             worker.held_from = worker.seq + 1
-            worker.last = None
-        else:
-            worker.last = worker.current
         worker.current = None
         if worker.waiting_since:
             worker.idle_s += self.now - worker.waiting_since
@@ -535,7 +532,7 @@ class World:
         self.server_alive, self.server_round, self.updates = True, round_, {}
         self.servers += 1
         self.contributors = tuple(part.worker for part in before.contributors) if before is not None else ()
-        self.said_applied, self.server_generation, self.members = None, start.generation, ()
+        self.said_applied, self.server_generation, self.members = [], start.generation, ()
         ready = ModelReady(round=round_, theta=f"t{round_}", parameters=1, size_bytes=4)
         server = self.servers
 
@@ -583,32 +580,28 @@ class World:
         self.say(worker, Loaded(incarnation=worker.incarnation))
         if lost:
             worker.round, worker.attempt, worker.training = -1, 0, False
-            worker.last = worker.current = None
+            worker.current = None
             worker.plan.clear()
             worker.slices.clear()
             worker.held_from = worker.seq + 1
             return
-        if worker.last is not None:
-            self.say(worker, UpdateSent(contribution=worker.last))
         if worker.round >= 0:
             event = RoundStarted(round=worker.round, theta=f"t{worker.round}", attempt=worker.attempt)
             self.say(worker, event)
-        if (part := worker.current) is not None:
-            if start.taken_over and worker.acknowledged is part:
-                self.say(worker, UpdateSent(contribution=part))
-            else:
-                self.at(self.hop(), lambda: self.receive_update(worker, part))
+        part = worker.current
+        if part is not None and not (start.taken_over and worker.acknowledged is part):
+            self.at(self.hop(), lambda: self.receive_update(worker, part))
 
     def server_rejoins(self, generation: int) -> None:
         if not self.server_alive or generation <= self.server_generation:
             return
         self.server_generation = generation
-        if self.said_applied is not None:
-            self.say_server(self.said_applied)
+        for event in self.said_applied:
+            self.say_server(event)
         ready = ModelReady(round=self.server_round, theta=f"t{self.server_round}", parameters=1, size_bytes=4)
         self.say_server(ready)
-        for peer, part in self.updates.items():
-            self.say_server(UpdateReceived(round=part.round, worker=peer, samples=part.samples))
+        for part in self.updates.values():
+            self.say_server(received(part))
 
     # --- time
 

@@ -13,13 +13,12 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from hypha.leases import BookAction, BookEvent, Drained, LeaseBook
-from hypha.messages import Contribution, LedgerRound, UpdateReceived
+from hypha.messages import UpdateReceived
 from hypha.net.bulk.slots import TransferSlots
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.job.working import WorkingJob
 from hypha.scheduler.leasing.renewal import Renewal
-from hypha.scheduler.rounds.contributions import RoundContributions
 from hypha.scheduler.rounds.events import Action, Again, Told
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.participants import Member
@@ -64,16 +63,19 @@ def slice_used_too_early() -> None:
 
 
 def update_counted_twice() -> None:
-    """An update of an applied round that is told of once more is written into the ledger once more."""
-    right = RoundContributions.late
+    """An update of the round before, which the parameter server reports again to the scheduler that takes
+    over, counts in the open round, too.
+    """
+    right = RoundMachine._update_received
 
-    def late(self: RoundContributions, contribution: Contribution) -> LedgerRound | None:
-        _, missing, order = self._applied.get(contribution.round, (None, set(), ()))
-        if contribution.worker in order:
-            missing.add(contribution.worker)
-        return right(self, contribution)
+    def update_received(self: RoundMachine, told: Told, event: UpdateReceived, now: float) -> list[Action]:
+        part = event.contribution
+        if part is not None and event.round == self.round - 1:
+            part = msgspec.structs.replace(part, round=self.round)
+            event = msgspec.structs.replace(event, round=self.round, contribution=part)
+        return right(self, told, event, now)
 
-    RoundContributions.late = late
+    RoundMachine._update_received = update_received
 
 
 def stale_generation_accepted() -> None:

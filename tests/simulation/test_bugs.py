@@ -33,14 +33,9 @@ FOUND_BY: dict[Callable[[], None], Scenario] = {
         ),
     ),
     bugs.update_counted_twice: Scenario(
-        seed=6,
         workers=2,
-        data_nodes=1,
         rounds=4,
-        batch_s=(0.042, 0.226, 0.049, 0.293),
-        latency_s=0.08,
-        behind_nat=2,
-        checkpoint_every=3,
+        faults=(Strike(role="scheduler", way="kill", round=1, phase="scheduled", for_s=2.0),),
     ),
     bugs.stale_generation_accepted: Scenario(
         seed=61,

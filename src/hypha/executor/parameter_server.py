@@ -11,57 +11,48 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import queue
-import shutil
 import sys
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from opentelemetry.trace import Span
 from torch import Tensor
 
 from hypha.decoding import MAX_REASON
-from hypha.errors import CheckpointUnusable, DataError, ModelError, PeerUnreachable, Refused
+from hypha.errors import CheckpointUnusable, DataError, ModelError, Refused
 from hypha.executor.bridge.client import ALIVE_S, BridgeClient
-from hypha.executor.bridge.refusals import export_waits
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import tensors
 from hypha.executor.files.reused import ReusedFiles
-from hypha.executor.files.updates import contribution_in, deliverable
+from hypha.executor.files.theta import Theta, theta_of
+from hypha.executor.files.updates import contribution_in
 from hypha.executor.models.model_files import ModelFiles
 from hypha.executor.outer.admission import admit, check_contribution
+from hypha.executor.outer.archive import Archive, Snapshot
 from hypha.executor.outer.broadcast import Broadcasts
-from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
+from hypha.executor.outer.checkpoint import read_checkpoint
 from hypha.executor.outer.step import OuterStep
 from hypha.executor.running import begin_traces, leave, run_executor
 from hypha.messages import (
     AggregateJob,
     Alive,
-    CheckpointSaved,
     CloseRound,
-    Contribution,
     Directive,
     Export,
-    Exported,
     Finish,
-    Local,
     Members,
     ModelReady,
     PeerRef,
-    Peers,
     ReceivedFile,
     Reference,
     Rejoin,
     RoundApplied,
     SaveCheckpoint,
-    SendCall,
     SendModel,
     UpdateReceived,
     UpdateRefused,
@@ -70,8 +61,6 @@ from hypha.naming import cleaned
 from hypha.tracing import span
 from hypha.tracing.operations import (
     BROADCAST,
-    CHECKPOINT,
-    EXPORT,
     LOAD_MODEL,
     OUTER_STEP,
     RECEIVE_UPDATE,
@@ -79,10 +68,6 @@ from hypha.tracing.operations import (
 )
 
 logger = logging.getLogger("hypha.executor.parameter_server")
-
-#: how long the last checkpoint may hold up the end
-_FINISH_GRACE_S = 30.0
-_EXPORT_RETRY_S = 2.0
 
 
 class ParameterServer:
@@ -99,19 +84,13 @@ class ParameterServer:
         #: updates that came before it was said who takes part, or for how many samples they may stand
         self._early: list[ReceivedFile] = []
         self._broadcasts = Broadcasts(bridge, self._ended, lambda round_: self._span(BROADCAST, round_))
-        #: one thread: checkpoints become durable in the order of their rounds
-        self._archive = ThreadPoolExecutor(1, thread_name_prefix="archive")
-        self._applied: RoundApplied | None = None
-        self._exporting = -1
-        self._finishing = threading.Event()
-        self._exported: Exported | None = None
-        #: the newest checkpoint: the round that it is of, and what was said of it when it was saved
-        self._saving = -1
-        self._saved: CheckpointSaved | None = None
+        self._archive = Archive(bridge, job, traces, self._span, self._ended)
+        #: what was reported of the updates of the open round, by worker; and of the round before it, which
+        #: ends with its RoundApplied
+        self._received: dict[str, UpdateReceived] = {}
+        self._applied: tuple[UpdateReceived | RoundApplied, ...] = ()
         self.round = job.round
         self._contributors: tuple[str, ...] = ()
-        #: what the updates of the open round stand for
-        self._contributions: dict[str, Contribution] = {}
         #: done with, to be written over
         self._updates = ReusedFiles(bridge.directory / "incoming" / ".spare")
         self._thetas = ReusedFiles(bridge.directory / "outgoing" / ".spare", limit=1)
@@ -133,10 +112,7 @@ class ParameterServer:
             if isinstance(item, Exception):
                 raise item
             self._handle(item)
-        self._finishing.set()
-        # the archive has one thread: when this is done, so is everything before it
-        last = self._archive.submit(lambda: None)
-        self._bridge.patiently(lambda: wait([last], timeout=_FINISH_GRACE_S))
+        self._archive.finish()
 
     def _next(self) -> Directive | ReceivedFile | Exception:
         while True:
@@ -164,17 +140,15 @@ class ParameterServer:
         """
         logger.info("The job goes on as generation %d; round %d is open.", rejoin.generation, self.round)
         self._generation = rejoin.generation
-        if self._exported is not None:
-            self._exporting = -1
-        if self._applied is not None:
-            self._bridge.report(self._applied)
-        if self._saved is not None:
-            self._bridge.report(self._saved)
-        # that scheduler may not have it: asked again, it is saved again
-        self._saving = -1
+        self._report_applied()
+        self._archive.begin_generation()
         self._ready()
-        for worker, samples in self._outer.contributors.items():
-            self._received(worker, samples)
+        for received in self._received.values():
+            self._bridge.report(received)
+
+    def _report_applied(self) -> None:
+        for event in self._applied:
+            self._bridge.report(event)
 
     @property
     def _peers(self) -> tuple[PeerRef, ...]:
@@ -202,7 +176,9 @@ class ParameterServer:
             case SaveCheckpoint():
                 self._checkpoint()
             case Export():
-                self._export(item.to)
+                self._archive.export(
+                    self.round, item.to, lambda directory: self._files.export(self._theta, directory)
+                )
             case Rejoin():
                 self._rejoin(item)
             case _:
@@ -212,10 +188,10 @@ class ParameterServer:
 
     def _load(self) -> None:
         job = self._job
-        self._files = ModelFiles(self._bridge, job, self._finishing)
+        self._files = ModelFiles(self._bridge, job, self._archive.finishing)
         momentum: dict[str, Tensor] = {}
         if job.restore is None:
-            self._theta = tensors.theta_of(self._files.build())
+            self._theta = theta_of(self._files.build())
         else:
             # a checkpoint says what theta looks like; importing and building a model takes longer than all
             # the rest, and everybody waits
@@ -231,7 +207,7 @@ class ParameterServer:
         self._hashes = tensors.write(self._theta_path(), self._theta.all(), beside=self._beside)
         _give_memory_back()
 
-    def _restored(self, reference: Reference) -> tuple[tensors.Theta, dict[str, Tensor]]:
+    def _restored(self, reference: Reference) -> tuple[Theta, dict[str, Tensor]]:
         """Theta and momentum of a checkpoint, if all of it is there and is what was saved."""
         try:
             fetched = self._bridge.patiently(lambda: self._bridge.fetch(reference))
@@ -267,20 +243,25 @@ class ParameterServer:
             self._updates.give(path)
             return
         try:
-            contribution = contribution_in(path, file.from_peer, round, file.meta.samples)
-            check_contribution(file.from_peer, contribution, self._job, self._members)
-            norm = self._outer.add(file.from_peer, file.meta.samples, path)
+            contribution = contribution_in(path)
+            check_contribution(file, contribution, self._job, self._members)
+            norm = self._outer.add(file.from_peer, contribution.samples, path)
         except Refused as exc:
             self._refused(file, round, exc)
         except DataError as exc:
             self._refused(file, round, Refused("invalid", str(exc), file.from_peer))
         else:
             logger.info(
-                "Added the update of %s (%d samples, norm %g).", file.from_peer, file.meta.samples, norm
+                "Added the update of %s (%d samples, norm %g).", file.from_peer, contribution.samples, norm
             )
-            if contribution is not None:
-                self._contributions[file.from_peer] = contribution
-            self._received(file.from_peer, file.meta.samples)
+            received = UpdateReceived(
+                round=round,
+                worker=file.from_peer,
+                samples=contribution.samples,
+                contribution=contribution,
+            )
+            self._received[file.from_peer] = received
+            self._bridge.report(received)
         finally:
             self._updates.give(path)
 
@@ -298,22 +279,12 @@ class ParameterServer:
         logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
         self._bridge.report(UpdateRefused(round=round, worker=file.from_peer, code=exc.code, reason=reason))
 
-    def _received(self, worker: str, samples: int) -> None:
-        self._bridge.report(
-            UpdateReceived(
-                round=self.round,
-                worker=worker,
-                samples=samples,
-                contribution=self._contributions.get(worker),
-            )
-        )
-
     # --- rounds -------------------------------------------------------------------------------------
 
     def _close(self, directive: CloseRound) -> None:
-        if directive.round == self.round - 1 and self._applied is not None:
-            # said again: then somebody did not hear of it
-            self._bridge.report(self._applied)
+        if directive.round == self.round - 1 and self._applied:
+            # sent again: then somebody has not received it
+            self._report_applied()
             self._send_theta(self._peers)
             return
         if directive.round != self.round:
@@ -342,19 +313,16 @@ class ParameterServer:
         )
         due = self.round % self._job.checkpoint.every_rounds == 0
         checkpoint = directive.checkpoint or directive.final or due
-        self._applied = deliverable(
-            RoundApplied(
-                round=directive.round,
-                theta=self._hashes.blake3,
-                contributors=contributors,
-                contributions=tuple(self._contributions.values()),
-                update_norm=norm,
-                checkpoint=checkpoint,
-                updates=self._outer.statistics,
-            )
+        applied = RoundApplied(
+            round=directive.round,
+            theta=self._hashes.blake3,
+            contributors=contributors,
+            update_norm=norm,
+            checkpoint=checkpoint,
+            updates=self._outer.statistics,
         )
-        self._contributions = {}
-        self._bridge.report(self._applied)
+        self._applied, self._received = (*self._received.values(), applied), {}
+        self._bridge.report(applied)
         return checkpoint, old
 
     def _send_theta(self, receivers: Iterable[PeerRef], attempt: int = 0) -> None:
@@ -362,115 +330,21 @@ class ParameterServer:
             self._theta_path(), tuple(receivers), self.round, self._contributors, self._hashes, attempt
         )
 
-    def _in_archive(self, work: Callable[[], None]) -> None:
-        self._archive.submit(work).add_done_callback(self._ended)
-
     def _ended(self, future: Future[Any]) -> None:
         if (error := future.exception()) is not None:
             self.put(error if isinstance(error, Exception) else RuntimeError(str(error)))
 
-    # --- what stays -----------------------------------------------------------------------------------
-
     def _checkpoint(self) -> None:
-        """Write a snapshot now; make it durable in the background. Once a round is enough."""
-        if self._saving == self.round:
-            if self._saved is not None and self._saved.round == self.round:
-                self._bridge.report(self._saved)
-            return
-        self._saving = self.round
-        directory = self._bridge.directory / "outgoing" / f"checkpoint-{self.round}"
-        directory.mkdir(parents=True, exist_ok=True)
-        theta = directory / THETA
-        theta.unlink(missing_ok=True)
-        os.link(self._theta_path(), theta)
-        momentum = tensors.write(directory / MOMENTUM, self._outer.momentum_or_zeros()).blake3
-        state = CheckpointState(
-            job_id=self._job.job_id,
-            generation=self._job.generation,
+        # it belongs to the round that was applied; the last one has none after it
+        applied = bool(self._applied) and self._applied[-1].round == self.round - 1
+        snapshot = Snapshot(
             round=self.round,
-            theta=self._hashes.blake3,
-            momentum=momentum,
+            within=self.round - 1 if applied else self.round,
+            theta=self._theta_path(),
+            blake3=self._hashes.blake3,
             contributors=self._contributors,
         )
-        (directory / STATE).write_bytes(msgspec.json.encode(state))
-        round = self.round
-        # it belongs to the round that was applied; the last one has none after it
-        applied = self._applied is not None and self._applied.round == round - 1
-        within = round - 1 if applied else round
-        self._in_archive(lambda: self._save_in_span(directory, round, within))
-
-    def _save_in_span(self, directory: Path, round: int, within: int) -> None:
-        with self._span(CHECKPOINT, within) as saving:
-            saving.set_attribute("hypha.checkpoint.round", round)
-            self._save_checkpoint(directory, round)
-
-    def _save_checkpoint(self, directory: Path, round: int) -> None:
-        policy = self._job.checkpoint
-        place, relative = policy.place, self._bridge.relative(directory)
-        try:
-            if place == "scheduler":
-                resource: Reference = Peers(peers=(self._job.scheduler,), resource="checkpoint")
-                for name in (THETA, MOMENTUM, STATE):
-                    self._bridge.send(SendCall(resource=resource, path=f"{relative}/{name}", round=round))
-            else:
-                place = f"{place.rstrip('/')}/{self._job.job_id}/{round}"
-                resource = Local(url=place)
-                self._bridge.send(
-                    SendCall(resource=resource, path=relative, round=round, marker=STATE, keep=policy.keep)
-                )
-        except (Refused, PeerUnreachable) as exc:
-            # the next one may get through; the scheduler goes on from the last one that it knows of
-            logger.error("The checkpoint of round %d is not saved: %s", round, exc)
-            if self._saving == round:
-                self._saving = -1
-        else:
-            self._saved = CheckpointSaved(round=round, place=place)
-            self._bridge.report(self._saved)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-
-    def _export(self, to: PeerRef) -> None:
-        if self._exporting == self.round:
-            # said again: then it is under way, or somebody did not hear of it
-            if self._exported is not None:
-                self._bridge.report(self._exported)
-            return
-        self._exporting, self._exported = self.round, None
-        directory = self._bridge.directory / "outgoing" / "export"
-        shutil.rmtree(directory, ignore_errors=True)
-        names = self._files.export(self._theta, directory)
-        # the model is not trained any further, so its files may go while updates are still refused
-        self._in_archive(lambda: self._send_export(directory, names, to))
-
-    def _send_export(self, directory: Path, names: list[str], to: PeerRef) -> None:
-        with span(EXPORT, {"hypha.job": self._job.job_id}, parent=self._traces.dispatch):
-            if not self._deliver_export(directory, names, to):
-                return
-            self._exported = Exported(round=self.round, files=tuple(names))
-            self._bridge.report(self._exported)
-        shutil.rmtree(directory, ignore_errors=True)
-
-    def _deliver_export(self, directory: Path, names: list[str], to: PeerRef) -> bool:
-        """False when the job has ended before all files were with the scheduler."""
-        left = list(names)
-        while left and not self._finishing.is_set():
-            call = SendCall(
-                resource=Peers(peers=(to,), resource="export"),
-                path=self._bridge.relative(directory / left[0]),
-                name=left[0],
-                round=self.round,
-            )
-            try:
-                self._bridge.send(call)
-                left.pop(0)
-            except (Refused, PeerUnreachable) as exc:
-                if isinstance(exc, Refused) and not export_waits(exc):
-                    raise
-                # the scheduler is away; the one that comes back may have none of the files
-                logger.warning("The trained model is not delivered yet: %s", exc)
-                left = list(names)
-                self._finishing.wait(_EXPORT_RETRY_S)
-        return not left
+        self._archive.checkpoint(snapshot, self._outer.momentum_or_zeros)
 
 
 def _give_memory_back() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from hypha.decoding import decode_json
 from hypha.errors import DataError, HyphaError, Undecodable
 from hypha.executor.files import tensors, updates
+from hypha.executor.files.theta import theta_of
 from hypha.executor.inner.loop import Inner, accelerator_for, round_seed
 from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
 from hypha.executor.models import loading as models
@@ -58,7 +59,7 @@ class Replay:
             else Preprocessor(job.preprocessor, model_dir)
         )
         server = models.build(ledger.aggregate.model, model_dir).requires_grad_(False)
-        self._theta = tensors.theta_of(server)
+        self._theta = theta_of(server)
         self._outer = OuterStep(self._theta, ledger.aggregate)
         self._accelerator = accelerator_for(job)
         model = models.build(job.model, model_dir, weights=False)

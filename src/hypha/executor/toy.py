@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hypha.errors import DataError
 from hypha.executor.files import tensors, updates
-from hypha.executor.files.tensors import Theta
+from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import Written
 from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
 from hypha.executor.outer.step import OuterStep, recorded_in

@@ -13,76 +13,42 @@ many seconds: a machine plays a slower one, or several on the same machine do no
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from hypha.config.environment import variable
-from hypha.errors import DataError, ModelError, PeerUnreachable, Refused
+from hypha.errors import DataError, ModelError, PeerUnreachable
 from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import updates
 from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.inner.batch_size import BatchSize
 from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend
-from hypha.executor.inner.local_model import LocalModel, TrainedModel
-from hypha.executor.inner.losses import Losses
-from hypha.executor.inner.process_group import (
-    HEARD_WITHIN_S,
-    WORDS_WITHIN_S,
-    LastWords,
-    ProcessGroup,
-    ProcessLost,
-    is_lost,
-    number_of_processes,
-)
-from hypha.executor.inner.slices_reader import RowStream, Slice, SliceReadAhead, read_columns, slice_order
-from hypha.executor.models import loading as models
+from hypha.executor.inner.job_slices import JobSlices
+from hypha.executor.inner.pace import least_step_s
+from hypha.executor.inner.process_group import ProcessGroup, number_of_processes
+from hypha.executor.inner.ranks import end_with, follow_rank_zero, trained_model, with_others
+from hypha.executor.inner.round_counts import RoundCounts
+from hypha.executor.inner.slices_reader import RowStream, SliceReadAhead
+from hypha.executor.models.model_files import fetched
 from hypha.executor.models.model_tensors import check_buffers, check_same_model
 from hypha.executor.models.preprocessing import Preprocessor, padding_of
-from hypha.executor.running import (
-    FLUSH_S,
-    begin_traces,
-    exit_code_of,
-    last_words,
-    leave,
-    run_executor,
-    set_up_log,
-)
+from hypha.executor.running import begin_traces, leave, run_executor
 from hypha.messages import (
     Alive,
-    Contribution,
     Loaded,
-    Progress,
     ReceivedFile,
     Reference,
     RoundStarted,
-    SchedulerData,
     TrainJob,
-    UpdateSent,
 )
 from hypha.tracing import span
 from hypha.tracing.operations import LOAD_MODEL, LOAD_WEIGHTS, TRAIN
 
 logger = logging.getLogger("hypha.executor.training")
-
-
-def least_step_s(text: str | None) -> float:
-    """Of ``HYPHA_STEP_S``, in seconds; 0 without. Raises :class:`ModelError` for what is no time."""
-    try:
-        value = float(text or 0.0)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value < math.inf:
-        raise ModelError(
-            f"HYPHA_STEP_S is the least seconds of a batch, not {text!r}; mend the executor's env"
-        )
-    return value
 
 
 class Trainer:
@@ -111,38 +77,25 @@ class Trainer:
         self._lost = False
         #: inner steps before the round from which another generation of the job began
         self._steps_there = job.steps
-        #: the last update that is in a theta
-        self._last: Contribution | None = None
         self._sender: UpdateSender | None = None
-        self._fetching = False
         self._reused = ReusedFiles(bridge.directory / "incoming" / ".spare")
         self._step_s = least_step_s(variable("HYPHA_STEP_S"))
         bridge.receive(("theta",), self._theta_arrived)
 
         source = None if job.model.source is None else self._fetched(job.model.source)
-        self._preprocess: Preprocessor | None = None
+        preprocess: Preprocessor | None = None
         if job.preprocessor is not None:
-            self._preprocess = Preprocessor(job.preprocessor, self._fetched(job.preprocessor.source))
-        self._model: TrainedModel
-        if group is None:
-            self._model = LocalModel(job, source)
-        else:
-            # what it imports few executors need
-            from hypha.executor.inner.spread_model import SpreadModel
-
-            self._model = SpreadModel(group, job, source)
+            preprocess = Preprocessor(job.preprocessor, self._fetched(job.preprocessor.source))
+        self._model = trained_model(group, job, source)
         padding = padding_of(None, config=self._model.config)
-        self._stream = RowStream(padding if self._preprocess is None else self._preprocess.padding)
-        self._slices = SliceReadAhead(self._next_slice, inbox.touch)
+        self._stream = RowStream(padding if preprocess is None else preprocess.padding)
+        self._job_slices = JobSlices(bridge, job, preprocess)
+        self._slices = SliceReadAhead(self._job_slices.next, inbox.touch)
 
     def _fetched(self, reference: Reference) -> Path:
         try:
-            files = self._bridge.patiently(lambda: self._bridge.fetch(reference))
-            return models.directory_of(path for path, _ in files)
-        except (Refused, PeerUnreachable) as exc:
-            if isinstance(exc, Refused) and exc.code == "no-space":
-                # no fault of the model
-                raise
+            return self._bridge.patiently(lambda: fetched(self._bridge, reference))
+        except PeerUnreachable as exc:
             raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
 
     def run(self) -> None:
@@ -161,25 +114,9 @@ class Trainer:
     # --- theta --------------------------------------------------------------------------------------
 
     def _theta_arrived(self, file: ReceivedFile) -> None:
-        """Keep the newest; what is older is a late repetition."""
-        stamp = file.meta.stamp
         with self._inbox.changed:
-            waiting = self._inbox.theta
-            seen = (self._generation, self._round, self._attempt)
-            if waiting is not None and waiting.meta.stamp is not None:
-                told = waiting.meta.stamp
-                seen = (told.generation, told.round, told.attempt)
-            at = (stamp.generation, stamp.round, stamp.attempt) if stamp is not None else (-1, -1, -1)
-            if at < max(seen, (self._inbox.lost_before, -1, -1)):
-                logger.warning("A theta that is out of date arrived; it is dropped.")
-                superseded: ReceivedFile | None = file
-            elif waiting is not None and _same_theta(waiting, file):
-                # what was asked for since the first one came may be kept
-                superseded = file
-            else:
-                superseded, self._inbox.theta = waiting, file
-                self._inbox.changed.notify_all()
-        if superseded is not None and (superseded is file or superseded.path != file.path):
+            superseded = self._inbox.take_theta(file, (self._generation, self._round, self._attempt))
+        if superseded is not None:
             (self._bridge.directory / superseded.path).unlink(missing_ok=True)
 
     def _wait_for_theta(self) -> ReceivedFile | None:
@@ -214,7 +151,6 @@ class Trainer:
         theta = inbox.theta
         if rejoin.start_over:
             self._lost = self._round >= 0
-            self._last = None
             if self._sender is not None:
                 self._sender.stop()
             if self._round < 0:
@@ -225,8 +161,6 @@ class Trainer:
                 inbox.theta = None
                 (self._bridge.directory / theta.path).unlink(missing_ok=True)
         self._bridge.report(Loaded(incarnation=self._incarnation))
-        if self._last is not None:
-            self._bridge.report(UpdateSent(contribution=self._last))
         if self._round >= 0 and not self._lost:
             self._started()
 
@@ -275,23 +209,18 @@ class Trainer:
             sender.stop()
         continued = round == self._round + 1 and not self._lost
         in_it = sender is not None and continued and self._me in file.meta.contributors
-        if sender is not None and in_it:
-            self._last = sender.contribution
-        elif self._round >= 0:
+        if self._round >= 0 and not in_it:
             self._start_over((generation, round, attempt))
         self._round, self._attempt, self._generation = round, attempt, generation
         self._hash, self._lost = file.meta.blake3, False
-        self._first_steps = self._model.steps
-        self._batches = self._samples = 0
-        self._rows = self._batch_size.rows
-        self._busy_s = 0.0
         self._stream.start_round()
-        self._losses = Losses(time.monotonic())
+        rows, steps = self._batch_size.rows, self._model.steps
+        self._done = RoundCounts(round, attempt, rows, steps, time.monotonic())
         self._model.start_round(round)
         self._started()
 
     def _started(self) -> None:
-        grown = self._rows if self._job.most_batch_size is not None else None
+        grown = self._done.rows if self._job.most_batch_size is not None else None
         self._bridge.report(
             RoundStarted(round=self._round, theta=self._hash, attempt=self._attempt, batch_size=grown)
         )
@@ -309,12 +238,11 @@ class Trainer:
             logger.warning(
                 "Round %d went on without this worker; it starts over from round %d.", self._round, round
             )
-        self._last = None
         self._drop_before(at)
         if self._lost or round < self._round:
             self._forget_steps(self._steps_there)
-        elif self._batches:
-            self._forget_steps(self._first_steps)
+        elif self._done.batches:
+            self._forget_steps(self._done.first_steps)
 
     def _drop_before(self, at: tuple[int, int, int]) -> None:
         self._stream.drop_before(at)
@@ -332,7 +260,7 @@ class Trainer:
         attributes = self._traces.attributes(self._generation, self._round)
         with span(TRAIN, attributes, parent=self._round_trace()) as train:
             reached = self._train_to_sync_point()
-            train.set_attributes({"hypha.batches": self._batches, "hypha.samples": self._samples})
+            train.set_attributes({"hypha.batches": self._done.batches, "hypha.samples": self._done.samples})
             if not reached:
                 train.add_event("overtaken")
         if reached:
@@ -356,11 +284,11 @@ class Trainer:
         if plan is None or plan.round != self._round or plan.batches is None:
             return False
         # a plan for nothing still needs a batch: an update of no samples has no weight
-        return self._batches >= max(1, plan.batches)
+        return self._done.batches >= max(1, plan.batches)
 
     def _next_batch(self) -> dict[str, torch.Tensor] | None:
         """None when something happened while the trainer waited for data: it has to look around first."""
-        while (columns := self._stream.take(self._rows)) is None:
+        while (columns := self._stream.take(self._done.rows)) is None:
             part = self._slices.take()
             if part is not None:
                 self._stream.push(part)
@@ -385,83 +313,37 @@ class Trainer:
 
     def _alive_without_data(self) -> None:
         """It is the worker's turn only while a slice is fetched: a preprocessor may hang as a batch may."""
-        if self._fetching:
+        if self._job_slices.fetching:
             self._alive()
-
-    def _next_slice(self) -> Slice:
-        """Fetch, read, preprocess (in the slices' thread)."""
-        dataset = SchedulerData(peer=self._job.scheduler.peer, dataset=self._job.dataset)
-        self._fetching = True
-        path, file = self._bridge.fetch(dataset)[0]
-        self._fetching = False
-        assigned = file.slice
-        if assigned is None:
-            raise DataError(f"the worker did not say which slice {path.name} is")
-        columns = read_columns(path)
-        samples = len(next(iter(columns.values())))
-        if samples != assigned.samples:
-            raise DataError(f"slice {assigned.index} has {samples} rows, not the {assigned.samples} promised")
-        if self._preprocess is not None:
-            columns = self._preprocess(columns)
-        # the rows are mapped or in memory: the name is not needed any more, and disks are to stay flat
-        path.unlink(missing_ok=True)
-        order = slice_order(self._job.seed, assigned.epoch, assigned.index, samples, self._job.shuffle)
-        return Slice(
-            assigned.epoch, assigned.index, columns, order, (file.generation, file.round, file.attempt)
-        )
 
     def _train(self, columns: dict[str, torch.Tensor]) -> None:
         started = time.perf_counter()
         loss = self._model.batch(columns)
         if self._step_s:
             time.sleep(max(0.0, started + self._step_s - time.perf_counter()))
-        self._losses.add(loss)
-        self._batches += 1
-        self._samples += len(next(iter(columns.values())))
-        if self._losses.due(time.monotonic()):
-            mean = self._losses.latest(time.monotonic())
-            self._busy_s += time.perf_counter() - started
+        done = self._done
+        done.add(loss, len(next(iter(columns.values()))))
+        due = done.losses.due(time.monotonic())
+        mean = done.losses.latest(time.monotonic()) if due else None
+        done.busy_s += time.perf_counter() - started
+        if mean is not None:
             self._progress(mean)
-        else:
-            self._busy_s += time.perf_counter() - started
 
     def _tell_all(self) -> None:
         """Report the batches that were not due to be reported: there may be no next one for a while."""
-        if self._losses.waiting:
-            self._progress(self._losses.latest(time.monotonic()))
+        if self._done.losses.waiting:
+            self._progress(self._done.losses.latest(time.monotonic()))
 
     def _progress(self, loss: float) -> None:
-        self._bridge.report(
-            Progress(
-                round=self._round,
-                batches=self._batches,
-                samples=self._samples,
-                busy_s=self._busy_s,
-                loss=loss,
-                learning_rate=self._model.learning_rate,
-                attempt=self._attempt,
-            )
-        )
+        self._bridge.report(self._done.progress(loss, self._model.learning_rate))
 
     def _synchronise(self) -> None:
         """Write the update and have it sent."""
         self._tell_all()
         self._model.flush()
         path = self._bridge.directory / "outgoing" / f"update-{self._round}-{self._restarts}.safetensors"
-        contribution = Contribution(
-            round=self._round,
-            worker=self._me,
-            incarnation=self._incarnation,
-            restarts=self._restarts,
-            attempt=self._attempt,
-            samples=self._samples,
-            batches=self._batches,
-            batch_size=self._rows,
-            steps=self._first_steps,
-            ranges=tuple(self._stream.ranges),
-            finished=tuple(self._stream.finished),
-            loss=self._losses.mean(),
-            threads=torch.get_num_threads(),
+        contribution = self._done.contribution(
+            self._me, self._incarnation, self._restarts, self._stream, torch.get_num_threads()
         )
         local, base = self._model.theta(), self._model.base
         check_buffers(local, base)
@@ -481,22 +363,14 @@ class Trainer:
             self._reused,
         )
         self._sender.start()
-        self._batch_size.round_ended(self._batches, self._busy_s, self._model.fits)
-
-
-def _same_theta(one: ReceivedFile, other: ReceivedFile) -> bool:
-    """The same bytes for the same attempt at the same round?"""
-    left, right = one.meta.stamp, other.meta.stamp
-    if left is None or right is None or one.meta.blake3 != other.meta.blake3:
-        return False
-    return (left.round, left.attempt) == (right.round, right.attempt)
+        self._batch_size.round_ended(self._done.batches, self._done.busy_s, self._model.fits)
 
 
 def main(arguments: list[str]) -> int:
     """Entry point: of the executor, or of one of its processes."""
     group = ProcessGroup(Path.cwd()) if number_of_processes() > 1 else None
     if group is not None and group.rank:
-        return _follow(group)
+        return follow_rank_zero(group)
     inbox: TrainerInbox | None = None
 
     def failed(exc: Exception) -> None:
@@ -506,7 +380,7 @@ def main(arguments: list[str]) -> int:
     def work(bridge: BridgeClient) -> None:
         nonlocal inbox
         if group is not None:
-            group.watch(lambda words: _end_with(bridge, words))
+            group.watch(lambda words: end_with(bridge, words))
         job = bridge.job()
         if not isinstance(job, TrainJob):
             raise ModelError(f"a training executor cannot do a job of type {type(job).__name__}")
@@ -517,54 +391,7 @@ def main(arguments: list[str]) -> int:
             trainer = Trainer(bridge, job, inbox, traces, group)
         trainer.run()
 
-    return run_executor(Path(arguments[0]), failed, work if group is None else _with_others(group, work))
-
-
-def _with_others(group: ProcessGroup, work: Callable[[BridgeClient], None]) -> Callable[[BridgeClient], None]:
-    """``work``, that says of another process's end what that one said."""
-
-    def working(bridge: BridgeClient) -> None:
-        try:
-            work(bridge)
-        except RuntimeError as exc:
-            if not is_lost(exc):
-                raise
-            if (words := group.last_words(WORDS_WITHIN_S)) is not None:
-                _end_with(bridge, words)
-            raise ProcessLost(
-                f"one of the {group.size} processes of this executor was ended from outside, or crashed: "
-                "what the executor wrote says which"
-            ) from exc
-
-    return working
-
-
-def _end_with(bridge: BridgeClient, words: LastWords) -> NoReturn:
-    """Report why another process cannot go on, as the end of the executor."""
-    bridge.report(words.error)
-    bridge.flush(FLUSH_S)
-    leave(words.exit_code)
-
-
-def _follow(group: ProcessGroup) -> int:
-    """The life of another process than rank 0."""
-    from hypha.executor.inner.spread_model import follow
-
-    set_up_log()
-    try:
-        follow(group)
-    except Exception as exc:
-        if is_lost(exc):
-            # it has said why, or the launcher does
-            logger.warning("Process %d of this executor ends, as another one has.", group.rank)
-            return 1
-        logger.exception("Process %d of this executor cannot go on.", group.rank)
-        code = exit_code_of(exc)
-        group.say_last(last_words(exc), code)
-        # rank 0 reports it, and with its end the launcher ends this one
-        time.sleep(HEARD_WITHIN_S)
-        return code
-    return 0
+    return run_executor(Path(arguments[0]), failed, work if group is None else with_others(group, work))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ class Plan(Message):
 
 class Rejoin(Message):
     """The job goes on in another generation, ``generation``, after its parameter server or its scheduler was
-    lost. Everybody says again what it holds: a training executor ``Loaded``, the last ``UpdateSent`` and
-    ``RoundStarted``; a parameter server ``RoundApplied``, ``ModelReady`` and each ``UpdateReceived``.
+    lost. Everybody reports again what it holds: a training executor ``Loaded`` and ``RoundStarted``; a
+    parameter server the last ``RoundApplied``, ``ModelReady``, and each ``UpdateReceived`` of both rounds.
 
     For a training executor, ``parameter_server`` is where it is now; with ``resend`` it is a new one, which
     needs the open round's update. With ``start_over`` rounds were lost: what is held of them (theta, slices,
@@ -37,13 +37,15 @@ class Members(Message):
 
     ``most_samples`` says for how many samples their updates of ``round`` may stand at most: a larger one is
     refused, and one of a worker that is not named in it waits for the next of these messages. Without
-    ``round`` nothing is said about that. ``batch_sizes`` are those that the workers were told.
+    ``round`` nothing is said about that. ``batch_sizes`` are those that the workers were told,
+    ``most_batch_size`` what they may grow to (None: they do not grow, or an earlier version does not say).
     """
 
     peers: tuple[PeerRef, ...]
     round: int | None = None
     most_samples: dict[str, int] = {}
     batch_sizes: dict[str, int] = {}
+    most_batch_size: int | None = None
 
 
 class SendModel(Message):

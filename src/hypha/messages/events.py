@@ -102,7 +102,9 @@ class Progress(Message):
 
 
 class UpdateSent(Message):
-    """The update of a round is with the parameter server (acknowledged)."""
+    """The update of a round is with the parameter server (acknowledged). Schedulers of earlier versions wait
+    for it; those of this one learn of updates from the parameter server alone, and pass over it.
+    """
 
     contribution: Contribution
 
@@ -121,8 +123,8 @@ class ModelReady(Message):
 
 
 class UpdateReceived(Message):
-    """A parameter server accepted the update of ``worker`` for ``round``. ``contribution`` is what the file
-    itself says that it stands for, so that an update that counts is known even if its worker is gone.
+    """A parameter server accepted the update of ``worker`` for ``round``. ``contribution`` is what the file's
+    header states, checked: all that the scheduler learns of the update, even if its worker is gone.
     """
 
     round: int
@@ -142,8 +144,9 @@ class UpdateRefused(Message):
 
 class RoundApplied(Message):
     """The outer step of ``round`` is done; ``theta`` is the hash of theta of ``round + 1``.
-    ``contributors`` in the order in which their updates were added, ``contributions`` as far as their files
-    say what they stand for, ``updates`` what was measured of each.
+    ``contributors`` in the order in which their updates were added, each after its ``UpdateReceived``;
+    ``updates`` is what was measured of each. ``contributions``: only parameter servers of earlier versions,
+    which do not report ``UpdateReceived`` again after a ``Rejoin``.
     """
 
     round: int

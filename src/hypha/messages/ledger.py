@@ -10,9 +10,9 @@ from hypha.messages.values import Value
 
 class LedgerRound(Value):
     """One outer step. ``theta`` is the hash of theta of ``round + 1``, that is, after this step (as in
-    :class:`RoundApplied`). ``contributors`` are in the mean; ``left_out`` trained (so their optimizers moved
-    on) but are not in the mean. ``generation`` is the job's generation; after a restore from a checkpoint
-    rounds occur again under a higher one, and the earlier ones are ``discarded``.
+    :class:`RoundApplied`). ``contributors`` are in the mean; ``left_out``, which only earlier versions wrote,
+    trained but are not. ``generation`` is the job's generation; after a restore from a checkpoint rounds
+    occur again under a higher one, and the earlier ones are ``discarded``.
     """
 
     round: int

@@ -1,8 +1,8 @@
 """Files that are done with and will be written over, rather than deleted and made anew.
 
 A synchronisation writes each file that it deletes: a hundred megabytes of new pages cost three times as much
-as writing over old ones, and deleting them costs again. ``incoming/.spare`` is shared with the worker, which
-writes what arrives over what lies there.
+as writing over old ones, and deleting them costs again (``bench/outer_sync.py`` measures it).
+``incoming/.spare`` is shared with the worker, which writes what arrives over what lies there.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 An update has theta's names and shapes. Parameters hold theta_local - theta_r, in fp32 or encoded (``bf16``,
 or ``int8`` with one scale a tensor); buffers hold their local values, never encoded. The header holds the
-:class:`~hypha.messages.Contribution` that it stands for.
+:class:`~hypha.messages.Contribution` that it stands for: the parameter server reads it there and reports it
+to the scheduler, and nobody else states it. A replay, which nobody reports, writes files without.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,25 +22,9 @@ from hypha.decoding import decode_json
 from hypha.errors import DataError, NotFinite, Undecodable
 from hypha.executor.files.hashing import Hasher
 from hypha.executor.files.reused import ReusedFiles
-from hypha.executor.files.tensors import (
-    CHUNK,
-    Spec,
-    TensorFile,
-    Theta,
-    difference,
-    one_thread,
-    pieces,
-    write_pieces,
-)
-from hypha.messages import (
-    MAX_CONTRIBUTION_BYTES,
-    MAX_EVENT_BYTES,
-    Contribution,
-    RoundApplied,
-    encode_json,
-)
-
-logger = logging.getLogger("hypha.executor.parameter_server")
+from hypha.executor.files.tensors import CHUNK, Spec, TensorFile, difference, one_thread, pieces, write_pieces
+from hypha.executor.files.theta import Theta
+from hypha.messages import MAX_CONTRIBUTION_BYTES, Contribution, encode_json
 
 Encoding = Literal["none", "bf16", "int8"]
 _CONTRIBUTION = "contribution"
@@ -123,41 +107,23 @@ def _differences(local: Theta, base: Theta, name: str) -> Iterator[Tensor]:
         yield torch.sub(end[at : at + CHUNK], piece, out=buffer[: piece.numel()])
 
 
-def contribution_in(path: Path, worker: str, round: int, samples: int) -> Contribution | None:
-    """What an update file says that it stands for; None where it does not, says more than anybody has to, or
-    something else than its transfer did. Raises :class:`DataError` when it is no tensor file.
+def contribution_in(path: Path) -> Contribution:
+    """What the update file at ``path`` states that it stands for. Raises :class:`DataError` when it states
+    nothing, or more than any update has to, or is no tensor file.
     """
     with TensorFile(path, MAX_HEADER_BYTES) as file:
         text = file.metadata.get(_CONTRIBUTION, "")
+    if not text:
+        raise DataError("its header does not state what it stands for; upgrade Hypha on its worker")
     if len(text) > MAX_CONTRIBUTION_BYTES:
-        logger.warning(
-            "The update of %s says in %d characters what it stands for; it is not read, as %d are enough.",
-            worker,
-            len(text),
-            MAX_CONTRIBUTION_BYTES,
+        raise DataError(
+            f"its header takes {len(text)} characters to state what it stands for; "
+            f"{MAX_CONTRIBUTION_BYTES} are enough"
         )
-        return None
     try:
-        found = decode_json(text, Contribution)
-    except Undecodable:
-        return None
-    return found if (found.worker, found.round, found.samples) == (worker, round, samples) else None
-
-
-def deliverable(applied: RoundApplied) -> RoundApplied:
-    """``applied`` with as many of its contributions as one event takes, the smallest first: workers write
-    them, and without this event the job stands still. What is left out was told when its update arrived.
-    """
-    room = MAX_EVENT_BYTES - len(encode_json(msgspec.structs.replace(applied, contributions=()))) - 1024
-    sizes = {part.worker: len(encode_json(part)) + 1 for part in applied.contributions}
-    told = set()
-    for worker in sorted(sizes, key=sizes.__getitem__):
-        room -= sizes[worker]
-        if room < 0:
-            break
-        told.add(worker)
-    kept = tuple(part for part in applied.contributions if part.worker in told)
-    return msgspec.structs.replace(applied, contributions=kept)
+        return decode_json(text, Contribution)
+    except Undecodable as exc:
+        raise DataError(f"what its header states that it stands for cannot be read: {exc}") from exc
 
 
 class UpdateFile:

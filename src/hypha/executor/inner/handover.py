@@ -82,6 +82,23 @@ class TrainerInbox:
             self.plan = None
             self.lost_before = rejoin.generation
 
+    def take_theta(self, file: ReceivedFile, seen: tuple[int, int, int]) -> ReceivedFile | None:
+        """Keep ``file`` if it is newer than what waits, or where nothing does, than the generation, round and
+        attempt that are ``seen``. Returns what is superseded, if that is in a file of its own.
+        """
+        waiting = self.theta
+        if waiting is not None and waiting.meta.stamp is not None:
+            seen = _turn(waiting)
+        if _turn(file) < max(seen, (self.lost_before, -1, -1)):
+            logger.warning("A theta that is out of date arrived; it is dropped.")
+            return file
+        if waiting is not None and _same_theta(waiting, file):
+            # what was asked for since the first one came may be kept
+            return file
+        self.theta = file
+        self.changed.notify_all()
+        return waiting if waiting is not None and waiting.path != file.path else None
+
     def fail(self, failure: Exception) -> None:
         with self.changed:
             self.failure = self.failure or failure
@@ -96,6 +113,20 @@ class TrainerInbox:
         """Something else happened."""
         with self.changed:
             self.changed.notify_all()
+
+
+def _turn(file: ReceivedFile) -> tuple[int, int, int]:
+    """Of a theta: its generation of the job, its round, and the attempt at that."""
+    stamp = file.meta.stamp
+    return (stamp.generation, stamp.round, stamp.attempt) if stamp is not None else (-1, -1, -1)
+
+
+def _same_theta(one: ReceivedFile, other: ReceivedFile) -> bool:
+    """The same bytes for the same attempt at the same round?"""
+    left, right = one.meta.stamp, other.meta.stamp
+    if left is None or right is None or one.meta.blake3 != other.meta.blake3:
+        return False
+    return (left.round, left.attempt) == (right.round, right.attempt)
 
 
 @dataclass(frozen=True)
@@ -166,6 +197,7 @@ class UpdateSender(threading.Thread):
                         self._send(call)
                         reached, self.acknowledged = call.number, True
                     said_in = call.generation
+                    # for schedulers of earlier versions: those of this one learn it from the parameter server
                     self._bridge.report(UpdateSent(contribution=self.contribution))
             except Refused as exc:
                 if update_waits(exc):

@@ -17,7 +17,7 @@ from torch import Tensor
 from hypha.errors import HyphaError, ModelError
 from hypha.executor.files import tensors
 from hypha.executor.files.hashing import Digests
-from hypha.executor.files.tensors import Theta
+from hypha.executor.files.theta import Theta
 from hypha.executor.inner.device_memory import cap_memory
 from hypha.executor.inner.loop import Inner, accelerator_for, is_of_machine, round_seed
 from hypha.executor.models import loading as models
@@ -103,7 +103,8 @@ class LocalModel:
 
     def start_over(self, steps: int) -> None:
         rows = self._inner.rows
-        self._inner = Inner(self._model, self._forward, self._job, self._accelerator, steps, rows=rows)
+        self._inner = Inner(self._model, self._forward, self._job, self._accelerator, steps)
+        self._inner.rows = rows
 
     def batch(self, columns: Mapping[str, Tensor]) -> Tensor:
         return self._inner.batch(columns)

@@ -146,15 +146,14 @@ class Inner:
         accelerator: Accelerator | Processor,
         steps: int,
         together: Together | None = None,
-        rows: RowsAtATime | None = None,
     ) -> None:
-        """``rows`` is what another incarnation has learnt of how many fit into memory."""
         self._model = model
         self._forward = forward
         self._job = job
         self._accelerator = accelerator
         self._together = together
-        self.rows = RowsAtATime(job.micro_batch_size, _least_rows(model)) if rows is None else rows
+        #: how many fit into memory, as far as that is known; it may be taken from an incarnation before
+        self.rows = RowsAtATime(job.micro_batch_size, _least_rows(model))
         #: inner steps so far, those of earlier generations included
         self.steps = steps
         #: the batches since the last step, and what each is a part of

@@ -22,12 +22,11 @@ from hypha.decoding import decode, decode_json
 from hypha.errors import ModelError
 from hypha.executor.files import tensors
 from hypha.executor.files.hashing import Digests
-from hypha.executor.files.tensors import Theta
+from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.inner import sharding
 from hypha.executor.inner.device_memory import cap_memory
 from hypha.executor.inner.local_model import making_ready
 from hypha.executor.inner.loop import Inner, Processor, Together, in_parts, round_seed
-from hypha.executor.inner.out_of_memory import RowsAtATime
 from hypha.executor.inner.process_group import ProcessGroup, ProcessLost
 from hypha.executor.models import loading as models
 from hypha.executor.models.forward import Forward
@@ -133,7 +132,7 @@ class _Member:
         model = models.build(job.model, source, weights=False)
         self.config = getattr(model, "config", None)
         #: of the whole model, where somebody wants it
-        self.base = tensors.theta_of(model).copy() if group.rank == 0 else None
+        self.base = theta_of(model).copy() if group.rank == 0 else None
         cap_memory(group.device)
         self._device = _Device(group.device, job.precision)
         self._together: Together = _Sharded(group) if self.sharded else _Summed(group)
@@ -144,10 +143,10 @@ class _Member:
             # buffers as well
             self._model: nn.Module = model.to(group.device)
             self._tensors = ModelTensors(self._model)
-            self.inner = self._fresh(job.steps, None)
+            self.inner = self._fresh(job.steps)
 
-    def _fresh(self, steps: int, rows: RowsAtATime | None) -> Inner:
-        return Inner(self._model, self.forward, self.job, self._device, steps, self._together, rows)
+    def _fresh(self, steps: int) -> Inner:
+        return Inner(self._model, self.forward, self.job, self._device, steps, self._together)
 
     def take_theta(self) -> None:
         """Set the local model to base of rank 0."""
@@ -166,7 +165,9 @@ class _Member:
         torch.manual_seed(round_seed(self.job.seed, name, round))
 
     def start_over(self, steps: int) -> None:
-        self.inner = self._fresh(steps, self.inner.rows)
+        rows = self.inner.rows
+        self.inner = self._fresh(steps)
+        self.inner.rows = rows
 
     def batch(self, columns: Mapping[str, Tensor], command: _Batch) -> Tensor:
         """The loss of the whole batch."""

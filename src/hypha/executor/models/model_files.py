@@ -15,6 +15,7 @@ from torch import nn
 from hypha.errors import ModelError, PeerUnreachable, Refused
 from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.files import tensors
+from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.models import loading as models
 from hypha.messages import AggregateJob, Reference
 
@@ -31,6 +32,19 @@ class Sources:
 
     model: Path | None
     preprocessors: tuple[Path, ...]
+
+
+def fetched(bridge: BridgeClient, reference: Reference) -> Path:
+    """The directory of the files of ``reference``. Raises :class:`ModelError` where they are refused, and
+    :class:`PeerUnreachable`.
+    """
+    try:
+        return models.directory_of(path for path, _ in bridge.fetch(reference))
+    except Refused as exc:
+        if exc.code == "no-space":
+            # no fault of the model
+            raise
+        raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
 
 
 class ModelFiles:
@@ -60,13 +74,13 @@ class ModelFiles:
         self._model = model.requires_grad_(False)
         return model
 
-    def export(self, theta: tensors.Theta, directory: Path) -> list[str]:
+    def export(self, theta: Theta, directory: Path) -> list[str]:
         """Write the model with ``theta`` in it, and all that belongs to it; the names of the files.
 
         Where it was built at the beginning, ``theta`` is that of the model. Raises :class:`ModelError`.
         """
         if self._model is None:
-            place = tensors.theta_of(self.build())
+            place = theta_of(self.build())
             if problem := tensors.difference(theta.specs(), place.specs()):
                 raise ModelError(f"theta does not fit the model that it is to be exported with: {problem}")
             place.assign(theta)
@@ -91,12 +105,7 @@ class ModelFiles:
     def _fetched(self, reference: Reference) -> Path:
         while True:
             try:
-                return models.directory_of(path for path, _ in self._bridge.fetch(reference))
-            except Refused as exc:
-                if exc.code == "no-space":
-                    # no fault of the model
-                    raise
-                raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
+                return fetched(self._bridge, reference)
             except PeerUnreachable as exc:
                 # only a model that is to be trained from its beginning is needed now
                 if self._job.restore is None or self._finishing.wait(_FETCH_RETRY_S):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hypha.errors import ModelError, NotFinite
-from hypha.executor.files.tensors import TensorFile, Theta, difference, is_supported, theta_of
+from hypha.executor.files.tensors import TensorFile, difference, is_supported
+from hypha.executor.files.theta import Theta, theta_of
 
 
 def settle(model: nn.Module) -> None:

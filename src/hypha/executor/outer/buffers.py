@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hypha.errors import DataError
 from hypha.executor.files import tensors
-from hypha.executor.files.tensors import Theta
+from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import UpdateFile
 from hypha.executor.models.model_tensors import unchanged
 from hypha.executor.outer.outliers import ROUNDS

@@ -15,7 +15,8 @@ from torch import Tensor
 from hypha.decoding import decode_json
 from hypha.errors import CheckpointUnusable, DataError, Undecodable
 from hypha.executor.files import tensors
-from hypha.executor.files.tensors import TensorFile, Theta
+from hypha.executor.files.tensors import TensorFile
+from hypha.executor.files.theta import Theta
 
 THETA, MOMENTUM, STATE = "theta.safetensors", "momentum.safetensors", "state.json"
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from hypha.errors import DataError, Refused
-from hypha.executor.files.tensors import CHUNK, TensorFile, Theta, one_thread
+from hypha.executor.files.tensors import CHUNK, TensorFile, one_thread
+from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import MAX_HEADER_BYTES, UpdateFile
 from hypha.executor.outer.agreement import WIDTH, Agreement
 from hypha.executor.outer.buffers import BufferSum

@@ -151,24 +151,21 @@ class Ledger:
         with self._db:
             self._db.execute("UPDATE job SET theta = ?", (theta,))
 
-    def record(self, entry: LedgerRound, tracker: TrackerState | None, steps: int) -> None:
-        """A round was applied, or more became known of it."""
+    def record(self, entry: LedgerRound, tracker: TrackerState, steps: int) -> None:
+        """A round was applied."""
         with self._db:
             self._db.execute(
-                "INSERT INTO rounds (generation, round, samples, theta, entry) VALUES (?, ?, ?, ?, ?)"
-                " ON CONFLICT (generation, round) DO UPDATE SET samples = excluded.samples,"
-                " entry = excluded.entry",
+                "INSERT INTO rounds (generation, round, samples, theta, entry) VALUES (?, ?, ?, ?, ?)",
                 (entry.generation, entry.round, entry.samples, entry.theta, _text(entry)),
             )
-            if tracker is not None:
-                self._start(entry.round + 1, steps, tracker.unassigned())
-                self._update_slices(tracker)
-                # only rounds with a checkpoint can be started again, and this one may get one
-                self._db.execute(
-                    "DELETE FROM starts WHERE round > 0 AND round < ? "
-                    "AND round NOT IN (SELECT round FROM checkpoints)",
-                    (entry.round - 8,),
-                )
+            self._start(entry.round + 1, steps, tracker.unassigned())
+            self._update_slices(tracker)
+            # only rounds with a checkpoint can be started again, and this one may get one
+            self._db.execute(
+                "DELETE FROM starts WHERE round > 0 AND round < ? "
+                "AND round NOT IN (SELECT round FROM checkpoints)",
+                (entry.round - 8,),
+            )
 
     def _start(self, round_: int, steps: int, tracker: TrackerState) -> None:
         self._db.execute(

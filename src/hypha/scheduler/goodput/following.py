@@ -15,10 +15,8 @@ from hypha.messages import (
     LedgerRound,
     Loaded,
     Plan,
-    RoundApplied,
     RoundStarted,
     UpdateReceived,
-    UpdateSent,
 )
 from hypha.scheduler.goodput.members import GoodputMembers, TrainingMember
 from hypha.scheduler.goodput.place import GoodputPlace
@@ -49,8 +47,8 @@ class Following(GoodputMembers):
                     self._gone(peer, "dropped", None, now)
                 case events.LetGo(peer=peer, kind="train"):
                     self._left(peer, now)
-                case events.Record(entry=record, tracker=tracker):
-                    self._recorded(record, tracker is not None, now)
+                case events.Record(entry=record):
+                    self._recorded(record, now)
                 case events.Checkpointed(round=round_):
                     self._checkpoint = max(self._checkpoint, round_)
                 case events.Publish():
@@ -91,7 +89,7 @@ class Following(GoodputMembers):
     def _begin_generation(self, generation: events.GenerationBegan, now: int) -> None:
         first, start = self._generation is None, generation.start
         self._generation, self._over, self._began_generation = generation, False, True
-        self._members, self._past, self._early, self._said = {}, set(), [], {}
+        self._members, self._past, self._early = {}, set(), []
         self._server = ""
         self._disturbed = True
         for number in [number for number in self._samples if number >= start.round]:
@@ -167,11 +165,6 @@ class Following(GoodputMembers):
                     self._keep_early(told, now)
                 else:
                     self._started(told.sender, member, event, now)
-            case UpdateSent(contribution=part):
-                if self._is_early(part.round):
-                    self._keep_early(told, now)
-                else:
-                    self._sent(told.sender, member, part, now)
             case _:
                 pass
 
@@ -196,23 +189,15 @@ class Following(GoodputMembers):
                         self._back(member.place, now)
                     if member.place is not None:
                         self._touched.add(member.place)
-            case RoundApplied(round=round_, contributors=contributors):
-                if round_ == self._round or self._is_early(round_):
-                    self._said[round_] = contributors
             case _:
                 pass
 
-    def _recorded(self, entry: LedgerRound, first: bool, now: int) -> None:
-        """A round was applied, or more became known of it."""
-        more = entry.samples - self._samples.get(entry.round, 0)
+    def _recorded(self, entry: LedgerRound, now: int) -> None:
+        """A round was applied."""
         self._samples[entry.round] = entry.samples
-        self._total += more
-        self._here += more
-        if not first:
-            return
-        # of one that has not reported what its update stands for it is not known which executor made it
-        contributors = dict.fromkeys(self._said.pop(entry.round, ()), "")
-        contributors |= {part.worker: part.incarnation for part in entry.contributors}
+        self._total += entry.samples
+        self._here += entry.samples
+        contributors = {part.worker: part.incarnation for part in entry.contributors}
         inside = {one for one, place in enumerate(self.places) if place.peer in contributors}
         if not self._disturbed and len(inside) == len(self.places) and entry.duration_s > 0:
             self._calm.append(entry.samples / entry.duration_s)

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from hypha.messages import Contribution, ExecutorError, ExecutorExited, RoundStarted
+from hypha.messages import ExecutorError, ExecutorExited, RoundStarted
 from hypha.scheduler.goodput.leases import Leases, nanoseconds
 from hypha.scheduler.goodput.place import Effort
 from hypha.scheduler.goodput.recovery import hung_for_s
@@ -59,8 +59,6 @@ class GoodputMembers(Leases):
         self._past: set[str] = set()
         #: reports of a round that is not open yet, and when they came
         self._early: list[tuple[events.Told, int]] = []
-        #: who contributed to a round, as its parameter server reported
-        self._said: dict[int, tuple[str, ...]] = {}
         self._server = ""
         self._server_down = False
         self._unserved = 0
@@ -250,11 +248,3 @@ class GoodputMembers(Leases):
             self.places[number].turn("waiting-for-theta", now)
             self._finished[number] = (peer, self._round, member.attempt)
             self._touched.add(number)
-
-    def _sent(self, peer: str, member: TrainingMember, part: Contribution, now: int) -> None:
-        if part.round != self._round or part.attempt < member.attempt or part.worker != peer:
-            return
-        member.started = self._round
-        self._done(peer, member, now)
-        if member.place in self._stalled:
-            self._back(member.place, now)

@@ -189,9 +189,7 @@ class GoodputPlace:
                 self.badput["replayed"] += length
 
     def applied(self, round_: int, contributors: Mapping[str, str], now: int) -> None:
-        """The round was applied with the updates of ``contributors``, each with its executor's incarnation,
-        empty where that is not known.
-        """
+        """The round was applied with the updates of ``contributors``, each with its incarnation."""
         if self.effort is not None and self.effort.round <= round_:
             # in it or not: what is trained from now on is no part of that round
             self.turn("waiting-for-theta" if self.peer in contributors else "replayed", now)
@@ -199,7 +197,7 @@ class GoodputPlace:
         for one in self.pending:
             if one.what != TRAINING or one.round > round_:
                 kept.append(one)
-            elif one.round == round_ and contributors.get(one.peer) in ("", one.incarnation):
+            elif one.round == round_ and contributors.get(one.peer) == one.incarnation:
                 self.goodput[round_] += one.end - one.start
                 self.good += one.end - one.start
             else:

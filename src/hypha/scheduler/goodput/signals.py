@@ -123,7 +123,7 @@ class GoodputSignals:
             match action:
                 case events.Send(directive=SendModel()):
                     self._sent_thetas += 1
-                case events.Record(entry=record, tracker=tracker) if tracker is not None:
+                case events.Record(entry=record):
                     self._applied(record, entry)
                 case _:
                     pass

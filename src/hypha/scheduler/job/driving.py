@@ -89,8 +89,7 @@ class RoundDriver:
             if isinstance(action, Record):
                 # at once: a snapshot never shows the next round with the last one's numbers
                 self._context.progressed.add(action.entry)
-                if action.tracker is not None:
-                    self._context.pool.worked(action.entry)
+                self._context.pool.worked(action.entry)
             self._send.send_nowait(action)
         return reply
 

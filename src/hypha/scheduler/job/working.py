@@ -217,7 +217,7 @@ class WorkingJob:
         match action:
             case Record(entry=entry, tracker=tracker, steps=steps):
                 await self.ledger.run(Ledger.record, entry, tracker, steps)
-                if tracker is not None and entry.generation == self._driver.current.start.generation:
+                if entry.generation == self._driver.current.start.generation:
                     self._driver.current.kept.note(tracker.version)
                 logger.info(
                     "Round %d of %d was applied: %d samples of %d workers, loss %.4f",

@@ -20,8 +20,6 @@ PATIENCE = 3
 #: one that began so many rounds in a row, and sent no update of them, too; in the second the grace is all
 #: that it gets
 STALLED = 2
-#: how long a round that is otherwise complete waits for the ``UpdateSent`` of an accepted update
-_CONTRIBUTION_GRACE_S = 2.0
 #: while no update at all is here, a worker is waited for so many times as long
 _LAST_PATIENCE = 5.0
 
@@ -35,7 +33,7 @@ def may_close(
     starved: bool,
 ) -> bool:
     """With at least one accepted update: shall ``round_`` be closed now? Notes in ``updates`` since when it
-    has been complete, and had its quorum. ``starved``: nobody serves data, so deadlines do not run.
+    has had its quorum. ``starved``: nobody serves data, so deadlines do not run.
     """
     waiting = [member for member in participants if not member.accepted]
     # who was left out and has not come back yet, or cannot be reached, is not waited for; but rounds shorter
@@ -53,12 +51,11 @@ def may_close(
     # an update that came early, as its worker leaves, is in the round, and hurries nobody
     here = len(updates.stayed)
     quorum = not coming and here >= math.ceil(rules.quorum * (here + len(waiting)) - 1e-9)
-    updates.complete_since = _since(updates.complete_since, not awaited, now)
-    updates.quorum_since = _since(updates.quorum_since, quorum, now)
-    if updates.complete_since is not None:
-        explained = updates.explained(member.peer for member in participants)
-        return explained or now >= updates.complete_since + _CONTRIBUTION_GRACE_S
-    if updates.quorum_since is not None and now >= updates.quorum_since + rules.grace_s:
+    if not quorum:
+        updates.quorum_since = None
+    elif updates.quorum_since is None:
+        updates.quorum_since = now
+    if not awaited or (updates.quorum_since is not None and now >= updates.quorum_since + rules.grace_s):
         return True
     return not starved and all(is_overdue(member, rules, round_, now) for member in awaited)
 
@@ -106,9 +103,3 @@ def never_loaded(members: Iterable[Member], rules: Rules, now: float) -> list[Me
 def _is_due(member: Member, deadline_s: float, round_: int, now: float) -> bool:
     due = member.due_at(deadline_s, round_)
     return due is not None and now >= due
-
-
-def _since(since: float | None, holds: bool, now: float) -> float | None:
-    if not holds:
-        return None
-    return now if since is None else since

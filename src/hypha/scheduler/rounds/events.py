@@ -13,7 +13,6 @@ from hypha.messages import (
     NextSlice,
     PeerRef,
     Progress,
-    UpdateSent,
 )
 from hypha.messages import Event as ExecutorEvent
 from hypha.scheduler.data.slices import Assignment, TrackerState
@@ -79,8 +78,9 @@ class Told(Struct, frozen=True, tag=True):
     event: ExecutorEvent
 
 
-#: What one sender may say of rounds that are not open yet: a parameter server names each worker.
-_MOST_EARLY = 1024
+#: What one sender may report of rounds that are not open yet: a parameter server names each worker, in two of
+#: them when a scheduler takes over.
+_MOST_EARLY = 2048
 
 
 def with_early(early: list[Told], told: Told) -> list[Told]:
@@ -97,8 +97,7 @@ def with_early(early: list[Told], told: Told) -> list[Told]:
 
 def _said(told: Told) -> tuple[object, ...]:
     event = told.event
-    about = event.contribution if isinstance(event, UpdateSent) else event
-    return (told.sender, told.kind, type(event), getattr(about, "round", 0), getattr(event, "worker", ""))
+    return (told.sender, told.kind, type(event), getattr(event, "round", 0), getattr(event, "worker", ""))
 
 
 class Reported(Struct, frozen=True, tag=True):
@@ -219,13 +218,12 @@ class Again(Struct, frozen=True, tag=True):
 
 
 class Record(Struct, frozen=True, tag=True):
-    """A round was applied (or more became known of it: replaces the entry of that round and generation).
-
-    ``tracker`` is the slices' state when the next round began, ``steps`` the inner steps taken by then.
+    """A round was applied. ``tracker`` is the slices' state when the next round began, ``steps`` the inner
+    steps taken by then.
     """
 
     entry: LedgerRound
-    tracker: TrackerState | None
+    tracker: TrackerState
     steps: int
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hypha.contributions import is_count
-from hypha.messages import Contribution, PeerRef, Progress
+from hypha.messages import PeerRef, Progress
 from hypha.scheduler.rounds.claims import bounded_loss
 from hypha.scheduler.rounds.projection import BatchTime, ProjectedWorker
 
@@ -98,7 +98,6 @@ class Member:
     most_in: int = -1
     due_by: float = math.inf
     reached_at: float | None = None
-    sent: Contribution | None = None
     accepted: bool = False
     total_samples: int = 0
     refused: int = 0
@@ -121,7 +120,7 @@ class Member:
     @property
     def fixed(self) -> bool:
         """Its number of batches in the round cannot change any more."""
-        return self.accepted or self.sent is not None or self.reached_at is not None
+        return self.accepted or self.reached_at is not None
 
     @property
     def samples_per_s(self) -> float:
@@ -180,7 +179,7 @@ class Member:
             self.resend_at = now + resend_after_s
         self.batches = self.samples = 0
         self.waits_since = self.reached_at
-        self.plan = self.last = self.reached_at = self.sent = None
+        self.plan = self.last = self.reached_at = None
         self.early = False
         self.due_by = math.inf
         self.accepted = False
@@ -258,7 +257,7 @@ class Member:
         self.due_by = now + 2.0 * max(0, self.plan - self.batches) * batch_s
 
     def overtake(self, round_: int) -> None:
-        """Its update is here, or on its way: it has started, even if that was not heard yet."""
+        """Its update is here: it has started, even if that was not reported yet."""
         self.started = max(self.started, round_)
         self.resend_at = math.inf
 
@@ -270,30 +269,26 @@ class Member:
         self.missed = self.refused = self.stalled = 0
         self.hoarding //= 2
 
-    def most_samples(self, round_: int, open_before: bool, may_hold: int) -> int | None:
+    def most_samples(self, round_: int, may_hold: int) -> int | None:
         """For how many samples its update of ``round_`` may stand at most: its largest plan, and what it may
-        do before it hears of that, of the rows that it ``may_hold``; None where it was told none, so that
-        there can be no update yet. Of a round that was ``open_before``, in an earlier generation, it may have
-        an update by a plan of that one.
+        do before it receives that, of the rows that it ``may_hold``; None where it was sent none, so that
+        there can be no update yet.
         """
-        found: int | None = None
-        if self.most_in == round_:
-            most = max(self.most, self.batches)
-            batch_s = self.batch_time.value_s
-            late = math.ceil(_OVERSHOOT_S / batch_s) if batch_s else _UNKNOWN_BATCHES
-            found = min(may_hold, (most + max(2 * self.multiple, late)) * self.batch_size)
-        if open_before and self.sent is not None:
-            found = max(found or 0, self.sent.samples)
-        return found
+        if self.most_in != round_:
+            return None
+        batch_s = self.batch_time.value_s
+        late = math.ceil(_OVERSHOOT_S / batch_s) if batch_s else _UNKNOWN_BATCHES
+        batches = max(self.most, self.batches) + max(2 * self.multiple, late)
+        return min(may_hold, batches * self.batch_size)
 
-    def may_hold(self, ahead: int, target: int, rows_a_slice: int) -> int:
+    def may_hold(self, ahead: int, target: int, rows_a_slice: int, whole: bool = False) -> int:
         """Rows of slices that are of use to it: those of its batches so far, twice over as its reports are
-        late, or of its plan, but not more than the ``target`` of a whole round; and ``ahead`` slices that are
-        fetched before they are needed, with one that it reads and one that it begins next.
+        late, or of its plan, but not more than the ``target`` of a ``whole`` round; and ``ahead`` slices that
+        are fetched before they are needed, with one that it reads and one that it begins next.
         """
         batches = max(self.plan or 0, 2 * self.batches, _UNKNOWN_BATCHES) + _UNKNOWN_BATCHES
-        planned = (self.plan or 0) * self.batch_size
-        return min(batches * self.batch_size, max(target, planned)) + (ahead + 2) * rows_a_slice
+        most = max(target, (self.plan or 0) * self.batch_size)
+        return (most if whole else min(batches * self.batch_size, most)) + (ahead + 2) * rows_a_slice
 
     def pace(self, now: float, round_: int) -> ProjectedWorker | None:
         """For the projection; ``None`` while its batch time is unknown."""
@@ -318,8 +313,8 @@ class Member:
             return None
         if self.started < round_:
             ready = self.since + 2.0 * (self.theta_s or 0.0)
-        elif self.reached_at is not None or self.sent is not None:
-            ready = self.reached_at if self.reached_at is not None else self.reported_at
+        elif self.reached_at is not None:
+            ready = self.reached_at
             if self.sync_s is None:
                 return ready + 3.0 * deadline_s
         else:

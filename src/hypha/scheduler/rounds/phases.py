@@ -113,8 +113,7 @@ class Phases(RoundState, ABC):
         for member in members:
             if not member.fixed:
                 member.foresee(now, self.round, self.hurried)
-        samples = sum(self.updates.accepted.values())
-        changed = self.planner.plan(members, samples, self.round, now, close=bool(accepted))
+        changed = self.planner.plan(members, self.updates.samples, self.round, now, close=bool(accepted))
         for member in members:
             planned = changed.get(member.peer, member.plan)
             if member.last is None or member.fixed or (planned is not None and planned <= member.last):
@@ -154,7 +153,7 @@ class Phases(RoundState, ABC):
                     actions += self.failed(member.peer, "train", text, "overdue")
             return actions
         if self.paused or not self.loaded:
-            updates.quorum_since = updates.complete_since = None
+            updates.quorum_since = None
             return []
         if not may_close(updates, self.participants, rules, self.round, now, not self.served):
             return []
@@ -206,12 +205,11 @@ class Phases(RoundState, ABC):
             assert peer == member.peer, f"{member.peer} is known as {peer}"
             assert member.started <= self.round, f"{peer} is in a round that was not opened"
             assert not member.accepted or peer in self.updates.accepted, f"{peer} was not accepted"
-            assert member.sent is None or peer in self.updates.contributions, f"{peer} sent nothing"
-            assert not (member.left_out and member.sent), f"{peer} is left out, but its update counts"
+            assert not (member.left_out and member.accepted), f"{peer} is left out, but its update counts"
             assert member.plan is None or member.plan >= 0, f"{peer} is to do {member.plan} batches"
             assert member.batches >= 0, f"{peer} has done {member.batches} batches"
-        assert all(samples >= 0 for samples in self.updates.accepted.values()), (
-            "an update of under no samples"
-        )
+        for worker, part in self.updates.accepted.items():
+            assert part.worker == worker, f"{worker} has the update of {part.worker}"
+            assert part.samples > 0, "an update of no samples"
         for told in self.early:
             assert told.stamp.generation == self.start.generation, "what another generation said is waiting"

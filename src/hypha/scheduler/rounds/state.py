@@ -157,9 +157,8 @@ class RoundState:
             if self.server is None or self.server.peer != peer:
                 return []
             return self.restart(reason)
-        sent = self.updates.contributions.get(peer) if peer in self.updates.accepted else None
         # it may hold slices of an earlier generation
-        self.tracker.forget(peer, keep=sent.finished if sent is not None else ())
+        self.tracker.forget(peer, keep=self.updates.finished(peer))
         member = self.members.pop(peer, None)
         if member is None:
             return []
@@ -197,8 +196,7 @@ class RoundState:
         member.left_out = True
         # of who cannot be reached its lease decides, not how short rounds are
         member.missed = max(member.missed, 1) if member.absent else member.missed + 1
-        member.sent = None
-        self.updates.contributions.pop(member.peer, None)
+        self.counts["lost samples"] += member.samples
         self.tracker.lose(member.peer)
         self.planner.upset()
 
@@ -260,41 +258,19 @@ class RoundState:
         begun = min(part.steps, self.steps)
         self.steps = max(self.steps, begun + math.ceil(part.batches / self.rules.multiple))
 
-    def claim_problem(self, part: Contribution) -> str:
-        """Why ``part``, which an update is said to stand for, cannot be true; empty where it can."""
-        member = self.members.get(part.worker)
-        size = member.batch_size if member is not None else part.batch_size
-        return contribution_problem(part, size, self.tracker.samples, self.rules.most_batch_size)
-
-    def plan_problem(self, member: Member, part: Contribution) -> str:
-        """Why an update of the open round is none that was asked for; empty where it is one."""
-        if self.open_before or part.attempt > 0:
-            return ""
-        most = member.most_samples(self.round, False, self.may_use(member))
-        if most is not None:
-            # what the parameter server was told holds, even if the worker turns out to be slower
-            most = max(most, self.limits.get(member.peer, 0))
-        if most is None:
-            return "it was not told yet when to synchronise"
-        return f"{part.samples} samples, and its plans allow {most}" if part.samples > most else ""
-
-    def note(self, part: Contribution) -> None:
-        """What the parameter server read in an update that it has accepted, if that can be true. Theta has it
-        now, so no plan is asked any more: a replay needs it.
+    def claim_problem(self, worker: str, part: Contribution | None) -> str:
+        """Why ``part``, for which an accepted update of ``worker`` in the open round is said to stand, cannot
+        be true; empty where it can. No plan is asked: theta has it now, and a replay needs it.
         """
-        if self.updates.contributions.get(part.worker) == part:
-            return
-        problem = self.claim_problem(part)
-        if not problem:
-            self.updates.note(part)
-            return
-        self.counts["wrong contribution"] += 1
-        logger.warning(
-            "An update of round %d cannot be what it says: %s; what it stands for is not in the books",
-            self.round,
-            problem,
-            extra={"worker_peer_id": part.worker, "job_id": self.start.job_id},
-        )
+        if part is None:
+            return "nothing is said of it; upgrade Hypha on its worker"
+        if (part.worker, part.round) != (worker, self.round):
+            return f"it is of round {part.round} of {part.worker}"
+        member = self.members.get(worker)
+        same = member is not None and member.incarnation in ("", part.incarnation)
+        size = member.batch_size if member is not None and same else None
+        most = self.rules.most_batch_size
+        return contribution_problem(part, size, self.tracker.samples, most)
 
     # --- slices ---------------------------------------------------------------------------------------
 
@@ -319,8 +295,7 @@ class RoundState:
             # that it was given until then is taken back
             return "the round that you are in has not begun here yet: ask again"
         if request.held_from:
-            sent = self.updates.contributions.get(caller) if caller in self.updates.accepted else None
-            keep = sent.finished if sent is not None else ()
+            keep = self.updates.finished(caller)
             self.tracker.dropped(caller, request.incarnation, request.held_from, keep)
         told = self.tracker.was_told(caller, request.incarnation, request.seq)
         if not told and self.tracker.rows_held(caller) >= self._may_hold(member):
@@ -346,9 +321,9 @@ class RoundState:
         """Rows that it may have trained on in this round, some of which may have been taken back since."""
         return max(self._may_hold(member), self.tracker.rows_held(member.peer))
 
-    def _may_hold(self, member: Member) -> int:
+    def _may_hold(self, member: Member, whole: bool = False) -> int:
         target = max(self.rules.samples, (self.rules.inner_steps or 0) * member.multiple * member.batch_size)
-        return member.may_hold(min(self.ahead, _MOST_AHEAD), target, max(self.tracker.samples))
+        return member.may_hold(min(self.ahead, _MOST_AHEAD), target, max(self.tracker.samples), whole)
 
     def keep_slices(self) -> KeepSlices:
         """As they are now."""
@@ -372,26 +347,33 @@ class RoundState:
         if not self.server_ready:
             return []
         peers = tuple(member.ref for member in self.loaded)
-        grow = self.rules.most_batch_size is not None
-        # of batches that grow the parameter server may have an update before their size is heard of here
-        sizes = {} if grow else {member.peer: member.batch_size for member in self.loaded}
-        limits = dict(self.limits)
-        return self.to_server(Members(peers=peers, round=self.round, most_samples=limits, batch_sizes=sizes))
+        sizes = {member.peer: member.batch_size for member in self.loaded}
+        most = self.rules.most_batch_size
+        if most is not None:
+            # the parameter server may have an update before the size of its batches is reported here
+            most, sizes = max([most, *sizes.values()]), {}
+        told = Members(
+            peers=peers,
+            round=self.round,
+            most_samples=dict(self.limits),
+            batch_sizes=sizes,
+            most_batch_size=most,
+        )
+        return self.to_server(told)
 
     @property
     def open_before(self) -> bool:
-        """An earlier generation has begun the open round, so that there may be updates by plans
-        of that one.
-        """
+        """An earlier generation has begun the open round, so that there may be updates by plans of that."""
         return self.start.generation > 0 and self.round == self.start.round
 
     def tell_limits(self) -> list[Action]:
         """For how many samples updates may stand, once somebody's may stand for more than was told."""
         more = False
         for member in self.participants:
-            most = member.most_samples(
-                self.round, self.open_before or member.attempt > 0, self.may_use(member)
-            )
+            most = member.most_samples(self.round, self.may_use(member))
+            if self.open_before:
+                whole = self._may_hold(member, whole=True)
+                most = max(most or 0, whole, self.tracker.rows_held(member.peer))
             if most is not None and most > self.limits.get(member.peer, 0):
                 self.limits[member.peer] = most
                 more = True

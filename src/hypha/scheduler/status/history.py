@@ -27,7 +27,6 @@ from hypha.messages import (
     RoundStarted,
     UpdateReceived,
     UpdateRefused,
-    UpdateSent,
 )
 from hypha.node import Changes
 from hypha.runtime import wall_time
@@ -244,8 +243,6 @@ class History:
                     track.batches, track.plan, track.batch_s = 0, None, 0.0
                     track.switch("training", now)
                     self._look_at_broadcast(opened, now)
-            case UpdateSent(contribution=part) if track is not None and part.round == opened.round:
-                track.sent(part.batches, now)
             case UpdateReceived(round=number, worker=worker, contribution=known) if number == opened.round:
                 if worker in opened.tracks:
                     opened.tracks[worker].sent(None if known is None else known.batches, now)

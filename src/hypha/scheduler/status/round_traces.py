@@ -159,7 +159,7 @@ class RoundTraces:
                 self._happened("worker left", {"hypha.peer": peer, "hypha.reason": reason})
             case Again(peer=peer, reason=reason):
                 self._happened("executor started again", {"hypha.peer": peer, "hypha.reason": reason})
-            case Record(entry=applied, tracker=tracker) if tracker is not None:
+            case Record(entry=applied):
                 if self._is_open(applied.round):
                     counts = {
                         "hypha.samples": applied.samples,

@@ -20,7 +20,7 @@ import trio
 from hypha.errors import CheckpointUnusable, DataError, PeerUnreachable, Refused
 from hypha.executor.bridge.refusals import export_waits
 from hypha.executor.files import tensors
-from hypha.executor.files.updates import contribution_in, deliverable
+from hypha.executor.files.updates import contribution_in
 from hypha.executor.outer.admission import admit, check_contribution
 from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 from hypha.executor.outer.step import OuterStep
@@ -29,7 +29,6 @@ from hypha.messages import (
     AggregateJob,
     CheckpointSaved,
     CloseRound,
-    Contribution,
     Directive,
     Export,
     Exported,
@@ -70,14 +69,14 @@ class SimulatedParameterServer:
         self._changed = Changes()
         self._members: Members | None = None
         self._early: list[ReceivedFile] = []
-        self._applied: RoundApplied | None = None
+        self._received: dict[str, UpdateReceived] = {}
+        self._applied: tuple[UpdateReceived | RoundApplied, ...] = ()
         self._exporting = -1
         self._exported: Exported | None = None
         self._saving = -1
         self._saved: CheckpointSaved | None = None
         self.round = job.round
         self._contributors: tuple[str, ...] = ()
-        self._contributions: dict[str, Contribution] = {}
         self._archive: deque[Callable[[], Awaitable[None]]] = deque()
         self._archiving = False
         self._links = 0
@@ -139,14 +138,17 @@ class SimulatedParameterServer:
     def _rejoin(self) -> None:
         if self._exported is not None:
             self._exporting = -1
-        if self._applied is not None:
-            self._bridge.report(self._applied)
+        self._report_applied()
         if self._saved is not None:
             self._bridge.report(self._saved)
         self._saving = -1
         self._ready()
-        for worker, samples in self._outer.contributors.items():
-            self._received(worker, samples)
+        for received in self._received.values():
+            self._bridge.report(received)
+
+    def _report_applied(self) -> None:
+        for event in self._applied:
+            self._bridge.report(event)
 
     async def _handle(self, item: Directive | ReceivedFile) -> None:
         match item:
@@ -175,34 +177,29 @@ class SimulatedParameterServer:
     def _update_arrived(self, file: ReceivedFile) -> None:
         path = self._bridge.directory / file.path
         round_ = file.meta.stamp.round if file.meta.stamp is not None else -1
-        contribution = None
         try:
             if not admit(file, self._job, self.round, self._members):
                 self._early.append(file)
                 return
-            contribution = contribution_in(path, file.from_peer, round_, file.meta.samples)
-            check_contribution(file.from_peer, contribution, self._job, self._members)
-            self._outer.add(file.from_peer, file.meta.samples, path)
+            contribution = contribution_in(path)
+            check_contribution(file, contribution, self._job, self._members)
+            self._outer.add(file.from_peer, contribution.samples, path)
         except (Refused, DataError) as exc:
             code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
             self._bridge.report(UpdateRefused(round=round_, worker=file.from_peer, code=code, reason=reason))
         else:
-            if contribution is not None:
-                self._contributions[file.from_peer] = contribution
-            self._received(file.from_peer, file.meta.samples)
+            received = UpdateReceived(
+                round=round_, worker=file.from_peer, samples=contribution.samples, contribution=contribution
+            )
+            self._received[file.from_peer] = received
+            self._bridge.report(received)
         path.unlink(missing_ok=True)
-
-    def _received(self, worker: str, samples: int) -> None:
-        contribution = self._contributions.get(worker)
-        self._bridge.report(
-            UpdateReceived(round=self.round, worker=worker, samples=samples, contribution=contribution)
-        )
 
     # --- rounds -------------------------------------------------------------------------------------
 
     async def _close(self, directive: CloseRound) -> None:
-        if directive.round == self.round - 1 and self._applied is not None:
-            self._bridge.report(self._applied)
+        if directive.round == self.round - 1 and self._applied:
+            self._report_applied()
             self._send_theta(self._peers)
             return
         if directive.round != self.round:
@@ -216,19 +213,16 @@ class SimulatedParameterServer:
         self._hashes = tensors.write(self._theta_path(), self._theta.all())
         due = self.round % self._job.checkpoint.every_rounds == 0
         checkpoint = directive.checkpoint or directive.final or due
-        self._applied = deliverable(
-            RoundApplied(
-                round=directive.round,
-                theta=self._hashes.blake3,
-                contributors=contributors,
-                contributions=tuple(self._contributions.values()),
-                update_norm=norm,
-                checkpoint=checkpoint,
-                updates=self._outer.statistics,
-            )
+        applied = RoundApplied(
+            round=directive.round,
+            theta=self._hashes.blake3,
+            contributors=contributors,
+            update_norm=norm,
+            checkpoint=checkpoint,
+            updates=self._outer.statistics,
         )
-        self._contributions = {}
-        self._bridge.report(self._applied)
+        self._applied, self._received = (*self._received.values(), applied), {}
+        self._bridge.report(applied)
         if not directive.final:
             self._send_theta(self._peers)
         old.unlink(missing_ok=True)

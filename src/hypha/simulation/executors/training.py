@@ -14,15 +14,13 @@ import trio
 from hypha.errors import DataError, PeerUnreachable, Refused
 from hypha.executor.bridge.refusals import update_waits
 from hypha.executor.inner.handover import TrainerInbox, UpdateToSend
-from hypha.executor.inner.losses import Losses
+from hypha.executor.inner.round_counts import RoundCounts
 from hypha.executor.inner.slices_reader import Slice
 from hypha.executor.toy import ToyTrainer, toy_slice
 from hypha.messages import (
-    Contribution,
     Directive,
     Loaded,
     Peers,
-    Progress,
     ReceivedFile,
     RoundStarted,
     SchedulerData,
@@ -58,14 +56,9 @@ class SimulatedTrainer:
         self._restarts = 0
         self._lost = False
         self._steps_there = job.steps
-        self._last: Contribution | None = None
         self._sender: _UpdateSender | None = None
         self._ready: Slice | None = None
         self._dropped_before = (0, 0, 0)
-        self._batches = self._samples = 0
-        self._busy_s = 0.0
-        self._first_steps = job.steps
-        self._losses = Losses(trio.current_time())
 
     async def run(self, nursery: trio.Nursery) -> None:
         """Train until ``Finish``."""
@@ -84,20 +77,9 @@ class SimulatedTrainer:
     # --- theta --------------------------------------------------------------------------------------
 
     def _theta_arrived(self, file: ReceivedFile) -> None:
-        stamp, waiting = file.meta.stamp, self._inbox.theta
-        seen = (self._generation, self._round, self._attempt)
-        if waiting is not None and waiting.meta.stamp is not None:
-            told = waiting.meta.stamp
-            seen = (told.generation, told.round, told.attempt)
-        at = (stamp.generation, stamp.round, stamp.attempt) if stamp is not None else (-1, -1, -1)
-        superseded: ReceivedFile | None
-        if at < max(seen, (self._inbox.lost_before, -1, -1)) or (
-            waiting is not None and _same_theta(waiting, file)
-        ):
-            superseded = file
-        else:
-            superseded, self._inbox.theta = waiting, file
-        if superseded is not None and (superseded is file or superseded.path != file.path):
+        with self._inbox.changed:
+            superseded = self._inbox.take_theta(file, (self._generation, self._round, self._attempt))
+        if superseded is not None:
             (self._bridge.directory / superseded.path).unlink(missing_ok=True)
         self._changed.note()
 
@@ -125,7 +107,6 @@ class SimulatedTrainer:
         theta = inbox.theta
         if rejoin.start_over:
             self._lost = self._round >= 0
-            self._last = None
             if self._sender is not None:
                 self._sender.stop()
             if self._round < 0:
@@ -135,8 +116,6 @@ class SimulatedTrainer:
                 inbox.theta = None
                 (self._bridge.directory / theta.path).unlink(missing_ok=True)
         self._bridge.report(Loaded(incarnation=self._incarnation))
-        if self._last is not None:
-            self._bridge.report(UpdateSent(contribution=self._last))
         if self._round >= 0 and not self._lost:
             self._started()
 
@@ -169,29 +148,25 @@ class SimulatedTrainer:
         at = (stamp.generation, stamp.round, stamp.attempt) if stamp is not None else (0, 0, 0)
         round_ = at[1]
         continued = round_ == self._round + 1 and not self._lost
-        if sender is not None and continued and self._job.me in file.meta.contributors:
-            self._last = sender.contribution
-        elif self._round >= 0:
+        in_it = sender is not None and continued and self._job.me in file.meta.contributors
+        if self._round >= 0 and not in_it:
             self._start_over(at)
         self._generation, self._round, self._attempt = at
         self._hash, self._lost = file.meta.blake3, False
-        self._first_steps = self._toy.inner.steps
-        self._batches = self._samples = 0
-        self._busy_s = 0.0
         self._toy.stream.start_round()
-        self._losses = Losses(trio.current_time())
+        rows, steps = self._job.batch_size, self._toy.inner.steps
+        self._done = RoundCounts(round_, self._attempt, rows, steps, trio.current_time())
         self._started()
 
     def _started(self) -> None:
         self._bridge.report(RoundStarted(round=self._round, theta=self._hash, attempt=self._attempt))
 
     def _start_over(self, at: tuple[int, int, int]) -> None:
-        self._last = None
         self._drop_before(at)
         if self._lost or at[1] < self._round:
             self._forget_steps(self._steps_there)
-        elif self._batches:
-            self._forget_steps(self._first_steps)
+        elif self._done.batches:
+            self._forget_steps(self._done.first_steps)
 
     def _drop_before(self, at: tuple[int, int, int]) -> None:
         self._toy.stream.drop_before(at)
@@ -220,7 +195,7 @@ class SimulatedTrainer:
         plan = self._inbox.plan
         if plan is None or plan.round != self._round or plan.batches is None:
             return False
-        return self._batches >= max(1, plan.batches)
+        return self._done.batches >= max(1, plan.batches)
 
     async def _more_rows(self) -> bool:
         if self._ready is None:
@@ -257,46 +232,20 @@ class SimulatedTrainer:
         loss = self._toy.batch(self._job.batch_size)
         await trio.sleep(self._batch_s())
         now = trio.current_time()
-        self._losses.add(loss)
-        self._batches += 1
-        self._samples += self._job.batch_size
-        self._busy_s += now - started
-        if self._losses.due(now):
-            self._progress(self._losses.latest(now))
+        self._done.add(loss, self._job.batch_size)
+        self._done.busy_s += now - started
+        if self._done.losses.due(now):
+            self._bridge.report(self._done.progress(self._done.losses.latest(now)))
 
     def _tell_all(self) -> None:
-        if self._losses.waiting:
-            self._progress(self._losses.latest(trio.current_time()))
-
-    def _progress(self, loss: float) -> None:
-        self._bridge.report(
-            Progress(
-                round=self._round,
-                batches=self._batches,
-                samples=self._samples,
-                busy_s=self._busy_s,
-                loss=loss,
-                attempt=self._attempt,
-            )
-        )
+        if self._done.losses.waiting:
+            self._bridge.report(self._done.progress(self._done.losses.latest(trio.current_time())))
 
     def _synchronise(self, nursery: trio.Nursery) -> None:
         self._tell_all()
         path = self._bridge.directory / "outgoing" / f"update-{self._round}-{self._restarts}.safetensors"
-        stream = self._toy.stream
-        contribution = Contribution(
-            round=self._round,
-            worker=self._job.me,
-            incarnation=self._incarnation,
-            restarts=self._restarts,
-            attempt=self._attempt,
-            samples=self._samples,
-            batches=self._batches,
-            batch_size=self._job.batch_size,
-            steps=self._first_steps,
-            ranges=tuple(stream.ranges),
-            finished=tuple(stream.finished),
-            loss=self._losses.mean(),
+        contribution = self._done.contribution(
+            self._job.me, self._incarnation, self._restarts, self._toy.stream
         )
         if "withhold" in self._lies:
             return
@@ -375,10 +324,3 @@ class _UpdateSender:
             while not (over() or inbox.generation != said_in):
                 await self._changed.wait()
         return not over()
-
-
-def _same_theta(one: ReceivedFile, other: ReceivedFile) -> bool:
-    left, right = one.meta.stamp, other.meta.stamp
-    if left is None or right is None or one.meta.blake3 != other.meta.blake3:
-        return False
-    return (left.round, left.attempt) == (right.round, right.attempt)

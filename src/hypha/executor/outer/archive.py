@@ -1,0 +1,207 @@
+"""What stays of a parameter server's work: checkpoints, and the trained model that is exported.
+
+Both are sent by one thread, in the order of their rounds, from files that do not change any more, so that
+rounds go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from opentelemetry.trace import Span
+from torch import Tensor
+
+from hypha.errors import PeerUnreachable, Refused
+from hypha.executor.bridge.client import BridgeClient
+from hypha.executor.bridge.refusals import export_waits
+from hypha.executor.bridge.spans import Traces
+from hypha.executor.files import tensors
+from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState
+from hypha.messages import (
+    AggregateJob,
+    CheckpointSaved,
+    Exported,
+    Local,
+    PeerRef,
+    Peers,
+    Reference,
+    SendCall,
+)
+from hypha.tracing import span
+from hypha.tracing.operations import CHECKPOINT, EXPORT, Operation
+
+logger = logging.getLogger("hypha.executor.parameter_server")
+
+#: how long the last checkpoint may hold up the end
+_FINISH_GRACE_S = 30.0
+_EXPORT_RETRY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Theta of ``round``, in the file ``theta`` with that hash, and whose updates made it. ``within`` is the
+    round to which its checkpoint belongs in traces.
+    """
+
+    round: int
+    within: int
+    theta: Path
+    blake3: str
+    contributors: tuple[str, ...]
+
+
+class Archive:
+    """``ended`` is called when a piece of work is over, with what it raised. ``finishing`` is set once the
+    job has ended.
+    """
+
+    def __init__(
+        self,
+        bridge: BridgeClient,
+        job: AggregateJob,
+        traces: Traces,
+        span_of: Callable[[Operation, int], AbstractContextManager[Span]],
+        ended: Callable[[Future[Any]], None],
+    ) -> None:
+        self._bridge = bridge
+        self._job = job
+        self._traces = traces
+        self._span_of = span_of
+        self._ended = ended
+        self.finishing = threading.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
+        self._exporting = -1
+        self._exported: Exported | None = None
+        #: the newest checkpoint: the round that it is of, and what was reported of it when it was saved
+        self._saving = -1
+        self._saved: CheckpointSaved | None = None
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        self._thread.submit(work).add_done_callback(self._ended)
+
+    def finish(self) -> None:
+        """The job has ended: wait a little for the last checkpoint."""
+        self.finishing.set()
+        # there is one thread: when this is done, so is everything before it
+        last = self._thread.submit(lambda: None)
+        self._bridge.patiently(lambda: wait([last], timeout=_FINISH_GRACE_S))
+
+    def begin_generation(self) -> None:
+        """Another scheduler steers: report the newest checkpoint. It may have neither that nor what was
+        exported: asked again, both are sent again.
+        """
+        if self._exported is not None:
+            self._exporting = -1
+        if self._saved is not None:
+            self._bridge.report(self._saved)
+        self._saving = -1
+
+    def checkpoint(self, snapshot: Snapshot, momentum: Callable[[], dict[str, Tensor]]) -> None:
+        """Write ``snapshot`` now; make it durable in the background. Once a round is enough."""
+        round = snapshot.round
+        if self._saving == round:
+            if self._saved is not None and self._saved.round == round:
+                self._bridge.report(self._saved)
+            return
+        self._saving = round
+        directory = self._bridge.directory / "outgoing" / f"checkpoint-{round}"
+        directory.mkdir(parents=True, exist_ok=True)
+        theta = directory / THETA
+        theta.unlink(missing_ok=True)
+        os.link(snapshot.theta, theta)
+        state = CheckpointState(
+            job_id=self._job.job_id,
+            generation=self._job.generation,
+            round=round,
+            theta=snapshot.blake3,
+            momentum=tensors.write(directory / MOMENTUM, momentum()).blake3,
+            contributors=snapshot.contributors,
+        )
+        (directory / STATE).write_bytes(msgspec.json.encode(state))
+        self._submit(lambda: self._save_in_span(directory, round, snapshot.within))
+
+    def _save_in_span(self, directory: Path, round: int, within: int) -> None:
+        with self._span_of(CHECKPOINT, within) as saving:
+            saving.set_attribute("hypha.checkpoint.round", round)
+            self._save(directory, round)
+
+    def _save(self, directory: Path, round: int) -> None:
+        policy = self._job.checkpoint
+        place, relative = policy.place, self._bridge.relative(directory)
+        try:
+            if place == "scheduler":
+                resource: Reference = Peers(peers=(self._job.scheduler,), resource="checkpoint")
+                for name in (THETA, MOMENTUM, STATE):
+                    self._bridge.send(SendCall(resource=resource, path=f"{relative}/{name}", round=round))
+            else:
+                place = f"{place.rstrip('/')}/{self._job.job_id}/{round}"
+                resource = Local(url=place)
+                self._bridge.send(
+                    SendCall(resource=resource, path=relative, round=round, marker=STATE, keep=policy.keep)
+                )
+        except (Refused, PeerUnreachable) as exc:
+            # the next one may get through; the scheduler goes on from the last one that it knows of
+            logger.error("The checkpoint of round %d is not saved: %s", round, exc)
+            if self._saving == round:
+                self._saving = -1
+        else:
+            self._saved = CheckpointSaved(round=round, place=place)
+            self._bridge.report(self._saved)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def export(self, round: int, to: PeerRef, write: Callable[[Path], list[str]]) -> None:
+        """Send the model, trained up to ``round``, to the scheduler ``to``, until that has all of it.
+        ``write`` writes its files into a directory and returns their names.
+        """
+        if self._exporting == round:
+            # asked again: then it is under way, or its report was lost
+            if self._exported is not None:
+                self._bridge.report(self._exported)
+            return
+        self._exporting, self._exported = round, None
+        directory = self._bridge.directory / "outgoing" / "export"
+        shutil.rmtree(directory, ignore_errors=True)
+        names = write(directory)
+        # the model is not trained any further, so its files may go while updates are still refused
+        self._submit(lambda: self._send_export(round, directory, names, to))
+
+    def _send_export(self, round: int, directory: Path, names: list[str], to: PeerRef) -> None:
+        with span(EXPORT, {"hypha.job": self._job.job_id}, parent=self._traces.dispatch):
+            if not self._deliver_export(round, directory, names, to):
+                return
+            self._exported = Exported(round=round, files=tuple(names))
+            self._bridge.report(self._exported)
+        shutil.rmtree(directory, ignore_errors=True)
+
+    def _deliver_export(self, round: int, directory: Path, names: list[str], to: PeerRef) -> bool:
+        """False when the job has ended before all files were with the scheduler."""
+        left = list(names)
+        while left and not self.finishing.is_set():
+            call = SendCall(
+                resource=Peers(peers=(to,), resource="export"),
+                path=self._bridge.relative(directory / left[0]),
+                name=left[0],
+                round=round,
+            )
+            try:
+                self._bridge.send(call)
+                left.pop(0)
+            except (Refused, PeerUnreachable) as exc:
+                if isinstance(exc, Refused) and not export_waits(exc):
+                    raise
+                # the scheduler is away; the one that comes back may have none of the files
+                logger.warning("The trained model is not delivered yet: %s", exc)
+                left = list(names)
+                self.finishing.wait(_EXPORT_RETRY_S)
+        return not left
