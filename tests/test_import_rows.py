@@ -14,7 +14,7 @@ ROWS = (
     {"cli"},
     {"simulation"},
     {"gateway", "scheduler", "worker", "data"},
-    {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
+    {"net", "telemetry", "pki", "leases", "resources", "places", "sinks"},
     {
         "access",
         "backoff",
@@ -28,6 +28,7 @@ ROWS = (
         "errors",
         "node",
         "runtime",
+        "staging",
         "journal",
         "keeper",
         "left_out",
@@ -54,6 +55,8 @@ SIDEWAYS = {
     ("decoding", "errors"),
     ("forking", "keeper"),
     ("config", "decoding"),
+    ("runtime", "staging"),
+    ("journal", "staging"),
 }
 #: Libraries that one room alone imports.
 OWNERS = {

@@ -19,7 +19,6 @@ import trio
 from hypha import __version__
 from hypha.backoff import Backoff
 from hypha.config.models import DataConfig, DatasetConfig
-from hypha.data.locks import take
 from hypha.data.manifest import (
     Dataset,
     load_dataset_directory,
@@ -43,6 +42,7 @@ from hypha.messages import (
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import chance, in_thread, is_simulated
+from hypha.staging import lock
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.instruments import STREAMS
 from hypha.telemetry.resources import watch_disks
@@ -199,7 +199,7 @@ async def lock_for_serving(directory: Path, locks: contextlib.ExitStack) -> None
 
 def _share_lock(directory: Path) -> int | None:
     require_readable(directory)
-    return take(directory, fcntl.LOCK_SH)
+    return lock(directory, fcntl.LOCK_SH)
 
 
 async def _verified(key: str, dataset: Dataset) -> list[Problem]:
