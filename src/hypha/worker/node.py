@@ -21,7 +21,7 @@ from hypha.journal import Journal
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
-from hypha.runtime import in_thread, is_simulated
+from hypha.runtime import in_thread, is_simulated, lack_of_space
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.logs import bind
 from hypha.telemetry.page import worker_routes
@@ -50,7 +50,6 @@ from hypha.worker.processes.orphans import Orphans
 from hypha.worker.processes.warm import ExecutorHost, open_host
 from hypha.worker.signals import shown, watch_resources
 from hypha.worker.slices.cache import SliceCache
-from hypha.worker.storage.free_space import lack_of_space
 from hypha.worker.storage.replicas import ReplicaStore
 from hypha.worker.storage.requests import StorageService
 

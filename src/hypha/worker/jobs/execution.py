@@ -51,7 +51,7 @@ from hypha.messages import (
 )
 from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
-from hypha.runtime import in_thread
+from hypha.runtime import in_thread, lack_of_space
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
 from hypha.worker.bridge.feeds import Directives, Feed, FileArrivals
@@ -75,7 +75,6 @@ from hypha.worker.processes.process import Exit, prepare_launch
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.slices.manifest_check import ManifestCheck
 from hypha.worker.slices.prefetching import SlicePrefetcher
-from hypha.worker.storage.free_space import lack_of_space
 
 logger = logging.getLogger(__name__)
 
