@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -26,6 +25,7 @@ from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.bridge.spans import SpanRecorder, Traces
 from hypha.executor.inner.out_of_memory import is_out_of_memory
 from hypha.messages import ExecutorError, Job
+from hypha.staging import is_disk_full
 
 logger = logging.getLogger("hypha.executor")
 
@@ -104,8 +104,7 @@ def kind_of(exc: BaseException) -> str:
         return "batch"
     if isinstance(exc, DataError):
         return "data"
-    full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(exc, Refused) and exc.code == "no-space"):
+    if is_disk_full(exc) or (isinstance(exc, Refused) and exc.code == "no-space"):
         return "disk"
     if is_out_of_memory(exc):
         return "oom"

@@ -8,12 +8,11 @@ not only afterwards; a file has its name only once it is whole. What third parti
 from __future__ import annotations
 
 import logging
-import os
 import posixpath
 import shutil
 import socket
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,10 @@ from hypha.config.environment import goes_by_proxy
 from hypha.config.networks import is_address
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import HuggingFace
-from hypha.runtime import check_cancelled, in_thread
+from hypha.runtime import in_thread
+from hypha.staging import StagedFile
 from hypha.worker.fetch.allowance import Allowance
-from hypha.worker.fetch.storing import CHUNK_BYTES, translated
+from hypha.worker.fetch.storing import CHUNK_BYTES, chunks_of, translated
 
 if TYPE_CHECKING:
     import httpx
@@ -52,14 +52,6 @@ def safe_name(name: str, fallback: str) -> str:
     """The last segment of ``name`` as a file name."""
     last = posixpath.basename(unquote(name).replace("\\", "/").rstrip("/"))
     return last if last not in ("", ".", "..") and "\0" not in last and len(last) < 200 else fallback
-
-
-def finish(part: Path, path: Path) -> Path:
-    """``part`` is whole: make it durable, private and give it its name."""
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.chmod(0o600)
-    return part.replace(path)
 
 
 # --- http(s) -------------------------------------------------------------------------------------------
@@ -152,17 +144,18 @@ async def _save(response: httpx.Response, url: httpx.URL, directory: Path, max_b
     if announced.isdigit() and int(announced) > max_bytes:
         raise Refused("too-large", f"{url} has {announced} bytes, allowed are {max_bytes}")
     path = directory / safe_name(url.path, "download")
-    part = path.with_name(path.name + ".part")
     size = 0
     # It is a generator, though typed as less; left in the middle it would warn when it is collected.
     received = cast(AsyncGenerator[bytes, None], response.aiter_raw(CHUNK_BYTES))
-    async with await trio.open_file(part, "wb") as file, aclosing(received) as chunks:
-        async for data in chunks:
-            size += len(data)
-            if size > max_bytes:
-                raise Refused("too-large", f"{url} has more than the allowed {max_bytes} bytes")
-            await file.write(data)
-    return await in_thread(finish, part, path)
+    async with aclosing(received) as chunks:
+        with StagedFile(path, durable=True, mode=0o600) as staged:
+            async for data in chunks:
+                size += len(data)
+                if size > max_bytes:
+                    raise Refused("too-large", f"{url} has more than the allowed {max_bytes} bytes")
+                await in_thread(staged.file.write, data)
+            await in_thread(staged.publish)
+    return path
 
 
 # --- Hugging Face hub ------------------------------------------------------------------------------------
@@ -308,18 +301,12 @@ def _copy_in(opener: Callable[[], BinaryIO], directory: Path, name: str, max_byt
     if not path.resolve().is_relative_to(directory.resolve()):
         raise Refused("invalid", f"file name {name!r} leaves the directory")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     size = 0
-    with opener() as source, part.open("wb") as target:
-        for data in _chunks(source):
+    with opener() as source, StagedFile(path, durable=True, mode=0o600) as staged:
+        for data in chunks_of(source):
             size += len(data)
             if size > max_bytes:
                 raise Refused("too-large", f"{name} has more than the allowed {max_bytes} bytes")
-            target.write(data)
-    return finish(part, path)
-
-
-def _chunks(source: BinaryIO) -> Iterator[bytes]:
-    while data := source.read(CHUNK_BYTES):
-        check_cancelled()
-        yield data
+            staged.file.write(data)
+        staged.publish()
+    return path

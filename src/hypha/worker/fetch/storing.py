@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import trio
 
-from hypha.durable import sync_directory
 from hypha.errors import HyphaError, Refused, TransferFailed
 from hypha.places import UrlPlace
-from hypha.runtime import check_cancelled, in_thread, new_id
+from hypha.runtime import check_cancelled, in_thread
+from hypha.staging import StagedDirectory, StagedFile, remove_unfinished
 from hypha.worker.fetch.allowance import Allowance
 
 logger = logging.getLogger("hypha.worker.send")
@@ -73,6 +74,13 @@ def translated(place: Path | str) -> Iterator[None]:
         raise TransferFailed("this node", str(place), f"{type(exc).__name__}: {exc}") from exc
 
 
+def chunks_of(source: BinaryIO) -> Iterator[bytes]:
+    """What is in ``source``; trio.Cancelled, in a thread whose caller was cancelled."""
+    while data := source.read(CHUNK_BYTES):
+        check_cancelled()
+        yield data
+
+
 def _store(path: Path, place: Path | str, keeping: Keeping, may_remove: Callable[[str], bool]) -> None:
     if path.is_dir() and not (path / keeping.marker).is_file():
         raise Refused("invalid", f"{path.name} is a directory, but has no file {keeping.marker!r}")
@@ -100,54 +108,29 @@ class _Directory:
 
     def store(self, path: Path) -> None:
         place = self._place
-        place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name}.{new_id()}.part")
-        try:
-            if path.is_dir():
-                for name in _names(path):
-                    (part / name).parent.mkdir(parents=True, exist_ok=True)
-                    _copy(path / name, part / name)
-                sync_directory(part)
-                check_cancelled()
-                self._remove(place)
-            else:
-                _copy(path, part)
-            part.replace(place)
-        finally:
-            _delete(part)
-        sync_directory(place.parent)
+        if not path.is_dir():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as source, StagedFile(place, durable=True) as staged:
+                for data in chunks_of(source):
+                    staged.file.write(data)
+                staged.publish()
+            return
+        with StagedDirectory(place, durable=True) as staged_directory:
+            for name in _names(path):
+                staged_directory.copy(path / name, name, check_cancelled)
+            check_cancelled()
+            staged_directory.publish()
 
     def prune_siblings(self, newest: int, may_remove: Callable[[str], bool]) -> None:
         parent = self._place.parent
         siblings = {one.name: (one / self._marker).is_file() for one in parent.iterdir()}
         for name in _outdated(siblings, self._place.name, newest):
             if may_remove(str(parent / name)):
-                self._remove(parent / name)
+                # cut short, it does not look complete
+                (parent / name / self._marker).unlink(missing_ok=True)
+                shutil.rmtree(parent / name)
         # what a worker left of one when it was killed
-        for left in parent.glob(".*.part"):
-            if re.fullmatch(r"\.\d+\.[0-9a-f]{32}\.part", left.name) and may_remove(str(left)):
-                _delete(left)
-
-    def _remove(self, directory: Path) -> None:
-        if directory.is_dir():
-            (directory / self._marker).unlink(missing_ok=True)
-            shutil.rmtree(directory)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while data := reader.read(CHUNK_BYTES):
-            check_cancelled()
-            writer.write(data)
-        writer.flush()
-        os.fsync(writer.fileno())
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        remove_unfinished(parent, lambda name: _number(name) is not None and may_remove(str(parent / name)))
 
 
 # --- URLs ----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from hypha.messages import Resources
+from hypha.staging import existing, free_bytes
 from hypha.worker.limits.cgroups import GB
 from hypha.worker.limits.gpus import Gpu, find_gpus
 
@@ -116,7 +117,7 @@ def detect(
     roots = roots or Roots()
     cpu, cpu_by = _least([_cores(), *_cpu_limits(roots)])
     memory, memory_by = _least([_memory(roots), *_memory_limits(roots)])
-    free, held = _free_bytes(work_dir), _held_bytes(work_dir / "cache")
+    free, held = free_bytes(existing(work_dir)), _held_bytes(work_dir / "cache")
     cached = f", {held / GB:.1f} GB of it held by the slice cache" if held else ""
     return DetectedMachine(
         cpu=cpu,
@@ -154,14 +155,6 @@ def _memory(roots: Roots) -> tuple[float, str]:
             if name == "MemTotal":
                 return int(amount.split()[0]) * 1024.0, "all of this machine"
     return float(psutil.virtual_memory().total), "all of this machine"
-
-
-def _free_bytes(directory: Path) -> int:
-    place = directory.absolute()
-    while not place.exists():
-        place = place.parent
-    found = os.statvfs(place)
-    return found.f_bavail * found.f_frsize
 
 
 def _held_bytes(cache: Path) -> int:
