@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from hypha.errors import NetworkError, PeerUnreachable, Refused
+from hypha.beneath import relative_path
+from hypha.errors import NetworkError, PeerUnreachable, Refused, TransferFailed
 from hypha.messages import (
     FileList,
     HuggingFace,
@@ -25,6 +26,7 @@ from hypha.messages import (
     Uri,
 )
 from hypha.runtime import chance
+from hypha.staging import is_disk_full
 from hypha.waiting import in_words, reminded
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.downloads import fetch_hub, fetch_local, fetch_uri
@@ -69,6 +71,15 @@ class Connectors:
         Raises Refused (asking again is of no use), PeerUnreachable, RequestTimeout, TransferFailed.
         """
         self._allowance.check(reference)
+        try:
+            return await self._fetch(reference, directory, job_id)
+        except (OSError, TransferFailed) as exc:
+            for cause in (exc, exc.__cause__):
+                if cause is not None and is_disk_full(cause):
+                    raise Refused("no-space", str(cause)) from exc
+            raise
+
+    async def _fetch(self, reference: Reference, directory: Path, job_id: str) -> list[Path]:
         limit = self._allowance.max_file_bytes
         match reference:
             case Uri(value=value):
@@ -122,10 +133,10 @@ class Connectors:
             if meta.size > self._allowance.max_file_bytes:
                 raise Refused("too-large", f"{meta.name} has {meta.size} bytes", peer.peer)
             relative = meta.name.removeprefix(f"{name}/") if name else meta.name
-            pure = PurePosixPath(relative)
-            if not relative or pure.is_absolute() or ".." in pure.parts or "\0" in relative:
-                raise Refused("invalid", f"a file is called {meta.name!r}", peer.peer)
-            path = directory / pure
+            try:
+                path = directory / relative_path(relative)
+            except ValueError as exc:
+                raise Refused("invalid", f"a file is called {meta.name!r}", peer.peer) from exc
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if have.get(relative) != meta.blake3:
                 full = f"{name}/{relative}" if name else relative
