@@ -25,6 +25,7 @@ ROWS = (
         "config",
         "contributions",
         "decoding",
+        "disks",
         "errors",
         "node",
         "runtime",
@@ -55,7 +56,8 @@ SIDEWAYS = {
     ("decoding", "errors"),
     ("forking", "keeper"),
     ("config", "decoding"),
-    ("runtime", "staging"),
+    ("runtime", "disks"),
+    ("staging", "disks"),
     ("journal", "staging"),
 }
 #: Libraries that one room alone imports.

@@ -20,7 +20,7 @@ from uuid import UUID
 
 import trio
 
-from hypha import staging
+from hypha import disks
 
 #: Left to others. More than transfers leave, so that a full disk is noticed here first, by name.
 RESERVE_BYTES = 32 << 20
@@ -56,7 +56,7 @@ class Runtime:
 
     def free_bytes(self, directory: Path) -> int:
         """What an ordinary user may still write to the file system of ``directory``. Raises OSError."""
-        return staging.free_bytes(directory)
+        return disks.free_bytes(directory)
 
     def wall_time(self) -> float:
         """Seconds since 1970, as far as this machine knows. It may jump: for the age of files alone."""

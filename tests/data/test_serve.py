@@ -21,6 +21,7 @@ from hypha.data.preparing.staging import Staging
 from hypha.data.serving import serve
 from hypha.data.serving.serve import Shelf, load_datasets
 from hypha.data.serving.served import ServedSlices
+from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, InputUnusable, PeerUnreachable, Refused
 from hypha.messages import (
     DatasetDescription,
@@ -34,7 +35,6 @@ from hypha.messages import (
     TransferMeta,
 )
 from hypha.net import Libp2pNode as Node
-from hypha.staging import lock
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import span
 from hypha.tracing.operations import FETCH_SLICE

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
+from hypha.disks import sync
 from hypha.errors import SliceCorrupt
 from hypha.messages import Column
-from hypha.staging import sync
 
 Array = npt.NDArray[Any]
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from opentelemetry import trace
 
+from hypha.disks import is_disk_full
 from hypha.errors import (
     BatchFailed,
     CheckpointUnusable,
@@ -25,7 +26,6 @@ from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.bridge.spans import SpanRecorder, Traces
 from hypha.executor.inner.out_of_memory import is_out_of_memory
 from hypha.messages import ExecutorError, Job
-from hypha.staging import is_disk_full
 
 logger = logging.getLogger("hypha.executor")
 

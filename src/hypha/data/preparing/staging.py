@@ -17,8 +17,9 @@ from types import TracebackType
 from hypha.data.labels import LABELS_FILE
 from hypha.data.manifest import HOLDOUT, MANIFEST_FILE
 from hypha.data.slices import SUFFIX
+from hypha.disks import lock
 from hypha.errors import DataError, InputUnusable
-from hypha.staging import StagedDirectory, lock, restore
+from hypha.staging import StagedDirectory, restore
 
 
 class Staging:

@@ -27,6 +27,7 @@ from hypha.data.manifest import (
 )
 from hypha.data.serving.served import ServedSlices
 from hypha.data.verify import slice_problem
+from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
 from hypha.features import features_of
 from hypha.manifests import manifest_hash
@@ -42,7 +43,6 @@ from hypha.messages import (
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import chance, in_thread, is_simulated
-from hypha.staging import lock
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.instruments import STREAMS
 from hypha.telemetry.resources import watch_disks

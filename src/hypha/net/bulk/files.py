@@ -17,10 +17,10 @@ from typing import BinaryIO, Protocol
 from blake3 import blake3
 from xxhash import xxh3_128
 
-from hypha import staging
+from hypha import disks
+from hypha.disks import existing, explained, is_disk_full, sync
 from hypha.messages import QUICK_KINDS, TransferMeta
 from hypha.net.bulk.wire import BLOCK_BYTES
-from hypha.staging import existing, explained, is_disk_full, sync
 
 #: Acknowledged only when on disk. An update, theta or slice lost in a power cut is simply sent again.
 DURABLE_KINDS = frozenset({"checkpoint", "export", "model"})
@@ -238,7 +238,7 @@ def copy_verified(source: Path, destination: Path, meta: TransferMeta) -> None:
 def free_bytes(destination: Path) -> int | None:
     """Space left where ``destination`` is to lie; ``None`` when nobody knows."""
     try:
-        return staging.free_bytes(existing(destination.parent))
+        return disks.free_bytes(existing(destination.parent))
     except OSError:
         return None
 

@@ -10,6 +10,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from hypha.beneath import relative_path
+from hypha.disks import is_disk_full
 from hypha.errors import NetworkError, PeerUnreachable, Refused, TransferFailed
 from hypha.messages import (
     FileList,
@@ -26,7 +27,6 @@ from hypha.messages import (
     Uri,
 )
 from hypha.runtime import chance
-from hypha.staging import is_disk_full
 from hypha.waiting import in_words, reminded
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.downloads import fetch_hub, fetch_local, fetch_uri

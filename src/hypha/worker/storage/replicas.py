@@ -24,10 +24,11 @@ from msgspec import Struct
 from hypha.beneath import relative_path
 from hypha.config.models import StorageConfig
 from hypha.decoding import decode_json
+from hypha.disks import is_disk_full, sync
 from hypha.errors import Refused, Undecodable
 from hypha.messages import CheckpointFile, CheckpointIndex, HoldCheckpoint, TransferMeta, encode_json
 from hypha.runtime import wall_time
-from hypha.staging import is_disk_full, move_directory, sync, write_whole
+from hypha.staging import move_directory, write_whole
 
 logger = logging.getLogger("hypha.worker.storage")
 
