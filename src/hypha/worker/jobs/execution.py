@@ -59,7 +59,7 @@ from hypha.worker.bridge.outbox import Outbox
 from hypha.worker.bridge.spans import EmitSpans
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
-from hypha.worker.fetch.storing import Keeping, store_local
+from hypha.worker.fetch.local import Keeping, store_local
 from hypha.worker.jobs.deliveries import Deliveries
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.jobs.execution_signals import ExecutionSignals

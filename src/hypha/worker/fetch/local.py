@@ -1,8 +1,8 @@
-"""Writing to a local path or an fsspec URL, whole or not at all, and pruning what is older.
+"""Local paths and fsspec URLs: fetched from, and stored to, whole or not at all.
 
 A directory appears at a path by one rename. Where there is no rename the file that makes it complete, its
-marker, goes first when something is replaced or deleted and comes last when it is written. What third
-parties raise comes out as :class:`TransferFailed`.
+marker, goes first when something is replaced or deleted and comes last when it is written. What is older can
+be pruned. Size limits hold while reading. What third parties raise comes out as :class:`TransferFailed`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote
 
+import fsspec
 import trio
 
+from hypha import beneath
 from hypha.errors import HyphaError, Refused, TransferFailed
 from hypha.places import UrlPlace
 from hypha.runtime import check_cancelled, in_thread
@@ -31,6 +35,103 @@ logger = logging.getLogger("hypha.worker.send")
 CHUNK_BYTES = 1 << 20
 #: A back end that is silent holds one of these, and none of those that all of the worker needs.
 _THREADS = trio.CapacityLimiter(16)
+
+
+def safe_name(name: str, fallback: str) -> str:
+    """The last segment of ``name`` as a file name."""
+    last = posixpath.basename(unquote(name).replace("\\", "/").rstrip("/"))
+    return last if last not in ("", ".", "..") and "\0" not in last and len(last) < 200 else fallback
+
+
+@contextmanager
+def translated(place: Path | str) -> Iterator[None]:
+    """Any error of a place as :class:`TransferFailed`: each back end of fsspec raises its own."""
+    try:
+        yield
+    except HyphaError:
+        raise
+    except Exception as exc:
+        raise TransferFailed("this node", str(place), f"{type(exc).__name__}: {exc}") from exc
+
+
+def chunks_of(source: BinaryIO) -> Iterator[bytes]:
+    """What is in ``source``; trio.Cancelled, in a thread whose caller was cancelled."""
+    while data := source.read(CHUNK_BYTES):
+        check_cancelled()
+        yield data
+
+
+# --- fetching -----------------------------------------------------------------------------------------------
+
+
+async def fetch_local(url: str, directory: Path, allowance: Allowance) -> list[Path]:
+    """Copy a file, or all files below a directory, from a local path or any fsspec URL."""
+    place = allowance.read_local(url)
+    if isinstance(place, Path):
+        return await in_thread(_copy_path, place, directory, allowance, limiter=_THREADS)
+    # Back ends may be silent for minutes; after a cancellation the thread ends by itself.
+    return await in_thread(
+        _copy_url, place, directory, allowance.max_file_bytes, abandon_on_cancel=True, limiter=_THREADS
+    )
+
+
+def _copy_path(place: Path, directory: Path, allowance: Allowance) -> list[Path]:
+    if place.is_file():
+        sources = {place.name: place}
+    elif place.is_dir():
+        files = sorted(path for path in place.rglob("*") if path.is_file())
+        # a link inside an allowed directory may point out of it
+        sources = {
+            path.relative_to(place).as_posix(): Path(allowance.read_local(str(path))) for path in files
+        }
+    else:
+        raise Refused("not-found", f"no file or directory {place}")
+    limit = allowance.max_file_bytes
+    try:
+        return [_copy_in(partial(_open, path), directory, name, limit) for name, path in sources.items()]
+    except OSError as exc:
+        raise TransferFailed("this node", str(place), str(exc)) from exc
+
+
+def _open(path: Path) -> BinaryIO:
+    """``path`` was resolved and allowed: whoever puts a link there now does not lead elsewhere."""
+    with beneath.directory_below(Path("/"), path.parent.parts[1:]) as directory:
+        return open(beneath.open_file(directory, path.name), "rb")
+
+
+def _copy_url(url: str, directory: Path, max_bytes: int) -> list[Path]:
+    with translated(url):
+        filesystem, root = fsspec.url_to_fs(url)
+        filesystem.invalidate_cache()
+        if filesystem.isfile(root):
+            sources = {safe_name(root, "file"): root}
+        else:
+            sources = {posixpath.relpath(path, root.rstrip("/")): path for path in filesystem.find(root)}
+        if not sources:
+            raise Refused("not-found", f"nothing at {url}")
+        return [
+            _copy_in(partial(filesystem.open, path, "rb"), directory, name, max_bytes)
+            for name, path in sources.items()
+        ]
+
+
+def _copy_in(opener: Callable[[], BinaryIO], directory: Path, name: str, max_bytes: int) -> Path:
+    path = directory / name
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise Refused("invalid", f"file name {name!r} leaves the directory")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    size = 0
+    with opener() as source, StagedFile(path, durable=True, mode=0o600) as staged:
+        for data in chunks_of(source):
+            size += len(data)
+            if size > max_bytes:
+                raise Refused("too-large", f"{name} has more than the allowed {max_bytes} bytes")
+            staged.file.write(data)
+        staged.publish()
+    return path
+
+
+# --- storing ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,29 +164,13 @@ async def store_local(path: Path, url: str, allowance: Allowance, keeping: Keepi
     await in_thread(_store, path, place, keeping, may_remove, abandon_on_cancel=True, limiter=_THREADS)
 
 
-@contextmanager
-def translated(place: Path | str) -> Iterator[None]:
-    """Any error of a place as :class:`TransferFailed`: each back end of fsspec raises its own."""
-    try:
-        yield
-    except HyphaError:
-        raise
-    except Exception as exc:
-        raise TransferFailed("this node", str(place), f"{type(exc).__name__}: {exc}") from exc
-
-
-def chunks_of(source: BinaryIO) -> Iterator[bytes]:
-    """What is in ``source``; trio.Cancelled, in a thread whose caller was cancelled."""
-    while data := source.read(CHUNK_BYTES):
-        check_cancelled()
-        yield data
-
-
 def _store(path: Path, place: Path | str, keeping: Keeping, may_remove: Callable[[str], bool]) -> None:
     if path.is_dir() and not (path / keeping.marker).is_file():
         raise Refused("invalid", f"{path.name} is a directory, but has no file {keeping.marker!r}")
     with translated(place):
-        store = _Directory(place, keeping.marker) if isinstance(place, Path) else _Url(place, keeping.marker)
+        store = (
+            _PathStore(place, keeping.marker) if isinstance(place, Path) else _UrlStore(place, keeping.marker)
+        )
         store.store(path)
     if keeping.newest is not None and path.is_dir():
         try:
@@ -96,10 +181,10 @@ def _store(path: Path, place: Path | str, keeping: Keeping, may_remove: Callable
             logger.warning("Older ones than %s could not be deleted: %s", place, exc.reason)
 
 
-# --- local paths ---------------------------------------------------------------------------------------
+# --- to a path ----------------------------------------------------------------------------------------------
 
 
-class _Directory:
+class _PathStore:
     """The path ``place``."""
 
     def __init__(self, place: Path, marker: str) -> None:
@@ -133,10 +218,10 @@ class _Directory:
         remove_unfinished(parent, lambda name: _number(name) is not None and may_remove(str(parent / name)))
 
 
-# --- URLs ----------------------------------------------------------------------------------------------
+# --- to a URL -----------------------------------------------------------------------------------------------
 
 
-class _Url:
+class _UrlStore:
     """The place ``url`` of a file system without renames."""
 
     def __init__(self, url: str, marker: str) -> None:
