@@ -4,20 +4,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 
 from hypha.config.offers import OfferConfig
 from hypha.features import Abilities
 from hypha.leases import Lease
-from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.worker.leasing.arbiter import Arbiter, ArbiterAction
-from hypha.worker.leasing.offers import LeaseService
+from hypha.messages import PeerRef, WorkerRequest
+from hypha.worker.leasing.arbiter import (
+    Arbiter,
+)
+from hypha.worker.leasing.events import (
+    ArbiterAction,
+)
+from hypha.worker.leasing.service import (
+    LeaseService,
+)
+from hypha.worker.leasing.vetting import WorkerCapacity
 
 
 class EarlierLeaseService(LeaseService):
-    """Its desk."""
+    """Its leases."""
 
     def hear(
         self, publisher: str, request: WorkerRequest, heard_in: str | None = None, reached: bool = True
@@ -28,11 +37,10 @@ class EarlierLeaseService(LeaseService):
 
 
 def earlier_lease_service(
-    total: Resources,
-    executors: Iterable[ExecutorDescriptor],
+    capacity: WorkerCapacity,
     terms: OfferConfig,
     worker: Callable[[], PeerRef],
     on_expired: Callable[[Lease], None],
 ) -> EarlierLeaseService:
-    """The desk of such a worker."""
-    return EarlierLeaseService(Arbiter(total, executors, terms, worker, abilities=Abilities()), on_expired)
+    """The lease service of such a worker."""
+    return EarlierLeaseService(Arbiter(replace(capacity, abilities=Abilities()), terms, worker), on_expired)

@@ -16,10 +16,11 @@ from hypha.journal import Journal
 from hypha.leases import Bind, Granted, LeaseEnded, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerRequest
 from hypha.worker.leasing.arbiter import (
-    LONGEST_PAUSE_S,
     MAX_WAITING,
     MAX_WAITING_OF_ONE,
     Arbiter,
+)
+from hypha.worker.leasing.events import (
     ArbiterAction,
     Close,
     Ignored,
@@ -29,6 +30,7 @@ from hypha.worker.leasing.arbiter import (
     RequestHeard,
     SendOffer,
 )
+from hypha.worker.leasing.vetting import LONGEST_PAUSE_S, WorkerCapacity
 
 TOTAL = Resources(cpu=8, memory=32, gpu=16, storage=100)
 TRAIN = ExecutorDescriptor(kind="train", name="diloco-transformer")
@@ -40,13 +42,11 @@ def arbiter(
 ) -> Arbiter:
     numbers = count(1)
     return Arbiter(
-        total,
-        [TRAIN, AGGREGATE],
+        WorkerCapacity(total, [TRAIN, AGGREGATE], gpus),
         OfferConfig(**terms),  # type: ignore[arg-type]
         lambda: PeerRef(peer="W"),
         lambda: f"lease-{next(numbers)}",
         journal or Journal(checked=True),
-        gpus=gpus,
     )
 
 
@@ -152,7 +152,7 @@ def test_what_the_worker_cannot_or_will_not_serve_gets_no_offer(
 
 
 def test_an_executor_is_matched_by_class_and_name() -> None:
-    worker = Arbiter(TOTAL, [TRAIN], OfferConfig(), lambda: PeerRef(peer="W"))
+    worker = Arbiter(WorkerCapacity(TOTAL, [TRAIN]), OfferConfig(), lambda: PeerRef(peer="W"))
     assert "no executor 'parameter-server'" in reasons(hear(worker, 0.0, request(kind="aggregate")))[0]
     assert len(offers(hear(worker, 1.0, request()))) == 1
 

@@ -17,9 +17,14 @@ from hypha.errors import HyphaError
 from hypha.journal import Journal
 from hypha.messages import ExecutorDescriptor, Resources
 from hypha.worker.control import Call, serve_control, socket_in, tell
-from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.arbiter import (
+    Arbiter,
+)
 from hypha.worker.leasing.leaving import Leaving
-from hypha.worker.leasing.offers import LeaseService
+from hypha.worker.leasing.service import (
+    LeaseService,
+)
+from hypha.worker.leasing.vetting import WorkerCapacity
 
 T = TypeVar("T")
 
@@ -29,8 +34,7 @@ async def controlled(network: Network, work_dir: Path) -> AsyncIterator[tuple[Le
     """A worker's leases and its socket, on a node that is connected with nobody."""
     async with network.leaf("worker", [], connected=False) as node, trio.open_nursery() as nursery:
         arbiter = Arbiter(
-            Resources(cpu=1.0),
-            [ExecutorDescriptor(kind="train", name="t")],
+            WorkerCapacity(Resources(cpu=1.0), [ExecutorDescriptor(kind="train", name="t")]),
             OfferConfig(),
             node.ref,
             journal=Journal(checked=True),

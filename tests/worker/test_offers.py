@@ -14,8 +14,20 @@ from hypha.config.offers import OfferConfig, UtilizationConfig
 from hypha.errors import Refused
 from hypha.leases import Lease, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.worker.leasing.arbiter import Arbiter, RenewAsked, RequestHeard, SendOffer
-from hypha.worker.leasing.offers import MAX_TOLD, LeaseService, granted
+from hypha.worker.leasing.arbiter import (
+    Arbiter,
+)
+from hypha.worker.leasing.events import (
+    RenewAsked,
+    RequestHeard,
+    SendOffer,
+)
+from hypha.worker.leasing.service import (
+    MAX_TOLD,
+    LeaseService,
+    granted,
+)
+from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.signals import prices
 
 TRAIN = ExecutorDescriptor(kind="train", name="t")
@@ -42,7 +54,9 @@ def lease_service_with(ended: list[tuple[float, str]], fail: bool = False) -> Le
         if fail:
             raise RuntimeError("this executor does not stop")
 
-    arbiter = Arbiter(Resources(cpu=3), [TRAIN], OfferConfig(lease_s=30.0), lambda: PeerRef(peer="W"))
+    arbiter = Arbiter(
+        WorkerCapacity(Resources(cpu=3), [TRAIN]), OfferConfig(lease_s=30.0), lambda: PeerRef(peer="W")
+    )
     return LeaseService(arbiter, on_expired)
 
 
@@ -161,7 +175,7 @@ async def test_less_is_asked_for_a_dataset_of_which_slices_are_in_the_cache(
 ) -> None:
     terms = OfferConfig(price=3.0, strategy="affinity")
     for cached, price in ((frozenset({"digits"}), 2.0), (frozenset({"others"}), 3.0)):
-        arbiter = Arbiter(Resources(cpu=3), [TRAIN], terms, lambda: PeerRef(peer="W"))
+        arbiter = Arbiter(WorkerCapacity(Resources(cpu=3), [TRAIN]), terms, lambda: PeerRef(peer="W"))
         lease_service = LeaseService(arbiter, lambda _: None, lambda cached=cached: cached)  # type: ignore[misc]
         heard = request(0)
         lease_service.hear("S", replace(heard.request, dataset="digits"))
@@ -176,7 +190,7 @@ async def test_a_worker_shows_its_price_its_load_and_what_its_leases_bring(
     load = UtilizationConfig(step=0.5, every_s=10.0)
     terms = OfferConfig(price=2.0, floor=0.5, strategy="utilization", utilization=load, lease_s=1000.0)
     lease_service = LeaseService(
-        Arbiter(Resources(cpu=1), [TRAIN], terms, lambda: PeerRef(peer="W")), lambda _: None
+        Arbiter(WorkerCapacity(Resources(cpu=1), [TRAIN]), terms, lambda: PeerRef(peer="W")), lambda _: None
     )
     heard = request(0)
     lease_service.handle(replace(heard, request=replace(heard.request, bid=2.5)))

@@ -33,11 +33,19 @@ from hypha.worker.jobs.directory import remove_stale
 from hypha.worker.jobs.execution import ExecutionContext
 from hypha.worker.jobs.jobs import Jobs
 from hypha.worker.jobs.starting import RunExecutor, run_process
-from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.arbiter import (
+    Arbiter,
+)
 from hypha.worker.leasing.given import given_leases
 from hypha.worker.leasing.leaving import Leaving
-from hypha.worker.leasing.offers import LeaseService, serve_offers
+from hypha.worker.leasing.offers import (
+    serve_offers,
+)
 from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
+from hypha.worker.leasing.service import (
+    LeaseService,
+)
+from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
 from hypha.worker.limits.confining import Means
 from hypha.worker.limits.cores import CorePins
@@ -216,12 +224,14 @@ async def serve(
         emit_spans=emit_spans,
     )
     arbiter = Arbiter(
-        Resources(**config.resources.model_dump()),
-        [ExecutorDescriptor(kind=one.kind, name=one.name) for one in config.executors],
+        WorkerCapacity(
+            Resources(**config.resources.model_dump()),
+            [ExecutorDescriptor(kind=one.kind, name=one.name) for one in config.executors],
+            memory_of_each(means.gpus.gpus, config.resources.gpu),
+        ),
         config.offer,
         node.ref,
         journal=journal,
-        gpus=memory_of_each(means.gpus.gpus, config.resources.gpu),
     )
     stopped = trio.Event()
     # cancelled from outside, the worker goes on for a moment: it leaves first

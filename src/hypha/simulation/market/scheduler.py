@@ -34,7 +34,7 @@ from hypha.scheduler.leasing.renewal import (
     Renewed,
 )
 from hypha.simulation.market.market import AGGREGATE, TRAIN, Market, checked_journal
-from hypha.worker.leasing.arbiter import (
+from hypha.worker.leasing.events import (
     RenewAsked,
     RequestHeard,
 )

@@ -24,7 +24,9 @@ from hypha.messages import (
 )
 from hypha.tracing import untraced
 from hypha.worker.jobs.execution import Execution, ExecutionContext
-from hypha.worker.leasing.offers import LeaseService
+from hypha.worker.leasing.service import (
+    LeaseService,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -23,42 +23,50 @@ free on no GPU by itself is not offered.
 The price offered is the worker's at that moment, or the bid where that is higher: a scheduler pays what it
 bids, else outbidding others would cost nothing. An offer above the bid is a counter-offer: its scheduler
 takes it where it is within its private maximum, and refuses it at once where it is not.
+
+It is one module, as every decision reads and changes the same requests that wait.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from msgspec import Struct, structs
+from msgspec import structs
 
-from hypha.backoff import pause_after
 from hypha.config.offers import OfferConfig
-from hypha.features import OURS, Abilities, printable
 from hypha.journal import Journal
 from hypha.leases import (
-    Bind,
     Denied,
-    Drained,
-    Freed,
     Granted,
-    Hold,
     Lease,
     LeaseBook,
     LeaseEnded,
-    Release,
     Renew,
     Reserve,
     Revoke,
     Tick,
 )
-from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
-from hypha.resources import add_up, fits, is_valid, weighted_capacity
+from hypha.messages import PeerRef, WorkerOffer, WorkerRequest
+from hypha.resources import add_up, fits, weighted_capacity
 from hypha.runtime import new_id
 from hypha.worker.leasing.ageing import Ageing, Waiter
+from hypha.worker.leasing.events import (
+    ArbiterAction,
+    ArbiterBegan,
+    ArbiterEvent,
+    Cause,
+    Close,
+    Ignored,
+    OfferFailed,
+    Reached,
+    RenewAsked,
+    Reopen,
+    RequestHeard,
+    SendOffer,
+)
 from hypha.worker.leasing.pricing import Pricing, load_of
+from hypha.worker.leasing.vetting import FailedOffers, Vetting, WorkerCapacity
 from hypha.worker.limits.devices import GpuBoard
 
 #: of an arbiter's entries in a journal
@@ -67,115 +75,10 @@ NAME = "arbiter"
 MAX_WAITING = 1024
 #: And so many of one scheduler, which publishes one for each class of executor.
 MAX_WAITING_OF_ONE = 4
-#: After a second offer in a row that came to nothing, its scheduler gets none for so long; each time it
-#: doubles.
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 #: A temporary lease that is given back unused only after this share of its life came to nothing, too.
 _TOO_LATE = 0.75
 #: Of the time that a request allows, the share within which a better bidder's connection is waited for.
 _CONNECTED_BY = 0.7
-#: Schedulers whose failures are remembered; the oldest are forgotten.
-_REMEMBERED = 1024
-
-
-# --- in -----------------------------------------------------------------------------------------------
-
-
-class RequestHeard(Struct, frozen=True, tag="Heard"):
-    """``request`` was published by the authenticated ``publisher``. Unless it is ``reached``, a connection to
-    it is being made, and :class:`Reached` follows. ``cached``: slices of its dataset are here.
-    """
-
-    publisher: str
-    request: WorkerRequest
-    reached: bool = True
-    cached: bool = False
-
-
-class Reached(Struct, frozen=True, tag=True):
-    """Whether a connection to the authenticated ``scheduler`` could be made."""
-
-    scheduler: str
-    reached: bool
-
-
-class OfferFailed(Struct, frozen=True, tag=True):
-    """The offer was refused, or could not be delivered in time (``undelivered``)."""
-
-    lease_id: str
-    reason: str
-    undelivered: bool = False
-
-
-class RenewAsked(Struct, frozen=True, tag=True):
-    """The authenticated ``caller`` renews, or by its first renewal accepts."""
-
-    lease_id: str
-    caller: str
-
-
-class Close(Struct, frozen=True, tag=True):
-    """Offer nothing any more; leases go on (a worker that is about to stop)."""
-
-
-class Reopen(Struct, frozen=True, tag=True):
-    """Make offers again, after :class:`Close`."""
-
-
-#: of a table of the configuration
-Value = str | float | bool | list[str] | None
-
-
-class ArbiterBegan(Struct, frozen=True, tag=True):
-    """What an arbiter was made from: the first entry of its journal."""
-
-    total: Resources
-    executors: tuple[ExecutorDescriptor, ...]
-    terms: dict[str, str | float | bool | dict[str, Value] | None]
-    abilities: Abilities = Abilities()
-    gpus: tuple[float, ...] = ()
-
-
-ArbiterEvent = (
-    RequestHeard
-    | Reached
-    | OfferFailed
-    | RenewAsked
-    | Release
-    | Bind
-    | Hold
-    | Drained
-    | Tick
-    | Close
-    | Reopen
-)
-
-
-# --- out ------------------------------------------------------------------------------------------------
-
-
-class SendOffer(Struct, frozen=True, tag=True):
-    """Bring ``offer`` to ``scheduler`` before ``before``, or say :class:`OfferFailed`."""
-
-    scheduler: PeerRef
-    offer: WorkerOffer
-    before: float
-
-
-#: why a request gets no offer
-Cause = Literal["price", "resources", "executor", "features", "duplicate", "closed", "other"]
-
-
-class Ignored(Struct, frozen=True, tag=True):
-    """No offer for this request, and why: in words, and by ``cause``."""
-
-    request_id: str
-    scheduler: str
-    reason: str
-    cause: Cause = "other"
-
-
-ArbiterAction = SendOffer | Ignored | Granted | Denied | LeaseEnded | Freed
 
 
 @dataclass(frozen=True)
@@ -193,44 +96,43 @@ class _Waiting:
 
 
 class Arbiter:
-    """Decides for one worker with ``total`` resources that runs ``executors``, on the terms ``terms``; the
-    GPU memory among them is that of ``gpus``, GB of each, where these are known.
-
-    ``worker`` gives its own reference at the moment of an offer (addresses change), ``new_id`` lease ids.
-    ``abilities`` go with every offer, and nothing is offered to who needs others.
+    """Decides for one worker that has ``capacity``, on the terms ``terms``. ``worker`` gives its own
+    reference at the moment of an offer (addresses change), ``new_id`` lease ids. What its version can do goes
+    with every offer, and nothing is offered to who needs more.
     """
 
     def __init__(
         self,
-        total: Resources,
-        executors: Iterable[ExecutorDescriptor],
+        capacity: WorkerCapacity,
         terms: OfferConfig,
         worker: Callable[[], PeerRef],
         new_id: Callable[[], str] = lambda: new_id(),
         journal: Journal | None = None,
-        abilities: Abilities = OURS,
-        gpus: Sequence[float] = (),
     ) -> None:
-        executors = tuple(executors)
         self._journal = journal
         if journal is not None:
-            began = ArbiterBegan(total, executors, terms.model_dump(mode="json"), abilities, tuple(gpus))
+            began = ArbiterBegan(
+                capacity.total,
+                tuple(capacity.executors),
+                terms.model_dump(mode="json"),
+                capacity.abilities,
+                tuple(capacity.gpus),
+            )
             journal.note(NAME, 0.0, began, (), {})
-        self.book = LeaseBook(total, journal)
+        self.book = LeaseBook(capacity.total, journal)
         #: which lease has which of them
-        self.gpus = GpuBoard(gpus)
-        self._executors = frozenset((executor.kind, executor.name) for executor in executors)
+        self.gpus = GpuBoard(capacity.gpus)
         self._terms = terms
         self.pricing = Pricing(terms)
+        self._vetting = Vetting(capacity, terms, self.pricing)
         self._ageing = Ageing(terms, self.book)
-        self._abilities = abilities
+        self._abilities = capacity.abilities
         self._worker = worker
         self._new_id = new_id
         self._waiting: dict[tuple[str, str], _Waiting] = {}
         #: those whose window is over, and whose scheduler is not reached yet
         self._unreached: dict[tuple[str, str], _Waiting] = {}
-        #: scheduler -> offers in a row that came to nothing, and until when it gets no other
-        self._failures: dict[str, tuple[int, float]] = {}
+        self._failures = FailedOffers()
         self._heard = 0
         self._window_ends: float | None = None
         #: the window is over, and a connection is waited for
@@ -310,8 +212,9 @@ class Arbiter:
                 actions.extend(self.book.handle(Tick(), now))
                 self._notice(actions, now)
                 refusal = (
-                    self._unfit(publisher, request)
-                    or self._too_low(request, cached)
+                    self._closed_now()
+                    or self._vetting.unfit(publisher, request)
+                    or self._vetting.too_low(request, cached)
                     or self._enter(request, reached, cached, now)
                 )
                 if refusal is not None:
@@ -324,13 +227,13 @@ class Arbiter:
                 # who was not reached has not refused anything, and goes on waiting
                 self._notice(revoked, now, refused=not undelivered)
                 if undelivered and lease is not None and not lease.accepted:
-                    self._blame(lease.scheduler, now)
+                    self._failures.count(lease.scheduler, now)
                 actions.extend(revoked)
             case RenewAsked(lease_id, caller):
                 renewed = self.book.handle(Renew(lease_id, caller, self._terms.lease_s), now)
                 for one in renewed:
                     if isinstance(one, Granted) and one.lease.lease_id == lease_id:
-                        self._failures.pop(caller, None)
+                        self._failures.forget(caller)
                         self._ageing.over((caller, one.lease.kind))
                 self._notice(renewed, now)
                 actions.extend(renewed)
@@ -392,14 +295,7 @@ class Arbiter:
                     self._ageing.over((action.lease.scheduler, action.lease.kind))
                 left_s = action.lease.expires_at - now
                 if left_s <= (1.0 - _TOO_LATE) * self._terms.temporary_lease_s:
-                    self._blame(action.lease.scheduler, now)
-
-    def _blame(self, scheduler: str, now: float) -> None:
-        times = self._failures.pop(scheduler, (0, 0.0))[0] + 1
-        pause_s = pause_after(times - 2, FIRST_PAUSE_S, LONGEST_PAUSE_S) if times > 1 else 0.0
-        self._failures[scheduler] = (times, now + pause_s)
-        while len(self._failures) > _REMEMBERED:
-            del self._failures[next(iter(self._failures))]
+                    self._failures.count(action.lease.scheduler, now)
 
     def _reached(self, scheduler: str, reached: bool, now: float) -> list[ArbiterAction]:
         """Its requests that wait for that are offered something now, or given up."""
@@ -415,7 +311,7 @@ class Arbiter:
         elif self._over and self._better_ones_by(now) is None:
             self._window_ends = now
         if not reached:
-            self._blame(scheduler, now)
+            self._failures.count(scheduler, now)
         for waiting in sorted(late, key=lambda one: self._rank(one, now)):
             if reached:
                 actions.extend(self._offer(waiting, now))
@@ -424,39 +320,8 @@ class Arbiter:
                 actions.append(Ignored(waiting.request.request_id, scheduler, reason))
         return actions
 
-    def _unfit(self, publisher: str, request: WorkerRequest) -> tuple[str, Cause] | None:
-        """Why this worker will never serve ``request``, whatever is free."""
-        if self._closed:
-            return "this worker is drained, or stopping", "closed"
-        if request.scheduler.peer != publisher:
-            return "it names another scheduler than the one that published it", "other"
-        if (request.executor.kind, request.executor.name) not in self._executors:
-            return f"no executor {request.executor.name!r} for {request.executor.kind} jobs here", "executor"
-        if lacking := self._abilities.lacks(request.needs):
-            named = ", ".join(printable(name) for name in lacking)
-            return (
-                f"its job needs what {self._abilities} does not have ({named}); upgrade this worker",
-                "features",
-            )
-        if not is_valid(request.resources) or request.count < 1:
-            return "it asks for amounts that make no sense", "resources"
-        # a comparison with NaN is always False, so each bound is stated as what must hold
-        if not (math.isfinite(request.bid) and request.bid >= 0):
-            return "its bid makes no sense", "price"
-        if not (math.isfinite(request.offer_within_s) and request.offer_within_s > 0):
-            return "it leaves no time for an offer", "other"
-        if not request.bid >= self._terms.floor:
-            return f"its bid is below this worker's floor of {self._terms.floor:g}", "price"
-        if not fits(request.resources, self.book.total):
-            return "it asks for more than this worker has", "resources"
-        return None
-
-    def _too_low(self, request: WorkerRequest, cached: bool) -> tuple[str, Cause] | None:
-        """Why its bid gets no offer at this moment, not even one at another price."""
-        asked = self.pricing.asked_of(request.scheduler.peer, cached)
-        if self._terms.counter or request.bid >= asked:
-            return None
-        return f"its bid is below this worker's price of {asked:g}", "price"
+    def _closed_now(self) -> tuple[str, Cause] | None:
+        return ("this worker is drained, or stopping", "closed") if self._closed else None
 
     def _has_an_offer(self, request: WorkerRequest) -> bool:
         """A temporary lease for its scheduler and class of executor lives."""
@@ -472,9 +337,8 @@ class Arbiter:
             return "a lease for it lives", "duplicate"
         if self._has_an_offer(request):
             return "its scheduler has not answered another offer yet", "duplicate"
-        times, until = self._failures.get(request.scheduler.peer, (0, now))
-        if now < until:
-            return f"{times} offers to its scheduler came to nothing", "other"
+        if (pausing := self._failures.pausing(request.scheduler.peer, now)) is not None:
+            return pausing, "other"
         known = self._waiting.get(key)
         self._unreached.pop(key, None)
         if known is None and len(self._waiting) + len(self._unreached) >= MAX_WAITING:
@@ -512,7 +376,7 @@ class Arbiter:
         if self._has_an_offer(request):
             reason = "its scheduler has not answered another offer yet"
             return [Ignored(request.request_id, scheduler.peer, reason, "duplicate")]
-        if (low := self._too_low(request, contender.cached)) is not None:
+        if (low := self._vetting.too_low(request, contender.cached)) is not None:
             return [Ignored(request.request_id, scheduler.peer, *low)]
         free = self.book.free
         self.gpus.keep_only(lease.lease_id for lease in (*self.book, *self.book.draining))

@@ -16,8 +16,12 @@ from hypha.errors import NetworkError, Refused
 from hypha.leases import Lease, Release
 from hypha.messages import WorkerLeaving
 from hypha.node import Node
-from hypha.worker.leasing.arbiter import OfferFailed
-from hypha.worker.leasing.offers import LeaseService
+from hypha.worker.leasing.events import (
+    OfferFailed,
+)
+from hypha.worker.leasing.service import (
+    LeaseService,
+)
 
 logger = logging.getLogger(__name__)
 
