@@ -32,7 +32,7 @@ from hypha.worker.fetch.connectors import Connectors
 from hypha.worker.jobs.directory import remove_stale
 from hypha.worker.jobs.execution import ExecutionContext
 from hypha.worker.jobs.jobs import Jobs
-from hypha.worker.jobs.starting import RunExecutor, run_process
+from hypha.worker.jobs.starting import ExecutorBackend, run_process
 from hypha.worker.leasing.arbiter import (
     Arbiter,
 )
@@ -47,14 +47,14 @@ from hypha.worker.leasing.service import (
 )
 from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
-from hypha.worker.limits.confining import Means
 from hypha.worker.limits.cores import CorePins
 from hypha.worker.limits.detecting import DetectedMachine, detect, lowered, usable_cores
 from hypha.worker.limits.devices import Visibility, memory_of_each
-from hypha.worker.limits.limits import mechanisms, no_cgroups, suffice
+from hypha.worker.limits.limits import Means, mechanisms, no_cgroups, suffice
 from hypha.worker.limits.quotas import ProjectQuotas, usable_quotas
 from hypha.worker.processes.isolation import check_bubblewrap
 from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.process import Supervision
 from hypha.worker.processes.warm import ExecutorHost, open_host
 from hypha.worker.signals import shown, watch_resources
 from hypha.worker.slices.cache import SliceCache
@@ -116,9 +116,7 @@ async def work(
                         hosts += [] if host is None else [host]
                         run = partial(
                             run_process,
-                            host=host,
-                            running=running,
-                            orphans=orphans if alone else None,
+                            supervision=Supervision(host, running, orphans if alone else None),
                         )
                         async with watch_resources(config.work_dir, lambda: dict(running)):
                             node.health_details.append(lambda: words)
@@ -126,8 +124,7 @@ async def work(
                                 config,
                                 node,
                                 means,
-                                run,
-                                emit_spans=emit_spans,
+                                ExecutorBackend(run, emit_spans),
                                 task_status=task_status,
                             )
 
@@ -194,15 +191,13 @@ async def serve(
     config: WorkerConfig,
     node: Node,
     means: Means,
-    run_executor: RunExecutor = run_process,
+    backend: ExecutorBackend,
     journal: Journal | None = None,
-    emit_spans: EmitSpans | None = None,
     *,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``journal`` is
-    that of its arbiter and its leases; ``emit_spans`` exports the executors' spans; ``gpus`` are those that
-    leases are given, ``quotas`` those of the file system of its ``work_dir``.
+    """Be a worker through ``node``, whose executors ``backend`` runs, until cancelled. ``journal`` is that of
+    its arbiter and its leases.
     """
     bind(worker_peer_id=node.peer_id)
     environment = child_environment()
@@ -220,8 +215,7 @@ async def serve(
         connectors=Connectors(allowance, node.request, node.transfers.pull),
         means=means,
         environment=environment,
-        run_executor=run_executor,
-        emit_spans=emit_spans,
+        backend=backend,
     )
     arbiter = Arbiter(
         WorkerCapacity(

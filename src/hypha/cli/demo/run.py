@@ -34,7 +34,7 @@ from hypha.errors import OutputError
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.staging import StagedDirectory, write_output
 from hypha.worker.processes.keepers import Launch, OwnExecutor
-from hypha.worker.processes.process import run_executor
+from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import SharedHost
 
 POLL_S = 0.2
@@ -130,7 +130,7 @@ async def _evaluate(place: files.DemoFiles, group: Children, host: Path | None) 
         own=OwnExecutor(module),
     )
     shared = None if host is None else SharedHost(host)
-    ended = await run_executor(launch, trio.Event(), GRACE_S, host=shared)
+    ended = await run_executor(launch, trio.Event(), GRACE_S, supervision=Supervision(shared))
     if ended.code:
         raise DemoFailed(f"the evaluation failed with exit code {ended.code}:\n{ended.tail}")
     found: dict[str, Any] = json.loads(ended.tail.splitlines()[-1])

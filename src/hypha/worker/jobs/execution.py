@@ -56,7 +56,6 @@ from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
 from hypha.worker.bridge.feeds import Directives, Feed, FileArrivals
 from hypha.worker.bridge.outbox import Outbox
-from hypha.worker.bridge.spans import EmitSpans
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 from hypha.worker.fetch.local import Keeping, store_local
@@ -64,17 +63,18 @@ from hypha.worker.jobs.deliveries import Deliveries
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.jobs.execution_signals import ExecutionSignals
 from hypha.worker.jobs.inbox import ExecutorInbox
-from hypha.worker.jobs.starting import EndSignals, RunExecutor
+from hypha.worker.jobs.starting import EndSignals, ExecutorBackend
 from hypha.worker.jobs.watch import Patience, Watch, keep_watch
-from hypha.worker.limits.confining import Confined, Means
+from hypha.worker.limits.confining import Confined
 from hypha.worker.limits.devices import GpuShare
+from hypha.worker.limits.limits import Means
 from hypha.worker.limits.usage import Excess
 from hypha.worker.processes.isolation import isolate
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, prepare_launch
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.slices.manifest_check import ManifestCheck
-from hypha.worker.slices.prefetching import SlicePrefetcher
+from hypha.worker.slices.prefetching import SliceDemand, SlicePrefetcher
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +97,7 @@ class ExecutionContext:
     connectors: Connectors
     means: Means
     environment: Mapping[str, str]
-    run_executor: RunExecutor
-    #: exports the executors' own spans; without, they are not asked for any
-    emit_spans: EmitSpans | None = None
+    backend: ExecutorBackend
 
 
 class Execution:
@@ -130,7 +128,7 @@ class Execution:
         self.reported = trio.Event()
         self._directory = JobDirectory.create(context.config.work_dir)
         self.incarnation = self._directory.path.name
-        self._signals = ExecutionSignals(job, self.kind, lease.lease_id, context.emit_spans)
+        self._signals = ExecutionSignals(job, self.kind, lease.lease_id, context.backend.emit_spans)
         self._directives = Directives()
         self._arrivals = FileArrivals(self._directory.path)
         self._outbox = Outbox(self._ask_scheduler, self.kind, self.incarnation)
@@ -154,12 +152,14 @@ class Execution:
                 self._ask_scheduler,
                 context.node.transfers.pull,
                 context.cache,
-                self._directory.part("slices"),
-                self.stamp,
-                job.dataset,
-                self.incarnation,
-                context.config.cache.prefetch_s,
-                self._signals.trace_of,
+                SliceDemand(
+                    dataset=job.dataset,
+                    incarnation=self.incarnation,
+                    directory=self._directory.part("slices"),
+                    stamp=self.stamp,
+                    trace_of=self._signals.trace_of,
+                    prefetch_s=context.config.cache.prefetch_s,
+                ),
                 ManifestCheck(context.node.request, job.dataset, job.manifest_hash),
             )
         self._fetches = 0
@@ -351,7 +351,7 @@ class Execution:
                     nursery.start_soon(self._slices.run)
                 nursery.start_soon(keep_watch, self._watch, kill)
                 nursery.start_soon(confined.watch, exceeded)
-                ended = await self._shop.run_executor(
+                ended = await self._shop.backend.run(
                     self,
                     self._directory.socket_path,
                     replace(launch, output_fields=lambda: self._signals.fields),

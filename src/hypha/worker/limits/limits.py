@@ -21,6 +21,7 @@ from hypha.errors import ConfigError, Problem
 from hypha.messages import Resources
 from hypha.worker.limits.cgroups import GB, Bounds, CgroupPlaces, counted, make_groups, remove_group
 from hypha.worker.limits.cores import CorePins
+from hypha.worker.limits.devices import Visibility
 from hypha.worker.limits.gpus import VISIBLE, Gpu
 from hypha.worker.limits.quotas import ProjectQuotas, Volume
 from hypha.worker.limits.usage import LOOK_S, Excess, Quota, excess
@@ -204,27 +205,33 @@ def _bound(
         return None
 
 
-def apply_limits(
-    mode: Mode,
-    places: CgroupPlaces,
-    name: str,
-    resources: Resources,
-    *,
-    cores: CorePins | None = None,
-    max_processes: int | None = None,
-    quotas: ProjectQuotas | None = None,
-    directories: Sequence[Path] = (),
-) -> Limits:
-    """Limits for an executor under ``resources``; ``name`` names its cgroups. Without ``cores`` it is pinned
-    to none; ``max_processes`` is the owner's own number; ``quotas`` bound what comes into ``directories``.
+@dataclass(frozen=True)
+class Means:
+    """What a worker holds its executors to their leases with: ``cores`` hands out cores where no cgroup
+    counts their use (without, executors are pinned to none), ``max_processes`` is the owner's own number,
+    ``quotas`` are those of the file system of ``work_dir``.
+    """
+
+    mode: Mode = "auto"
+    cgroups: CgroupPlaces = field(default_factory=CgroupPlaces)
+    max_processes: int | None = None
+    gpus: Visibility = field(default_factory=Visibility)
+    cores: CorePins | None = None
+    quotas: ProjectQuotas | None = None
+
+
+def apply_limits(means: Means, name: str, resources: Resources, directories: Sequence[Path] = ()) -> Limits:
+    """Limits for an executor under ``resources``; ``name`` names its cgroups. What comes into ``directories``
+    is bounded by a quota where there are quotas.
 
     Raises :class:`ConfigError` when the configuration insists on cgroups and there are none.
     """
+    mode, places, cores = means.mode, means.cgroups, means.cores
     if mode == "none":
         return Limits(description="no limits: switched off by configuration")
     if mode == "cgroup" and not suffice(places):
         raise no_cgroups()
-    processes = most_processes(resources.cpu, max_processes)
+    processes = most_processes(resources.cpu, means.max_processes)
     groups: tuple[Path, ...] = ()
     if mode != "rlimit" and places:
         try:
@@ -262,7 +269,7 @@ def apply_limits(
             watched = processes
             said.append(f"{processes} processes, watched")
     if resources.storage:
-        limits.project = _bound(quotas, directories, int(resources.storage * GB))
+        limits.project = _bound(means.quotas, directories, int(resources.storage * GB))
         by = "watched" if limits.project is None else "by a project quota"
         said.append(f"{resources.storage:g} GB in its directory, {by}")
     limits.quota = Quota(int(resources.storage * GB), watched)
