@@ -56,13 +56,8 @@ from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.renewal import Renewal, Renewed
 from hypha.scheduler.status.history_file import FILE, HistoryFile, read_history
 from hypha.scheduler.status.round_record import RoundRecord
-from hypha.worker.leasing.arbiter import (
-    Arbiter,
-)
-from hypha.worker.leasing.events import (
-    RenewAsked,
-    RequestHeard,
-)
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.events import RenewAsked, RequestHeard
 from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.storage.replicas import Owner, ReplicaStore

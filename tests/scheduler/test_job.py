@@ -94,15 +94,9 @@ from hypha.scheduler import JobResult, JobSnapshot, Observation, finished_job, r
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
-from hypha.worker.leasing.arbiter import (
-    Arbiter,
-)
-from hypha.worker.leasing.offers import (
-    serve_offers,
-)
-from hypha.worker.leasing.service import (
-    LeaseService,
-)
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.offers import serve_offers
+from hypha.worker.leasing.service import LeaseService
 from hypha.worker.leasing.vetting import WorkerCapacity
 
 MANIFEST = Manifest(

@@ -20,9 +20,7 @@ from hypha.scheduler.leasing.holding import OVERSTAY_S
 from hypha.scheduler.leasing.leases import LeaseLeaving, LeaseLost, PoolEvent
 from hypha.scheduler.leasing.pool import Pool
 from hypha.worker.leasing.leaving import Leaving
-from hypha.worker.leasing.offers import (
-    serve_offers,
-)
+from hypha.worker.leasing.offers import serve_offers
 
 #: Expiry would be noticed by no test here.
 TERMS = OfferConfig(lease_s=600.0, temporary_lease_s=2.0)

@@ -42,15 +42,9 @@ from hypha.scheduler.leasing.events import SearchTimes
 from hypha.scheduler.leasing.leases import LeaseGained, LeaseLost, LeaseSuspect, PoolEvent
 from hypha.scheduler.leasing.pool import Pool
 from hypha.telemetry import instruments as metrics
-from hypha.worker.leasing.arbiter import (
-    Arbiter,
-)
-from hypha.worker.leasing.offers import (
-    serve_offers,
-)
-from hypha.worker.leasing.service import (
-    LeaseService,
-)
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.offers import serve_offers
+from hypha.worker.leasing.service import LeaseService
 from hypha.worker.leasing.vetting import WorkerCapacity
 
 EXECUTORS = (

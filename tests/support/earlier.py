@@ -13,15 +13,9 @@ from hypha.config.offers import OfferConfig
 from hypha.features import Abilities
 from hypha.leases import Lease
 from hypha.messages import PeerRef, WorkerRequest
-from hypha.worker.leasing.arbiter import (
-    Arbiter,
-)
-from hypha.worker.leasing.events import (
-    ArbiterAction,
-)
-from hypha.worker.leasing.service import (
-    LeaseService,
-)
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.events import ArbiterAction
+from hypha.worker.leasing.service import LeaseService
 from hypha.worker.leasing.vetting import WorkerCapacity
 
 

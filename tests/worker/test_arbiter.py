@@ -15,11 +15,7 @@ from hypha.features import NAMES
 from hypha.journal import Journal
 from hypha.leases import Bind, Granted, LeaseEnded, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.worker.leasing.arbiter import (
-    MAX_WAITING,
-    MAX_WAITING_OF_ONE,
-    Arbiter,
-)
+from hypha.worker.leasing.arbiter import MAX_WAITING, MAX_WAITING_OF_ONE, Arbiter
 from hypha.worker.leasing.events import (
     ArbiterAction,
     Close,

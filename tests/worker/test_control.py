@@ -17,13 +17,9 @@ from hypha.errors import HyphaError
 from hypha.journal import Journal
 from hypha.messages import ExecutorDescriptor, Resources
 from hypha.worker.control import Call, serve_control, socket_in, tell
-from hypha.worker.leasing.arbiter import (
-    Arbiter,
-)
+from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.leaving import Leaving
-from hypha.worker.leasing.service import (
-    LeaseService,
-)
+from hypha.worker.leasing.service import LeaseService
 from hypha.worker.leasing.vetting import WorkerCapacity
 
 T = TypeVar("T")

@@ -14,19 +14,9 @@ from hypha.config.offers import OfferConfig, UtilizationConfig
 from hypha.errors import Refused
 from hypha.leases import Lease, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.worker.leasing.arbiter import (
-    Arbiter,
-)
-from hypha.worker.leasing.events import (
-    RenewAsked,
-    RequestHeard,
-    SendOffer,
-)
-from hypha.worker.leasing.service import (
-    MAX_TOLD,
-    LeaseService,
-    granted,
-)
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.events import RenewAsked, RequestHeard, SendOffer
+from hypha.worker.leasing.service import MAX_TOLD, LeaseService, granted
 from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.signals import prices
 

@@ -14,15 +14,8 @@ from hypha.journal import Journal
 from hypha.leases import Release, Tick
 from hypha.messages import ExecutorClass, PeerRef, Resources, WorkerRequest
 from hypha.worker.leasing.ageing import FORGOTTEN_S
-from hypha.worker.leasing.arbiter import (
-    Arbiter,
-)
-from hypha.worker.leasing.events import (
-    Ignored,
-    OfferFailed,
-    RenewAsked,
-    RequestHeard,
-)
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.events import Ignored, OfferFailed, RenewAsked, RequestHeard
 from hypha.worker.leasing.pricing import Pricing, load_of
 
 HALF = Resources(cpu=4, memory=16, gpu=8)

@@ -30,21 +30,15 @@ from hypha.worker.control import serve_control
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 from hypha.worker.jobs.directory import remove_stale
-from hypha.worker.jobs.execution import ExecutionContext
 from hypha.worker.jobs.jobs import Jobs
 from hypha.worker.jobs.starting import ExecutorBackend, run_process
-from hypha.worker.leasing.arbiter import (
-    Arbiter,
-)
+from hypha.worker.jobs.traffic import ExecutionContext
+from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.given import given_leases
 from hypha.worker.leasing.leaving import Leaving
-from hypha.worker.leasing.offers import (
-    serve_offers,
-)
+from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
-from hypha.worker.leasing.service import (
-    LeaseService,
-)
+from hypha.worker.leasing.service import LeaseService
 from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
 from hypha.worker.limits.cores import CorePins

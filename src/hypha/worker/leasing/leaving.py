@@ -16,12 +16,8 @@ from hypha.errors import NetworkError, Refused
 from hypha.leases import Lease, Release
 from hypha.messages import WorkerLeaving
 from hypha.node import Node
-from hypha.worker.leasing.events import (
-    OfferFailed,
-)
-from hypha.worker.leasing.service import (
-    LeaseService,
-)
+from hypha.worker.leasing.events import OfferFailed
+from hypha.worker.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
 

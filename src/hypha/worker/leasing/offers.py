@@ -20,13 +20,7 @@ from hypha.node import Node
 from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import failed, span
 from hypha.tracing.operations import SEND_OFFER
-from hypha.worker.leasing.events import (
-    Ignored,
-    OfferFailed,
-    Reached,
-    RenewAsked,
-    SendOffer,
-)
+from hypha.worker.leasing.events import Ignored, OfferFailed, Reached, RenewAsked, SendOffer
 from hypha.worker.leasing.service import LeaseService, granted
 
 logger = logging.getLogger(__name__)

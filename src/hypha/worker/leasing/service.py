@@ -27,9 +27,7 @@ from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import start_span, traceparent
 from hypha.tracing.operations import EVALUATE
 from hypha.waiting import IDLE_S, Reminder
-from hypha.worker.leasing.arbiter import (
-    Arbiter,
-)
+from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import (
     ArbiterAction,
     ArbiterEvent,
