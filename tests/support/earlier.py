@@ -22,12 +22,12 @@ from hypha.worker.leasing.vetting import WorkerCapacity
 class EarlierLeaseService(LeaseService):
     """Its leases."""
 
-    def hear(
-        self, publisher: str, request: WorkerRequest, heard_in: str | None = None, reached: bool = True
+    def receive(
+        self, publisher: str, request: WorkerRequest, received_in: str | None = None, reached: bool = True
     ) -> list[ArbiterAction]:
         """As its decoder leaves the request."""
         plain = msgspec.structs.replace(request, version="", needs=())
-        return super().hear(publisher, plain, heard_in, reached)
+        return super().receive(publisher, plain, received_in, reached)
 
 
 def earlier_lease_service(

@@ -80,7 +80,7 @@ async def work(
         raise no_cgroups()
     if removed := remove_stale_groups(cgroups):
         logger.info("Removed %d cgroups that workers which were killed have left behind.", removed)
-    # before anybody looks how much room there is
+    # before anybody looks how much space there is
     for path in remove_stale(config.work_dir):
         logger.warning("Removed %s, which an earlier worker left behind.", path)
     machine = await in_thread(detect, config.work_dir, child_environment())
@@ -277,8 +277,8 @@ async def _end_when_left(
     async def when_stopped() -> None:
         await stopped.wait()
         within_s = notice_left_s(config, polled=False)
-        told = "it was told to stop"
-        leaving.begin(STOP_LEAVE_S if within_s is None else within_s, told, patient=within_s is not None)
+        why = "it was told to stop"
+        leaving.begin(STOP_LEAVE_S if within_s is None else within_s, why, patient=within_s is not None)
 
     async def at_notice() -> None:
         notice = await watch_for_notice(config)

@@ -110,13 +110,13 @@ class Connectors:
         match reference:
             case Uri(value=value):
                 fetch = partial(fetch_uri, value, directory, self._allowance)
-                return await _said(_without_secrets(value), directory, job_id, fetch)
+                return await _reminding(_without_secrets(value), directory, job_id, fetch)
             case HuggingFace(repository=repository):
                 fetch = partial(fetch_hub, reference, directory, limit, self._hub_endpoint)
-                return await _said(repository, directory, job_id, fetch)
+                return await _reminding(repository, directory, job_id, fetch)
             case Local(url=url):
                 fetch = partial(fetch_local, url, directory, self._allowance)
-                return await _said(_without_secrets(url), directory, job_id, fetch)
+                return await _reminding(_without_secrets(url), directory, job_id, fetch)
             case Peers():
                 return await self._fetch_peers(reference, directory, job_id)
         raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
@@ -180,12 +180,12 @@ def _without_secrets(address: str) -> str:
     return f"{parts.hostname}{parts.path}" if parts.hostname else parts.path
 
 
-async def _said(
+async def _reminding(
     what: str, directory: Path, job_id: str, fetch: Callable[[], Awaitable[list[Path]]]
 ) -> list[Path]:
-    """What ``fetch`` does; once a minute it is said how far that is."""
+    """What ``fetch`` does; once a minute it is logged how far that is."""
 
-    def say(lasted_s: float) -> None:
+    def log(lasted_s: float) -> None:
         sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
         logger.info(
             "Fetching %s goes on since %s: %.1f MB are here.",
@@ -195,7 +195,7 @@ async def _said(
             extra={"job_id": job_id},
         )
 
-    return await reminded(fetch, say)
+    return await reminded(fetch, log)
 
 
 # --- http(s) -------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ async def fetch_hub(
     own must not open private repositories to other people's jobs. ``endpoint``: default as
     huggingface_hub has it (``HF_ENDPOINT``).
     """
-    # The library cannot be interrupted; after a cancellation its thread ends by itself, unheeded.
+    # The library cannot be interrupted; after a cancellation its thread ends by itself, for nothing.
     return await in_thread(
         _download_repository,
         reference,

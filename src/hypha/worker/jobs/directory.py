@@ -37,7 +37,7 @@ PARTS = ("artifacts", "slices", "incoming", "outgoing")
 #: Of them, those that an executor only reads.
 READ_PARTS = ("artifacts", "slices")
 _PREFIX, _FAILED_PREFIX, _OWN_PREFIX = "hypha-", "failed-hypha-", ".hypha-"
-#: held while the worker lives; and, for a socket with a shorter path, the directory that it is in
+#: held while the worker runs; and, for a socket with a shorter path, the directory that it is in
 _LOCK, _ELSEWHERE = ".lock", ".socket-directory"
 #: of the worker's own directory: what is received, what is fetched, what is sent
 _RECEIVING, _FETCHING, _SENDING = "receiving", "fetching", "sending"
@@ -48,7 +48,7 @@ _SPARE, _MOST_SPARES = ".spare", 4
 class JobDirectory:
     """``work_dir/hypha-<uuid>`` and what is in it; the worker's own files are in ``work_dir/.hypha-<uuid>``.
 
-    That one is locked while its worker lives, which is how another worker process on the same ``work_dir``
+    That one is locked while its worker runs, which is how another worker process on the same ``work_dir``
     tells a stale directory from one in use.
     """
 
@@ -247,7 +247,7 @@ def _own_of(path: Path) -> Path:
 
 
 def _short_places() -> list[Path]:
-    """Where sockets may lie, whatever TMPDIR says: that may be a long path itself."""
+    """Where sockets may lie, whatever TMPDIR is: that may be a long path itself."""
     return [Path(f"/run/user/{os.getuid()}"), Path("/tmp"), Path("/var/tmp"), Path(tempfile.gettempdir())]
 
 

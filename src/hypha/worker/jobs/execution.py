@@ -151,7 +151,9 @@ class Execution:
                 self.reported.set()
                 nursery.cancel_scope.cancel()
         if not self.reported.is_set():
-            logger.warning("The scheduler was not told of the executor's end.", extra=self.traffic.fields)
+            logger.warning(
+                "The executor's end could not be reported to the scheduler.", extra=self.traffic.fields
+            )
 
     async def _run_process(self) -> Exit:
         confined: Confined | None = None
@@ -186,7 +188,7 @@ class Execution:
         kill = trio.Event()
 
         def exceeded(excess: Excess) -> None:
-            # said before the end is, so that the scheduler knows why there is one
+            # reported before the end is, so that the scheduler knows why there is one
             self.traffic.outbox.put(
                 self.traffic.stamp(), ExecutorError(kind=excess.kind, message=excess.message)
             )

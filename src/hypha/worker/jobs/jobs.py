@@ -1,6 +1,6 @@
 """Which job runs under which lease: answers schedulers, starts executors, stops them with their leases.
 
-A dispatch may be repeated without harm. A newer generation of a job replaces an older one; what is said
+A dispatch may be repeated without harm. A newer generation of a job replaces an older one; what is sent
 for another generation than the one that runs is refused as ``stale``.
 """
 
@@ -29,7 +29,7 @@ from hypha.worker.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
 
-#: An executor that was told to stop may hold its resources for this long beyond the grace it is given.
+#: An executor that is being stopped may hold its resources for this long beyond the grace it is given.
 KILL_MARGIN_S = 10.0
 #: Peers whose addresses are learnt before others have their turn: some milliseconds.
 _LEARNT_AT_ONCE = 64
@@ -90,7 +90,7 @@ class Jobs:
                 raise Refused("stale", f"generation {running.traffic.generation} of the job is here")
             same = (lease.lease_id, job.generation) == (running.lease.lease_id, running.traffic.generation)
             # Once the scheduler knows that it ended, the same dispatch again means: start it again. One that
-            # names it means that in any case, and said twice it names one that is not here any more.
+            # names it means that in any case, and repeated it names one that is not here any more.
             known = running.reported.is_set() and not request.instead_of
             if same and not known and request.instead_of != running.traffic.incarnation:
                 return Acknowledged()

@@ -19,7 +19,7 @@ from hypha.worker.processes.process import Exit, Supervision, run_executor
 
 @dataclass(frozen=True)
 class EndSignals:
-    """How an executor is told to end: politely once ``stop`` is set, with ``grace_s`` to do so; not politely
+    """How an executor is ended: politely once ``stop`` is set, with ``grace_s`` to do so; not politely
     once ``kill`` is.
     """
 

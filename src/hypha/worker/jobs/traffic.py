@@ -116,7 +116,7 @@ class ExecutorTraffic:
         self._directives = Directives()
         self._arrivals = FileArrivals(self.directory.path)
         self._deliveries = Deliveries(context.node.transfers.send)
-        # Who takes part; for an aggregate job unknown until the scheduler says so.
+        # Who takes part; for an aggregate job unknown until the scheduler reports it.
         self._partners: frozenset[str] | None = None
         self._joiners: frozenset[str] = frozenset()
         if isinstance(job, TrainJob):
@@ -188,10 +188,10 @@ class ExecutorTraffic:
 
     def steer(self, seq: int, directive: Directive) -> tuple[PeerRef, ...]:
         """Pass on a directive of the scheduler; an old one is ignored. Returns the peers whose addresses it
-        tells: there may be so many that learning them takes seconds.
+        names: there may be so many that learning them takes seconds.
         """
         if isinstance(directive, Rejoin):
-            # before the executor hears of it: it answers in the new generation
+            # before the executor receives it: it replies in the new generation
             self._rejoin(directive)
         if not self._directives.put(seq, directive):
             return ()
@@ -229,8 +229,8 @@ class ExecutorTraffic:
         return await self._context.node.request(self._job.scheduler, request)
 
     async def _gate(self, caller: str, meta: TransferMeta) -> Path:
-        """As the inbox has it; what there is no room for ends the executor, so that the job goes on
-        elsewhere: nobody else could say why nothing arrives here.
+        """As the inbox has it; what there is no space for ends the executor, so that the job goes on
+        elsewhere: nobody else could report why nothing arrives here.
         """
         path = await self._inbox.gate(caller, meta)
         if (lack := lack_of_space(self.directory.path, meta.size)) is not None:
@@ -312,7 +312,7 @@ class ExecutorTraffic:
         if not isinstance(resource, Peers) or not resource.resource or not resource.peers:
             raise Refused("invalid", "files are sent to peers, under a resource's name, or to a local place")
         kind, _, prefix = resource.resource.partition("/")
-        # each once, whatever the executor says
+        # each once, whatever the executor asks for
         receivers = tuple({receiver.peer: receiver for receiver in resource.peers}.values())
         self._check_receivers(kind, receivers)
         name = call.name or path.name
@@ -361,14 +361,14 @@ class ExecutorTraffic:
         """For ``/spans``."""
         self.signals.spans.take(spans)
 
-    def say(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Forward an event of the executor. Raises Refused (``busy``) when too many wait."""
         self.watch.sign(event, trio.current_time())
         if isinstance(event, Alive):
             return
         if not isinstance(event, Progress):
             self.outbox.check_space()
-        self.signals.said(event)
+        self.signals.reported(event)
         round_ = getattr(event, "round", None)
         stamp = self.stamp()
         if isinstance(round_, int):

@@ -1,11 +1,11 @@
 """The worker's arbiter, a pure machine: which scheduler gets an offer of what, and at what price.
 
-Requests heard within a short window compete: those this worker can and wants to serve are ordered by bid per
-weighted unit of what they ask for, and as long as something is free each gets an offer with a temporary lease
-behind it, so nothing is promised twice. A bid counts for more the longer its scheduler has waited here
+Requests received within a short window compete: those this worker can and wants to serve are ordered by bid
+per weighted unit of what they ask for, and as long as something is free each gets an offer with a temporary
+lease behind it, so nothing is promised twice. A bid counts for more the longer its scheduler has waited here
 (:mod:`hypha.worker.leasing.ageing`), so that nobody waits for ever; a lease that runs is never taken away for
-it. A request heard again (schedulers repeat them) gets no second offer while a lease for it lives, and a
-scheduler holds one temporary lease at most for each class of executor. Nothing is held for a scheduler that
+it. A request received again (schedulers repeat them) gets no second offer while there is a lease for it, and
+a scheduler holds one temporary lease at most for each class of executor. Nothing is held for a scheduler that
 cannot be reached: its request waits until it is. One whose offers come to nothing again and again (they
 cannot be delivered, or are kept without an answer) is offered nothing for a while, which grows until it
 accepts one. What a strategy offers:
@@ -62,7 +62,7 @@ from hypha.worker.leasing.events import (
     Reached,
     RenewAsked,
     Reopen,
-    RequestHeard,
+    RequestReceived,
     SendOffer,
 )
 from hypha.worker.leasing.pricing import Pricing, load_of
@@ -75,7 +75,7 @@ NAME = "arbiter"
 MAX_WAITING = 1024
 #: And so many of one scheduler, which publishes one for each class of executor.
 MAX_WAITING_OF_ONE = 4
-#: A temporary lease that is given back unused only after this share of its life came to nothing, too.
+#: A temporary lease that is given back unused only after this share of its time came to nothing, too.
 _TOO_LATE = 0.75
 #: Of the time that a request allows, the share within which a better bidder's connection is waited for.
 _CONNECTED_BY = 0.7
@@ -133,12 +133,13 @@ class Arbiter:
         #: those whose window is over, and whose scheduler is not reached yet
         self._unreached: dict[tuple[str, str], _Waiting] = {}
         self._failures = FailedOffers()
-        self._heard = 0
+        self._received = 0
         self._window_ends: float | None = None
         #: the window is over, and a connection is waited for
         self._over = False
         self._closed = False
-        #: ids of leases, and what the worker said of itself, while the present event was handled
+        #: ids of leases, and the reference that the worker gave of itself, while the present event was
+        #: handled
         self._drawn: list[tuple[str, PeerRef]] = []
 
     @property
@@ -208,7 +209,7 @@ class Arbiter:
     def _apply(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
         actions: list[ArbiterAction] = []
         match event:
-            case RequestHeard(publisher, request, reached, cached):
+            case RequestReceived(publisher, request, reached, cached):
                 actions.extend(self.book.handle(Tick(), now))
                 self._notice(actions, now)
                 refusal = (
@@ -324,17 +325,17 @@ class Arbiter:
         return ("this worker is drained, or stopping", "closed") if self._closed else None
 
     def _has_an_offer(self, request: WorkerRequest) -> bool:
-        """A temporary lease for its scheduler and class of executor lives."""
+        """A temporary lease for its scheduler and class of executor is there."""
         asks = (request.scheduler.peer, request.executor.kind)
         return any((lease.scheduler, lease.kind) == asks and not lease.accepted for lease in self.book)
 
     def _enter(
         self, request: WorkerRequest, reached: bool, cached: bool, now: float
     ) -> tuple[str, Cause] | None:
-        """Put ``request`` into the window, or say why not."""
+        """Put ``request`` into the window, or return why not."""
         key = (request.scheduler.peer, request.request_id)
         if self.book.live_for(*key) is not None:
-            return "a lease for it lives", "duplicate"
+            return "there is a lease for it", "duplicate"
         if self._has_an_offer(request):
             return "its scheduler has not answered another offer yet", "duplicate"
         if (pausing := self._failures.pausing(request.scheduler.peer, now)) is not None:
@@ -346,11 +347,11 @@ class Arbiter:
         of_it = sum(one[0] == key[0] for one in (*self._waiting, *self._unreached))
         if known is None and of_it >= MAX_WAITING_OF_ONE:
             return "its scheduler asks under too many names", "other"
-        self._heard += 1
-        order = self._heard if known is None else known.order
+        self._received += 1
+        order = self._received if known is None else known.order
         waiting = _Waiting(request, now + request.offer_within_s, order, reached, cached)
         self._waiting[key] = waiting
-        self._ageing.heard(waiting.waiter, request.request_id, request.resources, now)
+        self._ageing.received(waiting.waiter, request.request_id, request.resources, now)
         # half of the time it allows is kept for the way: a short deadline shortens the window
         ends = now + min(self._terms.request_window_s, request.offer_within_s / 2)
         self._window_ends = ends if self._window_ends is None else min(self._window_ends, ends)
@@ -406,9 +407,9 @@ class Arbiter:
             price=max(self.pricing.asked_of(scheduler.peer, contender.cached), request.bid),
             expires_at=now,
         )
-        life_s = self._terms.temporary_lease_s
+        temporary_s = self._terms.temporary_lease_s
         actions: list[ArbiterAction] = []
-        for answer in self.book.handle(Reserve(lease, life_s), now):
+        for answer in self.book.handle(Reserve(lease, temporary_s), now):
             if isinstance(answer, Granted):
                 self.gpus.place(lease.lease_id, lease.resources.gpu)
                 offer = WorkerOffer(
@@ -417,13 +418,13 @@ class Arbiter:
                     worker=worker,
                     resources=lease.resources,
                     price=lease.price,
-                    expires_in_s=life_s,
+                    expires_in_s=temporary_s,
                     version=self._abilities.version,
                     features=self._abilities.features,
                 )
                 self._ageing.offered(contender.waiter)
                 # an offer whose lease has ended by then is no offer
-                actions.append(SendOffer(scheduler, offer, min(contender.before, now + life_s)))
+                actions.append(SendOffer(scheduler, offer, min(contender.before, now + temporary_s)))
             elif isinstance(answer, Denied):
                 actions.append(Ignored(request.request_id, scheduler.peer, answer.reason, "resources"))
             else:

@@ -13,7 +13,7 @@ from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, 
 # --- in -----------------------------------------------------------------------------------------------
 
 
-class RequestHeard(Struct, frozen=True, tag="Heard"):
+class RequestReceived(Struct, frozen=True, tag="Heard"):
     """``request`` was published by the authenticated ``publisher``. Unless it is ``reached``, a connection to
     it is being made, and :class:`Reached` follows. ``cached``: slices of its dataset are here.
     """
@@ -69,7 +69,7 @@ class ArbiterBegan(Struct, frozen=True, tag=True):
 
 
 ArbiterEvent = (
-    RequestHeard
+    RequestReceived
     | Reached
     | OfferFailed
     | RenewAsked
@@ -87,7 +87,7 @@ ArbiterEvent = (
 
 
 class SendOffer(Struct, frozen=True, tag=True):
-    """Bring ``offer`` to ``scheduler`` before ``before``, or say :class:`OfferFailed`."""
+    """Bring ``offer`` to ``scheduler`` before ``before``, or report :class:`OfferFailed`."""
 
     scheduler: PeerRef
     offer: WorkerOffer

@@ -37,7 +37,7 @@ async def serve_offers(
     unfit: Callable[[], str | None] = lambda: None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Take part in the market through ``node`` until cancelled; ``started`` once requests are heard.
+    """Take part in the market through ``node`` until cancelled; ``started`` once requests are received.
 
     While ``unfit`` has a reason, nothing is offered.
     """
@@ -92,21 +92,21 @@ async def serve_offers(
             lease_service.run, lambda action: nursery.start_soon(_deliver, node, lease_service, action)
         )
         task_status.started()
-        said = False
-        async for heard in requests:
-            publisher, request = heard.publisher, heard.request
+        warned = False
+        async for received in requests:
+            publisher, request = received.publisher, received.request
             if (reason := unfit()) is not None:
-                if not said:
+                if not warned:
                     logger.error("Nothing is offered: %s.", reason)
-                said = True
+                warned = True
                 WORKER_OFFERS.add(outcome="disk")
                 continue
-            if said:
-                logger.info("There is room again; offers are made.")
-                said = False
+            if warned:
+                logger.info("There is space again; offers are made.")
+                warned = False
             reached = node.is_connected(publisher)
             try:
-                actions = lease_service.hear(publisher, request, heard.traceparent, reached)
+                actions = lease_service.receive(publisher, request, received.traceparent, reached)
             except Exception:  # the edge of a service loop: anybody with a certificate may publish
                 logger.exception(
                     "A request for workers could not be considered.", extra={"peer_id": publisher}
@@ -137,7 +137,7 @@ async def _attempt_delivery(node: Node, lease_service: LeaseService, action: Sen
     while (now := trio.current_time()) < action.before:
         try:
             await _check_role(node, peer, action.before - now)
-            # sent in time; for the answer there is as long as the lease behind the offer lives
+            # sent in time; for the answer there is as long as the lease behind the offer lasts
             await node.request(peer, offer, timeout_s=lease_ends - trio.current_time())
         except Refused as exc:
             reason = str(exc)

@@ -1,7 +1,7 @@
 """A worker's leases, as the rest of it sees them: the arbiter under trio's clock, its actions carried out.
 
-Whoever must stop when a lease ends is told by a plain call that must not block, so however long an executor
-takes to stop, other leases expire on time.
+Whoever must stop when a lease ends is stopped by a plain call that must not block, so however long an
+executor takes to stop, other leases expire on time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hypha.worker.leasing.events import (
     Close,
     Ignored,
     Reopen,
-    RequestHeard,
+    RequestReceived,
     SendOffer,
 )
 from hypha.worker.leasing.pricing import Pricing
@@ -44,7 +44,7 @@ from hypha.worker.limits.devices import GpuShare
 logger = logging.getLogger(__name__)
 
 #: So many different lacks of features are logged.
-MAX_TOLD = 64
+MAX_LOGGED = 64
 
 
 class LeaseService:
@@ -73,7 +73,7 @@ class LeaseService:
         #: lease of an offer -> ``traceparent`` of the span in which its request was weighed
         self._evaluated_in: dict[str, str] = {}
         #: what this version lacks, as it was logged
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         #: notes everything that happens to leases
         self.changes = Changes()
 
@@ -146,12 +146,12 @@ class LeaseService:
         """An executor whose lease is over has not ended yet."""
         return bool(self._arbiter.book.draining)
 
-    def hear(
-        self, publisher: str, request: WorkerRequest, heard_in: str | None = None, reached: bool = True
+    def receive(
+        self, publisher: str, request: WorkerRequest, received_in: str | None = None, reached: bool = True
     ) -> list[ArbiterAction]:
         """A request for workers was published by the authenticated ``publisher``, and received in the span
-        that ``heard_in``, a ``traceparent``, names. Unless it is ``reached``, whether it can be is told next.
-        As :meth:`handle`.
+        that ``received_in``, a ``traceparent``, names. Unless it is ``reached``, whether it can be is
+        reported next. As :meth:`handle`.
         """
         self._requests += 1
         key = (publisher, request.request_id)
@@ -162,7 +162,7 @@ class LeaseService:
             "hypha.request": request.request_id,
             "hypha.executor.class": request.executor.kind,
         }
-        self._evaluating[key] = start_span(EVALUATE, attributes, parent=heard_in)
+        self._evaluating[key] = start_span(EVALUATE, attributes, parent=received_in)
         logger.debug(
             "A scheduler looks for %d workers for %s jobs with %s, at %g.",
             request.count,
@@ -172,14 +172,14 @@ class LeaseService:
             extra={"request_id": request.request_id, "peer_id": publisher},
         )
         cached = request.dataset is not None and request.dataset in self._datasets()
-        return self.handle(RequestHeard(publisher, request, reached, cached))
+        return self.handle(RequestReceived(publisher, request, reached, cached))
 
     def evaluated_in(self, lease_id: str) -> str | None:
         """The ``traceparent`` of the span that the offer of that lease came out of; returned once."""
         return self._evaluated_in.pop(lease_id, None)
 
     def handle(self, event: ArbiterEvent) -> list[ArbiterAction]:
-        """Tell the arbiter; say and do what follows, but for offers, which the loop delivers."""
+        """Pass on to the arbiter, and do what follows, but for offers, which the loop delivers."""
         actions = self._arbiter.handle(event, trio.current_time())
         for action in actions:
             match action:
@@ -201,14 +201,14 @@ class LeaseService:
                         evaluating.set_attributes({"hypha.outcome": cause, "hypha.reason": reason})
                         evaluating.end()
                 case Granted() | Denied():
-                    pass  # what whoever asked is told, from what is returned
+                    pass  # whoever asked replies with what is returned
         self._wake.set()
         self.changes.note()
         return actions
 
     async def run(self, deliver: Callable[[SendOffer], None]) -> None:
         """Let time pass for the arbiter; hand each offer to ``deliver``, which must not block."""
-        # while nothing is leased that is said, less and less often
+        # while nothing is leased that is logged, less and less often
         idle = Reminder(longest_s=IDLE_S)
         while True:
             self.handle(Tick())
@@ -217,23 +217,23 @@ class LeaseService:
             outbox, self._outbox = self._outbox, []
             for offer in outbox:
                 deliver(offer)
-            self._say_idle(idle)
+            self._log_idle(idle)
             next_wake = self._arbiter.next_wake
             with trio.move_on_at(min(idle.next_at, math.inf if next_wake is None else next_wake)):
                 await wake.wait()
 
-    def _say_idle(self, idle: Reminder) -> None:
+    def _log_idle(self, idle: Reminder) -> None:
         if any(lease.accepted for lease in self._arbiter.book):
             idle.reset()
             self._requests, self._no_offer = 0, ""
         elif idle.due():
-            heard = f"{self._requests} requests were heard" if self._requests else "none was heard"
+            received = f"{self._requests} requests were received" if self._requests else "none was received"
             logger.info(
                 "Nothing is leased: waiting for a scheduler's request that fits %s; %s%s.",
                 " ".join(
                     f"{name}={amount:g}" for name, amount in structs.asdict(self.free).items() if amount
                 ),
-                heard,
+                received,
                 f", and the last got no offer: {self._no_offer}" if self._no_offer else "",
             )
 
@@ -253,12 +253,12 @@ class LeaseService:
                 self._evaluated_in[offer.lease_id] = parent
 
     def _level(self, reason: str, cause: Cause) -> int:
-        """Requests are repeated; what this version lacks is told once, and only so much of it: it is peers
+        """Requests are repeated; what this version lacks is logged once, and only so much of it: it is peers
         who name it.
         """
-        if cause != "features" or reason in self._told or len(self._told) >= MAX_TOLD:
+        if cause != "features" or reason in self._logged or len(self._logged) >= MAX_LOGGED:
             return logging.DEBUG
-        self._told.add(reason)
+        self._logged.add(reason)
         return logging.WARNING
 
     def _granted(self, event: Bind | Hold) -> Lease:

@@ -1,7 +1,7 @@
 """Everything that holds one executor to its lease: made before it starts, gone when it has ended.
 
 The kernel's part are :class:`~hypha.worker.limits.limits.Limits`, and what its environment shows of the GPUs;
-the rest the worker watches. :attr:`Confined.excess` says what it was ended, or denied something, for.
+the rest the worker watches. :attr:`Confined.excess` tells what it was ended, or denied something, for.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Confined:
         self._keeper = keeper
 
     async def watch(self, exceeded: Callable[[Excess], None]) -> None:
-        """Look at what no kernel bounds, and tell when it is too much; no simulated executor has that."""
+        """Look at what no kernel bounds, and report when it is too much; no simulated executor has that."""
 
         def found(excess: Excess) -> None:
             self.excess = excess

@@ -27,7 +27,7 @@ _ROUNDING = 0.01
 
 @dataclass(frozen=True)
 class Roots:
-    """Where the kernel tells of itself."""
+    """Where the kernel describes itself."""
 
     cgroups: Path = Path("/sys/fs/cgroup")
     proc: Path = Path("/proc")
@@ -53,7 +53,7 @@ class DetectedMachine:
 
     @property
     def gpu_known(self) -> bool:
-        """False when there are GPUs and the memory of one of them is not told."""
+        """False when there are GPUs and the memory of one of them is not known."""
         return all(one.memory_bytes for one in self.gpus)
 
     @property
@@ -91,7 +91,7 @@ class Claim:
 def lowered(configured: Resources, machine: DetectedMachine) -> tuple[Resources, tuple[Claim, ...]]:
     """What may be offered of ``configured`` on ``machine``, and what of it is more than there is.
 
-    GPU memory that the driver does not tell is taken from the configuration.
+    GPU memory that the driver does not report is taken from the configuration.
     """
     there, about = machine.resources, machine.describe()
     offered, claims = {}, []
@@ -112,7 +112,7 @@ def detect(
     work_dir: Path, environment: Mapping[str, str] | None = None, roots: Roots | None = None
 ) -> DetectedMachine:
     """All there is, for a process with ``environment``. ``work_dir`` need not exist; what the slice cache in
-    it holds counts as free, as it makes room. Blocks for some milliseconds.
+    it holds counts as free, as it is deleted for other data. Blocks for some milliseconds.
     """
     roots = roots or Roots()
     cpu, cpu_by = _least([_cores(), *_cpu_limits(roots)])

@@ -4,7 +4,7 @@ Each resource by itself: memory, cores and the number of processes by cgroups (v
 the controller); else memory by a resource limit of each process, cores by affinity, processes and disk by the
 worker's own look at them (:mod:`hypha.worker.limits.usage`). Thread counts are set in any case, so that
 numeric libraries do not start a thread a core of a machine they have two cores of. An amount of 0 in the
-lease means that nothing was said about it, and nothing is enforced. :func:`mechanisms` says what is in force.
+lease means that it was not limited, and nothing is enforced. :func:`mechanisms` says what is in force.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Limits:
 
     def denied(self) -> Excess | None:
         """What these cgroups have denied the executor, in words that say what helps. One that was killed by
-        anybody else is not told that it was for want of memory.
+        anybody else is not reported as one that it was for want of memory.
         """
         for group in self.groups:
             # v2 and v1 give the file other names and write the same line
@@ -244,34 +244,34 @@ def apply_limits(means: Means, name: str, resources: Resources, directories: Seq
     else:
         places = CgroupPlaces()
     limits = Limits("", _threads(resources), groups)
-    said: list[str] = []
+    parts: list[str] = []
     if resources.memory:
         if version := places.version("memory"):
-            said.append(f"{resources.memory:g} GB memory by cgroup {version}")
+            parts.append(f"{resources.memory:g} GB memory by cgroup {version}")
         elif _LINUX:
             # RLIMIT_DATA counts private writable memory; RLIMIT_AS would also count CUDA's and torch's
             # large reservations of mere address space.
             limits.rlimits = (("RLIMIT_DATA", int(resources.memory * GB)),)
-            said.append(f"{resources.memory:g} GB memory of each process by a resource limit")
+            parts.append(f"{resources.memory:g} GB memory of each process by a resource limit")
     if resources.cpu:
         if version := places.version("cpu"):
-            said.append(f"{resources.cpu:g} cores by cgroup {version}")
+            parts.append(f"{resources.cpu:g} cores by cgroup {version}")
         else:
             limits.pins, limits.cores = cores, cores.pin(resources.cpu) if cores is not None else ()
             by = f"affinity ({','.join(map(str, limits.cores))}) and thread counts" if limits.cores else ""
-            said.append(f"{resources.cpu:g} cores by {by or 'thread counts'}")
+            parts.append(f"{resources.cpu:g} cores by {by or 'thread counts'}")
     watched = 0
     if processes:
         if version := places.version("pids"):
             limits.processes = processes
-            said.append(f"{processes} processes by cgroup {version}")
+            parts.append(f"{processes} processes by cgroup {version}")
         elif _LINUX:
             watched = processes
-            said.append(f"{processes} processes, watched")
+            parts.append(f"{processes} processes, watched")
     if resources.storage:
         limits.project = _bound(means.quotas, directories, int(resources.storage * GB))
         by = "watched" if limits.project is None else "by a project quota"
-        said.append(f"{resources.storage:g} GB in its directory, {by}")
+        parts.append(f"{resources.storage:g} GB in its directory, {by}")
     limits.quota = Quota(int(resources.storage * GB), watched)
-    limits.description = ", ".join(said) or "no limits: the lease reserves nothing that can be enforced"
+    limits.description = ", ".join(parts) or "no limits: the lease reserves nothing that can be enforced"
     return limits

@@ -84,7 +84,7 @@ def _without_token(reference: Reference | None) -> Reference | None:
 @dataclass(frozen=True)
 class Exit:
     """How an executor ended: its exit code (negative: the signal that killed it), its last lines, and
-    whether that was because it was told to stop.
+    whether that was because it was stopped.
     """
 
     code: int
@@ -256,7 +256,7 @@ async def _attend(
     drained = trio.Event()
     stopped = False
 
-    async def stop_when_told() -> None:
+    async def stop_when_set() -> None:
         nonlocal stopped
         await stop.wait()
         stopped = True
@@ -264,8 +264,8 @@ async def _attend(
         await trio.sleep(grace_s)
         await end_keeper(keeper)
 
-    async def kill_when_told(told: trio.Event) -> None:
-        await told.wait()
+    async def kill_when_set(asked: trio.Event) -> None:
+        await asked.wait()
         await end_keeper(keeper)
 
     async def read() -> None:
@@ -275,9 +275,9 @@ async def _attend(
 
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stop_when_told)
+            nursery.start_soon(stop_when_set)
             if kill is not None:
-                nursery.start_soon(kill_when_told, kill)
+                nursery.start_soon(kill_when_set, kill)
             nursery.start_soon(read)
             task_status.started(keeper.pid)
             await keeper.wait()

@@ -9,8 +9,8 @@ on.
 
 When the job goes on from a theta that this worker's work is not in, the scheduler has taken back the slices
 it had assigned until then. What was asked for before is then dropped here too, and nothing is handed out
-until the executor has said that it started over (:meth:`SlicePrefetcher.start_over`, ``resume``), so that
-it cannot mistake a new slice for one to drop. Each slice says under which round, and which attempt at it, it
+until the executor has reported that it started over (:meth:`SlicePrefetcher.start_over`, ``resume``), so that
+it cannot mistake a new slice for one to drop. Each slice tells under which round, and which attempt at it, it
 was asked for.
 """
 
@@ -123,7 +123,7 @@ class SlicePrefetcher:
         #: when slices were handed out
         self._used_at: deque[float] = deque(maxlen=_PACES + 1)
         self._avoided: dict[str, float] = {}
-        #: what was said last of a slice that the manifest does not know
+        #: the last log line about a slice that the manifest does not know
         self._foreign = ""
         self._changed = trio.Event()
         self._handed_out: list[Path] = []
@@ -214,7 +214,7 @@ class SlicePrefetcher:
         ):
             self._asking = scope
             backoff = Backoff(FIRST_RETRY_S, MAX_PULL_RETRY_S)
-            told = ""
+            logged = ""
             patience_s = STILL_S
             while True:
                 assigned = await self._ask_until_assigned()
@@ -230,13 +230,13 @@ class SlicePrefetcher:
                         or await self._pull_from_any(assigned, path, patience_s)
                     ):
                         if scope.cancel_called:
-                            # dropped after the last moment at which trio could have said so
+                            # dropped after the last moment at which trio could have raised it
                             path.unlink(missing_ok=True)
                             return None
                         return PrefetchedSlice(path, assigned, self._pending)
                 except (OSError, ValueError) as exc:  # the disk, or a hash that is none
-                    if str(exc) != told:
-                        told = str(exc)
+                    if str(exc) != logged:
+                        logged = str(exc)
                         fields = {"job_id": self._demand.stamp().job_id, "dataset": assigned.dataset}
                         logger.error("Slice %d cannot be stored: %s", assigned.index, exc, extra=fields)
                 # Providers may come and go, so ask again; the same seq gets the same slice.
@@ -265,7 +265,7 @@ class SlicePrefetcher:
                     pause_s,
                     extra={"job_id": stamp.job_id},
                 )
-                # a scheduler that comes back says so
+                # a scheduler that comes back reports so
                 with trio.move_on_after(pause_s):
                     await self._another_generation.wait()
                 continue

@@ -226,8 +226,8 @@ class ReplicaStore:
                 raise Refused("stale", f"generation {job.generation} of the job has been here")
             index = job.incoming.index
             for file in index.files:
-                said = (f"{index.round}/{file.name}", file.size, file.blake3)
-                if (meta.name, meta.size, meta.blake3) == said:
+                announced = (f"{index.round}/{file.name}", file.size, file.blake3)
+                if (meta.name, meta.size, meta.blake3) == announced:
                     return job, job.incoming, file
         raise Refused("uninvited", f"nobody announced the checkpoint file {meta.name}")
 
@@ -241,7 +241,7 @@ class ReplicaStore:
         return job
 
     def _expect(self, job: _Job, index: CheckpointIndex, keep: set[int]) -> None:
-        """Make room, and begin; what was on its way before is given up."""
+        """Make space, and begin; what was on its way before is given up."""
         job.incoming = None
         shutil.rmtree(self._incoming(job), ignore_errors=True)
         if any(round_ in keep and round_ != index.round for round_ in job.complete):
@@ -338,7 +338,7 @@ class ReplicaStore:
 
 @contextmanager
 def _disk(directory: Path) -> Iterator[None]:
-    """What the disk says, as a refusal."""
+    """An error of the disk, as a refusal."""
     try:
         yield
     except OSError as exc:

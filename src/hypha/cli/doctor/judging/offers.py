@@ -26,7 +26,7 @@ from hypha.scheduler.durable.starts import described
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Advertise, Decline, Offered, Search, SearchTimes, Want
 from hypha.worker.leasing.arbiter import Arbiter
-from hypha.worker.leasing.events import Ignored, RequestHeard, SendOffer
+from hypha.worker.leasing.events import Ignored, RequestReceived, SendOffer
 from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.limits.detecting import DetectedMachine
 from hypha.worker.limits.devices import memory_of_each
@@ -108,7 +108,7 @@ def _outcome(
     )
     request = published.request(_SCHEDULER)
     decided = [
-        *arbiter.handle(RequestHeard(_SCHEDULER.peer, request), 0.0),
+        *arbiter.handle(RequestReceived(_SCHEDULER.peer, request), 0.0),
         *arbiter.handle(Tick(), min(worker.offer.request_window_s, request.offer_within_s / 2)),
     ]
     for one in decided:
