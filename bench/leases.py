@@ -28,7 +28,9 @@ from hypha.scheduler.descriptions import searches_for
 from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.pool import Pool
 from hypha.worker.leasing.arbiter import Arbiter
-from hypha.worker.leasing.offers import LeaseService, serve_offers
+from hypha.worker.leasing.offers import serve_offers
+from hypha.worker.leasing.service import LeaseService
+from hypha.worker.leasing.vetting import WorkerCapacity
 
 WORKERS = 20
 PROCESSES = 2
@@ -56,7 +58,9 @@ async def workers(files: NodeFiles, ready: Callable[[Any], None]) -> None:
 async def _worker(files: NodeFiles, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     async with open_node(options(files, "hypha-worker")) as node, trio.open_nursery() as nursery:
         # room for one executor of each kind, as on a machine that may host the parameter server too
-        arbiter = Arbiter(Resources(cpu=2, memory=2, storage=1), _EXECUTORS, OfferConfig(), node.ref)
+        arbiter = Arbiter(
+            WorkerCapacity(Resources(cpu=2, memory=2, storage=1), _EXECUTORS), OfferConfig(), node.ref
+        )
         await nursery.start(serve_offers, node, LeaseService(arbiter, _ignore))
         await node.wait_connected()
         task_status.started()

@@ -14,7 +14,7 @@ ROWS = (
     {"cli"},
     {"simulation"},
     {"gateway", "scheduler", "worker", "data"},
-    {"net", "telemetry", "pki", "leases", "resources", "places", "durable", "sinks"},
+    {"net", "telemetry", "pki", "leases", "resources", "places", "sinks"},
     {
         "access",
         "backoff",
@@ -25,9 +25,11 @@ ROWS = (
         "config",
         "contributions",
         "decoding",
+        "disks",
         "errors",
         "node",
         "runtime",
+        "staging",
         "journal",
         "keeper",
         "left_out",
@@ -54,6 +56,9 @@ SIDEWAYS = {
     ("decoding", "errors"),
     ("forking", "keeper"),
     ("config", "decoding"),
+    ("runtime", "disks"),
+    ("staging", "disks"),
+    ("journal", "staging"),
 }
 #: Libraries that one room alone imports.
 OWNERS = {

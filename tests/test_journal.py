@@ -26,7 +26,7 @@ from hypha.scheduler.leasing.events import Gained, LeaseFailed, Offered, Search,
 from hypha.scheduler.leasing.renewal import ConnectionLost, Renewal, RenewalFailed, Renewed
 from hypha.scheduler.rounds.events import Fail, Publish, Record
 from hypha.scheduler.rounds.events import TimePassed as RoundTick
-from hypha.worker.leasing.arbiter import OfferFailed, RenewAsked
+from hypha.worker.leasing.events import OfferFailed, RenewAsked
 
 
 def eventful(journal: Journal, seed: int = 5) -> World:

@@ -1,4 +1,4 @@
-"""Files below a directory that somebody else writes to: opened, linked and moved without following a link.
+"""Files below a directory that somebody else writes to, opened, linked and moved without following a link.
 
 Whoever may write to a directory may replace any name in it by a symbolic link, at any moment: a path that
 was looked at is another one when it is opened. Here each component is opened by itself, relative to the one
@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: A FIFO that nobody writes to must not hold up whoever opens it.
@@ -24,6 +24,16 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 MAX_LINKED, MAX_DEPTH = 10_000, 32
 #: What link(2) says where a file system has no hard links, or no more for this file.
 _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP)
+
+
+def relative_path(name: str) -> PurePosixPath:
+    """``name``, which somebody else made up, as a path that stays below a directory; ValueError if it does
+    not, or is none of a file.
+    """
+    path = PurePosixPath(name)
+    if not path.name or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"{name!r} is no relative path without '..'")
+    return path
 
 
 @contextmanager

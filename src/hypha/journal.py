@@ -21,6 +21,8 @@ from typing import Any
 
 import msgspec
 
+from hypha.staging import StagedFile
+
 logger = logging.getLogger("hypha.journal")
 
 #: entries kept in memory
@@ -151,12 +153,11 @@ def write_entries(path: Path, about: object, entries: Sequence[JournalEntry]) ->
     """Write ``entries``, after a line with what they are ``about``; whole or not at all. Blocks; raises
     OSError.
     """
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(encode_line({"about": about}) + b"\n")
+    with StagedFile(path) as staged:
+        staged.file.write(encode_line({"about": about}) + b"\n")
         for entry in entries:
-            file.write(entry.line() + b"\n")
-    part.replace(path)
+            staged.file.write(entry.line() + b"\n")
+        staged.publish()
 
 
 def _size_of(entry: JournalEntry) -> int:

@@ -10,7 +10,6 @@ context variable: tasks inherit it from whoever started them.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,11 @@ from typing import TypeVar, TypeVarTuple
 from uuid import UUID
 
 import trio
+
+from hypha import disks
+
+#: Left to others. More than transfers leave, so that a full disk is noticed here first, by name.
+RESERVE_BYTES = 32 << 20
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -52,8 +56,7 @@ class Runtime:
 
     def free_bytes(self, directory: Path) -> int:
         """What an ordinary user may still write to the file system of ``directory``. Raises OSError."""
-        found = os.statvfs(directory)
-        return found.f_bavail * found.f_frsize
+        return disks.free_bytes(directory)
 
     def wall_time(self) -> float:
         """Seconds since 1970, as far as this machine knows. It may jump: for the age of files alone."""
@@ -101,6 +104,20 @@ def new_id() -> str:
 def free_bytes(directory: Path) -> int:
     """As :meth:`Runtime.free_bytes`."""
     return _current.get().free_bytes(directory)
+
+
+def lack_of_space(directory: Path, size: int = 0) -> str | None:
+    """Why ``size`` more bytes do not fit into the existing ``directory``; None when they do. Asked before
+    something is taken on that could not be written.
+    """
+    try:
+        free = free_bytes(directory)
+    except OSError as exc:
+        return f"{directory} cannot be used: {exc.strerror or exc}"
+    if free >= size + RESERVE_BYTES:
+        return None
+    needed = f"{size / 1e6:.1f} MB are needed and " if size else ""
+    return f"the disk of {directory} is full: {needed}{free / 1e6:.1f} MB are free; make space there"
 
 
 def is_simulated() -> bool:

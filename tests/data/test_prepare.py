@@ -19,9 +19,9 @@ from tests.data.reading import read_dataset
 
 from hypha.data import PrepareOptions, load_dataset_directory, prepare, verify
 from hypha.data.labels import read_labels
-from hypha.data.locks import take
 from hypha.data.manifest import MANIFEST_FILE, read_manifest
 from hypha.data.preparing import staging
+from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, InputUnusable
 from hypha.manifests import manifest_hash
 from hypha.messages import ClassNames, Column
@@ -196,7 +196,7 @@ def test_whoever_the_umask_lets_read_can_serve_it(
 @contextlib.contextmanager
 def served(directory: Path) -> Iterator[None]:
     """What a data node does with what it serves."""
-    handle = take(directory, fcntl.LOCK_SH)
+    handle = lock(directory, fcntl.LOCK_SH)
     assert handle is not None
     try:
         yield
@@ -306,7 +306,7 @@ def test_a_run_that_removes_leftovers_while_another_begins(
     monkeypatch.setattr(module, name, overtaken)
     with staging.Staging(tmp_path / "out", force=False) as second, first[0]:
         assert second.directory.is_dir()
-        assert take(second.directory, fcntl.LOCK_EX) is None
+        assert lock(second.directory, fcntl.LOCK_EX) is None
         assert first[0].directory.is_dir()
         (second.directory / MANIFEST_FILE).write_text("second")
         second.publish()
@@ -331,86 +331,6 @@ def test_where_there_are_no_locks_nothing_is_removed_but_what_was_replaced_is_re
     prepare(options(tmp_path, *digits(tmp_path / "in"), seed=1, force=True))
     assert load_dataset_directory(tmp_path / "out").manifest_hash != first.manifest_hash
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.preparing-2", "in", "out"]
-
-
-KILLED_AT_EACH_LINE = """
-import os, signal, sys
-from pathlib import Path
-from hypha.data.preparing import staging
-from hypha.errors import InputUnusable
-
-target = Path(sys.argv[1])
-if sys.argv[2] == "two renames":
-    staging.exchange = lambda one, other: False
-
-
-def replace(content, last):
-    seen = 0
-
-    def trace(frame, event, argument):
-        nonlocal seen
-        if frame.f_code.co_filename != staging.__file__:
-            return None
-        if event == "line":
-            seen += 1
-            if seen == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return trace
-
-    with staging.Staging(target, force=True) as made:
-        (made.directory / "manifest.json").write_text(content)
-        sys.settrace(trace)
-        made.publish()
-        sys.settrace(None)
-    os._exit(0)
-
-
-content, line, status = "0", 0, signal.SIGKILL
-while status == signal.SIGKILL:
-    line += 1
-    child = os.fork()
-    if child == 0:
-        try:
-            replace(str(line), line)
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    try:
-        # what the next run does first
-        with staging.Staging(target, force=False):
-            sys.exit(f"lost, when killed before line {line} of publish")
-    except InputUnusable:
-        found = (target / "manifest.json").read_text()
-    assert found in (content, str(line)), found
-    content = found
-assert (status, found) == (0, str(line))
-print(line)
-"""
-
-
-@pytest.mark.parametrize("how", ["exchange", "two renames"])
-def test_a_dataset_survives_that_its_replacement_is_killed_anywhere(tmp_path: Path, how: str) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / MANIFEST_FILE).write_text("0")
-    command = [sys.executable, "-c", KILLED_AT_EACH_LINE, str(target), how]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 10
-    with staging.Staging(target, force=True):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_directories_change_names_at_once(tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    if not staging.exchange(tmp_path / "one", tmp_path / "other"):
-        pytest.skip("this system cannot exchange two names")
-    assert [(tmp_path / name / "file").read_text() for name in ("one", "other")] == ["other", "one"]
-    assert not staging.exchange(tmp_path / "one", tmp_path / "absent")
-    assert (tmp_path / "one" / "file").read_text() == "other"
 
 
 SLOW = """

@@ -17,11 +17,11 @@ from tests.support.signals import Signals
 
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data import Dataset, PrepareOptions, load_dataset_directory, prepare, read_manifest, run_data
-from hypha.data.locks import take
 from hypha.data.preparing.staging import Staging
 from hypha.data.serving import serve
 from hypha.data.serving.serve import Shelf, load_datasets
 from hypha.data.serving.served import ServedSlices
+from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, InputUnusable, PeerUnreachable, Refused
 from hypha.messages import (
     DatasetDescription,
@@ -260,7 +260,7 @@ async def test_a_dataset_that_stays_locked_is_a_problem_like_any_other(
     network: Network, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "LOCK_TIMEOUT_S", 0.1)
-    replacing = take(dataset.directory, fcntl.LOCK_EX)
+    replacing = lock(dataset.directory, fcntl.LOCK_EX)
     assert replacing is not None
     with trio.fail_after(20), pytest.raises(ConfigError) as caught:
         await run_data(config(network, [NOWHERE], dataset.directory, tmp_path / "absent"))
@@ -278,7 +278,7 @@ async def test_a_dataset_that_is_just_being_replaced_is_waited_for(
 ) -> None:
     caplog.set_level(logging.INFO)
     load_dataset_directory(write_slices(tmp_path / "new", count=1, seed=1), "set")
-    replacing = take(dataset.directory, fcntl.LOCK_EX)
+    replacing = lock(dataset.directory, fcntl.LOCK_EX)
     assert replacing is not None
     started = trio.Event()
 
@@ -296,8 +296,8 @@ async def test_a_dataset_that_is_just_being_replaced_is_waited_for(
         with trio.fail_after(20):
             await started.wait()
         # the new one is locked, not the old one
-        assert take(dataset.directory, fcntl.LOCK_EX) is None
-        free = take(tmp_path / "old", fcntl.LOCK_EX)
+        assert lock(dataset.directory, fcntl.LOCK_EX) is None
+        free = lock(tmp_path / "old", fcntl.LOCK_EX)
         assert free is not None
         os.close(free)
         nursery.cancel_scope.cancel()

@@ -97,7 +97,7 @@ async def test_a_workers_disk_is_full_and_emptied_again(small: Small) -> None:
     await system.reached(scheduler, lambda seen: seen.round >= alone.round + 2)
     assert worker.process.poll() is None
     disk.make_space()
-    await system.logged(worker, "There is room again")
+    await system.logged(worker, "There is space again")
     back = await system.reached(
         scheduler, lambda seen: len(seen.workers) == 2 and all(worker.batches for worker in seen.workers)
     )

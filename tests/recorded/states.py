@@ -56,7 +56,9 @@ from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.renewal import Renewal, Renewed
 from hypha.scheduler.status.history_file import FILE, HistoryFile, read_history
 from hypha.scheduler.status.round_record import RoundRecord
-from hypha.worker.leasing.arbiter import Arbiter, RenewAsked, RequestHeard
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.events import RenewAsked, RequestReceived
+from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.storage.replicas import Owner, ReplicaStore
 
@@ -236,7 +238,11 @@ def _write_journal(path: Path) -> None:
     allocator = Allocator([ask], journal=journal)
     allocator.handle(Want("train", 1), 100.0)
     arbiter = Arbiter(
-        Resources(cpu=2, memory=8), [descriptor()], OfferConfig(), peer, lambda: LEASE, journal=journal
+        WorkerCapacity(Resources(cpu=2, memory=8), [descriptor()]),
+        OfferConfig(),
+        peer,
+        lambda: LEASE,
+        journal=journal,
     )
     asked = WorkerRequest(
         request_id="request",
@@ -248,7 +254,7 @@ def _write_journal(path: Path) -> None:
         offer_within_s=0.5,
         dataset="tiny",
     )
-    arbiter.handle(RequestHeard("S", asked), 100.0)
+    arbiter.handle(RequestReceived("S", asked), 100.0)
     [sent] = [action for action in arbiter.handle(Tick(), 100.3) if hasattr(action, "offer")]
     offer: WorkerOffer = sent.offer
     allocator.handle(Offered(PEER, offer), 100.35)

@@ -94,7 +94,9 @@ from hypha.scheduler.durable.ledger import Ledger
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
 from hypha.worker.leasing.arbiter import Arbiter
-from hypha.worker.leasing.offers import LeaseService, serve_offers
+from hypha.worker.leasing.offers import serve_offers
+from hypha.worker.leasing.service import LeaseService
+from hypha.worker.leasing.vetting import WorkerCapacity
 
 MANIFEST = Manifest(
     name="digits",
@@ -454,7 +456,7 @@ async def actor(
 
         terms = OfferConfig(lease_s=15.0, temporary_lease_s=5.0)
         total = Resources(cpu=2, memory=8, storage=1)
-        lease_service = lease_service_of(total, executors, terms, node.ref, on_expired=ended)
+        lease_service = lease_service_of(WorkerCapacity(total, executors), terms, node.ref, on_expired=ended)
         play.lease_service = lease_service
         await nursery.start(serve_offers, node, lease_service)
         yield play

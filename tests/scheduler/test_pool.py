@@ -43,7 +43,9 @@ from hypha.scheduler.leasing.leases import LeaseGained, LeaseLost, LeaseSuspect,
 from hypha.scheduler.leasing.pool import Pool
 from hypha.telemetry import instruments as metrics
 from hypha.worker.leasing.arbiter import Arbiter
-from hypha.worker.leasing.offers import LeaseService, serve_offers
+from hypha.worker.leasing.offers import serve_offers
+from hypha.worker.leasing.service import LeaseService
+from hypha.worker.leasing.vetting import WorkerCapacity
 
 EXECUTORS = (
     ExecutorDescriptor(kind="train", name="diloco-transformer"),
@@ -67,7 +69,10 @@ class Worker:
         self.node = node
         self.ended: list[Lease] = []
         arbiter = Arbiter(
-            Resources(cpu=cpu, memory=8, storage=1), EXECUTORS, terms, node.ref, journal=Journal(checked=True)
+            WorkerCapacity(Resources(cpu=cpu, memory=8, storage=1), EXECUTORS),
+            terms,
+            node.ref,
+            journal=Journal(checked=True),
         )
         self.lease_service = LeaseService(arbiter, self.ended.append)
 
@@ -471,7 +476,9 @@ async def test_a_worker_of_an_earlier_version_is_leased_for_what_it_can_do_and_t
         ended: list[Lease] = []
         total = Resources(cpu=2, memory=8, storage=1)
         await nursery.start(
-            serve_offers, old, earlier_lease_service(total, EXECUTORS, TERMS, old.ref, ended.append)
+            serve_offers,
+            old,
+            earlier_lease_service(WorkerCapacity(total, EXECUTORS), TERMS, old.ref, ended.append),
         )
         pool = Pool(scheduler, asks, SearchTimes(longest_pause_s=0.5), journal=Journal(checked=True))
         await nursery.start(pool.run)

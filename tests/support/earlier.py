@@ -7,7 +7,8 @@ plane knows no ``WantFile`` agrees on the ALPN of such nodes, and has no such st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -16,11 +17,13 @@ from libp2p.custom_types import TProtocol
 from hypha.config.offers import OfferConfig
 from hypha.features import Abilities
 from hypha.leases import Lease
-from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
+from hypha.messages import PeerRef, WorkerRequest
 from hypha.net import Libp2pNode
 from hypha.net.bulk.wire import WANT_ALPN, WANT_PROTOCOL
-from hypha.worker.leasing.arbiter import Arbiter, ArbiterAction
-from hypha.worker.leasing.offers import LeaseService
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.events import ArbiterAction
+from hypha.worker.leasing.service import LeaseService
+from hypha.worker.leasing.vetting import WorkerCapacity
 
 
 def without_wants(node: Libp2pNode) -> None:
@@ -37,22 +40,21 @@ def without_wants(node: Libp2pNode) -> None:
 
 
 class EarlierLeaseService(LeaseService):
-    """Its desk."""
+    """Its leases."""
 
-    def hear(
-        self, publisher: str, request: WorkerRequest, heard_in: str | None = None, reached: bool = True
+    def receive(
+        self, publisher: str, request: WorkerRequest, received_in: str | None = None, reached: bool = True
     ) -> list[ArbiterAction]:
         """As its decoder leaves the request."""
         plain = msgspec.structs.replace(request, version="", needs=())
-        return super().hear(publisher, plain, heard_in, reached)
+        return super().receive(publisher, plain, received_in, reached)
 
 
 def earlier_lease_service(
-    total: Resources,
-    executors: Iterable[ExecutorDescriptor],
+    capacity: WorkerCapacity,
     terms: OfferConfig,
     worker: Callable[[], PeerRef],
     on_expired: Callable[[Lease], None],
 ) -> EarlierLeaseService:
-    """The desk of such a worker."""
-    return EarlierLeaseService(Arbiter(total, executors, terms, worker, abilities=Abilities()), on_expired)
+    """The lease service of such a worker."""
+    return EarlierLeaseService(Arbiter(replace(capacity, abilities=Abilities()), terms, worker), on_expired)

@@ -15,20 +15,18 @@ from hypha.features import NAMES
 from hypha.journal import Journal
 from hypha.leases import Bind, Granted, LeaseEnded, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.worker.leasing.arbiter import (
-    LONGEST_PAUSE_S,
-    MAX_WAITING,
-    MAX_WAITING_OF_ONE,
-    Arbiter,
+from hypha.worker.leasing.arbiter import MAX_WAITING, MAX_WAITING_OF_ONE, Arbiter
+from hypha.worker.leasing.events import (
     ArbiterAction,
     Close,
     Ignored,
     OfferFailed,
     Reached,
     RenewAsked,
-    RequestHeard,
+    RequestReceived,
     SendOffer,
 )
+from hypha.worker.leasing.vetting import LONGEST_PAUSE_S, WorkerCapacity
 
 TOTAL = Resources(cpu=8, memory=32, gpu=16, storage=100)
 TRAIN = ExecutorDescriptor(kind="train", name="diloco-transformer")
@@ -40,13 +38,11 @@ def arbiter(
 ) -> Arbiter:
     numbers = count(1)
     return Arbiter(
-        total,
-        [TRAIN, AGGREGATE],
+        WorkerCapacity(total, [TRAIN, AGGREGATE], gpus),
         OfferConfig(**terms),  # type: ignore[arg-type]
         lambda: PeerRef(peer="W"),
         lambda: f"lease-{next(numbers)}",
         journal or Journal(checked=True),
-        gpus=gpus,
     )
 
 
@@ -75,7 +71,7 @@ def hear(worker: Arbiter, now: float, *requests: WorkerRequest) -> list[ArbiterA
     """All in one window; what follows at its end."""
     actions: list[ArbiterAction] = []
     for one in requests:
-        actions += worker.handle(RequestHeard(one.scheduler.peer, one), now)
+        actions += worker.handle(RequestReceived(one.scheduler.peer, one), now)
     if worker.next_wake is not None and worker.next_wake <= now + 0.2:
         actions += worker.handle(Tick(), worker.next_wake)
     return actions
@@ -91,7 +87,7 @@ def reasons(actions: list[ArbiterAction]) -> list[str]:
 
 def test_a_request_gets_an_offer_at_the_end_of_the_window_with_a_temporary_lease_behind_it() -> None:
     worker = arbiter()
-    assert worker.handle(RequestHeard("S", request()), 10.0) == []
+    assert worker.handle(RequestReceived("S", request()), 10.0) == []
     assert worker.next_wake == 10.2
     assert worker.handle(Tick(), 10.19) == []
     [sent] = offers(worker.handle(Tick(), 10.2))
@@ -152,14 +148,14 @@ def test_what_the_worker_cannot_or_will_not_serve_gets_no_offer(
 
 
 def test_an_executor_is_matched_by_class_and_name() -> None:
-    worker = Arbiter(TOTAL, [TRAIN], OfferConfig(), lambda: PeerRef(peer="W"))
+    worker = Arbiter(WorkerCapacity(TOTAL, [TRAIN]), OfferConfig(), lambda: PeerRef(peer="W"))
     assert "no executor 'parameter-server'" in reasons(hear(worker, 0.0, request(kind="aggregate")))[0]
     assert len(offers(hear(worker, 1.0, request()))) == 1
 
 
 def test_nobody_asks_in_anothers_name() -> None:
     worker = arbiter()
-    actions = worker.handle(RequestHeard("X", request("S")), 0.0)
+    actions = worker.handle(RequestReceived("X", request("S")), 0.0)
     assert "another scheduler" in reasons(actions)[0]
     assert worker.next_wake is None
 
@@ -186,9 +182,9 @@ def test_the_higher_bid_per_weighted_unit_goes_first_when_there_is_not_enough_fo
 
 def test_a_later_higher_bid_in_the_same_window_wins_and_equal_bids_go_by_arrival() -> None:
     worker = arbiter(Resources(cpu=2, memory=8, gpu=4))
-    worker.handle(RequestHeard("A", request("A", bid=1.0)), 0.0)
-    worker.handle(RequestHeard("B", request("B", bid=1.0)), 0.1)
-    worker.handle(RequestHeard("C", request("C", bid=1.5)), 0.15)
+    worker.handle(RequestReceived("A", request("A", bid=1.0)), 0.0)
+    worker.handle(RequestReceived("B", request("B", bid=1.0)), 0.1)
+    worker.handle(RequestReceived("C", request("C", bid=1.5)), 0.15)
     [sent] = offers(worker.handle(Tick(), 0.2))
     assert sent.scheduler.peer == "C"
     worker.handle(OfferFailed(sent.offer.lease_id, "gone"), 0.3)
@@ -205,9 +201,9 @@ def test_a_request_for_nothing_does_not_outbid_anybody() -> None:
 def test_a_repeated_request_gets_no_second_reservation_while_a_lease_for_it_lives() -> None:
     worker = arbiter()
     assert len(offers(hear(worker, 0.0, request(), request()))) == 1
-    assert reasons(hear(worker, 1.0, request())) == ["a lease for it lives"]
+    assert reasons(hear(worker, 1.0, request())) == ["there is a lease for it"]
     worker.handle(RenewAsked("lease-1", "S"), 2.0)
-    assert reasons(hear(worker, 10.0, request())) == ["a lease for it lives"]
+    assert reasons(hear(worker, 10.0, request())) == ["there is a lease for it"]
     worker.handle(Release("lease-1", "S"), 11.0)
     assert len(offers(hear(worker, 11.0, request()))) == 1
     assert len(offers(hear(worker, 11.5, request("T")))) == 1
@@ -228,13 +224,13 @@ def test_a_failed_offer_frees_at_once() -> None:
 
 def test_a_short_deadline_shortens_the_window() -> None:
     worker = arbiter()
-    worker.handle(RequestHeard("S", request(offer_within_s=0.1)), 0.0)
+    worker.handle(RequestReceived("S", request(offer_within_s=0.1)), 0.0)
     assert worker.next_wake == 0.05
 
 
 def test_an_offer_that_would_come_too_late_is_not_made() -> None:
     worker = arbiter()
-    worker.handle(RequestHeard("S", request(offer_within_s=0.5)), 0.0)
+    worker.handle(RequestReceived("S", request(offer_within_s=0.5)), 0.0)
     actions = worker.handle(Tick(), 0.5)
     assert reasons(actions) == ["an offer would come too late"]
     assert worker.book.free == TOTAL
@@ -304,7 +300,7 @@ def test_a_flood_of_requests_does_not_grow_without_bound() -> None:
     refused = 0
     for index in range(MAX_WAITING + 10):
         asked = request(f"S{index}")
-        refused += len(reasons(worker.handle(RequestHeard(f"S{index}", asked), 0.0)))
+        refused += len(reasons(worker.handle(RequestReceived(f"S{index}", asked), 0.0)))
     assert refused == 10
     assert len(offers(worker.handle(Tick(), 0.2))) == 4
 
@@ -316,31 +312,31 @@ def test_a_scheduler_that_asks_under_many_names_holds_one_temporary_lease_and_le
     refused = [
         one
         for index in range(100)
-        for one in reasons(worker.handle(RequestHeard("S", request(request_id=f"r{index}", bid=9.0)), 0.0))
+        for one in reasons(worker.handle(RequestReceived("S", request(request_id=f"r{index}", bid=9.0)), 0.0))
     ]
     assert len(refused) == 100 - MAX_WAITING_OF_ONE
-    worker.handle(RequestHeard("S", request(request_id="server", kind="aggregate")), 0.0)
-    worker.handle(RequestHeard("T", request("T")), 0.0)
+    worker.handle(RequestReceived("S", request(request_id="server", kind="aggregate")), 0.0)
+    worker.handle(RequestReceived("T", request("T")), 0.0)
     sent = [one.scheduler.peer for one in offers(worker.handle(Tick(), 0.2))]
     assert sent == ["S", "T"], "one for each class of executor, and the flood took the places of that"
     # until it has answered that one it gets no other
-    assert "not answered" in reasons(worker.handle(RequestHeard("S", request(request_id="new")), 0.3))[0]
+    assert "not answered" in reasons(worker.handle(RequestReceived("S", request(request_id="new")), 0.3))[0]
     worker.handle(RenewAsked("lease-1", "S"), 0.4)
-    worker.handle(RequestHeard("S", request(request_id="new")), 0.5)
+    worker.handle(RequestReceived("S", request(request_id="new")), 0.5)
     assert len(offers(worker.handle(Tick(), 0.7))) == 1
 
 
 def test_nothing_is_held_for_a_scheduler_that_cannot_be_reached() -> None:
     worker = arbiter()
-    worker.handle(RequestHeard("gone", request("gone", resources=TOTAL, bid=99.0), reached=False), 0.0)
-    worker.handle(RequestHeard("S", request("S", resources=TOTAL)), 0.1)
+    worker.handle(RequestReceived("gone", request("gone", resources=TOTAL, bid=99.0), reached=False), 0.0)
+    worker.handle(RequestReceived("S", request("S", resources=TOTAL)), 0.1)
     # who bids more is waited for a moment longer, and not beyond what the other one allows
     assert offers(worker.handle(Tick(), 0.2)) == []
     assert worker.next_wake == pytest.approx(0.1 + 0.35)
     assert [one.scheduler.peer for one in offers(worker.handle(Tick(), 0.45))] == ["S"]
     assert reasons(worker.handle(Tick(), 0.5)) == ["its scheduler could not be reached in time"]
     worker.handle(Reached("gone", False), 0.6)
-    worker.handle(RequestHeard("late", request("late", resources=Resources(cpu=0)), reached=False), 1.0)
+    worker.handle(RequestReceived("late", request("late", resources=Resources(cpu=0)), reached=False), 1.0)
     assert offers(worker.handle(Tick(), 1.2)) == []
     assert [one.scheduler.peer for one in offers(worker.handle(Reached("late", True), 1.3))] == ["late"]
 
@@ -348,8 +344,8 @@ def test_nothing_is_held_for_a_scheduler_that_cannot_be_reached() -> None:
 def test_the_higher_bid_wins_though_it_is_connected_a_moment_later() -> None:
     for reached, first in ((True, "rich"), (False, "poor")):
         worker = arbiter()
-        worker.handle(RequestHeard("poor", request("poor", resources=TOTAL)), 0.0)
-        worker.handle(RequestHeard("rich", request("rich", resources=TOTAL, bid=9.0), reached=False), 0.0)
+        worker.handle(RequestReceived("poor", request("poor", resources=TOTAL)), 0.0)
+        worker.handle(RequestReceived("rich", request("rich", resources=TOTAL, bid=9.0), reached=False), 0.0)
         assert offers(worker.handle(Tick(), 0.2)) == []
         sent = offers(worker.handle(Reached("rich", reached), 0.25))
         assert [one.scheduler.peer for one in sent] == [first]
@@ -360,7 +356,7 @@ def test_offers_that_come_to_nothing_are_made_ever_more_seldom(how: str) -> None
     worker = arbiter(temporary_lease_s=4.0)
     now, made = 0.0, []
     while now < 300.0:
-        worker.handle(RequestHeard("S", request(request_id=f"at {now:g}")), now)
+        worker.handle(RequestReceived("S", request(request_id=f"at {now:g}")), now)
         for one in offers(worker.handle(Tick(), now + 0.2)):
             made.append(now)
             if how == "undelivered":
@@ -378,13 +374,13 @@ def test_offers_that_come_to_nothing_are_made_ever_more_seldom(how: str) -> None
     # who accepts one has a clean sheet
     worker.handle(Tick(), 310.0)
     now = 370.0
-    worker.handle(RequestHeard("S", request(request_id="good")), now)
+    worker.handle(RequestReceived("S", request(request_id="good")), now)
     (good,) = offers(worker.handle(Tick(), now + 0.2))
     worker.handle(RenewAsked(good.offer.lease_id, "S"), now + 0.3)
-    worker.handle(RequestHeard("S", request(request_id="next")), now + 0.4)
+    worker.handle(RequestReceived("S", request(request_id="next")), now + 0.4)
     (following,) = offers(worker.handle(Tick(), now + 0.7))
     worker.handle(OfferFailed(following.offer.lease_id, "no answer", undelivered=True), now + 0.8)
-    worker.handle(RequestHeard("S", request(request_id="one more")), now + 0.9)
+    worker.handle(RequestReceived("S", request(request_id="one more")), now + 0.9)
     assert len(offers(worker.handle(Tick(), now + 1.2))) == 1
 
 
@@ -392,7 +388,7 @@ def test_offers_that_are_declined_or_given_back_at_once_are_no_failures() -> Non
     worker = arbiter()
     for number in range(20):
         now = float(number)
-        worker.handle(RequestHeard("S", request(request_id=f"r{number}")), now)
+        worker.handle(RequestReceived("S", request(request_id=f"r{number}")), now)
         (one,) = offers(worker.handle(Tick(), now + 0.2))
         if number % 2:
             worker.handle(OfferFailed(one.offer.lease_id, "not needed"), now + 0.3)
@@ -404,7 +400,7 @@ def test_a_stopping_worker_offers_nothing_but_keeps_its_leases() -> None:
     worker = arbiter()
     hear(worker, 0.0, request())
     worker.handle(RenewAsked("lease-1", "S"), 1.0)
-    worker.handle(RequestHeard("T", request("T")), 2.0)
+    worker.handle(RequestReceived("T", request("T")), 2.0)
     worker.handle(Close(), 2.1)
     assert worker.handle(Tick(), 2.2) == []
     assert reasons(hear(worker, 3.0, request("U"))) == ["this worker is drained, or stopping"]

@@ -118,7 +118,7 @@ class FileHandlers:
     def open_directives(self) -> AbstractContextManager[Feed[Directive]]:
         return self.directives.open()
 
-    def say(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         if self.full:
             raise Refused("busy", "too many events wait")
         self.events.append(event)

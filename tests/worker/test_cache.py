@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from hypha import runtime
 from hypha.config.models import CacheConfig
 from hypha.messages import SliceAssigned
 from hypha.worker.slices.cache import SliceCache
-from hypha.worker.storage import free_space as room
 
 
 def content(index: int, size: int = 1000) -> bytes:
@@ -107,10 +107,10 @@ def test_slices_make_room_for_the_next_one(tmp_path: Path, monkeypatch: pytest.M
     cache.require_space(1000)
     assert len(cache) == 3
     # more than any disk has: all that is here goes, and it still is not enough
-    monkeypatch.setattr(room, "RESERVE_BYTES", 1 << 62)
+    monkeypatch.setattr(runtime, "RESERVE_BYTES", 1 << 62)
     with pytest.raises(OSError, match=f"the disk of {tmp_path / 'cache'} is full") as failed:
         cache.require_space(1000)
-    assert "make room" in str(failed.value)
+    assert "make space" in str(failed.value)
     assert len(cache) == 0
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
@@ -119,7 +119,7 @@ def test_an_index_that_cannot_be_written_costs_only_the_next_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = SliceCache(tmp_path / "cache", CacheConfig(max_slices=8))
-    (tmp_path / "cache" / "index.json.part").mkdir()
+    (tmp_path / "cache" / "index.json").mkdir()
     insert(cache, 0)
     assert cache.link(assigned(0), tmp_path / "zero")
     assert (tmp_path / "zero").read_bytes() == content(0)

@@ -12,9 +12,10 @@ import trio
 from hypha.config.inherited import child_environment
 from hypha.messages import Resources
 from hypha.worker.jobs.directory import JobDirectory
-from hypha.worker.limits.confining import Confined, Means
+from hypha.worker.limits.confining import Confined
 from hypha.worker.limits.devices import GpuShare, Visibility
 from hypha.worker.limits.gpus import Gpu
+from hypha.worker.limits.limits import Means
 from hypha.worker.limits.usage import Excess
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, run_executor

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from tests.support.disks import small_disks
+from tests.support.hub import Answer, http_server
 
 from hypha.config.models import AllowConfig
 from hypha.errors import PeerUnreachable, Refused, TransferFailed
-from hypha.messages import FileList, ListFiles, PeerRef, Peers, PullFile, Request, Response, TransferMeta
+from hypha.messages import (
+    FileList,
+    ListFiles,
+    Local,
+    PeerRef,
+    Peers,
+    PullFile,
+    Request,
+    Response,
+    TransferMeta,
+    Uri,
+)
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 
@@ -100,3 +115,22 @@ async def test_size_limit_before_anything_is_pulled(tmp_path: Path) -> None:
         await fetch(servers, tmp_path, max_file_gb=1e-9)
     assert caught.value.code == "too-large"
     assert servers.pulled == []
+
+
+async def test_a_disk_that_is_full_is_told_as_such(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small disk")
+    (tmp_path / "weights").write_bytes(bytes(3 << 20))
+    with small_disks(tmp_path, "disk", megabytes=4) as (disk,), http_server(_weights) as base:
+        rules = Allowance(AllowConfig(local=[f"{tmp_path}/*"], uri=[f"{base}/*"], max_file_gb=1.0))
+        servers = Servers(FILES)
+        connectors = Connectors(rules, servers.ask, servers.pull)
+        disk.fill()
+        for reference in (Local(url=str(tmp_path / "weights")), Uri(value=f"{base}/weights")):
+            with pytest.raises(Refused, match=r"make space on that disk: '.*disk/weights'") as caught:
+                await connectors.fetch(reference, disk.path, "job")
+            assert caught.value.code == "no-space"
+
+
+def _weights(request: BaseHTTPRequestHandler) -> Answer:
+    return 200, {}, bytes(500_000)

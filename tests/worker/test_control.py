@@ -16,10 +16,11 @@ from hypha.config.offers import OfferConfig
 from hypha.errors import HyphaError
 from hypha.journal import Journal
 from hypha.messages import ExecutorDescriptor, Resources
-from hypha.worker.control import Call, serve_control, socket_in, tell
+from hypha.worker.control import Call, send_call, serve_control, socket_in
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.leaving import Leaving
-from hypha.worker.leasing.offers import LeaseService
+from hypha.worker.leasing.service import LeaseService
+from hypha.worker.leasing.vetting import WorkerCapacity
 
 T = TypeVar("T")
 
@@ -29,8 +30,7 @@ async def controlled(network: Network, work_dir: Path) -> AsyncIterator[tuple[Le
     """A worker's leases and its socket, on a node that is connected with nobody."""
     async with network.leaf("worker", [], connected=False) as node, trio.open_nursery() as nursery:
         arbiter = Arbiter(
-            Resources(cpu=1.0),
-            [ExecutorDescriptor(kind="train", name="t")],
+            WorkerCapacity(Resources(cpu=1.0), [ExecutorDescriptor(kind="train", name="t")]),
             OfferConfig(),
             node.ref,
             journal=Journal(checked=True),
@@ -54,14 +54,14 @@ def network(tmp_path: Path) -> Network:
 async def test_a_worker_is_drained_and_makes_offers_again(network: Network, tmp_path: Path) -> None:
     async with controlled(network, tmp_path) as (leaving, lease_service):
         assert stat.S_IMODE(socket_in(tmp_path).stat().st_mode) == 0o600
-        answer, _ = await asked(lambda: tell(tmp_path, Call(what="drain")))
+        answer, _ = await asked(lambda: send_call(tmp_path, Call(what="drain")))
         assert (answer.state, answer.leases, answer.refused) == ("is drained, and makes no new offers", 0, "")
         assert lease_service.is_closed
-        answer, _ = await asked(lambda: tell(tmp_path, Call(what="resume")))
+        answer, _ = await asked(lambda: send_call(tmp_path, Call(what="resume")))
         assert answer.state == "makes offers"
         assert not lease_service.is_closed
         for within_s in (0.0, -1.0):
-            answer, _ = await asked(lambda: tell(tmp_path, Call(what="leave", within_s=within_s)))  # noqa: B023
+            answer, _ = await asked(lambda: send_call(tmp_path, Call(what="leave", within_s=within_s)))  # noqa: B023
             assert "no time to leave within" in answer.refused
         assert leaving.ends_at is None
     assert not socket_in(tmp_path).exists()
@@ -71,7 +71,7 @@ async def test_whoever_has_it_leave_waits_until_it_has_ended(network: Network, t
     ended: list[bool] = []
 
     async def leave() -> None:
-        answer, gone = await asked(lambda: tell(tmp_path, Call(what="leave", within_s=30.0), 30.0))
+        answer, gone = await asked(lambda: send_call(tmp_path, Call(what="leave", within_s=30.0), 30.0))
         assert answer.state.startswith("ends in ")
         ended.append(gone)
 
@@ -88,7 +88,7 @@ async def test_whoever_has_it_leave_waits_until_it_has_ended(network: Network, t
 
 async def test_a_worker_that_does_not_end_in_time_is_told_so(network: Network, tmp_path: Path) -> None:
     async with controlled(network, tmp_path):
-        _, gone = await asked(lambda: tell(tmp_path, Call(what="leave", within_s=30.0), 0.1))
+        _, gone = await asked(lambda: send_call(tmp_path, Call(what="leave", within_s=30.0), 0.1))
         assert not gone
 
 
@@ -96,7 +96,7 @@ async def test_a_long_work_dir_is_no_obstacle(network: Network, tmp_path: Path) 
     work_dir = tmp_path / ("long-" * 30)
     work_dir.mkdir()
     async with controlled(network, work_dir) as (_, lease_service):
-        await asked(lambda: tell(work_dir, Call(what="drain")))
+        await asked(lambda: send_call(work_dir, Call(what="drain")))
         assert lease_service.is_closed
 
 
@@ -107,7 +107,7 @@ async def test_a_socket_that_was_left_is_replaced_and_one_in_use_is_not(
     async with controlled(network, tmp_path) as (_, first):
         async with controlled(network, tmp_path) as (_, second):
             assert "cannot be drained by command" in caplog.text
-            await asked(lambda: tell(tmp_path, Call(what="drain")))
+            await asked(lambda: send_call(tmp_path, Call(what="drain")))
             assert (first.is_closed, second.is_closed) == (True, False)
 
 
@@ -118,13 +118,13 @@ async def test_what_is_no_call_ends_its_connection_alone(network: Network, tmp_p
                 await stream.send_all(text)
                 await stream.send_eof()
                 assert await stream.receive_some() == b""
-        await asked(lambda: tell(tmp_path, Call(what="drain")))
+        await asked(lambda: send_call(tmp_path, Call(what="drain")))
         assert lease_service.is_closed
 
 
 async def test_without_a_worker_the_error_says_where_it_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(HyphaError, match=f"no worker runs with the work directory {tmp_path}"):
-        tell(tmp_path, Call(what="drain"))
+        send_call(tmp_path, Call(what="drain"))
     socket_in(tmp_path).write_text("no socket")
     with pytest.raises(HyphaError, match="no worker answers at"):
-        tell(tmp_path, Call(what="drain"))
+        send_call(tmp_path, Call(what="drain"))

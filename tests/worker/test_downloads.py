@@ -17,7 +17,8 @@ from hypha.config.models import RESERVED_CIDR, AllowConfig
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import HuggingFace
 from hypha.worker.fetch.allowance import Allowance
-from hypha.worker.fetch.downloads import fetch_hub, fetch_local, fetch_uri, safe_name
+from hypha.worker.fetch.connectors import fetch_hub, fetch_uri
+from hypha.worker.fetch.local import fetch_local, safe_name
 
 
 def allowance(max_bytes: int = 10_000, **lists: list[str]) -> Allowance:
@@ -134,7 +135,7 @@ async def test_server_errors_are_tried_again_refusals_are_not(tmp_path: Path) ->
 
 
 async def test_cut_downloads_never_look_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypha.worker.fetch.downloads.HTTP_ATTEMPTS", 1)
+    monkeypatch.setattr("hypha.worker.fetch.connectors.HTTP_ATTEMPTS", 1)
     with http_server(lambda _: (200, {"content-length": "100"}, b"only a part")) as base:
         with pytest.raises(TransferFailed):
             await fetch_uri(f"{base}/file", tmp_path, allowance(uri=[f"{base}/*"]))

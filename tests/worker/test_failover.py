@@ -27,7 +27,7 @@ from hypha.net import Libp2pNode as Node
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.peers.addresses import host_and_port
 from hypha.worker.slices.cache import SliceCache
-from hypha.worker.slices.prefetching import SlicePrefetcher
+from hypha.worker.slices.prefetching import SliceDemand, SlicePrefetcher
 
 __all__ = ["network"]
 
@@ -63,10 +63,7 @@ def prefetcher(worker: Node, cache: SliceCache, place: Path, assigned: SliceAssi
         ask,
         worker.transfers.pull,
         cache,
-        place / "slices",
-        lambda: JobStamp(job_id="job"),
-        "set",
-        "life",
+        SliceDemand("set", "incarnation", place / "slices", lambda: JobStamp(job_id="job")),
     )
 
 

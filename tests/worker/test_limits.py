@@ -24,7 +24,7 @@ from hypha.worker.limits.cgroups import (
     usable_v2,
 )
 from hypha.worker.limits.cores import CorePins
-from hypha.worker.limits.limits import Limits, apply_limits, mechanisms, most_processes
+from hypha.worker.limits.limits import Limits, Means, apply_limits, mechanisms, most_processes
 from hypha.worker.limits.usage import Quota
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, run_executor
@@ -52,7 +52,7 @@ def test_v2_place_and_a_container_that_sees_a_part_of_the_tree() -> None:
 
 
 def test_v2_settings_are_written(tmp_path: Path) -> None:
-    limits = apply_limits("auto", CgroupPlaces(v2=tmp_path), "hypha-job", Resources(cpu=1.5, memory=2))
+    limits = apply_limits(Means("auto", CgroupPlaces(v2=tmp_path)), "hypha-job", Resources(cpu=1.5, memory=2))
     group = tmp_path / "hypha-job"
     assert (group / "memory.max").read_text() == "2000000000"
     assert (group / "cpu.max").read_text() == "150000 100000"
@@ -63,15 +63,15 @@ def test_v2_settings_are_written(tmp_path: Path) -> None:
 
 def test_fallbacks() -> None:
     asked = Resources(cpu=2, memory=1)
-    limits = apply_limits("auto", CgroupPlaces(), "x", asked)
+    limits = apply_limits(Means("auto", CgroupPlaces()), "x", asked)
     assert limits.rlimits == (("RLIMIT_DATA", 10**9),)
     assert limits.environment["OMP_NUM_THREADS"] == "2"
     nowhere = CgroupPlaces(v2=Path("/nowhere"))
-    assert apply_limits("auto", nowhere, "x", asked).rlimits == limits.rlimits
-    assert apply_limits("none", CgroupPlaces(), "x", asked).launch_options() == []
-    assert apply_limits("auto", CgroupPlaces(), "x", Resources()).launch_options() == []
+    assert apply_limits(Means("auto", nowhere), "x", asked).rlimits == limits.rlimits
+    assert apply_limits(Means("none", CgroupPlaces()), "x", asked).launch_options() == []
+    assert apply_limits(Means("auto", CgroupPlaces()), "x", Resources()).launch_options() == []
     with pytest.raises(ConfigError, match="Delegate=yes"):
-        apply_limits("cgroup", CgroupPlaces(), "x", asked)
+        apply_limits(Means("cgroup", CgroupPlaces()), "x", asked)
 
 
 EATS = """
@@ -93,7 +93,7 @@ async def eat(tmp_path: Path, limits: Limits) -> Exit:
 
 
 async def test_rlimit_holds(tmp_path: Path) -> None:
-    ended = await eat(tmp_path, apply_limits("rlimit", CgroupPlaces(), "x", Resources(memory=0.2)))
+    ended = await eat(tmp_path, apply_limits(Means("rlimit", CgroupPlaces()), "x", Resources(memory=0.2)))
     assert ended.code == 1
     assert "MemoryError" in ended.tail
     assert (await eat(tmp_path, Limits("none"))).tail == "ate it all"
@@ -104,7 +104,7 @@ async def test_cgroup_holds_and_is_removed(tmp_path: Path) -> None:
     places = usable_cgroups()
     if places.v2 is None and "memory" not in places.v1:
         pytest.skip("no writable cgroup with the memory controller here")
-    limits = apply_limits("cgroup", places, f"hypha-test-{os.getpid()}", Resources(cpu=1, memory=0.2))
+    limits = apply_limits(Means("cgroup", places), f"hypha-test-{os.getpid()}", Resources(cpu=1, memory=0.2))
     try:
         assert all(group.is_dir() for group in limits.groups)
         ended = await eat(tmp_path, limits)
@@ -113,7 +113,7 @@ async def test_cgroup_holds_and_is_removed(tmp_path: Path) -> None:
     finally:
         await limits.remove()
     assert not any(group.exists() for group in limits.groups)
-    roomy = apply_limits("cgroup", places, f"hypha-test-{os.getpid()}", Resources(cpu=1, memory=1))
+    roomy = apply_limits(Means("cgroup", places), f"hypha-test-{os.getpid()}", Resources(cpu=1, memory=1))
     try:
         assert (await eat(tmp_path, roomy)).code == 0
         assert roomy.verdict() == ""
@@ -139,7 +139,9 @@ async def test_cores_are_shared_as_leased(tmp_path: Path) -> None:
     used = [0.0, 0.0]
 
     async def burn(which: int) -> None:
-        limits = apply_limits("auto", places, f"hypha-{os.getpid()}-{which}", Resources(cpu=leased[which]))
+        limits = apply_limits(
+            Means("auto", places), f"hypha-{os.getpid()}-{which}", Resources(cpu=leased[which])
+        )
         argv = (sys.executable, "-c", textwrap.dedent(BURNS))
         launch = Launch("job", argv, child_environment(), tmp_path, limits.launch_options())
         try:
@@ -163,7 +165,7 @@ def test_each_controller_is_used_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "pids").mkdir()
     places = CgroupPlaces(tmp_path / "v2", {"pids": tmp_path / "pids"}, frozenset({"memory"}))
     pins = CorePins((3, 4), tmp_path / "cores")
-    limits = apply_limits("auto", places, "hypha-x", Resources(cpu=1, memory=1, storage=2), cores=pins)
+    limits = apply_limits(Means("auto", places, cores=pins), "hypha-x", Resources(cpu=1, memory=1, storage=2))
     assert sorted(str(group.relative_to(tmp_path)) for group in limits.groups) == [
         "pids/hypha-x",
         "v2/hypha-x",
@@ -182,13 +184,13 @@ def test_each_controller_is_used_where_it_is(tmp_path: Path) -> None:
     assert said["processes"] == "cgroup v1 (pids.max)"
     assert said["gpus"] == "there are none"
     with pytest.raises(ConfigError, match="Delegate=yes"):
-        apply_limits("cgroup", places, "x", Resources(cpu=1))
+        apply_limits(Means("cgroup", places), "x", Resources(cpu=1))
 
 
 def test_without_cgroups_processes_are_watched() -> None:
-    limits = apply_limits("auto", CgroupPlaces(), "x", Resources(cpu=2, memory=1), max_processes=7)
+    limits = apply_limits(Means("auto", CgroupPlaces(), max_processes=7), "x", Resources(cpu=2, memory=1))
     assert limits.quota == Quota(processes=7)
-    assert not apply_limits("auto", CgroupPlaces(), "x", Resources(cpu=2), max_processes=0).quota
+    assert not apply_limits(Means("auto", CgroupPlaces(), max_processes=0), "x", Resources(cpu=2)).quota
     said = mechanisms("rlimit", CgroupPlaces(v1={"memory": Path("/nowhere")}))
     assert said["memory"] == "RLIMIT_DATA of each process"
     assert said["processes"] == said["disk"] == "watched by the worker every 1 s"

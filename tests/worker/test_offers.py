@@ -14,15 +14,17 @@ from hypha.config.offers import OfferConfig, UtilizationConfig
 from hypha.errors import Refused
 from hypha.leases import Lease, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
-from hypha.worker.leasing.arbiter import Arbiter, RenewAsked, RequestHeard, SendOffer
-from hypha.worker.leasing.offers import MAX_TOLD, LeaseService, granted
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.events import RenewAsked, RequestReceived, SendOffer
+from hypha.worker.leasing.service import MAX_LOGGED, LeaseService, granted
+from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.signals import prices
 
 TRAIN = ExecutorDescriptor(kind="train", name="t")
 
 
-def request(number: int) -> RequestHeard:
-    return RequestHeard(
+def request(number: int) -> RequestReceived:
+    return RequestReceived(
         "S",
         WorkerRequest(
             request_id=f"r{number}",
@@ -42,7 +44,9 @@ def lease_service_with(ended: list[tuple[float, str]], fail: bool = False) -> Le
         if fail:
             raise RuntimeError("this executor does not stop")
 
-    arbiter = Arbiter(Resources(cpu=3), [TRAIN], OfferConfig(lease_s=30.0), lambda: PeerRef(peer="W"))
+    arbiter = Arbiter(
+        WorkerCapacity(Resources(cpu=3), [TRAIN]), OfferConfig(lease_s=30.0), lambda: PeerRef(peer="W")
+    )
     return LeaseService(arbiter, on_expired)
 
 
@@ -82,13 +86,13 @@ async def test_a_worker_without_leases_says_what_it_waits_for(
     with caplog.at_level(logging.INFO, logger="hypha.worker"):
         await trio.sleep(61.0)
         (idle,) = caplog.messages
-        assert idle.endswith("waiting for a scheduler's request that fits cpu=3; none was heard.")
+        assert idle.endswith("waiting for a scheduler's request that fits cpu=3; none was received.")
         caplog.clear()
         greedy = replace(request(0).request, resources=Resources(cpu=64))
-        lease_service.hear("S", greedy)
+        lease_service.receive("S", greedy)
         await trio.sleep(60.0)
         (idle,) = caplog.messages
-        assert "; 1 requests were heard, and the last got no offer: " in idle
+        assert "; 1 requests were received, and the last got no offer: " in idle
         caplog.clear()
         lease_service.handle(request(1))
         await trio.sleep(1.0)
@@ -148,12 +152,12 @@ async def test_what_this_version_lacks_is_told_once_and_only_so_much_of_it(
         return msgspec.structs.replace(request(0).request, needs=(name,))
 
     for _ in range(3):
-        lease_service.hear("S", needing("of-a-later-version\x1b[2J"))
+        lease_service.receive("S", needing("of-a-later-version\x1b[2J"))
     [record] = caplog.records
     assert "(of-a-later-version\N{REPLACEMENT CHARACTER}[2J); upgrade this worker" in record.getMessage()
-    for number in range(2 * MAX_TOLD):
-        lease_service.hear("S", needing(f"feature-{number}"))
-    assert len(caplog.records) == MAX_TOLD
+    for number in range(2 * MAX_LOGGED):
+        lease_service.receive("S", needing(f"feature-{number}"))
+    assert len(caplog.records) == MAX_LOGGED
 
 
 async def test_less_is_asked_for_a_dataset_of_which_slices_are_in_the_cache(
@@ -161,10 +165,10 @@ async def test_less_is_asked_for_a_dataset_of_which_slices_are_in_the_cache(
 ) -> None:
     terms = OfferConfig(price=3.0, strategy="affinity")
     for cached, price in ((frozenset({"digits"}), 2.0), (frozenset({"others"}), 3.0)):
-        arbiter = Arbiter(Resources(cpu=3), [TRAIN], terms, lambda: PeerRef(peer="W"))
+        arbiter = Arbiter(WorkerCapacity(Resources(cpu=3), [TRAIN]), terms, lambda: PeerRef(peer="W"))
         lease_service = LeaseService(arbiter, lambda _: None, lambda cached=cached: cached)  # type: ignore[misc]
         heard = request(0)
-        lease_service.hear("S", replace(heard.request, dataset="digits"))
+        lease_service.receive("S", replace(heard.request, dataset="digits"))
         await trio.sleep(0.3)
         [offered] = [one for one in lease_service.handle(Tick()) if isinstance(one, SendOffer)]
         assert offered.offer.price == price
@@ -176,7 +180,7 @@ async def test_a_worker_shows_its_price_its_load_and_what_its_leases_bring(
     load = UtilizationConfig(step=0.5, every_s=10.0)
     terms = OfferConfig(price=2.0, floor=0.5, strategy="utilization", utilization=load, lease_s=1000.0)
     lease_service = LeaseService(
-        Arbiter(Resources(cpu=1), [TRAIN], terms, lambda: PeerRef(peer="W")), lambda _: None
+        Arbiter(WorkerCapacity(Resources(cpu=1), [TRAIN]), terms, lambda: PeerRef(peer="W")), lambda _: None
     )
     heard = request(0)
     lease_service.handle(replace(heard, request=replace(heard.request, bid=2.5)))
@@ -193,14 +197,14 @@ async def test_a_worker_shows_its_price_its_load_and_what_its_leases_bring(
 async def test_a_renewal_says_whether_others_ask_for_what_is_leased(autojump_clock: MockClock) -> None:
     lease_service = lease_service_with([])
     now = trio.current_time()
-    lease_service.handle(RequestHeard("S", replace(request(0).request, resources=Resources(cpu=3))))
+    lease_service.handle(RequestReceived("S", replace(request(0).request, resources=Resources(cpu=3))))
     await trio.sleep(0.3)
     [sent] = [one for one in lease_service.handle(Tick()) if isinstance(one, SendOffer)]
     lease = granted(lease_service.handle(RenewAsked(sent.offer.lease_id, "S")), sent.offer.lease_id)
     assert lease_service.contention(lease, now) == (False, False)
     await trio.sleep(10.0)
     other = replace(request(1).request, scheduler=PeerRef(peer="T"))
-    lease_service.handle(RequestHeard("T", other))
+    lease_service.handle(RequestReceived("T", other))
     await trio.sleep(0.3)
     lease_service.handle(Tick())
     assert lease_service.contention(lease, trio.current_time()) == (True, False)

@@ -14,7 +14,8 @@ from hypha.journal import Journal
 from hypha.leases import Release, Tick
 from hypha.messages import ExecutorClass, PeerRef, Resources, WorkerRequest
 from hypha.worker.leasing.ageing import FORGOTTEN_S
-from hypha.worker.leasing.arbiter import Arbiter, Ignored, OfferFailed, RenewAsked, RequestHeard
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.events import Ignored, OfferFailed, RenewAsked, RequestReceived
 from hypha.worker.leasing.pricing import Pricing, load_of
 
 HALF = Resources(cpu=4, memory=16, gpu=8)
@@ -23,7 +24,7 @@ HALF = Resources(cpu=4, memory=16, gpu=8)
 def accept(worker: Arbiter, now: float, *requests: WorkerRequest, cached: bool = False) -> list[str]:
     """Have each of them accepted; ids of the leases, which live for a long while."""
     for one in requests:
-        worker.handle(RequestHeard(one.scheduler.peer, one, cached=cached), now)
+        worker.handle(RequestReceived(one.scheduler.peer, one, cached=cached), now)
     assert worker.next_wake is not None
     found = []
     for sent in offers(worker.handle(Tick(), now + 0.2)):
@@ -34,7 +35,7 @@ def accept(worker: Arbiter, now: float, *requests: WorkerRequest, cached: bool =
 
 def price(worker: Arbiter, now: float, asked: WorkerRequest, cached: bool = False) -> float:
     """What is asked for it now; the offer is refused at once."""
-    worker.handle(RequestHeard(asked.scheduler.peer, asked, cached=cached), now)
+    worker.handle(RequestReceived(asked.scheduler.peer, asked, cached=cached), now)
     [sent] = offers(worker.handle(Tick(), now + 0.2))
     worker.handle(OfferFailed(sent.offer.lease_id, "too dear"), now + 0.2)
     return sent.offer.price
@@ -117,7 +118,7 @@ def test_an_overloaded_worker_raises_its_price_step_by_step_and_an_idle_one_lowe
 def test_the_price_is_asked_when_it_is_higher_and_a_temporary_lease_is_no_load() -> None:
     worker = busy_and_idle()
     worker.handle(Tick(), 0.0)
-    worker.handle(RequestHeard("S", request(resources=TOTAL)), 1.0)
+    worker.handle(RequestReceived("S", request(resources=TOTAL)), 1.0)
     worker.handle(Tick(), 1.2)
     assert worker.pricing.load == 0.0
     worker.handle(Tick(), 500.0)

@@ -38,6 +38,7 @@ from hypha.worker.processes.keepers import KEEPER, Launch
 from hypha.worker.processes.process import (
     MAX_LINE_BYTES,
     TAIL_LINES,
+    Supervision,
     prepare_launch,
     run_executor,
     secrets_of,
@@ -210,7 +211,7 @@ import sys, trio
 from pathlib import Path
 from hypha.config.inherited import child_environment
 from hypha.worker.processes.keepers import Launch
-from hypha.worker.processes.process import run_executor
+from hypha.worker.processes.process import Supervision, run_executor
 launch = Launch("job", (sys.executable, "grows.py", "deaf"), child_environment(), Path({str(tmp_path)!r}))
 trio.run(run_executor, launch, trio.Event(), 60.0)
 """
@@ -246,19 +247,20 @@ from pathlib import Path
 from hypha.config.inherited import child_environment
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.orphans import Orphans
-from hypha.worker.processes.process import run_executor
+from hypha.worker.processes.process import Supervision, run_executor
 
 async def main():
     running = {}
     orphans = Orphans(lambda: running)
     orphans.adopt()
+    supervision = Supervision(running=running, orphans=orphans)
     def launch(*argv):
         return Launch("job", (sys.executable, *argv), child_environment(), Path.cwd())
     async with trio.open_nursery() as nursery:
         stop = trio.Event()
         async def other():
             ended = await run_executor(
-                launch("-c", "import time; time.sleep(600)"), stop, 1.0, running=running, orphans=orphans
+                launch("-c", "import time; time.sleep(600)"), stop, 1.0, supervision=supervision
             )
             print("other", ended.code, flush=True)
         nursery.start_soon(other)
@@ -266,7 +268,7 @@ async def main():
             await trio.sleep(0.01)
         print("other keeper", *running, flush=True)
         ended = await run_executor(
-            launch("grows.py", "deaf"), trio.Event(), 60.0, running=running, orphans=orphans
+            launch("grows.py", "deaf"), trio.Event(), 60.0, supervision=supervision
         )
         print("ended", ended.code, flush=True)
         await trio.to_thread.run_sync(sys.stdin.readline)
@@ -481,7 +483,7 @@ async def test_each_line_of_output_says_of_which_job_worker_and_round_it_is(
     made = replace(launch(tmp_path, script), output_fields=lambda: fields, kind="aggregate")
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(run_executor, made, stop, 1.0, running=seen))
+        nursery.start_soon(partial(run_executor, made, stop, 1.0, supervision=Supervision(running=seen)))
         await until(lambda: any("it is slow" in record.message for record in caplog.records))
         assert list(seen.values()) == ["aggregate"]
         assert running(next(iter(seen)))

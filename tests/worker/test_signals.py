@@ -55,11 +55,11 @@ async def test_samples_are_counted_once_and_never_taken_back(signals: Signals) -
         (progress(0, 2), 2),
         (progress(0, -5), 0),
     ]:
-        shown.said(report)
+        shown.reported(report)
         expected += new
         assert signals.reading(metrics.TRAINING_SAMPLES) == expected
     # another executor counts from nothing
-    ExecutionSignals(JOB, "train", "L", None).said(progress(0, 3))
+    ExecutionSignals(JOB, "train", "L", None).reported(progress(0, 3))
     assert signals.reading(metrics.TRAINING_SAMPLES) == expected + 3
 
 
@@ -73,16 +73,16 @@ async def test_an_executors_life_is_a_span_below_its_dispatch(
     stamp = JobStamp(job_id=JOB.job_id, generation=1, round=3)
     assert shown.trace_of(stamp) == DISPATCH, "no theta has come yet"
     await trio.sleep(2.5)
-    shown.said(Loaded(incarnation="i"))
+    shown.reported(Loaded(incarnation="i"))
     shown.theta_arrived(3, 1000)
     assert shown.trace_of(stamp) == round_traceparent(JOB.job_id, 1, 3, 1.0)
     assert shown.fields == {"job_id": JOB.job_id, "worker_peer_id": JOB.me, "round": 3}
-    shown.said(RoundStarted(round=3, theta="t"))
+    shown.reported(RoundStarted(round=3, theta="t"))
     await trio.sleep(4)
     part = Contribution(
         round=3, worker=JOB.me, incarnation="i", samples=40, batches=10, batch_size=4, steps=0, ranges=()
     )
-    shown.said(UpdateSent(contribution=part))
+    shown.reported(UpdateSent(contribution=part))
     shown.end(1, stopped=False)
     shown.close()
     (span,) = signals.spans("Execute job")
@@ -112,9 +112,9 @@ async def test_an_outer_step_is_timed_once(signals: Signals, autojump_clock: Moc
     await trio.sleep(0.3)
     shown.steered(CloseRound(round=0))
     await trio.sleep(0.4)
-    shown.said(applied)
+    shown.reported(applied)
     # it is said again in another life of the job
-    shown.said(applied)
+    shown.reported(applied)
     assert signals.reading(metrics.OUTER_STEP_DURATION) == 1
     assert shown.round == 1
 

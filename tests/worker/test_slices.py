@@ -6,6 +6,7 @@ import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -42,6 +43,7 @@ from hypha.worker.slices.prefetching import (
     MAX_AHEAD,
     MAX_HOLD_S,
     STILL_S,
+    SliceDemand,
     SlicePrefetcher,
 )
 
@@ -70,9 +72,10 @@ class World:
         self.at_the_end: Callable[[], None] | None = None
         self.answers: list[Response | Exception] = []
         self.slices = 1000
-        self.prefetcher = SlicePrefetcher(
-            self.ask, self.pull, self.cache, self.directory, self.stamp, "digits", "life", prefetch_s
-        )
+        self.prefetcher = SlicePrefetcher(self.ask, self.pull, self.cache, self.demand(prefetch_s=prefetch_s))
+
+    def demand(self, **more: Any) -> SliceDemand:
+        return SliceDemand("digits", "incarnation", self.directory, self.stamp, **more)
 
     def stamp(self) -> JobStamp:
         return JobStamp(job_id="job", generation=1, round=self.round)
@@ -144,7 +147,7 @@ async def test_next_slice_is_here_before_the_current_one_ends(
         before = trio.current_time()
         assert (await prefetcher.next()).assigned.index == 1
         assert trio.current_time() == before
-    assert world.asked[0] == NextSlice(stamp=world.stamp(), incarnation="life", seq=1)
+    assert world.asked[0] == NextSlice(stamp=world.stamp(), incarnation="incarnation", seq=1)
     assert world.asked[1].cached == (0,)
 
 
@@ -431,9 +434,13 @@ async def test_a_slice_is_a_span_and_a_duration_and_the_cache_is_counted(
     world.slices = 1
     world.troubles["a"] = PeerUnreachable("a", "it is down")
     world.prefetcher = SlicePrefetcher(
-        world.ask, world.pull, world.cache, world.directory, world.stamp, "digits", "life",
-        trace_of=lambda stamp: round_traceparent(stamp.job_id, stamp.generation, stamp.round, 1.0),
-    )  # fmt: skip
+        world.ask,
+        world.pull,
+        world.cache,
+        world.demand(
+            trace_of=lambda stamp: round_traceparent(stamp.job_id, stamp.generation, stamp.round, 1.0)
+        ),
+    )
     async with world.running() as prefetcher:
         await prefetcher.next()
         world.round = 1
@@ -512,9 +519,7 @@ async def test_a_slice_that_is_not_in_the_manifest_is_not_used(
         return DatasetDescription(manifest=manifest, manifest_hash="what it says is not asked")
 
     check = ManifestCheck(request, "digits", manifest_hash(manifest))
-    world.prefetcher = SlicePrefetcher(
-        world.ask, world.pull, world.cache, world.directory, world.stamp, "digits", "life", manifest=check
-    )
+    world.prefetcher = SlicePrefetcher(world.ask, world.pull, world.cache, world.demand(), check)
     good = world.slice(0)
     world.answers = [
         msgspec.structs.replace(good, samples=2),

@@ -30,9 +30,9 @@ from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.executor import host as host_module
 from hypha.messages import ExecutorDescriptor, ForkRequest, ModelSpec, PeerRef, Resources, TrainJob
 from hypha.worker.limits.cgroups import CgroupPlaces, usable_cgroups
-from hypha.worker.limits.limits import Limits, apply_limits
+from hypha.worker.limits.limits import Limits, Means, apply_limits
 from hypha.worker.processes.keepers import Launch, OwnExecutor
-from hypha.worker.processes.process import Exit, run_executor
+from hypha.worker.processes.process import Exit, Supervision, run_executor
 from hypha.worker.processes.warm import ForkedKeeper, OwnHost, SharedHost, open_host
 
 MODULE = "hypha.executor.training"
@@ -90,7 +90,9 @@ class Sure(SharedHost):
 
 async def run(made: Launch, **more: trio.Event) -> Exit:
     stop = more.get("stop", trio.Event())
-    return await run_executor(made, stop, 0.3, kill=more.get("kill"), host=Sure(shared_host()))
+    return await run_executor(
+        made, stop, 0.3, kill=more.get("kill"), supervision=Supervision(Sure(shared_host()))
+    )
 
 
 async def test_exit_code_output_and_command_line_are_those_of_a_started_one(bridges: Network) -> None:
@@ -196,7 +198,12 @@ async def test_a_stopped_family_is_killed_with_a_stopped_keeper(bridges: Network
         async def killed(*, task_status: trio.TaskStatus[int]) -> None:
             ended.append(
                 await run_executor(
-                    made, trio.Event(), 60.0, kill=kill, host=Sure(shared_host()), task_status=task_status
+                    made,
+                    trio.Event(),
+                    60.0,
+                    kill=kill,
+                    supervision=Supervision(Sure(shared_host())),
+                    task_status=task_status,
                 )
             )
 
@@ -220,7 +227,7 @@ async def test_cancelled_nothing_is_left(bridges: Network) -> None:
 
 async def test_resource_limits_hold(bridges: Network) -> None:
     # more than what is shared with the host, which counts as well
-    limits = apply_limits("rlimit", CgroupPlaces(), "x", Resources(memory=1))
+    limits = apply_limits(Means("rlimit", CgroupPlaces()), "x", Resources(memory=1))
     script = textwrap.dedent(EATS).replace("range(40)", "range(100)")
     ended = await run(launch(bridges, script, *limits.launch_options()))
     assert ended.code, ended.tail
@@ -233,7 +240,9 @@ async def test_cgroups_hold(bridges: Network) -> None:
     places = usable_cgroups()
     if places.v2 is None and "memory" not in places.v1:
         pytest.skip("no writable cgroup with the memory controller here")
-    limits: Limits = apply_limits("cgroup", places, f"hypha-warm-{os.getpid()}", Resources(cpu=1, memory=0.2))
+    limits: Limits = apply_limits(
+        Means("cgroup", places), f"hypha-warm-{os.getpid()}", Resources(cpu=1, memory=0.2)
+    )
     try:
         ended = await run(launch(bridges, EATS, *limits.launch_options()))
         assert ended.code == -9, ended.tail
@@ -326,7 +335,7 @@ async def test_an_environment_of_its_own_is_started(
     assert "not forked, but started: HF_HOME, which is read at import" in caplog.text
     foreign = replace(launch(bridges, ""), argv=("/bin/true",), own=None)
     assert await SharedHost(shared_host()).fork(foreign) is None
-    ended = await run_executor(foreign, trio.Event(), 1.0, host=SharedHost(shared_host()))
+    ended = await run_executor(foreign, trio.Event(), 1.0, supervision=Supervision(SharedHost(shared_host())))
     assert ended.code == 0
 
 
@@ -393,7 +402,7 @@ async def test_kill_9_of_the_host_is_survived(bridges: Network, caplog: pytest.L
         async with trio.open_nursery() as nursery:
 
             async def run_it() -> None:
-                ended.append(await run_executor(made, trio.Event(), 1.0, host=host))
+                ended.append(await run_executor(made, trio.Event(), 1.0, supervision=Supervision(host)))
 
             nursery.start_soon(run_it)
             pids = await family(made.work_dir)
@@ -446,7 +455,7 @@ import sys, trio
 from pathlib import Path
 from hypha.config.inherited import child_environment
 from hypha.worker.processes.keepers import Launch, OwnExecutor
-from hypha.worker.processes.process import run_executor
+from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import OwnHost
 async def main():
     async with trio.open_nursery() as nursery:
@@ -456,7 +465,7 @@ async def main():
         Path({str(tmp_path / "host")!r}).write_text(f"{{host.pid}}\\n")
         made = Launch("job", {made.argv!r}, child_environment(), Path({str(made.work_dir)!r}),
                       own=OwnExecutor({MODULE!r}, torch_only=True))
-        await run_executor(made, trio.Event(), 60.0, host=host)
+        await run_executor(made, trio.Event(), 60.0, supervision=Supervision(host))
 trio.run(main)
 """
     process = subprocess.Popen(  # noqa: ASYNC220 - outlives no test

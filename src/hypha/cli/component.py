@@ -29,6 +29,7 @@ from hypha.cli.options import (
     TrustOption,
 )
 from hypha.errors import ConfigError, IdentityError, Problem
+from hypha.staging import write_whole
 
 if TYPE_CHECKING:
     from hypha.config.models import NodeConfig
@@ -290,13 +291,10 @@ def write_config(
         if value is not None and value != []
     }
     text = write_template(program.model, values, fill_in)
-    temporary = output.with_name(f".{output.name}.new")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         # tokens may be written into it: nobody else's business
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(text)
-        temporary.replace(output)
+        write_whole(output, text.encode(), mode=0o600)
     except OSError as exc:
         raise ConfigError(f"{output} cannot be written: {exc.strerror}") from exc
     typer.echo(f"wrote {output}")

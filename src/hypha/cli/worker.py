@@ -122,7 +122,7 @@ def drain(
     undo: Annotated[bool, typer.Option("--undo", help="Make offers again.")] = False,
 ) -> None:
     """Have the worker that runs here make no new offers; what is leased goes on, unless --now."""
-    from hypha.worker.control import Call, tell
+    from hypha.worker.control import Call, send_call
 
     if now and undo:
         raise typer.BadParameter("--now ends the worker, and that cannot be undone")
@@ -133,11 +133,11 @@ def drain(
         loaded = common.load(PROGRAM, config, [])
         work_dir, notice_s = loaded.work_dir, loaded.preemption.notice_s
     if not now:
-        answer, _ = tell(work_dir, Call(what="resume" if undo else "drain"))
+        answer, _ = send_call(work_dir, Call(what="resume" if undo else "drain"))
     else:
         within_s = within or notice_s or DRAIN_S
         typer.echo(f"the worker hands over what it has trained, for {within_s:g} s at most")
-        answer, ended = tell(work_dir, Call(what="leave", within_s=within_s), within_s + STOPPED_S)
+        answer, ended = send_call(work_dir, Call(what="leave", within_s=within_s), within_s + STOPPED_S)
         if ended:
             typer.echo("the worker has ended")
             return

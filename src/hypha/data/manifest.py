@@ -7,10 +7,8 @@ the name and the file names, which may differ from host to host.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +22,13 @@ from hypha.data.slices import (
     columns_of,
     describe_slice,
     hash_file,
-    open_as_directory,
-    sync,
+    mode_in,
 )
 from hypha.decoding import decode_json
 from hypha.errors import DataError, Undecodable
 from hypha.manifests import manifest_hash
 from hypha.messages import Column, Manifest, SliceInfo
+from hypha.staging import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +65,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Put ``manifest.json`` into ``directory``, atomically and durably. OSError when it cannot be."""
     fields = msgspec.to_builtins(manifest) | {"version": manifest.version}
     text = msgspec.json.format(msgspec.json.encode(fields, order="sorted"), indent=1) + b"\n"
-    handle, temporary = tempfile.mkstemp(prefix=f".{MANIFEST_FILE}-", dir=directory)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(text)
-            file.flush()
-            open_as_directory(Path(temporary))
-            os.fsync(file.fileno())
-        Path(temporary).rename(directory / MANIFEST_FILE)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
-    sync(directory)
+    write_whole(directory / MANIFEST_FILE, text, durable=True, mode=mode_in(directory))
 
 
 def read_manifest(directory: Path) -> Manifest:

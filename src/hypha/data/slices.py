@@ -5,7 +5,6 @@ Equal rows give equal bytes, and with them equal BLAKE3 hashes, wherever they ar
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
+from hypha.disks import sync
 from hypha.errors import SliceCorrupt
 from hypha.messages import Column
 
@@ -68,7 +68,7 @@ def write_slice(path: Path, columns: tuple[Column, ...], rows: Array) -> None:
         serialize_file(tensors, path, metadata=None)
     except SafetensorError as exc:
         raise OSError(f"{path} cannot be written: {exc}") from exc
-    open_as_directory(path)
+    path.chmod(mode_in(path.parent))
     sync(path)
 
 
@@ -113,17 +113,8 @@ def hash_file(path: Path) -> str:
     return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(path).hexdigest()
 
 
-def open_as_directory(path: Path) -> None:
-    """Let whoever may read the directory read the file in it, too: the node that serves a dataset often runs
-    as another user than who prepared it, and safetensors makes files that only their owner reads.
+def mode_in(directory: Path) -> int:
+    """That of files in ``directory`` which whoever may read it reads, too: the node that serves a dataset
+    often runs as another user than who prepared it, and safetensors makes files that only their owner reads.
     """
-    path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
-
-
-def sync(path: Path) -> None:
-    """Make a file, or a directory's entries, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return stat.S_IMODE(directory.stat().st_mode) & 0o666

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import NoReturn
 
 from opentelemetry import trace
 
+from hypha.disks import is_disk_full
 from hypha.errors import (
     BatchFailed,
     CheckpointUnusable,
@@ -104,8 +104,7 @@ def kind_of(exc: BaseException) -> str:
         return "batch"
     if isinstance(exc, DataError):
         return "data"
-    full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(exc, Refused) and exc.code == "no-space"):
+    if is_disk_full(exc) or (isinstance(exc, Refused) and exc.code == "no-space"):
         return "disk"
     if is_out_of_memory(exc):
         return "oom"

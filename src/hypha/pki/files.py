@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from hypha.errors import IdentityError
+from hypha.staging import StagedFile
 
 
 def check_absent(paths: Sequence[Path], advice: str) -> None:
@@ -48,29 +48,9 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
 
 def _place(path: Path, content: bytes, mode: int, over: os.stat_result | None = None) -> None:
     """``over`` is the file that is replaced; without one nothing may be there."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            if over is not None and (over.st_uid, over.st_gid) != (os.geteuid(), os.getegid()):
-                # a node that runs as somebody else has to read it again; raises where we may not
-                os.fchown(file.fileno(), over.st_uid, over.st_gid)
-            # explicitly, because a umask may take away what others need to read a certificate
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        if over is not None:
-            os.replace(temporary, path)
-        else:
-            try:
-                # unlike rename, this fails when somebody made the file in the meantime
-                os.link(temporary, path)
-            except FileExistsError:
-                raise
-            except OSError:  # no hard links on this file system
-                if os.path.lexists(path):
-                    raise
-                os.rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with StagedFile(path, durable=True, mode=mode, exclusive=over is None) as staged:
+        staged.file.write(content)
+        if over is not None and (over.st_uid, over.st_gid) != (os.geteuid(), os.getegid()):
+            # a node that runs as somebody else has to read it again; raises where we may not
+            os.fchown(staged.file.fileno(), over.st_uid, over.st_gid)
+        staged.publish()

@@ -21,7 +21,7 @@ async def run_worker(
     alone: bool = False,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Work until cancelled; ``task_status`` gives this node once it listens and hears requests.
+    """Work until cancelled; ``task_status`` gives this node once it listens and receives requests.
     ``emit_spans`` exports the spans of executors, and must not block; without, they record none. ``alone``:
     this process does nothing else, so it adopts and ends what executors leave behind
     (:mod:`hypha.worker.processes.orphans`), and lets none of this user's processes look into it.

@@ -1,4 +1,4 @@
-"""What an operator tells the worker that runs here: ``control.sock`` in its work directory.
+"""What an operator asks of the worker that runs here: ``control.sock`` in its work directory.
 
 A Unix socket, and not local HTTP: it is there whether or not ``http_address`` is set, no page of a browser
 can reach it, and it needs no token, as who may use it is decided by the file system (the directory has mode
@@ -163,9 +163,9 @@ async def _line(stream: trio.SocketStream) -> bytes:
     return text
 
 
-def tell(work_dir: Path, call: Call, wait_s: float = 0.0) -> tuple[ControlReply, bool]:
-    """Tell the worker of ``work_dir``; its answer, and whether it has ended, for which ``wait_s`` is waited.
-    Blocks. Raises HyphaError where no worker listens.
+def send_call(work_dir: Path, call: Call, wait_s: float = 0.0) -> tuple[ControlReply, bool]:
+    """Send ``call`` to the worker of ``work_dir``; its answer, and whether it has ended, for which
+    ``wait_s`` is waited. Blocks. Raises HyphaError where no worker listens.
     """
     path = socket_in(work_dir)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:

@@ -21,7 +21,7 @@ from hypha.journal import Journal
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
-from hypha.runtime import in_thread, is_simulated
+from hypha.runtime import in_thread, is_simulated, lack_of_space
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.logs import bind
 from hypha.telemetry.page import worker_routes
@@ -30,27 +30,28 @@ from hypha.worker.control import serve_control
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 from hypha.worker.jobs.directory import remove_stale
-from hypha.worker.jobs.execution import ExecutionContext
 from hypha.worker.jobs.jobs import Jobs
-from hypha.worker.jobs.starting import RunExecutor, run_process
+from hypha.worker.jobs.starting import ExecutorBackend, run_process
+from hypha.worker.jobs.traffic import ExecutionContext
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.given import given_leases
 from hypha.worker.leasing.leaving import Leaving
-from hypha.worker.leasing.offers import LeaseService, serve_offers
+from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
+from hypha.worker.leasing.service import LeaseService
+from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
-from hypha.worker.limits.confining import Means
 from hypha.worker.limits.cores import CorePins
 from hypha.worker.limits.detecting import DetectedMachine, detect, lowered, usable_cores
 from hypha.worker.limits.devices import Visibility, memory_of_each
-from hypha.worker.limits.limits import mechanisms, no_cgroups, suffice
+from hypha.worker.limits.limits import Means, mechanisms, no_cgroups, suffice
 from hypha.worker.limits.quotas import ProjectQuotas, usable_quotas
 from hypha.worker.processes.isolation import check_bubblewrap
 from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.process import Supervision
 from hypha.worker.processes.warm import ExecutorHost, open_host
 from hypha.worker.signals import shown, watch_resources
 from hypha.worker.slices.cache import SliceCache
-from hypha.worker.storage.free_space import lack_of_space
 from hypha.worker.storage.replicas import ReplicaStore
 from hypha.worker.storage.requests import StorageService
 
@@ -79,7 +80,7 @@ async def work(
         raise no_cgroups()
     if removed := remove_stale_groups(cgroups):
         logger.info("Removed %d cgroups that workers which were killed have left behind.", removed)
-    # before anybody looks how much room there is
+    # before anybody looks how much space there is
     for path in remove_stale(config.work_dir):
         logger.warning("Removed %s, which an earlier worker left behind.", path)
     machine = await in_thread(detect, config.work_dir, child_environment())
@@ -109,9 +110,7 @@ async def work(
                         hosts += [] if host is None else [host]
                         run = partial(
                             run_process,
-                            host=host,
-                            running=running,
-                            orphans=orphans if alone else None,
+                            supervision=Supervision(host, running, orphans if alone else None),
                         )
                         async with watch_resources(config.work_dir, lambda: dict(running)):
                             node.health_details.append(lambda: words)
@@ -119,8 +118,7 @@ async def work(
                                 config,
                                 node,
                                 means,
-                                run,
-                                emit_spans=emit_spans,
+                                ExecutorBackend(run, emit_spans),
                                 task_status=task_status,
                             )
 
@@ -187,15 +185,13 @@ async def serve(
     config: WorkerConfig,
     node: Node,
     means: Means,
-    run_executor: RunExecutor = run_process,
+    backend: ExecutorBackend,
     journal: Journal | None = None,
-    emit_spans: EmitSpans | None = None,
     *,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``journal`` is
-    that of its arbiter and its leases; ``emit_spans`` exports the executors' spans; ``gpus`` are those that
-    leases are given, ``quotas`` those of the file system of its ``work_dir``.
+    """Be a worker through ``node``, whose executors ``backend`` runs, until cancelled. ``journal`` is that of
+    its arbiter and its leases.
     """
     bind(worker_peer_id=node.peer_id)
     environment = child_environment()
@@ -213,16 +209,17 @@ async def serve(
         connectors=Connectors(allowance, node.request, node.transfers.pull),
         means=means,
         environment=environment,
-        run_executor=run_executor,
-        emit_spans=emit_spans,
+        backend=backend,
     )
     arbiter = Arbiter(
-        Resources(**config.resources.model_dump()),
-        [ExecutorDescriptor(kind=one.kind, name=one.name) for one in config.executors],
+        WorkerCapacity(
+            Resources(**config.resources.model_dump()),
+            [ExecutorDescriptor(kind=one.kind, name=one.name) for one in config.executors],
+            memory_of_each(means.gpus.gpus, config.resources.gpu),
+        ),
         config.offer,
         node.ref,
         journal=journal,
-        gpus=memory_of_each(means.gpus.gpus, config.resources.gpu),
     )
     stopped = trio.Event()
     # cancelled from outside, the worker goes on for a moment: it leaves first
@@ -280,8 +277,8 @@ async def _end_when_left(
     async def when_stopped() -> None:
         await stopped.wait()
         within_s = notice_left_s(config, polled=False)
-        told = "it was told to stop"
-        leaving.begin(STOP_LEAVE_S if within_s is None else within_s, told, patient=within_s is not None)
+        why = "it was told to stop"
+        leaving.begin(STOP_LEAVE_S if within_s is None else within_s, why, patient=within_s is not None)
 
     async def at_notice() -> None:
         notice = await watch_for_notice(config)

@@ -11,7 +11,7 @@ from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import Reading
 from hypha.telemetry.resources import watch_disks, watch_machine
 from hypha.worker.jobs.jobs import Jobs
-from hypha.worker.leasing.offers import LeaseService
+from hypha.worker.leasing.service import LeaseService
 from hypha.worker.slices.cache import SliceCache
 
 _KINDS: tuple[ExecutorClass, ...] = ("train", "aggregate")

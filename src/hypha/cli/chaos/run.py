@@ -30,6 +30,7 @@ from hypha.cli.chaos.striking import Striker, Supervisor
 from hypha.cli.demo import files
 from hypha.cli.demo.workplace import clean_environment, open_directory, prepare_digits, start_host
 from hypha.errors import ConfigError, OutputError, Problem
+from hypha.staging import write_output
 
 JOB = "chaos"
 #: Nobody counts them: the time decides. More than any run has.
@@ -103,7 +104,7 @@ async def run_chaos(options: ChaosOptions) -> ChaosReport:
     show(console, report)
     if options.summary is not None:
         try:
-            options.summary.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+            write_output(options.summary, json.dumps(report.to_json(), indent=1) + "\n")
         except OSError as exc:
             raise OutputError(f"{options.summary} cannot be written: {exc.strerror}") from exc
     return report

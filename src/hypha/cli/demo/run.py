@@ -7,10 +7,7 @@ the summary are left. Whatever happens, no process is.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +32,9 @@ from hypha.cli.demo.workplace import (
 from hypha.config.inherited import child_environment
 from hypha.errors import OutputError
 from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.staging import StagedDirectory, write_output
 from hypha.worker.processes.keepers import Launch, OwnExecutor
-from hypha.worker.processes.process import run_executor
+from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import SharedHost
 
 POLL_S = 0.2
@@ -132,7 +130,7 @@ async def _evaluate(place: files.DemoFiles, group: Children, host: Path | None) 
         own=OwnExecutor(module),
     )
     shared = None if host is None else SharedHost(host)
-    ended = await run_executor(launch, trio.Event(), GRACE_S, host=shared)
+    ended = await run_executor(launch, trio.Event(), GRACE_S, supervision=Supervision(shared))
     if ended.code:
         raise DemoFailed(f"the evaluation failed with exit code {ended.code}:\n{ended.tail}")
     found: dict[str, Any] = json.loads(ended.tail.splitlines()[-1])
@@ -195,16 +193,10 @@ def _check_output(output: Path) -> None:
 def _hand_over(model: Path, output: Path) -> None:
     _check_output(output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-        try:
-            shutil.copytree(model, staged, dirs_exist_ok=True)
-            staged.chmod(0o755)
-            if output.exists():
-                shutil.rmtree(output)
-            os.replace(staged, output)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+        with StagedDirectory(output) as staged:
+            staged.copy_tree(model)
+            staged.path.chmod(0o755)
+            staged.publish()
     except OSError as exc:
         raise OutputError(f"{output} cannot be written: {exc}") from exc
 
@@ -220,7 +212,7 @@ def _conclude(console: Console, options: DemoOptions, outcome: DemoOutcome, wall
     }
     if options.summary is not None:
         try:
-            options.summary.write_text(json.dumps(result, indent=2) + "\n")
+            write_output(options.summary, json.dumps(result, indent=2) + "\n")
         except OSError as exc:
             raise OutputError(f"{options.summary} cannot be written: {exc.strerror}") from exc
     lines = [

@@ -28,6 +28,7 @@ from hypha.cli.job.timeline import job_directory
 from hypha.cli.options import DEFAULT_CONFIG
 from hypha.decoding import decode
 from hypha.errors import ConfigError, HyphaError, OutputError, Undecodable
+from hypha.staging import StagedFile
 
 if TYPE_CHECKING:
     from hypha.config.models import SchedulerConfig
@@ -94,18 +95,14 @@ def report(
 
 def write_archive(path: Path, texts: dict[str, str]) -> None:
     """A .tar.gz of ``texts`` by name, whole or not at all. Blocks; raises OSError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with tarfile.open(part, "w:gz") as archive:
+    with StagedFile(path, mode=0o600) as staged:
+        with tarfile.open(fileobj=staged.file, mode="w:gz") as archive:
             for name, text in texts.items():
                 data = text.encode()
                 member = tarfile.TarInfo(f"hypha-report/{name}")
                 member.size, member.mode = len(data), 0o600
                 archive.addfile(member, io.BytesIO(data))
-        part.chmod(0o600)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        staged.publish()
 
 
 def _configuration(path: Path | None) -> tuple[SchedulerConfig | None, str]:

@@ -29,6 +29,8 @@ from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds import machine as rounds
 from hypha.worker.leasing import arbiter
+from hypha.worker.leasing.events import ArbiterBegan, ArbiterEvent
+from hypha.worker.leasing.vetting import WorkerCapacity
 
 #: of a line that is shown
 _SHOWN = 2000
@@ -203,19 +205,16 @@ def _book(raw: Any, _: float) -> _Machine:
 
 
 def _arbiter(raw: Any, _: float) -> _Machine:
-    began, journal, given = msgspec.convert(raw, arbiter.ArbiterBegan), Journal(), _Given()
+    began, journal, given = msgspec.convert(raw, ArbiterBegan), Journal(), _Given()
     terms = OfferConfig.model_validate(began.terms)
     machine = arbiter.Arbiter(
-        began.total,
-        began.executors,
+        WorkerCapacity(began.total, began.executors, began.gpus, began.abilities),
         terms,
         given.worker,
         given.lease_id,
         journal,
-        began.abilities,
-        began.gpus,
     )
-    kind = arbiter.ArbiterEvent
+    kind = ArbiterEvent
     return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, kind), now), journal, given)
 
 

@@ -18,6 +18,7 @@ from msgspec import UNSET, Struct, UnsetType, to_builtins
 
 from hypha.naming import shown
 from hypha.scheduler.status.round_record import RoundRecord, Span, SpanKind
+from hypha.staging import write_output
 
 _SCHEDULER = 1
 #: by what is done; 0 is the node's own
@@ -69,7 +70,7 @@ def timeline(
     records = read_history(job_directory(job, state_dir))
     text = json.dumps({"displayTimeUnit": "ms", "traceEvents": to_builtins(trace_events(records))})
     try:
-        output.write_text(text)
+        write_output(output, text)
     except OSError as exc:
         raise OutputError(f"{output} cannot be written: {exc.strerror}") from exc
     typer.echo(f"{len(records)} rounds are in {output}; open it at ui.perfetto.dev")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from hypha.data.options import DEFAULT_SLICE_MB, PrepareOptions, check_options
 from hypha.data.preparing.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_for
 from hypha.data.preparing.staging import Staging, check_target
 from hypha.data.preparing.summary import RowCounts, Summary
-from hypha.data.slices import Array, sync
+from hypha.data.slices import Array
 from hypha.data.sources.layout import find_layout
 from hypha.data.sources.opening import open_source
 from hypha.errors import DataError, InputUnusable
@@ -143,8 +142,6 @@ class _Run:
         for writer in (train, held_out):
             if labels and writer is not None:
                 _write_labels(writer.directory, labels)
-        if held_out is not None:
-            sync(held_out.directory)
         return Prepared(
             directory=options.output,
             manifest=train.manifest,
@@ -237,8 +234,4 @@ class _Run:
 def _write_labels(directory: Path, labels: dict[str, tuple[str, ...]]) -> None:
     """``labels.json``: column -> name -> id."""
     ids = {column: {name: number for number, name in enumerate(names)} for column, names in labels.items()}
-    path = directory / LABELS_FILE
-    with path.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(ids), indent=1) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    (directory / LABELS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(ids), indent=1) + b"\n")

@@ -19,7 +19,6 @@ import trio
 from hypha import __version__
 from hypha.backoff import Backoff
 from hypha.config.models import DataConfig, DatasetConfig
-from hypha.data.locks import take
 from hypha.data.manifest import (
     Dataset,
     load_dataset_directory,
@@ -28,6 +27,7 @@ from hypha.data.manifest import (
 )
 from hypha.data.serving.served import ServedSlices
 from hypha.data.verify import slice_problem
+from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
 from hypha.features import features_of
 from hypha.manifests import manifest_hash
@@ -199,7 +199,7 @@ async def lock_for_serving(directory: Path, locks: contextlib.ExitStack) -> None
 
 def _share_lock(directory: Path) -> int | None:
     require_readable(directory)
-    return take(directory, fcntl.LOCK_SH)
+    return lock(directory, fcntl.LOCK_SH)
 
 
 async def _verified(key: str, dataset: Dataset) -> list[Problem]:

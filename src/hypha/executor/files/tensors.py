@@ -25,6 +25,7 @@ from hypha.decoding import decode
 from hypha.errors import DataError, Undecodable
 from hypha.executor.files.hashing import Digests, Hasher, HasherBeside
 from hypha.executor.files.reused import ReusedFiles
+from hypha.staging import StagedFile
 
 #: Elements handled at a time: 1 MiB of fp32, which stays in the second-level cache.
 CHUNK = 1 << 18
@@ -151,35 +152,17 @@ def write_pieces(
     next one is asked for.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    if reused is not None:
-        reused.take(partial)
-    try:
-        # not truncated: there may be an old file to write over
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb", buffering=0) as file:
-            header = _header(specs, metadata)
-            _write_all(descriptor, memoryview(header))
-            hasher.update(header)
-            size = len(header)
-            for name in _ordered(specs):
-                for piece in source(name):
-                    view = _bytes(piece)
-                    _write_all(descriptor, view)
-                    hasher.update(view)
-                    size += len(view)
-            file.truncate(size)
-        partial.replace(path)
-    except OSError as exc:
-        # writing to a descriptor does not say which file it was
-        raise OSError(exc.errno, exc.strerror, str(path)) from exc
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_all(descriptor: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(descriptor, view) :]
+    over = None if reused is None else reused.take
+    with StagedFile(path, mode=0o600, over=over) as staged:
+        header = _header(specs, metadata)
+        staged.file.write(header)
+        hasher.update(header)
+        for name in _ordered(specs):
+            for piece in source(name):
+                view = _bytes(piece)
+                staged.file.write(view)
+                hasher.update(view)
+        staged.publish()
 
 
 # --- reading ------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from hypha.config.environment import process_environment
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import ExecutorError, encode_json
+from hypha.staging import write_whole
 
 logger = logging.getLogger("hypha.executor.training")
 
@@ -165,9 +166,7 @@ class ProcessGroup:
     def say_last(self, error: ExecutorError, exit_code: int) -> None:
         """Leave the last words of this process where rank 0 looks for them."""
         path = self._directory / f"last-words-{self.rank}.json"
-        partial = path.with_suffix(".part")
-        partial.write_bytes(encode_json(LastWords(self.rank, error, exit_code)))
-        partial.replace(path)
+        write_whole(path, encode_json(LastWords(self.rank, error, exit_code)))
 
     def last_words(self, within_s: float = 0.0) -> LastWords | None:
         """Of the process that failed first, if one has."""

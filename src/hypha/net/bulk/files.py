@@ -8,7 +8,6 @@ power cut are synced before that; the others are hashed again by whoever reads t
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 import threading
@@ -18,6 +17,8 @@ from typing import BinaryIO, Protocol
 from blake3 import blake3
 from xxhash import xxh3_128
 
+from hypha import disks
+from hypha.disks import existing, explained, is_disk_full, sync
 from hypha.messages import QUICK_KINDS, TransferMeta
 from hypha.net.bulk.wire import BLOCK_BYTES
 
@@ -26,7 +27,6 @@ DURABLE_KINDS = frozenset({"checkpoint", "export", "model"})
 
 #: Files in a directory of this name, beside where one is to arrive, are written over.
 SPARE = ".spare"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileChanged(Exception):
@@ -37,8 +37,8 @@ class DiskFailed(Exception):
     """What arrives cannot be written; ``full`` when for lack of space."""
 
     def __init__(self, path: Path, exc: OSError) -> None:
-        self.full = exc.errno in _DISK_FULL
-        super().__init__(f"{path} cannot be written: {exc.strerror or exc}")
+        self.full = is_disk_full(exc)
+        super().__init__(f"{path} cannot be written: {explained(exc)}")
 
 
 class WrongHash(Exception):
@@ -199,7 +199,7 @@ class PartFile:
             self._file.close()
             os.replace(self.path, self.destination)
             if durable:
-                _sync_directory(self.destination.parent)
+                sync(self.destination.parent)
         except OSError as exc:
             self.discard()
             raise DiskFailed(self.destination, exc) from exc
@@ -237,14 +237,10 @@ def copy_verified(source: Path, destination: Path, meta: TransferMeta) -> None:
 
 def free_bytes(destination: Path) -> int | None:
     """Space left where ``destination`` is to lie; ``None`` when nobody knows."""
-    place = destination.parent
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
-        found = os.statvfs(place)
+        return disks.free_bytes(existing(destination.parent))
     except OSError:
         return None
-    return found.f_bavail * found.f_frsize
 
 
 def _take_spare(path: Path) -> bool:
@@ -271,11 +267,3 @@ def _take_spare(path: Path) -> bool:
 def part_path(destination: Path) -> Path:
     """Where a file lies until it is whole."""
     return destination.with_name(destination.name + ".part")
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

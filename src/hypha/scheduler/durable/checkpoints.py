@@ -14,12 +14,13 @@ import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
+from hypha.beneath import relative_path
 from hypha.decoding import decode_json
-from hypha.durable import sync_directory, write_durably
 from hypha.errors import HyphaError, Refused, Undecodable
 from hypha.messages import CheckpointFile, CheckpointIndex, FileList, TransferMeta, encode_json
 from hypha.net.bulk.files import hash_file
 from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.staging import move_directory, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,11 @@ INDEX = "index.json"
 
 def safe_relative(name: str) -> PurePosixPath:
     """``name`` as a path that stays inside a directory; :class:`Refused` otherwise."""
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\0" in name or path.name in ("", INDEX):
+    try:
+        path = relative_path(name)
+    except ValueError as exc:
+        raise Refused("invalid", f"{name!r} is no file name") from exc
+    if path.name == INDEX:
         raise Refused("invalid", f"{name!r} is no file name")
     return path
 
@@ -87,11 +91,8 @@ class CheckpointStore:
 
     def adopt(self, index: CheckpointIndex, source: Path) -> None:
         """The files in ``source``, durable and verified, become the checkpoint."""
-        target = self._directory(index.round)
-        write_durably(source / INDEX, encode_json(index))
-        shutil.rmtree(target, ignore_errors=True)
-        source.rename(target)
-        sync_directory(self.state.checkpoints)
+        write_whole(source / INDEX, encode_json(index), durable=True)
+        move_directory(source, self._directory(index.round))
 
     def path(self, round_: int, name: str) -> Path:
         """Where a file of a checkpoint lies."""

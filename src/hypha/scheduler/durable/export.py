@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,10 @@ import msgspec
 from msgspec import Struct
 
 from hypha.decoding import decode_json
-from hypha.durable import sync_directory
 from hypha.errors import OutputError, Undecodable
 from hypha.places import UrlPlace
 from hypha.runtime import new_id
+from hypha.staging import StagedDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -132,22 +131,14 @@ class LocalOutput:
     def publish(self, staged: Path, about: Published) -> str:
         """Copied next to the place, made durable, renamed."""
         with _translated(str(self.path), "publishing the model to"):
-            part = self.path.parent / f".{self.path.name}.{new_id()}"
-            try:
-                shutil.copytree(staged, part)
-                (part / MARKER).write_bytes(_about(about, staged))
+            with StagedDirectory(self.path, durable=True) as part:
+                part.copy_tree(staged)
+                (part.path / MARKER).write_bytes(_about(about, staged))
                 # the state directory is private, the result is not
-                for path in (part, *part.rglob("*")):
+                for path in (part.path, *part.path.rglob("*")):
                     path.chmod(0o755 if path.is_dir() else 0o644)
-                for path in _staged_files(part):
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-                sync_directory(part)
                 self._make_space()
-                part.rename(self.path)
-                sync_directory(self.path.parent)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+                part.publish(replace=False)
         return str(self.path)
 
     def _make_space(self) -> None:

@@ -17,6 +17,7 @@ from hypha.messages import LedgerFile, encode_json
 from hypha.scheduler.durable.database import connect, is_full, with_space
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.staging import write_whole
 
 
 async def held_leases(path: Path) -> list[LeaseGained]:
@@ -76,6 +77,4 @@ def _read_database(path: Path) -> LedgerFile:
 
 def export_ledger(file: LedgerFile, path: Path) -> None:
     """Write ``ledger.json``, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(msgspec.json.format(encode_json(file), indent=1))
-    part.replace(path)
+    write_whole(path, msgspec.json.format(encode_json(file), indent=1))

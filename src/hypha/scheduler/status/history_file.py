@@ -21,6 +21,7 @@ from hypha.runtime import in_thread
 from hypha.scheduler.durable.ledger_files import read_ledger
 from hypha.scheduler.status.history import History
 from hypha.scheduler.status.round_record import RoundRecord, from_ledger, with_numbers
+from hypha.staging import write_whole
 
 logger = logging.getLogger("hypha.scheduler")
 
@@ -102,9 +103,7 @@ class HistoryFile:
 
     def _shorten(self) -> None:
         lines = self._path.read_bytes().splitlines(keepends=True)
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_bytes(b"".join(lines[len(lines) // 2 :]))
-        part.replace(self._path)
+        write_whole(self._path, b"".join(lines[len(lines) // 2 :]))
 
 
 def read_history(directory: Path) -> list[RoundRecord]:

@@ -92,7 +92,7 @@ class Bridge:
                 event = self._events[0]
 
                 async def say(event: Event = event) -> None:
-                    self._handlers.say(event)
+                    self._handlers.report(event)
 
                 await self._worker.call(say)
                 if self._events and self._events[0] is event:

@@ -34,9 +34,9 @@ from hypha.scheduler.leasing.renewal import (
     Renewed,
 )
 from hypha.simulation.market.market import AGGREGATE, TRAIN, Market, checked_journal
-from hypha.worker.leasing.arbiter import (
+from hypha.worker.leasing.events import (
     RenewAsked,
-    RequestHeard,
+    RequestReceived,
 )
 
 
@@ -163,7 +163,7 @@ class MarketScheduler:
         request = action.request(PeerRef(peer=self.name))
         for worker in self.market.workers.values():
             cached = request.dataset is not None and request.dataset in worker.datasets
-            self.market.travel(partial(worker.tell, RequestHeard(self.name, request, cached=cached)))
+            self.market.travel(partial(worker.tell, RequestReceived(self.name, request, cached=cached)))
 
     def _sleep(self) -> None:
         wake = self.allocator.next_wake

@@ -13,13 +13,9 @@ from hypha.scheduler.leasing.events import (
     Offered,
 )
 from hypha.simulation.market.market import AGGREGATE, TRAIN, Market, checked_journal
-from hypha.worker.leasing.arbiter import (
-    Arbiter,
-    ArbiterAction,
-    ArbiterEvent,
-    OfferFailed,
-    SendOffer,
-)
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.events import ArbiterAction, ArbiterEvent, OfferFailed, SendOffer
+from hypha.worker.leasing.vetting import WorkerCapacity
 
 
 class MarketWorker:
@@ -44,8 +40,7 @@ class MarketWorker:
         self.start_id = f"{self.name}.{self.starts}"
         numbers = itertools.count()
         self.arbiter = Arbiter(
-            self.total,
-            [TRAIN, AGGREGATE],
+            WorkerCapacity(self.total, [TRAIN, AGGREGATE]),
             self.terms,
             lambda: PeerRef(peer=self.name),
             lambda: f"{self.start_id}/{next(numbers)}",

@@ -28,6 +28,7 @@ from hypha.net.bulk.slots import TransferSlots
 from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import free_bytes, in_thread, new_id
 from hypha.simulation.net.network import STALL_S, SimulatedLinkBroken
+from hypha.staging import write_whole
 
 if TYPE_CHECKING:
     from hypha.simulation.net.node import SimulatedNode
@@ -206,14 +207,11 @@ class SimulatedTransfers:
 
     def _write(self, destination: Path, data: bytes, meta: TransferMeta, source: str) -> None:
         """Whole and verified, or not at all."""
-        part = destination.with_name(destination.name + ".part")
-        part.write_bytes(data)
         hasher: StreamHash = strong_hasher() if meta.checked == meta.blake3 else quick_hasher()
         hasher.update(data)
         if len(data) != meta.size or hasher.hexdigest() != meta.checked:
-            part.unlink()
             raise TransferCorrupt(source, meta.name, "its content is not what was promised")
-        part.replace(destination)
+        write_whole(destination, data)
 
     # --- pulling ------------------------------------------------------------------------------------
 

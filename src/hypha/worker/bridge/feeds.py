@@ -1,6 +1,6 @@
 """Streams from a worker to its executor that may be opened late, broken and opened again at no loss.
 
-A :class:`Feed` is one open stream. :class:`Directives` keeps the newest of each directive and says it
+A :class:`Feed` is one open stream. :class:`Directives` keeps the newest of each directive and sends it
 first to whoever opens a stream; :class:`FileArrivals` keeps every file that arrived until the executor has
 deleted it. Both are level-triggered: what is repeated after a reconnect does no harm. So a stream that nobody
 reads ends when too much waits in it, and an executor that opens it again has lost nothing.

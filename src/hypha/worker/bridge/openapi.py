@@ -26,11 +26,11 @@ comment line, carry one JSON document in each `data` field and a comment every f
 after a break they repeat what still matters. Paths are relative to the job directory and cannot leave it.
 A client that closes its connection, or the sending side of it, has withdrawn its request.
 
-An executor shows that it does not hang by saying events. While it has nothing to do (it waits for theta, a
-plan, data or updates) it may say `alive`, about once a second and from the thread that works otherwise. From
+An executor shows that it does not hang by sending events. While it has nothing to do (it waits for theta, a
+plan, data or updates) it may send `alive`, about once a second and from the thread that works otherwise. From
 its first `alive` on, and from its start where the worker's owner gave it a `hang_s`, the worker kills it when
-it says nothing for `hang_s` seconds (the worker's, 600 unless set; or the job's, when that is less; before
-`loaded` or `model-ready` never less than 300). An executor that never says `alive` is not watched at all.
+it sends nothing for `hang_s` seconds (the worker's, 600 unless set; or the job's, when that is less; before
+`loaded` or `model-ready` never less than 300). An executor that never sends `alive` is not watched at all.
 
 Where the job has `traced`, a call may have a W3C `traceparent` header: what the worker does for it is then
 part of that trace."""
@@ -114,7 +114,7 @@ def openapi() -> dict[str, object]:
                     {},
                 )
             },
-            "/status/send": {"post": operation("Say an event to the scheduler", done, bad, StatusCall)},
+            "/status/send": {"post": operation("Send an event to the scheduler", done, bad, StatusCall)},
             "/spans": {
                 "post": operation(
                     "Spans to export, where the job is traced; one that is refused is not to be repeated",

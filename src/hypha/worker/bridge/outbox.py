@@ -92,7 +92,7 @@ class Outbox:
                 await self._pause(backoff, reminder, exc, fields)
                 continue
             else:
-                logger.debug("The scheduler was told of %s.", fields["event"], extra=fields)
+                logger.debug("An event was reported to the scheduler: %s.", fields["event"], extra=fields)
             backoff.reset()
             reminder.reset()
             self._waiting.popleft()

@@ -94,7 +94,7 @@ class BridgeHandlers(Protocol):
     def open_directives(self) -> AbstractContextManager[Feed[Directive]]:
         """See ``/directives``."""
 
-    def say(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """See ``/status/send``; must not block."""
 
     def take_spans(self, spans: tuple[FinishedSpan, ...]) -> None:
@@ -168,14 +168,14 @@ def make_app(handlers: BridgeHandlers) -> Starlette:
     async def directives(_: bytes) -> Response:
         return EventStream(handlers.open_directives, streams)
 
-    async def say(body: bytes) -> Response:
+    async def report(body: bytes) -> Response:
         if len(body) > MAX_EVENT_BYTES:
             raise Refused("too-large", f"an event has at most {MAX_EVENT_BYTES} bytes")
         event = _decode(body, StatusCall).event
         if isinstance(event, ExecutorExited):
-            raise Refused("invalid", "that an executor ended is said by its worker")
+            raise Refused("invalid", "that an executor ended is reported by its worker")
         try:
-            handlers.say(event)
+            handlers.report(event)
         except Refused as exc:
             if exc.code == "busy":
                 return _busy(exc.reason)
@@ -197,7 +197,7 @@ def make_app(handlers: BridgeHandlers) -> Starlette:
             Route("/resources/fetch", endpoint(fetch), methods=["POST"]),
             Route("/resources/send", endpoint(send), methods=["POST"]),
             Route("/resources/receive", endpoint(receive), methods=["POST"]),
-            Route("/status/send", endpoint(say), methods=["POST"]),
+            Route("/status/send", endpoint(report), methods=["POST"]),
             Route("/spans", endpoint(take_spans), methods=["POST"]),
         ],
         exception_handlers={

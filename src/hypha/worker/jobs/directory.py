@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from hypha import beneath
 from hypha.errors import HyphaError, Refused
 from hypha.runtime import new_id
+from hypha.staging import StagedDirectory, remove_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ PARTS = ("artifacts", "slices", "incoming", "outgoing")
 #: Of them, those that an executor only reads.
 READ_PARTS = ("artifacts", "slices")
 _PREFIX, _FAILED_PREFIX, _OWN_PREFIX = "hypha-", "failed-hypha-", ".hypha-"
-#: held while the worker lives; and, for a socket with a shorter path, the directory that it is in
+#: held while the worker runs; and, for a socket with a shorter path, the directory that it is in
 _LOCK, _ELSEWHERE = ".lock", ".socket-directory"
 #: of the worker's own directory: what is received, what is fetched, what is sent
 _RECEIVING, _FETCHING, _SENDING = "receiving", "fetching", "sending"
@@ -47,7 +48,7 @@ _SPARE, _MOST_SPARES = ".spare", 4
 class JobDirectory:
     """``work_dir/hypha-<uuid>`` and what is in it; the worker's own files are in ``work_dir/.hypha-<uuid>``.
 
-    That one is locked while its worker lives, which is how another worker process on the same ``work_dir``
+    That one is locked while its worker runs, which is how another worker process on the same ``work_dir``
     tells a stale directory from one in use.
     """
 
@@ -66,24 +67,23 @@ class JobDirectory:
         if len(os.fsencode(socket_path)) > MAX_SOCKET_PATH_BYTES:
             socket_path = _short_directory() / "bridge.sock"
         # Locked before it has a name that remove_stale of another worker looks for.
-        own, unnamed = _own_of(path), path.with_name(f".new-{path.name}")
-        lock = -1
+        own, lock = _own_of(path), -1
         try:
-            unnamed.mkdir(mode=0o700, parents=True)
-            for name in (_RECEIVING, _FETCHING, _SENDING):
-                (unnamed / name).mkdir(mode=0o700)
-            lock = os.open(unnamed / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if socket_path.parent != path:
-                (unnamed / _ELSEWHERE).write_text(str(socket_path.parent))
-            unnamed.rename(own)
+            with StagedDirectory(own, mode=0o700) as staged:
+                for name in (_RECEIVING, _FETCHING, _SENDING):
+                    (staged.path / name).mkdir(mode=0o700)
+                lock = os.open(staged.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if socket_path.parent != path:
+                    (staged.path / _ELSEWHERE).write_text(str(socket_path.parent))
+                staged.publish(replace=False)
             path.mkdir(mode=0o700)
             for name in PARTS:
                 (path / name).mkdir(mode=0o700)
         except OSError as exc:
             if lock >= 0:
                 os.close(lock)
-            for made in (unnamed, path, own):
+            for made in (path, own):
                 shutil.rmtree(made, ignore_errors=True)
             if socket_path.parent != path:
                 shutil.rmtree(socket_path.parent, ignore_errors=True)
@@ -120,9 +120,11 @@ class JobDirectory:
         worker's own, where nobody puts another one in its place. ``Refused`` when it is none, or is reached
         through a link. Gone when the block ends.
         """
-        pure = PurePosixPath(name)
-        if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or not pure.name:
-            raise Refused("invalid", f"path {name!r} must be relative to the job directory, without '..'")
+        try:
+            pure = beneath.relative_path(name)
+        except ValueError as exc:
+            text = f"path {name!r} must be relative to the job directory, without '..'"
+            raise Refused("invalid", text) from exc
         place = self._own / _SENDING / str(next(self._sendings))
         target = place / pure.name
         try:
@@ -245,7 +247,7 @@ def _own_of(path: Path) -> Path:
 
 
 def _short_places() -> list[Path]:
-    """Where sockets may lie, whatever TMPDIR says: that may be a long path itself."""
+    """Where sockets may lie, whatever TMPDIR is: that may be a long path itself."""
     return [Path(f"/run/user/{os.getuid()}"), Path("/tmp"), Path("/var/tmp"), Path(tempfile.gettempdir())]
 
 
@@ -286,6 +288,7 @@ def remove_stale(work_dir: Path) -> list[Path]:
     removed = []
     if not work_dir.is_dir():
         return []
+    remove_unfinished(work_dir, lambda name: name.startswith(_OWN_PREFIX))
     for own in work_dir.glob(f"{_OWN_PREFIX}*"):
         removed += _remove_dead(own, own.with_name(own.name.removeprefix(".")))
     for path in work_dir.glob(f"{_PREFIX}*"):

@@ -1,4 +1,4 @@
-"""What one executor's life shows: its span, in which trace its rounds are, and what is counted of it."""
+"""What one run of an executor shows: its span, in which trace its rounds are, and what is counted of it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ExecutionSignals:
         self._emits = emit is not None
         self._began = trio.current_time()
         self._span: Span | None = None
-        #: what was told of the last progress: (round, attempt), samples
+        #: what the last progress reported: (round, attempt), samples
         self._progress: tuple[tuple[int, int], int] = ((-1, 0), 0)
         self._loaded = False
         #: the round that is being closed, and since when
@@ -64,7 +64,7 @@ class ExecutionSignals:
         return known if self.round is None else {**known, "round": self.round}
 
     def begin(self) -> Traced | None:
-        """The executor is about to be started; what it is to be told of traces."""
+        """The executor is about to be started; what it needs to know of traces."""
         traced = self._job.traced
         self._span = start_span(
             EXECUTE,
@@ -124,7 +124,7 @@ class ExecutionSignals:
         self.round = round_
         logger.debug("Theta of round %d was received: %d bytes.", round_, size, extra=self.fields)
 
-    def said(self, event: Event) -> None:
+    def reported(self, event: Event) -> None:
         """The executor reported ``event``."""
         now = trio.current_time()
         match event:

@@ -2,7 +2,7 @@
 
 A file lands in ``incoming/``, once it is whole, under a name made of its round, hash and sender: two files
 never share one, and a transfer that was cut is resumed where it was. One that still waits for the executor is
-not taken twice; one that it has worked off is, since what a repetition means is the executor's to say.
+not taken twice; one that it has worked off is, since what a repetition means is for the executor to decide.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ExecutorInbox:
         stamp = self._fence(caller, meta)
         senders = self._senders()
         if senders is None:
-            raise Refused("busy", "this executor has not been told yet who takes part")
+            raise Refused("busy", "this executor does not know yet who takes part")
         if caller not in senders:
             raise Refused("uninvited", f"{caller} may not send {meta.kind} to this executor")
         if meta.size > self._max_bytes:

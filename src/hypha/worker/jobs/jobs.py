@@ -1,6 +1,6 @@
 """Which job runs under which lease: answers schedulers, starts executors, stops them with their leases.
 
-A dispatch may be repeated without harm. A newer generation of a job replaces an older one; what is said
+A dispatch may be repeated without harm. A newer generation of a job replaces an older one; what is sent
 for another generation than the one that runs is refused as ``stale``.
 """
 
@@ -23,12 +23,13 @@ from hypha.messages import (
     TrainJob,
 )
 from hypha.tracing import untraced
-from hypha.worker.jobs.execution import Execution, ExecutionContext
-from hypha.worker.leasing.offers import LeaseService
+from hypha.worker.jobs.execution import Execution
+from hypha.worker.jobs.traffic import ExecutionContext
+from hypha.worker.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
 
-#: An executor that was told to stop may hold its resources for this long beyond the grace it is given.
+#: An executor that is being stopped may hold its resources for this long beyond the grace it is given.
 KILL_MARGIN_S = 10.0
 #: Peers whose addresses are learnt before others have their turn: some milliseconds.
 _LEARNT_AT_ONCE = 64
@@ -41,17 +42,17 @@ class Jobs:
     """
 
     def __init__(self, context: ExecutionContext, nursery: trio.Nursery) -> None:
-        self._shop = context
+        self._context = context
         self._nursery = nursery
         self._executions: dict[tuple[str, ExecutorClass], Execution] = {}
         self.lease_service: LeaseService | None = None
 
     def answer(self) -> None:
         """Let schedulers ask."""
-        self._shop.node.answer(DispatchJob, self._dispatch)
-        self._shop.node.answer(CancelJob, self._cancel)
-        self._shop.node.answer(Steer, self._steer)
-        self._shop.node.health_details.append(self._health)
+        self._context.node.answer(DispatchJob, self._dispatch)
+        self._context.node.answer(CancelJob, self._cancel)
+        self._context.node.answer(Steer, self._steer)
+        self._context.node.health_details.append(self._health)
 
     def lease_ended(self, lease: Lease) -> None:
         """Stop what runs under ``lease``; never blocks."""
@@ -75,28 +76,28 @@ class Jobs:
         kind: ExecutorClass = "train" if isinstance(job, TrainJob) else "aggregate"
         lease_service = self._lease_service()
         lease = lease_service.lease_for_dispatch(request.lease_id, caller, kind)
-        if job.scheduler.peer != caller or job.me != self._shop.node.peer_id:
+        if job.scheduler.peer != caller or job.me != self._context.node.peer_id:
             raise Refused("invalid", "the job names another scheduler or another worker")
         executor = self._executor_for(kind, job.executor.name, job.executor.kind, lease)
-        self._shop.allowance.check_job(job)
+        self._context.allowance.check_job(job)
         running = self._executions.get((job.job_id, kind))
         if running is not None and running.lease.scheduler != caller:
             if not running.ended.is_set():
                 raise Refused("lease", f"job {job.job_id} runs here for another scheduler")
             running = None
         if running is not None:
-            if job.generation < running.generation:
-                raise Refused("stale", f"generation {running.generation} of the job is here")
-            same = (lease.lease_id, job.generation) == (running.lease.lease_id, running.generation)
+            if job.generation < running.traffic.generation:
+                raise Refused("stale", f"generation {running.traffic.generation} of the job is here")
+            same = (lease.lease_id, job.generation) == (running.lease.lease_id, running.traffic.generation)
             # Once the scheduler knows that it ended, the same dispatch again means: start it again. One that
-            # names it means that in any case, and said twice it names one that is not here any more.
+            # names it means that in any case, and repeated it names one that is not here any more.
             known = running.reported.is_set() and not request.instead_of
-            if same and not known and request.instead_of != running.incarnation:
+            if same and not known and request.instead_of != running.traffic.incarnation:
                 return Acknowledged()
         lease_service.lease_for_dispatch(request.lease_id, caller, kind, job.job_id)
-        lease_service.hold(lease.lease_id, self._shop.config.stop_grace_s + KILL_MARGIN_S)
-        self._shop.node.learn(job.scheduler)
-        execution = Execution(self._shop, lease, job, executor, lease_service.gpus_of(lease.lease_id))
+        lease_service.hold(lease.lease_id, self._context.config.stop_grace_s + KILL_MARGIN_S)
+        self._context.node.learn(job.scheduler)
+        execution = Execution(self._context, lease, job, executor, lease_service.gpus_of(lease.lease_id))
         self._executions[execution.key] = execution
         if running is not None:
             running.stop("its job is started anew")
@@ -113,7 +114,7 @@ class Jobs:
         try:
             await execution.run(after=predecessor.ended if predecessor is not None else None)
         except Exception:  # the edge: one broken job must not take the worker and its other jobs along
-            logger.exception("A job failed.", extra={"job_id": execution.job.job_id})
+            logger.exception("A job failed.", extra={"job_id": execution.job_id})
         finally:
             lease_id = execution.lease.lease_id
             live = [other for other in self._executions.values() if other.lease.lease_id == lease_id]
@@ -129,13 +130,15 @@ class Jobs:
 
     async def _steer(self, caller: str, request: Steer) -> Acknowledged:
         execution = self._of(caller, request.stamp.job_id, request.kind)
-        begins = isinstance(request.directive, Rejoin) and request.stamp.generation > execution.generation
-        if request.stamp.generation != execution.generation and not begins:
-            raise Refused("stale", f"generation {execution.generation} of the job runs here")
+        begins = (
+            isinstance(request.directive, Rejoin) and request.stamp.generation > execution.traffic.generation
+        )
+        if request.stamp.generation != execution.traffic.generation and not begins:
+            raise Refused("stale", f"generation {execution.traffic.generation} of the job runs here")
         if execution.ended.is_set():
             raise Refused("not-found", f"the executor of job {request.stamp.job_id} has ended")
-        for number, peer in enumerate(execution.steer(request.seq, request.directive), 1):
-            self._shop.node.learn(peer)
+        for number, peer in enumerate(execution.traffic.steer(request.seq, request.directive), 1):
+            self._context.node.learn(peer)
             if number % _LEARNT_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
         return Acknowledged()
@@ -153,7 +156,7 @@ class Jobs:
     ) -> ExecutorConfig:
         if wanted != kind or (lease.executor.kind, lease.executor.name) != (kind, name):
             raise Refused("lease", f"the lease is for executor {lease.executor.name!r}, not {name!r}")
-        for executor in self._shop.config.executors:
+        for executor in self._context.config.executors:
             if (executor.kind, executor.name) == (kind, name):
                 return executor
         raise Refused("unsupported", f"no executor {name!r} for {kind} jobs here")

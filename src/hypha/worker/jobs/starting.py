@@ -11,17 +11,15 @@ from typing import Protocol
 
 import trio
 
-from hypha.messages import ExecutorClass
 from hypha.worker.bridge.server import BridgeHandlers, bind_bridge, serve_bridge
+from hypha.worker.bridge.spans import EmitSpans
 from hypha.worker.processes.keepers import Launch
-from hypha.worker.processes.orphans import Orphans
-from hypha.worker.processes.process import Exit, run_executor
-from hypha.worker.processes.warm import ExecutorHost
+from hypha.worker.processes.process import Exit, Supervision, run_executor
 
 
 @dataclass(frozen=True)
 class EndSignals:
-    """How an executor is told to end: politely once ``stop`` is set, with ``grace_s`` to do so; not politely
+    """How an executor is ended: politely once ``stop`` is set, with ``grace_s`` to do so; not politely
     once ``kill`` is.
     """
 
@@ -43,26 +41,22 @@ async def run_process(
     socket_path: Path,
     launch: Launch,
     ends: EndSignals,
-    host: ExecutorHost | None = None,
-    running: dict[int, ExecutorClass] | None = None,
-    orphans: Orphans | None = None,
+    supervision: Supervision | None = None,
 ) -> Exit:
-    """A process, forked by ``host`` where that can be, with its bridge at ``socket_path``; the process group
-    is in ``running`` meanwhile. ``orphans`` ends what is left of it.
-
-    Raises OSError when there can be no socket.
-    """
+    """A process with its bridge at ``socket_path``. Raises OSError when there can be no socket."""
     listener = bind_bridge(socket_path)
     async with trio.open_nursery() as nursery:
         await nursery.start(serve_bridge, handlers, listener)
-        ended = await run_executor(
-            launch,
-            ends.stop,
-            ends.grace_s,
-            kill=ends.kill,
-            host=host,
-            running=running,
-            orphans=orphans,
-        )
+        ended = await run_executor(launch, ends.stop, ends.grace_s, kill=ends.kill, supervision=supervision)
         nursery.cancel_scope.cancel()
     return ended
+
+
+@dataclass(frozen=True)
+class ExecutorBackend:
+    """What runs a worker's executors; ``emit_spans`` exports their own spans. Without, they are not asked for
+    any.
+    """
+
+    run: RunExecutor = run_process
+    emit_spans: EmitSpans | None = None

@@ -1,9 +1,9 @@
 """When an executor is taken for hung: alive as a process, but without a sign of life for too long.
 
 A sign is any event on its bridge. An executor that has nothing to do (it waits for theta, a plan, data or
-updates) says :class:`Alive` while it waits, from the very thread that works otherwise; so a stopped process
+updates) sends :class:`Alive` while it waits, from the very thread that works otherwise; so a stopped process
 and an endless batch look the same, and a long wait does not. Held to that are Hypha's own executors and those
-whose owner gave them a ``hang_s``, from their start; any other from its first ``Alive`` on. Who never says
+whose owner gave them a ``hang_s``, from their start; any other from its first ``Alive`` on. Who never sends
 it is not watched: what it owes its job is the business of the scheduler's deadlines. Pure, but for the loop.
 """
 
@@ -61,7 +61,7 @@ class Watch:
         self._loading = True
         self._last_at = self._looked_at = now
         self._last = ""
-        #: what is to be said of its end, once it was found to hang
+        #: what is to be reported of its end, once it was found to hang
         self.verdict = ""
 
     @property
@@ -75,7 +75,7 @@ class Watch:
         return self._loading
 
     def sign(self, event: Event, now: float) -> None:
-        """It said something."""
+        """It sent an event."""
         if isinstance(event, Alive):
             self._watched = True
         else:
@@ -95,7 +95,7 @@ class Watch:
         silent_s = now - self._last_at
         if not self._watched or not self._working_s or silent_s < limit_s:
             return False
-        last = f"; the last it said was {self._last!r}" if self._last else ""
+        last = f"; the last event it sent was {self._last!r}" if self._last else ""
         self.verdict = (
             f"it hung: no sign of life for {silent_s:.0f} s ({limit_s:g} are allowed), so it was killed{last}"
         )
@@ -103,7 +103,7 @@ class Watch:
 
 
 async def keep_watch(watch: Watch, hung: trio.Event) -> None:
-    """Set ``hung`` when it is. While it loads its model that is said, as nothing else may be for long."""
+    """Set ``hung`` when it is. While it loads its model that is logged, as nothing else may be for long."""
     began, reminder = trio.current_time(), Reminder()
     while True:
         if watch.loading and reminder.due():

@@ -3,11 +3,11 @@
 Whoever bids most goes first, and with enough of those nobody else ever would. So a request counts for more
 the longer its scheduler has waited here, and for one that has waited very long what becomes free is kept.
 Waiting begins with the first request that this worker could serve, and is over when an offer was accepted or
-came to nothing on the scheduler's side; who has not been heard for a while waits no more. Nobody loses a
+came to nothing on the scheduler's side; who has not asked for a while waits no more. Nobody loses a
 lease by it.
 
-Beside that it is known how long ago each request was heard for the first time, leases under it included: of
-two jobs that are in each other's way before they begin, the one that asked later is told to give way.
+Beside that it is known how long ago each request was received for the first time, leases under it included:
+of two jobs that are in each other's way before they begin, the one that asked later is asked to give way.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from hypha.messages import ExecutorClass, Resources
 
 #: a scheduler that wants workers repeats its request after five seconds at the latest
 FORGOTTEN_S = 30.0
-#: requests that were first heard within so long are as old as each other; then their names decide, which are
-#: random, and the same for all workers
+#: requests that were first received within so long are as old as each other; then their names decide, which
+#: are random, and the same for all workers
 SAME_TIME_S = 5.0
-#: so many wait at most; those that were heard longest ago are forgotten
+#: so many wait at most; those that were received longest ago are forgotten
 _REMEMBERED = 1024
 
 #: a scheduler, by PeerID, and the class of executor that it asks for
@@ -35,7 +35,7 @@ Asked = tuple[str, str]
 @dataclass
 class _Waits:
     since: float
-    heard_at: float
+    received_at: float
     resources: Resources
     request_id: str
     #: when the last request was refused because what it asks for was not free
@@ -55,15 +55,15 @@ class Ageing:
         self._ageing_s = terms.ageing_s
         self._keep_after_s = terms.keep_after_s
         self._book = book
-        #: those heard longest ago first
+        #: those received longest ago first
         self._waits: dict[Waiter, _Waits] = {}
         self._asked: dict[Asked, _Heard] = {}
 
-    def heard(self, waiter: Waiter, request_id: str, resources: Resources, now: float) -> None:
+    def received(self, waiter: Waiter, request_id: str, resources: Resources, now: float) -> None:
         """It asks for ``resources``, for the first time or again."""
         self._forget(now)
         waits = self._waits.pop(waiter, None) or _Waits(now, now, resources, request_id)
-        waits.heard_at, waits.resources, waits.request_id = now, resources, request_id
+        waits.received_at, waits.resources, waits.request_id = now, resources, request_id
         self._waits[waiter] = waits
         while len(self._waits) > _REMEMBERED:
             del self._waits[next(iter(self._waits))]
@@ -74,7 +74,7 @@ class Ageing:
             del self._asked[next(iter(self._asked))]
 
     def seen(self, asked: Asked, now: float) -> None:
-        """A lease for that request has just ended, or it was heard."""
+        """A lease for that request has just ended, or it was received."""
         if (heard := self._asked.pop(asked, None)) is not None:
             heard.last_at = now
             self._asked[asked] = heard
@@ -85,7 +85,7 @@ class Ageing:
             waits.blocked = True
 
     def offered(self, waiter: Waiter) -> None:
-        """What it asks for is reserved for it, for as long as its offer lives."""
+        """What it asks for is reserved for it, for as long as its offer lasts."""
         if (waits := self._waits.get(waiter)) is not None:
             waits.blocked = False
 
@@ -119,7 +119,7 @@ class Ageing:
 
     def contention(self, asked: Asked, now: float) -> tuple[bool, bool]:
         """Whether any other scheduler was refused for lack of what is leased, and still asks for it; and
-        whether one of them began to ask before ``asked`` was heard.
+        whether one of them began to ask before ``asked`` was received.
         """
         self._forget(now)
         others = [
@@ -134,23 +134,23 @@ class Ageing:
         if first is None or second is None:
             return False
         apart_s = second.first_at - first.first_at
-        # whom a worker hears first it may serve first, so each would be the older one where it is served
+        # whom a worker receives first it may serve first, so each would be the older one where it is served
         return apart_s > 0 if abs(apart_s) > SAME_TIME_S else one[1] < other[1]
 
     def validate(self, now: float) -> None:
         """Assert what always holds. For tests and simulation."""
         assert len(self._waits) <= _REMEMBERED, f"{len(self._waits)} are remembered"
-        heard = [waits.heard_at for waits in self._waits.values()]
-        assert heard == sorted(heard), "those heard longest ago do not come first"
+        received = [waits.received_at for waits in self._waits.values()]
+        assert received == sorted(received), "those received longest ago do not come first"
         for waiter, waits in self._waits.items():
-            assert waits.since <= waits.heard_at <= now, f"{waiter} began to wait after it was heard"
+            assert waits.since <= waits.received_at <= now, f"{waiter} began to wait after it was received"
         assert len(self._asked) <= _REMEMBERED, f"{len(self._asked)} requests are remembered"
         seen = [heard.last_at for heard in self._asked.values()]
         assert seen == sorted(seen), "those seen longest ago do not come first"
 
     def _forget(self, now: float) -> None:
         for waiter in list(self._waits):
-            if self._waits[waiter].heard_at + FORGOTTEN_S > now:
+            if self._waits[waiter].received_at + FORGOTTEN_S > now:
                 break
             del self._waits[waiter]
         for asked in list(self._asked):

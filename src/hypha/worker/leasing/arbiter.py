@@ -1,11 +1,11 @@
 """The worker's arbiter, a pure machine: which scheduler gets an offer of what, and at what price.
 
-Requests heard within a short window compete: those this worker can and wants to serve are ordered by bid per
-weighted unit of what they ask for, and as long as something is free each gets an offer with a temporary lease
-behind it, so nothing is promised twice. A bid counts for more the longer its scheduler has waited here
+Requests received within a short window compete: those this worker can and wants to serve are ordered by bid
+per weighted unit of what they ask for, and as long as something is free each gets an offer with a temporary
+lease behind it, so nothing is promised twice. A bid counts for more the longer its scheduler has waited here
 (:mod:`hypha.worker.leasing.ageing`), so that nobody waits for ever; a lease that runs is never taken away for
-it. A request heard again (schedulers repeat them) gets no second offer while a lease for it lives, and a
-scheduler holds one temporary lease at most for each class of executor. Nothing is held for a scheduler that
+it. A request received again (schedulers repeat them) gets no second offer while there is a lease for it, and
+a scheduler holds one temporary lease at most for each class of executor. Nothing is held for a scheduler that
 cannot be reached: its request waits until it is. One whose offers come to nothing again and again (they
 cannot be delivered, or are kept without an answer) is offered nothing for a while, which grows until it
 accepts one. What a strategy offers:
@@ -23,42 +23,50 @@ free on no GPU by itself is not offered.
 The price offered is the worker's at that moment, or the bid where that is higher: a scheduler pays what it
 bids, else outbidding others would cost nothing. An offer above the bid is a counter-offer: its scheduler
 takes it where it is within its private maximum, and refuses it at once where it is not.
+
+It is one module, as every decision reads and changes the same requests that wait.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from msgspec import Struct, structs
+from msgspec import structs
 
-from hypha.backoff import pause_after
 from hypha.config.offers import OfferConfig
-from hypha.features import OURS, Abilities, printable
 from hypha.journal import Journal
 from hypha.leases import (
-    Bind,
     Denied,
-    Drained,
-    Freed,
     Granted,
-    Hold,
     Lease,
     LeaseBook,
     LeaseEnded,
-    Release,
     Renew,
     Reserve,
     Revoke,
     Tick,
 )
-from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
-from hypha.resources import add_up, fits, is_valid, weighted_capacity
+from hypha.messages import PeerRef, WorkerOffer, WorkerRequest
+from hypha.resources import add_up, fits, weighted_capacity
 from hypha.runtime import new_id
 from hypha.worker.leasing.ageing import Ageing, Waiter
+from hypha.worker.leasing.events import (
+    ArbiterAction,
+    ArbiterBegan,
+    ArbiterEvent,
+    Cause,
+    Close,
+    Ignored,
+    OfferFailed,
+    Reached,
+    RenewAsked,
+    Reopen,
+    RequestReceived,
+    SendOffer,
+)
 from hypha.worker.leasing.pricing import Pricing, load_of
+from hypha.worker.leasing.vetting import FailedOffers, Vetting, WorkerCapacity
 from hypha.worker.limits.devices import GpuBoard
 
 #: of an arbiter's entries in a journal
@@ -67,115 +75,10 @@ NAME = "arbiter"
 MAX_WAITING = 1024
 #: And so many of one scheduler, which publishes one for each class of executor.
 MAX_WAITING_OF_ONE = 4
-#: After a second offer in a row that came to nothing, its scheduler gets none for so long; each time it
-#: doubles.
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-#: A temporary lease that is given back unused only after this share of its life came to nothing, too.
+#: A temporary lease that is given back unused only after this share of its time came to nothing, too.
 _TOO_LATE = 0.75
 #: Of the time that a request allows, the share within which a better bidder's connection is waited for.
 _CONNECTED_BY = 0.7
-#: Schedulers whose failures are remembered; the oldest are forgotten.
-_REMEMBERED = 1024
-
-
-# --- in -----------------------------------------------------------------------------------------------
-
-
-class RequestHeard(Struct, frozen=True, tag="Heard"):
-    """``request`` was published by the authenticated ``publisher``. Unless it is ``reached``, a connection to
-    it is being made, and :class:`Reached` follows. ``cached``: slices of its dataset are here.
-    """
-
-    publisher: str
-    request: WorkerRequest
-    reached: bool = True
-    cached: bool = False
-
-
-class Reached(Struct, frozen=True, tag=True):
-    """Whether a connection to the authenticated ``scheduler`` could be made."""
-
-    scheduler: str
-    reached: bool
-
-
-class OfferFailed(Struct, frozen=True, tag=True):
-    """The offer was refused, or could not be delivered in time (``undelivered``)."""
-
-    lease_id: str
-    reason: str
-    undelivered: bool = False
-
-
-class RenewAsked(Struct, frozen=True, tag=True):
-    """The authenticated ``caller`` renews, or by its first renewal accepts."""
-
-    lease_id: str
-    caller: str
-
-
-class Close(Struct, frozen=True, tag=True):
-    """Offer nothing any more; leases go on (a worker that is about to stop)."""
-
-
-class Reopen(Struct, frozen=True, tag=True):
-    """Make offers again, after :class:`Close`."""
-
-
-#: of a table of the configuration
-Value = str | float | bool | list[str] | None
-
-
-class ArbiterBegan(Struct, frozen=True, tag=True):
-    """What an arbiter was made from: the first entry of its journal."""
-
-    total: Resources
-    executors: tuple[ExecutorDescriptor, ...]
-    terms: dict[str, str | float | bool | dict[str, Value] | None]
-    abilities: Abilities = Abilities()
-    gpus: tuple[float, ...] = ()
-
-
-ArbiterEvent = (
-    RequestHeard
-    | Reached
-    | OfferFailed
-    | RenewAsked
-    | Release
-    | Bind
-    | Hold
-    | Drained
-    | Tick
-    | Close
-    | Reopen
-)
-
-
-# --- out ------------------------------------------------------------------------------------------------
-
-
-class SendOffer(Struct, frozen=True, tag=True):
-    """Bring ``offer`` to ``scheduler`` before ``before``, or say :class:`OfferFailed`."""
-
-    scheduler: PeerRef
-    offer: WorkerOffer
-    before: float
-
-
-#: why a request gets no offer
-Cause = Literal["price", "resources", "executor", "features", "duplicate", "closed", "other"]
-
-
-class Ignored(Struct, frozen=True, tag=True):
-    """No offer for this request, and why: in words, and by ``cause``."""
-
-    request_id: str
-    scheduler: str
-    reason: str
-    cause: Cause = "other"
-
-
-ArbiterAction = SendOffer | Ignored | Granted | Denied | LeaseEnded | Freed
 
 
 @dataclass(frozen=True)
@@ -193,50 +96,50 @@ class _Waiting:
 
 
 class Arbiter:
-    """Decides for one worker with ``total`` resources that runs ``executors``, on the terms ``terms``; the
-    GPU memory among them is that of ``gpus``, GB of each, where these are known.
-
-    ``worker`` gives its own reference at the moment of an offer (addresses change), ``new_id`` lease ids.
-    ``abilities`` go with every offer, and nothing is offered to who needs others.
+    """Decides for one worker that has ``capacity``, on the terms ``terms``. ``worker`` gives its own
+    reference at the moment of an offer (addresses change), ``new_id`` lease ids. What its version can do goes
+    with every offer, and nothing is offered to who needs more.
     """
 
     def __init__(
         self,
-        total: Resources,
-        executors: Iterable[ExecutorDescriptor],
+        capacity: WorkerCapacity,
         terms: OfferConfig,
         worker: Callable[[], PeerRef],
         new_id: Callable[[], str] = lambda: new_id(),
         journal: Journal | None = None,
-        abilities: Abilities = OURS,
-        gpus: Sequence[float] = (),
     ) -> None:
-        executors = tuple(executors)
         self._journal = journal
         if journal is not None:
-            began = ArbiterBegan(total, executors, terms.model_dump(mode="json"), abilities, tuple(gpus))
+            began = ArbiterBegan(
+                capacity.total,
+                tuple(capacity.executors),
+                terms.model_dump(mode="json"),
+                capacity.abilities,
+                tuple(capacity.gpus),
+            )
             journal.note(NAME, 0.0, began, (), {})
-        self.book = LeaseBook(total, journal)
+        self.book = LeaseBook(capacity.total, journal)
         #: which lease has which of them
-        self.gpus = GpuBoard(gpus)
-        self._executors = frozenset((executor.kind, executor.name) for executor in executors)
+        self.gpus = GpuBoard(capacity.gpus)
         self._terms = terms
         self.pricing = Pricing(terms)
+        self._vetting = Vetting(capacity, terms, self.pricing)
         self._ageing = Ageing(terms, self.book)
-        self._abilities = abilities
+        self._abilities = capacity.abilities
         self._worker = worker
         self._new_id = new_id
         self._waiting: dict[tuple[str, str], _Waiting] = {}
         #: those whose window is over, and whose scheduler is not reached yet
         self._unreached: dict[tuple[str, str], _Waiting] = {}
-        #: scheduler -> offers in a row that came to nothing, and until when it gets no other
-        self._failures: dict[str, tuple[int, float]] = {}
-        self._heard = 0
+        self._failures = FailedOffers()
+        self._received = 0
         self._window_ends: float | None = None
         #: the window is over, and a connection is waited for
         self._over = False
         self._closed = False
-        #: ids of leases, and what the worker said of itself, while the present event was handled
+        #: ids of leases, and the reference that the worker gave of itself, while the present event was
+        #: handled
         self._drawn: list[tuple[str, PeerRef]] = []
 
     @property
@@ -306,12 +209,13 @@ class Arbiter:
     def _apply(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
         actions: list[ArbiterAction] = []
         match event:
-            case RequestHeard(publisher, request, reached, cached):
+            case RequestReceived(publisher, request, reached, cached):
                 actions.extend(self.book.handle(Tick(), now))
                 self._notice(actions, now)
                 refusal = (
-                    self._unfit(publisher, request)
-                    or self._too_low(request, cached)
+                    self._closed_now()
+                    or self._vetting.unfit(publisher, request)
+                    or self._vetting.too_low(request, cached)
                     or self._enter(request, reached, cached, now)
                 )
                 if refusal is not None:
@@ -324,13 +228,13 @@ class Arbiter:
                 # who was not reached has not refused anything, and goes on waiting
                 self._notice(revoked, now, refused=not undelivered)
                 if undelivered and lease is not None and not lease.accepted:
-                    self._blame(lease.scheduler, now)
+                    self._failures.count(lease.scheduler, now)
                 actions.extend(revoked)
             case RenewAsked(lease_id, caller):
                 renewed = self.book.handle(Renew(lease_id, caller, self._terms.lease_s), now)
                 for one in renewed:
                     if isinstance(one, Granted) and one.lease.lease_id == lease_id:
-                        self._failures.pop(caller, None)
+                        self._failures.forget(caller)
                         self._ageing.over((caller, one.lease.kind))
                 self._notice(renewed, now)
                 actions.extend(renewed)
@@ -392,14 +296,7 @@ class Arbiter:
                     self._ageing.over((action.lease.scheduler, action.lease.kind))
                 left_s = action.lease.expires_at - now
                 if left_s <= (1.0 - _TOO_LATE) * self._terms.temporary_lease_s:
-                    self._blame(action.lease.scheduler, now)
-
-    def _blame(self, scheduler: str, now: float) -> None:
-        times = self._failures.pop(scheduler, (0, 0.0))[0] + 1
-        pause_s = pause_after(times - 2, FIRST_PAUSE_S, LONGEST_PAUSE_S) if times > 1 else 0.0
-        self._failures[scheduler] = (times, now + pause_s)
-        while len(self._failures) > _REMEMBERED:
-            del self._failures[next(iter(self._failures))]
+                    self._failures.count(action.lease.scheduler, now)
 
     def _reached(self, scheduler: str, reached: bool, now: float) -> list[ArbiterAction]:
         """Its requests that wait for that are offered something now, or given up."""
@@ -415,7 +312,7 @@ class Arbiter:
         elif self._over and self._better_ones_by(now) is None:
             self._window_ends = now
         if not reached:
-            self._blame(scheduler, now)
+            self._failures.count(scheduler, now)
         for waiting in sorted(late, key=lambda one: self._rank(one, now)):
             if reached:
                 actions.extend(self._offer(waiting, now))
@@ -424,57 +321,25 @@ class Arbiter:
                 actions.append(Ignored(waiting.request.request_id, scheduler, reason))
         return actions
 
-    def _unfit(self, publisher: str, request: WorkerRequest) -> tuple[str, Cause] | None:
-        """Why this worker will never serve ``request``, whatever is free."""
-        if self._closed:
-            return "this worker is drained, or stopping", "closed"
-        if request.scheduler.peer != publisher:
-            return "it names another scheduler than the one that published it", "other"
-        if (request.executor.kind, request.executor.name) not in self._executors:
-            return f"no executor {request.executor.name!r} for {request.executor.kind} jobs here", "executor"
-        if lacking := self._abilities.lacks(request.needs):
-            named = ", ".join(printable(name) for name in lacking)
-            return (
-                f"its job needs what {self._abilities} does not have ({named}); upgrade this worker",
-                "features",
-            )
-        if not is_valid(request.resources) or request.count < 1:
-            return "it asks for amounts that make no sense", "resources"
-        # a comparison with NaN is always False, so each bound is stated as what must hold
-        if not (math.isfinite(request.bid) and request.bid >= 0):
-            return "its bid makes no sense", "price"
-        if not (math.isfinite(request.offer_within_s) and request.offer_within_s > 0):
-            return "it leaves no time for an offer", "other"
-        if not request.bid >= self._terms.floor:
-            return f"its bid is below this worker's floor of {self._terms.floor:g}", "price"
-        if not fits(request.resources, self.book.total):
-            return "it asks for more than this worker has", "resources"
-        return None
-
-    def _too_low(self, request: WorkerRequest, cached: bool) -> tuple[str, Cause] | None:
-        """Why its bid gets no offer at this moment, not even one at another price."""
-        asked = self.pricing.asked_of(request.scheduler.peer, cached)
-        if self._terms.counter or request.bid >= asked:
-            return None
-        return f"its bid is below this worker's price of {asked:g}", "price"
+    def _closed_now(self) -> tuple[str, Cause] | None:
+        return ("this worker is drained, or stopping", "closed") if self._closed else None
 
     def _has_an_offer(self, request: WorkerRequest) -> bool:
-        """A temporary lease for its scheduler and class of executor lives."""
+        """A temporary lease for its scheduler and class of executor is there."""
         asks = (request.scheduler.peer, request.executor.kind)
         return any((lease.scheduler, lease.kind) == asks and not lease.accepted for lease in self.book)
 
     def _enter(
         self, request: WorkerRequest, reached: bool, cached: bool, now: float
     ) -> tuple[str, Cause] | None:
-        """Put ``request`` into the window, or say why not."""
+        """Put ``request`` into the window, or return why not."""
         key = (request.scheduler.peer, request.request_id)
         if self.book.live_for(*key) is not None:
-            return "a lease for it lives", "duplicate"
+            return "there is a lease for it", "duplicate"
         if self._has_an_offer(request):
             return "its scheduler has not answered another offer yet", "duplicate"
-        times, until = self._failures.get(request.scheduler.peer, (0, now))
-        if now < until:
-            return f"{times} offers to its scheduler came to nothing", "other"
+        if (pausing := self._failures.pausing(request.scheduler.peer, now)) is not None:
+            return pausing, "other"
         known = self._waiting.get(key)
         self._unreached.pop(key, None)
         if known is None and len(self._waiting) + len(self._unreached) >= MAX_WAITING:
@@ -482,11 +347,11 @@ class Arbiter:
         of_it = sum(one[0] == key[0] for one in (*self._waiting, *self._unreached))
         if known is None and of_it >= MAX_WAITING_OF_ONE:
             return "its scheduler asks under too many names", "other"
-        self._heard += 1
-        order = self._heard if known is None else known.order
+        self._received += 1
+        order = self._received if known is None else known.order
         waiting = _Waiting(request, now + request.offer_within_s, order, reached, cached)
         self._waiting[key] = waiting
-        self._ageing.heard(waiting.waiter, request.request_id, request.resources, now)
+        self._ageing.received(waiting.waiter, request.request_id, request.resources, now)
         # half of the time it allows is kept for the way: a short deadline shortens the window
         ends = now + min(self._terms.request_window_s, request.offer_within_s / 2)
         self._window_ends = ends if self._window_ends is None else min(self._window_ends, ends)
@@ -512,7 +377,7 @@ class Arbiter:
         if self._has_an_offer(request):
             reason = "its scheduler has not answered another offer yet"
             return [Ignored(request.request_id, scheduler.peer, reason, "duplicate")]
-        if (low := self._too_low(request, contender.cached)) is not None:
+        if (low := self._vetting.too_low(request, contender.cached)) is not None:
             return [Ignored(request.request_id, scheduler.peer, *low)]
         free = self.book.free
         self.gpus.keep_only(lease.lease_id for lease in (*self.book, *self.book.draining))
@@ -542,9 +407,9 @@ class Arbiter:
             price=max(self.pricing.asked_of(scheduler.peer, contender.cached), request.bid),
             expires_at=now,
         )
-        life_s = self._terms.temporary_lease_s
+        temporary_s = self._terms.temporary_lease_s
         actions: list[ArbiterAction] = []
-        for answer in self.book.handle(Reserve(lease, life_s), now):
+        for answer in self.book.handle(Reserve(lease, temporary_s), now):
             if isinstance(answer, Granted):
                 self.gpus.place(lease.lease_id, lease.resources.gpu)
                 offer = WorkerOffer(
@@ -553,13 +418,13 @@ class Arbiter:
                     worker=worker,
                     resources=lease.resources,
                     price=lease.price,
-                    expires_in_s=life_s,
+                    expires_in_s=temporary_s,
                     version=self._abilities.version,
                     features=self._abilities.features,
                 )
                 self._ageing.offered(contender.waiter)
                 # an offer whose lease has ended by then is no offer
-                actions.append(SendOffer(scheduler, offer, min(contender.before, now + life_s)))
+                actions.append(SendOffer(scheduler, offer, min(contender.before, now + temporary_s)))
             elif isinstance(answer, Denied):
                 actions.append(Ignored(request.request_id, scheduler.peer, answer.reason, "resources"))
             else:

@@ -11,7 +11,9 @@ from hypha.naming import name_of
 
 if TYPE_CHECKING:
     from hypha.worker.leasing.leaving import Leaving
-    from hypha.worker.leasing.offers import LeaseService
+    from hypha.worker.leasing.service import (
+        LeaseService,
+    )
 
 
 class GivenLease(Value, frozen=True):

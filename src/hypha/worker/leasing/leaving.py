@@ -1,9 +1,9 @@
 """How a worker stops being of use to anybody: drained it makes no more offers, leaving it ends soon.
 
-A worker that leaves tells each scheduler that holds a lease by when (:class:`WorkerLeaving`, once a second),
-so that what was trained is handed over and another worker looked for. It has left when nothing runs under its
-leases any more; what is leased still when the time is up is handed back, so that its scheduler need not wait
-for a lease to expire, whatever the way between them is.
+A worker that leaves reports to each scheduler that holds a lease by when (:class:`WorkerLeaving`, once a
+second), so that what was trained is handed over and another worker looked for. It has left when nothing runs
+under its leases any more; what is leased still when the time is up is handed back, so that its scheduler need
+not wait for a lease to expire, whatever the way between them is.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from hypha.errors import NetworkError, Refused
 from hypha.leases import Lease, Release
 from hypha.messages import WorkerLeaving
 from hypha.node import Node
-from hypha.worker.leasing.arbiter import OfferFailed
-from hypha.worker.leasing.offers import LeaseService
+from hypha.worker.leasing.events import OfferFailed
+from hypha.worker.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
 
-#: A scheduler is told again after this long, one that did not answer sooner.
+#: A scheduler receives it again after this long, one that did not answer sooner.
 REPEAT_S, RETRY_S = 1.0, 0.2
 #: Of the time that is left, what is kept for handing leases back: this share, so long at most.
 HAND_BACK_SHARE, HAND_BACK_S = 0.2, 1.0
@@ -44,9 +44,9 @@ class Leaving:
         self._hand_back_at = 0.0
         #: a scheduler that does not answer is asked again as long as there is time
         self._patient = True
-        #: leases whose schedulers are being told, and those of whom nobody has heard it
+        #: leases whose schedulers receive reports, and those of whom nobody has received one
         self._told: set[str] = set()
-        self._unheard: set[str] = set()
+        self._not_informed: set[str] = set()
 
     @property
     def in_words(self) -> str:
@@ -71,7 +71,7 @@ class Leaving:
         self._lease_service.reopen()
 
     def begin(self, within_s: float, reason: str, patient: bool = True) -> None:
-        """Leave within that time. Said again, the sooner end holds. Unless ``patient``, no scheduler that
+        """Leave within that time. Called again, the sooner end holds. Unless ``patient``, no scheduler that
         cannot be reached at once is waited for.
         """
         ends_at = trio.current_time() + within_s
@@ -95,7 +95,7 @@ class Leaving:
         self._lease_service.changes.note()
 
     async def run(self) -> None:
-        """Once it begins to leave: tell schedulers, wait until nothing runs, hand back what is left."""
+        """Once it begins to leave: report to schedulers, wait until nothing runs, hand back what is left."""
         await self._begun.wait()
         try:
             async with trio.open_nursery() as nursery:
@@ -117,7 +117,8 @@ class Leaving:
                     self._told.add(lease.lease_id)
                     nursery.start_soon(self._tell, lease)
             waits = (
-                any(lease.lease_id not in self._unheard for lease in leases) or self._lease_service.draining
+                any(lease.lease_id not in self._not_informed for lease in leases)
+                or self._lease_service.draining
             )
             if not waits or trio.current_time() >= self._hand_back_at:
                 return
@@ -126,9 +127,9 @@ class Leaving:
                 await self._lease_service.changes.wait(seen)
 
     async def _tell(self, lease: Lease) -> None:
-        """Its scheduler, again and again while the lease lives; cancelled when that is handed back."""
+        """Its scheduler, again and again while there is the lease; cancelled when that is handed back."""
         fields = {"lease_id": lease.lease_id, "peer_id": lease.scheduler, "job_id": lease.job_id}
-        heard = False
+        received = False
         while any(one.lease_id == lease.lease_id for one in self._accepted()):
             if (left_s := self._hand_back_at - trio.current_time()) <= 0:
                 return
@@ -136,25 +137,27 @@ class Leaving:
             notice = WorkerLeaving(lease_id=lease.lease_id, left_s=left_s, reason=self.reason)
             try:
                 await self._node.request(lease.scheduler, notice, timeout_s=2.0 * REPEAT_S)
-                heard = True
+                received = True
             except Refused as exc:
                 logger.debug("A scheduler did not take the notice: %s", exc, extra=fields)
                 pause_s = RETRY_S
-                # it does not know this notice, or takes none from this worker, while the lease lives
+                # it does not know this notice, or takes none from this worker, while there is the lease
                 if exc.final or exc.code == "role":
-                    self._not_heard(lease)
+                    self._not_received(lease)
                     return
             except NetworkError as exc:
-                logger.info("A scheduler could not be told that this worker ends: %s", exc, extra=fields)
+                logger.info(
+                    "It could not be reported to a scheduler that this worker ends: %s", exc, extra=fields
+                )
                 pause_s = RETRY_S
-                if not heard:
-                    self._not_heard(lease)
+                if not received:
+                    self._not_received(lease)
             await trio.sleep(pause_s)
 
-    def _not_heard(self, lease: Lease) -> None:
-        """Who has a moment only does not spend it on a scheduler that cannot hear."""
+    def _not_received(self, lease: Lease) -> None:
+        """Who has a moment only does not spend it on a scheduler that cannot receive it."""
         if not self._patient:
-            self._unheard.add(lease.lease_id)
+            self._not_informed.add(lease.lease_id)
             self._lease_service.changes.note()
 
     async def _hand_back(self) -> None:
@@ -165,7 +168,7 @@ class Leaving:
         with trio.move_on_after(HAND_BACK_S):
             async with trio.open_nursery() as nursery:
                 for lease in leases:
-                    if lease.lease_id not in self._unheard:
+                    if lease.lease_id not in self._not_informed:
                         nursery.start_soon(self._tell_handed_back, lease)
 
     async def _tell_handed_back(self, lease: Lease) -> None:

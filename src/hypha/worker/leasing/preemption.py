@@ -1,4 +1,4 @@
-"""Notices that this machine ends soon: a file that appears, a command that succeeds, an address that says so.
+"""Notices that this machine ends soon: a file that appears, a command that succeeds, an address that tells.
 
 All of the ``[preemption]`` table that are set are looked at every ``poll_s`` seconds; the first notice has
 the worker leave within what is left of ``notice_s``. What cannot be looked at is no notice, and logged once.
@@ -71,7 +71,7 @@ async def watch_for_notice(config: PreemptionConfig) -> str:
 
 
 class _NoLook(Exception):
-    """It cannot be said whether there is a notice."""
+    """It is not known whether there is a notice."""
 
 
 async def _look_for_file(config: PreemptionConfig) -> str | None:

@@ -25,7 +25,7 @@ GB = 10**9
 CPU_PERIOD_US = 100_000
 #: the kernel takes no less
 _LEAST_QUOTA_US = 1000
-#: of a core, in v1 and in v2: what the kernel gives to whom nothing was said about
+#: of a core, in v1 and in v2: what the kernel gives for whom nothing was set
 _SHARES_V1, _WEIGHT_V2 = 1024, 100
 
 Controller = Literal["memory", "cpu", "pids"]

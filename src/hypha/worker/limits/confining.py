@@ -1,40 +1,23 @@
 """Everything that holds one executor to its lease: made before it starts, gone when it has ended.
 
 The kernel's part are :class:`~hypha.worker.limits.limits.Limits`, and what its environment shows of the GPUs;
-the rest the worker watches. :attr:`Confined.excess` says what it was ended, or denied something, for.
+the rest the worker watches. :attr:`Confined.excess` tells what it was ended, or denied something, for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from hypha.messages import Resources
 from hypha.runtime import is_simulated
 from hypha.telemetry.instruments import LIMITS_EXCEEDED
 from hypha.worker.jobs.directory import JobDirectory
-from hypha.worker.limits.cgroups import CgroupPlaces
-from hypha.worker.limits.cores import CorePins
-from hypha.worker.limits.devices import GpuShare, Visibility
-from hypha.worker.limits.limits import Mode, apply_limits
-from hypha.worker.limits.quotas import ProjectQuotas
+from hypha.worker.limits.devices import GpuShare
+from hypha.worker.limits.limits import Means, apply_limits
 from hypha.worker.limits.usage import Excess, keep_within
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit
-
-
-@dataclass(frozen=True)
-class Means:
-    """What a worker holds its executors to their leases with: ``cores`` hands out cores where no cgroup
-    counts their use, ``quotas`` are those of the file system of ``work_dir``.
-    """
-
-    mode: Mode = "auto"
-    cgroups: CgroupPlaces = field(default_factory=CgroupPlaces)
-    max_processes: int | None = None
-    gpus: Visibility = field(default_factory=Visibility)
-    cores: CorePins | None = None
-    quotas: ProjectQuotas | None = None
 
 
 class Confined:
@@ -45,16 +28,7 @@ class Confined:
     def __init__(
         self, means: Means, name: str, resources: Resources, gpus: GpuShare, directory: JobDirectory
     ) -> None:
-        self._limits = apply_limits(
-            means.mode,
-            means.cgroups,
-            name,
-            resources,
-            cores=means.cores,
-            max_processes=means.max_processes,
-            quotas=means.quotas,
-            directories=directory.bounded,
-        )
+        self._limits = apply_limits(means, name, resources, directory.bounded)
         self._means = means
         self._gpus = gpus
         self._directory = directory
@@ -87,7 +61,7 @@ class Confined:
         self._keeper = keeper
 
     async def watch(self, exceeded: Callable[[Excess], None]) -> None:
-        """Look at what no kernel bounds, and tell when it is too much; no simulated executor has that."""
+        """Look at what no kernel bounds, and report when it is too much; no simulated executor has that."""
 
         def found(excess: Excess) -> None:
             self.excess = excess

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from hypha.disks import existing, free_bytes
 from hypha.messages import Resources
 from hypha.worker.limits.cgroups import GB
 from hypha.worker.limits.gpus import Gpu, find_gpus
@@ -26,7 +27,7 @@ _ROUNDING = 0.01
 
 @dataclass(frozen=True)
 class Roots:
-    """Where the kernel tells of itself."""
+    """Where the kernel describes itself."""
 
     cgroups: Path = Path("/sys/fs/cgroup")
     proc: Path = Path("/proc")
@@ -52,7 +53,7 @@ class DetectedMachine:
 
     @property
     def gpu_known(self) -> bool:
-        """False when there are GPUs and the memory of one of them is not told."""
+        """False when there are GPUs and the memory of one of them is not known."""
         return all(one.memory_bytes for one in self.gpus)
 
     @property
@@ -90,7 +91,7 @@ class Claim:
 def lowered(configured: Resources, machine: DetectedMachine) -> tuple[Resources, tuple[Claim, ...]]:
     """What may be offered of ``configured`` on ``machine``, and what of it is more than there is.
 
-    GPU memory that the driver does not tell is taken from the configuration.
+    GPU memory that the driver does not report is taken from the configuration.
     """
     there, about = machine.resources, machine.describe()
     offered, claims = {}, []
@@ -111,12 +112,12 @@ def detect(
     work_dir: Path, environment: Mapping[str, str] | None = None, roots: Roots | None = None
 ) -> DetectedMachine:
     """All there is, for a process with ``environment``. ``work_dir`` need not exist; what the slice cache in
-    it holds counts as free, as it makes room. Blocks for some milliseconds.
+    it holds counts as free, as it is deleted for other data. Blocks for some milliseconds.
     """
     roots = roots or Roots()
     cpu, cpu_by = _least([_cores(), *_cpu_limits(roots)])
     memory, memory_by = _least([_memory(roots), *_memory_limits(roots)])
-    free, held = _free_bytes(work_dir), _held_bytes(work_dir / "cache")
+    free, held = free_bytes(existing(work_dir)), _held_bytes(work_dir / "cache")
     cached = f", {held / GB:.1f} GB of it held by the slice cache" if held else ""
     return DetectedMachine(
         cpu=cpu,
@@ -154,14 +155,6 @@ def _memory(roots: Roots) -> tuple[float, str]:
             if name == "MemTotal":
                 return int(amount.split()[0]) * 1024.0, "all of this machine"
     return float(psutil.virtual_memory().total), "all of this machine"
-
-
-def _free_bytes(directory: Path) -> int:
-    place = directory.absolute()
-    while not place.exists():
-        place = place.parent
-    found = os.statvfs(place)
-    return found.f_bavail * found.f_frsize
 
 
 def _held_bytes(cache: Path) -> int:

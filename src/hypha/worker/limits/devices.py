@@ -100,7 +100,7 @@ class GpuBoard:
 
 
 def memory_of_each(gpus: Sequence[Gpu], offered_gb: float) -> tuple[float, ...]:
-    """GB of each; those that their driver does not tell share equally what the configuration offers beside
+    """GB of each; those that their driver does not report share equally what the configuration offers beside
     the others.
     """
     known = [one.memory_bytes / GB for one in gpus]

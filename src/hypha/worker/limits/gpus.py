@@ -1,7 +1,7 @@
 """Which GPUs this machine has: how many, of what memory and model, and how an executor is shown some of them.
 
 NVIDIA's are read by their driver's library (``nvidia-ml-py``), else from ``/proc/driver/nvidia``, which does
-not tell their memory; AMD's from the topology that ROCm's kernel driver shows in sysfs; Apple's share the
+not report their memory; AMD's from the topology that ROCm's kernel driver shows in sysfs; Apple's share the
 machine's memory. A GPU that the environment of this process hides is not there.
 """
 
@@ -31,13 +31,13 @@ _ON_DEVICE = ("1", "2")
 
 @dataclass(frozen=True)
 class Gpu:
-    """``name`` is what the vendor's variable calls it; ``memory_bytes`` is 0 where nobody tells it."""
+    """``name`` is what the vendor's variable calls it; ``memory_bytes`` is 0 where nobody reports it."""
 
     vendor: Vendor
     name: str
     model: str
     memory_bytes: int
-    #: who told
+    #: who reported it
     source: str
     identifier: str = ""
 
@@ -74,8 +74,8 @@ def find_gpus(
 def _of_nvidia_proc(directory: Path) -> Iterator[Gpu]:
     """By their addresses on the bus, the order that ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` numbers them in."""
     for index, place in enumerate(_listed(directory)):
-        told = _pairs(place / "information", ":")
-        model, identifier = told.get("Model", "NVIDIA GPU"), told.get("GPU UUID", "")
+        found = _pairs(place / "information", ":")
+        model, identifier = found.get("Model", "NVIDIA GPU"), found.get("GPU UUID", "")
         yield Gpu("nvidia", str(index), model, 0, "/proc/driver/nvidia", identifier)
 
 

@@ -4,7 +4,7 @@ Each resource by itself: memory, cores and the number of processes by cgroups (v
 the controller); else memory by a resource limit of each process, cores by affinity, processes and disk by the
 worker's own look at them (:mod:`hypha.worker.limits.usage`). Thread counts are set in any case, so that
 numeric libraries do not start a thread a core of a machine they have two cores of. An amount of 0 in the
-lease means that nothing was said about it, and nothing is enforced. :func:`mechanisms` says what is in force.
+lease means that it was not limited, and nothing is enforced. :func:`mechanisms` says what is in force.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from hypha.errors import ConfigError, Problem
 from hypha.messages import Resources
 from hypha.worker.limits.cgroups import GB, Bounds, CgroupPlaces, counted, make_groups, remove_group
 from hypha.worker.limits.cores import CorePins
+from hypha.worker.limits.devices import Visibility
 from hypha.worker.limits.gpus import VISIBLE, Gpu
 from hypha.worker.limits.quotas import ProjectQuotas, Volume
 from hypha.worker.limits.usage import LOOK_S, Excess, Quota, excess
@@ -76,7 +77,7 @@ class Limits:
 
     def denied(self) -> Excess | None:
         """What these cgroups have denied the executor, in words that say what helps. One that was killed by
-        anybody else is not told that it was for want of memory.
+        anybody else is not reported as one that it was for want of memory.
         """
         for group in self.groups:
             # v2 and v1 give the file other names and write the same line
@@ -204,27 +205,33 @@ def _bound(
         return None
 
 
-def apply_limits(
-    mode: Mode,
-    places: CgroupPlaces,
-    name: str,
-    resources: Resources,
-    *,
-    cores: CorePins | None = None,
-    max_processes: int | None = None,
-    quotas: ProjectQuotas | None = None,
-    directories: Sequence[Path] = (),
-) -> Limits:
-    """Limits for an executor under ``resources``; ``name`` names its cgroups. Without ``cores`` it is pinned
-    to none; ``max_processes`` is the owner's own number; ``quotas`` bound what comes into ``directories``.
+@dataclass(frozen=True)
+class Means:
+    """What a worker holds its executors to their leases with: ``cores`` hands out cores where no cgroup
+    counts their use (without, executors are pinned to none), ``max_processes`` is the owner's own number,
+    ``quotas`` are those of the file system of ``work_dir``.
+    """
+
+    mode: Mode = "auto"
+    cgroups: CgroupPlaces = field(default_factory=CgroupPlaces)
+    max_processes: int | None = None
+    gpus: Visibility = field(default_factory=Visibility)
+    cores: CorePins | None = None
+    quotas: ProjectQuotas | None = None
+
+
+def apply_limits(means: Means, name: str, resources: Resources, directories: Sequence[Path] = ()) -> Limits:
+    """Limits for an executor under ``resources``; ``name`` names its cgroups. What comes into ``directories``
+    is bounded by a quota where there are quotas.
 
     Raises :class:`ConfigError` when the configuration insists on cgroups and there are none.
     """
+    mode, places, cores = means.mode, means.cgroups, means.cores
     if mode == "none":
         return Limits(description="no limits: switched off by configuration")
     if mode == "cgroup" and not suffice(places):
         raise no_cgroups()
-    processes = most_processes(resources.cpu, max_processes)
+    processes = most_processes(resources.cpu, means.max_processes)
     groups: tuple[Path, ...] = ()
     if mode != "rlimit" and places:
         try:
@@ -237,34 +244,34 @@ def apply_limits(
     else:
         places = CgroupPlaces()
     limits = Limits("", _threads(resources), groups)
-    said: list[str] = []
+    parts: list[str] = []
     if resources.memory:
         if version := places.version("memory"):
-            said.append(f"{resources.memory:g} GB memory by cgroup {version}")
+            parts.append(f"{resources.memory:g} GB memory by cgroup {version}")
         elif _LINUX:
             # RLIMIT_DATA counts private writable memory; RLIMIT_AS would also count CUDA's and torch's
             # large reservations of mere address space.
             limits.rlimits = (("RLIMIT_DATA", int(resources.memory * GB)),)
-            said.append(f"{resources.memory:g} GB memory of each process by a resource limit")
+            parts.append(f"{resources.memory:g} GB memory of each process by a resource limit")
     if resources.cpu:
         if version := places.version("cpu"):
-            said.append(f"{resources.cpu:g} cores by cgroup {version}")
+            parts.append(f"{resources.cpu:g} cores by cgroup {version}")
         else:
             limits.pins, limits.cores = cores, cores.pin(resources.cpu) if cores is not None else ()
             by = f"affinity ({','.join(map(str, limits.cores))}) and thread counts" if limits.cores else ""
-            said.append(f"{resources.cpu:g} cores by {by or 'thread counts'}")
+            parts.append(f"{resources.cpu:g} cores by {by or 'thread counts'}")
     watched = 0
     if processes:
         if version := places.version("pids"):
             limits.processes = processes
-            said.append(f"{processes} processes by cgroup {version}")
+            parts.append(f"{processes} processes by cgroup {version}")
         elif _LINUX:
             watched = processes
-            said.append(f"{processes} processes, watched")
+            parts.append(f"{processes} processes, watched")
     if resources.storage:
-        limits.project = _bound(quotas, directories, int(resources.storage * GB))
+        limits.project = _bound(means.quotas, directories, int(resources.storage * GB))
         by = "watched" if limits.project is None else "by a project quota"
-        said.append(f"{resources.storage:g} GB in its directory, {by}")
+        parts.append(f"{resources.storage:g} GB in its directory, {by}")
     limits.quota = Quota(int(resources.storage * GB), watched)
-    limits.description = ", ".join(said) or "no limits: the lease reserves nothing that can be enforced"
+    limits.description = ", ".join(parts) or "no limits: the lease reserves nothing that can be enforced"
     return limits

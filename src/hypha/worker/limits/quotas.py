@@ -63,7 +63,7 @@ def find_volume(directory: str, mountinfo: str) -> Volume | None:
 
 
 class ProjectQuotas:
-    """Those of ``volume``. Everything raises OSError where the kernel does not do as it is told."""
+    """Those of ``volume``. Everything raises OSError where the kernel does not do so."""
 
     def __init__(self, volume: Volume) -> None:
         self.volume = volume
@@ -133,7 +133,7 @@ def set_project(directory: Path, project: int) -> None:
         _ioctl(descriptor, _SET_ATTRIBUTES, changed)
         flags, _, _, found, _ = _ATTRIBUTES.unpack(_ioctl(descriptor, _GET_ATTRIBUTES))
     if found != project or not flags & _INHERIT:
-        raise OSError(f"{directory} does not belong to project {project} although it was told to")
+        raise OSError(f"{directory} does not belong to project {project} although that was set")
 
 
 def _attributes(directory: Path) -> tuple[int, ...]:

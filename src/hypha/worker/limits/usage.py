@@ -110,8 +110,8 @@ async def keep_within(
     keeper: Callable[[], int | None],
     exceeded: Callable[[Excess], None],
 ) -> None:
-    """Look until ``quota`` is exceeded, and tell that once. ``keeper`` gives the process to look below, once
-    there is one.
+    """Look until ``quota`` is exceeded, and report that once. ``keeper`` gives the process to look below,
+    once there is one.
     """
     while quota:
         await trio.sleep(LOOK_S)

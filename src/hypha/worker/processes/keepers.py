@@ -1,6 +1,6 @@
 """The keeper of one executor as its worker sees it: started with the executor, or forked by a host.
 
-Both are used alike. A keeper's process group is that of its executor, its output theirs; it lives as long as
+Both are used alike. A keeper's process group is that of its executor, its output theirs; it runs as long as
 anything of the executor does, and ends as the executor did.
 """
 
@@ -46,11 +46,11 @@ class Launch:
     #: where ``argv`` is ``python -m module ...`` of Hypha's own: a host may fork it
     own: OwnExecutor | None = None
     kind: ExecutorClass = "train"
-    #: below a program that says 128 + N of a signal N, as shells do
+    #: below a program that exits with 128 + N of a signal N, as shells do
     isolated: bool = False
     #: fields of the log entry of each line of its output, as they are when it is written
     output_fields: Callable[[], Mapping[str, object]] | None = None
-    #: is told the keeper's PID once there is a keeper
+    #: gets the keeper's PID once there is a keeper
     on_start: Callable[[int], None] | None = None
 
 

@@ -43,7 +43,7 @@ class Orphans:
         async with self.starting:
             ended: set[int] = set()
             if self._reap():
-                # a keeper whose host has ended is our child, too, and about to end when it says so
+                # a keeper whose host has ended is our child, too, and about to end when it reports that
                 await trio.sleep(_ENDING_S)
             with trio.move_on_after(GONE_WITHIN_S):
                 while found := self._reap():

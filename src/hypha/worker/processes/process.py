@@ -84,7 +84,7 @@ def _without_token(reference: Reference | None) -> Reference | None:
 @dataclass(frozen=True)
 class Exit:
     """How an executor ended: its exit code (negative: the signal that killed it), its last lines, and
-    whether that was because it was told to stop.
+    whether that was because it was stopped.
     """
 
     code: int
@@ -190,31 +190,40 @@ def _level_of(line: str) -> int:
     return {"WARNING": logging.WARNING, "ERROR": logging.ERROR}.get(line.partition(" ")[0], logging.DEBUG)
 
 
+@dataclass(frozen=True)
+class Supervision:
+    """Who takes part in running an executor: it is forked by ``host`` where that can be, its process group is
+    in ``running`` meanwhile, and ``orphans`` ends what is left of it.
+    """
+
+    host: ExecutorHost | None = None
+    running: dict[int, ExecutorClass] = field(default_factory=dict)
+    orphans: Orphans | None = None
+
+
 async def run_executor(
     launch: Launch,
     stop: trio.Event,
     grace_s: float,
     *,
     kill: trio.Event | None = None,
-    host: ExecutorHost | None = None,
-    running: dict[int, ExecutorClass] | None = None,
-    orphans: Orphans | None = None,
+    supervision: Supervision | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> Exit:
-    """Run it until it ends, forked by ``host`` where that can be; ``task_status`` gives the process group,
-    whose number is in ``running`` meanwhile. ``orphans`` ends what is left when it has ended.
+    """Run it until it ends; ``task_status`` gives the process group.
 
     Once ``stop`` is set its group gets SIGTERM, and all that is left after ``grace_s`` SIGKILL. When ``kill``
     is set, or this is cancelled, it is killed at once, and gone when this returns.
     """
     began = trio.current_time()
+    supervision = supervision or Supervision()
+    host, running, orphans = supervision.host, supervision.running, supervision.orphans
     keeper: Keeper | None = await host.fork(launch) if host is not None else None
     way = "cold" if keeper is None else "warm"
     if keeper is None:
         async with orphans.starting if orphans is not None else nullcontext():
             keeper = await start_keeper(launch)
-            if running is not None:
-                running[keeper.pid] = launch.kind
+            running[keeper.pid] = launch.kind
     EXECUTOR_STARTS.add(kind=launch.kind, way=way)
     logger.debug(
         "The executor was %s within %.3f s; its keeper is process %d.",
@@ -223,15 +232,13 @@ async def run_executor(
         keeper.pid,
         extra={"job_id": launch.job_id, "pid": keeper.pid, "way": way},
     )
-    if running is not None:
-        running[keeper.pid] = launch.kind
+    running[keeper.pid] = launch.kind
     if launch.on_start is not None:
         launch.on_start(keeper.pid)
     try:
         return await _attend(keeper, launch, stop, grace_s, kill, task_status)
     finally:
-        if running is not None:
-            running.pop(keeper.pid, None)
+        running.pop(keeper.pid, None)
         if orphans is not None:
             with trio.CancelScope(shield=True):
                 await orphans.end()
@@ -249,7 +256,7 @@ async def _attend(
     drained = trio.Event()
     stopped = False
 
-    async def stop_when_told() -> None:
+    async def stop_when_set() -> None:
         nonlocal stopped
         await stop.wait()
         stopped = True
@@ -257,8 +264,8 @@ async def _attend(
         await trio.sleep(grace_s)
         await end_keeper(keeper)
 
-    async def kill_when_told(told: trio.Event) -> None:
-        await told.wait()
+    async def kill_when_set(asked: trio.Event) -> None:
+        await asked.wait()
         await end_keeper(keeper)
 
     async def read() -> None:
@@ -268,9 +275,9 @@ async def _attend(
 
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stop_when_told)
+            nursery.start_soon(stop_when_set)
             if kill is not None:
-                nursery.start_soon(kill_when_told, kill)
+                nursery.start_soon(kill_when_set, kill)
             nursery.start_soon(read)
             task_status.started(keeper.pid)
             await keeper.wait()

@@ -6,8 +6,8 @@ nodes of its machine (``warm_host``). A dispatch waits for a host that is still 
 before, and does what an executor started now would do, in the same order. Where a host is not to be had, or
 would not make the same executor, :meth:`ExecutorHost.fork` gives None: it is started as any other program.
 
-A host's end disturbs no running executor: its keeper has its lifeline at the worker, and tells the worker
-itself how it ended.
+A host's end disturbs no running executor: its keeper has its lifeline at the worker, and reports to the
+worker itself how it ended.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class HostUnusable(HyphaError):
 
 
 class ForkedKeeper:
-    """A keeper that a host has forked (:class:`~hypha.worker.processes.keepers.Keeper`); ``told`` is its
+    """A keeper that a host has forked (:class:`~hypha.worker.processes.keepers.Keeper`); ``reports`` is its
     connection.
     """
 
-    def __init__(self, told: trio.socket.SocketType, lifeline: int, output: int) -> None:
-        self._told = told
+    def __init__(self, reports: trio.socket.SocketType, lifeline: int, output: int) -> None:
+        self._reports = reports
         self._lifeline = trio.lowlevel.FdStream(lifeline)
         self._reading = trio.Lock()
         self._ended = False
@@ -91,7 +91,7 @@ class ForkedKeeper:
                         self.code = os.waitstatus_to_exitcode(status)
                     case None:
                         self._ended = True
-                        # as it does not say how its executor ended, it was killed
+                        # as it does not report how its executor ended, it was killed
                         self.code = -signal.SIGKILL if self.code is None else self.code
 
     async def abandon(self, asked: bool) -> None:
@@ -107,13 +107,13 @@ class ForkedKeeper:
 
     async def _receive(self) -> ForkReply | None:
         try:
-            data = await self._told.recv(_MAX_REPLY_BYTES)
+            data = await self._reports.recv(_MAX_REPLY_BYTES)
         except OSError:
             data = b""
         try:
             return decode(_reply.decode, data) if data else None
         except Undecodable as exc:
-            logger.error("What the executor host says cannot be read: %s", exc)
+            logger.error("A reply of the executor host cannot be read: %s", exc)
             return None
 
     async def cut_lifeline(self) -> None:
@@ -129,7 +129,7 @@ class ForkedKeeper:
         """See :class:`~hypha.worker.processes.keepers.Keeper`."""
         await self._lifeline.aclose()
         await self.output.aclose()
-        self._told.close()
+        self._reports.close()
 
 
 class _Refused(Exception):
@@ -151,7 +151,7 @@ class _Host:
     """What a worker's own host and a shared one have in common."""
 
     def __init__(self) -> None:
-        #: said already that executors are started without it
+        #: logged already that executors are started without it
         self._warned = False
 
     @property
@@ -372,7 +372,7 @@ class OwnHost(_Host):
             entry = decode(json.loads, line)
             level, message = logging.getLevelNamesMapping()[entry["level"]], str(entry["message"])
         except (Undecodable, KeyError, TypeError):
-            logger.debug("The executor host says: %s", line)
+            logger.debug("The executor host printed: %s", line)
             self._last_line = cleaned(line, _MAX_LINE) or self._last_line
             return
         self._ready = self._ready or bool(entry.get("ready"))
@@ -383,7 +383,7 @@ class OwnHost(_Host):
 async def open_host(
     config: WorkerConfig, environment: Mapping[str, str], starting: trio.Lock | None = None
 ) -> AsyncIterator[ExecutorHost | None]:
-    """The host that ``config`` says, if any. It is gone when the block ends, a shared one excepted.
+    """The host that ``config`` names, if any. It is gone when the block ends, a shared one excepted.
     ``starting`` is held while one is started and not known yet.
     """
     forked = any(

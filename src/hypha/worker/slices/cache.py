@@ -21,7 +21,8 @@ from hypha.config.models import CacheConfig
 from hypha.decoding import decode_json
 from hypha.errors import Undecodable
 from hypha.messages import SliceAssigned
-from hypha.worker.storage.free_space import lack_of_space
+from hypha.runtime import lack_of_space
+from hypha.staging import write_whole
 
 logger = logging.getLogger("hypha.worker.cache")
 
@@ -153,10 +154,8 @@ class SliceCache:
         return entries
 
     def _save(self) -> None:
-        part = self._directory / f"{_INDEX}.part"
         try:
-            part.write_bytes(msgspec.json.encode(list(self._entries.values())))
-            part.replace(self._directory / _INDEX)
+            write_whole(self._directory / _INDEX, msgspec.json.encode(list(self._entries.values())))
         except OSError as exc:
             # it only serves the next start of the worker
             logger.warning("The index of the slice cache cannot be written: %s", exc)

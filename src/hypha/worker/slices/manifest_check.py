@@ -1,5 +1,5 @@
 """Slices are what the dataset's manifest says: a worker asks a data node for the manifest, computes its hash
-again, and holds each slice that it is assigned against it. So it need not take the scheduler's word for what
+again, and holds each slice that it is assigned against it. So it need not believe the scheduler about what
 it trains on, as the scheduler need not take a data node's.
 """
 
@@ -37,8 +37,8 @@ class ManifestCheck:
         self._told = ""
 
     async def problem(self, assigned: SliceAssigned) -> str:
-        """Why the slice cannot be what the manifest says; empty where it can, or where no data node has said
-        yet what that is: its own hash is checked in any case.
+        """Why the slice cannot be what the manifest says; empty where it can, or where no data node has
+        replied yet what that is: its own hash is checked in any case.
         """
         if not self._hash:
             return ""
@@ -46,11 +46,11 @@ class ManifestCheck:
             await self._look_up(assigned.providers)
         if self._slices is None:
             return ""
-        said = (assigned.samples, assigned.size, assigned.blake3)
+        given = (assigned.samples, assigned.size, assigned.blake3)
         if assigned.dataset == self._dataset and 0 <= assigned.index < len(self._slices):
-            if self._slices[assigned.index] == said:
+            if self._slices[assigned.index] == given:
                 return ""
-            what = f"slice {assigned.index} as {said[0]} samples, {said[1]} bytes, hash {said[2][:16]}"
+            what = f"slice {assigned.index} as {given[0]} samples, {given[1]} bytes, hash {given[2][:16]}"
         else:
             what = f"slice {assigned.index} of {assigned.dataset}"
         where = f"the manifest {self._hash[:16]} of {self._dataset}"

@@ -9,8 +9,8 @@ on.
 
 When the job goes on from a theta that this worker's work is not in, the scheduler has taken back the slices
 it had assigned until then. What was asked for before is then dropped here too, and nothing is handed out
-until the executor has said that it started over (:meth:`SlicePrefetcher.start_over`, ``resume``), so that
-it cannot mistake a new slice for one to drop. Each slice says under which round, and which attempt at it, it
+until the executor has reported that it started over (:meth:`SlicePrefetcher.start_over`, ``resume``), so that
+it cannot mistake a new slice for one to drop. Each slice tells under which round, and which attempt at it, it
 was asked for.
 """
 
@@ -80,10 +80,24 @@ class PrefetchedSlice:
     stamp: JobStamp
 
 
+@dataclass(frozen=True)
+class SliceDemand:
+    """Which slices an executor needs: those of ``dataset``, for as many as last ``prefetch_s`` seconds of
+    training, or one, in ``directory``. ``stamp`` gives the job's current one, ``trace_of`` the trace of what
+    is requested under a stamp.
+    """
+
+    dataset: str
+    incarnation: str
+    directory: Path
+    stamp: Callable[[], JobStamp]
+    trace_of: Callable[[JobStamp], str | None] = lambda stamp: None
+    prefetch_s: float = 0.0
+
+
 class SlicePrefetcher:
-    """``ask`` puts a request to the job's scheduler, ``stamp`` gives the job's current one, ``directory``
-    is the job's for slices. Held are slices for ``prefetch_s`` seconds of training, or one. ``trace_of``
-    names the trace of what is asked for under a stamp. What ``manifest`` does not know is not used.
+    """Meets ``demand``; ``ask`` sends a request to the job's scheduler. What ``manifest`` does not know is
+    not used.
     """
 
     def __init__(
@@ -91,23 +105,13 @@ class SlicePrefetcher:
         ask: Callable[[Request], Awaitable[Response]],
         pull: Pull,
         cache: SliceCache,
-        directory: Path,
-        stamp: Callable[[], JobStamp],
-        dataset: str,
-        incarnation: str,
-        prefetch_s: float = 0.0,
-        trace_of: Callable[[JobStamp], str | None] = lambda stamp: None,
+        demand: SliceDemand,
         manifest: ManifestCheck | None = None,
     ) -> None:
         self._ask = ask
         self._pull = pull
         self._cache = cache
-        self._directory = directory
-        self._stamp = stamp
-        self._dataset = dataset
-        self._incarnation = incarnation
-        self._prefetch_s = prefetch_s
-        self._trace_of = trace_of
+        self._demand = demand
         self._manifest = manifest
         self._seq = 0
         #: what was got for an earlier one is dropped
@@ -119,13 +123,13 @@ class SlicePrefetcher:
         #: when slices were handed out
         self._used_at: deque[float] = deque(maxlen=_PACES + 1)
         self._avoided: dict[str, float] = {}
-        #: what was said last of a slice that the manifest does not know
+        #: the last log line about a slice that the manifest does not know
         self._foreign = ""
         self._changed = trio.Event()
         self._handed_out: list[Path] = []
         self._asking: trio.CancelScope | None = None
         self._held: trio.Event | None = None
-        self._pending = stamp()
+        self._pending = demand.stamp()
 
     async def run(self) -> None:
         """Prefetch until cancelled."""
@@ -169,7 +173,7 @@ class SlicePrefetcher:
 
     def begin_generation(self) -> None:
         """The job goes on in another generation: what is asked for is asked for in that one."""
-        self._pending = self._stamp()
+        self._pending = self._demand.stamp()
         self._another_generation.set()
         self._another_generation = trio.Event()
 
@@ -191,7 +195,7 @@ class SlicePrefetcher:
         paces = [later - earlier for earlier, later in pairwise(times)]
         if len(paces) < _LEAST_PACES:
             return False
-        wanted = min(math.ceil(self._prefetch_s / max(statistics.median(paces), 1e-3)), MAX_AHEAD)
+        wanted = min(math.ceil(self._demand.prefetch_s / max(statistics.median(paces), 1e-3)), MAX_AHEAD)
         held_bytes = sum(one.assigned.size for one in self._ready)
         fits = held_bytes + self._ready[-1].assigned.size <= self._cache.max_bytes // 2
         return fits and len(self._ready) < min(wanted, self._allowed)
@@ -199,24 +203,26 @@ class SlicePrefetcher:
     async def _fetch_next(self) -> PrefetchedSlice | None:
         """None when it was dropped meanwhile."""
         self._seq += 1
-        self._pending = self._stamp()
+        self._pending = self._demand.stamp()
         attributes: dict[str, Attribute] = {
             "hypha.job": self._pending.job_id,
             "hypha.round": self._pending.round,
         }
         with (
             trio.CancelScope() as scope,
-            span(FETCH_SLICE, attributes, parent=self._trace_of(self._pending)) as fetching,
+            span(FETCH_SLICE, attributes, parent=self._demand.trace_of(self._pending)) as fetching,
         ):
             self._asking = scope
             backoff = Backoff(FIRST_RETRY_S, MAX_PULL_RETRY_S)
-            told = ""
+            logged = ""
             patience_s = STILL_S
             while True:
                 assigned = await self._ask_until_assigned()
                 self._allowed = assigned.ahead
                 fetching.set_attributes({"hypha.dataset": assigned.dataset, "hypha.slice": assigned.index})
-                path = self._directory / f"{self._seq:06}-{assigned.epoch}-{assigned.index}.safetensors"
+                path = (
+                    self._demand.directory / f"{self._seq:06}-{assigned.epoch}-{assigned.index}.safetensors"
+                )
                 try:
                     usable = await self._is_in_manifest(assigned)
                     if usable and (
@@ -224,14 +230,14 @@ class SlicePrefetcher:
                         or await self._pull_from_any(assigned, path, patience_s)
                     ):
                         if scope.cancel_called:
-                            # dropped after the last moment at which trio could have said so
+                            # dropped after the last moment at which trio could have raised it
                             path.unlink(missing_ok=True)
                             return None
                         return PrefetchedSlice(path, assigned, self._pending)
                 except (OSError, ValueError) as exc:  # the disk, or a hash that is none
-                    if str(exc) != told:
-                        told = str(exc)
-                        fields = {"job_id": self._stamp().job_id, "dataset": assigned.dataset}
+                    if str(exc) != logged:
+                        logged = str(exc)
+                        fields = {"job_id": self._demand.stamp().job_id, "dataset": assigned.dataset}
                         logger.error("Slice %d cannot be stored: %s", assigned.index, exc, extra=fields)
                 # Providers may come and go, so ask again; the same seq gets the same slice.
                 patience_s *= 2.0
@@ -244,9 +250,9 @@ class SlicePrefetcher:
             stamp = self._pending
             request = NextSlice(
                 stamp=stamp,
-                incarnation=self._incarnation,
+                incarnation=self._demand.incarnation,
                 seq=self._seq,
-                cached=self._cache.cached(self._dataset),
+                cached=self._cache.cached(self._demand.dataset),
                 held_from=self._held_from,
             )
             try:
@@ -259,7 +265,7 @@ class SlicePrefetcher:
                     pause_s,
                     extra={"job_id": stamp.job_id},
                 )
-                # a scheduler that comes back says so
+                # a scheduler that comes back reports so
                 with trio.move_on_after(pause_s):
                     await self._another_generation.wait()
                 continue
@@ -269,21 +275,21 @@ class SlicePrefetcher:
             if reminder.due():
                 logger.info(
                     "Waiting for a slice of %s since %s: the scheduler has none to give now (%s).",
-                    self._dataset,
+                    self._demand.dataset,
                     in_words(trio.current_time() - began),
                     answer.reason if isinstance(answer, NoSlice) else type(answer).__name__,
                     extra={"job_id": stamp.job_id},
                 )
             wait_s = answer.retry_in_s if isinstance(answer, NoSlice) else MAX_RETRY_S
             # The round may move on while there is nothing: then this is no longer a request of the old one.
-            self._pending = self._stamp()
+            self._pending = self._demand.stamp()
             # a comparison with NaN is always False
             await trio.sleep(min(max(wait_s, 0.05), MAX_RETRY_S) if wait_s >= 0 else MAX_RETRY_S)
 
     async def _is_in_manifest(self, assigned: SliceAssigned) -> bool:
         problem = "" if self._manifest is None else await self._manifest.problem(assigned)
         if problem and problem != self._foreign:
-            fields = {"job_id": self._stamp().job_id, "dataset": assigned.dataset}
+            fields = {"job_id": self._demand.stamp().job_id, "dataset": assigned.dataset}
             logger.error("Not used: %s", problem, extra=fields)
         self._foreign = problem
         return not problem
@@ -332,10 +338,14 @@ class SlicePrefetcher:
         expect = TransferMeta(kind="slice", name=name, size=assigned.size, blake3=assigned.blake3)
         incoming = self._cache.incoming(assigned)
         self._cache.require_space(assigned.size)
-        what = PullFile(kind="slice", name=name, job_id=self._stamp().job_id)
+        what = PullFile(kind="slice", name=name, job_id=self._demand.stamp().job_id)
         still_s = patience_s if len(assigned.providers) > 1 else None
         for provider in self._in_order(assigned.providers):
-            fields = {"job_id": self._stamp().job_id, "peer_id": provider.peer, "dataset": assigned.dataset}
+            fields = {
+                "job_id": self._demand.stamp().job_id,
+                "peer_id": provider.peer,
+                "dataset": assigned.dataset,
+            }
             began = trio.current_time()
             try:
                 await self._pull(provider, what, incoming, expect, assigned.size, still_s)

@@ -9,7 +9,6 @@ thread.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -18,16 +17,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from msgspec import Struct
 
+from hypha.beneath import relative_path
 from hypha.config.models import StorageConfig
 from hypha.decoding import decode_json
-from hypha.durable import sync_directory, write_durably
+from hypha.disks import is_disk_full, sync
 from hypha.errors import Refused, Undecodable
 from hypha.messages import CheckpointFile, CheckpointIndex, HoldCheckpoint, TransferMeta, encode_json
 from hypha.runtime import wall_time
+from hypha.staging import move_directory, write_whole
 
 logger = logging.getLogger("hypha.worker.storage")
 
@@ -225,8 +226,8 @@ class ReplicaStore:
                 raise Refused("stale", f"generation {job.generation} of the job has been here")
             index = job.incoming.index
             for file in index.files:
-                said = (f"{index.round}/{file.name}", file.size, file.blake3)
-                if (meta.name, meta.size, meta.blake3) == said:
+                announced = (f"{index.round}/{file.name}", file.size, file.blake3)
+                if (meta.name, meta.size, meta.blake3) == announced:
                     return job, job.incoming, file
         raise Refused("uninvited", f"nobody announced the checkpoint file {meta.name}")
 
@@ -234,13 +235,13 @@ class ReplicaStore:
         job = _Job(owner, wall_time())
         self._make_space(job, index)
         self._path(job).mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_durably(self._path(job) / OWNER, encode_json(owner))
-        sync_directory(self._directory)
+        write_whole(self._path(job) / OWNER, encode_json(owner), durable=True)
+        sync(self._directory)
         self._jobs[owner.job_id] = job
         return job
 
     def _expect(self, job: _Job, index: CheckpointIndex, keep: set[int]) -> None:
-        """Make room, and begin; what was on its way before is given up."""
+        """Make space, and begin; what was on its way before is given up."""
         job.incoming = None
         shutil.rmtree(self._incoming(job), ignore_errors=True)
         if any(round_ in keep and round_ != index.round for round_ in job.complete):
@@ -271,12 +272,9 @@ class ReplicaStore:
 
     def _complete(self, job: _Job, incoming: _Incoming) -> None:
         index, source = incoming.index, self._incoming(job)
-        target = self._round(job, index.round)
-        write_durably(source / INDEX, encode_json(index))
+        write_whole(source / INDEX, encode_json(index), durable=True)
         job.complete.pop(index.round, None)
-        _remove(target)
-        source.rename(target)
-        sync_directory(target.parent)
+        move_directory(source, self._round(job, index.round))
         job.incoming = None
         job.complete[index.round] = index
         self._touch(job)
@@ -340,13 +338,14 @@ class ReplicaStore:
 
 @contextmanager
 def _disk(directory: Path) -> Iterator[None]:
-    """What the disk says, as a refusal."""
+    """An error of the disk, as a refusal."""
     try:
         yield
     except OSError as exc:
-        full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
         logger.error("%s cannot be written: %s", directory, exc)
-        raise Refused("no-space" if full else "internal", f"its storage cannot be written: {exc}") from exc
+        raise Refused(
+            "no-space" if is_disk_full(exc) else "internal", f"its storage cannot be written: {exc}"
+        ) from exc
 
 
 def _remove(directory: Path) -> None:
@@ -367,12 +366,16 @@ def _check(request: HoldCheckpoint) -> None:
     if len(names) != len(index.files):
         raise Refused("malformed", "two files of the checkpoint have one name")
     for file in index.files:
-        path = PurePosixPath(file.name)
-        inside = (
-            bool(path.name) and str(path) == file.name and not path.is_absolute() and ".." not in path.parts
-        )
-        short = len(file.name.encode()) <= MAX_NAME_LENGTH
-        if not inside or not short or "\0" in file.name or file.name == INDEX or path.name.endswith(".part"):
+        if not _is_file_name(file.name):
             raise Refused("invalid", f"{file.name!r} is no name for a file of a checkpoint")
         if file.size < 0 or not _HASH.fullmatch(file.blake3):
             raise Refused("malformed", f"{file.name} needs a size and a BLAKE3 hash")
+
+
+def _is_file_name(name: str) -> bool:
+    try:
+        path = relative_path(name)
+    except ValueError:
+        return False
+    plain = str(path) == name and name != INDEX and not name.endswith(".part")
+    return plain and len(name.encode()) <= MAX_NAME_LENGTH

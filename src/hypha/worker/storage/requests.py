@@ -51,7 +51,7 @@ class StorageService:
         self._node.health_details.append(self._health)
 
     async def announce(self) -> None:
-        """Tell the DHT whose copies are here, so that they are found wherever this worker is by then."""
+        """Announce in the DHT whose copies are here, so that they are found wherever this worker is."""
         while True:
             self._changed = trio.Event()
             names = {replica_name(peer, job) for peer, job in self._store.owners}

@@ -25,7 +25,9 @@ from hypha.scheduler.descriptions import searches_for
 from hypha.scheduler.durable.starts import described
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Advertise, Decline, Offered, Search, SearchTimes, Want
-from hypha.worker.leasing.arbiter import Arbiter, Ignored, RequestHeard, SendOffer
+from hypha.worker.leasing.arbiter import Arbiter
+from hypha.worker.leasing.events import Ignored, RequestReceived, SendOffer
+from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.limits.detecting import DetectedMachine
 from hypha.worker.limits.devices import memory_of_each
 
@@ -95,16 +97,18 @@ def _outcome(
     (published,) = (one for one in allocator.handle(Want(ask.kind, 1), 0.0) if isinstance(one, Advertise))
     offered, _ = offered_by(worker, machine)
     arbiter = Arbiter(
-        offered,
-        [ExecutorDescriptor(kind=one.kind, name=one.name) for one in worker.executors],
+        WorkerCapacity(
+            offered,
+            [ExecutorDescriptor(kind=one.kind, name=one.name) for one in worker.executors],
+            () if machine is None else memory_of_each(machine.gpus, offered.gpu),
+            abilities,
+        ),
         worker.offer,
         lambda: _WORKER,
-        abilities=abilities,
-        gpus=() if machine is None else memory_of_each(machine.gpus, offered.gpu),
     )
     request = published.request(_SCHEDULER)
     decided = [
-        *arbiter.handle(RequestHeard(_SCHEDULER.peer, request), 0.0),
+        *arbiter.handle(RequestReceived(_SCHEDULER.peer, request), 0.0),
         *arbiter.handle(Tick(), min(worker.offer.request_window_s, request.offer_within_s / 2)),
     ]
     for one in decided:

@@ -17,8 +17,7 @@ from tests.support.polling import until
 from hypha.config.models import AllowConfig
 from hypha.errors import Refused, TransferFailed
 from hypha.worker.fetch.allowance import Allowance
-from hypha.worker.fetch.downloads import fetch_local
-from hypha.worker.fetch.storing import Keeping, store_local
+from hypha.worker.fetch.local import Keeping, fetch_local, store_local
 
 __all__ = ["bucket"]
 
@@ -105,7 +104,7 @@ async def test_cut_while_writing_it_does_not_look_complete(
     (tmp_path / "again").mkdir()
     again = checkpoint(tmp_path / "again", 1)
     if kind == "path":
-        monkeypatch.setattr("hypha.worker.fetch.storing.os.fsync", _no_space)
+        monkeypatch.setattr("hypha.disks.os.fsync", _no_space)
     else:
         monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", _PutUntil("theta.safetensors"))
     with pytest.raises(TransferFailed, match="No space left"):
@@ -122,7 +121,7 @@ import sys, trio
 from pathlib import Path
 from hypha.config.models import AllowConfig
 from hypha.worker.fetch.allowance import Allowance
-from hypha.worker.fetch.storing import Keeping, store_local
+from hypha.worker.fetch.local import Keeping, store_local
 rules = Allowance(AllowConfig.model_validate({"local": ["*"]}))
 trio.run(store_local, Path(sys.argv[1]), sys.argv[2], rules, Keeping("state.json", 2))
 """
