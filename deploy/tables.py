@@ -1,5 +1,6 @@
 """``python -m deploy.tables``: write the tables of docs/observability.md, docs/security.md, docs/tuning.md
-and docs/troubleshooting.md anew, from the registries and the configuration's models.
+and docs/troubleshooting.md anew, from the registries and the configuration's models, and the picture in
+ARCHITECTURE.md from the imports.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from deploy.promql import label_name
+from deploy.rooms import picture
 from hypha import access
 from hypha.cli.doctor.checks import CHECKS
 from hypha.cli.doctor.finding import Symptom
@@ -30,6 +32,7 @@ PAGE = _DOCS / "observability.md"
 SECURITY = _DOCS / "security.md"
 TUNING = _DOCS / "tuning.md"
 TROUBLESHOOTING = _DOCS / "troubleshooting.md"
+ARCHITECTURE = _DOCS.parent / "ARCHITECTURE.md"
 #: a label with more values than this is described by their number
 _MANY = 10
 
@@ -231,6 +234,7 @@ PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
         "kinds": kinds,
     },
     TUNING: {"limits": limits, "tuning": tuning, "elsewhere": elsewhere},
+    ARCHITECTURE: {"rooms": picture},
     TROUBLESHOOTING: {table_of(one): partial(found_with, one) for one in SYMPTOMS},
 }
 TABLES = {name: table for tables in PAGES.values() for name, table in tables.items()}

@@ -58,7 +58,7 @@ class InspectedFile:
 
 
 def describe(path: Path) -> InspectedFile:
-    """Facts about every certificate in the PEM file ``path``; IdentityError when there is none."""
+    """What is known of every certificate in the PEM file ``path``; IdentityError when there is none."""
     try:
         certificates = x509.load_pem_x509_certificates(path.read_bytes())
     except OSError as exc:

@@ -129,7 +129,7 @@ class Scenario(Struct, frozen=True):
     #: each machine's time of day runs fast or slow by up to this share
     clock_drift: float = 0.0
     behind_nat: int = 0
-    #: parameter servers run on a machine of their own, and on the spares
+    #: parameter servers run on a machine of their own, and on the spare workers
     apart: bool = False
     min_workers: int | None = None
     checkpoint_every: int = 2
@@ -297,7 +297,7 @@ def simpler(scenario: Scenario) -> list[Scenario]:
         "gateways",
         "data_nodes",
         "min_workers",
-        "spares",
+        "spare_workers",
         "load_s",
         "latency_s",
         "disk_s",

@@ -7,6 +7,9 @@ a bounded queue, a sink that fails or hangs is ended and started again, and the 
 
 Another sink is a class with the methods of :class:`~hypha.sinks.interface.MetricSink`, and a line in
 ``child.SINKS``.
+
+- Metric sinks: each in a process of its own, fed from a bounded queue: wandb's exit hook held up a process
+  for 11 s, trackio prints and reads the environment at import.
 """
 
 from hypha.sinks.interface import Destination, RoundValues, RunInfo

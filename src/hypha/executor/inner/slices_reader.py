@@ -64,7 +64,7 @@ def read_columns(path: Path) -> dict[str, Tensor]:
 
 
 class RowStream:
-    """Cuts batches from slices, and keeps the books of the round: ranges used, slices finished."""
+    """Cuts batches from slices, and counts for the round: ranges used, slices finished."""
 
     def __init__(self, padding: Padding = Padding()) -> None:  # noqa: B008 - frozen
         """``padding``: of rows that are sequences of different lengths."""
@@ -74,7 +74,7 @@ class RowStream:
         self.start_round()
 
     def start_round(self) -> None:
-        """New books; rows not yet used stay."""
+        """Count anew; rows not yet used stay."""
         self.ranges: list[SliceRange] = []
         self.finished: list[tuple[int, int]] = []
 

@@ -195,7 +195,7 @@ class LoadedWeights:
         )
 
     def _prefix(self, model: nn.Module) -> str:
-        """What the unused keys have in common before the name of a tensor of the model."""
+        """What the unexpected keys have in common before the name of a tensor of the model."""
         names = model.state_dict().keys()
         for key in self.unexpected:
             parts = key.split(".")

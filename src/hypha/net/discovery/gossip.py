@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 #: Messages a slow subscriber may leave unread; the oldest go first.
 BACKLOG = 256
 #: Publishers whose role has to be asked for, at once.
-MAX_MEETING = 16
+MAX_CONNECTING = 16
 #: How long :meth:`Gossip.publish` waits for somebody to publish to.
 MESH_WAIT_S = 3.0
 #: A request with its publisher's certificates has some kilobytes. Pubsub keeps the messages of the last
@@ -198,7 +198,7 @@ class Gossip:
         forwarder = self._pubsub.forwarder_of(raw)
         if self._publishers.are_known(publisher, envelope.certificates):
             self._take(envelope, publisher, forwarder)
-        elif self._listeners and len(self._connecting) < MAX_MEETING and publisher not in self._connecting:
+        elif self._listeners and len(self._connecting) < MAX_CONNECTING and publisher not in self._connecting:
             self._connecting.add(publisher)
             nursery.start_soon(self._meet, envelope, publisher, forwarder)
 

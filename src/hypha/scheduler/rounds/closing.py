@@ -3,7 +3,7 @@
 A worker that theta did not reach in time for two rounds in a row is waited for in the third, until the
 deadline: rounds may be shorter than the way to it.
 
-Pure questions about the books and the members; the round machine acts on the answers.
+Pure questions about contributions and participants; the round machine acts on the answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The bridge as a simulated executor has it: its worker's desk, reached through a process that may die."""
+"""The bridge as a simulated executor has it: its worker's handlers, reached through a process
+that may die.
+"""
 
 from __future__ import annotations
 

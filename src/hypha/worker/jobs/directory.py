@@ -42,7 +42,7 @@ _LOCK, _ELSEWHERE = ".lock", ".socket-directory"
 #: of the worker's own directory: what is received, what is fetched, what is sent
 _RECEIVING, _FETCHING, _SENDING = "receiving", "fetching", "sending"
 #: beside a file that is being received: files that may be written over
-_SPARE, _MOST_SPARES = ".spare", 4
+_SPARE, _MOST_REUSED = ".spare", 4
 
 
 class JobDirectory:
@@ -167,7 +167,7 @@ class JobDirectory:
         with beneath.directory_below(self.path, ("incoming", _SPARE)) as reused:
             with os.scandir(reused) as entries:
                 name = next((one.name for one in entries if one.is_file(follow_symlinks=False)), None)
-            if name is None or len(os.listdir(own)) >= _MOST_SPARES:
+            if name is None or len(os.listdir(own)) >= _MOST_REUSED:
                 return
             os.rename(name, own / name, src_dir_fd=reused)
             # looked at once it is moved: it may be another one than a moment ago, and stays where it is then

@@ -28,7 +28,7 @@ DISK_S = 30.0
 ACCELERATORS_S = 60.0
 _MB = 1 << 20
 #: so much is written at most, for so long at most, and only where so much is free
-_WRITTEN_BYTES, _WRITTEN_S, _ROOM_BYTES = 32 * _MB, 2.0, 256 * _MB
+_WRITTEN_BYTES, _WRITTEN_S, _LEAST_FREE_BYTES = 32 * _MB, 2.0, 256 * _MB
 #: bytes a second; what is slower is measured again
 _QUICK = 20 * _MB
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -104,7 +104,7 @@ def _directory(key: str, path: Path) -> Directory:
     free = free_bytes(place)
     if not os.access(place, os.W_OK | os.X_OK):
         return Directory(key, str(path), free, problem=f"{place} belongs to another user")
-    if free < _ROOM_BYTES:
+    if free < _LEAST_FREE_BYTES:
         return Directory(key, str(path), free)
     try:
         rate = _write_rate(place)
