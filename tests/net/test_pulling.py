@@ -166,8 +166,9 @@ async def test_who_is_of_an_earlier_version_asks_and_is_asked_by_a_request(
             await slice_.pull(worker, tmp_path / f"{number}")
         await until(lambda: slice_.ended == [None] * 3)
     assert requests["PullFile"] >= 3
-    # the connection over which the first one was sent is kept, and the others are offered over it
-    assert requests["BulkOffer"] == 1
+    # others are offered over what was kept, unless they are asked for before their sender has heard that the
+    # last one arrived
+    assert 1 <= requests["BulkOffer"] <= kept_connections.MAX_KEPT_PER_PEER
 
 
 async def test_an_earlier_version_behind_a_relay_is_asked_by_a_request(
