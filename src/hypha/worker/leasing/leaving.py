@@ -46,7 +46,7 @@ class Leaving:
         self._patient = True
         #: leases whose schedulers receive reports, and those of whom nobody has received one
         self._told: set[str] = set()
-        self._not_informed: set[str] = set()
+        self._unreached: set[str] = set()
 
     @property
     def in_words(self) -> str:
@@ -117,8 +117,7 @@ class Leaving:
                     self._told.add(lease.lease_id)
                     nursery.start_soon(self._tell, lease)
             waits = (
-                any(lease.lease_id not in self._not_informed for lease in leases)
-                or self._lease_service.draining
+                any(lease.lease_id not in self._unreached for lease in leases) or self._lease_service.draining
             )
             if not waits or trio.current_time() >= self._hand_back_at:
                 return
@@ -157,7 +156,7 @@ class Leaving:
     def _not_received(self, lease: Lease) -> None:
         """Who has a moment only does not spend it on a scheduler that cannot receive it."""
         if not self._patient:
-            self._not_informed.add(lease.lease_id)
+            self._unreached.add(lease.lease_id)
             self._lease_service.changes.note()
 
     async def _hand_back(self) -> None:
@@ -168,7 +167,7 @@ class Leaving:
         with trio.move_on_after(HAND_BACK_S):
             async with trio.open_nursery() as nursery:
                 for lease in leases:
-                    if lease.lease_id not in self._not_informed:
+                    if lease.lease_id not in self._unreached:
                         nursery.start_soon(self._tell_handed_back, lease)
 
     async def _tell_handed_back(self, lease: Lease) -> None:
