@@ -27,15 +27,14 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Self
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer  # of collections.abc from Python 3.12 on
+from typing import Any, BinaryIO, Self
 
 from hypha.disks import lock, naming, sync, sync_tree
 
 logger = logging.getLogger(__name__)
 
+#: what can be written; collections.abc has it from Python 3.12 on
+Buffer = bytes | bytearray | memoryview
 
 #: of Linux's <fcntl.h> and <linux/fs.h>
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -135,7 +134,7 @@ class _Raw(io.FileIO):
         super().__init__(descriptor, "wb")
         self._path = path
 
-    def write(self, data: Buffer, /) -> int:
+    def write(self, data: Any, /) -> int:
         with naming(self._path):
             return super().write(data)
 

@@ -554,9 +554,11 @@ def test_refusals_of_a_parameter_server(network: Network, tmp_path: Path) -> Non
     # another scheduler is told all of it: the last round with its updates, and what is in the open one
     server.direct(Rejoin(generation=1, round=0))
     server.wait(RoundApplied, lambda event: server.events.count(event) == 3)
-    again = [event for event in server.events if isinstance(event, UpdateReceived | RoundApplied)][-2:]
-    assert [type(event) for event in again] == [UpdateReceived, RoundApplied]
-    assert again[0].worker == "a"
+    again = [event for event in server.events if isinstance(event, UpdateReceived | RoundApplied)]
+    while not isinstance(again[-1], RoundApplied):
+        again.pop()  # of the open round
+    assert isinstance(again[-2], UpdateReceived)
+    assert again[-2].worker == "a"
     server.wait(CheckpointSaved, lambda event: server.events.count(event) == 2)
     ready = server.wait(ModelReady, lambda event: event.round == 1)
     assert ready.theta == applied.theta

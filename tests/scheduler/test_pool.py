@@ -573,10 +573,10 @@ async def test_who_share_a_lease_answer_each_other_whatever_others_ask(network: 
             for flooder in flooders:
                 for _ in range(16):
                     nursery.start_soon(ask, flooder, node)
-            await until(lambda node=node: node._shared == 64)  # type: ignore[attr-defined, misc]
+            await until(lambda node=node: node.answers._shared == 64)  # type: ignore[attr-defined, misc]
             for _ in range(8):
                 nursery.start_soon(ask, other, node)
-            await until(lambda node=node, other=other: node._inbound[other.peer_id] == 8)  # type: ignore[attr-defined, misc]
+            await until(lambda node=node, other=other: node.answers._inbound[other.peer_id] == 8)  # type: ignore[attr-defined, misc]
         with pytest.raises(Refused, match="busy"):
             await flooders[0].request(scheduler.ref(), ListFiles(kind="model"))
         await trio.sleep(4 * TERMS.lease_s)
