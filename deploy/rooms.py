@@ -9,7 +9,8 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "hypha"
 #: The rows of ARCHITECTURE.md, from top to bottom; modules that stand alone are drawn by their row's name.
 ROWS: Mapping[str, tuple[str, ...]] = {
-    "commands": ("cli", "simulation"),
+    "commands": ("cli",),
+    "the same in memory": ("simulation",),
     "components": ("gateway", "scheduler", "worker", "data"),
     "what they stand on": ("net", "telemetry", "sinks", "pki"),
     "words that everybody shares": ("messages", "config", "tracing", "errors"),

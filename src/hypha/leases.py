@@ -1,10 +1,10 @@
 """Leases as pure machines: who may use which part of a worker, and until when.
 
-:class:`LeaseBook` is the lessor's side. A lease starts *temporary* (held with an offer), is accepted by
-its first renewal and lives on from renewal to renewal. It belongs to one scheduler, one executor and,
-once dispatched to, one job. Expiry alone frees it: no message is needed. What is reserved never
-exceeds the total. A lease may ask to be *held while draining*: when it ends, its resources stay
-reserved until its executor is gone, at most for the time it asked for.
+:class:`LeaseBook` is the lessor's side. A lease starts *temporary* (held with an offer), is accepted by its
+first renewal and lives on from renewal to renewal. It belongs to one scheduler, one executor and, once
+dispatched to, one job. Expiry always frees it, a release only makes that sooner: no message is needed. What
+is reserved never exceeds the total. A lease may ask to be *held while draining*: when it ends, its resources
+stay reserved until its executor is gone, at most for the time it asked for.
 
 The lessee's side is :mod:`hypha.scheduler.leasing.renewal`. There is no clock in here: times are seconds of
 one node's monotonic clock and never cross the wire.

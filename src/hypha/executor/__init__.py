@@ -1,1 +1,3 @@
-"""The executors: child processes of a worker that hold the tensors (training, parameter server, replay)."""
+"""The executors, which hold the tensors: child processes of a worker (training, parameter server), and
+programs that people run (replay, evaluate).
+"""

@@ -20,10 +20,9 @@ connection.
   peer, ``busy`` beyond; each peer has two places of its own, who shares a lease (``Node.prefer``) all of its
   16.
 - What one peer takes is bounded where it comes in: ``inbound_connections.py`` (connections),
-``yamux_reader.py``
-  (bytes and streams), ``inbound_streams.py`` (each protocol), ``rpc.py``, ``dht_records.py``,
-  ``identify_bounds.py``; ``over_limit.py`` tells of it. Health is one of the requests and answered by every
-  component.
+  ``yamux_reader.py`` (bytes and streams), ``inbound_streams.py`` (each protocol), ``rpc.py``,
+  ``dht_records.py``, ``identify_bounds.py``; ``over_limit.py`` tells of it. Health is one of the requests and
+  answered by every component.
 - A worker's machine that refuses connections: for a second: the worker is dead, and its leases with it.
 - A line that was cut: is tried once a second where the kernel can (``TCP_RTO_MAX_MS``, Linux 6.15); elsewhere
   after TCP's doubling pauses.

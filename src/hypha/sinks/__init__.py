@@ -1,15 +1,13 @@
 """Metric sinks: where researchers watch a job's curves, in the tool that they have.
 
 A sink gets the figures of each applied round. It runs in a process of its own (``child``), because the
-libraries behind it print, keep global state, read the environment, wait for servers as long as they like and
-hold up the end of whoever imported them. The scheduler's end of it (``process``) never blocks: rounds wait in
-a bounded queue, a sink that fails or hangs is ended and started again, and the log says so once.
+libraries behind it print, keep global state, read the environment (trackio), wait for servers as long as
+they like and hold up the end of whoever imported them (wandb, for 11 s). The scheduler's end of it
+(``process``) never blocks: rounds wait in a bounded queue, a sink that fails or hangs is ended and started
+again, and the log says so once.
 
 Another sink is a class with the methods of :class:`~hypha.sinks.interface.MetricSink`, and a line in
 ``child.SINKS``.
-
-- Metric sinks: each in a process of its own, fed from a bounded queue: wandb's exit hook held up a process
-  for 11 s, trackio prints and reads the environment at import.
 """
 
 from hypha.sinks.interface import Destination, RoundValues, RunInfo

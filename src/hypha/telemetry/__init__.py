@@ -1,4 +1,4 @@
-"""How a node shows itself: structured logs (``logs``) and local HTTP (``http``, ``health``).
+"""How a node shows itself: metrics, logs, exporters, and local HTTP (``http/``, with ``http/health.py``).
 
 - Signals are read off seams: what enters and leaves a node (``net/``), the journal of the machines
   (``scheduler/status/signals.py``, ``scheduler/status/round_traces.py``, ``scheduler/goodput/``), the bridge.

@@ -5,7 +5,7 @@
 (409 with the refusal's code or 502 when nobody did); a directory goes to a ``Local`` place only; ``POST
 /resources/receive`` ReceiveCall -> SSE of ReceivedFile, repeated on reconnect until the executor deletes the
 file; ``GET /directives`` SSE, the newest of each type first (``SendModel``: of each receiver); ``POST
-/status/send`` StatusCall; ``GET /openapi.json``. Slices come from ``/resources/fetch`` with
+/status/send`` StatusCall; ``POST /spans``; ``GET /openapi.json``. Slices come from ``/resources/fetch`` with
 ``SchedulerData``, the model's files with ``Peers(resource="model")``. Paths cannot leave the job directory,
 and are opened without following links; under bwrap what was fetched is read-only. Calls, streams and events
 are bounded (503 ``busy``); a stream that nobody reads ends, and loses nothing when it is opened again.
