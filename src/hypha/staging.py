@@ -255,11 +255,14 @@ def write_whole(
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write what a user wants to have at ``path``: where a link leads, and to a device or a pipe, such as
-    /dev/stdout, as it is; whole or not at all otherwise. OSError.
+    """Write what a user wants to have at ``path``: where a link leads, and to a device or a pipe, or to
+    /dev/stdout whatever that is, as it is; whole or not at all otherwise. OSError.
     """
-    if path.exists() and not path.is_file():
-        path.write_text(text)
+    standard = str(path).startswith(("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/"))
+    if standard or (path.exists() and not path.is_file()):
+        # not made anew: others write to it, too
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
     else:
         write_whole(path.resolve(), text.encode())
 
@@ -316,12 +319,14 @@ class StagedDirectory:
         path = self.path / name
         with naming(self.target / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with source.open("rb") as read, _Raw(descriptor, self.target / name) as made:
-            while data := read.read(_CHUNK_BYTES):
-                check()
-                while data:
-                    data = data[made.write(data) :]
+        with source.open("rb") as read:
+            with naming(self.target / name):
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with _Raw(descriptor, self.target / name) as made:
+                while data := read.read(_CHUNK_BYTES):
+                    check()
+                    while data:
+                        data = data[made.write(data) :]
 
     def copy_tree(self, source: Path) -> None:
         """Copy all files in ``source``, and those that links in it lead to."""
@@ -329,13 +334,15 @@ class StagedDirectory:
             if not path.is_dir():
                 self.copy(path, path.relative_to(source).as_posix())
 
-    def publish(self, replace: bool = True) -> None:
+    def publish(self, replace: bool = True, before: Callable[[], None] = lambda: None) -> None:
         """Put the directory in its place, and delete what was there; without ``replace`` OSError where there
-        is more than an empty directory. OSError when it cannot be; nothing has changed then.
+        is more than an empty directory. ``before`` is called at the last moment, when all is durable, and may
+        raise. OSError when it cannot be.
         """
         with naming(self.target):
             if self._durable:
                 sync_tree(self.path)
+            before()
             old = None
             if replace:
                 old = _change_places(self.path, self.target)

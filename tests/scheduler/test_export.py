@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -104,6 +105,22 @@ def test_a_failed_publication_leaves_the_old_model(tmp_path: Path, staged: Path)
         LocalOutput(out).publish(staged, ABOUT)
     assert (out / "model.safetensors").read_bytes() == b"old"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
+
+
+def test_the_old_model_is_in_its_place_until_the_new_one_is_durable(
+    tmp_path: Path, staged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"old")
+
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, "the disk is broken", str(path))
+
+    monkeypatch.setattr("hypha.staging.sync_tree", broken)
+    with pytest.raises(OutputError):
+        LocalOutput(out).publish(staged, ABOUT)
+    assert (out / "model.safetensors").read_bytes() == b"old"
 
 
 def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ async def test_checkpoints_are_kept_k_deep_and_read_back(tmp_path: Path, place: 
     }
 
 
+async def test_a_file_among_them_is_nobodys_checkpoint(tmp_path: Path) -> None:
+    place = tmp_path / "kept" / "job"
+    place.mkdir(parents=True)
+    (place / "1").write_text("notes")
+    rules = allowance(f"{tmp_path}/*")
+    for number in (2, 3, 4):
+        await store_local(checkpoint(tmp_path, number), f"{place}/{number}", rules, Keeping(MARKER, 1))
+    assert sorted(path.name for path in place.iterdir()) == ["1", "4"]
+
+
 async def test_one_is_replaced_and_incomplete_ones_do_not_count(tmp_path: Path, place: str) -> None:
     rules = allowance("*")
     files, root = fsspec.url_to_fs(place)

@@ -36,27 +36,33 @@ class ForkedNode:
 
     def poll(self) -> int | None:
         """The exit code, or minus the number of the signal that ended it; ``None`` while it runs."""
-        if self.returncode is None and select.select([self._told], [], [], 0)[0]:
-            self._hear()
+        if self.returncode is None and _readable(self._told.fileno()):
+            self._receive()
         return self.returncode
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         reply = self._told.recv(_MAX_REPLY_BYTES)
         if reply:
             self.returncode = os.waitstatus_to_exitcode(json.loads(reply)["status"])
-        elif select.select([self._descriptor], [], [], 0)[0]:
+        elif _readable(self._descriptor):
             # the host has ended before it: how it ended nobody knows
             self.returncode = -signal.SIGKILL
         else:
             return
+        for closing in (self._told.fileno(), self._descriptor):
+            # another task may wait for it
+            with contextlib.suppress(RuntimeError):  # trio does not run
+                trio.lowlevel.notify_closing(closing)
         self._told.close()
         os.close(self._descriptor)
 
     async def wait(self) -> int:
         """Until it has ended; as :meth:`poll`."""
         while self.poll() is None:
-            host_ended = select.select([self._told], [], [], 0)[0]
-            await trio.lowlevel.wait_readable(self._descriptor if host_ended else self._told)
+            # where the host has ended, nobody will report the end
+            descriptor = self._descriptor if _readable(self._told.fileno()) else self._told.fileno()
+            with contextlib.suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(descriptor)
         await trio.lowlevel.checkpoint()
         assert self.returncode is not None
         return self.returncode
@@ -65,7 +71,7 @@ class ForkedNode:
         """To it alone, if it still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                signal.pidfd_send_signal(self._descriptor, number)
 
     def terminate(self) -> None:
         """SIGTERM."""
@@ -74,6 +80,12 @@ class ForkedNode:
     def kill(self) -> None:
         """SIGKILL."""
         self.send_signal(signal.SIGKILL)
+
+
+def _readable(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class NodeHost:

@@ -195,7 +195,8 @@ def _hand_over(model: Path, output: Path) -> None:
     try:
         with StagedDirectory(output) as staged:
             staged.copy_tree(model)
-            staged.path.chmod(0o755)
+            for path in (staged.path, *staged.path.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)
             staged.publish()
     except OSError as exc:
         raise OutputError(f"{output} cannot be written: {exc}") from exc

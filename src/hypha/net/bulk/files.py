@@ -210,12 +210,14 @@ class PartFile:
             if self._over:
                 with contextlib.suppress(OSError):
                     self._file.truncate(self.received)
-            self._file.close()
+            with contextlib.suppress(OSError):  # what was written last may not be there
+                self._file.close()
 
     def discard(self) -> None:
-        """Close and delete it."""
+        """Close and delete it; where its disk does not allow that, it is a part that will be begun anew."""
         self.keep()
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
 
 def copy_verified(source: Path, destination: Path, meta: TransferMeta) -> None:

@@ -9,6 +9,7 @@ carried, else whoever sent it.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -41,6 +42,8 @@ LISTENER_KEEPS_S = 150.0
 #: go first.
 MAX_KEPT = 64
 MAX_KEPT_PER_PEER = 2
+#: On which one peer speaks, or is served, at once; more are closed, and it opens new ones.
+MAX_SPEAKING_PER_PEER = 8
 #: A sender whose offer has to wait hears so after this, and then every ``WORKING_INTERVAL_S``.
 SOON_S = 0.5
 
@@ -64,6 +67,8 @@ class KeptConnections:
 
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
+        #: by peer, how many links it speaks on now: each takes a thread until its first word is whole
+        self._speaking: Counter[str] = Counter()
         self.spoken: Callable[[SocketConnection], Awaitable[None]] | None = None
         self.nursery: trio.Nursery | None = None
 
@@ -121,7 +126,21 @@ class KeptConnections:
                 if not spoke or kept.speaks:
                     kept.link.close_now()
         if ours and spoke and not kept.speaks and self.spoken is not None:
-            await self.spoken(kept.link)
+            await self._spoken(kept.link, self.spoken)
+
+    async def _spoken(
+        self, link: SocketConnection, spoken: Callable[[SocketConnection], Awaitable[None]]
+    ) -> None:
+        if self._speaking[link.peer] >= MAX_SPEAKING_PER_PEER:
+            link.close_now()
+            return
+        self._speaking[link.peer] += 1
+        try:
+            await spoken(link)
+        finally:
+            self._speaking[link.peer] -= 1
+            if not self._speaking[link.peer]:
+                del self._speaking[link.peer]
 
 
 class SpokenOver:

@@ -115,8 +115,14 @@ class Pulling:
         inbound = pull.begin()
         asked = False
         with self._receiving.tracked(inbound), inbound.scope:
-            async with self._receiving.places.hold(inbound.moved):
-                asked = await self._ask_in_turn(pull, inbound)
+            try:
+                async with self._receiving.places.hold(inbound.moved):
+                    asked = await self._ask_in_turn(pull, inbound)
+            except (NetworkError, ConnectionBroken):
+                raise
+            except Exception as exc:  # the edge of what a peer or a disk can do: this pull ends, and no more
+                logger.exception("Receiving %s failed.", pull.request.name, extra=pull.log_fields)
+                raise TransferFailed(pull.peer_id, pull.request.name, f"it failed here ({exc!r})") from exc
         if inbound.scope.cancelled_caught:
             raise TransferFailed(pull.peer_id, pull.request.name, "another transfer has taken its place")
         return asked

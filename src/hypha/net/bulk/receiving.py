@@ -350,14 +350,20 @@ class Receiving:
         inbound.link = link
         note_link(link)
         part: PartFile | None = None
+
+        async def open_part() -> PartFile:
+            nonlocal part
+            part = await self.collecting.open_part(inbound)
+            return part
+
         try:
-            part = await link.while_working(lambda: self.collecting.open_part(inbound))
-            go = link.new_go(part.received, inbound.zstd_blocks)
+            opened = await link.while_working(open_part)
+            go = link.new_go(opened.received, inbound.zstd_blocks)
             await link.say(go)
+            return await self.collecting.collect(link, inbound, opened, go)
         except DiskFailed as exc:
             return await self.collecting.disk_failed(link, inbound, exc)
-        except ConnectionBroken:
+        finally:
+            # also where it is cancelled: a part is closed at its true length
             if part is not None:
                 part.abandon()
-            raise
-        return await self.collecting.collect(link, inbound, part, go)

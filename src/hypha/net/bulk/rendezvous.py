@@ -158,7 +158,10 @@ class Rendezvous:
         elif self._nursery is None or self.serve is None:
             link.close_now()
         else:
-            self._nursery.start_soon(self.serve, link, first)
+            try:
+                self._nursery.start_soon(self.serve, link, first)
+            except RuntimeError:  # this node is closing
+                link.close_now()
 
     @contextmanager
     def expect(self, token: str, expected: Expected) -> Iterator[Expected]:

@@ -1,5 +1,5 @@
-"""When a transfer is tried again, after which pause, and when not any more. Who asks for another one when this
-one has failed, of another peer or of another scheduler, decides that itself.
+"""When a transfer is tried again, after which pause, and when not any more. Who asks for another one when
+this one has failed, of another peer or of another scheduler, decides that itself.
 
 A receiver that is busy may be a parameter server that is being restored, and whoever comes late to it is left
 out of its first round: so it is asked again for a while. A connection that was cut is tried again a few

@@ -121,8 +121,10 @@ class Sending:
             except FileChanged as exc:
                 raise TransferFailed(peer_id, meta.name, str(exc)) from exc
             except Refused as exc:
+                pause_s = retries.refused(exc, trio.current_time())
+                logger.debug("%s is sent again in %.1f s: %s", meta.name, pause_s, exc)
                 # without a place of ours: others are not busy
-                await trio.sleep(retries.refused(exc, trio.current_time()))
+                await trio.sleep(pause_s)
                 continue
             except (ConnectionBroken, PeerUnreachable, RequestTimeout) as exc:
                 reason = str(exc)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,7 +130,7 @@ class ServingPulls:
 
     async def _send(self, link: BulkConnection, want: WantFile, path: Path, meta: TransferMeta) -> bool:
         async def deliver() -> None:
-            with sending(link.peer, meta):
+            with self._sending.counted(), sending(link.peer, meta):
                 await self._deliver(link, want, path, meta)
 
         return await self._told(link.peer, want.request, meta, deliver) is None
@@ -154,7 +154,8 @@ class ServingPulls:
                 verdict = await self._sending.deliver(attempt, source, link, go)
         except FileChanged as exc:
             if attempt.link is None:
-                await link.say(Verdict("failed", reason=str(exc)))
+                with suppress(ConnectionBroken):
+                    await link.say(Verdict("failed", reason=str(exc)))
             raise TransferFailed(link.peer, meta.name, str(exc)) from exc
         except ConnectionBroken as exc:
             raise TransferFailed(link.peer, meta.name, str(exc)) from exc

@@ -137,8 +137,7 @@ class LocalOutput:
                 # the state directory is private, the result is not
                 for path in (part.path, *part.path.rglob("*")):
                     path.chmod(0o755 if path.is_dir() else 0o644)
-                self._make_space()
-                part.publish(replace=False)
+                part.publish(replace=False, before=self._make_space)
         return str(self.path)
 
     def _make_space(self) -> None:

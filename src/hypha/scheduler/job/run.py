@@ -121,7 +121,7 @@ class _Present:
         if isinstance(entry.event, GenerationBegan):
             self._job_id, self._round = entry.event.start.job_id, entry.event.start.round
         for action in entry.actions:
-            if isinstance(action, Record) and action.tracker is not None:
+            if isinstance(action, Record):
                 self._round = action.entry.round + 1
 
 

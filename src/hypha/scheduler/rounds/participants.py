@@ -266,6 +266,8 @@ class Member:
         if not self.accepted and self.reached_at is not None:
             self.sync_s = _smooth(self.sync_s, now - self.reached_at)
         self.accepted = True
+        # an earlier one of the same round may have been refused
+        self.left_out = False
         self.missed = self.refused = self.stalled = 0
         self.hoarding //= 2
 

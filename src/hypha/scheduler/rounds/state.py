@@ -267,7 +267,8 @@ class RoundState:
         if (part.worker, part.round) != (worker, self.round):
             return f"it is of round {part.round} of {part.worker}"
         member = self.members.get(worker)
-        same = member is not None and member.incarnation in ("", part.incarnation)
+        # another executor of it may have been told another size
+        same = member is not None and member.incarnation == part.incarnation
         size = member.batch_size if member is not None and same else None
         most = self.rules.most_batch_size
         return contribution_problem(part, size, self.tracker.samples, most)

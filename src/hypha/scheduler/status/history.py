@@ -169,9 +169,7 @@ class History:
         applied: Record | None = None
         for action in entry.actions:
             if isinstance(action, Record):
-                applied = action if action.tracker is not None else applied
-                if action.tracker is None:
-                    self._complete(action.entry)
+                applied = action
             elif isinstance(action, Send):
                 self._sent(self._open, action, now)
             else:
@@ -310,12 +308,6 @@ class History:
         self._early.clear()
         self._open = following
         self._look_at_broadcast(following, now)
-
-    def _complete(self, entry: LedgerRound) -> None:
-        """More became known of an applied round."""
-        record = self._records.get((entry.generation, entry.round))
-        if record is not None:
-            self._put(with_numbers(record, entry))
 
     def _put(self, record: RoundRecord, key: Key | None = None) -> None:
         key = key or record.key

@@ -203,12 +203,11 @@ class _PathStore:
         with StagedDirectory(place, durable=True) as staged_directory:
             for name in _names(path):
                 staged_directory.copy(path / name, name, check_cancelled)
-            check_cancelled()
-            staged_directory.publish()
+            staged_directory.publish(before=check_cancelled)
 
     def prune_siblings(self, newest: int, may_remove: Callable[[str], bool]) -> None:
         parent = self._place.parent
-        siblings = {one.name: (one / self._marker).is_file() for one in parent.iterdir()}
+        siblings = {one.name: (one / self._marker).is_file() for one in parent.iterdir() if one.is_dir()}
         for name in _outdated(siblings, self._place.name, newest):
             if may_remove(str(parent / name)):
                 # cut short, it does not look complete
