@@ -120,7 +120,7 @@ async def test_the_parameter_servers_disk_is_full(small: Small) -> None:
     scheduler = await system.job(small.job(2, 8, name="server", parameter_server_executor=name))
     await fail_at(TargetJob(system, scheduler), "worker", 1, how="none")
     disk.fill()
-    line = await system.logged(server, "is full")
+    line = await system.logged(server, "is full:")
     assert str(disk.path) in line
     await system.logged(scheduler, "The parameter server was lost (the disk of")
     # there is nobody else yet: the job waits, and is not given up

@@ -128,14 +128,17 @@ async def test_a_data_node_that_reaches_only_the_gateway(relayed: Behind) -> Non
 
 @pytest.mark.parametrize("server", ["near", "far"])
 async def test_a_worker_that_may_dial_out(dialled: Behind, server: str) -> None:
-    """It dials for both directions, so no file goes through the gateway, wherever theta lives."""
+    """It dials for what it sends and for what it wants, and is asked to dial for what is sent to it: no file
+    goes through the gateway, wherever theta lives.
+    """
     ran = await run(dialled, f"{server}-server", 2, parameter_server_executor=f"server-{server}")
     outbound = ran.sent["far"]
     inbound = [one for node in ("near", "data", "scheduler") for one in ran.sent[node] if one.to == ran.far]
     assert len(outbound) >= 4
     assert len(inbound) >= 4
     assert {one.way for one in outbound} == {"direct"}
-    assert {one.way for one in inbound} == {"dial-back"}
+    assert {one.way for one in inbound} == {"direct", "dial-back"}
+    assert {one.way for one in ran.sent["data"] if one.to == ran.far} == {"direct"}
     # it had dialled them, so they did not wait for its address to answer
     logs = dialled.system.root / "logs"
     for log in (dialled.nodes["data"].log, logs / f"{server}-server-scheduler.log"):
