@@ -79,7 +79,7 @@ def update_counted_twice() -> None:
 
 
 def stale_generation_accepted() -> None:
-    """What an executor said in an earlier life of the job is believed."""
+    """What an executor said in an earlier generation of the job is believed."""
     right = RoundMachine.told
 
     def told(self: RoundMachine, event: Told, now: float) -> list[Action]:
