@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from hypha.errors import IdentityError
 from hypha.pki.authority import CaFiles, MadeFiles, make_node, make_org, make_root, renew_node, revoke
-from hypha.pki.certificates import peer_id_of, peer_id_of_key, presented_chain, roles_of
+from hypha.pki.certificates import parse_der, peer_id_of, peer_id_of_key, presented_chain, roles_of
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 
 
@@ -473,3 +473,19 @@ def test_an_rsa_node_certificate_is_refused(world: World) -> None:
     told = problems_of(IdentityFiles(made / "rsa.pem", made / "rsa.key", world.root.cert))
     assert all("Ed25519" in line for line in told)
     assert len(told) == 2
+
+
+def test_a_name_that_cannot_be_read_is_found_where_the_file_is_read(tmp_path: Path) -> None:
+    """The library reads names when they are asked for: such a one came out of the search for a path."""
+    root = make_root("Root", tmp_path)
+    organisation = make_org("Organisation", CaFiles(root.cert, root.key), tmp_path)
+    made = make_node("node", CaFiles(organisation.cert, organisation.key, organisation.trust), tmp_path)
+    encoding = serialization.Encoding.DER
+    der = x509.load_pem_x509_certificates(made.trust.read_bytes())[0].public_bytes(encoding)
+    spoilt = der.replace(b"Root", b"\xffoot", 1)
+    with pytest.raises(IdentityError, match="is no X"):
+        parse_der(spoilt)
+    text = ssl.DER_cert_to_PEM_cert(spoilt)
+    made.trust.write_text(text)
+    with pytest.raises(IdentityError):
+        load_identity(IdentityFiles(made.cert, made.key, made.trust))

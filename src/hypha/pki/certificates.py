@@ -47,9 +47,20 @@ def peer_id_of_key(key: Ed25519PublicKey) -> str:
 def parse_der(certificate_der: bytes) -> x509.Certificate:
     """The certificate, or IdentityError."""
     try:
-        return x509.load_der_x509_certificate(certificate_der)
+        return _with_names(x509.load_der_x509_certificate(certificate_der))
     except ValueError as exc:
         raise IdentityError(f"this is no X.509 certificate: {exc}") from exc
+
+
+def parse_pem(data: bytes) -> list[x509.Certificate]:
+    """All certificates in ``data``, of which there is one. Raises ValueError."""
+    return [_with_names(one) for one in x509.load_pem_x509_certificates(data)]
+
+
+def _with_names(certificate: x509.Certificate) -> x509.Certificate:
+    # the library reads names when they are asked for, which is where a path is looked for
+    _ = certificate.issuer, certificate.subject
+    return certificate
 
 
 def ed25519_key_of(certificate: x509.Certificate) -> Ed25519PublicKey:

@@ -36,6 +36,7 @@ from hypha.pki.certificates import (
     is_self_signed,
     issued_by,
     parse_der,
+    parse_pem,
     peer_id_of_key,
     roles_in,
     validity_problem,
@@ -285,7 +286,7 @@ class _Reader:
         if data is None:
             return ()
         try:
-            return tuple(x509.load_pem_x509_certificates(data))
+            return tuple(parse_pem(data))
         except ValueError:
             self.complain(key, path, "it holds no certificate in PEM form (-----BEGIN CERTIFICATE-----)")
             return ()

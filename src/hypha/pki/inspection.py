@@ -16,6 +16,7 @@ from hypha.pki.certificates import (
     fingerprint,
     is_ca,
     is_self_signed,
+    parse_pem,
     peer_id_of_key,
     roles_in,
     roles_issued_by,
@@ -60,7 +61,7 @@ class InspectedFile:
 def describe(path: Path) -> InspectedFile:
     """What is known of every certificate in the PEM file ``path``; IdentityError when there is none."""
     try:
-        certificates = x509.load_pem_x509_certificates(path.read_bytes())
+        certificates = parse_pem(path.read_bytes())
     except OSError as exc:
         raise IdentityError(f"{path}: it cannot be read ({exc.strerror})") from exc
     except ValueError as exc:

@@ -14,7 +14,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from hypha.errors import IdentityError
-from hypha.pki.certificates import is_ca, is_self_signed, issued_by, name_of, validity_problem
+from hypha.pki.certificates import (
+    is_ca,
+    is_self_signed,
+    issued_by,
+    name_of,
+    parse_pem,
+    validity_problem,
+)
 
 SigningKey = Ed25519PrivateKey | ed448.Ed448PrivateKey | rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
@@ -74,7 +81,7 @@ def _above(ca: CaFiles, certificate: x509.Certificate) -> tuple[x509.Certificate
                 "trust other organisations under it (name it with the trust option)"
             )
     try:
-        bundle = x509.load_pem_x509_certificates(trust.read_bytes())
+        bundle = parse_pem(trust.read_bytes())
     except OSError as exc:
         raise IdentityError(f"{trust}: it cannot be read ({exc.strerror})") from exc
     except ValueError as exc:
@@ -97,7 +104,7 @@ def load_certificate(path: Path) -> x509.Certificate:
 def load_chain(path: Path) -> list[x509.Certificate]:
     """All certificates in ``path``, one at least. Raises IdentityError."""
     try:
-        return x509.load_pem_x509_certificates(path.read_bytes())
+        return parse_pem(path.read_bytes())
     except OSError as exc:
         raise IdentityError(f"{path}: it cannot be read ({exc.strerror})") from exc
     except ValueError as exc:
