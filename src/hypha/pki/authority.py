@@ -7,7 +7,8 @@ a certificate that is renewed, which is kept beside its CA), and a set of files 
 Names: a root writes ``<slug>-ca-cert.pem`` and ``-ca-key.pem``, an organisation these and
 ``-ca-trust.pem``, a node ``<slug>-cert.pem``, ``-key.pem`` and ``-trust.pem``. A trust file holds the
 organisation's CA and everything above it. ``<slug>-ca-renewed.pem`` holds certificates that were renewed and
-have not ended: whoever has one may still use it, so revoking its successor revokes it, too.
+have not ended: whoever has one may still use it, so revoking its successor revokes it, too. It is one module
+as all of it writes the same few files, under the same rules.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 What is loaded is whole and consistent: the key is private and belongs to the certificate, the
 certificate is in force and chains to the trust bundle. All problems are told at once, each with its
 file and what to do. Files may be replaced while the node runs (:meth:`Identity.reload`); until the new
-ones are as good, the old ones stay in force.
+ones are as good, the old ones stay in force. Loading and checking are one module, as the checks of each
+file need the others.
 """
 
 from __future__ import annotations
