@@ -851,6 +851,13 @@ def exactly_once_after(world: World, rounds: int) -> None:
     slow_net=True,
     losses=[(5.74, "scheduler", 2.86, 0), (8.73, "scheduler", 0.8, 1), (5.182153960706624, "server", 3.9, 2)],
 )
+@example(
+    # what was applied is reported to the scheduler's successor before the updates that are in it
+    seed=0,
+    speeds=[0.10546875, 0.046875, 0.109375],
+    slow_net=True,
+    losses=[(15.0, "scheduler", 1.0, 0)],
+)
 def test_whoever_dies_whenever_every_round_counts_once_and_no_sample_is_skipped(
     seed: int, speeds: list[float], slow_net: bool, losses: list[tuple[float, str, float, int]]
 ) -> None:

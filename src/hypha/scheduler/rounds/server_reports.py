@@ -56,7 +56,7 @@ class ServerReports(Phases):
                 self.early = with_early(self.early, told)
                 return []
             case RoundApplied():
-                return self._round_applied(event, now)
+                return self._round_applied(told, event, now)
             case CheckpointSaved():
                 self.saved = max(self.saved, event.round)
                 return [Checkpointed(event.round, event.place)]
@@ -121,6 +121,14 @@ class ServerReports(Phases):
             member.accept(now)
             if member.early:
                 self.updates.departed.add(member.peer)
+        return self._applied_before(now)
+
+    def _applied_before(self, now: float) -> list[Action]:
+        """What follows when the round was reported as applied before the last of its updates was."""
+        for told in self.early:
+            if isinstance(told.event, RoundApplied) and told.event.round == self.round:
+                self.early = [one for one in self.early if one is not told]
+                return self._round_applied(told, told.event, now)
         return []
 
     def _update_refused(self, event: UpdateRefused) -> list[Action]:
@@ -146,14 +154,20 @@ class ServerReports(Phases):
         self.leave_out(member)
         return []
 
-    def _round_applied(self, event: RoundApplied, now: float) -> list[Action]:
+    def _round_applied(self, told: Told, event: RoundApplied, now: float) -> list[Action]:
         if event.round != self.round or self.phase not in (*OPEN, "closing"):
             self.counts["stale round"] += 1
             return []
         for part in event.contributions:
             # of a parameter server of an earlier version, to a scheduler that takes over
-            if part.worker in event.contributors and not self.claim_problem(part.worker, part):
-                self.updates.accept(part)
+            if problem := self.claim_problem(part.worker, part):
+                text = f"the parameter server applied an update that cannot be what it states: {problem}"
+                return self.failed(told.sender, "aggregate", text, "claims")
+            self.updates.accept(part)
+        if not self.updates.accepted.keys() >= set(event.contributors):
+            # it overtook the report of an update, without which the ledger would lack what is in the mean
+            self.early = with_early(self.early, told)
+            return []
         entry = self.updates.entry(event, self.start.generation, now)
         for part in entry.contributors:
             foreign = self.tracker.finish(part.worker, part.finished)
