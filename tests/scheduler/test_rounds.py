@@ -858,6 +858,13 @@ def exactly_once_after(world: World, rounds: int) -> None:
     slow_net=True,
     losses=[(15.0, "scheduler", 1.0, 0)],
 )
+@example(
+    # the same in the first round, of whose theta nothing is recorded yet
+    seed=202,
+    speeds=[0.341796875, 0.39234004918394905, 0.2191776060982367],
+    slow_net=True,
+    losses=[(17.75, "scheduler", 0.25, 0)],
+)
 def test_whoever_dies_whenever_every_round_counts_once_and_no_sample_is_skipped(
     seed: int, speeds: list[float], slow_net: bool, losses: list[tuple[float, str, float, int]]
 ) -> None:

@@ -23,7 +23,8 @@ class Phases(RoundState, ABC):
 
         ``again``: the same round, as no update counts; whose was refused begins it anew.
         """
-        self.phase = "training"
+        # the scheduler before this one may have closed it: what was applied comes
+        self.phase = "training" if self.server_at != self.round + 1 else "closing"
         self.updates.open_round(now)
         self.planner.open_round(now)
         self.limits = {}

@@ -76,6 +76,7 @@ class RoundState:
         self.phase: Phase = "loading"
         #: this generation is at its end: another one begins
         self.over = False
+        #: of the open round; empty where nobody says it, as the round was closed in an earlier generation
         self.theta = ""
         self.server: PeerRef | None = None
         self.server_ready = False
@@ -248,7 +249,7 @@ class RoundState:
             told.sender
             for told in self.early
             if isinstance(told.event, RoundStarted)
-            and (told.event.round > self.round or told.event.theta == self.theta)
+            and (told.event.round > self.round or self.theta in ("", told.event.theta))
         )
 
     def count_steps(self, part: Contribution) -> None:

@@ -62,7 +62,7 @@ class WorkerReports(Phases):
             self.counts["stale round"] += 1
         elif event.attempt < member.attempt:
             self.counts["stale attempt"] += 1
-        elif event.theta != self.theta:
+        elif event.theta != self.theta and self.theta:
             self.counts["wrong theta"] += 1
             logger.error(
                 "A worker started round %d from another theta; it is sent the right one",
