@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.sources import FILES, SOURCE, parsed
 
 from hypha.cli.job.rerun import rerun
 from hypha.data.manifest import MANIFEST_FILE, read_manifest
@@ -34,7 +35,6 @@ from hypha.net.peers.addresses import parse
 from hypha.scheduler.durable.ledger_files import read_ledger
 from hypha.worker.bridge.server import _decode
 
-SOURCE = Path(__file__).parent.parent / "src" / "hypha"
 #: Who decodes by itself, and why: what nobody else wrote.
 TRUSTED = {
     "decoding.py": "it is the one that does",
@@ -63,7 +63,7 @@ def decoders_in(tree: ast.Module) -> set[str]:
 
 
 def direct_calls(path: Path) -> Iterator[int]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     decoders = decoders_in(tree)
     # what only becomes the argument of ``decode`` is no call; a function that is passed to it may call
     passed = {
@@ -91,12 +91,14 @@ def direct_calls(path: Path) -> Iterator[int]:
                 yield node.lineno
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
-def test_what_others_wrote_is_decoded_in_one_place(path: Path) -> None:
-    where = str(path.relative_to(SOURCE))
-    if not any(where.startswith(trusted) for trusted in TRUSTED):
-        lines = list(direct_calls(path))
-        assert not lines, f"{where}, lines {lines}: call hypha.decoding.decode, which contains every failure"
+def test_what_others_wrote_is_decoded_in_one_place() -> None:
+    for path in FILES:
+        where = str(path.relative_to(SOURCE))
+        if not any(where.startswith(trusted) for trusted in TRUSTED):
+            lines = list(direct_calls(path))
+            assert not lines, (
+                f"{where}, lines {lines}: call hypha.decoding.decode, which contains every failure"
+            )
 
 
 def test_the_rule_finds_what_it_forbids(tmp_path: Path) -> None:

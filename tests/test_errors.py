@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from tests.support.sources import FILES, parsed
 
 from hypha.errors import REFUSALS, Refused, retry_of
 from hypha.executor.bridge.refusals import export_waits, update_waits
-
-SOURCE = Path(__file__).parent.parent / "src" / "hypha"
 
 
 def codes_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -32,11 +30,7 @@ def codes_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def test_every_refusal_has_a_code_of_the_table() -> None:
-    found = [
-        (path, line, code)
-        for path in SOURCE.rglob("*.py")
-        for line, code in codes_in(ast.parse(path.read_text(encoding="utf-8")))
-    ]
+    found = [(path, line, code) for path in FILES for line, code in codes_in(parsed(path))]
     assert len(found) > 100
     assert [one for one in found if one[2] not in REFUSALS] == []
 

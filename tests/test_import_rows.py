@@ -7,9 +7,8 @@ import graphlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import pytest
+from tests.support.sources import FILES, SOURCE, parsed
 
-SOURCE = Path(__file__).parent.parent / "src" / "hypha"
 ROWS = (
     {"cli"},
     {"simulation"},
@@ -92,7 +91,6 @@ PURE = sorted(
         ),
     ]
 )
-FILES = sorted(SOURCE.rglob("*.py"))
 
 
 #: Dotted name of a module or package -> its file.
@@ -107,7 +105,7 @@ def room_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -127,41 +125,41 @@ def allowed(room: str, other: str) -> bool:
     return row_of(other) > row_of(room) or (room == "executor" and other in ROWS[4])
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_point_down(path: Path) -> None:
-    room = room_of(path)
-    for name in imports_of(path):
-        parts = name.split(".")
-        if parts[0] == "hypha" and room != "__init__":
-            assert allowed(room, parts[1]), f"{path}: {room} imports {name}"
-        for library in (parts[0], ".".join(parts[:2])):
-            owner = OWNERS.get(library, room)
-            assert owner == room, f"{path}: only {owner}/ imports {library}"
+def test_imports_point_down() -> None:
+    for path in FILES:
+        room = room_of(path)
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] == "hypha" and room != "__init__":
+                assert allowed(room, parts[1]), f"{path}: {room} imports {name}"
+            for library in (parts[0], ".".join(parts[:2])):
+                owner = OWNERS.get(library, room)
+                assert owner == room, f"{path}: only {owner}/ imports {library}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_only_config_reads_the_environment(path: Path) -> None:
-    reads = {
-        node.lineno
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))
-        or (isinstance(node, ast.ImportFrom) and node.module == "os" and "environ" in str(ast.dump(node)))
-    }
-    assert not reads or room_of(path) == "config", (
-        f"{path}:{min(reads, default=0)}: use hypha.config.environment"
-    )
+def test_only_config_reads_the_environment() -> None:
+    for path in FILES:
+        reads = {
+            node.lineno
+            for node in ast.walk(parsed(path))
+            if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))
+            or (isinstance(node, ast.ImportFrom) and node.module == "os" and "environ" in str(ast.dump(node)))
+        }
+        assert not reads or room_of(path) == "config", (
+            f"{path}:{min(reads, default=0)}: use hypha.config.environment"
+        )
 
 
-@pytest.mark.parametrize("path", PURE, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_machines_neither_wait_nor_do_input_or_output(path: Path) -> None:
-    imported = {name.partition(".")[0] for name in imports_of(path)}
-    assert not imported & IMPURE, f"{path} imports {sorted(imported & IMPURE)}: a loop does that"
-    calls = {
-        node.func.id
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
-    assert not calls & {"open", "print", "input"}, f"{path} does input or output"
+def test_machines_neither_wait_nor_do_input_or_output() -> None:
+    for path in PURE:
+        imported = {name.partition(".")[0] for name in imports_of(path)}
+        assert not imported & IMPURE, f"{path} imports {sorted(imported & IMPURE)}: a loop does that"
+        calls = {
+            node.func.id
+            for node in ast.walk(parsed(path))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not calls & {"open", "print", "input"}, f"{path} does input or output"
 
 
 def test_every_room_is_on_the_map() -> None:

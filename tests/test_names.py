@@ -6,12 +6,10 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from tests.support.sources import FILES, SOURCE, parsed
 
-SOURCE = Path(__file__).parent.parent / "src" / "hypha"
-FILES = sorted(SOURCE.rglob("*.py"))
 #: Each has meant something here for which the field has a word.
 FORBIDDEN = frozenset(
     ("books", "company", "crew", "desk", "facts", "lives", "meeting", "room", "spares", "workshop")
@@ -47,18 +45,18 @@ def forbidden_in(source: str) -> list[str]:
 def test_a_class_name_exists_once() -> None:
     places = defaultdict(list)
     for path in FILES:
-        for name in exported_classes(ast.parse(path.read_text(encoding="utf-8"))):
+        for name in exported_classes(parsed(path)):
             places[name].append(str(path.relative_to(SOURCE)))
     assert len(places) > 700
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_names_are_those_of_the_field(path: Path) -> None:
-    for part in path.relative_to(SOURCE).parts:
-        assert not parts_of(part.removesuffix(".py")) & FORBIDDEN, f"{path}: the name of a module"
-    for line, name in named_in(ast.parse(path.read_text(encoding="utf-8"))):
-        assert not parts_of(name) & FORBIDDEN, f"{path}:{line}: {name}"
+def test_names_are_those_of_the_field() -> None:
+    for path in FILES:
+        for part in path.relative_to(SOURCE).parts:
+            assert not parts_of(part.removesuffix(".py")) & FORBIDDEN, f"{path}: the name of a module"
+        for line, name in named_in(parsed(path)):
+            assert not parts_of(name) & FORBIDDEN, f"{path}:{line}: {name}"
 
 
 @pytest.mark.parametrize(
