@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import example
@@ -11,6 +12,7 @@ from tests.scheduler.world import Worker, World
 from tests.support.examples import few_and_many
 
 from hypha.errors import JobFailed, ModelError
+from hypha.journal import Journal
 from hypha.messages import (
     CheckpointSaved,
     CloseRound,
@@ -186,6 +188,31 @@ def test_idle_time_of_each_at_speeds_of_one_to_ten(round_s: float, slow_s: float
     assert round_s <= length_s / (rounds - 2) < 1.3 * round_s
     # what the machine says of them is what they have seen
     assert told == pytest.approx(shares, abs=0.02)
+
+
+def test_a_report_costs_the_same_however_many_slices_a_dataset_has() -> None:
+    """Of a million slices none is looked at, as each worker reports many times a second."""
+
+    class Counted(tuple[int, ...]):
+        looked_at = 0
+
+        def __iter__(self) -> Iterator[int]:
+            Counted.looked_at += 1
+            return super().__iter__()
+
+    world = World(rules(samples=4000), journal=Journal())
+    world.begin()
+    for name in "abc":
+        world.add(Worker(name, 0.05))
+    world.run(60, until=lambda: world.workers["a"].batches > 5)
+    world.machine.tracker.samples = Counted(world.machine.tracker.samples)
+    before = world.workers["a"].batches
+    for worker in world.workers.values():
+        # what is asked for is another matter
+        worker.slices[0][3] = 10**6
+    world.run(60, until=lambda: world.workers["a"].batches > before + 50)
+    assert world.workers["a"].batches > before + 50
+    assert Counted.looked_at == 0
 
 
 def test_a_worker_that_slows_down_by_half_is_planned_again_within_the_round() -> None:

@@ -126,6 +126,8 @@ class SliceTracker:
         if not samples or min(samples) < 1:
             raise DataError("the dataset has no slices, or a slice without samples: prepare it again")
         self.samples = tuple(samples)
+        #: the rows of the largest slice: asked for at each event, and a dataset may have a million slices
+        self.most_rows = max(self.samples)
         self._epochs: dict[int, _Epoch] = {}
         self._next_epoch = 0
         #: of each worker by its requests; the objects that states have, so that many states share them

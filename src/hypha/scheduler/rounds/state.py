@@ -325,7 +325,7 @@ class RoundState:
 
     def _may_hold(self, member: Member, whole: bool = False) -> int:
         target = max(self.rules.samples, (self.rules.inner_steps or 0) * member.multiple * member.batch_size)
-        return member.may_hold(min(self.ahead, _MOST_AHEAD), target, max(self.tracker.samples), whole)
+        return member.may_hold(min(self.ahead, _MOST_AHEAD), target, self.tracker.most_rows, whole)
 
     def keep_slices(self) -> KeepSlices:
         """As they are now."""
