@@ -20,13 +20,22 @@ from rich.console import Console
 from tests.support.commands import hypha_in
 from tests.support.system import leftovers
 
-from hypha.cli.chaos.account import Account, Reading, account
 from hypha.cli.chaos.faults import How
-from hypha.cli.chaos.goodput import Applied, RoundSpan, costs_s, gaps, goodput, recovery_s
-from hypha.cli.chaos.network import NetworkFailed
+from hypha.cli.chaos.measuring import (
+    Account,
+    Applied,
+    Reading,
+    RoundSpan,
+    account,
+    costs_s,
+    gaps,
+    goodput,
+    recovery_s,
+)
 from hypha.cli.chaos.report import ChaosMeasurements, ChaosReport, InjectedFault, judge, show
 from hypha.cli.chaos.run import ChaosOptions, parse_faults, run_chaos
-from hypha.cli.chaos.schedule import RESTART_S, TARGETS, plan
+from hypha.cli.chaos.striking import RESTART_S, TARGETS, plan
+from hypha.cli.local.network import NetworkFailed
 from hypha.errors import ConfigError
 from hypha.scheduler.goodput.report import GoodputReport
 

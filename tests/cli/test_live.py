@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from hypha.cli.demo.showing import Show
+from hypha.cli.demo import Show
 from hypha.cli.job.live import status_panel
 from hypha.cli.probing import Found, show_report
 from hypha.features import features_of

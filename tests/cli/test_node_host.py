@@ -14,9 +14,9 @@ import pytest
 import trio
 from tests.support.host import run_environment, shared_node_host
 
-from hypha.cli.chaos.network import Network, open_network
-from hypha.cli.demo.children import Child, Children, children
-from hypha.cli.demo.forked import ForkedNode, NodeHost
+from hypha.cli.local.children import Child, Children, children
+from hypha.cli.local.network import Network, open_network
+from hypha.cli.local.node_host import ForkedNode, NodeHost
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="node hosts are for Linux")
 

@@ -27,7 +27,7 @@ from tests.support.namespaces import Star, open_lab
 from tests.support.system import System, keep_system, paced
 
 from hypha.cli.chaos.faults import How, Phase, Role, TargetJob
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
 from hypha.messages import LedgerRound
 
 WORKERS = 2

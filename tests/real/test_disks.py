@@ -19,7 +19,7 @@ from tests.support.polling import until
 from tests.support.system import System, keep_system
 
 from hypha.cli.chaos.faults import TargetJob
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
 
 pytestmark = [pytest.mark.real, pytest.mark.fault, pytest.mark.timeout(300)]
 

@@ -29,10 +29,10 @@ from safetensors.torch import load_file
 from tests.support.host import run_environment, shared_host, shared_node_host
 
 from hypha.cli.chaos.faults import again
-from hypha.cli.chaos.lab import Star
-from hypha.cli.chaos.network import Network, base, open_network
-from hypha.cli.demo.children import Child, Children
-from hypha.cli.demo.files import MODEL
+from hypha.cli.local.children import Child, Children
+from hypha.cli.local.lab import Star
+from hypha.cli.local.network import Network, base, open_network
+from hypha.cli.local.workplace import MODEL
 from hypha.data import PrepareOptions, prepare
 from hypha.executor.replay import largest_difference, replay
 from hypha.messages import LedgerFile
@@ -47,7 +47,7 @@ UNNORMED: dict[str, Any] = {"type": "torch", "entrypoint": "tests.support.plain:
 
 
 class System(Network):
-    """Starts nodes in ``root``, as any :class:`~hypha.cli.chaos.network.Network`; reads what a job left."""
+    """Starts nodes in ``root``, as any :class:`~hypha.cli.local.network.Network`; reads what a job left."""
 
     async def worker(self, name: str, **keys: Any) -> Child:
         """As any network's, and the models ``PLAIN``, ``SMALL`` and ``UNNORMED`` are allowed."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from hypha.cli.chaos.network import Network, NetworkFailed
+from hypha.cli.local.network import Network, NetworkFailed
 
 _ROTTEN_BYTES = 64
 _FILLER = "filler"

@@ -6,8 +6,8 @@ wait. :func:`recover` heals: it wakes, joins, repairs, or starts a killed node a
 configuration.
 
 ``kill`` and ``stop`` (a freeze, of the process and all its children) strike nodes and executors, the rest
-nodes only: ``cut`` and ``slow`` need a network in a :class:`~hypha.cli.chaos.lab.Star`, ``fill_disk`` a
-:meth:`~hypha.cli.chaos.network.Network.small_disk`, ``corrupt`` a node that keeps something.
+nodes only: ``cut`` and ``slow`` need a network in a :class:`~hypha.cli.local.lab.Star`, ``fill_disk`` a
+:meth:`~hypha.cli.local.network.Network.small_disk`, ``corrupt`` a node that keeps something.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import psutil
 import trio
 
 from hypha.cli.chaos.damage import corrupt, fill_disk
-from hypha.cli.chaos.network import JOB_S, Network, NetworkFailed, base
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
+from hypha.cli.local.network import JOB_S, Network, NetworkFailed, base
 from hypha.scheduler.status.snapshot import JobSnapshot
 
 Role = Literal[

@@ -9,8 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hypha.cli.chaos.account import TOLERANCE, Account
-from hypha.cli.chaos.goodput import Applied, RoundSpan, costs_s, gaps, goodput, recovery_s
+from hypha.cli.chaos.measuring import (
+    TOLERANCE,
+    Account,
+    Applied,
+    RoundSpan,
+    costs_s,
+    gaps,
+    goodput,
+    recovery_s,
+)
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,13 @@ from typing import Any, get_args
 import trio
 from rich.console import Console
 
-from hypha.cli.chaos import lab
-from hypha.cli.chaos.account import Accountant, account
 from hypha.cli.chaos.faults import How
-from hypha.cli.chaos.goodput import Applied, RoundSpan
-from hypha.cli.chaos.ledger import LedgerFollower
-from hypha.cli.chaos.network import Network, NetworkFailed, open_network
+from hypha.cli.chaos.measuring import Accountant, Applied, LedgerFollower, RoundSpan, account
 from hypha.cli.chaos.report import ChaosMeasurements, ChaosReport, judge, show
-from hypha.cli.chaos.schedule import Planned, plan
-from hypha.cli.chaos.striking import Striker, Supervisor
-from hypha.cli.demo import files
-from hypha.cli.demo.workplace import clean_environment, open_directory, prepare_digits, start_host
+from hypha.cli.chaos.striking import Planned, Striker, Supervisor, plan
+from hypha.cli.local import lab
+from hypha.cli.local.network import Network, NetworkFailed, open_network
+from hypha.cli.local.workplace import DATASET, clean_environment, open_directory, prepare_digits
 from hypha.errors import ConfigError, OutputError, Problem
 from hypha.staging import write_output
 
@@ -94,13 +90,12 @@ async def run_chaos(options: ChaosOptions) -> ChaosReport:
         if not hows:
             raise NetworkFailed("no fault is left to inject")
     async with AsyncExitStack() as stack:
-        root = await stack.enter_async_context(open_directory("chaos", options.directory, False))
+        root = stack.enter_context(open_directory("chaos", options.directory))
         star = None
         if {"cut", "slow"} & set(hows):
             star = lab.Star(stack.enter_context(lab.open_lab()))
-        place = files.DemoFiles(root)
-        network = await stack.enter_async_context(open_network(Network, root, clean_environment(place), star))
-        report = await _course(console, place, network, options, hows)
+        network = await stack.enter_async_context(open_network(Network, root, clean_environment(root), star))
+        report = await _course(console, network, options, hows)
     show(console, report)
     if options.summary is not None:
         try:
@@ -111,11 +106,11 @@ async def run_chaos(options: ChaosOptions) -> ChaosReport:
 
 
 async def _course(
-    console: Console, place: files.DemoFiles, network: Network, options: ChaosOptions, hows: tuple[How, ...]
+    console: Console, network: Network, options: ChaosOptions, hows: tuple[How, ...]
 ) -> ChaosReport:
-    _say(console, f"Preparing the data and starting {options.workers + 7} nodes in {place.root}")
-    await _start(place, network, options.workers, "fill_disk" in hows)
-    ledger = LedgerFollower(place.root / "state" / JOB / "job.db")
+    _say(console, f"Preparing the data and starting {options.workers + 7} nodes in {network.root}")
+    await _start(network, options.workers, "fill_disk" in hows)
+    ledger = LedgerFollower(network.root / "state" / JOB / "job.db")
     supervisor, accountant = Supervisor(network), Accountant(network)
     striker = Striker(network, ledger, supervisor, lambda text: _say(console, text))
     planned = plan(options.seed, options.seconds, options.interval_s, hows)
@@ -191,18 +186,17 @@ async def _next(ledger: LedgerFollower) -> Applied:
     return applied
 
 
-async def _start(place: files.DemoFiles, network: Network, workers: int, small_disks: bool) -> None:
+async def _start(network: Network, workers: int, small_disks: bool) -> None:
     """Two linked gateways, two data nodes with files of their own, workers, a node for the parameter server
     and a spare for either part, and the scheduler.
     """
-    network.executor_host = await start_host(place.root, network.group)
-    await trio.to_thread.run_sync(files.write_digits, place, _COPIES)
-    await trio.to_thread.run_sync(files.write_model, place)
-    await prepare_digits(place, network.group)
+    root = network.root
+    await network.start_host()
+    await prepare_digits(root, network.group, _COPIES)
+    names = [f"worker-{number + 1}" for number in range(workers)]
     if small_disks:
-        names = [files.worker_name(number) for number in range(workers)]
         for name in ("state", *(f"work-{name}" for name in (*names, "server", "spare"))):
-            network.small_disk(place[name], _DISK_MB)
+            network.small_disk(root / name, _DISK_MB)
     planned = {name: network.plan_gateway(name) for name in ("gateway-1", "gateway-2")}
     for number, (name, keys) in enumerate(planned.items()):
         others = [address for at, address in enumerate(network.gateways) if at != number]
@@ -210,24 +204,24 @@ async def _start(place: files.DemoFiles, network: Network, workers: int, small_d
         # one that cannot listen is told now, with the end of its log
         await network.logged_value(gateway, "addresses")
     for name in ("data-1", "data-2"):
-        copy = place[f"dataset-{name}"]
-        await trio.to_thread.run_sync(shutil.copytree, place["dataset"], copy)
+        copy = root / f"dataset-{name}"
+        await trio.to_thread.run_sync(shutil.copytree, root / "dataset", copy)
         await network.data(name, copy)
     # few slices are kept, so that data nodes matter
     cache = {"max_slices": 4}
-    for number in range(workers):
-        await network.worker(files.worker_name(number), executors=[_TRAIN], cache=cache)
+    for name in names:
+        await network.worker(name, executors=[_TRAIN], cache=cache)
     await network.worker("server", executors=[_AGGREGATE])
     await network.worker("spare", executors=[_TRAIN, _AGGREGATE], cache=cache)
-    await network.scheduler(_job(place, workers))
+    await network.scheduler(_job(root, workers))
 
 
-def _job(place: files.DemoFiles, workers: int) -> dict[str, Any]:
+def _job(root: Path, workers: int) -> dict[str, Any]:
     needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
     return {
         "name": JOB,
-        "model": {"type": "image-classification", "path": str(place["untrained"])},
-        "dataset": {"dataset": files.DATASET},
+        "model": {"type": "image-classification", "path": str(root / "untrained")},
+        "dataset": {"dataset": DATASET},
         "rounds": {
             "update_rounds": _ROUNDS,
             "avg_samples_between_updates": workers * _SAMPLES_A_WORKER,

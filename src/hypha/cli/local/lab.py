@@ -7,7 +7,6 @@ block ends. The machine's own network is not touched: cables run from namespace 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -20,14 +19,13 @@ from uuid import uuid4
 
 import trio
 
+from hypha.cli.local.node_host import enter_namespace
 from hypha.errors import HyphaError
 
 T = TypeVar("T")
 
-_CLONE_NEWNET = 0x40000000
 #: what a slow node may still send at once: a handful of packets
 _BURST_BYTES = 16_000
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class LabFailed(HyphaError):
@@ -103,20 +101,14 @@ async def inside(place: str | None, work: Callable[[], T]) -> T:
         if place is None:
             return work()
         with Path("/proc/thread-self/ns/net").open() as ours, Path(f"/run/netns/{place}").open() as theirs:
-            _enter(theirs.fileno())
+            enter_namespace(theirs.fileno())
             try:
                 return work()
             finally:
                 # trio will use this thread again
-                _enter(ours.fileno())
+                enter_namespace(ours.fileno())
 
     return await trio.to_thread.run_sync(run)
-
-
-def _enter(descriptor: int) -> None:
-    if _libc.setns(descriptor, _CLONE_NEWNET):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def _run(*command: str, feed: str | None = None) -> str:

@@ -1,13 +1,18 @@
 """A whole network of real processes in one directory: each node runs ``python -m hypha.cli.<program>``.
 
-With a :class:`~hypha.cli.chaos.lab.Star` each node has a network namespace of its own and can be cut off;
+With a :class:`~hypha.cli.local.lab.Star` each node has a network namespace of its own and can be cut off;
 without one they share this machine's loopback. What was struck is healed, and processes and mounts are
 gone, when :func:`open_network`'s block ends.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import random
+import socket
 import subprocess
+import sys
 import tomllib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -19,15 +24,14 @@ import msgspec
 import tomli_w
 import trio
 
-from hypha.cli.chaos.lab import Star, inside
-from hypha.cli.demo.children import Child, Children, children
-from hypha.cli.demo.files import free_port
-from hypha.cli.demo.forked import NodeHost
-from hypha.cli.demo.workplace import warm_keys
-from hypha.errors import HyphaError
+from hypha.cli.local.children import Child, Children, NetworkFailed, children
+from hypha.cli.local.lab import Star, inside
+from hypha.cli.local.node_host import NodeHost
+from hypha.config.inherited import child_environment
 from hypha.pki.authority import CaFiles, make_node, make_org, make_root
 from hypha.pki.identity import IdentityFiles, load_identity
 from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.worker.jobs.directory import MAX_SOCKET_PATH_BYTES
 
 N = TypeVar("N", bound="Network")
 
@@ -36,15 +40,31 @@ JOB_S = 240.0
 #: what :meth:`Network.status` raises of a scheduler that is not there, or is about to leave
 NO_ANSWER = (OSError, HTTPException)
 _LOOK_S = 0.02
-
-
-class NetworkFailed(HyphaError):
-    """A node did not do what it should have done by then; the message has the end of its log."""
+#: the executor host among the network's processes
+HOST = "executor-host"
+#: outgoing connections have ports from 32768 on (net.ipv4.ip_local_port_range)
+_PORTS = (20_000, 32_000)
 
 
 def base(name: str) -> str:
     """The name of a node whose process was started more than once, each time with ``+1`` and so on."""
     return name.partition("+")[0]
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of ``host`` that is free right now: none that Linux gives to outgoing connections, one of
+    which might have it before somebody listens there.
+    """
+    while True:
+        port = random.randrange(*_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as exc:
+                if exc.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 class Network:
@@ -125,6 +145,24 @@ class Network:
             raise NetworkFailed(f"{' '.join(command)}: {done.stderr.strip()}")
         self.disks.append(directory)
 
+    async def start_host(self) -> None:
+        """Start one executor host for all workers. Not where its socket's path would be too long: a host for
+        each would take more memory than the executors save time.
+        """
+        path = self.root / "host" / "host.sock"
+        if sys.platform != "linux" or len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+            return
+        await self.group.start(
+            HOST,
+            "hypha.executor.host",
+            "--socket",
+            str(path),
+            # as executors have it, or it could not fork any
+            environment=child_environment(self.environment),
+            needed=False,
+        )
+        self.executor_host = path
+
     async def start(self, name: str, program: str, path: Path) -> Child:
         """Run that configuration."""
         return await self.group.start(
@@ -154,12 +192,13 @@ class Network:
     async def worker(self, name: str, **keys: Any) -> Child:
         """Start a worker with room for a training job and a parameter server."""
         offered = {"cpu": 2, "memory": 8, "storage": 2, "gpu": 0}
+        host = self.executor_host
         keys = {
             "work_dir": str(self.root / f"work-{name}"),
             "resources": offered,
             # it plays a machine of its own, and all of them are on one
             "detect_resources": False,
-            **warm_keys(self.executor_host),
+            **({"warm": False} if host is None else {"warm_host": str(host)}),
             **keys,
         }
         return await self.start(name, "worker", self.write(name, "worker", **keys))
