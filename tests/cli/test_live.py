@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from hypha.cli.demo import Show
-from hypha.cli.job.live import status_panel
+from hypha.cli.job.status import status_panel
 from hypha.cli.probing import Found, show_report
 from hypha.features import features_of
 from hypha.messages import HealthReport

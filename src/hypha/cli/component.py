@@ -28,6 +28,7 @@ from hypha.cli.options import (
     SetOption,
     TrustOption,
 )
+from hypha.cli.running import identity_of
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.staging import write_whole
 
@@ -140,10 +141,7 @@ def _probe_identity(program: Program, config: Path | None, given: Sequence[Path 
     if cert is None or key is None or trust is None:
         if (cert, key, trust) != (None, None, None):
             raise typer.BadParameter("--cert, --key and --trust go together")
-        loaded = load(program, config, [])
-        return load_identity(
-            IdentityFiles(loaded.cert_pem, loaded.key_pem, loaded.trust_pem, loaded.crls_pem)
-        )
+        return identity_of(load(program, config, []))
     return load_identity(IdentityFiles(cert, key, trust, crls))
 
 
@@ -261,10 +259,9 @@ def validate_config(
     ConfigError.
     """
     from hypha.config.advice import advice
-    from hypha.pki.identity import IdentityFiles, load_identity
 
     loaded = load(program, config, given)
-    load_identity(IdentityFiles(loaded.cert_pem, loaded.key_pem, loaded.trust_pem, loaded.crls_pem))
+    identity_of(loaded)
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
     for line in describe(loaded):
         typer.echo(line)

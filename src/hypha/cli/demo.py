@@ -22,10 +22,11 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from hypha.cli.job.live import headline, job_panel, shown
+from hypha.cli.job.status import headline, job_panel
 from hypha.cli.local.children import GRACE_S, Child, NetworkFailed
 from hypha.cli.local.network import HOST, NO_ANSWER, Network, open_network
 from hypha.cli.local.workplace import DATASET, clean_environment, open_directory, prepare_digits
+from hypha.cli.printing import shown
 from hypha.config.inherited import child_environment
 from hypha.errors import OutputError
 from hypha.scheduler.status.snapshot import JobSnapshot

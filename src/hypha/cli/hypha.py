@@ -5,18 +5,18 @@ status, its replay, its time line and its report; who is in the network, where, 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hypha.cli.job.replay import replay
 from hypha.cli.job.report import report
 from hypha.cli.job.status import status
 from hypha.cli.job.timeline import timeline
-from hypha.cli.leases import leases
-from hypha.cli.lookups import lookup, peers
+from hypha.cli.lookups import leases, lookup, peers
 from hypha.cli.options import DEFAULT_CONFIG, ConfigOption
 from hypha.cli.running import check_installed, run_program, run_until_signal
 
@@ -176,7 +176,53 @@ def doctor(
     raise typer.Exit(exit_code_of(findings))
 
 
-for command in (status, replay, timeline, report, peers, lookup, leases):
+@app.command()
+def replay(
+    job: Annotated[
+        Path | None,
+        typer.Argument(help="A job's state directory, as of a running job too, or its ledger.json."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The prepared dataset.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The untrained model's files; none for one built by an entrypoint.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="A model.safetensors to compare the result with.")
+    ] = None,
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="Instead of a job: what a scheduler wrote with --journal; its decisions again."),
+    ] = None,
+) -> None:
+    """Train as the ledger says that a job was trained, and compare theta after each round."""
+    if journal is not None:
+        if (job, data, model, compare) != (None, None, None, None):
+            raise typer.BadParameter("a journal is replayed by itself, without a job", param_hint="--journal")
+        from hypha.cli.job.rerun import print_rerun
+
+        raise typer.Exit(print_rerun(journal))
+    if job is None:
+        raise typer.BadParameter("a job's state directory, or --journal", param_hint="JOB")
+    if data is None:
+        raise typer.BadParameter("the dataset that the job was trained with", param_hint="--data")
+    from hypha.scheduler.durable.ledger_files import export_ledger, read_ledger
+
+    if job.is_dir():
+        # the ledger's database where there is one: it has rounds of which no file was written yet
+        job = job / ("job.db" if (job / "job.db").exists() else "ledger.json")
+    with tempfile.TemporaryDirectory(prefix="hypha-ledger-") as scratch:
+        ledger = Path(scratch) / "ledger.json"
+        export_ledger(read_ledger(job), ledger)
+        command = [sys.executable, "-m", "hypha.executor.replay", str(ledger), str(data)]
+        if model is not None:
+            command.append(str(model))
+        if compare is not None:
+            command += ["--compare", str(compare)]
+        code = subprocess.run(command, check=False).returncode
+    raise typer.Exit(code if code >= 0 else 128 - code)
+
+
+for command in (status, timeline, report, peers, lookup, leases):
     app.command()(command)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from hypha.cli.doctor.finding import SEVERITIES, Finding, Severity, exit_code_of
 from hypha.cli.doctor.gathered import Contact, Observations
 from hypha.cli.doctor.subject import Subject
-from hypha.cli.job.live import shown
+from hypha.cli.printing import shown
 from hypha.naming import named
 
 _STYLES: dict[Severity, str] = {"note": "dim", "warning": "yellow", "error": "bold red"}
