@@ -138,10 +138,9 @@ def doctor(
     """
     from hypha.access import ROLES
     from hypha.cli.doctor import showing
-    from hypha.cli.doctor.finding import exit_code_of
-    from hypha.cli.doctor.gathering.whole import Subjects, gather
-    from hypha.cli.doctor.judging.whole import judge
+    from hypha.cli.doctor.checks import exit_code_of
     from hypha.cli.doctor.subject import read_subject
+    from hypha.cli.doctor.whole import Subjects, gather, judge
     from hypha.config.job import DatasetRef
     from hypha.config.reading.log_filter import parse_filter
     from hypha.telemetry.logs import configure_logging

@@ -18,13 +18,12 @@ from tests.support.network import Network, address_of, until
 from tests.support.proxy import proxy_to
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.finding import Finding
+from hypha.cli.doctor.checks import Finding
 from hypha.cli.doctor.gathered import Observations
 from hypha.cli.doctor.gathering import contacts
-from hypha.cli.doctor.gathering.whole import Subjects, gather
 from hypha.cli.doctor.judging.network import judge_network
-from hypha.cli.doctor.judging.whole import judge
 from hypha.cli.doctor.subject import Subject
+from hypha.cli.doctor.whole import Subjects, gather, judge
 from hypha.config.job import DatasetRef
 from hypha.config.models import DataConfig, DatasetConfig, GatewayConfig, NodeConfig
 from hypha.data import run_data

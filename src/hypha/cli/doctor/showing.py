@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 from rich.console import Console
 
-from hypha.cli.doctor.finding import SEVERITIES, Finding, Severity, exit_code_of
+from hypha.cli.doctor.checks import SEVERITIES, Finding, Severity, exit_code_of
 from hypha.cli.doctor.gathered import Contact, Observations
 from hypha.cli.doctor.subject import Subject
 from hypha.cli.printing import shown

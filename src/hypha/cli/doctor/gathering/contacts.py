@@ -10,7 +10,7 @@ import trio
 
 from hypha.access import SERVICES, carries, may_act_as
 from hypha.cli.doctor.gathered import Contact, Dialled, Failure
-from hypha.cli.doctor.gathering.bounded import Gathering, readable
+from hypha.cli.doctor.gathering import Gathering, readable
 from hypha.errors import NetworkError, Refused, RequestTimeout
 from hypha.messages import (
     MAX_DIALLED_BACK,

@@ -9,7 +9,7 @@ from pathlib import Path
 import trio
 
 from hypha.cli.doctor.gathered import DatasetObservations, Provider
-from hypha.cli.doctor.gathering.bounded import readable
+from hypha.cli.doctor.gathering import readable
 from hypha.config.job import DatasetRef
 from hypha.data.serving.serve import KIND
 from hypha.errors import NetworkError, Refused

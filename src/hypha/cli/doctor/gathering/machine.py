@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from hypha.cli.doctor.gathered import Accelerators, Directory, MachineObservations
-from hypha.cli.doctor.gathering.bounded import Gathering
+from hypha.cli.doctor.gathering import Gathering
 from hypha.config.inherited import child_environment
 from hypha.config.models import NodeConfig, SchedulerConfig, WorkerConfig
 from hypha.decoding import decode
@@ -39,31 +39,28 @@ async def gather_machine(
     gathering: Gathering, config: NodeConfig | None, driver: Path = _DRIVER
 ) -> MachineObservations:
     """All of it; ``driver`` is where the kernel's NVIDIA module says its version."""
-    directories: dict[int, Directory] = {}
-    accelerators: list[Accelerators | None] = []
     places = writing_places(config)
+    directories: dict[str, Directory | None] = {key: None for key, _ in places}
+    accelerators: Accelerators | None = None
+    has: DetectedMachine | None = None
 
-    async def look_at_disk(number: int, key: str, path: Path) -> None:
-        found = await gathering.within(
-            DISK_S, f"the disk of {key}", lambda: in_thread(_directory, key, path, abandon_on_cancel=True)
-        )
-        if found is not None:
-            directories[number] = found
+    async def look_at_disk(key: str, path: Path) -> None:
+        directories[key] = await gathering.in_thread(DISK_S, f"the disk of {key}", _directory, key, path)
 
     async def look_at_accelerators() -> None:
-        accelerators.append(
-            await gathering.within(ACCELERATORS_S, "what torch can use", lambda: read_accelerators(driver))
+        nonlocal accelerators
+        accelerators = await gathering.within(
+            ACCELERATORS_S, "what torch can use", lambda: read_accelerators(driver)
         )
 
-    has: list[DetectedMachine] = []
-
     async def look_at_resources(work_dir: Path) -> None:
-        found = await gathering.within(DISK_S, "what this machine has", lambda: _detected(work_dir))
-        has.extend([found] if found is not None else [])
+        nonlocal has
+        environment = child_environment()
+        has = await gathering.in_thread(DISK_S, "what this machine has", detect, work_dir, environment)
 
     async with trio.open_nursery() as nursery:
-        for number, (key, path) in enumerate(places):
-            nursery.start_soon(look_at_disk, number, key, path)
+        for key, path in places:
+            nursery.start_soon(look_at_disk, key, path)
         if isinstance(config, WorkerConfig):
             nursery.start_soon(look_at_resources, config.work_dir)
             if any(one.cmd is None for one in config.executors):
@@ -72,16 +69,12 @@ async def gather_machine(
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         receive_buffer=_largest("tcp_rmem"),
         send_buffer=_largest("tcp_wmem"),
-        has=has[0] if has else None,
+        has=has,
         buffer_shortfalls=() if config is None else tuple(Buffers.of(config.tuning.sockets).shortfalls()),
         versions=await in_thread(versions),
-        directories=tuple(directories[number] for number in sorted(directories)),
-        accelerators=next(iter(accelerators), None),
+        directories=tuple(one for one in directories.values() if one is not None),
+        accelerators=accelerators,
     )
-
-
-async def _detected(work_dir: Path) -> DetectedMachine:
-    return await in_thread(detect, work_dir, child_environment(), abandon_on_cancel=True)
 
 
 def writing_places(config: NodeConfig | None) -> list[tuple[str, Path]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import trio
 
@@ -17,14 +17,14 @@ from hypha.cli.doctor.gathered import (
     DatasetObservations,
     Dialled,
     NetworkObservations,
+    Observations,
     Port,
     Running,
 )
-from hypha.cli.doctor.gathering.bounded import Gathering, readable
+from hypha.cli.doctor.gathering import Gathering, readable
 from hypha.cli.doctor.gathering.contacts import NAME_S, dial_back, look_at
 from hypha.cli.doctor.gathering.dataset import Asking, gather_dataset
-from hypha.cli.doctor.gathering.ports import ask_health, free_ports, owned
-from hypha.cli.doctor.gathering.running import gather_running
+from hypha.cli.doctor.gathering.own_node import ask_health, free_ports, gather_running, owned
 from hypha.cli.doctor.subject import Subject
 from hypha.config.job import DatasetRef
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
@@ -32,22 +32,12 @@ from hypha.errors import NetworkError
 from hypha.net import Libp2pNode, open_node, options_from
 from hypha.net.peers.addresses import host_and_port
 from hypha.pki.identity import Identity
-from hypha.runtime import in_thread
 
 PORTS_S, JOIN_S, DATASET_S, RUNNING_S, EXTERNAL_S = 15.0, 10.0, 60.0, 10.0, 15.0
 #: of many that serve the dataset so many are looked at
 MOST_DATA_NODES = 3
 #: what may ask a data node for a dataset
 _CONSUMERS = ("scheduler", "worker")
-
-
-@dataclass(frozen=True)
-class Around:
-    """What was seen around a node."""
-
-    network: NetworkObservations
-    dataset: DatasetObservations | None = None
-    running: Running | None = None
 
 
 async def gather_network(
@@ -57,16 +47,11 @@ async def gather_network(
     identity: Identity,
     peers: Sequence[str] = (),
     dataset: DatasetRef | None = None,
-) -> Around:
-    """All of it; ``peers`` are addresses to look at beside the gateways. Raises ConfigError where the node
-    cannot listen.
+) -> Observations:
+    """The network, the ``dataset``, and the node where it runs; ``peers`` are addresses to look at beside the
+    gateways. Raises ConfigError where the node cannot listen.
     """
-    ports = (
-        await gathering.within(
-            PORTS_S, "which ports are free", lambda: in_thread(free_ports, config, abandon_on_cancel=True)
-        )
-        or []
-    )
+    ports = await gathering.in_thread(PORTS_S, "which ports are free", free_ports, config) or []
     taken = any(one.state != "free" and one.key == "listen_addresses" for one in ports)
     options = replace(
         options_from(config, "hypha-doctor", identity),
@@ -92,10 +77,10 @@ async def gather_network(
             for provider in (served.providers if served is not None else ())[:MOST_DATA_NODES]
             if not provider.reason
         ]
-        return Around(
-            NetworkObservations(found, gateways, others, tuple(data_nodes), tuple(dialled), running),
-            served,
-            await _running(gathering, subject, config, found),
+        return Observations(
+            network=NetworkObservations(found, gateways, others, tuple(data_nodes), tuple(dialled), running),
+            dataset=served,
+            running=await _running(gathering, subject, config, found),
         )
 
 
@@ -103,15 +88,11 @@ async def _contacts(
     node: Libp2pNode, gathering: Gathering, config: NodeConfig, peers: Sequence[str]
 ) -> tuple[tuple[Contact, ...], tuple[Contact, ...]]:
     gateways = config.gateway_addresses if isinstance(config, LeafConfig | GatewayConfig) else []
-    found: dict[int, Contact] = {}
-    wanted = [*((address, True) for address in gateways), *((address, False) for address in peers)]
     if any(not one.startswith("/") for one in peers):
         await gathering.within(JOIN_S, "who has the PeerIDs", lambda: _joined(node))
     # one after the other: they would take each other's bandwidth
-    for number, (address, gateway) in enumerate(wanted):
-        found[number] = await look_at(node, gathering, address, gateway)
-    contacts = [found[number] for number in sorted(found)]
-    return tuple(contacts[: len(gateways)]), tuple(contacts[len(gateways) :])
+    found = [await look_at(node, gathering, address, gateway=True) for address in gateways]
+    return tuple(found), tuple([await look_at(node, gathering, address) for address in peers])
 
 
 async def _dialled(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.finding import Check, Finding, Severity
+from hypha.cli.doctor.checks import Check, Finding, Severity
 from hypha.cli.doctor.gathered import Contact, Dialled, MachineObservations, NetworkObservations, Port
 from hypha.config.models import NodeConfig, WorkerConfig
 

@@ -13,7 +13,7 @@ from typing import Literal
 from msgspec import structs
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.finding import Check, Finding, Severity
+from hypha.cli.doctor.checks import Check, Finding, Severity
 from hypha.cli.doctor.judging.machine import offered_by
 from hypha.config.job import JobConfig
 from hypha.config.models import WorkerConfig
