@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hypha.cli import component as common
 from hypha.cli.options import CommonOptions, InitOptions, LogOptions, with_options
 from hypha.cli.running import run_program
-from hypha.errors import ConfigError, Problem
+from hypha.errors import ConfigError, DataError, Problem
+
+if TYPE_CHECKING:
+    from hypha.data.serving.slice_advice import Fit, SliceAdvice
 
 PROGRAM = common.Program("data", "Prepares, verifies and serves datasets.")
 app = common.make_app(PROGRAM)
@@ -28,24 +33,18 @@ def _datasets(paths: list[Path] | None) -> dict[str, object]:
 
 
 @app.command()
-@with_options()
+@with_options
 def init(
     options: InitOptions,
     dataset_path: DatasetPathOption = None,
 ) -> None:
     """Write a configuration file with every key, its default and what it means."""
-    given = {
-        **common.leaf_keys(PROGRAM, options),
-        **_datasets(dataset_path or [Path("dataset")]),
-    }
-    fill_in = common.leaf_fill_in(options.gateway)
-    if not dataset_path:
-        fill_in["dataset_path"] = "a directory made by `hypha-data prepare`"
-    common.write_config(PROGRAM, options, given, fill_in)
+    fill_in = {} if dataset_path else {"dataset_path": "a directory made by `hypha-data prepare`"}
+    common.write_config(PROGRAM, options, _datasets(dataset_path or [Path("dataset")]), fill_in)
 
 
 @app.command()
-@with_options()
+@with_options
 def run(
     node: CommonOptions,
     *,
@@ -108,8 +107,9 @@ def advise(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Say how large slices should be, and why; and whether those of a prepared dataset are."""
-    from hypha.cli.advising import advise_slices
-    from hypha.data.serving.slice_advice import TrainingPace
+    from hypha.data.manifest import read_manifest
+    from hypha.data.serving.slice_advice import TrainingPace, fit
+    from hypha.data.serving.slice_advice import advise as advise_slices
 
     positive = {
         "--batch-s": batch_s,
@@ -139,7 +139,38 @@ def advise(
         cache_gb=cache_gb,
         cache_slices=cache_slices,
     )
-    typer.echo(advise_slices(pace, directory, as_json))
+    fitting: Fit | None = None
+    if directory is None:
+        advice = advise_slices(pace)
+    else:
+        manifest = read_manifest(directory)
+        if not manifest.samples:
+            raise DataError(f"{directory} has no samples; prepare it again")
+        size = float(sum(part.size for part in manifest.slices))
+        pace = replace(pace, sample_bytes=size / manifest.samples, dataset_bytes=size)
+        advice = advise_slices(pace)
+        fitting = fit(manifest, pace, advice)
+    if as_json:
+        found = None if fitting is None else {**asdict(fitting), "fits": fitting.fits}
+        typer.echo(json.dumps({**asdict(advice), "fit": found}, indent=1))
+    else:
+        typer.echo("\n".join(_advice_lines(advice, fitting, directory)))
+
+
+def _advice_lines(advice: SliceAdvice, fitting: Fit | None, directory: Path | None) -> list[str]:
+    lines = [
+        f"slices of {advice.slice_mb:g} MB: hypha-data prepare --slice-mb {advice.slice_mb:g} (or "
+        f"--slice-samples {advice.slice_samples})",
+        f"each is trained on for {advice.lasts_s:.3g} s, and fetched in {advice.fetched_in_s:.2g} s when all "
+        "workers fetch",
+        *(f"because {text}" for text in advice.because),
+        *(f"problem: {text}" for text in advice.problems),
+    ]
+    if fitting is not None:
+        size = f"{directory}: {fitting.slices} slices of {fitting.mean_mb:.2g} MB"
+        lines += [f"{size} fit"] if fitting.fits else [f"{size} do not fit"]
+        lines += [f"problem: {text}" for text in fitting.problems]
+    return lines
 
 
 def _pairs(name: str, texts: list[str] | None) -> dict[str, str]:
@@ -312,7 +343,6 @@ def _names(texts: list[str] | None) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """The program."""
     run_program(app)
 
 

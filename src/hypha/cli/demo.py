@@ -50,8 +50,6 @@ print(model(pixel_values=images).logits.argmax(dim=-1).tolist())
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """The options of the command line."""
-
     workers: int
     rounds: int
     output: Path
@@ -64,8 +62,6 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class DemoOutcome:
-    """How it went."""
-
     accuracy: float
     held_out: int
     rounds: int
@@ -230,7 +226,6 @@ class Show:
         self._told: tuple[str, int, str] | None = None
 
     def stage(self, text: str) -> None:
-        """The demo has come to this."""
         self._stage = text
         if self._live is None:
             self.line(text)
@@ -238,7 +233,6 @@ class Show:
             self._update(self._live)
 
     def job(self, job: JobSnapshot) -> None:
-        """The job has come to this."""
         if self._live is not None:
             self._panel = job_panel(job)
             self._update(self._live)

@@ -17,13 +17,12 @@ DEFAULT_ADDRESS = "/ip4/0.0.0.0/tcp/8080"
 
 
 @app.command()
-@with_options("listen", "external", "gateway")
+@with_options
 def init(
     options: InitOptions,
 ) -> None:
     """Write a configuration file with every key, its default and what it means."""
     given = {
-        **common.node_keys(PROGRAM, options),
         "listen_addresses": options.listen or [DEFAULT_ADDRESS],
         "external_addresses": options.external or ["/dns4/gateway.example.org/tcp/8080"],
     }
@@ -32,7 +31,7 @@ def init(
 
 
 @app.command()
-@with_options("listen", "external", "gateway")
+@with_options
 def run(
     node: CommonOptions,
     logs: LogOptions,
@@ -50,7 +49,6 @@ def run(
 
 
 def main() -> None:
-    """The program."""
     run_program(app)
 
 

@@ -234,7 +234,6 @@ def version() -> None:
 
 
 def main() -> None:
-    """The program."""
     run_program(app)
 
 

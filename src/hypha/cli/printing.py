@@ -34,11 +34,9 @@ def add_row(table: Table, *cells: str) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Nothing where it is empty."""
     if table.row_count:
         Console(width=None if sys.stdout.isatty() else 240, highlight=False).print(table)
 
 
 def print_json(value: object) -> None:
-    """For programs."""
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

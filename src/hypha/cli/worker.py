@@ -52,7 +52,7 @@ WorkDirOption = Annotated[Path | None, typer.Option("--work-dir", help="For job 
 
 
 @app.command()
-@with_options()
+@with_options
 def init(
     options: InitOptions,
     work_dir: WorkDirOption = None,
@@ -70,14 +70,13 @@ def init(
 
     here = detect(options.output.parent / (work_dir or "work"), child_environment())
     given = {
-        **common.leaf_keys(PROGRAM, options),
         "work_dir": work_dir,
         "resources.cpu": here.cpu if cpu is None else cpu,
         "resources.memory": round(OFFERED * here.memory, 1) if memory is None else memory,
         "resources.gpu": round(OFFERED * here.gpu, 1) if gpu is None else gpu,
         "resources.storage": round(OFFERED * here.storage, 1) if storage is None else storage,
     }
-    common.write_config(PROGRAM, options, given, common.leaf_fill_in(options.gateway))
+    common.write_config(PROGRAM, options, given, {})
     for name, found in here.describe().items():
         typer.echo(f"  found {name}: {found}")
     asked = {name: float(given[f"resources.{name}"] or 0.0) for name in ("cpu", "memory", "gpu", "storage")}
@@ -87,7 +86,7 @@ def init(
 
 
 @app.command()
-@with_options()
+@with_options
 def run(
     node: CommonOptions,
     *,
@@ -149,7 +148,6 @@ def drain(
 
 
 def main() -> None:
-    """The program."""
     run_program(app)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -41,15 +41,6 @@ Role = Literal[
 Phase = Literal["training", "scheduled", "updating", "broadcasting", "last-round"]
 How = Literal["kill", "stop", "cut", "slow", "corrupt", "fill_disk", "none"]
 
-_PROGRAMS: dict[str, str] = {
-    "worker": "worker",
-    "parameter-server": "worker",
-    "training-executor": "worker",
-    "parameter-server-executor": "worker",
-    "scheduler": "scheduler",
-    "data": "data",
-    "gateway": "gateway",
-}
 #: what is left of a slow node's line, each way: a poor connection of a home
 SLOW_BYTES_PER_S = 100_000
 #: between two looks at a log: theta of a small model is under way for a few milliseconds only
@@ -134,7 +125,7 @@ async def recover(network: Network, fault: StruckNode) -> Child:
     if undo is not None:
         undo()
     if fault.how == "kill" and not fault.role.endswith("executor"):
-        return await again(network, fault.node, _PROGRAMS[fault.role])
+        return await again(network, fault.node, _program(fault.role))
     return fault.node
 
 
@@ -149,25 +140,27 @@ def candidates(job: TargetJob, role: Role, seen: JobSnapshot, name: str | None =
     """The running nodes that have this part in the job; NetworkFailed when there is none."""
     if role == "scheduler":
         return [job.scheduler]
-    network = job.network
-    running = [child for child in network.group.running if child.process.poll() is None]
-    program = _PROGRAMS[role]
+    program = _program(role)
     if name is not None:
-        found = [child for child in running if base(child.name) == name]
+        found = [child for child in job.network.running(program) if base(child.name) == name]
     elif program != "worker":
-        found = [child for child in running if network.roles.get(base(child.name)) == program]
+        found = job.network.running(program)
     else:
         trainers = {worker.peer for worker in seen.workers} - {seen.parameter_server}
         peers = {seen.parameter_server} if role.startswith("parameter-server") else trainers
-        found = [
-            child
-            for child in running
-            if network.roles.get(base(child.name)) == "worker"
-            and network.peer_id(base(child.name), "worker") in peers
-        ]
+        found = _workers(job.network, peers)
     if not found:
         raise NetworkFailed(f"nobody is a {name or role} in {seen}")
     return found
+
+
+def _program(role: Role) -> str:
+    return role if role in ("scheduler", "data", "gateway") else "worker"
+
+
+def _workers(network: Network, peers: Collection[str]) -> list[Child]:
+    running = network.running("worker")
+    return [child for child in running if network.peer_id(base(child.name), "worker") in peers]
 
 
 def executors(node: Child, module: str) -> list[int]:
@@ -311,21 +304,10 @@ async def _updating(job: TargetJob, role: Role, round_: int) -> JobSnapshot:
 
 def _bystander(job: TargetJob, role: Role, seen: JobSnapshot) -> int | None:
     """The executor of somebody who trains and is not the victim, if there is one."""
-    network = job.network
     [victim, *_] = candidates(job, role, seen)
-    trainers = {worker.peer for worker in seen.workers if worker.batches}
-    return next(
-        (
-            pid
-            for child in network.group.running
-            if child is not victim
-            and child.process.poll() is None
-            and network.roles.get(base(child.name)) == "worker"
-            and network.peer_id(base(child.name), "worker") in trainers
-            for pid in executors(child, "training")
-        ),
-        None,
-    )
+    trainers = _workers(job.network, {worker.peer for worker in seen.workers if worker.batches})
+    pids = (pid for child in trainers if child is not victim for pid in executors(child, "training"))
+    return next(pids, None)
 
 
 async def _written(child: Child, text: str, timeout_s: float) -> None:

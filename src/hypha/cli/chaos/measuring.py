@@ -20,7 +20,7 @@ import msgspec
 import trio
 
 from hypha.cli.local.children import Child
-from hypha.cli.local.network import NO_ANSWER, Network, NetworkFailed, base
+from hypha.cli.local.network import NO_ANSWER, Network, NetworkFailed
 from hypha.scheduler.goodput.report import GoodputReport
 
 
@@ -43,7 +43,6 @@ class RoundSpan:
 
     @property
     def wall_s(self) -> float:
-        """Its length."""
         return self.ended - self.began
 
 
@@ -138,7 +137,6 @@ class LedgerFollower:
         return dict(self._rows("SELECT round, samples FROM rounds WHERE discarded = 0 ORDER BY number"))
 
     def generation(self) -> int:
-        """The job's generation."""
         return next((number for number, _ in self._rows("SELECT generation, 0 FROM job")), 0)
 
     def _rows(self, query: str, *values: int) -> list[tuple[int, int]]:
@@ -183,7 +181,6 @@ class Account:
 
     @property
     def samples_per_s(self) -> float:
-        """Samples that count, by wall clock."""
         return self.samples / self.wall_s if self.wall_s > 0 else 0.0
 
     @property
@@ -241,10 +238,8 @@ class Accountant:
         self.readings: list[Reading] = []
 
     async def run(self) -> None:
-        """Until it is cancelled."""
         while True:
-            scheduler = self._scheduler()
-            if scheduler is not None:
+            for scheduler in self._network.running("scheduler"):
                 await self._read(scheduler)
             await trio.sleep(_READ_PAUSE_S)
 
@@ -266,9 +261,3 @@ class Accountant:
         # the newest failures are many, and nobody looks at those of a reading
         report = msgspec.structs.replace(snapshot.goodput, recoveries=())
         self.readings.append(Reading(trio.current_time(), scheduler.name, snapshot.round, report))
-
-    def _scheduler(self) -> Child | None:
-        for child in self._network.group.running:
-            if base(child.name) == "scheduler" and child.process.poll() is None:
-                return child
-        return None

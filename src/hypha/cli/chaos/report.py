@@ -103,7 +103,6 @@ class ChaosReport:
         return self.own is not None and self.own.adds_up and abs(difference or 0.0) <= TOLERANCE
 
     def to_json(self) -> dict[str, Any]:
-        """Of plain values."""
         return {
             "goodput": self.goodput,
             "survived": not self.failure,
@@ -131,7 +130,6 @@ class ChaosMeasurements:
 
 
 def judge(measured: ChaosMeasurements) -> ChaosReport:
-    """What it comes to."""
     stretches, applied, samples = measured.stretches, measured.applied, measured.samples
     failure, struck = measured.failure, measured.struck
     disturbed = [goodput(one, samples) for one in stretches[1:2]]
@@ -161,7 +159,6 @@ def judge(measured: ChaosMeasurements) -> ChaosReport:
 
 
 def show(console: Console, report: ChaosReport) -> None:
-    """The table of faults, then what it comes to."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("time", "role", "how", "node", "round", "next round after", "cost"):
         table.add_column(name, justify="left" if name in ("role", "how", "node") else "right", no_wrap=True)

@@ -56,8 +56,6 @@ _AGGREGATE = {"class": "aggregate", "name": "parameter-server"}
 
 @dataclass(frozen=True)
 class ChaosOptions:
-    """The options of the command line."""
-
     seconds: float
     workers: int
     interval_s: float

@@ -90,7 +90,6 @@ class Supervisor:
         self.ended: list[UnexpectedEnd] = []
 
     async def run(self) -> None:
-        """Until it is cancelled."""
         known: set[str] = set()
         async with trio.open_nursery() as nursery:
             while True:
@@ -124,7 +123,6 @@ class Striker:
         self._seen = JobSnapshot(name="")
 
     async def run(self, planned: Sequence[Planned]) -> None:
-        """Strike and heal, each at its time; what nobody could be found for is noted as skipped."""
         began = trio.current_time()
         async with trio.open_nursery() as nursery:
             for one in planned:
@@ -153,7 +151,9 @@ class Striker:
         self.tell(f"{trio.current_time() - began:6.1f} s  {one.how} {one.role} is skipped: {why}")
 
     async def _try(self, one: Planned) -> StruckNode:
-        scheduler = self._scheduler()
+        scheduler = next(iter(self.network.running("scheduler")), None)
+        if scheduler is None:
+            raise NetworkFailed("the scheduler is down")
         if one.role not in ("scheduler", "data", "gateway"):
             try:
                 self._seen = await self.network.status(scheduler)
@@ -165,12 +165,6 @@ class Striker:
         if one.how == "kill":
             self.supervisor.killed.update(fault.pids)
         return fault
-
-    def _scheduler(self) -> Child:
-        for child in self.network.group.running:
-            if base(child.name) == "scheduler" and child.process.poll() is None:
-                return child
-        raise NetworkFailed("the scheduler is down")
 
     async def _heal(self, fault: StruckNode, hold_s: float) -> None:
         if fault.how == "kill":

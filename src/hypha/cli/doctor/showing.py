@@ -20,7 +20,6 @@ _MBIT = 10**6 / 8
 
 
 def show(subject: Subject, observed: Observations, findings: Sequence[Finding]) -> None:
-    """What was looked at, one line a finding, and a sum of them."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
     for line in seen(subject, observed):
         console.print(shown(named(line)), soft_wrap=True)

@@ -185,7 +185,6 @@ class JobPage:
         self._secrets = secrets
 
     def observe(self, job: JobSnapshot) -> None:
-        """The job has come to this."""
         self._job = job
 
     def status(self) -> JobSnapshot:

@@ -86,7 +86,6 @@ def _read(path: Path) -> str:
 
 
 def job_panel(job: JobSnapshot) -> RenderableType:
-    """The short panel."""
     parts: list[RenderableType] = [headline(job), ProgressBar(total=max(job.rounds, 1), completed=job.round)]
     if job.message:
         parts.append(shown(named(job.message), "yellow" if job.state == "paused" else "dim"))
@@ -96,7 +95,6 @@ def job_panel(job: JobSnapshot) -> RenderableType:
 
 
 def status_panel(job: JobSnapshot) -> RenderableType:
-    """The long panel."""
     parts = [job_panel(job)]
     if job.held:
         parts.append(_leases(job))

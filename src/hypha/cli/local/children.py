@@ -36,8 +36,6 @@ class NetworkFailed(HyphaError):
 
 @dataclass
 class Child:
-    """A running process and its log."""
-
     name: str
     process: trio.Process | ForkedNode
     log: Path

@@ -66,11 +66,9 @@ class Lab:
         _run("ip", "-n", place, "route", "add", target, "via", via)
 
     def forwards(self, place: str) -> None:
-        """``place`` is a router."""
         _run("ip", "netns", "exec", place, "sysctl", "-qw", "net.ipv4.ip_forward=1")
 
     def rules(self, place: str, script: str) -> None:
-        """Load an ``nft`` script."""
         _run("ip", "netns", "exec", place, "nft", "-f", "-", feed=script)
 
     def packets(self, place: str, counter: str) -> int:

@@ -98,6 +98,11 @@ class Network:
         """That of nodes started later."""
         return self.group.environment
 
+    def running(self, role: str) -> list[Child]:
+        """Nodes of that role whose processes have not ended."""
+        alive = [child for child in self.group.running if child.process.poll() is None]
+        return [child for child in alive if self.roles.get(base(child.name)) == role]
+
     def identity(self, name: str, role: str) -> dict[str, str]:
         """The configuration keys of node ``name``'s identity, made when it is new."""
         directory = self.pki
@@ -106,7 +111,6 @@ class Network:
         return {f"{kind}_pem": str(directory / f"{name}-{kind}.pem") for kind in ("cert", "key", "trust")}
 
     def peer_id(self, name: str, role: str) -> str:
-        """The PeerID of node ``name``."""
         keys = self.identity(name, role)
         files = IdentityFiles(*(Path(keys[f"{kind}_pem"]) for kind in ("cert", "key", "trust")))
         return load_identity(files).peer_id
@@ -164,7 +168,6 @@ class Network:
         self.executor_host = path
 
     async def start(self, name: str, program: str, path: Path) -> Child:
-        """Run that configuration."""
         return await self.group.start(
             name,
             f"hypha.cli.{program}",
@@ -185,7 +188,6 @@ class Network:
         return await self.start(name, "gateway", self.write(name, "gateway", **planned))
 
     async def data(self, name: str, *datasets: Path, **keys: Any) -> Child:
-        """Start a data node that serves ``datasets``."""
         served = [{"path": str(path)} for path in datasets]
         return await self.start(name, "data", self.write(name, "data", datasets=served, **keys))
 

@@ -203,11 +203,9 @@ class ForkedNode:
                 signal.pidfd_send_signal(self._descriptor, number)
 
     def terminate(self) -> None:
-        """SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -282,7 +280,6 @@ class NodeHost:
 
 
 def main() -> int:
-    """The program; returns the exit code."""
     # Ctrl-C is for whoever asks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=os.dup(0)) as control:

@@ -197,7 +197,6 @@ class _Lateness:
         self.worst_s = 0.0
 
     async def watch(self) -> None:
-        """Until cancelled."""
         while True:
             due = trio.current_time() + 0.02
             await trio.sleep_until(due)

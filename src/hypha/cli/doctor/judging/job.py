@@ -67,7 +67,6 @@ def judge_job(job: JobConfig, parameters: int | None, gateways: tuple[Contact, .
 
 
 def judge_dataset(observed: DatasetObservations) -> Iterator[Finding]:
-    """All of it."""
     serving = [one for one in observed.providers if one.manifest_hash]
     if not observed.providers:
         if observed.near:
@@ -134,7 +133,6 @@ def _way(one: Provider, name: str) -> Iterator[Finding]:
 
 
 def judge_running(observed: Running) -> Iterator[Finding]:
-    """All of it."""
     for reason, share in observed.badput.items():
         if reason in _BADPUT and share > MUCH:
             check, words = _BADPUT[reason]
