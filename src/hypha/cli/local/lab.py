@@ -42,9 +42,9 @@ class Lab:
     def add(self, name: str) -> str:
         """A new namespace with nothing but loopback; its full name."""
         full = f"{self._tag}-{name}"
-        _run("ip", "netns", "add", full)
+        run("ip", "netns", "add", full)
         self._made.append(full)
-        _run("ip", "-n", full, "link", "set", "lo", "up")
+        run("ip", "-n", full, "link", "set", "lo", "up")
         return full
 
     def cable(self, one: str, one_address: str, other: str, other_address: str) -> None:
@@ -52,33 +52,20 @@ class Lab:
         ``to-`` and the other's name.
         """
         here, there = interface(other), interface(one)
-        _run("ip", "-n", one, "link", "add", here, "type", "veth", "peer", "name", there, "netns", other)
+        run("ip", "-n", one, "link", "add", here, "type", "veth", "peer", "name", there, "netns", other)
         for place, name, address in ((one, here, one_address), (other, there, other_address)):
-            _run("ip", "-n", place, "address", "add", address, "dev", name)
-            _run("ip", "-n", place, "link", "set", name, "up")
-
-    def address(self, place: str, cable_to: str, address: str) -> None:
-        """One more address at the end of a cable."""
-        _run("ip", "-n", place, "address", "add", address, "dev", interface(cable_to))
+            run("ip", "-n", place, "address", "add", address, "dev", name)
+            run("ip", "-n", place, "link", "set", name, "up")
 
     def route(self, place: str, target: str, via: str) -> None:
         """``target`` (``default``, ``10.77.1.0/24``) is reached by way of ``via``."""
-        _run("ip", "-n", place, "route", "add", target, "via", via)
+        run("ip", "-n", place, "route", "add", target, "via", via)
 
     def forwards(self, place: str) -> None:
-        _run("ip", "netns", "exec", place, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        run("ip", "netns", "exec", place, "sysctl", "-qw", "net.ipv4.ip_forward=1")
 
     def rules(self, place: str, script: str) -> None:
-        _run("ip", "netns", "exec", place, "nft", "-f", "-", feed=script)
-
-    def packets(self, place: str, counter: str) -> int:
-        """What the named counter of table ``inet hypha`` has counted."""
-        listed = _run("ip", "netns", "exec", place, "nft", "list", "counter", "inet", "hypha", counter)
-        return int(listed.split("packets")[1].split()[0])
-
-    def plug(self, place: str, cable_to: str, up: bool) -> None:
-        """Pull the cable out of ``place``, or put it back, with the routes that the kernel forgot."""
-        _run("ip", "-n", place, "link", "set", interface(cable_to), "up" if up else "down")
+        run("ip", "netns", "exec", place, "nft", "-f", "-", feed=script)
 
     def close(self) -> None:
         """Remove every namespace; whatever still runs in one keeps no name of ours."""
@@ -109,7 +96,7 @@ async def inside(place: str | None, work: Callable[[], T]) -> T:
     return await trio.to_thread.run_sync(run)
 
 
-def _run(*command: str, feed: str | None = None) -> str:
+def run(*command: str, feed: str | None = None) -> str:
     done = subprocess.run(command, input=feed, check=False, capture_output=True, text=True)
     if done.returncode:
         raise LabFailed(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -175,7 +162,7 @@ class Star:
         # else what the kernel takes for one packet has up to 64 kB, and no such packet passes a limit
         segments = "65535" if bytes_per_s is None else "1"
         for end, far in ((hub, place), (place, hub)):
-            _run("ip", "-n", end, "link", "set", "dev", interface(far), "gso_max_segs", segments)
+            run("ip", "-n", end, "link", "set", "dev", interface(far), "gso_max_segs", segments)
         rule = f"limit rate over {bytes_per_s} bytes/second burst {_BURST_BYTES} bytes drop"
         self._filter(name, "slow", rule if bytes_per_s is not None else None)
 

@@ -39,7 +39,7 @@ START_S = 60.0
 JOB_S = 240.0
 #: what :meth:`Network.status` raises of a scheduler that is not there, or is about to leave
 NO_ANSWER = (OSError, HTTPException)
-_LOOK_S = 0.02
+LOOK_S = 0.02
 #: the executor host among the network's processes
 HOST = "executor-host"
 #: outgoing connections have ports from 32768 on (net.ipv4.ip_local_port_range)
@@ -224,22 +224,11 @@ class Network:
             while True:
                 if key in child.look() or child.process.poll() is not None:
                     break
-                await trio.sleep(_LOOK_S)
+                await trio.sleep(LOOK_S)
         if key not in child.look():
             ended = "ended" if child.process.poll() is not None else f"ran for {timeout_s:g} s"
             raise NetworkFailed(f"{child.name} {ended} without logging {key}:\n{child.tail()}")
         return child.fields[key]
-
-    async def logged(self, child: Child, text: str, timeout_s: float = START_S) -> str:
-        """The first log line of ``child`` that holds ``text``, as soon as there is one."""
-        with trio.move_on_after(timeout_s):
-            while True:
-                lines = child.log.read_text(errors="replace").splitlines()
-                found = next((one for one in lines if text in one), None)
-                if found is not None:
-                    return found
-                await trio.sleep(_LOOK_S)
-        raise NetworkFailed(f"{child.name} has not logged {text!r} in {timeout_s:g} s:\n{child.tail()}")
 
     async def status(self, scheduler: Child) -> JobSnapshot:
         """The reply of the scheduler's /status. Raises one of ``NO_ANSWER`` when it does not answer."""
@@ -273,13 +262,6 @@ class Network:
                 await trio.sleep(0.05)
             raise NetworkFailed(f"the scheduler ended too early:\n{scheduler.tail()}")
         raise NetworkFailed(f"the job did not come that far within {timeout_s:g} s:\n{scheduler.tail()}")
-
-    async def ended(self, child: Child, timeout_s: float = JOB_S) -> int:
-        """Its exit code, once it has ended by itself."""
-        with trio.move_on_after(timeout_s):
-            return await child.process.wait()
-        others = "\n".join(f"{one.name}:\n{one.tail()}" for one in self.group.running)
-        raise NetworkFailed(f"{child.name} did not end within {timeout_s:g} s\n{others}")
 
     def heal(self) -> None:
         """Undo every fault that is not recovered from: what sleeps could not even be ended in order."""
