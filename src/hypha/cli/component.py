@@ -255,9 +255,6 @@ def validate_config(
     return loaded
 
 
-# --- init -------------------------------------------------------------------------------------------
-
-
 def write_config(
     program: Program, options: InitOptions, given: Mapping[str, Any], fill_in: Mapping[str, str]
 ) -> None:

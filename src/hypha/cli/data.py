@@ -11,7 +11,7 @@ import typer
 
 from hypha.cli import component as common
 from hypha.cli.options import CommonOptions, InitOptions, LogOptions, with_options
-from hypha.cli.running import run_program
+from hypha.cli.running import run_program, run_service
 from hypha.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -54,13 +54,9 @@ def run(
     """Serve datasets until SIGINT or SIGTERM."""
     served = next(iter(_datasets(dataset_path).items())) if dataset_path else ("dataset_path", None)
     loaded = common.load_to_run(PROGRAM, node, logs, ("--dataset-path", *served))
-    from hypha.cli.running import run_service
     from hypha.data import run_data
 
-    async def service() -> None:
-        await run_data(loaded)
-
-    raise typer.Exit(run_service("hypha-data", loaded, service))
+    raise typer.Exit(run_service("hypha-data", loaded, lambda: run_data(loaded)))
 
 
 @app.command()

@@ -26,11 +26,11 @@ from hypha.cli.job.status import headline, job_panel
 from hypha.cli.local.children import GRACE_S, Child, NetworkFailed
 from hypha.cli.local.network import HOST, NO_ANSWER, Network, open_network
 from hypha.cli.local.workplace import DATASET, clean_environment, open_directory, prepare_digits
-from hypha.cli.printing import shown
+from hypha.cli.printing import shown, write_summary
 from hypha.config.inherited import child_environment
 from hypha.errors import OutputError
 from hypha.scheduler.status.snapshot import JobSnapshot
-from hypha.staging import StagedDirectory, write_output
+from hypha.staging import StagedDirectory
 from hypha.worker.processes.keepers import Launch, OwnExecutor
 from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import SharedHost
@@ -60,14 +60,6 @@ class DemoOptions:
     open: bool = False
 
 
-@dataclass(frozen=True)
-class DemoOutcome:
-    accuracy: float
-    held_out: int
-    rounds: int
-    samples: int
-
-
 async def run_demo(options: DemoOptions) -> None:
     """Run it; raises HyphaError (NetworkFailed with the end of a log) when something fails."""
     began = trio.current_time()
@@ -76,13 +68,33 @@ async def run_demo(options: DemoOptions) -> None:
     with open_directory("demo", options.directory, options.keep) as root:
         async with open_network(Network, root, clean_environment(root)) as network:
             with show_on(console) as show:
-                outcome = await _train(network, options, show)
+                evaluated = await _train(network, options, show)
+            about = json.loads((root / "model" / "hypha.json").read_text())
             await trio.to_thread.run_sync(_hand_over, root / "model", options.output)
-    wall_s = trio.current_time() - began
-    _conclude(console, options, outcome, wall_s)
+    result = {
+        "test_accuracy": evaluated["accuracy"],
+        "rounds": about["rounds"],
+        "samples": about["samples"],
+        "wall_s": round(trio.current_time() - began, 2),
+        "workers": options.workers,
+        "model": str(options.output.absolute()),
+    }
+    if options.summary is not None:
+        write_summary(options.summary, result)
+    lines = [
+        "",
+        f"Accuracy on {evaluated['samples']} held-out digits: {evaluated['accuracy']:.1%}",
+        "{rounds} rounds, {samples} samples, {workers} workers, {wall_s:.1f} s".format_map(result),
+        f"The trained model is in {options.output}. To load it:",
+        "",
+        *(f"    {line}".rstrip() for line in SNIPPET.format(model=str(options.output)).splitlines()),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-async def _train(network: Network, options: DemoOptions, show: Show) -> DemoOutcome:
+async def _train(network: Network, options: DemoOptions, show: Show) -> dict[str, Any]:
+    """What the evaluation of the model says."""
     root, group = network.root, network.group
     workers = [f"worker-{number + 1}" for number in range(options.workers)]
     # first of all: it imports while everything else is made
@@ -102,9 +114,7 @@ async def _train(network: Network, options: DemoOptions, show: Show) -> DemoOutc
     await _follow(await network.scheduler(_job(root, options)), network, show, options.open)
     await group.stop([child for child in group.running if child.name != HOST])
     show.stage("Evaluating the exported model on held-out digits")
-    result = await _evaluate(network)
-    about = json.loads((root / "model" / "hypha.json").read_text())
-    return DemoOutcome(result["accuracy"], result["samples"], about["rounds"], about["samples"])
+    return await _evaluate(network)
 
 
 def _job(root: Path, options: DemoOptions) -> dict[str, Any]:
@@ -187,32 +197,6 @@ def _hand_over(model: Path, output: Path) -> None:
             staged.publish()
     except OSError as exc:
         raise OutputError(f"{output} cannot be written: {exc}") from exc
-
-
-def _conclude(console: Console, options: DemoOptions, outcome: DemoOutcome, wall_s: float) -> None:
-    result = {
-        "test_accuracy": outcome.accuracy,
-        "rounds": outcome.rounds,
-        "samples": outcome.samples,
-        "wall_s": round(wall_s, 2),
-        "workers": options.workers,
-        "model": str(options.output.absolute()),
-    }
-    if options.summary is not None:
-        try:
-            write_output(options.summary, json.dumps(result, indent=2) + "\n")
-        except OSError as exc:
-            raise OutputError(f"{options.summary} cannot be written: {exc.strerror}") from exc
-    lines = [
-        "",
-        f"Accuracy on {outcome.held_out} held-out digits: {outcome.accuracy:.1%}",
-        f"{outcome.rounds} rounds, {outcome.samples} samples, {options.workers} workers, {wall_s:.1f} s",
-        f"The trained model is in {options.output}. To load it:",
-        "",
-        *(f"    {line}".rstrip() for line in SNIPPET.format(model=str(options.output)).splitlines()),
-    ]
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Show:

@@ -8,7 +8,7 @@ import typer
 
 from hypha.cli import component as common
 from hypha.cli.options import CommonOptions, InitOptions, LogOptions, with_options
-from hypha.cli.running import run_program
+from hypha.cli.running import run_program, run_service
 
 PROGRAM = common.Program("gateway", "The entry point of a Hypha network; relays for nodes behind NAT.")
 app = common.make_app(PROGRAM)
@@ -39,13 +39,9 @@ def run(
 ) -> None:
     """Run until SIGINT or SIGTERM."""
     loaded = common.load_to_run(PROGRAM, node, logs, ("--max-circuits", "max_circuits", max_circuits))
-    from hypha.cli.running import run_service
     from hypha.gateway import run_gateway
 
-    async def service() -> None:
-        await run_gateway(loaded)
-
-    raise typer.Exit(run_service("hypha-gateway", loaded, service))
+    raise typer.Exit(run_service("hypha-gateway", loaded, lambda: run_gateway(loaded)))
 
 
 def main() -> None:

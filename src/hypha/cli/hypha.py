@@ -57,10 +57,7 @@ def demo(
 
     options = DemoOptions(workers, rounds, output, summary, directory, keep, open_)
 
-    async def service() -> None:
-        await run_demo(options)
-
-    raise typer.Exit(run_until_signal(service, stop_s=None, hangup=True))
+    raise typer.Exit(run_until_signal(lambda: run_demo(options), stop_s=None, hangup=True))
 
 
 @app.command()

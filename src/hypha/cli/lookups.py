@@ -207,8 +207,12 @@ async def _find_peer(node: Libp2pNode, config: NodeConfig, peer: str) -> list[Fo
 
 async def _try(node: Libp2pNode, found: FoundPeer, timeout_s: float) -> FoundPeer:
     """Connect with it, and note what its certificate says, and by which way it was reached."""
+
+    def not_reached(problem: str) -> FoundPeer:
+        return msgspec.structs.replace(found, problem=problem)
+
     if found.peer == node.peer_id:
-        return msgspec.structs.replace(found, problem="it has the very certificate that this asks with")
+        return not_reached("it has the very certificate that this asks with")
     try:
         with trio.fail_after(timeout_s):
             relayed = tuple(f"{gateway}/p2p-circuit/p2p/{found.peer}" for gateway in _ways(node))
@@ -216,15 +220,13 @@ async def _try(node: Libp2pNode, found: FoundPeer, timeout_s: float) -> FoundPee
             await node.connect(found.peer)
             _, took_s, of_it = await ask_health(node, found.peer, timeout_s)
     except trio.TooSlowError:
-        return msgspec.structs.replace(
-            found, problem=f"it cannot be reached from here within {timeout_s:g} s"
-        )
+        return not_reached(f"it cannot be reached from here within {timeout_s:g} s")
     except PeerUnreachable as exc:
-        return msgspec.structs.replace(found, problem=f"it cannot be reached from here: {exc}")
+        return not_reached(f"it cannot be reached from here: {exc}")
     except NetworkError as exc:
-        return msgspec.structs.replace(found, problem=f"it answers no question: {exc}")
+        return not_reached(f"it answers no question: {exc}")
     if of_it is None:
-        return msgspec.structs.replace(found, problem="it hung up")
+        return not_reached("it hung up")
     way = "directly" if of_it.kind == "direct" else "through a relay"
     return msgspec.structs.replace(
         found,

@@ -1,16 +1,20 @@
-"""What commands print: tables, JSON, and text that peers may have written."""
+"""What commands print, and write where they are told to: tables, JSON, text that peers may have written."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hypha.errors import OutputError
 from hypha.naming import legible
+from hypha.staging import write_output
 
 
 def shown(text: str, style: str = "") -> Text:
@@ -40,3 +44,15 @@ def print_table(table: Table) -> None:
 
 def print_json(value: object) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that somebody has asked for. Raises OutputError."""
+    try:
+        write_output(path, text)
+    except OSError as exc:
+        raise OutputError(f"{path} cannot be written: {exc.strerror}") from exc
+
+
+def write_summary(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")

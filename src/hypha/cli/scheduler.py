@@ -18,7 +18,7 @@ from hypha.cli.options import (
     SetOption,
     with_options,
 )
-from hypha.cli.running import run_program
+from hypha.cli.running import run_program, run_service
 from hypha.config.tasks import task_of, unknown_task
 from hypha.decoding import decode
 from hypha.errors import Undecodable
@@ -159,7 +159,6 @@ def run(
         ("--no-check", f"{job}.check", "none" if no_check else None),
     )
     from hypha.cli.job.scheduling import run_scheduler
-    from hypha.cli.running import run_service
     from hypha.scheduler import finished_job
 
     if loaded.log_format == "auto" and sys.stdout.isatty():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from hypha.cli import component as common
 from hypha.cli.options import CommonOptions, ConfigOption, InitOptions, LogOptions, with_options
-from hypha.cli.running import run_program
+from hypha.cli.running import STOP_S, run_program, run_service
 from hypha.errors import HyphaError
 
 if TYPE_CHECKING:
@@ -95,14 +96,11 @@ def run(
 ) -> None:
     """Run until SIGINT or SIGTERM."""
     loaded = common.load_to_run(PROGRAM, node, logs, ("--work-dir", "work_dir", work_dir))
-    from hypha.cli.running import STOP_S, run_service
     from hypha.telemetry.running import emit_spans
     from hypha.worker import run_worker
 
-    async def service() -> None:
-        await run_worker(loaded, emit_spans=emit_spans(), alone=True)
-
     # a notice of the machine's end leaves more time, and what was trained is handed over in it
+    service = partial(run_worker, loaded, emit_spans=emit_spans(), alone=True)
     stop_s = STOP_S + (loaded.preemption.notice_s or 0.0)
     raise typer.Exit(run_service("hypha-worker", loaded, service, stop_s))
 

@@ -13,7 +13,7 @@ from tests.support.network import Pki
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.checks import Finding
-from hypha.cli.doctor.gathering.files import gather_identity
+from hypha.cli.doctor.gathering.machine import gather_identity
 from hypha.cli.doctor.judging.machine import judge_identity
 from hypha.pki.authority import revoke
 from hypha.pki.identity import IdentityFiles

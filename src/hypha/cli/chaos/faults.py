@@ -179,18 +179,13 @@ def _pipes(pid: int) -> set[str]:
 
 def _processes(node: Child, role: Role, how: How) -> tuple[int, ...]:
     """What a signal goes to: an executor, or a node's own process; a freeze takes its children along."""
-    pids = (
-        tuple(executors(node, "parameter_server" if role.startswith("parameter") else "training"))
-        if role.endswith("executor")
-        else (node.process.pid,)
-    )
-    if not pids:
+    if not role.endswith("executor"):
+        return (node.process.pid,) if how == "kill" else tuple(one.pid for one in processes(node))
+    tops = executors(node, "parameter_server" if role.startswith("parameter") else "training")
+    if not tops:
         raise NetworkFailed(f"{node.name} runs no {role}")
-    if how == "kill":
-        return pids
-    if role.endswith("executor"):
-        return tuple(pid for top in pids for pid in _tree(top))
-    return tuple(one.pid for one in processes(node))
+    below = () if how == "kill" else (psutil.Process(top).children(recursive=True) for top in tops)
+    return (*tops, *(child.pid for children in below for child in children))
 
 
 def _wound(network: Network, role: Role, how: How, node: Child) -> Callable[[], None]:
@@ -215,10 +210,6 @@ def send_signal(pids: tuple[int, ...], number: signal.Signals) -> None:
         # what froze with its worker may have ended with it
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(pid).send_signal(number)
-
-
-def _tree(pid: int) -> list[int]:
-    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
 def corrupt(network: Network, role: str, name: str) -> Callable[[], None]:

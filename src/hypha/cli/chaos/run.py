@@ -7,7 +7,6 @@ would; nothing else is done to the job.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -25,8 +24,8 @@ from hypha.cli.chaos.striking import Planned, Striker, Supervisor, plan
 from hypha.cli.local import lab
 from hypha.cli.local.network import Network, NetworkFailed, open_network
 from hypha.cli.local.workplace import DATASET, clean_environment, open_directory, prepare_digits
-from hypha.errors import ConfigError, OutputError, Problem
-from hypha.staging import write_output
+from hypha.cli.printing import write_summary
+from hypha.errors import ConfigError, Problem
 
 JOB = "chaos"
 #: Nobody counts them: the time decides. More than any run has.
@@ -96,10 +95,7 @@ async def run_chaos(options: ChaosOptions) -> ChaosReport:
         report = await _course(console, network, options, hows)
     show(console, report)
     if options.summary is not None:
-        try:
-            write_output(options.summary, json.dumps(report.to_json(), indent=1) + "\n")
-        except OSError as exc:
-            raise OutputError(f"{options.summary} cannot be written: {exc.strerror}") from exc
+        write_summary(options.summary, report.to_json())
     return report
 
 

@@ -70,8 +70,8 @@ def seen(subject: Subject, observed: Observations) -> Iterator[str]:
         for provider in serving:
             if provider.rate is not None:
                 size = f"{provider.largest_slice / 1e6:.2g} MB"
-                who = provider.name or provider.peer
-                yield f"slices of up to {size} come from {who} with {_mbit(provider.rate)} at least"
+                rate = _mbit(provider.rate)
+                yield f"slices of up to {size} come from {provider.called} with {rate} at least"
 
 
 def _mbit(rate: float) -> str:

@@ -16,13 +16,11 @@ from hypha.cli.doctor.gathered import (
     ServiceObservations,
 )
 from hypha.cli.doctor.gathering import Gathering
-from hypha.cli.doctor.gathering.files import gather_identity, gather_served, parameters_of
-from hypha.cli.doctor.gathering.machine import gather_machine
+from hypha.cli.doctor.gathering.machine import gather_identity, gather_machine, gather_served, parameters_of
 from hypha.cli.doctor.gathering.network import gather_network
-from hypha.cli.doctor.judging.job import judge_dataset, judge_job, judge_running, judge_served
+from hypha.cli.doctor.judging.job import judge_dataset, judge_job, judge_offers, judge_running, judge_served
 from hypha.cli.doctor.judging.machine import judge_identity, judge_machine, judge_versions
 from hypha.cli.doctor.judging.network import judge_network
-from hypha.cli.doctor.judging.offers import judge_offers
 from hypha.cli.doctor.subject import Subject
 from hypha.config.job import DatasetRef
 from hypha.config.models import DataConfig, WorkerConfig

@@ -187,9 +187,6 @@ def _short(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-# --- how each machine is made anew ------------------------------------------------------------------------
-
-
 def _rounds(raw: Any, _: float) -> _Machine:
     began = msgspec.convert(raw, events.GenerationBegan)
     journal, tracker = Journal(), SliceTracker.from_state(began.tracker)

@@ -168,30 +168,21 @@ def _workers(job: JobSnapshot) -> Table:
             str(worker.samples),
             f"{worker.loss:.4f}" if worker.loss is not None else "-",
         )
-    if len(job.workers) > MAX_ROWS:
-        add_row(table, f"and {len(job.workers) - MAX_ROWS} more", *[""] * 8)
-    return table
+    return _cut(table, len(job.workers))
 
 
 def _leases(job: JobSnapshot) -> Table:
     table = table_of("lease", "worker", "version", "for", "hardware", right=("price", "expires in"))
     for lease in job.held[:MAX_ROWS]:
-        amounts = (
-            (lease.cpu, "cores"),
-            (lease.memory, "GB"),
-            (lease.gpu, "GB of GPU"),
-            (lease.storage, "GB of disk"),
-        )
-        hardware = ", ".join(f"{amount:g} {unit}" for amount, unit in amounts if amount)
+        units = {"cores": lease.cpu, "GB": lease.memory, "GB of GPU": lease.gpu, "GB of disk": lease.storage}
+        hardware = ", ".join(f"{amount:g} {unit}" for unit, amount in units.items() if amount)
         ends = f"{lease.expires_in_s:.0f} s" + (", unreachable" if lease.suspected else "")
         if lease.leaves_in_s is not None:
             ends = f"{lease.leaves_in_s:.0f} s, its worker leaves"
         purpose = "training" if lease.kind == "train" else "server"
         worker, version = node(lease.peer, lease.name), lease.version or "not stated"
         add_row(table, lease.lease[:8], worker, version, purpose, hardware, f"{lease.price:g}", ends)
-    if len(job.held) > MAX_ROWS:
-        add_row(table, f"and {len(job.held) - MAX_ROWS} more", *[""] * 6)
-    return table
+    return _cut(table, len(job.held))
 
 
 def _connections(job: JobSnapshot) -> Table:
@@ -199,8 +190,12 @@ def _connections(job: JobSnapshot) -> Table:
     for one in job.connections[:MAX_ROWS]:
         trip = "-" if one.round_trip_s is None else f"{one.round_trip_s * 1000:.1f} ms"
         add_row(table, node(one.peer, one.name), ", ".join(one.roles) or "any", one.kind, trip)
-    if len(job.connections) > MAX_ROWS:
-        add_row(table, f"and {len(job.connections) - MAX_ROWS} more", "", "", "")
+    return _cut(table, len(job.connections))
+
+
+def _cut(table: Table, rows: int) -> Table:
+    if rows > MAX_ROWS:
+        add_row(table, f"and {rows - MAX_ROWS} more")
     return table
 
 

@@ -162,7 +162,7 @@ def judge_versions(own: dict[str, str], contacts: tuple[Contact, ...]) -> Iterat
                 "hypha", contact.packages.get("hypha", own.get("hypha", ""))
             )
             yield checks.VERSIONS_DIFFER.found(
-                f"{contact.name or contact.address} runs with {', '.join(differing)}",
+                f"{contact.called} runs with {', '.join(differing)}",
                 severity="warning" if hypha else "note",
             )
 
