@@ -22,12 +22,12 @@ import typer
 from hypha.cli.options import (
     DEFAULT_CONFIG,
     CertOption,
-    CommonOptions,
     ConfigOption,
     CrlsOption,
     InitOptions,
     KeyOption,
     LogOptions,
+    NetworkOptions,
     SetOption,
     TrustOption,
 )
@@ -137,17 +137,6 @@ def settings(program: Program, pairs: Iterable[str] | None) -> list[Flag]:
     return [parse_setting(program.model, pair) for pair in pairs or ()]
 
 
-def flags(*given: tuple[str, str, Any]) -> list[Flag]:
-    """Flags (name, key, value) of those that were given."""
-    from hypha.config.reading.loading import Flag
-
-    return [
-        Flag(name, key, str(value) if isinstance(value, Path) else value)
-        for name, key, value in given
-        if value is not None and value != []
-    ]
-
-
 def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
     """The component's configuration, its identity files checked too. Raises ConfigError."""
     from hypha.config.environment import process_environment
@@ -171,11 +160,19 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
         raise
 
 
-def load_to_run(program: Program, node: CommonOptions, logs: LogOptions, *own: tuple[str, str, Any]) -> Any:
-    """As :func:`load`, with what was given to ``run``: the options of all components, and ``own`` ones as
-    :func:`flags` takes them.
+def load_to_run(
+    program: Program,
+    config: Path | None,
+    node: NetworkOptions,
+    logs: LogOptions,
+    *own: tuple[str, str, Any],
+) -> Any:
+    """As :func:`load`, with what was given to ``run``: the options of all components, and ``own`` ones, each
+    with its name, key and value.
     """
-    given = flags(
+    from hypha.config.reading.loading import Flag
+
+    given = (
         ("--gateway", "gateway_addresses", node.gateway),
         ("--listen", "listen_addresses", node.listen),
         ("--external", "external_addresses", node.external),
@@ -185,7 +182,12 @@ def load_to_run(program: Program, node: CommonOptions, logs: LogOptions, *own: t
         ("--log-level", "log_level", logs.log_level),
         ("--log-format", "log_format", logs.log_format),
     )
-    return load(program, node.config, [*given, *settings(program, logs.set_)])
+    flags = [
+        Flag(name, key, str(value) if isinstance(value, Path) else value)
+        for name, key, value in given
+        if value is not None and value != []
+    ]
+    return load(program, config, [*flags, *settings(program, logs.set_)])
 
 
 def _check_executors(loaded: NodeConfig) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import CommonOptions, InitOptions, LogOptions, with_options
+from hypha.cli.options import ConfigOption, InitOptions, LogOptions, NetworkOptions, with_options
 from hypha.cli.running import run_program, run_service
 from hypha.errors import ConfigError, DataError, Problem
 
@@ -46,14 +46,15 @@ def init(
 @app.command()
 @with_options
 def run(
-    node: CommonOptions,
+    config: ConfigOption = None,
     *,
+    node: NetworkOptions,
     dataset_path: DatasetPathOption = None,
     logs: LogOptions,
 ) -> None:
     """Serve datasets until SIGINT or SIGTERM."""
     served = next(iter(_datasets(dataset_path).items())) if dataset_path else ("dataset_path", None)
-    loaded = common.load_to_run(PROGRAM, node, logs, ("--dataset-path", *served))
+    loaded = common.load_to_run(PROGRAM, config, node, logs, ("--dataset-path", *served))
     from hypha.data import run_data
 
     raise typer.Exit(run_service("hypha-data", loaded, lambda: run_data(loaded)))

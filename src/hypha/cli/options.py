@@ -24,21 +24,6 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any key: KEY=VALUE, such as resources.memory=4. May be repeated."),
 ]
-GatewayOption = Annotated[
-    list[str] | None, typer.Option("--gateway", help="A gateway's multiaddr. May be repeated.")
-]
-ListenOption = Annotated[
-    list[str] | None, typer.Option("--listen", help="Multiaddr to listen on. May be repeated.")
-]
-ExternalOption = Annotated[
-    list[str] | None, typer.Option("--external", help="Multiaddr where others dial this node.")
-]
-ExcludeOption = Annotated[
-    list[str] | None, typer.Option("--exclude-cidr", help="Network never to dial. May be repeated.")
-]
-HttpOption = Annotated[
-    str | None, typer.Option("--http", help="host:port for local HTTP: /health, and /status where there is.")
-]
 CertOption = Annotated[Path | None, typer.Option("--cert", help="This node's certificate.")]
 KeyOption = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
 TrustOption = Annotated[Path | None, typer.Option("--trust", help="The CAs to trust.")]
@@ -46,7 +31,29 @@ CrlsOption = Annotated[Path | None, typer.Option("--crls", help="Revocation list
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitOptions:
+class NetworkOptions:
+    """A node's place in the network."""
+
+    gateway: Annotated[
+        list[str] | None, typer.Option("--gateway", help="A gateway's multiaddr. May be repeated.")
+    ] = None
+    listen: Annotated[
+        list[str] | None, typer.Option("--listen", help="Multiaddr to listen on. May be repeated.")
+    ] = None
+    external: Annotated[
+        list[str] | None, typer.Option("--external", help="Multiaddr where others dial this node.")
+    ] = None
+    exclude_cidr: Annotated[
+        list[str] | None, typer.Option("--exclude-cidr", help="Network never to dial. May be repeated.")
+    ] = None
+    http: Annotated[
+        str | None,
+        typer.Option("--http", help="host:port for local HTTP: /health, and /status where there is."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions(NetworkOptions):
     """What ``init`` writes for every component, and where."""
 
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = DEFAULT_CONFIG
@@ -55,10 +62,6 @@ class InitOptions:
         typer.Option("--name", "-n", help="Node name: certificates are <name>-cert.pem and so on."),
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False
-    gateway: GatewayOption = None
-    listen: ListenOption = None
-    external: ExternalOption = None
-    exclude_cidr: ExcludeOption = None
     allow_cidr: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,7 +69,6 @@ class InitOptions:
             help="Network to take out of the default exclude_cidr, such as 10.0.0.0/8. May be repeated.",
         ),
     ] = None
-    http: HttpOption = None
     pki: Annotated[
         Path,
         typer.Option("--pki", help="Directory with <name>-cert.pem, <name>-key.pem and <name>-trust.pem."),
@@ -75,18 +77,6 @@ class InitOptions:
     key: KeyOption = None
     trust: TrustOption = None
     crls: CrlsOption = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommonOptions:
-    """The configuration with which ``run`` starts a node, and what it overrides of its network."""
-
-    config: ConfigOption = None
-    gateway: GatewayOption = None
-    listen: ListenOption = None
-    external: ExternalOption = None
-    exclude_cidr: ExcludeOption = None
-    http: HttpOption = None
 
 
 @dataclass(frozen=True, kw_only=True)

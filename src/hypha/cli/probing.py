@@ -18,7 +18,7 @@ from hypha.errors import ConfigError, NetworkError, PeerUnreachable
 from hypha.features import kind_of, missing_services, printable, services_in_words, stated
 from hypha.messages import HealthReport, PeerRef
 from hypha.naming import shown as named_peer
-from hypha.net import Libp2pNode, NodeOptions
+from hypha.net import ConnectionInfo, Libp2pNode, NodeOptions
 from hypha.net.peers.addresses import parse
 from hypha.net.peers.reasons import root_of
 from hypha.pki.identity import Identity
@@ -29,14 +29,12 @@ _PAUSE_S = 0.25
 
 @dataclass(frozen=True)
 class Found:
-    """What is at an address: ``name``, ``organization`` and ``roles`` are those of its certificate, and an
-    answer took ``round_trip_s`` seconds.
+    """What is at an address. An answer took ``round_trip_s`` seconds; ``connection`` has what its certificate
+    says.
     """
 
     report: HealthReport
-    name: str = ""
-    organization: str = ""
-    roles: frozenset[str] = frozenset()
+    connection: ConnectionInfo | None = None
     round_trip_s: float = 0.0
 
 
@@ -63,13 +61,10 @@ def probe_node(address: str, identity: Identity, timeout_s: float) -> int:
             )
         node.learn(PeerRef(peer=peer, addresses=(address,)))
         await node.connect(peer)
-        report, took_s, of_it = await ask_health(node, peer, timeout_s)
+        report, took_s, connection = await ask_health(node, peer, timeout_s)
         if not isinstance(report, HealthReport):
             raise NetworkError(f"{address} answered a health check with {type(report).__name__}")
-        if of_it is None:
-            found.append(Found(report, round_trip_s=took_s))
-        else:
-            found.append(Found(report, of_it.name, of_it.organization, of_it.roles, took_s))
+        found.append(Found(report, connection, took_s))
 
     as_guest(options, timeout_s, address, "its health check", ask)
     show_report(address, found[0])
@@ -90,12 +85,12 @@ async def _who_is_at(node: Libp2pNode, address: str, deadline: float) -> str:
 
 def summary(found: Found) -> str:
     """``gateway gw-1 (...wTqXNUgL) of Example, hypha-gateway 1.0, round trip 3.1 ms: healthy``."""
-    report = found.report
-    roles = " and ".join(sorted(found.roles)) or "node of any role"
-    organization = f" of {found.organization}" if found.organization else ""
+    report, of_it = found.report, found.connection
+    roles = " and ".join(sorted(of_it.roles) if of_it else ()) or "node of any role"
+    organization = f" of {of_it.organization}" if of_it and of_it.organization else ""
     version = f"{report.component} {report.version}".strip()
     health = "healthy" if report.healthy else "NOT HEALTHY"
-    who = named_peer(report.peer, found.name)
+    who = named_peer(report.peer, of_it.name if of_it else "")
     return f"{roles} {who}{organization}, {version}, round trip {found.round_trip_s * 1000:.1f} ms: {health}"
 
 

@@ -11,10 +11,10 @@ import typer
 
 from hypha.cli import component as common
 from hypha.cli.options import (
-    CommonOptions,
     ConfigOption,
     InitOptions,
     LogOptions,
+    NetworkOptions,
     SetOption,
     with_options,
 )
@@ -125,8 +125,9 @@ def _place(text: str) -> str | Path:
 @app.command()
 @with_options
 def run(
-    node: CommonOptions,
+    config: ConfigOption = None,
     *,
+    node: NetworkOptions,
     state_dir: StateDirOption = None,
     save_to: SaveToOption = None,
     rounds: RoundsOption = None,
@@ -149,6 +150,7 @@ def run(
     job = "scheduler.job"
     loaded = common.load_to_run(
         PROGRAM,
+        config,
         node,
         logs,
         ("--state-dir", "state_dir", state_dir),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import CommonOptions, ConfigOption, InitOptions, LogOptions, with_options
+from hypha.cli.options import ConfigOption, InitOptions, LogOptions, NetworkOptions, with_options
 from hypha.cli.running import STOP_S, run_program, run_service
 from hypha.errors import HyphaError
 
@@ -89,13 +89,14 @@ def init(
 @app.command()
 @with_options
 def run(
-    node: CommonOptions,
+    config: ConfigOption = None,
     *,
+    node: NetworkOptions,
     work_dir: WorkDirOption = None,
     logs: LogOptions,
 ) -> None:
     """Run until SIGINT or SIGTERM."""
-    loaded = common.load_to_run(PROGRAM, node, logs, ("--work-dir", "work_dir", work_dir))
+    loaded = common.load_to_run(PROGRAM, config, node, logs, ("--work-dir", "work_dir", work_dir))
     from hypha.telemetry.running import emit_spans
     from hypha.worker import run_worker
 
