@@ -62,9 +62,7 @@ def as_guest(
     what: str,
     ask: Callable[[Libp2pNode], Awaitable[None]],
 ) -> None:
-    """Have ``ask`` use a node of ``options``; ``what`` it wants of ``asked`` is told where time is over.
-    Raises NetworkError.
-    """
+    """Have ``ask`` use a node of ``options``. Raises NetworkError: in time it wants ``what`` of ``asked``."""
     from hypha.config.reading.log_filter import parse_filter
     from hypha.net import open_node
     from hypha.telemetry.logs import configure_logging
@@ -90,9 +88,7 @@ def as_guest(
 async def ask_health(
     node: Libp2pNode, peer: str, timeout_s: float
 ) -> tuple[Response, float, ConnectionInfo | None]:
-    """What a connected ``peer`` answers, after how many seconds, and the connection with it, if there still
-    is one. Raises NetworkError.
-    """
+    """What a connected ``peer`` answers, after how many seconds, and the connection. Raises NetworkError."""
     asked = trio.current_time()
     answer = await node.request(peer, Health(), timeout_s)
     took_s = trio.current_time() - asked

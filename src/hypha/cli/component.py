@@ -167,9 +167,7 @@ def load_to_run(
     logs: LogOptions,
     *own: tuple[str, str, Any],
 ) -> Any:
-    """As :func:`load`, with what was given to ``run``: the options of all components, and ``own`` ones, each
-    with its name, key and value.
-    """
+    """As :func:`load`, with what was given to ``run``: its name, its key and its value."""
     from hypha.config.reading.loading import Flag
 
     given = (
@@ -242,9 +240,7 @@ def validate_config(
     given: Sequence[Flag],
     describe: Callable[[Any], Iterable[str]] = lambda _: (),
 ) -> Any:
-    """Print OK, what ``describe`` says of it and what is advised, and return the configuration, or raise
-    ConfigError.
-    """
+    """Print OK, what ``describe`` says of it and what is advised. Raises ConfigError."""
     from hypha.config.advice import advice
 
     loaded = load(program, config, given)

@@ -155,9 +155,7 @@ async def _evaluate(network: Network) -> dict[str, Any]:
 
 
 async def _follow(scheduler: Child, network: Network, show: Show, browse: bool) -> None:
-    """Show the job's progress and the address of its page until the scheduler is done. Raises NetworkFailed
-    when it fails.
-    """
+    """Show progress and the page's address until the scheduler is done. Raises NetworkFailed."""
     url = ""
     async with trio.open_nursery() as nursery:
         while (code := scheduler.process.poll()) is None:

@@ -156,9 +156,7 @@ def _as_guest(
 
 
 async def _each_gateway(node: Libp2pNode, config: NodeConfig, request: ListPeers) -> dict[str, PeerList]:
-    """The answer of each gateway, by its PeerID; of one that cannot be reached, standard error tells.
-    Raises NetworkError when none answers.
-    """
+    """The answers by PeerID; of who cannot be reached stderr tells. Raises NetworkError without any."""
     from hypha.net.peers.addresses import parse
 
     found: dict[str, PeerList] = {}

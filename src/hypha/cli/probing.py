@@ -29,9 +29,7 @@ _PAUSE_S = 0.25
 
 @dataclass(frozen=True)
 class Found:
-    """What is at an address. An answer took ``round_trip_s`` seconds; ``connection`` has what its certificate
-    says.
-    """
+    """What is at an address, by its answer and by its certificate, as the ``connection`` has it."""
 
     report: HealthReport
     connection: ConnectionInfo | None = None

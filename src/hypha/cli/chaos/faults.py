@@ -128,9 +128,7 @@ def workers_of(network: Network, peers: Collection[str]) -> list[Child]:
 
 
 def executors(node: Child, module: str) -> list[int]:
-    """PIDs of the executors of ``hypha.executor.<module>`` that this worker runs; neither their keepers, nor
-    what they have forked.
-    """
+    """PIDs of the executors of that module which this worker runs, not of their keepers or forks."""
     found = []
     for keeper in _keepers(node):
         for process in keeper.children():
@@ -152,9 +150,7 @@ def processes(node: Child) -> list[psutil.Process]:
 
 
 def _keepers(node: Child) -> list[psutil.Process]:
-    """Keepers of executors whose lifelines this worker holds. They need not be its children: an executor host
-    forks them too.
-    """
+    """Keepers whose lifelines this worker holds: not all its children, an executor host forks them too."""
     held = _pipes(node.process.pid)
     found = []
     for process in psutil.process_iter():
@@ -264,9 +260,7 @@ def _checkpoints(config: dict[str, object]) -> list[Path]:
 
 
 def fill_disk(network: Network, name: str) -> Callable[[], None]:
-    """Leave no byte free where node ``name`` works, which must be a file system of its own. Returns what
-    makes room again.
-    """
+    """Leave no byte free where node ``name`` works, a small disk. Returns what makes room again."""
     config = network.config(name)
     directory = Path(config.get("work_dir") or config.get("state_dir") or network.root / name)
     if directory not in network.disks:

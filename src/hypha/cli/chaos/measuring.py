@@ -47,9 +47,7 @@ class RoundSpan:
 
 
 def goodput(stretch: RoundSpan, samples: Mapping[int, int]) -> float:
-    """Samples a second. ``samples`` are those of the rounds that count, by round; a round that is not in it
-    adds nothing.
-    """
+    """Samples a second, of the rounds that count: ``samples``, by round."""
     counted = sum(samples.get(number, 0) for number in range(stretch.first, stretch.stop))
     return counted / stretch.wall_s if stretch.wall_s > 0 else 0.0
 
@@ -191,9 +189,7 @@ class Account:
 
 
 def account(readings: Sequence[Reading], stretch: RoundSpan) -> Account | None:
-    """Of ``stretch``, from the first reading after its beginning to the first after its end. None without
-    readings on both sides.
-    """
+    """From the first reading after its beginning to the first after its end. None where there is none."""
     begin = _after(readings, stretch.began, stretch.first)
     end = _after(readings, stretch.ended, stretch.stop)
     if begin is None or end is None or end.at <= begin.at:

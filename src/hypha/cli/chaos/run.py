@@ -181,9 +181,7 @@ async def _next(ledger: LedgerFollower) -> Applied:
 
 
 async def _start(network: Network, workers: int, small_disks: bool) -> None:
-    """Two linked gateways, two data nodes with files of their own, workers, a node for the parameter server
-    and a spare for either part, and the scheduler.
-    """
+    """Of gateways and data nodes two; a node for the parameter server alone, and a spare for either part."""
     root = network.root
     await network.start_host()
     await prepare_digits(root, network.group, _COPIES)

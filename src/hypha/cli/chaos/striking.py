@@ -53,9 +53,7 @@ class Planned:
 
 
 def plan(seed: int, seconds: float, interval_s: float, hows: Sequence[How]) -> list[Planned]:
-    """Faults for ``seconds``, each role in each way before any comes again. The last one leaves an interval
-    to recover in.
-    """
+    """Each role in each way before any comes again. The last one leaves an interval to recover in."""
     rng = random.Random(seed)
     pairs = _deck(rng, hows)
     planned = []

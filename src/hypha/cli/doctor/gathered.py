@@ -49,9 +49,7 @@ class Accelerators:
 
 @dataclass(frozen=True)
 class MachineObservations:
-    """Of the machine alone. ``receive_buffer`` and ``send_buffer`` are the largest that the kernel gives a
-    TCP connection by itself, in bytes.
-    """
+    """The buffers are the largest that the kernel gives a TCP connection by itself, in bytes."""
 
     open_files: int | None = None
     receive_buffer: int | None = None

@@ -91,9 +91,7 @@ def _contact(contact: Contact) -> str:
 
 
 def as_json(subject: Subject, observed: Observations, findings: Sequence[Finding]) -> str:
-    """One object: ``component``, ``configuration``, ``exit_code``, ``findings`` and ``facts``; numbers
-    that are not finite are null.
-    """
+    """One object; numbers that are not finite are null."""
     listed = [
         {
             "check": one.check.name,

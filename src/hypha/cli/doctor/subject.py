@@ -76,9 +76,7 @@ def read_job(path: Path) -> JobConfig:
 
 
 def component_of(raw: dict[str, Any], path: Path) -> str:
-    """Whose configuration it is: that component's which alone knows the most of its keys, else that of its
-    certificate's role. Raises ConfigError.
-    """
+    """Of the component which alone knows the most of its keys, else of its certificate's role."""
     keys = {key.replace("-", "_") for key in raw}
     shared = set(LeafConfig.model_fields)
     own = {name: len(keys & (set(model.model_fields) - shared)) for name, model in COMPONENTS.items()}

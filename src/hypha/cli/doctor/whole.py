@@ -33,9 +33,7 @@ IDENTITY_S, SERVED_S, MODEL_S = 10.0, 20.0, 10.0
 
 @dataclass(frozen=True)
 class Subjects:
-    """What else to look at: addresses of ``peers``, a ``dataset``; and, ``offline``, nothing beyond this
-    machine.
-    """
+    """What else to look at; ``offline``: nothing beyond this machine."""
 
     peers: Sequence[str] = ()
     dataset: DatasetRef | None = None

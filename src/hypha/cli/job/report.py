@@ -106,9 +106,7 @@ def write_archive(path: Path, texts: dict[str, str]) -> None:
 
 
 def _configuration(path: Path | None) -> tuple[SchedulerConfig | None, str]:
-    """The one that was named, else the one that is here, and a sentence on what it means for secrets. Raises
-    :class:`ConfigError` for one that was named.
-    """
+    """And a sentence on what it means for secrets. Raises ConfigError for one that was named."""
     from hypha.config.models import SchedulerConfig
     from hypha.config.reading.loading import load_config
 

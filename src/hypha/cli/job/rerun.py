@@ -52,9 +52,7 @@ class Difference:
 
 @dataclass
 class Rerun:
-    """``entries`` were given once more to ``machines`` machines. Of those ``without_beginning`` the machines
-    are not known, as their first entries are missing.
-    """
+    """Of ``without_beginning`` entries the machines are not known, as their first ones are missing."""
 
     entries: int = 0
     machines: int = 0

@@ -175,9 +175,7 @@ def _kill_group(pid: int) -> None:
 async def children(
     directory: Path, environment: Mapping[str, str], node_host: NodeHost | None = None
 ) -> AsyncIterator[Children]:
-    """Processes that are all gone when the block ends, however it ends. Without a ``node_host`` they have one
-    of their own.
-    """
+    """Processes that are all gone when the block ends. Without a ``node_host`` they have their own."""
     with ExitStack() as stack:
         if node_host is None and sys.platform == "linux":
             node_host = NodeHost(directory / "logs" / "node-host.log", environment)

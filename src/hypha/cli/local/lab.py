@@ -48,9 +48,7 @@ class Lab:
         return full
 
     def cable(self, one: str, one_address: str, other: str, other_address: str) -> None:
-        """A cable between two namespaces. Addresses are ``10.77.1.2/24``; the interface is called
-        ``to-`` and the other's name.
-        """
+        """Addresses are ``10.77.1.2/24``; the interface is called ``to-`` and the other's name."""
         here, there = interface(other), interface(one)
         run("ip", "-n", one, "link", "add", here, "type", "veth", "peer", "name", there, "netns", other)
         for place, name, address in ((one, here, one_address), (other, there, other_address)):
@@ -132,9 +130,7 @@ class Spot:
 
 
 class Star:
-    """Every node in a namespace of its own, with one cable to a router in the middle, where it can be cut
-    off from all others, or slowed down.
-    """
+    """Every node in a namespace of its own, with one cable to a router, where it can be cut or slowed."""
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab

@@ -104,9 +104,7 @@ class NodeForkServer:
 
 
 def _noticed(number: int, frame: FrameType | None) -> None:
-    """For SIGCHLD, which is ignored without a handler; :meth:`NodeForkServer.serve` is woken by its
-    descriptor.
-    """
+    """A handler: without one SIGCHLD is ignored, and the wakeup descriptor is not written to."""
 
 
 def _become_node(request: dict[str, Any], output: int) -> NoReturn:
@@ -153,9 +151,7 @@ def enter_namespace(descriptor: int) -> None:
 
 
 class ForkedNode:
-    """A node's process: of :class:`trio.Process` what those who start nodes use. ``descriptor`` is its pidfd;
-    how it ended is ``told``.
-    """
+    """Used as a :class:`trio.Process`. ``descriptor`` is its pidfd; how it ended is ``told``."""
 
     def __init__(self, pid: int, descriptor: int, told: socket.socket) -> None:
         self.pid = pid

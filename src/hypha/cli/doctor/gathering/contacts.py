@@ -147,9 +147,18 @@ async def _row(node: Libp2pNode, contact: Contact) -> Contact:
     clocks: list[tuple[float, float]] = []
     report: HealthReport | None = None
     reason = ""
-    lateness = _Lateness()
+    late_s = 0.0
+
+    async def watch() -> None:
+        """By how much this process was late: what others were is not to be told from that."""
+        nonlocal late_s
+        while True:
+            due = trio.current_time() + 0.02
+            await trio.sleep_until(due)
+            late_s = max(late_s, trio.current_time() - due)
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lateness.watch)
+        nursery.start_soon(watch)
         for _ in range(REQUESTS):
             began, wall_s = trio.current_time(), wall_time()
             try:
@@ -179,21 +188,8 @@ async def _row(node: Libp2pNode, contact: Contact) -> Contact:
         # of the quickest answer, which says it most exactly
         clock_s=min(clocks)[1] if clocks else None,
         round_trips_s=tuple(trips),
-        late_s=lateness.worst_s,
+        late_s=late_s,
     )
-
-
-class _Lateness:
-    """By how much this process was late at the worst: what others were is not to be told from that."""
-
-    def __init__(self) -> None:
-        self.worst_s = 0.0
-
-    async def watch(self) -> None:
-        while True:
-            due = trio.current_time() + 0.02
-            await trio.sleep_until(due)
-            self.worst_s = max(self.worst_s, trio.current_time() - due)
 
 
 async def _measure(node: Libp2pNode, gathering: Gathering, contact: Contact) -> Contact:
@@ -233,9 +229,7 @@ async def _rate(node: Libp2pNode, peer: str, up: bool, usual_s: float) -> float:
 
 
 async def _path_mtu(address: Address) -> int | None:
-    """What the kernel knows of the path by now, from the interface and from what routers have reported;
-    nothing is sent for it.
-    """
+    """What the kernel knows of the path, by its interface and from routers; nothing is sent for it."""
     host, port = host_and_port(address.transport)
     with trio.move_on_after(NAME_S):
         try:

@@ -63,16 +63,16 @@ async def owned(
     ports: list[Port], own_peer: str, who_is_at: Callable[[str], Awaitable[str]]
 ) -> tuple[Port, ...]:
     """``ports`` with those that are ``own``: a node with the PeerID ``own_peer`` answers there."""
-    found = dict(enumerate(ports))
+    found = list(ports)
 
-    async def look(number: int, port: Port) -> None:
-        found[number] = await _owner(port, own_peer, who_is_at)
+    async def look(number: int) -> None:
+        found[number] = await _owner(ports[number], own_peer, who_is_at)
 
     async with trio.open_nursery() as nursery:
-        for number, port in found.items():
+        for number, port in enumerate(ports):
             if port.state == "other":
-                nursery.start_soon(look, number, port)
-    return tuple(found[number] for number in sorted(found))
+                nursery.start_soon(look, number)
+    return tuple(found)
 
 
 async def _owner(port: Port, own_peer: str, who_is_at: Callable[[str], Awaitable[str]]) -> Port:
@@ -163,7 +163,7 @@ def counted(badput: dict[str, float], metrics: bytes) -> Running:
         requests=_by_outcome(samples, "hypha_worker_offers_total"),
         offers=_by_outcome(samples, "hypha_scheduler_offers_total"),
         training=int(total("hypha_worker_jobs", kind="train")),
-        gpu_utilization=tuple(_values(samples, "hypha_worker_gpu_utilization")),
+        gpu_utilization=tuple(one.value for one in samples if one.name == "hypha_worker_gpu_utilization"),
     )
 
 
@@ -177,7 +177,3 @@ def _by_outcome(samples: Iterable[Sample], name: str) -> dict[str, int]:
         if one.name == name and one.value > 0:
             found[one.labels.get("outcome", "other")] += int(one.value)
     return dict(found)
-
-
-def _values(samples: Iterable[Sample], name: str) -> Iterable[float]:
-    return (one.value for one in samples if one.name == name)

@@ -71,9 +71,7 @@ _TASKS: dict[ExecutorClass, str] = {"train": "train", "aggregate": "be the param
 
 
 def judge_job(job: JobConfig, parameters: int | None, gateways: tuple[Contact, ...]) -> Iterator[Finding]:
-    """``parameters`` are the numbers in the model's tensors, where known; ``gateways`` tell how fast the line
-    is.
-    """
+    """``parameters`` are numbers in the model's tensors; ``gateways`` tell how fast the line is."""
     if not parameters:
         return
     needed = parameters * BYTES_AT_SERVER / GB

@@ -152,22 +152,19 @@ def _numbers(version: str) -> tuple[int, ...]:
 def judge_versions(own: dict[str, str], contacts: tuple[Contact, ...]) -> Iterator[Finding]:
     """Against those of peers: of Hypha, Python and what computes."""
     for contact in contacts:
-        differing = []
-        for name, version in contact.packages.items():
-            ours = own.get(name)
-            if ours is not None and _release(name, ours) != _release(name, version):
-                differing.append(f"{name} {version} (here {ours})")
+        differing = {
+            name: f"{name} {version} (here {own[name]})"
+            for name, version in contact.packages.items()
+            if name in own and _release(own[name]) != _release(version)
+        }
         if differing:
-            hypha = _release("hypha", own.get("hypha", "")) != _release(
-                "hypha", contact.packages.get("hypha", own.get("hypha", ""))
-            )
             yield checks.VERSIONS_DIFFER.found(
-                f"{contact.called} runs with {', '.join(differing)}",
-                severity="warning" if hypha else "note",
+                f"{contact.called} runs with {', '.join(differing.values())}",
+                severity="warning" if "hypha" in differing else "note",
             )
 
 
-def _release(name: str, version: str) -> tuple[str, ...]:
+def _release(version: str) -> tuple[str, ...]:
     """What of a version counts: the second number, too, and of a release of ours nothing after it."""
     return tuple(version.partition("+")[0].split(".")[:2])
 
