@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing
 
 from hypha.cli.local import lab
 from hypha.cli.local.lab import Star, inside, interface, run
@@ -28,11 +27,6 @@ class Lab(lab.Lab):
         run("ip", "-n", place, "link", "set", interface(cable_to), "up" if up else "down")
 
 
-@contextmanager
-def open_lab() -> Iterator[Lab]:
+def open_lab() -> AbstractContextManager[Lab]:
     """Namespaces that are all gone when the block ends."""
-    made = Lab()
-    try:
-        yield made
-    finally:
-        made.close()
+    return closing(Lab())

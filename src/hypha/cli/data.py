@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -228,7 +228,9 @@ def prepare(
         Pairs, typer.Option("--column", "--columns", help="Keep only these: A or A,B. May be repeated.")
     ] = None,
     drop: Annotated[Pairs, typer.Option(help="Leave these columns out: A or A,B. May be repeated.")] = None,
-    missing: Annotated[str, typer.Option(help="Rows with missing values: refuse, or drop.")] = "refuse",
+    missing: Annotated[
+        Literal["refuse", "drop"], typer.Option(help="Rows with missing values: refuse, or drop.")
+    ] = "refuse",
     fill: Annotated[Pairs, typer.Option(help="COLUMN=VALUE where there is none.")] = None,
     pad: Annotated[Pairs, typer.Option(help="COLUMN=NUMBER at the end of lists that are shorter.")] = None,
     feature: Annotated[
@@ -241,7 +243,9 @@ def prepare(
     delimiter: Annotated[
         str | None, typer.Option(help="Of CSV: a character, tab, semicolon, pipe; default: found out.")
     ] = None,
-    decimal: Annotated[str | None, typer.Option(help="Of CSV: . or , (default: found out).")] = None,
+    decimal: Annotated[
+        Literal[".", ","] | None, typer.Option(help="Of CSV: . or , (default: found out).")
+    ] = None,
     encoding: Annotated[
         str | None, typer.Option(help="Of text: latin-1, cp1252, utf-16 ...; default: UTF-8, or by its mark.")
     ] = None,
@@ -260,7 +264,7 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Replace a prepared dataset at OUTPUT.")] = False,
 ) -> None:
     """Turn data into slices and a manifest."""
-    from typing import Literal, cast, get_args
+    from typing import cast, get_args
 
     from hypha.data import prepare as prepare_dataset
     from hypha.data import survey
@@ -268,10 +272,6 @@ def prepare(
 
     if kind is not None and kind not in get_args(SourceKind):
         raise typer.BadParameter(f"--kind is one of {', '.join(get_args(SourceKind))}")
-    if missing not in ("refuse", "drop"):
-        raise typer.BadParameter("--missing is refuse or drop")
-    if decimal not in (None, ".", ","):
-        raise typer.BadParameter("--decimal is . or ,")
     if image_channels not in (1, 3, 4):
         raise typer.BadParameter("--image-channels is 1, 3 or 4")
     height_width = _numbers("--image-size", image_size) if image_size else None
@@ -286,11 +286,11 @@ def prepare(
         config=config,
         columns=_names(column),
         drop=_names(drop),
-        missing=cast(Literal["refuse", "drop"], missing),
+        missing=missing,
         fill=_pairs("--fill", fill),
         pad={key: _number("--pad", value) for key, value in _pairs("--pad", pad).items()},
         delimiter=delimiter,
-        decimal=cast(Literal[".", ","] | None, decimal),
+        decimal=decimal,
         encoding=encoding,
         features={key: tuple(value.split(",")) for key, value in _pairs("--feature", feature).items()},
         rename=_pairs("--rename", rename),

@@ -84,7 +84,10 @@ def chaos(
     checkpoints, and its result against a replay of its ledger.
     """
     if simulated:
-        raise typer.Exit(_simulate(seed, seeds, processes))
+        check_installed("hypha chaos --simulated", "torch")
+        from hypha.simulation.search import search
+
+        raise typer.Exit(bool(search(seed, seeds, processes or os.cpu_count() or 1, typer.echo)))
     from hypha.errors import JobFailed
 
     check_installed("hypha chaos", "torch", "sklearn", "transformers", "accelerate")
@@ -98,13 +101,6 @@ def chaos(
             raise JobFailed(report.failure)
 
     raise typer.Exit(run_until_signal(service, stop_s=None, hangup=True))
-
-
-def _simulate(first: int, seeds: int, processes: int | None) -> int:
-    check_installed("hypha chaos --simulated", "torch")
-    from hypha.simulation.search import search
-
-    return 1 if search(first, seeds, processes or os.cpu_count() or 1, typer.echo) else 0
 
 
 @app.command()

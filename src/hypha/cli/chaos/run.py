@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -90,7 +90,7 @@ async def run_chaos(options: ChaosOptions) -> ChaosReport:
         root = stack.enter_context(open_directory("chaos", options.directory))
         star = None
         if {"cut", "slow"} & set(hows):
-            star = lab.Star(stack.enter_context(lab.open_lab()))
+            star = lab.Star(stack.enter_context(closing(lab.Lab())))
         network = await stack.enter_async_context(open_network(Network, root, clean_environment(root), star))
         report = await _course(console, network, options, hows)
     show(console, report)

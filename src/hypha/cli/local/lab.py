@@ -1,8 +1,8 @@
 """Networks that are not loopback: network namespaces joined by cables, with routers that translate and
 drop. Needs root, ``ip`` and ``nft`` (see :func:`missing`).
 
-Names are unique to each :func:`open_lab`; all namespaces, and with them their cables, are gone when its
-block ends. The machine's own network is not touched: cables run from namespace to namespace only.
+Names are unique to each lab; all namespaces, and with them their cables, are gone when it is closed. The
+machine's own network is not touched: cables run from namespace to namespace only.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -33,7 +31,7 @@ class LabFailed(HyphaError):
 
 
 class Lab:
-    """Makes namespaces; see :func:`open_lab`."""
+    """Makes namespaces; to be closed."""
 
     def __init__(self) -> None:
         self._tag = f"hypha{uuid4().hex[:8]}"
@@ -111,24 +109,6 @@ def missing() -> str | None:
     return None
 
 
-@contextmanager
-def open_lab() -> Iterator[Lab]:
-    """Namespaces that are all gone when the block ends."""
-    lab = Lab()
-    try:
-        yield lab
-    finally:
-        lab.close()
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Where a node is: its namespace, and its address there."""
-
-    place: str
-    host: str
-
-
 class Star:
     """Every node in a namespace of its own, with one cable to a router, where it can be cut or slowed."""
 
@@ -136,16 +116,17 @@ class Star:
         self._lab = lab
         self._hub = lab.add("hub")
         lab.forwards(self._hub)
-        self._spots: dict[str, Spot] = {}
+        #: by node: its namespace, and its address there
+        self._spots: dict[str, tuple[str, str]] = {}
 
-    def spot(self, name: str) -> Spot:
-        """The place of node ``name``, made when it is new."""
+    def spot(self, name: str) -> tuple[str, str]:
+        """The namespace of node ``name``, made when it is new, and its address there."""
         if name not in self._spots:
             net = f"10.78.{len(self._spots) + 1}"
             place = self._lab.add(name)
             self._lab.cable(self._hub, f"{net}.1/24", place, f"{net}.2/24")
             self._lab.route(place, "default", f"{net}.1")
-            self._spots[name] = Spot(place, f"{net}.2")
+            self._spots[name] = (place, f"{net}.2")
         return self._spots[name]
 
     def cut(self, name: str, off: bool) -> None:
@@ -154,7 +135,7 @@ class Star:
 
     def slow(self, name: str, bytes_per_s: int | None) -> None:
         """Drop what is more than ``bytes_per_s``, each way by itself; ``None``: no limit any more."""
-        hub, place = self._hub, self._spots[name].place
+        hub, place = self._hub, self._spots[name][0]
         # else what the kernel takes for one packet has up to 64 kB, and no such packet passes a limit
         segments = "65535" if bytes_per_s is None else "1"
         for end, far in ((hub, place), (place, hub)):
@@ -163,12 +144,11 @@ class Star:
         self._filter(name, "slow", rule if bytes_per_s is not None else None)
 
     def _filter(self, name: str, what: str, rule: str | None) -> None:
-        spot = self._spots[name]
         table = f"inet {what}_{list(self._spots).index(name)}"
         if rule is None:
             self._lab.rules(self._hub, f"delete table {table}\n")
             return
-        end = interface(spot.place)
+        end = interface(self._spots[name][0])
         self._lab.rules(
             self._hub,
             f"table {table} {{\nchain forward {{\ntype filter hook forward priority -10;\n"

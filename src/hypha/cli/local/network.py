@@ -119,9 +119,8 @@ class Network:
         """The address of node ``name``; in a star it gets its namespace and cable now."""
         if self.star is None:
             return "127.0.0.1"
-        spot = self.star.spot(name)
-        self.places[name] = spot.place
-        return spot.host
+        self.places[name], host = self.star.spot(name)
+        return host
 
     def write(self, name: str, role: str, **keys: Any) -> Path:
         """``<name>.toml``; ``keys`` override what a node on this machine needs."""
