@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -78,29 +78,38 @@ def verify(
     typer.echo(f"OK: {directory} is whole; its manifest_hash is {manifest_hash(read_manifest(directory))}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PaceOptions:
+    """How workers train, and what leads to them."""
+
+    workers: Annotated[int, typer.Option(min=1, help="Workers that train at once.")] = 2
+    batch_s: Annotated[
+        float, typer.Option("--batch-s", help="Seconds that a worker takes for one batch.")
+    ] = 0.5
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 16
+    mbit: Annotated[float, typer.Option(help="What one data node can send, in Mbit/s.")] = 100.0
+    data_nodes: Annotated[int, typer.Option(min=1, help="Data nodes with this dataset.")] = 1
+    worker_mbit: Annotated[
+        float | None, typer.Option(help="What one worker can receive, in Mbit/s; default: any amount.")
+    ] = None
+    start_s: Annotated[float, typer.Option(help="How long the first slices may take.")] = 10.0
+    cache_gb: Annotated[float, typer.Option(help="The workers' cache.max_gb.")] = 20.0
+    cache_slices: Annotated[int, typer.Option(min=2, help="The workers' cache.max_slices.")] = 10
+
+
 @app.command()
+@with_options
 def advise(
     directory: Annotated[
         Path | None,
         typer.Argument(help="A prepared dataset: its samples count, and whether it fits is said."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Workers that train at once.")] = 2,
-    batch_s: Annotated[
-        float, typer.Option("--batch-s", help="Seconds that a worker takes for one batch.")
-    ] = 0.5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 16,
-    mbit: Annotated[float, typer.Option(help="What one data node can send, in Mbit/s.")] = 100.0,
-    data_nodes: Annotated[int, typer.Option(min=1, help="Data nodes with this dataset.")] = 1,
-    worker_mbit: Annotated[
-        float | None, typer.Option(help="What one worker can receive, in Mbit/s; default: any amount.")
-    ] = None,
+    *,
+    given: PaceOptions,
     sample_bytes: Annotated[
         float | None, typer.Option(help="Bytes of one sample, where no dataset is given.")
     ] = None,
     round_trip_ms: Annotated[float, typer.Option(help="Between worker and data node.")] = 50.0,
-    start_s: Annotated[float, typer.Option(help="How long the first slices may take.")] = 10.0,
-    cache_gb: Annotated[float, typer.Option(help="The workers' cache.max_gb.")] = 20.0,
-    cache_slices: Annotated[int, typer.Option(min=2, help="The workers' cache.max_slices.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Say how large slices should be, and why; and whether those of a prepared dataset are."""
@@ -108,34 +117,15 @@ def advise(
     from hypha.data.serving.slice_advice import TrainingPace, fit
     from hypha.data.serving.slice_advice import advise as advise_slices
 
-    positive = {
-        "--batch-s": batch_s,
-        "--mbit": mbit,
-        "--worker-mbit": worker_mbit,
-        "--sample-bytes": sample_bytes,
-        "--start-s": start_s,
-        "--cache-gb": cache_gb,
-    }
-    for flag, value in positive.items():
+    amounts = asdict(given) | {"sample_bytes": sample_bytes}
+    for name, value in amounts.items():
         if value is not None and not 0 < value < float("inf"):
-            raise typer.BadParameter(f"{flag} is more than 0, not {value:g}")
+            raise typer.BadParameter(f"--{name.replace('_', '-')} is more than 0, not {value:g}")
     if not 0 <= round_trip_ms < float("inf"):
         raise typer.BadParameter(f"--round-trip-ms is 0 or more, not {round_trip_ms:g}")
     if (directory is None) == (sample_bytes is None):
         raise typer.BadParameter("give a prepared dataset, or --sample-bytes")
-    pace = TrainingPace(
-        workers=workers,
-        sample_bytes=sample_bytes or 1.0,
-        batch_size=batch_size,
-        batch_s=batch_s,
-        mbit=mbit,
-        data_nodes=data_nodes,
-        worker_mbit=worker_mbit,
-        round_trip_s=round_trip_ms / 1000,
-        start_s=start_s,
-        cache_gb=cache_gb,
-        cache_slices=cache_slices,
-    )
+    pace = TrainingPace(**asdict(given), sample_bytes=sample_bytes or 1.0, round_trip_s=round_trip_ms / 1000)
     fitting: Fit | None = None
     if directory is None:
         advice = advise_slices(pace)
@@ -203,34 +193,61 @@ def _number(name: str, text: str) -> float:
 Pairs = list[str] | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlainOptions:
+    """What is prepared as it is given."""
+
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Dataset name; default: OUTPUT's.")] = None
+    split: Annotated[str | None, typer.Option(help="Such as train (the default), test, train+test, all.")] = (
+        None
+    )
+    config: Annotated[
+        str | None, typer.Option(help="Configuration of a hub repository whose README.md names several.")
+    ] = None
+    missing: Annotated[
+        Literal["refuse", "drop"], typer.Option(help="Rows with missing values: refuse, or drop.")
+    ] = "refuse"
+    delimiter: Annotated[
+        str | None, typer.Option(help="Of CSV: a character, tab, semicolon, pipe; default: found out.")
+    ] = None
+    decimal: Annotated[
+        Literal[".", ","] | None, typer.Option(help="Of CSV: . or , (default: found out).")
+    ] = None
+    encoding: Annotated[
+        str | None, typer.Option(help="Of text: latin-1, cp1252, utf-16 ...; default: UTF-8, or by its mark.")
+    ] = None
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json, its directory, or bytes.")] = None
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 1024
+    text_column: Annotated[str, typer.Option(help="Where a table's text is.")] = "text"
+    slice_samples: Annotated[int | None, typer.Option(help="Samples a slice.")] = None
+    slice_mb: Annotated[float | None, typer.Option(help="MB a slice; 64 when nothing is said.")] = None
+    holdout: Annotated[float, typer.Option(help="Share held out as a second dataset.")] = 0.0
+    holdout_output: Annotated[Path | None, typer.Option(help="Where to; default OUTPUT/holdout.")] = None
+    seed: Annotated[int, typer.Option(help="Of shuffle and holdout.")] = 0
+    force: Annotated[bool, typer.Option("--force", help="Replace a prepared dataset at OUTPUT.")] = False
+
+
 @app.command()
+@with_options
 def prepare(
     sources: Annotated[
         list[Path],
         typer.Argument(help="A directory as the hub has it, an image folder, or files of one kind."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for slices and manifest.")],
+    *,
+    plain: PlainOptions,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read everything and tell what would be made; write nothing.")
     ] = False,
-    name: Annotated[str | None, typer.Option("--name", "-n", help="Dataset name; default: OUTPUT's.")] = None,
     kind: Annotated[
         str | None,
         typer.Option(help="huggingface, images, csv, json, parquet, text, numpy; default: found out."),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Such as train (the default), test, train+test, all.")
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option(help="Configuration of a hub repository whose README.md names several.")
     ] = None,
     column: Annotated[
         Pairs, typer.Option("--column", "--columns", help="Keep only these: A or A,B. May be repeated.")
     ] = None,
     drop: Annotated[Pairs, typer.Option(help="Leave these columns out: A or A,B. May be repeated.")] = None,
-    missing: Annotated[
-        Literal["refuse", "drop"], typer.Option(help="Rows with missing values: refuse, or drop.")
-    ] = "refuse",
     fill: Annotated[Pairs, typer.Option(help="COLUMN=VALUE where there is none.")] = None,
     pad: Annotated[Pairs, typer.Option(help="COLUMN=NUMBER at the end of lists that are shorter.")] = None,
     feature: Annotated[
@@ -240,28 +257,10 @@ def prepare(
     dtype: Annotated[Pairs, typer.Option(help="COLUMN=F32 and so on.")] = None,
     shape: Annotated[Pairs, typer.Option(help="COLUMN=1,28,28: shape of one sample.")] = None,
     scale: Annotated[Pairs, typer.Option(help="COLUMN=FACTOR, such as 1/255.")] = None,
-    delimiter: Annotated[
-        str | None, typer.Option(help="Of CSV: a character, tab, semicolon, pipe; default: found out.")
-    ] = None,
-    decimal: Annotated[
-        Literal[".", ","] | None, typer.Option(help="Of CSV: . or , (default: found out).")
-    ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="Of text: latin-1, cp1252, utf-16 ...; default: UTF-8, or by its mark.")
-    ] = None,
     no_header: Annotated[bool, typer.Option("--no-header", help="CSV columns are called f0, f1 ...")] = False,
     image_size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH to resize images to.")] = None,
     image_channels: Annotated[int, typer.Option(help="1, 3 or 4.")] = 3,
-    tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json, its directory, or bytes.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a sample.")] = 1024,
-    text_column: Annotated[str, typer.Option(help="Where a table's text is.")] = "text",
-    slice_samples: Annotated[int | None, typer.Option(help="Samples a slice.")] = None,
-    slice_mb: Annotated[float | None, typer.Option(help="MB a slice; 64 when nothing is said.")] = None,
-    holdout: Annotated[float, typer.Option(help="Share held out as a second dataset.")] = 0.0,
-    holdout_output: Annotated[Path | None, typer.Option(help="Where to; default OUTPUT/holdout.")] = None,
     no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Keep the source's order.")] = False,
-    seed: Annotated[int, typer.Option(help="Of shuffle and holdout.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a prepared dataset at OUTPUT.")] = False,
 ) -> None:
     """Turn data into slices and a manifest."""
     from typing import cast, get_args
@@ -280,18 +279,12 @@ def prepare(
     options = PrepareOptions(
         sources=tuple(sources),
         output=output,
-        name=name,
+        **asdict(plain),
         kind=cast(SourceKind | None, kind),
-        split=split,
-        config=config,
         columns=_names(column),
         drop=_names(drop),
-        missing=missing,
         fill=_pairs("--fill", fill),
         pad={key: _number("--pad", value) for key, value in _pairs("--pad", pad).items()},
-        delimiter=delimiter,
-        decimal=decimal,
-        encoding=encoding,
         features={key: tuple(value.split(",")) for key, value in _pairs("--feature", feature).items()},
         rename=_pairs("--rename", rename),
         dtypes=_pairs("--dtype", dtype),
@@ -300,16 +293,7 @@ def prepare(
         csv_header=not no_header,
         image_size=(height_width[0], height_width[1]) if height_width is not None else None,
         image_channels=cast(Literal[1, 3, 4], image_channels),
-        tokenizer=tokenizer,
-        sequence_length=sequence_length,
-        text_column=text_column,
-        slice_samples=slice_samples,
-        slice_mb=slice_mb,
-        holdout=holdout,
-        holdout_output=holdout_output,
         shuffle=not no_shuffle,
-        seed=seed,
-        force=force,
     )
     if dry_run:
         found = survey(options, typer.echo)

@@ -25,8 +25,8 @@ from rich.text import Text
 from hypha.cli.job.status import headline, job_panel
 from hypha.cli.local.children import GRACE_S, Child, NetworkFailed
 from hypha.cli.local.network import HOST, NO_ANSWER, Network, open_network
-from hypha.cli.local.workplace import DATASET, clean_environment, open_directory, prepare_digits
-from hypha.cli.printing import shown, write_summary
+from hypha.cli.local.workplace import DATASET, clean_environment, digits_job, open_directory, prepare_digits
+from hypha.cli.printing import print_line, write_summary
 from hypha.config.inherited import child_environment
 from hypha.errors import OutputError
 from hypha.scheduler.status.snapshot import JobSnapshot
@@ -111,29 +111,20 @@ async def _train(network: Network, options: DemoOptions, show: Show) -> dict[str
     await network.logged_value(gateway, "addresses")
     show.stage(f"A data node, {options.workers} workers and the scheduler; their logs are in {root / 'logs'}")
     await network.data("data", root / "dataset")
-    await _follow(await network.scheduler(_job(root, options)), network, show, options.open)
+    job = digits_job(
+        root,
+        options.workers,
+        name=DATASET,
+        rounds={"update_rounds": options.rounds, "avg_samples_between_updates": 1440, "batch_size": 16},
+        inner_optimizer={"learning_rate": 2e-3},
+        # a job of ten rounds is over before 0.9 has paid off
+        outer_optimizer={"learning_rate": 0.7, "momentum": 0.5},
+        seed=0,
+    )
+    await _follow(await network.scheduler(job), network, show, options.open)
     await group.stop([child for child in group.running if child.name != HOST])
     show.stage("Evaluating the exported model on held-out digits")
     return await _evaluate(network)
-
-
-def _job(root: Path, options: DemoOptions) -> dict[str, Any]:
-    needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
-    return {
-        "name": "digits",
-        "model": {"type": "image-classification", "path": str(root / "untrained"), "seed": 0},
-        "dataset": {"dataset": DATASET},
-        "rounds": {
-            "update_rounds": options.rounds,
-            "avg_samples_between_updates": 1440,
-            "batch_size": 16,
-        },
-        "inner_optimizer": {"learning_rate": 2e-3},
-        # a job of ten rounds is over before 0.9 has paid off
-        "outer_optimizer": {"learning_rate": 0.7, "momentum": 0.5},
-        "resources": {"num_workers": options.workers, "worker": needs, "parameter_server": needs},
-        "seed": 0,
-    }
 
 
 async def _evaluate(network: Network) -> dict[str, Any]:
@@ -230,8 +221,7 @@ class Show:
 
     def line(self, text: str) -> None:
         """A line that stays, above what is live."""
-        self._console.print(shown(text), highlight=False, soft_wrap=True)
-        self._console.file.flush()
+        print_line(self._console, text)
 
 
 @contextmanager

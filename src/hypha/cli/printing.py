@@ -22,6 +22,12 @@ def shown(text: str, style: str = "") -> Text:
     return Text(legible(text), style=style)
 
 
+def print_line(console: Console, text: str) -> None:
+    """At once, and as it is."""
+    console.print(shown(text), highlight=False, soft_wrap=True)
+    console.file.flush()
+
+
 def table_of(*left: str, right: Iterable[str] = ()) -> Table:
     """An empty one; the columns ``right`` come last, and their cells are aligned to the right."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

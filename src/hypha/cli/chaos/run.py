@@ -8,11 +8,10 @@ would; nothing else is done to the job.
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import trio
 from rich.console import Console
@@ -20,11 +19,11 @@ from rich.console import Console
 from hypha.cli.chaos.faults import How
 from hypha.cli.chaos.measuring import Accountant, Applied, LedgerFollower, RoundSpan, account
 from hypha.cli.chaos.report import ChaosMeasurements, ChaosReport, judge, show
-from hypha.cli.chaos.striking import Planned, Striker, Supervisor, plan
+from hypha.cli.chaos.striking import Striker, Supervisor, plan
 from hypha.cli.local import lab
 from hypha.cli.local.network import Network, NetworkFailed, open_network
-from hypha.cli.local.workplace import DATASET, clean_environment, open_directory, prepare_digits
-from hypha.cli.printing import write_summary
+from hypha.cli.local.workplace import clean_environment, digits_job, open_directory, prepare_digits
+from hypha.cli.printing import print_line, write_summary
 from hypha.errors import ConfigError, Problem
 
 JOB = "chaos"
@@ -83,7 +82,7 @@ async def run_chaos(options: ChaosOptions) -> ChaosReport:
     if (why := lab.missing()) is not None and rooted & set(hows):
         out = [how for how in hows if how in rooted]
         hows = tuple(how for how in hows if how not in rooted)
-        _say(console, f"Left out: {', '.join(out)} ({why}).")
+        print_line(console, f"Left out: {', '.join(out)} ({why}).")
         if not hows:
             raise NetworkFailed("no fault is left to inject")
     async with AsyncExitStack() as stack:
@@ -102,11 +101,11 @@ async def run_chaos(options: ChaosOptions) -> ChaosReport:
 async def _course(
     console: Console, network: Network, options: ChaosOptions, hows: tuple[How, ...]
 ) -> ChaosReport:
-    _say(console, f"Preparing the data and starting {options.workers + 7} nodes in {network.root}")
+    print_line(console, f"Preparing the data and starting {options.workers + 7} nodes in {network.root}")
     await _start(network, options.workers, "fill_disk" in hows)
     ledger = LedgerFollower(network.root / "state" / JOB / "job.db")
     supervisor, accountant = Supervisor(network), Accountant(network)
-    striker = Striker(network, ledger, supervisor, lambda text: _say(console, text))
+    striker = Striker(network, ledger, supervisor, lambda text: print_line(console, text))
     planned = plan(options.seed, options.seconds, options.interval_s, hows)
     low, high = _CALM_S
     calm_s = max(low, min(high, options.seconds * _CALM_SHARE))
@@ -118,16 +117,19 @@ async def _course(
         nursery.start_soon(accountant.run)
         try:
             await _warm_up(network, ledger)
-            _say(console, f"Round {ledger.round}; undisturbed for {calm_s:g} s")
+            print_line(console, f"Round {ledger.round}; undisturbed for {calm_s:g} s")
             stretches.append(await _stretch(ledger, calm_s))
-            _say(console, f"Round {ledger.round}; {len(planned)} faults in {options.seconds:g} s")
-            async with _striking(striker, planned):
+            print_line(console, f"Round {ledger.round}; {len(planned)} faults in {options.seconds:g} s")
+            async with trio.open_nursery() as strikes:
+                strikes.start_soon(striker.run, planned)
                 stretches.append(await _stretch(ledger, options.seconds))
-            _say(console, f"Round {ledger.round}; undisturbed for {calm_s:g} s again")
+                # all are healed then
+                strikes.cancel_scope.cancel()
+            print_line(console, f"Round {ledger.round}; undisturbed for {calm_s:g} s again")
             stretches.append(await _stretch(ledger, calm_s))
             await accountant.caught_up(stretches[1], _READ_S)
-        except NetworkFailed as exc:
-            failure = str(exc)
+        except* NetworkFailed as failed:
+            failure = str(failed.exceptions[0])
         nursery.cancel_scope.cancel()
     measured = ChaosMeasurements(
         stretches,
@@ -142,23 +144,13 @@ async def _course(
     return judge(measured)
 
 
-@asynccontextmanager
-async def _striking(striker: Striker, planned: list[Planned]) -> AsyncIterator[None]:
-    """Faults strike while the block runs; at its end all are healed."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(striker.run, planned)
-        yield
-        nursery.cancel_scope.cancel()
-
-
 async def _warm_up(network: Network, ledger: LedgerFollower) -> None:
     with trio.move_on_after(_START_S):
         while ledger.round < _WARM_ROUNDS:
-            if await ledger.next_round(_START_S) is None:
-                break
-    if ledger.round < _WARM_ROUNDS:
-        scheduler = next(one for one in network.group.running if one.name.startswith("scheduler"))
-        raise NetworkFailed(f"the job did not start within {_START_S:g} s:\n{scheduler.tail()}")
+            await ledger.next_round(_START_S)
+        return
+    scheduler = next(one for one in network.group.running if one.name.startswith("scheduler"))
+    raise NetworkFailed(f"the job did not start within {_START_S:g} s:\n{scheduler.tail()}")
 
 
 async def _stretch(ledger: LedgerFollower, seconds: float) -> RoundSpan:
@@ -205,16 +197,11 @@ async def _start(network: Network, workers: int, small_disks: bool) -> None:
         await network.worker(name, executors=[_TRAIN], cache=cache)
     await network.worker("server", executors=[_AGGREGATE])
     await network.worker("spare", executors=[_TRAIN, _AGGREGATE], cache=cache)
-    await network.scheduler(_job(root, workers))
-
-
-def _job(root: Path, workers: int) -> dict[str, Any]:
-    needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
-    return {
-        "name": JOB,
-        "model": {"type": "image-classification", "path": str(root / "untrained")},
-        "dataset": {"dataset": DATASET},
-        "rounds": {
+    job = digits_job(
+        root,
+        workers,
+        name=JOB,
+        rounds={
             "update_rounds": _ROUNDS,
             "avg_samples_between_updates": workers * _SAMPLES_A_WORKER,
             "batch_size": _BATCH,
@@ -222,17 +209,8 @@ def _job(root: Path, workers: int) -> dict[str, Any]:
             "grace_s": 1.0,
             "deadline_s": 3.0,
         },
-        "inner_optimizer": {"learning_rate": 1e-3},
-        "resources": {
-            "num_workers": workers,
-            "min_workers": max(1, workers // 2),
-            "worker": needs,
-            "parameter_server": needs,
-        },
-        "checkpoint": {"every_rounds": 1},
-    }
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.file.flush()
+        inner_optimizer={"learning_rate": 1e-3},
+        resources={"min_workers": max(1, workers // 2)},
+        checkpoint={"every_rounds": 1},
+    )
+    await network.scheduler(job)

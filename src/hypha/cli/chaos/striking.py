@@ -157,9 +157,10 @@ class Striker:
                 self._seen = await self.network.status(scheduler)
             except NO_ANSWER as exc:
                 raise NetworkFailed(f"the scheduler does not answer: {exc}") from exc
-        found = candidates(TargetJob(self.network, scheduler), one.role, self._seen)
-        node = found[int(one.pick * len(found))]
-        fault = strike(TargetJob(self.network, scheduler), one.role, one.how, self._seen, base(node.name))
+        job = TargetJob(self.network, scheduler)
+        found = candidates(job, one.role, self._seen)
+        name = base(found[int(one.pick * len(found))].name)
+        fault = strike(job, one.role, one.how, self._seen, name)
         if one.how == "kill":
             self.supervisor.killed.update(fault.pids)
         return fault

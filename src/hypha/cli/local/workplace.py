@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -107,3 +108,15 @@ def _write_digits(raw: Path, copies: int) -> None:
     pixels = (digits.images[:, None] / 16.0).astype(np.float32)
     np.save(raw / "pixel_values.npy", np.concatenate([pixels] * copies))
     np.save(raw / "labels.npy", np.concatenate([digits.target.astype(np.int64)] * copies))
+
+
+def digits_job(root: Path, workers: int, **keys: Any) -> dict[str, Any]:
+    """The ``[scheduler.job]`` that trains that model on them, with further ``keys``."""
+    needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
+    places = {"num_workers": workers, "worker": needs, "parameter_server": needs}
+    return {
+        "model": {"type": "image-classification", "path": str(root / "untrained"), "seed": 0},
+        "dataset": {"dataset": DATASET},
+        **keys,
+        "resources": places | keys.get("resources", {}),
+    }
