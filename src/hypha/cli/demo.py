@@ -26,7 +26,7 @@ from hypha.cli.job.status import headline, job_panel
 from hypha.cli.local.children import GRACE_S, Child, NetworkFailed
 from hypha.cli.local.network import HOST, NO_ANSWER, Network, open_network
 from hypha.cli.local.workplace import DATASET, clean_environment, digits_job, open_directory, prepare_digits
-from hypha.cli.printing import print_line, write_summary
+from hypha.cli.printing import print_line, write_text
 from hypha.config.inherited import child_environment
 from hypha.errors import OutputError
 from hypha.scheduler.status.snapshot import JobSnapshot
@@ -80,7 +80,7 @@ async def run_demo(options: DemoOptions) -> None:
         "model": str(options.output.absolute()),
     }
     if options.summary is not None:
-        write_summary(options.summary, result)
+        write_text(options.summary, json.dumps(result, indent=2) + "\n")
     lines = [
         "",
         f"Accuracy on {evaluated['samples']} held-out digits: {evaluated['accuracy']:.1%}",
@@ -119,7 +119,6 @@ async def _train(network: Network, options: DemoOptions, show: Show) -> dict[str
         inner_optimizer={"learning_rate": 2e-3},
         # a job of ten rounds is over before 0.9 has paid off
         outer_optimizer={"learning_rate": 0.7, "momentum": 0.5},
-        seed=0,
     )
     await _follow(await network.scheduler(job), network, show, options.open)
     await group.stop([child for child in group.running if child.name != HOST])

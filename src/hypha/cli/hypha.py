@@ -133,7 +133,7 @@ def doctor(
     from hypha.cli.doctor import showing
     from hypha.cli.doctor.checks import exit_code_of
     from hypha.cli.doctor.subject import read_subject
-    from hypha.cli.doctor.whole import Subjects, gather, judge
+    from hypha.cli.doctor.whole import gather, judge
     from hypha.config.job import DatasetRef
     from hypha.config.reading.log_filter import parse_filter
     from hypha.telemetry.logs import configure_logging
@@ -148,13 +148,12 @@ def doctor(
     ref = subject.job.dataset if subject.job is not None else None
     if dataset is not None:
         ref = DatasetRef(dataset=dataset)
-    wanted = Subjects(tuple(peer or ()), ref, offline)
     if not as_json and sys.stderr.isatty():
         typer.echo("looking around; this takes some seconds", err=True)
     found = []
 
     async def work() -> int:
-        found.append(await gather(subject, wanted))
+        found.append(await gather(subject, peer or (), ref, offline))
         return 0
 
     code = run_until_signal(work)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,7 +57,3 @@ def write_text(path: Path, text: str) -> None:
         write_output(path, text)
     except OSError as exc:
         raise OutputError(f"{path} cannot be written: {exc.strerror}") from exc
-
-
-def write_summary(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -23,7 +23,7 @@ from hypha.cli.doctor.gathered import Observations
 from hypha.cli.doctor.gathering import contacts
 from hypha.cli.doctor.judging.network import judge_network
 from hypha.cli.doctor.subject import Subject
-from hypha.cli.doctor.whole import Subjects, gather, judge
+from hypha.cli.doctor.whole import gather, judge
 from hypha.config.job import DatasetRef
 from hypha.config.models import DataConfig, DatasetConfig, GatewayConfig, NodeConfig
 from hypha.data import run_data
@@ -50,7 +50,7 @@ async def look(
     """What the doctor sees and finds. How fast the disk is while other tests use it is left out."""
     subject = subject_of(config, component)
     with trio.fail_after(60):
-        observed = await gather(subject, Subjects(**wanted))
+        observed = await gather(subject, **wanted)
     unhurried = tuple(replace(one, write_rate=None) for one in observed.machine.directories)
     observed = replace(observed, machine=replace(observed.machine, directories=unhurried))
     return observed, judge(subject, observed)

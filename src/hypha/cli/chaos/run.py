@@ -7,6 +7,7 @@ would; nothing else is done to the job.
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from hypha.cli.chaos.striking import Striker, Supervisor, plan
 from hypha.cli.local import lab
 from hypha.cli.local.network import Network, NetworkFailed, open_network
 from hypha.cli.local.workplace import clean_environment, digits_job, open_directory, prepare_digits
-from hypha.cli.printing import print_line, write_summary
+from hypha.cli.printing import print_line, write_text
 from hypha.errors import ConfigError, Problem
 
 JOB = "chaos"
@@ -94,7 +95,7 @@ async def run_chaos(options: ChaosOptions) -> ChaosReport:
         report = await _course(console, network, options, hows)
     show(console, report)
     if options.summary is not None:
-        write_summary(options.summary, report.to_json())
+        write_text(options.summary, json.dumps(report.to_json(), indent=1) + "\n")
     return report
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import trio
 
@@ -31,17 +31,12 @@ _NETWORK = "the network"
 IDENTITY_S, SERVED_S, MODEL_S = 10.0, 20.0, 10.0
 
 
-@dataclass(frozen=True)
-class Subjects:
-    """What else to look at; ``offline``: nothing beyond this machine."""
-
-    peers: Sequence[str] = ()
-    dataset: DatasetRef | None = None
-    offline: bool = False
-
-
-async def gather(subject: Subject, wanted: Subjects) -> Observations:
-    """All observations of ``subject``, at the same time as far as they do not disturb each other."""
+async def gather(
+    subject: Subject, peers: Sequence[str] = (), dataset: DatasetRef | None = None, offline: bool = False
+) -> Observations:
+    """All observations of ``subject``, at the same time as far as they do not disturb each other; also of
+    addresses of ``peers``, and of a ``dataset``. ``offline``: nothing beyond this machine.
+    """
     gathering, config, job = Gathering(), subject.config, subject.job
     machine, around = MachineObservations(), Observations()
     known: IdentityObservations | None = None
@@ -64,7 +59,7 @@ async def gather(subject: Subject, wanted: Subjects) -> Observations:
             gathering.note(_NETWORK, "the configuration is not valid" if config is None else why)
             return
         try:
-            around = await gather_network(gathering, subject, config, identity, wanted.peers, wanted.dataset)
+            around = await gather_network(gathering, subject, config, identity, peers, dataset)
         except HyphaError as exc:
             # such as a port that somebody has taken since it was looked at
             gathering.note(_NETWORK, str(exc))
@@ -79,7 +74,7 @@ async def gather(subject: Subject, wanted: Subjects) -> Observations:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(look_at_machine)
         nursery.start_soon(look_at_files)
-        if subject.path is not None and not wanted.offline:
+        if subject.path is not None and not offline:
             nursery.start_soon(look_at_network)
     if served is not None and around.running is not None and around.running.announcements is not None:
         # a running data node counts the announcements that gateways have taken

@@ -20,6 +20,9 @@ from hypha.cli.printing import write_text
 from hypha.naming import shown
 from hypha.scheduler.status.round_record import RoundRecord, Span, SpanKind
 
+JobArgument = Annotated[str, typer.Argument(help="A job's state directory, or its name under --state-dir.")]
+StateOption = Annotated[Path, typer.Option("--state-dir", help="Where the scheduler keeps its jobs' state.")]
+
 _SCHEDULER = 1
 #: by what is done; 0 is the node's own
 _TRACKS: dict[SpanKind, int] = {
@@ -57,11 +60,9 @@ class TraceEvent(Struct):
 
 
 def timeline(
-    job: Annotated[str, typer.Argument(help="A job's state directory, or its name under --state-dir.")],
+    job: JobArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("rounds.json"),
-    state_dir: Annotated[
-        Path, typer.Option("--state-dir", help="Where the scheduler keeps its jobs' state.")
-    ] = Path("state"),
+    state_dir: StateOption = Path("state"),
 ) -> None:
     """Write the rounds of a job as a trace that opens in Perfetto (ui.perfetto.dev)."""
     from hypha.scheduler.status.history_file import read_history

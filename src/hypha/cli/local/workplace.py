@@ -115,7 +115,7 @@ def digits_job(root: Path, workers: int, **keys: Any) -> dict[str, Any]:
     needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
     places = {"num_workers": workers, "worker": needs, "parameter_server": needs}
     return {
-        "model": {"type": "image-classification", "path": str(root / "untrained"), "seed": 0},
+        "model": {"type": "image-classification", "path": str(root / "untrained")},
         "dataset": {"dataset": DATASET},
         **keys,
         "resources": places | keys.get("resources", {}),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from hypha.config.job import JobConfig
 from hypha.config.models import DataConfig, DatasetConfig, NodeConfig, SchedulerConfig, WorkerConfig
 from hypha.data.manifest import MANIFEST_FILE, load_dataset_directory
 from hypha.data.slices import SUFFIX
-from hypha.decoding import decode
+from hypha.decoding import decode, decode_json
 from hypha.errors import DataError, HyphaError, IdentityError, Undecodable
 from hypha.net.bulk.socket_buffers import Buffers
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
@@ -154,16 +155,10 @@ async def read_accelerators(driver: Path = _DRIVER) -> Accelerators:
         check=False,
     )
     try:
-        found = decode(json.loads, run.stdout)
-        return Accelerators(
-            driver=await in_thread(_driver_version, driver),
-            torch=str(found.get("torch", "")),
-            built_for=str(found.get("built_for", "")),
-            usable=int(found.get("usable", 0)),
-            problem=str(found.get("problem", "")),
-        )
-    except (Undecodable, AttributeError, TypeError, ValueError) as exc:
+        found = decode_json(run.stdout, Accelerators)
+    except Undecodable as exc:
         raise HyphaError(f"the child that imports torch ended with exit code {run.returncode}") from exc
+    return replace(found, driver=await in_thread(_driver_version, driver))
 
 
 def _driver_version(path: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -80,10 +80,7 @@ async def gather_network(
         running = any(one.state == "own" for one in found)
         gateways, others = await _contacts(node, gathering, config, peers)
         dialled = await _dialled(node, gathering, config, found, gateways, running)
-        # what a data node sends goes to the node that runs, never to a guest beside it
-        consumes = subject.component in _CONSUMERS
-        pull = consumes and not running
-        served = await _dataset(node, gathering, subject, dataset, gateways, Asking(consumes, pull))
+        served = await _dataset(node, gathering, subject, dataset, gateways, running)
         data_nodes = [
             await look_at(node, gathering, provider.peer)
             for provider in (served.providers if served is not None else ())[:MOST_DATA_NODES]
@@ -187,7 +184,7 @@ async def _dataset(
     subject: Subject,
     dataset: DatasetRef | None,
     gateways: tuple[Contact, ...],
-    asking: Asking,
+    running: bool,
 ) -> DatasetObservations | None:
     if dataset is None or subject.component == "data":
         return None
@@ -198,7 +195,10 @@ async def _dataset(
         return None
     if await gathering.within(JOIN_S, what, lambda: _joined(node)) is None:
         return None
-    return await gathering.within(DATASET_S, what, lambda: gather_dataset(node, dataset, asking))
+    describe = subject.component in _CONSUMERS
+    # what a data node sends goes to the node that runs, never to a guest beside it
+    pull = describe and not running
+    return await gathering.within(DATASET_S, what, lambda: gather_dataset(node, dataset, describe, pull))
 
 
 async def _joined(node: Libp2pNode) -> bool:
@@ -218,23 +218,19 @@ async def _running(
     )
 
 
-@dataclass(frozen=True)
-class Asking:
-    """What this node may do: ``describe``, that is ask what the dataset is, and ``pull`` a slice of it."""
-
-    describe: bool
-    pull: bool
-
-
-async def gather_dataset(node: Libp2pNode, wanted: DatasetRef, asking: Asking) -> DatasetObservations:
-    """Raises NetworkError where nobody can be asked."""
+async def gather_dataset(
+    node: Libp2pNode, wanted: DatasetRef, describe: bool, pull: bool
+) -> DatasetObservations:
+    """This node may ask to ``describe`` the dataset, and ``pull`` a slice of it. Raises NetworkError where
+    nobody can be asked.
+    """
     name = wanted.dataset
     refs = await node.find_providers(name)
     near = [] if refs else [one for one in _alike(name) if await node.find_providers(one)]
     found: dict[str, Provider] = {}
 
     async def look(ref: PeerRef) -> None:
-        found[ref.peer] = await _provider(node, ref, wanted, asking)
+        found[ref.peer] = await _provider(node, ref, wanted, describe, pull)
 
     async with trio.open_nursery() as nursery:
         for ref in refs:
@@ -259,8 +255,10 @@ def _alike(name: str) -> list[str]:
     return [one for one in dict.fromkeys(changed) if one and one != name]
 
 
-async def _provider(node: Libp2pNode, ref: PeerRef, wanted: DatasetRef, asking: Asking) -> Provider:
-    if not asking.describe:
+async def _provider(
+    node: Libp2pNode, ref: PeerRef, wanted: DatasetRef, describe: bool, pull: bool
+) -> Provider:
+    if not describe:
         return await _reached(node, ref)
     try:
         answer = await node.request(ref, DescribeDataset(dataset=wanted.dataset), ASK_S)
@@ -279,7 +277,7 @@ async def _provider(node: Libp2pNode, ref: PeerRef, wanted: DatasetRef, asking: 
         provider,
         manifest_hash=answer.manifest_hash,
         largest_slice=max((one.size for one in answer.manifest.slices), default=0),
-        rate=await _pull_rate(node, ref, wanted.dataset, answer.manifest) if asking.pull else None,
+        rate=await _pull_rate(node, ref, wanted.dataset, answer.manifest) if pull else None,
     )
 
 
