@@ -60,9 +60,9 @@ def as_guest(
     timeout_s: float,
     asked: str,
     what: str,
-    ask: Callable[[Libp2pNode], Awaitable[None]],
-) -> None:
-    """Have ``ask`` use a node of ``options``. Raises NetworkError: in time it wants ``what`` of ``asked``."""
+    ask: Callable[[Libp2pNode], Awaitable[T]],
+) -> T:
+    """What ``ask`` finds with a node of ``options``. NetworkError: no ``what`` of ``asked`` in that time."""
     from hypha.config.reading.log_filter import parse_filter
     from hypha.net import open_node
     from hypha.telemetry.logs import configure_logging
@@ -70,12 +70,14 @@ def as_guest(
     # one line says why it failed, so that what is logged on the way there is no news
     configure_logging(options.component, parse_filter("error"), "text")
 
+    found: list[T] = []
+
     async def run() -> None:
         with trio.move_on_after(timeout_s) as scope:
             async with open_node(options) as node:
                 if options.gateways:
                     await node.wait_connected()
-                await ask(node)
+                found.append(await ask(node))
                 # that we hang up now is no news
                 logging.getLogger("hypha.net").setLevel(logging.CRITICAL)
         if scope.cancelled_caught:
@@ -83,6 +85,7 @@ def as_guest(
 
     if (code := run_until_signal(run)) != 0:
         raise typer.Exit(code)
+    return found[0]
 
 
 async def ask_health(

@@ -46,9 +46,8 @@ def probe_node(address: str, identity: Identity, timeout_s: float) -> int:
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc
     options = NodeOptions(identity=identity, component="hypha-probe", listen=(), reserve=False, guest=True)
-    found: list[Found] = []
 
-    async def ask(node: Libp2pNode) -> None:
+    async def ask(node: Libp2pNode) -> Found:
         # without a PeerID: whoever answers there with a certificate that is trusted
         peer = known.peer or await _who_is_at(node, address, trio.current_time() + timeout_s - _PAUSE_S)
         if peer == identity.peer_id:
@@ -62,11 +61,11 @@ def probe_node(address: str, identity: Identity, timeout_s: float) -> int:
         report, took_s, connection = await ask_health(node, peer, timeout_s)
         if not isinstance(report, HealthReport):
             raise NetworkError(f"{address} answered a health check with {type(report).__name__}")
-        found.append(Found(report, connection, took_s))
+        return Found(report, connection, took_s)
 
-    as_guest(options, timeout_s, address, "its health check", ask)
-    show_report(address, found[0])
-    return 0 if found[0].report.healthy else 1
+    found = as_guest(options, timeout_s, address, "its health check", ask)
+    show_report(address, found)
+    return 0 if found.report.healthy else 1
 
 
 async def _who_is_at(node: Libp2pNode, address: str, deadline: float) -> str:
