@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 import trio
@@ -31,6 +32,8 @@ from hypha.worker.leasing.given import GivenLeases
 if TYPE_CHECKING:
     from hypha.config.models import NodeConfig
     from hypha.net import Libp2pNode
+
+T = TypeVar("T")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", help="Seconds.", min=0.1)]
@@ -61,16 +64,12 @@ def peers(
 ) -> None:
     """List the nodes that are connected with the gateways of a configuration."""
     loaded = any_component(config)
-    found: dict[str, PeerList] = {}
-    if not _gateways(loaded):
-        address = loaded.http_address or f"127.0.0.1:{HTTP_PORTS['gateway']}"
-        found[address] = ask_local(address, "peers", PeerList)
+    if _gateways(loaded):
+        ask = partial(_each_gateway, config=loaded, request=ListPeers())
+        found = _as_guest(loaded, "hypha-peers", timeout_s, ask)
     else:
-
-        async def ask(node: Libp2pNode) -> None:
-            found.update(await _each_gateway(node, loaded, ListPeers()))
-
-        _as_guest(loaded, "hypha-peers", timeout_s, ask)
+        address = loaded.http_address or f"127.0.0.1:{HTTP_PORTS['gateway']}"
+        found = {address: ask_local(address, "peers", PeerList)}
     if json_:
         print_json(found)
         return
@@ -100,19 +99,17 @@ def lookup(
             "a gateway that knows no other gateway cannot look anything up with its own certificate: name "
             "the configuration of another component with --config"
         )
-    found: list[FoundPeer] = []
     by_id = _PEER_ID.fullmatch(what) is not None
 
-    async def ask(node: Libp2pNode) -> None:
+    async def ask(node: Libp2pNode) -> list[FoundPeer]:
         if by_id:
             candidates = await _find_peer(node, loaded, what)
         else:
             providers = await node.find_providers(what)
             candidates = [FoundPeer(one.peer, addresses=one.addresses) for one in providers]
-        for one in candidates:
-            found.append(await _try(node, one, timeout_s / 2.0))
+        return [await _try(node, one, timeout_s / 2.0) for one in candidates]
 
-    _as_guest(loaded, "hypha-lookup", timeout_s * 2.0, ask)
+    found = _as_guest(loaded, "hypha-lookup", timeout_s * 2.0, ask)
     if json_:
         print_json(found)
     for one in found if not json_ else ():
@@ -138,9 +135,9 @@ def _gateways(config: NodeConfig) -> tuple[str, ...]:
 
 
 def _as_guest(
-    config: NodeConfig, component: str, timeout_s: float, ask: Callable[[Libp2pNode], Awaitable[None]]
-) -> None:
-    """Have ``ask`` use a node with the certificate of ``config``. Raises NetworkError."""
+    config: NodeConfig, component: str, timeout_s: float, ask: Callable[[Libp2pNode], Awaitable[T]]
+) -> T:
+    """What ``ask`` finds with a node that has the certificate of ``config``. Raises NetworkError."""
     from hypha.net import NodeOptions
 
     options = NodeOptions(
@@ -152,7 +149,7 @@ def _as_guest(
         reserve=False,
         exclude_cidr=tuple(config.exclude_cidr),
     )
-    as_guest(options, timeout_s, ", ".join(options.gateways), "a look-up", ask)
+    return as_guest(options, timeout_s, ", ".join(options.gateways), "a look-up", ask)
 
 
 async def _each_gateway(node: Libp2pNode, config: NodeConfig, request: ListPeers) -> dict[str, PeerList]:

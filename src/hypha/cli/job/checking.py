@@ -38,11 +38,7 @@ def check_network(config: SchedulerConfig) -> int:
         # two nodes with one certificate would be in each other's way
         StateDirectory(config.state_dir, job.name).close()
 
-    async def work() -> int:
-        await _check(config, job)
-        return 0
-
-    return run_until_signal(work)
+    return run_until_signal(lambda: _check(config, job))
 
 
 async def _check(config: SchedulerConfig, job: JobConfig) -> None:
