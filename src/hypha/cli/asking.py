@@ -62,14 +62,13 @@ def as_guest(
     what: str,
     ask: Callable[[Libp2pNode], Awaitable[T]],
 ) -> T:
-    """What ``ask`` finds with a node of ``options``. NetworkError: no ``what`` of ``asked`` in that time."""
+    """What ``ask`` finds with a node of ``options``. Raises NetworkError, or RequestTimeout."""
     from hypha.config.reading.log_filter import parse_filter
     from hypha.net import open_node
     from hypha.telemetry.logs import configure_logging
 
     # one line says why it failed, so that what is logged on the way there is no news
     configure_logging(options.component, parse_filter("error"), "text")
-
     found: list[T] = []
 
     async def run() -> None:

@@ -74,7 +74,8 @@ def peers(
         print_json(found)
         return
     for gateway, listed in found.items():
-        print(f"{len(listed.peers) + listed.more} nodes are connected with {_gateway_in_words(gateway)}")
+        called = f"gateway /p2p/{gateway}" if _PEER_ID.fullmatch(gateway) else f"the gateway at {gateway}"
+        print(f"{len(listed.peers) + listed.more} nodes are connected with {called}")
         table = table_of("node", "roles", "organisation", "connected", "round trip", "PeerID")
         for one in listed.peers:
             trip = "" if one.round_trip_s is None else f"{one.round_trip_s * 1000:.1f} ms"
@@ -240,10 +241,6 @@ def _ways(node: Libp2pNode) -> list[str]:
         for one in node.connections()
         if "gateway" in one.roles and one.kind == "direct" and one.address
     ]
-
-
-def _gateway_in_words(gateway: str) -> str:
-    return f"gateway /p2p/{gateway}" if _PEER_ID.fullmatch(gateway) else f"the gateway at {gateway}"
 
 
 def leases(

@@ -245,18 +245,14 @@ def _victim(network: Network, role: str, name: str) -> Path:
         cached = (Path(config["work_dir"]) / "cache").glob("*.safetensors")
         found = sorted(cached, key=lambda path: (path.stat().st_nlink, path.name))[:1]
     elif role in ("scheduler", "parameter-server"):
-        found = _checkpoints(network.config("scheduler"))[-1:]
+        state = Path(network.config("scheduler")["state_dir"])
+        kept = state.glob("*/checkpoints/round-*/theta.safetensors")
+        found = sorted(kept, key=lambda path: int(path.parent.name.removeprefix("round-")))[-1:]
     else:
         raise NetworkFailed(f"a {role} keeps no files that could be corrupted")
     if not found:
         raise NetworkFailed(f"{name} has nothing yet that could be corrupted")
     return found[0]
-
-
-def _checkpoints(config: dict[str, object]) -> list[Path]:
-    """theta of each checkpoint in the scheduler's state directory, the newest last."""
-    found = Path(str(config["state_dir"])).glob("*/checkpoints/round-*/theta.safetensors")
-    return sorted(found, key=lambda path: int(path.parent.name.removeprefix("round-")))
 
 
 def fill_disk(network: Network, name: str) -> Callable[[], None]:

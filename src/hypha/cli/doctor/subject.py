@@ -20,7 +20,7 @@ from hypha.config.reading.loading import load_config
 from hypha.config.section import Section
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.pki.identity import IdentityFiles
-from hypha.pki.inspection import describe
+from hypha.pki.inspection import InspectedCertificate, describe
 
 
 class _JobFile(Section):
@@ -83,7 +83,9 @@ def component_of(raw: dict[str, Any], path: Path) -> str:
     best, second = sorted(own, key=lambda name: -own[name])[:2]
     if own[best] > own[second]:
         return best
-    if len(roles := _roles_in(_identity_files(raw, path))) == 1:
+    files = _identity_files(raw, path)
+    own = None if files is None else own_certificate(files)
+    if own is not None and len(roles := [one for one in own.roles if one in ROLES]) == 1:
         return roles[0]
     message = (
         f"neither its keys nor its certificate's role tell whose it is; say --component {'|'.join(ROLES)}"
@@ -91,14 +93,12 @@ def component_of(raw: dict[str, Any], path: Path) -> str:
     raise ConfigError([Problem("", message, str(path))])
 
 
-def _roles_in(files: IdentityFiles | None) -> tuple[str, ...]:
-    """Of the certificate, whether it is good or not."""
-    if files is None:
-        return ()
+def own_certificate(files: IdentityFiles) -> InspectedCertificate | None:
+    """Whether it is good or not; None where there is none."""
     try:
-        return tuple(one for one in describe(files.cert).certificates[0].roles if one in ROLES)
+        return describe(files.cert).certificates[0]
     except (IdentityError, IndexError):
-        return ()
+        return None
 
 
 def _read(path: Path) -> dict[str, Any]:

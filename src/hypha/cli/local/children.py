@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,18 +157,12 @@ class Children:
             for child in ending:
                 await child.process.wait()
         for child in ending:
-            _kill_group(child.process.pid)
+            # what it left behind in its group; it led it, so no other group can have this number
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.process.pid, signal.SIGKILL)
             await child.process.wait()
             if child in self.running:
                 self.running.remove(child)
-
-
-def _kill_group(pid: int) -> None:
-    """What a process left behind in its group; it led it, so no other group can have this number."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
 @asynccontextmanager

@@ -26,6 +26,7 @@ from hypha.cli.doctor.gathered import (
     ServiceObservations,
 )
 from hypha.cli.doctor.gathering import Gathering
+from hypha.cli.doctor.subject import own_certificate
 from hypha.config.inherited import child_environment
 from hypha.config.job import JobConfig
 from hypha.config.models import DataConfig, DatasetConfig, NodeConfig, SchedulerConfig, WorkerConfig
@@ -35,7 +36,6 @@ from hypha.decoding import decode, decode_json
 from hypha.errors import DataError, HyphaError, IdentityError, Undecodable
 from hypha.net.bulk.socket_buffers import Buffers
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
-from hypha.pki.inspection import InspectedCertificate, describe
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.versions import versions
 from hypha.worker.limits.detecting import DetectedMachine, detect
@@ -178,7 +178,7 @@ def gather_identity(files: IdentityFiles) -> tuple[IdentityObservations, Identit
         identity = load_identity(files, warn=False)
     except IdentityError as exc:
         problems = tuple((one.key, f"{one.source}: {one.message}") for one in exc.problems)
-    own = _own_certificate(files)
+    own = own_certificate(files)
     ends = {} if own is None else {"certificate": own.not_after}
     if identity is not None:
         ends |= identity.expirations()
@@ -194,13 +194,6 @@ def gather_identity(files: IdentityFiles) -> tuple[IdentityObservations, Identit
         problems=problems,
     )
     return observed, identity
-
-
-def _own_certificate(files: IdentityFiles) -> InspectedCertificate | None:
-    try:
-        return describe(files.cert).certificates[0]
-    except (IdentityError, IndexError):
-        return None  # among the problems
 
 
 def _mode(files: IdentityFiles) -> int | None:

@@ -11,6 +11,7 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -23,7 +24,6 @@ from hypha.cli.doctor.gathered import (
     Observations,
     Port,
     Provider,
-    Running,
 )
 from hypha.cli.doctor.gathering import Gathering, readable
 from hypha.cli.doctor.gathering.contacts import NAME_S, dial_back, look_at
@@ -86,10 +86,16 @@ async def gather_network(
             for provider in (served.providers if served is not None else ())[:MOST_DATA_NODES]
             if not provider.reason
         ]
+        counted = None
+        address, scheduler = config.http_address, subject.component == "scheduler"
+        if address is not None and any(one.state == "own" and one.key == "http_address" for one in found):
+            counted = await gathering.within(
+                RUNNING_S, "what the running node counts", partial(gather_running, address, scheduler)
+            )
         return Observations(
             network=NetworkObservations(found, gateways, others, tuple(data_nodes), tuple(dialled), running),
             dataset=served,
-            running=await _running(gathering, subject, config, found),
+            running=counted,
         )
 
 
@@ -204,18 +210,6 @@ async def _dataset(
 async def _joined(node: Libp2pNode) -> bool:
     await node.wait_connected()
     return True
-
-
-async def _running(
-    gathering: Gathering, subject: Subject, config: NodeConfig, ports: tuple[Port, ...]
-) -> Running | None:
-    address = config.http_address
-    if address is None or not any(one.state == "own" and one.key == "http_address" for one in ports):
-        return None
-    scheduler = subject.component == "scheduler"
-    return await gathering.within(
-        RUNNING_S, "what the running node counts", lambda: gather_running(address, scheduler)
-    )
 
 
 async def gather_dataset(
