@@ -37,9 +37,7 @@ class Unanswered(HyphaError):
 
 
 def any_component(path: Path | None) -> NodeConfig:
-    """The configuration at ``path`` (``config.toml``), whichever component's it is. Raises ConfigError: of
-    the component that fits best.
-    """
+    """That of whichever component it is. Raises the ConfigError of the one that fits best."""
     from hypha.config.models import COMPONENTS
     from hypha.config.reading.loading import load_config
 
@@ -98,9 +96,7 @@ async def ask_health(
 
 
 def ask_local(address: str, path: str, kind: type[T], token: str = "") -> T:
-    """What a node answers over its local HTTP at ``address``. Raises HyphaError: :class:`NotThere` for a path
-    that it does not have, :class:`Unanswered` where nobody answers.
-    """
+    """What its local HTTP answers. Raises HyphaError: Unanswered, NotThere for a path that it has not."""
     url, answer = _get(address, path, token)
     if answer.status_code == httpx.codes.UNAUTHORIZED:
         raise HyphaError(f"{url} asks for the token of its job's state directory: --token FILE")

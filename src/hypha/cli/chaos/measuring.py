@@ -166,9 +166,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Account:
-    """Of one stretch. ``seen_s`` of its ``wall_s`` there was a scheduler that kept it. ``badput_s`` and
-    ``goodput_s`` are worker seconds; together they are ``places * seen_s``.
-    """
+    """While there was a scheduler (``seen_s``), ``badput_s`` and ``goodput_s`` are ``places * seen_s``."""
 
     samples: int
     wall_s: float

@@ -44,9 +44,7 @@ class UnexpectedEnd:
 
 @dataclass(frozen=True)
 class Row:
-    """A fault and what it did: ``recovery_s`` until the next round was applied, ``cost_s`` seconds of
-    undisturbed training lost until the next fault.
-    """
+    """``recovery_s`` until the next applied round, ``cost_s`` of calm training lost until the next fault."""
 
     at_s: float
     role: str
@@ -81,9 +79,7 @@ class ChaosReport:
 
     @property
     def badput_s(self) -> dict[str, float]:
-        """Worker seconds of the disturbed stretch that were no training which counts, by reason, as the
-        scheduler says; ``unseen`` while there was no scheduler to count.
-        """
+        """Worker seconds by reason, as the scheduler says; ``unseen`` while there was none to count."""
         if self.own is None:
             return {}
         unseen_s = self.own.places * (self.own.wall_s - self.own.seen_s)

@@ -51,9 +51,7 @@ class Subject:
 
 
 def read_subject(path: Path | None, component: str | None = None, job: Path | None = None) -> Subject:
-    """Raises ConfigError where it cannot be found out whom to look at: no file, no TOML, nobody's keys, or no
-    job in ``job``.
-    """
+    """Raises ConfigError: no file, no TOML, nobody's keys, or no job in ``job``."""
     wanted = read_job(job) if job is not None else None
     if path is None:
         return Subject(component or "", job=wanted)

@@ -38,9 +38,7 @@ _SHOWN = 2000
 
 @dataclass(frozen=True)
 class Difference:
-    """Entry ``number`` of the journal: ``machine`` made of ``event`` what is in ``now``, and not what was
-    ``then``; ``what``: its actions, or its state.
-    """
+    """``machine`` made of ``event`` what is in ``now``, not ``then``; ``what``: its actions, or its state."""
 
     number: int
     machine: str

@@ -52,9 +52,7 @@ def base(name: str) -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of ``host`` that is free right now: none that Linux gives to outgoing connections, one of
-    which might have it before somebody listens there.
-    """
+    """A free TCP port that Linux gives to no outgoing connection before somebody listens there."""
     while True:
         port = random.randrange(*_PORTS)
         with socket.socket() as probe:

@@ -60,9 +60,7 @@ async def gather_network(
     peers: Sequence[str] = (),
     dataset: DatasetRef | None = None,
 ) -> Observations:
-    """The network, the ``dataset``, and the node where it runs; ``peers`` are addresses to look at beside the
-    gateways. Raises ConfigError where the node cannot listen.
-    """
+    """``peers`` are addresses beside the gateways. Raises ConfigError where the node cannot listen."""
     ports = await gathering.in_thread(PORTS_S, "which ports are free", free_ports, config) or []
     taken = any(one.state != "free" and one.key == "listen_addresses" for one in ports)
     options = replace(
@@ -215,9 +213,7 @@ async def _joined(node: Libp2pNode) -> bool:
 async def gather_dataset(
     node: Libp2pNode, wanted: DatasetRef, describe: bool, pull: bool
 ) -> DatasetObservations:
-    """This node may ask to ``describe`` the dataset, and ``pull`` a slice of it. Raises NetworkError where
-    nobody can be asked.
-    """
+    """Whether this node may ``describe`` and ``pull`` it is known. NetworkError: nobody can be asked."""
     name = wanted.dataset
     refs = await node.find_providers(name)
     near = [] if refs else [one for one in _alike(name) if await node.find_providers(one)]

@@ -199,9 +199,7 @@ def _outcomes(counts: dict[str, int], good: str, words: str) -> Iterator[Finding
 
 @dataclass(frozen=True)
 class OfferOutcome:
-    """What came of a request for ``ask``: an offer that is taken (``term`` is None), or which term fails, and
-    in whose words.
-    """
+    """An offer that is taken (``term`` is None), or which term fails, and in whose words."""
 
     ask: Search
     term: str | None = None
