@@ -74,7 +74,7 @@ async def gather(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(look_at_machine)
         nursery.start_soon(look_at_files)
-        if subject.path is not None and not offline:
+        if not offline and (identity is not None or subject.path is not None):
             nursery.start_soon(look_at_network)
     if served is not None and around.running is not None and around.running.announcements is not None:
         # a running data node counts the announcements that gateways have taken

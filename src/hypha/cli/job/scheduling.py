@@ -67,7 +67,11 @@ async def run_scheduler(
             logger.warning("Advice on %s", one)
         page = JobPage(JobSnapshot(name=name, rounds=rounds), history, lambda: warnings.lines, secrets)
         shows: list[Callable[[JobSnapshot], None]] = [page.observe]
-        noted = _opened(journal)
+        try:
+            noted = Journal(file=journal)
+        except OSError as exc:
+            message = f"{journal} cannot be written: {exc.strerror}"
+            raise ConfigError([Problem("--journal", message)]) from exc
         stack.callback(noted.close)
         noted.listeners.append(history.note)
 
@@ -93,14 +97,6 @@ async def run_scheduler(
     for result in results:
         size = f"{result.rounds} rounds, {result.samples} samples"
         print(f"{result.name}: {size}; the model is in {result.output}")
-
-
-def _opened(journal: Path | None) -> Journal:
-    """Raises :class:`ConfigError` when it cannot be written."""
-    try:
-        return Journal(file=journal)
-    except OSError as exc:
-        raise ConfigError([Problem("--journal", f"{journal} cannot be written: {exc.strerror}")]) from exc
 
 
 async def serve_page(address: str, directory: Path, job: Job, page: JobPage) -> None:

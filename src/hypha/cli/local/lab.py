@@ -78,7 +78,7 @@ def interface(name: str) -> str:
 async def inside(place: str | None, work: Callable[[], T]) -> T:
     """The result of ``work``, run in a thread whose sockets belong to namespace ``place``."""
 
-    def run() -> T:
+    def there() -> T:
         if place is None:
             return work()
         with Path("/proc/thread-self/ns/net").open() as ours, Path(f"/run/netns/{place}").open() as theirs:
@@ -89,7 +89,7 @@ async def inside(place: str | None, work: Callable[[], T]) -> T:
                 # trio will use this thread again
                 enter_namespace(ours.fileno())
 
-    return await trio.to_thread.run_sync(run)
+    return await trio.to_thread.run_sync(there)
 
 
 def run(*command: str, feed: str | None = None) -> str:

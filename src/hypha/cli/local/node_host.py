@@ -24,7 +24,6 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import trio
@@ -60,7 +59,8 @@ class NodeForkServer:
         self._told: dict[int, socket.socket] = {}
         woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, _noticed)
+        # without a handler it is ignored, and nothing is written to the descriptor
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         self._woken = woken
 
     def serve(self) -> None:
@@ -101,10 +101,6 @@ class NodeForkServer:
             with contextlib.suppress(OSError):  # who asked is gone
                 told.send(json.dumps({"status": status}).encode())
             told.close()
-
-
-def _noticed(number: int, frame: FrameType | None) -> None:
-    """A handler: without one SIGCHLD is ignored, and the wakeup descriptor is not written to."""
 
 
 def _become_node(request: dict[str, Any], output: int) -> NoReturn:

@@ -188,24 +188,21 @@ def _buffers(contact: Contact, machine: MachineObservations, line: float | None)
         bounds = line is not None and line > most
         far = trip_s >= FAR_S and line is None
         if bounds or (far and rate is not None and rate >= AT_ITS_LIMIT * most):
-            wanted = max(line or 0.0, 2 * (rate or 0.0)) * trip_s * 2
+            wanted = max(2.0 * buffer, max(line or 0.0, 2 * (rate or 0.0)) * trip_s * 2)
+            # the next power of two, as buffers are usually given
+            size = 1 << max(0, math.ceil(wanted) - 1).bit_length()
             key = "tcp_rmem" if name == "receive" else "tcp_wmem"
             middle = "87380" if name == "receive" else "65536"
             yield checks.SOCKET_BUFFERS.found(
                 f"a {name} buffer of {buffer} bytes carries {most / MBIT:.0f} Mbit/s at most over the "
                 f"{trip_s * 1000:.0f} ms to {contact.called}",
-                f'`sysctl -w net.ipv4.{key}="4096 {middle} {_power(max(wanted, 2.0 * buffer))}"`',
+                f'`sysctl -w net.ipv4.{key}="4096 {middle} {size}"`',
             )
 
 
 def _is_here(contact: Contact) -> bool:
     """Whether it is on this very machine, where nothing is ever on its way."""
     return any(one.startswith(("/ip4/127.", "/ip6/::1/")) for one in (contact.address, *contact.seen_at))
-
-
-def _power(least: float) -> int:
-    """The next power of two, as buffers are usually given."""
-    return 1 << max(0, math.ceil(least) - 1).bit_length()
 
 
 def _lease(config: WorkerConfig, contacts: list[Contact]) -> Iterator[Finding]:
