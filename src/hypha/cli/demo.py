@@ -132,7 +132,7 @@ async def _evaluate(network: Network) -> dict[str, Any]:
     launch = Launch(
         job_id="evaluate",
         argv=(sys.executable, "-m", module, str(root / "model"), str(root / "held-out")),
-        environment=child_environment(network.environment),
+        environment=child_environment(network.group.environment),
         work_dir=root,
         own=OwnExecutor(module),
     )

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,11 +91,6 @@ class Network:
         organisation = make_org("System", CaFiles(made.cert, made.key), self.pki)
         self.ca = CaFiles(organisation.cert, organisation.key, organisation.trust)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """That of nodes started later."""
-        return self.group.environment
-
     def running(self, role: str) -> list[Child]:
         """Nodes of that role whose processes have not ended."""
         alive = [child for child in self.group.running if child.process.poll() is None]
@@ -159,7 +154,7 @@ class Network:
             "--socket",
             str(path),
             # as executors have it, or it could not fork any
-            environment=child_environment(self.environment),
+            environment=child_environment(self.group.environment),
             needed=False,
         )
         self.executor_host = path
@@ -280,14 +275,12 @@ async def open_network(
     node_host: NodeHost | None = None,
 ) -> AsyncIterator[N]:
     """A network of that class in ``root``; its nodes are forked by ``node_host``, or a host of its own."""
-    network: N | None = None
-    try:
+    with ExitStack() as stack:
         async with children(root, environment, node_host) as group:
             network = kind(root, group, star)
+            # once nobody uses them any more
+            stack.callback(network.unmount)
             try:
                 yield network
             finally:
                 network.heal()
-    finally:
-        if network is not None:
-            network.unmount()
