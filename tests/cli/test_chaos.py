@@ -40,8 +40,8 @@ from hypha.cli.chaos.measuring import (
 from hypha.cli.chaos.report import ChaosMeasurements, ChaosReport, InjectedFault, judge, show
 from hypha.cli.chaos.run import ChaosOptions, parse_faults, run_chaos
 from hypha.cli.chaos.striking import RESTART_S, TARGETS, plan
-from hypha.cli.local.children import Children
-from hypha.cli.local.network import Network, NetworkFailed
+from hypha.cli.local.children import Children, NetworkFailed
+from hypha.cli.local.network import Network
 from hypha.errors import ConfigError
 from hypha.scheduler.goodput.report import GoodputReport
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -70,7 +70,7 @@ def init(
     from hypha.worker.limits.detecting import detect, lowered
 
     here = detect(options.output.parent / (work_dir or "work"), child_environment())
-    given = {
+    given: dict[str, Any] = {
         "work_dir": work_dir,
         "resources.cpu": here.cpu if cpu is None else cpu,
         "resources.memory": round(OFFERED * here.memory, 1) if memory is None else memory,

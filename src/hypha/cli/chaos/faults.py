@@ -22,8 +22,8 @@ from typing import Literal
 
 import psutil
 
-from hypha.cli.local.children import Child
-from hypha.cli.local.network import Network, NetworkFailed, base
+from hypha.cli.local.children import Child, NetworkFailed
+from hypha.cli.local.network import Network, base
 from hypha.scheduler.status.snapshot import JobSnapshot
 
 Role = Literal[
@@ -110,9 +110,9 @@ def candidates(job: TargetJob, role: Role, seen: JobSnapshot, name: str | None =
     elif program != "worker":
         found = job.network.running(program)
     else:
-        trainers = {worker.peer for worker in seen.workers} - {seen.parameter_server}
-        peers = {seen.parameter_server} if role.startswith("parameter-server") else trainers
-        found = workers_of(job.network, peers)
+        server = {seen.parameter_server or ""}
+        trainers = {worker.peer for worker in seen.workers} - server
+        found = workers_of(job.network, server if role.startswith("parameter-server") else trainers)
     if not found:
         raise NetworkFailed(f"nobody is a {name or role} in {seen}")
     return found

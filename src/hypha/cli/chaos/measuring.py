@@ -19,8 +19,8 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hypha.cli.local.children import Child
-from hypha.cli.local.network import NO_ANSWER, Network, NetworkFailed
+from hypha.cli.local.children import Child, NetworkFailed
+from hypha.cli.local.network import NO_ANSWER, Network
 from hypha.scheduler.goodput.report import GoodputReport
 
 

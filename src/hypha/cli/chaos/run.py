@@ -22,7 +22,8 @@ from hypha.cli.chaos.measuring import Accountant, Applied, LedgerFollower, Round
 from hypha.cli.chaos.report import ChaosMeasurements, ChaosReport, judge, show
 from hypha.cli.chaos.striking import Striker, Supervisor, plan
 from hypha.cli.local import lab
-from hypha.cli.local.network import Network, NetworkFailed, open_network
+from hypha.cli.local.children import NetworkFailed
+from hypha.cli.local.network import Network, open_network
 from hypha.cli.local.workplace import clean_environment, digits_job, open_directory, prepare_digits
 from hypha.cli.printing import print_line, write_text
 from hypha.errors import ConfigError, Problem

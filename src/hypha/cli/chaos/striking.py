@@ -13,8 +13,8 @@ import trio
 from hypha.cli.chaos.faults import How, Role, StruckNode, TargetJob, again, candidates, recover, strike
 from hypha.cli.chaos.measuring import LedgerFollower
 from hypha.cli.chaos.report import InjectedFault, UnexpectedEnd
-from hypha.cli.local.children import Child
-from hypha.cli.local.network import NO_ANSWER, Network, NetworkFailed, base
+from hypha.cli.local.children import Child, NetworkFailed
+from hypha.cli.local.network import NO_ANSWER, Network, base
 from hypha.scheduler.status.snapshot import JobSnapshot
 
 _NODES: tuple[Role, ...] = ("worker", "parameter-server", "scheduler", "data", "gateway")

@@ -82,8 +82,8 @@ def component_of(raw: dict[str, Any], path: Path) -> str:
     if own[best] > own[second]:
         return best
     files = _identity_files(raw, path)
-    own = None if files is None else own_certificate(files)
-    if own is not None and len(roles := [one for one in own.roles if one in ROLES]) == 1:
+    certificate = None if files is None else own_certificate(files)
+    if certificate is not None and len(roles := [one for one in certificate.roles if one in ROLES]) == 1:
         return roles[0]
     message = (
         f"neither its keys nor its certificate's role tell whose it is; say --component {'|'.join(ROLES)}"
