@@ -381,5 +381,5 @@ NOT_CHECKED = MACHINE.note(
 
 #: by name, in the order of the page; GATEWAY_NAME is called gateway-name
 CHECKS = {name.lower().replace("_", "-"): one for name, one in list(vars().items()) if isinstance(one, Check)}
-for _name, _check in CHECKS.items():
-    _check.name = _name
+for _name in CHECKS:
+    CHECKS[_name].name = _name
