@@ -17,7 +17,7 @@ from tests.support.system import System, open_system
 
 from bench.gloo_server import SERVER_THREADS
 from bench.models import TIMES
-from hypha.cli.chaos.network import JOB_S
+from hypha.cli.local.network import JOB_S
 from hypha.data import PrepareOptions, prepare
 from hypha.messages import LedgerFile
 

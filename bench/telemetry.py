@@ -39,7 +39,7 @@ from sklearn.datasets import load_digits
 from tests.support.system import System, digits_job, digits_model, open_system
 
 from bench.report import Bound, Report, Row
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
 from hypha.data import PrepareOptions, prepare
 from hypha.errors import HyphaError
 from hypha.scheduler import read_ledger

@@ -17,8 +17,7 @@ from pydantic.fields import FieldInfo
 from deploy.promql import label_name
 from deploy.rooms import picture
 from hypha import access
-from hypha.cli.doctor.checks import CHECKS
-from hypha.cli.doctor.finding import Symptom
+from hypha.cli.doctor.checks import CHECKS, Symptom
 from hypha.config.models import COMPONENTS
 from hypha.config.reading.partial import section_in
 from hypha.config.reading.template import notes_of

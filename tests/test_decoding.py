@@ -39,8 +39,8 @@ from hypha.worker.bridge.server import _decode
 TRUSTED = {
     "decoding.py": "it is the one that does",
     "simulation": "a world in memory reads what it has just written",
-    "cli/demo": "its own children's output",
-    "cli/chaos": "its own children's output",
+    "cli/demo.py": "its own children's output",
+    "cli/local": "its own children's output",
     "sinks": "parent and child speak over a pipe of their own",
     "executor/host.py": "its parent is the worker",
     "executor/trial.py": "its parent is the scheduler",

@@ -77,7 +77,7 @@ def test_every_import_is_declared() -> None:
     assert core | train | gpu == set(uses) | UNIMPORTED, "declared, but nothing imports it"
     assert {uses[name] for name in gpu} == {"src/hypha/telemetry/resources.py"}
     # without the extra there is no training and no preparing of data, but everything else
-    allowed = ("src/hypha/executor/", "src/hypha/data/", "src/hypha/cli/demo/", "src/hypha/cli/chaos/")
+    allowed = ("src/hypha/executor/", "src/hypha/data/", "src/hypha/cli/local/")
     assert {name for name in train if not uses[name].startswith(allowed)} == set()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from hypha import naming
-from hypha.cli.job.page import LastWarnings
+from hypha.cli.job.scheduling import LastWarnings
 from hypha.cli.job.timeline import trace_events
 from hypha.cli.running import print_error
 from hypha.errors import ConfigError, PeerUnreachable, Problem

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hypha.cli.demo.files import free_port
+from hypha.cli.local.network import free_port
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^```sh( terminal)?\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -1,6 +1,6 @@
 """What a fork of a process that has imported much has to give up, and to become like a fresh one.
 
-Executor hosts (:mod:`hypha.executor.host`) and node hosts (:mod:`hypha.cli.demo.node_host`) fork.
+Executor hosts (:mod:`hypha.executor.host`) and node hosts (:mod:`hypha.cli.local.node_host`) fork.
 """
 
 from __future__ import annotations

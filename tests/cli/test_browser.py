@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console
 from tests.support.polling import until
 
-from hypha.cli.demo.browser import open_browser
-from hypha.cli.demo.showing import show_on
+from hypha.cli.demo import open_browser, show_on
 
 URL = "http://127.0.0.1:9/"
 

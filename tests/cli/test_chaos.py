@@ -6,27 +6,42 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from tests.support.commands import hypha_in
 from tests.support.system import leftovers
 
-from hypha.cli.chaos.account import Account, Reading, account
+from hypha.cli.chaos import run
 from hypha.cli.chaos.faults import How
-from hypha.cli.chaos.goodput import Applied, RoundSpan, costs_s, gaps, goodput, recovery_s
-from hypha.cli.chaos.network import NetworkFailed
+from hypha.cli.chaos.measuring import (
+    Account,
+    Applied,
+    Reading,
+    RoundSpan,
+    account,
+    costs_s,
+    gaps,
+    goodput,
+    recovery_s,
+)
 from hypha.cli.chaos.report import ChaosMeasurements, ChaosReport, InjectedFault, judge, show
 from hypha.cli.chaos.run import ChaosOptions, parse_faults, run_chaos
-from hypha.cli.chaos.schedule import RESTART_S, TARGETS, plan
+from hypha.cli.chaos.striking import RESTART_S, TARGETS, plan
+from hypha.cli.local.children import Children, NetworkFailed
+from hypha.cli.local.network import Network
 from hypha.errors import ConfigError
 from hypha.scheduler.goodput.report import GoodputReport
 
@@ -240,6 +255,35 @@ def test_an_account_that_is_wrong_is_said_to_be(own: Account | None, text: str) 
     report = judged(own)
     assert not report.agrees
     assert text in shown(report)
+
+
+async def test_a_job_that_gets_stuck_among_faults_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    ledger = tmp_path / "state" / run.JOB / "job.db"
+
+    async def start(network: Network, workers: int, small_disks: bool) -> None:
+        ledger.parent.mkdir(parents=True)
+        with closing(sqlite3.connect(ledger)) as db:
+            db.execute("CREATE TABLE rounds (number INTEGER PRIMARY KEY, round, samples, discarded)")
+            db.execute("CREATE TABLE job (generation)")
+        nursery.start_soon(train)
+
+    async def train() -> None:
+        """A round a second, for a minute: that is within the disturbed stretch."""
+        for number in range(60):
+            with closing(sqlite3.connect(ledger)) as db, db:
+                db.execute("INSERT INTO rounds VALUES (?, ?, 100, 0)", (number + 1, number))
+            await trio.sleep(1)
+
+    monkeypatch.setattr(run, "_start", start)
+    options = ChaosOptions(240.0, 2, 20.0, 0, ("kill",), None, None)
+    console = Console(file=io.StringIO())
+    async with trio.open_nursery() as nursery:
+        network = Network(tmp_path, Children(tmp_path, {}))
+        report = await run._course(console, network, options, ("kill",))
+    assert "no round was applied for 120 s: the job is stuck at round 60" in report.failure
+    assert len(report.undisturbed) == 1
 
 
 # --- the whole -------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ import pytest
 import trio
 from tests.support.commands import hypha_in
 
-from hypha.cli.demo.children import DemoFailed, children
-from hypha.cli.demo.files import free_port
 from hypha.cli.hypha import main
+from hypha.cli.local.children import NetworkFailed, children
+from hypha.cli.local.network import free_port
 
 ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": ""}
 
@@ -61,7 +61,7 @@ time.sleep(60)
 async def test_a_process_that_ignores_sigterm_is_killed_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hypha.cli.demo.children.GRACE_S", 0.3)
+    monkeypatch.setattr("hypha.cli.local.children.GRACE_S", 0.3)
     async with children(tmp_path, module(tmp_path, "stubborn", STUBBORN)) as group:
         child = await group.start("stubborn", "stubborn")
         await until(says(child.log, "child "))
@@ -90,11 +90,11 @@ async def test_a_dead_process_is_told_with_its_last_words(tmp_path: Path) -> Non
         child = await group.start("worker-1", "failing")
         await child.process.wait()
         with pytest.raises(
-            DemoFailed, match=r"worker-1 ended with exit code 7(.|\n)*error no room"
+            NetworkFailed, match=r"worker-1 ended with exit code 7(.|\n)*error no room"
         ) as caught:
             group.check()
         assert caught.value.exit_code == 7
-        with pytest.raises(DemoFailed, match="evaluate failed with exit code 7"):
+        with pytest.raises(NetworkFailed, match="evaluate failed with exit code 7"):
             await group.run("evaluate", "failing")
 
 

@@ -229,7 +229,7 @@ def test_a_check_that_is_wrong_can_be_left_out(
         checks.append(config.scheduler.job.check)
         return 0
 
-    monkeypatch.setattr("hypha.cli.running.run_service", note)
+    monkeypatch.setattr("hypha.cli.scheduler.run_service", note)
     run("scheduler", "run")
     run("scheduler", "run", "--no-check")
     assert checks == ["full", "none"]

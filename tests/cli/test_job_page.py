@@ -9,8 +9,8 @@ import pytest
 import trio
 from tests.scheduler.test_history import watched
 
-from hypha.cli.job.page import KEPT_LINES, JobPage, LastWarnings
 from hypha.cli.job.redaction import MARK, redacted, redacted_config, secrets_in
+from hypha.cli.job.scheduling import KEPT_LINES, JobPage, LastWarnings
 from hypha.config.job import DatasetRef, JobConfig, ModelConfig
 from hypha.scheduler.status.history import History
 from hypha.scheduler.status.round_record import Now, Past

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from hypha.cli.demo.showing import Show
-from hypha.cli.job.live import status_panel
+from hypha.cli.demo import Show
+from hypha.cli.job.status import status_panel
 from hypha.cli.probing import Found, show_report
 from hypha.features import features_of
 from hypha.messages import HealthReport
+from hypha.node import ConnectionInfo
 from hypha.scheduler.status.snapshot import (
     ConnectionSnapshot,
     JobSnapshot,
@@ -68,7 +69,8 @@ def test_a_probed_node_is_shown_as_it_is_written(text: str, capsys: pytest.Captu
     report = HealthReport(
         healthy=True, component=text, version=text, peer=text, uptime_s=1.0, details={text: text}
     )
-    show_report(text, Found(report, "", text, frozenset({text})))
+    connection = ConnectionInfo(text, text, "direct", "outbound", frozenset({text}), organization=text)
+    show_report(text, Found(report, connection))
     out = capsys.readouterr().out
     assert "\x1b" not in out
     # roles, peer, organisation, component, version, and below address, peer, a detail and its name

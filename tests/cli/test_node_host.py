@@ -14,9 +14,9 @@ import pytest
 import trio
 from tests.support.host import run_environment, shared_node_host
 
-from hypha.cli.chaos.network import Network, open_network
-from hypha.cli.demo.children import Child, Children, children
-from hypha.cli.demo.forked import ForkedNode, NodeHost
+from hypha.cli.local.children import Child, Children, children
+from hypha.cli.local.network import Network, open_network
+from hypha.cli.local.node_host import ForkedNode, NodeHost
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="node hosts are for Linux")
 
@@ -108,7 +108,7 @@ async def test_nodes_outlive_their_host(tmp_path: Path) -> None:
 
 async def test_it_has_the_environment_that_was_asked_for(tmp_path: Path) -> None:
     async with network_of(tmp_path, shared_node_host()) as network:
-        network.environment["HYPHA_LOG_LEVEL"] = "nonsense"
+        network.group.environment["HYPHA_LOG_LEVEL"] = "nonsense"
         gateway = await network.gateway()
         assert isinstance(gateway.process, ForkedNode)
         assert await gateway.process.wait() == 2

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from tests.support.stopwatch import Stopwatch
 
-from hypha.cli.demo.files import free_port
+from hypha.cli.local.network import free_port
 from hypha.cli.running import run_until_signal
 from hypha.errors import AllocationFailed, ConfigError, Problem
 
@@ -193,7 +193,7 @@ def run_script(text: str, number: signal.Signals) -> tuple[int, float, str]:
 
 HANGING = """
 import time, trio
-from hypha.cli.demo.files import free_port
+from hypha.cli.local.network import free_port
 from hypha.cli.running import run_until_signal
 async def service():
     print("ready", flush=True)
@@ -210,7 +210,7 @@ def test_what_hangs_in_a_thread_is_cut() -> None:
 
 SLOW = """
 import trio
-from hypha.cli.demo.files import free_port
+from hypha.cli.local.network import free_port
 from hypha.cli.running import run_until_signal
 async def service():
     print("ready", flush=True)

@@ -12,8 +12,7 @@ import trio
 from tests.support.polling import until
 from tests.telemetry.test_page import read
 
-from hypha.cli.job.page import JobPage
-from hypha.cli.job.scheduling import serve_page
+from hypha.cli.job.scheduling import JobPage, serve_page
 from hypha.errors import JobFailed
 from hypha.scheduler.status.history import History
 from hypha.scheduler.status.snapshot import JobSnapshot

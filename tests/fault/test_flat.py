@@ -18,7 +18,7 @@ from tests.fault.conftest import SERVER_ONLY
 from tests.support.system import System, digits_dataset, digits_job
 
 from hypha.cli.chaos.faults import processes
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
 

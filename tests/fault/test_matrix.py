@@ -22,12 +22,12 @@ import pytest
 import trio
 from blake3 import blake3
 from tests.fault.conftest import SERVER_ONLY, Job
-from tests.support.faults import StruckNode, check_ledger, counted, durations, fail_at, recover
+from tests.support.faults import Phase, StruckNode, check_ledger, counted, durations, fail_at, recover
 from tests.support.namespaces import Star, open_lab
 from tests.support.system import System, keep_system, paced
 
-from hypha.cli.chaos.faults import How, Phase, Role, TargetJob
-from hypha.cli.demo.children import Child
+from hypha.cli.chaos.faults import How, Role, TargetJob
+from hypha.cli.local.children import Child
 from hypha.messages import LedgerRound
 
 WORKERS = 2

@@ -29,8 +29,8 @@ from tests.support.polling import until
 from tests.support.system import System, keep_system
 
 from hypha.cli.chaos.faults import TargetJob
-from hypha.cli.chaos.network import base
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
+from hypha.cli.local.network import base
 from hypha.naming import shown
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]

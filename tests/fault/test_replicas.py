@@ -13,8 +13,8 @@ from tests.support.faults import again, check_ledger, counted, durations
 from tests.support.polling import until
 from tests.support.system import System
 
-from hypha.cli.chaos.network import JOB_S
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
+from hypha.cli.local.network import JOB_S
 from hypha.messages import CheckpointIndex
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.replicas import GENERATIONS_SKIPPED

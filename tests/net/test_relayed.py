@@ -11,7 +11,7 @@ import trio
 from tests.net.test_resolving import Names
 from tests.support.network import Network, address_of, until
 
-from hypha.cli.excluding import excluded_for
+from hypha.cli.component import excluded_for
 from hypha.config.models import RESERVED_CIDR
 from hypha.messages import Health, PeerRef
 from hypha.net import Libp2pNode

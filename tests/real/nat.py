@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tests.support.namespaces import Lab
 from tests.support.system import System
 
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
 
 GATEWAY = "10.77.0.1"
 PUBLIC = "10.77.0.10"

@@ -13,7 +13,7 @@ from tests.support.faults import check_ledger, durations
 from tests.support.polling import until
 from tests.support.system import System
 
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
 from hypha.pki.authority import make_node
 
 pytestmark = [pytest.mark.real, pytest.mark.fault, pytest.mark.timeout(300)]

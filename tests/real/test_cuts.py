@@ -14,7 +14,7 @@ from tests.support.namespaces import Lab, inside
 from tests.support.polling import until
 from tests.support.system import SMALL, System, digits_dataset, digits_job, paced
 
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
 from hypha.messages import LedgerFile
 from hypha.naming import shown
 

@@ -14,12 +14,12 @@ import pytest
 import trio
 from tests.fault.conftest import TRAINING_ONLY, Job
 from tests.support.disks import Disk, small_disks
-from tests.support.faults import again, check_ledger, counted, durations, fail_at
+from tests.support.faults import again, check_ledger, counted, durations, phase_reached
 from tests.support.polling import until
 from tests.support.system import System, keep_system
 
 from hypha.cli.chaos.faults import TargetJob
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
 
 pytestmark = [pytest.mark.real, pytest.mark.fault, pytest.mark.timeout(300)]
 
@@ -118,7 +118,7 @@ async def test_the_parameter_servers_disk_is_full(small: Small) -> None:
     system, disk, server = small.system, small.disks["server-disk"], small.nodes["server"]
     name = ON_A_SMALL_DISK["name"]
     scheduler = await system.job(small.job(2, 8, name="server", parameter_server_executor=name))
-    await fail_at(TargetJob(system, scheduler), "worker", 1, how="none")
+    await phase_reached(TargetJob(system, scheduler), "worker", 1)
     disk.fill()
     line = await system.logged(server, "is full:")
     assert str(disk.path) in line
@@ -177,7 +177,7 @@ async def test_there_is_no_room_for_the_model(small: Small) -> None:
     made = small.job(1, 2, name="output")
     made["output"] = str(disk.path / "model")
     scheduler = await system.job(made)
-    await fail_at(TargetJob(system, scheduler), "worker", 0, how="none")
+    await phase_reached(TargetJob(system, scheduler), "worker", 0)
     disk.fill()
     assert await system.ended(scheduler) == 6
     assert f"publishing the model to {disk.path / 'model'} failed" in scheduler.tail()

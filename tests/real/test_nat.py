@@ -14,7 +14,7 @@ from tests.real.nat import Place, Sent, behind_nat, sent_by
 from tests.support.namespaces import Lab, open_lab
 from tests.support.system import SMALL, System, digits_dataset, digits_job, keep_system
 
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 

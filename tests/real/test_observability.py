@@ -24,8 +24,8 @@ from tests.support.otlp import http_receiver
 from tests.support.polling import until
 from tests.support.system import SMALL, System, digits_dataset, digits_job, keep_system, paced
 
-from hypha.cli.demo.children import Child
-from hypha.cli.demo.files import free_port
+from hypha.cli.local.children import Child
+from hypha.cli.local.network import free_port
 
 pytestmark = [
     pytest.mark.real,

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from hypha.cli.demo.forked import NodeHost
+from hypha.cli.local.node_host import NodeHost
 from hypha.config.environment import process_environment
 from hypha.config.inherited import child_environment
 

@@ -24,7 +24,7 @@ from urllib.parse import urlencode
 
 import yaml
 
-from hypha.cli.demo.files import free_port
+from hypha.cli.local.network import free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROGRAMS = ("prometheus", "prometheus-alertmanager")

@@ -29,10 +29,10 @@ from safetensors.torch import load_file
 from tests.support.host import run_environment, shared_host, shared_node_host
 
 from hypha.cli.chaos.faults import again
-from hypha.cli.chaos.lab import Star
-from hypha.cli.chaos.network import Network, base, open_network
-from hypha.cli.demo.children import Child, Children
-from hypha.cli.demo.files import MODEL
+from hypha.cli.local.children import Child, Children, NetworkFailed
+from hypha.cli.local.lab import Star
+from hypha.cli.local.network import JOB_S, LOOK_S, START_S, Network, base, open_network
+from hypha.cli.local.workplace import MODEL
 from hypha.data import PrepareOptions, prepare
 from hypha.executor.replay import largest_difference, replay
 from hypha.messages import LedgerFile
@@ -47,13 +47,31 @@ UNNORMED: dict[str, Any] = {"type": "torch", "entrypoint": "tests.support.plain:
 
 
 class System(Network):
-    """Starts nodes in ``root``, as any :class:`~hypha.cli.chaos.network.Network`; reads what a job left."""
+    """Starts nodes in ``root``, as any :class:`~hypha.cli.local.network.Network`; reads what a job left."""
 
     async def worker(self, name: str, **keys: Any) -> Child:
         """As any network's, and the models ``PLAIN``, ``SMALL`` and ``UNNORMED`` are allowed."""
         models = [one["entrypoint"] for one in (PLAIN, SMALL, UNNORMED)]
         allow = {"entrypoints": models, **keys.pop("allow", {})}
         return await super().worker(name, allow=allow, **keys)
+
+    async def logged(self, child: Child, text: str, timeout_s: float = START_S) -> str:
+        """The first log line of ``child`` that holds ``text``, as soon as there is one."""
+        with trio.move_on_after(timeout_s):
+            while True:
+                lines = child.log.read_text(errors="replace").splitlines()
+                found = next((one for one in lines if text in one), None)
+                if found is not None:
+                    return found
+                await trio.sleep(LOOK_S)
+        raise NetworkFailed(f"{child.name} has not logged {text!r} in {timeout_s:g} s:\n{child.tail()}")
+
+    async def ended(self, child: Child, timeout_s: float = JOB_S) -> int:
+        """Its exit code, once it has ended by itself."""
+        with trio.move_on_after(timeout_s):
+            return await child.process.wait()
+        others = "\n".join(f"{one.name}:\n{one.tail()}" for one in self.group.running)
+        raise NetworkFailed(f"{child.name} did not end within {timeout_s:g} s\n{others}")
 
     async def stop_job(self, scheduler: Child) -> None:
         """SIGTERM: what was applied is in a checkpoint, and the job could go on from there."""

@@ -105,7 +105,7 @@ async def validated(system: System, job: dict[str, Any], *more: str) -> tuple[in
         capture_stdout=True,
         capture_stderr=True,
         check=False,
-        env=dict(system.environment),
+        env=dict(system.group.environment),
     )
     return done.returncode, (done.stdout + done.stderr).decode()
 

@@ -15,7 +15,7 @@ import pytest
 import trio
 from tests.support.system import SMALL, System, digits_dataset, digits_job, paced
 
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child
 from hypha.decoding import decode_json
 from hypha.scheduler.status.snapshot import JobSnapshot, LeaseSnapshot
 from hypha.worker.leasing.given import GivenLeases

@@ -17,8 +17,8 @@ import trio
 from tests.support.faults import again
 from tests.support.system import SMALL, System, digits_dataset, digits_job, digits_model, keep_system, paced
 
-from hypha.cli.chaos.network import base
-from hypha.cli.demo.children import DemoFailed
+from hypha.cli.local.children import NetworkFailed
+from hypha.cli.local.network import base
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -174,7 +174,7 @@ async def test_an_operator_looks_around_and_drains_a_worker(system: System) -> N
     text = scheduler.log.read_text()
     assert "A leased worker ends in" in text
     assert "expired" not in text
-    with pytest.raises(DemoFailed, match="no worker runs with the work directory"):
+    with pytest.raises(NetworkFailed, match="no worker runs with the work directory"):
         await drain()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.support.system import System, digits_dataset, digits_job
 
-from hypha.cli.demo.files import free_port
+from hypha.cli.local.network import free_port
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(200)]
 

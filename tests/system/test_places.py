@@ -34,7 +34,7 @@ async def test_a_pretrained_model_of_the_hub_gets_a_fresh_head_and_goes_back(
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     hub = Hub({"acme/resnet": Repository([files], writer="right", private=True)}, users=("ada",))
     with hub.serve() as address:
-        system.environment.update(HF_HUB_OFFLINE="0", HF_ENDPOINT=address, HF_HUB_DISABLE_XET="1")
+        system.group.environment.update(HF_HUB_OFFLINE="0", HF_ENDPOINT=address, HF_HUB_DISABLE_XET="1")
         await system.gateway()
         await system.data("data", dataset)
         workers = [await system.worker(f"worker-{number}") for number in range(2)]
@@ -68,7 +68,7 @@ async def test_a_job_goes_on_from_the_last_good_checkpoint_in_a_bucket(
 ) -> None:
     dataset = digits_dataset(tmp_path)
     with s3_server() as (bucket, environment):
-        system.environment.update(environment)
+        system.group.environment.update(environment)
         await system.gateway()
         await system.data("data", dataset)
         allow = {"local": [f"{bucket}/checkpoints*"]}

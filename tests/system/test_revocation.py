@@ -18,7 +18,7 @@ async def run(system: System, module: str, *arguments: str) -> int:
         check=False,
         capture_stdout=True,
         capture_stderr=True,
-        env=system.environment,
+        env=system.group.environment,
     )
     return done.returncode
 

@@ -52,8 +52,8 @@ async def test_no_secret_in_any_line(system: System, tmp_path: Path) -> None:
     with hub.serve() as address, hanging() as port:
         nowhere = f"http://127.0.0.1:{port}"
         telemetry = {"telemetry_endpoint": nowhere, "telemetry_headers": {"Authorization": OF_TELEMETRY}}
-        system.environment.update(HF_HUB_OFFLINE="0", HF_ENDPOINT=address, HF_HUB_DISABLE_XET="1")
-        system.environment["HYPHA_LOG"] = EVERYTHING
+        system.group.environment.update(HF_HUB_OFFLINE="0", HF_ENDPOINT=address, HF_HUB_DISABLE_XET="1")
+        system.group.environment["HYPHA_LOG"] = EVERYTHING
         gateway = await system.gateway(planned=system.plan_gateway() | telemetry)
         data = await system.data("data", digits_dataset(tmp_path), **telemetry)
         worker = await system.worker("worker", **telemetry)

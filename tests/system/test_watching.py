@@ -80,7 +80,7 @@ async def test_status_and_a_replay_of_an_unfinished_job(system: System) -> None:
 
     async def hypha(*arguments: str) -> str:
         command = [sys.executable, "-m", "hypha.cli.hypha", *arguments]
-        done = await trio.run_process(command, capture_stdout=True, env=system.environment)
+        done = await trio.run_process(command, capture_stdout=True, env=system.group.environment)
         return done.stdout.decode()
 
     await system.reached(scheduler, lambda seen: seen.round >= 3)

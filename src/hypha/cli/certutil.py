@@ -205,7 +205,6 @@ def _made(made: MadeFiles) -> None:
 
 
 def main() -> None:
-    """The program."""
     run_program(app)
 
 

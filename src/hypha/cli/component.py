@@ -5,29 +5,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import ipaddress
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from hypha.cli.excluding import excluded_for
 from hypha.cli.options import (
     DEFAULT_CONFIG,
     CertOption,
-    CommonOptions,
     ConfigOption,
     CrlsOption,
     InitOptions,
     KeyOption,
     LogOptions,
+    NetworkOptions,
     SetOption,
     TrustOption,
 )
+from hypha.cli.running import identity_of
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.staging import write_whole
 
@@ -48,7 +52,6 @@ class Program:
 
     @property
     def model(self) -> type[NodeConfig]:
-        """Its configuration."""
         from hypha.config.models import COMPONENTS
 
         return COMPONENTS[self.name]
@@ -56,12 +59,12 @@ class Program:
 
 def make_app(
     program: Program,
-    check_network: Callable[[Any], int] | None = None,
     describe: Callable[[Any], Iterable[str]] = lambda _: (),
+    validates: Callable[..., None] | None = None,
 ) -> typer.Typer:
     """A Typer app with ``probe``, ``validate`` and ``--validate``; the caller adds the other commands.
-    ``check_network`` does what ``validate --network`` does with a valid configuration, where there is that,
-    and gives the exit code. ``describe`` gives the lines that ``validate`` prints of a valid one besides.
+    ``describe`` gives the lines that ``validate`` prints of a valid configuration besides; ``validates`` is
+    a ``validate`` that can do more.
     """
     app = typer.Typer(
         name=f"hypha-{program.name}",
@@ -92,27 +95,11 @@ def make_app(
             typer.echo(context.get_help())
             raise typer.Exit(2)
 
-    if check_network is None:
+    def validate(config: ConfigOption = None, set_: SetOption = None) -> None:
+        """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
+        validate_config(program, config, settings(program, set_), describe)
 
-        @app.command()
-        def validate(config: ConfigOption = None, set_: SetOption = None) -> None:
-            """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
-            validate_config(program, config, settings(program, set_), describe)
-
-    else:
-
-        @app.command(name="validate")
-        def validate_network(
-            config: ConfigOption = None,
-            set_: SetOption = None,
-            network: Annotated[
-                bool, typer.Option("--network", help="Also ask gateways and data nodes; try a batch.")
-            ] = False,
-        ) -> None:
-            """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
-            loaded = validate_config(program, config, settings(program, set_), describe)
-            if network:
-                raise typer.Exit(check_network(loaded))
+    app.command(name="validate")(validates or validate)
 
     @app.command()
     def probe(
@@ -137,32 +124,17 @@ def _probe_identity(program: Program, config: Path | None, given: Sequence[Path 
     from hypha.pki.identity import IdentityFiles, load_identity
 
     cert, key, trust, crls = given
-    if cert is None or key is None or trust is None:
-        if (cert, key, trust) != (None, None, None):
-            raise typer.BadParameter("--cert, --key and --trust go together")
-        loaded = load(program, config, [])
-        return load_identity(
-            IdentityFiles(loaded.cert_pem, loaded.key_pem, loaded.trust_pem, loaded.crls_pem)
-        )
-    return load_identity(IdentityFiles(cert, key, trust, crls))
+    if cert is not None and key is not None and trust is not None:
+        return load_identity(IdentityFiles(cert, key, trust, crls))
+    if (cert, key, trust) != (None, None, None):
+        raise typer.BadParameter("--cert, --key and --trust go together")
+    return identity_of(load(program, config, []))
 
 
 def settings(program: Program, pairs: Iterable[str] | None) -> list[Flag]:
-    """Flags of ``--set``."""
     from hypha.config.reading.loading import parse_setting
 
     return [parse_setting(program.model, pair) for pair in pairs or ()]
-
-
-def flags(*given: tuple[str, str, Any]) -> list[Flag]:
-    """Flags (name, key, value) of those that were given."""
-    from hypha.config.reading.loading import Flag
-
-    return [
-        Flag(name, key, str(value) if isinstance(value, Path) else value)
-        for name, key, value in given
-        if value is not None and value != []
-    ]
 
 
 def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
@@ -188,11 +160,17 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
         raise
 
 
-def load_to_run(program: Program, node: CommonOptions, logs: LogOptions, *own: tuple[str, str, Any]) -> Any:
-    """As :func:`load`, with what was given to ``run``: the options of all components, and ``own`` ones as
-    :func:`flags` takes them.
-    """
-    given = flags(
+def load_to_run(
+    program: Program,
+    config: Path | None,
+    node: NetworkOptions,
+    logs: LogOptions,
+    *own: tuple[str, str, Any],
+) -> Any:
+    """As :func:`load`, with what was given to ``run``: its name, its key and its value."""
+    from hypha.config.reading.loading import Flag
+
+    given = (
         ("--gateway", "gateway_addresses", node.gateway),
         ("--listen", "listen_addresses", node.listen),
         ("--external", "external_addresses", node.external),
@@ -202,7 +180,12 @@ def load_to_run(program: Program, node: CommonOptions, logs: LogOptions, *own: t
         ("--log-level", "log_level", logs.log_level),
         ("--log-format", "log_format", logs.log_format),
     )
-    return load(program, node.config, [*given, *settings(program, logs.set_)])
+    flags = [
+        Flag(name, key, str(value) if isinstance(value, Path) else value)
+        for name, key, value in given
+        if value is not None and value != []
+    ]
+    return load(program, config, [*flags, *settings(program, logs.set_)])
 
 
 def _check_executors(loaded: NodeConfig) -> None:
@@ -257,14 +240,11 @@ def validate_config(
     given: Sequence[Flag],
     describe: Callable[[Any], Iterable[str]] = lambda _: (),
 ) -> Any:
-    """Print OK, what ``describe`` says of it and what is advised, and return the configuration, or raise
-    ConfigError.
-    """
+    """Print OK, what ``describe`` says of it and what is advised. Raises ConfigError."""
     from hypha.config.advice import advice
-    from hypha.pki.identity import IdentityFiles, load_identity
 
     loaded = load(program, config, given)
-    load_identity(IdentityFiles(loaded.cert_pem, loaded.key_pem, loaded.trust_pem, loaded.crls_pem))
+    identity_of(loaded)
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
     for line in describe(loaded):
         typer.echo(line)
@@ -273,21 +253,24 @@ def validate_config(
     return loaded
 
 
-# --- init -------------------------------------------------------------------------------------------
-
-
 def write_config(
     program: Program, options: InitOptions, given: Mapping[str, Any], fill_in: Mapping[str, str]
 ) -> None:
-    """Write a commented configuration of ``given``. Refuses to overwrite one unless ``--force`` was given."""
+    """Write a commented configuration of ``given`` and the keys of every component; ``fill_in`` is what its
+    operator has to write. Refuses to overwrite one unless ``--force`` was given.
+    """
     from hypha.config.reading.template import write_template
 
     output = options.output
+    keys = _node_keys(program, options)
+    if program.name != "gateway" and not options.gateway:
+        keys["gateway_addresses"] = ["/dns4/gateway.example.org/tcp/8080"]
+        fill_in = {"gateway_addresses": "the addresses your gateway prints when it starts", **fill_in}
     if output.exists() and not options.force:
         raise ConfigError(f"{output} exists; add --force to overwrite it, or choose another --output")
     values = {
         key: _beside(output, value) if isinstance(value, Path) else value
-        for key, value in given.items()
+        for key, value in (keys | dict(given)).items()
         if value is not None and value != []
     }
     text = write_template(program.model, values, fill_in)
@@ -303,7 +286,7 @@ def write_config(
     typer.echo(f"then check it: hypha-{program.name} validate --config {output}")
 
 
-def node_keys(program: Program, options: InitOptions) -> dict[str, Any]:
+def _node_keys(program: Program, options: InitOptions) -> dict[str, Any]:
     """The keys of every component, as ``init`` writes them. Identity files are as given, else
     ``<name>-cert.pem`` and so on in ``--pki``. The revocation list is there from the start, though nobody may
     be revoked yet: it is read as soon as it exists.
@@ -323,17 +306,6 @@ def node_keys(program: Program, options: InitOptions) -> dict[str, Any]:
     }
 
 
-def leaf_keys(program: Program, options: InitOptions) -> dict[str, Any]:
-    """:func:`node_keys` of every component but the gateway."""
-    gateways = options.gateway or ["/dns4/gateway.example.org/tcp/8080"]
-    return {**node_keys(program, options), "gateway_addresses": gateways}
-
-
-def leaf_fill_in(gateway: list[str] | None) -> dict[str, str]:
-    """What the operator of a leaf has to write when no gateway was given."""
-    return {} if gateway else {"gateway_addresses": "the addresses your gateway prints when it starts"}
-
-
 #: where each component's local HTTP listens unless told otherwise
 HTTP_PORTS = {"gateway": 9101, "scheduler": 9102, "worker": 9103, "data": 9104}
 
@@ -349,3 +321,58 @@ def _local_http(program: Program, name: str | None) -> str:
 def _beside(output: Path, path: Path) -> str:
     """``path``, typed relative to where we are, as it is to be written into ``output``."""
     return str(path) if path.is_absolute() else os.path.relpath(path, output.parent)
+
+
+def excluded_for(
+    addresses: Iterable[str], given: list[str] | None, allowed: list[str] | None = None
+) -> list[str] | None:
+    """The default ``exclude_cidr`` without the networks that ``addresses`` lie in, and without those that are
+    ``allowed``, or ``given`` without those; ``None``: as it is. Names are looked up: a gateway given by its
+    name in a private network leads to direct connections as one given by its address does. A name that has no
+    address here is printed. Raises ConfigError where one of ``allowed`` is no network.
+    """
+    from hypha.config.models import RESERVED_CIDR
+
+    if allowed:
+        return _without(given or excluded_for(addresses, None) or list(RESERVED_CIDR), allowed)
+    if given:
+        return given
+    hosts = set[IPv4Address | IPv6Address]()
+    for text in addresses:
+        parts = text.split("/")
+        if len(parts) > 2 and parts[1] in ("ip4", "ip6"):
+            with contextlib.suppress(ValueError):
+                hosts.add(ipaddress.ip_address(parts[2]))
+        elif len(parts) > 2 and parts[1] in ("dns", "dns4", "dns6"):
+            hosts |= _looked_up(parts[2])
+    kept = [cidr for cidr in RESERVED_CIDR if not any(host in ipaddress.ip_network(cidr) for host in hosts)]
+    return kept if len(kept) < len(RESERVED_CIDR) else None
+
+
+def _without(excluded: list[str], allowed: list[str]) -> list[str]:
+    kept = {cidr: ipaddress.ip_network(cidr) for cidr in excluded}
+    for text in allowed:
+        try:
+            network = ipaddress.ip_network(text)
+        except ValueError as exc:
+            raise ConfigError(f"--allow-cidr {text}: it is no network such as 10.0.0.0/8: {exc}") from exc
+        for cidr, other in list(kept.items()):
+            if other.version != network.version or not other.overlaps(network):
+                continue
+            # of a network of which only a part is allowed the rest stays out
+            parts = other.address_exclude(network) if network.subnet_of(other) else ()  # type: ignore[arg-type]
+            del kept[cidr]
+            kept |= {str(part): part for part in parts}
+    return list(kept)
+
+
+def _looked_up(name: str) -> set[IPv4Address | IPv6Address]:
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError as exc:
+        typer.echo(
+            f"note: {name} has no address here now ({exc.strerror or exc}); if it is in a private network, "
+            "take that out of exclude_cidr, or all traffic is relayed"
+        )
+        return set()
+    return {ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in found}

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import CommonOptions, InitOptions, LogOptions, with_options
-from hypha.cli.running import run_program
+from hypha.cli.options import ConfigOption, InitOptions, LogOptions, NetworkOptions, with_options
+from hypha.cli.running import run_program, run_service
 
 PROGRAM = common.Program("gateway", "The entry point of a Hypha network; relays for nodes behind NAT.")
 app = common.make_app(PROGRAM)
@@ -17,13 +17,12 @@ DEFAULT_ADDRESS = "/ip4/0.0.0.0/tcp/8080"
 
 
 @app.command()
-@with_options("listen", "external", "gateway")
+@with_options
 def init(
     options: InitOptions,
 ) -> None:
     """Write a configuration file with every key, its default and what it means."""
     given = {
-        **common.node_keys(PROGRAM, options),
         "listen_addresses": options.listen or [DEFAULT_ADDRESS],
         "external_addresses": options.external or ["/dns4/gateway.example.org/tcp/8080"],
     }
@@ -32,25 +31,22 @@ def init(
 
 
 @app.command()
-@with_options("listen", "external", "gateway")
+@with_options
 def run(
-    node: CommonOptions,
+    config: ConfigOption = None,
+    *,
+    node: NetworkOptions,
     logs: LogOptions,
     max_circuits: Annotated[int | None, typer.Option(help="Relayed connections at once.")] = None,
 ) -> None:
     """Run until SIGINT or SIGTERM."""
-    loaded = common.load_to_run(PROGRAM, node, logs, ("--max-circuits", "max_circuits", max_circuits))
-    from hypha.cli.running import run_service
+    loaded = common.load_to_run(PROGRAM, config, node, logs, ("--max-circuits", "max_circuits", max_circuits))
     from hypha.gateway import run_gateway
 
-    async def service() -> None:
-        await run_gateway(loaded)
-
-    raise typer.Exit(run_service("hypha-gateway", loaded, service))
+    raise typer.Exit(run_service("hypha-gateway", loaded, lambda: run_gateway(loaded)))
 
 
 def main() -> None:
-    """The program."""
     run_program(app)
 
 

@@ -24,60 +24,55 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any key: KEY=VALUE, such as resources.memory=4. May be repeated."),
 ]
-GatewayOption = Annotated[
-    list[str] | None, typer.Option("--gateway", help="A gateway's multiaddr. May be repeated.")
-]
-ListenOption = Annotated[
-    list[str] | None, typer.Option("--listen", help="Multiaddr to listen on. May be repeated.")
-]
-ExternalOption = Annotated[
-    list[str] | None, typer.Option("--external", help="Multiaddr where others dial this node.")
-]
-ExcludeOption = Annotated[
-    list[str] | None, typer.Option("--exclude-cidr", help="Network never to dial. May be repeated.")
-]
-AllowOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-cidr",
-        help="Network to take out of the default exclude_cidr, such as 10.0.0.0/8. May be repeated.",
-    ),
-]
-HttpOption = Annotated[
-    str | None, typer.Option("--http", help="host:port for local HTTP: /health, and /status where there is.")
-]
-LogLevelOption = Annotated[
-    str | None, typer.Option("--log-level", help="A level, or a filter such as info,hypha_network=debug.")
-]
-LogFormatOption = Annotated[str | None, typer.Option("--log-format", help="auto, json or text.")]
 CertOption = Annotated[Path | None, typer.Option("--cert", help="This node's certificate.")]
 KeyOption = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
 TrustOption = Annotated[Path | None, typer.Option("--trust", help="The CAs to trust.")]
 CrlsOption = Annotated[Path | None, typer.Option("--crls", help="Revocation lists.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
-NameOption = Annotated[
-    str | None, typer.Option("--name", "-n", help="Node name: certificates are <name>-cert.pem and so on.")
-]
-PkiOption = Annotated[
-    Path, typer.Option("--pki", help="Directory with <name>-cert.pem, <name>-key.pem and <name>-trust.pem.")
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitOptions:
+class NetworkOptions:
+    """A node's place in the network."""
+
+    gateway: Annotated[
+        list[str] | None, typer.Option("--gateway", help="A gateway's multiaddr. May be repeated.")
+    ] = None
+    listen: Annotated[
+        list[str] | None, typer.Option("--listen", help="Multiaddr to listen on. May be repeated.")
+    ] = None
+    external: Annotated[
+        list[str] | None, typer.Option("--external", help="Multiaddr where others dial this node.")
+    ] = None
+    exclude_cidr: Annotated[
+        list[str] | None, typer.Option("--exclude-cidr", help="Network never to dial. May be repeated.")
+    ] = None
+    http: Annotated[
+        str | None,
+        typer.Option("--http", help="host:port for local HTTP: /health, and /status where there is."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions(NetworkOptions):
     """What ``init`` writes for every component, and where."""
 
-    output: OutputOption = DEFAULT_CONFIG
-    name: NameOption = None
-    force: ForceOption = False
-    gateway: GatewayOption = None
-    listen: ListenOption = None
-    external: ExternalOption = None
-    exclude_cidr: ExcludeOption = None
-    allow_cidr: AllowOption = None
-    http: HttpOption = None
-    pki: PkiOption = Path()
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = DEFAULT_CONFIG
+    name: Annotated[
+        str | None,
+        typer.Option("--name", "-n", help="Node name: certificates are <name>-cert.pem and so on."),
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False
+    allow_cidr: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-cidr",
+            help="Network to take out of the default exclude_cidr, such as 10.0.0.0/8. May be repeated.",
+        ),
+    ] = None
+    pki: Annotated[
+        Path,
+        typer.Option("--pki", help="Directory with <name>-cert.pem, <name>-key.pem and <name>-trust.pem."),
+    ] = Path()
     cert: CertOption = None
     key: KeyOption = None
     trust: TrustOption = None
@@ -85,62 +80,43 @@ class InitOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonOptions:
-    """The configuration with which ``run`` starts a node, and what it overrides of its network."""
-
-    config: ConfigOption = None
-    gateway: GatewayOption = None
-    listen: ListenOption = None
-    external: ExternalOption = None
-    exclude_cidr: ExcludeOption = None
-    http: HttpOption = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class LogOptions:
     """What ``run`` overrides of the logs, and any other key."""
 
-    log_level: LogLevelOption = None
-    log_format: LogFormatOption = None
+    log_level: Annotated[
+        str | None, typer.Option("--log-level", help="A level, or a filter such as info,hypha_network=debug.")
+    ] = None
+    log_format: Annotated[str | None, typer.Option("--log-format", help="auto, json or text.")] = None
     set_: SetOption = None
 
 
-def with_options(*order: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command in which the options of a group stand in place of the parameter that is the group. The
-    options named in ``order`` are listed in that order, at the places that they have between them.
-    """
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command``, in which the options of a group stand in place of the parameter that is the group."""
+    taken: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        group = parameter.annotation
+        if not is_dataclass(group):
+            taken.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = group
+        hints = get_type_hints(group, include_extras=True)
+        taken += [
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
+                annotation=hints[option.name],
+            )
+            for option in fields(group)
+        ]
 
-    def expand(command: Callable[..., None]) -> Callable[..., None]:
-        taken: list[inspect.Parameter] = []
-        groups: dict[str, Any] = {}
-        for parameter in inspect.signature(command, eval_str=True).parameters.values():
-            group = parameter.annotation
-            if not is_dataclass(group):
-                taken.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-                continue
-            groups[parameter.name] = group
-            hints = get_type_hints(group, include_extras=True)
-            taken += [
-                inspect.Parameter(
-                    option.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=option.default,
-                    annotation=hints[option.name],
-                )
-                for option in fields(group)
-            ]
-        named = {parameter.name: parameter for parameter in taken}
-        moved = iter(order)
-        taken = [named[next(moved)] if parameter.name in order else parameter for parameter in taken]
+    @functools.wraps(command)
+    def expanded(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{option.name: given.pop(option.name) for option in fields(group)})
+        command(**given)
 
-        @functools.wraps(command)
-        def expanded(**given: Any) -> None:
-            for name, group in groups.items():
-                given[name] = group(**{option.name: given.pop(option.name) for option in fields(group)})
-            command(**given)
-
-        expanded.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
-        expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
-        return expanded
-
-    return expand
+    expanded.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
+    return expanded

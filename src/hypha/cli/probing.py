@@ -5,7 +5,6 @@ there, more lines how it is. Where nothing can be said of it, one line on standa
 from __future__ import annotations
 
 import errno
-import logging
 import sys
 from dataclasses import dataclass
 
@@ -13,18 +12,16 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from hypha.cli.job.live import shown
-from hypha.cli.running import run_until_signal
-from hypha.config.reading.log_filter import parse_filter
-from hypha.errors import ConfigError, NetworkError, PeerUnreachable, RequestTimeout
+from hypha.cli.asking import as_guest, ask_health
+from hypha.cli.printing import shown
+from hypha.errors import ConfigError, NetworkError, PeerUnreachable
 from hypha.features import kind_of, missing_services, printable, services_in_words, stated
-from hypha.messages import Health, HealthReport, PeerRef
+from hypha.messages import HealthReport, PeerRef
 from hypha.naming import shown as named_peer
-from hypha.net import Libp2pNode, NodeOptions, open_node
+from hypha.net import ConnectionInfo, Libp2pNode, NodeOptions
 from hypha.net.peers.addresses import parse
 from hypha.net.peers.reasons import root_of
 from hypha.pki.identity import Identity
-from hypha.telemetry.logs import configure_logging
 
 #: between two looks at an address where nothing listens yet
 _PAUSE_S = 0.25
@@ -32,14 +29,10 @@ _PAUSE_S = 0.25
 
 @dataclass(frozen=True)
 class Found:
-    """What is at an address: ``name``, ``organization`` and ``roles`` are those of its certificate, and an
-    answer took ``round_trip_s`` seconds.
-    """
+    """What is at an address, by its answer and by its certificate, as the ``connection`` has it."""
 
     report: HealthReport
-    name: str = ""
-    organization: str = ""
-    roles: frozenset[str] = frozenset()
+    connection: ConnectionInfo | None = None
     round_trip_s: float = 0.0
 
 
@@ -48,31 +41,13 @@ def probe_node(address: str, identity: Identity, timeout_s: float) -> int:
 
     Raises NetworkError when it cannot be reached or will not answer, ConfigError for a bad address.
     """
-    # one line says why it failed, so that what is logged on the way there is no news
-    configure_logging("hypha-probe", parse_filter("error"), "text")
-    results: list[Found] = []
-
-    async def ask() -> int:
-        with trio.move_on_after(timeout_s) as scope:
-            results.append(await _ask(address, identity, timeout_s))
-        if scope.cancelled_caught:
-            raise RequestTimeout(address, "its health check", timeout_s)
-        return 0
-
-    code = run_until_signal(ask)
-    if not results:
-        return code
-    show_report(address, results[0])
-    return 0 if results[0].report.healthy else 1
-
-
-async def _ask(address: str, identity: Identity, timeout_s: float) -> Found:
     try:
         known = parse(address)
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc
     options = NodeOptions(identity=identity, component="hypha-probe", listen=(), reserve=False, guest=True)
-    async with open_node(options) as node:
+
+    async def ask(node: Libp2pNode) -> Found:
         # without a PeerID: whoever answers there with a certificate that is trusted
         peer = known.peer or await _who_is_at(node, address, trio.current_time() + timeout_s - _PAUSE_S)
         if peer == identity.peer_id:
@@ -83,17 +58,14 @@ async def _ask(address: str, identity: Identity, timeout_s: float) -> Found:
             )
         node.learn(PeerRef(peer=peer, addresses=(address,)))
         await node.connect(peer)
-        asked = trio.current_time()
-        report = await node.request(peer, Health(), timeout_s)
-        took_s = trio.current_time() - asked
-        of_it = next((one for one in node.connections() if one.peer == peer), None)
-        # that we hang up now is no news
-        logging.getLogger("hypha.net").setLevel(logging.ERROR)
-    if not isinstance(report, HealthReport):
-        raise NetworkError(f"{address} answered a health check with {type(report).__name__}")
-    if of_it is None:
-        return Found(report, round_trip_s=took_s)
-    return Found(report, of_it.name, of_it.organization, of_it.roles, took_s)
+        report, took_s, connection = await ask_health(node, peer, timeout_s)
+        if not isinstance(report, HealthReport):
+            raise NetworkError(f"{address} answered a health check with {type(report).__name__}")
+        return Found(report, connection, took_s)
+
+    found = as_guest(options, timeout_s, address, "its health check", ask)
+    show_report(address, found)
+    return 0 if found.report.healthy else 1
 
 
 async def _who_is_at(node: Libp2pNode, address: str, deadline: float) -> str:
@@ -110,12 +82,12 @@ async def _who_is_at(node: Libp2pNode, address: str, deadline: float) -> str:
 
 def summary(found: Found) -> str:
     """``gateway gw-1 (...wTqXNUgL) of Example, hypha-gateway 1.0, round trip 3.1 ms: healthy``."""
-    report = found.report
-    roles = " and ".join(sorted(found.roles)) or "node of any role"
-    organization = f" of {found.organization}" if found.organization else ""
+    report, of_it = found.report, found.connection
+    roles = " and ".join(sorted(of_it.roles) if of_it else ()) or "node of any role"
+    organization = f" of {of_it.organization}" if of_it and of_it.organization else ""
     version = f"{report.component} {report.version}".strip()
     health = "healthy" if report.healthy else "NOT HEALTHY"
-    who = named_peer(report.peer, found.name)
+    who = named_peer(report.peer, of_it.name if of_it else "")
     return f"{roles} {who}{organization}, {version}, round trip {found.round_trip_s * 1000:.1f} ms: {health}"
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import typer
 
     from hypha.config.models import NodeConfig
+    from hypha.pki.identity import Identity
 
 logger = logging.getLogger("hypha.cli")
 
@@ -79,7 +80,6 @@ def run_service(
     from hypha.config.environment import process_environment
     from hypha.config.otel import resolve_telemetry
     from hypha.config.reading.log_filter import parse_filter
-    from hypha.pki.identity import IdentityFiles, load_identity
     from hypha.telemetry.logs import configure_logging
     from hypha.telemetry.resources import watch_process
     from hypha.telemetry.running import keep_sampling, telemetry
@@ -99,9 +99,16 @@ def run_service(
     configure_logging(component, parse_filter(config.log_level), style)
     if not settings.on:
         return run_until_signal(service, stop_s)
-    files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
-    with telemetry(settings.of_instance(load_identity(files, warn=False).peer_id)):
+    with telemetry(settings.of_instance(identity_of(config, warn=False).peer_id)):
         return run_until_signal(observed, stop_s)
+
+
+def identity_of(config: NodeConfig, warn: bool = True) -> Identity:
+    """The identity that ``config`` names. Raises IdentityError."""
+    from hypha.pki.identity import IdentityFiles, load_identity
+
+    files = IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
+    return load_identity(files, warn=warn)
 
 
 def check_installed(what: str, *packages: str) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import CommonOptions, InitOptions, LogOptions, with_options
-from hypha.cli.running import run_program
+from hypha.cli.options import (
+    ConfigOption,
+    InitOptions,
+    LogOptions,
+    NetworkOptions,
+    SetOption,
+    with_options,
+)
+from hypha.cli.running import run_program, run_service
 from hypha.config.tasks import task_of, unknown_task
 from hypha.decoding import decode
 from hypha.errors import Undecodable
@@ -19,13 +26,22 @@ from hypha.errors import Undecodable
 PROGRAM = common.Program("scheduler", "Finds workers for a job, trains its model with them and exports it.")
 
 
-def _check_network(config: Any) -> int:
-    from hypha.cli.job.checking import check_network
+def validate(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    network: Annotated[
+        bool, typer.Option("--network", help="Also ask gateways and data nodes; try a batch.")
+    ] = False,
+) -> None:
+    """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
+    loaded = common.validate_config(PROGRAM, config, common.settings(PROGRAM, set_))
+    if network:
+        from hypha.cli.job.checking import check_network
 
-    return check_network(config)
+        raise typer.Exit(check_network(loaded))
 
 
-app = common.make_app(PROGRAM, _check_network)
+app = common.make_app(PROGRAM, validates=validate)
 
 StateDirOption = Annotated[Path | None, typer.Option("--state-dir", help="For state, checkpoints, ledger.")]
 SaveToOption = Annotated[
@@ -38,7 +54,7 @@ WorkersOption = Annotated[int | None, typer.Option("--workers", help="Training w
 
 
 @app.command()
-@with_options()
+@with_options
 def init(
     options: InitOptions,
     state_dir: StateDirOption = None,
@@ -74,7 +90,6 @@ def init(
     elif entrypoint is not None:
         source = {"entrypoint": entrypoint}
     given = {
-        **common.leaf_keys(PROGRAM, options),
         "state_dir": state_dir,
         f"{job}.model.type": model_type or ("torch" if entrypoint else _task_in(model)),
         **{f"{job}.model.{key}": value for key, value in source.items()},
@@ -85,7 +100,7 @@ def init(
         f"{job}.resources.num_workers": workers,
         f"{job}.output": _place(save_to) if save_to else "output",
     }
-    fill_in = common.leaf_fill_in(options.gateway)
+    fill_in: dict[str, str] = {}
     if model is None and repository is None and entrypoint is None:
         fill_in[f"{job}.model.path"] = "a directory with the model's config.json, or `repository` instead"
     if dataset is None:
@@ -108,10 +123,11 @@ def _place(text: str) -> str | Path:
 
 
 @app.command()
-@with_options()
+@with_options
 def run(
-    node: CommonOptions,
+    config: ConfigOption = None,
     *,
+    node: NetworkOptions,
     state_dir: StateDirOption = None,
     save_to: SaveToOption = None,
     rounds: RoundsOption = None,
@@ -134,6 +150,7 @@ def run(
     job = "scheduler.job"
     loaded = common.load_to_run(
         PROGRAM,
+        config,
         node,
         logs,
         ("--state-dir", "state_dir", state_dir),
@@ -144,7 +161,6 @@ def run(
         ("--no-check", f"{job}.check", "none" if no_check else None),
     )
     from hypha.cli.job.scheduling import run_scheduler
-    from hypha.cli.running import run_service
     from hypha.scheduler import finished_job
 
     if loaded.log_format == "auto" and sys.stdout.isatty():
@@ -165,7 +181,6 @@ def run(
 
 
 def main() -> None:
-    """The program."""
     run_program(app)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import CommonOptions, ConfigOption, InitOptions, LogOptions, with_options
-from hypha.cli.running import run_program
+from hypha.cli.options import ConfigOption, InitOptions, LogOptions, NetworkOptions, with_options
+from hypha.cli.running import STOP_S, run_program, run_service
 from hypha.errors import HyphaError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ WorkDirOption = Annotated[Path | None, typer.Option("--work-dir", help="For job 
 
 
 @app.command()
-@with_options()
+@with_options
 def init(
     options: InitOptions,
     work_dir: WorkDirOption = None,
@@ -69,15 +70,14 @@ def init(
     from hypha.worker.limits.detecting import detect, lowered
 
     here = detect(options.output.parent / (work_dir or "work"), child_environment())
-    given = {
-        **common.leaf_keys(PROGRAM, options),
+    given: dict[str, Any] = {
         "work_dir": work_dir,
         "resources.cpu": here.cpu if cpu is None else cpu,
         "resources.memory": round(OFFERED * here.memory, 1) if memory is None else memory,
         "resources.gpu": round(OFFERED * here.gpu, 1) if gpu is None else gpu,
         "resources.storage": round(OFFERED * here.storage, 1) if storage is None else storage,
     }
-    common.write_config(PROGRAM, options, given, common.leaf_fill_in(options.gateway))
+    common.write_config(PROGRAM, options, given, {})
     for name, found in here.describe().items():
         typer.echo(f"  found {name}: {found}")
     asked = {name: float(given[f"resources.{name}"] or 0.0) for name in ("cpu", "memory", "gpu", "storage")}
@@ -87,23 +87,21 @@ def init(
 
 
 @app.command()
-@with_options()
+@with_options
 def run(
-    node: CommonOptions,
+    config: ConfigOption = None,
     *,
+    node: NetworkOptions,
     work_dir: WorkDirOption = None,
     logs: LogOptions,
 ) -> None:
     """Run until SIGINT or SIGTERM."""
-    loaded = common.load_to_run(PROGRAM, node, logs, ("--work-dir", "work_dir", work_dir))
-    from hypha.cli.running import STOP_S, run_service
+    loaded = common.load_to_run(PROGRAM, config, node, logs, ("--work-dir", "work_dir", work_dir))
     from hypha.telemetry.running import emit_spans
     from hypha.worker import run_worker
 
-    async def service() -> None:
-        await run_worker(loaded, emit_spans=emit_spans(), alone=True)
-
     # a notice of the machine's end leaves more time, and what was trained is handed over in it
+    service = partial(run_worker, loaded, emit_spans=emit_spans(), alone=True)
     stop_s = STOP_S + (loaded.preemption.notice_s or 0.0)
     raise typer.Exit(run_service("hypha-worker", loaded, service, stop_s))
 
@@ -149,7 +147,6 @@ def drain(
 
 
 def main() -> None:
-    """The program."""
     run_program(app)
 
 

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from tests.support.network import Pki
 
-from hypha.cli.doctor.finding import Check, Finding
+from hypha.cli.doctor.checks import Check, Finding
 from hypha.config.job import JobConfig
 from hypha.config.models import WorkerConfig
 from hypha.pki.authority import CaFiles

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from hypha.cli.doctor.gathered import Unknown
-from hypha.cli.doctor.gathering.bounded import Gathering, readable
+from hypha.cli.doctor.gathering import Gathering, readable
 from hypha.errors import NetworkError
 from hypha.runtime import in_thread
 

@@ -10,8 +10,7 @@ import pytest
 from deploy.tables import SYMPTOMS, TROUBLESHOOTING
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.checks import CHECKS
-from hypha.cli.doctor.finding import Check, exit_code_of, in_order
+from hypha.cli.doctor.checks import CHECKS, Check, exit_code_of, in_order
 
 #: the specification's "Troubleshooting": symptom -> entry -> the checks that it is
 ENTRIES: dict[str, dict[str, tuple[Check, ...]]] = {

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.gathered import Observations, Unknown
-from hypha.cli.doctor.judging.whole import judge
 from hypha.cli.doctor.subject import Subject, read_job, read_subject
+from hypha.cli.doctor.whole import judge
 from hypha.cli.hypha import app
 from hypha.errors import ConfigError
 

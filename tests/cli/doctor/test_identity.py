@@ -12,9 +12,9 @@ from tests.cli.doctor.staging import only, reissue
 from tests.support.network import Pki
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.finding import Finding
-from hypha.cli.doctor.gathering.identity import gather_identity
-from hypha.cli.doctor.judging.identity import judge_identity
+from hypha.cli.doctor.checks import Finding
+from hypha.cli.doctor.gathering.machine import gather_identity
+from hypha.cli.doctor.judging.machine import judge_identity
 from hypha.pki.authority import revoke
 from hypha.pki.identity import IdentityFiles
 

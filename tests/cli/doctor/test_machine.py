@@ -14,7 +14,7 @@ from tests.support.network import Pki
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.gathered import Accelerators, Contact, Directory, MachineObservations
-from hypha.cli.doctor.gathering.bounded import Gathering
+from hypha.cli.doctor.gathering import Gathering
 from hypha.cli.doctor.gathering.machine import gather_machine, read_accelerators
 from hypha.cli.doctor.judging.machine import judge_machine, judge_versions
 from hypha.config.models import GatewayConfig, WorkerConfig

@@ -18,13 +18,12 @@ from tests.support.network import Network, address_of, until
 from tests.support.proxy import proxy_to
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.finding import Finding
+from hypha.cli.doctor.checks import Finding
 from hypha.cli.doctor.gathered import Observations
 from hypha.cli.doctor.gathering import contacts
-from hypha.cli.doctor.gathering.whole import Subjects, gather
 from hypha.cli.doctor.judging.network import judge_network
-from hypha.cli.doctor.judging.whole import judge
 from hypha.cli.doctor.subject import Subject
+from hypha.cli.doctor.whole import gather, judge
 from hypha.config.job import DatasetRef
 from hypha.config.models import DataConfig, DatasetConfig, GatewayConfig, NodeConfig
 from hypha.data import run_data
@@ -51,7 +50,7 @@ async def look(
     """What the doctor sees and finds. How fast the disk is while other tests use it is left out."""
     subject = subject_of(config, component)
     with trio.fail_after(60):
-        observed = await gather(subject, Subjects(**wanted))
+        observed = await gather(subject, **wanted)
     unhurried = tuple(replace(one, write_rate=None) for one in observed.machine.directories)
     observed = replace(observed, machine=replace(observed.machine, directories=unhurried))
     return observed, judge(subject, observed)

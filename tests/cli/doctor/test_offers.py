@@ -10,7 +10,7 @@ from tests.cli.doctor.staging import job_config, only, worker_config
 from tests.support.network import Pki
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.judging.offers import judge_offers, try_offers
+from hypha.cli.doctor.judging.job import judge_offers, try_offers
 from hypha.config.models import WorkerConfig
 from hypha.features import OURS, Abilities
 from hypha.worker.limits.detecting import DetectedMachine

@@ -10,10 +10,9 @@ from tests.cli.doctor.staging import job_config, only
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.gathered import Contact, Running
-from hypha.cli.doctor.gathering.model import parameters_of
-from hypha.cli.doctor.gathering.running import counted, shares_in
-from hypha.cli.doctor.judging.job import judge_job
-from hypha.cli.doctor.judging.running import judge_running
+from hypha.cli.doctor.gathering.machine import parameters_of
+from hypha.cli.doctor.gathering.own_node import counted, shares_in
+from hypha.cli.doctor.judging.job import judge_job, judge_running
 from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.status.snapshot import JobSnapshot
 

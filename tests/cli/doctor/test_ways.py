@@ -11,7 +11,7 @@ from tests.cli.doctor.staging import only, worker_config
 from tests.support.network import Pki
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.finding import Finding
+from hypha.cli.doctor.checks import Finding
 from hypha.cli.doctor.gathered import (
     Contact,
     DatasetObservations,
@@ -19,7 +19,7 @@ from hypha.cli.doctor.gathered import (
     NetworkObservations,
     Provider,
 )
-from hypha.cli.doctor.judging.data import judge_dataset
+from hypha.cli.doctor.judging.job import judge_dataset
 from hypha.cli.doctor.judging.network import judge_network
 from hypha.config.models import WorkerConfig
 

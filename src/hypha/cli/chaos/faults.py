@@ -1,32 +1,29 @@
-"""A vocabulary of faults: who fails, when (round and phase), and how.
+"""A vocabulary of faults: who fails, and how.
 
-``await fail_at(TargetJob(network, scheduler), "worker", 2, "training", "kill")`` waits for that moment of the
-running job and strikes a worker that trains but does not host the parameter server; :func:`strike` does not
-wait. :func:`recover` heals: it wakes, joins, repairs, or starts a killed node again with the same
-configuration.
+A job's part has several nodes, or none for a while: :func:`candidates`. :func:`strike` strikes one, and
+:func:`recover` heals: it wakes, joins, repairs, or starts a killed node again with the same configuration.
 
 ``kill`` and ``stop`` (a freeze, of the process and all its children) strike nodes and executors, the rest
-nodes only: ``cut`` and ``slow`` need a network in a :class:`~hypha.cli.chaos.lab.Star`, ``fill_disk`` a
-:meth:`~hypha.cli.chaos.network.Network.small_disk`, ``corrupt`` a node that keeps something.
+nodes only: ``cut`` and ``slow`` need a network in a :class:`~hypha.cli.local.lab.Star`, ``fill_disk`` a
+:meth:`~hypha.cli.local.network.Network.small_disk`, ``corrupt`` a node that keeps something.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Literal
 
 import psutil
-import trio
 
-from hypha.cli.chaos.damage import corrupt, fill_disk
-from hypha.cli.chaos.network import JOB_S, Network, NetworkFailed, base
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child, NetworkFailed
+from hypha.cli.local.network import Network, base
 from hypha.scheduler.status.snapshot import JobSnapshot
 
 Role = Literal[
@@ -38,24 +35,13 @@ Role = Literal[
     "data",
     "gateway",
 ]
-Phase = Literal["training", "scheduled", "updating", "broadcasting", "last-round"]
-How = Literal["kill", "stop", "cut", "slow", "corrupt", "fill_disk", "none"]
+How = Literal["kill", "stop", "cut", "slow", "corrupt", "fill_disk"]
 
-_PROGRAMS: dict[str, str] = {
-    "worker": "worker",
-    "parameter-server": "worker",
-    "training-executor": "worker",
-    "parameter-server-executor": "worker",
-    "scheduler": "scheduler",
-    "data": "data",
-    "gateway": "gateway",
-}
 #: what is left of a slow node's line, each way: a poor connection of a home
 SLOW_BYTES_PER_S = 100_000
-#: between two looks at a log: theta of a small model is under way for a few milliseconds only
-_LOOK_S = 0.003
-#: members that are not waited for
-_AWAY = ("unreachable", "loading")
+_ROTTEN_BYTES = 64
+_FILLER = "filler"
+_CHUNK = bytes(1 << 16)
 _numbers = count()
 
 
@@ -80,35 +66,6 @@ class StruckNode:
     number: int
 
 
-async def fail_at(
-    job: TargetJob,
-    role: Role,
-    round_: int,
-    phase: Phase = "training",
-    how: How = "kill",
-    name: str | None = None,
-) -> StruckNode:
-    """Strike ``role`` in that phase of round ``round_`` (from 0), or of a later one if it was over too
-    soon to be seen. ``name`` chooses among several nodes of a role. ``none`` does nothing: what happens at
-    that moment is the caller's.
-    """
-    if phase == "updating":
-        before = await _updating(job, role, round_)
-    elif phase == "broadcasting":
-        before = await _trained(job, round_)
-        # the snapshot is a little old, so it may be the next round that ends first
-        await _written(job.scheduler, " was applied: ", JOB_S)
-    elif phase == "scheduled":
-        before = await job.network.reached(
-            job.scheduler, lambda seen: seen.round >= round_ and seen.phase == "scheduled"
-        )
-    elif phase == "last-round":
-        before = await _trained(job, None)
-    else:
-        before = await _trained(job, round_)
-    return strike(job, role, how, before, name)
-
-
 def strike(job: TargetJob, role: Role, how: How, before: JobSnapshot, name: str | None = None) -> StruckNode:
     """Strike now; ``before`` says who has which part in the job. NetworkFailed when nobody has that one."""
     node, network = candidates(job, role, before, name)[0], job.network
@@ -116,11 +73,9 @@ def strike(job: TargetJob, role: Role, how: How, before: JobSnapshot, name: str 
     pids: tuple[int, ...] = ()
     if how in ("kill", "stop"):
         pids = _processes(node, role, how)
-        _send(pids, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        send_signal(pids, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
         if how == "stop":
-            network.wounds[number] = lambda: _send(pids, signal.SIGCONT)
-    elif how == "none":
-        pass
+            network.wounds[number] = lambda: send_signal(pids, signal.SIGCONT)
     elif role.endswith("executor"):
         raise NetworkFailed(f"a {role} is a process: {how} is for nodes")
     else:
@@ -134,7 +89,7 @@ async def recover(network: Network, fault: StruckNode) -> Child:
     if undo is not None:
         undo()
     if fault.how == "kill" and not fault.role.endswith("executor"):
-        return await again(network, fault.node, _PROGRAMS[fault.role])
+        return await again(network, fault.node, _program(fault.role))
     return fault.node
 
 
@@ -149,31 +104,31 @@ def candidates(job: TargetJob, role: Role, seen: JobSnapshot, name: str | None =
     """The running nodes that have this part in the job; NetworkFailed when there is none."""
     if role == "scheduler":
         return [job.scheduler]
-    network = job.network
-    running = [child for child in network.group.running if child.process.poll() is None]
-    program = _PROGRAMS[role]
+    program = _program(role)
     if name is not None:
-        found = [child for child in running if base(child.name) == name]
+        found = [child for child in job.network.running(program) if base(child.name) == name]
     elif program != "worker":
-        found = [child for child in running if network.roles.get(base(child.name)) == program]
+        found = job.network.running(program)
     else:
-        trainers = {worker.peer for worker in seen.workers} - {seen.parameter_server}
-        peers = {seen.parameter_server} if role.startswith("parameter-server") else trainers
-        found = [
-            child
-            for child in running
-            if network.roles.get(base(child.name)) == "worker"
-            and network.peer_id(base(child.name), "worker") in peers
-        ]
+        server = {seen.parameter_server or ""}
+        trainers = {worker.peer for worker in seen.workers} - server
+        found = workers_of(job.network, server if role.startswith("parameter-server") else trainers)
     if not found:
         raise NetworkFailed(f"nobody is a {name or role} in {seen}")
     return found
 
 
+def _program(role: Role) -> str:
+    return role if role in ("scheduler", "data", "gateway") else "worker"
+
+
+def workers_of(network: Network, peers: Collection[str]) -> list[Child]:
+    running = network.running("worker")
+    return [child for child in running if network.peer_id(base(child.name), "worker") in peers]
+
+
 def executors(node: Child, module: str) -> list[int]:
-    """PIDs of the executors of ``hypha.executor.<module>`` that this worker runs; neither their keepers, nor
-    what they have forked.
-    """
+    """PIDs of the executors of that module which this worker runs, not of their keepers or forks."""
     found = []
     for keeper in _keepers(node):
         for process in keeper.children():
@@ -195,9 +150,7 @@ def processes(node: Child) -> list[psutil.Process]:
 
 
 def _keepers(node: Child) -> list[psutil.Process]:
-    """Keepers of executors whose lifelines this worker holds. They need not be its children: an executor host
-    forks them too.
-    """
+    """Keepers whose lifelines this worker holds: not all its children, an executor host forks them too."""
     held = _pipes(node.process.pid)
     found = []
     for process in psutil.process_iter():
@@ -220,30 +173,15 @@ def _pipes(pid: int) -> set[str]:
     return {one for one in found if one.startswith("pipe:")}
 
 
-@contextmanager
-def asleep(*pids: int) -> Iterator[None]:
-    """These processes do nothing meanwhile."""
-    _send(pids, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        _send(pids, signal.SIGCONT)
-
-
 def _processes(node: Child, role: Role, how: How) -> tuple[int, ...]:
     """What a signal goes to: an executor, or a node's own process; a freeze takes its children along."""
-    pids = (
-        tuple(executors(node, "parameter_server" if role.startswith("parameter") else "training"))
-        if role.endswith("executor")
-        else (node.process.pid,)
-    )
-    if not pids:
+    if not role.endswith("executor"):
+        return (node.process.pid,) if how == "kill" else tuple(one.pid for one in processes(node))
+    tops = executors(node, "parameter_server" if role.startswith("parameter") else "training")
+    if not tops:
         raise NetworkFailed(f"{node.name} runs no {role}")
-    if how == "kill":
-        return pids
-    if role.endswith("executor"):
-        return tuple(pid for top in pids for pid in _tree(top))
-    return tuple(one.pid for one in processes(node))
+    below = () if how == "kill" else (psutil.Process(top).children(recursive=True) for top in tops)
+    return (*tops, *(child.pid for children in below for child in children))
 
 
 def _wound(network: Network, role: Role, how: How, node: Child) -> Callable[[], None]:
@@ -263,76 +201,72 @@ def _wound(network: Network, role: Role, how: How, node: Child) -> Callable[[], 
     return lambda: star.slow(name, None)
 
 
-def _send(pids: tuple[int, ...], number: signal.Signals) -> None:
+def send_signal(pids: tuple[int, ...], number: signal.Signals) -> None:
     for pid in pids:
         # what froze with its worker may have ended with it
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(pid).send_signal(number)
 
 
-def _tree(pid: int) -> list[int]:
-    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-
-
-async def _trained(job: TargetJob, round_: int | None) -> JobSnapshot:
-    """Every worker of the round has trained a little; ``None`` is the last round."""
-
-    def holds(seen: JobSnapshot) -> bool:
-        wanted = seen.rounds - 1 if round_ is None else round_
-        return (
-            seen.round >= wanted
-            and seen.phase in ("training", "scheduled")
-            and any(worker.batches for worker in seen.workers)
-            and all(worker.batches or worker.state in _AWAY for worker in seen.workers)
-        )
-
-    return await job.network.reached(job.scheduler, holds)
-
-
-async def _updating(job: TargetJob, role: Role, round_: int) -> JobSnapshot:
-    """One update is in, another held back: a worker that is not the victim sleeps meanwhile. It is chosen
-    again when rounds go by without it, as its executor may just have been replaced.
+def corrupt(network: Network, role: str, name: str) -> Callable[[], None]:
+    """Turn the bits of some bytes in the middle of a file of node ``name``; its size and times stay, as when
+    a disk rots. A data node's first slice, a worker's cached slice that no job uses at the moment (else any),
+    or the newest checkpoint, for the scheduler and the parameter server. Returns what turns them back.
     """
-    while True:
-        seen = await _trained(job, round_)
-        bystander = _bystander(job, role, seen)
-        if bystander is None:
-            await trio.sleep(_LOOK_S)
-            continue
+    path = _victim(network, role, name)
+    before = path.stat()
+    at = before.st_size // 2
 
-        def shown(now: JobSnapshot, passed: int = seen.round + 2) -> bool:
-            return now.phase == "updating" or now.round >= passed
+    def turn() -> None:
+        try:
+            now = path.stat()
+        except FileNotFoundError:
+            return
+        if (now.st_ino, now.st_size) != (before.st_ino, before.st_size):
+            return  # somebody has replaced it meanwhile
+        os.chmod(path, 0o600)
+        with path.open("r+b") as file:
+            file.seek(at)
+            rotten = bytes(byte ^ 0xFF for byte in file.read(_ROTTEN_BYTES))
+            file.seek(at)
+            file.write(rotten)
+        os.chmod(path, before.st_mode)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-        with asleep(bystander):
-            now = await job.network.reached(job.scheduler, shown)
-        if now.phase == "updating":
-            return now
-
-
-def _bystander(job: TargetJob, role: Role, seen: JobSnapshot) -> int | None:
-    """The executor of somebody who trains and is not the victim, if there is one."""
-    network = job.network
-    [victim, *_] = candidates(job, role, seen)
-    trainers = {worker.peer for worker in seen.workers if worker.batches}
-    return next(
-        (
-            pid
-            for child in network.group.running
-            if child is not victim
-            and child.process.poll() is None
-            and network.roles.get(base(child.name)) == "worker"
-            and network.peer_id(base(child.name), "worker") in trainers
-            for pid in executors(child, "training")
-        ),
-        None,
-    )
+    turn()
+    return turn
 
 
-async def _written(child: Child, text: str, timeout_s: float) -> None:
-    """Return within milliseconds of ``text`` being added to its log."""
-    at, tail = child.log.stat().st_size, b""
-    with trio.fail_after(timeout_s), child.log.open("rb") as log:
-        log.seek(at)
-        while text.encode() not in tail:
-            await trio.sleep(_LOOK_S)
-            tail = tail[-len(text) :] + log.read()
+def _victim(network: Network, role: str, name: str) -> Path:
+    config = network.config(name)
+    if role == "data":
+        found = sorted(Path(config["datasets"][0]["path"]).glob("slice-*.safetensors"))[:1]
+    elif role == "worker":
+        cached = (Path(config["work_dir"]) / "cache").glob("*.safetensors")
+        found = sorted(cached, key=lambda path: (path.stat().st_nlink, path.name))[:1]
+    elif role in ("scheduler", "parameter-server"):
+        state = Path(network.config("scheduler")["state_dir"])
+        kept = state.glob("*/checkpoints/round-*/theta.safetensors")
+        found = sorted(kept, key=lambda path: int(path.parent.name.removeprefix("round-")))[-1:]
+    else:
+        raise NetworkFailed(f"a {role} keeps no files that could be corrupted")
+    if not found:
+        raise NetworkFailed(f"{name} has nothing yet that could be corrupted")
+    return found[0]
+
+
+def fill_disk(network: Network, name: str) -> Callable[[], None]:
+    """Leave no byte free where node ``name`` works, a small disk. Returns what makes room again."""
+    config = network.config(name)
+    directory = Path(config.get("work_dir") or config.get("state_dir") or network.root / name)
+    if directory not in network.disks:
+        raise NetworkFailed(f"{directory} of {name} is no small disk: it is not filled")
+    filler = directory / _FILLER
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(_CHUNK)
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC:
+                raise
+    return lambda: filler.unlink(missing_ok=True)

@@ -9,8 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hypha.cli.chaos.account import TOLERANCE, Account
-from hypha.cli.chaos.goodput import Applied, RoundSpan, costs_s, gaps, goodput, recovery_s
+from hypha.cli.chaos.measuring import (
+    TOLERANCE,
+    Account,
+    Applied,
+    RoundSpan,
+    costs_s,
+    gaps,
+    goodput,
+    recovery_s,
+)
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,7 @@ class UnexpectedEnd:
 
 @dataclass(frozen=True)
 class Row:
-    """A fault and what it did: ``recovery_s`` until the next round was applied, ``cost_s`` seconds of
-    undisturbed training lost until the next fault.
-    """
+    """``recovery_s`` until the next applied round, ``cost_s`` of calm training lost until the next fault."""
 
     at_s: float
     role: str
@@ -73,9 +79,7 @@ class ChaosReport:
 
     @property
     def badput_s(self) -> dict[str, float]:
-        """Worker seconds of the disturbed stretch that were no training which counts, by reason, as the
-        scheduler says; ``unseen`` while there was no scheduler to count.
-        """
+        """Worker seconds by reason, as the scheduler says; ``unseen`` while there was none to count."""
         if self.own is None:
             return {}
         unseen_s = self.own.places * (self.own.wall_s - self.own.seen_s)
@@ -95,7 +99,6 @@ class ChaosReport:
         return self.own is not None and self.own.adds_up and abs(difference or 0.0) <= TOLERANCE
 
     def to_json(self) -> dict[str, Any]:
-        """Of plain values."""
         return {
             "goodput": self.goodput,
             "survived": not self.failure,
@@ -123,7 +126,6 @@ class ChaosMeasurements:
 
 
 def judge(measured: ChaosMeasurements) -> ChaosReport:
-    """What it comes to."""
     stretches, applied, samples = measured.stretches, measured.applied, measured.samples
     failure, struck = measured.failure, measured.struck
     disturbed = [goodput(one, samples) for one in stretches[1:2]]
@@ -153,7 +155,6 @@ def judge(measured: ChaosMeasurements) -> ChaosReport:
 
 
 def show(console: Console, report: ChaosReport) -> None:
-    """The table of faults, then what it comes to."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("time", "role", "how", "node", "round", "next round after", "cost"):
         table.add_column(name, justify="left" if name in ("role", "how", "node") else "right", no_wrap=True)

@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import trio
 from rich.console import Console
 
-from hypha.cli.chaos import lab
-from hypha.cli.chaos.account import Accountant, account
 from hypha.cli.chaos.faults import How
-from hypha.cli.chaos.goodput import Applied, RoundSpan
-from hypha.cli.chaos.ledger import LedgerFollower
-from hypha.cli.chaos.network import Network, NetworkFailed, open_network
+from hypha.cli.chaos.measuring import Accountant, Applied, LedgerFollower, RoundSpan, account
 from hypha.cli.chaos.report import ChaosMeasurements, ChaosReport, judge, show
-from hypha.cli.chaos.schedule import Planned, plan
-from hypha.cli.chaos.striking import Striker, Supervisor
-from hypha.cli.demo import files
-from hypha.cli.demo.workplace import clean_environment, open_directory, prepare_digits, start_host
-from hypha.errors import ConfigError, OutputError, Problem
-from hypha.staging import write_output
+from hypha.cli.chaos.striking import Striker, Supervisor, plan
+from hypha.cli.local import lab
+from hypha.cli.local.children import NetworkFailed
+from hypha.cli.local.network import Network, open_network
+from hypha.cli.local.workplace import clean_environment, digits_job, open_directory, prepare_digits
+from hypha.cli.printing import print_line, write_text
+from hypha.errors import ConfigError, Problem
 
 JOB = "chaos"
 #: Nobody counts them: the time decides. More than any run has.
@@ -60,8 +56,6 @@ _AGGREGATE = {"class": "aggregate", "name": "parameter-server"}
 
 @dataclass(frozen=True)
 class ChaosOptions:
-    """The options of the command line."""
-
     seconds: float
     workers: int
     interval_s: float
@@ -90,34 +84,30 @@ async def run_chaos(options: ChaosOptions) -> ChaosReport:
     if (why := lab.missing()) is not None and rooted & set(hows):
         out = [how for how in hows if how in rooted]
         hows = tuple(how for how in hows if how not in rooted)
-        _say(console, f"Left out: {', '.join(out)} ({why}).")
+        print_line(console, f"Left out: {', '.join(out)} ({why}).")
         if not hows:
             raise NetworkFailed("no fault is left to inject")
     async with AsyncExitStack() as stack:
-        root = await stack.enter_async_context(open_directory("chaos", options.directory, False))
+        root = stack.enter_context(open_directory("chaos", options.directory))
         star = None
         if {"cut", "slow"} & set(hows):
-            star = lab.Star(stack.enter_context(lab.open_lab()))
-        place = files.DemoFiles(root)
-        network = await stack.enter_async_context(open_network(Network, root, clean_environment(place), star))
-        report = await _course(console, place, network, options, hows)
+            star = lab.Star(stack.enter_context(closing(lab.Lab())))
+        network = await stack.enter_async_context(open_network(Network, root, clean_environment(root), star))
+        report = await _course(console, network, options, hows)
     show(console, report)
     if options.summary is not None:
-        try:
-            write_output(options.summary, json.dumps(report.to_json(), indent=1) + "\n")
-        except OSError as exc:
-            raise OutputError(f"{options.summary} cannot be written: {exc.strerror}") from exc
+        write_text(options.summary, json.dumps(report.to_json(), indent=1) + "\n")
     return report
 
 
 async def _course(
-    console: Console, place: files.DemoFiles, network: Network, options: ChaosOptions, hows: tuple[How, ...]
+    console: Console, network: Network, options: ChaosOptions, hows: tuple[How, ...]
 ) -> ChaosReport:
-    _say(console, f"Preparing the data and starting {options.workers + 7} nodes in {place.root}")
-    await _start(place, network, options.workers, "fill_disk" in hows)
-    ledger = LedgerFollower(place.root / "state" / JOB / "job.db")
+    print_line(console, f"Preparing the data and starting {options.workers + 7} nodes in {network.root}")
+    await _start(network, options.workers, "fill_disk" in hows)
+    ledger = LedgerFollower(network.root / "state" / JOB / "job.db")
     supervisor, accountant = Supervisor(network), Accountant(network)
-    striker = Striker(network, ledger, supervisor, lambda text: _say(console, text))
+    striker = Striker(network, ledger, supervisor, lambda text: print_line(console, text))
     planned = plan(options.seed, options.seconds, options.interval_s, hows)
     low, high = _CALM_S
     calm_s = max(low, min(high, options.seconds * _CALM_SHARE))
@@ -129,16 +119,19 @@ async def _course(
         nursery.start_soon(accountant.run)
         try:
             await _warm_up(network, ledger)
-            _say(console, f"Round {ledger.round}; undisturbed for {calm_s:g} s")
+            print_line(console, f"Round {ledger.round}; undisturbed for {calm_s:g} s")
             stretches.append(await _stretch(ledger, calm_s))
-            _say(console, f"Round {ledger.round}; {len(planned)} faults in {options.seconds:g} s")
-            async with _striking(striker, planned):
+            print_line(console, f"Round {ledger.round}; {len(planned)} faults in {options.seconds:g} s")
+            async with trio.open_nursery() as strikes:
+                strikes.start_soon(striker.run, planned)
                 stretches.append(await _stretch(ledger, options.seconds))
-            _say(console, f"Round {ledger.round}; undisturbed for {calm_s:g} s again")
+                # all are healed then
+                strikes.cancel_scope.cancel()
+            print_line(console, f"Round {ledger.round}; undisturbed for {calm_s:g} s again")
             stretches.append(await _stretch(ledger, calm_s))
             await accountant.caught_up(stretches[1], _READ_S)
-        except NetworkFailed as exc:
-            failure = str(exc)
+        except* NetworkFailed as failed:
+            failure = str(failed.exceptions[0])
         nursery.cancel_scope.cancel()
     measured = ChaosMeasurements(
         stretches,
@@ -153,23 +146,13 @@ async def _course(
     return judge(measured)
 
 
-@asynccontextmanager
-async def _striking(striker: Striker, planned: list[Planned]) -> AsyncIterator[None]:
-    """Faults strike while the block runs; at its end all are healed."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(striker.run, planned)
-        yield
-        nursery.cancel_scope.cancel()
-
-
 async def _warm_up(network: Network, ledger: LedgerFollower) -> None:
     with trio.move_on_after(_START_S):
         while ledger.round < _WARM_ROUNDS:
-            if await ledger.next_round(_START_S) is None:
-                break
-    if ledger.round < _WARM_ROUNDS:
-        scheduler = next(one for one in network.group.running if one.name.startswith("scheduler"))
-        raise NetworkFailed(f"the job did not start within {_START_S:g} s:\n{scheduler.tail()}")
+            await ledger.next_round(_START_S)
+        return
+    scheduler = next(one for one in network.group.running if one.name.startswith("scheduler"))
+    raise NetworkFailed(f"the job did not start within {_START_S:g} s:\n{scheduler.tail()}")
 
 
 async def _stretch(ledger: LedgerFollower, seconds: float) -> RoundSpan:
@@ -191,18 +174,15 @@ async def _next(ledger: LedgerFollower) -> Applied:
     return applied
 
 
-async def _start(place: files.DemoFiles, network: Network, workers: int, small_disks: bool) -> None:
-    """Two linked gateways, two data nodes with files of their own, workers, a node for the parameter server
-    and a spare for either part, and the scheduler.
-    """
-    network.executor_host = await start_host(place.root, network.group)
-    await trio.to_thread.run_sync(files.write_digits, place, _COPIES)
-    await trio.to_thread.run_sync(files.write_model, place)
-    await prepare_digits(place, network.group)
+async def _start(network: Network, workers: int, small_disks: bool) -> None:
+    """Of gateways and data nodes two; a node for the parameter server alone, and a spare for either part."""
+    root = network.root
+    await network.start_host()
+    await prepare_digits(root, network.group, _COPIES)
+    names = [f"worker-{number + 1}" for number in range(workers)]
     if small_disks:
-        names = [files.worker_name(number) for number in range(workers)]
         for name in ("state", *(f"work-{name}" for name in (*names, "server", "spare"))):
-            network.small_disk(place[name], _DISK_MB)
+            network.small_disk(root / name, _DISK_MB)
     planned = {name: network.plan_gateway(name) for name in ("gateway-1", "gateway-2")}
     for number, (name, keys) in enumerate(planned.items()):
         others = [address for at, address in enumerate(network.gateways) if at != number]
@@ -210,25 +190,20 @@ async def _start(place: files.DemoFiles, network: Network, workers: int, small_d
         # one that cannot listen is told now, with the end of its log
         await network.logged_value(gateway, "addresses")
     for name in ("data-1", "data-2"):
-        copy = place[f"dataset-{name}"]
-        await trio.to_thread.run_sync(shutil.copytree, place["dataset"], copy)
+        copy = root / f"dataset-{name}"
+        await trio.to_thread.run_sync(shutil.copytree, root / "dataset", copy)
         await network.data(name, copy)
     # few slices are kept, so that data nodes matter
     cache = {"max_slices": 4}
-    for number in range(workers):
-        await network.worker(files.worker_name(number), executors=[_TRAIN], cache=cache)
+    for name in names:
+        await network.worker(name, executors=[_TRAIN], cache=cache)
     await network.worker("server", executors=[_AGGREGATE])
     await network.worker("spare", executors=[_TRAIN, _AGGREGATE], cache=cache)
-    await network.scheduler(_job(place, workers))
-
-
-def _job(place: files.DemoFiles, workers: int) -> dict[str, Any]:
-    needs = {"cpu": 1, "memory": 2, "storage": 0, "gpu": 0}
-    return {
-        "name": JOB,
-        "model": {"type": "image-classification", "path": str(place["untrained"])},
-        "dataset": {"dataset": files.DATASET},
-        "rounds": {
+    job = digits_job(
+        root,
+        workers,
+        name=JOB,
+        rounds={
             "update_rounds": _ROUNDS,
             "avg_samples_between_updates": workers * _SAMPLES_A_WORKER,
             "batch_size": _BATCH,
@@ -236,17 +211,8 @@ def _job(place: files.DemoFiles, workers: int) -> dict[str, Any]:
             "grace_s": 1.0,
             "deadline_s": 3.0,
         },
-        "inner_optimizer": {"learning_rate": 1e-3},
-        "resources": {
-            "num_workers": workers,
-            "min_workers": max(1, workers // 2),
-            "worker": needs,
-            "parameter_server": needs,
-        },
-        "checkpoint": {"every_rounds": 1},
-    }
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.file.flush()
+        inner_optimizer={"learning_rate": 1e-3},
+        resources={"min_workers": max(1, workers // 2)},
+        checkpoint={"every_rounds": 1},
+    )
+    await network.scheduler(job)

@@ -1,19 +1,76 @@
-"""The two hands of ``hypha chaos``: one strikes nodes as planned, the other starts again what has ended."""
+"""The two hands of ``hypha chaos``: one strikes nodes, by a schedule that a seed decides, so that a run can
+be had again; the other starts again what has ended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import trio
 
-from hypha.cli.chaos.faults import StruckNode, TargetJob, again, candidates, recover, strike
-from hypha.cli.chaos.ledger import LedgerFollower
-from hypha.cli.chaos.network import NO_ANSWER, Network, NetworkFailed, base
+from hypha.cli.chaos.faults import How, Role, StruckNode, TargetJob, again, candidates, recover, strike
+from hypha.cli.chaos.measuring import LedgerFollower
 from hypha.cli.chaos.report import InjectedFault, UnexpectedEnd
-from hypha.cli.chaos.schedule import RESTART_S, Planned
-from hypha.cli.demo.children import Child
+from hypha.cli.local.children import Child, NetworkFailed
+from hypha.cli.local.network import NO_ANSWER, Network, base
 from hypha.scheduler.status.snapshot import JobSnapshot
+
+_NODES: tuple[Role, ...] = ("worker", "parameter-server", "scheduler", "data", "gateway")
+_PROCESSES: tuple[Role, ...] = ("training-executor", "parameter-server-executor")
+
+#: Who can be struck how.
+TARGETS: dict[How, tuple[Role, ...]] = {
+    "kill": _NODES + _PROCESSES,
+    "stop": _NODES + _PROCESSES,
+    "cut": _NODES,
+    "slow": _NODES,
+    "corrupt": ("worker", "scheduler", "data"),
+    "fill_disk": ("worker", "parameter-server", "scheduler"),
+}
+#: A supervisor starts a killed node again after so long (systemd's RestartSec).
+RESTART_S = 1.0
+#: Other faults are healed after some seconds, ...
+HOLD_S = (2.0, 6.0)
+#: ... but well before the next one strikes, a share of the interval.
+_HOLD_SHARE = 0.5
+#: Faults come at the interval's multiples, earlier or later by up to this share of it.
+_JITTER = 0.25
+
+
+@dataclass(frozen=True)
+class Planned:
+    """``at_s`` counts from the first moment of the disturbance; it is healed ``hold_s`` later. ``pick``, of
+    [0, 1), chooses among the nodes of that role.
+    """
+
+    at_s: float
+    role: Role
+    how: How
+    hold_s: float
+    pick: float = 0.0
+
+
+def plan(seed: int, seconds: float, interval_s: float, hows: Sequence[How]) -> list[Planned]:
+    """Each role in each way before any comes again. The last one leaves an interval to recover in."""
+    rng = random.Random(seed)
+    pairs = _deck(rng, hows)
+    planned = []
+    for number in range(1, int(seconds // interval_s)):
+        at_s = interval_s * (number + rng.uniform(-_JITTER, _JITTER))
+        role, how = next(pairs)
+        hold_s = min(rng.uniform(*HOLD_S), interval_s * _HOLD_SHARE)
+        planned.append(Planned(at_s, role, how, RESTART_S if how == "kill" else hold_s, rng.random()))
+    return planned
+
+
+def _deck(rng: random.Random, hows: Sequence[How]) -> Iterator[tuple[Role, How]]:
+    cards = [(role, how) for how in hows for role in TARGETS[how]]
+    while True:
+        rng.shuffle(cards)
+        yield from cards
+
 
 _LOOK_S = 0.1
 #: How long somebody is looked for who has the role; the parameter server's may be vacant for a while.
@@ -31,7 +88,6 @@ class Supervisor:
         self.ended: list[UnexpectedEnd] = []
 
     async def run(self) -> None:
-        """Until it is cancelled."""
         known: set[str] = set()
         async with trio.open_nursery() as nursery:
             while True:
@@ -65,7 +121,6 @@ class Striker:
         self._seen = JobSnapshot(name="")
 
     async def run(self, planned: Sequence[Planned]) -> None:
-        """Strike and heal, each at its time; what nobody could be found for is noted as skipped."""
         began = trio.current_time()
         async with trio.open_nursery() as nursery:
             for one in planned:
@@ -94,24 +149,21 @@ class Striker:
         self.tell(f"{trio.current_time() - began:6.1f} s  {one.how} {one.role} is skipped: {why}")
 
     async def _try(self, one: Planned) -> StruckNode:
-        scheduler = self._scheduler()
+        scheduler = next(iter(self.network.running("scheduler")), None)
+        if scheduler is None:
+            raise NetworkFailed("the scheduler is down")
         if one.role not in ("scheduler", "data", "gateway"):
             try:
                 self._seen = await self.network.status(scheduler)
             except NO_ANSWER as exc:
                 raise NetworkFailed(f"the scheduler does not answer: {exc}") from exc
-        found = candidates(TargetJob(self.network, scheduler), one.role, self._seen)
-        node = found[int(one.pick * len(found))]
-        fault = strike(TargetJob(self.network, scheduler), one.role, one.how, self._seen, base(node.name))
+        job = TargetJob(self.network, scheduler)
+        found = candidates(job, one.role, self._seen)
+        name = base(found[int(one.pick * len(found))].name)
+        fault = strike(job, one.role, one.how, self._seen, name)
         if one.how == "kill":
             self.supervisor.killed.update(fault.pids)
         return fault
-
-    def _scheduler(self) -> Child:
-        for child in self.network.group.running:
-            if base(child.name) == "scheduler" and child.process.poll() is None:
-                return child
-        raise NetworkFailed("the scheduler is down")
 
     async def _heal(self, fault: StruckNode, hold_s: float) -> None:
         if fault.how == "kill":

@@ -21,9 +21,6 @@ class Unknown:
     why: str
 
 
-# --- the machine --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Directory:
     """A place where the node writes; ``key`` names it in the configuration. ``problem`` says why it cannot be
@@ -52,9 +49,7 @@ class Accelerators:
 
 @dataclass(frozen=True)
 class MachineObservations:
-    """Of the machine alone. ``receive_buffer`` and ``send_buffer`` are the largest that the kernel gives a
-    TCP connection by itself, in bytes.
-    """
+    """The buffers are the largest that the kernel gives a TCP connection by itself, in bytes."""
 
     open_files: int | None = None
     receive_buffer: int | None = None
@@ -83,8 +78,6 @@ class IdentityObservations:
     ends: dict[str, datetime] = field(default_factory=dict)
     problems: tuple[tuple[str, str], ...] = ()
 
-
-# --- the network --------------------------------------------------------------------------------------------
 
 #: ``own``: this very node has it; ``other``: another process; ``foreign``: no address of this machine
 PortState = Literal["free", "own", "other", "foreign"]
@@ -134,6 +127,10 @@ class Contact:
     down: float | None = None
     stalled: bool = False
 
+    @property
+    def called(self) -> str:
+        return self.name or self.address
+
 
 @dataclass(frozen=True)
 class Dialled:
@@ -161,9 +158,6 @@ class NetworkObservations:
     running: bool = False
 
 
-# --- data ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Provider:
     """A node that announces the dataset. ``reason`` says why it does not serve it; ``refused``: it, or the
@@ -178,6 +172,10 @@ class Provider:
     refused: bool = False
     largest_slice: int = 0
     rate: float | None = None
+
+    @property
+    def called(self) -> str:
+        return self.name or self.peer
 
 
 @dataclass(frozen=True)
@@ -199,9 +197,6 @@ class ServiceObservations:
     names: tuple[str, ...] = ()
     unusable: tuple[tuple[str, str], ...] = ()
     announced: bool | None = None
-
-
-# --- a node that runs, and a job ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

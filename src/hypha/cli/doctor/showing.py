@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 import msgspec
 from rich.console import Console
 
-from hypha.cli.doctor.finding import SEVERITIES, Finding, Severity, exit_code_of
+from hypha.cli.doctor.checks import SEVERITIES, Finding, Severity, exit_code_of
 from hypha.cli.doctor.gathered import Contact, Observations
 from hypha.cli.doctor.subject import Subject
-from hypha.cli.job.live import shown
+from hypha.cli.printing import shown
 from hypha.naming import named
 
 _STYLES: dict[Severity, str] = {"note": "dim", "warning": "yellow", "error": "bold red"}
@@ -20,7 +20,6 @@ _MBIT = 10**6 / 8
 
 
 def show(subject: Subject, observed: Observations, findings: Sequence[Finding]) -> None:
-    """What was looked at, one line a finding, and a sum of them."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
     for line in seen(subject, observed):
         console.print(shown(named(line)), soft_wrap=True)
@@ -71,8 +70,8 @@ def seen(subject: Subject, observed: Observations) -> Iterator[str]:
         for provider in serving:
             if provider.rate is not None:
                 size = f"{provider.largest_slice / 1e6:.2g} MB"
-                who = provider.name or provider.peer
-                yield f"slices of up to {size} come from {who} with {_mbit(provider.rate)} at least"
+                rate = _mbit(provider.rate)
+                yield f"slices of up to {size} come from {provider.called} with {rate} at least"
 
 
 def _mbit(rate: float) -> str:
@@ -92,9 +91,7 @@ def _contact(contact: Contact) -> str:
 
 
 def as_json(subject: Subject, observed: Observations, findings: Sequence[Finding]) -> str:
-    """One object: ``component``, ``configuration``, ``exit_code``, ``findings`` and ``facts``; numbers
-    that are not finite are null.
-    """
+    """One object; numbers that are not finite are null."""
     listed = [
         {
             "check": one.check.name,

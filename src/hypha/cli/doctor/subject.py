@@ -20,7 +20,7 @@ from hypha.config.reading.loading import load_config
 from hypha.config.section import Section
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.pki.identity import IdentityFiles
-from hypha.pki.inspection import describe
+from hypha.pki.inspection import InspectedCertificate, describe
 
 
 class _JobFile(Section):
@@ -51,9 +51,7 @@ class Subject:
 
 
 def read_subject(path: Path | None, component: str | None = None, job: Path | None = None) -> Subject:
-    """Raises ConfigError where it cannot be found out whom to look at: no file, no TOML, nobody's keys, or no
-    job in ``job``.
-    """
+    """Raises ConfigError: no file, no TOML, nobody's keys, or no job in ``job``."""
     wanted = read_job(job) if job is not None else None
     if path is None:
         return Subject(component or "", job=wanted)
@@ -76,16 +74,16 @@ def read_job(path: Path) -> JobConfig:
 
 
 def component_of(raw: dict[str, Any], path: Path) -> str:
-    """Whose configuration it is: that component's which alone knows the most of its keys, else that of its
-    certificate's role. Raises ConfigError.
-    """
+    """Of the component which alone knows the most of its keys, else of its certificate's role."""
     keys = {key.replace("-", "_") for key in raw}
     shared = set(LeafConfig.model_fields)
     own = {name: len(keys & (set(model.model_fields) - shared)) for name, model in COMPONENTS.items()}
     best, second = sorted(own, key=lambda name: -own[name])[:2]
     if own[best] > own[second]:
         return best
-    if len(roles := _roles_in(_identity_files(raw, path))) == 1:
+    files = _identity_files(raw, path)
+    certificate = None if files is None else own_certificate(files)
+    if certificate is not None and len(roles := [one for one in certificate.roles if one in ROLES]) == 1:
         return roles[0]
     message = (
         f"neither its keys nor its certificate's role tell whose it is; say --component {'|'.join(ROLES)}"
@@ -93,14 +91,12 @@ def component_of(raw: dict[str, Any], path: Path) -> str:
     raise ConfigError([Problem("", message, str(path))])
 
 
-def _roles_in(files: IdentityFiles | None) -> tuple[str, ...]:
-    """Of the certificate, whether it is good or not."""
-    if files is None:
-        return ()
+def own_certificate(files: IdentityFiles) -> InspectedCertificate | None:
+    """Whether it is good or not; None where there is none."""
     try:
-        return tuple(one for one in describe(files.cert).certificates[0].roles if one in ROLES)
+        return describe(files.cert).certificates[0]
     except (IdentityError, IndexError):
-        return ()
+        return None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from functools import partial
 import trio
 import typer
 
-from hypha.cli.job.live import shown
 from hypha.cli.running import run_until_signal
 from hypha.config.job import JobConfig
 from hypha.config.models import SchedulerConfig
 from hypha.config.reading.log_filter import parse_filter
 from hypha.errors import ConfigError, NetworkError, Problem
-from hypha.messages import Manifest
+from hypha.naming import legible
 from hypha.net import Libp2pNode, open_node, options_from
 from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, find_dataset
 from hypha.scheduler.durable.state_directory import StateDirectory
@@ -39,11 +38,7 @@ def check_network(config: SchedulerConfig) -> int:
         # two nodes with one certificate would be in each other's way
         StateDirectory(config.state_dir, job.name).close()
 
-    async def work() -> int:
-        await _check(config, job)
-        return 0
-
-    return run_until_signal(work)
+    return run_until_signal(lambda: _check(config, job))
 
 
 async def _check(config: SchedulerConfig, job: JobConfig) -> None:
@@ -90,14 +85,14 @@ async def _reach_gateways(node: Libp2pNode, addresses: list[str]) -> None:
 
 
 def _show_dataset(dataset: ServedDataset) -> None:
-    manifest: Manifest = dataset.manifest
+    manifest = dataset.manifest
     size = f"{manifest.samples} samples in {len(manifest.slices)} slices"
     typer.echo(f"dataset {dataset.name}: {size}, served by {', '.join(sorted(dataset.providers))}")
     ranges = {one.column: one for one in manifest.ranges}
     for column in manifest.columns:
         found = ranges.get(column.name)
         numbers = "" if found is None else f", {number(found.low)} to {number(found.high)}"
-        typer.echo(shown(f"column: {described({column.name: column})}{numbers}").plain)
+        typer.echo(legible(f"column: {described({column.name: column})}{numbers}"))
     if not ranges:
         typer.echo("note: the manifest does not say which numbers the columns hold; prepare the dataset anew")
 

@@ -57,34 +57,29 @@ def redacted(text: str, secrets: Iterable[str]) -> str:
 # asked for with every look of every viewer, and for every fault
 @lru_cache(maxsize=4)
 def _all_forms(secrets: frozenset[str]) -> tuple[str, ...]:
-    """Longer ones first: one may be part of another."""
-    forms = {form for secret in secrets for form in _forms(secret)}
+    """As they stand in text, in JSON and in addresses; longer ones first: one may be part of another."""
+    forms = set(secrets)
+    for secret in secrets:
+        forms |= {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+        forms.add(quote(secret, safe=""))
     return tuple(sorted(forms, key=len, reverse=True))
-
-
-def _forms(secret: str) -> set[str]:
-    """As it stands in text, in JSON and in an address."""
-    written = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
-    return {secret, *written, quote(secret, safe="")}
 
 
 def redacted_config(value: object, secret: bool = False) -> object:
     """A configuration as plain values, each secret replaced; what is not set stays None."""
     if isinstance(value, Mapping):
-        return {key: redacted_config(one, secret or _is_secret(str(key))) for key, one in value.items()}
+        return {
+            key: redacted_config(one, secret or bool(_NAMES.search(str(key)))) for key, one in value.items()
+        }
     if isinstance(value, list | tuple):
         return [redacted_config(one, secret) for one in value]
     return MARK if secret and value is not None else value
 
 
-def _is_secret(name: str) -> bool:
-    return _NAMES.search(name) is not None
-
-
 def _secrets(value: object, secret: bool) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, one in value.items():
-            yield from _secrets(one, secret or _is_secret(str(key)))
+            yield from _secrets(one, secret or bool(_NAMES.search(str(key))))
     elif isinstance(value, list | tuple):
         for one in value:
             yield from _secrets(one, secret)
@@ -104,9 +99,7 @@ def _parts(value: str) -> Iterator[str]:
 
 
 def _connection_parts(value: str) -> Iterator[str]:
-    """The whole of ``Protocol=https;AccountKey=x``, and the value of what is secret there: ``https`` stands
-    in many a line.
-    """
+    """Of ``Protocol=https;AccountKey=x`` what is secret: ``https`` stands in many a line."""
     yield value
     for part in value.split(";"):
         name, _, one = part.partition("=")

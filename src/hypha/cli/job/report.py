@@ -24,7 +24,7 @@ import msgspec
 import typer
 
 from hypha.cli.job.redaction import redacted, redacted_config, secrets_in
-from hypha.cli.job.timeline import job_directory
+from hypha.cli.job.timeline import JobArgument, StateOption, job_directory
 from hypha.cli.options import DEFAULT_CONFIG
 from hypha.decoding import decode
 from hypha.errors import ConfigError, HyphaError, OutputError, Undecodable
@@ -60,7 +60,7 @@ _UNKNOWN = (
 
 
 def report(
-    job: Annotated[str, typer.Argument(help="A job's state directory, or its name under --state-dir.")],
+    job: JobArgument,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -75,9 +75,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file; <job>-report.tar.gz here by default.")
     ] = None,
-    state_dir: Annotated[
-        Path, typer.Option("--state-dir", help="Where the scheduler keeps its jobs' state.")
-    ] = Path("state"),
+    state_dir: StateOption = Path("state"),
 ) -> None:
     """Gather what is known of a job, without secrets, in one .tar.gz for somebody else."""
     directory = job_directory(job, state_dir)
@@ -106,9 +104,7 @@ def write_archive(path: Path, texts: dict[str, str]) -> None:
 
 
 def _configuration(path: Path | None) -> tuple[SchedulerConfig | None, str]:
-    """The one that was named, else the one that is here, and a sentence on what it means for secrets. Raises
-    :class:`ConfigError` for one that was named.
-    """
+    """And a sentence on what it means for secrets. Raises ConfigError for one that was named."""
     from hypha.config.models import SchedulerConfig
     from hypha.config.reading.loading import load_config
 

@@ -38,9 +38,7 @@ _SHOWN = 2000
 
 @dataclass(frozen=True)
 class Difference:
-    """Entry ``number`` of the journal: ``machine`` made of ``event`` what is in ``now``, and not what was
-    ``then``; ``what``: its actions, or its state.
-    """
+    """``machine`` made of ``event`` what is in ``now``, not ``then``; ``what``: its actions, or its state."""
 
     number: int
     machine: str
@@ -52,9 +50,7 @@ class Difference:
 
 @dataclass
 class Rerun:
-    """``entries`` were given once more to ``machines`` machines. Of those ``without_beginning`` the machines
-    are not known, as their first entries are missing.
-    """
+    """Of ``without_beginning`` entries the machines are not known, as their first ones are missing."""
 
     entries: int = 0
     machines: int = 0
@@ -81,11 +77,26 @@ class _Given(Random):
 
 @dataclass
 class _Machine:
-    """``tell`` decodes an event and tells it; what follows is noted in ``journal``."""
+    """What it decides on an event of ``kind`` is noted in ``journal``."""
 
-    tell: Callable[[Any, float], object]
+    handle: Callable[[Any, float], object]
+    kind: Any
     journal: Journal
     given: _Given = field(default_factory=_Given)
+
+
+def print_rerun(journal: Path) -> int:
+    """Print what :func:`rerun` finds; 0 when the machines decide as they did."""
+    result = rerun(journal)
+    if result.without_beginning:
+        print(f"{result.without_beginning} entries are of machines whose beginning is not in {journal}")
+    if (found := result.difference) is not None:
+        print(f"entry {found.number}: {found.machine} answers {found.event} with other {found.what}")
+        print(f"  then: {found.then}")
+        print(f"  now:  {found.now}")
+        return 1
+    print(f"{result.entries} entries of {result.machines} machines: all decide as they did")
+    return 0 if result.entries else 1
 
 
 def rerun(path: Path) -> Rerun:
@@ -128,7 +139,7 @@ def _tell(machines: dict[str, _Machine], entry: dict[str, Any], result: Rerun) -
     elif name in machines:
         machine = machines[name]
         machine.given.left = deque(entry["drawn"])
-        machine.tell(event, now)
+        machine.handle(msgspec.convert(event, machine.kind), now)
     else:
         result.without_beginning += 1
         return None
@@ -172,50 +183,38 @@ def _short(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-# --- how each machine is made anew ------------------------------------------------------------------------
-
-
 def _rounds(raw: Any, _: float) -> _Machine:
     began = msgspec.convert(raw, events.GenerationBegan)
     journal, tracker = Journal(), SliceTracker.from_state(began.tracker)
     machine = rounds.RoundMachine(
         began.rules, began.start, tracker, began.scheduler, began.carried, journal=journal
     )
-    return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, events.Input), now), journal)
+    return _Machine(machine.handle, events.Input, journal)
 
 
 def _allocator(raw: Any, _: float) -> _Machine:
     began, journal = msgspec.convert(raw, allocation.AllocatorBegan), Journal()
     machine = allocator.Allocator(began.asks, began.pace, journal)
-    kind = allocation.AllocatorEvent
-    return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, kind), now), journal)
+    return _Machine(machine.handle, allocation.AllocatorEvent, journal)
 
 
 def _renewal(raw: Any, now: float) -> _Machine:
     began, journal, given = msgspec.convert(raw, renewal.RenewalBegan), Journal(), _Given()
     machine = renewal.Renewal(began.expires_in_s, now, given, journal=journal)
-    kind = renewal.RenewalEvent
-    return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, kind), now), journal, given)
+    return _Machine(machine.handle, renewal.RenewalEvent, journal, given)
 
 
 def _book(raw: Any, _: float) -> _Machine:
     began, journal = msgspec.convert(raw, leases.BookBegan), Journal()
-    machine = leases.LeaseBook(began.total, journal)
-    return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, leases.BookEvent), now), journal)
+    return _Machine(leases.LeaseBook(began.total, journal).handle, leases.BookEvent, journal)
 
 
 def _arbiter(raw: Any, _: float) -> _Machine:
     began, journal, given = msgspec.convert(raw, ArbiterBegan), Journal(), _Given()
+    capacity = WorkerCapacity(began.total, began.executors, began.gpus, began.abilities)
     terms = OfferConfig.model_validate(began.terms)
-    machine = arbiter.Arbiter(
-        WorkerCapacity(began.total, began.executors, began.gpus, began.abilities),
-        terms,
-        given.worker,
-        given.lease_id,
-        journal,
-    )
-    kind = ArbiterEvent
-    return _Machine(lambda raw, now: machine.handle(msgspec.convert(raw, kind), now), journal, given)
+    machine = arbiter.Arbiter(capacity, terms, given.worker, given.lease_id, journal)
+    return _Machine(machine.handle, ArbiterEvent, journal, given)
 
 
 _BEGIN: dict[str, Callable[[Any, float], _Machine]] = {

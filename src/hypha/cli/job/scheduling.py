@@ -6,36 +6,42 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 from rich.console import Console
 
-from hypha.cli.job.live import live_view
-from hypha.cli.job.page import JobPage, LastWarnings
 from hypha.cli.job.redaction import redacted, secrets_in
+from hypha.cli.job.status import live_view
 from hypha.config.advice import advice
 from hypha.config.environment import process_environment
 from hypha.config.models import SchedulerConfig
 from hypha.config.otel import resolve_telemetry
 from hypha.errors import ConfigError, Problem
 from hypha.journal import Journal
-from hypha.naming import named
+from hypha.naming import name_of, named
 from hypha.node import Node
 from hypha.runtime import in_thread
-from hypha.scheduler import JobResult, JobSnapshot, Observation, run_job
+from hypha.scheduler import JobResult, Observation, run_job
 from hypha.scheduler.status.history import History
 from hypha.scheduler.status.history_file import keep_history
+from hypha.scheduler.status.round_record import Now, Past, RoundRecord
+from hypha.scheduler.status.snapshot import JobSnapshot, LogLine
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.http.hosts import is_loopback
-from hypha.telemetry.page import Access, PageFeed, page_routes, token_in
+from hypha.telemetry.logs import level_name
+from hypha.telemetry.page import Access, Message, PageFeed, page_routes, token_in
 
 #: who looks at the page is told how the job ended within
 _LAST_NEWS_S = 0.3
+#: warnings kept, and characters of each
+KEPT_LINES, _MAX_TEXT = 20, 500
 
 Job = Callable[..., Any]
 
@@ -54,52 +60,43 @@ async def run_scheduler(
     results: list[JobResult] = []
 
     with ExitStack() as stack:
-        warnings = stack.enter_context(_last_warnings(secrets))
+        warnings = LastWarnings(secrets)
+        logging.getLogger().addHandler(warnings)
+        stack.callback(logging.getLogger().removeHandler, warnings)
         for one in advice(config):
             logger.warning("Advice on %s", one)
         page = JobPage(JobSnapshot(name=name, rounds=rounds), history, lambda: warnings.lines, secrets)
         shows: list[Callable[[JobSnapshot], None]] = [page.observe]
-        noted = _opened(journal)
+        try:
+            noted = Journal(file=journal)
+        except OSError as exc:
+            message = f"{journal} cannot be written: {exc.strerror}"
+            raise ConfigError([Problem("--journal", message)]) from exc
         stack.callback(noted.close)
         noted.listeners.append(history.note)
+
+        telemetry = resolve_telemetry("hypha-scheduler", config, process_environment())
 
         def observe(snapshot: JobSnapshot) -> None:
             for show in shows:
                 show(snapshot)
 
         async def job(*, task_status: trio.TaskStatus[Node]) -> None:
-            results.append(
-                await run_job(
-                    config,
-                    Observation(observe, noted, trace_ratio(config)),
-                    fresh=fresh,
-                    task_status=task_status,
-                )
-            )
+            seen = Observation(observe, noted, telemetry.trace_ratio)
+            results.append(await run_job(config, seen, fresh=fresh, task_status=task_status))
 
         if live:
             shows.append(stack.enter_context(live_view(Console())))
-        async with _kept(history, config.state_dir / name):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_history, history, config.state_dir / name)
             if config.http_address is None:
                 await job(task_status=trio.TASK_STATUS_IGNORED)
             else:
                 await serve_page(config.http_address, config.state_dir / name, job, page)
+            nursery.cancel_scope.cancel()
     for result in results:
         size = f"{result.rounds} rounds, {result.samples} samples"
         print(f"{result.name}: {size}; the model is in {result.output}")
-
-
-def trace_ratio(config: SchedulerConfig) -> float | None:
-    """The share of rounds that is traced; ``None`` where no traces are sent."""
-    return resolve_telemetry("hypha-scheduler", config, process_environment()).trace_ratio
-
-
-def _opened(journal: Path | None) -> Journal:
-    """Raises :class:`ConfigError` when it cannot be written."""
-    try:
-        return Journal(file=journal)
-    except OSError as exc:
-        raise ConfigError([Problem("--journal", f"{journal} cannot be written: {exc.strerror}")]) from exc
 
 
 async def serve_page(address: str, directory: Path, job: Job, page: JobPage) -> None:
@@ -130,22 +127,85 @@ def _tell_address(address: str, token: str | None, file: Path | None) -> None:
         logger.info("The live page on http://%s/ asks for the token in %s.", address, file)
 
 
-@contextmanager
-def _last_warnings(secrets: Collection[str]) -> Iterator[LastWarnings]:
-    """The log's last warnings, from now on."""
-    handler = LastWarnings(secrets)
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield handler
-    finally:
-        root.removeHandler(handler)
+class LastWarnings(logging.Handler):
+    """The log's last warnings and errors, without ``secrets``; works in any thread."""
+
+    def __init__(self, secrets: Collection[str] = ()) -> None:
+        super().__init__(logging.WARNING)
+        self._secrets = secrets
+        self._number = 0
+        self._lines: deque[LogLine] = deque(maxlen=KEPT_LINES)
+
+    @property
+    def lines(self) -> tuple[LogLine, ...]:
+        """The newest at the end."""
+        return tuple(self._lines)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line. Never raises."""
+        try:
+            text = named(redacted(record.getMessage(), self._secrets))
+        except Exception:  # noqa: BLE001 - a log line must not end whoever wrote it
+            self.handleError(record)
+            return
+        self._number += 1
+        peer = str(getattr(record, "worker_peer_id", getattr(record, "peer_id", "")))
+        self._lines.append(
+            LogLine(
+                number=self._number,
+                at=record.created,
+                level=level_name(record.levelno),
+                logger=record.name,
+                message=text[:_MAX_TEXT],
+                peer=peer,
+                name=name_of(peer),
+            )
+        )
 
 
-@asynccontextmanager
-async def _kept(history: History, directory: Path) -> AsyncIterator[None]:
-    """The history is kept in the job's state directory meanwhile."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(keep_history, history, directory)
-        yield
-        nursery.cancel_scope.cancel()
+class JobPage:
+    """What viewers of one job receive. ``warnings`` are asked for with every look, and have no secrets any
+    more, nor has ``history``; from what the job itself reports, ``secrets`` are taken out here.
+    """
+
+    def __init__(
+        self,
+        job: JobSnapshot,
+        history: History,
+        warnings: Callable[[], tuple[LogLine, ...]],
+        secrets: Collection[str] = (),
+    ) -> None:
+        self._job = job
+        self._history = history
+        self._warnings = warnings
+        self._secrets = secrets
+
+    def observe(self, job: JobSnapshot) -> None:
+        self._job = job
+
+    def status(self) -> JobSnapshot:
+        """What ``/status`` answers."""
+        return msgspec.structs.replace(
+            self._job,
+            message=named(redacted(self._job.message, self._secrets)),
+            output=redacted(self._job.output, self._secrets),
+            warnings=self._warnings(),
+        )
+
+    def begin(self) -> Callable[[], Iterable[Message]]:
+        """For one viewer: everything at first, then what is new."""
+        history, replaced, number = self._history, -1, 0
+
+        def news() -> list[Message]:
+            nonlocal replaced, number
+            messages: list[Message] = []
+            rounds: tuple[RoundRecord, ...] = ()
+            if replaced != history.replaced:
+                messages.append(("past", Past(history.records)))
+            else:
+                rounds = history.since(number)
+            replaced, number = history.replaced, history.number
+            now = Now(self.status(), rounds, history.open_round(trio.current_time()))
+            return [*messages, ("now", now)]
+
+        return news

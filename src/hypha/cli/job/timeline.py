@@ -16,9 +16,12 @@ from typing import Annotated
 import typer
 from msgspec import UNSET, Struct, UnsetType, to_builtins
 
+from hypha.cli.printing import write_text
 from hypha.naming import shown
 from hypha.scheduler.status.round_record import RoundRecord, Span, SpanKind
-from hypha.staging import write_output
+
+JobArgument = Annotated[str, typer.Argument(help="A job's state directory, or its name under --state-dir.")]
+StateOption = Annotated[Path, typer.Option("--state-dir", help="Where the scheduler keeps its jobs' state.")]
 
 _SCHEDULER = 1
 #: by what is done; 0 is the node's own
@@ -57,22 +60,16 @@ class TraceEvent(Struct):
 
 
 def timeline(
-    job: Annotated[str, typer.Argument(help="A job's state directory, or its name under --state-dir.")],
+    job: JobArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("rounds.json"),
-    state_dir: Annotated[
-        Path, typer.Option("--state-dir", help="Where the scheduler keeps its jobs' state.")
-    ] = Path("state"),
+    state_dir: StateOption = Path("state"),
 ) -> None:
     """Write the rounds of a job as a trace that opens in Perfetto (ui.perfetto.dev)."""
-    from hypha.errors import OutputError
     from hypha.scheduler.status.history_file import read_history
 
     records = read_history(job_directory(job, state_dir))
     text = json.dumps({"displayTimeUnit": "ms", "traceEvents": to_builtins(trace_events(records))})
-    try:
-        write_output(output, text)
-    except OSError as exc:
-        raise OutputError(f"{output} cannot be written: {exc.strerror}") from exc
+    write_text(output, text)
     typer.echo(f"{len(records)} rounds are in {output}; open it at ui.perfetto.dev")
 
 
@@ -138,7 +135,7 @@ class _RoundTime:
     length_s: float
 
     def microseconds(self, within_s: float) -> int:
-        return _microseconds(self.at_s + min(within_s, self.length_s))
+        return round((self.at_s + min(within_s, self.length_s)) * 1e6)
 
 
 def _of_round(record: RoundRecord, time: _RoundTime, nodes: dict[str, int]) -> Iterator[TraceEvent]:
@@ -180,7 +177,3 @@ def _complete(
 ) -> TraceEvent:
     begin, end = time.microseconds(span.from_s), time.microseconds(span.to_s)
     return TraceEvent("X", name, pid, tid, ts=begin, dur=max(0, end - begin), args=args)
-
-
-def _microseconds(seconds: float) -> int:
-    return round(seconds * 1e6)

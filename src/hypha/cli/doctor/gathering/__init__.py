@@ -1,1 +1,47 @@
-"""Observations: input and output, each within a bounded time. What could not be found out is one, too."""
+"""Observations: finding things out, each within its own time; what fails is noted, and holds up nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import trio
+
+from hypha.cli.doctor.gathered import Unknown
+from hypha.errors import HyphaError
+from hypha.naming import cleaned
+from hypha.runtime import in_thread
+
+T = TypeVar("T")
+#: of a sentence that a peer has written
+_MOST = 500
+
+
+def readable(text: str) -> str:
+    """``text``, which a peer may have written, in one line without anything that controls a terminal."""
+    return cleaned(text, _MOST)
+
+
+class Gathering:
+    """What could not be found out, so far."""
+
+    def __init__(self) -> None:
+        self.unknown: list[Unknown] = []
+
+    async def within(self, limit_s: float, what: str, find: Callable[[], Awaitable[T]]) -> T | None:
+        """What ``find`` gives, or None where it takes longer or cannot be; that is noted."""
+        try:
+            with trio.fail_after(limit_s):
+                return await find()
+        except trio.TooSlowError:
+            self.note(what, f"it took longer than {limit_s:g} s")
+        except (HyphaError, OSError) as exc:
+            self.note(what, str(exc))
+        return None
+
+    async def in_thread(self, limit_s: float, what: str, call: Callable[..., T], *arguments: Any) -> T | None:
+        """The same, of what blocks; a call that hangs is left behind."""
+        return await self.within(limit_s, what, lambda: in_thread(call, *arguments, abandon_on_cancel=True))
+
+    def note(self, what: str, why: str) -> None:
+        self.unknown.append(Unknown(what, why))

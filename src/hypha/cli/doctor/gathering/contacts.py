@@ -10,7 +10,7 @@ import trio
 
 from hypha.access import SERVICES, carries, may_act_as
 from hypha.cli.doctor.gathered import Contact, Dialled, Failure
-from hypha.cli.doctor.gathering.bounded import Gathering, readable
+from hypha.cli.doctor.gathering import Gathering, readable
 from hypha.errors import NetworkError, Refused, RequestTimeout
 from hypha.messages import (
     MAX_DIALLED_BACK,
@@ -49,20 +49,31 @@ async def look_at(node: Libp2pNode, gathering: Gathering, address: str, gateway:
     return found or Contact(address, failure="unreachable", reason=f"no end within {CONTACT_S:g} s")
 
 
+class _NotMet(Exception):
+    """Why nobody can be asked there."""
+
+    def __init__(self, failure: Failure, reason: str, peer: str = "") -> None:
+        self.failure, self.reason, self.peer = failure, reason, peer
+
+
 async def _look_at(node: Libp2pNode, gathering: Gathering, address: str, gateway: bool) -> Contact:
     contact, known = Contact(address), None
-    met: str | Contact
-    if address.startswith("/"):
-        try:
-            known = parse(address)
-        except ValueError as exc:
-            return replace(contact, failure="other", reason=str(exc))
-        met = await _meet(node, known, contact)
-    else:
-        met = await _connect(node, contact, address)
-    if isinstance(met, Contact):
-        return met
-    contact = _introduced(node, replace(contact, peer=met))
+    try:
+        if address.startswith("/"):
+            try:
+                known = parse(address)
+            except ValueError as exc:
+                raise _NotMet("other", str(exc)) from exc
+            contact = replace(contact, peer=await _meet(node, known, address))
+        else:
+            contact = replace(contact, peer=address)
+            await _connect(node, address)
+    except _NotMet as exc:
+        return replace(contact, peer=exc.peer, failure=exc.failure, reason=exc.reason)
+    if of_it := [one for one in node.connections() if one.peer == contact.peer]:
+        # what its certificate says, and the way that leads to it
+        relayed = all(one.kind == "relayed" for one in of_it)
+        contact = replace(contact, name=of_it[0].name, roles=of_it[0].roles, relayed=relayed)
     if gateway and not may_act_as(contact.roles, SERVICES["gateway"].by):
         reason = f"the node there is no gateway: its certificate carries {carries(contact.roles)}"
         return replace(contact, failure="other", reason=reason)
@@ -73,53 +84,39 @@ async def _look_at(node: Libp2pNode, gathering: Gathering, address: str, gateway
     return contact if known is None else replace(contact, mtu=await _path_mtu(known))
 
 
-def _introduced(node: Libp2pNode, contact: Contact) -> Contact:
-    """With what its certificate says, and the way that leads to it."""
-    of_it = [one for one in node.connections() if one.peer == contact.peer]
-    if not of_it:
-        return contact
-    relayed = all(one.kind == "relayed" for one in of_it)
-    return replace(contact, name=of_it[0].name, roles=of_it[0].roles, relayed=relayed)
-
-
-async def _connect(node: Libp2pNode, contact: Contact, peer: str) -> str | Contact:
-    """``peer``, connected, or why it is not."""
+async def _connect(node: Libp2pNode, peer: str, at: str = "") -> None:
     try:
         await node.connect(peer)
     except NetworkError as exc:
         # who refuses this node's certificate sends the refusal after the handshake
         reason = readable(getattr(exc, "reason", "") or str(exc))
         refused = "certificate" in reason or "refuses" in reason
-        return replace(contact, peer=peer, failure="trust" if refused else "unreachable", reason=reason)
-    return peer
+        raise _NotMet("trust" if refused else "unreachable", reason.removeprefix(at), peer) from exc
 
 
-async def _meet(node: Libp2pNode, known: Address, contact: Contact) -> str | Contact:
-    """The PeerID of who is there and connected now, or why nobody is."""
-    address = contact.address
+async def _meet(node: Libp2pNode, known: Address, address: str) -> str:
+    """The PeerID of who is there and connected now."""
     host, port = host_and_port(address)
     try:
         with trio.fail_after(NAME_S):
             await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except trio.TooSlowError:
-        reason = f"no answer to what address its name has, for {NAME_S:g} s"
-        return replace(contact, failure="name", reason=reason)
+    except trio.TooSlowError as exc:
+        raise _NotMet("name", f"no answer to what address its name has, for {NAME_S:g} s") from exc
     except (OSError, UnicodeError) as exc:
-        return replace(contact, failure="name", reason=f"{host} has no address here ({_words(exc)})")
+        words = getattr(exc, "strerror", None) or exc
+        raise _NotMet("name", f"{host} has no address here ({words})") from exc
+    at = f"{known.transport}: "
     try:
         peer = await node.who_is_at(address)
     except NetworkError as exc:
-        reason = str(exc).removeprefix(f"{known.transport}: ")
-        return replace(contact, failure=_failure(exc, reason), reason=readable(reason))
+        reason = str(exc).removeprefix(at)
+        raise _NotMet(_failure(exc, reason), readable(reason)) from exc
     if known.peer not in (None, peer):
-        reason = f"{peer} is there, and not who the address names"
-        return replace(contact, peer=peer, failure="other", reason=reason)
+        raise _NotMet("other", f"{peer} is there, and not who the address names", peer)
     if peer == node.peer_id:
-        return replace(contact, peer=peer, failure="other", reason="that is this very node")
+        raise _NotMet("other", "that is this very node", peer)
     node.remember(str(Address(known.transport, peer)))
-    failed = await _connect(node, contact, peer)
-    if isinstance(failed, Contact):
-        return replace(failed, reason=failed.reason.removeprefix(f"{known.transport}: "))
+    await _connect(node, peer, at)
     return peer
 
 
@@ -127,10 +124,6 @@ def _failure(exc: NetworkError, reason: str) -> Failure:
     if NO_HYPHA_NODE in reason:
         return "other"
     return "trust" if failure_of(exc) == "certificate" else "unreachable"
-
-
-def _words(exc: OSError | UnicodeError) -> str:
-    return str(getattr(exc, "strerror", None) or exc)
 
 
 async def _ask(node: Libp2pNode, contact: Contact) -> Contact:
@@ -154,9 +147,18 @@ async def _row(node: Libp2pNode, contact: Contact) -> Contact:
     clocks: list[tuple[float, float]] = []
     report: HealthReport | None = None
     reason = ""
-    lateness = _Lateness()
+    late_s = 0.0
+
+    async def watch() -> None:
+        """By how much this process was late: what others were is not to be told from that."""
+        nonlocal late_s
+        while True:
+            due = trio.current_time() + 0.02
+            await trio.sleep_until(due)
+            late_s = max(late_s, trio.current_time() - due)
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lateness.watch)
+        nursery.start_soon(watch)
         for _ in range(REQUESTS):
             began, wall_s = trio.current_time(), wall_time()
             try:
@@ -186,22 +188,8 @@ async def _row(node: Libp2pNode, contact: Contact) -> Contact:
         # of the quickest answer, which says it most exactly
         clock_s=min(clocks)[1] if clocks else None,
         round_trips_s=tuple(trips),
-        late_s=lateness.worst_s,
+        late_s=late_s,
     )
-
-
-class _Lateness:
-    """By how much this process was late at the worst: what others were is not to be told from that."""
-
-    def __init__(self) -> None:
-        self.worst_s = 0.0
-
-    async def watch(self) -> None:
-        """Until cancelled."""
-        while True:
-            due = trio.current_time() + 0.02
-            await trio.sleep_until(due)
-            self.worst_s = max(self.worst_s, trio.current_time() - due)
 
 
 async def _measure(node: Libp2pNode, gathering: Gathering, contact: Contact) -> Contact:
@@ -215,9 +203,9 @@ async def _measure(node: Libp2pNode, gathering: Gathering, contact: Contact) -> 
         return replace(contact, stalled=True)
     except Refused as exc:
         if exc.code not in ("malformed", "unsupported"):  # it is older than this request, which is no fault
-            gathering.note(f"how fast the way to {contact.name or contact.address} is", exc.reason)
+            gathering.note(f"how fast the way to {contact.called} is", exc.reason)
     except NetworkError as exc:
-        gathering.note(f"how fast the way to {contact.name or contact.address} is", str(exc))
+        gathering.note(f"how fast the way to {contact.called} is", str(exc))
     up_rate, down_rate = (*rates, None, None)[:2]
     return replace(contact, up=up_rate, down=down_rate)
 
@@ -241,9 +229,7 @@ async def _rate(node: Libp2pNode, peer: str, up: bool, usual_s: float) -> float:
 
 
 async def _path_mtu(address: Address) -> int | None:
-    """What the kernel knows of the path by now, from the interface and from what routers have reported;
-    nothing is sent for it.
-    """
+    """What the kernel knows of the path, by its interface and from routers; nothing is sent for it."""
     host, port = host_and_port(address.transport)
     with trio.move_on_after(NAME_S):
         try:
@@ -263,14 +249,13 @@ async def dial_back(
     node: Libp2pNode, gathering: Gathering, gateway: Contact, addresses: list[str]
 ) -> list[Dialled]:
     """Whether ``gateway`` can dial this node at ``addresses``."""
-    called = gateway.name or gateway.address
     try:
         answer = await node.request(
             gateway.peer, DialBack(addresses=tuple(addresses[:MAX_DIALLED_BACK])), 2 * REQUEST_S + 10.0
         )
     except NetworkError as exc:
         if not (isinstance(exc, Refused) and exc.code in ("malformed", "unsupported")):
-            gathering.note(f"whether {called} can dial this node", str(exc))
+            gathering.note(f"whether {gateway.called} can dial this node", str(exc))
         return []
     if not isinstance(answer, DialedBack):
         return []
@@ -279,5 +264,7 @@ async def dial_back(
         reason = readable(one.reason)
         if not reason and one.peer != node.peer_id:
             reason = f"{readable(one.peer)} is there, which is another node"
-        found.append(Dialled(readable(one.address), called, reason, not reason.startswith("not tried")))
+        found.append(
+            Dialled(readable(one.address), gateway.called, reason, not reason.startswith("not tried"))
+        )
     return found

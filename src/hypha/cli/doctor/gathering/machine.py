@@ -1,25 +1,41 @@
-"""The machine: limits, buffers, disks, versions, GPUs."""
+"""The machine: limits, buffers, disks, versions, GPUs; identity files, datasets and models that lie there."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
+import stat
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import trio
 
-from hypha.cli.doctor.gathered import Accelerators, Directory, MachineObservations
-from hypha.cli.doctor.gathering.bounded import Gathering
+from hypha.cli.doctor.gathered import (
+    Accelerators,
+    Directory,
+    IdentityObservations,
+    MachineObservations,
+    ServiceObservations,
+)
+from hypha.cli.doctor.gathering import Gathering
+from hypha.cli.doctor.subject import own_certificate
 from hypha.config.inherited import child_environment
-from hypha.config.models import NodeConfig, SchedulerConfig, WorkerConfig
-from hypha.decoding import decode
-from hypha.errors import HyphaError, Undecodable
+from hypha.config.job import JobConfig
+from hypha.config.models import DataConfig, DatasetConfig, NodeConfig, SchedulerConfig, WorkerConfig
+from hypha.data.manifest import MANIFEST_FILE, load_dataset_directory
+from hypha.data.slices import SUFFIX
+from hypha.decoding import decode, decode_json
+from hypha.errors import DataError, HyphaError, IdentityError, Undecodable
 from hypha.net.bulk.socket_buffers import Buffers
+from hypha.pki.identity import Identity, IdentityFiles, load_identity
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.versions import versions
 from hypha.worker.limits.detecting import DetectedMachine, detect
@@ -31,6 +47,8 @@ _MB = 1 << 20
 _WRITTEN_BYTES, _WRITTEN_S, _LEAST_FREE_BYTES = 32 * _MB, 2.0, 256 * _MB
 #: bytes a second; what is slower is measured again
 _QUICK = 20 * _MB
+#: the format's own limit is 100 MB; headers have some kilobytes
+_MAX_HEADER_BYTES = 16 << 20
 _DRIVER = Path("/proc/driver/nvidia/version")
 _BUFFERS = Path("/proc/sys/net/ipv4")
 
@@ -39,31 +57,28 @@ async def gather_machine(
     gathering: Gathering, config: NodeConfig | None, driver: Path = _DRIVER
 ) -> MachineObservations:
     """All of it; ``driver`` is where the kernel's NVIDIA module says its version."""
-    directories: dict[int, Directory] = {}
-    accelerators: list[Accelerators | None] = []
     places = writing_places(config)
+    directories: dict[str, Directory | None] = {key: None for key, _ in places}
+    accelerators: Accelerators | None = None
+    has: DetectedMachine | None = None
 
-    async def look_at_disk(number: int, key: str, path: Path) -> None:
-        found = await gathering.within(
-            DISK_S, f"the disk of {key}", lambda: in_thread(_directory, key, path, abandon_on_cancel=True)
-        )
-        if found is not None:
-            directories[number] = found
+    async def look_at_disk(key: str, path: Path) -> None:
+        directories[key] = await gathering.in_thread(DISK_S, f"the disk of {key}", _directory, key, path)
 
     async def look_at_accelerators() -> None:
-        accelerators.append(
-            await gathering.within(ACCELERATORS_S, "what torch can use", lambda: read_accelerators(driver))
+        nonlocal accelerators
+        accelerators = await gathering.within(
+            ACCELERATORS_S, "what torch can use", lambda: read_accelerators(driver)
         )
 
-    has: list[DetectedMachine] = []
-
     async def look_at_resources(work_dir: Path) -> None:
-        found = await gathering.within(DISK_S, "what this machine has", lambda: _detected(work_dir))
-        has.extend([found] if found is not None else [])
+        nonlocal has
+        environment = child_environment()
+        has = await gathering.in_thread(DISK_S, "what this machine has", detect, work_dir, environment)
 
     async with trio.open_nursery() as nursery:
-        for number, (key, path) in enumerate(places):
-            nursery.start_soon(look_at_disk, number, key, path)
+        for key, path in places:
+            nursery.start_soon(look_at_disk, key, path)
         if isinstance(config, WorkerConfig):
             nursery.start_soon(look_at_resources, config.work_dir)
             if any(one.cmd is None for one in config.executors):
@@ -72,16 +87,12 @@ async def gather_machine(
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         receive_buffer=_largest("tcp_rmem"),
         send_buffer=_largest("tcp_wmem"),
-        has=has[0] if has else None,
+        has=has,
         buffer_shortfalls=() if config is None else tuple(Buffers.of(config.tuning.sockets).shortfalls()),
         versions=await in_thread(versions),
-        directories=tuple(directories[number] for number in sorted(directories)),
-        accelerators=next(iter(accelerators), None),
+        directories=tuple(one for one in directories.values() if one is not None),
+        accelerators=accelerators,
     )
-
-
-async def _detected(work_dir: Path) -> DetectedMachine:
-    return await in_thread(detect, work_dir, child_environment(), abandon_on_cancel=True)
 
 
 def writing_places(config: NodeConfig | None) -> list[tuple[str, Path]]:
@@ -144,16 +155,10 @@ async def read_accelerators(driver: Path = _DRIVER) -> Accelerators:
         check=False,
     )
     try:
-        found = decode(json.loads, run.stdout)
-        return Accelerators(
-            driver=await in_thread(_driver_version, driver),
-            torch=str(found.get("torch", "")),
-            built_for=str(found.get("built_for", "")),
-            usable=int(found.get("usable", 0)),
-            problem=str(found.get("problem", "")),
-        )
-    except (Undecodable, AttributeError, TypeError, ValueError) as exc:
+        found = decode_json(run.stdout, Accelerators)
+    except Undecodable as exc:
         raise HyphaError(f"the child that imports torch ended with exit code {run.returncode}") from exc
+    return replace(found, driver=await in_thread(_driver_version, driver))
 
 
 def _driver_version(path: Path) -> str:
@@ -163,3 +168,77 @@ def _driver_version(path: Path) -> str:
     except OSError:
         return ""
     return next((word for word in words if word[:1].isdigit() and word.count(".") >= 1), "")
+
+
+def gather_identity(files: IdentityFiles) -> tuple[IdentityObservations, Identity | None]:
+    """What the files hold, and the identity where a node could be started with it. Blocks for a moment."""
+    identity: Identity | None = None
+    problems: tuple[tuple[str, str], ...] = ()
+    try:
+        identity = load_identity(files, warn=False)
+    except IdentityError as exc:
+        problems = tuple((one.key, f"{one.source}: {one.message}") for one in exc.problems)
+    own = own_certificate(files)
+    ends = {} if own is None else {"certificate": own.not_after}
+    if identity is not None:
+        ends |= identity.expirations()
+    roles = None if own is None else frozenset(own.roles)
+    observed = IdentityObservations(
+        files=files,
+        now=datetime.now(UTC),
+        peer=identity.peer_id if identity is not None else (own.peer_id or "" if own is not None else ""),
+        roles=roles,
+        key_mode=_mode(files),
+        begins=None if own is None else own.not_before,
+        ends=ends,
+        problems=problems,
+    )
+    return observed, identity
+
+
+def _mode(files: IdentityFiles) -> int | None:
+    try:
+        return stat.S_IMODE(files.key.stat().st_mode)
+    except OSError:
+        return None
+
+
+def gather_served(config: DataConfig) -> ServiceObservations:
+    """Reads manifests and looks for the slices; hashes nothing. Blocks for a moment."""
+    entries = [*config.datasets, *([DatasetConfig(path=config.dataset_path)] if config.dataset_path else [])]
+    names: list[str] = []
+    unusable: list[tuple[str, str]] = []
+    for entry in entries:
+        try:
+            names.append(_name_of(entry))
+        except DataError as exc:
+            unusable.append((str(entry.path), "; ".join(str(exc).splitlines())))
+    return ServiceObservations(tuple(names), tuple(unusable))
+
+
+def _name_of(entry: DatasetConfig) -> str:
+    """Raises DataError where it cannot be served."""
+    if (entry.path / MANIFEST_FILE).exists():
+        return load_dataset_directory(entry.path, entry.name).name
+    if not any(entry.path.glob(f"*{SUFFIX}")):
+        raise DataError(f"it holds neither {MANIFEST_FILE} nor any slice")
+    # the node makes a manifest when it starts, which takes its time
+    return entry.name or entry.path.resolve().name
+
+
+def parameters_of(job: JobConfig) -> int | None:
+    """Numbers in all tensors of the model's safetensors files, where its directory is here and has any."""
+    if job.model.path is None or not job.model.path.is_dir():
+        return None
+    counts = [_numbers(path) for path in sorted(job.model.path.glob("*.safetensors"))]
+    return sum(counts) or None
+
+
+def _numbers(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: Any = decode(json.loads, file.read(min(size, _MAX_HEADER_BYTES)))
+        return sum(math.prod(one["shape"]) for key, one in header.items() if key != "__metadata__")
+    except (OSError, Undecodable, AttributeError, KeyError, TypeError):
+        return 0

@@ -1,14 +1,18 @@
 """The network as a node of this configuration would be in it: a node opens, looks around, and ends.
 
 It has the certificate of the node that it looks for, and is a guest beside it where that runs: it takes no
-reservation and no gossip of it, and listens only where nobody else does.
+reservation and no gossip of it, and listens only where nobody else does. It asks who announces and who serves
+the job's dataset, and how fast a slice comes.
 """
 
 from __future__ import annotations
 
 import socket
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import trio
 
@@ -17,37 +21,35 @@ from hypha.cli.doctor.gathered import (
     DatasetObservations,
     Dialled,
     NetworkObservations,
+    Observations,
     Port,
-    Running,
+    Provider,
 )
-from hypha.cli.doctor.gathering.bounded import Gathering, readable
+from hypha.cli.doctor.gathering import Gathering, readable
 from hypha.cli.doctor.gathering.contacts import NAME_S, dial_back, look_at
-from hypha.cli.doctor.gathering.dataset import Asking, gather_dataset
-from hypha.cli.doctor.gathering.ports import ask_health, free_ports, owned
-from hypha.cli.doctor.gathering.running import gather_running
+from hypha.cli.doctor.gathering.own_node import ask_health, free_ports, gather_running, owned
 from hypha.cli.doctor.subject import Subject
 from hypha.config.job import DatasetRef
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
-from hypha.errors import NetworkError
+from hypha.data.serving.serve import KIND
+from hypha.errors import NetworkError, Refused
+from hypha.manifests import manifest_problem
+from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, PullFile
+from hypha.naming import name_of
 from hypha.net import Libp2pNode, open_node, options_from
 from hypha.net.peers.addresses import host_and_port
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread
+from hypha.scheduler.data.datasets import Pins
 
 PORTS_S, JOIN_S, DATASET_S, RUNNING_S, EXTERNAL_S = 15.0, 10.0, 60.0, 10.0, 15.0
+ASK_S = 10.0
+#: a slice is pulled for so long at most: what came until then says how fast it comes
+PULL_S = 5.0
 #: of many that serve the dataset so many are looked at
 MOST_DATA_NODES = 3
 #: what may ask a data node for a dataset
 _CONSUMERS = ("scheduler", "worker")
-
-
-@dataclass(frozen=True)
-class Around:
-    """What was seen around a node."""
-
-    network: NetworkObservations
-    dataset: DatasetObservations | None = None
-    running: Running | None = None
 
 
 async def gather_network(
@@ -57,16 +59,9 @@ async def gather_network(
     identity: Identity,
     peers: Sequence[str] = (),
     dataset: DatasetRef | None = None,
-) -> Around:
-    """All of it; ``peers`` are addresses to look at beside the gateways. Raises ConfigError where the node
-    cannot listen.
-    """
-    ports = (
-        await gathering.within(
-            PORTS_S, "which ports are free", lambda: in_thread(free_ports, config, abandon_on_cancel=True)
-        )
-        or []
-    )
+) -> Observations:
+    """``peers`` are addresses beside the gateways. Raises ConfigError where the node cannot listen."""
+    ports = await gathering.in_thread(PORTS_S, "which ports are free", free_ports, config) or []
     taken = any(one.state != "free" and one.key == "listen_addresses" for one in ports)
     options = replace(
         options_from(config, "hypha-doctor", identity),
@@ -83,19 +78,22 @@ async def gather_network(
         running = any(one.state == "own" for one in found)
         gateways, others = await _contacts(node, gathering, config, peers)
         dialled = await _dialled(node, gathering, config, found, gateways, running)
-        # what a data node sends goes to the node that runs, never to a guest beside it
-        consumes = subject.component in _CONSUMERS
-        pull = consumes and not running
-        served = await _dataset(node, gathering, subject, dataset, gateways, Asking(consumes, pull))
+        served = await _dataset(node, gathering, subject, dataset, gateways, running)
         data_nodes = [
             await look_at(node, gathering, provider.peer)
             for provider in (served.providers if served is not None else ())[:MOST_DATA_NODES]
             if not provider.reason
         ]
-        return Around(
-            NetworkObservations(found, gateways, others, tuple(data_nodes), tuple(dialled), running),
-            served,
-            await _running(gathering, subject, config, found),
+        counted = None
+        address, scheduler = config.http_address, subject.component == "scheduler"
+        if address is not None and any(one.state == "own" and one.key == "http_address" for one in found):
+            counted = await gathering.within(
+                RUNNING_S, "what the running node counts", partial(gather_running, address, scheduler)
+            )
+        return Observations(
+            network=NetworkObservations(found, gateways, others, tuple(data_nodes), tuple(dialled), running),
+            dataset=served,
+            running=counted,
         )
 
 
@@ -103,15 +101,11 @@ async def _contacts(
     node: Libp2pNode, gathering: Gathering, config: NodeConfig, peers: Sequence[str]
 ) -> tuple[tuple[Contact, ...], tuple[Contact, ...]]:
     gateways = config.gateway_addresses if isinstance(config, LeafConfig | GatewayConfig) else []
-    found: dict[int, Contact] = {}
-    wanted = [*((address, True) for address in gateways), *((address, False) for address in peers)]
     if any(not one.startswith("/") for one in peers):
         await gathering.within(JOIN_S, "who has the PeerIDs", lambda: _joined(node))
     # one after the other: they would take each other's bandwidth
-    for number, (address, gateway) in enumerate(wanted):
-        found[number] = await look_at(node, gathering, address, gateway)
-    contacts = [found[number] for number in sorted(found)]
-    return tuple(contacts[: len(gateways)]), tuple(contacts[len(gateways) :])
+    found = [await look_at(node, gathering, address, gateway=True) for address in gateways]
+    return tuple(found), tuple([await look_at(node, gathering, address) for address in peers])
 
 
 async def _dialled(
@@ -194,7 +188,7 @@ async def _dataset(
     subject: Subject,
     dataset: DatasetRef | None,
     gateways: tuple[Contact, ...],
-    asking: Asking,
+    running: bool,
 ) -> DatasetObservations | None:
     if dataset is None or subject.component == "data":
         return None
@@ -205,7 +199,10 @@ async def _dataset(
         return None
     if await gathering.within(JOIN_S, what, lambda: _joined(node)) is None:
         return None
-    return await gathering.within(DATASET_S, what, lambda: gather_dataset(node, dataset, asking))
+    describe = subject.component in _CONSUMERS
+    # what a data node sends goes to the node that runs, never to a guest beside it
+    pull = describe and not running
+    return await gathering.within(DATASET_S, what, lambda: gather_dataset(node, dataset, describe, pull))
 
 
 async def _joined(node: Libp2pNode) -> bool:
@@ -213,13 +210,97 @@ async def _joined(node: Libp2pNode) -> bool:
     return True
 
 
-async def _running(
-    gathering: Gathering, subject: Subject, config: NodeConfig, ports: tuple[Port, ...]
-) -> Running | None:
-    address = config.http_address
-    if address is None or not any(one.state == "own" and one.key == "http_address" for one in ports):
-        return None
-    scheduler = subject.component == "scheduler"
-    return await gathering.within(
-        RUNNING_S, "what the running node counts", lambda: gather_running(address, scheduler)
+async def gather_dataset(
+    node: Libp2pNode, wanted: DatasetRef, describe: bool, pull: bool
+) -> DatasetObservations:
+    """Whether this node may ``describe`` and ``pull`` it is known. NetworkError: nobody can be asked."""
+    name = wanted.dataset
+    refs = await node.find_providers(name)
+    near = [] if refs else [one for one in _alike(name) if await node.find_providers(one)]
+    found: dict[str, Provider] = {}
+
+    async def look(ref: PeerRef) -> None:
+        found[ref.peer] = await _provider(node, ref, wanted, describe, pull)
+
+    async with trio.open_nursery() as nursery:
+        for ref in refs:
+            if ref.peer != node.peer_id:
+                nursery.start_soon(look, ref)
+    return DatasetObservations(
+        name, tuple(found[peer] for peer in sorted(found)), tuple(near), wanted.manifest_hash
     )
+
+
+def _alike(name: str) -> list[str]:
+    """Names that somebody may have meant: the gateways' directory finds exact ones alone."""
+    changed = (
+        name.strip(),
+        name.lower(),
+        name.replace("_", "-"),
+        name.replace("-", "_"),
+        name.replace(" ", "-"),
+        name.rstrip("/").rpartition("/")[2],
+        name.lower().replace("_", "-"),
+    )
+    return [one for one in dict.fromkeys(changed) if one and one != name]
+
+
+async def _provider(
+    node: Libp2pNode, ref: PeerRef, wanted: DatasetRef, describe: bool, pull: bool
+) -> Provider:
+    if not describe:
+        return await _reached(node, ref)
+    try:
+        answer = await node.request(ref, DescribeDataset(dataset=wanted.dataset), ASK_S)
+    except NetworkError as exc:
+        refused = isinstance(exc, Refused) and exc.code in ("role", "not-allowed", "not-found")
+        reason = exc.reason if isinstance(exc, Refused) else str(exc)
+        return Provider(ref.peer, name_of(ref.peer), reason=readable(reason), refused=refused)
+    provider = Provider(ref.peer, name_of(ref.peer), relayed=_relayed(node, ref.peer))
+    if (problem := Pins.of(wanted).problem(node, ref.peer)) is not None:
+        return replace(provider, reason=f"it {problem}", refused=True)
+    if not isinstance(answer, DatasetDescription):
+        return replace(provider, reason=f"it answers with {type(answer).__name__}")
+    if problem := await in_thread(manifest_problem, answer.manifest, answer.manifest_hash):
+        return replace(provider, reason=f"it does not serve what it says: {readable(problem)}")
+    return replace(
+        provider,
+        manifest_hash=answer.manifest_hash,
+        largest_slice=max((one.size for one in answer.manifest.slices), default=0),
+        rate=await _pull_rate(node, ref, wanted.dataset, answer.manifest) if pull else None,
+    )
+
+
+async def _reached(node: Libp2pNode, ref: PeerRef) -> Provider:
+    """As far as a node knows that may not ask."""
+    try:
+        await node.connect(ref)
+    except NetworkError as exc:
+        return Provider(ref.peer, name_of(ref.peer), reason=readable(str(exc)))
+    return Provider(ref.peer, name_of(ref.peer), relayed=_relayed(node, ref.peer))
+
+
+def _relayed(node: Libp2pNode, peer: str) -> bool:
+    ways = {one.kind for one in node.connections() if one.peer == peer}
+    return ways == {"relayed"}
+
+
+async def _pull_rate(node: Libp2pNode, ref: PeerRef, name: str, manifest: Manifest) -> float | None:
+    """Bytes a second, of the largest slice; None where nothing came; why stands in the provider's log."""
+    sizes = {index: one.size for index, one in enumerate(manifest.slices) if one.size > 0}
+    if not sizes:
+        return None
+    index = max(sizes, key=lambda one: sizes[one])
+    request = PullFile(kind=KIND, name=f"{name}/{index}")
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / "slice"
+        began = trio.current_time()
+        try:
+            with trio.move_on_after(PULL_S):
+                await node.transfers.pull(ref, request, place, None, sizes[index])
+        except NetworkError:
+            return None
+        took_s = trio.current_time() - began
+        parts = [place, place.with_name(f"{place.name}.part")]
+        came = max((one.stat().st_size for one in parts if one.exists()), default=0)
+    return came / took_s if took_s > 0 else None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.finding import Check, Finding, Severity
+from hypha.cli.doctor.checks import Check, Finding, Severity
 from hypha.cli.doctor.gathered import Contact, Dialled, MachineObservations, NetworkObservations, Port
 from hypha.config.models import NodeConfig, WorkerConfig
 
@@ -99,14 +99,14 @@ def _host(contact: Contact) -> str:
 
 def _gateway(contact: Contact) -> Iterator[Finding]:
     if not contact.healthy:
-        yield checks.GATEWAY_UNWELL.found(f"{_called(contact)} says that it is not well")
+        yield checks.GATEWAY_UNWELL.found(f"{contact.called} says that it is not well")
     for taken, there in _PLACES:
         numbers = [contact.details.get(one, "") for one in (taken, there)]
         if all(one.isdigit() for one in numbers) and int(numbers[1]) > 0:
             used, places = map(int, numbers)
             if used >= FULL * places:
                 yield checks.GATEWAY_UNWELL.found(
-                    f"{_called(contact)} has {used} of {places} {taken}",
+                    f"{contact.called} has {used} of {places} {taken}",
                     f"raise {there} of that gateway, or start another one",
                 )
 
@@ -120,14 +120,10 @@ def _doubles(contacts: list[Contact]) -> Iterator[Finding]:
         hosts = {one.split("/")[2] for one in contact.seen_at if one.split("/")[1] == kind}
         if others := sorted(hosts - {here}):
             yield checks.SAME_CERTIFICATE.found(
-                f"{_called(contact)} is connected with a node that has this certificate at "
+                f"{contact.called} is connected with a node that has this certificate at "
                 f"{', '.join(others)}, and sees this machine at {here}"
             )
             return
-
-
-def _called(contact: Contact) -> str:
-    return contact.name or contact.address
 
 
 def _clock(contacts: list[Contact]) -> Iterator[Finding]:
@@ -147,7 +143,7 @@ def _clock(contacts: list[Contact]) -> Iterator[Finding]:
     if len(skews) == len(known) > 1:
         who = f"the clocks of all {len(known)} peers that were asked"
     else:
-        who = f"that of {', '.join(_called(one) for _, one in skews)}"
+        who = f"that of {', '.join(one.called for _, one in skews)}"
     yield checks.CLOCK_SKEW.found(
         f"this machine's clock is {abs(offset_s):.0f} s {way} {who}",
         severity="error" if abs(offset_s) > GREAT_SKEW_S else "warning",
@@ -158,7 +154,7 @@ def _way(contact: Contact, machine: MachineObservations, line: float | None) -> 
     trips = contact.round_trips_s
     if contact.stalled:
         yield checks.LARGE_PACKETS.found(
-            f"{_called(contact)} answers small requests, and one of half a megabyte got no answer"
+            f"{contact.called} answers small requests, and one of half a megabyte got no answer"
         )
     elif trips and contact.late_s < TOO_LATE_S:
         usual_s = median(trips)
@@ -166,16 +162,14 @@ def _way(contact: Contact, machine: MachineObservations, line: float | None) -> 
         if late >= max(2, LATE_SHARE * len(trips)):
             usual = f"{usual_s * 1000:.0f} ms" if math.isfinite(usual_s) else "no answer at all"
             yield checks.NETWORK_UNSTABLE.found(
-                f"of {len(trips)} small requests to {_called(contact)} {late} were lost or late by "
+                f"of {len(trips)} small requests to {contact.called} {late} were lost or late by "
                 f"{LATE_S * 1000:g} ms or more (usual: {usual})"
             )
     if contact.mtu is not None and contact.mtu < LEAST_MTU:
-        yield checks.SMALL_MTU.found(f"the path to {_called(contact)} takes packets of {contact.mtu} bytes")
+        yield checks.SMALL_MTU.found(f"the path to {contact.called} takes packets of {contact.mtu} bytes")
     for what, rate in (("to", contact.up), ("from", contact.down)):
         if rate is not None and rate < LOW_BANDWIDTH and not contact.stalled:
-            yield checks.BANDWIDTH_LOW.found(
-                f"{rate / MBIT:.2f} Mbit/s get through {what} {_called(contact)}"
-            )
+            yield checks.BANDWIDTH_LOW.found(f"{rate / MBIT:.2f} Mbit/s get through {what} {contact.called}")
     yield from _buffers(contact, machine, line)
 
 
@@ -194,24 +188,21 @@ def _buffers(contact: Contact, machine: MachineObservations, line: float | None)
         bounds = line is not None and line > most
         far = trip_s >= FAR_S and line is None
         if bounds or (far and rate is not None and rate >= AT_ITS_LIMIT * most):
-            wanted = max(line or 0.0, 2 * (rate or 0.0)) * trip_s * 2
+            wanted = max(2.0 * buffer, max(line or 0.0, 2 * (rate or 0.0)) * trip_s * 2)
+            # the next power of two, as buffers are usually given
+            size = 1 << max(0, math.ceil(wanted) - 1).bit_length()
             key = "tcp_rmem" if name == "receive" else "tcp_wmem"
             middle = "87380" if name == "receive" else "65536"
             yield checks.SOCKET_BUFFERS.found(
                 f"a {name} buffer of {buffer} bytes carries {most / MBIT:.0f} Mbit/s at most over the "
-                f"{trip_s * 1000:.0f} ms to {_called(contact)}",
-                f'`sysctl -w net.ipv4.{key}="4096 {middle} {_power(max(wanted, 2.0 * buffer))}"`',
+                f"{trip_s * 1000:.0f} ms to {contact.called}",
+                f'`sysctl -w net.ipv4.{key}="4096 {middle} {size}"`',
             )
 
 
 def _is_here(contact: Contact) -> bool:
     """Whether it is on this very machine, where nothing is ever on its way."""
     return any(one.startswith(("/ip4/127.", "/ip6/::1/")) for one in (contact.address, *contact.seen_at))
-
-
-def _power(least: float) -> int:
-    """The next power of two, as buffers are usually given."""
-    return 1 << max(0, math.ceil(least) - 1).bit_length()
 
 
 def _lease(config: WorkerConfig, contacts: list[Contact]) -> Iterator[Finding]:

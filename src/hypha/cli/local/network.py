@@ -1,16 +1,21 @@
 """A whole network of real processes in one directory: each node runs ``python -m hypha.cli.<program>``.
 
-With a :class:`~hypha.cli.chaos.lab.Star` each node has a network namespace of its own and can be cut off;
+With a :class:`~hypha.cli.local.lab.Star` each node has a network namespace of its own and can be cut off;
 without one they share this machine's loopback. What was struck is healed, and processes and mounts are
 gone, when :func:`open_network`'s block ends.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import random
+import socket
 import subprocess
+import sys
 import tomllib
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,15 +24,14 @@ import msgspec
 import tomli_w
 import trio
 
-from hypha.cli.chaos.lab import Star, inside
-from hypha.cli.demo.children import Child, Children, children
-from hypha.cli.demo.files import free_port
-from hypha.cli.demo.forked import NodeHost
-from hypha.cli.demo.workplace import warm_keys
-from hypha.errors import HyphaError
+from hypha.cli.local.children import Child, Children, NetworkFailed, children
+from hypha.cli.local.lab import Star, inside
+from hypha.cli.local.node_host import NodeHost
+from hypha.config.inherited import child_environment
 from hypha.pki.authority import CaFiles, make_node, make_org, make_root
 from hypha.pki.identity import IdentityFiles, load_identity
 from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.worker.jobs.directory import MAX_SOCKET_PATH_BYTES
 
 N = TypeVar("N", bound="Network")
 
@@ -35,16 +39,30 @@ START_S = 60.0
 JOB_S = 240.0
 #: what :meth:`Network.status` raises of a scheduler that is not there, or is about to leave
 NO_ANSWER = (OSError, HTTPException)
-_LOOK_S = 0.02
-
-
-class NetworkFailed(HyphaError):
-    """A node did not do what it should have done by then; the message has the end of its log."""
+LOOK_S = 0.02
+#: the executor host among the network's processes
+HOST = "executor-host"
+#: outgoing connections have ports from 32768 on (net.ipv4.ip_local_port_range)
+_PORTS = (20_000, 32_000)
 
 
 def base(name: str) -> str:
     """The name of a node whose process was started more than once, each time with ``+1`` and so on."""
     return name.partition("+")[0]
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A free TCP port that Linux gives to no outgoing connection before somebody listens there."""
+    while True:
+        port = random.randrange(*_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as exc:
+                if exc.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 class Network:
@@ -73,10 +91,10 @@ class Network:
         organisation = make_org("System", CaFiles(made.cert, made.key), self.pki)
         self.ca = CaFiles(organisation.cert, organisation.key, organisation.trust)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """That of nodes started later."""
-        return self.group.environment
+    def running(self, role: str) -> list[Child]:
+        """Nodes of that role whose processes have not ended."""
+        alive = [child for child in self.group.running if child.process.poll() is None]
+        return [child for child in alive if self.roles.get(base(child.name)) == role]
 
     def identity(self, name: str, role: str) -> dict[str, str]:
         """The configuration keys of node ``name``'s identity, made when it is new."""
@@ -86,7 +104,6 @@ class Network:
         return {f"{kind}_pem": str(directory / f"{name}-{kind}.pem") for kind in ("cert", "key", "trust")}
 
     def peer_id(self, name: str, role: str) -> str:
-        """The PeerID of node ``name``."""
         keys = self.identity(name, role)
         files = IdentityFiles(*(Path(keys[f"{kind}_pem"]) for kind in ("cert", "key", "trust")))
         return load_identity(files).peer_id
@@ -95,9 +112,8 @@ class Network:
         """The address of node ``name``; in a star it gets its namespace and cable now."""
         if self.star is None:
             return "127.0.0.1"
-        spot = self.star.spot(name)
-        self.places[name] = spot.place
-        return spot.host
+        self.places[name], host = self.star.spot(name)
+        return host
 
     def write(self, name: str, role: str, **keys: Any) -> Path:
         """``<name>.toml``; ``keys`` override what a node on this machine needs."""
@@ -125,8 +141,25 @@ class Network:
             raise NetworkFailed(f"{' '.join(command)}: {done.stderr.strip()}")
         self.disks.append(directory)
 
+    async def start_host(self) -> None:
+        """Start one executor host for all workers. Not where its socket's path would be too long: a host for
+        each would take more memory than the executors save time.
+        """
+        path = self.root / "host" / "host.sock"
+        if sys.platform != "linux" or len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+            return
+        await self.group.start(
+            HOST,
+            "hypha.executor.host",
+            "--socket",
+            str(path),
+            # as executors have it, or it could not fork any
+            environment=child_environment(self.group.environment),
+            needed=False,
+        )
+        self.executor_host = path
+
     async def start(self, name: str, program: str, path: Path) -> Child:
-        """Run that configuration."""
         return await self.group.start(
             name,
             f"hypha.cli.{program}",
@@ -147,19 +180,19 @@ class Network:
         return await self.start(name, "gateway", self.write(name, "gateway", **planned))
 
     async def data(self, name: str, *datasets: Path, **keys: Any) -> Child:
-        """Start a data node that serves ``datasets``."""
         served = [{"path": str(path)} for path in datasets]
         return await self.start(name, "data", self.write(name, "data", datasets=served, **keys))
 
     async def worker(self, name: str, **keys: Any) -> Child:
         """Start a worker with room for a training job and a parameter server."""
         offered = {"cpu": 2, "memory": 8, "storage": 2, "gpu": 0}
+        host = self.executor_host
         keys = {
             "work_dir": str(self.root / f"work-{name}"),
             "resources": offered,
             # it plays a machine of its own, and all of them are on one
             "detect_resources": False,
-            **warm_keys(self.executor_host),
+            **({"warm": False} if host is None else {"warm_host": str(host)}),
             **keys,
         }
         return await self.start(name, "worker", self.write(name, "worker", **keys))
@@ -183,22 +216,11 @@ class Network:
             while True:
                 if key in child.look() or child.process.poll() is not None:
                     break
-                await trio.sleep(_LOOK_S)
+                await trio.sleep(LOOK_S)
         if key not in child.look():
             ended = "ended" if child.process.poll() is not None else f"ran for {timeout_s:g} s"
             raise NetworkFailed(f"{child.name} {ended} without logging {key}:\n{child.tail()}")
         return child.fields[key]
-
-    async def logged(self, child: Child, text: str, timeout_s: float = START_S) -> str:
-        """The first log line of ``child`` that holds ``text``, as soon as there is one."""
-        with trio.move_on_after(timeout_s):
-            while True:
-                lines = child.log.read_text(errors="replace").splitlines()
-                found = next((one for one in lines if text in one), None)
-                if found is not None:
-                    return found
-                await trio.sleep(_LOOK_S)
-        raise NetworkFailed(f"{child.name} has not logged {text!r} in {timeout_s:g} s:\n{child.tail()}")
 
     async def status(self, scheduler: Child) -> JobSnapshot:
         """The reply of the scheduler's /status. Raises one of ``NO_ANSWER`` when it does not answer."""
@@ -233,13 +255,6 @@ class Network:
             raise NetworkFailed(f"the scheduler ended too early:\n{scheduler.tail()}")
         raise NetworkFailed(f"the job did not come that far within {timeout_s:g} s:\n{scheduler.tail()}")
 
-    async def ended(self, child: Child, timeout_s: float = JOB_S) -> int:
-        """Its exit code, once it has ended by itself."""
-        with trio.move_on_after(timeout_s):
-            return await child.process.wait()
-        others = "\n".join(f"{one.name}:\n{one.tail()}" for one in self.group.running)
-        raise NetworkFailed(f"{child.name} did not end within {timeout_s:g} s\n{others}")
-
     def heal(self) -> None:
         """Undo every fault that is not recovered from: what sleeps could not even be ended in order."""
         for number in list(self.wounds):
@@ -260,14 +275,12 @@ async def open_network(
     node_host: NodeHost | None = None,
 ) -> AsyncIterator[N]:
     """A network of that class in ``root``; its nodes are forked by ``node_host``, or a host of its own."""
-    network: N | None = None
-    try:
+    with ExitStack() as stack:
         async with children(root, environment, node_host) as group:
             network = kind(root, group, star)
+            # once nobody uses them any more
+            stack.callback(network.unmount)
             try:
                 yield network
             finally:
                 network.heal()
-    finally:
-        if network is not None:
-            network.unmount()

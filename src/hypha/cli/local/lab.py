@@ -1,33 +1,29 @@
 """Networks that are not loopback: network namespaces joined by cables, with routers that translate and
 drop. Needs root, ``ip`` and ``nft`` (see :func:`missing`).
 
-Names are unique to each :func:`open_lab`; all namespaces, and with them their cables, are gone when its
-block ends. The machine's own network is not touched: cables run from namespace to namespace only.
+Names are unique to each lab; all namespaces, and with them their cables, are gone when it is closed. The
+machine's own network is not touched: cables run from namespace to namespace only.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
 import trio
 
+from hypha.cli.local.node_host import enter_namespace
 from hypha.errors import HyphaError
 
 T = TypeVar("T")
 
-_CLONE_NEWNET = 0x40000000
 #: what a slow node may still send at once: a handful of packets
 _BURST_BYTES = 16_000
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class LabFailed(HyphaError):
@@ -35,7 +31,7 @@ class LabFailed(HyphaError):
 
 
 class Lab:
-    """Makes namespaces; see :func:`open_lab`."""
+    """Makes namespaces; to be closed."""
 
     def __init__(self) -> None:
         self._tag = f"hypha{uuid4().hex[:8]}"
@@ -44,45 +40,28 @@ class Lab:
     def add(self, name: str) -> str:
         """A new namespace with nothing but loopback; its full name."""
         full = f"{self._tag}-{name}"
-        _run("ip", "netns", "add", full)
+        run("ip", "netns", "add", full)
         self._made.append(full)
-        _run("ip", "-n", full, "link", "set", "lo", "up")
+        run("ip", "-n", full, "link", "set", "lo", "up")
         return full
 
     def cable(self, one: str, one_address: str, other: str, other_address: str) -> None:
-        """A cable between two namespaces. Addresses are ``10.77.1.2/24``; the interface is called
-        ``to-`` and the other's name.
-        """
+        """Addresses are ``10.77.1.2/24``; the interface is called ``to-`` and the other's name."""
         here, there = interface(other), interface(one)
-        _run("ip", "-n", one, "link", "add", here, "type", "veth", "peer", "name", there, "netns", other)
+        run("ip", "-n", one, "link", "add", here, "type", "veth", "peer", "name", there, "netns", other)
         for place, name, address in ((one, here, one_address), (other, there, other_address)):
-            _run("ip", "-n", place, "address", "add", address, "dev", name)
-            _run("ip", "-n", place, "link", "set", name, "up")
-
-    def address(self, place: str, cable_to: str, address: str) -> None:
-        """One more address at the end of a cable."""
-        _run("ip", "-n", place, "address", "add", address, "dev", interface(cable_to))
+            run("ip", "-n", place, "address", "add", address, "dev", name)
+            run("ip", "-n", place, "link", "set", name, "up")
 
     def route(self, place: str, target: str, via: str) -> None:
         """``target`` (``default``, ``10.77.1.0/24``) is reached by way of ``via``."""
-        _run("ip", "-n", place, "route", "add", target, "via", via)
+        run("ip", "-n", place, "route", "add", target, "via", via)
 
     def forwards(self, place: str) -> None:
-        """``place`` is a router."""
-        _run("ip", "netns", "exec", place, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        run("ip", "netns", "exec", place, "sysctl", "-qw", "net.ipv4.ip_forward=1")
 
     def rules(self, place: str, script: str) -> None:
-        """Load an ``nft`` script."""
-        _run("ip", "netns", "exec", place, "nft", "-f", "-", feed=script)
-
-    def packets(self, place: str, counter: str) -> int:
-        """What the named counter of table ``inet hypha`` has counted."""
-        listed = _run("ip", "netns", "exec", place, "nft", "list", "counter", "inet", "hypha", counter)
-        return int(listed.split("packets")[1].split()[0])
-
-    def plug(self, place: str, cable_to: str, up: bool) -> None:
-        """Pull the cable out of ``place``, or put it back, with the routes that the kernel forgot."""
-        _run("ip", "-n", place, "link", "set", interface(cable_to), "up" if up else "down")
+        run("ip", "netns", "exec", place, "nft", "-f", "-", feed=script)
 
     def close(self) -> None:
         """Remove every namespace; whatever still runs in one keeps no name of ours."""
@@ -99,27 +78,21 @@ def interface(name: str) -> str:
 async def inside(place: str | None, work: Callable[[], T]) -> T:
     """The result of ``work``, run in a thread whose sockets belong to namespace ``place``."""
 
-    def run() -> T:
+    def there() -> T:
         if place is None:
             return work()
         with Path("/proc/thread-self/ns/net").open() as ours, Path(f"/run/netns/{place}").open() as theirs:
-            _enter(theirs.fileno())
+            enter_namespace(theirs.fileno())
             try:
                 return work()
             finally:
                 # trio will use this thread again
-                _enter(ours.fileno())
+                enter_namespace(ours.fileno())
 
-    return await trio.to_thread.run_sync(run)
-
-
-def _enter(descriptor: int) -> None:
-    if _libc.setns(descriptor, _CLONE_NEWNET):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    return await trio.to_thread.run_sync(there)
 
 
-def _run(*command: str, feed: str | None = None) -> str:
+def run(*command: str, feed: str | None = None) -> str:
     done = subprocess.run(command, input=feed, check=False, capture_output=True, text=True)
     if done.returncode:
         raise LabFailed(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -136,43 +109,24 @@ def missing() -> str | None:
     return None
 
 
-@contextmanager
-def open_lab() -> Iterator[Lab]:
-    """Namespaces that are all gone when the block ends."""
-    lab = Lab()
-    try:
-        yield lab
-    finally:
-        lab.close()
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Where a node is: its namespace, and its address there."""
-
-    place: str
-    host: str
-
-
 class Star:
-    """Every node in a namespace of its own, with one cable to a router in the middle, where it can be cut
-    off from all others, or slowed down.
-    """
+    """Every node in a namespace of its own, with one cable to a router, where it can be cut or slowed."""
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
         self._hub = lab.add("hub")
         lab.forwards(self._hub)
-        self._spots: dict[str, Spot] = {}
+        #: by node: its namespace, and its address there
+        self._spots: dict[str, tuple[str, str]] = {}
 
-    def spot(self, name: str) -> Spot:
-        """The place of node ``name``, made when it is new."""
+    def spot(self, name: str) -> tuple[str, str]:
+        """The namespace of node ``name``, made when it is new, and its address there."""
         if name not in self._spots:
             net = f"10.78.{len(self._spots) + 1}"
             place = self._lab.add(name)
             self._lab.cable(self._hub, f"{net}.1/24", place, f"{net}.2/24")
             self._lab.route(place, "default", f"{net}.1")
-            self._spots[name] = Spot(place, f"{net}.2")
+            self._spots[name] = (place, f"{net}.2")
         return self._spots[name]
 
     def cut(self, name: str, off: bool) -> None:
@@ -181,21 +135,20 @@ class Star:
 
     def slow(self, name: str, bytes_per_s: int | None) -> None:
         """Drop what is more than ``bytes_per_s``, each way by itself; ``None``: no limit any more."""
-        hub, place = self._hub, self._spots[name].place
+        hub, place = self._hub, self._spots[name][0]
         # else what the kernel takes for one packet has up to 64 kB, and no such packet passes a limit
         segments = "65535" if bytes_per_s is None else "1"
         for end, far in ((hub, place), (place, hub)):
-            _run("ip", "-n", end, "link", "set", "dev", interface(far), "gso_max_segs", segments)
+            run("ip", "-n", end, "link", "set", "dev", interface(far), "gso_max_segs", segments)
         rule = f"limit rate over {bytes_per_s} bytes/second burst {_BURST_BYTES} bytes drop"
         self._filter(name, "slow", rule if bytes_per_s is not None else None)
 
     def _filter(self, name: str, what: str, rule: str | None) -> None:
-        spot = self._spots[name]
         table = f"inet {what}_{list(self._spots).index(name)}"
         if rule is None:
             self._lab.rules(self._hub, f"delete table {table}\n")
             return
-        end = interface(spot.place)
+        end = interface(self._spots[name][0])
         self._lab.rules(
             self._hub,
             f"table {table} {{\nchain forward {{\ntype filter hook forward priority -10;\n"

@@ -1,4 +1,4 @@
-"""The demo's processes: started in groups of their own, watched, and always ended.
+"""The network's processes: started in groups of their own, watched, and always ended.
 
 Each writes its log to a file, so that what a process logged last can be shown when it fails. None outlives
 the :func:`children` block: SIGTERM first, SIGKILL to the whole group after ``GRACE_S``.
@@ -12,14 +12,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import trio
 
-from hypha.cli.demo.forked import NodeHost
+from hypha.cli.local.node_host import ForkedNode, NodeHost
 from hypha.errors import HyphaError
 
 #: A component stops within 5 s of SIGTERM.
@@ -27,47 +26,18 @@ GRACE_S = 6.0
 TAIL_LINES = 15
 
 
-class DemoFailed(HyphaError):
-    """A process of the demo ended before its time; the message holds the end of its log."""
+class NetworkFailed(HyphaError):
+    """A process did not do what it should have done by then; the message has the end of its log."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         self.exit_code = exit_code
         super().__init__(message)
 
 
-class Process(Protocol):
-    """What is used of a :class:`trio.Process`; a forked node has it too."""
-
-    @property
-    def pid(self) -> int:
-        """Its number."""
-
-    @property
-    def returncode(self) -> int | None:
-        """The exit code, or minus the number of the signal that ended it, once that is known."""
-
-    def poll(self) -> int | None:
-        """The same, as of now; ``None`` while it runs."""
-
-    async def wait(self) -> int:
-        """The same, once it has ended."""
-
-    def send_signal(self, number: signal.Signals, /) -> None:
-        """To it alone, if it still runs."""
-
-    def terminate(self) -> None:
-        """SIGTERM."""
-
-    def kill(self) -> None:
-        """SIGKILL."""
-
-
 @dataclass
 class Child:
-    """A running process and its log."""
-
     name: str
-    process: Process
+    process: trio.Process | ForkedNode
     log: Path
     #: nothing can go on without it
     needed: bool = True
@@ -138,7 +108,7 @@ class Children:
         inside = () if network_namespace is None else ("ip", "netns", "exec", network_namespace)
         # shielded, so that no process can start without being on the list
         with log.open("wb") as file, trio.CancelScope(shield=True):
-            process: Process | None = None
+            process: trio.Process | ForkedNode | None = None
             if self._node_host is not None and not prefix:
                 process = await self._node_host.fork(
                     module, arguments, variables, file.fileno(), network_namespace
@@ -159,20 +129,20 @@ class Children:
         return child
 
     async def run(self, name: str, module: str, *arguments: str) -> str:
-        """Run to the end and return its output. Raises DemoFailed unless it exits with 0."""
+        """Run to the end and return its output. Raises NetworkFailed unless it exits with 0."""
         child = await self.start(name, module, *arguments)
         code = await child.process.wait()
         self.running.remove(child)
         if code:
-            raise DemoFailed(f"{name} failed with exit code {code}:\n{child.tail()}", max(code, 1))
+            raise NetworkFailed(f"{name} failed with exit code {code}:\n{child.tail()}", max(code, 1))
         return child.log.read_text(errors="replace")
 
     def check(self, *allowed: Child) -> None:
-        """Raise DemoFailed when a process that should run for ever has ended."""
+        """Raise NetworkFailed when a process that should run for ever has ended."""
         for child in self.running:
             code = child.process.poll()
             if code is not None and child.needed and child not in allowed:
-                raise DemoFailed(
+                raise NetworkFailed(
                     f"{child.name} ended with exit code {code}; the end of its log:\n{child.tail()}",
                     code if code > 0 else 1,
                 )
@@ -187,27 +157,19 @@ class Children:
             for child in ending:
                 await child.process.wait()
         for child in ending:
-            _kill_group(child.process.pid)
+            # what it left behind in its group; it led it, so no other group can have this number
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.process.pid, signal.SIGKILL)
             await child.process.wait()
             if child in self.running:
                 self.running.remove(child)
-
-
-def _kill_group(pid: int) -> None:
-    """What a process left behind in its group; it led it, so no other group can have this number."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
 @asynccontextmanager
 async def children(
     directory: Path, environment: Mapping[str, str], node_host: NodeHost | None = None
 ) -> AsyncIterator[Children]:
-    """Processes that are all gone when the block ends, however it ends. Without a ``node_host`` they have one
-    of their own.
-    """
+    """Processes that are all gone when the block ends. Without a ``node_host`` they have their own."""
     with ExitStack() as stack:
         if node_host is None and sys.platform == "linux":
             node_host = NodeHost(directory / "logs" / "node-host.log", environment)

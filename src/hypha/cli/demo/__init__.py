@@ -1,1 +1,0 @@
-"""``hypha demo``: a whole network on this machine, of real processes, that trains a real model."""
