@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hypha.errors import REFUSALS, Refused, retry_of
-from hypha.executor.bridge.refusals import export_waits, update_waits
+from hypha.executor.bridge.client import export_waits, update_waits
 
 SOURCE = Path(__file__).parent.parent / "src" / "hypha"
 

@@ -16,8 +16,7 @@ from hypha.errors import DataError, ModelError
 from hypha.executor.files import tensors
 from hypha.executor.files.theta import theta_of
 from hypha.executor.models import loading as models
-from hypha.executor.models.forward import Forward
-from hypha.executor.models.label_types import loss_of
+from hypha.executor.models.forward import Forward, loss_of
 from hypha.executor.models.loading import build
 from hypha.executor.models.preprocessing import Preprocessor
 from hypha.messages import Local, ModelSpec, PreprocessorSpec

@@ -14,8 +14,7 @@ from torch import nn
 
 from hypha.errors import DataError, ModelError, NotFinite, Refused
 from hypha.executor.files import tensors, updates
-from hypha.executor.files.hashing import Digests
-from hypha.executor.files.tensors import TensorFile
+from hypha.executor.files.tensors import Digests, TensorFile
 from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.files.updates import UpdateFile
 from hypha.executor.running import kind_of

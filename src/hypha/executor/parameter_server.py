@@ -33,9 +33,8 @@ from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.files.updates import contribution_in
 from hypha.executor.models.model_files import ModelFiles
 from hypha.executor.outer.admission import admit, check_contribution
-from hypha.executor.outer.archive import Archive, Snapshot
+from hypha.executor.outer.archive import Archive, Snapshot, read_checkpoint
 from hypha.executor.outer.broadcast import Broadcasts
-from hypha.executor.outer.checkpoint import read_checkpoint
 from hypha.executor.outer.step import OuterStep
 from hypha.executor.running import begin_traces, leave, run_executor
 from hypha.messages import (

@@ -24,7 +24,7 @@ from hypha.errors import (
 )
 from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.bridge.spans import SpanRecorder, Traces
-from hypha.executor.inner.out_of_memory import is_out_of_memory
+from hypha.executor.inner.batch_size import is_out_of_memory
 from hypha.messages import ExecutorError, Job
 
 logger = logging.getLogger("hypha.executor")

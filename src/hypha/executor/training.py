@@ -27,12 +27,11 @@ from hypha.executor.files import updates
 from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.inner.batch_size import BatchSize
 from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend
-from hypha.executor.inner.job_slices import JobSlices
 from hypha.executor.inner.pace import least_step_s
 from hypha.executor.inner.process_group import ProcessGroup, number_of_processes
 from hypha.executor.inner.ranks import end_with, follow_rank_zero, trained_model, with_others
 from hypha.executor.inner.round_counts import RoundCounts
-from hypha.executor.inner.slices_reader import RowStream, SliceReadAhead
+from hypha.executor.inner.slices_reader import JobSlices, RowStream, SliceReadAhead
 from hypha.executor.models.model_files import fetched
 from hypha.executor.models.model_tensors import check_buffers, check_same_model
 from hypha.executor.models.preprocessing import Preprocessor, padding_of

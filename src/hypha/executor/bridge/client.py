@@ -294,3 +294,17 @@ def server_sent_data(lines: Iterator[str]) -> Iterator[str]:
         elif not line and data:
             yield "\n".join(data)
             data = []
+
+
+def update_waits(refused: Refused) -> bool:
+    """Whether an update that was refused is sent again: of a full disk, or of a parameter server that is not
+    there yet or is being restored.
+    """
+    return refused.retryable or refused.code in ("no-space", "not-found")
+
+
+def export_waits(refused: Refused) -> bool:
+    """Whether a finished model that was refused is sent again: of a scheduler whose disk is full, or that has
+    begun another generation of the job, which is not known here yet.
+    """
+    return refused.retryable or refused.code in ("no-space", "uninvited", "stale")

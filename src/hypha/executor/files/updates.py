@@ -20,9 +20,17 @@ from torch import Tensor
 
 from hypha.decoding import decode_json
 from hypha.errors import DataError, NotFinite, Undecodable
-from hypha.executor.files.hashing import Hasher
 from hypha.executor.files.reused import ReusedFiles
-from hypha.executor.files.tensors import CHUNK, Spec, TensorFile, difference, one_thread, pieces, write_pieces
+from hypha.executor.files.tensors import (
+    CHUNK,
+    Hasher,
+    Spec,
+    TensorFile,
+    difference,
+    one_thread,
+    pieces,
+    write_pieces,
+)
 from hypha.executor.files.theta import Theta
 from hypha.messages import MAX_CONTRIBUTION_BYTES, Contribution, encode_json
 

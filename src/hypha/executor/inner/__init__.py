@@ -5,6 +5,6 @@
 - An executor with several devices: ``executor/inner/process_group.py``: rank 0 speaks to the bridge, the
   others follow (``spread_model.py``); a batch is the executor's, its gradients are added up over ranks.
 - A batch that does not fit: is halved and its gradients added up, larger ones are tried again later
-  (``executor/inner/out_of_memory.py``); batch sizes and steps in the ledger stay true. Growing the batch
+  (``executor/inner/batch_size.py``); batch sizes and steps in the ledger stay true. Growing the batch
   itself is another training, and off by default.
 """

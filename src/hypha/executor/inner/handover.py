@@ -12,8 +12,7 @@ from pathlib import Path
 import msgspec
 
 from hypha.errors import PeerUnreachable, Refused
-from hypha.executor.bridge.client import ALIVE_S, BridgeClient
-from hypha.executor.bridge.refusals import update_waits
+from hypha.executor.bridge.client import ALIVE_S, BridgeClient, update_waits
 from hypha.executor.files.reused import ReusedFiles
 from hypha.messages import (
     Contribution,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hypha.errors import HyphaError, ModelError
 from hypha.executor.files import tensors
-from hypha.executor.files.hashing import Digests
+from hypha.executor.files.tensors import Digests
 from hypha.executor.files.theta import Theta
 from hypha.executor.inner.device_memory import cap_memory
 from hypha.executor.inner.loop import Inner, accelerator_for, is_of_machine, round_seed

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hypha.config.environment import process_environment
 from hypha.errors import BatchFailed, DataError, ModelError
-from hypha.executor.inner.out_of_memory import RowsAtATime, free_cached_memory, is_out_of_memory
+from hypha.executor.inner.batch_size import RowsAtATime, free_cached_memory, is_out_of_memory
 from hypha.executor.inner.process_group import is_lost
 from hypha.executor.models.diagnosis import explain, out_of_range
 from hypha.executor.models.forward import Forward

@@ -21,7 +21,7 @@ from hypha.config.environment import process_environment
 from hypha.decoding import decode, decode_json
 from hypha.errors import ModelError
 from hypha.executor.files import tensors
-from hypha.executor.files.hashing import Digests
+from hypha.executor.files.tensors import Digests
 from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.inner import sharding
 from hypha.executor.inner.device_memory import cap_memory

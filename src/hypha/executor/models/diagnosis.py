@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypha.executor.models.label_types import IGNORED
+from hypha.config.tasks import IGNORED
 from hypha.messages import ModelSpec
 
 _CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")

@@ -13,7 +13,7 @@ from typing import Any
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.executor.bridge.client import BridgeClient
-from hypha.executor.files.hashing import Digests
+from hypha.executor.files.tensors import Digests
 from hypha.messages import PeerRef, Peers, SendCall
 
 logger = logging.getLogger("hypha.executor.parameter_server")

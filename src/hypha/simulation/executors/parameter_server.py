@@ -18,11 +18,11 @@ import msgspec
 import trio
 
 from hypha.errors import CheckpointUnusable, DataError, PeerUnreachable, Refused
-from hypha.executor.bridge.refusals import export_waits
+from hypha.executor.bridge.client import export_waits
 from hypha.executor.files import tensors
 from hypha.executor.files.updates import contribution_in
 from hypha.executor.outer.admission import admit, check_contribution
-from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
+from hypha.executor.outer.archive import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 from hypha.executor.outer.step import OuterStep
 from hypha.executor.toy import toy_theta
 from hypha.messages import (

@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from hypha.errors import DataError, PeerUnreachable, Refused
-from hypha.executor.bridge.refusals import update_waits
+from hypha.executor.bridge.client import update_waits
 from hypha.executor.inner.handover import TrainerInbox, UpdateToSend
 from hypha.executor.inner.round_counts import RoundCounts
 from hypha.executor.inner.slices_reader import Slice
