@@ -13,6 +13,7 @@ many seconds: a machine plays a slower one, or several on the same machine do no
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -27,9 +28,8 @@ from hypha.executor.files import updates
 from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.inner.batch_size import BatchSize
 from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend
-from hypha.executor.inner.pace import least_step_s
+from hypha.executor.inner.local_model import LocalModel
 from hypha.executor.inner.process_group import ProcessGroup, number_of_processes
-from hypha.executor.inner.ranks import end_with, follow_rank_zero, trained_model, with_others
 from hypha.executor.inner.round_counts import RoundCounts
 from hypha.executor.inner.slices_reader import JobSlices, RowStream, SliceReadAhead
 from hypha.executor.models.model_files import fetched
@@ -85,7 +85,13 @@ class Trainer:
         preprocess: Preprocessor | None = None
         if job.preprocessor is not None:
             preprocess = Preprocessor(job.preprocessor, self._fetched(job.preprocessor.source))
-        self._model = trained_model(group, job, source)
+        if group is None:
+            self._model = LocalModel(job, source)
+        else:
+            # what it imports few executors need
+            from hypha.executor.inner.spread_model import SpreadModel
+
+            self._model = SpreadModel(group, job, source)
         padding = padding_of(None, config=self._model.config)
         self._stream = RowStream(padding if preprocess is None else preprocess.padding)
         self._job_slices = JobSlices(bridge, job, preprocess)
@@ -207,7 +213,7 @@ class Trainer:
         if sender is not None:
             sender.stop()
         continued = round == self._round + 1 and not self._lost
-        in_it = sender is not None and continued and self._me in file.meta.contributors
+        in_it = sender is not None and continued and self._job.me in file.meta.contributors
         if self._round >= 0 and not in_it:
             self._start_over((generation, round, attempt))
         self._round, self._attempt, self._generation = round, attempt, generation
@@ -223,10 +229,6 @@ class Trainer:
         self._bridge.report(
             RoundStarted(round=self._round, theta=self._hash, attempt=self._attempt, batch_size=grown)
         )
-
-    @property
-    def _me(self) -> str:
-        return self._job.me
 
     def _start_over(self, at: tuple[int, int, int]) -> None:
         """Drop what was asked for before theta of that generation, round and attempt came."""
@@ -342,7 +344,7 @@ class Trainer:
         self._model.flush()
         path = self._bridge.directory / "outgoing" / f"update-{self._round}-{self._restarts}.safetensors"
         contribution = self._done.contribution(
-            self._me, self._incarnation, self._restarts, self._stream, torch.get_num_threads()
+            self._job.me, self._incarnation, self._restarts, self._stream, torch.get_num_threads()
         )
         local, base = self._model.theta(), self._model.base
         check_buffers(local, base)
@@ -365,10 +367,25 @@ class Trainer:
         self._batch_size.round_ended(self._done.batches, self._done.busy_s, self._model.fits)
 
 
+def least_step_s(text: str | None) -> float:
+    """Of ``HYPHA_STEP_S``, in seconds; 0 without. Raises :class:`ModelError` for what is no time."""
+    try:
+        value = float(text or 0.0)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise ModelError(
+            f"HYPHA_STEP_S is the least seconds of a batch, not {text!r}; mend the executor's env"
+        )
+    return value
+
+
 def main(arguments: list[str]) -> int:
     """Entry point: of the executor, or of one of its processes."""
     group = ProcessGroup(Path.cwd()) if number_of_processes() > 1 else None
     if group is not None and group.rank:
+        from hypha.executor.inner.spread_model import follow_rank_zero
+
         return follow_rank_zero(group)
     inbox: TrainerInbox | None = None
 
@@ -378,8 +395,6 @@ def main(arguments: list[str]) -> int:
 
     def work(bridge: BridgeClient) -> None:
         nonlocal inbox
-        if group is not None:
-            group.watch(lambda words: end_with(bridge, words))
         job = bridge.job()
         if not isinstance(job, TrainJob):
             raise ModelError(f"a training executor cannot do a job of type {type(job).__name__}")
@@ -390,7 +405,7 @@ def main(arguments: list[str]) -> int:
             trainer = Trainer(bridge, job, inbox, traces, group)
         trainer.run()
 
-    return run_executor(Path(arguments[0]), failed, work if group is None else with_others(group, work))
+    return run_executor(Path(arguments[0]), failed, work if group is None else group.with_others(work))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import blake3
 import torch
@@ -31,8 +31,6 @@ from hypha.messages import LrSchedule, TrainJob
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-T = TypeVar("T")
 
 #: how torch begins to say that a batch has no variance
 _SINGLE_ROW = "Expected more than 1 value per channel when training"
@@ -70,30 +68,33 @@ def round_seed(seed: int, worker: str, round: int) -> int:
 
 class Processor:
     """What accelerate's ``Accelerator`` is, of which this has the part used here, on the CPU in fp32: nothing
-    is moved, wrapped or cast.
+    is moved, wrapped, cast or scaled. What it has beyond that is for processes that train one model together
+    (:mod:`hypha.executor.inner.spread_model`).
     """
 
     device = torch.device("cpu")
-    scaler: torch.amp.GradScaler | None = None
+    #: by what a loss is multiplied, where whoever adds up the gradients divides them
+    factor = 1.0
+    #: Is each process free to cut its rows as it likes? Not where a forward pass waits for that of others.
+    independent = True
 
-    def prepare(self, thing: T) -> T:
-        """The same."""
-        return thing
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return model
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
-        """The same."""
         return model
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """No casts."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """As a tensor's own."""
         torch.autograd.backward(loss)
 
     def unscale_gradients(self, optimizer: object) -> None:
-        """They are not scaled."""
+        pass
+
+    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Before a step: let all processes have the sum of their gradients."""
 
 
 def accelerator_for(job: TrainJob) -> Accelerator | Processor:
@@ -111,18 +112,6 @@ def accelerator_for(job: TrainJob) -> Accelerator | Processor:
         return Accelerator(mixed_precision=job.precision)
     except ValueError as exc:
         raise ModelError(f"precision {job.precision} does not work here: {exc}") from exc
-
-
-class Together(Protocol):
-    """What an optimizer does together with those of other processes that train the same model."""
-
-    #: by what a loss is multiplied, where whoever adds up the gradients divides them
-    factor: float
-    #: Is each process free to cut its rows as it likes? Not where a forward pass waits for that of others.
-    independent: bool
-
-    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Before a step: let all processes have the sum of their gradients."""
 
 
 def is_of_machine(exc: Exception) -> bool:
@@ -145,13 +134,13 @@ class Inner:
         job: TrainJob,
         accelerator: Accelerator | Processor,
         steps: int,
-        together: Together | None = None,
     ) -> None:
         self._model = model
         self._forward = forward
         self._job = job
         self._accelerator = accelerator
-        self._together = together
+        #: accelerate is never one of several
+        self._processor = accelerator if isinstance(accelerator, Processor) else Processor()
         #: how many fit into memory, as far as that is known; it may be taken from an incarnation before
         self.rows = RowsAtATime(job.micro_batch_size, _least_rows(model))
         #: inner steps so far, those of earlier generations included
@@ -202,8 +191,8 @@ class Inner:
                     loss = self._gradients(one, of)
                 break
             except Exception as exc:
-                shared = self._together is not None and not self._together.independent
-                if shared or not is_out_of_memory(exc) or not self.rows.failed(rows):
+                cut = self._processor.independent and is_out_of_memory(exc) and self.rows.failed(rows)
+                if not cut:
                     raise
             # a part of the gradients may have been added: begin with none; the error, and with it what its
             # frames hold, is gone
@@ -248,8 +237,8 @@ class Inner:
             if weight is not None:
                 loss = loss * weight
             share = loss / self._job.gradient_accumulation
-            if self._together is not None:
-                share = share * self._together.factor
+            if self._processor.factor != 1.0:
+                share = share * self._processor.factor
             if self._bare:
                 torch.autograd.backward(share)
             else:
@@ -285,8 +274,7 @@ class Inner:
             self._step()
 
     def _step(self) -> None:
-        if self._together is not None:
-            self._together.add_up(self._parameters)
+        self._processor.add_up(self._parameters)
         if self._job.optimizer.max_grad_norm is not None:
             self._accelerator.unscale_gradients(self._optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._job.optimizer.max_grad_norm)
