@@ -83,14 +83,6 @@ def evaluate(
     return found.figures(dataset)
 
 
-def accuracy(model_directory: Path, dataset: Path) -> tuple[float, int]:
-    """Share of the samples that a classifier labels rightly, and how many there are; as :func:`evaluate`."""
-    found = evaluate(model_directory, dataset)
-    if "accuracy" not in found:
-        raise ModelError(f"the model in {model_directory} is no classifier")
-    return float(found["accuracy"]), int(found["samples"])
-
-
 class _Tokens:
     """Of language models: the loss of each token, whatever batch it is in. ``next_one``: a logit is of the
     token that follows.

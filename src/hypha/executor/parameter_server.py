@@ -57,7 +57,6 @@ from hypha.messages import (
     UpdateRefused,
 )
 from hypha.naming import cleaned
-from hypha.tracing import span
 from hypha.tracing.operations import (
     BROADCAST,
     LOAD_MODEL,
@@ -101,7 +100,7 @@ class ParameterServer:
     def run(self) -> None:
         """Serve until ``Finish``. Raises what makes going on impossible."""
         self._bridge.directives(self.put)
-        with span(LOAD_MODEL, {"hypha.job": self._job.job_id}, parent=self._traces.dispatch):
+        with self._traces.in_dispatch(LOAD_MODEL):
             self._load()
         self._bridge.receive(("update",), self.put)
         count = sum(value.numel() for value in self._theta.parameters.values())
@@ -156,8 +155,7 @@ class ParameterServer:
 
     def _span(self, operation: Operation, round_: int) -> AbstractContextManager[Span]:
         """``operation`` in ``round_``, from any thread."""
-        attributes = self._traces.attributes(self._generation, round_)
-        return span(operation, attributes, parent=self._traces.of_round(self._generation, round_))
+        return self._traces.in_round(operation, self._generation, round_)
 
     def _handle(self, item: Directive | ReceivedFile) -> None:
         match item:

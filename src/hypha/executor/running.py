@@ -35,6 +35,14 @@ FLUSH_S = 3.0
 _TRACE_CHARACTERS = 1500
 #: how long the last spans may take
 _SPANS_S = 1.0
+#: of errors, the first that fits
+_KINDS = (
+    (NotFinite, "not-finite"),
+    (ModelError, "model"),
+    (CheckpointUnusable, "checkpoint"),
+    (BatchFailed, "batch"),
+    (DataError, "data"),
+)
 
 
 def run_executor(
@@ -94,16 +102,9 @@ def begin_traces(bridge: BridgeClient, job: Job) -> Traces:
 
 def kind_of(exc: BaseException) -> str:
     """The ``kind`` of an :class:`ExecutorError`."""
-    if isinstance(exc, NotFinite):
-        return "not-finite"
-    if isinstance(exc, ModelError):
-        return "model"
-    if isinstance(exc, CheckpointUnusable):
-        return "checkpoint"
-    if isinstance(exc, BatchFailed):
-        return "batch"
-    if isinstance(exc, DataError):
-        return "data"
+    for error, kind in _KINDS:
+        if isinstance(exc, error):
+            return kind
     if is_disk_full(exc) or (isinstance(exc, Refused) and exc.code == "no-space"):
         return "disk"
     if is_out_of_memory(exc):

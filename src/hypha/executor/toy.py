@@ -17,7 +17,6 @@ from torch import Tensor
 from hypha.errors import DataError
 from hypha.executor.files import tensors, updates
 from hypha.executor.files.theta import Theta
-from hypha.executor.files.updates import Written
 from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
 from hypha.executor.outer.step import OuterStep, recorded_in
 from hypha.messages import Contribution, LedgerFile, TrainJob
@@ -91,8 +90,8 @@ class ToyTrainer:
             raise ValueError(f"there are no {size} rows")
         return self.inner.batch(columns)
 
-    def write_update(self, path: Path, job: TrainJob, contribution: Contribution) -> Written:
-        """The pseudo-gradient."""
+    def write_update(self, path: Path, job: TrainJob, contribution: Contribution) -> str:
+        """The pseudo-gradient; the XXH3 of its file."""
         return updates.write_update(
             path, self.local, self.base, job.update_encoding, contribution=contribution
         )

@@ -16,6 +16,7 @@ import logging
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,8 +45,7 @@ from hypha.messages import (
     RoundStarted,
     TrainJob,
 )
-from hypha.tracing import span
-from hypha.tracing.operations import LOAD_MODEL, LOAD_WEIGHTS, TRAIN
+from hypha.tracing.operations import LOAD_MODEL, LOAD_WEIGHTS, SEND_UPDATE, TRAIN
 
 logger = logging.getLogger("hypha.executor.training")
 
@@ -197,8 +197,8 @@ class Trainer:
         generation, round, attempt = 0, 0, 0
         if stamp is not None:
             generation, round, attempt = stamp.generation, stamp.round, stamp.attempt
-        attributes = {**self._traces.attributes(generation, round), "hypha.transfer.bytes": file.size}
-        with span(LOAD_WEIGHTS, attributes, parent=self._traces.of_round(generation, round)):
+        with self._traces.in_round(LOAD_WEIGHTS, generation, round) as loading:
+            loading.set_attribute("hypha.transfer.bytes", file.size)
             self._load_weights(file, generation, round, attempt)
 
     def _load_weights(self, file: ReceivedFile, generation: int, round: int, attempt: int) -> None:
@@ -258,17 +258,13 @@ class Trainer:
 
     def _train_round(self) -> None:
         """Train to the sync point and hand the update over; returns early when the round is overtaken."""
-        attributes = self._traces.attributes(self._generation, self._round)
-        with span(TRAIN, attributes, parent=self._round_trace()) as train:
+        with self._traces.in_round(TRAIN, self._generation, self._round) as train:
             reached = self._train_to_sync_point()
             train.set_attributes({"hypha.batches": self._done.batches, "hypha.samples": self._done.samples})
             if not reached:
                 train.add_event("overtaken")
         if reached:
             self._synchronise()
-
-    def _round_trace(self) -> str | None:
-        return self._traces.of_round(self._generation, self._round)
 
     def _train_to_sync_point(self) -> bool:
         """False when the round was overtaken."""
@@ -348,20 +344,13 @@ class Trainer:
         )
         local, base = self._model.theta(), self._model.base
         check_buffers(local, base)
-        written = updates.write_update(
-            path, local, base, self._job.update_encoding, self._reused, contribution
-        )
+        xxh3 = updates.write_update(path, local, base, self._job.update_encoding, self._reused, contribution)
         self._sender = UpdateSender(
             self._bridge,
             self._inbox,
-            UpdateToSend(
-                path,
-                written.xxh3,
-                contribution,
-                self._round_trace(),
-                self._traces.attributes(self._generation, self._round),
-            ),
+            UpdateToSend(path, xxh3, contribution),
             self._reused,
+            partial(self._traces.in_round, SEND_UPDATE, self._generation, self._round),
         )
         self._sender.start()
         self._batch_size.round_ended(self._done.batches, self._done.busy_s, self._model.fits)
@@ -401,7 +390,7 @@ def main(arguments: list[str]) -> int:
         inbox = TrainerInbox(job.parameter_server, job.generation)
         bridge.directives(inbox.direct)
         traces = begin_traces(bridge, job)
-        with span(LOAD_MODEL, {"hypha.job": job.job_id}, parent=traces.dispatch):
+        with traces.in_dispatch(LOAD_MODEL):
             trainer = Trainer(bridge, job, inbox, traces, group)
         trainer.run()
 

@@ -144,35 +144,34 @@ class BridgeClient:
         after a reconnection.
         """
         self._start(
-            "directives",
-            lambda: self._follow(
-                "GET", "/directives", None, lambda data: handler(decode(_DIRECTIVE.decode, data))
-            ),
+            "directives", lambda: self._follow("GET", "/directives", None, _DIRECTIVE.decode, handler)
         )
 
     def receive(self, kinds: tuple[str, ...], handler: Callable[[ReceivedFile], None]) -> None:
         """Call ``handler`` for each file of ``kinds`` that arrives, in a thread."""
-        call = ReceiveCall(kinds=kinds)
+        content = encode_json(ReceiveCall(kinds=kinds))
         self._start(
             "receive",
-            lambda: self._follow(
-                "POST", "/resources/receive", call, lambda data: handler(decode(_RECEIVED.decode, data))
-            ),
+            lambda: self._follow("POST", "/resources/receive", content, _RECEIVED.decode, handler),
         )
 
     def _follow(
-        self, method: str, path: str, body: msgspec.Struct | None, handler: Callable[[str], None]
+        self,
+        method: str,
+        path: str,
+        content: bytes | None,
+        decoder: Callable[[str], T],
+        handler: Callable[[T], None],
     ) -> None:
         retry = _Retry()
         while True:
             try:
-                content = None if body is None else encode_json(body)
                 with lines(self._socket, method, path, content) as answer:
                     if isinstance(answer, BridgeReply):
                         raise _error(path, answer)
                     retry = _Retry()
                     for data in server_sent_data(answer):
-                        handler(data)
+                        handler(decode(decoder, data))
             except BridgeUnanswered as exc:
                 logger.warning("The bridge's stream %s broke (%s); it is opened again.", path, exc)
             except Exception as exc:  # noqa: BLE001 - the thread's edge

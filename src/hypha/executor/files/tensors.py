@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import math
 import os
-import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import blake3
 import msgspec
@@ -51,12 +49,8 @@ DTYPES = {
     "U32": torch.uint32,
     "U64": torch.uint64,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def is_supported(dtype: torch.dtype) -> bool:
-    """Can tensors of this type be in a file?"""
-    return dtype in _DTYPE_NAMES
+#: and its name, by the type
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
@@ -82,9 +76,16 @@ class Spec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{DTYPE_NAMES.get(self.dtype, self.dtype)}{list(self.shape)}"
+
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    return {name: Spec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
 
 
 # --- hashing ----------------------------------------------------------------------------------------
@@ -108,9 +109,7 @@ class Hasher:
     def __enter__(self) -> Hasher:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         """Nothing to end here."""
 
     def update(self, data: bytes | memoryview) -> None:
@@ -128,26 +127,16 @@ class HasherBeside(Hasher):
 
     def __init__(self) -> None:
         super().__init__()
-        self._queue: queue.SimpleQueue[bytes | memoryview | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="hash", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (data := self._queue.get()) is not None:
-            super().update(data)
+    def __exit__(self, *failure: object) -> None:
+        self._thread.shutdown()
 
     def update(self, data: bytes | memoryview) -> None:
-        self._queue.put(data)
+        self._thread.submit(super().update, data)
 
     def digests(self) -> Digests:
-        self._queue.put(None)
-        self._thread.join()
+        self._thread.shutdown()
         return super().digests()
 
 
@@ -165,7 +154,7 @@ def write(
 
     It may be written over one of ``reused``. ``beside``: another thread does the hashing.
     """
-    specs = {name: Spec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    specs = specs_of(tensors)
     with HasherBeside() if beside else Hasher() as hasher:
         write_pieces(path, specs, lambda name: pieces(tensors[name]), metadata or {}, hasher, reused)
         return hasher.digests()
@@ -195,7 +184,7 @@ def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
     for name in _ordered(specs):
         spec = specs[name]
         header[name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
+            "dtype": DTYPE_NAMES[spec.dtype],
             "shape": spec.shape,
             "data_offsets": (at, at + spec.size_bytes),
         }
@@ -268,9 +257,7 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -356,9 +343,8 @@ def read(
 
     ``copies``, of the same names and shapes on any device, are set to the same values.
     """
-    expected = {name: Spec(value.dtype, tuple(value.shape)) for name, value in into.items()}
     with TensorFile(path) as file:
-        if problem := difference(file.specs(), expected):
+        if problem := difference(file.specs(), specs_of(into)):
             raise DataError(f"{path.name} does not fit the model: {problem}")
         hasher = Hasher(quick)
         hasher.update(file.header)
@@ -388,12 +374,5 @@ def difference(found: Mapping[str, Spec], expected: Mapping[str, Spec]) -> str |
     for name, spec in expected.items():
         if found[name] != spec:
             other = found[name]
-            return (
-                f"{name} is {_dtype_name(other.dtype)}{list(other.shape)} "
-                f"where the model has {_dtype_name(spec.dtype)}{list(spec.shape)}"
-            )
+            return f"{name} is {other} where the model has {spec}"
     return None
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return _DTYPE_NAMES.get(dtype, str(dtype))

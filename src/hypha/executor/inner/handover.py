@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -26,9 +26,6 @@ from hypha.messages import (
     SendCall,
     UpdateSent,
 )
-from hypha.tracing import span
-from hypha.tracing.operations import SEND_UPDATE
-from hypha.tracing.spans import Attribute
 
 logger = logging.getLogger("hypha.executor.training")
 
@@ -130,15 +127,11 @@ def _same_theta(one: ReceivedFile, other: ReceivedFile) -> bool:
 
 @dataclass(frozen=True)
 class UpdateToSend:
-    """A file, its XXH3 in hex, and what it stands for; the ``traceparent`` of its round, and what a span in
-    that is to say.
-    """
+    """A file, its XXH3 in hex, and what it stands for."""
 
     path: Path
     xxh3: str
     contribution: Contribution
-    trace: str | None = None
-    attributes: Mapping[str, Attribute] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,25 +145,26 @@ class _Call:
 
 class UpdateSender(threading.Thread):
     """Sends the update of the open round to wherever the parameter server is, and to another one again, until
-    told to stop or until the round is lost. In each generation of the job it says once that it has.
+    told to stop or until the round is lost. In each generation of the job it says once that it has. Each time
+    it is ``sending()`` meanwhile.
     """
 
     def __init__(
-        self, bridge: BridgeClient, inbox: TrainerInbox, update: UpdateToSend, reused: ReusedFiles
+        self,
+        bridge: BridgeClient,
+        inbox: TrainerInbox,
+        update: UpdateToSend,
+        reused: ReusedFiles,
+        sending: Callable[[], AbstractContextManager[object]],
     ) -> None:
         super().__init__(name="update", daemon=True)
         self._bridge = bridge
         self._inbox = inbox
-        self._path = update.path
-        self._xxh3 = update.xxh3
-        self.contribution = update.contribution
-        self._trace = update.trace
-        self._attributes = update.attributes
+        self._update = update
         self._reused = reused
+        self._sending = sending
         self._stopped = False
         self._lost_before = inbox.lost_before
-        #: a parameter server has it
-        self.acknowledged = False
 
     def run(self) -> None:
         try:
@@ -178,7 +172,7 @@ class UpdateSender(threading.Thread):
         except Exception as exc:  # noqa: BLE001 - the thread's edge
             self._inbox.fail(exc)
         finally:
-            self._reused.give(self._path)
+            self._reused.give(self._update.path)
 
     def stop(self) -> None:
         """The round is over; the file goes as soon as no call uses it."""
@@ -188,37 +182,38 @@ class UpdateSender(threading.Thread):
 
     def _run(self) -> None:
         said_in = reached = -1
+        contribution = self._update.contribution
         while (call := self._wait(said_in, None)) is not None:
             try:
                 sends = call.number != reached
-                with span(SEND_UPDATE, self._attributes, parent=self._trace) if sends else nullcontext():
+                with self._sending() if sends else nullcontext():
                     if sends:
                         self._send(call)
-                        reached, self.acknowledged = call.number, True
+                        reached = call.number
                     said_in = call.generation
                     # for schedulers of earlier versions: those of this one learn it from the parameter server
-                    self._bridge.report(UpdateSent(contribution=self.contribution))
+                    self._bridge.report(UpdateSent(contribution=contribution))
             except Refused as exc:
                 if update_waits(exc):
-                    logger.warning("The update of round %d has to wait: %s", self.contribution.round, exc)
+                    logger.warning("The update of round %d has to wait: %s", contribution.round, exc)
                     self._wait(call.generation, _SEND_RETRY_S)
                     continue
                 # theta of a later round is on its way, or another generation, or the scheduler has yet to
                 # notice
                 said_in = call.generation
-                logger.warning("The update of round %d was refused: %s", self.contribution.round, exc)
+                logger.warning("The update of round %d was refused: %s", contribution.round, exc)
             except PeerUnreachable as exc:
-                logger.warning("The update of round %d is not sent yet: %s", self.contribution.round, exc)
+                logger.warning("The update of round %d is not sent yet: %s", contribution.round, exc)
                 self._wait(call.generation, _SEND_RETRY_S)
 
     def _send(self, call: _Call) -> None:
         self._bridge.send(
             SendCall(
                 resource=Peers(peers=(call.server,), resource="update"),
-                path=self._bridge.relative(self._path),
-                round=self.contribution.round,
-                samples=self.contribution.samples,
-                xxh3=self._xxh3,
+                path=self._bridge.relative(self._update.path),
+                round=self._update.contribution.round,
+                samples=self._update.contribution.samples,
+                xxh3=self._update.xxh3,
                 generation=call.generation,
             )
         )

@@ -7,7 +7,6 @@ parameter that is replaced under its optimizer) is a :class:`ModelError` that na
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hypha.errors import ModelError, NotFinite
-from hypha.executor.files.tensors import TensorFile, difference, is_supported
-from hypha.executor.files.theta import Theta, theta_of
+from hypha.executor.files.tensors import DTYPE_NAMES, TensorFile, difference
+from hypha.executor.files.theta import Theta, persistent_buffers, theta_of
 
 
 def settle(model: nn.Module) -> None:
@@ -40,7 +39,7 @@ def settle(model: nn.Module) -> None:
                 "in buffers"
             )
     own: dict[int, Tensor] = {}
-    for name, module, key in _persistent_buffers(model):
+    for name, module, key in persistent_buffers(model):
         value = module._buffers[key]
         if value is not None:
             _check_buffer(name, value)
@@ -59,7 +58,7 @@ def _check_buffer(name: str, value: Tensor) -> None:
             "register it "
             "dense, or with persistent=False if it follows from the configuration"
         )
-    if not is_supported(value.dtype):
+    if value.dtype not in DTYPE_NAMES:
         raise ModelError(
             f"the buffer {name} is {value.dtype}, which cannot travel; use another type, or register it with "
             "persistent=False if it follows from the configuration"
@@ -88,13 +87,6 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    for prefix, module in model.named_modules():
-        for key in module._buffers:
-            if key not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{key}" if prefix else key, module, key
-
-
 class ModelTensors:
     """The tensors of a model that is trained, by the names that it had when it was built."""
 
@@ -107,7 +99,7 @@ class ModelTensors:
         #: other names of buffers that are one tensor
         self._aliases: dict[str, str] = {}
         first: dict[int, str] = {}
-        for name, module, key in _persistent_buffers(model):
+        for name, module, key in persistent_buffers(model):
             value = module._buffers[key]
             if value is not None and first.setdefault(id(value), name) != name:
                 self._aliases[name] = first[id(value)]
@@ -124,7 +116,7 @@ class ModelTensors:
                 )
         present = {
             name: (module, key, value)
-            for name, module, key in _persistent_buffers(self._model)
+            for name, module, key in persistent_buffers(self._model)
             if (value := module._buffers[key]) is not None
         }
         for alias, name in self._aliases.items():

@@ -41,7 +41,6 @@ from hypha.messages import (
     Reference,
     SendCall,
 )
-from hypha.tracing import span
 from hypha.tracing.operations import CHECKPOINT, EXPORT, Operation
 
 logger = logging.getLogger("hypha.executor.parameter_server")
@@ -194,7 +193,7 @@ class Archive:
         self._submit(lambda: self._send_export(round, directory, names, to))
 
     def _send_export(self, round: int, directory: Path, names: list[str], to: PeerRef) -> None:
-        with span(EXPORT, {"hypha.job": self._job.job_id}, parent=self._traces.dispatch):
+        with self._traces.in_dispatch(EXPORT):
             if not self._deliver_export(round, directory, names, to):
                 return
             self._exported = Exported(round=round, files=tuple(names))

@@ -254,7 +254,7 @@ class SimulatedTrainer:
         if "blow-up" in self._lies:
             for value in self._toy.local.parameters.values():
                 value.add_(_BLOWN_UP)
-        xxh3 = self._toy.write_update(path, self._job, contribution).xxh3
+        xxh3 = self._toy.write_update(path, self._job, contribution)
         update = UpdateToSend(path, xxh3, contribution)
         self._sender = _UpdateSender(self._bridge, self._inbox, self._changed, update)
         nursery.start_soon(self._sender.run)
