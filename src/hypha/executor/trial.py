@@ -157,8 +157,7 @@ def _unexpected(model: nn.Module, trial: Trial, columns: Mapping[str, Tensor]) -
         return []
     return [
         f"the model does not use the column{'s' if len(left) > 1 else ''} {', '.join(left)}; its forward "
-        "takes "
-        f"{takes}"
+        f"takes {takes}"
     ]
 
 

@@ -301,10 +301,9 @@ class LabelTypes:
             if labels.dim() != 2 or labels.shape[1] != self._counted:
                 have = f"{labels.shape[1]} columns" if many else "one number a row"
                 raise DataError(
-                    f"the labels have {have}, but with several labels a row (problem_type "
-                    f"{problem}) the model wants {self._counted}, each 0 or 1: set model.arguments "
-                    "num_labels "
-                    "to the number of columns, or problem_type to single_label_classification"
+                    f"the labels have {have}, but with several labels a row (problem_type {problem}) the "
+                    f"model wants {self._counted}, each 0 or 1: set model.arguments num_labels to the number "
+                    "of columns, or problem_type to single_label_classification"
                 )
             return labels.float()
         if labels.is_floating_point():
@@ -322,8 +321,7 @@ class LabelTypes:
                 what = self._loss or self._problem
                 raise DataError(
                     f"the labels run from {low:g} to {high:g}, but {what} takes 0 to 1; for classes by "
-                    "number set "
-                    "model.loss to cross-entropy, or problem_type to single_label_classification"
+                    "number set model.loss to cross-entropy, or problem_type to single_label_classification"
                 )
 
 

@@ -55,8 +55,7 @@ def _check_buffer(name: str, value: Tensor) -> None:
     if value.layout != torch.strided or value.is_quantized:
         raise ModelError(
             f"the buffer {name} is {'quantized' if value.is_quantized else 'sparse'}, which cannot travel; "
-            "register it "
-            "dense, or with persistent=False if it follows from the configuration"
+            "register it dense, or with persistent=False if it follows from the configuration"
         )
     if value.dtype not in DTYPE_NAMES:
         raise ModelError(
@@ -82,8 +81,7 @@ def check_finite(model: nn.Module) -> None:
         if parameter.numel() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
             raise ModelError(
                 f"the parameter {name} holds values that are not finite before training; mend the weights, "
-                "or register "
-                "a constant such as a mask of -inf as a buffer"
+                "or register a constant such as a mask of -inf as a buffer"
             )
 
 
@@ -136,8 +134,7 @@ class ModelTensors:
         if problem := difference(theta.specs(), self._specs):
             raise ModelError(
                 f"forward has made other buffers than the model was built with ({problem}); buffers must "
-                "keep their "
-                "names, shapes and types"
+                "keep their names, shapes and types"
             )
         return theta
 
@@ -169,8 +166,6 @@ def check_same_model(theta: Path, ours: Theta) -> None:
     if problem:
         raise ModelError(
             "the parameter server has built another model than this worker: its theta does not fit here, "
-            f"{problem}; "
-            f"install the same versions of torch (here {torch.__version__}), transformers and of the model's "
-            "own code "
-            "on all workers"
+            f"{problem}; install the same versions of torch (here {torch.__version__}), transformers and of "
+            "the model's own code on all workers"
         )
