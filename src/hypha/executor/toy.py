@@ -18,7 +18,7 @@ from hypha.errors import DataError
 from hypha.executor.files import tensors, updates
 from hypha.executor.files.theta import Theta
 from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
-from hypha.executor.outer.step import OuterStep, recorded_in
+from hypha.executor.replay import recorded_rows, replayed_rounds
 from hypha.messages import Contribution, LedgerFile, TrainJob
 
 SIZE = 8
@@ -103,39 +103,27 @@ def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:
     Raises :class:`DataError` when the ledger contradicts itself.
     """
     theta = toy_theta()
-    outer = OuterStep(theta, ledger.aggregate)
     optimizers: dict[tuple[str, int], tuple[Theta, ToyInner]] = {}
-    hashes = [tensors.write(scratch / "theta.safetensors", theta.all()).blake3]
-    for entry in ledger.rounds:
-        if entry.discarded:
-            continue
-        recorded = recorded_in(entry)
-        for part in entry.contributors:
-            key = (part.incarnation, part.restarts)
-            if key not in optimizers:
-                local = theta.copy()
-                optimizers[key] = (local, ToyInner(local, part.steps))
-            local, inner = optimizers[key]
-            local.assign(theta)
-            if inner.steps != part.steps:
-                raise DataError(
-                    f"round {part.round} of {part.worker} begins at step {part.steps}, not {inner.steps}"
-                )
-            stream = RowStream()
-            for piece in part.ranges:
-                path = data / ledger.manifest.slices[piece.slice].file
-                whole = toy_slice(path, piece.epoch, piece.slice, ledger.job.seed, (0, 0, 0))
-                order = whole.order[piece.start : piece.stop]
-                stream.push(Slice(piece.epoch, piece.slice, whole.columns, order))
-            if stream.rows != part.samples or part.samples != part.batches * part.batch_size:
-                raise DataError(
-                    f"round {part.round} of {part.worker} has {stream.rows} rows, not {part.samples}"
-                )
-            while (columns := stream.take(part.batch_size)) is not None:
-                inner.batch(columns)
-            path = scratch / "update.safetensors"
-            updates.write_update(path, local, theta, ledger.job.update_encoding)
-            outer.add(part.worker, part.samples, path, recorded.get(part.worker))
-        outer.apply()
-        hashes.append(tensors.write(scratch / "theta.safetensors", theta.all()).blake3)
-    return hashes
+
+    def slice_of(epoch: int, index: int) -> Slice:
+        return toy_slice(data / ledger.manifest.slices[index].file, epoch, index, ledger.job.seed, (0, 0, 0))
+
+    def train(part: Contribution) -> Theta:
+        key = (part.incarnation, part.restarts)
+        if key not in optimizers:
+            local = theta.copy()
+            optimizers[key] = (local, ToyInner(local, part.steps))
+        local, inner = optimizers[key]
+        local.assign(theta)
+        if inner.steps != part.steps:
+            raise DataError(
+                f"round {part.round} of {part.worker} begins at step {part.steps}, not {inner.steps}"
+            )
+        if part.samples != part.batches * part.batch_size:
+            raise DataError(f"round {part.round} of {part.worker} has no {part.batches} whole batches")
+        stream = recorded_rows(part, slice_of)
+        while (columns := stream.take(part.batch_size)) is not None:
+            inner.batch(columns)
+        return local
+
+    return list(replayed_rounds(ledger, theta, scratch, train))

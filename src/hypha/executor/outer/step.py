@@ -29,7 +29,7 @@ from hypha.executor.files.updates import MAX_HEADER_BYTES, UpdateFile
 from hypha.executor.outer.agreement import WIDTH, Agreement
 from hypha.executor.outer.buffers import BufferSum
 from hypha.executor.outer.outliers import MOST_ASIDE, NormLimit
-from hypha.messages import AggregateJob, LedgerRound, UpdateStatistics
+from hypha.messages import AggregateJob, UpdateStatistics
 
 logger = logging.getLogger("hypha.executor.parameter_server")
 
@@ -257,8 +257,3 @@ class OuterStep:
     def restore_momentum(self, momentum: dict[str, Tensor]) -> None:
         """Take momentum from a checkpoint (shares its memory)."""
         self.momentum = {name: momentum[name].view(-1) for name in self.theta.parameters}
-
-
-def recorded_in(entry: LedgerRound) -> dict[str, UpdateStatistics]:
-    """What the ledger says of each update of an applied round."""
-    return {one.worker: one for one in entry.updates}
