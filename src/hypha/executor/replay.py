@@ -133,9 +133,7 @@ def replayed_rounds(
 def recorded_rows(
     part: Contribution, slice_of: Callable[[int, int], Slice], padding: Padding | None = None
 ) -> RowStream:
-    """``slice_of`` gives a slice by epoch and index. Raises :class:`DataError` where there are not as many rows
-    as ``part`` states.
-    """
+    """``slice_of`` gives a slice by epoch and index. Raises :class:`DataError` where ``part`` has other rows."""
     stream = RowStream(padding or Padding())
     for piece in part.ranges:
         found = slice_of(piece.epoch, piece.slice)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from hypha.errors import DataError
-from hypha.executor.files import tensors, updates
 from hypha.executor.files.theta import Theta
-from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
+from hypha.executor.inner.slices_reader import Slice, read_columns, slice_order
 from hypha.executor.replay import recorded_rows, replayed_rounds
-from hypha.messages import Contribution, LedgerFile, TrainJob
+from hypha.messages import Contribution, LedgerFile
 
 SIZE = 8
 #: the dataset's only column: the number of each row
@@ -64,37 +63,6 @@ class ToyInner:
         self._rows.add_(len(rows))
         self.steps += 1
         return loss
-
-
-class ToyTrainer:
-    """What a training executor computes: theta in, batches, an update file out."""
-
-    def __init__(self, steps: int) -> None:
-        self.base = toy_theta()
-        self.local = self.base.copy()
-        self.stream = RowStream()
-        self.inner = ToyInner(self.local, steps)
-
-    def fresh(self, steps: int) -> None:
-        """Another life of the optimizer."""
-        self.inner = ToyInner(self.local, steps)
-
-    def adopt(self, path: Path) -> str:
-        """Take theta from a file; its XXH3."""
-        return tensors.read(path, self.base.all(), self.local.all(), quick=True).xxh3
-
-    def batch(self, size: int) -> Tensor:
-        """Train on the next ``size`` rows, which must be there; their loss."""
-        columns = self.stream.take(size)
-        if columns is None:
-            raise ValueError(f"there are no {size} rows")
-        return self.inner.batch(columns)
-
-    def write_update(self, path: Path, job: TrainJob, contribution: Contribution) -> str:
-        """The pseudo-gradient; the XXH3 of its file."""
-        return updates.write_update(
-            path, self.local, self.base, job.update_encoding, contribution=contribution
-        )
 
 
 def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:
