@@ -133,8 +133,8 @@ def replayed_rounds(
 def recorded_rows(
     part: Contribution, slice_of: Callable[[int, int], Slice], padding: Padding | None = None
 ) -> RowStream:
-    """``slice_of`` gives a slice by epoch and index. Raises :class:`DataError` where ``part`` has other rows."""
-    stream = RowStream(padding or Padding())
+    """``slice_of`` gives a slice by epoch and index. Raises :class:`DataError` where rows are lacking."""
+    stream = RowStream(padding)
     for piece in part.ranges:
         found = slice_of(piece.epoch, piece.slice)
         stream.push(replace(found, order=found.order[piece.start : piece.stop]))

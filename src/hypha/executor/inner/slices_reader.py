@@ -67,9 +67,9 @@ def read_columns(path: Path) -> dict[str, Tensor]:
 class RowStream:
     """Cuts batches from slices, and counts for the round: ranges used, slices finished."""
 
-    def __init__(self, padding: Padding = Padding()) -> None:  # noqa: B008 - frozen
+    def __init__(self, padding: Padding | None = None) -> None:
         """``padding``: of rows that are sequences of different lengths."""
-        self._padding = padding
+        self._padding = padding or Padding()
         self._slices: deque[Slice] = deque()
         self._at = 0
         self.start_round()

@@ -110,11 +110,19 @@ class BufferSum:
             clips = self._judged(part, parts) if part.clips is None else dict(part.clips)
             if clips:
                 scaled[part.worker] = clips
-            for name, value in self._kept(part).items():
+            for name, kept in self._kept(part).items():
                 base = self._buffers[name]
-                _accumulate(
-                    sums, constant, name, _scaled(value, base, clips.get(name, 1.0)), part.weight, base
-                )
+                value = _scaled(kept, base, clips.get(name, 1.0))
+                same = unchanged(value, base)
+                averaged = _is_averaged(value.dtype)
+                if averaged:
+                    # a sum of halves would overflow
+                    value = value.to(torch.promote_types(value.dtype, torch.float32)) * part.weight
+                if name not in sums:
+                    sums[name], constant[name] = value, same
+                    continue
+                sums[name] = sums[name].add_(value) if averaged else _maximum(sums[name], value)
+                constant[name] &= same
         for name, buffer in self._buffers.items() if parts else ():
             new = sums[name]
             new = (new / total_weight).to(buffer.dtype) if _is_averaged(buffer.dtype) else new
@@ -188,29 +196,6 @@ def _scaled(value: Tensor, base: Tensor, clip: float) -> Tensor:
     one, other = base.numpy(), value.numpy()
     steps = np.trunc((other.astype(np.float64) - one.astype(np.float64)) * clip)
     return torch.from_numpy(np.asarray((one.astype(np.float64) + steps).astype(one.dtype)))
-
-
-def _accumulate(
-    sums: dict[str, Tensor],
-    constant: dict[str, Tensor],
-    name: str,
-    value: Tensor,
-    weight: float,
-    base: Tensor,
-) -> None:
-    same = unchanged(value, base)
-    if _is_averaged(value.dtype):
-        # a sum of halves would overflow
-        value = value.to(torch.promote_types(value.dtype, torch.float32)) * weight
-    total = sums.get(name)
-    if total is None:
-        sums[name], constant[name] = value, same
-        return
-    constant[name] &= same
-    if _is_averaged(value.dtype):
-        total.add_(value)
-    else:
-        sums[name] = _maximum(total, value)
 
 
 def _is_averaged(dtype: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -26,7 +26,7 @@ from hypha.errors import DataError, Refused
 from hypha.executor.files.tensors import CHUNK, TensorFile, one_thread
 from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import MAX_HEADER_BYTES, UpdateFile
-from hypha.executor.outer.agreement import WIDTH, Agreement
+from hypha.executor.outer.agreement import WIDTH, Agreement, JudgedUpdate
 from hypha.executor.outer.buffers import BufferSum
 from hypha.executor.outer.outliers import MOST_ASIDE, NormLimit
 from hypha.messages import AggregateJob, UpdateStatistics
@@ -35,18 +35,6 @@ logger = logging.getLogger("hypha.executor.parameter_server")
 
 #: A parameter and the first element of a chunk of it.
 Span = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class _Aside:
-    """An update that was judged, in the file at ``path``."""
-
-    worker: str
-    norm: float
-    sketch: Tensor
-    weight: float
-    size_bytes: int
-    path: Path
 
 
 class OuterStep:
@@ -66,7 +54,7 @@ class OuterStep:
         self._uniform = job.weighting == "uniform"
         self._limit = NormLimit(job)
         #: updates of a first round that are not in the sum yet, in the order in which they came
-        self._aside: list[_Aside] = []
+        self._aside: list[JudgedUpdate] = []
         self._added = False
         self._sum: dict[str, Tensor] = {}
         self._buffers = BufferSum(theta, job.max_update_ratio)
@@ -114,9 +102,8 @@ class OuterStep:
                 # the whole file is judged before its first tensor is added: a sum cannot be taken back
                 norm, sketch = self._norm(update)
                 buffers = self._buffers.read(update)
-                size_bytes = path.stat().st_size
                 weight = 1.0 if self._uniform else float(samples)
-                part = _Aside(worker, norm, sketch, weight, size_bytes, path)
+                part = JudgedUpdate(worker, norm, sketch, weight, path.stat().st_size, path)
                 waits = clip is None and not self._limit.is_known
                 if not waits:
                     self._accumulate(update, part, self._clip(part) if clip is None else clip)
@@ -144,7 +131,7 @@ class OuterStep:
                 self._accumulate(UpdateFile(file, self.theta), part, self._clip(part))
             part.path.unlink()
 
-    def _clip(self, part: _Aside) -> float:
+    def _clip(self, part: JudgedUpdate) -> float:
         clip = self._limit.clip(part.norm)
         if clip < 1.0:
             logger.warning(
@@ -184,11 +171,9 @@ class OuterStep:
             total.add_(sketch)
         return math.sqrt(squares), total
 
-    def _accumulate(self, update: UpdateFile, part_of: _Aside, clip: float) -> None:
-        weight, first, self._added = part_of.weight * clip, not self._added, True
-        self._agreement.accept(
-            part_of.worker, part_of.norm, part_of.sketch, part_of.weight, part_of.size_bytes, clip
-        )
+    def _accumulate(self, update: UpdateFile, judged: JudgedUpdate, clip: float) -> None:
+        weight, first, self._added = judged.weight * clip, not self._added, True
+        self._agreement.accept(judged, clip)
         for name, value in self.theta.parameters.items():
             if name not in self._sum:
                 self._sum[name] = torch.empty(value.numel())
