@@ -13,7 +13,7 @@ import torch
 from hypha.errors import Refused
 from hypha.executor.files import tensors, updates
 from hypha.executor.files.theta import Theta
-from hypha.executor.outer.outliers import MOST_ASIDE
+from hypha.executor.outer.admission import MOST_ASIDE
 from hypha.executor.outer.step import OuterStep
 from hypha.messages import (
     AggregateJob,

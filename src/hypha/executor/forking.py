@@ -133,7 +133,6 @@ def set_threads(environment: Mapping[str, str]) -> None:
 
 
 def _loaded(name: str) -> set[str]:
-    """Paths of loaded libraries with ``name`` in theirs."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
     return {path for path in paths if name in os.path.basename(path)}

@@ -150,11 +150,9 @@ class ParameterServer:
 
     @property
     def _peers(self) -> tuple[PeerRef, ...]:
-        """Who takes part."""
         return () if self._members is None else self._members.peers
 
     def _span(self, operation: Operation, round_: int) -> AbstractContextManager[Span]:
-        """``operation`` in ``round_``, from any thread."""
         return self._traces.in_round(operation, self._generation, round_)
 
     def _handle(self, item: Directive | ReceivedFile) -> None:

@@ -87,7 +87,6 @@ def last_words(exc: Exception) -> ExecutorError:
 
 
 def exit_code_of(exc: Exception) -> int:
-    """Of an executor that cannot go on."""
     return exc.exit_code if isinstance(exc, HyphaError) else 1
 
 
@@ -101,7 +100,6 @@ def begin_traces(bridge: BridgeClient, job: Job) -> Traces:
 
 
 def kind_of(exc: BaseException) -> str:
-    """The ``kind`` of an :class:`ExecutorError`."""
     for error, kind in _KINDS:
         if isinstance(exc, error):
             return kind

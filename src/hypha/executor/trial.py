@@ -119,7 +119,6 @@ def _find_package(entrypoint: str) -> None:
 
 
 def _skeleton(trial: Trial, source: Path | None) -> nn.Module:
-    """The model without numbers."""
     try:
         return models.skeleton(trial.job.model, source)
     except (ModelError, NotImplementedError, RuntimeError) as exc:

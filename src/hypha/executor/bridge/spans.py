@@ -258,7 +258,6 @@ def _written(context: SpanContext) -> str:
 
 
 def _plain(value: Any) -> SpanAttribute:
-    """As JSON can carry it."""
     if isinstance(value, bool | int):
         return value
     if isinstance(value, float) and math.isfinite(value):

@@ -147,7 +147,6 @@ class UpdateFile:
         return ChunkReader(self._file, self._scales)
 
     def buffer(self, name: str) -> Tensor:
-        """A whole buffer."""
         spec = self._file.entries[name].spec
         out = torch.empty(spec.shape, dtype=spec.dtype)
         self._file.read_into(name, out)

@@ -213,7 +213,6 @@ class Inner:
         return torch.stack(losses).sum()
 
     def _gradients(self, columns: Mapping[str, Tensor], terms: int | None) -> Tensor:
-        """Add them up; the loss."""
         parts = self.rows.parts(_rows(columns))
         if terms is None and parts == 1:
             return self._part(columns, None)

@@ -154,10 +154,8 @@ class ProcessGroup:
         for piece, flat, work in under_way:
             if work is not None:
                 work.wait()
-            at = 0
-            for gradient in piece:
-                gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-                at += gradient.numel()
+            for gradient, part in zip(piece, flat.split([one.numel() for one in piece]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     # --- ends ---------------------------------------------------------------------------------------
 

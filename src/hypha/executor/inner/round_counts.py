@@ -77,7 +77,6 @@ class RoundCounts:
         self.losses = Losses(now)
 
     def add(self, loss: Tensor, samples: int) -> None:
-        """A batch is done."""
         self.losses.add(loss)
         self.batches += 1
         self.samples += samples

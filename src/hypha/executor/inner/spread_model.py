@@ -69,7 +69,6 @@ class _Device(Processor):
         return model.to(self.device)
 
     def autocast(self) -> Any:
-        """Casts where the job wants them."""
         wanted = self._precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted)
 

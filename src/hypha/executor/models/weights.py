@@ -97,7 +97,6 @@ def _index(file: Path) -> dict[str, str]:
 
 
 def _weight_map(text: bytes) -> dict[str, str]:
-    """The file of each tensor."""
     return {str(key): os.fspath(name) for key, name in json.loads(text)["weight_map"].items()}
 
 

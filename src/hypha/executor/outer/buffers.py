@@ -3,7 +3,7 @@ parameters. They take no momentum: floating and complex ones become the weighted
 integer and boolean ones their maximum. What no worker has changed stays as it is, infinite or NaN though it
 may be.
 
-As with updates (:mod:`hypha.executor.outer.outliers`) a huge change is scaled down, not believed: what one
+As with updates (:mod:`hypha.executor.outer.admission`) a huge change is scaled down, not believed: what one
 worker states must not move a buffer further than the others' do. Each buffer is judged by itself when the
 round is closed, as all that it is compared with is known then: the median of the round's changes where there
 are three or more, else that of the last rounds. A change of more than ``max_update_ratio`` times that counts
@@ -32,7 +32,7 @@ from hypha.executor.files import tensors
 from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import UpdateFile
 from hypha.executor.models.model_tensors import unchanged
-from hypha.executor.outer.outliers import ROUNDS
+from hypha.executor.outer.admission import ROUNDS
 
 logger = logging.getLogger("hypha.executor.parameter_server")
 

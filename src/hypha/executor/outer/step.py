@@ -4,7 +4,7 @@ After Douillard et al. 2023. With Delta_i = theta_i - theta_r and weights w_i (s
 Delta_i) / sum(w_i), m <- mu m + g (so m_0 = g), theta <- theta + lr (mu m + g), which is what
 ``torch.optim.SGD(nesterov=True)`` does with the gradient -g. Updates are added as they come into one fp32
 accumulator, so memory is theta, momentum and accumulator, however many workers there are; only those of the
-first round wait on the disk for a while, see :mod:`hypha.executor.outer.outliers`.
+first round wait on the disk for a while, see :mod:`hypha.executor.outer.admission`.
 
 Buffers are no parameters and take no momentum, see :mod:`hypha.executor.outer.buffers`.
 """
@@ -26,9 +26,9 @@ from hypha.errors import DataError, Refused
 from hypha.executor.files.tensors import CHUNK, TensorFile, one_thread
 from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import MAX_HEADER_BYTES, UpdateFile
+from hypha.executor.outer.admission import MOST_ASIDE, NormLimit
 from hypha.executor.outer.agreement import WIDTH, Agreement, JudgedUpdate
 from hypha.executor.outer.buffers import BufferSum
-from hypha.executor.outer.outliers import MOST_ASIDE, NormLimit
 from hypha.messages import AggregateJob, UpdateStatistics
 
 logger = logging.getLogger("hypha.executor.parameter_server")
