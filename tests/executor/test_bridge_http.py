@@ -182,7 +182,8 @@ def test_calls_of_an_executor_share_connections_and_survive_one_that_was_closed(
     path: Path, server: Server, tmp_path: Path
 ) -> None:
     lost: list[Exception] = []
-    client = BridgeClient(path, tmp_path, lost.append)
+    client = BridgeClient(path, tmp_path)
+    client.failed = lost.append
     answer = OK.replace(b"{}", b"[]")
     server.replies = [answer] * 3
     for _ in range(3):

@@ -352,21 +352,16 @@ def _give_memory_back() -> None:
 
 def main(arguments: list[str]) -> int:
     """Entry point."""
-    server: ParameterServer | None = None
-
-    def failed(exc: Exception) -> None:
-        if server is not None:
-            server.put(exc)
 
     def work(bridge: BridgeClient) -> None:
-        nonlocal server
         job = bridge.job()
         if not isinstance(job, AggregateJob):
             raise ModelError(f"a parameter server cannot do a job of type {type(job).__name__}")
         server = ParameterServer(bridge, job, begin_traces(bridge, job))
+        bridge.failed = server.put
         server.run()
 
-    return run_executor(Path(arguments[0]), failed, work)
+    return run_executor(Path(arguments[0]), work)
 
 
 if __name__ == "__main__":

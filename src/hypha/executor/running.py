@@ -45,15 +45,12 @@ _KINDS = (
 )
 
 
-def run_executor(
-    socket: Path, failed: Callable[[Exception], None], work: Callable[[BridgeClient], None]
-) -> int:
-    """Run ``work`` in the current directory, the job's; the exit code.
-
-    ``failed`` hears of a lost bridge. What ``work`` raises is logged, and reported to the scheduler.
+def run_executor(socket: Path, work: Callable[[BridgeClient], None]) -> int:
+    """Run ``work`` in the current directory, the job's; the exit code. What it raises is logged, and reported
+    to the scheduler.
     """
     set_up_log()
-    bridge = BridgeClient(socket.absolute(), Path.cwd(), failed)
+    bridge = BridgeClient(socket.absolute(), Path.cwd())
     code = 0
     try:
         work(bridge)

@@ -28,7 +28,7 @@ from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import updates
 from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.inner.batch_size import BatchSize
-from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend
+from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend, turn_of
 from hypha.executor.inner.local_model import LocalModel
 from hypha.executor.inner.process_group import ProcessGroup, number_of_processes
 from hypha.executor.inner.round_counts import RoundCounts
@@ -161,8 +161,7 @@ class Trainer:
             if self._round < 0:
                 # no theta will say so: slices that were fetched for a first round are with others now
                 self._drop_before((rejoin.generation, 0, 0))
-            stamp = theta.meta.stamp if theta is not None else None
-            if theta is not None and (stamp is None or stamp.generation < rejoin.generation):
+            if theta is not None and turn_of(theta)[0] < rejoin.generation:
                 inbox.theta = None
                 (self._bridge.directory / theta.path).unlink(missing_ok=True)
         self._bridge.report(Loaded(incarnation=self._incarnation))
@@ -173,10 +172,8 @@ class Trainer:
         """Is it theta of the round that is open here? Then say again that the round has started. With a
         higher attempt it is none: our update was refused, and the round begins anew.
         """
-        stamp = file.meta.stamp
-        if self._lost or stamp is None or (stamp.round, file.meta.blake3) != (self._round, self._hash):
-            return False
-        if stamp.attempt > self._attempt:
+        _, round, attempt = turn_of(file)
+        if self._lost or attempt > self._attempt or (round, file.meta.blake3) != (self._round, self._hash):
             return False
         (self._bridge.directory / file.path).unlink(missing_ok=True)
         self._started()
@@ -193,15 +190,13 @@ class Trainer:
 
     def _adopt(self, file: ReceivedFile) -> None:
         """Start the round of ``file``."""
-        stamp = file.meta.stamp
-        generation, round, attempt = 0, 0, 0
-        if stamp is not None:
-            generation, round, attempt = stamp.generation, stamp.round, stamp.attempt
-        with self._traces.in_round(LOAD_WEIGHTS, generation, round) as loading:
+        at = turn_of(file)
+        with self._traces.in_round(LOAD_WEIGHTS, at[0], at[1]) as loading:
             loading.set_attribute("hypha.transfer.bytes", file.size)
-            self._load_weights(file, generation, round, attempt)
+            self._load_weights(file, at)
 
-    def _load_weights(self, file: ReceivedFile, generation: int, round: int, attempt: int) -> None:
+    def _load_weights(self, file: ReceivedFile, at: tuple[int, int, int]) -> None:
+        _, round, attempt = at
         path = self._bridge.directory / file.path
         if not self._hash:
             check_same_model(path, self._model.base)
@@ -215,8 +210,8 @@ class Trainer:
         continued = round == self._round + 1 and not self._lost
         in_it = sender is not None and continued and self._job.me in file.meta.contributors
         if self._round >= 0 and not in_it:
-            self._start_over((generation, round, attempt))
-        self._round, self._attempt, self._generation = round, attempt, generation
+            self._start_over(at)
+        self._generation, self._round, self._attempt = at
         self._hash, self._lost = file.meta.blake3, False
         self._stream.start_round()
         rows, steps = self._batch_size.rows, self._model.steps
@@ -376,25 +371,20 @@ def main(arguments: list[str]) -> int:
         from hypha.executor.inner.spread_model import follow_rank_zero
 
         return follow_rank_zero(group)
-    inbox: TrainerInbox | None = None
-
-    def failed(exc: Exception) -> None:
-        if inbox is not None:
-            inbox.fail(exc)
 
     def work(bridge: BridgeClient) -> None:
-        nonlocal inbox
         job = bridge.job()
         if not isinstance(job, TrainJob):
             raise ModelError(f"a training executor cannot do a job of type {type(job).__name__}")
         inbox = TrainerInbox(job.parameter_server, job.generation)
+        bridge.failed = inbox.fail
         bridge.directives(inbox.direct)
         traces = begin_traces(bridge, job)
         with traces.in_dispatch(LOAD_MODEL):
             trainer = Trainer(bridge, job, inbox, traces, group)
         trainer.run()
 
-    return run_executor(Path(arguments[0]), failed, work if group is None else group.with_others(work))
+    return run_executor(Path(arguments[0]), work if group is None else group.with_others(work))
 
 
 if __name__ == "__main__":

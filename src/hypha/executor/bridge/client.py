@@ -72,12 +72,13 @@ class BridgeLost(HyphaError):
 class BridgeClient:
     """One executor's connection to its worker. ``directory`` is the job directory: paths are relative to it.
 
-    ``failed`` is called once, from any thread, when the bridge is lost or a stream handler raised.
+    ``failed``, which its owner sets, is called once, from any thread, when the bridge is lost or a stream
+    handler raised.
     """
 
-    def __init__(self, socket: Path, directory: Path, failed: Callable[[Exception], None]) -> None:
+    def __init__(self, socket: Path, directory: Path) -> None:
         self.directory = directory
-        self._failed = failed
+        self.failed: Callable[[Exception], None] = logger.error
         self._socket = socket
         #: with the ``traceparent`` of the span in which each was reported
         self._events: deque[tuple[Event, str | None]] = deque()
@@ -175,10 +176,10 @@ class BridgeClient:
             except BridgeUnanswered as exc:
                 logger.warning("The bridge's stream %s broke (%s); it is opened again.", path, exc)
             except Exception as exc:  # noqa: BLE001 - the thread's edge
-                self._failed(exc)
+                self.failed(exc)
                 return
             if not retry.wait():
-                self._failed(BridgeLost(f"the worker has not answered {path} for {BRIDGE_LOST_S:g} s"))
+                self.failed(BridgeLost(f"the worker has not answered {path} for {BRIDGE_LOST_S:g} s"))
                 return
 
     # --- events -------------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ class BridgeClient:
                     return True
                 logger.warning("The worker did not take a %s (%s); trying again.", type(event).__name__, exc)
                 if not retry.wait():
-                    self._failed(BridgeLost(f"the worker has taken no event for {BRIDGE_LOST_S:g} s"))
+                    self.failed(BridgeLost(f"the worker has taken no event for {BRIDGE_LOST_S:g} s"))
                     return False
             except Refused as exc:
                 logger.error("The worker refused a %s: %s", type(event).__name__, exc)
