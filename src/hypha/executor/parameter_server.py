@@ -57,13 +57,7 @@ from hypha.messages import (
     UpdateRefused,
 )
 from hypha.naming import cleaned
-from hypha.tracing.operations import (
-    BROADCAST,
-    LOAD_MODEL,
-    OUTER_STEP,
-    RECEIVE_UPDATE,
-    Operation,
-)
+from hypha.tracing.operations import BROADCAST, LOAD_MODEL, OUTER_STEP, RECEIVE_UPDATE, Operation
 
 logger = logging.getLogger("hypha.executor.parameter_server")
 

@@ -37,14 +37,7 @@ from hypha.executor.models.model_files import fetched
 from hypha.executor.models.model_tensors import check_buffers, check_same_model
 from hypha.executor.models.preprocessing import Preprocessor, padding_of
 from hypha.executor.running import begin_traces, leave, run_executor
-from hypha.messages import (
-    Alive,
-    Loaded,
-    ReceivedFile,
-    Reference,
-    RoundStarted,
-    TrainJob,
-)
+from hypha.messages import Alive, Loaded, ReceivedFile, Reference, RoundStarted, TrainJob
 from hypha.tracing.operations import LOAD_MODEL, LOAD_WEIGHTS, SEND_UPDATE, TRAIN
 
 logger = logging.getLogger("hypha.executor.training")

@@ -31,16 +31,7 @@ from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import tensors
 from hypha.executor.files.tensors import TensorFile
 from hypha.executor.files.theta import Theta
-from hypha.messages import (
-    AggregateJob,
-    CheckpointSaved,
-    Exported,
-    Local,
-    PeerRef,
-    Peers,
-    Reference,
-    SendCall,
-)
+from hypha.messages import AggregateJob, CheckpointSaved, Exported, Local, PeerRef, Peers, Reference, SendCall
 from hypha.tracing.operations import CHECKPOINT, EXPORT, Operation
 
 logger = logging.getLogger("hypha.executor.parameter_server")
