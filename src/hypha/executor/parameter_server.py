@@ -33,7 +33,7 @@ from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.files.updates import contribution_in
 from hypha.executor.models.model_files import ModelFiles
 from hypha.executor.outer.admission import admit, check_contribution
-from hypha.executor.outer.archive import Archive, Snapshot, read_checkpoint
+from hypha.executor.outer.archive import Archive, CheckpointState, read_checkpoint
 from hypha.executor.outer.broadcast import Broadcasts
 from hypha.executor.outer.step import OuterStep
 from hypha.executor.running import begin_traces, leave, run_executor
@@ -326,14 +326,16 @@ class ParameterServer:
     def _checkpoint(self) -> None:
         # it belongs to the round that was applied; the last one has none after it
         applied = bool(self._applied) and self._applied[-1].round == self.round - 1
-        snapshot = Snapshot(
+        within = self.round - 1 if applied else self.round
+        state = CheckpointState(
+            job_id=self._job.job_id,
+            generation=self._job.generation,
             round=self.round,
-            within=self.round - 1 if applied else self.round,
-            theta=self._theta_path(),
-            blake3=self._hashes.blake3,
+            theta=self._hashes.blake3,
+            momentum="",
             contributors=self._contributors,
         )
-        self._archive.checkpoint(snapshot, self._outer.momentum_or_zeros)
+        self._archive.checkpoint(state, self._theta_path(), self._outer.momentum_or_zeros, within)
 
 
 def _give_memory_back() -> None:

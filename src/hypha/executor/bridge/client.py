@@ -23,11 +23,10 @@ from opentelemetry.trace import SpanKind
 
 from hypha.backoff import NO_JITTER, Backoff
 from hypha.decoding import decode, decode_json
-from hypha.errors import HyphaError, PeerUnreachable, Refused, Undecodable
-from hypha.executor.bridge.http import BridgeConnection, BridgeReply, BridgeUnanswered, lines
+from hypha.errors import HyphaError, PeerUnreachable, Refused
+from hypha.executor.bridge.http import BridgeConnection, BridgeUnanswered, lines
 from hypha.messages import (
     Alive,
-    BridgeError,
     Directive,
     Event,
     FetchCall,
@@ -56,7 +55,6 @@ ALIVE_S = 1.0
 #: The worker is the executor's parent, on the same machine: silent for so long, it is gone.
 BRIDGE_LOST_S = 30.0
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.05, 2.0
-_OK = 200
 
 T = TypeVar("T")
 
@@ -133,7 +131,7 @@ class BridgeClient:
         except queue.Empty:
             connection = BridgeConnection(self._socket)
         try:
-            return _ask(connection, method, path, body, parent)
+            return connection.ask(method, path, None if body is None else encode_json(body), parent)
         finally:
             # one that failed has closed itself, and connects again
             self._idle.put(connection)
@@ -168,8 +166,6 @@ class BridgeClient:
         while True:
             try:
                 with lines(self._socket, method, path, content) as answer:
-                    if isinstance(answer, BridgeReply):
-                        raise _error(path, answer)
                     retry = _Retry()
                     for data in server_sent_data(answer):
                         handler(decode(decoder, data))
@@ -235,7 +231,7 @@ class BridgeClient:
         retry = _Retry()
         while True:
             try:
-                _ask(connection, "POST", "/status/send", StatusCall(event=event), reported_in)
+                connection.ask("POST", "/status/send", encode_json(StatusCall(event=event)), reported_in)
                 return True
             except (BridgeUnanswered, PeerUnreachable) as exc:
                 if isinstance(event, Progress | Alive):
@@ -261,28 +257,6 @@ class _Retry:
             return False
         time.sleep(self._backoff.next_s())
         return True
-
-
-def _ask(
-    connection: BridgeConnection, method: str, path: str, body: msgspec.Struct | None, parent: str | None
-) -> bytes:
-    """The body of the answer. Raises :class:`Refused`, :class:`PeerUnreachable` and
-    :class:`BridgeUnanswered`.
-    """
-    answer = connection.ask(method, path, None if body is None else encode_json(body), parent)
-    if answer.status == _OK:
-        return answer.content
-    raise _error(path, answer)
-
-
-def _error(path: str, answer: BridgeReply) -> HyphaError:
-    try:
-        body = decode_json(answer.content, BridgeError)
-    except Undecodable:
-        body = BridgeError(error="internal", detail=answer.content.decode(errors="replace")[:500])
-    if answer.status >= 500:
-        return PeerUnreachable("behind the bridge", f"{path}: {body.detail} ({body.error})")
-    return Refused(body.error, body.detail)
 
 
 def server_sent_data(lines: Iterator[str]) -> Iterator[str]:

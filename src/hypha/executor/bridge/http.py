@@ -11,10 +11,11 @@ import http.client
 import io
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from hypha.errors import HyphaError
+from hypha.decoding import decode_json
+from hypha.errors import HyphaError, PeerUnreachable, Refused, Undecodable
+from hypha.messages import BridgeError
 
 _FAILURES = (OSError, http.client.HTTPException)
 _CONNECT_TIMEOUT_S = 5.0
@@ -23,14 +24,6 @@ _HEADERS = {"content-type": "application/json"}
 
 class BridgeUnanswered(HyphaError):
     """Nobody answers on the socket, or not to the end, or not in HTTP."""
-
-
-@dataclass(frozen=True)
-class BridgeReply:
-    """A status code and the whole body."""
-
-    status: int
-    content: bytes
 
 
 class BridgeConnection(http.client.HTTPConnection):
@@ -54,46 +47,45 @@ class BridgeConnection(http.client.HTTPConnection):
             raise
         self.sock = sock
 
-    def ask(self, method: str, path: str, body: bytes | None, traceparent: str | None = None) -> BridgeReply:
-        """One request, of the span that ``traceparent`` names; the connection may be used for another one.
-        Raises :class:`BridgeUnanswered`.
+    def ask(self, method: str, path: str, body: bytes | None, traceparent: str | None = None) -> bytes:
+        """The body of the answer to one request, of the span that ``traceparent`` names; the connection may
+        be used for another one. Raises :class:`BridgeUnanswered`, and :class:`Refused` or
+        :class:`PeerUnreachable` where the status is not 200.
         """
         # a server closes connections that were quiet for long: that is no failure, so once more
         attempts = 1 if self.sock is None else 2
         while True:
             attempts -= 1
+            headers = _HEADERS if traceparent is None else {**_HEADERS, "traceparent": traceparent}
             try:
-                return self._ask(method, path, body, traceparent)
+                self.request(method, path, body, headers)
+                response = self.getresponse()
+                content = response.read()
             except _FAILURES as exc:
                 self.close()
                 if not attempts:
                     raise _unanswered(exc) from exc
-
-    def _ask(self, method: str, path: str, body: bytes | None, traceparent: str | None) -> BridgeReply:
-        headers = _HEADERS if traceparent is None else {**_HEADERS, "traceparent": traceparent}
-        self.request(method, path, body, headers)
-        response = self.getresponse()
-        return BridgeReply(response.status, response.read())
+            else:
+                if response.status != http.client.OK:
+                    raise _error(path, response.status, content)
+                return content
 
 
 @contextlib.contextmanager
-def lines(
-    socket_path: Path, method: str, path: str, body: bytes | None
-) -> Iterator[BridgeReply | Iterator[str]]:
-    """The lines of a response that goes on for ever, without their ends, as they come; or, where the status
-    is not 200, the whole answer. Raises :class:`BridgeUnanswered`; reading lines may, too, when they are cut
+def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Iterator[Iterator[str]]:
+    """The lines of a response that goes on for ever, without their ends, as they come. Raises as
+    :meth:`BridgeConnection.ask`; reading lines may raise :class:`BridgeUnanswered`, too, when they are cut
     off.
     """
     with contextlib.closing(BridgeConnection(socket_path)) as connection:
         try:
             connection.request(method, path, body, _HEADERS)
             response = connection.getresponse()
-            failed = (
-                None if response.status == http.client.OK else BridgeReply(response.status, response.read())
-            )
+            if response.status != http.client.OK:
+                raise _error(path, response.status, response.read())
         except _FAILURES as exc:
             raise _unanswered(exc) from exc
-        yield _lines_of(response) if failed is None else failed
+        yield _lines_of(response)
 
 
 def _lines_of(response: http.client.HTTPResponse) -> Iterator[str]:
@@ -107,6 +99,16 @@ def _lines_of(response: http.client.HTTPResponse) -> Iterator[str]:
             if not line:
                 return
             yield line.rstrip("\r\n")
+
+
+def _error(path: str, status: int, content: bytes) -> HyphaError:
+    try:
+        body = decode_json(content, BridgeError)
+    except Undecodable:
+        body = BridgeError(error="internal", detail=content.decode(errors="replace")[:500])
+    if status >= 500:
+        return PeerUnreachable("behind the bridge", f"{path}: {body.detail} ({body.error})")
+    return Refused(body.error, body.detail)
 
 
 def _unanswered(exc: Exception) -> BridgeUnanswered:

@@ -153,8 +153,8 @@ class _Tracer(trace.Tracer):
         raise NotImplementedError("use hypha.tracing.span")
 
 
-class _Span(Span):
-    """One that is recorded; for any thread, one at a time."""
+class _Span(trace.NonRecordingSpan):
+    """One that is recorded, as far as executors have to say something; for any thread, one at a time."""
 
     def __init__(
         self,
@@ -178,19 +178,12 @@ class _Span(Span):
         self._ended = False
         # chance of the process's own: the trainer's is seeded
         number = int.from_bytes(secrets.token_bytes(8)) or 1
-        self._context = SpanContext(
-            parent.trace_id, number, False, TraceFlags(TraceFlags.SAMPLED), parent.trace_state
+        super().__init__(
+            SpanContext(parent.trace_id, number, False, TraceFlags(TraceFlags.SAMPLED), parent.trace_state)
         )
-
-    def get_span_context(self) -> SpanContext:
-        """As OpenTelemetry's API has it; so are the others."""
-        return self._context
 
     def is_recording(self) -> bool:
         return not self._ended
-
-    def update_name(self, name: str) -> None:
-        self._name = name
 
     def set_attribute(self, key: str, value: Any) -> None:
         if key in self._attributes or len(self._attributes) < MAX_ATTRIBUTES:
@@ -214,12 +207,6 @@ class _Span(Span):
         elif code is StatusCode.OK:
             self._status, self._error = "ok", ""
 
-    def record_exception(
-        self, exception: BaseException, attributes: Any = None, timestamp: int | None = None, *args: Any
-    ) -> None:
-        about = {"exception.type": type(exception).__name__, "exception.message": str(exception)}
-        self.add_event("exception", {**about, **(attributes or {})}, timestamp)
-
     def end(self, end_time: int | None = None) -> None:
         if self._ended:
             return
@@ -227,8 +214,8 @@ class _Span(Span):
         self._recorder.ended(
             FinishedSpan(
                 name=self._name,
-                trace_id=trace.format_trace_id(self._context.trace_id),
-                span_id=trace.format_span_id(self._context.span_id),
+                trace_id=trace.format_trace_id(self._parent.trace_id),
+                span_id=trace.format_span_id(self.get_span_context().span_id),
                 parent_id=trace.format_span_id(self._parent.span_id),
                 start_ns=self._start_ns,
                 # the machine's time may have been set back meanwhile

@@ -8,16 +8,15 @@ or keys, because weights that are silently not used look like a model that learn
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from hypha.decoding import decode
+from hypha.decoding import decode_json
 from hypha.errors import ModelError, Undecodable
 
 #: what ``from_pretrained`` reads, first choice first
@@ -40,6 +39,11 @@ _LFS = b"version https://git-lfs"
 _OPTIONAL = frozenset(("pooler", "masked_spec_embed"))
 #: names of tensors or files in one message
 _SHOWN = 4
+
+
+class _Index(msgspec.Struct):
+    #: the file of each tensor
+    weight_map: dict[str, str]
 
 
 def is_weight_file(path: Path) -> bool:
@@ -91,13 +95,9 @@ def _shards(file: Path) -> list[Path]:
 
 def _index(file: Path) -> dict[str, str]:
     try:
-        return decode(_weight_map, file.read_bytes())
+        return decode_json(file.read_bytes(), _Index).weight_map
     except Undecodable as exc:
         raise ModelError(f"{file.name} is no index of weights: {exc}") from exc
-
-
-def _weight_map(text: bytes) -> dict[str, str]:
-    return {str(key): os.fspath(name) for key, name in json.loads(text)["weight_map"].items()}
 
 
 def keys_in(file: Path) -> frozenset[str]:

@@ -15,12 +15,12 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from opentelemetry.trace import Span
 from torch import Tensor
 
@@ -52,19 +52,6 @@ class CheckpointState(msgspec.Struct, frozen=True):
     momentum: str
     contributors: tuple[str, ...] = ()
     version: int = 1
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Theta of ``round``, in the file ``theta`` with that hash, and whose updates made it. ``within`` is the
-    round to which its checkpoint belongs in traces.
-    """
-
-    round: int
-    within: int
-    theta: Path
-    blake3: str
-    contributors: tuple[str, ...]
 
 
 class Archive:
@@ -113,9 +100,14 @@ class Archive:
             self._bridge.report(self._saved)
         self._saving = -1
 
-    def checkpoint(self, snapshot: Snapshot, momentum: Callable[[], dict[str, Tensor]]) -> None:
-        """Write ``snapshot`` now; make it durable in the background. Once a round is enough."""
-        round = snapshot.round
+    def checkpoint(
+        self, state: CheckpointState, theta: Path, momentum: Callable[[], dict[str, Tensor]], within: int
+    ) -> None:
+        """Write a checkpoint now, of the file ``theta`` and of ``momentum``, whose hash ``state`` lacks; make
+        it durable in the background. Once a round is enough. ``within`` is the round to which it belongs in
+        traces.
+        """
+        round = state.round
         if self._saving == round:
             if self._saved is not None and self._saved.round == round:
                 self._bridge.report(self._saved)
@@ -123,19 +115,11 @@ class Archive:
         self._saving = round
         directory = self._bridge.directory / "outgoing" / f"checkpoint-{round}"
         directory.mkdir(parents=True, exist_ok=True)
-        theta = directory / THETA
-        theta.unlink(missing_ok=True)
-        os.link(snapshot.theta, theta)
-        state = CheckpointState(
-            job_id=self._job.job_id,
-            generation=self._job.generation,
-            round=round,
-            theta=snapshot.blake3,
-            momentum=tensors.write(directory / MOMENTUM, momentum()).blake3,
-            contributors=snapshot.contributors,
-        )
+        (directory / THETA).unlink(missing_ok=True)
+        os.link(theta, directory / THETA)
+        state = replace(state, momentum=tensors.write(directory / MOMENTUM, momentum()).blake3)
         (directory / STATE).write_bytes(msgspec.json.encode(state))
-        self._submit(lambda: self._save_in_span(directory, round, snapshot.within))
+        self._submit(lambda: self._save_in_span(directory, round, within))
 
     def _save_in_span(self, directory: Path, round: int, within: int) -> None:
         with self._span_of(CHECKPOINT, within) as saving:
