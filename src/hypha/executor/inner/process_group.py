@@ -26,7 +26,7 @@ from hypha.config.environment import process_environment
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
 from hypha.executor.bridge.client import BridgeClient
-from hypha.executor.running import FLUSH_S, leave
+from hypha.executor.running import FLUSH_S, exit_code_of, last_words, leave
 from hypha.messages import ExecutorError, encode_json
 from hypha.staging import write_whole
 
@@ -41,7 +41,7 @@ _LOOK_S = 0.2
 #: how long whoever lost another process looks for the last words of that one
 _WORDS_WITHIN_S = 2.0
 #: how long a process that said them waits for rank 0 to pass them on
-HEARD_WITHIN_S = 15.0
+_HEARD_WITHIN_S = 15.0
 #: how gloo, NCCL and TCP say that another process is gone
 _GONE = (
     "Connection closed by peer",
@@ -159,10 +159,15 @@ class ProcessGroup:
 
     # --- ends ---------------------------------------------------------------------------------------
 
-    def say_last(self, error: ExecutorError, exit_code: int) -> None:
-        """Leave the last words of this process where rank 0 looks for them."""
-        path = self._directory / f"last-words-{self.rank}.json"
-        write_whole(path, encode_json(LastWords(self.rank, error, exit_code)))
+    def say_last(self, exc: Exception) -> int:
+        """Leave the last words of this process where rank 0 looks for them, and wait until it has passed them
+        on; the exit code.
+        """
+        path, code = self._directory / f"last-words-{self.rank}.json", exit_code_of(exc)
+        write_whole(path, encode_json(LastWords(self.rank, last_words(exc), code)))
+        # with the end of rank 0 the launcher ends this one
+        time.sleep(_HEARD_WITHIN_S)
+        return code
 
     def with_others(self, work: Callable[[BridgeClient], None]) -> Callable[[BridgeClient], None]:
         """``work`` of rank 0, that reports of another process's end what that one said."""

@@ -15,7 +15,6 @@ its configuration file says. Of its keys those that decide which modules are gat
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ from hypha.executor.files.tensors import Digests
 from hypha.executor.files.theta import Theta
 from hypha.executor.inner.local_model import LocalModel
 from hypha.executor.inner.loop import Processor, in_parts, round_seed
-from hypha.executor.inner.process_group import HEARD_WITHIN_S, ProcessGroup, is_lost
-from hypha.executor.running import exit_code_of, last_words, set_up_log
+from hypha.executor.inner.process_group import ProcessGroup, is_lost
+from hypha.executor.running import set_up_log
 from hypha.messages import TrainJob
 
 logger = logging.getLogger("hypha.executor.training")
@@ -227,11 +226,7 @@ def follow_rank_zero(group: ProcessGroup) -> int:
             logger.warning("Process %d of this executor ends, as another one has.", group.rank)
             return 1
         logger.exception("Process %d of this executor cannot go on.", group.rank)
-        code = exit_code_of(exc)
-        group.say_last(last_words(exc), code)
-        # rank 0 reports it, and with its end the launcher ends this one
-        time.sleep(HEARD_WITHIN_S)
-        return code
+        return group.say_last(exc)
     return 0
 
 

@@ -171,15 +171,9 @@ class BufferSum:
 
 def _change(value: Tensor, base: Tensor) -> float:
     """The L2 norm of what changed; infinite where something that was not finite is now."""
-    moved = _moved(value, base)
-    return float(torch.nan_to_num(moved, nan=math.inf, posinf=math.inf).square().sum().sqrt())
-
-
-def _moved(value: Tensor, base: Tensor) -> Tensor:
-    """By how much each element changed, whatever its type, as a float64."""
     wide = torch.complex128 if value.is_complex() else torch.float64
-    difference = (value.to(wide) - base.to(wide)).abs()
-    return torch.where(unchanged(value, base), torch.zeros_like(difference), difference)
+    moved = (value.to(wide) - base.to(wide)).abs().masked_fill_(unchanged(value, base), 0.0)
+    return float(torch.nan_to_num(moved, nan=math.inf, posinf=math.inf).square().sum().sqrt())
 
 
 def _scaled(value: Tensor, base: Tensor, clip: float) -> Tensor:
