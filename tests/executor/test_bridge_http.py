@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from hypha.errors import PeerUnreachable, Refused
-from hypha.executor.bridge.client import BridgeClient
-from hypha.executor.bridge.http import BridgeConnection, BridgeUnanswered, lines
+from hypha.executor.bridge.client import BridgeClient, BridgeConnection, BridgeUnanswered, lines
 from hypha.messages import Uri
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
