@@ -46,16 +46,12 @@ def learning_rate_factor(schedule: LrSchedule, step: int) -> float:
     warmup, total = schedule.warmup_steps, schedule.training_steps
     if step < warmup:
         return step / max(1, warmup)
-    if total == 0:
+    decay = schedule.decay_steps if schedule.kind == "wsd" else total - warmup
+    decay_from = max(warmup, total - decay)
+    if total == 0 or step < decay_from:
         return 1.0
-    if schedule.kind == "wsd":
-        decay_from = max(warmup, total - schedule.decay_steps)
-        if step < decay_from:
-            return 1.0
-        progress = min(1.0, (step - decay_from) / max(1, schedule.decay_steps))
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
     # past the end the rate stays at zero; a cosine would rise again
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    progress = min(1.0, (step - decay_from) / max(1, decay))
     if schedule.kind == "linear-with-warmup":
         return 1.0 - progress
     return 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -115,11 +115,11 @@ class Preprocessor:
         return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
     def _tokenized(self, arguments: dict[str, list[object]]) -> dict[str, Tensor]:
-        targets = {name: arguments.pop(name) for name in list(arguments) if name == "text_target"}
+        target = arguments.pop("text_target", None)
         made = self._encoded(arguments) if arguments else {}
-        if targets:
+        if target is not None:
             # alone, as of labels together with a text no mask is given, and padding is not to be learnt
-            encoded = self._encoded(targets)
+            encoded = self._encoded({"text_target": target})
             made["labels"] = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORED)
         return made
 
@@ -158,11 +158,9 @@ def _give_padding_token(tokenizer: Any) -> None:
 
 def padding_of(tokenizer: Any, processor: Any = None, config: Any = None) -> Padding:
     """What a tokenizer, another preprocessor, or else a model's configuration say about padding."""
-    token = getattr(tokenizer, "pad_token_id", None)
-    if token is None:
-        token = getattr(config, "pad_token_id", None)
-    if token is None:
-        token = getattr(config, "eos_token_id", None)
+    token = None
+    for who, name in ((tokenizer, "pad_token_id"), (config, "pad_token_id"), (config, "eos_token_id")):
+        token = getattr(who, name, None) if token is None else token
     token = token[0] if isinstance(token, list) and token else token
     value = getattr(processor, "padding_value", None)
     return Padding(
