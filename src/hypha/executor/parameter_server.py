@@ -227,32 +227,25 @@ class ParameterServer:
             if not admit(file, self._job, self.round, self._members):
                 self._wait_for_members(file)
                 return
-        except Refused as exc:
-            self._refused(file, round, exc)
-            self._updates.give(path)
-            return
-        try:
             contribution = contribution_in(path)
             check_contribution(file, contribution, self._job, self._members)
             norm = self._outer.add(file.from_peer, contribution.samples, path)
-        except Refused as exc:
-            self._refused(file, round, exc)
-        except DataError as exc:
-            self._refused(file, round, Refused("invalid", str(exc), file.from_peer))
+        except (Refused, DataError) as exc:
+            code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
+            # it may quote the file, which is the worker's
+            reason = cleaned(reason, MAX_REASON)
+            logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
+            self._bridge.report(UpdateRefused(round=round, worker=file.from_peer, code=code, reason=reason))
         else:
             logger.info(
                 "Added the update of %s (%d samples, norm %g).", file.from_peer, contribution.samples, norm
             )
             received = UpdateReceived(
-                round=round,
-                worker=file.from_peer,
-                samples=contribution.samples,
-                contribution=contribution,
+                round=round, worker=file.from_peer, samples=contribution.samples, contribution=contribution
             )
             self._received[file.from_peer] = received
             self._bridge.report(received)
-        finally:
-            self._updates.give(path)
+        self._updates.give(path)
 
     def _wait_for_members(self, file: ReceivedFile) -> None:
         """One update of each worker: a later one takes the place of an earlier."""
@@ -261,12 +254,6 @@ class ParameterServer:
             if early.path != file.path:
                 self._updates.give(self._bridge.directory / early.path)
         self._early.append(file)
-
-    def _refused(self, file: ReceivedFile, round: int, exc: Refused) -> None:
-        # it may quote the file, which is the worker's
-        reason = cleaned(exc.reason, MAX_REASON)
-        logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
-        self._bridge.report(UpdateRefused(round=round, worker=file.from_peer, code=exc.code, reason=reason))
 
     # --- rounds -------------------------------------------------------------------------------------
 
