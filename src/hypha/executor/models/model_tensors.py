@@ -91,9 +91,7 @@ class ModelTensors:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parameters = dict(model.named_parameters())
-        found = theta_of(model)
-        self._buffers = tuple(found.buffers)
-        self._specs = found.specs()
+        self._specs = theta_of(model).specs()
         #: other names of buffers that are one tensor
         self._aliases: dict[str, str] = {}
         first: dict[int, str] = {}
