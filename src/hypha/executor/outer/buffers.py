@@ -33,6 +33,7 @@ from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import UpdateFile
 from hypha.executor.models.model_tensors import unchanged
 from hypha.executor.outer.admission import ROUNDS
+from hypha.executor.outer.agreement import JudgedUpdate
 
 logger = logging.getLogger("hypha.executor.parameter_server")
 
@@ -46,9 +47,8 @@ class _Part:
     much it is scaled, where that is known, as in a replay.
     """
 
-    worker: str
+    update: JudgedUpdate
     samples: int
-    weight: float
     moved: dict[str, float]
     path: Path
     clips: Mapping[str, float] | None
@@ -81,23 +81,21 @@ class BufferSum:
 
     def add(
         self,
-        worker: str,
+        update: JudgedUpdate,
         samples: int,
-        weight: float,
         values: dict[str, Tensor],
-        path: Path,
         clips: Mapping[str, float] | None,
     ) -> None:
-        """Keep the ``values`` of an update, whose file is at ``path``, beside that until the round is closed.
-        Each is multiplied as ``clips`` say, where they are given.
+        """Keep the ``values`` of an update beside its file until the round is closed. Each is multiplied as
+        ``clips`` say, where they are given.
         """
         if not values:
             return
         # the next update may have a file of the same name
-        beside = path.with_name(f"{path.name}.{len(self._parts)}.buffers")
+        beside = update.path.with_name(f"{update.path.name}.{len(self._parts)}.buffers")
         tensors.write(beside, values)
         moved = {name: _change(value, self._buffers[name]) for name, value in values.items()}
-        self._parts.append(_Part(worker, samples, weight, moved, beside, clips))
+        self._parts.append(_Part(update, samples, moved, beside, clips))
 
     def apply(self, total_weight: float) -> dict[str, dict[str, float]]:
         """Set the buffers to the round's; what was scaled, by worker and buffer. A new round begins."""
@@ -109,7 +107,7 @@ class BufferSum:
         for part in parts:
             clips = self._judged(part, parts) if part.clips is None else dict(part.clips)
             if clips:
-                scaled[part.worker] = clips
+                scaled[part.update.worker] = clips
             for name, kept in self._kept(part).items():
                 base = self._buffers[name]
                 value = _scaled(kept, base, clips.get(name, 1.0))
@@ -117,7 +115,7 @@ class BufferSum:
                 averaged = _is_averaged(value.dtype)
                 if averaged:
                     # a sum of halves would overflow
-                    value = value.to(torch.promote_types(value.dtype, torch.float32)) * part.weight
+                    value = value.to(torch.promote_types(value.dtype, torch.float32)) * part.update.weight
                 if name not in sums:
                     sums[name], constant[name] = value, same
                     continue
@@ -155,7 +153,7 @@ class BufferSum:
             logger.warning(
                 "The update of %s moves %d buffers further than is usual, %s by %g: they count with %.3g of "
                 "that at least",
-                part.worker,
+                part.update.worker,
                 len(found),
                 name,
                 part.moved[name],

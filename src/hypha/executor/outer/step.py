@@ -115,7 +115,7 @@ class OuterStep:
             self._aside.append(replace(part, path=aside))
         # an entry of an earlier version says nothing of them: they were believed
         clips = None if clip is None or recorded is None else recorded.buffer_clips or {}
-        self._buffers.add(worker, samples, weight, buffers, path, clips)
+        self._buffers.add(part, samples, buffers, clips)
         self._weight += weight
         self.contributors[worker] = samples
         if len(self._aside) >= MOST_ASIDE:
