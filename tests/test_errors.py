@@ -7,7 +7,7 @@ import pytest
 from tests.support.sources import FILES, parsed
 
 from hypha.errors import REFUSALS, Refused, retry_of
-from hypha.executor.bridge.refusals import export_waits, update_waits
+from hypha.executor.bridge.client import export_waits, update_waits
 
 
 def codes_in(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -123,9 +123,7 @@ def run(
         outer.apply()
         hashes.append(tensors.write(file, theta.all()).blake3)
     output = scratch / "output"
-    own = () if source is None else (source,)
-    others = () if preprocessor_source is None else (preprocessor_source,)
-    files = models.export(model, spec, own, output, others)
+    files = models.export(model, spec, source, output, preprocessor_source)
     return Trained(hashes, files, model, notes, output)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hypha.executor.bridge.client import BridgeClient
-from hypha.executor.bridge.http import BridgeConnection, BridgeReply, BridgeUnanswered, lines
+from hypha.errors import PeerUnreachable, Refused
+from hypha.executor.bridge.client import BridgeClient, BridgeConnection, BridgeUnanswered, lines
 from hypha.messages import Uri
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
@@ -81,9 +81,10 @@ def server(path: Path) -> Iterator[Server]:
 def test_one_connection_for_several_requests(server: Server, path: Path) -> None:
     server.replies = [OK, OK, b"HTTP/1.1 409 Conflict\r\ncontent-length: 4\r\n\r\noops"]
     with closing(BridgeConnection(path)) as connection:
-        assert connection.ask("POST", "/one", b'{"a":1}') == BridgeReply(200, b"{}")
-        assert connection.ask("GET", "/two", None) == BridgeReply(200, b"{}")
-        assert connection.ask("GET", "/three", None) == BridgeReply(409, b"oops")
+        assert connection.ask("POST", "/one", b'{"a":1}') == b"{}"
+        assert connection.ask("GET", "/two", None) == b"{}"
+        with pytest.raises(Refused, match="oops"):
+            connection.ask("GET", "/three", None)
     assert server.connections == 1
     assert server.requests[0].startswith(b"POST /one HTTP/1.1\r\n")
     assert server.requests[0].endswith(b'\r\n\r\n{"a":1}')
@@ -93,7 +94,7 @@ def test_a_connection_that_was_closed_meanwhile_is_made_anew(server: Server, pat
     server.replies = [OK, None, OK]
     with closing(BridgeConnection(path)) as connection:
         connection.ask("GET", "/", None)
-        assert connection.ask("GET", "/", None) == BridgeReply(200, b"{}")
+        assert connection.ask("GET", "/", None) == b"{}"
     assert server.connections == 2
 
 
@@ -102,7 +103,7 @@ def test_a_fresh_connection_is_not_tried_twice(server: Server, path: Path) -> No
     with closing(BridgeConnection(path)) as connection:
         with pytest.raises(BridgeUnanswered, match="the worker does not answer"):
             connection.ask("GET", "/", None)
-        assert connection.ask("GET", "/", None) == BridgeReply(200, b"{}")
+        assert connection.ask("GET", "/", None) == b"{}"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,6 @@ def test_lines_come_as_they_are_said_and_a_cut_is_no_end(path: Path, end: bytes,
         listener.listen()
         threading.Thread(target=serve, daemon=True).start()
         with lines(path, "GET", "/", None) as said:
-            assert not isinstance(said, BridgeReply)
             assert [next(said), next(said)] == ["data: one", ""]
             goes_on.set()
             assert [next(said), next(said)] == ["data: two", ""]
@@ -155,10 +155,15 @@ def test_lines_come_as_they_are_said_and_a_cut_is_no_end(path: Path, end: bytes,
                 assert list(said) == []
 
 
-def test_a_refused_stream_is_an_answer(server: Server, path: Path) -> None:
-    server.replies = [b"HTTP/1.1 404 Not Found\r\ncontent-length: 2\r\n\r\nno"]
-    with lines(path, "POST", "/", b"{}") as said:
-        assert said == BridgeReply(404, b"no")
+@pytest.mark.parametrize(
+    ("status", "error"), [(b"404 Not Found", Refused), (b"503 Unavailable", PeerUnreachable)]
+)
+def test_a_refused_stream_is_an_error(
+    server: Server, path: Path, status: bytes, error: type[Exception]
+) -> None:
+    server.replies = [b"HTTP/1.1 " + status + b"\r\ncontent-length: 6\r\n\r\nnot so"]
+    with pytest.raises(error, match="not so"), lines(path, "POST", "/", b"{}"):
+        pass
 
 
 def test_what_the_reader_raises_is_its_own(server: Server, path: Path) -> None:
@@ -170,7 +175,6 @@ def test_what_the_reader_raises_is_its_own(server: Server, path: Path) -> None:
 
     def read(handler: Callable[[str], None]) -> None:
         with lines(path, "GET", "/", None) as said:
-            assert not isinstance(said, BridgeReply)
             for line in said:
                 handler(line)
 
@@ -182,7 +186,8 @@ def test_calls_of_an_executor_share_connections_and_survive_one_that_was_closed(
     path: Path, server: Server, tmp_path: Path
 ) -> None:
     lost: list[Exception] = []
-    client = BridgeClient(path, tmp_path, lost.append)
+    client = BridgeClient(path, tmp_path)
+    client.failed = lost.append
     answer = OK.replace(b"{}", b"[]")
     server.replies = [answer] * 3
     for _ in range(3):

@@ -12,7 +12,7 @@ from torch import nn
 from hypha.errors import CheckpointUnusable
 from hypha.executor.files import tensors
 from hypha.executor.files.theta import theta_of
-from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
+from hypha.executor.outer.archive import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 
 
 class Tied(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hypha.errors import ModelError
-from hypha.executor.inner.device_memory import VARIABLE, bytes_allowed, cap_memory, share_of
+from hypha.executor.inner.local_model import VARIABLE, bytes_allowed, cap_memory, share_of
 from hypha.worker.limits.devices import MEMORY_VARIABLE
 
 

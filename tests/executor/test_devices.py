@@ -23,8 +23,8 @@ from tests.executor.test_processes import (
 )
 
 from hypha.errors import ConfigError, ModelError
-from hypha.executor.inner.sharding import shard
 from hypha.executor.inner.slices_reader import slice_order
+from hypha.executor.inner.spread_model import shard
 from hypha.executor.launch import launch_arguments
 from hypha.executor.replay import largest_difference, replay
 from hypha.messages import (

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from hypha.errors import DataError, ModelError
-from hypha.executor.evaluate import accuracy, evaluate, main
+from hypha.executor.evaluate import evaluate, main
 from hypha.executor.models import loading as models
 from hypha.messages import ModelSpec
 
@@ -22,7 +22,7 @@ from hypha.messages import ModelSpec
 def test_pixels_and_labels_are_what_they_are_in_training(tmp_path: Path) -> None:
     spec = ModelSpec(task="image-classification")
     model = models.build(spec, directory(tmp_path / "source", RESNET))
-    models.export(model, spec, (), tmp_path / "model")
+    models.export(model, spec, None, tmp_path / "model")
     pixels = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
     with torch.no_grad():
         said = model.eval()(pixel_values=pixels.float() / 255).logits.argmax(-1)
@@ -32,10 +32,10 @@ def test_pixels_and_labels_are_what_they_are_in_training(tmp_path: Path) -> None
     data.mkdir()
     # bytes, and a column of labels
     save_file({"pixel_values": pixels, "labels": labels[:, None]}, data / "slice-0000.safetensors")
-    assert accuracy(tmp_path / "model", data) == (0.75, 40)
+    assert evaluate(tmp_path / "model", data) == {"accuracy": 0.75, "samples": 40}
     save_file({"pixel_values": pixels}, data / "slice-0001.safetensors")
     with pytest.raises(DataError, match="no column of labels"):
-        accuracy(tmp_path / "model", data)
+        evaluate(tmp_path / "model", data)
 
 
 BERT = {
@@ -54,7 +54,7 @@ BERT = {
 def exported(path: Path, task: str, config: dict[str, object], **more: object) -> tuple[nn.Module, Path]:
     spec = ModelSpec(task=task, seed=3, **more)  # type: ignore[arg-type]
     model = models.build(spec, directory(path / "source", config))
-    models.export(model, spec, (), path / "model")
+    models.export(model, spec, None, path / "model")
     return model.eval(), path / "model"
 
 
@@ -121,7 +121,7 @@ def test_a_table_with_a_model_of_ones_own(
     entrypoint = "tests.executor.test_evaluate:identity"
     spec = ModelSpec(task="torch", entrypoint=entrypoint, arguments={"width": 2})
     model = models.build(spec, None)
-    models.export(model, spec, (), tmp_path / "model")
+    models.export(model, spec, None, tmp_path / "model")
     rows = torch.tensor([[1.0, 0], [0, 1], [0, 1], [1, 0]])
     data = dataset(tmp_path / "data", {"inputs": rows, "labels": labels})
     with pytest.raises(ModelError, match=f"to run that code, add --entrypoint {entrypoint}"):

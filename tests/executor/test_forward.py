@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hypha.errors import BatchFailed, DataError, ModelError
-from hypha.executor.models.forward import Forward
-from hypha.executor.models.label_types import loss_of
+from hypha.executor.models.forward import Forward, loss_of
 from hypha.executor.models.loading import build
 from hypha.messages import ModelSpec
 

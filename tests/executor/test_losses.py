@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hypha.errors import NotFinite
-from hypha.executor.inner.losses import Losses
+from hypha.executor.inner.round_counts import Losses
 
 
 def told_at(round_s: float, batch_s: float) -> list[float]:

@@ -16,8 +16,7 @@ from hypha.errors import DataError, ModelError
 from hypha.executor.files import tensors
 from hypha.executor.files.theta import theta_of
 from hypha.executor.models import loading as models
-from hypha.executor.models.forward import Forward
-from hypha.executor.models.label_types import loss_of
+from hypha.executor.models.forward import Forward, loss_of
 from hypha.executor.models.loading import build
 from hypha.executor.models.preprocessing import Preprocessor
 from hypha.messages import Local, ModelSpec, PreprocessorSpec
@@ -89,7 +88,7 @@ def test_a_tied_language_model_travels_as_theta_and_comes_out_whole(tmp_path: Pa
 
     from transformers import AutoModelForCausalLM
 
-    assert "config.json" in models.export(server, spec, [source], tmp_path / "out")
+    assert "config.json" in models.export(server, spec, source, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert torch.equal(loaded(input_ids=ids).logits, server(input_ids=ids).logits)
@@ -98,7 +97,7 @@ def test_a_tied_language_model_travels_as_theta_and_comes_out_whole(tmp_path: Pa
 def test_a_head_for_other_labels_is_fresh_and_the_rest_is_as_it_was(tmp_path: Path) -> None:
     task = "image-classification"
     source = directory(tmp_path / "source", RESNET)
-    models.export(build(ModelSpec(task=task), source), ModelSpec(task=task), (), tmp_path / "trained")
+    models.export(build(ModelSpec(task=task), source), ModelSpec(task=task), None, tmp_path / "trained")
     trained = load_file(tmp_path / "trained" / "model.safetensors")
     spec = ModelSpec(task=task, seed=3, arguments={"num_labels": 4})
     fresh = build(spec, tmp_path / "trained").state_dict()
@@ -108,7 +107,7 @@ def test_a_head_for_other_labels_is_fresh_and_the_rest_is_as_it_was(tmp_path: Pa
     assert all(torch.equal(fresh[name], trained[name]) for name in fresh.keys() - set(heads))
     again = build(spec, tmp_path / "trained").state_dict()
     assert torch.equal(again["classifier.1.weight"], fresh["classifier.1.weight"])
-    models.export(build(spec, tmp_path / "trained"), spec, (), tmp_path / "exported")
+    models.export(build(spec, tmp_path / "trained"), spec, None, tmp_path / "exported")
     assert len(json.loads((tmp_path / "exported" / "config.json").read_text())["id2label"]) == 4
     for name in ("trust_remote_code", "_attn_implementation", "device_map"):
         with pytest.raises(ModelError, match=name):
@@ -119,7 +118,7 @@ def test_a_fresh_head_follows_from_the_seed_and_weights_are_used_when_there_are_
     source = directory(tmp_path / "source", RESNET)
     spec = ModelSpec(task="image-classification", seed=3)
     first = build(spec, source)
-    models.export(first, spec, [], tmp_path / "trained")
+    models.export(first, spec, None, tmp_path / "trained")
     config = json.loads((tmp_path / "trained" / "config.json").read_text())
     names = {str(index): f"class {index}" for index in range(4)}
     config |= {"id2label": names, "label2id": {name: int(index) for index, name in names.items()}}
@@ -208,7 +207,7 @@ def test_a_torch_model_is_exported_and_found_again(tmp_path: Path) -> None:
     made = {"entrypoint": "torch.nn:Linear", "arguments": {"in_features": 2, "out_features": 1}}
     spec, other = ModelSpec(task="torch", **made), ModelSpec(task="torch", seed=9, **made)  # type: ignore[arg-type]
     model = build(spec, None)
-    assert models.export(model, spec, [], tmp_path) == ["config.json", "model.safetensors"]
+    assert models.export(model, spec, None, tmp_path) == ["config.json", "model.safetensors"]
     assert json.loads((tmp_path / "config.json").read_text())["arguments"] == spec.arguments
     again, fresh = build(other, tmp_path), build(other, None)
     assert torch.equal(again.get_parameter("weight"), model.get_parameter("weight"))
@@ -221,7 +220,7 @@ def test_a_preprocessors_files_go_with_the_exported_model(tmp_path: Path) -> Non
     spec = ModelSpec(task="causal-lm")
     model = build(spec, source, weights=False)
     (source / "model.safetensors").write_bytes(b"old")
-    names = models.export(model, spec, [source], tmp_path / "out")
+    names = models.export(model, spec, source, tmp_path / "out")
     assert "tokenizer.json" in names
     assert load_file(tmp_path / "out" / "model.safetensors")
 

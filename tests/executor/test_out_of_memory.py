@@ -9,8 +9,8 @@ import torch
 from tests.executor.test_inner import batches, inner_of, job
 from torch import Tensor, nn
 
+from hypha.executor.inner.batch_size import RowsAtATime, is_out_of_memory
 from hypha.executor.inner.loop import Inner, Processor
-from hypha.executor.inner.out_of_memory import RowsAtATime, is_out_of_memory
 from hypha.executor.models.forward import Forward
 from hypha.executor.running import kind_of
 from hypha.messages import InnerOptimizer, ModelSpec

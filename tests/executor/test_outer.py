@@ -13,8 +13,8 @@ import torch
 from hypha.errors import Refused
 from hypha.executor.files import tensors, updates
 from hypha.executor.files.theta import Theta
-from hypha.executor.outer.outliers import MOST_ASIDE
-from hypha.executor.outer.step import OuterStep, recorded_in
+from hypha.executor.outer.admission import MOST_ASIDE
+from hypha.executor.outer.step import OuterStep
 from hypha.messages import (
     AggregateJob,
     ExecutorDescriptor,
@@ -269,7 +269,8 @@ def test_what_was_scaled_down_is_replayed_to_the_bit(update: object) -> None:
         entry = LedgerRound(
             round=round_, theta="", contributors=(), generation=0, samples=12, updates=outer.statistics
         )
-        recorded = recorded_in(msgspec.json.decode(msgspec.json.encode(entry), type=LedgerRound))
+        read = msgspec.json.decode(msgspec.json.encode(entry), type=LedgerRound)
+        recorded = {one.worker: one for one in read.updates}
         assert (recorded["w1"].clip or 0.0) < 0.01
         for number, copy in enumerate(copies):
             again.add(f"w{number}", 4, copy, recorded[f"w{number}"])
@@ -489,7 +490,8 @@ def test_a_replay_scales_buffers_as_the_ledger_says(update: object, tmp_path: Pa
         outer.add(name, 3 + number, Path(shutil.copy(path, tmp_path / f"live-{name}")))
     outer.apply()
     entry = LedgerRound(round=0, theta="", contributors=(), updates=outer.statistics)
-    recorded = recorded_in(msgspec.json.decode(msgspec.json.encode(entry), type=LedgerRound))
+    read = msgspec.json.decode(msgspec.json.encode(entry), type=LedgerRound)
+    recorded = {one.worker: one for one in read.updates}
     for plain in (False, True):
         again, replayed = fresh()
         for number, (name, path) in enumerate(paths.items()):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hypha.errors import BatchFailed, SliceCorrupt
-from hypha.executor.inner.joining import Padding, joined
 from hypha.executor.inner.slices_reader import (
     RowStream,
     Slice,
@@ -22,6 +21,7 @@ from hypha.executor.inner.slices_reader import (
     read_columns,
     slice_order,
 )
+from hypha.executor.models.preprocessing import Padding, joined
 from hypha.messages import SliceRange
 
 

@@ -14,8 +14,7 @@ from torch import nn
 
 from hypha.errors import DataError, ModelError, NotFinite, Refused
 from hypha.executor.files import tensors, updates
-from hypha.executor.files.hashing import Digests
-from hypha.executor.files.tensors import TensorFile
+from hypha.executor.files.tensors import CHUNK, Digests, TensorFile
 from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.files.updates import UpdateFile
 from hypha.executor.running import kind_of
@@ -117,25 +116,28 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def decoded(update: UpdateFile, name: str, count: int) -> torch.Tensor:
+    reader = update.reader()
+    return torch.cat([reader.chunk(name, at).clone() for at in range(0, count, CHUNK)])
+
+
 @pytest.mark.parametrize(("encoding", "tolerance"), [("none", 0.0), ("bf16", 2**-8), ("int8", 1 / 250)])
 def test_update_holds_differences_and_the_model_is_left_alone(
     tmp_path: Path, encoding: updates.Encoding, tolerance: float
 ) -> None:
     base, local = theta(0), theta(1)
     before = local.copy()
-    norm = updates.write_update(tmp_path / "u", local, base, encoding).norm
+    updates.write_update(tmp_path / "u", local, base, encoding)
     with TensorFile(tmp_path / "u") as file:
         update = UpdateFile(file, base)
         for name, start in base.parameters.items():
             wanted = local.parameters[name] - start
-            found = torch.cat([piece.clone() for piece in update.chunks(name)]).view(start.shape)
+            found = decoded(update, name, start.numel()).view(start.shape)
             limit = tolerance * float(wanted.abs().max())
             assert float((found - wanted).abs().max()) <= limit
         assert update.buffer("count") == local.buffers["count"]
         assert torch.equal(update.buffer("mean"), local.buffers["mean"])
     assert all(torch.equal(value, local.all()[name]) for name, value in before.all().items())
-    exact = torch.cat([(local.parameters[n] - base.parameters[n]).flatten() for n in base.parameters])
-    assert norm == pytest.approx(float(exact.norm()), rel=1e-5)
 
 
 def test_encoded_updates_are_as_small_as_promised(tmp_path: Path) -> None:
@@ -199,9 +201,10 @@ def test_a_diverged_model_makes_no_update(tmp_path: Path, encoding: updates.Enco
 
 def test_an_update_that_was_not_moved_is_zero_in_every_encoding(tmp_path: Path) -> None:
     for encoding in ("none", "bf16", "int8"):
-        assert updates.write_update(tmp_path / "u", theta(), theta(), encoding).norm == 0.0  # type: ignore[arg-type]
+        updates.write_update(tmp_path / "u", theta(), theta(), encoding)  # type: ignore[arg-type]
         with TensorFile(tmp_path / "u") as file:
-            assert all(not piece.any() for piece in UpdateFile(file, theta()).chunks("b.weight"))
+            for name, value in theta().parameters.items():
+                assert not decoded(UpdateFile(file, theta()), name, value.numel()).any()
 
 
 def test_int8_without_scales_and_unknown_encodings_are_refused(tmp_path: Path) -> None:

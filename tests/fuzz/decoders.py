@@ -34,7 +34,7 @@ from hypha.errors import (
 from hypha.executor.files.tensors import TensorFile
 from hypha.executor.files.updates import contribution_in
 from hypha.executor.models.weights import keys_in
-from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, read_checkpoint
+from hypha.executor.outer.archive import MOMENTUM, STATE, THETA, read_checkpoint
 from hypha.messages import Contribution, GossipEnvelope, PeerRef, SliceRange, encode_json
 from hypha.net.bulk import wire as bulk_wire
 from hypha.net.discovery.dht import _check, _refs

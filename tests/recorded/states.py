@@ -28,7 +28,7 @@ from hypha.config.models import CacheConfig, StorageConfig
 from hypha.config.offers import OfferConfig
 from hypha.data.manifest import load_dataset_directory, make_manifest, write_manifest
 from hypha.executor.files import tensors
-from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
+from hypha.executor.outer.archive import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 from hypha.journal import Journal, write_entries
 from hypha.leases import Renew, Tick
 from hypha.messages import (

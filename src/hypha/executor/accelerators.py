@@ -34,7 +34,6 @@ def described() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print it."""
     print(json.dumps(described()))
 
 

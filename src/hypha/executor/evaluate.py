@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hypha.config.tasks import A_LABEL_A_PLACE, IGNORED, ONE_LABEL_A_ROW, task_of, unknown_task
 from hypha.decoding import decode
 from hypha.errors import DataError, HyphaError, ModelError, Undecodable
+from hypha.executor.inner.slices_reader import read_columns
 from hypha.executor.models import loading as models
 from hypha.executor.models.forward import Forward
 from hypha.messages import ModelSpec
@@ -81,14 +80,6 @@ def evaluate(
             forward.check(batch)
             found.add(*forward.logits(model, batch))
     return found.figures(dataset)
-
-
-def accuracy(model_directory: Path, dataset: Path) -> tuple[float, int]:
-    """Share of the samples that a classifier labels rightly, and how many there are; as :func:`evaluate`."""
-    found = evaluate(model_directory, dataset)
-    if "accuracy" not in found:
-        raise ModelError(f"the model in {model_directory} is no classifier")
-    return float(found["accuracy"]), int(found["samples"])
 
 
 class _Tokens:
@@ -175,11 +166,8 @@ class _Labels:
 
 def _batches(dataset: Path, rows: int) -> Iterator[dict[str, Tensor]]:
     for path in sorted(dataset.glob("*.safetensors")):
-        try:
-            columns = load_file(path)
-        except (SafetensorError, OSError) as exc:
-            raise DataError(f"{path} cannot be read: {exc}") from exc
-        for start in range(0, max((len(column) for column in columns.values()), default=0), rows):
+        columns = read_columns(path)
+        for start in range(0, len(next(iter(columns.values()))), rows):
             yield {name: column[start : start + rows] for name, column in columns.items()}
 
 

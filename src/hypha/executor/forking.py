@@ -59,7 +59,12 @@ def become_keeper(request: ForkRequest, reply: int, lifeline: int, output: int) 
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
             return pid
 
-        status = _attempt(request, lambda: keeper.keep(keeper.Confinement(request.keeper_options), start))
+        try:
+            os.chdir(request.directory)
+            status = keeper.keep(keeper.Confinement(request.keeper_options), start)
+        except OSError as exc:
+            _cannot_start(request, exc)
+            status = keeper.CANNOT_EXECUTE << 8
         with contextlib.suppress(OSError):
             told.send(encode(KeeperEnded(status=status)))
         keeper.end_like(status)
@@ -67,15 +72,6 @@ def become_keeper(request: ForkRequest, reply: int, lifeline: int, output: int) 
         # an exception: nothing of the host's own code may run on here
         traceback.print_exc()
         os._exit(keeper.CANNOT_EXECUTE)
-
-
-def _attempt(request: ForkRequest, keep: Callable[[], int]) -> int:
-    try:
-        os.chdir(request.directory)
-        return keep()
-    except OSError as exc:
-        _cannot_start(request, exc)
-        return keeper.CANNOT_EXECUTE << 8
 
 
 def _cannot_start(request: ForkRequest, exc: Exception) -> None:
@@ -133,7 +129,6 @@ def set_threads(environment: Mapping[str, str]) -> None:
 
 
 def _loaded(name: str) -> set[str]:
-    """Paths of loaded libraries with ``name`` in theirs."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
     return {path for path in paths if name in os.path.basename(path)}

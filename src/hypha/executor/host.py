@@ -37,6 +37,7 @@ from types import FrameType
 from typing import NoReturn
 
 import msgspec
+import psutil
 
 from hypha import keeper
 from hypha.config.environment import process_environment, set_variable
@@ -122,11 +123,7 @@ class _Asked:
 
     def given_up(self) -> bool:
         """Nobody waits for the answer any more."""
-        poll = select.poll()
-        # nothing but their other ends' closing
-        poll.register(self.reply, 0)
-        poll.register(self.lifeline, 0)
-        return bool(poll.poll(0))
+        return _is_closed(self.reply, self.lifeline)
 
 
 class ExecutorForkServer:
@@ -184,7 +181,8 @@ class ExecutorForkServer:
         gc.collect()
         # what is never looked at again is never copied
         gc.freeze()
-        seconds, megabytes = time.monotonic() - began, resident_mb()
+        # its share of what it shares with others counted
+        seconds, megabytes = time.monotonic() - began, psutil.Process().memory_full_info().pss / 1e6
         text = f"The executor host is ready: {megabytes:.0f} MB, imported in {seconds:.1f} s."
         _say("INFO", text, ready=True, memory_mb=round(megabytes), imported_s=round(seconds, 2))
         # those that were waiting, before anything new is waited for
@@ -291,13 +289,20 @@ def _nothing(number: int, frame: FrameType | None) -> None:
     """A handler: without one the wakeup descriptor is not written to."""
 
 
+def _is_closed(*descriptors: int) -> bool:
+    """Is the other end of one of them?"""
+    poll = select.poll()
+    for descriptor in descriptors:
+        # of nothing else
+        poll.register(descriptor, 0)
+    return bool(poll.poll(0))
+
+
 def _end_with(descriptor: int) -> None:
     """End this process as soon as the other end of ``descriptor`` is closed, whatever it does just then."""
 
     def look(number: int, frame: FrameType | None) -> None:
-        poll = select.poll()
-        poll.register(descriptor, 0)
-        if poll.poll(0):
+        if _is_closed(descriptor):
             os._exit(0)
 
     signal.signal(signal.SIGIO, look)
@@ -305,14 +310,6 @@ def _end_with(descriptor: int) -> None:
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
     look(signal.SIGIO, None)
-
-
-def resident_mb() -> float:
-    """What this process holds of memory, its share of what it shares with others counted (Pss)."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return 0.0
 
 
 def _say(level: str, message: str, **fields: object) -> None:

@@ -33,9 +33,8 @@ from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.files.updates import contribution_in
 from hypha.executor.models.model_files import ModelFiles
 from hypha.executor.outer.admission import admit, check_contribution
-from hypha.executor.outer.archive import Archive, Snapshot
+from hypha.executor.outer.archive import Archive, CheckpointState, read_checkpoint
 from hypha.executor.outer.broadcast import Broadcasts
-from hypha.executor.outer.checkpoint import read_checkpoint
 from hypha.executor.outer.step import OuterStep
 from hypha.executor.running import begin_traces, leave, run_executor
 from hypha.messages import (
@@ -58,14 +57,7 @@ from hypha.messages import (
     UpdateRefused,
 )
 from hypha.naming import cleaned
-from hypha.tracing import span
-from hypha.tracing.operations import (
-    BROADCAST,
-    LOAD_MODEL,
-    OUTER_STEP,
-    RECEIVE_UPDATE,
-    Operation,
-)
+from hypha.tracing.operations import BROADCAST, LOAD_MODEL, OUTER_STEP, RECEIVE_UPDATE, Operation
 
 logger = logging.getLogger("hypha.executor.parameter_server")
 
@@ -102,7 +94,7 @@ class ParameterServer:
     def run(self) -> None:
         """Serve until ``Finish``. Raises what makes going on impossible."""
         self._bridge.directives(self.put)
-        with span(LOAD_MODEL, {"hypha.job": self._job.job_id}, parent=self._traces.dispatch):
+        with self._traces.in_dispatch(LOAD_MODEL):
             self._load()
         self._bridge.receive(("update",), self.put)
         count = sum(value.numel() for value in self._theta.parameters.values())
@@ -152,13 +144,10 @@ class ParameterServer:
 
     @property
     def _peers(self) -> tuple[PeerRef, ...]:
-        """Who takes part."""
         return () if self._members is None else self._members.peers
 
     def _span(self, operation: Operation, round_: int) -> AbstractContextManager[Span]:
-        """``operation`` in ``round_``, from any thread."""
-        attributes = self._traces.attributes(self._generation, round_)
-        return span(operation, attributes, parent=self._traces.of_round(self._generation, round_))
+        return self._traces.in_round(operation, self._generation, round_)
 
     def _handle(self, item: Directive | ReceivedFile) -> None:
         match item:
@@ -238,32 +227,25 @@ class ParameterServer:
             if not admit(file, self._job, self.round, self._members):
                 self._wait_for_members(file)
                 return
-        except Refused as exc:
-            self._refused(file, round, exc)
-            self._updates.give(path)
-            return
-        try:
             contribution = contribution_in(path)
             check_contribution(file, contribution, self._job, self._members)
             norm = self._outer.add(file.from_peer, contribution.samples, path)
-        except Refused as exc:
-            self._refused(file, round, exc)
-        except DataError as exc:
-            self._refused(file, round, Refused("invalid", str(exc), file.from_peer))
+        except (Refused, DataError) as exc:
+            code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
+            # it may quote the file, which is the worker's
+            reason = cleaned(reason, MAX_REASON)
+            logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
+            self._bridge.report(UpdateRefused(round=round, worker=file.from_peer, code=code, reason=reason))
         else:
             logger.info(
                 "Added the update of %s (%d samples, norm %g).", file.from_peer, contribution.samples, norm
             )
             received = UpdateReceived(
-                round=round,
-                worker=file.from_peer,
-                samples=contribution.samples,
-                contribution=contribution,
+                round=round, worker=file.from_peer, samples=contribution.samples, contribution=contribution
             )
             self._received[file.from_peer] = received
             self._bridge.report(received)
-        finally:
-            self._updates.give(path)
+        self._updates.give(path)
 
     def _wait_for_members(self, file: ReceivedFile) -> None:
         """One update of each worker: a later one takes the place of an earlier."""
@@ -272,12 +254,6 @@ class ParameterServer:
             if early.path != file.path:
                 self._updates.give(self._bridge.directory / early.path)
         self._early.append(file)
-
-    def _refused(self, file: ReceivedFile, round: int, exc: Refused) -> None:
-        # it may quote the file, which is the worker's
-        reason = cleaned(exc.reason, MAX_REASON)
-        logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
-        self._bridge.report(UpdateRefused(round=round, worker=file.from_peer, code=exc.code, reason=reason))
 
     # --- rounds -------------------------------------------------------------------------------------
 
@@ -337,14 +313,16 @@ class ParameterServer:
     def _checkpoint(self) -> None:
         # it belongs to the round that was applied; the last one has none after it
         applied = bool(self._applied) and self._applied[-1].round == self.round - 1
-        snapshot = Snapshot(
+        within = self.round - 1 if applied else self.round
+        state = CheckpointState(
+            job_id=self._job.job_id,
+            generation=self._job.generation,
             round=self.round,
-            within=self.round - 1 if applied else self.round,
-            theta=self._theta_path(),
-            blake3=self._hashes.blake3,
+            theta=self._hashes.blake3,
+            momentum="",
             contributors=self._contributors,
         )
-        self._archive.checkpoint(snapshot, self._outer.momentum_or_zeros)
+        self._archive.checkpoint(state, self._theta_path(), self._outer.momentum_or_zeros, within)
 
 
 def _give_memory_back() -> None:
@@ -357,21 +335,16 @@ def _give_memory_back() -> None:
 
 def main(arguments: list[str]) -> int:
     """Entry point."""
-    server: ParameterServer | None = None
-
-    def failed(exc: Exception) -> None:
-        if server is not None:
-            server.put(exc)
 
     def work(bridge: BridgeClient) -> None:
-        nonlocal server
         job = bridge.job()
         if not isinstance(job, AggregateJob):
             raise ModelError(f"a parameter server cannot do a job of type {type(job).__name__}")
         server = ParameterServer(bridge, job, begin_traces(bridge, job))
+        bridge.failed = server.put
         server.run()
 
-    return run_executor(Path(arguments[0]), failed, work)
+    return run_executor(Path(arguments[0]), work)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,15 +22,15 @@ from torch import Tensor
 from hypha.decoding import decode_json
 from hypha.errors import DataError, HyphaError, Undecodable
 from hypha.executor.files import tensors, updates
-from hypha.executor.files.theta import theta_of
+from hypha.executor.files.theta import Theta, theta_of
 from hypha.executor.inner.loop import Inner, accelerator_for, round_seed
 from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
 from hypha.executor.models import loading as models
 from hypha.executor.models.forward import Forward
 from hypha.executor.models.model_tensors import ModelTensors
-from hypha.executor.models.preprocessing import Preprocessor, padding_of
-from hypha.executor.outer.step import OuterStep, recorded_in
-from hypha.messages import Contribution, LedgerFile, UpdateStatistics
+from hypha.executor.models.preprocessing import Padding, Preprocessor, padding_of
+from hypha.executor.outer.step import OuterStep
+from hypha.messages import Contribution, LedgerFile
 
 #: slices kept in memory; a worker's ranges mostly follow one another
 _CACHED_SLICES = 8
@@ -58,9 +58,7 @@ class Replay:
             if job.preprocessor is None or model_dir is None
             else Preprocessor(job.preprocessor, model_dir)
         )
-        server = models.build(ledger.aggregate.model, model_dir).requires_grad_(False)
-        self._theta = theta_of(server)
-        self._outer = OuterStep(self._theta, ledger.aggregate)
+        self.theta = theta_of(models.build(ledger.aggregate.model, model_dir).requires_grad_(False))
         self._accelerator = accelerator_for(job)
         model = models.build(job.model, model_dir, weights=False)
         padding = padding_of(None, config=getattr(model, "config", None))
@@ -73,25 +71,11 @@ class Replay:
 
     def run(self) -> Iterator[str]:
         """The hash of theta before the first round, then after each."""
-        yield self._hash()
-        for entry in self._ledger.rounds:
-            if entry.discarded:
-                continue
-            recorded = recorded_in(entry)
-            for part in entry.contributors:
-                self._contribute(part, recorded.get(part.worker))
-            self._outer.apply()
-            yield self._hash()
+        return replayed_rounds(self._ledger, self.theta, self._scratch, self._train)
 
-    def theta(self) -> dict[str, Tensor]:
-        return self._theta.copy().all()
-
-    def _hash(self) -> str:
-        return tensors.write(self._scratch / "theta.safetensors", self._theta.all()).blake3
-
-    def _contribute(self, part: Contribution, recorded: UpdateStatistics | None) -> None:
-        """Train one worker's share of a round and add its update, multiplied by what was ``recorded``."""
-        self._tensors.theta().assign(self._theta)
+    def _train(self, part: Contribution) -> Theta:
+        """Train one worker's share of a round."""
+        self._tensors.theta().assign(self.theta)
         inner = self._optimizers.get((part.incarnation, part.restarts))
         if inner is None:
             inner = Inner(self._model, self._forward, self._job, self._accelerator, part.steps)
@@ -99,11 +83,7 @@ class Replay:
         inner.steps = part.steps
         torch.set_num_threads(part.threads)
         torch.manual_seed(round_seed(self._job.seed, part.worker, part.round))
-        stream = RowStream(self._padding)
-        for piece in part.ranges:
-            stream.push(self._slice(piece.epoch, piece.slice, piece.start, piece.stop))
-        if stream.rows != part.samples:
-            raise DataError(f"round {part.round} of {part.worker} has {stream.rows} rows, not {part.samples}")
+        stream = recorded_rows(part, self._slice, self._padding)
         batches = 0
         while stream.rows:
             columns = stream.take(min(part.batch_size, stream.rows))
@@ -113,12 +93,9 @@ class Replay:
         if batches != part.batches:
             raise DataError(f"round {part.round} of {part.worker} has {batches} batches, not {part.batches}")
         inner.flush()
-        path = self._scratch / "update.safetensors"
-        updates.write_update(path, self._tensors.theta(), self._theta, self._job.update_encoding)
-        self._outer.add(part.worker, part.samples, path, recorded)
+        return self._tensors.theta()
 
-    def _slice(self, epoch: int, index: int, start: int, stop: int) -> Slice:
-        """Positions ``start:stop`` of a slice in its order, as a slice of its own."""
+    def _slice(self, epoch: int, index: int) -> Slice:
         columns = self._columns.pop(index, None)
         if columns is None:
             columns = read_columns(self._data_dir / self._ledger.manifest.slices[index].file)
@@ -129,7 +106,41 @@ class Replay:
             self._columns.popitem(last=False)
         samples = self._ledger.manifest.slices[index].samples
         order = slice_order(self._job.seed, epoch, index, samples, self._job.shuffle)
-        return Slice(epoch, index, columns, order[start:stop])
+        return Slice(epoch, index, columns, order)
+
+
+def replayed_rounds(
+    ledger: LedgerFile, theta: Theta, scratch: Path, train: Callable[[Contribution], Theta]
+) -> Iterator[str]:
+    """The hash of ``theta`` before the first round, then after each, in which it changes as it did. ``train``
+    gives the local model of a contribution.
+    """
+    outer = OuterStep(theta, ledger.aggregate)
+    whole, update = scratch / "theta.safetensors", scratch / "update.safetensors"
+    yield tensors.write(whole, theta.all()).blake3
+    for entry in ledger.rounds:
+        if entry.discarded:
+            continue
+        # what each update was multiplied by
+        recorded = {one.worker: one for one in entry.updates}
+        for part in entry.contributors:
+            updates.write_update(update, train(part), theta, ledger.job.update_encoding)
+            outer.add(part.worker, part.samples, update, recorded.get(part.worker))
+        outer.apply()
+        yield tensors.write(whole, theta.all()).blake3
+
+
+def recorded_rows(
+    part: Contribution, slice_of: Callable[[int, int], Slice], padding: Padding | None = None
+) -> RowStream:
+    """``slice_of`` gives a slice by epoch and index. Raises :class:`DataError` where rows are lacking."""
+    stream = RowStream(padding)
+    for piece in part.ranges:
+        found = slice_of(piece.epoch, piece.slice)
+        stream.push(replace(found, order=found.order[piece.start : piece.stop]))
+    if stream.rows != part.samples:
+        raise DataError(f"round {part.round} of {part.worker} has {stream.rows} rows, not {part.samples}")
+    return stream
 
 
 def replay(ledger: LedgerFile | Path, data_dir: Path, model_dir: Path | None = None) -> Replayed:
@@ -143,7 +154,7 @@ def replay(ledger: LedgerFile | Path, data_dir: Path, model_dir: Path | None = N
     with tempfile.TemporaryDirectory(prefix="hypha-replay-") as scratch:
         again = Replay(ledger, data_dir, model_dir, Path(scratch))
         hashes = list(again.run())
-        return Replayed(again.theta(), hashes)
+        return Replayed(again.theta.copy().all(), hashes)
 
 
 def read_ledger(path: Path) -> LedgerFile:

@@ -24,7 +24,7 @@ from hypha.errors import (
 )
 from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.bridge.spans import SpanRecorder, Traces
-from hypha.executor.inner.out_of_memory import is_out_of_memory
+from hypha.executor.inner.batch_size import is_out_of_memory
 from hypha.messages import ExecutorError, Job
 
 logger = logging.getLogger("hypha.executor")
@@ -35,17 +35,22 @@ FLUSH_S = 3.0
 _TRACE_CHARACTERS = 1500
 #: how long the last spans may take
 _SPANS_S = 1.0
+#: of errors, the first that fits
+_KINDS = (
+    (NotFinite, "not-finite"),
+    (ModelError, "model"),
+    (CheckpointUnusable, "checkpoint"),
+    (BatchFailed, "batch"),
+    (DataError, "data"),
+)
 
 
-def run_executor(
-    socket: Path, failed: Callable[[Exception], None], work: Callable[[BridgeClient], None]
-) -> int:
-    """Run ``work`` in the current directory, the job's; the exit code.
-
-    ``failed`` hears of a lost bridge. What ``work`` raises is logged, and reported to the scheduler.
+def run_executor(socket: Path, work: Callable[[BridgeClient], None]) -> int:
+    """Run ``work`` in the current directory, the job's; the exit code. What it raises is logged, and reported
+    to the scheduler.
     """
     set_up_log()
-    bridge = BridgeClient(socket.absolute(), Path.cwd(), failed)
+    bridge = BridgeClient(socket.absolute(), Path.cwd())
     code = 0
     try:
         work(bridge)
@@ -79,7 +84,6 @@ def last_words(exc: Exception) -> ExecutorError:
 
 
 def exit_code_of(exc: Exception) -> int:
-    """Of an executor that cannot go on."""
     return exc.exit_code if isinstance(exc, HyphaError) else 1
 
 
@@ -93,17 +97,9 @@ def begin_traces(bridge: BridgeClient, job: Job) -> Traces:
 
 
 def kind_of(exc: BaseException) -> str:
-    """The ``kind`` of an :class:`ExecutorError`."""
-    if isinstance(exc, NotFinite):
-        return "not-finite"
-    if isinstance(exc, ModelError):
-        return "model"
-    if isinstance(exc, CheckpointUnusable):
-        return "checkpoint"
-    if isinstance(exc, BatchFailed):
-        return "batch"
-    if isinstance(exc, DataError):
-        return "data"
+    for error, kind in _KINDS:
+        if isinstance(exc, error):
+            return kind
     if is_disk_full(exc) or (isinstance(exc, Refused) and exc.code == "no-space"):
         return "disk"
     if is_out_of_memory(exc):

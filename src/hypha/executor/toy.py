@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from hypha.errors import DataError
-from hypha.executor.files import tensors, updates
 from hypha.executor.files.theta import Theta
-from hypha.executor.files.updates import Written
-from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
-from hypha.executor.outer.step import OuterStep, recorded_in
-from hypha.messages import Contribution, LedgerFile, TrainJob
+from hypha.executor.inner.slices_reader import Slice, read_columns, slice_order
+from hypha.executor.replay import recorded_rows, replayed_rounds
+from hypha.messages import Contribution, LedgerFile
 
 SIZE = 8
 #: the dataset's only column: the number of each row
@@ -67,76 +65,33 @@ class ToyInner:
         return loss
 
 
-class ToyTrainer:
-    """What a training executor computes: theta in, batches, an update file out."""
-
-    def __init__(self, steps: int) -> None:
-        self.base = toy_theta()
-        self.local = self.base.copy()
-        self.stream = RowStream()
-        self.inner = ToyInner(self.local, steps)
-
-    def fresh(self, steps: int) -> None:
-        """Another life of the optimizer."""
-        self.inner = ToyInner(self.local, steps)
-
-    def adopt(self, path: Path) -> str:
-        """Take theta from a file; its XXH3."""
-        return tensors.read(path, self.base.all(), self.local.all(), quick=True).xxh3
-
-    def batch(self, size: int) -> Tensor:
-        """Train on the next ``size`` rows, which must be there; their loss."""
-        columns = self.stream.take(size)
-        if columns is None:
-            raise ValueError(f"there are no {size} rows")
-        return self.inner.batch(columns)
-
-    def write_update(self, path: Path, job: TrainJob, contribution: Contribution) -> Written:
-        """The pseudo-gradient."""
-        return updates.write_update(
-            path, self.local, self.base, job.update_encoding, contribution=contribution
-        )
-
-
 def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:
     """The hashes of theta before the first round and after each, computed again from the ledger.
 
     Raises :class:`DataError` when the ledger contradicts itself.
     """
     theta = toy_theta()
-    outer = OuterStep(theta, ledger.aggregate)
     optimizers: dict[tuple[str, int], tuple[Theta, ToyInner]] = {}
-    hashes = [tensors.write(scratch / "theta.safetensors", theta.all()).blake3]
-    for entry in ledger.rounds:
-        if entry.discarded:
-            continue
-        recorded = recorded_in(entry)
-        for part in entry.contributors:
-            key = (part.incarnation, part.restarts)
-            if key not in optimizers:
-                local = theta.copy()
-                optimizers[key] = (local, ToyInner(local, part.steps))
-            local, inner = optimizers[key]
-            local.assign(theta)
-            if inner.steps != part.steps:
-                raise DataError(
-                    f"round {part.round} of {part.worker} begins at step {part.steps}, not {inner.steps}"
-                )
-            stream = RowStream()
-            for piece in part.ranges:
-                path = data / ledger.manifest.slices[piece.slice].file
-                whole = toy_slice(path, piece.epoch, piece.slice, ledger.job.seed, (0, 0, 0))
-                order = whole.order[piece.start : piece.stop]
-                stream.push(Slice(piece.epoch, piece.slice, whole.columns, order))
-            if stream.rows != part.samples or part.samples != part.batches * part.batch_size:
-                raise DataError(
-                    f"round {part.round} of {part.worker} has {stream.rows} rows, not {part.samples}"
-                )
-            while (columns := stream.take(part.batch_size)) is not None:
-                inner.batch(columns)
-            path = scratch / "update.safetensors"
-            updates.write_update(path, local, theta, ledger.job.update_encoding)
-            outer.add(part.worker, part.samples, path, recorded.get(part.worker))
-        outer.apply()
-        hashes.append(tensors.write(scratch / "theta.safetensors", theta.all()).blake3)
-    return hashes
+
+    def slice_of(epoch: int, index: int) -> Slice:
+        return toy_slice(data / ledger.manifest.slices[index].file, epoch, index, ledger.job.seed, (0, 0, 0))
+
+    def train(part: Contribution) -> Theta:
+        key = (part.incarnation, part.restarts)
+        if key not in optimizers:
+            local = theta.copy()
+            optimizers[key] = (local, ToyInner(local, part.steps))
+        local, inner = optimizers[key]
+        local.assign(theta)
+        if inner.steps != part.steps:
+            raise DataError(
+                f"round {part.round} of {part.worker} begins at step {part.steps}, not {inner.steps}"
+            )
+        if part.samples != part.batches * part.batch_size:
+            raise DataError(f"round {part.round} of {part.worker} has no {part.batches} whole batches")
+        stream = recorded_rows(part, slice_of)
+        while (columns := stream.take(part.batch_size)) is not None:
+            inner.batch(columns)
+        return local
+
+    return list(replayed_rounds(ledger, theta, scratch, train))

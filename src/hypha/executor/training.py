@@ -13,8 +13,10 @@ many seconds: a machine plays a slower one, or several on the same machine do no
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,27 +28,17 @@ from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import updates
 from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.inner.batch_size import BatchSize
-from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend
-from hypha.executor.inner.job_slices import JobSlices
-from hypha.executor.inner.pace import least_step_s
+from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend, turn_of
+from hypha.executor.inner.local_model import LocalModel
 from hypha.executor.inner.process_group import ProcessGroup, number_of_processes
-from hypha.executor.inner.ranks import end_with, follow_rank_zero, trained_model, with_others
 from hypha.executor.inner.round_counts import RoundCounts
-from hypha.executor.inner.slices_reader import RowStream, SliceReadAhead
+from hypha.executor.inner.slices_reader import JobSlices, RowStream, SliceReadAhead
 from hypha.executor.models.model_files import fetched
 from hypha.executor.models.model_tensors import check_buffers, check_same_model
 from hypha.executor.models.preprocessing import Preprocessor, padding_of
 from hypha.executor.running import begin_traces, leave, run_executor
-from hypha.messages import (
-    Alive,
-    Loaded,
-    ReceivedFile,
-    Reference,
-    RoundStarted,
-    TrainJob,
-)
-from hypha.tracing import span
-from hypha.tracing.operations import LOAD_MODEL, LOAD_WEIGHTS, TRAIN
+from hypha.messages import Alive, Loaded, ReceivedFile, Reference, RoundStarted, TrainJob
+from hypha.tracing.operations import LOAD_MODEL, LOAD_WEIGHTS, SEND_UPDATE, TRAIN
 
 logger = logging.getLogger("hypha.executor.training")
 
@@ -86,7 +78,13 @@ class Trainer:
         preprocess: Preprocessor | None = None
         if job.preprocessor is not None:
             preprocess = Preprocessor(job.preprocessor, self._fetched(job.preprocessor.source))
-        self._model = trained_model(group, job, source)
+        if group is None:
+            self._model = LocalModel(job, source)
+        else:
+            # what it imports few executors need
+            from hypha.executor.inner.spread_model import SpreadModel
+
+            self._model = SpreadModel(group, job, source)
         padding = padding_of(None, config=self._model.config)
         self._stream = RowStream(padding if preprocess is None else preprocess.padding)
         self._job_slices = JobSlices(bridge, job, preprocess)
@@ -156,8 +154,7 @@ class Trainer:
             if self._round < 0:
                 # no theta will say so: slices that were fetched for a first round are with others now
                 self._drop_before((rejoin.generation, 0, 0))
-            stamp = theta.meta.stamp if theta is not None else None
-            if theta is not None and (stamp is None or stamp.generation < rejoin.generation):
+            if theta is not None and turn_of(theta)[0] < rejoin.generation:
                 inbox.theta = None
                 (self._bridge.directory / theta.path).unlink(missing_ok=True)
         self._bridge.report(Loaded(incarnation=self._incarnation))
@@ -168,10 +165,8 @@ class Trainer:
         """Is it theta of the round that is open here? Then say again that the round has started. With a
         higher attempt it is none: our update was refused, and the round begins anew.
         """
-        stamp = file.meta.stamp
-        if self._lost or stamp is None or (stamp.round, file.meta.blake3) != (self._round, self._hash):
-            return False
-        if stamp.attempt > self._attempt:
+        _, round, attempt = turn_of(file)
+        if self._lost or attempt > self._attempt or (round, file.meta.blake3) != (self._round, self._hash):
             return False
         (self._bridge.directory / file.path).unlink(missing_ok=True)
         self._started()
@@ -188,15 +183,13 @@ class Trainer:
 
     def _adopt(self, file: ReceivedFile) -> None:
         """Start the round of ``file``."""
-        stamp = file.meta.stamp
-        generation, round, attempt = 0, 0, 0
-        if stamp is not None:
-            generation, round, attempt = stamp.generation, stamp.round, stamp.attempt
-        attributes = {**self._traces.attributes(generation, round), "hypha.transfer.bytes": file.size}
-        with span(LOAD_WEIGHTS, attributes, parent=self._traces.of_round(generation, round)):
-            self._load_weights(file, generation, round, attempt)
+        at = turn_of(file)
+        with self._traces.in_round(LOAD_WEIGHTS, at[0], at[1]) as loading:
+            loading.set_attribute("hypha.transfer.bytes", file.size)
+            self._load_weights(file, at)
 
-    def _load_weights(self, file: ReceivedFile, generation: int, round: int, attempt: int) -> None:
+    def _load_weights(self, file: ReceivedFile, at: tuple[int, int, int]) -> None:
+        _, round, attempt = at
         path = self._bridge.directory / file.path
         if not self._hash:
             check_same_model(path, self._model.base)
@@ -208,10 +201,10 @@ class Trainer:
         if sender is not None:
             sender.stop()
         continued = round == self._round + 1 and not self._lost
-        in_it = sender is not None and continued and self._me in file.meta.contributors
+        in_it = sender is not None and continued and self._job.me in file.meta.contributors
         if self._round >= 0 and not in_it:
-            self._start_over((generation, round, attempt))
-        self._round, self._attempt, self._generation = round, attempt, generation
+            self._start_over(at)
+        self._generation, self._round, self._attempt = at
         self._hash, self._lost = file.meta.blake3, False
         self._stream.start_round()
         rows, steps = self._batch_size.rows, self._model.steps
@@ -224,10 +217,6 @@ class Trainer:
         self._bridge.report(
             RoundStarted(round=self._round, theta=self._hash, attempt=self._attempt, batch_size=grown)
         )
-
-    @property
-    def _me(self) -> str:
-        return self._job.me
 
     def _start_over(self, at: tuple[int, int, int]) -> None:
         """Drop what was asked for before theta of that generation, round and attempt came."""
@@ -257,17 +246,13 @@ class Trainer:
 
     def _train_round(self) -> None:
         """Train to the sync point and hand the update over; returns early when the round is overtaken."""
-        attributes = self._traces.attributes(self._generation, self._round)
-        with span(TRAIN, attributes, parent=self._round_trace()) as train:
+        with self._traces.in_round(TRAIN, self._generation, self._round) as train:
             reached = self._train_to_sync_point()
             train.set_attributes({"hypha.batches": self._done.batches, "hypha.samples": self._done.samples})
             if not reached:
                 train.add_event("overtaken")
         if reached:
             self._synchronise()
-
-    def _round_trace(self) -> str | None:
-        return self._traces.of_round(self._generation, self._round)
 
     def _train_to_sync_point(self) -> bool:
         """False when the round was overtaken."""
@@ -343,55 +328,56 @@ class Trainer:
         self._model.flush()
         path = self._bridge.directory / "outgoing" / f"update-{self._round}-{self._restarts}.safetensors"
         contribution = self._done.contribution(
-            self._me, self._incarnation, self._restarts, self._stream, torch.get_num_threads()
+            self._job.me, self._incarnation, self._restarts, self._stream, torch.get_num_threads()
         )
         local, base = self._model.theta(), self._model.base
         check_buffers(local, base)
-        written = updates.write_update(
-            path, local, base, self._job.update_encoding, self._reused, contribution
-        )
+        xxh3 = updates.write_update(path, local, base, self._job.update_encoding, self._reused, contribution)
         self._sender = UpdateSender(
             self._bridge,
             self._inbox,
-            UpdateToSend(
-                path,
-                written.xxh3,
-                contribution,
-                self._round_trace(),
-                self._traces.attributes(self._generation, self._round),
-            ),
+            UpdateToSend(path, xxh3, contribution),
             self._reused,
+            partial(self._traces.in_round, SEND_UPDATE, self._generation, self._round),
         )
         self._sender.start()
         self._batch_size.round_ended(self._done.batches, self._done.busy_s, self._model.fits)
+
+
+def least_step_s(text: str | None) -> float:
+    """Of ``HYPHA_STEP_S``, in seconds; 0 without. Raises :class:`ModelError` for what is no time."""
+    try:
+        value = float(text or 0.0)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise ModelError(
+            f"HYPHA_STEP_S is the least seconds of a batch, not {text!r}; mend the executor's env"
+        )
+    return value
 
 
 def main(arguments: list[str]) -> int:
     """Entry point: of the executor, or of one of its processes."""
     group = ProcessGroup(Path.cwd()) if number_of_processes() > 1 else None
     if group is not None and group.rank:
-        return follow_rank_zero(group)
-    inbox: TrainerInbox | None = None
+        from hypha.executor.inner.spread_model import follow_rank_zero
 
-    def failed(exc: Exception) -> None:
-        if inbox is not None:
-            inbox.fail(exc)
+        return follow_rank_zero(group)
 
     def work(bridge: BridgeClient) -> None:
-        nonlocal inbox
-        if group is not None:
-            group.watch(lambda words: end_with(bridge, words))
         job = bridge.job()
         if not isinstance(job, TrainJob):
             raise ModelError(f"a training executor cannot do a job of type {type(job).__name__}")
         inbox = TrainerInbox(job.parameter_server, job.generation)
+        bridge.failed = inbox.fail
         bridge.directives(inbox.direct)
         traces = begin_traces(bridge, job)
-        with span(LOAD_MODEL, {"hypha.job": job.job_id}, parent=traces.dispatch):
+        with traces.in_dispatch(LOAD_MODEL):
             trainer = Trainer(bridge, job, inbox, traces, group)
         trainer.run()
 
-    return run_executor(Path(arguments[0]), failed, work if group is None else with_others(group, work))
+    return run_executor(Path(arguments[0]), work if group is None else group.with_others(work))
 
 
 if __name__ == "__main__":

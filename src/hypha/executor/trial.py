@@ -119,7 +119,6 @@ def _find_package(entrypoint: str) -> None:
 
 
 def _skeleton(trial: Trial, source: Path | None) -> nn.Module:
-    """The model without numbers."""
     try:
         return models.skeleton(trial.job.model, source)
     except (ModelError, NotImplementedError, RuntimeError) as exc:
@@ -157,8 +156,7 @@ def _unexpected(model: nn.Module, trial: Trial, columns: Mapping[str, Tensor]) -
         return []
     return [
         f"the model does not use the column{'s' if len(left) > 1 else ''} {', '.join(left)}; its forward "
-        "takes "
-        f"{takes}"
+        f"takes {takes}"
     ]
 
 

@@ -137,7 +137,7 @@ class AggregateJob(Message, tag="aggregate"):
     weighting: Literal["samples", "uniform"] = "samples"
     max_update_norm: float | None = None
     #: without ``max_update_norm``: how many times the median norm of recent updates one may have before it is
-    #: scaled down to that (:mod:`hypha.executor.outer.outliers`)
+    #: scaled down to that (:mod:`hypha.executor.outer.admission`)
     max_update_ratio: float | None = None
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     round: int = 0

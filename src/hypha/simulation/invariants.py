@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from hypha.errors import HyphaError
-from hypha.executor.outer.checkpoint import THETA
+from hypha.executor.outer.archive import THETA
 from hypha.executor.toy import replay_toy
 from hypha.journal import JournalEntry
 from hypha.leases import NAME as LEASES

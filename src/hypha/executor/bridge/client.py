@@ -3,12 +3,19 @@
 Calls block their own thread; streams (directives, received files) and the reporting of events run in daemon
 threads. Events are delivered in order and repeated until the worker has them; only a ``Progress`` that a
 newer one follows is skipped.
+
+The HTTP is the standard library's: a request costs the thread that makes it a tenth of a millisecond, a fifth
+of what fuller clients take. It is taken from the training, which waits for the same interpreter.
 """
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import io
 import logging
 import queue
+import socket
 import threading
 import time
 from collections import deque
@@ -24,7 +31,6 @@ from opentelemetry.trace import SpanKind
 from hypha.backoff import NO_JITTER, Backoff
 from hypha.decoding import decode, decode_json
 from hypha.errors import HyphaError, PeerUnreachable, Refused, Undecodable
-from hypha.executor.bridge.http import BridgeConnection, BridgeReply, BridgeUnanswered, lines
 from hypha.messages import (
     Alive,
     BridgeError,
@@ -56,13 +62,19 @@ ALIVE_S = 1.0
 #: The worker is the executor's parent, on the same machine: silent for so long, it is gone.
 BRIDGE_LOST_S = 30.0
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.05, 2.0
-_OK = 200
+_FAILURES = (OSError, http.client.HTTPException)
+_CONNECT_TIMEOUT_S = 5.0
+_HEADERS = {"content-type": "application/json"}
 
 T = TypeVar("T")
 
 _DIRECTIVE: msgspec.json.Decoder[Directive] = msgspec.json.Decoder(Directive)
 _JOB: msgspec.json.Decoder[Job] = msgspec.json.Decoder(Job)
 _RECEIVED = msgspec.json.Decoder(ReceivedFile)
+
+
+class BridgeUnanswered(HyphaError):
+    """Nobody answers on the socket, or not to the end, or not in HTTP."""
 
 
 class BridgeLost(HyphaError):
@@ -72,12 +84,13 @@ class BridgeLost(HyphaError):
 class BridgeClient:
     """One executor's connection to its worker. ``directory`` is the job directory: paths are relative to it.
 
-    ``failed`` is called once, from any thread, when the bridge is lost or a stream handler raised.
+    ``failed``, which its owner sets, is called once, from any thread, when the bridge is lost or a stream
+    handler raised.
     """
 
-    def __init__(self, socket: Path, directory: Path, failed: Callable[[Exception], None]) -> None:
+    def __init__(self, socket: Path, directory: Path) -> None:
         self.directory = directory
-        self._failed = failed
+        self.failed: Callable[[Exception], None] = logger.error
         self._socket = socket
         #: with the ``traceparent`` of the span in which each was reported
         self._events: deque[tuple[Event, str | None]] = deque()
@@ -132,7 +145,7 @@ class BridgeClient:
         except queue.Empty:
             connection = BridgeConnection(self._socket)
         try:
-            return _ask(connection, method, path, body, parent)
+            return connection.ask(method, path, None if body is None else encode_json(body), parent)
         finally:
             # one that failed has closed itself, and connects again
             self._idle.put(connection)
@@ -144,42 +157,39 @@ class BridgeClient:
         after a reconnection.
         """
         self._start(
-            "directives",
-            lambda: self._follow(
-                "GET", "/directives", None, lambda data: handler(decode(_DIRECTIVE.decode, data))
-            ),
+            "directives", lambda: self._follow("GET", "/directives", None, _DIRECTIVE.decode, handler)
         )
 
     def receive(self, kinds: tuple[str, ...], handler: Callable[[ReceivedFile], None]) -> None:
         """Call ``handler`` for each file of ``kinds`` that arrives, in a thread."""
-        call = ReceiveCall(kinds=kinds)
+        content = encode_json(ReceiveCall(kinds=kinds))
         self._start(
             "receive",
-            lambda: self._follow(
-                "POST", "/resources/receive", call, lambda data: handler(decode(_RECEIVED.decode, data))
-            ),
+            lambda: self._follow("POST", "/resources/receive", content, _RECEIVED.decode, handler),
         )
 
     def _follow(
-        self, method: str, path: str, body: msgspec.Struct | None, handler: Callable[[str], None]
+        self,
+        method: str,
+        path: str,
+        content: bytes | None,
+        decoder: Callable[[str], T],
+        handler: Callable[[T], None],
     ) -> None:
         retry = _Retry()
         while True:
             try:
-                content = None if body is None else encode_json(body)
                 with lines(self._socket, method, path, content) as answer:
-                    if isinstance(answer, BridgeReply):
-                        raise _error(path, answer)
                     retry = _Retry()
                     for data in server_sent_data(answer):
-                        handler(data)
+                        handler(decode(decoder, data))
             except BridgeUnanswered as exc:
                 logger.warning("The bridge's stream %s broke (%s); it is opened again.", path, exc)
             except Exception as exc:  # noqa: BLE001 - the thread's edge
-                self._failed(exc)
+                self.failed(exc)
                 return
             if not retry.wait():
-                self._failed(BridgeLost(f"the worker has not answered {path} for {BRIDGE_LOST_S:g} s"))
+                self.failed(BridgeLost(f"the worker has not answered {path} for {BRIDGE_LOST_S:g} s"))
                 return
 
     # --- events -------------------------------------------------------------------------------------
@@ -235,14 +245,14 @@ class BridgeClient:
         retry = _Retry()
         while True:
             try:
-                _ask(connection, "POST", "/status/send", StatusCall(event=event), reported_in)
+                connection.ask("POST", "/status/send", encode_json(StatusCall(event=event)), reported_in)
                 return True
             except (BridgeUnanswered, PeerUnreachable) as exc:
                 if isinstance(event, Progress | Alive):
                     return True
                 logger.warning("The worker did not take a %s (%s); trying again.", type(event).__name__, exc)
                 if not retry.wait():
-                    self._failed(BridgeLost(f"the worker has taken no event for {BRIDGE_LOST_S:g} s"))
+                    self.failed(BridgeLost(f"the worker has taken no event for {BRIDGE_LOST_S:g} s"))
                     return False
             except Refused as exc:
                 logger.error("The worker refused a %s: %s", type(event).__name__, exc)
@@ -263,26 +273,93 @@ class _Retry:
         return True
 
 
-def _ask(
-    connection: BridgeConnection, method: str, path: str, body: msgspec.Struct | None, parent: str | None
-) -> bytes:
-    """The body of the answer. Raises :class:`Refused`, :class:`PeerUnreachable` and
-    :class:`BridgeUnanswered`.
+class BridgeConnection(http.client.HTTPConnection):
+    """To the socket at ``path``; for one thread. Once connected it waits for answers without a limit: a fetch
+    waits for data, a send for slow peers, a stream for news.
     """
-    answer = connection.ask(method, path, None if body is None else encode_json(body), parent)
-    if answer.status == _OK:
-        return answer.content
-    raise _error(path, answer)
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("bridge")
+        self._path = path
+
+    def connect(self) -> None:
+        """Called by the first request, and by the next one after ``close``."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(_CONNECT_TIMEOUT_S)
+            sock.connect(str(self._path))
+            sock.settimeout(None)
+        except BaseException:
+            sock.close()
+            raise
+        self.sock = sock
+
+    def ask(self, method: str, path: str, body: bytes | None, traceparent: str | None = None) -> bytes:
+        """The body of the answer to one request, of the span that ``traceparent`` names; the connection may
+        be used for another one. Raises :class:`BridgeUnanswered`, and :class:`Refused` or
+        :class:`PeerUnreachable` where the status is not 200.
+        """
+        # a server closes connections that were quiet for long: that is no failure, so once more
+        attempts = 1 if self.sock is None else 2
+        while True:
+            attempts -= 1
+            headers = _HEADERS if traceparent is None else {**_HEADERS, "traceparent": traceparent}
+            try:
+                self.request(method, path, body, headers)
+                response = self.getresponse()
+                content = response.read()
+            except _FAILURES as exc:
+                self.close()
+                if not attempts:
+                    raise _unanswered(exc) from exc
+            else:
+                if response.status != http.client.OK:
+                    raise _error(path, response.status, content)
+                return content
 
 
-def _error(path: str, answer: BridgeReply) -> HyphaError:
+@contextlib.contextmanager
+def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Iterator[Iterator[str]]:
+    """The lines of a response that goes on for ever, without their ends, as they come. Raises as
+    :meth:`BridgeConnection.ask`; reading lines may raise :class:`BridgeUnanswered`, too, when they are cut
+    off.
+    """
+    with contextlib.closing(BridgeConnection(socket_path)) as connection:
+        try:
+            connection.request(method, path, body, _HEADERS)
+            response = connection.getresponse()
+            if response.status != http.client.OK:
+                raise _error(path, response.status, response.read())
+        except _FAILURES as exc:
+            raise _unanswered(exc) from exc
+        yield _lines_of(response)
+
+
+def _lines_of(response: http.client.HTTPResponse) -> Iterator[str]:
+    # the response's own lines end without an error where it was cut between two chunks
+    with io.TextIOWrapper(response, "utf-8", newline="\n") as text:
+        while True:
+            try:
+                line = text.readline()
+            except _FAILURES as exc:
+                raise _unanswered(exc) from exc
+            if not line:
+                return
+            yield line.rstrip("\r\n")
+
+
+def _error(path: str, status: int, content: bytes) -> HyphaError:
     try:
-        body = decode_json(answer.content, BridgeError)
+        body = decode_json(content, BridgeError)
     except Undecodable:
-        body = BridgeError(error="internal", detail=answer.content.decode(errors="replace")[:500])
-    if answer.status >= 500:
+        body = BridgeError(error="internal", detail=content.decode(errors="replace")[:500])
+    if status >= 500:
         return PeerUnreachable("behind the bridge", f"{path}: {body.detail} ({body.error})")
     return Refused(body.error, body.detail)
+
+
+def _unanswered(exc: Exception) -> BridgeUnanswered:
+    return BridgeUnanswered(f"the worker does not answer: {exc or type(exc).__name__}")
 
 
 def server_sent_data(lines: Iterator[str]) -> Iterator[str]:
@@ -294,3 +371,17 @@ def server_sent_data(lines: Iterator[str]) -> Iterator[str]:
         elif not line and data:
             yield "\n".join(data)
             data = []
+
+
+def update_waits(refused: Refused) -> bool:
+    """Whether an update that was refused is sent again: of a full disk, or of a parameter server that is not
+    there yet or is being restored.
+    """
+    return refused.retryable or refused.code in ("no-space", "not-found")
+
+
+def export_waits(refused: Refused) -> bool:
+    """Whether a finished model that was refused is sent again: of a scheduler whose disk is full, or that has
+    begun another generation of the job, which is not known here yet.
+    """
+    return refused.retryable or refused.code in ("no-space", "uninvited", "stale")

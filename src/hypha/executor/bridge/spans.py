@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from opentelemetry import trace
@@ -23,8 +24,8 @@ from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, Statu
 
 from hypha.errors import HyphaError, Refused
 from hypha.messages import MAX_SPANS_A_CALL, FinishedSpan, Job, SpanAttribute, SpanEvent
-from hypha.tracing import round_traceparent
-from hypha.tracing.spans import Attribute
+from hypha.tracing import round_traceparent, span
+from hypha.tracing.operations import Operation
 
 #: Spans that wait to be posted; beyond that new ones are dropped.
 MAX_WAITING = 2048
@@ -44,20 +45,18 @@ class Traces:
         self._job_id = job.job_id
         self._traced = job.traced
 
-    @property
-    def dispatch(self) -> str | None:
-        """The ``traceparent`` of the dispatch."""
-        return None if self._traced is None else self._traced.traceparent
+    def in_dispatch(self, operation: Operation) -> AbstractContextManager[Span]:
+        """``operation`` as a part of the job's dispatch."""
+        parent = None if self._traced is None else self._traced.traceparent
+        return span(operation, {"hypha.job": self._job_id}, parent=parent)
 
-    def of_round(self, generation: int, round_: int) -> str | None:
-        """The ``traceparent`` of a round."""
-        if self._traced is None:
-            return None
-        return round_traceparent(self._job_id, generation, round_, self._traced.ratio)
-
-    def attributes(self, generation: int, round_: int) -> dict[str, Attribute]:
-        """Of a span in that round."""
-        return {"hypha.job": self._job_id, "hypha.job.generation": generation, "hypha.round": round_}
+    def in_round(self, operation: Operation, generation: int, round_: int) -> AbstractContextManager[Span]:
+        """``operation`` as a part of that round, from any thread."""
+        parent = None
+        if self._traced is not None:
+            parent = round_traceparent(self._job_id, generation, round_, self._traced.ratio)
+        attributes = {"hypha.job": self._job_id, "hypha.job.generation": generation, "hypha.round": round_}
+        return span(operation, attributes, parent=parent)
 
 
 class SpanRecorder(trace.TracerProvider):
@@ -78,23 +77,17 @@ class SpanRecorder(trace.TracerProvider):
         """Post from now on."""
         threading.Thread(target=self._run, name="spans", daemon=True).start()
 
-    def get_tracer(
-        self,
-        instrumenting_module_name: str,
-        instrumenting_library_version: str | None = None,
-        schema_url: str | None = None,
-        attributes: Any = None,
-    ) -> trace.Tracer:
+    def get_tracer(self, *args: Any, **kwargs: Any) -> trace.Tracer:
         """As OpenTelemetry's API has it."""
         return _Tracer(self)
 
-    def ended(self, span: FinishedSpan) -> None:
-        """Take charge of ``span``, from any thread; never blocks."""
+    def ended(self, finished: FinishedSpan) -> None:
+        """Take charge of ``finished``, from any thread; never blocks."""
         with self._changed:
             if self._closed or len(self._waiting) >= MAX_WAITING:
                 self.dropped += 1
                 return
-            self._waiting.append(span)
+            self._waiting.append(finished)
             if len(self._waiting) >= _ENOUGH:
                 self._changed.notify_all()
 
@@ -144,24 +137,24 @@ class _Tracer(trace.Tracer):
         attributes: Any = None,
         links: Any = None,
         start_time: int | None = None,
-        record_exception: bool = True,
-        set_status_on_exception: bool = True,
+        *args: Any,
+        **kwargs: Any,
     ) -> Span:
         parent = trace.get_current_span(context).get_span_context()
         if not parent.is_valid or not parent.trace_flags.sampled:
             # what is below it is not sampled either
             return trace.NonRecordingSpan(parent)
-        span = _Span(self._recorder, name, parent, kind, start_time or time.time_ns(), links or ())
-        span.set_attributes(attributes or {})
-        return span
+        started = _Span(self._recorder, name, parent, kind, start_time or time.time_ns(), links or ())
+        started.set_attributes(attributes or {})
+        return started
 
     def start_as_current_span(self, *args: Any, **kwargs: Any) -> Any:
         """Not used here: :func:`hypha.tracing.span` is."""
         raise NotImplementedError("use hypha.tracing.span")
 
 
-class _Span(Span):
-    """One that is recorded; for any thread, one at a time."""
+class _Span(trace.NonRecordingSpan):
+    """One that is recorded, as far as executors have to say something; for any thread, one at a time."""
 
     def __init__(
         self,
@@ -185,19 +178,12 @@ class _Span(Span):
         self._ended = False
         # chance of the process's own: the trainer's is seeded
         number = int.from_bytes(secrets.token_bytes(8)) or 1
-        self._context = SpanContext(
-            parent.trace_id, number, False, TraceFlags(TraceFlags.SAMPLED), parent.trace_state
+        super().__init__(
+            SpanContext(parent.trace_id, number, False, TraceFlags(TraceFlags.SAMPLED), parent.trace_state)
         )
-
-    def get_span_context(self) -> SpanContext:
-        """As OpenTelemetry's API has it; so are the others."""
-        return self._context
 
     def is_recording(self) -> bool:
         return not self._ended
-
-    def update_name(self, name: str) -> None:
-        self._name = name
 
     def set_attribute(self, key: str, value: Any) -> None:
         if key in self._attributes or len(self._attributes) < MAX_ATTRIBUTES:
@@ -221,16 +207,6 @@ class _Span(Span):
         elif code is StatusCode.OK:
             self._status, self._error = "ok", ""
 
-    def record_exception(
-        self,
-        exception: BaseException,
-        attributes: Any = None,
-        timestamp: int | None = None,
-        escaped: bool = False,
-    ) -> None:
-        about = {"exception.type": type(exception).__name__, "exception.message": str(exception)}
-        self.add_event("exception", {**about, **(attributes or {})}, timestamp)
-
     def end(self, end_time: int | None = None) -> None:
         if self._ended:
             return
@@ -238,8 +214,8 @@ class _Span(Span):
         self._recorder.ended(
             FinishedSpan(
                 name=self._name,
-                trace_id=trace.format_trace_id(self._context.trace_id),
-                span_id=trace.format_span_id(self._context.span_id),
+                trace_id=trace.format_trace_id(self._parent.trace_id),
+                span_id=trace.format_span_id(self.get_span_context().span_id),
                 parent_id=trace.format_span_id(self._parent.span_id),
                 start_ns=self._start_ns,
                 # the machine's time may have been set back meanwhile
@@ -269,7 +245,6 @@ def _written(context: SpanContext) -> str:
 
 
 def _plain(value: Any) -> SpanAttribute:
-    """As JSON can carry it."""
     if isinstance(value, bool | int):
         return value
     if isinstance(value, float) and math.isfinite(value):

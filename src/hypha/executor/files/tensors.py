@@ -12,18 +12,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
+import blake3
 import msgspec
 import torch
+import xxhash
 from torch import Tensor
 
 from hypha.decoding import decode
 from hypha.errors import DataError, Undecodable
-from hypha.executor.files.hashing import Digests, Hasher, HasherBeside
 from hypha.executor.files.reused import ReusedFiles
 from hypha.staging import StagedFile
 
@@ -48,12 +49,8 @@ DTYPES = {
     "U32": torch.uint32,
     "U64": torch.uint64,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def is_supported(dtype: torch.dtype) -> bool:
-    """Can tensors of this type be in a file?"""
-    return dtype in _DTYPE_NAMES
+#: and its name, by the type
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
@@ -79,9 +76,68 @@ class Spec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{DTYPE_NAMES.get(self.dtype, self.dtype)}{list(self.shape)}"
+
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    return {name: Spec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+
+
+# --- hashing ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Digests:
+    """Of a file, in hex: BLAKE3 (empty where nobody needs it) and XXH3 of 128 bits."""
+
+    blake3: str
+    xxh3: str
+
+
+class Hasher:
+    """Hashes of what is given in order; ``quick``: XXH3 alone."""
+
+    def __init__(self, quick: bool = False) -> None:
+        self._strong = None if quick else blake3.blake3()
+        self._quick = xxhash.xxh3_128()
+
+    def __enter__(self) -> Hasher:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Nothing to end here."""
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._quick.update(data)
+        if self._strong is not None:
+            self._strong.update(data)
+
+    def digests(self) -> Digests:
+        """Of all of it; the last call."""
+        return Digests("" if self._strong is None else self._strong.hexdigest(), self._quick.hexdigest())
+
+
+class HasherBeside(Hasher):
+    """The same in a thread of its own. What is given must stay as it is until ``digests`` returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
+
+    def __exit__(self, *failure: object) -> None:
+        self._thread.shutdown()
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._thread.submit(super().update, data)
+
+    def digests(self) -> Digests:
+        self._thread.shutdown()
+        return super().digests()
 
 
 # --- writing ------------------------------------------------------------------------------------------
@@ -98,7 +154,7 @@ def write(
 
     It may be written over one of ``reused``. ``beside``: another thread does the hashing.
     """
-    specs = {name: Spec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    specs = specs_of(tensors)
     with HasherBeside() if beside else Hasher() as hasher:
         write_pieces(path, specs, lambda name: pieces(tensors[name]), metadata or {}, hasher, reused)
         return hasher.digests()
@@ -128,7 +184,7 @@ def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
     for name in _ordered(specs):
         spec = specs[name]
         header[name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
+            "dtype": DTYPE_NAMES[spec.dtype],
             "shape": spec.shape,
             "data_offsets": (at, at + spec.size_bytes),
         }
@@ -201,9 +257,7 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -289,9 +343,8 @@ def read(
 
     ``copies``, of the same names and shapes on any device, are set to the same values.
     """
-    expected = {name: Spec(value.dtype, tuple(value.shape)) for name, value in into.items()}
     with TensorFile(path) as file:
-        if problem := difference(file.specs(), expected):
+        if problem := difference(file.specs(), specs_of(into)):
             raise DataError(f"{path.name} does not fit the model: {problem}")
         hasher = Hasher(quick)
         hasher.update(file.header)
@@ -321,12 +374,5 @@ def difference(found: Mapping[str, Spec], expected: Mapping[str, Spec]) -> str |
     for name, spec in expected.items():
         if found[name] != spec:
             other = found[name]
-            return (
-                f"{name} is {_dtype_name(other.dtype)}{list(other.shape)} "
-                f"where the model has {_dtype_name(spec.dtype)}{list(spec.shape)}"
-            )
+            return f"{name} is {other} where the model has {spec}"
     return None
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return _DTYPE_NAMES.get(dtype, str(dtype))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hypha.executor.files.tensors import Spec, one_thread
+from hypha.executor.files.tensors import Spec, one_thread, specs_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Theta:
         return self.parameters | self.buffers
 
     def specs(self) -> dict[str, Spec]:
-        return {name: Spec(value.dtype, tuple(value.shape)) for name, value in self.all().items()}
+        return specs_of(self.all())
 
     def copy(self) -> Theta:
         """Its own memory, on the CPU."""
@@ -56,10 +56,17 @@ def theta_of(model: nn.Module) -> Theta:
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     buffers: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for key, value in module._buffers.items():
-            if value is None or key in module._non_persistent_buffers_set or id(value) in seen:
-                continue
+    for name, module, key in persistent_buffers(model):
+        value = module._buffers[key]
+        if value is not None and id(value) not in seen:
             seen.add(id(value))
-            buffers[f"{prefix}.{key}" if prefix else key] = value.detach()
+            buffers[name] = value.detach()
     return Theta(parameters, buffers)
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The name of each that a state dict would hold, or that is None, with its module and its key there."""
+    for prefix, module in model.named_modules():
+        for key in module._buffers:
+            if key not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{key}" if prefix else key, module, key

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,25 +19,26 @@ from torch import Tensor
 
 from hypha.decoding import decode_json
 from hypha.errors import DataError, NotFinite, Undecodable
-from hypha.executor.files.hashing import Hasher
 from hypha.executor.files.reused import ReusedFiles
-from hypha.executor.files.tensors import CHUNK, Spec, TensorFile, difference, one_thread, pieces, write_pieces
+from hypha.executor.files.tensors import (
+    CHUNK,
+    Hasher,
+    Spec,
+    TensorFile,
+    difference,
+    one_thread,
+    pieces,
+    write_pieces,
+)
 from hypha.executor.files.theta import Theta
 from hypha.messages import MAX_CONTRIBUTION_BYTES, Contribution, encode_json
 
 Encoding = Literal["none", "bf16", "int8"]
+_ENCODED = {"none": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 _CONTRIBUTION = "contribution"
 #: Far more than the header of a model with fifty thousand tensors; read, it takes ten times the memory, and
 #: it is the worker's.
 MAX_HEADER_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Written:
-    """What is in an update file: its L2 norm, and the file's XXH3 in hex."""
-
-    norm: float
-    xxh3: str
 
 
 @one_thread()
@@ -50,26 +50,19 @@ def write_update(
     encoding: Encoding = "none",
     reused: ReusedFiles | None = None,
     contribution: Contribution | None = None,
-) -> Written:
+) -> str:
     """Write the update ``local - base`` to ``path``, leaving both alone, perhaps over one of ``reused``; the
-    file says itself what it stands for.
+    file says itself what it stands for. Its XXH3 in hex.
 
     Raises :class:`NotFinite` when the model has diverged; then no file is left.
     """
-    specs = base.specs()
-    metadata: dict[str, str] = {}
+    metadata = {} if encoding == "none" else {"encoding": encoding}
     scales: dict[str, float] = {}
     if encoding == "int8":
         for name in base.parameters:
             peak = max((float(piece.abs().max()) for piece in _differences(local, base, name)), default=0.0)
             scales[name] = peak / 127.0
-        ordered = dict(sorted(scales.items()))
-        metadata = {"encoding": "int8", "scales": msgspec.json.encode(ordered).decode()}
-        specs |= {name: Spec(torch.int8, specs[name].shape) for name in base.parameters}
-    elif encoding == "bf16":
-        metadata = {"encoding": "bf16"}
-        specs |= {name: Spec(torch.bfloat16, specs[name].shape) for name in base.parameters}
-
+        metadata["scales"] = msgspec.json.encode(dict(sorted(scales.items()))).decode()
     if contribution is not None:
         metadata[_CONTRIBUTION] = encode_json(contribution).decode()
 
@@ -85,16 +78,19 @@ def write_update(
             if encoding == "int8":
                 scale = scales[name]
                 piece = (piece / scale).round_().clamp_(-127, 127) if scale > 0 else torch.zeros_like(piece)
-                yield piece.to(torch.int8)
-            else:
-                yield piece.to(torch.bfloat16) if encoding == "bf16" else piece
+            yield piece.to(_ENCODED[encoding])
 
     hasher = Hasher(quick=True)
-    write_pieces(path, specs, encoded, metadata, hasher, reused)
+    write_pieces(path, _specs(base, encoding), encoded, metadata, hasher, reused)
     if not math.isfinite(squares):
         path.unlink()
         raise NotFinite("the local model holds values that are not finite; the learning rate may be too high")
-    return Written(math.sqrt(squares), hasher.digests().xxh3)
+    return hasher.digests().xxh3
+
+
+def _specs(theta: Theta, encoding: str) -> dict[str, Spec]:
+    encoded = {name: Spec(_ENCODED[encoding], tuple(value.shape)) for name, value in theta.parameters.items()}
+    return theta.specs() | encoded
 
 
 def _differences(local: Theta, base: Theta, name: str) -> Iterator[Tensor]:
@@ -133,36 +129,24 @@ class UpdateFile:
         """Raises :class:`DataError` when names, shapes, dtypes or the encoding's data do not fit."""
         self._file = file
         encoding = file.metadata.get("encoding", "none")
-        expected = theta.specs()
+        if encoding not in _ENCODED:
+            raise DataError(f"the update encoding {encoding} is unknown")
         self._scales: dict[str, float] = {}
         if encoding == "int8":
             try:
-                scales = file.metadata.get("scales", "{}")
-                self._scales = decode_json(scales, dict[str, float])
+                self._scales = decode_json(file.metadata.get("scales", "{}"), dict[str, float])
             except Undecodable as exc:
                 raise DataError(f"the scales of an int8 update cannot be read: {exc}") from exc
             if self._scales.keys() != theta.parameters.keys():
                 raise DataError("an int8 update needs one scale for each parameter")
-            expected |= {name: Spec(torch.int8, expected[name].shape) for name in theta.parameters}
-        elif encoding == "bf16":
-            expected |= {name: Spec(torch.bfloat16, expected[name].shape) for name in theta.parameters}
-        elif encoding != "none":
-            raise DataError(f"the update encoding {encoding} is unknown")
-        if problem := difference(file.specs(), expected):
+        if problem := difference(file.specs(), _specs(theta, encoding)):
             raise DataError(f"the update does not fit the model: {problem}")
-
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """A parameter's decoded elements; each piece is good until the next one."""
-        reader = self.reader()
-        for at in range(0, math.prod(self._file.entries[name].spec.shape), CHUNK):
-            yield reader.chunk(name, at)
 
     def reader(self) -> ChunkReader:
         """For one thread."""
         return ChunkReader(self._file, self._scales)
 
     def buffer(self, name: str) -> Tensor:
-        """A whole buffer."""
         spec = self._file.entries[name].spec
         out = torch.empty(spec.shape, dtype=spec.dtype)
         self._file.read_into(name, out)

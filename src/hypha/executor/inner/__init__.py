@@ -2,9 +2,7 @@
 
 - Batch size: ``batch_size``, else 16; where ``resources.worker`` says what a sample needs and a worker offers
   at least twice that, as many as fit; at most ``max_batch_size``.
-- An executor with several devices: ``executor/inner/process_group.py``: rank 0 speaks to the bridge, the
-  others follow (``spread_model.py``); a batch is the executor's, its gradients are added up over ranks.
-- A batch that does not fit: is halved and its gradients added up, larger ones are tried again later
-  (``executor/inner/out_of_memory.py``); batch sizes and steps in the ledger stay true. Growing the batch
-  itself is another training, and off by default.
+- An executor with several devices: ``process_group.py``, ``spread_model.py``.
+- A batch that does not fit: ``batch_size.py``. Growing the batch itself is another training, and off by
+  default.
 """

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from hypha.errors import PeerUnreachable, Refused
-from hypha.executor.bridge.client import ALIVE_S, BridgeClient
-from hypha.executor.bridge.refusals import update_waits
+from hypha.executor.bridge.client import ALIVE_S, BridgeClient, update_waits
 from hypha.executor.files.reused import ReusedFiles
 from hypha.messages import (
     Contribution,
@@ -27,9 +26,6 @@ from hypha.messages import (
     SendCall,
     UpdateSent,
 )
-from hypha.tracing import span
-from hypha.tracing.operations import SEND_UPDATE
-from hypha.tracing.spans import Attribute
 
 logger = logging.getLogger("hypha.executor.training")
 
@@ -86,13 +82,13 @@ class TrainerInbox:
         """Keep ``file`` if it is newer than what waits, or where nothing does, than the generation, round and
         attempt that are ``seen``. Returns what is superseded, if that is in a file of its own.
         """
-        waiting = self.theta
-        if waiting is not None and waiting.meta.stamp is not None:
-            seen = _turn(waiting)
-        if _turn(file) < max(seen, (self.lost_before, -1, -1)):
+        waiting, turn = self.theta, turn_of(file)
+        if waiting is not None:
+            seen = turn_of(waiting)
+        if turn < max(seen, (self.lost_before, -1, -1)):
             logger.warning("A theta that is out of date arrived; it is dropped.")
             return file
-        if waiting is not None and _same_theta(waiting, file):
+        if waiting is not None and (waiting.meta.blake3, seen[1:]) == (file.meta.blake3, turn[1:]):
             # what was asked for since the first one came may be kept
             return file
         self.theta = file
@@ -115,63 +111,45 @@ class TrainerInbox:
             self.changed.notify_all()
 
 
-def _turn(file: ReceivedFile) -> tuple[int, int, int]:
-    """Of a theta: its generation of the job, its round, and the attempt at that."""
+def turn_of(file: ReceivedFile) -> tuple[int, int, int]:
+    """Of a theta: its generation of the job, its round, and the attempt at that. Without a stamp it is older
+    than any other.
+    """
     stamp = file.meta.stamp
     return (stamp.generation, stamp.round, stamp.attempt) if stamp is not None else (-1, -1, -1)
 
 
-def _same_theta(one: ReceivedFile, other: ReceivedFile) -> bool:
-    """The same bytes for the same attempt at the same round?"""
-    left, right = one.meta.stamp, other.meta.stamp
-    if left is None or right is None or one.meta.blake3 != other.meta.blake3:
-        return False
-    return (left.round, left.attempt) == (right.round, right.attempt)
-
-
 @dataclass(frozen=True)
 class UpdateToSend:
-    """A file, its XXH3 in hex, and what it stands for; the ``traceparent`` of its round, and what a span in
-    that is to say.
-    """
+    """A file, its XXH3 in hex, and what it stands for."""
 
     path: Path
     xxh3: str
     contribution: Contribution
-    trace: str | None = None
-    attributes: Mapping[str, Attribute] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Where to send, in which generation of the job, and to which of its parameter servers (counted)."""
-
-    server: PeerRef
-    generation: int
-    number: int
 
 
 class UpdateSender(threading.Thread):
     """Sends the update of the open round to wherever the parameter server is, and to another one again, until
-    told to stop or until the round is lost. In each generation of the job it says once that it has.
+    told to stop or until the round is lost. In each generation of the job it says once that it has. Each time
+    it is ``sending()`` meanwhile.
     """
 
     def __init__(
-        self, bridge: BridgeClient, inbox: TrainerInbox, update: UpdateToSend, reused: ReusedFiles
+        self,
+        bridge: BridgeClient,
+        inbox: TrainerInbox,
+        update: UpdateToSend,
+        reused: ReusedFiles,
+        sending: Callable[[], AbstractContextManager[object]],
     ) -> None:
         super().__init__(name="update", daemon=True)
         self._bridge = bridge
         self._inbox = inbox
-        self._path = update.path
-        self._xxh3 = update.xxh3
-        self.contribution = update.contribution
-        self._trace = update.trace
-        self._attributes = update.attributes
+        self._update = update
         self._reused = reused
+        self._sending = sending
         self._stopped = False
         self._lost_before = inbox.lost_before
-        #: a parameter server has it
-        self.acknowledged = False
 
     def run(self) -> None:
         try:
@@ -179,7 +157,7 @@ class UpdateSender(threading.Thread):
         except Exception as exc:  # noqa: BLE001 - the thread's edge
             self._inbox.fail(exc)
         finally:
-            self._reused.give(self._path)
+            self._reused.give(self._update.path)
 
     def stop(self) -> None:
         """The round is over; the file goes as soon as no call uses it."""
@@ -189,44 +167,45 @@ class UpdateSender(threading.Thread):
 
     def _run(self) -> None:
         said_in = reached = -1
+        contribution = self._update.contribution
         while (call := self._wait(said_in, None)) is not None:
+            server, generation, number = call
             try:
-                sends = call.number != reached
-                with span(SEND_UPDATE, self._attributes, parent=self._trace) if sends else nullcontext():
-                    if sends:
-                        self._send(call)
-                        reached, self.acknowledged = call.number, True
-                    said_in = call.generation
+                with self._sending() if number != reached else nullcontext():
+                    if number != reached:
+                        self._send(server, generation)
+                        reached = number
+                    said_in = generation
                     # for schedulers of earlier versions: those of this one learn it from the parameter server
-                    self._bridge.report(UpdateSent(contribution=self.contribution))
+                    self._bridge.report(UpdateSent(contribution=contribution))
             except Refused as exc:
                 if update_waits(exc):
-                    logger.warning("The update of round %d has to wait: %s", self.contribution.round, exc)
-                    self._wait(call.generation, _SEND_RETRY_S)
+                    logger.warning("The update of round %d has to wait: %s", contribution.round, exc)
+                    self._wait(generation, _SEND_RETRY_S)
                     continue
                 # theta of a later round is on its way, or another generation, or the scheduler has yet to
                 # notice
-                said_in = call.generation
-                logger.warning("The update of round %d was refused: %s", self.contribution.round, exc)
+                said_in = generation
+                logger.warning("The update of round %d was refused: %s", contribution.round, exc)
             except PeerUnreachable as exc:
-                logger.warning("The update of round %d is not sent yet: %s", self.contribution.round, exc)
-                self._wait(call.generation, _SEND_RETRY_S)
+                logger.warning("The update of round %d is not sent yet: %s", contribution.round, exc)
+                self._wait(generation, _SEND_RETRY_S)
 
-    def _send(self, call: _Call) -> None:
+    def _send(self, server: PeerRef, generation: int) -> None:
         self._bridge.send(
             SendCall(
-                resource=Peers(peers=(call.server,), resource="update"),
-                path=self._bridge.relative(self._path),
-                round=self.contribution.round,
-                samples=self.contribution.samples,
-                xxh3=self._xxh3,
-                generation=call.generation,
+                resource=Peers(peers=(server,), resource="update"),
+                path=self._bridge.relative(self._update.path),
+                round=self._update.contribution.round,
+                samples=self._update.contribution.samples,
+                xxh3=self._update.xxh3,
+                generation=generation,
             )
         )
 
-    def _wait(self, said_in: int, timeout_s: float | None) -> _Call | None:
-        """Wait for another generation of the job than ``said_in``; None when there is nothing
-        more to send.
+    def _wait(self, said_in: int, timeout_s: float | None) -> tuple[PeerRef, int, int] | None:
+        """Wait for another generation of the job than ``said_in``: where to send, in which generation, and to
+        which of its parameter servers (counted); None when there is nothing more to send.
         """
         inbox = self._inbox
 
@@ -235,4 +214,4 @@ class UpdateSender(threading.Thread):
 
         with inbox.changed:
             inbox.changed.wait_for(lambda: over() or inbox.generation != said_in, timeout_s)
-            return None if over() else _Call(inbox.parameter_server, inbox.generation, inbox.servers)
+            return None if over() else (inbox.parameter_server, inbox.generation, inbox.servers)

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import blake3
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hypha.config.environment import process_environment
 from hypha.errors import BatchFailed, DataError, ModelError
-from hypha.executor.inner.out_of_memory import RowsAtATime, free_cached_memory, is_out_of_memory
+from hypha.executor.inner.batch_size import RowsAtATime, free_cached_memory, is_out_of_memory
 from hypha.executor.inner.process_group import is_lost
 from hypha.executor.models.diagnosis import explain, out_of_range
 from hypha.executor.models.forward import Forward
@@ -31,8 +31,6 @@ from hypha.messages import LrSchedule, TrainJob
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-T = TypeVar("T")
 
 #: how torch begins to say that a batch has no variance
 _SINGLE_ROW = "Expected more than 1 value per channel when training"
@@ -48,16 +46,12 @@ def learning_rate_factor(schedule: LrSchedule, step: int) -> float:
     warmup, total = schedule.warmup_steps, schedule.training_steps
     if step < warmup:
         return step / max(1, warmup)
-    if total == 0:
+    decay = schedule.decay_steps if schedule.kind == "wsd" else total - warmup
+    decay_from = max(warmup, total - decay)
+    if total == 0 or step < decay_from:
         return 1.0
-    if schedule.kind == "wsd":
-        decay_from = max(warmup, total - schedule.decay_steps)
-        if step < decay_from:
-            return 1.0
-        progress = min(1.0, (step - decay_from) / max(1, schedule.decay_steps))
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
     # past the end the rate stays at zero; a cosine would rise again
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    progress = min(1.0, (step - decay_from) / max(1, decay))
     if schedule.kind == "linear-with-warmup":
         return 1.0 - progress
     return 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -70,30 +64,33 @@ def round_seed(seed: int, worker: str, round: int) -> int:
 
 class Processor:
     """What accelerate's ``Accelerator`` is, of which this has the part used here, on the CPU in fp32: nothing
-    is moved, wrapped or cast.
+    is moved, wrapped, cast or scaled. What it has beyond that is for processes that train one model together
+    (:mod:`hypha.executor.inner.spread_model`).
     """
 
     device = torch.device("cpu")
-    scaler: torch.amp.GradScaler | None = None
+    #: by what a loss is multiplied, where whoever adds up the gradients divides them
+    factor = 1.0
+    #: Is each process free to cut its rows as it likes? Not where a forward pass waits for that of others.
+    independent = True
 
-    def prepare(self, thing: T) -> T:
-        """The same."""
-        return thing
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return model
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
-        """The same."""
         return model
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """No casts."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """As a tensor's own."""
         torch.autograd.backward(loss)
 
     def unscale_gradients(self, optimizer: object) -> None:
-        """They are not scaled."""
+        pass
+
+    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Before a step: let all processes have the sum of their gradients."""
 
 
 def accelerator_for(job: TrainJob) -> Accelerator | Processor:
@@ -111,18 +108,6 @@ def accelerator_for(job: TrainJob) -> Accelerator | Processor:
         return Accelerator(mixed_precision=job.precision)
     except ValueError as exc:
         raise ModelError(f"precision {job.precision} does not work here: {exc}") from exc
-
-
-class Together(Protocol):
-    """What an optimizer does together with those of other processes that train the same model."""
-
-    #: by what a loss is multiplied, where whoever adds up the gradients divides them
-    factor: float
-    #: Is each process free to cut its rows as it likes? Not where a forward pass waits for that of others.
-    independent: bool
-
-    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Before a step: let all processes have the sum of their gradients."""
 
 
 def is_of_machine(exc: Exception) -> bool:
@@ -145,13 +130,13 @@ class Inner:
         job: TrainJob,
         accelerator: Accelerator | Processor,
         steps: int,
-        together: Together | None = None,
     ) -> None:
         self._model = model
         self._forward = forward
         self._job = job
         self._accelerator = accelerator
-        self._together = together
+        #: accelerate is never one of several
+        self._processor = accelerator if isinstance(accelerator, Processor) else Processor()
         #: how many fit into memory, as far as that is known; it may be taken from an incarnation before
         self.rows = RowsAtATime(job.micro_batch_size, _least_rows(model))
         #: inner steps so far, those of earlier generations included
@@ -202,8 +187,8 @@ class Inner:
                     loss = self._gradients(one, of)
                 break
             except Exception as exc:
-                shared = self._together is not None and not self._together.independent
-                if shared or not is_out_of_memory(exc) or not self.rows.failed(rows):
+                cut = self._processor.independent and is_out_of_memory(exc) and self.rows.failed(rows)
+                if not cut:
                     raise
             # a part of the gradients may have been added: begin with none; the error, and with it what its
             # frames hold, is gone
@@ -224,7 +209,6 @@ class Inner:
         return torch.stack(losses).sum()
 
     def _gradients(self, columns: Mapping[str, Tensor], terms: int | None) -> Tensor:
-        """Add them up; the loss."""
         parts = self.rows.parts(_rows(columns))
         if terms is None and parts == 1:
             return self._part(columns, None)
@@ -248,8 +232,8 @@ class Inner:
             if weight is not None:
                 loss = loss * weight
             share = loss / self._job.gradient_accumulation
-            if self._together is not None:
-                share = share * self._together.factor
+            if self._processor.factor != 1.0:
+                share = share * self._processor.factor
             if self._bare:
                 torch.autograd.backward(share)
             else:
@@ -285,8 +269,7 @@ class Inner:
             self._step()
 
     def _step(self) -> None:
-        if self._together is not None:
-            self._together.add_up(self._parameters)
+        self._processor.add_up(self._parameters)
         if self._job.optimizer.max_grad_norm is not None:
             self._accelerator.unscale_gradients(self._optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._job.optimizer.max_grad_norm)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import msgspec
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from hypha.config.environment import process_environment
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
+from hypha.executor.bridge.client import BridgeClient
+from hypha.executor.running import FLUSH_S, exit_code_of, last_words, leave
 from hypha.messages import ExecutorError, encode_json
 from hypha.staging import write_whole
 
@@ -36,9 +39,9 @@ _PATIENCE = datetime.timedelta(days=30)
 _PIECE_BYTES = 25 << 20
 _LOOK_S = 0.2
 #: how long whoever lost another process looks for the last words of that one
-WORDS_WITHIN_S = 2.0
+_WORDS_WITHIN_S = 2.0
 #: how long a process that said them waits for rank 0 to pass them on
-HEARD_WITHIN_S = 15.0
+_HEARD_WITHIN_S = 15.0
 #: how gloo, NCCL and TCP say that another process is gone
 _GONE = (
     "Connection closed by peer",
@@ -90,16 +93,11 @@ class ProcessGroup:
 
     # --- what rank 0 gives to the others ------------------------------------------------------------
 
-    def broadcast_bytes(self, data: bytes | None) -> bytes:
-        """``data`` of rank 0, in all processes."""
-        length = torch.tensor([len(data or b"")])
-        dist.broadcast(length, 0)
-        buffer = torch.empty(int(length), dtype=torch.uint8)
-        if data:
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if len(buffer):
-            dist.broadcast(buffer, 0)
-        return buffer.numpy().tobytes()
+    def command(self, *words: Any) -> tuple[Any, ...]:
+        """``words`` of rank 0, in all processes: the name of a method that all call, and its arguments."""
+        told = [words]
+        dist.broadcast_object_list(told, 0)
+        return told[0]
 
     def send_rows(self, columns: Mapping[str, Tensor], to: int) -> None:
         """For :meth:`receive_rows` of rank ``to``."""
@@ -156,36 +154,57 @@ class ProcessGroup:
         for piece, flat, work in under_way:
             if work is not None:
                 work.wait()
-            at = 0
-            for gradient in piece:
-                gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-                at += gradient.numel()
+            for gradient, part in zip(piece, flat.split([one.numel() for one in piece]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     # --- ends ---------------------------------------------------------------------------------------
 
-    def say_last(self, error: ExecutorError, exit_code: int) -> None:
-        """Leave the last words of this process where rank 0 looks for them."""
-        path = self._directory / f"last-words-{self.rank}.json"
-        write_whole(path, encode_json(LastWords(self.rank, error, exit_code)))
-
-    def last_words(self, within_s: float = 0.0) -> LastWords | None:
-        """Of the process that failed first, if one has."""
-        return find_last_words(self._directory, within_s)
-
-    def watch(self, end: Callable[[LastWords], None]) -> None:
-        """Call ``end``, in a thread, once another process has said its last words: this one may wait for it
-        in the middle of a step, and would for ever.
+    def say_last(self, exc: Exception) -> int:
+        """Leave the last words of this process where rank 0 looks for them, and wait until it has passed them
+        on; the exit code.
         """
+        path, code = self._directory / f"last-words-{self.rank}.json", exit_code_of(exc)
+        write_whole(path, encode_json(LastWords(self.rank, last_words(exc), code)))
+        # with the end of rank 0 the launcher ends this one
+        time.sleep(_HEARD_WITHIN_S)
+        return code
 
-        def look() -> None:
-            while (words := self.last_words()) is None:
-                time.sleep(_LOOK_S)
-            end(words)
+    def with_others(self, work: Callable[[BridgeClient], None]) -> Callable[[BridgeClient], None]:
+        """``work`` of rank 0, that reports of another process's end what that one said."""
 
-        threading.Thread(target=look, name="other processes", daemon=True).start()
+        def working(bridge: BridgeClient) -> None:
+            threading.Thread(target=self._watch, args=(bridge,), name="other processes", daemon=True).start()
+            try:
+                work(bridge)
+            except RuntimeError as exc:
+                if not is_lost(exc):
+                    raise
+                if (words := find_last_words(self._directory, _WORDS_WITHIN_S)) is not None:
+                    _end_with(bridge, words)
+                raise ProcessLost(
+                    f"one of the {self.size} processes of this executor was ended from outside, or crashed: "
+                    "what the executor wrote says which"
+                ) from exc
+
+        return working
+
+    def _watch(self, bridge: BridgeClient) -> None:
+        """End once another process has said its last words: this one may wait for it in the middle of a step,
+        and would for ever.
+        """
+        while (words := find_last_words(self._directory, 0.0)) is None:
+            time.sleep(_LOOK_S)
+        _end_with(bridge, words)
 
 
-def find_last_words(directory: Path, within_s: float = WORDS_WITHIN_S) -> LastWords | None:
+def _end_with(bridge: BridgeClient, words: LastWords) -> NoReturn:
+    """Report why another process cannot go on, as the end of the executor."""
+    bridge.report(words.error)
+    bridge.flush(FLUSH_S)
+    leave(words.exit_code)
+
+
+def find_last_words(directory: Path, within_s: float) -> LastWords | None:
     """Of the process that failed first, if one has, or does ``within_s`` seconds from now."""
     until = time.monotonic() + within_s
     while True:

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hypha.errors import SliceCorrupt
-from hypha.executor.inner.joining import Padding, joined
-from hypha.messages import SliceRange
+from hypha.errors import DataError, SliceCorrupt
+from hypha.executor.bridge.client import BridgeClient
+from hypha.executor.models.preprocessing import Padding, Preprocessor, joined
+from hypha.messages import SchedulerData, SliceRange, TrainJob
 
 _WORD = (1 << 64) - 1
 
@@ -66,9 +67,9 @@ def read_columns(path: Path) -> dict[str, Tensor]:
 class RowStream:
     """Cuts batches from slices, and counts for the round: ranges used, slices finished."""
 
-    def __init__(self, padding: Padding = Padding()) -> None:  # noqa: B008 - frozen
+    def __init__(self, padding: Padding | None = None) -> None:
         """``padding``: of rows that are sequences of different lengths."""
-        self._padding = padding
+        self._padding = padding or Padding()
         self._slices: deque[Slice] = deque()
         self._at = 0
         self.start_round()
@@ -119,6 +120,38 @@ class RowStream:
             if (last.epoch, last.slice, last.stop) == (part.epoch, part.index, start):
                 start = self.ranges.pop().start
         self.ranges.append(SliceRange(epoch=part.epoch, slice=part.index, start=start, stop=stop))
+
+
+class JobSlices:
+    """``fetching``: the worker has been asked for one, and has not answered yet."""
+
+    def __init__(self, bridge: BridgeClient, job: TrainJob, preprocess: Preprocessor | None) -> None:
+        self._bridge = bridge
+        self._job = job
+        self._preprocess = preprocess
+        self.fetching = False
+
+    def next(self) -> Slice:
+        """Fetch, read, preprocess; blocks, in the slices' thread. Raises :class:`DataError`."""
+        dataset = SchedulerData(peer=self._job.scheduler.peer, dataset=self._job.dataset)
+        self.fetching = True
+        path, file = self._bridge.fetch(dataset)[0]
+        self.fetching = False
+        assigned = file.slice
+        if assigned is None:
+            raise DataError(f"the worker did not say which slice {path.name} is")
+        columns = read_columns(path)
+        samples = len(next(iter(columns.values())))
+        if samples != assigned.samples:
+            raise DataError(f"slice {assigned.index} has {samples} rows, not the {assigned.samples} promised")
+        if self._preprocess is not None:
+            columns = self._preprocess(columns)
+        # the rows are mapped or in memory: the name is not needed any more, and disks are to stay flat
+        path.unlink(missing_ok=True)
+        order = slice_order(self._job.seed, assigned.epoch, assigned.index, samples, self._job.shuffle)
+        return Slice(
+            assigned.epoch, assigned.index, columns, order, (file.generation, file.round, file.attempt)
+        )
 
 
 class SliceReadAhead(threading.Thread):

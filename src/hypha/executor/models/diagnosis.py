@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypha.executor.models.label_types import IGNORED
+from hypha.config.tasks import IGNORED
 from hypha.messages import ModelSpec
 
 _CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
@@ -86,8 +86,7 @@ def _labels(
     if classes is None and "out of bounds" in told and (found := _range(labels)):
         return (
             f"the labels run from {found[0]} to {found[1]}, but the model has fewer outputs ({told}); number "
-            "the "
-            "classes from 0, and give the model as many outputs as there are classes (model.arguments)"
+            "the classes from 0, and give the model as many outputs as there are classes (model.arguments)"
         )
     if classes is None:
         return None
@@ -125,9 +124,8 @@ def _tokens(columns: Mapping[str, Tensor], model: nn.Module, config: Any, told: 
             continue
         return (
             f"the column {name} holds token ids from {found[0]} to {found[1]}, but the model's vocabulary "
-            f"has {rows}; "
-            "prepare the dataset with the model's own tokenizer, or, of a model from scratch, set "
-            f"model.arguments vocab_size = {found[1] + 1}"
+            f"has {rows}; prepare the dataset with the model's own tokenizer, or, of a model from scratch, "
+            f"set model.arguments vocab_size = {found[1] + 1}"
         )
     return None
 
@@ -141,8 +139,7 @@ def _positions(columns: Mapping[str, Tensor], config: Any, told: str) -> str | N
         return None
     return (
         f"the rows have {ids.shape[1]} tokens, but the model has positions for {longest}; prepare the "
-        "dataset with "
-        f"--sequence-length {longest} or less"
+        f"dataset with --sequence-length {longest} or less"
     )
 
 
@@ -164,8 +161,7 @@ def _channels(told: str, columns: Mapping[str, Tensor], config: Any) -> str | No
     if wanted is None or got is None or wanted == got:
         return None
     return (
-        f"the images have {got} channel(s), but the model takes {wanted}; prepare them with {wanted}, or, "
-        "of "
+        f"the images have {got} channel(s), but the model takes {wanted}; prepare them with {wanted}, or, of "
         f"a model from scratch, set model.arguments num_channels = {got}"
     )
 
@@ -188,6 +184,5 @@ def _arguments(told: str) -> str | None:
         return None
     return (
         f"the model's forward wants more than the dataset's columns give it ({told}); say with "
-        "model.input_names which "
-        "column is which argument"
+        "model.input_names which column is which argument"
     )

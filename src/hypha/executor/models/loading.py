@@ -27,7 +27,7 @@ from torch import nn
 from hypha.config.tasks import A_LABEL_A_PLACE, ALIASES, ONE_LABEL_A_ROW, TASKS, unknown_task
 from hypha.errors import ModelError
 from hypha.executor.models.model_tensors import check_finite, settle
-from hypha.executor.models.weights import LoadedWeights, is_weight_file, tie_in_doubt, weight_file
+from hypha.executor.models.weights import is_weight_file, loading_notes, tie_in_doubt, weight_file
 from hypha.messages import ModelSpec
 
 #: files of a preprocessor's source that go with the model
@@ -79,21 +79,14 @@ def skeleton(spec: ModelSpec, source: Path | None) -> nn.Module:
     with torch.device("meta"):
         if spec.task == "torch":
             return _build_torch(spec, None, lambda note: None).train()
-        auto, remote, place = auto_class(spec.task), _remote(spec), _configured(spec, source)
+        auto, place = auto_class(spec.task), _configured(spec, source)
         try:
-            config = _configuration(spec, place, remote)
-            return _checked(auto.from_config(config, dtype=torch.float32, **remote)).train()
+            config = _configuration(spec, place)
+            return _from_config(auto, spec, config).train()
         except (ModelError, NotImplementedError, RuntimeError):
             raise
         except Exception as exc:
             raise ModelError(f"{auto.__name__} cannot load the model: {type(exc).__name__}: {exc}") from exc
-
-
-def _remote(spec: ModelSpec) -> dict[str, bool]:
-    """Said each time, as without a word transformers asks at the terminal; whether it may is the worker's
-    decision, taken before.
-    """
-    return {"trust_remote_code": spec.trust_remote_code}
 
 
 def _configured(spec: ModelSpec, source: Path | None) -> Path:
@@ -102,14 +95,20 @@ def _configured(spec: ModelSpec, source: Path | None) -> Path:
     return source
 
 
-def _configuration(spec: ModelSpec, source: Path, remote: Mapping[str, bool]) -> Any:
+def _configuration(spec: ModelSpec, source: Path) -> Any:
     """The model's configuration as the job changes it. Raises what transformers does."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(source, **remote)
+    # said each time, as without a word transformers asks at the terminal; whether it may is the worker's
+    # decision, taken before
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
     _override(config, spec.arguments)
     return config
+
+
+def _from_config(auto: Any, spec: ModelSpec, config: Any) -> nn.Module:
+    return _checked(auto.from_config(config, dtype=torch.float32, trust_remote_code=spec.trust_remote_code))
 
 
 def _name_classes(config: Any, spec: ModelSpec) -> list[str]:
@@ -185,9 +184,9 @@ def _entrypoint(text: str) -> Callable[..., Any]:
 def _build_transformers(
     spec: ModelSpec, source: Path | None, weights: bool, tell: Callable[[str], None]
 ) -> nn.Module:
-    auto, remote, source = auto_class(spec.task), _remote(spec), _configured(spec, source)
+    auto, source = auto_class(spec.task), _configured(spec, source)
     try:
-        config = _configuration(spec, source, remote)
+        config = _configuration(spec, source)
         for note in _name_classes(config, spec):
             tell(note)
         file = weight_file(source, spec.task)
@@ -197,7 +196,7 @@ def _build_transformers(
             )
         if file is None or not weights:
             torch.manual_seed(spec.seed)
-            model = _checked(auto.from_config(config, dtype=torch.float32, **remote))
+            model = _from_config(auto, spec, config)
         if file is not None and (weights or tie_in_doubt(model, file)):
             torch.manual_seed(spec.seed)
             loaded, info = auto.from_pretrained(
@@ -207,11 +206,11 @@ def _build_transformers(
                 # what may be of another size is judged below
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **remote,
+                trust_remote_code=spec.trust_remote_code,
             )
             model = _checked(loaded)
             # a head for other labels is a fresh one; anything else must fit
-            notes = LoadedWeights.of(file, info).notes(model, other_labels="num_labels" in spec.arguments)
+            notes = loading_notes(file, info, model, other_labels="num_labels" in spec.arguments)
             for note in (*notes, *_untied(model)):
                 if weights:
                     tell(note)
@@ -284,17 +283,17 @@ def directory_of(files: Iterable[Path]) -> Path:
 def export(
     model: nn.Module,
     spec: ModelSpec,
-    sources: Iterable[Path],
+    source: Path | None,
     destination: Path,
-    preprocessors: Iterable[Path] = (),
+    preprocessor: Path | None = None,
 ) -> list[str]:
     """Write the model as users load it: ``from_pretrained(destination)``, or for ``torch`` the entrypoint's
     model and ``safetensors.torch.load_model``. Returns the files' names, relative to ``destination``.
 
-    All files of the model's own ``sources`` go with it, below subdirectories too, but weights, what was
+    All files of the model's own ``source`` go with it, below subdirectories too, but weights, what was
     written anew (``config.json``) and what is hidden: tokenizer, ``generation_config.json``, chat templates,
-    its code, licence and model card, which say what the model is made from. Of ``preprocessors`` go the
-    preprocessor's files.
+    its code, licence and model card, which say what the model is made from. Of ``preprocessor``
+    go the preprocessor's files.
     """
     destination.mkdir(parents=True, exist_ok=True)
     if spec.task == "torch":
@@ -304,19 +303,15 @@ def export(
     else:
         # one file: its name is part of what users load
         model.save_pretrained(destination, max_shard_size="1000GB")  # type: ignore[operator]
-    for source in preprocessors:
+    if preprocessor is not None:
         for pattern in _OF_PREPROCESSOR:
-            for path in source.glob(pattern):
+            for path in preprocessor.glob(pattern):
                 shutil.copyfile(path, destination / path.name)
-    for source in sources:
+    if source is not None:
         for path in source.rglob("*"):
             name = path.relative_to(source)
             hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
-            if (
-                path.is_file()
-                and not hidden
-                and not (name.as_posix() in _NOT_OF_MODEL or is_weight_file(path))
-            ):
+            if path.is_file() and not (hidden or name.as_posix() in _NOT_OF_MODEL or is_weight_file(path)):
                 (destination / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, destination / name)
     return sorted(

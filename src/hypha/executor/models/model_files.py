@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,6 @@ from hypha.messages import AggregateJob, Reference
 logger = logging.getLogger("hypha.executor.parameter_server")
 
 _FETCH_RETRY_S = 2.0
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Directories of what was fetched: the model's, and those of preprocessors, which are
-    exported with it.
-    """
-
-    model: Path | None
-    preprocessors: tuple[Path, ...]
 
 
 def fetched(bridge: BridgeClient, reference: Reference) -> Path:
@@ -69,7 +58,7 @@ class ModelFiles:
 
     def build(self) -> nn.Module:
         """The model, with its first theta if that is not in a checkpoint. Raises :class:`ModelError`."""
-        source = self._sources().model
+        source, _ = self._sources()
         model = models.build(self._job.model, source, weights=self._job.restore is None, tell=self._tell)
         self._model = model.requires_grad_(False)
         return model
@@ -85,22 +74,21 @@ class ModelFiles:
                 raise ModelError(f"theta does not fit the model that it is to be exported with: {problem}")
             place.assign(theta)
         assert self._model is not None
-        sources = self._sources()
-        own = () if sources.model is None else (sources.model,)
-        return models.export(self._model, self._job.model, own, directory, sources.preprocessors)
+        source, preprocessor = self._sources()
+        return models.export(self._model, self._job.model, source, directory, preprocessor)
 
     def _tell(self, note: str) -> None:
         logger.warning("The model: %s.", note)
         self.notes.append(note)
 
-    def _sources(self) -> Sources:
+    def _sources(self) -> tuple[Path | None, Path | None]:
+        """Directories of what was fetched: the model's, and the preprocessor's, which is exported with it."""
         return self._bridge.patiently(self._fetching.result)
 
-    def _fetch(self) -> Sources:
+    def _fetch(self) -> tuple[Path | None, Path | None]:
         job = self._job
         model = None if job.model.source is None else self._fetched(job.model.source)
-        others = () if job.preprocessor is None else (self._fetched(job.preprocessor.source),)
-        return Sources(model, others)
+        return model, None if job.preprocessor is None else self._fetched(job.preprocessor.source)
 
     def _fetched(self, reference: Reference) -> Path:
         while True:

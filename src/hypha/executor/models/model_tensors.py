@@ -7,7 +7,6 @@ parameter that is replaced under its optimizer) is a :class:`ModelError` that na
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hypha.errors import ModelError, NotFinite
-from hypha.executor.files.tensors import TensorFile, difference, is_supported
-from hypha.executor.files.theta import Theta, theta_of
+from hypha.executor.files.tensors import DTYPE_NAMES, TensorFile, difference
+from hypha.executor.files.theta import Theta, persistent_buffers, theta_of
 
 
 def settle(model: nn.Module) -> None:
@@ -40,7 +39,7 @@ def settle(model: nn.Module) -> None:
                 "in buffers"
             )
     own: dict[int, Tensor] = {}
-    for name, module, key in _persistent_buffers(model):
+    for name, module, key in persistent_buffers(model):
         value = module._buffers[key]
         if value is not None:
             _check_buffer(name, value)
@@ -56,10 +55,9 @@ def _check_buffer(name: str, value: Tensor) -> None:
     if value.layout != torch.strided or value.is_quantized:
         raise ModelError(
             f"the buffer {name} is {'quantized' if value.is_quantized else 'sparse'}, which cannot travel; "
-            "register it "
-            "dense, or with persistent=False if it follows from the configuration"
+            "register it dense, or with persistent=False if it follows from the configuration"
         )
-    if not is_supported(value.dtype):
+    if value.dtype not in DTYPE_NAMES:
         raise ModelError(
             f"the buffer {name} is {value.dtype}, which cannot travel; use another type, or register it with "
             "persistent=False if it follows from the configuration"
@@ -83,16 +81,8 @@ def check_finite(model: nn.Module) -> None:
         if parameter.numel() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
             raise ModelError(
                 f"the parameter {name} holds values that are not finite before training; mend the weights, "
-                "or register "
-                "a constant such as a mask of -inf as a buffer"
+                "or register a constant such as a mask of -inf as a buffer"
             )
-
-
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    for prefix, module in model.named_modules():
-        for key in module._buffers:
-            if key not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{key}" if prefix else key, module, key
 
 
 class ModelTensors:
@@ -101,13 +91,11 @@ class ModelTensors:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parameters = dict(model.named_parameters())
-        found = theta_of(model)
-        self._buffers = tuple(found.buffers)
-        self._specs = found.specs()
+        self._specs = theta_of(model).specs()
         #: other names of buffers that are one tensor
         self._aliases: dict[str, str] = {}
         first: dict[int, str] = {}
-        for name, module, key in _persistent_buffers(model):
+        for name, module, key in persistent_buffers(model):
             value = module._buffers[key]
             if value is not None and first.setdefault(id(value), name) != name:
                 self._aliases[name] = first[id(value)]
@@ -124,7 +112,7 @@ class ModelTensors:
                 )
         present = {
             name: (module, key, value)
-            for name, module, key in _persistent_buffers(self._model)
+            for name, module, key in persistent_buffers(self._model)
             if (value := module._buffers[key]) is not None
         }
         for alias, name in self._aliases.items():
@@ -144,8 +132,7 @@ class ModelTensors:
         if problem := difference(theta.specs(), self._specs):
             raise ModelError(
                 f"forward has made other buffers than the model was built with ({problem}); buffers must "
-                "keep their "
-                "names, shapes and types"
+                "keep their names, shapes and types"
             )
         return theta
 
@@ -177,8 +164,6 @@ def check_same_model(theta: Path, ours: Theta) -> None:
     if problem:
         raise ModelError(
             "the parameter server has built another model than this worker: its theta does not fit here, "
-            f"{problem}; "
-            f"install the same versions of torch (here {torch.__version__}), transformers and of the model's "
-            "own code "
-            "on all workers"
+            f"{problem}; install the same versions of torch (here {torch.__version__}), transformers and of "
+            "the model's own code on all workers"
         )

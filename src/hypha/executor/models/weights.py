@@ -8,17 +8,15 @@ or keys, because weights that are silently not used look like a model that learn
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from hypha.decoding import decode
+from hypha.decoding import decode_json
 from hypha.errors import ModelError, Undecodable
 
 #: what ``from_pretrained`` reads, first choice first
@@ -43,6 +41,11 @@ _OPTIONAL = frozenset(("pooler", "masked_spec_embed"))
 _SHOWN = 4
 
 
+class _Index(msgspec.Struct):
+    #: the file of each tensor
+    weight_map: dict[str, str]
+
+
 def is_weight_file(path: Path) -> bool:
     """Does the name say that it holds weights, a piece of them, an index of them or a trainer's state?"""
     return path.suffix in _SUFFIXES or path.name.endswith(_INDEX) or path.name in ("checkpoint", "latest")
@@ -65,10 +68,8 @@ def weight_file(source: Path, task: str) -> Path | None:
             raise ModelError(
                 f"the model's source holds weights that are not read: {listed(others)}; a model of the task "
                 f"{task} is read from {' or '.join(name for name in names if not name.endswith(_INDEX))}: "
-                "convert "
-                "them (save_pretrained, safetensors.torch.save_model), or leave them out of the source to "
-                "train "
-                "from scratch"
+                "convert them (save_pretrained, safetensors.torch.save_model), or leave them out of the "
+                "source to train from scratch"
             )
         return None
     for path in (found, *_shards(found)):
@@ -94,14 +95,9 @@ def _shards(file: Path) -> list[Path]:
 
 def _index(file: Path) -> dict[str, str]:
     try:
-        return decode(_weight_map, file.read_bytes())
+        return decode_json(file.read_bytes(), _Index).weight_map
     except Undecodable as exc:
         raise ModelError(f"{file.name} is no index of weights: {exc}") from exc
-
-
-def _weight_map(text: bytes) -> dict[str, str]:
-    """The file of each tensor."""
-    return {str(key): os.fspath(name) for key, name in json.loads(text)["weight_map"].items()}
 
 
 def keys_in(file: Path) -> frozenset[str]:
@@ -136,76 +132,59 @@ def _holds(keys: Collection[str], name: str) -> bool:
     return name in keys or any(name.endswith(f".{key}") or key.endswith(f".{name}") for key in keys)
 
 
-@dataclass(frozen=True)
-class LoadedWeights:
-    """What loading ``file`` into a model left over: names of the model's tensors that the file lacks, or has
-    in other shapes, and keys of the file that the model lacks.
+def loading_notes(
+    file: Path, info: Mapping[str, Iterable[object]], model: nn.Module, other_labels: bool
+) -> list[str]:
+    """What the user is to know of the weights of ``file`` in ``model``, one line each: a head that begins
+    fresh, weights that are not used. ``info`` is what ``from_pretrained`` gives with ``output_loading_info``;
+    ``other_labels``: the job has asked for a head of another size.
+
+    Raises :class:`ModelError` when it is not only a head that the file does not give.
     """
-
-    file: str
-    missing: tuple[str, ...]
-    mismatched: tuple[str, ...]
-    unexpected: tuple[str, ...]
-
-    @classmethod
-    def of(cls, file: Path, info: Mapping[str, Iterable[object]]) -> LoadedWeights:
-        """From what ``from_pretrained`` gives with ``output_loading_info``."""
-        mismatched = tuple(sorted(str(one[0]) for one in info["mismatched_keys"] if isinstance(one, tuple)))
-        missing = {str(key) for key in info["missing_keys"]} - set(mismatched)
-        unexpected = {str(key) for key in info["unexpected_keys"]}
-        return cls(file.name, tuple(sorted(missing)), mismatched, tuple(sorted(unexpected)))
-
-    def notes(self, model: nn.Module, other_labels: bool) -> list[str]:
-        """What the user is to know, one line each: a head that begins fresh, weights that are not used.
-        ``other_labels``: the job has asked for a head of another size.
-
-        Raises :class:`ModelError` when it is not only a head that the file does not give.
-        """
-        if lost := [name for name in (*self.missing, *self.mismatched) if not _may_be_fresh(model, name)]:
-            raise ModelError(self._problem(model, sorted(lost)))
-        if self.mismatched and not other_labels:
-            raise ModelError(
-                f"{self.file} does not fit config.json: {listed(self.mismatched)} have another shape "
-                "there; for a "
-                "head for other labels, which begins fresh, set model.arguments num_labels"
-            )
-        notes = []
-        if fresh := sorted((*self.missing, *self.mismatched)):
-            notes.append(f"{self.file} does not give all of the model; fresh, from the seed: {listed(fresh)}")
-        if self.unexpected:
-            notes.append(f"the model has no use for {listed(self.unexpected)} of {self.file}")
-        return notes
-
-    def _problem(self, model: nn.Module, lost: list[str]) -> str:
-        total = len(model.state_dict())
-        what = " have another shape there" if set(lost) <= set(self.mismatched) else " are not in it"
-        text = f"{self.file} does not fit the model: {len(lost)} of {total} tensors{what} ({listed(lost)})"
-        if self.unexpected:
-            text += f", and {len(self.unexpected)} of its own are not used ({listed(self.unexpected)})"
-        if prefix := self._prefix(model):
-            return (
-                f"{text}; its keys begin with {prefix!r}, which what the model was wrapped in has left: save "
-                "the "
+    mismatched = sorted(str(one[0]) for one in info["mismatched_keys"] if isinstance(one, tuple))
+    fresh = sorted({str(key) for key in info["missing_keys"]} | set(mismatched))
+    unexpected = sorted({str(key) for key in info["unexpected_keys"]})
+    if lost := [name for name in fresh if not _may_be_fresh(model, name)]:
+        what = " have another shape there" if set(lost) <= set(mismatched) else " are not in it"
+        text = f"{len(lost)} of {len(model.state_dict())} tensors{what} ({listed(lost)})"
+        if unexpected:
+            text += f", and {len(unexpected)} of its own are not used ({listed(unexpected)})"
+        if prefix := _prefix(unexpected, model):
+            text += (
+                f"; its keys begin with {prefix!r}, which what the model was wrapped in has left: save the "
                 "inner model's weights, or take the prefix off the keys"
             )
-        return (
-            f"{text}; give the weights of the architecture that config.json (and model.arguments) describe, "
-            "or "
-            "leave the weights out of the source to train from scratch"
+        else:
+            text += (
+                "; give the weights of the architecture that config.json (and model.arguments) describe, or "
+                "leave the weights out of the source to train from scratch"
+            )
+        raise ModelError(f"{file.name} does not fit the model: {text}")
+    if mismatched and not other_labels:
+        raise ModelError(
+            f"{file.name} does not fit config.json: {listed(mismatched)} have another shape there; for a "
+            "head for other labels, which begins fresh, set model.arguments num_labels"
         )
+    notes = []
+    if fresh:
+        notes.append(f"{file.name} does not give all of the model; fresh, from the seed: {listed(fresh)}")
+    if unexpected:
+        notes.append(f"the model has no use for {listed(unexpected)} of {file.name}")
+    return notes
 
-    def _prefix(self, model: nn.Module) -> str:
-        """What the unexpected keys have in common before the name of a tensor of the model."""
-        names = model.state_dict().keys()
-        for key in self.unexpected:
-            parts = key.split(".")
-            for at in range(1, len(parts)):
-                prefix = ".".join(parts[:at]) + "."
-                found = ".".join(parts[at:])
-                known = found in names or any(name.endswith(f".{found}") for name in names)
-                if known and all(other.startswith(prefix) for other in self.unexpected):
-                    return prefix
-        return ""
+
+def _prefix(unexpected: list[str], model: nn.Module) -> str:
+    """What the unexpected keys have in common before the name of a tensor of the model."""
+    names = model.state_dict().keys()
+    for key in unexpected:
+        parts = key.split(".")
+        for at in range(1, len(parts)):
+            prefix = ".".join(parts[:at]) + "."
+            found = ".".join(parts[at:])
+            known = found in names or any(name.endswith(f".{found}") for name in names)
+            if known and all(other.startswith(prefix) for other in unexpected):
+                return prefix
+    return ""
 
 
 def _may_be_fresh(model: nn.Module, name: str) -> bool:

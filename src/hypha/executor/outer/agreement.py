@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +30,18 @@ _SIGNS_SEED = 0x5EED
 _MOST_CHUNKS = 8
 
 
+@dataclass(frozen=True)
+class JudgedUpdate:
+    """An update, in the file at ``path``, that may be added to the sum with ``weight``."""
+
+    worker: str
+    norm: float
+    sketch: Tensor
+    weight: float
+    size_bytes: int
+    path: Path
+
+
 class Agreement:
     """Of the updates of one round after the other. ``spans`` are the chunks of all parameters, in order."""
 
@@ -38,7 +52,8 @@ class Agreement:
         rows = math.ceil(CHUNK / WIDTH)
         signs = torch.randint(0, 2, (len(drawn), rows), generator=chance).to(torch.float32).mul_(2).sub_(1)
         self._signs = dict(zip(drawn, signs, strict=True))
-        self._sketches: dict[str, tuple[Tensor, float, float, int, float]] = {}
+        #: updates in the sum, and what each was multiplied by
+        self._added: list[tuple[JudgedUpdate, float]] = []
 
     def draw(self, span: tuple[str, int], piece: Tensor, sketch: Tensor) -> None:
         """Add the chunk ``piece`` (fp32, on the CPU, contiguous) at ``span`` to ``sketch``, which has
@@ -53,28 +68,29 @@ class Agreement:
         if rest:
             sketch[:rest].add_(piece[rows * WIDTH :], alpha=float(signs[rows]))
 
-    def accept(
-        self, worker: str, norm: float, sketch: Tensor, weight: float, size_bytes: int, clip: float
-    ) -> None:
-        """The update of ``worker`` is in the sum, multiplied by ``weight`` and by ``clip``."""
-        self._sketches[worker] = (sketch, norm, weight * clip, size_bytes, clip)
+    def accept(self, update: JudgedUpdate, clip: float) -> None:
+        """It is in the sum, multiplied by its weight and by ``clip``."""
+        self._added.append((update, clip))
 
     def norms(self) -> tuple[float, ...]:
         """Of the updates of the open round, as they were sent."""
-        return tuple(norm for _, norm, _, _, _ in self._sketches.values())
+        return tuple(update.norm for update, _ in self._added)
 
     def close(self) -> tuple[UpdateStatistics, ...]:
         """Of the round's updates, in the order in which they were added; the next round begins."""
-        found = self._sketches
-        self._sketches = {}
+        added, self._added = self._added, []
         mean = torch.zeros(WIDTH, dtype=torch.float64)
-        for sketch, _, weight, _, _ in found.values():
-            mean.add_(sketch, alpha=weight)
+        for update, clip in added:
+            mean.add_(update.sketch, alpha=update.weight * clip)
         return tuple(
             UpdateStatistics(
-                worker=worker, norm=norm, cosine=_cosine(sketch, mean), size_bytes=size_bytes, clip=clip
+                worker=update.worker,
+                norm=update.norm,
+                cosine=_cosine(update.sketch, mean),
+                size_bytes=update.size_bytes,
+                clip=clip,
             )
-            for worker, (sketch, norm, _, size_bytes, clip) in found.items()
+            for update, clip in added
         )
 
 

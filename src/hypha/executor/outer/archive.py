@@ -1,7 +1,9 @@
 """What stays of a parameter server's work: checkpoints, and the trained model that is exported.
 
 Both are sent by one thread, in the order of their rounds, from files that do not change any more, so that
-rounds go on meanwhile.
+rounds go on meanwhile. A checkpoint is theta, momentum, and a description that is written last, so that with
+it the two are whole. Reading one needs no model: the files say what the tensors look like, the description
+which bytes they are.
 """
 
 from __future__ import annotations
@@ -10,34 +12,26 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
+from msgspec.structs import replace
 from opentelemetry.trace import Span
 from torch import Tensor
 
-from hypha.errors import PeerUnreachable, Refused
-from hypha.executor.bridge.client import BridgeClient
-from hypha.executor.bridge.refusals import export_waits
+from hypha.decoding import decode_json
+from hypha.errors import CheckpointUnusable, DataError, PeerUnreachable, Refused, Undecodable
+from hypha.executor.bridge.client import BridgeClient, export_waits
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import tensors
-from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState
-from hypha.messages import (
-    AggregateJob,
-    CheckpointSaved,
-    Exported,
-    Local,
-    PeerRef,
-    Peers,
-    Reference,
-    SendCall,
-)
-from hypha.tracing import span
+from hypha.executor.files.tensors import TensorFile
+from hypha.executor.files.theta import Theta
+from hypha.messages import AggregateJob, CheckpointSaved, Exported, Local, PeerRef, Peers, Reference, SendCall
 from hypha.tracing.operations import CHECKPOINT, EXPORT, Operation
 
 logger = logging.getLogger("hypha.executor.parameter_server")
@@ -45,19 +39,19 @@ logger = logging.getLogger("hypha.executor.parameter_server")
 #: how long the last checkpoint may hold up the end
 _FINISH_GRACE_S = 30.0
 _EXPORT_RETRY_S = 2.0
+THETA, MOMENTUM, STATE = "theta.safetensors", "momentum.safetensors", "state.json"
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Theta of ``round``, in the file ``theta`` with that hash, and whose updates made it. ``within`` is the
-    round to which its checkpoint belongs in traces.
-    """
+class CheckpointState(msgspec.Struct, frozen=True):
+    """``state.json``; ``theta`` and ``momentum`` are the BLAKE3 of the two files."""
 
+    job_id: str
+    generation: int
     round: int
-    within: int
-    theta: Path
-    blake3: str
-    contributors: tuple[str, ...]
+    theta: str
+    momentum: str
+    contributors: tuple[str, ...] = ()
+    version: int = 1
 
 
 class Archive:
@@ -106,9 +100,14 @@ class Archive:
             self._bridge.report(self._saved)
         self._saving = -1
 
-    def checkpoint(self, snapshot: Snapshot, momentum: Callable[[], dict[str, Tensor]]) -> None:
-        """Write ``snapshot`` now; make it durable in the background. Once a round is enough."""
-        round = snapshot.round
+    def checkpoint(
+        self, state: CheckpointState, theta: Path, momentum: Callable[[], dict[str, Tensor]], within: int
+    ) -> None:
+        """Write a checkpoint now, of the file ``theta`` and of ``momentum``, whose hash ``state`` lacks; make
+        it durable in the background. Once a round is enough. ``within`` is the round to which it belongs in
+        traces.
+        """
+        round = state.round
         if self._saving == round:
             if self._saved is not None and self._saved.round == round:
                 self._bridge.report(self._saved)
@@ -116,19 +115,11 @@ class Archive:
         self._saving = round
         directory = self._bridge.directory / "outgoing" / f"checkpoint-{round}"
         directory.mkdir(parents=True, exist_ok=True)
-        theta = directory / THETA
-        theta.unlink(missing_ok=True)
-        os.link(snapshot.theta, theta)
-        state = CheckpointState(
-            job_id=self._job.job_id,
-            generation=self._job.generation,
-            round=round,
-            theta=snapshot.blake3,
-            momentum=tensors.write(directory / MOMENTUM, momentum()).blake3,
-            contributors=snapshot.contributors,
-        )
+        (directory / THETA).unlink(missing_ok=True)
+        os.link(theta, directory / THETA)
+        state = replace(state, momentum=tensors.write(directory / MOMENTUM, momentum()).blake3)
         (directory / STATE).write_bytes(msgspec.json.encode(state))
-        self._submit(lambda: self._save_in_span(directory, round, snapshot.within))
+        self._submit(lambda: self._save_in_span(directory, round, within))
 
     def _save_in_span(self, directory: Path, round: int, within: int) -> None:
         with self._span_of(CHECKPOINT, within) as saving:
@@ -177,7 +168,7 @@ class Archive:
         self._submit(lambda: self._send_export(round, directory, names, to))
 
     def _send_export(self, round: int, directory: Path, names: list[str], to: PeerRef) -> None:
-        with span(EXPORT, {"hypha.job": self._job.job_id}, parent=self._traces.dispatch):
+        with self._traces.in_dispatch(EXPORT):
             if not self._deliver_export(round, directory, names, to):
                 return
             self._exported = Exported(round=round, files=tuple(names))
@@ -205,3 +196,40 @@ class Archive:
                 left = list(names)
                 self.finishing.wait(_EXPORT_RETRY_S)
         return not left
+
+
+def read_checkpoint(
+    files: Mapping[str, Path], job_id: str, round_: int
+) -> tuple[Theta, dict[str, Tensor], CheckpointState]:
+    """Theta, momentum by parameter, and the description, if ``files`` (by name) are the checkpoint of that
+    round of that job, and each is what was saved; else :class:`CheckpointUnusable`. Theta and momentum are
+    deleted once they were read.
+    """
+    if missing := {THETA, MOMENTUM, STATE} - files.keys():
+        raise CheckpointUnusable(f"the checkpoint lacks {', '.join(sorted(missing))}")
+    try:
+        state = decode_json(files[STATE].read_bytes(), CheckpointState)
+    except Undecodable as exc:
+        raise CheckpointUnusable(f"{STATE} of the checkpoint cannot be read: {exc}") from exc
+    if (state.job_id, state.round) != (job_id, round_):
+        raise CheckpointUnusable(f"the checkpoint is of round {state.round} of job {state.job_id}")
+    everything = _read(files[THETA], state.theta)
+    # each parameter has a momentum, a buffer has none
+    momentum = _read(files[MOMENTUM], state.momentum)
+    if strangers := momentum.keys() - everything.keys():
+        raise CheckpointUnusable(f"{MOMENTUM} of the checkpoint holds {min(strangers)}, which theta lacks")
+    parameters = {name: everything.pop(name) for name in momentum}
+    return Theta(parameters, everything), momentum, state
+
+
+def _read(path: Path, expected: str) -> dict[str, Tensor]:
+    try:
+        with TensorFile(path) as file:
+            into = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in file.specs().items()}
+        found = tensors.read(path, into).blake3
+    except DataError as exc:
+        raise CheckpointUnusable(f"{path.name} of the checkpoint cannot be read: {exc}") from exc
+    if found != expected:
+        raise CheckpointUnusable(f"{path.name} of the checkpoint is not the file that was saved")
+    path.unlink()
+    return into

@@ -13,7 +13,7 @@ from typing import Any
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.executor.bridge.client import BridgeClient
-from hypha.executor.files.hashing import Digests
+from hypha.executor.files.tensors import Digests
 from hypha.messages import PeerRef, Peers, SendCall
 
 logger = logging.getLogger("hypha.executor.parameter_server")
@@ -48,7 +48,11 @@ class Broadcasts:
         """Send the file of theta of ``round_`` at ``path``, whose name may be taken away at once."""
         if not peers:
             return
-        link = self._linked(path)
+        # under a name of its own, which whoever sends it removes afterwards
+        self._links += 1
+        link = path.parent / f"{self._links}" / path.name
+        link.parent.mkdir(parents=True)
+        os.link(path, link)
         call = SendCall(
             resource=Peers(peers=peers, strategy="all", resource="theta"),
             path=self._bridge.relative(link),
@@ -59,14 +63,6 @@ class Broadcasts:
             xxh3=digests.xxh3,
         )
         self._threads.submit(self._send, call, link).add_done_callback(self._ended)
-
-    def _linked(self, path: Path) -> Path:
-        """The file under a name of its own, which whoever sends it removes afterwards."""
-        self._links += 1
-        link = path.parent / f"{self._links}" / path.name
-        link.parent.mkdir(parents=True)
-        os.link(path, link)
-        return link
 
     def _send(self, call: SendCall, link: Path) -> None:
         """The worker has tried long enough when it reports a failure: whoever still takes part is missed by

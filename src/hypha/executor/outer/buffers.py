@@ -3,7 +3,7 @@ parameters. They take no momentum: floating and complex ones become the weighted
 integer and boolean ones their maximum. What no worker has changed stays as it is, infinite or NaN though it
 may be.
 
-As with updates (:mod:`hypha.executor.outer.outliers`) a huge change is scaled down, not believed: what one
+As with updates (:mod:`hypha.executor.outer.admission`) a huge change is scaled down, not believed: what one
 worker states must not move a buffer further than the others' do. Each buffer is judged by itself when the
 round is closed, as all that it is compared with is known then: the median of the round's changes where there
 are three or more, else that of the last rounds. A change of more than ``max_update_ratio`` times that counts
@@ -32,7 +32,8 @@ from hypha.executor.files import tensors
 from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import UpdateFile
 from hypha.executor.models.model_tensors import unchanged
-from hypha.executor.outer.outliers import ROUNDS
+from hypha.executor.outer.admission import ROUNDS
+from hypha.executor.outer.agreement import JudgedUpdate
 
 logger = logging.getLogger("hypha.executor.parameter_server")
 
@@ -46,9 +47,8 @@ class _Part:
     much it is scaled, where that is known, as in a replay.
     """
 
-    worker: str
+    update: JudgedUpdate
     samples: int
-    weight: float
     moved: dict[str, float]
     path: Path
     clips: Mapping[str, float] | None
@@ -81,23 +81,21 @@ class BufferSum:
 
     def add(
         self,
-        worker: str,
+        update: JudgedUpdate,
         samples: int,
-        weight: float,
         values: dict[str, Tensor],
-        path: Path,
         clips: Mapping[str, float] | None,
     ) -> None:
-        """Keep the ``values`` of an update, whose file is at ``path``, beside that until the round is closed.
-        Each is multiplied as ``clips`` say, where they are given.
+        """Keep the ``values`` of an update beside its file until the round is closed. Each is multiplied as
+        ``clips`` say, where they are given.
         """
         if not values:
             return
         # the next update may have a file of the same name
-        beside = path.with_name(f"{path.name}.{len(self._parts)}.buffers")
+        beside = update.path.with_name(f"{update.path.name}.{len(self._parts)}.buffers")
         tensors.write(beside, values)
         moved = {name: _change(value, self._buffers[name]) for name, value in values.items()}
-        self._parts.append(_Part(worker, samples, weight, moved, beside, clips))
+        self._parts.append(_Part(update, samples, moved, beside, clips))
 
     def apply(self, total_weight: float) -> dict[str, dict[str, float]]:
         """Set the buffers to the round's; what was scaled, by worker and buffer. A new round begins."""
@@ -109,12 +107,20 @@ class BufferSum:
         for part in parts:
             clips = self._judged(part, parts) if part.clips is None else dict(part.clips)
             if clips:
-                scaled[part.worker] = clips
-            for name, value in self._kept(part).items():
+                scaled[part.update.worker] = clips
+            for name, kept in self._kept(part).items():
                 base = self._buffers[name]
-                _accumulate(
-                    sums, constant, name, _scaled(value, base, clips.get(name, 1.0)), part.weight, base
-                )
+                value = _scaled(kept, base, clips.get(name, 1.0))
+                same = unchanged(value, base)
+                averaged = _is_averaged(value.dtype)
+                if averaged:
+                    # a sum of halves would overflow
+                    value = value.to(torch.promote_types(value.dtype, torch.float32)) * part.update.weight
+                if name not in sums:
+                    sums[name], constant[name] = value, same
+                    continue
+                sums[name] = sums[name].add_(value) if averaged else _maximum(sums[name], value)
+                constant[name] &= same
         for name, buffer in self._buffers.items() if parts else ():
             new = sums[name]
             new = (new / total_weight).to(buffer.dtype) if _is_averaged(buffer.dtype) else new
@@ -147,7 +153,7 @@ class BufferSum:
             logger.warning(
                 "The update of %s moves %d buffers further than is usual, %s by %g: they count with %.3g of "
                 "that at least",
-                part.worker,
+                part.update.worker,
                 len(found),
                 name,
                 part.moved[name],
@@ -163,15 +169,9 @@ class BufferSum:
 
 def _change(value: Tensor, base: Tensor) -> float:
     """The L2 norm of what changed; infinite where something that was not finite is now."""
-    moved = _moved(value, base)
-    return float(torch.nan_to_num(moved, nan=math.inf, posinf=math.inf).square().sum().sqrt())
-
-
-def _moved(value: Tensor, base: Tensor) -> Tensor:
-    """By how much each element changed, whatever its type, as a float64."""
     wide = torch.complex128 if value.is_complex() else torch.float64
-    difference = (value.to(wide) - base.to(wide)).abs()
-    return torch.where(unchanged(value, base), torch.zeros_like(difference), difference)
+    moved = (value.to(wide) - base.to(wide)).abs().masked_fill_(unchanged(value, base), 0.0)
+    return float(torch.nan_to_num(moved, nan=math.inf, posinf=math.inf).square().sum().sqrt())
 
 
 def _scaled(value: Tensor, base: Tensor, clip: float) -> Tensor:
@@ -188,29 +188,6 @@ def _scaled(value: Tensor, base: Tensor, clip: float) -> Tensor:
     one, other = base.numpy(), value.numpy()
     steps = np.trunc((other.astype(np.float64) - one.astype(np.float64)) * clip)
     return torch.from_numpy(np.asarray((one.astype(np.float64) + steps).astype(one.dtype)))
-
-
-def _accumulate(
-    sums: dict[str, Tensor],
-    constant: dict[str, Tensor],
-    name: str,
-    value: Tensor,
-    weight: float,
-    base: Tensor,
-) -> None:
-    same = unchanged(value, base)
-    if _is_averaged(value.dtype):
-        # a sum of halves would overflow
-        value = value.to(torch.promote_types(value.dtype, torch.float32)) * weight
-    total = sums.get(name)
-    if total is None:
-        sums[name], constant[name] = value, same
-        return
-    constant[name] &= same
-    if _is_averaged(value.dtype):
-        total.add_(value)
-    else:
-        sums[name] = _maximum(total, value)
 
 
 def _is_averaged(dtype: torch.dtype) -> bool:

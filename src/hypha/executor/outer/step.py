@@ -4,7 +4,7 @@ After Douillard et al. 2023. With Delta_i = theta_i - theta_r and weights w_i (s
 Delta_i) / sum(w_i), m <- mu m + g (so m_0 = g), theta <- theta + lr (mu m + g), which is what
 ``torch.optim.SGD(nesterov=True)`` does with the gradient -g. Updates are added as they come into one fp32
 accumulator, so memory is theta, momentum and accumulator, however many workers there are; only those of the
-first round wait on the disk for a while, see :mod:`hypha.executor.outer.outliers`.
+first round wait on the disk for a while, see :mod:`hypha.executor.outer.admission`.
 
 Buffers are no parameters and take no momentum, see :mod:`hypha.executor.outer.buffers`.
 """
@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -26,27 +26,15 @@ from hypha.errors import DataError, Refused
 from hypha.executor.files.tensors import CHUNK, TensorFile, one_thread
 from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import MAX_HEADER_BYTES, UpdateFile
-from hypha.executor.outer.agreement import WIDTH, Agreement
+from hypha.executor.outer.admission import MOST_ASIDE, NormLimit
+from hypha.executor.outer.agreement import WIDTH, Agreement, JudgedUpdate
 from hypha.executor.outer.buffers import BufferSum
-from hypha.executor.outer.outliers import MOST_ASIDE, NormLimit
-from hypha.messages import AggregateJob, LedgerRound, UpdateStatistics
+from hypha.messages import AggregateJob, UpdateStatistics
 
 logger = logging.getLogger("hypha.executor.parameter_server")
 
 #: A parameter and the first element of a chunk of it.
 Span = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class _Aside:
-    """An update that was judged, in the file at ``path``."""
-
-    worker: str
-    norm: float
-    sketch: Tensor
-    weight: float
-    size_bytes: int
-    path: Path
 
 
 class OuterStep:
@@ -66,7 +54,7 @@ class OuterStep:
         self._uniform = job.weighting == "uniform"
         self._limit = NormLimit(job)
         #: updates of a first round that are not in the sum yet, in the order in which they came
-        self._aside: list[_Aside] = []
+        self._aside: list[JudgedUpdate] = []
         self._added = False
         self._sum: dict[str, Tensor] = {}
         self._buffers = BufferSum(theta, job.max_update_ratio)
@@ -114,9 +102,8 @@ class OuterStep:
                 # the whole file is judged before its first tensor is added: a sum cannot be taken back
                 norm, sketch = self._norm(update)
                 buffers = self._buffers.read(update)
-                size_bytes = path.stat().st_size
                 weight = 1.0 if self._uniform else float(samples)
-                part = _Aside(worker, norm, sketch, weight, size_bytes, path)
+                part = JudgedUpdate(worker, norm, sketch, weight, path.stat().st_size, path)
                 waits = clip is None and not self._limit.is_known
                 if not waits:
                     self._accumulate(update, part, self._clip(part) if clip is None else clip)
@@ -128,7 +115,7 @@ class OuterStep:
             self._aside.append(replace(part, path=aside))
         # an entry of an earlier version says nothing of them: they were believed
         clips = None if clip is None or recorded is None else recorded.buffer_clips or {}
-        self._buffers.add(worker, samples, weight, buffers, path, clips)
+        self._buffers.add(part, samples, buffers, clips)
         self._weight += weight
         self.contributors[worker] = samples
         if len(self._aside) >= MOST_ASIDE:
@@ -144,7 +131,7 @@ class OuterStep:
                 self._accumulate(UpdateFile(file, self.theta), part, self._clip(part))
             part.path.unlink()
 
-    def _clip(self, part: _Aside) -> float:
+    def _clip(self, part: JudgedUpdate) -> float:
         clip = self._limit.clip(part.norm)
         if clip < 1.0:
             logger.warning(
@@ -184,11 +171,9 @@ class OuterStep:
             total.add_(sketch)
         return math.sqrt(squares), total
 
-    def _accumulate(self, update: UpdateFile, part_of: _Aside, clip: float) -> None:
-        weight, first, self._added = part_of.weight * clip, not self._added, True
-        self._agreement.accept(
-            part_of.worker, part_of.norm, part_of.sketch, part_of.weight, part_of.size_bytes, clip
-        )
+    def _accumulate(self, update: UpdateFile, judged: JudgedUpdate, clip: float) -> None:
+        weight, first, self._added = judged.weight * clip, not self._added, True
+        self._agreement.accept(judged, clip)
         for name, value in self.theta.parameters.items():
             if name not in self._sum:
                 self._sum[name] = torch.empty(value.numel())
@@ -257,8 +242,3 @@ class OuterStep:
     def restore_momentum(self, momentum: dict[str, Tensor]) -> None:
         """Take momentum from a checkpoint (shares its memory)."""
         self.momentum = {name: momentum[name].view(-1) for name in self.theta.parameters}
-
-
-def recorded_in(entry: LedgerRound) -> dict[str, UpdateStatistics]:
-    """What the ledger says of each update of an applied round."""
-    return {one.worker: one for one in entry.updates}

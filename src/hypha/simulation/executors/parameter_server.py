@@ -1,357 +1,237 @@
-"""The parameter server of a simulated world.
+"""The parameter server of a simulated world: the real one, with a toy model, and with tasks of a simulated
+process in place of threads.
 
-What :mod:`hypha.executor.parameter_server` does in threads is done here in tasks of a simulated process: the
-inbox, the outer step, theta's files and the checkpoints are the real code.
+What :class:`~hypha.executor.parameter_server.ParameterServer` decides and writes is inherited; what waits for
+its worker is written again.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import msgspec
 import trio
+from torch import Tensor
 
-from hypha.errors import CheckpointUnusable, DataError, PeerUnreachable, Refused
-from hypha.executor.bridge.refusals import export_waits
+from hypha.errors import CheckpointUnusable, PeerUnreachable, Refused
+from hypha.executor.bridge.client import export_waits
+from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import tensors
-from hypha.executor.files.updates import contribution_in
-from hypha.executor.outer.admission import admit, check_contribution
-from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
+from hypha.executor.files.theta import Theta
+from hypha.executor.outer.archive import MOMENTUM, STATE, THETA, Archive, read_checkpoint
+from hypha.executor.outer.broadcast import Broadcasts
 from hypha.executor.outer.step import OuterStep
+from hypha.executor.parameter_server import ParameterServer
 from hypha.executor.toy import toy_theta
 from hypha.messages import (
     AggregateJob,
     CheckpointSaved,
     CloseRound,
     Directive,
-    Export,
     Exported,
     Finish,
     Local,
-    Members,
-    ModelReady,
     PeerRef,
     Peers,
     ReceivedFile,
     Reference,
-    Rejoin,
-    RoundApplied,
-    SaveCheckpoint,
     SendCall,
-    SendModel,
-    UpdateReceived,
-    UpdateRefused,
 )
 from hypha.node import Changes
 from hypha.simulation.executors.bridge import Bridge
 
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from hypha.executor.bridge.client import BridgeClient
+    from hypha.executor.models.model_files import ModelFiles
+
 logger = logging.getLogger("hypha.simulation")
 
-#: as in hypha.executor.parameter_server
-_EXPORT_RETRY_S = 2.0
+#: as in hypha.executor.outer.archive
+_FINISH_GRACE_S, _EXPORT_RETRY_S = 30.0, 2.0
 
 
-class SimulatedParameterServer:
-    """See :mod:`hypha.executor.parameter_server`, whose steps it takes one by one."""
+class SimulatedParameterServer(ParameterServer):
+    """It takes ``step_s`` to close a round."""
 
     def __init__(self, bridge: Bridge, job: AggregateJob, nursery: trio.Nursery, step_s: float) -> None:
-        self._bridge = bridge
-        self._job = job
+        super().__init__(cast("BridgeClient", bridge), job, Traces(job))
+        self._calls = bridge
         self._nursery = nursery
         self._step_s = step_s
-        self._inputs: deque[Directive | ReceivedFile] = deque()
         self._changed = Changes()
-        self._members: Members | None = None
-        self._early: list[ReceivedFile] = []
-        self._received: dict[str, UpdateReceived] = {}
-        self._applied: tuple[UpdateReceived | RoundApplied, ...] = ()
-        self._exporting = -1
-        self._exported: Exported | None = None
-        self._saving = -1
-        self._saved: CheckpointSaved | None = None
-        self.round = job.round
-        self._contributors: tuple[str, ...] = ()
-        self._archive: deque[Callable[[], Awaitable[None]]] = deque()
-        self._archiving = False
-        self._links = 0
+        self._archive: _TaskArchive = _TaskArchive(bridge, job, self._changed)
+        self._broadcasts = _TaskBroadcasts(bridge, nursery)
+        self._files = cast("ModelFiles", _ToyFiles())
 
-    def _put(self, item: Directive | ReceivedFile) -> None:
-        self._inputs.append(item)
+    def put(self, item: Directive | ReceivedFile | Exception) -> None:
+        super().put(item)
         self._changed.note()
 
-    async def run(self) -> None:
-        """Serve until ``Finish``."""
-        self._nursery.start_soon(self._bridge.directives, self._put)
-        await self._load()
-        self._nursery.start_soon(self._bridge.receive, ("update",), self._put)
-        self._nursery.start_soon(self._keep_archive)
+    async def serve(self) -> None:
+        """Until ``Finish``."""
+        self._nursery.start_soon(self._calls.directives, self.put)
+        await self._load_toy()
+        self._nursery.start_soon(self._calls.receive, ("update",), self.put)
+        self._nursery.start_soon(self._archive.run)
         self._ready()
-        while True:
-            while not self._inputs:
-                await self._changed.wait()
-            item = self._inputs.popleft()
-            if isinstance(item, Finish):
-                break
-            await self._handle(item)
-        with trio.move_on_after(30.0):
-            while self._archive or self._archiving:
-                await self._changed.wait()
+        while not isinstance(item := await self._next_item(), Finish):
+            if isinstance(item, CloseRound) and item.round == self.round:
+                await trio.sleep(self._step_s)
+            self._handle(item)
+        with trio.move_on_after(_FINISH_GRACE_S):
+            await self._archive.done()
 
-    async def _load(self) -> None:
-        job = self._job
-        momentum: dict[str, Any] = {}
-        if job.restore is None:
-            self._theta = toy_theta()
-        else:
-            try:
-                fetched = await self._bridge.fetch(job.restore)
-            except Refused as exc:
-                if exc.code != "not-found":
-                    raise
-                raise CheckpointUnusable(f"the checkpoint is not there: {exc.reason}") from exc
-            files = {path.name: path for path, _ in fetched}
-            self._theta, momentum, state = read_checkpoint(files, job.job_id, job.round)
-            self.round, self._contributors = state.round, state.contributors
-        self._outer = OuterStep(self._theta, job)
+    async def _next_item(self) -> Directive | ReceivedFile:
+        while self._inputs.empty():
+            await self._changed.wait()
+        return cast("Directive | ReceivedFile", self._inputs.get_nowait())
+
+    async def _load_toy(self) -> None:
+        momentum: dict[str, Tensor] = {}
+        self._theta = toy_theta()
+        if self._job.restore is not None:
+            self._theta, momentum = await self._fetched(self._job.restore)
+        self._outer = OuterStep(self._theta, self._job)
         if momentum:
             self._outer.restore_momentum(momentum)
         self._hashes = tensors.write(self._theta_path(), self._theta.all())
+        self._beside = False
 
-    def _theta_path(self) -> Path:
-        return self._bridge.directory / "outgoing" / f"theta-{self.round}.safetensors"
-
-    @property
-    def _peers(self) -> tuple[PeerRef, ...]:
-        return () if self._members is None else self._members.peers
-
-    def _ready(self) -> None:
-        self._bridge.report(
-            ModelReady(round=self.round, theta=self._hashes.blake3, parameters=8, size_bytes=32)
-        )
-
-    def _rejoin(self) -> None:
-        if self._exported is not None:
-            self._exporting = -1
-        self._report_applied()
-        if self._saved is not None:
-            self._bridge.report(self._saved)
-        self._saving = -1
-        self._ready()
-        for received in self._received.values():
-            self._bridge.report(received)
-
-    def _report_applied(self) -> None:
-        for event in self._applied:
-            self._bridge.report(event)
-
-    async def _handle(self, item: Directive | ReceivedFile) -> None:
-        match item:
-            case ReceivedFile():
-                self._update_arrived(item)
-            case Members():
-                self._members = item
-                early, self._early = self._early, []
-                for file in early:
-                    self._update_arrived(file)
-            case SendModel():
-                self._send_theta((item.to,), item.attempt)
-            case CloseRound():
-                await self._close(item)
-            case SaveCheckpoint():
-                self._checkpoint()
-            case Export():
-                self._export(item.to)
-            case Rejoin():
-                self._rejoin()
-            case _:
-                pass
-
-    # --- updates ------------------------------------------------------------------------------------
-
-    def _update_arrived(self, file: ReceivedFile) -> None:
-        path = self._bridge.directory / file.path
-        round_ = file.meta.stamp.round if file.meta.stamp is not None else -1
+    async def _fetched(self, reference: Reference) -> tuple[Theta, dict[str, Tensor]]:
         try:
-            if not admit(file, self._job, self.round, self._members):
-                self._early.append(file)
-                return
-            contribution = contribution_in(path)
-            check_contribution(file, contribution, self._job, self._members)
-            self._outer.add(file.from_peer, contribution.samples, path)
-        except (Refused, DataError) as exc:
-            code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
-            self._bridge.report(UpdateRefused(round=round_, worker=file.from_peer, code=code, reason=reason))
-        else:
-            received = UpdateReceived(
-                round=round_, worker=file.from_peer, samples=contribution.samples, contribution=contribution
-            )
-            self._received[file.from_peer] = received
-            self._bridge.report(received)
-        path.unlink(missing_ok=True)
+            fetched = await self._calls.fetch(reference)
+        except Refused as exc:
+            if exc.code != "not-found":
+                raise
+            raise CheckpointUnusable(f"the checkpoint is not there: {exc.reason}") from exc
+        files = {path.name: path for path, _ in fetched}
+        theta, momentum, state = read_checkpoint(files, self._job.job_id, self._job.round)
+        self.round, self._contributors = state.round, state.contributors
+        return theta, momentum
 
-    # --- rounds -------------------------------------------------------------------------------------
 
-    async def _close(self, directive: CloseRound) -> None:
-        if directive.round == self.round - 1 and self._applied:
-            self._report_applied()
-            self._send_theta(self._peers)
-            return
-        if directive.round != self.round:
-            return
-        await trio.sleep(self._step_s)
-        contributors = tuple(self._outer.contributors)
-        norm = self._outer.apply()
-        old = self._theta_path()
-        self.round += 1
-        self._contributors = contributors
-        self._hashes = tensors.write(self._theta_path(), self._theta.all())
-        due = self.round % self._job.checkpoint.every_rounds == 0
-        checkpoint = directive.checkpoint or directive.final or due
-        applied = RoundApplied(
-            round=directive.round,
-            theta=self._hashes.blake3,
-            contributors=contributors,
-            update_norm=norm,
-            checkpoint=checkpoint,
-            updates=self._outer.statistics,
-        )
-        self._applied, self._received = (*self._received.values(), applied), {}
-        self._bridge.report(applied)
-        if not directive.final:
-            self._send_theta(self._peers)
-        old.unlink(missing_ok=True)
-        if checkpoint:
-            self._checkpoint()
+class _ToyFiles:
+    """Of the toy model: nothing but theta."""
 
-    def _send_theta(self, receivers: Iterable[PeerRef], attempt: int = 0) -> None:
-        peers = tuple(receivers)
-        if not peers:
-            return
-        self._links += 1
-        link = self._bridge.directory / "outgoing" / f"{self._links}" / self._theta_path().name
-        link.parent.mkdir()
-        os.link(self._theta_path(), link)
-        call = SendCall(
-            resource=Peers(peers=peers, strategy="all", resource="theta"),
-            path=self._bridge.relative(link),
-            round=self.round,
-            contributors=self._contributors,
-            blake3=self._hashes.blake3,
-            attempt=attempt,
-            xxh3=self._hashes.xxh3,
-        )
-        self._nursery.start_soon(self._broadcast, call, link)
+    notes = ()
 
-    async def _broadcast(self, call: SendCall, link: Path) -> None:
+    def export(self, theta: Theta, directory: Path) -> list[str]:
+        directory.mkdir()
+        tensors.write(directory / "model.safetensors", theta.all())
+        (directory / "config.json").write_bytes(b"{}")
+        return ["config.json", "model.safetensors"]
+
+
+class _Tasks:
+    """In place of a pool of threads; what it is given to call is a coroutine function."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+
+    def submit(self, call: Callable[..., Awaitable[object]], *arguments: object) -> Future[Any]:
+        self._nursery.start_soon(call, *arguments)
+        return Future()
+
+
+class _TaskBroadcasts(Broadcasts):
+    def __init__(self, bridge: Bridge, nursery: trio.Nursery) -> None:
+        super().__init__(cast("BridgeClient", bridge), lambda _: None, lambda _: nullcontext())
+        self._calls = bridge
+        self._threads = cast("ThreadPoolExecutor", _Tasks(nursery))
+
+    async def _send(self, call: SendCall, link: Path) -> None:  # type: ignore[override]
         try:
-            await self._bridge.send(call)
+            await self._calls.send(call)
         except (Refused, PeerUnreachable) as exc:
             logger.debug("Theta of round %d reached nobody: %s", call.round, exc)
         finally:
             shutil.rmtree(link.parent, ignore_errors=True)
 
-    # --- what stays -----------------------------------------------------------------------------------
 
-    async def _keep_archive(self) -> None:
+class _TaskArchive(Archive):
+    """:meth:`run` does its work, one piece after the other, and notes what has ``changed``."""
+
+    def __init__(self, bridge: Bridge, job: AggregateJob, changed: Changes) -> None:
+        span_of = cast("Any", lambda operation, round_: nullcontext())
+        super().__init__(cast("BridgeClient", bridge), job, Traces(job), span_of, lambda _: None)
+        self._calls = bridge
+        self._waiting: deque[Callable[[], Any]] = deque()
+        self._working = False
+        self._changed = changed
+
+    def _submit(self, work: Callable[[], Any]) -> None:
+        self._waiting.append(work)
+        self._changed.note()
+
+    async def run(self) -> None:
         while True:
-            while not self._archive:
+            while not self._waiting:
                 await self._changed.wait()
-            work = self._archive.popleft()
-            self._archiving = True
+            work = self._waiting.popleft()
+            self._working = True
             try:
                 await work()
             finally:
-                self._archiving = False
+                self._working = False
                 self._changed.note()
 
-    def _in_archive(self, work: Callable[[], Awaitable[None]]) -> None:
-        self._archive.append(work)
-        self._changed.note()
+    async def done(self) -> None:
+        """Wait until nothing is left to do."""
+        while self._waiting or self._working:
+            await self._changed.wait()
 
-    def _checkpoint(self) -> None:
-        if self._saving == self.round:
-            if self._saved is not None and self._saved.round == self.round:
-                self._bridge.report(self._saved)
-            return
-        self._saving = self.round
-        directory = self._bridge.directory / "outgoing" / f"checkpoint-{self.round}"
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / THETA).unlink(missing_ok=True)
-        os.link(self._theta_path(), directory / THETA)
-        momentum = tensors.write(directory / MOMENTUM, self._outer.momentum_or_zeros()).blake3
-        state = CheckpointState(
-            job_id=self._job.job_id,
-            generation=self._job.generation,
-            round=self.round,
-            theta=self._hashes.blake3,
-            momentum=momentum,
-            contributors=self._contributors,
-        )
-        (directory / STATE).write_bytes(msgspec.json.encode(state))
-        round_ = self.round
-        self._in_archive(lambda: self._save_checkpoint(directory, round_))
-
-    async def _save_checkpoint(self, directory: Path, round_: int) -> None:
+    async def _save_in_span(self, directory: Path, round: int, within: int) -> None:  # type: ignore[override]
         policy = self._job.checkpoint
-        place, relative = policy.place, self._bridge.relative(directory)
+        place, relative = policy.place, self._calls.relative(directory)
         try:
             if place == "scheduler":
                 resource: Reference = Peers(peers=(self._job.scheduler,), resource="checkpoint")
                 for name in (THETA, MOMENTUM, STATE):
-                    await self._bridge.send(
-                        SendCall(resource=resource, path=f"{relative}/{name}", round=round_)
+                    await self._calls.send(
+                        SendCall(resource=resource, path=f"{relative}/{name}", round=round)
                     )
             else:
-                place = f"{place.rstrip('/')}/{self._job.job_id}/{round_}"
-                call = SendCall(
-                    resource=Local(url=place), path=relative, round=round_, marker=STATE, keep=policy.keep
+                place = f"{place.rstrip('/')}/{self._job.job_id}/{round}"
+                resource = Local(url=place)
+                await self._calls.send(
+                    SendCall(resource=resource, path=relative, round=round, marker=STATE, keep=policy.keep)
                 )
-                await self._bridge.send(call)
         except (Refused, PeerUnreachable) as exc:
-            logger.debug("The checkpoint of round %d is not saved: %s", round_, exc)
-            if self._saving == round_:
+            logger.debug("The checkpoint of round %d is not saved: %s", round, exc)
+            if self._saving == round:
                 self._saving = -1
         else:
-            self._saved = CheckpointSaved(round=round_, place=place)
-            self._bridge.report(self._saved)
+            self._saved = CheckpointSaved(round=round, place=place)
+            self._calls.report(self._saved)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    def _export(self, to: PeerRef) -> None:
-        if self._exporting == self.round:
-            if self._exported is not None:
-                self._bridge.report(self._exported)
-            return
-        self._exporting, self._exported = self.round, None
-        directory = self._bridge.directory / "outgoing" / "export"
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-        tensors.write(directory / "model.safetensors", self._theta.all())
-        (directory / "config.json").write_bytes(b"{}")
-        self._in_archive(lambda: self._send_export(directory, ["config.json", "model.safetensors"], to))
-
-    async def _send_export(self, directory: Path, names: list[str], to: PeerRef) -> None:
+    async def _send_export(  # type: ignore[override]
+        self, round: int, directory: Path, names: list[str], to: PeerRef
+    ) -> None:
         left = list(names)
         while left:
             call = SendCall(
                 resource=Peers(peers=(to,), resource="export"),
-                path=self._bridge.relative(directory / left[0]),
-                round=self.round,
+                path=self._calls.relative(directory / left[0]),
+                round=round,
             )
             try:
-                await self._bridge.send(call)
+                await self._calls.send(call)
                 left.pop(0)
             except (Refused, PeerUnreachable) as exc:
                 if isinstance(exc, Refused) and not export_waits(exc):
                     raise
                 left = list(names)
                 await trio.sleep(_EXPORT_RETRY_S)
-        self._exported = Exported(round=self.round, files=tuple(names))
-        self._bridge.report(self._exported)
+        self._exported = Exported(round=round, files=tuple(names))
+        self._calls.report(self._exported)
         shutil.rmtree(directory, ignore_errors=True)

@@ -126,9 +126,9 @@ class SimulatedExecutors:
                             stalled_s = self.stalled.get(process, 0.0) - trio.current_time()
                             return max(stalled_s, self._batch_s())
 
-                        await SimulatedTrainer(bridge, job, batch_s, self._lies).run(work)
+                        await SimulatedTrainer(bridge, job, batch_s, self._lies).serve(work)
                     else:
-                        await SimulatedParameterServer(bridge, job, work, 0.01).run()
+                        await SimulatedParameterServer(bridge, job, work, 0.01).serve()
                     work.cancel_scope.cancel()
             except* (HyphaError, OSError) as group:
                 exc = _first(group)

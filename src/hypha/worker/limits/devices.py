@@ -15,7 +15,7 @@ from hypha.worker.limits.gpus import SECOND_FILTERS, VISIBLE, Gpu
 
 GB = 10**9
 #: the bytes of each of its GPUs that an executor may use; read by Hypha's own
-#: (hypha.executor.inner.device_memory)
+#: (hypha.executor.inner.local_model)
 MEMORY_VARIABLE = "HYPHA_GPU_MEMORY_BYTES"
 
 
