@@ -10,9 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hypha.config.job import DEFAULT_BATCH_SIZE, JobConfig
+from hypha.config.job import DEFAULT_BATCH_SIZE, JobConfig, outer_defaults, outer_values
 from hypha.config.models import NodeConfig, SchedulerConfig
-from hypha.config.outer import chosen, outer_values
 
 #: learning rate / (1 - momentum), how far a steady update carries theta in the end, may differ from the
 #: chosen optimizer's by this factor, and momentum be more by that much, before the measured losses suffer
@@ -62,7 +61,7 @@ def _outer(job: JobConfig) -> Iterator[tuple[str, str]]:
     if (given.learning_rate is None and given.momentum is None) or rounds > _MEASURED_ROUNDS:
         return
     rate, momentum = outer_values(given, rounds)
-    best_rate, best_momentum = chosen(rounds)
+    best_rate, best_momentum = outer_defaults(rounds)
     reach, best_reach = rate / (1.0 - momentum), best_rate / (1.0 - best_momentum)
     instead = (
         f"leave both out for learning_rate {best_rate:g} and momentum {best_momentum:g} (docs/defaults.md)"

@@ -25,6 +25,7 @@ from hypha.config.models import (
     SchedulerConfig,
     WorkerConfig,
 )
+from hypha.config.networks import UrlPattern
 from hypha.config.otel import endpoint_problem
 from hypha.config.reading.lines import KeyPath
 from hypha.config.reading.log_filter import parse_filter
@@ -32,7 +33,6 @@ from hypha.config.reading.partial import Partial
 from hypha.config.sinks import sink_problems
 from hypha.config.tasks import unknown_task
 from hypha.config.tuning import ROUND_TRIPS_A_LEASE
-from hypha.config.url_patterns import UrlPattern
 from hypha.decoding import decode
 from hypha.errors import Undecodable
 

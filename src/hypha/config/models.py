@@ -11,12 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from hypha.config.bandwidth import LimitsConfig, WorkerLimitsConfig
 from hypha.config.job import DEFAULT_EXECUTOR, JobConfig, SinkConfig
 from hypha.config.offers import OfferConfig, ResourcesConfig
-from hypha.config.reading.pairs import pairs_of
-from hypha.config.section import Section
-from hypha.config.tuning import GatewayTuningConfig, TuningConfig
+from hypha.config.section import Section, pairs_of
+from hypha.config.tuning import GatewayTuningConfig, LimitsConfig, TuningConfig, WorkerLimitsConfig
 
 #: Addresses a node neither dials nor announces unless told otherwise: loopback, private, link-local.
 RESERVED_CIDR = (

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from hypha import __version__
 from hypha.config.models import NodeConfig, OtlpProtocol, Sampler, SchedulerConfig
 from hypha.config.reading.lines import KeyPath
-from hypha.config.reading.pairs import pairs_of
+from hypha.config.section import pairs_of
 from hypha.errors import ConfigError, Problem
 
 SIGNALS = ("traces", "metrics", "logs")

@@ -29,7 +29,7 @@ from hypha.cli.demo.workplace import (
     start_host,
     warm_keys,
 )
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.errors import OutputError
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.staging import StagedDirectory, write_output

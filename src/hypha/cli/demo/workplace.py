@@ -17,8 +17,7 @@ import trio
 
 from hypha.cli.demo import files
 from hypha.cli.demo.children import Children, DemoFailed
-from hypha.config.environment import process_environment
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment, process_environment
 from hypha.worker.jobs.directory import MAX_SOCKET_PATH_BYTES
 
 #: Its name among the network's processes.

@@ -2,7 +2,7 @@
 
 - A parameter server that goes on from a checkpoint: takes theta's shapes from it; the model is fetched
   meanwhile and built when it is exported, as building it takes longer than all the rest.
-- Outer optimizer: what the configuration leaves open is chosen when a job begins (``config/outer.py``,
+- Outer optimizer: what the configuration leaves open is chosen when a job begins (``config/job.py``,
   ``docs/defaults.md``), is in its ledger, and stays for good: restored, extended or upgraded, it is replayed
   bit by bit.
 - Outliers: an update over ten times the median norm is scaled down to the median of the last four rounds;

@@ -15,7 +15,7 @@ import trio
 
 from hypha.cli.doctor.gathered import Accelerators, Directory, MachineObservations
 from hypha.cli.doctor.gathering.bounded import Gathering
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.config.models import NodeConfig, SchedulerConfig, WorkerConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
