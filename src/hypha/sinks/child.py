@@ -14,21 +14,9 @@ from typing import BinaryIO
 
 import msgspec
 
-from hypha.sinks.aim import Aim
-from hypha.sinks.bridge import StatusBridge
-from hypha.sinks.interface import Begin, MetricSink, Reply, RoundValues
-from hypha.sinks.tensorboard import TensorBoard
-from hypha.sinks.trackio import Trackio
-from hypha.sinks.wandb import WandB
+from hypha.sinks.interface import Begin, Reply, RoundValues
+from hypha.sinks.tools import SINKS
 
-#: by what ``type`` says
-SINKS: dict[str, Callable[[], MetricSink]] = {
-    "tensorboard": TensorBoard,
-    "trackio": Trackio,
-    "wandb": WandB,
-    "aim": Aim,
-    "http": StatusBridge,
-}
 #: a library that hangs for so long ends with the process: whoever waits has given up before, or was killed
 _LIMIT_S = 90
 

@@ -85,9 +85,8 @@ class SinkProcess:
             self._closing_at = time.monotonic() + timeout_s
             self._changed.notify()
 
-    # --- in its thread --------------------------------------------------------------------------------
-
     def _run(self) -> None:
+        """In its thread, as all below."""
         try:
             while (values := self._next()) is not None:
                 try:
@@ -150,8 +149,6 @@ class SinkProcess:
             self._waiting.clear()
         if self.dropped:
             logger.warning("The metric sink %s lacks %d rounds.", self.destination.type, self.dropped)
-
-    # --- its process ----------------------------------------------------------------------------------
 
     def _deliver(self, values: RoundValues) -> None:
         """Raises :class:`_FailedError`, and OSError."""
