@@ -29,9 +29,6 @@ RESERVED_CIDR = (
 )
 
 
-# --- every node -----------------------------------------------------------------------------------
-
-
 #: how telemetry is sent
 OtlpProtocol = Literal["grpc", "http/protobuf", "http/json"]
 #: which traces are recorded
@@ -119,9 +116,6 @@ class GatewayConfig(NodeConfig):
     tuning: GatewayTuningConfig = GatewayTuningConfig()
 
 
-# --- data node --------------------------------------------------------------------------------------
-
-
 class DatasetConfig(Section):
     """One served dataset; ``name`` defaults to the manifest's, else to the directory's name."""
 
@@ -140,9 +134,6 @@ class DataConfig(LeafConfig):
     announce_interval_s: float = Field(default=600.0, gt=0)
     verify_at_start: bool = False
     """re-hash every slice at start-up, not only when it is first served"""
-
-
-# --- worker -----------------------------------------------------------------------------------------
 
 
 class ExecutorConfig(Section):
@@ -280,9 +271,6 @@ class WorkerConfig(LeafConfig):
     """the socket of a host that the nodes of this machine and user share, started with
     ``python -m hypha.executor.host --socket PATH``; ``None``: this worker has a host of its own
     """
-
-
-# --- scheduler ----------------------------------------------------------------------------------------
 
 
 class SchedulerSection(Section):

@@ -144,7 +144,6 @@ class GatewayTuningConfig(TuningConfig):
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 #: as ``datetime.weekday`` counts them
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-_MINUTES_A_DAY = 24 * 60
 
 
 def _clock(value: object) -> object:
@@ -153,10 +152,8 @@ def _clock(value: object) -> object:
         return f"{value.hour:02}:{value.minute:02}"
     if not isinstance(value, str):
         raise ValueError('a time of day such as "08:00"')
-    match = re.fullmatch(r"(\d{1,2}):(\d{2})(?::00)?", value.strip())
-    if match is None or minutes_of(found := f"{int(match[1]):02}:{match[2]}") > _MINUTES_A_DAY:
-        raise ValueError('a time of day such as "08:00", up to "24:00"')
-    if int(match[2]) > 59:
+    match = re.fullmatch(r"(\d{1,2}):([0-5]\d)(?::00)?", value.strip())
+    if match is None or minutes_of(found := f"{int(match[1]):02}:{match[2]}") > 24 * 60:
         raise ValueError('a time of day such as "08:00", up to "24:00"')
     return found
 

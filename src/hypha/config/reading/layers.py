@@ -31,6 +31,12 @@ class Layer:
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
+    def problem(self, loc: KeyPath, message: str) -> Problem:
+        """One with the key at ``loc``, told where that, or what it is in, was set."""
+        origins = (self.origins.get(loc[:length]) for length in range(len(loc), -1, -1))
+        origin = next((one for one in origins if one is not None), Origin(""))
+        return Problem(key=shown(loc), source=origin.source, line=origin.line, message=message)
+
 
 def fold(
     model: type[Section],
@@ -41,17 +47,16 @@ def fold(
     """``raw`` with hyphens and aliases turned into field names and paths made absolute against
     ``base`` (``None``: left to the working directory).
     """
-    layer = Layer()
-    folding = _Folding(layer, origin_of, base)
-    layer.tree = folding.table(model, raw, (), ())
-    return layer
+    folding = _Folding(origin_of, base)
+    folding.layer.tree = folding.table(model, raw, (), ())
+    return folding.layer
 
 
 @dataclass
 class _Folding:
-    layer: Layer
     origin_of: Callable[[KeyPath], Origin]
     base: Path | None
+    layer: Layer = field(default_factory=Layer)
 
     def table(
         self, model: type[Section], raw: Mapping[str, Value], at: KeyPath, written: KeyPath
@@ -60,12 +65,9 @@ class _Folding:
         for key, value in raw.items():
             name = field_named(model, key)
             here, there = (*at, name or key), (*written, key)
-            if here[-1] in tree:
-                origin = self.origin_of(there)
-                self.layer.problems.append(
-                    Problem(shown(here), "it is set twice, in two spellings", origin.source, origin.line)
-                )
             self.layer.origins[here] = self.origin_of(there)
+            if here[-1] in tree:
+                self.layer.problems.append(self.layer.problem(here, "it is set twice, in two spellings"))
             if name is None:
                 tree[key] = value
                 continue

@@ -6,6 +6,7 @@ need not check anything.
 
 from __future__ import annotations
 
+import bisect
 import re
 import tomllib
 
@@ -47,41 +48,34 @@ class _Walk:
             self._skip(_BLANK)
 
     def _line(self) -> int:
-        low, high = 0, len(self._starts)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._starts[middle] <= self.at else (low, middle)
-        return low + 1
+        return bisect.bisect_right(self._starts, self.at)
 
     def _skip(self, pattern: re.Pattern[str]) -> None:
         if (match := pattern.match(self.text, self.at)) is not None:
             self.at = match.end()
 
-    def _note(self, path: KeyPath) -> None:
-        self.lines.setdefault(path, self._line())
+    def _note(self, path: KeyPath, line: int) -> None:
+        self.lines.setdefault(path, line)
 
     def _header(self) -> KeyPath:
-        double = self.text.startswith("[[", self.at)
-        line_at = self.at
-        self.at += 2 if double else 1
-        keys = self._keys()
-        self.at += 2 if double else 1
+        line = self._line()
+        brackets = 2 if self.text.startswith("[[", self.at) else 1
+        self.at += brackets
+        *parents, last = self._keys()
+        self.at += brackets
         path: KeyPath = ()
-        end, self.at = self.at, line_at
-        for key in keys[:-1]:
-            self._note((*path, key))
-            path = self._into((*path, key))
-        path = (*path, keys[-1])
-        self._note(path)
-        if double:
+        for key in parents:
+            path = (*path, key)
+            self._note(path, line)
+            if path in self.array_tables:
+                path = (*path, self.array_tables[path])
+        path = (*path, last)
+        self._note(path, line)
+        if brackets == 2:
             self.array_tables[path] = self.array_tables.get(path, -1) + 1
             path = (*path, self.array_tables[path])
-            self._note(path)
-        self.at = end
+            self._note(path, line)
         return path
-
-    def _into(self, path: KeyPath) -> KeyPath:
-        return (*path, self.array_tables[path]) if path in self.array_tables else path
 
     def _keys(self) -> list[str]:
         keys = []
@@ -106,12 +100,11 @@ class _Walk:
         return match.group()
 
     def _pair(self, table: KeyPath) -> None:
-        start = self.at
+        line = self._line()
         keys = self._keys()
-        end, self.at = self.at, start
         for count in range(1, len(keys) + 1):
-            self._note((*table, *keys[:count]))
-        self.at = end + 1
+            self._note((*table, *keys[:count]), line)
+        self.at += 1
         self._skip(_SPACES)
         self._value((*table, *keys))
 
@@ -119,10 +112,8 @@ class _Walk:
         first = self.text[self.at]
         if first in "\"'":
             self._string()
-        elif first == "[":
-            self._array(path)
-        elif first == "{":
-            self._inline_table(path)
+        elif first in "[{":
+            self._entries(path, "]" if first == "[" else "}")
         else:
             self._skip(_SCALAR)
 
@@ -133,25 +124,18 @@ class _Walk:
                 return
         raise ValueError(f"not valid TOML at character {self.at}")
 
-    def _array(self, path: KeyPath) -> None:
+    def _entries(self, path: KeyPath, end: str) -> None:
+        """Those of an array, up to its ``]``, or of an inline table, up to its ``}``."""
         self.at += 1
         index = 0
         self._skip(_BLANK)
-        while self.text[self.at] != "]":
-            self._note((*path, index))
-            self._value((*path, index))
-            index += 1
-            self._skip(_BLANK)
-            if self.text[self.at] == ",":
-                self.at += 1
-                self._skip(_BLANK)
-        self.at += 1
-
-    def _inline_table(self, path: KeyPath) -> None:
-        self.at += 1
-        self._skip(_BLANK)
-        while self.text[self.at] != "}":
-            self._pair(path)
+        while self.text[self.at] != end:
+            if end == "}":
+                self._pair(path)
+            else:
+                self._note((*path, index), self._line())
+                self._value((*path, index))
+                index += 1
             self._skip(_BLANK)
             if self.text[self.at] == ",":
                 self.at += 1

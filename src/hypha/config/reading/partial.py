@@ -54,16 +54,14 @@ def canonical_path(model: type[Section], loc: KeyPath) -> KeyPath:
     """``loc`` in field names, cut where pydantic goes on to name alternatives of a union."""
     path: list[str | int] = []
     section: type[Section] | None = model
-    many = False
     for key in loc:
-        if isinstance(key, int) or section is None:
-            if section is None and (isinstance(key, str) and ("[" in key or key in _TYPE_NAMES)):
-                break
-            path.append(key)
-            continue
-        name = field_named(section, key)
-        path.append(name or key)
-        section, many = section_in(section, name) if name else (None, many)
+        if isinstance(key, str) and section is not None:
+            name = field_named(section, key)
+            section = section_in(section, name)[0] if name else None
+            key = name or key
+        elif isinstance(key, str) and ("[" in key or key in _TYPE_NAMES):
+            break
+        path.append(key)
     return tuple(path)
 
 
@@ -71,24 +69,23 @@ def canonical_path(model: type[Section], loc: KeyPath) -> KeyPath:
 _TYPE_NAMES = frozenset({"str", "int", "float", "bool", "none"})
 
 
-def fields_at(model: type[Section], loc: KeyPath) -> list[str]:
-    """Names of the fields of the table at ``loc``."""
+def _section_at(model: type[Section], loc: KeyPath) -> type[Section] | None:
     section: type[Section] | None = model
     for key in loc:
-        if isinstance(key, int):
-            continue
-        if section is None or key not in section.model_fields:
-            return []
-        section, _ = section_in(section, key)
+        if section is not None and isinstance(key, str):
+            section = section_in(section, key)[0] if key in section.model_fields else None
+    return section
+
+
+def fields_at(model: type[Section], loc: KeyPath) -> list[str]:
+    """Names of the fields of the table at ``loc``."""
+    section = _section_at(model, loc)
     return list(section.model_fields) if section is not None else []
 
 
 def is_text(model: type[Section], loc: KeyPath) -> bool:
     """Whether the field at ``loc`` is text or a path, so that ``10`` given for it is no number."""
-    section: type[Section] | None = model
-    for key in loc[:-1]:
-        if section is not None and isinstance(key, str):
-            section = section_in(section, key)[0] if key in section.model_fields else None
+    section = _section_at(model, loc[:-1])
     if section is None or loc[-1] not in section.model_fields:
         return False
     annotation = section.model_fields[str(loc[-1])].annotation
