@@ -16,8 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from hypha.data.manifest import write_manifest
-from hypha.data.ranges import Ranges
-from hypha.data.slices import SUFFIX, Array, hash_file, record_dtype, write_slice
+from hypha.data.slices import SUFFIX, Array, Ranges, hash_file, record_dtype, write_slice
 from hypha.errors import InputUnusable
 from hypha.messages import Column, Manifest, SliceInfo
 

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from hypha.data.labels import LABELS_FILE
-from hypha.data.manifest import HOLDOUT, MANIFEST_FILE
+from hypha.data.manifest import HOLDOUT, LABELS_FILE, MANIFEST_FILE
 from hypha.data.slices import SUFFIX
 from hypha.disks import lock
 from hypha.errors import DataError, InputUnusable

@@ -24,9 +24,9 @@ from hypha.data.manifest import (
     load_dataset_directory,
     read_manifest,
     require_readable,
+    slice_problem,
 )
 from hypha.data.serving.served import ServedSlices
-from hypha.data.verify import slice_problem
 from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
 from hypha.features import features_of

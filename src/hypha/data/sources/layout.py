@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hypha.data.options import PrepareOptions, SourceKind
-from hypha.data.sources.card import read_card
 from hypha.data.sources.reading import data_suffix
-from hypha.data.sources.splits import Placed, choose, place
+from hypha.data.sources.splits import Placed, choose, place, read_card
 from hypha.errors import ConfigError, InputUnusable, Problem
 
 IMAGE_SUFFIXES = frozenset(
