@@ -11,7 +11,7 @@ import trio
 from hypha.cli.doctor.gathered import DatasetObservations, Provider
 from hypha.cli.doctor.gathering.bounded import readable
 from hypha.config.job import DatasetRef
-from hypha.data.serving.serve import KIND
+from hypha.data.serving.served import KIND
 from hypha.errors import NetworkError, Refused
 from hypha.manifests import manifest_problem
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, PullFile
