@@ -15,14 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from hypha.data.slices import (
-    SUFFIX,
-    Ranges,
-    columns_of,
-    describe_slice,
-    hash_file,
-    mode_in,
-)
+from hypha.data.slices import SUFFIX, Ranges, columns_of, describe_slice, hash_file, mode_in
 from hypha.decoding import decode_json
 from hypha.errors import DataError, Problem, SliceCorrupt, Undecodable
 from hypha.manifests import manifest_hash
@@ -263,10 +256,9 @@ def verify(directory: Path, progress: Progress = silent) -> list[Problem]:
 
     A problem's ``source`` is the directory, its ``key`` the file. Blocks.
     """
-    directory = Path(directory)
-    problems = _verify_one(directory, progress)
-    if (directory / HOLDOUT).is_dir():
-        problems += _verify_one(directory / HOLDOUT, progress)
+    problems = _verify_one(Path(directory), progress)
+    if (inside := Path(directory) / HOLDOUT).is_dir():
+        problems += _verify_one(inside, progress)
     return problems
 
 

@@ -138,11 +138,6 @@ class Ranges:
 
     _seen: dict[str, _Seen] = field(default_factory=dict)
 
-    def see_rows(self, rows: Array, columns: Iterable[Column]) -> None:
-        """Take note of some records."""
-        for column in columns:
-            self.see(column, rows[column.name])
-
     def see(self, column: Column, values: Array) -> None:
         """Take note of some values of ``column``, as numpy holds them (``BF16`` as its bits). Those of a type
         that numpy does not have are passed over.

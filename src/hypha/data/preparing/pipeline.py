@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from hypha.data.manifest import write_manifest
@@ -194,7 +195,8 @@ class SliceWriter:
     _ranges: Ranges = field(default_factory=Ranges)
 
     def write(self, rows: Array) -> None:
-        self._ranges.see_rows(rows, self.columns)
+        for column in self.columns:
+            self._ranges.see(column, rows[column.name])
         while self._count + len(rows) >= self.slice_samples:
             missing = self.slice_samples - self._count
             self._held.append(rows[:missing])
@@ -236,9 +238,7 @@ class SliceWriter:
         for number, part in enumerate(self._slices):
             name = f"slice-{number:0{width}}{SUFFIX}"
             (self.directory / part.file).rename(self.directory / name)
-            self._slices[number] = SliceInfo(
-                file=name, samples=part.samples, size=part.size, blake3=part.blake3
-            )
+            self._slices[number] = msgspec.structs.replace(part, file=name)
 
 
 def samples_for(columns: tuple[Column, ...], slice_bytes: float) -> int:

@@ -20,7 +20,7 @@ from hypha.data.options import DEFAULT_SLICE_MB, PrepareOptions, SourceKind, che
 from hypha.data.preparing.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_for
 from hypha.data.preparing.staging import Staging, check_target
 from hypha.data.slices import Array
-from hypha.data.sources.layout import find_layout
+from hypha.data.sources.layout import Layout, find_layout
 from hypha.data.sources.opening import open_source
 from hypha.errors import DataError, InputUnusable
 from hypha.manifests import manifest_hash
@@ -154,17 +154,14 @@ class _Run:
         options = self._options
         rows = self._records()
         first = self._first(rows)
-        columns = self._shaper.columns
-        train = self._writer(
-            staging.directory, options.dataset_name, columns, "every sample is in the holdout"
-        )
+        train = self._writer(staging.directory, options.dataset_name, "every sample is in the holdout")
         stage: Stage = Shuffle(train, staging.directory, options.seed) if options.shuffle else train
         held_out = None
         if options.holdout:
             inside = apart.directory if apart is not None else staging.directory / HOLDOUT
             inside.mkdir(exist_ok=True)
             empty = f"a holdout of {options.holdout:g} leaves no sample in it; take more"
-            held_out = self._writer(inside, f"{options.dataset_name}-{HOLDOUT}", columns, empty)
+            held_out = self._writer(inside, f"{options.dataset_name}-{HOLDOUT}", empty)
             stage = Holdout(stage, held_out, options.holdout, options.seed)
         stage.write(first)
         for some in rows:
@@ -196,7 +193,7 @@ class _Run:
         samples = self._tally.rows - held_out
         if options.holdout and not (samples and held_out):
             raise InputUnusable(f"a holdout of {options.holdout:g} leaves one side without a sample")
-        slices = math.ceil(samples / self._slice_samples(self._shaper.columns))
+        slices = math.ceil(samples / self._slice_samples())
         return Survey(self._summary(), samples, held_out, slices, tuple(self._notes(slices)))
 
     def _first(self, rows: Iterator[Array]) -> Array:
@@ -216,21 +213,15 @@ class _Run:
             if len(records):
                 yield records
 
-    def _slice_samples(self, columns: tuple[Column, ...]) -> int:
-        options = self._options
-        return options.slice_samples or samples_for(columns, (options.slice_mb or DEFAULT_SLICE_MB) * 10**6)
+    def _slice_samples(self) -> int:
+        slice_bytes = (self._options.slice_mb or DEFAULT_SLICE_MB) * 10**6
+        return self._options.slice_samples or samples_for(self._shaper.columns, slice_bytes)
 
-    def _writer(self, directory: Path, name: str, columns: tuple[Column, ...], empty: str) -> SliceWriter:
-        return SliceWriter(directory, name, columns, self._slice_samples(columns), empty)
+    def _writer(self, directory: Path, name: str, empty: str) -> SliceWriter:
+        return SliceWriter(directory, name, self._shaper.columns, self._slice_samples(), empty)
 
     def _summary(self) -> Summary:
-        return self._tally.summary(
-            self._layout.kind,
-            len(self._layout.files),
-            self._shaper.columns,
-            self._labels(),
-            self._layout.ignored,
-        )
+        return self._tally.summary(self._layout, self._shaper.columns, self._labels())
 
     def _labels(self) -> dict[str, tuple[str, ...]]:
         """By the dataset's columns; of those that are ids still."""
@@ -307,12 +298,7 @@ class RowCounts:
         return {column: counter for column, counter in odd.items() if counter}
 
     def summary(
-        self,
-        kind: SourceKind,
-        files: int,
-        columns: tuple[Column, ...],
-        names: Mapping[str, tuple[str, ...]],
-        ignored: tuple[str, ...],
+        self, layout: Layout, columns: tuple[Column, ...], names: Mapping[str, tuple[str, ...]]
     ) -> Summary:
         """All that was seen; ``names`` are those behind ids, by column."""
         labels = {}
@@ -328,7 +314,8 @@ class RowCounts:
         examples = {}
         if self._first is not None:
             examples = {column.name: _shown(column, self._first[column.name][0]) for column in columns}
-        return Summary(kind, files, self.rows, columns, examples, labels, ignored)
+        files = len(layout.files)
+        return Summary(layout.kind, files, self.rows, columns, examples, labels, layout.ignored)
 
 
 def _shown(column: Column, value: Array) -> str:

@@ -45,8 +45,6 @@ _WIDE_FORMATS = ("PNG", "PPM")
 
 
 class ImageFolder:
-    """See the module."""
-
     def __init__(self, layout: Layout, options: PrepareOptions) -> None:
         if sum(source.is_dir() for source in options.sources) > 1:
             raise InputUnusable(
@@ -96,7 +94,6 @@ class ImageFolder:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know."""
         return [*self._own_notes, *self._decoder.notes]
 
     def blocks(self) -> Iterator[Block]:
@@ -156,12 +153,10 @@ class DescribedImages:
 
     @property
     def texts(self) -> frozenset[str]:
-        """Columns of text."""
         return self._base.texts - {FILE_NAME}
 
     @property
     def notes(self) -> list[str]:
-        """What was chosen; complete after the last batch."""
         notes = list(self._base.notes)
         if unnamed := sorted(self._wanted - self._named):
             names = [path.name for path in unnamed]

@@ -6,7 +6,7 @@ must have the same columns. Blocks are read one by one, so tables of any size wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hypha.data.columns import Block, grouped, listed, needed
+from hypha.data.columns import Block, RowName, grouped, listed, needed
 from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
 from hypha.data.sources.tables.arrow_columns import (
@@ -40,9 +40,6 @@ FEW_LABELS = 50
 #: Of rows that are left out so many are named.
 NAMED_ROWS = 3
 
-#: says where row ``i`` is, for people
-Place = Callable[[int], str]
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -50,7 +47,7 @@ class Batch:
 
     file: str
     columns: dict[str, Any]
-    row: Place
+    row: RowName
 
     @property
     def rows(self) -> int:
@@ -191,7 +188,6 @@ class TableSource:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know."""
         decoded = [note for decoder in self._decoders.values() for note in decoder.notes]
         return [*self._table.notes, *self._own_notes, *self._gaps.notes, *decoded]
 
