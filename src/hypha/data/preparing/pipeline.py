@@ -163,12 +163,10 @@ class _Deal:
                 file.write(rows[chosen].tobytes())
 
     def close(self) -> list[Path]:
-        """The files, in order."""
         self._open.close()
         return self._paths
 
     def read(self, path: Path) -> Iterator[Array]:
-        """The rows of a file, in blocks."""
         step = max(1, SHUFFLE_BYTES // 8 // self.dtype.itemsize)
         with path.open("rb") as file:
             while len(rows := np.fromfile(file, dtype=self.dtype, count=step)):

@@ -74,7 +74,6 @@ class Shelf:
         return len(self._serving)
 
     def health_details(self) -> dict[str, str]:
-        """What the node's health reports of the datasets."""
         return {
             f"dataset {name}": f"{len(dataset.manifest.slices)} slices, {dataset.manifest.samples} samples, "
             f"{self._checked[name].corrupt} found corrupt"
@@ -208,7 +207,6 @@ class SliceChecks:
 
     @property
     def corrupt(self) -> int:
-        """How many slices were found to be wrong."""
         return sum(problem is not None for _, problem in self._verdicts.values())
 
     async def require_whole(self, index: int, limit: trio.CapacityLimiter) -> None:

@@ -67,10 +67,6 @@ class TrainingPace:
         sent = self.data_nodes * self.mbit * 1e6 / 8 / self.workers
         return sent if self.worker_mbit is None else min(sent, self.worker_mbit * 1e6 / 8)
 
-    def cache_bytes(self, slice_bytes: float) -> float:
-        """What one worker keeps of slices of that size."""
-        return min(self.cache_gb * 1e9, self.cache_slices * slice_bytes)
-
     @property
     def fixed_s(self) -> float:
         """What a fetch takes besides its bytes."""
@@ -107,7 +103,6 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is wrong."""
         return not self.problems
 
 
@@ -124,7 +119,8 @@ def advise(pace: TrainingPace) -> SliceAdvice:
         why_smallest,
         why_largest,
     ]
-    if pace.dataset_bytes is not None and pace.dataset_bytes <= pace.workers * pace.cache_bytes(size * 1e6):
+    cached = min(pace.cache_gb * 1e9, pace.cache_slices * size * 1e6)
+    if pace.dataset_bytes is not None and pace.dataset_bytes <= pace.workers * cached:
         because.append("the caches of the workers hold the whole dataset: only the first epoch is fetched")
     return SliceAdvice(
         slice_mb=size,

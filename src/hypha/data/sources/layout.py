@@ -87,7 +87,6 @@ class Layout:
 
     @property
     def paths(self) -> list[Path]:
-        """The files' paths."""
         return [one.path for one in self.files]
 
 

@@ -135,7 +135,6 @@ class ColumnKind:
 
     @property
     def has_comma(self) -> bool:
-        """Whether a comma stands in its numbers."""
         return "," in self._example
 
     def result(self, decimal: str) -> ColumnType:

@@ -51,7 +51,6 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """How many."""
         return len(next(iter(self.columns.values())))
 
     def part(self, start: int, count: int) -> Batch:
