@@ -32,9 +32,9 @@ def process_environment() -> Mapping[str, str]:
     return dict(os.environ)
 
 
-def variable(name: str, default: str | None = None) -> str | None:
-    """One variable of this process's environment; ``default`` when it is unset or empty."""
-    return os.environ.get(name) or default
+def variable(name: str) -> str | None:
+    """One variable of this process's environment; ``None`` when it is unset or empty."""
+    return os.environ.get(name) or None
 
 
 def goes_by_proxy(scheme: str, host: str) -> bool:

@@ -132,6 +132,7 @@ class DescribedImages:
             name: kind for name, kind in self._base.types.items() if name != FILE_NAME
         }
         self.labels = self._base.labels
+        self.texts = self._base.texts - {FILE_NAME}
         self.images = frozenset({PIXELS})
         self._wanted = {path.resolve() for path in layout.paths}
         self._elsewhere = {one.path.resolve() for one in layout.others}
@@ -150,10 +151,6 @@ class DescribedImages:
         if kind == ".csv":
             return CsvTable(self._tables, options, texts_only=frozenset({FILE_NAME}))
         return ParquetTable(self._tables) if kind == ".parquet" else JsonTable(self._tables, options)
-
-    @property
-    def texts(self) -> frozenset[str]:
-        return self._base.texts - {FILE_NAME}
 
     @property
     def notes(self) -> list[str]:

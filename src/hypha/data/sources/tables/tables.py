@@ -66,27 +66,17 @@ class Batch:
 
 
 class Table(Protocol):
-    """Rows in batches."""
+    """Rows in batches, of the columns ``names``."""
 
-    @property
-    def names(self) -> list[str]:
-        """Its columns."""
-
-    @property
-    def types(self) -> Mapping[str, Any]:
-        """Their Arrow types, where the table has such by itself."""
-
-    @property
-    def texts(self) -> frozenset[str]:
-        """Those which are text."""
-
-    @property
-    def images(self) -> frozenset[str]:
-        """Those which are images: the content of files, or structs of ``bytes`` and ``path``."""
-
-    @property
-    def labels(self) -> Mapping[str, tuple[str, ...]]:
-        """Names that the table itself knows for the ids in a column."""
+    names: list[str]
+    #: their Arrow types, where the table has such by itself
+    types: Mapping[str, Any]
+    #: those which are text
+    texts: frozenset[str]
+    #: those which are images: the content of files, or structs of ``bytes`` and ``path``
+    images: frozenset[str]
+    #: names that the table itself knows for the ids in a column
+    labels: Mapping[str, tuple[str, ...]]
 
     @property
     def notes(self) -> list[str]:
