@@ -29,9 +29,9 @@ from hypha.config.models import (
 )
 from hypha.config.networks import UrlPattern
 from hypha.config.otel import endpoint_problem
+from hypha.config.reading.layers import Partial
 from hypha.config.reading.lines import KeyPath
 from hypha.config.reading.log_filter import parse_filter
-from hypha.config.reading.partial import Partial
 from hypha.config.tasks import unknown_task
 from hypha.config.tuning import ROUND_TRIPS_A_LEASE
 from hypha.decoding import decode
@@ -271,11 +271,13 @@ def _offer(partial: Partial) -> Found:
     if load is not None and load.low >= load.high:
         wrong = f"it must be less than high ({load.high:g}): the price stays as it is between the two"
         yield ("offer", "utilization", "low"), wrong
-    affinity = partial.get("offer", "affinity")
-    for index, text in enumerate(affinity.schedulers if affinity is not None else ()):
+    yield from _peer_ids(partial, ("offer", "affinity"), "schedulers")
+
+
+def _peer_ids(partial: Partial, at: tuple[str, ...], key: str) -> Found:
+    for index, text in enumerate(getattr(partial.get(*at), key, ())):
         if not _PEER_ID.fullmatch(text):
-            wrong = f"{text!r} is no PeerID, such as 12D3KooW..."
-            yield ("offer", "affinity", "schedulers", index), wrong
+            yield (*at, key, index), f"{text!r} is no PeerID, such as 12D3KooW..."
 
 
 def _job(partial: Partial) -> Found:
@@ -306,9 +308,7 @@ def _job(partial: Partial) -> Found:
     if least is not None and workers is not None and least > workers:
         yield (*resources, "min_workers"), f"it is more than num_workers ({workers})"
     yield from _hang(partial.get(*resources, "hang_s"), resources)
-    for index, text in enumerate(getattr(partial.get(*_JOB, "dataset"), "data_nodes", ())):
-        if not _PEER_ID.fullmatch(text):
-            yield (*_JOB, "dataset", "data_nodes", index), f"{text!r} is no PeerID, such as 12D3KooW..."
+    yield from _peer_ids(partial, (*_JOB, "dataset"), "data_nodes")
     checkpoint = partial.get(*_JOB, "checkpoint")
     if checkpoint is not None and checkpoint.replicas and checkpoint.place != "scheduler":
         yield (

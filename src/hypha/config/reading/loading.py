@@ -23,9 +23,19 @@ from hypha.config.checks import cross_checks
 from hypha.config.environment import process_environment
 from hypha.config.models import COMPONENTS
 from hypha.config.otel import otel_settings
-from hypha.config.reading.layers import Layer, Origin, Value, fold, merge
+from hypha.config.reading.layers import (
+    Layer,
+    Origin,
+    Partial,
+    Value,
+    canonical_path,
+    fields_at,
+    fold,
+    is_text,
+    merge,
+    shown,
+)
 from hypha.config.reading.lines import KeyPath, key_lines, syntax_problem
-from hypha.config.reading.partial import Partial, canonical_path, fields_at, is_text, shown
 from hypha.config.section import Section
 from hypha.errors import ConfigError, Problem
 

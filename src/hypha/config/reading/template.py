@@ -17,8 +17,7 @@ import tomli_w
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hypha.config.reading.layers import Value
-from hypha.config.reading.partial import section_in
+from hypha.config.reading.layers import Value, section_in
 from hypha.config.section import Section
 
 FILL_IN = "FILL IN"
