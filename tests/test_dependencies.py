@@ -10,7 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from hypha.config.checks import SINK_PACKAGES
-from hypha.sinks.tools import SINKS
+from hypha.sinks.child import SINKS
 
 ROOT = Path(__file__).parent.parent
 #: declared for what another library does with them, or imported by a name that is put together
