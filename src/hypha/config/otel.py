@@ -123,7 +123,6 @@ def resolve_telemetry(component: str, config: NodeConfig, environ: Mapping[str, 
 
 
 def endpoint_problem(endpoint: str, protocol: str) -> str | None:
-    """What is wrong with ``endpoint``, if anything."""
     try:
         parts = urlsplit(endpoint)
         host, _ = parts.hostname, parts.port

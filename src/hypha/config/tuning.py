@@ -159,7 +159,6 @@ def _clock(value: object) -> object:
 
 
 def minutes_of(clock: str) -> int:
-    """Minutes since midnight of ``HH:MM``."""
     hours, _, minutes = clock.partition(":")
     return 60 * int(hours) + int(minutes)
 
@@ -204,12 +203,10 @@ class LimitsConfig(Section):
 
     @property
     def caps_upload(self) -> bool:
-        """Whether there is ever a cap on what is sent."""
         return self.upload_mbit is not None or any(one.upload_mbit is not None for one in self.schedule)
 
     @property
     def caps_download(self) -> bool:
-        """Whether there is ever a cap on what is received."""
         return self.download_mbit is not None or any(one.download_mbit is not None for one in self.schedule)
 
     def at(self, weekday: int, minutes: float) -> tuple[float | None, float | None]:

@@ -164,7 +164,6 @@ class Shaper:
 
 
 def _joined(feature: str, members: list[str], block: Block) -> Array:
-    """Scalars side by side, or vectors one after the other."""
     parts = []
     for name in members:
         values = block.columns[name]

@@ -53,7 +53,6 @@ class Dataset:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The slice files, in the manifest's order."""
         return tuple(self.directory / part.file for part in self.manifest.slices)
 
 

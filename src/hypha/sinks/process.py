@@ -67,7 +67,6 @@ class SinkProcess:
 
     @property
     def waiting(self) -> int:
-        """Rounds that are not recorded yet."""
         return len(self._waiting)
 
     def put(self, values: RoundValues) -> None:
@@ -203,7 +202,6 @@ class SinkProcess:
                 raise _FailedError("it did not finish in time")
 
     def _finish(self) -> None:
-        """Let the sink close."""
         child = self._child
         if child is None or child.stdin is None or child.stdout is None:
             return

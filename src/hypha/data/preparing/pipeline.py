@@ -143,8 +143,6 @@ class Shuffle:
 
 
 class _Deal:
-    """Rows dealt out at random to files."""
-
     def __init__(self, directory: Path, random: np.random.Generator, dtype: np.dtype[np.generic]) -> None:
         directory.mkdir()
         self.directory = directory

@@ -51,7 +51,6 @@ class Summary:
     ignored: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """As it is printed."""
         files = f" from {self.files} files" if self.files > 1 else ""
         found = [f"kind: {self.kind}", f"rows: {self.rows}{files}"]
         for column in self.columns:
@@ -263,8 +262,6 @@ def _write_labels(directory: Path, labels: dict[str, tuple[str, ...]]) -> None:
 
 @dataclass
 class RowCounts:
-    """Counts the rows that go by."""
-
     rows: int = 0
     _first: Array | None = None
     _counts: dict[str, Counter[int]] = field(default_factory=dict)

@@ -100,18 +100,15 @@ async def load_datasets(config: DataConfig, locks: contextlib.ExitStack | None =
         )
     found: list[Dataset] = []
     problems: list[Problem] = []
-    unusable = set()
     if locks is not None:
         # before anything is read: that may take long, and it must be of one dataset
-        for key, entry in entries:
+        for key, entry in list(entries):
             try:
                 await lock_for_serving(entry.path, locks)
             except DataError as exc:
-                unusable.add(key)
                 problems.append(Problem(key, str(exc)))
+                entries.remove((key, entry))
     for key, entry in entries:
-        if key in unusable:
-            continue
         try:
             # abandoned when cancelled: reading 100 GB must not hold up a stop; nothing is half-written
             dataset = await in_thread(

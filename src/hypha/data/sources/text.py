@@ -54,7 +54,6 @@ class FileDocuments:
 
     @property
     def notes(self) -> list[str]:
-        """Which files hold nothing."""
         named = listed(self._empty[:NAMED_ROWS])
         return [f"{len(self._empty)} files are empty ({named})"] if self._empty else []
 
@@ -112,7 +111,6 @@ class TableDocuments:
 
     @property
     def notes(self) -> list[str]:
-        """What was chosen, and how many rows have no text."""
         notes = [*self._table.notes, *self._own_notes]
         if self._empty:
             notes.append(f"{self._empty} rows have no text and are left out ({'; '.join(self._named)})")

@@ -154,8 +154,6 @@ def _parquet_row_bytes(metadata: Any) -> int:
 
 
 class SavedTable:
-    """A dataset of the `datasets` library."""
-
     def __init__(self, path: Path, dataset: Any, notes: list[str]) -> None:
         self._path = path
         self._dataset = dataset.with_format("arrow")

@@ -57,7 +57,6 @@ class _Found:
 
 
 def _first(batch: Batch, column: Any, present: Any, mask: Any) -> _Found | None:
-    """The first of the values that are ``present`` in a column for which ``mask`` is false."""
     at = pc.index(mask, False).as_py()
     if at < 0:
         return None
@@ -164,7 +163,6 @@ class ColumnKind:
         )
 
     def reading(self, decimal: str) -> str:
-        """How a value of the column is read, for people."""
         other = "," if decimal == "." else "."
         read = {sign: to_number(self._example, sign) for sign in (decimal, other)}
         return (

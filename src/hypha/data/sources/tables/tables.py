@@ -43,8 +43,6 @@ NAMED_ROWS = 3
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a table."""
-
     file: str
     columns: dict[str, Any]
     row: RowName
@@ -54,12 +52,10 @@ class Batch:
         return len(next(iter(self.columns.values())))
 
     def part(self, start: int, count: int) -> Batch:
-        """Rows from ``start`` on, ``count`` at most."""
         columns = {name: column.slice(start, count) for name, column in self.columns.items()}
         return Batch(self.file, columns, lambda index: self.row(start + index))
 
     def kept(self, mask: Array) -> Batch:
-        """The rows where ``mask`` is true."""
         numbers = np.flatnonzero(mask)
         columns = {name: column.filter(pa.array(mask)) for name, column in self.columns.items()}
         return Batch(self.file, columns, lambda index: self.row(int(numbers[index])))
@@ -122,7 +118,6 @@ class Gaps:
 
     @property
     def notes(self) -> list[str]:
-        """How many rows were left out, and which were the first."""
         if not self._left_out:
             return []
         more = "; and more" if self._left_out > len(self._named) else ""
@@ -306,7 +301,6 @@ class TableSource:
 
 
 def _contents(column: Any, name: str, batch: Batch) -> list[tuple[bytes | Path, str]]:
-    """The content of each image, or where it is."""
     found: list[tuple[bytes | Path, str]] = []
     for index, one in enumerate(column.to_pylist()):
         if isinstance(one, dict):
