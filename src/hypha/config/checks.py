@@ -45,6 +45,18 @@ LEAST_HANG_S = 5.0
 SINK_PACKAGES = ("tensorboard", "trackio", "wandb", "aim")
 
 _JOB = ("scheduler", "job")
+_RESOURCES = (*_JOB, "resources")
+#: a table, a key in it, and the key there that it must not be more than
+_NO_MORE_THAN: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("tuning", "gossip"), "degree_low", "degree"),
+    (("tuning", "gossip"), "degree", "degree_high"),
+    (("tuning", "connections"), "unproven_per_address", "unproven"),
+    (("tuning", "liveness"), "reconnect_min_s", "reconnect_max_s"),
+    ((*_JOB, "rounds"), "batch_size", "max_batch_size"),
+    (_RESOURCES, "min_workers", "num_workers"),
+    ((*_RESOURCES, "worker_price"), "bid", "max"),
+    ((*_RESOURCES, "parameter_server_price"), "bid", "max"),
+)
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
 _MALFORMED = (ValueError, BinaryParseError, StringParseError, ProtocolLookupError)
 
@@ -54,7 +66,7 @@ def cross_checks(partial: Partial) -> Found:
     model = partial.model
     if issubclass(model, NodeConfig):
         yield from _node(partial)
-        yield from _tuning(partial)
+        yield from _no_more_than(partial)
     if issubclass(model, LeafConfig | GatewayConfig):
         yield from _gateways(partial)
     if issubclass(model, DataConfig):
@@ -94,24 +106,20 @@ def _node(partial: Partial) -> Found:
         except ValueError as exc:
             yield ("log_level",), str(exc)
 
-
-def _tuning(partial: Partial) -> Found:
-    """What must not be more than what."""
-    for table, lower, upper in (
-        ("gossip", "degree_low", "degree"),
-        ("gossip", "degree", "degree_high"),
-        ("connections", "unproven_per_address", "unproven"),
-        ("liveness", "reconnect_min_s", "reconnect_max_s"),
-    ):
-        less, more = partial.get("tuning", table, lower), partial.get("tuning", table, upper)
-        if less is not None and more is not None and less > more:
-            yield ("tuning", table, lower), f"it is more than tuning.{table}.{upper} ({more:g})"
     for index, hours in enumerate(partial.get("limits", "schedule") or ()):
         at = ("limits", "schedule", index)
         if hours.start == hours.to:
             yield at, f'it begins and ends at {hours.to}; for the whole day write "00:00" to "24:00"'
         if hours.upload_mbit is None and hours.download_mbit is None:
             yield at, "it changes nothing; set upload_mbit or download_mbit"
+
+
+def _no_more_than(partial: Partial) -> Found:
+    for at, lower, upper in _NO_MORE_THAN:
+        less, more = partial.get(*at, lower), partial.get(*at, upper)
+        if less is not None and more is not None and less > more:
+            name = f"tuning.{at[1]}.{upper}" if at[0] == "tuning" else upper
+            yield (*at, lower), f"it is more than {name} ({more:g})"
 
 
 def _leases(partial: Partial) -> Found:
@@ -303,11 +311,7 @@ def _job(partial: Partial) -> Found:
         yield (*_JOB, "preprocessor"), "exactly one of path and repository says where it is from"
     if preprocessor is not None and preprocessor.path is not None and not preprocessor.path.is_dir():
         yield (*_JOB, "preprocessor", "path"), f"{preprocessor.path} is no directory"
-    resources = (*_JOB, "resources")
-    least, workers = partial.get(*resources, "min_workers"), partial.get(*resources, "num_workers")
-    if least is not None and workers is not None and least > workers:
-        yield (*resources, "min_workers"), f"it is more than num_workers ({workers})"
-    yield from _hang(partial.get(*resources, "hang_s"), resources)
+    yield from _hang(partial.get(*_RESOURCES, "hang_s"), _RESOURCES)
     yield from _peer_ids(partial, (*_JOB, "dataset"), "data_nodes")
     checkpoint = partial.get(*_JOB, "checkpoint")
     if checkpoint is not None and checkpoint.replicas and checkpoint.place != "scheduler":
@@ -315,10 +319,6 @@ def _job(partial: Partial) -> Found:
             (*_JOB, "checkpoint", "replicas"),
             'there are copies of what the scheduler keeps only; set place = "scheduler", or replicas = 0',
         )
-    for name in ("worker_price", "parameter_server_price"):
-        price = partial.get(*resources, name)
-        if price is not None and price.bid > price.max:
-            yield (*resources, name, "bid"), f"it is more than max ({price.max:g})"
 
 
 def _model_problem(path: Path) -> str | None:
@@ -352,8 +352,6 @@ def _rounds(partial: Partial) -> Found:
             (*_JOB, "rounds", "grow_batch_size"),
             "batch_size says how large batches are; leave one of them out",
         )
-    if rounds.batch_size is not None and rounds.batch_size > rounds.max_batch_size:
-        yield (*_JOB, "rounds", "batch_size"), f"it is more than max_batch_size ({rounds.max_batch_size})"
     schedule = partial.get(*_JOB, "schedule")
     if schedule is not None and schedule.type != "constant" and not schedule.training_steps:
         yield (*_JOB, "schedule", "training_steps"), f"a {schedule.type} schedule needs it"
