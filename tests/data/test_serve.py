@@ -20,7 +20,7 @@ from hypha.data import Dataset, PrepareOptions, load_dataset_directory, prepare,
 from hypha.data.preparing.staging import Staging
 from hypha.data.serving import serve, served
 from hypha.data.serving.serve import load_datasets
-from hypha.data.serving.served import Shelf
+from hypha.data.serving.served import ServedDatasets
 from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, InputUnusable, PeerUnreachable, Refused
 from hypha.messages import (
@@ -47,11 +47,11 @@ def dataset(tmp_path: Path) -> Dataset:
     return load_dataset_directory(write_slices(tmp_path / "set"))
 
 
-def shelf_of(*datasets: Dataset) -> Shelf:
-    return Shelf(list(datasets), ORGANIZATIONS.__getitem__)
+def shelf_of(*datasets: Dataset) -> ServedDatasets:
+    return ServedDatasets(list(datasets), ORGANIZATIONS.__getitem__)
 
 
-async def pull(shelf: Shelf, name: str, caller: str = "worker") -> tuple[Path, TransferMeta]:
+async def pull(shelf: ServedDatasets, name: str, caller: str = "worker") -> tuple[Path, TransferMeta]:
     return await shelf.provide(caller, PullFile(kind="slice", name=name))
 
 
@@ -122,7 +122,7 @@ async def test_unknown_datasets_and_kinds_are_refused(dataset: Dataset) -> None:
 
 
 async def test_a_dataset_may_be_for_some_organisations_only(dataset: Dataset) -> None:
-    shelf = Shelf([dataset], ORGANIZATIONS.__getitem__, {"set": frozenset({"Lab"})})
+    shelf = ServedDatasets([dataset], ORGANIZATIONS.__getitem__, {"set": frozenset({"Lab"})})
     await shelf.describe("worker", DescribeDataset(dataset="set"))
     await shelf.list_files("worker", ListFiles(kind="slice", name="set"))
     await pull(shelf, "set/0", caller="worker")

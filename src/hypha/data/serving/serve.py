@@ -18,7 +18,7 @@ import trio
 from hypha.backoff import Backoff
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data.manifest import Dataset, load_dataset_directory, require_readable, slice_problem
-from hypha.data.serving.served import KIND, Shelf
+from hypha.data.serving.served import KIND, ServedDatasets
 from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, NetworkError, Problem
 from hypha.messages import DescribeDataset, ListFiles, PeerRef
@@ -65,19 +65,19 @@ async def serve(
 ) -> None:
     """Be a data node through ``node``, until cancelled."""
     limits = [frozenset(entry.organizations) for entry in config.datasets]
-    shelf = Shelf(
+    served = ServedDatasets(
         datasets,
         node.organization_of,
         {dataset.name: wanted for dataset, wanted in zip(datasets, limits, strict=False) if wanted},
     )
     with contextlib.ExitStack() as gauges:
         if not is_simulated():
-            gauges.enter_context(STREAMS.watch(lambda: float(shelf.active)))
+            gauges.enter_context(STREAMS.watch(lambda: float(served.active)))
         async with trio.open_nursery() as nursery:
-            node.answer(DescribeDataset, shelf.describe)
-            node.answer(ListFiles, shelf.list_files)
-            node.transfers.serve(KIND, shelf.provide, shelf.served)
-            node.health_details.append(shelf.health_details)
+            node.answer(DescribeDataset, served.describe)
+            node.answer(ListFiles, served.list_files)
+            node.transfers.serve(KIND, served.provide, served.served)
+            node.health_details.append(served.health_details)
             if config.http_address is not None:
                 await nursery.start(serve_http, config.http_address, lambda: health_of(node))
             task_status.started(node.ref())

@@ -42,7 +42,7 @@ class _Serving:
     began: float
 
 
-class Shelf:
+class ServedDatasets:
     """The datasets, and what peers may ask of them. ``organization_of`` a connected peer counts where
     ``limits`` has organisations for a dataset, by its name: others are refused.
     """
