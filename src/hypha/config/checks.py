@@ -66,7 +66,6 @@ def cross_checks(partial: Partial) -> Found:
     model = partial.model
     if issubclass(model, NodeConfig):
         yield from _node(partial)
-        yield from _no_more_than(partial)
     if issubclass(model, LeafConfig | GatewayConfig):
         yield from _gateways(partial)
     if issubclass(model, DataConfig):
@@ -81,6 +80,7 @@ def cross_checks(partial: Partial) -> Found:
         for index, sink in enumerate(partial.get("scheduler", "sinks") or ()):
             for key, message in _sink(sink):
                 yield ("scheduler", "sinks", index, key), message
+    yield from _no_more_than(partial)
 
 
 def _node(partial: Partial) -> Found:

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.data.sources.running import refused, run, told
 
 from hypha.data import PrepareOptions
-from hypha.data.sources.images import DescribedImages
+from hypha.data.sources.image_folders import DescribedImages
 from hypha.data.sources.layout import Layout
 from hypha.data.sources.splits import Placed
 

@@ -49,7 +49,7 @@ def _open(layout: Layout, options: PrepareOptions) -> Source:
 
         return ArraySource(layout.paths, options)
     if layout.kind == "images":
-        from hypha.data.sources.images import DescribedImages, ImageFolder
+        from hypha.data.sources.image_folders import DescribedImages, ImageFolder
         from hypha.data.sources.tables.tables import TableSource
 
         return (

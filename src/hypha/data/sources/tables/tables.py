@@ -31,7 +31,7 @@ from hypha.data.sources.tables.arrow_columns import (
 from hypha.errors import InputUnusable
 
 if TYPE_CHECKING:
-    from hypha.data.sources.images import Decoder
+    from hypha.data.sources.image_decoding import Decoder
 
 #: A column of text with more different values than this is not meant as labels.
 MAX_LABELS = 10_000
@@ -270,7 +270,7 @@ class TableSource:
     def blocks(self) -> Iterator[Block]:
         ids = {name: pa.array(self.labels[name], pa.string()) for name in self._texts}
         if images := [name for name in self._names if name in self._table.images]:
-            from hypha.data.sources.images import Decoder
+            from hypha.data.sources.image_decoding import Decoder
 
             self._decoders = {name: Decoder(self._options, name) for name in images}
         for whole in self._table.batches(self._names):
