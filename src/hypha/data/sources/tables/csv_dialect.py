@@ -191,7 +191,7 @@ def line_of(path: Path, dialect: Dialect, header: bool, row: int) -> int | None:
     try:
         with _reader(path, dialect) as reader:
             while True:
-                before = reader.line_num
+                before: int = reader.line_num
                 if next(reader):
                     wanted -= 1
                 if not wanted:
