@@ -26,7 +26,7 @@ from tests.support.proxy import proxy_to
 
 from bench.nodes import NodeFiles, Pki, child, gateway, options
 from bench.report import Bound, Report, Row
-from hypha.config.bandwidth import LimitsConfig
+from hypha.config.tuning import LimitsConfig
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net import open_node

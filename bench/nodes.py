@@ -13,7 +13,7 @@ from typing import Any
 import trio
 from tests.support.network import LOOPBACK, Pki, address_of
 
-from hypha.config.bandwidth import LimitsConfig
+from hypha.config.tuning import LimitsConfig
 from hypha.net import Libp2pNode as Node
 from hypha.net import NodeOptions, open_node
 from hypha.pki.identity import IdentityFiles, load_identity

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench.outer_tasks import TASKS, Stack, Task, held_out_losses, initial, losses
 from bench.report import RESULTS, Bound, Report, Row
-from hypha.config.outer import chosen
+from hypha.config.job import outer_defaults
 from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import write_update
 from hypha.executor.outer.step import OuterStep
@@ -68,7 +68,7 @@ GRID = (
 
 def default_of(rounds: int) -> Setting:
     """What a job of so many rounds gets without a word about it."""
-    return Setting(*chosen(rounds))
+    return Setting(*outer_defaults(rounds))
 
 
 # --- training -----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from tests.support.system import digits_dataset, digits_job, digits_model, open_
 
 from bench.report import Bound, Report, Row
 from hypha.cli.chaos.faults import TargetJob
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.messages import ExecutorDescriptor, Loaded, ModelSpec, PeerRef, Peers, TrainJob
 from hypha.worker.processes.keepers import Launch, OwnExecutor
 from hypha.worker.processes.process import run_executor

@@ -19,7 +19,7 @@ from deploy.rooms import picture
 from hypha import access
 from hypha.cli.doctor.checks import CHECKS, Symptom
 from hypha.config.models import COMPONENTS
-from hypha.config.reading.partial import section_in
+from hypha.config.reading.layers import section_in
 from hypha.config.reading.template import notes_of
 from hypha.config.section import Section
 from hypha.telemetry import instruments

@@ -9,7 +9,7 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-from hypha.config.sinks import PACKAGES
+from hypha.config.checks import SINK_PACKAGES
 from hypha.sinks.child import SINKS
 
 ROOT = Path(__file__).parent.parent
@@ -84,5 +84,5 @@ def test_every_import_is_declared() -> None:
 def test_every_metric_sink_has_the_extra_that_validate_names() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {name: declared(extras[name]) for name in SINKS if name != "http"} == {
-        name: {name} for name in PACKAGES
+        name: {name} for name in SINK_PACKAGES
     }

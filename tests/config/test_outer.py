@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hypha.config.job import OuterOptimizerConfig
-from hypha.config.outer import chosen, outer_values
+from hypha.config.job import OuterOptimizerConfig, outer_defaults, outer_values
 
 PAGE = Path(__file__).parents[2] / "docs" / "defaults.md"
 
@@ -18,11 +17,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "defaults.md"
     [(1, 1.0, 0.0), (2, 1.0, 0.3), (5, 1.0, 0.5), (8, 1.0, 0.6), (50, 1.0, 0.6), (200, 1.0, 0.6)],
 )
 def test_what_is_chosen(rounds: int, rate: float, momentum: float) -> None:
-    assert chosen(rounds) == (rate, momentum)
+    assert outer_defaults(rounds) == (rate, momentum)
 
 
 def test_more_rounds_never_have_less_momentum() -> None:
-    momenta = [chosen(rounds)[1] for rounds in range(1, 2000)]
+    momenta = [outer_defaults(rounds)[1] for rounds in range(1, 2000)]
     assert momenta == sorted(momenta)
 
 
@@ -41,7 +40,7 @@ def test_the_pages_table_is_of_what_is_chosen() -> None:
     for _, rounds, _, _, _, default, ratio, _ in rows:
         found = re.fullmatch(r"[\d.]+ \(([\d.]+) / ([\d.]+)\)", default.strip())
         assert found is not None, default
-        assert (float(found[1]), float(found[2])) == chosen(int(rounds))
+        assert (float(found[1]), float(found[2])) == outer_defaults(int(rounds))
         assert float(ratio) <= 1.05
 
 
@@ -49,5 +48,9 @@ def test_the_page_says_from_which_number_of_rounds_each_is_chosen() -> None:
     """The page's list of momenta by rounds."""
     told = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.read_text(), re.MULTILINE)
     numbers = range(1, 500)
-    changes = [(one, *chosen(one)) for one in numbers if one == 1 or chosen(one) != chosen(one - 1)]
+    changes = [
+        (one, *outer_defaults(one))
+        for one in numbers
+        if one == 1 or outer_defaults(one) != outer_defaults(one - 1)
+    ]
     assert [(int(rounds), float(rate), float(momentum)) for rounds, rate, momentum in told] == changes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hypha.config import sinks
+from hypha.config import checks
 from hypha.config.models import SchedulerConfig
 from hypha.config.reading.loading import load_config
 from hypha.errors import ConfigError
@@ -97,7 +97,7 @@ url = "wandb.example.org"
 
 
 def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     assert problems(tmp_path, '[[scheduler.sinks]]\ntype = "wandb"\n') == [
         "config.toml:15: scheduler.sinks[0].type: the package wandb is not installed: "
         "pip install 'hypha-train[wandb]'"

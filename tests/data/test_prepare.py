@@ -18,8 +18,7 @@ import pytest
 from tests.data.reading import read_dataset
 
 from hypha.data import PrepareOptions, load_dataset_directory, prepare, verify
-from hypha.data.labels import read_labels
-from hypha.data.manifest import MANIFEST_FILE, read_manifest
+from hypha.data.manifest import MANIFEST_FILE, read_labels, read_manifest
 from hypha.data.preparing import staging
 from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, InputUnusable

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from hypha.data import PrepareOptions, manifest_hash, prepare, read_manifest
 from hypha.data.manifest import MANIFEST_FILE, make_manifest
-from hypha.data.ranges import Ranges
+from hypha.data.slices import Ranges
 from hypha.messages import Column, ColumnRange, Manifest
 
 

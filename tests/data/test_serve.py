@@ -18,9 +18,9 @@ from tests.support.signals import Signals
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data import Dataset, PrepareOptions, load_dataset_directory, prepare, read_manifest, run_data
 from hypha.data.preparing.staging import Staging
-from hypha.data.serving import serve
-from hypha.data.serving.serve import Shelf, load_datasets
-from hypha.data.serving.served import ServedSlices
+from hypha.data.serving import serve, served
+from hypha.data.serving.serve import load_datasets
+from hypha.data.serving.served import ServedDatasets
 from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, InputUnusable, PeerUnreachable, Refused
 from hypha.messages import (
@@ -47,11 +47,11 @@ def dataset(tmp_path: Path) -> Dataset:
     return load_dataset_directory(write_slices(tmp_path / "set"))
 
 
-def shelf_of(*datasets: Dataset) -> Shelf:
-    return Shelf(list(datasets), ORGANIZATIONS.__getitem__)
+def shelf_of(*datasets: Dataset) -> ServedDatasets:
+    return ServedDatasets(list(datasets), ORGANIZATIONS.__getitem__)
 
 
-async def pull(shelf: Shelf, name: str, caller: str = "worker") -> tuple[Path, TransferMeta]:
+async def pull(shelf: ServedDatasets, name: str, caller: str = "worker") -> tuple[Path, TransferMeta]:
     return await shelf.provide(caller, PullFile(kind="slice", name=name))
 
 
@@ -122,7 +122,7 @@ async def test_unknown_datasets_and_kinds_are_refused(dataset: Dataset) -> None:
 
 
 async def test_a_dataset_may_be_for_some_organisations_only(dataset: Dataset) -> None:
-    shelf = Shelf([dataset], ORGANIZATIONS.__getitem__, {"set": frozenset({"Lab"})})
+    shelf = ServedDatasets([dataset], ORGANIZATIONS.__getitem__, {"set": frozenset({"Lab"})})
     await shelf.describe("worker", DescribeDataset(dataset="set"))
     await shelf.list_files("worker", ListFiles(kind="slice", name="set"))
     await pull(shelf, "set/0", caller="worker")
@@ -168,13 +168,13 @@ async def test_a_slice_that_is_mended_is_served_again(dataset: Dataset) -> None:
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Which files were read through; the reading itself stays."""
     reads: list[Path] = []
-    slice_problem = serve.slice_problem
+    slice_problem = served.slice_problem
 
     def counted(path: Path, *rest: object) -> str | None:
         reads.append(path)
         return slice_problem(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(serve, "slice_problem", counted)
+    monkeypatch.setattr(served, "slice_problem", counted)
     return reads
 
 
@@ -446,20 +446,20 @@ def test_the_manifest_served_is_the_one_on_disk(dataset: Dataset) -> None:
 
 
 async def test_what_is_served_is_counted_by_dataset_and_is_a_span(dataset: Dataset, signals: Signals) -> None:
-    served = ServedSlices(shelf_of(dataset).provide, frozenset({"set"}))
+    shelf = shelf_of(dataset)
     asked = [PullFile(kind="slice", name=f"set/{index}", token=f"token {index}") for index in range(2)]
     with span(FETCH_SLICE) as fetching:
         for one in asked:
-            await served.provide("worker", one)
+            await shelf.provide("worker", one)
         with pytest.raises(Refused):
-            await served.provide("worker", PullFile(kind="slice", name="other/0", token="x"))
+            await shelf.provide("worker", PullFile(kind="slice", name="other/0", token="x"))
         with pytest.raises(Refused):
-            await served.provide("worker", PullFile(kind="slice", name="set/99", token="y"))
-    assert served.active == 2
-    served.served("worker", asked[0], None)
-    served.served("worker", asked[1], PeerUnreachable("worker", "it is gone"))
-    served.served("worker", asked[1], None)
-    assert served.active == 0
+            await shelf.provide("worker", PullFile(kind="slice", name="set/99", token="y"))
+    assert shelf.active == 2
+    shelf.served("worker", asked[0], None)
+    shelf.served("worker", asked[1], PeerUnreachable("worker", "it is gone"))
+    shelf.served("worker", asked[1], None)
+    assert shelf.active == 0
     requests = {
         (dict(labels)["dataset"], dict(labels)["status"]): count
         for labels, count in signals.readings(metrics.SLICE_REQUESTS).items()

@@ -11,7 +11,7 @@ import pytest
 import trio
 from tests.support.network import Network, until
 
-from hypha.config.bandwidth import HoursConfig, LimitsConfig
+from hypha.config.tuning import HoursConfig, LimitsConfig
 from hypha.messages import Health, TransferMeta
 from hypha.net.bulk.bandwidth import (
     CREDIT_S,

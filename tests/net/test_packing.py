@@ -11,8 +11,7 @@ import zstandard
 from tests.support.earlier import without_wants
 from tests.support.network import Network, until
 
-from hypha.config.bandwidth import LimitsConfig
-from hypha.config.tuning import TransferTuning, TuningConfig
+from hypha.config.tuning import LimitsConfig, TransferTuning, TuningConfig
 from hypha.errors import TransferFailed
 from hypha.messages import PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node

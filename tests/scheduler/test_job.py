@@ -24,9 +24,9 @@ from tests.support.signals import Signals
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.cli.job.rerun import rerun
+from hypha.config.job import outer_defaults
 from hypha.config.models import SchedulerConfig
 from hypha.config.offers import OfferConfig
-from hypha.config.outer import chosen
 from hypha.errors import (
     AllocationFailed,
     ConfigError,
@@ -677,7 +677,7 @@ async def test_a_lost_parameter_server_is_restored_elsewhere(network: VirtualNet
     # the other parameter server takes the same outer steps, and they are those of the ledger
     assert [generation for generation, _ in stage.optimizers] == [0, 1]
     assert {one for _, one in stage.optimizers} == {ledger.aggregate.optimizer}
-    assert ledger.aggregate.optimizer == OuterOptimizer(*chosen(4))
+    assert ledger.aggregate.optimizer == OuterOptimizer(*outer_defaults(4))
 
 
 def labelled(high: int) -> Manifest:
@@ -824,8 +824,8 @@ async def test_a_job_that_is_done_stays_so_and_can_have_more_rounds(
     assert [(entry.round, entry.generation) for entry in counted] == [(0, 0), (1, 0), (2, 0), (3, 2), (4, 2)]
     assert not (state / "old-1").exists()
     # what was chosen for three rounds stays, though five would have more momentum: a job is replayed with one
-    began = OuterOptimizer(*chosen(3))
-    assert began != OuterOptimizer(*chosen(5))
+    began = OuterOptimizer(*outer_defaults(3))
+    assert began != OuterOptimizer(*outer_defaults(5))
     assert stage.optimizers == [(0, began), (1, began), (2, began)]
     assert read_ledger(longer.ledger).aggregate.optimizer == began
     told = [line for line in caplog.messages if line.startswith("The outer optimizer has")]

@@ -17,7 +17,7 @@ import msgspec
 from tests.support.host import run_environment, shared_host
 
 from hypha import keeper
-from hypha.config.inherited import child_environment, inherited_state
+from hypha.config.environment import child_environment, inherited_state
 from hypha.messages import Forked, ForkReply, ForkRequest, KeeperEnded, NotForked, encode
 
 #: A host may still be importing, on a busy machine.

@@ -18,8 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from hypha.cli.local.node_host import NodeHost
-from hypha.config.environment import process_environment
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment, process_environment
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 from tests.support.system import UNNORMED, System, digits_dataset, digits_job
 
-from hypha.config.outer import chosen
+from hypha.config.job import outer_defaults
 from hypha.data import PrepareOptions, prepare
 from hypha.messages import OuterOptimizer
 
@@ -42,7 +42,7 @@ async def test_four_workers_agree_with_a_replay_in_one_process(system: System, t
     _, ledger = system.ledger("job")
     assert len(ledger.rounds) == 6
     # what was chosen is in the books, and so in the replay below
-    assert ledger.aggregate.optimizer == OuterOptimizer(*chosen(6))
+    assert ledger.aggregate.optimizer == OuterOptimizer(*outer_defaults(6))
     shares = [{part.worker: part.samples for part in entry.contributors} for entry in ledger.rounds]
     assert all(len(share) == 4 for share in shares)
     assert any(len(set(share.values())) > 1 for share in shares), "the samples should be unequal"

@@ -9,7 +9,7 @@ import pytest
 from tests.worker.test_process import train_job
 
 from hypha.config.models import AllowConfig
-from hypha.config.url_patterns import UrlPattern
+from hypha.config.networks import UrlPattern
 from hypha.errors import Refused
 from hypha.messages import (
     AggregateJob,

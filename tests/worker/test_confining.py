@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.messages import Resources
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.confining import Confined

@@ -22,7 +22,7 @@ from tests.support.polling import until
 from tests.worker.test_jobs import SCRIPT, system
 from tests.worker.test_process import GROWS, family, running, train_job
 
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.errors import ConfigError, HyphaError
 from hypha.messages import Finish, Loaded, Progress, RoundStarted

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.errors import ConfigError
 from hypha.messages import Resources
 from hypha.worker.limits.cgroups import (

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import trio
 
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.config.models import ExecutorConfig
 from hypha.errors import ExecutorFailed
 from hypha.messages import (
@@ -209,7 +209,7 @@ async def test_kill_9_of_the_worker_leaves_no_executor(tmp_path: Path) -> None:
     worker = f"""
 import sys, trio
 from pathlib import Path
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Supervision, run_executor
 launch = Launch("job", (sys.executable, "grows.py", "deaf"), child_environment(), Path({str(tmp_path)!r}))
@@ -244,7 +244,7 @@ async def test_kill_9_of_the_keeper_kills_the_executor(tmp_path: Path) -> None:
 ADOPTS = """
 import sys, trio
 from pathlib import Path
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.orphans import Orphans
 from hypha.worker.processes.process import Supervision, run_executor

@@ -25,7 +25,7 @@ from tests.worker.test_limits import EATS
 from tests.worker.test_process import GROWS, family, running, until
 
 from hypha import keeper
-from hypha.config.inherited import child_environment, inherited_state
+from hypha.config.environment import child_environment, inherited_state
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.executor import host as host_module
 from hypha.messages import ExecutorDescriptor, ForkRequest, ModelSpec, PeerRef, Resources, TrainJob
@@ -453,7 +453,7 @@ async def test_kill_9_of_the_worker_leaves_nothing(bridges: Network, tmp_path: P
     worker = f"""
 import sys, trio
 from pathlib import Path
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.worker.processes.keepers import Launch, OwnExecutor
 from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import OwnHost

@@ -37,8 +37,8 @@ from hypha.staging import write_whole
 
 if TYPE_CHECKING:
     from hypha.config.models import NodeConfig
+    from hypha.config.reading.layers import Partial
     from hypha.config.reading.loading import Flag
-    from hypha.config.reading.partial import Partial
 
 M = TypeVar("M", bound="NodeConfig")
 

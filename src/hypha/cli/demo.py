@@ -27,7 +27,7 @@ from hypha.cli.local.children import GRACE_S, Child, NetworkFailed
 from hypha.cli.local.network import HOST, NO_ANSWER, Network, open_network
 from hypha.cli.local.workplace import DATASET, clean_environment, digits_job, open_directory, prepare_digits
 from hypha.cli.printing import print_line, write_text
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.errors import OutputError
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.staging import StagedDirectory

@@ -22,7 +22,7 @@ PROGRAM = common.Program("worker", "Offers this machine's resources and runs exe
 
 def _describe(config: WorkerConfig) -> Iterator[str]:
     """What this machine has, what of it is offered, and by what an executor is held to its lease."""
-    from hypha.config.inherited import child_environment
+    from hypha.config.environment import child_environment
     from hypha.messages import Resources
     from hypha.worker.limits.cgroups import usable_cgroups
     from hypha.worker.limits.detecting import detect, lowered
@@ -65,7 +65,7 @@ def init(
     """Write a configuration file with every key, its default and what it means; of this machine's resources
     a little is left to others.
     """
-    from hypha.config.inherited import child_environment
+    from hypha.config.environment import child_environment
     from hypha.messages import Resources
     from hypha.worker.limits.detecting import detect, lowered
 

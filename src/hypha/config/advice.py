@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from hypha.config.job import DEFAULT_BATCH_SIZE, JobConfig
+from hypha.config.job import DEFAULT_BATCH_SIZE, JobConfig, outer_defaults, outer_values
 from hypha.config.models import NodeConfig, SchedulerConfig
-from hypha.config.outer import chosen, outer_values
+from hypha.errors import Problem
 
 #: learning rate / (1 - momentum), how far a steady update carries theta in the end, may differ from the
 #: chosen optimizer's by this factor, and momentum be more by that much, before the measured losses suffer
@@ -25,24 +24,13 @@ _HIGH_RATE = 0.05
 _SHARE = 0.8
 
 
-@dataclass(frozen=True)
-class Advice:
-    """``key`` is dotted."""
-
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.message}"
-
-
-def advice(config: NodeConfig) -> list[Advice]:
+def advice(config: NodeConfig) -> list[Problem]:
     """On a component's valid configuration."""
     if not isinstance(config, SchedulerConfig):
         return []
     job = config.scheduler.job
     found = [*_outer(job), *_rounds(job), *_inner(job), *_schedule(job), *_quorum(job)]
-    return [Advice(f"scheduler.job.{key}", message) for key, message in found]
+    return [Problem(f"scheduler.job.{key}", message) for key, message in found]
 
 
 def steps_of_a_worker(job: JobConfig) -> int:
@@ -62,7 +50,7 @@ def _outer(job: JobConfig) -> Iterator[tuple[str, str]]:
     if (given.learning_rate is None and given.momentum is None) or rounds > _MEASURED_ROUNDS:
         return
     rate, momentum = outer_values(given, rounds)
-    best_rate, best_momentum = chosen(rounds)
+    best_rate, best_momentum = outer_defaults(rounds)
     reach, best_reach = rate / (1.0 - momentum), best_rate / (1.0 - best_momentum)
     instead = (
         f"leave both out for learning_rate {best_rate:g} and momentum {best_momentum:g} (docs/defaults.md)"

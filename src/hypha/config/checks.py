@@ -1,4 +1,4 @@
-"""Checks between keys, and of text with a form of its own: addresses, networks, filters.
+"""Checks between keys, of text with a form of its own (addresses, networks, filters), and of what sinks need.
 
 Each check sees a :class:`Partial`, so it runs whatever else is wrong, and says what to do.
 """
@@ -9,12 +9,14 @@ import ipaddress
 import json
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from multiaddr import Multiaddr
 from multiaddr.exceptions import BinaryParseError, ProtocolLookupError, StringParseError
 
-from hypha.config.job import DEFAULT_EXECUTOR
+from hypha.config.job import DEFAULT_EXECUTOR, SinkConfig
 from hypha.config.models import (
     DataConfig,
     DatasetConfig,
@@ -25,14 +27,13 @@ from hypha.config.models import (
     SchedulerConfig,
     WorkerConfig,
 )
+from hypha.config.networks import UrlPattern
 from hypha.config.otel import endpoint_problem
+from hypha.config.reading.layers import Partial
 from hypha.config.reading.lines import KeyPath
 from hypha.config.reading.log_filter import parse_filter
-from hypha.config.reading.partial import Partial
-from hypha.config.sinks import sink_problems
 from hypha.config.tasks import unknown_task
 from hypha.config.tuning import ROUND_TRIPS_A_LEASE
-from hypha.config.url_patterns import UrlPattern
 from hypha.decoding import decode
 from hypha.errors import Undecodable
 
@@ -40,7 +41,22 @@ Found = Iterator[tuple[KeyPath, str]]
 
 #: the shortest ``hang_s``
 LEAST_HANG_S = 5.0
+#: sinks that are an optional package of that name
+SINK_PACKAGES = ("tensorboard", "trackio", "wandb", "aim")
 
+_JOB = ("scheduler", "job")
+_RESOURCES = (*_JOB, "resources")
+#: a table, a key in it, and the key there that it must not be more than
+_NO_MORE_THAN: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("tuning", "gossip"), "degree_low", "degree"),
+    (("tuning", "gossip"), "degree", "degree_high"),
+    (("tuning", "connections"), "unproven_per_address", "unproven"),
+    (("tuning", "liveness"), "reconnect_min_s", "reconnect_max_s"),
+    ((*_JOB, "rounds"), "batch_size", "max_batch_size"),
+    (_RESOURCES, "min_workers", "num_workers"),
+    ((*_RESOURCES, "worker_price"), "bid", "max"),
+    ((*_RESOURCES, "parameter_server_price"), "bid", "max"),
+)
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
 _MALFORMED = (ValueError, BinaryParseError, StringParseError, ProtocolLookupError)
 
@@ -50,7 +66,6 @@ def cross_checks(partial: Partial) -> Found:
     model = partial.model
     if issubclass(model, NodeConfig):
         yield from _node(partial)
-        yield from _tuning(partial)
     if issubclass(model, LeafConfig | GatewayConfig):
         yield from _gateways(partial)
     if issubclass(model, DataConfig):
@@ -61,15 +76,11 @@ def cross_checks(partial: Partial) -> Found:
         yield from _offer(partial)
     if issubclass(model, SchedulerConfig):
         yield from _job(partial)
-        yield from sink_problems(partial)
-
-
-def _addresses(partial: Partial, key: str) -> Iterator[tuple[int, Multiaddr]]:
-    for index, text in enumerate(partial.get(key) or ()):
-        try:
-            yield index, Multiaddr(text)
-        except _MALFORMED:
-            continue
+        yield from _rounds(partial)
+        for index, sink in enumerate(partial.get("scheduler", "sinks") or ()):
+            for key, message in _sink(sink):
+                yield ("scheduler", "sinks", index, key), message
+    yield from _no_more_than(partial)
 
 
 def _node(partial: Partial) -> Found:
@@ -95,24 +106,20 @@ def _node(partial: Partial) -> Found:
         except ValueError as exc:
             yield ("log_level",), str(exc)
 
-
-def _tuning(partial: Partial) -> Found:
-    """What must not be more than what."""
-    for table, lower, upper in (
-        ("gossip", "degree_low", "degree"),
-        ("gossip", "degree", "degree_high"),
-        ("connections", "unproven_per_address", "unproven"),
-        ("liveness", "reconnect_min_s", "reconnect_max_s"),
-    ):
-        less, more = partial.get("tuning", table, lower), partial.get("tuning", table, upper)
-        if less is not None and more is not None and less > more:
-            yield ("tuning", table, lower), f"it is more than tuning.{table}.{upper} ({more:g})"
     for index, hours in enumerate(partial.get("limits", "schedule") or ()):
         at = ("limits", "schedule", index)
         if hours.start == hours.to:
             yield at, f'it begins and ends at {hours.to}; for the whole day write "00:00" to "24:00"'
         if hours.upload_mbit is None and hours.download_mbit is None:
             yield at, "it changes nothing; set upload_mbit or download_mbit"
+
+
+def _no_more_than(partial: Partial) -> Found:
+    for at, lower, upper in _NO_MORE_THAN:
+        less, more = partial.get(*at, lower), partial.get(*at, upper)
+        if less is not None and more is not None and less > more:
+            name = f"tuning.{at[1]}.{upper}" if at[0] == "tuning" else upper
+            yield (*at, lower), f"it is more than {name} ({more:g})"
 
 
 def _leases(partial: Partial) -> Found:
@@ -155,11 +162,11 @@ def _gateways(partial: Partial) -> Found:
             networks.append(ipaddress.ip_network(text))
         except ValueError:
             continue
-    for index, address in _addresses(partial, "gateway_addresses"):
-        host = str(address).split("/")[2]
+    for index, text in enumerate(partial.get("gateway_addresses") or ()):
         try:
+            host = str(Multiaddr(text)).split("/")[2]
             ip = ipaddress.ip_address(host)
-        except ValueError:
+        except _MALFORMED:
             continue
         if (network := next((one for one in networks if ip in one), None)) is not None:
             yield (
@@ -272,56 +279,46 @@ def _offer(partial: Partial) -> Found:
     if load is not None and load.low >= load.high:
         wrong = f"it must be less than high ({load.high:g}): the price stays as it is between the two"
         yield ("offer", "utilization", "low"), wrong
-    affinity = partial.get("offer", "affinity")
-    for index, text in enumerate(affinity.schedulers if affinity is not None else ()):
+    yield from _peer_ids(partial, ("offer", "affinity"), "schedulers")
+
+
+def _peer_ids(partial: Partial, at: tuple[str, ...], key: str) -> Found:
+    for index, text in enumerate(getattr(partial.get(*at), key, ())):
         if not _PEER_ID.fullmatch(text):
-            wrong = f"{text!r} is no PeerID, such as 12D3KooW..."
-            yield ("offer", "affinity", "schedulers", index), wrong
+            yield (*at, key, index), f"{text!r} is no PeerID, such as 12D3KooW..."
 
 
 def _job(partial: Partial) -> Found:
-    job = ("scheduler", "job")
-    model = partial.get(*job, "model")
+    model = partial.get(*_JOB, "model")
     if model is not None:
         given = [name for name in ("path", "repository", "entrypoint") if getattr(model, name) is not None]
         if len(given) != 1:
             listed = " and ".join(given) or "none"
             yield (
-                (*job, "model"),
+                (*_JOB, "model"),
                 f"exactly one of path, repository and entrypoint says where the model is from, not {listed}",
             )
         elif (model.type == "torch") != (given == ["entrypoint"]):
-            yield (*job, "model", "type"), 'type = "torch" and entrypoint belong together'
+            yield (*_JOB, "model", "type"), 'type = "torch" and entrypoint belong together'
         # somebody else's executor may know tasks of its own
-        ours = partial.get(*job, "resources", "worker_executor") in (None, DEFAULT_EXECUTOR)
+        ours = partial.get(*_JOB, "resources", "worker_executor") in (None, DEFAULT_EXECUTOR)
         if ours and (wrong := unknown_task(model.type)) is not None:
-            yield (*job, "model", "type"), wrong
+            yield (*_JOB, "model", "type"), wrong
         if model.path is not None and (wrong := _model_problem(model.path)) is not None:
-            yield (*job, "model", "path"), wrong
-    preprocessor = partial.get(*job, "preprocessor")
+            yield (*_JOB, "model", "path"), wrong
+    preprocessor = partial.get(*_JOB, "preprocessor")
     if preprocessor is not None and (preprocessor.path is None) == (preprocessor.repository is None):
-        yield (*job, "preprocessor"), "exactly one of path and repository says where it is from"
+        yield (*_JOB, "preprocessor"), "exactly one of path and repository says where it is from"
     if preprocessor is not None and preprocessor.path is not None and not preprocessor.path.is_dir():
-        yield (*job, "preprocessor", "path"), f"{preprocessor.path} is no directory"
-    yield from _rounds(partial, job)
-    resources = (*job, "resources")
-    least, workers = partial.get(*resources, "min_workers"), partial.get(*resources, "num_workers")
-    if least is not None and workers is not None and least > workers:
-        yield (*resources, "min_workers"), f"it is more than num_workers ({workers})"
-    yield from _hang(partial.get(*resources, "hang_s"), resources)
-    for index, text in enumerate(getattr(partial.get(*job, "dataset"), "data_nodes", ())):
-        if not _PEER_ID.fullmatch(text):
-            yield (*job, "dataset", "data_nodes", index), f"{text!r} is no PeerID, such as 12D3KooW..."
-    checkpoint = partial.get(*job, "checkpoint")
+        yield (*_JOB, "preprocessor", "path"), f"{preprocessor.path} is no directory"
+    yield from _hang(partial.get(*_RESOURCES, "hang_s"), _RESOURCES)
+    yield from _peer_ids(partial, (*_JOB, "dataset"), "data_nodes")
+    checkpoint = partial.get(*_JOB, "checkpoint")
     if checkpoint is not None and checkpoint.replicas and checkpoint.place != "scheduler":
         yield (
-            (*job, "checkpoint", "replicas"),
+            (*_JOB, "checkpoint", "replicas"),
             'there are copies of what the scheduler keeps only; set place = "scheduler", or replicas = 0',
         )
-    for name in ("worker_price", "parameter_server_price"):
-        price = partial.get(*resources, name)
-        if price is not None and price.bid > price.max:
-            yield (*resources, name, "bid"), f"it is more than max ({price.max:g})"
 
 
 def _model_problem(path: Path) -> str | None:
@@ -341,23 +338,48 @@ def _model_problem(path: Path) -> str | None:
     return None
 
 
-def _rounds(partial: Partial, job: KeyPath) -> Found:
-    at = tuple(str(key) for key in job)
-    rounds = partial.get(*at, "rounds")
+def _rounds(partial: Partial) -> Found:
+    rounds = partial.get(*_JOB, "rounds")
     if rounds is None:
         return
     if (rounds.avg_samples_between_updates is None) == (rounds.inner_steps is None):
         yield (
-            (*job, "rounds"),
+            (*_JOB, "rounds"),
             "exactly one of avg_samples_between_updates and inner_steps says how long a round is",
         )
     if rounds.batch_size is not None and rounds.grow_batch_size:
         yield (
-            (*job, "rounds", "grow_batch_size"),
+            (*_JOB, "rounds", "grow_batch_size"),
             "batch_size says how large batches are; leave one of them out",
         )
-    if rounds.batch_size is not None and rounds.batch_size > rounds.max_batch_size:
-        yield (*job, "rounds", "batch_size"), f"it is more than max_batch_size ({rounds.max_batch_size})"
-    schedule = partial.get(*at, "schedule")
+    schedule = partial.get(*_JOB, "schedule")
     if schedule is not None and schedule.type != "constant" and not schedule.training_steps:
-        yield (*job, "schedule", "training_steps"), f"a {schedule.type} schedule needs it"
+        yield (*_JOB, "schedule", "training_steps"), f"a {schedule.type} schedule needs it"
+
+
+def _sink(sink: SinkConfig) -> Iterator[tuple[str, str]]:
+    if sink.type in SINK_PACKAGES and find_spec(sink.type) is None:
+        yield "type", f"the package {sink.type} is not installed: pip install 'hypha-train[{sink.type}]'"
+    if sink.type == "http" and sink.url is None:
+        yield "url", "it says where the figures are sent, such as http://127.0.0.1:43800"
+    if sink.url is not None:
+        yield from _sink_url(sink.type, sink.url)
+    if sink.offline and sink.type != "wandb":
+        yield "offline", "only wandb has that"
+
+
+def _sink_url(kind: str, url: str) -> Iterator[tuple[str, str]]:
+    if kind == "tensorboard":
+        yield "url", "TensorBoard has none; directory says where its files are written"
+        return
+    schemes = ("aim",) if kind == "aim" else ("http", "https")
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in schemes and bool(parts.hostname)
+    except ValueError:
+        named = False
+    if not named:
+        yield "url", f"it should begin with {' or '.join(f'{one}://' for one in schemes)} and name a host"
+    elif parts.username is not None or parts.query:
+        # addresses are logged and shown, by others too
+        yield "url", "a secret has no place in an address; write it as token"

@@ -14,6 +14,11 @@ from hypha.config.section import PathOrUrl, Section
 DEFAULT_BATCH_SIZE = 16
 #: the training executor that comes with Hypha
 DEFAULT_EXECUTOR = "diloco-transformer"
+#: near the best outer learning rate and momentum that were measured, from 8 rounds to 200 (docs/defaults.md)
+OUTER_LEARNING_RATE, OUTER_MOMENTUM = 1.0, 0.6
+#: number of rounds -> the momentum of a job that has no more than these: it is over before momentum pays
+#: back, which takes some 1 / (1 - momentum) rounds
+FEW_ROUNDS = {1: 0.0, 3: 0.3, 5: 0.5}
 
 
 class ModelConfig(Section):
@@ -131,6 +136,23 @@ class OuterOptimizerConfig(Section):
     """an update whose norm is so many times the median of those of the last rounds is scaled down to that;
     ``None``: never
     """
+
+
+def outer_defaults(rounds: int) -> tuple[float, float]:
+    """Learning rate and momentum for a job of ``rounds`` rounds of which nothing is set."""
+    few = [momentum for most, momentum in FEW_ROUNDS.items() if rounds <= most]
+    return OUTER_LEARNING_RATE, few[0] if few else OUTER_MOMENTUM
+
+
+def outer_values(config: OuterOptimizerConfig, rounds: int) -> tuple[float, float]:
+    """Learning rate and momentum of a job of ``rounds`` rounds: what is set stays as it is, and what is not
+    is chosen.
+    """
+    rate, momentum = outer_defaults(rounds)
+    return (
+        rate if config.learning_rate is None else config.learning_rate,
+        momentum if config.momentum is None else config.momentum,
+    )
 
 
 class ScheduleConfig(Section):

@@ -11,12 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from hypha.config.bandwidth import LimitsConfig, WorkerLimitsConfig
 from hypha.config.job import DEFAULT_EXECUTOR, JobConfig, SinkConfig
 from hypha.config.offers import OfferConfig, ResourcesConfig
-from hypha.config.reading.pairs import pairs_of
-from hypha.config.section import Section
-from hypha.config.tuning import GatewayTuningConfig, TuningConfig
+from hypha.config.section import Section, pairs_of
+from hypha.config.tuning import GatewayTuningConfig, LimitsConfig, TuningConfig, WorkerLimitsConfig
 
 #: Addresses a node neither dials nor announces unless told otherwise: loopback, private, link-local.
 RESERVED_CIDR = (
@@ -29,9 +27,6 @@ RESERVED_CIDR = (
     "fe80::/10",
     "fc00::/7",
 )
-
-
-# --- every node -----------------------------------------------------------------------------------
 
 
 #: how telemetry is sent
@@ -121,9 +116,6 @@ class GatewayConfig(NodeConfig):
     tuning: GatewayTuningConfig = GatewayTuningConfig()
 
 
-# --- data node --------------------------------------------------------------------------------------
-
-
 class DatasetConfig(Section):
     """One served dataset; ``name`` defaults to the manifest's, else to the directory's name."""
 
@@ -142,9 +134,6 @@ class DataConfig(LeafConfig):
     announce_interval_s: float = Field(default=600.0, gt=0)
     verify_at_start: bool = False
     """re-hash every slice at start-up, not only when it is first served"""
-
-
-# --- worker -----------------------------------------------------------------------------------------
 
 
 class ExecutorConfig(Section):
@@ -282,9 +271,6 @@ class WorkerConfig(LeafConfig):
     """the socket of a host that the nodes of this machine and user share, started with
     ``python -m hypha.executor.host --socket PATH``; ``None``: this worker has a host of its own
     """
-
-
-# --- scheduler ----------------------------------------------------------------------------------------
 
 
 class SchedulerSection(Section):

@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 
 from hypha import __version__
 from hypha.config.models import NodeConfig, OtlpProtocol, Sampler, SchedulerConfig
-from hypha.config.reading.lines import KeyPath
-from hypha.config.reading.pairs import pairs_of
+from hypha.config.section import pairs_of
 from hypha.errors import ConfigError, Problem
 
 SIGNALS = ("traces", "metrics", "logs")
@@ -73,24 +72,24 @@ class TelemetrySettings:
         return replace(self, attributes={"service.instance.id": peer_id, **self.attributes})
 
 
-def otel_settings(environ: Mapping[str, str]) -> Iterator[tuple[str, KeyPath, Any]]:
+def otel_settings(environ: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
     """(variable, key, value) of those that set a key of ours. Tables are set entry by entry."""
     for name, key in _DIRECT.items():
         if text := environ.get(name):
-            yield name, (key,), text
+            yield name, key, text
     for name, key in _TABLES.items():
         if text := environ.get(name):
             try:
                 pairs = pairs_of(text)
             except ValueError:
                 pairs = text  # validation names the variable
-            yield name, (key,), pairs
+            yield name, key, pairs
     if service := environ.get("OTEL_SERVICE_NAME"):
-        yield "OTEL_SERVICE_NAME", ("telemetry_attributes",), {"service.name": service}
+        yield "OTEL_SERVICE_NAME", "telemetry_attributes", {"service.name": service}
     if text := environ.get("OTEL_METRIC_EXPORT_INTERVAL"):
         interval_ms = float(text) if text.strip().replace(".", "", 1).isdigit() else None
         value = text if interval_ms is None else interval_ms / 1000
-        yield "OTEL_METRIC_EXPORT_INTERVAL", ("telemetry_interval_s",), value
+        yield "OTEL_METRIC_EXPORT_INTERVAL", "telemetry_interval_s", value
 
 
 def resolve_telemetry(component: str, config: NodeConfig, environ: Mapping[str, str]) -> TelemetrySettings:
@@ -102,7 +101,6 @@ def resolve_telemetry(component: str, config: NodeConfig, environ: Mapping[str, 
         raise ConfigError(problems)
     ratio = config.telemetry_sample_ratio
     usual: Sampler = "parentbased_always_on" if ratio is None else "parentbased_traceidratio"
-    sampler = config.telemetry_sampler or usual
     attributes: dict[str, str | int | float | bool] = {
         "service.name": component,
         "service.version": __version__,
@@ -112,13 +110,12 @@ def resolve_telemetry(component: str, config: NodeConfig, environ: Mapping[str, 
     name = component.removeprefix("hypha-")
     for key, value in config.telemetry_attributes.items():
         attributes[key] = value.replace("{component}", name) if isinstance(value, str) else value
-    scraped = config.http_address is not None and not disabled and not _none("metrics", environ)
     return TelemetrySettings(
         traces=traces,
         metrics=metrics,
         logs=logs,
-        scraped=scraped,
-        sampler=sampler,
+        scraped=config.http_address is not None and not disabled and not _none("metrics", environ),
+        sampler=config.telemetry_sampler or usual,
         ratio=1.0 if ratio is None else ratio,
         attributes=attributes,
         interval_s=config.telemetry_interval_s,
@@ -126,7 +123,6 @@ def resolve_telemetry(component: str, config: NodeConfig, environ: Mapping[str, 
 
 
 def endpoint_problem(endpoint: str, protocol: str) -> str | None:
-    """What is wrong with ``endpoint``, if anything."""
     try:
         parts = urlsplit(endpoint)
         host, _ = parts.hostname, parts.port
@@ -167,13 +163,13 @@ def _signal(
     merged = {**config.telemetry_headers, **cast(dict[str, str], own)}
     # gRPC refuses to send a header with a capital letter, and HTTP takes them in any case
     headers = {name.lower(): value for name, value in merged.items()}
-    if alone := environ.get(f"{prefix}_ENDPOINT"):
-        if (wrong := endpoint_problem(alone, protocol)) is not None:
+    if endpoint := environ.get(f"{prefix}_ENDPOINT"):
+        if (wrong := endpoint_problem(endpoint, protocol)) is not None:
             problems.append(Problem("", wrong, f"{prefix}_ENDPOINT"))
             return None
-        return Signal(alone, cast(OtlpProtocol, protocol), headers)
-    if config.telemetry_endpoint is None:
+    elif config.telemetry_endpoint is None:
         return None
-    base = config.telemetry_endpoint.rstrip("/")
-    endpoint = base if protocol == "grpc" else f"{base}/v1/{signal}"
+    else:
+        base = config.telemetry_endpoint.rstrip("/")
+        endpoint = base if protocol == "grpc" else f"{base}/v1/{signal}"
     return Signal(endpoint, cast(OtlpProtocol, protocol), headers)

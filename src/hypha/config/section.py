@@ -1,9 +1,12 @@
-"""What every table of a configuration file is: frozen, without unknown keys, written with ``_`` or ``-``."""
+"""What every table of a configuration file is: frozen, without unknown keys, written with ``_`` or ``-``; and
+what some of its values are: paths, URLs, small tables in one line of text.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict
 
@@ -34,3 +37,21 @@ class PathOrUrl:
     """Marks text that is a path or a URL; as a path it is relative to its file, but for ``words``."""
 
     words: tuple[str, ...] = ()
+
+
+def pairs_of(value: object) -> object:
+    """``key=value,key=value``, which OpenTelemetry's variables and the original's files write for a small
+    table, as that table, percent-encoding undone; anything else as it is. Raises ValueError.
+    """
+    if not isinstance(value, str):
+        return value
+    found: dict[str, str] = {}
+    for part in value.split(","):
+        if not part.strip():
+            continue
+        key, equals, text = part.partition("=")
+        if not equals or not key.strip():
+            # the text itself may be a secret
+            raise ValueError("it should be a table, or text such as key=value,key=value")
+        found[unquote(key.strip())] = unquote(text.strip())
+    return found

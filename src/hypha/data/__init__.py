@@ -1,10 +1,9 @@
 """Prepare datasets, verify them, and serve them with :func:`run_data`, a data node from start to end."""
 
-from hypha.data.manifest import Dataset, load_dataset_directory, read_manifest
+from hypha.data.manifest import Dataset, load_dataset_directory, read_manifest, verify
 from hypha.data.options import PrepareOptions
 from hypha.data.preparing.prepare import Prepared, Survey, prepare, survey
 from hypha.data.serving.serve import run_data
-from hypha.data.verify import verify
 from hypha.manifests import manifest_hash
 
 __all__ = [

@@ -22,23 +22,20 @@ from hypha.messages import Column
 #: Sources yield blocks of about this size.
 BLOCK_BYTES = 8 << 20
 
+#: says where row ``i`` of some rows is, for people: rows and lines count from 1
+RowName = Callable[[int], str]
+
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a source: equally long arrays by column. ``where`` says where row ``i`` of them is, for people:
-    rows and lines count from 1.
-    """
+    """Rows of a source: equally long arrays by column."""
 
-    where: Callable[[int], str]
+    row: RowName
     columns: dict[str, Array]
 
-    def row(self, index: int) -> str:
-        """Where row ``index`` of this block is."""
-        return self.where(index)
 
-
-def rows_from(file: str, start: int) -> Callable[[int], str]:
-    """``where`` of a block of consecutive rows, the first of which is row ``start``, counted from 0."""
+def rows_from(file: str, start: int) -> RowName:
+    """Of consecutive rows, the first of which is row ``start``, counted from 0."""
     return lambda index: f"{file}, row {start + index + 1}"
 
 
@@ -167,7 +164,6 @@ class Shaper:
 
 
 def _joined(feature: str, members: list[str], block: Block) -> Array:
-    """Scalars side by side, or vectors one after the other."""
     parts = []
     for name in members:
         values = block.columns[name]

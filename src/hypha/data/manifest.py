@@ -1,4 +1,4 @@
-"""``manifest.json``: which slices a dataset has, in which order, and how to know that they are whole.
+"""``manifest.json``: which slices a dataset has, in which order, and whether they are whole.
 
 The file is canonical (sorted keys), written atomically. Its hash covers what is trained on, and so what
 makes replicas interchangeable: columns, and samples, size and hash of each slice in order. It leaves out
@@ -15,24 +15,20 @@ from pathlib import Path
 
 import msgspec
 
-from hypha.data.labels import read_labels
-from hypha.data.ranges import Ranges
-from hypha.data.slices import (
-    SUFFIX,
-    columns_of,
-    describe_slice,
-    hash_file,
-    mode_in,
-)
+from hypha.data.slices import SUFFIX, Ranges, columns_of, describe_slice, hash_file, mode_in
 from hypha.decoding import decode_json
-from hypha.errors import DataError, Undecodable
+from hypha.errors import DataError, Problem, SliceCorrupt, Undecodable
 from hypha.manifests import manifest_hash
-from hypha.messages import Column, Manifest, SliceInfo
+from hypha.messages import ClassNames, Column, Manifest, SliceInfo
 from hypha.staging import write_whole
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
+#: beside it, what classes of its columns are called: column -> name -> class
+LABELS_FILE = "labels.json"
+#: beyond it nobody reads them, and a manifest has to be answered in one message
+MAX_LABELS_BYTES = 1 << 20
 #: a dataset of its own in the directory of the one that it was held out of
 HOLDOUT = "holdout"
 MANIFEST_VERSION = 1
@@ -57,7 +53,6 @@ class Dataset:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The slice files, in the manifest's order."""
         return tuple(self.directory / part.file for part in self.manifest.slices)
 
 
@@ -223,3 +218,85 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
             len(extra),
             min(extra),
         )
+
+
+def read_labels(directory: Path) -> tuple[ClassNames, ...]:
+    """Of the dataset in ``directory``. A file that cannot be used is logged, and gives no names: nothing but
+    the look of a trained model depends on them.
+    """
+    path = directory / LABELS_FILE
+    try:
+        if path.stat().st_size > MAX_LABELS_BYTES:
+            logger.warning("%s is larger than %d bytes; classes go without names.", path, MAX_LABELS_BYTES)
+            return ()
+        columns = decode_json(path.read_bytes(), dict[str, dict[str, int]])
+    except FileNotFoundError:
+        return ()
+    except OSError as exc:
+        logger.warning("%s cannot be read (%s); classes go without names.", path, exc.strerror)
+        return ()
+    except Undecodable as exc:
+        logger.warning("%s is not what prepare writes (%s); classes go without names.", path, exc)
+        return ()
+    found = []
+    for column, ids in sorted(columns.items()):
+        names = sorted(ids, key=lambda name: ids[name])
+        if not names or [ids[name] for name in names] != list(range(len(names))):
+            logger.warning(
+                "%s does not number the classes of %s from 0 on; they go without names.", path, column
+            )
+            continue
+        found.append(ClassNames(column=column, names=tuple(names)))
+    return tuple(found)
+
+
+def verify(directory: Path, progress: Progress = silent) -> list[Problem]:
+    """All problems of the dataset in ``directory``, and of the ``holdout`` inside it; none: it is whole.
+
+    A problem's ``source`` is the directory, its ``key`` the file. Blocks.
+    """
+    problems = _verify_one(Path(directory), progress)
+    if (inside := Path(directory) / HOLDOUT).is_dir():
+        problems += _verify_one(inside, progress)
+    return problems
+
+
+def _verify_one(directory: Path, progress: Progress) -> list[Problem]:
+    source = str(directory)
+    try:
+        present = {path.name for path in slice_files(directory)}
+        manifest = read_manifest(directory)
+    except DataError as exc:
+        return [Problem(key=MANIFEST_FILE, message=str(exc), source=source)]
+    problems = []
+    for part in manifest.slices:
+        progress(f"verifying {directory / part.file}")
+        if (message := slice_problem(directory / part.file, part, manifest)) is not None:
+            problems.append(Problem(key=part.file, message=message, source=source))
+    for name in sorted(present - {part.file for part in manifest.slices}):
+        message = "the manifest does not list it, so it is never served; delete it, or delete the manifest"
+        problems.append(Problem(key=name, message=message, source=source))
+    return problems
+
+
+def slice_problem(path: Path, expected: SliceInfo, manifest: Manifest) -> str | None:
+    """What is wrong with one slice file; reads all of it."""
+    try:
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"it has {size} bytes, the manifest says {expected.size}; restore it from a replica"
+        if hash_file(path) != expected.blake3:
+            return "its content is not what the manifest says (BLAKE3 differs); restore it from a replica"
+        content = describe_slice(path)
+    except FileNotFoundError:
+        return "it is missing; restore it from a replica"
+    except OSError as exc:
+        return f"it cannot be read: {exc.strerror}"
+    except SliceCorrupt as exc:
+        return str(exc)
+    columns = tuple(sorted(manifest.columns, key=lambda one: one.name))
+    if content.columns != columns:
+        return f"its columns are {column_text(content.columns)}, the manifest says {column_text(columns)}"
+    if content.samples != expected.samples:
+        return f"it holds {content.samples} samples, the manifest says {expected.samples}"
+    return None

@@ -87,7 +87,6 @@ class PrepareOptions:
 
     @property
     def dataset_name(self) -> str:
-        """The dataset's name."""
         return self.name or self.output.resolve().name
 
 

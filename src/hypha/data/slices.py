@@ -1,13 +1,16 @@
 """Slice files: safetensors whose tensors are columns of equal length. Written durably, described, hashed.
 
-Equal rows give equal bytes, and with them equal BLAKE3 hashes, wherever they are prepared.
+Equal rows give equal bytes, and with them equal BLAKE3 hashes, wherever they are prepared. Which numbers
+their columns hold stands in the manifest, so that a scheduler can tell that labels or tokens do not go with a
+model without reading a slice.
 """
 
 from __future__ import annotations
 
+import math
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
+from hypha.config.tasks import IGNORED
 from hypha.disks import sync
 from hypha.errors import SliceCorrupt
-from hypha.messages import Column
+from hypha.messages import Column, ColumnRange
 
 Array = npt.NDArray[Any]
 
@@ -118,3 +122,51 @@ def mode_in(directory: Path) -> int:
     often runs as another user than who prepared it, and safetensors makes files that only their owner reads.
     """
     return stat.S_IMODE(directory.stat().st_mode) & 0o666
+
+
+@dataclass
+class _Seen:
+    low: float = math.inf
+    high: float = -math.inf
+    whole: bool = True
+    ignored: int = 0
+
+
+@dataclass
+class Ranges:
+    """Which numbers columns hold: the smallest, the largest, and whether all are whole."""
+
+    _seen: dict[str, _Seen] = field(default_factory=dict)
+
+    def see(self, column: Column, values: Array) -> None:
+        """Take note of some values of ``column``, as numpy holds them (``BF16`` as its bits). Those of a type
+        that numpy does not have are passed over.
+        """
+        if column.dtype not in DTYPES or not values.size:
+            return
+        if column.dtype == "BF16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        seen = self._seen.setdefault(column.name, _Seen())
+        if values.dtype.kind == "i" and values.min() <= IGNORED:
+            left = values[values != IGNORED]
+            seen.ignored += values.size - left.size
+            values = left
+        if not values.size:
+            return
+        seen.low = min(seen.low, float(values.min()))
+        seen.high = max(seen.high, float(values.max()))
+        if seen.whole and values.dtype.kind == "f":
+            # of most columns of floats the first rows tell, and the others are not looked at
+            seen.whole = bool((values == np.rint(values)).all())
+
+    def of(self, columns: Iterable[Column]) -> tuple[ColumnRange, ...]:
+        """Of those columns of which values were seen, and all of them finite."""
+        return tuple(
+            ColumnRange(
+                column=column.name, low=seen.low, high=seen.high, whole=seen.whole, ignored=seen.ignored
+            )
+            for column in columns
+            if (seen := self._seen.get(column.name)) is not None
+            and math.isfinite(seen.low)
+            and math.isfinite(seen.high)
+        )

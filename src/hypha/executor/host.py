@@ -40,8 +40,7 @@ import msgspec
 import psutil
 
 from hypha import keeper
-from hypha.config.environment import process_environment, set_variable
-from hypha.config.inherited import inherited_state
+from hypha.config.environment import inherited_state, process_environment, set_variable
 from hypha.messages import ForkRequest, NotForked, encode
 
 #: What a fork may run: each has a ``main`` that takes the arguments and gives the exit code.

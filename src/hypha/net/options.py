@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hypha.config.bandwidth import LimitsConfig
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
-from hypha.config.tuning import LivenessTuning, TuningConfig
+from hypha.config.tuning import LimitsConfig, LivenessTuning, TuningConfig
 from hypha.net.libp2p.relay import RelayLimits
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 

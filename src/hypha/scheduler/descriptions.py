@@ -14,9 +14,9 @@ from hypha.config.job import (
     JobResourcesConfig,
     ModelConfig,
     PreprocessorConfig,
+    outer_values,
 )
 from hypha.config.offers import ResourcesConfig
-from hypha.config.outer import outer_values
 from hypha.errors import ConfigError, Problem
 from hypha.messages import (
     AggregateJob,

@@ -18,7 +18,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.executor.toy import one_thread_only
 from hypha.simulation.faults import FaultOutcome, story
 from hypha.simulation.invariants import (

@@ -6,7 +6,7 @@ they like and hold up the end of whoever imported them (wandb, for 11 s). The sc
 (``process``) never blocks: rounds wait in a bounded queue, a sink that fails or hangs is ended and started
 again, and the log says so once.
 
-Another sink is a class with the methods of :class:`~hypha.sinks.interface.MetricSink`, and a line in
+Another sink is a class with the methods of :class:`~hypha.sinks.child.MetricSink`, and a line in
 ``child.SINKS``.
 """
 

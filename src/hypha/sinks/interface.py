@@ -1,10 +1,8 @@
-"""What a metric sink is told, and what it has to be able to do."""
+"""What the scheduler tells the process of a metric sink, and what that replies."""
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from msgspec import Struct
 
@@ -59,28 +57,3 @@ class Reply(Struct, frozen=True):
     """What it says to each thing; ``error`` is empty when that was done."""
 
     error: str = ""
-
-
-class MetricSink(Protocol):
-    """May block, and may raise anything: it is started again then, and told the same round once more."""
-
-    def open(self, destination: Destination, run: RunInfo) -> None:
-        """Begin the run, or go on with it if it is there."""
-
-    def record(self, values: RoundValues) -> None:
-        """Write one round; what is written is safe with the tool when this returns, as far as it allows."""
-
-    def close(self) -> None:
-        """End the run; called once, when it was opened."""
-
-
-def library(name: str) -> Any:
-    """The module ``name`` of an optional package. Raises :class:`ImportError`."""
-    return importlib.import_module(name)
-
-
-def own_directory(destination: Destination) -> Path:
-    """The sink's directory, made. Raises :class:`OSError`."""
-    path = Path(destination.directory)
-    path.mkdir(parents=True, exist_ok=True)
-    return path

@@ -67,7 +67,6 @@ class SinkProcess:
 
     @property
     def waiting(self) -> int:
-        """Rounds that are not recorded yet."""
         return len(self._waiting)
 
     def put(self, values: RoundValues) -> None:
@@ -85,9 +84,8 @@ class SinkProcess:
             self._closing_at = time.monotonic() + timeout_s
             self._changed.notify()
 
-    # --- in its thread --------------------------------------------------------------------------------
-
     def _run(self) -> None:
+        """In its thread, as all below."""
         try:
             while (values := self._next()) is not None:
                 try:
@@ -151,8 +149,6 @@ class SinkProcess:
         if self.dropped:
             logger.warning("The metric sink %s lacks %d rounds.", self.destination.type, self.dropped)
 
-    # --- its process ----------------------------------------------------------------------------------
-
     def _deliver(self, values: RoundValues) -> None:
         """Raises :class:`_FailedError`, and OSError."""
         if self._child is None:
@@ -206,7 +202,6 @@ class SinkProcess:
                 raise _FailedError("it did not finish in time")
 
     def _finish(self) -> None:
-        """Let the sink close."""
         child = self._child
         if child is None or child.stdin is None or child.stdout is None:
             return

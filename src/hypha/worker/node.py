@@ -14,7 +14,7 @@ import trio
 from msgspec import structs
 
 from hypha import keeper
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.config.models import PreemptionConfig, WorkerConfig
 from hypha.errors import ConfigError, Problem
 from hypha.journal import Journal

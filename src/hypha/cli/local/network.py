@@ -27,7 +27,7 @@ import trio
 from hypha.cli.local.children import Child, Children, NetworkFailed, children
 from hypha.cli.local.lab import Star, inside
 from hypha.cli.local.node_host import NodeHost
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.pki.authority import CaFiles, make_node, make_org, make_root
 from hypha.pki.identity import IdentityFiles, load_identity
 from hypha.scheduler.status.snapshot import JobSnapshot

@@ -1,12 +1,16 @@
-"""On which line of a TOML file each key stands, so that a problem can be told with file and line.
+"""Where something is wrong in a TOML file: on which line each key stands, and what is no TOML at all.
 
-``tomllib`` does not say. This walks a text that tomllib has accepted, so it need not check anything.
+``tomllib`` does not say where keys are. What looks for them walks a text that tomllib has accepted, so it
+need not check anything.
 """
 
 from __future__ import annotations
 
+import bisect
 import re
 import tomllib
+
+from hypha.errors import Problem
 
 KeyPath = tuple[str | int, ...]
 
@@ -44,41 +48,34 @@ class _Walk:
             self._skip(_BLANK)
 
     def _line(self) -> int:
-        low, high = 0, len(self._starts)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._starts[middle] <= self.at else (low, middle)
-        return low + 1
+        return bisect.bisect_right(self._starts, self.at)
 
     def _skip(self, pattern: re.Pattern[str]) -> None:
         if (match := pattern.match(self.text, self.at)) is not None:
             self.at = match.end()
 
-    def _note(self, path: KeyPath) -> None:
-        self.lines.setdefault(path, self._line())
+    def _note(self, path: KeyPath, line: int) -> None:
+        self.lines.setdefault(path, line)
 
     def _header(self) -> KeyPath:
-        double = self.text.startswith("[[", self.at)
-        line_at = self.at
-        self.at += 2 if double else 1
-        keys = self._keys()
-        self.at += 2 if double else 1
+        line = self._line()
+        brackets = 2 if self.text.startswith("[[", self.at) else 1
+        self.at += brackets
+        *parents, last = self._keys()
+        self.at += brackets
         path: KeyPath = ()
-        end, self.at = self.at, line_at
-        for key in keys[:-1]:
-            self._note((*path, key))
-            path = self._into((*path, key))
-        path = (*path, keys[-1])
-        self._note(path)
-        if double:
+        for key in parents:
+            path = (*path, key)
+            self._note(path, line)
+            if path in self.array_tables:
+                path = (*path, self.array_tables[path])
+        path = (*path, last)
+        self._note(path, line)
+        if brackets == 2:
             self.array_tables[path] = self.array_tables.get(path, -1) + 1
             path = (*path, self.array_tables[path])
-            self._note(path)
-        self.at = end
+            self._note(path, line)
         return path
-
-    def _into(self, path: KeyPath) -> KeyPath:
-        return (*path, self.array_tables[path]) if path in self.array_tables else path
 
     def _keys(self) -> list[str]:
         keys = []
@@ -103,12 +100,11 @@ class _Walk:
         return match.group()
 
     def _pair(self, table: KeyPath) -> None:
-        start = self.at
+        line = self._line()
         keys = self._keys()
-        end, self.at = self.at, start
         for count in range(1, len(keys) + 1):
-            self._note((*table, *keys[:count]))
-        self.at = end + 1
+            self._note((*table, *keys[:count]), line)
+        self.at += 1
         self._skip(_SPACES)
         self._value((*table, *keys))
 
@@ -116,10 +112,8 @@ class _Walk:
         first = self.text[self.at]
         if first in "\"'":
             self._string()
-        elif first == "[":
-            self._array(path)
-        elif first == "{":
-            self._inline_table(path)
+        elif first in "[{":
+            self._entries(path, "]" if first == "[" else "}")
         else:
             self._skip(_SCALAR)
 
@@ -130,27 +124,70 @@ class _Walk:
                 return
         raise ValueError(f"not valid TOML at character {self.at}")
 
-    def _array(self, path: KeyPath) -> None:
+    def _entries(self, path: KeyPath, end: str) -> None:
+        """Those of an array, up to its ``]``, or of an inline table, up to its ``}``."""
         self.at += 1
         index = 0
         self._skip(_BLANK)
-        while self.text[self.at] != "]":
-            self._note((*path, index))
-            self._value((*path, index))
-            index += 1
+        while self.text[self.at] != end:
+            if end == "}":
+                self._pair(path)
+            else:
+                self._note((*path, index), self._line())
+                self._value((*path, index))
+                index += 1
             self._skip(_BLANK)
             if self.text[self.at] == ",":
                 self.at += 1
                 self._skip(_BLANK)
         self.at += 1
 
-    def _inline_table(self, path: KeyPath) -> None:
-        self.at += 1
-        self._skip(_BLANK)
-        while self.text[self.at] != "}":
-            self._pair(path)
-            self._skip(_BLANK)
-            if self.text[self.at] == ",":
-                self.at += 1
-                self._skip(_BLANK)
-        self.at += 1
+
+#: By how Python's messages begin: what a person would write there.
+_EXPECTED = {
+    "Invalid value": 'a value is a "text" in quotation marks, a number, true, false, a [list] or a {table}',
+    "Invalid statement": "a line is `key = value`, a [table], or a # comment",
+    "Expected '=' after a key": "a line is `key = value`; a key with anything but letters, digits, _ and - "
+    "needs quotation marks",
+    "Expected newline or end of document": "one `key = value` a line; text needs quotation marks around all "
+    "of it",
+    "Invalid initial character for a key part": "a key of letters, digits, _ and -, before its =",
+    "Unclosed array": "the list needs a comma between its values, and a ] at its end",
+    "Unclosed inline table": "the table needs a comma between its keys, and a } at its end",
+    "Unterminated string": "the text needs the same quotation marks at its end as at its beginning",
+    "Expected ']' at the end of a table declaration": "a table is [name], alone on its line",
+    "Expected ']]' at the end of an array declaration": "such a table is [[name]], alone on its line",
+    "Illegal character": 'text ends on the line on which it begins; for several lines use """',
+    "Unescaped '\\'": "in quotation marks a \\ is written \\\\; or use 'single ones'",
+    "Cannot overwrite a value": "each key once a table",
+    "Cannot declare": "each [table] once; several of a kind are [[table]]",
+    "Duplicate inline table key": "each key once a table",
+}
+_AT = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
+#: after one of these a value is shown to nobody
+_SECRET = re.compile(r"(?i)token|headers|secret|password")
+MAX_SHOWN = 120
+
+
+def syntax_problem(source: str, text: str, exc: tomllib.TOMLDecodeError) -> Problem:
+    """The problem of ``text``, the content of ``source``, of which ``exc`` came."""
+    words = str(exc)
+    lines = text.splitlines() or [""]
+    # at the end of the document it is the last line with something on it that is not complete
+    line = next((number for number in range(len(lines), 0, -1) if lines[number - 1].strip()), 1)
+    place = ", at its end"
+    if (at := _AT.search(words)) is not None:
+        words = words[: at.start()]
+        if at[1] is not None:
+            line, place = min(int(at[1]), len(lines)), f", column {at[2]}"
+    wanted = next((told for begins, told in _EXPECTED.items() if words.startswith(begins)), "")
+    message = f"it is not TOML{place}: {words} in `{_shown(lines[line - 1])}`"
+    return Problem(key="", source=source, line=line, message=f"{message}; {wanted}" if wanted else message)
+
+
+def _shown(line: str) -> str:
+    key, equals, _ = line.strip().partition("=")
+    if _SECRET.search(key):
+        return f"{key.strip()} {equals} ...".strip()
+    whole = line.strip()
+    return whole if len(whole) <= MAX_SHOWN else f"{whole[:MAX_SHOWN]}..."

@@ -23,10 +23,19 @@ from hypha.config.checks import cross_checks
 from hypha.config.environment import process_environment
 from hypha.config.models import COMPONENTS
 from hypha.config.otel import otel_settings
-from hypha.config.reading.layers import Layer, Origin, Value, fold, merge
-from hypha.config.reading.lines import KeyPath, key_lines
-from hypha.config.reading.partial import Partial, canonical_path, fields_at, is_text, shown
-from hypha.config.reading.syntax import syntax_problem
+from hypha.config.reading.layers import (
+    Layer,
+    Origin,
+    Partial,
+    Value,
+    canonical_path,
+    fields_at,
+    fold,
+    is_text,
+    merge,
+    shown,
+)
+from hypha.config.reading.lines import KeyPath, key_lines, syntax_problem
 from hypha.config.section import Section
 from hypha.errors import ConfigError, Problem
 
@@ -59,101 +68,77 @@ def load_config(
     problems: list[Problem] = []
     environ = process_environment() if environ is None else environ
     layers = [
-        _file_layer(model, path, problems) if path is not None else Layer(),
-        *_environment_layers(model, environ, problems),
-        *(_flag_layer(model, flag) for flag in flags),
+        _file_layer(model, path) if path is not None else Layer(),
+        *_environment_layers(model, environ),
+        *(_single(model, flag.key.split("."), flag.value, flag.name) for flag in flags),
     ]
     merged = Layer()
     for layer in layers:
         problems += layer.problems
         merged = merge(merged, layer)
-    where = _Where(merged, str(path) if path is not None else "")
+    merged.origins[()] = Origin(str(path) if path is not None else "")
     config: M | None = None
     try:
         config = model.model_validate(merged.tree)
     except ValidationError as exc:
         # without the file every required key would be "missing", which hides the one real problem
         if path is None or merged.tree or not problems:
-            problems += _pydantic_problems(model, exc, where)
+            problems += _pydantic_problems(model, exc, merged)
     partial = Partial(model, merged.tree)
     if merged.tree:
-        problems += [where.problem(loc, message) for loc, message in cross_checks(partial)]
+        problems += [merged.problem(loc, message) for loc, message in cross_checks(partial)]
     for check in checks:
-        problems += [_placed(problem, where) for problem in check(partial)]
+        problems += [_placed(problem, merged) for problem in check(partial)]
     if problems or config is None:
         raise ConfigError(_ordered(problems))
     return config
 
 
-# --- the layers -----------------------------------------------------------------------------------
-
-
-def _file_layer(model: type[Section], path: Path, problems: list[Problem]) -> Layer:
+def _file_layer(model: type[Section], path: Path) -> Layer:
     try:
         # with or without the mark that some editors put before UTF-8
         text = path.read_text(encoding="utf-8-sig")
         raw = tomllib.loads(text)
     except FileNotFoundError:
-        problems.append(
-            Problem(
-                key="",
-                source=str(path),
-                message="there is no such file; write one with `init`, or correct --config",
-            )
-        )
-        return Layer()
+        wrong = "there is no such file; write one with `init`, or correct --config"
     except OSError as exc:
-        problems.append(Problem(key="", source=str(path), message=f"it cannot be read: {exc.strerror}"))
-        return Layer()
+        wrong = f"it cannot be read: {exc.strerror}"
     except UnicodeDecodeError:
-        problems.append(Problem(key="", source=str(path), message="it is not UTF-8 text"))
-        return Layer()
+        wrong = "it is not UTF-8 text"
     except tomllib.TOMLDecodeError as exc:
-        problems.append(syntax_problem(str(path), text, exc))
-        return Layer()
-    lines = key_lines(text)
-    return fold(
-        model,
-        raw,
-        lambda loc: Origin(str(path), lines.get(loc)),
-        base=path.absolute().parent,
-    )
+        return Layer(problems=[syntax_problem(str(path), text, exc)])
+    else:
+        lines = key_lines(text)
+        return fold(model, raw, lambda loc: Origin(str(path), lines.get(loc)), base=path.absolute().parent)
+    return Layer(problems=[Problem(key="", source=str(path), message=wrong)])
 
 
-def _environment_layers(
-    model: type[Section], environ: Mapping[str, str], problems: list[Problem]
-) -> list[Layer]:
+def _environment_layers(model: type[Section], environ: Mapping[str, str]) -> list[Layer]:
     layers = []
     for name in _LOG_VARIABLES:
         if text := environ.get(name):
-            layers.append(_single(model, ("log_level",), text, Origin(name)))
+            layers.append(_single(model, ["log_level"], text, name))
     for name in sorted(environ):
         if not name.startswith("HYPHA_") or name in _LOG_VARIABLES:
             continue
-        keys = tuple(name.removeprefix("HYPHA_").lower().split("__"))
+        keys = name.removeprefix("HYPHA_").lower().split("__")
         if keys[0] in model.model_fields:
-            path: KeyPath = tuple(int(key) if key.isdigit() else key for key in keys)
-            wants_text = is_text(model, canonical_path(model, path))
-            layers.append(_single(model, path, _parse_value(environ[name], wants_text), Origin(name)))
+            layers.append(_single(model, keys, _parse_value(model, keys, environ[name]), name))
         elif not any(keys[0] in other.model_fields for other in COMPONENTS.values()):
             # one meant for another component on this machine is no mistake; this is
             known = [f"HYPHA_{field.upper()}" for field in model.model_fields]
-            problems.append(Problem(key="", source=name, message=_unknown(name, [*known, "HYPHA_LOG"])))
-    for name, otel_path, value in otel_settings(environ):
-        layers.append(_single(model, otel_path, value, Origin(name)))
+            wrong = _unknown(name, [*known, "HYPHA_LOG"])
+            layers.append(Layer(problems=[Problem(key="", source=name, message=wrong)]))
+    for name, key, value in otel_settings(environ):
+        layers.append(_single(model, [key], value, name))
     return layers
 
 
-def _flag_layer(model: type[Section], flag: Flag) -> Layer:
-    path: KeyPath = tuple(int(key) if key.isdigit() else key for key in flag.key.split("."))
-    return _single(model, path, flag.value, Origin(flag.name))
-
-
-def _single(model: type[Section], path: KeyPath, value: Value, origin: Origin) -> Layer:
+def _single(model: type[Section], keys: Sequence[str], value: Value, source: str) -> Layer:
     raw: Value = value
-    for key in reversed(path):
-        raw = {str(key): raw}
-    return fold(model, raw if isinstance(raw, dict) else {}, lambda _: origin, base=None)
+    for key in reversed(keys):
+        raw = {key: raw}
+    return fold(model, raw if isinstance(raw, dict) else {}, lambda _: Origin(source), base=None)
 
 
 def parse_setting(model: type[Section], text: str) -> Flag:
@@ -162,14 +147,14 @@ def parse_setting(model: type[Section], text: str) -> Flag:
     if not equals or not key.strip():
         raise ConfigError([Problem(key="", source=f"--set {text}", message="write KEY=VALUE")])
     key = key.strip()
-    path = canonical_path(model, tuple(int(part) if part.isdigit() else part for part in key.split(".")))
-    return Flag(f"--set {key}", key, _parse_value(value.strip(), is_text(model, path)))
+    return Flag(f"--set {key}", key, _parse_value(model, key.split("."), value.strip()))
 
 
-def _parse_value(text: str, wants_text: bool) -> Value:
-    """A value as TOML, else JSON, else as it is; text stays text where text is wanted."""
+def _parse_value(model: type[Section], keys: Sequence[str], text: str) -> Value:
+    """The value of a key as TOML, else JSON, else as it is; text stays text where text is wanted."""
+    path = canonical_path(model, tuple(int(key) if key.isdigit() else key for key in keys))
     stripped = text.strip()
-    if wants_text and stripped[:1] not in ('"', "'"):
+    if is_text(model, path) and stripped[:1] not in ('"', "'"):
         return text
     try:
         value: Any = tomllib.loads(f"value = {stripped}")["value"]
@@ -181,30 +166,13 @@ def _parse_value(text: str, wants_text: bool) -> Value:
     return value  # type: ignore[no-any-return]
 
 
-# --- telling problems -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Where:
-    """Where in the layers a key was set."""
-
-    layer: Layer
-    file: str
-
-    def problem(self, loc: KeyPath, message: str) -> Problem:
-        for length in range(len(loc), 0, -1):
-            if (origin := self.layer.origins.get(loc[:length])) is not None:
-                return Problem(key=shown(loc), source=origin.source, line=origin.line, message=message)
-        return Problem(key=shown(loc), source=self.file, message=message)
-
-
-def _placed(problem: Problem, where: _Where) -> Problem:
+def _placed(problem: Problem, merged: Layer) -> Problem:
     """A problem found in a file that a key names, told where that key stands."""
     message = f"{problem.source}: {problem.message}" if problem.source else problem.message
-    return where.problem(tuple(problem.key.split(".")), message) if problem.key else problem
+    return merged.problem(tuple(problem.key.split(".")), message) if problem.key else problem
 
 
-def _pydantic_problems(model: type[Section], exc: ValidationError, where: _Where) -> list[Problem]:
+def _pydantic_problems(model: type[Section], exc: ValidationError, merged: Layer) -> list[Problem]:
     found: dict[KeyPath, list[str]] = {}
     for error in exc.errors(include_url=False):
         loc = canonical_path(model, tuple(error["loc"]))
@@ -223,15 +191,14 @@ def _pydantic_problems(model: type[Section], exc: ValidationError, where: _Where
             if isinstance(given, str | int | float | bool) and not secret:
                 message += f", not {given!r}"
         found.setdefault(loc, []).append(message)
-    return [where.problem(loc, " or ".join(dict.fromkeys(messages))) for loc, messages in found.items()]
+    return [merged.problem(loc, " or ".join(dict.fromkeys(messages))) for loc, messages in found.items()]
 
 
 def _unknown_key(model: type[Section], loc: KeyPath) -> str:
     key = str(loc[-1])
-    here = fields_at(model, loc[:-1])
     if len(loc) > 1 and key.replace("-", "_") in model.model_fields:
         return "it belongs to the top level: write it above the first [table]"
-    return _unknown(key, here)
+    return _unknown(key, fields_at(model, loc[:-1]))
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ import tomli_w
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hypha.config.reading.layers import Value
-from hypha.config.reading.partial import section_in
+from hypha.config.reading.layers import Value, section_in
 from hypha.config.section import Section
 
 FILL_IN = "FILL IN"
@@ -28,61 +28,57 @@ def write_template(model: type[Section], given: Mapping[str, Value], fill_in: Ma
     ``given`` that are placeholders) what the operator has to write there.
     """
     lines = [f"# {line}" for line in _summary(model)]
-    lines += _table(model, (), given, fill_in, active=True)
+    lines += _Template(given, fill_in).table(model, "", active=True)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(
-    model: type[Section],
-    at: tuple[str, ...],
-    given: Mapping[str, Value],
-    fill_in: Mapping[str, str],
-    active: bool,
-) -> list[str]:
-    lines: list[str] = []
-    tables: list[str] = []
-    for name, info in model.model_fields.items():
-        section, many = section_in(model, name)
-        if section is None:
-            lines += _key((*at, name), info, given, fill_in, active)
-            continue
-        here = (*at, name)
-        listed = given.get(".".join(here)) if many else None
-        wanted = active and (bool(listed) or _is_given(here, given) or not (many or _optional(info)))
-        head = f"[[{'.'.join(here)}]]" if many else f"[{'.'.join(here)}]"
-        tables += ["", *(f"# {line}" for line in (notes_of(info) or _summary(section)))]
-        entries: list[dict[str, Value] | None] = _entries(info) if many and not wanted else [None]
-        if isinstance(listed, list) and listed:
-            entries = [one for one in listed if isinstance(one, dict)]
-        for entry in entries:
-            tables.append(head if wanted else f"#{head}")
-            values = dict(given)
-            if entry is not None:
-                values = {".".join((*here, key)): value for key, value in entry.items() if value is not None}
-            below = _table(section, here, values, fill_in, wanted)
-            tables += below
-    return [*lines, *tables]
+@dataclass(frozen=True)
+class _Template:
+    given: Mapping[str, Value]
+    fill_in: Mapping[str, str]
 
+    def table(self, model: type[Section], at: str, active: bool) -> list[str]:
+        """``at`` ends with a dot, unless it is the top level."""
+        lines: list[str] = []
+        tables: list[str] = []
+        for name, info in model.model_fields.items():
+            here = at + name
+            section, many = section_in(model, name)
+            if section is None:
+                lines += self.key(here, info, active)
+                continue
+            listed = self.given.get(here) if many else None
+            below = any(key.startswith(f"{here}.") for key in self.given)
+            default = None if info.is_required() else info.get_default(call_default_factory=True)
+            optional = many or (default is None and not info.is_required())
+            wanted = active and (bool(listed) or below or not optional)
+            head = f"[[{here}]]" if many else f"[{here}]"
+            tables += ["", *(f"# {line}" for line in (notes_of(info) or _summary(section)))]
+            entries: list[Any] = [None]
+            if isinstance(listed, list) and listed:
+                entries = [one for one in listed if isinstance(one, dict)]
+            elif many and default and not wanted:
+                entries = _plain(default)
+            for entry in entries:
+                tables.append(head if wanted else f"#{head}")
+                values = self.given
+                if entry is not None:
+                    values = {f"{here}.{key}": value for key, value in entry.items() if value is not None}
+                tables += _Template(values, self.fill_in).table(section, f"{here}.", wanted)
+        return [*lines, *tables]
 
-def _key(
-    at: tuple[str, ...],
-    info: FieldInfo,
-    given: Mapping[str, Value],
-    fill_in: Mapping[str, str],
-    active: bool,
-) -> list[str]:
-    dotted = ".".join(at)
-    name = info.alias if info.alias and "-" not in info.alias else at[-1]
-    lines = [f"# {line}" for line in notes_of(info)]
-    if dotted in fill_in:
-        lines.append(f"# {FILL_IN}: {fill_in[dotted]}")
-    if dotted in given:
-        mark = "" if active else "#"
-        return [*lines, *(mark + line for line in _toml(name, given[dotted]))]
-    default = _plain(info.get_default(call_default_factory=True)) if not info.is_required() else None
-    if default is None:
-        return [*lines, f"#{name} ="]
-    return [*lines, *("#" + line for line in _toml(name, default))]
+    def key(self, dotted: str, info: FieldInfo, active: bool) -> list[str]:
+        name = info.alias if info.alias and "-" not in info.alias else dotted.rpartition(".")[2]
+        lines = [f"# {line}" for line in notes_of(info)]
+        if dotted in self.fill_in:
+            lines.append(f"# {FILL_IN}: {self.fill_in[dotted]}")
+        if dotted in self.given:
+            mark = "" if active else "#"
+            return [*lines, *(mark + line for line in _toml(name, self.given[dotted]))]
+        default = _plain(info.get_default(call_default_factory=True)) if not info.is_required() else None
+        if default is None:
+            return [*lines, f"#{name} ="]
+        return [*lines, *("#" + line for line in _toml(name, default))]
 
 
 def _toml(name: str, value: Value) -> list[str]:
@@ -111,20 +107,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _entries(info: FieldInfo) -> list[dict[str, Value] | None]:
-    default = info.get_default(call_default_factory=True)
-    return [_plain(entry) for entry in default] if default else [None]
-
-
-def _optional(info: FieldInfo) -> bool:
-    return not info.is_required() and info.get_default(call_default_factory=True) is None
-
-
-def _is_given(at: tuple[str, ...], given: Mapping[str, Value]) -> bool:
-    prefix = ".".join(at) + "."
-    return any(key.startswith(prefix) for key in given)
 
 
 def _summary(model: type[Section]) -> list[str]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from hypha.data.manifest import write_manifest
-from hypha.data.ranges import Ranges
-from hypha.data.slices import SUFFIX, Array, hash_file, record_dtype, write_slice
+from hypha.data.slices import SUFFIX, Array, Ranges, hash_file, record_dtype, write_slice
 from hypha.errors import InputUnusable
 from hypha.messages import Column, Manifest, SliceInfo
 
@@ -143,8 +143,6 @@ class Shuffle:
 
 
 class _Deal:
-    """Rows dealt out at random to files."""
-
     def __init__(self, directory: Path, random: np.random.Generator, dtype: np.dtype[np.generic]) -> None:
         directory.mkdir()
         self.directory = directory
@@ -163,12 +161,10 @@ class _Deal:
                 file.write(rows[chosen].tobytes())
 
     def close(self) -> list[Path]:
-        """The files, in order."""
         self._open.close()
         return self._paths
 
     def read(self, path: Path) -> Iterator[Array]:
-        """The rows of a file, in blocks."""
         step = max(1, SHUFFLE_BYTES // 8 // self.dtype.itemsize)
         with path.open("rb") as file:
             while len(rows := np.fromfile(file, dtype=self.dtype, count=step)):
@@ -195,7 +191,8 @@ class SliceWriter:
     _ranges: Ranges = field(default_factory=Ranges)
 
     def write(self, rows: Array) -> None:
-        self._ranges.see_rows(rows, self.columns)
+        for column in self.columns:
+            self._ranges.see(column, rows[column.name])
         while self._count + len(rows) >= self.slice_samples:
             missing = self.slice_samples - self._count
             self._held.append(rows[:missing])
@@ -237,9 +234,7 @@ class SliceWriter:
         for number, part in enumerate(self._slices):
             name = f"slice-{number:0{width}}{SUFFIX}"
             (self.directory / part.file).rename(self.directory / name)
-            self._slices[number] = SliceInfo(
-                file=name, samples=part.samples, size=part.size, blake3=part.blake3
-            )
+            self._slices[number] = msgspec.structs.replace(part, file=name)
 
 
 def samples_for(columns: tuple[Column, ...], slice_bytes: float) -> int:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
 import msgspec
+import numpy as np
 
 from hypha.data.columns import Shaper, listed
-from hypha.data.labels import LABELS_FILE
-from hypha.data.manifest import HOLDOUT, Progress, silent
-from hypha.data.options import DEFAULT_SLICE_MB, PrepareOptions, check_options
+from hypha.data.manifest import HOLDOUT, LABELS_FILE, Progress, silent
+from hypha.data.options import DEFAULT_SLICE_MB, PrepareOptions, SourceKind, check_options
 from hypha.data.preparing.pipeline import Holdout, Shuffle, SliceWriter, Stage, samples_for
 from hypha.data.preparing.staging import Staging, check_target
-from hypha.data.preparing.summary import RowCounts, Summary
 from hypha.data.slices import Array
-from hypha.data.sources.layout import find_layout
+from hypha.data.sources.layout import Layout, find_layout
 from hypha.data.sources.opening import open_source
 from hypha.errors import DataError, InputUnusable
 from hypha.manifests import manifest_hash
@@ -30,6 +30,38 @@ logger = logging.getLogger(__name__)
 
 #: A job with fewer slices than workers leaves some without data.
 FEW_SLICES = 4
+#: More different labels than these are not counted one by one.
+MAX_COUNTED = 1000
+#: So many labels are shown, and so many values of an example.
+SHOWN_LABELS = 12
+SHOWN_VALUES = 6
+_LABELS = ("labels", "label")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``labels`` are names (or numbers) with how many rows have them, by column; ``ignored`` are lines."""
+
+    kind: SourceKind
+    files: int
+    rows: int
+    columns: tuple[Column, ...]
+    examples: Mapping[str, str]
+    labels: Mapping[str, tuple[tuple[str, int], ...]]
+    ignored: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        files = f" from {self.files} files" if self.files > 1 else ""
+        found = [f"kind: {self.kind}", f"rows: {self.rows}{files}"]
+        for column in self.columns:
+            shape = f" {list(column.shape)}" if column.shape else ""
+            found.append(f"column: {column.name} {column.dtype}{shape}, such as {self.examples[column.name]}")
+        for name, counts in self.labels.items():
+            shown = ", ".join(f"{label} ({count})" for label, count in counts[:SHOWN_LABELS])
+            more = f" and {len(counts) - SHOWN_LABELS} more" if len(counts) > SHOWN_LABELS else ""
+            found.append(f"labels: {name} has {len(counts)}: {shown}{more}")
+        found += [f"ignored: {line}" for line in self.ignored]
+        return found
 
 
 @dataclass(frozen=True)
@@ -121,17 +153,14 @@ class _Run:
         options = self._options
         rows = self._records()
         first = self._first(rows)
-        columns = self._shaper.columns
-        train = self._writer(
-            staging.directory, options.dataset_name, columns, "every sample is in the holdout"
-        )
+        train = self._writer(staging.directory, options.dataset_name, "every sample is in the holdout")
         stage: Stage = Shuffle(train, staging.directory, options.seed) if options.shuffle else train
         held_out = None
         if options.holdout:
             inside = apart.directory if apart is not None else staging.directory / HOLDOUT
             inside.mkdir(exist_ok=True)
             empty = f"a holdout of {options.holdout:g} leaves no sample in it; take more"
-            held_out = self._writer(inside, f"{options.dataset_name}-{HOLDOUT}", columns, empty)
+            held_out = self._writer(inside, f"{options.dataset_name}-{HOLDOUT}", empty)
             stage = Holdout(stage, held_out, options.holdout, options.seed)
         stage.write(first)
         for some in rows:
@@ -163,7 +192,7 @@ class _Run:
         samples = self._tally.rows - held_out
         if options.holdout and not (samples and held_out):
             raise InputUnusable(f"a holdout of {options.holdout:g} leaves one side without a sample")
-        slices = math.ceil(samples / self._slice_samples(self._shaper.columns))
+        slices = math.ceil(samples / self._slice_samples())
         return Survey(self._summary(), samples, held_out, slices, tuple(self._notes(slices)))
 
     def _first(self, rows: Iterator[Array]) -> Array:
@@ -183,21 +212,15 @@ class _Run:
             if len(records):
                 yield records
 
-    def _slice_samples(self, columns: tuple[Column, ...]) -> int:
-        options = self._options
-        return options.slice_samples or samples_for(columns, (options.slice_mb or DEFAULT_SLICE_MB) * 10**6)
+    def _slice_samples(self) -> int:
+        slice_bytes = (self._options.slice_mb or DEFAULT_SLICE_MB) * 10**6
+        return self._options.slice_samples or samples_for(self._shaper.columns, slice_bytes)
 
-    def _writer(self, directory: Path, name: str, columns: tuple[Column, ...], empty: str) -> SliceWriter:
-        return SliceWriter(directory, name, columns, self._slice_samples(columns), empty)
+    def _writer(self, directory: Path, name: str, empty: str) -> SliceWriter:
+        return SliceWriter(directory, name, self._shaper.columns, self._slice_samples(), empty)
 
     def _summary(self) -> Summary:
-        return self._tally.summary(
-            self._layout.kind,
-            len(self._layout.files),
-            self._shaper.columns,
-            self._labels(),
-            self._layout.ignored,
-        )
+        return self._tally.summary(self._layout, self._shaper.columns, self._labels())
 
     def _labels(self) -> dict[str, tuple[str, ...]]:
         """By the dataset's columns; of those that are ids still."""
@@ -235,3 +258,66 @@ def _write_labels(directory: Path, labels: dict[str, tuple[str, ...]]) -> None:
     """``labels.json``: column -> name -> id."""
     ids = {column: {name: number for number, name in enumerate(names)} for column, names in labels.items()}
     (directory / LABELS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(ids), indent=1) + b"\n")
+
+
+@dataclass
+class RowCounts:
+    rows: int = 0
+    _first: Array | None = None
+    _counts: dict[str, Counter[int]] = field(default_factory=dict)
+    _many: set[str] = field(default_factory=set)
+
+    def see(self, records: Array, columns: tuple[Column, ...], named: frozenset[str]) -> None:
+        """Take note of some rows; ``named`` are columns of ids that have names."""
+        if self._first is None and len(records):
+            self._first = records[:1].copy()
+        self.rows += len(records)
+        for column in columns:
+            counted = column.name in named or (column.name in _LABELS and column.dtype[0] in "IU")
+            if not counted or column.shape or column.name in self._many:
+                continue
+            values, counts = np.unique(records[column.name], return_counts=True)
+            counter = self._counts.setdefault(column.name, Counter())
+            counter.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+            if len(counter) > MAX_COUNTED and column.name not in named:
+                self._many.add(column.name)
+                del self._counts[column.name]
+
+    def unnamed(self, names: Mapping[str, tuple[str, ...]]) -> dict[str, Counter[int]]:
+        """Ids that have none of their column's names, with how many rows have them."""
+        odd = {
+            column: Counter(
+                {number: n for number, n in counter.items() if not 0 <= number < len(names[column])}
+            )
+            for column, counter in self._counts.items()
+            if column in names
+        }
+        return {column: counter for column, counter in odd.items() if counter}
+
+    def summary(
+        self, layout: Layout, columns: tuple[Column, ...], names: Mapping[str, tuple[str, ...]]
+    ) -> Summary:
+        """All that was seen; ``names`` are those behind ids, by column."""
+        labels = {}
+        for column, counter in self._counts.items():
+            known = names.get(column, ())
+            counts = {name: counter.get(number, 0) for number, name in enumerate(known)}
+            counts |= {
+                str(number): count
+                for number, count in sorted(counter.items())
+                if not 0 <= number < len(known)
+            }
+            labels[column] = tuple(counts.items())
+        examples = {}
+        if self._first is not None:
+            examples = {column.name: _shown(column, self._first[column.name][0]) for column in columns}
+        files = len(layout.files)
+        return Summary(layout.kind, files, self.rows, columns, examples, labels, layout.ignored)
+
+
+def _shown(column: Column, value: Array) -> str:
+    if column.dtype == "BF16":
+        value = (np.asarray(value).astype(np.uint32) << 16).view(np.float32)
+    flat = np.asarray(value).reshape(-1)
+    texts = [f"{one:.6g}" if flat.dtype.kind == "f" else str(one) for one in flat[:SHOWN_VALUES].tolist()]
+    return " ".join(texts) + (" ..." if len(flat) > SHOWN_VALUES else "")

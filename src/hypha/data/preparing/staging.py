@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from hypha.data.labels import LABELS_FILE
-from hypha.data.manifest import HOLDOUT, MANIFEST_FILE
+from hypha.data.manifest import HOLDOUT, LABELS_FILE, MANIFEST_FILE
 from hypha.data.slices import SUFFIX
 from hypha.disks import lock
 from hypha.errors import DataError, InputUnusable
@@ -33,8 +32,8 @@ class Staging:
         self._force = force
         try:
             restore(self.target)
-            with contextlib.ExitStack() as stack:
-                self._check(stack)
+            with self._unserved():
+                pass
             self._staged = StagedDirectory(self.target, durable=True)
         except OSError as exc:
             raise DataError(f"{self.target.parent} cannot be written: {exc.strerror}") from exc
@@ -51,29 +50,31 @@ class Staging:
     def publish(self) -> None:
         """Put the directory in its place. Raises DataError when that cannot be."""
         try:
-            with contextlib.ExitStack() as stack:
-                self._check(stack)
+            with self._unserved():
                 self._staged.publish()
         except OSError as exc:
             raise DataError(f"{self.target} cannot be put in place: {exc.strerror}") from exc
 
-    def _check(self, stack: contextlib.ExitStack) -> None:
-        """Raise InputUnusable when the target is not to be replaced; ``stack`` keeps a node from beginning to
-        serve it, or the holdout in it, meanwhile.
+    @contextlib.contextmanager
+    def _unserved(self) -> Iterator[None]:
+        """Keeps a node from beginning to serve the target, or the holdout in it, meanwhile. Raises
+        InputUnusable when the target is not to be replaced.
         """
         check_target(self.target, self._force)
-        for directory in _datasets_in(self.target):
-            try:
-                handle = lock(directory, fcntl.LOCK_EX)
-            except OSError:
-                # where there are no locks, nobody can be asked
-                continue
-            if handle is None:
-                raise InputUnusable(
-                    f"{directory} is being served by a data node, whose jobs would lose their data; stop "
-                    "that node first, or prepare into another directory"
-                )
-            stack.callback(os.close, handle)
+        with contextlib.ExitStack() as stack:
+            for directory in _datasets_in(self.target):
+                try:
+                    handle = lock(directory, fcntl.LOCK_EX)
+                except OSError:
+                    # where there are no locks, nobody can be asked
+                    continue
+                if handle is None:
+                    raise InputUnusable(
+                        f"{directory} is being served by a data node, whose jobs would lose their data; stop "
+                        "that node first, or prepare into another directory"
+                    )
+                stack.callback(os.close, handle)
+            yield
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -67,10 +67,6 @@ class TrainingPace:
         sent = self.data_nodes * self.mbit * 1e6 / 8 / self.workers
         return sent if self.worker_mbit is None else min(sent, self.worker_mbit * 1e6 / 8)
 
-    def cache_bytes(self, slice_bytes: float) -> float:
-        """What one worker keeps of slices of that size."""
-        return min(self.cache_gb * 1e9, self.cache_slices * slice_bytes)
-
     @property
     def fixed_s(self) -> float:
         """What a fetch takes besides its bytes."""
@@ -107,7 +103,6 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is wrong."""
         return not self.problems
 
 
@@ -115,10 +110,8 @@ def advise(pace: TrainingPace) -> SliceAdvice:
     """What suits ``pace``, all numbers of which are above 0."""
     load = pace.need / pace.share
     smallest, why_smallest = _smallest(pace, load)
-    bounds = list(_largest(pace))
-    largest, why_largest = min(bounds)
-    wanted = pace.need * COMFORTABLE_S
-    size = min(max(wanted, smallest), largest)
+    largest, why_largest = min(_largest(pace))
+    size = min(max(pace.need * COMFORTABLE_S, smallest), largest)
     size = _handy(min(max(size / 1e6, LEAST_MB), MOST_MB), smallest / 1e6, largest / 1e6)
     because = [
         f"a worker trains on {_rate(pace.need)}, and {_rate(pace.share)} reach it when all "
@@ -126,12 +119,12 @@ def advise(pace: TrainingPace) -> SliceAdvice:
         why_smallest,
         why_largest,
     ]
-    if pace.dataset_bytes is not None and pace.dataset_bytes <= pace.workers * pace.cache_bytes(size * 1e6):
+    cached = min(pace.cache_gb * 1e9, pace.cache_slices * size * 1e6)
+    if pace.dataset_bytes is not None and pace.dataset_bytes <= pace.workers * cached:
         because.append("the caches of the workers hold the whole dataset: only the first epoch is fetched")
-    samples = max(1, round(size * 1e6 / pace.sample_bytes))
     return SliceAdvice(
         slice_mb=size,
-        slice_samples=samples,
+        slice_samples=max(1, round(size * 1e6 / pace.sample_bytes)),
         smallest_mb=_rounded(smallest / 1e6),
         largest_mb=_rounded(largest / 1e6),
         load=load,
@@ -159,8 +152,7 @@ def fit(manifest: Manifest, pace: TrainingPace, advice: SliceAdvice) -> Fit:
             f"each epoch; {again}"
         )
     # what only the number of slices shows has been reported
-    bounds = [(bound, why) for bound, why in _largest(pace) if "epoch" not in why]
-    bound, why = min(bounds)
+    bound, why = min((bound, why) for bound, why in _largest(pace) if "epoch" not in why)
     if largest > 1.1 * bound:
         problems.append(f"its largest slice has {largest / 1e6:.1f} MB, and {why}; {again}")
     if mean < 0.9 * advice.smallest_mb * 1e6 and advice.smallest_mb <= advice.largest_mb:
@@ -185,14 +177,14 @@ def _smallest(pace: TrainingPace, load: float) -> tuple[float, str]:
 def _largest(pace: TrainingPace) -> list[tuple[float, str]]:
     """Bytes above which something else suffers, each with what."""
     start = max(pace.start_s - pace.fixed_s, 0.1) * pace.share
+    cache = pace.cache_gb * 1e9 / pace.cache_slices
     found = [
         (
             start,
             f"above {_size(start)} the start waits for the first slices for more than {pace.start_s:g} s",
         ),
+        (cache, f"above {_size(cache)} a worker's cache does not hold {pace.cache_slices} slices"),
     ]
-    cache = pace.cache_gb * 1e9 / pace.cache_slices
-    found.append((cache, f"above {_size(cache)} a worker's cache does not hold {pace.cache_slices} slices"))
     if pace.dataset_bytes is not None:
         part = pace.dataset_bytes / (LEAST_PER_WORKER * pace.workers)
         found.append(

@@ -20,8 +20,8 @@ from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
 from hypha.errors import InputUnusable
 
-#: reads the next rows of a column
-ReadRows = Callable[[int], Array]
+#: reads rows of a column: from which one on, which is the next one of a stream, and how many
+ReadRows = Callable[[int, int], Array]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,6 @@ class _Column:
 
 
 class ArraySource:
-    """See the module."""
-
     def __init__(self, files: list[Path], options: PrepareOptions) -> None:
         suffixes = {path.suffix.lower() for path in files}
         if len(suffixes) > 1:
@@ -85,11 +83,10 @@ class ArraySource:
         for start in range(0, total, step):
             count = min(step, total - start)
             try:
-                yield Block(
-                    rows_from(where, start), {name: column.read(count) for name, column in columns.items()}
-                )
+                rows = {name: column.read(start, count) for name, column in columns.items()}
             except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
                 raise InputUnusable(f"{where}, row {start + 1}: cannot be read: {exc}") from exc
+            yield Block(rows_from(where, start), rows)
 
 
 def _open_npy(path: Path, stack: contextlib.ExitStack) -> _Column:
@@ -97,17 +94,6 @@ def _open_npy(path: Path, stack: contextlib.ExitStack) -> _Column:
         return _open_array(str(path), stack.enter_context(path.open("rb")), lambda: np.load(path, "r"))
     except (OSError, ValueError, EOFError) as exc:
         raise InputUnusable(f"{path} is no .npy file of numbers: {exc}") from exc
-
-
-def _from_array(array: Array) -> ReadRows:
-    at = 0
-
-    def read(count: int) -> Array:
-        nonlocal at
-        at += count
-        return array[at - count : at]
-
-    return read
 
 
 def _open_npz(path: Path, stack: contextlib.ExitStack) -> dict[str, _Column]:
@@ -147,8 +133,9 @@ def _open_array(where: str, file: IO[bytes], load: Callable[[], Array]) -> _Colu
         )
     if fortran and len(shape) > 1:
         # the rows of column-major data are all over the file
-        return _Column(dtype, shape, _from_array(load()))
-    return _Column(dtype, shape, lambda count: _read_rows(file, count, dtype, shape[1:]))
+        array = load()
+        return _Column(dtype, shape, lambda start, count: array[start : start + count])
+    return _Column(dtype, shape, lambda _, count: _read_rows(file, count, dtype, shape[1:]))
 
 
 def _read_rows(file: IO[bytes], count: int, dtype: np.dtype[np.generic], row_shape: tuple[int, ...]) -> Array:

@@ -32,8 +32,6 @@ LABELS = "labels"
 
 
 class ImageFolder:
-    """See the module."""
-
     def __init__(self, layout: Layout, options: PrepareOptions) -> None:
         if sum(source.is_dir() for source in options.sources) > 1:
             raise InputUnusable(
@@ -83,7 +81,6 @@ class ImageFolder:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know."""
         return [*self._own_notes, *self._decoder.notes]
 
     def blocks(self) -> Iterator[Block]:
@@ -122,6 +119,7 @@ class DescribedImages:
             name: kind for name, kind in self._base.types.items() if name != FILE_NAME
         }
         self.labels = self._base.labels
+        self.texts = self._base.texts - {FILE_NAME}
         self.images = frozenset({PIXELS})
         self._wanted = {path.resolve() for path in layout.paths}
         self._elsewhere = {one.path.resolve() for one in layout.others}
@@ -142,13 +140,7 @@ class DescribedImages:
         return ParquetTable(self._tables) if kind == ".parquet" else JsonTable(self._tables, options)
 
     @property
-    def texts(self) -> frozenset[str]:
-        """Columns of text."""
-        return self._base.texts - {FILE_NAME}
-
-    @property
     def notes(self) -> list[str]:
-        """What was chosen; complete after the last batch."""
         notes = list(self._base.notes)
         if unnamed := sorted(self._wanted - self._named):
             names = [path.name for path in unnamed]

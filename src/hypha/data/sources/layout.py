@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from hypha.data.options import PrepareOptions, SourceKind
-from hypha.data.sources.card import read_card
 from hypha.data.sources.reading import data_suffix
-from hypha.data.sources.splits import Placed, choose, place
+from hypha.data.sources.splits import Placed, choose, place, read_card
 from hypha.errors import ConfigError, InputUnusable, Problem
 
 IMAGE_SUFFIXES = frozenset(
@@ -30,28 +29,21 @@ SUFFIXES: dict[SourceKind, frozenset[str]] = {
     "text": frozenset({".txt", ".md", ".text"}),
     "images": IMAGE_SUFFIXES,
 }
-KINDS = ("huggingface", "images", "csv", "json", "parquet", "text", "numpy")
+_NAMES: dict[SourceKind, str] = {
+    "parquet": "Parquet files",
+    "csv": "CSV files",
+    "json": "JSON files",
+    "numpy": "NumPy files",
+    "text": "text files",
+    "images": "images",
+}
 #: A table of this name beside images says more about them, by a column of their names.
 METADATA = "metadata"
 FILE_NAME = "file_name"
 
-_DOCUMENTATION = frozenset(
-    [
-        "readme",
-        "license",
-        "licence",
-        "copying",
-        "notice",
-        "authors",
-        "contributors",
-        "contributing",
-        "changelog",
-        "changes",
-        "citation",
-        "code_of_conduct",
-        "security",
-        "datasheet",
-    ]
+_DOCUMENTATION = re.compile(
+    r"readme|licen[cs]e|copying|notice|authors|contributors|contributing|changelog|changes|citation"
+    r"|code_of_conduct|security|datasheet"
 )
 _DOCUMENT_SUFFIXES = frozenset({"", ".md", ".txt", ".rst", ".cff", ".html", ".bib", ".pdf"})
 #: as the `datasets` library ignores them
@@ -74,6 +66,8 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
 #: Names that wrap all there is, and are no class.
 _WRAPPERS = frozenset({"data", "dataset", "images", "image", "img", "imgs"})
+#: why what is left out is no data -> what is
+Ignored = defaultdict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,6 @@ class Layout:
 
     @property
     def paths(self) -> list[Path]:
-        """The files' paths."""
         return [one.path for one in self.files]
 
 
@@ -103,15 +96,12 @@ def find_layout(options: PrepareOptions) -> Layout:
         options.kind is None and any(_is_saved(source) for source in options.sources)
     ):
         return Layout("huggingface")
-    ignored: dict[str, list[str]] = {}
+    ignored = Ignored(list)
     named = [source for source in options.sources if not source.is_dir()]
-    found: dict[Path, list[Path]] = {}
-    for source in options.sources:
-        if source.is_dir():
-            found[source] = list(_walk(source, options, ignored))
+    found = {source: _walk(source, options, ignored) for source in options.sources if source.is_dir()}
     everything = named + [path for paths in found.values() for path in paths]
     kind = options.kind or _kind(options, everything, ignored)
-    metadata = _metadata(kind, everything)
+    metadata = [path for path in everything if kind == "images" and _is_metadata(path)]
     suffixes = SUFFIXES[kind]
     placed = [Placed(path, None, ()) for path in named if path not in metadata]
     notes: list[str] = []
@@ -119,7 +109,7 @@ def find_layout(options: PrepareOptions) -> Layout:
         data = [path for path in paths if data_suffix(path) in suffixes]
         for path in paths:
             if path not in metadata and data_suffix(path) not in suffixes:
-                ignored.setdefault(f"not {_of_kind(kind)}", []).append(_short(path, root))
+                ignored[f"not {_NAMES[kind]}"].append(_short(path, root))
         ours = place(root, data, by_words=kind not in ("text", "images"))
         if kind == "numpy" and not all(one.split for one in ours):
             # each file is a column: `labels.npy` belongs to `train_images.npy`
@@ -128,7 +118,7 @@ def find_layout(options: PrepareOptions) -> Layout:
             notes.append(card.note)
             for one in ours:
                 if one.path not in card.splits:
-                    ignored.setdefault("of no split in README.md", []).append(_short(one.path, root))
+                    ignored["of no split in README.md"].append(_short(one.path, root))
             ours = [replace(one, split=card.splits[one.path]) for one in ours if one.path in card.splits]
         elif options.config is not None:
             message = f"{root} has no README.md that names configurations; leave --config out"
@@ -144,7 +134,7 @@ def _chosen(
     kind: SourceKind,
     placed: list[Placed],
     metadata: list[Path],
-    ignored: dict[str, list[str]],
+    ignored: Ignored,
     notes: list[str],
 ) -> Layout:
     asked = options.split
@@ -162,11 +152,9 @@ def _chosen(
         notes += [note] if note else []
         taken = [one for one in placed if one.split in splits]
         others = [one for one in placed if one.split is not None and one.split not in splits]
-        loose = [one for one in placed if one.split is None]
-        for one in others:
-            ignored.setdefault(f"of the split {one.split}", []).append(_short(one.path, options.sources[0]))
-        for one in loose:
-            ignored.setdefault("of no split", []).append(_short(one.path, options.sources[0]))
+        for one in [*others, *(one for one in placed if one.split is None)]:
+            reason = "of no split" if one.split is None else f"of the split {one.split}"
+            ignored[reason].append(_short(one.path, options.sources[0]))
         elsewhere = {one.path.parent for one in others}
         inside = {one.path.parent for one in taken}
         metadata = [path for path in metadata if path.parent not in elsewhere - inside]
@@ -218,7 +206,7 @@ def _is_saved(source: Path) -> bool:
     )
 
 
-def _walk(root: Path, options: PrepareOptions, ignored: dict[str, list[str]]) -> Iterator[Path]:
+def _walk(root: Path, options: PrepareOptions, ignored: Ignored) -> list[Path]:
     """All files below ``root`` that may be data, sorted by path."""
     outputs = {path.resolve() for path in (options.output, options.holdout_output) if path is not None}
     visited = set()
@@ -230,19 +218,19 @@ def _walk(root: Path, options: PrepareOptions, ignored: dict[str, list[str]]) ->
         for name in sorted(directories):
             resolved = (here / name).resolve()
             if (reason := no_data(here / name)) is not None:
-                ignored.setdefault(reason, []).append(_short(here / name, root) + "/")
+                ignored[reason].append(_short(here / name, root) + "/")
             elif resolved not in outputs and resolved not in visited:
                 kept.append(name)
         directories[:] = kept
         for name in sorted(files):
             path = here / name
             if not path.is_file():
-                ignored.setdefault("no file, or a link to nothing", []).append(_short(path, root))
+                ignored["no file, or a link to nothing"].append(_short(path, root))
             elif (reason := no_data(path)) is not None:
-                ignored.setdefault(reason, []).append(_short(path, root))
+                ignored[reason].append(_short(path, root))
             else:
                 found.append(path)
-    yield from sorted(found, key=lambda path: path.parts)
+    return sorted(found, key=lambda path: path.parts)
 
 
 def _unreadable(exc: OSError) -> None:
@@ -275,7 +263,7 @@ def no_data(path: Path) -> str | None:
     if name in _DESCRIPTIONS:
         return "a description of the dataset"
     first = re.split(r"[.\-]", name)[0]
-    if path.suffix.lower() in _DOCUMENT_SUFFIXES and first in _DOCUMENTATION and path.is_file():
+    if path.suffix.lower() in _DOCUMENT_SUFFIXES and _DOCUMENTATION.fullmatch(first) and path.is_file():
         return "documentation"
     return None
 
@@ -285,7 +273,7 @@ def _kind_of(path: Path) -> SourceKind | None:
     return next((kind for kind, known in SUFFIXES.items() if suffix in known), None)
 
 
-def _kind(options: PrepareOptions, paths: list[Path], ignored: dict[str, list[str]]) -> SourceKind:
+def _kind(options: PrepareOptions, paths: list[Path], ignored: Ignored) -> SourceKind:
     counts = Counter(kind for path in paths if (kind := _kind_of(path)) is not None)
     if len(counts) > 1:
         # tables of their names beside images, a file of settings beside data, notes beside either
@@ -296,7 +284,7 @@ def _kind(options: PrepareOptions, paths: list[Path], ignored: dict[str, list[st
     what = ", ".join(str(source) for source in options.sources)
     if counts:
         examples = [
-            f"{count} {_of_kind(kind)} ({next(path.name for path in paths if _kind_of(path) == kind)})"
+            f"{count} {_NAMES[kind]} ({next(path.name for path in paths if _kind_of(path) == kind)})"
             for kind, count in counts.most_common()
         ]
         told_kinds = f"{what} holds {' and '.join(examples)}"
@@ -307,7 +295,7 @@ def _kind(options: PrepareOptions, paths: list[Path], ignored: dict[str, list[st
             )
     else:
         told_kinds = f"{what} holds nothing known" + _examples(paths, ignored)
-    message = f"cannot tell what {told_kinds}; give one of {', '.join(KINDS)}"
+    message = f"cannot tell what {told_kinds}; give one of {', '.join(get_args(SourceKind))}"
     raise ConfigError([Problem("kind", message, "--kind")])
 
 
@@ -322,29 +310,13 @@ def _is_metadata(path: Path) -> bool:
     return path.stem.lower() == METADATA and path.suffix.lower() in (".csv", ".jsonl", ".parquet")
 
 
-def _metadata(kind: SourceKind, paths: list[Path]) -> list[Path]:
-    return [path for path in paths if kind == "images" and _is_metadata(path)]
-
-
-def _of_kind(kind: SourceKind) -> str:
-    return {
-        "parquet": "Parquet files",
-        "csv": "CSV files",
-        "json": "JSON files",
-        "numpy": "NumPy files",
-        "text": "text files",
-        "images": "images",
-        "huggingface": "saved datasets",
-    }[kind]
-
-
-def _nothing(options: PrepareOptions, kind: SourceKind, ignored: dict[str, list[str]]) -> str:
+def _nothing(options: PrepareOptions, kind: SourceKind, ignored: Ignored) -> str:
     where = ", ".join(str(source) for source in options.sources)
     message = f"{where} holds no files ending with {' or '.join(sorted(SUFFIXES[kind]))}"
     return message + (f" (left out: {'; '.join(told(ignored))})" if ignored else "")
 
 
-def _examples(paths: list[Path], ignored: dict[str, list[str]]) -> str:
+def _examples(paths: list[Path], ignored: Ignored) -> str:
     suffixes = {path.suffix.lower() for path in paths}
     advice = next((f" ({suffix}: {_ADVICE[suffix]})" for suffix in sorted(suffixes) if suffix in _ADVICE), "")
     if paths:
@@ -352,7 +324,7 @@ def _examples(paths: list[Path], ignored: dict[str, list[str]]) -> str:
     return f" (left out: {'; '.join(told(ignored))}; name such a file itself to use it)" if ignored else ""
 
 
-def told(ignored: dict[str, list[str]]) -> tuple[str, ...]:
+def told(ignored: Ignored) -> tuple[str, ...]:
     """One line a reason."""
     return tuple(f"{_some(names)} ({reason})" for reason, names in ignored.items())
 

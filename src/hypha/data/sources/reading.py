@@ -43,7 +43,6 @@ def data_suffix(path: Path) -> str:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the file is compressed, by its name."""
     return path.suffix.lower() in _OPENERS
 
 

@@ -8,6 +8,7 @@ one. The ids left over at the end, too few for a block, are dropped and counted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +31,6 @@ _READ_CHARACTERS = 1 << 20
 
 #: (text, whether it is the last of its document)
 Piece = tuple[str, bool]
-Encode = Callable[[str], Array]
 
 
 class Documents(Protocol):
@@ -54,12 +54,10 @@ class FileDocuments:
 
     @property
     def notes(self) -> list[str]:
-        """Which files hold nothing."""
         named = listed(self._empty[:NAMED_ROWS])
         return [f"{len(self._empty)} files are empty ({named})"] if self._empty else []
 
     def pieces(self) -> Iterator[Piece]:
-        """Each file, cut after lines."""
         for path in self._files:
             held = ""
             empty = True
@@ -113,14 +111,12 @@ class TableDocuments:
 
     @property
     def notes(self) -> list[str]:
-        """What was chosen, and how many rows have no text."""
         notes = [*self._table.notes, *self._own_notes]
         if self._empty:
             notes.append(f"{self._empty} rows have no text and are left out ({'; '.join(self._named)})")
         return notes
 
     def pieces(self) -> Iterator[Piece]:
-        """Each row's text."""
         for batch in self._table.batches([self._column]):
             for index, text in enumerate(plain(batch.columns[self._column]).to_pylist()):
                 if not text:
@@ -130,13 +126,15 @@ class TableDocuments:
                 yield text or "", True
 
 
+@dataclass(frozen=True)
 class Vocabulary:
-    """Text to ids. ``notes`` say what of the tokenizer's settings is not used."""
+    """Text to ids; ``end`` stands after each document. ``notes`` say what of the tokenizer's settings is not
+    used.
+    """
 
-    def __init__(self, encode: Encode, end: int | None, notes: tuple[str, ...] = ()) -> None:
-        self.encode = encode
-        self.end = end
-        self.notes = notes
+    encode: Callable[[str], Array]
+    end: int | None
+    notes: tuple[str, ...] = ()
 
 
 def load_vocabulary(name: str) -> Vocabulary:
@@ -193,8 +191,6 @@ def _end_token(path: Path) -> str | None:
 
 
 class TextSource:
-    """See the module."""
-
     labels: Mapping[str, tuple[str, ...]] = {}
 
     def __init__(self, documents: Documents, options: PrepareOptions) -> None:
@@ -208,7 +204,6 @@ class TextSource:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know."""
         notes = [*self._documents.notes, *self._vocabulary.notes]
         if self._left:
             notes.append(f"{self._left} tokens at the end, too few for a sequence, were dropped")

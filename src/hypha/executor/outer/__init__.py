@@ -1,6 +1,6 @@
 """The outer step of DiLoCo: which updates count, how they add up, what comes of theta.
 
-- Outer optimizer: what the configuration leaves open is chosen when a job begins (``config/outer.py``,
+- Outer optimizer: what the configuration leaves open is chosen when a job begins (``config/job.py``,
   ``docs/defaults.md``), is in its ledger, and stays for good: restored, extended or upgraded, it is replayed
   bit by bit.
 - Outliers: ``admission.py``, ``buffers.py``.

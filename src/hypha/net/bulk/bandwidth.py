@@ -17,7 +17,7 @@ from datetime import datetime
 
 import trio
 
-from hypha.config.bandwidth import LimitsConfig
+from hypha.config.tuning import LimitsConfig
 from hypha.telemetry.instruments import CAPPED
 
 logger = logging.getLogger(__name__)

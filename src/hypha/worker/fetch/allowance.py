@@ -1,7 +1,7 @@
 """What jobs may make this worker fetch, write and run: the owner's allow-lists, and nothing else.
 
 Patterns are matched against the *resolved* thing: a URL in normal form, part by part
-(:mod:`hypha.config.url_patterns`), a local path after its symbolic links (shell-style). Whatever could read
+(:mod:`hypha.config.networks`), a local path after its symbolic links (shell-style). Whatever could read
 differently to the pattern and to the one who fetches (user names in URLs, dot segments, chained file systems)
 is refused, not interpreted. The machines behind a host's name are judged when it is fetched from:
 :meth:`Allowance.may_reach`.
@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from hypha.config.models import AllowConfig
-from hypha.config.networks import ExcludedNetworks, is_address
-from hypha.config.url_patterns import UrlPattern, split_place
+from hypha.config.networks import ExcludedNetworks, UrlPattern, is_address, split_place
 from hypha.errors import Refused
 from hypha.messages import AggregateJob, HuggingFace, Job, Local, ModelSpec, Peers, Reference, Uri
 from hypha.worker.processes.process import references_of

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.config.models import PreemptionConfig
 from hypha.runtime import in_thread
 

@@ -29,7 +29,7 @@ import msgspec
 import trio
 
 from hypha.backoff import NO_JITTER, Backoff
-from hypha.config.inherited import inherited_state
+from hypha.config.environment import inherited_state
 from hypha.config.models import WorkerConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable

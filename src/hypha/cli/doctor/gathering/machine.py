@@ -27,7 +27,7 @@ from hypha.cli.doctor.gathered import (
 )
 from hypha.cli.doctor.gathering import Gathering
 from hypha.cli.doctor.subject import own_certificate
-from hypha.config.inherited import child_environment
+from hypha.config.environment import child_environment
 from hypha.config.job import JobConfig
 from hypha.config.models import DataConfig, DatasetConfig, NodeConfig, SchedulerConfig, WorkerConfig
 from hypha.data.manifest import MANIFEST_FILE, load_dataset_directory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from shlex import quote
 from typing import Any
 
@@ -10,11 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hypha.data.columns import RowName
 from hypha.data.slices import Array
 from hypha.errors import InputUnusable
-
-#: says where row ``i`` of the column is
-RowName = Callable[[int], str]
 
 
 def plain(column: Any) -> Any:
@@ -47,12 +44,11 @@ def makes_tensor(kind: Any) -> bool:
         kind = kind.value_type
     if is_list(kind):
         return makes_tensor(kind.value_type)
-    return bool(
-        pa.types.is_boolean(kind)
-        or pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_decimal(kind)
-    )
+    return _is_number(kind) or bool(pa.types.is_decimal(kind))
+
+
+def _is_number(kind: Any) -> bool:
+    return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def is_list(kind: Any) -> bool:
@@ -80,7 +76,7 @@ def to_array(column: Any, name: str, row: RowName) -> Array:
     kind = column.type
     if pa.types.is_decimal(kind):
         column, kind = column.cast(pa.float64()), pa.float64()
-    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+    if _is_number(kind):
         numbers: Array = column.to_numpy(zero_copy_only=False)
         return numbers
     if is_list(kind):

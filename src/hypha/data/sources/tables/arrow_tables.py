@@ -18,7 +18,7 @@ import pyarrow.parquet
 from hypha.data.columns import listed, rows_a_block, rows_from
 from hypha.data.options import PrepareOptions
 from hypha.data.sources.splits import choose
-from hypha.data.sources.tables.arrow_columns import is_text, storage_of
+from hypha.data.sources.tables.arrow_columns import is_list, is_text, storage_of
 from hypha.data.sources.tables.tables import Batch, other_columns
 from hypha.errors import InputUnusable
 
@@ -61,20 +61,16 @@ class ParquetTable:
         self.texts = frozenset(name for name, kind in self.types.items() if is_text(kind))
         features = _features(schema)
         self.labels: Mapping[str, tuple[str, ...]] = _class_names(features)
+        images = _of_class(features, "Image")
         self.images = frozenset(
-            name for name, kind in self.types.items() if self._holds_images(name, kind, features)
+            name
+            for name, kind in self.types.items()
+            if name in images or self._holds_images(name, kind, name in features)
         )
 
-    def _holds_images(self, name: str, kind: Any, features: Mapping[str, Any]) -> bool:
-        if name in features:
-            import datasets
-
-            if isinstance(features[name], datasets.Image):
-                return True
-            if _is_pair(kind):
-                return False
+    def _holds_images(self, name: str, kind: Any, noted: bool) -> bool:
         if _is_pair(kind):
-            return True
+            return not noted
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             return False
         for batch in self.batches([name]):
@@ -116,16 +112,16 @@ def _features(schema: Any) -> Mapping[str, Any]:
     return found
 
 
-def _class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def _of_class(features: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if not features:
         return {}
     import datasets
 
-    return {
-        name: tuple(one.names)
-        for name, one in features.items()
-        if isinstance(one, datasets.ClassLabel) and one.names
-    }
+    return {name: one for name, one in features.items() if isinstance(one, getattr(datasets, kind))}
+
+
+def _class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(one.names) for name, one in _of_class(features, "ClassLabel").items() if one.names}
 
 
 def _compared(schema: Any) -> dict[str, str]:
@@ -143,7 +139,7 @@ def _general(kind: Any) -> str:
         return "integer"
     if pa.types.is_floating(kind):
         return "number"
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(kind):
         return f"list of {_general(kind.value_type)}"
     return str(kind)
 
@@ -158,20 +154,15 @@ def _parquet_row_bytes(metadata: Any) -> int:
 
 
 class SavedTable:
-    """A dataset of the `datasets` library."""
-
     def __init__(self, path: Path, dataset: Any, notes: list[str]) -> None:
-        import datasets
-
         self._path = path
         self._dataset = dataset.with_format("arrow")
         self.notes = notes
         self.names: list[str] = list(dataset.column_names)
-        features = dataset.features
         schema = dataset.features.arrow_schema
         self.types: Mapping[str, Any] = {field.name: storage_of(field.type) for field in schema}
-        self.labels: Mapping[str, tuple[str, ...]] = _class_names(features)
-        self.images = frozenset(name for name, one in features.items() if isinstance(one, datasets.Image))
+        self.labels: Mapping[str, tuple[str, ...]] = _class_names(dataset.features)
+        self.images = frozenset(_of_class(dataset.features, "Image"))
         self.texts = frozenset(name for name, kind in self.types.items() if is_text(kind))
 
     def batches(self, names: list[str]) -> Iterator[Batch]:

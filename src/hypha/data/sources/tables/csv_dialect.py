@@ -7,6 +7,7 @@ the same number of fields, and the most numbers.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 import re
@@ -173,18 +174,24 @@ def _rewritten(file: io.TextIOWrapper, dialect: Dialect) -> Iterator[bytes]:
         yield written.getvalue().encode()
 
 
+@contextlib.contextmanager
+def _reader(path: Path, dialect: Dialect, strict: bool = False) -> Iterator[Any]:
+    """Of a file's records; its ``line_num`` leaves out the leading lines."""
+    with open_text(path, dialect.encoding) as file:
+        for _ in range(dialect.leading):
+            file.readline()
+        yield csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True, strict=strict)
+
+
 def line_of(path: Path, dialect: Dialect, header: bool, row: int) -> int | None:
     """The line on which row ``row`` begins, both counted from 1; None when that cannot be told. Reads the
     file.
     """
     wanted = row + (1 if header else 0)
     try:
-        with open_text(path, dialect.encoding) as file:
-            for _ in range(dialect.leading):
-                file.readline()
-            reader = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True)
+        with _reader(path, dialect) as reader:
             while True:
-                before = reader.line_num
+                before: int = reader.line_num
                 if next(reader):
                     wanted -= 1
                 if not wanted:
@@ -199,19 +206,17 @@ def unclosed(path: Path, dialect: Dialect) -> str | None:
     """
     start = 0
     try:
-        with open_text(path, dialect.encoding) as file:
-            reader = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True, strict=True)
+        with _reader(path, dialect, strict=True) as reader:
             for _ in reader:
                 start = reader.line_num
     except csv.Error as exc:
         if "unexpected end of data" in str(exc):
             return (
-                f"{path}, line {start + 1}: a quotation mark is opened here and not closed up to the end "
-                "of the "
-                "file; correct that line"
+                f"{path}, line {start + 1 + dialect.leading}: a quotation mark is opened here and not closed "
+                "up to the end of the file; correct that line"
             )
     except (*BROKEN, UnicodeDecodeError):
-        return None
+        pass
     return None
 
 
@@ -221,10 +226,7 @@ def odd_line(path: Path, dialect: Dialect) -> str | None:
     """
     before = 0
     try:
-        with open_text(path, dialect.encoding) as file:
-            for _ in range(dialect.leading):
-                file.readline()
-            reader = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True)
+        with _reader(path, dialect) as reader:
             for fields in reader:
                 if fields and len(fields) != len(dialect.names):
                     return (
@@ -235,5 +237,5 @@ def odd_line(path: Path, dialect: Dialect) -> str | None:
                     )
                 before = reader.line_num
     except (*BROKEN, csv.Error, UnicodeDecodeError):
-        return None
+        pass
     return None

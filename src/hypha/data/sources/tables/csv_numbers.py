@@ -6,6 +6,7 @@ both ways, as the table's other columns are, and that is told.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -56,7 +57,6 @@ class _Found:
 
 
 def _first(batch: Batch, column: Any, present: Any, mask: Any) -> _Found | None:
-    """The first of the values that are ``present`` in a column for which ``mask`` is false."""
     at = pc.index(mask, False).as_py()
     if at < 0:
         return None
@@ -100,20 +100,13 @@ class ColumnKind:
         self._rows += len(present)
         if self._text:
             return
-        if self._viable["."] and not self._viable[","] and self._fraction["."]:
-            # what most columns of numbers come to, and far quicker than patterns
-            try:
-                pc.cast(present, pa.float64())
+        # what most columns of numbers come to, and far quicker than patterns
+        pointed = self._viable["."] and not self._viable[","] and self._fraction["."]
+        for kind in [pa.float64(), pa.int64()] if pointed else [pa.int64()]:
+            with contextlib.suppress(pa.ArrowInvalid):
+                pc.cast(present, kind)
                 self._numbers += len(present)
                 return
-            except pa.ArrowInvalid:
-                pass
-        try:
-            pc.cast(present, pa.int64())
-            self._numbers += len(present)
-            return
-        except pa.ArrowInvalid:
-            pass
         matches = {sign: pc.match_substring_regex(present, pattern) for sign, pattern in _PATTERNS.items()}
         either = pc.or_(*matches.values())
         self._numbers += pc.sum(either).as_py()
@@ -141,7 +134,6 @@ class ColumnKind:
 
     @property
     def has_comma(self) -> bool:
-        """Whether a comma stands in its numbers."""
         return "," in self._example
 
     def result(self, decimal: str) -> ColumnType:
@@ -159,8 +151,7 @@ class ColumnKind:
                 which = "" if self._odd else ", with another decimal sign than others"
                 raise InputUnusable(
                     f"column {self.name!r} holds numbers, but {odd.place()} holds {odd.value!r}{which}; "
-                    "correct "
-                    f"that value, or leave the column out (--drop {quote(self.name)})"
+                    f"correct that value, or leave the column out (--drop {quote(self.name)})"
                 )
         return ColumnType(pa.string())
 
@@ -172,7 +163,6 @@ class ColumnKind:
         )
 
     def reading(self, decimal: str) -> str:
-        """How a value of the column is read, for people."""
         other = "," if decimal == "." else "."
         read = {sign: to_number(self._example, sign) for sign in (decimal, other)}
         return (

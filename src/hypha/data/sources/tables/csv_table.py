@@ -52,28 +52,21 @@ class CsvTable:
             if sorted(other := self._dialects[path].names) != sorted(first):
                 raise other_columns(path, list(other), files[0], list(first))
         self.notes: list[str] = _notes(list(self._dialects.values()))
-        self._kinds: dict[str, ColumnType] | None = None
+        #: of columns that are no use, where somebody wants them
         self._odd: dict[str, InputUnusable] = {}
-        self.names: list[str] = list(first)
-        self._empty_unnamed: frozenset[str] = frozenset()
-        if any(name.startswith("unnamed") for name in first):
-            # a delimiter at the end of each line makes such a column
-            self._found()
-            self.names = [name for name in first if name not in self._empty_unnamed]
-
-    @property
-    def texts(self) -> frozenset[str]:
-        return frozenset(name for name, kind in self._found().items() if kind.type == pa.string())
+        kinds = self._looked_at(list(first))
+        self.names = [kind.name for kind in kinds]
+        self._types = self._decided(kinds)
+        self.texts = frozenset(name for name, kind in self._types.items() if kind.type == pa.string())
 
     def batches(self, names: list[str]) -> Iterator[Batch]:
-        kinds = self._found()
         if (odd := next((name for name in names if name in self._odd), None)) is not None:
             raise self._odd[odd]
         for batch in self._read(names):
             columns = {}
             for name, column in batch.columns.items():
                 try:
-                    columns[name] = convert(column, kinds[name])
+                    columns[name] = convert(column, self._types[name])
                 except pa.ArrowInvalid as exc:
                     raise InputUnusable(f"{batch.file} changed while it was read: {exc}") from exc
             yield Batch(batch.file, columns, batch.row)
@@ -148,26 +141,22 @@ class CsvTable:
             odd or f"{path}, after row {start}: {message.splitlines()[0]}; is the file whole?"
         )
 
-    def _found(self) -> dict[str, ColumnType]:
-        if self._kinds is None:
-            for path, dialect in self._dialects.items():
-                if _odd_quotes(path) and (wrong := unclosed(path, dialect)) is not None:
-                    raise InputUnusable(wrong)
-            everything = list(self._dialects[self._files[0]].names)
-            kinds = [ColumnKind(name, name in self._texts_only) for name in everything]
-            rows = 0
-            for batch in self._read(everything):
-                rows += len(next(iter(batch.columns.values())))
-                for kind in kinds:
-                    kind.see(batch)
-            self._empty_unnamed = frozenset(
-                kind.name for kind in kinds if rows and not kind.present and kind.name.startswith("unnamed")
-            )
-            for name in self._empty_unnamed:
-                self.notes = [note for note in self.notes if name not in note]
-                self.notes.append(f"the column {name} has neither a name nor any value; it is left out")
-            self._kinds = self._decided([kind for kind in kinds if kind.name not in self._empty_unnamed])
-        return self._kinds
+    def _looked_at(self, names: list[str]) -> list[ColumnKind]:
+        for path, dialect in self._dialects.items():
+            if _odd_quotes(path) and (wrong := unclosed(path, dialect)) is not None:
+                raise InputUnusable(wrong)
+        kinds = [ColumnKind(name, name in self._texts_only) for name in names]
+        rows = 0
+        for batch in self._read(names):
+            rows += batch.rows
+            for kind in kinds:
+                kind.see(batch)
+        # a delimiter at the end of each line makes such a column
+        empty = [one for one in kinds if rows and not one.present and one.name.startswith("unnamed")]
+        for kind in empty:
+            self.notes = [note for note in self.notes if kind.name not in note]
+            self.notes.append(f"the column {kind.name} has neither a name nor any value; it is left out")
+        return [kind for kind in kinds if kind not in empty]
 
     def _decided(self, kinds: list[ColumnKind]) -> dict[str, ColumnType]:
         asked = self._options.decimal

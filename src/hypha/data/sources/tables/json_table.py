@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from hypha.data.columns import listed
+from hypha.data.columns import RowName, listed
 from hypha.data.options import PrepareOptions
 from hypha.data.sources.reading import BROKEN, not_in_encoding, open_text
 from hypha.data.sources.tables.arrow_columns import is_text
-from hypha.data.sources.tables.tables import Batch, Place
+from hypha.data.sources.tables.tables import Batch
 from hypha.decoding import decode
 from hypha.errors import InputUnusable, Undecodable
 
@@ -27,8 +27,6 @@ Rows = tuple[list[dict[str, Any]], list[int]]
 
 
 class JsonTable:
-    """See the module."""
-
     labels: Mapping[str, tuple[str, ...]] = {}
     images: frozenset[str] = frozenset()
 
@@ -145,11 +143,11 @@ def _of_lines(path: Path, first: str, file: Any, line: int) -> Iterator[Rows]:
         yield rows, lines
 
 
-def _lines(path: Path, lines: list[int]) -> Place:
+def _lines(path: Path, lines: list[int]) -> RowName:
     return lambda index: f"{path}, line {lines[index]}"
 
 
-def _type_of(values: list[Any], name: str, place: Place) -> Any:
+def _type_of(values: list[Any], name: str, place: RowName) -> Any:
     try:
         return pa.array(values).type
     except (pa.ArrowException, OverflowError) as exc:

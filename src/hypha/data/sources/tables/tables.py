@@ -6,7 +6,7 @@ must have the same columns. Blocks are read one by one, so tables of any size wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hypha.data.columns import Block, grouped, listed, needed
+from hypha.data.columns import Block, RowName, grouped, listed, needed
 from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
 from hypha.data.sources.tables.arrow_columns import (
@@ -40,57 +40,39 @@ FEW_LABELS = 50
 #: Of rows that are left out so many are named.
 NAMED_ROWS = 3
 
-#: says where row ``i`` is, for people
-Place = Callable[[int], str]
-
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a table."""
-
     file: str
     columns: dict[str, Any]
-    row: Place
+    row: RowName
 
     @property
     def rows(self) -> int:
-        """How many."""
         return len(next(iter(self.columns.values())))
 
     def part(self, start: int, count: int) -> Batch:
-        """Rows from ``start`` on, ``count`` at most."""
         columns = {name: column.slice(start, count) for name, column in self.columns.items()}
         return Batch(self.file, columns, lambda index: self.row(start + index))
 
     def kept(self, mask: Array) -> Batch:
-        """The rows where ``mask`` is true."""
         numbers = np.flatnonzero(mask)
         columns = {name: column.filter(pa.array(mask)) for name, column in self.columns.items()}
         return Batch(self.file, columns, lambda index: self.row(int(numbers[index])))
 
 
 class Table(Protocol):
-    """Rows in batches."""
+    """Rows in batches, of the columns ``names``."""
 
-    @property
-    def names(self) -> list[str]:
-        """Its columns."""
-
-    @property
-    def types(self) -> Mapping[str, Any]:
-        """Their Arrow types, where the table has such by itself."""
-
-    @property
-    def texts(self) -> frozenset[str]:
-        """Those which are text."""
-
-    @property
-    def images(self) -> frozenset[str]:
-        """Those which are images: the content of files, or structs of ``bytes`` and ``path``."""
-
-    @property
-    def labels(self) -> Mapping[str, tuple[str, ...]]:
-        """Names that the table itself knows for the ids in a column."""
+    names: list[str]
+    #: their Arrow types, where the table has such by itself
+    types: Mapping[str, Any]
+    #: those which are text
+    texts: frozenset[str]
+    #: those which are images: the content of files, or structs of ``bytes`` and ``path``
+    images: frozenset[str]
+    #: names that the table itself knows for the ids in a column
+    labels: Mapping[str, tuple[str, ...]]
 
     @property
     def notes(self) -> list[str]:
@@ -136,7 +118,6 @@ class Gaps:
 
     @property
     def notes(self) -> list[str]:
-        """How many rows were left out, and which were the first."""
         if not self._left_out:
             return []
         more = "; and more" if self._left_out > len(self._named) else ""
@@ -191,7 +172,6 @@ class TableSource:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know."""
         decoded = [note for decoder in self._decoders.values() for note in decoder.notes]
         return [*self._table.notes, *self._own_notes, *self._gaps.notes, *decoded]
 
@@ -321,7 +301,6 @@ class TableSource:
 
 
 def _contents(column: Any, name: str, batch: Batch) -> list[tuple[bytes | Path, str]]:
-    """The content of each image, or where it is."""
     found: list[tuple[bytes | Path, str]] = []
     for index, one in enumerate(column.to_pylist()):
         if isinstance(one, dict):

@@ -1,4 +1,5 @@
-"""A gateway's life: a node that relays circuits, forwards gossip, serves the DHT and links with others.
+"""The gateway: the entry point of a network, which relays circuits for nodes that cannot be dialled, forwards
+gossip, serves the DHT and links with others.
 
 All of that is the node's own (``hop=True``); what is left here is to say where it may be dialled.
 """
