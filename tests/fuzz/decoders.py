@@ -39,8 +39,7 @@ from hypha.messages import Contribution, GossipEnvelope, PeerRef, SliceRange, en
 from hypha.net.bulk import wire as bulk_wire
 from hypha.net.discovery.dht import _check, _refs
 from hypha.net.discovery.gossip import _hop
-from hypha.net.libp2p.protobuf_messages import decode_message, peer_id_in
-from hypha.net.libp2p.traced_messages import traceparent_of
+from hypha.net.libp2p.protobuf_messages import decode_message, peer_id_in, traceparent_of
 from hypha.net.peers.addresses import AddressBook, host_and_port, ip_of, parse
 from hypha.pki.certificates import peer_id_of, roles_of
 from hypha.pki.identity import IdentityFiles, load_identity

@@ -58,15 +58,15 @@ from hypha.net.discovery.dht_records import (
     Records,
     trimmed_query,
 )
-from hypha.net.libp2p import identify_bounds
-from hypha.net.libp2p.inbound_streams import limit_of
+from hypha.net.libp2p import host
 from hypha.net.libp2p.relay import RelayLimits, RelayRefused
-from hypha.net.libp2p.streams import STREAM_ERRORS, discard
-from hypha.net.libp2p.yamux_reader import MAX_GROWTH_BYTES, MAX_INBOUND_STREAMS
+from hypha.net.libp2p.streams import STREAM_ERRORS, discard, limit_of
+from hypha.net.libp2p.yamux import MAX_GROWTH_BYTES, MAX_INBOUND_STREAMS
 from hypha.net.peers.addresses import MAX_ADDRESSES, host_and_port
-from hypha.net.peers.inbound_budget import OWN_STREAMS, InboundBudget
-from hypha.net.peers.inbound_connections import (
+from hypha.net.peers.inbound_limits import (
     GRACE_S,
+    OWN_STREAMS,
+    InboundBudget,
     InboundConnection,
     InboundConnections,
     source_of,
@@ -646,7 +646,7 @@ async def test_what_a_peer_says_of_itself_stalls_nobody(network: Network) -> Non
 
 
 def test_the_newest_addresses_of_a_peer_are_kept() -> None:
-    identify_bounds.install()
+    host._install_repairs()
     data = PeerData()
     many = [Multiaddr(f"/ip4/10.0.{n >> 8}.{n & 255}/tcp/1") for n in range(1000)]
     for start in range(0, 1000, 10):

@@ -18,7 +18,7 @@ from tests.support.network import LOOPBACK, Network, Pki, address_of
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.messages import PeerRef
 from hypha.net.peers.addresses import host_and_port
-from hypha.net.peers.refusals import CERTIFICATE, SAME_CERTIFICATE, Refusal, encoded, refusal_in
+from hypha.net.peers.reasons import CERTIFICATE, SAME_CERTIFICATE, Refusal, encoded, refusal_in
 from hypha.pki.authority import revoke
 from hypha.pki.identity import IdentityFiles, load_identity
 

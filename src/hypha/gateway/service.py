@@ -13,7 +13,7 @@ import trio
 from hypha.config.models import GatewayConfig
 from hypha.messages import PeerRef
 from hypha.net import Libp2pNode, open_node, options_from
-from hypha.net.peers.listing import Listing
+from hypha.net.peers.diagnosing import Listing
 from hypha.telemetry import health_of, serve_http
 from hypha.waiting import IDLE_S, Reminder
 

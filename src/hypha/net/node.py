@@ -43,8 +43,7 @@ from hypha.net.bulk.bandwidth import Caps
 from hypha.net.bulk.socket_buffers import Buffers
 from hypha.net.bulk.transfers import BulkTransfers
 from hypha.net.discovery.dht import DhtClient, DhtServer
-from hypha.net.discovery.gossip import Gossip
-from hypha.net.discovery.publishers import Publishers
+from hypha.net.discovery.gossip import Gossip, Publishers
 from hypha.net.libp2p.host import make_host
 from hypha.net.libp2p.mutual_tls import MutualTls
 from hypha.net.libp2p.relay import RelayClient, RelayHop
@@ -52,11 +51,10 @@ from hypha.net.libp2p.shared_port import SharedPortTcp
 from hypha.net.libp2p.streams import StreamHandler, Streams
 from hypha.net.options import NodeOptions
 from hypha.net.peers.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, ip_of, parse
-from hypha.net.peers.diagnosing import Diagnosing
+from hypha.net.peers.diagnosing import Diagnosing, Listing
 from hypha.net.peers.dialing import Dialer
 from hypha.net.peers.duplicates import Doubles
 from hypha.net.peers.gateways import Gateways
-from hypha.net.peers.listing import Listing
 from hypha.net.peers.table import PeerTable, is_relayed
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc

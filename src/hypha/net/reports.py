@@ -21,7 +21,7 @@ from hypha.decoding import decode
 from hypha.errors import PeerUnreachable, Undecodable
 from hypha.messages import WIRE_VERSION, Report
 from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard
-from hypha.net.peers.over_limit import OverLimit
+from hypha.net.peers.inbound_limits import OverLimit
 from hypha.net.rpc import Oversized, frame, read_frame
 from hypha.node import ReportHandler
 from hypha.telemetry.instruments import REPORTS

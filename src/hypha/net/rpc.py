@@ -38,7 +38,7 @@ from hypha.messages import (
 )
 from hypha.naming import cleaned
 from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
-from hypha.net.peers.over_limit import OverLimit
+from hypha.net.peers.inbound_limits import OverLimit
 from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
 from hypha.tracing import span, traceparent
 from hypha.tracing.operations import ANSWER, REQUEST

@@ -33,13 +33,14 @@ from hypha.messages import PeerRef, is_replica_name
 from hypha.net.discovery.dht_records import MAX_QUERY_BYTES, Records, trimmed_query
 from hypha.net.libp2p.protobuf_messages import (
     MAX_PEER_ID_BYTES,
+    add_traceparent,
     addresses_in,
     decode_message,
     peer_id_in,
     read_message,
+    traceparent_of,
 )
 from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, roles_behind
-from hypha.net.libp2p.traced_messages import add_traceparent, traceparent_of
 from hypha.net.peers.addresses import MAX_ADDRESSES
 from hypha.net.peers.dialing import Dialer
 from hypha.net.peers.gateways import Gateways
@@ -62,7 +63,7 @@ MAX_KEY_BYTES = 128
 READ_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 20.0
 #: A data node announces all its datasets at the same time: so many are under way at once, fewer than a
-#: gateway serves to one peer (``inbound_streams``).
+#: gateway serves to one peer (``libp2p/streams.py``).
 ANNOUNCED_AT_ONCE = 16
 
 

@@ -32,11 +32,9 @@ from hypha.net.libp2p.tls_connection import (
     TlsSession,
     close_at_once,
 )
-from hypha.net.libp2p.yamux_reader import MAX_INBOUND_STREAMS
-from hypha.net.peers.inbound_budget import InboundBudget
-from hypha.net.peers.over_limit import OverLimit
-from hypha.net.peers.reasons import NoPlace, failure_of, reason_of
-from hypha.net.peers.refusals import BUSY, CERTIFICATE, Refusal, encoded
+from hypha.net.libp2p.yamux import MAX_INBOUND_STREAMS
+from hypha.net.peers.inbound_limits import InboundBudget, OverLimit
+from hypha.net.peers.reasons import BUSY, CERTIFICATE, NoPlace, Refusal, encoded, failure_of, reason_of
 from hypha.pki.certificates import presented_chain
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 

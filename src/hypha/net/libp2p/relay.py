@@ -33,11 +33,16 @@ from hypha.access import STOP_PROTOCOL as STOP
 from hypha.config.reading.log_filter import TRACE
 from hypha.errors import NetworkError, PeerUnreachable, Undecodable
 from hypha.net.bulk.bandwidth import Caps
-from hypha.net.libp2p.protobuf_messages import MAX_RELAY_BYTES, peer_id_in, read_message
+from hypha.net.libp2p.protobuf_messages import (
+    MAX_RELAY_BYTES,
+    add_traceparent,
+    peer_id_in,
+    read_message,
+    traceparent_of,
+)
 from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard
-from hypha.net.libp2p.traced_messages import add_traceparent, traceparent_of
-from hypha.net.libp2p.yamux_reader import narrow
-from hypha.net.peers.over_limit import OverLimit
+from hypha.net.libp2p.yamux import narrow
+from hypha.net.peers.inbound_limits import OverLimit
 from hypha.telemetry.instruments import CIRCUITS_OPENED, RELAY_BYTES
 from hypha.tracing import failed, start_span, trace_context
 from hypha.tracing.operations import RELAY_CIRCUIT

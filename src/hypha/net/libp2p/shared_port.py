@@ -3,7 +3,7 @@
 The first byte of a connection says what it is: 0x13 opens multistream (libp2p), 0x16 a TLS ClientHello (the
 bulk plane, handed on as a blocking socket in a thread). Anything else, and silence, is closed. The number of
 connections being looked at or served is bounded, because the bulk plane passes by libp2p's own limit, and
-those without a verified certificate have places of their own (:mod:`hypha.net.peers.inbound_connections`).
+those without a verified certificate have places of their own (:mod:`hypha.net.peers.inbound_limits`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hypha.config.tuning import ConnectionTuning
 from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
 from hypha.net.byte_counts import ByteCounts
 from hypha.net.peers.addresses import host_and_port, parse
-from hypha.net.peers.inbound_connections import InboundConnection, InboundConnections
+from hypha.net.peers.inbound_limits import InboundConnection, InboundConnections
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 logger = logging.getLogger(__name__)

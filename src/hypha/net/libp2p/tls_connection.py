@@ -22,9 +22,9 @@ from libp2p.peer.id import ID
 from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.naming import cleaned
-from hypha.net.libp2p.yamux_reader import MAX_INBOUND_STREAMS
-from hypha.net.peers.inbound_budget import InboundBudget
-from hypha.net.peers.refusals import TurnedAway, refusal_in
+from hypha.net.libp2p.yamux import MAX_INBOUND_STREAMS
+from hypha.net.peers.inbound_limits import InboundBudget
+from hypha.net.peers.reasons import TurnedAway, refusal_in
 from hypha.pki.certificates import common_name_of, parse_der
 from hypha.pki.contexts import asked_name_of
 

@@ -1,22 +1,38 @@
-"""What a node answers to who looks for a fault: can the caller be dialled, and how fast is the way to it.
+"""What a node answers to who looks for a fault: can the caller be dialled, how fast is the way to it, and who
+is connected with a gateway.
 
-Both cost this node something, so both are bounded: a caller has one at a time, all callers together a few,
-and what is measured has a budget. A gateway dials nothing but the IP address that the caller's own
+The first two cost this node something, so both are bounded: a caller has one at a time, all callers together
+a few, and what is measured has a budget. A gateway dials nothing but the IP address that the caller's own
 connection comes from, so that it cannot be sent to look at somebody else's ports.
+
+Who is connected may be asked by whoever may connect. Where a node may be dialled is told of one that is asked
+for by its PeerID alone, so that nobody copies the whole network's addresses in one go.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import trio
+from msgspec import structs
 
 from hypha.errors import NetworkError, Refused
-from hypha.messages import BandwidthMeasured, DialBack, DialedBack, DialResult, MeasureBandwidth
+from hypha.messages import (
+    MAX_LISTED_PEERS,
+    BandwidthMeasured,
+    DialBack,
+    DialedBack,
+    DialResult,
+    ListedPeer,
+    ListPeers,
+    MeasureBandwidth,
+    PeerList,
+)
 from hypha.net.peers.addresses import Address, ip_of, parse
+from hypha.node import ConnectionInfo
 
 #: Callers that are served at once; of each caller one request.
 MAX_AT_ONCE = 4
@@ -109,3 +125,50 @@ class Diagnosing:
         if not fits:
             left_s = BUDGET_S - (now - since)
             raise Refused("busy", f"enough was measured for now; try again in {left_s:.0f} s")
+
+
+class Listing:
+    """Of the gateway whose ``connections`` these are; ``addresses_of`` is what a peer has said of itself."""
+
+    def __init__(
+        self,
+        connections: Callable[[], Sequence[ConnectionInfo]],
+        addresses_of: Callable[[str], Sequence[str]],
+    ) -> None:
+        self._connections = connections
+        self._addresses_of = addresses_of
+
+    async def answer(self, caller: str, request: ListPeers) -> PeerList:
+        """A handler of requests; the caller is left out."""
+        found = [one for one in self._newest() if one.peer != caller]
+        if request.peer:
+            asked = [one for one in found if one.peer == request.peer]
+            return PeerList(
+                peers=tuple(
+                    structs.replace(one, addresses=tuple(self._addresses_of(one.peer))) for one in asked
+                )
+            )
+        return PeerList(peers=tuple(found[:MAX_LISTED_PEERS]), more=max(0, len(found) - MAX_LISTED_PEERS))
+
+    def all(self) -> PeerList:
+        """Everybody, without addresses: for this machine's own operator."""
+        return PeerList(peers=tuple(self._newest()))
+
+    def _newest(self) -> list[ListedPeer]:
+        """In order of PeerIDs, each once: by its direct connection, where there is one."""
+        found: dict[str, ConnectionInfo] = {}
+        for one in self._connections():
+            known = found.get(one.peer)
+            if known is None or (one.kind, known.kind) == ("direct", "relayed"):
+                found[one.peer] = one
+        return [
+            ListedPeer(
+                peer=one.peer,
+                name=one.name,
+                organization=one.organization,
+                roles=tuple(sorted(one.roles)),
+                way=one.kind,
+                round_trip_s=one.round_trip_s,
+            )
+            for _, one in sorted(found.items())
+        ]

@@ -35,7 +35,7 @@ from hypha.messages import (
 from hypha.naming import cleaned, shown
 from hypha.net.libp2p.mutual_tls import HANDSHAKE_TIMEOUT_S
 from hypha.net.libp2p.tls_connection import TlsConnection
-from hypha.net.peers.refusals import SAME_CERTIFICATE, Refusal
+from hypha.net.peers.reasons import SAME_CERTIFICATE, Refusal
 from hypha.net.peers.table import PeerTable, secured
 from hypha.node import Changes
 

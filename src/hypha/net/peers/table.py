@@ -21,7 +21,7 @@ from hypha.access import SERVICES, carries, may_act_as, named
 from hypha.errors import IdentityError, PeerUnreachable
 from hypha.net.libp2p.streams import STREAM_ERRORS
 from hypha.net.libp2p.tls_connection import TlsConnection
-from hypha.net.libp2p.yamux_reader import breach_of
+from hypha.net.libp2p.yamux import breach_of
 from hypha.net.options import Timings
 from hypha.node import ConnectionInfo, PeerLost
 from hypha.pki.identity import Identity
