@@ -30,8 +30,8 @@ from hypha.config.bandwidth import LimitsConfig
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net import open_node
+from hypha.net.bulk.blocks import TAG_BYTES, Opener, Sealer, new_key
 from hypha.net.bulk.files import StreamHash, quick_hasher, strong_hasher
-from hypha.net.bulk.sealing import TAG_BYTES, Opener, Sealer, new_key
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.bulk.wire import LENGTH_BYTES
 from hypha.net.peers.addresses import host_and_port

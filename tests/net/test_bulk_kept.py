@@ -22,10 +22,10 @@ from hypha.messages import BulkAnswer, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net.bulk import kept_connections as bulk_kept
 from hypha.net.bulk import sending as bulk_sending
+from hypha.net.bulk.connections import SocketConnection
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.sending import SendAttempt, Sending
-from hypha.net.bulk.sockets import SocketConnection
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.bulk.wire import ConnectionBroken, Working
 from hypha.net.peers.addresses import host_and_port

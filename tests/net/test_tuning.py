@@ -21,7 +21,7 @@ from hypha.config.tuning import (
 from hypha.errors import Refused
 from hypha.messages import Health, HealthReport
 from hypha.net import RelayLimits, Timings, options_from
-from hypha.net.bulk.socket_buffers import Buffers
+from hypha.net.sockets import Buffers
 
 
 def test_what_nobody_has_set_is_as_it_was_measured(network: Network) -> None:

@@ -40,7 +40,6 @@ from hypha.messages import (
 )
 from hypha.naming import learn, shown
 from hypha.net.bulk.bandwidth import Caps
-from hypha.net.bulk.socket_buffers import Buffers
 from hypha.net.bulk.transfers import BulkTransfers
 from hypha.net.discovery.dht import DhtClient, DhtServer
 from hypha.net.discovery.gossip import Gossip, Publishers
@@ -58,6 +57,7 @@ from hypha.net.peers.gateways import Gateways
 from hypha.net.peers.table import PeerTable, is_relayed
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
+from hypha.net.sockets import Buffers
 from hypha.node import Changes, ConnectionInfo, PeerLost, PublishedRequest, ReportHandler
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread, new_id, wall_time

@@ -1,7 +1,7 @@
 """The bulk plane: files go whole and verified from node to node, or not at all.
 
 ``transfers`` is its face. A transfer is offered (``sending``), its two ends meet (``rendezvous``), and what
-is said then (``wire``) goes over a direct connection (``sockets``) or a libp2p stream (``streams``).
+is said then (``wire``) goes over a direct connection or a libp2p stream (``connections``).
 
 A file that is sent is offered: ``BulkOffer`` and ``BulkAnswer`` over RPC, then whoever can dial does; else a
 libp2p stream, relayed if need be, with the same framing. The way that worked is remembered. Two transfers
@@ -12,13 +12,13 @@ Whoever wants a file asks for it (``WantFile``) over a bulk connection that it o
 over that one (``pulling.py``, ``serving.py``); a provider that cannot be dialled, or is of an earlier version
 (told by ALPN), is asked by a request to send it. A socket that has carried a file is kept for two minutes for
 the next one, and the end that asked, else the one that sent, speaks first on it: one round trip instead of
-five (``kept_connections.py``). When a transfer is tried again is decided in one place (``retries.py``). The
+five (``kept_connections.py``). When a transfer is tried again is decided in one place (``turns.py``). The
 certificate at its other end is checked anew each time; where such a socket is dead, the file goes as if there
 were none.
 
 On a socket TLS proves both ends and carries their words; a file's bytes follow beside it, sealed with
 AES-256-GCM in blocks of a megabyte under a key that the receiver makes for this file and says in ``Go``
-(``sealing.py``): half the processor time of TLS's records. On a stream libp2p's own TLS carries all. The
+(``blocks.py``): half the processor time of TLS's records. On a stream libp2p's own TLS carries all. The
 receiver verifies (by BLAKE3; updates and theta, which come from whom they are of and go no further, by XXH3,
 as the kind says and never the sender), then (checkpoint, export, model) fsyncs, renames, runs ``arrived``,
 and only then acknowledges.

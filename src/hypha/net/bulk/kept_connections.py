@@ -17,9 +17,8 @@ import trio
 
 from hypha.errors import Refused
 from hypha.messages import BulkOffer
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.connections import BulkConnection, SocketConnection, is_trusted
 from hypha.net.bulk.inbound import Inbound
-from hypha.net.bulk.sockets import SocketConnection, is_trusted
 from hypha.net.bulk.wire import (
     HANDSHAKE_TIMEOUT_S,
     WORKING_INTERVAL_S,

@@ -21,19 +21,27 @@ from hypha.errors import (
     TransferFailed,
 )
 from hypha.messages import BulkOffer
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import DiskFailed, PartFile
-from hypha.net.bulk.inbound import Inbound
+from hypha.net.bulk.inbound import Inbound, WantedFile
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.receiving import Receiving
 from hypha.net.bulk.rendezvous import Rendezvous
-from hypha.net.bulk.retries import Retries
-from hypha.net.bulk.roles import require_sender
-from hypha.net.bulk.sending import first_word, new_token
+from hypha.net.bulk.sending import first_word
 from hypha.net.bulk.signals import note_link, receiving
-from hypha.net.bulk.wanted_file import WantedFile
+from hypha.net.bulk.turns import Retries
 from hypha.net.bulk.ways import WAY_LIFE_S, Ways
-from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, FileFound, Frame, Go, Verdict, WantFile
+from hypha.net.bulk.wire import (
+    BulkConnections,
+    ConnectionBroken,
+    FileFound,
+    Frame,
+    Go,
+    Verdict,
+    WantFile,
+    new_token,
+    require_sender,
+)
 from hypha.tracing import traceparent
 
 logger = logging.getLogger(__name__)

@@ -16,16 +16,14 @@ import trio
 
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
 from hypha.messages import Acknowledged, BulkAnswer, BulkDial, BulkOffer, TransferMeta
-from hypha.net.bulk.collecting import Collecting
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import DiskFailed, FileChanged, PartFile, WrongHash, copy_verified, free_bytes
-from hypha.net.bulk.inbound import Acceptor, Inbound
+from hypha.net.bulk.inbound import Acceptor, Collecting, Inbound
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.rendezvous import Expected, Rendezvous
-from hypha.net.bulk.roles import require_sender
 from hypha.net.bulk.signals import note_link, receiving
-from hypha.net.bulk.slots import TransferSlots
-from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, Verdict
+from hypha.net.bulk.turns import TransferSlots
+from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, Verdict, require_sender
 from hypha.node import Arrived, Gate
 
 logger = logging.getLogger(__name__)

@@ -22,10 +22,14 @@ from weakref import WeakSet
 import trio
 
 from hypha.errors import IdentityError, NetworkError
-from hypha.net.bulk.connection import BulkConnection, TransferredBytes
-from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
-from hypha.net.bulk.sockets import SocketConnection, in_thread, is_trusted
-from hypha.net.bulk.streams import StreamConnection
+from hypha.net.bulk.connections import (
+    BulkConnection,
+    SocketConnection,
+    StreamConnection,
+    TransferredBytes,
+    in_thread,
+    is_trusted,
+)
 from hypha.net.bulk.wire import (
     BULK_ALPN,
     BULK_PROTOCOL,
@@ -42,7 +46,7 @@ from hypha.net.bulk.wire import (
     decode_length,
     encode_frame,
 )
-from hypha.net.libp2p.shared_port import resend_soon
+from hypha.net.sockets import AS_THE_KERNEL_LIKES, Buffers, resend_soon
 from hypha.pki.certificates import peer_id_of, presented_chain
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ first come first served, and one that needs another attempt queues anew.
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -27,18 +26,25 @@ from hypha.errors import (
     TransferFailed,
 )
 from hypha.messages import BulkAnswer, BulkDial, BulkOffer, PeerRef, TransferMeta
-from hypha.net.bulk.compression import KINDS as PACKED_KINDS
-from hypha.net.bulk.compression import Known, Packing
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.blocks import KINDS as PACKED_KINDS
+from hypha.net.bulk.blocks import Known, Packing
+from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import FileChanged, SourceFile
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.rendezvous import Expected, Rendezvous
-from hypha.net.bulk.retries import Retries
-from hypha.net.bulk.roles import require_receiver
 from hypha.net.bulk.signals import note_link, sending
-from hypha.net.bulk.slots import TransferSlots
+from hypha.net.bulk.turns import Retries, TransferSlots
 from hypha.net.bulk.ways import Way, Ways
-from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, Frame, Go, Verdict, Working, fits
+from hypha.net.bulk.wire import (
+    BulkConnections,
+    ConnectionBroken,
+    Frame,
+    Go,
+    Verdict,
+    Working,
+    fits,
+    require_receiver,
+)
 from hypha.telemetry.instruments import PACKED_BYTES
 from hypha.tracing import traceparent
 
@@ -352,8 +358,3 @@ def _go(word: Frame) -> Go | Verdict:
     if not isinstance(word, Go | Verdict):
         raise ConnectionBroken(f"the peer said {type(word).__name__} where Go was due")
     return word
-
-
-def new_token() -> str:
-    """Unguessable, though knowing it is not enough."""
-    return secrets.token_urlsafe(24)

@@ -19,13 +19,21 @@ import trio
 
 from hypha.errors import NetworkError, Refused, TransferCorrupt, TransferFailed
 from hypha.messages import BulkOffer, PullFile, TransferMeta
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import FileChanged
 from hypha.net.bulk.kept_connections import KeptConnections
-from hypha.net.bulk.roles import require_receiver
 from hypha.net.bulk.sending import SendAttempt, Sending
 from hypha.net.bulk.signals import sending
-from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, FileFound, Go, Verdict, WantFile, fits
+from hypha.net.bulk.wire import (
+    BulkConnections,
+    ConnectionBroken,
+    FileFound,
+    Go,
+    Verdict,
+    WantFile,
+    fits,
+    require_receiver,
+)
 from hypha.node import Provider, Served
 from hypha.tracing import trace_context, traceparent
 

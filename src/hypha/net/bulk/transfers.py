@@ -1,13 +1,12 @@
 """The bulk plane: files go whole and verified from node to node, or not at all.
 
 :class:`BulkTransfers` is the whole of it for everybody else. A transfer is agreed on by requests (an offer
-and its answer) and carried by a connection of its own, so that ten gigabytes do not delay the renewal of
-a lease: mutual TLS on a socket that either side may have dialled, or a libp2p stream through a relay. It
-is acknowledged when the receiver has verified it and taken it. The rest is in the other modules here:
-what is said (``wire``), files (``files``), connections (``connection``, ``sockets``, ``streams``,
-``rendezvous``, ``ways``, ``kept_connections``), the two ends of what a node sends (``sending``,
-``receiving``) and of what it asks for (``pulling``, ``serving``).
-"""
+and its answer) and carried by a connection of its own, so that ten gigabytes do not delay the renewal of a
+lease: mutual TLS on a socket that either side may have dialled, or a libp2p stream through a relay. It is
+acknowledged when the receiver has verified it and taken it. The rest is in the other modules here: what is
+said (``wire``), files (``files``, ``blocks``), connections (``connections``, ``rendezvous``, ``ways``,
+``kept_connections``), the two ends of what a node sends (``sending``, ``receiving``, ``inbound``) and of what
+it asks for (``pulling``, ``serving``)."""
 
 from __future__ import annotations
 
@@ -22,23 +21,23 @@ import trio
 from hypha.config.tuning import TransferTuning
 from hypha.messages import QUICK_KINDS, JobStamp, PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.bandwidth import Caps
-from hypha.net.bulk.connection import TransferredBytes
+from hypha.net.bulk.connections import TransferredBytes
 from hypha.net.bulk.files import (
     StreamHash,
     hash_file,
     quick_hasher,
     strong_hasher,
 )
+from hypha.net.bulk.inbound import WantedFile
 from hypha.net.bulk.kept_connections import KeptConnections, SpokenOver
 from hypha.net.bulk.pulling import Pulling
 from hypha.net.bulk.receiving import Receiving
 from hypha.net.bulk.rendezvous import Rendezvous
-from hypha.net.bulk.sending import Sending, new_token
+from hypha.net.bulk.sending import Sending
 from hypha.net.bulk.serving import ServingPulls
-from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
-from hypha.net.bulk.wanted_file import WantedFile
 from hypha.net.bulk.ways import Ways
-from hypha.net.bulk.wire import BulkConnections
+from hypha.net.bulk.wire import BulkConnections, new_token
+from hypha.net.sockets import AS_THE_KERNEL_LIKES, Buffers
 from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import in_thread
 

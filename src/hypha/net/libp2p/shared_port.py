@@ -24,10 +24,9 @@ from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
 from hypha.config.tuning import ConnectionTuning
-from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
-from hypha.net.byte_counts import ByteCounts
 from hypha.net.peers.addresses import host_and_port, parse
 from hypha.net.peers.inbound_limits import InboundConnection, InboundConnections
+from hypha.net.sockets import AS_THE_KERNEL_LIKES, Buffers, ByteCounts, resend_soon
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 logger = logging.getLogger(__name__)
@@ -38,20 +37,8 @@ TELL_AGAIN_S = 60.0
 MULTISTREAM = b"\x13"
 TLS_CLIENT_HELLO = b"\x16"
 
-#: Linux 6.15 and later (linux/tcp.h); Python has no name for it. In milliseconds, 1000 is the least.
-TCP_RTO_MAX_MS = 44
-RESEND_WITHIN_MS = 1000
-
 #: Serves one bulk connection; owns the (blocking) socket from then on. Runs in a thread.
 ServeSocket = Callable[[socket.socket], None]
-
-
-def resend_soon(sock: socket.socket | trio.socket.SocketType) -> None:
-    """Try a line that was cut once a second, where the kernel can: by default the pauses double, and a cable
-    that is plugged in again after five seconds is found out after twelve.
-    """
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, RESEND_WITHIN_MS)
 
 
 class WatchedStream(TrioTCPStream):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from hypha.config.inherited import child_environment
 from hypha.config.models import NodeConfig, SchedulerConfig, WorkerConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
-from hypha.net.bulk.socket_buffers import Buffers
+from hypha.net.sockets import Buffers
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.versions import versions
 from hypha.worker.limits.detecting import DetectedMachine, detect

@@ -1,26 +1,71 @@
-"""Sizes of sockets' buffers that somebody has set, and a warning where the kernel does not give as much.
-
-Nothing is set unless ``[tuning.sockets]`` says so: the kernel adapts buffers that nobody has set to their
-connection, and does so better than a fixed number for all of them.
-"""
+"""What the sockets of both planes have in common: buffers, sending again, counts of bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import trio
 
 from hypha.config.tuning import SocketTuning
+from hypha.telemetry.instruments import BYTES_RECEIVED, BYTES_SENT
 
 logger = logging.getLogger(__name__)
+
+_EVERY_S = 1.0
+#: Linux 6.15 and later (linux/tcp.h); Python has no name for it. In milliseconds, 1000 is the least.
+TCP_RTO_MAX_MS = 44
+RESEND_WITHIN_MS = 1000
+
+
+def resend_soon(sock: socket.socket | trio.socket.SocketType) -> None:
+    """Try a line that was cut once a second, where the kernel can: by default the pauses double, and a cable
+    that is plugged in again after five seconds is found out after twelve.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, RESEND_WITHIN_MS)
+
+
+class ByteCounts:
+    """Bytes of one plane (``control`` or ``bulk``) of a node, from any thread. They are handed to the metrics
+    about once a second: recording each of thousands of reads a second would cost more than the reads.
+    """
+
+    def __init__(self, plane: str) -> None:
+        self._plane = plane
+        self._lock = threading.Lock()
+        self._sent = 0
+        self._received = 0
+        self._due = 0.0
+
+    def add(self, sent: int = 0, received: int = 0) -> None:
+        """Count."""
+        with self._lock:
+            self._sent += sent
+            self._received += received
+        if time.monotonic() >= self._due:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Have the metrics show all that was counted."""
+        with self._lock:
+            sent, self._sent = self._sent, 0
+            received, self._received = self._received, 0
+            self._due = time.monotonic() + _EVERY_S
+        BYTES_SENT.add(sent, plane=self._plane)
+        BYTES_RECEIVED.add(received, plane=self._plane)
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Bytes of a connection that the kernel may hold, sent and received; ``None``: as it likes."""
+    """Bytes of a connection that the kernel may hold, sent and received; ``None``: as it likes. It adapts
+    buffers that nobody has set, and does so better than a fixed number for all connections.
+    """
 
     send_bytes: int | None = None
     receive_bytes: int | None = None
