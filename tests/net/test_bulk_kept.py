@@ -260,7 +260,7 @@ async def test_a_sender_that_was_revoked_cannot_use_what_was_kept(
         await rig.send("first")
         await until(lambda: rig.kept == (1, 1))
         revoke(network.pki.org, [victim.cert], crl)
-        await rig.far.reload_identity()
+        await rig.far._peers.reload_identity()
         with pytest.raises(TransferFailed):
             await rig.send("second")
     assert rig.arrived == ["first"]
@@ -286,7 +286,7 @@ async def test_a_file_that_goes_to_or_from_who_is_revoked_meanwhile_is_cut(
             nursery.start_soon(send)
             await until(lambda: sum(rig.proxy.passed) > 200_000)
             revoke(network.pki.org, [victim.cert], crl)
-            await (rig.far if revoked == "sender" else rig.near).reload_identity()
+            await (rig.far if revoked == "sender" else rig.near)._peers.reload_identity()
         assert sum(rig.proxy.passed) < 3_000_000
     assert rig.arrived == []
 

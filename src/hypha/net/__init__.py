@@ -30,10 +30,9 @@ connection.
 
 import hypha.net.libp2p  # noqa: F401  before anything that imports libp2p
 from hypha.net.bulk.transfers import BulkTransfers, meta_of
-from hypha.net.libp2p.relay import RelayLimits
 from hypha.net.node import Libp2pNode
 from hypha.net.opening import open_node
-from hypha.net.options import NodeOptions, Timings, options_from
+from hypha.net.options import NodeOptions, RelayLimits, Timings, options_from
 from hypha.node import ConnectionInfo
 
 __all__ = [

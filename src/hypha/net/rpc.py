@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import trio
@@ -61,7 +61,6 @@ MAX_REASON_LENGTH = 4096
 #: What is not to be answered is read, and dropped, in pieces of this size.
 _DROP_BYTES = 64 << 10
 
-RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 Handler = Callable[[str, Any], Awaitable[Response]]
 
 _LENGTH = struct.Struct(">I")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +41,9 @@ from hypha.net.libp2p.protobuf_messages import (
 )
 from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard
 from hypha.net.libp2p.yamux import narrow
+from hypha.net.options import RelayLimits
 from hypha.net.peers.inbound_limits import OverLimit
+from hypha.net.peers.table import is_relayed
 from hypha.telemetry.instruments import CIRCUITS_OPENED, RELAY_BYTES
 from hypha.tracing import failed, start_span, trace_context
 from hypha.tracing.operations import RELAY_CIRCUIT
@@ -178,39 +179,14 @@ class _Reservation:
     circuits: int = 0
 
 
-@dataclass(frozen=True)
-class RelayLimits:
-    """What a gateway gives away; ``per_peer`` bounds the circuits to one reserved peer, and ``per_caller``
-    those of one peer that dials.
-    """
-
-    reservations: int = 1024
-    circuits: int = 256
-    per_peer: int = 64
-    reservation_s: float = 3600.0
-
-    @property
-    def per_caller(self) -> int:
-        """Half of all: a scheduler needs one to each of its workers, and nobody may keep the others out."""
-        return max(1, self.circuits // 2)
-
-
 class RelayHop:
     """The gateway's side. Streams carry no byte or time limit: leases end jobs, not relays."""
 
-    def __init__(
-        self,
-        host: Any,
-        streams: Streams,
-        limits: RelayLimits,
-        is_relayed: Callable[[Any], bool],
-        caps: Caps | None = None,
-    ) -> None:
+    def __init__(self, host: Any, streams: Streams, limits: RelayLimits, caps: Caps) -> None:
         self._host = host
         self._streams = streams
         self._limits = limits
-        self._caps = caps or Caps()
-        self._is_relayed = is_relayed
+        self._caps = caps
         self._reservations: dict[str, _Reservation] = {}
         self._callers: Counter[str] = Counter()
         self._over_limit = OverLimit()
@@ -235,7 +211,7 @@ class RelayHop:
         try:
             with trio.fail_after(ANSWER_TIMEOUT_S):
                 message = await read_message(stream, HopMessage, MAX_RELAY_BYTES)
-            if self._is_relayed(stream):  # a relay behind a relay would loop
+            if is_relayed(stream.swarm_conn):  # a relay behind a relay would loop
                 await self._answer(stream, StatusCode.PERMISSION_DENIED)
             elif message.type == HopMessage.RESERVE:
                 await self._reserve(stream, caller)

@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import trio
-from msgspec import structs
 
 from hypha.errors import NetworkError, Refused
 from hypha.messages import (
@@ -27,7 +26,6 @@ from hypha.messages import (
     DialedBack,
     DialResult,
     ListedPeer,
-    ListPeers,
     MeasureBandwidth,
     PeerList,
 )
@@ -127,48 +125,33 @@ class Diagnosing:
             raise Refused("busy", f"enough was measured for now; try again in {left_s:.0f} s")
 
 
-class Listing:
-    """Of the gateway whose ``connections`` these are; ``addresses_of`` is what a peer has said of itself."""
-
-    def __init__(
-        self,
-        connections: Callable[[], Sequence[ConnectionInfo]],
-        addresses_of: Callable[[str], Sequence[str]],
-    ) -> None:
-        self._connections = connections
-        self._addresses_of = addresses_of
-
-    async def answer(self, caller: str, request: ListPeers) -> PeerList:
-        """A handler of requests; the caller is left out."""
-        found = [one for one in self._newest() if one.peer != caller]
-        if request.peer:
-            asked = [one for one in found if one.peer == request.peer]
-            return PeerList(
-                peers=tuple(
-                    structs.replace(one, addresses=tuple(self._addresses_of(one.peer))) for one in asked
-                )
-            )
-        return PeerList(peers=tuple(found[:MAX_LISTED_PEERS]), more=max(0, len(found) - MAX_LISTED_PEERS))
-
-    def all(self) -> PeerList:
-        """Everybody, without addresses: for this machine's own operator."""
-        return PeerList(peers=tuple(self._newest()))
-
-    def _newest(self) -> list[ListedPeer]:
-        """In order of PeerIDs, each once: by its direct connection, where there is one."""
-        found: dict[str, ConnectionInfo] = {}
-        for one in self._connections():
-            known = found.get(one.peer)
-            if known is None or (one.kind, known.kind) == ("direct", "relayed"):
-                found[one.peer] = one
-        return [
-            ListedPeer(
-                peer=one.peer,
-                name=one.name,
-                organization=one.organization,
-                roles=tuple(sorted(one.roles)),
-                way=one.kind,
-                round_trip_s=one.round_trip_s,
-            )
-            for _, one in sorted(found.items())
-        ]
+def listed(
+    connections: Sequence[ConnectionInfo],
+    caller: str = "",
+    wanted: str = "",
+    addresses_of: Callable[[str], Sequence[str]] = lambda peer: (),
+) -> PeerList:
+    """The peers behind ``connections``, but for ``caller``, in order of PeerIDs, each once: by its direct
+    connection, where there is one. ``wanted`` is the only one that ``caller`` asks for, and is told with the
+    addresses that it has said of itself. This machine's own operator, who is no ``caller``, sees everybody.
+    """
+    best: dict[str, ConnectionInfo] = {}
+    for one in connections:
+        known = best.get(one.peer)
+        if known is None or (one.kind, known.kind) == ("direct", "relayed"):
+            best[one.peer] = one
+    found = [
+        ListedPeer(
+            peer=one.peer,
+            name=one.name,
+            organization=one.organization,
+            roles=tuple(sorted(one.roles)),
+            way=one.kind,
+            round_trip_s=one.round_trip_s,
+            addresses=tuple(addresses_of(wanted)) if wanted else (),
+        )
+        for peer, one in sorted(best.items())
+        if peer != caller and wanted in ("", peer)
+    ]
+    most = MAX_LISTED_PEERS if caller else len(found)
+    return PeerList(peers=tuple(found[:most]), more=max(0, len(found) - most))

@@ -43,6 +43,8 @@ DIAL_ERRORS = (*STREAM_ERRORS, ValueError)
 #: How long our own dial may go on when the peer has meanwhile reached us.
 MEETING_S = 1.0
 ATTEMPTS = 3
+#: The next address of a peer is tried after this long, while the first one still hangs.
+STAGGER_S = 0.25
 #: of so many peers it is remembered why they are relayed, so that it is not said again and again
 MAX_RELAYED_TOLD = 1000
 
@@ -74,7 +76,7 @@ class Dialer:
         self._timings = timings
         self._nursery = nursery
         self._attempts: dict[str, _Attempt] = {}
-        self.relay_client: RelayClient | None = None
+        self.relay_client: RelayClient
         self._shut_out = ShutOut(timings.reconnect_max_s)
         # certificates and revocation lists are others now
         peers.on_identity.append(self._shut_out.clear)
@@ -148,7 +150,7 @@ class Dialer:
                 race.pending += 1
                 before = len(race.failures)
                 nursery.start_soon(self._contend, peer, address, race)
-                with trio.move_on_after(self._timings.stagger_s):
+                with trio.move_on_after(STAGGER_S):
                     while len(race.failures) == before:
                         await race.progress.wait()
             with trio.move_on_at(started + self._timings.relay_after_s):
@@ -229,7 +231,7 @@ class Dialer:
             for place in wanted:
                 ended = trio.Event()
                 nursery.start_soon(attempt, place, ended)
-                with trio.move_on_after(self._timings.stagger_s):
+                with trio.move_on_after(STAGGER_S):
                     await ended.wait()
         if found:
             return found[0]
@@ -272,8 +274,6 @@ class Dialer:
         ]
 
     async def _through_relays(self, peer: str, race: DialRace) -> None:
-        if self.relay_client is None:
-            return
         named = {one.relay: one for one in self._book.circuits(peer) if one.relay is not None}
         candidates = [relay for relay in named if self.peers.is_connected(relay)]
         candidates += [relay for relay in self.own_relays() if relay not in candidates]

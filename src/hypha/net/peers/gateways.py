@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: A connection that held this long was a good one: the pause starts small again.
 STABLE_S = 10.0
+#: A relay reservation is refreshed at least this often.
+REFRESH_S = 300.0
 
 
 class Gateways:
@@ -179,7 +181,7 @@ class Gateways:
             if self.reserved is None:
                 self.reserved = peer
                 self.changed.note()
-            await trio.sleep(min(lasts_s / 2, self._timings.reservation_refresh_s))
+            await trio.sleep(min(lasts_s / 2, REFRESH_S))
 
     async def link_all(self) -> None:
         """The gateway's loop: a link to each of the others."""

@@ -34,6 +34,8 @@ WATCH_BACKLOG = 4096
 #: Why this node ends a connection: a label of a metric.
 Cut = Literal["silent", "revoked", "double"]
 REMEMBERED_ROLES = 20_000
+#: How often live connections' certificates are checked again (for expiry).
+CHECK_S = 60.0
 
 
 def secured(connection: Any) -> TlsConnection:
@@ -321,12 +323,12 @@ class PeerTable(INotifee):  # type: ignore[misc]
 
     async def watch_identity(self) -> None:
         """Re-read changed identity files; close connections whose certificate is no longer accepted."""
-        next_check = trio.current_time() + self._timings.identity_check_s
+        next_check = trio.current_time() + CHECK_S
         while True:
             await trio.sleep(self._timings.identity_poll_s)
             await self.reload_identity(check=trio.current_time() >= next_check)
             if trio.current_time() >= next_check:
-                next_check = trio.current_time() + self._timings.identity_check_s
+                next_check = trio.current_time() + CHECK_S
 
     async def reload_identity(self, check: bool = True) -> bool:
         """Re-read the files if they changed; True if they did. Errors are logged, the old ones stay."""
