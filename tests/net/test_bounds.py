@@ -319,15 +319,15 @@ async def test_places_of_addresses(autojump_clock: trio.testing.MockClock) -> No
     assert late is not None
     assert ended == [0]  # of the address that has the most, the oldest
     assert held[0] is not None
-    assert held[0].authenticate("late") is not None
+    assert arrivals.authenticate(held[0], "late") is not None
     for one in (late, others[0]):
         assert one is not None
-        assert one.authenticate("peer") is None
+        assert arrivals.authenticate(one, "peer") is None
     assert held[1] is not None
-    assert "it has 2 connections" in (held[1].authenticate("peer") or "")
-    late.leave()
-    late.leave()
-    assert held[1].authenticate("peer") is None
+    assert "it has 2 connections" in (arrivals.authenticate(held[1], "peer") or "")
+    arrivals.leave(late)
+    arrivals.leave(late)
+    assert arrivals.authenticate(held[1], "peer") is None
 
 
 def test_what_is_one_address() -> None:
@@ -734,7 +734,7 @@ def test_a_leases_partner_has_a_connection_where_all_places_are_taken() -> None:
         def arrive(name: str, peer: str) -> tuple[InboundConnection, str | None]:
             arrival = arrivals.arrive("192.0.2.1", lambda: cut.append(name))
             assert arrival is not None
-            return arrival, arrival.authenticate(peer)
+            return arrival, arrivals.authenticate(arrival, peer)
 
         first, refused = arrive("other-1", "other")
         assert refused is None
@@ -746,7 +746,7 @@ def test_a_leases_partner_has_a_connection_where_all_places_are_taken() -> None:
         assert cut == ["greedy-1", "greedy-2"]
         # of those who all share one, none gives way
         assert "it has 3 connections" in (arrive("scheduler-3", "scheduler")[1] or "")
-        first.leave()
+        arrivals.leave(first)
         assert arrive("scheduler-4", "scheduler")[1] is None
 
     trio.run(main)

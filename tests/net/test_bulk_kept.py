@@ -371,7 +371,7 @@ async def test_nonsense_on_a_kept_connection_is_its_end(
 ) -> None:
     async with open_rig(network, tmp_path, monkeypatch) as rig:
         await rig.send("first")
-        link = rig.near.transfers._kept.take(rig.far.peer_id, rig.near.identity)
+        link = rig.near.transfers._kept.take(rig.far.peer_id)
         assert link is not None
         await link.say(Working())
         with pytest.raises(ConnectionBroken):

@@ -429,7 +429,7 @@ async def a_kept_link(case: Case) -> SocketConnection:
     source.write_bytes(b"x" * 1000)
     await case.hostile.transfers.send(ref_of(case.victim), source, await meta_of(source, "update", "u"))
     stop()
-    link = case.hostile.transfers._kept.take(case.victim.peer_id, case.hostile.identity)
+    link = case.hostile.transfers._kept.take(case.victim.peer_id)
     assert link is not None
     return link
 

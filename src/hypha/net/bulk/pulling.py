@@ -220,7 +220,7 @@ class Pulling:
         be asked in another way.
         """
         peer = pull.peer_id
-        link: BulkConnection | None = self._kept.take(peer, self._links.identity, to_want=True)
+        link: BulkConnection | None = self._kept.take(peer, to_want=True)
         if link is not None:
             try:
                 return await _say(link, pull, offset)

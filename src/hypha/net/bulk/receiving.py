@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import trio
@@ -43,8 +43,8 @@ CONNECT_S = 40.0
 BROKEN_S = 5.0
 #: A pull that has its file lets the acknowledgement go out for this long.
 SETTLE_S = 2.0
-#: Larger files need a limit of their own kind.
-DEFAULT_LIMIT_BYTES = 100 << 30
+#: No larger file is taken of those that others send.
+MAX_ACCEPTED_BYTES = 100 << 30
 #: This much of a disk is left to others.
 RESERVE_BYTES = 16 << 20
 
@@ -53,17 +53,11 @@ class Receiving:
     """Answers offers."""
 
     def __init__(
-        self,
-        links: BulkConnections,
-        rendezvous: Rendezvous,
-        kept: KeptConnections,
-        limits: Mapping[str, int],
-        at_once: int,
+        self, links: BulkConnections, rendezvous: Rendezvous, kept: KeptConnections, at_once: int
     ) -> None:
         """``at_once`` are received, where bytes move."""
         self._links = links
         self._rendezvous = rendezvous
-        self._limits = limits
         self.places = TransferSlots(at_once)
         self._limiter = trio.CapacityLimiter(2 * at_once)
         self._acceptors: dict[tuple[str, str | None], Acceptor] = {}
@@ -89,7 +83,7 @@ class Receiving:
         key = (kind, job_id)
         if key in self._acceptors:
             raise ValueError(f"files of kind {kind!r} of job {job_id!r} are accepted by somebody already")
-        acceptor = Acceptor(gate, arrived, self._limits.get(kind, DEFAULT_LIMIT_BYTES))
+        acceptor = Acceptor(gate, arrived, MAX_ACCEPTED_BYTES)
         self._acceptors[key] = acceptor
 
         def stop() -> None:

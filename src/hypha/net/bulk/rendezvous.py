@@ -46,7 +46,7 @@ from hypha.net.bulk.wire import (
     decode_length,
     encode_frame,
 )
-from hypha.net.sockets import AS_THE_KERNEL_LIKES, Buffers, resend_soon
+from hypha.net.sockets import Buffers, resend_soon
 from hypha.pki.certificates import peer_id_of, presented_chain
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Rendezvous:
         links: BulkConnections,
         tally: TransferredBytes,
         limiter: trio.CapacityLimiter,
-        buffers: Buffers = AS_THE_KERNEL_LIKES,
+        buffers: Buffers,
     ) -> None:
         self._links = links
         self._buffers = buffers

@@ -239,7 +239,7 @@ class Sending:
             traceparent=traceparent(),
             zstd_blocks=attempt.packing is not None,
         )
-        link = self._kept.take(attempt.peer_id, self._links.identity) if fits(offer) else None
+        link = self._kept.take(attempt.peer_id) if fits(offer) else None
         if link is None:
             return None
         word = None

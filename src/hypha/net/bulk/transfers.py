@@ -10,9 +10,7 @@ it asks for (``pulling``, ``serving``)."""
 
 from __future__ import annotations
 
-import socket
 import threading
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -29,7 +27,7 @@ from hypha.net.bulk.files import (
     strong_hasher,
 )
 from hypha.net.bulk.inbound import WantedFile
-from hypha.net.bulk.kept_connections import KeptConnections, SpokenOver
+from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.pulling import Pulling
 from hypha.net.bulk.receiving import Receiving
 from hypha.net.bulk.rendezvous import Rendezvous
@@ -37,48 +35,40 @@ from hypha.net.bulk.sending import Sending
 from hypha.net.bulk.serving import ServingPulls
 from hypha.net.bulk.ways import Ways
 from hypha.net.bulk.wire import BulkConnections, new_token
-from hypha.net.sockets import AS_THE_KERNEL_LIKES, Buffers
-from hypha.node import Arrived, Gate, Provider, Served
+from hypha.net.sockets import Buffers
 from hypha.runtime import in_thread
-
-__all__ = ["BulkConnections", "BulkTransfers", "meta_of", "with_hashes"]
 
 #: Threads of the bulk plane beyond those of transfers in which bytes move: for transfers in which nothing
 #: does, and handshakes of connections being made.
 MAX_THREADS = 56
-#: Who waits for a pulled file looks after so long whether it is still coming, and ever more seldom.
-FIRST_LOOK_S, LONGEST_LOOK_S = 0.5, 4.0
 
 
 class BulkTransfers:
-    """Sends, pulls, serves and accepts files.
+    """Sends, pulls, serves and accepts files, as :class:`hypha.node.Transfers` says.
 
     ``run`` must be running (``await nursery.start(transfers.run)``) before the node listens;
-    ``serve_socket`` is for the listener. ``limits``: bytes allowed per kind for what others send. ``caps``
-    are those of the node's line, ``tuning`` what ``[tuning.transfers]`` says.
+    ``serve_socket`` is for the listener. ``caps`` are those of the node's line, ``tuning`` what
+    ``[tuning.transfers]`` says.
     """
 
-    def __init__(
-        self,
-        links: BulkConnections,
-        limits: Mapping[str, int] | None = None,
-        caps: Caps | None = None,
-        tuning: TransferTuning | None = None,
-        buffers: Buffers = AS_THE_KERNEL_LIKES,
-    ) -> None:
-        tuning = tuning or TransferTuning()
+    def __init__(self, links: BulkConnections, caps: Caps, tuning: TransferTuning, buffers: Buffers) -> None:
         self._links = links
         self._tally = TransferredBytes(caps)
         threads = MAX_THREADS + 2 * (tuning.sends + tuning.receives)
         self._rendezvous = Rendezvous(links, self._tally, trio.CapacityLimiter(threads), buffers)
-        self._kept = KeptConnections()
+        self._kept = KeptConnections(links.identity)
         ways = Ways(links)
-        self._receiving = Receiving(links, self._rendezvous, self._kept, limits or {}, tuning.receives)
+        self._receiving = Receiving(links, self._rendezvous, self._kept, tuning.receives)
         self._sending = Sending(links, self._rendezvous, self._kept, ways, tuning)
         self._serving = ServingPulls(links, self._kept, self._sending)
         self._pulling = Pulling(links, self._rendezvous, self._kept, ways, self._receiving)
-        self._kept.spoken = SpokenOver(links, self._receiving.agree, self._serving.wanted).spoken
+        self._kept.agree, self._kept.serve = self._receiving.agree, self._serving.wanted
         self._rendezvous.serve = self._serving.wanted
+        self.serve = self._serving.serve
+        self.accept = self._receiving.accept
+        #: take over an incoming blocking connection
+        self.serve_socket = self._rendezvous.serve_socket
+        self.cut_untrusted = self._rendezvous.cut_untrusted
 
     @property
     def bytes_sent(self) -> int:
@@ -109,25 +99,9 @@ class BulkTransfers:
             self._kept.nursery = self._receiving.nursery = self._serving.nursery = None
             self._rendezvous.close()
 
-    def serve_socket(self, sock: socket.socket) -> None:
-        """Take over an incoming blocking connection; a thread's main function. Returns within the
-        handshake time-outs, whatever the peer does, and at once when ``run`` ends. Never raises.
-        """
-        self._rendezvous.serve_socket(sock)
-
-    async def cut_untrusted(self) -> None:
-        """End connections with peers whose certificates are not trusted any more."""
-        await self._rendezvous.cut_untrusted()
-
     async def send(
         self, peer: PeerRef | str, path: Path, meta: TransferMeta, patience_s: float = 0.0
     ) -> None:
-        """Send a file; returns when the receiver has verified and acknowledged it.
-
-        Goes on by itself where a connection was cut, a few times, and for ``patience_s`` where the receiver
-        cannot be reached. Raises Refused, TransferFailed, and TransferCorrupt when the file is not (any more)
-        what ``meta`` says.
-        """
         token = new_token()
         peer_id = _id_of(peer)
         if peer_id == self._links.identity.peer_id:
@@ -144,35 +118,12 @@ class BulkTransfers:
         max_bytes: int,
         still_s: float | None = None,
     ) -> TransferMeta:
-        """Have ``peer`` send the file that ``request`` names to ``destination``; what it said of it.
-
-        Resumes ``<destination>.part``. With ``expect``, size and hash must be those; with ``still_s`` it
-        fails when nothing came for so long, unless it is this node that is busy. Raises Refused,
-        TransferFailed (try again, or elsewhere), TransferCorrupt (elsewhere).
-        """
         pull = WantedFile(peer, request, destination, expect, max_bytes)
         if pull.peer_id == self._links.identity.peer_id:
             await self._pull_local(pull)
         else:
             await self._pulling.pull(pull, still_s)
         return pull.result()
-
-    def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
-        """Answer pulls of ``kind``: ``await provider(caller, request)`` gives path and meta, or raises
-        Refused. The file must stay as it is while it is being sent; ``served(caller, request, error)`` is
-        called once that is over.
-        """
-        self._serving.serve(kind, provider, served)
-
-    def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
-        """Take files of ``kind`` (of the job, or of any job with ``None``) that others send.
-
-        ``await gate(caller, meta)`` gives the destination, or raises Refused; it may be asked again for
-        a transfer that was cut. ``await arrived(caller, meta, path)`` is called when the file lies there,
-        verified; it may raise Refused, which deletes the file; then the sender hears of it. The returned
-        function stops accepting and cuts what is on its way.
-        """
-        return self._receiving.accept(kind, job_id, gate, arrived)
 
     async def _pull_local(self, pull: WantedFile) -> None:
         request = msgspec.structs.replace(pull.request, token=pull.token)

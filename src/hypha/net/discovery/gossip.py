@@ -38,6 +38,7 @@ from hypha.messages import (
 )
 from hypha.naming import shown
 from hypha.net.libp2p import pubsub
+from hypha.net.peers.inbound_limits import OverLimit
 from hypha.net.peers.table import PeerTable
 from hypha.node import PublishedRequest
 from hypha.pki.identity import Identity
@@ -58,8 +59,6 @@ MESH_WAIT_S = 3.0
 MAX_MESSAGE_BYTES = 32 << 10
 
 _decoder = msgspec.msgpack.Decoder(GossipEnvelope)
-#: Publishers of whom it was said that they are refused.
-MAX_TOLD = 1024
 
 
 class Gossip:
@@ -312,7 +311,7 @@ class Publishers:
         self._identity = identity
         self._require_roles = require_roles
         self._peers = peers
-        self._told: dict[str, None] = {}
+        self._over_limit = OverLimit()
 
     @property
     def own_certificates(self) -> tuple[bytes, ...]:
@@ -341,17 +340,9 @@ class Publishers:
             return False
         if problem is None:
             return False
-        level = logging.DEBUG if publisher in self._told else logging.WARNING
-        self._told[publisher] = None
-        if len(self._told) > MAX_TOLD:
-            del self._told[next(iter(self._told))]
-        logger.log(
-            level,
-            "Dropped what %s has published: %s.",
-            shown(publisher),
-            problem,
-            extra={"peer_id": publisher},
-        )
+        level = logging.WARNING if self._over_limit.is_first(publisher, topic) else logging.DEBUG
+        text = "Dropped what %s has published: %s."
+        logger.log(level, text, shown(publisher), problem, extra={"peer_id": publisher})
         return True
 
     def _problem(self, topic: str, publisher: str, certificates: Sequence[bytes]) -> str | None:

@@ -183,7 +183,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
                 try:
                     await self._dispatch(stream, arrival, handler_function)
                 finally:
-                    arrival.leave()
+                    self._arrivals.leave(arrival)
             if scope.cancelled_caught:
                 late = "" if arrival is not None and arrival.peer else "it took too long, and "
                 self._note_refused(host, f"{late}its place was needed")
@@ -275,7 +275,7 @@ def take_place(raw: Any, peer: ID) -> str | None:
     stream = getattr(raw, "stream", None)
     if not isinstance(stream, WatchedStream) or stream.arrival is None:
         return None  # circuits are counted by their relays
-    return stream.arrival.authenticate(str(peer))
+    return stream.arrival.places.authenticate(stream.arrival, str(peer))
 
 
 def level_of(raw: Any, failure: str) -> int:

@@ -27,7 +27,7 @@ from hypha.access import LIBRARY_STREAMS, NOBODY, STREAMS, Allowed, carries, may
 from hypha.config.reading.log_filter import TRACE
 from hypha.errors import PeerUnreachable
 from hypha.naming import shown
-from hypha.net.peers.inbound_limits import OverLimit
+from hypha.net.peers.inbound_limits import OverLimit, counted
 from hypha.tracing import span
 from hypha.tracing.operations import OPEN_STREAM
 
@@ -35,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 #: What a broken stream or connection may raise, from any layer of the library.
 STREAM_ERRORS = (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
-
-#: Refusals that are remembered, so that each is said once.
-MAX_TOLD = 1024
 
 #: ``handler(stream, caller)``; the handler closes the stream.
 StreamHandler = Callable[[Any, str], Awaitable[None]]
@@ -114,17 +111,12 @@ class Streams:
     def __init__(self, host: Any, nursery: trio.Nursery) -> None:
         self._host = host
         self._nursery = nursery
-        #: what was refused to whom, as it was said
-        self._told: dict[tuple[str, str], None] = {}
+        self._over_limit = OverLimit()
 
     def say_refused(self, caller: str, what: str, allowed: Allowed, has: frozenset[str]) -> None:
         """That ``what`` was refused to ``caller`` for its role; once of each, as peers may ask for ever."""
-        level = logging.DEBUG if (caller, what) in self._told else logging.WARNING
-        self._told[caller, what] = None
-        if len(self._told) > MAX_TOLD:
-            del self._told[next(iter(self._told))]
         logger.log(
-            level,
+            logging.WARNING if self._over_limit.is_first(caller, what) else logging.DEBUG,
             "Refused %s from %s: it is for a certificate with the role %s, and this one carries %s.",
             what,
             shown(caller),
@@ -222,12 +214,7 @@ class InboundStreams(Multiselect):  # type: ignore[misc]
                 self._over_limit.note(peer, service, f"it has {limit} such streams open already")
                 await discard(stream)
                 return
-            self._served[key] += 1
-            try:
+            with counted(self._served, key):
                 await handler(stream)
-            finally:
-                self._served[key] -= 1
-                if not self._served[key]:
-                    del self._served[key]
 
         return serve

@@ -20,10 +20,11 @@ from __future__ import annotations
 import ipaddress
 import logging
 import math
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -32,6 +33,9 @@ from hypha.naming import shown
 from hypha.telemetry.instruments import STREAMS_REFUSED
 
 logger = logging.getLogger(__name__)
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 #: Peers, each with what it was refused, of which it is known that the log has them.
 REMEMBERED = 1024
@@ -52,12 +56,43 @@ TELL_AGAIN_S = 60.0
 GRACE_S = 2.0
 
 
+@contextmanager
+def counted(counter: Counter[K], key: K) -> Iterator[None]:
+    """One more of ``key`` meanwhile; a counter holds only those of which there is one."""
+    counter[key] += 1
+    try:
+        yield
+    finally:
+        less(counter, key)
+
+
+def less(counter: Counter[K], key: K) -> None:
+    """One of ``key`` less."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
+
+
+class Recent(dict[K, V]):
+    """The ``most`` keys that were set last, the oldest first; what is older is forgotten."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: K, value: V) -> None:
+        self.pop(key, None)
+        super().__setitem__(key, value)
+        if len(self) > self._most:
+            del self[next(iter(self))]
+
+
 class OverLimit:
     """Of one node, or of one part of it."""
 
     def __init__(self) -> None:
-        #: when each was logged last, the longest ago first
-        self._logged: OrderedDict[tuple[str, str], float] = OrderedDict()
+        #: when each was logged last
+        self._logged: Recent[tuple[str, str], float] = Recent(REMEMBERED)
 
     def is_first(self, who: str, what: str, again_after_s: float = math.inf) -> bool:
         """Whether ``what`` is refused to ``who`` (a peer or an address) for the first time that is known, or
@@ -68,9 +103,6 @@ class OverLimit:
         if last is not None and now < last + again_after_s:
             return False
         self._logged[who, what] = now
-        self._logged.move_to_end((who, what))
-        if len(self._logged) > REMEMBERED:
-            self._logged.popitem(last=False)
         return True
 
     def note(self, peer: str, service: str, limit: str) -> None:
@@ -211,16 +243,6 @@ class InboundConnection:
     #: once its certificate is verified
     peer: str | None = None
 
-    def authenticate(self, peer: str) -> str | None:
-        """Its certificate is that of ``peer``: it has one of the places of those from now on, or, when this
-        returns a reason, none.
-        """
-        return self.places._authenticate(self, peer)
-
-    def leave(self) -> None:
-        """It has ended. May be called twice."""
-        self.places._leave(self)
-
 
 class InboundConnections:
     """``max_connections`` of peers that are known; the anonymous ones come on top of them.
@@ -276,11 +298,14 @@ class InboundConnections:
                 return False
             if one.source == source and one.cut is not None:
                 one.cut()
-                self._leave(one)
+                self.leave(one)
                 return True
         return False
 
-    def _authenticate(self, arrival: InboundConnection, peer: str) -> str | None:
+    def authenticate(self, arrival: InboundConnection, peer: str) -> str | None:
+        """Its certificate is that of ``peer``: it has one of the places of those from now on, or, when this
+        returns a reason, none.
+        """
         if arrival not in self._anonymous:
             return "it took too long, and its place was needed"
         reason = None
@@ -298,7 +323,7 @@ class InboundConnections:
                     extra={"peer_id": peer},
                 )
             return reason
-        self._leave(arrival)
+        self.leave(arrival)
         arrival.peer = peer
         self._known[arrival] = None
         self._per_peer[peer] += 1
@@ -312,7 +337,7 @@ class InboundConnections:
             for one in self._known:
                 if one.peer == peer and one.cut is not None:
                     one.cut()
-                    self._leave(one)
+                    self.leave(one)
                     logger.warning(
                         "Ended a connection of %s: all places are taken, and a lease's partner needs one.",
                         shown(peer),
@@ -321,16 +346,11 @@ class InboundConnections:
                     return True
         return False
 
-    def _leave(self, arrival: InboundConnection) -> None:
+    def leave(self, arrival: InboundConnection) -> None:
+        """It has ended. May be called twice."""
         if arrival in self._anonymous:
             del self._anonymous[arrival]
-            _less(self._per_source, arrival.source)
+            less(self._per_source, arrival.source)
         elif arrival in self._known and arrival.peer is not None:
             del self._known[arrival]
-            _less(self._per_peer, arrival.peer)
-
-
-def _less(counter: Counter[str], key: str) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
+            less(self._per_peer, arrival.peer)
