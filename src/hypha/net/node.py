@@ -152,8 +152,6 @@ class Libp2pNode:
             self.answer(ListPeers, self._list_peers)
             self.answer(DialBack, diagnosing.dial_back)
 
-    # --- who and where ------------------------------------------------------------------------------
-
     @property
     def identity(self) -> Identity:
         return self.options.identity
@@ -232,8 +230,6 @@ class Libp2pNode:
         """Remember an address with a PeerID that the operator has given: ``exclude_cidr`` is for others'."""
         self._book.configure(address)
 
-    # --- connections --------------------------------------------------------------------------------
-
     async def wait_connected(self) -> None:
         await self._gateways.wait_connected()
 
@@ -271,8 +267,6 @@ class Libp2pNode:
     def watch_peers(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PeerLost]]:
         return self._peers.watch()
 
-    # --- requests -----------------------------------------------------------------------------------
-
     async def request(self, peer: PeerRef | str, request: Request, timeout_s: float = 10.0) -> Response:
         return await self._rpc.request(self._known(peer), request, timeout_s)
 
@@ -309,8 +303,6 @@ class Libp2pNode:
     def answer_reports(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
         self._reports.answer(handler, admits)
 
-    # --- gossip and datasets ------------------------------------------------------------------------
-
     async def publish(self, message: WorkerRequest) -> None:
         await self._gossip.publish(message)
 
@@ -330,8 +322,6 @@ class Libp2pNode:
 
     async def find_providers(self, dataset: str) -> list[PeerRef]:
         return await self._dht.find(dataset)
-
-    # --- streams ------------------------------------------------------------------------------------
 
     async def open_stream(self, peer: PeerRef | str, protocol: str) -> Any:
         known = self._known(peer)
@@ -358,8 +348,6 @@ class Libp2pNode:
             self._book.learn(peer)
             return peer.peer
         return peer
-
-    # --- life ---------------------------------------------------------------------------------------
 
     async def listen(self, stack: AsyncExitStack) -> None:
         """Start the services, into ``stack``, and listen; ConfigError when that cannot be."""

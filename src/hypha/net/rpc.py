@@ -38,7 +38,7 @@ from hypha.messages import (
 )
 from hypha.naming import cleaned
 from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
-from hypha.net.peers.inbound_limits import OverLimit
+from hypha.net.peers.inbound_limits import OverLimit, counted
 from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
 from hypha.tracing import span, traceparent
 from hypha.tracing.operations import ANSWER, REQUEST
@@ -130,8 +130,6 @@ class Rpc:
         self._is_partner: Callable[[str], bool] = lambda peer: False
         streams.handle(PROTOCOL, self._serve)
 
-    # --- asking -------------------------------------------------------------------------------------
-
     async def request(self, peer: str, request: Request, timeout_s: float) -> Response:
         """The answer of ``peer``. Raises Refused, PeerUnreachable or RequestTimeout."""
         name, began, status = type(request).__name__, trio.current_time(), "cancelled"
@@ -214,8 +212,6 @@ class Rpc:
             await self._connect(peer)
             return await self._streams.open(peer, PROTOCOL)
 
-    # --- answering ----------------------------------------------------------------------------------
-
     def answer(self, kind: type[Any], handler: Handler) -> None:
         """Answer requests of ``kind`` with ``handler``, from callers whose role allows them."""
         self._handlers[kind] = (handler, REQUESTS[kind].by)
@@ -233,15 +229,12 @@ class Rpc:
             self._over_limit.note(caller, "rpc", "there are too many requests at once")
             yield False
             return
-        self._inbound[caller] += 1
         self._shared += shares
         try:
-            yield True
+            with counted(self._inbound, caller):
+                yield True
         finally:
             self._shared -= shares
-            self._inbound[caller] -= 1
-            if not self._inbound[caller]:
-                del self._inbound[caller]
 
     async def _serve(self, stream: Any, caller: str) -> None:
         with self._place(caller) as has_place:

@@ -449,8 +449,6 @@ class SocketConnection(BulkConnection):
         self._read_exactly(self._sock.recv_into, memoryview(payload))
         return decode_frame(bytes(payload))
 
-    # --- beside TLS ---------------------------------------------------------------------------------
-
     def _read_raw(self, view: memoryview) -> int:
         cap = self._tally.caps.down
         if cap is None:

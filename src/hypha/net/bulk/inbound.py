@@ -24,6 +24,7 @@ from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import DiskFailed, PartFile, WrongHash
 from hypha.net.bulk.rendezvous import Expected
 from hypha.net.bulk.wire import ConnectionBroken, Go, Verdict, new_token
+from hypha.net.peers.inbound_limits import Recent
 from hypha.node import Arrived, Gate
 
 logger = logging.getLogger(__name__)
@@ -223,9 +224,9 @@ class Collecting:
     def __init__(self, limiter: trio.CapacityLimiter) -> None:
         self._limiter = limiter
         #: what the .part files of this process are parts of
-        self._parts: dict[Path, TransferMeta] = {}
+        self._parts: Recent[Path, TransferMeta] = Recent(MAX_PARTS)
         #: by caller and token: transfers that were finished
-        self.done: dict[tuple[str, str], int] = {}
+        self.done: Recent[tuple[str, str], int] = Recent(MAX_REMEMBERED)
 
     def part_of(self, destination: Path, request: PullFile) -> TransferMeta | None:
         """What the part file of ``destination`` is a part of, if this process has begun it for such a
@@ -243,8 +244,6 @@ class Collecting:
         part = PartFile(destination, meta)
         known = self._parts.get(destination, meta)
         fresh = inbound.started_afresh or known.checked != meta.checked
-        if len(self._parts) >= MAX_PARTS:
-            del self._parts[next(iter(self._parts))]
         self._parts[destination] = meta
         done = False
         try:
@@ -278,8 +277,6 @@ class Collecting:
         if verdict.outcome == "ok":
             inbound.acceptor.came_over(link)
             self.done[inbound.caller, inbound.token] = inbound.meta.size
-            if len(self.done) > MAX_REMEMBERED:
-                del self.done[next(iter(self.done))]
         with contextlib.suppress(ConnectionBroken):  # a sender that misses it asks again
             await link.say(verdict)
         return verdict

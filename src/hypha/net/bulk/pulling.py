@@ -211,8 +211,6 @@ class Pulling:
             if not (done and self._kept.give(link, speaks=True)):
                 await link.close()
 
-    # --- ways ---------------------------------------------------------------------------------------
-
     async def _connect(
         self, pull: WantedFile, offset: int
     ) -> tuple[BulkConnection, Go, FileFound | Verdict] | None:
@@ -252,8 +250,6 @@ class Pulling:
                 self._earlier[peer] = trio.current_time() + WAY_LIFE_S
                 return None
         return None
-
-    # --- asking to be sent it -------------------------------------------------------------------------
 
     async def _be_sent(self, pull: WantedFile) -> None:
         """Ask by a request to be sent the file, and again until it is here or will not come."""

@@ -76,8 +76,6 @@ class Receiving:
         """Files that are being received, or are to be."""
         return len(self._inbound)
 
-    # --- who takes what -----------------------------------------------------------------------------
-
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
         """As ``BulkTransfers.accept``."""
         key = (kind, job_id)
@@ -156,8 +154,6 @@ class Receiving:
         except Refused:
             destination.unlink(missing_ok=True)
             raise
-
-    # --- requests -----------------------------------------------------------------------------------
 
     async def _offered(self, caller: str, offer: BulkOffer) -> BulkAnswer:
         inbound = await self.agree(caller, offer)
@@ -275,8 +271,6 @@ class Receiving:
         except ConnectionBroken as exc:
             raise Refused("unreachable", f"no direct connection to the caller: {exc}") from exc
         return Acknowledged()
-
-    # --- receiving ----------------------------------------------------------------------------------
 
     async def _run(self, inbound: Inbound) -> None:
         try:

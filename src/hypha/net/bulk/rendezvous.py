@@ -183,8 +183,6 @@ class Rendezvous:
         expected = self._expected.get(token)
         return expected is not None and expected.peer == peer
 
-    # --- accepting ----------------------------------------------------------------------------------
-
     def serve_socket(self, sock: socket.socket) -> None:
         """Take over an accepted blocking connection (a thread's main function); returns soon: at the
         latest after ``HANDSHAKE_TIMEOUT_S``, the first message included and however it is dealt out, at once
@@ -258,8 +256,6 @@ class Rendezvous:
             logger.info("Refused an incoming bulk stream: %s", exc, extra={"peer_id": caller})
         finally:
             await link.close()
-
-    # --- dialling -----------------------------------------------------------------------------------
 
     async def dial(self, peer: str, offered: tuple[str, ...], token: str | None) -> BulkConnection:
         """A direct connection to ``peer``, greeted with ``token``; without one the caller is to say at once
@@ -347,8 +343,6 @@ class Rendezvous:
             if not done:
                 await link.close()
         return link
-
-    # --- both ---------------------------------------------------------------------------------------
 
     @contextmanager
     def _tracked(self, sock: socket.socket) -> Iterator[trio.lowlevel.TrioToken]:

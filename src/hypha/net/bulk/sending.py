@@ -45,6 +45,7 @@ from hypha.net.bulk.wire import (
     fits,
     require_receiver,
 )
+from hypha.net.peers.inbound_limits import Recent
 from hypha.telemetry.instruments import PACKED_BYTES
 from hypha.tracing import traceparent
 
@@ -74,14 +75,12 @@ class Sending:
         self._ways = ways
         self._tuning = tuning
         #: what is known of the ways to peers, for whether compressing pays; the oldest go first
-        self._lines: dict[str, Known] = {}
+        self._lines: Recent[str, Known] = Recent(MAX_LINES)
         at_once = tuning.sends
         self.places = TransferSlots(at_once)
         self._limiter = trio.CapacityLimiter(2 * at_once)
         #: files that are being sent, or are to be
         self.under_way = 0
-
-    # --- sending ------------------------------------------------------------------------------------
 
     async def send(
         self,
@@ -213,10 +212,7 @@ class Sending:
         packing = attempt.packing
         if packing is None:
             return
-        self._lines.pop(attempt.peer_id, None)
         self._lines[attempt.peer_id] = packing.known
-        if len(self._lines) > MAX_LINES:
-            del self._lines[next(iter(self._lines))]
         if packing.plain_bytes:
             PACKED_BYTES.add(packing.plain_bytes, stage="before")
             PACKED_BYTES.add(packing.packed_bytes, stage="after")
@@ -274,8 +270,6 @@ class Sending:
             if not answer.wait_s > 0:
                 return answer
             await trio.sleep(min(answer.wait_s, 10.0))
-
-    # --- ways ---------------------------------------------------------------------------------------
 
     async def _connect(
         self, peer: PeerRef | str, attempt: SendAttempt, answer: BulkAnswer, expected: Expected

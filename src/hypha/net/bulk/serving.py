@@ -34,6 +34,7 @@ from hypha.net.bulk.wire import (
     fits,
     require_receiver,
 )
+from hypha.net.peers.inbound_limits import counted
 from hypha.node import Provider, Served
 from hypha.tracing import trace_context, traceparent
 
@@ -91,15 +92,8 @@ class ServingPulls:
         """Refused when there are too many."""
         if self._being_served.total() >= MAX_SERVED or self._being_served[caller] >= MAX_SERVED_PER_PEER:
             raise Refused("busy", "too many files are being sent from here; try again later")
-        self._being_served[caller] += 1
-        try:
+        with counted(self._being_served, caller):
             yield
-        finally:
-            self._being_served[caller] -= 1
-            if not self._being_served[caller]:
-                del self._being_served[caller]
-
-    # --- over a connection of whoever asks ------------------------------------------------------------
 
     async def wanted(self, link: BulkConnection, want: WantFile) -> None:
         """Answer, with the file; then the link is kept or closed. Never raises for what a peer does."""
@@ -190,8 +184,6 @@ class ServingPulls:
         if (tell := self._told_of_served.get(request.kind)) is not None:
             tell(caller, request, failure)
         return failure
-
-    # --- by a request ---------------------------------------------------------------------------------
 
     async def _asked(self, caller: str, request: PullFile) -> BulkOffer:
         """Somebody wants to be sent a file: say what it is, and start. The same token asks how it goes."""

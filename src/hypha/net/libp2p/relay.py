@@ -42,7 +42,7 @@ from hypha.net.libp2p.protobuf_messages import (
 from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard
 from hypha.net.libp2p.yamux import narrow
 from hypha.net.options import RelayLimits
-from hypha.net.peers.inbound_limits import OverLimit
+from hypha.net.peers.inbound_limits import OverLimit, less
 from hypha.net.peers.table import is_relayed
 from hypha.telemetry.instruments import CIRCUITS_OPENED, RELAY_BYTES
 from hypha.tracing import failed, start_span, trace_context
@@ -289,9 +289,7 @@ class RelayHop:
                 nursery.start_soon(_pump, onward, stream, self._caps, nursery.cancel_scope)
             return "accepted"
         finally:
-            self._callers[caller] -= 1
-            if not self._callers[caller]:
-                del self._callers[caller]
+            less(self._callers, caller)
             reservation.circuits -= 1
             if onward is not None:
                 await discard(onward)

@@ -12,7 +12,6 @@ for by its PeerID alone, so that nobody copies the whole network's addresses in 
 from __future__ import annotations
 
 import ipaddress
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -30,6 +29,7 @@ from hypha.messages import (
     PeerList,
 )
 from hypha.net.peers.addresses import Address, ip_of, parse
+from hypha.net.peers.inbound_limits import Recent
 from hypha.node import ConnectionInfo
 
 #: Callers that are served at once; of each caller one request.
@@ -58,7 +58,7 @@ class Diagnosing:
         self._hosts_of = hosts_of
         self._served: set[str] = set()
         #: caller -> since when its budget is counted, and how many bytes are spent
-        self._spent: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._spent: Recent[str, tuple[float, int]] = Recent(_REMEMBERED)
 
     @contextmanager
     def _place(self, caller: str) -> Iterator[None]:
@@ -113,13 +113,11 @@ class Diagnosing:
 
     def _spend(self, caller: str, size: int) -> None:
         now = trio.current_time()
-        since, spent = self._spent.pop(caller, (now, 0))
+        since, spent = self._spent.get(caller, (now, 0))
         if now - since >= BUDGET_S:
             since, spent = now, 0
         fits = spent + size <= BUDGET_BYTES
         self._spent[caller] = (since, spent + size if fits else spent)
-        while len(self._spent) > _REMEMBERED:
-            self._spent.popitem(last=False)
         if not fits:
             left_s = BUDGET_S - (now - since)
             raise Refused("busy", f"enough was measured for now; try again in {left_s:.0f} s")

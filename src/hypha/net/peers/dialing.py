@@ -27,6 +27,7 @@ from hypha.net.libp2p.relay import RelayClient
 from hypha.net.libp2p.streams import STREAM_ERRORS
 from hypha.net.options import Timings
 from hypha.net.peers.addresses import MAX_ADDRESSES, Address, AddressBook, ip_of, parse
+from hypha.net.peers.inbound_limits import Recent
 from hypha.net.peers.reasons import ShutOut, failure_of, is_of_certificate, reason_of, root_of, says_refused
 from hypha.net.peers.table import PeerTable, address_of, direction_of, is_relayed
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
@@ -81,7 +82,7 @@ class Dialer:
         # certificates and revocation lists are others now
         peers.on_identity.append(self._shut_out.clear)
         #: why, as it was said last, by peer
-        self._relayed_for: dict[str, str] = {}
+        self._relayed_for: Recent[str, str] = Recent(MAX_RELAYED_TOLD)
         self.own_relays: Callable[[], list[str]] = list
         swarm.dial_peer = self._dial_for_library
 
@@ -325,11 +326,9 @@ class Dialer:
                 "it announces no address of its own. If this machine can reach it, set its "
                 "external_addresses, or take its network out of its exclude_cidr"
             )
-        if self._relayed_for.pop(peer, "") != why:
+        if self._relayed_for.get(peer) != why:
             logger.info("%s is reached through a relay: %s.", shown(peer), why, extra={"peer_id": peer})
         self._relayed_for[peer] = why
-        while len(self._relayed_for) > MAX_RELAYED_TOLD:
-            del self._relayed_for[next(iter(self._relayed_for))]
 
     async def who_is_at(self, address: Address) -> str:
         """The PeerID of the certified node at ``address``; NetworkError when there is none."""

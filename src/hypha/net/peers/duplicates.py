@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 
 import trio
 
-from hypha.errors import NetworkError, Refused
+from hypha.errors import NetworkError
 from hypha.messages import (
     MAX_ADDRESS_LENGTH,
     MAX_INSTANCE_LENGTH,
@@ -35,6 +36,7 @@ from hypha.messages import (
 from hypha.naming import cleaned, shown
 from hypha.net.libp2p.mutual_tls import HANDSHAKE_TIMEOUT_S
 from hypha.net.libp2p.tls_connection import TlsConnection
+from hypha.net.peers.inbound_limits import counted
 from hypha.net.peers.reasons import SAME_CERTIFICATE, Refusal
 from hypha.net.peers.table import PeerTable, secured
 from hypha.node import Changes
@@ -92,15 +94,13 @@ class Doubles:
         #: by peer; no more than there are handshakes
         self._claims: dict[str, _Claim] = {}
         #: by gateway: questions under way, and until when it is not waited for
-        self._asking: dict[str, int] = {}
+        self._asking: Counter[str] = Counter()
         self._excused: dict[str, float] = {}
         #: when it was said of whom
         self._said: dict[str, float] = {}
         self._own_said_at = -math.inf
         # from now on the connection itself is seen
         peers.on_connected.append(self._drop_claim)
-
-    # --- letting a node in --------------------------------------------------------------------------
 
     async def admit(self, new: TlsConnection) -> Refusal | None:
         """Why the node behind ``new`` may not come in; ``None`` where it may."""
@@ -166,7 +166,7 @@ class Doubles:
         """
         now = trio.current_time()
         self._excused = {one: until for one, until in self._excused.items() if until > now}
-        if gateway in self._excused or self._asking.get(gateway, 0) >= ASKED_AT_ONCE:
+        if gateway in self._excused or self._asking[gateway] >= ASKED_AT_ONCE:
             return None
         found = await self._ask(gateway, (run,), ASK_S)
         return f"{found[0].address}, connected to {shown(gateway)}" if found else None
@@ -174,21 +174,15 @@ class Doubles:
     async def _ask(self, gateway: str, runs: tuple[NodeRun, ...], timeout_s: float) -> tuple[NodeRun, ...]:
         """Which of ``runs`` are at ``gateway`` as other nodes; none where it does not answer."""
         answered = False
-        self._asking[gateway] = self._asking.get(gateway, 0) + 1
         try:
-            answer = await self._request(gateway, FindDoubles(nodes=runs), timeout_s)
+            with counted(self._asking, gateway):
+                answer = await self._request(gateway, FindDoubles(nodes=runs), timeout_s)
             answered = True
-        except Refused as exc:
-            # an earlier version does not know the request
+        except NetworkError as exc:
+            # one of an earlier version does not know the request
             logger.debug("%s does not look for doubles: %s", shown(gateway), exc)
             return ()
-        except NetworkError as exc:
-            logger.debug("%s was not asked for doubles: %s", shown(gateway), exc)
-            return ()
         finally:
-            self._asking[gateway] -= 1
-            if not self._asking[gateway]:
-                del self._asking[gateway]
             if not answered:
                 self._excused[gateway] = trio.current_time() + FORGIVEN_S
         wanted = {run.peer for run in runs}
@@ -214,8 +208,6 @@ class Doubles:
                 if tls.instance not in (None, run.instance) and _goes_before(tls, run):
                     nursery.start_soon(look, connection)
         return alive[0] if alive else None
-
-    # --- between gateways ---------------------------------------------------------------------------
 
     async def find(self, caller: str, request: FindDoubles) -> DoublesFound:
         """Another gateway asks which of its nodes are here as well."""
@@ -274,8 +266,6 @@ class Doubles:
             if secured(connection).instance == run.instance:
                 why = f"another node uses its certificate, the one at {elsewhere}, and was there before"
                 await self._peers.cut(connection, "double", why)
-
-    # --- telling ------------------------------------------------------------------------------------
 
     async def answer(self, caller: str, request: SameCertificate) -> Acknowledged:
         """This node is told that it has a double."""

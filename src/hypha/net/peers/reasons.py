@@ -28,6 +28,7 @@ from libp2p.transport.exceptions import MuxerUpgradeFailure
 from hypha.backoff import pause_after
 from hypha.errors import IdentityError, PeerUnreachable
 from hypha.naming import cleaned
+from hypha.net.peers.inbound_limits import Recent
 
 #: by OpenSSL's numbers (x509_vfy.h)
 _VERIFY = {
@@ -202,16 +203,14 @@ class ShutOut:
 
     def __init__(self, longest_s: float) -> None:
         self._longest_s = longest_s
-        self._pauses: dict[str, _Pause] = {}
+        self._pauses: Recent[str, _Pause] = Recent(MAX_REMEMBERED)
 
     def note(self, peer: str, failure: str) -> None:
         """``peer`` was dialled in vain; ``failure`` says why."""
-        earlier = self._pauses.pop(peer, None)
+        earlier = self._pauses.get(peer)
         times = earlier.times + 1 if earlier else 0
         lasts_s = pause_after(times, FIRST_PAUSE_S, self._longest_s)
         self._pauses[peer] = _Pause(failure, times, trio.current_time() + lasts_s)
-        while len(self._pauses) > MAX_REMEMBERED:
-            del self._pauses[next(iter(self._pauses))]
 
     def check(self, peer: str) -> None:
         """Raises PeerUnreachable, as the last time, while the pause of ``peer`` lasts."""

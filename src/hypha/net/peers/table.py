@@ -23,6 +23,7 @@ from hypha.net.libp2p.streams import STREAM_ERRORS
 from hypha.net.libp2p.tls_connection import TlsConnection
 from hypha.net.libp2p.yamux import breach_of
 from hypha.net.options import Timings
+from hypha.net.peers.inbound_limits import Recent
 from hypha.node import ConnectionInfo, PeerLost
 from hypha.pki.identity import Identity
 from hypha.telemetry.instruments import CONNECTIONS_ESTABLISHED, CONNECTIONS_LOST
@@ -85,7 +86,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
         #: connections that are waited for to end, all of them
         self._ends: list[tuple[set[Any], trio.Event]] = []
         #: of peers that are or were connected: their roles, and the organisation that vouches for them
-        self._vouched: dict[str, tuple[frozenset[str], str]] = {}
+        self._vouched: Recent[str, tuple[frozenset[str], str]] = Recent(REMEMBERED_ROLES)
         #: connections that this node ended, and why
         self._cuts: dict[Any, Cut] = {}
         self.on_connected: list[Callable[[str], None]] = []
@@ -95,8 +96,6 @@ class PeerTable(INotifee):  # type: ignore[misc]
         #: called when it may be that certificates are not accepted any more which were
         self.on_doubt: list[Callable[[], Awaitable[None]]] = []
         swarm.register_notifee(self)
-
-    # --- asking -------------------------------------------------------------------------------------
 
     def connections_of(self, peer: str) -> list[Any]:
         """The swarm's live connections to ``peer``."""
@@ -211,17 +210,12 @@ class PeerTable(INotifee):  # type: ignore[misc]
             lost.set()
         return lost
 
-    # --- what the swarm tells -----------------------------------------------------------------------
-
     async def connected(self, network: Any, conn: Any) -> None:
         peer = str(conn.muxed_conn.peer_id)
         direction, way = direction_of(conn), way_of(conn)
         CONNECTIONS_ESTABLISHED.add(direction=direction, way=way)
         logger.debug("Connected with %s (%s, %s).", peer, direction, way, extra={"peer_id": peer})
-        self._vouched.pop(peer, None)
         self._vouched[peer] = (secured(conn).roles, secured(conn).vouched_organization)
-        while len(self._vouched) > REMEMBERED_ROLES:
-            del self._vouched[next(iter(self._vouched))]
         if (waiting := self._arrivals.pop(peer, None)) is not None:
             waiting.set()
         for call in self.on_connected:
@@ -264,8 +258,6 @@ class PeerTable(INotifee):  # type: ignore[misc]
     async def listen(self, network: Any, multiaddr: Any) -> None: ...
 
     async def listen_close(self, network: Any, multiaddr: Any) -> None: ...
-
-    # --- ending connections -------------------------------------------------------------------------
 
     async def close(self, peer: str) -> None:
         """Close all connections to ``peer``."""
