@@ -94,7 +94,6 @@ class TransferredBytes:
         self.received = 0
 
     def add(self, sent: int = 0, received: int = 0) -> None:
-        """Count."""
         with self._lock:
             self.sent += sent
             self.received += received
@@ -158,6 +157,10 @@ class BulkConnection(ABC):
     @abstractmethod
     async def close(self) -> None:
         """End it, also while being cancelled; never raises."""
+
+    @abstractmethod
+    def close_now(self) -> None:
+        """End it, or have it ended, without waiting; a socket from whichever thread owns it."""
 
     async def while_working(self, work: Callable[[], Awaitable[T]]) -> T:
         """The result of ``work``; the other end hears ``Working`` now and then meanwhile."""
@@ -311,6 +314,9 @@ class StreamConnection(BulkConnection):
             await discard(self._stream)
         self.closed.set()
 
+    def close_now(self) -> None:
+        self.closed.set()  # its handler closes the stream then
+
     async def _write(self, data: bytes) -> None:
         with trio.move_on_after(STALL_TIMEOUT_S) as scope:
             try:
@@ -404,7 +410,6 @@ class SocketConnection(BulkConnection):
         self.close_now()
 
     def close_now(self) -> None:
-        """End it, from whichever thread owns it."""
         with contextlib.suppress(OSError):
             self._sock.close()
 

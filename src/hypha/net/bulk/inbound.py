@@ -23,7 +23,7 @@ from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import DiskFailed, PartFile, WrongHash
 from hypha.net.bulk.rendezvous import Expected
-from hypha.net.bulk.wire import ConnectionBroken, Go, Verdict, new_token
+from hypha.net.bulk.wire import ConnectionBroken, Go, Verdict, id_of, new_token
 from hypha.net.peers.inbound_limits import Recent
 from hypha.node import Arrived, Gate
 
@@ -125,7 +125,7 @@ class WantedFile(Acceptor):
     ) -> None:
         super().__init__(self._gate, self._arrived, max_bytes)
         self.peer = peer
-        self.peer_id = peer.peer if isinstance(peer, PeerRef) else peer
+        self.peer_id = id_of(peer)
         self.token = new_token()
         self.request = request
         self.destination = destination
@@ -145,7 +145,6 @@ class WantedFile(Acceptor):
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """Of whom, for the log."""
         return {"peer_id": self.peer_id}
 
     def begin(self) -> Inbound:
@@ -245,16 +244,14 @@ class Collecting:
         known = self._parts.get(destination, meta)
         fresh = inbound.started_afresh or known.checked != meta.checked
         self._parts[destination] = meta
-        done = False
         try:
             await trio.to_thread.run_sync(part.open, fresh, abandon_on_cancel=True, limiter=self._limiter)
-            done = True
         except DiskFailed:
             part.discard()
             raise
-        finally:
-            if not done:
-                part.abandon()
+        except BaseException:
+            part.abandon()
+            raise
         return part
 
     async def collect(self, link: BulkConnection, inbound: Inbound, part: PartFile, go: Go) -> Verdict | None:

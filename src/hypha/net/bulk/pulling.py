@@ -147,25 +147,23 @@ class Pulling:
                 return True
         # from now on it is the provider that owes something
         inbound.turn.set()
-        met = None
         try:
             met = await self._connect(pull, 0 if part is None else part.received)
+            if met is None:
+                return False
+            link, go, answer = met
+            if isinstance(answer, Verdict):
+                if not self._kept.give(link, speaks=True):
+                    await link.close()
+                if answer.outcome == "refused":
+                    raise Refused(answer.code, answer.reason, pull.peer_id)
+                raise TransferFailed(pull.peer_id, pull.request.name, answer.reason)
+            await self._take(pull, inbound, part, (link, go, answer))
+            return True
         finally:
-            if met is None and part is not None:
-                part.abandon()
-        if met is None:
-            return False
-        link, go, answer = met
-        if isinstance(answer, Verdict):
+            # where it did not become a file, it is closed at its true length
             if part is not None:
                 part.abandon()
-            if not self._kept.give(link, speaks=True):
-                await link.close()
-            if answer.outcome == "refused":
-                raise Refused(answer.code, answer.reason, pull.peer_id)
-            raise TransferFailed(pull.peer_id, pull.request.name, answer.reason)
-        await self._take(pull, inbound, part, (link, go, answer))
-        return True
 
     async def _open_part(self, pull: WantedFile, inbound: Inbound) -> PartFile:
         """Refused, DiskFailed."""
@@ -206,8 +204,6 @@ class Pulling:
         except DiskFailed as exc:
             pull.failed(exc)
         finally:
-            if part is not None and not done:
-                part.abandon()
             if not (done and self._kept.give(link, speaks=True)):
                 await link.close()
 
@@ -310,12 +306,11 @@ async def _say(
     go = link.new_go(offset, zstd_blocks=True)
     # a token of its own: what an attempt that was cut began is another one there
     want = WantFile(msgspec.structs.replace(pull.request, token=new_token()), go, traceparent())
-    answer: Frame | None = None
     try:
         answer = await first_word(link, lambda: link.ask(want))
         if not isinstance(answer, FileFound | Verdict):
             raise ConnectionBroken(f"the peer said {type(answer).__name__} where an answer was due")
-        return link, go, answer
-    finally:
-        if not isinstance(answer, FileFound | Verdict):
-            await link.close()
+    except BaseException:
+        await link.close()
+        raise
+    return link, go, answer

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -74,7 +75,7 @@ class Expected:
         if self._closed:
             return False
         if self._link is not None:
-            self._dismiss(self._link)
+            self._link.close_now()
         self._link = link
         self._arrived.set()
         return True
@@ -88,22 +89,18 @@ class Expected:
         return link
 
     def close(self) -> None:
-        """WantFile no more."""
         self._closed = True
         if self._link is not None:
-            self._dismiss(self._link)
+            self._link.close_now()
             self._link = None
-
-    @staticmethod
-    def _dismiss(link: BulkConnection) -> None:
-        if isinstance(link, SocketConnection):
-            link.close_now()
-        elif isinstance(link, StreamConnection):
-            link.closed.set()  # its handler closes the stream then
 
 
 class Rendezvous:
-    """Makes connections and hands them to those who expect them."""
+    """Makes connections and hands them to those who expect them; ``serve`` answers what is asked for on a new
+    one, which it has to close.
+    """
+
+    serve: Callable[[BulkConnection, WantFile], Awaitable[None]]
 
     def __init__(
         self,
@@ -124,11 +121,9 @@ class Rendezvous:
         self._loop: trio.lowlevel.TrioToken | None = None
         #: per peer, the address at which it was last reached
         self._reached: dict[str, tuple[str, int]] = {}
-        #: answers what is asked for on a new connection, which it has to close
-        self.serve: Callable[[BulkConnection, WantFile], Awaitable[None]] | None = None
         self._nursery: trio.Nursery | None = None
-        links.set_stream_handler(BULK_PROTOCOL, self._serve_stream)
-        links.set_stream_handler(WANT_PROTOCOL, self._serve_wanting_stream)
+        links.set_stream_handler(BULK_PROTOCOL, partial(self._serve_stream, kind=Hello))
+        links.set_stream_handler(WANT_PROTOCOL, partial(self._serve_stream, kind=WantFile))
 
     def start(self, nursery: trio.Nursery) -> None:
         """Called in the event loop before the first connection may arrive."""
@@ -158,8 +153,9 @@ class Rendezvous:
     def _arrived(self, first: Hello | WantFile, link: SocketConnection) -> None:
         self._proven.add(link)
         if isinstance(first, Hello):
-            self._hand_over(first.token, link)
-        elif self._nursery is None or self.serve is None:
+            if not self._hand_over(first.token, link):
+                link.refuse_now(_NOT_EXPECTED)
+        elif self._nursery is None:
             link.close_now()
         else:
             try:
@@ -212,46 +208,33 @@ class Rendezvous:
             with contextlib.suppress(OSError):
                 (tls if tls is not None else sock).close()
 
-    def _hand_over(self, token: str, link: SocketConnection) -> None:
-        if not (self.is_expected(token, link.peer) and self._expected[token].arrive(link)):
-            self._log_stranger(token, link.peer)
-            link.refuse_now(_NOT_EXPECTED)
-
-    def _log_stranger(self, token: str, peer: str) -> None:
+    def _hand_over(self, token: str, link: BulkConnection) -> bool:
+        """False when nobody waits for it."""
+        if self.is_expected(token, link.peer) and self._expected[token].arrive(link):
+            return True
         if token in self._expected:
             logger.warning(
-                "A peer came with the transfer token of another one and was refused.", extra={"peer_id": peer}
+                "A peer came with the transfer token of another one and was refused.",
+                extra={"peer_id": link.peer},
             )
         else:
-            logger.info("A bulk connection came for a transfer that is over.", extra={"peer_id": peer})
+            logger.info("A bulk connection came for a transfer that is over.", extra={"peer_id": link.peer})
+        return False
 
-    async def _serve_stream(self, stream: Any, caller: str) -> None:
+    async def _serve_stream(self, stream: Any, caller: str, kind: type[Hello | WantFile]) -> None:
         link = StreamConnection(stream, caller, self._tally, self._limiter)
-        link.way = "stream"
+        link.way, link.knows_want = "stream", kind is WantFile
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-                hello = await link.hear()
-            if not isinstance(hello, Hello):
-                raise ConnectionBroken("the peer did not say which transfer its stream is for")
-            if self.is_expected(hello.token, caller) and self._expected[hello.token].arrive(link):
+                first = await link.hear()
+            if not isinstance(first, kind):
+                raise ConnectionBroken("the peer did not say what its stream is for")
+            if isinstance(first, WantFile):
+                await self.serve(link, first)
+            elif self._hand_over(first.token, link):
                 await link.closed.wait()
             else:
-                self._log_stranger(hello.token, caller)
                 await link.say(_NOT_EXPECTED)
-        except (ConnectionBroken, trio.TooSlowError) as exc:
-            logger.info("Refused an incoming bulk stream: %s", exc, extra={"peer_id": caller})
-        finally:
-            await link.close()
-
-    async def _serve_wanting_stream(self, stream: Any, caller: str) -> None:
-        link = StreamConnection(stream, caller, self._tally, self._limiter)
-        link.way, link.knows_want = "stream", True
-        try:
-            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-                want = await link.hear()
-            if not isinstance(want, WantFile) or self.serve is None:
-                raise ConnectionBroken("the peer did not say which file it wants")
-            await self.serve(link, want)
         except (ConnectionBroken, trio.TooSlowError) as exc:
             logger.info("Refused an incoming bulk stream: %s", exc, extra={"peer_id": caller})
         finally:
@@ -301,13 +284,11 @@ class Rendezvous:
             if token is not None:
                 tls.sendall(encode_frame(Hello(token)))
 
-        done = False
         try:
             await in_thread(tls, greet, self._limiter)
-            done = True
-        finally:
-            if not done:
-                tls.close()
+        except BaseException:
+            tls.close()
+            raise
         link = SocketConnection(tls, peer, self._tally, self._limiter)
         link.way = "direct"
         self._proven.add(link)
@@ -335,13 +316,11 @@ class Rendezvous:
         if token is None:
             link.knows_want = True
             return link
-        done = False
         try:
             await link.say(Hello(token))
-            done = True
-        finally:
-            if not done:
-                await link.close()
+        except BaseException:
+            await link.close()
+            raise
         return link
 
     @contextmanager

@@ -43,6 +43,7 @@ from hypha.net.bulk.wire import (
     Verdict,
     Working,
     fits,
+    id_of,
     require_receiver,
 )
 from hypha.net.peers.inbound_limits import Recent
@@ -92,11 +93,9 @@ class Sending:
         pulled: bool = False,
     ) -> None:
         """As ``BulkTransfers.send``; ``pulled``: the peer has asked for it."""
-        peer_id = peer.peer if isinstance(peer, PeerRef) else peer
-        with sending(peer_id, meta), self.counted():
-            await self._send(
-                peer, SendAttempt(peer_id, path, meta, token, pulled=pulled), Retries(patience_s)
-            )
+        wanted = SendAttempt(id_of(peer), path, meta, token, pulled=pulled)
+        with sending(wanted.peer_id, meta), self.counted():
+            await self._send(peer, wanted, Retries(patience_s))
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -228,13 +227,7 @@ class Sending:
         """A link that was kept and the receiver's word for this file; None when it has to be offered by a
         request. Refused.
         """
-        offer = BulkOffer(
-            token=attempt.token,
-            meta=attempt.meta,
-            addresses=(),
-            traceparent=traceparent(),
-            zstd_blocks=attempt.packing is not None,
-        )
+        offer = attempt.offer()
         link = self._kept.take(attempt.peer_id) if fits(offer) else None
         if link is None:
             return None
@@ -254,13 +247,7 @@ class Sending:
 
     async def _offer(self, peer: PeerRef | str, attempt: SendAttempt) -> BulkAnswer:
         """The answer when it is our turn there."""
-        offer = BulkOffer(
-            token=attempt.token,
-            meta=attempt.meta,
-            addresses=tuple(self._links.bulk_addresses()),
-            traceparent=traceparent(),
-            zstd_blocks=attempt.packing is not None,
-        )
+        offer = attempt.offer(*self._links.bulk_addresses())
         while True:
             answer = await self._links.request(peer, offer)
             if not isinstance(answer, BulkAnswer):
@@ -276,20 +263,17 @@ class Sending:
     ) -> tuple[BulkConnection, Go | Verdict]:
         problems = []
         for way in self._ways.to(attempt.peer_id):
-            link = None
             try:
                 with self._ways.trying(attempt.peer_id, way):
                     link = await self._try_way(way, peer, attempt, answer, expected)
-                    link.way = way
-                    return link, _go(await first_word(link, link.hear))
+                    try:
+                        link.way = way
+                        return link, _go(await first_word(link, link.hear))
+                    except BaseException:
+                        await link.close()
+                        raise
             except ConnectionBroken as exc:
                 problems.append(f"{way}: {exc}")
-                if link is not None:
-                    await link.close()
-            except BaseException:
-                if link is not None:
-                    await link.close()
-                raise
         self._ways.forget(attempt.peer_id)
         raise ConnectionBroken("; ".join(problems))
 
@@ -305,8 +289,7 @@ class Sending:
             return await self._rendezvous.dial(attempt.peer_id, answer.addresses, attempt.token)
         if way == "stream":
             return await self._rendezvous.open_stream(attempt.peer_id, attempt.token)
-        addresses = tuple(self._links.bulk_addresses())
-        request = BulkDial(token=attempt.token, addresses=addresses)
+        request = BulkDial(token=attempt.token, addresses=tuple(self._links.bulk_addresses()))
         try:
             await self._links.request(peer, request, DIAL_BACK_TIMEOUT_S)
         except NetworkError as exc:
@@ -329,6 +312,16 @@ class SendAttempt:
     pulled: bool = False
     offset: int = 0
     link: BulkConnection | None = None
+
+    def offer(self, *addresses: str) -> BulkOffer:
+        """What to say of it to a receiver, which may dial this node at ``addresses``."""
+        return BulkOffer(
+            token=self.token,
+            meta=self.meta,
+            addresses=addresses,
+            traceparent=traceparent(),
+            zstd_blocks=self.packing is not None,
+        )
 
     def moved(self) -> object:
         """Changes while something moves."""

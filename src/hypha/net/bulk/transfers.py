@@ -34,7 +34,7 @@ from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.sending import Sending
 from hypha.net.bulk.serving import ServingPulls
 from hypha.net.bulk.ways import Ways
-from hypha.net.bulk.wire import BulkConnections, new_token
+from hypha.net.bulk.wire import BulkConnections, id_of, new_token
 from hypha.net.sockets import Buffers
 from hypha.runtime import in_thread
 
@@ -103,8 +103,7 @@ class BulkTransfers:
         self, peer: PeerRef | str, path: Path, meta: TransferMeta, patience_s: float = 0.0
     ) -> None:
         token = new_token()
-        peer_id = _id_of(peer)
-        if peer_id == self._links.identity.peer_id:
+        if id_of(peer) == self._links.identity.peer_id:
             await self._receiving.take_local(path, meta, token)
         else:
             await self._sending.send(peer, path, meta, token, patience_s)
@@ -134,10 +133,6 @@ class BulkTransfers:
             await self._receiving.take_local(path, meta, pull.token)
         finally:
             await self._receiving.unwant(pull.token)
-
-
-def _id_of(peer: PeerRef | str) -> str:
-    return peer.peer if isinstance(peer, PeerRef) else peer
 
 
 async def meta_of(path: Path, kind: str, name: str, stamp: JobStamp | None = None) -> TransferMeta:

@@ -177,6 +177,11 @@ def decode_length(head: bytes, limit: int) -> int:
     return int(length)
 
 
+def id_of(peer: PeerRef | str) -> str:
+    """The PeerID of ``peer``."""
+    return peer.peer if isinstance(peer, PeerRef) else peer
+
+
 def new_token() -> str:
     """Unguessable, though knowing it is not enough."""
     return secrets.token_urlsafe(24)

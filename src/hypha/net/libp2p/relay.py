@@ -57,10 +57,9 @@ LINGER_S = 2.0
 
 
 class RelayRefused(NetworkError):
-    """The relay said no; ``status`` is its code."""
+    """The relay said no, with the code ``status``."""
 
     def __init__(self, relay: str, status: int) -> None:
-        self.status = status
         try:
             name = StatusCode(status).name.lower().replace("_", " ")
         except ValueError:

@@ -152,7 +152,3 @@ class AddressBook:
     def _all(self, peer: str) -> list[Address]:
         known = {**self._configured.get(peer, {}), **self._learnt.get(peer, {})}
         return list(known.values())
-
-    def ref(self, peer: str) -> PeerRef:
-        """What is known of ``peer``."""
-        return PeerRef(peer=peer, addresses=tuple(map(str, (*self.direct(peer), *self.circuits(peer)))))

@@ -264,11 +264,6 @@ class InboundConnections:
         #: who shares a lease with this node
         self.is_partner: Callable[[str], bool] = lambda peer: False
 
-    @property
-    def anonymous(self) -> int:
-        """How many are being looked at."""
-        return len(self._anonymous)
-
     def arrive(self, host: str, cut: Callable[[], None] | None) -> InboundConnection | None:
         """A place for a connection from ``host``; None when there is none."""
         source = source_of(host)

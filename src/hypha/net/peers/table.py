@@ -68,11 +68,6 @@ def address_of(connection: Any) -> str:
     return str(addresses[0]) if addresses else ""
 
 
-def round_trip_of(connection: Any) -> float | None:
-    """Seconds that its pings take, each of them counting twice as much as the one before."""
-    return connection.muxed_conn.rtt() or None
-
-
 class PeerTable(INotifee):  # type: ignore[misc]
     """Who is connected. Listens to the swarm; ``on_lost`` are called when a peer is gone altogether."""
 
@@ -109,10 +104,6 @@ class PeerTable(INotifee):  # type: ignore[misc]
         """Whether there is a live connection."""
         return bool(self.connections_of(peer))
 
-    def all(self) -> list[str]:
-        """PeerIDs of all connected peers."""
-        return [str(peer) for peer in self._swarm.get_connections_map()]
-
     def connections(self) -> list[ConnectionInfo]:
         """All live connections."""
         found = []
@@ -125,7 +116,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
                     kind=way_of(connection),
                     direction=direction_of(connection),
                     roles=tls.roles,
-                    round_trip_s=round_trip_of(connection),
+                    round_trip_s=connection.muxed_conn.rtt() or None,
                     name=tls.name,
                     organization=tls.organization,
                 )
@@ -318,8 +309,9 @@ class PeerTable(INotifee):  # type: ignore[misc]
         next_check = trio.current_time() + CHECK_S
         while True:
             await trio.sleep(self._timings.identity_poll_s)
-            await self.reload_identity(check=trio.current_time() >= next_check)
-            if trio.current_time() >= next_check:
+            due = trio.current_time() >= next_check
+            await self.reload_identity(check=due)
+            if due:
                 next_check = trio.current_time() + CHECK_S
 
     async def reload_identity(self, check: bool = True) -> bool:
