@@ -37,7 +37,14 @@ from hypha.messages import (
     ResponseEnvelope,
 )
 from hypha.naming import cleaned
-from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
+from hypha.net.libp2p.streams import (
+    STREAM_ERRORS,
+    Streams,
+    discard,
+    read_exactly,
+    reset_on_error,
+    roles_behind,
+)
 from hypha.net.peers.inbound_limits import OverLimit, counted
 from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
 from hypha.tracing import span, traceparent
@@ -116,9 +123,9 @@ class Rpc:
         streams: Streams,
         connect: Callable[[str], Awaitable[None]],
         nursery: trio.Nursery,
-        limits: ConnectionTuning | None = None,
+        limits: ConnectionTuning,
     ) -> None:
-        self._limits = limits or ConnectionTuning()
+        self._limits = limits
         self._streams = streams
         self._connect = connect
         self._nursery = nursery
@@ -182,19 +189,15 @@ class Rpc:
 
     async def _exchange(self, peer: str, payload: bytes) -> Response:
         stream = await self._open(peer)
-        closed = False
         try:
-            await stream.write(frame(payload))
-            answer = await read_frame(stream, MAX_RESPONSE_BYTES)
-            await stream.close()
-            closed = True
+            async with reset_on_error(stream):
+                await stream.write(frame(payload))
+                answer = await read_frame(stream, MAX_RESPONSE_BYTES)
+                await stream.close()
         except Oversized as exc:
             raise Refused("too-large", f"its answer has {exc}", peer) from exc
         except (*STREAM_ERRORS, EOFError) as exc:
             raise PeerUnreachable(peer, f"the connection broke before the answer ({exc!r})") from exc
-        finally:
-            if not closed:
-                await discard(stream)
         try:
             envelope = decode(_responses.decode, answer)
         except Undecodable as exc:

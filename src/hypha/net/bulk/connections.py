@@ -86,8 +86,8 @@ class TransferredBytes:
     plane's own connections carry. ``caps`` are those of the node.
     """
 
-    def __init__(self, caps: Caps | None = None) -> None:
-        self.caps = caps or Caps()
+    def __init__(self, caps: Caps) -> None:
+        self.caps = caps
         self._lock = threading.Lock()
         self.sockets = ByteCounts("bulk")
         self.sent = 0

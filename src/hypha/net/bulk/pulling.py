@@ -35,7 +35,6 @@ from hypha.net.bulk.wire import (
     BulkConnections,
     ConnectionBroken,
     FileFound,
-    Frame,
     Go,
     Verdict,
     WantFile,

@@ -74,9 +74,8 @@ class Gossip:
         concerns: Callable[[str], bool],
         publishers: Publishers,
         connect: Callable[[PeerRef], Awaitable[None]],
-        mesh: GossipTuning | None = None,
+        mesh: GossipTuning,
     ) -> None:
-        mesh = mesh or GossipTuning()
         self._gateways = gateways
         self._publishers = publishers
         self._connect = connect
@@ -195,20 +194,12 @@ class Gossip:
         try:
             envelope = decode(_decoder.decode, raw.data)
         except Undecodable as exc:
-            GOSSIP_MESSAGES.add(event="dropped")
-            logger.warning("A gossip message does not decode: %s", exc, extra={"peer_id": publisher})
-            return
+            return _drop(publisher, f"A gossip message does not decode: {exc}")
         if envelope.v != WIRE_VERSION:
-            GOSSIP_MESSAGES.add(event="dropped")
-            logger.warning("A gossip message has version %d.", envelope.v, extra={"peer_id": publisher})
-            return
+            return _drop(publisher, f"A gossip message has version {envelope.v}.")
         if envelope.body.scheduler.peer != publisher:
-            GOSSIP_MESSAGES.add(event="dropped")
-            logger.warning(
-                "A worker request names another scheduler than its publisher; it is dropped.",
-                extra={"peer_id": publisher},
-            )
-            return
+            text = "A worker request names another scheduler than its publisher; it is dropped."
+            return _drop(publisher, text)
         forwarder = self._pubsub.forwarder_of(raw)
         if self._publishers.are_known(publisher, envelope.certificates):
             self._take(envelope, publisher, forwarder)
@@ -268,6 +259,11 @@ class Gossip:
             )
 
         return done
+
+
+def _drop(publisher: str, why: str) -> None:
+    GOSSIP_MESSAGES.add(event="dropped")
+    logger.warning("%s", why, extra={"peer_id": publisher})
 
 
 def _attributes(operation: str) -> dict[str, str]:

@@ -39,7 +39,7 @@ from hypha.net.libp2p.protobuf_messages import (
     read_message,
     traceparent_of,
 )
-from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard
+from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, reset_on_error
 from hypha.net.libp2p.yamux import narrow
 from hypha.net.options import RelayLimits
 from hypha.net.peers.inbound_limits import OverLimit, less
@@ -115,25 +115,18 @@ class RelayClient:
         """
         with trace_context(parent):
             stream = await self._streams.open(relay, HOP)
-        try:
-            request = HopMessage(
-                type=HopMessage.CONNECT, peer=CircuitPeer(id=ID.from_string(peer).to_bytes())
-            )
-            with trace_context(parent):
-                add_traceparent(request)
-                await self._ask(stream, request, relay)
-            await self._host.upgrade_outbound_connection(
-                _Circuit(stream, True, relay, peer), ID.from_string(peer)
-            )
-        except NetworkError:
-            await discard(stream)
-            raise
-        except Exception as exc:  # who is at the other end has proven nothing yet
-            await discard(stream)
-            raise PeerUnreachable(peer, f"no TLS through relay {relay}: {exc}") from exc
-        except BaseException:
-            await discard(stream)
-            raise
+        async with reset_on_error(stream):
+            try:
+                request = HopMessage(type=HopMessage.CONNECT, peer=_circuit_peer(peer))
+                with trace_context(parent):
+                    add_traceparent(request)
+                    await self._ask(stream, request, relay)
+                circuit = _Circuit(stream, True, relay, peer)
+                await self._host.upgrade_outbound_connection(circuit, ID.from_string(peer))
+            except NetworkError:
+                raise
+            except Exception as exc:  # who is at the other end has proven nothing yet
+                raise PeerUnreachable(peer, f"no TLS through relay {relay}: {exc}") from exc
 
     async def _ask(self, stream: Any, request: HopMessage, relay: str) -> HopMessage:
         answer: HopMessage
@@ -314,9 +307,7 @@ class RelayHop:
         try:
             stream = await self._streams.open(target, STOP)
             with trio.fail_after(ANSWER_TIMEOUT_S):
-                request = StopMessage(
-                    type=StopMessage.CONNECT, peer=CircuitPeer(id=ID.from_string(caller).to_bytes())
-                )
+                request = StopMessage(type=StopMessage.CONNECT, peer=_circuit_peer(caller))
                 await write_delimited_msg(stream, request)
                 answer = await read_message(stream, StopMessage, MAX_RELAY_BYTES)
             if answer.status == StatusCode.OK:
@@ -338,6 +329,10 @@ class RelayHop:
         with trio.move_on_after(ANSWER_TIMEOUT_S):
             with suppress(*STREAM_ERRORS):  # what we wait for
                 await stream.read(1)
+
+
+def _circuit_peer(peer: str) -> CircuitPeer:
+    return CircuitPeer(id=ID.from_string(peer).to_bytes())
 
 
 async def _pump(source: Any, sink: Any, caps: Caps, scope: trio.CancelScope) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,16 @@ async def discard(stream: Any) -> None:
             await stream.reset()
         except Exception as exc:  # noqa: BLE001 - whatever state a peer has brought it into
             logger.debug("A stream could not be reset: %r", exc)
+
+
+@asynccontextmanager
+async def reset_on_error(stream: Any) -> AsyncIterator[None]:
+    """Reset ``stream`` where the block raises, or is cancelled."""
+    try:
+        yield
+    except BaseException:
+        await discard(stream)
+        raise
 
 
 async def read_exactly(stream: Any, count: int) -> bytes:
