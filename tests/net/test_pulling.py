@@ -258,8 +258,8 @@ async def test_a_cut_is_gone_on_with_from_where_it_was(network: Network, tmp_pat
     async with cut_after(network, 20 << 20) as (worker, data):
         slice_ = await provided(data, tmp_path, size)
         await slice_.pull(worker, tmp_path / "0")
-        assert size <= data.transfers.bytes_sent < 1.5 * size
-        assert worker.transfers.bytes_received == size
+        assert size <= data.transfers.tally.sent < 1.5 * size
+        assert worker.transfers.tally.received == size
         await until(lambda: len(slice_.ended) == 2)
         assert isinstance(slice_.ended[0], TransferFailed)
         assert slice_.ended[1] is None

@@ -58,7 +58,7 @@ from hypha.net.peers.gateways import Gateways
 from hypha.net.peers.table import PeerTable
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
-from hypha.net.sockets import Buffers
+from hypha.net.sockets import buffer_shortfalls
 from hypha.node import Changes, ConnectionInfo, PeerLost, PublishedRequest, ReportHandler
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread, new_id, wall_time
@@ -89,11 +89,10 @@ class Libp2pNode:
         #: tells this node from another one with the same certificate
         self.instance = instance or ""
         tuning = options.tuning
-        self._buffers = Buffers.of(tuning.sockets)
         self._security = MutualTls(
             options.identity, options.require_roles, instance, tuning.connections.streams
         )
-        self._port = SharedPortTcp(options.max_connections, tuning.connections, self._buffers)
+        self._port = SharedPortTcp(options.max_connections, tuning)
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
         self._swarm = self._host.get_network()
         self._book = AddressBook(self.peer_id, options.exclude_cidr)
@@ -130,7 +129,7 @@ class Libp2pNode:
             self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
         )
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
-        self.transfers = BulkTransfers(self, caps, tuning.transfers, self._buffers)
+        self.transfers = BulkTransfers(self, caps, tuning)
         self._port.serve_bulk = self.transfers.serve_socket
         self._peers.on_doubt.append(self.transfers.cut_untrusted)
         self.health_details: list[Callable[[], dict[str, str]]] = [caps.details]
@@ -351,7 +350,8 @@ class Libp2pNode:
 
     async def listen(self, stack: AsyncExitStack) -> None:
         """Start the services, into ``stack``, and listen; ConfigError when that cannot be."""
-        self._buffers.warn()
+        for text in buffer_shortfalls(self.options.tuning.sockets):
+            logger.warning("%s.", text)
         for text in self._caps.details().values():
             logger.info("Transfers are capped: %s ([limits]).", text)
         await self._nursery.start(self.transfers.run)

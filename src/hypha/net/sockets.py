@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import trio
 
 from hypha.config.tuning import SocketTuning
 from hypha.telemetry.instruments import BYTES_RECEIVED, BYTES_SENT
-
-logger = logging.getLogger(__name__)
 
 _EVERY_S = 1.0
 #: Linux 6.15 and later (linux/tcp.h); Python has no name for it. In milliseconds, 1000 is the least.
@@ -44,7 +40,6 @@ class ByteCounts:
         self._due = 0.0
 
     def add(self, sent: int = 0, received: int = 0) -> None:
-        """Count."""
         with self._lock:
             self._sent += sent
             self._received += received
@@ -61,54 +56,31 @@ class ByteCounts:
         BYTES_RECEIVED.add(received, plane=self._plane)
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """Bytes of a connection that the kernel may hold, sent and received; ``None``: as it likes. It adapts
-    buffers that nobody has set, and does so better than a fixed number for all connections.
+def set_buffers(sock: socket.socket | trio.socket.SocketType, tuning: SocketTuning) -> None:
+    """Set what is configured; the kernel gives as much as it may. It adapts buffers that nobody has set, and
+    does so better than a fixed number for all connections. What was accepted has those of its listener.
     """
+    for option, wanted, *_ in _wanted(tuning):
+        sock.setsockopt(socket.SOL_SOCKET, option, wanted)
 
-    send_bytes: int | None = None
-    receive_bytes: int | None = None
 
-    @classmethod
-    def of(cls, tuning: SocketTuning) -> Buffers:
-        """As configured; a KB has 1024 bytes."""
-        send, receive = tuning.send_buffer_kb, tuning.receive_buffer_kb
-        return cls(None if send is None else send << 10, None if receive is None else receive << 10)
-
-    def apply(self, sock: socket.socket | trio.socket.SocketType) -> None:
-        """Set them; the kernel gives as much as it may. What was accepted has those of its listener."""
-        for option, wanted in self._wanted():
+def buffer_shortfalls(tuning: SocketTuning) -> Iterator[str]:
+    """What the kernel does not give, and the setting of it that would, as one sentence each."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        for option, wanted, key, sysctl in _wanted(tuning):
             sock.setsockopt(socket.SOL_SOCKET, option, wanted)
-
-    def shortfalls(self) -> Iterator[str]:
-        """What the kernel does not give, and the setting of it that would, as one sentence each."""
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-            for option, wanted in self._wanted():
-                sock.setsockopt(socket.SOL_SOCKET, option, wanted)
-                # Linux counts its own bookkeeping, and doubles what it was asked for
-                found = sock.getsockopt(socket.SOL_SOCKET, option) // 2
-                if found < wanted:
-                    key, sysctl = _NAMES[option]
-                    yield (
-                        f"tuning.sockets.{key} asks for {wanted >> 10} KB, and the kernel gives "
-                        f"{found >> 10}; raise its limit with `sysctl -w net.core.{sysctl}={wanted}`"
-                    )
-
-    def warn(self) -> None:
-        """Say what falls short, in the log."""
-        for text in self.shortfalls():
-            logger.warning("%s.", text)
-
-    def _wanted(self) -> Iterator[tuple[int, int]]:
-        if self.send_bytes is not None:
-            yield socket.SO_SNDBUF, self.send_bytes
-        if self.receive_bytes is not None:
-            yield socket.SO_RCVBUF, self.receive_bytes
+            # Linux counts its own bookkeeping, and doubles what it was asked for
+            found = sock.getsockopt(socket.SOL_SOCKET, option) // 2
+            if found < wanted:
+                yield (
+                    f"tuning.sockets.{key} asks for {wanted >> 10} KB, and the kernel gives "
+                    f"{found >> 10}; raise its limit with `sysctl -w net.core.{sysctl}={wanted}`"
+                )
 
 
-AS_THE_KERNEL_LIKES = Buffers()
-_NAMES = {
-    socket.SO_SNDBUF: ("send_buffer_kb", "wmem_max"),
-    socket.SO_RCVBUF: ("receive_buffer_kb", "rmem_max"),
-}
+def _wanted(tuning: SocketTuning) -> Iterator[tuple[int, int, str, str]]:
+    """Option, bytes, configuration key and the kernel's limit of what is set."""
+    if tuning.send_buffer_kb is not None:
+        yield socket.SO_SNDBUF, tuning.send_buffer_kb << 10, "send_buffer_kb", "wmem_max"
+    if tuning.receive_buffer_kb is not None:
+        yield socket.SO_RCVBUF, tuning.receive_buffer_kb << 10, "receive_buffer_kb", "rmem_max"

@@ -13,12 +13,7 @@ from pathlib import Path
 
 import trio
 
-from hypha.errors import (
-    NetworkError,
-    Refused,
-    TransferCorrupt,
-    TransferFailed,
-)
+from hypha.errors import NetworkError, Refused, TransferCorrupt, TransferFailed
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import DiskFailed, PartFile, WrongHash

@@ -13,13 +13,7 @@ import logging
 import msgspec
 import trio
 
-from hypha.errors import (
-    NetworkError,
-    PeerUnreachable,
-    Refused,
-    RequestTimeout,
-    TransferFailed,
-)
+from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout, TransferFailed
 from hypha.messages import BulkOffer
 from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import DiskFailed, PartFile

@@ -22,6 +22,7 @@ from weakref import WeakSet
 
 import trio
 
+from hypha.config.tuning import SocketTuning
 from hypha.errors import IdentityError, NetworkError
 from hypha.net.bulk.connections import (
     BulkConnection,
@@ -47,7 +48,7 @@ from hypha.net.bulk.wire import (
     decode_length,
     encode_frame,
 )
-from hypha.net.sockets import Buffers, resend_soon
+from hypha.net.sockets import resend_soon, set_buffers
 from hypha.pki.certificates import peer_id_of, presented_chain
 
 logger = logging.getLogger(__name__)
@@ -107,10 +108,10 @@ class Rendezvous:
         links: BulkConnections,
         tally: TransferredBytes,
         limiter: trio.CapacityLimiter,
-        buffers: Buffers,
+        sockets: SocketTuning,
     ) -> None:
         self._links = links
-        self._buffers = buffers
+        self._sockets = sockets
         self._tally = tally
         self._limiter = limiter
         self._expected: dict[str, Expected] = {}
@@ -265,7 +266,7 @@ class Rendezvous:
         if scope.cancelled_caught:
             raise ConnectionBroken(f"no answer within {DIAL_TIMEOUT_S:g} s")
         sock = socket.socket(fileno=stream.socket.detach())
-        self._buffers.apply(sock)
+        set_buffers(sock, self._sockets)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         resend_soon(sock)
         sock.settimeout(HANDSHAKE_TIMEOUT_S)

@@ -16,16 +16,11 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hypha.config.tuning import TransferTuning
+from hypha.config.tuning import TuningConfig
 from hypha.messages import QUICK_KINDS, JobStamp, PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.bandwidth import Caps
 from hypha.net.bulk.connections import TransferredBytes
-from hypha.net.bulk.files import (
-    StreamHash,
-    hash_file,
-    quick_hasher,
-    strong_hasher,
-)
+from hypha.net.bulk.files import StreamHash, hash_file, quick_hasher, strong_hasher
 from hypha.net.bulk.inbound import WantedFile
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.pulling import Pulling
@@ -35,7 +30,6 @@ from hypha.net.bulk.sending import Sending
 from hypha.net.bulk.serving import ServingPulls
 from hypha.net.bulk.ways import Ways
 from hypha.net.bulk.wire import BulkConnections, id_of, new_token
-from hypha.net.sockets import Buffers
 from hypha.runtime import in_thread
 
 #: Threads of the bulk plane beyond those of transfers in which bytes move: for transfers in which nothing
@@ -47,19 +41,19 @@ class BulkTransfers:
     """Sends, pulls, serves and accepts files, as :class:`hypha.node.Transfers` says.
 
     ``run`` must be running (``await nursery.start(transfers.run)``) before the node listens;
-    ``serve_socket`` is for the listener. ``caps`` are those of the node's line, ``tuning`` what
-    ``[tuning.transfers]`` says.
+    ``serve_socket`` is for the listener. ``caps`` are those of the node's line.
     """
 
-    def __init__(self, links: BulkConnections, caps: Caps, tuning: TransferTuning, buffers: Buffers) -> None:
+    def __init__(self, links: BulkConnections, caps: Caps, tuning: TuningConfig) -> None:
         self._links = links
-        self._tally = TransferredBytes(caps)
-        threads = MAX_THREADS + 2 * (tuning.sends + tuning.receives)
-        self._rendezvous = Rendezvous(links, self._tally, trio.CapacityLimiter(threads), buffers)
+        #: bytes of files ``sent`` (before compression, repeated ones included) and ``received`` so far
+        self.tally = TransferredBytes(caps)
+        threads = MAX_THREADS + 2 * (tuning.transfers.sends + tuning.transfers.receives)
+        self._rendezvous = Rendezvous(links, self.tally, trio.CapacityLimiter(threads), tuning.sockets)
         self._kept = KeptConnections(links.identity)
         ways = Ways(links)
-        self._receiving = Receiving(links, self._rendezvous, self._kept, tuning.receives)
-        self._sending = Sending(links, self._rendezvous, self._kept, ways, tuning)
+        self._receiving = Receiving(links, self._rendezvous, self._kept, tuning.transfers.receives)
+        self._sending = Sending(links, self._rendezvous, self._kept, ways, tuning.transfers)
         self._serving = ServingPulls(links, self._kept, self._sending)
         self._pulling = Pulling(links, self._rendezvous, self._kept, ways, self._receiving)
         self._kept.agree, self._kept.serve = self._receiving.agree, self._serving.wanted
@@ -69,16 +63,6 @@ class BulkTransfers:
         #: take over an incoming blocking connection
         self.serve_socket = self._rendezvous.serve_socket
         self.cut_untrusted = self._rendezvous.cut_untrusted
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes of files sent so far (before compression), repeated ones included."""
-        return self._tally.sent
-
-    @property
-    def bytes_received(self) -> int:
-        """Bytes of files received so far."""
-        return self._tally.received
 
     @property
     def under_way(self) -> dict[str, int]:

@@ -23,10 +23,10 @@ from libp2p.transport.tcp.tcp import TCP, TCPListener
 from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
-from hypha.config.tuning import ConnectionTuning
+from hypha.config.tuning import TuningConfig
 from hypha.net.peers.addresses import host_and_port, parse
 from hypha.net.peers.inbound_limits import InboundConnection, InboundConnections
-from hypha.net.sockets import AS_THE_KERNEL_LIKES, Buffers, ByteCounts, resend_soon
+from hypha.net.sockets import ByteCounts, resend_soon, set_buffers
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 logger = logging.getLogger(__name__)
@@ -90,19 +90,13 @@ class WatchedStream(TrioTCPStream):  # type: ignore[misc]
 
 class _OwnPortListener(TCPListener):  # type: ignore[misc]
     """A listener that has its port for itself. The library's own sets SO_REUSEPORT, for hole punching, with
-    which a second node on the same port starts happily and takes half of the connections. ``note_failure`` is
-    called with why it cannot listen: the library says only that it could not.
+    which a second node on the same port starts happily and takes half of the connections. ``port`` is told
+    why it cannot listen: the library says only that it could not.
     """
 
-    def __init__(
-        self,
-        handler: Callable[[TrioTCPStream], Awaitable[None]],
-        note_failure: Callable[[OSError], None],
-        buffers: Buffers,
-    ) -> None:
+    def __init__(self, handler: Callable[[TrioTCPStream], Awaitable[None]], port: SharedPortTcp) -> None:
         super().__init__(handler)
-        self.note_failure = note_failure
-        self._buffers = buffers
+        self._port = port
 
     async def listen(self, maddr: Multiaddr) -> None:
         async def handle(stream: trio.SocketStream) -> None:
@@ -116,9 +110,9 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
         try:
             opened = await trio.open_tcp_listeners(port, host=host)
             for listener in opened:
-                self._buffers.apply(listener.socket)  # what it accepts has the same
+                set_buffers(listener.socket, self._port.sockets)  # what it accepts has the same
         except OSError as exc:
-            self.note_failure(exc)
+            self._port.listening_failed = exc
             raise OpenConnectionError(f"cannot listen on {maddr}: {exc}") from exc
         async with self._lifecycle_lock:
             if self._nursery is None:
@@ -135,15 +129,10 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
 class SharedPortTcp(TCP):  # type: ignore[misc]
     """The TCP transport of both planes. ``serve_bulk`` may be set later; until then bulk is refused."""
 
-    def __init__(
-        self,
-        max_connections: int,
-        limits: ConnectionTuning | None = None,
-        buffers: Buffers = AS_THE_KERNEL_LIKES,
-    ) -> None:
-        limits = limits or ConnectionTuning()
+    def __init__(self, max_connections: int, tuning: TuningConfig) -> None:
+        limits = tuning.connections
         super().__init__()
-        self._buffers = buffers
+        self.sockets = tuning.sockets
         self.serve_bulk: ServeSocket | None = None
         #: why it could not listen the last time
         self.listening_failed: OSError | None = None
@@ -156,7 +145,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
 
     async def dial(self, maddr: Multiaddr) -> RawConnection:
         raw = await super().dial(maddr)
-        self._buffers.apply(raw.stream.stream.socket)
+        set_buffers(raw.stream.stream.socket, self.sockets)
         raw.stream = WatchedStream(raw.stream.stream, self._streams, self._counts)
         return raw
 
@@ -188,10 +177,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
                 late = "" if arrival is not None and arrival.peer else "it took too long, and "
                 self._note_refused(host, f"{late}its place was needed")
 
-        return _OwnPortListener(accept, self._note_failure, self._buffers)
-
-    def _note_failure(self, exc: OSError) -> None:
-        self.listening_failed = exc
+        return _OwnPortListener(accept, self)
 
     def _note_refused(self, host: str, why: str) -> None:
         CONNECTIONS_FAILED.add(direction="inbound", reason="limit")
@@ -270,19 +256,23 @@ def _host_of(sock: trio.socket.SocketType) -> str | None:
         return None
 
 
+def _arrival_of(raw: Any) -> InboundConnection | None:
+    """None of what was dialled here, and of circuits, which are counted by their relays."""
+    stream = getattr(raw, "stream", None)
+    return stream.arrival if isinstance(stream, WatchedStream) else None
+
+
 def take_place(raw: Any, peer: ID) -> str | None:
     """Give a connection that was dialled directly its place among those of known peers, or say why not."""
-    stream = getattr(raw, "stream", None)
-    if not isinstance(stream, WatchedStream) or stream.arrival is None:
-        return None  # circuits are counted by their relays
-    return stream.arrival.places.authenticate(stream.arrival, str(peer))
+    arrival = _arrival_of(raw)
+    return None if arrival is None else arrival.places.authenticate(arrival, str(peer))
 
 
 def level_of(raw: Any, failure: str) -> int:
     """At which level a failed handshake is logged: one an address and kind of failure within a minute is a
     warning, as anybody may have them fail without end.
     """
-    arrival = stream.arrival if isinstance(stream := getattr(raw, "stream", None), WatchedStream) else None
+    arrival = _arrival_of(raw)
     if arrival is None or arrival.places.over_limit.is_first(arrival.source, failure, TELL_AGAIN_S):
         return logging.WARNING
     return logging.DEBUG

@@ -19,7 +19,7 @@ from hypha.config.inherited import child_environment
 from hypha.config.models import NodeConfig, SchedulerConfig, WorkerConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
-from hypha.net.sockets import Buffers
+from hypha.net.sockets import buffer_shortfalls
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.versions import versions
 from hypha.worker.limits.detecting import DetectedMachine, detect
@@ -73,7 +73,7 @@ async def gather_machine(
         receive_buffer=_largest("tcp_rmem"),
         send_buffer=_largest("tcp_wmem"),
         has=has[0] if has else None,
-        buffer_shortfalls=() if config is None else tuple(Buffers.of(config.tuning.sockets).shortfalls()),
+        buffer_shortfalls=() if config is None else tuple(buffer_shortfalls(config.tuning.sockets)),
         versions=await in_thread(versions),
         directories=tuple(directories[number] for number in sorted(directories)),
         accelerators=next(iter(accelerators), None),
