@@ -89,9 +89,9 @@ async def open_rig(
             async with network.leaf("worker", [gateway], identity=near_is, tuning=tuning) as near:
                 rig = Rig(near, far, proxy, directory)
 
-                async def offer(self: Sending, peer: str, attempt: SendAttempt) -> BulkAnswer:
+                async def offer(self: Sending, attempt: SendAttempt) -> BulkAnswer:
                     rig.offers[attempt.meta.name] += 1
-                    return await real(self, peer, attempt)
+                    return await real(self, attempt)
 
                 monkeypatch.setattr(Sending, "_offer", offer)
                 yield rig

@@ -2,9 +2,8 @@
 
 The connection is one that was kept, else one that this node opens to the provider. The answer to what is
 asked over it is the file: one round trip on an open connection. What was cut is asked for again and goes on
-where it was cut. A provider that cannot be dialled, or that is of a version which knows no
-:class:`~hypha.net.bulk.wire.WantFile`, is asked by a request to send the file by whatever way leads here.
-"""
+where it was cut. Where that cannot be, the provider is asked by a request to send the file by whatever way
+leads here."""
 
 from __future__ import annotations
 
@@ -148,8 +147,7 @@ class Pulling:
             if isinstance(answer, Verdict):
                 if not self._kept.give(link, speaks=True):
                     await link.close()
-                if answer.outcome == "refused":
-                    raise Refused(answer.code, answer.reason, pull.peer_id)
+                answer.raise_if_refused(pull.peer_id)
                 raise TransferFailed(pull.peer_id, pull.request.name, answer.reason)
             await self._take(pull, inbound, part, (link, go, answer))
             return True
@@ -261,9 +259,8 @@ class Pulling:
                 offer = await self._links.request(pull.peer, request)
                 require_sender(self._links, pull.peer_id, request.kind)
                 if not isinstance(offer, BulkOffer):
-                    raise Refused(
-                        "malformed", f"it answered a pull with {type(offer).__name__}", pull.peer_id
-                    )
+                    text = f"it answered a pull with {type(offer).__name__}"
+                    raise Refused("malformed", text, pull.peer_id)
                 pull.check(offer.meta)
                 failures = 0
             except Refused as exc:

@@ -1,7 +1,5 @@
 """The sending end of transfers: offer, connect by whatever way leads there, send, hear the verdict.
 
-A file is offered and sent over a connection that was kept from the last one
-(:mod:`hypha.net.bulk.kept_connections`), else over one that is made for it (:mod:`hypha.net.bulk.ways`).
 A cut transfer is offered again and goes on where it was cut. Only so many are sent at once; the others queue,
 first come first served, and one that needs another attempt queues anew.
 """
@@ -93,9 +91,9 @@ class Sending:
         pulled: bool = False,
     ) -> None:
         """As ``BulkTransfers.send``; ``pulled``: the peer has asked for it."""
-        wanted = SendAttempt(id_of(peer), path, meta, token, pulled=pulled)
+        wanted = SendAttempt(peer, path, meta, token, pulled=pulled)
         with sending(wanted.peer_id, meta), self.counted():
-            await self._send(peer, wanted, Retries(patience_s))
+            await self._send(wanted, Retries(patience_s))
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -106,17 +104,16 @@ class Sending:
         finally:
             self.under_way -= 1
 
-    async def _send(self, peer: PeerRef | str, wanted: SendAttempt, retries: Retries) -> None:
+    async def _send(self, wanted: SendAttempt, retries: Retries) -> None:
         peer_id, meta = wanted.peer_id, wanted.meta
         while True:
             attempt = replace(wanted, packing=self.packing_for(peer_id, meta))
             try:
                 async with self.places.hold(attempt.moved):
-                    verdict = await self._attempt(peer, attempt)
+                    verdict = await self._attempt(attempt)
                 if verdict.outcome == "ok":
                     return
-                if verdict.outcome == "refused":
-                    raise Refused(verdict.code, verdict.reason, peer_id)
+                verdict.raise_if_refused(peer_id)
                 if not verdict.again:
                     raise TransferCorrupt(
                         peer_id, meta.name, verdict.reason or "it arrived with another hash"
@@ -137,7 +134,7 @@ class Sending:
             failure = TransferFailed(peer_id, meta.name, reason)
             await trio.sleep(retries.broke(failure, trio.current_time(), attempt.offset))
 
-    async def _attempt(self, peer: PeerRef | str, attempt: SendAttempt) -> Verdict:
+    async def _attempt(self, attempt: SendAttempt) -> Verdict:
         require_receiver(self._links, attempt.peer_id, attempt.meta.kind, met=False)
         # an offer is repeated while it waits; what is offered must be there first
         with (
@@ -146,11 +143,11 @@ class Sending:
         ):
             met = await self._offer_over_kept(attempt)
             if met is None:
-                answer = await self._offer(peer, attempt)
+                answer = await self._offer(attempt)
                 require_receiver(self._links, attempt.peer_id, attempt.meta.kind)
                 if answer.done:
                     return Verdict("ok")
-                met = await self._connect(peer, attempt, answer, expected)
+                met = await self._connect(attempt, answer, expected)
             link, go = met
             done = False
             try:
@@ -241,31 +238,30 @@ class Sending:
         finally:
             if not isinstance(word, Go):
                 await link.close()
-        if isinstance(word, Verdict) and word.outcome == "refused":
-            raise Refused(word.code, word.reason, attempt.peer_id)
+        if isinstance(word, Verdict):
+            word.raise_if_refused(link.peer)
         return None if word is None else (link, word)
 
-    async def _offer(self, peer: PeerRef | str, attempt: SendAttempt) -> BulkAnswer:
+    async def _offer(self, attempt: SendAttempt) -> BulkAnswer:
         """The answer when it is our turn there."""
         offer = attempt.offer(*self._links.bulk_addresses())
         while True:
-            answer = await self._links.request(peer, offer)
+            answer = await self._links.request(attempt.peer, offer)
             if not isinstance(answer, BulkAnswer):
-                raise Refused(
-                    "malformed", f"it answered an offer with {type(answer).__name__}", attempt.peer_id
-                )
+                text = f"it answered an offer with {type(answer).__name__}"
+                raise Refused("malformed", text, attempt.peer_id)
             if not answer.wait_s > 0:
                 return answer
             await trio.sleep(min(answer.wait_s, 10.0))
 
     async def _connect(
-        self, peer: PeerRef | str, attempt: SendAttempt, answer: BulkAnswer, expected: Expected
+        self, attempt: SendAttempt, answer: BulkAnswer, expected: Expected
     ) -> tuple[BulkConnection, Go | Verdict]:
         problems = []
         for way in self._ways.to(attempt.peer_id):
             try:
                 with self._ways.trying(attempt.peer_id, way):
-                    link = await self._try_way(way, peer, attempt, answer, expected)
+                    link = await self._try_way(way, attempt, answer, expected)
                     try:
                         link.way = way
                         return link, _go(await first_word(link, link.hear))
@@ -278,12 +274,7 @@ class Sending:
         raise ConnectionBroken("; ".join(problems))
 
     async def _try_way(
-        self,
-        way: Way,
-        peer: PeerRef | str,
-        attempt: SendAttempt,
-        answer: BulkAnswer,
-        expected: Expected,
+        self, way: Way, attempt: SendAttempt, answer: BulkAnswer, expected: Expected
     ) -> BulkConnection:
         if way == "direct":
             return await self._rendezvous.dial(attempt.peer_id, answer.addresses, attempt.token)
@@ -291,7 +282,7 @@ class Sending:
             return await self._rendezvous.open_stream(attempt.peer_id, attempt.token)
         request = BulkDial(token=attempt.token, addresses=tuple(self._links.bulk_addresses()))
         try:
-            await self._links.request(peer, request, DIAL_BACK_TIMEOUT_S)
+            await self._links.request(attempt.peer, request, DIAL_BACK_TIMEOUT_S)
         except NetworkError as exc:
             raise ConnectionBroken(str(exc)) from exc
         with trio.move_on_after(FIRST_WORD_S):
@@ -303,7 +294,7 @@ class Sending:
 class SendAttempt:
     """One attempt to send; ``offset`` is what was there already, ``link`` where it goes."""
 
-    peer_id: str
+    peer: PeerRef | str
     path: Path
     meta: TransferMeta
     token: str
@@ -312,6 +303,10 @@ class SendAttempt:
     pulled: bool = False
     offset: int = 0
     link: BulkConnection | None = None
+
+    @property
+    def peer_id(self) -> str:
+        return id_of(self.peer)
 
     def offer(self, *addresses: str) -> BulkOffer:
         """What to say of it to a receiver, which may dial this node at ``addresses``."""

@@ -1,10 +1,7 @@
 """The providing end of pulls: files that others ask for, over a connection of theirs or by a request.
 
-Whoever asks over a connection (:class:`~hypha.net.bulk.wire.WantFile`) gets the file over that very one, when
-it has one of the few places for sending. A request (:class:`~hypha.messages.PullFile`) comes from peers that
-cannot dial this node, and from those of earlier versions; they are sent the file as it is done by
-:mod:`hypha.net.bulk.sending`.
-"""
+Whoever asks over a connection gets the file over that very one, when it has one of the few places for
+sending. Whoever asks by a request is sent the file as it is done by :mod:`hypha.net.bulk.sending`."""
 
 from __future__ import annotations
 
@@ -161,8 +158,7 @@ class ServingPulls:
             raise TransferFailed(link.peer, meta.name, str(exc)) from exc
         except ConnectionBroken as exc:
             raise TransferFailed(link.peer, meta.name, str(exc)) from exc
-        if verdict.outcome == "refused":
-            raise Refused(verdict.code, verdict.reason, link.peer)
+        verdict.raise_if_refused(link.peer)
         if verdict.outcome != "ok":
             raise TransferCorrupt(link.peer, meta.name, verdict.reason or "it arrived with another hash")
 

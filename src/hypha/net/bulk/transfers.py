@@ -1,12 +1,4 @@
-"""The bulk plane: files go whole and verified from node to node, or not at all.
-
-:class:`BulkTransfers` is the whole of it for everybody else. A transfer is agreed on by requests (an offer
-and its answer) and carried by a connection of its own, so that ten gigabytes do not delay the renewal of a
-lease: mutual TLS on a socket that either side may have dialled, or a libp2p stream through a relay. It is
-acknowledged when the receiver has verified it and taken it. The rest is in the other modules here: what is
-said (``wire``), files (``files``, ``blocks``), connections (``connections``, ``rendezvous``, ``ways``,
-``kept_connections``), the two ends of what a node sends (``sending``, ``receiving``, ``inbound``) and of what
-it asks for (``pulling``, ``serving``)."""
+"""The face of the bulk plane: :class:`BulkTransfers`, and what to say of a file before it is sent."""
 
 from __future__ import annotations
 

@@ -135,6 +135,11 @@ class Verdict(Struct, frozen=True, tag="verdict"):
     reason: str = ""
     again: bool = False
 
+    def raise_if_refused(self, peer: str) -> None:
+        """Raise what ``peer`` has refused as Refused."""
+        if self.outcome == "refused":
+            raise Refused(self.code, self.reason, peer)
+
 
 Frame = Hello | Go | Working | Verdict | BulkOffer | WantFile | FileFound
 
