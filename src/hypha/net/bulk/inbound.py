@@ -159,11 +159,15 @@ class WantedFile(Acceptor):
             pulled=True,
         )
 
+    def failure(self, why: str) -> TransferFailed:
+        """What to raise where it did not come; another attempt may."""
+        return TransferFailed(self.peer_id, self.request.name, why)
+
     def result(self) -> TransferMeta:
         """What the provider said of the file, which is here; else raises why it is not."""
         self.raise_if_failed()
         if self.meta is None:
-            raise TransferFailed(self.peer_id, self.request.name, "it ended without a result")
+            raise self.failure("it ended without a result")
         return self.meta
 
     def raise_if_failed(self) -> None:
@@ -193,7 +197,7 @@ class WantedFile(Acceptor):
         if isinstance(reason, WrongHash):
             self._end(TransferCorrupt(self.peer_id, self.request.name, str(reason)))
         else:
-            self._end(TransferFailed(self.peer_id, self.request.name, str(reason)))
+            self._end(self.failure(str(reason)))
 
     async def _gate(self, caller: str, meta: TransferMeta) -> Path:
         try:

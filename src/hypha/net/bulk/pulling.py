@@ -12,7 +12,7 @@ import logging
 import msgspec
 import trio
 
-from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout, TransferFailed
+from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import BulkOffer
 from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import DiskFailed, PartFile
@@ -62,9 +62,7 @@ class Pulling:
         """Have the file come; see ``pull`` for how that ended. Raises Refused and TransferFailed."""
         if still_s is None:
             return await self._pull(pull)
-        failure: NetworkError | None = TransferFailed(
-            pull.peer_id, pull.request.name, f"nothing came for {still_s:g} s"
-        )
+        failure: NetworkError | None = pull.failure(f"nothing came for {still_s:g} s")
 
         async def pull_on() -> None:
             nonlocal failure
@@ -100,12 +98,12 @@ class Pulling:
             except (ConnectionBroken, PeerUnreachable) as exc:
                 reason = str(exc)
                 if isinstance(exc, PeerUnreachable) and not pull.agreed:
-                    raise TransferFailed(pull.peer_id, pull.request.name, reason) from exc
+                    raise pull.failure(reason) from exc
                 self._kept.drop(pull.peer_id)
                 logger.info(
                     "Receiving %s was interrupted: %s.", pull.request.name, reason, extra=pull.log_fields
                 )
-            failure = TransferFailed(pull.peer_id, pull.request.name, reason)
+            failure = pull.failure(reason)
             await trio.sleep(retries.broke(failure, trio.current_time(), pull.offset))
 
     async def _ask(self, pull: WantedFile) -> bool:
@@ -122,9 +120,9 @@ class Pulling:
                 raise
             except Exception as exc:  # the edge of what a peer or a disk can do: this pull ends, and no more
                 logger.exception("Receiving %s failed.", pull.request.name, extra=pull.log_fields)
-                raise TransferFailed(pull.peer_id, pull.request.name, f"it failed here ({exc!r})") from exc
+                raise pull.failure(f"it failed here ({exc!r})") from exc
         if inbound.scope.cancelled_caught:
-            raise TransferFailed(pull.peer_id, pull.request.name, "another transfer has taken its place")
+            raise pull.failure("another transfer has taken its place")
         return asked
 
     async def _ask_in_turn(self, pull: WantedFile, inbound: Inbound) -> bool:
@@ -148,7 +146,7 @@ class Pulling:
                 if not self._kept.give(link, speaks=True):
                     await link.close()
                 answer.raise_if_refused(pull.peer_id)
-                raise TransferFailed(pull.peer_id, pull.request.name, answer.reason)
+                raise pull.failure(answer.reason)
             await self._take(pull, inbound, part, (link, go, answer))
             return True
         finally:
@@ -240,16 +238,13 @@ class Pulling:
 
     async def _be_sent(self, pull: WantedFile) -> None:
         """Ask by a request to be sent the file, and again until it is here or will not come."""
-        self._receiving.want(pull.token, pull.peer_id, pull)
-        try:
+        async with self._receiving.wanting(pull):
             await self._follow(pull)
-        finally:
-            await self._receiving.unwant(pull.token)
         if pull.came_by == "stream":
             self._ways.worked(pull.peer_id, "stream")
 
     async def _follow(self, pull: WantedFile) -> None:
-        token, name = pull.token, pull.request.name
+        token = pull.token
         request = msgspec.structs.replace(pull.request, token=token)
         failures, retries = 0, Retries()
         heard = (0, 0)
@@ -267,7 +262,7 @@ class Pulling:
                 if pull.over.is_set():
                     return
                 if exc.code == "unreachable":
-                    raise TransferFailed(pull.peer_id, name, exc.reason) from exc
+                    raise pull.failure(exc.reason) from exc
                 await trio.sleep(retries.refused(exc, trio.current_time()))
                 continue
             except (PeerUnreachable, RequestTimeout) as exc:
@@ -277,7 +272,7 @@ class Pulling:
                 pause_s = 0.5
                 # before anything was agreed there is nothing to wait for
                 if (failures > 1 or pull.meta is None) and not pull.over.is_set():
-                    raise TransferFailed(pull.peer_id, name, str(exc)) from exc
+                    raise pull.failure(str(exc)) from exc
             coming = True
             while coming and not pull.over.is_set():
                 heard = self._receiving.heard(token)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import trio
@@ -18,7 +18,7 @@ from hypha.errors import Refused, TransferCorrupt, TransferFailed
 from hypha.messages import Acknowledged, BulkAnswer, BulkDial, BulkOffer, TransferMeta
 from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import DiskFailed, FileChanged, PartFile, WrongHash, copy_verified, free_bytes
-from hypha.net.bulk.inbound import Acceptor, Collecting, Inbound
+from hypha.net.bulk.inbound import Acceptor, Collecting, Inbound, WantedFile
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.rendezvous import Expected, Rendezvous
 from hypha.net.bulk.signals import note_link, receiving
@@ -61,8 +61,8 @@ class Receiving:
         self.places = TransferSlots(at_once)
         self._limiter = trio.CapacityLimiter(2 * at_once)
         self._acceptors: dict[tuple[str, str | None], Acceptor] = {}
-        #: offers that a pull of ours asked for, by token: the peer, and who takes it
-        self._wanted: dict[str, tuple[str, Acceptor]] = {}
+        #: pulls that have asked to be sent a file, by token
+        self._wanted: dict[str, WantedFile] = {}
         self._inbound: dict[str, Inbound] = {}
         self._held = 0
         self._kept = kept
@@ -94,13 +94,17 @@ class Receiving:
 
         return stop
 
-    def want(self, token: str, peer: str, acceptor: Acceptor) -> None:
-        """Take the offer ``token`` of ``peer`` when it comes."""
-        self._wanted[token] = (peer, acceptor)
+    @contextlib.asynccontextmanager
+    async def wanting(self, pull: WantedFile) -> AsyncIterator[None]:
+        """Take the offer of ``pull`` when it comes; afterwards nothing of it runs any more."""
+        self._wanted[pull.token] = pull
+        try:
+            yield
+        finally:
+            del self._wanted[pull.token]
+            await self._end(pull.token)
 
-    async def unwant(self, token: str) -> None:
-        """Stop wanting it; returns when nothing of it runs any more."""
-        self._wanted.pop(token, None)
+    async def _end(self, token: str) -> None:
         inbound = self._inbound.get(token)
         if inbound is not None:
             with trio.CancelScope(shield=True):
@@ -214,8 +218,8 @@ class Receiving:
         if taker is not None:
             acceptor = taker
         elif token in self._wanted:
-            peer, acceptor = self._wanted[token]
-            if peer != caller:
+            acceptor = wanted = self._wanted[token]
+            if wanted.peer_id != caller:
                 raise Refused("not-found", "this token belongs to another transfer")
         else:
             job_id = meta.stamp.job_id if meta.stamp is not None else None

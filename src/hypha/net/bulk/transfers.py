@@ -104,11 +104,8 @@ class BulkTransfers:
         request = msgspec.structs.replace(pull.request, token=pull.token)
         path, meta = await self._serving.provide(pull.peer_id, request)
         pull.check(meta)
-        self._receiving.want(pull.token, pull.peer_id, pull)
-        try:
+        async with self._receiving.wanting(pull):
             await self._receiving.take_local(path, meta, pull.token)
-        finally:
-            await self._receiving.unwant(pull.token)
 
 
 async def meta_of(path: Path, kind: str, name: str, stamp: JobStamp | None = None) -> TransferMeta:
