@@ -183,7 +183,6 @@ class Libp2pNode:
         return found
 
     def _own_addresses(self) -> list[Address]:
-        """Those it listens on, an unspecified one as each interface's."""
         found: list[Address] = []
         for text in self.listen_addresses():
             address = parse(text)
@@ -248,7 +247,6 @@ class Libp2pNode:
         return await self._dialer.who_is_at(parse(address))
 
     async def disconnect(self, peer: str) -> None:
-        """Close all connections to ``peer``."""
         await self._peers.close(peer)
 
     def is_connected(self, peer: str) -> bool:
@@ -310,7 +308,6 @@ class Libp2pNode:
 
     @property
     def mesh_size(self) -> int:
-        """Peers to which this node passes gossip on."""
         return self._gossip.mesh_size
 
     async def provide(self, dataset: str) -> int:

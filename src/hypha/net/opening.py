@@ -128,7 +128,6 @@ def _leaves(exc: BaseException) -> list[BaseException]:
 
 @contextmanager
 def shown(node: Libp2pNode) -> Iterator[None]:
-    """Gauges show ``node`` meanwhile."""
     with ExitStack() as stack:
         for gauge, source in (
             (instruments.CONNECTIONS, lambda: _connections(node)),

@@ -92,7 +92,6 @@ async def _read_length(stream: Any, limit: int) -> int:
 
 
 async def _drop(stream: Any, size: int) -> None:
-    """Read the rest of a frame, and keep nothing of it."""
     while size:
         data = await stream.read(min(size, _DROP_BYTES))
         if not data:
@@ -216,7 +215,6 @@ class Rpc:
             return await self._streams.open(peer, PROTOCOL)
 
     def answer(self, kind: type[Any], handler: Handler) -> None:
-        """Answer requests of ``kind`` with ``handler``, from callers whose role allows them."""
         self._handlers[kind] = (handler, REQUESTS[kind].by)
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:

@@ -49,12 +49,10 @@ class Bucket:
 
     @property
     def rate(self) -> float | None:
-        """Bytes a second."""
         return self._rate
 
     @property
     def portion(self) -> int:
-        """So many bytes may be moved at a time."""
         if self._rate is None:
             return MOST_PORTION_BYTES
         return int(min(max(self._rate * PORTION_S, LEAST_PORTION_BYTES), MOST_PORTION_BYTES))
@@ -100,7 +98,6 @@ class Cap:
 
     @property
     def rate(self) -> float | None:
-        """Bytes a second in force."""
         return self._bucket.rate
 
     def owed_s(self, count: int) -> float:

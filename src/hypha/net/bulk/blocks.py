@@ -98,7 +98,6 @@ class Packing:
 
     @property
     def pays(self) -> bool:
-        """Whether to compress the next block."""
         return self._always or self.known.pays
 
     def wants_sample(self, size: int) -> bool:
@@ -191,7 +190,6 @@ class BlockPacker:
         return block, False
 
     def sent(self, plain: int, wire: int, took_s: float) -> None:
-        """As :meth:`Packing.sent`."""
         if self._packing is not None:
             self._packing.sent(plain, wire, took_s)
 
@@ -212,7 +210,6 @@ def unpack_block(data: bytes | memoryview) -> bytes:
 
 
 def encode_block_length(length: int, packed: bool) -> bytes:
-    """What goes before a block that may be compressed."""
     return encode_length(length | _PACKED if packed else length)
 
 
@@ -224,15 +221,13 @@ def decode_block_length(head: bytes) -> tuple[int, bool]:
 
 
 def new_key() -> bytes:
-    """For one file over one connection."""
     return secrets.token_bytes(KEY_BYTES)
 
 
 class Sealer:
-    """Seals the blocks of one file, in their order."""
+    """Seals the blocks of one file, in their order. ConnectionBroken when ``key`` is none."""
 
     def __init__(self, key: bytes) -> None:
-        """ConnectionBroken when ``key`` is none."""
         self._cipher = _cipher(key)
         self._numbers = count()
         self._buffer = memoryview(bytearray(LENGTH_BYTES + MAX_BLOCK_BYTES + TAG_BYTES))
@@ -249,8 +244,6 @@ class Sealer:
 
 
 class Opener:
-    """Opens them at the other end."""
-
     def __init__(self, key: bytes) -> None:
         self._cipher = _cipher(key)
         self._numbers = count()

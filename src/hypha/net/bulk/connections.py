@@ -116,7 +116,6 @@ class BulkConnection(ABC):
 
     @property
     def is_relayed(self) -> bool:
-        """Whether it runs through a gateway."""
         return False
 
     @abstractmethod
@@ -128,7 +127,7 @@ class BulkConnection(ABC):
         """The next frame. ConnectionBroken, also when nothing comes within the stall time-out."""
 
     async def ask(self, frame: Frame) -> Frame:
-        """Send a frame; the next one that comes. ConnectionBroken."""
+        """``say``, then ``hear``."""
         await self.say(frame)
         return await self.hear()
 
@@ -180,8 +179,6 @@ class BulkConnection(ABC):
 
 
 class StreamConnection(BulkConnection):
-    """Over a libp2p stream."""
-
     def __init__(
         self, stream: Any, peer: str, tally: TransferredBytes, limiter: trio.CapacityLimiter
     ) -> None:
@@ -358,8 +355,6 @@ class StreamConnection(BulkConnection):
 
 
 class SocketConnection(BulkConnection):
-    """Over a blocking TLS socket."""
-
     def __init__(
         self, sock: ssl.SSLSocket, peer: str, tally: TransferredBytes, limiter: trio.CapacityLimiter
     ) -> None:

@@ -61,7 +61,6 @@ def strong_hasher() -> StreamHash:
 
 
 def quick_hasher() -> StreamHash:
-    """XXH3, 128 bits."""
     return xxh3_128()
 
 
@@ -97,7 +96,6 @@ class SourceFile:
             raise FileChanged(f"{path} has {found} bytes, {size} were promised")
 
     def seek(self, offset: int) -> None:
-        """Go on from there."""
         self._file.seek(offset)
 
     def read_into(self, view: memoryview) -> int:
@@ -111,7 +109,6 @@ class SourceFile:
         return count
 
     def close(self) -> None:
-        """Close it."""
         self._file.close()
 
 
@@ -267,5 +264,4 @@ def _take_spare(path: Path) -> bool:
 
 
 def part_path(destination: Path) -> Path:
-    """Where a file lies until it is whole."""
     return destination.with_name(destination.name + ".part")

@@ -91,7 +91,6 @@ class Inbound:
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """Whose it is, for the log."""
         stamp = self.meta.stamp
         return {"peer_id": self.caller} | ({"job_id": stamp.job_id} if stamp is not None else {})
 
@@ -171,7 +170,6 @@ class WantedFile(Acceptor):
         return self.meta
 
     def raise_if_failed(self) -> None:
-        """Raise why it will not come, where that is certain."""
         if self.error is not None:
             raise self.error
 

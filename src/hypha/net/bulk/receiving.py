@@ -73,11 +73,9 @@ class Receiving:
 
     @property
     def under_way(self) -> int:
-        """Files that are being received, or are to be."""
         return len(self._inbound)
 
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
-        """As ``BulkTransfers.accept``."""
         key = (kind, job_id)
         if key in self._acceptors:
             raise ValueError(f"files of kind {kind!r} of job {job_id!r} are accepted by somebody already")

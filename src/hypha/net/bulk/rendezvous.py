@@ -127,7 +127,6 @@ class Rendezvous:
         links.set_stream_handler(WANT_PROTOCOL, partial(self._serve_stream, kind=WantFile))
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Called in the event loop before the first connection may arrive."""
         self._nursery = nursery
         self._loop = trio.lowlevel.current_trio_token()
 

@@ -90,7 +90,7 @@ class Sending:
         patience_s: float = 0.0,
         pulled: bool = False,
     ) -> None:
-        """As ``BulkTransfers.send``; ``pulled``: the peer has asked for it."""
+        """``pulled``: the peer has asked for it."""
         wanted = SendAttempt(peer, path, meta, token, pulled=pulled)
         with sending(wanted.peer_id, meta), self.counted():
             await self._send(wanted, Retries(patience_s))
@@ -319,7 +319,6 @@ class SendAttempt:
         )
 
     def moved(self) -> object:
-        """Changes while something moves."""
         return None if self.link is None else (self.link.went, self.link.heard)
 
 

@@ -69,7 +69,6 @@ class ServingPulls:
         links.answer(PullFile, self._asked)
 
     def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
-        """As ``BulkTransfers.serve``."""
         self._providers[kind] = provider
         if served is not None:
             self._told_of_served[kind] = served
@@ -86,7 +85,6 @@ class ServingPulls:
 
     @contextmanager
     def _counted(self, caller: str) -> Iterator[None]:
-        """Refused when there are too many."""
         if self._being_served.total() >= MAX_SERVED or self._being_served[caller] >= MAX_SERVED_PER_PEER:
             raise Refused("busy", "too many files are being sent from here; try again later")
         with counted(self._being_served, caller):

@@ -67,7 +67,6 @@ class TransferSlots:
             self._limiter.release_on_behalf_of(held)
 
     async def run(self) -> None:
-        """Until cancelled."""
         while True:
             await self._taken.wait()
             await trio.sleep(_LOOK_S)

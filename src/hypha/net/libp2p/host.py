@@ -129,7 +129,6 @@ def _passing_guests_over(select: Callable[[list[Any], ID], Any]) -> Callable[[li
 
 
 def _is_guest(connection: Any) -> bool:
-    """Whoever has dialled, and did not say which node it is."""
     tls: TlsConnection = connection.muxed_conn.secured_conn
     return not tls.is_initiator and tls.instance is None
 
@@ -164,7 +163,6 @@ def _install_repairs() -> None:
 
 
 async def _read(communicator: MultiselectCommunicator) -> str:
-    """The next word."""
     try:
         data = await read_varint_prefixed_bytes_limited(communicator.read_writer, MAX_WORD_BYTES)
         if data[-1:] != b"\n":

@@ -212,7 +212,6 @@ class InboundStreams(Multiselect):  # type: ignore[misc]
             self.add_handler(protocol, handler)
 
     def add_handler(self, protocol: Any, handler: Any) -> None:
-        """Serve streams of ``protocol`` with ``handler``, so many of each peer at a time."""
         limit, service = limit_of(str(protocol))
         limited = handler if handler is None or limit is None else self._limited(handler, limit, service)
         super().add_handler(protocol, limited)

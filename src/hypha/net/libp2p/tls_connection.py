@@ -54,7 +54,6 @@ class _Closing(trio.abc.AsyncResource):
 
 
 async def close_at_once(raw: IRawConnection) -> None:
-    """Close it, without waiting for anything."""
     await trio.aclose_forcefully(_Closing(raw))
 
 
@@ -234,7 +233,6 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
 
     @property
     def ended(self) -> bool:
-        """Whether either end has closed it."""
         return self._at_eof or self._closed
 
     async def close(self) -> None:

@@ -352,7 +352,6 @@ class Dialer:
             raise _at(address.transport, exc) from exc.__cause__
 
     async def _dial_for_library(self, peer_id: ID) -> list[Any]:
-        """What the library calls to dial a peer by itself."""
         peer = str(peer_id)
         try:
             await self.connect(peer)
@@ -389,12 +388,10 @@ class DialRace:
     reason: str = "unreachable"
 
     def note(self, what: str, address: str, reason: str = "") -> None:
-        """Note in the span what became of an address."""
         more = {"hypha.reason": reason} if reason else {}
         self.span.add_event(what, {"network.peer.address": address, **more})
 
     def failed(self, address: str, exc: NetworkError) -> None:
-        """An address did not lead there."""
         self.failures.append(f"{address}: {exc}")
         self.refused.append(says_refused(exc))
         self.reason = failure_of(exc)

@@ -67,7 +67,6 @@ def counted(counter: Counter[K], key: K) -> Iterator[None]:
 
 
 def less(counter: Counter[K], key: K) -> None:
-    """One of ``key`` less."""
     counter[key] -= 1
     if not counter[key]:
         del counter[key]
@@ -88,8 +87,6 @@ class Recent(dict[K, V]):
 
 
 class OverLimit:
-    """Of one node, or of one part of it."""
-
     def __init__(self) -> None:
         #: when each was logged last
         self._logged: Recent[tuple[str, str], float] = Recent(REMEMBERED)
@@ -137,11 +134,9 @@ class InboundBudget:
         self._over_limit = OverLimit()
 
     def opened(self, connection: Any) -> None:
-        """What comes in on ``connection`` counts from now on."""
         self._connections.add(connection)
 
     def closed(self, connection: Any) -> None:
-        """It is over."""
         self._connections.discard(connection)
 
     @property

@@ -48,12 +48,10 @@ def secured(connection: Any) -> TlsConnection:
 
 
 def is_relayed(connection: Any) -> bool:
-    """Whether a swarm connection runs through a relay."""
     return bool(secured(connection).get_connection_type() == ConnectionType.RELAYED)
 
 
 def way_of(connection: Any) -> Literal["direct", "relayed"]:
-    """How a swarm connection leads to its peer."""
     return "relayed" if is_relayed(connection) else "direct"
 
 
@@ -101,11 +99,9 @@ class PeerTable(INotifee):  # type: ignore[misc]
         return [one for one in self._swarm.get_connections(peer_id) if not one.is_closed]
 
     def is_connected(self, peer: str) -> bool:
-        """Whether there is a live connection."""
         return bool(self.connections_of(peer))
 
     def connections(self) -> list[ConnectionInfo]:
-        """All live connections."""
         found = []
         for connection in self._swarm.get_connections():
             tls = secured(connection)
@@ -251,7 +247,6 @@ class PeerTable(INotifee):  # type: ignore[misc]
     async def listen_close(self, network: Any, multiaddr: Any) -> None: ...
 
     async def close(self, peer: str) -> None:
-        """Close all connections to ``peer``."""
         for connection in self.connections_of(peer):
             await connection.close()
 
