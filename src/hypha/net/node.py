@@ -8,8 +8,8 @@ together, and each of its methods is a few lines on one of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import trio
@@ -33,11 +33,9 @@ from hypha.messages import (
     NodeRun,
     PeerList,
     PeerRef,
-    Report,
     Request,
     Response,
     SameCertificate,
-    WorkerRequest,
 )
 from hypha.naming import learn, shown
 from hypha.net.bulk.bandwidth import Caps
@@ -48,7 +46,7 @@ from hypha.net.libp2p.host import make_host
 from hypha.net.libp2p.mutual_tls import MutualTls
 from hypha.net.libp2p.relay import RelayClient, RelayHop
 from hypha.net.libp2p.shared_port import SharedPortTcp
-from hypha.net.libp2p.streams import StreamHandler, Streams
+from hypha.net.libp2p.streams import Streams
 from hypha.net.options import NodeOptions
 from hypha.net.peers.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, ip_of, parse
 from hypha.net.peers.diagnosing import Diagnosing, listed
@@ -59,7 +57,7 @@ from hypha.net.peers.table import PeerTable
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
 from hypha.net.sockets import buffer_shortfalls
-from hypha.node import Changes, ConnectionInfo, PeerLost, PublishedRequest, ReportHandler
+from hypha.node import Changes
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread, new_id, wall_time
 from hypha.telemetry import health_of
@@ -72,8 +70,9 @@ CLOSE_S = 1.0
 
 
 class Libp2pNode:
-    """A running node. Made by :func:`open_node`; all its methods are for one trio thread. Those without a
-    docstring are described in :class:`hypha.node.Node` or :class:`hypha.net.bulk.wire.BulkConnections`.
+    """A running node. Made by :func:`open_node`; all its methods are for one trio thread. What it promises
+    stands in :class:`hypha.node.Node` and :class:`hypha.net.bulk.wire.BulkConnections`; what one of its parts
+    does alone is that part's method.
     """
 
     def __init__(self, options: NodeOptions, nursery: trio.Nursery) -> None:
@@ -96,8 +95,16 @@ class Libp2pNode:
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
         self._swarm = self._host.get_network()
         self._book = AddressBook(self.peer_id, options.exclude_cidr)
-        self._peers = PeerTable(self._swarm, options.identity, timings, nursery)
+        self.learn = self._book.learn
+        self._peers = peers = PeerTable(self._swarm, options.identity, timings, nursery)
+        self.connections = peers.connections
+        self.is_connected = peers.is_connected
+        self.watch_peers = peers.watch
+        self.roles_of = peers.roles_of
+        self.organization_of = peers.organization_of
+        self.disconnect = peers.close
         self._streams = Streams(self._host, nursery)
+        self.set_stream_handler = self._streams.handle
         self._dialer = Dialer(self._swarm, self._security, self._book, self._peers, timings, nursery)
         self._relay = RelayClient(self._host, self._streams)
         self._dialer.relay_client = self._relay
@@ -105,12 +112,14 @@ class Libp2pNode:
             options.gateways, self._book, self._dialer, self._peers, self._relay, timings
         )
         self._dialer.own_relays = self._gateways.connected
+        self.wait_connected = self._gateways.wait_connected
         self._caps = caps = Caps(options.limits)
         self.hop: RelayHop | None = None
         if options.hop:
             self.hop = RelayHop(self._host, self._streams, options.relay_limits, caps)
             self._peers.on_lost.append(self.hop.forget)
         self._rpc = Rpc(self._streams, self._dialer.connect, nursery, tuning.connections)
+        self.answer = self._rpc.answer
         others = self._gateways.linked if options.hop else None
         run = NodeRun(peer=self.peer_id, instance=self.instance)
         self._doubles = Doubles(run, self._peers, self._rpc.request, others, nursery)
@@ -120,14 +129,19 @@ class Libp2pNode:
             # however many nodes come to another gateway, its questions about them are answered
             self.prefer(self._is_gateway)
         self._reports = Reports(self._streams, self._dialer.connect, nursery)
+        self.report, self.answer_reports = self._reports.report, self._reports.answer
         publishers = Publishers(options.identity, options.require_roles, self._peers)
         self._gossip = Gossip(
             self._host, self._gateways.connected, self._gossips_with, publishers, self.connect, tuning.gossip
         )
+        self.publish, self.subscribe = self._gossip.publish, self._gossip.subscribe
         self._gateways.joined.append(self._gossip.include)
         self._dht = DhtClient(
             self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
         )
+        self.provide = self._dht.provide
+        self.withdraw = self._dht.withdraw
+        self.find_providers = self._dht.find
         self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
         self.transfers = BulkTransfers(self, caps, tuning)
         self._port.serve_bulk = self.transfers.serve_socket
@@ -221,15 +235,9 @@ class Libp2pNode:
             return []
         return [str(one) for one in found][:MAX_ADDRESSES]
 
-    def learn(self, ref: PeerRef) -> None:
-        self._book.learn(ref)
-
     def remember(self, address: str) -> None:
         """Remember an address with a PeerID that the operator has given: ``exclude_cidr`` is for others'."""
         self._book.configure(address)
-
-    async def wait_connected(self) -> None:
-        await self._gateways.wait_connected()
 
     @property
     def gateway(self) -> str | None:
@@ -246,29 +254,8 @@ class Libp2pNode:
         """The PeerID of the certified node at a multiaddr; NetworkError that says why there is none."""
         return await self._dialer.who_is_at(parse(address))
 
-    async def disconnect(self, peer: str) -> None:
-        await self._peers.close(peer)
-
-    def is_connected(self, peer: str) -> bool:
-        return self._peers.is_connected(peer)
-
-    def connections(self) -> list[ConnectionInfo]:
-        return self._peers.connections()
-
-    def roles_of(self, peer: str) -> frozenset[str]:
-        return self._peers.roles_of(peer)
-
-    def organization_of(self, peer: str) -> str:
-        return self._peers.organization_of(peer)
-
-    def watch_peers(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PeerLost]]:
-        return self._peers.watch()
-
     async def request(self, peer: PeerRef | str, request: Request, timeout_s: float = 10.0) -> Response:
         return await self._rpc.request(self._known(peer), request, timeout_s)
-
-    def answer(self, kind: type[Any], handler: Callable[[str, Any], Awaitable[Response]]) -> None:
-        self._rpc.answer(kind, handler)
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
         self._rpc.prefer(is_partner)
@@ -294,38 +281,14 @@ class Libp2pNode:
     def _hosts_of(self, peer: str) -> list[str]:
         return [host_and_port(address)[0] for address in self._ends_of(peer, "inbound")]
 
-    def report(self, peer: str, report: Report) -> None:
-        self._reports.report(peer, report)
-
-    def answer_reports(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
-        self._reports.answer(handler, admits)
-
-    async def publish(self, message: WorkerRequest) -> None:
-        await self._gossip.publish(message)
-
-    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PublishedRequest]]:
-        return self._gossip.subscribe()
-
     @property
     def mesh_size(self) -> int:
         return self._gossip.mesh_size
-
-    async def provide(self, dataset: str) -> int:
-        return await self._dht.provide(dataset)
-
-    def withdraw(self, dataset: str) -> None:
-        self._dht.withdraw(dataset)
-
-    async def find_providers(self, dataset: str) -> list[PeerRef]:
-        return await self._dht.find(dataset)
 
     async def open_stream(self, peer: PeerRef | str, protocol: str) -> Any:
         known = self._known(peer)
         await self._dialer.connect(known)
         return await self._streams.open(known, protocol)
-
-    def set_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
-        self._streams.handle(protocol, handler)
 
     def _is_gateway(self, peer: str) -> bool:
         """Whether the certificate of a peer that is or was connected says that it is a gateway."""
