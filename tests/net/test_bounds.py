@@ -257,12 +257,12 @@ async def test_one_address_has_a_part_of_the_anonymous_places(
         strangers = [
             await connected_from("127.0.0.2", victim, b"\x13") for _ in range(MAX_ANONYMOUS_PER_SOURCE + 30)
         ]
-        await until(lambda: len(victim._port._arrivals._anonymous) == MAX_ANONYMOUS_PER_SOURCE)
+        await until(lambda: len(victim._port.arrivals._anonymous) == MAX_ANONYMOUS_PER_SOURCE)
         with trio.fail_after(3):
             assert await is_served(honest, victim)
         for one in strangers:
             await one.aclose()
-        await until(lambda: len(victim._port._arrivals._anonymous) == 0)
+        await until(lambda: len(victim._port.arrivals._anonymous) == 0)
     # on a busy machine one of them has taken too long before that
     assert caplog.text.count("Closed an incoming connection from 127.0.0.2: ") == 1
 
@@ -272,7 +272,7 @@ async def test_strangers_at_the_address_of_honest_peers_give_way_to_them(network
         strangers = [
             await connected_from("127.0.0.1", victim, b"\x13") for _ in range(MAX_ANONYMOUS_PER_SOURCE + 10)
         ]
-        await until(lambda: len(victim._port._arrivals._anonymous) == MAX_ANONYMOUS_PER_SOURCE)
+        await until(lambda: len(victim._port.arrivals._anonymous) == MAX_ANONYMOUS_PER_SOURCE)
         with trio.fail_after(GRACE_S + 3):
             while not honest.is_connected(victim.peer_id):
                 with suppress(PeerUnreachable):
@@ -289,7 +289,7 @@ async def test_a_greeting_dealt_out_by_bytes_ends_with_the_deadline_of_the_whole
             for byte in b"\x13/multistream/1.0.0\n" * 3:
                 await stream.send_all(bytes([byte]))
                 await trio.sleep(0.2)
-        await until(lambda: len(victim._port._arrivals._anonymous) == 0)
+        await until(lambda: len(victim._port.arrivals._anonymous) == 0)
         await stream.aclose()
 
 

@@ -71,7 +71,7 @@ async def test_a_node_is_tuned(network: Network, tmp_path: Path) -> None:
         )
         assert far.transfers._sending.places._limiter.total_tokens == 3
         assert far.transfers._receiving.places._limiter.total_tokens == 5
-        assert far._port._arrivals._limits is tuning.connections
+        assert far._port.arrivals._limits is tuning.connections
         # of either end of the connection, the one that was accepted too; Linux doubles what it was asked for
         for node in (near, far):
             (stream,) = node._port._streams

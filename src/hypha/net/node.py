@@ -57,7 +57,6 @@ from hypha.net.peers.table import PeerTable
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
 from hypha.net.sockets import buffer_shortfalls
-from hypha.node import Changes
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread, new_id, wall_time
 from hypha.telemetry import health_of
@@ -96,6 +95,7 @@ class Libp2pNode:
         self._swarm = self._host.get_network()
         self._book = AddressBook(self.peer_id, options.exclude_cidr)
         self.learn = self._book.learn
+        self.remember = self._book.configure
         self._peers = peers = PeerTable(self._swarm, options.identity, timings, nursery)
         self.connections = peers.connections
         self.is_connected = peers.is_connected
@@ -113,6 +113,7 @@ class Libp2pNode:
         )
         self._dialer.own_relays = self._gateways.connected
         self.wait_connected = self._gateways.wait_connected
+        self.gateway_changed = self._gateways.changed
         self._caps = caps = Caps(options.limits)
         self.hop: RelayHop | None = None
         if options.hop:
@@ -235,17 +236,9 @@ class Libp2pNode:
             return []
         return [str(one) for one in found][:MAX_ADDRESSES]
 
-    def remember(self, address: str) -> None:
-        """Remember an address with a PeerID that the operator has given: ``exclude_cidr`` is for others'."""
-        self._book.configure(address)
-
     @property
     def gateway(self) -> str | None:
         return self._gateways.active
-
-    @property
-    def gateway_changed(self) -> Changes:
-        return self._gateways.changed
 
     async def connect(self, peer: PeerRef | str) -> None:
         await self._dialer.connect(self._known(peer))
@@ -258,8 +251,8 @@ class Libp2pNode:
         return await self._rpc.request(self._known(peer), request, timeout_s)
 
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        self._rpc.prefer(is_partner)
-        self._port.prefer(is_partner)
+        self._rpc.is_partner = is_partner
+        self._port.arrivals.is_partner = is_partner
         self._security.budget.is_partner = is_partner
 
     async def _health(self, caller: str, request: Health) -> HealthReport:

@@ -33,9 +33,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class RelayLimits:
-    """What a gateway gives away; ``per_peer`` bounds the circuits to one reserved peer, and ``per_caller``
-    those of one peer that dials.
-    """
+    """What a gateway gives away; ``per_peer`` bounds circuits to one peer, ``per_caller`` those of one."""
 
     reservations: int = 1024
     circuits: int = 256

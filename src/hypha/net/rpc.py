@@ -133,7 +133,8 @@ class Rpc:
         self._shared = 0
         self._held_bytes = 0
         self._over_limit = OverLimit()
-        self._is_partner: Callable[[str], bool] = lambda peer: False
+        #: who shares a lease with this node, and has all of its places
+        self.is_partner: Callable[[str], bool] = lambda peer: False
         streams.handle(PROTOCOL, self._serve)
 
     async def request(self, peer: str, request: Request, timeout_s: float) -> Response:
@@ -217,15 +218,11 @@ class Rpc:
     def answer(self, kind: type[Any], handler: Handler) -> None:
         self._handlers[kind] = (handler, REQUESTS[kind].by)
 
-    def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        """Keep all of their places for those peers of whom ``is_partner`` says so."""
-        self._is_partner = is_partner
-
     @contextmanager
     def _place(self, caller: str) -> Iterator[bool]:
         """A place among the requests that are served; False: there is none."""
         mine = self._inbound[caller]
-        shares = mine >= OWN_PER_PEER and not self._is_partner(caller)
+        shares = mine >= OWN_PER_PEER and not self.is_partner(caller)
         if mine >= self._limits.requests_per_peer or (shares and self._shared >= self._limits.requests):
             self._over_limit.note(caller, "rpc", "there are too many requests at once")
             yield False
@@ -243,7 +240,7 @@ class Rpc:
 
     def _may_hold(self, caller: str, size: int) -> bool:
         """Whether a request of ``size`` bytes may be kept while it is served."""
-        if size <= SMALL_BYTES or self._held_bytes + size <= MAX_HELD_BYTES or self._is_partner(caller):
+        if size <= SMALL_BYTES or self._held_bytes + size <= MAX_HELD_BYTES or self.is_partner(caller):
             return True
         self._over_limit.note(caller, "rpc", "the requests of all peers have too many bytes together")
         return False
@@ -352,9 +349,7 @@ def _status(exc: NetworkError) -> str:
 
 
 async def _until_reset(stream: Any, scope: trio.CancelScope) -> None:
-    """Cancel ``scope`` when the caller resets ``stream`` (or the connection ends), not when it has only
-    no more to say.
-    """
+    """Cancel ``scope`` when the caller resets ``stream``, not when it only has no more to say."""
     try:
         await stream.read(1)
     except StreamEOF:

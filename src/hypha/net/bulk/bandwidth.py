@@ -161,9 +161,7 @@ class Caps:
 
     @property
     def window_bytes(self) -> int | None:
-        """So much of a circuit may wait in a relay: it is in the way of requests between the same two nodes.
-        None: as much as they like.
-        """
+        """So much of a circuit may wait in a relay, in the way of requests; None: as much as they like."""
         rates = [cap.rate for cap in (self.up, self.down) if cap is not None and cap.rate is not None]
         return max(LEAST_WINDOW_BYTES, int(min(rates) * WINDOW_S)) if rates else None
 

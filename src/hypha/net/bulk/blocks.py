@@ -157,8 +157,8 @@ class Packing:
 
 
 class BlockPacker:
-    """Compresses blocks of one file: all of them where ``meta`` says so, else those where ``packing`` thinks
-    fit and ``go`` allows it.
+    """Compresses blocks of one file: all where ``meta`` says so, else as ``packing`` thinks fit and ``go``
+    allows.
     """
 
     def __init__(self, meta: TransferMeta, go: Go, packing: Packing | None) -> None:
@@ -233,9 +233,7 @@ class Sealer:
         self._buffer = memoryview(bytearray(LENGTH_BYTES + MAX_BLOCK_BYTES + TAG_BYTES))
 
     def seal(self, block: memoryview | bytes, packed: bool = False) -> memoryview:
-        """A block of at most ``MAX_BLOCK_BYTES`` as it goes on the wire; good until the next one. ``packed``
-        says that it alone of the others is compressed.
-        """
+        """A block (``packed``: compressed, unlike others) as it goes on the wire; good until the next one."""
         sealed = self._buffer[: LENGTH_BYTES + len(block) + TAG_BYTES]
         sealed[:LENGTH_BYTES] = encode_block_length(len(block), packed)
         told = _TOLD_PACKED if packed else None
@@ -250,9 +248,7 @@ class Opener:
         self._buffer = memoryview(bytearray(MAX_BLOCK_BYTES))
 
     def open(self, sealed: memoryview, packed: bool = False) -> memoryview:
-        """The block behind its length; good until the next one. ConnectionBroken when it is not the one that
-        is due, or was not sealed as ``packed``.
-        """
+        """The block behind its length; good until the next one. ConnectionBroken when another one was due."""
         block = self._buffer[: len(sealed) - TAG_BYTES]
         try:
             told = _TOLD_PACKED if packed else None

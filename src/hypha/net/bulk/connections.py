@@ -135,9 +135,7 @@ class BulkConnection(ABC):
     async def deliver(
         self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None = None
     ) -> Verdict:
-        """Send the file as ``go`` wants it, where that allows it compressed as ``packing`` thinks fit; the
-        receiver's verdict. ConnectionBroken, FileChanged.
-        """
+        """Send the file as ``go`` wants it; the receiver's verdict. ConnectionBroken, FileChanged."""
 
     def new_go(self, offset: int, zstd_blocks: bool) -> Go:
         """What to say as the receiver of one file, once."""
@@ -145,9 +143,7 @@ class BulkConnection(ABC):
 
     @abstractmethod
     async def collect(self, part: PartFile, meta: TransferMeta, go: Go) -> None:
-        """Receive the file into ``part``, which is open, as ``go``, which was said, asks for it.
-        ConnectionBroken, DiskFailed.
-        """
+        """Receive the file into ``part``, as ``go``, which was said, asks. ConnectionBroken, DiskFailed."""
 
     @abstractmethod
     async def drain(self) -> None:

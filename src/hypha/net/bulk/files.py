@@ -113,9 +113,7 @@ class SourceFile:
 
 
 class PartFile:
-    """A file being received. Call ``open`` first; then ``write`` until ``finish``, ``keep`` or
-    ``discard``.
-    """
+    """A file being received: ``open``, then ``write`` until ``finish``, ``keep`` or ``discard``."""
 
     def __init__(self, destination: Path, meta: TransferMeta) -> None:
         self.destination = destination

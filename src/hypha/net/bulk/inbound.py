@@ -95,9 +95,7 @@ class Inbound:
         return {"peer_id": self.caller} | ({"job_id": stamp.job_id} if stamp is not None else {})
 
     def moved(self) -> tuple[int, int]:
-        """What changes while so much comes that its place is in use: a trickle fills nothing, and its place
-        is lent.
-        """
+        """What changes while its place is in use: a trickle fills nothing, and its place is lent."""
         link, heard = self.heard()
         return link, heard // TRICKLE_BYTES
 
@@ -225,17 +223,13 @@ class Collecting:
         self.done: Recent[tuple[str, str], int] = Recent(MAX_REMEMBERED)
 
     def part_of(self, destination: Path, request: PullFile) -> TransferMeta | None:
-        """What the part file of ``destination`` is a part of, if this process has begun it for such a
-        ``request``.
-        """
+        """What this process has begun for such a ``request`` at ``destination``."""
         meta = self._parts.get(destination)
         same = meta is not None and (meta.kind, meta.name) == (request.kind, request.name)
         return meta if same else None
 
     async def open_part(self, inbound: Inbound) -> PartFile:
-        """The part file of ``inbound``, open where it goes on; the caller has it filled by ``collect``, or
-        abandons it. DiskFailed.
-        """
+        """Its part file, open where it goes on, to be filled by ``collect`` or abandoned. DiskFailed."""
         meta, destination = inbound.meta, inbound.destination
         part = PartFile(destination, meta)
         known = self._parts.get(destination, meta)
@@ -252,8 +246,8 @@ class Collecting:
         return part
 
     async def collect(self, link: BulkConnection, inbound: Inbound, part: PartFile, go: Go) -> Verdict | None:
-        """Receive what ``go`` asks for, verify it, hand it over, and tell the other end: the verdict, or None
-        when there is something left to try. ConnectionBroken.
+        """Receive, verify, hand over, tell the other end; None when another attempt is left.
+        ConnectionBroken.
         """
         try:
             await link.collect(part, inbound.meta, go)

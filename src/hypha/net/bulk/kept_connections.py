@@ -75,9 +75,7 @@ class KeptConnections:
         self.nursery: trio.Nursery | None = None
 
     def give(self, link: BulkConnection, speaks: bool) -> bool:
-        """Keep ``link``, on which nothing is under way and this end ``speaks`` first; False when the caller
-        has to close it.
-        """
+        """Keep ``link``, on which this end ``speaks`` first; False when the caller has to close it."""
         if self.nursery is None or not isinstance(link, SocketConnection):
             return False
         alike = [one for one in self._kept if one.speaks == speaks]
@@ -136,9 +134,7 @@ class KeptConnections:
             await self._hear(kept.link)
 
     async def _hear(self, link: SocketConnection) -> None:
-        """Hear an offer, and give the link to the transfer when its turn has come; or a want, or the link's
-        end.
-        """
+        """Hear an offer, a want or the link's end; the link is a transfer's when its turn has come."""
         handed_over = False
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):

@@ -61,9 +61,7 @@ _NOT_EXPECTED = Verdict("refused", "not-found", "this transfer is not expected h
 
 
 class Expected:
-    """A place where the connection of one transfer arrives. One at a time; a newer one replaces one that
-    nobody took yet.
-    """
+    """Where the connection of one transfer arrives; a newer one replaces one that nobody took yet."""
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
@@ -97,9 +95,7 @@ class Expected:
 
 
 class Rendezvous:
-    """Makes connections and hands them to those who expect them; ``serve`` answers what is asked for on a new
-    one, which it has to close.
-    """
+    """Makes connections and hands them over; ``serve`` answers a want on a new one, and closes it."""
 
     serve: Callable[[BulkConnection, WantFile], Awaitable[None]]
 
@@ -142,9 +138,7 @@ class Rendezvous:
             expected.close()
 
     async def cut_untrusted(self) -> None:
-        """End the connections whose certificate at the other end is not trusted any more, also those over
-        which something goes.
-        """
+        """End connections, also busy ones, whose other end has a certificate that is not trusted any more."""
         for link in list(self._proven):
             if not is_trusted(link, self._links.identity):
                 link.cut()
@@ -303,9 +297,7 @@ class Rendezvous:
             raise ConnectionBroken("nobody waits for that connection any more")
 
     async def open_stream(self, peer: str, token: str | None) -> BulkConnection:
-        """A libp2p stream to ``peer``, through a relay when need be, greeted as by :meth:`dial`.
-        ConnectionBroken when it cannot be had.
-        """
+        """A libp2p stream to ``peer``, relayed if need be, greeted as by :meth:`dial`. ConnectionBroken."""
         try:
             protocol = WANT_PROTOCOL if token is None else BULK_PROTOCOL
             stream = await self._links.open_stream(peer, protocol)

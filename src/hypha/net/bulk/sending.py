@@ -194,9 +194,7 @@ class Sending:
         return verdict
 
     def packing_for(self, peer: str, meta: TransferMeta, go: Go | None = None) -> Packing | None:
-        """Who decides whether its blocks are compressed, where a receiver that has said ``go`` allows it;
-        None: nobody, they are not.
-        """
+        """Who decides whether its blocks are compressed; None: they are not, or ``go`` does not allow it."""
         mode = self._tuning.compression
         if go is not None and not go.zstd_blocks:
             return None
@@ -221,9 +219,7 @@ class Sending:
             )
 
     async def _offer_over_kept(self, attempt: SendAttempt) -> tuple[BulkConnection, Go | Verdict] | None:
-        """A link that was kept and the receiver's word for this file; None when it has to be offered by a
-        request. Refused.
-        """
+        """A kept link and the receiver's word; None when a request has to offer the file. Refused."""
         offer = attempt.offer()
         link = self._kept.take(attempt.peer_id) if fits(offer) else None
         if link is None:

@@ -114,9 +114,7 @@ async def meta_of(path: Path, kind: str, name: str, stamp: JobStamp | None = Non
 
 
 async def with_hashes(path: Path, meta: TransferMeta) -> TransferMeta:
-    """``meta`` with the size of the file and the hashes that it needs and lacks, which are made in a thread.
-    OSError when it cannot be read.
-    """
+    """``meta`` with the size of the file and the hashes that it needs and lacks. OSError."""
     size, blake3, xxh3 = (await in_thread(path.stat)).st_size, meta.blake3, meta.xxh3
     if not blake3 and meta.kind != "update":
         size, blake3 = await _hashed(path, strong_hasher())

@@ -209,9 +209,7 @@ def _check(query: Any) -> None:
 
 
 class _Replayed:
-    """A stream of which ``read`` has been read already, and nothing comes after that; ``answering`` ends with
-    the first answer.
-    """
+    """A stream of which ``read`` was all; ``answering`` ends with the first answer."""
 
     def __init__(self, stream: Any, read: bytes, answering: Span) -> None:
         self._stream = stream

@@ -35,9 +35,7 @@ _MAX_BYTES = 128
 
 
 async def read_message(stream: Any, kind: type[Any], limit: int) -> Any:
-    """The next message of the protobuf type ``kind``, which may have ``limit`` bytes. Raises Undecodable, and
-    what streams raise.
-    """
+    """The next message of type ``kind``, of at most ``limit`` bytes. Undecodable, and what streams raise."""
     return decode_message(kind, await read_varint_prefixed_bytes_limited(stream, limit))
 
 

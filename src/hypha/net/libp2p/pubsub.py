@@ -128,9 +128,7 @@ class ScopedPubsub(Pubsub):  # type: ignore[misc]
             self._opening.discard(peer_id)
 
     async def include(self, peer_id: ID) -> None:
-        """Speak pubsub with a peer that ``concerns`` names by now, and did not when it was connected. Returns
-        once that is so, or the peer is gone.
-        """
+        """Speak pubsub with a peer that ``concerns`` names by now; returns once that is so, or it is gone."""
         await self._handle_new_peer_with_retry(peer_id)
 
     async def stream_handler(self, stream: Any) -> None:

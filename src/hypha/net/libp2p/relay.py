@@ -110,8 +110,8 @@ class RelayClient:
         return max(30.0, answer.reservation.expire - time.time())
 
     async def dial(self, relay: str, peer: str, parent: str | None = None) -> None:
-        """Connect to ``peer`` through a connected relay; ``parent`` is the ``traceparent`` of whoever wants
-        that. RelayRefused or PeerUnreachable when not.
+        """Connect to ``peer`` through a relay, on behalf of the span ``parent``. RelayRefused,
+        PeerUnreachable.
         """
         with trace_context(parent):
             stream = await self._streams.open(relay, HOP)

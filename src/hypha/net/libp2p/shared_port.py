@@ -136,7 +136,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
         self.serve_bulk: ServeSocket | None = None
         #: why it could not listen the last time
         self.listening_failed: OSError | None = None
-        self._arrivals = InboundConnections(max_connections, limits)
+        self.arrivals = InboundConnections(max_connections, limits)
         # in these threads peers prove who they are and say what their bulk connection is for: twice as many
         # as one address may have of them. Transfers queue for their own, smaller limit behind it
         self._threads = trio.CapacityLimiter(2 * limits.unproven_per_address)
@@ -148,10 +148,6 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
         set_buffers(raw.stream.stream.socket, self.sockets)
         raw.stream = WatchedStream(raw.stream.stream, self._streams, self._counts)
         return raw
-
-    def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        """Where all places of connections are taken, make room for those of whom ``is_partner`` says so."""
-        self._arrivals.is_partner = is_partner
 
     async def sever(self) -> None:
         """Close every connection that is still open: the library forgets some when it is cancelled."""
@@ -165,14 +161,14 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             if host is None:
                 return
             with trio.CancelScope() as scope:
-                arrival = self._arrivals.arrive(host, scope.cancel)
+                arrival = self.arrivals.arrive(host, scope.cancel)
                 if arrival is None:
                     self._note_refused(host, "others that have shown no certificate yet have all places")
                     return  # the listener closes what its handler leaves
                 try:
                     await self._dispatch(stream, arrival, handler_function)
                 finally:
-                    self._arrivals.leave(arrival)
+                    self.arrivals.leave(arrival)
             if scope.cancelled_caught:
                 late = "" if arrival is not None and arrival.peer else "it took too long, and "
                 self._note_refused(host, f"{late}its place was needed")
@@ -181,7 +177,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
 
     def _note_refused(self, host: str, why: str) -> None:
         CONNECTIONS_FAILED.add(direction="inbound", reason="limit")
-        if self._arrivals.over_limit.is_first(host, "connection"):
+        if self.arrivals.over_limit.is_first(host, "connection"):
             logger.warning(
                 "Closed an incoming connection from %s: %s. This is logged once an address.", host, why
             )
@@ -207,7 +203,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             arrival.cut = None  # its thread would go on: it has a deadline of its own
             await self._serve_bulk(connection, self.serve_bulk)
         else:
-            is_first = self._arrivals.over_limit.is_first(arrival.source, "protocol", TELL_AGAIN_S)
+            is_first = self.arrivals.over_limit.is_first(arrival.source, "protocol", TELL_AGAIN_S)
             logger.log(
                 logging.INFO if is_first else logging.DEBUG,
                 "Closed an incoming connection that spoke neither protocol.",

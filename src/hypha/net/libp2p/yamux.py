@@ -188,9 +188,7 @@ def breach_of(connection: Any) -> str | None:
 
 
 def narrow(stream: Any, window_bytes: int) -> None:
-    """From now on the peer may send so much of ``stream`` before it is read, and no more. What it was
-    promised already it may send still.
-    """
+    """The peer may send so much of ``stream`` before it is read, besides what it was promised already."""
     stream.target_recv_window = min(stream.target_recv_window, window_bytes)
     stream.__dict__["_narrow"] = True
 
@@ -302,9 +300,7 @@ async def _data(connection: Any, flags: int, stream_id: int, length: int) -> Non
 
 
 async def _account(connection: Any, length: int) -> None:
-    """Raises :class:`_TooMuch` where all peers together have more bytes waiting than they may, and this one
-    has most of them.
-    """
+    """_TooMuch where all peers together have too many bytes waiting, and this one most of them."""
     budget = budget_of(connection)
     if budget is not None and (why := await budget.received(connection, length)) is not None:
         raise _TooMuch(why)

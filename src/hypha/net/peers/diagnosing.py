@@ -45,9 +45,7 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Diagnosing:
-    """``who_is_at`` dials an address and gives the PeerID there, ``hosts_of`` the IP addresses from which a
-    caller's direct connections come.
-    """
+    """``who_is_at`` dials an address, ``hosts_of`` is where a caller's direct connections come from."""
 
     def __init__(
         self,

@@ -250,9 +250,7 @@ class Dialer:
             raise NetworkError(reason_of(exc)) from exc
 
     async def _resolve(self, address: Address) -> list[str]:
-        """``address`` with a name replaced as the system resolves it (hosts file included); NetworkError when
-        it does not.
-        """
+        """``address`` by IP, its name resolved as the system does it (hosts file included). NetworkError."""
         if ip_of(address) is not None:
             return [address.transport]
         parts = address.transport.split("/")
@@ -306,9 +304,7 @@ class Dialer:
                 return
 
     def _say_why_relayed(self, peer: str, failures: list[str]) -> None:
-        """Why ``peer`` is reached through a relay, once for each reason; ``failures`` are those of the
-        addresses that were dialled.
-        """
+        """Why ``peer`` is reached through a relay, once for each reason; ``failures`` of direct dials."""
         direct = [address.transport for address in self._book.direct(peer)]
         if left_out := self._book.left_out(peer):
             why = (

@@ -190,9 +190,7 @@ class Doubles:
         return tuple(one for one in found if one.peer in wanted)
 
     async def _beside(self, run: NodeRun) -> str | None:
-        """Where this node has another one with the certificate of ``run``, which is let in where it does not
-        answer any more.
-        """
+        """Where this node has another one with the certificate of ``run``; one that is silent makes room."""
         alive: list[str] = []
 
         async def look(connection: Any) -> None:

@@ -72,9 +72,7 @@ class Gateways:
         return sorted(found, key=lambda peer: peer != self.active)
 
     def linked(self) -> list[str]:
-        """PeerIDs of connected gateways, also of those that have dialled and are not configured here: their
-        certificates say what they are.
-        """
+        """Connected gateways, also those that have dialled and are not configured: by their certificates."""
         return list(dict.fromkeys((*self.connected(), *self._peers.carrying("gateway"))))
 
     def is_one(self, peer: str) -> bool:

@@ -293,9 +293,7 @@ class InboundConnections:
         return False
 
     def authenticate(self, arrival: InboundConnection, peer: str) -> str | None:
-        """Its certificate is that of ``peer``: it has one of the places of those from now on, or, when this
-        returns a reason, none.
-        """
+        """It is ``peer``, and has one of the places of known peers from now on; or why it has none."""
         if arrival not in self._anonymous:
             return "it took too long, and its place was needed"
         reason = None

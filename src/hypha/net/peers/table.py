@@ -148,9 +148,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
             return False
 
     def require_service(self, service: str, peer: str) -> None:
-        """PeerUnreachable unless a connected peer may be used as ``service`` (of
-        :data:`hypha.access.SERVICES`).
-        """
+        """PeerUnreachable unless a connected peer may be used as ``service``."""
         has, allowed = self.roles_of(peer), SERVICES[service].by
         if not may_act_as(has, allowed):
             raise PeerUnreachable(
