@@ -162,19 +162,21 @@ class BlockPacker:
     """
 
     def __init__(self, meta: TransferMeta, go: Go, packing: Packing | None) -> None:
-        self._whole = meta.encoding == "zstd"
+        self.whole = meta.encoding == "zstd"
+        self.go = go
+        self.left = meta.size - go.offset
         self._packing = packing if go.zstd_blocks else None
         self._compressor = zstandard.ZstdCompressor(level=3 if self._packing is None else self._packing.level)
 
     @property
     def frames(self) -> bool:
         """Whether any block may be compressed."""
-        return self._whole or self._packing is not None
+        return self.whole or self._packing is not None
 
     def packed(self, block: memoryview) -> tuple[memoryview | bytes, bool]:
         """A block as it is to go, and whether its length has to say that it is compressed."""
         packing = self._packing
-        if self._whole:
+        if self.whole:
             return self._compress(block), False
         if packing is None:
             return block, False

@@ -36,7 +36,6 @@ from hypha.net.bulk.blocks import (
     TAG_BYTES,
     BlockPacker,
     Opener,
-    Packing,
     Sealer,
     decode_block_length,
     encode_block_length,
@@ -132,10 +131,8 @@ class BulkConnection(ABC):
         return await self.hear()
 
     @abstractmethod
-    async def deliver(
-        self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None = None
-    ) -> Verdict:
-        """Send the file as ``go`` wants it; the receiver's verdict. ConnectionBroken, FileChanged."""
+    async def deliver(self, source: SourceFile, packer: BlockPacker) -> Verdict:
+        """Send the file as ``packer.go`` wants it; the receiver's verdict. ConnectionBroken, FileChanged."""
 
     def new_go(self, offset: int, zstd_blocks: bool) -> Go:
         """What to say as the receiver of one file, once."""
@@ -196,11 +193,8 @@ class StreamConnection(BulkConnection):
     async def hear(self) -> Frame:
         return await self._read_frame(None)
 
-    async def deliver(
-        self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None = None
-    ) -> Verdict:
-        packer = BlockPacker(meta, go, packing)
-        await self._call(source.seek, go.offset)
+    async def deliver(self, source: SourceFile, packer: BlockPacker) -> Verdict:
+        await self._call(source.seek, packer.go.offset)
         heard: outcome.Outcome[Verdict] | None = None
         writing = trio.CancelScope()
         written = trio.Event()
@@ -215,7 +209,7 @@ class StreamConnection(BulkConnection):
             nursery.start_soon(listen)
             sent: outcome.Outcome[None] = outcome.Value(None)
             with writing:
-                sent = await outcome.acapture(self._send_blocks, source, meta.size - go.offset, packer)
+                sent = await outcome.acapture(self._send_blocks, source, packer)
             written.set()
             if isinstance(sent, outcome.Error) and not writing.cancel_called:
                 # it may have failed because the receiver gave up: what it said last may still arrive
@@ -238,8 +232,8 @@ class StreamConnection(BulkConnection):
             if not isinstance(frame, Working):
                 raise ConnectionBroken(f"the peer said {type(frame).__name__} where its verdict was due")
 
-    async def _send_blocks(self, source: SourceFile, left: int, packer: BlockPacker) -> None:
-        cap = self._tally.caps.up
+    async def _send_blocks(self, source: SourceFile, packer: BlockPacker) -> None:
+        cap, left = self._tally.caps.up, packer.left
         buffer = memoryview(bytearray(BLOCK_BYTES))
         size = _WRITE_BYTES
 
@@ -381,10 +375,8 @@ class SocketConnection(BulkConnection):
         if not self._sock.pending():
             await trio.lowlevel.wait_readable(self._sock)
 
-    async def deliver(
-        self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None = None
-    ) -> Verdict:
-        return await self._in_thread(lambda: self._deliver(source, meta, go, packing))
+    async def deliver(self, source: SourceFile, packer: BlockPacker) -> Verdict:
+        return await self._in_thread(lambda: self._deliver(source, packer))
 
     def new_go(self, offset: int, zstd_blocks: bool) -> Go:
         return Go(offset, new_key(), zstd_blocks)
@@ -464,15 +456,14 @@ class SocketConnection(BulkConnection):
                 cap.wait(count)
             view = view[count:]
 
-    def _deliver(self, source: SourceFile, meta: TransferMeta, go: Go, packing: Packing | None) -> Verdict:
+    def _deliver(self, source: SourceFile, packer: BlockPacker) -> Verdict:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        packer = BlockPacker(meta, go, packing)
-        sealer = Sealer(go.key)
-        count = BLOCK_BYTES if meta.encoding == "zstd" else _FIRST_SEALED_BYTES
+        sealer = Sealer(packer.go.key)
+        count = BLOCK_BYTES if packer.whole else _FIRST_SEALED_BYTES
         buffer = memoryview(bytearray(BLOCK_BYTES))
-        source.seek(go.offset)
-        left = meta.size - go.offset
+        source.seek(packer.go.offset)
+        left = packer.left
         # an early word from the receiver is a refusal: stop and listen
         while left and not self._sock.pending() and not poll.poll(0):
             block = buffer[: source.read_into(buffer[: min(left, count)])]

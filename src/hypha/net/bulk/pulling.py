@@ -199,7 +199,7 @@ class Pulling:
     async def _connect(
         self, pull: WantedFile, offset: int
     ) -> tuple[BulkConnection, Go, FileFound | Verdict] | None:
-        """Over what the file was asked for, how, and the answer; None when it has to be asked for otherwise."""
+        """Over what it was asked for, how, and the answer; None when it has to be asked for otherwise."""
         peer = pull.peer_id
         link: BulkConnection | None = self._kept.take(peer, to_want=True)
         if link is not None:

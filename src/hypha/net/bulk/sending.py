@@ -25,7 +25,7 @@ from hypha.errors import (
 )
 from hypha.messages import BulkAnswer, BulkDial, BulkOffer, PeerRef, TransferMeta
 from hypha.net.bulk.blocks import KINDS as PACKED_KINDS
-from hypha.net.bulk.blocks import Known, Packing
+from hypha.net.bulk.blocks import BlockPacker, Known, Packing
 from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import FileChanged, SourceFile
 from hypha.net.bulk.kept_connections import KeptConnections
@@ -179,7 +179,7 @@ class Sending:
         note_link(link, offset)
         started = trio.current_time()
         try:
-            verdict = await link.deliver(source, meta, go, attempt.packing)
+            verdict = await link.deliver(source, BlockPacker(meta, go, attempt.packing))
         finally:
             self._learn(attempt)
         if verdict.outcome == "ok":
