@@ -197,7 +197,7 @@ class ServingPulls:
                 raise
             finally:
                 pulled.ready.set()
-            self.nursery.start_soon(self._be_pulled, key, pulled, path, request, counted)
+            self.nursery.start_soon(self._be_pulled, pulled, path, pulled.meta, caller, request, counted)
         await pulled.ready.wait()
         if pulled.error is not None:
             if isinstance(pulled.error, Refused):
@@ -208,21 +208,21 @@ class ServingPulls:
         return BulkOffer(token=request.token, meta=pulled.meta, addresses=())
 
     async def _be_pulled(
-        self, key: tuple[str, str], pulled: _Pulled, path: Path, request: PullFile, counted: ExitStack
+        self,
+        pulled: _Pulled,
+        path: Path,
+        meta: TransferMeta,
+        caller: str,
+        request: PullFile,
+        counted: ExitStack,
     ) -> None:
-        caller, token = key
-        meta = pulled.meta
-        if meta is None:
-            raise ValueError("a file is sent when it is known what it is")
+        async def send() -> None:
+            await self._sending.send(caller, path, meta, request.token, pulled=True)
+
         try:
             with counted:
-                pulled.error = await self._told(
-                    caller,
-                    request,
-                    meta,
-                    lambda: self._sending.send(caller, path, meta, token, pulled=True),
-                )
+                pulled.error = await self._told(caller, request, meta, send)
                 if pulled.error is not None:
                     await trio.sleep(REMEMBER_S)
         finally:
-            self._pulled.pop(key, None)
+            del self._pulled[caller, request.token]

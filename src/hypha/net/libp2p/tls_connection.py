@@ -43,18 +43,11 @@ WRITE_STALL_S = 30.0
 RECEIVE_BYTES = 256 * 1024
 
 
-class _Closing(trio.abc.AsyncResource):
-    """Lets :func:`trio.aclose_forcefully` close a libp2p raw connection without waiting."""
-
-    def __init__(self, raw: IRawConnection) -> None:
-        self._raw = raw
-
-    async def aclose(self) -> None:
-        await self._raw.close()
-
-
 async def close_at_once(raw: IRawConnection) -> None:
-    await trio.aclose_forcefully(_Closing(raw))
+    """As :func:`trio.aclose_forcefully`, which knows no connection of libp2p."""
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await raw.close()
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from hypha.messages import (
 from hypha.naming import cleaned, shown
 from hypha.net.libp2p.mutual_tls import HANDSHAKE_TIMEOUT_S
 from hypha.net.libp2p.tls_connection import TlsConnection
-from hypha.net.peers.inbound_limits import counted
+from hypha.net.peers.inbound_limits import OverLimit, counted
 from hypha.net.peers.reasons import SAME_CERTIFICATE, Refusal
 from hypha.net.peers.table import PeerTable, secured
 from hypha.node import Changes
@@ -96,9 +96,7 @@ class Doubles:
         #: by gateway: questions under way, and until when it is not waited for
         self._asking: Counter[str] = Counter()
         self._excused: dict[str, float] = {}
-        #: when it was said of whom
-        self._said: dict[str, float] = {}
-        self._own_said_at = -math.inf
+        self._over_limit = OverLimit()
         # from now on the connection itself is seen
         peers.on_connected.append(self._drop_claim)
 
@@ -164,9 +162,8 @@ class Doubles:
         """Where ``gateway`` has another node with the certificate of ``run``; ``None`` also where it does not
         say: a network must not stand still for one gateway.
         """
-        now = trio.current_time()
-        self._excused = {one: until for one, until in self._excused.items() if until > now}
-        if gateway in self._excused or self._asking[gateway] >= ASKED_AT_ONCE:
+        excused = self._excused.get(gateway, 0.0) > trio.current_time()
+        if excused or self._asking[gateway] >= ASKED_AT_ONCE:
             return None
         found = await self._ask(gateway, (run,), ASK_S)
         return f"{found[0].address}, connected to {shown(gateway)}" if found else None
@@ -267,9 +264,7 @@ class Doubles:
 
     async def answer(self, caller: str, request: SameCertificate) -> Acknowledged:
         """This node is told that it has a double."""
-        now = trio.current_time()
-        if now - self._own_said_at >= REMIND_S:
-            self._own_said_at = now
+        if self._over_limit.is_first(self._own.peer, "told", REMIND_S):
             logger.error(
                 "Another node uses the certificate of this one: it has come to %s from %s, and was turned "
                 "away. Make a certificate for each machine (`hypha-certutil node`).",
@@ -291,11 +286,8 @@ class Doubles:
 
     def _say(self, peer: str, goes_on: str, turned_away: str) -> bool:
         """Whether it was due to be said."""
-        now = trio.current_time()
-        self._said = {one: at for one, at in self._said.items() if now - at < REMIND_S}
-        if peer in self._said:
+        if not self._over_limit.is_first(peer, "double", REMIND_S):
             return False
-        self._said[peer] = now
         logger.error(
             "Two nodes use the certificate of %s: %s goes on, %s is turned away. Make a certificate for each "
             "machine (`hypha-certutil node`).",

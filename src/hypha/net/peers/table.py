@@ -41,9 +41,7 @@ CHECK_S = 60.0
 
 def secured(connection: Any) -> TlsConnection:
     """The TLS connection below a swarm connection (there is no other kind)."""
-    tls = connection.muxed_conn.secured_conn
-    if not isinstance(tls, TlsConnection):
-        raise TypeError(f"a connection of unknown kind: {tls!r}")
+    tls: TlsConnection = connection.muxed_conn.secured_conn
     return tls
 
 
