@@ -106,16 +106,14 @@ class BulkConnection(ABC):
         #: how it was made, and whether it was kept from an earlier transfer; for the log and for traces
         self.way = ""
         self.was_kept = False
+        #: whether it runs through a gateway
+        self.is_relayed = False
         #: whether the other end is of a version that knows ``WantFile``
         self.knows_want = False
         #: bytes that came and went so far, whatever they were
         self.heard = 0
         self.went = 0
         self._tally = tally
-
-    @property
-    def is_relayed(self) -> bool:
-        return False
 
     @abstractmethod
     async def say(self, frame: Frame) -> None:
@@ -177,15 +175,12 @@ class StreamConnection(BulkConnection):
     ) -> None:
         super().__init__(peer, tally)
         self._stream = stream
+        self.is_relayed = stream.muxed_conn.secured_conn.get_connection_type() == ConnectionType.RELAYED
         self._limiter = limiter
         self._buffer = bytearray()
         self._closing = False
         #: set when whoever took it has closed it, or nobody wants it
         self.closed = trio.Event()
-
-    @property
-    def is_relayed(self) -> bool:
-        return bool(self._stream.muxed_conn.secured_conn.get_connection_type() == ConnectionType.RELAYED)
 
     async def say(self, frame: Frame) -> None:
         await self._write(encode_frame(frame))

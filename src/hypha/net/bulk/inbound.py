@@ -40,9 +40,8 @@ class Acceptor:
     arrived: Arrived
     limit: int
     inbound: set[Inbound] = field(default_factory=set)
-
-    def came_over(self, link: BulkConnection) -> None:
-        """A file has arrived, over ``link``."""
+    #: by which way its last file came
+    came_by: str = ""
 
     def failed(self, reason: Refused | WrongHash | DiskFailed) -> None:
         """An attempt came to an end that another one cannot mend."""
@@ -132,8 +131,6 @@ class WantedFile(Acceptor):
         self.afresh = False
         #: what was here already when the last attempt began
         self.offset = 0
-        #: by which way it came
-        self.came_by = ""
 
     @property
     def log_fields(self) -> dict[str, str]:
@@ -185,9 +182,6 @@ class WantedFile(Acceptor):
         if expect is not None and (meta.size, meta.blake3) != (expect.size, expect.blake3):
             raise TransferCorrupt(self.peer_id, name, "it offers other content than was promised")
         self.meta = meta
-
-    def came_over(self, link: BulkConnection) -> None:
-        self.came_by = link.way
 
     def failed(self, reason: Refused | WrongHash | DiskFailed) -> None:
         if isinstance(reason, WrongHash):
@@ -263,7 +257,7 @@ class Collecting:
         verdict = await link.while_working(lambda: self._arrived(inbound))
         self._parts.pop(inbound.destination, None)
         if verdict.outcome == "ok":
-            inbound.acceptor.came_over(link)
+            inbound.acceptor.came_by = link.way
             self.done[inbound.caller, inbound.token] = inbound.meta.size
         with contextlib.suppress(ConnectionBroken):  # a sender that misses it asks again
             await link.say(verdict)

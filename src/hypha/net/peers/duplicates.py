@@ -98,7 +98,7 @@ class Doubles:
         self._excused: dict[str, float] = {}
         self._over_limit = OverLimit()
         # from now on the connection itself is seen
-        peers.on_connected.append(self._drop_claim)
+        peers.on_connected.append(lambda peer: self._claims.pop(peer, None))
 
     async def admit(self, new: TlsConnection) -> Refusal | None:
         """Why the node behind ``new`` may not come in; ``None`` where it may."""
@@ -133,9 +133,6 @@ class Doubles:
             return claim.place
         await claim.decided.wait()
         return claim.elsewhere
-
-    def _drop_claim(self, peer: str) -> None:
-        self._claims.pop(peer, None)
 
     def _claim_of(self, peer: str) -> _Claim | None:
         now = trio.current_time()

@@ -80,7 +80,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
         self._vouched: Recent[str, tuple[frozenset[str], str]] = Recent(REMEMBERED_ROLES)
         #: connections that this node ended, and why
         self._cuts: dict[Any, Cut] = {}
-        self.on_connected: list[Callable[[str], None]] = []
+        self.on_connected: list[Callable[[str], object]] = []
         self.on_lost: list[Callable[[str], None]] = []
         #: called when certificate, trust bundle or revocation lists were read again
         self.on_identity: list[Callable[[], None]] = []
