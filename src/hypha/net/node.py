@@ -115,20 +115,12 @@ class Libp2pNode:
         self.wait_connected = self._gateways.wait_connected
         self.gateway_changed = self._gateways.changed
         self._caps = caps = Caps(options.limits)
-        self.hop: RelayHop | None = None
-        if options.hop:
-            self.hop = RelayHop(self._host, self._streams, options.relay_limits, caps)
-            self._peers.on_lost.append(self.hop.forget)
         self._rpc = Rpc(self._streams, self._dialer.connect, nursery, tuning.connections)
         self.answer = self._rpc.answer
         others = self._gateways.linked if options.hop else None
         run = NodeRun(peer=self.peer_id, instance=self.instance)
         self._doubles = Doubles(run, self._peers, self._rpc.request, others, nursery)
         self._security.admit = self._doubles.admit
-        if options.hop:
-            self.answer(FindDoubles, self._doubles.find)
-            # however many nodes come to another gateway, its questions about them are answered
-            self.prefer(self._is_gateway)
         self._reports = Reports(self._streams, self._dialer.connect, nursery)
         self.report, self.answer_reports = self._reports.report, self._reports.answer
         publishers = Publishers(options.identity, options.require_roles, self._peers)
@@ -136,19 +128,32 @@ class Libp2pNode:
             self._host, self._gateways.connected, self._gossips_with, publishers, self.connect, tuning.gossip
         )
         self.publish, self.subscribe = self._gossip.publish, self._gossip.subscribe
-        self._gateways.joined.append(self._gossip.include)
+        self._gateways.joined = self._gossip.include
         self._dht = DhtClient(
             self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
         )
         self.provide = self._dht.provide
         self.withdraw = self._dht.withdraw
         self.find_providers = self._dht.find
-        self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
         self.transfers = BulkTransfers(self, caps, tuning)
         self._port.serve_bulk = self.transfers.serve_socket
         self._peers.on_doubt.append(self.transfers.cut_untrusted)
         self.health_details: list[Callable[[], dict[str, str]]] = [caps.details]
-        if (hop := self.hop) is not None:
+        self.answer(Health, self._health)
+        self.answer(SameCertificate, self._doubles.answer)
+        diagnosing = Diagnosing(self._dialer.who_is_at, self._hosts_of)
+        self.answer(MeasureBandwidth, diagnosing.measure)
+        self.hop: RelayHop | None = None
+        self.dht_server: DhtServer | None = None
+        if options.hop:
+            self.hop = hop = RelayHop(self._host, self._streams, options.relay_limits, caps)
+            peers.on_lost.append(hop.forget)
+            self.dht_server = DhtServer(self._host, self._streams, peers, nursery)
+            self.answer(FindDoubles, self._doubles.find)
+            # however many nodes come to another gateway, its questions about them are answered
+            self.prefer(self._is_gateway)
+            self.answer(ListPeers, self._list_peers)
+            self.answer(DialBack, diagnosing.dial_back)
             self.health_details.append(
                 lambda: {
                     "circuits": str(hop.circuits),
@@ -158,13 +163,6 @@ class Libp2pNode:
                     "max_reservations": str(options.relay_limits.reservations),
                 }
             )
-        self.answer(Health, self._health)
-        self.answer(SameCertificate, self._doubles.answer)
-        diagnosing = Diagnosing(self._dialer.who_is_at, self._hosts_of)
-        self.answer(MeasureBandwidth, diagnosing.measure)
-        if options.hop:
-            self.answer(ListPeers, self._list_peers)
-            self.answer(DialBack, diagnosing.dial_back)
 
     @property
     def identity(self) -> Identity:

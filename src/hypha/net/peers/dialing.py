@@ -60,6 +60,9 @@ class _Attempt:
 class Dialer:
     """Connects to peers. ``own_relays`` names connected gateways to try as relays."""
 
+    relay_client: RelayClient
+    own_relays: Callable[[], list[str]]
+
     def __init__(
         self,
         swarm: Any,
@@ -77,13 +80,11 @@ class Dialer:
         self._timings = timings
         self._nursery = nursery
         self._attempts: dict[str, _Attempt] = {}
-        self.relay_client: RelayClient
         self._shut_out = ShutOut(timings.reconnect_max_s)
         # certificates and revocation lists are others now
         peers.on_identity.append(self._shut_out.clear)
         #: why, as it was said last, by peer
         self._relayed_for: Recent[str, str] = Recent(MAX_RELAYED_TOLD)
-        self.own_relays: Callable[[], list[str]] = list
         swarm.dial_peer = self._dial_for_library
 
     async def connect(self, peer: str, relays: bool = True) -> None:

@@ -34,6 +34,8 @@ REFRESH_S = 300.0
 class Gateways:
     """Keeps a node in touch with its gateways. ``joined`` is awaited after each new connection."""
 
+    joined: Callable[[str], Awaitable[None]]
+
     def __init__(
         self,
         addresses: tuple[str, ...],
@@ -62,7 +64,6 @@ class Gateways:
         self.active: str | None = None
         self.reserved: str | None = None
         self.changed = Changes()
-        self.joined: list[Callable[[str], Awaitable[None]]] = []
         #: the node is about to end: who is lost now stays lost, and is no news
         self.leaving = False
 
@@ -141,8 +142,7 @@ class Gateways:
         logger.info("Connected to gateway %s.", peer, extra={"peer_id": peer})
         try:
             async with trio.open_nursery() as nursery:
-                for join in self.joined:
-                    nursery.start_soon(join, peer)
+                nursery.start_soon(self.joined, peer)
                 if reserve:
                     nursery.start_soon(self._hold_reservation, peer)
                 self.changed.note()
@@ -210,8 +210,7 @@ class Gateways:
             backoff.reset()
             lost = self._peers.loss_of(peer)
             logger.info("Linked with gateway %s.", peer, extra={"peer_id": peer})
-            for join in self.joined:
-                await join(peer)
+            await self.joined(peer)
             self.changed.note()
             await lost.wait()
             if self.leaving:
