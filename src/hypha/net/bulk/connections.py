@@ -54,7 +54,9 @@ from hypha.net.bulk.wire import (
     ConnectionBroken,
     Frame,
     Go,
+    Hello,
     Verdict,
+    WantFile,
     Working,
     decode_frame,
     decode_length,
@@ -425,12 +427,31 @@ class SocketConnection(BulkConnection):
         self._sock.sendall(data)
         self._tally.sockets.add(sent=len(data))
 
-    def _read_frame(self) -> Frame:
+    def _read_frame(self, read: Callable[[memoryview], int] | None = None) -> Frame:
+        read = read or self._sock.recv_into
         head = bytearray(LENGTH_BYTES)
-        self._read_exactly(self._sock.recv_into, memoryview(head))
+        self._read_exactly(read, memoryview(head))
         payload = bytearray(decode_length(bytes(head), MAX_FRAME_BYTES))
-        self._read_exactly(self._sock.recv_into, memoryview(payload))
+        self._read_exactly(read, memoryview(payload))
         return decode_frame(bytes(payload))
+
+    def read_first(self, deadline: float) -> Hello | WantFile:
+        """What it is for, read in this thread; it is here before ``time.monotonic()`` is ``deadline``: one
+        time-out a byte would let a peer keep the thread for hours.
+        """
+
+        def read(view: memoryview) -> int:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise ConnectionBroken("the peer did not say in time what it came for")
+            self._sock.settimeout(left_s)
+            return self._sock.recv_into(view)
+
+        first = self._read_frame(read)
+        self._sock.settimeout(STALL_TIMEOUT_S)
+        if not isinstance(first, Hello | WantFile):
+            raise ConnectionBroken("the peer did not say what its connection is for")
+        return first
 
     def _read_raw(self, view: memoryview) -> int:
         cap = self._tally.caps.down

@@ -36,16 +36,12 @@ from hypha.net.bulk.wire import (
     BULK_ALPN,
     BULK_PROTOCOL,
     HANDSHAKE_TIMEOUT_S,
-    LENGTH_BYTES,
-    MAX_FRAME_BYTES,
     WANT_PROTOCOL,
     BulkConnections,
     ConnectionBroken,
     Hello,
     Verdict,
     WantFile,
-    decode_frame,
-    decode_length,
     encode_frame,
 )
 from hypha.net.sockets import resend_soon, set_buffers
@@ -189,9 +185,9 @@ class Rendezvous:
             with self._tracked(tls) as loop:
                 tls.do_handshake()
                 peer = self._prove(tls)
-                first = _read_first(tls, deadline)
                 link = SocketConnection(tls, peer, self._tally, self._limiter)
                 link.way = "direct"
+                first = link.read_first(deadline)
                 loop.run_sync_soon(self._arrived, first, link)
                 tls = None
         except (OSError, ValueError, IdentityError, ConnectionBroken, trio.RunFinishedError) as exc:
@@ -335,29 +331,3 @@ class Rendezvous:
             raise ConnectionBroken("the peer showed no certificate")
         self._links.identity.check(certificate, presented_chain(tls))
         return peer_id_of(certificate)
-
-
-def _read_first(tls: ssl.SSLSocket, deadline: float) -> Hello | WantFile:
-    """What the connection is for, which is here before ``time.monotonic()`` is ``deadline``: one time-out a
-    byte would let a peer keep the thread for hours.
-    """
-
-    def read(count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise ConnectionBroken(
-                    f"the peer did not say within {HANDSHAKE_TIMEOUT_S:g} s what it came for"
-                )
-            tls.settimeout(left_s)
-            more = tls.recv(count - len(data))
-            if not more:
-                raise ConnectionBroken("the peer closed the connection before it said anything")
-            data += more
-        return data
-
-    first = decode_frame(read(decode_length(read(LENGTH_BYTES), MAX_FRAME_BYTES)))
-    if not isinstance(first, Hello | WantFile):
-        raise ConnectionBroken("the peer did not say what its connection is for")
-    return first
