@@ -59,9 +59,10 @@ from hypha.net.discovery.dht_records import (
     trimmed_query,
 )
 from hypha.net.libp2p import host
+from hypha.net.libp2p.relay import RelayRefused
 from hypha.net.libp2p.streams import STREAM_ERRORS, discard, limit_of
 from hypha.net.libp2p.yamux import MAX_GROWTH_BYTES, MAX_INBOUND_STREAMS
-from hypha.net.options import RelayLimits, RelayRefused
+from hypha.net.options import RelayLimits
 from hypha.net.peers.addresses import MAX_ADDRESSES, host_and_port
 from hypha.net.peers.inbound_limits import (
     GRACE_S,

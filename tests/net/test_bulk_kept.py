@@ -353,7 +353,7 @@ class IdleLink(SocketConnection):
 
 async def test_few_are_kept_in_all_and_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk_kept, "MAX_KEPT", 3)
-    kept = KeptConnections()
+    kept = KeptConnections(None)  # type: ignore[arg-type]
     links = [IdleLink(f"peer-{number}") for number in range(5)]
     assert not kept.give(links[0], speaks=True)
     async with trio.open_nursery() as nursery:
