@@ -13,6 +13,7 @@ whom most wait are ended. Those who share a lease with this node are asked for n
 renewal is one stream and some hundred bytes, so it is never refused.
 
 What is refused is counted each time and logged once a peer: whoever floods a node must not fill its log, too.
+Tables of what peers do are kept within bounds by :class:`Recent` and :func:`counted`.
 """
 
 from __future__ import annotations
