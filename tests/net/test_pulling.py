@@ -215,7 +215,7 @@ async def test_who_is_busy_is_asked_again_and_costs_no_place(network: Network, t
         async with trio.open_nursery() as nursery:
             nursery.start_soon(slice_.pull, worker, tmp_path / "0")
             await until(lambda: slice_.asked == 3)
-            await until(lambda: places._limiter.borrowed_tokens == 0)
+            await until(lambda: places.held == 0)
             assert not (tmp_path / "0").exists()
         assert slice_.asked == 4
 

@@ -52,6 +52,11 @@ class TransferSlots:
         self._held: dict[_Held, None] = {}
         self._taken = trio.Event()
 
+    @property
+    def held(self) -> int:
+        """Places that are taken."""
+        return self._limiter.borrowed_tokens
+
     @asynccontextmanager
     async def hold(self, moved: Callable[[], object]) -> AsyncIterator[None]:
         """Wait for a place, and have it. What ``moved`` returns changes while something moves."""
