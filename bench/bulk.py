@@ -30,8 +30,8 @@ from hypha.config.tuning import LimitsConfig
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net import open_node
+from hypha.net.bulk.blocks import TAG_BYTES, Opener, Sealer, new_key
 from hypha.net.bulk.files import StreamHash, quick_hasher, strong_hasher
-from hypha.net.bulk.sealing import TAG_BYTES, Opener, Sealer, new_key
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.bulk.wire import LENGTH_BYTES
 from hypha.net.peers.addresses import host_and_port
@@ -182,13 +182,13 @@ async def asked_for(report: Report, pki: Pki, directory: Path) -> None:
             await node.connect(ref)
 
             async def first_byte_s(number: int) -> float:
-                before, began = node.transfers.bytes_received, time.perf_counter()
+                before, began = node.transfers.tally.received, time.perf_counter()
                 first = 0.0
 
                 async def watch() -> None:
                     nonlocal first
                     # nobody is told of single bytes
-                    while node.transfers.bytes_received == before:  # noqa: ASYNC110
+                    while node.transfers.tally.received == before:  # noqa: ASYNC110
                         await trio.sleep(0.001)
                     first = time.perf_counter() - began
 

@@ -14,7 +14,7 @@ import trio
 from hypha.config.models import GatewayConfig
 from hypha.messages import PeerRef
 from hypha.net import Libp2pNode, open_node, options_from
-from hypha.net.peers.listing import Listing
+from hypha.net.peers.diagnosing import listed
 from hypha.telemetry import health_of, serve_http
 from hypha.waiting import IDLE_S, Reminder
 
@@ -27,7 +27,7 @@ async def run_gateway(
     """Run until cancelled; started with the gateway's PeerID and addresses. Raises ConfigError."""
     async with open_node(options_from(config, "hypha-gateway")) as node, trio.open_nursery() as nursery:
         if config.http_address is not None:
-            peers = {"peers": lambda: Listing(node.connections, lambda _: ()).all()}
+            peers = {"peers": lambda: listed(node.connections())}
             health = partial(serve_http, config.http_address, lambda: health_of(node), lookups=peers)
             await nursery.start(health)
         ref = node.ref()

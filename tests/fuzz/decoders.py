@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import zstandard
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, StopMessage
 from safetensors.torch import save
@@ -37,10 +38,10 @@ from hypha.executor.models.weights import keys_in
 from hypha.executor.outer.archive import MOMENTUM, STATE, THETA, read_checkpoint
 from hypha.messages import Contribution, GossipEnvelope, PeerRef, SliceRange, encode_json
 from hypha.net.bulk import wire as bulk_wire
+from hypha.net.bulk.blocks import unpack_block
 from hypha.net.discovery.dht import _check, _refs
 from hypha.net.discovery.gossip import _hop
-from hypha.net.libp2p.protobuf_messages import decode_message, peer_id_in
-from hypha.net.libp2p.traced_messages import traceparent_of
+from hypha.net.libp2p.protobuf_messages import decode_message, peer_id_in, traceparent_of
 from hypha.net.peers.addresses import AddressBook, host_and_port, ip_of, parse
 from hypha.pki.certificates import peer_id_of, roles_of
 from hypha.pki.identity import IdentityFiles, load_identity
@@ -120,9 +121,8 @@ def _wire() -> Iterator[Target]:
         broken,
         values=tuple(frames),
     )
-    packer = bulk_wire.BlockPacker()
-    blocks = [packer.pack(memoryview(b"abc" * 1000)), packer.pack(memoryview(bytes(100_000)))]
-    yield Target("bulk block", lambda data: bulk_wire.BlockUnpacker().unpack(data), tuple(blocks), broken)
+    blocks = map(zstandard.ZstdCompressor(level=3).compress, (b"abc" * 1000, bytes(100_000)))
+    yield Target("bulk block", unpack_block, tuple(blocks), broken)
     yield Target(
         "bulk length",
         lambda data: bulk_wire.decode_length(data[:4].ljust(4), 1 << 20),

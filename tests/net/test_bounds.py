@@ -58,15 +58,16 @@ from hypha.net.discovery.dht_records import (
     Records,
     trimmed_query,
 )
-from hypha.net.libp2p import identify_bounds
-from hypha.net.libp2p.inbound_streams import limit_of
-from hypha.net.libp2p.relay import RelayLimits, RelayRefused
-from hypha.net.libp2p.streams import STREAM_ERRORS, discard
-from hypha.net.libp2p.yamux_reader import MAX_GROWTH_BYTES, MAX_INBOUND_STREAMS
+from hypha.net.libp2p import host
+from hypha.net.libp2p.relay import RelayRefused
+from hypha.net.libp2p.streams import STREAM_ERRORS, discard, limit_of
+from hypha.net.libp2p.yamux import MAX_GROWTH_BYTES, MAX_INBOUND_STREAMS
+from hypha.net.options import RelayLimits
 from hypha.net.peers.addresses import MAX_ADDRESSES, host_and_port
-from hypha.net.peers.inbound_budget import OWN_STREAMS, InboundBudget
-from hypha.net.peers.inbound_connections import (
+from hypha.net.peers.inbound_limits import (
     GRACE_S,
+    OWN_STREAMS,
+    InboundBudget,
     InboundConnection,
     InboundConnections,
     source_of,
@@ -257,12 +258,12 @@ async def test_one_address_has_a_part_of_the_anonymous_places(
         strangers = [
             await connected_from("127.0.0.2", victim, b"\x13") for _ in range(MAX_ANONYMOUS_PER_SOURCE + 30)
         ]
-        await until(lambda: victim._port._arrivals.anonymous == MAX_ANONYMOUS_PER_SOURCE)
+        await until(lambda: len(victim._port.arrivals._anonymous) == MAX_ANONYMOUS_PER_SOURCE)
         with trio.fail_after(3):
             assert await is_served(honest, victim)
         for one in strangers:
             await one.aclose()
-        await until(lambda: victim._port._arrivals.anonymous == 0)
+        await until(lambda: len(victim._port.arrivals._anonymous) == 0)
     # on a busy machine one of them has taken too long before that
     assert caplog.text.count("Closed an incoming connection from 127.0.0.2: ") == 1
 
@@ -272,7 +273,7 @@ async def test_strangers_at_the_address_of_honest_peers_give_way_to_them(network
         strangers = [
             await connected_from("127.0.0.1", victim, b"\x13") for _ in range(MAX_ANONYMOUS_PER_SOURCE + 10)
         ]
-        await until(lambda: victim._port._arrivals.anonymous == MAX_ANONYMOUS_PER_SOURCE)
+        await until(lambda: len(victim._port.arrivals._anonymous) == MAX_ANONYMOUS_PER_SOURCE)
         with trio.fail_after(GRACE_S + 3):
             while not honest.is_connected(victim.peer_id):
                 with suppress(PeerUnreachable):
@@ -289,7 +290,7 @@ async def test_a_greeting_dealt_out_by_bytes_ends_with_the_deadline_of_the_whole
             for byte in b"\x13/multistream/1.0.0\n" * 3:
                 await stream.send_all(bytes([byte]))
                 await trio.sleep(0.2)
-        await until(lambda: victim._port._arrivals.anonymous == 0)
+        await until(lambda: len(victim._port.arrivals._anonymous) == 0)
         await stream.aclose()
 
 
@@ -319,15 +320,15 @@ async def test_places_of_addresses(autojump_clock: trio.testing.MockClock) -> No
     assert late is not None
     assert ended == [0]  # of the address that has the most, the oldest
     assert held[0] is not None
-    assert held[0].authenticate("late") is not None
+    assert arrivals.authenticate(held[0], "late") is not None
     for one in (late, others[0]):
         assert one is not None
-        assert one.authenticate("peer") is None
+        assert arrivals.authenticate(one, "peer") is None
     assert held[1] is not None
-    assert "it has 2 connections" in (held[1].authenticate("peer") or "")
-    late.leave()
-    late.leave()
-    assert held[1].authenticate("peer") is None
+    assert "it has 2 connections" in (arrivals.authenticate(held[1], "peer") or "")
+    arrivals.leave(late)
+    arrivals.leave(late)
+    assert arrivals.authenticate(held[1], "peer") is None
 
 
 def test_what_is_one_address() -> None:
@@ -646,7 +647,7 @@ async def test_what_a_peer_says_of_itself_stalls_nobody(network: Network) -> Non
 
 
 def test_the_newest_addresses_of_a_peer_are_kept() -> None:
-    identify_bounds.install()
+    host._install_repairs()
     data = PeerData()
     many = [Multiaddr(f"/ip4/10.0.{n >> 8}.{n & 255}/tcp/1") for n in range(1000)]
     for start in range(0, 1000, 10):
@@ -734,7 +735,7 @@ def test_a_leases_partner_has_a_connection_where_all_places_are_taken() -> None:
         def arrive(name: str, peer: str) -> tuple[InboundConnection, str | None]:
             arrival = arrivals.arrive("192.0.2.1", lambda: cut.append(name))
             assert arrival is not None
-            return arrival, arrival.authenticate(peer)
+            return arrival, arrivals.authenticate(arrival, peer)
 
         first, refused = arrive("other-1", "other")
         assert refused is None
@@ -746,7 +747,7 @@ def test_a_leases_partner_has_a_connection_where_all_places_are_taken() -> None:
         assert cut == ["greedy-1", "greedy-2"]
         # of those who all share one, none gives way
         assert "it has 3 connections" in (arrive("scheduler-3", "scheduler")[1] or "")
-        first.leave()
+        arrivals.leave(first)
         assert arrive("scheduler-4", "scheduler")[1] is None
 
     trio.run(main)

@@ -22,10 +22,10 @@ from hypha.messages import BulkAnswer, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net.bulk import kept_connections as bulk_kept
 from hypha.net.bulk import sending as bulk_sending
+from hypha.net.bulk.connections import SocketConnection
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.sending import SendAttempt, Sending
-from hypha.net.bulk.sockets import SocketConnection
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.bulk.wire import ConnectionBroken, Working
 from hypha.net.peers.addresses import host_and_port
@@ -89,9 +89,9 @@ async def open_rig(
             async with network.leaf("worker", [gateway], identity=near_is, tuning=tuning) as near:
                 rig = Rig(near, far, proxy, directory)
 
-                async def offer(self: Sending, peer: str, attempt: SendAttempt) -> BulkAnswer:
+                async def offer(self: Sending, attempt: SendAttempt) -> BulkAnswer:
                     rig.offers[attempt.meta.name] += 1
-                    return await real(self, peer, attempt)
+                    return await real(self, attempt)
 
                 monkeypatch.setattr(Sending, "_offer", offer)
                 yield rig
@@ -260,7 +260,7 @@ async def test_a_sender_that_was_revoked_cannot_use_what_was_kept(
         await rig.send("first")
         await until(lambda: rig.kept == (1, 1))
         revoke(network.pki.org, [victim.cert], crl)
-        await rig.far.reload_identity()
+        await rig.far._peers.reload_identity()
         with pytest.raises(TransferFailed):
             await rig.send("second")
     assert rig.arrived == ["first"]
@@ -286,7 +286,7 @@ async def test_a_file_that_goes_to_or_from_who_is_revoked_meanwhile_is_cut(
             nursery.start_soon(send)
             await until(lambda: sum(rig.proxy.passed) > 200_000)
             revoke(network.pki.org, [victim.cert], crl)
-            await (rig.far if revoked == "sender" else rig.near).reload_identity()
+            await (rig.far if revoked == "sender" else rig.near)._peers.reload_identity()
         assert sum(rig.proxy.passed) < 3_000_000
     assert rig.arrived == []
 
@@ -353,7 +353,7 @@ class IdleLink(SocketConnection):
 
 async def test_few_are_kept_in_all_and_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk_kept, "MAX_KEPT", 3)
-    kept = KeptConnections()
+    kept = KeptConnections(None)  # type: ignore[arg-type]
     links = [IdleLink(f"peer-{number}") for number in range(5)]
     assert not kept.give(links[0], speaks=True)
     async with trio.open_nursery() as nursery:
@@ -371,7 +371,7 @@ async def test_nonsense_on_a_kept_connection_is_its_end(
 ) -> None:
     async with open_rig(network, tmp_path, monkeypatch) as rig:
         await rig.send("first")
-        link = rig.near.transfers._kept.take(rig.far.peer_id, rig.near.identity)
+        link = rig.near.transfers._kept.take(rig.far.peer_id)
         assert link is not None
         await link.say(Working())
         with pytest.raises(ConnectionBroken):

@@ -13,7 +13,7 @@ import trio.testing
 from hypha.messages import TransferMeta
 from hypha.net.bulk.inbound import TRICKLE_BYTES, Acceptor, Inbound
 from hypha.net.bulk.rendezvous import Expected
-from hypha.net.bulk.slots import MAX_LENT, STILL_S, TransferSlots
+from hypha.net.bulk.turns import MAX_LENT, STILL_S, TransferSlots
 
 
 class Hall:

@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 
 from hypha.errors import Refused, TransferFailed
-from hypha.net.bulk.retries import (
+from hypha.net.bulk.turns import (
     BUSY_FOR_S,
     LONGEST_BUSY_PAUSE_S,
     LONGEST_PAUSE_S,

@@ -6,12 +6,11 @@ import os
 
 import pytest
 
-from hypha.net.bulk.sealing import KEY_BYTES, TAG_BYTES, Opener, Sealer, new_key
+from hypha.net.bulk.blocks import KEY_BYTES, TAG_BYTES, Opener, Sealer, decode_block_length, new_key
 from hypha.net.bulk.wire import (
     LENGTH_BYTES,
     MAX_BLOCK_BYTES,
     ConnectionBroken,
-    decode_block_length,
     decode_length,
 )
 

@@ -42,7 +42,7 @@ from hypha.messages import (
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net import rpc
-from hypha.net.bulk import sockets as bulk_sockets
+from hypha.net.bulk.connections import SocketConnection
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.bulk.wire import BULK_ALPN, BULK_PROTOCOL, encode_length
 from hypha.net.libp2p.relay import HOP, STOP
@@ -416,7 +416,7 @@ def speak_bulk(hostile: Node, victim: Node, data: bytes) -> None:
             tls.recv(1000)
 
 
-async def a_kept_link(case: Case) -> bulk_sockets.SocketConnection:
+async def a_kept_link(case: Case) -> SocketConnection:
     """Of the hostile node to the victim, over which it has sent a file."""
 
     async def gate(caller: str, meta: TransferMeta) -> Path:
@@ -429,7 +429,7 @@ async def a_kept_link(case: Case) -> bulk_sockets.SocketConnection:
     source.write_bytes(b"x" * 1000)
     await case.hostile.transfers.send(ref_of(case.victim), source, await meta_of(source, "update", "u"))
     stop()
-    link = case.hostile.transfers._kept.take(case.victim.peer_id, case.hostile.identity)
+    link = case.hostile.transfers._kept.take(case.victim.peer_id)
     assert link is not None
     return link
 
@@ -468,7 +468,7 @@ async def bulk_answers(case: Case) -> None:
 
         stop = case.hostile.transfers.accept("update", None, gate, take)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bulk_sockets.SocketConnection, "_collect", speak)
+            patch.setattr(SocketConnection, "_collect", speak)
             # over a stream it may arrive all the same
             with trio.move_on_after(0.5), contextlib.suppress(NetworkError):
                 await case.victim.transfers.send(ref_of(case.hostile), source, meta)

@@ -15,6 +15,7 @@ from tests.support.stopwatch import Stopwatch
 
 import hypha.net
 from hypha.config.models import GatewayConfig, WorkerConfig
+from hypha.config.tuning import TuningConfig
 from hypha.errors import AddressTaken, ConfigError, DatasetNotFound, PeerUnreachable
 from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, ReleaseLease
 from hypha.net import Libp2pNode as Node
@@ -249,7 +250,7 @@ async def test_who_asks_a_closing_node_where_it_listens_hears_of_open_sockets_on
 
     async def nobody(stream: object) -> None: ...
 
-    listener = SharedPortTcp(1).create_listener(nobody)
+    listener = SharedPortTcp(1, TuningConfig()).create_listener(nobody)
     opened = await trio.open_tcp_listeners(0, host="127.0.0.1")
     listener.listeners.extend(opened)
     [address] = listener.get_addrs()

@@ -128,7 +128,7 @@ async def test_a_certificate_that_is_revoked_meanwhile_is_the_reason_of_a_loss(
         await ours.connect(PeerRef(peer=other.peer_id, addresses=(address_of(other),)))
         assert signals.reading(instruments.CERTIFICATE_EXPIRES, file="crl") > 0
         revoke(network.pki.org, [theirs.cert], crl)
-        await ours.reload_identity()
+        await ours._peers.reload_identity()
         await until(lambda: signals.reading(instruments.CONNECTIONS_LOST, reason="revoked") == 1)
 
 

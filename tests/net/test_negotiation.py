@@ -15,7 +15,7 @@ from tests.support.network import Network, address_of
 
 from hypha.errors import PeerUnreachable
 from hypha.messages import Health, PeerRef
-from hypha.net.libp2p.negotiation import EagerClient
+from hypha.net.libp2p.host import EagerClient
 
 SPOKEN, UNKNOWN = TProtocol("/spoken/1"), TProtocol("/unknown/1")
 

@@ -16,9 +16,9 @@ from hypha.config.tuning import TransferTuning
 from hypha.errors import Refused
 from hypha.messages import PeerRef, TransferMeta
 from hypha.net import meta_of
-from hypha.net.bulk.connection import BulkConnection
-from hypha.net.bulk.retries import LONGEST_BUSY_PAUSE_S
+from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.sending import Sending
+from hypha.net.bulk.turns import LONGEST_BUSY_PAUSE_S
 from hypha.net.bulk.ways import SLOW_WAY_S, Way
 
 pytestmark = pytest.mark.loopback

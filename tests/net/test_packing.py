@@ -15,11 +15,11 @@ from hypha.config.tuning import LimitsConfig, TransferTuning, TuningConfig
 from hypha.errors import TransferFailed
 from hypha.messages import PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
-from hypha.net.bulk.compression import MARGIN, MEASURE_ANEW_BYTES, SAMPLE_BYTES, Known, Packing
+from hypha.net.bulk.blocks import MARGIN, MEASURE_ANEW_BYTES, SAMPLE_BYTES, BlockPacker, Known, Packing
 from hypha.net.bulk.inbound import Inbound
 from hypha.net.bulk.sending import SendAttempt, Sending
 from hypha.net.bulk.transfers import meta_of
-from hypha.net.bulk.wire import BLOCK_BYTES, BlockPacker
+from hypha.net.bulk.wire import BLOCK_BYTES
 
 MB = 1e6
 
@@ -245,7 +245,7 @@ async def test_a_block_that_swells_breaks_the_connection(
     served = await slice_of(tmp_path / "slice", 3 << 20)
     bomb = zstandard.ZstdCompressor().compress(bytes(64 << 20))
     assert len(bomb) < 16 << 10
-    monkeypatch.setattr(BlockPacker, "pack", lambda self, block: bomb)
+    monkeypatch.setattr(BlockPacker, "_compress", lambda self, block: bomb)
     always = TuningConfig(transfers=TransferTuning(compression="always"))
     async with network.gateway(roles=(), tuning=always) as data, network.leaf("worker", [data]) as worker:
         with caplog.at_level("INFO", "hypha.net.bulk"), pytest.raises(TransferFailed):

@@ -224,7 +224,7 @@ async def test_too_many_are_told_that_it_is_busy(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving, "MAX_SERVED_PER_PEER", 0)
-    monkeypatch.setattr("hypha.net.bulk.retries.BUSY_FOR_S", 0.3)
+    monkeypatch.setattr("hypha.net.bulk.turns.BUSY_FOR_S", 0.3)
     async with behind_proxy(network) as (worker, data, _):
         slice_ = await provided(data, tmp_path)
         with pytest.raises(Refused, match="too many files") as refused:
@@ -236,7 +236,7 @@ async def test_a_puller_hears_that_others_are_served_first(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bulk_sending, "FIRST_WORD_S", 1.0)
-    monkeypatch.setattr("hypha.net.bulk.connection.WORKING_INTERVAL_S", 0.3)
+    monkeypatch.setattr("hypha.net.bulk.connections.WORKING_INTERVAL_S", 0.3)
     async with behind_proxy(network) as (worker, data, proxy):
         slice_ = await provided(data, tmp_path)
         places = data.transfers._sending.places
@@ -258,8 +258,8 @@ async def test_a_cut_is_gone_on_with_from_where_it_was(network: Network, tmp_pat
     async with cut_after(network, 20 << 20) as (worker, data):
         slice_ = await provided(data, tmp_path, size)
         await slice_.pull(worker, tmp_path / "0")
-        assert size <= data.transfers.bytes_sent < 1.5 * size
-        assert worker.transfers.bytes_received == size
+        assert size <= data.transfers.tally.sent < 1.5 * size
+        assert worker.transfers.tally.received == size
         await until(lambda: len(slice_.ended) == 2)
         assert isinstance(slice_.ended[0], TransferFailed)
         assert slice_.ended[1] is None

@@ -18,7 +18,7 @@ from tests.support.network import LOOPBACK, Network, Pki, address_of
 from hypha.errors import NetworkError, PeerUnreachable
 from hypha.messages import PeerRef
 from hypha.net.peers.addresses import host_and_port
-from hypha.net.peers.refusals import CERTIFICATE, SAME_CERTIFICATE, Refusal, encoded, refusal_in
+from hypha.net.peers.reasons import CERTIFICATE, SAME_CERTIFICATE, Refusal, encoded, refusal_in
 from hypha.pki.authority import revoke
 from hypha.pki.identity import IdentityFiles, load_identity
 
@@ -181,7 +181,7 @@ async def test_whoever_refuses_this_nodes_certificate_is_dialled_less_and_less(
             assert len([one for one in loud if "handshake" in one.getMessage()]) == 1
             # it has another certificate, perhaps
             revoked.cert.write_bytes(revoked.cert.read_bytes() + b"\n")
-            assert await worker.reload_identity()
+            assert await worker._peers.reload_identity()
             with pytest.raises(PeerUnreachable, match="was revoked"):
                 await worker.connect(scheduler.peer_id)
             dialled = [line for line in caplog.messages if line.startswith("No connection after")]

@@ -128,7 +128,7 @@ async def try_streams(nodes: Cast) -> None:
             stream = await caller._streams.open(nodes.gateway.peer_id, protocol)
         # whoever was refused has been when the answer to a later request is there
         await caller.request(nodes.gateway.peer_id, Health())
-        refused = (caller.peer_id, f"a stream of {protocol}") in nodes.gateway._streams._told
+        refused = (caller.peer_id, f"a stream of {protocol}") in nodes.gateway._streams._over_limit._logged
         assert refused is not may(role, use.by), f"{protocol} by {role}"
         assert refused or stream is not None
         if stream is not None:
@@ -143,7 +143,7 @@ async def try_topic(nodes: Cast) -> None:
         for role, caller in nodes.callers.items():
             await caller.publish(worker_request(caller, role))
         with trio.fail_after(10):
-            await until(lambda: len(nodes.gateway._gossip._publishers._told) == 3)
+            await until(lambda: len(nodes.gateway._gossip._publishers._over_limit._logged) == 3)
             heard.append((await requests.receive()).request.request_id)
         with trio.move_on_after(0.5):
             heard.append((await requests.receive()).request.request_id)

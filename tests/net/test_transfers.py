@@ -91,7 +91,7 @@ async def test_fifty_megabytes_go_both_ways(network: Network, tmp_path: Path, in
         await ends.near.transfers.send(ends.far.ref(), source, meta)
         assert inbox.arrived == [(ends.near.peer_id, meta, inbox.directory / "one")]
         assert (inbox.directory / "one").read_bytes() == source.read_bytes()
-        assert ends.near.transfers.bytes_sent == meta.size == ends.far.transfers.bytes_received
+        assert ends.near.transfers.tally.sent == meta.size == ends.far.transfers.tally.received
 
         served = await meta_of(source, "slice", "set/0")
 
@@ -284,7 +284,7 @@ async def test_a_part_of_an_earlier_process_is_resumed(network: Network, tmp_pat
         await ends.near.transfers.pull(
             ends.far.peer_id, PullFile(kind="slice", name="set/0"), destination, served, 1 << 30
         )
-        assert ends.near.transfers.bytes_received == 1 << 20
+        assert ends.near.transfers.tally.received == 1 << 20
     assert destination.read_bytes() == source.read_bytes()
 
 

@@ -19,7 +19,7 @@ from tests.support.stopwatch import Stopwatch
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import Health, PeerRef, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
-from hypha.net.bulk import sockets as bulk_sockets
+from hypha.net.bulk import connections
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.peers.addresses import host_and_port
 
@@ -83,10 +83,10 @@ async def test_a_cut_transfer_goes_on_where_it_was_cut(
         ends.proxy.trouble = Trouble(cut_after=4 * MB, times=4)
         await ends.near.transfers.send(ends.far.peer_id, source, await meta_of(source, "update", "x"))
         assert (inbox.directory / "x").read_bytes() == source.read_bytes()
-        assert ends.far.transfers.bytes_received == 20 * MB
+        assert ends.far.transfers.tally.received == 20 * MB
         assert len(ends.proxy.passed) == 5
         # TLS and frames cost little; nothing was sent twice but the block that was under way at a cut
-        assert sum(ends.proxy.passed) < 20 * MB * 1.005 + 4 * bulk_sockets.BLOCK_BYTES
+        assert sum(ends.proxy.passed) < 20 * MB * 1.005 + 4 * connections.BLOCK_BYTES
     assert inbox.arrived == ["x"]
     assert inbox.names() == {"x"}
 
@@ -145,13 +145,13 @@ async def test_a_lost_acknowledgement_is_asked_for_and_not_taken_twice(
 async def test_a_silent_cut_is_noticed(
     network: Network, tmp_path: Path, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk_sockets, "STALL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(connections, "STALL_TIMEOUT_S", 1.0)
     source = write(tmp_path / "source", 30 * MB)
     async with through_proxy(network) as ends:
         ends.far.transfers.accept("update", None, inbox.gate, inbox.take)
         ends.proxy.trouble = Trouble(freeze_after=2 * MB)
         await ends.near.transfers.send(ends.far.peer_id, source, await meta_of(source, "update", "x"))
-        assert ends.far.transfers.bytes_received == 30 * MB
+        assert ends.far.transfers.tally.received == 30 * MB
     assert (inbox.directory / "x").read_bytes() == source.read_bytes()
 
 
@@ -177,9 +177,9 @@ async def test_a_cut_pull_is_resumed_by_the_next_one(network: Network, tmp_path:
                 scope.cancel()
         assert not destination.exists()
         kept = part.stat().st_size
-        assert 2 * MB <= kept == worker.transfers.bytes_received < 5 * MB
+        assert 2 * MB <= kept == worker.transfers.tally.received < 5 * MB
         await worker.transfers.pull(provider.peer_id, request, destination, served, 1 << 30)
-        assert worker.transfers.bytes_received == 10 * MB
+        assert worker.transfers.tally.received == 10 * MB
         # both came through the proxy
         assert len(ends.proxy.passed) == 2
     assert destination.read_bytes() == source.read_bytes()
@@ -216,7 +216,7 @@ async def test_cancelling_leaves_no_connection_and_no_thread(
         # the connection that requests run on is unharmed, and the next attempt goes on
         await ends.near.request(ends.far.peer_id, Health())
         await ends.near.transfers.send(ends.far.peer_id, source, meta)
-        assert ends.far.transfers.bytes_received < 21 * MB
+        assert ends.far.transfers.tally.received < 21 * MB
     assert inbox.arrived == ["x"]
 
 

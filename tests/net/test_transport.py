@@ -27,9 +27,9 @@ from hypha.errors import PeerUnreachable, Refused
 from hypha.messages import Acknowledged, Health, HealthReport, PeerRef, RenewLease
 from hypha.net import Libp2pNode as Node
 from hypha.net import open_node
-from hypha.net.libp2p.shared_port import RESEND_WITHIN_MS, TCP_RTO_MAX_MS, resend_soon
 from hypha.net.peers.addresses import host_and_port
 from hypha.net.peers.table import PeerTable
+from hypha.net.sockets import RESEND_WITHIN_MS, TCP_RTO_MAX_MS, resend_soon
 from hypha.pki.authority import revoke
 from hypha.pki.identity import IdentityFiles, load_identity
 

@@ -21,7 +21,7 @@ from hypha.config.tuning import (
 from hypha.errors import Refused
 from hypha.messages import Health, HealthReport
 from hypha.net import RelayLimits, Timings, options_from
-from hypha.net.bulk.socket_buffers import Buffers
+from hypha.net.sockets import buffer_shortfalls
 
 
 def test_what_nobody_has_set_is_as_it_was_measured(network: Network) -> None:
@@ -71,7 +71,7 @@ async def test_a_node_is_tuned(network: Network, tmp_path: Path) -> None:
         )
         assert far.transfers._sending.places._limiter.total_tokens == 3
         assert far.transfers._receiving.places._limiter.total_tokens == 5
-        assert far._port._arrivals._limits is tuning.connections
+        assert far._port.arrivals._limits is tuning.connections
         # of either end of the connection, the one that was accepted too; Linux doubles what it was asked for
         for node in (near, far):
             (stream,) = node._port._streams
@@ -104,12 +104,12 @@ async def test_a_node_is_tuned(network: Network, tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_gives_less_is_told_with_the_setting_that_mends_it() -> None:
-    assert list(Buffers.of(SocketTuning()).shortfalls()) == []
-    assert list(Buffers.of(SocketTuning(send_buffer_kb=16)).shortfalls()) == []
+    assert list(buffer_shortfalls(SocketTuning())) == []
+    assert list(buffer_shortfalls(SocketTuning(send_buffer_kb=16))) == []
     for direction in ("wmem", "rmem"):
         most = int(Path(f"/proc/sys/net/core/{direction}_max").read_text())
         wanted = (most >> 10) + 100
         key = "send_buffer_kb" if direction == "wmem" else "receive_buffer_kb"
-        (told,) = Buffers.of(SocketTuning(**{key: wanted})).shortfalls()
+        (told,) = buffer_shortfalls(SocketTuning(**{key: wanted}))
         assert f"tuning.sockets.{key} asks for {wanted} KB, and the kernel gives {most >> 10}" in told
         assert f"sysctl -w net.core.{direction}_max={wanted << 10}" in told

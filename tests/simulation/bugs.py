@@ -14,7 +14,7 @@ import msgspec
 
 from hypha.leases import BookAction, BookEvent, Drained, LeaseBook
 from hypha.messages import UpdateReceived
-from hypha.net.bulk.slots import TransferSlots
+from hypha.net.bulk.turns import TransferSlots
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.job.working import WorkingJob

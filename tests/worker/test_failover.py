@@ -91,7 +91,7 @@ async def test_half_of_a_slice_from_one_data_node_and_the_rest_from_another(
                 part = cache.incoming(assigned)
                 part = part.with_name(part.name + ".part")
                 await until(lambda: part.exists() and part.stat().st_size >= HALF - 2 * MB)
-                assert second.transfers.bytes_sent == 0
+                assert second.transfers.tally.sent == 0
                 if spoilt:
                     with part.open("r+b") as file:
                         file.write(bytes(MB))
@@ -100,7 +100,7 @@ async def test_half_of_a_slice_from_one_data_node_and_the_rest_from_another(
                 found = await fetcher.next()
             nursery.cancel_scope.cancel()
         assert found.path.read_bytes() == slice_.read_bytes()
-        rest, got = second.transfers.bytes_sent, worker.transfers.bytes_received
+        rest, got = second.transfers.tally.sent, worker.transfers.tally.received
         assert len(proxy.passed) == (3 if spoilt else 2)
         if spoilt:
             # found out when it was whole, and fetched once more from the start

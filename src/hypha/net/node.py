@@ -8,9 +8,9 @@ together, and each of its methods is a few lines on one of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from typing import Any, TypeVar
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
 
 import trio
 from libp2p.peer.id import ID
@@ -31,36 +31,32 @@ from hypha.messages import (
     ListPeers,
     MeasureBandwidth,
     NodeRun,
+    PeerList,
     PeerRef,
-    Report,
     Request,
     Response,
     SameCertificate,
-    WorkerRequest,
 )
 from hypha.naming import learn, shown
 from hypha.net.bulk.bandwidth import Caps
-from hypha.net.bulk.socket_buffers import Buffers
 from hypha.net.bulk.transfers import BulkTransfers
 from hypha.net.discovery.dht import DhtClient, DhtServer
-from hypha.net.discovery.gossip import Gossip
-from hypha.net.discovery.publishers import Publishers
+from hypha.net.discovery.gossip import Gossip, Publishers
 from hypha.net.libp2p.host import make_host
 from hypha.net.libp2p.mutual_tls import MutualTls
 from hypha.net.libp2p.relay import RelayClient, RelayHop
 from hypha.net.libp2p.shared_port import SharedPortTcp
-from hypha.net.libp2p.streams import StreamHandler, Streams
+from hypha.net.libp2p.streams import Streams
 from hypha.net.options import NodeOptions
 from hypha.net.peers.addresses import MAX_ADDRESSES, Address, AddressBook, host_and_port, ip_of, parse
-from hypha.net.peers.diagnosing import Diagnosing
+from hypha.net.peers.diagnosing import Diagnosing, listed
 from hypha.net.peers.dialing import Dialer
 from hypha.net.peers.duplicates import Doubles
 from hypha.net.peers.gateways import Gateways
-from hypha.net.peers.listing import Listing
-from hypha.net.peers.table import PeerTable, is_relayed
+from hypha.net.peers.table import PeerTable
 from hypha.net.reports import Reports
 from hypha.net.rpc import Rpc
-from hypha.node import Changes, ConnectionInfo, PeerLost, PublishedRequest, ReportHandler
+from hypha.net.sockets import buffer_shortfalls
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread, new_id, wall_time
 from hypha.telemetry import health_of
@@ -68,13 +64,15 @@ from hypha.telemetry.versions import versions
 
 logger = logging.getLogger(__name__)
 
-RequestT = TypeVar("RequestT", bound=Request)
 #: Shutting down may take this long before what is left is cut.
 CLOSE_S = 1.0
 
 
 class Libp2pNode:
-    """A running node. Made by :func:`open_node`; all its methods are for one trio thread."""
+    """A running node. Made by :func:`open_node`; all its methods are for one trio thread. What it promises
+    stands in :class:`hypha.node.Node` and :class:`hypha.net.bulk.wire.BulkConnections`; what one of its parts
+    does alone is that part's method.
+    """
 
     def __init__(self, options: NodeOptions, nursery: trio.Nursery) -> None:
         timings = options.timings
@@ -89,16 +87,24 @@ class Libp2pNode:
         #: tells this node from another one with the same certificate
         self.instance = instance or ""
         tuning = options.tuning
-        self._buffers = Buffers.of(tuning.sockets)
         self._security = MutualTls(
             options.identity, options.require_roles, instance, tuning.connections.streams
         )
-        self._port = SharedPortTcp(options.max_connections, tuning.connections, self._buffers)
+        self._port = SharedPortTcp(options.max_connections, tuning)
         self._host = make_host(self._security, self._port, options.max_connections, identify=options.hop)
         self._swarm = self._host.get_network()
         self._book = AddressBook(self.peer_id, options.exclude_cidr)
-        self._peers = PeerTable(self._swarm, options.identity, timings, nursery)
+        self.learn = self._book.learn
+        self.remember = self._book.configure
+        self._peers = peers = PeerTable(self._swarm, options.identity, timings, nursery)
+        self.connections = peers.connections
+        self.is_connected = peers.is_connected
+        self.watch_peers = peers.watch
+        self.roles_of = peers.roles_of
+        self.organization_of = peers.organization_of
+        self.disconnect = peers.close
         self._streams = Streams(self._host, nursery)
+        self.set_stream_handler = self._streams.handle
         self._dialer = Dialer(self._swarm, self._security, self._book, self._peers, timings, nursery)
         self._relay = RelayClient(self._host, self._streams)
         self._dialer.relay_client = self._relay
@@ -106,46 +112,48 @@ class Libp2pNode:
             options.gateways, self._book, self._dialer, self._peers, self._relay, timings
         )
         self._dialer.own_relays = self._gateways.connected
+        self.wait_connected = self._gateways.wait_connected
+        self.gateway_changed = self._gateways.changed
         self._caps = caps = Caps(options.limits)
-        self.hop: RelayHop | None = None
-        if options.hop:
-            self.hop = RelayHop(
-                self._host,
-                self._streams,
-                options.relay_limits,
-                lambda stream: is_relayed(stream.swarm_conn),
-                caps,
-            )
-            self._peers.on_lost.append(self.hop.forget)
         self._rpc = Rpc(self._streams, self._dialer.connect, nursery, tuning.connections)
+        self.answer = self._rpc.answer
         others = self._gateways.linked if options.hop else None
         run = NodeRun(peer=self.peer_id, instance=self.instance)
         self._doubles = Doubles(run, self._peers, self._rpc.request, others, nursery)
         self._security.admit = self._doubles.admit
-        if options.hop:
-            self.answer(FindDoubles, self._doubles.find)
-            # however many nodes come to another gateway, its questions about them are answered
-            self.prefer(self._is_gateway)
-        self._reports = Reports(self._streams, self._dialer.connect, nursery, timings.report_flush_s)
+        self._reports = Reports(self._streams, self._dialer.connect, nursery)
+        self.report, self.answer_reports = self._reports.report, self._reports.answer
         publishers = Publishers(options.identity, options.require_roles, self._peers)
         self._gossip = Gossip(
-            self._host,
-            self._gateways.connected,
-            self._gossips_with,
-            publishers,
-            self.connect,
-            tuning.gossip,
+            self._host, self._gateways.connected, self._gossips_with, publishers, self.connect, tuning.gossip
         )
-        self._gateways.joined.append(self._gossip.include)
+        self.publish, self.subscribe = self._gossip.publish, self._gossip.subscribe
+        self._gateways.joined = self._gossip.include
         self._dht = DhtClient(
             self._streams, self._dialer, self._gateways, self.ref, self.learn, timings.lookup_s
         )
-        self.dht_server = DhtServer(self._host, self._streams, self._peers, nursery) if options.hop else None
-        self.transfers = BulkTransfers(self, None, caps, tuning.transfers, self._buffers)
+        self.provide = self._dht.provide
+        self.withdraw = self._dht.withdraw
+        self.find_providers = self._dht.find
+        self.transfers = BulkTransfers(self, caps, tuning)
         self._port.serve_bulk = self.transfers.serve_socket
         self._peers.on_doubt.append(self.transfers.cut_untrusted)
         self.health_details: list[Callable[[], dict[str, str]]] = [caps.details]
-        if (hop := self.hop) is not None:
+        self.answer(Health, self._health)
+        self.answer(SameCertificate, self._doubles.answer)
+        diagnosing = Diagnosing(self._dialer.who_is_at, self._hosts_of)
+        self.answer(MeasureBandwidth, diagnosing.measure)
+        self.hop: RelayHop | None = None
+        self.dht_server: DhtServer | None = None
+        if options.hop:
+            self.hop = hop = RelayHop(self._host, self._streams, options.relay_limits, caps)
+            peers.on_lost.append(hop.forget)
+            self.dht_server = DhtServer(self._host, self._streams, peers, nursery)
+            self.answer(FindDoubles, self._doubles.find)
+            # however many nodes come to another gateway, its questions about them are answered
+            self.prefer(self._is_gateway)
+            self.answer(ListPeers, self._list_peers)
+            self.answer(DialBack, diagnosing.dial_back)
             self.health_details.append(
                 lambda: {
                     "circuits": str(hop.circuits),
@@ -155,38 +163,24 @@ class Libp2pNode:
                     "max_reservations": str(options.relay_limits.reservations),
                 }
             )
-        self.answer(Health, self._health)
-        self.answer(SameCertificate, self._doubles.answer)
-        diagnosing = Diagnosing(self._dialer.who_is_at, self._hosts_of)
-        self.answer(MeasureBandwidth, diagnosing.measure)
-        if options.hop:
-            self.answer(ListPeers, Listing(self.connections, self._said_addresses).answer)
-            self.answer(DialBack, diagnosing.dial_back)
-
-    # --- who and where ------------------------------------------------------------------------------
 
     @property
     def identity(self) -> Identity:
-        """This node's identity."""
         return self.options.identity
 
     @property
     def roles(self) -> frozenset[str]:
-        """Roles of this node's own certificate; empty: any."""
         return self.options.identity.roles
 
     def sign(self, data: bytes) -> bytes:
-        """The Ed25519 signature of this node's key; not of what TLS or pubsub have signed with it."""
         return self.identity.private_key.sign(b"hypha:" + data)
 
     @property
     def organization(self) -> str:
-        """The organisation that vouches for this node; empty where it has no name."""
         return self.options.identity.organization
 
     @property
     def uptime_s(self) -> float:
-        """Seconds since the node was opened."""
         return trio.current_time() - self._started
 
     def listen_addresses(self) -> list[str]:
@@ -202,7 +196,6 @@ class Libp2pNode:
         return found
 
     def _own_addresses(self) -> list[Address]:
-        """Those it listens on, an unspecified one as each interface's."""
         found: list[Address] = []
         for text in self.listen_addresses():
             address = parse(text)
@@ -216,36 +209,22 @@ class Libp2pNode:
         return found
 
     def bulk_addresses(self) -> list[str]:
-        """Where peers may dial this node for a bulk transfer: the same port as libp2p's."""
         return self._announced()[:MAX_ADDRESSES_SENT]
 
     def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
-        """Host and port to dial ``peer`` for bulk, best first: where a connection of ours leads already,
-        then what it offered and what the address book knows. Empty when only a relay leads there.
-        """
         self._book.learn(PeerRef(peer=peer, addresses=offered))
-        live = [
-            one.address
-            for one in self.connections()
-            if one.peer == peer and one.kind == "direct" and one.direction == "outbound" and one.address
-        ]
+        live = self._ends_of(peer, "outbound")
         known = [address.transport for address in self._book.direct(peer)]
         return list(dict.fromkeys(host_and_port(text) for text in (*live, *known)))
 
     def reached_by(self, peer: str) -> bool:
-        """Whether ``peer`` has dialled this node directly, and this node not ``peer``."""
         direct = {one.direction for one in self.connections() if one.peer == peer and one.kind == "direct"}
         return direct == {"inbound"}
 
     def ref(self) -> PeerRef:
-        """This node and its current addresses: direct ones, then through its gateway."""
         direct = [str(Address(text, self.peer_id)) for text in self._announced()]
         circuits = self._gateways.circuit_addresses(self.peer_id)
         return PeerRef(peer=self.peer_id, addresses=(*direct, *circuits)[:MAX_ADDRESSES_SENT])
-
-    def ref_of(self, peer: str) -> PeerRef:
-        """What the address book knows of ``peer``."""
-        return self._book.ref(peer)
 
     def _said_addresses(self, peer: str) -> list[str]:
         """What ``peer`` has said by identify of where it is, as far as anybody may be told."""
@@ -255,161 +234,52 @@ class Libp2pNode:
             return []
         return [str(one) for one in found][:MAX_ADDRESSES]
 
-    def learn(self, ref: PeerRef) -> None:
-        """Remember the addresses of a peer."""
-        self._book.learn(ref)
-
-    def remember(self, address: str) -> None:
-        """Remember an address with a PeerID that the operator has given: ``exclude_cidr`` is for others'."""
-        self._book.configure(address)
-
-    def direct_addresses(self, peer: str) -> list[str]:
-        """Where ``peer`` might be dialled directly, as far as known, without ``/p2p``."""
-        return [address.transport for address in self._book.direct(peer)]
-
-    # --- connections --------------------------------------------------------------------------------
-
-    async def wait_connected(self) -> None:
-        """Return when a gateway is connected; at once when none is configured."""
-        await self._gateways.wait_connected()
-
     @property
     def gateway(self) -> str | None:
-        """PeerID of the active gateway."""
         return self._gateways.active
 
-    @property
-    def gateway_changed(self) -> Changes:
-        """Notes every change of the active gateway or of the relay reservation."""
-        return self._gateways.changed
-
     async def connect(self, peer: PeerRef | str) -> None:
-        """Be connected to ``peer``; PeerUnreachable when that cannot be."""
         await self._dialer.connect(self._known(peer))
 
     async def who_is_at(self, address: str) -> str:
         """The PeerID of the certified node at a multiaddr; NetworkError that says why there is none."""
         return await self._dialer.who_is_at(parse(address))
 
-    async def disconnect(self, peer: str) -> None:
-        """Close all connections to ``peer``."""
-        await self._peers.close(peer)
-
-    def is_connected(self, peer: str) -> bool:
-        """Whether a connection to ``peer`` is live."""
-        return self._peers.is_connected(peer)
-
-    def connections(self) -> list[ConnectionInfo]:
-        """All live connections."""
-        return self._peers.connections()
-
-    def roles_of(self, peer: str) -> frozenset[str]:
-        """Roles in the certificate of a peer that is or was connected; empty: any role.
-
-        PeerUnreachable when it never was.
-        """
-        return self._peers.roles_of(peer)
-
-    def organization_of(self, peer: str) -> str:
-        """The organisation that vouches for a peer, empty where it has no name; as :meth:`roles_of`."""
-        return self._peers.organization_of(peer)
-
-    def watch_peers(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PeerLost]]:
-        """A channel that says when the last connection to a peer ended."""
-        return self._peers.watch()
-
-    async def reload_identity(self) -> bool:
-        """Re-read certificate, trust and revocations now (they are polled anyway); True if changed."""
-        return await self._peers.reload_identity()
-
-    # --- requests -----------------------------------------------------------------------------------
-
     async def request(self, peer: PeerRef | str, request: Request, timeout_s: float = 10.0) -> Response:
-        """Ask ``peer``. Raises Refused, PeerUnreachable, RequestTimeout."""
         return await self._rpc.request(self._known(peer), request, timeout_s)
 
-    def answer(
-        self,
-        kind: type[Any],
-        handler: Callable[[str, Any], Awaitable[Response]],
-    ) -> None:
-        """Answer requests of ``kind`` by ``await handler(caller, request)``; raise Refused to say no.
-
-        Only callers whose role may send them (:data:`hypha.access.REQUESTS`) are heard.
-        """
-        self._rpc.answer(kind, handler)
-
     def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        """Keep places for those of whom ``is_partner`` says so, as they share a lease with this node: of
-        connections, streams, bytes and requests.
-        """
-        self._rpc.prefer(is_partner)
-        self._port.prefer(is_partner)
+        self._rpc.is_partner = is_partner
+        self._port.arrivals.is_partner = is_partner
         self._security.budget.is_partner = is_partner
 
     async def _health(self, caller: str, request: Health) -> HealthReport:
-        came_from = tuple(self._came_from(caller))[-MAX_DIALLED_BACK:]
+        came_from = tuple(self._ends_of(caller, "inbound"))[-MAX_DIALLED_BACK:]
         packages = await in_thread(versions)
         return structs.replace(health_of(self), time_s=wall_time(), seen_at=came_from, packages=packages)
 
-    def _came_from(self, peer: str) -> Iterator[str]:
-        """Where direct connections that ``peer`` made come from."""
-        for one in self.connections():
-            if one.peer == peer and one.kind == "direct" and one.direction == "inbound" and one.address:
-                yield one.address
+    async def _list_peers(self, caller: str, request: ListPeers) -> PeerList:
+        return listed(self.connections(), caller, request.peer, self._said_addresses)
+
+    def _ends_of(self, peer: str, direction: str) -> list[str]:
+        """The other ends of direct connections with ``peer``."""
+        return [
+            one.address
+            for one in self.connections()
+            if (one.peer, one.kind, one.direction) == (peer, "direct", direction) and one.address
+        ]
 
     def _hosts_of(self, peer: str) -> list[str]:
-        return [host_and_port(address)[0] for address in self._came_from(peer)]
-
-    def report(self, peer: str, report: Report) -> None:
-        """Send ``report`` soon; never blocks, and a newer one of the same job and round replaces it."""
-        self._reports.report(peer, report)
-
-    def answer_reports(self, handler: ReportHandler, admits: Callable[[str], bool] | None = None) -> None:
-        """Call ``handler(caller, reports)`` for reports of whom ``admits`` admits; it must not block."""
-        self._reports.answer(handler, admits)
-
-    # --- gossip and datasets ------------------------------------------------------------------------
-
-    async def publish(self, message: WorkerRequest) -> None:
-        """Ask everybody for workers; waits a moment for a gateway to pass it on."""
-        await self._gossip.publish(message)
-
-    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[PublishedRequest]]:
-        """A channel of :class:`PublishedRequest`; the publisher is the request's scheduler, verified."""
-        return self._gossip.subscribe()
+        return [host_and_port(address)[0] for address in self._ends_of(peer, "inbound")]
 
     @property
     def mesh_size(self) -> int:
-        """Peers to which this node passes gossip on."""
         return self._gossip.mesh_size
 
-    async def provide(self, dataset: str) -> int:
-        """Announce that this node serves ``dataset``, now and whenever its gateway or addresses change.
-
-        Returns how many gateways took the announcement.
-        """
-        return await self._dht.provide(dataset)
-
-    def withdraw(self, dataset: str) -> None:
-        """Stop announcing ``dataset``."""
-        self._dht.withdraw(dataset)
-
-    async def find_providers(self, dataset: str) -> list[PeerRef]:
-        """Who says it serves ``dataset``, each once, with addresses. Hints: probe them."""
-        return await self._dht.find(dataset)
-
-    # --- streams ------------------------------------------------------------------------------------
-
     async def open_stream(self, peer: PeerRef | str, protocol: str) -> Any:
-        """A libp2p stream (``read``, ``write``, ``close``, ``reset``); PeerUnreachable when not."""
         known = self._known(peer)
         await self._dialer.connect(known)
         return await self._streams.open(known, protocol)
-
-    def set_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
-        """``await handler(stream, caller)`` for each stream of ``protocol`` that a peer opens."""
-        self._streams.handle(protocol, handler)
 
     def _is_gateway(self, peer: str) -> bool:
         """Whether the certificate of a peer that is or was connected says that it is a gateway."""
@@ -429,11 +299,10 @@ class Libp2pNode:
             return peer.peer
         return peer
 
-    # --- life ---------------------------------------------------------------------------------------
-
     async def listen(self, stack: AsyncExitStack) -> None:
         """Start the services, into ``stack``, and listen; ConfigError when that cannot be."""
-        self._buffers.warn()
+        for text in buffer_shortfalls(self.options.tuning.sockets):
+            logger.warning("%s.", text)
         for text in self._caps.details().values():
             logger.info("Transfers are capped: %s ([limits]).", text)
         await self._nursery.start(self.transfers.run)

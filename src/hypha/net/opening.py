@@ -1,4 +1,4 @@
-"""How a node comes to life and ends: :func:`open_node`.
+"""How a node comes to life and ends, :func:`open_node`, and what metrics show of it meanwhile.
 
 A node owns its tasks, threads and sockets; none outlives the block in which it is open, however that is
 left. While the block is being cancelled the node still lives, so that there may be a goodbye.
@@ -7,18 +7,21 @@ left. While the block is being cancelled the node still lives, so that there may
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 
 import trio
 
 from hypha.access import ROLES
 from hypha.errors import ConfigError, Problem
-from hypha.net.gauges import shown
 from hypha.net.libp2p.host import quiet_library
 from hypha.net.node import Libp2pNode
 from hypha.net.options import NodeOptions
 from hypha.net.peers.addresses import parse
+from hypha.runtime import wall_time
+from hypha.telemetry import instruments
+from hypha.telemetry.metrics import Reading
 from hypha.tracing import untraced
 
 logger = logging.getLogger(__name__)
@@ -121,3 +124,52 @@ def _leaves(exc: BaseException) -> list[BaseException]:
     if isinstance(exc, BaseExceptionGroup):
         return [leaf for one in exc.exceptions for leaf in _leaves(one)]
     return [exc]
+
+
+@contextmanager
+def shown(node: Libp2pNode) -> Iterator[None]:
+    with ExitStack() as stack:
+        for gauge, source in (
+            (instruments.CONNECTIONS, lambda: _connections(node)),
+            (instruments.ROUND_TRIP, lambda: _round_trips(node)),
+            (instruments.GOSSIP_MESH, lambda: node.mesh_size),
+            (instruments.TRANSFERS, lambda: _transfers(node)),
+            (instruments.CERTIFICATE_EXPIRES, lambda: _expirations(node)),
+            (instruments.UPTIME, lambda: node.uptime_s),
+        ):
+            stack.enter_context(gauge.watch(source))
+        if (hop := node.hop) is not None:
+            stack.enter_context(instruments.CIRCUITS.watch(lambda: hop.circuits))
+            stack.enter_context(instruments.RESERVATIONS.watch(lambda: hop.reservations))
+        if (server := node.dht_server) is not None:
+            stack.enter_context(instruments.DHT_ROUTING_TABLE.watch(lambda: server.known))
+        yield
+
+
+def _connections(node: Libp2pNode) -> list[Reading]:
+    # kinds of which there are none are shown, too: a series that vanishes alarms nobody
+    count: Counter[tuple[str, str]] = Counter()
+    for one in node.connections():
+        count[one.direction, one.kind] += 1
+    return [
+        ({"direction": direction, "way": way}, count[direction, way])
+        for direction in ("inbound", "outbound")
+        for way in ("direct", "relayed")
+    ]
+
+
+def _round_trips(node: Libp2pNode) -> list[Reading]:
+    best: dict[str, float] = {}
+    for one in node.connections():
+        if one.round_trip_s is not None:
+            best[one.peer] = min(one.round_trip_s, best.get(one.peer, one.round_trip_s))
+    return [({"peer": peer}, seconds) for peer, seconds in best.items()]
+
+
+def _transfers(node: Libp2pNode) -> list[Reading]:
+    return [({"direction": name}, number) for name, number in node.transfers.under_way.items()]
+
+
+def _expirations(node: Libp2pNode) -> list[Reading]:
+    now = wall_time()
+    return [({"file": file}, end.timestamp() - now) for file, end in node.identity.expirations().items()]

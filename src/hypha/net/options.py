@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
-from hypha.config.tuning import LimitsConfig, LivenessTuning, TuningConfig
+from hypha.config.tuning import LimitsConfig, TuningConfig
 from hypha.net.libp2p.relay import RelayLimits
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 
@@ -18,8 +18,6 @@ class Timings:
     liveness_s: float = 10.0
     #: one address is given this long
     dial_s: float = 5.0
-    #: the next address of a peer is tried after this long, while the first one still hangs
-    stagger_s: float = 0.25
     #: the relay is tried after this long, while direct addresses still hang
     relay_after_s: float = 1.0
     #: first and longest pause between attempts to reach a gateway; doubled each time, with jitter
@@ -27,16 +25,25 @@ class Timings:
     reconnect_max_s: float = 30.0
     #: how often certificate, trust and revocation files are looked at
     identity_poll_s: float = 5.0
-    #: how often live connections' certificates are checked again (for expiry)
-    identity_check_s: float = 60.0
     #: how often a gateway asks the others about all nodes that it is connected with
     doubles_check_s: float = 60.0
-    #: a relay reservation is refreshed at least this often
-    reservation_refresh_s: float = 300.0
-    #: reports are flushed this often
-    report_flush_s: float = 0.05
     #: one look-up of a dataset's providers
     lookup_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class RelayLimits:
+    """What a gateway gives away; ``per_peer`` bounds circuits to one peer, ``per_caller`` those of one."""
+
+    reservations: int = 1024
+    circuits: int = 256
+    per_peer: int = 64
+    reservation_s: float = 3600.0
+
+    @property
+    def per_caller(self) -> int:
+        """Half of all: a scheduler needs one to each of its workers, and nobody may keep the others out."""
+        return max(1, self.circuits // 2)
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,6 @@ class NodeOptions:
     tuning: TuningConfig = field(default_factory=TuningConfig)
 
 
-def _timings(liveness: LivenessTuning) -> Timings:
-    return Timings(
-        liveness_s=liveness.silence_s,
-        dial_s=liveness.dial_s,
-        relay_after_s=liveness.relay_after_s,
-        reconnect_min_s=liveness.reconnect_min_s,
-        reconnect_max_s=liveness.reconnect_max_s,
-        lookup_s=liveness.lookup_s,
-    )
-
-
 def options_from(config: NodeConfig, component: str, identity: Identity | None = None) -> NodeOptions:
     """The options of ``component`` as ``config`` says. Loads the identity unless it is given.
 
@@ -89,6 +85,7 @@ def options_from(config: NodeConfig, component: str, identity: Identity | None =
         identity = load_identity(
             IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
         )
+    liveness = config.tuning.liveness
     gateways: tuple[str, ...] = ()
     limits = RelayLimits()
     if isinstance(config, (LeafConfig, GatewayConfig)):
@@ -111,7 +108,14 @@ def options_from(config: NodeConfig, component: str, identity: Identity | None =
         require_roles=config.require_roles,
         max_connections=config.max_connections,
         relay_limits=limits,
-        timings=_timings(config.tuning.liveness),
+        timings=Timings(
+            liveness_s=liveness.silence_s,
+            dial_s=liveness.dial_s,
+            relay_after_s=liveness.relay_after_s,
+            reconnect_min_s=liveness.reconnect_min_s,
+            reconnect_max_s=liveness.reconnect_max_s,
+            lookup_s=liveness.lookup_s,
+        ),
         limits=config.limits,
         tuning=config.tuning,
     )

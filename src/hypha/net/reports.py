@@ -21,7 +21,7 @@ from hypha.decoding import decode
 from hypha.errors import PeerUnreachable, Undecodable
 from hypha.messages import WIRE_VERSION, Report
 from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard
-from hypha.net.peers.over_limit import OverLimit
+from hypha.net.peers.inbound_limits import OverLimit
 from hypha.net.rpc import Oversized, frame, read_frame
 from hypha.node import ReportHandler
 from hypha.telemetry.instruments import REPORTS
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL = "/hypha/report/1"
 MAX_BATCH_BYTES = 1 << 20
+FLUSH_S = 0.05
 #: A peer whose reports nobody refreshed for this long costs no stream.
 IDLE_S = 60.0
 RETRY_MIN_S = 0.2
@@ -48,16 +49,11 @@ class Reports:
     """Sends reports in the background, and gives those that arrive to one handler."""
 
     def __init__(
-        self,
-        streams: Streams,
-        connect: Callable[[str], Awaitable[None]],
-        nursery: trio.Nursery,
-        flush_s: float,
+        self, streams: Streams, connect: Callable[[str], Awaitable[None]], nursery: trio.Nursery
     ) -> None:
         self._streams = streams
         self._connect = connect
         self._nursery = nursery
-        self._flush_s = flush_s
         self._waiting: dict[str, dict[_Key, Report]] = {}
         self._wakers: dict[str, trio.Event] = {}
         self._handler: ReportHandler | None = None
@@ -99,7 +95,7 @@ class Reports:
                 if idle.cancelled_caught and not self._waiting.get(peer):
                     return
                 self._wakers[peer] = trio.Event()
-                await trio.sleep(self._flush_s)
+                await trio.sleep(FLUSH_S)
                 batch = self._waiting.pop(peer, {})
                 try:
                     reports = list(batch.values())

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import trio
@@ -37,8 +37,15 @@ from hypha.messages import (
     ResponseEnvelope,
 )
 from hypha.naming import cleaned
-from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, read_exactly, roles_behind
-from hypha.net.peers.over_limit import OverLimit
+from hypha.net.libp2p.streams import (
+    STREAM_ERRORS,
+    Streams,
+    discard,
+    read_exactly,
+    reset_on_error,
+    roles_behind,
+)
+from hypha.net.peers.inbound_limits import OverLimit, counted
 from hypha.telemetry.instruments import ANSWER_DURATION, REQUEST_DURATION
 from hypha.tracing import span, traceparent
 from hypha.tracing.operations import ANSWER, REQUEST
@@ -61,7 +68,6 @@ MAX_REASON_LENGTH = 4096
 #: What is not to be answered is read, and dropped, in pieces of this size.
 _DROP_BYTES = 64 << 10
 
-RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 Handler = Callable[[str, Any], Awaitable[Response]]
 
 _LENGTH = struct.Struct(">I")
@@ -86,7 +92,6 @@ async def _read_length(stream: Any, limit: int) -> int:
 
 
 async def _drop(stream: Any, size: int) -> None:
-    """Read the rest of a frame, and keep nothing of it."""
     while size:
         data = await stream.read(min(size, _DROP_BYTES))
         if not data:
@@ -117,9 +122,9 @@ class Rpc:
         streams: Streams,
         connect: Callable[[str], Awaitable[None]],
         nursery: trio.Nursery,
-        limits: ConnectionTuning | None = None,
+        limits: ConnectionTuning,
     ) -> None:
-        self._limits = limits or ConnectionTuning()
+        self._limits = limits
         self._streams = streams
         self._connect = connect
         self._nursery = nursery
@@ -128,10 +133,9 @@ class Rpc:
         self._shared = 0
         self._held_bytes = 0
         self._over_limit = OverLimit()
-        self._is_partner: Callable[[str], bool] = lambda peer: False
+        #: who shares a lease with this node, and has all of its places
+        self.is_partner: Callable[[str], bool] = lambda peer: False
         streams.handle(PROTOCOL, self._serve)
-
-    # --- asking -------------------------------------------------------------------------------------
 
     async def request(self, peer: str, request: Request, timeout_s: float) -> Response:
         """The answer of ``peer``. Raises Refused, PeerUnreachable or RequestTimeout."""
@@ -185,19 +189,15 @@ class Rpc:
 
     async def _exchange(self, peer: str, payload: bytes) -> Response:
         stream = await self._open(peer)
-        closed = False
         try:
-            await stream.write(frame(payload))
-            answer = await read_frame(stream, MAX_RESPONSE_BYTES)
-            await stream.close()
-            closed = True
+            async with reset_on_error(stream):
+                await stream.write(frame(payload))
+                answer = await read_frame(stream, MAX_RESPONSE_BYTES)
+                await stream.close()
         except Oversized as exc:
             raise Refused("too-large", f"its answer has {exc}", peer) from exc
         except (*STREAM_ERRORS, EOFError) as exc:
             raise PeerUnreachable(peer, f"the connection broke before the answer ({exc!r})") from exc
-        finally:
-            if not closed:
-                await discard(stream)
         try:
             envelope = decode(_responses.decode, answer)
         except Undecodable as exc:
@@ -215,34 +215,24 @@ class Rpc:
             await self._connect(peer)
             return await self._streams.open(peer, PROTOCOL)
 
-    # --- answering ----------------------------------------------------------------------------------
-
     def answer(self, kind: type[Any], handler: Handler) -> None:
-        """Answer requests of ``kind`` with ``handler``, from callers whose role allows them."""
         self._handlers[kind] = (handler, REQUESTS[kind].by)
-
-    def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        """Keep all of their places for those peers of whom ``is_partner`` says so."""
-        self._is_partner = is_partner
 
     @contextmanager
     def _place(self, caller: str) -> Iterator[bool]:
         """A place among the requests that are served; False: there is none."""
         mine = self._inbound[caller]
-        shares = mine >= OWN_PER_PEER and not self._is_partner(caller)
+        shares = mine >= OWN_PER_PEER and not self.is_partner(caller)
         if mine >= self._limits.requests_per_peer or (shares and self._shared >= self._limits.requests):
             self._over_limit.note(caller, "rpc", "there are too many requests at once")
             yield False
             return
-        self._inbound[caller] += 1
         self._shared += shares
         try:
-            yield True
+            with counted(self._inbound, caller):
+                yield True
         finally:
             self._shared -= shares
-            self._inbound[caller] -= 1
-            if not self._inbound[caller]:
-                del self._inbound[caller]
 
     async def _serve(self, stream: Any, caller: str) -> None:
         with self._place(caller) as has_place:
@@ -250,7 +240,7 @@ class Rpc:
 
     def _may_hold(self, caller: str, size: int) -> bool:
         """Whether a request of ``size`` bytes may be kept while it is served."""
-        if size <= SMALL_BYTES or self._held_bytes + size <= MAX_HELD_BYTES or self._is_partner(caller):
+        if size <= SMALL_BYTES or self._held_bytes + size <= MAX_HELD_BYTES or self.is_partner(caller):
             return True
         self._over_limit.note(caller, "rpc", "the requests of all peers have too many bytes together")
         return False
@@ -359,9 +349,7 @@ def _status(exc: NetworkError) -> str:
 
 
 async def _until_reset(stream: Any, scope: trio.CancelScope) -> None:
-    """Cancel ``scope`` when the caller resets ``stream`` (or the connection ends), not when it has only
-    no more to say.
-    """
+    """Cancel ``scope`` when the caller resets ``stream``, not when it only has no more to say."""
     try:
         await stream.read(1)
     except StreamEOF:

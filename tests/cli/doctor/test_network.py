@@ -30,7 +30,7 @@ from hypha.data import run_data
 from hypha.errors import Refused
 from hypha.messages import DialBack, Health, MeasureBandwidth, PeerRef, Response
 from hypha.net import Libp2pNode as Node
-from hypha.net.libp2p.relay import RelayLimits
+from hypha.net.options import RelayLimits
 from hypha.net.peers.addresses import host_and_port
 from hypha.pki.identity import IdentityFiles, load_identity
 from hypha.runtime import Runtime, use_runtime

@@ -43,65 +43,50 @@ class Bucket:
     """How long to wait after so many bytes, at ``rate`` bytes a second (None: no wait). Not thread-safe."""
 
     def __init__(self, rate: float | None) -> None:
-        self._rate = rate
+        self.rate = rate
         #: when all that has moved so far would have, at the rate
         self._paid_at = float("-inf")
 
     @property
-    def rate(self) -> float | None:
-        """Bytes a second."""
-        return self._rate
-
-    @property
     def portion(self) -> int:
         """So many bytes may be moved at a time."""
-        if self._rate is None:
+        if self.rate is None:
             return MOST_PORTION_BYTES
-        return int(min(max(self._rate * PORTION_S, LEAST_PORTION_BYTES), MOST_PORTION_BYTES))
+        return int(min(max(self.rate * PORTION_S, LEAST_PORTION_BYTES), MOST_PORTION_BYTES))
 
     def set_rate(self, rate: float | None, now: float) -> None:
         """From ``now`` on. What is owed stays owed, and is paid at the new rate where that is higher: nobody
         waits longer than it was told, or a connection would stand still for so long that it is given up.
         """
-        if self._rate is not None and rate is not None and self._paid_at > now:
-            self._paid_at = now + (self._paid_at - now) * min(1.0, self._rate / rate)
+        if self.rate is not None and rate is not None and self._paid_at > now:
+            self._paid_at = now + (self._paid_at - now) * min(1.0, self.rate / rate)
         elif rate is None:
             self._paid_at = float("-inf")
-        self._rate = rate
+        self.rate = rate
 
     def take(self, count: int, now: float) -> float:
         """``count`` bytes have moved: seconds until the next may. Each caller waits for those before it."""
-        if self._rate is None:
+        if self.rate is None:
             return 0.0
-        self._paid_at = max(self._paid_at, now - CREDIT_S) + count / self._rate
+        self._paid_at = max(self._paid_at, now - CREDIT_S) + count / self.rate
         return max(0.0, self._paid_at - now)
 
 
-class Cap:
-    """One direction of a node; may be used from any thread. ``rate`` gives the bytes a second in force."""
+class Cap(Bucket):
+    """One direction of a node, from any thread. ``rate_now`` gives the bytes a second in force."""
 
     def __init__(
         self,
         direction: str,
-        rate: Callable[[], float | None],
+        rate_now: Callable[[], float | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(rate_now())
         self._direction = direction
-        self._rate_now = rate
+        self._rate_now = rate_now
         self._clock = clock
         self._lock = threading.Lock()
-        self._bucket = Bucket(rate())
         self._look_at = clock() + LOOK_S
-
-    @property
-    def portion(self) -> int:
-        """So many bytes may be moved at a time."""
-        return self._bucket.portion
-
-    @property
-    def rate(self) -> float | None:
-        """Bytes a second in force."""
-        return self._bucket.rate
 
     def owed_s(self, count: int) -> float:
         """``count`` bytes have moved: seconds that the caller has to wait before it moves more."""
@@ -109,17 +94,13 @@ class Cap:
             now = self._clock()
             if now >= self._look_at:
                 self._look_at = now + LOOK_S
-                self._look(now)
-            wait_s = self._bucket.take(count, now)
+                if (rate := self._rate_now()) != self.rate:
+                    self.set_rate(rate, now)
+                    logger.info("Transfers: %s %s from now on ([limits]).", self._direction, in_words(rate))
+            wait_s = self.take(count, now)
         if wait_s:
             CAPPED.add(wait_s, direction=self._direction)
         return wait_s
-
-    def _look(self, now: float) -> None:
-        rate = self._rate_now()
-        if rate != self._bucket.rate:
-            self._bucket.set_rate(rate, now)
-            logger.info("Transfers: %s %s from now on ([limits]).", self._direction, in_words(rate))
 
     def wait(self, count: int) -> None:
         """The same, and wait in this thread."""
@@ -164,9 +145,7 @@ class Caps:
 
     @property
     def window_bytes(self) -> int | None:
-        """So much of a circuit may wait in a relay: it is in the way of requests between the same two nodes.
-        None: as much as they like.
-        """
+        """So much of a circuit may wait in a relay, in the way of requests; None: as much as they like."""
         rates = [cap.rate for cap in (self.up, self.down) if cap is not None and cap.rate is not None]
         return max(LEAST_WINDOW_BYTES, int(min(rates) * WINDOW_S)) if rates else None
 

@@ -61,7 +61,6 @@ def strong_hasher() -> StreamHash:
 
 
 def quick_hasher() -> StreamHash:
-    """XXH3, 128 bits."""
     return xxh3_128()
 
 
@@ -97,7 +96,6 @@ class SourceFile:
             raise FileChanged(f"{path} has {found} bytes, {size} were promised")
 
     def seek(self, offset: int) -> None:
-        """Go on from there."""
         self._file.seek(offset)
 
     def read_into(self, view: memoryview) -> int:
@@ -111,14 +109,11 @@ class SourceFile:
         return count
 
     def close(self) -> None:
-        """Close it."""
         self._file.close()
 
 
 class PartFile:
-    """A file being received. Call ``open`` first; then ``write`` until ``finish``, ``keep`` or
-    ``discard``.
-    """
+    """A file being received: ``open``, then ``write`` until ``finish``, ``keep`` or ``discard``."""
 
     def __init__(self, destination: Path, meta: TransferMeta) -> None:
         self.destination = destination
@@ -267,5 +262,4 @@ def _take_spare(path: Path) -> bool:
 
 
 def part_path(destination: Path) -> Path:
-    """Where a file lies until it is whole."""
     return destination.with_name(destination.name + ".part")

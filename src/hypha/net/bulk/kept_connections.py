@@ -17,18 +17,17 @@ import trio
 
 from hypha.errors import Refused
 from hypha.messages import BulkOffer
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.connections import BulkConnection, SocketConnection, is_trusted
 from hypha.net.bulk.inbound import Inbound
-from hypha.net.bulk.sockets import SocketConnection, is_trusted
 from hypha.net.bulk.wire import (
     HANDSHAKE_TIMEOUT_S,
     WORKING_INTERVAL_S,
-    BulkConnections,
     ConnectionBroken,
     Verdict,
     WantFile,
     Working,
 )
+from hypha.net.peers.inbound_limits import counted
 from hypha.pki.identity import Identity
 from hypha.tracing import untraced
 
@@ -61,21 +60,22 @@ class _Kept:
 class KeptConnections:
     """Idle links. Nothing is kept without ``nursery``; when that ends, all are closed.
 
-    ``spoken`` gets a link on which the other end is to speak first when it does (or closes it), and has to
-    close it.
+    ``agree`` gives the transfer that an offer of a peer begins or goes on with, or None when it is done
+    already; it raises Refused. ``serve`` answers a ``WantFile``, and owns the link.
     """
 
-    def __init__(self) -> None:
+    agree: Callable[[str, BulkOffer], Awaitable[Inbound | None]]
+    serve: Callable[[BulkConnection, WantFile], Awaitable[None]]
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
         self._kept: list[_Kept] = []
         #: by peer, how many links it speaks on now: each takes a thread until its first word is whole
         self._speaking: Counter[str] = Counter()
-        self.spoken: Callable[[SocketConnection], Awaitable[None]] | None = None
         self.nursery: trio.Nursery | None = None
 
     def give(self, link: BulkConnection, speaks: bool) -> bool:
-        """Keep ``link``, on which nothing is under way and this end ``speaks`` first; False when the caller
-        has to close it.
-        """
+        """Keep ``link``, on which this end ``speaks`` first; False when the caller has to close it."""
         if self.nursery is None or not isinstance(link, SocketConnection):
             return False
         alike = [one for one in self._kept if one.speaks == speaks]
@@ -90,15 +90,15 @@ class KeptConnections:
             self.nursery.start_soon(self._watch, new)
         return True
 
-    def take(self, peer: str, identity: Identity, to_want: bool = False) -> SocketConnection | None:
+    def take(self, peer: str, to_want: bool = False) -> SocketConnection | None:
         """The newest link to ``peer`` on which this end speaks first (``to_want``: a ``WantFile``), for the
-        caller to close or to give back; None when there is none whose certificate ``identity`` trusts now.
+        caller to close or to give back; None when there is none whose certificate is trusted now.
         """
         for kept in reversed(self._kept):
             fits = kept.speaks and (kept.link.knows_want or not to_want)
             if fits and kept.link.peer == peer and not kept.scope.cancel_called:
                 kept.scope.cancel()
-                if is_trusted(kept.link, identity):
+                if is_trusted(kept.link, self._identity):
                     self._release(kept)
                     return kept.link
         return None
@@ -125,53 +125,25 @@ class KeptConnections:
                 self._release(kept)
                 if not spoke or kept.speaks:
                     kept.link.close_now()
-        if ours and spoke and not kept.speaks and self.spoken is not None:
-            await self._spoken(kept.link, self.spoken)
-
-    async def _spoken(
-        self, link: SocketConnection, spoken: Callable[[SocketConnection], Awaitable[None]]
-    ) -> None:
-        if self._speaking[link.peer] >= MAX_SPEAKING_PER_PEER:
-            link.close_now()
+        if not (ours and spoke and not kept.speaks):
             return
-        self._speaking[link.peer] += 1
-        try:
-            await spoken(link)
-        finally:
-            self._speaking[link.peer] -= 1
-            if not self._speaking[link.peer]:
-                del self._speaking[link.peer]
+        if self._speaking[kept.link.peer] >= MAX_SPEAKING_PER_PEER:
+            kept.link.close_now()
+            return
+        with counted(self._speaking, kept.link.peer):
+            await self._hear(kept.link)
 
-
-class SpokenOver:
-    """Receives what comes over kept links. ``agree`` gives the transfer that an offer of a peer begins or
-    goes on with, or None when it is done already; it raises Refused. ``serve`` answers a ``WantFile``, and
-    owns the link.
-    """
-
-    def __init__(
-        self,
-        links: BulkConnections,
-        agree: Callable[[str, BulkOffer], Awaitable[Inbound | None]],
-        serve: Callable[[BulkConnection, WantFile], Awaitable[None]],
-    ) -> None:
-        self._links = links
-        self._agree = agree
-        self._serve = serve
-
-    async def spoken(self, link: SocketConnection) -> None:
-        """Hear an offer, and give the link to the transfer when its turn has come; or a want, or the link's
-        end.
-        """
+    async def _hear(self, link: SocketConnection) -> None:
+        """Hear an offer, a want or the link's end; the link is a transfer's when its turn has come."""
         handed_over = False
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 frame = await link.hear()
-            if not is_trusted(link, self._links.identity):
+            if not is_trusted(link, self._identity):
                 raise ConnectionBroken("the peer's certificate is not trusted any more")
             if isinstance(frame, WantFile):
                 handed_over = True
-                await self._serve(link, frame)
+                await self.serve(link, frame)
                 return
             if not isinstance(frame, BulkOffer):
                 raise ConnectionBroken(f"the peer said {type(frame).__name__} where an offer was due")
@@ -190,7 +162,7 @@ class SpokenOver:
 
     async def _answer(self, link: SocketConnection, offer: BulkOffer) -> Inbound | Verdict:
         try:
-            return await self._agree(link.peer, offer) or Verdict("ok")
+            return await self.agree(link.peer, offer) or Verdict("ok")
         except Refused as exc:
             return Verdict("refused", exc.code, exc.reason)
         except Exception:  # the edge of the service: one bad offer must not end the node

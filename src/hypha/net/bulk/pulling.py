@@ -2,9 +2,8 @@
 
 The connection is one that was kept, else one that this node opens to the provider. The answer to what is
 asked over it is the file: one round trip on an open connection. What was cut is asked for again and goes on
-where it was cut. A provider that cannot be dialled, or that is of a version which knows no
-:class:`~hypha.net.bulk.wire.WantFile`, is asked by a request to send the file by whatever way leads here.
-"""
+where it was cut. Where that cannot be, the provider is asked by a request to send the file by whatever way
+leads here."""
 
 from __future__ import annotations
 
@@ -13,27 +12,28 @@ import logging
 import msgspec
 import trio
 
-from hypha.errors import (
-    NetworkError,
-    PeerUnreachable,
-    Refused,
-    RequestTimeout,
-    TransferFailed,
-)
+from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import BulkOffer
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import DiskFailed, PartFile
-from hypha.net.bulk.inbound import Inbound
+from hypha.net.bulk.inbound import Inbound, WantedFile
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.receiving import Receiving
 from hypha.net.bulk.rendezvous import Rendezvous
-from hypha.net.bulk.retries import Retries
-from hypha.net.bulk.roles import require_sender
-from hypha.net.bulk.sending import first_word, new_token
+from hypha.net.bulk.sending import first_word
 from hypha.net.bulk.signals import note_link, receiving
-from hypha.net.bulk.wanted_file import WantedFile
+from hypha.net.bulk.turns import Retries
 from hypha.net.bulk.ways import WAY_LIFE_S, Ways
-from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, FileFound, Frame, Go, Verdict, WantFile
+from hypha.net.bulk.wire import (
+    BulkConnections,
+    ConnectionBroken,
+    FileFound,
+    Go,
+    Verdict,
+    WantFile,
+    new_token,
+    require_sender,
+)
 from hypha.tracing import traceparent
 
 logger = logging.getLogger(__name__)
@@ -62,9 +62,7 @@ class Pulling:
         """Have the file come; see ``pull`` for how that ended. Raises Refused and TransferFailed."""
         if still_s is None:
             return await self._pull(pull)
-        failure: NetworkError | None = TransferFailed(
-            pull.peer_id, pull.request.name, f"nothing came for {still_s:g} s"
-        )
+        failure: NetworkError | None = pull.failure(f"nothing came for {still_s:g} s")
 
         async def pull_on() -> None:
             nonlocal failure
@@ -100,12 +98,12 @@ class Pulling:
             except (ConnectionBroken, PeerUnreachable) as exc:
                 reason = str(exc)
                 if isinstance(exc, PeerUnreachable) and not pull.agreed:
-                    raise TransferFailed(pull.peer_id, pull.request.name, reason) from exc
+                    raise pull.failure(reason) from exc
                 self._kept.drop(pull.peer_id)
                 logger.info(
                     "Receiving %s was interrupted: %s.", pull.request.name, reason, extra=pull.log_fields
                 )
-            failure = TransferFailed(pull.peer_id, pull.request.name, reason)
+            failure = pull.failure(reason)
             await trio.sleep(retries.broke(failure, trio.current_time(), pull.offset))
 
     async def _ask(self, pull: WantedFile) -> bool:
@@ -122,9 +120,9 @@ class Pulling:
                 raise
             except Exception as exc:  # the edge of what a peer or a disk can do: this pull ends, and no more
                 logger.exception("Receiving %s failed.", pull.request.name, extra=pull.log_fields)
-                raise TransferFailed(pull.peer_id, pull.request.name, f"it failed here ({exc!r})") from exc
+                raise pull.failure(f"it failed here ({exc!r})") from exc
         if inbound.scope.cancelled_caught:
-            raise TransferFailed(pull.peer_id, pull.request.name, "another transfer has taken its place")
+            raise pull.failure("another transfer has taken its place")
         return asked
 
     async def _ask_in_turn(self, pull: WantedFile, inbound: Inbound) -> bool:
@@ -139,25 +137,22 @@ class Pulling:
                 return True
         # from now on it is the provider that owes something
         inbound.turn.set()
-        met = None
         try:
             met = await self._connect(pull, 0 if part is None else part.received)
+            if met is None:
+                return False
+            link, go, answer = met
+            if isinstance(answer, Verdict):
+                if not self._kept.give(link, speaks=True):
+                    await link.close()
+                answer.raise_if_refused(pull.peer_id)
+                raise pull.failure(answer.reason)
+            await self._take(pull, inbound, part, (link, go, answer))
+            return True
         finally:
-            if met is None and part is not None:
-                part.abandon()
-        if met is None:
-            return False
-        link, go, answer = met
-        if isinstance(answer, Verdict):
+            # where it did not become a file, it is closed at its true length
             if part is not None:
                 part.abandon()
-            if not self._kept.give(link, speaks=True):
-                await link.close()
-            if answer.outcome == "refused":
-                raise Refused(answer.code, answer.reason, pull.peer_id)
-            raise TransferFailed(pull.peer_id, pull.request.name, answer.reason)
-        await self._take(pull, inbound, part, (link, go, answer))
-        return True
 
     async def _open_part(self, pull: WantedFile, inbound: Inbound) -> PartFile:
         """Refused, DiskFailed."""
@@ -198,21 +193,15 @@ class Pulling:
         except DiskFailed as exc:
             pull.failed(exc)
         finally:
-            if part is not None and not done:
-                part.abandon()
             if not (done and self._kept.give(link, speaks=True)):
                 await link.close()
-
-    # --- ways ---------------------------------------------------------------------------------------
 
     async def _connect(
         self, pull: WantedFile, offset: int
     ) -> tuple[BulkConnection, Go, FileFound | Verdict] | None:
-        """A connection over which the file was asked for, how, and the answer; None when the provider has to
-        be asked in another way.
-        """
+        """Over what it was asked for, how, and the answer; None when it has to be asked for otherwise."""
         peer = pull.peer_id
-        link: BulkConnection | None = self._kept.take(peer, self._links.identity, to_want=True)
+        link: BulkConnection | None = self._kept.take(peer, to_want=True)
         if link is not None:
             try:
                 return await _say(link, pull, offset)
@@ -245,20 +234,15 @@ class Pulling:
                 return None
         return None
 
-    # --- asking to be sent it -------------------------------------------------------------------------
-
     async def _be_sent(self, pull: WantedFile) -> None:
         """Ask by a request to be sent the file, and again until it is here or will not come."""
-        self._receiving.want(pull.token, pull.peer_id, pull)
-        try:
+        async with self._receiving.wanting(pull):
             await self._follow(pull)
-        finally:
-            await self._receiving.unwant(pull.token)
         if pull.came_by == "stream":
             self._ways.worked(pull.peer_id, "stream")
 
     async def _follow(self, pull: WantedFile) -> None:
-        token, name = pull.token, pull.request.name
+        token = pull.token
         request = msgspec.structs.replace(pull.request, token=token)
         failures, retries = 0, Retries()
         heard = (0, 0)
@@ -268,16 +252,15 @@ class Pulling:
                 offer = await self._links.request(pull.peer, request)
                 require_sender(self._links, pull.peer_id, request.kind)
                 if not isinstance(offer, BulkOffer):
-                    raise Refused(
-                        "malformed", f"it answered a pull with {type(offer).__name__}", pull.peer_id
-                    )
+                    text = f"it answered a pull with {type(offer).__name__}"
+                    raise Refused("malformed", text, pull.peer_id)
                 pull.check(offer.meta)
                 failures = 0
             except Refused as exc:
                 if pull.over.is_set():
                     return
                 if exc.code == "unreachable":
-                    raise TransferFailed(pull.peer_id, name, exc.reason) from exc
+                    raise pull.failure(exc.reason) from exc
                 await trio.sleep(retries.refused(exc, trio.current_time()))
                 continue
             except (PeerUnreachable, RequestTimeout) as exc:
@@ -287,7 +270,7 @@ class Pulling:
                 pause_s = 0.5
                 # before anything was agreed there is nothing to wait for
                 if (failures > 1 or pull.meta is None) and not pull.over.is_set():
-                    raise TransferFailed(pull.peer_id, name, str(exc)) from exc
+                    raise pull.failure(str(exc)) from exc
             coming = True
             while coming and not pull.over.is_set():
                 heard = self._receiving.heard(token)
@@ -306,12 +289,11 @@ async def _say(
     go = link.new_go(offset, zstd_blocks=True)
     # a token of its own: what an attempt that was cut began is another one there
     want = WantFile(msgspec.structs.replace(pull.request, token=new_token()), go, traceparent())
-    answer: Frame | None = None
     try:
         answer = await first_word(link, lambda: link.ask(want))
         if not isinstance(answer, FileFound | Verdict):
             raise ConnectionBroken(f"the peer said {type(answer).__name__} where an answer was due")
-        return link, go, answer
-    finally:
-        if not isinstance(answer, FileFound | Verdict):
-            await link.close()
+    except BaseException:
+        await link.close()
+        raise
+    return link, go, answer

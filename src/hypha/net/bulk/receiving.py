@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import trio
 
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
 from hypha.messages import Acknowledged, BulkAnswer, BulkDial, BulkOffer, TransferMeta
-from hypha.net.bulk.collecting import Collecting
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import DiskFailed, FileChanged, PartFile, WrongHash, copy_verified, free_bytes
-from hypha.net.bulk.inbound import Acceptor, Inbound
+from hypha.net.bulk.inbound import Acceptor, Collecting, Inbound, WantedFile
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.rendezvous import Expected, Rendezvous
-from hypha.net.bulk.roles import require_sender
 from hypha.net.bulk.signals import note_link, receiving
-from hypha.net.bulk.slots import TransferSlots
-from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, Verdict
+from hypha.net.bulk.turns import TransferSlots
+from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, Verdict, require_sender
 from hypha.node import Arrived, Gate
 
 logger = logging.getLogger(__name__)
@@ -45,8 +43,8 @@ CONNECT_S = 40.0
 BROKEN_S = 5.0
 #: A pull that has its file lets the acknowledgement go out for this long.
 SETTLE_S = 2.0
-#: Larger files need a limit of their own kind.
-DEFAULT_LIMIT_BYTES = 100 << 30
+#: No larger file is taken of those that others send.
+MAX_ACCEPTED_BYTES = 100 << 30
 #: This much of a disk is left to others.
 RESERVE_BYTES = 16 << 20
 
@@ -55,22 +53,16 @@ class Receiving:
     """Answers offers."""
 
     def __init__(
-        self,
-        links: BulkConnections,
-        rendezvous: Rendezvous,
-        kept: KeptConnections,
-        limits: Mapping[str, int],
-        at_once: int,
+        self, links: BulkConnections, rendezvous: Rendezvous, kept: KeptConnections, at_once: int
     ) -> None:
         """``at_once`` are received, where bytes move."""
         self._links = links
         self._rendezvous = rendezvous
-        self._limits = limits
         self.places = TransferSlots(at_once)
         self._limiter = trio.CapacityLimiter(2 * at_once)
         self._acceptors: dict[tuple[str, str | None], Acceptor] = {}
-        #: offers that a pull of ours asked for, by token: the peer, and who takes it
-        self._wanted: dict[str, tuple[str, Acceptor]] = {}
+        #: pulls that have asked to be sent a file, by token
+        self._wanted: dict[str, WantedFile] = {}
         self._inbound: dict[str, Inbound] = {}
         self._held = 0
         self._kept = kept
@@ -81,17 +73,13 @@ class Receiving:
 
     @property
     def under_way(self) -> int:
-        """Files that are being received, or are to be."""
         return len(self._inbound)
 
-    # --- who takes what -----------------------------------------------------------------------------
-
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
-        """As ``BulkTransfers.accept``."""
         key = (kind, job_id)
         if key in self._acceptors:
             raise ValueError(f"files of kind {kind!r} of job {job_id!r} are accepted by somebody already")
-        acceptor = Acceptor(gate, arrived, self._limits.get(kind, DEFAULT_LIMIT_BYTES))
+        acceptor = Acceptor(gate, arrived, MAX_ACCEPTED_BYTES)
         self._acceptors[key] = acceptor
 
         def stop() -> None:
@@ -104,13 +92,17 @@ class Receiving:
 
         return stop
 
-    def want(self, token: str, peer: str, acceptor: Acceptor) -> None:
-        """Take the offer ``token`` of ``peer`` when it comes."""
-        self._wanted[token] = (peer, acceptor)
+    @contextlib.asynccontextmanager
+    async def wanting(self, pull: WantedFile) -> AsyncIterator[None]:
+        """Take the offer of ``pull`` when it comes; afterwards nothing of it runs any more."""
+        self._wanted[pull.token] = pull
+        try:
+            yield
+        finally:
+            del self._wanted[pull.token]
+            await self._end(pull.token)
 
-    async def unwant(self, token: str) -> None:
-        """Stop wanting it; returns when nothing of it runs any more."""
-        self._wanted.pop(token, None)
+    async def _end(self, token: str) -> None:
         inbound = self._inbound.get(token)
         if inbound is not None:
             with trio.CancelScope(shield=True):
@@ -164,8 +156,6 @@ class Receiving:
         except Refused:
             destination.unlink(missing_ok=True)
             raise
-
-    # --- requests -----------------------------------------------------------------------------------
 
     async def _offered(self, caller: str, offer: BulkOffer) -> BulkAnswer:
         inbound = await self.agree(caller, offer)
@@ -226,8 +216,8 @@ class Receiving:
         if taker is not None:
             acceptor = taker
         elif token in self._wanted:
-            peer, acceptor = self._wanted[token]
-            if peer != caller:
+            acceptor = wanted = self._wanted[token]
+            if wanted.peer_id != caller:
                 raise Refused("not-found", "this token belongs to another transfer")
         else:
             job_id = meta.stamp.job_id if meta.stamp is not None else None
@@ -283,8 +273,6 @@ class Receiving:
         except ConnectionBroken as exc:
             raise Refused("unreachable", f"no direct connection to the caller: {exc}") from exc
         return Acknowledged()
-
-    # --- receiving ----------------------------------------------------------------------------------
 
     async def _run(self, inbound: Inbound) -> None:
         try:

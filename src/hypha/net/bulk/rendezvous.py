@@ -16,33 +16,35 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import trio
 
+from hypha.config.tuning import SocketTuning
 from hypha.errors import IdentityError, NetworkError
-from hypha.net.bulk.connection import BulkConnection, TransferredBytes
-from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
-from hypha.net.bulk.sockets import SocketConnection, in_thread, is_trusted
-from hypha.net.bulk.streams import StreamConnection
+from hypha.net.bulk.connections import (
+    BulkConnection,
+    SocketConnection,
+    StreamConnection,
+    TransferredBytes,
+    in_thread,
+    is_trusted,
+)
 from hypha.net.bulk.wire import (
     BULK_ALPN,
     BULK_PROTOCOL,
     HANDSHAKE_TIMEOUT_S,
-    LENGTH_BYTES,
-    MAX_FRAME_BYTES,
     WANT_PROTOCOL,
     BulkConnections,
     ConnectionBroken,
     Hello,
     Verdict,
     WantFile,
-    decode_frame,
-    decode_length,
     encode_frame,
 )
-from hypha.net.libp2p.shared_port import resend_soon
+from hypha.net.sockets import resend_soon, set_buffers
 from hypha.pki.certificates import peer_id_of, presented_chain
 
 logger = logging.getLogger(__name__)
@@ -55,9 +57,7 @@ _NOT_EXPECTED = Verdict("refused", "not-found", "this transfer is not expected h
 
 
 class Expected:
-    """A place where the connection of one transfer arrives. One at a time; a newer one replaces one that
-    nobody took yet.
-    """
+    """Where the connection of one transfer arrives; a newer one replaces one that nobody took yet."""
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
@@ -70,7 +70,7 @@ class Expected:
         if self._closed:
             return False
         if self._link is not None:
-            self._dismiss(self._link)
+            self._link.close_now()
         self._link = link
         self._arrived.set()
         return True
@@ -84,32 +84,26 @@ class Expected:
         return link
 
     def close(self) -> None:
-        """WantFile no more."""
         self._closed = True
         if self._link is not None:
-            self._dismiss(self._link)
+            self._link.close_now()
             self._link = None
-
-    @staticmethod
-    def _dismiss(link: BulkConnection) -> None:
-        if isinstance(link, SocketConnection):
-            link.close_now()
-        elif isinstance(link, StreamConnection):
-            link.closed.set()  # its handler closes the stream then
 
 
 class Rendezvous:
-    """Makes connections and hands them to those who expect them."""
+    """Makes connections and hands them over; ``serve`` answers a want on a new one, and closes it."""
+
+    serve: Callable[[BulkConnection, WantFile], Awaitable[None]]
 
     def __init__(
         self,
         links: BulkConnections,
         tally: TransferredBytes,
         limiter: trio.CapacityLimiter,
-        buffers: Buffers = AS_THE_KERNEL_LIKES,
+        sockets: SocketTuning,
     ) -> None:
         self._links = links
-        self._buffers = buffers
+        self._sockets = sockets
         self._tally = tally
         self._limiter = limiter
         self._expected: dict[str, Expected] = {}
@@ -120,14 +114,11 @@ class Rendezvous:
         self._loop: trio.lowlevel.TrioToken | None = None
         #: per peer, the address at which it was last reached
         self._reached: dict[str, tuple[str, int]] = {}
-        #: answers what is asked for on a new connection, which it has to close
-        self.serve: Callable[[BulkConnection, WantFile], Awaitable[None]] | None = None
         self._nursery: trio.Nursery | None = None
-        links.set_stream_handler(BULK_PROTOCOL, self._serve_stream)
-        links.set_stream_handler(WANT_PROTOCOL, self._serve_wanting_stream)
+        links.set_stream_handler(BULK_PROTOCOL, partial(self._serve_stream, kind=Hello))
+        links.set_stream_handler(WANT_PROTOCOL, partial(self._serve_stream, kind=WantFile))
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Called in the event loop before the first connection may arrive."""
         self._nursery = nursery
         self._loop = trio.lowlevel.current_trio_token()
 
@@ -143,9 +134,7 @@ class Rendezvous:
             expected.close()
 
     async def cut_untrusted(self) -> None:
-        """End the connections whose certificate at the other end is not trusted any more, also those over
-        which something goes.
-        """
+        """End connections, also busy ones, whose other end has a certificate that is not trusted any more."""
         for link in list(self._proven):
             if not is_trusted(link, self._links.identity):
                 link.cut()
@@ -154,8 +143,9 @@ class Rendezvous:
     def _arrived(self, first: Hello | WantFile, link: SocketConnection) -> None:
         self._proven.add(link)
         if isinstance(first, Hello):
-            self._hand_over(first.token, link)
-        elif self._nursery is None or self.serve is None:
+            if not self._hand_over(first.token, link):
+                link.refuse_now(_NOT_EXPECTED)
+        elif self._nursery is None:
             link.close_now()
         else:
             try:
@@ -179,8 +169,6 @@ class Rendezvous:
         expected = self._expected.get(token)
         return expected is not None and expected.peer == peer
 
-    # --- accepting ----------------------------------------------------------------------------------
-
     def serve_socket(self, sock: socket.socket) -> None:
         """Take over an accepted blocking connection (a thread's main function); returns soon: at the
         latest after ``HANDSHAKE_TIMEOUT_S``, the first message included and however it is dealt out, at once
@@ -197,9 +185,9 @@ class Rendezvous:
             with self._tracked(tls) as loop:
                 tls.do_handshake()
                 peer = self._prove(tls)
-                first = _read_first(tls, deadline)
                 link = SocketConnection(tls, peer, self._tally, self._limiter)
                 link.way = "direct"
+                first = link.read_first(deadline)
                 loop.run_sync_soon(self._arrived, first, link)
                 tls = None
         except (OSError, ValueError, IdentityError, ConnectionBroken, trio.RunFinishedError) as exc:
@@ -210,52 +198,37 @@ class Rendezvous:
             with contextlib.suppress(OSError):
                 (tls if tls is not None else sock).close()
 
-    def _hand_over(self, token: str, link: SocketConnection) -> None:
-        if not (self.is_expected(token, link.peer) and self._expected[token].arrive(link)):
-            self._log_stranger(token, link.peer)
-            link.refuse_now(_NOT_EXPECTED)
-
-    def _log_stranger(self, token: str, peer: str) -> None:
+    def _hand_over(self, token: str, link: BulkConnection) -> bool:
+        """False when nobody waits for it."""
+        if self.is_expected(token, link.peer) and self._expected[token].arrive(link):
+            return True
         if token in self._expected:
             logger.warning(
-                "A peer came with the transfer token of another one and was refused.", extra={"peer_id": peer}
+                "A peer came with the transfer token of another one and was refused.",
+                extra={"peer_id": link.peer},
             )
         else:
-            logger.info("A bulk connection came for a transfer that is over.", extra={"peer_id": peer})
+            logger.info("A bulk connection came for a transfer that is over.", extra={"peer_id": link.peer})
+        return False
 
-    async def _serve_stream(self, stream: Any, caller: str) -> None:
+    async def _serve_stream(self, stream: Any, caller: str, kind: type[Hello | WantFile]) -> None:
         link = StreamConnection(stream, caller, self._tally, self._limiter)
-        link.way = "stream"
+        link.way, link.knows_want = "stream", kind is WantFile
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-                hello = await link.hear()
-            if not isinstance(hello, Hello):
-                raise ConnectionBroken("the peer did not say which transfer its stream is for")
-            if self.is_expected(hello.token, caller) and self._expected[hello.token].arrive(link):
+                first = await link.hear()
+            if not isinstance(first, kind):
+                raise ConnectionBroken("the peer did not say what its stream is for")
+            if isinstance(first, WantFile):
+                await self.serve(link, first)
+            elif self._hand_over(first.token, link):
                 await link.closed.wait()
             else:
-                self._log_stranger(hello.token, caller)
                 await link.say(_NOT_EXPECTED)
         except (ConnectionBroken, trio.TooSlowError) as exc:
             logger.info("Refused an incoming bulk stream: %s", exc, extra={"peer_id": caller})
         finally:
             await link.close()
-
-    async def _serve_wanting_stream(self, stream: Any, caller: str) -> None:
-        link = StreamConnection(stream, caller, self._tally, self._limiter)
-        link.way, link.knows_want = "stream", True
-        try:
-            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-                want = await link.hear()
-            if not isinstance(want, WantFile) or self.serve is None:
-                raise ConnectionBroken("the peer did not say which file it wants")
-            await self.serve(link, want)
-        except (ConnectionBroken, trio.TooSlowError) as exc:
-            logger.info("Refused an incoming bulk stream: %s", exc, extra={"peer_id": caller})
-        finally:
-            await link.close()
-
-    # --- dialling -----------------------------------------------------------------------------------
 
     async def dial(self, peer: str, offered: tuple[str, ...], token: str | None) -> BulkConnection:
         """A direct connection to ``peer``, greeted with ``token``; without one the caller is to say at once
@@ -282,7 +255,7 @@ class Rendezvous:
         if scope.cancelled_caught:
             raise ConnectionBroken(f"no answer within {DIAL_TIMEOUT_S:g} s")
         sock = socket.socket(fileno=stream.socket.detach())
-        self._buffers.apply(sock)
+        set_buffers(sock, self._sockets)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         resend_soon(sock)
         sock.settimeout(HANDSHAKE_TIMEOUT_S)
@@ -301,13 +274,11 @@ class Rendezvous:
             if token is not None:
                 tls.sendall(encode_frame(Hello(token)))
 
-        done = False
         try:
             await in_thread(tls, greet, self._limiter)
-            done = True
-        finally:
-            if not done:
-                tls.close()
+        except BaseException:
+            tls.close()
+            raise
         link = SocketConnection(tls, peer, self._tally, self._limiter)
         link.way = "direct"
         self._proven.add(link)
@@ -322,9 +293,7 @@ class Rendezvous:
             raise ConnectionBroken("nobody waits for that connection any more")
 
     async def open_stream(self, peer: str, token: str | None) -> BulkConnection:
-        """A libp2p stream to ``peer``, through a relay when need be, greeted as by :meth:`dial`.
-        ConnectionBroken when it cannot be had.
-        """
+        """A libp2p stream to ``peer``, relayed if need be, greeted as by :meth:`dial`. ConnectionBroken."""
         try:
             protocol = WANT_PROTOCOL if token is None else BULK_PROTOCOL
             stream = await self._links.open_stream(peer, protocol)
@@ -335,16 +304,12 @@ class Rendezvous:
         if token is None:
             link.knows_want = True
             return link
-        done = False
         try:
             await link.say(Hello(token))
-            done = True
-        finally:
-            if not done:
-                await link.close()
+        except BaseException:
+            await link.close()
+            raise
         return link
-
-    # --- both ---------------------------------------------------------------------------------------
 
     @contextmanager
     def _tracked(self, sock: socket.socket) -> Iterator[trio.lowlevel.TrioToken]:
@@ -366,29 +331,3 @@ class Rendezvous:
             raise ConnectionBroken("the peer showed no certificate")
         self._links.identity.check(certificate, presented_chain(tls))
         return peer_id_of(certificate)
-
-
-def _read_first(tls: ssl.SSLSocket, deadline: float) -> Hello | WantFile:
-    """What the connection is for, which is here before ``time.monotonic()`` is ``deadline``: one time-out a
-    byte would let a peer keep the thread for hours.
-    """
-
-    def read(count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise ConnectionBroken(
-                    f"the peer did not say within {HANDSHAKE_TIMEOUT_S:g} s what it came for"
-                )
-            tls.settimeout(left_s)
-            more = tls.recv(count - len(data))
-            if not more:
-                raise ConnectionBroken("the peer closed the connection before it said anything")
-            data += more
-        return data
-
-    first = decode_frame(read(decode_length(read(LENGTH_BYTES), MAX_FRAME_BYTES)))
-    if not isinstance(first, Hello | WantFile):
-        raise ConnectionBroken("the peer did not say what its connection is for")
-    return first

@@ -1,7 +1,5 @@
 """The sending end of transfers: offer, connect by whatever way leads there, send, hear the verdict.
 
-A file is offered and sent over a connection that was kept from the last one
-(:mod:`hypha.net.bulk.kept_connections`), else over one that is made for it (:mod:`hypha.net.bulk.ways`).
 A cut transfer is offered again and goes on where it was cut. Only so many are sent at once; the others queue,
 first come first served, and one that needs another attempt queues anew.
 """
@@ -9,7 +7,6 @@ first come first served, and one that needs another attempt queues anew.
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -27,18 +24,27 @@ from hypha.errors import (
     TransferFailed,
 )
 from hypha.messages import BulkAnswer, BulkDial, BulkOffer, PeerRef, TransferMeta
-from hypha.net.bulk.compression import KINDS as PACKED_KINDS
-from hypha.net.bulk.compression import Known, Packing
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.blocks import KINDS as PACKED_KINDS
+from hypha.net.bulk.blocks import BlockPacker, Known, Packing
+from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import FileChanged, SourceFile
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.rendezvous import Expected, Rendezvous
-from hypha.net.bulk.retries import Retries
-from hypha.net.bulk.roles import require_receiver
 from hypha.net.bulk.signals import note_link, sending
-from hypha.net.bulk.slots import TransferSlots
+from hypha.net.bulk.turns import Retries, TransferSlots
 from hypha.net.bulk.ways import Way, Ways
-from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, Frame, Go, Verdict, Working, fits
+from hypha.net.bulk.wire import (
+    BulkConnections,
+    ConnectionBroken,
+    Frame,
+    Go,
+    Verdict,
+    Working,
+    fits,
+    id_of,
+    require_receiver,
+)
+from hypha.net.peers.inbound_limits import Recent
 from hypha.telemetry.instruments import PACKED_BYTES
 from hypha.tracing import traceparent
 
@@ -68,14 +74,12 @@ class Sending:
         self._ways = ways
         self._tuning = tuning
         #: what is known of the ways to peers, for whether compressing pays; the oldest go first
-        self._lines: dict[str, Known] = {}
+        self._lines: Recent[str, Known] = Recent(MAX_LINES)
         at_once = tuning.sends
         self.places = TransferSlots(at_once)
         self._limiter = trio.CapacityLimiter(2 * at_once)
         #: files that are being sent, or are to be
         self.under_way = 0
-
-    # --- sending ------------------------------------------------------------------------------------
 
     async def send(
         self,
@@ -86,12 +90,10 @@ class Sending:
         patience_s: float = 0.0,
         pulled: bool = False,
     ) -> None:
-        """As ``BulkTransfers.send``; ``pulled``: the peer has asked for it."""
-        peer_id = peer.peer if isinstance(peer, PeerRef) else peer
-        with sending(peer_id, meta), self.counted():
-            await self._send(
-                peer, SendAttempt(peer_id, path, meta, token, pulled=pulled), Retries(patience_s)
-            )
+        """``pulled``: the peer has asked for it."""
+        wanted = SendAttempt(peer, path, meta, token, pulled=pulled)
+        with sending(wanted.peer_id, meta), self.counted():
+            await self._send(wanted, Retries(patience_s))
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -102,17 +104,16 @@ class Sending:
         finally:
             self.under_way -= 1
 
-    async def _send(self, peer: PeerRef | str, wanted: SendAttempt, retries: Retries) -> None:
+    async def _send(self, wanted: SendAttempt, retries: Retries) -> None:
         peer_id, meta = wanted.peer_id, wanted.meta
         while True:
             attempt = replace(wanted, packing=self.packing_for(peer_id, meta))
             try:
                 async with self.places.hold(attempt.moved):
-                    verdict = await self._attempt(peer, attempt)
+                    verdict = await self._attempt(attempt)
                 if verdict.outcome == "ok":
                     return
-                if verdict.outcome == "refused":
-                    raise Refused(verdict.code, verdict.reason, peer_id)
+                verdict.raise_if_refused(peer_id)
                 if not verdict.again:
                     raise TransferCorrupt(
                         peer_id, meta.name, verdict.reason or "it arrived with another hash"
@@ -133,7 +134,7 @@ class Sending:
             failure = TransferFailed(peer_id, meta.name, reason)
             await trio.sleep(retries.broke(failure, trio.current_time(), attempt.offset))
 
-    async def _attempt(self, peer: PeerRef | str, attempt: SendAttempt) -> Verdict:
+    async def _attempt(self, attempt: SendAttempt) -> Verdict:
         require_receiver(self._links, attempt.peer_id, attempt.meta.kind, met=False)
         # an offer is repeated while it waits; what is offered must be there first
         with (
@@ -142,11 +143,11 @@ class Sending:
         ):
             met = await self._offer_over_kept(attempt)
             if met is None:
-                answer = await self._offer(peer, attempt)
+                answer = await self._offer(attempt)
                 require_receiver(self._links, attempt.peer_id, attempt.meta.kind)
                 if answer.done:
                     return Verdict("ok")
-                met = await self._connect(peer, attempt, answer, expected)
+                met = await self._connect(attempt, answer, expected)
             link, go = met
             done = False
             try:
@@ -178,7 +179,7 @@ class Sending:
         note_link(link, offset)
         started = trio.current_time()
         try:
-            verdict = await link.deliver(source, meta, go, attempt.packing)
+            verdict = await link.deliver(source, BlockPacker(meta, go, attempt.packing))
         finally:
             self._learn(attempt)
         if verdict.outcome == "ok":
@@ -193,9 +194,7 @@ class Sending:
         return verdict
 
     def packing_for(self, peer: str, meta: TransferMeta, go: Go | None = None) -> Packing | None:
-        """Who decides whether its blocks are compressed, where a receiver that has said ``go`` allows it;
-        None: nobody, they are not.
-        """
+        """Who decides whether its blocks are compressed; None: they are not, or ``go`` does not allow it."""
         mode = self._tuning.compression
         if go is not None and not go.zstd_blocks:
             return None
@@ -207,10 +206,7 @@ class Sending:
         packing = attempt.packing
         if packing is None:
             return
-        self._lines.pop(attempt.peer_id, None)
         self._lines[attempt.peer_id] = packing.known
-        if len(self._lines) > MAX_LINES:
-            del self._lines[next(iter(self._lines))]
         if packing.plain_bytes:
             PACKED_BYTES.add(packing.plain_bytes, stage="before")
             PACKED_BYTES.add(packing.packed_bytes, stage="after")
@@ -223,17 +219,9 @@ class Sending:
             )
 
     async def _offer_over_kept(self, attempt: SendAttempt) -> tuple[BulkConnection, Go | Verdict] | None:
-        """A link that was kept and the receiver's word for this file; None when it has to be offered by a
-        request. Refused.
-        """
-        offer = BulkOffer(
-            token=attempt.token,
-            meta=attempt.meta,
-            addresses=(),
-            traceparent=traceparent(),
-            zstd_blocks=attempt.packing is not None,
-        )
-        link = self._kept.take(attempt.peer_id, self._links.identity) if fits(offer) else None
+        """A kept link and the receiver's word; None when a request has to offer the file. Refused."""
+        offer = attempt.offer()
+        link = self._kept.take(attempt.peer_id) if fits(offer) else None
         if link is None:
             return None
         word = None
@@ -246,69 +234,51 @@ class Sending:
         finally:
             if not isinstance(word, Go):
                 await link.close()
-        if isinstance(word, Verdict) and word.outcome == "refused":
-            raise Refused(word.code, word.reason, attempt.peer_id)
+        if isinstance(word, Verdict):
+            word.raise_if_refused(link.peer)
         return None if word is None else (link, word)
 
-    async def _offer(self, peer: PeerRef | str, attempt: SendAttempt) -> BulkAnswer:
+    async def _offer(self, attempt: SendAttempt) -> BulkAnswer:
         """The answer when it is our turn there."""
-        offer = BulkOffer(
-            token=attempt.token,
-            meta=attempt.meta,
-            addresses=tuple(self._links.bulk_addresses()),
-            traceparent=traceparent(),
-            zstd_blocks=attempt.packing is not None,
-        )
+        offer = attempt.offer(*self._links.bulk_addresses())
         while True:
-            answer = await self._links.request(peer, offer)
+            answer = await self._links.request(attempt.peer, offer)
             if not isinstance(answer, BulkAnswer):
-                raise Refused(
-                    "malformed", f"it answered an offer with {type(answer).__name__}", attempt.peer_id
-                )
+                text = f"it answered an offer with {type(answer).__name__}"
+                raise Refused("malformed", text, attempt.peer_id)
             if not answer.wait_s > 0:
                 return answer
             await trio.sleep(min(answer.wait_s, 10.0))
 
-    # --- ways ---------------------------------------------------------------------------------------
-
     async def _connect(
-        self, peer: PeerRef | str, attempt: SendAttempt, answer: BulkAnswer, expected: Expected
+        self, attempt: SendAttempt, answer: BulkAnswer, expected: Expected
     ) -> tuple[BulkConnection, Go | Verdict]:
         problems = []
         for way in self._ways.to(attempt.peer_id):
-            link = None
             try:
                 with self._ways.trying(attempt.peer_id, way):
-                    link = await self._try_way(way, peer, attempt, answer, expected)
-                    link.way = way
-                    return link, _go(await first_word(link, link.hear))
+                    link = await self._try_way(way, attempt, answer, expected)
+                    try:
+                        link.way = way
+                        return link, _go(await first_word(link, link.hear))
+                    except BaseException:
+                        await link.close()
+                        raise
             except ConnectionBroken as exc:
                 problems.append(f"{way}: {exc}")
-                if link is not None:
-                    await link.close()
-            except BaseException:
-                if link is not None:
-                    await link.close()
-                raise
         self._ways.forget(attempt.peer_id)
         raise ConnectionBroken("; ".join(problems))
 
     async def _try_way(
-        self,
-        way: Way,
-        peer: PeerRef | str,
-        attempt: SendAttempt,
-        answer: BulkAnswer,
-        expected: Expected,
+        self, way: Way, attempt: SendAttempt, answer: BulkAnswer, expected: Expected
     ) -> BulkConnection:
         if way == "direct":
             return await self._rendezvous.dial(attempt.peer_id, answer.addresses, attempt.token)
         if way == "stream":
             return await self._rendezvous.open_stream(attempt.peer_id, attempt.token)
-        addresses = tuple(self._links.bulk_addresses())
-        request = BulkDial(token=attempt.token, addresses=addresses)
+        request = BulkDial(token=attempt.token, addresses=tuple(self._links.bulk_addresses()))
         try:
-            await self._links.request(peer, request, DIAL_BACK_TIMEOUT_S)
+            await self._links.request(attempt.peer, request, DIAL_BACK_TIMEOUT_S)
         except NetworkError as exc:
             raise ConnectionBroken(str(exc)) from exc
         with trio.move_on_after(FIRST_WORD_S):
@@ -320,7 +290,7 @@ class Sending:
 class SendAttempt:
     """One attempt to send; ``offset`` is what was there already, ``link`` where it goes."""
 
-    peer_id: str
+    peer: PeerRef | str
     path: Path
     meta: TransferMeta
     token: str
@@ -330,8 +300,21 @@ class SendAttempt:
     offset: int = 0
     link: BulkConnection | None = None
 
+    @property
+    def peer_id(self) -> str:
+        return id_of(self.peer)
+
+    def offer(self, *addresses: str) -> BulkOffer:
+        """What to say of it to a receiver, which may dial this node at ``addresses``."""
+        return BulkOffer(
+            token=self.token,
+            meta=self.meta,
+            addresses=addresses,
+            traceparent=traceparent(),
+            zstd_blocks=self.packing is not None,
+        )
+
     def moved(self) -> object:
-        """Changes while something moves."""
         return None if self.link is None else (self.link.went, self.link.heard)
 
 
@@ -352,8 +335,3 @@ def _go(word: Frame) -> Go | Verdict:
     if not isinstance(word, Go | Verdict):
         raise ConnectionBroken(f"the peer said {type(word).__name__} where Go was due")
     return word
-
-
-def new_token() -> str:
-    """Unguessable, though knowing it is not enough."""
-    return secrets.token_urlsafe(24)

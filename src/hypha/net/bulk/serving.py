@@ -1,10 +1,7 @@
 """The providing end of pulls: files that others ask for, over a connection of theirs or by a request.
 
-Whoever asks over a connection (:class:`~hypha.net.bulk.wire.WantFile`) gets the file over that very one, when
-it has one of the few places for sending. A request (:class:`~hypha.messages.PullFile`) comes from peers that
-cannot dial this node, and from those of earlier versions; they are sent the file as it is done by
-:mod:`hypha.net.bulk.sending`.
-"""
+Whoever asks over a connection gets the file over that very one, when it has one of the few places for
+sending. Whoever asks by a request is sent the file as it is done by :mod:`hypha.net.bulk.sending`."""
 
 from __future__ import annotations
 
@@ -19,13 +16,22 @@ import trio
 
 from hypha.errors import NetworkError, Refused, TransferCorrupt, TransferFailed
 from hypha.messages import BulkOffer, PullFile, TransferMeta
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import FileChanged
 from hypha.net.bulk.kept_connections import KeptConnections
-from hypha.net.bulk.roles import require_receiver
 from hypha.net.bulk.sending import SendAttempt, Sending
 from hypha.net.bulk.signals import sending
-from hypha.net.bulk.wire import BulkConnections, ConnectionBroken, FileFound, Go, Verdict, WantFile, fits
+from hypha.net.bulk.wire import (
+    BulkConnections,
+    ConnectionBroken,
+    FileFound,
+    Go,
+    Verdict,
+    WantFile,
+    fits,
+    require_receiver,
+)
+from hypha.net.peers.inbound_limits import counted
 from hypha.node import Provider, Served
 from hypha.tracing import trace_context, traceparent
 
@@ -63,7 +69,6 @@ class ServingPulls:
         links.answer(PullFile, self._asked)
 
     def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
-        """As ``BulkTransfers.serve``."""
         self._providers[kind] = provider
         if served is not None:
             self._told_of_served[kind] = served
@@ -80,18 +85,10 @@ class ServingPulls:
 
     @contextmanager
     def _counted(self, caller: str) -> Iterator[None]:
-        """Refused when there are too many."""
         if self._being_served.total() >= MAX_SERVED or self._being_served[caller] >= MAX_SERVED_PER_PEER:
             raise Refused("busy", "too many files are being sent from here; try again later")
-        self._being_served[caller] += 1
-        try:
+        with counted(self._being_served, caller):
             yield
-        finally:
-            self._being_served[caller] -= 1
-            if not self._being_served[caller]:
-                del self._being_served[caller]
-
-    # --- over a connection of whoever asks ------------------------------------------------------------
 
     async def wanted(self, link: BulkConnection, want: WantFile) -> None:
         """Answer, with the file; then the link is kept or closed. Never raises for what a peer does."""
@@ -159,8 +156,7 @@ class ServingPulls:
             raise TransferFailed(link.peer, meta.name, str(exc)) from exc
         except ConnectionBroken as exc:
             raise TransferFailed(link.peer, meta.name, str(exc)) from exc
-        if verdict.outcome == "refused":
-            raise Refused(verdict.code, verdict.reason, link.peer)
+        verdict.raise_if_refused(link.peer)
         if verdict.outcome != "ok":
             raise TransferCorrupt(link.peer, meta.name, verdict.reason or "it arrived with another hash")
 
@@ -183,8 +179,6 @@ class ServingPulls:
             tell(caller, request, failure)
         return failure
 
-    # --- by a request ---------------------------------------------------------------------------------
-
     async def _asked(self, caller: str, request: PullFile) -> BulkOffer:
         """Somebody wants to be sent a file: say what it is, and start. The same token asks how it goes."""
         if self.nursery is None:
@@ -203,7 +197,7 @@ class ServingPulls:
                 raise
             finally:
                 pulled.ready.set()
-            self.nursery.start_soon(self._be_pulled, key, pulled, path, request, counted)
+            self.nursery.start_soon(self._be_pulled, pulled, path, pulled.meta, caller, request, counted)
         await pulled.ready.wait()
         if pulled.error is not None:
             if isinstance(pulled.error, Refused):
@@ -214,21 +208,21 @@ class ServingPulls:
         return BulkOffer(token=request.token, meta=pulled.meta, addresses=())
 
     async def _be_pulled(
-        self, key: tuple[str, str], pulled: _Pulled, path: Path, request: PullFile, counted: ExitStack
+        self,
+        pulled: _Pulled,
+        path: Path,
+        meta: TransferMeta,
+        caller: str,
+        request: PullFile,
+        counted: ExitStack,
     ) -> None:
-        caller, token = key
-        meta = pulled.meta
-        if meta is None:
-            raise ValueError("a file is sent when it is known what it is")
+        async def send() -> None:
+            await self._sending.send(caller, path, meta, request.token, pulled=True)
+
         try:
             with counted:
-                pulled.error = await self._told(
-                    caller,
-                    request,
-                    meta,
-                    lambda: self._sending.send(caller, path, meta, token, pulled=True),
-                )
+                pulled.error = await self._told(caller, request, meta, send)
                 if pulled.error is not None:
                     await trio.sleep(REMEMBER_S)
         finally:
-            self._pulled.pop(key, None)
+            del self._pulled[caller, request.token]

@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, get_current_span
 
 from hypha.errors import NetworkError, Refused
 from hypha.messages import TransferMeta
-from hypha.net.bulk.connection import BulkConnection
+from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.inbound import Inbound
 from hypha.net.bulk.wire import ConnectionBroken
 from hypha.telemetry.instruments import TRANSFER_BYTES, TRANSFER_DURATION

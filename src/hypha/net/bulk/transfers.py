@@ -1,95 +1,60 @@
-"""The bulk plane: files go whole and verified from node to node, or not at all.
-
-:class:`BulkTransfers` is the whole of it for everybody else. A transfer is agreed on by requests (an offer
-and its answer) and carried by a connection of its own, so that ten gigabytes do not delay the renewal of
-a lease: mutual TLS on a socket that either side may have dialled, or a libp2p stream through a relay. It
-is acknowledged when the receiver has verified it and taken it. The rest is in the other modules here:
-what is said (``wire``), files (``files``), connections (``connection``, ``sockets``, ``streams``,
-``rendezvous``, ``ways``, ``kept_connections``), the two ends of what a node sends (``sending``,
-``receiving``) and of what it asks for (``pulling``, ``serving``).
-"""
+"""The face of the bulk plane: :class:`BulkTransfers`, and what to say of a file before it is sent."""
 
 from __future__ import annotations
 
-import socket
 import threading
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 import trio
 
-from hypha.config.tuning import TransferTuning
+from hypha.config.tuning import TuningConfig
 from hypha.messages import QUICK_KINDS, JobStamp, PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.bandwidth import Caps
-from hypha.net.bulk.connection import TransferredBytes
-from hypha.net.bulk.files import (
-    StreamHash,
-    hash_file,
-    quick_hasher,
-    strong_hasher,
-)
-from hypha.net.bulk.kept_connections import KeptConnections, SpokenOver
+from hypha.net.bulk.connections import TransferredBytes
+from hypha.net.bulk.files import StreamHash, hash_file, quick_hasher, strong_hasher
+from hypha.net.bulk.inbound import WantedFile
+from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.pulling import Pulling
 from hypha.net.bulk.receiving import Receiving
 from hypha.net.bulk.rendezvous import Rendezvous
-from hypha.net.bulk.sending import Sending, new_token
+from hypha.net.bulk.sending import Sending
 from hypha.net.bulk.serving import ServingPulls
-from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
-from hypha.net.bulk.wanted_file import WantedFile
 from hypha.net.bulk.ways import Ways
-from hypha.net.bulk.wire import BulkConnections
-from hypha.node import Arrived, Gate, Provider, Served
+from hypha.net.bulk.wire import BulkConnections, id_of, new_token
 from hypha.runtime import in_thread
-
-__all__ = ["BulkConnections", "BulkTransfers", "meta_of", "with_hashes"]
 
 #: Threads of the bulk plane beyond those of transfers in which bytes move: for transfers in which nothing
 #: does, and handshakes of connections being made.
 MAX_THREADS = 56
-#: Who waits for a pulled file looks after so long whether it is still coming, and ever more seldom.
-FIRST_LOOK_S, LONGEST_LOOK_S = 0.5, 4.0
 
 
 class BulkTransfers:
-    """Sends, pulls, serves and accepts files.
+    """Sends, pulls, serves and accepts files, as :class:`hypha.node.Transfers` says.
 
     ``run`` must be running (``await nursery.start(transfers.run)``) before the node listens;
-    ``serve_socket`` is for the listener. ``limits``: bytes allowed per kind for what others send. ``caps``
-    are those of the node's line, ``tuning`` what ``[tuning.transfers]`` says.
+    ``serve_socket`` is for the listener. ``caps`` are those of the node's line.
     """
 
-    def __init__(
-        self,
-        links: BulkConnections,
-        limits: Mapping[str, int] | None = None,
-        caps: Caps | None = None,
-        tuning: TransferTuning | None = None,
-        buffers: Buffers = AS_THE_KERNEL_LIKES,
-    ) -> None:
-        tuning = tuning or TransferTuning()
+    def __init__(self, links: BulkConnections, caps: Caps, tuning: TuningConfig) -> None:
         self._links = links
-        self._tally = TransferredBytes(caps)
-        threads = MAX_THREADS + 2 * (tuning.sends + tuning.receives)
-        self._rendezvous = Rendezvous(links, self._tally, trio.CapacityLimiter(threads), buffers)
-        self._kept = KeptConnections()
+        #: bytes of files ``sent`` (before compression, repeated ones included) and ``received`` so far
+        self.tally = TransferredBytes(caps)
+        threads = MAX_THREADS + 2 * (tuning.transfers.sends + tuning.transfers.receives)
+        self._rendezvous = Rendezvous(links, self.tally, trio.CapacityLimiter(threads), tuning.sockets)
+        self._kept = KeptConnections(links.identity)
         ways = Ways(links)
-        self._receiving = Receiving(links, self._rendezvous, self._kept, limits or {}, tuning.receives)
-        self._sending = Sending(links, self._rendezvous, self._kept, ways, tuning)
+        self._receiving = Receiving(links, self._rendezvous, self._kept, tuning.transfers.receives)
+        self._sending = Sending(links, self._rendezvous, self._kept, ways, tuning.transfers)
         self._serving = ServingPulls(links, self._kept, self._sending)
         self._pulling = Pulling(links, self._rendezvous, self._kept, ways, self._receiving)
-        self._kept.spoken = SpokenOver(links, self._receiving.agree, self._serving.wanted).spoken
+        self._kept.agree, self._kept.serve = self._receiving.agree, self._serving.wanted
         self._rendezvous.serve = self._serving.wanted
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes of files sent so far (before compression), repeated ones included."""
-        return self._tally.sent
-
-    @property
-    def bytes_received(self) -> int:
-        """Bytes of files received so far."""
-        return self._tally.received
+        self.serve = self._serving.serve
+        self.accept = self._receiving.accept
+        #: take over an incoming blocking connection
+        self.serve_socket = self._rendezvous.serve_socket
+        self.cut_untrusted = self._rendezvous.cut_untrusted
 
     @property
     def under_way(self) -> dict[str, int]:
@@ -110,28 +75,11 @@ class BulkTransfers:
             self._kept.nursery = self._receiving.nursery = self._serving.nursery = None
             self._rendezvous.close()
 
-    def serve_socket(self, sock: socket.socket) -> None:
-        """Take over an incoming blocking connection; a thread's main function. Returns within the
-        handshake time-outs, whatever the peer does, and at once when ``run`` ends. Never raises.
-        """
-        self._rendezvous.serve_socket(sock)
-
-    async def cut_untrusted(self) -> None:
-        """End connections with peers whose certificates are not trusted any more."""
-        await self._rendezvous.cut_untrusted()
-
     async def send(
         self, peer: PeerRef | str, path: Path, meta: TransferMeta, patience_s: float = 0.0
     ) -> None:
-        """Send a file; returns when the receiver has verified and acknowledged it.
-
-        Goes on by itself where a connection was cut, a few times, and for ``patience_s`` where the receiver
-        cannot be reached. Raises Refused, TransferFailed, and TransferCorrupt when the file is not (any more)
-        what ``meta`` says.
-        """
         token = new_token()
-        peer_id = _id_of(peer)
-        if peer_id == self._links.identity.peer_id:
+        if id_of(peer) == self._links.identity.peer_id:
             await self._receiving.take_local(path, meta, token)
         else:
             await self._sending.send(peer, path, meta, token, patience_s)
@@ -145,12 +93,6 @@ class BulkTransfers:
         max_bytes: int,
         still_s: float | None = None,
     ) -> TransferMeta:
-        """Have ``peer`` send the file that ``request`` names to ``destination``; what it said of it.
-
-        Resumes ``<destination>.part``. With ``expect``, size and hash must be those; with ``still_s`` it
-        fails when nothing came for so long, unless it is this node that is busy. Raises Refused,
-        TransferFailed (try again, or elsewhere), TransferCorrupt (elsewhere).
-        """
         pull = WantedFile(peer, request, destination, expect, max_bytes)
         if pull.peer_id == self._links.identity.peer_id:
             await self._pull_local(pull)
@@ -158,36 +100,12 @@ class BulkTransfers:
             await self._pulling.pull(pull, still_s)
         return pull.result()
 
-    def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
-        """Answer pulls of ``kind``: ``await provider(caller, request)`` gives path and meta, or raises
-        Refused. The file must stay as it is while it is being sent; ``served(caller, request, error)`` is
-        called once that is over.
-        """
-        self._serving.serve(kind, provider, served)
-
-    def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
-        """Take files of ``kind`` (of the job, or of any job with ``None``) that others send.
-
-        ``await gate(caller, meta)`` gives the destination, or raises Refused; it may be asked again for
-        a transfer that was cut. ``await arrived(caller, meta, path)`` is called when the file lies there,
-        verified; it may raise Refused, which deletes the file; then the sender hears of it. The returned
-        function stops accepting and cuts what is on its way.
-        """
-        return self._receiving.accept(kind, job_id, gate, arrived)
-
     async def _pull_local(self, pull: WantedFile) -> None:
         request = msgspec.structs.replace(pull.request, token=pull.token)
         path, meta = await self._serving.provide(pull.peer_id, request)
         pull.check(meta)
-        self._receiving.want(pull.token, pull.peer_id, pull)
-        try:
+        async with self._receiving.wanting(pull):
             await self._receiving.take_local(path, meta, pull.token)
-        finally:
-            await self._receiving.unwant(pull.token)
-
-
-def _id_of(peer: PeerRef | str) -> str:
-    return peer.peer if isinstance(peer, PeerRef) else peer
 
 
 async def meta_of(path: Path, kind: str, name: str, stamp: JobStamp | None = None) -> TransferMeta:
@@ -196,9 +114,7 @@ async def meta_of(path: Path, kind: str, name: str, stamp: JobStamp | None = Non
 
 
 async def with_hashes(path: Path, meta: TransferMeta) -> TransferMeta:
-    """``meta`` with the size of the file and the hashes that it needs and lacks, which are made in a thread.
-    OSError when it cannot be read.
-    """
+    """``meta`` with the size of the file and the hashes that it needs and lacks. OSError."""
     size, blake3, xxh3 = (await in_thread(path.stat)).st_size, meta.blake3, meta.xxh3
     if not blake3 and meta.kind != "update":
         size, blake3 = await _hashed(path, strong_hasher())

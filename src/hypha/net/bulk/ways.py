@@ -74,7 +74,6 @@ class Ways:
         self._best.pop(peer, None)
 
     def _failed_to(self, peer: str) -> dict[Way, str]:
-        """The ways to ``peer`` that failed lately, and why."""
         now = trio.current_time()
         self._failed = {key: told for key, told in self._failed.items() if told[0] > now}
         return {way: why for (other, way), (_, why) in self._failed.items() if other == peer}

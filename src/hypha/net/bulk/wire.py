@@ -9,25 +9,27 @@ socket may be kept; the next frame on it is another ``WantFile`` of whoever aske
 
 A frame is its length (4 bytes, big-endian) and a MessagePack struct. On a stream the file's bytes follow as
 they are, with the encoding ``zstd`` in blocks of at most ``BLOCK_BYTES`` plain bytes, each
-compressed on its own behind its length. On a socket they follow in blocks that :mod:`hypha.net.bulk.sealing`
+compressed on its own behind its length. On a socket they follow in blocks that :mod:`hypha.net.bulk.blocks`
 seals, each perhaps compressed before. Where sender and receiver both say ``zstd_blocks`` the bytes follow in
 blocks on streams as well, and the highest bit of a block's length says whether that one is compressed.
 
 Peers of versions before ``WantFile`` are told apart by ALPN on sockets, and by the protocol on streams.
-"""
+Whether a peer may send or take files of a kind is decided by its role (:data:`hypha.access.KINDS`)."""
 
 from __future__ import annotations
 
+import secrets
 import struct
 from typing import Any, Protocol
 
 import msgspec
-import zstandard
 from msgspec import Struct
 
+from hypha.access import KINDS, NOBODY, Allowed, carries, may_act_as, named
 from hypha.decoding import decode
-from hypha.errors import Undecodable
-from hypha.messages import WIRE_VERSION, BulkOffer, PeerRef, PullFile, Request, Response, TransferMeta
+from hypha.errors import PeerUnreachable, Refused, Undecodable
+from hypha.messages import WIRE_VERSION, BulkOffer, PeerRef, PullFile, TransferMeta
+from hypha.node import Node
 from hypha.pki.identity import Identity
 
 BULK_PROTOCOL = "/hypha/bulk/1"
@@ -52,25 +54,14 @@ WORKING_INTERVAL_S = 5.0
 
 _LENGTH = struct.Struct(">I")
 LENGTH_BYTES = _LENGTH.size
-#: The bit of a length that says that the block behind it is compressed.
-_PACKED = 1 << 31
 
 
-class BulkConnections(Protocol):
-    """What the bulk plane needs of its node; ``hypha.net.node.Node`` is one."""
+class BulkConnections(Node, Protocol):
+    """What the bulk plane needs of its node, which is a :class:`~hypha.net.node.Libp2pNode`."""
 
     @property
     def identity(self) -> Identity:
         """This node's identity; its contexts are asked for anew for each connection."""
-
-    async def request(self, peer: PeerRef | str, request: Request, timeout_s: float = 10.0) -> Response:
-        """As ``Node.request``: Refused, PeerUnreachable, RequestTimeout."""
-
-    def answer(self, kind: type[Any], handler: Any) -> None:
-        """As ``Node.answer``, for anybody who may connect."""
-
-    async def connect(self, peer: PeerRef | str) -> None:
-        """Be connected over libp2p, which tells each end the other's roles; PeerUnreachable."""
 
     async def open_stream(self, peer: PeerRef | str, protocol: str) -> Any:
         """A libp2p stream (``read(n)``, ``write(data)``, ``close()``, ``reset()``), through a relay when
@@ -81,16 +72,13 @@ class BulkConnections(Protocol):
         """``async handler(stream, caller)`` for each stream that a peer opens; the handler closes it."""
 
     def bulk_addresses(self) -> list[str]:
-        """Direct multiaddrs of this node that others may dial; no circuits."""
+        """Direct multiaddrs of this node that others may dial (the same port as libp2p's); no circuits."""
 
     def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
         """``(host, port)`` to dial for bulk, best first: the remote end of live direct connections to
         ``peer`` that *this* node dialled, then ``offered`` and known direct addresses that are not
         excluded. Empty when only a relay leads there.
         """
-
-    def roles_of(self, peer: str) -> frozenset[str]:
-        """As ``Node.roles_of``: PeerUnreachable for a peer that never was connected."""
 
     def reached_by(self, peer: str) -> bool:
         """Whether ``peer`` has a live direct connection to this node that *it* dialled, and there is
@@ -147,6 +135,11 @@ class Verdict(Struct, frozen=True, tag="verdict"):
     reason: str = ""
     again: bool = False
 
+    def raise_if_refused(self, peer: str) -> None:
+        """Raise what ``peer`` has refused as Refused."""
+        if self.outcome == "refused":
+            raise Refused(self.code, self.reason, peer)
+
 
 Frame = Hello | Go | Working | Verdict | BulkOffer | WantFile | FileFound
 
@@ -189,42 +182,36 @@ def decode_length(head: bytes, limit: int) -> int:
     return int(length)
 
 
-def encode_block_length(length: int, packed: bool) -> bytes:
-    """What goes before a block that may be compressed."""
-    return _LENGTH.pack(length | _PACKED if packed else length)
+def id_of(peer: PeerRef | str) -> str:
+    """The PeerID of ``peer``."""
+    return peer.peer if isinstance(peer, PeerRef) else peer
 
 
-def decode_block_length(head: bytes) -> tuple[int, bool]:
-    """Length of such a block, and whether it is compressed; ConnectionBroken over ``MAX_BLOCK_BYTES``."""
-    (length,) = _LENGTH.unpack(head)
-    packed = bool(length & _PACKED)
-    return decode_length(_LENGTH.pack(length & ~_PACKED), MAX_BLOCK_BYTES), packed
+def new_token() -> str:
+    """Unguessable, though knowing it is not enough."""
+    return secrets.token_urlsafe(24)
 
 
-class BlockPacker:
-    """Compresses blocks, for one connection."""
-
-    def __init__(self, level: int = 3) -> None:
-        self._compressor = zstandard.ZstdCompressor(level=level)
-
-    def pack(self, block: memoryview) -> bytes:
-        """The block, compressed."""
-        return self._compressor.compress(block)
+def require_sender(links: BulkConnections, peer: str, kind: str) -> None:
+    """Refused unless ``peer`` may send files of ``kind``."""
+    allowed = KINDS[kind].senders if kind in KINDS else NOBODY
+    _require(links, peer, allowed, f"files of kind {kind!r} come from a certificate with the role")
 
 
-class BlockUnpacker:
-    """Decompresses blocks, for one connection."""
+def require_receiver(links: BulkConnections, peer: str, kind: str, met: bool = True) -> None:
+    """Refused unless ``peer`` may take files of ``kind``. Of one not ``met`` yet nothing need be known."""
+    allowed = KINDS[kind].receivers if kind in KINDS else NOBODY
+    _require(links, peer, allowed, f"files of kind {kind!r} go to a certificate with the role", met)
 
-    def __init__(self) -> None:
-        self._decompressor = zstandard.ZstdDecompressor()
 
-    def unpack(self, data: bytes | memoryview) -> bytes:
-        """The plain bytes, at most BLOCK_BYTES; ConnectionBroken when there would be more, or none."""
-        try:
-            # what a frame promises is allocated before it is read: look at it first
-            promised = zstandard.get_frame_parameters(data).content_size
-            if not 0 < promised <= BLOCK_BYTES:
-                raise ConnectionBroken(f"the peer sent a compressed block of {promised} bytes")
-            return self._decompressor.decompress(data)
-        except zstandard.ZstdError as exc:
-            raise ConnectionBroken(f"the peer sent a block that cannot be decompressed: {exc}") from exc
+def _require(links: BulkConnections, peer: str, allowed: Allowed, what: str, met: bool = True) -> None:
+    if peer == links.identity.peer_id:
+        return
+    try:
+        has = links.roles_of(peer)
+    except PeerUnreachable as exc:
+        if not met:
+            return
+        raise Refused("role", f"{what} {named(allowed)}; that of {peer} is not known") from exc
+    if not may_act_as(has, allowed):
+        raise Refused("role", f"{what} {named(allowed)}; that of {peer} carries {carries(has)}")

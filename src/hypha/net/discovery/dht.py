@@ -33,13 +33,14 @@ from hypha.messages import PeerRef, is_replica_name
 from hypha.net.discovery.dht_records import MAX_QUERY_BYTES, Records, trimmed_query
 from hypha.net.libp2p.protobuf_messages import (
     MAX_PEER_ID_BYTES,
+    add_traceparent,
     addresses_in,
     decode_message,
     peer_id_in,
     read_message,
+    traceparent_of,
 )
-from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, roles_behind
-from hypha.net.libp2p.traced_messages import add_traceparent, traceparent_of
+from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, reset_on_error, roles_behind
 from hypha.net.peers.addresses import MAX_ADDRESSES
 from hypha.net.peers.dialing import Dialer
 from hypha.net.peers.gateways import Gateways
@@ -62,7 +63,7 @@ MAX_KEY_BYTES = 128
 READ_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 20.0
 #: A data node announces all its datasets at the same time: so many are under way at once, fewer than a
-#: gateway serves to one peer (``inbound_streams``).
+#: gateway serves to one peer (``libp2p/streams.py``).
 ANNOUNCED_AT_ONCE = 16
 
 
@@ -185,20 +186,17 @@ class DhtServer:
 
     async def _add_if_server(self, peer: str) -> None:
         """Add a peer when identify has said that it speaks Kademlia, so is a gateway too."""
+        store, peer_id = self._host.get_peerstore(), ID.from_string(peer)
         try:
-            await self._add_identified(peer)
+            with trio.move_on_after(IDENTIFY_WAIT_S):
+                # the library has no event for the end of identify
+                while not (store.has_peer(peer_id) and store.get_protocols(peer_id)):  # noqa: ASYNC110
+                    await trio.sleep(0.05)
+                speaks = str(PROTOCOL_ID) in store.get_protocols(peer_id)
+                if speaks and self._peers.may_serve_as("directory", peer):
+                    await self._dht.routing_table.add_peer(PeerInfo(peer_id, store.addrs(peer_id)))
         except Exception:  # the edge of a task for a peer: what it said of itself must not end the node
             logger.exception("A DHT server could not be taken up.", extra={"peer_id": peer})
-
-    async def _add_identified(self, peer: str) -> None:
-        store = self._host.get_peerstore()
-        peer_id = ID.from_string(peer)
-        with trio.move_on_after(IDENTIFY_WAIT_S):
-            # the library has no event for the end of identify
-            while not (protocols := _protocols(store, peer_id)):  # noqa: ASYNC110
-                await trio.sleep(0.05)
-            if str(PROTOCOL_ID) in protocols and self._peers.may_serve_as("directory", peer):
-                await self._dht.routing_table.add_peer(PeerInfo(peer_id, store.addrs(peer_id)))
 
 
 def _check(query: Any) -> None:
@@ -211,9 +209,7 @@ def _check(query: Any) -> None:
 
 
 class _Replayed:
-    """A stream of which ``read`` has been read already, and nothing comes after that; ``answering`` ends with
-    the first answer.
-    """
+    """A stream of which ``read`` was all; ``answering`` ends with the first answer."""
 
     def __init__(self, stream: Any, read: bytes, answering: Span) -> None:
         self._stream = stream
@@ -235,13 +231,6 @@ class _Replayed:
         if not self.answered:
             self.answered = True
             self._answering.end()
-
-
-def _protocols(store: Any, peer_id: ID) -> list[str]:
-    if not store.has_peer(peer_id):
-        return []
-    protocols: list[str] = store.get_protocols(peer_id)
-    return protocols
 
 
 class DhtClient:
@@ -360,18 +349,14 @@ class DhtClient:
         self._dialer.peers.require_service("directory", peer)
         stream = await self._streams.open(peer, str(PROTOCOL_ID))
         try:
-            await stream.write(encode_varint_prefixed(request.SerializeToString()))
-            answer: Message = await read_message(stream, Message, MAX_MESSAGE_BYTES)
-            await stream.close()
+            async with reset_on_error(stream):
+                await stream.write(encode_varint_prefixed(request.SerializeToString()))
+                answer: Message = await read_message(stream, Message, MAX_MESSAGE_BYTES)
+                await stream.close()
         except Undecodable as exc:
-            await discard(stream)
             raise PeerUnreachable(peer, f"its DHT's answer does not decode: {exc}") from exc
         except (*STREAM_ERRORS, EOFError) as exc:
-            await discard(stream)
             raise PeerUnreachable(peer, f"its DHT broke off ({exc!r})") from exc
-        except trio.Cancelled:
-            await discard(stream)
-            raise
         return answer
 
 

@@ -4,13 +4,16 @@ Every node is subscribed and drains at once (the library's queue holds 32 and th
 forward, and a leaf that has gateways gossips with them alone. The settings were measured: the library's
 defaults isolate leaves of a hub for good, its rate limit drops silently, and its adaptive mode stretches
 the heartbeat to a minute.
+
+A message's signature proves its publisher's key. What that key may do (:data:`hypha.access.TOPICS`) is in its
+certificate: the one that came with the message, or that of a connection with the publisher.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -21,13 +24,24 @@ from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
 from libp2p.tools.anyio_service import background_trio_service
 from opentelemetry.trace import SpanKind
 
+from hypha.access import TOPICS, carries, may_act_as, named
 from hypha.config.tuning import GossipTuning
 from hypha.decoding import decode
-from hypha.errors import NetworkError, Undecodable
-from hypha.messages import WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, PeerRef, WorkerRequest
-from hypha.net.discovery.publishers import Publishers
+from hypha.errors import IdentityError, NetworkError, PeerUnreachable, Undecodable
+from hypha.messages import (
+    MAX_CERTIFICATES,
+    WIRE_VERSION,
+    WORKER_TOPIC,
+    GossipEnvelope,
+    PeerRef,
+    WorkerRequest,
+)
+from hypha.naming import shown
 from hypha.net.libp2p import pubsub
+from hypha.net.peers.inbound_limits import OverLimit
+from hypha.net.peers.table import PeerTable
 from hypha.node import PublishedRequest
+from hypha.pki.identity import Identity
 from hypha.telemetry.instruments import GOSSIP_MESSAGES
 from hypha.tracing import hop_traceparent, span, start_span, traceparent
 from hypha.tracing.operations import GOSSIP_PUBLISH, GOSSIP_RECEIVE, GOSSIP_RELAY
@@ -60,9 +74,8 @@ class Gossip:
         concerns: Callable[[str], bool],
         publishers: Publishers,
         connect: Callable[[PeerRef], Awaitable[None]],
-        mesh: GossipTuning | None = None,
+        mesh: GossipTuning,
     ) -> None:
-        mesh = mesh or GossipTuning()
         self._gateways = gateways
         self._publishers = publishers
         self._connect = connect
@@ -181,20 +194,12 @@ class Gossip:
         try:
             envelope = decode(_decoder.decode, raw.data)
         except Undecodable as exc:
-            GOSSIP_MESSAGES.add(event="dropped")
-            logger.warning("A gossip message does not decode: %s", exc, extra={"peer_id": publisher})
-            return
+            return _drop(publisher, f"A gossip message does not decode: {exc}")
         if envelope.v != WIRE_VERSION:
-            GOSSIP_MESSAGES.add(event="dropped")
-            logger.warning("A gossip message has version %d.", envelope.v, extra={"peer_id": publisher})
-            return
+            return _drop(publisher, f"A gossip message has version {envelope.v}.")
         if envelope.body.scheduler.peer != publisher:
-            GOSSIP_MESSAGES.add(event="dropped")
-            logger.warning(
-                "A worker request names another scheduler than its publisher; it is dropped.",
-                extra={"peer_id": publisher},
-            )
-            return
+            text = "A worker request names another scheduler than its publisher; it is dropped."
+            return _drop(publisher, text)
         forwarder = self._pubsub.forwarder_of(raw)
         if self._publishers.are_known(publisher, envelope.certificates):
             self._take(envelope, publisher, forwarder)
@@ -256,6 +261,11 @@ class Gossip:
         return done
 
 
+def _drop(publisher: str, why: str) -> None:
+    GOSSIP_MESSAGES.add(event="dropped")
+    logger.warning("%s", why, extra={"peer_id": publisher})
+
+
 def _attributes(operation: str) -> dict[str, str]:
     return {"messaging.operation.name": operation, "messaging.destination.name": WORKER_TOPIC}
 
@@ -288,3 +298,63 @@ def _put(
         send.send_nowait(heard)
     except trio.BrokenResourceError:
         logger.debug("A listener has just left.")
+
+
+class Publishers:
+    """Judges publishers by ``identity``'s trust and by the connections of ``peers``."""
+
+    def __init__(self, identity: Identity, require_roles: bool, peers: PeerTable) -> None:
+        self._identity = identity
+        self._require_roles = require_roles
+        self._peers = peers
+        self._over_limit = OverLimit()
+
+    @property
+    def own_certificates(self) -> tuple[bytes, ...]:
+        """What to send along with a message of one's own."""
+        return self._identity.certificates[:MAX_CERTIFICATES]
+
+    def are_known(self, publisher: str, certificates: Sequence[bytes]) -> bool:
+        """Whether the roles of ``publisher`` are known: it sent its certificates, or is or was connected."""
+        if certificates:
+            return True
+        try:
+            self._peers.roles_of(publisher)
+        except PeerUnreachable:
+            return False
+        return True
+
+    def refused(self, topic: str, publisher: str, certificates: Sequence[bytes]) -> bool:
+        """Whether what ``publisher`` has published and signed is to be dropped, which is logged once.
+
+        Not where nothing is known of it: a gateway passes on what a scheduler of an older version has
+        published at another gateway, and whoever acts on it asks first.
+        """
+        try:
+            problem = self._problem(topic, publisher, certificates)
+        except PeerUnreachable:
+            return False
+        if problem is None:
+            return False
+        level = logging.WARNING if self._over_limit.is_first(publisher, topic) else logging.DEBUG
+        text = "Dropped what %s has published: %s."
+        logger.log(level, text, shown(publisher), problem, extra={"peer_id": publisher})
+        return True
+
+    def _problem(self, topic: str, publisher: str, certificates: Sequence[bytes]) -> str | None:
+        if certificates:
+            try:
+                vouched = self._identity.check(certificates[0], certificates[1:])
+            except IdentityError as exc:
+                return exc.problems[0].message
+            if vouched.peer_id != publisher:
+                return "the certificate with it is of another peer"
+            has = vouched.roles
+        else:
+            has = self._peers.roles_of(publisher)
+        if not has and self._require_roles:
+            return "its certificate carries no role, and one is required here"
+        allowed = TOPICS[topic].by
+        if not may_act_as(has, allowed):
+            return f"{topic} is for {named(allowed)}, and its certificate carries {carries(has)}"
+        return None

@@ -1,24 +1,64 @@
-"""The libp2p host, made as Hypha needs it: one security transport, one muxer, no life of its own."""
+"""The libp2p host, made as Hypha needs it: one security transport, one muxer, no life of its own.
+
+Agreeing on a stream's protocol takes one journey instead of two. The library's client (multistream-select
+1.0.0) says which negotiation it speaks, waits for the answer, and then says which protocol it wants. The
+other end needs no answer to go on: both are said at once here, as other implementations of libp2p do. Every
+request opens a stream, so it is a journey less for each of them.
+
+Repairs to py-libp2p 0.8.1, applied once:
+
+- A peer sends the first words of a connection before it has shown any certificate. As shipped, a word that is
+  no UTF-8 is an error that nobody expects and that ends the swarm; one that claims 2^60 bytes is waited for.
+  Here both are what the library calls a failure to communicate.
+- As shipped, an answer or a push of identify has up to a megabyte, and a thousand of its addresses are kept
+  beside those of earlier ones, after each was compared with all of them: a push stalls the event loop for
+  0.2 s, the next one for three times as long, and so on, and the memory grows. Here a message is as large as
+  what a node has to say, a few addresses and protocols of it are looked at, few addresses are kept of a peer,
+  and pushes are not served: nothing here needs them.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
 from libp2p import new_host
+from libp2p.abc import IMultiselectCommunicator
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import ParseError
+from libp2p.host import basic_host
+from libp2p.identity.identify_push.identify_push import ID_PUSH, update_peerstore_from_identify
+from libp2p.io.exceptions import IOException
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
+from libp2p.peer.peerdata import PeerData
+from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectCommunicatorError
+from libp2p.protocol_muxer.multiselect_client import (
+    DEFAULT_NEGOTIATE_TIMEOUT,
+    MULTISELECT_PROTOCOL_ID,
+    MultiselectClient,
+)
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.utils import encode_delim, varint
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
-from hypha.net.libp2p import identify_bounds, negotiation, yamux
-from hypha.net.libp2p.inbound_streams import InboundStreams
+from hypha.decoding import decode
+from hypha.errors import Undecodable
+from hypha.net.libp2p import yamux
 from hypha.net.libp2p.mutual_tls import PROTOCOL_ID, MutualTls
-from hypha.net.libp2p.negotiation import EagerClient
 from hypha.net.libp2p.shared_port import SharedPortTcp
-from hypha.net.libp2p.streams import contained
+from hypha.net.libp2p.streams import InboundStreams, contained
 from hypha.net.libp2p.tls_connection import TlsConnection
+from hypha.net.peers.addresses import MAX_ADDRESSES
+
+#: A key, some dozens of addresses twice (once signed), and thirty protocols have five thousand bytes.
+MAX_IDENTIFY_BYTES = 32 << 10
+MAX_PROTOCOLS = 128
+#: The longest word; the answer to ``ls`` names every protocol that a node speaks.
+MAX_WORD_BYTES = 64 << 10
 
 
 class _NoAutoConnector:
@@ -42,8 +82,7 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     all of them answer.
     """
     yamux.install()
-    negotiation.install()
-    identify_bounds.install()
+    _install_repairs()
     host = new_host(
         key_pair=security.key_pair,
         sec_opt={PROTOCOL_ID: security},
@@ -70,7 +109,7 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     swarm._select_connection = _passing_guests_over(swarm._select_connection)
     host.multiselect_client = EagerClient()
     host.multiselect = InboundStreams(host.multiselect)
-    identify_bounds.stop_pushes(host)
+    host.multiselect.remove_handler(ID_PUSH)
     if not identify:
         host._should_identify_peer = lambda peer_id: False
     # it would dial whomever identify ever told of, hundreds at a time
@@ -90,7 +129,6 @@ def _passing_guests_over(select: Callable[[list[Any], ID], Any]) -> Callable[[li
 
 
 def _is_guest(connection: Any) -> bool:
-    """Whoever has dialled, and did not say which node it is."""
     tls: TlsConnection = connection.muxed_conn.secured_conn
     return not tls.is_initiator and tls.instance is None
 
@@ -101,3 +139,61 @@ def quiet_library() -> None:
     logging.getLogger("libp2p.security").setLevel(logging.INFO)
     for name in ("host", "network", "network.auto_connector", "protocol_muxer", "stream_muxer", "transport"):
         logging.getLogger(f"libp2p.{name}").setLevel(logging.CRITICAL)
+
+
+def _add_addresses(data: Any, addresses: Sequence[Any]) -> None:
+    """Keep those of ``addresses`` that are new, and of all of them the newest."""
+    new = [one for one in addresses[:MAX_ADDRESSES] if one not in data.addrs]
+    data.addrs = [*data.addrs, *new][-MAX_ADDRESSES:]
+
+
+async def _update(store: Any, peer: Any, message: Any) -> None:
+    # what is no message of the right length is read once more, however long
+    del message.listen_addrs[MAX_ADDRESSES:]
+    del message.protocols[MAX_PROTOCOLS:]
+    await update_peerstore_from_identify(store, peer, message)
+
+
+def _install_repairs() -> None:
+    """Replace what identify and multistream-select use; calling it again changes nothing."""
+    PeerData.add_addrs = _add_addresses
+    basic_host.update_peerstore_from_identify = _update
+    varint.read_length_prefixed_protobuf.__defaults__ = (True, MAX_IDENTIFY_BYTES)
+    MultiselectCommunicator.read = _read
+
+
+async def _read(communicator: MultiselectCommunicator) -> str:
+    try:
+        data = await read_varint_prefixed_bytes_limited(communicator.read_writer, MAX_WORD_BYTES)
+        if data[-1:] != b"\n":
+            raise Undecodable("a word of multistream-select ends with a new line")
+        word: str = decode(lambda text: text.decode(), data[:-1])
+    except (ParseError, IOException, Undecodable) as exc:
+        raise MultiselectCommunicatorError(f"the peer's word cannot be read: {exc}") from exc
+    return word
+
+
+class EagerClient(MultiselectClient):  # type: ignore[misc]
+    """Where there is one protocol to choose from."""
+
+    async def select_one_of(
+        self,
+        protocols: Sequence[TProtocol],
+        communicator: IMultiselectCommunicator,
+        negotiate_timeout: int = DEFAULT_NEGOTIATE_TIMEOUT,
+    ) -> TProtocol:
+        """``protocols[0]``, when the other end speaks it; else MultiselectClientError."""
+        if len(protocols) != 1 or not isinstance(communicator, MultiselectCommunicator):
+            return await super().select_one_of(protocols, communicator, negotiate_timeout)
+        wanted = (MULTISELECT_PROTOCOL_ID, str(protocols[0]))
+        with trio.move_on_after(negotiate_timeout):
+            try:
+                await communicator.read_writer.write(b"".join(encode_delim(word.encode()) for word in wanted))
+                for word in wanted:
+                    said = await communicator.read()
+                    if said != word:
+                        raise MultiselectClientError(f"the peer said {said!r} where {word} was due")
+            except (MultiselectCommunicatorError, IOException, AssertionError, ValueError) as exc:
+                raise MultiselectClientError(f"it broke off: {exc}") from exc
+            return protocols[0]
+        raise MultiselectClientError(f"no answer within {negotiate_timeout} s")

@@ -32,11 +32,9 @@ from hypha.net.libp2p.tls_connection import (
     TlsSession,
     close_at_once,
 )
-from hypha.net.libp2p.yamux_reader import MAX_INBOUND_STREAMS
-from hypha.net.peers.inbound_budget import InboundBudget
-from hypha.net.peers.over_limit import OverLimit
-from hypha.net.peers.reasons import NoPlace, failure_of, reason_of
-from hypha.net.peers.refusals import BUSY, CERTIFICATE, Refusal, encoded
+from hypha.net.libp2p.yamux import MAX_INBOUND_STREAMS
+from hypha.net.peers.inbound_limits import InboundBudget, OverLimit
+from hypha.net.peers.reasons import BUSY, CERTIFICATE, NoPlace, Refusal, encoded, failure_of, reason_of
 from hypha.pki.certificates import presented_chain
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
@@ -52,12 +50,6 @@ HANDSHAKE_TIMEOUT_S = 10.0
 FAREWELL_S = 1.0
 #: Said to a peer whose certificate has no role.
 NO_ROLE = "its certificate carries no role, and one is required there (`hypha-certutil renew --role ...`)"
-
-
-def key_pair_of(identity: Identity) -> KeyPair:
-    """The certificate's key as libp2p wants it: so the PeerID is the certificate's."""
-    private = Ed25519PrivateKey.from_bytes(identity.private_key.private_bytes_raw())
-    return KeyPair(private, private.get_public_key())
 
 
 class OtherPeer(HandshakeFailure):  # type: ignore[misc]
@@ -90,7 +82,9 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         self._asked_name = None if instance is None else instance + INSTANCE_SUFFIX
         #: asked about each peer that has dialled and is let in otherwise
         self.admit: Callable[[TlsConnection], Awaitable[Refusal | None]] | None = None
-        self.key_pair = key_pair_of(identity)
+        private = Ed25519PrivateKey.from_bytes(identity.private_key.private_bytes_raw())
+        #: the certificate's key as libp2p wants it: so the PeerID is the certificate's
+        self.key_pair = KeyPair(private, private.get_public_key())
 
     def get_protocol_id(self) -> TProtocol:
         return PROTOCOL_ID
@@ -110,34 +104,41 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 return await self._handshake(raw, server, expected)
-        except (ssl.SSLError, IOException, OSError, IdentityError, trio.TooSlowError) as exc:
-            slow = isinstance(exc, trio.TooSlowError)
-            reason = f"no end within {HANDSHAKE_TIMEOUT_S:g} s" if slow else reason_of(exc)
-            self._count_refused(server, exc)
+        except Exception as exc:  # a stranger's certificate may be odd in a way of its own
+            if server:  # who dials counts for itself, once a peer
+                CONNECTIONS_FAILED.add(direction="inbound", reason=failure_of(exc))
             # said first: closing may end the task that serves this connection
-            logger.log(
-                self._level_of(raw, str(expected or place), exc),
-                "The mutual-TLS handshake with %s failed: %s.",
-                expected or place,
-                reason,
-                extra={"peer_id": str(expected) if expected else None},
-            )
+            failure = self._say_failed(raw, place, server, expected, exc)
             await close_at_once(raw)
-            raise HandshakeFailure(f"mutual TLS failed: {reason}") from exc
-        except HandshakeFailure as exc:
-            self._count_refused(server, exc)
+            if failure is exc:
+                raise
+            raise failure from exc
+
+    def _say_failed(
+        self, raw: IRawConnection, place: str, server: bool, expected: ID | None, exc: Exception
+    ) -> HandshakeFailure:
+        """Log why, and return what to raise."""
+        who = str(expected or place)
+        if isinstance(exc, HandshakeFailure):
             # whoever did not admit it has said so, and not for each of its attempts; and a node dials several
             # addresses at once, and gives up the others when one is there
             expected_here = isinstance(exc, NotAdmitted | NoPlace) or (server and isinstance(exc, _GaveUp))
-            level = logging.DEBUG if expected_here else self._level_of(raw, str(expected or place), exc)
+            level = logging.DEBUG if expected_here else self._level_of(raw, who, exc)
             logger.log(level, "Refused the connection with %s: %s.", place, exc)
-            await close_at_once(raw)
-            raise
-        except Exception as exc:  # a certificate that is odd in a way of its own
-            self._count_refused(server, exc)
+            return exc
+        if not isinstance(exc, ssl.SSLError | IOException | OSError | IdentityError | trio.TooSlowError):
             logger.exception("The handshake with %s failed.", place)
-            await close_at_once(raw)
-            raise HandshakeFailure(f"the handshake failed: {exc!r}") from exc
+            return HandshakeFailure(f"the handshake failed: {exc!r}")
+        slow = isinstance(exc, trio.TooSlowError)
+        reason = f"no end within {HANDSHAKE_TIMEOUT_S:g} s" if slow else reason_of(exc)
+        logger.log(
+            self._level_of(raw, who, exc),
+            "The mutual-TLS handshake with %s failed: %s.",
+            who,
+            reason,
+            extra={"peer_id": str(expected) if expected else None},
+        )
+        return HandshakeFailure(f"mutual TLS failed: {reason}")
 
     async def _handshake(self, raw: IRawConnection, server: bool, expected: ID | None) -> TlsConnection:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -200,12 +201,6 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         if self._over_limit.is_first(who, failure, TELL_AGAIN_S):
             return level_of(raw, failure)
         return logging.DEBUG
-
-    @staticmethod
-    def _count_refused(server: bool, exc: BaseException) -> None:
-        """Count what was refused to those who dialled here; who dials counts for itself, once a peer."""
-        if server:
-            CONNECTIONS_FAILED.add(direction="inbound", reason=failure_of(exc))
 
 
 async def _turn_away(

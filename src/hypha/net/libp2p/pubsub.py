@@ -28,6 +28,7 @@ from libp2p.pubsub.pubsub import Pubsub
 from hypha.errors import Undecodable
 from hypha.net.libp2p.protobuf_messages import MAX_PEER_ID_BYTES
 from hypha.net.libp2p.streams import discard
+from hypha.net.peers.inbound_limits import Recent
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class ScopedPubsub(Pubsub):  # type: ignore[misc]
     def __init__(self, host: Any, router: Router, concerns: Callable[[str], bool]) -> None:
         super().__init__(host, router, strict_signing=True)
         self._concerns = concerns
-        self._forwarders: dict[tuple[bytes, bytes], str] = {}
+        self._forwarders: Recent[tuple[bytes, bytes], str] = Recent(REMEMBERED)
         #: to whom a stream is being opened: a second one would take the place of the first
         self._opening: set[ID] = set()
 
@@ -127,9 +128,7 @@ class ScopedPubsub(Pubsub):  # type: ignore[misc]
             self._opening.discard(peer_id)
 
     async def include(self, peer_id: ID) -> None:
-        """Speak pubsub with a peer that ``concerns`` names by now, and did not when it was connected. Returns
-        once that is so, or the peer is gone.
-        """
+        """Speak pubsub with a peer that ``concerns`` names by now; returns once that is so, or it is gone."""
         await self._handle_new_peer_with_retry(peer_id)
 
     async def stream_handler(self, stream: Any) -> None:
@@ -162,8 +161,6 @@ class ScopedPubsub(Pubsub):  # type: ignore[misc]
     def notify_subscriptions(self, publish_message: Any) -> None:
         # the library's subscription does not tell from whom a message came
         self._forwarders[publish_message.from_id, publish_message.seqno] = _forwarder.get()
-        if len(self._forwarders) > REMEMBERED:
-            del self._forwarders[next(iter(self._forwarders))]
         super().notify_subscriptions(publish_message)
 
     def forwarder_of(self, message: Any) -> str | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +32,18 @@ from hypha.access import STOP_PROTOCOL as STOP
 from hypha.config.reading.log_filter import TRACE
 from hypha.errors import NetworkError, PeerUnreachable, Undecodable
 from hypha.net.bulk.bandwidth import Caps
-from hypha.net.libp2p.protobuf_messages import MAX_RELAY_BYTES, peer_id_in, read_message
-from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard
-from hypha.net.libp2p.traced_messages import add_traceparent, traceparent_of
-from hypha.net.libp2p.yamux_reader import narrow
-from hypha.net.peers.over_limit import OverLimit
+from hypha.net.libp2p.protobuf_messages import (
+    MAX_RELAY_BYTES,
+    add_traceparent,
+    peer_id_in,
+    read_message,
+    traceparent_of,
+)
+from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, reset_on_error
+from hypha.net.libp2p.yamux import narrow
+from hypha.net.options import RelayLimits
+from hypha.net.peers.inbound_limits import OverLimit, less
+from hypha.net.peers.table import is_relayed
 from hypha.telemetry.instruments import CIRCUITS_OPENED, RELAY_BYTES
 from hypha.tracing import failed, start_span, trace_context
 from hypha.tracing.operations import RELAY_CIRCUIT
@@ -51,10 +57,9 @@ LINGER_S = 2.0
 
 
 class RelayRefused(NetworkError):
-    """The relay said no; ``status`` is its code."""
+    """The relay said no, with the code ``status``."""
 
     def __init__(self, relay: str, status: int) -> None:
-        self.status = status
         try:
             name = StatusCode(status).name.lower().replace("_", " ")
         except ValueError:
@@ -105,30 +110,23 @@ class RelayClient:
         return max(30.0, answer.reservation.expire - time.time())
 
     async def dial(self, relay: str, peer: str, parent: str | None = None) -> None:
-        """Connect to ``peer`` through a connected relay; ``parent`` is the ``traceparent`` of whoever wants
-        that. RelayRefused or PeerUnreachable when not.
+        """Connect to ``peer`` through a relay, on behalf of the span ``parent``. RelayRefused,
+        PeerUnreachable.
         """
         with trace_context(parent):
             stream = await self._streams.open(relay, HOP)
-        try:
-            request = HopMessage(
-                type=HopMessage.CONNECT, peer=CircuitPeer(id=ID.from_string(peer).to_bytes())
-            )
-            with trace_context(parent):
-                add_traceparent(request)
-                await self._ask(stream, request, relay)
-            await self._host.upgrade_outbound_connection(
-                _Circuit(stream, True, relay, peer), ID.from_string(peer)
-            )
-        except NetworkError:
-            await discard(stream)
-            raise
-        except Exception as exc:  # who is at the other end has proven nothing yet
-            await discard(stream)
-            raise PeerUnreachable(peer, f"no TLS through relay {relay}: {exc}") from exc
-        except BaseException:
-            await discard(stream)
-            raise
+        async with reset_on_error(stream):
+            try:
+                request = HopMessage(type=HopMessage.CONNECT, peer=_circuit_peer(peer))
+                with trace_context(parent):
+                    add_traceparent(request)
+                    await self._ask(stream, request, relay)
+                circuit = _Circuit(stream, True, relay, peer)
+                await self._host.upgrade_outbound_connection(circuit, ID.from_string(peer))
+            except NetworkError:
+                raise
+            except Exception as exc:  # who is at the other end has proven nothing yet
+                raise PeerUnreachable(peer, f"no TLS through relay {relay}: {exc}") from exc
 
     async def _ask(self, stream: Any, request: HopMessage, relay: str) -> HopMessage:
         answer: HopMessage
@@ -173,39 +171,14 @@ class _Reservation:
     circuits: int = 0
 
 
-@dataclass(frozen=True)
-class RelayLimits:
-    """What a gateway gives away; ``per_peer`` bounds the circuits to one reserved peer, and ``per_caller``
-    those of one peer that dials.
-    """
-
-    reservations: int = 1024
-    circuits: int = 256
-    per_peer: int = 64
-    reservation_s: float = 3600.0
-
-    @property
-    def per_caller(self) -> int:
-        """Half of all: a scheduler needs one to each of its workers, and nobody may keep the others out."""
-        return max(1, self.circuits // 2)
-
-
 class RelayHop:
     """The gateway's side. Streams carry no byte or time limit: leases end jobs, not relays."""
 
-    def __init__(
-        self,
-        host: Any,
-        streams: Streams,
-        limits: RelayLimits,
-        is_relayed: Callable[[Any], bool],
-        caps: Caps | None = None,
-    ) -> None:
+    def __init__(self, host: Any, streams: Streams, limits: RelayLimits, caps: Caps) -> None:
         self._host = host
         self._streams = streams
         self._limits = limits
-        self._caps = caps or Caps()
-        self._is_relayed = is_relayed
+        self._caps = caps
         self._reservations: dict[str, _Reservation] = {}
         self._callers: Counter[str] = Counter()
         self._over_limit = OverLimit()
@@ -230,7 +203,7 @@ class RelayHop:
         try:
             with trio.fail_after(ANSWER_TIMEOUT_S):
                 message = await read_message(stream, HopMessage, MAX_RELAY_BYTES)
-            if self._is_relayed(stream):  # a relay behind a relay would loop
+            if is_relayed(stream.swarm_conn):  # a relay behind a relay would loop
                 await self._answer(stream, StatusCode.PERMISSION_DENIED)
             elif message.type == HopMessage.RESERVE:
                 await self._reserve(stream, caller)
@@ -308,9 +281,7 @@ class RelayHop:
                 nursery.start_soon(_pump, onward, stream, self._caps, nursery.cancel_scope)
             return "accepted"
         finally:
-            self._callers[caller] -= 1
-            if not self._callers[caller]:
-                del self._callers[caller]
+            less(self._callers, caller)
             reservation.circuits -= 1
             if onward is not None:
                 await discard(onward)
@@ -336,9 +307,7 @@ class RelayHop:
         try:
             stream = await self._streams.open(target, STOP)
             with trio.fail_after(ANSWER_TIMEOUT_S):
-                request = StopMessage(
-                    type=StopMessage.CONNECT, peer=CircuitPeer(id=ID.from_string(caller).to_bytes())
-                )
+                request = StopMessage(type=StopMessage.CONNECT, peer=_circuit_peer(caller))
                 await write_delimited_msg(stream, request)
                 answer = await read_message(stream, StopMessage, MAX_RELAY_BYTES)
             if answer.status == StatusCode.OK:
@@ -360,6 +329,10 @@ class RelayHop:
         with trio.move_on_after(ANSWER_TIMEOUT_S):
             with suppress(*STREAM_ERRORS):  # what we wait for
                 await stream.read(1)
+
+
+def _circuit_peer(peer: str) -> CircuitPeer:
+    return CircuitPeer(id=ID.from_string(peer).to_bytes())
 
 
 async def _pump(source: Any, sink: Any, caps: Caps, scope: trio.CancelScope) -> None:

@@ -3,7 +3,7 @@
 The first byte of a connection says what it is: 0x13 opens multistream (libp2p), 0x16 a TLS ClientHello (the
 bulk plane, handed on as a blocking socket in a thread). Anything else, and silence, is closed. The number of
 connections being looked at or served is bounded, because the bulk plane passes by libp2p's own limit, and
-those without a verified certificate have places of their own (:mod:`hypha.net.peers.inbound_connections`).
+those without a verified certificate have places of their own (:mod:`hypha.net.peers.inbound_limits`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from libp2p.transport.tcp.tcp import TCP, TCPListener
 from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
-from hypha.config.tuning import ConnectionTuning
-from hypha.net.bulk.socket_buffers import AS_THE_KERNEL_LIKES, Buffers
-from hypha.net.byte_counts import ByteCounts
+from hypha.config.tuning import TuningConfig
 from hypha.net.peers.addresses import host_and_port, parse
-from hypha.net.peers.inbound_connections import InboundConnection, InboundConnections
+from hypha.net.peers.inbound_limits import InboundConnection, InboundConnections
+from hypha.net.sockets import ByteCounts, resend_soon, set_buffers
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 
 logger = logging.getLogger(__name__)
@@ -38,20 +37,8 @@ TELL_AGAIN_S = 60.0
 MULTISTREAM = b"\x13"
 TLS_CLIENT_HELLO = b"\x16"
 
-#: Linux 6.15 and later (linux/tcp.h); Python has no name for it. In milliseconds, 1000 is the least.
-TCP_RTO_MAX_MS = 44
-RESEND_WITHIN_MS = 1000
-
 #: Serves one bulk connection; owns the (blocking) socket from then on. Runs in a thread.
 ServeSocket = Callable[[socket.socket], None]
-
-
-def resend_soon(sock: socket.socket | trio.socket.SocketType) -> None:
-    """Try a line that was cut once a second, where the kernel can: by default the pauses double, and a cable
-    that is plugged in again after five seconds is found out after twelve.
-    """
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, RESEND_WITHIN_MS)
 
 
 class WatchedStream(TrioTCPStream):  # type: ignore[misc]
@@ -103,19 +90,13 @@ class WatchedStream(TrioTCPStream):  # type: ignore[misc]
 
 class _OwnPortListener(TCPListener):  # type: ignore[misc]
     """A listener that has its port for itself. The library's own sets SO_REUSEPORT, for hole punching, with
-    which a second node on the same port starts happily and takes half of the connections. ``note_failure`` is
-    called with why it cannot listen: the library says only that it could not.
+    which a second node on the same port starts happily and takes half of the connections. ``port`` is told
+    why it cannot listen: the library says only that it could not.
     """
 
-    def __init__(
-        self,
-        handler: Callable[[TrioTCPStream], Awaitable[None]],
-        note_failure: Callable[[OSError], None],
-        buffers: Buffers,
-    ) -> None:
+    def __init__(self, handler: Callable[[TrioTCPStream], Awaitable[None]], port: SharedPortTcp) -> None:
         super().__init__(handler)
-        self.note_failure = note_failure
-        self._buffers = buffers
+        self._port = port
 
     async def listen(self, maddr: Multiaddr) -> None:
         async def handle(stream: trio.SocketStream) -> None:
@@ -129,9 +110,9 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
         try:
             opened = await trio.open_tcp_listeners(port, host=host)
             for listener in opened:
-                self._buffers.apply(listener.socket)  # what it accepts has the same
+                set_buffers(listener.socket, self._port.sockets)  # what it accepts has the same
         except OSError as exc:
-            self.note_failure(exc)
+            self._port.listening_failed = exc
             raise OpenConnectionError(f"cannot listen on {maddr}: {exc}") from exc
         async with self._lifecycle_lock:
             if self._nursery is None:
@@ -148,19 +129,14 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
 class SharedPortTcp(TCP):  # type: ignore[misc]
     """The TCP transport of both planes. ``serve_bulk`` may be set later; until then bulk is refused."""
 
-    def __init__(
-        self,
-        max_connections: int,
-        limits: ConnectionTuning | None = None,
-        buffers: Buffers = AS_THE_KERNEL_LIKES,
-    ) -> None:
-        limits = limits or ConnectionTuning()
+    def __init__(self, max_connections: int, tuning: TuningConfig) -> None:
+        limits = tuning.connections
         super().__init__()
-        self._buffers = buffers
+        self.sockets = tuning.sockets
         self.serve_bulk: ServeSocket | None = None
         #: why it could not listen the last time
         self.listening_failed: OSError | None = None
-        self._arrivals = InboundConnections(max_connections, limits)
+        self.arrivals = InboundConnections(max_connections, limits)
         # in these threads peers prove who they are and say what their bulk connection is for: twice as many
         # as one address may have of them. Transfers queue for their own, smaller limit behind it
         self._threads = trio.CapacityLimiter(2 * limits.unproven_per_address)
@@ -169,13 +145,9 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
 
     async def dial(self, maddr: Multiaddr) -> RawConnection:
         raw = await super().dial(maddr)
-        self._buffers.apply(raw.stream.stream.socket)
+        set_buffers(raw.stream.stream.socket, self.sockets)
         raw.stream = WatchedStream(raw.stream.stream, self._streams, self._counts)
         return raw
-
-    def prefer(self, is_partner: Callable[[str], bool]) -> None:
-        """Where all places of connections are taken, make room for those of whom ``is_partner`` says so."""
-        self._arrivals.is_partner = is_partner
 
     async def sever(self) -> None:
         """Close every connection that is still open: the library forgets some when it is cancelled."""
@@ -189,26 +161,23 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             if host is None:
                 return
             with trio.CancelScope() as scope:
-                arrival = self._arrivals.arrive(host, scope.cancel)
+                arrival = self.arrivals.arrive(host, scope.cancel)
                 if arrival is None:
                     self._note_refused(host, "others that have shown no certificate yet have all places")
                     return  # the listener closes what its handler leaves
                 try:
                     await self._dispatch(stream, arrival, handler_function)
                 finally:
-                    arrival.leave()
+                    self.arrivals.leave(arrival)
             if scope.cancelled_caught:
                 late = "" if arrival is not None and arrival.peer else "it took too long, and "
                 self._note_refused(host, f"{late}its place was needed")
 
-        return _OwnPortListener(accept, self._note_failure, self._buffers)
-
-    def _note_failure(self, exc: OSError) -> None:
-        self.listening_failed = exc
+        return _OwnPortListener(accept, self)
 
     def _note_refused(self, host: str, why: str) -> None:
         CONNECTIONS_FAILED.add(direction="inbound", reason="limit")
-        if self._arrivals.over_limit.is_first(host, "connection"):
+        if self.arrivals.over_limit.is_first(host, "connection"):
             logger.warning(
                 "Closed an incoming connection from %s: %s. This is logged once an address.", host, why
             )
@@ -234,7 +203,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             arrival.cut = None  # its thread would go on: it has a deadline of its own
             await self._serve_bulk(connection, self.serve_bulk)
         else:
-            is_first = self._arrivals.over_limit.is_first(arrival.source, "protocol", TELL_AGAIN_S)
+            is_first = self.arrivals.over_limit.is_first(arrival.source, "protocol", TELL_AGAIN_S)
             logger.log(
                 logging.INFO if is_first else logging.DEBUG,
                 "Closed an incoming connection that spoke neither protocol.",
@@ -283,19 +252,23 @@ def _host_of(sock: trio.socket.SocketType) -> str | None:
         return None
 
 
+def _arrival_of(raw: Any) -> InboundConnection | None:
+    """None of what was dialled here, and of circuits, which are counted by their relays."""
+    stream = getattr(raw, "stream", None)
+    return stream.arrival if isinstance(stream, WatchedStream) else None
+
+
 def take_place(raw: Any, peer: ID) -> str | None:
     """Give a connection that was dialled directly its place among those of known peers, or say why not."""
-    stream = getattr(raw, "stream", None)
-    if not isinstance(stream, WatchedStream) or stream.arrival is None:
-        return None  # circuits are counted by their relays
-    return stream.arrival.authenticate(str(peer))
+    arrival = _arrival_of(raw)
+    return None if arrival is None else arrival.places.authenticate(arrival, str(peer))
 
 
 def level_of(raw: Any, failure: str) -> int:
     """At which level a failed handshake is logged: one an address and kind of failure within a minute is a
     warning, as anybody may have them fail without end.
     """
-    arrival = stream.arrival if isinstance(stream := getattr(raw, "stream", None), WatchedStream) else None
+    arrival = _arrival_of(raw)
     if arrival is None or arrival.places.over_limit.is_first(arrival.source, failure, TELL_AGAIN_S):
         return logging.WARNING
     return logging.DEBUG

@@ -2,12 +2,19 @@
 
 Opening is done by a task of the node: a caller that is cancelled or runs out of time walks away, the task
 finishes and throws the stream away. (Cancelling the library half-way leaks streams.)
+
+The library serves each stream that arrives in a task of its own. Here the handlers of all protocols, its own
+included, are wrapped: what is over the number that a peer may have served at once is reset before a handler
+sees it. Requests are not limited here, as :mod:`hypha.net.rpc` answers those over its limit with ``busy``;
+neither are circuits, which the relay counts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +22,13 @@ import trio
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
+from libp2p.protocol_muxer.multiselect import Multiselect
 
 from hypha.access import LIBRARY_STREAMS, NOBODY, STREAMS, Allowed, carries, may_act_as, named
 from hypha.config.reading.log_filter import TRACE
 from hypha.errors import PeerUnreachable
 from hypha.naming import shown
+from hypha.net.peers.inbound_limits import OverLimit, counted
 from hypha.tracing import span
 from hypha.tracing.operations import OPEN_STREAM
 
@@ -28,11 +37,25 @@ logger = logging.getLogger(__name__)
 #: What a broken stream or connection may raise, from any layer of the library.
 STREAM_ERRORS = (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
-#: Refusals that are remembered, so that each is said once.
-MAX_TOLD = 1024
-
 #: ``handler(stream, caller)``; the handler closes the stream.
 StreamHandler = Callable[[Any, str], Awaitable[None]]
+#: Of one protocol, from one peer, over all its connections. Identify and ping need one.
+DEFAULT_PER_PEER = 32
+#: Where it is another number, by the beginning of the protocol's name, and what it is called when refused.
+PER_PEER: tuple[tuple[str, int | None, str], ...] = (
+    ("/hypha/rpc/", None, "rpc"),
+    ("/libp2p/circuit/relay/", None, "relay"),
+    # one that lasts, and others whose end was not noticed here yet
+    ("/hypha/report/", 4, "reports"),
+    ("/meshsub/", 4, "gossip"),
+    ("/floodsub/", 4, "gossip"),
+    # as many transfers of one peer may wait for their turn (MAX_WAITING_PER_PEER of ``bulk/receiving.py``)
+    ("/hypha/bulk/", 64, "bulk"),
+    # one for each dataset that is announced or looked up at that moment
+    ("/ipfs/kad/", 32, "dht"),
+)
+
+_Handler = Callable[[Any], Awaitable[None]]
 
 
 async def discard(stream: Any) -> None:
@@ -42,6 +65,16 @@ async def discard(stream: Any) -> None:
             await stream.reset()
         except Exception as exc:  # noqa: BLE001 - whatever state a peer has brought it into
             logger.debug("A stream could not be reset: %r", exc)
+
+
+@asynccontextmanager
+async def reset_on_error(stream: Any) -> AsyncIterator[None]:
+    """Reset ``stream`` where the block raises, or is cancelled."""
+    try:
+        yield
+    except BaseException:
+        await discard(stream)
+        raise
 
 
 async def read_exactly(stream: Any, count: int) -> bytes:
@@ -89,17 +122,12 @@ class Streams:
     def __init__(self, host: Any, nursery: trio.Nursery) -> None:
         self._host = host
         self._nursery = nursery
-        #: what was refused to whom, as it was said
-        self._told: dict[tuple[str, str], None] = {}
+        self._over_limit = OverLimit()
 
     def say_refused(self, caller: str, what: str, allowed: Allowed, has: frozenset[str]) -> None:
         """That ``what`` was refused to ``caller`` for its role; once of each, as peers may ask for ever."""
-        level = logging.DEBUG if (caller, what) in self._told else logging.WARNING
-        self._told[caller, what] = None
-        if len(self._told) > MAX_TOLD:
-            del self._told[next(iter(self._told))]
         logger.log(
-            level,
+            logging.WARNING if self._over_limit.is_first(caller, what) else logging.DEBUG,
             "Refused %s from %s: it is for a certificate with the role %s, and this one carries %s.",
             what,
             shown(caller),
@@ -163,3 +191,40 @@ class Streams:
             opening.stream = stream
         finally:
             opening.done.set()
+
+
+def limit_of(protocol: str) -> tuple[int | None, str]:
+    """Streams of one peer that are served at once (None: not limited here), and the name for the metric."""
+    for beginning, limit, service in PER_PEER:
+        if protocol.startswith(beginning):
+            return limit, service
+    return DEFAULT_PER_PEER, "other"
+
+
+class InboundStreams(Multiselect):  # type: ignore[misc]
+    """The library's table of handlers by protocol, each of them limited."""
+
+    def __init__(self, others: Multiselect) -> None:
+        super().__init__({})
+        self._served: Counter[tuple[str, str]] = Counter()
+        self._over_limit = OverLimit()
+        for protocol, handler in others.handlers.items():
+            self.add_handler(protocol, handler)
+
+    def add_handler(self, protocol: Any, handler: Any) -> None:
+        limit, service = limit_of(str(protocol))
+        limited = handler if handler is None or limit is None else self._limited(handler, limit, service)
+        super().add_handler(protocol, limited)
+
+    def _limited(self, handler: _Handler, limit: int, service: str) -> _Handler:
+        async def serve(stream: Any) -> None:
+            peer = str(stream.muxed_conn.peer_id)
+            key = (peer, str(stream.get_protocol()))
+            if self._served[key] >= limit:
+                self._over_limit.note(peer, service, f"it has {limit} such streams open already")
+                await discard(stream)
+                return
+            with counted(self._served, key):
+                await handler(stream)
+
+        return serve

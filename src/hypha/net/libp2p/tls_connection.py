@@ -22,9 +22,9 @@ from libp2p.peer.id import ID
 from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.naming import cleaned
-from hypha.net.libp2p.yamux_reader import MAX_INBOUND_STREAMS
-from hypha.net.peers.inbound_budget import InboundBudget
-from hypha.net.peers.refusals import TurnedAway, refusal_in
+from hypha.net.libp2p.yamux import MAX_INBOUND_STREAMS
+from hypha.net.peers.inbound_limits import InboundBudget
+from hypha.net.peers.reasons import TurnedAway, refusal_in
 from hypha.pki.certificates import common_name_of, parse_der
 from hypha.pki.contexts import asked_name_of
 
@@ -43,19 +43,11 @@ WRITE_STALL_S = 30.0
 RECEIVE_BYTES = 256 * 1024
 
 
-class _Closing(trio.abc.AsyncResource):
-    """Lets :func:`trio.aclose_forcefully` close a libp2p raw connection without waiting."""
-
-    def __init__(self, raw: IRawConnection) -> None:
-        self._raw = raw
-
-    async def aclose(self) -> None:
-        await self._raw.close()
-
-
 async def close_at_once(raw: IRawConnection) -> None:
-    """Close it, without waiting for anything."""
-    await trio.aclose_forcefully(_Closing(raw))
+    """As :func:`trio.aclose_forcefully`, which knows no connection of libp2p."""
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await raw.close()
 
 
 @dataclass(frozen=True)
@@ -234,7 +226,6 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
 
     @property
     def ended(self) -> bool:
-        """Whether either end has closed it."""
         return self._at_eof or self._closed
 
     async def close(self) -> None:

@@ -5,7 +5,7 @@
   once a minute at most; a probe sends none.
 - The same certificate at two gateways: gateways ask each other (``FindDoubles``), before they let a node in
   and once a minute; who came later is cut. One that does not answer is not waited for.
-- A refusal after the handshake: one line where multistream's greeting is due (``refusals.py``).
+- A refusal after the handshake: one line where multistream's greeting is due (``reasons.py``).
 - A component with another role's certificate: is told at ``validate`` and ``run``: everybody else would
   refuse it.
 """

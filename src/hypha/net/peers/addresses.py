@@ -33,7 +33,6 @@ class Address:
 
     @property
     def is_circuit(self) -> bool:
-        """Whether it goes through a relay."""
         return self.relay is not None
 
     def __str__(self) -> str:
@@ -142,17 +141,11 @@ class AddressBook:
         self._learnt.get(peer, {}).pop(str(address), None)
 
     def direct(self, peer: str) -> list[Address]:
-        """Addresses to dial without a relay."""
         return [address for address in self._all(peer) if not address.is_circuit]
 
     def circuits(self, peer: str) -> list[Address]:
-        """Addresses through relays."""
         return [address for address in self._all(peer) if address.is_circuit]
 
     def _all(self, peer: str) -> list[Address]:
         known = {**self._configured.get(peer, {}), **self._learnt.get(peer, {})}
         return list(known.values())
-
-    def ref(self, peer: str) -> PeerRef:
-        """What is known of ``peer``."""
-        return PeerRef(peer=peer, addresses=tuple(map(str, (*self.direct(peer), *self.circuits(peer)))))

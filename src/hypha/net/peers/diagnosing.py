@@ -1,22 +1,36 @@
-"""What a node answers to who looks for a fault: can the caller be dialled, and how fast is the way to it.
+"""What a node answers to who looks for a fault: can the caller be dialled, how fast is the way to it, and who
+is connected with a gateway.
 
-Both cost this node something, so both are bounded: a caller has one at a time, all callers together a few,
-and what is measured has a budget. A gateway dials nothing but the IP address that the caller's own
+The first two cost this node something, so both are bounded: a caller has one at a time, all callers together
+a few, and what is measured has a budget. A gateway dials nothing but the IP address that the caller's own
 connection comes from, so that it cannot be sent to look at somebody else's ports.
+
+Who is connected may be asked by whoever may connect. Where a node may be dialled is told of one that is asked
+for by its PeerID alone, so that nobody copies the whole network's addresses in one go.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import trio
 
 from hypha.errors import NetworkError, Refused
-from hypha.messages import BandwidthMeasured, DialBack, DialedBack, DialResult, MeasureBandwidth
+from hypha.messages import (
+    MAX_LISTED_PEERS,
+    BandwidthMeasured,
+    DialBack,
+    DialedBack,
+    DialResult,
+    ListedPeer,
+    MeasureBandwidth,
+    PeerList,
+)
 from hypha.net.peers.addresses import Address, ip_of, parse
+from hypha.net.peers.inbound_limits import Recent
+from hypha.node import ConnectionInfo
 
 #: Callers that are served at once; of each caller one request.
 MAX_AT_ONCE = 4
@@ -31,9 +45,7 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Diagnosing:
-    """``who_is_at`` dials an address and gives the PeerID there, ``hosts_of`` the IP addresses from which a
-    caller's direct connections come.
-    """
+    """``who_is_at`` dials an address, ``hosts_of`` is where a caller's direct connections come from."""
 
     def __init__(
         self,
@@ -44,7 +56,7 @@ class Diagnosing:
         self._hosts_of = hosts_of
         self._served: set[str] = set()
         #: caller -> since when its budget is counted, and how many bytes are spent
-        self._spent: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._spent: Recent[str, tuple[float, int]] = Recent(_REMEMBERED)
 
     @contextmanager
     def _place(self, caller: str) -> Iterator[None]:
@@ -99,13 +111,43 @@ class Diagnosing:
 
     def _spend(self, caller: str, size: int) -> None:
         now = trio.current_time()
-        since, spent = self._spent.pop(caller, (now, 0))
+        since, spent = self._spent.get(caller, (now, 0))
         if now - since >= BUDGET_S:
             since, spent = now, 0
         fits = spent + size <= BUDGET_BYTES
         self._spent[caller] = (since, spent + size if fits else spent)
-        while len(self._spent) > _REMEMBERED:
-            self._spent.popitem(last=False)
         if not fits:
             left_s = BUDGET_S - (now - since)
             raise Refused("busy", f"enough was measured for now; try again in {left_s:.0f} s")
+
+
+def listed(
+    connections: Sequence[ConnectionInfo],
+    caller: str = "",
+    wanted: str = "",
+    addresses_of: Callable[[str], Sequence[str]] = lambda peer: (),
+) -> PeerList:
+    """The peers behind ``connections``, but for ``caller``, in order of PeerIDs, each once: by its direct
+    connection, where there is one. ``wanted`` is the only one that ``caller`` asks for, and is told with the
+    addresses that it has said of itself. This machine's own operator, who is no ``caller``, sees everybody.
+    """
+    best: dict[str, ConnectionInfo] = {}
+    for one in connections:
+        known = best.get(one.peer)
+        if known is None or (one.kind, known.kind) == ("direct", "relayed"):
+            best[one.peer] = one
+    found = [
+        ListedPeer(
+            peer=one.peer,
+            name=one.name,
+            organization=one.organization,
+            roles=tuple(sorted(one.roles)),
+            way=one.kind,
+            round_trip_s=one.round_trip_s,
+            addresses=tuple(addresses_of(wanted)) if wanted else (),
+        )
+        for peer, one in sorted(best.items())
+        if peer != caller and wanted in ("", peer)
+    ]
+    most = MAX_LISTED_PEERS if caller else len(found)
+    return PeerList(peers=tuple(found[:most]), more=max(0, len(found) - most))

@@ -27,9 +27,8 @@ from hypha.net.libp2p.relay import RelayClient
 from hypha.net.libp2p.streams import STREAM_ERRORS
 from hypha.net.options import Timings
 from hypha.net.peers.addresses import MAX_ADDRESSES, Address, AddressBook, ip_of, parse
-from hypha.net.peers.dial_race import DialRace
-from hypha.net.peers.reasons import reason_of, root_of
-from hypha.net.peers.shut_out import ShutOut
+from hypha.net.peers.inbound_limits import Recent
+from hypha.net.peers.reasons import ShutOut, failure_of, is_of_certificate, reason_of, root_of, says_refused
 from hypha.net.peers.table import PeerTable, address_of, direction_of, is_relayed
 from hypha.telemetry.instruments import CONNECTIONS_FAILED
 from hypha.tracing import failed, start_span, traceparent, untraced
@@ -45,6 +44,8 @@ DIAL_ERRORS = (*STREAM_ERRORS, ValueError)
 #: How long our own dial may go on when the peer has meanwhile reached us.
 MEETING_S = 1.0
 ATTEMPTS = 3
+#: The next address of a peer is tried after this long, while the first one still hangs.
+STAGGER_S = 0.25
 #: of so many peers it is remembered why they are relayed, so that it is not said again and again
 MAX_RELAYED_TOLD = 1000
 
@@ -58,6 +59,9 @@ class _Attempt:
 
 class Dialer:
     """Connects to peers. ``own_relays`` names connected gateways to try as relays."""
+
+    relay_client: RelayClient
+    own_relays: Callable[[], list[str]]
 
     def __init__(
         self,
@@ -76,13 +80,11 @@ class Dialer:
         self._timings = timings
         self._nursery = nursery
         self._attempts: dict[str, _Attempt] = {}
-        self.relay_client: RelayClient | None = None
         self._shut_out = ShutOut(timings.reconnect_max_s)
         # certificates and revocation lists are others now
         peers.on_identity.append(self._shut_out.clear)
         #: why, as it was said last, by peer
-        self._relayed_for: dict[str, str] = {}
-        self.own_relays: Callable[[], list[str]] = list
+        self._relayed_for: Recent[str, str] = Recent(MAX_RELAYED_TOLD)
         swarm.dial_peer = self._dial_for_library
 
     async def connect(self, peer: str, relays: bool = True) -> None:
@@ -150,7 +152,7 @@ class Dialer:
                 race.pending += 1
                 before = len(race.failures)
                 nursery.start_soon(self._contend, peer, address, race)
-                with trio.move_on_after(self._timings.stagger_s):
+                with trio.move_on_after(STAGGER_S):
                     while len(race.failures) == before:
                         await race.progress.wait()
             with trio.move_on_at(started + self._timings.relay_after_s):
@@ -231,7 +233,7 @@ class Dialer:
             for place in wanted:
                 ended = trio.Event()
                 nursery.start_soon(attempt, place, ended)
-                with trio.move_on_after(self._timings.stagger_s):
+                with trio.move_on_after(STAGGER_S):
                     await ended.wait()
         if found:
             return found[0]
@@ -249,9 +251,7 @@ class Dialer:
             raise NetworkError(reason_of(exc)) from exc
 
     async def _resolve(self, address: Address) -> list[str]:
-        """``address`` with a name replaced as the system resolves it (hosts file included); NetworkError when
-        it does not.
-        """
+        """``address`` by IP, its name resolved as the system does it (hosts file included). NetworkError."""
         if ip_of(address) is not None:
             return [address.transport]
         parts = address.transport.split("/")
@@ -274,8 +274,6 @@ class Dialer:
         ]
 
     async def _through_relays(self, peer: str, race: DialRace) -> None:
-        if self.relay_client is None:
-            return
         named = {one.relay: one for one in self._book.circuits(peer) if one.relay is not None}
         candidates = [relay for relay in named if self.peers.is_connected(relay)]
         candidates += [relay for relay in self.own_relays() if relay not in candidates]
@@ -307,9 +305,7 @@ class Dialer:
                 return
 
     def _say_why_relayed(self, peer: str, failures: list[str]) -> None:
-        """Why ``peer`` is reached through a relay, once for each reason; ``failures`` are those of the
-        addresses that were dialled.
-        """
+        """Why ``peer`` is reached through a relay, once for each reason; ``failures`` of direct dials."""
         direct = [address.transport for address in self._book.direct(peer)]
         if left_out := self._book.left_out(peer):
             why = (
@@ -327,11 +323,9 @@ class Dialer:
                 "it announces no address of its own. If this machine can reach it, set its "
                 "external_addresses, or take its network out of its exclude_cidr"
             )
-        if self._relayed_for.pop(peer, "") != why:
+        if self._relayed_for.get(peer) != why:
             logger.info("%s is reached through a relay: %s.", shown(peer), why, extra={"peer_id": peer})
         self._relayed_for[peer] = why
-        while len(self._relayed_for) > MAX_RELAYED_TOLD:
-            del self._relayed_for[next(iter(self._relayed_for))]
 
     async def who_is_at(self, address: Address) -> str:
         """The PeerID of the certified node at ``address``; NetworkError when there is none."""
@@ -355,7 +349,6 @@ class Dialer:
             raise _at(address.transport, exc) from exc.__cause__
 
     async def _dial_for_library(self, peer_id: ID) -> list[Any]:
-        """What the library calls to dial a peer by itself."""
         peer = str(peer_id)
         try:
             await self.connect(peer)
@@ -369,3 +362,38 @@ def _at(place: str, exc: NetworkError) -> NetworkError:
     told = NetworkError(f"{place}: {exc}")
     told.__cause__ = exc.__cause__
     return told
+
+
+@dataclass
+class DialRace:
+    """Addresses being tried at the same time; ``scope`` ends them all when one has won."""
+
+    scope: trio.CancelScope
+    #: what is tried, and how that ends, is noted here
+    span: Span
+    pending: int = 0
+    progress: trio.Event = field(default_factory=trio.Event)
+    failures: list[str] = field(default_factory=list)
+    #: those of them that were known when relays were tried
+    direct: list[str] = field(default_factory=list)
+    #: of the direct addresses that failed, did each refuse the connection?
+    refused: list[bool] = field(default_factory=list)
+    met: bool = False
+    #: whether the peer itself refuses this node's certificate, or this node the peer's
+    shut_out: bool = False
+    #: why the last address failed, in the words that failures are counted by
+    reason: str = "unreachable"
+
+    def note(self, what: str, address: str, reason: str = "") -> None:
+        more = {"hypha.reason": reason} if reason else {}
+        self.span.add_event(what, {"network.peer.address": address, **more})
+
+    def failed(self, address: str, exc: NetworkError) -> None:
+        self.failures.append(f"{address}: {exc}")
+        self.refused.append(says_refused(exc))
+        self.reason = failure_of(exc)
+        self.shut_out = self.shut_out or is_of_certificate(root_of(exc))
+        self.note("failed", address, str(exc))
+        self.pending -= 1
+        self.progress.set()
+        self.progress = trio.Event()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 
 import trio
 
-from hypha.errors import NetworkError, Refused
+from hypha.errors import NetworkError
 from hypha.messages import (
     MAX_ADDRESS_LENGTH,
     MAX_INSTANCE_LENGTH,
@@ -35,7 +36,8 @@ from hypha.messages import (
 from hypha.naming import cleaned, shown
 from hypha.net.libp2p.mutual_tls import HANDSHAKE_TIMEOUT_S
 from hypha.net.libp2p.tls_connection import TlsConnection
-from hypha.net.peers.refusals import SAME_CERTIFICATE, Refusal
+from hypha.net.peers.inbound_limits import OverLimit, counted
+from hypha.net.peers.reasons import SAME_CERTIFICATE, Refusal
 from hypha.net.peers.table import PeerTable, secured
 from hypha.node import Changes
 
@@ -92,15 +94,11 @@ class Doubles:
         #: by peer; no more than there are handshakes
         self._claims: dict[str, _Claim] = {}
         #: by gateway: questions under way, and until when it is not waited for
-        self._asking: dict[str, int] = {}
+        self._asking: Counter[str] = Counter()
         self._excused: dict[str, float] = {}
-        #: when it was said of whom
-        self._said: dict[str, float] = {}
-        self._own_said_at = -math.inf
+        self._over_limit = OverLimit()
         # from now on the connection itself is seen
-        peers.on_connected.append(self._drop_claim)
-
-    # --- letting a node in --------------------------------------------------------------------------
+        peers.on_connected.append(lambda peer: self._claims.pop(peer, None))
 
     async def admit(self, new: TlsConnection) -> Refusal | None:
         """Why the node behind ``new`` may not come in; ``None`` where it may."""
@@ -136,9 +134,6 @@ class Doubles:
         await claim.decided.wait()
         return claim.elsewhere
 
-    def _drop_claim(self, peer: str) -> None:
-        self._claims.pop(peer, None)
-
     def _claim_of(self, peer: str) -> _Claim | None:
         now = trio.current_time()
         self._claims = {one: claim for one, claim in self._claims.items() if claim.ends_at > now}
@@ -164,9 +159,8 @@ class Doubles:
         """Where ``gateway`` has another node with the certificate of ``run``; ``None`` also where it does not
         say: a network must not stand still for one gateway.
         """
-        now = trio.current_time()
-        self._excused = {one: until for one, until in self._excused.items() if until > now}
-        if gateway in self._excused or self._asking.get(gateway, 0) >= ASKED_AT_ONCE:
+        excused = self._excused.get(gateway, 0.0) > trio.current_time()
+        if excused or self._asking[gateway] >= ASKED_AT_ONCE:
             return None
         found = await self._ask(gateway, (run,), ASK_S)
         return f"{found[0].address}, connected to {shown(gateway)}" if found else None
@@ -174,21 +168,15 @@ class Doubles:
     async def _ask(self, gateway: str, runs: tuple[NodeRun, ...], timeout_s: float) -> tuple[NodeRun, ...]:
         """Which of ``runs`` are at ``gateway`` as other nodes; none where it does not answer."""
         answered = False
-        self._asking[gateway] = self._asking.get(gateway, 0) + 1
         try:
-            answer = await self._request(gateway, FindDoubles(nodes=runs), timeout_s)
+            with counted(self._asking, gateway):
+                answer = await self._request(gateway, FindDoubles(nodes=runs), timeout_s)
             answered = True
-        except Refused as exc:
-            # an earlier version does not know the request
+        except NetworkError as exc:
+            # one of an earlier version does not know the request
             logger.debug("%s does not look for doubles: %s", shown(gateway), exc)
             return ()
-        except NetworkError as exc:
-            logger.debug("%s was not asked for doubles: %s", shown(gateway), exc)
-            return ()
         finally:
-            self._asking[gateway] -= 1
-            if not self._asking[gateway]:
-                del self._asking[gateway]
             if not answered:
                 self._excused[gateway] = trio.current_time() + FORGIVEN_S
         wanted = {run.peer for run in runs}
@@ -196,9 +184,7 @@ class Doubles:
         return tuple(one for one in found if one.peer in wanted)
 
     async def _beside(self, run: NodeRun) -> str | None:
-        """Where this node has another one with the certificate of ``run``, which is let in where it does not
-        answer any more.
-        """
+        """Where this node has another one with the certificate of ``run``; one that is silent makes room."""
         alive: list[str] = []
 
         async def look(connection: Any) -> None:
@@ -214,8 +200,6 @@ class Doubles:
                 if tls.instance not in (None, run.instance) and _goes_before(tls, run):
                     nursery.start_soon(look, connection)
         return alive[0] if alive else None
-
-    # --- between gateways ---------------------------------------------------------------------------
 
     async def find(self, caller: str, request: FindDoubles) -> DoublesFound:
         """Another gateway asks which of its nodes are here as well."""
@@ -275,13 +259,9 @@ class Doubles:
                 why = f"another node uses its certificate, the one at {elsewhere}, and was there before"
                 await self._peers.cut(connection, "double", why)
 
-    # --- telling ------------------------------------------------------------------------------------
-
     async def answer(self, caller: str, request: SameCertificate) -> Acknowledged:
         """This node is told that it has a double."""
-        now = trio.current_time()
-        if now - self._own_said_at >= REMIND_S:
-            self._own_said_at = now
+        if self._over_limit.is_first(self._own.peer, "told", REMIND_S):
             logger.error(
                 "Another node uses the certificate of this one: it has come to %s from %s, and was turned "
                 "away. Make a certificate for each machine (`hypha-certutil node`).",
@@ -303,11 +283,8 @@ class Doubles:
 
     def _say(self, peer: str, goes_on: str, turned_away: str) -> bool:
         """Whether it was due to be said."""
-        now = trio.current_time()
-        self._said = {one: at for one, at in self._said.items() if now - at < REMIND_S}
-        if peer in self._said:
+        if not self._over_limit.is_first(peer, "double", REMIND_S):
             return False
-        self._said[peer] = now
         logger.error(
             "Two nodes use the certificate of %s: %s goes on, %s is turned away. Make a certificate for each "
             "machine (`hypha-certutil node`).",

@@ -27,10 +27,14 @@ logger = logging.getLogger(__name__)
 
 #: A connection that held this long was a good one: the pause starts small again.
 STABLE_S = 10.0
+#: A relay reservation is refreshed at least this often.
+REFRESH_S = 300.0
 
 
 class Gateways:
     """Keeps a node in touch with its gateways. ``joined`` is awaited after each new connection."""
+
+    joined: Callable[[str], Awaitable[None]]
 
     def __init__(
         self,
@@ -60,7 +64,6 @@ class Gateways:
         self.active: str | None = None
         self.reserved: str | None = None
         self.changed = Changes()
-        self.joined: list[Callable[[str], Awaitable[None]]] = []
         #: the node is about to end: who is lost now stays lost, and is no news
         self.leaving = False
 
@@ -70,9 +73,7 @@ class Gateways:
         return sorted(found, key=lambda peer: peer != self.active)
 
     def linked(self) -> list[str]:
-        """PeerIDs of connected gateways, also of those that have dialled and are not configured here: their
-        certificates say what they are.
-        """
+        """Connected gateways, also those that have dialled and are not configured: by their certificates."""
         return list(dict.fromkeys((*self.connected(), *self._peers.carrying("gateway"))))
 
     def is_one(self, peer: str) -> bool:
@@ -141,8 +142,7 @@ class Gateways:
         logger.info("Connected to gateway %s.", peer, extra={"peer_id": peer})
         try:
             async with trio.open_nursery() as nursery:
-                for join in self.joined:
-                    nursery.start_soon(join, peer)
+                nursery.start_soon(self.joined, peer)
                 if reserve:
                     nursery.start_soon(self._hold_reservation, peer)
                 self.changed.note()
@@ -179,7 +179,7 @@ class Gateways:
             if self.reserved is None:
                 self.reserved = peer
                 self.changed.note()
-            await trio.sleep(min(lasts_s / 2, self._timings.reservation_refresh_s))
+            await trio.sleep(min(lasts_s / 2, REFRESH_S))
 
     async def link_all(self) -> None:
         """The gateway's loop: a link to each of the others."""
@@ -210,8 +210,7 @@ class Gateways:
             backoff.reset()
             lost = self._peers.loss_of(peer)
             logger.info("Linked with gateway %s.", peer, extra={"peer_id": peer})
-            for join in self.joined:
-                await join(peer)
+            await self.joined(peer)
             self.changed.note()
             await lost.wait()
             if self.leaving:

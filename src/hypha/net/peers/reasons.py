@@ -1,4 +1,14 @@
-"""Why a connection could not be made: one reason in plain words, out of what the layers below raise."""
+"""Why a connection could not be made: one reason in plain words, out of what the layers below raise.
+
+A node that turns somebody away says why over the very connection that it closes. In TLS 1.3 whoever dials has
+finished its handshake before the other end looks at its certificate: it would see a connection that closes,
+and nothing else. So one line goes before the end, where the greeting of multistream is due, whose first byte
+is another. A node that does not know such lines takes it for a broken greeting, and the connection fails as
+it would have without.
+
+Where one of the two refuses the other's certificate, nothing comes of dialling again before that has changed,
+however often something here wants to reach the peer: :class:`ShutOut` has it wait.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +17,18 @@ import os
 import socket
 import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import trio
+from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectCommunicatorError
 from libp2p.security.exceptions import HandshakeFailure
 from libp2p.transport.exceptions import MuxerUpgradeFailure
 
-from hypha.errors import IdentityError
-from hypha.net.peers.refusals import BUSY, CERTIFICATE, SAME_CERTIFICATE, TurnedAway
+from hypha.backoff import pause_after
+from hypha.errors import IdentityError, PeerUnreachable
+from hypha.naming import cleaned
+from hypha.net.peers.inbound_limits import Recent
 
 #: by OpenSSL's numbers (x509_vfy.h)
 _VERIFY = {
@@ -44,6 +58,19 @@ _SYSTEM = {
 #: it did not even begin as a node begins
 _NO_GREETING = (MultiselectClientError, MultiselectCommunicatorError, ValueError)
 NO_HYPHA_NODE = "what answers there is no Hypha node"
+_MARK = b"hypha-refused "
+_MAX_BYTES = 1000
+#: what is shown of what the other end says
+_MAX_DETAIL = 300
+#: the certificate is not accepted, and why
+CERTIFICATE = "certificate"
+#: another node, at the address, uses the same certificate
+SAME_CERTIFICATE = "same-certificate"
+#: it has as many connections as it may, for now
+BUSY = "busy"
+FIRST_PAUSE_S = 1.0
+#: of so many peers it is remembered; the oldest is forgotten first
+MAX_REMEMBERED = 1000
 
 
 class NoPlace(HandshakeFailure):  # type: ignore[misc]
@@ -120,3 +147,88 @@ def failure_of(exc: BaseException) -> str:
     if isinstance(root, IdentityError | ssl.SSLError | HandshakeFailure):
         return "certificate"
     return "unreachable"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """``detail`` is a sentence for :data:`CERTIFICATE`, an address for :data:`SAME_CERTIFICATE`."""
+
+    code: str
+    detail: str
+
+    def __str__(self) -> str:
+        if self.code == SAME_CERTIFICATE:
+            return (
+                f"another node uses the certificate of this one, at {self.detail}; make a certificate for "
+                "each machine (`hypha-certutil node`)"
+            )
+        return f"the node there refuses this one: {self.detail or self.code}"
+
+
+class TurnedAway(ConnectionClosedError):  # type: ignore[misc]
+    """The other end has refused this node, and said why."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal), transport="tls")
+        self.refusal = refusal
+
+    def __str__(self) -> str:
+        return str(self.refusal)
+
+
+def encoded(refusal: Refusal) -> bytes:
+    """The line, short enough for one record of TLS."""
+    detail = " ".join(refusal.detail.split()).encode("utf-8", "replace")
+    return (_MARK + refusal.code.encode("ascii") + b" " + detail)[: _MAX_BYTES - 1] + b"\n"
+
+
+def refusal_in(first: bytes | bytearray) -> Refusal | None:
+    """What ``first``, the first bytes that came, says; ``None`` when the other end goes on as usual."""
+    if not first.startswith(_MARK):
+        return None
+    line = bytes(first[len(_MARK) : _MAX_BYTES]).partition(b"\n")[0].decode("utf-8", "replace")
+    code, _, detail = line.partition(" ")
+    return Refusal(cleaned(code), cleaned(detail, _MAX_DETAIL))
+
+
+@dataclass(frozen=True)
+class _Pause:
+    failure: str
+    times: int
+    until: float
+
+
+class ShutOut:
+    """Of one node; a pause takes ``longest_s`` at most."""
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._pauses: Recent[str, _Pause] = Recent(MAX_REMEMBERED)
+
+    def note(self, peer: str, failure: str) -> None:
+        """``peer`` was dialled in vain; ``failure`` says why."""
+        earlier = self._pauses.get(peer)
+        times = earlier.times + 1 if earlier else 0
+        lasts_s = pause_after(times, FIRST_PAUSE_S, self._longest_s)
+        self._pauses[peer] = _Pause(failure, times, trio.current_time() + lasts_s)
+
+    def check(self, peer: str) -> None:
+        """Raises PeerUnreachable, as the last time, while the pause of ``peer`` lasts."""
+        pause = self._pauses.get(peer)
+        if pause is not None and trio.current_time() < pause.until:
+            raise PeerUnreachable(peer, pause.failure)
+
+    def forget(self, peer: str) -> None:
+        """``peer`` is connected."""
+        self._pauses.pop(peer, None)
+
+    def clear(self) -> None:
+        """The node's certificate, or what it trusts, is another now."""
+        self._pauses.clear()
+
+
+def is_of_certificate(root: BaseException) -> bool:
+    """Whether ``root``, at the bottom of a failed dial, is that one refuses the other's certificate."""
+    if isinstance(root, TurnedAway):
+        return root.refusal.code == CERTIFICATE
+    return isinstance(root, IdentityError)

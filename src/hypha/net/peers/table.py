@@ -21,8 +21,9 @@ from hypha.access import SERVICES, carries, may_act_as, named
 from hypha.errors import IdentityError, PeerUnreachable
 from hypha.net.libp2p.streams import STREAM_ERRORS
 from hypha.net.libp2p.tls_connection import TlsConnection
-from hypha.net.libp2p.yamux_reader import breach_of
+from hypha.net.libp2p.yamux import breach_of
 from hypha.net.options import Timings
+from hypha.net.peers.inbound_limits import Recent
 from hypha.node import ConnectionInfo, PeerLost
 from hypha.pki.identity import Identity
 from hypha.telemetry.instruments import CONNECTIONS_ESTABLISHED, CONNECTIONS_LOST
@@ -34,23 +35,21 @@ WATCH_BACKLOG = 4096
 #: Why this node ends a connection: a label of a metric.
 Cut = Literal["silent", "revoked", "double"]
 REMEMBERED_ROLES = 20_000
+#: How often live connections' certificates are checked again (for expiry).
+CHECK_S = 60.0
 
 
 def secured(connection: Any) -> TlsConnection:
     """The TLS connection below a swarm connection (there is no other kind)."""
-    tls = connection.muxed_conn.secured_conn
-    if not isinstance(tls, TlsConnection):
-        raise TypeError(f"a connection of unknown kind: {tls!r}")
+    tls: TlsConnection = connection.muxed_conn.secured_conn
     return tls
 
 
 def is_relayed(connection: Any) -> bool:
-    """Whether a swarm connection runs through a relay."""
     return bool(secured(connection).get_connection_type() == ConnectionType.RELAYED)
 
 
 def way_of(connection: Any) -> Literal["direct", "relayed"]:
-    """How a swarm connection leads to its peer."""
     return "relayed" if is_relayed(connection) else "direct"
 
 
@@ -63,11 +62,6 @@ def address_of(connection: Any) -> str:
     """The transport address at the other end of a swarm connection, "" when the socket has none."""
     addresses = secured(connection).get_transport_addresses()
     return str(addresses[0]) if addresses else ""
-
-
-def round_trip_of(connection: Any) -> float | None:
-    """Seconds that its pings take, each of them counting twice as much as the one before."""
-    return connection.muxed_conn.rtt() or None
 
 
 class PeerTable(INotifee):  # type: ignore[misc]
@@ -83,18 +77,16 @@ class PeerTable(INotifee):  # type: ignore[misc]
         #: connections that are waited for to end, all of them
         self._ends: list[tuple[set[Any], trio.Event]] = []
         #: of peers that are or were connected: their roles, and the organisation that vouches for them
-        self._vouched: dict[str, tuple[frozenset[str], str]] = {}
+        self._vouched: Recent[str, tuple[frozenset[str], str]] = Recent(REMEMBERED_ROLES)
         #: connections that this node ended, and why
         self._cuts: dict[Any, Cut] = {}
-        self.on_connected: list[Callable[[str], None]] = []
+        self.on_connected: list[Callable[[str], object]] = []
         self.on_lost: list[Callable[[str], None]] = []
         #: called when certificate, trust bundle or revocation lists were read again
         self.on_identity: list[Callable[[], None]] = []
         #: called when it may be that certificates are not accepted any more which were
         self.on_doubt: list[Callable[[], Awaitable[None]]] = []
         swarm.register_notifee(self)
-
-    # --- asking -------------------------------------------------------------------------------------
 
     def connections_of(self, peer: str) -> list[Any]:
         """The swarm's live connections to ``peer``."""
@@ -105,15 +97,9 @@ class PeerTable(INotifee):  # type: ignore[misc]
         return [one for one in self._swarm.get_connections(peer_id) if not one.is_closed]
 
     def is_connected(self, peer: str) -> bool:
-        """Whether there is a live connection."""
         return bool(self.connections_of(peer))
 
-    def all(self) -> list[str]:
-        """PeerIDs of all connected peers."""
-        return [str(peer) for peer in self._swarm.get_connections_map()]
-
     def connections(self) -> list[ConnectionInfo]:
-        """All live connections."""
         found = []
         for connection in self._swarm.get_connections():
             tls = secured(connection)
@@ -124,7 +110,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
                     kind=way_of(connection),
                     direction=direction_of(connection),
                     roles=tls.roles,
-                    round_trip_s=round_trip_of(connection),
+                    round_trip_s=connection.muxed_conn.rtt() or None,
                     name=tls.name,
                     organization=tls.organization,
                 )
@@ -160,9 +146,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
             return False
 
     def require_service(self, service: str, peer: str) -> None:
-        """PeerUnreachable unless a connected peer may be used as ``service`` (of
-        :data:`hypha.access.SERVICES`).
-        """
+        """PeerUnreachable unless a connected peer may be used as ``service``."""
         has, allowed = self.roles_of(peer), SERVICES[service].by
         if not may_act_as(has, allowed):
             raise PeerUnreachable(
@@ -209,17 +193,12 @@ class PeerTable(INotifee):  # type: ignore[misc]
             lost.set()
         return lost
 
-    # --- what the swarm tells -----------------------------------------------------------------------
-
     async def connected(self, network: Any, conn: Any) -> None:
         peer = str(conn.muxed_conn.peer_id)
         direction, way = direction_of(conn), way_of(conn)
         CONNECTIONS_ESTABLISHED.add(direction=direction, way=way)
         logger.debug("Connected with %s (%s, %s).", peer, direction, way, extra={"peer_id": peer})
-        self._vouched.pop(peer, None)
         self._vouched[peer] = (secured(conn).roles, secured(conn).vouched_organization)
-        while len(self._vouched) > REMEMBERED_ROLES:
-            del self._vouched[next(iter(self._vouched))]
         if (waiting := self._arrivals.pop(peer, None)) is not None:
             waiting.set()
         for call in self.on_connected:
@@ -263,10 +242,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
 
     async def listen_close(self, network: Any, multiaddr: Any) -> None: ...
 
-    # --- ending connections -------------------------------------------------------------------------
-
     async def close(self, peer: str) -> None:
-        """Close all connections to ``peer``."""
         for connection in self.connections_of(peer):
             await connection.close()
 
@@ -321,12 +297,13 @@ class PeerTable(INotifee):  # type: ignore[misc]
 
     async def watch_identity(self) -> None:
         """Re-read changed identity files; close connections whose certificate is no longer accepted."""
-        next_check = trio.current_time() + self._timings.identity_check_s
+        next_check = trio.current_time() + CHECK_S
         while True:
             await trio.sleep(self._timings.identity_poll_s)
-            await self.reload_identity(check=trio.current_time() >= next_check)
-            if trio.current_time() >= next_check:
-                next_check = trio.current_time() + self._timings.identity_check_s
+            due = trio.current_time() >= next_check
+            await self.reload_identity(check=due)
+            if due:
+                next_check = trio.current_time() + CHECK_S
 
     async def reload_identity(self, check: bool = True) -> bool:
         """Re-read the files if they changed; True if they did. Errors are logged, the old ones stay."""

@@ -23,8 +23,7 @@ from hypha.access import KINDS, Allowed, named
 from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.files import StreamHash, quick_hasher, strong_hasher
-from hypha.net.bulk.retries import Retries
-from hypha.net.bulk.slots import TransferSlots
+from hypha.net.bulk.turns import Retries, TransferSlots
 from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import free_bytes, in_thread, new_id
 from hypha.simulation.net.network import STALL_S, SimulatedLinkBroken

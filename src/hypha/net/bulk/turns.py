@@ -1,17 +1,30 @@
-"""When a transfer is tried again, after which pause, and when not any more. Who asks for another one when
-this one has failed, of another peer or of another scheduler, decides that itself.
+"""Whose turn it is: how many transfers run at once, and when one is tried again.
+
+Two at once fill a machine and leave remote calls quick. But a peer that does not answer, or a link that is
+slow, fills nothing: its place is lent to the next in the queue, so that the dead do not hold up the living.
 
 A receiver that is busy may be a parameter server that is being restored, and whoever comes late to it is left
 out of its first round: so it is asked again for a while. A connection that was cut is tried again a few
 times, and anew whenever something came over it. Whoever needs a file delivered to a peer that may come back
-has ``patience_s``: so long is a peer tried that cannot be reached, or that knows of no such job yet.
-"""
+has ``patience_s``: so long is a peer tried that cannot be reached, or that knows of no such job yet. Who asks
+for another one when this one has failed, of another peer or of another scheduler, decides that itself."""
 
 from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
 
 from hypha.backoff import Backoff
 from hypha.errors import NetworkError, Refused
 
+#: Nothing moved for this long: the place is lent.
+STILL_S = 2.0
+#: So many places are lent at most.
+MAX_LENT = 14
+_LOOK_S = 0.5
 #: Attempts without progress before a transfer fails.
 MAX_ATTEMPTS = 3
 #: A peer that is busy is asked again for so long, and after pauses no longer than that.
@@ -21,6 +34,56 @@ FIRST_BUSY_PAUSE_S, LONGEST_BUSY_PAUSE_S = 0.2, 1.0
 NOT_FOUND_FOR_S = 10.0
 #: After an attempt that broke.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.4, 15.0
+
+
+@dataclass(eq=False)
+class _Held:
+    moved: Callable[[], object]
+    seen: object = None
+    since: float = 0.0
+
+
+class TransferSlots:
+    """``count`` places, first come, first served; ``run`` must be running for any to be lent."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._limiter = trio.CapacityLimiter(count)
+        self._held: dict[_Held, None] = {}
+        self._taken = trio.Event()
+
+    @property
+    def held(self) -> int:
+        """Places that are taken."""
+        return self._limiter.borrowed_tokens
+
+    @asynccontextmanager
+    async def hold(self, moved: Callable[[], object]) -> AsyncIterator[None]:
+        """Wait for a place, and have it. What ``moved`` returns changes while something moves."""
+        held = _Held(moved)
+        await self._limiter.acquire_on_behalf_of(held)
+        held.seen, held.since = moved(), trio.current_time()
+        self._held[held] = None
+        self._taken.set()
+        try:
+            yield
+        finally:
+            self._held.pop(held, None)
+            self._limiter.release_on_behalf_of(held)
+
+    async def run(self) -> None:
+        while True:
+            await self._taken.wait()
+            await trio.sleep(_LOOK_S)
+            now = trio.current_time()
+            for held in self._held:
+                seen = held.moved()
+                if seen != held.seen:
+                    held.seen, held.since = seen, now
+            still = sum(now - held.since >= STILL_S for held in self._held)
+            self._limiter.total_tokens = self._count + min(still, MAX_LENT)
+            if not self._held:
+                self._taken = trio.Event()
 
 
 class Retries:
