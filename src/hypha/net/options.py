@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
 from hypha.config.tuning import LimitsConfig, TuningConfig
-from hypha.net.libp2p.relay import RelayLimits
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 
 

@@ -34,7 +34,7 @@ from hypha.data.manifest import MANIFEST_FILE, load_dataset_directory
 from hypha.data.slices import SUFFIX
 from hypha.decoding import decode, decode_json
 from hypha.errors import DataError, HyphaError, IdentityError, Undecodable
-from hypha.net.bulk.socket_buffers import Buffers
+from hypha.net.bulk.socket_buffers import buffer_shortfalls
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.versions import versions
@@ -88,7 +88,7 @@ async def gather_machine(
         receive_buffer=_largest("tcp_rmem"),
         send_buffer=_largest("tcp_wmem"),
         has=has,
-        buffer_shortfalls=() if config is None else tuple(Buffers.of(config.tuning.sockets).shortfalls()),
+        buffer_shortfalls=() if config is None else tuple(buffer_shortfalls(config.tuning.sockets)),
         versions=await in_thread(versions),
         directories=tuple(one for one in directories.values() if one is not None),
         accelerators=accelerators,
