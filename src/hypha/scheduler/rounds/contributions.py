@@ -11,7 +11,9 @@ import msgspec
 
 from hypha.contributions import MOST_COUNT
 from hypha.messages import Contribution, LedgerRound, RoundApplied, UpdateStatistics
-from hypha.scheduler.rounds.claims import bounded_loss
+
+#: a larger loss is as good as none
+_MOST_LOSS = 1e15
 
 
 class RoundContributions:
@@ -84,3 +86,8 @@ def _finite(found: UpdateStatistics) -> UpdateStatistics:
     if clips is not None:
         clips = {name: clip for name, clip in clips.items() if math.isfinite(clip)}
     return msgspec.structs.replace(found, norm=norm, cosine=cosine, size_bytes=size, buffer_clips=clips)
+
+
+def bounded_loss(loss: float, otherwise: float) -> float:
+    """``loss``, or ``otherwise`` where it is no number that can be shown, added up or written as JSON."""
+    return loss if math.isfinite(loss) and abs(loss) <= _MOST_LOSS else otherwise

@@ -8,7 +8,7 @@ from typing import Literal
 
 from hypha.contributions import is_count
 from hypha.messages import PeerRef, Progress
-from hypha.scheduler.rounds.claims import bounded_loss
+from hypha.scheduler.rounds.contributions import bounded_loss
 from hypha.scheduler.rounds.projection import BatchTime, ProjectedWorker
 
 #: longest time that a silent worker is believed to go on at its pace, if its batches are shorter

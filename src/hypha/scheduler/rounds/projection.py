@@ -13,8 +13,8 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hypha.scheduler.rounds.claims import LEAST_BATCH_S, MOST_BATCH_S
-
+#: seconds a batch: no step of any model is quicker, and none that is awaited takes longer
+_LEAST_BATCH_S, _MOST_BATCH_S = 1e-4, 1e7
 #: Nobody is to wait for a larger share of a round than this; synchronising takes about as much again.
 _BEARABLE = 0.02
 #: guards against calling 2.9999999 finished batches two
@@ -57,7 +57,7 @@ class BatchTime:
         if new <= 0 or seconds <= 0:
             return
         self._batches, self._busy_s = batches, busy_s
-        sample, keep = min(max(seconds / new, LEAST_BATCH_S), MOST_BATCH_S), self._decay**new
+        sample, keep = min(max(seconds / new, _LEAST_BATCH_S), _MOST_BATCH_S), self._decay**new
         # weights of an exponential mean that starts empty (as Adam's bias correction)
         self._weight = keep * self._weight + (1.0 - keep)
         share = (1.0 - keep) / self._weight

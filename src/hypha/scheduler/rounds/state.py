@@ -37,10 +37,10 @@ from hypha.scheduler.rounds.events import (
     SliceAsked,
     Told,
 )
-from hypha.scheduler.rounds.failures import Failing
+from hypha.scheduler.rounds.failures import Failures
 from hypha.scheduler.rounds.participants import Leave, Member
 from hypha.scheduler.rounds.planning import Planner
-from hypha.scheduler.rounds.policy import CarriedOver, Failures, Rules, Start
+from hypha.scheduler.rounds.policy import CarriedOver, Rules, Start
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,7 @@ class RoundState:
         self.start = start
         self.tracker = tracker
         self.scheduler = scheduler
-        self.failures = Failures.of(carried, rules.max_failures)
-        self.failing = Failing(self.failures, rules.executor_restarts)
+        self.failures = Failures(rules.max_failures, rules.executor_restarts, carried)
         self.round = start.round
         self.steps = start.steps
         self.phase: Phase = "loading"
@@ -164,7 +163,7 @@ class RoundState:
         if member is None:
             return []
         if member.incarnation:
-            self.failing.over(member.incarnation)
+            self.failures.over.add(member.incarnation)
         self.planner.upset()
         return self.tell_members() if member.loaded else []
 
@@ -214,7 +213,7 @@ class RoundState:
         return [Drop(peer, kind, message), *self.lose(peer, kind, message)]
 
     def judged(self, actions: list[Action]) -> list[Action]:
-        """What :class:`Failing` decided: where that is the job's end, it is the machine's too."""
+        """What :class:`Failures` decided: where that is the job's end, it is the machine's too."""
         if any(isinstance(action, Fail) for action in actions):
             self.phase = "failed"
         return actions
