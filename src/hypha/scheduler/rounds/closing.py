@@ -23,6 +23,9 @@ STALLED = 2
 #: while no update at all is here, a worker is waited for so many times as long
 _LAST_PATIENCE = 5.0
 
+#: who is waited for no longer, and why
+Overdue = tuple[Member, str]
+
 
 def may_close(
     updates: RoundContributions,
@@ -66,24 +69,25 @@ def is_overdue(member: Member, rules: Rules, round_: int, now: float) -> bool:
     return _is_due(member, patience_s, round_, now)
 
 
-def given_up(participants: Iterable[Member], rules: Rules, round_: int, now: float) -> list[Member]:
+def given_up(participants: Iterable[Member], rules: Rules, round_: int, now: float) -> list[Overdue]:
     """Without any accepted update: those whose update should have been here long ago."""
     patience_s = _LAST_PATIENCE * rules.deadline_s
-    return [member for member in participants if _is_due(member, patience_s, round_, now)]
+    text = "its update did not come, and nobody else's did"
+    return [(member, text) for member in participants if _is_due(member, patience_s, round_, now)]
 
 
-def stuck(members: Iterable[Member], rules: Rules, now: float) -> list[Member]:
+def stuck(members: Iterable[Member], rules: Rules, now: float) -> list[Overdue]:
     """Whose executor was told long ago that the job goes on in this generation, and is in its batch still."""
     patience_s = _LAST_PATIENCE * rules.deadline_s
     return [
-        member
+        (member, "the job goes on, and the batch it was in does not end")
         for member in members
         if not (member.loaded or member.absent or member.told_at is None)
         and now >= member.told_at + patience_s
     ]
 
 
-def never_loaded(members: Iterable[Member], rules: Rules, now: float) -> list[Member]:
+def never_loaded(members: Iterable[Member], rules: Rules, now: float) -> list[Overdue]:
     """Who does not load the model, while others have: within ``rules.load_s``, or three times what it took
     the quickest of them.
     """
@@ -93,7 +97,7 @@ def never_loaded(members: Iterable[Member], rules: Rules, now: float) -> list[Me
         return []
     patience_s = max(rules.load_s, 3.0 * quickest_s)
     return [
-        member
+        (member, f"it has not loaded the model after {now - member.joined_at:.0f} s, and others have")
         for member in known
         if not (member.loaded or member.absent or member.told_at is not None)
         and now >= member.joined_at + patience_s

@@ -6,6 +6,7 @@ All of it is what the parameter server reports: it has read it in the headers of
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -16,23 +17,16 @@ from hypha.messages import Contribution, LedgerRound, RoundApplied, UpdateStatis
 _MOST_LOSS = 1e15
 
 
+@dataclass
 class RoundContributions:
-    """``accepted``: what the updates stand for that the parameter server has added, by worker."""
+    """Of a round. ``accepted``: what the updates stand for that the parameter server has added, by worker."""
 
-    def __init__(self) -> None:
-        self.opened_at = 0.0
-        self.quorum_since: float | None = None
-        self.accepted: dict[str, Contribution] = {}
-        #: of those in ``accepted``, whose update came early, as they leave: it says nothing of how far the
-        #: others are
-        self.departed: set[str] = set()
-
-    def open_round(self, now: float) -> None:
-        """Nothing is in yet."""
-        self.opened_at = now
-        self.quorum_since = None
-        self.accepted = {}
-        self.departed = set()
+    opened_at: float = 0.0
+    quorum_since: float | None = None
+    accepted: dict[str, Contribution] = field(default_factory=dict)
+    #: of those in ``accepted``, whose update came early, as they leave: it says nothing of how far the others
+    #: are
+    departed: set[str] = field(default_factory=set)
 
     @property
     def samples(self) -> int:

@@ -131,14 +131,10 @@ class RoundMachine(ExecutorReports):
         if self.over or self.phase in ("exporting", "done", "failed"):
             return []
         actions = self.judged(self.failures.advance(now))
-        for member in stuck(self.members.values(), self.rules, now):
+        members = self.members.values()
+        for member, why in [*stuck(members, self.rules, now), *never_loaded(members, self.rules, now)]:
             if self.phase != "failed":
-                text = "the job goes on, and the batch it was in does not end"
-                actions += self.failed(member.peer, "train", text, "overdue")
-        for member in never_loaded(self.members.values(), self.rules, now):
-            if self.phase != "failed":
-                text = f"it has not loaded the model after {now - member.joined_at:.0f} s, and others have"
-                actions += self.failed(member.peer, "train", text, "overdue")
+                actions += self.failed(member.peer, "train", why, "overdue")
         actions += self._see_off(now)
         if self.over:
             return actions
@@ -229,10 +225,9 @@ class RoundMachine(ExecutorReports):
         updates, rules = self.updates, self.rules
         if not updates.accepted:
             actions: list[Action] = []
-            for member in given_up(self.participants, rules, self.round, now) if self.served else []:
+            for member, why in given_up(self.participants, rules, self.round, now) if self.served else []:
                 if self.phase in OPEN:
-                    text = "its update did not come, and nobody else's did"
-                    actions += self.failed(member.peer, "train", text, "overdue")
+                    actions += self.failed(member.peer, "train", why, "overdue")
             return actions
         if self.paused or not self.loaded:
             updates.quorum_since = None

@@ -298,12 +298,10 @@ class Member:
         if batch_s is None:
             return None
         if self.started < round_:
-            since_s = min(0.0, now - self.since - (self.theta_s or 0.0))
-            return ProjectedWorker(self.peer, 0, since_s, batch_s, self.batch_size, self.multiple, self.last)
-        since_s = min(now - self.reported_at, max(batch_s, _BELIEVED_S))
-        return ProjectedWorker(
-            self.peer, self.batches, since_s, batch_s, self.batch_size, self.multiple, self.last
-        )
+            done, since_s = 0, min(0.0, now - self.since - (self.theta_s or 0.0))
+        else:
+            done, since_s = self.batches, min(now - self.reported_at, max(batch_s, _BELIEVED_S))
+        return ProjectedWorker(self.peer, done, since_s, batch_s, self.batch_size, self.multiple, self.last)
 
     def due_at(self, deadline_s: float, round_: int) -> float | None:
         """When waiting for its update ends; ``None`` while its sync point is not known.

@@ -21,6 +21,7 @@ from hypha.messages import (
     UpdateSent,
 )
 from hypha.scheduler.rounds.closing import PATIENCE, STALLED
+from hypha.scheduler.rounds.contributions import RoundContributions
 from hypha.scheduler.rounds.events import (
     Action,
     Checkpointed,
@@ -34,6 +35,7 @@ from hypha.scheduler.rounds.events import (
 )
 from hypha.scheduler.rounds.failures import exit_text
 from hypha.scheduler.rounds.participants import Member
+from hypha.scheduler.rounds.planning import Planner
 from hypha.scheduler.rounds.state import OPEN, RoundState
 
 logger = logging.getLogger(__name__)
@@ -75,8 +77,8 @@ class ExecutorReports(RoundState):
         """
         # the scheduler before this one may have closed it: what was applied comes
         self.phase = "training" if self.server_at != self.round + 1 else "closing"
-        self.updates.open_round(now)
-        self.planner.open_round(now)
+        self.updates = RoundContributions(now)
+        self.planner = Planner(self.rules.samples, self.rules.inner_steps, now)
         self.limits = {}
         actions: list[Action] = []
         for member in self.members.values():

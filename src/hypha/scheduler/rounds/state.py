@@ -95,7 +95,7 @@ class RoundState:
         #: whose executors had it in the generation before; those of others may load it for as long as it
         #: takes
         self.had_model = frozenset(carried.had_model)
-        self.planner = Planner(rules.samples, rules.inner_steps)
+        self.planner = Planner(rules.samples, rules.inner_steps, 0.0)
         self.broadcast: frozenset[str] = frozenset()
         #: what was said before its round was opened here
         self.early: list[Told] = []
