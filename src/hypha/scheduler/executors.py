@@ -28,7 +28,7 @@ from hypha.messages import (
 from hypha.node import Node
 from hypha.scheduler.descriptions import Descriptions
 from hypha.scheduler.durable.starts import Generation
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.rounds.events import GoesOn, Input, JobRefused, Joined, ParticipantLost, Send
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.steering import Steering

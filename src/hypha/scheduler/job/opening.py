@@ -19,7 +19,7 @@ from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.ledger_files import has_trained, held_leases, known_manifest
 from hypha.scheduler.durable.starts import begins_anew, first_generation
 from hypha.scheduler.job.states import JobContext, Opened, Preparing
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
 from hypha.scheduler.preflight.trial import ModelTrial, open_trial

@@ -31,8 +31,7 @@ from hypha.scheduler.durable.replicas import Replicas
 from hypha.scheduler.durable.starts import Generation, described
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.handlers import ServedDirectory, served_directories
-from hypha.scheduler.leasing.events import SearchTimes
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import LeaseGained, SearchTimes
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import Rules

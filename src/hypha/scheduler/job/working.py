@@ -23,7 +23,7 @@ from hypha.scheduler.handlers import FileHandlers, RequestHandlers
 from hypha.scheduler.job.driving import RoundDriver
 from hypha.scheduler.job.ending import publish, save_last
 from hypha.scheduler.job.states import JobContext, JobResult, Opened
-from hypha.scheduler.leasing.leases import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
+from hypha.scheduler.leasing.events import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
 from hypha.scheduler.rounds.events import (
     Action,
     Again,

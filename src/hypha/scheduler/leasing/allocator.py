@@ -8,9 +8,9 @@ as it announces that. A worker that failed lately is taken only when nobody else
 What an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.track_records`):
 capacity beyond what the job can use counts for nothing, a price under half of the bid is no better than that,
 and a parameter server is chosen by reliability before all else. While workers are missing the bid is raised
-in steps up to the private maximum (:mod:`hypha.scheduler.leasing.bidding`), and a job that cannot begin gives
-way to others (:mod:`hypha.scheduler.leasing.giving_way`). Every call costs at most O(n log n) in the number
-of open offers, so ten thousand workers can be driven.
+in steps up to the private maximum (:class:`~hypha.scheduler.leasing.searching.Bidding`), and a job that
+cannot begin gives way to others (:mod:`hypha.scheduler.leasing.giving_way`). Every call costs at most
+O(n log n) in the number of open offers, so ten thousand workers can be driven.
 """
 
 from __future__ import annotations
@@ -22,30 +22,8 @@ from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, WorkerOffer
 from hypha.resources import check
-from hypha.scheduler.leasing.events import (
-    Accept,
-    Adopted,
-    Advertise,
-    AllocatorAction,
-    AllocatorBegan,
-    AllocatorEvent,
-    Begun,
-    Cause,
-    Contended,
-    Decline,
-    Dismiss,
-    Gained,
-    GatewayChanged,
-    GiveBack,
-    Keep,
-    LeaseFailed,
-    Offered,
-    Search,
-    SearchTimes,
-    Want,
-    Worked,
-    WorkerLeaves,
-)
+from hypha.scheduler.leasing import events
+from hypha.scheduler.leasing.events import AllocatorAction, AllocatorEvent, Cause, Search, SearchTimes
 from hypha.scheduler.leasing.giving_way import GivingWay
 from hypha.scheduler.leasing.searching import Candidate, WorkerSearch, most_capacity, unfit, usable_capacity
 from hypha.scheduler.leasing.track_records import Standings, TrackRecord
@@ -80,7 +58,7 @@ class Allocator:
                 raise ValueError(f"two asks for {ask.kind} executors or with id {ask.request_id}")
             self._searches[ask.kind] = self._by_request[ask.request_id] = WorkerSearch(ask, self._pace)
         if journal is not None:
-            journal.note(NAME, 0.0, AllocatorBegan(asks, self._pace), (), self._summary())
+            journal.note(NAME, 0.0, events.AllocatorBegan(asks, self._pace), (), self._summary())
 
     @property
     def next_wake(self) -> float | None:
@@ -138,7 +116,7 @@ class Allocator:
     def _apply(self, event: AllocatorEvent, now: float) -> list[AllocatorAction]:
         actions: list[AllocatorAction] = []
         match event:
-            case Want(kind, count):
+            case events.Want(kind, count):
                 search = self._searches.get(kind)
                 if search is None:
                     raise ValueError(f"nothing is known about whom to ask for {kind} jobs")
@@ -147,39 +125,37 @@ class Allocator:
                 if count != search.wanted:
                     search.wanted = count
                     self._hurry(search, now)
-            case Offered(caller, offer):
+            case events.Offered(caller, offer):
                 actions.extend(self._consider(caller, offer, now))
-            case Gained(lease_id):
-                for search in self._searches.values():
-                    if lease_id in search.taken:
-                        search.confirmed.add(lease_id)
-                        self._giving_way.gained()
-                        search.pause_s = 2 * self._pace.offer_deadline_s
-            case Adopted(kind, lease_id, worker):
+            case events.Gained(lease_id):
+                if search := self._taken_by(lease_id):
+                    search.confirmed.add(lease_id)
+                    self._giving_way.gained()
+                    search.pause_s = 2 * self._pace.offer_deadline_s
+            case events.Adopted(kind, lease_id, worker):
                 search = self._searches[kind]
                 search.taken[lease_id] = worker
                 search.workers[worker] = lease_id
                 search.confirmed.add(lease_id)
                 self._known[lease_id] = worker
-            case LeaseFailed(lease_id, avoid):
-                for search in self._searches.values():
-                    if lease_id in search.taken:
-                        self._lose(search, lease_id, avoid, now)
-            case WorkerLeaves(lease_id):
-                for search in self._searches.values():
-                    if lease_id in search.taken and lease_id not in search.leaving:
-                        search.leaving.add(lease_id)
-                        self._hurry(search, now)
+            case events.LeaseFailed(lease_id, avoid):
+                if search := self._taken_by(lease_id):
+                    self._lose(search, lease_id, avoid, now)
+            case events.WorkerLeaves(lease_id):
+                search = self._taken_by(lease_id)
+                if search is not None and lease_id not in search.leaving:
+                    search.leaving.add(lease_id)
+                    self._hurry(search, now)
             case TrackRecord():
                 self._standings.know(event, self._most_useful())
-            case Worked(speeds):
+            case events.Worked(speeds):
                 self._standings.worked(speeds)
-            case Contended(lease_id, contended, outranked):
-                if any(lease_id in search.taken for search in self._searches.values()):
+            case events.Contended(lease_id, contended, outranked):
+                if self._taken_by(lease_id):
                     self._giving_way.contended(lease_id, contended, outranked)
-            case Begun():
+            case events.Begun():
                 self._giving_way.begun()
-            case GatewayChanged():
+            case events.GatewayChanged():
                 for search in self._searches.values():
                     # a job's first request coincides with its node's reservation at the relay: all would
                     # receive it twice while they are busy with the offer
@@ -190,6 +166,10 @@ class Allocator:
         for search in self._searches.values():
             actions.extend(self._advance(search, now))
         return actions
+
+    def _taken_by(self, lease_id: str) -> WorkerSearch | None:
+        """The search that has taken that lease."""
+        return next((search for search in self._searches.values() if lease_id in search.taken), None)
 
     def _most_useful(self) -> float:
         """The weighted capacity that a training worker can make use of, at most."""
@@ -216,13 +196,14 @@ class Allocator:
             search.paused_until = now + pause_s
             self._hurry(search, now)
             # the newest: those before it may have loaded the model
-            return [GiveBack([lease_id for lease_id in search.taken if lease_id in search.confirmed][-1])]
+            confirmed = [lease_id for lease_id in search.taken if lease_id in search.confirmed]
+            return [events.GiveBack(confirmed[-1])]
         actions: list[AllocatorAction] = []
         for search in self._searches.values():
             actions.extend(self._dismiss(candidate) for candidate in search.candidates.values())
             search.candidates.clear()
             search.decide_at = None
-            actions.extend(GiveBack(lease_id) for lease_id in search.taken)
+            actions.extend(events.GiveBack(lease_id) for lease_id in search.taken)
             search.paused_until = now + pause_s
             self._hurry(search, now)
         return actions
@@ -245,39 +226,37 @@ class Allocator:
             search.advertise_at = max(again_at, search.paused_until)
 
     def _consider(self, caller: str, offer: WorkerOffer, now: float) -> list[AllocatorAction]:
-        search = self._by_request.get(offer.request_id)
+        lease_id, search = offer.lease_id, self._by_request.get(offer.request_id)
         if search is None:
-            return [Decline(offer.lease_id, "not-found", f"no request {offer.request_id} of this scheduler")]
+            return [events.Decline(lease_id, "not-found", f"no request {offer.request_id} of this scheduler")]
         refusal = unfit(caller, offer, search.ask)
         if refusal is not None:
             code = "unsupported" if refusal[1] == "features" else "invalid"
-            return [Decline(offer.lease_id, code, *refusal)]
-        owner = self._known.get(offer.lease_id)
+            return [events.Decline(lease_id, code, *refusal)]
+        owner = self._known.get(lease_id)
+        if owner == caller:
+            # the same offer again: the answer to the first was lost
+            return [events.Keep(lease_id)]
         if owner is not None:
-            # from the same worker it is the same offer again: the answer to the first was lost
-            return [
-                Keep(offer.lease_id)
-                if owner == caller
-                else Decline(offer.lease_id, "invalid", "another worker has a lease with this id")
-            ]
+            return [events.Decline(lease_id, "invalid", "another worker has a lease with this id")]
         if caller in search.workers:
-            return [Decline(offer.lease_id, "duplicate", "this worker is already taken for that job")]
+            return [events.Decline(lease_id, "duplicate", "this worker is already taken for that job")]
         if not search.missing or now < search.paused_until:
             reason = "no more workers are wanted for this request"
-            return [Decline(offer.lease_id, "not-found", reason, "not-needed")]
-        actions: list[AllocatorAction] = [Keep(offer.lease_id)]
+            return [events.Decline(lease_id, "not-found", reason, "not-needed")]
+        actions: list[AllocatorAction] = [events.Keep(lease_id)]
         older = search.candidates.get(caller)
         if older is not None:
             # a worker offers again only when it gave up on its first offer
             actions.append(self._dismiss(older))
         search.candidates[caller] = Candidate(offer, now + offer.expires_in_s)
-        self._known[offer.lease_id] = caller
+        self._known[lease_id] = caller
         search.decide_on(offer, now)
         return actions
 
-    def _dismiss(self, candidate: Candidate, cause: Cause = "other") -> Dismiss:
+    def _dismiss(self, candidate: Candidate, cause: Cause = "other") -> events.Dismiss:
         del self._known[candidate.offer.lease_id]
-        return Dismiss(candidate.offer.lease_id, candidate.offer.worker, cause)
+        return events.Dismiss(candidate.offer.lease_id, candidate.offer.worker, cause)
 
     def _advance(self, search: WorkerSearch, now: float) -> list[AllocatorAction]:
         actions: list[AllocatorAction] = []
@@ -295,7 +274,7 @@ class Allocator:
         elif search.advertise_at is not None and now >= search.advertise_at:
             within_s = self._pace.offer_deadline_s
             raised_bid = search.bidding.bid if search.bidding.raised else None
-            actions.append(Advertise(search.ask, search.missing, within_s, raised_bid))
+            actions.append(events.Advertise(search.ask, search.missing, within_s, raised_bid))
             # the offers for this request and those that are considered already compete
             search.late = False
             search.decide_by = min(now + within_s, math.inf if search.decide_at is None else search.decide_by)
@@ -319,7 +298,7 @@ class Allocator:
                 search.workers[worker] = lease_id
                 if search.ask.kind == "train":
                     self._standings.took(worker, usable_capacity(candidate.offer, search.ask))
-                actions.append(Accept(search.ask.kind, candidate.offer, candidate.expires_at))
+                actions.append(events.Accept(search.ask.kind, candidate.offer, candidate.expires_at))
             elif candidate.expires_at <= now:
                 actions.append(self._dismiss(candidate, "late"))
             else:

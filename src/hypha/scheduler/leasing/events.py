@@ -1,7 +1,8 @@
-"""What goes into the allocator and what comes out of it: plain values, no behaviour."""
+"""What goes into the allocator, what comes out of it, and what a pool reports of its leases: plain values."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from msgspec import Struct
@@ -224,3 +225,59 @@ class GiveBack(Struct, frozen=True, tag=True):
 
 
 AllocatorAction = Advertise | Keep | Decline | Accept | Dismiss | GiveBack
+
+# --- what a pool reports ----------------------------------------------------------------------------------
+
+
+class LeaseGained(Struct, frozen=True):
+    """A worker is held: jobs of ``kind`` may be dispatched under ``lease_id``. The ledger keeps it, so that
+    another scheduler of the job can go on with it. ``version`` is the worker's, where it states one.
+    """
+
+    lease_id: str
+    worker: PeerRef
+    resources: Resources
+    price: float
+    kind: ExecutorClass
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class _OfLease:
+    lease_id: str
+    worker: PeerRef
+    kind: ExecutorClass
+
+
+@dataclass(frozen=True)
+class LeaseSuspect(_OfLease):
+    """The worker cannot be reached, repeatedly; its lease has not expired."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeaseRecovered(_OfLease):
+    """A suspected worker answered again."""
+
+
+@dataclass(frozen=True)
+class LeaseLost(_OfLease):
+    """The lease expired, or the worker ended it. One that :meth:`Pool.release` gave back is not reported."""
+
+    reason: str
+    #: it did not end the lease itself
+    to_blame: bool = True
+
+
+@dataclass(frozen=True)
+class LeaseLeaving(_OfLease):
+    """The worker ends in ``left_s`` seconds; its lease lasts until then, and another worker is looked for.
+    Reported again whenever the worker announces it.
+    """
+
+    left_s: float
+    reason: str
+
+
+PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLeaving | LeaseLost

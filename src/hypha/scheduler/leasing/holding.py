@@ -17,10 +17,9 @@ from opentelemetry.trace import Span, Status, StatusCode, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
 from hypha.leases import Tick
-from hypha.messages import ExecutorClass, LeaseRenewed, RenewLease, WorkerOffer
+from hypha.messages import ExecutorClass, LeaseRenewed, PeerRef, RenewLease, WorkerOffer
 from hypha.node import Node
-from hypha.scheduler.leasing.events import Contended, Dismiss, Gained
-from hypha.scheduler.leasing.leases import HeldLease, LeaseGained
+from hypha.scheduler.leasing.events import Contended, Dismiss, Gained, LeaseGained
 from hypha.scheduler.leasing.renewal import (
     Attempt,
     CertificateRevoked,
@@ -104,17 +103,17 @@ class Holding:
         return {"hypha.lease": self.offer.lease_id, "hypha.peer": self.offer.worker.peer}
 
     @property
+    def named(self) -> tuple[str, PeerRef, ExecutorClass]:
+        """Its id, its worker and its kind, as they stand in what is reported of it."""
+        return self.offer.lease_id, self.offer.worker, self.kind
+
+    @property
     def lease(self) -> LeaseGained:
         """As it is dispatched under, and kept in the ledger."""
         offer = self.offer
         return LeaseGained(
             offer.lease_id, offer.worker, offer.resources, offer.price, self.kind, offer.version
         )
-
-    @property
-    def held_lease(self) -> HeldLease:
-        """As it stands."""
-        return HeldLease(self.lease, self.expires_at, self.suspected, self.leaves_at)
 
     def announced_end(self, left_s: float, now: float) -> float | None:
         """Its worker has announced at ``now`` that it ends in ``left_s``. How long is left, where that is to

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterable
-from random import Random
 
 import trio
 
@@ -32,40 +31,11 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.runtime import chance
+from hypha.scheduler.leasing import events
 from hypha.scheduler.leasing.advertising import Advertising
 from hypha.scheduler.leasing.allocator import Allocator
-from hypha.scheduler.leasing.events import (
-    Accept,
-    Adopted,
-    Advertise,
-    AllocatorAction,
-    AllocatorEvent,
-    Begun,
-    Contended,
-    Decline,
-    Dismiss,
-    Gained,
-    GatewayChanged,
-    GiveBack,
-    Keep,
-    LeaseFailed,
-    Offered,
-    Search,
-    SearchTimes,
-    Want,
-    Worked,
-    WorkerLeaves,
-)
+from hypha.scheduler.leasing.events import PoolEvent, Search, SearchTimes
 from hypha.scheduler.leasing.holding import Holding, LeaseChange, keep_renewed
-from hypha.scheduler.leasing.leases import (
-    HeldLease,
-    LeaseGained,
-    LeaseLeaving,
-    LeaseLost,
-    LeaseRecovered,
-    LeaseSuspect,
-    PoolEvent,
-)
 from hypha.scheduler.leasing.renewal import Lapsed, Recovered, Renewal, Suspected
 from hypha.scheduler.leasing.track_records import TrackRecord
 from hypha.scheduler.status.round_traces import RoundTraces
@@ -91,7 +61,6 @@ class Pool:
         node: Node,
         asks: Iterable[Search],
         pace: SearchTimes | None = None,
-        random: Random | None = None,
         journal: Journal | None = None,
         traces: RoundTraces | None = None,
     ) -> None:
@@ -101,9 +70,9 @@ class Pool:
         asks = tuple(asks)
         self._allocator = Allocator(asks, pace, journal)
         self._versions = StatedVersions(asks)
-        self._random = random or chance()
+        self._random = chance()
         self._held: dict[str, Holding] = {}
-        self._todo: list[AllocatorAction] = []
+        self._todo: list[events.AllocatorAction] = []
         self._wake = trio.Event()
         self._running = trio.CancelScope()
         self._releasing = trio.CapacityLimiter(MAX_RELEASES)
@@ -123,17 +92,17 @@ class Pool:
         return self._receive
 
     @property
-    def leases(self) -> tuple[LeaseGained, ...]:
+    def leases(self) -> tuple[events.LeaseGained, ...]:
         """All leases held now."""
-        return tuple(held.lease for held in self._held.values() if held.gained)
+        return tuple(held.lease for held in self.held)
 
     def _is_partner(self, peer: str) -> bool:
         return any(held.gained and held.offer.worker.peer == peer for held in self._held.values())
 
     @property
-    def held(self) -> tuple[HeldLease, ...]:
-        """All leases held now, and how long they last."""
-        return tuple(held.held_lease for held in self._held.values() if held.gained)
+    def held(self) -> tuple[Holding, ...]:
+        """All leases held now, as they stand."""
+        return tuple(held for held in self._held.values() if held.gained)
 
     def missing(self, kind: ExecutorClass) -> int:
         """How many more workers of ``kind`` are wanted than taken."""
@@ -145,7 +114,7 @@ class Pool:
 
     def want(self, kind: ExecutorClass, count: int) -> None:
         """Hold ``count`` workers of ``kind``. With fewer than are held nothing is released by itself."""
-        self._apply(Want(kind, count))
+        self._apply(events.Want(kind, count))
 
     def bid(self, kind: ExecutorClass) -> float:
         """What is bid for a worker of ``kind`` now."""
@@ -155,7 +124,7 @@ class Pool:
         """The job trains: what it holds is not given back any more for lack of the rest. Repeats are free."""
         if not self._begun:
             self._begun = True
-            self._apply(Begun())
+            self._apply(events.Begun())
 
     def know(self, record: TrackRecord) -> None:
         """What the ledger has of a worker: it counts when offers are compared."""
@@ -165,9 +134,9 @@ class Pool:
         """A round was applied: how fast each worker was in it is known."""
         if entry.duration_s > 0:
             parts = {part.worker: part.samples / entry.duration_s for part in entry.contributors}
-            self._apply(Worked(tuple(parts.items())))
+            self._apply(events.Worked(tuple(parts.items())))
 
-    def adopt(self, leases: Iterable[LeaseGained]) -> None:
+    def adopt(self, leases: Iterable[events.LeaseGained]) -> None:
         """Go on with leases of an earlier scheduler: they count as held, without :class:`LeaseGained`, and
         are renewed at once; :class:`LeaseLost` is reported of those that their workers do not know, or that
         nobody confirms. Before or while :meth:`run` runs.
@@ -177,7 +146,7 @@ class Pool:
             held = Holding.adopted(lease, now)
             self._held[lease.lease_id] = held
             self._node.learn(lease.worker)
-            self._apply(Adopted(lease.kind, lease.lease_id, lease.worker.peer))
+            self._apply(events.Adopted(lease.kind, lease.lease_id, lease.worker.peer))
             self._adopted.append(held)
 
     async def release(self, lease_id: str, avoid: bool = False) -> None:
@@ -189,14 +158,14 @@ class Pool:
         if held is None:
             return
         held.scope.cancel()
-        self._apply(LeaseFailed(lease_id, avoid))
+        self._apply(events.LeaseFailed(lease_id, avoid))
         await self._release(held.offer.worker, lease_id)
 
     async def close(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
         """Give everything back, for at most ``timeout_s``, and end :meth:`run`."""
         for kind in self._allocator.kinds:
-            self._apply(Want(kind, 0))
-        self._unwanted |= {one.lease_id: one.worker for one in self._todo if isinstance(one, Dismiss)}
+            self._apply(events.Want(kind, 0))
+        self._unwanted |= {one.lease_id: one.worker for one in self._todo if isinstance(one, events.Dismiss)}
         self._todo.clear()
         self._running.cancel()  # which cuts off releases under way
         ending = {lease_id: held.offer.worker for lease_id, held in self._held.items()} | self._unwanted
@@ -232,7 +201,7 @@ class Pool:
 
     # --- deciding -----------------------------------------------------------------------------------
 
-    def _apply(self, event: AllocatorEvent) -> list[AllocatorAction]:
+    def _apply(self, event: events.AllocatorEvent) -> list[events.AllocatorAction]:
         actions = self._allocator.handle(event, trio.current_time())
         self._todo.extend(actions)
         self._wake.set()
@@ -243,18 +212,14 @@ class Pool:
             raise Refused("not-found", "this scheduler is stopping")
         fields = {"lease_id": offer.lease_id, "worker_peer_id": caller}
         with span(RECEIVE_OFFER, {"hypha.lease": offer.lease_id, "hypha.peer": caller}):
-            for action in self._apply(Offered(caller, offer)):
-                if isinstance(action, Decline) and action.lease_id == offer.lease_id:
+            for action in self._apply(events.Offered(caller, offer)):
+                if isinstance(action, events.Decline) and action.lease_id == offer.lease_id:
                     logger.debug("An offer was declined: %s.", action.reason, extra=fields)
                     if action.cause == "features":
                         self._versions.declined(caller, offer)
                     raise Refused(action.code, action.reason)
-            logger.debug(
-                "An offer is considered: %s at a price of %g.",
-                offer.resources,
-                offer.price,
-                extra=fields,
-            )
+            text = "An offer is considered: %s at a price of %g."
+            logger.debug(text, offer.resources, offer.price, extra=fields)
             if offer.lease_id not in self._held and (parent := traceparent()) is not None:
                 self._offered_in[offer.lease_id] = parent
         return Acknowledged()
@@ -279,29 +244,29 @@ class Pool:
                 reason,
                 extra=held.log_fields,
             )
-            self._apply(WorkerLeaves(leaving.lease_id))
+            self._apply(events.WorkerLeaves(leaving.lease_id))
         now = trio.current_time()
         if (left_s := held.announced_end(leaving.left_s, now)) is not None:
-            self._tell(held, LeaseLeaving(leaving.lease_id, held.offer.worker, held.kind, left_s, reason))
+            self._tell(held, events.LeaseLeaving(*held.named, left_s, reason))
         return Acknowledged()
 
-    def _carry_out(self, action: AllocatorAction, nursery: trio.Nursery) -> None:
+    def _carry_out(self, action: events.AllocatorAction, nursery: trio.Nursery) -> None:
         match action:
-            case Advertise():
+            case events.Advertise():
                 nursery.start_soon(self._advertising.publish, action)
-            case Accept(kind, offer, expires_at):
+            case events.Accept(kind, offer, expires_at):
                 offered_in = self._offered_in.pop(offer.lease_id, None)
                 held = Holding(kind, offer, expires_at, offered_in=offered_in)
                 self._held[offer.lease_id] = held
                 self._node.learn(offer.worker)
                 nursery.start_soon(self._hold, held)
-            case Dismiss(lease_id, worker):
+            case events.Dismiss(lease_id, worker):
                 self._offered_in.pop(lease_id, None)
                 self._unwanted[lease_id] = worker
                 nursery.start_soon(self._release, worker, lease_id)
-            case GiveBack(lease_id):
+            case events.GiveBack(lease_id):
                 self._give_back(lease_id, nursery)
-            case Keep() | Decline():
+            case events.Keep() | events.Decline():
                 pass
 
     def _give_back(self, lease_id: str, nursery: trio.Nursery) -> None:
@@ -310,11 +275,11 @@ class Pool:
         if held is None:
             return
         held.scope.cancel()
-        self._apply(LeaseFailed(lease_id, avoid=False))
+        self._apply(events.LeaseFailed(lease_id, avoid=False))
         reason = "given back, as there are too few workers to begin, and other schedulers ask for this one"
         if held.gained:
             logger.info("A worker is %s.", reason, extra=held.log_fields)
-            self._tell(held, LeaseLost(lease_id, held.offer.worker, held.kind, reason, False))
+            self._tell(held, events.LeaseLost(*held.named, reason, False))
         self._unwanted[lease_id] = held.offer.worker
         nursery.start_soon(self._release, held.offer.worker, lease_id)
 
@@ -326,23 +291,22 @@ class Pool:
         await keep_renewed(held, renewal, self._node, lambda change: self._changed(held, change))
 
     def _changed(self, held: Holding, change: LeaseChange) -> None:
-        lease_id, worker, kind = held.offer.lease_id, held.offer.worker, held.kind
         match change:
-            case Gained():
-                logger.info("A worker was leased for %s jobs.", kind, extra=held.log_fields)
-                self._versions.leased(kind, worker.peer, stated(held.offer))
+            case events.Gained():
+                logger.info("A worker was leased for %s jobs.", held.kind, extra=held.log_fields)
+                self._versions.leased(held.kind, held.offer.worker.peer, stated(held.offer))
                 self._apply(change)
                 self._tell(held, held.lease)
-            case Contended():
+            case events.Contended():
                 self._apply(change)
             case Suspected(reason) if held.gained:
                 logger.warning("A leased worker cannot be reached: %s.", reason, extra=held.log_fields)
-                self._tell(held, LeaseSuspect(lease_id, worker, kind, reason))
+                self._tell(held, events.LeaseSuspect(*held.named, reason))
             case Suspected():
                 pass  # it is only an offer yet
             case Recovered():
-                self._tell(held, LeaseRecovered(lease_id, worker, kind))
-            case Dismiss():
+                self._tell(held, events.LeaseRecovered(*held.named))
+            case events.Dismiss():
                 self._todo.append(change)
             case Lapsed(reason, refused):
                 self._lose(held, reason, refused)
@@ -351,10 +315,10 @@ class Pool:
         lease_id, worker = held.offer.lease_id, held.offer.worker
         self._held.pop(lease_id, None)
         # a worker that ends its lease itself is well, and may be taken again
-        self._apply(LeaseFailed(lease_id, avoid=not refused))
+        self._apply(events.LeaseFailed(lease_id, avoid=not refused))
         if not refused:
             # it may have received the renewals whose replies were lost, and keep its resources for nobody
-            self._todo.append(Dismiss(lease_id, worker))
+            self._todo.append(events.Dismiss(lease_id, worker))
         if not held.gained:
             logger.info("An offer could not be accepted: %s.", reason, extra=held.log_fields)
             return
@@ -362,7 +326,7 @@ class Pool:
             logger.info("A worker handed its lease back: %s.", held.handed_back, extra=held.log_fields)
         else:
             logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
-        self._tell(held, LeaseLost(lease_id, worker, held.kind, reason, not refused))
+        self._tell(held, events.LeaseLost(*held.named, reason, not refused))
 
     def _tell(self, held: Holding, event: PoolEvent) -> None:
         # while the job ends, workers may still send something
@@ -395,4 +359,4 @@ class Pool:
         seen = self._node.gateway_changed.count
         while True:
             seen = await self._node.gateway_changed.wait(seen)
-            self._apply(GatewayChanged())
+            self._apply(events.GatewayChanged())
