@@ -20,7 +20,6 @@ from hypha.messages import (
     DispatchJob,
     ExecutorClass,
     Finish,
-    JobStamp,
     PeerRef,
     Rejoin,
     Steer,
@@ -66,11 +65,6 @@ class _Begun:
     descriptions: Descriptions
     generation: Generation
     steps: Callable[[], int]
-
-    @property
-    def stamp(self) -> JobStamp:
-        start = self.generation.start
-        return JobStamp(job_id=start.job_id, generation=start.generation)
 
 
 class JobExecutors:
@@ -174,8 +168,9 @@ class JobExecutors:
         self._nursery.start_soon(self._run, executor, begun, server, batch)
 
     def _steering(self, lease: LeaseGained, begun: _Begun) -> Steering:
-        before = begun.generation.start.generation << 32
-        return Steering(self._node, lease.worker, lease.kind, begun.stamp, before, self._traces)
+        start = begun.generation.start
+        before = start.generation << 32
+        return Steering(self._node, lease.worker, lease.kind, start.stamp, before, self._traces)
 
     def _log_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
         """Once, how large batches are where the configuration leaves it open."""
@@ -312,7 +307,8 @@ class JobExecutors:
                 for executor in executors:
                     executor.scope.cancel()
                     kind, finish = executor.lease.kind, Finish(reason=reason)
-                    last = Steer(stamp=begun.stamp, kind=kind, seq=_LAST_SEQ, directive=finish)
+                    stamp = begun.generation.start.stamp
+                    last = Steer(stamp=stamp, kind=kind, seq=_LAST_SEQ, directive=finish)
                     nursery.start_soon(self._send_last, executor.lease.worker.peer, last, timeout_s)
 
     async def _send_last(self, peer: str, last: Steer, timeout_s: float) -> None:

@@ -149,8 +149,7 @@ async def save_last(
     if newest < asked_for:
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
-                stamp = JobStamp(job_id=machine.start.job_id, generation=machine.start.generation)
-                nursery.start_soon(_request_save, node, machine.server, stamp, asked_for)
+                nursery.start_soon(_request_save, node, machine.server, machine.start.stamp, asked_for)
                 while newest < machine.round:
                     action = await todo.receive()
                     if isinstance(action, Durable):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from hypha.config.job import JobConfig
-from hypha.messages import ExecutorClass, OuterOptimizer
+from hypha.messages import ExecutorClass, JobStamp, OuterOptimizer
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ class Start:
     theta: str = ""
     taken_over: bool = False
     optimizer: OuterOptimizer | None = None
+
+    @property
+    def stamp(self) -> JobStamp:
+        """Of this generation."""
+        return JobStamp(job_id=self.job_id, generation=self.generation)
 
 
 class CarriedOver(Struct, frozen=True):
