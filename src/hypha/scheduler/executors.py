@@ -20,6 +20,7 @@ from hypha.messages import (
     DispatchJob,
     ExecutorClass,
     Finish,
+    Job,
     PeerRef,
     Rejoin,
     Steer,
@@ -50,6 +51,7 @@ Key = tuple[str, ExecutorClass]
 class _Executor:
     lease: LeaseGained
     steering: Steering
+    batch_size: int
     #: runs since an earlier generation, as far as is known here
     rejoins: bool
     #: the incarnation that it replaces, after a pause
@@ -141,18 +143,18 @@ class JobExecutors:
             if lease.kind == "aggregate" and lease.worker != server:
                 # it takes the place of the one that leaves, once that is gone
                 continue
-            if key not in self._executors:
-                rejoins = lease.lease_id in self._started and (
-                    lease.kind == "train" or begun.generation.start.taken_over
-                )
-                executor = _Executor(lease, self._steering(lease, begun), rejoins)
-                self._executors[key] = executor
-                batch = begun.descriptions.batch_size(lease.resources) if lease.kind == "train" else 1
-                if lease.kind == "train":
-                    self._log_batches(begun.descriptions.config.rounds, batch, lease)
-                # before the worker gets the job, as its first event may overtake the reply
-                self._handle(Joined(lease.worker, lease.kind, batch))
-                self._nursery.start_soon(self._run, executor, begun, server, batch)
+            if key in self._executors:
+                continue
+            train = lease.kind == "train"
+            rejoins = lease.lease_id in self._started and (train or begun.generation.start.taken_over)
+            batch = begun.descriptions.batch_size(lease.resources) if train else 1
+            executor = _Executor(lease, self._steering(lease, begun), batch, rejoins)
+            self._executors[key] = executor
+            if train:
+                self._log_batches(begun.descriptions.config.rounds, batch, lease)
+            # before the worker gets the job, as its first event may overtake the reply
+            self._handle(Joined(lease.worker, lease.kind, batch))
+            self._nursery.start_soon(self._run, executor, begun, server)
 
     def again(self, peer: str, instead_of: str, pause_s: float) -> None:
         """Start the training executor there once more; nothing when its lease, or the generation, is over."""
@@ -161,11 +163,10 @@ class JobExecutors:
         if failed is None or begun is None or server is None:
             return
         failed.scope.cancel()
-        steering = self._steering(failed.lease, begun)
-        executor = _Executor(failed.lease, steering, False, instead_of, pause_s)
+        lease, steering = failed.lease, self._steering(failed.lease, begun)
+        executor = _Executor(lease, steering, failed.batch_size, False, instead_of, pause_s)
         self._executors[key] = executor
-        batch = begun.descriptions.batch_size(failed.lease.resources)
-        self._nursery.start_soon(self._run, executor, begun, server, batch)
+        self._nursery.start_soon(self._run, executor, begun, server)
 
     def _steering(self, lease: LeaseGained, begun: _Begun) -> Steering:
         start = begun.generation.start
@@ -185,7 +186,7 @@ class JobExecutors:
             extra={"worker_peer_id": lease.worker.peer, "lease_id": lease.lease_id},
         )
 
-    async def _run(self, executor: _Executor, begun: _Begun, server: PeerRef, batch: int) -> None:
+    async def _run(self, executor: _Executor, begun: _Begun, server: PeerRef) -> None:
         descriptions, generation = begun.descriptions, begun.generation
         lease, peer = executor.lease, executor.lease.worker.peer
         with executor.scope:
@@ -199,19 +200,17 @@ class JobExecutors:
                 return
             if executor.instead_of:
                 await trio.sleep(executor.pause_s)
-                self._handle(Joined(lease.worker, lease.kind, batch))
+                self._handle(Joined(lease.worker, lease.kind, executor.batch_size))
             elif lease.lease_id in self._started:
                 await self._stop(lease, descriptions.start.job_id)
             self._started.add(lease.lease_id)
+            job: Job
             if lease.kind == "train":
-                job = descriptions.train(peer, server, batch, begun.steps())
-                request = DispatchJob(lease_id=lease.lease_id, job=job, instead_of=executor.instead_of)
-                dispatched = await self._dispatch(request, lease)
+                job = descriptions.train(peer, server, executor.batch_size, begun.steps())
             else:
-                restore = generation.restore(descriptions.scheduler)
-                aggregate = descriptions.aggregate(peer, restore)
-                dispatched = await self._dispatch(DispatchJob(lease_id=lease.lease_id, job=aggregate), lease)
-            if dispatched:
+                job = descriptions.aggregate(peer, generation.restore(descriptions.scheduler))
+            request = DispatchJob(lease_id=lease.lease_id, job=job, instead_of=executor.instead_of)
+            if await self._dispatch(request, lease):
                 await executor.steering.run()
 
     async def _rejoin(self, executor: _Executor, generation: Generation, server: PeerRef) -> bool:

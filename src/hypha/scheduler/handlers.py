@@ -198,12 +198,8 @@ class ServedDirectory:
 
 def served_directories(job: JobConfig) -> dict[str, ServedDirectory]:
     """What the configuration names by ``path``."""
-    served = {}
-    if job.model.path is not None:
-        served[MODEL] = ServedDirectory(MODEL, job.model.path)
-    if job.preprocessor is not None and job.preprocessor.path is not None:
-        served[PREPROCESSOR] = ServedDirectory(PREPROCESSOR, job.preprocessor.path)
-    return served
+    paths = {MODEL: job.model.path, PREPROCESSOR: job.preprocessor.path if job.preprocessor else None}
+    return {kind: ServedDirectory(kind, path) for kind, path in paths.items() if path is not None}
 
 
 class FileHandlers:

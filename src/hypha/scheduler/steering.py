@@ -39,7 +39,6 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _JITTER = (0.7, 1.3)
 _TIMEOUT_S = 10.0
-#: refusals that may pass: the executor is only just starting, or the worker is busy
 
 
 class Steering:

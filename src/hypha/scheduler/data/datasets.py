@@ -340,44 +340,33 @@ async def _describe(
     answers: dict[str, DatasetDescription] = {}
     gone: set[str] = set()
 
+    def refuse(peer: str, level: int, text: str, *details: object) -> None:
+        if peer not in refused:
+            logger.log(level, text, *details, extra={"peer_id": peer})
+        refused.add(peer)
+
     async def ask(ref: PeerRef) -> None:
         try:
             answer = await node.request(ref, DescribeDataset(dataset=name), timeout_s=_ASK_TIMEOUT_S)
         except NetworkError as exc:
             # not about asking again: these refuse whoever asks, and the job is not to wait for them
             if isinstance(exc, Refused) and exc.code in ("role", "not-allowed"):
-                if ref.peer not in refused:
-                    logger.warning(
-                        "%s serves %s, but not to this job: %s",
-                        shown(ref.peer),
-                        name,
-                        exc.reason,
-                        extra={"peer_id": ref.peer},
-                    )
-                refused.add(ref.peer)
+                text = "%s serves %s, but not to this job: %s"
+                refuse(ref.peer, logging.WARNING, text, shown(ref.peer), name, exc.reason)
             logger.debug("Provider %s did not describe %s: %s", ref.peer, name, exc)
             if isinstance(exc, PeerUnreachable) and exc.gone:
                 gone.add(ref.peer)
             return
         if (problem := pins.problem(node, ref.peer)) is not None:
-            if ref.peer not in refused:
-                logger.warning(
-                    "%s announces %s and %s; it is not used",
-                    shown(ref.peer),
-                    name,
-                    problem,
-                    extra={"peer_id": ref.peer},
-                )
-            refused.add(ref.peer)
+            text = "%s announces %s and %s; it is not used"
+            refuse(ref.peer, logging.WARNING, text, shown(ref.peer), name, problem)
         elif isinstance(answer, DatasetDescription):
             problem = await in_thread(manifest_problem, answer.manifest, answer.manifest_hash)
             if not problem:
                 answers[ref.peer] = answer
                 return
-            if ref.peer not in refused:
-                text = "A data node does not serve %s as it states: %s; it is not used"
-                logger.error(text, name, problem, extra={"peer_id": ref.peer})
-            refused.add(ref.peer)
+            text = "A data node does not serve %s as it states: %s; it is not used"
+            refuse(ref.peer, logging.ERROR, text, name, problem)
 
     async with trio.open_nursery() as nursery:
         for ref in refs:

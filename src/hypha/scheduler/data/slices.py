@@ -73,7 +73,7 @@ class _Epoch:
         self.used = set(used)
         self.assigned: dict[int, str] = {}
         self.available = set(range(count)) - self.used
-        self._order = sorted(self.available)
+        self.order = sorted(self.available)
         self._used_state: tuple[int, ...] | None = None
 
     @property
@@ -91,11 +91,7 @@ class _Epoch:
     def give_back(self, index: int) -> None:
         del self.assigned[index]
         self.available.add(index)
-        heapq.heappush(self._order, index)
-
-    def validate(self) -> None:
-        """Assert that everything AVAILABLE can be found."""
-        assert self.available <= set(self._order), f"epoch {self.epoch}: {self.available} cannot be found"
+        heapq.heappush(self.order, index)
 
     def pick(self, cached: Sequence[int], elsewhere: set[int]) -> int:
         """An AVAILABLE slice: one of ``cached``, else one nobody else has, else the lowest."""
@@ -104,8 +100,8 @@ class _Epoch:
                 return index
         looked: list[int] = []
         choice: int | None = None
-        while self._order and len(looked) < _LOOK_AHEAD:
-            index = heapq.heappop(self._order)
+        while self.order and len(looked) < _LOOK_AHEAD:
+            index = heapq.heappop(self.order)
             if index not in self.available or (looked and looked[-1] == index):
                 continue
             looked.append(index)
@@ -113,7 +109,7 @@ class _Epoch:
                 choice = index
                 break
         for index in looked:
-            heapq.heappush(self._order, index)
+            heapq.heappush(self.order, index)
         return looked[0] if choice is None else choice
 
 
@@ -210,12 +206,9 @@ class SliceTracker:
 
     def _forget_oldest(self, answers: OrderedDict[int, AnswerState]) -> None:
         """Of a worker's answers: what it holds it can still give back, see :meth:`dropped`."""
-        spent = [seq for seq, given in answers.items() if not self._holds(given)]
+        spent = [seq for seq, one in answers.items() if not self.holds(one.worker, one.epoch, one.index)]
         for seq in spent[: max(0, len(spent) - _REMEMBERED_ANSWERS)]:
             del answers[seq]
-
-    def _holds(self, given: AnswerState) -> bool:
-        return self.holds(given.worker, given.epoch, given.index)
 
     def _assignment(self, given: AnswerState) -> Assignment:
         return Assignment(given.epoch, given.index, self.samples[given.index])
@@ -247,10 +240,10 @@ class SliceTracker:
         foreign = []
         self.version += 1
         for number, index in finished:
-            epoch = self._epochs.get(number)
-            if epoch is None or epoch.assigned.get(index) != worker:
+            if not self.holds(worker, number, index):
                 foreign.append((number, index))
                 continue
+            epoch = self._epochs[number]
             epoch.use(index)
             self._count(worker, index, -1)
             if len(epoch.used) == len(self.samples):
@@ -262,14 +255,8 @@ class SliceTracker:
         open); the returned (epoch, slice) pairs. Its answers are forgotten.
         """
         kept = set(keep)
-        returned = []
-        self.version += 1
-        for number, epoch in self._epochs.items():
-            for index in [index for index, holder in epoch.assigned.items() if holder == worker]:
-                if (number, index) not in kept:
-                    epoch.give_back(index)
-                    self._count(worker, index, -1)
-                    returned.append((number, index))
+        returned = [pair for pair in self.held(worker) if pair not in kept]
+        self.give_back(worker, returned)
         self._answers.pop(worker, None)
         return returned
 
@@ -283,9 +270,8 @@ class SliceTracker:
         """Return those of ``pairs`` that ``worker`` still holds to AVAILABLE."""
         self.version += 1
         for number, index in pairs:
-            epoch = self._epochs.get(number)
-            if epoch is not None and epoch.assigned.get(index) == worker:
-                epoch.give_back(index)
+            if self.holds(worker, number, index):
+                self._epochs[number].give_back(index)
                 self._count(worker, index, -1)
 
     def held(self, worker: str) -> list[tuple[int, int]]:
@@ -310,7 +296,7 @@ class SliceTracker:
             assert sum(len(place) for place in places) == len(everything), f"epoch {number}: {places}"
             assert set().union(*places) == everything, f"epoch {number}: {places}"
             assert len(epoch.used) < len(everything), f"epoch {number} is complete, but open"
-            epoch.validate()
+            assert epoch.available <= set(epoch.order), f"epoch {number}: {epoch.available} cannot be found"
         held = [(worker, index) for one in self._epochs.values() for index, worker in one.assigned.items()]
         assert self._slices == Counter(worker for worker, _ in held), f"{self._slices} are not {held}"
         assert self._rows.total() == sum(self.samples[index] for _, index in held), f"{self._rows}: {held}"
