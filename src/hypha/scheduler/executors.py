@@ -196,7 +196,7 @@ class JobExecutors:
             if executor.rejoins and lease.kind == "aggregate":
                 # what it held is gone; from its own generation on it is started anew
                 self._started.discard(lease.lease_id)
-                self._handle(lost(lease, "its executor does not run any more"))
+                self._handle(ParticipantLost(peer, lease.kind, "its executor does not run any more"))
                 return
             if executor.instead_of:
                 await trio.sleep(executor.pause_s)
@@ -315,8 +315,3 @@ class JobExecutors:
             await self._node.request(peer, last, timeout_s=timeout_s)
         except NetworkError as exc:
             logger.debug("The last directive was not delivered: %s", exc, extra={"worker_peer_id": peer})
-
-
-def lost(lease: LeaseGained, reason: str) -> ParticipantLost:
-    """As an event of the round machine."""
-    return ParticipantLost(lease.worker.peer, lease.kind, reason)

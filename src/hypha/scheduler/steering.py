@@ -61,7 +61,6 @@ class Steering:
         self._waiting: OrderedDict[tuple[str, str], Directive] = OrderedDict()
         self._changed = trio.Event()
         self._seq = seq
-        self._idle = trio.Event()
 
     def put(self, directive: Directive) -> None:
         """Send it, and not what it supersedes."""
@@ -69,31 +68,26 @@ class Steering:
         slot = (type(directive).__name__, about)
         self._waiting.pop(slot, None)
         self._waiting[slot] = directive
-        self._idle = trio.Event()
         self._changed.set()
-
-    async def delivered(self) -> None:
-        """Wait until nothing is left to send."""
-        while self._waiting:
-            await self._idle.wait()
 
     async def send_first(self, directive: Directive) -> None:
         """Send ``directive`` once, before all others. Raises :class:`NetworkError`."""
         self._seq += 1
-        steer = Steer(stamp=self._stamp, kind=self.kind, seq=self._seq, directive=directive)
-        await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)
+        await self._node.request(self.to.peer, self._steer(directive), timeout_s=_TIMEOUT_S)
+
+    def _steer(self, directive: Directive) -> Steer:
+        return Steer(stamp=self._stamp, kind=self.kind, seq=self._seq, directive=directive)
 
     async def run(self) -> None:
         """Send what is put, in order."""
         while True:
             while not self._waiting:
-                self._idle.set()
                 self._changed = trio.Event()
                 await self._changed.wait()
             slot, directive = next(iter(self._waiting.items()))
             self._seq += 1
             with self._traced(directive):
-                await self._deliver(slot, directive, self._seq)
+                await self._deliver(slot, directive)
             if self._waiting.get(slot) is directive:
                 del self._waiting[slot]
 
@@ -119,15 +113,14 @@ class Steering:
             with trace_context(within):
                 yield
 
-    async def _deliver(self, slot: tuple[str, str], directive: Directive, seq: int) -> None:
+    async def _deliver(self, slot: tuple[str, str], directive: Directive) -> None:
         """Until it is acknowledged, superseded or refused for good."""
-        backoff = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, jitter=_JITTER)
+        backoff, steer = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, jitter=_JITTER), self._steer(directive)
+        fields = {"worker_peer_id": self.to.peer, "job_id": steer.stamp.job_id}
         while self._waiting.get(slot) is directive:
-            steer = Steer(stamp=self._stamp, kind=self.kind, seq=seq, directive=directive)
-            fields = {"worker_peer_id": self.to.peer, "job_id": steer.stamp.job_id}
             try:
                 await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)
-                logger.debug("%s was delivered", type(directive).__name__, extra={**fields, "seq": seq})
+                logger.debug("%s was delivered", type(directive).__name__, extra={**fields, "seq": steer.seq})
                 return
             except Refused as exc:
                 # an executor that is being started is not found yet

@@ -227,20 +227,19 @@ def _why_not(silent: list[PeerRef], refused: set[str]) -> str:
     return f"{len(silent)} data node(s) announce it but do not answer: {names}"
 
 
+@dataclass
 class _Choice:
     """Among data that differs under one ``name``: which is used. ``node`` asks for it; for ``undecided_s`` it
-    is waited for what would decide.
+    is waited for what would decide. ``open_because``: why nothing is used though something is served.
     """
 
-    def __init__(self, name: str, wanted: ManifestChoice, pins: Pins, node: Node, undecided_s: float) -> None:
-        self._name = name
-        self._pins = pins
-        self._wanted = wanted
-        self._node = node
-        self._undecided_s = undecided_s
-        self._since: float | None = None
-        #: why nothing is used though something is served
-        self.open_because = ""
+    name: str
+    wanted: ManifestChoice
+    pins: Pins
+    node: Node
+    undecided_s: float
+    since: float | None = None
+    open_because: str = ""
 
     def of(
         self, answers: dict[str, DatasetDescription], refs: dict[str, PeerRef], now: float
@@ -249,15 +248,15 @@ class _Choice:
         by_hash: dict[str, list[str]] = {}
         for peer, answer in sorted(answers.items()):
             by_hash.setdefault(answer.manifest_hash, []).append(peer)
-        self._since = now if self._since is None else self._since
-        waited = now >= self._since + self._undecided_s
+        self.since = now if self.since is None else self.since
+        waited = now >= self.since + self.undecided_s
         chosen = self._chosen(by_hash, waited)
         if chosen is None:
             return None
         self.open_because = ""
         providers = [refs[peer] for peer in by_hash[chosen]]
-        described = _agreed(self._name, {peer: answers[peer] for peer in by_hash[chosen]})
-        dataset = ServedDataset(self._name, described, providers, self._pins)
+        described = _agreed(self.name, {peer: answers[peer] for peer in by_hash[chosen]})
+        dataset = ServedDataset(self.name, described, providers, self.pins)
         dataset.stated = {peer: stated(answers[peer]) for peer in by_hash[chosen]}
         for peer, answer in sorted(answers.items()):
             if answer.manifest_hash != chosen:
@@ -269,22 +268,22 @@ class _Choice:
             f"manifest {value} at {', '.join(shown(peer) for peer in peers)}"
             for value, peers in sorted(by_hash.items())
         )
-        pinned, known = self._wanted.pinned, self._wanted.known
+        pinned, known = self.wanted.pinned, self.wanted.known
         if pinned is not None:
             if pinned in by_hash:
                 return pinned
-            self.open_because = f"nobody serves {self._name} with the manifest {pinned} of the job; {groups}"
+            self.open_because = f"nobody serves {self.name} with the manifest {pinned} of the job; {groups}"
             return None
         if known in by_hash:
             return known
         if known is not None and not waited:
-            self.open_because = f"nobody serves {self._name} as this job has trained on it so far; {groups}"
+            self.open_because = f"nobody serves {self.name} as this job has trained on it so far; {groups}"
             return None
         most = max(len(peers) for peers in by_hash.values())
         first, *others = sorted(value for value, peers in by_hash.items() if len(peers) == most)
         if not others:
             return first
-        self.open_because = f"data nodes serve different data under the name {self._name}: {groups}"
+        self.open_because = f"data nodes serve different data under the name {self.name}: {groups}"
         if not waited:
             return None
         ours = [value for value in (first, *others) if self._is_ours(by_hash[value])]
@@ -301,8 +300,8 @@ class _Choice:
         return chosen
 
     def _is_ours(self, peers: list[str]) -> bool:
-        own = self._node.organization
-        return bool(own) and any(self._node.organization_of(peer) == own for peer in peers)
+        own = self.node.organization
+        return bool(own) and any(self.node.organization_of(peer) == own for peer in peers)
 
 
 def _agreed(name: str, answers: dict[str, DatasetDescription]) -> DatasetDescription:

@@ -21,10 +21,10 @@ from hypha.scheduler.descriptions import Descriptions, class_names
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.replicas import Replicating
 from hypha.scheduler.durable.starts import Generation, next_generation
-from hypha.scheduler.executors import JobExecutors, lost
+from hypha.scheduler.executors import JobExecutors
 from hypha.scheduler.handlers import FileHandlers, KeptSlices, RequestHandlers
 from hypha.scheduler.job.ending import publish, save_last
-from hypha.scheduler.job.states import JobContext, JobResult, Opened
+from hypha.scheduler.job.states import JobContext, JobResult, JobStage, Opened
 from hypha.scheduler.leasing.events import (
     LeaseGained,
     LeaseLeaving,
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.1
 
 
-class WorkingJob:
+class WorkingJob(JobStage):
     """The third state of a run, after :class:`Opened`. ``end`` is called with what the job comes to; tasks
     run in ``nursery``. :meth:`run` once.
     """
@@ -316,9 +316,8 @@ class WorkingJob:
                     await self.ledger.run(Ledger.lease_ended, event.lease_id)
                     if event.to_blame:
                         await self.ledger.run(Ledger.failed, event.worker.peer, reason)
-                    lease = executors.lost(event.worker.peer, event.kind)
-                    if lease is not None:
-                        self._handle(lost(lease, reason))
+                    if executors.lost(event.worker.peer, event.kind) is not None:
+                        self._handle(events.ParticipantLost(event.worker.peer, event.kind, reason))
                 case LeaseSuspect():
                     self._handle(events.Unreachable(event.worker.peer, event.kind))
                 case LeaseLeaving(left_s=left_s):
