@@ -8,7 +8,7 @@ as it announces that. A worker that failed lately is taken only when nobody else
 What an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.track_records`):
 capacity beyond what the job can use counts for nothing, a price under half of the bid is no better than that,
 and a parameter server is chosen by reliability before all else. While workers are missing the bid is raised
-in steps up to the private maximum (:class:`~hypha.scheduler.leasing.searching.Bidding`), and a job that
+in steps up to the private maximum (:mod:`hypha.scheduler.leasing.searching`), and a job that
 cannot begin gives way to others (:mod:`hypha.scheduler.leasing.giving_way`). Every call costs at most
 O(n log n) in the number of open offers, so ten thousand workers can be driven.
 """
@@ -64,7 +64,7 @@ class Allocator:
     def next_wake(self) -> float | None:
         """When the next :class:`Tick` is due; None while nothing is missing."""
         moments = [search.next_wake for search in self._searches.values()]
-        moments.append(self._giving_way.next_wake)
+        moments.append(self._giving_way.yield_at)
         return min((moment for moment in moments if moment is not None), default=None)
 
     @property
@@ -78,7 +78,7 @@ class Allocator:
 
     def bid(self, kind: ExecutorClass) -> float:
         """What is bid for a worker of ``kind`` now."""
-        return self._searches[kind].bidding.bid
+        return self._searches[kind].bid
 
     def handle(self, event: AllocatorEvent, now: float) -> list[AllocatorAction]:
         """Apply ``event`` at ``now``."""
@@ -108,7 +108,7 @@ class Allocator:
                 "taken": len(search.taken),
                 "confirmed": len(search.confirmed),
                 "candidates": len(search.candidates),
-                "raised": search.bidding.raised,
+                "raised": search.raised,
             }
             for kind, search in self._searches.items()
         }
@@ -130,7 +130,8 @@ class Allocator:
             case events.Gained(lease_id):
                 if search := self._taken_by(lease_id):
                     search.confirmed.add(lease_id)
-                    self._giving_way.gained()
+                    # it goes on hoping
+                    self._giving_way.yield_at = None
                     search.pause_s = 2 * self._pace.offer_deadline_s
             case events.Adopted(kind, lease_id, worker):
                 search = self._searches[kind]
@@ -154,7 +155,7 @@ class Allocator:
                 if self._taken_by(lease_id):
                     self._giving_way.contended(lease_id, contended, outranked)
             case events.Begun():
-                self._giving_way.begun()
+                self._giving_way.begun = True
             case events.GatewayChanged():
                 for search in self._searches.values():
                     # a job's first request coincides with its node's reservation at the relay: all would
@@ -264,8 +265,7 @@ class Allocator:
             search.decide_at = now
         if search.decide_at is not None and now >= search.decide_at:
             actions.extend(self._decide(search, now))
-        complete = not search.missing and len(search.confirmed) == len(search.taken)
-        if search.bidding.follow(complete, bool(search.missing), now):
+        if search.raise_bid(now):
             # published at once, unless a request was published a moment ago
             soon = max(now, search.advertised_at + 2 * self._pace.offer_deadline_s, search.paused_until)
             search.advertise_at = soon if search.advertise_at is None else min(search.advertise_at, soon)
@@ -273,7 +273,7 @@ class Allocator:
             search.advertise_at = None
         elif search.advertise_at is not None and now >= search.advertise_at:
             within_s = self._pace.offer_deadline_s
-            raised_bid = search.bidding.bid if search.bidding.raised else None
+            raised_bid = search.bid if search.raised else None
             actions.append(events.Advertise(search.ask, search.missing, within_s, raised_bid))
             # the offers for this request and those that are considered already compete
             search.late = False

@@ -13,13 +13,23 @@ from hypha.resources import fits, is_valid, weighted_capacity
 from hypha.scheduler.leasing.events import Cause, Search, SearchTimes
 
 
-class Bidding:
-    """What is bid in one search. The bid is public, the maximum is not. While workers are missing the bid
-    rises, by a share of what lies between the two each time; once all are held it is what it was. What was
-    paid for a lease stays its price. Raises ValueError where the numbers of ``ask`` make no sense.
+@dataclass(frozen=True)
+class Candidate:
+    """An offer that is considered, until ``expires_at`` at most."""
+
+    offer: WorkerOffer
+    expires_at: float
+
+
+class WorkerSearch:
+    """What is wanted, taken and offered for one :class:`Search`; who is :attr:`missing` is advertised for.
+
+    The bid is public, the maximum is not. While workers are missing the bid rises, by a share of what lies
+    between the two each time; once all are held it is what it was. What was paid for a lease stays its price.
+    Raises ValueError where the numbers of ``ask`` make no sense.
     """
 
-    def __init__(self, ask: Search) -> None:
+    def __init__(self, ask: Search, pace: SearchTimes) -> None:
         if not (math.isfinite(ask.bid) and math.isfinite(ask.max_price) and 0 <= ask.bid <= ask.max_price):
             raise ValueError(
                 f"a bid of {ask.bid} with a maximum of {ask.max_price} for {ask.kind} jobs: both must be "
@@ -30,59 +40,11 @@ class Bidding:
                 f"a bid cannot be raised every {ask.raise_after_s} s by a share of {ask.raise_by}: both must "
                 "be over 0, and the share is 1 at most"
             )
-        self._ask = ask
-        #: how often it was raised
-        self.raised = 0
-        #: when it is raised next, while workers are missing
-        self.raise_at: float | None = None
-
-    @property
-    def bid(self) -> float:
-        """What is published now."""
-        ask = self._ask
-        risen = ask.bid + min(1.0, self.raised * ask.raise_by) * (ask.max_price - ask.bid)
-        return min(ask.max_price, risen)
-
-    def follow(self, complete: bool, missing: bool, now: float) -> bool:
-        """All workers are held (``complete``), or some are ``missing``: not even an offer was accepted.
-        Whether the bid was raised now.
-        """
-        after_s = self._ask.raise_after_s
-        if complete or after_s is None:
-            self.raised, self.raise_at = 0, None
-            return False
-        if self.bid >= self._ask.max_price:
-            self.raise_at = None
-            return False
-        if self.raise_at is None:
-            self.raise_at = now + after_s
-        if not missing or now < self.raise_at:
-            return False
-        self.raised += 1
-        self.raise_at = now + after_s if self.bid < self._ask.max_price else None
-        return True
-
-    def validate(self) -> None:
-        """Assert what always holds. For tests and simulation."""
-        assert self._ask.bid <= self.bid <= self._ask.max_price, f"{self.bid} is bid"
-        assert self.raise_at is None or self.bid < self._ask.max_price, "the maximum is to be raised"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An offer that is considered, until ``expires_at`` at most."""
-
-    offer: WorkerOffer
-    expires_at: float
-
-
-class WorkerSearch:
-    """What is wanted, taken and offered for one :class:`Search`; who is :attr:`missing` is advertised for."""
-
-    def __init__(self, ask: Search, pace: SearchTimes) -> None:
         self.ask = ask
         self._pace = pace
-        self.bidding = Bidding(ask)
+        #: how often the bid was raised, and when it is raised next, while workers are missing
+        self.raised = 0
+        self._raise_at: float | None = None
         self.wanted = 0
         self.pause_s = 2 * pace.offer_deadline_s
         #: lease -> worker, acceptance confirmed or not
@@ -111,9 +73,33 @@ class WorkerSearch:
     @property
     def next_wake(self) -> float | None:
         """When something is due; None while nothing is."""
-        raise_at = self.bidding.raise_at if self.missing else None
+        raise_at = self._raise_at if self.missing else None
         moments = [moment for moment in (self.decide_at, self.advertise_at, raise_at) if moment is not None]
         return min(moments, default=None)
+
+    @property
+    def bid(self) -> float:
+        """What is published now."""
+        ask = self.ask
+        risen = ask.bid + min(1.0, self.raised * ask.raise_by) * (ask.max_price - ask.bid)
+        return min(ask.max_price, risen)
+
+    def raise_bid(self, now: float) -> bool:
+        """Raise it if that is due, or lower it again once all are held; whether it was raised."""
+        after_s, complete = self.ask.raise_after_s, len(self.confirmed) == len(self.taken)
+        if after_s is None or (complete and not self.missing):
+            self.raised, self._raise_at = 0, None
+            return False
+        if self.bid >= self.ask.max_price:
+            self._raise_at = None
+            return False
+        if self._raise_at is None:
+            self._raise_at = now + after_s
+        if not self.missing or now < self._raise_at:
+            return False
+        self.raised += 1
+        self._raise_at = now + after_s if self.bid < self.ask.max_price else None
+        return True
 
     def decide_on(self, offer: WorkerOffer, now: float) -> None:
         """Set when to decide, now that ``offer`` came."""
@@ -137,7 +123,8 @@ class WorkerSearch:
         assert not self.candidates or self.decide_at is not None, f"{kind}: offers lie for ever"
         assert not self.missing or self.advertise_at is not None, f"{kind}: nobody is looked for"
         assert self.missing or self.advertise_at is None, f"{kind}: more are looked for than wanted"
-        self.bidding.validate()
+        assert self.ask.bid <= self.bid <= self.ask.max_price, f"{self.bid} is bid"
+        assert self._raise_at is None or self.bid < self.ask.max_price, "the maximum is to be raised"
         return [*self.taken.items(), *offered]
 
 
