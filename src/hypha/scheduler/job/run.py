@@ -14,7 +14,6 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import trio
 
@@ -77,6 +76,8 @@ async def run_job(
     job, observation = config.scheduler.job, observation or Observation()
     files = await JobFiles.checked(job)
     opened = open_ or partial(open_node, options_from(config, "hypha-scheduler"))
+    disks: AbstractAsyncContextManager[None]
+    disks = nullcontext() if is_simulated() else watch_disks({"state_dir": [config.state_dir]})
     outcome: Outcome = None
     journal, present = observation.journal, _Present()
     journal.listeners.append(present.listen)
@@ -85,26 +86,22 @@ async def run_job(
         logged(job_id=lambda: present.job_id, round=lambda: present.round),
     ):
         async with recording(config, journal) as feeding, _farewell() as (work, shelter):
-            observe = _all(observation.observe, None if feeding is None else feeding.see)
+            see = None if feeding is None else feeding.see
+            observers = [one for one in (observation.observe, see) if one is not None]
             with shelter:
-                async with opened() as node, _watched(config.state_dir):
+                async with opened() as node, disks:
                     task_status.started(node)
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:
                         with work:
                             context = JobContext.create(job, node, state, files, observation)
-                            outcome = await RunningJob(context, observe).run(fresh)
+                            outcome = await RunningJob(context, observers).run(fresh)
                     except HyphaError as exc:
                         outcome = exc
     await trio.lowlevel.checkpoint_if_cancelled()
     if isinstance(outcome, JobResult):
         return outcome
     raise outcome or JobFailed("the job ended without a result")
-
-
-def _watched(state_dir: Path) -> AbstractAsyncContextManager[None]:
-    """The free space of the state directory is shown meanwhile."""
-    return nullcontext() if is_simulated() else watch_disks({"state_dir": [state_dir]})
 
 
 class _Present:
@@ -120,17 +117,6 @@ class _Present:
         for action in entry.actions:
             if isinstance(action, Record):
                 self.round = action.entry.round + 1
-
-
-def _all(*observers: Observer | None) -> Observer | None:
-    """One that calls all there are."""
-    found = [one for one in observers if one is not None]
-
-    def observe(snapshot: JobSnapshot) -> None:
-        for one in found:
-            one(snapshot)
-
-    return observe if found else None
 
 
 @asynccontextmanager
@@ -155,18 +141,19 @@ async def _farewell() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]
 
 class JobObserver:
     """What others see of a run: snapshots, metrics, traces, and a log line when it stands still. ``stage``
-    and ``outcome`` give the present ones. ``observe`` is called a few times a second while :meth:`run` runs.
+    and ``outcome`` give the present ones. ``observers`` are called a few times a second while :meth:`run`
+    runs.
     """
 
     def __init__(
         self,
         context: JobContext,
-        observe: Observer | None,
+        observers: list[Observer],
         stage: Callable[[], JobStage],
         outcome: Callable[[], Outcome],
     ) -> None:
         self._context = context
-        self._observe = observe
+        self._observers = observers
         self._stage = stage
         self._outcome = outcome
         self._metrics = JobMetrics(
@@ -226,11 +213,13 @@ class JobObserver:
                 await trio.sleep(_OBSERVE_S)
 
     def _look(self) -> None:
-        if self._observe is not None:
-            self._observe(self.snapshot())
-        else:
+        if not self._observers:
             # metrics are wanted nevertheless
             self._goodput.report(trio.current_time())
+            return
+        snapshot = self.snapshot()
+        for observe in self._observers:
+            observe(snapshot)
 
     def snapshot(self) -> JobSnapshot:
         """The job as it is now."""
@@ -262,11 +251,11 @@ class JobObserver:
 class RunningJob:
     """One run of a job; :meth:`run` once."""
 
-    def __init__(self, context: JobContext, observe: Observer | None) -> None:
+    def __init__(self, context: JobContext, observers: list[Observer]) -> None:
         self._context = context
         self._stage: Preparing | Opened | WorkingJob = Preparing("starting")
         self._outcome: Outcome = None
-        self._observer = JobObserver(context, observe, lambda: self._stage, lambda: self._outcome)
+        self._observer = JobObserver(context, observers, lambda: self._stage, lambda: self._outcome)
         self._scope = trio.CancelScope()
 
     async def run(self, fresh: bool) -> Outcome:

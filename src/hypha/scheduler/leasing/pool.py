@@ -32,7 +32,6 @@ from hypha.messages import (
 from hypha.node import Node
 from hypha.runtime import chance
 from hypha.scheduler.leasing import events
-from hypha.scheduler.leasing.advertising import Advertising
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import PoolEvent, Search, SearchTimes
 from hypha.scheduler.leasing.holding import Holding, LeaseChange, keep_renewed
@@ -40,13 +39,16 @@ from hypha.scheduler.leasing.renewal import Lapsed, Recovered, Renewal, Suspecte
 from hypha.scheduler.leasing.track_records import TrackRecord
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.status.versions import StatedVersions
+from hypha.telemetry.instruments import WORKER_REQUESTS
 from hypha.tracing import span, traceparent
-from hypha.tracing.operations import RECEIVE_OFFER
+from hypha.tracing.operations import ADVERTISE, RECEIVE_OFFER
 
 logger = logging.getLogger(__name__)
 
 #: How long a courtesy release may take; the lease expires anyway.
 RELEASE_TIMEOUT_S = 2.0
+#: While workers are missing, that is logged again after this long.
+REMIND_S = 15.0
 #: Releases at once: few, since acceptances are more urgent.
 MAX_RELEASES = 4
 
@@ -66,7 +68,7 @@ class Pool:
     ) -> None:
         self._node = node
         self._journal = journal
-        self._advertising = Advertising(node, traces or RoundTraces(None))
+        self._traces = traces or RoundTraces(None)
         asks = tuple(asks)
         self._allocator = Allocator(asks, pace, journal)
         self._versions = StatedVersions(asks)
@@ -81,6 +83,10 @@ class Pool:
         #: lease of an offer that is considered -> ``traceparent`` of the span in which its offer was received
         self._offered_in: dict[str, str] = {}
         self._begun = False
+        #: when it was last logged that workers are missing, and at which raised bid
+        self._logged: dict[ExecutorClass, tuple[float, float | None]] = {}
+        #: requests for them that wait for a gateway
+        self._publishing: set[ExecutorClass] = set()
         #: those that nobody renews yet
         self._adopted: list[Holding] = []
         # unbounded, so that renewals never wait for whoever reads; a few events a lease
@@ -253,7 +259,7 @@ class Pool:
     def _carry_out(self, action: events.AllocatorAction, nursery: trio.Nursery) -> None:
         match action:
             case events.Advertise():
-                nursery.start_soon(self._advertising.publish, action)
+                nursery.start_soon(self._publish, action)
             case events.Accept(kind, offer, expires_at):
                 offered_in = self._offered_in.pop(offer.lease_id, None)
                 held = Holding(kind, offer, expires_at, offered_in=offered_in)
@@ -268,6 +274,32 @@ class Pool:
                 self._give_back(lease_id, nursery)
             case events.Keep() | events.Decline():
                 pass
+
+    async def _publish(self, action: events.Advertise) -> None:
+        kind = action.ask.kind
+        if kind in self._publishing:
+            # the one before still waits for a gateway to pass it on, and is the same request
+            return
+        now = trio.current_time()
+        logged_at, logged_bid = self._logged.get(kind, (-math.inf, None))
+        if now >= logged_at + REMIND_S or logged_bid != action.raised_bid:
+            self._logged[kind] = now, action.raised_bid
+            raised = (
+                "" if action.raised_bid is None else f", at a bid that was raised to {action.raised_bid:g}"
+            )
+            logger.info("Looking for %d more workers for %s jobs%s.", action.count, kind, raised)
+        self._publishing.add(kind)
+        attributes = {"hypha.executor.class": kind, "hypha.request": action.ask.request_id}
+        try:
+            with span(ADVERTISE, {**attributes, "hypha.workers": action.count}, parent=self._traces.of_job):
+                await self._node.publish(action.request(self._node.ref()))
+        except NetworkError as exc:
+            logger.debug("A request for workers was not published: %s", exc)
+        else:
+            WORKER_REQUESTS.add(kind=kind)
+            logger.debug("A request for %d more workers for %s jobs was published.", action.count, kind)
+        finally:
+            self._publishing.discard(kind)
 
     def _give_back(self, lease_id: str, nursery: trio.Nursery) -> None:
         """A job that cannot begin gives way to others."""

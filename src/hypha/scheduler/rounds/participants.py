@@ -8,7 +8,6 @@ from typing import Literal
 
 from hypha.contributions import is_count
 from hypha.messages import PeerRef, Progress
-from hypha.scheduler.rounds.contributions import bounded_loss
 from hypha.scheduler.rounds.projection import BatchTime, ProjectedWorker
 
 #: longest time that a silent worker is believed to go on at its pace, if its batches are shorter
@@ -21,6 +20,8 @@ _EARLY_S = 30.0
 _LEAST_RESERVE_S = 1.0
 #: batches that a worker may take before anything of them is known here
 _UNKNOWN_BATCHES = 16
+#: a larger loss is as good as none
+_MOST_LOSS = 1e15
 
 MemberState = Literal[
     "loading",
@@ -325,3 +326,8 @@ class Member:
 
 def _smooth(mean: float | None, value: float, share: float = 0.3) -> float:
     return value if mean is None else mean + share * (value - mean)
+
+
+def bounded_loss(loss: float, otherwise: float) -> float:
+    """``loss``, or ``otherwise`` where it is no number that can be shown, added up or written as JSON."""
+    return loss if math.isfinite(loss) and abs(loss) <= _MOST_LOSS else otherwise

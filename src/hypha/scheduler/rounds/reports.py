@@ -20,8 +20,7 @@ from hypha.messages import (
     UpdateRefused,
     UpdateSent,
 )
-from hypha.scheduler.rounds.closing import PATIENCE, STALLED
-from hypha.scheduler.rounds.contributions import RoundContributions
+from hypha.scheduler.rounds.closing import PATIENCE, STALLED, RoundContributions
 from hypha.scheduler.rounds.events import (
     Action,
     Checkpointed,

@@ -22,7 +22,7 @@ from hypha.messages import (
     SendModel,
 )
 from hypha.scheduler.data.slices import Assignment, SliceTracker
-from hypha.scheduler.rounds.contributions import RoundContributions
+from hypha.scheduler.rounds.closing import RoundContributions
 from hypha.scheduler.rounds.events import (
     Action,
     Drop,
