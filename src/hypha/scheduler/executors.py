@@ -100,7 +100,6 @@ class JobExecutors:
 
     @property
     def server(self) -> PeerRef | None:
-        """Where the parameter server is to run."""
         for (_, kind), lease in self.leases.items():
             if kind == "aggregate":
                 return lease.worker
@@ -118,7 +117,6 @@ class JobExecutors:
         self._start_waiting()
 
     def gained(self, lease: LeaseGained) -> None:
-        """A lease to use."""
         self.leases[lease.worker.peer, lease.kind] = lease
         self._start_waiting()
 

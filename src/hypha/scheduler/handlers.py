@@ -186,7 +186,6 @@ class ServedDirectory:
         return path, self._metas[name]
 
     async def list(self) -> FileList:
-        """All files with their hashes."""
         return FileList(files=tuple([(await self.file(name))[1] for name in self._files]))
 
 

@@ -48,7 +48,6 @@ class Pins:
 
     @classmethod
     def of(cls, wanted: DatasetRef) -> Pins:
-        """As the job's configuration names them."""
         return cls(frozenset(wanted.organizations), frozenset(wanted.data_nodes))
 
     def problem(self, node: Node, peer: str) -> str | None:
@@ -125,7 +124,6 @@ class ServedDataset:
                 self._missed.set()
 
     async def refresh(self, node: Node) -> None:
-        """Ask the known ones and look for more, once."""
         known = dict(self.providers)
         for ref in await _announced(node, self.name):
             known[ref.peer] = ref

@@ -99,18 +99,16 @@ class _Epoch:
             if index in self.available:
                 return index
         looked: list[int] = []
-        choice: int | None = None
         while self.order and len(looked) < _LOOK_AHEAD:
             index = heapq.heappop(self.order)
             if index not in self.available or (looked and looked[-1] == index):
                 continue
             looked.append(index)
             if index not in elsewhere:
-                choice = index
                 break
         for index in looked:
             heapq.heappush(self.order, index)
-        return looked[0] if choice is None else choice
+        return looked[0] if looked[-1] in elsewhere else looked[-1]
 
 
 class SliceTracker:
@@ -148,9 +146,7 @@ class SliceTracker:
 
     def counts(self) -> dict[str, int]:
         """Slices of the oldest open epoch by their state: ``available``, ``assigned``, ``used``."""
-        epoch = self._epochs.get(self.epoch)
-        if epoch is None:
-            return {"available": len(self.samples), "assigned": 0, "used": 0}
+        epoch = self._epochs.get(self.epoch) or _Epoch(self.epoch, len(self.samples))
         return {
             "available": len(epoch.available),
             "assigned": len(epoch.assigned),
@@ -195,7 +191,6 @@ class SliceTracker:
         return self._rows[worker]
 
     def slices_held(self, worker: str) -> int:
-        """How many slices are ASSIGNED to ``worker``."""
         return self._slices[worker]
 
     def _count(self, worker: str, index: int, change: int) -> None:
@@ -275,7 +270,6 @@ class SliceTracker:
                 self._count(worker, index, -1)
 
     def held(self, worker: str) -> list[tuple[int, int]]:
-        """The (epoch, slice) pairs that are with ``worker``."""
         return [
             (number, index)
             for number, epoch in sorted(self._epochs.items())
@@ -305,7 +299,6 @@ class SliceTracker:
             assert all(given.worker == worker for given in answers.values())
 
     def to_state(self) -> TrackerState:
-        """All of it, to be kept with a checkpoint."""
         return TrackerState(
             samples=self.samples,
             next_epoch=self._next_epoch,

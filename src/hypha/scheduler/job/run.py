@@ -111,7 +111,6 @@ class _Present:
     round: int | None = None
 
     def listen(self, entry: JournalEntry) -> None:
-        """One entry of the journal."""
         if isinstance(entry.event, GenerationBegan):
             self.job_id, self.round = entry.event.start.job_id, entry.event.start.round
         for action in entry.actions:
@@ -222,7 +221,6 @@ class JobObserver:
             observe(snapshot)
 
     def snapshot(self) -> JobSnapshot:
-        """The job as it is now."""
         stage = self._stage()
         data_nodes = {} if stage.dataset is None else stage.dataset.stated
         for peer, abilities in data_nodes.items():

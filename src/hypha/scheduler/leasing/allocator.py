@@ -69,7 +69,6 @@ class Allocator:
 
     @property
     def kinds(self) -> tuple[ExecutorClass, ...]:
-        """The executor classes it can look for."""
         return tuple(self._searches)
 
     def missing(self, kind: ExecutorClass) -> int:
@@ -101,7 +100,6 @@ class Allocator:
         assert self._known == seen, f"{self._known} are not {seen}"
 
     def _summary(self) -> dict[str, object]:
-        """Of its state, for the journal."""
         return {
             kind: {
                 "wanted": search.wanted,
@@ -169,7 +167,6 @@ class Allocator:
         return actions
 
     def _taken_by(self, lease_id: str) -> WorkerSearch | None:
-        """The search that has taken that lease."""
         return next((search for search in self._searches.values() if lease_id in search.taken), None)
 
     def _most_useful(self) -> float:

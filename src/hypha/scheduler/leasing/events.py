@@ -41,7 +41,6 @@ class Search(Struct, frozen=True, tag="Ask"):
 
     @property
     def kind(self) -> ExecutorClass:
-        """The class of executor asked for."""
         return self.executor.kind
 
 
@@ -172,7 +171,6 @@ class Advertise(Struct, frozen=True, tag=True):
         return self.ask.bid if self.raised_bid is None else self.raised_bid
 
     def request(self, scheduler: PeerRef) -> WorkerRequest:
-        """The message to publish."""
         return WorkerRequest(
             request_id=self.ask.request_id,
             scheduler=scheduler,

@@ -80,7 +80,6 @@ class GivingWay:
         return _FIRST_PAUSE * self._pace.longest_pause_s * longer
 
     def validate(self, held: Collection[str]) -> None:
-        """Assert what always holds. For tests and simulation."""
         assert self._outranked <= self._contended <= set(held), (
             f"{self._contended} are contended, and {held} are held"
         )

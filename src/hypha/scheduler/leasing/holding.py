@@ -94,12 +94,10 @@ class Holding:
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """Of its log entries."""
         return {"lease_id": self.offer.lease_id, "worker_peer_id": self.offer.worker.peer}
 
     @property
     def attributes(self) -> dict[str, str]:
-        """Of its spans."""
         return {"hypha.lease": self.offer.lease_id, "hypha.peer": self.offer.worker.peer}
 
     @property

@@ -67,19 +67,16 @@ class WorkerSearch:
 
     @property
     def missing(self) -> int:
-        """How many more workers are wanted than taken."""
         return max(0, self.wanted - len(self.taken) + len(self.leaving))
 
     @property
     def next_wake(self) -> float | None:
-        """When something is due; None while nothing is."""
         raise_at = self._raise_at if self.missing else None
         moments = [moment for moment in (self.decide_at, self.advertise_at, raise_at) if moment is not None]
         return min(moments, default=None)
 
     @property
     def bid(self) -> float:
-        """What is published now."""
         ask = self.ask
         risen = ask.bid + min(1.0, self.raised * ask.raise_by) * (ask.max_price - ask.bid)
         return min(ask.max_price, risen)

@@ -191,6 +191,5 @@ def _fingerprint(cause: str, message: str) -> str:
 
 
 def exit_text(event: ExecutorExited) -> str:
-    """Exit code and last lines."""
     text = f"the executor ended with exit code {event.exit_code}"
     return f"{text}\n{event.tail}" if event.tail else text

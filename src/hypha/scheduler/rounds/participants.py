@@ -115,7 +115,6 @@ class Member:
 
     @property
     def peer(self) -> str:
-        """Its PeerID."""
         return self.ref.peer
 
     @property
@@ -152,7 +151,6 @@ class Member:
             self.last = max(self.multiple, self.batches)
 
     def state(self, round_: int) -> MemberState:
-        """In one word."""
         if self.absent:
             return "unreachable"
         if self.leaves is not None:

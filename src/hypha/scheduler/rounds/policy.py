@@ -82,7 +82,6 @@ class Start:
 
     @property
     def stamp(self) -> JobStamp:
-        """Of this generation."""
         return JobStamp(job_id=self.job_id, generation=self.generation)
 
 

@@ -99,7 +99,6 @@ class ExecutorReports(RoundState):
     # --- the parameter server -----------------------------------------------------------------------
 
     def server_told(self, told: Told, now: float) -> list[Action]:
-        """What follows from an event of the parameter server."""
         event = told.event
         match event:
             case ModelReady():
@@ -258,7 +257,6 @@ class ExecutorReports(RoundState):
     # --- training executors -----------------------------------------------------------------------
 
     def worker_told(self, member: Member, told: Told, now: float) -> list[Action]:
-        """What follows from an event of the executor of ``member``."""
         event = told.event
         match event:
             case Loaded():
@@ -322,7 +320,6 @@ class ExecutorReports(RoundState):
         return []
 
     def progress_reported(self, event: Reported, now: float) -> list[Action]:
-        """What follows from how far an executor says that it is."""
         member, stamp, report = self.members.get(event.sender), event.stamp, event.progress
         if member is None or stamp.job_id != self.start.job_id:
             self.counts["uninvited"] += 1

@@ -107,7 +107,6 @@ class RoundState:
 
     @property
     def loaded(self) -> list[Member]:
-        """Workers that have a model."""
         return [member for member in self.members.values() if member.loaded]
 
     @property
@@ -327,7 +326,6 @@ class RoundState:
         return member.may_hold(min(self.ahead, _MOST_AHEAD), target, max(self.tracker.samples), whole)
 
     def keep_slices(self) -> KeepSlices:
-        """As they are now."""
         self.kept = self.tracker.version
         return KeepSlices(self.start.generation, self.tracker.to_state())
 
@@ -381,13 +379,11 @@ class RoundState:
         return self.tell_members() if more else []
 
     def to_server(self, directive: Directive) -> list[Action]:
-        """Steer the parameter server."""
         return [Send(self.server, "aggregate", directive)] if self.server is not None else []
 
     # --- for tests and simulation ---------------------------------------------------------------------
 
     def summary(self) -> dict[str, object]:
-        """For the journal."""
         return {
             "phase": self.phase,
             "round": self.round,
