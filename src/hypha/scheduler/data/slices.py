@@ -128,9 +128,8 @@ class SliceTracker:
         self._cached: dict[str, tuple[int, ...]] = {}
         self.version = 0
         self._validated = -1
-        #: worker -> rows, and number, of the slices that are ASSIGNED to it
+        #: worker -> rows of the slices that are ASSIGNED to it
         self._rows: Counter[str] = Counter()
-        self._slices: Counter[str] = Counter()
 
     @property
     def holders(self) -> tuple[str, ...]:
@@ -190,14 +189,10 @@ class SliceTracker:
         """Rows of all slices that are ASSIGNED to ``worker``."""
         return self._rows[worker]
 
-    def slices_held(self, worker: str) -> int:
-        return self._slices[worker]
-
     def _count(self, worker: str, index: int, change: int) -> None:
         self._rows[worker] += change * self.samples[index]
-        self._slices[worker] += change
-        if not self._slices[worker]:
-            del self._rows[worker], self._slices[worker]
+        if not self._rows[worker]:
+            del self._rows[worker]
 
     def _forget_oldest(self, answers: OrderedDict[int, AnswerState]) -> None:
         """Of a worker's answers: what it holds it can still give back, see :meth:`dropped`."""
@@ -292,8 +287,10 @@ class SliceTracker:
             assert len(epoch.used) < len(everything), f"epoch {number} is complete, but open"
             assert epoch.available <= set(epoch.order), f"epoch {number}: {epoch.available} cannot be found"
         held = [(worker, index) for one in self._epochs.values() for index, worker in one.assigned.items()]
-        assert self._slices == Counter(worker for worker, _ in held), f"{self._slices} are not {held}"
-        assert self._rows.total() == sum(self.samples[index] for _, index in held), f"{self._rows}: {held}"
+        rows: Counter[str] = Counter()
+        for worker, index in held:
+            rows[worker] += self.samples[index]
+        assert self._rows == rows, f"{self._rows} are not those of {held}"
         for worker, answers in self._answers.items():
             assert not answers or worker in self._incarnation, f"{worker} was answered, but did not ask"
             assert all(given.worker == worker for given in answers.values())

@@ -279,8 +279,8 @@ class RunningJob:
                 await self._leave()
             self._observer.close()
 
-    def _enter(self, stage: Preparing) -> None:
-        self._stage = stage
+    def _enter(self, step: str) -> None:
+        self._stage = Preparing(step)
 
     def _end(self, outcome: JobResult | HyphaError) -> None:
         self._outcome = self._outcome or outcome

@@ -136,7 +136,7 @@ class ExecutorReports(RoundState):
             return []
         if event.round == self.round + 1 and self.start.taken_over and self.round == self.start.round:
             # the scheduler before this one had closed the round; RoundApplied says with what
-            self.server_ready, self.theta, self.server_at = True, self.start.theta, event.round
+            self.theta, self.server_at = self.start.theta, event.round
             return []
         if event.round != self.round:
             text = f"the parameter server is at round {event.round}, not {self.round}"
@@ -146,7 +146,7 @@ class ExecutorReports(RoundState):
             return self.failed(server.peer, "aggregate", text, "data")
         for note in event.notes:
             logger.warning("The model: %s", note, extra={"job_id": self.start.job_id})
-        self.server_ready, self.theta, self.server_at = True, event.theta, event.round
+        self.theta, self.server_at = event.theta, event.round
         self.early = [told for told in self.early if told.stamp.round <= self.round]
         if self.round >= self.rules.rounds:
             self.phase = "exporting"

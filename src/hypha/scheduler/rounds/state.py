@@ -78,8 +78,7 @@ class RoundState:
         #: of the open round; empty where nobody says it, as the round was closed in an earlier generation
         self.theta = ""
         self.server: PeerRef | None = None
-        self.server_ready = False
-        #: where the parameter server was when it had the model; None before
+        #: at which round the parameter server was when it had the model; None before
         self.server_at: int | None = None
         #: when its worker ends; the newest round as which it was asked to save itself, and has
         self.server_leaves: Leave | None = None
@@ -104,6 +103,11 @@ class RoundState:
         self.limits: dict[str, int] = {}
         #: the newest version of the slices' state that is to be made durable
         self.kept = -1
+
+    @property
+    def server_ready(self) -> bool:
+        """The parameter server has the model."""
+        return self.server_at is not None
 
     @property
     def loaded(self) -> list[Member]:
@@ -141,8 +145,7 @@ class RoundState:
     def join(self, event: Joined, now: float) -> None:
         """An executor was started."""
         if event.kind == "aggregate":
-            self.server, self.server_ready, self.server_at = event.ref, False, None
-            self.server_leaves = None
+            self.server, self.server_at, self.server_leaves = event.ref, None, None
         elif event.ref.peer not in self.members:
             self.members[event.ref.peer] = Member(event.ref, event.batch_size, self.rules.multiple, now)
         else:
@@ -221,7 +224,7 @@ class RoundState:
         """The parameter server is gone: this generation ends, and what is known of slices is kept for the
         next.
         """
-        self.server, self.server_ready, self.server_at = None, False, None
+        self.server, self.server_at = None, None
         self.over = True
         had_model = [one.peer for one in self.members.values() if one.loaded or one.told_at is not None]
         restart = Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model))
@@ -301,7 +304,7 @@ class RoundState:
         if not told and self.tracker.rows_held(caller) >= self._may_hold(member):
             self.counts["slices held"] += 1
             member.hoarding += 1
-            held = self.tracker.slices_held(caller)
+            held = len(self.tracker.held(caller))
             if member.hoarding >= _HOARDING and not member.named:
                 member.named = True
                 logger.warning(
