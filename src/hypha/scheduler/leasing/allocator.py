@@ -22,7 +22,7 @@ from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, WorkerOffer
 from hypha.resources import check
-from hypha.scheduler.leasing import events
+from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.events import AllocatorAction, AllocatorEvent, Cause, Search, SearchTimes
 from hypha.scheduler.leasing.giving_way import GivingWay
 from hypha.scheduler.leasing.searching import Candidate, WorkerSearch, most_capacity, unfit, usable_capacity
@@ -58,7 +58,7 @@ class Allocator:
                 raise ValueError(f"two asks for {ask.kind} executors or with id {ask.request_id}")
             self._searches[ask.kind] = self._by_request[ask.request_id] = WorkerSearch(ask, self._pace)
         if journal is not None:
-            journal.note(NAME, 0.0, events.AllocatorBegan(asks, self._pace), (), self._summary())
+            journal.note(NAME, 0.0, allocation.AllocatorBegan(asks, self._pace), (), self._summary())
 
     @property
     def next_wake(self) -> float | None:
@@ -114,7 +114,7 @@ class Allocator:
     def _apply(self, event: AllocatorEvent, now: float) -> list[AllocatorAction]:
         actions: list[AllocatorAction] = []
         match event:
-            case events.Want(kind, count):
+            case allocation.Want(kind, count):
                 search = self._searches.get(kind)
                 if search is None:
                     raise ValueError(f"nothing is known about whom to ask for {kind} jobs")
@@ -123,38 +123,38 @@ class Allocator:
                 if count != search.wanted:
                     search.wanted = count
                     self._hurry(search, now)
-            case events.Offered(caller, offer):
+            case allocation.Offered(caller, offer):
                 actions.extend(self._consider(caller, offer, now))
-            case events.Gained(lease_id):
+            case allocation.Gained(lease_id):
                 if search := self._taken_by(lease_id):
                     search.confirmed.add(lease_id)
                     # it goes on hoping
                     self._giving_way.yield_at = None
                     search.pause_s = 2 * self._pace.offer_deadline_s
-            case events.Adopted(kind, lease_id, worker):
+            case allocation.Adopted(kind, lease_id, worker):
                 search = self._searches[kind]
                 search.taken[lease_id] = worker
                 search.workers[worker] = lease_id
                 search.confirmed.add(lease_id)
                 self._known[lease_id] = worker
-            case events.LeaseFailed(lease_id, avoid):
+            case allocation.LeaseFailed(lease_id, avoid):
                 if search := self._taken_by(lease_id):
                     self._lose(search, lease_id, avoid, now)
-            case events.WorkerLeaves(lease_id):
+            case allocation.WorkerLeaves(lease_id):
                 search = self._taken_by(lease_id)
                 if search is not None and lease_id not in search.leaving:
                     search.leaving.add(lease_id)
                     self._hurry(search, now)
             case TrackRecord():
                 self._standings.know(event, self._most_useful())
-            case events.Worked(speeds):
+            case allocation.Worked(speeds):
                 self._standings.worked(speeds)
-            case events.Contended(lease_id, contended, outranked):
+            case allocation.Contended(lease_id, contended, outranked):
                 if self._taken_by(lease_id):
                     self._giving_way.contended(lease_id, contended, outranked)
-            case events.Begun():
+            case allocation.Begun():
                 self._giving_way.begun = True
-            case events.GatewayChanged():
+            case allocation.GatewayChanged():
                 for search in self._searches.values():
                     # a job's first request coincides with its node's reservation at the relay: all would
                     # receive it twice while they are busy with the offer
@@ -195,13 +195,13 @@ class Allocator:
             self._hurry(search, now)
             # the newest: those before it may have loaded the model
             confirmed = [lease_id for lease_id in search.taken if lease_id in search.confirmed]
-            return [events.GiveBack(confirmed[-1])]
+            return [allocation.GiveBack(confirmed[-1])]
         actions: list[AllocatorAction] = []
         for search in self._searches.values():
             actions.extend(self._dismiss(candidate) for candidate in search.candidates.values())
             search.candidates.clear()
             search.decide_at = None
-            actions.extend(events.GiveBack(lease_id) for lease_id in search.taken)
+            actions.extend(allocation.GiveBack(lease_id) for lease_id in search.taken)
             search.paused_until = now + pause_s
             self._hurry(search, now)
         return actions
@@ -226,23 +226,25 @@ class Allocator:
     def _consider(self, caller: str, offer: WorkerOffer, now: float) -> list[AllocatorAction]:
         lease_id, search = offer.lease_id, self._by_request.get(offer.request_id)
         if search is None:
-            return [events.Decline(lease_id, "not-found", f"no request {offer.request_id} of this scheduler")]
+            return [
+                allocation.Decline(lease_id, "not-found", f"no request {offer.request_id} of this scheduler")
+            ]
         refusal = unfit(caller, offer, search.ask)
         if refusal is not None:
             code = "unsupported" if refusal[1] == "features" else "invalid"
-            return [events.Decline(lease_id, code, *refusal)]
+            return [allocation.Decline(lease_id, code, *refusal)]
         owner = self._known.get(lease_id)
         if owner == caller:
             # the same offer again: the answer to the first was lost
-            return [events.Keep(lease_id)]
+            return [allocation.Keep(lease_id)]
         if owner is not None:
-            return [events.Decline(lease_id, "invalid", "another worker has a lease with this id")]
+            return [allocation.Decline(lease_id, "invalid", "another worker has a lease with this id")]
         if caller in search.workers:
-            return [events.Decline(lease_id, "duplicate", "this worker is already taken for that job")]
+            return [allocation.Decline(lease_id, "duplicate", "this worker is already taken for that job")]
         if not search.missing or now < search.paused_until:
             reason = "no more workers are wanted for this request"
-            return [events.Decline(lease_id, "not-found", reason, "not-needed")]
-        actions: list[AllocatorAction] = [events.Keep(lease_id)]
+            return [allocation.Decline(lease_id, "not-found", reason, "not-needed")]
+        actions: list[AllocatorAction] = [allocation.Keep(lease_id)]
         older = search.candidates.get(caller)
         if older is not None:
             # a worker offers again only when it gave up on its first offer
@@ -252,9 +254,9 @@ class Allocator:
         search.decide_on(offer, now)
         return actions
 
-    def _dismiss(self, candidate: Candidate, cause: Cause = "other") -> events.Dismiss:
+    def _dismiss(self, candidate: Candidate, cause: Cause = "other") -> allocation.Dismiss:
         del self._known[candidate.offer.lease_id]
-        return events.Dismiss(candidate.offer.lease_id, candidate.offer.worker, cause)
+        return allocation.Dismiss(candidate.offer.lease_id, candidate.offer.worker, cause)
 
     def _advance(self, search: WorkerSearch, now: float) -> list[AllocatorAction]:
         actions: list[AllocatorAction] = []
@@ -271,7 +273,7 @@ class Allocator:
         elif search.advertise_at is not None and now >= search.advertise_at:
             within_s = self._pace.offer_deadline_s
             raised_bid = search.bid if search.raised else None
-            actions.append(events.Advertise(search.ask, search.missing, within_s, raised_bid))
+            actions.append(allocation.Advertise(search.ask, search.missing, within_s, raised_bid))
             # the offers for this request and those that are considered already compete
             search.late = False
             search.decide_by = min(now + within_s, math.inf if search.decide_at is None else search.decide_by)
@@ -295,7 +297,7 @@ class Allocator:
                 search.workers[worker] = lease_id
                 if search.ask.kind == "train":
                     self._standings.took(worker, usable_capacity(candidate.offer, search.ask))
-                actions.append(events.Accept(search.ask.kind, candidate.offer, candidate.expires_at))
+                actions.append(allocation.Accept(search.ask.kind, candidate.offer, candidate.expires_at))
             elif candidate.expires_at <= now:
                 actions.append(self._dismiss(candidate, "late"))
             else:

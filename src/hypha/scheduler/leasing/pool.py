@@ -31,9 +31,9 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.runtime import chance
-from hypha.scheduler.leasing import events
+from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.allocator import Allocator
-from hypha.scheduler.leasing.events import PoolEvent, Search, SearchTimes
+from hypha.scheduler.leasing.events import LeaseGained, PoolEvent, Search, SearchTimes
 from hypha.scheduler.leasing.holding import Holding, LeaseChange, keep_renewed
 from hypha.scheduler.leasing.renewal import Lapsed, Recovered, Renewal, Suspected
 from hypha.scheduler.leasing.track_records import TrackRecord
@@ -74,7 +74,7 @@ class Pool:
         self._versions = StatedVersions(asks)
         self._random = chance()
         self._held: dict[str, Holding] = {}
-        self._todo: list[events.AllocatorAction] = []
+        self._todo: list[allocation.AllocatorAction] = []
         self._wake = trio.Event()
         self._running = trio.CancelScope()
         self._releasing = trio.CapacityLimiter(MAX_RELEASES)
@@ -98,7 +98,7 @@ class Pool:
         return self._receive
 
     @property
-    def leases(self) -> tuple[events.LeaseGained, ...]:
+    def leases(self) -> tuple[LeaseGained, ...]:
         """All leases held now."""
         return tuple(held.lease for held in self.held)
 
@@ -120,7 +120,7 @@ class Pool:
 
     def want(self, kind: ExecutorClass, count: int) -> None:
         """Hold ``count`` workers of ``kind``. With fewer than are held nothing is released by itself."""
-        self._apply(events.Want(kind, count))
+        self._apply(allocation.Want(kind, count))
 
     def bid(self, kind: ExecutorClass) -> float:
         """What is bid for a worker of ``kind`` now."""
@@ -130,7 +130,7 @@ class Pool:
         """The job trains: what it holds is not given back any more for lack of the rest. Repeats are free."""
         if not self._begun:
             self._begun = True
-            self._apply(events.Begun())
+            self._apply(allocation.Begun())
 
     def know(self, record: TrackRecord) -> None:
         """What the ledger has of a worker: it counts when offers are compared."""
@@ -140,9 +140,9 @@ class Pool:
         """A round was applied: how fast each worker was in it is known."""
         if entry.duration_s > 0:
             parts = {part.worker: part.samples / entry.duration_s for part in entry.contributors}
-            self._apply(events.Worked(tuple(parts.items())))
+            self._apply(allocation.Worked(tuple(parts.items())))
 
-    def adopt(self, leases: Iterable[events.LeaseGained]) -> None:
+    def adopt(self, leases: Iterable[LeaseGained]) -> None:
         """Go on with leases of an earlier scheduler: they count as held, without :class:`LeaseGained`, and
         are renewed at once; :class:`LeaseLost` is reported of those that their workers do not know, or that
         nobody confirms. Before or while :meth:`run` runs.
@@ -152,7 +152,7 @@ class Pool:
             held = Holding.adopted(lease, now)
             self._held[lease.lease_id] = held
             self._node.learn(lease.worker)
-            self._apply(events.Adopted(lease.kind, lease.lease_id, lease.worker.peer))
+            self._apply(allocation.Adopted(lease.kind, lease.lease_id, lease.worker.peer))
             self._adopted.append(held)
 
     async def release(self, lease_id: str, avoid: bool = False) -> None:
@@ -164,14 +164,16 @@ class Pool:
         if held is None:
             return
         held.scope.cancel()
-        self._apply(events.LeaseFailed(lease_id, avoid))
+        self._apply(allocation.LeaseFailed(lease_id, avoid))
         await self._release(held.offer.worker, lease_id)
 
     async def close(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
         """Give everything back, for at most ``timeout_s``, and end :meth:`run`."""
         for kind in self._allocator.kinds:
-            self._apply(events.Want(kind, 0))
-        self._unwanted |= {one.lease_id: one.worker for one in self._todo if isinstance(one, events.Dismiss)}
+            self._apply(allocation.Want(kind, 0))
+        self._unwanted |= {
+            one.lease_id: one.worker for one in self._todo if isinstance(one, allocation.Dismiss)
+        }
         self._todo.clear()
         self._running.cancel()  # which cuts off releases under way
         ending = {lease_id: held.offer.worker for lease_id, held in self._held.items()} | self._unwanted
@@ -207,7 +209,7 @@ class Pool:
 
     # --- deciding -----------------------------------------------------------------------------------
 
-    def _apply(self, event: events.AllocatorEvent) -> list[events.AllocatorAction]:
+    def _apply(self, event: allocation.AllocatorEvent) -> list[allocation.AllocatorAction]:
         actions = self._allocator.handle(event, trio.current_time())
         self._todo.extend(actions)
         self._wake.set()
@@ -218,8 +220,8 @@ class Pool:
             raise Refused("not-found", "this scheduler is stopping")
         fields = {"lease_id": offer.lease_id, "worker_peer_id": caller}
         with span(RECEIVE_OFFER, {"hypha.lease": offer.lease_id, "hypha.peer": caller}):
-            for action in self._apply(events.Offered(caller, offer)):
-                if isinstance(action, events.Decline) and action.lease_id == offer.lease_id:
+            for action in self._apply(allocation.Offered(caller, offer)):
+                if isinstance(action, allocation.Decline) and action.lease_id == offer.lease_id:
                     logger.debug("An offer was declined: %s.", action.reason, extra=fields)
                     if action.cause == "features":
                         self._versions.declined(caller, offer)
@@ -250,32 +252,32 @@ class Pool:
                 reason,
                 extra=held.log_fields,
             )
-            self._apply(events.WorkerLeaves(leaving.lease_id))
+            self._apply(allocation.WorkerLeaves(leaving.lease_id))
         now = trio.current_time()
         if (left_s := held.announced_end(leaving.left_s, now)) is not None:
-            self._tell(held, events.LeaseLeaving(*held.named, left_s, reason))
+            self._tell(held, allocation.LeaseLeaving(*held.named, left_s, reason))
         return Acknowledged()
 
-    def _carry_out(self, action: events.AllocatorAction, nursery: trio.Nursery) -> None:
+    def _carry_out(self, action: allocation.AllocatorAction, nursery: trio.Nursery) -> None:
         match action:
-            case events.Advertise():
+            case allocation.Advertise():
                 nursery.start_soon(self._publish, action)
-            case events.Accept(kind, offer, expires_at):
+            case allocation.Accept(kind, offer, expires_at):
                 offered_in = self._offered_in.pop(offer.lease_id, None)
                 held = Holding(kind, offer, expires_at, offered_in=offered_in)
                 self._held[offer.lease_id] = held
                 self._node.learn(offer.worker)
                 nursery.start_soon(self._hold, held)
-            case events.Dismiss(lease_id, worker):
+            case allocation.Dismiss(lease_id, worker):
                 self._offered_in.pop(lease_id, None)
                 self._unwanted[lease_id] = worker
                 nursery.start_soon(self._release, worker, lease_id)
-            case events.GiveBack(lease_id):
+            case allocation.GiveBack(lease_id):
                 self._give_back(lease_id, nursery)
-            case events.Keep() | events.Decline():
+            case allocation.Keep() | allocation.Decline():
                 pass
 
-    async def _publish(self, action: events.Advertise) -> None:
+    async def _publish(self, action: allocation.Advertise) -> None:
         kind = action.ask.kind
         if kind in self._publishing:
             # the one before still waits for a gateway to pass it on, and is the same request
@@ -284,9 +286,8 @@ class Pool:
         logged_at, logged_bid = self._logged.get(kind, (-math.inf, None))
         if now >= logged_at + REMIND_S or logged_bid != action.raised_bid:
             self._logged[kind] = now, action.raised_bid
-            raised = (
-                "" if action.raised_bid is None else f", at a bid that was raised to {action.raised_bid:g}"
-            )
+            bid = action.raised_bid
+            raised = "" if bid is None else f", at a bid that was raised to {bid:g}"
             logger.info("Looking for %d more workers for %s jobs%s.", action.count, kind, raised)
         self._publishing.add(kind)
         attributes = {"hypha.executor.class": kind, "hypha.request": action.ask.request_id}
@@ -307,11 +308,11 @@ class Pool:
         if held is None:
             return
         held.scope.cancel()
-        self._apply(events.LeaseFailed(lease_id, avoid=False))
+        self._apply(allocation.LeaseFailed(lease_id, avoid=False))
         reason = "given back, as there are too few workers to begin, and other schedulers ask for this one"
         if held.gained:
             logger.info("A worker is %s.", reason, extra=held.log_fields)
-            self._tell(held, events.LeaseLost(*held.named, reason, False))
+            self._tell(held, allocation.LeaseLost(*held.named, reason, False))
         self._unwanted[lease_id] = held.offer.worker
         nursery.start_soon(self._release, held.offer.worker, lease_id)
 
@@ -324,21 +325,21 @@ class Pool:
 
     def _changed(self, held: Holding, change: LeaseChange) -> None:
         match change:
-            case events.Gained():
+            case allocation.Gained():
                 logger.info("A worker was leased for %s jobs.", held.kind, extra=held.log_fields)
                 self._versions.leased(held.kind, held.offer.worker.peer, stated(held.offer))
                 self._apply(change)
                 self._tell(held, held.lease)
-            case events.Contended():
+            case allocation.Contended():
                 self._apply(change)
             case Suspected(reason) if held.gained:
                 logger.warning("A leased worker cannot be reached: %s.", reason, extra=held.log_fields)
-                self._tell(held, events.LeaseSuspect(*held.named, reason))
+                self._tell(held, allocation.LeaseSuspect(*held.named, reason))
             case Suspected():
                 pass  # it is only an offer yet
             case Recovered():
-                self._tell(held, events.LeaseRecovered(*held.named))
-            case events.Dismiss():
+                self._tell(held, allocation.LeaseRecovered(*held.named))
+            case allocation.Dismiss():
                 self._todo.append(change)
             case Lapsed(reason, refused):
                 self._lose(held, reason, refused)
@@ -347,10 +348,10 @@ class Pool:
         lease_id, worker = held.offer.lease_id, held.offer.worker
         self._held.pop(lease_id, None)
         # a worker that ends its lease itself is well, and may be taken again
-        self._apply(events.LeaseFailed(lease_id, avoid=not refused))
+        self._apply(allocation.LeaseFailed(lease_id, avoid=not refused))
         if not refused:
             # it may have received the renewals whose replies were lost, and keep its resources for nobody
-            self._todo.append(events.Dismiss(lease_id, worker))
+            self._todo.append(allocation.Dismiss(lease_id, worker))
         if not held.gained:
             logger.info("An offer could not be accepted: %s.", reason, extra=held.log_fields)
             return
@@ -358,7 +359,7 @@ class Pool:
             logger.info("A worker handed its lease back: %s.", held.handed_back, extra=held.log_fields)
         else:
             logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
-        self._tell(held, events.LeaseLost(*held.named, reason, not refused))
+        self._tell(held, allocation.LeaseLost(*held.named, reason, not refused))
 
     def _tell(self, held: Holding, event: PoolEvent) -> None:
         # while the job ends, workers may still send something
@@ -391,4 +392,4 @@ class Pool:
         seen = self._node.gateway_changed.count
         while True:
             seen = await self._node.gateway_changed.wait(seen)
-            self._apply(events.GatewayChanged())
+            self._apply(allocation.GatewayChanged())
