@@ -232,12 +232,8 @@ class JobExecutors:
                     return False
             except NetworkError as exc:
                 # the lease decides how long that is worth trying
-                logger.debug(
-                    "The request to go on was not delivered to the %s executor: %s",
-                    lease.kind,
-                    exc,
-                    extra=fields,
-                )
+                text = "The request to go on was not delivered to the %s executor: %s"
+                logger.debug(text, lease.kind, exc, extra=fields)
             else:
                 logger.info("The %s executor goes on", lease.kind, extra=fields)
                 self._handle(GoesOn(lease.worker.peer, lease.kind))
@@ -250,11 +246,8 @@ class JobExecutors:
             cancel = CancelJob(job_id=job_id, kind=lease.kind)
             await self._node.request(lease.worker.peer, cancel, timeout_s=_CANCEL_TIMEOUT_S)
         except NetworkError as exc:
-            logger.debug(
-                "The request to stop an earlier executor was not delivered: %s",
-                exc,
-                extra={"worker_peer_id": lease.worker.peer},
-            )
+            fields = {"worker_peer_id": lease.worker.peer}
+            logger.debug("The request to stop an earlier executor was not delivered: %s", exc, extra=fields)
 
     async def _dispatch(self, request: DispatchJob, lease: LeaseGained) -> bool:
         attributes: dict[str, Attribute] = {
@@ -281,8 +274,7 @@ class JobExecutors:
             except Refused as exc:
                 if not exc.retryable:
                     logger.warning("A worker refused the %s job: %s", lease.kind, exc, extra=fields)
-                    refused = JobRefused(lease.worker.peer, lease.kind, f"{exc.reason} ({exc.code})")
-                    self._handle(refused)
+                    self._handle(JobRefused(lease.worker.peer, lease.kind, f"{exc.reason} ({exc.code})"))
                     return False
                 logger.info("A worker cannot start the %s job yet: %s", lease.kind, exc, extra=fields)
             except NetworkError as exc:
@@ -303,10 +295,10 @@ class JobExecutors:
             async with trio.open_nursery() as nursery:
                 for executor in executors:
                     executor.scope.cancel()
-                    kind, finish = executor.lease.kind, Finish(reason=reason)
-                    stamp = begun.generation.start.stamp
-                    last = Steer(stamp=stamp, kind=kind, seq=_LAST_SEQ, directive=finish)
-                    nursery.start_soon(self._send_last, executor.lease.worker.peer, last, timeout_s)
+                    lease, stamp = executor.lease, begun.generation.start.stamp
+                    finish = Finish(reason=reason)
+                    last = Steer(stamp=stamp, kind=lease.kind, seq=_LAST_SEQ, directive=finish)
+                    nursery.start_soon(self._send_last, lease.worker.peer, last, timeout_s)
 
     async def _send_last(self, peer: str, last: Steer, timeout_s: float) -> None:
         try:

@@ -91,7 +91,7 @@ class KeptSlices:
         return not self._closed
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestHandlers:
     """Answer ``ReportEvent`` and ``NextSlice``, and receive the report stream. ``current`` is the current
     generation: where it begins, and what of its slices is kept. ``handle`` returns the round machine's reply.
@@ -164,10 +164,10 @@ class ServedDirectory:
     def __init__(self, kind: str, path: Path) -> None:
         self.kind = kind
         self.path = path.resolve()
-        hidden = (part for part in self.path.rglob("*") if part.is_file())
+        found = (file for file in self.path.rglob("*") if file.is_file())
         self._files = {
             file.relative_to(self.path).as_posix(): file
-            for file in sorted(hidden)
+            for file in sorted(found)
             if not any(part.startswith(".") for part in file.relative_to(self.path).parts)
         }
         if not self._files:
@@ -195,7 +195,7 @@ def served_directories(job: JobConfig) -> dict[str, ServedDirectory]:
     return {kind: ServedDirectory(kind, path) for kind, path in paths.items() if path is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class FileHandlers:
     """Answer ``ListFiles`` and serve and accept files at ``node``: out go the model's and the preprocessor's
     ``directories``, and checkpoints of ``store`` to restore from; in come checkpoints and the trained model,

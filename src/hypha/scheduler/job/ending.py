@@ -172,9 +172,6 @@ async def _request_save(node: Node, server: PeerRef, stamp: JobStamp, round_: in
             await node.request(server.peer, steer)
             return
         except NetworkError as exc:
-            logger.debug(
-                "The request to save a checkpoint was not delivered: %s",
-                exc,
-                extra={"worker_peer_id": server.peer},
-            )
+            fields = {"worker_peer_id": server.peer}
+            logger.debug("The request to save a checkpoint was not delivered: %s", exc, extra=fields)
         await trio.sleep(_PAUSE_S)

@@ -246,12 +246,8 @@ class Pool:
         if not held.gained:
             raise Refused("busy", "the lease is just being accepted")
         if held.leaves_at is None:
-            logger.info(
-                "A leased worker ends in %.1f s (%s); another one is looked for.",
-                leaving.left_s,
-                reason,
-                extra=held.log_fields,
-            )
+            text = "A leased worker ends in %.1f s (%s); another one is looked for."
+            logger.info(text, leaving.left_s, reason, extra=held.log_fields)
             self._apply(allocation.WorkerLeaves(leaving.lease_id))
         now = trio.current_time()
         if (left_s := held.announced_end(leaving.left_s, now)) is not None:

@@ -197,12 +197,8 @@ class ExecutorReports(RoundState):
         return self._refuse_update(member, event.code, event.reason)
 
     def _refuse_update(self, member: Member, code: str, reason: str) -> list[Action]:
-        logger.warning(
-            "An update was refused (%s): %s; its worker starts over",
-            code,
-            reason,
-            extra={"worker_peer_id": member.peer, "job_id": self.start.job_id},
-        )
+        text = "An update was refused (%s): %s; its worker starts over"
+        self.log(logging.WARNING, member.peer, text, code, reason)
         member.refused += 1
         if member.refused >= PATIENCE:
             return self.failed(member.peer, "train", f"its updates are refused: {reason}", code)
@@ -301,11 +297,8 @@ class ExecutorReports(RoundState):
             self.counts["stale attempt"] += 1
         elif event.theta != self.theta and self.theta:
             self.counts["wrong theta"] += 1
-            logger.error(
-                "A worker started round %d from another theta; it is sent the right one",
-                self.round,
-                extra={"worker_peer_id": member.peer, "job_id": self.start.job_id},
-            )
+            text = "A worker started round %d from another theta; it is sent the right one"
+            self.log(logging.ERROR, member.peer, text, self.round)
             return self.send_model(member, now)
         elif not member.fixed and not (member.started == self.round and member.batches):
             size = member.batch_size if event.batch_size is None else event.batch_size
@@ -342,11 +335,8 @@ class ExecutorReports(RoundState):
     def _impossible(self, member: Member, what: str) -> list[Action]:
         """What a worker says of itself cannot be; who goes on like that is replaced."""
         member.impossible += 1
-        logger.warning(
-            "A worker states what cannot be (%s); it is not believed",
-            what,
-            extra={"worker_peer_id": member.peer, "job_id": self.start.job_id},
-        )
+        text = "A worker states what cannot be (%s); it is not believed"
+        self.log(logging.WARNING, member.peer, text, what)
         if member.impossible < PATIENCE:
             return []
         return self.failed(member.peer, "train", f"it states what cannot be: {what}", "claims")

@@ -307,11 +307,8 @@ class RoundState:
             held = len(self.tracker.held(caller))
             if member.hoarding >= _HOARDING and not member.named:
                 member.named = True
-                logger.warning(
-                    "A worker asks for more slices again and again, and holds %d: more than it can use",
-                    held,
-                    extra={"worker_peer_id": caller, "job_id": self.start.job_id},
-                )
+                text = "A worker asks for more slices again and again, and holds %d: more than it can use"
+                self.log(logging.WARNING, caller, text, held)
             return f"{held} slices are yours: train on them first"
         return self.tracker.next(caller, request.incarnation, request.seq, request.cached)
 
@@ -384,7 +381,11 @@ class RoundState:
     def to_server(self, directive: Directive) -> list[Action]:
         return [Send(self.server, "aggregate", directive)] if self.server is not None else []
 
-    # --- for tests and simulation ---------------------------------------------------------------------
+    # --- for people and tests -------------------------------------------------------------------------
+
+    def log(self, level: int, worker: str, text: str, *details: object) -> None:
+        """About ``worker``."""
+        logger.log(level, text, *details, extra={"worker_peer_id": worker, "job_id": self.start.job_id})
 
     def summary(self) -> dict[str, object]:
         return {
