@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import trio
 
 from hypha.errors import NetworkError, Refused
-from hypha.features import printable, stated
+from hypha.features import Abilities, printable
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import (
@@ -34,7 +34,7 @@ from hypha.runtime import chance
 from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import LeaseGained, PoolEvent, Search, SearchTimes
-from hypha.scheduler.leasing.holding import Holding, LeaseChange, keep_renewed
+from hypha.scheduler.leasing.holding import ADOPT_S, Holding, LeaseChange, keep_renewed
 from hypha.scheduler.leasing.renewal import Lapsed, Recovered, Renewal, Suspected
 from hypha.scheduler.leasing.track_records import TrackRecord
 from hypha.scheduler.status.round_traces import RoundTraces
@@ -103,7 +103,7 @@ class Pool:
         return tuple(held.lease for held in self.held)
 
     def _is_partner(self, peer: str) -> bool:
-        return any(held.gained and held.offer.worker.peer == peer for held in self._held.values())
+        return any(held.gained and held.lease.worker.peer == peer for held in self._held.values())
 
     @property
     def held(self) -> tuple[Holding, ...]:
@@ -149,7 +149,7 @@ class Pool:
         """
         now = trio.current_time()
         for lease in leases:
-            held = Holding.adopted(lease, now)
+            held = Holding(lease, now + ADOPT_S, gained=True)
             self._held[lease.lease_id] = held
             self._node.learn(lease.worker)
             self._apply(allocation.Adopted(lease.kind, lease.lease_id, lease.worker.peer))
@@ -165,7 +165,7 @@ class Pool:
             return
         held.scope.cancel()
         self._apply(allocation.LeaseFailed(lease_id, avoid))
-        await self._release(held.offer.worker, lease_id)
+        await self._release(held.lease.worker, lease_id)
 
     async def close(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
         """Give everything back, for at most ``timeout_s``, and end :meth:`run`."""
@@ -176,7 +176,7 @@ class Pool:
         }
         self._todo.clear()
         self._running.cancel()  # which cuts off releases under way
-        ending = {lease_id: held.offer.worker for lease_id, held in self._held.items()} | self._unwanted
+        ending = {lease_id: held.lease.worker for lease_id, held in self._held.items()} | self._unwanted
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
                 for lease_id, worker in ending.items():
@@ -234,7 +234,7 @@ class Pool:
 
     async def _answer_leaving(self, caller: str, leaving: WorkerLeaving) -> Acknowledged:
         held = self._held.get(leaving.lease_id)
-        if held is None or held.offer.worker.peer != caller or self._running.cancel_called:
+        if held is None or held.lease.worker.peer != caller or self._running.cancel_called:
             return Acknowledged()  # it is over here already, or was never this worker's
         if not (math.isfinite(leaving.left_s) and leaving.left_s >= 0):
             raise Refused("invalid", f"{leaving.left_s} is no time to be left")
@@ -259,10 +259,11 @@ class Pool:
             case allocation.Advertise():
                 nursery.start_soon(self._publish, action)
             case allocation.Accept(kind, offer, expires_at):
-                offered_in = self._offered_in.pop(offer.lease_id, None)
-                held = Holding(kind, offer, expires_at, offered_in=offered_in)
-                self._held[offer.lease_id] = held
-                self._node.learn(offer.worker)
+                lease_id, worker = offer.lease_id, offer.worker
+                lease = LeaseGained(lease_id, worker, offer.resources, offer.price, kind, offer.version)
+                held = Holding(lease, expires_at, offered_in=self._offered_in.pop(lease_id, None))
+                self._held[lease_id] = held
+                self._node.learn(worker)
                 nursery.start_soon(self._hold, held)
             case allocation.Dismiss(lease_id, worker):
                 self._offered_in.pop(lease_id, None)
@@ -309,21 +310,21 @@ class Pool:
         if held.gained:
             logger.info("A worker is %s.", reason, extra=held.log_fields)
             self._tell(held, allocation.LeaseLost(*held.named, reason, False))
-        self._unwanted[lease_id] = held.offer.worker
-        nursery.start_soon(self._release, held.offer.worker, lease_id)
+        self._unwanted[lease_id] = held.lease.worker
+        nursery.start_soon(self._release, held.lease.worker, lease_id)
 
     # --- what becomes of one lease ------------------------------------------------------------------
 
     async def _hold(self, held: Holding) -> None:
         now = trio.current_time()
-        renewal = Renewal(held.expires_at - now, now, self._random, held.offer.lease_id, self._journal)
+        renewal = Renewal(held.expires_at - now, now, self._random, held.lease.lease_id, self._journal)
         await keep_renewed(held, renewal, self._node, lambda change: self._changed(held, change))
 
     def _changed(self, held: Holding, change: LeaseChange) -> None:
         match change:
             case allocation.Gained():
-                logger.info("A worker was leased for %s jobs.", held.kind, extra=held.log_fields)
-                self._versions.leased(held.kind, held.offer.worker.peer, stated(held.offer))
+                logger.info("A worker was leased for %s jobs.", held.lease.kind, extra=held.log_fields)
+                self._versions.leased(held.lease.kind, held.lease.worker.peer, Abilities(held.lease.version))
                 self._apply(change)
                 self._tell(held, held.lease)
             case allocation.Contended():
@@ -341,7 +342,7 @@ class Pool:
                 self._lose(held, reason, refused)
 
     def _lose(self, held: Holding, reason: str, refused: bool) -> None:
-        lease_id, worker = held.offer.lease_id, held.offer.worker
+        lease_id, worker = held.lease.lease_id, held.lease.worker
         self._held.pop(lease_id, None)
         # a worker that ends its lease itself is well, and may be taken again
         self._apply(allocation.LeaseFailed(lease_id, avoid=not refused))
@@ -379,7 +380,7 @@ class Pool:
             task_status.started()
             async for lost in losses:
                 for held in self._held.values():
-                    if held.offer.worker.peer == lost.peer:
+                    if held.lease.worker.peer == lost.peer:
                         held.connection_lost = True
                         held.revoked = lost.revoked
                         held.nudge.set()

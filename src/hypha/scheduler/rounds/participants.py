@@ -20,6 +20,8 @@ _EARLY_S = 30.0
 _LEAST_RESERVE_S = 1.0
 #: batches that a worker may take before anything of them is known here
 _UNKNOWN_BATCHES = 16
+#: theta is sent again when nobody said RoundStarted; doubled each time
+_RESEND_S = 10.0
 #: a larger loss is as good as none
 _MOST_LOSS = 1e15
 
@@ -167,15 +169,15 @@ class Member:
             return "updating"
         return "training" if self.plan is None else "scheduled"
 
-    def enter(self, now: float, resend_after_s: float) -> None:
+    def enter(self, now: float) -> None:
         """Theta of the round that is open now is on its way; nothing of it is done."""
         self.in_round = True
         self.left_out = False
         self.since = now
         if math.isinf(self.resend_at):
             # else an earlier theta did not arrive either: short rounds must not put the repetition off
-            self.resend_after_s = resend_after_s
-            self.resend_at = now + resend_after_s
+            self.resend_after_s = max(_RESEND_S, 3.0 * (self.theta_s or 0.0))
+            self.resend_at = now + self.resend_after_s
         self.batches = self.samples = 0
         self.waits_since = self.reached_at
         self.plan = self.last = self.reached_at = None

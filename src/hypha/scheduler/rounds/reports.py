@@ -13,7 +13,6 @@ from hypha.messages import (
     Exported,
     Loaded,
     ModelReady,
-    Progress,
     RoundApplied,
     RoundStarted,
     UpdateReceived,
@@ -87,7 +86,7 @@ class ExecutorReports(RoundState):
         for member in self.loaded:
             member.attempt = (member.attempt + member.left_out) if again else 0
             if member.peer in self.broadcast:
-                self.enter(member, now)
+                member.enter(now)
             else:
                 actions += self.send_model(member, now)
         early, self.early = self.early, []
@@ -322,15 +321,12 @@ class ExecutorReports(RoundState):
             self.counts["stale round"] += 1
         elif report.attempt != member.attempt:
             self.counts["stale attempt"] += 1
-        elif not (taken := self._take_progress(member, report, now)):
+        elif not (taken := member.progress(report, now, self.may_use(member), self.open_before)):
             self.counts["old or impossible counts"] += 1
             if taken is None and not member.left_out:
                 text = f"{report.samples} samples in {report.batches} batches of round {self.round}"
                 return self._impossible(member, f"it reports {text}")
         return []
-
-    def _take_progress(self, member: Member, report: Progress, now: float) -> bool | None:
-        return member.progress(report, now, self.may_use(member), self.open_before)
 
     def _impossible(self, member: Member, what: str) -> list[Action]:
         """What a worker says of itself cannot be; who goes on like that is replaced."""

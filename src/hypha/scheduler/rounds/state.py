@@ -55,8 +55,6 @@ _HOARDING = 10
 _MOST_AHEAD = 32
 #: what is kept of a notice for an outer step and a checkpoint
 _OUTER_STEP_S = 1.0
-#: theta is sent again when nobody said RoundStarted; doubled each time
-_RESEND_S = 10.0
 
 
 class RoundState:
@@ -333,13 +331,9 @@ class RoundState:
 
     def send_model(self, member: Member, now: float) -> list[Action]:
         """Theta of the open round for ``member``, which begins it."""
-        self.enter(member, now)
+        member.enter(now)
         self.planner.upset()
         return self.to_server(SendModel(to=member.ref, attempt=member.attempt))
-
-    def enter(self, member: Member, now: float) -> None:
-        """Theta of the open round is on its way to ``member``."""
-        member.enter(now, max(_RESEND_S, 3.0 * (member.theta_s or 0.0)))
 
     def tell_members(self) -> list[Action]:
         """Whom the parameter server is to let in."""
