@@ -7,10 +7,9 @@ good is forgotten; what could not be delivered is tried again with growing pause
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import trio
 
@@ -91,27 +90,21 @@ class Steering:
             if self._waiting.get(slot) is directive:
                 del self._waiting[slot]
 
-    @contextlib.contextmanager
-    def _traced(self, directive: Directive) -> Iterator[None]:
+    def _traced(self, directive: Directive) -> AbstractContextManager[object]:
         """In the trace of the round that ``directive`` is about, if it names one."""
-        stamp = self._stamp
-        if not isinstance(directive, Plan | CloseRound | SaveCheckpoint):
-            yield
-            return
-        within = self._traces.of_round(stamp, directive.round)
-        if isinstance(directive, Plan) and within is not None:
-            attributes: dict[str, Attribute] = {
-                "hypha.job": stamp.job_id,
-                "hypha.job.generation": stamp.generation,
-                "hypha.round": directive.round,
-                "hypha.peer": self.to.peer,
-                "hypha.batches": -1 if directive.batches is None else directive.batches,
-            }
-            with span(PLAN, attributes, parent=within):
-                yield
-        else:
-            with trace_context(within):
-                yield
+        stamp, within = self._stamp, None
+        if isinstance(directive, Plan | CloseRound | SaveCheckpoint):
+            within = self._traces.of_round(stamp, directive.round)
+        if not isinstance(directive, Plan) or within is None:
+            return trace_context(within)
+        attributes: dict[str, Attribute] = {
+            "hypha.job": stamp.job_id,
+            "hypha.job.generation": stamp.generation,
+            "hypha.round": directive.round,
+            "hypha.peer": self.to.peer,
+            "hypha.batches": -1 if directive.batches is None else directive.batches,
+        }
+        return span(PLAN, attributes, parent=within)
 
     async def _deliver(self, slot: tuple[str, str], directive: Directive) -> None:
         """Until it is acknowledged, superseded or refused for good."""
