@@ -285,9 +285,9 @@ class _Choice:
         if not waited:
             return None
         ours = [value for value in (first, *others) if self._is_ours(by_hash[value])]
-        chosen, why = (
-            (ours[0], "as it is of this scheduler's own organisation") if len(ours) == 1 else (first, "")
-        )
+        chosen, why = first, ""
+        if len(ours) == 1:
+            chosen, why = ours[0], ", as it is of this scheduler's own organisation"
         logger.error(
             "As many %s. The manifest %s is used%s. If another one is meant, stop the job and set "
             "dataset.manifest_hash to it, give one of them another name, or make their directories equal",
