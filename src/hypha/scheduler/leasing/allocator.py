@@ -5,12 +5,12 @@ fewer are held it advertises, collects offers until the deadline it gave, checks
 ranks them by capacity for the price, takes the best and releases the others at once. What is still missing is
 advertised again with growing pauses; a lost worker is replaced without pause, and one that ends soon as soon
 as it announces that. A worker that failed lately is taken only when nobody else offers, for longer each time.
-What an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.track_records`):
+What an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.searching`):
 capacity beyond what the job can use counts for nothing, a price under half of the bid is no better than that,
 and a parameter server is chosen by reliability before all else. While workers are missing the bid is raised
-in steps up to the private maximum (:mod:`hypha.scheduler.leasing.searching`), and a job that
-cannot begin gives way to others (:mod:`hypha.scheduler.leasing.giving_way`). Every call costs at most
-O(n log n) in the number of open offers, so ten thousand workers can be driven.
+in steps up to the private maximum, and a job that cannot begin gives way to others
+(:mod:`hypha.scheduler.leasing.giving_way`). Every call costs at most O(n log n) in the number of open offers,
+so ten thousand workers can be driven.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ from hypha.resources import check
 from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.events import AllocatorAction, AllocatorEvent, Cause, Search, SearchTimes
 from hypha.scheduler.leasing.giving_way import GivingWay
-from hypha.scheduler.leasing.searching import Candidate, WorkerSearch, most_capacity, unfit, usable_capacity
-from hypha.scheduler.leasing.track_records import Standings, TrackRecord
+from hypha.scheduler.leasing.searching import (
+    Candidate,
+    Standings,
+    WorkerSearch,
+    most_capacity,
+    unfit,
+    usable_capacity,
+)
 
 #: a worker that fails again and again is avoided for so many times as long, at most
 _LONGEST_AVOIDANCE = 30
@@ -145,7 +151,7 @@ class Allocator:
                 if search is not None and lease_id not in search.leaving:
                     search.leaving.add(lease_id)
                     self._hurry(search, now)
-            case TrackRecord():
+            case allocation.TrackRecord():
                 self._standings.know(event, self._most_useful())
             case allocation.Worked(speeds):
                 self._standings.worked(speeds)

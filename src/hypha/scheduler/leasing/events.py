@@ -10,7 +10,6 @@ from msgspec import Struct
 from hypha import __version__
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
-from hypha.scheduler.leasing.track_records import TrackRecord
 
 #: why an offer was not taken
 Cause = Literal["late", "price", "resources", "features", "avoided", "not-needed", "other"]
@@ -101,6 +100,18 @@ class WorkerLeaves(Struct, frozen=True, tag="Leaves"):
     """The worker of this lease ends soon: it is held on, and another one is looked for meanwhile."""
 
     lease_id: str
+
+
+class TrackRecord(Struct, frozen=True, tag=True):
+    """What a ledger has of ``worker``: ``rounds`` hold its updates, of ``samples_per_s`` in the mean; so many
+    ``failures``. ``capacity`` is the weighted one of its last lease, 0.0 where it is not known.
+    """
+
+    worker: str
+    rounds: int = 0
+    failures: int = 0
+    samples_per_s: float = 0.0
+    capacity: float = 0.0
 
 
 class Worked(Struct, frozen=True, tag=True):

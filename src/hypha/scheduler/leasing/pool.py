@@ -33,10 +33,9 @@ from hypha.node import Node
 from hypha.runtime import chance
 from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.allocator import Allocator
-from hypha.scheduler.leasing.events import LeaseGained, PoolEvent, Search, SearchTimes
+from hypha.scheduler.leasing.events import LeaseGained, PoolEvent, Search, SearchTimes, TrackRecord
 from hypha.scheduler.leasing.holding import ADOPT_S, Holding, LeaseChange, keep_renewed
 from hypha.scheduler.leasing.renewal import Lapsed, Recovered, Renewal, Suspected
-from hypha.scheduler.leasing.track_records import TrackRecord
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.status.versions import StatedVersions
 from hypha.telemetry.instruments import WORKER_REQUESTS

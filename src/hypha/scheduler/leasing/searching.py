@@ -1,16 +1,31 @@
 """One search for workers, a part of the allocator: what is wanted, taken, offered and bid, and what an offer
-is worth for it. Pure.
+is worth for it. An offer is what a worker claims; what the scheduler has seen of it counts, too. Pure.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from hypha.features import advice, stated
 from hypha.messages import WorkerOffer
 from hypha.resources import fits, is_valid, weighted_capacity
-from hypha.scheduler.leasing.events import Cause, Search, SearchTimes
+from hypha.scheduler.leasing.events import Cause, Search, SearchTimes, TrackRecord
+
+#: before anything is known of a worker, it is as good as one of which so many rounds went well, and one did
+#: not
+_GOOD, _BAD = 2.0, 1.0
+#: a failure costs more than a round is worth
+_FAILURE = 2.0
+#: a measured speed counts for at most so many times what is usual for the capacity, and at least one part of
+#: that
+_FASTEST = 10.0
+#: workers that are remembered; those that were seen longest ago are forgotten
+_REMEMBERED = 10_000
 
 
 @dataclass(frozen=True)
@@ -150,3 +165,63 @@ def unfit(caller: str, offer: WorkerOffer, ask: Search) -> tuple[str, Cause] | N
     if not (math.isfinite(offer.expires_in_s) and offer.expires_in_s > 0):
         return "it has no time left", "late"
     return None
+
+
+class Standings:
+    """What a scheduler has seen of workers itself: rounds that hold their updates, how fast they were, how
+    often they failed.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, TrackRecord] = {}
+
+    def _of(self, worker: str) -> TrackRecord:
+        return self._seen.get(worker) or TrackRecord(worker)
+
+    def _note(self, record: TrackRecord) -> None:
+        """It is the one that was seen last."""
+        self._seen.pop(record.worker, None)
+        self._seen[record.worker] = record
+        while len(self._seen) > _REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+
+    def know(self, record: TrackRecord, most: float = math.inf) -> None:
+        """What a ledger has of a worker. Of its capacity the job can use ``most``."""
+        # it may be held already, under a lease of which more is known
+        capacity = self._of(record.worker).capacity or min(record.capacity, most)
+        self._note(replace(record, capacity=capacity))
+
+    def took(self, worker: str, capacity: float) -> None:
+        """It trains under a lease of that weighted capacity."""
+        self._note(replace(self._of(worker), capacity=capacity))
+
+    def failed(self, worker: str) -> int:
+        """Once more; how often in all."""
+        seen = self._of(worker)
+        self._note(replace(seen, failures=seen.failures + 1))
+        return seen.failures + 1
+
+    def worked(self, speeds: Iterable[tuple[str, float]]) -> None:
+        """A round was applied, with updates of these workers, at so many samples a second each."""
+        for worker, samples_per_s in speeds:
+            seen = self._of(worker)
+            rounds = seen.rounds + 1
+            mean = seen.samples_per_s + (samples_per_s - seen.samples_per_s) / min(rounds, 10)
+            self._note(replace(seen, rounds=rounds, samples_per_s=mean))
+
+    def reliability(self, worker: str) -> float:
+        """The share of rounds that can be expected to go well there, over 0 and under 1."""
+        seen = self._of(worker)
+        return (seen.rounds + _GOOD) / (seen.rounds + _GOOD + _BAD + _FAILURE * seen.failures)
+
+    def pace(self, worker: str) -> float:
+        """How fast it was for its capacity, beside what is usual; 1.0 where that is not known."""
+        seen = self._of(worker)
+        if not (seen.samples_per_s > 0 and seen.capacity > 0):
+            return 1.0
+        usual = statistics.median(
+            one.samples_per_s / one.capacity
+            for one in self._seen.values()
+            if one.samples_per_s > 0 and one.capacity > 0
+        )
+        return min(_FASTEST, max(1.0 / _FASTEST, seen.samples_per_s / seen.capacity / usual))
