@@ -95,6 +95,10 @@ class ExecutorReports(RoundState):
             actions += self.told(told, now)
         return actions
 
+    def _ignored(self, why: str) -> list[Action]:
+        self.counts[why] += 1
+        return []
+
     # --- the parameter server -----------------------------------------------------------------------
 
     def server_told(self, told: Told, now: float) -> list[Action]:
@@ -125,14 +129,12 @@ class ExecutorReports(RoundState):
             case ExecutorExited():
                 return self.failed(told.sender, "aggregate", exit_text(event), "exit")
             case _:
-                self.counts["foreign event"] += 1
-                return []
+                return self._ignored("foreign event")
 
     def _model_ready(self, event: ModelReady) -> list[Action]:
         server = self.server
         if self.server_ready or server is None or self.phase != "loading":
-            self.counts["stale round"] += 1
-            return []
+            return self._ignored("stale round")
         if event.round == self.round + 1 and self.start.taken_over and self.round == self.start.round:
             # the scheduler before this one had closed the round; RoundApplied says with what
             self.theta, self.server_at = self.start.theta, event.round
@@ -157,12 +159,10 @@ class ExecutorReports(RoundState):
             self.early = with_early(self.early, told)
             return []
         if event.round != self.round or self.phase not in (*OPEN, "closing"):
-            self.counts["stale round"] += 1
-            return []
+            return self._ignored("stale round")
         worker, accepted = event.worker, self.updates.accepted
         if worker not in self.members and len(accepted) >= len(self.members) + _MOST_GONE:
-            self.counts["uninvited"] += 1
-            return []
+            return self._ignored("uninvited")
         if problem := self.claim_problem(worker, event.contribution):
             self.counts["wrong contribution"] += 1
             text = f"the parameter server accepted an update that cannot be what it states: {problem}"
@@ -193,21 +193,18 @@ class ExecutorReports(RoundState):
         settled = event.code in ("duplicate", "stale")
         if member is None or event.round != self.round or settled or member.accepted:
             return []
-        return self._refuse_update(member, event.code, event.reason)
-
-    def _refuse_update(self, member: Member, code: str, reason: str) -> list[Action]:
         text = "An update was refused (%s): %s; its worker starts over"
-        self.log(logging.WARNING, member.peer, text, code, reason)
+        self.log(logging.WARNING, member.peer, text, event.code, event.reason)
         member.refused += 1
         if member.refused >= PATIENCE:
-            return self.failed(member.peer, "train", f"its updates are refused: {reason}", code)
+            why = f"its updates are refused: {event.reason}"
+            return self.failed(member.peer, "train", why, event.code)
         self.leave_out(member)
         return []
 
     def _round_applied(self, told: Told, event: RoundApplied, now: float) -> list[Action]:
         if event.round != self.round or self.phase not in (*OPEN, "closing"):
-            self.counts["stale round"] += 1
-            return []
+            return self._ignored("stale round")
         for part in event.contributions:
             # of a parameter server of an earlier version, to a scheduler that takes over
             if problem := self.claim_problem(part.worker, part):
@@ -272,8 +269,7 @@ class ExecutorReports(RoundState):
                 failed = self.failures.failed(member.peer, told.incarnation, event, now, tuple(self.members))
                 return [*self.judged(failed), *gone]
             case _:
-                self.counts["foreign event"] += 1
-                return []
+                return self._ignored("foreign event")
 
     def _worker_loaded(self, member: Member, now: float) -> list[Action]:
         if member.loaded:
