@@ -16,6 +16,7 @@ import trio
 from hypha.errors import HyphaError
 from hypha.messages import JobStamp
 from hypha.runtime import chance, in_thread
+from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, class_names
 from hypha.scheduler.durable.ledger import Ledger
@@ -48,6 +49,7 @@ class WorkingJob(JobStage):
     """
 
     step = ""
+    dataset: ServedDataset
     #: of the current generation
     machine: RoundMachine
 
