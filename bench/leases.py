@@ -25,7 +25,7 @@ from hypha.leases import Lease
 from hypha.messages import ExecutorDescriptor, Resources
 from hypha.net import open_node
 from hypha.scheduler.descriptions import searches_for
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.leasing.pool import Pool
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.offers import serve_offers

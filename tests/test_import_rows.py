@@ -87,7 +87,7 @@ PURE = sorted(
         *(SOURCE / "scheduler" / "rounds").glob("*.py"),
         *(
             SOURCE / "scheduler" / "leasing" / f"{name}.py"
-            for name in ("allocator", "bidding", "giving_way", "renewal", "events", "track_records")
+            for name in ("allocator", "searching", "giving_way", "renewal", "events")
         ),
     ]
 )

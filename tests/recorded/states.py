@@ -51,8 +51,7 @@ from hypha.scheduler.durable.ledger import Ledger, Opening
 from hypha.scheduler.durable.ledger_files import export_ledger, read_ledger
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.leasing.allocator import Allocator
-from hypha.scheduler.leasing.events import Gained, LeaseFailed, Offered, Search, Want
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import Gained, LeaseFailed, LeaseGained, Offered, Search, Want
 from hypha.scheduler.leasing.renewal import Renewal, Renewed
 from hypha.scheduler.status.history_file import FILE, HistoryFile, read_history
 from hypha.scheduler.status.round_record import RoundRecord

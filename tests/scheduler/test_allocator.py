@@ -29,11 +29,11 @@ from hypha.scheduler.leasing.events import (
     Offered,
     Search,
     SearchTimes,
+    TrackRecord,
     Want,
     Worked,
     WorkerLeaves,
 )
-from hypha.scheduler.leasing.track_records import TrackRecord
 
 NEED = Resources(cpu=1, memory=4, gpu=2)
 TRAIN = Search(

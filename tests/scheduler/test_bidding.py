@@ -24,10 +24,10 @@ from hypha.scheduler.leasing.events import (
     LeaseFailed,
     Search,
     SearchTimes,
+    TrackRecord,
     Want,
     Worked,
 )
-from hypha.scheduler.leasing.track_records import TrackRecord
 
 
 def raising(**changes: object) -> Search:

@@ -16,8 +16,8 @@ from hypha.config.offers import OfferConfig
 from hypha.errors import Refused
 from hypha.messages import Acknowledged, WorkerLeaving
 from hypha.node import Node
+from hypha.scheduler.leasing.events import LeaseLeaving, LeaseLost, PoolEvent
 from hypha.scheduler.leasing.holding import OVERSTAY_S
-from hypha.scheduler.leasing.leases import LeaseLeaving, LeaseLost, PoolEvent
 from hypha.scheduler.leasing.pool import Pool
 from hypha.worker.leasing.leaving import Leaving
 from hypha.worker.leasing.offers import serve_offers

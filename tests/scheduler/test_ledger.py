@@ -32,7 +32,7 @@ from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, without_secrets
 from hypha.scheduler.durable.ledger import Ledger, Opening, open_ledger
 from hypha.scheduler.durable.ledger_files import export_ledger, held_leases, read_ledger
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.rounds.policy import Start
 
 MANIFEST = Manifest(name="d", columns=(), slices=(SliceInfo(file="a", samples=4, size=1, blake3="00"),))

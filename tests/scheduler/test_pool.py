@@ -38,8 +38,7 @@ from hypha.node import Node
 from hypha.pki.authority import revoke
 from hypha.pki.identity import load_identity
 from hypha.scheduler.descriptions import searches_for
-from hypha.scheduler.leasing.events import SearchTimes
-from hypha.scheduler.leasing.leases import LeaseGained, LeaseLost, LeaseSuspect, PoolEvent
+from hypha.scheduler.leasing.events import LeaseGained, LeaseLost, LeaseSuspect, PoolEvent, SearchTimes
 from hypha.scheduler.leasing.pool import Pool
 from hypha.telemetry import instruments as metrics
 from hypha.worker.leasing.arbiter import Arbiter

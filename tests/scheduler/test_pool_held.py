@@ -22,8 +22,7 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.node import Changes, Node, PeerLost
-from hypha.scheduler.leasing.events import Search
-from hypha.scheduler.leasing.leases import LeaseGained, LeaseLost, PoolEvent
+from hypha.scheduler.leasing.events import LeaseGained, LeaseLost, PoolEvent, Search
 from hypha.scheduler.leasing.pool import Pool
 
 WORKER = PeerRef(peer="worker")

@@ -29,7 +29,7 @@ from hypha.node import Node
 from hypha.scheduler import JobResult, JobSnapshot, Observation, read_ledger, run_job
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.replicas import GENERATIONS_SKIPPED, LEDGER, ranked
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import LeaseGained
 from hypha.worker.storage.replicas import ReplicaStore
 from hypha.worker.storage.requests import StorageService
 

@@ -38,7 +38,7 @@ async def test_the_newest_of_each_kind_arrives_in_order_whatever_is_refused(netw
                 steering.put(Members(peers=()))
                 nursery.start_soon(steering.run)
                 with trio.fail_after(20):
-                    await steering.delivered()
+                    await until(lambda: len(heard) == 4)
                 assert [request.directive for request in heard] == [
                     Plan(round=1, batches=4),
                     SendModel(to=PeerRef(peer="a")),

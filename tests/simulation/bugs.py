@@ -22,7 +22,6 @@ from hypha.scheduler.leasing.renewal import Renewal
 from hypha.scheduler.rounds.events import Action, Again, Told
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.participants import Member
-from hypha.scheduler.rounds.phases import Phases
 
 
 def dropped_action() -> None:
@@ -104,10 +103,10 @@ def checkpoint_announced_too_early() -> None:
 def theta_never_sent_again() -> None:
     """A theta that did not arrive is not sent again."""
 
-    def resend(self: Phases, now: float) -> list[Action]:
+    def resend(self: RoundMachine, now: float) -> list[Action]:
         return []
 
-    Phases._resend = resend
+    RoundMachine._resend = resend
 
 
 def wrong_deadline() -> None:

@@ -14,6 +14,7 @@ from hypha.config.job import (
     JobResourcesConfig,
     ModelConfig,
     PreprocessorConfig,
+    PriceConfig,
     outer_values,
 )
 from hypha.config.offers import ResourcesConfig
@@ -54,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 def resources_of(config: ResourcesConfig) -> Resources:
     """As on the wire."""
-    return Resources(cpu=config.cpu, memory=config.memory, gpu=config.gpu, storage=config.storage)
+    return msgspec.convert(config, Resources, from_attributes=True)
 
 
 def inputs_of(names: dict[str, str] | list[str]) -> dict[str, str]:
@@ -144,32 +145,35 @@ def searches_for(
     the features that each must have; ``most_batch`` is how often a worker can use what is asked of it.
     """
     needs = needs or {}
-    return (
-        Search(
+
+    def search(
+        executor: ExecutorDescriptor,
+        asked: ResourcesConfig,
+        price: PriceConfig,
+        least: int,
+        useful: float | None,
+        dataset: str | None = None,
+    ) -> Search:
+        return Search(
             request_id=new_id(),
-            executor=ExecutorDescriptor(kind="train", name=resources.worker_executor),
-            resources=resources_of(resources.worker),
-            bid=resources.worker_price.bid,
-            max_price=resources.worker_price.max,
+            executor=executor,
+            resources=resources_of(asked),
+            bid=price.bid,
+            max_price=price.max,
             dataset=dataset,
-            needs=needs.get("train", ()),
-            useful=most_batch,
-            raise_after_s=resources.worker_price.raise_after_s,
-            raise_by=resources.worker_price.raise_by,
-            least=resources.min_workers or resources.num_workers,
-        ),
-        Search(
-            request_id=new_id(),
-            executor=ExecutorDescriptor(kind="aggregate", name=resources.parameter_server_executor),
-            resources=resources_of(resources.parameter_server),
-            bid=resources.parameter_server_price.bid,
-            max_price=resources.parameter_server_price.max,
-            needs=needs.get("aggregate", ()),
-            useful=1.0,
-            raise_after_s=resources.parameter_server_price.raise_after_s,
-            raise_by=resources.parameter_server_price.raise_by,
-            least=1,
-        ),
+            needs=needs.get(executor.kind, ()),
+            useful=useful,
+            raise_after_s=price.raise_after_s,
+            raise_by=price.raise_by,
+            least=least,
+        )
+
+    trains = ExecutorDescriptor(kind="train", name=resources.worker_executor)
+    aggregates = ExecutorDescriptor(kind="aggregate", name=resources.parameter_server_executor)
+    least = resources.min_workers or resources.num_workers
+    return (
+        search(trains, resources.worker, resources.worker_price, least, most_batch, dataset),
+        search(aggregates, resources.parameter_server, resources.parameter_server_price, 1, 1.0),
     )
 
 
@@ -199,7 +203,7 @@ class Descriptions:
 
     def train(self, me: str, parameter_server: PeerRef, batch: int, steps: int | None = None) -> TrainJob:
         """For the training executor of worker ``me``; ``steps`` were taken by the job before."""
-        config, inner, schedule = self.config, self.config.inner_optimizer, self.config.schedule
+        config, schedule = self.config, self.config.schedule
         return TrainJob(
             job_id=self.start.job_id,
             generation=self.start.generation,
@@ -213,13 +217,7 @@ class Descriptions:
             micro_batch_size=config.rounds.micro_batch_size,
             most_batch_size=config.rounds.max_batch_size if config.rounds.grow_batch_size else None,
             preprocessor=preprocessor_spec(config.preprocessor, self.scheduler),
-            optimizer=InnerOptimizer(
-                learning_rate=inner.learning_rate,
-                betas=inner.betas,
-                epsilon=inner.epsilon,
-                weight_decay=inner.weight_decay,
-                max_grad_norm=inner.max_grad_norm,
-            ),
+            optimizer=msgspec.convert(config.inner_optimizer, InnerOptimizer, from_attributes=True),
             schedule=LrSchedule(
                 kind=schedule.type,
                 warmup_steps=schedule.warmup_steps,
@@ -240,7 +238,6 @@ class Descriptions:
         """For the parameter server on worker ``me``; ``restore`` from a checkpoint of ``start.round``."""
         config, outer = self.config, self.config.outer_optimizer
         optimizer = outer_optimizer(config) if self.start.optimizer is None else self.start.optimizer
-        checkpoint = config.checkpoint
         return AggregateJob(
             job_id=self.start.job_id,
             generation=self.start.generation,
@@ -253,9 +250,7 @@ class Descriptions:
             weighting=outer.weighting,
             max_update_norm=outer.max_update_norm,
             max_update_ratio=outer.max_update_ratio,
-            checkpoint=CheckpointPolicy(
-                every_rounds=checkpoint.every_rounds, keep=checkpoint.keep, place=checkpoint.place
-            ),
+            checkpoint=msgspec.convert(config.checkpoint, CheckpointPolicy, from_attributes=True),
             round=self.start.round,
             restore=restore,
             slice_rows=self.slice_rows,

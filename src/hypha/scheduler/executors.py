@@ -20,7 +20,7 @@ from hypha.messages import (
     DispatchJob,
     ExecutorClass,
     Finish,
-    JobStamp,
+    Job,
     PeerRef,
     Rejoin,
     Steer,
@@ -28,7 +28,7 @@ from hypha.messages import (
 from hypha.node import Node
 from hypha.scheduler.descriptions import Descriptions
 from hypha.scheduler.durable.starts import Generation
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.rounds.events import GoesOn, Input, JobRefused, Joined, ParticipantLost, Send
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.steering import Steering
@@ -51,6 +51,7 @@ Key = tuple[str, ExecutorClass]
 class _Executor:
     lease: LeaseGained
     steering: Steering
+    batch_size: int
     #: runs since an earlier generation, as far as is known here
     rejoins: bool
     #: the incarnation that it replaces, after a pause
@@ -66,11 +67,6 @@ class _Begun:
     descriptions: Descriptions
     generation: Generation
     steps: Callable[[], int]
-
-    @property
-    def stamp(self) -> JobStamp:
-        start = self.generation.start
-        return JobStamp(job_id=start.job_id, generation=start.generation)
 
 
 class JobExecutors:
@@ -104,7 +100,6 @@ class JobExecutors:
 
     @property
     def server(self) -> PeerRef | None:
-        """Where the parameter server is to run."""
         for (_, kind), lease in self.leases.items():
             if kind == "aggregate":
                 return lease.worker
@@ -122,7 +117,6 @@ class JobExecutors:
         self._start_waiting()
 
     def gained(self, lease: LeaseGained) -> None:
-        """A lease to use."""
         self.leases[lease.worker.peer, lease.kind] = lease
         self._start_waiting()
 
@@ -147,18 +141,18 @@ class JobExecutors:
             if lease.kind == "aggregate" and lease.worker != server:
                 # it takes the place of the one that leaves, once that is gone
                 continue
-            if key not in self._executors:
-                rejoins = lease.lease_id in self._started and (
-                    lease.kind == "train" or begun.generation.start.taken_over
-                )
-                executor = _Executor(lease, self._steering(lease, begun), rejoins)
-                self._executors[key] = executor
-                batch = begun.descriptions.batch_size(lease.resources) if lease.kind == "train" else 1
-                if lease.kind == "train":
-                    self._log_batches(begun.descriptions.config.rounds, batch, lease)
-                # before the worker gets the job, as its first event may overtake the reply
-                self._handle(Joined(lease.worker, lease.kind, batch))
-                self._nursery.start_soon(self._run, executor, begun, server, batch)
+            if key in self._executors:
+                continue
+            train = lease.kind == "train"
+            rejoins = lease.lease_id in self._started and (train or begun.generation.start.taken_over)
+            batch = begun.descriptions.batch_size(lease.resources) if train else 1
+            executor = _Executor(lease, self._steering(lease, begun), batch, rejoins)
+            self._executors[key] = executor
+            if train:
+                self._log_batches(begun.descriptions.config.rounds, batch, lease)
+            # before the worker gets the job, as its first event may overtake the reply
+            self._handle(Joined(lease.worker, lease.kind, batch))
+            self._nursery.start_soon(self._run, executor, begun, server)
 
     def again(self, peer: str, instead_of: str, pause_s: float) -> None:
         """Start the training executor there once more; nothing when its lease, or the generation, is over."""
@@ -167,15 +161,15 @@ class JobExecutors:
         if failed is None or begun is None or server is None:
             return
         failed.scope.cancel()
-        steering = self._steering(failed.lease, begun)
-        executor = _Executor(failed.lease, steering, False, instead_of, pause_s)
+        lease, steering = failed.lease, self._steering(failed.lease, begun)
+        executor = _Executor(lease, steering, failed.batch_size, False, instead_of, pause_s)
         self._executors[key] = executor
-        batch = begun.descriptions.batch_size(failed.lease.resources)
-        self._nursery.start_soon(self._run, executor, begun, server, batch)
+        self._nursery.start_soon(self._run, executor, begun, server)
 
     def _steering(self, lease: LeaseGained, begun: _Begun) -> Steering:
-        before = begun.generation.start.generation << 32
-        return Steering(self._node, lease.worker, lease.kind, begun.stamp, before, self._traces)
+        start = begun.generation.start
+        before = start.generation << 32
+        return Steering(self._node, lease.worker, lease.kind, start.stamp, before, self._traces)
 
     def _log_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
         """Once, how large batches are where the configuration leaves it open."""
@@ -190,7 +184,7 @@ class JobExecutors:
             extra={"worker_peer_id": lease.worker.peer, "lease_id": lease.lease_id},
         )
 
-    async def _run(self, executor: _Executor, begun: _Begun, server: PeerRef, batch: int) -> None:
+    async def _run(self, executor: _Executor, begun: _Begun, server: PeerRef) -> None:
         descriptions, generation = begun.descriptions, begun.generation
         lease, peer = executor.lease, executor.lease.worker.peer
         with executor.scope:
@@ -200,23 +194,21 @@ class JobExecutors:
             if executor.rejoins and lease.kind == "aggregate":
                 # what it held is gone; from its own generation on it is started anew
                 self._started.discard(lease.lease_id)
-                self._handle(lost(lease, "its executor does not run any more"))
+                self._handle(ParticipantLost(peer, lease.kind, "its executor does not run any more"))
                 return
             if executor.instead_of:
                 await trio.sleep(executor.pause_s)
-                self._handle(Joined(lease.worker, lease.kind, batch))
+                self._handle(Joined(lease.worker, lease.kind, executor.batch_size))
             elif lease.lease_id in self._started:
                 await self._stop(lease, descriptions.start.job_id)
             self._started.add(lease.lease_id)
+            job: Job
             if lease.kind == "train":
-                job = descriptions.train(peer, server, batch, begun.steps())
-                request = DispatchJob(lease_id=lease.lease_id, job=job, instead_of=executor.instead_of)
-                dispatched = await self._dispatch(request, lease)
+                job = descriptions.train(peer, server, executor.batch_size, begun.steps())
             else:
-                restore = generation.restore(descriptions.scheduler)
-                aggregate = descriptions.aggregate(peer, restore)
-                dispatched = await self._dispatch(DispatchJob(lease_id=lease.lease_id, job=aggregate), lease)
-            if dispatched:
+                job = descriptions.aggregate(peer, generation.restore(descriptions.scheduler))
+            request = DispatchJob(lease_id=lease.lease_id, job=job, instead_of=executor.instead_of)
+            if await self._dispatch(request, lease):
                 await executor.steering.run()
 
     async def _rejoin(self, executor: _Executor, generation: Generation, server: PeerRef) -> bool:
@@ -240,12 +232,8 @@ class JobExecutors:
                     return False
             except NetworkError as exc:
                 # the lease decides how long that is worth trying
-                logger.debug(
-                    "The request to go on was not delivered to the %s executor: %s",
-                    lease.kind,
-                    exc,
-                    extra=fields,
-                )
+                text = "The request to go on was not delivered to the %s executor: %s"
+                logger.debug(text, lease.kind, exc, extra=fields)
             else:
                 logger.info("The %s executor goes on", lease.kind, extra=fields)
                 self._handle(GoesOn(lease.worker.peer, lease.kind))
@@ -258,11 +246,8 @@ class JobExecutors:
             cancel = CancelJob(job_id=job_id, kind=lease.kind)
             await self._node.request(lease.worker.peer, cancel, timeout_s=_CANCEL_TIMEOUT_S)
         except NetworkError as exc:
-            logger.debug(
-                "The request to stop an earlier executor was not delivered: %s",
-                exc,
-                extra={"worker_peer_id": lease.worker.peer},
-            )
+            fields = {"worker_peer_id": lease.worker.peer}
+            logger.debug("The request to stop an earlier executor was not delivered: %s", exc, extra=fields)
 
     async def _dispatch(self, request: DispatchJob, lease: LeaseGained) -> bool:
         attributes: dict[str, Attribute] = {
@@ -289,8 +274,7 @@ class JobExecutors:
             except Refused as exc:
                 if not exc.retryable:
                     logger.warning("A worker refused the %s job: %s", lease.kind, exc, extra=fields)
-                    refused = JobRefused(lease.worker.peer, lease.kind, f"{exc.reason} ({exc.code})")
-                    self._handle(refused)
+                    self._handle(JobRefused(lease.worker.peer, lease.kind, f"{exc.reason} ({exc.code})"))
                     return False
                 logger.info("A worker cannot start the %s job yet: %s", lease.kind, exc, extra=fields)
             except NetworkError as exc:
@@ -311,17 +295,13 @@ class JobExecutors:
             async with trio.open_nursery() as nursery:
                 for executor in executors:
                     executor.scope.cancel()
-                    kind, finish = executor.lease.kind, Finish(reason=reason)
-                    last = Steer(stamp=begun.stamp, kind=kind, seq=_LAST_SEQ, directive=finish)
-                    nursery.start_soon(self._send_last, executor.lease.worker.peer, last, timeout_s)
+                    lease, stamp = executor.lease, begun.generation.start.stamp
+                    finish = Finish(reason=reason)
+                    last = Steer(stamp=stamp, kind=lease.kind, seq=_LAST_SEQ, directive=finish)
+                    nursery.start_soon(self._send_last, lease.worker.peer, last, timeout_s)
 
     async def _send_last(self, peer: str, last: Steer, timeout_s: float) -> None:
         try:
             await self._node.request(peer, last, timeout_s=timeout_s)
         except NetworkError as exc:
             logger.debug("The last directive was not delivered: %s", exc, extra={"worker_peer_id": peer})
-
-
-def lost(lease: LeaseGained, reason: str) -> ParticipantLost:
-    """As an event of the round machine."""
-    return ParticipantLost(lease.worker.peer, lease.kind, reason)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
@@ -90,76 +91,69 @@ class KeptSlices:
         return not self._closed
 
 
+@dataclass(eq=False)
 class RequestHandlers:
     """Answer ``ReportEvent`` and ``NextSlice``, and receive the report stream. ``current`` is the current
     generation: where it begins, and what of its slices is kept. ``handle`` returns the round machine's reply.
     """
 
-    def __init__(
-        self,
-        node: Node,
-        dataset: ServedDataset,
-        current: Callable[[], tuple[Start, KeptSlices]],
-        handle: Callable[[Input], AnswerSlice | None],
-        is_leased: Callable[[str, str], bool],
-    ) -> None:
-        self._node = node
-        self._dataset = dataset
-        self._current = current
-        self._handle = handle
-        self._is_leased = is_leased
-        self._seen = Seen()
+    node: Node
+    dataset: ServedDataset
+    current: Callable[[], tuple[Start, KeptSlices]]
+    handle: Callable[[Input], AnswerSlice | None]
+    is_leased: Callable[[str, str], bool]
+    seen: Seen = field(default_factory=Seen)
 
     def open(self) -> None:
         """Answer from now on."""
-        self._node.answer(ReportEvent, self._event)
-        self._node.answer(NextSlice, self._slice)
-        self._node.answer_reports(self._reports, admits=self._is_partner)
+        self.node.answer(ReportEvent, self._event)
+        self.node.answer(NextSlice, self._slice)
+        self.node.answer_reports(self._reports, admits=self._is_partner)
 
     async def _event(self, caller: str, request: ReportEvent) -> Acknowledged:
-        if not self._is_leased(caller, request.kind):
-            self._handle(Disregarded("no lease"))
+        if not self.is_leased(caller, request.kind):
+            self.handle(Disregarded("no lease"))
             raise Refused("stale", "this scheduler holds no lease of yours for that any more")
-        if self._seen.first_time((caller, request.kind, request.incarnation), request.seq):
-            self._handle(Told(caller, request.kind, request.incarnation, request.stamp, request.event))
+        if self.seen.first_time((caller, request.kind, request.incarnation), request.seq):
+            self.handle(Told(caller, request.kind, request.incarnation, request.stamp, request.event))
         return Acknowledged()
 
     async def _slice(self, caller: str, request: NextSlice) -> SliceAssigned | NoSlice:
-        start, kept = self._current()
-        if not self._is_leased(caller, "train"):
-            self._handle(Disregarded("no lease"))
+        start, kept = self.current()
+        if not self.is_leased(caller, "train"):
+            self.handle(Disregarded("no lease"))
             raise Refused("uninvited", "you take no part in this scheduler's job")
         if request.stamp.job_id != start.job_id:
             raise Refused("not-found", f"job {request.stamp.job_id} does not run here")
         if request.stamp.generation != start.generation:
-            self._handle(Disregarded("stale generation"))
+            self.handle(Disregarded("stale generation"))
             raise Refused("stale", "the job has begun another generation")
-        if not self._dataset.providers:
+        if not self.dataset.providers:
             return NoSlice(retry_in_s=1.0, reason="no data node serves the dataset right now")
-        answer = self._handle(SliceAsked(caller, request))
+        answer = self.handle(SliceAsked(caller, request))
         if answer is None or answer.slice is None:
             return NoSlice(retry_in_s=_RETRY_S, reason=answer.reason if answer is not None else "try again")
         if not await kept.wait(answer.kept):
             raise Refused("stale", "the job has begun another generation")
         got = answer.slice
-        part = self._dataset.manifest.slices[got.index]
+        part = self.dataset.manifest.slices[got.index]
         return SliceAssigned(
-            dataset=self._dataset.name,
+            dataset=self.dataset.name,
             index=got.index,
             epoch=got.epoch,
             samples=got.samples,
             size=part.size,
             blake3=part.blake3,
-            providers=self._dataset.providers_for(got.index),
+            providers=self.dataset.providers_for(got.index),
             ahead=answer.ahead,
         )
 
     def _is_partner(self, peer: str) -> bool:
-        return any(self._is_leased(peer, kind) for kind in get_args(ExecutorClass))
+        return any(self.is_leased(peer, kind) for kind in get_args(ExecutorClass))
 
     def _reports(self, caller: str, reports: list[Report]) -> None:
         for report in reports:
-            self._handle(Reported(caller, report.incarnation, report.stamp, report.progress))
+            self.handle(Reported(caller, report.incarnation, report.stamp, report.progress))
 
 
 class ServedDirectory:
@@ -170,10 +164,10 @@ class ServedDirectory:
     def __init__(self, kind: str, path: Path) -> None:
         self.kind = kind
         self.path = path.resolve()
-        hidden = (part for part in self.path.rglob("*") if part.is_file())
+        found = (file for file in self.path.rglob("*") if file.is_file())
         self._files = {
             file.relative_to(self.path).as_posix(): file
-            for file in sorted(hidden)
+            for file in sorted(found)
             if not any(part.startswith(".") for part in file.relative_to(self.path).parts)
         }
         if not self._files:
@@ -192,20 +186,16 @@ class ServedDirectory:
         return path, self._metas[name]
 
     async def list(self) -> FileList:
-        """All files with their hashes."""
         return FileList(files=tuple([(await self.file(name))[1] for name in self._files]))
 
 
 def served_directories(job: JobConfig) -> dict[str, ServedDirectory]:
     """What the configuration names by ``path``."""
-    served = {}
-    if job.model.path is not None:
-        served[MODEL] = ServedDirectory(MODEL, job.model.path)
-    if job.preprocessor is not None and job.preprocessor.path is not None:
-        served[PREPROCESSOR] = ServedDirectory(PREPROCESSOR, job.preprocessor.path)
-    return served
+    paths = {MODEL: job.model.path, PREPROCESSOR: job.preprocessor.path if job.preprocessor else None}
+    return {kind: ServedDirectory(kind, path) for kind, path in paths.items() if path is not None}
 
 
+@dataclass(eq=False)
 class FileHandlers:
     """Answer ``ListFiles`` and serve and accept files at ``node``: out go the model's and the preprocessor's
     ``directories``, and checkpoints of ``store`` to restore from; in come checkpoints and the trained model,
@@ -213,34 +203,26 @@ class FileHandlers:
     that of the parameter server's current generation.
     """
 
-    def __init__(
-        self,
-        node: Node,
-        directories: dict[str, ServedDirectory],
-        store: CheckpointStore,
-        is_member: Callable[[str], bool],
-        is_server: Callable[[str, JobStamp | None], bool],
-    ) -> None:
-        self._node = node
-        self._directories = directories
-        self._is_member = is_member
-        self._is_server = is_server
-        self._store = store
+    node: Node
+    directories: dict[str, ServedDirectory]
+    store: CheckpointStore
+    is_member: Callable[[str], bool]
+    is_server: Callable[[str, JobStamp | None], bool]
 
     def open(self) -> None:
         """Answer from now on."""
-        job_id = self._store.job_id
-        for kind in self._directories:
-            self._node.transfers.serve(kind, self._directory_file)
-        self._node.transfers.serve("checkpoint", self._checkpoint_file)
-        self._node.answer(ListFiles, self._list_files)
-        self._node.transfers.accept("checkpoint", job_id, self._checkpoint_gate, self._checkpoint_arrived)
-        self._node.transfers.accept("export", job_id, self._export_gate, self._export_arrived)
+        job_id = self.store.job_id
+        for kind in self.directories:
+            self.node.transfers.serve(kind, self._directory_file)
+        self.node.transfers.serve("checkpoint", self._checkpoint_file)
+        self.node.answer(ListFiles, self._list_files)
+        self.node.transfers.accept("checkpoint", job_id, self._checkpoint_gate, self._checkpoint_arrived)
+        self.node.transfers.accept("export", job_id, self._export_gate, self._export_arrived)
 
     def _invited(self, caller: str, request: ListFiles | PullFile) -> None:
-        if not self._is_member(caller):
+        if not self.is_member(caller):
             raise Refused("uninvited", "you hold no lease for this scheduler's job")
-        if request.job_id not in (None, self._store.job_id):
+        if request.job_id not in (None, self.store.job_id):
             raise Refused(
                 "uninvited", f"the request is for job {request.job_id}, which is not this scheduler's"
             )
@@ -250,39 +232,39 @@ class FileHandlers:
         kind, _, rest = request.kind.partition("/")
         name = request.name or rest
         if kind == "checkpoint" and name.isdecimal():
-            return await in_thread(self._store.files, int(name))
-        if kind not in self._directories or name:
+            return await in_thread(self.store.files, int(name))
+        if kind not in self.directories or name:
             raise Refused("not-found", f"there is no resource {request.kind} {request.name}".rstrip())
-        return await self._directories[kind].list()
+        return await self.directories[kind].list()
 
     async def _directory_file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         self._invited(caller, request)
-        directory = self._directories.get(request.kind)
+        directory = self.directories.get(request.kind)
         if directory is None:
             raise Refused("not-found", f"there is no resource {request.kind}")
         return await directory.file(request.name)
 
     async def _checkpoint_file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         self._invited(caller, request)
-        return await in_thread(self._store.file, request.name)
+        return await in_thread(self.store.file, request.name)
 
     def _from_server(self, caller: str, meta: TransferMeta) -> None:
-        if not self._is_server(caller, meta.stamp):
+        if not self.is_server(caller, meta.stamp):
             raise Refused(
                 "uninvited", "only the parameter server of this job's current generation may send that"
             )
 
     async def _checkpoint_gate(self, caller: str, meta: TransferMeta) -> Path:
         self._from_server(caller, meta)
-        return await in_thread(self._store.place_for, meta)
+        return await in_thread(self.store.place_for, meta)
 
     async def _checkpoint_arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
         self._from_server(caller, meta)
-        self._store.arrived(meta)
+        self.store.arrived(meta)
 
     async def _export_gate(self, caller: str, meta: TransferMeta) -> Path:
         self._from_server(caller, meta)
-        state = self._store.state
+        state = self.store.state
         generation = meta.stamp.generation if meta.stamp is not None else 0
         path = state.export_of(generation) / safe_relative(meta.name)
         needed, free = meta.size, free_bytes(state.path)

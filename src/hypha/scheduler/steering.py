@@ -7,10 +7,9 @@ good is forgotten; what could not be delivered is tried again with growing pause
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import trio
 
@@ -39,7 +38,6 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _JITTER = (0.7, 1.3)
 _TIMEOUT_S = 10.0
-#: refusals that may pass: the executor is only just starting, or the worker is busy
 
 
 class Steering:
@@ -62,7 +60,6 @@ class Steering:
         self._waiting: OrderedDict[tuple[str, str], Directive] = OrderedDict()
         self._changed = trio.Event()
         self._seq = seq
-        self._idle = trio.Event()
 
     def put(self, directive: Directive) -> None:
         """Send it, and not what it supersedes."""
@@ -70,65 +67,53 @@ class Steering:
         slot = (type(directive).__name__, about)
         self._waiting.pop(slot, None)
         self._waiting[slot] = directive
-        self._idle = trio.Event()
         self._changed.set()
-
-    async def delivered(self) -> None:
-        """Wait until nothing is left to send."""
-        while self._waiting:
-            await self._idle.wait()
 
     async def send_first(self, directive: Directive) -> None:
         """Send ``directive`` once, before all others. Raises :class:`NetworkError`."""
         self._seq += 1
-        steer = Steer(stamp=self._stamp, kind=self.kind, seq=self._seq, directive=directive)
-        await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)
+        await self._node.request(self.to.peer, self._steer(directive), timeout_s=_TIMEOUT_S)
+
+    def _steer(self, directive: Directive) -> Steer:
+        return Steer(stamp=self._stamp, kind=self.kind, seq=self._seq, directive=directive)
 
     async def run(self) -> None:
         """Send what is put, in order."""
         while True:
             while not self._waiting:
-                self._idle.set()
                 self._changed = trio.Event()
                 await self._changed.wait()
             slot, directive = next(iter(self._waiting.items()))
             self._seq += 1
             with self._traced(directive):
-                await self._deliver(slot, directive, self._seq)
+                await self._deliver(slot, directive)
             if self._waiting.get(slot) is directive:
                 del self._waiting[slot]
 
-    @contextlib.contextmanager
-    def _traced(self, directive: Directive) -> Iterator[None]:
+    def _traced(self, directive: Directive) -> AbstractContextManager[object]:
         """In the trace of the round that ``directive`` is about, if it names one."""
-        stamp = self._stamp
-        if not isinstance(directive, Plan | CloseRound | SaveCheckpoint):
-            yield
-            return
-        within = self._traces.of_round(stamp, directive.round)
-        if isinstance(directive, Plan) and within is not None:
-            attributes: dict[str, Attribute] = {
-                "hypha.job": stamp.job_id,
-                "hypha.job.generation": stamp.generation,
-                "hypha.round": directive.round,
-                "hypha.peer": self.to.peer,
-                "hypha.batches": -1 if directive.batches is None else directive.batches,
-            }
-            with span(PLAN, attributes, parent=within):
-                yield
-        else:
-            with trace_context(within):
-                yield
+        stamp, within = self._stamp, None
+        if isinstance(directive, Plan | CloseRound | SaveCheckpoint):
+            within = self._traces.of_round(stamp, directive.round)
+        if not isinstance(directive, Plan) or within is None:
+            return trace_context(within)
+        attributes: dict[str, Attribute] = {
+            "hypha.job": stamp.job_id,
+            "hypha.job.generation": stamp.generation,
+            "hypha.round": directive.round,
+            "hypha.peer": self.to.peer,
+            "hypha.batches": -1 if directive.batches is None else directive.batches,
+        }
+        return span(PLAN, attributes, parent=within)
 
-    async def _deliver(self, slot: tuple[str, str], directive: Directive, seq: int) -> None:
+    async def _deliver(self, slot: tuple[str, str], directive: Directive) -> None:
         """Until it is acknowledged, superseded or refused for good."""
-        backoff = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, jitter=_JITTER)
+        backoff, steer = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, jitter=_JITTER), self._steer(directive)
+        fields = {"worker_peer_id": self.to.peer, "job_id": steer.stamp.job_id}
         while self._waiting.get(slot) is directive:
-            steer = Steer(stamp=self._stamp, kind=self.kind, seq=seq, directive=directive)
-            fields = {"worker_peer_id": self.to.peer, "job_id": steer.stamp.job_id}
             try:
                 await self._node.request(self.to.peer, steer, timeout_s=_TIMEOUT_S)
-                logger.debug("%s was delivered", type(directive).__name__, extra={**fields, "seq": seq})
+                logger.debug("%s was delivered", type(directive).__name__, extra={**fields, "seq": steer.seq})
                 return
             except Refused as exc:
                 # an executor that is being started is not found yet

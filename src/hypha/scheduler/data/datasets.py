@@ -48,7 +48,6 @@ class Pins:
 
     @classmethod
     def of(cls, wanted: DatasetRef) -> Pins:
-        """As the job's configuration names them."""
         return cls(frozenset(wanted.organizations), frozenset(wanted.data_nodes))
 
     def problem(self, node: Node, peer: str) -> str | None:
@@ -125,7 +124,6 @@ class ServedDataset:
                 self._missed.set()
 
     async def refresh(self, node: Node) -> None:
-        """Ask the known ones and look for more, once."""
         known = dict(self.providers)
         for ref in await _announced(node, self.name):
             known[ref.peer] = ref
@@ -227,20 +225,19 @@ def _why_not(silent: list[PeerRef], refused: set[str]) -> str:
     return f"{len(silent)} data node(s) announce it but do not answer: {names}"
 
 
+@dataclass
 class _Choice:
     """Among data that differs under one ``name``: which is used. ``node`` asks for it; for ``undecided_s`` it
-    is waited for what would decide.
+    is waited for what would decide. ``open_because``: why nothing is used though something is served.
     """
 
-    def __init__(self, name: str, wanted: ManifestChoice, pins: Pins, node: Node, undecided_s: float) -> None:
-        self._name = name
-        self._pins = pins
-        self._wanted = wanted
-        self._node = node
-        self._undecided_s = undecided_s
-        self._since: float | None = None
-        #: why nothing is used though something is served
-        self.open_because = ""
+    name: str
+    wanted: ManifestChoice
+    pins: Pins
+    node: Node
+    undecided_s: float
+    since: float | None = None
+    open_because: str = ""
 
     def of(
         self, answers: dict[str, DatasetDescription], refs: dict[str, PeerRef], now: float
@@ -249,15 +246,15 @@ class _Choice:
         by_hash: dict[str, list[str]] = {}
         for peer, answer in sorted(answers.items()):
             by_hash.setdefault(answer.manifest_hash, []).append(peer)
-        self._since = now if self._since is None else self._since
-        waited = now >= self._since + self._undecided_s
+        self.since = now if self.since is None else self.since
+        waited = now >= self.since + self.undecided_s
         chosen = self._chosen(by_hash, waited)
         if chosen is None:
             return None
         self.open_because = ""
         providers = [refs[peer] for peer in by_hash[chosen]]
-        described = _agreed(self._name, {peer: answers[peer] for peer in by_hash[chosen]})
-        dataset = ServedDataset(self._name, described, providers, self._pins)
+        described = _agreed(self.name, {peer: answers[peer] for peer in by_hash[chosen]})
+        dataset = ServedDataset(self.name, described, providers, self.pins)
         dataset.stated = {peer: stated(answers[peer]) for peer in by_hash[chosen]}
         for peer, answer in sorted(answers.items()):
             if answer.manifest_hash != chosen:
@@ -269,28 +266,28 @@ class _Choice:
             f"manifest {value} at {', '.join(shown(peer) for peer in peers)}"
             for value, peers in sorted(by_hash.items())
         )
-        pinned, known = self._wanted.pinned, self._wanted.known
+        pinned, known = self.wanted.pinned, self.wanted.known
         if pinned is not None:
             if pinned in by_hash:
                 return pinned
-            self.open_because = f"nobody serves {self._name} with the manifest {pinned} of the job; {groups}"
+            self.open_because = f"nobody serves {self.name} with the manifest {pinned} of the job; {groups}"
             return None
         if known in by_hash:
             return known
         if known is not None and not waited:
-            self.open_because = f"nobody serves {self._name} as this job has trained on it so far; {groups}"
+            self.open_because = f"nobody serves {self.name} as this job has trained on it so far; {groups}"
             return None
         most = max(len(peers) for peers in by_hash.values())
         first, *others = sorted(value for value, peers in by_hash.items() if len(peers) == most)
         if not others:
             return first
-        self.open_because = f"data nodes serve different data under the name {self._name}: {groups}"
+        self.open_because = f"data nodes serve different data under the name {self.name}: {groups}"
         if not waited:
             return None
         ours = [value for value in (first, *others) if self._is_ours(by_hash[value])]
-        chosen, why = (
-            (ours[0], "as it is of this scheduler's own organisation") if len(ours) == 1 else (first, "")
-        )
+        chosen, why = first, ""
+        if len(ours) == 1:
+            chosen, why = ours[0], ", as it is of this scheduler's own organisation"
         logger.error(
             "As many %s. The manifest %s is used%s. If another one is meant, stop the job and set "
             "dataset.manifest_hash to it, give one of them another name, or make their directories equal",
@@ -301,8 +298,8 @@ class _Choice:
         return chosen
 
     def _is_ours(self, peers: list[str]) -> bool:
-        own = self._node.organization
-        return bool(own) and any(self._node.organization_of(peer) == own for peer in peers)
+        own = self.node.organization
+        return bool(own) and any(self.node.organization_of(peer) == own for peer in peers)
 
 
 def _agreed(name: str, answers: dict[str, DatasetDescription]) -> DatasetDescription:
@@ -340,44 +337,33 @@ async def _describe(
     answers: dict[str, DatasetDescription] = {}
     gone: set[str] = set()
 
+    def refuse(peer: str, level: int, text: str, *details: object) -> None:
+        if peer not in refused:
+            logger.log(level, text, *details, extra={"peer_id": peer})
+        refused.add(peer)
+
     async def ask(ref: PeerRef) -> None:
         try:
             answer = await node.request(ref, DescribeDataset(dataset=name), timeout_s=_ASK_TIMEOUT_S)
         except NetworkError as exc:
             # not about asking again: these refuse whoever asks, and the job is not to wait for them
             if isinstance(exc, Refused) and exc.code in ("role", "not-allowed"):
-                if ref.peer not in refused:
-                    logger.warning(
-                        "%s serves %s, but not to this job: %s",
-                        shown(ref.peer),
-                        name,
-                        exc.reason,
-                        extra={"peer_id": ref.peer},
-                    )
-                refused.add(ref.peer)
+                text = "%s serves %s, but not to this job: %s"
+                refuse(ref.peer, logging.WARNING, text, shown(ref.peer), name, exc.reason)
             logger.debug("Provider %s did not describe %s: %s", ref.peer, name, exc)
             if isinstance(exc, PeerUnreachable) and exc.gone:
                 gone.add(ref.peer)
             return
         if (problem := pins.problem(node, ref.peer)) is not None:
-            if ref.peer not in refused:
-                logger.warning(
-                    "%s announces %s and %s; it is not used",
-                    shown(ref.peer),
-                    name,
-                    problem,
-                    extra={"peer_id": ref.peer},
-                )
-            refused.add(ref.peer)
+            text = "%s announces %s and %s; it is not used"
+            refuse(ref.peer, logging.WARNING, text, shown(ref.peer), name, problem)
         elif isinstance(answer, DatasetDescription):
             problem = await in_thread(manifest_problem, answer.manifest, answer.manifest_hash)
             if not problem:
                 answers[ref.peer] = answer
                 return
-            if ref.peer not in refused:
-                text = "A data node does not serve %s as it states: %s; it is not used"
-                logger.error(text, name, problem, extra={"peer_id": ref.peer})
-            refused.add(ref.peer)
+            text = "A data node does not serve %s as it states: %s; it is not used"
+            refuse(ref.peer, logging.ERROR, text, name, problem)
 
     async with trio.open_nursery() as nursery:
         for ref in refs:

@@ -73,7 +73,7 @@ class _Epoch:
         self.used = set(used)
         self.assigned: dict[int, str] = {}
         self.available = set(range(count)) - self.used
-        self._order = sorted(self.available)
+        self.order = sorted(self.available)
         self._used_state: tuple[int, ...] | None = None
 
     @property
@@ -91,11 +91,7 @@ class _Epoch:
     def give_back(self, index: int) -> None:
         del self.assigned[index]
         self.available.add(index)
-        heapq.heappush(self._order, index)
-
-    def validate(self) -> None:
-        """Assert that everything AVAILABLE can be found."""
-        assert self.available <= set(self._order), f"epoch {self.epoch}: {self.available} cannot be found"
+        heapq.heappush(self.order, index)
 
     def pick(self, cached: Sequence[int], elsewhere: set[int]) -> int:
         """An AVAILABLE slice: one of ``cached``, else one nobody else has, else the lowest."""
@@ -103,18 +99,16 @@ class _Epoch:
             if index in self.available:
                 return index
         looked: list[int] = []
-        choice: int | None = None
-        while self._order and len(looked) < _LOOK_AHEAD:
-            index = heapq.heappop(self._order)
+        while self.order and len(looked) < _LOOK_AHEAD:
+            index = heapq.heappop(self.order)
             if index not in self.available or (looked and looked[-1] == index):
                 continue
             looked.append(index)
             if index not in elsewhere:
-                choice = index
                 break
         for index in looked:
-            heapq.heappush(self._order, index)
-        return looked[0] if choice is None else choice
+            heapq.heappush(self.order, index)
+        return looked[0] if looked[-1] in elsewhere else looked[-1]
 
 
 class SliceTracker:
@@ -136,9 +130,8 @@ class SliceTracker:
         self._cached: dict[str, tuple[int, ...]] = {}
         self.version = 0
         self._validated = -1
-        #: worker -> rows, and number, of the slices that are ASSIGNED to it
+        #: worker -> rows of the slices that are ASSIGNED to it
         self._rows: Counter[str] = Counter()
-        self._slices: Counter[str] = Counter()
 
     @property
     def holders(self) -> tuple[str, ...]:
@@ -154,9 +147,7 @@ class SliceTracker:
 
     def counts(self) -> dict[str, int]:
         """Slices of the oldest open epoch by their state: ``available``, ``assigned``, ``used``."""
-        epoch = self._epochs.get(self.epoch)
-        if epoch is None:
-            return {"available": len(self.samples), "assigned": 0, "used": 0}
+        epoch = self._epochs.get(self.epoch) or _Epoch(self.epoch, len(self.samples))
         return {
             "available": len(epoch.available),
             "assigned": len(epoch.assigned),
@@ -200,24 +191,16 @@ class SliceTracker:
         """Rows of all slices that are ASSIGNED to ``worker``."""
         return self._rows[worker]
 
-    def slices_held(self, worker: str) -> int:
-        """How many slices are ASSIGNED to ``worker``."""
-        return self._slices[worker]
-
     def _count(self, worker: str, index: int, change: int) -> None:
         self._rows[worker] += change * self.samples[index]
-        self._slices[worker] += change
-        if not self._slices[worker]:
-            del self._rows[worker], self._slices[worker]
+        if not self._rows[worker]:
+            del self._rows[worker]
 
     def _forget_oldest(self, answers: OrderedDict[int, AnswerState]) -> None:
         """Of a worker's answers: what it holds it can still give back, see :meth:`dropped`."""
-        spent = [seq for seq, given in answers.items() if not self._holds(given)]
+        spent = [seq for seq, one in answers.items() if not self.holds(one.worker, one.epoch, one.index)]
         for seq in spent[: max(0, len(spent) - _REMEMBERED_ANSWERS)]:
             del answers[seq]
-
-    def _holds(self, given: AnswerState) -> bool:
-        return self.holds(given.worker, given.epoch, given.index)
 
     def _assignment(self, given: AnswerState) -> Assignment:
         return Assignment(given.epoch, given.index, self.samples[given.index])
@@ -249,10 +232,10 @@ class SliceTracker:
         foreign = []
         self.version += 1
         for number, index in finished:
-            epoch = self._epochs.get(number)
-            if epoch is None or epoch.assigned.get(index) != worker:
+            if not self.holds(worker, number, index):
                 foreign.append((number, index))
                 continue
+            epoch = self._epochs[number]
             epoch.use(index)
             self._count(worker, index, -1)
             if len(epoch.used) == len(self.samples):
@@ -264,14 +247,8 @@ class SliceTracker:
         open); the returned (epoch, slice) pairs. Its answers are forgotten.
         """
         kept = set(keep)
-        returned = []
-        self.version += 1
-        for number, epoch in self._epochs.items():
-            for index in [index for index, holder in epoch.assigned.items() if holder == worker]:
-                if (number, index) not in kept:
-                    epoch.give_back(index)
-                    self._count(worker, index, -1)
-                    returned.append((number, index))
+        returned = [pair for pair in self.held(worker) if pair not in kept]
+        self.give_back(worker, returned)
         self._answers.pop(worker, None)
         return returned
 
@@ -285,13 +262,11 @@ class SliceTracker:
         """Return those of ``pairs`` that ``worker`` still holds to AVAILABLE."""
         self.version += 1
         for number, index in pairs:
-            epoch = self._epochs.get(number)
-            if epoch is not None and epoch.assigned.get(index) == worker:
-                epoch.give_back(index)
+            if self.holds(worker, number, index):
+                self._epochs[number].give_back(index)
                 self._count(worker, index, -1)
 
     def held(self, worker: str) -> list[tuple[int, int]]:
-        """The (epoch, slice) pairs that are with ``worker``."""
         return [
             (number, index)
             for number, epoch in sorted(self._epochs.items())
@@ -312,16 +287,17 @@ class SliceTracker:
             assert sum(len(place) for place in places) == len(everything), f"epoch {number}: {places}"
             assert set().union(*places) == everything, f"epoch {number}: {places}"
             assert len(epoch.used) < len(everything), f"epoch {number} is complete, but open"
-            epoch.validate()
+            assert epoch.available <= set(epoch.order), f"epoch {number}: {epoch.available} cannot be found"
         held = [(worker, index) for one in self._epochs.values() for index, worker in one.assigned.items()]
-        assert self._slices == Counter(worker for worker, _ in held), f"{self._slices} are not {held}"
-        assert self._rows.total() == sum(self.samples[index] for _, index in held), f"{self._rows}: {held}"
+        rows: Counter[str] = Counter()
+        for worker, index in held:
+            rows[worker] += self.samples[index]
+        assert self._rows == rows, f"{self._rows} are not those of {held}"
         for worker, answers in self._answers.items():
             assert not answers or worker in self._incarnation, f"{worker} was answered, but did not ask"
             assert all(given.worker == worker for given in answers.values())
 
     def to_state(self) -> TrackerState:
-        """All of it, to be kept with a checkpoint."""
         return TrackerState(
             samples=self.samples,
             next_epoch=self._next_epoch,

@@ -35,8 +35,7 @@ from hypha.messages import (
 from hypha.resources import weighted_capacity
 from hypha.scheduler.data.slices import TrackerState
 from hypha.scheduler.durable.database import SCHEMA, connect, is_full, with_space
-from hypha.scheduler.leasing.leases import LeaseGained
-from hypha.scheduler.leasing.track_records import TrackRecord
+from hypha.scheduler.leasing.events import LeaseGained, TrackRecord
 
 P = ParamSpec("P")
 T = TypeVar("T")

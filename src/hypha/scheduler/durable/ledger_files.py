@@ -16,7 +16,7 @@ from hypha.errors import HyphaError, Undecodable
 from hypha.messages import LedgerFile, encode_json
 from hypha.scheduler.durable.database import connect, is_full, with_space
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import LeaseGained
 from hypha.staging import write_whole
 
 

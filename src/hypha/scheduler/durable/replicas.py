@@ -45,7 +45,7 @@ from hypha.runtime import in_thread
 from hypha.scheduler.durable.checkpoints import CheckpointStore, safe_relative
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.state_directory import StateDirectory
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import LeaseGained
 
 logger = logging.getLogger(__name__)
 

@@ -137,44 +137,29 @@ async def save_last(
 
     Takes what is left in ``todo``; ``keep_ledger`` carries out what of it the ledger is to have.
     """
-    fields = {"job_id": machine.start.job_id}
-    while (action := _next(todo)) is not None:
+    while True:
+        try:
+            action = todo.receive_nowait()
+        except trio.WouldBlock:
+            break
         if isinstance(action, Durable):
             await keep_ledger(action)
-    newest = await ledger.run(Ledger.newest_start)
-    if machine.server is None or not machine.server_ready or machine.phase in ("done", "failed"):
-        _log_where(machine, newest, fields)
-        return
-    asked_for = machine.round
-    if newest < asked_for:
+    newest, asked_for = await ledger.run(Ledger.newest_start), machine.round
+    server = machine.server if machine.server_ready and machine.phase not in ("done", "failed") else None
+    if server is not None and newest < asked_for:
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
-                stamp = JobStamp(job_id=machine.start.job_id, generation=machine.start.generation)
-                nursery.start_soon(_request_save, node, machine.server, stamp, asked_for)
+                nursery.start_soon(_request_save, node, server, machine.start.stamp, asked_for)
                 while newest < machine.round:
                     action = await todo.receive()
                     if isinstance(action, Durable):
                         await keep_ledger(action)
                         newest = await ledger.run(Ledger.newest_start)
                 nursery.cancel_scope.cancel()
-    _log_where(machine, newest, fields)
-
-
-def _next(todo: trio.MemoryReceiveChannel[Action]) -> Action | None:
-    try:
-        return todo.receive_nowait()
-    except trio.WouldBlock:
-        return None
-
-
-def _log_where(machine: RoundMachine, newest: int, fields: dict[str, str]) -> None:
+    fields = {"job_id": machine.start.job_id}
     if newest < machine.round:
-        logger.warning(
-            "Round %d could not be saved in time; the job will go on from round %d",
-            machine.round,
-            newest,
-            extra=fields,
-        )
+        text = "Round %d could not be saved in time; the job will go on from round %d"
+        logger.warning(text, machine.round, newest, extra=fields)
     else:
         logger.info("The job will go on from round %d", newest, extra=fields)
 
@@ -187,9 +172,6 @@ async def _request_save(node: Node, server: PeerRef, stamp: JobStamp, round_: in
             await node.request(server.peer, steer)
             return
         except NetworkError as exc:
-            logger.debug(
-                "The request to save a checkpoint was not delivered: %s",
-                exc,
-                extra={"worker_peer_id": server.peer},
-            )
+            fields = {"worker_peer_id": server.peer}
+            logger.debug("The request to save a checkpoint was not delivered: %s", exc, extra=fields)
         await trio.sleep(_PAUSE_S)

@@ -18,8 +18,8 @@ from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.ledger_files import has_trained, held_leases, known_manifest
 from hypha.scheduler.durable.starts import begins_anew, first_generation
-from hypha.scheduler.job.states import JobContext, Opened, Preparing
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.job.states import JobContext, Opened
+from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
 from hypha.scheduler.preflight.trial import ModelTrial, open_trial
@@ -31,7 +31,7 @@ _RELEASE_S = 0.8
 
 
 async def open_job(
-    context: JobContext, fresh: bool, nursery: trio.Nursery, enter: Callable[[Preparing], None]
+    context: JobContext, fresh: bool, nursery: trio.Nursery, enter: Callable[[str], None]
 ) -> Opened:
     """Start the pool in ``nursery``, then open the job; ``enter`` is called with each step. Whoever calls
     closes the ledger. Raises :class:`hypha.errors.HyphaError`.
@@ -52,7 +52,7 @@ async def open_job(
     if check_anew and await begins_anew(ledger_path, config, context.node.ref(), dataset):
         async with open_trial(config.model.type if wanted == "full" else None) as trial:
             await _check(config, dataset, trial, enter)
-    enter(Preparing("reading the job's state"))
+    enter("reading the job's state")
     ledger, generation = await first_generation(
         context.state, config, context.node.ref(), dataset, context.replicas, fresh
     )
@@ -63,9 +63,9 @@ async def open_job(
 
 
 async def _check(
-    config: JobConfig, dataset: ServedDataset, trial: ModelTrial | None, enter: Callable[[Preparing], None]
+    config: JobConfig, dataset: ServedDataset, trial: ModelTrial | None, enter: Callable[[str], None]
 ) -> None:
-    enter(Preparing(f"checking that the model goes with the dataset {dataset.name}"))
+    enter(f"checking that the model goes with the dataset {dataset.name}")
     await check_before_leasing(config, dataset.manifest, trial)
 
 
@@ -74,10 +74,10 @@ async def _find(
     fresh: bool,
     left: tuple[LeaseGained, ...],
     nursery: trio.Nursery,
-    enter: Callable[[Preparing], None],
+    enter: Callable[[str], None],
 ) -> ServedDataset:
     config, node, pool = context.config, context.node, context.pool
-    enter(Preparing("waiting for a gateway"))
+    enter("waiting for a gateway")
     await node.wait_connected()
     if not fresh:
         # they expire: they are renewed while everything else is looked for
@@ -85,12 +85,12 @@ async def _find(
     await nursery.start(pool.run)
     name = config.dataset.dataset
     known = None if fresh else await known_manifest(context.state.ledger)
-    enter(Preparing(f"looking for the dataset {name}"))
+    enter(f"looking for the dataset {name}")
     dataset = await find_dataset(
         node,
         name,
         config.dataset.wait_s,
-        lambda why: enter(Preparing(f"looking for the dataset {name}: {why}")),
+        lambda why: enter(f"looking for the dataset {name}: {why}"),
         Pins.of(config.dataset),
         ManifestChoice(config.dataset.manifest_hash, known),
     )

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import trio
 
@@ -26,12 +25,13 @@ from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.state_directory import StateDirectory
-from hypha.scheduler.job.observing import JobObserver
+from hypha.scheduler.goodput.signals import GoodputSignals
 from hypha.scheduler.job.opening import open_job, take_up
 from hypha.scheduler.job.states import (
     JobContext,
     JobFiles,
     JobResult,
+    JobStage,
     Observation,
     Observer,
     Opened,
@@ -41,12 +41,17 @@ from hypha.scheduler.job.states import (
 from hypha.scheduler.job.working import WorkingJob
 from hypha.scheduler.rounds.events import GenerationBegan, Record
 from hypha.scheduler.status.recording import recording
+from hypha.scheduler.status.sentences import Awaiting, awaited, sentence
+from hypha.scheduler.status.signals import JobMetrics
 from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.scheduler.status.versions import ServiceVersions
+from hypha.scheduler.status.view import snapshot_of
 from hypha.telemetry.logs import logged
 from hypha.telemetry.resources import watch_disks
 
 logger = logging.getLogger(__name__)
 
+_OBSERVE_S = 0.2
 #: how long the node outlives a cancellation, for the last directives to workers
 _SHELTER_S = 3.8
 #: SIGTERM to exit is promised within 5 s; this is our part
@@ -71,23 +76,26 @@ async def run_job(
     job, observation = config.scheduler.job, observation or Observation()
     files = await JobFiles.checked(job)
     opened = open_ or partial(open_node, options_from(config, "hypha-scheduler"))
+    disks: AbstractAsyncContextManager[None]
+    disks = nullcontext() if is_simulated() else watch_disks({"state_dir": [config.state_dir]})
     outcome: Outcome = None
     journal, present = observation.journal, _Present()
     journal.listeners.append(present.listen)
     with (
         StateDirectory(config.state_dir, job.name) as state,
-        logged(job_id=present.job_id, round=present.round),
+        logged(job_id=lambda: present.job_id, round=lambda: present.round),
     ):
         async with recording(config, journal) as feeding, _farewell() as (work, shelter):
-            observe = _all(observation.observe, None if feeding is None else feeding.see)
+            see = None if feeding is None else feeding.see
+            observers = [one for one in (observation.observe, see) if one is not None]
             with shelter:
-                async with opened() as node, _watched(config.state_dir):
+                async with opened() as node, disks:
                     task_status.started(node)
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:
                         with work:
                             context = JobContext.create(job, node, state, files, observation)
-                            outcome = await RunningJob(context, observe).run(fresh)
+                            outcome = await RunningJob(context, observers).run(fresh)
                     except HyphaError as exc:
                         outcome = exc
     await trio.lowlevel.checkpoint_if_cancelled()
@@ -96,44 +104,18 @@ async def run_job(
     raise outcome or JobFailed("the job ended without a result")
 
 
-def _watched(state_dir: Path) -> AbstractAsyncContextManager[None]:
-    """The free space of the state directory is shown meanwhile."""
-    return nullcontext() if is_simulated() else watch_disks({"state_dir": [state_dir]})
-
-
 class _Present:
     """Which job it is and which round is open, for log entries: as the round machine decides."""
 
-    def __init__(self) -> None:
-        self._job_id: str | None = None
-        self._round: int | None = None
-
-    def job_id(self) -> str | None:
-        """``None`` before it is known."""
-        return self._job_id
-
-    def round(self) -> int | None:
-        """Counted from 0."""
-        return self._round
+    job_id: str | None = None
+    round: int | None = None
 
     def listen(self, entry: JournalEntry) -> None:
-        """One entry of the journal."""
         if isinstance(entry.event, GenerationBegan):
-            self._job_id, self._round = entry.event.start.job_id, entry.event.start.round
+            self.job_id, self.round = entry.event.start.job_id, entry.event.start.round
         for action in entry.actions:
             if isinstance(action, Record):
-                self._round = action.entry.round + 1
-
-
-def _all(*observers: Observer | None) -> Observer | None:
-    """One that calls all there are."""
-    found = [one for one in observers if one is not None]
-
-    def observe(snapshot: JobSnapshot) -> None:
-        for one in found:
-            one(snapshot)
-
-    return observe if found else None
+                self.round = action.entry.round + 1
 
 
 @asynccontextmanager
@@ -156,22 +138,131 @@ async def _farewell() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]
         nursery.cancel_scope.cancel()
 
 
+class JobObserver:
+    """What others see of a run: snapshots, metrics, traces, and a log line when it stands still. ``stage``
+    and ``outcome`` give the present ones. ``observers`` are called a few times a second while :meth:`run`
+    runs.
+    """
+
+    def __init__(
+        self,
+        context: JobContext,
+        observers: list[Observer],
+        stage: Callable[[], JobStage],
+        outcome: Callable[[], Outcome],
+    ) -> None:
+        self._context = context
+        self._observers = observers
+        self._stage = stage
+        self._outcome = outcome
+        self._metrics = JobMetrics(
+            context.pool,
+            context.progressed,
+            context.config.rounds.update_rounds,
+            context.began,
+            lambda: stage().machine,
+            lambda: stage().dataset,
+        )
+        self._goodput = GoodputSignals(context.journal, context.config.resources.num_workers, context.began)
+        self._awaiting = Awaiting()
+        self._services = ServiceVersions()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Traces and metrics of this run, from what its machines note."""
+        if is_simulated():
+            yield
+            return
+        listeners = (self._metrics.note, self._context.traces.note)
+        journal = self._context.journal
+        # what they were made from was noted before anybody could listen
+        for entry in journal.entries:
+            self._metrics.note(entry)
+        journal.listeners.extend(listeners)
+        self._context.traces.begin(self._context.config.name)
+        try:
+            with self._metrics.shown(lambda: self.snapshot().state):
+                yield
+        finally:
+            for listener in listeners:
+                journal.leave(listener)
+            self._context.traces.close()
+            outcome = self._outcome()
+            # an error that nobody foresaw is none of ours, but no cancellation either
+            failed = outcome is not None or isinstance(sys.exception(), Exception)
+            status = "done" if isinstance(outcome, JobResult) else "failed" if failed else "stopped"
+            self._metrics.ended(status, trio.current_time())
+
+    def resume(self) -> None:
+        """The rounds of an earlier scheduler of the job are in the progress now."""
+        self._goodput.resume(self._context.progressed.rounds)
+
+    def close(self) -> None:
+        """Look a last time; nothing is shown any more."""
+        self._look()
+        self._goodput.close()
+
+    async def run(self) -> None:
+        """Look at the job until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._services.run, self._context.node)
+            while True:
+                self._look()
+                self._look_for_silence()
+                await trio.sleep(_OBSERVE_S)
+
+    def _look(self) -> None:
+        if not self._observers:
+            # metrics are wanted nevertheless
+            self._goodput.report(trio.current_time())
+            return
+        snapshot = self.snapshot()
+        for observe in self._observers:
+            observe(snapshot)
+
+    def snapshot(self) -> JobSnapshot:
+        stage = self._stage()
+        data_nodes = {} if stage.dataset is None else stage.dataset.stated
+        for peer, abilities in data_nodes.items():
+            self._services.note("data node", peer, abilities)
+        goodput = self._goodput.report(trio.current_time())
+        return snapshot_of(
+            self._context, stage, self._outcome(), goodput, self._services.snapshot(data_nodes)
+        )
+
+    def _look_for_silence(self) -> None:
+        stage, context = self._stage(), self._context
+        machine = stage.machine
+        if machine is None:
+            # what stands behind the colon comes and goes while the step is the same
+            self._awaiting.look(stage.step.partition(":")[0], lambda: stage.step)
+            return
+
+        def what() -> str:
+            now = sentence(context.config, machine, context.pool, stage.dataset, "")
+            whom = awaited(machine)
+            return f"{now}; waiting for {whom}" if whom else now
+
+        self._awaiting.look((machine.start.generation, machine.round, machine.phase), what)
+
+
 class RunningJob:
     """One run of a job; :meth:`run` once."""
 
-    def __init__(self, context: JobContext, observe: Observer | None) -> None:
+    def __init__(self, context: JobContext, observers: list[Observer]) -> None:
         self._context = context
         self._stage: Preparing | Opened | WorkingJob = Preparing("starting")
         self._outcome: Outcome = None
-        self._observer = JobObserver(context, observe, lambda: self._stage, lambda: self._outcome)
+        self._observer = JobObserver(context, observers, lambda: self._stage, lambda: self._outcome)
         self._scope = trio.CancelScope()
 
-    async def run(self, fresh: bool) -> JobResult:
-        """To the end; raises what ended it."""
+    async def run(self, fresh: bool) -> Outcome:
+        """To the end: what the job has come to."""
         with self._observer.shown():
-            return await self._run(fresh)
+            await self._run(fresh)
+        return self._outcome
 
-    async def _run(self, fresh: bool) -> JobResult:
+    async def _run(self, fresh: bool) -> None:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -187,12 +278,9 @@ class RunningJob:
             with trio.CancelScope(shield=True):
                 await self._leave()
             self._observer.close()
-        if isinstance(self._outcome, JobResult):
-            return self._outcome
-        raise self._outcome or JobFailed("the job ended without a result")
 
-    def _enter(self, stage: Preparing) -> None:
-        self._stage = stage
+    def _enter(self, step: str) -> None:
+        self._stage = Preparing(step)
 
     def _end(self, outcome: JobResult | HyphaError) -> None:
         self._outcome = self._outcome or outcome
@@ -232,6 +320,5 @@ class RunningJob:
 
 
 def _first(group: BaseExceptionGroup[HyphaError]) -> HyphaError:
-    for exc in group.exceptions:
-        return _first(exc) if isinstance(exc, BaseExceptionGroup) else exc
-    raise JobFailed("an empty group of errors")
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,9 +1,7 @@
 """What every part of a running job uses, and the states that a run goes through.
 
 A run is :class:`Preparing` while its dataset is looked for and its ledger is opened, :class:`Opened` when
-both are there, and then at work (:class:`hypha.scheduler.job.working.WorkingJob`). Each state has what is
-known in it of ``dataset`` and ``machine``, and ``step``, which is what is being done while there is no
-machine.
+both are there, and then at work (:class:`hypha.scheduler.job.working.WorkingJob`).
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import trio
 
@@ -31,8 +28,7 @@ from hypha.scheduler.durable.replicas import Replicas
 from hypha.scheduler.durable.starts import Generation, described
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.handlers import ServedDirectory, served_directories
-from hypha.scheduler.leasing.events import SearchTimes
-from hypha.scheduler.leasing.leases import LeaseGained
+from hypha.scheduler.leasing.events import LeaseGained, SearchTimes
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import Rules
@@ -117,33 +113,24 @@ class JobContext:
         )
 
 
-class JobStage(Protocol):
-    """What is known of a job in any of its states."""
-
-    @property
-    def step(self) -> str:
-        """What is being done, in words, while there is no machine."""
-
-    @property
-    def dataset(self) -> ServedDataset | None:
-        """None until it is found."""
-
-    @property
-    def machine(self) -> RoundMachine | None:
-        """None until the job is at work."""
-
-
-@dataclass(frozen=True)
-class Preparing:
-    """The first state of a run: ``step`` is what is being done, in words."""
+class JobStage:
+    """What is known of a job in any of its states; ``step`` is what is done while there is no machine."""
 
     step: str
-    dataset: None = None
-    machine: None = None
+    dataset: ServedDataset | None
+    machine: RoundMachine | None
 
 
 @dataclass(frozen=True)
-class Opened:
+class Preparing(JobStage):
+    """The first state of a run."""
+
+    step: str
+    dataset = machine = None
+
+
+@dataclass(frozen=True)
+class Opened(JobStage):
     """The second one: the dataset is known, the ledger open, and ``generation`` begins. ``left`` are leases
     of an earlier scheduler of the job, under which executors may run; those ``of_another`` job go back.
     """
@@ -154,8 +141,8 @@ class Opened:
     store: CheckpointStore
     left: tuple[LeaseGained, ...] = ()
     of_another: tuple[LeaseGained, ...] = ()
-    step: str = "reading the job's state"
-    machine: None = None
+    step = "reading the job's state"
+    machine = None
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ fewer are held it advertises, collects offers until the deadline it gave, checks
 ranks them by capacity for the price, takes the best and releases the others at once. What is still missing is
 advertised again with growing pauses; a lost worker is replaced without pause, and one that ends soon as soon
 as it announces that. A worker that failed lately is taken only when nobody else offers, for longer each time.
-What an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.track_records`):
+What an offer claims is weighed by what was seen of its worker (:mod:`hypha.scheduler.leasing.searching`):
 capacity beyond what the job can use counts for nothing, a price under half of the bid is no better than that,
 and a parameter server is chosen by reliability before all else. While workers are missing the bid is raised
-in steps up to the private maximum (:mod:`hypha.scheduler.leasing.bidding`), and a job that cannot begin gives
-way to others (:mod:`hypha.scheduler.leasing.giving_way`). Every call costs at most O(n log n) in the number
-of open offers, so ten thousand workers can be driven.
+in steps up to the private maximum, and a job that cannot begin gives way to others
+(:mod:`hypha.scheduler.leasing.giving_way`). Every call costs at most O(n log n) in the number of open offers,
+so ten thousand workers can be driven.
 """
 
 from __future__ import annotations
@@ -22,33 +22,17 @@ from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, WorkerOffer
 from hypha.resources import check
-from hypha.scheduler.leasing.events import (
-    Accept,
-    Adopted,
-    Advertise,
-    AllocatorAction,
-    AllocatorBegan,
-    AllocatorEvent,
-    Begun,
-    Cause,
-    Contended,
-    Decline,
-    Dismiss,
-    Gained,
-    GatewayChanged,
-    GiveBack,
-    Keep,
-    LeaseFailed,
-    Offered,
-    Search,
-    SearchTimes,
-    Want,
-    Worked,
-    WorkerLeaves,
-)
+from hypha.scheduler.leasing import events as allocation
+from hypha.scheduler.leasing.events import AllocatorAction, AllocatorEvent, Cause, Search, SearchTimes
 from hypha.scheduler.leasing.giving_way import GivingWay
-from hypha.scheduler.leasing.searching import Candidate, WorkerSearch, most_capacity, unfit, usable_capacity
-from hypha.scheduler.leasing.track_records import Standings, TrackRecord
+from hypha.scheduler.leasing.searching import (
+    Candidate,
+    Standings,
+    WorkerSearch,
+    most_capacity,
+    unfit,
+    usable_capacity,
+)
 
 #: a worker that fails again and again is avoided for so many times as long, at most
 _LONGEST_AVOIDANCE = 30
@@ -80,18 +64,17 @@ class Allocator:
                 raise ValueError(f"two asks for {ask.kind} executors or with id {ask.request_id}")
             self._searches[ask.kind] = self._by_request[ask.request_id] = WorkerSearch(ask, self._pace)
         if journal is not None:
-            journal.note(NAME, 0.0, AllocatorBegan(asks, self._pace), (), self._summary())
+            journal.note(NAME, 0.0, allocation.AllocatorBegan(asks, self._pace), (), self._summary())
 
     @property
     def next_wake(self) -> float | None:
         """When the next :class:`Tick` is due; None while nothing is missing."""
         moments = [search.next_wake for search in self._searches.values()]
-        moments.append(self._giving_way.next_wake)
+        moments.append(self._giving_way.yield_at)
         return min((moment for moment in moments if moment is not None), default=None)
 
     @property
     def kinds(self) -> tuple[ExecutorClass, ...]:
-        """The executor classes it can look for."""
         return tuple(self._searches)
 
     def missing(self, kind: ExecutorClass) -> int:
@@ -100,7 +83,7 @@ class Allocator:
 
     def bid(self, kind: ExecutorClass) -> float:
         """What is bid for a worker of ``kind`` now."""
-        return self._searches[kind].bidding.bid
+        return self._searches[kind].bid
 
     def handle(self, event: AllocatorEvent, now: float) -> list[AllocatorAction]:
         """Apply ``event`` at ``now``."""
@@ -123,14 +106,13 @@ class Allocator:
         assert self._known == seen, f"{self._known} are not {seen}"
 
     def _summary(self) -> dict[str, object]:
-        """Of its state, for the journal."""
         return {
             kind: {
                 "wanted": search.wanted,
                 "taken": len(search.taken),
                 "confirmed": len(search.confirmed),
                 "candidates": len(search.candidates),
-                "raised": search.bidding.raised,
+                "raised": search.raised,
             }
             for kind, search in self._searches.items()
         }
@@ -138,7 +120,7 @@ class Allocator:
     def _apply(self, event: AllocatorEvent, now: float) -> list[AllocatorAction]:
         actions: list[AllocatorAction] = []
         match event:
-            case Want(kind, count):
+            case allocation.Want(kind, count):
                 search = self._searches.get(kind)
                 if search is None:
                     raise ValueError(f"nothing is known about whom to ask for {kind} jobs")
@@ -147,39 +129,38 @@ class Allocator:
                 if count != search.wanted:
                     search.wanted = count
                     self._hurry(search, now)
-            case Offered(caller, offer):
+            case allocation.Offered(caller, offer):
                 actions.extend(self._consider(caller, offer, now))
-            case Gained(lease_id):
-                for search in self._searches.values():
-                    if lease_id in search.taken:
-                        search.confirmed.add(lease_id)
-                        self._giving_way.gained()
-                        search.pause_s = 2 * self._pace.offer_deadline_s
-            case Adopted(kind, lease_id, worker):
+            case allocation.Gained(lease_id):
+                if search := self._taken_by(lease_id):
+                    search.confirmed.add(lease_id)
+                    # it goes on hoping
+                    self._giving_way.yield_at = None
+                    search.pause_s = 2 * self._pace.offer_deadline_s
+            case allocation.Adopted(kind, lease_id, worker):
                 search = self._searches[kind]
                 search.taken[lease_id] = worker
                 search.workers[worker] = lease_id
                 search.confirmed.add(lease_id)
                 self._known[lease_id] = worker
-            case LeaseFailed(lease_id, avoid):
-                for search in self._searches.values():
-                    if lease_id in search.taken:
-                        self._lose(search, lease_id, avoid, now)
-            case WorkerLeaves(lease_id):
-                for search in self._searches.values():
-                    if lease_id in search.taken and lease_id not in search.leaving:
-                        search.leaving.add(lease_id)
-                        self._hurry(search, now)
-            case TrackRecord():
+            case allocation.LeaseFailed(lease_id, avoid):
+                if search := self._taken_by(lease_id):
+                    self._lose(search, lease_id, avoid, now)
+            case allocation.WorkerLeaves(lease_id):
+                search = self._taken_by(lease_id)
+                if search is not None and lease_id not in search.leaving:
+                    search.leaving.add(lease_id)
+                    self._hurry(search, now)
+            case allocation.TrackRecord():
                 self._standings.know(event, self._most_useful())
-            case Worked(speeds):
+            case allocation.Worked(speeds):
                 self._standings.worked(speeds)
-            case Contended(lease_id, contended, outranked):
-                if any(lease_id in search.taken for search in self._searches.values()):
+            case allocation.Contended(lease_id, contended, outranked):
+                if self._taken_by(lease_id):
                     self._giving_way.contended(lease_id, contended, outranked)
-            case Begun():
-                self._giving_way.begun()
-            case GatewayChanged():
+            case allocation.Begun():
+                self._giving_way.begun = True
+            case allocation.GatewayChanged():
                 for search in self._searches.values():
                     # a job's first request coincides with its node's reservation at the relay: all would
                     # receive it twice while they are busy with the offer
@@ -190,6 +171,9 @@ class Allocator:
         for search in self._searches.values():
             actions.extend(self._advance(search, now))
         return actions
+
+    def _taken_by(self, lease_id: str) -> WorkerSearch | None:
+        return next((search for search in self._searches.values() if lease_id in search.taken), None)
 
     def _most_useful(self) -> float:
         """The weighted capacity that a training worker can make use of, at most."""
@@ -216,13 +200,14 @@ class Allocator:
             search.paused_until = now + pause_s
             self._hurry(search, now)
             # the newest: those before it may have loaded the model
-            return [GiveBack([lease_id for lease_id in search.taken if lease_id in search.confirmed][-1])]
+            confirmed = [lease_id for lease_id in search.taken if lease_id in search.confirmed]
+            return [allocation.GiveBack(confirmed[-1])]
         actions: list[AllocatorAction] = []
         for search in self._searches.values():
             actions.extend(self._dismiss(candidate) for candidate in search.candidates.values())
             search.candidates.clear()
             search.decide_at = None
-            actions.extend(GiveBack(lease_id) for lease_id in search.taken)
+            actions.extend(allocation.GiveBack(lease_id) for lease_id in search.taken)
             search.paused_until = now + pause_s
             self._hurry(search, now)
         return actions
@@ -245,39 +230,39 @@ class Allocator:
             search.advertise_at = max(again_at, search.paused_until)
 
     def _consider(self, caller: str, offer: WorkerOffer, now: float) -> list[AllocatorAction]:
-        search = self._by_request.get(offer.request_id)
+        lease_id, search = offer.lease_id, self._by_request.get(offer.request_id)
         if search is None:
-            return [Decline(offer.lease_id, "not-found", f"no request {offer.request_id} of this scheduler")]
+            return [
+                allocation.Decline(lease_id, "not-found", f"no request {offer.request_id} of this scheduler")
+            ]
         refusal = unfit(caller, offer, search.ask)
         if refusal is not None:
             code = "unsupported" if refusal[1] == "features" else "invalid"
-            return [Decline(offer.lease_id, code, *refusal)]
-        owner = self._known.get(offer.lease_id)
+            return [allocation.Decline(lease_id, code, *refusal)]
+        owner = self._known.get(lease_id)
+        if owner == caller:
+            # the same offer again: the answer to the first was lost
+            return [allocation.Keep(lease_id)]
         if owner is not None:
-            # from the same worker it is the same offer again: the answer to the first was lost
-            return [
-                Keep(offer.lease_id)
-                if owner == caller
-                else Decline(offer.lease_id, "invalid", "another worker has a lease with this id")
-            ]
+            return [allocation.Decline(lease_id, "invalid", "another worker has a lease with this id")]
         if caller in search.workers:
-            return [Decline(offer.lease_id, "duplicate", "this worker is already taken for that job")]
+            return [allocation.Decline(lease_id, "duplicate", "this worker is already taken for that job")]
         if not search.missing or now < search.paused_until:
             reason = "no more workers are wanted for this request"
-            return [Decline(offer.lease_id, "not-found", reason, "not-needed")]
-        actions: list[AllocatorAction] = [Keep(offer.lease_id)]
+            return [allocation.Decline(lease_id, "not-found", reason, "not-needed")]
+        actions: list[AllocatorAction] = [allocation.Keep(lease_id)]
         older = search.candidates.get(caller)
         if older is not None:
             # a worker offers again only when it gave up on its first offer
             actions.append(self._dismiss(older))
         search.candidates[caller] = Candidate(offer, now + offer.expires_in_s)
-        self._known[offer.lease_id] = caller
+        self._known[lease_id] = caller
         search.decide_on(offer, now)
         return actions
 
-    def _dismiss(self, candidate: Candidate, cause: Cause = "other") -> Dismiss:
+    def _dismiss(self, candidate: Candidate, cause: Cause = "other") -> allocation.Dismiss:
         del self._known[candidate.offer.lease_id]
-        return Dismiss(candidate.offer.lease_id, candidate.offer.worker, cause)
+        return allocation.Dismiss(candidate.offer.lease_id, candidate.offer.worker, cause)
 
     def _advance(self, search: WorkerSearch, now: float) -> list[AllocatorAction]:
         actions: list[AllocatorAction] = []
@@ -285,8 +270,7 @@ class Allocator:
             search.decide_at = now
         if search.decide_at is not None and now >= search.decide_at:
             actions.extend(self._decide(search, now))
-        complete = not search.missing and len(search.confirmed) == len(search.taken)
-        if search.bidding.follow(complete, bool(search.missing), now):
+        if search.raise_bid(now):
             # published at once, unless a request was published a moment ago
             soon = max(now, search.advertised_at + 2 * self._pace.offer_deadline_s, search.paused_until)
             search.advertise_at = soon if search.advertise_at is None else min(search.advertise_at, soon)
@@ -294,8 +278,8 @@ class Allocator:
             search.advertise_at = None
         elif search.advertise_at is not None and now >= search.advertise_at:
             within_s = self._pace.offer_deadline_s
-            raised_bid = search.bidding.bid if search.bidding.raised else None
-            actions.append(Advertise(search.ask, search.missing, within_s, raised_bid))
+            raised_bid = search.bid if search.raised else None
+            actions.append(allocation.Advertise(search.ask, search.missing, within_s, raised_bid))
             # the offers for this request and those that are considered already compete
             search.late = False
             search.decide_by = min(now + within_s, math.inf if search.decide_at is None else search.decide_by)
@@ -319,7 +303,7 @@ class Allocator:
                 search.workers[worker] = lease_id
                 if search.ask.kind == "train":
                     self._standings.took(worker, usable_capacity(candidate.offer, search.ask))
-                actions.append(Accept(search.ask.kind, candidate.offer, candidate.expires_at))
+                actions.append(allocation.Accept(search.ask.kind, candidate.offer, candidate.expires_at))
             elif candidate.expires_at <= now:
                 actions.append(self._dismiss(candidate, "late"))
             else:

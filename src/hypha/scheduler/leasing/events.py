@@ -1,7 +1,8 @@
-"""What goes into the allocator and what comes out of it: plain values, no behaviour."""
+"""What goes into the allocator, what comes out of it, and what a pool reports of its leases: plain values."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from msgspec import Struct
@@ -9,7 +10,6 @@ from msgspec import Struct
 from hypha import __version__
 from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
-from hypha.scheduler.leasing.track_records import TrackRecord
 
 #: why an offer was not taken
 Cause = Literal["late", "price", "resources", "features", "avoided", "not-needed", "other"]
@@ -40,7 +40,6 @@ class Search(Struct, frozen=True, tag="Ask"):
 
     @property
     def kind(self) -> ExecutorClass:
-        """The class of executor asked for."""
         return self.executor.kind
 
 
@@ -101,6 +100,18 @@ class WorkerLeaves(Struct, frozen=True, tag="Leaves"):
     """The worker of this lease ends soon: it is held on, and another one is looked for meanwhile."""
 
     lease_id: str
+
+
+class TrackRecord(Struct, frozen=True, tag=True):
+    """What a ledger has of ``worker``: ``rounds`` hold its updates, of ``samples_per_s`` in the mean; so many
+    ``failures``. ``capacity`` is the weighted one of its last lease, 0.0 where it is not known.
+    """
+
+    worker: str
+    rounds: int = 0
+    failures: int = 0
+    samples_per_s: float = 0.0
+    capacity: float = 0.0
 
 
 class Worked(Struct, frozen=True, tag=True):
@@ -171,7 +182,6 @@ class Advertise(Struct, frozen=True, tag=True):
         return self.ask.bid if self.raised_bid is None else self.raised_bid
 
     def request(self, scheduler: PeerRef) -> WorkerRequest:
-        """The message to publish."""
         return WorkerRequest(
             request_id=self.ask.request_id,
             scheduler=scheduler,
@@ -224,3 +234,59 @@ class GiveBack(Struct, frozen=True, tag=True):
 
 
 AllocatorAction = Advertise | Keep | Decline | Accept | Dismiss | GiveBack
+
+# --- what a pool reports ----------------------------------------------------------------------------------
+
+
+class LeaseGained(Struct, frozen=True):
+    """A worker is held: jobs of ``kind`` may be dispatched under ``lease_id``. The ledger keeps it, so that
+    another scheduler of the job can go on with it. ``version`` is the worker's, where it states one.
+    """
+
+    lease_id: str
+    worker: PeerRef
+    resources: Resources
+    price: float
+    kind: ExecutorClass
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class _OfLease:
+    lease_id: str
+    worker: PeerRef
+    kind: ExecutorClass
+
+
+@dataclass(frozen=True)
+class LeaseSuspect(_OfLease):
+    """The worker cannot be reached, repeatedly; its lease has not expired."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeaseRecovered(_OfLease):
+    """A suspected worker answered again."""
+
+
+@dataclass(frozen=True)
+class LeaseLost(_OfLease):
+    """The lease expired, or the worker ended it. One that :meth:`Pool.release` gave back is not reported."""
+
+    reason: str
+    #: it did not end the lease itself
+    to_blame: bool = True
+
+
+@dataclass(frozen=True)
+class LeaseLeaving(_OfLease):
+    """The worker ends in ``left_s`` seconds; its lease lasts until then, and another worker is looked for.
+    Reported again whenever the worker announces it.
+    """
+
+    left_s: float
+    reason: str
+
+
+PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLeaving | LeaseLost

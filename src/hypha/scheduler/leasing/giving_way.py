@@ -34,54 +34,44 @@ class GivingWay:
     def __init__(self, asks: Iterable[Search], pace: SearchTimes) -> None:
         self._names = " ".join(ask.request_id for ask in asks)
         self._pace = pace
-        self._begun = False
+        #: the job trains
+        self.begun = False
         self._contended: set[str] = set()
         #: those that somebody asks for who has asked for longer than this job
         self._outranked: set[str] = set()
-        self._yield_at: float | None = None
+        #: when it gives way, unless something happens before
+        self.yield_at: float | None = None
         self._due = self._junior = False
         #: how often it gave way
         self.times = 0
-
-    @property
-    def next_wake(self) -> float | None:
-        """When it gives way, unless something happens before."""
-        return self._yield_at
 
     def contended(self, lease_id: str, contended: bool, outranked: bool = False) -> None:
         """Whether others ask for what this lease holds, and one of them has asked for longer. One that is
         over is not contended.
         """
-        for leases, applies in ((self._contended, contended), (self._outranked, contended and outranked)):
-            if applies:
-                leases.add(lease_id)
-            else:
-                leases.discard(lease_id)
-
-    def gained(self) -> None:
-        """The job got another worker: it goes on hoping."""
-        self._yield_at = None
-
-    def begun(self) -> None:
-        """The job trains."""
-        self._begun = True
+        self._contended.discard(lease_id)
+        self._outranked.discard(lease_id)
+        if contended:
+            self._contended.add(lease_id)
+        if contended and outranked:
+            self._outranked.add(lease_id)
 
     def pause_s(self, short: bool, surplus: bool, now: float) -> float | None:
         """Whether to give way now, and for how long; ``short``: it has too few workers to begin, ``surplus``:
         and of another kind more than it needs for that.
         """
         after_s = self._pace.yield_after_s
-        self._due = after_s is not None and not self._begun and short and bool(surplus or self._contended)
+        self._due = after_s is not None and not self.begun and short and bool(surplus or self._contended)
         if after_s is None or not self._due:
-            self._yield_at = None
+            self.yield_at = None
             return None
         junior = surplus or bool(self._outranked)
-        if self._yield_at is None or junior != self._junior:
+        if self.yield_at is None or junior != self._junior:
             self._junior = junior
-            self._yield_at = now + after_s * (1.0 + self._share()) * (1.0 if junior else _SENIOR)
-        if now < self._yield_at:
+            self.yield_at = now + after_s * (1.0 + self._share()) * (1.0 if junior else _SENIOR)
+        if now < self.yield_at:
             return None
-        self._yield_at = None
+        self.yield_at = None
         if not surplus:
             self._contended.clear()
             self._outranked.clear()
@@ -90,11 +80,10 @@ class GivingWay:
         return _FIRST_PAUSE * self._pace.longest_pause_s * longer
 
     def validate(self, held: Collection[str]) -> None:
-        """Assert what always holds. For tests and simulation."""
         assert self._outranked <= self._contended <= set(held), (
             f"{self._contended} are contended, and {held} are held"
         )
-        assert self._yield_at is None or self._due, "nobody is there to give way to"
+        assert self.yield_at is None or self._due, "nobody is there to give way to"
 
     def _share(self) -> float:
         """0 to 1, another one for each job and each time."""

@@ -17,10 +17,9 @@ from opentelemetry.trace import Span, Status, StatusCode, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
 from hypha.leases import Tick
-from hypha.messages import ExecutorClass, LeaseRenewed, RenewLease, WorkerOffer
+from hypha.messages import ExecutorClass, LeaseRenewed, PeerRef, RenewLease
 from hypha.node import Node
-from hypha.scheduler.leasing.events import Contended, Dismiss, Gained
-from hypha.scheduler.leasing.leases import HeldLease, LeaseGained
+from hypha.scheduler.leasing.events import Contended, Dismiss, Gained, LeaseGained
 from hypha.scheduler.leasing.renewal import (
     Attempt,
     CertificateRevoked,
@@ -55,8 +54,8 @@ LeaseChange = Gained | Contended | Suspected | Recovered | Dismiss | Lapsed
 class Holding:
     """A lease that is being accepted, or held. Whoever changes it sets ``nudge``."""
 
-    kind: ExecutorClass
-    offer: WorkerOffer
+    #: as it is dispatched under, and kept in the ledger
+    lease: LeaseGained
     expires_at: float
     gained: bool = False
     suspected: bool = False
@@ -74,20 +73,6 @@ class Holding:
     #: the ``traceparent`` of the span in which its offer was received
     offered_in: str | None = None
 
-    @classmethod
-    def adopted(cls, lease: LeaseGained, now: float) -> Holding:
-        """A lease that an earlier scheduler of the job gained."""
-        offer = WorkerOffer(
-            lease_id=lease.lease_id,
-            request_id="",
-            worker=lease.worker,
-            resources=lease.resources,
-            price=lease.price,
-            expires_in_s=ADOPT_S,
-            version=lease.version,
-        )
-        return cls(lease.kind, offer, now + ADOPT_S, gained=True)
-
     @property
     def overstays_at(self) -> float:
         """When its worker, if it has announced its end, should have ended for a while."""
@@ -95,26 +80,16 @@ class Holding:
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """Of its log entries."""
-        return {"lease_id": self.offer.lease_id, "worker_peer_id": self.offer.worker.peer}
+        return {"lease_id": self.lease.lease_id, "worker_peer_id": self.lease.worker.peer}
 
     @property
     def attributes(self) -> dict[str, str]:
-        """Of its spans."""
-        return {"hypha.lease": self.offer.lease_id, "hypha.peer": self.offer.worker.peer}
+        return {"hypha.lease": self.lease.lease_id, "hypha.peer": self.lease.worker.peer}
 
     @property
-    def lease(self) -> LeaseGained:
-        """As it is dispatched under, and kept in the ledger."""
-        offer = self.offer
-        return LeaseGained(
-            offer.lease_id, offer.worker, offer.resources, offer.price, self.kind, offer.version
-        )
-
-    @property
-    def held_lease(self) -> HeldLease:
-        """As it stands."""
-        return HeldLease(self.lease, self.expires_at, self.suspected, self.leaves_at)
+    def named(self) -> tuple[str, PeerRef, ExecutorClass]:
+        """Its id, its worker and its kind, as they stand in what is reported of it."""
+        return self.lease.lease_id, self.lease.worker, self.lease.kind
 
     def announced_end(self, left_s: float, now: float) -> float | None:
         """Its worker has announced at ``now`` that it ends in ``left_s``. How long is left, where that is to
@@ -206,7 +181,7 @@ async def keep_renewed(
                 if isinstance(result, Renewed):
                     if not held.gained:
                         held.gained = True
-                        report(Gained(held.offer.lease_id))
+                        report(Gained(held.lease.lease_id))
                     spans.renewed()
                 events = [result]
             else:
@@ -216,7 +191,7 @@ async def keep_renewed(
                 events = [Tick()]
             if trio.current_time() >= held.overstays_at and held.handed_back is None:
                 held.handed_back = "it was to have ended by now"
-                report(Dismiss(held.offer.lease_id, held.offer.worker))
+                report(Dismiss(held.lease.lease_id, held.lease.worker))
             if held.revoked:
                 events = [CertificateRevoked()]
             elif held.handed_back is not None:
@@ -230,7 +205,7 @@ async def keep_renewed(
 async def _attempt(
     held: Holding, node: Node, timeout_s: float, report: Callable[[LeaseChange], None]
 ) -> RenewalEvent:
-    lease_id, peer = held.offer.lease_id, held.offer.worker.peer
+    lease_id, peer = held.lease.lease_id, held.lease.worker.peer
     try:
         reply = await node.request(peer, RenewLease(lease_id=lease_id), timeout_s=timeout_s)
     except Refused as exc:

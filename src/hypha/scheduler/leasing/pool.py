@@ -13,12 +13,11 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterable
-from random import Random
 
 import trio
 
 from hypha.errors import NetworkError, Refused
-from hypha.features import printable, stated
+from hypha.features import Abilities, printable
 from hypha.journal import Journal
 from hypha.leases import Tick
 from hypha.messages import (
@@ -32,51 +31,23 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.runtime import chance
-from hypha.scheduler.leasing.advertising import Advertising
+from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.allocator import Allocator
-from hypha.scheduler.leasing.events import (
-    Accept,
-    Adopted,
-    Advertise,
-    AllocatorAction,
-    AllocatorEvent,
-    Begun,
-    Contended,
-    Decline,
-    Dismiss,
-    Gained,
-    GatewayChanged,
-    GiveBack,
-    Keep,
-    LeaseFailed,
-    Offered,
-    Search,
-    SearchTimes,
-    Want,
-    Worked,
-    WorkerLeaves,
-)
-from hypha.scheduler.leasing.holding import Holding, LeaseChange, keep_renewed
-from hypha.scheduler.leasing.leases import (
-    HeldLease,
-    LeaseGained,
-    LeaseLeaving,
-    LeaseLost,
-    LeaseRecovered,
-    LeaseSuspect,
-    PoolEvent,
-)
+from hypha.scheduler.leasing.events import LeaseGained, PoolEvent, Search, SearchTimes, TrackRecord
+from hypha.scheduler.leasing.holding import ADOPT_S, Holding, LeaseChange, keep_renewed
 from hypha.scheduler.leasing.renewal import Lapsed, Recovered, Renewal, Suspected
-from hypha.scheduler.leasing.track_records import TrackRecord
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.status.versions import StatedVersions
+from hypha.telemetry.instruments import WORKER_REQUESTS
 from hypha.tracing import span, traceparent
-from hypha.tracing.operations import RECEIVE_OFFER
+from hypha.tracing.operations import ADVERTISE, RECEIVE_OFFER
 
 logger = logging.getLogger(__name__)
 
 #: How long a courtesy release may take; the lease expires anyway.
 RELEASE_TIMEOUT_S = 2.0
+#: While workers are missing, that is logged again after this long.
+REMIND_S = 15.0
 #: Releases at once: few, since acceptances are more urgent.
 MAX_RELEASES = 4
 
@@ -91,19 +62,18 @@ class Pool:
         node: Node,
         asks: Iterable[Search],
         pace: SearchTimes | None = None,
-        random: Random | None = None,
         journal: Journal | None = None,
         traces: RoundTraces | None = None,
     ) -> None:
         self._node = node
         self._journal = journal
-        self._advertising = Advertising(node, traces or RoundTraces(None))
+        self._traces = traces or RoundTraces(None)
         asks = tuple(asks)
         self._allocator = Allocator(asks, pace, journal)
         self._versions = StatedVersions(asks)
-        self._random = random or chance()
+        self._random = chance()
         self._held: dict[str, Holding] = {}
-        self._todo: list[AllocatorAction] = []
+        self._todo: list[allocation.AllocatorAction] = []
         self._wake = trio.Event()
         self._running = trio.CancelScope()
         self._releasing = trio.CapacityLimiter(MAX_RELEASES)
@@ -112,6 +82,10 @@ class Pool:
         #: lease of an offer that is considered -> ``traceparent`` of the span in which its offer was received
         self._offered_in: dict[str, str] = {}
         self._begun = False
+        #: when it was last logged that workers are missing, and at which raised bid
+        self._logged: dict[ExecutorClass, tuple[float, float | None]] = {}
+        #: requests for them that wait for a gateway
+        self._publishing: set[ExecutorClass] = set()
         #: those that nobody renews yet
         self._adopted: list[Holding] = []
         # unbounded, so that renewals never wait for whoever reads; a few events a lease
@@ -125,15 +99,15 @@ class Pool:
     @property
     def leases(self) -> tuple[LeaseGained, ...]:
         """All leases held now."""
-        return tuple(held.lease for held in self._held.values() if held.gained)
+        return tuple(held.lease for held in self.held)
 
     def _is_partner(self, peer: str) -> bool:
-        return any(held.gained and held.offer.worker.peer == peer for held in self._held.values())
+        return any(held.gained and held.lease.worker.peer == peer for held in self._held.values())
 
     @property
-    def held(self) -> tuple[HeldLease, ...]:
-        """All leases held now, and how long they last."""
-        return tuple(held.held_lease for held in self._held.values() if held.gained)
+    def held(self) -> tuple[Holding, ...]:
+        """All leases held now, as they stand."""
+        return tuple(held for held in self._held.values() if held.gained)
 
     def missing(self, kind: ExecutorClass) -> int:
         """How many more workers of ``kind`` are wanted than taken."""
@@ -145,7 +119,7 @@ class Pool:
 
     def want(self, kind: ExecutorClass, count: int) -> None:
         """Hold ``count`` workers of ``kind``. With fewer than are held nothing is released by itself."""
-        self._apply(Want(kind, count))
+        self._apply(allocation.Want(kind, count))
 
     def bid(self, kind: ExecutorClass) -> float:
         """What is bid for a worker of ``kind`` now."""
@@ -155,7 +129,7 @@ class Pool:
         """The job trains: what it holds is not given back any more for lack of the rest. Repeats are free."""
         if not self._begun:
             self._begun = True
-            self._apply(Begun())
+            self._apply(allocation.Begun())
 
     def know(self, record: TrackRecord) -> None:
         """What the ledger has of a worker: it counts when offers are compared."""
@@ -165,7 +139,7 @@ class Pool:
         """A round was applied: how fast each worker was in it is known."""
         if entry.duration_s > 0:
             parts = {part.worker: part.samples / entry.duration_s for part in entry.contributors}
-            self._apply(Worked(tuple(parts.items())))
+            self._apply(allocation.Worked(tuple(parts.items())))
 
     def adopt(self, leases: Iterable[LeaseGained]) -> None:
         """Go on with leases of an earlier scheduler: they count as held, without :class:`LeaseGained`, and
@@ -174,10 +148,10 @@ class Pool:
         """
         now = trio.current_time()
         for lease in leases:
-            held = Holding.adopted(lease, now)
+            held = Holding(lease, now + ADOPT_S, gained=True)
             self._held[lease.lease_id] = held
             self._node.learn(lease.worker)
-            self._apply(Adopted(lease.kind, lease.lease_id, lease.worker.peer))
+            self._apply(allocation.Adopted(lease.kind, lease.lease_id, lease.worker.peer))
             self._adopted.append(held)
 
     async def release(self, lease_id: str, avoid: bool = False) -> None:
@@ -189,17 +163,19 @@ class Pool:
         if held is None:
             return
         held.scope.cancel()
-        self._apply(LeaseFailed(lease_id, avoid))
-        await self._release(held.offer.worker, lease_id)
+        self._apply(allocation.LeaseFailed(lease_id, avoid))
+        await self._release(held.lease.worker, lease_id)
 
     async def close(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
         """Give everything back, for at most ``timeout_s``, and end :meth:`run`."""
         for kind in self._allocator.kinds:
-            self._apply(Want(kind, 0))
-        self._unwanted |= {one.lease_id: one.worker for one in self._todo if isinstance(one, Dismiss)}
+            self._apply(allocation.Want(kind, 0))
+        self._unwanted |= {
+            one.lease_id: one.worker for one in self._todo if isinstance(one, allocation.Dismiss)
+        }
         self._todo.clear()
         self._running.cancel()  # which cuts off releases under way
-        ending = {lease_id: held.offer.worker for lease_id, held in self._held.items()} | self._unwanted
+        ending = {lease_id: held.lease.worker for lease_id, held in self._held.items()} | self._unwanted
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
                 for lease_id, worker in ending.items():
@@ -232,7 +208,7 @@ class Pool:
 
     # --- deciding -----------------------------------------------------------------------------------
 
-    def _apply(self, event: AllocatorEvent) -> list[AllocatorAction]:
+    def _apply(self, event: allocation.AllocatorEvent) -> list[allocation.AllocatorAction]:
         actions = self._allocator.handle(event, trio.current_time())
         self._todo.extend(actions)
         self._wake.set()
@@ -243,25 +219,21 @@ class Pool:
             raise Refused("not-found", "this scheduler is stopping")
         fields = {"lease_id": offer.lease_id, "worker_peer_id": caller}
         with span(RECEIVE_OFFER, {"hypha.lease": offer.lease_id, "hypha.peer": caller}):
-            for action in self._apply(Offered(caller, offer)):
-                if isinstance(action, Decline) and action.lease_id == offer.lease_id:
+            for action in self._apply(allocation.Offered(caller, offer)):
+                if isinstance(action, allocation.Decline) and action.lease_id == offer.lease_id:
                     logger.debug("An offer was declined: %s.", action.reason, extra=fields)
                     if action.cause == "features":
                         self._versions.declined(caller, offer)
                     raise Refused(action.code, action.reason)
-            logger.debug(
-                "An offer is considered: %s at a price of %g.",
-                offer.resources,
-                offer.price,
-                extra=fields,
-            )
+            text = "An offer is considered: %s at a price of %g."
+            logger.debug(text, offer.resources, offer.price, extra=fields)
             if offer.lease_id not in self._held and (parent := traceparent()) is not None:
                 self._offered_in[offer.lease_id] = parent
         return Acknowledged()
 
     async def _answer_leaving(self, caller: str, leaving: WorkerLeaving) -> Acknowledged:
         held = self._held.get(leaving.lease_id)
-        if held is None or held.offer.worker.peer != caller or self._running.cancel_called:
+        if held is None or held.lease.worker.peer != caller or self._running.cancel_called:
             return Acknowledged()  # it is over here already, or was never this worker's
         if not (math.isfinite(leaving.left_s) and leaving.left_s >= 0):
             raise Refused("invalid", f"{leaving.left_s} is no time to be left")
@@ -273,36 +245,58 @@ class Pool:
         if not held.gained:
             raise Refused("busy", "the lease is just being accepted")
         if held.leaves_at is None:
-            logger.info(
-                "A leased worker ends in %.1f s (%s); another one is looked for.",
-                leaving.left_s,
-                reason,
-                extra=held.log_fields,
-            )
-            self._apply(WorkerLeaves(leaving.lease_id))
+            text = "A leased worker ends in %.1f s (%s); another one is looked for."
+            logger.info(text, leaving.left_s, reason, extra=held.log_fields)
+            self._apply(allocation.WorkerLeaves(leaving.lease_id))
         now = trio.current_time()
         if (left_s := held.announced_end(leaving.left_s, now)) is not None:
-            self._tell(held, LeaseLeaving(leaving.lease_id, held.offer.worker, held.kind, left_s, reason))
+            self._tell(held, allocation.LeaseLeaving(*held.named, left_s, reason))
         return Acknowledged()
 
-    def _carry_out(self, action: AllocatorAction, nursery: trio.Nursery) -> None:
+    def _carry_out(self, action: allocation.AllocatorAction, nursery: trio.Nursery) -> None:
         match action:
-            case Advertise():
-                nursery.start_soon(self._advertising.publish, action)
-            case Accept(kind, offer, expires_at):
-                offered_in = self._offered_in.pop(offer.lease_id, None)
-                held = Holding(kind, offer, expires_at, offered_in=offered_in)
-                self._held[offer.lease_id] = held
-                self._node.learn(offer.worker)
+            case allocation.Advertise():
+                nursery.start_soon(self._publish, action)
+            case allocation.Accept(kind, offer, expires_at):
+                lease_id, worker = offer.lease_id, offer.worker
+                lease = LeaseGained(lease_id, worker, offer.resources, offer.price, kind, offer.version)
+                held = Holding(lease, expires_at, offered_in=self._offered_in.pop(lease_id, None))
+                self._held[lease_id] = held
+                self._node.learn(worker)
                 nursery.start_soon(self._hold, held)
-            case Dismiss(lease_id, worker):
+            case allocation.Dismiss(lease_id, worker):
                 self._offered_in.pop(lease_id, None)
                 self._unwanted[lease_id] = worker
                 nursery.start_soon(self._release, worker, lease_id)
-            case GiveBack(lease_id):
+            case allocation.GiveBack(lease_id):
                 self._give_back(lease_id, nursery)
-            case Keep() | Decline():
+            case allocation.Keep() | allocation.Decline():
                 pass
+
+    async def _publish(self, action: allocation.Advertise) -> None:
+        kind = action.ask.kind
+        if kind in self._publishing:
+            # the one before still waits for a gateway to pass it on, and is the same request
+            return
+        now = trio.current_time()
+        logged_at, logged_bid = self._logged.get(kind, (-math.inf, None))
+        if now >= logged_at + REMIND_S or logged_bid != action.raised_bid:
+            self._logged[kind] = now, action.raised_bid
+            bid = action.raised_bid
+            raised = "" if bid is None else f", at a bid that was raised to {bid:g}"
+            logger.info("Looking for %d more workers for %s jobs%s.", action.count, kind, raised)
+        self._publishing.add(kind)
+        attributes = {"hypha.executor.class": kind, "hypha.request": action.ask.request_id}
+        try:
+            with span(ADVERTISE, {**attributes, "hypha.workers": action.count}, parent=self._traces.of_job):
+                await self._node.publish(action.request(self._node.ref()))
+        except NetworkError as exc:
+            logger.debug("A request for workers was not published: %s", exc)
+        else:
+            WORKER_REQUESTS.add(kind=kind)
+            logger.debug("A request for %d more workers for %s jobs was published.", action.count, kind)
+        finally:
+            self._publishing.discard(kind)
 
     def _give_back(self, lease_id: str, nursery: trio.Nursery) -> None:
         """A job that cannot begin gives way to others."""
@@ -310,51 +304,50 @@ class Pool:
         if held is None:
             return
         held.scope.cancel()
-        self._apply(LeaseFailed(lease_id, avoid=False))
+        self._apply(allocation.LeaseFailed(lease_id, avoid=False))
         reason = "given back, as there are too few workers to begin, and other schedulers ask for this one"
         if held.gained:
             logger.info("A worker is %s.", reason, extra=held.log_fields)
-            self._tell(held, LeaseLost(lease_id, held.offer.worker, held.kind, reason, False))
-        self._unwanted[lease_id] = held.offer.worker
-        nursery.start_soon(self._release, held.offer.worker, lease_id)
+            self._tell(held, allocation.LeaseLost(*held.named, reason, False))
+        self._unwanted[lease_id] = held.lease.worker
+        nursery.start_soon(self._release, held.lease.worker, lease_id)
 
     # --- what becomes of one lease ------------------------------------------------------------------
 
     async def _hold(self, held: Holding) -> None:
         now = trio.current_time()
-        renewal = Renewal(held.expires_at - now, now, self._random, held.offer.lease_id, self._journal)
+        renewal = Renewal(held.expires_at - now, now, self._random, held.lease.lease_id, self._journal)
         await keep_renewed(held, renewal, self._node, lambda change: self._changed(held, change))
 
     def _changed(self, held: Holding, change: LeaseChange) -> None:
-        lease_id, worker, kind = held.offer.lease_id, held.offer.worker, held.kind
         match change:
-            case Gained():
-                logger.info("A worker was leased for %s jobs.", kind, extra=held.log_fields)
-                self._versions.leased(kind, worker.peer, stated(held.offer))
+            case allocation.Gained():
+                logger.info("A worker was leased for %s jobs.", held.lease.kind, extra=held.log_fields)
+                self._versions.leased(held.lease.kind, held.lease.worker.peer, Abilities(held.lease.version))
                 self._apply(change)
                 self._tell(held, held.lease)
-            case Contended():
+            case allocation.Contended():
                 self._apply(change)
             case Suspected(reason) if held.gained:
                 logger.warning("A leased worker cannot be reached: %s.", reason, extra=held.log_fields)
-                self._tell(held, LeaseSuspect(lease_id, worker, kind, reason))
+                self._tell(held, allocation.LeaseSuspect(*held.named, reason))
             case Suspected():
                 pass  # it is only an offer yet
             case Recovered():
-                self._tell(held, LeaseRecovered(lease_id, worker, kind))
-            case Dismiss():
+                self._tell(held, allocation.LeaseRecovered(*held.named))
+            case allocation.Dismiss():
                 self._todo.append(change)
             case Lapsed(reason, refused):
                 self._lose(held, reason, refused)
 
     def _lose(self, held: Holding, reason: str, refused: bool) -> None:
-        lease_id, worker = held.offer.lease_id, held.offer.worker
+        lease_id, worker = held.lease.lease_id, held.lease.worker
         self._held.pop(lease_id, None)
         # a worker that ends its lease itself is well, and may be taken again
-        self._apply(LeaseFailed(lease_id, avoid=not refused))
+        self._apply(allocation.LeaseFailed(lease_id, avoid=not refused))
         if not refused:
             # it may have received the renewals whose replies were lost, and keep its resources for nobody
-            self._todo.append(Dismiss(lease_id, worker))
+            self._todo.append(allocation.Dismiss(lease_id, worker))
         if not held.gained:
             logger.info("An offer could not be accepted: %s.", reason, extra=held.log_fields)
             return
@@ -362,7 +355,7 @@ class Pool:
             logger.info("A worker handed its lease back: %s.", held.handed_back, extra=held.log_fields)
         else:
             logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
-        self._tell(held, LeaseLost(lease_id, worker, held.kind, reason, not refused))
+        self._tell(held, allocation.LeaseLost(*held.named, reason, not refused))
 
     def _tell(self, held: Holding, event: PoolEvent) -> None:
         # while the job ends, workers may still send something
@@ -386,7 +379,7 @@ class Pool:
             task_status.started()
             async for lost in losses:
                 for held in self._held.values():
-                    if held.offer.worker.peer == lost.peer:
+                    if held.lease.worker.peer == lost.peer:
                         held.connection_lost = True
                         held.revoked = lost.revoked
                         held.nudge.set()
@@ -395,4 +388,4 @@ class Pool:
         seen = self._node.gateway_changed.count
         while True:
             seen = await self._node.gateway_changed.wait(seen)
-            self._apply(GatewayChanged())
+            self._apply(allocation.GatewayChanged())

@@ -152,7 +152,6 @@ class Renewal:
         return self.expires_at if self._sent_at is not None else min(self._next_at, self.expires_at)
 
     def handle(self, event: RenewalEvent, now: float) -> list[RenewalAction]:
-        """Apply ``event`` at ``now``."""
         self._drawn.clear()
         actions = self._apply(event, now)
         if self._journal is not None:
@@ -173,7 +172,6 @@ class Renewal:
         assert self.next_wake <= self.expires_at or self._over, "nobody looks when the lease is over"
 
     def _summary(self) -> dict[str, object]:
-        """Of its state, for the journal."""
         return {
             "expires_at": self.expires_at,
             "suspected": self.suspected,

@@ -29,42 +29,36 @@ class Joined(Struct, frozen=True, tag=True):
     batch_size: int = 1
 
 
-class ParticipantLost(Struct, frozen=True, tag="Lost"):
-    """The lease of ``kind`` at ``peer`` ended, or the peer is gone."""
+class _OfExecutor(Struct, frozen=True):
+    """About the executor of ``kind`` at ``peer``."""
 
     peer: str
     kind: ExecutorClass
+
+
+class ParticipantLost(_OfExecutor, frozen=True, tag="Lost"):
+    """The lease of ``kind`` at ``peer`` ended, or the peer is gone."""
+
     reason: str
 
 
-class GoesOn(Struct, frozen=True, tag=True):
+class GoesOn(_OfExecutor, frozen=True, tag=True):
     """The executor of ``kind`` at ``peer``, started in an earlier generation, has been told of this one. A
     training executor that has its model reports that at the end of its batch.
     """
 
-    peer: str
-    kind: ExecutorClass
 
-
-class Unreachable(Struct, frozen=True, tag=True):
+class Unreachable(_OfExecutor, frozen=True, tag=True):
     """``peer`` cannot be reached any more; its lease still lives, so it may come back."""
 
-    peer: str
-    kind: ExecutorClass
 
-
-class Reachable(Struct, frozen=True, tag=True):
+class Reachable(_OfExecutor, frozen=True, tag=True):
     """``peer``, which could not be reached, answered again."""
 
-    peer: str
-    kind: ExecutorClass
 
-
-class ParticipantLeaves(Struct, frozen=True, tag="Leaves"):
+class ParticipantLeaves(_OfExecutor, frozen=True, tag="Leaves"):
     """The worker ``peer`` ends in ``left_s`` seconds, and its executor of ``kind`` with it; told again."""
 
-    peer: str
-    kind: ExecutorClass
     left_s: float
 
 
@@ -113,11 +107,9 @@ class TimePassed(Struct, frozen=True, tag="Tick"):
     """Time has passed."""
 
 
-class JobRefused(Struct, frozen=True, tag=True):
+class JobRefused(_OfExecutor, frozen=True, tag=True):
     """The worker ``peer`` will not run the executor of ``kind`` that it was sent."""
 
-    peer: str
-    kind: ExecutorClass
     reason: str
 
 
@@ -188,21 +180,17 @@ class Send(Struct, frozen=True, tag=True):
     directive: Directive
 
 
-class Drop(Struct, frozen=True, tag=True):
+class Drop(_OfExecutor, frozen=True, tag=True):
     """Release the lease of ``kind`` at ``peer``, do not take that peer again for a while, replace it."""
 
-    peer: str
-    kind: ExecutorClass
     reason: str
 
 
-class LetGo(Struct, frozen=True, tag=True):
+class LetGo(_OfExecutor, frozen=True, tag=True):
     """Release the lease of ``kind`` at ``peer``, which ends soon and has nothing more to contribute. That is
     no fault of its worker.
     """
 
-    peer: str
-    kind: ExecutorClass
     reason: str
 
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 from hypha.contributions import is_count
 from hypha.messages import PeerRef, Progress
-from hypha.scheduler.rounds.claims import bounded_loss
 from hypha.scheduler.rounds.projection import BatchTime, ProjectedWorker
 
 #: longest time that a silent worker is believed to go on at its pace, if its batches are shorter
@@ -21,6 +20,10 @@ _EARLY_S = 30.0
 _LEAST_RESERVE_S = 1.0
 #: batches that a worker may take before anything of them is known here
 _UNKNOWN_BATCHES = 16
+#: theta is sent again when nobody said RoundStarted; doubled each time
+_RESEND_S = 10.0
+#: a larger loss is as good as none
+_MOST_LOSS = 1e15
 
 MemberState = Literal[
     "loading",
@@ -114,7 +117,6 @@ class Member:
 
     @property
     def peer(self) -> str:
-        """Its PeerID."""
         return self.ref.peer
 
     @property
@@ -151,7 +153,6 @@ class Member:
             self.last = max(self.multiple, self.batches)
 
     def state(self, round_: int) -> MemberState:
-        """In one word."""
         if self.absent:
             return "unreachable"
         if self.leaves is not None:
@@ -168,15 +169,15 @@ class Member:
             return "updating"
         return "training" if self.plan is None else "scheduled"
 
-    def enter(self, now: float, resend_after_s: float) -> None:
+    def enter(self, now: float) -> None:
         """Theta of the round that is open now is on its way; nothing of it is done."""
         self.in_round = True
         self.left_out = False
         self.since = now
         if math.isinf(self.resend_at):
             # else an earlier theta did not arrive either: short rounds must not put the repetition off
-            self.resend_after_s = resend_after_s
-            self.resend_at = now + resend_after_s
+            self.resend_after_s = max(_RESEND_S, 3.0 * (self.theta_s or 0.0))
+            self.resend_at = now + self.resend_after_s
         self.batches = self.samples = 0
         self.waits_since = self.reached_at
         self.plan = self.last = self.reached_at = None
@@ -298,12 +299,10 @@ class Member:
         if batch_s is None:
             return None
         if self.started < round_:
-            since_s = min(0.0, now - self.since - (self.theta_s or 0.0))
-            return ProjectedWorker(self.peer, 0, since_s, batch_s, self.batch_size, self.multiple, self.last)
-        since_s = min(now - self.reported_at, max(batch_s, _BELIEVED_S))
-        return ProjectedWorker(
-            self.peer, self.batches, since_s, batch_s, self.batch_size, self.multiple, self.last
-        )
+            done, since_s = 0, min(0.0, now - self.since - (self.theta_s or 0.0))
+        else:
+            done, since_s = self.batches, min(now - self.reported_at, max(batch_s, _BELIEVED_S))
+        return ProjectedWorker(self.peer, done, since_s, batch_s, self.batch_size, self.multiple, self.last)
 
     def due_at(self, deadline_s: float, round_: int) -> float | None:
         """When waiting for its update ends; ``None`` while its sync point is not known.
@@ -327,3 +326,8 @@ class Member:
 
 def _smooth(mean: float | None, value: float, share: float = 0.3) -> float:
     return value if mean is None else mean + share * (value - mean)
+
+
+def bounded_loss(loss: float, otherwise: float) -> float:
+    """``loss``, or ``otherwise`` where it is no number that can be shown, added up or written as JSON."""
+    return loss if math.isfinite(loss) and abs(loss) <= _MOST_LOSS else otherwise

@@ -23,27 +23,18 @@ _CHANGED = 0.15
 
 
 class Planner:
-    """Plans for one round after the other. ``samples`` is the round's target over all workers; with
-    ``inner_steps`` every worker takes that many optimizer steps instead, of as many batches each as it
-    accumulates gradients over.
+    """Plans for a round. ``samples`` is its target over all workers; with ``inner_steps`` every worker takes
+    that many optimizer steps instead, of as many batches each as it accumulates gradients over.
     """
 
-    def __init__(self, samples: int, inner_steps: int | None = None) -> None:
+    def __init__(self, samples: int, inner_steps: int | None, opened_at: float) -> None:
         self.samples = samples
         self.inner_steps = inner_steps
         self.final = False
-        self.ends_at: float | None = None
-        self._opened_at = 0.0
-        self._next_at = 0.0
+        self._opened_at = opened_at
+        self._next_at = -math.inf
         self._planned_at = -math.inf
         self._based_on: dict[str, float] = {}
-
-    def open_round(self, now: float) -> None:
-        """A new round begins."""
-        self.final = False
-        self.ends_at = None
-        self._opened_at = now
-        self.upset()
 
     def upset(self) -> None:
         """Somebody came, went or restarted: plan again."""
@@ -74,7 +65,6 @@ class Planner:
             close = True
         rest = projection.ends_in_s if projection is not None else 0.0
         self._planned_at = now
-        self.ends_at = now + rest
         self._next_at = now + max(_LEAST_PAUSE_S, rest / 2.0)
         self._based_on = {member.peer: member.batch_time.value_s or 0.0 for member in free}
         longest = max((member.batch_time.value_s or 0.0 for member in free), default=0.0)

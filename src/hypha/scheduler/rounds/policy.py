@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from msgspec import Struct
 
 from hypha.config.job import JobConfig
-from hypha.errors import ExecutorFailed, HyphaError, JobFailed, ModelError, NotFinite
-from hypha.messages import ExecutorClass, OuterOptimizer
-
-#: losses that were not finite, of several workers or of one, after which a job is given up
-_DIVERGED, _DIVERGED_ALONE = 3, 5
+from hypha.messages import ExecutorClass, JobStamp, OuterOptimizer
 
 
 @dataclass(frozen=True)
@@ -87,11 +80,14 @@ class Start:
     taken_over: bool = False
     optimizer: OuterOptimizer | None = None
 
+    @property
+    def stamp(self) -> JobStamp:
+        return JobStamp(job_id=self.job_id, generation=self.generation)
+
 
 class CarriedOver(Struct, frozen=True):
     """What one generation of a job hands on to the next: its executors' failures since the last applied
-    round, as in :class:`Failures`, since when there have been too few leases, and whose executors had their
-    model.
+    round, since when there have been too few leases, and whose executors had their model.
     """
 
     in_a_row: int = 0
@@ -101,106 +97,3 @@ class CarriedOver(Struct, frozen=True):
     short_since: float | None = None
     had_model: tuple[str, ...] = ()
     alike: tuple[tuple[str, str, int], ...] = ()
-
-
-@dataclass
-class Failures:
-    """Failures of executors since the last applied round; ``limit`` of them end the job. The round machine of
-    one generation owns them; those of the next generation are made from what it hands on.
-    """
-
-    limit: int = 5
-    in_a_row: int = 0
-    model: dict[tuple[str, ExecutorClass], str] = field(default_factory=dict)
-    #: workers whose loss, or update, was not finite, each as often
-    not_finite: Counter[str] = field(default_factory=Counter)
-    #: how often a worker's executor was started again since a round that holds its update
-    restarts: Counter[str] = field(default_factory=Counter)
-    #: what any executor would say again -> the workers whose executors have said it, each as often
-    alike: dict[str, Counter[str]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, carried: CarriedOver, limit: int) -> Failures:
-        """Those that an earlier generation has handed on."""
-        model = {(peer, kind): message for peer, kind, message in carried.model}
-        alike: dict[str, Counter[str]] = {}
-        for what, peer, times in carried.alike:
-            alike.setdefault(what, Counter())[peer] = times
-        not_finite, restarts = Counter(dict(carried.not_finite)), Counter(dict(carried.restarts))
-        return cls(limit, carried.in_a_row, model, not_finite, restarts, alike)
-
-    def hand_on(self, short_since: float | None, had_model: Iterable[str] = ()) -> CarriedOver:
-        """For the next generation."""
-        return CarriedOver(
-            in_a_row=self.in_a_row,
-            model=tuple((peer, kind, message) for (peer, kind), message in self.model.items()),
-            not_finite=tuple(self.not_finite.items()),
-            restarts=tuple(self.restarts.items()),
-            short_since=short_since,
-            had_model=tuple(sorted(had_model)),
-            alike=tuple((what, *entry) for what, said in self.alike.items() for entry in said.items()),
-        )
-
-    def applied(self, contributors: Iterable[str]) -> None:
-        """A round was applied: what failed before was overcome, and those did their part."""
-        self.in_a_row = 0
-        self.model.clear()
-        self.alike.clear()
-        self.not_finite.clear()
-        for peer in contributors:
-            self.restarts.pop(peer, None)
-
-    def add(
-        self, peer: str, kind: ExecutorClass, message: str, cause: str, others: Collection[str] = ()
-    ) -> HyphaError | None:
-        """Count one; the error with which the job ends if that was too much. ``others`` are the further
-        workers that are in the job now.
-
-        That the model is wrong, or that model and data do not go together, is believed when more workers say
-        the same than others are there that do not: two of three, but not two of four, which may be liars
-        beside a job that goes well. Where nobody else is there, two failures of one worker are enough. That
-        training diverges is believed after the third time when two workers did, as one may have broken
-        memory; else later.
-        """
-        self.in_a_row += 1
-        if cause in ("model", "batch"):
-            said = self.alike.setdefault(fingerprint(cause, message), Counter())
-            said[peer] += 1
-            left = len(set(others) - said.keys())
-            if said.total() > 1 and (left == 0 or len(said) > max(1, left)):
-                return _of_the_job(cause, message, said.total())
-        if cause == "model":
-            self.model[peer, kind] = message
-            left = len(set(others) - {one for one, _ in self.model})
-            if len(self.model) > max(1, left):
-                return ModelError(
-                    f"the model cannot be used: {message} (said by {len(self.model)} executors)"
-                )
-        if cause == "not-finite":
-            self.not_finite[peer] += 1
-            times = self.not_finite.total()
-            if times >= (_DIVERGED if len(self.not_finite) > 1 else _DIVERGED_ALONE):
-                return NotFinite(
-                    f"training diverges, {times} times on {len(self.not_finite)} worker(s) without an "
-                    f"applied round in between: {message}"
-                )
-        if self.in_a_row >= self.limit:
-            if cause in ("model", "batch"):
-                return _of_the_job(cause, message, self.in_a_row)
-            text = (
-                f"{self.in_a_row} executors failed in a row without an applied round; the last one: {message}"
-            )
-            return ExecutorFailed(text) if cause == "exit" else JobFailed(text)
-        return None
-
-
-def _of_the_job(cause: str, message: str, times: int) -> HyphaError:
-    what = "the model cannot be used" if cause == "model" else "the model cannot be trained on this data"
-    line, _, rest = message.partition("\n")
-    text = f"{what}: {line} (said by {times} executors)"
-    return (ModelError if cause == "model" else JobFailed)(f"{text}\n{rest}" if rest else text)
-
-
-def fingerprint(cause: str, message: str) -> str:
-    """What is the same in two messages about one mistake, on two batches: the first line, without numbers."""
-    return cause + re.sub(r"[-+]?\d[\d.,e+-]*", "#", message.partition("\n")[0])

@@ -13,32 +13,29 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hypha.scheduler.rounds.claims import LEAST_BATCH_S, MOST_BATCH_S
-
+#: seconds a batch: no step of any model is quicker, and none that is awaited takes longer
+_LEAST_BATCH_S, _MOST_BATCH_S = 1e-4, 1e7
+#: of what was learnt of batch times so much is left after one more: half after eight
+_DECAY = 0.5 ** (1.0 / 8.0)
 #: Nobody is to wait for a larger share of a round than this; synchronising takes about as much again.
 _BEARABLE = 0.02
 #: guards against calling 2.9999999 finished batches two
 _SLACK = 1e-9
 
 
+@dataclass
 class BatchTime:
     """Exponentially weighted mean of the seconds a batch takes, from counts since the round's start.
 
     Counts may repeat or arrive out of order: only growth is measured. A change of speed is followed
-    with a half-life of about ``half_life`` batches, whatever the report interval is.
+    with a half-life of about eight batches, whatever the report interval is.
     """
 
-    def __init__(self, half_life: float = 8.0) -> None:
-        self._decay = 0.5 ** (1.0 / half_life)
-        self._mean: float | None = None
-        self._weight = 0.0
-        self._batches = 0
-        self._busy_s = 0.0
-
-    @property
-    def value_s(self) -> float | None:
-        """Seconds per batch; ``None`` before the first one."""
-        return self._mean
+    #: seconds per batch; ``None`` before the first one
+    value_s: float | None = None
+    _weight: float = 0.0
+    _batches: int = 0
+    _busy_s: float = 0.0
 
     def start_round(self) -> None:
         """Counts begin at zero again; what was learnt stays."""
@@ -47,9 +44,9 @@ class BatchTime:
 
     def scale(self, factor: float) -> None:
         """Batches are ``factor`` times as large: what was learnt of them is worth little."""
-        if self._mean is not None:
-            self._mean *= factor
-        self._weight = min(self._weight, 1.0 - self._decay)
+        if self.value_s is not None:
+            self.value_s *= factor
+        self._weight = min(self._weight, 1.0 - _DECAY)
 
     def update(self, batches: int, busy_s: float) -> None:
         """``batches`` took ``busy_s`` seconds since the round's start."""
@@ -57,11 +54,11 @@ class BatchTime:
         if new <= 0 or seconds <= 0:
             return
         self._batches, self._busy_s = batches, busy_s
-        sample, keep = min(max(seconds / new, LEAST_BATCH_S), MOST_BATCH_S), self._decay**new
+        sample, keep = min(max(seconds / new, _LEAST_BATCH_S), _MOST_BATCH_S), _DECAY**new
         # weights of an exponential mean that starts empty (as Adam's bias correction)
         self._weight = keep * self._weight + (1.0 - keep)
         share = (1.0 - keep) / self._weight
-        self._mean = sample if self._mean is None else self._mean + share * (sample - self._mean)
+        self.value_s = sample if self.value_s is None else self.value_s + share * (sample - self.value_s)
 
 
 @dataclass(frozen=True)

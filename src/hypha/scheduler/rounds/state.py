@@ -22,7 +22,7 @@ from hypha.messages import (
     SendModel,
 )
 from hypha.scheduler.data.slices import Assignment, SliceTracker
-from hypha.scheduler.rounds.contributions import RoundContributions
+from hypha.scheduler.rounds.closing import RoundContributions
 from hypha.scheduler.rounds.events import (
     Action,
     Drop,
@@ -37,10 +37,10 @@ from hypha.scheduler.rounds.events import (
     SliceAsked,
     Told,
 )
-from hypha.scheduler.rounds.failures import Failing
+from hypha.scheduler.rounds.failures import Failures
 from hypha.scheduler.rounds.participants import Leave, Member
 from hypha.scheduler.rounds.planning import Planner
-from hypha.scheduler.rounds.policy import CarriedOver, Failures, Rules, Start
+from hypha.scheduler.rounds.policy import CarriedOver, Rules, Start
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,6 @@ _HOARDING = 10
 _MOST_AHEAD = 32
 #: what is kept of a notice for an outer step and a checkpoint
 _OUTER_STEP_S = 1.0
-#: theta is sent again when nobody said RoundStarted; doubled each time
-_RESEND_S = 10.0
 
 
 class RoundState:
@@ -69,8 +67,7 @@ class RoundState:
         self.start = start
         self.tracker = tracker
         self.scheduler = scheduler
-        self.failures = Failures.of(carried, rules.max_failures)
-        self.failing = Failing(self.failures, rules.executor_restarts)
+        self.failures = Failures(rules.max_failures, rules.executor_restarts, carried)
         self.round = start.round
         self.steps = start.steps
         self.phase: Phase = "loading"
@@ -79,8 +76,7 @@ class RoundState:
         #: of the open round; empty where nobody says it, as the round was closed in an earlier generation
         self.theta = ""
         self.server: PeerRef | None = None
-        self.server_ready = False
-        #: where the parameter server was when it had the model; None before
+        #: at which round the parameter server was when it had the model; None before
         self.server_at: int | None = None
         #: when its worker ends; the newest round as which it was asked to save itself, and has
         self.server_leaves: Leave | None = None
@@ -96,7 +92,7 @@ class RoundState:
         #: whose executors had it in the generation before; those of others may load it for as long as it
         #: takes
         self.had_model = frozenset(carried.had_model)
-        self.planner = Planner(rules.samples, rules.inner_steps)
+        self.planner = Planner(rules.samples, rules.inner_steps, 0.0)
         self.broadcast: frozenset[str] = frozenset()
         #: what was said before its round was opened here
         self.early: list[Told] = []
@@ -107,8 +103,12 @@ class RoundState:
         self.kept = -1
 
     @property
+    def server_ready(self) -> bool:
+        """The parameter server has the model."""
+        return self.server_at is not None
+
+    @property
     def loaded(self) -> list[Member]:
-        """Workers that have a model."""
         return [member for member in self.members.values() if member.loaded]
 
     @property
@@ -143,8 +143,7 @@ class RoundState:
     def join(self, event: Joined, now: float) -> None:
         """An executor was started."""
         if event.kind == "aggregate":
-            self.server, self.server_ready, self.server_at = event.ref, False, None
-            self.server_leaves = None
+            self.server, self.server_at, self.server_leaves = event.ref, None, None
         elif event.ref.peer not in self.members:
             self.members[event.ref.peer] = Member(event.ref, event.batch_size, self.rules.multiple, now)
         else:
@@ -164,7 +163,7 @@ class RoundState:
         if member is None:
             return []
         if member.incarnation:
-            self.failing.over(member.incarnation)
+            self.failures.over.add(member.incarnation)
         self.planner.upset()
         return self.tell_members() if member.loaded else []
 
@@ -214,7 +213,7 @@ class RoundState:
         return [Drop(peer, kind, message), *self.lose(peer, kind, message)]
 
     def judged(self, actions: list[Action]) -> list[Action]:
-        """What :class:`Failing` decided: where that is the job's end, it is the machine's too."""
+        """What :class:`Failures` decided: where that is the job's end, it is the machine's too."""
         if any(isinstance(action, Fail) for action in actions):
             self.phase = "failed"
         return actions
@@ -223,7 +222,7 @@ class RoundState:
         """The parameter server is gone: this generation ends, and what is known of slices is kept for the
         next.
         """
-        self.server, self.server_ready, self.server_at = None, False, None
+        self.server, self.server_at = None, None
         self.over = True
         had_model = [one.peer for one in self.members.values() if one.loaded or one.told_at is not None]
         restart = Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model))
@@ -303,14 +302,11 @@ class RoundState:
         if not told and self.tracker.rows_held(caller) >= self._may_hold(member):
             self.counts["slices held"] += 1
             member.hoarding += 1
-            held = self.tracker.slices_held(caller)
+            held = len(self.tracker.held(caller))
             if member.hoarding >= _HOARDING and not member.named:
                 member.named = True
-                logger.warning(
-                    "A worker asks for more slices again and again, and holds %d: more than it can use",
-                    held,
-                    extra={"worker_peer_id": caller, "job_id": self.start.job_id},
-                )
+                text = "A worker asks for more slices again and again, and holds %d: more than it can use"
+                self.log(logging.WARNING, caller, text, held)
             return f"{held} slices are yours: train on them first"
         return self.tracker.next(caller, request.incarnation, request.seq, request.cached)
 
@@ -328,7 +324,6 @@ class RoundState:
         return member.may_hold(min(self.ahead, _MOST_AHEAD), target, self.tracker.most_rows, whole)
 
     def keep_slices(self) -> KeepSlices:
-        """As they are now."""
         self.kept = self.tracker.version
         return KeepSlices(self.start.generation, self.tracker.to_state())
 
@@ -336,13 +331,9 @@ class RoundState:
 
     def send_model(self, member: Member, now: float) -> list[Action]:
         """Theta of the open round for ``member``, which begins it."""
-        self.enter(member, now)
+        member.enter(now)
         self.planner.upset()
         return self.to_server(SendModel(to=member.ref, attempt=member.attempt))
-
-    def enter(self, member: Member, now: float) -> None:
-        """Theta of the open round is on its way to ``member``."""
-        member.enter(now, max(_RESEND_S, 3.0 * (member.theta_s or 0.0)))
 
     def tell_members(self) -> list[Action]:
         """Whom the parameter server is to let in."""
@@ -382,13 +373,15 @@ class RoundState:
         return self.tell_members() if more else []
 
     def to_server(self, directive: Directive) -> list[Action]:
-        """Steer the parameter server."""
         return [Send(self.server, "aggregate", directive)] if self.server is not None else []
 
-    # --- for tests and simulation ---------------------------------------------------------------------
+    # --- for people and tests -------------------------------------------------------------------------
+
+    def log(self, level: int, worker: str, text: str, *details: object) -> None:
+        """About ``worker``."""
+        logger.log(level, text, *details, extra={"worker_peer_id": worker, "job_id": self.start.job_id})
 
     def summary(self) -> dict[str, object]:
-        """For the journal."""
         return {
             "phase": self.phase,
             "round": self.round,

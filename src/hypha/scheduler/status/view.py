@@ -15,7 +15,7 @@ from hypha.naming import name_of
 from hypha.node import ConnectionInfo
 from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.job.states import JobContext, JobResult, JobStage, Outcome
-from hypha.scheduler.leasing.leases import HeldLease
+from hypha.scheduler.leasing.holding import Holding
 from hypha.scheduler.rounds.participants import Member
 from hypha.scheduler.status.sentences import job_state, sentence
 from hypha.scheduler.status.snapshot import (
@@ -121,7 +121,7 @@ def _worker_snapshot(
     )
 
 
-def _lease_snapshot(held: HeldLease, now: float) -> LeaseSnapshot:
+def _lease_snapshot(held: Holding, now: float) -> LeaseSnapshot:
     lease, reserved = held.lease, held.lease.resources
     return LeaseSnapshot(
         lease=lease.lease_id,

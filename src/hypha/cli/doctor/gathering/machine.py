@@ -34,7 +34,7 @@ from hypha.data.manifest import MANIFEST_FILE, load_dataset_directory
 from hypha.data.slices import SUFFIX
 from hypha.decoding import decode, decode_json
 from hypha.errors import DataError, HyphaError, IdentityError, Undecodable
-from hypha.net.bulk.socket_buffers import buffer_shortfalls
+from hypha.net.sockets import buffer_shortfalls
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.versions import versions
