@@ -6,16 +6,8 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from hypha.messages.checkpoints import (
-    CheckpointHeld,
-    CheckpointList,
-    DropCheckpoints,
-    FindCheckpoints,
-    HoldCheckpoint,
-)
 from hypha.messages.data import DatasetDescription, DescribeDataset, NextSlice, NoSlice, SliceAssigned
-from hypha.messages.directives import Steer
-from hypha.messages.events import Progress, ReportEvent
+from hypha.messages.events import Progress, ReportEvent, Steer
 from hypha.messages.jobs import CancelJob, DispatchJob
 from hypha.messages.leases import (
     LeaseRenewed,
@@ -24,6 +16,13 @@ from hypha.messages.leases import (
     WorkerLeaving,
     WorkerOffer,
     WorkerRequest,
+)
+from hypha.messages.ledger import (
+    CheckpointHeld,
+    CheckpointList,
+    DropCheckpoints,
+    FindCheckpoints,
+    HoldCheckpoint,
 )
 from hypha.messages.nodes import (
     BandwidthMeasured,
