@@ -1,4 +1,7 @@
-"""The training executors of a job, as the round machine knows them, and what each reports of its round."""
+"""The places of a job, who is leased for each, and what its training executors report of their rounds.
+
+Leases are followed as the allocator and the renewals note them, executors as the round machine does.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,25 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from hypha.messages import ExecutorError, ExecutorExited, RoundStarted
-from hypha.scheduler.goodput.leases import Leases, nanoseconds
-from hypha.scheduler.goodput.place import Effort
-from hypha.scheduler.goodput.recovery import hung_for_s
-from hypha.scheduler.goodput.report import FailureReason
+from hypha.journal import JournalEntry
+from hypha.messages import ExecutorClass, ExecutorError, ExecutorExited, JobStamp, RoundStarted
+from hypha.scheduler.goodput.place import Effort, GoodputPlace
+from hypha.scheduler.goodput.report import FailureReason, GoodputNews, Recoveries, hung_for_s, reason_of
+from hypha.scheduler.leasing import events as allocation
+from hypha.scheduler.leasing.renewal import Lapsed, Renewed
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.state import OPEN
 
+NANOSECONDS = 1_000_000_000
 #: of whose rates the median is what an undisturbed job does
 CALM_ROUNDS = 50
 #: nobody has been busy in a round for longer
 _LONGEST_BUSY_S = 1e9
+
+
+def nanoseconds(seconds: float) -> int:
+    """``seconds`` in whole ones."""
+    return round(seconds * NANOSECONDS)
 
 
 @dataclass
@@ -43,11 +53,40 @@ class TrainingMember:
         self.done = self.accepted = False
 
 
-class GoodputMembers(Leases):
-    """The part of :class:`hypha.scheduler.goodput.machine.Goodput` that knows who trains."""
+class GoodputMembers:
+    """The part of :class:`hypha.scheduler.goodput.machine.Goodput` that knows who has a place and trains."""
 
     def __init__(self, places: int, began: float) -> None:
-        super().__init__(places, began)
+        self.began = self.now = nanoseconds(began)
+        #: the job gave everything back; time does not count any more
+        self.ended = False
+        self.places = [GoodputPlace(self.began) for _ in range(places)]
+        self.recoveries = Recoveries(self.began)
+        self._news: list[GoodputNews] = []
+        #: places about which something changed
+        self._touched: set[int] = set()
+        #: by lease: what was offered, where it is used, why it ended
+        self._offered: dict[str, tuple[ExecutorClass, str]] = {}
+        self._under: dict[str, int] = {}
+        #: leases for which there is no place yet, in the order in which they were gained
+        self._spare: dict[str, str] = {}
+        self._lapsed: dict[str, str] = {}
+        #: places that an earlier scheduler had leased
+        self._adopted: set[int] = set()
+        self._server_lease: str | None = None
+        self._server_sign = self.began
+        #: leases under which something failed, that was counted; and workers whose loss the round machine has
+        #: not noted yet
+        self._counted: set[str] = set()
+        self._counted_early: set[str] = set()
+        #: who trained at a place last; for which round and attempt its batches are done
+        self._trainer: dict[int, str] = {}
+        self._finished: dict[int, tuple[str, int, int]] = {}
+        #: places that wait for nothing but a parameter server, or for the scheduler to receive them
+        self._stalled: set[int] = set()
+        self._began_generation = False
+        #: something was missing in the open round
+        self._disturbed = True
         self._generation: events.GenerationBegan | None = None
         self._over = False
         self._phase = "loading"
@@ -73,14 +112,105 @@ class GoodputMembers(Leases):
         self._calm: deque[float] = deque(maxlen=CALM_ROUNDS)
         self._mood: tuple[object, ...] = ()
 
+    def _take_renewal(self, entry: JournalEntry, lease: str, now: int) -> None:
+        if isinstance(entry.event, Renewed):
+            number = self._under.get(lease)
+            if number is not None:
+                self.places[number].alive = now
+            elif lease == self._server_lease:
+                self._server_sign = now
+        for action in entry.actions:
+            if isinstance(action, Lapsed):
+                self._lapsed[lease] = action.reason
+
+    def _take_allocation(self, entry: JournalEntry, now: int) -> None:
+        for action in entry.actions:
+            if isinstance(action, allocation.Accept):
+                self._offered[action.offer.lease_id] = (action.kind, action.offer.worker.peer)
+        match entry.event:
+            case allocation.Gained(lease_id=lease) if lease in self._offered:
+                self._gained(*self._offered.pop(lease), lease, now)
+            case allocation.Adopted(kind=kind, lease_id=lease, worker=peer):
+                number = self._gained(kind, peer, lease, now)
+                if number is not None:
+                    self._adopted.add(number)
+            case allocation.LeaseFailed(lease_id=lease):
+                self._lease_lost(lease, now)
+            case allocation.Want(kind="train", count=0):
+                # the job gives everything back
+                self.ended = True
+
+    def _gained(self, kind: ExecutorClass, peer: str, lease: str, now: int) -> int | None:
+        """The place that ``peer`` has now, for a worker; one where something was lost comes first."""
+        if kind == "aggregate":
+            self._server_lease, self._server_sign = lease, now
+            return None
+        vacant = [number for number, place in enumerate(self.places) if not place.peer]
+        if any(place.peer == peer for place in self.places):
+            return None
+        if not vacant:
+            # it is to take the place of a worker that leaves, which has that still
+            self._spare[lease] = peer
+            return None
+        number = min(vacant, key=lambda one: not self.places[one].failed)
+        self.places[number].occupy(peer, lease, now)
+        self._under[lease] = number
+        self._touched.add(number)
+        return number
+
     def _lease_lost(self, lease: str, now: int) -> None:
-        number = self._under.get(lease)
-        peer = "" if number is None else self.places[number].peer
-        super()._lease_lost(lease, now)
+        self._offered.pop(lease, None)
+        self._spare.pop(lease, None)
+        why = self._lapsed.pop(lease, None)
+        if lease == self._server_lease:
+            self._server_lease = None
+        number = self._under.pop(lease, None)
+        if number is None:
+            return
+        place, peer = self.places[number], self.places[number].peer
         member = self._members.get(peer)
+        if self._began_generation and lease not in self._counted:
+            reason: FailureReason = "dropped" if why is None else reason_of(why)
+            self._fail(number, reason, place.last_sign, now)
+            self._counted_early.add(peer)
+        self._counted.discard(lease)
+        self._adopted.discard(number)
+        place.vacate(now)
+        self._touched.add(number)
+        if self._spare:
+            lease, peer = next(iter(self._spare.items()))
+            del self._spare[lease]
+            place.occupy(peer, lease, now)
+            self._under[lease] = number
+            self._spare_used(number, now)
         if member is not None and member.place == number:
             # the round machine does not know it yet, and may receive the worker's report of a round meanwhile
             member.place = None
+
+    def _fail(self, number: int, reason: FailureReason, sign: int, now: int) -> None:
+        """What is at the place is lost; its last sign of life was at ``sign``."""
+        place = self.places[number]
+        place.lose(sign, now)
+        self._over_at(number)
+        self._stalled.discard(number)
+        self._disturbed = True
+        self._news += self.recoveries.failed(number, "train", place.peer, reason, sign, now)
+
+    def _over_at(self, number: int) -> None:
+        """Nobody trains at the place any more, and why has been counted."""
+        self._counted.add(self.places[number].lease)
+        self._trainer.pop(number, None)
+        self._finished.pop(number, None)
+
+    def _touch_all(self) -> None:
+        self._touched.update(range(len(self.places)))
+
+    def _is_current(self, stamp: JobStamp) -> bool:
+        """Whether it is of this generation of the job."""
+        if self._generation is None:
+            return False
+        start = self._generation.start
+        return (stamp.job_id, stamp.generation) == (start.job_id, start.generation)
 
     def _served(self, served: bool, now: int) -> None:
         if served and self._unserved_since is not None:
@@ -104,36 +234,34 @@ class GoodputMembers(Leases):
             self._counted.discard(self.places[number].lease)
             self._touched.add(number)
 
+    def _leave(self, peer: str) -> TrainingMember | None:
+        member = self._members.pop(peer, None)
+        if member is not None:
+            if member.incarnation:
+                self._past.add(member.incarnation)
+            self._touch_all()
+        return member
+
     def _gone(self, peer: str, reason: FailureReason, sign: int | None, now: int) -> None:
         """It takes part no more; ``sign`` is its last sign of life, where that is known better than here."""
-        member = self._members.pop(peer, None)
+        member = self._leave(peer)
         if member is None:
             return
-        if member.incarnation:
-            self._past.add(member.incarnation)
-        self._touched.update(range(len(self.places)))
         number = member.place
         early = peer in self._counted_early
         self._counted_early.discard(peer)
         if early or number is None or self.places[number].peer != peer:
             return
         place = self.places[number]
-        self.fail(number, reason, max(place.heard, place.alive) if sign is None else sign, now)
+        self._fail(number, reason, place.last_sign if sign is None else sign, now)
 
     def _left(self, peer: str, now: int) -> None:
         """It was let go, as its worker ends: that is no failure."""
-        member = self._members.pop(peer, None)
-        if member is None:
-            return
-        if member.incarnation:
-            self._past.add(member.incarnation)
-        self._touched.update(range(len(self.places)))
-        number = member.place
+        member = self._leave(peer)
+        number = None if member is None else member.place
         if number is not None and self.places[number].peer == peer:
             place = self.places[number]
-            self._counted.add(place.lease)
-            self._trainer.pop(number, None)
-            self._finished.pop(number, None)
+            self._over_at(number)
             if place.effort is not None:
                 place.turn("waiting-for-theta", now)
 
@@ -157,7 +285,7 @@ class GoodputMembers(Leases):
         place = self.places[member.place]
         before = self._trainer.get(member.place)
         if before is not None and before != incarnation:
-            self.fail(member.place, "executor", place.heard, now)
+            self._fail(member.place, "executor", place.heard, now)
             self._counted.discard(place.lease)
         place.heard = max(place.heard, now)
         self._touched.add(member.place)
@@ -210,13 +338,8 @@ class GoodputMembers(Leases):
         self._stalled.discard(number)
 
     def _reported(self, event: events.Reported, now: int) -> None:
-        generation, report, member = self._generation, event.progress, self._members.get(event.sender)
-        if generation is None or member is None or event.incarnation != member.incarnation:
-            return
-        if (event.stamp.job_id, event.stamp.generation) != (
-            generation.start.job_id,
-            generation.start.generation,
-        ):
+        report, member = event.progress, self._members.get(event.sender)
+        if member is None or event.incarnation != member.incarnation or not self._is_current(event.stamp):
             return
         number = member.place
         if number is not None:

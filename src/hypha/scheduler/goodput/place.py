@@ -77,6 +77,11 @@ class GoodputPlace:
     def __post_init__(self) -> None:
         self.since = self.heard = self.alive = self.began
 
+    @property
+    def last_sign(self) -> int:
+        """The last sign of life."""
+        return max(self.heard, self.alive)
+
     def occupy(self, peer: str, lease: str, now: int) -> None:
         """``peer`` is leased for it."""
         self.peer, self.lease, self.leased_since = peer, lease, now
@@ -233,8 +238,7 @@ class GoodputPlace:
         """Add nanoseconds by what they went to, as far as is known now; ``training`` is what is pending,
         ``goodput`` what was applied.
         """
-        for reason, length in self.badput.items():
-            total[reason] += length
+        total.update(self.badput)
         total["goodput"] += self.good
         for one in (*self.pending, *self.under_way(now)):
             total[one.what] += one.end - one.start

@@ -125,8 +125,6 @@ class GoodputSignals:
                     self._sent_thetas += 1
                 case events.Record(entry=record):
                     self._applied(record, entry)
-                case _:
-                    pass
 
     def _applied(self, record: LedgerRound, entry: JournalEntry) -> None:
         LOSS.set(record.loss)

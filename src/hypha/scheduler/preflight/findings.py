@@ -106,8 +106,6 @@ class _Comparison:
         names = [self._given.get(argument, "") for argument in arguments] if self._given else arguments
         return next((self._columns[name] for name in names if name in self._columns), None)
 
-    # --- names -----------------------------------------------------------------------------------
-
     def _names(self) -> Iterator[PreflightFinding]:
         if self._job.preprocessor is not None:
             return
@@ -149,8 +147,6 @@ class _Comparison:
             yield PreflightFinding(
                 _INPUTS, f"{text}; set it, or prepare the dataset with --rename COLUMN={wanted[0]}"
             )
-
-    # --- the preprocessor ------------------------------------------------------------------------
 
     def _preprocessor(self) -> Iterator[PreflightFinding]:
         given = self._job.preprocessor
@@ -197,8 +193,6 @@ class _Comparison:
                 "do_rescale to false in its preprocessor_config.json",
                 error=False,
             )
-
-    # --- labels ----------------------------------------------------------------------------------
 
     def _labels(self) -> Iterator[PreflightFinding]:
         given = self._job.model
@@ -315,8 +309,6 @@ class _Comparison:
                 _ARGUMENTS, f"{text}; set num_labels to the number of classes, {number(high + 1)} at least"
             )
 
-    # --- texts -----------------------------------------------------------------------------------
-
     def _tokens(self) -> Iterator[PreflightFinding]:
         names = self._given or {name: name for name in self._columns}
         for argument, name in names.items():
@@ -363,8 +355,6 @@ class _Comparison:
             error=certain,
             refutable=not certain,
         )
-
-    # --- images ----------------------------------------------------------------------------------
 
     def _images(self) -> Iterator[PreflightFinding]:
         pixels = self._column("pixel_values")

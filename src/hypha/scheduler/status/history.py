@@ -94,8 +94,6 @@ class History:
         self.replaced = 0
         self.finished = Changes()
 
-    # --- reading --------------------------------------------------------------------------------------
-
     @property
     def records(self) -> tuple[RoundRecord, ...]:
         """All that are complete, in the order in which they happened."""
@@ -130,8 +128,6 @@ class History:
         if not record.faults:
             return record
         return msgspec.structs.replace(record, faults=tuple(self._clean(fault) for fault in record.faults))
-
-    # --- writing --------------------------------------------------------------------------------------
 
     def restore(self, records: Iterable[RoundRecord]) -> None:
         """Earlier schedulers' records, before those of this one; see :meth:`cleaned`."""
@@ -225,8 +221,6 @@ class History:
                 self._fault(opened, now, peer, "reachable", "it answers again")
             case DataServed(served=False):
                 self._fault(opened, now, "", "no data", "no data node serves the dataset")
-            case _:
-                pass
 
     def _told(self, opened: OpenRound, sender: str, kind: ExecutorClass, event: object, now: float) -> None:
         # an executor of an earlier generation goes on without having joined this one
@@ -255,8 +249,6 @@ class History:
                 self._fault(opened, now, sender, f"executor failed: {event.kind}", event.message)
             case ExecutorExited():
                 self._fault(opened, now, sender, "executor ended", exit_text(event))
-            case _:
-                pass
 
     def _sent(self, opened: OpenRound, action: Send, now: float) -> None:
         match action.directive:
@@ -267,8 +259,6 @@ class History:
                     self._look_at_plan(track, now)
             case CloseRound():
                 opened.server_track.switch("outer-step", now)
-            case _:
-                pass
 
     def _acted(self, opened: OpenRound, action: object, now: float) -> None:
         match action:
@@ -287,8 +277,6 @@ class History:
                 self._fault(opened, now, opened.server, "parameter server lost", reason)
             case Fail(error=error):
                 self._fault(opened, now, "", "job failed", str(error))
-            case _:
-                pass
 
     def _applied(self, opened: OpenRound, entry: LedgerRound, noted: JournalEntry, now: float) -> None:
         opened.server_track.switch("broadcast", now)
@@ -330,8 +318,6 @@ class History:
             record = self._records[key]
             if record.server_spans or any(worker.spans for worker in record.workers):
                 self._records[key] = without_spans(record)
-
-    # --- the smallest steps ---------------------------------------------------------------------------
 
     def _look_at_plan(self, track: Track, now: float) -> None:
         if track.kind == "training" and track.plan is not None and track.batches >= track.plan:

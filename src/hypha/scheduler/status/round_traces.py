@@ -98,8 +98,6 @@ class RoundTraces:
         if job is not None:
             job.end()
 
-    # --- leases ---------------------------------------------------------------------------------------
-
     def _allocator(self, event: object) -> None:
         match event:
             case allocation.Gained(lease_id):
@@ -115,8 +113,6 @@ class RoundTraces:
                     self._happened("lease suspect", {**lease, "hypha.reason": reason})
                 case renewal.Recovered():
                     self._happened("lease recovered", lease)
-
-    # --- rounds ---------------------------------------------------------------------------------------
 
     def _round_machine(self, entry: JournalEntry) -> None:
         if isinstance(entry.event, GenerationBegan):

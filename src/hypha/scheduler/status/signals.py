@@ -85,8 +85,6 @@ class JobMetrics:
         self._count_refused()
         metrics.JOB_DURATION.record(now - self._began, status=status)
 
-    # --- offers and leases ----------------------------------------------------------------------------
-
     def _allocator(self, entry: JournalEntry) -> None:
         kind: str = OTHER
         match entry.event:
@@ -154,8 +152,6 @@ class JobMetrics:
         if (began := self._attempted.pop(lease_id, None)) is not None:
             metrics.RENEWAL_DURATION.record(now - began, status=status)
 
-    # --- rounds and slices ----------------------------------------------------------------------------
-
     def _round_machine(self, entry: JournalEntry) -> None:
         for action in entry.actions:
             match action:
@@ -200,8 +196,6 @@ class JobMetrics:
             if count > counted[what] and what not in _NO_MESSAGES:
                 metrics.MESSAGES_REFUSED.add(count - counted[what], reason=what)
         self._refused = (machine, Counter(machine.counts))
-
-    # --- what is so now -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def shown(self, state: Callable[[], JobState]) -> Iterator[None]:
