@@ -190,7 +190,7 @@ class Goodput(GoodputMembers):
 
     def _begin_generation(self, generation: events.GenerationBegan, now: int) -> None:
         first, start = self._generation is None, generation.start
-        self._generation, self._over, self._began_generation = generation, False, True
+        self._generation, self._over = generation, False
         self._members, self._past, self._early = {}, set(), []
         self._server = ""
         self._disturbed = True

@@ -84,7 +84,6 @@ class GoodputMembers:
         self._finished: dict[int, tuple[str, int, int]] = {}
         #: places that wait for nothing but a parameter server, or for the scheduler to receive them
         self._stalled: set[int] = set()
-        self._began_generation = False
         #: something was missing in the open round
         self._disturbed = True
         self._generation: events.GenerationBegan | None = None
@@ -169,7 +168,7 @@ class GoodputMembers:
             return
         place, peer = self.places[number], self.places[number].peer
         member = self._members.get(peer)
-        if self._began_generation and lease not in self._counted:
+        if self._generation is not None and lease not in self._counted:
             reason: FailureReason = "dropped" if why is None else reason_of(why)
             self._fail(number, reason, place.last_sign, now)
             self._counted_early.add(peer)
